@@ -1,0 +1,73 @@
+# Video Lab runner. The wheels bring CUDA, so a slim base serves GPU machines too; a compiler and Python's headers are
+# in the image because Triton and torch.compile build kernels at run time.
+#
+#   docker build -t video-lab .                                  # for NVIDIA GPUs
+#   docker build -t video-lab:cpu --build-arg EXTRA=cpu .        # without CUDA
+#   tools/image.sh build video-lab:cpu --build-arg EXTRA=cpu     # where there is no docker engine
+#
+# Kept to what buildah 1.28 parses as well: no heredocs, no COPY --link.
+ARG BASE_IMAGE=debian:bookworm-slim
+FROM ${BASE_IMAGE}
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+
+# Versions come with the base's release; pinning them would break the build at each security update.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      ca-certificates g++ gcc libc6-dev python3 python3-dev python3-venv tini \
+ && rm -rf /var/lib/apt/lists/*
+
+# /cache and /out are anyone's, so that `--user` may name any uid. Caches of every library lie under /cache.
+RUN groupadd --gid 10001 video-lab \
+ && useradd --uid 10001 --gid 10001 --home-dir /cache --no-create-home --shell /usr/sbin/nologin video-lab \
+ && install -d -m 1777 /cache /out \
+ && install -d -m 0755 /models /app \
+ && python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
+# gpu or cpu: which onnxruntime. TORCH_BACKEND: uv's name of a torch build; empty chooses CUDA for gpu, CPU for cpu.
+ARG EXTRA=gpu
+ARG TORCH_BACKEND=""
+
+# Dependencies before sources: a changed source file costs seconds. A pip.conf may come as a build secret (a mirror, a
+# certificate, local wheels); nothing of it stays in the image.
+COPY pyproject.toml /build/
+COPY tools/install.py tools/pip_settings.py /build/tools/
+RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
+    UV_COMPILE_BYTECODE=1 UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 \
+    python /build/tools/install.py --extras "${EXTRA},demo" --backend "${TORCH_BACKEND}"
+
+COPY LICENSE THIRD_PARTY.md entrypoint.py /app/
+COPY manifests /app/manifests
+COPY runner /app/runner
+RUN python -m compileall -q /app/runner /app/entrypoint.py
+
+# USER names an account even where --user gives a uid that has none: torch asks for the name of the user.
+ENV HOME=/cache \
+    USER=video-lab \
+    TMPDIR=/cache/tmp \
+    VIDEO_LAB_CACHE=/cache/video-lab \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    HF_HUB_OFFLINE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    VIDEO_LAB_MODELS=/models \
+    PYTHONPATH=/app \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+ARG REVISION=""
+LABEL org.opencontainers.image.title="Video Lab runner" \
+      org.opencontainers.image.description="Batch renderer for character animation: a manifest in, MP4s and records out" \
+      org.opencontainers.image.licenses="Apache-2.0 AND GPL-3.0-or-later" \
+      org.opencontainers.image.revision="${REVISION}"
+
+VOLUME ["/cache"]
+WORKDIR /out
+USER 10001:10001
+ENTRYPOINT ["/usr/bin/tini", "--", "python", "/app/entrypoint.py"]
+CMD ["--help"]

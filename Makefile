@@ -1,0 +1,79 @@
+# Video Lab runner. `make help` lists what there is.
+#
+# PYTHON         the interpreter that makes the environment            (python3)
+# EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
+# TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
+# IMAGE          name of the image                                     (video-lab)
+# IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),test)
+TORCH_BACKEND ?=
+IMAGE ?= video-lab
+IMAGE_EXTRA ?= gpu
+
+comma := ,
+STAMP := $(VENV)/.installed-$(EXTRA)
+BIN := $(VENV)/bin
+MODELS := .cache/demo-models
+MEDIA := .cache/demo-media
+SHELL_FILES := .ci/run tools/image.sh
+BENCHES = $(filter-out bench/_% bench/%_gpu.py,$(wildcard bench/*.py))
+GPU_BENCHES = $(wildcard bench/*_gpu.py)
+
+define run_each
+@mkdir -p out/bench
+@set -e; for script in $(1); do echo "== $$script"; $(BIN)/python $$script --json out/bench/$$(basename $$script .py).json; done
+@$(if $(strip $(1)),,echo "no such benchmarks in bench/")
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint image bench bench-gpu clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv with everything in it; EXTRA=gpu for a GPU machine without the test tools
+
+# One environment holds one choice of extras: choosing another replaces the stamp.
+$(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python tools/install.py --editable --extras "$(if $(filter gpu,$(EXTRA)),gpu$(comma)demo,$(EXTRA))" --backend "$(TORCH_BACKEND)"
+	touch $@
+
+demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/demo
+	$(BIN)/video-lab weights demo --models $(MODELS) --media $(MEDIA)
+	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
+
+test: $(STAMP) ## run the tests; VIDEO_LAB_IMAGE_TESTS=1 builds and runs the image too (root, buildah, podman)
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(STAMP) ## run the long tests
+	$(BIN)/python -m pytest -m soak --timeout 0
+
+lint: $(STAMP) ## check style, types, shell scripts and the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/hadolint Dockerfile
+
+image: ## build the container image with docker, or without an engine where there is none; IMAGE_EXTRA=cpu
+	@if docker info >/dev/null 2>&1; then \
+	  set -x; docker build --tag $(IMAGE) --build-arg EXTRA=$(IMAGE_EXTRA) --build-arg TORCH_BACKEND=$(TORCH_BACKEND) .; \
+	else \
+	  set -x; tools/image.sh build $(IMAGE) --build-arg EXTRA=$(IMAGE_EXTRA) --build-arg TORCH_BACKEND=$(TORCH_BACKEND); \
+	fi
+
+bench: $(STAMP) ## run the benchmarks that need no GPU; tables on the terminal, JSON in out/bench
+	$(call run_each,$(BENCHES))
+
+bench-gpu: $(STAMP) ## run the benchmarks that need a GPU
+	$(call run_each,$(GPU_BENCHES))
+
+clean: ## remove outputs, demo models and caches; .venv stays
+	rm -rf out build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

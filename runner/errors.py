@@ -1,0 +1,176 @@
+"""Errors: what can go wrong, under stable codes, and what each means for the job and for the exit code.
+
+    RunnerError
+    ├── ManifestInvalid       manifest.invalid           exit 2   nothing starts
+    ├── ConfigInvalid         config.invalid             exit 2   a flag, recipe or device that cannot work
+    ├── InputError            fails its own job only     exit 1
+    │   ├── InputNotFound     input.not_found
+    │   ├── InputUnreadable   input.unreadable
+    │   ├── NoPerson          input.no_person
+    │   ├── InputTooShort     input.too_short
+    │   └── InputTooLarge     input.too_large
+    ├── StorageDenied         storage.denied             exit 2 at the start of a run, else its job's failure
+    ├── StorageUnavailable    storage.unavailable        exit 3   retryable
+    ├── StorageFull           storage.full               exit 3   stops the run; what is done stays done
+    ├── OutOfMemory           resource.out_of_memory     exit 1   retryable
+    ├── WeightsMissing        weights.missing            exit 2   stops the run
+    ├── WeightsCorrupt        weights.corrupt            exit 2   stops the run
+    ├── JobCrashed            job.crashed                exit 1   the process died in this job, earlier
+    └── InternalError         internal                   exit 1   a bug of ours: please report
+
+A message says what was wrong, where, and what to do. Nothing here imports anything of the project.
+"""
+
+from __future__ import annotations
+
+import errno
+
+__all__ = [
+    "ConfigInvalid",
+    "InputError",
+    "InputNotFound",
+    "InputTooLarge",
+    "InputTooShort",
+    "InputUnreadable",
+    "InternalError",
+    "JobCrashed",
+    "ManifestInvalid",
+    "NoPerson",
+    "OutOfMemory",
+    "RunnerError",
+    "StorageDenied",
+    "StorageFull",
+    "StorageUnavailable",
+    "WeightsCorrupt",
+    "WeightsMissing",
+    "as_runner_error",
+]
+
+
+class RunnerError(Exception):
+    """A failure with a stable `code`. `what` went wrong, `where` (path, URI, line), what `todo` about it."""
+
+    code = "internal"
+    retryable = False  # may the same call succeed later, with nothing changed?
+    stops_run = False  # would every later job fail the same way?
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, todo: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.todo = todo
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f". {self.todo}" if self.todo else ""
+        return f"{place}{self.what}{remedy}"
+
+
+class ManifestInvalid(RunnerError):
+    """The manifest cannot be run as written; `problems` holds every one that was found."""
+
+    code, exit_code, stops_run = "manifest.invalid", 2, True
+
+    def __init__(self, problems: list[str], *, where: object = None) -> None:
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        super().__init__(f"{count}\n" + "\n".join(f"  {p}" for p in problems), where=where)
+
+
+class ConfigInvalid(RunnerError):
+    """A flag, recipe or device that cannot work here, whatever the job."""
+
+    code, exit_code, stops_run = "config.invalid", 2, True
+
+
+class InputError(RunnerError):
+    """Something is wrong with one job's input; the other jobs go on."""
+
+
+class InputNotFound(InputError):
+    code = "input.not_found"
+
+
+class InputUnreadable(InputError):
+    """Empty, truncated, corrupt, or not the kind of file it claims to be."""
+
+    code = "input.unreadable"
+
+
+class NoPerson(InputError):
+    code = "input.no_person"
+
+
+class InputTooShort(InputError):
+    code = "input.too_short"
+
+
+class InputTooLarge(InputError):
+    code = "input.too_large"
+
+
+class StorageDenied(RunnerError):
+    """Credentials or permissions were refused; retrying does not help."""
+
+    code, exit_code = "storage.denied", 2
+
+
+class StorageUnavailable(RunnerError):
+    """The store timed out, dropped the connection or answered 5xx; the same call may succeed later."""
+
+    code, retryable, exit_code = "storage.unavailable", True, 3
+
+
+class StorageFull(RunnerError):
+    """No space left where output, cache or temporary files go."""
+
+    code, exit_code, stops_run = "storage.full", 3, True
+
+
+class OutOfMemory(RunnerError):
+    code, retryable = "resource.out_of_memory", True
+
+
+class WeightsMissing(RunnerError):
+    code, exit_code, stops_run = "weights.missing", 2, True
+
+
+class WeightsCorrupt(RunnerError):
+    code, exit_code, stops_run = "weights.corrupt", 2, True
+
+
+class JobCrashed(RunnerError):
+    """The process that ran this job ended without a word: killed for memory, a driver fault, a power cut."""
+
+    code = "job.crashed"
+
+
+class InternalError(RunnerError):
+    """An error that nobody foresaw."""
+
+    code = "internal"
+
+
+def as_runner_error(error: BaseException, *, where: object = None) -> RunnerError:
+    """`error` as one of ours: full disks, exhausted memory and denied files have a code, all else is `internal`."""
+    if isinstance(error, RunnerError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(
+            "no space left on the device", where=error.filename or where, todo="Free space, then run the same command"
+        )
+    if isinstance(error, PermissionError):
+        return StorageDenied(
+            "permission denied",
+            where=error.filename or where,
+            todo="Check the owner of the folder; in a container, pass --user",
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'})",
+            where=where,
+            todo="Ask for a smaller size or fewer max_segment_frames",
+        )
+    return InternalError(f"{type(error).__name__}: {error}", where=where, todo="This is a bug; please report it")

@@ -1,0 +1,124 @@
+"""Installs the project's dependencies into the interpreter that runs this file, for `make setup` and the image alike.
+
+Enters: pyproject.toml, the extras wanted, pip's settings on this machine. Leaves: an environment, by uv.
+
+torch is the one package whose right build depends on the machine. In this order:
+  1. backend `cpu` and pip's find-links hold a wheel that fits this Python: that very file (works without a network);
+  2. otherwise uv's --torch-backend (`cpu`, `cu130`, …, or `auto`, which asks the driver);
+  3. backend `index`: whatever the configured package index serves, like any other package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pip_settings
+
+__all__ = ["choose_backend", "local_torch", "main", "stale", "torch_requirement"]
+
+CUDA_BACKEND = "cu130"  # the CUDA major of the onnxruntime-gpu wheels too; the two must agree
+
+
+def choose_backend(asked: str, extras: Sequence[str], *, has_driver: bool) -> str:
+    """The backend of torch: as asked, else by the driver; a GPU image built where there is no GPU still gets CUDA."""
+    if asked:
+        return asked
+    if has_driver:
+        return "auto"
+    return CUDA_BACKEND if "gpu" in extras else "cpu"
+
+
+def torch_requirement(pyproject: Path) -> str:
+    """The project's own bound on torch, e.g. `torch>=2.10,<2.14`."""
+    dependencies = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return next(text for text in dependencies if re.match(r"torch\b(?!-)", text))
+
+
+def local_torch(requirement: str) -> str | None:
+    """The version of torch that pip's find-links hold for this Python, e.g. `2.13.0+cpu`; None if they hold none."""
+    command = ["install", "--quiet", "--no-index", "--no-deps", "--ignore-installed", "--dry-run", "--report", "-"]
+    probe = subprocess.run(
+        [sys.executable, "-m", "pip", *command, requirement], capture_output=True, text=True, check=False
+    )
+    if probe.returncode:
+        return None
+    version: str = json.loads(probe.stdout)["install"][0]["metadata"]["version"]
+    return version
+
+
+def stale(extras: Sequence[str], backend: str, installed: Mapping[str, str]) -> list[str]:
+    """What of the `installed` versions by name must go first, when an environment changes from one kind to the other.
+
+    The two onnxruntime distributions share a module: removing one later would gut the other. A CPU build of torch
+    satisfies any bound, so it would stay where CUDA is asked for.
+    """
+    both = ("onnxruntime", "onnxruntime-gpu")
+    unwanted = both[0] if "gpu" in extras else both[1]
+    gone = [name for name in both if name in installed] if unwanted in installed else []
+    return gone + ["torch"] * (backend != "cpu" and installed.get("torch", "").endswith("+cpu"))
+
+
+def run_uv(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    """One uv command on this interpreter; its failure ends the program with uv's own code and message."""
+    command = [sys.executable, "-m", "uv", "pip", arguments[0], "--quiet", "--python", sys.executable, *arguments[1:]]
+    done = subprocess.run(command, env={**(environment or {}), **os.environ}, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Install the project's dependencies into this interpreter.")
+    parser.add_argument(
+        "--project", type=Path, default=Path(__file__).resolve().parent.parent, help="where pyproject.toml lies"
+    )
+    parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml, e.g. gpu,demo")
+    parser.add_argument(
+        "--backend", default="", help="torch build: auto, cpu, cu130, …, or index (default: by the driver)"
+    )
+    parser.add_argument("--editable", action="store_true", help="install the project itself too, in place")
+    args = parser.parse_args(argv)
+
+    pyproject = args.project / "pyproject.toml"
+    extras = [name.strip() for name in args.extras.split(",") if name.strip()]
+    backend = choose_backend(args.backend, extras, has_driver=shutil.which("nvidia-smi") is not None)
+    environment = pip_settings.uv_environment(pip_settings.read())
+
+    if importlib.util.find_spec("uv") is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv>=0.8,<1"], check=True)
+    local = local_torch(torch_requirement(pyproject))
+    if local and backend != "cpu":
+        environment.pop("UV_FIND_LINKS", None)  # its `+cpu` version would win over the same release with CUDA
+    if local and backend == "cpu":
+        torch, why = [f"torch=={local}"], f"torch {local} from pip's find-links"
+    elif backend == "index":
+        torch, why = [], "torch as the package index serves it"
+    else:
+        torch, why = ["--torch-backend", backend], f"torch by uv's --torch-backend {backend}"
+    print(f"installing [{','.join(extras)}]: {why}", flush=True)
+    wanted = [word for name in extras for word in ("--extra", name)]
+    everything = ["-r", str(pyproject), *wanted, *torch]
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    if gone := stale(extras, backend, installed):
+        run_uv(
+            "install", "--dry-run", *everything, environment=environment
+        )  # nothing goes before its successor is found
+        run_uv("uninstall", *gone)
+    run_uv("install", *everything, environment=environment)
+    if args.editable:
+        run_uv("install", "--no-deps", "-e", str(args.project), environment=environment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

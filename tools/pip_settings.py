@@ -1,0 +1,102 @@
+"""Where packages come from on this machine: pip's own settings, for tools that do not read them (uv, an image build).
+
+Enters: what `pip config list` says, environment and files alike. Leaves: a mapping, the environment that makes uv look
+in the same places, or a folder that carries the settings into an image build. Knows nothing of the project.
+
+    pip_settings.py FOLDER     writes FOLDER/pip.conf and FOLDER/ca.crt, prints the build's volumes, one a line
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["carry", "local_folder", "parse", "read", "uv_environment"]
+
+MOUNT = "/mnt"  # where the carried folder appears in a build: present in every base, so nothing is left behind
+
+
+def read() -> dict[str, str]:
+    """The settings of the pip that belongs to this interpreter, by bare key: `find-links`, `index-url`, `cert`, …"""
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
+    return parse(listing.stdout)
+
+
+def parse(listing: str) -> dict[str, str]:
+    """`pip config list` → values by bare key. An environment variable (`:env:.cert`) wins over a file, as in pip.
+
+    A section of one command (`install.find-links`) wins over `global`; lists keep pip's white-space separation.
+    """
+    ranked: dict[str, tuple[int, str]] = {}
+    for line in listing.splitlines():
+        name, separator, quoted = line.partition("=")
+        section, dot, key = name.rpartition(".")
+        if not separator or not dot:
+            continue
+        rank = {":env:": 2, "global": 0, "site": 0, "user": 0}.get(section, 1)
+        if rank >= ranked.get(key, (0, ""))[0]:
+            text = quoted.strip().strip("'\"").replace("\\n", " ")
+            ranked[key] = (rank, " ".join(text.split()))
+    return {key: text for key, (_, text) in ranked.items()}
+
+
+def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """uv's names for pip's settings. Indexes are merged as pip merges them: the best version wins wherever it lies."""
+    names = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX"}
+    found = {uv: settings[pip] for pip, uv in names.items() if settings.get(pip)}
+    if "find-links" in settings:
+        found["UV_FIND_LINKS"] = ",".join(settings["find-links"].split())
+    if "extra-index-url" in settings:
+        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+    if settings.get("cert"):
+        found["SSL_CERT_FILE"] = settings["cert"]
+    return found
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder behind a path or a file: URL; None for anything on a network or that does not exist."""
+    parts = urlsplit(location)
+    if parts.scheme not in ("", "file"):
+        return None
+    folder = Path(unquote(parts.path))
+    return folder if folder.is_absolute() and folder.exists() else None
+
+
+def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
+    """Writes `settings` as folder/pip.conf for a build that mounts `folder` at MOUNT; returns the build's volumes.
+
+    A volume is `host:container:ro`.
+
+    The certificate bundle is copied, local package folders are mounted where they already are. A simple index refers
+    to files beside itself (`../files/…`), so it is the folder above it that is mounted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = dict(settings)
+    bundle = kept.get("cert") or os.environ.get("SSL_CERT_FILE", "")
+    if bundle and Path(bundle).is_file():
+        shutil.copyfile(bundle, folder / "ca.crt")
+        kept["cert"] = f"{MOUNT}/ca.crt"
+    mounts = {str(folder.resolve()): MOUNT}
+    for key in ("find-links", "index-url", "extra-index-url"):
+        for location in kept.get(key, "").split():
+            place = local_folder(location)
+            if place is not None:
+                mount = str(place if key == "find-links" else place.parent)
+                mounts[mount] = mount
+    writer = configparser.RawConfigParser()
+    writer["global"] = kept
+    with (folder / "pip.conf").open("w", encoding="utf-8") as out:
+        writer.write(out)
+    return [f"{host}:{inside}:ro" for host, inside in mounts.items()]
+
+
+if __name__ == "__main__":
+    print("\n".join(carry(read(), Path(sys.argv[1]))))
