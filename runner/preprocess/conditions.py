@@ -1,0 +1,165 @@
+"""Conditions: what drives one render, made a window at a time.
+
+In:   the poses and plans of pass 1. Out: `Window`s of skeletons, faces and, in replace mode, backgrounds and masks.
+Never: networks. Holds about 2 KB a frame; pixels exist only while a window is made (pass 2, a second decode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runner.metrics import StageTimer
+from runner.preprocess.face import FacePlan, crop_face
+from runner.preprocess.keypoints import PoseTrack
+from runner.preprocess.mask import GivenMask
+from runner.preprocess.sizing import Placement, padding_resize, resize_by_area
+from runner.preprocess.skeleton import draw_skeleton
+from runner.video import VideoReader
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["WINDOW_BYTES", "Geometry", "PoseConditions", "Window", "frames_at_once"]
+
+WINDOW_BYTES = 48 << 20  # native frames decoded at once: 7 of 1080p
+CROPS_KEPT = 4  # faces of frames outside of the window, which the next window is likely to hold too
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Frames [start, stop) of what drives the model."""
+
+    pose: np.ndarray  # uint8 [n, H, W, 3] RGB
+    face: np.ndarray  # uint8 [n, F, F, 3] RGB
+    background: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB, black where the mask is white; replace mode
+    mask: np.ndarray | None = None  # uint8 [n, H, W], 255 where the picture is made anew, else 0; replace mode
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How frames and poses of the driving video come to the output's size."""
+
+    width: int
+    height: int
+    placement: Placement
+    parity: bool = False
+    resize_first: int | None = None  # official replace mode: every frame is brought to this area before anything else
+
+    def frame(self, frame: np.ndarray) -> np.ndarray:
+        """The frame as detector, pose model and face crop see it."""
+        return frame if self.resize_first is None else resize_by_area(frame, self.resize_first)
+
+    def output(self, frame: np.ndarray) -> np.ndarray:
+        """That frame at the output's size."""
+        return frame if self.resize_first is not None else self.placement.image(frame)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """bool [h, w] of the native frame → uint8 [H, W] of 0 and 255, nearest neighbour."""
+        import cv2
+
+        grey = mask.astype(np.uint8) * 255
+        if self.resize_first is not None:
+            return padding_resize(grey, self.width, self.height, cv2.INTER_NEAREST)
+        return self.placement.image(grey, cv2.INTER_NEAREST)
+
+    def skeleton(self, track: PoseTrack, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled."""
+        pose = track.pose(index)
+        if not self.parity:
+            return draw_skeleton(pose.moved(self.placement.points), self.width, self.height)
+        drawn = draw_skeleton(pose, track.width, track.height)
+        return drawn if self.resize_first is not None else padding_resize(drawn, self.width, self.height)
+
+
+@dataclass(eq=False)
+class PoseConditions:
+    """One job's conditions; fulfils `generation.base.Conditions`."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    start_s: float
+    report: Mapping[str, Any]
+    reference: Image.Image  # RGB, upright, at its own size
+    video: Path
+    indices: np.ndarray  # int64 [frames]: which frames of `video`
+    track: PoseTrack
+    faces: FacePlan
+    face_size: int
+    geometry: Geometry
+    mask: GivenMask | None = None
+    timer: StageTimer = field(default_factory=StageTimer)
+    _reader: VideoReader | None = field(default=None, repr=False)
+    _crops: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def window(self, start: int, stop: int) -> Window:
+        """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
+        if not 0 <= start < stop <= self.frames:
+            raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
+        with self.timer.stage("draw"):
+            pose = np.stack([self.geometry.skeleton(self.track, i) for i in range(start, stop)])
+            face = np.zeros((stop - start, self.face_size, self.face_size, 3), np.uint8)
+            masks = self._masks(start, stop) if self.mask else None
+            background = None if masks is None else np.zeros_like(pose)
+            self._fill(start, stop, face, background)
+            if background is not None and masks is not None:
+                background[masks > 0] = 0
+            return Window(pose, face, background, masks)
+
+    def close(self) -> None:
+        """Close the files. Idempotent; a later `window` opens the video again."""
+        if self._reader:
+            self._reader.close()
+        self._reader = None
+        self._crops.clear()
+        if self.mask:
+            self.mask.close()
+
+    def _fill(self, start: int, stop: int, face: np.ndarray, background: np.ndarray | None) -> None:
+        """Read what the window needs of the video, once and in order, and put it where it goes."""
+        sources = self.faces.sources[start:stop]  # the face of a frame without one lies elsewhere in the clip
+        for source in set(sources.tolist()) & self._crops.keys():
+            face[sources == source] = self._crops[source]
+        to_read = np.array([s for s in np.unique(sources) if s >= 0 and s not in self._crops], np.int64)
+        own = np.arange(start, stop) if background is not None else np.zeros(0, np.int64)
+        for index, native in self._native(np.unique(self.indices[np.concatenate([to_read, own])])):
+            frame = self.geometry.frame(native)
+            for source in to_read[self.indices[to_read] == index]:
+                face[sources == source] = crop_face(frame, self.faces.boxes[source], self.face_size)
+            if background is not None:
+                background[self.indices[own] == index] = self.geometry.output(frame)
+        for source in (int(sources[0]), int(sources[-1])):
+            if source >= 0 and source not in self._crops:
+                self._crops[source] = face[np.flatnonzero(sources == source)[0]].copy()
+        while len(self._crops) > CROPS_KEPT:
+            self._crops.pop(next(iter(self._crops)))
+
+    def _native(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, uint8 [h, w, 3]) of the frames `indices` (ascending) of the video; a few are decoded at a time."""
+        if not len(indices):
+            return
+        if self._reader is None:
+            self._reader = VideoReader(self.video)
+            if self.geometry.parity:
+                self._reader.sample("source", parity=True)  # numbers frames as the official reader does, as pass 1 did
+        info = self._reader.info
+        at = iter(indices.tolist())
+        for frames in self._reader.windows(indices, frames_at_once(info.width, info.height)):
+            for frame in frames:
+                yield next(at), frame
+
+    def _masks(self, start: int, stop: int) -> np.ndarray:
+        assert self.mask is not None
+        return np.stack([self.geometry.mask(mask) for mask in self.mask.frames(start, stop)])
+
+
+def frames_at_once(width: int, height: int, most: int = 16) -> int:
+    """How many frames of this size are decoded together: few enough for WINDOW_BYTES, at least one."""
+    return max(1, min(most, WINDOW_BYTES // (width * height * 3)))

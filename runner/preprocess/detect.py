@@ -1,0 +1,129 @@
+"""Detection: frames in, the boxes of people out, and the one box that the clip is about.
+
+In:   uint8 RGB frames and a network of the YOLOv10 contract. Out: candidate rows, and a `Box` or None a frame.
+Never: time (what to do in a frame without a person is the pipeline's business).
+
+Contract: [1, 3, 640, 640] float32 RGB/255, the frame stretched, → [1, 300, 6] rows x1, y1, x2, y2, score, class in
+640-space (or YOLOv8's [1, 84, 8400]: centre, size, 80 class scores). Class 0 is a person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from runner.preprocess.sessions import Network, check_shape, open_network
+
+__all__ = ["MIN_SCORE", "PARITY_MIN_SCORE", "Box", "Detector", "choose_person", "choose_person_parity", "network_input"]
+
+SIDE = 640
+PERSON = 0
+PARITY_MIN_SCORE = 0.05
+MIN_SCORE = 0.25  # the detector's own default: below it every texture is a person, and no clip is without one
+NMS_IOU = 0.5
+FAR_SMALLER = 0.4  # official: boxes this much shorter than the longest so far are passed over
+# Division in float64, then float32, as the official code does, at the price of a table look-up.
+UNIT = (np.arange(256) / 255.0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A person in a frame: corners in pixels (x2, y2 exclusive) and the detector's score."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    score: float
+
+    @property
+    def area(self) -> float:
+        return (self.x2 - self.x1) * (self.y2 - self.y1)
+
+
+class Detector:
+    """Finds people with a YOLOv10 network."""
+
+    def __init__(self, network: Network) -> None:
+        check_shape(network, input_tail=(3, SIDE, SIDE), output_tails=[(None, 6), (84, None)])
+        self.network = network
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> Detector:
+        return cls(open_network(path, device))
+
+    def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2 in 640-space, score, class."""
+        return _as_rows(self.network.run(np.stack([network_input(frame) for frame in frames])))
+
+
+def network_input(frame: np.ndarray) -> np.ndarray:
+    """uint8 RGB [H, W, 3] → float32 [3, 640, 640] in 0…1; stretched, not letterboxed: the contract's own way."""
+    return cv2.LUT(cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR), UNIT).transpose(2, 0, 1)
+
+
+def choose_person(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
+    """The largest person of one frame, or None. `rows` float [m, 6] as in `Detector.rows`, `size` (width, height).
+
+    Differs from the official rule where that goes wrong: only people compete (there, a surfboard that scores higher
+    deletes its surfer), boxes stay fractional, and a score of 0.06 makes no one a person.
+    """
+    people = rows[(rows[:, 5].round() == PERSON) & (rows[:, 4] >= MIN_SCORE)]
+    boxes = _scaled(people[:, :4], size)
+    boxes = np.clip(boxes, 0, (*size, *size))
+    boxes[:, 2:] -= boxes[:, :2]
+    kept = _nms(boxes, people[:, 4], MIN_SCORE)
+    found = [Box(x, y, x + w, y + h, float(people[i, 4])) for i in kept for x, y, w, h in [map(float, boxes[i])]]
+    return max((b for b in found if b.area > 0), key=lambda b: b.area, default=None)
+
+
+def choose_person_parity(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
+    """The official choice: whole pixels, suppression across all classes, then the largest.
+
+    Boxes are scanned by falling score; one whose longer side is under 0.4 of a running maximum is passed over. That
+    maximum starts at the longest of all and then follows the box accepted last.
+    """
+    rows = rows[rows[:, 4] >= PARITY_MIN_SCORE]
+    boxes = _scaled(rows[:, :4], size)
+    boxes[:, 2:] -= boxes[:, :2]
+    boxes = boxes.astype(np.int32)
+    kept = [i for i in _nms(boxes, rows[:, 4], PARITY_MIN_SCORE) if int(rows[i, 5]) == PERSON]
+    longest = max((int(boxes[i, 2:].max()) for i in kept), default=0)
+    best: Box | None = None
+    for i in kept:
+        x, y, w, h = (int(v) for v in boxes[i])
+        if max(w, h) < FAR_SMALLER * longest:
+            continue
+        if best is None or w * h > best.area:
+            best = Box(x, y, x + w, y + h, float(rows[i, 4]))
+            longest = max(w, h)
+    return best
+
+
+def _as_rows(output: np.ndarray) -> np.ndarray:
+    """Either layout as [n, m, 6]; the YOLOv8 one carries centre and size and a score for each of 80 classes."""
+    if output.shape[-1] == 6:
+        return output
+    columns = output.transpose(0, 2, 1)
+    centre, half = columns[..., :2], columns[..., 2:4] / 2
+    scores = columns[..., 4:]
+    best = scores.argmax(-1)[..., None]
+    parts = [centre - half, centre + half, np.take_along_axis(scores, best, -1), best.astype(np.float32)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _scaled(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    width, height = size
+    return corners.astype(np.float64) * np.array([width, height, width, height]) / SIDE
+
+
+def _nms(boxes_xywh: np.ndarray, scores: np.ndarray, least: float) -> list[int]:
+    """Indices that survive, best score first."""
+    if not len(boxes_xywh):
+        return []
+    kept = cv2.dnn.NMSBoxes(boxes_xywh.tolist(), scores.astype(float).tolist(), least, NMS_IOU)
+    return [int(i) for i in np.asarray(kept).reshape(-1)]

@@ -1,0 +1,79 @@
+"""Keypoints: 133 whole-body points as the joints that are drawn and the face that is cropped.
+
+In:   points float32 [133, 3] (x, y in pixels, confidence) of COCO-WholeBody. Out: `Pose` of one frame, `PoseTrack` of a
+whole clip (1.6 KB a frame). Never: pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["BODY_ROWS", "FACE", "LEFT_HAND", "RIGHT_HAND", "Pose", "PoseTrack", "body_of", "hold_lost_bodies"]
+
+# COCO-WholeBody: 0–16 body, 17–22 feet, 23–90 face, 91–111 left hand, 112–132 right hand.
+BODY_ROWS = slice(0, 23)
+FACE = slice(23, 91)
+LEFT_HAND = slice(91, 112)
+RIGHT_HAND = slice(112, 133)
+# A body joint is the mean of two points, confidence included; most name one point twice. The neck is between the
+# shoulders, a toe between big and small toe.
+FIRST = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20]
+SECOND = [0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 18, 21]
+
+
+@dataclass(frozen=True, eq=False)
+class Pose:
+    """One person in one frame; every array is float [k, 3]: x, y in pixels, confidence."""
+
+    body: np.ndarray  # [20, 3] nose, neck, R shoulder/elbow/wrist, L …, R hip/knee/ankle, L …, eyes, ears, toes
+    left_hand: np.ndarray  # [21, 3]
+    right_hand: np.ndarray  # [21, 3]
+    face: np.ndarray  # [68, 3]
+
+    @classmethod
+    def from_points(cls, points: np.ndarray) -> Pose:
+        """From whole-body points [133, 3]."""
+        if points.shape != (133, 3):
+            raise ValueError(f"133 points of x, y, confidence are needed, not an array of {points.shape}")
+        return cls(body_of(points), points[LEFT_HAND], points[RIGHT_HAND], points[FACE])
+
+    def moved(self, transform: Callable[[np.ndarray], np.ndarray]) -> Pose:
+        """The pose with `transform` applied to its coordinates [k, 2]; confidences stay."""
+        parts = (self.body, self.left_hand, self.right_hand, self.face)
+        return Pose(*(np.concatenate([transform(p[:, :2].astype(np.float64)), p[:, 2:]], 1) for p in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class PoseTrack:
+    """The poses of a clip, in pixels of frames of (width, height)."""
+
+    points: np.ndarray  # float32 [n, 133, 3]
+    width: int
+    height: int
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pose(self, index: int) -> Pose:
+        return Pose.from_points(self.points[index])
+
+
+def body_of(points: np.ndarray) -> np.ndarray:
+    """Whole-body points [..., 133, 3] → body joints [..., 20, 3]."""
+    return (points[..., FIRST, :] + points[..., SECOND, :]) / 2
+
+
+def hold_lost_bodies(points: np.ndarray) -> np.ndarray:
+    """Official: where every body joint has a negative coordinate, the body of the frame before stays (not hands, face).
+
+    points [n, 133, 3] → a copy. In the first frame, where the official code crashes, there is nothing to hold.
+    """
+    held = points.copy()
+    lost = (body_of(points)[..., :2].min(-1) < 0).all(-1)
+    for i in np.flatnonzero(lost):
+        if i:
+            held[i, BODY_ROWS] = held[i - 1, BODY_ROWS]
+    return held

@@ -1,0 +1,244 @@
+"""ONNX networks: open a file on the device that was asked for, or say plainly why not.
+
+In:   a model file (or the folder of `end2end.onnx` and its weights) and a device. Out: `Network`: names, batch, `run`.
+Never: what the network finds. A CPU session where CUDA was asked for is an error, never a slow surprise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+
+__all__ = ["Network", "check_shape", "model_file", "open_network", "open_session", "usable_cpus"]
+
+FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder holding it
+ELEMENTS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda_error_out_of_memory", "bad_alloc")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network with one image input and one output that matters (index 0: exports differ in names, not in order)."""
+
+    session: Any
+    path: Path
+    provider: str
+    reason: str  # why this provider, in words, for the log and the record
+    input_name: str
+    output_name: str
+    input_shape: tuple[int | None, ...]  # None: dynamic
+    output_shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]  # of the input
+
+    @property
+    def batch(self) -> int | None:
+        """The constant batch size of the graph, or None when it takes any."""
+        return self.input_shape[0] if self.input_shape else None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Plain values for the record."""
+        return {"model": self.path.name, "provider": self.provider, "why": self.reason, "batch": self.batch}
+
+    def run(self, images: np.ndarray, *, most: int = 16) -> np.ndarray:
+        """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` images at a time.
+
+        A graph of constant batch k is fed k at a time, the last chunk filled up with zeros that are dropped again.
+        """
+        size = self.batch or most
+        parts = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size].astype(self.dtype, copy=False)
+            missing = size - len(chunk) if self.batch else 0
+            if missing:
+                chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), chunk.dtype)])
+            parts.append(self._run_once(np.ascontiguousarray(chunk))[: size - missing])
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def _run_once(self, chunk: np.ndarray) -> np.ndarray:
+        try:
+            return self.session.run([self.output_name], {self.input_name: chunk})[0]
+        except Exception as err:  # onnxruntime has no public exception types; only exhausted memory is ours to name
+            if any(words in str(err).lower() for words in OUT_OF_MEMORY):
+                raise OutOfMemory(
+                    f"{self.path.name} ran out of memory on {self.provider}",
+                    where=self.path,
+                    todo="Free the device, or preprocess on the CPU",
+                ) from err
+            raise
+
+
+def open_network(path: Path, device: str = "cpu") -> Network:
+    """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid."""
+    session, reason = open_session(path, device)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    file = model_file(path)
+    if not inputs or not outputs or inputs[0].type not in ELEMENTS:
+        raise WeightsCorrupt(
+            f"the graph takes {[i.type for i in inputs]}, not one float image", where=file, todo="Fetch the model again"
+        )
+    return Network(
+        session=session,
+        path=Path(path),
+        provider=session.get_providers()[0],
+        reason=reason,
+        input_name=inputs[0].name,
+        output_name=outputs[0].name,
+        input_shape=_sizes(inputs[0].shape),
+        output_shape=_sizes(outputs[0].shape),
+        dtype=ELEMENTS[inputs[0].type],
+    )
+
+
+def open_session(path: Path, device: str = "cpu") -> tuple[Any, str]:
+    """(onnxruntime session, why it runs where it runs). The session has the provider of `device`, or this raises."""
+    file = model_file(path)
+    provider, provider_options, reason = _provider(device)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # what matters comes back as an exception
+    options.use_deterministic_compute = True
+    # On a GPU the CPU only does shape arithmetic. Left to itself the runtime pins a thread to every core of the host,
+    # also of a container that was given two, and spins there while the generator wants them.
+    options.intra_op_num_threads = 1 if provider.startswith("CUDA") else usable_cpus()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, provider_options)])
+    except Exception as err:  # as above: told apart by their words
+        raise _opening_failed(err, file, device) from err
+    if session.get_providers()[0] != provider:
+        raise ConfigInvalid(
+            f"onnxruntime could not start {provider} and fell back to {session.get_providers()[0]}",
+            where=file,
+            todo=f"{_remedy()} `video-lab doctor` shows the driver and the CUDA libraries that were found",
+        )
+    return session, reason
+
+
+def model_file(path: Path) -> Path:
+    """The .onnx file behind `path`: itself, or `end2end.onnx` inside a folder. WeightsMissing if there is none."""
+    path = Path(path)
+    file = path / FOLDER_MODEL if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsMissing(
+            f"no ONNX model here{f' (no {FOLDER_MODEL} in this folder)' if path.is_dir() else ''}",
+            where=path,
+            todo="Put the preprocessing models of the published weights under process_checkpoint/ in --models",
+        )
+    return file
+
+
+def check_shape(network: Network, *, input_tail: tuple[int, ...], output_tails: list[tuple[int | None, ...]]) -> None:
+    """WeightsCorrupt unless input and output have these sizes after the batch; None and dynamic sizes match all."""
+
+    def fits(shape: tuple[int | None, ...], tail: tuple[int | None, ...]) -> bool:
+        pairs = zip(shape[1:], tail, strict=False)
+        return len(shape) == len(tail) + 1 and all(a is None or b is None or a == b for a, b in pairs)
+
+    got_in, got_out = network.input_shape, network.output_shape
+    if not fits(got_in, input_tail) or not (not got_out or any(fits(got_out, tail) for tail in output_tails)):
+        wanted = " or ".join(str(list(tail)) for tail in output_tails)
+        raise WeightsCorrupt(
+            f"the graph maps {list(got_in)} to {list(got_out)}, "
+            f"but after the batch {list(input_tail)} to {wanted} is needed",
+            where=network.path,
+            todo="This is another model; check which file stands under this name",
+        )
+
+
+def usable_cpus(environment: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Threads worth starting: OMP_NUM_THREADS if set, else the cores this process may use, by affinity and by quota."""
+    asked = environment.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cgroup.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here: the affinity is all there is to know
+    return cores
+
+
+def _sizes(shape: list[Any]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) and size > 0 else None for size in shape or [])
+
+
+def _provider(device: str) -> tuple[str, dict[str, Any], str]:
+    """(execution provider, its options, why)."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return "CPUExecutionProvider", {}, "the device asked for is cpu"
+    if kind != "cuda" or not (index.isdigit() or not index):
+        raise ConfigInvalid(f"no such preprocessing device: {device!r}", todo="Use cpu, cuda or cuda:N")
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ConfigInvalid(
+            f"device {device} was asked for, but this onnxruntime has only {onnxruntime.get_available_providers()}",
+            todo=_remedy(),
+        )
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA and cuDNN that came as wheels, with torch
+    options = {
+        "device_id": int(index or 0),
+        "arena_extend_strategy": "kSameAsRequested",  # doubling would take memory that the transformer needs
+        "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE picks by stopwatch: other bits on another day
+    }
+    return "CUDAExecutionProvider", options, f"the device asked for is {device}"
+
+
+def _remedy() -> str:
+    """What to install, given which of the two distributions of the one module are there."""
+    there = {name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)}
+    if there == {"onnxruntime", "onnxruntime-gpu"}:
+        return (
+            "Both onnxruntime and onnxruntime-gpu are installed and overwrite each other: uninstall both, "
+            "then install onnxruntime-gpu alone (the extra `gpu`)."
+        )
+    if there == {"onnxruntime"}:
+        return "Uninstall onnxruntime (CPU build), then install onnxruntime-gpu (the extra `gpu`)."
+    if there == {"onnxruntime-gpu"}:
+        return "onnxruntime-gpu is there: check that its CUDA major version is torch's and the driver new enough."
+    return "Install onnxruntime-gpu (the extra `gpu`)."
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _opening_failed(err: Exception, file: Path, device: str) -> Exception:
+    """The runtime's exception as one of ours. Its types are private, its words are stable."""
+    words = str(err)
+    first = (words.splitlines() or [type(err).__name__])[0][:300]
+    lower = words.lower()
+    if any(w in lower for w in OUT_OF_MEMORY):
+        return OutOfMemory(f"no memory to load the model on {device}", where=file, todo="Free the device")
+    if "external data path does not exist" in lower or "no such file" in lower:
+        return WeightsMissing(
+            f"weights beside the graph are missing ({first})",
+            where=file,
+            todo="Copy the whole folder, not the .onnx alone",
+        )
+    if device != "cpu" and ("cuda" in lower or "cudnn" in lower):
+        return ConfigInvalid(f"CUDA did not start ({first})", where=file, todo=_remedy())
+    size = file.stat().st_size
+    return WeightsCorrupt(
+        f"not a readable ONNX model of {size:,} bytes ({first})",
+        where=file,
+        todo="Fetch it again; a file of about 130 bytes is a Git LFS pointer, not the weights",
+    )
