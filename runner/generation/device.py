@@ -1,0 +1,103 @@
+"""Device: which one computes, why, and how its work and memory are read.
+
+In:   what was asked: "auto", "cpu", "cuda" or "cuda:N". Out: a torch device with the reason in words; a DeviceProbe.
+Never: a quiet fallback: asking for CUDA where there is none is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from typing import TYPE_CHECKING
+
+from runner.errors import ConfigInvalid, OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CudaProbe", "as_out_of_memory", "make_probe", "pick_device"]
+
+# What torch, cuBLAS and cuDNN say where the exception's type does not tell.
+EXHAUSTED = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def pick_device(requested: str = "auto") -> tuple[torch.device, str]:
+    """The device, and why, in words. Raises ConfigInvalid for a device that is not there."""
+    import torch
+
+    if requested == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0), f"{torch.cuda.get_device_name(0)} is there"
+        return torch.device("cpu"), f"no CUDA device: {_why_no_cuda()}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", requested):
+        raise ConfigInvalid(f"no device {requested!r}", todo="Devices: auto, cpu, cuda, cuda:N")
+    if requested == "cpu":
+        return torch.device("cpu"), "asked for"
+    if not torch.cuda.is_available():
+        raise ConfigInvalid(
+            f"device {requested!r} was asked for, but {_why_no_cuda()}",
+            todo="Check the driver (nvidia-smi) and, in a container, --gpus all; or ask for --device cpu",
+        )
+    index = int(requested.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigInvalid(f"no device {requested!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device("cuda", index), f"asked for; {torch.cuda.get_device_name(index)}"
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return f"torch (CUDA {torch.version.cuda}) finds no device or no usable driver"
+
+
+class CudaProbe:
+    """Waits for one CUDA device and reads torch's allocator: bytes it handed out, bytes it holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.device)
+
+    def reset_peak(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> dict[str, int]:
+        import torch
+
+        return {
+            "allocated": torch.cuda.max_memory_allocated(self.device),
+            "reserved": torch.cuda.max_memory_reserved(self.device),
+        }
+
+
+def make_probe(device: torch.device) -> CudaProbe | None:
+    """What a StageTimer needs to time `device`; None for the CPU, which computes in step."""
+    return CudaProbe(device) if device.type == "cuda" else None
+
+
+def as_out_of_memory(error: BaseException, device: torch.device, *, doing: str) -> OutOfMemory | None:
+    """`error` as OutOfMemory if that is what it is, else None. Frees what the failed work held, so that a retry has it.
+
+    The frames of a traceback keep the tensors of the failed call alive for as long as somebody holds the exception.
+    """
+    import torch
+
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not known and not (isinstance(error, RuntimeError) and EXHAUSTED.search(str(error))):
+        return None
+    first_line = str(error).splitlines()[0] if str(error) else "host memory"
+    traceback.clear_frames(error.__traceback__)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return OutOfMemory(
+        f"out of memory while {doing} ({first_line})",
+        where=str(device),
+        todo="Ask for a smaller size or fewer max_segment_frames, or use a device with more memory",
+    )

@@ -1,0 +1,70 @@
+"""Segments: how a job's frames are cut into the windows that the model denoises.
+
+In:   frames asked for, overlap of neighbouring windows, the longest window the model may see. All in frames.
+Out:  one window length (4k+1: the video autoencoder packs four frames behind the first) and a count of windows;
+      for each window, which frames fill it, reflected at the end of the job.
+Never: pixels, devices, prompts. Raises InputTooShort for a job that cannot be reflected.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runner.errors import ConfigInvalid, InputTooShort
+
+__all__ = ["fit_segments", "output_span", "reflect_indices", "shortest_window"]
+
+PACKED_FRAMES = 4  # frames a latent frame holds, but for the first
+MIN_FRAMES = 2  # reflection needs a second frame to turn back to
+
+
+def shortest_window(overlap: int) -> int:
+    """The least window, frames (4k+1): more than twice `overlap`, below which upstream's segment count breaks down."""
+    return round_up(2 * overlap + 1)
+
+
+def fit_segments(frames: int, overlap: int, longest: int) -> tuple[int, int]:
+    """(frames of every window, windows) for a job of `frames` frames; each window starts `overlap` frames back.
+
+    The fewest windows that `longest` allows, then the shortest 4k+1 window with which that many cover the job. A
+    `longest` that is not 4k+1 is rounded down. 97 frames with windows of at most 81 become two of 49, not two of 81.
+    Raises InputTooShort below two frames, ConfigInvalid when `longest` leaves no room beside the overlap.
+    """
+    if frames < MIN_FRAMES:
+        raise InputTooShort(
+            f"{frames} frame{'' if frames == 1 else 's'} to render; at least {MIN_FRAMES} are needed",
+            todo="Use a longer driving video, a higher fps or an earlier start_s",
+        )
+    least = shortest_window(overlap)
+    longest -= (longest - 1) % PACKED_FRAMES
+    if longest < least:
+        raise ConfigInvalid(
+            f"windows of {longest} frames are too short for an overlap of {overlap}",
+            todo=f"Set max_segment_frames to at least {least}",
+        )
+    segments = max(1, -(-(frames - overlap) // (longest - overlap)))
+    new_frames = max(0, -(-(frames - overlap) // segments))  # of each window, beyond its overlap
+    return max(least, round_up(overlap + new_frames)), segments
+
+
+def reflect_indices(start: int, stop: int, frames: int) -> np.ndarray:
+    """Which of `frames` frames stand at positions start..stop-1 of the padded job: int64 [stop - start].
+
+    0 1 2 3 4 3 2 1 0 1 … for five frames: the same as `WanAnimatePipeline.pad_video_frames`. Needs two frames.
+    """
+    if frames < MIN_FRAMES:
+        raise InputTooShort(f"{frames} frame(s) cannot be reflected", todo="Use a longer driving video")
+    position = np.arange(start, stop, dtype=np.int64) % (2 * (frames - 1))
+    return np.where(position < frames, position, 2 * (frames - 1) - position)
+
+
+def output_span(index: int, segment_frames: int, overlap: int, frames: int) -> tuple[int, int]:
+    """[first, last+1) frames of the job that window `index` adds, without its overlap and without padding."""
+    step = segment_frames - overlap
+    first = index * step + (overlap if index else 0)
+    return min(first, frames), min(index * step + segment_frames, frames)
+
+
+def round_up(frames: int) -> int:
+    """The least 4k+1 that is not below `frames`."""
+    return frames + (1 - frames) % PACKED_FRAMES

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from diffusers import WanAnimatePipeline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.errors import ConfigInvalid, InputTooShort
+from runner.generation.segments import fit_segments, output_span, reflect_indices, shortest_window
+
+overlaps = st.sampled_from([1, 5])
+counts = st.integers(2, 2000)
+windows = st.integers(13, 241).map(lambda n: n - (n - 1) % 4).filter(lambda n: n >= 13)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fitted"),
+    [(49, (49, 1)), (81, (81, 1)), (97, (49, 2)), (121, (61, 2)), (161, (81, 2)), (241, (81, 3)), (2, (5, 1))],
+)
+def test_table(frames, fitted):
+    assert fit_segments(frames, 1, 81) == fitted
+
+
+def test_161_frames_pad_at_most_two_percent():
+    segment, segments = fit_segments(161, 1, 81)
+    assert segment * segments - 1 * (segments - 1) - 161 <= 0.02 * 161
+
+
+def test_shortest_windows():
+    assert (shortest_window(1), shortest_window(5)) == (5, 13)
+
+
+def covers(segment: int, segments: int, overlap: int) -> int:
+    return overlap + segments * (segment - overlap)
+
+
+@given(counts, overlaps, windows)
+def test_fewest_windows_then_the_shortest(frames, overlap, longest):
+    segment, segments = fit_segments(frames, overlap, longest)
+    assert segment % 4 == 1
+    assert shortest_window(overlap) <= segment <= longest
+    assert covers(segment, segments, overlap) >= frames
+    assert segments == 1 or covers(longest, segments - 1, overlap) < frames  # one window fewer would not do
+    assert segment == shortest_window(overlap) or covers(segment - 4, segments, overlap) < frames  # nor shorter ones
+
+
+@given(counts, overlaps, windows)
+def test_upstream_cuts_the_same_windows(frames, overlap, longest):
+    """Given our window length, the library's own arithmetic arrives at our count, for every job it can render."""
+    segment, segments = fit_segments(frames, overlap, longest)
+    if frames <= overlap:
+        return  # upstream runs no segment at all
+    step = segment - overlap
+    rest = (frames - overlap) % step
+    assert (frames + (step - rest if rest else 0)) // step == segments
+
+
+@given(counts, overlaps, windows)
+def test_output_spans_tile_the_job(frames, overlap, longest):
+    segment, segments = fit_segments(frames, overlap, longest)
+    spans = [output_span(i, segment, overlap, frames) for i in range(segments)]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == frames
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+    assert all(first < last for first, last in spans)
+
+
+@given(st.integers(2, 60), st.integers(0, 200), st.integers(1, 120))
+def test_reflection_is_upstreams(frames, start, length):
+    padded = WanAnimatePipeline.pad_video_frames(None, list(range(frames)), start + length)
+    assert np.array_equal(reflect_indices(start, start + length, frames), padded[start:])
+
+
+def test_reflection_by_hand():
+    assert reflect_indices(0, 10, 5).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1]
+    assert reflect_indices(0, 5, 2).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_one_frame_is_too_short():
+    with pytest.raises(InputTooShort, match="1 frame to render"):
+        fit_segments(1, 1, 81)
+    with pytest.raises(InputTooShort):
+        reflect_indices(0, 5, 1)
+
+
+def test_windows_too_short_for_the_overlap():
+    with pytest.raises(ConfigInvalid, match="at least 13"):
+        fit_segments(40, 5, 9)
