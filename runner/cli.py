@@ -1,0 +1,210 @@
+"""Command line: verbs only. Parse, call, print, exit by outcome.
+
+`--help` ends before torch, diffusers or transformers are imported: every verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner import __version__
+from runner.errors import ManifestInvalid, RunnerError, as_runner_error
+
+__all__ = ["main", "parser"]
+
+EXIT_CODES = """\
+exit codes:
+  0 all jobs succeeded or were done   1 some jobs failed   2 usage, manifest, weights or credentials: fix, then rerun
+  3 infrastructure: rerun the same command   4 regression threshold broken   130 SIGINT   143 SIGTERM, drained
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    arguments = parser().parse_args(argv)
+    from runner.events import configure_logging
+
+    configure_logging(arguments.log_format, verbose=arguments.verbose)
+    try:
+        return int(arguments.call(arguments))
+    except ManifestInvalid as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except RunnerError as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `video-lab status … | head`
+        return 0
+    except OSError as error:
+        found = as_runner_error(error)
+        print(f"{found.code}: {found.message}", file=sys.stderr)
+        return found.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="video-lab",
+        description="Batch renderer for character animation: a manifest of jobs in, MP4s and records out.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"video-lab {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--log-format",
+        choices=("auto", "console", "json"),
+        default="auto",
+        help="json: one object a line, for machines",
+    )
+    common.add_argument("--verbose", action="store_true", help="debug events too")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, call: object, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            parents=[common],
+            help=text,
+            description=text,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(call=call)
+        return made
+
+    run = verb("run", _run, "render what is not done yet")
+    _manifest(run)
+    run.add_argument("--out", required=True, metavar="URI", help="output folder or s3://bucket/prefix")
+    _models(run)
+    _shard(run)
+    run.add_argument(
+        "--run-id", metavar="ID", help="names the run's summary; default: the scheduler's job id, else the time"
+    )
+    run.add_argument("--force", action="store_true", help="run every job, done or not")
+    run.add_argument("--retry-failed", action="store_true", help="run only jobs that have failed")
+    run.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="attempts a job gets; 0: no limit (3)")
+    run.add_argument(
+        "--drain-s", type=float, default=20.0, metavar="S", help="seconds the running job gets after a signal (20)"
+    )
+    run.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet of this run's outputs")
+
+    validate = verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
+    _manifest(validate)
+    validate.add_argument("--deep", action="store_true", help="download s3:// inputs and open them too")
+    validate.add_argument("--no-inputs", action="store_true", help="check the manifest's text only")
+
+    plan = verb("plan", _plan, "print frames, segments, padding and cost of each job; renders nothing")
+    _manifest(plan)
+    _models(plan)
+    _shard(plan)
+
+    status = verb("status", _status, "what an output folder holds: done, failed, running")
+    status.add_argument("out", metavar="OUT", help="output folder or s3://bucket/prefix")
+    status.add_argument("--json", action="store_true", help="one JSON object a job")
+
+    doctor = verb("doctor", _doctor, "check device, driver, libraries, weights, disk and S3, and say what to do")
+    _models(doctor)
+    doctor.add_argument("--out", metavar="URI", help="check that this can be written")
+
+    weights = verb("weights", _weights_demo, "make the demo's tiny models and media: no GPU, no hub, no account")
+    weights.add_argument("what", choices=("demo",), help="demo: build the tiny random model and its media")
+    weights.add_argument("--models", type=Path, default=Path(".cache/demo-models"), metavar="DIR")
+    weights.add_argument("--media", type=Path, default=Path(".cache/demo-media"), metavar="DIR")
+    return top
+
+
+def _manifest(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("manifest", metavar="MANIFEST", help="YAML or JSONL: a path, s3://… or - for standard input")
+
+
+def _models(verb: argparse.ArgumentParser) -> None:
+    default = os.environ.get("VIDEO_LAB_MODELS")
+    verb.add_argument(
+        "--models", default=default, metavar="URI", help="model store: a folder or s3://… ($VIDEO_LAB_MODELS)"
+    )
+    cache = Path(os.environ.get("VIDEO_LAB_CACHE", Path.home() / ".cache" / "video-lab"))
+    verb.add_argument(
+        "--cache", type=Path, default=cache, metavar="DIR", help="for synced models and scratch ($VIDEO_LAB_CACHE)"
+    )
+    verb.add_argument("--recipe", metavar="NAME", help="weights, precision and steps; over the manifest's")
+    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+
+
+def _shard(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--shard", metavar="I/N", help="this share of the jobs; default: from the scheduler's environment"
+    )
+    verb.add_argument("--shard-count", type=_count, metavar="N", help="shares in all, where the scheduler tells only I")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from runner.session import run_manifest
+
+    return run_manifest(arguments)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from runner.inputs import check_inputs
+    from runner.manifest import load_manifest
+    from runner.report import print_problems
+
+    manifest = load_manifest(arguments.manifest)
+    problems = [] if arguments.no_inputs else check_inputs(manifest.jobs, deep=arguments.deep)
+    print_problems(manifest, problems, checked=not arguments.no_inputs)
+    return 1 if problems else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from runner.forecast import forecast_jobs
+    from runner.report import print_plan
+    from runner.session import choose_jobs
+
+    manifest, jobs, _, _ = choose_jobs(arguments)
+    rows = forecast_jobs(jobs, arguments, manifest)
+    print_plan(rows)
+    return 1 if any(row.error for row in rows) else 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from runner.report import print_status
+    from runner.status import read_status
+    from runner.storage import open_storage
+
+    rows = read_status(open_storage(arguments.out))
+    print_status(arguments.out, rows, as_json=arguments.json)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from runner.doctor import run_checks
+    from runner.report import print_checks
+
+    checks = run_checks(arguments.models, arguments.out, arguments.cache, arguments.device)
+    print_checks(checks)
+    return 2 if any(check.status == "fail" for check in checks) else 0
+
+
+def _weights_demo(arguments: argparse.Namespace) -> int:
+    from runner.demo.build import build_demo_media, build_demo_models
+
+    build_demo_models(arguments.models)
+    build_demo_media(arguments.media)
+    print(f"models: {arguments.models}\nmedia:  {arguments.media}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""Report: tables for a person on standard output. In: rows. Out: text. Never: decisions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runner.errors import RunnerError
+from runner.record import JobLine
+
+if TYPE_CHECKING:
+    from runner.doctor import Check
+    from runner.forecast import Forecast
+    from runner.manifest import Manifest
+    from runner.status import StatusRow
+
+__all__ = ["print_checks", "print_plan", "print_problems", "print_run", "print_status"]
+
+COLOURS = {
+    "succeeded": "green",
+    "ok": "green",
+    "skipped": "dim",
+    "not_run": "yellow",
+    "running": "yellow",
+    "warn": "yellow",
+    "failed": "red",
+    "fail": "red",
+}
+
+
+def print_run(
+    lines: Sequence[JobLine], counts: dict[str, int], where: Sequence[str], console: Console | None = None
+) -> None:
+    """The run's table, its counts, and where to look."""
+    console = console or _console()
+    table = _table("job", "status", "seconds", "why / what")
+    for line in lines:
+        detail = f"{line.error.code}: {line.error.message}" if line.error else line.output or line.reason
+        seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
+        table.add_row(escape(line.id), _status(line.status), seconds, escape(detail))
+    console.print(table)
+    console.print(" · ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count))
+    for place in where:
+        console.print(escape(place), soft_wrap=True)
+
+
+def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError]], *, checked: bool) -> None:
+    console = _console()
+    for job_id, error in problems:
+        console.print(f"[red]{escape(job_id)}[/]  {error.code}: {escape(error.message)}", soft_wrap=True)
+    inputs = "inputs not checked" if not checked else f"{len(problems)} with inputs that cannot be used"
+    console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {inputs}", soft_wrap=True)
+
+
+def print_plan(rows: Sequence[Forecast]) -> None:
+    console = _console()
+    table = _table("job", "frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP")
+    total = 0.0
+    for row in rows:
+        plan = row.plan
+        if plan is None:
+            table.add_row(escape(row.job_id), f"[red]{escape(str(row.error))}[/]", *[""] * 7)
+            continue
+        total += plan.tflop
+        table.add_row(
+            escape(row.job_id),
+            str(plan.frames),
+            f"{plan.width}x{plan.height}",
+            f"{plan.segments} x {plan.segment_frames}",
+            str(plan.denoised_frames),
+            f"{plan.padding_frames / plan.denoised_frames:.1%}",
+            f"{plan.overlap_total / plan.denoised_frames:.1%}",
+            str(plan.steps),
+            f"{plan.tflop / 1e3:.4g}",
+        )
+    console.print(table)
+    console.print(f"{len(rows)} jobs, {total / 1e3:.4g} PFLOP by the models' shapes; time depends on the device")
+
+
+def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row.model_dump(mode="json"), ensure_ascii=False))
+        return
+    console = _console()
+    table = _table("job", "status", "attempt", "seconds", "detail")
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        table.add_row(escape(row.id), _status(row.status), str(row.attempt), seconds, escape(row.detail))
+    console.print(table)
+    found = {status: sum(row.status == status for row in rows) for status in ("succeeded", "failed", "running")}
+    console.print(
+        f"{escape(out)}: " + " · ".join(f"{count} {status}" for status, count in found.items()), soft_wrap=True
+    )
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    console = _console()
+    table = _table("check", "result", "found", "what to do")
+    for check in checks:
+        table.add_row(escape(check.name), _status(check.status), escape(check.found), escape(check.todo or ""))
+    console.print(table)
+
+
+def _console() -> Console:
+    # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _status(status: str) -> str:
+    return f"[{COLOURS.get(status, 'default')}]{status.replace('_', ' ')}[/]"

@@ -1,0 +1,156 @@
+"""Session: puts one `run` together from its flags: manifest, shard, storage, weights, engine, batch; then runs it.
+
+In:   the parsed flags. Out: the exit code, a table, and what the batch leaves on the output storage.
+Never: how any of the pieces works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from runner.batch import Batch, Engine
+from runner.errors import ConfigInvalid, WeightsMissing
+from runner.events import EventLog
+from runner.generation.base import Generator
+from runner.ledger import Ledger
+from runner.manifest import Job, Manifest, load_manifest
+from runner.metrics import MemorySampler
+from runner.progress import choose_progress
+from runner.report import print_run
+from runner.shards import Shard, choose_shard, run_id_from_env
+from runner.stop import Stop
+from runner.storage import Storage, fetch_input, open_storage, probe_writable, sync_models
+from runner.summary import SummaryWriter
+
+__all__ = ["build_engine", "choose_jobs", "draw_sheet", "run_manifest"]
+
+
+def run_manifest(arguments: argparse.Namespace) -> int:
+    """The verb `run`: everything that can be wrong for all jobs is found before the first starts."""
+    manifest, jobs, shard, why = choose_jobs(arguments)
+    storage = open_storage(arguments.out)
+    probe_writable(storage)
+    engine = build_engine(arguments, manifest)
+    run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    log = structlog.get_logger()
+    log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
+
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=arguments.cache))
+    progress = choose_progress(len(jobs), arguments.log_format)
+    try:
+        events_file = scratch / "events.jsonl"
+        summary = SummaryWriter(
+            storage,
+            run_id=run_id,
+            shard=f"{shard.index:05d}-of-{shard.count:05d}",
+            shard_reason=why,
+            manifest=manifest.source,
+            recipe=engine.recipe,
+            job_ids=[job.id for job in jobs],
+            events_file=events_file,
+        )
+        stop = Stop(arguments.drain_s)
+        batch = Batch(
+            jobs,
+            engine,
+            storage,
+            Ledger(
+                storage,
+                max_attempts=arguments.max_attempts,
+                force=arguments.force,
+                retry_failed=arguments.retry_failed,
+            ),
+            summary,
+            EventLog(events_file),
+            stop=stop,
+            scratch=scratch,
+            progress=progress,
+            sampler=MemorySampler(),
+        )
+        with stop.listening():
+            code = batch.run()
+        progress.close()
+        where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
+        if arguments.sheet is not None:
+            where.append(draw_sheet(jobs, storage, arguments.sheet, scratch))
+        print_run(summary.lines, summary.counts, where)
+        return code
+    finally:
+        progress.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path) -> str:
+    """Draw every MP4 of `jobs` that is there, whenever it was rendered; where to look, or why there is nothing."""
+    from runner.demo.sheet import contact_sheet, job_row
+
+    rows = []
+    for job in jobs:
+        if not storage.exists(f"jobs/{job.id}/output.mp4"):
+            continue
+        folder = scratch / "sheet" / job.id
+        folder.mkdir(parents=True)
+        for name in ("output.mp4", "pose.mp4"):
+            storage.fetch(f"jobs/{job.id}/{name}", folder / name)
+        reference = fetch_input(job.reference, folder / "reference")
+        driver = fetch_input(job.video, folder / "driver")
+        start_s = job.options.start_s
+        rows.append(job_row(job.id, reference, driver, folder / "pose.mp4", folder / "output.mp4", start_s=start_s))
+    if not rows:
+        return "contact sheet: no MP4 to draw"
+    contact_sheet(rows, path)
+    return f"contact sheet: {path}"
+
+
+def choose_jobs(arguments: argparse.Namespace) -> tuple[Manifest, list[Job], Shard, str]:
+    """The manifest, this shard's jobs of it, the shard, and where the shard came from."""
+    manifest = load_manifest(arguments.manifest)
+    shard, why = choose_shard(arguments.shard, arguments.shard_count, os.environ)
+    return manifest, list(shard.take(manifest.jobs)), shard, why
+
+
+def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
+    """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
+
+    Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
+    """
+    from runner.generation.recipes import DEFAULT_RECIPE, get_recipe
+    from runner.generation.store import ModelStore, wanted
+
+    recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
+    memory = manifest.memory or "auto"
+    if memory not in ("auto", "resident"):
+        raise ConfigInvalid(
+            f"memory mode {memory!r} is not in this version", where=manifest.source, todo="Use auto or resident"
+        )
+    if not arguments.models:
+        raise WeightsMissing(
+            "no model store was named",
+            todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
+        )
+    store = ModelStore(sync_models(arguments.models, arguments.cache / "models", wanted(recipe)))
+    store.check(recipe)
+    identity = {f"recipe.{name}": str(value) for name, value in recipe.as_dict().items()}
+    identity |= store.identities(recipe, arguments.cache)
+
+    def load() -> Generator[Any]:
+        from runner.generation.wan_animate import WanAnimateGenerator
+
+        return WanAnimateGenerator.load(store, recipe, device=arguments.device)
+
+    return Engine(
+        recipe=recipe.name,
+        identity=identity,
+        load=load,
+        effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
+    )

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from runner.errors import InputNotFound
+from runner.record import ErrorRecord, ResultRecord, environment, schemas
+
+SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
+
+
+def a_failure(**more) -> ResultRecord:
+    values = {
+        "job_id": "a",
+        "status": "failed",
+        "attempt": 1,
+        "run_id": "r",
+        "reason": "no record yet",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "finished_at": "2026-01-01T00:00:01+00:00",
+        "fingerprint": "f" * 64,
+        "fingerprint_parts": {"prompt": "踊る"},
+        "error": ErrorRecord.of(InputNotFound("no such file", where="x.mp4", todo="Check the path"), "prepare"),
+    }
+    return ResultRecord(**(values | more))
+
+
+@pytest.mark.parametrize("name", sorted(schemas()))
+def test_the_committed_schema_is_the_code_s_own(name):
+    committed = json.loads((SCHEMAS / name).read_text(encoding="utf-8"))
+    assert committed == schemas()[name], "run: python -m runner.record schemas"
+    jsonschema.Draft202012Validator.check_schema(committed)
+
+
+def test_a_record_fits_its_schema_and_survives_the_round_trip():
+    record = a_failure()
+    data = json.loads(record.to_json())
+    jsonschema.validate(data, schemas()["result.v1.schema.json"])
+    assert ResultRecord.model_validate(data) == record
+    assert "踊る".encode() in record.to_json()
+    assert data["error"] == {
+        "code": "input.not_found",
+        "message": "x.mp4: no such file. Check the path",
+        "stage": "prepare",
+        "retryable": False,
+    }
+
+
+def test_a_record_of_the_wrong_shape_does_not_fit():
+    data = json.loads(a_failure().to_json())
+    for wrong in ({"status": "maybe"}, {"attempt": 0}, {"schema_version": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(data | wrong, schemas()["result.v1.schema.json"])
+
+
+def test_environment_names_the_versions_that_decide_frames():
+    packages = environment()["packages"]
+    assert {"torch", "diffusers", "transformers", "av"} <= packages.keys()
