@@ -83,9 +83,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", required=True, metavar="URI", help="output folder or s3://bucket/prefix")
     _models(run)
     _shard(run)
-    run.add_argument(
-        "--run-id", metavar="ID", help="names the run's summary; default: the scheduler's job id, else the time"
-    )
+    run.add_argument("--run-id", metavar="ID", help="of the summary; default: the scheduler's job id, else the time")
     run.add_argument("--force", action="store_true", help="run every job, done or not")
     run.add_argument("--retry-failed", action="store_true", help="run only jobs that have failed")
     run.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="attempts a job gets; 0: no limit (3)")
@@ -96,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
 
     validate = verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
     _manifest(validate)
-    validate.add_argument("--deep", action="store_true", help="download s3:// inputs and open them too")
+    validate.add_argument(
+        "--deep", action="store_true", help="decode images whole, download s3:// inputs and open them too"
+    )
     validate.add_argument("--no-inputs", action="store_true", help="check the manifest's text only")
 
     plan = verb("plan", _plan, "print frames, segments, padding and cost of each job; renders nothing")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -43,11 +44,47 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Corner = Annotated[float, Field(ge=0)]
+Subject = Literal["largest", "centre"] | tuple[Corner, Corner, Corner, Corner]
+Retarget = Literal["off", "robust", "official"]
+
+
+def _retarget(value: Any) -> Any:
+    """true and false in words. `off` is false already to YAML."""
+    if isinstance(value, bool):
+        return "robust" if value else "off"
+    return value
+
+
 class PreprocessOptions(Frozen):
     """How the driving video becomes skeletons and faces."""
 
     parity: bool = Field(default=False, description="reproduce the official preprocessing, its known defects included")
     detect_every: int = Field(default=1, ge=1, le=60, description="run the person detector on every n-th frame only")
+    subject: Subject = Field(
+        default="largest",
+        description="whom to follow: largest or centre (over the whole clip), or [x1, y1, x2, y2] around the person "
+        "when people first appear, pixels of the driving video",
+    )
+    smooth: bool = Field(default=False, description="smooth every joint over time (one-euro filter, without lag)")
+    retarget: Annotated[
+        Retarget, BeforeValidator(_retarget), WithJsonSchema({"enum": ["off", "robust", "official", True, False]})
+    ] = Field(
+        default="off",
+        description="give the skeleton the reference's proportions: off, robust (true means this), official",
+    )
+
+    @field_validator("subject", mode="wrap")
+    @classmethod
+    def _subject(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        corners = tuple(value) if isinstance(value, list) else value
+        try:
+            chosen = handler(corners)
+        except ValidationError as err:  # one message, where a union gives one for each of its members
+            raise ValueError("must be largest, centre or a box [x1, y1, x2, y2] in pixels") from err
+        if isinstance(chosen, tuple) and not (chosen[0] < chosen[2] and chosen[1] < chosen[3]):
+            raise ValueError("a box is [left, top, right, bottom]: left < right and top < bottom")
+        return chosen
 
 
 class OutputOptions(Frozen):

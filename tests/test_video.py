@@ -22,6 +22,7 @@ from tests.video_files import (
     indexed_frame,
     make_clip,
     make_vfr,
+    movie_without_samples,
     overwrite_middle,
     read_index,
     remux,
@@ -309,7 +310,7 @@ def _bad_files(folder: Path) -> dict[str, Path]:
     files["empty"].write_bytes(b"")
     files["text"].write_text("not a video\n" * 40)
     files["playlist"].write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/{good.name}\n")
-    files["zero"].write_bytes(_movie_without_samples(folder))
+    movie_without_samples(files["zero"])
     truncate(good, files["tail"], 0.8)  # the header in front is whole and promises more than there is
     files["folder"].mkdir()
     make_clip(folder / "with.mp4", 10, audio=tone(0.4))
@@ -324,17 +325,6 @@ def _bad_files(folder: Path) -> dict[str, Path]:
     files["cut_mkv"] = truncate(mkv, folder / "cut.mkv", 0.4)
     files["cut_head"] = truncate(good, folder / "cut_head.mp4", 0.02)
     return files
-
-
-def _movie_without_samples(folder: Path) -> bytes:
-    import av
-
-    path = folder / "no_samples.mp4"
-    with av.open(str(path), "w", format="mp4", options={"movflags": "empty_moov+frag_keyframe"}) as out:
-        stream = out.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        out.start_encoding()
-    return path.read_bytes()
 
 
 def test_bad_files_are_refused_in_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

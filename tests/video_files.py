@@ -19,6 +19,7 @@ __all__ = [
     "indexed_frame",
     "make_clip",
     "make_vfr",
+    "movie_without_samples",
     "overwrite_middle",
     "read_index",
     "remux",
@@ -169,3 +170,11 @@ def remux(source: Path, path: Path, container: str = "mp4", video_shift_s: float
             packet.stream = streams[packet.stream.index]
             out.mux(packet)
     return path
+
+
+def movie_without_samples(path: Path) -> None:
+    """An MP4 that announces a video track and holds no frame of it."""
+    with av.open(str(path), "w", format="mp4", options={"movflags": "empty_moov+frag_keyframe"}) as out:
+        stream = out.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        out.start_encoding()

@@ -1,0 +1,253 @@
+"""Bad input, through the command line and the engine: each defect has its code and a remedy, and costs nobody else.
+
+One run holds every defect that belongs to a job, between two good jobs; what stops a whole run has a test of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner.cli import main
+from tests.video_files import make_clip, movie_without_samples
+
+SMALL = {"size": "64x96", "fps": 8, "max_frames": 5, "steps": 1}
+
+# job id → (code, words that the message must hold)
+DEFECTS = {
+    "missing": ("input.not_found", "nothing-here.mp4"),
+    "empty": ("input.unreadable", "empty"),
+    "text": ("input.unreadable", "text.mp4"),
+    "truncated": ("input.unreadable", "truncated"),
+    "no-frame": ("input.unreadable", "no-frame"),
+    "one-frame": ("input.too_short", "2"),
+    "nobody": ("input.no_person", "nobody"),
+    "late": ("input.too_short", "start_s"),
+    "huge-image": ("input.too_large", "megapixels"),
+    "corrupt-image": ("input.unreadable", "corrupt.png"),
+    "not-an-image": ("input.unreadable", "text.png"),
+}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims to be width x height and holds one short row."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def bad_run(tmp_path_factory, demo_models, demo_media):
+    """(exit code, output folder) of one run over all defects of jobs."""
+    folder = tmp_path_factory.mktemp("bad")
+    dance, reference = demo_media / "dances/wave.mp4", demo_media / "references/anna.png"
+    data = dance.read_bytes()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    (folder / "truncated.mp4").write_bytes(data[: len(data) // 2])
+    movie_without_samples(folder / "no-frame.mp4")
+    make_clip(folder / "one-frame.mp4", 1)
+    make_clip(folder / "nobody.mp4", 12)
+    (folder / "huge.png").write_bytes(png_header(16000, 16000))
+    (folder / "corrupt.png").write_bytes(reference.read_bytes()[:2000])
+    (folder / "text.png").write_text("this is no image")
+    good = {"reference": str(reference), "video": str(dance)}
+    bad = {
+        "missing": {"video": "nothing-here.mp4"},
+        "empty": {"video": "empty.mp4"},
+        "text": {"video": "text.mp4"},
+        "truncated": {"video": "truncated.mp4"},
+        "no-frame": {"video": "no-frame.mp4"},
+        "one-frame": {"video": "one-frame.mp4"},
+        "nobody": {"video": "nobody.mp4"},
+        "late": {"options": {"start_s": 999}},
+        "huge-image": {"reference": "huge.png"},
+        "corrupt-image": {"reference": "corrupt.png"},
+        "not-an-image": {"reference": "text.png"},
+    }
+    jobs = [
+        {"id": "first", **good},
+        *({"id": i, **good, **change} for i, change in bad.items()),
+        {"id": "last", **good},
+    ]
+    manifest = folder / "manifest.yaml"
+    manifest.write_text(
+        yaml.safe_dump({"version": 1, "recipe": "fp32", "defaults": {"options": SMALL}, "jobs": jobs}), encoding="utf-8"
+    )
+    code = main(["run", str(manifest), "--out", str(folder / "out"), *models(demo_models, folder)])
+    return code, folder
+
+
+def models(store: Path, folder: Path) -> list[str]:
+    return ["--models", str(store), "--cache", str(folder / "cache")]
+
+
+def result(folder: Path, job: str) -> dict:
+    return json.loads((folder / "out/jobs" / job / "result.json").read_text("utf-8"))
+
+
+def test_the_run_ends_with_1_and_the_good_jobs_are_there(bad_run):
+    code, folder = bad_run
+    assert code == 1
+    for job in ("first", "last"):
+        assert result(folder, job)["status"] == "succeeded"
+        assert (folder / "out/jobs" / job / "output.mp4").exists()
+    assert result(folder, "first")["output"]["frames_sha256"] == result(folder, "last")["output"]["frames_sha256"]
+
+
+@pytest.mark.parametrize("job", DEFECTS)
+def test_each_defect_has_its_code_and_says_what_to_do(bad_run, job):
+    code, words = DEFECTS[job]
+    error = result(bad_run[1], job)["error"]
+    assert error["code"] == code, error
+    assert words in error["message"]
+    assert ". " in error["message"], "the message has no remedy"
+    assert not error["retryable"]
+    assert not (bad_run[1] / "out/jobs" / job / "output.mp4").exists()
+
+
+def test_validate_finds_them_without_rendering(bad_run, capsys):
+    assert main(["validate", "--deep", str(bad_run[1] / "manifest.yaml")]) == 1
+    text = capsys.readouterr().out
+    for job, (code, _) in DEFECTS.items():
+        if code != "input.no_person":  # only looking at the frames tells
+            assert f"{job}  {code}" in text, text
+
+
+@pytest.mark.parametrize(
+    ("jobs", "words"),
+    [
+        ("- {id: a, reference: r.png, video: v.mp4, options: {sed: 1}}", "did you mean"),
+        ("- {id: a, reference: r.png, video: v.mp4}\n  - {id: a, reference: r.png, video: v.mp4}", "a"),
+        ("- {id: ../x, reference: r.png, video: v.mp4}", "../x"),
+        ("- {id: 007, reference: r.png, video: v.mp4}", "quote"),
+        ("- {id: a, reference: r.png, video: v.mp4, options: {size: 470x832}}", "464x832"),
+    ],
+)
+def test_a_manifest_error_starts_nothing(tmp_path, demo_models, capsys, jobs, words):
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(f"version: 1\njobs:\n  {jobs}\n")
+    assert main(["run", str(manifest), "--out", str(tmp_path / "out"), *models(demo_models, tmp_path)]) == 2
+    text = capsys.readouterr().err
+    assert "manifest.invalid" in text
+    assert "line 3" in text or "line 4" in text
+    assert words in text
+    assert not (tmp_path / "out").exists()
+
+
+def good_manifest(folder: Path, media: Path, **more) -> Path:
+    manifest = folder / "m.yaml"
+    job = {"id": "a", "reference": str(media / "references/anna.png"), "video": str(media / "dances/wave.mp4")}
+    manifest.write_text(
+        yaml.safe_dump({"version": 1, "recipe": "fp32", "defaults": {"options": SMALL}, "jobs": [job], **more}),
+        encoding="utf-8",
+    )
+    return manifest
+
+
+def test_names_in_any_script_make_a_matrix(tmp_path, demo_media, capsys):
+    names = ["贝拉.png", "anna with spaces.png"]
+    for name in names:
+        shutil.copy(demo_media / "references/anna.png", tmp_path / name)
+    shutil.copy(demo_media / "dances/wave.mp4", tmp_path / "舞蹈 一.mp4")
+    manifest = tmp_path / "m.yaml"
+    text = {"version": 1, "matrix": {"references": names, "videos": ["舞蹈 一.mp4"]}, "defaults": {"options": SMALL}}
+    manifest.write_text(yaml.safe_dump(text, allow_unicode=True), encoding="utf-8")
+    assert main(["validate", str(manifest)]) == 0
+    assert main(["plan", str(manifest), "--recipe", "fp32"]) == 0
+    assert "2 jobs" in capsys.readouterr().out
+
+
+def test_missing_weights_stop_before_anything_starts(tmp_path, demo_media, capsys):
+    manifest = good_manifest(tmp_path, demo_media)
+    (tmp_path / "models").mkdir()
+    assert main(["run", str(manifest), "--out", str(tmp_path / "out"), *models(tmp_path / "models", tmp_path)]) == 2
+    text = capsys.readouterr().err
+    assert "weights.missing" in text
+    assert "transformer" in text
+    assert "yolov10m.onnx" in text
+    assert not (tmp_path / "out/jobs").exists()
+
+
+def test_no_models_named_says_how_to_get_some(tmp_path, demo_media, capsys, monkeypatch):
+    monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
+    manifest = good_manifest(tmp_path, demo_media)
+    assert main(["run", str(manifest), "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]) == 2
+    assert "--models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["truncated", "garbage"])
+def test_corrupt_weights_stop_before_anything_starts(tmp_path, demo_models, demo_media, capsys, harm):
+    store = tmp_path / "models"
+    shutil.copytree(demo_models, store)
+    victim = next(store.rglob("transformer/*.safetensors"))
+    data = victim.read_bytes()
+    victim.write_bytes(data[: len(data) // 2] if harm == "truncated" else b"\xff" * 64)
+    assert (
+        main(["run", str(good_manifest(tmp_path, demo_media)), "--out", str(tmp_path / "o"), *models(store, tmp_path)])
+        == 2
+    )
+    text = capsys.readouterr().err
+    assert "weights.corrupt" in text
+    assert victim.name in text
+    assert not (tmp_path / "o/jobs").exists()
+
+
+def test_an_unknown_recipe_and_memory_mode_are_usage_errors(tmp_path, demo_models, demo_media, capsys):
+    out = ["--out", str(tmp_path / "o"), *models(demo_models, tmp_path)]
+    assert main(["run", str(good_manifest(tmp_path, demo_media)), *out, "--recipe", "bf17"]) == 2
+    assert "bf16" in capsys.readouterr().err
+    assert main(["run", str(good_manifest(tmp_path, demo_media, memory="stream")), *out]) == 2
+    assert "config.invalid" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte; root only."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_output_disk_keeps_what_is_done(small_disk, tmp_path, demo_models, demo_media, capsys):
+    manifest = good_manifest(tmp_path, demo_media)
+    command = ["run", str(manifest), "--out", str(small_disk / "out"), *models(demo_models, tmp_path)]
+    assert main(command) == 0
+    before = (small_disk / "out/jobs/a/output.mp4").read_bytes()
+    filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
+    left = os.statvfs(small_disk)
+    os.write(filler, b"x" * (left.f_bavail * left.f_frsize))
+    os.close(filler)
+    text = yaml.safe_load(manifest.read_text())
+    text["jobs"].append(text["jobs"][0] | {"id": "b"})
+    manifest.write_text(yaml.safe_dump(text))
+    capsys.readouterr()
+    assert main(command) == 3
+    assert "storage.full" in capsys.readouterr().err
+    assert (small_disk / "out/jobs/a/output.mp4").read_bytes() == before
+    (small_disk / "filler").unlink()
+    assert main(command) == 0
+    summaries = sorted((small_disk / "out/runs").rglob("*.summary.json"), key=lambda path: path.stat().st_mtime)
+    assert (
+        json.loads(summaries[-1].read_text())["counts"] | {"skipped": 1, "succeeded": 1}
+        == json.loads(summaries[-1].read_text())["counts"]
+    )

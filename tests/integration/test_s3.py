@@ -1,0 +1,86 @@
+"""Manifest, models, inputs and outputs all on a real S3 server; then again on one that a test can break."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from runner.cli import main
+from runner.storage import open_storage
+
+pytestmark = pytest.mark.s3
+OPTIONS = {"size": "64x96", "fps": 8, "max_frames": 5, "steps": 1}
+
+
+def put_all(bucket: str, demo_models, demo_media) -> None:
+    """The store, two references, a dance and a manifest that names them in three ways."""
+    storage = open_storage(f"s3://{bucket}/lab")
+    for path in demo_models.rglob("*"):
+        if path.is_file() and ".building" not in path.parts:
+            storage.publish(path, f"models/{path.relative_to(demo_models)}")
+    storage.publish(demo_media / "references/anna.png", "in/refs/anna.png")
+    storage.publish(demo_media / "references/bela.png", "in/refs/贝拉 1.png")
+    storage.publish(demo_media / "dances/wave.mp4", "in/wave.mp4")
+    jobs = [
+        {"id": "relative", "reference": "refs/anna.png", "video": "wave.mp4"},
+        {"id": "absolute", "reference": "refs/贝拉 1.png", "video": f"s3://{bucket}/lab/in/wave.mp4"},
+        {"id": "gone", "reference": "refs/anna.png", "video": "nothing.mp4"},
+    ]
+    text = yaml.safe_dump({"version": 1, "recipe": "fp32", "defaults": {"options": OPTIONS}, "jobs": jobs})
+    storage.write_bytes("in/m.yaml", text.encode())
+
+
+def command(bucket: str, tmp_path, run_id: str) -> list[str]:
+    base = f"s3://{bucket}/lab"
+    words = ["run", f"{base}/in/m.yaml", "--out", f"{base}/out", "--models", f"{base}/models"]
+    return [*words, "--cache", str(tmp_path / "cache"), "--run-id", run_id]
+
+
+@pytest.fixture(params=["seaweedfs_s3", "moto_s3"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_a_whole_run_on_s3(server, aws_env, tmp_path, demo_models, demo_media, capsys):
+    aws_env(server)
+    bucket = server.make_bucket()
+    put_all(bucket, demo_models, demo_media)
+    assert main(command(bucket, tmp_path, "r1")) == 1  # one input is gone
+    out = open_storage(f"s3://{bucket}/lab/out")
+    for job in ("relative", "absolute"):
+        record = json.loads(out.read_bytes(f"jobs/{job}/result.json"))
+        assert record["status"] == "succeeded"
+        assert record["output"]["identity"].startswith("etag:")
+        assert record["inputs"]["video"]["identity"].startswith("etag:")
+        assert out.stat(f"jobs/{job}/output.mp4").bytes == record["output"]["bytes"]
+        out.fetch(f"jobs/{job}/output.mp4", tmp_path / "movie.mp4")
+    assert json.loads(out.read_bytes("jobs/gone/result.json"))["error"]["code"] == "input.not_found"
+    left = {info.key for info in out.list("runs/r1/")}
+    assert left == {f"runs/r1/00000-of-00001.{kind}" for kind in ("summary.json", "metrics.prom", "events.jsonl")}
+    # again: what is done stays done, and no model file is downloaded twice
+    capsys.readouterr()
+    assert main(command(bucket, tmp_path, "r2")) == 1
+    summary = json.loads(out.read_bytes("runs/r2/00000-of-00001.summary.json"))
+    assert {line["id"]: line["status"] for line in summary["jobs"]} == {
+        "relative": "skipped",
+        "absolute": "skipped",
+        "gone": "failed",
+    }
+    assert "models.file" not in capsys.readouterr().err
+    # an output that somebody replaced is not what the record says
+    out.write_bytes("jobs/relative/output.mp4", b"something else")
+    assert main(command(bucket, tmp_path, "r3")) == 1
+    summary = json.loads(out.read_bytes("runs/r3/00000-of-00001.summary.json"))
+    assert summary["jobs"][0]["status"] == "succeeded"
+    assert "output" in summary["jobs"][0]["reason"]
+
+
+def test_refused_credentials_stop_at_the_start(seaweedfs_s3, aws_env, tmp_path, demo_models, demo_media, capsys):
+    aws_env(seaweedfs_s3)
+    bucket = seaweedfs_s3.make_bucket()
+    put_all(bucket, demo_models, demo_media)
+    aws_env(seaweedfs_s3, AWS_SECRET_ACCESS_KEY="wrong")
+    assert main(command(bucket, tmp_path, "r1")) == 2
+    assert "storage.denied" in capsys.readouterr().err
