@@ -1,0 +1,169 @@
+"""LoRA keys: what a tensor's name in a LoRA file says about the parameter it changes, and how.
+
+In:   the keys of one file, in any of the styles that circulate for Wan. Out: for each, the parameter it changes in the
+      library's naming, and the part it plays there. Never: tensors, shapes, models.
+
+Styles, mixed or not (N is a block, X a module):
+    ComfyUI, LightX2V   diffusion_model.blocks.N.self_attn.q.{lora_down.weight,lora_up.weight,diff,diff_b}, .diff_m
+    Wan2.2-Lightning    the same with .alpha, or with lora_A, lora_B for lora_down, lora_up; with or without the prefix
+    diffusers, PEFT     transformer.blocks.N.attn1.to_q.{lora_A,lora_B}[.default].weight, with or without the prefix
+    musubi-tuner        lora_unet_blocks_N_self_attn_q.{lora_down.weight,lora_up.weight,alpha}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Part", "Role", "parse_keys", "unsupported"]
+
+Role = Literal["down", "up", "alpha", "diff", "scaled_diff"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of a file is for.
+
+    param:  the parameter it changes, in the library's naming ("blocks.3.attn1.to_q.weight").
+    role:   "down" and "up" are the two factors of a low-rank change and "alpha" its numerator; "diff" is added as it
+            is; "scaled_diff" is added times alpha / rank of its layer (PEFT's `lora_bias`).
+    module: the layer, whose alpha counts for all of its parameters.
+    """
+
+    param: str
+    role: Role
+    module: str
+
+
+# Original name inside a block -> the library's. The original runs norm1, norm3, norm2, and only norm3 has weights; the
+# library counts them in the order they run, so that its norm2 is the original's norm3.
+BLOCK = {
+    **{f"self_attn.{a}": f"attn1.{b}" for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))},
+    **{f"cross_attn.{a}": f"attn2.{b}" for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm3": "norm2",
+    "norm2": "norm3",
+    "modulation": "scale_shift_table",
+}
+TOP = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "patch_embedding": "patch_embedding",
+    "pose_patch_embedding": "pose_patch_embedding",
+}
+# Inside a block these two mean one thing in the original naming and another in the library's.
+AMBIGUOUS = {"norm2", "norm3"}
+ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+LIBRARY_PREFIX = "transformer."
+UNDERSCORE_PREFIX = "lora_unet_"
+UNDERSCORED = {name.replace(".", "_"): name for name in (*BLOCK, *TOP)}
+TABLE = "scale_shift_table"  # a parameter of the model itself: it has no `.weight` below it
+
+_ADAPTER = r"(?:\.[A-Za-z0-9_-]+)?"  # PEFT writes the adapter's name between lora_A and weight: `.default`
+_SUFFIXES: tuple[tuple[re.Pattern[str], Role, str], ...] = tuple(
+    (re.compile(rf"(.+)\.{suffix}"), role, leaf)  # type: ignore[misc]
+    for suffix, role, leaf in (
+        (r"(?:lora_down|lora\.down)\.weight", "down", "weight"),
+        (r"(?:lora_up|lora\.up)\.weight", "up", "weight"),
+        (rf"lora_A{_ADAPTER}\.weight", "down", "weight"),
+        (rf"lora_B{_ADAPTER}\.weight", "up", "weight"),
+        (rf"lora_B{_ADAPTER}\.bias", "scaled_diff", "bias"),
+        (r"alpha", "alpha", "weight"),
+        (r"diff", "diff", "weight"),
+        (r"diff_b", "diff", "bias"),
+        (r"diff_m", "diff", TABLE),
+    )
+)
+# Parts of other adapter kinds. The low-rank pair beside them means something else than W += up @ down.
+_UNSUPPORTED = re.compile(
+    r".*\.(dora_scale|lora_magnitude_vector(\..+)?|lora_mid\.weight|hada_[wt].*|lokr_[wt].*|b?oft_.*|set_weight)"
+)
+
+
+def unsupported(key: str) -> str | None:
+    """Name of the adapter part that makes this key's file something else than a LoRA (DoRA, LoHa, LoKr…), or None."""
+    match = _UNSUPPORTED.fullmatch(key)
+    return match[1] if match else None
+
+
+def parse_keys(keys: Iterable[str]) -> dict[str, Part | None]:
+    """Key -> its part; None where the suffix means nothing here. Modules without a translation keep their name.
+
+    One file is read as a whole: `blocks.N.norm3` is the cross-attention's norm if any other key is in the original
+    naming, and the library's third norm otherwise.
+    """
+    split = {key: _split(key) for key in keys}
+    original = any(_original(key, parts[0]) for key, parts in split.items() if parts)
+    return {key: _part(*parts, original) if parts else None for key, parts in split.items()}
+
+
+def _split(key: str) -> tuple[str, Role, str] | None:
+    """(module as the file names it, without prefix; role; leaf)."""
+    for pattern, role, leaf in _SUFFIXES:
+        if match := pattern.fullmatch(key):
+            return _strip(match[1]), role, leaf
+    return None
+
+
+def _strip(module: str) -> str:
+    if module.startswith(UNDERSCORE_PREFIX):
+        return _dotted(module.removeprefix(UNDERSCORE_PREFIX))
+    for prefix in (*ORIGINAL_PREFIXES, LIBRARY_PREFIX):
+        if module.startswith(prefix):
+            return module.removeprefix(prefix)
+    return module
+
+
+def _dotted(module: str) -> str:
+    """ "blocks_3_self_attn_q" -> "blocks.3.self_attn.q"; what is no such name comes back as it is."""
+    if match := re.fullmatch(r"blocks_(\d+)_(.+)", module):
+        return f"blocks.{match[1]}.{UNDERSCORED.get(match[2], match[2])}"
+    return UNDERSCORED.get(module, module)
+
+
+def _original(key: str, module: str) -> bool:
+    """Does this key alone show that its file is in the original naming?"""
+    if key.startswith((*ORIGINAL_PREFIXES, UNDERSCORE_PREFIX)):
+        return True
+    match = re.fullmatch(r"blocks\.\d+\.(.+)", module)
+    if match:
+        return match[1] in BLOCK and match[1] not in AMBIGUOUS
+    return TOP.get(module, module) != module
+
+
+def _part(module: str, role: Role, leaf: str, original: bool) -> Part:
+    if leaf == TABLE:  # `blocks.N.diff_m` and `head.diff_m` name the module whose table it is
+        owner = "" if module == "head" else f"{module}."
+        return Part(f"{owner}{TABLE}", role, f"{owner}{TABLE}")
+    module = _translate(module, original)
+    if module.rsplit(".", 1)[-1] == TABLE:
+        return Part(module, role, module)
+    return Part(f"{module}.{leaf}", role, module)
+
+
+def _translate(module: str, original: bool) -> str:
+    match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
+    if match is None:
+        return TOP.get(module, module)
+    if match[2] in AMBIGUOUS and not original:
+        return module
+    return f"{match[1]}.{BLOCK.get(match[2], match[2])}"

@@ -1,0 +1,307 @@
+"""Safetensors, streamed: headers read without the tensors, files written header first, whole or not at all.
+
+In:   paths; names, shapes and dtypes of all tensors before the first of them exists. Out: a checked header; a file.
+Never: what the tensors mean.
+
+A safetensors file is eight bytes of header length, a JSON header, the tensors' bytes without holes. The writer puts
+what fills whole multiples of eight bytes first, in the order given, and the rest behind it by falling item size: every
+tensor is aligned to its items, and tensors written in the order given go to the disk as one stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
+
+__all__ = ["DTYPES", "PLACEHOLDER", "Header", "StreamWriter", "TensorInfo", "data_sha256", "read_header", "read_tensor"]
+
+# One table for both directions.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+ALIGNMENT = 8
+BLOCK = 1 << 24  # bytes read at a time for a digest
+PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
+LFS_POINTER = b"version https://git-lfs"
+AGAIN = "Download or quantise it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; `start` and `stop` are bytes from the beginning of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header. `tensors` is in the order of the bytes."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, proven to fit the file's length; takes no tensor from the disk.
+
+    Raises WeightsMissing, or WeightsCorrupt for what is empty, truncated, overlong, overlapping or no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+    except FileNotFoundError as err:
+        raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
+    if not head:
+        raise WeightsCorrupt("the file is empty", where=path, todo=AGAIN)
+    if head == LFS_POINTER:
+        raise WeightsCorrupt("a Git LFS pointer, not the file itself", where=path, todo="Run `git lfs pull` there")
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            start = data_start = 8 + int.from_bytes(head[:8], "little")
+            for name in opened.offset_keys():
+                slice_ = opened.get_slice(name)
+                dtype, shape = DTYPES.get(slice_.get_dtype()), tuple(slice_.get_shape())
+                if dtype is None:
+                    raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not read here", where=path)
+                stop = start + torch.Size(shape).numel() * dtype.itemsize
+                tensors[name] = TensorInfo(name, dtype, shape, start, stop)
+                start = stop  # the library has checked that there are no holes
+    except SafetensorError as err:
+        raise WeightsCorrupt(
+            f"truncated or not a safetensors file, {path.stat().st_size} bytes ({err})", where=path, todo=AGAIN
+        ) from err
+    return Header(path, tensors, metadata, data_start)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor on the CPU, its memory the mapped file itself: pages come when they are touched and can be dropped."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def data_sha256(path: Path) -> str:
+    """sha256 of everything behind the header: reads the whole file. It does not change when metadata is edited."""
+    with path.open("rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class StreamWriter:
+    """Writes one safetensors file as `NAME.tmp` and gives it its name at the end, when everything is on the disk.
+
+        with StreamWriter(path, tensors, metadata, digest_key="sha256") as writer:
+            writer.write("blocks.0.weight", tensor)      # each tensor once, in any order; in the order given is fastest
+
+    Metadata only known at the end is given as PLACEHOLDER and set with `patch`; `digest_key` names one that gets the
+    sha256 of the data section by itself. Killed at any point it leaves a `.tmp`, which the next run overwrites. All
+    of the space is reserved at once, so that a full disk is an error in the first second. Raises StorageFull or
+    StorageDenied, and ConfigInvalid where another process is writing the same file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str],
+        digest_key: str | None = None,
+    ) -> None:
+        self.path, self.staged = path, path.with_name(f"{path.name}.tmp")
+        self.digest: str | None = None  # of the data section, once the file has its name
+        self._digest_key = digest_key
+        self._metadata = dict(metadata) | ({digest_key: PLACEHOLDER} if digest_key else {})
+        self._header, self._where, data_start = _lay_out(list(tensors), self._metadata)
+        self.size = max((info.stop for info in self._where.values()), default=data_start)
+        self._left = set(self._where)
+        self._sha, self._hashed = hashlib.sha256(), data_start
+
+    def __enter__(self) -> StreamWriter:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = _open_alone(self.staged)
+        except OSError as err:
+            raise as_runner_error(err, where=self.staged) from err
+        try:
+            os.ftruncate(self._fd, 0)
+            _reserve(self._fd, self.size)
+            _write_all(self._fd, self._header, 0)
+        except BaseException as err:
+            self._discard()
+            if isinstance(err, OSError):
+                raise as_runner_error(err, where=self.staged) from err
+            raise
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place: CPU or CUDA, of exactly the shape and dtype announced."""
+        info = self._where[name]
+        if name not in self._left or tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, or written twice; announced was {info}")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        try:
+            _write_all(self._fd, data, info.start)
+        except OSError as err:
+            raise as_runner_error(err, where=self.staged) from err
+        self._left.remove(name)
+        if info.start == self._hashed:
+            self._sha.update(data)
+            self._hashed = info.stop
+
+    def patch(self, key: str, value: str) -> None:
+        """Replace a PLACEHOLDER in the metadata with a sha256."""
+        if self._metadata.get(key) != PLACEHOLDER or len(value) != len(PLACEHOLDER):
+            raise ValueError(f"metadata {key!r} is not a place of {len(PLACEHOLDER)} characters kept for later")
+        mark = f"{json.dumps(key)}:{json.dumps(PLACEHOLDER)}".encode()
+        at = self._header.index(mark) + len(mark) - 1 - len(PLACEHOLDER)
+        _write_all(self._fd, value.encode("ascii"), at)
+        self._metadata[key] = value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            self._publish()
+        except BaseException as failure:
+            self._discard()
+            if isinstance(failure, OSError):
+                raise as_runner_error(failure, where=self.staged) from failure
+            raise
+
+    def _publish(self) -> None:
+        if self._left:
+            raise ValueError(f"{len(self._left)} tensors were announced and never written, such as {min(self._left)}")
+        for block in _blocks(self._fd, self._hashed, self.size):  # what was not written in order
+            self._sha.update(block)
+        self.digest = self._sha.hexdigest()
+        if self._digest_key:
+            self.patch(self._digest_key, self.digest)
+        os.fsync(self._fd)
+        os.replace(self.staged, self.path)
+        os.close(self._fd)
+        self._fd = -1
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.staged)
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+def _lay_out(
+    tensors: list[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo], int]:
+    """(length and JSON, where each tensor goes in the file, where data begins)."""
+
+    def place(item: tuple[str, tuple[int, ...], torch.dtype]) -> tuple[bool, int]:
+        _, shape, dtype = item
+        whole = torch.Size(shape).numel() * dtype.itemsize % ALIGNMENT == 0
+        return not whole, 0 if whole else -dtype.itemsize
+
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    spans: list[tuple[str, tuple[int, ...], torch.dtype, int, int]] = []
+    start = 0
+    for name, shape, dtype in sorted(tensors, key=place):  # a stable sort: the order given holds within each part
+        if name in entries:
+            raise ValueError(f"two tensors called {name!r}")
+        stop = start + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        spans.append((name, shape, dtype, start, stop))
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    begin = 8 + len(text)
+    where = {name: TensorInfo(name, dtype, shape, begin + a, begin + b) for name, shape, dtype, a, b in spans}
+    return len(text).to_bytes(8, "little") + text, where, begin
+
+
+def _open_alone(path: Path) -> int:
+    """A descriptor of `path` under a lock that dies with this process."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it before may have given the file its final name since we opened it.
+        alone = os.fstat(fd).st_ino == path.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        alone = False
+    except BaseException:
+        os.close(fd)
+        raise
+    if not alone:
+        os.close(fd)
+        raise ConfigInvalid("another process is writing this file", where=path, todo="Wait for it, or stop it")
+    return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as err:
+        if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)  # a file system that cannot promise space
+
+
+def _write_all(fd: int, data: bytes | memoryview, at: int) -> None:
+    view = memoryview(data)
+    while view.nbytes:
+        written = os.pwrite(fd, view, at)
+        view, at = view[written:], at + written
+
+
+def _blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        block = os.pread(fd, min(BLOCK, stop - start), start)
+        if not block:
+            raise OSError(errno.EIO, "the file became shorter while it was written")
+        yield block
+        start += len(block)

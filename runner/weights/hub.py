@@ -1,0 +1,354 @@
+"""Hub: one repository of a model hub, listed at one commit, and its files copied to disk, resumed and checked.
+
+In:   an endpoint, a token, a repository and revision; a file of the listing and where it goes. Out: listings; files
+      that are whole, each with the record beside it that the hub's own client writes (and that identity.py reads).
+Never: which files a recipe needs.
+
+The client library downloads into a file of a random name and deletes it when anything goes wrong: 10 GB into a shard,
+a dropped line costs 10 GB. Here the part that has arrived stays, under a name that holds the file's checksum, and the
+next call asks for the rest. The library checks sizes only; here every file is hashed before it gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from runner.errors import (
+    ConfigInvalid,
+    RunnerError,
+    StorageDenied,
+    StorageUnavailable,
+    WeightsCorrupt,
+    WeightsMissing,
+    as_runner_error,
+)
+
+__all__ = [
+    "Hub",
+    "Listing",
+    "RemoteFile",
+    "git_sha1",
+    "online",
+    "partial_path",
+    "read_record",
+    "record_path",
+    "write_record",
+]
+
+ATTEMPTS = 4  # at a request or a file, resumed; the library itself reconnects within each
+FIRST_WAIT_S = 1.0
+BUSY = (408, 425, 429)
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the hub lists it. Large ones have a sha256 (Git LFS), small ones the id that Git gives their bytes."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+    blob: str | None
+
+    @property
+    def digest(self) -> str | None:
+        return self.sha256 or self.blob
+
+    def matches(self, file: Path) -> bool:
+        """Are these its bytes? Reads the whole file, unless its size says no."""
+        if file.stat().st_size != self.bytes:
+            return False
+        if self.sha256:
+            with file.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+        return self.blob is None or git_sha1(file) == self.blob
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository at one commit; `licence` as its card states it."""
+
+    repo: str
+    commit: str
+    licence: str | None
+    files: tuple[RemoteFile, ...]
+
+
+class Hub:
+    """A hub at `endpoint` (default: HF_ENDPOINT, else the public one); `token`: default HF_TOKEN or a stored login."""
+
+    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+        from huggingface_hub import constants
+
+        self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.token = token
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigInvalid(
+                "not an http(s) address",
+                where=self.endpoint,
+                todo="Correct --endpoint, or HF_ENDPOINT in the environment",
+            )
+
+    def listing(self, repo: str, revision: str) -> Listing:
+        """All files of `repo` at `revision`, which may be a branch; what is fetched later is of this one commit.
+
+        Raises StorageDenied, StorageUnavailable, WeightsMissing (no such repository or revision), ConfigInvalid.
+        """
+        from huggingface_hub import HfApi
+
+        where = f"{self.endpoint}/{repo}"
+        api = HfApi(endpoint=self.endpoint, token=self.token)
+
+        def ask() -> Any:
+            with self._errors(where):
+                return api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
+
+        info = _retried(ask)
+        if not info.sha or info.siblings is None:
+            raise _no_hub(where, "the answer names no commit or no files")
+        return Listing(repo, info.sha, _licence(info), tuple(_remote_file(s, where) for s in info.siblings))
+
+    def download(
+        self,
+        listing: Listing,
+        file: RemoteFile,
+        base: Path,
+        place: str,
+        *,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Copy `file` to `base/place`, checked, and write its record. Goes on where an earlier call was cut off.
+
+        `on_bytes` gets each number of bytes as it arrives; a negative one when some are dropped to be loaded again.
+        Raises as `listing` does, StorageFull, and WeightsCorrupt when twice in a row the bytes are not the listed ones.
+        """
+        part = partial_path(base, place, file)
+        where = f"{self.endpoint}/{listing.repo}/{file.path}"
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            (base / place).parent.mkdir(parents=True, exist_ok=True)
+            for again in (True, False):
+                _retried(lambda: self._append(listing, file, part, where, on_bytes))
+                if file.matches(part):
+                    break
+                on_bytes(-part.stat().st_size)
+                part.unlink()
+                if not again:
+                    raise WeightsCorrupt(
+                        "arrived twice with a checksum other than the hub's own",
+                        where=where,
+                        todo="A proxy or mirror in between may alter it: try another network or --endpoint",
+                    )
+            os.chmod(part, 0o644)
+            os.replace(part, base / place)
+            write_record(base, place, listing.commit, file.digest)
+        except OSError as err:
+            raise as_runner_error(err, where=base / place) from err
+
+    def _append(
+        self, listing: Listing, file: RemoteFile, part: Path, where: str, on_bytes: Callable[[int], None]
+    ) -> None:
+        """Bring `part` to the file's full length."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(listing.repo, file.path, revision=listing.commit, endpoint=self.endpoint)
+        headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
+        with part.open("ab") as stream:
+            there = stream.tell()
+            if there > file.bytes:
+                stream.truncate(0)
+                on_bytes(-there)
+                there = 0
+            with self._errors(where):
+                http_get(
+                    url,
+                    stream,
+                    resume_size=there,
+                    headers=headers,
+                    expected_size=file.bytes,
+                    displayed_filename=file.path,
+                    tqdm_class=_counter(on_bytes),
+                )
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @contextmanager
+    def _errors(self, where: str) -> Iterator[None]:
+        """Raise what the client library raises inside as one of ours."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        # The base class of its HTTP library's errors; which library that is has changed twice.
+        foreign = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+        try:
+            yield
+        except HfHubHTTPError as err:
+            raise self._refusal(err, where) from err
+        except foreign as err:
+            raise _unreachable(err, where) from err
+        except OSError as err:
+            found = as_runner_error(err, where=where)
+            # Without an errno of the disk it is the network's: a short body, a refused or broken connection.
+            raise (_unreachable(err, where) if found.code in ("internal", "storage.denied") else found) from err
+        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            raise _no_hub(where, f"{type(err).__name__}: {err}") from err
+
+    def _refusal(self, err: Any, where: str) -> RunnerError:
+        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RevisionNotFoundError
+
+        status = err.response.status_code
+        page = "/".join(where.split("/")[:5])
+        login = "set HF_TOKEN to a token of an account that may read it"
+        if isinstance(err, GatedRepoError):
+            return StorageDenied(
+                f"gated: its publisher wants terms accepted first ({status})",
+                where=where,
+                todo=f"Accept them at {page}, then {login}",
+            )
+        if isinstance(err, RevisionNotFoundError):
+            return WeightsMissing("the repository has no such revision", where=where, todo="Check --revision")
+        if isinstance(err, EntryNotFoundError):
+            return WeightsMissing("the repository has no such file", where=where, todo="Run the same command again")
+        if status in (401, 403):
+            return StorageDenied(
+                f"refused ({status}): private, gated, or no such repository",
+                where=where,
+                todo=f"Check that {page} can be read, then {login}",
+            )
+        if status in (404, 410):
+            return WeightsMissing(f"not there ({status})", where=where, todo="Check --endpoint (HF_ENDPOINT)")
+        if status in BUSY or status >= 500:
+            return StorageUnavailable(
+                f"the hub answered {status}", where=where, todo="Run the same command later: it goes on from here"
+            )
+        return _no_hub(where, f"it answered {status}")
+
+
+def partial_path(base: Path, place: str, file: RemoteFile) -> Path:
+    """What has arrived of a file so far. Its name has the checksum, so that two versions are never joined."""
+    return _beside(base, place, f"{file.digest or file.bytes}.incomplete")
+
+
+def record_path(base: Path, place: str) -> Path:
+    """Where the hub's client keeps what it knows of `base/place`."""
+    return _beside(base, place, "metadata")
+
+
+def write_record(base: Path, place: str, commit: str, digest: str | None) -> None:
+    """Write down what `base/place` is, in the client's own format: commit, checksum, time. Nothing if it has none."""
+    if digest is None:
+        return
+    record = record_path(base, place)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    staged = record.with_name(f"{record.name}.tmp")
+    staged.write_text(f"{commit}\n{digest}\n{time.time()}\n")
+    os.replace(staged, record)
+
+
+def read_record(base: Path, place: str) -> tuple[str, str] | None:
+    """(commit, checksum) that were written down for `base/place`, however old; None if nothing readable was."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        commit, digest = record_path(base, place).read_text().splitlines()[:2]
+        return commit, digest.strip()
+    return None
+
+
+def git_sha1(file: Path) -> str:
+    """The id that Git gives a file of these bytes: sha1 over `blob SIZE`, a zero byte, and the bytes."""
+    digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _beside(base: Path, place: str, suffix: str) -> Path:
+    return base / ".cache" / "huggingface" / "download" / f"{place}.{suffix}"
+
+
+def _retried(call: Callable[[], Any]) -> Any:
+    """`call()`, again after a pause while the hub is unavailable."""
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    return Retrying(
+        retry=retry_if_exception_type(StorageUnavailable),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=FIRST_WAIT_S, max=30),
+        reraise=True,
+    )(call)
+
+
+def _counter(on_bytes: Callable[[int], None]) -> Any:
+    """A progress bar of the library's that draws nothing and passes on what it counts."""
+    from huggingface_hub.utils import tqdm
+
+    class Counter(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            on_bytes(int(n or 0))
+
+    return Counter
+
+
+def _remote_file(sibling: Any, where: str) -> RemoteFile:
+    path = str(sibling.rfilename)
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise _no_hub(where, f"it lists {path!r}, which leads out of the repository")
+    lfs = sibling.lfs
+    size = sibling.size if sibling.size is not None else (lfs.size if lfs else None)
+    if size is None:
+        raise _no_hub(where, f"it gives no size for {path}")
+    return RemoteFile(path, int(size), lfs.sha256 if lfs else None, sibling.blob_id)
+
+
+def _licence(info: Any) -> str | None:
+    if info.card_data is not None and info.card_data.get("license"):
+        return str(info.card_data.get("license"))
+    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    return tags[0] if tags else None
+
+
+def _unreachable(err: BaseException, where: str) -> StorageUnavailable:
+    text = " ".join(str(err).split())[:300]
+    return StorageUnavailable(
+        f"{type(err).__name__}: {text}" if text else type(err).__name__,
+        where=where,
+        todo="Check the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; the same command goes on from here",
+    )
+
+
+def _no_hub(where: str, why: str) -> ConfigInvalid:
+    return ConfigInvalid(
+        f"no answer as a model hub gives it ({why})", where=where, todo="Check --endpoint, or HF_ENDPOINT"
+    )
+
+
+_offline = threading.Lock()
+
+
+@contextmanager
+def online(say: Callable[[str], None]) -> Iterator[None]:
+    """Let the client library reach the network within: the image forbids it for renders (HF_HUB_OFFLINE=1)."""
+    from huggingface_hub import constants
+
+    with _offline:
+        before = constants.HF_HUB_OFFLINE
+        if before:
+            say("HF_HUB_OFFLINE is set, which is for renders: this command was asked to use the network and does")
+        constants.HF_HUB_OFFLINE = False
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before

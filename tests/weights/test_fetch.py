@@ -1,0 +1,484 @@
+"""Fetching from a hub that serves the published layout: what comes, where it goes, and what a bad line does to it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from runner.errors import (
+    ConfigInvalid,
+    StorageDenied,
+    StorageFull,
+    StorageUnavailable,
+    WeightsCorrupt,
+    WeightsMissing,
+)
+from runner.generation.identity import recorded
+from runner.generation.recipes import RECIPES
+from runner.generation.store import ModelStore
+from runner.weights import fetch, hub, sources
+from runner.weights.fetch import fetch_weights
+from runner.weights.sources import LORA_COMMIT, LORA_REPO, SOURCES, Pin
+from runner.weights.verify import verify_weights
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer  # at run time it is a plugin, which pytest imports itself
+
+
+DIFFUSERS, ORIGINAL = SOURCES["components"].repo, SOURCES["preprocess"].repo
+FOLDER = SOURCES["components"].folder
+DETECTOR = "process_checkpoint/det/yolov10m.onnx"
+LORA = SOURCES["distill-lora"].files[0]
+CHUNK = 16 * 1024
+
+
+def noise(size: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses between attempts, small blocks, and none of this machine's own set-up of the hub."""
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _s: None, time=time.time))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+
+
+@pytest.fixture
+def published(hub_server: HubServer) -> HubServer:
+    """The three repositories in small: the same paths, other bytes, and the pickles that lie among them."""
+    hub_server.add(
+        DIFFUSERS,
+        {
+            "README.md": b"a card",
+            "model_index.json": b"{}",
+            "vae/config.json": b'{"vae": 1}',
+            "vae/diffusion_pytorch_model.safetensors": noise(300_000, 1),
+            "text_encoder/model.safetensors": noise(50_000, 2),
+            "text_encoder/pytorch_model.bin": noise(50_000, 3),
+            "transformer/config.json": b'{"transformer": 1}',
+            "transformer/diffusion_pytorch_model.safetensors": noise(700_000, 4),
+        },
+    )
+    hub_server.add(
+        ORIGINAL,
+        {
+            "Wan2.1_VAE.pth": noise(5000, 5),
+            "relighting_lora.ckpt": noise(5000, 6),
+            DETECTOR: noise(9000, 7),
+            "process_checkpoint/sam2/sam2_hiera_large.pt": noise(5000, 8),
+            "process_checkpoint/pose2d/vitpose_h_wholebody.onnx/end2end.onnx": noise(6000, 9),
+            "process_checkpoint/pose2d/vitpose_h_wholebody.onnx/onnx__MatMul_1": noise(100, 10),
+        },
+    )
+    return hub_server
+
+
+def run(server: HubServer, models: Path, recipe: str = "bf16", **options: object) -> fetch.Fetched:
+    options = {"say": lambda _line: None} | options
+    return fetch_weights(models, recipe, endpoint=server.endpoint, **options)  # type: ignore[arg-type]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The models below `folder`: nothing hidden."""
+    files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {str(p): body for p, body in files.items() if not any(part.startswith(".") for part in p.parts)}
+
+
+def wanted(server: HubServer, *, transformer: bool = True) -> dict[str, bytes]:
+    """What a fetch should have brought, said independently of the table's patterns."""
+    diffusers = {
+        f"{FOLDER}/{path}": body
+        for path, body in server.repos[DIFFUSERS].files.items()
+        if path != "README.md" and not path.endswith(".bin")
+        if transformer or path != "transformer/diffusion_pytorch_model.safetensors"
+    }
+    original = server.repos[ORIGINAL].files
+    return diffusers | {path: original[path] for path in original if path == DETECTOR or "/pose2d/" in path}
+
+
+def test_fetches_what_the_recipe_needs_and_no_pickle(published: HubServer, tmp_path: Path) -> None:
+    got = run(published, tmp_path / "models")
+    assert tree(tmp_path / "models") == wanted(published)
+    assert (got.files, got.downloaded) == (9, 9)
+    assert got.bytes == got.downloaded_bytes == sum(len(b) for b in wanted(published).values())
+    assert got.commits[DIFFUSERS] == published.repos[DIFFUSERS].commit
+    assert not [r.path for r in published.bodies() if r.path.endswith(sources.PICKLED)]
+
+
+def test_a_second_fetch_asks_for_no_file(published: HubServer, tmp_path: Path) -> None:
+    run(published, tmp_path)
+    published.requests.clear()
+    got = run(published, tmp_path)
+    assert (got.downloaded, got.downloaded_bytes, published.bodies()) == (0, 0, [])
+
+
+def test_records_are_those_of_the_hubs_own_client(published: HubServer, tmp_path: Path) -> None:
+    """The unmodified client finds its own records beside our files and fetches nothing; and identity.py reads them."""
+    import huggingface_hub
+
+    run(published, tmp_path)
+    published.requests.clear()
+    with hub.online(lambda _line: None):
+        commit = published.repos[DIFFUSERS].commit
+        for name in ("vae/diffusion_pytorch_model.safetensors", "vae/config.json"):
+            path = huggingface_hub.hf_hub_download(
+                DIFFUSERS, name, local_dir=tmp_path / FOLDER, endpoint=published.endpoint, revision=commit, token=False
+            )
+            assert Path(path).read_bytes() == published.repos[DIFFUSERS].files[name]
+    assert published.bodies() == []
+    weights = tmp_path / FOLDER / "vae/diffusion_pytorch_model.safetensors"
+    detector = tmp_path / DETECTOR
+    assert recorded(detector, tmp_path) == hashlib.sha256(detector.read_bytes()).hexdigest()
+    assert hub.read_record(tmp_path / FOLDER, "vae/diffusion_pytorch_model.safetensors") == (
+        commit,
+        hashlib.sha256(weights.read_bytes()).hexdigest(),
+    )
+
+
+def test_the_server_speaks_to_the_hubs_own_client(published: HubServer, tmp_path: Path) -> None:
+    """The fixture is held to the protocol by the client itself: its download equals ours."""
+    import huggingface_hub
+
+    with hub.online(lambda _line: None):
+        huggingface_hub.snapshot_download(
+            DIFFUSERS,
+            local_dir=tmp_path / "theirs",
+            endpoint=published.endpoint,
+            token=False,
+            ignore_patterns=["*.bin", "README.md"],
+        )
+    run(published, tmp_path / "ours", parts=["components", "transformer"])
+    assert tree(tmp_path / "theirs") == tree(tmp_path / "ours" / FOLDER)
+
+
+def test_says_licence_size_and_commit_before_the_first_file(published: HubServer, tmp_path: Path) -> None:
+    lines: list[tuple[str, int]] = []
+    run(published, tmp_path, say=lambda line: lines.append((line, len(published.bodies()))))
+    text = "\n".join(line for line, bodies in lines if bodies == 0)
+    assert "licence: Apache-2.0 (the hub's card: apache-2.0)" in text
+    assert "AGPL-3.0" in text
+    assert f"{DIFFUSERS}@{published.repos[DIFFUSERS].commit[:12]}, 5 files" in text
+
+
+def test_dry_run_fetches_nothing(published: HubServer, tmp_path: Path) -> None:
+    got = run(published, tmp_path / "models", dry_run=True)
+    assert (got.files, got.bytes) == (9, sum(len(b) for b in wanted(published).values()))
+    assert published.bodies() == []
+    assert not (tmp_path / "models").exists()
+
+
+def test_offline_setting_is_overridden_aloud_and_put_back(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    lines: list[str] = []
+    run(published, tmp_path, say=lines.append)
+    assert "HF_HUB_OFFLINE" in lines[0]
+    assert constants.HF_HUB_OFFLINE is True
+
+
+def test_endpoint_comes_from_the_environment(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", published.endpoint + "/")
+    fetch_weights(tmp_path, "bf16", parts=["preprocess"], say=lambda _line: None)
+    assert (tmp_path / DETECTOR).is_file()
+
+
+@pytest.fixture
+def lora_pin(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The distill LoRA's repository, and a table that pins the small file in its place."""
+    body = noise(20_000, 11)
+    hub_server.add(LORA_REPO, {LORA: body, "LoRAs/other.safetensors": b"x"}).commit = LORA_COMMIT
+    pins = {Path(LORA).name: Pin(len(body), hashlib.sha256(body).hexdigest())}
+    small = {**SOURCES, "distill-lora": replace(SOURCES["distill-lora"], pins=pins)}
+    monkeypatch.setattr(sources, "SOURCES", MappingProxyType(small))
+    return body
+
+
+def test_the_lora_lands_flat_at_the_pinned_commit(hub_server: HubServer, lora_pin: bytes, tmp_path: Path) -> None:
+    run(hub_server, tmp_path, parts=["distill-lora"])
+    assert tree(tmp_path) == {f"distill_lora/{Path(LORA).name}": lora_pin}
+    assert all(LORA_COMMIT in request.path for request in hub_server.requests)
+
+
+def test_another_file_under_a_pinned_name_is_refused_before_it_is_fetched(
+    hub_server: HubServer, lora_pin: bytes, tmp_path: Path
+) -> None:
+    hub_server.repos[LORA_REPO].files[LORA] = lora_pin[:-1] + bytes([lora_pin[-1] ^ 1])
+    with pytest.raises(WeightsCorrupt, match="not the known file"):
+        run(hub_server, tmp_path, parts=["distill-lora"])
+    assert hub_server.bodies() == []
+
+
+def test_recipes_name_their_parts() -> None:
+    assert "transformer" in sources.parts_of(RECIPES["bf16"])
+    assert "transformer" not in sources.parts_of("fp4-distill+fp8")
+    assert {"fp4", "distill-lora"} <= set(sources.parts_of("fp4-distill"))
+    assert "distill-lora" not in sources.parts_of("fp4")
+    with pytest.raises(ConfigInvalid, match="did you mean 'bf16'"):
+        sources.parts_of("bf61")
+    with pytest.raises(ConfigInvalid, match="no part 'lora'"):
+        sources.sources_of("bf16", ["lora"])
+
+
+def test_fp4_takes_the_config_but_not_the_source_of_the_transformer(published: HubServer, tmp_path: Path) -> None:
+    seed = {
+        "Wan2.2-Animate-14B-FP4/quantized_transformer.safetensors": noise(8000, 12),
+        "Wan2.2-Animate-14B-FP4/quantize_config.json": b"{}",
+        "Wan2.2-Animate-14B-FP4/quantized_text_encoder.safetensors": noise(8000, 13),
+    }
+    published.add(SOURCES["fp4"].repo, seed)
+    run(published, tmp_path, "fp4")
+    fp4 = {path: body for path, body in seed.items() if "text_encoder" not in path}
+    assert tree(tmp_path) == wanted(published, transformer=False) | fp4
+
+
+@pytest.mark.parametrize("kind", ["503", "drop", "cut"])
+def test_a_fault_on_the_way_costs_an_attempt(published: HubServer, tmp_path: Path, kind: str) -> None:
+    published.fail(kind, "vae/diffusion_pytorch_model", times=2)
+    published.fail("503", f"/api/models/{DIFFUSERS}")
+    run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+
+
+def test_a_cut_line_is_resumed_where_it_broke(published: HubServer, tmp_path: Path) -> None:
+    published.fail("cut", "vae/diffusion_pytorch_model", times=1)
+    run(published, tmp_path, parts=["components"])
+    stored = [r.range for r in published.bodies("vae/diffusion_pytorch_model") if r.storage]
+    assert len(stored) == 2
+    assert stored[0] is None
+    assert stored[1] is not None
+    assert int(stored[1].removeprefix("bytes=").removesuffix("-")) >= 150_000 - CHUNK
+
+
+def test_a_fetch_that_gave_up_goes_on_next_time(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    name = "vae/diffusion_pytorch_model"
+    published.fail("cut", name)
+    published.fail("drop", name, times=6)  # as often as the library reconnects, and once more
+    with pytest.raises(StorageUnavailable) as failure:
+        run(published, tmp_path)
+    assert (failure.value.exit_code, failure.value.retryable) == (3, True)
+    assert not (tmp_path / FOLDER / f"{name}.safetensors").exists()
+    published.requests.clear()
+    published.faults.clear()
+    run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+    (again,) = [r for r in published.bodies(name) if r.storage]
+    assert again.range is not None
+
+
+def test_a_server_that_knows_no_ranges_gives_the_whole_file(published: HubServer, tmp_path: Path) -> None:
+    published.ranges = False
+    published.fail("cut", "vae/diffusion_pytorch_model")
+    got = run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+    assert got.downloaded_bytes == got.bytes  # what was dropped is not counted
+
+
+def test_a_killed_process_leaves_no_file_but_a_part_to_go_on_from(hub_server: HubServer, tmp_path: Path) -> None:
+    body = noise(24_000_000, 14)  # the library writes 10 MB at a time
+    hub_server.add(ORIGINAL, {DETECTOR: body})
+    hub_server.fail("stall", DETECTOR)
+    code = (
+        "from pathlib import Path; from runner.weights.fetch import fetch_weights\n"
+        f"fetch_weights(Path({str(tmp_path)!r}), 'bf16', parts=['preprocess'], endpoint={hub_server.endpoint!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        parts: list[Path] = []
+        deadline = time.monotonic() + 60
+        while not any(part.stat().st_size for part in parts) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            parts = list(tmp_path.rglob("*.incomplete"))
+            assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / DETECTOR).exists()
+    there = parts[0].stat().st_size
+    assert there > 0
+    run(hub_server, tmp_path, parts=["preprocess"])
+    assert (tmp_path / DETECTOR).read_bytes() == body
+    assert [r.range for r in hub_server.bodies() if r.storage] == [None, f"bytes={there}-"]
+    assert list(tmp_path.rglob("*.incomplete")) == []
+
+
+def test_a_wrong_bit_is_fetched_again(published: HubServer, tmp_path: Path) -> None:
+    published.fail("flip", DETECTOR)
+    run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+
+
+@pytest.mark.parametrize("name", [DETECTOR, "vae/config.json"])
+def test_a_checksum_that_stays_wrong_is_an_error_and_nothing_gets_the_name(
+    published: HubServer, tmp_path: Path, name: str
+) -> None:
+    published.fail("flip", name, times=99)
+    with pytest.raises(WeightsCorrupt, match="checksum"):
+        run(published, tmp_path)
+    assert not list(tmp_path.rglob(Path(name).name if name == DETECTOR else "vae/config.json"))
+
+
+def test_a_damaged_file_is_replaced_and_one_put_there_by_hand_is_kept(published: HubServer, tmp_path: Path) -> None:
+    detector = tmp_path / DETECTOR
+    detector.parent.mkdir(parents=True)
+    detector.write_bytes(published.repos[ORIGINAL].files[DETECTOR])
+    vae = tmp_path / FOLDER / "vae/diffusion_pytorch_model.safetensors"
+    vae.parent.mkdir(parents=True)
+    vae.write_bytes(published.repos[DIFFUSERS].files["vae/diffusion_pytorch_model.safetensors"][:1000])
+    run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+    assert published.bodies(DETECTOR) == []
+    assert recorded(detector, tmp_path) == hashlib.sha256(detector.read_bytes()).hexdigest()
+
+
+def test_a_file_edited_after_its_fetch_is_noticed(published: HubServer, tmp_path: Path) -> None:
+    run(published, tmp_path)
+    vae = tmp_path / FOLDER / "vae/diffusion_pytorch_model.safetensors"
+    body = bytearray(vae.read_bytes())
+    body[1000] ^= 1
+    vae.write_bytes(body)
+    os.utime(vae, (time.time() + 60, time.time() + 60))
+    assert run(published, tmp_path).downloaded == 1
+    assert tree(tmp_path) == wanted(published)
+
+
+def test_gated_says_where_to_accept_terms_and_a_token_opens(published: HubServer, tmp_path: Path) -> None:
+    published.repos[DIFFUSERS].gated = True
+    with pytest.raises(StorageDenied, match="gated") as failure:
+        run(published, tmp_path)
+    assert f"{published.endpoint}/{DIFFUSERS}" in failure.value.message
+    assert failure.value.exit_code == 2
+    run(published, tmp_path, token=published.token)
+    assert tree(tmp_path) == wanted(published)
+    assert not any(r.authorized for r in published.requests if r.storage)  # the token stays with the hub
+
+
+def test_the_token_comes_from_the_environment(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setenv("HF_TOKEN", published.token)
+    published.repos[DIFFUSERS].private = True
+    run(published, tmp_path)
+    assert tree(tmp_path) == wanted(published)
+
+
+def test_private_is_denied_and_missing_is_missing(published: HubServer, tmp_path: Path) -> None:
+    published.repos[DIFFUSERS].private = True
+    with pytest.raises(StorageDenied, match="private, gated, or no such repository"):
+        run(published, tmp_path)
+    with pytest.raises(WeightsMissing, match="no such revision"):
+        run(published, tmp_path, token=published.token, revisions={DIFFUSERS: "v9"})
+    del published.repos[DIFFUSERS]
+    with pytest.raises(WeightsMissing, match="404"):
+        run(published, tmp_path, token=published.token)
+
+
+def test_a_repository_without_the_files_is_named(published: HubServer, tmp_path: Path) -> None:
+    published.repos[ORIGINAL].files = {"Wan2.1_VAE.pth": b"x"}
+    with pytest.raises(WeightsMissing, match=r"process_checkpoint/det/yolov10m\.onnx"):
+        run(published, tmp_path)
+    assert published.bodies() == []
+
+
+def test_no_network_is_worth_a_retry(tmp_path: Path) -> None:
+    with pytest.raises(StorageUnavailable, match="the same command goes on"):
+        fetch_weights(tmp_path, "bf16", endpoint="http://127.0.0.1:9", say=lambda _line: None)
+
+
+def test_an_endpoint_that_is_no_hub(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add(DIFFUSERS, {"vae/x.json": b"{}"}).commit = ""
+    with pytest.raises(ConfigInvalid, match="HF_ENDPOINT"):
+        run(hub_server, tmp_path, parts=["components"])
+    with pytest.raises(ConfigInvalid, match="not an http"):
+        fetch_weights(tmp_path, "bf16", endpoint="huggingface", say=lambda _line: None)
+
+
+def test_a_listing_may_not_lead_out_of_the_store(hub_server: HubServer, tmp_path: Path) -> None:
+    hub_server.add(ORIGINAL, {"process_checkpoint/pose2d/../../../evil": b"x"})
+    with pytest.raises(ConfigInvalid, match="leads out"):
+        run(hub_server, tmp_path / "models", parts=["preprocess"])
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_disk_too_small_is_found_before_the_first_byte(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(StorageFull, match=r"1\.1 GB|0\.0 GB"):
+        run(published, tmp_path)
+    assert published.bodies() == []
+
+
+def test_a_disk_that_fills_up_on_the_way(published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(StorageFull):
+        run(published, tmp_path)
+
+
+def test_an_interrupt_stops_all_workers_and_costs_nothing(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(published, tmp_path)
+    whole = wanted(published)
+    assert all(whole[path] == body for path, body in tree(tmp_path).items())
+    run(published, tmp_path)
+    assert tree(tmp_path) == whole
+
+
+def test_a_stopped_worker_leaves_at_its_next_block() -> None:
+    progress = fetch._Progress(100)
+    progress.add(10)
+    progress.stopped.set()
+    with pytest.raises(fetch._Stopped):
+        progress.add(10)
+    assert progress.done == 10
+
+
+def test_a_fetched_store_is_one_that_the_recipe_accepts(
+    hub_server: HubServer, tmp_path: Path, demo_models: Path
+) -> None:
+    """Real files of every component: the store's own check is the judge."""
+    files = {p.relative_to(demo_models).as_posix(): p.read_bytes() for p in demo_models.rglob("*") if p.is_file()}
+    diffusers = {path.removeprefix(f"{FOLDER}/"): body for path, body in files.items() if path.startswith(FOLDER)}
+    hub_server.add(DIFFUSERS, diffusers)
+    hub_server.add(ORIGINAL, {path: body for path, body in files.items() if path.startswith("process_checkpoint/")})
+    with pytest.raises(WeightsMissing):
+        ModelStore(tmp_path / "models").check(RECIPES["bf16"])
+    run(hub_server, tmp_path / "models")
+    store = ModelStore(tmp_path / "models")
+    store.check(RECIPES["bf16"])
+    assert store.identities(RECIPES["bf16"]) == ModelStore(demo_models).identities(RECIPES["bf16"])
+    assert {row.status for row in verify_weights(tmp_path / "models", "bf16")} == {"ok"}

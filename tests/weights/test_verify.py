@@ -1,0 +1,288 @@
+"""Verifying a store: every kind of damage is a row that names the file, and a sound store has none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
+from runner.generation.identity import FileIdentities
+from runner.generation.recipes import SOURCE_WEIGHTS
+from runner.weights import hub
+from runner.weights.sources import FP4_FOLDER, SOURCES
+from runner.weights.verify import Row, plan_rows, settle_against, verify_weights
+from tests.quantization.stores import TINY, WAN_14B, write_store
+
+DETECTOR = "process_checkpoint/det/yolov10m.onnx"
+VAE = f"{SOURCE_WEIGHTS}/vae/diffusion_pytorch_model.safetensors"
+QUANTISED = f"{FP4_FOLDER}/quantized_transformer.safetensors"
+
+
+@pytest.fixture
+def models(demo_models: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's store, to be damaged."""
+    root = tmp_path / "models"
+    shutil.copytree(demo_models, root, ignore=shutil.ignore_patterns(".*", "demo.json"))
+    return root
+
+
+@pytest.fixture
+def fp4_models(tmp_path: Path) -> Path:
+    """A store with a transformer in full precision alone, its linears in multiples of 32."""
+    root = tmp_path / "models"
+    write_store(root / SOURCE_WEIGHTS / "transformer", TINY, shard_bytes=300_000)
+    return root
+
+
+def by_path(rows: list[Row]) -> dict[str, Row]:
+    assert len({row.path for row in rows}) == len(rows)
+    return {row.path: row for row in rows}
+
+
+def record(models: Path, name: str) -> None:
+    """The hub's record of a file as it is now."""
+    digest = hashlib.sha256((models / name).read_bytes()).hexdigest()
+    hub.write_record(models, name, "0" * 40, digest)
+
+
+def flip(path: Path, at: int) -> None:
+    """One wrong bit; size and time stay."""
+    stat = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(at if at >= 0 else stat.st_size + at)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_sound_store_has_no_damage_and_every_file_a_row(models: Path) -> None:
+    seen: list[Row] = []
+    rows = verify_weights(models, "bf16", on_row=seen.append)
+    assert rows == seen
+    assert {row.status for row in rows} <= {"ok", "unknown"}
+    unused = {"model_index.json", "scheduler_config.json"}  # of diffusers' own loader
+    there = {p.relative_to(models).as_posix() for p in models.rglob("*") if p.is_file() and p.name not in unused}
+    assert set(by_path(rows)) == there
+    row = by_path(rows)[DETECTOR]
+    assert row.sha256 == hashlib.sha256((models / DETECTOR).read_bytes()).hexdigest()
+    assert row.bytes == (models / DETECTOR).stat().st_size
+
+
+def test_a_record_makes_it_ok_and_one_bit_makes_it_corrupt(models: Path) -> None:
+    for name in (VAE, DETECTOR):
+        record(models, name)
+        assert by_path(verify_weights(models, "bf16"))[name].status == "ok"
+        flip(models / name, -1)
+        row = by_path(verify_weights(models, "bf16"))[name]
+        assert (row.status, "hub listed" in row.note) == ("corrupt", True)
+
+
+def test_a_small_file_has_gits_own_id(models: Path) -> None:
+    name = f"{SOURCE_WEIGHTS}/vae/config.json"
+    body = (models / name).read_bytes()
+    hub.write_record(models, name, "0" * 40, hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest())
+    assert by_path(verify_weights(models, "bf16"))[name].status == "ok"
+    (models / name).write_bytes(body + b"\n")
+    assert by_path(verify_weights(models, "bf16"))[name].status == "corrupt"
+
+
+def test_what_a_run_remembered_tells_of_a_failing_disk(models: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    FileIdentities().of([models / VAE], models, cache)
+    assert by_path(verify_weights(models, "bf16", cache=cache))[VAE].status == "ok"
+    flip(models / VAE, -1)
+    row = by_path(verify_weights(models, "bf16", cache=cache))[VAE]
+    assert (row.status, "disk" in row.note) == ("corrupt", True)
+    os.utime(models / VAE)  # replaced, perhaps on purpose: nobody knows
+    assert by_path(verify_weights(models, "bf16", cache=cache))[VAE].status == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), ""),
+        (lambda p: p.write_bytes(p.read_bytes() + b"\0"), ""),
+        (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "LFS pointer"),
+        (lambda p: p.write_bytes(b"<html>proxy login</html>" * 100), ""),
+    ],
+    ids=["empty", "truncated", "overlong", "pointer", "html"],
+)
+def test_damage_shows_without_any_record(models: Path, damage: object, says: str) -> None:
+    damage(models / VAE)  # type: ignore[operator]
+    row = by_path(verify_weights(models, "bf16"))[VAE]
+    assert row.status == "corrupt"
+    assert says in row.note
+
+
+def test_missing_files_are_rows(models: Path) -> None:
+    (models / VAE).unlink()
+    (models / DETECTOR).unlink()
+    rows = by_path(verify_weights(models, "bf16"))
+    assert {path for path, row in rows.items() if row.status == "missing"} == {VAE, DETECTOR}
+    assert "weights fetch" in rows[VAE].note
+
+
+def test_an_index_that_names_another_shard_is_corrupt(fp4_models: Path) -> None:
+    index = next((fp4_models / SOURCE_WEIGHTS / "transformer").glob("*.index.json"))
+    names = json.loads(index.read_text())
+    first, second = sorted(set(names["weight_map"].values()))[:2]
+    moved = next(tensor for tensor, shard in names["weight_map"].items() if shard == first)
+    names["weight_map"][moved] = second
+    index.write_text(json.dumps(names))
+    row = by_path(verify_weights(fp4_models, "bf16"))[index.relative_to(fp4_models).as_posix()]
+    assert (row.status, moved in row.note) == ("corrupt", True)
+    index.write_text("{")
+    assert by_path(verify_weights(fp4_models, "bf16"))[row.path].status == "corrupt"
+
+
+def test_a_pinned_file_is_held_to_its_pin(models: Path) -> None:
+    name = f"distill_lora/{next(iter(SOURCES['distill-lora'].pins))}"
+    (models / name).parent.mkdir()
+    save_file({"x": torch.zeros(4)}, models / name)
+    record(models, name)  # whatever its record says
+    row = by_path(verify_weights(models, "bf16"))[name]
+    assert (row.status, "738005744" in row.note) == ("corrupt", True)
+
+
+@pytest.fixture
+def ours(fp4_models: Path) -> Path:
+    """What `quantize` makes for fp4-distill."""
+    from runner.quantization.checkpoint import quantize_store
+    from runner.quantization.e2m1 import G32
+
+    out = fp4_models / f"{FP4_FOLDER}-distill" / "quantized_transformer.safetensors"
+    quantize_store(fp4_models / SOURCE_WEIGHTS / "transformer", out, G32, "absmax", device="cpu")
+    return out
+
+
+def test_our_own_file_is_held_to_its_own_checksum(fp4_models: Path, ours: Path) -> None:
+    name = ours.relative_to(fp4_models).as_posix()
+    row = by_path(verify_weights(fp4_models, "fp4-distill"))[name]
+    assert (row.status, row.note) == ("ok", "as recorded when it was made")
+    assert not [r for r in verify_weights(fp4_models, "fp4-distill") if r.path.startswith("distill_lora")]
+    flip(ours, -1)
+    assert by_path(verify_weights(fp4_models, "fp4-distill"))[name].status == "corrupt"
+
+
+def test_our_own_file_must_hold_the_model_of_its_config(fp4_models: Path, ours: Path) -> None:
+    config = ours.with_name("config.json")
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"ffn_dim": settings["ffn_dim"] * 2}))
+    row = by_path(verify_weights(fp4_models, "fp4-distill"))[ours.relative_to(fp4_models).as_posix()]
+    assert (row.status, "ffn" in row.note) == ("corrupt", True)
+
+
+def test_fp4_without_its_files_says_which(fp4_models: Path) -> None:
+    rows = by_path(verify_weights(fp4_models, "fp4-distill"))
+    assert rows[QUANTISED].status == "missing"
+    assert "quantize" in rows[QUANTISED].note
+    assert rows[f"distill_lora/{next(iter(SOURCES['distill-lora'].pins))}"].status == "missing"
+    assert not [path for path in rows if "transformer/diffusion" in path]  # fp4 needs no source
+    assert not [path for path in by_path(verify_weights(fp4_models, "fp4")) if path.startswith("distill_lora")]
+
+
+@pytest.fixture
+def published(fp4_models: Path) -> Path:
+    """A file in the published manner, which no `quantize` of ours made: high nibble first, scales in fp16."""
+    from runner.quantization.rules import linear_shapes, transformer_on_meta
+
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    source: dict[str, torch.Tensor] = {}
+    for shard in (fp4_models / SOURCE_WEIGHTS / "transformer").glob("*.safetensors"):
+        source |= load_file(shard)
+    tensors = dict(source)
+    for layer in linear_shapes(transformer_on_meta(TINY)):
+        weight = tensors.pop(f"{layer}.weight").float()
+        groups = weight.reshape(weight.shape[0], -1, 32)
+        scale = (groups.abs().amax(2) / 6).clamp(min=1e-4).half()
+        levels = groups / scale.float()[..., None]
+        codes = (levels.abs()[..., None] - grid).abs().argmin(-1) + 8 * (levels < 0)
+        codes = codes.reshape(weight.shape).to(torch.uint8)
+        tensors[f"{layer}.weight_packed"] = (codes[:, 0::2] << 4) | codes[:, 1::2]
+        tensors[f"{layer}.weight_scale"] = scale
+    path = fp4_models / QUANTISED
+    path.parent.mkdir()
+    save_file(tensors, path)
+    return path
+
+
+def test_a_published_file_is_checked_against_the_model(fp4_models: Path, published: Path) -> None:
+    assert by_path(verify_weights(fp4_models, "fp4"))[QUANTISED].status == "unknown"
+    record(fp4_models, QUANTISED)
+    assert by_path(verify_weights(fp4_models, "fp4"))[QUANTISED].status == "ok"
+    with safe_open(published, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith("weight_scale"))
+    save_file(tensors | {name: tensors[name][:, :1].contiguous()[:-1]}, published)
+    record(fp4_models, QUANTISED)
+    row = by_path(verify_weights(fp4_models, "fp4"))[QUANTISED]
+    assert (row.status, name.removesuffix(".weight_scale") in row.note) == ("corrupt", True)
+
+
+def test_against_the_source_settles_how_it_is_read(fp4_models: Path, published: Path, tmp_path: Path) -> None:
+    settled = settle_against(fp4_models, fp4_models)
+    assert settled.assume is not None
+    assert "nibble=high" in settled.assume
+    assert settled.comparisons[0].error < 0.2
+    one_shard = tmp_path / "one"
+    one_shard.mkdir()
+    shard = max((fp4_models / SOURCE_WEIGHTS / "transformer").glob("*.safetensors"))
+    shutil.copy(shard, one_shard)
+    assert settle_against(fp4_models, one_shard).assume == settled.assume
+    with pytest.raises(WeightsMissing, match=r"no weights of blocks\.9"):
+        settle_against(fp4_models, fp4_models, layer="blocks.9.attn1.to_q")
+
+
+def test_against_another_models_weights_settles_nothing(fp4_models: Path, published: Path, tmp_path: Path) -> None:
+    other = {name: torch.randn(t.shape) for name, t in load_shards(fp4_models).items()}
+    (tmp_path / "other").mkdir()
+    save_file(other, tmp_path / "other" / "diffusion_pytorch_model.safetensors")
+    settled = settle_against(fp4_models, tmp_path / "other")
+    assert settled.assume is None
+    assert settled.comparisons[0].error > 0.5
+    name = f"{settled.layer}.weight"
+    save_file({name: other[name][1:].contiguous()}, tmp_path / "other" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsCorrupt, match="the source has"):
+        settle_against(fp4_models, tmp_path / "other")
+
+
+def load_shards(models: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (models / SOURCE_WEIGHTS / "transformer").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return tensors
+
+
+@pytest.mark.parametrize("fmt", ["g32", "nvfp4"])
+def test_the_plan_of_the_14b_model(tmp_path: Path, fmt: str) -> None:
+    folder = tmp_path / SOURCE_WEIGHTS / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(WAN_14B)))
+    rows = plan_rows(tmp_path, fmt=fmt)
+    packed = [row for row in rows if row.packed_bytes]
+    assert len(packed) == 521
+    assert 9.6e9 < sum(row.packed_bytes + row.other_bytes for row in rows) < 9.9e9
+    assert next(row.shape for row in rows if row.name == "blocks.0.ffn.net.0.proj") == (13824, 5120)
+
+
+def test_what_cannot_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissing, match="no such folder"):
+        verify_weights(tmp_path / "none", "bf16")
+    with pytest.raises(ConfigInvalid):
+        verify_weights(tmp_path, "bf61")
+    with pytest.raises(WeightsMissing, match=r"config\.json"):
+        plan_rows(tmp_path)
+    (tmp_path / SOURCE_WEIGHTS / "transformer").mkdir(parents=True)
+    (tmp_path / SOURCE_WEIGHTS / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ConfigInvalid, match="no format"):
+        plan_rows(tmp_path, fmt="int4")
