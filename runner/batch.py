@@ -50,6 +50,7 @@ class Engine:
     identity: Mapping[str, str]  # recipe and weights, for the fingerprint
     load: Callable[[], Generator[Any]]
     effective: Callable[[JobOptions], JobOptions] = lambda options: options  # with the recipe's defaults filled in
+    own: Callable[[JobOptions], Mapping[str, str]] = lambda options: {}  # identity of what a job alone adds: its LoRAs
 
 
 class Progress(Protocol):
@@ -161,7 +162,7 @@ class Batch:
 
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
         job = task.job
-        identity = self._engine.identity
+        identity = {**self._engine.identity, **self._engine.own(job.options)}
         effective = replace(job, options=self._engine.effective(job.options))
         try:
             task.inputs = identify_inputs(job)

@@ -25,6 +25,9 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code."""
+    # The stages share the cores. OpenMP threads that wait by spinning take them from each other: on two busy cores the
+    # tiny demo model took ten times the CPU time. Read when torch is first imported, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parser().parse_args(argv)
     from runner.events import configure_logging
 
@@ -90,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--drain-s", type=float, default=20.0, metavar="S", help="seconds the running job gets after a signal (20)"
     )
+    run.add_argument(
+        "--assume", metavar="K=V,…", help="how to read a published FP4 file where it does not say, e.g. nibble=high"
+    )
     run.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet of this run's outputs")
 
     validate = verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
@@ -112,11 +118,45 @@ def parser() -> argparse.ArgumentParser:
     _models(doctor)
     doctor.add_argument("--out", metavar="URI", help="check that this can be written")
 
-    weights = verb("weights", _weights_demo, "make the demo's tiny models and media: no GPU, no hub, no account")
-    weights.add_argument("what", choices=("demo",), help="demo: build the tiny random model and its media")
-    weights.add_argument("--models", type=Path, default=Path(".cache/demo-models"), metavar="DIR")
-    weights.add_argument("--media", type=Path, default=Path(".cache/demo-media"), metavar="DIR")
+    _quantize_flags(verb("quantize", _quantize, "make a recipe's FP4 file from the published weights in the store"))
+    _weights_flags(verb("weights", _weights, "fetch | verify | demo: model files"))
     return top
+
+
+def _quantize_flags(quantize: argparse.ArgumentParser) -> None:
+    _models(quantize)
+    quantize.set_defaults(recipe="fp4-distill")
+    quantize.add_argument("--format", choices=("nvfp4", "g32"), default="nvfp4", help="number format (nvfp4)")
+    quantize.add_argument("--scales", choices=("mse", "absmax"), default="mse", help="how scales are chosen (mse)")
+    quantize.add_argument(
+        "--calibrate", metavar="MANIFEST", help="render these jobs first and weight scales by activations"
+    )
+    quantize.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge it too; repeatable"
+    )
+    quantize.add_argument(
+        "--rule", default="all", metavar="NAME", help="which layers: all, or sensitive ones kept (all)"
+    )
+    quantize.add_argument("--text-encoder", action="store_true", help="make the INT4 text encoder too")
+
+
+def _weights_flags(weights: argparse.ArgumentParser) -> None:
+    weights.add_argument("what", choices=("fetch", "verify", "demo"), help="demo: tiny models and media, no hub needed")
+    _models(weights)
+    weights.add_argument("--media", type=Path, default=Path(".cache/demo-media"), metavar="DIR", help="demo: its media")
+    weights.add_argument("--part", action="append", metavar="PART", help="fetch: only this part; repeatable")
+    weights.add_argument("--endpoint", metavar="URL", help="fetch: the hub ($HF_ENDPOINT)")
+    weights.add_argument(
+        "--revision", action="append", default=[], metavar="REPO=REV", help="fetch: branch, tag, commit"
+    )
+    weights.add_argument("--dry-run", action="store_true", help="fetch: show files, sizes and licences only")
+    weights.add_argument("--plan", action="store_true", help="verify: print the quantised file layer by layer")
+    weights.add_argument("--format", choices=("nvfp4", "g32"), default="nvfp4", help="verify --plan (nvfp4)")
+    weights.add_argument("--rule", default="all", metavar="NAME", help="verify --plan: which layers (all)")
+    weights.add_argument(
+        "--against", type=Path, metavar="SOURCE", help="verify: settle how a published FP4 file is read"
+    )
+    weights.add_argument("--layer", metavar="NAME", help="verify --against: this layer, not the first")
 
 
 def _manifest(verb: argparse.ArgumentParser) -> None:
@@ -192,17 +232,30 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from runner.doctor import run_checks
     from runner.report import print_checks
 
-    checks = run_checks(arguments.models, arguments.out, arguments.cache, arguments.device)
+    checks = run_checks(arguments.models, arguments.out, arguments.cache, arguments.device, recipe=arguments.recipe)
     print_checks(checks)
     return 2 if any(check.status == "fail" for check in checks) else 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from runner.quantize import quantize_models
+
+    return quantize_models(arguments)
+
+
+def _weights(arguments: argparse.Namespace) -> int:
+    from runner.weights import verbs
+
+    return {"fetch": verbs.fetch, "verify": verbs.verify, "demo": _weights_demo}[arguments.what](arguments)
 
 
 def _weights_demo(arguments: argparse.Namespace) -> int:
     from runner.demo.build import build_demo_media, build_demo_models
 
-    build_demo_models(arguments.models)
+    models = Path(arguments.models or ".cache/demo-models")
+    build_demo_models(models)
     build_demo_media(arguments.media)
-    print(f"models: {arguments.models}\nmedia:  {arguments.media}")
+    print(f"models: {models}\nmedia:  {arguments.media}")
     return 0
 
 

@@ -21,7 +21,16 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["DEFAULT_PROMPT", "Frozen", "JobOptions", "OutputOptions", "PreprocessOptions", "Size", "whole_number"]
+__all__ = [
+    "DEFAULT_PROMPT",
+    "Frozen",
+    "JobOptions",
+    "LoraOption",
+    "OutputOptions",
+    "PreprocessOptions",
+    "Size",
+    "whole_number",
+]
 
 DEFAULT_PROMPT = "视频中的人在做动作"  # the official default: "the person in the video is moving"
 
@@ -36,6 +45,11 @@ def whole_number(value: Any) -> Any:
     if type(value) is not int:
         raise ValueError("must be a whole number")
     return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list as it comes from YAML or JSON; strict models take no list for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Frozen(BaseModel):
@@ -92,6 +106,13 @@ class OutputOptions(Frozen):
     crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
 
 
+class LoraOption(Frozen):
+    """A LoRA of the store's `loras/` folder, for this job alone."""
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="file name in loras/, without .safetensors")
+    strength: float = Field(default=1.0, ge=-4, le=4)
+
+
 class JobOptions(Frozen):
     """What one job may ask for. Sizes in pixels, times in seconds, counts in frames."""
 
@@ -115,6 +136,9 @@ class JobOptions(Frozen):
         default=81, ge=5, le=241, description="longest window denoised at once, 4k+1 frames"
     )
     overlap_frames: Literal[1, 5] = Field(default=1, description="frames of a segment that the next one starts from")
+    loras: Annotated[tuple[LoraOption, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="LoRAs added for this job alone"
+    )
     keep_audio: bool = Field(default=False, description="copy the driving video's sound, cut to the rendered span")
     output: OutputOptions = OutputOptions()
     preprocess: PreprocessOptions = PreprocessOptions()

@@ -40,6 +40,8 @@ def run_manifest(arguments: argparse.Namespace) -> int:
     storage = open_storage(arguments.out)
     probe_writable(storage)
     engine = build_engine(arguments, manifest)
+    for job in jobs:
+        engine.own(job.options)  # a LoRA that is not there is found now, not in the middle of the night
     run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     log = structlog.get_logger()
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
@@ -124,6 +126,7 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
+    from runner.generation.job_loras import lora_parts
     from runner.generation.recipes import DEFAULT_RECIPE, get_recipe
     from runner.generation.store import ModelStore, wanted
 
@@ -142,15 +145,22 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
     store.check(recipe)
     identity = {f"recipe.{name}": str(value) for name, value in recipe.as_dict().items()}
     identity |= store.identities(recipe, arguments.cache)
+    assume: dict[str, str] = {}
+    if arguments.assume:
+        from runner.quantization.assumptions import parse_assumptions
+
+        assume = parse_assumptions(arguments.assume)
+    identity |= {f"assume.{name}": value for name, value in assume.items()}
 
     def load() -> Generator[Any]:
         from runner.generation.wan_animate import WanAnimateGenerator
 
-        return WanAnimateGenerator.load(store, recipe, device=arguments.device)
+        return WanAnimateGenerator.load(store, recipe, device=arguments.device, assume=assume)
 
     return Engine(
         recipe=recipe.name,
         identity=identity,
         load=load,
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
+        own=lambda options: lora_parts(store, options, arguments.cache),
     )

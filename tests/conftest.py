@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Workers of the many small sessions in one test process would fight over two cores.
+# As the command line does, and before torch is imported: threads that spin take the cores from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-pytest_plugins = ["tests.demo_store", "tests.s3_servers", "tests.shared_data", "tests.tiny_store"]
+pytest_plugins = ["tests.demo_store", "tests.hub_server", "tests.s3_servers", "tests.shared_data", "tests.tiny_store"]

@@ -20,10 +20,10 @@ LONGEST = {"runner": 450, "tools": 450, "bench": 450, "tests": 500}  # lines of 
 # Imports run downwards, or sideways within a line. A new module finds its place here before its first import.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("session", "doctor", "doctor_probes", "forecast", "inputs", "report", "status", "progress"),  # what the verbs call
-    ("launch", "regression", "demo", "weights"),
+    ("session", "quantize", "doctor", "doctor_probes", "forecast", "inputs", "report", "status", "progress"),  # what the verbs call
+    ("launch", "regression", "demo"),
     ("batch", "delivery", "task", "queues", "stop"),
-    ("ledger", "shards", "summary"),
+    ("ledger", "shards", "summary", "weights"),
     ("generation",),
     ("preprocess",),
     ("quantization",),

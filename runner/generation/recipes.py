@@ -28,8 +28,10 @@ class Recipe:
     shift: float  # of the noise levels
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
     vae_dtype: Literal["bfloat16", "float32"]
-    weights: str  # folder in the model store
+    weights: str  # folder of the components in the model store
     summary: str
+    fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
+    distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
 
     def as_dict(self) -> dict[str, object]:
         """What decides the frames, for the fingerprint and the record; the summary is prose and stays out."""
@@ -43,6 +45,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         recipe.name: recipe
         for recipe in (
             Recipe(
+                "fp4-distill", 6, "euler", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "FP4 weights with the step-distillation LoRA: 6 Euler steps", fp4=True, distilled=True,
+            ),
+            Recipe(
+                "fp4", 20, "unipc", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "FP4 weights, 20 UniPC steps", fp4=True,
+            ),
+            Recipe(
                 "bf16", 20, "unipc", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
                 "the published weights in bfloat16, 20 UniPC steps as the hub's scheduler; autoencoder in float32",
             ),
@@ -53,15 +63,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         )
     }
 )  # fmt: skip
-DEFAULT_RECIPE = "bf16"
+DEFAULT_RECIPE = "fp4-distill"
 
 
 def get_recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises ConfigInvalid with a suggestion and the list."""
     if name in RECIPES:
         return RECIPES[name]
-    known = f"Recipes: {', '.join(RECIPES)}"
-    if name.startswith("fp4"):
-        raise ConfigInvalid(f"recipe {name!r} is not in this version: it has no FP4 weights yet", todo=known)
     near = difflib.get_close_matches(name, RECIPES, n=1)
-    raise ConfigInvalid(f"no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), todo=known)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigInvalid(f"no recipe {name!r}{hint}", todo=f"Recipes: {', '.join(RECIPES)}")

@@ -22,6 +22,7 @@ from runner.errors import WeightsCorrupt, WeightsMissing
 from runner.generation.cost import Costs
 from runner.generation.identity import FileIdentities, combine
 from runner.generation.recipes import Recipe
+from runner.generation.variant import Variant, choose_variant, lora_files, wanted_fp4
 
 __all__ = ["COMPONENTS", "ModelStore", "wanted"]
 
@@ -73,10 +74,30 @@ class ModelStore:
                 return path
         return self.root / POSE
 
+    def variant(self, recipe: Recipe) -> Variant:
+        """Which files the transformer and the text encoder come from. Raises WeightsMissing."""
+        return choose_variant(self.root, recipe)
+
+    def components(self, recipe: Recipe) -> tuple[str, ...]:
+        """Those of COMPONENTS that come from the plain folders."""
+        variant = self.variant(recipe)
+        instead = {"transformer"} if variant.kind != "source" else set()
+        instead |= {"text_encoder"} if variant.text_encoder else set()
+        return tuple(name for name in COMPONENTS if name not in instead)
+
     def config(self, recipe: Recipe, name: str) -> dict[str, Any]:
         """A component's parsed config. Raises WeightsMissing or WeightsCorrupt."""
-        path = self.component(recipe, name) / CONFIGS.get(name, "config.json")
-        return read_json(path)
+        if name == "transformer":
+            return read_json(self.variant(recipe).config)
+        return read_json(self.component(recipe, name) / CONFIGS.get(name, "config.json"))
+
+    def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
+        """name → (file, strength) of a job's own LoRAs. Raises WeightsMissing for a name that has no file."""
+        return lora_files(self.root, names, replace=replace)
+
+    def lora_identities(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
+        """File → sha256."""
+        return self._hashes.of(files, self.root, cache)
 
     def costs(self, recipe: Recipe) -> Costs:
         """What jobs cost with these very models, from their configs."""
@@ -93,7 +114,9 @@ class ModelStore:
                 where=self.root,
                 todo="Pass --models DIR, or make one: video-lab weights demo",
             )
-        missing = [line for name in COMPONENTS for line in self._missing(recipe, name)]
+        variant = self.variant(recipe)
+        components = self.components(recipe)
+        missing = [line for name in components for line in self._missing(recipe, name)]
         missing += [f"{rel}  (from {HUB['preprocess']})" for rel in self._missing_onnx()]
         if missing:
             raise WeightsMissing(
@@ -103,9 +126,10 @@ class ModelStore:
                 where=self.root,
                 todo="Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo",
             )
-        for name in COMPONENTS:
+        for name in components:
             self.config(recipe, name)
             check_weights(self.component(recipe, name), WEIGHTS.get(name))
+        check_variant(variant)
         for files in (self._onnx_files(self.detector), self._onnx_files(self.pose)):
             for file in files:
                 check_not_empty(file)
@@ -116,7 +140,9 @@ class ModelStore:
         A piece of several files has the digest of their sha256sum listing. `cache`, a writable folder, remembers what
         was hashed between runs. See identity.py for what is read.
         """
-        pieces = {name: self._component_files(recipe, name) for name in COMPONENTS}
+        pieces = {name: self._component_files(recipe, name) for name in self.components(recipe)}
+        if extra := self.variant(recipe).files:
+            pieces["transformer"] = list(extra)
         pieces |= {"detector": self._onnx_files(self.detector), "pose": self._onnx_files(self.pose)}
         digests = self._hashes.of((file for files in pieces.values() for file in files), self.root, cache)
         return {name: combine({self._name(f): digests[f] for f in files}) for name, files in pieces.items()}
@@ -164,15 +190,33 @@ class ModelStore:
 def wanted(recipe: Recipe) -> Callable[[str], bool]:
     """Which keys of a remote store to copy for `recipe`: a predicate on paths relative to the store's root."""
 
+    fp4 = wanted_fp4(recipe)
+
     def want(key: str) -> bool:
         parts = PurePosixPath(key).parts
         if not parts or any(part.startswith(".") for part in parts):
             return False
+        if parts[0] == recipe.weights and len(parts) > 2 and parts[1] == "transformer" and recipe.fp4:
+            return parts[2] == "config.json"  # the source itself is what FP4 saves fetching
         if parts[0] == recipe.weights:
             return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
+        if fp4(key):
+            return True
         return key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
 
     return want
+
+
+def check_variant(variant: Variant) -> None:
+    """Headers of the quantised files and of the LoRAs beside them. Raises WeightsCorrupt."""
+    if variant.kind == "quantized":
+        from runner.quantization.checkpoint_read import check_file
+
+        check_file(variant.transformer)
+    elif variant.kind == "published":
+        tensor_names(variant.transformer)
+    for file in (*variant.loras, *((variant.text_encoder,) if variant.text_encoder else ())):
+        tensor_names(file)
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

@@ -14,7 +14,8 @@ from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMis
 from runner.generation.base import Request
 from runner.generation.recipes import get_recipe
 from runner.generation.store import ModelStore
-from runner.generation.wan_animate import WanAnimateGenerator, load_pipeline
+from runner.generation.loading import load_pipeline
+from runner.generation.wan_animate import WanAnimateGenerator
 from runner.metrics import StageTimer
 from runner.options import JobOptions
 from tests.generation.conditions import MemoryConditions

@@ -1,0 +1,75 @@
+"""Job LoRAs: what is added to the transformer for the job at hand, and taken away again for the next.
+
+In:   the loaded transformer, the store, a job's options. Out: the transformer as if the LoRAs were merged.
+Never: the weights' files. Nothing is reloaded or requantised: FP4 layers get the factors beside their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from runner.generation.recipes import Recipe
+from runner.generation.store import ModelStore
+from runner.options import JobOptions
+
+__all__ = ["JobLoras", "lora_parts"]
+
+Wanted = tuple[tuple[Path, float], ...]
+
+
+def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None) -> dict[str, str]:
+    """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint. Raises WeightsMissing."""
+    found = store.loras(_named(options), replace=options.mode == "replace")
+    digests = store.lora_identities([path for path, _ in found.values()], cache)
+    return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
+
+
+def _named(options: JobOptions) -> tuple[tuple[str, float], ...]:
+    return tuple((lora.name, lora.strength) for lora in options.loras)
+
+
+class JobLoras:
+    """Keeps track of what is attached, so that jobs with the same LoRAs in a row share the work."""
+
+    def __init__(self, transformer: Any, store: ModelStore, recipe: Recipe) -> None:
+        self._transformer, self._store = transformer, store
+        self._always: Wanted = tuple((path, 1.0) for path in store.variant(recipe).loras)
+        self._attached: Wanted = ()
+        self._read: dict[Path, Any] = {}
+
+    def use(self, options: JobOptions) -> Mapping[str, int]:
+        """Attach what this job wants and nothing else. Returns tensors applied, and how many found no target.
+
+        Raises WeightsMissing, WeightsCorrupt; the transformer is then without any LoRA, and the next call mends that.
+        """
+        from runner.quantization.lora import attach, detach
+
+        own = self._store.loras(_named(options), replace=options.mode == "replace")
+        wanted: Wanted = (*self._always, *own.values())
+        if wanted == self._attached:
+            return {}
+        self._attached = ()
+        if not wanted:
+            detach(self._transformer)
+            return {}
+        plan = attach(self._transformer, [self._lora(path, strength) for path, strength in wanted])
+        self._attached = wanted
+        log = structlog.get_logger()
+        names = ", ".join(f"{path.stem} x {strength:g}" for path, strength in wanted)
+        log.info("loras_attached", loras=names, tensors=plan.tensors, untargeted=len(plan.untargeted))
+        for key in plan.untargeted[:5]:
+            log.warning("lora_without_target", tensor=key)
+        return {"tensors": plan.tensors, "untargeted": len(plan.untargeted)}
+
+    def _lora(self, path: Path, strength: float) -> Any:
+        from dataclasses import replace
+
+        from runner.quantization.lora import read_lora
+
+        if path not in self._read:
+            self._read[path] = read_lora(path)
+        return replace(self._read[path], strength=strength)
