@@ -26,11 +26,12 @@ from runner.generation.base import Generator, Request, Segment
 from runner.ledger import Decision, Ledger
 from runner.manifest import Job
 from runner.metrics import MemorySampler
+from runner.official import official_names
 from runner.options import JobOptions
 from runner.queues import ByteQueue, Closed, WorkList
 from runner.record import ErrorRecord, JobLine, ResultRecord
 from runner.stop import Abandoned, Stop
-from runner.storage import Storage, fetch_input
+from runner.storage import Storage, fetch_input, is_remote, local_path, open_storage
 from runner.summary import SummaryWriter
 from runner.task import Spans, Task
 from runner.video import AudioSpan
@@ -50,7 +51,7 @@ class Engine:
     identity: Mapping[str, str]  # recipe and weights, for the fingerprint
     load: Callable[[], Generator[Any]]
     effective: Callable[[JobOptions], JobOptions] = lambda options: options  # with the recipe's defaults filled in
-    own: Callable[[JobOptions], Mapping[str, str]] = lambda options: {}  # identity of what a job alone adds: its LoRAs
+    own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
 
 
 class Progress(Protocol):
@@ -162,7 +163,7 @@ class Batch:
 
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
         job = task.job
-        identity = {**self._engine.identity, **self._engine.own(job.options)}
+        identity = {**self._engine.identity, **self._engine.own(job)}
         effective = replace(job, options=self._engine.effective(job.options))
         try:
             task.inputs = identify_inputs(job)
@@ -192,12 +193,24 @@ class Batch:
             reference = fetch_input(job.reference, task.folder / "reference")
             video = fetch_input(job.video, task.folder / "video")
             mask = fetch_input(job.mask, task.folder / "mask") if job.mask else None
+            official = self._fetch_official(job, task.folder) if job.official else None
         task.audio_from = video
-        request = Request(reference, video, job.prompt, job.options, mask)
+        request = Request(reference, video, job.prompt, job.options, mask=mask, official=official)
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job.options)
         self._spans.add(task.job.id, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.frames, segments=task.plan.segments)
+
+    def _fetch_official(self, job: Job, scratch: Path) -> Path:
+        """The folder of the official script's files, as a local folder."""
+        assert job.official is not None
+        if not is_remote(job.official):
+            return local_path(job.official)
+        source, folder = open_storage(job.official), scratch / "official"
+        folder.mkdir()
+        for name in official_names(job.options.mode).values():
+            source.fetch(name, folder / name)
+        return folder
 
     def _load(self) -> Generator[Any]:
         if self._generator is None:
@@ -371,7 +384,9 @@ class Batch:
             self._give_back(ended.task)
 
     def _report(self, line: JobLine, record: ResultRecord | None = None) -> None:
-        fields: dict[str, Any] = {"job": line.id, "reason": line.reason}
+        fields: dict[str, Any] = {"job": line.id}
+        if line.status != "succeeded":  # why it ran was said when it began
+            fields["reason"] = line.reason
         if line.error is not None:
             fields |= {"code": line.error.code, "message": line.error.message, "stage": line.error.stage}
         if line.seconds is not None:

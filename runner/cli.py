@@ -118,6 +118,20 @@ def parser() -> argparse.ArgumentParser:
     _models(doctor)
     doctor.add_argument("--out", metavar="URI", help="check that this can be written")
 
+    preprocess = verb(
+        "preprocess", _preprocess, "one video → src_pose.mp4, src_face.mp4, src_ref.png, as official files"
+    )
+    preprocess.add_argument("--reference", required=True, metavar="URI", help="image of the character")
+    preprocess.add_argument("--video", required=True, metavar="URI", help="driving video")
+    preprocess.add_argument(
+        "--mask", metavar="URI", help="replace mode: white where the character goes; else it is made"
+    )
+    preprocess.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
+    preprocess.add_argument(
+        "--options", default="{}", metavar="YAML", help="job options, e.g. '{fps: 30, size: 480x832}'"
+    )
+    _models(preprocess)
+
     _quantize_flags(verb("quantize", _quantize, "make a recipe's FP4 file from the published weights in the store"))
     _weights_flags(verb("weights", _weights, "fetch | verify | demo: model files"))
     return top
@@ -235,6 +249,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     checks = run_checks(arguments.models, arguments.out, arguments.cache, arguments.device, recipe=arguments.recipe)
     print_checks(checks)
     return 2 if any(check.status == "fail" for check in checks) else 0
+
+
+def _preprocess(arguments: argparse.Namespace) -> int:
+    from runner.session import preprocess_one
+
+    return preprocess_one(arguments)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.manifest import Job
+from runner.official import official_names
 from runner.record import InputRecord
 from runner.storage import is_remote, local_path, stat_input
 
@@ -32,6 +33,8 @@ def identify_inputs(job: Job) -> dict[str, InputRecord]:
     Raises InputNotFound, StorageDenied, StorageUnavailable.
     """
     uris = {"reference": job.reference, "video": job.video} | ({"mask": job.mask} if job.mask else {})
+    if job.official:
+        uris = {name: f"{job.official}/{file}" for name, file in official_names(job.options.mode).items()}
     found = {}
     for name, uri in uris.items():
         info = stat_input(uri)
@@ -47,7 +50,8 @@ def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Map
     """
     parts: dict[str, Any] = {"output_version": OUTPUT_VERSION, "prompt": job.prompt}
     parts |= {f"input.{name}": record.identity for name, record in inputs.items()}
-    parts |= {f"options.{key}": value for key, value in _flat(job.options.model_dump(mode="json"))}
+    options = job.options.model_dump(mode="json", exclude={"preprocess": {"official"}})  # a place, not a content
+    parts |= {f"options.{key}": value for key, value in _flat(options)}
     parts |= {f"model.{name}": value for name, value in identity.items()}
     return dict(sorted(parts.items()))
 

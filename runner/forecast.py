@@ -54,6 +54,12 @@ def forecast_job(job: Job, recipe: Recipe, costs: Costs) -> SegmentPlan:
     with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
         reference = fetch_input(job.reference, Path(folder) / "reference")
         with VideoReader(fetch_input(job.video, Path(folder) / "video")) as reader:
-            sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity)
-            size = output_size(options, image_size(reference), (reader.info.width, reader.info.height))
+            video_size = (reader.info.width, reader.info.height)
+            if job.official:  # rate and size are the files' own
+                sampled = reader.sample("source", options.start_s, options.max_frames)
+                size = video_size
+            else:
+                parity = options.preprocess.parity
+                sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
+                size = output_size(options, image_size(reference), video_size)
     return plan_job(len(sampled.indices), size, options, recipe, costs)

@@ -65,6 +65,12 @@ def _content(storage: Storage, key: str, identity: str) -> str:
     return identity or f"sha256:{sha256_file(Path(storage.uri(key)))}"
 
 
+def _in_short(changes: list[str], most: int = 4) -> str:
+    """The first few changes in one line; the record holds all parts."""
+    more = f"; and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(changes[:most]) + more
+
+
 class Ledger:
     """The output storage, read as a ledger.
 
@@ -115,7 +121,7 @@ class Ledger:
             if why is None:
                 return Decision("skip", "done", before.attempt, before)
         else:
-            why = "; ".join(differences(before.fingerprint_parts, parts))
+            why = _in_short(differences(before.fingerprint_parts, parts))
         if self.max_attempts and tried >= self.max_attempts:
             return self._exhausted(tried, "its process died", before)
         return Decision("run", why, tried + 1, before, suspect=tried > 0)
@@ -140,7 +146,7 @@ class Ledger:
         if crashed:
             return Decision("run", f"attempt {tried} never ended: its process died", tried + 1, before, suspect=True)
         if before is not None and before.fingerprint != fingerprint:
-            return Decision("run", "; ".join(differences(before.fingerprint_parts, parts)), tried + 1, before)
+            return Decision("run", _in_short(differences(before.fingerprint_parts, parts)), tried + 1, before)
         if before is None:
             return Decision("run", "an attempt with other inputs or options never ended", tried + 1)
         return Decision("run", f"failed before: {failed} (attempt {tried})", tried + 1, before)

@@ -8,7 +8,7 @@ Never: whether the inputs exist (inputs.py), which weights a recipe names, what 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -19,6 +19,7 @@ from runner.manifest_check import Problems, check, merge, without
 from runner.manifest_source import is_json_lines, read_json_lines, read_source, read_yaml, resolve_place
 from runner.manifest_text import Located, TextInvalid, join_path
 from runner.matrix import ID_PATTERN, check_id, matrix_ids
+from runner.official import POSE, REFERENCE
 from runner.options import DEFAULT_PROMPT, Frozen, JobOptions, whole_number
 
 __all__ = ["Job", "Manifest", "load_manifest", "manifest_schema", "parse_manifest"]
@@ -37,6 +38,7 @@ class Job:
     prompt: str
     options: JobOptions
     line: int | None  # of the manifest, from 1
+    official: str | None = None  # folder of the official script's files; reference and video are then two of them
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,15 @@ class Entry(Defaults):
     reference: _Place = Field(description="image of the character: a path or s3:// URI")
     video: _Place = Field(description="driving video: a path or s3:// URI")
     mask: _Place | None = Field(
-        default=None, description="replace mode: video or image, white where the character goes"
+        default=None, description="replace mode: video or image, white where the character goes; null: it is made"
     )
+
+
+class OfficialEntry(Defaults):
+    """One job whose inputs are the official script's files, in the folder that `preprocess.from` names."""
+
+    id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
+    custom_id: _Id | None = Field(default=None, description="another name of id")
 
 
 class Matrix(Defaults):
@@ -224,42 +233,56 @@ class _Builder:
         return options, words
 
     def _job(self, path: str, node: Located) -> None:
-        entry, wrong = check(Entry, node, path, self.problems)
+        folder = self._official(path, node)
+        entry, wrong = check(OfficialEntry if folder else Entry, node, path, self.problems)
         if not isinstance(node.value, dict):
             return
         words = without(node, wrong)
         name = self._id(path, words, any(loc[:1] in (("id",), ("custom_id",)) for loc in wrong))
         places = {key: self._place(path, key, words.get(key)) for key in ("reference", "video", "mask")}
-        options, merged = self._options(path, words)
+        options, _ = self._options(path, words)
         if options is None:
             return
-        mode = merged.get("mode")
         mask = words.get("mask")
-        if options.mode == "replace" and (mask is None or mask.value is None) and ("mask",) not in wrong:
-            self.problems.say(
-                mode.line if mode and words.get("options") else node.line,
-                join_path(path, "mask"),
-                "is required in mode replace: a video or an image, white where the character goes",
-            )
         if options.mode == "animate" and mask is not None and mask.value is not None:
             self.problems.say(
                 mask.line,
                 join_path(path, "mask"),
                 "is used in mode replace only; drop it, or set options.mode: replace",
             )
-        if entry is not None and name is not None and places["reference"] and places["video"]:
+        if folder and entry is not None and name is not None:
+            self._add(name, f"{folder}/{REFERENCE}", f"{folder}/{POSE}", None, words, options, node.line, folder)
+        elif entry is not None and name is not None and places["reference"] and places["video"]:
             self._add(name, places["reference"], places["video"], places["mask"], words, options, node.line)
+
+    def _official(self, path: str, node: Located) -> str | None:
+        """The folder that the job's or the default options name as `preprocess.from`, if they do."""
+        if not isinstance(node.value, dict):
+            return None
+        asked = merge(self.default_options, node.get("options"), JobOptions).get("preprocess")
+        place = asked.get("from") if asked is not None and isinstance(asked.value, dict) else None
+        if place is None or not isinstance(place.value, str):
+            return None
+        return self._place(join_path(path, "options.preprocess"), "from", replace(place, value=place.value.rstrip("/")))
 
     def _options(self, path: str, words: Located) -> tuple[JobOptions | None, Located]:
         merged = merge(self.default_options, words.get("options"), JobOptions)
         return self._check_options(merged, join_path(path, "options"))
 
     def _add(
-        self, name: str, reference: str, video: str, mask: str | None, words: Located, options: JobOptions, line: int
+        self,
+        name: str,
+        reference: str,
+        video: str,
+        mask: str | None,
+        words: Located,
+        options: JobOptions,
+        line: int,
+        official: str | None = None,
     ) -> None:
         said = words.get("prompt")
         prompt = self.prompt if said is None else DEFAULT_PROMPT if said.value is None else said.value
-        self.jobs.append(Job(name, reference, video, mask, prompt, options, line))
+        self.jobs.append(Job(name, reference, video, mask, prompt, options, line, official))
 
     def _id(self, path: str, words: Located, told: bool) -> str | None:
         """The job's id if it has a good one of its own. `told`: a bad one is among the problems already."""
@@ -297,10 +320,6 @@ class _Builder:
         matrix, wrong = check(Matrix, node, "matrix", self.problems)
         words = without(node, wrong)
         options, _ = self._options("matrix", words)
-        if options is not None and options.mode == "replace":
-            self.problems.say(
-                node.line, "matrix", "cannot hold masks, which mode replace needs; list these jobs under jobs:"
-            )
         columns = {key: self._column(f"matrix.{key}", words.get(key)) for key in ("references", "videos")}
         if matrix is None or options is None:
             return

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from runner.manifest_text import Located, Problem, join_path, short
@@ -38,6 +39,11 @@ _KINDS = {
 }
 
 
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Field by the key that a manifest writes: a field whose name Python keeps for itself has an alias."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 class Problems(list[Problem]):
     """What is wrong so far."""
 
@@ -58,7 +64,7 @@ def check(model: type[M], node: Located, path: str, problems: Problems) -> tuple
     if node.reported:
         return None, [()]
     if not isinstance(node.value, dict):
-        problems.say(node.line, path, f"must be a mapping (keys: {_listed(model.model_fields)}), not {shown(node)}")
+        problems.say(node.line, path, f"must be a mapping (keys: {_listed(keys_of(model))}), not {shown(node)}")
         return None, [()]
     try:
         return model.model_validate(node.data), []
@@ -93,9 +99,9 @@ def merge(base: Located | None, over: Located | None, model: type[BaseModel]) ->
             merged[key] = merge(under.get(key), said, inner)
         elif said is None:
             merged[key] = under[key]
-        elif said.value is not None or key not in model.model_fields:
+        elif said.value is not None or key not in keys_of(model):
             merged[key] = said
-    for key in [key for key, item in merged.items() if item.value is None and key in model.model_fields]:
+    for key in [key for key, item in merged.items() if item.value is None and key in keys_of(model)]:
         del merged[key]
     return replace(over, value=merged)
 
@@ -138,7 +144,7 @@ def _in_words(error: ErrorDetails, at: Located, model: type[BaseModel]) -> str:
         return str(context["error"])
     if kind in ("model_type", "dict_type"):
         inner = _model_at(model, error["loc"])
-        keys = f" (keys: {_listed(inner.model_fields)})" if inner else ""
+        keys = f" (keys: {_listed(keys_of(inner))})" if inner else ""
         return f"must be a mapping{keys}, not {shown(at)}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
@@ -169,13 +175,13 @@ def _unknown(loc: Loc, model: type[BaseModel]) -> str:
     """An unknown key: the nearest known one, or where it belongs, or what there is."""
     key = str(loc[-1])
     here = _model_at(model, loc[:-1]) or model
-    if close := difflib.get_close_matches(key, here.model_fields, 1):
+    if close := difflib.get_close_matches(key, keys_of(here), 1):
         return f"unknown key; did you mean {close[0]}?"
     places = _option_places()
     if close := difflib.get_close_matches(key, places, 1, 0.8):
         known = "belongs" if close[0] == key else "unknown key; did you mean"
         return f"belongs under {places[key]}" if known == "belongs" else f"{known} {places[close[0]]}.{close[0]}?"
-    return f"unknown key; known here: {_listed(here.model_fields)}"
+    return f"unknown key; known here: {_listed(keys_of(here))}"
 
 
 def _did_you_mean(value: Any, choices: list[str]) -> str:
@@ -189,7 +195,7 @@ def _option_places() -> dict[str, str]:
     todo: list[tuple[str, type[BaseModel]]] = [("options", JobOptions)]
     while todo:
         path, model = todo.pop()
-        for name in model.model_fields:
+        for name in keys_of(model):
             places.setdefault(name, path)
             if inner := _submodel(model, name):
                 todo.append((f"{path}.{name}", inner))
@@ -198,7 +204,7 @@ def _option_places() -> dict[str, str]:
 
 def _submodel(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The model of a field that is one, `| None` or not."""
-    field = model.model_fields.get(key)
+    field = keys_of(model).get(key)
     kinds = [field.annotation, *get_args(field.annotation)] if field else []
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 

@@ -26,6 +26,7 @@ __all__ = [
     "Frozen",
     "JobOptions",
     "LoraOption",
+    "MaskOptions",
     "OutputOptions",
     "PreprocessOptions",
     "Size",
@@ -70,6 +71,21 @@ def _retarget(value: Any) -> Any:
     return value
 
 
+class MaskOptions(Frozen):
+    """How a mask that was made here (not one that was given) is widened, at the output's size."""
+
+    iterations: int = Field(default=3, ge=0, le=50, description="dilations; 0: the raw mask, no grid either")
+    kernel: int = Field(default=7, ge=1, le=99, description="side of the dilation's square, pixels")
+    w_len: int | None = Field(default=None, ge=1, description="cells across the mask's box; null: no grid (parity: 1)")
+    h_len: int | None = Field(default=None, ge=1, description="cells down the mask's box; null: no grid (parity: 1)")
+
+    def grid(self, parity: bool) -> tuple[int, int] | None:
+        """(w_len, h_len), or None where no grid is filled."""
+        if self.w_len is None and self.h_len is None:
+            return (1, 1) if parity else None
+        return self.w_len or 1, self.h_len or 1
+
+
 class PreprocessOptions(Frozen):
     """How the driving video becomes skeletons and faces."""
 
@@ -79,6 +95,16 @@ class PreprocessOptions(Frozen):
         default="largest",
         description="whom to follow: largest or centre (over the whole clip), or [x1, y1, x2, y2] around the person "
         "when people first appear, pixels of the driving video",
+    )
+    pose: Literal["vitpose", "dwpose"] = Field(
+        default="vitpose", description="networks: YOLOv10 and ViTPose, or YOLOX and RTMPose (process_checkpoint/dwpose)"
+    )
+    mask: MaskOptions = MaskOptions()
+    official: str | None = Field(
+        default=None,
+        alias="from",
+        min_length=1,
+        description="render from the files in this folder, which the official script made (src_pose.mp4, …)",
     )
     smooth: bool = Field(default=False, description="smooth every joint over time (one-euro filter, without lag)")
     retarget: Annotated[

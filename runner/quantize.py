@@ -7,6 +7,7 @@ Never: number formats or files' layouts; quantization/ has those.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -117,7 +118,9 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
     manifest = load_manifest(arguments.calibrate)
     target = get_recipe(arguments.recipe)
     # The source's weights under the solver and steps that the file will be run with.
-    recipe = replace(get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, grid=target.grid)
+    recipe = replace(
+        get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, grid=target.grid, shift=target.shift
+    )
     generator = WanAnimateGenerator.load(ModelStore(root), recipe, device=arguments.device)
     log = structlog.get_logger()
     assert generator.pipeline is not None
@@ -140,6 +143,7 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
                         pass
                 finally:
                     conditions.close()
+                    shutil.rmtree(scratch, ignore_errors=True)
                 log.info("calibrated", job=job.id, seconds=round(time.monotonic() - begin, 1))
     finally:
         generator.close()

@@ -7,22 +7,24 @@ Never: how any of the pieces works.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import structlog
+import yaml
 
 from runner.batch import Batch, Engine
 from runner.errors import ConfigInvalid, WeightsMissing
 from runner.events import EventLog
 from runner.generation.base import Generator
 from runner.ledger import Ledger
-from runner.manifest import Job, Manifest, load_manifest
+from runner.manifest import Job, Manifest, load_manifest, parse_manifest
 from runner.metrics import MemorySampler
 from runner.progress import choose_progress
 from runner.report import print_run
@@ -31,7 +33,7 @@ from runner.stop import Stop
 from runner.storage import Storage, fetch_input, open_storage, probe_writable, sync_models
 from runner.summary import SummaryWriter
 
-__all__ = ["build_engine", "choose_jobs", "draw_sheet", "run_manifest"]
+__all__ = ["build_engine", "choose_jobs", "draw_sheet", "preprocess_one", "run_manifest"]
 
 
 def run_manifest(arguments: argparse.Namespace) -> int:
@@ -41,7 +43,7 @@ def run_manifest(arguments: argparse.Namespace) -> int:
     probe_writable(storage)
     engine = build_engine(arguments, manifest)
     for job in jobs:
-        engine.own(job.options)  # a LoRA that is not there is found now, not in the middle of the night
+        engine.own(job)  # a LoRA that is not there is found now, not in the middle of the night
     run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     log = structlog.get_logger()
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
@@ -92,6 +94,41 @@ def run_manifest(arguments: argparse.Namespace) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def preprocess_one(arguments: argparse.Namespace) -> int:
+    """The verb `preprocess`: what drives the model, as the official script's files, and what was done as JSON."""
+    from runner.generation.device import pick_device
+    from runner.generation.store import ModelStore
+    from runner.preprocess.cache import PoseCache
+    from runner.preprocess.official_files import run_preprocess
+    from runner.preprocess.pipeline import Preprocessor
+
+    words = {"id": "preprocess", "reference": arguments.reference, "video": arguments.video}
+    words |= {"mask": arguments.mask} if arguments.mask else {}
+    try:
+        options = yaml.safe_load(arguments.options)
+    except yaml.YAMLError as error:
+        raise ConfigInvalid(f"--options is no YAML ({error})", todo="Write e.g. '{fps: 30, size: 480x832}'") from error
+    text = json.dumps({"version": 1, "jobs": [{**words, "options": options}]}, ensure_ascii=False)
+    (job,) = parse_manifest(text, base=os.getcwd(), source="the command line").jobs
+    store = ModelStore(_local_models(arguments, lambda key: key.startswith("process_checkpoint/")))
+    device, _ = pick_device(arguments.device)
+    preprocessor = Preprocessor.load(
+        store.detector,
+        store.pose,
+        device=device.type,
+        dwpose=store.dwpose,
+        segmenter=store.segmenter,
+        cache=PoseCache(arguments.cache / "poses"),
+    )
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.cache) as scratch:
+        paths = [fetch_input(uri, Path(scratch)) if uri else None for uri in (job.reference, job.video, job.mask)]
+        assert paths[0] is not None and paths[1] is not None
+        done = run_preprocess(paths[0], paths[1], arguments.out, job.options, preprocessor, mask=paths[2])
+    print(json.dumps(done, indent=2, ensure_ascii=False))
+    return 0
+
+
 def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path) -> str:
     """Draw every MP4 of `jobs` that is there, whenever it was rendered; where to look, or why there is nothing."""
     from runner.demo.sheet import contact_sheet, job_row
@@ -126,7 +163,7 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
-    from runner.generation.job_loras import lora_parts
+    from runner.generation.job_identity import own_parts
     from runner.generation.recipes import DEFAULT_RECIPE, get_recipe
     from runner.generation.store import ModelStore, wanted
 
@@ -136,12 +173,7 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
         raise ConfigInvalid(
             f"memory mode {memory!r} is not in this version", where=manifest.source, todo="Use auto or resident"
         )
-    if not arguments.models:
-        raise WeightsMissing(
-            "no model store was named",
-            todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
-        )
-    store = ModelStore(sync_models(arguments.models, arguments.cache / "models", wanted(recipe)))
+    store = ModelStore(_local_models(arguments, wanted(recipe)))
     store.check(recipe)
     identity = {f"recipe.{name}": str(value) for name, value in recipe.as_dict().items()}
     identity |= store.identities(recipe, arguments.cache)
@@ -155,12 +187,22 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
     def load() -> Generator[Any]:
         from runner.generation.wan_animate import WanAnimateGenerator
 
-        return WanAnimateGenerator.load(store, recipe, device=arguments.device, assume=assume)
+        return WanAnimateGenerator.load(store, recipe, device=arguments.device, assume=assume, cache=arguments.cache)
 
     return Engine(
         recipe=recipe.name,
         identity=identity,
         load=load,
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
-        own=lambda options: lora_parts(store, options, arguments.cache),
+        own=lambda job: own_parts(store, job.options, bool(job.mask or job.official), arguments.cache),
     )
+
+
+def _local_models(arguments: argparse.Namespace, wanted: Callable[[str], bool]) -> Path:
+    """The model store as a local folder, synced from S3 where it is there."""
+    if not arguments.models:
+        raise WeightsMissing(
+            "no model store was named",
+            todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
+        )
+    return sync_models(arguments.models, arguments.cache / "models", wanted)

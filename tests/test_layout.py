@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         *("storage", "storage_disk", "storage_s3", "storage_s3_errors", "storage_sync"),
         *("video", "video_decode", "video_write"),
     ),
-    ("options",),
+    ("official", "options"),
     ("errors",),
     ("runner",),  # the package itself: its version
 )

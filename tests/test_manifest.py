@@ -293,7 +293,6 @@ def test_every_problem_is_told_at_once():
         "line 13: jobs[1].video: is required",
         "line 14: jobs[1].reference: must be text, not a list",
         "line 16: jobs[1].options.mode: must be animate or replace, not the text 'replce'; did you mean replace?",
-        "line 17: jobs[2].mask: is required in mode replace: a video or an image, white where the character goes",
         "line 18: jobs[3].id: A differs only in case from a, which is taken by line 17; "
         "ids are folders, and must be unique",
         "line 18: jobs[3].mask: is used in mode replace only; drop it, or set options.mode: replace",
@@ -376,7 +375,6 @@ def test_one_wrong_option(options, message):
         ({"seed": 5}, "belongs under options"),
         ({"mask": "m.mp4"}, "mode replace only"),
         ({"mask": 5, "options": {"mode": "replace"}}, "must be text, not the number 5"),
-        ({"options": {"mode": "replace"}}, "jobs[0].mask: is required in mode replace"),
     ],
 )
 def test_one_wrong_word_of_a_job(said, message):
@@ -408,7 +406,6 @@ def test_one_wrong_word_of_a_job(said, message):
         ("version: 1\nversion: 1\njobs: [{id: a, reference: r, video: v}]", "line 2: version: written twice"),
         ("version: 1\nmatrix: {references: [], videos: [v]}", "matrix.references: must not be empty"),
         ("version: 1\nmatrix: {references: [r], videos: v}", "matrix.videos: must be a list"),
-        ("version: 1\nmatrix: {references: [r], videos: [v], options: {mode: replace}}", "cannot hold masks"),
         ("version: 1\njobs: [{id: r-v, reference: r, video: v}]\nmatrix: {references: [r], videos: [v]}", "by line 2"),
     ],
 )  # fmt: skip
@@ -488,3 +485,11 @@ def test_lines_survive_every_way_of_writing():
     assert root is not None
     paths: list[tuple[int | str, ...]] = [(), ("a",), ("a", "b"), ("a", "b", 0, "c"), ("a", "b", 0, "d")]
     assert [root.at(path).line for path in paths] == [1, 1, 2, 3, 4]
+
+
+def test_replace_needs_no_mask_in_jobs_or_a_matrix() -> None:
+    made = parse(
+        "version: 1\ndefaults: {options: {mode: replace}}\njobs:\n  - {id: a, reference: r, video: v}\n"
+        "matrix: {references: [r], videos: [v]}\n"
+    )
+    assert [(one.options.mode, one.mask) for one in made.jobs] == [("replace", None)] * 2

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 DETECTOR_FILE = "process_checkpoint/det/yolov10m.onnx"
+SEGMENTER_FOLDER = "process_checkpoint/sam2"
 POSE_FILE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
 _MARKER = "demo.json"  # what was built, by which code, with every file's size; complete or not
 
@@ -95,7 +96,7 @@ def build_demo(models: Path, media: Path) -> None:
 
 
 def build_demo_models(root: Path) -> None:
-    """The tiny store at `root`: the diffusers folder, the detector and the pose model, under their production names.
+    """The tiny store at `root`: every model of the default recipe, under its production name.
 
     Files appear only when all of them are made. Raises ConfigInvalid when `root` holds a store that is not the demo's:
     real weights are never overwritten.
@@ -105,12 +106,31 @@ def build_demo_models(root: Path) -> None:
         from runner.demo.tiny_detector import build_tiny_detector
         from runner.demo.tiny_model import build_tiny_store
         from runner.demo.tiny_pose import build_tiny_pose
+        from runner.demo.tiny_segmenter import build_tiny_segmenter
 
         build_tiny_store(into)
         build_tiny_detector(into / DETECTOR_FILE)
         build_tiny_pose(into / POSE_FILE)
+        build_tiny_segmenter(into / SEGMENTER_FOLDER)
+        _build_fp4(into)
 
-    _install(root, _version("tiny_model", "tiny_detector", "tiny_pose", "graph", "puppet"), build)
+    modules = ("build", "tiny_model", "tiny_lora", "tiny_detector", "tiny_pose", "tiny_segmenter", "graph", "puppet")
+    _install(root, _version(*modules), build)
+
+
+def _build_fp4(into: Path) -> None:
+    """A distill LoRA, and the default recipe's file with it merged, as `quantize` makes it."""
+    from runner.demo.tiny_lora import build_tiny_lora
+    from runner.generation.recipes import SOURCE_WEIGHTS, get_recipe
+    from runner.generation.variant import DISTILL_FOLDER, TRANSFORMER_FILE, quantized_folder
+    from runner.quantization.checkpoint import quantize_store
+    from runner.quantization.e2m1 import FORMATS
+    from runner.quantization.lora import read_lora
+
+    source, lora = into / SOURCE_WEIGHTS / "transformer", into / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
+    build_tiny_lora(source, lora)
+    target = into / quantized_folder(get_recipe("fp4-distill")) / TRANSFORMER_FILE
+    quantize_store(source, target, FORMATS["nvfp4"], loras=[read_lora(lora)], device="cpu")
 
 
 def build_demo_media(root: Path) -> None:

@@ -29,6 +29,7 @@ class Request:
     video: Path
     prompt: str
     options: JobOptions
+    official: Path | None = None  # folder of the official script's files, instead of preprocessing
     mask: Path | None = None  # replace mode: a video (or image), white where the character goes
 
 

@@ -52,7 +52,7 @@ class TransformerShape:
     def forward_flop(self, width: int, height: int, frames: int) -> float:
         """One call of the transformer on a window of `frames` frames (4k+1) of `width` x `height` pixels."""
         latent_frames = (frames - 1) // 4 + 1
-        frame_tokens = (height // 8 // self.patch) * (width // 8 // self.patch)
+        frame_tokens = self._frame_tokens(width, height)
         T = latent_frames + 1
         return (
             self._embed(T * frame_tokens, latent_frames * frame_tokens)
@@ -62,17 +62,50 @@ class TransformerShape:
             + self._face_encoder(frames)
         )
 
+    def invariant_flop(self, width: int, height: int, frames: int) -> float:
+        """The part of `forward_flop` that all steps of a window share; `transformer.py` does it once."""
+        d, latent_frames, frame_tokens = self.dim, (frames - 1) // 4 + 1, self._frame_tokens(width, height)
+        pose = 2 * d * self.patch**2 * latent_frames * frame_tokens * self.latent_channels
+        block = 4 * TEXT_TOKENS * d * d
+        if self.added_kv_proj_dim is not None:
+            block += 4 * self.image_tokens * self.added_kv_proj_dim * d
+        adapter = 4 * (latent_frames + 1) * (self.face_encoder_num_heads + 1) * d * d
+        return (
+            pose
+            + self._embed_context()
+            + self.num_layers * block
+            + (self.num_layers // self.inject_face_latents_blocks) * adapter
+            + frames * self._motion_encoder()
+            + self._face_encoder(frames)
+        )
+
+    def invariant_bytes(self, width: int, height: int, frames: int, *, element: int = 2, guided: bool = False) -> int:
+        """What `transformer.py` keeps for that until the window ends, in elements of `element` bytes."""
+        d, T, frame_tokens = self.dim, (frames - 1) // 4 + 2, self._frame_tokens(width, height)
+        faces = T * (self.face_encoder_num_heads + 1) * d
+        branch = 2 * self.num_layers * TEXT_TOKENS * d
+        branch += faces * (1 + 2 * (self.num_layers // self.inject_face_latents_blocks))
+        image = 2 * self.num_layers * self.image_tokens * d if self.added_kv_proj_dim is not None else 0
+        angles = T * frame_tokens * self.attention_head_dim * 4  # float32 whatever the model is
+        return ((1 + guided) * branch + image + (T - 1) * frame_tokens * d) * element + angles
+
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    def _frame_tokens(self, width: int, height: int) -> int:
+        return (height // 8 // self.patch) * (width // 8 // self.patch)
 
     def _embed(self, tokens: int, pose_tokens: int) -> float:
         d, area = self.dim, self.patch**2
         patches = 2 * d * area * (tokens * self.in_channels + pose_tokens * self.latent_channels)
         time = 2 * (self.freq_dim * d + d * d + 6 * d * d)
+        return patches + time + self._embed_context() + 2 * tokens * d * area * self.out_channels
+
+    def _embed_context(self) -> float:
+        d = self.dim
         text = 2 * TEXT_TOKENS * (self.text_dim * d + d * d)
-        image = 2 * self.image_tokens * (self.image_dim**2 + self.image_dim * d)
-        return patches + time + text + image + 2 * tokens * d * area * self.out_channels
+        return text + 2 * self.image_tokens * (self.image_dim**2 + self.image_dim * d)
 
     def _block(self, tokens: int) -> float:
         d = self.dim

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from runner.generation.recipes import Recipe
-from runner.generation.store import ModelStore
+from runner.generation.store import ModelStore, tensor_names
 from runner.options import JobOptions
 
 __all__ = ["JobLoras", "lora_parts"]
@@ -22,8 +22,14 @@ Wanted = tuple[tuple[Path, float], ...]
 
 
 def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None) -> dict[str, str]:
-    """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint. Raises WeightsMissing."""
+    """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint.
+
+    Raises WeightsMissing, ConfigInvalid, and WeightsCorrupt for a file whose header is damaged: before the first job,
+    not when its turn comes.
+    """
     found = store.loras(_named(options), replace=options.mode == "replace")
+    for path, _ in found.values():
+        tensor_names(path)
     digests = store.lora_identities([path for path, _ in found.values()], cache)
     return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
 
@@ -33,7 +39,10 @@ def _named(options: JobOptions) -> tuple[tuple[str, float], ...]:
 
 
 class JobLoras:
-    """Keeps track of what is attached, so that jobs with the same LoRAs in a row share the work."""
+    """Keeps track of what is attached, so that jobs with the same LoRAs in a row share the work.
+
+    Of the files, those in use now and those of every job are held on the host, and no others.
+    """
 
     def __init__(self, transformer: Any, store: ModelStore, recipe: Recipe) -> None:
         self._transformer, self._store = transformer, store
@@ -44,7 +53,8 @@ class JobLoras:
     def use(self, options: JobOptions) -> Mapping[str, int]:
         """Attach what this job wants and nothing else. Returns tensors applied, and how many found no target.
 
-        Raises WeightsMissing, WeightsCorrupt; the transformer is then without any LoRA, and the next call mends that.
+        Raises WeightsMissing, WeightsCorrupt. A file that cannot be read changes nothing; one that does not fit leaves
+        the transformer without any LoRA. Either way the next call attaches what its job wants.
         """
         from runner.quantization.lora import attach, detach
 
@@ -52,11 +62,14 @@ class JobLoras:
         wanted: Wanted = (*self._always, *own.values())
         if wanted == self._attached:
             return {}
+        loras = [self._lora(path, strength) for path, strength in wanted]
+        keep = {path for path, _ in wanted + self._always}
+        self._read = {path: lora for path, lora in self._read.items() if path in keep}
         self._attached = ()
-        if not wanted:
+        if not loras:
             detach(self._transformer)
             return {}
-        plan = attach(self._transformer, [self._lora(path, strength) for path, strength in wanted])
+        plan = attach(self._transformer, loras)
         self._attached = wanted
         log = structlog.get_logger()
         names = ", ".join(f"{path.stem} x {strength:g}" for path, strength in wanted)

@@ -141,7 +141,8 @@ def place(pipeline: AnimatePipeline, device: torch.device) -> dict[str, str]:
     encoders, why = device, "with the rest"
     if device.type == "cuda":
         models = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder)
-        needed = sum(p.numel() * p.element_size() for m in models for p in m.parameters()) + WORKSPACE_BYTES
+        # A file of FP4 is read straight onto the device: what is there already is not free any more.
+        needed = sum(p.nbytes for m in models for p in m.parameters() if p.device.type != "cuda") + WORKSPACE_BYTES
         free, _total = torch.cuda.mem_get_info(device)
         if free < needed:
             encoders = torch.device("cpu")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,13 +24,18 @@ from PIL import Image
 
 from runner.generation.base import OnStep, Segment, SegmentPlan
 from runner.generation.segments import output_span, reflect_indices
+from runner.generation.switches import Switches
+from runner.generation.transformer import Context, StepInvariants, denoise_step, embed_context, held_bytes
 from runner.metrics import StageTimer
 from runner.options import JobOptions
 
-__all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Memo", "to_pixels", "to_uint8"]
+__all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Memo", "Switches", "to_pixels", "to_uint8"]
 
 TEXT_TOKENS = 512  # the attention splits image from text at the last 512; any other count mixes them up
 MEMO_SIZES = {"prompt": 16, "clip": 16, "reference": 16, "blank": 4}  # 4, 0.7, 1 and 20 MB each at 720p
+
+# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> flow [1, 16, T, H/8, W/8], all else being fixed
+Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ConditionWindow(Protocol):
@@ -102,6 +108,7 @@ class _Job:
     negative: torch.Tensor | None  # as text; None where unguided
     clip: torch.Tensor  # [1, image tokens, image_dim]
     reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
+    contexts: list[Context] = field(default_factory=list)  # of text and negative, where steps share work
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class AnimatePipeline(WanAnimatePipeline):
     """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps nothing but its memos.
 
     `compute_device`: where transformer and autoencoder are; the two encoders may be elsewhere.
+    `switches`: which optimisations are on; read when a job starts.
+    `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
     """
 
     def __init__(
@@ -132,6 +141,8 @@ class AnimatePipeline(WanAnimatePipeline):
     ) -> None:
         super().__init__(tokenizer, text_encoder, vae, scheduler, image_processor, image_encoder, transformer)
         self.compute_device = torch.device("cpu")
+        self.switches = Switches()
+        self.kept_bytes = 0
         self.memos = {name: Memo(name, size) for name, size in MEMO_SIZES.items()}
 
     def render(
@@ -168,7 +179,11 @@ class AnimatePipeline(WanAnimatePipeline):
         try:
             text, negative = self._texts(prompt, options, timer)
             clip, reference = self._reference(source.reference, plan, timer)
-            job = _Job(plan, scheduler, timer, on_step, options.guidance_scale, text, negative, clip, reference)
+            contexts = self._contexts(text, negative, clip, timer)
+            self.kept_bytes = 0
+            job = _Job(
+                plan, scheduler, timer, on_step, options.guidance_scale, text, negative, clip, reference, contexts
+            )
             generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
             previous = None
             for index in range(plan.segments):
@@ -208,6 +223,18 @@ class AnimatePipeline(WanAnimatePipeline):
         with timer.stage("encode_prompt", on_device=True):
             guided = options.guidance_scale > 1
             return embed(prompt), embed(options.negative_prompt or "") if guided else None
+
+    def _contexts(
+        self, text: torch.Tensor, negative: torch.Tensor | None, clip: torch.Tensor, timer: StageTimer
+    ) -> list[Context]:
+        """What the transformer's embedders make of them, once a job; nothing where every step does it itself.
+
+        Not kept between jobs: a job's LoRAs may change the embedders, and they take milliseconds.
+        """
+        if not self.switches.step_invariants:
+            return []
+        with timer.stage("encode_prompt", on_device=True):
+            return embed_context(self.transformer, [text] if negative is None else [text, negative], clip)
 
     def _reference(self, image: Image.Image, plan: SegmentPlan, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor]:
         """What CLIP makes of the whole image, and its latents, scaled into width x height on black."""
@@ -277,37 +304,59 @@ class AnimatePipeline(WanAnimatePipeline):
         plan, timer = job.plan, job.timer
         job.scheduler.set_timesteps(plan.steps, device=self.compute_device)  # also forgets the last window's history
         latents = window.noise
+        invariants = self._invariants(job, window)
+        branches = self._branches(job, window, invariants)
         for i, timestep in enumerate(job.scheduler.timesteps):
             begin = timer.clock()
-            flow = self._flow(job, window, latents, timestep)
+            hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
+            flow = guide([branch(hidden, timestep.expand(1)) for branch in branches], job.guidance_scale)
             latents = job.scheduler.step(flow, timestep, latents, return_dict=False)[0]
             if timer.probe:
                 timer.probe.synchronize()
             timer.step(timer.clock() - begin)
             if job.on_step:
                 job.on_step(index * plan.steps + i + 1, plan.segments * plan.steps)
+        self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
         return latents
 
-    def _flow(self, job: _Job, window: _Window, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What the transformer says at one noise level; guided, a second call without prompt and face is subtracted."""
+    def _invariants(self, job: _Job, window: _Window) -> list[StepInvariants]:
+        """What this window's steps share, for each branch; nothing where every step does it itself."""
+        if not job.contexts:
+            return []
+        invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces)
+        return [
+            invariants,
+            *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
+        ]
 
-        def call(text: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
-            return self.transformer(
-                hidden_states=hidden,
-                timestep=timestep.expand(1),
-                encoder_hidden_states=text,
-                encoder_hidden_states_image=job.clip,
-                pose_hidden_states=window.pose,
-                face_pixel_values=faces,
-                return_dict=False,
-            )[0]
+    def _branches(self, job: _Job, window: _Window, invariants: list[StepInvariants]) -> list[Branch]:
+        """The transformer on this window; guided, a second time without prompt and face."""
+        if invariants:
+            return [partial(denoise_step, self.transformer, shared) for shared in invariants]
+        branches: list[Branch] = [partial(self._whole_forward, job, window, job.text, window.faces)]
+        if job.negative is not None:
+            branches.append(partial(self._whole_forward, job, window, job.negative, no_face(window.faces)))
+        return branches
 
-        hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
-        flow = call(job.text, window.faces)
-        if job.negative is None:
-            return flow
-        without = call(job.negative, window.faces * 0 - 1)
-        return without + job.guidance_scale * (flow - without)
+    def _whole_forward(
+        self,
+        job: _Job,
+        window: _Window,
+        text: torch.Tensor,
+        faces: torch.Tensor,
+        hidden: torch.Tensor,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:
+        """The model's own forward pass, which computes everything at every step."""
+        return self.transformer(
+            hidden_states=hidden,
+            timestep=timestep,
+            encoder_hidden_states=text,
+            encoder_hidden_states_image=job.clip,
+            pose_hidden_states=window.pose,
+            face_pixel_values=faces,
+            return_dict=False,
+        )[0]
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [1, 3, frames, H, W] in [-1, 1] of `latents`, without the reference frame in front of them."""
@@ -347,6 +396,19 @@ def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> 
     return _Drawn(
         take("pose"), take("face"), take("background") if replace else None, take("mask") if replace else None
     )
+
+
+def no_face(faces: torch.Tensor) -> torch.Tensor:
+    """Black crops of the shape of `faces`, as the library makes them."""
+    return faces * 0 - 1
+
+
+def guide(flows: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """The one flow, or, of one with and one without prompt and face, the first moved away from the second."""
+    if len(flows) == 1:
+        return flows[0]
+    flow, without = flows
+    return without + scale * (flow - without)
 
 
 def to_unit(frames: np.ndarray, device: torch.device) -> torch.Tensor:

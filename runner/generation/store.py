@@ -22,7 +22,8 @@ from runner.errors import WeightsCorrupt, WeightsMissing
 from runner.generation.cost import Costs
 from runner.generation.identity import FileIdentities, combine
 from runner.generation.recipes import Recipe
-from runner.generation.variant import Variant, choose_variant, lora_files, wanted_fp4
+from runner.generation.variant import Variant, choose_variant, lora_files, text_file, wanted_fp4
+from runner.options import JobOptions
 
 __all__ = ["COMPONENTS", "ModelStore", "wanted"]
 
@@ -41,6 +42,8 @@ DETECTOR = "process_checkpoint/det/yolov10m.onnx"
 POSE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
 POSE_REPACKED = "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"  # one graph and one .bin of weights
 POSE_GRAPH = "end2end.onnx"  # in the published folder
+DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
+SEGMENTER = "process_checkpoint/sam2"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 
@@ -74,15 +77,44 @@ class ModelStore:
                 return path
         return self.root / POSE
 
+    @property
+    def dwpose(self) -> tuple[Path, Path]:
+        """Detector and pose network of `preprocess.pose: dwpose`. Optional."""
+        return self.root / DWPOSE[0], self.root / DWPOSE[1]
+
+    @property
+    def segmenter(self) -> Path:
+        """Folder of the video segmenter (transformers' layout). Optional: for replace jobs without a mask."""
+        return self.root / SEGMENTER
+
+    def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
+        """Optional models that one job needs → their files. Raises WeightsMissing, which says for what."""
+        wanted: dict[str, list[Path]] = {}
+        if options.preprocess.pose == "dwpose":
+            wanted["dwpose"] = list(self.dwpose)
+        if options.mode == "replace" and not has_mask:
+            weights = weight_files(self.segmenter, "model")
+            wanted["segmenter"] = [self.segmenter / "config.json", *weights]
+        for what, files in wanted.items():
+            missing = [self._name(path) for path in files if not path.is_file()]
+            if missing:
+                raise WeightsMissing(
+                    f"no {', '.join(missing)}",
+                    where=self.root,
+                    todo="Put them there, or give replace jobs a `mask:`"
+                    if what == "segmenter"
+                    else "Put them there, or leave preprocess.pose at vitpose",
+                )
+        return wanted
+
     def variant(self, recipe: Recipe) -> Variant:
         """Which files the transformer and the text encoder come from. Raises WeightsMissing."""
         return choose_variant(self.root, recipe)
 
     def components(self, recipe: Recipe) -> tuple[str, ...]:
         """Those of COMPONENTS that come from the plain folders."""
-        variant = self.variant(recipe)
-        instead = {"transformer"} if variant.kind != "source" else set()
-        instead |= {"text_encoder"} if variant.text_encoder else set()
+        instead = {"transformer"} if recipe.fp4 else set()
+        instead |= {"text_encoder"} if text_file(self.root, recipe) else set()
         return tuple(name for name in COMPONENTS if name not in instead)
 
     def config(self, recipe: Recipe, name: str) -> dict[str, Any]:
@@ -114,17 +146,24 @@ class ModelStore:
                 where=self.root,
                 todo="Pass --models DIR, or make one: video-lab weights demo",
             )
-        variant = self.variant(recipe)
         components = self.components(recipe)
         missing = [line for name in components for line in self._missing(recipe, name)]
         missing += [f"{rel}  (from {HUB['preprocess']})" for rel in self._missing_onnx()]
+        todo = "Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo"
+        also = ""
+        try:
+            variant = self.variant(recipe)
+        except WeightsMissing as err:
+            if not missing:
+                raise
+            also, todo = f"\n  {err.what}", f"{todo}\n{err.todo}"
         if missing:
             raise WeightsMissing(
                 f"recipe {recipe.name!r} lacks {len(missing)} file{'s' if len(missing) > 1 else ''}\n"
                 + "\n".join(f"  {line}" for line in missing)
-                + "\n",
+                + f"{also}\n",
                 where=self.root,
-                todo="Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo",
+                todo=todo,
             )
         for name in components:
             self.config(recipe, name)
@@ -202,7 +241,8 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
             return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
         if fp4(key):
             return True
-        return key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
+        optional = key in DWPOSE or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
+        return optional or key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
 
     return want
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from runner.errors import WeightsMissing
+from runner.errors import ConfigInvalid, WeightsMissing
 from runner.generation.recipes import Recipe
 
 __all__ = [
     "DISTILL_FOLDER",
     "LORA_FOLDER",
+    "PLAIN_FOLDER",
     "PUBLISHED_FOLDER",
     "TEXT_FILE",
     "TRANSFORMER_FILE",
@@ -29,10 +30,12 @@ __all__ = [
     "lora_file",
     "lora_files",
     "quantized_folder",
+    "text_file",
     "wanted_fp4",
 ]
 
 PUBLISHED_FOLDER = "Wan2.2-Animate-14B-FP4"
+PLAIN_FOLDER = f"{PUBLISHED_FOLDER}-plain"  # of `quantize`, without the LoRA
 TRANSFORMER_FILE = "quantized_transformer.safetensors"
 TEXT_FILE = "quantized_text_encoder.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -71,12 +74,16 @@ def choose_variant(root: Path, recipe: Recipe) -> Variant:
     source = root / recipe.weights / "transformer"
     if not recipe.fp4:
         return Variant("source", source, source / "config.json", (), None, f"recipe {recipe.name} runs the source")
-    text = next((path for path in _text_files(root, recipe) if path.is_file()), None)
+    text = text_file(root, recipe)
     distill = tuple(sorted((root / DISTILL_FOLDER).glob("*.safetensors")))
+    unmerged: Path | None = None  # there, but without the LoRA that this recipe needs beside it
     for kind, folder, merged in _places(root, recipe):
         file = folder / TRANSFORMER_FILE
         beside = () if merged or not recipe.distilled else distill
-        if not file.is_file() or (recipe.distilled and not merged and not distill):
+        if not file.is_file():
+            continue
+        if recipe.distilled and not merged and not distill:
+            unmerged = unmerged or file
             continue
         own = folder / "config.json"
         config = own if own.is_file() else source / "config.json"
@@ -90,8 +97,11 @@ def choose_variant(root: Path, recipe: Recipe) -> Variant:
         if beside:
             why += f", {', '.join(path.name for path in beside)} kept beside it"
         return Variant(kind, file, config, beside, text, why)
+    lacks = "no FP4 transformer"
+    if unmerged is not None:
+        lacks = f"{unmerged.relative_to(root)}, but no distill LoRA in {DISTILL_FOLDER}/ to go beside it"
     raise WeightsMissing(
-        f"recipe {recipe.name!r} has no FP4 transformer",
+        f"recipe {recipe.name!r} has {lacks}",
         where=root,
         todo="One of these makes it complete:\n"
         f"  video-lab quantize --recipe {recipe.name}        from {recipe.weights}/transformer\n"
@@ -104,13 +114,16 @@ def _places(root: Path, recipe: Recipe) -> Iterator[tuple[Literal["quantized", "
     """(kind, folder, is the LoRA in the weights), the best first."""
     if recipe.distilled:
         yield "quantized", root / f"{PUBLISHED_FOLDER}-distill", True
-    yield "quantized", root / f"{PUBLISHED_FOLDER}-plain", False
+    yield "quantized", root / PLAIN_FOLDER, False
     yield "published", root / PUBLISHED_FOLDER, False
 
 
-def _text_files(root: Path, recipe: Recipe) -> Iterator[Path]:
-    folders = [quantized_folder(recipe), f"{PUBLISHED_FOLDER}-plain", PUBLISHED_FOLDER]
-    return (root / folder / TEXT_FILE for folder in dict.fromkeys(folders))
+def text_file(root: Path, recipe: Recipe) -> Path | None:
+    """The INT4 text encoder that `recipe` takes in place of the plain folder; None where it has none."""
+    if not recipe.fp4:
+        return None
+    folders = dict.fromkeys((quantized_folder(recipe), PLAIN_FOLDER, PUBLISHED_FOLDER))
+    return next((path for folder in folders if (path := root / folder / TEXT_FILE).is_file()), None)
 
 
 def lora_file(root: Path, name: str) -> Path:
@@ -125,7 +138,15 @@ def lora_file(root: Path, name: str) -> Path:
 
 
 def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
-    """name → (file, strength) of a job's own LoRAs; a replace job gets the relighting LoRA where the store has one."""
+    """name → (file, strength) of a job's own LoRAs; a replace job gets the relighting LoRA where the store has one.
+
+    Raises WeightsMissing for a name that has no file, ConfigInvalid for one that is given twice.
+    """
+    twice = next((name for i, (name, _) in enumerate(names) if name in [other for other, _ in names[:i]]), None)
+    if twice is not None:
+        raise ConfigInvalid(
+            f"a job names the LoRA {twice!r} twice", todo="Name it once, with the strength it is to have"
+        )
     found = {name: (lora_file(root, name), strength) for name, strength in names}
     if replace and not any(RELIGHT in name.lower() for name in found):
         for path in sorted((root / LORA_FOLDER).glob("*.safetensors")):
@@ -136,10 +157,10 @@ def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: boo
 
 def wanted_fp4(recipe: Recipe) -> Callable[[str], bool]:
     """Keys of a remote store that an FP4 recipe may need beyond the plain components."""
-    folders = {quantized_folder(recipe), f"{PUBLISHED_FOLDER}-plain", PUBLISHED_FOLDER}
+    folders = {quantized_folder(recipe), PLAIN_FOLDER, PUBLISHED_FOLDER}
 
     def want(key: str) -> bool:
-        parts = PurePosixPath(key).parts
+        parts = PurePosixPath(key).parts or ("",)
         if recipe.fp4 and len(parts) == 2 and parts[0] in folders:
             return parts[1] in (TRANSFORMER_FILE, TEXT_FILE, QUANTIZE_CONFIG, "config.json")
         folder_ok = parts[0] == LORA_FOLDER or (recipe.distilled and parts[0] == DISTILL_FOLDER)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import RunnerError
@@ -100,20 +101,39 @@ class WanAnimateGenerator:
 
     @classmethod
     def load(
-        cls, store: ModelStore, recipe: Recipe, *, device: str = "auto", assume: Mapping[str, str] | None = None
+        cls,
+        store: ModelStore,
+        recipe: Recipe,
+        *,
+        device: str = "auto",
+        assume: Mapping[str, str] | None = None,
+        cache: Path | None = None,
     ) -> WanAnimateGenerator:
         """Check the store, load every model onto the device, say what was chosen and why.
 
-        `assume`: how to read a published FP4 file where it does not say itself. Raises WeightsMissing, WeightsCorrupt,
-        ConfigInvalid (a device that is not there) or OutOfMemory.
+        `assume`: how to read a published FP4 file where it does not say itself. `cache`: folder to keep poses in.
+        Raises WeightsMissing, WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
         """
+        from runner.preprocess.cache import PoseCache
         from runner.preprocess.pipeline import Preprocessor
 
         picked, why = pick_device(device)
         store.check(recipe)
-        preprocessor = Preprocessor.load(store.detector, store.pose, device=picked.type)
+        poses = PoseCache(cache / "poses") if cache is not None else None
+        preprocessor = Preprocessor.load(
+            store.detector,
+            store.pose,
+            device=picked.type,
+            dwpose=store.dwpose,
+            segmenter=store.segmenter,
+            cache=poses,
+        )
         begin = time.monotonic()
         pipeline, placement = load_pipeline(store, recipe, picked, assume)
+        loras = JobLoras(pipeline.transformer, store, recipe)
+        beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
+        if beside:
+            placement = {**placement, "loras_beside": dict(beside)}
         description = {
             "model": "Wan2.2-Animate-14B",
             "recipe": recipe.as_dict(),
@@ -130,19 +150,25 @@ class WanAnimateGenerator:
             costs=store.costs(recipe),
             identity=store.identities(recipe),
             description=description,
-            loras=JobLoras(pipeline.transformer, store, recipe),
+            loras=loras,
         )
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
         return plan_job(frames, size, options, self.recipe, self.costs)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
+        face_size = self._loaded.transformer.config.motion_encoder_size
+        if request.official is not None:
+            from runner.preprocess.official_files import OfficialConditions
+
+            made = OfficialConditions.open(request.official, request.options, face_size=face_size, timer=timer)
+            return AnimateConditions(made, request.prompt, request.options)
         source = self.preprocessor.prepare(
             request.reference,
             request.video,
             request.options,
             mask=request.mask,
-            face_size=self._loaded.transformer.config.motion_encoder_size,
+            face_size=face_size,
             timer=timer,
         )
         return AnimateConditions(source, request.prompt, request.options)

@@ -6,7 +6,7 @@ Never: networks. Holds about 2 KB a frame; pixels exist only while a window is m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runner.metrics import StageTimer
+from runner.preprocess.clip_masks import ClipMasks
 from runner.preprocess.face import FacePlan, crop_face
 from runner.preprocess.keypoints import PoseTrack
 from runner.preprocess.mask import GivenMask
@@ -68,9 +69,14 @@ class Geometry:
             return padding_resize(grey, self.width, self.height, cv2.INTER_NEAREST)
         return self.placement.image(grey, cv2.INTER_NEAREST)
 
-    def skeleton(self, track: PoseTrack, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled."""
+    def skeleton(self, track: PoseTrack, index: int, *, retargeted: bool = False) -> np.ndarray:
+        """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled.
+
+        A `retargeted` track is in pixels of the output already.
+        """
         pose = track.pose(index)
+        if retargeted:
+            return draw_skeleton(pose, self.width, self.height)
         if not self.parity:
             return draw_skeleton(pose.moved(self.placement.points), self.width, self.height)
         drawn = draw_skeleton(pose, track.width, track.height)
@@ -90,11 +96,13 @@ class PoseConditions:
     reference: Image.Image  # RGB, upright, at its own size
     video: Path
     indices: np.ndarray  # int64 [frames]: which frames of `video`
-    track: PoseTrack
+    track: PoseTrack  # of the driving person, in pixels of the video
     faces: FacePlan
     face_size: int
     geometry: Geometry
-    mask: GivenMask | None = None
+    mask: GivenMask | ClipMasks | None = None
+    widen: Callable[[np.ndarray], np.ndarray] | None = None  # what becomes of a made mask at the output's size
+    retargeted: PoseTrack | None = None  # what is drawn, in pixels of the output, instead of `track`
     timer: StageTimer = field(default_factory=StageTimer)
     _reader: VideoReader | None = field(default=None, repr=False)
     _crops: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
@@ -104,7 +112,8 @@ class PoseConditions:
         if not 0 <= start < stop <= self.frames:
             raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
         with self.timer.stage("draw"):
-            pose = np.stack([self.geometry.skeleton(self.track, i) for i in range(start, stop)])
+            drawn, moved = (self.track, False) if self.retargeted is None else (self.retargeted, True)
+            pose = np.stack([self.geometry.skeleton(drawn, i, retargeted=moved) for i in range(start, stop)])
             face = np.zeros((stop - start, self.face_size, self.face_size, 3), np.uint8)
             masks = self._masks(start, stop) if self.mask else None
             background = None if masks is None else np.zeros_like(pose)
@@ -157,7 +166,8 @@ class PoseConditions:
 
     def _masks(self, start: int, stop: int) -> np.ndarray:
         assert self.mask is not None
-        return np.stack([self.geometry.mask(mask) for mask in self.mask.frames(start, stop)])
+        masks = [self.geometry.mask(mask) for mask in self.mask.frames(start, stop)]
+        return np.stack(masks if self.widen is None else [self.widen(mask) for mask in masks])
 
 
 def frames_at_once(width: int, height: int, most: int = 16) -> int:

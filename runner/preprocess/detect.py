@@ -1,7 +1,7 @@
 """Detection: frames in, the boxes of people out, and the one box that the clip is about.
 
-In:   uint8 RGB frames and a network of the YOLOv10 contract. Out: candidate rows, and a `Box` or None a frame.
-Never: time (what to do in a frame without a person is the pipeline's business).
+In:   uint8 RGB frames and a network of the YOLOv10 contract. Out: candidate rows, and the `Box`es of people in a frame.
+Never: time (who is who in the next frame, and what to do in one without a person, is `track`'s business).
 
 Contract: [1, 3, 640, 640] float32 RGB/255, the frame stretched, → [1, 300, 6] rows x1, y1, x2, y2, score, class in
 640-space (or YOLOv8's [1, 84, 8400]: centre, size, 80 class scores). Class 0 is a person.
@@ -18,7 +18,16 @@ import numpy as np
 
 from runner.preprocess.sessions import Network, check_shape, open_network
 
-__all__ = ["MIN_SCORE", "PARITY_MIN_SCORE", "Box", "Detector", "choose_person", "choose_person_parity", "network_input"]
+__all__ = [
+    "MIN_SCORE",
+    "PARITY_MIN_SCORE",
+    "Box",
+    "Detector",
+    "choose_person",
+    "choose_person_parity",
+    "network_input",
+    "people",
+]
 
 SIDE = 640
 PERSON = 0
@@ -44,6 +53,22 @@ class Box:
     def area(self) -> float:
         return (self.x2 - self.x1) * (self.y2 - self.y1)
 
+    @property
+    def height(self) -> float:
+        return self.y2 - self.y1
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.x1 + self.x2) / 2, (self.y1 + self.y2) / 2
+
+    def overlap(self, other: Box) -> float:
+        """Intersection over union, 0…1."""
+        width = min(self.x2, other.x2) - max(self.x1, other.x1)
+        height = min(self.y2, other.y2) - max(self.y1, other.y1)
+        common = max(width, 0.0) * max(height, 0.0)
+        whole = self.area + other.area - common
+        return common / whole if whole > 0 else 0.0
+
 
 class Detector:
     """Finds people with a YOLOv10 network."""
@@ -58,7 +83,10 @@ class Detector:
 
     def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
         """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2 in 640-space, score, class."""
-        return _as_rows(self.network.run(np.stack([network_input(frame) for frame in frames])))
+        images = np.empty((len(frames), 3, SIDE, SIDE), np.float32)  # 5 MB a frame: filled in place, never doubled
+        for image, frame in zip(images, frames, strict=True):
+            image[:] = network_input(frame)
+        return _as_rows(self.network.run(images))
 
 
 def network_input(frame: np.ndarray) -> np.ndarray:
@@ -66,19 +94,24 @@ def network_input(frame: np.ndarray) -> np.ndarray:
     return cv2.LUT(cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR), UNIT).transpose(2, 0, 1)
 
 
-def choose_person(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
-    """The largest person of one frame, or None. `rows` float [m, 6] as in `Detector.rows`, `size` (width, height).
+def people(rows: np.ndarray, size: tuple[int, int]) -> list[Box]:
+    """Everybody in one frame, the surest first. `rows` float [m, 6] as in `Detector.rows`, `size` (width, height).
 
     Differs from the official rule where that goes wrong: only people compete (there, a surfboard that scores higher
     deletes its surfer), boxes stay fractional, and a score of 0.06 makes no one a person.
     """
-    people = rows[(rows[:, 5].round() == PERSON) & (rows[:, 4] >= MIN_SCORE)]
-    boxes = _scaled(people[:, :4], size)
+    found = rows[(rows[:, 5].round() == PERSON) & (rows[:, 4] >= MIN_SCORE)]
+    boxes = _scaled(found[:, :4], size)
     boxes = np.clip(boxes, 0, (*size, *size))
     boxes[:, 2:] -= boxes[:, :2]
-    kept = _nms(boxes, people[:, 4], MIN_SCORE)
-    found = [Box(x, y, x + w, y + h, float(people[i, 4])) for i in kept for x, y, w, h in [map(float, boxes[i])]]
-    return max((b for b in found if b.area > 0), key=lambda b: b.area, default=None)
+    kept = _nms(boxes, found[:, 4], MIN_SCORE)
+    every = [Box(x, y, x + w, y + h, float(found[i, 4])) for i in kept for x, y, w, h in [map(float, boxes[i])]]
+    return [box for box in every if box.area > 0]
+
+
+def choose_person(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
+    """The largest of `people`, or None: the choice where there is one frame only (a reference)."""
+    return max(people(rows, size), key=lambda box: box.area, default=None)
 
 
 def choose_person_parity(rows: np.ndarray, size: tuple[int, int]) -> Box | None:

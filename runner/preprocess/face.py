@@ -7,10 +7,13 @@ uint8 [F, F, 3]. Never: how the points were found.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from runner.preprocess.smooth import gaussian, median
 
 __all__ = ["FACE_CONFIDENCE", "FaceBox", "FacePlan", "crop_face", "face_box", "official_box", "plan_faces"]
 
@@ -20,6 +23,9 @@ GROWTH = math.sqrt(1.3) - 1  # 1.3 times the area
 FACE_CONFIDENCE = 0.3  # a face point below this is a guess
 LEAST_POINTS = 34  # of 68: half a face in profile still shows these
 LEAST_SIDE = 4  # pixels: less holds no expression
+OUTLIER_S = 0.07  # a box that differs from those this far on either side is the network's slip
+CENTRE_S = 0.05  # standard deviations of what the box is averaged over: a head bounces twice a second and more,
+SIZE_S = 0.25  # but does not grow; a crop that pumps reads as an expression
 LEAST_VISIBLE = 0.25  # of the box's area inside the frame: a thinner sliver, stretched to a square, is no face
 
 
@@ -39,6 +45,12 @@ class FacePlan:
     def seen(self) -> bool:
         return bool((self.sources >= 0).any())
 
+    def repeated(self, first: np.ndarray, back: np.ndarray) -> FacePlan:
+        """The plan of a longer clip: its frame i shows picture `back[i]` of this one, first shown at `first`."""
+        sources = np.where(self.sources < 0, -1, first[self.sources])[back]
+        own = self.sources[back] == back
+        return FacePlan([self.boxes[b] for b in back], np.where(own, np.arange(len(back)), sources))
+
 
 def official_box(face: np.ndarray, width: int, height: int) -> FaceBox:
     """x1, x2, y1, y2 around face points [68, ≥2], grown by 1.3 in area, three parts of four of the height upwards.
@@ -54,29 +66,30 @@ def face_box(face: np.ndarray, width: int, height: int) -> FaceBox | None:
 
     None when there is no face to show: too few sure points, too small, or mostly outside of the frame.
     """
-    sure = face[face[:, 2] >= FACE_CONFIDENCE]
-    if len(sure) < LEAST_POINTS:
-        return None
-    x1, x2, y1, y2 = _grown(sure)
-    left, right = (int(min(max(x, 0), width)) for x in (x1, x2))
-    top, bottom = (int(min(max(y, 0), height)) for y in (y1, y2))
-    visible = max(right - left, 0) * max(bottom - top, 0)
-    if min(right - left, bottom - top) < LEAST_SIDE or visible < LEAST_VISIBLE * (x2 - x1) * (y2 - y1):
-        return None
-    return left, right, top, bottom
+    ends = _sure_ends(face)
+    return None if ends is None else _clipped(ends, width, height)
 
 
-def plan_faces(faces: np.ndarray, width: int, height: int, *, parity: bool = False) -> FacePlan:
+def plan_faces(
+    faces: np.ndarray, width: int, height: int, *, parity: bool = False, times_s: np.ndarray | None = None
+) -> FacePlan:
     """Faces [n, 68, 3] of a clip whose frames are (width, height) → what to crop where.
 
-    A frame without a face keeps the last one that was seen; before the first, the first is shown.
+    A frame without a face keeps the last one that was seen; before the first, the first is shown. With `times_s`
+    (float64 [n], increasing) boxes are steadied over time, centre and size apart, without lag.
     In parity every frame is cropped as the official code would; where that crashes (nothing to crop), the last is kept.
     """
     boxes: list[FaceBox | None]
     if parity:
         boxes = [_if_croppable(official_box(face, width, height), width, height) for face in faces]
     else:
-        boxes = [face_box(face, width, height) for face in faces]
+        ends = [_sure_ends(face) for face in faces]
+        boxes = [None if e is None else _clipped(e, width, height) for e in ends]
+        if times_s is not None:
+            seen = [i for i, box in enumerate(boxes) if box is not None]
+            steady = _steadied(np.array([ends[i] for i in seen]).reshape(-1, 4), times_s[seen])
+            for i, smoothed in zip(seen, steady, strict=True):
+                boxes[i] = _clipped(smoothed, width, height, whole=round) or boxes[i]
     good = [i for i, box in enumerate(boxes) if box is not None]
     if not good:
         return FacePlan([(0, 0, 0, 0)] * len(boxes), np.full(len(boxes), -1, np.int64))
@@ -96,6 +109,37 @@ def _grown(face: np.ndarray) -> tuple[float, float, float, float]:
     (xmin, ymin), (xmax, ymax) = xy.min(0), xy.max(0)
     dw, dh = GROWTH * (xmax - xmin) / 2, GROWTH * (ymax - ymin) / 4
     return float(xmin - dw), float(xmax + dw), float(ymin - 3 * dh), float(ymax + dh)
+
+
+def _sure_ends(face: np.ndarray) -> tuple[float, float, float, float] | None:
+    sure = face[face[:, 2] >= FACE_CONFIDENCE]
+    return _grown(sure) if len(sure) >= LEAST_POINTS else None
+
+
+def _clipped(ends: Sequence[float], width: int, height: int, whole: Callable[[float], int] = int) -> FaceBox | None:
+    """Ends x1, x2, y1, y2 in whole pixels of the frame; None where too little of a face is in it."""
+    x1, x2, y1, y2 = (float(end) for end in ends)
+    left, right = (whole(min(max(x, 0.0), width)) for x in (x1, x2))
+    top, bottom = (whole(min(max(y, 0.0), height)) for y in (y1, y2))
+    visible = max(right - left, 0) * max(bottom - top, 0)
+    if min(right - left, bottom - top) < LEAST_SIDE or visible < LEAST_VISIBLE * (x2 - x1) * (y2 - y1):
+        return None
+    return left, right, top, bottom
+
+
+def _steadied(ends: np.ndarray, times_s: np.ndarray) -> np.ndarray:
+    """Box ends [n, 4] (x1, x2, y1, y2) of the frames that show a face → the same, without tremble."""
+    if len(ends) < 3:
+        return ends
+    centre = np.stack([ends[:, :2].mean(1), ends[:, 2:].mean(1)], 1)
+    size = np.stack([ends[:, 1] - ends[:, 0], ends[:, 3] - ends[:, 2]], 1)
+    centre, size = median(centre, times_s, OUTLIER_S), median(size, times_s, OUTLIER_S)
+    # A face that is a face's width away in the next frame is another shot's; after a gap in time it is a new beginning.
+    moved = np.abs(np.diff(centre, axis=0)).max(1) > size[1:].max(1)
+    jumps = np.concatenate([[False], moved | (np.diff(times_s) > 2 * SIZE_S)])
+    centre, half = gaussian(centre, times_s, CENTRE_S, jumps), gaussian(size, times_s, SIZE_S, jumps) / 2
+    low, high = centre - half, centre + half
+    return np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)
 
 
 def _if_croppable(box: FaceBox, width: int, height: int) -> FaceBox | None:

@@ -1,74 +1,67 @@
-"""Pipeline: pass 1 over a driving video: decode, find the person, find the pose, keep only the poses.
+"""Pipeline: what one job's inputs become before anything is generated.
 
-In:   a reference, a video, options. Out: `PoseConditions`. Never: generation.
-Decoding runs in its own thread, a window ahead of the networks. No more than a few windows of pixels exist at a time.
+In:   a reference, a video, perhaps a mask, options. Out: `PoseConditions`. Never: generation.
+Pass 1 (`poses`) happens here; pass 2, drawing and cropping, in the result's `window`. Only poses and boxes outlive
+pass 1: no more than a few windows of pixels exist at a time.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runner.errors import InputNotFound, NoPerson
+from runner.errors import NoPerson, WeightsMissing
 from runner.metrics import StageTimer
 from runner.options import JobOptions
-from runner.preprocess.conditions import Geometry, PoseConditions, frames_at_once
-from runner.preprocess.detect import Box, Detector, choose_person, choose_person_parity
-from runner.preprocess.face import plan_faces
+from runner.preprocess.backends import Backend, PersonDetector, PointFinder, open_backend
+from runner.preprocess.cache import PoseCache
+from runner.preprocess.clip_masks import ClipMasks
+from runner.preprocess.conditions import Geometry, PoseConditions
+from runner.preprocess.detect import choose_person, choose_person_parity
+from runner.preprocess.driver_masks import segment_driver
 from runner.preprocess.images import load_image
-from runner.preprocess.keypoints import FACE, PoseTrack, hold_lost_bodies
+from runner.preprocess.keypoints import PoseTrack
 from runner.preprocess.mask import GivenMask
-from runner.preprocess.pose import PoseEstimator
-from runner.preprocess.sizing import AUTO_AREA, GRID, output_size, place
+from runner.preprocess.masks import augment
+from runner.preprocess.pose_memory import backend_parts, clip_parts, find_poses_once, masks_once
+from runner.preprocess.poses import FoundPoses
+from runner.preprocess.retarget import retarget_robust
+from runner.preprocess.retarget_official import retarget_official
+from runner.preprocess.segment import Segmenter, load_segmenter
+from runner.preprocess.sizing import AUTO_AREA, GRID, output_size, place, resize_by_area
 from runner.video import Sampled, VideoInfo, VideoReader
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Preprocessor"]
 
 FACE_SIZE = 512  # the face encoder's
-AHEAD = 2  # windows decoded before they are asked for
-
-
-@dataclass
-class _Person:
-    """The box to look at in each frame, in order; what to do where the detector sees nobody."""
-
-    detector: Detector
-    parity: bool
-    every: int
-    last: Box | None = None
-    looked: int = 0
-    missed: list[bool] = field(default_factory=list)
-
-    def boxes(self, frames: np.ndarray) -> list[Box | None]:
-        """One box a frame; None: look at the whole frame. Between looks, and where nobody is seen, the last one stays:
-        officially the whole frame is looked at instead, and the pose jumps."""
-        choose = choose_person_parity if self.parity else choose_person
-        size = (frames.shape[2], frames.shape[1])
-        first = len(self.missed)
-        look = [i for i in range(len(frames)) if (first + i) % self.every == 0]
-        rows = dict(zip(look, self.detector.rows([frames[i] for i in look]), strict=True)) if look else {}
-        boxes = []
-        for i in range(len(frames)):
-            box = choose(rows[i], size) if i in rows else None
-            self.missed.append(i in rows and box is None)
-            if box or (i in rows and self.parity):
-                self.last = box
-            boxes.append(self.last)
-        self.looked += len(look)
-        return boxes
 
 
 class Preprocessor:
-    """Detector and pose model, loaded once, and what they do to a job's inputs."""
+    """Detector and pose model, loaded once, and what they do to a job's inputs.
 
-    def __init__(self, detector: Detector, pose: PoseEstimator, device: str = "cpu") -> None:
-        self._detector, self._pose = detector, pose
+    The other pair of networks and the segmenter are opened when a job first asks for them.
+    """
+
+    def __init__(
+        self,
+        detector: PersonDetector,
+        pose: PointFinder,
+        device: str = "cpu",
+        *,
+        dwpose: tuple[Path, Path] | None = None,
+        segmenter: Path | None = None,
+        cache: PoseCache | None = None,
+    ) -> None:
+        self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
+        self._backends = {"vitpose": Backend("vitpose", detector, pose)}
+        self._segmenter: Segmenter | None = None
         self.description: dict[str, Any] = {
             "device": device,
             "detector": detector.network.description,
@@ -76,12 +69,51 @@ class Preprocessor:
         }
 
     @classmethod
-    def load(cls, detector: Path, pose: Path, *, device: str = "cpu") -> Preprocessor:
+    def load(
+        cls,
+        detector: Path,
+        pose: Path,
+        *,
+        device: str = "cpu",
+        dwpose: tuple[Path, Path] | None = None,
+        segmenter: Path | None = None,
+        cache: PoseCache | None = None,
+    ) -> Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".
 
-        WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
+        `dwpose`: detector and pose network of the other backend; `segmenter`: folder of a SAM 2, for replace jobs
+        without a mask. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
         """
-        return cls(Detector.load(detector, device), PoseEstimator.load(pose, device), device)
+        opened = open_backend("vitpose", detector, pose, device)
+        return cls(opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache)
+
+    def _backend(self, name: str) -> Backend:
+        if name not in self._backends:
+            if self._dwpose is None:
+                raise WeightsMissing("no networks for preprocess.pose: dwpose", todo="Put them into the model store")
+            self._backends[name] = open_backend(name, *self._dwpose, self._device)
+            self.description[name] = self._backends[name].description
+        return self._backends[name]
+
+    def _segment(
+        self,
+        video: Path,
+        sampled: Sampled,
+        geometry: Geometry,
+        found: FoundPoses,
+        parts: Mapping[str, Any],
+        timer: StageTimer,
+    ) -> ClipMasks:
+        if self._segmenter is None:
+            if self._segmenter_folder is None:
+                raise WeightsMissing("no segmenter for a replace job without a mask", todo="Give the job a `mask:`")
+            self._segmenter = load_segmenter(self._segmenter_folder, self._device)
+            self.description["segmenter"] = self._segmenter.description
+        segmenter = self._segmenter
+        key = {**parts, "segmenter": dict(segmenter.description)}
+        return masks_once(
+            self._cache, key, lambda: segment_driver(segmenter, video, sampled, geometry, found, timer), timer
+        )
 
     def prepare(
         self,
@@ -96,92 +128,97 @@ class Preprocessor:
         """Pass 1 over `video`; pass 2 happens in the result's `window`. Stages: decode, detect, pose; then draw.
 
         Raises InputNotFound, InputUnreadable, InputTooLarge, InputTooShort (fewer than two frames in the span asked
-        for) and NoPerson (nobody in any frame).
+        for) and NoPerson (nobody in any frame, too little of somebody, nobody where `subject` points, or nobody in a
+        reference to retarget to).
         """
         timer = timer or StageTimer()
-        parity = options.preprocess.parity
-        picture = load_image(reference, backdrop=None if parity else (255, 255, 255))
+        asked = options.preprocess
+        backend = self._backend(asked.pose)
+        picture = load_image(reference, backdrop=None if asked.parity else (255, 255, 255))
+        warnings: list[str] = []
         with VideoReader(video) as reader:
             info = reader.info
-            sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
-            indices = np.asarray(sampled.indices, np.int64)
+            sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
             given = _mask(options, mask, info, sampled)
             try:
-                width, height = output_size(options, picture.size, (info.width, info.height))
-                geometry = _geometry(options, (info.width, info.height), (width, height))
-                track, without_person = self._poses(reader, indices, options, geometry, timer)
+                size = output_size(options, picture.size, (info.width, info.height))
+                geometry = _geometry(options, (info.width, info.height), size)
+                model = None
+                if asked.retarget != "off" and options.mode == "replace":
+                    warnings.append("preprocess.retarget has no effect with mode: replace; the driver's body stays.")
+                elif asked.retarget != "off":  # before the video: a reference that cannot serve is known at once
+                    with timer.stage("pose"):
+                        model = self._pose_of(picture, reference, options, backend)
+                networks = {} if self._cache is None else backend_parts(backend)
+                found = find_poses_once(
+                    self._cache, networks, reader, sampled, asked, geometry, backend.detector, backend.pose, timer
+                )
+                masks: GivenMask | ClipMasks | None = given
+                if options.mode == "replace" and given is None:
+                    parts = {} if self._cache is None else clip_parts(reader, sampled, asked, geometry, networks)
+                    masks = self._segment(Path(video), sampled, geometry, found, parts, timer)
             except BaseException:
                 if given:
                     given.close()
                 raise
-        faces = plan_faces(track.points[:, FACE], track.width, track.height, parity=parity)
+        retargeted = None
+        report: dict[str, Any] = {"source_frames": info.frames, "sampled_frames": len(sampled.indices), **found.report}
+        warnings += found.warnings
+        if model is not None:
+            retarget = retarget_official if asked.retarget == "official" else retarget_robust
+            moved = retarget(found.track, model, canvas=size)
+            retargeted, report["retarget"] = moved.track, moved.report
+            warnings += moved.warnings
         return PoseConditions(
-            frames=len(indices),
+            frames=len(sampled.indices),
             fps=sampled.fps,
-            width=width,
-            height=height,
+            width=size[0],
+            height=size[1],
             start_s=sampled.start_s,
             report={
-                "source_frames": info.frames,
-                "sampled_frames": len(indices),
-                "frames_without_person": without_person,
-                "frames_face_held": faces.held,
-                "face_seen": faces.seen,
-                "detector": self._detector.network.path.name,
-                "pose": self._pose.network.path.name,
-                "provider": self._pose.network.provider,
-                "parity": parity,
+                **report,
+                "detector": backend.detector.network.path.name,
+                "pose": backend.pose.network.path.name,
+                "provider": backend.pose.network.provider,
+                "mask": _mask_source(masks),
+                "parity": asked.parity,
+                "warnings": warnings,
             },
             reference=picture,
             video=Path(video),
-            indices=indices,
-            track=track,
-            faces=faces,
+            indices=np.asarray(sampled.indices, np.int64),
+            track=found.track,
+            faces=found.faces,
             face_size=face_size,
             geometry=geometry,
-            mask=given,
+            mask=masks,
+            widen=_widening(options) if isinstance(masks, ClipMasks) else None,
+            retargeted=retargeted,
             timer=timer,
         )
 
-    def _poses(
-        self, reader: VideoReader, indices: np.ndarray, options: JobOptions, geometry: Geometry, timer: StageTimer
-    ) -> tuple[PoseTrack, int]:
-        """(the poses of the clip, how many of its frames show nobody). A frame sampled twice is looked at once."""
+    def _pose_of(self, picture: Image.Image, path: Path, options: JobOptions, backend: Backend) -> PoseTrack:
+        """The pose of the reference, one frame, in its own pixels (parity: letterboxed to the output's size first)."""
         parity = options.preprocess.parity
-        info = reader.info
-        unique, back = np.unique(indices, return_inverse=True)
-        person = _Person(self._detector, parity, options.preprocess.detect_every)
-        windows = reader.windows(unique, frames_at_once(info.width, info.height))
-        points = []
-        width, height = info.width, info.height
-        for native in _read_ahead(windows, timer):
-            frames = native if geometry.resize_first is None else np.stack([geometry.frame(f) for f in native])
-            height, width = frames.shape[1:3]
-            with timer.stage("detect"):
-                boxes = person.boxes(frames)
-            with timer.stage("pose"):
-                points.append(self._pose.points(frames, boxes, bgr=parity))
-        missed = np.array(person.missed)
-        if missed.sum() == person.looked:
+        image = np.asarray(picture)
+        if parity:
+            image = resize_by_area(image, _area(options))
+        height, width = image.shape[:2]
+        choose = choose_person_parity if parity else choose_person
+        box = choose(backend.detector.rows([image])[0], (width, height))
+        if box is None and not parity:
             raise NoPerson(
-                f"nobody was found in any of the {person.looked} frames looked at",
-                where=info.path,
-                todo="Give a video in which one person is well visible; check start_s",
+                "no person was found in the reference, which preprocess.retarget takes the proportions from",
+                where=path,
+                todo="Give a reference that shows a person, or set preprocess.retarget to off",
             )
-        found = np.concatenate(points)[back]
-        return PoseTrack(hold_lost_bodies(found) if parity else found, width, height), int(missed[back].sum())
+        return PoseTrack(backend.pose.points(image[None], [box], bgr=parity), width, height)
 
 
 def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sampled) -> GivenMask | None:
-    """The mask of a replace job, known to belong to the video; None in animate mode."""
-    if options.mode != "replace":
+    """The mask that came with a replace job, known to belong to the video; None where it came without."""
+    if options.mode != "replace" or mask is None:
         return None
-    if mask is None:
-        raise InputNotFound(
-            "mode is replace, but the job has no mask",
-            where=video.path,
-            todo="Give `mask:` a video or a still image in the video's aspect, white where the character goes",
-        )
     given = GivenMask(mask, video, sampled)
     try:
         given.check_not_empty()
@@ -191,29 +228,25 @@ def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sam
     return given
 
 
+def _mask_source(masks: GivenMask | ClipMasks | None) -> str | None:
+    """For the record: where the mask of a replace job came from."""
+    return None if masks is None else "made" if isinstance(masks, ClipMasks) else "given"
+
+
+def _widening(options: JobOptions) -> Callable[[np.ndarray], np.ndarray]:
+    asked, parity = options.preprocess.mask, options.preprocess.parity
+    return partial(augment, iterations=asked.iterations, kernel=asked.kernel, grid=asked.grid(parity))
+
+
 def _geometry(options: JobOptions, video: tuple[int, int], output: tuple[int, int]) -> Geometry:
     parity = options.preprocess.parity
     replace = options.mode == "replace"
     # A letterbox is invisible on a black skeleton; around a real background it would be rendered.
     placement = place(video, output, crop_up_to=GRID if replace else 0)
+    return Geometry(*output, placement, parity=parity, resize_first=_area(options) if parity and replace else None)
+
+
+def _area(options: JobOptions) -> int:
+    """The official code reads nothing but this from the size asked for."""
     asked = options.size_pixels
-    area = asked[0] * asked[1] if asked else AUTO_AREA
-    return Geometry(*output, placement, parity=parity, resize_first=area if parity and replace else None)
-
-
-def _read_ahead(windows: Iterator[np.ndarray], timer: StageTimer) -> Iterator[np.ndarray]:
-    """The same windows, the next ones decoded in a thread while one is worked on."""
-
-    def decode() -> np.ndarray | None:
-        with timer.stage("decode"):
-            return next(windows, None)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
-        ahead: deque[Future[np.ndarray | None]] = deque(pool.submit(decode) for _ in range(AHEAD))
-        try:
-            while (window := ahead.popleft().result()) is not None:
-                ahead.append(pool.submit(decode))
-                yield window
-        finally:
-            for waiting in ahead:
-                waiting.cancel()
+    return asked[0] * asked[1] if asked else AUTO_AREA

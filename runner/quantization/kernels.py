@@ -92,12 +92,13 @@ def triton(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: Form
 KERNELS: Final[dict[str, Kernel]] = {"triton": triton, "table": table, "eager": eager}
 
 
-def pick_kernel(device: torch.device, fmt: Format) -> tuple[str, str]:
+def pick_kernel(device: torch.device | str, fmt: Format) -> tuple[str, str]:
     """(name in KERNELS, why) for `device`; the same answer for the life of the process, to be logged and recorded.
 
     A kernel is tried on a small weight first, and is taken only if it agrees with the reference bit for bit: a Triton
     without a C compiler, and one that miscompiles, come out here and not in a video.
     """
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _pick(device, fmt)

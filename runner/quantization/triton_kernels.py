@@ -19,8 +19,8 @@ from torch import Tensor
 
 __all__ = ["launch"]
 
-# Four packed bytes a thread: they become eight 16-bit values, one full-width store, and neighbours stay neighbours. With
-# more bytes a thread, Triton sends the values through shared memory to bring them into order.
+# Four packed bytes a thread: they become eight 16-bit values, one full-width store, and neighbours stay neighbours.
+# With more bytes a thread, Triton sends the values through shared memory to bring them into order.
 _BYTES: Final = 512
 _WARPS: Final = 4
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.generation.identity import METADATA_KEY, read_memory
-from runner.generation.recipes import SOURCE_WEIGHTS, Recipe
+from runner.generation.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
 from runner.generation.store import (
     COMPONENTS,
     CONFIGS,
@@ -32,6 +32,7 @@ from runner.generation.store import (
     read_json,
     weight_files,
 )
+from runner.generation.variant import PLAIN_FOLDER, TRANSFORMER_FILE, quantized_folder, text_file
 from runner.weights.hub import git_sha1, read_record
 from runner.weights.sources import FP4_FOLDER, SOURCES, parts_of, recipe_base
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["Row", "Settled", "plan_rows", "settle_against", "verify_weights"]
 
 Status = Literal["ok", "corrupt", "missing", "unknown"]
-TRANSFORMER_FILE = "quantized_transformer.safetensors"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 PLAIN = (".json", ".model", ".txt")
@@ -159,11 +159,14 @@ def transformer_config(models: Path) -> dict[str, Any]:
 
 def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
     """(file, what to say if it is not there), in the order they are used."""
-    parts = parts_of(recipe)
+    parts, base = parts_of(recipe), recipe_base(recipe)
     for name in COMPONENTS:
+        if name == "text_encoder" and text_file(models, get_recipe(base)):
+            yield from ((path, "") for path in sorted((models / SOURCE_WEIGHTS / name).glob("*.safetensors")))
+            continue
         yield from _component(models, name, weights=name != "transformer" or "transformer" in parts)
     if "fp4" in parts:
-        yield from _fp4(models, recipe_base(recipe))
+        yield from _fp4(models, base)
     for folder in ("distill_lora", "loras"):
         yield from ((path, "") for path in sorted((models / folder).glob("*.safetensors")))
     store = ModelStore(models)
@@ -186,16 +189,16 @@ def _component(models: Path, name: str, *, weights: bool) -> Iterator[tuple[Path
 
 
 def _fp4(models: Path, base: str) -> Iterator[tuple[Path, str]]:
-    """Our own file of this recipe, or the published one and, for `fp4-distill`, the LoRA that goes with it."""
-    ours = [models / f"{FP4_FOLDER}-{tail}" for tail in dict.fromkeys((base.removeprefix("fp4-"), base))]
-    made = [folder for folder in ours if (folder / TRANSFORMER_FILE).is_file()]
-    published = models / FP4_FOLDER
-    for folder in [*made, *([published] if published.is_dir() else [])]:
+    """Our own file of this recipe, or an unmerged one and, for `fp4-distill`, the LoRA that goes with it."""
+    recipe = get_recipe(base)
+    merged, plain, published = models / quantized_folder(recipe), models / PLAIN_FOLDER, models / FP4_FOLDER
+    for folder in dict.fromkeys((merged, plain, published)):
         yield from ((path, "") for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors"))
-    if made:
+    if recipe.distilled and (merged / TRANSFORMER_FILE).is_file():
         return
-    yield published / TRANSFORMER_FILE, f"{FETCH}, or make it: video-lab quantize"
-    if base == "fp4-distill" and not list((models / "distill_lora").glob("*.safetensors")):
+    if not (plain / TRANSFORMER_FILE).is_file():
+        yield published / TRANSFORMER_FILE, f"{FETCH}, or make it: video-lab quantize"
+    if recipe.distilled and not list((models / "distill_lora").glob("*.safetensors")):
         yield models / "distill_lora" / next(iter(SOURCES["distill-lora"].pins)), FETCH
 
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import Counter
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from runner.generation.pipeline import AnimatePipeline, Memo, to_pixels, to_uint8
+from runner.generation.loading import load_pipeline
+from runner.generation.pipeline import AnimatePipeline, Memo, Switches, to_pixels, to_uint8
 from runner.generation.plan import plan_job
 from runner.generation.recipes import get_recipe
 from runner.generation.schedule import make_scheduler
 from runner.generation.store import ModelStore
-from runner.generation.wan_animate import load_pipeline
 from runner.metrics import StageTimer
 from runner.options import DEFAULT_PROMPT, JobOptions
 from tests.generation.conditions import MemoryConditions
 
 RECIPE = get_recipe("fp32")
 STEPS = 2
+
+ONCE_A_WINDOW = (
+    "motion_encoder",
+    "face_encoder",
+    "pose_patch_embedding",
+    *("blocks.0.attn2.to_k", "blocks.0.attn2.add_k_proj", "face_adapter.0.to_v"),
+)
+ONCE_A_JOB = ("condition_embedder.text_embedder", "condition_embedder.image_embedder")
+EVERY_STEP = ("patch_embedding", "blocks.0.attn1.to_k", "blocks.0.attn2.to_q", "proj_out")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,6 +54,14 @@ def upstream(tiny_store_dir):
     pipe.image_processor.do_center_crop = False
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(params=[True, False], ids=["steps share", "steps share nothing"])
+def either(request, ours):
+    """Our pipeline with and without what steps share."""
+    before, ours.switches = ours.switches, Switches(step_invariants=request.param)
+    yield ours
+    ours.switches = before
 
 
 def load(tiny_store_dir) -> AnimatePipeline:
@@ -117,24 +139,35 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def upstreams(upstream):
+    """The library's frames of a case, rendered once."""
+    return cache(lambda case: rendered_upstream(upstream, *inputs_of(case), make_scheduler(CASES[case][2])))
+
+
+def inputs_of(case: str):
+    frames, settings, _, _ = CASES[case]
+    return MemoryConditions(frames, seed=len(case)), job_options(**settings)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_frames_equal_the_librarys(case, upstream, ours):
-    frames, settings, solver, windows = CASES[case]
-    conditions, options = MemoryConditions(frames, seed=len(case)), job_options(**settings)
+def test_frames_equal_the_librarys(case, upstreams, either):
+    frames, _, solver, windows = CASES[case]
+    conditions, options = inputs_of(case)
     plan = make_plan(conditions, options)
     assert plan.segments == windows
-    theirs = rendered_upstream(upstream, conditions, options, make_scheduler(solver))
+    theirs = upstreams(case)
     decoded, skeletons = [], []
-    for _index, pixels, pose in ours.decode_segments(
+    for _index, pixels, pose in either.decode_segments(
         conditions, DEFAULT_PROMPT, options, plan, make_scheduler(solver), StageTimer()
     ):
         decoded.append(pixels)
         skeletons.append(pose)
-    exact = ours.video_processor.postprocess_video(torch.cat(decoded, dim=2), output_type="np")[0]
+    exact = either.video_processor.postprocess_video(torch.cat(decoded, dim=2), output_type="np")[0]
     assert exact.shape == (frames, conditions.height, conditions.width, 3)
     assert np.array_equal(exact, theirs)
     assert np.array_equal(np.concatenate(skeletons), conditions.pose)
-    assert np.array_equal(rendered_here(ours, conditions, options, make_scheduler(solver)), as_bytes(theirs))
+    assert np.array_equal(rendered_here(either, conditions, options, make_scheduler(solver)), as_bytes(theirs))
     assert exact.std() > 0.05  # a blank picture would prove nothing
 
 
@@ -224,6 +257,51 @@ def test_what_jobs_share_is_encoded_once(tiny_store_dir):
     wide = MemoryConditions(5, width=64)  # another size: other latents, the same CLIP view
     rendered_here(pipe, wide, options)
     assert sorted(calls) == ["vae 1", "vae 5", "vae 5"]
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
+    pipe = load(tiny_store_dir)
+    calls: Counter[str] = Counter()
+    for name, part in pipe.transformer.named_modules():
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    conditions = MemoryConditions(9)  # two windows of five frames: one batch of faces each
+    options = job_options(max_segment_frames=5, steps=3, guidance_scale=2.0 if guided else 1.0)
+    frames, seen = {}, {}
+    for shared in (True, False):
+        pipe.switches = Switches(step_invariants=shared)
+        frames[shared] = rendered_here(pipe, conditions, options)
+        seen[shared] = {name: calls[name] for name in ONCE_A_WINDOW + ONCE_A_JOB + EVERY_STEP}
+        assert (pipe.kept_bytes > 0) is shared
+        calls.clear()
+    branches = 1 + guided
+    per_window = dict.fromkeys(ONCE_A_WINDOW, 2 * branches)
+    if guided:
+        per_window |= {"pose_patch_embedding": 2, "blocks.0.attn2.add_k_proj": 2}  # alike with and without a prompt
+    per_job = {"condition_embedder.text_embedder": branches, "condition_embedder.image_embedder": 1}
+    every_step = dict.fromkeys(EVERY_STEP, 2 * 3 * branches)
+    assert seen[True] == {**per_window, **per_job, **every_step}
+    assert set(seen[False].values()) == {2 * 3 * branches}
+    assert np.array_equal(frames[True], frames[False])
+
+
+def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
+    pipe, conditions, options = load(tiny_store_dir), MemoryConditions(9), job_options(max_segment_frames=5)
+    kept: list[weakref.ref] = []
+    invariants = pipe._invariants
+    pipe._invariants = lambda *args: (made := invariants(*args), kept.extend(map(weakref.ref, made)))[0]
+    alive: list[int] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda *a, **kw: (alive.append(sum(ref() is not None for ref in kept)), decode(*a, **kw))[1]
+    gc.disable()  # what is freed is freed because nothing names it any more
+    try:
+        rendered_here(pipe, conditions, options)
+    finally:
+        gc.enable()
+    assert len(kept) == 2
+    assert alive == [0, 0]
+    shape = ModelStore(tiny_store_dir).costs(RECIPE).transformer
+    assert pipe.kept_bytes == shape.invariant_bytes(conditions.width, conditions.height, 5, element=4)
 
 
 def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):

@@ -89,7 +89,7 @@ def test_what_was_loaded_is_described_and_identified(generator, store):
     assert description["device_why"] == "asked for"
     assert description["recipe"]["name"] == "fp32"
     assert description["preprocess"] == {"detector": "none"}
-    assert description["parameters"] == sum(p.numel() for p in generator.pipeline.transformer.parameters())
+    assert description["transformer_bytes"] == sum(p.nbytes for p in generator.pipeline.transformer.parameters())
 
 
 def test_plans_cost_what_these_models_cost(generator):

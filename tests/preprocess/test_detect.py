@@ -12,6 +12,7 @@ from runner.preprocess.detect import (
     choose_person,
     choose_person_parity,
     network_input,
+    people,
 )
 from tests.preprocess.conftest import disc_frame
 from tests.preprocess.tiny_networks import build_pose
@@ -65,6 +66,23 @@ def test_duplicates_fall_to_the_better_score_and_the_largest_of_the_rest_wins():
     table = rows((100, 100, 200, 300, 0.9, 0), (95, 95, 205, 305, 0.5, 0), (400, 100, 460, 200, 0.95, 0))
     assert choose_person(table, SIZE).score == pytest.approx(0.9)  # IoU of the first two is .87
     assert choose_person_parity(table, SIZE).score == pytest.approx(0.9)
+
+
+def test_everybody_is_listed_the_surest_first():
+    table = rows(
+        (10, 10, 60, 110, 0.5, 0), (300, 10, 400, 310, 0.9, 0), (305, 12, 400, 308, 0.6, 0), (0, 0, 9, 9, 0.9, 2)
+    )
+    found = people(table, (640, 640))
+    assert [box.score for box in found] == pytest.approx([0.9, 0.5])
+    assert choose_person(table, (640, 640)) == found[0]
+    assert people(rows(), (640, 640)) == []
+
+
+def test_overlap_centre_and_height_by_hand():
+    a, b = Box(0, 0, 10, 20, 1), Box(5, 10, 15, 30, 1)
+    assert a.overlap(b) == pytest.approx(50 / 350)
+    assert a.overlap(Box(20, 0, 30, 20, 1)) == 0
+    assert (b.centre, b.height, a.area) == ((10, 20), 20, 200)
 
 
 def test_the_running_maximum_of_the_official_scan():

@@ -93,3 +93,50 @@ def test_a_crop_is_squashed_to_a_square():
     out = crop_face(frame, (50, 150, 20, 60), 64)
     assert out.shape == (64, 64, 3)
     assert (out == (10, 200, 30)).all()
+
+
+def clip_of_faces(n, tremble, seed=0):
+    """A face of 100 x 100 that goes right by 3 pixels a frame; its box trembles by `tremble` pixels."""
+    noise = np.random.default_rng(seed).normal(0, tremble, (n, 4))
+    ends = np.array([[100 + 3 * i, 100, 200 + 3 * i, 200] for i in range(n)]) + noise
+    return np.stack([face(*e) for e in ends]), ends
+
+
+def test_boxes_are_steadied_over_time_without_lag():
+    faces, _ = clip_of_faces(60, 3)
+    times = np.arange(60) / 30
+    loose = np.array(plan_faces(faces, 640, 480).boxes, float)
+    plan = plan_faces(faces, 640, 480, times_s=times)
+    steady = np.array(plan.boxes, float)
+    assert plan.sources.tolist() == list(range(60))
+    width, loose_width = steady[:, 1] - steady[:, 0], loose[:, 1] - loose[:, 0]
+    assert np.diff(width).std() < 0.3 * np.diff(loose_width).std()
+    centre = (steady[:, 0] + steady[:, 1]) / 2 - (150 + 3 * np.arange(60))
+    assert np.abs(centre[5:-5]).max() < 3
+    assert abs(centre[5:-5].mean()) < 0.7  # a causal filter would trail by several pixels
+    assert centre[5:-5].std() < 0.8 * ((loose[:, 0] + loose[:, 1]) / 2 - (150 + 3 * np.arange(60)))[5:-5].std()
+
+
+def test_one_box_that_slips_is_pulled_back():
+    faces, _ = clip_of_faces(40, 0)
+    faces[20] = face(140, 40, 300, 200)
+    plan = plan_faces(faces, 640, 480, times_s=np.arange(40) / 30)
+    still = plan_faces(clip_of_faces(40, 0)[0], 640, 480, times_s=np.arange(40) / 30)
+    assert np.abs(np.array(plan.boxes[20]) - np.array(still.boxes[20])).max() <= 3
+
+
+def test_a_cut_is_not_smoothed_over():
+    faces = np.stack([face(100, 100, 200, 200)] * 20 + [face(400, 150, 460, 210)] * 20)
+    plan = plan_faces(faces, 640, 480, times_s=np.arange(40) / 30)
+    assert len(set(plan.boxes[:20])) == 1
+    assert len(set(plan.boxes[20:])) == 1
+
+
+def test_a_plan_for_repeated_pictures():
+    seen, unseen = face(100, 100, 200, 200), face(100, 100, 200, 200, 0)
+    plan = plan_faces(np.stack([seen, unseen]), 640, 480).repeated(np.array([0, 2]), np.array([0, 0, 1, 1]))
+    assert plan.sources.tolist() == [0, 1, 0, 0]
+    assert plan.held == 2
+    nothing = plan_faces(np.stack([unseen]), 640, 480).repeated(np.array([0]), np.array([0, 0]))
+    assert nothing.sources.tolist() == [-1, -1]
+    assert not nothing.seen

@@ -107,15 +107,20 @@ def test_frames_without_a_person_are_counted_and_hold_the_face(preprocessor, ref
     conditions.close()
 
 
-def test_the_last_box_is_held_where_nobody_is_seen(preprocessor, reference, gappy, monkeypatch):
+def test_boxes_are_bridged_between_sightings_and_held_at_the_ends(preprocessor, reference, gappy, monkeypatch):
     """Parity looks at the whole frame instead."""
     seen = []
     monkeypatch.setattr("runner.preprocess.pose.crop_of", lambda box, size: seen.append(box) or crop_of(box, size))
-    preprocessor.prepare(reference, gappy, options()).close()
+    conditions = preprocessor.prepare(reference, gappy, options())
+    assert conditions.report["frames_bridged"] == 3
+    conditions.close()
     ours, seen[:] = list(seen), []
     preprocessor.prepare(reference, gappy, options(preprocess={"parity": True})).close()
-    assert ours[:2] == [None, None]
-    assert ours[7] == ours[8] == ours[9] == ours[6] is not None
+    assert ours[0] == ours[1] == ours[2] is not None
+    assert ours[29] == ours[28]
+    for i, share in {7: 0.25, 8: 0.5, 9: 0.75}.items():
+        expected = (1 - share) * np.array(ours[6].centre) + share * np.array(ours[10].centre)
+        assert ours[i].centre == pytest.approx(expected)
     assert [i for i, box in enumerate(seen) if box is None] == sorted(GAPS)
 
 

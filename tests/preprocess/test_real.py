@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from runner.options import JobOptions
-from runner.preprocess.detect import choose_person
+from runner.preprocess.detect import choose_person, people
 from runner.preprocess.pipeline import Preprocessor
 from runner.preprocess.skeleton import THRESHOLD
+from runner.preprocess.track import choose_subject, follow, whereabouts
 from runner.video import VideoReader
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real"
@@ -76,4 +78,104 @@ def test_the_face_crop_holds_the_face(real):
         assert 0.2 < (nose[0] - x1) / (x2 - x1) < 0.8
         assert 0.2 < (nose[1] - y1) / (y2 - y1) < 0.8
         assert 15 < x2 - x1 < 80
+    conditions.close()
+
+
+def jumps(points: np.ndarray) -> np.ndarray:
+    """Steps of the sure body joints between neighbouring frames, in body heights: eye to ankle is 0.9 of one."""
+    body = points[:, :23]
+    height = 1 / 0.9 * float(np.median(body[:, [15, 16], 1].mean(1) - body[:, [1, 2], 1].mean(1)))
+    sure = (body[1:, :, 2] >= THRESHOLD) & (body[:-1, :, 2] >= THRESHOLD)
+    return np.where(sure, np.linalg.norm(np.diff(body[..., :2], axis=0), axis=-1), 0) / height
+
+
+def test_at_the_native_rate_no_joint_jumps_and_good_ones_keep_their_place(real, monkeypatch):
+    """The network exchanges his sides in single frames, at full confidence, and misplaces arms in others."""
+    raw = []
+    points = real._pose.points
+    monkeypatch.setattr(real._pose, "points", lambda *a, **k: raw.append(points(*a, **k)) or raw[-1])
+    conditions = real.prepare(REAL / "reference_woman_fullbody.png", MAN, JobOptions(fps="source", size="480x480"))
+    before, after, report = np.concatenate(raw), conditions.track.points, conditions.report
+    assert conditions.frames == 110
+    assert report["frames_without_person"] == 0
+    assert jumps(before).max() > 0.5
+    assert jumps(after).max() <= 0.15
+    moved = np.linalg.norm((after - before)[:, :23, :2], axis=-1)
+    touched = moved > 0.5
+    assert (moved[~touched] == 0).all()
+    assert touched.any(1).sum() <= 15  # frames in which anything at all was put right
+    assert 3 <= report["frames_repaired"] <= 10
+    assert 0 < report["joints_repaired"] < 0.1 * 110 * 65  # nearly all are fingers: his hands are few pixels wide
+    boxes = np.array(conditions.faces.boxes, float)
+    sides = boxes[:, [1, 3]] - boxes[:, [0, 2]]
+    assert np.abs(np.diff(sides, axis=0)).max() <= 4  # pixels: the crop does not pump
+    conditions.close()
+
+
+@pytest.fixture(scope="module")
+def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
+    """The woman, cut out of her picture, walks across before the man, hiding him: (boxes, his x, her x) at 15 fps."""
+    woman = cv2.cvtColor(cv2.imread(str(REAL / "reference_woman_fullbody.png")), cv2.COLOR_BGR2RGB)[21:474, 90:376]
+    high, wide = woman.shape[:2]
+    alpha = np.zeros((high, wide, 1), np.float32)
+    alpha[10:-10, 14:-14] = 1
+    alpha = cv2.GaussianBlur(alpha, (0, 0), 5)[..., None]
+    with VideoReader(MAN) as reader:
+        frames = reader.read(np.arange(0, 110, 2))
+    n, width, side = len(frames), 832, (832 - 480) // 2
+    seen, his, hers = [], [], []
+    for i, frame in enumerate(frames):
+        alone = choose_person(real._detector.rows([frame])[0], (480, 480))
+        his.append(side + alone.centre[0])
+        canvas = np.full((480, width, 3), np.median(frame, (0, 1)), np.uint8)
+        canvas[:, side : side + 480] = frame
+        x = round((width - wide) * i / (n - 1))
+        place = canvas[8 : 8 + high, x : x + wide]
+        place[:] = (1 - alpha) * place + alpha * woman
+        hers.append(x + wide / 2)
+        seen.append(people(real._detector.rows([canvas])[0], (width, 480)))
+    return seen, np.array(his), np.array(hers)
+
+
+def test_when_two_cross_neither_is_taken_for_the_other(crossing):
+    seen, his, hers = crossing
+    n = len(seen)
+    times, apart = np.arange(n) / 15, np.abs(his - hers) > 150
+    assert apart[:8].all() and apart[-8:].all() and not apart.all()
+    everybody = follow(seen, times)
+    for subject, true, least in [("largest", hers, 0.9), (tuple(float(v) for v in _around(his[0])), his, 0.3)]:
+        person = choose_subject(everybody, subject, (832, 480), times)
+        found = whereabouts(person, seen, np.arange(n), times)
+        centres = np.array([box.centre[0] for box in found.boxes])
+        assert np.abs(centres - true)[apart].max() < 60
+        assert len(person.looks) >= least * n
+        assert person.looks[-1] >= n - 3  # he is found again when she has passed
+        placed = [
+            abs(b.centre[0] - t) < abs(b.centre[0] - o) for b, t, o in _sightings(person, true, his + hers - true)
+        ]
+        assert all(placed)
+
+
+def _around(x: float) -> tuple[float, float, float, float]:
+    return x - 65, 60, x + 65, 430
+
+
+def _sightings(person, true, other):
+    """Of the looks at which the two are well apart."""
+    return [
+        (box, true[look], other[look])
+        for look, box in zip(person.looks, person.boxes, strict=True)
+        if abs(true[look] - other[look]) > 100
+    ]
+
+
+def test_his_motion_on_her_body(real):
+    conditions = real.prepare(
+        REAL / "reference_woman_fullbody.png", MAN, JobOptions(fps=8, size="480x480", preprocess={"retarget": True})
+    )
+    assert conditions.report["retarget"]["method"] == "robust"
+    drawn = conditions.window(0, conditions.frames).pose
+    assert drawn.any((1, 2, 3)).all()
+    plain = conditions.geometry.skeleton(conditions.track, 0)
+    assert (plain != drawn[0]).any()
     conditions.close()

@@ -180,6 +180,7 @@ def test_kernels_agree_with_the_reference_on_the_gpu(name, fmt, dtype):
 @BOTH
 def test_the_choice_says_why(fmt):
     assert pick_kernel(CPU, fmt) == ("table", "one look-up for two weights, equal to the reference on cpu")
+    assert pick_kernel("cpu", fmt) == pick_kernel(CPU, fmt)
 
 
 @pytest.fixture

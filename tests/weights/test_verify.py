@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.generation.identity import FileIdentities
 from runner.generation.recipes import SOURCE_WEIGHTS
+from runner.quantization.rules import WAN_ANIMATE_14B
 from runner.weights import hub
 from runner.weights.sources import FP4_FOLDER, SOURCES
 from runner.weights.verify import Row, plan_rows, settle_against, verify_weights
-from tests.quantization.stores import TINY, WAN_14B, write_store
+from tests.quantization.stores import TINY, write_store
 
 DETECTOR = "process_checkpoint/det/yolov10m.onnx"
 VAE = f"{SOURCE_WEIGHTS}/vae/diffusion_pytorch_model.safetensors"
@@ -191,6 +192,23 @@ def test_fp4_without_its_files_says_which(fp4_models: Path) -> None:
     assert not [path for path in by_path(verify_weights(fp4_models, "fp4")) if path.startswith("distill_lora")]
 
 
+@pytest.mark.parametrize(("recipe", "lora_lacks"), [("fp4", False), ("fp4-distill", True)])
+def test_a_file_without_the_lora_serves_both_recipes(fp4_models: Path, recipe: str, lora_lacks: bool, ours: Path) -> None:
+    plain = fp4_models / f"{FP4_FOLDER}-plain" / ours.name
+    ours.parent.rename(plain.parent)
+    rows = by_path(verify_weights(fp4_models, recipe))
+    assert rows[plain.relative_to(fp4_models).as_posix()].status == "ok"
+    assert QUANTISED not in rows
+    assert any(row.status == "missing" and path.startswith("distill_lora") for path, row in rows.items()) is lora_lacks
+
+
+def test_an_int4_text_encoder_stands_for_the_plain_one(fp4_models: Path, ours: Path) -> None:
+    ours.with_name("quantized_text_encoder.safetensors").write_bytes(ours.read_bytes())
+    shutil.rmtree(fp4_models / SOURCE_WEIGHTS / "text_encoder", ignore_errors=True)
+    assert not [path for path in by_path(verify_weights(fp4_models, "fp4-distill")) if "text_encoder/" in path]
+    assert [path for path in by_path(verify_weights(fp4_models, "bf16")) if "text_encoder/" in path]
+
+
 @pytest.fixture
 def published(fp4_models: Path) -> Path:
     """A file in the published manner, which no `quantize` of ours made: high nibble first, scales in fp16."""
@@ -267,7 +285,7 @@ def load_shards(models: Path) -> dict[str, torch.Tensor]:
 def test_the_plan_of_the_14b_model(tmp_path: Path, fmt: str) -> None:
     folder = tmp_path / SOURCE_WEIGHTS / "transformer"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(WAN_14B)))
+    (folder / "config.json").write_text(json.dumps(dict(WAN_ANIMATE_14B)))
     rows = plan_rows(tmp_path, fmt=fmt)
     packed = [row for row in rows if row.packed_bytes]
     assert len(packed) == 521

@@ -1,0 +1,38 @@
+"""Tiny LoRA: a step-distillation LoRA in the published key style, of random values, for the tiny transformer.
+
+In:   the folder of the tiny transformer. Out: one safetensors file. Never: training; it distils nothing, and shows that
+a LoRA is found, merged and recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["build_tiny_lora"]
+
+RANK = 4
+SIZE = 0.02  # of a weight's norm, about what the published one adds
+
+
+def build_tiny_lora(transformer: Path, path: Path, seed: int = 0) -> None:
+    """Write `lora_down`/`lora_up` pairs and bias `diff_b`s for attention and feed-forward of every block, in bf16."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn = config["ffn_dim"]
+    shapes = {f"self_attn.{name}": (dim, dim) for name in "qkvo"} | {"ffn.0": (ffn, dim), "ffn.2": (dim, ffn)}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tensors = {}
+    for block in range(config["num_layers"]):
+        for name, (out, wide) in shapes.items():
+            key = f"diffusion_model.blocks.{block}.{name}"
+            # A linear of width `wide` starts with deviation 1/sqrt(3 wide): up @ down shall have SIZE times its norm.
+            deviation = (SIZE**2 / (3 * wide * RANK)) ** 0.25
+            tensors[f"{key}.lora_down.weight"] = torch.randn(RANK, wide, generator=generator) * deviation
+            tensors[f"{key}.lora_up.weight"] = torch.randn(out, RANK, generator=generator) * deviation
+            tensors[f"{key}.diff_b"] = torch.randn(out, generator=generator) * SIZE / wide**0.5
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.bfloat16().contiguous() for key, tensor in tensors.items()}, path)

@@ -1,0 +1,315 @@
+"""Official files: conditions as the folder of videos that the official scripts write and read.
+
+In:   conditions, or such a folder. Out: such a folder, or conditions. Never: people, networks.
+
+    src_pose.mp4   skeletons at the output's size            src_bg.mp4     the scene, black in the mask (replace)
+    src_face.mp4   faces, 512x512                            src_mask.mp4   white where the character goes (replace)
+    src_ref.png    the reference; the official script copies its bytes, so that a JPEG may lie under this name
+
+The folder's own frames and rate are kept: its videos were sampled when they were made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
+
+import numpy as np
+
+from runner.errors import InputNotFound, InputTooShort, InputUnreadable, as_runner_error
+from runner.metrics import StageTimer
+from runner.options import JobOptions
+from runner.preprocess.conditions import Window
+from runner.preprocess.images import load_image
+from runner.preprocess.mask import HALF
+from runner.preprocess.sizing import GRID
+from runner.video import Mp4Writer, VideoInfo, VideoReader
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from runner.preprocess.pipeline import Preprocessor
+
+__all__ = [
+    "FILES",
+    "REFERENCE",
+    "OfficialConditions",
+    "official_files",
+    "run_preprocess",
+    "write_official",
+]
+
+REFERENCE = "src_ref.png"
+FILES = {"pose": "src_pose.mp4", "face": "src_face.mp4", "background": "src_bg.mp4", "mask": "src_mask.mp4"}
+ALWAYS, REPLACE = ("pose", "face"), ("pose", "face", "background", "mask")
+WINDOW_BYTES = 48 << 20  # of finished frames at once: 13 of 480x832 with their faces
+CRF = {"pose": 10, "face": 10, "background": 10, "mask": 1}  # officially 23; what a model reads should not be artefacts
+TODO = "Make the folder anew, by `video-lab preprocess` or the official preprocess_data.py"
+MIN_FRAMES = 2
+
+
+class Source(Protocol):
+    """What can be written: `PoseConditions`, or files once read."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    reference: Image.Image
+
+    def window(self, start: int, stop: int) -> Window: ...
+
+
+def write_official(source: Source, folder: Path) -> dict[str, Path]:
+    """Write all of `source` into `folder`, some windows of pixels at a time; the files by what they hold.
+
+    The same mode that made the source decides whether there are a background and a mask. Files of an earlier run are
+    replaced, and src_pose.mp4 comes last: a folder that has it is whole. Raises StorageFull, StorageDenied, and what
+    `source.window` does.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES.values():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as err:
+        raise as_runner_error(err, where=folder) from err
+    reference = _write_png(source.reference, folder / REFERENCE)
+    at_once = _frames_at_once(source.width, source.height)
+    writers: dict[str, Mp4Writer] = {}
+    with ExitStack() as open_files:  # closes the last one opened first: the poses, opened first, appear last
+        for start in range(0, source.frames, at_once):
+            window = source.window(start, min(start + at_once, source.frames))
+            for name, frames in _parts(window).items():
+                if name not in writers:
+                    height, width = frames.shape[1:3]
+                    writer = Mp4Writer(folder / FILES[name], width, height, source.fps, crf=CRF[name])
+                    writers[name] = open_files.enter_context(writer)
+                writers[name].write(frames)
+    return {"reference": reference} | {name: writer.path for name, writer in writers.items()}
+
+
+def run_preprocess(
+    reference: Path,
+    video: Path,
+    out_dir: Path,
+    options: JobOptions,
+    preprocessor: Preprocessor,
+    *,
+    mask: Path | None = None,
+    timer: StageTimer | None = None,
+) -> dict[str, Any]:
+    """One reference and one video → the official files in `out_dir`; what was done, JSON-able.
+
+    Raises what `Preprocessor.prepare` and `write_official` raise.
+    """
+    timer = timer or StageTimer()
+    conditions = preprocessor.prepare(reference, video, options, mask=mask, timer=timer)
+    try:
+        files = write_official(conditions, out_dir)
+    finally:
+        conditions.close()
+    return {
+        "files": {name: str(path) for name, path in files.items()},
+        "frames": conditions.frames,
+        "fps": float(conditions.fps),
+        "width": conditions.width,
+        "height": conditions.height,
+        "report": dict(conditions.report),
+        "timings_s": dict(timer.seconds),
+        "caches": dict(timer.counters),
+    }
+
+
+def official_files(folder: Path, mode: str) -> dict[str, Path]:
+    """What `mode` needs of the folder, by what it holds. Raises InputNotFound, naming all that is missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputNotFound("no such folder", where=folder, todo="Check preprocess.from; it names a folder")
+    names = {"reference": REFERENCE} | {name: FILES[name] for name in (REPLACE if mode == "replace" else ALWAYS)}
+    missing = [file for file in names.values() if not (folder / file).is_file()]
+    if missing:
+        for_mode = ", which mode: replace needs" if set(missing) <= {FILES["background"], FILES["mask"]} else ""
+        raise InputNotFound(f"{', '.join(missing)} {_is(missing)} not there{for_mode}", where=folder, todo=TODO)
+    return {name: folder / file for name, file in names.items()}
+
+
+@dataclass(eq=False)
+class OfficialConditions:
+    """Conditions out of a folder of official files; fulfils `generation.base.Conditions`, like `PoseConditions`."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    start_s: float
+    report: Mapping[str, Any]
+    reference: Image.Image  # RGB, upright, at its own size
+    face_size: int
+    timer: StageTimer
+    _first: int  # of the videos' frames
+    _readers: dict[str, VideoReader] = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        options: JobOptions,
+        *,
+        face_size: int = 512,
+        timer: StageTimer | None = None,
+    ) -> OfficialConditions:
+        """Check the folder's files against each other, and choose the frames that `options` asks for.
+
+        `start_s` and `max_frames` cut a span out of the files' frames. Rate and size are the files': another `fps` or
+        `size` that was asked for is ignored, with a warning in the report. Raises InputNotFound (a file is missing),
+        InputUnreadable (a file is damaged, or they do not belong together), InputTooShort.
+        """
+        paths = official_files(folder, options.mode)
+        reference = load_image(paths.pop("reference"), backdrop=None if options.preprocess.parity else (255, 255, 255))
+        readers: dict[str, VideoReader] = {}
+        with ExitStack() as opened:
+            for name, path in paths.items():
+                readers[name] = opened.enter_context(VideoReader(path))
+            info = {name: reader.info for name, reader in readers.items()}
+            _check_together(info, Path(folder))
+            pose = info["pose"]
+            first, frames = _span(pose, options)
+            opened.pop_all()
+        return cls(
+            frames=frames,
+            fps=pose.fps,
+            width=pose.width,
+            height=pose.height,
+            start_s=float(first / pose.fps),
+            report={
+                "from": str(folder),
+                "source_frames": pose.frames,
+                "sampled_frames": frames,
+                "warnings": _ignored(options, pose),
+            },
+            reference=reference,
+            face_size=face_size,
+            timer=timer or StageTimer(),
+            _first=first,
+            _readers=readers,
+        )
+
+    def window(self, start: int, stop: int) -> Window:
+        """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
+        if not 0 <= start < stop <= self.frames:
+            raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
+        with self.timer.stage("draw"):
+            indices = np.arange(self._first + start, self._first + stop)
+            pose, face = self._readers["pose"].read(indices), self._readers["face"].read(indices)
+            if face.shape[1] != self.face_size:
+                face = _resized(face, self.face_size)
+            if "mask" not in self._readers:
+                return Window(pose, face)
+            # The official reader takes the grey that lossy coding left for a share of masking; and coding bleeds the
+            # scene into the black.
+            white = self._readers["mask"].read(indices)[..., 0] >= HALF
+            background = self._readers["background"].read(indices)
+            background[white] = 0
+            return Window(pose, face, background, white.astype(np.uint8) * np.uint8(255))
+
+    def close(self) -> None:
+        """Close the files. Idempotent; a later `window` opens them again."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def _parts(window: Window) -> dict[str, np.ndarray]:
+    """File by file, uint8 [n, H, W, 3]; poses first."""
+    parts = {"pose": window.pose, "face": window.face}
+    if window.background is not None and window.mask is not None:
+        parts |= {"background": window.background, "mask": np.repeat(window.mask[..., None], 3, axis=3)}
+    return parts
+
+
+def _frames_at_once(width: int, height: int) -> int:
+    """Frames whose skeleton, face, scene and mask together stay under WINDOW_BYTES; at least one."""
+    return max(1, WINDOW_BYTES // (3 * (3 * width * height + 512 * 512)))
+
+
+def _write_png(image: Image.Image, path: Path) -> Path:
+    """A PNG that is one; it appears whole."""
+    part = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    except OSError as err:
+        part.unlink(missing_ok=True)
+        raise as_runner_error(err, where=path) from err
+    return path
+
+
+def _check_together(info: Mapping[str, VideoInfo], folder: Path) -> None:
+    """InputUnreadable unless lengths, rates and sizes fit; the message names the files and their numbers."""
+    pose = info["pose"]
+    pictures = {name: one for name, one in info.items() if name != "face"}
+    checks = [
+        ("lengths", {name: f"{one.frames} frames" for name, one in info.items()}),
+        ("rates", {name: f"{float(one.fps):g} fps" for name, one in info.items()}),
+        ("sizes", {name: f"{one.width}x{one.height}" for name, one in pictures.items()}),
+    ]
+    for what, found in checks:
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{FILES[name]} {value}" for name, value in found.items())
+            raise InputUnreadable(f"the videos differ in their {what}: {listed}", where=folder, todo=TODO)
+    if pose.width % GRID or pose.height % GRID:
+        raise InputUnreadable(
+            f"frames of {pose.width}x{pose.height} pixels, and the model takes multiples of {GRID} only",
+            where=pose.path,
+            todo=TODO,
+        )
+    face = info["face"]
+    if face.width != face.height:
+        raise InputUnreadable(
+            f"faces of {face.width}x{face.height} pixels, but they must be square", where=face.path, todo=TODO
+        )
+
+
+def _span(pose: VideoInfo, options: JobOptions) -> tuple[int, int]:
+    """(first, count) of the files' frames."""
+    first = round(options.start_s * pose.fps)
+    count = min(pose.frames - first, options.max_frames or pose.frames)
+    if count < MIN_FRAMES:
+        raise InputTooShort(
+            f"{max(count, 0)} of its {pose.frames} frames remain from second {options.start_s:g} on, "
+            f"at least {MIN_FRAMES} are needed",
+            where=pose.path,
+            todo="Choose an earlier start_s; it counts from where the files begin",
+        )
+    return first, count
+
+
+def _ignored(options: JobOptions, pose: VideoInfo) -> list[str]:
+    """Warnings about what was asked for in so many words and is not had."""
+    warnings = []
+    asked = options.model_fields_set
+    if "fps" in asked and options.fps != "source" and abs(options.fps / float(pose.fps) - 1) > 1e-3:
+        warnings.append(f"fps: {options.fps:g} has no effect with preprocess.from: its files have {float(pose.fps):g}.")
+    if "size" in asked and options.size_pixels not in (None, (pose.width, pose.height)):
+        warnings.append(
+            f"size: {options.size} has no effect with preprocess.from: its files are {pose.width}x{pose.height}."
+        )
+    return warnings
+
+
+def _resized(faces: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [n, F, F, 3] → [n, side, side, 3]."""
+    import cv2
+
+    how = cv2.INTER_AREA if side < faces.shape[1] else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(face, (side, side), interpolation=how) for face in faces])
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,228 @@
+"""Poses: pass 1 over a driving video: who it is about, where they are, how they stand, in every sampled frame.
+
+In:   an open video and which of its frames are sampled, networks, options. Out: `FoundPoses`. Never: the reference.
+
+Two decodes, each a window at a time with the next ones decoded in a thread. In the first the detector looks, and only
+boxes are kept. Who the clip is about is then decided on all of it, misses are bridged with what comes after them, and
+the pose network looks once at the right place. The alternative, to decide while decoding once, must either pose
+everybody until it is sure or repent later; a second decode costs 2 ms a frame beside 100 ms of networks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from runner.errors import NoPerson
+from runner.metrics import StageTimer
+from runner.options import PreprocessOptions
+from runner.preprocess.backends import PersonDetector, PointFinder
+from runner.preprocess.conditions import Geometry, frames_at_once
+from runner.preprocess.detect import Box, choose_person_parity, people
+from runner.preprocess.face import FacePlan, plan_faces
+from runner.preprocess.keypoints import FACE, PoseTrack, hold_lost_bodies
+from runner.preprocess.repair import body_heights, repair
+from runner.preprocess.smooth import smooth_joints
+from runner.preprocess.track import choose_subject, follow, whereabouts
+from runner.video import Sampled, VideoReader
+
+__all__ = ["FoundPoses", "find_poses"]
+
+AHEAD = 2  # windows decoded before they are asked for
+LOOKS_AT_ONCE = 8  # a detector's input is 5 MB a frame, whatever the video's size
+FEW = 16  # looks: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
+LEAST_SHARE = 0.1
+RARE = 0.5  # found in less than this share of the looks, the render is worth a warning
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class FoundPoses:
+    """The driving person in each sampled frame, in pixels of what the networks saw."""
+
+    track: PoseTrack
+    faces: FacePlan
+    report: dict[str, Any]  # counts are of sampled frames, those of repairs of different pictures
+    warnings: list[str]
+    present: np.ndarray  # bool [frames]: seen by the detector, or between two looks that saw the person
+
+
+def find_poses(
+    reader: VideoReader,
+    sampled: Sampled,
+    options: PreprocessOptions,
+    geometry: Geometry,
+    detector: PersonDetector,
+    pose: PointFinder,
+    timer: StageTimer,
+) -> FoundPoses:
+    """Both decodes and what is decided between them. A frame sampled twice is looked at once.
+
+    Raises NoPerson where nobody is found, too little of somebody, or nobody where `subject` points.
+    """
+    clip = _Clip(reader, sampled, geometry, timer)
+    found = _in_parity if options.parity else _at_full_strength
+    return found(clip, options, detector, pose)
+
+
+class _Clip:
+    """The different pictures among the sampled frames, as the networks see them."""
+
+    def __init__(self, reader: VideoReader, sampled: Sampled, geometry: Geometry, timer: StageTimer) -> None:
+        self._reader, self._geometry, self.timer = reader, geometry, timer
+        self.path = reader.info.path
+        self.size = self._native = reader.info.width, reader.info.height
+        indices = np.asarray(sampled.indices, np.int64)
+        self.indices, self.first, self.back = np.unique(indices, return_index=True, return_inverse=True)
+        self.times_s = self.first / float(sampled.fps)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def windows(self, chosen: np.ndarray, most: int = 16) -> Iterator[np.ndarray]:
+        """uint8 [≤ most, H, W, 3] of the pictures `chosen` (ascending numbers), the next ones decoded meanwhile."""
+        native = self._reader.windows(self.indices[chosen], frames_at_once(*self._native, most))
+        for frames in _read_ahead(native, self.timer):
+            if self._geometry.resize_first is not None:
+                resized = np.stack([self._geometry.frame(frame) for frame in frames])
+                self.size = resized.shape[2], resized.shape[1]
+                yield resized
+            else:
+                yield frames
+
+    def look(
+        self, detector: PersonDetector, every: int, read: Callable[[np.ndarray, tuple[int, int]], T]
+    ) -> tuple[np.ndarray, list[T]]:
+        """What the detector sees in every n-th picture: (their numbers, `read(rows, size)` of each)."""
+        looks = np.arange(0, len(self), every)
+        seen: list[T] = []
+        for frames in self.windows(looks, LOOKS_AT_ONCE):
+            with self.timer.stage("detect"):
+                size = (frames.shape[2], frames.shape[1])
+                seen += [read(rows, size) for rows in detector.rows(list(frames))]
+        return looks, seen
+
+    def pose(self, estimator: PointFinder, boxes: list[Box | None], *, bgr: bool) -> np.ndarray:
+        """float32 [n, 133, 3]: the points in each picture's box."""
+        points, done = [], 0
+        for frames in self.windows(np.arange(len(self))):
+            with self.timer.stage("pose"):
+                points.append(estimator.points(frames, boxes[done : done + len(frames)], bgr=bgr))
+            done += len(frames)
+        return np.concatenate(points)
+
+
+def _at_full_strength(
+    clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
+) -> FoundPoses:
+    looks, seen = clip.look(detector, options.detect_every, people)
+    everybody = follow(seen, clip.times_s[looks])
+    subject = choose_subject(everybody, options.subject, clip.size, clip.times_s[looks])
+    if subject is None:
+        _check(len(looks), sum(bool(boxes) for boxes in seen), clip)
+        raise _nobody_there(options, seen, clip)
+    where = whereabouts(subject, seen, looks, clip.times_s)
+    _check(where.looked, where.found, clip)
+    points = clip.pose(pose, where.boxes, bgr=False)
+    points[where.doubtful, :, 2] = 0  # whoever stands there, it is not the one
+    box_heights = np.array([box.height if box else 0.0 for box in where.boxes])
+    heights = body_heights(points, box_heights, clip.times_s)
+    repaired = repair(points, clip.times_s, heights)
+    points = smooth_joints(repaired.points, clip.times_s, heights) if options.smooth else repaired.points
+    faces = plan_faces(points[:, FACE], *clip.size, times_s=clip.times_s)
+    report = {
+        "frames_without_person": int(where.unseen[clip.back].sum()),
+        "frames_bridged": where.bridged,
+        "people_at_once": max(len(boxes) for boxes in seen),
+        "joints_repaired": repaired.joints,
+        "frames_repaired": repaired.frames,
+        "frames_sides_exchanged": repaired.flipped,
+    }
+    warnings = []
+    if where.found < RARE * where.looked:
+        warnings.append(
+            f"The person was found in only {where.found} of the {where.looked} frames looked at; "
+            "elsewhere the last or next place is held, and what is drawn there may be wrong."
+        )
+    return _found(clip, points, faces, report, warnings, ~where.unseen)
+
+
+def _in_parity(clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder) -> FoundPoses:
+    looks, seen = clip.look(detector, options.detect_every, choose_person_parity)
+    _check(len(looks), sum(box is not None for box in seen), clip, least=1)
+    ends = [*looks[1:].tolist(), len(clip)]
+    boxes = [box for box, look, end in zip(seen, looks.tolist(), ends, strict=True) for _ in range(look, end)]
+    unseen = np.zeros(len(clip), bool)
+    unseen[looks] = [box is None for box in seen]
+    # Holding a lost body depends on the order of frames only, and a repeated frame repeats its result.
+    points = hold_lost_bodies(clip.pose(pose, boxes, bgr=True))
+    faces = plan_faces(points[:, FACE], *clip.size, parity=True)
+    warnings = []
+    if options.smooth or options.subject != "largest":
+        warnings.append("preprocess.subject and preprocess.smooth have no effect with preprocess.parity.")
+    report = {"frames_without_person": int(unseen[clip.back].sum())}
+    return _found(clip, points, faces, report, warnings, ~unseen)
+
+
+def _found(
+    clip: _Clip,
+    points: np.ndarray,
+    faces: FacePlan,
+    report: dict[str, Any],
+    warnings: list[str],
+    present: np.ndarray,
+) -> FoundPoses:
+    """The results for different pictures as those for sampled frames."""
+    shown = faces.repeated(clip.first, clip.back)
+    report |= {"frames_face_held": shown.held, "face_seen": shown.seen}
+    if not shown.seen:
+        warnings.append("No face was seen in the whole clip: the expression is not driven.")
+    return FoundPoses(PoseTrack(points[clip.back], *clip.size), shown, report, warnings, present[clip.back])
+
+
+def _check(looked: int, found: int, clip: _Clip, least: int = FEW) -> None:
+    """NoPerson where there is too little of a person."""
+    todo = "Give a video in which one person is well visible; check start_s"
+    if not found:
+        raise NoPerson(f"nobody was found in any of the {looked} frames looked at", where=clip.path, todo=todo)
+    if found < least and found < LEAST_SHARE * looked:
+        raise NoPerson(
+            f"a person was found in only {found} of the {looked} frames looked at ({100 * found / looked:.1f} %)",
+            where=clip.path,
+            todo=todo,
+        )
+
+
+def _nobody_there(options: PreprocessOptions, seen: list[list[Box]], clip: _Clip) -> NoPerson:
+    first = next(boxes for boxes in seen if boxes)
+    places = ", ".join(f"[{b.x1:.0f}, {b.y1:.0f}, {b.x2:.0f}, {b.y2:.0f}]" for b in first)
+    asked = options.subject if isinstance(options.subject, str) else [round(corner) for corner in options.subject]
+    return NoPerson(
+        f"nobody is where preprocess.subject points ({asked}); when people first appear they are at {places}",
+        where=clip.path,
+        todo=f"Give a box of theirs in pixels of the {clip.size[0]}x{clip.size[1]} video, or largest or centre",
+    )
+
+
+def _read_ahead(windows: Iterator[np.ndarray], timer: StageTimer) -> Iterator[np.ndarray]:
+    """The same windows, the next ones decoded in a thread while one is worked on."""
+
+    def decode() -> np.ndarray | None:
+        with timer.stage("decode"):
+            return next(windows, None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        ahead: deque[Future[np.ndarray | None]] = deque(pool.submit(decode) for _ in range(AHEAD))
+        try:
+            while (window := ahead.popleft().result()) is not None:
+                ahead.append(pool.submit(decode))
+                yield window
+        finally:
+            for waiting in ahead:
+                waiting.cancel()

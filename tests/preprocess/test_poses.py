@@ -1,0 +1,190 @@
+"""Pass 1 with two bright discs for two people: whom it follows, what it counts, what it refuses, how it retargets."""
+
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+
+from runner.errors import NoPerson
+from runner.options import JobOptions
+from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.retarget import Retargeted
+from runner.preprocess.skeleton import draw_skeleton
+from runner.video import Mp4Writer
+from tests.preprocess.conftest import HEIGHT, WIDTH
+
+SMALL, LARGE = 14, 20  # radii
+
+
+class EachDisc:
+    """A detector that gives every disc of a frame its own box."""
+
+    def __init__(self, network) -> None:
+        self.network = network
+
+    def rows(self, frames) -> np.ndarray:
+        out = np.zeros((len(frames), 300, 6), np.float32)
+        for rows, frame in zip(out, frames, strict=True):
+            _, _, stats, _ = cv2.connectedComponentsWithStats((frame.min(-1) > 128).astype(np.uint8))
+            for row, (x, y, w, h, _) in zip(rows, stats[1:], strict=False):
+                row[:5] = [x, y, x + w, y + h, 0.9]
+                row[:4] *= np.array([640 / WIDTH, 640 / HEIGHT] * 2)
+        return out
+
+
+@pytest.fixture(scope="module")
+def each(preprocessor) -> Preprocessor:
+    return Preprocessor(EachDisc(preprocessor._detector.network), preprocessor._pose)
+
+
+def film(path, discs, fps=16):
+    """discs: a frame's list of (x, y, radius), those in front last."""
+    frames = np.full((len(discs), HEIGHT, WIDTH, 3), 20, np.uint8)
+    for frame, shown in zip(frames, discs, strict=True):
+        for x, y, radius in shown:
+            cv2.circle(frame, (round(x), round(y)), radius, (250, 250, 250), -1)
+    with Mp4Writer(path, WIDTH, HEIGHT, Fraction(fps), crf=6) as writer:
+        writer.write(frames)
+    return path
+
+
+def options(**preprocess) -> JobOptions:
+    return JobOptions(fps="source", size="240x160", preprocess=preprocess)
+
+
+def noses(conditions) -> np.ndarray:
+    return conditions.track.points[:, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The small one in the middle all the time; the large one left, gone for the last quarter."""
+    discs = [[(96, 64, SMALL)] + ([(30, 64, LARGE)] if i < 18 else []) for i in range(24)]
+    return film(tmp_path_factory.mktemp("two") / "two.mp4", discs)
+
+
+def test_subject_chooses_and_the_choice_stays(each, reference, two):
+    for subject, x in {"largest": 30, "centre": 96, (78, 46, 114, 82): 96, (5, 40, 55, 90): 30}.items():
+        conditions = each.prepare(reference, two, options(subject=subject))
+        assert conditions.report["people_at_once"] == 2
+        sure = conditions.track.points[:, 0, 2] > 0.3
+        assert noses(conditions)[sure] == pytest.approx(x, abs=4)
+        assert sure.sum() == (24 if x == 96 else 18)  # the one in the middle is not taken for the one who left
+        assert conditions.report["frames_without_person"] == (0 if x == 96 else 6)
+        conditions.close()
+
+
+def test_nobody_where_subject_points(each, reference, two):
+    with pytest.raises(NoPerson, match=r"\[150, 0, 190, 30\].*they are at \[\d+, .*192x128") as raised:
+        each.prepare(reference, two, options(subject=[150, 0, 190, 30]))
+    assert raised.value.where == str(two)
+
+
+def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):
+    empty = film(tmp_path / "few.mp4", [[(90, 64, LARGE)] if 40 <= i < 45 else [] for i in range(60)])
+    with pytest.raises(NoPerson, match=r"only 5 of the 60 frames looked at \(8\.3 %\)"):
+        each.prepare(reference, empty, options())
+    short = film(tmp_path / "short.mp4", [[(90, 64, LARGE)] if i < 2 else [] for i in range(6)])
+    conditions = each.prepare(reference, short, options())
+    assert "only 2 of the 6 frames" in conditions.report["warnings"][0]
+    conditions.close()
+
+
+def test_who_stands_in_the_subjects_place_is_not_drawn(each, reference, tmp_path):
+    """The subject leaves for good; 0.4 s later the other, of another size, comes where they were."""
+    discs = [([(60, 64, LARGE)] if i < 16 else []) + [(150 - min(90, 9 * max(0, i - 14)), 64, 8)] for i in range(32)]
+    conditions = each.prepare(reference, film(tmp_path / "left.mp4", discs), options())
+    drawn = conditions.window(0, 32).pose.any((1, 2, 3))
+    assert drawn[:16].all()
+    assert not drawn[24:].any()
+    conditions.close()
+
+
+def test_two_who_cross_are_not_exchanged(each, reference, tmp_path):
+    """At 40 pixels a second each, in rows that overlap: the small one hides a part of the large one on the way."""
+    places = [(30 + 2.5 * i, 150 - 2.5 * i) for i in range(48)]
+    discs = [[(a, 56, LARGE), (b, 84, SMALL)] for a, b in places]
+    path = film(tmp_path / "cross.mp4", discs)
+    for subject, column in {(10, 36, 50, 76): 0, (136, 70, 164, 98): 1}.items():
+        conditions = each.prepare(reference, path, options(subject=subject))
+        expected = np.array(places)[:, column]
+        away = np.abs(np.subtract(*np.array(places).T)) > 40
+        assert noses(conditions)[away] == pytest.approx(expected[away], abs=5)
+        conditions.close()
+
+
+def test_smoothing_is_off_unless_asked_for_and_moves_little(each, reference, two):
+    plain = each.prepare(reference, two, options())
+    smooth = each.prepare(reference, two, options(smooth=True))
+    moved = np.abs(plain.track.points - smooth.track.points)[:18, :23]
+    assert 0 < moved.max() < 2
+    plain.close()
+    smooth.close()
+
+
+def test_parity_says_what_it_ignores(each, reference, two):
+    conditions = each.prepare(reference, two, options(parity=True, smooth=True))
+    assert conditions.report["warnings"] == [
+        "preprocess.subject and preprocess.smooth have no effect with preprocess.parity."
+    ]
+    assert "joints_repaired" not in conditions.report
+    conditions.close()
+
+
+# --- retarget --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def disc_reference(tmp_path_factory):
+    """400 x 300, a disc of radius 60 in it."""
+    picture = np.full((300, 400, 3), 20, np.uint8)
+    cv2.circle(picture, (140, 120), 60, (250, 250, 250), -1)
+    path = tmp_path_factory.mktemp("reference") / "disc.png"
+    cv2.imwrite(str(path), picture)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return film(tmp_path_factory.mktemp("one") / "one.mp4", [[(60 + 2 * i, 64, LARGE)] for i in range(6)])
+
+
+@pytest.mark.parametrize("how", ["robust", "official"])
+def test_retarget_gets_both_poses_and_its_track_is_drawn(preprocessor, disc_reference, one, how, monkeypatch):
+    """The retargeter is stood in for: what matters here is what it is given and what becomes of its result."""
+    given = {}
+
+    def stand_in(track, reference, *, canvas):
+        given.update(track=track, reference=reference, canvas=canvas)
+        moved = track.points.copy()
+        moved[..., :2] = moved[..., :2] * 1.25 + (7, -5)
+        return Retargeted(type(track)(moved, *canvas), {"method": how}, ["the reference is odd"])
+
+    monkeypatch.setattr(f"runner.preprocess.pipeline.retarget_{how}", stand_in)
+    conditions = preprocessor.prepare(disc_reference, one, options(retarget=how))
+    assert given["track"] is conditions.track
+    assert given["canvas"] == (240, 160)
+    assert (given["reference"].width, given["reference"].height) == (400, 300)
+    assert given["reference"].points[0, 0, :2] == pytest.approx([140, 120], abs=6)
+    assert conditions.report["retarget"] == {"method": how}
+    assert "the reference is odd" in conditions.report["warnings"]
+    expected = draw_skeleton(conditions.retargeted.pose(3), 240, 160)
+    assert expected.any()
+    assert (conditions.window(3, 4).pose[0] == expected).all()
+    conditions.close()
+
+
+def test_a_reference_without_a_person_is_named(preprocessor, reference, two):
+    with pytest.raises(NoPerson, match="no person was found in the reference") as raised:
+        preprocessor.prepare(reference, two, options(retarget=True))
+    assert raised.value.where == str(reference)
+
+
+def test_retarget_has_no_effect_in_replace_mode_and_says_so(preprocessor, reference, two, tmp_path):
+    cv2.imwrite(str(tmp_path / "mask.png"), np.full((HEIGHT, WIDTH), 255, np.uint8))
+    asked = JobOptions(mode="replace", fps="source", size="240x160", preprocess={"retarget": True})
+    conditions = preprocessor.prepare(reference, two, asked, mask=tmp_path / "mask.png")
+    assert conditions.retargeted is None
+    assert any("retarget has no effect" in warning for warning in conditions.report["warnings"])
+    conditions.close()
