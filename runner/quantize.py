@@ -116,6 +116,9 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
     from runner.storage import fetch_input
 
     manifest = load_manifest(arguments.calibrate)
+    ready = next((job.id for job in manifest.jobs if job.official), None)
+    if ready is not None:
+        raise ConfigInvalid(f"job {ready!r} brings the official script's files", todo="Calibrate with clips")
     target = get_recipe(arguments.recipe)
     # The source's weights under the solver and steps that the file will be run with.
     recipe = replace(
@@ -133,7 +136,7 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
                 scratch = arguments.cache / "calibrate" / job.id
                 paths = [fetch_input(uri, scratch) if uri else None for uri in (job.reference, job.video, job.mask)]
                 assert paths[0] is not None and paths[1] is not None
-                request = Request(paths[0], paths[1], job.prompt, job.options, paths[2])
+                request = Request(paths[0], paths[1], job.prompt, job.options, mask=paths[2])
                 timer = StageTimer()
                 conditions = generator.prepare(request, timer)
                 try:

@@ -42,7 +42,8 @@ __all__ = [
     "unpack_poses",
 ]
 
-AFTERWARDS = {"retarget"}  # options that change no pose as it is found; a new option counts until it is named here
+# Options that change no pose, and no mask, as it is found; a new option counts until it is named here.
+AFTERWARDS = {"mask", "official", "retarget"}
 
 
 def network_parts(network: Network, identity: str | None = None) -> dict[str, Any]:

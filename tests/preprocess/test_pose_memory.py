@@ -78,7 +78,8 @@ def test_what_decides_the_poses_decides_the_key_and_nothing_else_does(find, clip
         return "pose_cache_hits" in find(clip, **asked)[1].counters
 
     assert hit(shutil.copy(clip, tmp_path / "the same under another name.mp4"))
-    assert hit(clip, retarget="robust")  # happens to the poses afterwards
+    for later in ({"retarget": "robust"}, {"mask": {"iterations": 1}}):  # what happens to poses and masks afterwards
+        assert hit(clip, **later)
     other = make_clip(tmp_path / "other.mp4", CENTRES)
     for changed in ({"detect_every": 2}, {"smooth": True}, {"parity": True}, {"fps": 8}, {"max_frames": 6}):
         assert not hit(clip, **changed), changed

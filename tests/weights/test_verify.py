@@ -193,7 +193,9 @@ def test_fp4_without_its_files_says_which(fp4_models: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "lora_lacks"), [("fp4", False), ("fp4-distill", True)])
-def test_a_file_without_the_lora_serves_both_recipes(fp4_models: Path, recipe: str, lora_lacks: bool, ours: Path) -> None:
+def test_a_file_without_the_lora_serves_both_recipes(
+    fp4_models: Path, recipe: str, lora_lacks: bool, ours: Path
+) -> None:
     plain = fp4_models / f"{FP4_FOLDER}-plain" / ours.name
     ours.parent.rename(plain.parent)
     rows = by_path(verify_weights(fp4_models, recipe))
