@@ -218,10 +218,11 @@ class Batch:
             self._events.emit("engine_loading", recipe=self._engine.recipe)
             try:
                 self._generator = self._engine.load()
-            except RunnerError:
-                raise
-            except Exception as error:
-                raise as_runner_error(error, where="loading the model") from error
+            except Exception as error:  # no job is at fault, and no other would fare better
+                found = self._fatal = as_runner_error(error, where="loading the model")
+                self._events.emit("engine_failed", level="error", code=found.code, message=found.message)
+                self._todo.close()
+                raise Closed from error
             self._events.emit("engine_loaded", seconds=round(time.monotonic() - begin, 3))
         return self._generator
 

@@ -141,7 +141,7 @@ def _quantize_flags(quantize: argparse.ArgumentParser) -> None:
     _models(quantize)
     quantize.set_defaults(recipe="fp4-distill")
     quantize.add_argument("--format", choices=("nvfp4", "g32"), default="nvfp4", help="number format (nvfp4)")
-    quantize.add_argument("--scales", choices=("mse", "absmax"), default="mse", help="how scales are chosen (mse)")
+    quantize.add_argument("--scales", choices=("mse", "absmax"), help="how scales are chosen (mse)")
     quantize.add_argument(
         "--calibrate", metavar="MANIFEST", help="render these jobs first and weight scales by activations"
     )

@@ -90,7 +90,13 @@ class PreprocessOptions(Frozen):
     """How the driving video becomes skeletons and faces."""
 
     parity: bool = Field(default=False, description="reproduce the official preprocessing, its known defects included")
-    detect_every: int = Field(default=1, ge=1, le=60, description="run the person detector on every n-th frame only")
+    detect_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=60,
+        description="run the person detector on every n-th frame, and track between; "
+        "left out, ten times a second (parity: on every frame)",
+    )
     subject: Subject = Field(
         default="largest",
         description="whom to follow: largest or centre (over the whole clip), or [x1, y1, x2, y2] around the person "

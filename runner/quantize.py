@@ -48,6 +48,9 @@ def quantize_models(arguments: argparse.Namespace) -> int:
     target = root / quantized_folder(recipe)
     loras = [read_lora(path, strength) for path, strength in _lora_files(root, recipe, arguments.lora)]
     importance = None
+    if arguments.calibrate and arguments.scales:
+        raise ConfigInvalid("--calibrate chooses the scales itself", todo="Leave --scales out")
+    arguments.scales = arguments.scales or "mse"
     if arguments.calibrate:
         importance = _calibrate(arguments, root, loras)
         arguments.scales = "activation"

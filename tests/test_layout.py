@@ -20,7 +20,17 @@ LONGEST = {"runner": 450, "tools": 450, "bench": 450, "tests": 500}  # lines of 
 # Imports run downwards, or sideways within a line. A new module finds its place here before its first import.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("session", "quantize", "doctor", "doctor_probes", "forecast", "inputs", "report", "status", "progress"),  # what the verbs call
+    (
+        "session",
+        "quantize",
+        "doctor",
+        "doctor_probes",
+        "forecast",
+        "inputs",
+        "report",
+        "status",
+        "progress",
+    ),  # what the verbs call
     ("launch", "regression", "demo"),
     ("batch", "delivery", "task", "queues", "stop"),
     ("ledger", "shards", "summary", "weights"),

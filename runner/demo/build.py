@@ -104,6 +104,7 @@ def build_demo_models(root: Path) -> None:
 
     def build(into: Path) -> None:
         from runner.demo.tiny_detector import build_tiny_detector
+        from runner.demo.tiny_fp4 import build_tiny_fp4
         from runner.demo.tiny_model import build_tiny_store
         from runner.demo.tiny_pose import build_tiny_pose
         from runner.demo.tiny_segmenter import build_tiny_segmenter
@@ -112,25 +113,10 @@ def build_demo_models(root: Path) -> None:
         build_tiny_detector(into / DETECTOR_FILE)
         build_tiny_pose(into / POSE_FILE)
         build_tiny_segmenter(into / SEGMENTER_FOLDER)
-        _build_fp4(into)
+        build_tiny_fp4(into)
 
-    modules = ("build", "tiny_model", "tiny_lora", "tiny_detector", "tiny_pose", "tiny_segmenter", "graph", "puppet")
+    modules = ("build", "tiny_model", "tiny_fp4", "tiny_detector", "tiny_pose", "tiny_segmenter", "graph", "puppet")
     _install(root, _version(*modules), build)
-
-
-def _build_fp4(into: Path) -> None:
-    """A distill LoRA, and the default recipe's file with it merged, as `quantize` makes it."""
-    from runner.demo.tiny_lora import build_tiny_lora
-    from runner.generation.recipes import SOURCE_WEIGHTS, get_recipe
-    from runner.generation.variant import DISTILL_FOLDER, TRANSFORMER_FILE, quantized_folder
-    from runner.quantization.checkpoint import quantize_store
-    from runner.quantization.e2m1 import FORMATS
-    from runner.quantization.lora import read_lora
-
-    source, lora = into / SOURCE_WEIGHTS / "transformer", into / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
-    build_tiny_lora(source, lora)
-    target = into / quantized_folder(get_recipe("fp4-distill")) / TRANSFORMER_FILE
-    quantize_store(source, target, FORMATS["nvfp4"], loras=[read_lora(lora)], device="cpu")
 
 
 def build_demo_media(root: Path) -> None:

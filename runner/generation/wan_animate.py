@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, WeightsCorrupt
 from runner.generation.base import OnStep, Request, Segment, SegmentPlan
 from runner.generation.cost import Costs
 from runner.generation.device import as_out_of_memory, make_probe, pick_device
@@ -180,7 +180,11 @@ class WanAnimateGenerator:
         scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)  # its history is the job's
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
-                self.loras.use(conditions.options)
+                try:
+                    self.loras.use(conditions.options)
+                except WeightsCorrupt as error:
+                    error.stops_run = False  # this job asked for that LoRA, the others did not
+                    raise
         try:
             yield from pipeline.render(
                 conditions, conditions.prompt, conditions.options, plan, scheduler, timer, on_step

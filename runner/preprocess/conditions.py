@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WINDOW_BYTES", "Geometry", "PoseConditions", "Window", "frames_at_once"]
 
-WINDOW_BYTES = 48 << 20  # native frames decoded at once: 7 of 1080p
+# Native frames decoded at once: 4 of 1080p. More would go beyond 32 MiB, and blocks of that size malloc maps anew each
+# time: every page of them is then faulted in again, a third of what decoding costs.
+WINDOW_BYTES = 24 << 20
 CROPS_KEPT = 4  # faces of frames outside of the window, which the next window is likely to hold too
 
 

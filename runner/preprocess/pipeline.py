@@ -27,7 +27,7 @@ from runner.preprocess.images import load_image
 from runner.preprocess.keypoints import PoseTrack
 from runner.preprocess.mask import GivenMask
 from runner.preprocess.masks import augment
-from runner.preprocess.pose_memory import backend_parts, clip_parts, find_poses_once, masks_once
+from runner.preprocess.pose_memory import backend_parts, clip_parts, find_poses_once, masks_once, segmenter_parts
 from runner.preprocess.poses import FoundPoses
 from runner.preprocess.retarget import retarget_robust
 from runner.preprocess.retarget_official import retarget_official
@@ -87,6 +87,16 @@ class Preprocessor:
         opened = open_backend("vitpose", detector, pose, device)
         return cls(opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache)
 
+    @property
+    def detector(self) -> PersonDetector:
+        """Of the default pair."""
+        return self._backends["vitpose"].detector
+
+    @property
+    def pose(self) -> PointFinder:
+        """Of the default pair."""
+        return self._backends["vitpose"].pose
+
     def _backend(self, name: str) -> Backend:
         if name not in self._backends:
             if self._dwpose is None:
@@ -110,7 +120,8 @@ class Preprocessor:
             self._segmenter = load_segmenter(self._segmenter_folder, self._device)
             self.description["segmenter"] = self._segmenter.description
         segmenter = self._segmenter
-        key = {**parts, "segmenter": dict(segmenter.description)}
+        assert self._segmenter_folder is not None
+        key = {**parts, "segmenter": segmenter_parts(segmenter.description, self._segmenter_folder)}
         return masks_once(
             self._cache, key, lambda: segment_driver(segmenter, video, sampled, geometry, found, timer), timer
         )

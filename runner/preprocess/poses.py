@@ -2,16 +2,16 @@
 
 In:   an open video and which of its frames are sampled, networks, options. Out: `FoundPoses`. Never: the reference.
 
-Two decodes, each a window at a time with the next ones decoded in a thread. In the first the detector looks, and only
-boxes are kept. Who the clip is about is then decided on all of it, misses are bridged with what comes after them, and
-the pose network looks once at the right place. The alternative, to decide while decoding once, must either pose
-everybody until it is sure or repent later; a second decode costs 2 ms a frame beside 100 ms of networks.
+One decode, a window at a time with the next ones decoded in a thread: the detector looks, and the pose network follows
+a window behind, with boxes interpolated between looks. Who the clip is about is decided when all of it was seen, so
+this is a guess, made only where there is one person to see. Pictures whose box the decision puts elsewhere, or that were
+passed over, are posed in a second decode: results are those of two passes, whatever was guessed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,18 +28,21 @@ from runner.preprocess.face import FacePlan, plan_faces
 from runner.preprocess.keypoints import FACE, PoseTrack, hold_lost_bodies
 from runner.preprocess.repair import body_heights, repair
 from runner.preprocess.smooth import smooth_joints
-from runner.preprocess.track import choose_subject, follow, whereabouts
+from runner.preprocess.track import Person, choose_subject, follow, only_body, whereabouts
 from runner.video import Sampled, VideoReader
 
 __all__ = ["FoundPoses", "find_poses"]
 
 AHEAD = 2  # windows decoded before they are asked for
-LOOKS_AT_ONCE = 8  # a detector's input is 5 MB a frame, whatever the video's size
-FEW = 16  # looks: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
+LOOKS_AT_ONCE = 4  # a detector's input is 5 MB a frame, whatever the video's size
+LOOK_S = 0.1  # between looks, unless told: a dancer's box is nearly a straight line for so long
+GUESSES = 4  # windows after which it shows whether guessing is worth its while
+FEW = 16  # pictures: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
 LEAST_SHARE = 0.1
 RARE = 0.5  # found in less than this share of the looks, the render is worth a warning
 
 T = TypeVar("T")
+Guess = Callable[[np.ndarray, list[T]], list[Box | None] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ def find_poses(
     pose: PointFinder,
     timer: StageTimer,
 ) -> FoundPoses:
-    """Both decodes and what is decided between them. A frame sampled twice is looked at once.
+    """What is seen in the clip, and what is decided on it. A frame sampled twice is looked at once.
 
     Raises NoPerson where nobody is found, too little of somebody, or nobody where `subject` points.
     """
@@ -80,12 +83,13 @@ class _Clip:
         self.size = self._native = reader.info.width, reader.info.height
         indices = np.asarray(sampled.indices, np.int64)
         self.indices, self.first, self.back = np.unique(indices, return_index=True, return_inverse=True)
-        self.times_s = self.first / float(sampled.fps)
+        self.fps = float(sampled.fps)
+        self.times_s = self.first / self.fps
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def windows(self, chosen: np.ndarray, most: int = 16) -> Iterator[np.ndarray]:
+    def windows(self, chosen: np.ndarray, most: int = 16) -> Generator[np.ndarray, None, None]:
         """uint8 [≤ most, H, W, 3] of the pictures `chosen` (ascending numbers), the next ones decoded meanwhile."""
         native = self._reader.windows(self.indices[chosen], frames_at_once(*self._native, most))
         for frames in _read_ahead(native, self.timer):
@@ -97,39 +101,115 @@ class _Clip:
                 yield frames
 
     def look(
-        self, detector: PersonDetector, every: int, read: Callable[[np.ndarray, tuple[int, int]], T]
-    ) -> tuple[np.ndarray, list[T]]:
-        """What the detector sees in every n-th picture: (their numbers, `read(rows, size)` of each)."""
-        looks = np.arange(0, len(self), every)
+        self,
+        detector: PersonDetector,
+        looks: np.ndarray,
+        read: Callable[[np.ndarray, tuple[int, int]], T],
+    ) -> list[T]:
+        """`read(rows, size)` of what the detector sees in the pictures `looks`."""
         seen: list[T] = []
         for frames in self.windows(looks, LOOKS_AT_ONCE):
-            with self.timer.stage("detect"):
-                size = (frames.shape[2], frames.shape[1])
-                seen += [read(rows, size) for rows in detector.rows(list(frames))]
-        return looks, seen
+            seen += self._read(detector, frames, read)
+        return seen
 
-    def pose(self, estimator: PointFinder, boxes: list[Box | None], *, bgr: bool) -> np.ndarray:
-        """float32 [n, 133, 3]: the points in each picture's box."""
-        points, done = [], 0
-        for frames in self.windows(np.arange(len(self))):
+    def pose(self, posed: Posed, estimator: PointFinder, boxes: list[Box | None], *, bgr: bool) -> np.ndarray:
+        """float32 [n, 133, 3]: the points in each picture's box. Those of `posed` with these boxes are taken over."""
+        points = posed.points
+        todo = np.array([i for i, box in enumerate(boxes) if not posed.done[i] or posed.boxes[i] != box], np.int64)
+        done = 0
+        for frames in self.windows(todo):
+            chosen = todo[done : done + len(frames)]
             with self.timer.stage("pose"):
-                points.append(estimator.points(frames, boxes[done : done + len(frames)], bgr=bgr))
+                points[chosen] = estimator.points(frames, [boxes[i] for i in chosen], bgr=bgr)
             done += len(frames)
-        return np.concatenate(points)
+        return points
+
+    def look_and_pose(
+        self,
+        detector: PersonDetector,
+        estimator: PointFinder,
+        every: int,
+        read: Callable[[np.ndarray, tuple[int, int]], T],
+        guess: Guess[T],
+        *,
+        bgr: bool,
+    ) -> tuple[np.ndarray, list[T], Posed]:
+        """In one decode: (pictures looked at, `read(rows, size)` of each, the points that could be found on the way).
+
+        `guess(pictures, seen)`: their boxes, from the looks before them, among them and the first one after; or None.
+        """
+        n = len(self)
+        looks, seen, posed = np.arange(0, n, every), list[T](), Posed.nothing(n)
+        size = frames_at_once(*self._native)
+        if every > size:  # the next look is too far off to hold all frames before it
+            return looks, self.look(detector, looks, read), posed
+        before: tuple[np.ndarray, np.ndarray] | None = None
+        windows = self.windows(np.arange(n))
+        made = tried = start = 0
+        while before is not None or start < n:
+            now = None
+            if (frames := next(windows, None)) is not None:
+                now = np.arange(start, start + len(frames)), frames
+                start += len(frames)
+                if len(chosen := np.flatnonzero(now[0] % every == 0)):
+                    seen += self._read(detector, [frames[i] for i in chosen], read)
+            if before is not None:
+                tried += 1
+                boxes = guess(before[0], seen)
+                if boxes is not None:
+                    made += 1
+                    with self.timer.stage("pose"):
+                        posed.note(before[0], estimator.points(before[1], boxes, bgr=bgr), boxes)
+                elif tried >= GUESSES and 2 * made < tried:
+                    windows.close()
+                    return looks, seen + self.look(detector, looks[len(seen) :], read), posed
+            before = now
+        return looks, seen, posed
+
+    def _read(
+        self,
+        detector: PersonDetector,
+        frames: Sequence[np.ndarray] | np.ndarray,
+        read: Callable[[np.ndarray, tuple[int, int]], T],
+    ) -> list[T]:
+        with self.timer.stage("detect"):
+            return [read(rows, (frames[0].shape[1], frames[0].shape[0])) for rows in detector.rows(list(frames))]
+
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """Points found, and the boxes that they were found in."""
+
+    points: np.ndarray  # float32 [n, 133, 3]
+    boxes: list[Box | None]
+    done: np.ndarray  # bool [n]
+
+    @classmethod
+    def nothing(cls, n: int) -> Posed:
+        return cls(np.zeros((n, 133, 3), np.float32), [None] * n, np.zeros(n, bool))
+
+    def note(self, pictures: np.ndarray, points: np.ndarray, boxes: list[Box | None]) -> None:
+        self.points[pictures], self.done[pictures] = points, True
+        self.boxes[pictures[0] : pictures[-1] + 1] = boxes
 
 
 def _at_full_strength(
     clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
 ) -> FoundPoses:
-    looks, seen = clip.look(detector, options.detect_every, people)
+    every = options.detect_every or max(1, round(LOOK_S * clip.fps))
+
+    def guess(pictures: np.ndarray, seen: list[list[Box]]) -> list[Box | None] | None:
+        return _alone(pictures, seen, every, clip.times_s)
+
+    looks, seen, posed = clip.look_and_pose(detector, pose, every, people, guess, bgr=False)
     everybody = follow(seen, clip.times_s[looks])
     subject = choose_subject(everybody, options.subject, clip.size, clip.times_s[looks])
     if subject is None:
-        _check(len(looks), sum(bool(boxes) for boxes in seen), clip)
+        _check(len(looks), sum(bool(boxes) for boxes in seen), clip, every)
         raise _nobody_there(options, seen, clip)
     where = whereabouts(subject, seen, looks, clip.times_s)
-    _check(where.looked, where.found, clip)
-    points = clip.pose(pose, where.boxes, bgr=False)
+    _check(where.looked, where.found, clip, every)
+    points = clip.pose(posed, pose, where.boxes, bgr=False)
     points[where.doubtful, :, 2] = 0  # whoever stands there, it is not the one
     box_heights = np.array([box.height if box else 0.0 for box in where.boxes])
     heights = body_heights(points, box_heights, clip.times_s)
@@ -154,14 +234,18 @@ def _at_full_strength(
 
 
 def _in_parity(clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder) -> FoundPoses:
-    looks, seen = clip.look(detector, options.detect_every, choose_person_parity)
-    _check(len(looks), sum(box is not None for box in seen), clip, least=1)
-    ends = [*looks[1:].tolist(), len(clip)]
-    boxes = [box for box, look, end in zip(seen, looks.tolist(), ends, strict=True) for _ in range(look, end)]
+    every = options.detect_every or 1
+
+    def held(pictures: np.ndarray, seen: list[Box | None]) -> list[Box | None]:
+        return [seen[i // every] for i in pictures]
+
+    looks, seen, posed = clip.look_and_pose(detector, pose, every, choose_person_parity, held, bgr=True)
+    _check(len(looks), sum(box is not None for box in seen), clip, every=FEW)  # one is enough, as there
+    boxes = held(np.arange(len(clip)), seen)
     unseen = np.zeros(len(clip), bool)
     unseen[looks] = [box is None for box in seen]
     # Holding a lost body depends on the order of frames only, and a repeated frame repeats its result.
-    points = hold_lost_bodies(clip.pose(pose, boxes, bgr=True))
+    points = hold_lost_bodies(clip.pose(posed, pose, boxes, bgr=True))
     faces = plan_faces(points[:, FACE], *clip.size, parity=True)
     warnings = []
     if options.smooth or options.subject != "largest":
@@ -186,8 +270,24 @@ def _found(
     return FoundPoses(PoseTrack(points[clip.back], *clip.size), shown, report, warnings, present[clip.back])
 
 
-def _check(looked: int, found: int, clip: _Clip, least: int = FEW) -> None:
+def _alone(
+    pictures: np.ndarray, seen: list[list[Box]], every: int, times_s: np.ndarray
+) -> list[Box | None] | None:
+    """The boxes of pictures (neighbours) that show one person alone; None where they show more, or nobody."""
+    first, last = pictures[0] // every, min(-(-pictures[-1] // every), len(seen) - 1)
+    around = seen[first : last + 1]
+    alone = [box for boxes in around if (box := only_body(boxes)) is not None]
+    if len(alone) < len(around):
+        return None
+    begin, end = first * every, max(pictures[-1], last * every) + 1
+    person = Person(list(range(len(alone))), alone)
+    boxes = whereabouts(person, around, np.arange(len(around)) * every, times_s[begin:end]).boxes
+    return boxes[pictures[0] - begin : pictures[-1] + 1 - begin]
+
+
+def _check(looked: int, found: int, clip: _Clip, every: int) -> None:
     """NoPerson where there is too little of a person."""
+    least = -(-FEW // every)
     todo = "Give a video in which one person is well visible; check start_s"
     if not found:
         raise NoPerson(f"nobody was found in any of the {looked} frames looked at", where=clip.path, todo=todo)

@@ -19,7 +19,7 @@ import numpy as np
 
 from runner.preprocess.detect import Box
 
-__all__ = ["BRIDGE_S", "Person", "Subject", "Whereabouts", "choose_subject", "follow", "whereabouts"]
+__all__ = ["BRIDGE_S", "Person", "Subject", "Whereabouts", "choose_subject", "follow", "only_body", "whereabouts"]
 
 Subject = Literal["largest", "centre"] | tuple[float, float, float, float]  # of a box: x1, y1, x2, y2
 
@@ -183,6 +183,12 @@ def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarra
             # What is seen there is someone else: also in the frames up to the next look.
             doubtful[frame:end] = any(_shared(here, other) >= ANOTHER for other in seen[look])
     return Whereabouts(boxes, unseen, int((unseen & on_line).sum()), doubtful, len(looks), len(have))
+
+
+def only_body(boxes: Sequence[Box]) -> Box | None:
+    """The one to be seen there: the largest, where the others lie in it; None where there is nobody or somebody else."""
+    largest = max(boxes, key=lambda box: box.area, default=None)
+    return None if largest is None or any(_shared(largest, box) < SAME for box in boxes) else largest
 
 
 def _distance(guess: Box, box: Box) -> float:

@@ -32,7 +32,7 @@ from runner.generation.store import (
     read_json,
     weight_files,
 )
-from runner.generation.variant import PLAIN_FOLDER, TRANSFORMER_FILE, quantized_folder, text_file
+from runner.generation.variant import PLAIN_FOLDER, TRANSFORMER_FILE, choose_variant, quantized_folder, text_file
 from runner.weights.hub import git_sha1, read_record
 from runner.weights.sources import FP4_FOLDER, SOURCES, parts_of, recipe_base
 
@@ -164,6 +164,8 @@ def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
         if name == "text_encoder" and text_file(models, get_recipe(base)):
             yield from ((path, "") for path in sorted((models / SOURCE_WEIGHTS / name).glob("*.safetensors")))
             continue
+        if name == "transformer" and _has_own_config(models, base):
+            continue
         yield from _component(models, name, weights=name != "transformer" or "transformer" in parts)
     if "fp4" in parts:
         yield from _fp4(models, base)
@@ -172,6 +174,15 @@ def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
     store = ModelStore(models)
     yield store.detector, FETCH
     yield from ((path, FETCH) for path in _pose_files(store.pose))
+
+
+def _has_own_config(models: Path, base: str) -> bool:
+    """Does the recipe run a file that lies beside its own config.json?"""
+    try:
+        variant = choose_variant(models, get_recipe(base))
+    except WeightsMissing:
+        return False
+    return variant.kind != "source" and variant.config.parent == variant.transformer.parent
 
 
 def _component(models: Path, name: str, *, weights: bool) -> Iterator[tuple[Path, str]]:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from runner.demo import build
-from runner.demo.build import CLIPS, DETECTOR_FILE, PORTRAITS, POSE_FILE, build_demo_media, build_demo_models
+from runner.demo.build import (
+    CLIPS,
+    DETECTOR_FILE,
+    PORTRAITS,
+    POSE_FILE,
+    SEGMENTER_FOLDER,
+    build_demo_media,
+    build_demo_models,
+)
 from runner.demo.drawing import box_of
 from runner.demo.puppet import PALETTE
 from runner.errors import ConfigInvalid
@@ -164,6 +172,12 @@ def stub_store(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     module = types.ModuleType("runner.demo.tiny_model")
     module.build_tiny_store = build_tiny_store  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "runner.demo.tiny_model", module)
+
+    def build_tiny_fp4(root: Path) -> None:
+        (root / "distill_lora").mkdir()
+        (root / "distill_lora" / "tiny.safetensors").write_text("")
+
+    monkeypatch.setattr("runner.demo.tiny_fp4.build_tiny_fp4", build_tiny_fp4)
     return made
 
 
@@ -171,7 +185,13 @@ class TestInstall:
     def test_production_names(self, tmp_path: Path, stub_store: list[int]) -> None:
         build_demo_models(tmp_path / "models")
         names = {name for name in contents(tmp_path / "models") if "/" in name}
-        assert names == {DETECTOR_FILE, POSE_FILE, "Wan2.2-Animate-14B-Diffusers/vae/config.json"}
+        assert names == {
+            DETECTOR_FILE,
+            POSE_FILE,
+            f"{SEGMENTER_FOLDER}/config.json",
+            "Wan2.2-Animate-14B-Diffusers/vae/config.json",
+            "distill_lora/tiny.safetensors",
+        }
 
     def test_complete_is_left_alone(self, tmp_path: Path, stub_store: list[int]) -> None:
         build_demo_models(tmp_path)

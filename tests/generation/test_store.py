@@ -77,6 +77,15 @@ def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path
     assert caught.value.exit_code == 2
 
 
+def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
+    with pytest.raises(WeightsMissing) as caught:
+        ModelStore(tmp_path).check(get_recipe("fp4-distill"))
+    message = caught.value.message
+    for said in ("has no FP4 transformer", "vae/config.json", DETECTOR, "video-lab quantize --recipe fp4-distill"):
+        assert said in message
+    assert "transformer/diffusion_pytorch_model" not in message  # the source is what FP4 does without
+
+
 def test_only_what_is_missing_is_listed(root):
     (weights(root) / "vae/config.json").unlink()
     with pytest.raises(WeightsMissing, match="lacks 1 file\n") as caught:

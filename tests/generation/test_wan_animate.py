@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.generation.base import Request
+from runner.generation.loading import load_pipeline
 from runner.generation.recipes import get_recipe
 from runner.generation.store import ModelStore
-from runner.generation.loading import load_pipeline
 from runner.generation.wan_animate import WanAnimateGenerator
 from runner.metrics import StageTimer
 from runner.options import JobOptions
@@ -32,7 +32,7 @@ class MemoryPreprocessor:
         self.asked: list[tuple] = []
 
     @classmethod
-    def load(cls, detector: Path, pose: Path, *, device: str = "cpu") -> MemoryPreprocessor:
+    def load(cls, detector: Path, pose: Path, *, device: str = "cpu", **optional: object) -> MemoryPreprocessor:
         assert detector.is_file()
         assert pose.is_file()
         assert device == "cpu"

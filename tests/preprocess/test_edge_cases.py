@@ -151,5 +151,5 @@ def test_references(preprocessor, clip, tmp_path, kind):
     assert ground.min() > 250 if kind == "alpha" else ground.max() < 50  # nothing is shown as white
     conditions.close()
     if kind != "alpha":  # there, the tiny detector takes the white ground for the person
-        given = preprocessor._pose_of(conditions.reference, path, JobOptions())
+        given = preprocessor._pose_of(conditions.reference, path, JobOptions(), preprocessor._backend("vitpose"))
         assert given.points[0, 0, :2] == pytest.approx([60, 90], abs=5)

@@ -35,7 +35,7 @@ class EachDisc:
 
 @pytest.fixture(scope="module")
 def each(preprocessor) -> Preprocessor:
-    return Preprocessor(EachDisc(preprocessor._detector.network), preprocessor._pose)
+    return Preprocessor(EachDisc(preprocessor.detector.network), preprocessor.pose)
 
 
 def film(path, discs, fps=16):

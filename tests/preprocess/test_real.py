@@ -40,7 +40,7 @@ def test_the_skeleton_follows_the_man(real):
     assert joints_seen.min() >= 14  # of 23; a fast arm blurs
     assert joints_seen.mean() > 20
     for i, frame in enumerate(frames):
-        box = choose_person(real._detector.rows([frame])[0], (480, 480))
+        box = choose_person(real.detector.rows([frame])[0], (480, 480))
         body = conditions.track.points[i, :23]
         seen = body[body[:, 2] >= THRESHOLD, :2]
         margin = 0.1 * (box.y2 - box.y1)
@@ -92,8 +92,8 @@ def jumps(points: np.ndarray) -> np.ndarray:
 def test_at_the_native_rate_no_joint_jumps_and_good_ones_keep_their_place(real, monkeypatch):
     """The network exchanges his sides in single frames, at full confidence, and misplaces arms in others."""
     raw = []
-    points = real._pose.points
-    monkeypatch.setattr(real._pose, "points", lambda *a, **k: raw.append(points(*a, **k)) or raw[-1])
+    points = real.pose.points
+    monkeypatch.setattr(real.pose, "points", lambda *a, **k: raw.append(points(*a, **k)) or raw[-1])
     conditions = real.prepare(REAL / "reference_woman_fullbody.png", MAN, JobOptions(fps="source", size="480x480"))
     before, after, report = np.concatenate(raw), conditions.track.points, conditions.report
     assert conditions.frames == 110
@@ -125,7 +125,7 @@ def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
     n, width, side = len(frames), 832, (832 - 480) // 2
     seen, his, hers = [], [], []
     for i, frame in enumerate(frames):
-        alone = choose_person(real._detector.rows([frame])[0], (480, 480))
+        alone = choose_person(real.detector.rows([frame])[0], (480, 480))
         his.append(side + alone.centre[0])
         canvas = np.full((480, width, 3), np.median(frame, (0, 1)), np.uint8)
         canvas[:, side : side + 480] = frame
@@ -133,7 +133,7 @@ def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
         place = canvas[8 : 8 + high, x : x + wide]
         place[:] = (1 - alpha) * place + alpha * woman
         hers.append(x + wide / 2)
-        seen.append(people(real._detector.rows([canvas])[0], (width, 480)))
+        seen.append(people(real.detector.rows([canvas])[0], (width, 480)))
     return seen, np.array(his), np.array(hers)
 
 

@@ -29,9 +29,9 @@ QUANTISED = f"{FP4_FOLDER}/quantized_transformer.safetensors"
 
 @pytest.fixture
 def models(demo_models: Path, tmp_path: Path) -> Path:
-    """A copy of the demo's store, to be damaged."""
-    root = tmp_path / "models"
-    shutil.copytree(demo_models, root, ignore=shutil.ignore_patterns(".*", "demo.json"))
+    """A copy of what the demo's store has for bf16, to be damaged."""
+    root, others = tmp_path / "models", ("*-FP4*", "distill_lora", "sam2")
+    shutil.copytree(demo_models, root, ignore=shutil.ignore_patterns(".*", "demo.json", *others))
     return root
 
 

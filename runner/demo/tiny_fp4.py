@@ -1,7 +1,7 @@
-"""Tiny LoRA: a step-distillation LoRA in the published key style, of random values, for the tiny transformer.
+"""Tiny FP4: a step-distillation LoRA of random values in the published key style, and the FP4 file with it merged.
 
-In:   the folder of the tiny transformer. Out: one safetensors file. Never: training; it distils nothing, and shows that
-a LoRA is found, merged and recorded.
+In:   a store with the tiny transformer. Out: the default recipe's files in it, as `quantize` makes them.
+Never: training; the LoRA distils nothing, and shows that one is found, merged and recorded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["build_tiny_lora"]
+__all__ = ["build_tiny_fp4", "build_tiny_lora"]
 
 RANK = 4
 SIZE = 0.02  # of a weight's norm, about what the published one adds
@@ -36,3 +36,17 @@ def build_tiny_lora(transformer: Path, path: Path, seed: int = 0) -> None:
             tensors[f"{key}.diff_b"] = torch.randn(out, generator=generator) * SIZE / wide**0.5
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.bfloat16().contiguous() for key, tensor in tensors.items()}, path)
+
+
+def build_tiny_fp4(root: Path) -> None:
+    """Write the LoRA, merge it into the transformer of the store at `root`, and quantise that for `fp4-distill`."""
+    from runner.generation.recipes import SOURCE_WEIGHTS, get_recipe
+    from runner.generation.variant import DISTILL_FOLDER, TRANSFORMER_FILE, quantized_folder
+    from runner.quantization.checkpoint import quantize_store
+    from runner.quantization.e2m1 import FORMATS
+    from runner.quantization.lora import read_lora
+
+    source, lora = root / SOURCE_WEIGHTS / "transformer", root / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
+    build_tiny_lora(source, lora)
+    target = root / quantized_folder(get_recipe("fp4-distill")) / TRANSFORMER_FILE
+    quantize_store(source, target, FORMATS["nvfp4"], loras=[read_lora(lora)], device="cpu")
