@@ -56,7 +56,7 @@ def _as_tuple(value: Any) -> Any:
 class Frozen(BaseModel):
     """Strict: "5" is no number, 1.5 no count, 1 no yes; a whole number may stand for a real one (fps: 30)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 Corner = Annotated[float, Field(ge=0)]

@@ -33,6 +33,8 @@ SLOPE, LEVEL = np.float32(1) / (255 * STD), MEAN / STD  # (value / 255 - mean) /
 BLUR = cv2.getGaussianKernel(11, 2.0).ravel()  # float64; 2.0 is OpenCV's own sigma for 11 taps
 TINY = 1e-10
 RADIUS = 7  # 5 for the blur and 2 for the second differences: a 15x15 patch holds all that the Taylor step sees
+# float64 [5, 15]: row k blurs values k … k + 10 of 15, so that a patch is blurred by two products.
+BLUR_DOWN = np.stack([np.concatenate([np.zeros(k), BLUR, np.zeros(4 - k)]) for k in range(5)])
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,15 @@ def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False) -> np.nda
     rows, down = _taps(y1, y2 - y1, HEIGHT)
     where = np.empty((2 * HEIGHT, 2 * WIDTH, 2), np.int16)
     where[..., 0], where[..., 1] = columns, rows[:, None]
-    near = cv2.remap(frame, where, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=0)  # type: ignore[call-overload]
-    both = near.reshape(2 * HEIGHT, -1).astype(np.float32)
-    tall = _mixed(both[:HEIGHT], both[HEIGHT:], down[:, None])
-    wide = _mixed(tall[:, : 3 * WIDTH], tall[:, 3 * WIDTH :], np.repeat(across, 3))
-    image = wide.reshape(HEIGHT, WIDTH, 3)
-    if bgr:
-        image = image[..., ::-1]
-    out = np.empty((3, HEIGHT, WIDTH), np.float32)
-    for plane, channel, slope, level in zip(out, image.transpose(2, 0, 1), SLOPE, LEVEL, strict=True):
-        np.multiply(channel, slope, out=plane)
-        plane -= level
-    return out
+    near = cv2.remap(frame, where, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    image = np.empty((3, HEIGHT, WIDTH), np.float32)
+    planes = cv2.split(near)[:: -1 if bgr else 1]
+    for out, plane, slope, level in zip(image, planes, SLOPE, LEVEL, strict=True):
+        values = plane.astype(np.float32)
+        tall = _mixed(values[:HEIGHT], values[HEIGHT:], down[:, None])
+        np.multiply(_mixed(tall[:, :WIDTH], tall[:, WIDTH:], across), slope, out=out)
+        np.subtract(out, level, out=out)
+    return image
 
 
 def _taps(start: int, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,15 +152,13 @@ def _log_windows(maps: np.ndarray, chosen: np.ndarray, px: np.ndarray, py: np.nd
     on_map = (rows >= 0) & (rows < MAP_HEIGHT) & (columns >= 0) & (columns < MAP_WIDTH)
     patches = maps[chosen[:, None, None], rows.clip(0, MAP_HEIGHT - 1), columns.clip(0, MAP_WIDTH - 1)]
     patches = np.where(on_map, patches.astype(np.float64), 0.0)  # the blur sees zeros outside of the map
-    taps = len(BLUR)
-    down = sum(BLUR[k] * patches[:, k : k + 2 * RADIUS + 2 - taps] for k in range(taps))
-    blurred = sum(BLUR[k] * down[:, :, k : k + 2 * RADIUS + 2 - taps] for k in range(taps))
+    blurred = BLUR_DOWN @ patches @ BLUR_DOWN.T
     # The definition rescales each map to its old peak before it clips at 1e-10. The factor is at least 1, so it is
     # needed only where something could be clipped: maps with negative or vanishing values beside the peak.
     for i in np.flatnonzero(blurred.min(axis=(1, 2)) < TINY):
         whole = maps[chosen[i]].astype(np.float64)
         highest = cv2.sepFilter2D(whole, -1, BLUR, BLUR, borderType=cv2.BORDER_CONSTANT).max()
-        if highest > 0:
+        if highest:
             blurred[i] *= whole.max() / highest
     return np.log(np.maximum(blurred, TINY))
 

@@ -4,8 +4,11 @@ In:   an open video and which of its frames are sampled, networks, options. Out:
 
 One decode, a window at a time with the next ones decoded in a thread: the detector looks, and the pose network follows
 a window behind, with boxes interpolated between looks. Who the clip is about is decided when all of it was seen, so
-this is a guess, made only where there is one person to see. Pictures whose box the decision puts elsewhere, or that were
-passed over, are posed in a second decode: results are those of two passes, whatever was guessed.
+this is a guess, made only where there is one person to see. Pictures whose box the decision puts elsewhere, or that
+were passed over, are posed in a second decode: results are those of two passes, whatever was guessed.
+
+Ten looks a second are enough for a line between them. Beside a look that misses the subject, or at which somebody else
+comes or goes, the pictures passed over are looked at too: that is known to the frame.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from runner.preprocess.face import FacePlan, plan_faces
 from runner.preprocess.keypoints import FACE, PoseTrack, hold_lost_bodies
 from runner.preprocess.repair import body_heights, repair
 from runner.preprocess.smooth import smooth_joints
-from runner.preprocess.track import Person, choose_subject, follow, only_body, whereabouts
+from runner.preprocess.track import Person, Whereabouts, choose_subject, follow, only_body, whereabouts
 from runner.video import Sampled, VideoReader
 
 __all__ = ["FoundPoses", "find_poses"]
@@ -36,6 +39,7 @@ __all__ = ["FoundPoses", "find_poses"]
 AHEAD = 2  # windows decoded before they are asked for
 LOOKS_AT_ONCE = 4  # a detector's input is 5 MB a frame, whatever the video's size
 LOOK_S = 0.1  # between looks, unless told: a dancer's box is nearly a straight line for so long
+CLEARINGS = 3  # times that what was unclear is looked at again: each look may show something else
 GUESSES = 4  # windows after which it shows whether guessing is worth its while
 FEW = 16  # pictures: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
 LEAST_SHARE = 0.1
@@ -128,43 +132,40 @@ class _Clip:
         self,
         detector: PersonDetector,
         estimator: PointFinder,
-        every: int,
+        looks: np.ndarray,
         read: Callable[[np.ndarray, tuple[int, int]], T],
         guess: Guess[T],
         *,
         bgr: bool,
-    ) -> tuple[np.ndarray, list[T], Posed]:
-        """In one decode: (pictures looked at, `read(rows, size)` of each, the points that could be found on the way).
+    ) -> tuple[list[T], Posed]:
+        """In one decode: (`read(rows, size)` of each of the pictures `looks`, the points that were found on the way).
 
         `guess(pictures, seen)`: their boxes, from the looks before them, among them and the first one after; or None.
         """
         n = len(self)
-        looks, seen, posed = np.arange(0, n, every), list[T](), Posed.nothing(n)
-        size = frames_at_once(*self._native)
-        if every > size:  # the next look is too far off to hold all frames before it
-            return looks, self.look(detector, looks, read), posed
-        before: tuple[np.ndarray, np.ndarray] | None = None
+        seen, posed = list[T](), Posed.nothing(n)
+        if np.diff(looks, append=n).max() > 2 * frames_at_once(*self._native):  # too many to hold until the next look
+            return self.look(detector, looks, read), posed
         windows = self.windows(np.arange(n))
+        waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()  # pictures and frames
         made = tried = start = 0
-        while before is not None or start < n:
-            now = None
-            if (frames := next(windows, None)) is not None:
-                now = np.arange(start, start + len(frames)), frames
-                start += len(frames)
-                if len(chosen := np.flatnonzero(now[0] % every == 0)):
-                    seen += self._read(detector, [frames[i] for i in chosen], read)
-            if before is not None:
-                tried += 1
-                boxes = guess(before[0], seen)
+        for window in windows:
+            waiting.append((np.arange(start, start + len(window)), window))
+            start += len(window)
+            chosen = looks[len(seen) : np.searchsorted(looks, start)] - (start - len(window))
+            if len(chosen):
+                seen += self._read(detector, [window[i] for i in chosen], read)
+            while waiting and (start == n or waiting[0][0][-1] <= looks[len(seen) - 1]):
+                pictures, frames = waiting.popleft()
+                boxes = guess(pictures, seen)
+                made, tried = made + (boxes is not None), tried + 1
                 if boxes is not None:
-                    made += 1
                     with self.timer.stage("pose"):
-                        posed.note(before[0], estimator.points(before[1], boxes, bgr=bgr), boxes)
-                elif tried >= GUESSES and 2 * made < tried:
-                    windows.close()
-                    return looks, seen + self.look(detector, looks[len(seen) :], read), posed
-            before = now
-        return looks, seen, posed
+                        posed.note(pictures, estimator.points(frames, boxes, bgr=bgr), boxes)
+            if tried >= GUESSES and 2 * made < tried and start < n:
+                windows.close()
+                return seen + self.look(detector, looks[len(seen) :], read), posed
+        return seen, posed
 
     def _read(
         self,
@@ -197,17 +198,26 @@ def _at_full_strength(
     clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
 ) -> FoundPoses:
     every = options.detect_every or max(1, round(LOOK_S * clip.fps))
+    looks = np.arange(0, len(clip), every)
+    if options.detect_every is None and looks[-1] < len(clip) - 1:
+        looks = np.append(looks, len(clip) - 1)
 
     def guess(pictures: np.ndarray, seen: list[list[Box]]) -> list[Box | None] | None:
-        return _alone(pictures, seen, every, clip.times_s)
+        return _alone(pictures, seen, looks, clip.times_s)
 
-    looks, seen, posed = clip.look_and_pose(detector, pose, every, people, guess, bgr=False)
-    everybody = follow(seen, clip.times_s[looks])
-    subject = choose_subject(everybody, options.subject, clip.size, clip.times_s[looks])
-    if subject is None:
+    seen, posed = clip.look_and_pose(detector, pose, looks, people, guess, bgr=False)
+    everybody, where = _decide(clip, options, looks, seen)
+    for _ in range(CLEARINGS if options.detect_every is None else 0):
+        more = _unclear(clip, looks, everybody, where)
+        if not len(more):
+            break
+        found = dict(zip([*looks.tolist(), *more.tolist()], seen + clip.look(detector, more, people), strict=True))
+        looks, seen = np.array(sorted(found), np.int64), [found[look] for look in sorted(found)]
+        every = 1  # wherever it matters
+        everybody, where = _decide(clip, options, looks, seen)
+    if where is None:
         _check(len(looks), sum(bool(boxes) for boxes in seen), clip, every)
         raise _nobody_there(options, seen, clip)
-    where = whereabouts(subject, seen, looks, clip.times_s)
     _check(where.looked, where.found, clip, every)
     points = clip.pose(posed, pose, where.boxes, bgr=False)
     points[where.doubtful, :, 2] = 0  # whoever stands there, it is not the one
@@ -233,13 +243,45 @@ def _at_full_strength(
     return _found(clip, points, faces, report, warnings, ~where.unseen)
 
 
+def _decide(
+    clip: _Clip, options: PreprocessOptions, looks: np.ndarray, seen: list[list[Box]]
+) -> tuple[list[Person], Whereabouts | None]:
+    """Everybody, and where the subject is in every picture; None if there is none."""
+    times_s = clip.times_s[looks]
+    everybody = follow(seen, times_s)
+    subject = choose_subject(everybody, options.subject, clip.size, times_s)
+    return everybody, None if subject is None else whereabouts(subject, seen, looks, clip.times_s)
+
+
+def _unclear(clip: _Clip, looks: np.ndarray, everybody: list[Person], where: Whereabouts | None) -> np.ndarray:
+    """Pictures passed over, int64, beside a look that does not say all: the subject was not seen, or was in doubt, or
+    somebody else came or went, who may have moved too far to be known again.
+
+    All of them, where the subject is a rare sight: it is then close to an error, which should not be for want of looks.
+    """
+    if where is None or where.found < RARE * where.looked:
+        unclear = np.ones(len(looks), bool)
+    else:
+        unclear = (where.unseen | where.doubtful)[looks]
+        for person in everybody:
+            for look, box in ((person.looks[0], person.boxes[0]), (person.looks[-1], person.boxes[-1])):
+                subject = where.boxes[looks[look]]
+                if 0 < look < len(looks) - 1 and subject is not None and only_body([subject, box]) is None:
+                    unclear[look] = True
+    pictures = np.arange(len(clip))
+    before = np.searchsorted(looks, pictures, side="right") - 1
+    after = np.minimum(np.searchsorted(looks, pictures), len(looks) - 1)
+    return np.flatnonzero((looks[before] != pictures) & (unclear[before] | unclear[after]))
+
+
 def _in_parity(clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder) -> FoundPoses:
     every = options.detect_every or 1
 
     def held(pictures: np.ndarray, seen: list[Box | None]) -> list[Box | None]:
         return [seen[i // every] for i in pictures]
 
-    looks, seen, posed = clip.look_and_pose(detector, pose, every, choose_person_parity, held, bgr=True)
+    looks = np.arange(0, len(clip), every)
+    seen, posed = clip.look_and_pose(detector, pose, looks, choose_person_parity, held, bgr=True)
     _check(len(looks), sum(box is not None for box in seen), clip, every=FEW)  # one is enough, as there
     boxes = held(np.arange(len(clip)), seen)
     unseen = np.zeros(len(clip), bool)
@@ -271,17 +313,18 @@ def _found(
 
 
 def _alone(
-    pictures: np.ndarray, seen: list[list[Box]], every: int, times_s: np.ndarray
+    pictures: np.ndarray, seen: list[list[Box]], looks: np.ndarray, times_s: np.ndarray
 ) -> list[Box | None] | None:
     """The boxes of pictures (neighbours) that show one person alone; None where they show more, or nobody."""
-    first, last = pictures[0] // every, min(-(-pictures[-1] // every), len(seen) - 1)
+    first = int(np.searchsorted(looks, pictures[0], side="right")) - 1
+    last = min(int(np.searchsorted(looks, pictures[-1])), len(seen) - 1)
     around = seen[first : last + 1]
     alone = [box for boxes in around if (box := only_body(boxes)) is not None]
     if len(alone) < len(around):
         return None
-    begin, end = first * every, max(pictures[-1], last * every) + 1
+    begin, end = int(looks[first]), max(int(pictures[-1]), int(looks[last])) + 1
     person = Person(list(range(len(alone))), alone)
-    boxes = whereabouts(person, around, np.arange(len(around)) * every, times_s[begin:end]).boxes
+    boxes = whereabouts(person, around, looks[first : last + 1] - begin, times_s[begin:end]).boxes
     return boxes[pictures[0] - begin : pictures[-1] + 1 - begin]
 
 

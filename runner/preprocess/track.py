@@ -186,7 +186,7 @@ def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarra
 
 
 def only_body(boxes: Sequence[Box]) -> Box | None:
-    """The one to be seen there: the largest, where the others lie in it; None where there is nobody or somebody else."""
+    """The largest box, if the others are of the same body; None where there is nobody, or somebody else too."""
     largest = max(boxes, key=lambda box: box.area, default=None)
     return None if largest is None or any(_shared(largest, box) < SAME for box in boxes) else largest
 

@@ -114,6 +114,14 @@ def test_input_is_stretched_rgb_in_unit_range():
     assert not image[:, :, 330:].any()  # stretched to the full width, half of it
 
 
+def test_input_can_be_made_in_place():
+    frame = np.random.default_rng(0).integers(0, 256, (90, 160, 3), np.uint8)
+    batch = np.full((2, 3, 640, 640), np.nan, np.float32)
+    assert network_input(frame, batch[1]).base is batch
+    assert (batch[1] == network_input(frame)).all()
+    assert np.isnan(batch[0]).all()
+
+
 def test_the_older_output_layout_says_the_same():
     old = np.zeros((1, 84, 8400), np.float32)
     old[0, :4, 7] = (150, 200, 100, 300)  # centre and size

@@ -327,5 +327,5 @@ def test_pixels_held_do_not_grow_with_the_clip(preprocessor, reference, tmp_path
 
 def test_fewer_large_frames_are_decoded_together():
     assert frames_at_once(192, 128) == 16
-    assert frames_at_once(1920, 1080) == 8
+    assert frames_at_once(1920, 1080) == 4
     assert frames_at_once(8192, 4320) == 1

@@ -122,6 +122,29 @@ def test_without_a_good_box_the_whole_frame_is_looked_at(box):
     assert (crop.cx, crop.cy, crop.width, crop.height) == pytest.approx((320, 240, 800, 3200 / 3))
 
 
+boxes = st.tuples(st.floats(-60, 250), st.floats(-60, 250), st.floats(12, 400), st.floats(12, 400), st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(box=boxes)
+def test_input_is_the_resize_of_the_whole_crop_in_float(box):
+    """OpenCV resizes the crop, black where it leaves the frame: what the contract says, and what we only sample."""
+    x, y, w, h, bgr = box
+    frame = np.random.default_rng(0).integers(0, 256, (300, 260, 3), np.uint8)
+    crop = crop_of(Box(x, y, x + w, y + h, 0.9), (260, 300))
+    x1, y1, x2, y2 = crop.corners
+    canvas = np.zeros((y2 - y1, x2 - x1, 3), np.float32)
+    inside = frame[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
+    top, left = max(-y1, 0), max(-x1, 0)
+    if inside.size:
+        canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    resized = cv2.resize(canvas, (192, 256), interpolation=cv2.INTER_LINEAR)
+    expected = ((resized[..., ::-1] if bgr else resized) / 255 - MEAN) / STD
+    got = network_input(frame, crop, bgr=bgr)
+    assert got.dtype == np.float32
+    assert np.abs(got - expected.transpose(2, 0, 1)).max() < 1e-5
+
+
 def test_input_is_normalised_black_outside_and_swapped_for_bgr():
     frame = np.zeros((64, 48, 3), np.uint8)
     frame[:] = (255, 128, 0)

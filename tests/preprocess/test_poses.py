@@ -9,9 +9,10 @@ import pytest
 from runner.errors import NoPerson
 from runner.options import JobOptions
 from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.poses import Posed
 from runner.preprocess.retarget import Retargeted
 from runner.preprocess.skeleton import draw_skeleton
-from runner.video import Mp4Writer
+from runner.video import Mp4Writer, VideoReader
 from tests.preprocess.conftest import HEIGHT, WIDTH
 
 SMALL, LARGE = 14, 20  # radii
@@ -130,6 +131,82 @@ def test_parity_says_what_it_ignores(each, reference, two):
     ]
     assert "joints_repaired" not in conditions.report
     conditions.close()
+
+
+# --- one decode, and when there is a second ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Frames read of any video, in order."""
+    numbers, original = [], VideoReader.read
+    monkeypatch.setattr(
+        VideoReader, "read", lambda self, i: numbers.extend(np.asarray(i).tolist()) or original(self, i)
+    )
+    return numbers
+
+
+@pytest.fixture
+def looked(each, monkeypatch) -> list[int]:
+    """How many frames the detector was given, at each call."""
+    counts, detector = [], each.detector
+    rows = detector.rows
+    monkeypatch.setattr(detector, "rows", lambda frames: counts.append(len(frames)) or rows(frames))
+    return counts
+
+
+def points(preprocessor, reference, path, **preprocess) -> np.ndarray:
+    conditions = preprocessor.prepare(reference, path, options(**preprocess))
+    conditions.close()
+    return conditions.track.points
+
+
+MOVING = [(40 + 2 * i, 60 + i % 3, LARGE) for i in range(50)]
+CLIPS = {
+    "alone": [[place] for place in MOVING],
+    "leaves": [[place] if not 20 <= i < 31 else [] for i, place in enumerate(MOVING)],
+    "two": [[place, (170 - i, 110, SMALL)] for i, place in enumerate(MOVING)],
+    "one, then two": [[place, (170, 20, SMALL)] if i > 33 else [place] for i, place in enumerate(MOVING)],
+}
+
+
+@pytest.mark.parametrize("shown", CLIPS)
+@pytest.mark.parametrize("given", [{}, {"detect_every": 1}, {"detect_every": 5}, {"parity": True}], ids=str)
+def test_one_decode_gives_what_two_give(each, reference, tmp_path, shown, given, monkeypatch):
+    path = film(tmp_path / "c.mp4", CLIPS[shown])
+    once = points(each, reference, path, **given)
+    # Without any guess on the way, every picture is posed after all was decided.
+    monkeypatch.setattr("runner.preprocess.poses._Clip.look_and_pose", two_passes)
+    twice = points(each, reference, path, **given)
+    assert np.abs(once - twice).max() < 1e-4
+    assert (twice[:, 0, 2] > 0.3).any()
+
+
+def two_passes(self, detector, _estimator, looks, read, _guess, *, bgr):
+    return self.look(detector, looks, read), Posed.nothing(len(self))
+
+
+def test_somebody_alone_is_decoded_once_and_two_are_decoded_again(each, reference, tmp_path, read):
+    points(each, reference, film(tmp_path / "a.mp4", CLIPS["alone"]))
+    assert read == list(range(50))
+    read.clear()
+    points(each, reference, film(tmp_path / "b.mp4", CLIPS["one, then two"]))
+    assert read[:50] == list(range(50))
+    assert read[50:52] == [33, 35]  # beside the look at which the other came
+    assert read[52:] == list(range(32, 50))  # posed from the window on (of 16 frames) in which there were two
+
+
+def test_ten_looks_a_second_and_more_only_where_something_happens(each, reference, tmp_path, looked):
+    points(each, reference, film(tmp_path / "a.mp4", CLIPS["alone"]))
+    assert sum(looked) == 26  # at 16 fps every second one, and the last
+    looked.clear()
+    conditions = each.prepare(reference, film(tmp_path / "b.mp4", CLIPS["leaves"]), options())
+    assert sum(looked) == 26 + 7  # 19, 21, … 31: beside the looks at 20, 22, … 30 that missed
+    assert conditions.report["frames_without_person"] == 11
+    conditions.close()
+    looked.clear()
+    points(each, reference, tmp_path / "b.mp4", detect_every=5)
+    assert sum(looked) == 10  # as told
 
 
 # --- retarget --------------------------------------------------------------------------------------------------------
