@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     _models(run)
     _shard(run)
     run.add_argument("--run-id", metavar="ID", help="of the summary; default: the scheduler's job id, else the time")
+    run.add_argument("--memory", metavar="MODE", help="where weights live: auto or resident; over the manifest's")
     run.add_argument("--force", action="store_true", help="run every job, done or not")
     run.add_argument("--retry-failed", action="store_true", help="run only jobs that have failed")
     run.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="attempts a job gets; 0: no limit (3)")

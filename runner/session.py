@@ -168,10 +168,12 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
     from runner.generation.store import ModelStore, wanted
 
     recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
-    memory = manifest.memory or "auto"
+    memory = arguments.memory or manifest.memory or "auto"
     if memory not in ("auto", "resident"):
         raise ConfigInvalid(
-            f"memory mode {memory!r} is not in this version", where=manifest.source, todo="Use auto or resident"
+            f"memory mode {memory!r} is not in this version",
+            where="--memory" if arguments.memory else manifest.source,
+            todo="Use auto or resident",
         )
     store = ModelStore(_local_models(arguments, wanted(recipe)))
     store.check(recipe)

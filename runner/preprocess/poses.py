@@ -13,13 +13,16 @@ comes or goes, the pictures passed over are looked at too: that is known to the 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import structlog
 
 from runner.errors import NoPerson
 from runner.metrics import StageTimer
@@ -40,6 +43,7 @@ AHEAD = 2  # windows decoded before they are asked for
 LOOKS_AT_ONCE = 4  # a detector's input is 5 MB a frame, whatever the video's size
 LOOK_S = 0.1  # between looks, unless told: a dancer's box is nearly a straight line for so long
 CLEARINGS = 3  # times that what was unclear is looked at again: each look may show something else
+SAY_EVERY_S = 5.0  # how far pass 1 is, while it lasts
 GUESSES = 4  # windows after which it shows whether guessing is worth its while
 FEW = 16  # pictures: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
 LEAST_SHARE = 0.1
@@ -88,6 +92,7 @@ class _Clip:
         indices = np.asarray(sampled.indices, np.int64)
         self.indices, self.first, self.back = np.unique(indices, return_index=True, return_inverse=True)
         self.fps = float(sampled.fps)
+        self._said_at = time.monotonic()
         self.times_s = self.first / self.fps
 
     def __len__(self) -> int:
@@ -96,7 +101,13 @@ class _Clip:
     def windows(self, chosen: np.ndarray, most: int = 16) -> Generator[np.ndarray, None, None]:
         """uint8 [≤ most, H, W, 3] of the pictures `chosen` (ascending numbers), the next ones decoded meanwhile."""
         native = self._reader.windows(self.indices[chosen], frames_at_once(*self._native, most))
+        done = 0
         for frames in _read_ahead(native, self.timer):
+            if time.monotonic() - self._said_at >= SAY_EVERY_S:
+                self._said_at = time.monotonic()
+                log = structlog.get_logger()
+                log.info("preprocessing", video=Path(self.path).name, frames=f"{done}/{len(chosen)}")
+            done += len(frames)
             if self._geometry.resize_first is not None:
                 resized = np.stack([self._geometry.frame(frame) for frame in frames])
                 self.size = resized.shape[2], resized.shape[1]

@@ -210,6 +210,8 @@ def test_an_unknown_recipe_and_memory_mode_are_usage_errors(tmp_path, demo_model
     assert "bf16" in capsys.readouterr().err
     assert main(["run", str(good_manifest(tmp_path, demo_media, memory="stream")), *out]) == 2
     assert "config.invalid" in capsys.readouterr().err
+    assert main(["run", str(good_manifest(tmp_path, demo_media)), *out, "--memory", "minimal"]) == 2
+    assert "--memory" in capsys.readouterr().err
 
 
 @pytest.fixture
