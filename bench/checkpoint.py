@@ -1,4 +1,4 @@
-"""The streaming quantiser over a synthetic multi-shard float32 store: its speed beside reading the same files, its memory.
+"""The streaming quantiser over a synthetic float32 store in shards: speed beside reading the same files, memory.
 
     python bench/checkpoint.py [--gb 4] [--json PATH]
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runner.quantization.checkpoint import quantize_store
 from runner.quantization.e2m1 import FORMATS
-from tests.quantization.stores import write_store
+from tests.quantization.stores import WIDE, write_store
 
 SOURCE_GB = 69.1  # the published transformer in float32
 GB_A_BLOCK = 0.0805  # of the configuration below
@@ -71,16 +71,13 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        from tests.quantization.test_checkpoint import WIDE
-
         config = dict(WIDE) | CONFIG | {"num_layers": max(1, round(arguments.gb / GB_A_BLOCK))}
         source = write_store(folder / "transformer", config, shard_bytes=512 << 20)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         read_all(source)  # into the page cache
         reading = read_all(source)
-        print(
-            f"{size / 1e9:.2f} GB of float32 in {len(list(source.glob('*.safetensors')))} shards; read in {reading:.2f} s"
-        )
+        shards = len(list(source.glob("*.safetensors")))
+        print(f"{size / 1e9:.2f} GB of float32 in {shards} shards; read in {reading:.2f} s")
         for method in ("absmax", "mse"):
             with AnonymousMemory() as memory:
                 done = quantize_store(source, folder / method / "q.safetensors", FORMATS["nvfp4"], method)
@@ -96,10 +93,9 @@ def main() -> None:
                 "rss_anon_mb": memory.peak / 1e6,
             }
             rows.append(row)
-            print(
-                f"{method:>7}: {row['seconds']:6.1f} s, {row['times_reading']:5.0f}x reading, {row['gb_per_s']:.3f} GB/s, "
-                f"69 GB in {row['minutes_for_69_gb']:.0f} min; {row['rss_anon_mb']:.0f} MB anonymous at most ({done.device})"
-            )
+            speed = f"{row['seconds']:6.1f} s, {row['times_reading']:5.0f}x reading, {row['gb_per_s']:.3f} GB/s"
+            print(f"{method:>7}: {speed}; 69 GB in {row['minutes_for_69_gb']:.0f} min ({done.device})")
+            print(f"         {row['rss_anon_mb']:.0f} MB anonymous at most")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
