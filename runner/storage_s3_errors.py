@@ -112,7 +112,7 @@ _CODES: dict[type[RunnerError], str] = {
 }
 CLIENT_CODES = {code: home for home, codes in _CODES.items() for code in codes.split()}
 
-_TODO: dict[type[RunnerError], str] = {
+_REMEDIES: dict[type[RunnerError], str] = {
     StorageUnavailable: "The storage may be busy or unreachable: check AWS_ENDPOINT_URL_S3 and the network, then retry",
     StorageFull: "Free space or raise the quota there, then run the same command",
     InputNotFound: "Check the bucket and the key",
@@ -145,7 +145,7 @@ def storage_error(error: BaseException, *, where: object, writing: bool, disk: P
     if isinstance(error, ClientError):
         return _client_error(error, where=where, writing=writing)
     if isinstance(error, _NETWORK):
-        return StorageUnavailable(f"{type(error).__name__}: {error}", where=where, todo=_TODO[StorageUnavailable])
+        return StorageUnavailable(f"{type(error).__name__}: {error}", where=where, todo=_REMEDIES[StorageUnavailable])
     if isinstance(error, OSError):
         return os_error(error, where=disk or where, writing=writing or disk is not None)
     inner = error.__cause__ or error.__context__ or getattr(error, "last_exception", None)
@@ -156,14 +156,14 @@ def storage_error(error: BaseException, *, where: object, writing: bool, disk: P
     if home is StorageDenied:
         return _denied(f"no usable credentials: {text}", where=where)
     if home is None:
-        return InternalError(f"{type(error).__name__}: {text}", where=where, todo=_TODO[InternalError])
+        return InternalError(f"{type(error).__name__}: {text}", where=where, todo=_REMEDIES[InternalError])
     return home(f"{type(error).__name__}: {text}", where=where, todo=_remedy(home, error))
 
 
 def _remedy(home: type[RunnerError], error: BaseException) -> str:
     if type(error).__name__ == "SSLError":
         return "Check the server's certificate, or name your authority's in AWS_CA_BUNDLE"
-    return _TODO[home]
+    return _REMEDIES[home]
 
 
 def _client_error(error: ClientError, *, where: object, writing: bool) -> RunnerError:
@@ -175,7 +175,7 @@ def _client_error(error: ClientError, *, where: object, writing: bool) -> Runner
         return _denied(text, where=where, operation=operation)
     if home is InputNotFound and writing:  # an object to write need not exist: its bucket must
         return ConfigInvalid(text, where=where, todo="Create the bucket first, or correct its name")
-    return home(text, where=where, todo=_TODO[home])
+    return home(text, where=where, todo=_REMEDIES[home])
 
 
 def _home_of_status(status: int) -> type[RunnerError]:

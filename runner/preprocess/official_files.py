@@ -50,7 +50,7 @@ FILES = {"pose": "src_pose.mp4", "face": "src_face.mp4", "background": "src_bg.m
 ALWAYS, REPLACE = ("pose", "face"), ("pose", "face", "background", "mask")
 WINDOW_BYTES = 48 << 20  # of finished frames at once: 13 of 480x832 with their faces
 CRF = {"pose": 10, "face": 10, "background": 10, "mask": 1}  # officially 23; what a model reads should not be artefacts
-TODO = "Make the folder anew, by `video-lab preprocess` or the official preprocess_data.py"
+REMEDY = "Make the folder anew, by `video-lab preprocess` or the official preprocess_data.py"
 MIN_FRAMES = 2
 
 
@@ -136,7 +136,7 @@ def official_files(folder: Path, mode: str) -> dict[str, Path]:
     missing = [file for file in names.values() if not (folder / file).is_file()]
     if missing:
         for_mode = ", which mode: replace needs" if set(missing) <= {FILES["background"], FILES["mask"]} else ""
-        raise InputNotFound(f"{', '.join(missing)} {_is(missing)} not there{for_mode}", where=folder, todo=TODO)
+        raise InputNotFound(f"{', '.join(missing)} {_is(missing)} not there{for_mode}", where=folder, todo=REMEDY)
     return {name: folder / file for name, file in names.items()}
 
 
@@ -262,17 +262,17 @@ def _check_together(info: Mapping[str, VideoInfo], folder: Path) -> None:
     for what, found in checks:
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{FILES[name]} {value}" for name, value in found.items())
-            raise InputUnreadable(f"the videos differ in their {what}: {listed}", where=folder, todo=TODO)
+            raise InputUnreadable(f"the videos differ in their {what}: {listed}", where=folder, todo=REMEDY)
     if pose.width % GRID or pose.height % GRID:
         raise InputUnreadable(
             f"frames of {pose.width}x{pose.height} pixels, and the model takes multiples of {GRID} only",
             where=pose.path,
-            todo=TODO,
+            todo=REMEDY,
         )
     face = info["face"]
     if face.width != face.height:
         raise InputUnreadable(
-            f"faces of {face.width}x{face.height} pixels, but they must be square", where=face.path, todo=TODO
+            f"faces of {face.width}x{face.height} pixels, but they must be square", where=face.path, todo=REMEDY
         )
 
 
