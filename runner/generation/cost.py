@@ -89,6 +89,27 @@ class TransformerShape:
         angles = T * frame_tokens * self.attention_head_dim * 4  # float32 whatever the model is
         return ((1 + guided) * branch + image + (T - 1) * frame_tokens * d) * element + angles
 
+    def self_attention_flop(self, width: int, height: int, frames: int) -> float:
+        """The part of `forward_flop` that is every token reading every token, projections aside."""
+        return 4.0 * self.num_layers * self.tokens(width, height, frames) ** 2 * self.dim
+
+    def tokens(self, width: int, height: int, frames: int) -> int:
+        """Of a window, the reference's included."""
+        return ((frames - 1) // 4 + 2) * self._frame_tokens(width, height)
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the blocks' and face adapters' linears that every step uses, all tokens going through them."""
+        d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
+        return self.num_layers * (6 * d * d + 2 * d * self.ffn_dim) + adapters * 2 * d * d
+
+    @property
+    def invariant_weights(self) -> int:
+        """Weights of their keys and values of text, image and face, which are used once a window."""
+        d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
+        image = 2 * (self.added_kv_proj_dim or 0) * d
+        return self.num_layers * (2 * d * d + image) + adapters * 2 * d * d
+
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim

@@ -58,6 +58,18 @@ def test_every_operation_of_the_tiny_transformer_is_counted(tiny, frames):
     assert costs.transformer.forward_flop(width, height, frames) == counter.get_total_flops()
 
 
+def test_the_weights_of_a_step_and_of_a_window(tiny):
+    costs, transformer, _ = tiny
+    kept = ("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj", ".to_kv", ".to_k", ".to_v")
+    every, once = 0, 0
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.startswith(("blocks.", "face_adapter.")):
+            shared = name.endswith(kept) and "attn1" not in name
+            every, once = every + (not shared) * layer.weight.numel(), once + shared * layer.weight.numel()
+    assert (costs.transformer.block_weights, costs.transformer.invariant_weights) == (every, once)
+    assert PRODUCTION.transformer.self_attention_flop(832, 480, 81) / 1e12 == pytest.approx(964.9, rel=1e-4)
+
+
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_every_operation_of_the_tiny_autoencoder_is_counted(tiny, frames):
     costs, _, vae = tiny
