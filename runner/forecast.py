@@ -1,7 +1,7 @@
 """Forecast: what each job of a manifest will denoise and cost, from its inputs' sizes and the models' shapes.
 
-In:   jobs, a recipe, the costs of the models. Out: a `Forecast` a job; one with an error where an input cannot be read.
-Never: weights. Without a model store the published model's shapes are assumed.
+In:   jobs, a recipe, the costs of the models, the name of a GPU. Out: a `Forecast` a job; one with an error where an
+input cannot be read. Never: weights. Without a model store the published model's shapes are assumed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import RunnerError
+from runner.errors import ConfigInvalid, RunnerError
 from runner.generation.base import SegmentPlan
 from runner.generation.cost import PRODUCTION, Costs
 from runner.generation.plan import plan_job
 from runner.generation.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from runner.generation.speed import DEVICES, DeviceSpeed, find_device
 from runner.generation.store import ModelStore
 from runner.manifest import Job, Manifest
 from runner.preprocess.images import image_size
@@ -24,7 +25,7 @@ from runner.preprocess.sizing import output_size
 from runner.storage import fetch_input, is_remote
 from runner.video import VideoReader
 
-__all__ = ["Forecast", "forecast_job", "forecast_jobs"]
+__all__ = ["Forecast", "choose_gpu", "forecast_job", "forecast_jobs"]
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,51 @@ class Forecast:
     error: RunnerError | None = None
 
 
-def forecast_jobs(jobs: Sequence[Job], arguments: argparse.Namespace, manifest: Manifest) -> list[Forecast]:
-    """One row a job, in order. S3 inputs are downloaded to be measured, and removed again."""
+def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
+    """The GPU whose seconds are forecast: the one asked for, else this machine's first; None where there is none.
+
+    Raises ConfigInvalid for one of which nothing is known, or which has not the recipe's compute.
+    """
+    gpu = find_device(asked or _first_gpu())
+    if asked and gpu is None:
+        raise ConfigInvalid(f"nothing is known of a GPU {asked!r}", todo=f"Known: {', '.join(d.name for d in DEVICES)}")
+    if asked and gpu is not None and recipe.compute not in gpu.matmul:
+        raise ConfigInvalid(
+            f"{gpu.name} has no {recipe.compute}, which recipe {recipe.name!r} asks for",
+            todo=f"It has {', '.join(gpu.matmul)}",
+        )
+    return gpu
+
+
+def _first_gpu() -> str | None:
+    """By the driver, which answers without torch."""
+    from runner.doctor_probes import ProbeFailed, Probes
+
+    try:
+        gpus = Probes().driver().gpus
+    except ProbeFailed:
+        return None
+    return gpus[0].name if gpus else None
+
+
+def forecast_jobs(
+    jobs: Sequence[Job], arguments: argparse.Namespace, manifest: Manifest
+) -> tuple[list[Forecast], str | None]:
+    """One row a job, in order, and the GPU whose seconds they name. S3 inputs are downloaded to be measured."""
     recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
     local = arguments.models and not is_remote(arguments.models)
     costs = ModelStore(Path(arguments.models)).costs(recipe) if local else PRODUCTION
+    gpu = choose_gpu(arguments.gpu, recipe)
     rows = []
     for job in jobs:
         try:
-            rows.append(Forecast(job.id, forecast_job(job, recipe, costs)))
+            rows.append(Forecast(job.id, forecast_job(job, recipe, costs, gpu)))
         except RunnerError as error:
             rows.append(Forecast(job.id, None, error))
-    return rows
+    return rows, gpu.name if gpu is not None else None
 
 
-def forecast_job(job: Job, recipe: Recipe, costs: Costs) -> SegmentPlan:
+def forecast_job(job: Job, recipe: Recipe, costs: Costs, gpu: DeviceSpeed | None = None) -> SegmentPlan:
     """The plan that `run` would make. Raises input.* and storage.* as it would."""
     options = job.options
     with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
@@ -62,4 +93,4 @@ def forecast_job(job: Job, recipe: Recipe, costs: Costs) -> SegmentPlan:
                 parity = options.preprocess.parity
                 sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
                 size = output_size(options, image_size(reference), video_size)
-    return plan_job(len(sampled.indices), size, options, recipe, costs)
+    return plan_job(len(sampled.indices), size, options, recipe, costs, gpu)

@@ -32,9 +32,11 @@ __all__ = [
     "MemoryRecord",
     "OutputRecord",
     "ResultRecord",
+    "ReuseRecord",
     "RunSummary",
     "environment",
     "now",
+    "reuse_of",
     "schemas",
 ]
 
@@ -87,6 +89,19 @@ class Efficiency(Record):
     overlap_fraction: float = Field(description="of the frames denoised: a second time, to join segments")
     tflop: float = Field(description="forecast from the model's shape, 10^12 floating point operations")
     tflop_per_s: float | None = Field(None, description="tflop over the seconds of generation")
+    generation_s: float | None = Field(None, description="the seconds of generation, all its stages together")
+    forecast_s: float | None = Field(
+        None, description="the same as forecast for this GPU before the job; null for one of which nothing is known"
+    )
+
+
+class ReuseRecord(Record):
+    """One cache, in one job."""
+
+    hits: int = Field(ge=0)
+    misses: int = Field(ge=0)
+    hit_rate: float = Field(ge=0, le=1, description="hits of all lookups")
+    bytes: int | None = Field(None, description="held for later jobs when this one ended; null for caches on disk")
 
 
 class ErrorRecord(Record):
@@ -120,7 +135,10 @@ class ResultRecord(Record):
     memory: MemoryRecord = MemoryRecord()
     efficiency: Efficiency | None = None
     preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")
-    caches: dict[str, int] = Field(default={}, description="hits and misses of what is reused across jobs")
+    caches: dict[str, int] = Field(
+        default={}, description="counters: hits and misses of what is reused across jobs, loads of the encoders"
+    )
+    reuse: dict[str, ReuseRecord] = Field(default={}, description="the same hits and misses by cache")
     recipe: str = ""
     engine: dict[str, Any] = Field(default={}, description="device, precision, and why each was chosen")
     environment: dict[str, Any] = {}
@@ -171,6 +189,23 @@ class RunSummary(Record):
     counts: dict[str, int]
     jobs: list[JobLine]
     environment: dict[str, Any]
+
+
+def reuse_of(counters: Mapping[str, int], gauges: Mapping[str, int]) -> dict[str, ReuseRecord]:
+    """By cache: of the counters NAME_cache_hits and NAME_cache_misses, and of the gauges NAME_cache_bytes."""
+    names = {
+        name.removesuffix(end) for name in counters for end in ("_cache_hits", "_cache_misses") if name.endswith(end)
+    }
+    found = {}
+    for name in sorted(names):
+        hits, misses = (counters.get(f"{name}_cache_{what}", 0) for what in ("hits", "misses"))
+        found[name] = ReuseRecord(
+            hits=hits,
+            misses=misses,
+            hit_rate=round(hits / max(1, hits + misses), 4),
+            bytes=gauges.get(f"{name}_cache_bytes"),
+        )
+    return found
 
 
 def now() -> str:

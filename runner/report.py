@@ -57,18 +57,19 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
     console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {inputs}", soft_wrap=True)
 
 
-def print_plan(rows: Sequence[Forecast]) -> None:
+def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
+    """`gpu`: whose seconds the rows forecast; without one there is no such column."""
     console = _console()
-    table = _table("job", "frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP")
-    total = 0.0
+    columns = ["frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP"]
+    columns += [f"s on {gpu}"] if gpu else []
+    table = _table("job", *columns)
+    plans = [row.plan for row in rows if row.plan is not None]
     for row in rows:
         plan = row.plan
         if plan is None:
-            table.add_row(escape(row.job_id), f"[red]{escape(str(row.error))}[/]", *[""] * 7)
+            table.add_row(escape(row.job_id), f"[red]{escape(str(row.error))}[/]", *[""] * (len(columns) - 1))
             continue
-        total += plan.tflop
-        table.add_row(
-            escape(row.job_id),
+        cells = [
             str(plan.frames),
             f"{plan.width}x{plan.height}",
             f"{plan.segments} x {plan.segment_frames}",
@@ -77,9 +78,18 @@ def print_plan(rows: Sequence[Forecast]) -> None:
             f"{plan.overlap_total / plan.denoised_frames:.1%}",
             str(plan.steps),
             f"{plan.tflop / 1e3:.4g}",
-        )
+        ]
+        cells += [f"{plan.seconds:.3g}" if plan.seconds is not None else "?"] if gpu else []
+        table.add_row(escape(row.job_id), *cells)
     console.print(table)
-    console.print(f"{len(rows)} jobs, {total / 1e3:.4g} PFLOP by the models' shapes; time depends on the device")
+    total = f"{len(rows)} jobs, {sum(plan.tflop for plan in plans) / 1e3:.4g} PFLOP by the models' shapes"
+    if gpu is None:
+        console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds")
+        return
+    seconds = sum(plan.seconds or 0.0 for plan in plans)
+    console.print(
+        f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts"
+    )
 
 
 def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:

@@ -16,7 +16,7 @@ from runner.generation.base import Conditions, SegmentPlan
 from runner.ledger import Decision
 from runner.manifest import Job
 from runner.metrics import MemoryWindow, StageTimer
-from runner.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, now
+from runner.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, now, reuse_of
 
 __all__ = ["Spans", "Task"]
 
@@ -69,6 +69,7 @@ class Task:
             efficiency=self._efficiency(),
             preprocess=dict(self.conditions.report) if self.conditions is not None else {},
             caches=dict(self.timer.counters),
+            reuse=reuse_of(self.timer.counters, self.timer.gauges),
             recipe=recipe,
             engine=engine,
             environment=dict(environment()),
@@ -89,6 +90,8 @@ class Task:
             overlap_fraction=round(plan.overlap_total / plan.denoised_frames, 4),
             tflop=plan.tflop,
             tflop_per_s=plan.tflop / generating if generating else None,
+            generation_s=round(generating, 3) if generating else None,
+            forecast_s=None if plan.seconds is None else round(plan.seconds, 3),
         )
 
 

@@ -45,6 +45,7 @@ class SegmentPlan:
     height: int
     steps: int
     tflop: float  # forecast for the whole job, model and autoencoder
+    seconds: float | None = None  # forecast on the device that computes; None where nothing is known of it
 
     @property
     def denoised_frames(self) -> int:
