@@ -2,6 +2,7 @@
 
 In: activations. Out: activations in their dtype; the weight exists in 16 bits for the length of one matrix product,
 in a workspace that all layers share. LoRAs kept beside the weight are added there, and to the bias, and nowhere else.
+The product is one of 16 bits unless `set_compute` asks for fewer (`low_bit_matmul`).
 It will never know: names of layers (the caller's rule does), files, LoRA file formats.
 
 For inference: the operator has no gradient, since the weight that a backward pass would need is gone by then.
@@ -9,54 +10,23 @@ For inference: the operator has no gradient, since the weight that a backward pa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Final, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runner.quantization.e2m1 import Format
+from runner.quantization.e2m1 import NVFP4, Format
 from runner.quantization.kernels import dequantize_into
+from runner.quantization.low_bit_matmul import COMPUTES, EXACT, multiply_blocks, multiply_rows, prepare_rows
+from runner.quantization.nvfp4_matmul import Blocks, quantize_blocks
 from runner.quantization.scales import Method, quantize
+from runner.quantization.workspace import release_workspace, workspace, workspace_bytes
 
 __all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "swap_linears", "workspace_bytes"]
 
 LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank], scale): scale * up @ down on the weight
-
-
-class _Workspaces(threading.local):
-    """One flat buffer a device, dtype and CUDA stream, as large as the largest weight that was written into it.
-
-    Each thread has its own, and streams do not share: whatever runs at the same time writes to different memory. On one
-    thread and stream, one layer's product is enqueued before the next layer's weight, which may then have the buffer.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-
-    def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key, wanted = (device, dtype, stream), shape[0] * shape[1]
-        if key not in self.buffers or self.buffers[key].numel() < wanted:
-            self.buffers.pop(key, None)  # first, so that the old and the new one are never there together
-            with torch.inference_mode(False):  # else nothing outside inference mode could write to it later
-                self.buffers[key] = torch.empty(wanted, dtype=dtype, device=device)
-        return self.buffers[key][:wanted].view(shape)
-
-
-_workspaces: Final = _Workspaces()
-
-
-def workspace_bytes() -> int:
-    """What the workspaces of the calling thread take."""
-    return sum(buffer.nbytes for buffer in _workspaces.buffers.values())
-
-
-def release_workspace() -> None:
-    """Gives back the workspaces of the calling thread; the next product makes one anew."""
-    _workspaces.buffers.clear()
 
 
 @torch.library.custom_op("video_lab::fp4_linear", mutates_args=())
@@ -77,14 +47,8 @@ def fp4_linear(
     One operator for the weight and its product: a compiler may move two operators apart, and two weights that want the
     workspace at once would meet there. lora_up [out, R] * lora_scale [R] @ lora_down [R, in] is added to the weight.
     """
-    weight = _workspaces.matrix((packed.shape[0], packed.shape[1] * 2), x.dtype, x.device)
-    dequantize_into(packed, scale, tensor_scale, fmt, weight)
-    if lora_down is not None and lora_up is not None and lora_scale is not None:
-        weight.addmm_((lora_up.float() * lora_scale).to(x.dtype), lora_down.to(x.dtype))
-    if bias is not None and bias_delta is not None:
-        bias = bias.float() + bias_delta
-    elif bias is None:
-        bias = bias_delta
+    weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, x.dtype)
+    bias = _sum_of(bias, bias_delta)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -103,6 +67,109 @@ def _(
 ) -> Tensor:
     torch._check(x.shape[-1] == packed.shape[1] * 2)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _dense(
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+    lora_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [out, in] in `dtype` with its LoRAs, in the workspace."""
+    weight = workspace("weight", (packed.shape[0], packed.shape[1] * 2), dtype, packed.device)
+    dequantize_into(packed, scale, tensor_scale, fmt, weight)
+    if lora_down is not None and lora_up is not None and lora_scale is not None:
+        weight.addmm_((lora_up.float() * lora_scale).to(dtype), lora_down.to(dtype))
+    return weight
+
+
+def _sum_of(bias: Tensor | None, bias_delta: Tensor | None) -> Tensor | None:
+    if bias is not None and bias_delta is not None:
+        return bias.float() + bias_delta
+    return bias_delta if bias is None else bias
+
+
+@torch.library.custom_op("video_lab::fp4_rowwise_linear", mutates_args=())
+def fp4_rowwise_linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+    lora_scale: Tensor | None,
+    compute: str,
+    product: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `fp4_linear`, in 8 bits: x, x_scale as `low_bit_matmul.prepare_rows` gives them → [M, out] in `dtype`.
+
+    The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
+    """
+    weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, dtype)
+    return multiply_rows(x, x_scale, weight, compute, product, _sum_of(bias, bias_delta), dtype)
+
+
+@fp4_rowwise_linear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+    lora_scale: Tensor | None,
+    compute: str,
+    product: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("video_lab::nvfp4_linear", mutates_args=())
+def nvfp4_linear(
+    x_packed: Tensor,
+    x_scale: Tensor,
+    x_tensor_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    product: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Both sides in NVFP4, the weight as it is stored: [M, out] in `dtype`."""
+    x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
+    return multiply_blocks(x, w, product, _sum_of(bias, bias_delta), dtype)
+
+
+@nvfp4_linear.register_fake
+def _(
+    x_packed: Tensor,
+    x_scale: Tensor,
+    x_tensor_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    tensor_scale: Tensor,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    product: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x_packed.new_empty(x_packed.shape[0], packed.shape[0], dtype=dtype)
 
 
 class FP4Linear(nn.Module):
@@ -128,6 +195,8 @@ class FP4Linear(nn.Module):
         """From stored tensors, which are kept and not copied. ValueError where they do not fit the format."""
         super().__init__()
         self.fmt = fmt
+        self.compute, self.product = EXACT, ""
+        self.lora_rank = 0
         self.out_features, self.in_features = fmt.shape_of(tensors)
         # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
         self.register_parameter("bias", None if bias is None else _frozen(bias))
@@ -174,6 +243,10 @@ class FP4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], float32|bfloat16|float16 → [..., out] of the same dtype."""
+        if self.compute != EXACT:
+            flat = x.reshape(-1, self.in_features)
+            low = self._in_four_bits(flat) if self.compute == NVFP4.name else self._in_rows(flat)
+            return low.view(*x.shape[:-1], self.out_features)
         result: Tensor = fp4_linear(
             x,
             self.weight_packed,
@@ -188,6 +261,55 @@ class FP4Linear(nn.Module):
         )
         return result
 
+    def _in_rows(self, x: Tensor) -> Tensor:
+        codes, scale = prepare_rows(x, self.compute, self.product)
+        result: Tensor = fp4_rowwise_linear(
+            codes,
+            scale,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_scale_2,
+            self.fmt.name,
+            self.bias,
+            self.bias_delta,
+            self.lora_down,
+            self.lora_up,
+            self.lora_scale,
+            self.compute,
+            self.product,
+            x.dtype,
+        )
+        return result
+
+    def _in_four_bits(self, x: Tensor) -> Tensor:
+        """LoRAs are a product of their own, in the dtype of `x`: added to four bits they would round away."""
+        blocks = quantize_blocks(x)
+        result: Tensor = nvfp4_linear(
+            *blocks,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_scale_2,
+            self.bias,
+            self.bias_delta,
+            self.product,
+            x.dtype,
+        )
+        if self.lora_down is None or self.lora_up is None or self.lora_scale is None:
+            return result
+        up = (self.lora_up.float() * self.lora_scale).to(x.dtype)
+        return result + F.linear(F.linear(x, self.lora_down.to(x.dtype)), up)
+
+    def set_compute(self, compute: str, product: str = "") -> None:
+        """From now on `compute` by `product` (`low_bit_matmul.COMPUTES`, or `reference`); EXACT goes back to 16 bits.
+
+        The stored weight is not touched. ValueError for names that are none, and for nvfp4 where it is stored in g32.
+        """
+        if compute != EXACT and (compute not in COMPUTES or product not in (*COMPUTES[compute], "reference")):
+            raise ValueError(f"no product {product!r} of {compute!r}")
+        if compute == NVFP4.name and self.fmt is not NVFP4:
+            raise ValueError(f"a weight in {self.fmt.name} cannot compute as nvfp4")
+        self.compute, self.product = compute, product
+
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:
         """Adds every scale * up @ down to the weight from now on, in place of any that were set before; None ends it.
 
@@ -196,6 +318,7 @@ class FP4Linear(nn.Module):
         """
         if not deltas:
             self.lora_down = self.lora_up = self.lora_scale = None
+            self.lora_rank = 0
             return
         for down, up, _ in deltas:
             rank = down.shape[0]
@@ -209,6 +332,7 @@ class FP4Linear(nn.Module):
         self.lora_down = _frozen(torch.cat([down for down, _, _ in deltas], dim=0).to(device))
         self.lora_up = _frozen(torch.cat([up for _, up, _ in deltas], dim=1).to(device))
         self.lora_scale = _frozen(torch.cat(scales).to(device))
+        self.lora_rank = sum(down.shape[0] for down, _, _ in deltas)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:
         """Adds `delta` [out] to the bias (a layer without one gains it) from now on; None ends it."""
@@ -232,7 +356,7 @@ class FP4Linear(nn.Module):
         lora = "" if self.lora_scale is None else f", lora_rank={self.lora_scale.numel()}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.fmt.name}{lora}"
+            f"format={self.fmt.name}{lora}" + ("" if self.compute == EXACT else f", compute={self.compute}")
         )
 
 

@@ -1,0 +1,199 @@
+"""Products of 8-bit rows: the number formats `fp8` and `int8`, the rotation that int8 needs, and the kernels for both.
+
+In:   two matrices that share their inner dimension, one row an output channel or a token. Out: x w^T + bias.
+Never: where a weight comes from, layers, names.
+
+    fp8     float8_e4m3fn, a float32 scale a row: largest magnitude / 448         any channels
+    int8    integers of -127..127, a float32 scale a row: largest magnitude / 127, after a rotation of both operands
+
+A row of int8 has even steps, so that one channel thirty times as large as the rest leaves them no more than three bits.
+Multiplying both operands by one orthogonal matrix leaves the product as it is and spreads such a channel over its
+block: Sylvester's Hadamard matrix of up to 128, entries 1 and -1, whose factor is divided out of the weight's scales.
+Every entry is exact in any dtype, and sums are made in float32.
+
+`reference` defines both products: float32 sums of codes, times the scales, rounded once. The kernels are compared with
+it before one is used (`low_bit_matmul.pick_product`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "KINDS",
+    "ROTATION",
+    "SMALLEST_SCALE",
+    "Kind",
+    "RowFormat",
+    "Rows",
+    "comfy_kitchen",
+    "dequantize_rows",
+    "hadamard",
+    "int_mm",
+    "quantize_rows",
+    "reference",
+    "rotate_rows",
+    "rotate_weight_into",
+    "rotation_of",
+    "rowwise",
+]
+
+Kind = Literal["fp8", "int8"]
+ROTATION: Final = 128
+SMALLEST_SCALE: Final = 1e-30  # of a row of zeros: any scale will do that does not divide by zero
+_INT_MM_ROWS: Final = 4096  # of a chunk: its int32 sums are 226 MB at 13,824 columns, the whole would be 1.9 GB
+_INT_MM_LEAST_ROWS: Final = 32  # cuBLAS wants more than 16
+
+
+class Rows(NamedTuple):
+    """A matrix as codes [M, K] and one float32 scale a row [M, 1]: value = code * scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What a code is. `rotated`: both operands are rotated before they are rounded."""
+
+    dtype: torch.dtype
+    largest: float
+    rotated: bool
+
+    def round(self, values: Tensor) -> Tensor:
+        """float32 within ±largest to the nearest code, ties to even."""
+        return (values if self.dtype.is_floating_point else values.round()).to(self.dtype)
+
+
+KINDS: Final[Mapping[str, RowFormat]] = {
+    "fp8": RowFormat(torch.float8_e4m3fn, 448.0, rotated=False),
+    "int8": RowFormat(torch.int8, 127.0, rotated=True),
+}
+
+# (rows of x, rows of w, bias [N] or None, dtype of the result) -> [M, N]
+Product = Callable[[Rows, Rows, Tensor | None, torch.dtype], Tensor]
+
+
+def quantize_rows(x: Tensor, kind: str) -> Rows:
+    """`x` [M, K] floating, each row by its own largest magnitude; not rotated. Arithmetic that a compiler fuses.
+
+    A row with a NaN gets a NaN scale: what comes of it is NaN, never a plausible number.
+    """
+    fmt = KINDS[kind]
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / fmt.largest).clamp(min=SMALLEST_SCALE)
+    # A float32 division may end a bit above the largest, which e4m3 would turn into NaN.
+    return Rows(fmt.round((x.float() / scale).clamp(-fmt.largest, fmt.largest)), scale)
+
+
+def dequantize_rows(rows: Rows) -> Tensor:
+    """The values, float32 [M, K]."""
+    return rows.codes.float() * rows.scale
+
+
+@cache
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's matrix H [size, size] of 1 and -1, symmetric, H H = size I. ValueError where there is none."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"no Hadamard matrix of Sylvester's has {size} rows")
+    with torch.inference_mode(False):  # it outlives the call
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        return matrix.to(device, dtype)
+
+
+def rotation_of(columns: int) -> int:
+    """Size of the blocks in which `columns` are rotated: the largest power of two that divides them, 128 at most."""
+    return min(columns & -columns, ROTATION)
+
+
+@torch.library.custom_op("video_lab::rotate_rows", mutates_args=())
+def rotate_rows(x: Tensor) -> Tensor:
+    """`x` [M, K] with each block of `rotation_of(K)` columns times H, summed in float32, rounded to its dtype.
+
+    Larger than `x` by the root of the block; the product of two rotated operands is the block's size too large. An
+    operator of its own, so that a compiler meets the matrix neither as a constant nor as something to expand.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _rotate_into(x, out)
+    return out
+
+
+@rotate_rows.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rotate_into(x: Tensor, out: Tensor) -> None:
+    block = rotation_of(x.shape[-1])
+    matrix = hadamard(block, x.dtype, x.device)
+    torch.mm(x.reshape(-1, block), matrix, out=out.view(-1, block))
+
+
+def rotate_weight_into(weight: Tensor, out: Tensor) -> None:
+    """`rotate_rows` into memory of the caller's, contiguous and of the weight's shape and dtype."""
+    _rotate_into(weight, out)
+
+
+def reference(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The definition: [M, N] = sum of codes in float32, times both scales, plus bias, rounded to `dtype`. Any device.
+
+    It computes in float32 whatever the codes are: slower than a product in 16 bits.
+    """
+    result = (x.codes.float() @ w.codes.float().T) * x.scale * w.scale.T
+    return (result if bias is None else result + bias.float()).to(dtype)
+
+
+def rowwise(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`torch._scaled_mm` with a scale a row on both sides (CUTLASS or cuBLASLt): e4m3 alone, result in bfloat16.
+
+    K and N multiples of 16. Fast accumulation on Hopper alone, where sums are otherwise promoted every few steps at a
+    cost of about a third of the speed; its rounding lies far below that of the codes.
+    """
+    hopper = x.codes.is_cuda and torch.cuda.get_device_capability(x.codes.device)[0] == 9
+    result = torch._scaled_mm(
+        x.codes,
+        w.codes.t(),
+        scale_a=x.scale,
+        scale_b=w.scale.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=hopper,
+    )
+    return result.to(dtype)
+
+
+def int_mm(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`torch._int_mm` (cuBLAS), exact sums in int32, a chunk of tokens at a time; K and N multiples of 8.
+
+    The sums go through memory once: 4 bytes written and read for an output of 2.
+    """
+    tokens, outputs = x.codes.shape[0], w.codes.shape[0]
+    result = torch.empty(tokens, outputs, dtype=dtype, device=x.codes.device)
+    for start in range(0, tokens, _INT_MM_ROWS):
+        codes = x.codes[start : start + _INT_MM_ROWS]
+        count = codes.shape[0]
+        if count < _INT_MM_LEAST_ROWS:
+            codes = torch.cat([codes, codes.new_zeros(_INT_MM_LEAST_ROWS - count, codes.shape[1])])
+        sums = torch._int_mm(codes, w.codes.t())[:count].float()
+        sums.mul_(x.scale[start : start + count]).mul_(w.scale.t())
+        result[start : start + count] = sums if bias is None else sums.add_(bias.float())
+    return result
+
+
+def comfy_kitchen(x: Tensor, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """comfy-kitchen's int8 product: it quantises `x` [M, K], rotated, itself, and scales before it writes.
+
+    ImportError where the package is not installed (0.2.40 and later have it).
+    """
+    int8_linear = import_module("comfy_kitchen").int8_linear
+    bias = None if bias is None else bias.to(dtype)
+    result: Tensor = int8_linear(x, w.codes, w.scale.flatten(), bias, out_dtype=dtype)
+    return result
