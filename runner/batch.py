@@ -33,7 +33,7 @@ from runner.record import ErrorRecord, JobLine, ResultRecord
 from runner.stop import Abandoned, Stop
 from runner.storage import Storage, fetch_input, is_remote, local_path, open_storage
 from runner.summary import SummaryWriter
-from runner.task import Spans, Task
+from runner.task import Spans, Task, Todo
 from runner.video import AudioSpan
 
 __all__ = ["Batch", "Engine", "Progress"]
@@ -60,12 +60,6 @@ class Progress(Protocol):
     def step(self, job_id: str, done: int, total: int) -> None: ...
 
     def finished(self, line: JobLine) -> None: ...
-
-
-@dataclass
-class Todo:
-    job: Job
-    decision: Decision | None = None  # taken before: another try in this run, or one put off
 
 
 @dataclass(frozen=True)
@@ -219,9 +213,7 @@ class Batch:
             try:
                 self._generator = self._engine.load()
             except Exception as error:  # no job is at fault, and no other would fare better
-                found = self._fatal = as_runner_error(error, where="loading the model")
-                self._events.emit("engine_failed", level="error", code=found.code, message=found.message)
-                self._todo.close()
+                self._break("engine_failed", error, "loading the model")
                 raise Closed from error
             self._events.emit("engine_loaded", seconds=round(time.monotonic() - begin, 3))
         return self._generator
@@ -240,10 +232,22 @@ class Batch:
             except Abandoned:
                 ended = Ended(task, given_back=True)
             except Exception as error:
-                ended = Ended(task, as_runner_error(error, where=task.job.id), "generate")
+                found = as_runner_error(error, where=task.job.id)
+                if isinstance(found, OutOfMemory) and task.decision.attempt == 1:  # it will be tried once more
+                    self._lower_memory()
+                ended = Ended(task, found, "generate")
             self._spans.add(task.job.id, "generate", begin)
             self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
             self._hand_over(ended)
+
+    def _lower_memory(self) -> None:
+        """One memory mode down, for the retry and all that follows."""
+        lower = getattr(self._generator, "lower_memory", None)
+        try:
+            if lower is not None:
+                self._events.emit("memory_lowered" if lower() else "memory_is_lowest", level="warning")
+        except Exception as error:  # the model is gone, and no later job would fare better
+            self._break("engine_failed", error, "loading the model one memory mode lower")
 
     def _generate(self, task: Task) -> None:
         assert self._generator and task.conditions and task.plan
@@ -426,11 +430,15 @@ class Batch:
         try:
             stage()
         except Exception as error:
-            broken = self._fatal = as_runner_error(error, where="the batch loop")
-            self._events.emit("loop_broken", level="error", code=broken.code, message=broken.message)
-            self._todo.close()
+            self._break("loop_broken", error, "the batch loop")
             self._prepared.close()
             self._frames.close()
+
+    def _break(self, event: str, error: Exception, where: str) -> None:
+        """Start nothing more: what failed is needed by every job."""
+        found = self._fatal = as_runner_error(error, where=where)
+        self._events.emit(event, level="error", code=found.code, message=found.message)
+        self._todo.close()
 
     def _stop_code(self) -> int | None:
         """What the exit code must be if the run was cut short; None if it ran to its end."""

@@ -46,6 +46,8 @@ class StageTimer:
     steps: list[float] = field(default_factory=list)  # seconds of each denoising step, in order
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # stage -> bytes
     counters: dict[str, int] = field(default_factory=dict)  # e.g. cache hits
+    forecast: dict[str, int] = field(default_factory=dict)  # stage -> bytes that the device was expected to hold
+    gauges: dict[str, int] = field(default_factory=dict)  # e.g. bytes that a cache holds
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextmanager
@@ -78,6 +80,11 @@ class StageTimer:
         """Add to a counter."""
         with self._lock:
             self.counters[name] = self.counters.get(name, 0) + by
+
+    def gauge(self, name: str, value: int) -> None:
+        """Note how much there is of something now; the last word counts."""
+        with self._lock:
+            self.gauges[name] = value
 
 
 class MemoryWindow:

@@ -75,6 +75,9 @@ class MemoryRecord(Record):
     stages: dict[str, dict[str, int]] = Field(
         default={}, description="torch's peak allocated and reserved bytes, by stage; empty without a GPU"
     )
+    forecast: dict[str, int] = Field(
+        default={}, description="bytes that the process was expected to hold on the device, context included, by stage"
+    )
     process_gpu_peak_bytes: int | None = Field(None, description="NVML, this process; null without a GPU")
     host_rss_peak_bytes: int | None = None
     overlapped: list[str] = Field(default=[], description="stages of other jobs that ran while this one generated")

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import yaml
@@ -32,6 +32,9 @@ from runner.shards import Shard, choose_shard, run_id_from_env
 from runner.stop import Stop
 from runner.storage import Storage, fetch_input, open_storage, probe_writable, sync_models
 from runner.summary import SummaryWriter
+
+if TYPE_CHECKING:
+    from runner.preprocess.providers import NetworkOptions
 
 __all__ = ["build_engine", "choose_jobs", "draw_sheet", "preprocess_one", "run_manifest"]
 
@@ -119,6 +122,7 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
         dwpose=store.dwpose,
         segmenter=store.segmenter,
         cache=PoseCache(arguments.cache / "poses"),
+        networks=_network_options(arguments),
     )
     arguments.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.cache) as scratch:
@@ -164,20 +168,17 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
     from runner.generation.job_identity import own_parts
+    from runner.generation.memory import MODES
     from runner.generation.recipes import DEFAULT_RECIPE, get_recipe
     from runner.generation.store import ModelStore, wanted
 
     recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
     memory = arguments.memory or manifest.memory or "auto"
-    if memory not in ("auto", "resident"):
-        raise ConfigInvalid(
-            f"memory mode {memory!r} is not in this version",
-            where="--memory" if arguments.memory else manifest.source,
-            todo="Use auto or resident",
-        )
+    if memory not in ("auto", *MODES):  # a manifest's was checked with the manifest
+        raise ConfigInvalid(f"no memory mode {memory!r}", where="--memory", todo=f"Modes: auto, {', '.join(MODES)}")
     store = ModelStore(_local_models(arguments, wanted(recipe)))
     store.check(recipe)
-    identity = {f"recipe.{name}": str(value) for name, value in recipe.as_dict().items()}
+    identity = {f"recipe.{name}": str(value) for name, value in recipe.effective().items()}
     identity |= store.identities(recipe, arguments.cache)
     assume: dict[str, str] = {}
     if arguments.assume:
@@ -185,11 +186,22 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
 
         assume = parse_assumptions(arguments.assume)
     identity |= {f"assume.{name}": value for name, value in assume.items()}
+    networks = _network_options(arguments)
+    if networks.pose_precision != "fp32":  # other poses, other frames
+        identity["pose_precision"] = networks.pose_precision
 
     def load() -> Generator[Any]:
         from runner.generation.wan_animate import WanAnimateGenerator
 
-        return WanAnimateGenerator.load(store, recipe, device=arguments.device, assume=assume, cache=arguments.cache)
+        return WanAnimateGenerator.load(
+            store,
+            recipe,
+            device=arguments.device,
+            assume=assume,
+            cache=arguments.cache,
+            memory=memory,
+            networks=networks,
+        )
 
     return Engine(
         recipe=recipe.name,
@@ -198,6 +210,13 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
         own=lambda job: own_parts(store, job.options, bool(job.mask or job.official), arguments.cache),
     )
+
+
+def _network_options(arguments: argparse.Namespace) -> NetworkOptions:
+    """What the flags say about the preprocessing's networks."""
+    from runner.preprocess.providers import NetworkOptions
+
+    return NetworkOptions(arguments.pose_precision, arguments.tensorrt, arguments.cache)
 
 
 def _local_models(arguments: argparse.Namespace, wanted: Callable[[str], bool]) -> Path:

@@ -18,10 +18,18 @@ from runner.manifest import Job
 from runner.metrics import MemoryWindow, StageTimer
 from runner.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, now, reuse_of
 
-__all__ = ["Spans", "Task"]
+__all__ = ["Spans", "Task", "Todo"]
 
 # What the forecast's operations are spent in; waiting for conditions or for the encoder is none of it.
 GENERATION_STAGES = ("encode_prompt", "encode_image", "encode_reference", "encode_conditions", "denoise", "vae_decode")
+
+
+@dataclass
+class Todo:
+    """A job that waits."""
+
+    job: Job
+    decision: Decision | None = None  # taken before: another try in this run, or one put off
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Task:
             steps_s=[round(s, 6) for s in self.timer.steps],
             memory=MemoryRecord(
                 stages=self.timer.peaks,
+                forecast=self.timer.forecast,
                 process_gpu_peak_bytes=self.window.gpu_peak,
                 host_rss_peak_bytes=self.window.rss_peak,
                 overlapped=overlapped,

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from runner.batch import Batch, Engine
-from runner.errors import StorageFull, WeightsCorrupt
+from runner.errors import StorageFull, WeightsCorrupt, WeightsMissing
 from runner.events import EventLog
 from runner.ledger import Ledger
 from runner.manifest import Job
@@ -208,6 +209,42 @@ def test_out_of_memory_is_tried_twice_then_fails_as_retryable(bench):
         "retryable": True,
     }
     assert bench.result("b")["status"] == "succeeded"
+
+
+class Stepping(StubGenerator):
+    """Has memory for `oom` jobs once it was told to hold less; `broken`: it cannot be loaded that way."""
+
+    lowered, broken = 0, False
+
+    def lower_memory(self) -> bool:
+        self.lowered += 1
+        if self.broken:
+            raise WeightsMissing("gone")
+        return True
+
+    def generate(self, conditions, plan, timer, on_step=None):
+        if self.lowered:
+            conditions.request = replace(conditions.request, prompt="ok")
+        timer.forecast["denoise"] = 7
+        return super().generate(conditions, plan, timer, on_step)
+
+
+def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
+    bench.generator = Stepping()
+    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 0
+    assert bench.generator.lowered == 1
+    assert bench.result("a")["attempt"] == 2
+    assert bench.result("a")["memory"]["forecast"] == {"denoise": 7}
+    assert "memory_lowered" in [event["event"] for event in bench.events]
+
+
+def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
+    bench.generator = Stepping(frames=6)
+    bench.generator.broken = True
+    assert bench.run(bench.job("a", "oom"), bench.job("b"), bench.job("c")) == 2
+    assert bench.generator.lowered == 1
+    assert "engine_failed" in [event["event"] for event in bench.events]
+    assert bench.summary["stopped_by"] is not None
 
 
 class FullDisk(LocalStorage):

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from runner.errors import InputNotFound
-from runner.record import ErrorRecord, ResultRecord, environment, schemas
+from runner.record import ErrorRecord, ResultRecord, environment, reuse_of, schemas
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 
@@ -54,6 +54,26 @@ def test_a_record_of_the_wrong_shape_does_not_fit():
     for wrong in ({"status": "maybe"}, {"attempt": 0}, {"schema_version": 2}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(data | wrong, schemas()["result.v1.schema.json"])
+
+
+def test_lookups_are_told_by_cache():
+    counters = {
+        "prompt_cache_hits": 1,
+        "clip_cache_misses": 2,
+        "pose_cache_hits": 2,
+        "pose_cache_misses": 1,
+        "loads": 7,
+    }
+    reuse = reuse_of(counters, {"prompt_cache_bytes": 65536, "steps": 3})
+    assert {name: (use.hits, use.misses, use.hit_rate, use.bytes) for name, use in reuse.items()} == {
+        "prompt": (1, 0, 1.0, 65536),
+        "clip": (0, 2, 0.0, None),
+        "pose": (2, 1, 0.6667, None),
+    }
+    data = json.loads(a_failure(caches=counters, reuse=reuse).to_json())
+    jsonschema.validate(data, schemas()["result.v1.schema.json"])
+    assert ResultRecord.model_validate(data).reuse == reuse
+    assert ResultRecord.model_validate({k: v for k, v in data.items() if k != "reuse"}).reuse == {}  # an older record
 
 
 def test_environment_names_the_versions_that_decide_frames():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import ConfigInvalid, OutOfMemory
@@ -15,7 +16,7 @@ from runner.errors import ConfigInvalid, OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CudaProbe", "as_out_of_memory", "make_probe", "pick_device"]
+__all__ = ["CudaProbe", "as_out_of_memory", "device_name", "free_bytes", "make_probe", "pick_device", "release"]
 
 # What torch, cuBLAS and cuDNN say where the exception's type does not tell.
 EXHAUSTED = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
@@ -42,6 +43,39 @@ def pick_device(requested: str = "auto") -> tuple[torch.device, str]:
     if index >= torch.cuda.device_count():
         raise ConfigInvalid(f"no device {requested!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return torch.device("cuda", index), f"asked for; {torch.cuda.get_device_name(index)}"
+
+
+def device_name(device: torch.device) -> str | None:
+    """As the driver calls it; None for the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free now: of the GPU's memory, or of the host's (a container's limit counts where it is lower)."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit.isdigit():
+            free.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here: the machine's memory is all there is to know
+    return max(0, min(free))
+
+
+def release(device: torch.device) -> None:
+    """Give back to the driver what torch's allocator holds and nobody uses."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _why_no_cuda() -> str:

@@ -7,12 +7,15 @@ Never: jobs. The transformer comes from the source, from a file of `quantize`, o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from runner.errors import WeightsCorrupt
-from runner.generation.device import as_out_of_memory
+from runner.generation.device import as_out_of_memory, free_bytes
+from runner.generation.memory import Load, MemoryPlan, choose_plan, make_plan
 from runner.generation.recipes import Recipe
 from runner.generation.schedule import make_scheduler
 from runner.generation.store import ModelStore
@@ -20,47 +23,63 @@ from runner.generation.store import ModelStore
 if TYPE_CHECKING:
     import torch
 
+    from runner.generation.encoders import Encoders
     from runner.generation.pipeline import AnimatePipeline
 
-__all__ = ["load_pipeline", "load_transformer", "place", "see_whole_reference"]
-
-# Beside the weights: activations at 720p (about 10 GB) and what the allocator and the autoencoder need on top.
-WORKSPACE_BYTES = 12 * 2**30
+__all__ = [
+    "find_encoders",
+    "load_of",
+    "load_pipeline",
+    "load_transformer",
+    "place",
+    "plan_memory",
+    "see_whole_reference",
+]
 
 
 def load_pipeline(
-    store: ModelStore, recipe: Recipe, device: torch.device, assume: Mapping[str, str] | None = None
+    store: ModelStore,
+    recipe: Recipe,
+    device: torch.device,
+    assume: Mapping[str, str] | None = None,
+    *,
+    plan: MemoryPlan | None = None,
 ) -> tuple[AnimatePipeline, dict[str, Any]]:
     """The recipe's pipeline on `device`, in its precision, and what was chosen and why. Reads local files only.
 
+    `plan`: where things go, by default everything on the device.
     Raises WeightsCorrupt where a file does not hold exactly the model's tensors: a missing one would be filled with
     noise by the library, with a mere warning.
     """
     import torch
-    from diffusers import AutoencoderKLWan
     from diffusers.utils import logging as diffusers_logging
-    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
+    from transformers import AutoTokenizer, CLIPImageProcessorPil
     from transformers.utils import logging as transformers_logging
 
+    from runner.generation.autoencoder import FramewiseVae
     from runner.generation.pipeline import AnimatePipeline
+    from runner.generation.tuning import tune
+
+    plan = plan or make_plan("resident", recipe)
 
     diffusers_logging.disable_progress_bar()  # the run has its own
     transformers_logging.disable_progress_bar()
-    dtype, vae_dtype = getattr(torch, recipe.dtype), getattr(torch, recipe.vae_dtype)
+    dtype, vae_dtype = getattr(torch, recipe.dtype), getattr(torch, plan.vae_dtype)
     try:
-        transformer, chosen = load_transformer(store, recipe, device, dtype, assume)
-        text_encoder, text_why = _load_text_encoder(store, recipe, dtype)
+        encoders, text_why = find_encoders(store, recipe, dtype)
+        transformer, chosen = load_transformer(store, recipe, device, dtype, assume, stay=plan.slots > 0)
         components = {
             "tokenizer": _load(AutoTokenizer, store, recipe, "tokenizer"),
             "image_processor": _load(CLIPImageProcessorPil, store, recipe, "image_processor"),
-            "text_encoder": text_encoder,
-            "image_encoder": _load_whole(CLIPVisionModel, store, recipe, "image_encoder", dtype=dtype),
+            "text_encoder": encoders.text,
+            "image_encoder": encoders.image,
             "transformer": transformer,
-            "vae": _load_whole(AutoencoderKLWan, store, recipe, "vae", torch_dtype=vae_dtype),
+            "vae": _load_whole(FramewiseVae, store, recipe, "vae", torch_dtype=vae_dtype),
         }
         pipeline = AnimatePipeline(scheduler=make_scheduler(recipe.scheduler, grid=recipe.grid), **components)
         see_whole_reference(pipeline.image_processor)
-        return pipeline, chosen | {"text_encoder": text_why} | place(pipeline, device)
+        said = chosen | {"text_encoder": text_why} | place(pipeline, device, plan)
+        return pipeline, said | tune(pipeline, recipe, device)
     except (RuntimeError, MemoryError) as err:
         exhausted = as_out_of_memory(err, device, doing="loading the models")
         if exhausted is None:
@@ -74,8 +93,13 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     assume: Mapping[str, str] | None = None,
+    *,
+    stay: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """The recipe's transformer, once, from the files its variant names; what was loaded, in how many bytes, and how."""
+    """The recipe's transformer, once, from the files its variant names; what was loaded, in how many bytes, and how.
+
+    `stay`: leave the weights on the host, whatever device will compute.
+    """
     variant = store.variant(recipe)
     said: dict[str, Any] = {"transformer": variant.why}
     if variant.kind == "source":
@@ -83,14 +107,17 @@ def load_transformer(
 
         model = _load_whole(WanAnimateTransformer3DModel, store, recipe, "transformer", torch_dtype=dtype)
     else:
+        import torch
+
         from runner.quantization.kernels import pick_kernel
         from runner.quantization.rules import transformer_on_meta
 
+        home = torch.device("cpu") if stay else device
         model = transformer_on_meta(store.config(recipe, "transformer"))
         if variant.kind == "quantized":
             from runner.quantization.checkpoint_read import load_quantized
 
-            file = load_quantized(model, variant.transformer, device, dtype)
+            file = load_quantized(model, variant.transformer, home, dtype)
             fmt = file.format
             said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
             said |= {"fp4_layers": len(file.layers), "unverified": []}
@@ -98,7 +125,7 @@ def load_transformer(
             from runner.quantization.e2m1 import G32
             from runner.quantization.published import load_published
 
-            published, fmt = load_published(model, variant.transformer, device, dtype, given=assume), G32
+            published, fmt = load_published(model, variant.transformer, home, dtype, given=assume), G32
             said |= {"fp4_layers": len(published.layers), "read_as": str(published.assumptions)}
             said |= {"unverified": list(published.assumed)}
             if published.assumed:
@@ -115,15 +142,32 @@ def load_transformer(
     return model, said
 
 
-def _load_text_encoder(store: ModelStore, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, str]:
+def find_encoders(store: ModelStore, recipe: Recipe, dtype: torch.dtype) -> tuple[Encoders, str]:
+    """Both encoders, not read yet, and which file the text encoder is.
+
+    Of their files the headers are read, so that WeightsCorrupt comes now. A run whose prompts are all on disk never
+    reads the text encoder at all.
+    """
+    from transformers import CLIPVisionModel, UMT5EncoderModel
+
+    from runner.generation.encoders import Encoder, Encoders
+
+    def plain(kind: Any, name: str) -> Encoder:
+        load = partial(_load_whole, kind, store, recipe, name, dtype=dtype)
+        # The library's own account of what it would find there, without the data.
+        outline = load(device_map="meta", ignore_mismatched_sizes=True)
+        return Encoder(name, load, nbytes=sum(p.nbytes for p in outline.parameters()))
+
     file = store.variant(recipe).text_encoder
+    image = plain(CLIPVisionModel, "image_encoder")
     if file is None:
-        from transformers import UMT5EncoderModel
+        return Encoders(plain(UMT5EncoderModel, "text_encoder"), image), "the plain folder"
+    from runner.quantization.text_encoder import check_text_encoder, load_text_encoder
 
-        return _load_whole(UMT5EncoderModel, store, recipe, "text_encoder", dtype=dtype), "the plain folder"
-    from runner.quantization.text_encoder import load_text_encoder
-
-    return load_text_encoder(file, "cpu", dtype), f"INT4: {file.parent.name}/{file.name} is there"
+    text = Encoder(
+        "text_encoder", partial(load_text_encoder, file, "cpu", dtype), nbytes=check_text_encoder(file, dtype)
+    )
+    return Encoders(text, image), f"INT4: {file.parent.name}/{file.name} is there"
 
 
 def see_whole_reference(image_processor: Any) -> None:
@@ -133,25 +177,51 @@ def see_whole_reference(image_processor: Any) -> None:
     image_processor.do_center_crop = False
 
 
-def place(pipeline: AnimatePipeline, device: torch.device) -> dict[str, str]:
-    """Move the models. The encoders run once per distinct input: they stay on the host where the device is small."""
-    import torch
+def plan_memory(
+    store: ModelStore, recipe: Recipe, device: torch.device, asked: str = "auto"
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only."""
+    costs, cuda = store.costs(recipe), device.type == "cuda"
+    plan, why = choose_plan(asked, recipe, costs, free_bytes(device), load=load_of(store, recipe), cuda=cuda)
+    structlog.get_logger().info("memory_chosen", mode=plan.mode, asked=asked, why=why)
+    return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
 
-    pipeline.compute_device = device
-    encoders, why = device, "with the rest"
-    if device.type == "cuda":
-        models = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder)
-        # A file of FP4 is read straight onto the device: what is there already is not free any more.
-        needed = sum(p.nbytes for m in models for p in m.parameters() if p.device.type != "cuda") + WORKSPACE_BYTES
-        free, _total = torch.cuda.mem_get_info(device)
-        if free < needed:
-            encoders = torch.device("cpu")
-            why = f"{free / 2**30:.0f} GiB free on the device, {needed / 2**30:.0f} GiB needed to hold all models"
-    pipeline.transformer.to(device)
+
+def load_of(store: ModelStore, recipe: Recipe) -> Load:
+    """Bytes of what stands round the transformer, by the sizes of its files."""
+    variant = store.variant(recipe)
+    text = variant.text_encoder or store.component(recipe, "text_encoder")
+    networks = [path.parent if path.name == "end2end.onnx" else path for path in (store.detector, store.pose)]
+    return Load(
+        encoders=_bytes_of(text) + _bytes_of(store.component(recipe, "image_encoder")),
+        preprocess=sum(_bytes_of(path) for path in networks),
+        loras=sum(_bytes_of(path) for path in variant.loras),
+    )
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
+    """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
+    from runner.generation.memos import DEVICE_BYTES, HOST_BYTES
+    from runner.generation.streaming import BlockStream
+
+    pipeline.compute_device, pipeline.memory = device, plan
+    said: dict[str, Any] = {}
+    if plan.slots:
+        pipeline.blocks = BlockStream.of(pipeline.transformer, device, slots=plan.slots)
+        said = {"streamed_bytes": pipeline.blocks.host_bytes, "pinned": pipeline.blocks.pinned}
+    else:
+        pipeline.transformer.to(device)
     pipeline.vae.to(device)
-    pipeline.text_encoder.to(encoders)
-    pipeline.image_encoder.to(encoders)
-    return {"encoders": str(encoders), "encoders_why": why}
+    pipeline.encoders.settle(device, plan.encoders)
+    pipeline.memos.resize(HOST_BYTES, DEVICE_BYTES if plan.mode == "resident" else 0)
+    return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
 
 
 def _load(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: Any) -> Any:

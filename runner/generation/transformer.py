@@ -23,8 +23,10 @@ Guided, the second branch adds its own text (0.42 GB) and face and shares the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +37,18 @@ __all__ = [
     "BlockStep",
     "Context",
     "CrossAttended",
+    "FaceStep",
     "KeyValue",
     "Rope",
     "StepInvariants",
+    "attend",
+    "attend_face",
     "denoise_step",
     "embed_context",
     "held_bytes",
+    "in_heads",
+    "pieces",
+    "project",
     "rotate",
     "run_block",
 ]
@@ -69,6 +77,11 @@ class Rope(NamedTuple):
 
 # (block, hidden [B, S, d], modulation [B, 6, d], rope, what it attends to) -> hidden [B, S, d]
 BlockStep = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
+# (face adapter, hidden [B, S, d], what it reads) -> hidden [B, S, d]
+FaceStep = Callable[[Any, Tensor, KeyValue], Tensor]
+
+ROWS = 2048  # at a time where float32 copies are made of them: 42 MB each for the 14B model
+LEAST_ROWS = 8  # products of fewer rows sum in another order
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,18 @@ class StepInvariants:
     the first step needs no round of its own.
     """
 
-    def __init__(self, transformer: Any, context: Context, pose: Tensor, faces: Tensor) -> None:
+    def __init__(
+        self, transformer: Any, context: Context, pose: Tensor, faces: Tensor, *, keep_text: bool = True
+    ) -> None:
         """`pose`: latents [B, 16, T - 1, H/8, W/8] of the skeletons. `faces`: [B, 3, n, F, F] in [-1, 1].
 
         n is 4 (T - 1) - 3, so that the face encoder makes T - 1 of them; one of zeros goes in front, for the reference.
+        `keep_text`: whether keys and values of text and image, once made, serve the later steps; they are 0.6 GB of the
+        14B model, and 0.2 % of a step's work.
         """
         batch, _, later, height, width = pose.shape
         self.grid = (later + 1, height, width)
-        self.context = context
+        self.context, self.keep_text = context, keep_text
         self.pose = to_tokens(transformer.pose_patch_embedding(pose))
         self.rope = rope_of(transformer, pose.new_empty((batch, 1, *self.grid)))
         self.motion = encode_motion(transformer, faces)
@@ -117,22 +134,27 @@ class StepInvariants:
             raise ValueError("the other context has an image of its own: nothing of this one's could be shared")
         other = object.__new__(StepInvariants)
         other.grid, other.pose, other.rope, other._image = self.grid, self.pose, self.rope, self._image
+        other.keep_text = self.keep_text
         other.context, other.motion = context, encode_motion(transformer, faces)
         other._text, other._face = {}, {}
         return other
 
     def attended(self, index: int, block: Any) -> CrossAttended:
-        """What cross-attention `index` reads; `block` is asked the first time only."""
+        """What cross-attention `index` reads; `block` is asked the first time only, if the answer is kept."""
         attn, image = block.attn2, self.context.image
-        if index not in self._text:
+        text = self._text.get(index)
+        if text is None:
             key, value = attn.norm_k(attn.to_k(self.context.text)), attn.to_v(self.context.text)
-            self._text[index] = KeyValue(in_heads(attn, key), in_heads(attn, value))
-        if image is None:
-            return CrossAttended(self._text[index], None)
-        if index not in self._image:
+            text = KeyValue(in_heads(attn, key), in_heads(attn, value))
+        picture = self._image.get(index)
+        if image is not None and picture is None:
             key, value = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
-            self._image[index] = KeyValue(in_heads(attn, key), in_heads(attn, value))
-        return CrossAttended(self._text[index], self._image[index])
+            picture = KeyValue(in_heads(attn, key), in_heads(attn, value))
+        if self.keep_text:
+            self._text[index] = text
+            if picture is not None:
+                self._image[index] = picture
+        return CrossAttended(text, picture)
 
     def face(self, index: int, adapter: Any) -> KeyValue:
         """What face adapter `index` reads, [B * T, faces' tokens, heads, head_dim]; it is asked the first time only."""
@@ -165,25 +187,30 @@ def denoise_step(
     *,
     blocks: Iterable[Any] | None = None,
     block_step: BlockStep | None = None,
+    face_step: FaceStep | None = None,
 ) -> Tensor:
     """The flow [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
 
     `blocks`: the transformer's own, in order, each ready to run when it comes out of the iterable; what streams weights
-    passes a generator. `block_step`: stands in for `run_block`, e.g. `run_block` compiled. No gradient is wanted: call
-    under `torch.no_grad()`. ValueError for latents of another shape than the window's.
+    passes a generator, which is closed when the step ends, however it ends. `block_step`: stands in for `run_block`,
+    e.g. `run_block` compiled; `face_step` for `run_face`. Both may overwrite the hidden states that they are given. No
+    gradient is wanted: call under `torch.no_grad()`. ValueError for latents of another shape than the window's.
     """
     if tuple(hidden_states.shape[2:]) != invariants.grid:
         raise ValueError(f"latents of {tuple(hidden_states.shape[2:])} in a window of {invariants.grid}")
-    step = block_step or run_block
+    step, look = block_step or run_block, face_step or run_face
     hidden = to_tokens(transformer.patch_embedding(hidden_states))
     hidden[:, -invariants.pose.shape[1] :] += invariants.pose  # all but the reference's
     level, modulation = embed_time(transformer, timestep, invariants.context.text.dtype)
     every = transformer.config.inject_face_latents_blocks
-    for index, block in enumerate(transformer.blocks if blocks is None else blocks):
-        hidden = step(block, hidden, modulation, invariants.rope, invariants.attended(index, block))
-        if index % every == 0:
-            adapter = transformer.face_adapter[index // every]
-            hidden = attend_face(adapter, hidden, invariants.face(index // every, adapter)) + hidden
+    with ExitStack() as ended:
+        if isinstance(blocks, Generator):
+            ended.callback(blocks.close)  # at once: an exception would keep it open for as long as it is held
+        for index, block in enumerate(transformer.blocks if blocks is None else blocks):
+            hidden = step(block, hidden, modulation, invariants.rope, invariants.attended(index, block))
+            if index % every == 0:
+                adapter = transformer.face_adapter[index // every]
+                hidden = look(adapter, hidden, invariants.face(index // every, adapter))
     return to_latents(transformer, hidden, level, invariants.grid)
 
 
@@ -200,6 +227,11 @@ def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attend
     hidden = hidden + attend_cross(block.attn2, normed, attended)
     normed = (block.norm3(hidden.float()) * (1 + ff_scale) + ff_shift).type_as(hidden)
     return (hidden.float() + block.ffn(normed).float() * ff_gate).type_as(hidden)
+
+
+def run_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
+    """One face adapter on `hidden` [B, S, d]."""
+    return attend_face(adapter, hidden, read) + hidden
 
 
 def attend_self(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
@@ -268,6 +300,13 @@ def rope_of(transformer: Any, latents: Tensor) -> Rope:
     return Rope(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
 
 
+def pieces(count: int, most: int) -> Iterator[slice]:
+    """0..count-1 in runs of nearly one length, at most `most` and, but for a small `count`, at least LEAST_ROWS."""
+    runs = max(1, min(-(-count // max(most, LEAST_ROWS)), count // LEAST_ROWS))
+    ends = [count * i // runs for i in range(runs + 1)]
+    return (slice(begin, end) for begin, end in pairwise(ends))
+
+
 def to_tokens(patches: Tensor) -> Tensor:
     """[B, d, T, h, w] as [B, T h w, d], contiguous."""
     return patches.flatten(2).transpose(1, 2).contiguous()
@@ -276,8 +315,13 @@ def to_tokens(patches: Tensor) -> Tensor:
 def to_latents(transformer: Any, hidden: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Norm, projection and the way back from tokens [B, S, d] to [B, 16, T, H/8, W/8]; `level` [B, d]."""
     shift, scale = (transformer.scale_shift_table + level.unsqueeze(1)).chunk(2, dim=1)
-    normed = transformer.norm_out(hidden.float())
-    hidden = transformer.proj_out((normed * (1 + scale) + shift).to(hidden.dtype))
+    hidden = torch.cat(
+        [
+            transformer.proj_out((transformer.norm_out(rows.float()) * (1 + scale) + shift).to(hidden.dtype))
+            for rows in (hidden[:, run] for run in pieces(hidden.shape[1], ROWS))
+        ],
+        dim=1,
+    )
     patch = transformer.config.patch_size
     cells = [size // side for size, side in zip(grid, patch, strict=True)]
     hidden = hidden.reshape(hidden.shape[0], *cells, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)

@@ -6,8 +6,9 @@ Never: manifests, outputs, retries. A failed or abandoned job leaves nothing beh
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import RunnerError, WeightsCorrupt
 from runner.generation.base import OnStep, Request, Segment, SegmentPlan
 from runner.generation.cost import Costs
-from runner.generation.device import as_out_of_memory, make_probe, pick_device
+from runner.generation.device import as_out_of_memory, device_name, make_probe, pick_device, release
 from runner.generation.job_loras import JobLoras
-from runner.generation.loading import load_pipeline
+from runner.generation.loading import load_of, load_pipeline, plan_memory
+from runner.generation.memory import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.plan import plan_job
 from runner.generation.recipes import Recipe
 from runner.generation.schedule import make_scheduler
+from runner.generation.speed import find_device
 from runner.generation.store import ModelStore
 from runner.metrics import StageTimer
 from runner.options import JobOptions
 
 if TYPE_CHECKING:
     from runner.generation.pipeline import AnimatePipeline, ConditionWindow
+    from runner.preprocess.providers import NetworkOptions
 
 __all__ = ["AnimateConditions", "WanAnimateGenerator"]
 
@@ -89,6 +93,8 @@ class WanAnimateGenerator:
         identity: Mapping[str, str],
         description: Mapping[str, Any],
         loras: JobLoras | None = None,
+        make: Callable[[MemoryPlan], tuple[AnimatePipeline, JobLoras, dict[str, Any]]] | None = None,
+        load_bytes: Load | None = None,
     ) -> None:
         self.pipeline: AnimatePipeline | None = pipeline
         self.recipe = recipe
@@ -97,7 +103,11 @@ class WanAnimateGenerator:
         self.identity = dict(identity)
         self.description = dict(description)
         self.probe = make_probe(pipeline.compute_device)
+        self.speed = find_device(device_name(pipeline.compute_device))
         self.loras = loras
+        self.load_bytes = load_bytes
+        self._make = make
+        self._face_size = pipeline.transformer.config.motion_encoder_size  # `prepare` asks while the model is replaced
 
     @classmethod
     def load(
@@ -108,37 +118,53 @@ class WanAnimateGenerator:
         device: str = "auto",
         assume: Mapping[str, str] | None = None,
         cache: Path | None = None,
+        memory: str = "auto",
+        networks: NetworkOptions | None = None,
     ) -> WanAnimateGenerator:
         """Check the store, load every model onto the device, say what was chosen and why.
 
         `assume`: how to read a published FP4 file where it does not say itself. `cache`: folder to keep poses in.
+        `memory`: the mode, or auto. `networks`: precision and providers of the preprocessing's networks.
         Raises WeightsMissing, WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
         """
+        from runner.generation.compiled import keep_code
+        from runner.generation.prompts import PromptCache
         from runner.preprocess.cache import PoseCache
         from runner.preprocess.pipeline import Preprocessor
 
         picked, why = pick_device(device)
         store.check(recipe)
+        memory_plan, memory_said = plan_memory(store, recipe, picked, memory)
         poses = PoseCache(cache / "poses") if cache is not None else None
         preprocessor = Preprocessor.load(
             store.detector,
             store.pose,
-            device=picked.type,
+            device=picked.type if memory_plan.preprocess == "device" else "cpu",
             dwpose=store.dwpose,
             segmenter=store.segmenter,
             cache=poses,
+            networks=networks,
         )
         begin = time.monotonic()
-        pipeline, placement = load_pipeline(store, recipe, picked, assume)
-        loras = JobLoras(pipeline.transformer, store, recipe)
-        beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
-        if beside:
-            placement = {**placement, "loras_beside": dict(beside)}
+        if cache is not None:
+            keep_code(cache)
+
+        def make(plan: MemoryPlan) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
+            pipeline, placement = load_pipeline(store, recipe, picked, assume, plan=plan)
+            if cache is not None:
+                encoder = store.text_identity(recipe, cache)
+                pipeline.prompts = PromptCache.open(cache / "prompts", encoder, recipe.dtype, picked)
+            loras = JobLoras(pipeline.transformer, store, recipe)
+            beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
+            return pipeline, loras, placement | ({"loras_beside": dict(beside)} if beside else {})
+
+        pipeline, loras, placement = make(memory_plan)
         description = {
             "model": "Wan2.2-Animate-14B",
             "recipe": recipe.as_dict(),
             "device": str(picked),
             "device_why": why,
+            **memory_said,
             **placement,
             "load_s": round(time.monotonic() - begin, 3),
             "preprocess": dict(preprocessor.description),
@@ -151,13 +177,53 @@ class WanAnimateGenerator:
             identity=store.identities(recipe),
             description=description,
             loras=loras,
+            make=make,
+            load_bytes=load_of(store, recipe),
         )
 
+    @property
+    def memory(self) -> MemoryPlan | None:
+        """Where things are; None for a pipeline that was placed by hand."""
+        return self._loaded.memory
+
+    def lower_memory(self) -> bool:
+        """Load everything anew, one memory mode lower, and stay there; False where there is none below.
+
+        Called between jobs, in the thread that generates. The preprocessing stays where it is: it may be at work.
+        Raises what loading raises; the generator is closed then.
+        """
+        plan = self._loaded.memory
+        below = lower(plan.mode) if plan is not None else None
+        if plan is None or below is None or self._make is None:
+            return False
+        device = self._loaded.compute_device
+        self.loras = None
+        self.close()  # first, so that old and new are never there together
+        gc.collect()  # the library's models hold references to themselves
+        release(device)
+        self.pipeline, self.loras, placement = self._make(make_plan(below, self.recipe))
+        why = f"memory ran out in mode {plan.mode}"
+        memory = make_plan(below, self.recipe).as_dict() | {"asked": self.description["memory"]["asked"]}
+        self.description = {**self.description, **placement, "memory": memory, "memory_why": why}
+        return True
+
+    def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
+        """Bytes on the device by stage for windows of `plan`; empty where nothing was planned."""
+        memory = self._loaded.memory
+        if memory is None:
+            return {}
+        size = plan.width, plan.height, plan.segment_frames
+        cuda = self._loaded.compute_device.type == "cuda"
+        guided = options.guidance_scale > 1
+        return forecast_memory(
+            memory, self.recipe, self.costs, *size, guided=guided, load=self.load_bytes, cuda=cuda
+        ).stages
+
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
-        return plan_job(frames, size, options, self.recipe, self.costs)
+        return plan_job(frames, size, options, self.recipe, self.costs, self.speed)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
-        face_size = self._loaded.transformer.config.motion_encoder_size
+        face_size = self._face_size
         if request.official is not None:
             from runner.preprocess.official_files import OfficialConditions
 
@@ -177,6 +243,7 @@ class WanAnimateGenerator:
         self, conditions: AnimateConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
     ) -> Iterator[Segment]:
         pipeline, recipe = self._loaded, self.recipe
+        timer.forecast.update(self.forecast(plan, conditions.options))
         scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)  # its history is the job's
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
