@@ -3,6 +3,7 @@
 # PYTHON         the interpreter that makes the environment            (python3)
 # EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
+# WORKERS        how many tests run at a time                          (one a core, four at most)
 # IMAGE          name of the image                                     (video-lab)
 # IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),test)
 TORCH_BACKEND ?=
+WORKERS ?= logical
 IMAGE ?= video-lab
 IMAGE_EXTRA ?= gpu
 
@@ -49,7 +51,7 @@ demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/
 	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
 
 test: $(STAMP) ## run the tests; VIDEO_LAB_IMAGE_TESTS=1 builds and runs the image too (root, buildah, podman)
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 soak: $(STAMP) ## run the long tests
 	$(BIN)/python -m pytest -m soak --timeout 0

@@ -87,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
     _models(run)
     _shard(run)
     run.add_argument("--run-id", metavar="ID", help="of the summary; default: the scheduler's job id, else the time")
-    run.add_argument("--memory", metavar="MODE", help="where weights live: auto or resident; over the manifest's")
+    run.add_argument(
+        "--memory", metavar="MODE", help="where weights live: auto, resident, stream, minimal; over the manifest's"
+    )
     run.add_argument("--force", action="store_true", help="run every job, done or not")
     run.add_argument("--retry-failed", action="store_true", help="run only jobs that have failed")
     run.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="attempts a job gets; 0: no limit (3)")
@@ -97,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--assume", metavar="K=V,…", help="how to read a published FP4 file where it does not say, e.g. nibble=high"
     )
+    _networks(run)
     run.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet of this run's outputs")
 
     validate = verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
@@ -110,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     _manifest(plan)
     _models(plan)
     _shard(plan)
+    plan.add_argument("--gpu", metavar="NAME", help="whose seconds to forecast, e.g. 'RTX 5090' (the one here)")
 
     status = verb("status", _status, "what an output folder holds: done, failed, running")
     status.add_argument("out", metavar="OUT", help="output folder or s3://bucket/prefix")
@@ -132,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "--options", default="{}", metavar="YAML", help="job options, e.g. '{fps: 30, size: 480x832}'"
     )
     _models(preprocess)
+    _networks(preprocess)
 
     _quantize_flags(verb("quantize", _quantize, "make a recipe's FP4 file from the published weights in the store"))
     _weights_flags(verb("weights", _weights, "fetch | verify | demo: model files"))
@@ -191,6 +196,21 @@ def _models(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
 
 
+def _networks(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--pose-precision",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="int8: the pose network's matrix products in 8 bits, on the CPU only; made once, kept in --cache (fp32)",
+    )
+    verb.add_argument(
+        "--tensorrt",
+        choices=("off", "auto", "on"),
+        default="off",
+        help="preprocessing through TensorRT on a GPU, engines kept in --cache; auto: where it is installed (off)",
+    )
+
+
 def _shard(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--shard", metavar="I/N", help="this share of the jobs; default: from the scheduler's environment"
@@ -228,8 +248,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from runner.session import choose_jobs
 
     manifest, jobs, _, _ = choose_jobs(arguments)
-    rows = forecast_jobs(jobs, arguments, manifest)
-    print_plan(rows)
+    rows, gpu = forecast_jobs(jobs, arguments, manifest)
+    print_plan(rows, gpu)
     return 1 if any(row.error for row in rows) else 0
 
 

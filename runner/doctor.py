@@ -223,7 +223,17 @@ class _Machine:
             extra = REINSTALL.format(extra="gpu")
             todo = f"pip uninstall -y onnxruntime && {extra}, of the same CUDA major as torch"
             return Check("providers", self.lacking, f"{found}: {CUDA} does not load", todo)
-        return Check("providers", "ok", found)
+        return Check("providers", "ok", f"{found}; {self._networks_run(CUDA in answer)}")
+
+    def _networks_run(self, on_gpu: bool) -> str:
+        """Where preprocessing runs its networks on this machine, and what else it could be told to use."""
+        if on_gpu:
+            there = _answer(self.probes.tensorrt)
+            also = f"no TensorRT ({there})" if isinstance(there, ProbeFailed) else f"{there} with --tensorrt on or auto"
+            return f"poses are found on {CUDA}, {also}"
+        onnx = self.probes.distribution("onnx")
+        also = f"by onnx {onnx}" if onnx else "which needs " + REINSTALL.format(extra="int8")
+        return f"poses are found on the CPU, faster with --pose-precision int8 ({also})"
 
     def video(self) -> Check:
         package = _answer(partial(self.probes.package, "av"))

@@ -125,6 +125,19 @@ class Probes:
         except Exception as err:  # onnxruntime has no public exception types
             raise ProbeFailed(f"onnxruntime cannot open a session ({str(err).splitlines()[0]})") from err
 
+    def tensorrt(self) -> str:
+        """Its provider in onnxruntime, with the libraries that this loads. Nothing is loaded: that takes seconds."""
+        self.package("onnxruntime")
+        import onnxruntime
+
+        from runner.preprocess.providers import TENSORRT, has_tensorrt_libraries
+
+        if TENSORRT not in onnxruntime.get_available_providers():
+            raise ProbeFailed("this onnxruntime was built without it")
+        if not has_tensorrt_libraries():
+            raise ProbeFailed("libnvinfer is not installed")
+        return TENSORRT
+
     def encoder(self, name: str) -> str:
         """Long name of a video encoder that PyAV brings."""
         self.package("av")

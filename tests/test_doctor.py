@@ -29,6 +29,7 @@ class Machine(Probes):
             "driver": Driver("580.65.06", (H200,)),
             "host_memory_bytes": 128 * GIB,
             "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            "tensorrt": ProbeFailed("libnvinfer is not installed"),
             "compiler": "/usr/bin/gcc",
             "python_header": "/usr/include/python3.12/Python.h",
             "encoder": "x264",
@@ -43,7 +44,7 @@ class Machine(Probes):
         return value
 
     def __getattribute__(self, name: str) -> object:
-        if name in ("python_version", "torch", "driver", "host_memory_bytes", "compiler", "python_header"):
+        if name in ("python_version", "torch", "driver", "host_memory_bytes", "compiler", "python_header", "tensorrt"):
             return lambda: self._say(name)
         if name in ("providers", "encoder"):
             return lambda wanted: self._say(name)
@@ -143,6 +144,32 @@ def test_each_defect_is_found_and_has_a_remedy(tmp_path, name, said, status, wor
 def test_a_gpu_that_is_not_there(tmp_path):
     check = ask("gpu", tmp_path, device="cuda:3")
     assert (check.status, check.todo) == ("fail", "Choose cuda:0 to cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "words"),
+    [
+        ("cuda", {}, "found on CUDAExecutionProvider, no TensorRT (libnvinfer is not installed)"),
+        ("auto", {"tensorrt": "TensorrtExecutionProvider"}, "TensorrtExecutionProvider with --tensorrt on or auto"),
+        ("cpu", {"providers": ["CPUExecutionProvider"]}, "(which needs pip install 'video-lab-runner[int8]')"),
+        (
+            "cpu",
+            {"providers": ["CPUExecutionProvider"], "distributions": {"onnxruntime": "1.23.0", "onnx": "1.19.0"}},
+            "found on the CPU, faster with --pose-precision int8 (by onnx 1.19.0)",
+        ),
+    ],
+)
+def test_where_poses_are_found_and_where_they_could_be(tmp_path, device, said, words):
+    check = ask("providers", tmp_path, device, **said)
+    assert check.status == "ok"
+    assert words in check.found
+
+
+def test_this_machines_tensorrt_is_there_or_has_a_reason():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(ProbeFailed, match="built without it"):
+            Probes().tensorrt()
 
 
 def folder_check(name: str, folder: Path) -> Check:

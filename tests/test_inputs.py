@@ -32,6 +32,27 @@ def media(tmp_path_factory) -> Path:
     (folder / "torn.png").write_bytes(png[: len(png) // 2])
     Image.new("1", (16_384, 16_384)).save(folder / "huge.png")
     (folder / "folder").mkdir()
+    Image.new("L", (64, 48), 255).save(folder / "white.png")
+    Image.new("L", (64, 48), 0).save(folder / "black.png")
+    Image.new("L", (48, 64), 255).save(folder / "upright.png")
+    moving(folder / "half.mp4", frames=10)
+    official(folder / "official")
+    return folder
+
+
+def moving(path: Path, frames: int = 20, size: tuple[int, int] = (64, 48), value: int = 255) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Mp4Writer(path, *size, Fraction(10)) as writer:
+        writer.write(np.full((frames, size[1], size[0], 3), value, np.uint8))
+
+
+def official(folder: Path, **files: dict) -> Path:
+    """A folder of official files; `face={"frames": 19}` makes one file otherwise, `face=None` leaves it out."""
+    folder.mkdir()
+    Image.new("RGB", (64, 48), "red").save(folder / "src_ref.png")
+    for name in ("pose", "face", "bg", "mask"):
+        if (how := files.get(name, {})) is not None:
+            moving(folder / f"src_{name}.mp4", **({"size": (32, 32)} if name == "face" else {}) | how)
     return folder
 
 
@@ -42,6 +63,11 @@ def job(
     return Job(name, place(reference), place(video), place(mask) if mask else None, "", JobOptions(**options), None)
 
 
+def official_job(folder: Path | str, name: str = "job", **options) -> Job:
+    place = str(folder)
+    return Job(name, f"{place}/src_ref.png", f"{place}/src_pose.mp4", None, "", JobOptions(**options), None, place)
+
+
 def codes(jobs: list[Job], **how: bool) -> list[tuple[str, str]]:
     return [(name, error.code) for name, error in check_inputs(jobs, **how)]
 
@@ -49,8 +75,10 @@ def codes(jobs: list[Job], **how: bool) -> list[tuple[str, str]]:
 def test_good_inputs_have_no_problems(media):
     jobs = [
         job(media, "plain"),
-        job(media, "still-mask", mask="a.png", mode="replace"),
+        job(media, "still-mask", mask="white.png", mode="replace"),
         job(media, "moving-mask", mask="v.mp4", mode="replace"),
+        official_job(media / "official", "official"),
+        official_job(media / "official", "official-replace", mode="replace"),
     ]
     assert codes(jobs) == codes(jobs, deep=True) == []
     assert check_inputs([]) == []
@@ -69,6 +97,8 @@ def test_good_inputs_have_no_problems(media):
         ({"video": "cut.mp4"}, "input.unreadable"),
         ({"video": "a.png"}, "input.too_short"),
         ({"mask": "text.mp4", "mode": "replace"}, "input.unreadable"),
+        ({"mask": "upright.png", "mode": "replace"}, "input.unreadable"),
+        ({"mask": "half.mp4", "mode": "replace"}, "input.too_short"),
         ({"start_s": 5.0}, "input.too_short"),
         ({"video": "gs://b/v.mp4"}, "input.not_found"),
     ],
@@ -86,6 +116,48 @@ def test_only_deep_decodes_pixels(media):
     assert codes(jobs, deep=True) == [("torn", "input.unreadable")]
 
 
+def test_only_deep_looks_through_masks(media):
+    jobs = [job(media, "black", mask="black.png", mode="replace"), job(media, "ok", mask="white.png", mode="replace")]
+    assert codes(jobs) == []
+    ((name, error),) = check_inputs(jobs, deep=True)
+    assert (name, error.code) == ("black", "input.unreadable")
+    assert "empty (black)" in error.what
+
+
+@pytest.mark.parametrize(
+    ("files", "mode", "code", "words"),
+    [
+        ({"face": None}, "animate", "input.not_found", "src_face.mp4"),
+        ({"bg": None, "mask": None}, "animate", None, ""),  # files of the other mode are nobody's business
+        ({"bg": None}, "replace", "input.not_found", "src_bg.mp4"),
+        ({"face": {"frames": 19}}, "animate", "input.unreadable", "19 frames"),
+        ({"mask": {"size": (48, 48)}}, "replace", "input.unreadable", "src_mask.mp4 48x48"),
+        ({"mask": {"size": (48, 48)}}, "animate", None, ""),
+        ({"face": {"size": (64, 32)}}, "animate", "input.unreadable", "square"),
+        ({name: {"size": (72, 40)} for name in ("pose", "bg", "mask")}, "replace", "input.unreadable", "multiples"),
+    ],
+)
+def test_official_files_are_there_and_fit_together(tmp_path, files, mode, code, words):
+    folder = official(tmp_path / "made", **files)
+    found = check_inputs([official_job(folder, mode=mode)])
+    assert [error.code for _, error in found] == ([code] if code else [])
+    assert all(words in error.message for _, error in found)
+
+
+def test_the_span_of_official_files_is_each_jobs_own(media):
+    """Ten of twenty frames begin at second 1; none at second 2. The files' rate counts, not fps."""
+    jobs = [official_job(media / "official", f"{start:g}", start_s=start, fps=30) for start in (0.0, 1.0, 2.0)]
+    assert codes(jobs) == [("2", "input.too_short")]
+
+
+def test_a_damaged_official_file_is_named(media, tmp_path):
+    folder = official(tmp_path / "made")
+    (folder / "src_bg.mp4").write_bytes((media / "cut.mp4").read_bytes())
+    ((_, error),) = check_inputs([official_job(folder, mode="replace")])
+    assert (error.code, str(error.where)) == ("input.unreadable", f"{folder}/src_bg.mp4")
+    assert codes([official_job(folder)]) == []
+
+
 def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(media, monkeypatch):
     seen: Counter[str] = Counter()
     real = inputs.stat_input
@@ -97,7 +169,7 @@ def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(med
     assert len(seen) == 3
 
 
-def test_inputs_on_s3(media, monkeypatch):
+def test_inputs_on_s3(media, monkeypatch, tmp_path):
     moto = pytest.importorskip("moto")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -116,9 +188,27 @@ def test_inputs_on_s3(media, monkeypatch):
             job("s3://studio", "empty", "s3://studio/empty.png", "s3://studio/v.mp4"),
             job("s3://studio", "text", "s3://studio/a.png", "s3://studio/text.mp4"),
         ]
+        for file in official(tmp_path / "made", face={"frames": 19}).iterdir():
+            client.upload_file(str(file), "studio", f"made/{file.name}")
+            client.upload_file(str(media / "official" / file.name), "studio", f"good/{file.name}")
+        jobs += [
+            official_job("s3://studio/good", "files", mode="replace"),
+            official_job("s3://studio/made", "unlike"),
+            official_job("s3://studio/none", "nowhere"),
+            job("s3://studio", "mask", "s3://studio/a.png", "s3://studio/v.mp4", "s3://studio/v.mp4", mode="replace"),
+        ]
+        nowhere = [("nowhere", "input.not_found")] * 3
         shallow = [("gone", "input.not_found"), ("empty", "input.unreadable")]
-        assert codes(jobs) == shallow
-        assert codes(jobs, deep=True) == [*shallow, ("text", "input.unreadable")]
-        (*_, (_, error)) = check_inputs(jobs, deep=True)
-        assert "s3://studio/text.mp4" in error.message
-        assert "video-lab-" not in error.message
+        assert codes(jobs) == [*shallow, *nowhere]
+        unlike = [("unlike", "input.unreadable")]
+        found = check_inputs(jobs, deep=True)
+        assert [(name, error.code) for name, error in found] == [
+            *shallow,
+            ("text", "input.unreadable"),
+            *unlike,
+            *nowhere,
+        ]
+        messages = {name: error.message for name, error in found}
+        assert "s3://studio/text.mp4" in messages["text"]
+        assert "s3://studio/made" in messages["unlike"] and "19 frames" in messages["unlike"]
+        assert not any("video-lab-" in message for message in messages.values())

@@ -16,7 +16,8 @@ import numpy as np
 from runner.errors import ConfigInvalid
 from runner.preprocess.detect import Box, Detector
 from runner.preprocess.pose import PoseEstimator
-from runner.preprocess.sessions import Network
+from runner.preprocess.providers import NetworkOptions, check_precision
+from runner.preprocess.sessions import Network, open_network
 from runner.preprocess.simcc import SimccEstimator
 from runner.preprocess.yolox import YoloxDetector
 
@@ -66,8 +67,13 @@ BACKENDS: dict[str, tuple[type[Detector | YoloxDetector], type[PoseEstimator | S
 }
 
 
-def open_backend(name: str, detector: Path, pose: Path, device: str = "cpu") -> Backend:
+def open_backend(
+    name: str, detector: Path, pose: Path, device: str = "cpu", options: NetworkOptions | None = None
+) -> Backend:
     """Open both files for "vitpose" or "dwpose" on "cpu", "cuda" or "cuda:N".
+
+    The precision that `options` asks for is the pose network's. Detectors consist of convolutions, which lose their
+    people in 8 bits and gain no time, and look at a few frames a second only: they stay in float32.
 
     WeightsMissing, WeightsCorrupt (also where the files belong to the other backend), or ConfigInvalid where there is
     no such backend or the device cannot be had.
@@ -75,4 +81,10 @@ def open_backend(name: str, detector: Path, pose: Path, device: str = "cpu") -> 
     if name not in BACKENDS:
         raise ConfigInvalid(f"no such pose backend: {name!r}", todo=f"Use {' or '.join(BACKENDS)}")
     finds_people, finds_points = BACKENDS[name]
-    return Backend(name, finds_people.load(detector, device), finds_points.load(pose, device))
+    options = options or NetworkOptions()
+    check_precision(options.pose_precision, device)
+    return Backend(
+        name,
+        finds_people(open_network(detector, device, options)),
+        finds_points(open_network(pose, device, options, precision=options.pose_precision)),
+    )

@@ -16,8 +16,30 @@ from typing import Any
 import numpy as np
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.preprocess.bound_session import BoundSession, host_array
+from runner.preprocess.int8 import make_int8
+from runner.preprocess.providers import (
+    CPU,
+    ENGINE_BATCH,
+    TENSORRT,
+    Choice,
+    NetworkOptions,
+    Precision,
+    binding_device,
+    check_precision,
+    choose_providers,
+    has_tensorrt_libraries,
+)
 
-__all__ = ["Network", "check_shape", "model_file", "open_network", "open_session", "usable_cpus"]
+__all__ = [
+    "Network",
+    "check_shape",
+    "model_file",
+    "open_network",
+    "open_session",
+    "opening_failed",
+    "usable_cpus",
+]
 
 FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder holding it
 ELEMENTS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
@@ -26,7 +48,10 @@ OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda_error_out_o
 
 @dataclass(frozen=True)
 class Network:
-    """One network with one image input and one output that matters (index 0: exports differ in names, not in order)."""
+    """One network with one image input and one output that matters (index 0: exports differ in names, not in order).
+
+    `session` is anything with the runtime's `run(names, feeds)`: a session, a `BoundSession`, or what joins outputs.
+    """
 
     session: Any
     path: Path
@@ -37,6 +62,9 @@ class Network:
     input_shape: tuple[int | None, ...]  # None: dynamic
     output_shape: tuple[int | None, ...]
     dtype: np.dtype[Any]  # of the input
+    precision: Precision = "fp32"  # of its matrix products
+    precision_why: str = ""  # where int8 was asked for: how it was made, or why it was not
+    host_device: str | None = None  # whose page-locked memory `images` gives; None: plain memory
 
     @property
     def batch(self) -> int | None:
@@ -46,7 +74,19 @@ class Network:
     @property
     def description(self) -> dict[str, Any]:
         """Plain values for the record."""
-        return {"model": self.path.name, "provider": self.provider, "why": self.reason, "batch": self.batch}
+        said: dict[str, Any] = {
+            "model": self.path.name,
+            "provider": self.provider,
+            "why": self.reason,
+            "batch": self.batch,
+            "batching": f"the graph takes {self.batch} at a time" if self.batch else "the graph takes any number",
+            "precision": self.precision,
+        }
+        return said | ({"precision_why": self.precision_why} if self.precision_why else {})
+
+    def images(self, count: int, size: tuple[int, int, int]) -> np.ndarray:
+        """float32 [count, *size], not yet filled, to be filled and given to `run`: the memory that serves it best."""
+        return host_array((count, *size), np.float32, self.host_device)
 
     def run(self, images: np.ndarray, *, most: int = 16) -> np.ndarray:
         """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` images at a time.
@@ -61,7 +101,8 @@ class Network:
             if missing:
                 chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), chunk.dtype)])
             parts.append(self._run_once(np.ascontiguousarray(chunk))[: size - missing])
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.astype(np.float32, copy=False)
 
     def _run_once(self, chunk: np.ndarray) -> np.ndarray:
         try:
@@ -76,52 +117,114 @@ class Network:
             raise
 
 
-def open_network(path: Path, device: str = "cpu") -> Network:
-    """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid."""
-    session, reason = open_session(path, device)
+def open_network(
+    path: Path, device: str = "cpu", options: NetworkOptions | None = None, *, precision: Precision = "fp32"
+) -> Network:
+    """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
+
+    `precision` int8 is the CPU's: elsewhere it is refused. A network that has little to gain from it stays as it is,
+    and says so in its description.
+    """
+    options = options or NetworkOptions()
+    file, why = model_file(path), ""
+    if precision == "int8":
+        made, why = _int8(file, device, options)
+        file, precision = (file, "fp32") if made is None else (model_file(made), "int8")
+    session, reason = open_session(file, device, options)
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    file = model_file(path)
     if not inputs or not outputs or inputs[0].type not in ELEMENTS:
         raise WeightsCorrupt(
             f"the graph takes {[i.type for i in inputs]}, not one float image", where=file, todo="Fetch the model again"
         )
+    provider, input_shape = session.get_providers()[0], _sizes(inputs[0].shape)
+    if provider == TENSORRT and input_shape and input_shape[0] is None:
+        input_shape = (ENGINE_BATCH, *input_shape[1:])  # fewer are filled up: another size is another engine
+    bound = _bound(session, device)
     return Network(
-        session=session,
+        session=bound or session,
         path=Path(path),
-        provider=session.get_providers()[0],
+        provider=provider,
         reason=reason,
         input_name=inputs[0].name,
         output_name=outputs[0].name,
-        input_shape=_sizes(inputs[0].shape),
+        input_shape=input_shape,
         output_shape=_sizes(outputs[0].shape),
         dtype=ELEMENTS[inputs[0].type],
+        precision=precision,
+        precision_why=why,
+        host_device=bound.device if bound else None,
     )
 
 
-def open_session(path: Path, device: str = "cpu") -> tuple[Any, str]:
-    """(onnxruntime session, why it runs where it runs). The session has the provider of `device`, or this raises."""
+def open_session(path: Path, device: str = "cpu", options: NetworkOptions | None = None) -> tuple[Any, str]:
+    """(onnxruntime session, why it runs there). The session has the provider that was chosen, or this raises."""
     file = model_file(path)
-    provider, provider_options, reason = _provider(device)
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what matters comes back as an exception
-    options.use_deterministic_compute = True
+    options = options or NetworkOptions()
+    choice = choose_providers(
+        device,
+        onnxruntime.get_available_providers(),
+        options,
+        tensorrt_libraries=options.tensorrt != "off" and has_tensorrt_libraries(),
+        remedy=_remedy(),
+    )
+    if choice.first == TENSORRT and options.tensorrt == "auto":
+        try:
+            return _started(file, device, choice), choice.reason
+        except (ConfigInvalid, WeightsCorrupt) as err:
+            plain = choose_providers(
+                device, onnxruntime.get_available_providers(), NetworkOptions(), tensorrt_libraries=False
+            )
+            return _started(file, device, plain), f"{plain.reason}; {err.what}"
+    return _started(file, device, choice), choice.reason
+
+
+def _started(file: Path, device: str, choice: Choice) -> Any:
+    """A session that runs on the first provider of `choice`. Raises ConfigInvalid where it fell back to another."""
+    import onnxruntime
+
+    if choice.first != CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA and cuDNN that came as wheels, with torch
+    if choice.first == TENSORRT:
+        Path(choice.providers[0][1]["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # what matters comes back as an exception
+    settings.use_deterministic_compute = True
     # On a GPU the CPU only does shape arithmetic. Left to itself the runtime pins a thread to every core of the host,
     # also of a container that was given two, and spins there while the generator wants them.
-    options.intra_op_num_threads = 1 if provider.startswith("CUDA") else usable_cpus()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.intra_op_num_threads = usable_cpus() if choice.first == CPU else 1
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[(provider, provider_options)])
+        # Without the fallback, which repeats on the CPU what failed on the GPU, and says so on stdout alone.
+        session = onnxruntime.InferenceSession(str(file), settings, providers=list(choice.providers), enable_fallback=0)
     except Exception as err:  # as above: told apart by their words
-        raise _opening_failed(err, file, device) from err
-    if session.get_providers()[0] != provider:
+        raise opening_failed(err, file, device) from err
+    if session.get_providers()[0] != choice.first:
         raise ConfigInvalid(
-            f"onnxruntime could not start {provider} and fell back to {session.get_providers()[0]}",
+            f"onnxruntime could not start {choice.first} and fell back to {session.get_providers()[0]}",
             where=file,
             todo=f"{_remedy()} `video-lab doctor` shows the driver and the CUDA libraries that were found",
         )
-    return session, reason
+    return session
+
+
+def _bound(session: Any, device: str) -> BoundSession | None:
+    """The session with its inputs and outputs on the GPU that it runs on; None on the CPU."""
+    provider = session.get_providers()[0]
+    if provider == CPU:
+        return None
+    import torch
+
+    where = binding_device(provider, device, torch_cuda=torch.cuda.is_available())
+    return BoundSession(session, where) if where else None
+
+
+def _int8(file: Path, device: str, options: NetworkOptions) -> tuple[Path | None, str]:
+    check_precision("int8", device)
+    if options.folder is None:
+        raise ConfigInvalid("there is no folder to keep int8 networks in", todo="Pass --cache DIR")
+    return make_int8(file, options.folder)
 
 
 def model_file(path: Path) -> Path:
@@ -174,30 +277,6 @@ def _sizes(shape: list[Any]) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) and size > 0 else None for size in shape or [])
 
 
-def _provider(device: str) -> tuple[str, dict[str, Any], str]:
-    """(execution provider, its options, why)."""
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and not index:
-        return "CPUExecutionProvider", {}, "the device asked for is cpu"
-    if kind != "cuda" or not (index.isdigit() or not index):
-        raise ConfigInvalid(f"no such preprocessing device: {device!r}", todo="Use cpu, cuda or cuda:N")
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise ConfigInvalid(
-            f"device {device} was asked for, but this onnxruntime has only {onnxruntime.get_available_providers()}",
-            todo=_remedy(),
-        )
-    if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds the CUDA and cuDNN that came as wheels, with torch
-    options = {
-        "device_id": int(index or 0),
-        "arena_extend_strategy": "kSameAsRequested",  # doubling would take memory that the transformer needs
-        "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE picks by stopwatch: other bits on another day
-    }
-    return "CUDAExecutionProvider", options, f"the device asked for is {device}"
-
-
 def _remedy() -> str:
     """What to install, given which of the two distributions of the one module are there."""
     there = {name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)}
@@ -221,7 +300,7 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _opening_failed(err: Exception, file: Path, device: str) -> Exception:
+def opening_failed(err: Exception, file: Path, device: str) -> Exception:
     """The runtime's exception as one of ours. Its types are private, its words are stable."""
     words = str(err)
     first = (words.splitlines() or [type(err).__name__])[0][:300]
@@ -234,7 +313,11 @@ def _opening_failed(err: Exception, file: Path, device: str) -> Exception:
             where=file,
             todo="Copy the whole folder, not the .onnx alone",
         )
-    if device != "cpu" and ("cuda" in lower or "cudnn" in lower):
+    if device != "cpu" and any(w in lower for w in ("tensorrt", "nvinfer")):
+        return ConfigInvalid(
+            f"TensorRT did not start ({first})", where=file, todo="Install it anew, or use --tensorrt off"
+        )
+    if device != "cpu" and any(w in lower for w in ("cuda", "cudnn")):
         return ConfigInvalid(f"CUDA did not start ({first})", where=file, todo=_remedy())
     size = file.stat().st_size
     return WeightsCorrupt(

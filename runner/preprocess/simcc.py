@@ -53,7 +53,7 @@ class SimccEstimator:
         """
         size = (frames.shape[2], frames.shape[1])
         crops = [crop_of(box, size) for box in boxes]
-        images = np.empty((len(frames), 3, HEIGHT, WIDTH), np.float32)
+        images = self.network.images(len(frames), (3, HEIGHT, WIDTH))
         for image, frame, crop in zip(images, frames, crops, strict=True):
             image[:] = network_input(frame, crop, bgr=bgr)
         axes = self.network.run(images)

@@ -59,7 +59,7 @@ class YoloxDetector:
         Corners are in the space of the frame stretched to 640x640, whatever its size: `Detector`'s. People only (class
         0), after suppression; a frame with fewer than others ends in rows of score 0.
         """
-        images = np.empty((len(frames), 3, SIDE, SIDE), np.float32)
+        images = self.network.images(len(frames), (3, SIDE, SIDE))
         for image, frame in zip(images, frames, strict=True):
             image[:] = network_input(frame)
         found = [

@@ -174,6 +174,8 @@ def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
     store = ModelStore(models)
     yield store.detector, FETCH
     yield from ((path, FETCH) for path in _pose_files(store.pose))
+    yield from ((path, "") for path in store.dwpose if path.is_file())  # optional, like the next: listed where it is
+    yield from ((path, "") for path in sorted(store.segmenter.glob("*")) if path.suffix in (*PLAIN, ".safetensors"))
 
 
 def _has_own_config(models: Path, base: str) -> bool:

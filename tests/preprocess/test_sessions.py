@@ -7,7 +7,9 @@ import pytest
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.preprocess import sessions
+from runner.preprocess.providers import ENGINE_BATCH, NetworkOptions
 from runner.preprocess.sessions import open_network, open_session, usable_cpus
+from tests.preprocess.tiny_dwpose import build_simcc, build_yolox
 from tests.preprocess.tiny_networks import build_detector, build_pose
 
 NO_CUDA = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
@@ -105,6 +107,68 @@ def test_a_constant_batch_is_filled_and_the_fill_dropped(tmp_path):
         assert fixed.shape == (5, 133, 64, 48)
         assert np.allclose(fixed, free, atol=1e-5)
     assert np.allclose(open_network(tmp_path / "n.onnx").run(images, most=2), free, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "words"), [("N", "takes any number"), (1, "takes 1 at a time"), (2, "takes 2")])
+def test_the_record_says_how_many_go_at_a_time(tmp_path, batch, words):
+    for build in (build_pose, build_yolox, build_simcc):
+        description = open_network(build(tmp_path / "n.onnx", batch)).description
+        assert description["batch"] == (None if batch == "N" else batch)
+        assert words in description["batching"]
+
+
+def test_a_failing_run_is_not_repeated_on_another_provider(tmp_path):
+    """The runtime's own fallback says so on stdout alone, and leaves a session on the CPU."""
+    session, _ = open_session(build_pose(tmp_path / "n.onnx"))
+    assert session._enable_fallback is False
+
+
+def test_pictures_are_filled_into_memory_that_fits_the_device(tmp_path):
+    images = open_network(build_pose(tmp_path / "n.onnx")).images(3, (3, 256, 192))
+    assert (images.shape, images.dtype) == ((3, 3, 256, 192), np.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_tensorrt_that_does_not_start_leaves_cuda_and_says_so(tmp_path, monkeypatch):
+    """`auto`; with `on` it is an error. Which sessions start is told here; that CUDA is next in turn is asked for."""
+    path, opened = build_pose(tmp_path / "n.onnx"), []
+    real = onnxruntime.InferenceSession
+
+    def start(file, settings, providers, **how):
+        names = [name for name, _ in providers]
+        opened.append(names)
+        if names[0] == "TensorrtExecutionProvider":
+            raise RuntimeError("Failed to load library libonnxruntime_providers_tensorrt.so")
+        session = real(file, settings, providers=["CPUExecutionProvider"], **how)
+        monkeypatch.setattr(session, "get_providers", lambda: names)
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    monkeypatch.setattr(sessions, "has_tensorrt_libraries", lambda: True)
+    listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    network = open_network(path, "cuda", NetworkOptions(tensorrt="auto", folder=tmp_path))
+    assert network.provider == "CUDAExecutionProvider"
+    assert "TensorRT did not start" in network.reason and "libonnxruntime_providers_tensorrt" in network.reason
+    assert opened == [["TensorrtExecutionProvider", "CUDAExecutionProvider"], ["CUDAExecutionProvider"]]
+    with pytest.raises(ConfigInvalid, match=r"libonnxruntime_providers_tensorrt.*--tensorrt off"):
+        open_network(path, "cuda", NetworkOptions(tensorrt="on", folder=tmp_path))
+
+
+def test_an_engine_is_shown_one_batch_size_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "_started", lambda *_: onnxruntime.InferenceSession(str(path)))
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["TensorrtExecutionProvider"])
+    path = build_pose(tmp_path / "n.onnx")
+    assert open_network(path).batch == ENGINE_BATCH
+    images = np.random.default_rng(0).standard_normal((ENGINE_BATCH + 1, 3, 256, 192)).astype(np.float32)
+    seen = []
+    network = open_network(path)
+    real = network.session.run
+    monkeypatch.setattr(
+        network.session, "run", lambda names, feeds: seen.append(len(feeds["input"])) or real(names, feeds)
+    )
+    assert network.run(images).shape[0] == ENGINE_BATCH + 1
+    assert seen == [ENGINE_BATCH, ENGINE_BATCH]
 
 
 def test_exhausted_memory_has_its_code(tmp_path):

@@ -78,3 +78,26 @@ def build_pose(path: Path, batch: int | str = "N") -> Path:
     index = np.stack([(rows - y) * (48 + 2 * RADIUS) + columns - x for x, y in SHIFTS])
     g("Gather", light, index, axis=1, out="heatmaps")
     return g.save(path, ("input", [batch, 3, 256, 192]), ("heatmaps", [batch, 133, 64, 48]))
+
+
+def build_product_pose(path: Path, half: bool = False) -> Path:
+    """`build_pose` with the blur as two matrix products, one along each side: what a network of products can do.
+
+    `half`: weights in float16, cast where they are used, as small published files have them.
+    """
+    g, f = _Graph(), np.float32
+    mean, std = f([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1), f([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
+    light = g("ReduceMean", g("Add", g("Mul", "input", std), mean), axes=[1], keepdims=1)
+    light = g("AveragePool", light, kernel_shape=[4, 4], strides=[4, 4])
+    for side in (48, 64):  # along columns; then, turned, along rows
+        away = np.subtract.outer(np.arange(side), np.arange(side))
+        blur = np.exp(-(away**2) / 200) / np.sqrt(200 * np.pi)
+        weights = g("Cast", blur.astype(np.float16), to=TensorProto.FLOAT) if half else blur.astype(f)
+        light = g("Add", g("MatMul", light, weights), np.full(side, 1e-3, f))  # a bias, as such layers have
+        light = g("Transpose", light, perm=[0, 1, 3, 2])
+    light = g("Pad", light, np.array([0, 0, RADIUS, RADIUS] * 2))
+    light = g("Reshape", light, np.array([-1, (64 + 2 * RADIUS) * (48 + 2 * RADIUS)]))
+    rows, columns = np.arange(64)[:, None] + RADIUS, np.arange(48) + RADIUS
+    index = np.stack([(rows - y) * (48 + 2 * RADIUS) + columns - x for x, y in SHIFTS])
+    g("Gather", light, index, axis=1, out="heatmaps")
+    return g.save(path, ("input", ["N", 3, 256, 192]), ("heatmaps", ["N", 133, 64, 48]))

@@ -78,6 +78,18 @@ def test_a_sound_store_has_no_damage_and_every_file_a_row(models: Path) -> None:
     assert row.bytes == (models / DETECTOR).stat().st_size
 
 
+def test_optional_models_are_examined_where_they_lie(models: Path) -> None:
+    there = ("sam2/config.json", "sam2/model.safetensors", "sam2/model.pt", "dwpose/dw-ll_ucoco_384.onnx")
+    for name in there:
+        path = models / "process_checkpoint" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{}")
+    rows = by_path(verify_weights(models, "bf16"))
+    found = {name: rows[f"process_checkpoint/{name}"].status for name in there if not name.endswith(".pt")}
+    assert found == {there[0]: "unknown", there[1]: "corrupt", there[3]: "unknown"}
+    assert not any(name.endswith((".pt", "yolox_l.onnx")) for name in rows)  # never read; not there, and not missed
+
+
 def test_a_record_makes_it_ok_and_one_bit_makes_it_corrupt(models: Path) -> None:
     for name in (VAE, DETECTOR):
         record(models, name)
