@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, RunnerError
 from runner.generation.base import SegmentPlan
 from runner.generation.cost import PRODUCTION, Costs
+from runner.generation.memory import MODES, choose_plan, forecast_memory
 from runner.generation.plan import plan_job
 from runner.generation.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.generation.speed import DEVICES, DeviceSpeed, find_device
@@ -33,6 +34,7 @@ class Forecast:
     job_id: str
     plan: SegmentPlan | None
     error: RunnerError | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
 
 
 def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
@@ -73,10 +75,21 @@ def forecast_jobs(
     rows = []
     for job in jobs:
         try:
-            rows.append(Forecast(job.id, forecast_job(job, recipe, costs, gpu)))
+            plan = forecast_job(job, recipe, costs, gpu)
+            guided = job.options.guidance_scale > 1
+            rows.append(Forecast(job.id, plan, memory=_memory(plan, recipe, costs, guided)))
         except RunnerError as error:
             rows.append(Forecast(job.id, None, error))
     return rows, gpu.name if gpu is not None else None
+
+
+def _memory(plan: SegmentPlan, recipe: Recipe, costs: Costs, guided: bool) -> dict[str, int]:
+    window = (plan.width, plan.height, plan.segment_frames)
+    peaks: dict[str, int] = {}
+    for mode in MODES:
+        leanest, _ = choose_plan(mode, recipe, costs, 0, size=window)
+        peaks[mode] = forecast_memory(leanest, recipe, costs, *window, guided=guided).peak
+    return peaks
 
 
 def forecast_job(job: Job, recipe: Recipe, costs: Costs, gpu: DeviceSpeed | None = None) -> SegmentPlan:

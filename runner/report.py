@@ -58,9 +58,11 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
 
 
 def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
-    """`gpu`: whose seconds the rows forecast; without one there is no such column."""
+    """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode."""
     console = _console()
     columns = ["frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP"]
+    modes = next((list(row.memory) for row in rows if row.memory), [])
+    columns += [f"GB {' / '.join(modes)}"] if modes else []
     columns += [f"s on {gpu}"] if gpu else []
     table = _table("job", *columns)
     plans = [row.plan for row in rows if row.plan is not None]
@@ -79,6 +81,7 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
             str(plan.steps),
             f"{plan.tflop / 1e3:.4g}",
         ]
+        cells += [" / ".join(f"{row.memory[mode] / 1e9:.3g}" for mode in modes)] if modes else []
         cells += [f"{plan.seconds:.3g}" if plan.seconds is not None else "?"] if gpu else []
         table.add_row(escape(row.job_id), *cells)
     console.print(table)

@@ -45,8 +45,12 @@ class DeviceSpeed:
 
 
 DEVICES: tuple[DeviceSpeed, ...] = (
-    DeviceSpeed("RTX 5090", r"RTX 5090", {"bf16": 240, "fp8": 390, "int8": 580, "nvfp4": 1140}, 214, 554, 1509),
-    DeviceSpeed("RTX 4090", r"RTX 4090", {"bf16": 160, "fp8": 300, "int8": 540}, 164, 431, 920, "8 bit: estimates"),
+    DeviceSpeed(
+        "RTX 5090", r"\b5090(?! (D|Laptop))", {"bf16": 240, "fp8": 390, "int8": 580, "nvfp4": 1140}, 214, 554, 1509
+    ),
+    DeviceSpeed(
+        "RTX 4090", r"\b4090(?! (D|Laptop))", {"bf16": 160, "fp8": 300, "int8": 540}, 164, 431, 920, "8 bit: estimates"
+    ),
     DeviceSpeed("L40S", r"L40S", {"bf16": 270, "fp8": 500, "int8": 500}, 164, 431, 780, "estimates"),
     DeviceSpeed("A100", r"A100", {"bf16": 267, "int8": 464}, 204, 278, 1700),
     DeviceSpeed(

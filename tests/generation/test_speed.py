@@ -73,6 +73,7 @@ def test_a_compute_that_is_not_there():
     [
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
         ("rtx 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA GH200 480GB", "H200"),
         ("NVIDIA H100 80GB HBM3", "H100"),
@@ -84,6 +85,6 @@ def test_names_as_drivers_and_people_write_them(name, found):
     assert find_device(name).name == found
 
 
-@pytest.mark.parametrize("name", [None, "", "Tesla T4", "AMD Instinct MI300X"])
+@pytest.mark.parametrize("name", [None, "", "Tesla T4", "AMD Instinct MI300X", "NVIDIA GeForce RTX 5090 Laptop GPU"])
 def test_unknown_devices_have_no_forecast(name):
     assert find_device(name) is None
