@@ -1,0 +1,69 @@
+"""What the machine does at most, measured in the same run: the best matrix product and the best attention, alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from _quantization import NOT_MEASURED, Rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median wall seconds on a GPU, least CPU seconds on a CPU; two runs before are not counted."""
+    taken = []
+    for run in range(-2, repeats):
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+        begin = clock()
+        work()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        if run >= 0:
+            taken.append(clock() - begin)
+    return min(taken) if device.type == "cpu" else statistics.median(taken)
+
+
+def products(shapes: list[tuple[str, int, int, int]], device: torch.device, dtype: torch.dtype) -> Rows:
+    """TFLOP/s of [m, k] x [n, k]^T for each (name, m, n, k)."""
+    rows: Rows = []
+    for name, m, n, k in shapes:
+        x = torch.randn(m, k, device=device).to(dtype)
+        weight = torch.randn(n, k, device=device).to(dtype)
+        spent = seconds(lambda x=x, weight=weight: F.linear(x, weight), device)
+        rows.append({"what": f"product, {name}", "shape": f"{m} x {n} x {k}", "TFLOP/s": 2 * m * n * k / spent / 1e12})
+        del x, weight
+    return rows
+
+
+def attentions(heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Rows:
+    """TFLOP/s of each backend that torch has here on [1, heads, tokens, width]; what is not there says why."""
+    query, key, value = (torch.randn(1, heads, tokens, width, device=device).to(dtype) for _ in range(3))
+    flop, rows = 4 * heads * tokens**2 * width, []
+    for name, backend in BACKENDS.items():
+        if name == "math" and device.type != "cpu":
+            continue  # at full size its score matrix alone has 94 GB
+        row: dict[str, object] = {"what": f"attention, {name}", "shape": f"{heads} x {tokens} x {width}"}
+        try:
+            with sdpa_kernel(backend):
+                spent = seconds(lambda: F.scaled_dot_product_attention(query, key, value), device)
+            row["TFLOP/s"] = flop / spent / 1e12
+        except RuntimeError as err:
+            row["TFLOP/s"] = f"{NOT_MEASURED}: {str(err).splitlines()[0]:.40}"
+        rows.append(row)
+    return rows
+
+
+def best(rows: Rows, prefix: str) -> float | None:
+    """The highest rate among rows whose name begins so."""
+    found = [row["TFLOP/s"] for row in rows if str(row["what"]).startswith(prefix)]
+    return max((rate for rate in found if isinstance(rate, float)), default=None)

@@ -1,0 +1,145 @@
+"""Runs of the engine's benchmark: a clip in memory, one job of ours or of the seed's, what it took."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from _engine_seed import dequantise_stepwise, seed_job, seed_pipeline
+from _engine_store import Scale
+from PIL import Image
+
+from runner.generation.device import make_probe
+from runner.generation.loading import find_encoders, load_transformer
+from runner.generation.pipeline import AnimatePipeline
+from runner.generation.plan import plan_job
+from runner.generation.recipes import Recipe
+from runner.generation.schedule import make_scheduler
+from runner.generation.store import ModelStore
+from runner.metrics import MemorySampler, StageTimer
+from runner.options import DEFAULT_PROMPT, JobOptions
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One job. `step_s`: median of its denoising steps, the first left out where there are more; `fixed_s`: all else
+    but what happens once in a run, loading encoders and compiling (`once_s`)."""
+
+    step_s: float
+    fixed_s: float
+    once_s: float
+    total_s: float
+    allocated: int | None  # torch's peak bytes
+    process: int | None  # NVML's
+
+    @classmethod
+    def of(cls, steps: list[float], total: float, once: float, device: torch.device, process: int | None) -> Spent:
+        later = steps[1:] or steps
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return cls(statistics.median(later), total - once - sum(steps), once, total, peak, process)
+
+
+class Clip:
+    """A reference and a dance, smooth noise of one seed each; fulfils what a pipeline asks of conditions."""
+
+    def __init__(self, scale: Scale, size: tuple[int, int], frames: int, reference: int, dance: int) -> None:
+        self.frames, (self.width, self.height) = frames, size
+        self.reference = Image.fromarray(_smooth(1, self.height, self.width, reference)[0])
+        side = scale.transformer.get("motion_encoder_size", 512)
+        self._pose = _smooth(frames, self.height, self.width, dance + 100)
+        self._face = _smooth(frames, side, side, dance + 200)
+
+    def window(self, start: int, stop: int) -> Any:
+        return SimpleNamespace(pose=self._pose[start:stop], face=self._face[start:stop], background=None, mask=None)
+
+
+def _smooth(frames: int, height: int, width: int, seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (frames, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in coarse])
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """CPU seconds on a CPU, where other work may run beside; wall seconds, the device waited for, on a GPU."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def run_ours(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, sampler: MemorySampler) -> Spent:
+    """One job through our pipeline as it is set up now."""
+    device = pipeline.compute_device
+    options = JobOptions(steps=steps)
+    plan = plan_job(clip.frames, (clip.width, clip.height), options, recipe)
+    probe = _WaitOnly(make_probe(device)) if device.type == "cuda" else None
+    timer = StageTimer(clock=clock_of(device), probe=probe)
+    scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+    start_peak(device)
+    window, begin = sampler.window(), timer.clock()
+    for _ in pipeline.render(clip, DEFAULT_PROMPT, options, plan, scheduler, timer):
+        pass
+    wait(device)
+    total = timer.clock() - begin
+    once = sum(timer.seconds.get(stage, 0.0) for stage in ("load_encoders", "warmup"))
+    return Spent.of(timer.steps, total, once, device, window.gpu_peak)
+
+
+class _WaitOnly:
+    """A probe whose stages do not reset the peak: one peak is wanted for the whole job."""
+
+    def __init__(self, inner: Any) -> None:
+        self.synchronize = inner.synchronize
+        self.peak = inner.peak
+
+    def reset_peak(self) -> None: ...
+
+
+class Seed:
+    """The seed's process: loads, then renders clip after clip in its own way."""
+
+    def __init__(self, store: ModelStore, recipe: Recipe, device: torch.device) -> None:
+        from diffusers import AutoencoderKLWan
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        self.device, self.clock = device, clock_of(device)
+        begin = self.clock()
+        dtype = getattr(torch, recipe.dtype)
+        encoders, _ = find_encoders(store, recipe, dtype)
+        home = torch.device("cpu")  # where its models wait
+        transformer, _ = load_transformer(store, recipe, home, dtype)
+        dequantise_stepwise(transformer)
+        parts = {
+            "tokenizer": AutoTokenizer.from_pretrained(store.component(recipe, "tokenizer")),
+            "image_processor": CLIPImageProcessorPil.from_pretrained(store.component(recipe, "image_processor")),
+            "text_encoder": encoders.text.model,
+            "image_encoder": encoders.image.model,
+            "transformer": transformer,
+            "vae": AutoencoderKLWan.from_pretrained(store.component(recipe, "vae"), torch_dtype=torch.float32),
+        }
+        self.pipeline = seed_pipeline(parts, device)
+        self.load_s = self.clock() - begin
+
+    def run(self, clip: Clip, steps: int, sampler: MemorySampler) -> Spent:
+        start_peak(self.device)
+        window, begin = sampler.window(), self.clock()
+        began, ended = seed_job(self.pipeline, clip, DEFAULT_PROMPT, steps, self.clock, lambda: wait(self.device))
+        wait(self.device)
+        total = self.clock() - begin
+        taken = [after - before for before, after in zip([began, *ended], ended, strict=False)]
+        return Spent.of(taken, total, 0.0, self.device, window.gpu_peak)

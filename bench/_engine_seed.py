@@ -1,0 +1,114 @@
+"""The way this project started from: the library's pipeline as it is, and a weight dequantised step by step.
+
+Everything is computed again at every step and for every job, models wait on the host until they are called, the
+autoencoder is in float32, noise levels are those of the library's own scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, WanAnimatePipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from runner.quantization.e2m1 import VALUES
+from runner.quantization.linear import FP4Linear
+
+
+class SeedLinear(nn.Module):
+    """An FP4Linear's stored tensors, brought to 16 bits by 64-bit indices into a table, step by step."""
+
+    def __init__(self, layer: FP4Linear) -> None:
+        super().__init__()
+        self.group = layer.fmt.group
+        self.register_buffer("packed", layer.weight_packed.data)
+        self.register_buffer("factors", layer.fmt.group_scales(layer.stored).to(torch.bfloat16))
+        self.bias = layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What the library asks for device and dtype; it skips what is not floating."""
+        return self.packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.tensor(VALUES, dtype=x.dtype, device=x.device)
+        codes = torch.stack([self.packed & 0xF, self.packed >> 4], dim=-1).flatten(1).long()
+        values = table[codes].view(codes.shape[0], -1, self.group) * self.factors.to(x.dtype).unsqueeze(-1)
+        return F.linear(x, values.view(codes.shape), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def dequantise_stepwise(transformer: nn.Module) -> dict[str, FP4Linear]:
+    """Put a SeedLinear in the place of every FP4Linear, in place; the layers that stood there, by name."""
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, FP4Linear)}
+    for name, layer in layers.items():
+        transformer.set_submodule(name, SeedLinear(layer))
+    return layers
+
+
+@contextmanager
+def stepwise(transformer: nn.Module) -> Iterator[None]:
+    """The same for as long as the context lasts."""
+    layers = dequantise_stepwise(transformer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            transformer.set_submodule(name, layer)
+
+
+def seed_pipeline(parts: dict[str, Any], device: torch.device) -> WanAnimatePipeline:
+    """The unmodified pipeline of these models, its weights waiting on the host where `device` is a GPU."""
+    pipeline = WanAnimatePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), **parts)
+    if device.type == "cuda":
+        pipeline.enable_model_cpu_offload(device=device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seed_job(
+    pipeline: WanAnimatePipeline,
+    source: Any,
+    prompt: str,
+    steps: int,
+    clock: Callable[[], float],
+    wait: Callable[[], None],
+) -> tuple[float, list[float]]:
+    """One whole clip in one window: when its first denoising step began, and when each of them ended, by `clock`."""
+    began: list[float] = []
+    ended: list[float] = []
+
+    def note(_module: Any, _arguments: Any) -> None:
+        wait()
+        began.append(clock())
+
+    def end(_pipeline: Any, _step: int, _timestep: Any, _kept: Any) -> dict[str, Any]:
+        wait()
+        ended.append(clock())
+        return {}
+
+    window = source.window(0, source.frames)
+    hook = pipeline.transformer.register_forward_pre_hook(note)
+    try:
+        pipeline(
+            image=source.reference,
+            pose_video=[Image.fromarray(frame) for frame in window.pose],
+            face_video=[Image.fromarray(frame) for frame in window.face],
+            prompt=prompt,
+            height=source.height,
+            width=source.width,
+            segment_frame_length=source.frames,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            mode="animate",
+            output_type="np",
+            generator=torch.Generator("cpu").manual_seed(0),
+            callback_on_step_end=end,
+        )
+    finally:
+        hook.remove()
+    return began[0], ended
