@@ -100,7 +100,11 @@ C = TypeVar("C", bound=Conditions)
 
 
 class Generator(Protocol[C]):
-    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once."""
+    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once.
+
+    A generator may also have `lower_memory() -> bool`: called after `generate` ran out of memory, in the same thread,
+    to hold less from now on; False where it cannot.
+    """
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -10,122 +10,58 @@ values, so that with one schedule and one CLIP setting the frames are equal bit 
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanAnimatePipeline
 from PIL import Image
 
+from runner.errors import ConfigInvalid
+from runner.generation.autoencoder import decode_latents
 from runner.generation.base import OnStep, Segment, SegmentPlan
-from runner.generation.segments import output_span, reflect_indices
+from runner.generation.compiled import CompiledStep
+from runner.generation.encoders import Encoder, Encoders
+from runner.generation.lean import lean_block, lean_face
+from runner.generation.memory import MemoryPlan
+from runner.generation.memos import Memos
+from runner.generation.prompts import PromptCache
+from runner.generation.segments import output_span
+from runner.generation.steps import Branch, Job, Window, guide, no_face
+from runner.generation.streaming import BlockStream
 from runner.generation.switches import Switches
 from runner.generation.transformer import Context, StepInvariants, denoise_step, embed_context, held_bytes
+from runner.generation.windows import (
+    ConditionSource,
+    ConditionWindow,
+    digest_frames,
+    digest_image,
+    padded_window,
+    to_pixels,
+    to_uint8,
+    to_unit,
+)
 from runner.metrics import StageTimer
 from runner.options import JobOptions
 
-__all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Memo", "Switches", "to_pixels", "to_uint8"]
+__all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Switches", "to_pixels", "to_uint8"]
 
 TEXT_TOKENS = 512  # the attention splits image from text at the last 512; any other count mixes them up
-MEMO_SIZES = {"prompt": 16, "clip": 16, "reference": 16, "blank": 4}  # 4, 0.7, 1 and 20 MB each at 720p
-
-# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> flow [1, 16, T, H/8, W/8], all else being fixed
-Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class ConditionWindow(Protocol):
-    """Consecutive frames of what drives the model, on the host."""
-
-    @property
-    def pose(self) -> np.ndarray:
-        """uint8 [n, H, W, 3] RGB skeletons."""
-
-    @property
-    def face(self) -> np.ndarray:
-        """uint8 [n, F, F, 3] RGB crops; F is the motion encoder's size."""
-
-    @property
-    def background(self) -> np.ndarray | None:
-        """uint8 [n, H, W, 3] RGB; replace mode."""
-
-    @property
-    def mask(self) -> np.ndarray | None:
-        """uint8 [n, H, W], 255 where the character goes; replace mode."""
-
-
-class ConditionSource(Protocol):
-    """A job's conditions, fetched a window at a time."""
-
-    @property
-    def frames(self) -> int:
-        """How many there are."""
-
-    @property
-    def reference(self) -> Image.Image:
-        """The character, RGB."""
-
-    def window(self, start: int, stop: int) -> ConditionWindow:
-        """Frames start..stop-1, within what there is."""
-
-
-class Memo:
-    """The last few results by content, so that jobs which share an input share the work. Counts hits and misses."""
-
-    def __init__(self, name: str, size: int) -> None:
-        self.name, self.size = name, size
-        self._held: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], torch.Tensor], timer: StageTimer) -> torch.Tensor:
-        """What `make` returned for `key` last time, else what it returns now. A `make` that raises leaves no trace."""
-        hit = key in self._held
-        timer.count(f"{self.name}_cache_{'hits' if hit else 'misses'}")
-        if not hit:
-            self._held[key] = make()
-            if len(self._held) > self.size:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        return self._held[key]
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same over a job's windows."""
-
-    plan: SegmentPlan
-    scheduler: Any
-    timer: StageTimer
-    on_step: OnStep | None
-    guidance_scale: float
-    text: torch.Tensor  # [1, 512, text_dim]
-    negative: torch.Tensor | None  # as text; None where unguided
-    clip: torch.Tensor  # [1, image tokens, image_dim]
-    reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
-    contexts: list[Context] = field(default_factory=list)  # of text and negative, where steps share work
-
-
-@dataclass(frozen=True)
-class _Window:
-    """What one window is denoised from. T latent frames, one of them the reference's."""
-
-    noise: torch.Tensor  # float32 [1, 16, T, H/8, W/8]
-    scene: torch.Tensor  # [1, 20, T, H/8, W/8], the reference in front
-    pose: torch.Tensor  # [1, 16, T - 1, H/8, W/8]
-    faces: torch.Tensor  # [1, 3, n, F, F] in [-1, 1]
+# Of a memo beyond this part of the memory, its own oldest go first: a clip of an hour pushes out no prompt.
+MEMO_SHARES = {"pose_latents": 0.6, "scene": 0.2}
 
 
 class AnimatePipeline(WanAnimatePipeline):
     """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps nothing but its memos.
 
-    `compute_device`: where transformer and autoencoder are; the two encoders may be elsewhere.
+    The two encoders may be models, or `Encoder`s, which are loaded when the first job needs them.
+    `compute_device`: where transformer and autoencoder are, and the encoders while they compute.
+    `prompts`: embeddings on disk, if somebody has set it.
     `switches`: which optimisations are on; read when a job starts.
+    `block_step`: blocks as compiled code, if somebody has set it (`compiled.make_block_step`).
+    `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `loading.place`.
     `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
     """
 
@@ -142,8 +78,35 @@ class AnimatePipeline(WanAnimatePipeline):
         super().__init__(tokenizer, text_encoder, vae, scheduler, image_processor, image_encoder, transformer)
         self.compute_device = torch.device("cpu")
         self.switches = Switches()
+        self.block_step: CompiledStep | None = None
         self.kept_bytes = 0
-        self.memos = {name: Memo(name, size) for name, size in MEMO_SIZES.items()}
+        self.memory: MemoryPlan | None = None
+        self.blocks: BlockStream | None = None
+        self.memos = Memos(share=MEMO_SHARES)
+        self.prompts: PromptCache | None = None
+
+    # The parent reads and sets its encoders by these names: it finds them loaded, and loading waits until it does.
+
+    @property
+    def encoders(self) -> Encoders:
+        """Text and image encoder, loaded or not."""
+        return Encoders(self._text_encoder, self._image_encoder)
+
+    @property
+    def text_encoder(self) -> Any:
+        return self._text_encoder.model
+
+    @text_encoder.setter
+    def text_encoder(self, model: Any) -> None:
+        self._text_encoder = model if isinstance(model, Encoder) else Encoder.of("text_encoder", model)
+
+    @property
+    def image_encoder(self) -> Any:
+        return self._image_encoder.model
+
+    @image_encoder.setter
+    def image_encoder(self, model: Any) -> None:
+        self._image_encoder = model if isinstance(model, Encoder) else Encoder.of("image_encoder", model)
 
     def render(
         self,
@@ -156,12 +119,13 @@ class AnimatePipeline(WanAnimatePipeline):
         on_step: OnStep | None = None,
     ) -> Iterator[Segment]:
         """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all."""
-        for index, pixels, pose in self.decode_segments(source, prompt, options, plan, scheduler, timer, on_step):
-            with timer.stage("vae_decode", on_device=True):
-                frames = to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
-            yield Segment(index, frames, pose)
 
-    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
+        def to_bytes(pixels: torch.Tensor) -> np.ndarray:
+            return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
+
+        for index, frames, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, to_bytes):
+            yield Segment(index, np.concatenate(frames), pose)
+
     def decode_segments(
         self,
         source: ConditionSource,
@@ -176,12 +140,30 @@ class AnimatePipeline(WanAnimatePipeline):
 
         `scheduler` is the job's own: its history must not outlive it. `on_step` may raise to abandon the job.
         """
+        for index, pixels, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, _as_it_is):
+            yield index, torch.cat(pixels, dim=2), pose
+
+    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
+    def _segments(
+        self,
+        source: ConditionSource,
+        prompt: str,
+        options: JobOptions,
+        plan: SegmentPlan,
+        scheduler: Any,
+        timer: StageTimer,
+        on_step: OnStep | None,
+        convert: Callable[[torch.Tensor], Any],
+    ) -> Iterator[tuple[int, list[Any], np.ndarray]]:
+        """As `decode_segments`, with what `convert` makes of each few frames [1, 3, n, H, W] as they are decoded."""
+        if self.memory is not None:
+            self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
         try:
             text, negative = self._texts(prompt, options, timer)
             clip, reference = self._reference(source.reference, plan, timer)
             contexts = self._contexts(text, negative, clip, timer)
             self.kept_bytes = 0
-            job = _Job(
+            job = Job(
                 plan, scheduler, timer, on_step, options.guidance_scale, text, negative, clip, reference, contexts
             )
             generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
@@ -191,38 +173,58 @@ class AnimatePipeline(WanAnimatePipeline):
                 drawn = padded_window(source, start, start + plan.segment_frames, options.mode)
                 with timer.stage("encode_conditions", on_device=True):
                     window = self._encode(job, index, drawn, previous, generator)
+                self._warm(job, window)
+                self._make_room()
                 with timer.stage("denoise", on_device=True):
                     latents = self._denoise(job, index, window)
-                with timer.stage("vae_decode", on_device=True):
-                    pixels = self._decode(latents)
-                del latents, window
-                previous = pixels[:, :, -plan.overlap_frames :].clone()
+                self._make_room()
+                del window
                 first, last = (
                     at - start for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
                 )
-                yield index, pixels[:, :, first:last], drawn.pose[first:last]
+                with timer.stage("vae_decode", on_device=True):
+                    frames, previous = decode_latents(self.vae, latents, first, last, plan.overlap_frames, convert)
+                del latents
+                yield index, frames, drawn.pose[first:last]
         finally:
             self.vae.clear_cache()  # an abandoned encode or decode leaves feature maps of full size behind
 
     def _texts(self, prompt: str, options: JobOptions, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings [1, 512, text_dim] of the prompt and, where guided, of the negative prompt."""
+        guided = options.guidance_scale > 1
+        return self.embed(prompt, timer), self.embed(options.negative_prompt or "", timer) if guided else None
+
+    @torch.no_grad()
+    def embed(self, text: str, timer: StageTimer) -> torch.Tensor:
+        """[1, 512, text_dim] of one text, from memory, from disk, or from the encoder. May be called before any job."""
         dtype = self.transformer.dtype
 
-        def embed(text: str) -> torch.Tensor:
-            return self.memos["prompt"].get((text, dtype), lambda: encode(text), timer)
+        def encode() -> torch.Tensor:
+            with self._text_encoder.awake(timer), timer.stage("encode_prompt", on_device=True):
+                embeds, _negative = self.encode_prompt(
+                    text,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=TEXT_TOKENS,
+                    device=self.compute_device,
+                )
+                return embeds.to(dtype)
 
-        def encode(text: str) -> torch.Tensor:
-            embeds, _negative = self.encode_prompt(
-                text,
-                do_classifier_free_guidance=False,
-                max_sequence_length=TEXT_TOKENS,
-                device=self.compute_device,
-            )
-            return embeds.to(dtype)
+        def find() -> torch.Tensor:
+            if self.prompts is None:
+                return encode()
+            return self.prompts.get(text, TEXT_TOKENS, dtype, encode, timer).to(self.compute_device)
 
-        with timer.stage("encode_prompt", on_device=True):
-            guided = options.guidance_scale > 1
-            return embed(prompt), embed(options.negative_prompt or "") if guided else None
+        return self._shared("prompt", lambda: (text, dtype), find, timer)
+
+    def _shared(
+        self, name: str, key: Callable[[], Hashable], make: Callable[[], torch.Tensor], timer: StageTimer
+    ) -> torch.Tensor:
+        """What `make` returns, made once for all jobs with the same key."""
+        return self.memos.get(name, key(), make, timer) if self.switches.memos else make()
+
+    def _vae_key(self) -> tuple[Hashable, ...]:
+        """What the autoencoder's answers depend on beyond its input; its weights are those of this pipeline."""
+        return self.vae.dtype, self.vae.use_tiling, self.vae.use_slicing
 
     def _contexts(
         self, text: torch.Tensor, negative: torch.Tensor | None, clip: torch.Tensor, timer: StageTimer
@@ -238,22 +240,24 @@ class AnimatePipeline(WanAnimatePipeline):
 
     def _reference(self, image: Image.Image, plan: SegmentPlan, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor]:
         """What CLIP makes of the whole image, and its latents, scaled into width x height on black."""
-        digest = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-        device, dtype = self.compute_device, self.transformer.dtype
+        digest, device, dtype = digest_image(image), self.compute_device, self.transformer.dtype
+
+        def look() -> torch.Tensor:
+            with self._image_encoder.awake(timer), timer.stage("encode_image", on_device=True):
+                return self.encode_image(image, device).to(dtype)
 
         def encode() -> torch.Tensor:
             boxed = self.vae_image_processor.preprocess(image, height=plan.height, width=plan.width, resize_mode="fill")
             return self.prepare_reference_image_latents(boxed.to(device, torch.float32), device=device)
 
-        with timer.stage("encode_image", on_device=True):
-            clip = self.memos["clip"].get((digest, dtype), lambda: self.encode_image(image, device).to(dtype), timer)
+        clip = self._shared("clip", lambda: (digest, dtype), look, timer)
         with timer.stage("encode_reference", on_device=True):
-            key = (digest, plan.width, plan.height, self.vae.dtype)
-            return clip, self.memos["reference"].get(key, encode, timer)
+            key = (digest, plan.width, plan.height, self._vae_key())
+            return clip, self._shared("reference", lambda: key, encode, timer)
 
     def _encode(
-        self, job: _Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None, generator: torch.Generator
-    ) -> _Window:
+        self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None, generator: torch.Generator
+    ) -> Window:
         """Noise and conditions of window `index`, on the device. Takes from `generator` what one window needs."""
         plan, device, dtype = job.plan, self.compute_device, self.transformer.dtype
         noise = self.prepare_latents(
@@ -266,14 +270,28 @@ class AnimatePipeline(WanAnimatePipeline):
             device=device,
             generator=generator,
         )
-        return _Window(
+        return Window(
             noise=noise,
-            pose=self.prepare_pose_latents(to_pixels(drawn.pose, device), device=device).to(dtype),
+            pose=self._pose(job, drawn.pose),
             scene=torch.cat([job.reference, self._scene(job, index, drawn, previous)], dim=2),
             faces=to_pixels(drawn.face, device).to(dtype),
         )
 
-    def _scene(self, job: _Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None) -> torch.Tensor:
+    def _pose(self, job: Job, skeletons: np.ndarray) -> torch.Tensor:
+        """Latents of a window's skeletons, in the transformer's type: alike wherever the same dance was drawn alike.
+
+        What the transformer makes of the faces is not kept: a job's LoRAs may change that, and it is 0.03 % of a job.
+        """
+        device, dtype = self.compute_device, self.transformer.dtype
+
+        def encode() -> torch.Tensor:
+            return self.prepare_pose_latents(to_pixels(skeletons, device), device=device).to(dtype)
+
+        return self._shared(
+            "pose_latents", lambda: (digest_frames(skeletons), dtype, self._vae_key()), encode, job.timer
+        )
+
+    def _scene(self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None) -> torch.Tensor:
         """Mask and latents of what stands in the window beforehand: the last one's end, then the scene or nothing.
 
         Without a scene the first window is blank, and the same for every job of its size.
@@ -294,12 +312,15 @@ class AnimatePipeline(WanAnimatePipeline):
                 device=device,
             )
 
-        if index or drawn.background is not None:
+        if index:
             return encode()
-        key = (plan.width, plan.height, plan.segment_frames, plan.overlap_frames, self.vae.dtype)
-        return self.memos["blank"].get(key, encode, job.timer)
+        key = (plan.width, plan.height, plan.segment_frames, plan.overlap_frames, self._vae_key())
+        background, mask = drawn.background, drawn.mask
+        if background is None or mask is None:
+            return self._shared("blank", lambda: key, encode, job.timer)
+        return self._shared("scene", lambda: (digest_frames(background), digest_frames(mask), *key), encode, job.timer)
 
-    def _denoise(self, job: _Job, index: int, window: _Window) -> torch.Tensor:
+    def _denoise(self, job: Job, index: int, window: Window) -> torch.Tensor:
         """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
         plan, timer = job.plan, job.timer
         job.scheduler.set_timesteps(plan.steps, device=self.compute_device)  # also forgets the last window's history
@@ -319,29 +340,67 @@ class AnimatePipeline(WanAnimatePipeline):
         self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
         return latents
 
-    def _invariants(self, job: _Job, window: _Window) -> list[StepInvariants]:
+    def _warm(self, job: Job, window: Window) -> None:
+        """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
+        step, (frames, height, width) = self.block_step, window.noise.shape[2:]
+        grid = (frames, height, width)
+        if step is None or not job.contexts or not step.warms(self.transformer, job.contexts, grid):
+            return
+        with job.timer.stage("warmup", on_device=True):
+            blocks = None if self.blocks is None else self.blocks()
+            made = step.warm(self.transformer, job.contexts, grid, blocks)
+        job.timer.count("compiled_graphs", made)
+
+    def _invariants(self, job: Job, window: Window) -> list[StepInvariants]:
         """What this window's steps share, for each branch; nothing where every step does it itself."""
         if not job.contexts:
             return []
-        invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces)
+        keep_text = self.memory is None or self.memory.keep_text
+        invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces, keep_text=keep_text)
         return [
             invariants,
             *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
         ]
 
-    def _branches(self, job: _Job, window: _Window, invariants: list[StepInvariants]) -> list[Branch]:
+    def _branches(self, job: Job, window: Window, invariants: list[StepInvariants]) -> list[Branch]:
         """The transformer on this window; guided, a second time without prompt and face."""
         if invariants:
-            return [partial(denoise_step, self.transformer, shared) for shared in invariants]
+            return [partial(self._step, shared) for shared in invariants]
+        if self.blocks is not None:
+            raise ConfigInvalid(
+                "without `step_invariants` the model itself walks through its blocks, which are not on the device",
+                todo="Use memory mode resident",
+            )
         branches: list[Branch] = [partial(self._whole_forward, job, window, job.text, window.faces)]
         if job.negative is not None:
             branches.append(partial(self._whole_forward, job, window, job.negative, no_face(window.faces)))
         return branches
 
+    def _step(self, shared: StepInvariants, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """One branch of one step, on blocks that are there or that come one by one."""
+        lean = self.memory is not None and self.memory.lean
+        return denoise_step(
+            self.transformer,
+            shared,
+            hidden,
+            timestep,
+            blocks=None if self.blocks is None else self.blocks(),
+            block_step=self.block_step or (lean_block if lean else None),
+            face_step=lean_face if lean else None,
+        )
+
+    def _make_room(self) -> None:
+        """Between two stages of a window: give back what the last one held, where the device is small."""
+        if self.blocks is None:
+            return
+        self.blocks.release()
+        if self.compute_device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _whole_forward(
         self,
-        job: _Job,
-        window: _Window,
+        job: Job,
+        window: Window,
         text: torch.Tensor,
         faces: torch.Tensor,
         hidden: torch.Tensor,
@@ -358,75 +417,6 @@ class AnimatePipeline(WanAnimatePipeline):
             return_dict=False,
         )[0]
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels [1, 3, frames, H, W] in [-1, 1] of `latents`, without the reference frame in front of them."""
-        latents, config = latents.to(self.vae.dtype), self.vae.config
-        mean, deviation = (
-            torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        # The parent divides by the reciprocal; multiplying by the deviation would round otherwise.
-        return self.vae.decode((latents / (1.0 / deviation) + mean)[:, :, 1:], return_dict=False)[0]
 
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A padded window; background and mask are there in replace mode only."""
-
-    pose: np.ndarray
-    face: np.ndarray
-    background: np.ndarray | None
-    mask: np.ndarray | None
-
-
-def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> _Drawn:
-    """Frames start..stop-1, reflected beyond the source's end. One fetch, never longer than the window itself."""
-    indices = reflect_indices(start, stop, source.frames)
-    low, high = int(indices.min()), int(indices.max()) + 1
-    window = source.window(low, high)
-
-    def take(name: str) -> np.ndarray:
-        frames = getattr(window, name)
-        if frames is None or len(frames) != high - low:
-            came = "none" if frames is None else str(len(frames))
-            raise ValueError(f"{name}: {high - low} frames were asked for, {came} came")
-        return frames[indices - low]
-
-    replace = mode == "replace"
-    return _Drawn(
-        take("pose"), take("face"), take("background") if replace else None, take("mask") if replace else None
-    )
-
-
-def no_face(faces: torch.Tensor) -> torch.Tensor:
-    """Black crops of the shape of `faces`, as the library makes them."""
-    return faces * 0 - 1
-
-
-def guide(flows: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """The one flow, or, of one with and one without prompt and face, the first moved away from the second."""
-    if len(flows) == 1:
-        return flows[0]
-    flow, without = flows
-    return without + scale * (flow - without)
-
-
-def to_unit(frames: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [n, H, W, 3] or [n, H, W] to float32 [1, channels, n, H, W] in [0, 1]; bytes cross to the device."""
-    planes = torch.from_numpy(frames if frames.ndim == 4 else frames[..., None]).to(device)
-    # Channels stay innermost in memory, as the library's own conversion leaves them: convolutions sum in another order
-    # otherwise, and the last bits differ.
-    values = planes.to(torch.float32)
-    # By a tensor on the device: CUDA multiplies by a rounded reciprocal when the divisor is a number.
-    values /= torch.tensor(255.0, device=device)
-    return values.permute(3, 0, 1, 2).unsqueeze(0)
-
-
-def to_pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
-    """As `to_unit`, in [-1, 1]."""
-    return to_unit(frames, device).mul_(2.0).sub_(1.0)
-
-
-def to_uint8(frames: torch.Tensor) -> np.ndarray:
-    """[n, 3, H, W] in [0, 1] to uint8 [n, H, W, 3] on the host, rounded to even."""
-    return (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+def _as_it_is(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels

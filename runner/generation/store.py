@@ -186,6 +186,14 @@ class ModelStore:
         digests = self._hashes.of((file for files in pieces.values() for file in files), self.root, cache)
         return {name: combine({self._name(f): digests[f] for f in files}) for name, files in pieces.items()}
 
+    def text_identity(self, recipe: Recipe, cache: Path | None = None) -> str:
+        """Digest of all that makes an embedding of a text: tokenizer and text encoder, whichever file that is."""
+        file = self.variant(recipe).text_encoder
+        files = [file] if file else self._component_files(recipe, "text_encoder")
+        files += self._component_files(recipe, "tokenizer")
+        digests = self._hashes.of(files, self.root, cache)
+        return combine({self._name(f): digests[f] for f in files})
+
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -312,7 +313,22 @@ def load_text_encoder(path: Path, device: torch.device | str = "cpu", dtype: tor
     scales stay as stored, all else (the embedding too) is held in `dtype`. `dtype` is bfloat16 or float32: UMT5's
     activations leave the range of float16. Raises WeightsMissing; WeightsCorrupt; ConfigInvalid for `dtype`.
     """
-    path = Path(path)
+    file, model, held = _described(Path(path), dtype)
+    state = {name: file.read(name, held[name], device) for name in _shapes(model)}
+    state[EMBEDDING_ALIAS] = state[EMBEDDING]
+    model.load_state_dict(state, strict=True, assign=True)
+    _tie(model)
+    return model.requires_grad_(False).eval()
+
+
+def check_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that `load_text_encoder` would hold. By the header alone; raises as it does, but for NaN and infinity."""
+    _, model, held = _described(Path(path), dtype)
+    return sum(math.prod(shape) * held[name].itemsize for name, shape in _shapes(model).items())
+
+
+def _described(path: Path, dtype: torch.dtype) -> tuple[TensorFiles, Any, dict[str, torch.dtype]]:
+    """The file, the model that it describes, without weights, and the type in which each of its tensors is held."""
     _check_dtype(dtype)
     file = TensorFiles([path])
     config = file.headers[0].metadata.get("config")
@@ -328,11 +344,7 @@ def load_text_encoder(path: Path, device: torch.device | str = "cpu", dtype: tor
     held = {name: t.dtype if name in own else dtype for name, t in model.state_dict().items()}
     shapes = _shapes(model)
     file.expect({name: (shape, (held[name],) if name in own else FLOATS) for name, shape in shapes.items()})
-    state = {name: file.read(name, held[name], device) for name in shapes}
-    state[EMBEDDING_ALIAS] = state[EMBEDDING]
-    model.load_state_dict(state, strict=True, assign=True)
-    _tie(model)
-    return model.requires_grad_(False).eval()
+    return file, model, held
 
 
 def _scale_dtype(file: TensorFiles, name: str) -> torch.dtype:

@@ -130,6 +130,16 @@ def test_a_closed_generator_renders_nothing(generator):
         next(generator.generate(conditions, plan, StageTimer()))
 
 
+def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("runner.preprocess.pipeline.Preprocessor", MemoryPreprocessor)
+    frames = []
+    for loads in (1, 0):
+        run = WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu", cache=tmp_path / "cache")
+        frames.append(rendered(run, prepared(run)))
+        assert run.pipeline.encoders.text.loads == loads
+    assert np.array_equal(*frames)
+
+
 def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):
     monkeypatch.setattr("runner.preprocess.pipeline.Preprocessor", MemoryPreprocessor)
     with pytest.raises(ConfigInvalid):
