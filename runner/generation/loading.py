@@ -208,7 +208,8 @@ def _bytes_of(path: Path) -> int:
 
 def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
-    from runner.generation.memos import DEVICE_BYTES, HOST_BYTES
+    from runner.generation.memory import DEVICE_BYTES
+    from runner.generation.memos import HOST_BYTES
     from runner.generation.streaming import BlockStream
 
     pipeline.compute_device, pipeline.memory = device, plan

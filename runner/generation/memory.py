@@ -33,7 +33,18 @@ from runner.generation.footprint import (
 )
 from runner.generation.recipes import Recipe
 
-__all__ = ["MODES", "Forecast", "Load", "MemoryPlan", "Mode", "choose_plan", "forecast_memory", "lower", "make_plan"]
+__all__ = [
+    "DEVICE_BYTES",
+    "MODES",
+    "Forecast",
+    "Load",
+    "MemoryPlan",
+    "Mode",
+    "choose_plan",
+    "forecast_memory",
+    "lower",
+    "make_plan",
+]
 
 Mode = Literal["resident", "stream", "minimal"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -44,6 +55,7 @@ CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, works
 SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
 PREPROCESS_EXTRA = 500_000_000  # arena of ONNX Runtime beside its models' weights
 ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
+DEVICE_BYTES = 256 * 2**20  # what jobs share, at most (memos.py), in mode resident
 TILED_ABOVE = 480 * 832  # pixels; by size alone, never by what is free: frames depend on it
 
 
@@ -166,12 +178,15 @@ def forecast_memory(
         "invariants": kept,
         "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
         "activations": step_bytes(model, *size, kind=kind, element=element),
+        "memos": DEVICE_BYTES if cuda and plan.mode == "resident" else 0,
         "workspace": workspace_bytes(model, element=element) if recipe.fp4 else 0,
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
         "autoencoder_encode": encode,
         "autoencoder_decode": decode,
     }
-    always = ("blocks", "other_weights", "autoencoder", "encoders", "workspace") + (("loras_beside",) * resident)
+    always = ("blocks", "other_weights", "autoencoder", "encoders", "memos", "workspace") + (
+        ("loras_beside",) * resident
+    )
     stages = {
         "encode_prompt": ("encoder_layer",),
         "encode_conditions": ("window", "autoencoder_encode"),

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from runner.generation.memory import DEVICE_BYTES
 from runner.metrics import StageTimer
 
-__all__ = ["DEVICE_BYTES", "HOST_BYTES", "Memos", "Use", "is_on_host"]
+__all__ = ["HOST_BYTES", "Memos", "Use", "is_on_host"]
 
 # A window of 81 frames at 480x832 keeps 4 MB of skeletons in bfloat16; its blank scene has 10 MB in float32.
 HOST_BYTES = 512 * 2**20
-DEVICE_BYTES = 256 * 2**20
 Key = tuple[str, Hashable]
 
 
