@@ -54,6 +54,7 @@ class Bench:
     sampler: MemorySampler
     steps: int
     deadline: float
+    warm_up: bool = True  # a job before each that is measured
     clips: int = 0
 
     @property
@@ -64,6 +65,12 @@ class Bench:
         """One that nothing was computed for yet."""
         self.clips += 1
         return Clip(self.scale, size or self.scale.size, self.scale.frames, self.clips, self.clips)
+
+    def measure(self, pipeline: Any, recipe: Recipe | None = None, steps: int = 3) -> Spent:
+        """A job through ours; what happens once (compiling, tuning, encoders) is done by one before it."""
+        if self.warm_up:
+            run_ours(pipeline, recipe or self.recipe, self.clip(), 1, self.sampler)
+        return run_ours(pipeline, recipe or self.recipe, self.clip(), steps, self.sampler)
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
@@ -101,8 +108,7 @@ def waterfall(bench: Bench, pipeline: Any) -> Rows:
         else:
             try:
                 prepare()
-                run_ours(pipeline, recipe, bench.clip(), 1, bench.sampler)  # compiling, tuning, encoders
-                rows.append(bench.row(what, run_ours(pipeline, recipe, bench.clip(), 3, bench.sampler)))
+                rows.append(bench.row(what, bench.measure(pipeline)))
             # One optimisation that fails here must not take the table with it.
             except Exception as err:
                 rows.append(bench.row(what, None, f"{type(err).__name__}: {str(err).splitlines()[0]}"))
@@ -145,8 +151,7 @@ def low_bits(bench: Bench, pipeline: Any) -> Rows:
             continue
         try:
             said = tune(pipeline, recipe, bench.device)
-            run_ours(pipeline, recipe, bench.clip(), 1, bench.sampler)
-            row = bench.row(what, run_ours(pipeline, recipe, bench.clip(), 3, bench.sampler))
+            row = bench.row(what, bench.measure(pipeline, recipe))
             worst = max(entry["error"] for entry in said["compute_self_test"].values())
             rows.append(row | {"note": f"{said['compute_product']}, error {worst:.3f} a layer"})
         except Exception as err:  # this device has it not, or has it wrong: that is the answer
@@ -157,7 +162,7 @@ def low_bits(bench: Bench, pipeline: Any) -> Rows:
     return rows
 
 
-def headlines(bench: Bench, pipeline: Any, load_s: float, seed: Seed, seed_clip: Spent) -> Rows:
+def headlines(bench: Bench, pipeline: Any, seed: Seed, seed_clip: Spent) -> Rows:
     """One warm clip, and a cold manifest of four jobs: two references, two dances, one prompt."""
     ours = run_ours(pipeline, bench.recipe, bench.clip(), bench.steps, bench.sampler)
     rows: Rows = [comparison("a warm clip, exact products", seed_clip.total_s, ours.total_s)]
@@ -165,14 +170,11 @@ def headlines(bench: Bench, pipeline: Any, load_s: float, seed: Seed, seed_clip:
         capability = capability_of(bench.device)
         recipe = replace(bench.recipe, compute=advised(capability))
         tune(pipeline, recipe, bench.device)
-        run_ours(pipeline, recipe, bench.clip(), 1, bench.sampler)
-        low = run_ours(pipeline, recipe, bench.clip(), bench.steps, bench.sampler)
+        low = bench.measure(pipeline, recipe, bench.steps)
         rows.append(comparison(f"a warm clip, {recipe.compute} products", seed_clip.total_s, low.total_s))
     else:
         rows.append({"what": "a warm clip, 8-bit products", "seed, s": None, "ours, s": NOT_MEASURED, "ratio": None})
-    del pipeline
     first = bench.clips + 1
-    spent = load_s
     begin = clock_of(bench.device)()
     fresh, _ = load_pipeline(bench.store, bench.recipe, bench.device)
     spent = clock_of(bench.device)() - begin
@@ -208,8 +210,7 @@ def modes(bench: Bench) -> Rows:
             continue
         with capped(bench, card):
             pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)
-            run_ours(pipeline, bench.recipe, bench.clip(), 1, bench.sampler)
-            spent = run_ours(pipeline, bench.recipe, bench.clip(), 3, bench.sampler)
+            spent = bench.measure(pipeline)
         gb = [None if size is None else size / 1e9 for size in (spent.allocated, spent.process)]
         row |= {"s a step": spent.step_s, "fixed s a job": spent.fixed_s, "peak GB": gb[0], "NVML GB": gb[1]}
         rows.append({**row, "forecast here GB": forecast / 1e9})
@@ -297,13 +298,11 @@ def measure_all(bench: Bench) -> dict[str, Rows]:
     seed_clip = seed.run(bench.clip(), bench.steps, bench.sampler)
     rows = [bench.row("the seed's way: library's pipeline, models wait on the host", seed_clip)]
     free(bench.device)
-    begin = clock_of(bench.device)()
     pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device)
-    load_s = clock_of(bench.device)() - begin
     tables["waterfall"] = rows + waterfall(bench, pipeline)
     tables["low_bits"] = low_bits(bench, pipeline)
     tune(pipeline, bench.recipe, bench.device)
-    tables["headlines"] = headlines(bench, pipeline, load_s, seed, seed_clip)
+    tables["headlines"] = headlines(bench, pipeline, seed, seed_clip)
     tune(pipeline, bench.recipe, bench.device)
     tables["hd"] = in_hd(bench, pipeline, seed)
     del pipeline, seed
@@ -363,9 +362,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="video-lab-bench-") as folder, MemorySampler() as sampler, torch.no_grad():
         write_store(Path(folder), scale, recipe, device)
         store = ModelStore(Path(folder))
-        bench = Bench(
-            device, scale, recipe, store, store.costs(recipe), sampler, 2 if options.quick else 6, began + seconds
-        )
+        bench = Bench(device, scale, recipe, store, store.costs(recipe), sampler, 6, began + seconds)
+        if options.quick:
+            bench.steps, bench.warm_up = 2, False
         tables = measure_all(bench)
     for name, rows in tables.items():
         show(TITLES[name], rows)

@@ -172,23 +172,32 @@ class VaeShape:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # the library's spelling
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None  # pixels a side that are folded into channels first
+    is_residual: bool = False  # of the kind that later models have
+
+    @property
+    def spatial(self) -> int:
+        """Pixels a side that one latent stands for."""
+        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
     def encode_flop(self, width: int, height: int, frames: int) -> float:
         """`frames` (4k+1) frames of pixels to latents: the first alone, then four at a time."""
         later = (frames - 1) // 4
         chunks = self._encode_chunk(width, height, 1) + later * self._encode_chunk(width, height, 4)
-        quant = 2 * (2 * self.z_dim) ** 2 * (later + 1) * (width // 8) * (height // 8)
+        quant = 2 * (2 * self.z_dim) ** 2 * (later + 1) * (width // self.spatial) * (height // self.spatial)
         return chunks + quant
 
     def decode_flop(self, width: int, height: int, frames: int) -> float:
         """Latents to `frames` (4k+1) frames of pixels: one latent frame at a time, the first without time."""
         later = (frames - 1) // 4
-        quant = 2 * self.z_dim**2 * (later + 1) * (width // 8) * (height // 8)
+        quant = 2 * self.z_dim**2 * (later + 1) * (width // self.spatial) * (height // self.spatial)
         return quant + self._decode_chunk(width, height, True) + later * self._decode_chunk(width, height, False)
 
     def _encode_chunk(self, width: int, height: int, n: int) -> float:
-        area, here = width * height, self.base_dim
-        flop = conv3d(3, here, n, area)
+        area, here = width * height // (self.patch_size or 1) ** 2, self.base_dim
+        flop = conv3d(self.in_channels, here, n, area)
         first = n == 1
         for level, mult in enumerate(self.dim_mult):
             for _ in range(self.num_res_blocks):
@@ -204,11 +213,11 @@ class VaeShape:
 
     def _decode_chunk(self, width: int, height: int, first: bool) -> float:
         base = self.decoder_base_dim or self.base_dim
-        area, n = width * height // 4 ** (len(self.dim_mult) - 1), 1
+        area, n = width * height // self.spatial**2, 1
         here = base * self.dim_mult[-1]
         flop = conv3d(self.z_dim, here, n, area) + mid_block(here, n, area)
         for level, (mult, in_time) in enumerate(self._up_levels()):
-            if level:
+            if level and not self.is_residual:
                 here //= 2  # the upsampler of the level below halves the channels
             for _ in range(self.num_res_blocks + 1):
                 flop += res_block(here, base * mult, n, area)
@@ -218,8 +227,8 @@ class VaeShape:
                     flop += 2 * 3 * here * 2 * here * n * area
                     n *= 2
                 area *= 4
-                flop += 2 * 9 * here * (here // 2) * n * area
-        return flop + conv3d(here, 3, n, area)
+                flop += 2 * 9 * here * (here if self.is_residual else here // 2) * n * area
+        return flop + conv3d(here, self.out_channels, n, area)
 
     def _up_levels(self) -> Iterator[tuple[int, bool]]:
         yield from zip(self.dim_mult[::-1], (*self.temperal_downsample[::-1], False), strict=True)

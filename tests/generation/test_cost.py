@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from runner.generation.cost import PRODUCTION
+from runner.generation.cost import PRODUCTION, Costs
 from runner.generation.plan import plan_job
 from runner.generation.recipes import get_recipe
 from runner.generation.store import ModelStore
@@ -81,6 +81,28 @@ def test_every_operation_of_the_tiny_autoencoder_is_counted(tiny, frames):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.decode(latents)
     assert costs.vae.decode_flop(width, height, frames) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_an_autoencoder_of_the_residual_kind(frames):
+    from diffusers import AutoencoderKLWan
+
+    config = {
+        **{"base_dim": 8, "decoder_base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 2], "num_res_blocks": 1},
+        **{"temperal_downsample": [True, True], "is_residual": True, "patch_size": 2, "in_channels": 12},
+        **{"out_channels": 12, "scale_factor_temporal": 4, "scale_factor_spatial": 8},
+    }
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**config)
+    shape = Costs.from_configs({}, config).vae
+    width, height = 48, 64
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(torch.zeros(1, 3, frames, height, width, device="meta"))
+    assert shape.encode_flop(width, height, frames) == counter.get_total_flops()
+    latents = torch.zeros(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decode(latents)
+    assert shape.decode_flop(width, height, frames) == counter.get_total_flops()
 
 
 def test_a_job_is_its_segments():
