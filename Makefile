@@ -22,7 +22,7 @@ MODELS := .cache/demo-models
 MEDIA := .cache/demo-media
 SHELL_FILES := .ci/run tools/image.sh
 BENCHES = $(filter-out bench/_% bench/%_gpu.py,$(wildcard bench/*.py))
-GPU_BENCHES = $(wildcard bench/*_gpu.py)
+GPU_BENCHES = $(wildcard bench/*_gpu.py) bench/engine.py
 
 define run_each
 @mkdir -p out/bench
