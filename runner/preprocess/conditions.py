@@ -71,18 +71,22 @@ class Geometry:
             return padding_resize(grey, self.width, self.height, cv2.INTER_NEAREST)
         return self.placement.image(grey, cv2.INTER_NEAREST)
 
-    def skeleton(self, track: PoseTrack, index: int, *, retargeted: bool = False) -> np.ndarray:
+    def skeleton(
+        self, track: PoseTrack, index: int, *, retargeted: bool = False, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled.
 
-        A `retargeted` track is in pixels of the output already.
+        A `retargeted` track is in pixels of the output already. `out`: where it goes, black so far.
         """
         pose = track.pose(index)
+        canvas = np.zeros((self.height, self.width, 3), np.uint8) if out is None else out
         if retargeted:
-            return draw_skeleton(pose, self.width, self.height)
+            return draw_skeleton(pose, self.width, self.height, canvas)
         if not self.parity:
-            return draw_skeleton(pose.moved(self.placement.points), self.width, self.height)
+            return draw_skeleton(pose.moved(self.placement.points), self.width, self.height, canvas)
         drawn = draw_skeleton(pose, track.width, track.height)
-        return drawn if self.resize_first is not None else padding_resize(drawn, self.width, self.height)
+        canvas[:] = drawn if self.resize_first is not None else padding_resize(drawn, self.width, self.height)
+        return canvas
 
 
 @dataclass(eq=False)
@@ -106,7 +110,7 @@ class PoseConditions:
     widen: Callable[[np.ndarray], np.ndarray] | None = None  # what becomes of a made mask at the output's size
     retargeted: PoseTrack | None = None  # what is drawn, in pixels of the output, instead of `track`
     timer: StageTimer = field(default_factory=StageTimer)
-    _reader: VideoReader | None = field(default=None, repr=False)
+    reader: VideoReader | None = field(default=None, repr=False)  # of `video`, where pass 1 has one: files open slowly
     _crops: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def window(self, start: int, stop: int) -> Window:
@@ -115,8 +119,10 @@ class PoseConditions:
             raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
         with self.timer.stage("draw"):
             drawn, moved = (self.track, False) if self.retargeted is None else (self.retargeted, True)
-            pose = np.stack([self.geometry.skeleton(drawn, i, retargeted=moved) for i in range(start, stop)])
-            face = np.zeros((stop - start, self.face_size, self.face_size, 3), np.uint8)
+            pose = np.zeros((stop - start, self.height, self.width, 3), np.uint8)
+            for canvas, i in zip(pose, range(start, stop), strict=True):
+                self.geometry.skeleton(drawn, i, retargeted=moved, out=canvas)
+            face = np.empty((stop - start, self.face_size, self.face_size, 3), np.uint8)
             masks = self._masks(start, stop) if self.mask else None
             background = None if masks is None else np.zeros_like(pose)
             self._fill(start, stop, face, background)
@@ -126,9 +132,9 @@ class PoseConditions:
 
     def close(self) -> None:
         """Close the files. Idempotent; a later `window` opens the video again."""
-        if self._reader:
-            self._reader.close()
-        self._reader = None
+        if self.reader:
+            self.reader.close()
+        self.reader = None
         self._crops.clear()
         if self.mask:
             self.mask.close()
@@ -136,6 +142,7 @@ class PoseConditions:
     def _fill(self, start: int, stop: int, face: np.ndarray, background: np.ndarray | None) -> None:
         """Read what the window needs of the video, once and in order, and put it where it goes."""
         sources = self.faces.sources[start:stop]  # the face of a frame without one lies elsewhere in the clip
+        face[sources < 0] = 0
         for source in set(sources.tolist()) & self._crops.keys():
             face[sources == source] = self._crops[source]
         to_read = np.array([s for s in np.unique(sources) if s >= 0 and s not in self._crops], np.int64)
@@ -143,7 +150,9 @@ class PoseConditions:
         for index, native in self._native(np.unique(self.indices[np.concatenate([to_read, own])])):
             frame = self.geometry.frame(native)
             for source in to_read[self.indices[to_read] == index]:
-                face[sources == source] = crop_face(frame, self.faces.boxes[source], self.face_size)
+                first, *others = np.flatnonzero(sources == source)
+                crop_face(frame, self.faces.boxes[source], self.face_size, face[first])
+                face[others] = face[first]
             if background is not None:
                 background[self.indices[own] == index] = self.geometry.output(frame)
         for source in (int(sources[0]), int(sources[-1])):
@@ -156,13 +165,11 @@ class PoseConditions:
         """(index, uint8 [h, w, 3]) of the frames `indices` (ascending) of the video; a few are decoded at a time."""
         if not len(indices):
             return
-        if self._reader is None:
-            self._reader = VideoReader(self.video)
-            if self.geometry.parity:
-                self._reader.sample("source", parity=True)  # numbers frames as the official reader does, as pass 1 did
-        info = self._reader.info
+        if self.reader is None:
+            self.reader = VideoReader(self.video)
+        info = self.reader.info
         at = iter(indices.tolist())
-        for frames in self._reader.windows(indices, frames_at_once(info.width, info.height)):
+        for frames in self.reader.windows(indices, frames_at_once(info.width, info.height)):
             for frame in frames:
                 yield next(at), frame
 

@@ -83,7 +83,7 @@ class Detector:
 
     def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
         """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2 in 640-space, score, class."""
-        images = np.empty((len(frames), 3, SIDE, SIDE), np.float32)  # 5 MB a frame: filled in place, never doubled
+        images = self.network.images(len(frames), (3, SIDE, SIDE))  # 5 MB a frame: filled in place, never doubled
         for image, frame in zip(images, frames, strict=True):
             network_input(frame, image)
         return _as_rows(self.network.run(images))

@@ -98,10 +98,13 @@ def plan_faces(
     return FacePlan([box for s in sources if (box := boxes[s]) is not None], sources)
 
 
-def crop_face(frame: np.ndarray, box: FaceBox, size: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] → uint8 [size, size, 3]: bilinear, aspect not kept, as the face encoder was trained."""
+def crop_face(frame: np.ndarray, box: FaceBox, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 RGB [H, W, 3] → uint8 [size, size, 3], in `out` if given.
+
+    Bilinear, aspect not kept, as the face encoder was trained.
+    """
     x1, x2, y1, y2 = box
-    return cv2.resize(np.ascontiguousarray(frame[y1:y2, x1:x2]), (size, size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(frame[y1:y2, x1:x2], (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
 def _grown(face: np.ndarray) -> tuple[float, float, float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +44,10 @@ class Pose:
     def moved(self, transform: Callable[[np.ndarray], np.ndarray]) -> Pose:
         """The pose with `transform` applied to its coordinates [k, 2]; confidences stay."""
         parts = (self.body, self.left_hand, self.right_hand, self.face)
-        return Pose(*(np.concatenate([transform(p[:, :2].astype(np.float64)), p[:, 2:]], 1) for p in parts))
+        joints = np.concatenate(parts, dtype=np.float64)
+        joints[:, :2] = transform(joints[:, :2])
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        return Pose(*(joints[a:b] for a, b in pairwise([0, *ends])))
 
 
 @dataclass(frozen=True, eq=False)

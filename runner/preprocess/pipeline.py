@@ -29,6 +29,7 @@ from runner.preprocess.mask import GivenMask
 from runner.preprocess.masks import augment
 from runner.preprocess.pose_memory import backend_parts, clip_parts, find_poses_once, masks_once, segmenter_parts
 from runner.preprocess.poses import FoundPoses
+from runner.preprocess.providers import NetworkOptions
 from runner.preprocess.retarget import retarget_robust
 from runner.preprocess.retarget_official import retarget_official
 from runner.preprocess.segment import Segmenter, load_segmenter
@@ -58,8 +59,10 @@ class Preprocessor:
         dwpose: tuple[Path, Path] | None = None,
         segmenter: Path | None = None,
         cache: PoseCache | None = None,
+        networks: NetworkOptions | None = None,
     ) -> None:
         self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
+        self._networks = networks or NetworkOptions()
         self._backends = {"vitpose": Backend("vitpose", detector, pose)}
         self._segmenter: Segmenter | None = None
         self.description: dict[str, Any] = {
@@ -78,14 +81,18 @@ class Preprocessor:
         dwpose: tuple[Path, Path] | None = None,
         segmenter: Path | None = None,
         cache: PoseCache | None = None,
+        networks: NetworkOptions | None = None,
     ) -> Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".
 
         `dwpose`: detector and pose network of the other backend; `segmenter`: folder of a SAM 2, for replace jobs
-        without a mask. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
+        without a mask; `networks`: precision and providers. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the
+        device cannot be had.
         """
-        opened = open_backend("vitpose", detector, pose, device)
-        return cls(opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache)
+        opened = open_backend("vitpose", detector, pose, device, networks)
+        return cls(
+            opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache, networks=networks
+        )
 
     @property
     def detector(self) -> PersonDetector:
@@ -101,7 +108,7 @@ class Preprocessor:
         if name not in self._backends:
             if self._dwpose is None:
                 raise WeightsMissing("no networks for preprocess.pose: dwpose", todo="Put them into the model store")
-            self._backends[name] = open_backend(name, *self._dwpose, self._device)
+            self._backends[name] = open_backend(name, *self._dwpose, self._device, self._networks)
             self.description[name] = self._backends[name].description
         return self._backends[name]
 
@@ -172,6 +179,9 @@ class Preprocessor:
                 if given:
                     given.close()
                 raise
+        network = backend.pose.network
+        if network.precision != self._networks.pose_precision:
+            warnings.append(f"{network.path.name} runs in {network.precision}, not int8: {network.precision_why}.")
         retargeted = None
         report: dict[str, Any] = {"source_frames": info.frames, "sampled_frames": len(sampled.indices), **found.report}
         warnings += found.warnings
@@ -189,8 +199,9 @@ class Preprocessor:
             report={
                 **report,
                 "detector": backend.detector.network.path.name,
-                "pose": backend.pose.network.path.name,
-                "provider": backend.pose.network.provider,
+                "pose": network.path.name,
+                "provider": network.provider,
+                "pose_precision": network.precision,
                 "mask": _mask_source(masks),
                 "parity": asked.parity,
                 "warnings": warnings,
@@ -206,6 +217,7 @@ class Preprocessor:
             widen=_widening(options) if isinstance(masks, ClipMasks) else None,
             retargeted=retargeted,
             timer=timer,
+            reader=reader,
         )
 
     def _pose_of(self, picture: Image.Image, path: Path, options: JobOptions, backend: Backend) -> PoseTrack:

@@ -26,6 +26,7 @@ from runner.preprocess.cache import PoseCache, content_sha256, key, remembered
 from runner.preprocess.clip_masks import ClipMasks
 from runner.preprocess.conditions import Geometry
 from runner.preprocess.face import FacePlan
+from runner.preprocess.int8 import model_files
 from runner.preprocess.keypoints import PoseTrack
 from runner.preprocess.poses import FoundPoses, find_poses
 from runner.preprocess.sessions import Network, model_file
@@ -139,11 +140,12 @@ def unpack_poses(arrays: Mapping[str, np.ndarray]) -> FoundPoses:
 
 
 def _files_sha256(path: Path) -> str:
-    """Of one model file; of a folder's model and the weights beside it, by name."""
-    if not path.is_dir():
-        return content_sha256(model_file(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listing = "".join(f"{content_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+    """Of a model file and the weights beside it, or of all files of a folder, by name."""
+    if path.is_dir():
+        folder, files = path, sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+        folder, files = path.parent, model_files(model_file(path))
+    listing = "".join(f"{content_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

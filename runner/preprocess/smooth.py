@@ -12,6 +12,7 @@ import numpy as np
 __all__ = ["gaussian", "median", "one_euro", "smooth_joints"]
 
 REACH = 3.0  # standard deviations
+AT_ONCE = 1024  # moments: what is around each of them is laid out side by side, and a clip may be hours long
 # One-euro (Casiez, Roussel, Vogel 2012), for positions in body heights: the cutoff at rest, what a body height a second
 # adds to it, and the cutoff of the speed itself. A standing joint's tremble goes; a fast wrist keeps its way.
 REST_HZ = 1.5
@@ -24,13 +25,13 @@ AWAY_S = 0.25  # a joint that was unseen for longer begins anew
 def median(values: np.ndarray, times_s: np.ndarray, reach_s: float) -> np.ndarray:
     """The median of [n, k] over what lies within `reach_s` of each moment; equally many on both sides."""
     out = np.array(values, np.float64)
-    n = len(out)
-    for i in range(n):
-        first = int(np.searchsorted(times_s, times_s[i] - reach_s, side="left"))
-        last = int(np.searchsorted(times_s, times_s[i] + reach_s, side="right")) - 1
-        side = min(i - first, last - i)
-        if side:
-            out[i] = np.median(values[i - side : i + side + 1], axis=0)
+    at = np.arange(len(out))
+    before = at - np.searchsorted(times_s, times_s - reach_s, side="left")
+    after = np.searchsorted(times_s, times_s + reach_s, side="right") - 1 - at
+    sides = np.minimum(before, after)
+    for side in np.unique(sides[sides > 0]).tolist():
+        here = np.flatnonzero(sides == side)
+        out[here] = np.median(np.asarray(values)[here[:, None] + np.arange(-side, side + 1)], axis=1)
     return out
 
 
@@ -42,16 +43,21 @@ def gaussian(values: np.ndarray, times_s: np.ndarray, sigma_s: float, jumps: np.
     values = np.asarray(values, np.float64)
     out = values.copy()
     part = np.zeros(len(values)) if jumps is None else np.cumsum(jumps)
-    for i, now in enumerate(times_s):
-        first = int(np.searchsorted(times_s, now - REACH * sigma_s, side="left"))
-        last = int(np.searchsorted(times_s, now + REACH * sigma_s, side="right"))
-        dt = times_s[first:last] - now
-        weight = np.exp(-0.5 * (dt / sigma_s) ** 2) * (part[first:last] == part[i])
-        w, wt, wtt = weight.sum(), (weight * dt).sum(), (weight * dt * dt).sum()
+    for begin in range(0, len(values), AT_ONCE):
+        now = slice(begin, begin + AT_ONCE)
+        first = np.searchsorted(times_s, times_s[now] - REACH * sigma_s, side="left")
+        last = np.searchsorted(times_s, times_s[now] + REACH * sigma_s, side="right")
+        around = first[:, None] + np.arange((last - first).max())  # [m, most that are within reach of one of them]
+        within = around < last[:, None]
+        around = np.minimum(around, len(values) - 1)
+        dt = times_s[around] - times_s[now, None]
+        weight = np.exp(-0.5 * (dt / sigma_s) ** 2) * (within & (part[around] == part[now, None]))
+        w, wt, wtt = weight.sum(1), (weight * dt).sum(1), (weight * dt * dt).sum(1)
         spread = w * wtt - wt * wt
-        if spread > 1e-9 * w * w * sigma_s**2:
-            line = weight * (wtt - wt * dt) / spread  # least squares, evaluated at dt = 0
-            out[i] = np.tensordot(line, values[first:last], 1)
+        fits = spread > 1e-9 * w * w * sigma_s**2
+        # Least squares, evaluated at dt = 0.
+        line = weight * (wtt[:, None] - wt[:, None] * dt) / np.where(fits, spread, 1)[:, None]
+        out[now][fits] = (line[:, None] @ values[around])[fits, 0]
     return out
 
 

@@ -88,9 +88,18 @@ def test_an_autoencoder_of_the_residual_kind(frames):
     from diffusers import AutoencoderKLWan
 
     config = {
-        **{"base_dim": 8, "decoder_base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 2], "num_res_blocks": 1},
-        **{"temperal_downsample": [True, True], "is_residual": True, "patch_size": 2, "in_channels": 12},
-        **{"out_channels": 12, "scale_factor_temporal": 4, "scale_factor_spatial": 8},
+        "base_dim": 8,
+        "decoder_base_dim": 12,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 8,
     }
     with torch.device("meta"):
         vae = AutoencoderKLWan(**config)

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from runner.options import JobOptions
-from runner.preprocess.skeleton import THRESHOLD
+from runner.preprocess.keypoints import FACE
+from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.skeleton import COLOURS, THRESHOLD
 from tests.preprocess.conftest import DISC, disc_frame
 from tests.video_files import make_clip as encode
 from tests.video_files import make_vfr
@@ -58,6 +60,61 @@ def test_half_out_of_the_frame(preprocessor, reference, tmp_path):
         assert 0 <= x1 < x2 <= WIDTH
         assert 0 <= y1 < y2 <= HEIGHT
     assert conditions.window(0, N).face.shape == (N, 32, 32, 3)
+    conditions.close()
+
+
+BACK = (250, 200, 140)  # of a disc seen from behind
+HEAD = {0: (0, -14), 1: (4, -18), 2: (-4, -18), 3: (9, -16), 4: (-9, -16)}  # nose, eyes, ears: pixels off its centre
+
+
+class HasAFrontAndABack:
+    """The tiny pose network with a head above the disc; of a head from behind it is unsure, as networks are."""
+
+    def __init__(self, estimator) -> None:
+        self.network, self._points = estimator.network, estimator.points
+
+    def points(self, frames, boxes, *, bgr=False) -> np.ndarray:
+        found = self._points(frames, boxes, bgr=bgr)
+        for points, frame, box in zip(found, frames, boxes, strict=True):
+            for joint, off in HEAD.items():
+                points[joint, :2] = points[joint, :2] + off
+            x, y = (round(at) for at in box.centre)
+            if frame[y, x, 2] < 190:
+                points[list(HEAD), 2] *= 0.2
+                points[FACE, 2] *= 0.2
+        return found
+
+
+@pytest.mark.parametrize(
+    "away", [range(6), range(8, 14), range(14, N), range(N)], ids=["start", "middle", "end", "all"]
+)
+def test_turned_away(preprocessor, reference, tmp_path, away):
+    """Who turns their back keeps their body; no face is drawn or cropped out of the back of a head."""
+    shown = pictures()
+    for i in away:
+        cv2.circle(shown[i], PLACES[i], DISC, BACK, -1)
+    path = encode(tmp_path / "turned.mp4", N, 10, size=(WIDTH, HEIGHT), pixels=shown)
+    sees = Preprocessor(preprocessor.detector, HasAFrontAndABack(preprocessor.pose))
+    conditions = prepared(sees, reference, path, size=f"{WIDTH}x{HEIGHT}")
+    report, points = conditions.report, conditions.track.points
+    assert report["frames_without_person"] == 0
+    assert report["frames_face_held"] == len(away)
+    assert report["face_seen"] == (len(away) < N)
+    assert any("No face was seen" in text for text in report["warnings"]) == (len(away) == N)
+    shoulders = points[:, 5:7]
+    assert shoulders[..., 2].min() >= THRESHOLD
+    assert np.abs(shoulders[..., :2].mean(1) - PLACES).max() < 3
+    window = conditions.window(0, N)
+    nose, right, left = ((window.pose == COLOURS[k]).all(-1).any((1, 2)) for k in (0, 2, 5))
+    assert nose.tolist() == [i not in away for i in range(N)]
+    assert (right & left).all()  # the shoulders
+    if len(away) == N:
+        assert not window.face.any()
+    else:
+        last = [max((k for k in range(i + 1) if k not in away), default=min(set(range(N)) - {*away})) for i in range(N)]
+        assert conditions.faces.sources.tolist() == last
+        assert (window.face == window.face[last]).all()
+        assert window.face.any((1, 2, 3)).all()
     conditions.close()
 
 

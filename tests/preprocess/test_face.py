@@ -1,5 +1,6 @@
 """Face boxes worked by hand, and which frame's face is shown when there is none."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -93,6 +94,16 @@ def test_a_crop_is_squashed_to_a_square():
     out = crop_face(frame, (50, 150, 20, 60), 64)
     assert out.shape == (64, 64, 3)
     assert (out == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("box", [(50, 150, 20, 60), (-30, -5, 10, 90), (0, 200, 0, 100)])
+def test_a_crop_can_be_made_in_place(box):
+    frame = np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8)
+    window = np.zeros((2, 64, 64, 3), np.uint8)
+    assert np.shares_memory(crop_face(frame, box, 64, window[1]), window)
+    x1, x2, y1, y2 = box
+    assert (window[1] == cv2.resize(frame[y1:y2, x1:x2].copy(), (64, 64))).all()
+    assert not window[0].any()
 
 
 def clip_of_faces(n, tremble, seed=0):

@@ -190,6 +190,19 @@ def test_a_window_decodes_only_what_it_shows(preprocessor, reference, clip, gapp
     assert read == [6]
 
 
+def test_the_second_pass_does_not_read_the_timeline_again(preprocessor, reference, clip, monkeypatch):
+    conditions = preprocessor.prepare(reference, clip, options(), face_size=32)
+    first = conditions.window(0, 4)
+    conditions.close()  # from here on it stands alone
+    again = conditions.window(0, 4)
+    conditions.close()
+    assert (first.face == again.face).all()
+    conditions = preprocessor.prepare(reference, clip, options(), face_size=32)
+    monkeypatch.setattr("runner.video.read_timeline", lambda path: pytest.fail("it was known"))
+    assert (conditions.window(0, 4).face == first.face).all()
+    conditions.close()
+
+
 def test_auto_size_and_span(preprocessor, reference, clip):
     conditions = preprocessor.prepare(reference, clip, JobOptions(fps=8, start_s=0.5, max_frames=5), face_size=32)
     assert (conditions.width, conditions.height) == (480, 832)

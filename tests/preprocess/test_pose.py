@@ -157,9 +157,27 @@ def test_input_is_normalised_black_outside_and_swapped_for_bgr():
     assert swapped[:, 128, 20] == pytest.approx((np.array([0, 128 / 255, 1]) - MEAN) / STD, abs=1e-5)
 
 
+@pytest.mark.parametrize("crop", [Crop(24, 32, 30, 40), Crop(3, 60, 480, 640), Crop(-40, 32, 48, 64)])
+def test_input_can_be_made_in_place(crop):
+    frame = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    batch = np.full((2, 3, 256, 192), np.nan, np.float32)
+    assert network_input(frame, crop, out=batch[1]).base is batch
+    assert (batch[1] == network_input(frame, crop)).all()
+    assert np.isnan(batch[0]).all()
+
+
 def test_a_crop_that_misses_the_frame_is_black_not_an_error():
     image = network_input(np.full((64, 48, 3), 255, np.uint8), Crop(500, 500, 48, 64))
     assert image[:, 0, 0] == pytest.approx(-MEAN / STD, abs=1e-5)
+
+
+def test_a_map_is_decoded_alike_whatever_stands_beside_it():
+    """To the bit: a clip in pieces meets other batches than the whole."""
+    rng = np.random.default_rng(2)
+    smooth = cv2.GaussianBlur(rng.random((64, 48, 90), np.float32), (0, 0), 2).transpose(2, 0, 1)
+    maps = np.ascontiguousarray(smooth).reshape(3, 30, 64, 48)
+    alone = [decode_heatmaps(maps[i : i + 1], [UNIT_CROP])[0] for i in range(3)]
+    assert (decode_heatmaps(maps, [UNIT_CROP] * 3) == np.stack(alone)).all()
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 3])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.preprocess.repair import PAIRS, SLACK, SPEED, body_heights, repair
+from runner.preprocess.repair import PAIRS, SLACK, SPEED, _percentile, body_heights, repair
 
 HEIGHT = 400.0
 # COCO body and feet of a standing figure 400 pixels tall, x and y as shares of that; left is on the picture's right.
@@ -209,3 +209,8 @@ def test_body_heights_follow_who_comes_nearer():
     result = body_heights(grown, np.full(96, 10.0), times)
     assert result[0] == pytest.approx(1.2 * HEIGHT, rel=0.15)
     assert result[-1] == pytest.approx(2.8 * HEIGHT, rel=0.15)
+
+
+@given(values=st.lists(st.floats(0, 5000), min_size=1, max_size=70), percent=st.sampled_from([50, 80]))
+def test_percentiles_are_numpys(values, percent):
+    assert _percentile(np.array(values), percent) == pytest.approx(np.percentile(values, percent))

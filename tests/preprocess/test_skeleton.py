@@ -130,3 +130,11 @@ def test_the_face_is_not_drawn():
     empty = pose()
     face = Pose(empty.body, empty.left_hand, empty.right_hand, np.full((68, 3), 50.0))
     assert not draw_skeleton(face, 100, 100).any()
+
+
+def test_it_can_be_drawn_where_it_goes():
+    standing = pose({11: (30, 20, 1), 12: (30, 60, 1)}, left={0: (10, 10, 1), 1: (20, 10, 1)})
+    window = np.zeros((2, 100, 100, 3), np.uint8)
+    assert draw_skeleton(standing, 100, 100, window[1]).base is window
+    assert (window[1] == draw_skeleton(standing, 100, 100)).all()
+    assert not window[0].any()

@@ -31,6 +31,29 @@ def test_gaussian_does_not_reach_across_a_jump():
     assert 0 < gaussian(steps, TIMES, 0.1)[39, 0] < 60
 
 
+def test_moments_laid_out_side_by_side_are_those_of_one_at_a_time(monkeypatch):
+    """Uneven times with a cut: the definitions, for each moment alone, whatever is worked on at once."""
+    rng = np.random.default_rng(4)
+    times = np.cumsum(rng.choice([1 / 30, 1 / 15, 0.4], 60))
+    values, jumps = rng.uniform(0, 100, (60, 2)), np.arange(60) == 33
+    part, sigma, reach = np.cumsum(jumps), 0.1, 0.12
+    lines, middles = values.copy(), values.copy()
+    for i, now in enumerate(times):
+        near = (np.abs(times - now) <= 3 * sigma) & (part == part[i])
+        if near.sum() > 1:
+            root = np.exp(-(((times[near] - now) / sigma) ** 2) / 4)
+            fit = np.polynomial.polynomial.polyfit(times[near] - now, values[near], 1, w=root)
+            lines[i] = fit[0]
+        side = 0
+        while i - side > 0 and i + side < 59 and max(now - times[i - side - 1], times[i + side + 1] - now) <= reach:
+            side += 1
+        middles[i] = np.median(values[i - side : i + side + 1], axis=0)
+    assert median(values, times, reach) == pytest.approx(middles)
+    for at_once in (7, 1024):
+        monkeypatch.setattr("runner.preprocess.smooth.AT_ONCE", at_once)
+        assert gaussian(values, times, sigma, jumps) == pytest.approx(lines)
+
+
 def test_median_removes_a_slip_and_keeps_an_edge():
     values = np.where(np.arange(90) < 40, 5.0, 9.0)[:, None]
     slipped = values.copy()
