@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,6 +29,38 @@ def run_bench(name: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any
     return json.loads(target.read_text()), done.stdout
 
 
+def test_int8(tmp_path):
+    found, printed = run_bench("int8", tmp_path, "--blocks", "1", "--crops", "2")
+    products = found["products"]
+    assert products["faster"] == pytest.approx(products["fp32_ms"] / products["int8_ms"], abs=0.01)
+    assert 3.5 < products["fp32_bytes"] / products["int8_bytes"] < 4.1  # a byte in place of four
+    assert 0.99 < products["correlation"] < 1
+    assert f"{products['faster']} times as fast" in printed
+
+
+def test_jobs(tmp_path, monkeypatch, capsys):
+    """In this process, whose imports are paid for; frames that differ between its rows would end it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    spec = importlib.util.spec_from_file_location("bench_jobs", ROOT / "bench" / "jobs.py")
+    assert spec is not None and spec.loader is not None
+    jobs = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_jobs", jobs)
+    spec.loader.exec_module(jobs)
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        assert jobs.main(["--quick", "--json", str(tmp_path / "jobs.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found, printed = json.loads((tmp_path / "jobs.json").read_text()), capsys.readouterr().out
+    assert found["encoded"] == {"prompt": 1, "clip": 2, "reference": 2, "blank": 1, "pose_latents": 2}
+    assert set(found["looked_up"].values()) == {found["jobs"]}
+    assert found["encoder_loads"] == {"text_encoder": 1, "image_encoder": 1}
+    assert found["library_ratio"] == pytest.approx(found["library_s"] / found["after_s"], abs=0.01)
+    assert found["ratio"] is None and "not measured" in printed  # the process a job is left to the whole run
+
+
 def test_preprocess(tmp_path):
     found, printed = run_bench("preprocess", tmp_path, "--frames", "6")
     assert found["frames"] == 6
@@ -47,3 +80,22 @@ def test_preprocess(tmp_path):
     for stage, ms in ours["stages_ms"].items():
         assert f"{stage:<22}{ms:>9.2f}" in printed
     assert "what limits it now" in printed
+
+
+def test_engine(tmp_path):
+    found, printed = run_bench("engine", tmp_path, "--quick")
+    tables = found
+    rows = {row["what"]: row for row in tables["waterfall"]}
+    measured = [row for row in rows.values() if isinstance(row["s a step"], float)]
+    assert "not measured" in printed and len(measured) >= 5  # the rest needs a GPU and says so
+    assert all(row["s a step"] > 0 and row["fixed s a job"] > 0 for row in measured)
+    # One operation count for all rows: that of the model, whatever of it was saved.
+    assert len({round(row["s a step"] * row["TFLOP/s"], 9) for row in measured}) == 1
+    for row in tables["headlines"]:
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(row["seed, s"] / row["ours, s"])
+    assert [row["mode"] for row in tables["modes"]] == ["resident", "stream", "minimal"]
+    full = [row["14B at 480x832x81, forecast GB"] for row in tables["modes"]]
+    assert full == sorted(full, reverse=True) and full[1] < 8 and full[2] < 6
+    assert all(row["s a step"] > 0 for row in tables["modes"])
+    assert {row["forecast, s a clip"] for row in tables["forecasts"]} >= {"RTX 5090", "H200"}
