@@ -143,8 +143,15 @@ def timed(run: Callable[[], int]) -> dict[str, float]:
     return {"cpu_ms": round(1e3 * cpu / frames, 3), "wall_ms": round(1e3 * wall / frames, 3)}
 
 
-def staged(functions: list[tuple[Any, str, Name]], run: Callable[[], int]) -> dict[str, Any]:
-    """CPU milliseconds a frame by stage ("other": what has no name), and of all but networks and decoding."""
+def staged(functions: list[tuple[Any, str, Name]], run: Callable[[], int], repeats: int = 3) -> dict[str, Any]:
+    """CPU milliseconds a frame by stage ("other": what has no name), and of all but networks and decoding.
+
+    The cheapest of `repeats` runs, ours and theirs alike: whatever else goes on can only add.
+    """
+    return min((staged_once(functions, run) for _ in range(repeats)), key=lambda found: found["outside_ms"])
+
+
+def staged_once(functions: list[tuple[Any, str, Name]], run: Callable[[], int]) -> dict[str, Any]:
     meter, frames = Meter(), 0
 
     def counted() -> int:
