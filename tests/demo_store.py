@@ -1,4 +1,4 @@
-"""The demo's models and media as fixtures: built once into the repository's cache, as `make demo` does."""
+"""The demo's models, with random weights, and its media as fixtures: built once into the repository's cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def demo_models() -> Path:
     """A complete model store: tiny random weights, a detector and a pose model that find the puppet."""
     from runner.demo.build import build_demo_models
 
-    build_demo_models(CACHE / "demo-models")
-    return CACHE / "demo-models"
+    build_demo_models(CACHE / "test-models", weights="random")
+    return CACHE / "test-models"
 
 
 @pytest.fixture(scope="session")

@@ -99,3 +99,21 @@ def test_engine(tmp_path):
     assert full == sorted(full, reverse=True) and full[1] < 8 and full[2] < 6
     assert all(row["s a step"] > 0 for row in tables["modes"])
     assert {row["forecast, s a clip"] for row in tables["forecasts"]} >= {"RTX 5090", "H200"}
+
+
+def test_quality(tmp_path):
+    """Two clips and few steps: the measures are in order, and the table holds what it should."""
+    found, printed = run_bench("quality", tmp_path, "--quick", "--models", str(tmp_path / "models"))
+    rows, said = found["rows"], found["verdicts"]
+    assert found["clips"] == 2
+    ceiling = rows["autoencoder"]
+    for name, row in rows.items():
+        assert row["psnr"] <= ceiling["psnr"], name  # nothing is better than what the autoencoder can say
+        assert row["psnr_inside"] < row["psnr"], name  # the dancer is the hard part
+        assert -1 <= row["ssim_inside"] <= 1
+        assert name in printed
+    floor = rows["copy the reference"]["psnr_inside"]
+    for steps, above in said["above_floor_db"].items():
+        assert above == pytest.approx(rows[f"bf16 {steps} official"]["psnr_inside"] - floor)
+    assert said["fp4_own_db"] == [rows[f"fp4 {method} 2"]["psnr_own"] for method in ("absmax", "mse", "nvfp4")]
+    assert found["identity"]["own"]["mean"] < found["identity"]["wrong reference"]["mean"]

@@ -1,4 +1,4 @@
-"""Build: the embedded default on disk, made by code alone: models small enough for a CPU, clips with known joints.
+"""Build: the embedded default on disk: models small enough for a CPU, clips with known joints.
 
 In:   a folder. Out: for models, the production store's layout (DESIGN: "Model store"); for media, references, dances,
       a mask and `joints.json`, the ground truth. Never: manifests, rendering.
@@ -16,18 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from runner.demo.dances import BEAT_S, Stage, dance
+from runner.demo.dancers import DANCERS, backdrop, dancer_silhouette, draw_dancer
+from runner.demo.dances import BEAT_S, PLAIN, Stage, dance
 from runner.demo.drawing import CHARACTERS, box_of, draw, silhouette
 from runner.demo.puppet import JOINTS
 from runner.demo.scenes import FLOOR, scene
+from runner.demo.trained import copy_trained, trained_digest
 from runner.errors import ConfigInvalid
 
 __all__ = [
     "CLIPS",
+    "DANCER_PORTRAITS",
     "DETECTOR_FILE",
     "PORTRAITS",
     "POSE_FILE",
@@ -65,7 +68,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A reference image: one character at one moment of a dance."""
+    """A reference image: one character at one moment of a dance. A dancer's `scene` is its own, whatever it says."""
 
     name: str
     character: str
@@ -77,7 +80,7 @@ class Portrait:
 
 
 CLIPS = (
-    Clip("wave", "wave", "studio", 320, 480),
+    Clip("wave", "wave", "studio", 320, 480, mask=True),
     Clip("jacks", "jacks", "stage", 320, 480, audio=True),
     Clip("step", "step", "street", 480, 320, mask=True),
     Clip("twist", "twist", "meadow", 360, 480, character="cato"),
@@ -87,6 +90,12 @@ PORTRAITS = (
     Portrait("bela", "bela", "studio", 640, 960, "wave", 1.12),
     Portrait("cato", "cato", "street", 540, 720, "jacks", 0.3),
 )
+# The trained model's characters, in rooms of their own; what is danced in their pictures is no demo job's dance.
+DANCER_PORTRAITS = (
+    Portrait("mira", "mira", "", 480, 720, "jacks", 0.42),
+    Portrait("otto", "otto", "", 480, 720, "jacks", 0.28),
+    Portrait("juno", "juno", "", 480, 720, "step", 1.7),
+)
 
 
 def build_demo(models: Path, media: Path) -> None:
@@ -95,28 +104,33 @@ def build_demo(models: Path, media: Path) -> None:
     build_demo_media(media)
 
 
-def build_demo_models(root: Path) -> None:
+def build_demo_models(root: Path, weights: Literal["trained", "random"] = "trained") -> None:
     """The tiny store at `root`: every model of the default recipe, under its production name.
 
+    `weights`: "trained" ones transfer motion; "random" ones are smaller, and render noise that obeys every input.
     Files appear only when all of them are made. Raises ConfigInvalid when `root` holds a store that is not the demo's:
     real weights are never overwritten.
     """
 
     def build(into: Path) -> None:
         from runner.demo.tiny_detector import build_tiny_detector
-        from runner.demo.tiny_fp4 import build_tiny_fp4
+        from runner.demo.tiny_fp4 import build_tiny_fp4, quantize_with
         from runner.demo.tiny_model import build_tiny_store
         from runner.demo.tiny_pose import build_tiny_pose
         from runner.demo.tiny_segmenter import build_tiny_segmenter
 
-        build_tiny_store(into)
+        if weights == "trained":
+            quantize_with(into, copy_trained(into))
+        else:
+            build_tiny_store(into)
+            build_tiny_fp4(into)
         build_tiny_detector(into / DETECTOR_FILE)
         build_tiny_pose(into / POSE_FILE)
         build_tiny_segmenter(into / SEGMENTER_FOLDER)
-        build_tiny_fp4(into)
 
     modules = ("build", "tiny_model", "tiny_fp4", "tiny_detector", "tiny_pose", "tiny_segmenter", "graph", "puppet")
-    _install(root, _version(*modules), build)
+    version = _version(*modules, "trained")
+    _install(root, version if weights == "random" else f"{version}-{trained_digest()[:16]}", build)
 
 
 def build_demo_media(root: Path) -> None:
@@ -131,17 +145,20 @@ def build_demo_media(root: Path) -> None:
         truth = {
             "joint_names": list(JOINTS),
             "clips": {clip.name: _write_clip(clip, into) for clip in CLIPS},
-            "references": {portrait.name: _write_portrait(portrait, into) for portrait in PORTRAITS},
+            "references": {
+                portrait.name: _write_portrait(portrait, into) for portrait in (*PORTRAITS, *DANCER_PORTRAITS)
+            },
         }
         (into / "joints.json").write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
 
-    _install(root, _version("build", "dances", "drawing", "puppet", "scenes"), build)
+    _install(root, _version("build", "dancers", "dances", "drawing", "puppet", "scenes"), build)
 
 
 def stage_for(width: int, height: int, character: str) -> Stage:
     """A puppet on the scene's floor, tall enough to be seen well, low enough for its raised hands to stay in frame."""
     tall = min(0.70 * height, 1.02 * width)
-    return Stage(width / 2, height * (FLOOR + 0.11), tall, CHARACTERS[character].build)
+    build = CHARACTERS[character].build if character in CHARACTERS else PLAIN
+    return Stage(width / 2, height * (FLOOR + 0.11), tall, build)
 
 
 def _truth(joints: np.ndarray, box: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -153,10 +170,16 @@ def _write_portrait(portrait: Portrait, root: Path) -> dict[str, Any]:
 
     width, height = portrait.width, portrait.height
     stage = stage_for(width, height, portrait.character)
-    joints, character = dance(portrait.dance, portrait.time_s, stage), CHARACTERS[portrait.character]
-    picture = draw(scene(portrait.scene, width, height, seed=2), joints, stage.height, character)
+    joints = dance(portrait.dance, portrait.time_s, stage)
+    if portrait.character in DANCERS:
+        dancer = DANCERS[portrait.character]
+        picture = draw_dancer(backdrop(dancer, width, height), joints, stage.height, dancer)
+        box = box_of(dancer_silhouette((height, width), joints, stage.height, dancer))
+    else:
+        character = CHARACTERS[portrait.character]
+        picture = draw(scene(portrait.scene, width, height, seed=2), joints, stage.height, character)
+        box = box_of(silhouette((height, width), joints, stage.height, character))
     Image.fromarray(picture).save(root / "references" / f"{portrait.name}.png")
-    box = box_of(silhouette((height, width), joints, stage.height, character))
     return {"width": width, "height": height, **_truth(joints, box)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from runner.demo.puppet import JOINTS, joint
 
-__all__ = ["BEAT_S", "DANCES", "PLAIN", "Build", "Stage", "Stance", "dance"]
+__all__ = ["BEAT_S", "DANCES", "PLAIN", "Build", "Stage", "Stance", "dance", "joints_of"]
 
 BEAT_S = 0.75  # length of a beat: every dance repeats after two or four of them
 
@@ -118,7 +118,7 @@ DANCES: dict[str, Callable[[float], Stance]] = {"wave": _wave, "step": _step, "j
 
 def dance(name: str, time_s: float, stage: Stage) -> np.ndarray:
     """float64 [23, 2]: the joints of `stage`'s puppet, `time_s` seconds into the dance `name`, in pixels."""
-    return _joints(DANCES[name](time_s / BEAT_S), stage)
+    return joints_of(DANCES[name](time_s / BEAT_S), stage)
 
 
 def _direction(angle_deg: float, side: int) -> np.ndarray:
@@ -126,8 +126,11 @@ def _direction(angle_deg: float, side: int) -> np.ndarray:
     return np.array([side * np.sin(angle), np.cos(angle)])
 
 
-def _joints(stance: Stance, stage: Stage) -> np.ndarray:
-    """Forward kinematics: hips, then up to the head and down to the toes. A unit is a tenth of the height."""
+def joints_of(stance: Stance, stage: Stage) -> np.ndarray:
+    """float64 [23, 2] pixels, by forward kinematics: hips, then up to the head and down to the toes.
+
+    A unit is a tenth of the height.
+    """
     unit, build = stage.height / 10, stage.build
     joints = np.zeros((len(JOINTS), 2))
     hips = np.array([stance.shift[0], stance.shift[1] - 0.5 - 3.4 * build.legs])

@@ -1,7 +1,7 @@
-"""Tiny FP4: a step-distillation LoRA of random values in the published key style, and the FP4 file with it merged.
+"""Tiny FP4: a store's FP4 file with its step-distillation LoRA merged, and such a LoRA of random values.
 
-In:   a store with the tiny transformer. Out: the default recipe's files in it, as `quantize` makes them.
-Never: training; the LoRA distils nothing, and shows that one is found, merged and recorded.
+In:   a store with a tiny transformer. Out: the default recipe's files in it, as `quantize` makes them.
+Never: training; the random LoRA distils nothing, and shows that one is found, merged and recorded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["build_tiny_fp4", "build_tiny_lora"]
+__all__ = ["build_tiny_fp4", "build_tiny_lora", "quantize_with"]
 
 RANK = 4
 SIZE = 0.02  # of a weight's norm, about what the published one adds
@@ -39,14 +39,23 @@ def build_tiny_lora(transformer: Path, path: Path, seed: int = 0) -> None:
 
 
 def build_tiny_fp4(root: Path) -> None:
-    """Write the LoRA, merge it into the transformer of the store at `root`, and quantise that for `fp4-distill`."""
+    """Write the random LoRA, and the FP4 file with it merged, into the store at `root`."""
+    from runner.generation.recipes import SOURCE_WEIGHTS
+    from runner.generation.variant import DISTILL_FOLDER
+
+    lora = root / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
+    build_tiny_lora(root / SOURCE_WEIGHTS / "transformer", lora)
+    quantize_with(root, lora)
+
+
+def quantize_with(root: Path, lora: Path) -> None:
+    """Merge `lora` into the transformer of the store at `root`, and quantise that for `fp4-distill`."""
     from runner.generation.recipes import SOURCE_WEIGHTS, get_recipe
-    from runner.generation.variant import DISTILL_FOLDER, TRANSFORMER_FILE, quantized_folder
+    from runner.generation.variant import TRANSFORMER_FILE, quantized_folder
     from runner.quantization.checkpoint import quantize_store
     from runner.quantization.e2m1 import FORMATS
     from runner.quantization.lora import read_lora
 
-    source, lora = root / SOURCE_WEIGHTS / "transformer", root / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
-    build_tiny_lora(source, lora)
     target = root / quantized_folder(get_recipe("fp4-distill")) / TRANSFORMER_FILE
+    source = root / SOURCE_WEIGHTS / "transformer"
     quantize_store(source, target, FORMATS["nvfp4"], loras=[read_lora(lora)], device="cpu")

@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.options import DEFAULT_PROMPT
 
-__all__ = ["TINY_FACE_SIZE", "build_tiny_store"]
+__all__ = ["TINY_FACE_SIZE", "build_tiny_store", "tiny_models", "tiny_tokenizer"]
 
 TINY_FACE_SIZE = 32  # pixels a side, of the faces that the motion encoder reads
 FOLDER = "Wan2.2-Animate-14B-Diffusers"
@@ -66,12 +66,12 @@ def build_tiny_store(root: Path, seed: int = 0) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        models = _models()
-    pipe = WanAnimatePipeline(tokenizer=_tokenizer(), scheduler=make_scheduler("unipc", shift=5.0), **models)
+        models = tiny_models()
+    pipe = WanAnimatePipeline(tokenizer=tiny_tokenizer(), scheduler=make_scheduler("unipc", shift=5.0), **models)
     pipe.save_pretrained(Path(root) / FOLDER, safe_serialization=True)
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     """A unigram tokenizer in T5's layout (0 pad, 1 end, 2 unknown), its pieces listed, nothing trained."""
     from transformers import T5Tokenizer
 
@@ -82,13 +82,14 @@ def _tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _models() -> dict[str, Any]:
+def tiny_models() -> dict[str, Any]:
+    """The models of the random store and their image processor, by their names in the pipeline; from torch's state."""
     from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     text_encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=len(_tokenizer()),
+            vocab_size=len(tiny_tokenizer()),
             d_model=32,
             d_kv=8,
             d_ff=64,

@@ -183,7 +183,7 @@ def stub_store(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 class TestInstall:
     def test_production_names(self, tmp_path: Path, stub_store: list[int]) -> None:
-        build_demo_models(tmp_path / "models")
+        build_demo_models(tmp_path / "models", "random")
         names = {name for name in contents(tmp_path / "models") if "/" in name}
         assert names == {
             DETECTOR_FILE,
@@ -194,9 +194,9 @@ class TestInstall:
         }
 
     def test_complete_is_left_alone(self, tmp_path: Path, stub_store: list[int]) -> None:
-        build_demo_models(tmp_path)
+        build_demo_models(tmp_path, "random")
         before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()}
-        build_demo_models(tmp_path)
+        build_demo_models(tmp_path, "random")
         assert stub_store == [0]
         assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()} == before
 
@@ -219,10 +219,10 @@ class TestInstall:
     def test_incomplete_or_old_is_made_again(
         self, tmp_path: Path, stub_store: list[int], damage: Callable[[Path], None]
     ) -> None:
-        build_demo_models(tmp_path)
+        build_demo_models(tmp_path, "random")
         whole = contents(tmp_path)
         damage(tmp_path)
-        build_demo_models(tmp_path)
+        build_demo_models(tmp_path, "random")
         assert contents(tmp_path) == whole
         assert len(stub_store) == 2
 
@@ -234,7 +234,7 @@ class TestInstall:
 
         monkeypatch.setattr("runner.demo.tiny_pose.build_tiny_pose", fail)
         with pytest.raises(OSError, match="No space"):
-            build_demo_models(tmp_path)
+            build_demo_models(tmp_path, "random")
         assert {f.name for f in tmp_path.iterdir()} <= {".demo.lock"}
 
     def test_foreign_weights_are_never_touched(self, tmp_path: Path, stub_store: list[int]) -> None:
@@ -242,6 +242,6 @@ class TestInstall:
         real.parent.mkdir(parents=True)
         real.write_bytes(b"real weights")
         with pytest.raises(ConfigInvalid, match="not made by the demo"):
-            build_demo_models(tmp_path)
+            build_demo_models(tmp_path, "random")
         assert real.read_bytes() == b"real weights"
         assert not (tmp_path / "Wan2.2-Animate-14B-Diffusers").exists()

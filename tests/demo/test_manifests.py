@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.demo.build import CLIPS, PORTRAITS
+from runner.demo.build import CLIPS, DANCER_PORTRAITS, PORTRAITS
 from runner.manifest import Manifest, load_manifest
 
 FOLDER = Path(__file__).resolve().parents[2] / "manifests"
@@ -20,7 +20,7 @@ def load(name: str) -> Manifest:
 def built_files() -> set[Path]:
     media = FOLDER.parent / ".cache" / "demo-media"
     return (
-        {media / "references" / f"{p.name}.png" for p in PORTRAITS}
+        {media / "references" / f"{p.name}.png" for p in (*PORTRAITS, *DANCER_PORTRAITS)}
         | {media / "dances" / f"{c.name}.mp4" for c in CLIPS}
         | {media / "masks" / f"{c.name}.mp4" for c in CLIPS if c.mask}
     )
@@ -54,7 +54,7 @@ def test_demo_covers_what_it_promises() -> None:
     manifest = load("demo.yaml")
     animate = [job for job in manifest.jobs if job.options.mode == "animate"]
     crossed = {(Path(job.reference).stem, Path(job.video).stem) for job in animate}
-    assert {(r, v) for r in ("anna", "bela") for v in ("wave", "twist")} <= crossed
+    assert {(r, v) for r in ("mira", "otto") for v in ("wave", "twist")} <= crossed
     assert len({job.prompt for job in manifest.jobs}) == 1
     assert any(job.options.keep_audio for job in manifest.jobs)
     assert any(job.options.mode == "replace" for job in manifest.jobs)

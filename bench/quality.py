@@ -1,0 +1,296 @@
+"""Quality: the demo's trained model on characters and dances it has never seen, against the truth.
+
+    python bench/quality.py [--clips N | --quick] [--models DIR] [--workers N] [--json PATH]
+
+Every clip is a dancer of random looks and a dance (runner/demo/world.py), 96x144, 21 frames, rendered by the product's
+own pipeline. PSNR and SSIM are over the whole frame and inside the union of the true silhouettes over the clip; `edges`
+is the gradient there, 1 being the truth's; `colour` is the distance (CIE76) between the colours of the dancer's parts
+and what is seen where they belong. The weights are the shipped ones, which are bfloat16; they are computed in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is a thread: torch's own wait for one another
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+import _picture as picture  # noqa: E402
+import numpy as np  # noqa: E402
+
+from runner.demo.world import Example, example  # noqa: E402
+
+WIDTH, HEIGHT, FRAMES = 96, 144, 21
+SEED = 9_000_000  # training draws from other seeds
+QUICK_STEPS, STEPS, GRIDS = (1, 2), (1, 2, 4, 6, 20), ("official", "diffusers")
+FOUR_BITS = ("absmax", "mse", "nvfp4")  # as good as they are expected to be, the best last
+SEGMENTS_FRAMES = 17  # a clip that is one window of 17 frames, or two of 9 with one in common
+LEAST_LOSS_DB, LEAST_EDGE_LOSS = 0.5, 0.10  # of many steps' quality: from there on few steps are worse
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to render a clip."""
+
+    name: str
+    weights: str  # bf16, bf16+lora, absmax, mse, nvfp4, nvfp4+lora
+    steps: int
+    grid: str = "official"
+    frames: int = FRAMES
+    window: int = FRAMES
+    against: str | None = None  # another trial, whose frames this one's are compared with too
+
+
+def trials(quick: bool) -> list[Trial]:
+    steps = QUICK_STEPS if quick else STEPS
+    found = [
+        Trial(f"{weights} {n} {grid}", weights, n, grid)
+        for weights in ("bf16", "bf16+lora")
+        for grid in GRIDS
+        for n in steps
+        if not (quick and grid == "diffusers")
+    ]
+    n = max(k for k in steps if k <= 6)
+    for weights in FOUR_BITS:
+        found.append(Trial(f"fp4 {weights} {n}", weights, n, against=f"bf16 {n} official"))
+    found.append(Trial(f"fp4 nvfp4+lora {n}", "nvfp4+lora", n, against=f"bf16+lora {n} official"))
+    found.append(Trial("one window", "bf16", n, frames=SEGMENTS_FRAMES, window=SEGMENTS_FRAMES))
+    found.append(Trial("two windows", "bf16", n, frames=SEGMENTS_FRAMES, window=SEGMENTS_FRAMES // 2 + 1))
+    return found
+
+
+class Source:
+    """An example as the pipeline takes its conditions."""
+
+    def __init__(self, made: Example, frames: int) -> None:
+        from PIL import Image
+
+        self.made, self.frames, self.reference = made, frames, Image.fromarray(made.reference)
+
+    def window(self, start: int, stop: int) -> Any:
+        from runner.preprocess.conditions import Window
+
+        return Window(self.made.pose[start:stop], self.made.face[start:stop])
+
+
+class Renderer:
+    """The store's pipeline with every variant of its transformer."""
+
+    def __init__(self, models: Path, lora: Path, wanted: Iterable[str]) -> None:
+        import torch
+
+        from runner.generation.loading import load_pipeline
+        from runner.generation.recipes import get_recipe
+        from runner.generation.store import ModelStore
+
+        torch.set_num_threads(1)
+        self.pipeline, _ = load_pipeline(ModelStore(models), get_recipe("fp32"), torch.device("cpu"))
+        plain = self.pipeline.transformer
+        self.variants = {name: self._variant(plain, name, lora) for name in sorted(set(wanted))}
+
+    @staticmethod
+    def _variant(plain: Any, name: str, lora: Path) -> Any:
+        """A copy of the transformer with the LoRA merged, and its linears through four bits and back."""
+        import torch
+
+        from runner.quantization.e2m1 import G32, NVFP4, dequantize
+        from runner.quantization.lora import attach, read_lora
+        from runner.quantization.scales import quantize
+
+        model = copy.deepcopy(plain)
+        weights, _, with_lora = name.partition("+")
+        if with_lora:
+            attach(model, [read_lora(lora)])
+        if weights != "bf16":
+            fmt, method = {"absmax": (G32, "absmax"), "mse": (G32, "mse"), "nvfp4": (NVFP4, "mse")}[weights]
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    parts = quantize(layer.weight.data, fmt, method)  # type: ignore[arg-type]
+                    layer.weight.data = dequantize(parts, fmt, torch.float32)
+        return model
+
+    def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
+        """uint8 [n, H, W, 3]."""
+        from runner.generation.base import SegmentPlan
+        from runner.generation.schedule import make_scheduler
+        from runner.metrics import StageTimer
+        from runner.options import DEFAULT_PROMPT, JobOptions
+
+        self.pipeline.transformer = self.variants[trial.weights]
+        segments = -(-(trial.frames - 1) // (trial.window - 1))
+        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, trial.steps, 0.0)
+        scheduler = make_scheduler("euler", grid=trial.grid, shift=5.0)
+        options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=seed)
+        source = Source(made, trial.frames)
+        parts = self.pipeline.render(source, DEFAULT_PROMPT, options, plan, scheduler, StageTimer())
+        return np.concatenate([part.frames for part in parts])
+
+    def reconstruct(self, clip: np.ndarray) -> np.ndarray:
+        """The clip through the autoencoder and back: nothing the transformer does can be better."""
+        import torch
+
+        pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            vae = self.pipeline.vae
+            back = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
+        return ((back.permute(1, 2, 3, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+def compare(clip: np.ndarray, made: Example) -> dict[str, float]:
+    """All measures of one clip, which may be shorter than the truth."""
+    n = len(clip)
+    truth, inside = made.truth[:n], made.silhouette[:n].any(axis=0)
+    joints = made.take.joints()[:n]
+    colours = picture.part_colours(clip, joints)
+    return {
+        "psnr": picture.psnr(clip, truth),
+        "psnr_inside": picture.psnr(clip, truth, inside),
+        "ssim": picture.ssim(clip, truth),
+        "ssim_inside": picture.ssim(clip, truth, inside),
+        "edges": picture.edge_energy(clip, inside) / picture.edge_energy(truth, inside),
+        "colour": picture.colour_distance(colours, picture.dancer_colours(made.dancer)),
+    }
+
+
+def held_out(index: int, face_size: int) -> Example:
+    return example(np.random.default_rng([SEED, index]), WIDTH, HEIGHT, FRAMES, face_size)
+
+
+def measure(task: tuple[Path, Path, list[int], list[Trial], str]) -> list[dict[str, Any]]:
+    """One worker's clips: for each its index, the measures of every trial, and the frames of trial `kept`."""
+    models, lora, indices, todo, kept = task
+    renderer = Renderer(models, lora, (trial.weights for trial in todo))
+    results = []
+    for index in indices:
+        made = held_out(index, renderer.pipeline.transformer.config.motion_encoder_size)
+        still = np.repeat(made.reference[None], FRAMES, axis=0)
+        rows = {"copy the reference": compare(still, made)}
+        rows["autoencoder"] = compare(renderer.reconstruct(made.truth), made)
+        clips = {}
+        for trial in todo:
+            clip = clips[trial.name] = renderer.render(made, trial, seed=index)
+            rows[trial.name] = compare(clip, made)
+            if trial.against:
+                inside = made.silhouette.any(axis=0)
+                rows[trial.name]["psnr_own"] = picture.psnr(clip, clips[trial.against])
+                rows[trial.name]["psnr_own_inside"] = picture.psnr(clip, clips[trial.against], inside)
+        results.append({"index": index, "rows": rows, "frames": clips[kept]})
+        print(f"clip {index} done", file=sys.stderr, flush=True)
+    return results
+
+
+def identity(results: list[dict[str, Any]], face_size: int) -> dict[str, Any]:
+    """Does the colour distance tell a clip's own dancer and dance from every other's? All pairs of clips."""
+    made = [held_out(result["index"], face_size) for result in results]
+    joints = [one.take.joints() for one in made]
+    right = [picture.dancer_colours(one.dancer) for one in made]
+    count = len(results)
+    table = np.zeros((2, count, count))  # [wrong reference or wrong dance, clip, whose]
+    for i, result in enumerate(results):
+        for j in range(count):
+            seen = picture.part_colours(result["frames"], joints[i])
+            table[0, i, j] = picture.colour_distance(seen, right[j])
+            seen = picture.part_colours(result["frames"], joints[j])
+            table[1, i, j] = picture.colour_distance(seen, right[i])
+    own, others = table[0].diagonal(), ~np.eye(count, dtype=bool)
+    found: dict[str, Any] = {"own": {"mean": float(own.mean()), "worst": float(own.max())}}
+    for name, distances in zip(("wrong reference", "wrong dance"), table, strict=True):
+        wrong = distances[others].reshape(count, count - 1)
+        found[name] = {
+            "mean": float(wrong.mean()),
+            "nearest": float(wrong.min()),
+            "caught": float((wrong > own[:, None]).mean()),
+            "ahead of all": float((wrong.min(axis=1) > own).mean()),
+        }
+    return found
+
+
+def verdicts(rows: dict[str, dict[str, float]], steps: Iterable[int]) -> dict[str, Any]:
+    """What the table says of what the demo promises."""
+    named = {n: (rows[f"bf16 {n} official"], rows[f"bf16+lora {n} official"]) for n in steps}
+    many = max(named)
+    best, floor = named[many][0], rows["copy the reference"]
+    said: dict[str, Any] = {
+        "above_floor_db": {n: plain["psnr_inside"] - floor["psnr_inside"] for n, (plain, _) in named.items()}
+    }
+    said["lora"] = {"steps": None, "many": many}
+    for n, (plain, lora) in named.items():
+        lost, edges = best["psnr_inside"] - plain["psnr_inside"], 1 - plain["edges"] / best["edges"]
+        if n < many and (lost >= LEAST_LOSS_DB or edges >= LEAST_EDGE_LOSS):
+            measure_of = "psnr_inside" if lost >= LEAST_LOSS_DB else "edges"
+            gap = best[measure_of] - plain[measure_of]
+            said["lora"] |= {"steps": n, "measure": measure_of, "lost": gap}
+            said["lora"]["recovered"] = (lora[measure_of] - plain[measure_of]) / gap
+            break
+    four_bits = {m: next(row for name, row in rows.items() if name.startswith(f"fp4 {m} ")) for m in FOUR_BITS}
+    order = [four_bits[m]["psnr_own"] for m in FOUR_BITS]
+    said["fp4_own_db"] = order
+    said["fp4_in_order"] = order == sorted(order)
+    return said
+
+
+COLUMNS = ("psnr", "psnr_inside", "ssim", "ssim_inside", "edges", "colour", "psnr_own", "psnr_own_inside")
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"\n{found['clips']} held-out characters and dances, {WIDTH}x{HEIGHT}, {FRAMES} frames; means\n")
+    print(f"{'':<24}" + "".join(f"{name.replace('_', ' '):>16}" for name in COLUMNS))
+    for name, row in found["rows"].items():
+        print(f"{name:<24}" + "".join(f"{row[c]:>16.3f}" if c in row else f"{'':>16}" for c in COLUMNS))
+    print("\nColour distance of a clip to its own dancer, and where reference or dance is another clip's:")
+    for name, row in found["identity"].items():
+        print(f"{name:<24}" + "   ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    print("\n" + json.dumps(found["verdicts"], indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="two clips and few trials: to see that it runs")
+    parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "demo-models", help="the demo's store")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    arguments = parser.parse_args()
+    from runner.demo.build import build_demo_models
+    from runner.demo.tiny_model import TINY_FACE_SIZE
+
+    build_demo_models(arguments.models)
+    (lora,) = (arguments.models / "distill_lora").glob("*.safetensors")
+    clips, workers = (2, 1) if arguments.quick else (arguments.clips, arguments.workers)
+    todo = trials(arguments.quick)
+    kept = f"bf16 {QUICK_STEPS[-1] if arguments.quick else 6} official"
+    tasks = [(arguments.models, lora, list(range(w, clips, workers)), todo, kept) for w in range(workers)]
+    if workers == 1:
+        parts = [measure(tasks[0])]
+    else:
+        with get_context("spawn").Pool(workers) as pool:
+            parts = pool.map(measure, tasks)
+    results = sorted((result for part in parts for result in part), key=lambda result: result["index"])
+    rows = {
+        name: {column: float(np.mean([r["rows"][name][column] for r in results])) for column in row}
+        for name, row in results[0]["rows"].items()
+    }
+    found = {
+        "clips": clips,
+        "rows": rows,
+        "identity": identity(results, TINY_FACE_SIZE),
+        "verdicts": verdicts(rows, QUICK_STEPS if arguments.quick else STEPS),
+    }
+    show(found)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

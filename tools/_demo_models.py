@@ -1,0 +1,79 @@
+"""The demo's models: their sizes, the frozen ones as they start, and the pipeline that gives training its conditions.
+
+In:   a seed. Out: real classes of diffusers and transformers. Text and image encoder and the motion encoder stay as
+they are made: random, but the same for training and use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.demo.tiny_model import TINY_FACE_SIZE, tiny_models, tiny_tokenizer
+from runner.generation.loading import see_whole_reference
+from runner.generation.schedule import make_scheduler
+from runner.options import DEFAULT_PROMPT
+
+__all__ = ["PROMPTS", "TRANSFORMER_CONFIG", "embed_prompts", "load_vae", "make_pipeline"]
+
+HEADS, HEAD_DIM = 5, 32
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 384,
+    "num_layers": 4,
+    "image_dim": 32,
+    "added_kv_proj_dim": HEADS * HEAD_DIM,
+    "rope_max_seq_len": 256,
+    "motion_encoder_channel_sizes": {"4": 32, "8": 32, "16": 32, "32": 32},
+    "motion_encoder_size": TINY_FACE_SIZE,
+    "motion_style_dim": 32,
+    "motion_dim": 4,
+    "motion_encoder_dim": 32,
+    "face_encoder_hidden_dim": 32,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+PROMPTS = (DEFAULT_PROMPT, "a person is dancing", "", "the character of the video moves. studio light.")
+
+
+def load_vae(path: Path, averaged: bool = True) -> Any:
+    """The trained autoencoder of a checkpoint, frozen."""
+    from _demo_vae import new_vae
+
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    config = {k: saved[k] for k in ("latents_mean", "latents_std") if k in saved}
+    vae = new_vae(**config)
+    vae.load_state_dict(saved["average" if averaged else "model"])
+    return vae.eval().requires_grad_(False)
+
+
+def make_pipeline(vae: Any, seed: int = 0) -> Any:
+    """The library's own pipeline with `vae`, a new transformer and the frozen encoders."""
+    from diffusers import WanAnimatePipeline, WanAnimateTransformer3DModel
+
+    torch.manual_seed(seed)
+    models = tiny_models()
+    transformer = WanAnimateTransformer3DModel(**TRANSFORMER_CONFIG)
+    for kept in ("text_encoder", "image_encoder"):
+        models[kept].eval().requires_grad_(False)
+    pipe = WanAnimatePipeline(
+        tokenizer=tiny_tokenizer(),
+        scheduler=make_scheduler("unipc", shift=5.0),
+        **{**models, "vae": vae, "transformer": transformer},
+    )
+    see_whole_reference(pipe.image_processor)
+    return pipe
+
+
+@torch.no_grad()
+def embed_prompts(pipe: Any) -> list[torch.Tensor]:
+    """[1, 512, text_dim] of each of PROMPTS."""
+    return [
+        pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512, device="cpu")[0]
+        for text in PROMPTS
+    ]

@@ -1,0 +1,265 @@
+"""The demo's autoencoder, trained: a tiny AutoencoderKLWan on drawn dancers, skeletons and scenes.
+
+In:   a folder for checkpoints, minutes. Out: `vae.pt` in it (weights, their average, the optimiser: resumable).
+Single frames first, which lead out of the plateau cheaply, then clips.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan
+
+from runner.demo.dancers import backdrop, draw_dancer, random_dancer
+from runner.demo.scenes import SCENES, scene
+from runner.demo.world import random_take, skeletons
+
+__all__ = [
+    "VAE_CONFIG",
+    "average_gradients",
+    "common_clock",
+    "decode_unclamped",
+    "fast_convolutions",
+    "measure_latents",
+    "new_vae",
+    "pick_device",
+    "resume",
+    "save_training",
+    "train_vae",
+    "update_average",
+]
+
+WIDTH, HEIGHT, FRAMES, CROP = 96, 144, 9, 48
+STOCK = 200  # clips that each worker cuts from, before they are renewed
+VAE_CONFIG: dict[str, Any] = {
+    "base_dim": 16,
+    "decoder_base_dim": 24,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+
+
+def new_vae(**more: Any) -> AutoencoderKLWan:
+    return AutoencoderKLWan(**VAE_CONFIG, **more)
+
+
+def fast_convolutions() -> None:
+    """Causal 3-D convolutions as sums of 2-D ones, without the taps that meet padding only: half the time on a CPU."""
+    from torch.nn import functional as F
+
+    def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        pad = list(self._padding)
+        if cache_x is not None and pad[4] > 0:
+            x = torch.cat([cache_x, x], dim=2)
+            pad[4] -= cache_x.shape[2]
+        taps, front = self.weight.shape[2], pad[4]
+        if self.stride[0] != 1 or max(pad[4:]) < 0:
+            return F.conv3d(F.pad(x, pad), self.weight, self.bias, self.stride)
+        b, c, t, h, w = x.shape
+        length = t + front - taps + 1
+        total: Any = None
+        for k in range(taps):
+            first, last = max(k - front, 0), k - front + length
+            if last <= first:
+                continue
+            part = x[:, :, first:last].transpose(1, 2).reshape(-1, c, h, w)
+            y = F.conv2d(part, self.weight[:, :, k], None, padding=(pad[2], pad[0]))
+            y = y.view(b, last - first, *y.shape[1:]).transpose(1, 2)
+            y = F.pad(y, (0, 0, 0, 0, length - (last - first), 0)) if last - first < length else y
+            total = y if total is None else total + y
+        return total if self.bias is None else total + self.bias.view(1, -1, 1, 1, 1)
+
+    autoencoder_kl_wan.WanCausalConv3d.forward = forward
+
+
+def decode_unclamped(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` without its clamp to [-1, 1], which stops every gradient of a pixel that is beyond."""
+    vae.clear_cache()
+    x, parts = vae.post_quant_conv(z), []
+    for i in range(x.shape[2]):
+        vae._conv_idx = [0]
+        parts.append(
+            vae.decoder(x[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
+        )
+    vae.clear_cache()
+    return autoencoder_kl_wan.unpatchify(torch.cat(parts, 2), patch_size=vae.config.patch_size)
+
+
+def _clip(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [FRAMES, H, W, 3] and where something is drawn, [k, 2] (x, y)."""
+    take = random_take(rng, WIDTH, HEIGHT, FRAMES)
+    joints, kind = take.joints(), rng.uniform()
+    if kind < 0.25:
+        frames = skeletons(joints, WIDTH, HEIGHT)
+    else:
+        dancer = random_dancer(rng)
+        ground = backdrop(dancer, WIDTH, HEIGHT)
+        if kind < 0.40:
+            ground = scene(str(rng.choice(sorted(SCENES))), WIDTH, HEIGHT, seed=int(rng.integers(1 << 30)))
+        frames = np.stack([draw_dancer(ground.copy(), j, take.stage.height, dancer) for j in joints])
+        if kind < 0.33:  # the background of replace mode: blacked out where the dancer was
+            black = np.abs(frames.astype(int) - ground).max(3) > 8
+            frames = np.where(black[..., None], 0, np.broadcast_to(ground, frames.shape)).astype(np.uint8)
+    return frames, joints.reshape(-1, 2)
+
+
+class _Stock:
+    """Clips to cut batches from; an old one gives way to a new one every few batches."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        self.rng, self.clips = rng, [_clip(rng) for _ in range(size)]
+
+    def batch(self, count: int, frames: int, crop: int) -> torch.Tensor:
+        cut = []
+        for _ in range(count):
+            clip, points = self.clips[self.rng.integers(len(self.clips))]
+            x, y = points[self.rng.integers(len(points))] + self.rng.uniform(-crop / 2, crop / 2, 2)
+            left, top = (int(np.clip(v - crop / 2, 0, most - crop)) for v, most in ((x, WIDTH), (y, HEIGHT)))
+            start = int(self.rng.integers(FRAMES - frames + 1))
+            cut.append(clip[start : start + frames, top : top + crop, left : left + crop])
+        return torch.from_numpy(np.stack(cut)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    def renew(self) -> None:
+        self.clips[self.rng.integers(len(self.clips))] = _clip(self.rng)
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
+    if world > 1:
+        with_gradient = [p for p in parameters if p.grad is not None]
+        flat = torch.cat([p.grad.reshape(-1) for p in with_gradient])
+        torch.distributed.all_reduce(flat)
+        flat /= world
+        for p, g in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
+            p.grad.copy_(g.view_as(p.grad))
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one; else one thread of the CPU for each worker: more would wait for one another."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def common_clock(begun: float, world: int) -> float:
+    """Seconds since `begun` by the first worker's clock, so that all of them stop at the same step."""
+    clock = torch.tensor([time.monotonic() - begun])
+    if world > 1:
+        torch.distributed.broadcast(clock, 0)
+    return float(clock)
+
+
+@torch.no_grad()
+def update_average(average: dict[str, torch.Tensor], state: dict[str, torch.Tensor], decay: float) -> None:
+    """Move `average` towards `state` in place."""
+    for key, value in state.items():
+        average[key].lerp_(value, 1 - decay)
+
+
+def train_vae(
+    folder: Path, minutes: float, frame_minutes: float, rank: int = 0, world: int = 1, clips: int = 40
+) -> None:
+    """Until `minutes` have passed in all, over every resumption; the learning rate falls to its end by then."""
+    device = pick_device()
+    fast_convolutions()
+    torch.manual_seed(0)
+    vae, path = new_vae().to(device), folder / "vae.pt"
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    average, step, spent = resume(path, vae, optimiser)
+    stock = _Stock(np.random.default_rng([rank, step, 7]), STOCK)
+    begun, last_saved, recent = time.monotonic() - spent, time.monotonic(), []
+    while (spent := common_clock(begun, world)) < 60 * minutes:
+        frames_only = spent < 60 * frame_minutes
+        peak = 2e-3 if frames_only else 1.5e-3
+        rate = float(
+            peak * min(1, (step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + np.cos(np.pi * spent / (60 * minutes))))
+        )
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        x = stock.batch(8, 1, CROP) if frames_only else stock.batch(2, FRAMES, CROP)
+        x = x.to(device)
+        if step % 4 == 0:
+            stock.renew()
+        vae.clear_cache()
+        posterior = vae.encode(x).latent_dist
+        difference = decode_unclamped(vae, posterior.sample()) - x
+        squared = difference.square().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = difference.abs().mean() + squared + 1e-4 * kl
+        optimiser.zero_grad()
+        loss.backward()
+        average_gradients(list(vae.parameters()), world)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        update_average(average, vae.state_dict(), min(0.998, step / (step + 10)))
+        recent.append(float(squared.detach()))
+        if step % 100 == 0 and rank == 0:
+            decibel = 10 * np.log10(4 / np.mean(recent[-100:]))
+            print(
+                f"vae step {step} {spent:.0f}s psnr {decibel:.2f} kl {float(kl.detach()):.2f} lr {rate:.5f}", flush=True
+            )
+        if rank == 0 and time.monotonic() - last_saved > 120:
+            save_training(path, vae.state_dict(), optimiser, average, step, spent)
+            last_saved = time.monotonic()
+    if rank == 0:
+        save_training(path, vae.state_dict(), optimiser, average, step, spent)
+        measure_latents(path, clips)
+
+
+@torch.no_grad()
+def measure_latents(path: Path, clips: int = 40) -> None:
+    """Add the mean and the deviation of each latent channel over dancers to the checkpoint: what normalises them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    vae = new_vae().eval()
+    vae.load_state_dict(saved["average"])
+    rng, latents = np.random.default_rng(3), []
+    while len(latents) < clips:
+        take, dancer = random_take(rng, WIDTH, HEIGHT, FRAMES), random_dancer(rng)
+        ground = backdrop(dancer, WIDTH, HEIGHT)
+        frames = np.stack([draw_dancer(ground.copy(), j, take.stage.height, dancer) for j in take.joints()])
+        video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        latents.append(vae.encode(video).latent_dist.mean[0])
+    values = torch.stack(latents).transpose(0, 1).flatten(1)
+    saved["latents_mean"], saved["latents_std"] = values.mean(1).tolist(), values.std(1).tolist()
+    fresh = path.with_suffix(".tmp")
+    torch.save(saved, fresh)
+    fresh.replace(path)
+
+
+def resume(path: Path, model: torch.nn.Module, optimiser: Any) -> tuple[dict[str, torch.Tensor], int, float]:
+    """Fill both from the checkpoint at `path`, if there is one. Returns the average, and steps and seconds so far."""
+    if not path.exists():
+        return {key: value.clone() for key, value in model.state_dict().items()}, 0, 0.0
+    saved = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimiser.load_state_dict(saved["optimiser"])
+    return saved["average"], saved["step"], saved["spent"]
+
+
+def save_training(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    optimiser: Any,
+    average: dict[str, torch.Tensor],
+    step: int,
+    spent: float,
+) -> None:
+    """Replace the checkpoint at `path` in one piece."""
+    state = {"model": tensors, "average": average, "optimiser": optimiser.state_dict(), "step": step, "spent": spent}
+    fresh = path.with_suffix(".tmp")
+    torch.save(state, fresh)
+    fresh.replace(path)
