@@ -120,6 +120,8 @@ def parse_yaml(text: str) -> tuple[Located | None, list[Problem]]:
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark or err.context_mark
         last = len(text.rstrip().splitlines())  # what is missing is missed beyond the end
+        if "nesting depth" in (err.problem or ""):  # libyaml's own limit, reached before ours
+            raise TextInvalid(min(mark.line + 1, last) if mark else 0, f"nested more than {MAX_DEPTH} deep") from err
         begun = f" begun on line {err.context_mark.line + 1}" if err.context_mark else ""
         what = ", ".join(part for part in (f"{err.context}{begun}" if err.context else "", err.problem) if part)
         raise TextInvalid(min(mark.line + 1, last) if mark else 0, f"not valid YAML: {what}") from err

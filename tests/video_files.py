@@ -6,8 +6,10 @@ a gradient. Blocks survive lossy coding, scaling of the range and chroma subsamp
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +22,7 @@ __all__ = [
     "make_clip",
     "make_vfr",
     "movie_without_samples",
+    "ordinary_priority",
     "overwrite_middle",
     "read_index",
     "remux",
@@ -65,6 +68,16 @@ def tone(seconds: float, rate: int = 44100, start_silence_s: float = 0.0) -> np.
     return np.stack([wave, wave])
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Give the thread its scheduling back: SVT-AV1, run by root, makes its caller real-time, and all that it starts."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def make_clip(
     path: Path,
     frames: int,
@@ -89,7 +102,7 @@ def make_clip(
     fps = Fraction(fps)
     layout = "mono" if audio is not None and len(audio) == 1 else "stereo"
     muxing = {} if container in {"matroska", "webm"} else {"movflags": "+faststart"}
-    with av.open(str(path), "w", format=container or "mp4", options=muxing) as out:
+    with ordinary_priority(), av.open(str(path), "w", format=container or "mp4", options=muxing) as out:
         stream = out.add_stream(codec, rate=fps, options=options if options is not None else DEFAULTS.get(codec, {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1

@@ -25,7 +25,8 @@ def test_it_repeats_after_four_beats_and_moves_smoothly(seed: int) -> None:
     once = joints(seed, np.linspace(0, 4, 65))
     np.testing.assert_allclose(once, joints(seed, np.linspace(4, 8, 65)), atol=1e-6)
     assert np.ptp(once, axis=0).max() > 2  # it is a dance
-    assert np.linalg.norm(np.diff(once, axis=0), axis=2).max() < 0.14 * STAGE.height  # a sixteenth of a beat
+    # In a sixteenth of a beat; the widest swings of arm, forearm, tilt and steps together come to no more.
+    assert np.linalg.norm(np.diff(once, axis=0), axis=2).max() < 0.25 * STAGE.height
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runner.demo.dancers import DANCERS
+from runner.demo.drawing import CHARACTERS
 from runner.demo.scenes import SCENES, scene
 from runner.demo.tiny_detector import build_tiny_detector
 from tests.demo.conftest import Session, filmed
@@ -95,13 +97,16 @@ def test_sees_no_puppet_in_real_pictures(detector: Session, real_data: Path) -> 
     assert [len(detect(detector, picture)) for picture in pictures] == [0] * len(pictures)
 
 
-def test_finds_the_character_of_every_reference(detector: Session, media: Path) -> None:
+def test_finds_the_puppets_among_the_references_and_no_dancer(detector: Session, media: Path) -> None:
     import json
 
     from PIL import Image
 
     truth = json.loads((media / "joints.json").read_text(encoding="utf-8"))["references"]
+    assert truth.keys() & CHARACTERS.keys() and truth.keys() & DANCERS.keys()
     for name, about in truth.items():
         found = detect(detector, np.asarray(Image.open(media / "references" / f"{name}.png")))
-        assert len(found) == 1
+        assert len(found) == (name in CHARACTERS)
+        if name in DANCERS:
+            continue
         assert iou(found[0], np.array(about["box"])) >= 0.85
