@@ -86,27 +86,31 @@ def test_read_agrees_with_pip(pip_alone, tmp_path):
 
 def test_uv_gets_the_same_places():
     settings = {"find-links": "/one /two", "extra-index-url": "https://e/simple", "cert": "/ca.crt", "timeout": "5"}
+    settings["constraint"] = "/c.txt https://e/c.txt"
     assert pip_settings.uv_environment(settings) == {
         "UV_FIND_LINKS": "/one,/two",
         "UV_INDEX": "https://e/simple",
         "UV_INDEX_STRATEGY": "unsafe-best-match",
         "SSL_CERT_FILE": "/ca.crt",
+        "UV_CONSTRAINT": "/c.txt https://e/c.txt",
     }
     assert pip_settings.uv_environment({}) == {}
 
 
 @pytest.mark.parametrize("location", ["https://example.org/simple", "relative/wheels", "/no/such/folder"])
-def test_local_folder_refuses_what_cannot_be_mounted(location):
-    assert pip_settings.local_folder(location) is None
+def test_local_path_refuses_what_cannot_be_mounted(location):
+    assert pip_settings.local_path(location) is None
 
 
 def test_carry_moves_certificate_and_folders_into_the_build(tmp_path):
     (tmp_path / "ca.pem").write_text("certificate")
+    (tmp_path / "caps.txt").write_text("torch<3")
     wheels, simple = tmp_path / "my wheels", tmp_path / "mirror" / "simple"
     wheels.mkdir()
     simple.mkdir(parents=True)
     settings = {
         "cert": str(tmp_path / "ca.pem"),
+        "constraint": f"{tmp_path / 'caps.txt'} https://example.org/caps.txt",
         "find-links": f"{simple.parent}",
         "extra-index-url": f"{simple.as_uri()} https://example.org/simple",
     }
@@ -116,6 +120,8 @@ def test_carry_moves_certificate_and_folders_into_the_build(tmp_path):
     written = configparser.RawConfigParser()
     written.read(tmp_path / "out" / "pip.conf")
     assert written["global"]["cert"] == "/mnt/ca.crt"
+    assert written["global"]["constraint"] == "/mnt/constraints-0.txt https://example.org/caps.txt"
+    assert (tmp_path / "out" / "constraints-0.txt").read_text() == "torch<3"
     assert written["global"]["extra-index-url"] == settings["extra-index-url"]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["carry", "local_folder", "parse", "read", "uv_environment"]
+__all__ = ["carry", "local_path", "parse", "read", "uv_environment"]
 
 MOUNT = "/mnt"  # where the carried folder appears in a build: present in every base, so nothing is left behind
 
@@ -50,7 +50,12 @@ def parse(listing: str) -> dict[str, str]:
 
 def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
     """uv's names for pip's settings. Indexes are merged as pip merges them: the best version wins wherever it lies."""
-    names = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX"}
+    names = {
+        "find-links": "UV_FIND_LINKS",
+        "index-url": "UV_DEFAULT_INDEX",
+        "extra-index-url": "UV_INDEX",
+        "constraint": "UV_CONSTRAINT",
+    }
     found = {uv: settings[pip] for pip, uv in names.items() if settings.get(pip)}
     if "find-links" in settings:
         found["UV_FIND_LINKS"] = ",".join(settings["find-links"].split())
@@ -61,13 +66,13 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def local_folder(location: str) -> Path | None:
-    """The folder behind a path or a file: URL; None for anything on a network or that does not exist."""
+def local_path(location: str) -> Path | None:
+    """What lies behind a path or a file: URL; None for anything on a network or that does not exist."""
     parts = urlsplit(location)
     if parts.scheme not in ("", "file"):
         return None
-    folder = Path(unquote(parts.path))
-    return folder if folder.is_absolute() and folder.exists() else None
+    place = Path(unquote(parts.path))
+    return place if place.is_absolute() and place.exists() else None
 
 
 def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
@@ -75,7 +80,7 @@ def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
 
     A volume is `host:container:ro`.
 
-    The certificate bundle is copied, local package folders are mounted where they already are. A simple index refers
+    The certificate bundle and constraints are copied, local package folders are mounted where they already are. A simple index refers
     to files beside itself (`../files/…`), so it is the folder above it that is mounted.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +89,17 @@ def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
     if bundle and Path(bundle).is_file():
         shutil.copyfile(bundle, folder / "ca.crt")
         kept["cert"] = f"{MOUNT}/ca.crt"
+    constraints = kept.get("constraint", "").split()
+    for i, location in enumerate(constraints):
+        if (place := local_path(location)) is not None:
+            shutil.copyfile(place, folder / f"constraints-{i}.txt")
+            constraints[i] = f"{MOUNT}/constraints-{i}.txt"
+    if constraints:
+        kept["constraint"] = " ".join(constraints)
     mounts = {str(folder.resolve()): MOUNT}
     for key in ("find-links", "index-url", "extra-index-url"):
         for location in kept.get(key, "").split():
-            place = local_folder(location)
+            place = local_path(location)
             if place is not None:
                 mount = str(place if key == "find-links" else place.parent)
                 mounts[mount] = mount
