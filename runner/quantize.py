@@ -32,6 +32,7 @@ SAY_EVERY_S = 5.0
 
 def quantize_models(arguments: argparse.Namespace) -> int:
     """The verb `quantize`. Raises WeightsMissing, WeightsCorrupt, ConfigInvalid, StorageFull."""
+    from runner.generation.device import pick_device
     from runner.quantization.checkpoint import quantize_store
     from runner.quantization.e2m1 import FORMATS
     from runner.quantization.lora import read_lora
@@ -44,6 +45,7 @@ def quantize_models(arguments: argparse.Namespace) -> int:
         raise ConfigInvalid(f"recipe {recipe.name!r} runs the source as it is", todo=f"Quantise for one of: {known}")
     if not arguments.models or is_remote(arguments.models):
         raise WeightsMissing("the weights must be in a local folder", where=arguments.models, todo="Pass --models DIR")
+    pick_device(arguments.device)  # a device that is not there is said now, not after an hour of calibration
     root = Path(arguments.models)
     target = root / quantized_folder(recipe)
     loras = [read_lora(path, strength) for path, strength in _lora_files(root, recipe, arguments.lora)]
@@ -130,6 +132,8 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
     generator = WanAnimateGenerator.load(ModelStore(root), recipe, device=arguments.device)
     log = structlog.get_logger()
     assert generator.pipeline is not None
+    # Compiled, blocks would be traced with the hooks in them, a graph for each, and warmed up on noise that they count.
+    generator.pipeline.block_step = None
     transformer = generator.pipeline.transformer
     begin = time.monotonic()
     try:

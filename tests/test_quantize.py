@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from runner.cli import main
 from runner.generation.recipes import SOURCE_WEIGHTS
@@ -115,11 +118,34 @@ def test_a_file_is_made_verified_and_rendered_from(models, demo_media, tmp_path,
     assert "missing" in capsys.readouterr().out
 
 
-def test_calibration_by_a_manifest(models, demo_media, tmp_path):
+def test_calibration_by_a_manifest(models, demo_media, tmp_path, monkeypatch):
+    """Every layer is watched, with the LoRA active, and eagerly: the compiled step that a GPU has is not used."""
+    from runner.generation import calibrate
+    from runner.quantization import checkpoint
+
     fetch_lora(models)
+    norm = "blocks.1.attn1.norm_q.weight"
+    source = load_file(models / SOURCE_WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
+    seen: dict[str, Any] = {}
+
+    def watching(transformer: Any) -> Any:
+        seen["changed"] = not torch.equal(transformer.get_parameter(norm).float(), source[norm].float())
+        return honest_watching(transformer)
+
+    def quantize_store(*given: Any) -> Any:
+        seen["importance"] = given[6]
+        return honest_quantize(*given)
+
+    honest_watching, honest_quantize = calibrate.watching, checkpoint.quantize_store
+    monkeypatch.setattr(calibrate, "watching", watching)
+    monkeypatch.setattr(checkpoint, "quantize_store", quantize_store)
+    monkeypatch.setattr("runner.generation.tuning.make_block_step", lambda *_: SimpleNamespace(backend="inductor"))
     manifest = write_manifest(tmp_path, demo_media, {"id": "calibration"})
     assert quantize(models, "--calibrate", str(manifest)) == 0
     assert metadata(models / OWN)["video_lab.scale_method"] == "activation"
+    assert seen["changed"]
+    assert len(seen["importance"]) == LAYERS
+    assert all(bool(torch.isfinite(mean).all()) and bool(mean.any()) for mean in seen["importance"].values())
     assert not (tmp_path / "cache/calibrate/calibration").exists()
 
 
@@ -148,6 +174,13 @@ def test_the_plain_recipe_its_text_encoder_and_a_lora_by_hand(models, tmp_path, 
 def test_what_cannot_be_quantised(models, capsys, flags, said):
     assert quantize(models, *flags) == 2
     assert said in capsys.readouterr().err
+    assert not (models / PLAIN).exists()
+
+
+def test_a_gpu_that_is_not_there_is_no_internal_error(models, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert quantize(models, "--recipe", "fp4", "--device", "cuda") == 2
+    assert "device 'cuda' was asked for, but" in capsys.readouterr().err
     assert not (models / PLAIN).exists()
 
 

@@ -127,8 +127,9 @@ def choose_person_parity(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
     Boxes are scanned by falling score; one whose longer side is under 0.4 of a running maximum is passed over. That
     maximum starts at the longest of all and then follows the box accepted last.
     """
-    rows = rows[rows[:, 4] >= PARITY_MIN_SCORE]
-    boxes = _scaled(rows[:, :4], size)
+    rows = rows[rows[:, 4] >= PARITY_MIN_SCORE].astype(np.float32, copy=False)
+    # In float32 as there: what lies just beside a whole pixel is cut to another one in float64.
+    boxes = rows[:, :4] * np.array([size[0] / SIDE, size[1] / SIDE] * 2, np.float32)
     boxes[:, 2:] -= boxes[:, :2]
     boxes = boxes.astype(np.int32)
     kept = [i for i in _nms(boxes, rows[:, 4], PARITY_MIN_SCORE) if int(rows[i, 5]) == PERSON]

@@ -24,6 +24,7 @@ import numpy as np
 
 from runner.errors import InputNotFound, InputTooShort, InputUnreadable, as_runner_error
 from runner.metrics import StageTimer
+from runner.official import REFERENCE, official_names
 from runner.options import JobOptions
 from runner.preprocess.conditions import Window
 from runner.preprocess.images import load_image
@@ -45,9 +46,7 @@ __all__ = [
     "write_official",
 ]
 
-REFERENCE = "src_ref.png"
-FILES = {"pose": "src_pose.mp4", "face": "src_face.mp4", "background": "src_bg.mp4", "mask": "src_mask.mp4"}
-ALWAYS, REPLACE = ("pose", "face"), ("pose", "face", "background", "mask")
+FILES = {name: file for name, file in official_names("replace").items() if name != "reference"}
 WINDOW_BYTES = 48 << 20  # of finished frames at once: 13 of 480x832 with their faces
 CRF = {"pose": 10, "face": 10, "background": 10, "mask": 1}  # officially 23; what a model reads should not be artefacts
 REMEDY = "Make the folder anew, by `video-lab preprocess` or the official preprocess_data.py"
@@ -132,7 +131,7 @@ def official_files(folder: Path, mode: str) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputNotFound("no such folder", where=folder, todo="Check preprocess.from; it names a folder")
-    names = {"reference": REFERENCE} | {name: FILES[name] for name in (REPLACE if mode == "replace" else ALWAYS)}
+    names = official_names(mode)
     missing = [file for file in names.values() if not (folder / file).is_file()]
     if missing:
         for_mode = ", which mode: replace needs" if set(missing) <= {FILES["background"], FILES["mask"]} else ""

@@ -48,9 +48,22 @@ class Crop:
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
-        """x1, y1, x2, y2 in whole pixels (half to even); may lie outside of the frame."""
-        x1, y1 = round(self.cx - self.width / 2), round(self.cy - self.height / 2)
-        x2, y2 = round(self.cx + self.width / 2), round(self.cy + self.height / 2)
+        """x1, y1, x2, y2 in whole pixels (half to even); may lie outside of the frame.
+
+        Centre less and plus half of the size, but by the official way there, which maps the input's corners back
+        through an inverted matrix: crops of whole boxes often end halfway between two pixels, where last bits decide.
+        """
+        tall, wide = self.height, self.height / (HEIGHT / WIDTH)
+        to_input = np.array(
+            [
+                [WIDTH / wide, 0, WIDTH * (-self.cx / wide + 0.5)],
+                [0, HEIGHT / tall, HEIGHT * (-self.cy / tall + 0.5)],
+                [0, 0, 1],
+            ]
+        )
+        to_frame = np.linalg.inv(to_input)
+        x1, y1 = (round(at) for at in np.dot(to_frame, (0.0, 0.0, 1.0))[:2])
+        x2, y2 = (round(at) for at in np.dot(to_frame, (float(WIDTH), float(HEIGHT), 1.0))[:2])
         return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
@@ -81,7 +94,7 @@ def crop_of(box: Box | None, size: tuple[int, int]) -> Crop:
         x1, y1, x2, y2 = 0.0, 0.0, float(size[0]), float(size[1])
     else:
         x1, y1, x2, y2 = box.x1, box.y1, box.x2, box.y2
-    tall = MARGIN * max((x2 - x1) * (HEIGHT / WIDTH), y2 - y1)
+    tall = 200 * (max((x2 - x1) * (HEIGHT / WIDTH), y2 - y1) / 200 * MARGIN)  # its unit decides last bits, too
     return Crop((x1 + x2) / 2, (y1 + y2) / 2, tall * (WIDTH / HEIGHT), tall)
 
 

@@ -28,6 +28,7 @@ BRIDGE_S = 1.0  # across this long a miss a straight line is a fair guess of whe
 SETTLE_S = 0.15  # time constant of the velocity estimate: a detector's box trembles from frame to frame
 LEAD_S = 0.5  # a person keeps walking for about this long unseen; further out the guess stands still
 GATE = 1.5  # of `_distance`: 0 same place and size; beyond this it is another person
+EXPECTED = 0.5  # overlap of guess and box that finds somebody again even within another's box
 NEAR = 0.6  # box heights between guess and box at which a match needs no overlap
 LOOK_S = 0.35  # half of the span that says how tall a box usually is around a moment
 CUT = 0.65  # a box less tall than this share of its neighbours' median has lost its legs (or head)
@@ -87,7 +88,9 @@ class Whereabouts:
 def follow(seen: Sequence[Sequence[Box]], times_s: np.ndarray) -> list[Person]:
     """Everybody's way through the clip. `seen[i]`: the boxes at look i, at `times_s[i]` seconds (increasing).
 
-    Each look's boxes go to the people whose motion leads there, the closest pairs first; the rest are new people.
+    Each look's boxes go to the people whose motion leads there, the closest pairs first; the rest are new people. Who
+    was not seen at the look before is found again in a box that lies in a larger one only where they are expected: it
+    may be a second box on the body that hides them.
     """
     people: list[Person] = []
     active: list[Person] = []
@@ -101,6 +104,9 @@ def follow(seen: Sequence[Sequence[Box]], times_s: np.ndarray) -> list[Person]:
             for i, guess in enumerate(guesses)
             for j, box in enumerate(boxes)
             if (distance := _distance(guess, box)) <= GATE
+            if active[i].looks[-1] == look - 1
+            or guess.overlap(box) >= EXPECTED
+            or not any(_within(box, other) for other in boxes)
         )
         taken: set[int] = set()
         placed: set[int] = set()
@@ -124,7 +130,8 @@ def choose_subject(
     """The one that `subject` means, of a clip of (width, height); None: nobody, or nobody near the box asked for.
 
     Someone who leaves and comes back is two people to `follow`, and so is someone who got two boxes at once. Whoever
-    appears while the subject is away, at about their size, is taken to be them; nobody is who is ever seen beside them.
+    appears while the subject is away, at about their size, is taken to be them; nobody is who is ever seen beside them,
+    nor is a second box on the body of somebody who was.
     """
     if not people:
         return None
@@ -141,13 +148,20 @@ def choose_subject(
         return None
     course = dict(zip(main.looks, main.boxes, strict=True))
     height = float(np.median([box.height for box in main.boxes]))
-    for other in sorted(people, key=lambda p: -p.area):
+    strangers: dict[int, list[Box]] = {}  # by look
+    for other in sorted((p for p in people if p is not main), key=lambda p: -p.area):
         likeness = float(np.median([box.height for box in other.boxes])) / height
         theirs = dict(zip(other.looks, other.boxes, strict=True))
         common = course.keys() & theirs.keys()
-        if LIKE[0] <= likeness <= LIKE[1] and all(_shared(course[look], theirs[look]) >= SAME for look in common):
-            # Of two boxes around the same body the larger is the whole of it.
-            course |= {k: max(box, course.get(k, box), key=lambda b: b.area) for k, box in theirs.items()}
+        alike = LIKE[0] <= likeness <= LIKE[1] and all(_shared(course[look], theirs[look]) >= SAME for look in common)
+        if not alike:
+            for look, box in theirs.items():
+                strangers.setdefault(look, []).append(box)
+            continue
+        for look, box in theirs.items():
+            if not any(_within(box, stranger) for stranger in strangers.get(look, ())):
+                # Of two boxes around the same body the larger is the whole of it.
+                course[look] = max(box, course.get(look, box), key=lambda b: b.area)
     return Person(sorted(course), [course[look] for look in sorted(course)], main.velocity)
 
 
@@ -241,6 +255,11 @@ def _between(a: Box, b: Box, share: float) -> Box:
 
 def _corners(box: Box) -> tuple[float, float, float, float]:
     return box.x1, box.y1, box.x2, box.y2
+
+
+def _within(box: Box, other: Box) -> bool:
+    """Whether nearly all of a box lies in a larger one."""
+    return box.area < other.area and _shared(box, other) >= SAME
 
 
 def _shared(a: Box, b: Box) -> float:

@@ -7,6 +7,7 @@ Styles, mixed or not (N is a block, X a module):
     ComfyUI, LightX2V   diffusion_model.blocks.N.self_attn.q.{lora_down.weight,lora_up.weight,diff,diff_b}, .diff_m
     Wan2.2-Lightning    the same with .alpha, or with lora_A, lora_B for lora_down, lora_up; with or without the prefix
     diffusers, PEFT     transformer.blocks.N.attn1.to_q.{lora_A,lora_B}[.default].weight, with or without the prefix
+    PEFT by itself      base_model.model.blocks.N.…, in either naming, before any of the prefixes above
     musubi-tuner        lora_unet_blocks_N_self_attn_q.{lora_down.weight,lora_up.weight,alpha}
 """
 
@@ -74,6 +75,7 @@ TOP = {
 AMBIGUOUS = {"norm2", "norm3"}
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 LIBRARY_PREFIX = "transformer."
+PEFT_PREFIX = "base_model.model."
 UNDERSCORE_PREFIX = "lora_unet_"
 UNDERSCORED = {name.replace(".", "_"): name for name in (*BLOCK, *TOP)}
 TABLE = "scale_shift_table"  # a parameter of the model itself: it has no `.weight` below it
@@ -125,6 +127,7 @@ def _split(key: str) -> tuple[str, Role, str] | None:
 
 
 def _strip(module: str) -> str:
+    module = module.removeprefix(PEFT_PREFIX)
     if module.startswith(UNDERSCORE_PREFIX):
         return _dotted(module.removeprefix(UNDERSCORE_PREFIX))
     for prefix in (*ORIGINAL_PREFIXES, LIBRARY_PREFIX):
@@ -142,7 +145,7 @@ def _dotted(module: str) -> str:
 
 def _original(key: str, module: str) -> bool:
     """Does this key alone show that its file is in the original naming?"""
-    if key.startswith((*ORIGINAL_PREFIXES, UNDERSCORE_PREFIX)):
+    if key.removeprefix(PEFT_PREFIX).startswith((*ORIGINAL_PREFIXES, UNDERSCORE_PREFIX)):
         return True
     match = re.fullmatch(r"blocks\.\d+\.(.+)", module)
     if match:

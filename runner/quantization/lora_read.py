@@ -26,6 +26,7 @@ __all__ = ["Delta", "Full", "Lora", "LowRank", "deltas_of", "read_lora"]
 CHUNK = 1 << 23  # elements of a change made dense at once: 32 MB in float32, whatever the matrix
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PEFT_METADATA = "lora_adapter_metadata"  # where the library keeps PEFT's config, alpha included, in a file's header
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # PEFT itself keeps the config beside the tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,8 @@ class Lora:
 def read_lora(path: Path, strength: float = 1.0) -> Lora:
     """Read a LoRA of any style in lora_keys.py. Its tensors are mapped, not copied; the file is read once, for sha256.
 
+    The alpha of a folder that PEFT saved is that of its `adapter_config.json`.
+
     Raises WeightsMissing; WeightsCorrupt for what is no safetensors file (pickles are never opened), a damaged one, NaN
     or Inf, a factor without its partner, factors that do not fit, another kind of adapter, or no LoRA at all;
     ConfigInvalid for a strength that is no finite number.
@@ -121,6 +124,9 @@ def read_lora(path: Path, strength: float = 1.0) -> Lora:
             todo="Get the safetensors version of this LoRA",
         )
     tensors, metadata = _load(path)
+    beside = path.with_name(PEFT_FILES[1])
+    if path.name == PEFT_FILES[0] and PEFT_METADATA not in metadata and beside.is_file():
+        metadata[PEFT_METADATA] = beside.read_text(encoding="utf-8", errors="replace")
     deltas, unread = deltas_of(tensors, metadata, where=path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

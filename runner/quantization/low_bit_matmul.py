@@ -75,8 +75,10 @@ _BLOCKWISE: Final[Mapping[str, Callable[..., Tensor]]] = {
 }
 _ROUNDS_ITSELF: Final = "comfy_kitchen"  # takes rotated activations that are not quantised
 _NUMBERS_A_BLOCK: Final = 1 << 22
-# How far a kernel may lie from the reference, relative: the rounding of its 16-bit result is .0017.
-AGREEMENT: Final = 0.005
+# How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums of
+# e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them; comfy-kitchen divides activations in
+# bfloat16, .0074. The formats' own errors are .039 and .015.
+AGREEMENT: Final = 0.01
 _COLUMNS: Final = {"fp8": (16, 16), "int8": (16, 16), "nvfp4": (32, 16)}  # multiples of: inputs, outputs
 
 

@@ -115,7 +115,7 @@ def _bf16_candidates(peaks: Tensor, method: Method) -> tuple[Tensor, Tensor]:
     """All scales worth a try, as stored and as float32, [candidates, rows, groups]; the first is absmax's."""
     ratios = {"absmax": _RATIOS[:1], "mse": _RATIOS, "activation": _WIDE_RATIOS}[method]
     ratio = peaks.new_tensor(ratios).view(-1, 1, 1)
-    stored = (peaks * (ratio / LARGEST)).clamp_(min=_SMALLEST).to(torch.bfloat16)
+    stored = (peaks * (ratio / peaks.new_tensor(LARGEST))).clamp_(min=_SMALLEST).to(torch.bfloat16)
     return stored, stored.float()
 
 
@@ -158,7 +158,9 @@ def _tensor_scale(weight: Tensor) -> Tensor:
         raise ValueError(_NOT_FINITE)
     if float(peak) == 0:
         return torch.ones_like(peak)
-    bits = (peak / (_E4M3_LARGEST * LARGEST)).clamp(min=_SMALLEST).view(torch.int32)
+    # By a tensor: CUDA multiplies by the rounded reciprocal of a number. What was quantised once, whose largest value
+    # divides without a rest, might then get the next larger scale.
+    bits = (peak / peak.new_tensor(_E4M3_LARGEST * LARGEST)).clamp(min=_SMALLEST).view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 

@@ -37,18 +37,19 @@ def launch(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, group: in
     groups = scale.numel()
     bits = out.dtype is torch.bfloat16
     groups_a_program = 2 * _BYTES // group
-    _dequantize[(triton.cdiv(groups, groups_a_program),)](
-        packed,
-        scale.view(torch.int16) if tensor_scale is None else scale,
-        tensor_scale,
-        out.view(torch.int16) if bits else out,
-        groups,
-        GROUP_BYTES=group // 2,
-        E4M3=tensor_scale is not None,
-        BF16=bits,
-        GROUPS=groups_a_program,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(out):  # Triton launches on the current device, wherever the tensors lie
+        _dequantize[(triton.cdiv(groups, groups_a_program),)](
+            packed,
+            scale.view(torch.int16) if tensor_scale is None else scale,
+            tensor_scale,
+            out.view(torch.int16) if bits else out,
+            groups,
+            GROUP_BYTES=group // 2,
+            E4M3=tensor_scale is not None,
+            BF16=bits,
+            GROUPS=groups_a_program,
+            num_warps=_WARPS,
+        )
 
 
 @triton.jit

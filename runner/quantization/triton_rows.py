@@ -32,17 +32,18 @@ def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scal
         if not tensor.is_contiguous():
             raise ValueError("the kernel reads and writes contiguous tensors only")
     block = triton.next_power_of_2(columns)
-    _quantize[(rows,)](
-        x,
-        codes,
-        scale,
-        columns,
-        largest,
-        smallest_scale,
-        INTEGER=codes.dtype is torch.int8,
-        BLOCK=block,
-        num_warps=min(max(block // 1024, 1), 16),
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors lie
+        _quantize[(rows,)](
+            x,
+            codes,
+            scale,
+            columns,
+            largest,
+            smallest_scale,
+            INTEGER=codes.dtype is torch.int8,
+            BLOCK=block,
+            num_warps=min(max(block // 1024, 1), 16),
+        )
 
 
 @triton.jit

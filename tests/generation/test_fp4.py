@@ -113,25 +113,42 @@ def frames(source, own, seed) -> dict[str, np.ndarray]:
         with attached(generator.pipeline.transformer, [read_lora(source / DISTILL)]):
             made["bf16"] = rendered(generator)
         made |= {"merged": rendered(load(own)), "beside": rendered(load(seed))}
-    for name, pictures in made.items():
-        print(f"{name}: PSNR against bf16 with the LoRA {psnr(pictures, made['bf16']):.1f} dB")
     return made
 
 
-def test_a_merged_file_alone_renders_what_bf16_renders(own, frames):
+def decibels(frames: Mapping[str, np.ndarray], record_property: Callable[[str, object], None]) -> dict[str, float]:
+    """Against bf16 with the LoRA, by name, and in the record of the test."""
+    found = {name: psnr(made, frames["bf16"]) for name, made in frames.items() if name != "bf16"}
+    record_property("psnr_db", {name: round(value, 1) for name, value in found.items()})
+    return found
+
+
+def test_a_merged_file_alone_renders_what_bf16_renders(own, frames, record_property):
     assert not (own / SOURCE_WEIGHTS / "transformer").exists()
     assert not (own / DISTILL).exists()
     assert frames["merged"].shape == (5, 64, 48, 3)
     assert frames["merged"].std() > 5
-    assert psnr(frames["merged"], frames["bf16"]) > 31  # 33.8; a tiny random model forgives less than a trained one
-    assert psnr(frames["bf16 without it"], frames["bf16"]) < 28  # the LoRA shows: 25.9
+    found = decibels(frames, record_property)
+    assert found["merged"] > 31  # 33.8; a tiny random model forgives less than a trained one
+    assert found["bf16 without it"] < 28  # the LoRA shows: 25.9
 
 
-def test_published_files_alone_with_the_lora_beside_render_it_too(seed, frames):
+def test_published_files_alone_with_the_lora_beside_render_it_too(seed, frames, record_property):
     files = sorted(p.name for p in (seed / SOURCE_WEIGHTS / "transformer").iterdir())
     assert files == ["config.json"]
-    assert psnr(frames["beside"], frames["bf16"]) > 28.5  # 31.1: scales by absmax, groups twice as wide
+    assert decibels(frames, record_property)["beside"] > 28.5  # 31.1: scales by absmax, groups twice as wide
     assert psnr(frames["beside"], frames["merged"]) > 28.5  # 30.9
+
+
+def test_published_files_run_as_fp4_too_without_the_lora(seed, frames, record_property):
+    """`fp4` by the solver that the frames to compare with were made by; the LoRA that lies there is not taken."""
+    generator = load(seed, replace(get_recipe("fp4"), scheduler=DISTILLED.scheduler))
+    assert "kept beside it" not in generator.description["transformer"]
+    assert "loras_beside" not in generator.description
+    made = rendered(generator)
+    record_property("psnr_db", round(psnr(made, frames["bf16 without it"]), 1))
+    assert psnr(made, frames["bf16 without it"]) > 28  # 29.8
+    assert psnr(made, frames["bf16"]) < 28
 
 
 def test_merged_and_beside_differ_by_no_more_than_their_rounding(source, own, seed):

@@ -34,10 +34,15 @@ def corners(box: Box | None) -> tuple[float, ...] | None:
 def test_boxes_are_scaled_to_the_frame_and_parity_cuts_them_to_whole_pixels():
     table = rows((100.3, 80, 200.3, 400, 0.9, 0))
     assert corners(choose_person(table, SIZE)) == pytest.approx((200.6, 90, 400.6, 450), abs=1e-3)
-    # 200.6 → 200; a width of 200.0 in float32 noise may be 199.99 and is cut as well
-    x1, y1, x2, y2 = corners(choose_person_parity(table, SIZE))
-    assert (x1, y1, y2) == (200, 90, 450)
-    assert x2 in (399, 400)
+    # 200.6 → 200; position and size are cut, not the far corner: 200 + 200
+    assert corners(choose_person_parity(table, SIZE)) == (200, 90, 400, 450)
+
+
+def test_parity_cuts_what_float32_makes_of_a_size():
+    """2 x (457.4 - 106.9) is 701 in float32 and 700.99998 in float64; 1.125 x (505.6 - 297.6) 233.99997 and 234."""
+    x1, y1, x2, y2 = corners(choose_person_parity(rows((106.9, 297.6, 457.4, 505.6, 0.9, 0)), SIZE))
+    assert (x1, y1) == (213, 334)
+    assert (x2 - x1, y2 - y1) == (701, 233)
 
 
 def test_nobody():

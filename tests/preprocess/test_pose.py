@@ -116,6 +116,30 @@ def test_a_wide_box_sets_the_crop_by_its_width():
     assert crop.corners == (62, -100, 438, 400)  # 62.5 and 437.5 round half to even
 
 
+def official_corners(x1: float, y1: float, x2: float, y2: float) -> tuple[int, ...]:
+    """The crop in units of 200 pixels, the matrix from frame to input, its inverse, the input's corners, rounded."""
+    unit = 1.25 * (max((x2 - x1) * (256 / 192), y2 - y1) / 200)
+    height = 200 * unit
+    width = height / (256 / 192)
+    there = np.zeros((3, 3))
+    there[0, 0], there[1, 1], there[2, 2] = 192 / width, 256 / height, 1
+    there[0, 2] = 192 * (-((x1 + x2) / 2) / width + 0.5)
+    there[1, 2] = 256 * (-((y1 + y2) / 2) / height + 0.5)
+    back = np.linalg.inv(there)
+    return tuple(round(c) for corner in ((0, 0), (192, 256)) for c in (back @ np.array([*corner, 1.0]))[:2].tolist())
+
+
+def test_crops_of_whole_boxes_end_where_the_official_arithmetic_puts_them():
+    """A box of whole pixels often ends the crop halfway between two: the last bits of the official way decide."""
+    rng = np.random.default_rng(0)
+    at, size = rng.integers(0, 1200, (500, 2)), rng.integers(20, 700, (500, 2))
+    boxes = np.concatenate([at, at + size], 1).astype(float).tolist()
+    crops = [crop_of(Box(*box, 0.9), (1920, 1080)) for box in boxes]
+    assert [crop.corners for crop in crops] == [official_corners(*box) for box in boxes]
+    exact = [(round(c.cx - c.width / 2), round(c.cy - c.height / 2)) for c in crops]
+    assert exact != [crop.corners[:2] for crop in crops]  # so the way there does matter
+
+
 @pytest.mark.parametrize("box", [None, Box(10, 10, 200, 19, 0.9), Box(10, 10, 19.5, 200, 0.9), Box(0, 0, 99, 99, 0.0)])
 def test_without_a_good_box_the_whole_frame_is_looked_at(box):
     crop = crop_of(box, (640, 480))

@@ -252,6 +252,29 @@ def test_retarget_gets_both_poses_and_its_track_is_drawn(preprocessor, disc_refe
     conditions.close()
 
 
+def test_in_parity_the_official_retarget_sees_the_reference_at_the_outputs_size(
+    preprocessor, disc_reference, one, monkeypatch
+):
+    """As officially: the reference is letterboxed by area first, and its pose found there, in BGR."""
+    given, fed = {}, []
+    points = preprocessor.pose.points
+    monkeypatch.setattr(preprocessor.pose, "points", lambda *a, **how: fed.append(how) or points(*a, **how))
+
+    def stand_in(track, reference, *, canvas):
+        given.update(track=track, reference=reference, canvas=canvas)
+        return Retargeted(type(track)(track.points, *canvas), {}, [])
+
+    monkeypatch.setattr("runner.preprocess.pipeline.retarget_official", stand_in)
+    conditions = preprocessor.prepare(disc_reference, one, options(parity=True, retarget="official"))
+    assert given["canvas"] == (conditions.width, conditions.height) == (224, 160)  # of the area, in 4:3, floored
+    assert (given["reference"].width, given["reference"].height) == (224, 160)
+    scale = 160 / 300  # 213 columns, 5 to the left
+    assert given["reference"].points[0, 0, :2] == pytest.approx([5 + 140 * scale, 120 * scale], abs=4)
+    assert (given["track"].width, given["track"].height) == (WIDTH, HEIGHT)
+    assert fed and all(how == {"bgr": True} for how in fed)
+    conditions.close()
+
+
 def test_a_reference_without_a_person_is_named(preprocessor, reference, two):
     with pytest.raises(NoPerson, match="no person was found in the reference") as raised:
         preprocessor.prepare(reference, two, options(retarget=True))

@@ -1,5 +1,6 @@
 """A real man, real networks: the skeleton follows him in every frame."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ from runner.preprocess.detect import choose_person, people
 from runner.preprocess.pipeline import Preprocessor
 from runner.preprocess.skeleton import THRESHOLD
 from runner.preprocess.track import choose_subject, follow, whereabouts
-from runner.video import VideoReader
+from runner.video import Mp4Writer, VideoReader
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real"
 MAN = REAL / "man_480x480_30fps_110f.mp4"
@@ -98,6 +99,7 @@ def test_at_the_native_rate_no_joint_jumps_and_good_ones_keep_their_place(real, 
     before, after, report = np.concatenate(raw), conditions.track.points, conditions.report
     assert conditions.frames == 110
     assert report["frames_without_person"] == 0
+    assert (after[:, :23, 2] >= THRESHOLD).sum(1).min() >= 14  # joints drawn in each of the 110
     assert jumps(before).max() > 0.5
     assert jumps(after).max() <= 0.15
     moved = np.linalg.norm((after - before)[:, :23, :2], axis=-1)
@@ -112,9 +114,15 @@ def test_at_the_native_rate_no_joint_jumps_and_good_ones_keep_their_place(real, 
     conditions.close()
 
 
+def test_the_detector_finds_him_in_every_frame(real):
+    with VideoReader(MAN) as reader:
+        frames = [frame for window in reader.windows(np.arange(110), 8) for frame in window]
+    assert all(people(real.detector.rows([frame])[0], (480, 480)) for frame in frames)
+
+
 @pytest.fixture(scope="module")
-def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
-    """The woman, cut out of her picture, walks across before the man, hiding him: (boxes, his x, her x) at 15 fps."""
+def crossing(real, tmp_path_factory) -> tuple[Path, list, np.ndarray, np.ndarray]:
+    """The woman, cut out of her picture, walks by before the man, hiding him: (clip at 15 fps, boxes, his x, hers)."""
     woman = cv2.cvtColor(cv2.imread(str(REAL / "reference_woman_fullbody.png")), cv2.COLOR_BGR2RGB)[21:474, 90:376]
     high, wide = woman.shape[:2]
     alpha = np.zeros((high, wide, 1), np.float32)
@@ -123,7 +131,7 @@ def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
     with VideoReader(MAN) as reader:
         frames = reader.read(np.arange(0, 110, 2))
     n, width, side = len(frames), 832, (832 - 480) // 2
-    seen, his, hers = [], [], []
+    shown, seen, his, hers = [], [], [], []
     for i, frame in enumerate(frames):
         alone = choose_person(real.detector.rows([frame])[0], (480, 480))
         his.append(side + alone.centre[0])
@@ -133,12 +141,16 @@ def crossing(real) -> tuple[list, np.ndarray, np.ndarray]:
         place = canvas[8 : 8 + high, x : x + wide]
         place[:] = (1 - alpha) * place + alpha * woman
         hers.append(x + wide / 2)
+        shown.append(canvas)
         seen.append(people(real.detector.rows([canvas])[0], (width, 480)))
-    return seen, np.array(his), np.array(hers)
+    path = tmp_path_factory.mktemp("crossing") / "crossing.mp4"
+    with Mp4Writer(path, width, 480, Fraction(15)) as writer:
+        writer.write(np.stack(shown))
+    return path, seen, np.array(his), np.array(hers)
 
 
 def test_when_two_cross_neither_is_taken_for_the_other(crossing):
-    seen, his, hers = crossing
+    _, seen, his, hers = crossing
     n = len(seen)
     times, apart = np.arange(n) / 15, np.abs(his - hers) > 150
     assert apart[:8].all() and apart[-8:].all() and not apart.all()
@@ -154,6 +166,19 @@ def test_when_two_cross_neither_is_taken_for_the_other(crossing):
             abs(b.centre[0] - t) < abs(b.centre[0] - o) for b, t, o in _sightings(person, true, his + hers - true)
         ]
         assert all(placed)
+
+
+def test_when_two_cross_the_skeleton_stays_his(real, crossing):
+    """From film to joints: while he is hidden nothing is drawn, and never on her."""
+    path, _, his, hers = crossing
+    asked = JobOptions(fps="source", size="832x480", preprocess={"subject": [float(v) for v in _around(his[0])]})
+    conditions = real.prepare(REAL / "reference_woman_fullbody.png", path, asked)
+    shoulders = conditions.track.points[:, 5:7]
+    drawn, x = (shoulders[..., 2] >= THRESHOLD).all(1), shoulders[..., 0].mean(1)
+    assert drawn[:8].all() and drawn[-8:].all() and not drawn.all()
+    apart = np.abs(his - hers) > 40
+    assert (np.abs(x - his) < np.abs(x - hers))[drawn & apart].all()
+    conditions.close()
 
 
 def _around(x: float) -> tuple[float, float, float, float]:

@@ -188,15 +188,31 @@ def test_memory_does_not_grow_with_the_clip(sam2, monkeypatch):
 
 
 def test_bfloat16_runs_and_agrees(folder, usual):
-    """What a GPU computes in, here on the CPU; random weights amplify rounding, so most pixels, not all."""
+    """What a GPU computes in, here on the CPU; random weights amplify rounding, so most pixels, not all.
+
+    Frames 0 and 6 are prompted; those between go through memory, which has arithmetic of its own.
+    """
     import torch
     from transformers import Sam2VideoModel
 
     model = Sam2VideoModel.from_pretrained(folder, local_files_only=True, dtype=torch.bfloat16).eval()
     halved = Sam2Segmenter(model, "halved")
     assert halved.description["dtype"] == "bfloat16"
-    masks = masks_of(halved, pictures()[:4], PromptPlan(plan_of().points[:4], (WIDTH, HEIGHT)))
-    assert (masks[0] == usual[0]).mean() > 0.9
+    assert sorted(plan_of().keys)[:2] == [0, 6]
+    masks = masks_of(halved, pictures()[:8], plan_of())
+    assert ((masks == usual[:8]).mean((1, 2)) > 0.85).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_computes_in_bfloat16_and_finds_the_same(folder, usual):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    there = load_segmenter(folder, "cuda")
+    assert there.description == {"model": "sam2", "device": "cuda:0", "dtype": "bfloat16"}
+    masks = masks_of(there, pictures()[:8], plan_of())
+    assert ((masks == usual[:8]).mean((1, 2)) > 0.85).all()
 
 
 def test_description_says_what_runs(sam2):

@@ -113,6 +113,31 @@ def test_a_second_box_on_the_same_body_is_no_second_person():
     assert [subject.boxes[i] for i in range(21)] == whole[:21]
 
 
+@pytest.mark.parametrize("speed", [300, 150, 60])  # pixels a second: he is away for 1, 2, 5 s
+def test_a_second_box_on_who_hides_the_subject_is_not_the_subject(speed):
+    """She walks by before him and hides him; meanwhile, for two looks, she gets a second box of about his height."""
+    times = at(20, 160)
+    him, hers = person(640, width=100, height=350), [person(280 + speed * t, width=250, height=420) for t in times]
+    seen, middle = [], [i for i, her in enumerate(hers) if abs(her.centre[0] - 640) < 60]
+    for i, her in enumerate(hers):
+        boxes = [her] if abs(her.centre[0] - 640) < 150 else [her, him]
+        if i in middle[-2:]:
+            boxes.append(Box(her.x1, her.y1, her.x2 - 60, her.y1 + 240, 0.3))
+        seen.append(boxes)
+    subject = choose_subject(follow(seen, times), (590.0, 185.0, 690.0, 535.0), SIZE, times)
+    assert subject.looks == [i for i, boxes in enumerate(seen) if him in boxes]
+    assert set(subject.boxes) == {him}
+
+
+def test_who_walks_before_a_larger_one_is_missed_and_found_again():
+    """A child crosses before a grown-up, in whose box hers lies for a while, and is not seen at every third look."""
+    times = at(20, 80)
+    grown, child = person(640, width=240, height=500), [person(400 + 120 * t, 450, 60, 200) for t in times]
+    seen = [[grown, child[i]] if i % 3 else [grown] for i in range(80)]
+    subject = choose_subject(follow(seen, times), (370.0, 350.0, 430.0, 550.0), SIZE, times)
+    assert subject.boxes == [child[i] for i in range(80) if i % 3]
+
+
 def test_a_box_that_loses_the_legs_for_a_moment_is_bridged():
     times = at(30, 40)
     boxes = [person(300 + 2 * i) for i in range(40)]

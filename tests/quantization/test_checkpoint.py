@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runner.errors import ConfigInvalid, StorageFull, WeightsCorrupt, WeightsMissing
-from runner.quantization.checkpoint import check_file, load_quantized, quantize_store
+from runner.quantization import checkpoint
+from runner.quantization.checkpoint import check_file, load_quantized
 from runner.quantization.e2m1 import FORMATS, G32, NVFP4, dequantize
 from runner.quantization.lora_read import read_lora
 from runner.quantization.rules import RULES, linear_shapes, transformer_on_meta
 from runner.quantization.safetensors_stream import data_sha256
 from runner.quantization.scales import quantize
-from tests.quantization.stores import TINY, WIDE, random_weights, write_store
+from tests.quantization.stores import TINY, WIDE, inputs, random_weights, write_store
 
 NAME = "quantized_transformer.safetensors"
 FP32_PARTS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "motion_synthesis_weight", "rope"}
 ROOT = Path(__file__).resolve().parents[2]
+# Of one device bits can be promised; a GPU has a test of its own.
+quantize_store = partial(checkpoint.quantize_store, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,18 @@ def test_importance_counts_and_what_calibration_missed_is_listed(store, tmp_path
         quantize_store(store, tmp_path / "other" / NAME, G32, "activation")
 
 
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert checkpoint._pick_device("auto") == (
+        torch.device("cpu"),
+        f"no CUDA device; {torch.get_num_threads()} threads",
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A GPU")
+    assert checkpoint._pick_device("auto") == (torch.device("cuda"), "A GPU is there")
+    assert checkpoint._pick_device("cpu") == (torch.device("cpu"), "asked for")
+
+
 def test_progress_ends_at_the_whole(store, tmp_path):
     ticks = iter(range(10_000))
     seen = []
@@ -216,7 +232,8 @@ for out in outs[1:]:
 def start(source: Path, *outs: Path) -> subprocess.Popen[str]:
     """A process that quantises into each of `outs`, and after the first says the peak of its anonymous memory."""
     command = [sys.executable, "-c", MEASURED, str(source), *map(str, outs)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +323,23 @@ def test_two_at_once_do_not_mix(store, tmp_path):
 
     summary = quantize_store(store, tmp_path / NAME, G32, "absmax", progress=second)
     assert data_sha256(tmp_path / NAME) == summary.sha256
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_gpu_makes_the_same_file_and_runs_it(store, tmp_path, fmt):
+    here, there = (quantize_store(store, tmp_path / d / NAME, fmt, "absmax", device=d) for d in ("cpu", "cuda"))
+    assert here.sha256 == there.sha256
+    results = []
+    for device in ("cpu", "cuda"):
+        model = transformer_on_meta(TINY)
+        load_quantized(model, there.path, device, torch.float32)
+        assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {device}
+        given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs().items()}
+        with torch.no_grad():
+            results.append(model(**given)[0].cpu())
+    assert (results[0] - results[1]).norm() < 0.01 * results[0].norm()
 
 
 # Sources that must be refused.

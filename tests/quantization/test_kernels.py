@@ -98,7 +98,7 @@ def in_a_process_of_its_own(program: str, tmp_path: Path, **environment: str) ->
 
 
 INTERPRETED = """
-import json, torch
+import contextlib, json, torch
 from tests.quantization.test_kernels import DTYPES, KERNELS, arguments, dequantize, same_bits, weight_of
 from runner.quantization.e2m1 import FORMATS
 result = {}
@@ -111,8 +111,11 @@ for fmt in FORMATS.values():
             result[f"{fmt.name} {shape} {dtype}"] = same_bits(out, dequantize(tensors, fmt, dtype))
     tensors = {**weight_of(fmt, 4, 96), **({"weight_scale_2": torch.tensor(0.123456789)} if fmt.tensor_scale else {})}
     out = torch.empty(4, 96)
+    entered = []
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext(entered.append(tensor))
     KERNELS["triton"](*arguments(tensors), fmt, out)
     result[f"{fmt.name} any tensor scale"] = same_bits(out, dequantize(tensors, fmt))
+    result[f"{fmt.name} launched where its output lies"] = len(entered) == 1 and entered[0] is out
 print(json.dumps(result))
 """
 
@@ -120,7 +123,7 @@ print(json.dumps(result))
 @NEEDS_TRITON
 def test_triton_agrees_with_the_reference_in_the_interpreter(tmp_path):
     found = in_a_process_of_its_own(INTERPRETED, tmp_path, TRITON_INTERPRET="1")
-    assert len(found) == 2 * (3 * 3 + 1)
+    assert len(found) == 2 * (3 * 3 + 2)
     assert [case for case, agrees in found.items() if agrees is not True] == []
 
 
@@ -175,6 +178,15 @@ def test_kernels_agree_with_the_reference_on_the_gpu(name, fmt, dtype):
     KERNELS[name](*on_gpu, fmt, out)
     assert same_bits(out.cpu(), dequantize(tensors, fmt, dtype))
     assert pick_kernel(torch.device("cuda"), fmt)[0] == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+@BOTH
+def test_another_device_than_the_current_one_gets_the_same_kernel(fmt):
+    assert torch.cuda.current_device() == 0
+    assert pick_kernel("cuda:1", fmt)[0] == "triton"
+    assert torch.cuda.current_device() == 0
 
 
 @BOTH

@@ -247,6 +247,35 @@ def test_the_operator_is_one(fmt):
     torch.library.opcheck(fp4_linear, (torch.randn(64), *weight, None, None, None, None, None))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@BOTH
+def test_a_gpu_computes_the_same_on_any_stream(fmt):
+    layer, x = FP4Linear.from_linear(nn.Linear(96, 40), fmt), torch.randn(33, 96)
+    lora, delta = (torch.randn(4, 96).bfloat16(), torch.randn(40, 4).bfloat16(), 0.3), torch.randn(40)
+    plain = layer(x)
+    layer.set_lora([lora])
+    layer.set_bias_delta(delta)
+    wanted = layer(x)
+    layer.cuda()
+    assert all(parameter.is_cuda for parameter in layer.parameters())
+    torch.testing.assert_close(layer(x.cuda()).cpu(), wanted, rtol=1e-4, atol=1e-4)
+    layer.set_lora([lora])  # from the host, beside a weight that is on the device
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        beside = layer(x.cuda())
+    side.synchronize()
+    torch.testing.assert_close(beside.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    assert workspace_bytes() == 2 * 40 * 96 * 4 + 40 * 96 * 4  # two streams, and what the host took
+    layer.set_lora(None)
+    layer.set_bias_delta(None)
+    torch.testing.assert_close(layer(x.cuda()).cpu(), plain, rtol=1e-4, atol=1e-4)
+    half = layer(x.cuda().bfloat16())
+    assert half.dtype is torch.bfloat16
+    assert float((half.cpu().float() - plain).norm() / plain.norm()) < 0.01
+
+
 def test_swapping_takes_what_the_rule_leaves():
     class Scaled(nn.Linear):
         pass

@@ -60,7 +60,7 @@ def test_original_names_become_the_library_s(original: str, library: str) -> Non
         ("diff_b", "bias", "diff"),
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
 def test_suffixes(suffix: str, leaf: str, role: str, prefix: str) -> None:
     assert one(f"{prefix}blocks.0.self_attn.q.{suffix}") == Part(
         f"blocks.0.attn1.to_q.{leaf}", role, "blocks.0.attn1.to_q"
@@ -89,7 +89,8 @@ def test_the_cross_attention_s_norm_is_the_third_of_one_naming_and_the_second_of
     assert (part := parse_keys([bare, original])[bare]) is not None and part.module == "blocks.0.norm2"
     assert (part := parse_keys([bare, library])[bare]) is not None and part.module == "blocks.0.norm3"
     assert (part := one("transformer.blocks.0.norm2.diff")) is not None and part.module == "blocks.0.norm2"
-    assert (part := one("diffusion_model.blocks.0.norm3.diff")) is not None and part.module == "blocks.0.norm2"
+    for prefix in ("diffusion_model.", "base_model.model.diffusion_model."):
+        assert (part := one(f"{prefix}blocks.0.norm3.diff")) is not None and part.module == "blocks.0.norm2"
 
 
 def test_unknown_modules_keep_their_names_and_unknown_suffixes_mean_nothing() -> None:

@@ -190,6 +190,23 @@ class TestPeftConfig:
         pattern = {"attn2.to_q": 100, "attn1.to_q": 2, LAYER: 3}
         assert self.scale(tmp_path, {"transformer.lora_alpha": 8, "transformer.alpha_pattern": pattern}) == 0.5
 
+    def test_a_folder_that_peft_itself_wrote(self, tmp_path: Path) -> None:
+        """Its own prefix before the names, and the config in a file of its own."""
+        from peft import LoraConfig, get_peft_model
+
+        model = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(8, 6), "pose": torch.nn.Linear(6, 8)})
+        settings = LoraConfig(
+            r=4, lora_alpha=6, target_modules=list(model), alpha_pattern={"pose": 20}, init_lora_weights=False
+        )
+        trained = get_peft_model(model, settings)
+        trained.save_pretrained(tmp_path)
+        deltas = read_lora(tmp_path / "adapter_model.safetensors").deltas
+        assert set(deltas) == {"proj_out.weight", "pose.weight"}
+        for name in model:
+            (delta,) = deltas[f"{name}.weight"]
+            theirs = trained.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
+            torch.testing.assert_close(delta.dense(), theirs)
+
     def test_none(self, tmp_path: Path) -> None:
         assert self.scale(tmp_path, {"text_encoder.lora_alpha": 8}) == 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,10 @@ def quantise(weight: torch.Tensor, style: Style) -> tuple[torch.Tensor, torch.Te
     return packed.to(torch.uint8), stored, stands_for.view(out, wide)
 
 
-def publish(folder: Path, style: Style) -> tuple[Path, dict[str, torch.Tensor]]:
-    """(file, every parameter as it should be after reading)."""
+def publish(folder: Path, style: Style, layers: Collection[str] | None = None) -> tuple[Path, dict[str, torch.Tensor]]:
+    """(file, every parameter as it should be after reading). `layers`: what is quantised, by default as many as 525."""
     weights = random_weights(TINY)
-    quantised = {*linear_shapes(transformer_on_meta(TINY)), *SQUARE_MOTION}
+    quantised = {*linear_shapes(transformer_on_meta(TINY)), *SQUARE_MOTION} if layers is None else layers
     tensors: dict[str, torch.Tensor] = {}
     expected: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
@@ -230,6 +230,20 @@ def test_a_file_in_any_style_gives_the_numbers_it_stands_for(tmp_path, style):
             assert torch.equal(state[name], wanted.float()), name
     assert loaded.scale_rounding <= (2**-8 if style.values is MIXED else 0)
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_the_other_way_to_count_525(tmp_path):
+    """Every matrix, all five of the motion encoder's among them, but the last projection."""
+    linears = [name for name in linear_shapes(transformer_on_meta(TINY)) if name != "proj_out"]
+    motion = [f"motion_encoder.motion_network.{i}" for i in range(5)]
+    file, expected = publish(tmp_path, Style(), {*linears, *motion})
+    model = transformer_on_meta(TINY)
+    loaded = load_published(model, file, dtype=torch.float32)
+    assert (set(loaded.layers), set(loaded.dequantised)) == (set(linears), set(motion))
+    assert type(model.proj_out) is torch.nn.Linear
+    held = dict(model.named_parameters())
+    assert all(torch.equal(held[f"{name}.weight"], expected[f"{name}.weight"]) for name in (*motion, "proj_out"))
+    model(**inputs())
 
 
 def test_it_runs_in_bf16_as_in_float32(tmp_path):

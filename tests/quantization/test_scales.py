@@ -14,6 +14,7 @@ from runner.quantization import scales
 from runner.quantization.e2m1 import FORMATS, G32, NVFP4, VALUES, Format, dequantize, unpack
 from runner.quantization.kernels import table
 from runner.quantization.scales import quantize
+from tests.quantization.test_rowwise_matmul import Divisors
 
 BOTH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
@@ -141,6 +142,16 @@ def test_what_was_quantised_once_comes_back_unchanged(fmt, method, weight):
 
 @BOTH
 @pytest.mark.parametrize("method", ["absmax", "mse", "activation"])
+def test_only_tensors_divide(fmt, method):
+    """CUDA multiplies by the rounded reciprocal of a number: its scales would not be the CPU's."""
+    with Divisors() as divisors:
+        quantize(gaussian(4, 64), fmt, method, torch.ones(64) if method == "activation" else None)
+    assert divisors.seen
+    assert all(isinstance(by, Tensor) for by in divisors.seen)
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["absmax", "mse", "activation"])
 def test_zeros_stay_zeros(fmt, method):
     importance = torch.ones(64) if method == "activation" else None
     weight = torch.zeros(3, 64)
@@ -227,6 +238,26 @@ def test_what_cannot_be_quantised_is_refused():
         importance[3] = bad
         with pytest.raises(ValueError, match="negative, NaN or infinite"):
             quantize(weight, G32, "activation", importance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@BOTH
+@pytest.mark.parametrize("method", ["absmax", "mse", "activation"])
+def test_a_gpu_chooses_what_the_cpu_chooses(fmt, method, monkeypatch):
+    weight = gaussian(301, 1056)
+    importance = gaussian(1056).square() if method == "activation" else None
+    monkeypatch.setattr(scales, "_WEIGHTS_ON_CUDA", 7 * 1056)  # and what is left over
+    here, there = quantize(weight, fmt, method, importance), quantize(weight.cuda(), fmt, method, importance)
+    assert all(tensor.is_cuda for tensor in there.values())
+    differs = {name: (tensor.cpu() != here[name]).float().mean() for name, tensor in there.items()}
+    # Sums in another order choose another of two scales that are equally good.
+    assert max(differs.values()) <= (0 if method == "absmax" else 0.01)
+    found, wanted = (group_errors(weight, fmt, {n: t.cpu() for n, t in made.items()}) for made in (there, here))
+    assert float(found.sum() / wanted.sum()) == pytest.approx(1, abs=1e-3)
+    if method == "absmax":
+        once = dequantize(there, fmt)
+        assert torch.equal(dequantize(quantize(once, fmt, method), fmt), once)
 
 
 @BOTH
