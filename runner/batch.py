@@ -21,25 +21,24 @@ from typing import Any, Protocol
 from runner.delivery import Delivery
 from runner.errors import OutOfMemory, RunnerError, as_runner_error
 from runner.events import EventLog
+from runner.fetch import fetch_request
 from runner.fingerprint import fingerprint, fingerprint_parts, identify_inputs
-from runner.generation.base import Generator, Request, Segment
+from runner.generation.base import Generator
 from runner.ledger import Decision, Ledger
 from runner.manifest import Job
 from runner.metrics import MemorySampler
-from runner.official import official_names
 from runner.options import JobOptions
 from runner.queues import ByteQueue, Closed, WorkList
 from runner.record import ErrorRecord, JobLine, ResultRecord
-from runner.stop import Abandoned, Stop
-from runner.storage import Storage, fetch_input, is_remote, local_path, open_storage
+from runner.stop import PREPARING, Abandoned, Stop
+from runner.storage import Storage
 from runner.summary import SummaryWriter
-from runner.task import Spans, Task, Todo
-from runner.video import AudioSpan
+from runner.task import Ended, Piece, Spans, Task, Todo
 
 __all__ = ["Batch", "Engine", "Progress"]
 
 FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
-ATTEMPTS_IN_ONE_RUN = 3
+TRIES_IN_ONE_RUN = 3
 RETRY_DELAY_S = 2.0  # doubled at each further attempt
 
 
@@ -60,22 +59,6 @@ class Progress(Protocol):
     def step(self, job_id: str, done: int, total: int) -> None: ...
 
     def finished(self, line: JobLine) -> None: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    task: Task
-    segment: Segment
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The last word on a task from the threads before delivery: complete, failed, or given back."""
-
-    task: Task
-    error: RunnerError | None = None
-    stage: str = ""
-    given_back: bool = False
 
 
 class Batch:
@@ -102,13 +85,15 @@ class Batch:
         self._todo = WorkList(Todo(job) for job in jobs)
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes)
+        self._marking = threading.Lock()
+        self._marked: Task | None = None  # being prepared, its mark on the storage
         self._generator: Generator[Any] | None = None
         self._fatal: RunnerError | None = None
         self._spans = Spans()
 
     def run(self) -> int:
         """Work through the jobs; the exit code. Raises nothing that a job or a signal can cause."""
-        prefetch = threading.Thread(target=self._guard, args=(self._prefetch_all,), name="prefetch", daemon=True)
+        prefetch = threading.Thread(target=self._guard, args=(self._prefetch_all,), name=PREPARING, daemon=True)
         deliver = threading.Thread(target=self._guard, args=(self._deliver_all,), name="deliver", daemon=True)
         watch = threading.Thread(target=self._watch_stop, name="stop", daemon=True)
         with self._sampler:
@@ -117,23 +102,25 @@ class Batch:
             self._guard(self._generate_all)
             self._frames.close()
             deliver.join()
-            prefetch.join(timeout=None if not self._stop.draining else 1.0)  # a long preparation is not waited for
-        if self._generator is not None:
+            prefetch.join(timeout=None if not self._stop.draining else 1.0)
+        if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
+            self._unmark()
+        elif self._generator is not None:
             self._generator.close()
-        stopped_by = self._fatal.message if self._fatal else self._stop.name
+        code = self._summary.exit_code(self._stop_code())
+        self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         try:
-            code = self._summary.finish(stopped_by, self._stop_code())
+            self._summary.finish(self._fatal.message if self._fatal else self._stop.name, self._stop_code())
         except RunnerError as error:
             self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
             code = error.exit_code
-        self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         return code
 
     # -- prefetch thread ------------------------------------------------------------------------------------------
 
     def _prefetch_all(self) -> None:
         while (todo := self._todo.take()) is not None:
-            task = self._open(todo.job)
+            task = self._open(todo)
             try:
                 if not self._worth_running(task, todo.decision):
                     self._close(task)
@@ -147,12 +134,15 @@ class Batch:
                     self._todo.wait_taken(1)
                 self._prepare(task)
                 self._prepared.put(task)
+                self._marked = None
                 if task.decision.suspect:
                     self._todo.wait_taken(0)
             except Closed:
                 self._give_back(task)
             except Exception as error:
-                self._hand_over(Ended(task, as_runner_error(error, where=todo.job.id), "prepare"))
+                found = as_runner_error(error, where=todo.job.id)
+                self._stop_for(found)  # now, or the next job would begin before delivery hears of it
+                self._hand_over(Ended(task, found, "prepare"))
         self._prepared.close()
 
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
@@ -167,10 +157,13 @@ class Batch:
             task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         decision = task.decision
         if decision.action == "skip":
+            if decision.suspect:  # else it would count as running for ever
+                self._abandon(job)
             self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
         elif decision.action == "exhausted":
             record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe)
             error = record.error if record else decision.previous.error if decision.previous else None
+            error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
             self._report(
                 JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error)
             )
@@ -178,33 +171,32 @@ class Batch:
 
     def _prepare(self, task: Task) -> None:
         job, timer = task.job, task.timer
-        self._ledger.begin(job.id, task.decision, task.fingerprint, self._summary.run_id)
+        self._mark(task)
         self._events.emit("job_started", job=job.id, attempt=task.decision.attempt, reason=task.decision.reason)
         begin = time.monotonic()
         generator = self._load()
         timer.probe = generator.probe
         with timer.stage("fetch"):
-            reference = fetch_input(job.reference, task.folder / "reference")
-            video = fetch_input(job.video, task.folder / "video")
-            mask = fetch_input(job.mask, task.folder / "mask") if job.mask else None
-            official = self._fetch_official(job, task.folder) if job.official else None
-        task.audio_from = video
-        request = Request(reference, video, job.prompt, job.options, mask=mask, official=official)
+            request = fetch_request(job, task.folder)
+        task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job.options)
         self._spans.add(task.job.id, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.frames, segments=task.plan.segments)
 
-    def _fetch_official(self, job: Job, scratch: Path) -> Path:
-        """The folder of the official script's files, as a local folder."""
-        assert job.official is not None
-        if not is_remote(job.official):
-            return local_path(job.official)
-        source, folder = open_storage(job.official), scratch / "official"
-        folder.mkdir()
-        for name in official_names(job.options.mode).values():
-            source.fetch(name, folder / name)
-        return folder
+    def _mark(self, task: Task) -> None:
+        """Note that the job is being run; Closed if the run is ending, when nobody might take the mark away again."""
+        with self._marking:
+            if self._stop.draining:
+                raise Closed
+            self._ledger.begin(task.job.id, task.decision, task.fingerprint, self._summary.run_id)
+            self._marked = task
+
+    def _unmark(self) -> None:
+        if self._marking.acquire(timeout=5.0):  # else the store hangs, and whether a mark gets there nobody can say
+            if self._marked is not None:
+                self._abandon(self._marked.job)
+            self._marking.release()
 
     def _load(self) -> Generator[Any]:
         if self._generator is None:
@@ -233,7 +225,7 @@ class Batch:
                 ended = Ended(task, given_back=True)
             except Exception as error:
                 found = as_runner_error(error, where=task.job.id)
-                if isinstance(found, OutOfMemory) and task.decision.attempt == 1:  # it will be tried once more
+                if isinstance(found, OutOfMemory) and self._worth_another_try(task, found):
                     self._lower_memory()
                 ended = Ended(task, found, "generate")
             self._spans.add(task.job.id, "generate", begin)
@@ -257,11 +249,17 @@ class Batch:
                 raise Abandoned
             self._progress.step(task.job.id, done, total)
 
-        task.delivery = self._delivery(task)  # now: sound that cannot be read fails the job before it costs anything
-        segments = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
-        for segment in segments:
-            nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
-            self._frames.put(Piece(task, segment), nbytes)
+        task.generating = True
+        try:
+            # Now, as sound that cannot be read shall fail the job before it costs anything.
+            task.delivery = Delivery.of(task.conditions, task.folder, task.job.options, task.audio_from, task.timer)
+            segments = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
+            for segment in segments:
+                nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
+                self._frames.put(Piece(task, segment), nbytes)
+        finally:
+            task.conditions.close()
+            task.generating = False
 
     # -- delivery thread ------------------------------------------------------------------------------------------
 
@@ -281,24 +279,9 @@ class Batch:
                 else:
                     self._succeed(task)
             except Exception as error:
+                if task.settled:  # its outcome stands; it is the loop itself that broke
+                    raise
                 self._fail(task, as_runner_error(error, where=task.job.id), "deliver")
-
-    def _delivery(self, task: Task) -> Delivery:
-        conditions, options = task.conditions, task.job.options
-        assert conditions is not None
-        audio = None
-        if options.keep_audio and task.audio_from is not None:
-            audio = AudioSpan(task.audio_from, conditions.start_s, float(conditions.frames / conditions.fps))
-        return Delivery(
-            task.folder,
-            options,
-            width=conditions.width,
-            height=conditions.height,
-            fps=conditions.fps,
-            frames=conditions.frames,
-            audio=audio,
-            timer=task.timer,
-        )
 
     def _succeed(self, task: Task) -> None:
         begin = time.monotonic()
@@ -322,15 +305,14 @@ class Batch:
 
     def _fail(self, task: Task, error: RunnerError, stage: str) -> None:
         attempt, job = task.decision.attempt, task.job
-        tries = 2 if isinstance(error, OutOfMemory) else (self._ledger.max_attempts or ATTEMPTS_IN_ONE_RUN)
-        if error.retryable and attempt < tries and not self._stop.draining:
-            delay = RETRY_DELAY_S * 2 ** (attempt - 1)
+        if self._worth_another_try(task, error):
+            delay = RETRY_DELAY_S * 2 ** len(task.tried)
             self._events.emit(
                 "job_retry", level="warning", job=job.id, code=error.code, message=error.message, wait_s=delay
             )
             again = Decision("run", f"retry after {error.code}", attempt + 1, task.decision.previous)
             self._close(task)
-            self._todo.put_back(Todo(job, again), delay)
+            self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay)
             return
         self._stop_for(error)
         found = ErrorRecord.of(error, stage)
@@ -356,18 +338,27 @@ class Batch:
         )
         self._report(line, record)
 
+    def _worth_another_try(self, task: Task, error: RunnerError) -> bool:
+        """Whether the job shall run again in this run. Out of memory: once, one memory mode lower."""
+        limit = 0 if self._ledger.force else self._ledger.max_attempts
+        if not error.retryable or self._stop.draining or self._fatal:
+            return False
+        if isinstance(error, OutOfMemory):
+            return error.code not in task.tried and not 0 < limit <= task.decision.attempt
+        return len(task.tried) + 1 < min(TRIES_IN_ONE_RUN, limit or TRIES_IN_ONE_RUN)
+
     # -- shared ---------------------------------------------------------------------------------------------------
 
-    def _open(self, job: Job) -> Task:
-        folder = self._scratch / job.id
+    def _open(self, todo: Todo) -> Task:
+        folder = self._scratch / todo.job.id
         folder.mkdir(parents=True, exist_ok=True)
-        return Task(job, folder, self._sampler.window())
+        return Task(todo.job, folder, self._sampler.window(), todo.tried)
 
     def _close(self, task: Task) -> None:
         task.settled = True
         if task.delivery is not None:
             task.delivery.abort()
-        if task.conditions is not None:
+        if task.conditions is not None and not task.generating:
             task.conditions.close()
         shutil.rmtree(task.folder, ignore_errors=True)
 
@@ -376,11 +367,19 @@ class Batch:
         self._todo.settle()
 
     def _give_back(self, task: Task) -> None:
-        try:
-            self._ledger.abandon(task.job.id)
-        except RunnerError as error:
-            self._events.emit("mark_not_removed", level="warning", job=task.job.id, message=error.message)
+        self._abandon(task.job)
         self._settle(task)
+
+    def _abandon(self, job: Job) -> None:
+        try:
+            self._ledger.abandon(job.id)
+        except RunnerError as error:
+            self._events.emit("mark_not_removed", level="warning", job=job.id, message=error.message)
+
+    def _start_no_more(self) -> None:
+        for todo in self._todo.close():
+            if todo.tried:  # it waited for another try, and its mark with it
+                self._abandon(todo.job)
 
     def _hand_over(self, ended: Ended) -> None:
         try:
@@ -408,7 +407,7 @@ class Batch:
         """Start no more jobs if every later one would meet the same error."""
         if error.stops_run and self._fatal is None:
             self._fatal = error
-            self._todo.close()
+            self._start_no_more()
 
     def _record(self, task: Task, **more: Any) -> ResultRecord:
         return task.record(
@@ -422,23 +421,25 @@ class Batch:
     def _watch_stop(self) -> None:
         self._stop.requested.wait()
         self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=self._stop.drain_s)
-        self._todo.close()
         self._prepared.close()
+        self._start_no_more()
 
     def _guard(self, stage: Callable[[], None]) -> None:
         """Run one thread's work. If the loop itself breaks, end the run with `internal` rather than hang."""
         try:
             stage()
         except Exception as error:
-            self._break("loop_broken", error, "the batch loop")
-            self._prepared.close()
-            self._frames.close()
+            try:
+                self._break("loop_broken", error, "the batch loop")
+            finally:
+                self._prepared.close()
+                self._frames.close()
 
     def _break(self, event: str, error: Exception, where: str) -> None:
         """Start nothing more: what failed is needed by every job."""
         found = self._fatal = as_runner_error(error, where=where)
         self._events.emit(event, level="error", code=found.code, message=found.message)
-        self._todo.close()
+        self._start_no_more()
 
     def _stop_code(self) -> int | None:
         """What the exit code must be if the run was cut short; None if it ran to its end."""

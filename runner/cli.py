@@ -9,10 +9,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from runner import __version__
-from runner.errors import ManifestInvalid, RunnerError, as_runner_error
+from runner.errors import RunnerError, as_runner_error
 
 __all__ = ["main", "parser"]
 
@@ -24,7 +25,16 @@ exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code."""
+    """Run one verb; the exit code. Without `argv` the process is ours, and ends here if it cannot end by itself."""
+    code = _call(argv)
+    if argv is None:
+        from runner.stop import leave
+
+        leave(code)
+    return code
+
+
+def _call(argv: Sequence[str] | None) -> int:
     # The stages share the cores. OpenMP threads that wait by spinning take them from each other: on two busy cores the
     # tiny demo model took ten times the CPU time. Read when torch is first imported, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,18 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(arguments.log_format, verbose=arguments.verbose)
     try:
         return int(arguments.call(arguments))
-    except ManifestInvalid as error:
-        print(f"{error.code}: {error.message}", file=sys.stderr)
-        return error.exit_code
-    except RunnerError as error:
-        print(f"{error.code}: {error.message}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `video-lab status … | head`
-        return 0
-    except OSError as error:
+    except BrokenPipeError:  # `video-lab preprocess … | head`; what `run` prints never ends it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if arguments.call is _run else 0
+    except (RunnerError, OSError) as error:
         found = as_runner_error(error)
-        print(f"{found.code}: {found.message}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{found.code}: {found.message}", file=sys.stderr)
         return found.exit_code
     except KeyboardInterrupt:
         return 130

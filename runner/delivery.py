@@ -14,7 +14,7 @@ import numpy as np
 
 from runner.errors import InternalError
 from runner.fingerprint import sha256_file
-from runner.generation.base import Segment
+from runner.generation.base import Conditions, Segment
 from runner.ledger import Ledger, output_identity
 from runner.metrics import StageTimer
 from runner.options import JobOptions
@@ -55,6 +55,25 @@ class Delivery:
         else:
             path = folder / "output.mp4"
             self._main = Mp4Writer(path, width=width, height=height, fps=fps, crf=options.output.crf, audio=audio)
+
+    @classmethod
+    def of(
+        cls, conditions: Conditions, folder: Path, options: JobOptions, audio_from: Path | None, timer: StageTimer
+    ) -> Delivery:
+        """For what was prepared; `audio_from`: the driving video, where it has the sound."""
+        audio = None
+        if options.keep_audio and audio_from is not None:
+            audio = AudioSpan(audio_from, conditions.start_s, float(conditions.frames / conditions.fps))
+        return cls(
+            folder,
+            options,
+            width=conditions.width,
+            height=conditions.height,
+            fps=conditions.fps,
+            frames=conditions.frames,
+            audio=audio,
+            timer=timer,
+        )
 
     def write(self, segment: Segment) -> None:
         """Encode one segment; frames uint8 [n, H, W, 3] of the size and in the order promised."""

@@ -44,6 +44,7 @@ __all__ = [
     "WeightsCorrupt",
     "WeightsMissing",
     "as_runner_error",
+    "is_transient",
 ]
 
 
@@ -153,13 +154,28 @@ class InternalError(RunnerError):
     code = "internal"
 
 
+def is_transient(code: str) -> bool:
+    """Does `code` say nothing against the job, so that a run of such failures ends with 3 and may be started again?
+
+    Out of memory, retryable within a run, does: the same command would find no more of it.
+    """
+    return code == StorageUnavailable.code
+
+
 def as_runner_error(error: BaseException, *, where: object = None) -> RunnerError:
-    """`error` as one of ours: full disks, exhausted memory and denied files have a code, all else is `internal`."""
+    """`error` as one of ours: full and read-only disks, denied files and exhausted memory have a code, all else is
+    `internal`."""
     if isinstance(error, RunnerError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFull(
             "no space left on the device", where=error.filename or where, todo="Free space, then run the same command"
+        )
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return StorageDenied(
+            "the file system is read-only",
+            where=error.filename or where,
+            todo="Mount a writable volume there, or name another folder",
         )
     if isinstance(error, PermissionError):
         return StorageDenied(

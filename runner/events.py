@@ -1,7 +1,8 @@
 """Events: what happens in a run, as structured lines on the terminal and in the run's `.events.jsonl`.
 
 In:   an event's name and fields. Out: a structlog line on standard error (for people, or JSON for machines) and the
-same as one JSON object a line in a local file. Never: what an event means.
+same as one JSON object a line in a local file. Never: what an event means. A line that cannot be written is lost; it
+stops nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
@@ -42,13 +44,19 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
 
 
 class _Stderr:
-    """Whatever standard error is at the moment of writing: programs and tests may redirect it after set-up."""
+    """Whatever standard error is at the moment of writing: programs and tests may redirect it after set-up.
+
+    Nobody may be reading it any more (`2>&1 | head`), or its disk may be full: hours of rendering do not end for that.
+    """
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 class EventLog:
@@ -69,5 +77,5 @@ class EventLog:
                 getattr(self._log, level)(event, **fields)
             if self.path is not None:
                 line = {"time": now(), "event": event, "level": level, **fields}
-                with self.path.open("a", encoding="utf-8") as file:
+                with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from runner.errors import JobCrashed
+from runner.errors import JobCrashed, is_transient
 from runner.fingerprint import differences, sha256_file
 from runner.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord, now
 from runner.storage import Storage
@@ -35,7 +35,7 @@ class Decision:
     """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again.
 
     `suspect`: a process died while it ran. Other jobs were under way in that process too, so it may be innocent: run
-    alone, it will show.
+    alone, it will show. If it is skipped, its mark is all that is left of that.
     """
 
     action: Literal["run", "skip", "exhausted"]
@@ -74,7 +74,8 @@ def _in_short(changes: list[str], most: int = 4) -> str:
 class Ledger:
     """The output storage, read as a ledger.
 
-    `max_attempts` counts the runs of one fingerprint, crashes included; 0: no limit.
+    `max_attempts` counts the runs of one fingerprint, crashes included; 0: no limit. One that ended because the store
+    was away does not exhaust it.
     `force`: run all. `retry_failed`: run only what has failed.
     """
 
@@ -106,20 +107,27 @@ class Ledger:
         if self.force:
             return Decision("run", "--force", tried + 1, before)
         if before is not None and before.status == "succeeded":
-            return self._after_success(before, fingerprint, parts, tried)
+            return self._after_success(before, mark, fingerprint, parts, tried)
         if before is None and mark is None:
             if self.retry_failed:
                 return Decision("skip", "never run; --retry-failed runs failures only")
             return Decision("run", "no record yet")
         return self._after_failure(before, mark, fingerprint, parts, tried)
 
-    def _after_success(self, before: ResultRecord, fingerprint: str, parts: Mapping[str, Any], tried: int) -> Decision:
+    def _after_success(
+        self,
+        before: ResultRecord,
+        mark: AttemptMark | None,
+        fingerprint: str,
+        parts: Mapping[str, Any],
+        tried: int,
+    ) -> Decision:
         if self.retry_failed:
             return Decision("skip", "succeeded; --retry-failed runs failures only", before.attempt, before)
         if before.fingerprint == fingerprint:
             why = self._output_wrong(before.output)
             if why is None:
-                return Decision("skip", "done", before.attempt, before)
+                return Decision("skip", "done", before.attempt, before, suspect=mark is not None)
         else:
             why = _in_short(differences(before.fingerprint_parts, parts))
         if self.max_attempts and tried >= self.max_attempts:
@@ -141,7 +149,8 @@ class Ledger:
         failed = before.error.code if before is not None and before.error is not None else "unknown"
         crashed = mark is not None and mark.fingerprint == fingerprint and mark.attempt == tried
         last = "its process died" if crashed else failed
-        if self.max_attempts and tried >= self.max_attempts:
+        # A store that was away says nothing against the job: a run that ended with 3 may be started again.
+        if self.max_attempts and tried >= self.max_attempts and not is_transient(last):
             return self._exhausted(tried, last, before)
         if crashed:
             return Decision("run", f"attempt {tried} never ended: its process died", tried + 1, before, suspect=True)

@@ -217,7 +217,7 @@ def now() -> str:
 
 @cache
 def environment() -> Mapping[str, Any]:
-    """Versions of what decides the frames. Reads package metadata only: nothing heavy is imported."""
+    """Versions of what decides the frames, the machine's GPUs and their driver. Nothing heavy is imported."""
     packages = (
         "video-lab-runner",
         "torch",
@@ -233,7 +233,29 @@ def environment() -> Mapping[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "driver": None,
+        "gpus": [],
+    } | _nvidia()
+
+
+def _nvidia() -> dict[str, Any]:
+    """By NVML, which answers without torch: all GPUs that this process may see, and the driver's version."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+            return {"driver": str(pynvml.nvmlSystemGetDriverVersion()), "gpus": names}
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no driver, no library, no permission: a machine without
+        return {}
 
 
 def schemas() -> dict[str, dict[str, Any]]:

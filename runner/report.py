@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -96,11 +98,11 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
 
 
 def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
+    console = _console()
     if as_json:
         for row in rows:
-            print(json.dumps(row.model_dump(mode="json"), ensure_ascii=False))
+            console.out(json.dumps(row.model_dump(mode="json"), ensure_ascii=False), highlight=False)
         return
-    console = _console()
     table = _table("job", "status", "attempt", "seconds", "detail")
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
@@ -120,10 +122,18 @@ def print_checks(checks: Sequence[Check]) -> None:
     console.print(table)
 
 
+class _Console(Console):
+    """Falls silent when nobody reads any more (`video-lab run … | head`): rich's own ends the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _console() -> Console:
     # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=200)
 
 
 def _table(*columns: str) -> Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ import structlog
 import yaml
 
 from runner.batch import Batch, Engine
-from runner.errors import ConfigInvalid, WeightsMissing
+from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.events import EventLog
 from runner.generation.base import Generator
 from runner.ledger import Ledger
@@ -28,12 +27,15 @@ from runner.manifest import Job, Manifest, load_manifest, parse_manifest
 from runner.metrics import MemorySampler
 from runner.progress import choose_progress
 from runner.report import print_run
+from runner.scratch import scratch_folder
 from runner.shards import Shard, choose_shard, run_id_from_env
 from runner.stop import Stop
-from runner.storage import Storage, fetch_input, open_storage, probe_writable, sync_models
+from runner.storage import Storage, check_key, fetch_input, open_storage, probe_writable, sync_models
+from runner.storage_disk import os_errors
 from runner.summary import SummaryWriter
 
 if TYPE_CHECKING:
+    from runner.demo.sheet import SheetRow
     from runner.preprocess.providers import NetworkOptions
 
 __all__ = ["build_engine", "choose_jobs", "draw_sheet", "preprocess_one", "run_manifest"]
@@ -42,19 +44,21 @@ __all__ = ["build_engine", "choose_jobs", "draw_sheet", "preprocess_one", "run_m
 def run_manifest(arguments: argparse.Namespace) -> int:
     """The verb `run`: everything that can be wrong for all jobs is found before the first starts."""
     manifest, jobs, shard, why = choose_jobs(arguments)
+    run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    try:
+        check_key(f"runs/{run_id}/summary.json")
+    except ConfigInvalid as error:
+        raise ConfigInvalid(error.what, where="--run-id", todo="It is a folder's name: write e.g. night-7") from error
     storage = open_storage(arguments.out)
     probe_writable(storage)
     engine = build_engine(arguments, manifest)
     for job in jobs:
         engine.own(job)  # a LoRA that is not there is found now, not in the middle of the night
-    run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     log = structlog.get_logger()
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
 
-    arguments.cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="run-", dir=arguments.cache))
-    progress = choose_progress(len(jobs), arguments.log_format)
-    try:
+    with scratch_folder(arguments.cache) as scratch:
+        progress = choose_progress(len(jobs), arguments.log_format)
         events_file = scratch / "events.jsonl"
         summary = SummaryWriter(
             storage,
@@ -80,21 +84,20 @@ def run_manifest(arguments: argparse.Namespace) -> int:
             summary,
             EventLog(events_file),
             stop=stop,
-            scratch=scratch,
+            scratch=scratch / "jobs",
             progress=progress,
             sampler=MemorySampler(),
         )
-        with stop.listening():
-            code = batch.run()
-        progress.close()
+        try:
+            with stop.listening():
+                code = batch.run()
+        finally:
+            progress.close()
         where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
         if arguments.sheet is not None:
-            where.append(draw_sheet(jobs, storage, arguments.sheet, scratch))
+            where.append(_sheet(jobs, storage, arguments.sheet, scratch, stop))
         print_run(summary.lines, summary.counts, where)
         return code
-    finally:
-        progress.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def preprocess_one(arguments: argparse.Namespace) -> int:
@@ -133,26 +136,44 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path, stop: Stop) -> str:
+    """Where the sheet is, or why there is none: the jobs are done, and it is no reason to end as if they were not."""
+    if stop.draining:
+        return "contact sheet: not drawn, the run was stopped"
+    try:
+        with os_errors(path, writing=True):
+            return draw_sheet(jobs, storage, path, scratch)
+    except Exception as error:
+        return f"contact sheet: not drawn ({as_runner_error(error, where=path).message})"
+
+
 def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path) -> str:
     """Draw every MP4 of `jobs` that is there, whenever it was rendered; where to look, or why there is nothing."""
-    from runner.demo.sheet import contact_sheet, job_row
+    from runner.demo.sheet import contact_sheet
 
-    rows = []
+    rows, without = [], []
     for job in jobs:
-        if not storage.exists(f"jobs/{job.id}/output.mp4"):
-            continue
-        folder = scratch / "sheet" / job.id
-        folder.mkdir(parents=True)
-        for name in ("output.mp4", "pose.mp4"):
-            storage.fetch(f"jobs/{job.id}/{name}", folder / name)
-        reference = fetch_input(job.reference, folder / "reference")
-        driver = fetch_input(job.video, folder / "driver")
-        start_s = job.options.start_s
-        rows.append(job_row(job.id, reference, driver, folder / "pose.mp4", folder / "output.mp4", start_s=start_s))
+        if storage.exists(f"jobs/{job.id}/output.mp4"):
+            try:
+                rows.append(_sheet_row(job, storage, scratch / "sheet" / job.id))
+            except RunnerError:  # an input or a preview that is gone since
+                without.append(job.id)
     if not rows:
         return "contact sheet: no MP4 to draw"
     contact_sheet(rows, path)
-    return f"contact sheet: {path}"
+    return f"contact sheet: {path}" + (f", without {', '.join(without)}: files are missing" if without else "")
+
+
+def _sheet_row(job: Job, storage: Storage, folder: Path) -> SheetRow:
+    from runner.demo.sheet import job_row
+
+    folder.mkdir(parents=True)
+    for name in ("output.mp4", "pose.mp4"):
+        storage.fetch(f"jobs/{job.id}/{name}", folder / name)
+    reference = fetch_input(job.reference, folder / "reference")
+    driver = fetch_input(job.video, folder / "driver")
+    start_s = job.options.start_s
+    return job_row(job.id, reference, driver, folder / "pose.mp4", folder / "output.mp4", start_s=start_s)
 
 
 def choose_jobs(arguments: argparse.Namespace) -> tuple[Manifest, list[Job], Shard, str]:

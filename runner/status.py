@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from runner.errors import ConfigInvalid
 from runner.ledger import Ledger
 from runner.storage import Storage
 
@@ -32,7 +33,12 @@ class StatusRow(BaseModel):
 
 
 def read_status(storage: Storage) -> list[StatusRow]:
-    """One row a job, by id. `running` also stands for a job whose process died: only a rerun can tell."""
+    """One row a job, by id. `running` also stands for a job whose process died: only a rerun can tell.
+
+    Raises ConfigInvalid where nothing at all lies: no run has written there, or the path is mistyped; storage.*.
+    """
+    if next(storage.list(), None) is None:
+        raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
     marks = ("/result.json", "/attempt.json")
     ids = sorted({info.key.split("/")[1] for info in storage.list("jobs/") if info.key.endswith(marks)})
     ledger = Ledger(storage)

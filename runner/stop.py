@@ -6,14 +6,18 @@ once. What is already generated is always encoded and published. An abandoned jo
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["Abandoned", "Stop"]
+__all__ = ["PREPARING", "Abandoned", "Stop", "leave"]
+
+PREPARING = "prefetch"  # name of the thread that a run which was told to stop does not wait for
 
 
 class Abandoned(Exception):
@@ -69,3 +73,16 @@ class Stop:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def leave(code: int) -> None:
+    """End the process with `code` at once if a preparation is still at work in it; else do nothing.
+
+    The interpreter's own end stops such a thread where it comes back from native code (onnxruntime, torch), which C++
+    takes for a fault: the process would die of SIGABRT, exit code 134, and look crashed to every scheduler.
+    """
+    if any(thread.name == PREPARING for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from runner.errors import ConfigInvalid, InputNotFound, InternalError
+from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, InternalError
 from runner.storage_disk import ABSENT, is_staged, os_errors, staged, sync_folder, walk_files
 
 __all__ = [
@@ -257,7 +257,7 @@ def open_storage(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) 
 def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) -> ObjectInfo:
     """What an input file or object is, without reading it.
 
-    Raises InputNotFound, InputUnreadable for a folder, StorageDenied, StorageUnavailable.
+    Raises InputNotFound, InputUnreadable for a folder or a pipe, StorageDenied, StorageUnavailable.
     """
     if is_remote(uri):
         storage, key = _open_object(str(uri), s3_extra)
@@ -269,8 +269,11 @@ def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) ->
         path = local_path(uri)
     except ConfigInvalid as err:  # one job's input cannot be reached; the other jobs go on
         raise InputNotFound(err.what, where=uri, todo=err.todo) from err
-    with os_errors(path, writing=False), path.open("rb") as file:
-        status = os.fstat(file.fileno())
+    with os_errors(path, writing=False):
+        status = path.stat()
+        if not (stat_modes.S_ISREG(status.st_mode) or stat_modes.S_ISDIR(status.st_mode)):  # opening it could wait
+            raise InputUnreadable("is a pipe or a device, not a file", where=path, todo="Copy it into a file first")
+        path.open("rb").close()
     return ObjectInfo(str(path), status.st_size, "", status.st_mtime, path.name)
 
 

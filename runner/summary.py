@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from runner.errors import is_transient
 from runner.metrics import RunMetrics
 from runner.record import JobLine, ResultRecord, RunSummary, environment, now
 from runner.storage import Storage
@@ -75,19 +76,19 @@ class SummaryWriter:
 
     def finish(self, stopped_by: str | None, stop_code: int | None) -> int:
         """Write the last summary and return the exit code. Raises storage.*."""
+        code = self.exit_code(stop_code)
         with self._lock:
-            code = self._exit_code(stop_code)
             self._write(self._build(now(), code, stopped_by if stop_code is not None else None))
-            return code
+        return code
 
-    def _exit_code(self, stop_code: int | None) -> int:
-        """0 all done; 1 some failed; 3 if all that failed may succeed later; a stop's own code if one came."""
+    def exit_code(self, stop_code: int | None) -> int:
+        """0 all done; 1 some failed; 3 if a rerun may mend all that failed; a stop's own code if one came."""
         if stop_code is not None:
             return stop_code
-        failed = [line for line in self._lines.values() if line.status == "failed"]
+        failed = [line.error for line in self._lines.values() if line.status == "failed"]
         if not failed:
             return 0
-        return 3 if all(line.error is not None and line.error.retryable for line in failed) else 1
+        return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
 
     def _build(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> RunSummary:
         return RunSummary(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from runner.delivery import Delivery
-from runner.generation.base import Conditions, SegmentPlan
+from runner.errors import RunnerError
+from runner.generation.base import Conditions, Segment, SegmentPlan
 from runner.ledger import Decision
 from runner.manifest import Job
 from runner.metrics import MemoryWindow, StageTimer
 from runner.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, now, reuse_of
 
-__all__ = ["Spans", "Task", "Todo"]
+__all__ = ["Ended", "Piece", "Spans", "Task", "Todo"]
 
 # What the forecast's operations are spent in; waiting for conditions or for the encoder is none of it.
 GENERATION_STAGES = ("encode_prompt", "encode_image", "encode_reference", "encode_conditions", "denoise", "vae_decode")
@@ -30,6 +31,7 @@ class Todo:
 
     job: Job
     decision: Decision | None = None  # taken before: another try in this run, or one put off
+    tried: tuple[str, ...] = ()  # error codes of its attempts in this run
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Task:
     job: Job
     folder: Path  # scratch, its own
     window: MemoryWindow
+    tried: tuple[str, ...] = ()  # error codes of the attempts before it in this run
     timer: StageTimer = field(default_factory=StageTimer)
     started_at: str = field(default_factory=now)
     begin: float = field(default_factory=time.monotonic)
@@ -50,6 +53,7 @@ class Task:
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None
     delivery: Delivery | None = None
+    generating: bool = False  # the main thread is reading its conditions; nobody else may close them
     settled: bool = False  # by the delivery thread; what still comes of it is dropped
 
     def record(
@@ -102,6 +106,24 @@ class Task:
             generation_s=round(generating, 3) if generating else None,
             forecast_s=None if plan.seconds is None else round(plan.seconds, 3),
         )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment on its way to delivery."""
+
+    task: Task
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last word on a task from the threads before delivery: complete, failed, or given back."""
+
+    task: Task
+    error: RunnerError | None = None
+    stage: str = ""
+    given_back: bool = False
 
 
 class Spans:

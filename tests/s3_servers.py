@@ -26,6 +26,10 @@ from uuid import uuid4
 import pytest
 
 START_SECONDS = 60
+REFUSALS = {
+    "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "403": ("403 Forbidden", "AccessDenied", "Access Denied"),
+}
 
 
 @dataclass
@@ -76,7 +80,7 @@ class S3Server:
 class Fault:
     """What happens to the next `times` requests of `method` whose path contains `path`."""
 
-    kind: str  # "503": SlowDown; "drop": the connection closes without an answer; "truncate": half the body arrives
+    kind: str  # of REFUSALS; "drop": the connection closes without an answer; "truncate": half the body arrives
     method: str
     path: str = ""
     times: int = 1
@@ -132,11 +136,12 @@ def _faulty_line() -> Iterator[FaultyServer]:
         kind = server.note(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"])
         if kind is None:
             return moto(environ, start_response)
-        if kind == "503":
+        if kind in REFUSALS:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-            return [body]
+            status, code, message = REFUSALS[kind]
+            body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
         line: socket.socket = environ["werkzeug.socket"]
         if kind == "drop":
             line.shutdown(socket.SHUT_RDWR)

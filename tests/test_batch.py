@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -18,18 +18,19 @@ import pytest
 from PIL import Image
 
 from runner.batch import Batch, Engine
-from runner.errors import StorageFull, WeightsCorrupt, WeightsMissing
+from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
 from runner.events import EventLog
 from runner.ledger import Ledger
 from runner.manifest import Job
 from runner.metrics import MemorySampler
 from runner.options import JobOptions
 from runner.progress import SilentProgress
-from runner.record import schemas
+from runner.record import AttemptMark, schemas
+from runner.status import read_status
 from runner.stop import Stop
 from runner.storage import LocalStorage
 from runner.summary import SummaryWriter
-from tests.stub_generator import HEIGHT, WIDTH, StubGenerator
+from tests.stub_generator import HEIGHT, WIDTH, StubConditions, StubGenerator
 
 SIGTERM = 15
 
@@ -201,14 +202,46 @@ def test_what_may_pass_is_tried_again(bench):
     assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "succeeded"]
 
 
-def test_out_of_memory_is_tried_twice_then_fails_as_retryable(bench):
-    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 3
+def test_out_of_memory_is_tried_twice_then_fails(bench):
+    """With 1, not 3: a scheduler that starts the same command again would only pay for the same end."""
+    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 1
     assert bench.generator.tries["oom"] == 2
     assert bench.result("a")["error"] == bench.result("a")["error"] | {
         "code": "resource.out_of_memory",
         "retryable": True,
     }
     assert bench.result("b")["status"] == "succeeded"
+
+
+def test_one_attempt_is_one(bench):
+    assert bench.run(bench.job("a", "oom"), bench.job("b", "flaky"), max_attempts=1) == 1
+    assert bench.generator.tries == {"oom": 1, "flaky": 1}
+
+
+def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(bench, monkeypatch):
+    """Else one outage of minutes would use up every attempt, and the rerun that 3 promises would run nothing."""
+    asked = []
+
+    def away(*_):
+        asked.append(1)
+        raise StorageUnavailable("the stub's store is away")
+
+    monkeypatch.setattr(StubGenerator, "prepare", away)
+    for run in (1, 2):
+        assert bench.run(bench.job("a"), run_id=f"r{run}") == 3
+        assert (len(asked), bench.result("a")["attempt"]) == (3 * run, 3 * run)
+    monkeypatch.undo()
+    assert bench.run(bench.job("a"), run_id="r3") == 0
+
+
+def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
+    for run in (1, 2):
+        assert bench.run(bench.job("a", "oom"), run_id=f"r{run}") == 1
+    assert bench.generator.tries == {"oom": 3}
+    assert bench.run(bench.job("a", "oom"), run_id="r3") == 1
+    assert bench.generator.tries == {"oom": 3}
+    assert "--max-attempts 0" in bench.summary["jobs"][0]["reason"]
+    assert not bench.summary["jobs"][0]["error"]["retryable"]
 
 
 class Stepping(StubGenerator):
@@ -236,6 +269,14 @@ def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
     assert bench.result("a")["attempt"] == 2
     assert bench.result("a")["memory"]["forecast"] == {"denoise": 7}
     assert "memory_lowered" in [event["event"] for event in bench.events]
+
+
+def test_memory_steps_down_for_a_job_that_failed_before(bench):
+    bench.generator = Stepping()
+    assert bench.run(bench.job("a", "oom"), max_attempts=1) == 1
+    assert bench.generator.lowered == 0, "lowered for nothing: there was no try left"
+    assert bench.run(bench.job("a", "oom"), run_id="r2") == 0
+    assert (bench.generator.lowered, bench.result("a")["attempt"]) == (1, 3)
 
 
 def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
@@ -334,6 +375,47 @@ def test_a_signal_drains(bench, twice, status):
     assert all(bench.result(name)["attempt"] == 1 for name in "abc")
 
 
+def gone_within(bench, seconds: float, *jobs: Job, run_id: str = "r1") -> list[str]:
+    """Run until SIGTERM's 143; the marks that are left."""
+    begin = time.monotonic()
+    assert bench.run(*jobs, run_id=run_id) == 143
+    assert time.monotonic() - begin < seconds
+    return [str(path) for path in (bench.folder / "out").rglob("attempt.json")]
+
+
+def test_a_signal_waits_for_no_preparation_and_leaves_no_mark_of_it(bench, monkeypatch):
+    """Else three machines that are taken back while the model loads would make the first job one that crashes."""
+    entered, prepare = threading.Event(), StubGenerator.prepare
+
+    def slow(self, request, timer):
+        if request.prompt == "slow":
+            bench.stop.request(SIGTERM)
+            entered.wait(20)
+        return prepare(self, request, timer)
+
+    monkeypatch.setattr(StubGenerator, "prepare", slow)
+    assert gone_within(bench, 15, bench.job("a"), bench.job("b", "slow")) == []
+    assert bench.summary["counts"]["not_run"] >= 1
+    entered.set()
+    bench.stop = Stop()
+    monkeypatch.setattr(StubGenerator, "prepare", prepare)
+    assert bench.run(bench.job("a"), bench.job("b", "slow"), run_id="r2") == 0
+    assert bench.result("b")["attempt"] == 1
+
+
+def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch):
+    monkeypatch.setattr("runner.batch.RETRY_DELAY_S", 60)
+    events = bench.folder / "events-r1.jsonl"
+
+    def signal() -> None:
+        while not (events.exists() and "job_retry" in events.read_text()):
+            time.sleep(0.01)
+        bench.stop.request(SIGTERM)
+
+    threading.Thread(target=signal).start()
+    assert gone_within(bench, 15, bench.job("a", "flaky")) == []
+
+
 def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, tmp_path):
     script = textwrap.dedent(f"""
         import sys
@@ -355,6 +437,49 @@ def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, 
     assert bench.summary["counts"]["skipped"] == 2
 
 
+def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
+    bench.run(bench.job("a"))
+    (bench.folder / "out/jobs/a/attempt.json").write_bytes(
+        AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
+    )
+    assert [row.status for row in read_status(bench.out)] == ["running"]
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert [row.status for row in read_status(bench.out)] == ["succeeded"]
+
+
 def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkeypatch):
     monkeypatch.setattr(SummaryWriter, "add", lambda *_: 1 / 0)
     assert bench.run(bench.job("a"), bench.job("b")) != 0
+    assert bench.result("a")["status"] == "succeeded", "what was done was undone"
+    assert "output.mp4" in bench.files("a")
+
+
+@dataclass
+class Read(StubConditions):
+    reading: bool = False
+
+    def close(self) -> None:
+        assert not self.reading, "closed in one thread while another was reading: PyAV may crash the process"
+        super().close()
+
+
+class Reader(StubGenerator):
+    def prepare(self, request, timer):
+        made = super().prepare(request, timer)
+        self.prepared[-1] = Read(made.request, made.frames)
+        return self.prepared[-1]
+
+    def generate(self, conditions, plan, timer, on_step=None):
+        conditions.reading = True
+        try:
+            yield from super().generate(conditions, plan, timer, on_step)
+        finally:
+            conditions.reading = False
+
+
+def test_a_delivery_that_fails_closes_nothing_that_is_being_read(bench):
+    bench.generator = Reader(generate_s=0.5)
+    assert bench.run(bench.job("a", "wrong-size"), bench.job("b")) == 1
+    assert bench.result("a")["error"]["stage"] == "deliver"
+    assert bench.result("b")["status"] == "succeeded"
+    assert all(conditions.closed for conditions in bench.generator.prepared)

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 import threading
+
+import pytest
 
 from runner.events import EventLog, configure_logging
 
@@ -36,3 +41,24 @@ def test_console_logs_leave_out_debug_and_colours_off_a_terminal(capsys):
     assert "job_started" in text
     assert "quiet" not in text
     assert "\x1b[" not in text
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC], ids=["nobody reads", "full disk"])
+def test_a_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, number):
+    """`video-lab run … 2>&1 | head` undid a finished job: the event of its success could not be said."""
+
+    class Refusing(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, "refused")
+
+        def flush(self) -> None:
+            raise OSError(number, "refused")
+
+    configure_logging("console")
+    monkeypatch.setattr(sys, "stderr", Refusing())
+    log = EventLog(tmp_path / "run" / "events.jsonl")
+    log.emit("job_succeeded", job="a")
+    assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "run" / "events.jsonl").unlink()
+    (tmp_path / "run").rmdir()
+    log.emit("job_succeeded", job="b")

@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "progress",
     ),  # what the verbs call
     ("launch", "regression", "demo"),
-    ("batch", "delivery", "task", "queues", "stop"),
+    ("batch", "delivery", "fetch", "task", "queues", "stop"),
     ("ledger", "shards", "summary", "weights"),
     ("generation",),
     ("preprocess",),
@@ -40,7 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         *("record", "events", "metrics", "fingerprint"),
         *("manifest", "manifest_check", "manifest_source", "manifest_text", "matrix"),
-        *("storage", "storage_disk", "storage_s3", "storage_s3_errors", "storage_sync"),
+        *("scratch", "storage", "storage_disk", "storage_s3", "storage_s3_errors", "storage_sync"),
         *("video", "video_decode", "video_write"),
     ),
     ("official", "options"),

@@ -110,6 +110,15 @@ def test_failures_run_again_until_the_limit(storage):
     assert decide(storage, force=True).action == "run"
 
 
+def test_a_store_that_was_away_uses_up_nothing(storage):
+    record = result(storage, status="failed", attempt=3)
+    away = ErrorRecord(code="storage.unavailable", message="m", stage="s", retryable=True)
+    Ledger(storage).finish(record.model_copy(update={"error": away}))
+    assert (decide(storage).action, decide(storage).attempt) == ("run", 4)
+    Ledger(storage).begin("a", decide(storage), fingerprint(PARTS), "r")  # and no word after it
+    assert decide(storage).action == "exhausted"
+
+
 def test_a_change_gives_a_failed_job_new_attempts(storage):
     result(storage, status="failed", parts=OTHER, attempt=3)
     decision = decide(storage)
@@ -173,6 +182,14 @@ def test_a_failure_removes_the_stale_output_and_says_so(storage):
     assert found is not None
     assert found.notes == ["the output of an earlier run was removed"]
     assert [info.key for info in storage.list("jobs/")] == ["jobs/a/result.json"]
+
+
+def test_a_crash_in_a_forced_rerun_of_what_is_done_is_known(storage):
+    result(storage)
+    assert not decide(storage).suspect
+    Ledger(storage).begin("a", decide(storage, force=True), fingerprint(PARTS), "r")
+    decision = decide(storage)
+    assert (decision.action, decision.suspect) == ("skip", True)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 7}', b"\xff\xfe"])

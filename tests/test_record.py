@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -79,3 +81,21 @@ def test_lookups_are_told_by_cache():
 def test_environment_names_the_versions_that_decide_frames():
     packages = environment()["packages"]
     assert {"torch", "diffusers", "transformers", "av"} <= packages.keys()
+
+
+def test_environment_names_the_gpus_and_their_driver(monkeypatch):
+    """Frames are promised equal for the same GPU model and versions: so the record must tell them."""
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: f"NVIDIA Test {handle}",
+        nvmlSystemGetDriverVersion=lambda: "580.65.06",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    found = environment.__wrapped__()
+    assert (found["driver"], found["gpus"]) == ("580.65.06", ["NVIDIA Test 0", "NVIDIA Test 1"])
+    nvml.nvmlDeviceGetName = None  # whatever it raises
+    found = environment.__wrapped__()
+    assert (found["driver"], found["gpus"]) == (None, [])

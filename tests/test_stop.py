@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
-from runner.stop import Stop
+from runner.stop import Stop, leave
 
 
 def test_the_first_signal_drains_and_the_second_abandons():
@@ -38,3 +42,32 @@ def test_signals_are_heard_inside_and_restored_after():
         assert stop.requested.wait(5)
     assert signal.getsignal(signal.SIGTERM) is before
     assert stop.signal == signal.SIGTERM
+
+
+def test_a_process_that_prepares_leaves_with_its_own_code():
+    """In native code, as a detector is: without `leave` the interpreter's end aborts such a process (134)."""
+    script = textwrap.dedent("""
+        import threading
+        import onnxruntime
+        from runner.doctor_probes import IDENTITY_GRAPH
+        from runner.stop import PREPARING, leave
+
+        session = onnxruntime.InferenceSession(IDENTITY_GRAPH, providers=["CPUExecutionProvider"])
+        def prepare():
+            begun.set()
+            while True:
+                session.run(None, {"x": [1.0]})
+        begun = threading.Event()
+        threading.Thread(target=prepare, name=PREPARING, daemon=True).start()
+        begun.wait()
+        print("the table", end="")
+        leave(143)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "the table"), done.stderr
+
+
+def test_others_leave_by_themselves():
+    leave(7)

@@ -15,8 +15,16 @@ from typing import Any
 
 import pytest
 
-from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageDenied, StorageFull, StorageUnavailable
-from runner.storage import LocalStorage, open_storage, probe_writable
+from runner.errors import (
+    ConfigInvalid,
+    InputNotFound,
+    InputUnreadable,
+    RunnerError,
+    StorageDenied,
+    StorageFull,
+    StorageUnavailable,
+)
+from runner.storage import LocalStorage, fetch_input, open_storage, probe_writable, stat_input
 from runner.storage_disk import is_staged, os_error, staged
 from tests.s3_servers import S3Server
 
@@ -195,3 +203,10 @@ def test_only_our_own_names_are_reserved(name: str, tmp_path: Path) -> None:
     assert not is_staged(name)
     LocalStorage(tmp_path).write_bytes(name, b"")
     assert [info.key for info in LocalStorage(tmp_path).list()] == [name]
+
+
+def test_an_input_that_is_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "dance.mp4")
+    for ask in (stat_input, lambda path: fetch_input(path, tmp_path)):
+        with pytest.raises(InputUnreadable, match=r"dance\.mp4: is a pipe"):
+            ask(tmp_path / "dance.mp4")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from runner.errors import InputNotFound, StorageUnavailable
+from runner.errors import InputNotFound, OutOfMemory, StorageUnavailable
 from runner.record import ErrorRecord, JobLine
 from runner.storage import open_storage
 from runner.summary import SummaryWriter
@@ -56,6 +56,7 @@ def test_it_can_be_read_while_the_run_goes_on(storage):
         ([JobLine(id="a", **OK), JobLine(id="b", status="skipped", reason="done")], None, 0),
         ([JobLine(id="a", **OK), failed("b", InputNotFound("x"))], None, 1),
         ([JobLine(id="a", **OK), failed("b", StorageUnavailable("x"))], None, 3),
+        ([failed("a", OutOfMemory("x"))], None, 1),  # retryable within a run; a second run would end the same
         ([failed("a", InputNotFound("x")), failed("b", StorageUnavailable("x"))], None, 1),
         ([JobLine(id="a", **OK)], 143, 143),
     ],

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import RunnerError, WeightsCorrupt
+from runner.generation.ahead import DrawnAhead, spans_of
 from runner.generation.base import OnStep, Request, Segment, SegmentPlan
 from runner.generation.cost import Costs
-from runner.generation.device import as_out_of_memory, device_name, make_probe, pick_device, release
+from runner.generation.device import as_out_of_memory, device_name, grow_segments, make_probe, pick_device, release
 from runner.generation.job_loras import JobLoras
 from runner.generation.loading import load_of, load_pipeline, plan_memory
 from runner.generation.memory import Load, MemoryPlan, forecast_memory, lower, make_plan
@@ -43,6 +44,7 @@ class AnimateConditions:
     source: Any  # preprocess.pipeline.PoseConditions
     prompt: str
     options: JobOptions
+    ahead: DrawnAhead | None = None  # the same windows, drawn before they are asked for
 
     @property
     def frames(self) -> int:
@@ -74,9 +76,11 @@ class AnimateConditions:
         return self.source.reference
 
     def window(self, start: int, stop: int) -> ConditionWindow:
-        return self.source.window(start, stop)
+        return (self.ahead or self.source).window(start, stop)
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         self.source.close()
 
 
@@ -101,7 +105,7 @@ class WanAnimateGenerator:
         self.preprocessor = preprocessor
         self.costs = costs
         self.identity = dict(identity)
-        self.description = dict(description)
+        self._description = dict(description)
         self.probe = make_probe(pipeline.compute_device)
         self.speed = find_device(device_name(pipeline.compute_device))
         self.loras = loras
@@ -133,6 +137,7 @@ class WanAnimateGenerator:
         from runner.preprocess.pipeline import Preprocessor
 
         picked, why = pick_device(device)
+        grow_segments(picked)
         store.check(recipe)
         memory_plan, memory_said = plan_memory(store, recipe, picked, memory)
         poses = PoseCache(cache / "poses") if cache is not None else None
@@ -182,6 +187,12 @@ class WanAnimateGenerator:
         )
 
     @property
+    def description(self) -> Mapping[str, Any]:
+        """What was chosen at loading and why; of the blocks, what they run as by now, for compiling may have failed."""
+        step = None if self.pipeline is None else self.pipeline.block_step
+        return self._description | ({} if step is None else step.description)
+
+    @property
     def memory(self) -> MemoryPlan | None:
         """Where things are; None for a pipeline that was placed by hand."""
         return self._loaded.memory
@@ -203,8 +214,8 @@ class WanAnimateGenerator:
         release(device)
         self.pipeline, self.loras, placement = self._make(make_plan(below, self.recipe))
         why = f"memory ran out in mode {plan.mode}"
-        memory = make_plan(below, self.recipe).as_dict() | {"asked": self.description["memory"]["asked"]}
-        self.description = {**self.description, **placement, "memory": memory, "memory_why": why}
+        memory = make_plan(below, self.recipe).as_dict() | {"asked": self._description["memory"]["asked"]}
+        self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
 
     def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
@@ -223,21 +234,24 @@ class WanAnimateGenerator:
         return plan_job(frames, size, options, self.recipe, self.costs, self.speed)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
-        face_size = self._face_size
+        source = self._source(request, timer)
+        plan = self.plan(source.frames, (source.width, source.height), request.options)
+        return AnimateConditions(source, request.prompt, request.options, DrawnAhead(source, spans_of(plan)))
+
+    def _source(self, request: Request, timer: StageTimer) -> Any:
+        """What drives the model, by the window: from the official script's files, or of the video's own people."""
         if request.official is not None:
             from runner.preprocess.official_files import OfficialConditions
 
-            made = OfficialConditions.open(request.official, request.options, face_size=face_size, timer=timer)
-            return AnimateConditions(made, request.prompt, request.options)
-        source = self.preprocessor.prepare(
+            return OfficialConditions.open(request.official, request.options, face_size=self._face_size, timer=timer)
+        return self.preprocessor.prepare(
             request.reference,
             request.video,
             request.options,
             mask=request.mask,
-            face_size=face_size,
+            face_size=self._face_size,
             timer=timer,
         )
-        return AnimateConditions(source, request.prompt, request.options)
 
     def generate(
         self, conditions: AnimateConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None

@@ -23,6 +23,7 @@ __all__ = [
     "digest_frames",
     "digest_image",
     "padded_window",
+    "span_of",
     "to_pixels",
     "to_uint8",
     "to_unit",
@@ -74,10 +75,16 @@ class PaddedWindow:
     mask: np.ndarray | None
 
 
+def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
+    """The source's frames that a window of start..stop-1 is made of: the first, and one beyond the last."""
+    indices = reflect_indices(start, stop, frames)
+    return int(indices.min()), int(indices.max()) + 1
+
+
 def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> PaddedWindow:
     """Frames start..stop-1, reflected beyond the source's end. One fetch, never longer than the window itself."""
     indices = reflect_indices(start, stop, source.frames)
-    low, high = int(indices.min()), int(indices.max()) + 1
+    low, high = span_of(start, stop, source.frames)
     window = source.window(low, high)
 
     def take(name: str) -> np.ndarray:

@@ -129,7 +129,7 @@ def test_validate_finds_them_without_rendering(bad_run, capsys):
     ("jobs", "words"),
     [
         ("- {id: a, reference: r.png, video: v.mp4, options: {sed: 1}}", "did you mean"),
-        ("- {id: a, reference: r.png, video: v.mp4}\n  - {id: a, reference: r.png, video: v.mp4}", "a"),
+        ("- {id: a, reference: r.png, video: v.mp4}\n  - {id: a, reference: r.png, video: v.mp4}", "taken"),
         ("- {id: ../x, reference: r.png, video: v.mp4}", "../x"),
         ("- {id: 007, reference: r.png, video: v.mp4}", "quote"),
         ("- {id: a, reference: r.png, video: v.mp4, options: {size: 470x832}}", "464x832"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import av
@@ -161,6 +162,28 @@ def test_the_contact_sheet_shows_every_mp4(small_run):
     sheet = Image.open(folder / "first-sheet.png")
     assert sheet.height > 3 * 150
     assert sheet.width > 1000
+
+
+def test_a_sheet_that_cannot_be_drawn_takes_nothing_from_the_run(small_run, tmp_path, capsys):
+    """The jobs are done, and the table says so, whatever is missing for the picture."""
+    folder, _, command = small_run
+    shutil.copytree(folder / "out/jobs", tmp_path / "out/jobs")
+    (tmp_path / "out/jobs/one/pose.mp4").unlink()
+    again = [*command[:3], str(tmp_path / "out"), *command[4:-3]]
+    assert main([*again, str(tmp_path / "sheet.png")]) == 0
+    assert "sheet.png, without one" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").exists()
+    assert main([*again, str(tmp_path / "sheet.png" / "x.png")]) == 0
+    text = capsys.readouterr().out
+    assert "4 skipped" in text
+    assert "not drawn" in text
+
+
+def test_a_run_id_that_is_no_folder_starts_nothing(small_run, tmp_path, capsys):
+    _, _, command = small_run
+    assert main([*command[:3], str(tmp_path / "out"), *command[4:-1], "../x"]) == 2
+    assert "--run-id" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_reports_on_this_machine(demo_models, tmp_path, capsys):

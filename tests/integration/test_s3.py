@@ -84,3 +84,22 @@ def test_refused_credentials_stop_at_the_start(seaweedfs_s3, aws_env, tmp_path, 
     aws_env(seaweedfs_s3, AWS_SECRET_ACCESS_KEY="wrong")
     assert main(command(bucket, tmp_path, "r1")) == 2
     assert "storage.denied" in capsys.readouterr().err
+
+
+def test_one_input_that_may_not_be_read_fails_its_job_alone(faulty_s3, aws_env, tmp_path, demo_models, demo_media):
+    aws_env(faulty_s3)
+    bucket = faulty_s3.make_bucket()
+    put_all(bucket, demo_models, demo_media)
+    faulty_s3.fail("403", "HEAD", " 1.png", times=99)  # 贝拉's
+    faulty_s3.fail("503", "HEAD", "/in/wave.mp4", times=1)  # and one hiccup, which nobody shall notice
+    assert main([*command(bucket, tmp_path, "r1")]) == 1
+    out = open_storage(f"s3://{bucket}/lab/out")
+    summary = json.loads(out.read_bytes("runs/r1/00000-of-00001.summary.json"))
+    assert {line["id"]: (line["error"] or {}).get("code") for line in summary["jobs"]} == {
+        "relative": None,
+        "absolute": "storage.denied",
+        "gone": "input.not_found",
+    }
+    message = json.loads(out.read_bytes("jobs/absolute/result.json"))["error"]["message"]
+    assert "贝拉 1.png" in message
+    assert "s3:GetObject" in message, "it does not say what to allow"

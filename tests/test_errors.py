@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from runner.errors import InputNotFound, RunnerError, StorageUnavailable, as_runner_error, is_transient
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), "storage.full", "/out/x"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "storage.full", "Free space"),
+        (OSError(errno.EROFS, "Read-only file system", "/cache/x"), "storage.denied", "/cache/x"),  # --read-only
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "storage.denied", "--user"),
+        (MemoryError("3 GiB"), "resource.out_of_memory", "3 GiB"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "resource.out_of_memory", "CUDA"),
+        (ZeroDivisionError("division by zero"), "internal", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_foreign_errors_have_a_code_and_a_remedy(error, code, words):
+    found = as_runner_error(error, where="somewhere")
+    assert found.code == code
+    assert words in found.message
+    assert found.todo
+
+
+def test_our_own_stay_as_they_are():
+    error = InputNotFound("no such file", where="a.mp4", todo="Check the path")
+    assert as_runner_error(error, where="elsewhere") is error
+    assert error.message == "a.mp4: no such file. Check the path"
+
+
+def test_codes_are_unique_and_their_exit_codes_are_known():
+    kinds, waiting = [], [RunnerError]
+    while waiting:
+        kinds += (below := waiting.pop().__subclasses__())
+        waiting += below
+    codes = [kind.code for kind in kinds if "code" in vars(kind)]
+    assert len(set(codes)) == len(codes)
+    assert {kind.exit_code for kind in kinds} == {1, 2, 3}
+    assert [code for code in codes if is_transient(code)] == [StorageUnavailable.code]
