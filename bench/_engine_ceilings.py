@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,24 @@ def products(shapes: list[tuple[str, int, int, int]], device: torch.device, dtyp
         rows.append({"what": f"product, {name}", "shape": f"{m} x {n} x {k}", "TFLOP/s": 2 * m * n * k / spent / 1e12})
         del x, weight
     return rows
+
+
+def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, ceiling: float) -> Rows:
+    """TFLOP/s of a block's linears as they are set now, weights brought to the product's format each time, and their
+    part of `ceiling`. The last row is all of them that see every token, in the block's proportions."""
+    layers = {"attention's": (block.attn1.to_q, 6), "feed-forward's first": (block.ffn.net[0].proj, 1)}
+    layers["feed-forward's second"] = (block.ffn.net[2], 1)
+    rows: Rows = []
+    flop_of_all = seconds_of_all = 0.0
+    for name, (layer, count) in layers.items():
+        n, k = layer.out_features, layer.in_features
+        x = torch.randn(tokens, k, device=device).to(dtype)
+        spent, flop = seconds(lambda layer=layer, x=x: layer(x), device), 2 * tokens * n * k
+        rows.append({"what": f"linear, {name}", "shape": f"{tokens} x {n} x {k}", "TFLOP/s": flop / spent / 1e12})
+        flop_of_all, seconds_of_all = flop_of_all + count * flop, seconds_of_all + count * spent
+        del x
+    rows.append({"what": "linears of a block", "shape": "", "TFLOP/s": flop_of_all / seconds_of_all / 1e12})
+    return [{**row, "of the best product": row["TFLOP/s"] / ceiling} for row in rows]
 
 
 def attentions(heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Rows:

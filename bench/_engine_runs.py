@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,27 +25,32 @@ from runner.generation.plan import plan_job
 from runner.generation.recipes import Recipe
 from runner.generation.schedule import make_scheduler
 from runner.generation.store import ModelStore
-from runner.metrics import MemorySampler, StageTimer
+from runner.metrics import MemorySampler, ProcessMemory, StageTimer
 from runner.options import DEFAULT_PROMPT, JobOptions
 
 
 @dataclass(frozen=True)
 class Spent:
-    """One job. `step_s`: median of its denoising steps, the first left out where there are more; `fixed_s`: all else
-    but what happens once in a run, loading encoders and compiling (`once_s`)."""
+    """One job. `step_s`: median of its denoising steps, the first left out where there are more; `fixed_s`: all that
+    its steps at that pace do not explain; `once_s`: beside both, what happens once in a run, loading encoders and
+    compiling."""
 
     step_s: float
     fixed_s: float
     once_s: float
-    total_s: float
     allocated: int | None  # torch's peak bytes
     process: int | None  # NVML's
+    note: str = ""
 
     @classmethod
     def of(cls, steps: list[float], total: float, once: float, device: torch.device, process: int | None) -> Spent:
-        later = steps[1:] or steps
+        step = statistics.median(steps[1:] or steps)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        return cls(statistics.median(later), total - once - sum(steps), once, total, peak, process)
+        return cls(step, total - once - len(steps) * step, once, peak, process)
+
+    def clip_s(self, steps: int) -> float:
+        """A warm job of so many steps."""
+        return self.fixed_s + steps * self.step_s
 
 
 class Clip:
@@ -84,20 +91,55 @@ def start_peak(device: torch.device) -> None:
 
 def run_ours(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, sampler: MemorySampler) -> Spent:
     """One job through our pipeline as it is set up now."""
-    device = pipeline.compute_device
-    options = JobOptions(steps=steps)
-    plan = plan_job(clip.frames, (clip.width, clip.height), options, recipe)
-    probe = _WaitOnly(make_probe(device)) if device.type == "cuda" else None
-    timer = StageTimer(clock=clock_of(device), probe=probe)
-    scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+    device, timer = pipeline.compute_device, timer_of(pipeline, StageTimer)
     start_peak(device)
     window, begin = sampler.window(), timer.clock()
-    for _ in pipeline.render(clip, DEFAULT_PROMPT, options, plan, scheduler, timer):
+    for _ in segments(pipeline, recipe, clip, steps, timer):
         pass
     wait(device)
-    total = timer.clock() - begin
-    once = sum(timer.seconds.get(stage, 0.0) for stage in ("load_encoders", "warmup"))
-    return Spent.of(timer.steps, total, once, device, window.gpu_peak)
+    return Spent.of(timer.steps, timer.clock() - begin, once_of(timer), device, window.gpu_peak)
+
+
+def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> float:
+    """What happens once, so that it is in no job that is measured: a job of the same size up to its first step, and two
+    latent frames decoded. Seconds of loading encoders and compiling."""
+    timer = timer_of(pipeline, _UpToTheSteps)
+    with suppress(_AllIsReady):
+        for _ in segments(pipeline, recipe, clip, 1, timer):
+            pass
+    vae = pipeline.vae
+    latents = torch.zeros(1, vae.config.z_dim, 2, clip.height // 8, clip.width // 8)
+    for _ in vae.decode_chunks(latents.to(pipeline.compute_device, vae.dtype)):
+        pass
+    wait(pipeline.compute_device)
+    return once_of(timer)
+
+
+class _AllIsReady(Exception):
+    """Not a failure: the job has come to its steps."""
+
+
+class _UpToTheSteps(StageTimer):
+    def stage(self, name: str, *, on_device: bool = False) -> Any:
+        if name == "denoise":
+            raise _AllIsReady
+        return super().stage(name, on_device=on_device)
+
+
+def timer_of(pipeline: AnimatePipeline, kind: type[StageTimer]) -> StageTimer:
+    device = pipeline.compute_device
+    return kind(clock=clock_of(device), probe=_WaitOnly(make_probe(device)) if device.type == "cuda" else None)
+
+
+def once_of(timer: StageTimer) -> float:
+    return sum(timer.seconds.get(stage, 0.0) for stage in ("load_encoders", "warmup"))
+
+
+def segments(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, timer: StageTimer) -> Iterator[Any]:
+    options = JobOptions(steps=steps)
+    plan = plan_job(clip.frames, (clip.width, clip.height), options, recipe)
+    scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+    return pipeline.render(clip, DEFAULT_PROMPT, options, plan, scheduler, timer)
 
 
 class _WaitOnly:
@@ -108,6 +150,42 @@ class _WaitOnly:
         self.peak = inner.peak
 
     def reset_peak(self) -> None: ...
+
+
+class DeviceMemory:
+    """Call for (host RSS, GPU memory), as a MemorySampler reads them: the GPU's by process, or, where the driver tells
+    no process from another (in most containers), what the GPU holds beyond what it held when this object was made."""
+
+    def __init__(
+        self,
+        process: Callable[[], tuple[int | None, int | None]] | None = None,
+        used: Callable[[], int | None] | None = None,
+    ) -> None:
+        self._process, self._used = process or ProcessMemory(), used or gpu_used
+        self._before = self._used()
+
+    def __call__(self) -> tuple[int | None, int | None]:
+        host, gpu = self._process()
+        if gpu is None and self._before is not None and (used := self._used()) is not None:
+            gpu = max(0, used - self._before)
+        return host, gpu
+
+
+def gpu_used() -> int | None:
+    """Bytes in use on the first GPU that CUDA may see, whoever uses them; None where NVML does not say."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(first))
+            if first.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(first)
+        )
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except Exception:  # no driver, no library, no permission, no such device
+        return None
 
 
 class Seed:

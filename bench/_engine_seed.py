@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from runner.quantization.e2m1 import VALUES
+from runner.quantization.kernels import dequantize_fp4
 from runner.quantization.linear import FP4Linear
 
 
@@ -42,23 +43,47 @@ class SeedLinear(nn.Module):
         return F.linear(x, values.view(codes.shape), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def dequantise_stepwise(transformer: nn.Module) -> dict[str, FP4Linear]:
-    """Put a SeedLinear in the place of every FP4Linear, in place; the layers that stood there, by name."""
-    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, FP4Linear)}
-    for name, layer in layers.items():
-        transformer.set_submodule(name, SeedLinear(layer))
-    return layers
+def dequantise_stepwise(transformer: nn.Module) -> None:
+    """Put a SeedLinear in the place of every FP4Linear, in place."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, FP4Linear):
+            transformer.set_submodule(name, SeedLinear(layer))
 
 
 @contextmanager
 def stepwise(transformer: nn.Module) -> Iterator[None]:
     """The same for as long as the context lasts."""
-    layers = dequantise_stepwise(transformer)
+    with replaced(transformer, SeedLinear):
+        yield
+
+
+@contextmanager
+def dense(transformer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For as long as the context lasts every FP4Linear is a linear with its weight in `dtype`: 34.5 GB of the 14B
+    model's in 16 bits, beside the four that wait."""
+    with replaced(transformer, lambda layer: _dense_linear(layer, dtype)):
+        yield
+
+
+@contextmanager
+def replaced(transformer: nn.Module, by: Callable[[FP4Linear], nn.Module]) -> Iterator[None]:
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, FP4Linear)}
     try:
+        for name, layer in layers.items():
+            transformer.set_submodule(name, by(layer))
         yield
     finally:
         for name, layer in layers.items():
             transformer.set_submodule(name, layer)
+
+
+def _dense_linear(layer: FP4Linear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    stored = (layer.weight_packed, layer.weight_scale, layer.weight_scale_2)
+    linear.weight = nn.Parameter(dequantize_fp4(*stored, layer.fmt.name, dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return linear
 
 
 def seed_pipeline(parts: dict[str, Any], device: torch.device) -> WanAnimatePipeline:

@@ -2,252 +2,229 @@
 
     python bench/engine.py [--json PATH] [--seconds S] [--quick]
 
-Full-size random weights on a CUDA device, 480x832, 81 frames, 6 steps; scaled down on a CPU, where seconds are CPU
-seconds and what needs a GPU reads "not measured". A job is always a new reference and a new dance with a known prompt.
-Sections in order of their worth; those that the time does not suffice for (--seconds, 450 on CUDA) are not measured.
+Full-size random weights on a CUDA device, 480x832, 81 frames; scaled down on a CPU, where seconds are CPU seconds and
+what needs a GPU reads "not measured". A job is always a new reference and a new dance with a known prompt; of its six
+steps a few are run, and a whole one is its fixed part and six at their pace. Work is done in order of its worth, each
+piece only if it is likely to end in time (--seconds, 420 on CUDA): the rest reads "not measured".
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _engine_ceilings import attentions, best, products
-from _engine_runs import Clip, Seed, Spent, clock_of, run_ours
-from _engine_seed import stepwise
-from _engine_store import FULL, SMALL, Scale, write_store
+from _engine_ceilings import attentions, best, linears, products
+from _engine_runs import Clip, DeviceMemory, Seed, Spent, clock_of, run_ours
+from _engine_settings import ALL_OFF, Bench, Engine, all_on, attempt, free, in_gb, load_resident, settings
+from _engine_store import FULL, SMALL, write_store
 from _quantization import NOT_MEASURED, Rows, finish, show
 
 from runner.generation.compute import advised, capability_of
-from runner.generation.cost import PRODUCTION, Costs
+from runner.generation.cost import PRODUCTION
+from runner.generation.device import grow_segments
 from runner.generation.loading import load_of, load_pipeline
-from runner.generation.memory import MODES, forecast_memory, make_plan
+from runner.generation.memory import CONTEXT_BYTES, MODES, MemoryPlan, choose_plan, forecast_memory, make_plan
 from runner.generation.recipes import Recipe, get_recipe
 from runner.generation.speed import DEVICES, Build, forecast_seconds
 from runner.generation.store import ModelStore
-from runner.generation.switches import Switches
-from runner.generation.tuning import tune
 from runner.metrics import MemorySampler
 
-ALL_OFF = Switches(step_invariants=False, memos=False, compile=False)
+STEPS = 6  # of a whole job
 CARDS_GB = (24, 16, 12, 8)
+LEAST_GB = 6  # what mode minimal is to stay below
 HD = (1280, 720)
+SQUARE = 8192  # a side of the product that a GPU's ceiling is read from
 
 
-@dataclass
-class Bench:
-    """One run: where, at what size, and how much time is left."""
-
-    device: torch.device
-    scale: Scale
-    recipe: Recipe
-    store: ModelStore
-    costs: Costs
-    sampler: MemorySampler
-    steps: int
-    deadline: float
-    warm_up: bool = True  # a job before each that is measured
-    clips: int = 0
-
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def clip(self, size: tuple[int, int] | None = None) -> Clip:
-        """One that nothing was computed for yet."""
-        self.clips += 1
-        return Clip(self.scale, size or self.scale.size, self.scale.frames, self.clips, self.clips)
-
-    def measure(self, pipeline: Any, recipe: Recipe | None = None, steps: int = 3) -> Spent:
-        """A job through ours; what happens once (compiling, tuning, encoders) is done by one before it."""
-        if self.warm_up:
-            run_ours(pipeline, recipe or self.recipe, self.clip(), 1, self.sampler)
-        return run_ours(pipeline, recipe or self.recipe, self.clip(), steps, self.sampler)
-
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def rate(self, step_s: float, size: tuple[int, int] | None = None) -> float:
-        """TFLOP/s of a step: the model's operations, whatever of them was saved."""
-        return self.costs.step_tflop(*(size or self.scale.size), self.scale.frames) / step_s
-
-    def row(self, what: str, spent: Spent | None, why: str = "") -> dict[str, object]:
-        if spent is None:
-            blank = {"s a step": None, "fixed s a job": None, "TFLOP/s": None, "peak GB": None, "NVML GB": None}
-            return {"what": what, **blank, "note": f"{NOT_MEASURED}: {why:.60}"}
-        gb = [None if size is None else size / 1e9 for size in (spent.allocated, spent.process)]
-        return {
-            "what": what,
-            "s a step": spent.step_s,
-            "fixed s a job": spent.fixed_s,
-            "TFLOP/s": self.rate(spent.step_s),
-            "peak GB": gb[0],
-            "NVML GB": gb[1],
-            "note": f"{spent.once_s:.3g} s once" if spent.once_s else "",
-        }
-
-
-def waterfall(bench: Bench, pipeline: Any) -> Rows:
-    """Each optimisation added to those before; the pipeline is left with all of them on."""
-    rows: Rows = []
-    transformer, cuda, recipe = pipeline.transformer, bench.cuda, bench.recipe
-
-    def measure(what: str, prepare: Callable[[], Any] = lambda: None, *, needs_cuda: bool = False) -> None:
-        if needs_cuda and not cuda:
-            rows.append(bench.row(what, None, "needs a GPU"))
-        elif bench.late():
-            rows.append(bench.row(what, None, "out of time"))
-        else:
-            try:
-                prepare()
-                rows.append(bench.row(what, bench.measure(pipeline)))
-            # One optimisation that fails here must not take the table with it.
-            except Exception as err:
-                rows.append(bench.row(what, None, f"{type(err).__name__}: {str(err).splitlines()[0]}"))
-
-    def switch(**changes: Any) -> None:
-        pipeline.switches = replace(pipeline.switches, **changes)
-        tune(pipeline, recipe, bench.device)
-        if not attention_chosen:
-            for block in transformer.blocks:
-                block.attn1.set_attention_backend("native")
-
-    def choose_attention() -> None:
-        nonlocal attention_chosen
-        attention_chosen = True
-        switch()
-
-    attention_chosen = False
-    pipeline.switches = ALL_OFF
-    switch()
-    with stepwise(transformer):
-        measure("our loop, everything on the device, else the seed's way")
-    measure("+ weights dequantised in one pass")
-    measure("+ what a window's steps share computed once", lambda: switch(step_invariants=True))
-    measure("+ what jobs share encoded once", lambda: switch(memos=True))
-    measure("+ blocks compiled", lambda: switch(compile=True), needs_cuda=True)
-    measure("+ attention by device", choose_attention, needs_cuda=True)
-    measure("+ autoencoder in bfloat16", lambda: pipeline.vae.to(torch.bfloat16), needs_cuda=True)
-    measure("+ autoencoder's layout", lambda: switch(channels_last=True), needs_cuda=True)
-    measure("+ autoencoder's norms fused", lambda: switch(fuse_vae_norms=True), needs_cuda=True)
-    return rows
-
-
-def low_bits(bench: Bench, pipeline: Any) -> Rows:
-    """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit."""
-    rows: Rows = []
-    for compute in ("fp8", "int8", "nvfp4"):
-        what, recipe = f"{bench.recipe.name}+{compute}", replace(bench.recipe, compute=compute)
-        if not bench.cuda or bench.late():
-            rows.append(bench.row(what, None, "out of time" if bench.cuda else "needs a GPU"))
+def waterfall(engine: Engine, seed: Spent, best_of_ours: Spent | str) -> dict[str, Spent | str]:
+    """What each setting took, in their order. `best_of_ours`: measured already."""
+    bench, last = engine.bench, all_on(engine.bench)
+    found: dict[str, Spent | str] = {}
+    for setting in settings():
+        if setting == last:
+            found[setting.what] = best_of_ours
             continue
-        try:
-            said = tune(pipeline, recipe, bench.device)
-            row = bench.row(what, bench.measure(pipeline, recipe))
-            worst = max(entry["error"] for entry in said["compute_self_test"].values())
-            rows.append(row | {"note": f"{said['compute_product']}, error {worst:.3f} a layer"})
-        except Exception as err:  # this device has it not, or has it wrong: that is the answer
-            rows.append(bench.row(what, None, str(err).splitlines()[0]))
-    for layer in pipeline.transformer.modules():
-        if hasattr(layer, "set_compute"):
-            layer.set_compute("exact")
+        # No row is slower than the seed's; rows with all blocks compiled are much like the last one.
+        like = best_of_ours if setting.attention and isinstance(best_of_ours, Spent) else seed
+        expected = bench.takes(like, compiling=setting.switches.compile is True and not setting.attention)
+        found[setting.what] = engine.measure(setting, expected)
+    return found
+
+
+def low_bits(engine: Engine, found: dict[str, Spent | str], like: Spent) -> Rows:
+    """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit. What was
+    measured before is in `found`."""
+    bench, rows = engine.bench, list[dict[str, object]]()
+    for compute in ("fp8", "int8", "nvfp4"):
+        if compute not in found:
+            found[compute] = in_fewer_bits(engine, compute, like)
+        rows.append(bench.row(f"{bench.recipe.name}+{compute}", found[compute]))
     return rows
 
 
-def headlines(bench: Bench, pipeline: Any, seed: Seed, seed_clip: Spent) -> Rows:
+def in_fewer_bits(engine: Engine, compute: Any, like: Spent) -> Spent | str:
+    bench = engine.bench
+    if not bench.cuda:
+        return "needs a GPU"
+    expected = bench.takes(like, compiling=True)
+    return engine.measure(all_on(bench), expected, replace(bench.recipe, compute=compute))
+
+
+def linears_of(engine: Engine, ceiling: float) -> Rows:
+    """The block's linears alone, exact, and in the 8 bits that are advised here."""
+    bench, rows = engine.bench, list[dict[str, object]]()
+    tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
+    eight = advised(capability_of(bench.device)) if bench.cuda else "bf16"
+    for compute in dict.fromkeys(("bf16", eight)):
+        recipe: Any = replace(bench.recipe, compute=compute)
+        try:
+            with engine.as_in(replace(all_on(bench), switches=ALL_OFF), recipe):
+                found = linears(
+                    engine.pipeline.transformer.blocks[0], tokens, bench.device, getattr(torch, recipe.dtype), ceiling
+                )
+        except Exception as err:
+            found = [{"what": "linears of a block", "shape": f"{NOT_MEASURED}: {type(err).__name__}: {err!s:.60}"}]
+        rows += [
+            {"what": "", "compute": compute, "shape": "", "TFLOP/s": None, "of the best product": None} | row
+            for row in found
+        ]
+    return rows
+
+
+def headlines(bench: Bench, seed: Seed, seed_clip: Spent, exact: Spent | str, eight: Spent | str, name: str) -> Rows:
     """One warm clip, and a cold manifest of four jobs: two references, two dances, one prompt."""
-    ours = run_ours(pipeline, bench.recipe, bench.clip(), bench.steps, bench.sampler)
-    rows: Rows = [comparison("a warm clip, exact products", seed_clip.total_s, ours.total_s)]
-    if bench.cuda:
-        capability = capability_of(bench.device)
-        recipe = replace(bench.recipe, compute=advised(capability))
-        tune(pipeline, recipe, bench.device)
-        low = bench.measure(pipeline, recipe, bench.steps)
-        rows.append(comparison(f"a warm clip, {recipe.compute} products", seed_clip.total_s, low.total_s))
-    else:
-        rows.append({"what": "a warm clip, 8-bit products", "seed, s": None, "ours, s": NOT_MEASURED, "ratio": None})
-    first = bench.clips + 1
-    begin = clock_of(bench.device)()
-    fresh, _ = load_pipeline(bench.store, bench.recipe, bench.device)
-    spent = clock_of(bench.device)() - begin
+
+    def total(spent: Spent | str) -> float | None:
+        return spent.clip_s(STEPS) if isinstance(spent, Spent) else None
+
+    theirs = seed_clip.clip_s(STEPS)
+    rows: Rows = [
+        comparison("a warm clip, exact products", theirs, total(exact)),
+        comparison(f"a warm clip, {name} products", theirs, total(eight)),
+    ]
+    cold = attempt("a cold manifest of four", lambda: cold_manifest(bench, seed_clip))
+    ours = cold.fixed_s if isinstance(cold, Spent) else None
+    what = "a cold manifest of four; the seed: a process a job"
+    return [*rows, comparison(what, 4 * (seed.load_s + theirs), ours)]
+
+
+def cold_manifest(bench: Bench, like: Spent) -> Spent:
+    """Seconds of it all as `fixed_s`. Compiled code comes from disk, as in every process but a machine's first."""
+    bench.check(30 * bench.cuda + 4 * like.clip_s(bench.steps) * 0.7)
+    first, bench.clips = bench.clips + 1, bench.clips + 2
+    torch._dynamo.reset()
+    clock = clock_of(bench.device)
+    begin = clock()
+    fresh = load_resident(bench)
+    seconds = clock() - begin
     for reference, dance in ((0, 0), (0, 1), (1, 0), (1, 1)):
         clip = Clip(bench.scale, bench.scale.size, bench.scale.frames, first + reference, first + dance)
-        spent += run_ours(fresh, bench.recipe, clip, bench.steps, bench.sampler).total_s
-    bench.clips += 2
-    rows.append(
-        comparison("a cold manifest of four; the seed: a process a job", 4 * (seed.load_s + seed_clip.total_s), spent)
-    )
-    return rows
+        spent = run_ours(fresh, bench.recipe, clip, bench.steps, bench.sampler)
+        seconds += spent.once_s + spent.clip_s(STEPS)
+    return replace(spent, fixed_s=seconds)
 
 
-def comparison(what: str, seed: float, ours: float) -> dict[str, object]:
+def comparison(what: str, seed: float, ours: float | None) -> dict[str, object]:
+    if ours is None:
+        return {"what": what, "seed, s": seed, "ours, s": NOT_MEASURED, "ratio": None}
     return {"what": what, "seed, s": seed, "ours, s": ours, "ratio": seed / ours}
 
 
-def modes(bench: Bench) -> Rows:
-    """Every memory mode under a cap of what it is meant for: forecast beside the measured peak."""
-    rows: Rows = []
-    production = get_recipe("fp4-distill")
-    width, height = bench.scale.size
-    for mode in MODES:
-        plan, load = make_plan(mode, bench.recipe), load_of(bench.store, bench.recipe)
-        window = (width, height, bench.scale.frames)
-        forecast = forecast_memory(plan, bench.recipe, bench.costs, *window, load=load, cuda=bench.cuda).peak
-        full = forecast_memory(make_plan(mode, production), production, PRODUCTION, 832, 480, 81).peak / 1e9
-        fits = [card for card in CARDS_GB if full <= card]
-        card = min(fits) if fits else None
-        row: dict[str, object] = {"mode": mode, "14B at 480x832x81, forecast GB": full, "smallest card GB": card}
-        if bench.late():
-            rows.append({**row, "s a step": NOT_MEASURED, "peak GB": None, "NVML GB": None})
-            continue
-        with capped(bench, card):
-            pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)
-            spent = bench.measure(pipeline)
-        gb = [None if size is None else size / 1e9 for size in (spent.allocated, spent.process)]
-        row |= {"s a step": spent.step_s, "fixed s a job": spent.fixed_s, "peak GB": gb[0], "NVML GB": gb[1]}
-        rows.append({**row, "forecast here GB": forecast / 1e9})
-        del pipeline
+def cards() -> dict[str, list[int]]:
+    """Memory mode -> the cards, by GB, for which `auto` chooses it with the 14B model at 480x832, 81 frames."""
+    recipe, found = get_recipe("fp4-distill"), dict[str, list[int]]()
+    for card in CARDS_GB:
+        plan, _ = choose_plan("auto", recipe, PRODUCTION, round(card * 1e9), size=(832, 480, 81))
+        found.setdefault(plan.mode, []).append(card)
+    return found
+
+
+def plan_of(mode: Any, card_gb: int | None, recipe: Recipe) -> MemoryPlan:
+    """The plan of a mode that `auto` takes on such a card."""
+    if card_gb is None or mode != "resident":
+        return make_plan(mode, recipe)
+    return choose_plan("resident", recipe, PRODUCTION, round(card_gb * 1e9), size=(832, 480, 81))[0]
+
+
+def modes(bench: Bench, like: Spent) -> Rows:
+    """Every memory mode, as on the smallest card that `auto` chooses it for: forecast beside the measured peak."""
+    rows: dict[str, dict[str, object]] = {}
+    production, chosen, size = get_recipe("fp4-distill"), cards(), (*bench.scale.size, bench.scale.frames)
+    for mode in ("stream", "minimal", "resident"):
+        card = min(chosen.get(mode, [LEAST_GB]))
+        plan, load = plan_of(mode, card, bench.recipe), load_of(bench.store, bench.recipe)
+        forecast = forecast_memory(plan, bench.recipe, bench.costs, *size, load=load, cuda=bench.cuda)
+        full = forecast_memory(plan_of(mode, card, production), production, PRODUCTION, 832, 480, 81)
+
+        def work(plan: MemoryPlan = plan, card: int = card) -> Spent:
+            # Resident is much like what was measured; less memory takes longer, without compiled blocks much longer.
+            bench.check(15 * bench.cuda + bench.takes(like) * (1.2 if plan.compiled else 3))
+            with capped(bench, card):
+                pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)
+                return bench.measure(pipeline)
+
+        spent = attempt(f"mode {mode}", work)
         free(bench.device)
-    columns = {name: None for row in rows for name in row}
-    return [{**columns, **row} for row in rows]
+        row: dict[str, object] = {
+            "mode": mode,
+            "cards, GB": ", ".join(map(str, chosen.get(mode, []))) or None,
+            "cap, GB": card if bench.cuda else None,
+            "14B forecast, GB": full.peak / 1e9,
+            "forecast, GB": forecast.peak / 1e9,
+        }
+        names = ("peak GB", "NVML GB", "s a step", "fixed s a job")
+        if isinstance(spent, str):
+            rows[mode] = row | dict.fromkeys(names) | {"note": f"{NOT_MEASURED}: {spent:.60}"}
+            continue
+        found = (in_gb(spent.allocated), in_gb(spent.process), spent.step_s, spent.fixed_s)
+        rows[mode] = row | dict(zip(names, found, strict=True)) | {"note": spent.note}
+    return [rows[mode] for mode in MODES]
 
 
 @contextmanager
-def capped(bench: Bench, card_gb: int | None) -> Iterator[None]:
+def capped(bench: Bench, card_gb: int) -> Iterator[None]:
     """On CUDA: torch's allocator may not exceed what such a card has beside the context."""
-    if not bench.cuda or card_gb is None:
+    if not bench.cuda:
         yield
         return
     _, total = torch.cuda.mem_get_info(bench.device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gb - 0.8) * 1e9 / total), bench.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gb * 1e9 - CONTEXT_BYTES) / total), bench.device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
 
 
-def in_hd(bench: Bench, pipeline: Any, seed: Seed) -> Rows:
-    """One step each at 1280x720, 81 frames."""
+def in_hd(bench: Bench, engine: Engine, seed: Seed, seed_clip: Spent, like: Spent) -> Rows:
+    """Both at 1280x720, 81 frames."""
+    frames, tflop = bench.scale.frames, bench.costs.step_tflop
+    per_step = tflop(*HD, frames) / tflop(*bench.scale.size, frames)
+    pixels = HD[0] * HD[1] / (bench.scale.size[0] * bench.scale.size[1])
+
+    def larger(spent: Spent) -> Spent:
+        return replace(spent, step_s=spent.step_s * per_step, fixed_s=spent.fixed_s * pixels)
+
+    def ours() -> Spent:
+        bench.check(bench.takes(larger(like), compiling=True))
+        with engine.as_in(all_on(bench)):
+            return bench.measure(engine.pipeline, size=HD)
+
+    def theirs() -> Spent:
+        bench.check(bench.takes(larger(seed_clip)))
+        return seed.run(bench.clip(HD), bench.steps, bench.sampler)
+
     rows: Rows = []
-    runs: dict[str, Callable[[], Spent]] = {
-        "the seed's way": lambda: seed.run(bench.clip(HD), 2, bench.sampler),
-        "ours": lambda: run_ours(pipeline, bench.recipe, bench.clip(HD), 2, bench.sampler),
-    }
-    for name, run in runs.items():
+    for name, work in (("ours", ours), ("the seed's way", theirs)):
         what = f"{name}, 1280x720"
-        if not bench.cuda or bench.late():
-            rows.append(bench.row(what, None, "out of time" if bench.cuda else "needs a GPU"))
-            continue
-        spent = run()
-        rows.append(bench.row(what, spent) | {"TFLOP/s": bench.rate(spent.step_s, HD)})
+        rows.append(bench.row(what, attempt(what, work) if bench.cuda else "needs a GPU", HD))
     return rows
 
 
@@ -278,38 +255,41 @@ def ceilings(bench: Bench) -> Rows:
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     d, ffn = heads * width, config["ffn_dim"]
     tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
-    square = 8192 if bench.cuda else 1024
+    square = SQUARE if bench.cuda else 1024
     dtype = getattr(torch, bench.recipe.dtype)
     shapes = [("square", square, square, square), ("attention's", tokens, d, d)]
     shapes += [("feed-forward's first", tokens, ffn, d), ("feed-forward's second", tokens, d, ffn)]
     return products(shapes, bench.device, dtype) + attentions(heads, tokens, width, bench.device, dtype)
 
 
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def measure_all(bench: Bench) -> dict[str, Rows]:
-    tables = {"ceilings": ceilings(bench)}
+    tables: dict[str, Rows] = {"ceilings": ceilings(bench)}
     seed = Seed(bench.store, bench.recipe, bench.device)
-    seed.run(bench.clip(), 1, bench.sampler)
+    seed.run(bench.clip(frames=5), 1, bench.sampler)  # loads what is loaded once
     seed_clip = seed.run(bench.clip(), bench.steps, bench.sampler)
+    print(f"  the seed's way: {seed_clip.step_s:.4g} s a step", flush=True)
+    free(bench.device)
+
+    engine = Engine.load(bench)
+    exact = engine.measure(all_on(bench), bench.takes(seed_clip, compiling=True))
+    like = exact if isinstance(exact, Spent) else seed_clip
+    eight = advised(capability_of(bench.device)) if bench.cuda else "8-bit"
+    fewer = {eight: in_fewer_bits(engine, eight, like)}
+    tables["linears"] = linears_of(engine, best(tables["ceilings"], "product") or float("nan"))
+    del engine  # caps and cold starts are for what is alone on the device
+    free(bench.device)
+    tables["modes"] = modes(bench, like)
+    tables["headlines"] = headlines(bench, seed, seed_clip, exact, fewer[eight], eight)
+    free(bench.device)
+
+    engine = Engine.load(bench)
     rows = [bench.row("the seed's way: library's pipeline, models wait on the host", seed_clip)]
-    free(bench.device)
-    pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device)
-    tables["waterfall"] = rows + waterfall(bench, pipeline)
-    tables["low_bits"] = low_bits(bench, pipeline)
-    tune(pipeline, bench.recipe, bench.device)
-    tables["headlines"] = headlines(bench, pipeline, seed, seed_clip)
-    tune(pipeline, bench.recipe, bench.device)
-    tables["hd"] = in_hd(bench, pipeline, seed)
-    del pipeline, seed
-    free(bench.device)
-    tables["modes"] = modes(bench)
+    rows += [bench.row(what, spent) for what, spent in waterfall(engine, seed_clip, exact).items()]
+    tables["waterfall"] = rows
+    tables["low_bits"] = low_bits(engine, fewer, like)
+    tables["hd"] = in_hd(bench, engine, seed, seed_clip, like)
     tables["forecasts"] = forecasts()
-    return tables
+    return {name: tables[name] for name in TITLES}
 
 
 def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
@@ -327,6 +307,12 @@ def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
             f"floor of a step, all products and attention at the best rates measured alone: {floor:.4g} s; "
             f"reached {fastest['s a step']:.4g} s ({fastest['what']}), {floor / fastest['s a step']:.0%} of it"
         )
+    together = [row for row in tables["linears"] if row["what"] == "linears of a block" and row["of the best product"]]
+    lines += [f"linears, {row['compute']}: {row['of the best product']:.0%} of the best product" for row in together]
+    stream = next(row for row in tables["modes"] if row["mode"] == "stream")
+    alone = next((row["s a step"] for row in tables["modes"] if row["mode"] == "resident"), None)
+    if bench.cuda and isinstance(stream["s a step"], float) and isinstance(alone, float):
+        lines.append(f"a streamed step takes {stream['s a step'] / alone:.3f} of a resident one's time")
     seconds = "CPU seconds" if not bench.cuda else "seconds"
     lines.append(f"{seconds}; forecasts come from the cost model and were not measured")
     return lines
@@ -334,13 +320,21 @@ def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
 
 TITLES = {
     "ceilings": "What the machine does",
+    "linears": "Linears of a block, alone",
     "waterfall": "Each optimisation added to those before",
     "low_bits": "Products in fewer bits, all else on",
-    "headlines": "Whole jobs",
+    "headlines": f"Whole jobs of {STEPS} steps",
     "hd": "1280x720",
-    "modes": "Memory modes",
+    "modes": "Memory modes, each on the smallest of the cards that `auto` takes it for at 480x832, 81 frames",
     "forecasts": "Forecast for 480x832, 81 frames, 6 steps (no measurement)",
 }
+
+
+def scratch(device: torch.device) -> str | None:
+    """Where the store of 16 GB is written: in memory where there is plenty of it, for a disk may take a minute."""
+    memory = Path("/dev/shm")
+    plenty = device.type == "cuda" and memory.is_dir() and shutil.disk_usage(memory).free > 50e9
+    return str(memory) if plenty else None
 
 
 def main() -> None:
@@ -349,22 +343,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="leave out what would begin after this many")
     parser.add_argument("--quick", action="store_true", help="a smaller clip and fewer steps: does it all run?")
     options = parser.parse_args()
-    began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began, memory = time.monotonic(), DeviceMemory()  # before this process holds any
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    grow_segments(device)  # as a run does
     scale = FULL if device.type == "cuda" else SMALL
     if options.quick:
         scale = replace(SMALL, size=(64, 64), frames=5)
     recipe = get_recipe("fp4-distill")
     if device.type == "cpu":
         recipe = replace(recipe, dtype="float32")  # what a CPU computes in
-    seconds = options.seconds or (450 if device.type == "cuda" else 1e9)
+    seconds = options.seconds or (420 if device.type == "cuda" else 1e9)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory(prefix="video-lab-bench-") as folder, MemorySampler() as sampler, torch.no_grad():
+    with (
+        tempfile.TemporaryDirectory(prefix="video-lab-bench-", dir=scratch(device)) as folder,
+        MemorySampler(read=memory) as sampler,
+        torch.no_grad(),
+    ):
         write_store(Path(folder), scale, recipe, device)
         store = ModelStore(Path(folder))
-        bench = Bench(device, scale, recipe, store, store.costs(recipe), sampler, 6, began + seconds)
+        bench = Bench(device, scale, recipe, store, store.costs(recipe), sampler, began + seconds)
         if options.quick:
-            bench.steps, bench.warm_up = 2, False
+            bench.steps = 2
         tables = measure_all(bench)
     for name, rows in tables.items():
         show(TITLES[name], rows)

@@ -19,7 +19,7 @@ from runner.storage import is_remote, local_path, stat_input
 
 __all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "identify_inputs", "sha256_file"]
 
-OUTPUT_VERSION = 1  # raise when the same parts would render other frames: every job then runs again
+OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
 
 
 def sha256_file(path: Path) -> str:

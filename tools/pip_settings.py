@@ -80,8 +80,8 @@ def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
 
     A volume is `host:container:ro`.
 
-    The certificate bundle and constraints are copied, local package folders are mounted where they already are. A simple index refers
-    to files beside itself (`../files/…`), so it is the folder above it that is mounted.
+    The certificate bundle and constraints are copied, local package folders are mounted where they already are. A
+    simple index refers to files beside itself (`../files/…`), so it is the folder above it that is mounted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = dict(settings)

@@ -219,7 +219,7 @@ def self_test(
     """One layer of each shape on activations with channels that stand out: relative errors by the layer's name.
 
     error: against the layer's exact product. off_definition: of the kernel against the format's definition, which must
-    lie within the rounding of a 16-bit result. Raises ConfigInvalid with the numbers where either is too large. The
+    lie within `AGREEMENT`. Raises ConfigInvalid with the numbers where either is too large. The
     layers are left computing by `choice`.
     """
     import torch

@@ -6,6 +6,7 @@ Never: a quiet fallback: asking for CUDA where there is none is an error.
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from pathlib import Path
@@ -16,7 +17,16 @@ from runner.errors import ConfigInvalid, OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CudaProbe", "as_out_of_memory", "device_name", "free_bytes", "make_probe", "pick_device", "release"]
+__all__ = [
+    "CudaProbe",
+    "as_out_of_memory",
+    "device_name",
+    "free_bytes",
+    "grow_segments",
+    "make_probe",
+    "pick_device",
+    "release",
+]
 
 # What torch, cuBLAS and cuDNN say where the exception's type does not tell.
 EXHAUSTED = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
@@ -68,6 +78,20 @@ def free_bytes(device: torch.device) -> int:
     except (OSError, ValueError):
         pass  # no cgroup v2 here: the machine's memory is all there is to know
     return max(0, min(free))
+
+
+def grow_segments(device: torch.device) -> bool:
+    """Let torch's allocator extend what it holds instead of leaving holes between blocks of unlike sizes; did it?
+
+    Before the first byte is allocated. Not where the environment says how the allocator is to be set.
+    """
+    import torch
+
+    told = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if device.type != "cuda" or told:
+        return False
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    return True
 
 
 def release(device: torch.device) -> None:

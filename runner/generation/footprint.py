@@ -15,6 +15,7 @@ from runner.generation.cost import MOTION_CHANNELS, TEXT_TOKENS, TransformerShap
 __all__ = [
     "FP4_BYTES",
     "Weights",
+    "code_bytes",
     "face_bytes",
     "latent_bytes",
     "step_bytes",
@@ -27,7 +28,7 @@ __all__ = [
 FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 32 of them or of 8 bits for 16
 # Of hidden states [S, d]: what one block holds at its peak, attention's own scratch memory aside.
 # "fused", compiled, is an assumption: hidden states and their norm, and twice the feed-forward part's 2.7.
-BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "fused": 7.5, "lean": 5.0}
+BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "fused": 7.5, "lean": 5.36}
 # Bytes a pixel at 96 base channels, a picture at a time (autoencoder.py): feature maps that are kept, and the peak
 # beside them.
 VAE_DECODE: Mapping[str, int] = {"float32": 13_060, "bfloat16": 7_420}
@@ -99,9 +100,18 @@ def _tokens(width: int, height: int, frames: int, patch: int) -> int:
     return ((frames - 1) // 4 + 2) * (height // 8 // patch) * (width // 8 // patch)
 
 
-def workspace_bytes(shape: TransformerShape, *, element: int = 2) -> int:
-    """The largest weight, once, in the dtype of the product: where FP4 is dequantised into."""
-    return shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element
+def workspace_bytes(shape: TransformerShape, *, fp4: bool = True, compute: str = "bf16", element: int = 2) -> int:
+    """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
+    FP4 is dequantised; of those that see every token the largest in 8-bit codes, and before that rotated."""
+    dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
+    codes = shape.dim * shape.ffn_dim if compute in ("fp8", "int8") else 0
+    return dense + codes + (codes * element if compute == "int8" else 0)
+
+
+def code_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, compute: str) -> int:
+    """The widest activation of a block in 8-bit codes, beside what `step_bytes` counts."""
+    tokens = _tokens(width, height, frames, shape.patch)
+    return tokens * shape.ffn_dim if compute in ("fp8", "int8") else 0
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:

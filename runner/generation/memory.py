@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from runner.errors import ConfigInvalid
 from runner.generation.cost import Costs
 from runner.generation.footprint import (
+    code_bytes,
     face_bytes,
     latent_bytes,
     step_bytes,
@@ -177,9 +178,10 @@ def forecast_memory(
         "preprocess": load.preprocess + PREPROCESS_EXTRA if plan.preprocess == "device" or not cuda else 0,
         "invariants": kept,
         "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
-        "activations": step_bytes(model, *size, kind=kind, element=element),
+        "activations": step_bytes(model, *size, kind=kind, element=element)
+        + code_bytes(model, *size, compute=recipe.compute),
         "memos": DEVICE_BYTES if cuda and plan.mode == "resident" else 0,
-        "workspace": workspace_bytes(model, element=element) if recipe.fp4 else 0,
+        "workspace": workspace_bytes(model, fp4=recipe.fp4, compute=recipe.compute, element=element),
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
         "autoencoder_encode": encode,
         "autoencoder_decode": decode,

@@ -330,7 +330,8 @@ class AnimatePipeline(WanAnimatePipeline):
         for i, timestep in enumerate(job.scheduler.timesteps):
             begin = timer.clock()
             hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
-            flow = guide([branch(hidden, timestep.expand(1)) for branch in branches], job.guidance_scale)
+            # In float32, else the solver rounds the latents to the model's type after every step.
+            flow = guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
             latents = job.scheduler.step(flow, timestep, latents, return_dict=False)[0]
             if timer.probe:
                 timer.probe.synchronize()

@@ -5,6 +5,7 @@ Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it i
 
     fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
     fp4-distill+int8-attention        8-bit self-attention, where a package for it is installed
+    fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding
     fp4-distill+unipc+steps4          the solver: euler, unipc; denoising steps where the job does not say
     fp4-distill+diffusers-grid        the noise levels: official-grid, diffusers-grid, and shift3 (or shift2.5)
 """
@@ -99,6 +100,7 @@ FIXED: Mapping[str, Word] = MappingProxyType(
         for word in (
             *(Word("compute", compute, compute) for compute in COMPUTE),
             Word("attention", "int8", "int8-attention"),
+            Word("vae_dtype", "bfloat16", "bf16-vae"),
             Word("scheduler", "euler", "euler"),
             Word("scheduler", "unipc", "unipc"),
             Word("grid", "official", "official-grid"),
@@ -106,7 +108,7 @@ FIXED: Mapping[str, Word] = MappingProxyType(
         )
     }
 )
-ORDER = ("compute", "attention", "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
+ORDER = ("compute", "attention", "vae_dtype", "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
 WORDS = f"{', '.join(FIXED)}, stepsN, shiftX"
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import structlog
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 __all__ = ["BlockStream", "CopyEngine", "CudaCopies", "HostCopies", "pin"]
 
 ALIGNED = 256  # bytes; what kernels and copies like best
+PAGE = 4096  # bytes
 
 
 class CopyEngine(Protocol):
@@ -117,7 +119,7 @@ class Packed:
         for tensor in tensors:
             ends.append((begin, begin + tensor.numel() * tensor.element_size()))
             begin = -(-ends[-1][1] // ALIGNED) * ALIGNED
-        self.flat = torch.empty(begin, dtype=torch.uint8)
+        self.flat = whole_pages(begin) if pinned else torch.empty(begin, dtype=torch.uint8)
         self.pin_failed = pin(self.flat) if pinned and begin else None
         self.places = []
         for tensor, (first, last) in zip(tensors, ends, strict=True):
@@ -290,6 +292,14 @@ class BlockStream:
         return sum(part.nbytes for part in self._parts)
 
 
+def whole_pages(count: int) -> Tensor:
+    """uint8 for `count` bytes, from the beginning of a page to the end of one: locked pages are no other buffer's."""
+    size = -(-count // PAGE) * PAGE
+    room = torch.empty(size + PAGE, dtype=torch.uint8)
+    begin = -room.data_ptr() % PAGE
+    return room[begin : begin + size]
+
+
 def pin(buffer: Tensor) -> str | None:
     """Page-lock the host memory of `buffer` until it is freed; None, or why it could not be, in words.
 
@@ -298,6 +308,13 @@ def pin(buffer: Tensor) -> str | None:
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     code = int(runtime.cudaHostRegister(address, buffer.numel() * buffer.element_size(), 0))
     if code:
+        forget_error()
         return f"cudaHostRegister returned {code}"
     weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
     return None
+
+
+def forget_error() -> None:
+    """Take back the last error of a call to the runtime: the next kernel's launch would report it as its own."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # this launch does, and that clears it

@@ -91,6 +91,17 @@ def test_weights_that_move_bring_no_graph(tiny_store_dir):
     assert graphs() == 1
 
 
+def test_attention_by_name_is_part_of_the_graph(tiny_store_dir):
+    """On a GPU self-attention has a backend of its own, within which the library selects torch's kernel."""
+    model = load(tiny_store_dir)
+    for block in model.blocks:
+        block.attn1.set_attention_backend("_native_flash")
+    case, step = Case(model), CompiledStep(backend="aot_eager")
+    assert case.warm(step) == 1, step.broken
+    torch.testing.assert_close(case.run(step), case.run(), rtol=1e-4, atol=1e-4)
+    assert (graphs(), step.broken) == (1, "")
+
+
 def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(tiny_store_dir):
     case, step, seen = Case(load(tiny_store_dir)), CompiledStep(backend="eager"), []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runner.errors import ConfigInvalid, OutOfMemory
-from runner.generation.device import as_out_of_memory, make_probe, pick_device
+from runner.generation.device import as_out_of_memory, grow_segments, make_probe, pick_device
 from runner.metrics import StageTimer
 
 CPU = torch.device("cpu")
@@ -87,3 +87,18 @@ def test_the_probe_reads_the_allocator():
     assert timer.peaks["large"]["allocated"] >= 2**26
     assert timer.peaks["small"]["allocated"] < timer.peaks["large"]["allocated"]
     assert timer.peaks["large"]["reserved"] >= timer.peaks["large"]["allocated"]
+
+
+def test_segments_grow_unless_the_environment_sets_the_allocator(monkeypatch):
+    """torch itself takes the word; there is no device that would act on it here."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    device = torch.device("cuda", 0)
+    try:
+        assert not grow_segments(CPU)
+        assert grow_segments(device)
+        assert "expandable_segments:True" in torch._C._accelerator_getAllocatorSettings()
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert not grow_segments(device)

@@ -64,6 +64,7 @@ def changed(name: str) -> dict[str, object]:
         ("bf16+shift3.0+steps006", {"shift": 3.0, "steps": 6}, "bf16+steps6+shift3"),
         ("bf16+shift2.5", {"shift": 2.5}, "bf16+shift2.5"),
         ("fp32+int8", {"compute": "int8"}, "fp32+int8"),
+        ("fp4-distill+bf16-vae+fp8", {"compute": "fp8", "vae_dtype": "bfloat16"}, "fp4-distill+fp8+bf16-vae"),
         ("fp4-distill+euler+steps6+official-grid+bf16+shift5", {}, "fp4-distill"),
     ],
 )
@@ -79,6 +80,7 @@ WORDS = st.fixed_dictionaries(
     {},
     optional={
         "compute": st.sampled_from(COMPUTE),
+        "vae_dtype": st.just("bf16-vae"),
         "scheduler": st.sampled_from(["euler", "unipc"]),
         "grid": st.sampled_from(["official-grid", "diffusers-grid"]),
         "steps": st.integers(1, 100).map(lambda n: f"steps{n}"),
@@ -117,7 +119,8 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4-distill+diffusers", "did you mean 'diffusers-grid'"),
         (
             "fp4+karras",
-            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, euler, unipc, official-grid, diffusers-grid, stepsN",
+            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, official-grid, diffusers-grid, "
+            "stepsN",
         ),
         ("fp4+", "says '', which is no word"),
         ("fp4+fp8+fp8", "says 'fp8' twice"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from runner.generation.streaming import BlockStream, CopyEngine, HostCopies
+from runner.generation import streaming
+from runner.generation.streaming import BlockStream, CopyEngine, HostCopies, Packed
 from runner.quantization.e2m1 import NVFP4
 from runner.quantization.linear import FP4Linear
 from runner.quantization.lora import attach, detach
@@ -237,6 +239,55 @@ def test_memory_of_a_stream_is_freed_with_it():
     assert gone() is None
 
 
+class Runtime:
+    """CUDA's, as far as locking pages goes: a page is locked once."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.locked: dict[int, range] = {}
+
+    def cudaHostRegister(self, address, size, _flags):
+        pages = range(address // 4096, (address + size - 1) // 4096 + 1)
+        if any(set(pages) & set(other) for other in self.locked.values()):
+            return 712  # cudaErrorHostMemoryAlreadyRegistered
+        if not self.code:
+            self.locked[address] = pages
+        return self.code
+
+    def cudaHostUnregister(self, address):
+        del self.locked[address]
+        return 0
+
+
+def test_host_memory_is_locked_by_whole_pages_for_as_long_as_it_is_there(monkeypatch):
+    """Small buffers come from one heap, where neighbours share a page."""
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    modules = layers(20)
+    wanted = [module.weight.clone() for module in modules]
+    packed = [Packed(list(module.parameters()), pinned=True) for module in modules]
+    assert [p.pin_failed for p in packed] == [None] * 20
+    assert len(runtime.locked) == 20
+    assert all(torch.equal(module.weight, weight) for module, weight in zip(modules, wanted, strict=True))
+    assert all(p.flat.data_ptr() % 4096 == 0 and p.flat.numel() == 4096 for p in packed)
+    del packed
+    assert len(runtime.locked) == 20  # the parameters still lie there
+    del modules
+    gc.collect()
+    assert runtime.locked == {}
+
+
+def test_memory_that_cannot_be_locked_says_so_and_leaves_no_error_behind(monkeypatch):
+    """CUDA keeps the error of a call, and reports it for the next kernel, which did nothing wrong."""
+    forgotten: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(2))
+    monkeypatch.setattr(streaming, "forget_error", lambda: forgotten.append(True))
+    (layer,) = layers(1)
+    packed = Packed(list(layer.parameters()), pinned=True)
+    assert packed.pin_failed == "cudaHostRegister returned 2"
+    assert forgotten == [True]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
@@ -276,6 +327,13 @@ class TestOnAGpu:
         assert torch.cuda.max_memory_allocated(device) - before < 3 * weights
         stream.release()
         assert torch.cuda.memory_allocated(device) - before < weights
+
+    def test_an_error_of_the_runtime_is_no_kernels(self):
+        size = 1 << 22
+        buffer = torch.empty(size, dtype=torch.uint8)
+        assert streaming.pin(buffer) is None
+        assert streaming.pin(buffer) is not None  # locked already
+        assert float(torch.ones(4, device="cuda").sum()) == 4
 
     def test_a_pass_given_up_leaves_the_host_free_to_write(self):
         device = torch.device("cuda", 0)

@@ -11,7 +11,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.generation.autoencoder import decode_latents
 from runner.generation.base import Request
+from runner.generation.compiled import CompiledStep
 from runner.generation.loading import load_pipeline
 from runner.generation.recipes import get_recipe
 from runner.generation.store import ModelStore
@@ -90,6 +92,24 @@ def test_what_was_loaded_is_described_and_identified(generator, store):
     assert description["recipe"]["name"] == "fp32"
     assert description["preprocess"] == {"detector": "none"}
     assert description["transformer_bytes"] == sum(p.nbytes for p in generator.pipeline.transformer.parameters())
+
+
+def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
+    def backend(graph, _inputs):
+        raise RuntimeError("Failed to find C compiler")
+
+    assert generator.description["compile"] == "eager"
+    generator.pipeline.block_step = CompiledStep(backend=backend)
+    rendered(generator, prepared(generator))
+    assert generator.description["compile"] == "eager"
+    assert "C compiler" in generator.description["compile_why"]
+    torch._dynamo.reset()
+    generator.pipeline.block_step = CompiledStep(backend="eager")
+    rendered(generator, prepared(generator))
+    assert (generator.description["compile"], generator.description["compile_off_eager"]) == ("eager", 0.0)
+    assert generator.description["compile_why"] == "asked for"
+    generator.close()
+    assert generator.description["device"] == "cpu"
 
 
 def test_plans_cost_what_these_models_cost(generator):
@@ -178,9 +198,15 @@ def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
     assert here.transformer.dtype == getattr(torch, recipe.dtype)
 
 
-def test_bf16_renders(tiny_store_dir):
-    recipe = get_recipe("bf16")
+@pytest.mark.parametrize("name", ["bf16", "bf16+euler", "bf16+bf16-vae"])
+def test_bf16_renders(tiny_store_dir, monkeypatch, name):
+    """And the latents stay in float32 from step to step, whatever the model computes in."""
+    recipe, decoded = get_recipe(name), []
     pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    monkeypatch.setattr(
+        "runner.generation.pipeline.decode_latents",
+        lambda vae, latents, *given: (decoded.append(latents.dtype), decode_latents(vae, latents, *given))[1],
+    )
     generator = WanAnimateGenerator(
         pipeline,
         recipe,
@@ -192,6 +218,7 @@ def test_bf16_renders(tiny_store_dir):
     frames = rendered(generator, prepared(generator))
     assert frames.shape == (5, 64, 48, 3)
     assert frames.std() > 5
+    assert decoded == [torch.float32]
 
 
 def test_clip_sees_the_whole_reference(tiny_store_dir):

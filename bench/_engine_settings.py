@@ -1,0 +1,232 @@
+"""One run of the engine's benchmark: what it measures with and in what time, and the ways the engine may be set up."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from _engine_runs import Clip, Spent, get_ready, run_ours
+from _engine_seed import dense, stepwise
+from _engine_store import Scale
+from _quantization import NOT_MEASURED
+
+from runner.generation.cost import Costs
+from runner.generation.device import free_bytes
+from runner.generation.footprint import weights_of
+from runner.generation.loading import load_of, load_pipeline
+from runner.generation.memory import choose_plan
+from runner.generation.recipes import Recipe
+from runner.generation.store import ModelStore
+from runner.generation.switches import Switches
+from runner.generation.tuning import tune
+from runner.generation.vae_speed import fuse_norms, with_channels_last
+from runner.metrics import MemorySampler
+from runner.quantization.linear import release_workspace
+
+ALL_OFF = Switches(step_invariants=False, memos=False, compile=False)
+COMPILING_S = 60.0  # allowed for, where blocks of a new kind are compiled
+
+
+class NotInTime(Exception):
+    """The piece would probably end after the time that there is."""
+
+
+@dataclass
+class Bench:
+    """One run: where, at what size, and how much time is left."""
+
+    device: torch.device
+    scale: Scale
+    recipe: Recipe
+    store: ModelStore
+    costs: Costs
+    sampler: MemorySampler
+    deadline: float
+    steps: int = 3  # that are run of a job
+    clips: int = 0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def clip(self, size: tuple[int, int] | None = None, frames: int | None = None) -> Clip:
+        """One that nothing was computed for yet."""
+        self.clips += 1
+        return Clip(self.scale, size or self.scale.size, frames or self.scale.frames, self.clips, self.clips)
+
+    def measure(self, pipeline: Any, recipe: Recipe | None = None, size: tuple[int, int] | None = None) -> Spent:
+        """A job through ours; what happens once (compiling, tuning, encoders) is done before it."""
+        recipe = recipe or self.recipe
+        once = get_ready(pipeline, recipe, self.clip(size))
+        spent = run_ours(pipeline, recipe, self.clip(size), self.steps, self.sampler)
+        notes = [f"{once:.3g} s once"] if once else []
+        if pipeline.block_step is not None and pipeline.block_step.broken:
+            notes.append(f"NOT COMPILED: {pipeline.block_step.broken:.60}")
+        return replace(spent, once_s=once, note="; ".join(notes))
+
+    def check(self, seconds: float) -> None:
+        """Raises NotInTime if so many from now would be too late."""
+        if time.monotonic() + seconds > self.deadline:
+            raise NotInTime("out of time")
+
+    def takes(self, like: Spent, *, compiling: bool = False) -> float:
+        """Seconds that `measure` will probably take for a job like that one."""
+        return 1.7 * like.fixed_s + self.steps * like.step_s + compiling * COMPILING_S * self.cuda
+
+    def rate(self, step_s: float, size: tuple[int, int] | None = None) -> float:
+        """TFLOP/s of a step: the model's operations, whatever of them was saved."""
+        return self.costs.step_tflop(*(size or self.scale.size), self.scale.frames) / step_s
+
+    def row(self, what: str, spent: Spent | str, size: tuple[int, int] | None = None) -> dict[str, object]:
+        """A row of what was measured, or of why it was not."""
+        if isinstance(spent, str):
+            blank = {"s a step": None, "fixed s a job": None, "TFLOP/s": None, "peak GB": None, "NVML GB": None}
+            return {"what": what, **blank, "note": f"{NOT_MEASURED}: {spent:.60}"}
+        return {
+            "what": what,
+            "s a step": spent.step_s,
+            "fixed s a job": spent.fixed_s,
+            "TFLOP/s": self.rate(spent.step_s, size),
+            "peak GB": in_gb(spent.allocated),
+            "NVML GB": in_gb(spent.process),
+            "note": spent.note,
+        }
+
+
+def attempt(what: str, work: Callable[[], Spent]) -> Spent | str:
+    """What `work` measured, or why not: one piece that fails here must not take the others with it."""
+    try:
+        spent = work()
+    except Exception as err:
+        first = str(err).splitlines()[0] if str(err) else ""
+        found: Spent | str = first if isinstance(err, NotInTime) else f"{type(err).__name__}: {first}"
+    else:
+        found = spent
+    print(f"  {what}: {found if isinstance(found, str) else f'{found.step_s:.4g} s a step'}", flush=True)
+    return found
+
+
+def in_gb(size: int | None) -> float | None:
+    return None if size is None else size / 1e9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the waterfall: how the engine is set up."""
+
+    what: str
+    switches: Switches
+    attention: bool = False  # by device
+    vae: str = "float32"  # a key of Engine.autoencoder
+    weights: str = ""  # stepwise | dense
+    needs_cuda: bool = False
+
+
+def settings() -> list[Setting]:
+    """Each adds one thing to those before; the second stands beside them."""
+    shared, known = replace(ALL_OFF, step_invariants=True), replace(ALL_OFF, step_invariants=True, memos=True)
+    fused = replace(known, compile=True)
+    return [
+        Setting("our loop, everything on the device, else the seed's way", ALL_OFF, weights="stepwise"),
+        Setting("  the same, weights in bf16", ALL_OFF, weights="dense"),
+        Setting("+ weights dequantised in one pass", ALL_OFF),
+        Setting("+ what a window's steps share computed once", shared),
+        Setting("+ what jobs share encoded once", known),
+        Setting("+ blocks compiled", fused, needs_cuda=True),
+        Setting("+ attention by device", fused, True, needs_cuda=True),
+        Setting("+ autoencoder in bfloat16", fused, True, "bfloat16", needs_cuda=True),
+        Setting("+ autoencoder's layout", fused, True, "channels last", needs_cuda=True),
+        Setting("+ autoencoder's norms fused", fused, True, "fused norms", needs_cuda=True),
+    ]
+
+
+@dataclass
+class Engine:
+    """Our pipeline, everything on the device, and the autoencoder in every way it may be set up."""
+
+    bench: Bench
+    pipeline: Any
+    autoencoders: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, bench: Bench) -> Engine:
+        pipeline = load_resident(bench)
+        return cls(bench, pipeline, {"float32": pipeline.vae})
+
+    def autoencoder(self, name: str) -> Any:
+        if name not in self.autoencoders:
+            before = {"bfloat16": "float32", "channels last": "bfloat16", "fused norms": "channels last"}[name]
+            made = copy.deepcopy(self.autoencoder(before))
+            if name == "bfloat16":
+                made.to(torch.bfloat16)
+            elif name == "channels last":
+                with_channels_last(made)
+            else:
+                fuse_norms(made)
+            self.autoencoders[name] = made
+        return self.autoencoders[name]
+
+    @contextmanager
+    def as_in(self, setting: Setting, recipe: Recipe | None = None) -> Iterator[dict[str, Any]]:
+        """The pipeline set up so; what was chosen for it."""
+        recipe = recipe or self.bench.recipe
+        dtype = getattr(torch, recipe.dtype)
+        weights: dict[str, AbstractContextManager[None]] = {
+            "stepwise": stepwise(self.pipeline.transformer),
+            "dense": dense(self.pipeline.transformer, dtype),
+        }
+        if setting.weights == "dense" and self.bench.cuda:
+            needed = weights_of(self.bench.costs.transformer, fp4=False, element=dtype.itemsize).total * 1.3
+            if (there := free_bytes(self.bench.device)) < needed:
+                raise MemoryError(f"{needed / 1e9:.0f} GB more are needed, {there / 1e9:.0f} are free")
+        with weights.get(setting.weights, nullcontext()):
+            self.pipeline.switches = setting.switches
+            self.pipeline.vae = self.autoencoder(setting.vae)
+            said = tune(self.pipeline, recipe, self.bench.device)
+            if not setting.attention:
+                for block in self.pipeline.transformer.blocks:
+                    block.attn1.set_attention_backend("native")
+            yield said
+        if setting.weights:
+            free(self.bench.device)
+
+    def measure(self, setting: Setting, expected: float, recipe: Recipe | None = None) -> Spent | str:
+        if setting.needs_cuda and not self.bench.cuda:
+            return "needs a GPU"
+
+        def work() -> Spent:
+            self.bench.check(expected)
+            with self.as_in(setting, recipe) as said:
+                spent = self.bench.measure(self.pipeline, recipe)
+            tested = said.get("compute_self_test")
+            if tested:
+                worst = max(entry["error"] for entry in tested.values())
+                spent = replace(spent, note=f"{said['compute_product']}, error {worst:.3f} a layer; {spent.note}")
+            return spent
+
+        return attempt(f"{setting.what.strip()}{'' if recipe is None else ', ' + recipe.compute}", work)
+
+
+def load_resident(bench: Bench) -> Any:
+    """Our pipeline with everything on the device, but for encoders where they do not fit."""
+    size, load = (*bench.scale.size, bench.scale.frames), load_of(bench.store, bench.recipe)
+    free = free_bytes(bench.device)
+    plan, _ = choose_plan("resident", bench.recipe, bench.costs, free, size=size, load=load, cuda=bench.cuda)
+    return load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)[0]
+
+
+def all_on(bench: Bench) -> Setting:
+    return [setting for setting in settings() if bench.cuda or not setting.needs_cuda][-1]
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    release_workspace()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
