@@ -119,8 +119,8 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4-distill+diffusers", "did you mean 'diffusers-grid'"),
         (
             "fp4+karras",
-            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, official-grid, diffusers-grid, "
-            "stepsN",
+            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, official-grid, "
+            "diffusers-grid, stepsN",
         ),
         ("fp4+", "says '', which is no word"),
         ("fp4+fp8+fp8", "says 'fp8' twice"),
