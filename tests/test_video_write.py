@@ -15,6 +15,7 @@ import pytest
 
 from runner.errors import InputUnreadable, StorageDenied, StorageFull
 from runner.video import AudioSpan, FrameHash, Mp4Writer, PngWriter, VideoReader, write_jpeg
+from runner.video_write import _same_on_any_processor
 from tests.video_files import boxes, indexed_frame, make_clip, overwrite_middle, read_index, remux, tone
 
 
@@ -130,6 +131,14 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
         writer.write(indexed(0, 20))  # in one segment
     first = (tmp_path / "a.mp4").read_bytes()
     assert first == (tmp_path / "b.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
+
+
+def test_the_code_of_x264_that_reads_what_nobody_wrote_is_left_out(tmp_path: Path) -> None:
+    """See tests/demo/test_build.py::test_media_are_the_same_bytes_each_time for what it would do."""
+    for flags, options in (("avx2 avx512f", {"x264-params": "asm=avx2"}), ("avx2", {}), ("", {})):
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+        assert _same_on_any_processor(tmp_path / "cpuinfo") == options
+    assert _same_on_any_processor(tmp_path / "none") == {}
 
 
 def test_wrong_frames_and_sizes_are_refused(tmp_path: Path) -> None:
