@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _demo_optimiser import Optimiser
 from _demo_stock import Batch, Stock
 from _demo_transformer import SHIFT, Ready, distinct, flow_of
 from _demo_vae import (
@@ -140,9 +141,6 @@ class Layers(nn.Module):
             for part in PARTS
         }
 
-    def trained(self) -> list[nn.Parameter]:
-        return [getattr(layer, part) for layer in self.layers for part in PARTS]
-
 
 def distill(folder: Path, pipe: Any, texts: list[torch.Tensor], minutes: float, rank: int = 0, world: int = 1) -> None:
     """For `minutes`, of which two fifths at most go to the teacher's videos. Goes on from `lora.pt` if it is there."""
@@ -158,8 +156,7 @@ def distill(folder: Path, pipe: Any, texts: list[torch.Tensor], minutes: float, 
         pairs.add()
     model.motion_encoder = Ready()
     layers = Layers(attach(model)).to(device)
-    trained, tensors = layers.trained(), layers.tensors()
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.97), weight_decay=0.0)
+    tensors, optimiser = layers.tensors(), Optimiser(layers.parameters(), weight_decay=0.0)
     average, step = {key: value.clone() for key, value in tensors.items()}, 0
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -169,14 +166,13 @@ def distill(folder: Path, pipe: Any, texts: list[torch.Tensor], minutes: float, 
         average, step = saved["average"], saved["step"]
     recent: list[float] = []
     while (spent := common_clock(begun, world)) < 60 * minutes:
-        for group in optimiser.param_groups:
-            group["lr"] = float(1e-3 * min(1, (step + 1) / 30) * max(0.05, 1 - spent / (60 * minutes)))
+        rate = float(1e-3 * min(1, (step + 1) / 30) * max(0.05, 1 - spent / (60 * minutes)))
         loss = pairs.loss()
         optimiser.zero_grad()
         loss.backward()
-        average_gradients(trained, world)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        average_gradients(optimiser.parameters, world)
+        nn.utils.clip_grad_norm_(optimiser.parameters, 1.0)
+        optimiser.step(rate)
         step += 1
         update_average(average, tensors, min(0.99, step / (step + 10)))
         recent.append(float(loss.detach()))

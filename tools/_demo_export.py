@@ -22,7 +22,7 @@ def export(folder: Path, target: Path) -> None:
     """Write the averaged weights of `folder`'s checkpoints into `target`; what was there of them goes."""
     from safetensors.torch import save_file
 
-    pipe = make_pipeline(load_vae(folder / "vae.pt"))
+    pipe = make_pipeline(load_vae(folder))
     saved = torch.load(folder / "transformer.pt", map_location="cpu", weights_only=True)
     pipe.transformer.load_state_dict(saved["average"])
     for name in ("vae", "transformer", "text_encoder", "image_encoder"):

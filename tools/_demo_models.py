@@ -41,14 +41,16 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 PROMPTS = (DEFAULT_PROMPT, "a person is dancing", "", "the character of the video moves. studio light.")
 
 
-def load_vae(path: Path, averaged: bool = True) -> Any:
-    """The trained autoencoder of a checkpoint, frozen."""
+def load_vae(folder: Path) -> Any:
+    """The trained autoencoder of a training's folder, frozen; with the later decoder where there is one."""
     from _demo_vae import new_vae
 
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    config = {k: saved[k] for k in ("latents_mean", "latents_std") if k in saved}
-    vae = new_vae(**config)
-    vae.load_state_dict(saved["average" if averaged else "model"])
+    saved = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
+    vae = new_vae(latents_mean=saved["latents_mean"], latents_std=saved["latents_std"])
+    later = folder / "decoder.pt"
+    if later.exists():
+        saved = torch.load(later, map_location="cpu", weights_only=True)
+    vae.load_state_dict(saved["average"])
     return vae.eval().requires_grad_(False)
 
 

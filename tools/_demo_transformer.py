@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _demo_optimiser import Optimiser
 from _demo_stock import Batch, Stock
 from _demo_vae import (
     average_gradients,
@@ -41,6 +42,7 @@ from runner.generation.transformer import (
 __all__ = ["Ready", "flow_of", "train_transformer"]
 
 SHIFT = 5.0
+RATE = 1.5e-3  # peak of AdamW's learning rate
 FIRST_STOCK = 60  # short examples that a worker starts with; more come while it learns, and long ones
 SHORT = (
     0.45  # of the time is spent on the first five frames: what is to be learned is in them, at a quarter of the cost
@@ -130,8 +132,7 @@ def train_transformer(
     model, path = pipe.transformer, folder / "transformer.pt"
     for parameter in model.motion_encoder.parameters():
         parameter.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.97), weight_decay=0.01)
+    optimiser = Optimiser(model.parameters(), weight_decay=0.01)
     average, step, spent = resume(path, model, optimiser)
     rng = np.random.default_rng([rank, step, 11])
     torch.manual_seed(100_000 * rank + step)
@@ -144,9 +145,7 @@ def train_transformer(
     begun, last_saved, recent = time.monotonic() - spent, time.monotonic(), []
     while (spent := common_clock(begun, world)) < 60 * minutes:
         progress = spent / (60 * minutes)
-        rate = float(1.5e-3 * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress))))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        rate = float(RATE * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress))))
         if step % 2 == 0 and progress < SHORT:
             short.add()
         if step % 4 == 0:
@@ -157,9 +156,9 @@ def train_transformer(
         loss, clean = _losses(model, batch, *prompts[step % len(prompts)])
         optimiser.zero_grad()
         loss.backward()
-        average_gradients(trained, world)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        average_gradients(optimiser.parameters, world)
+        torch.nn.utils.clip_grad_norm_(optimiser.parameters, 1.0)
+        optimiser.step(rate)
         step += 1
         update_average(average, model.state_dict(), min(0.998, step / (step + 10)))
         recent.append([float(loss.detach()), clean])

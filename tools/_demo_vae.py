@@ -1,17 +1,20 @@
 """The demo's autoencoder, trained: a tiny AutoencoderKLWan on drawn dancers, skeletons and scenes.
 
-In:   a folder for checkpoints, minutes. Out: `vae.pt` in it (weights, their average, the optimiser: resumable).
+In:   a folder for checkpoints, minutes. Out: `vae.pt` in it (weights, their average, the optimiser: resumable), and
+`decoder.pt`, whose decoder learned on while the encoder stood still.
 Single frames first, which lead out of the plateau cheaply, then clips.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _demo_optimiser import Optimiser
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 
@@ -30,12 +33,17 @@ __all__ = [
     "pick_device",
     "resume",
     "save_training",
+    "train_decoder",
     "train_vae",
     "update_average",
 ]
 
-WIDTH, HEIGHT, FRAMES, CROP = 96, 144, 9, 48
-STOCK = 200  # clips that each worker cuts from, before they are renewed
+WIDTH, HEIGHT, FRAMES, CROP = 96, 144, 17, 48
+STOCK = 150  # clips that each worker cuts from, before they are renewed
+FRAME_SHARE = 0.12  # of the time goes to single frames
+FRAME_RATE, CLIP_RATE = 2e-3, 1.5e-3  # peaks of AdamW's learning rate
+CLIPS = {5: 4, 9: 2, 17: 1}  # frames of a clip: clips of a batch
+SLIP = 0.1  # of a channel's deviation: noise on the latents that the decoder alone learns from, as the transformer errs
 VAE_CONFIG: dict[str, Any] = {
     "base_dim": 16,
     "decoder_base_dim": 24,
@@ -169,55 +177,93 @@ def update_average(average: dict[str, torch.Tensor], state: dict[str, torch.Tens
         average[key].lerp_(value, 1 - decay)
 
 
-def train_vae(
-    folder: Path, minutes: float, frame_minutes: float, rank: int = 0, world: int = 1, clips: int = 40
-) -> None:
+def train_vae(folder: Path, minutes: float, rank: int = 0, world: int = 1, clips: int = 40) -> None:
     """Until `minutes` have passed in all, over every resumption; the learning rate falls to its end by then."""
-    device = pick_device()
-    fast_convolutions()
-    torch.manual_seed(0)
-    vae, path = new_vae().to(device), folder / "vae.pt"
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    average, step, spent = resume(path, vae, optimiser)
-    stock = _Stock(np.random.default_rng([rank, step, 7]), STOCK)
-    begun, last_saved, recent = time.monotonic() - spent, time.monotonic(), []
-    while (spent := common_clock(begun, world)) < 60 * minutes:
-        frames_only = spent < 60 * frame_minutes
-        peak = 2e-3 if frames_only else 1.5e-3
-        rate = float(
-            peak * min(1, (step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + np.cos(np.pi * spent / (60 * minutes))))
-        )
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        x = stock.batch(8, 1, CROP) if frames_only else stock.batch(2, FRAMES, CROP)
-        x = x.to(device)
-        if step % 4 == 0:
-            stock.renew()
-        vae.clear_cache()
+    torch.manual_seed(1000 * rank)
+    vae, path = new_vae(), folder / "vae.pt"
+
+    def losses(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = vae.encode(x).latent_dist
         difference = decode_unclamped(vae, posterior.sample()) - x
         squared = difference.square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = difference.abs().mean() + squared + 1e-4 * kl
+        return difference.abs().mean() + squared + 1e-4 * kl, squared
+
+    _train("vae", vae, path, losses, minutes, FRAME_SHARE, rank, world)
+    if rank == 0:
+        measure_latents(path, clips)
+
+
+def train_decoder(folder: Path, minutes: float, rank: int = 0, world: int = 1) -> None:
+    """The decoder of `vae.pt` learns on, until `minutes` have passed in all; latents stay what they are."""
+    torch.manual_seed(1000 * rank + 1)
+    saved = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
+    vae, path = new_vae(), folder / "decoder.pt"
+    vae.load_state_dict(saved["average"])
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    deviation = torch.tensor(saved["latents_std"]).view(1, -1, 1, 1, 1)
+
+    def losses(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        slip = SLIP * torch.rand(len(x), 1, 1, 1, 1) * deviation
+        latents = latents + slip.to(latents) * torch.randn_like(latents)
+        difference = decode_unclamped(vae, latents) - x
+        squared = difference.square().mean()
+        return difference.abs().mean() + squared, squared
+
+    _train("decoder", vae, path, losses, minutes, 0.0, rank, world)
+
+
+def _train(
+    name: str,
+    vae: Any,
+    path: Path,
+    losses: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    minutes: float,
+    frame_share: float,
+    rank: int,
+    world: int,
+) -> None:
+    """Minimise the first of `losses` (the second is the mean squared error) of batches cut from clips."""
+    device = pick_device()
+    fast_convolutions()
+    vae.to(device)
+    optimiser = Optimiser(vae.parameters())
+    average, step, spent = resume(path, vae, optimiser)
+    if world > 1:
+        for p in vae.parameters():
+            torch.distributed.broadcast(p.data, 0)
+    stock, shared = _Stock(np.random.default_rng([rank, step, 7]), STOCK), np.random.default_rng(step)
+    begun, last_saved, recent = time.monotonic() - spent, time.monotonic(), []
+    while (spent := common_clock(begun, world)) < 60 * minutes:
+        done = spent / (60 * minutes)
+        frames_only = done < frame_share
+        fall = 0.03 + 0.97 * 0.5 * (1 + np.cos(np.pi * done))
+        rate = float((FRAME_RATE if frames_only else CLIP_RATE) * min(1, (step + 1) / 100) * fall)
+        frames = 1 if frames_only else int(shared.choice(list(CLIPS)))  # the same on every worker
+        x = stock.batch(CLIPS.get(frames, 8), frames, CROP).to(device)
+        if step % 4 == 0:
+            stock.renew()
+        vae.clear_cache()
+        loss, squared = losses(x)
         optimiser.zero_grad()
         loss.backward()
-        average_gradients(list(vae.parameters()), world)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        average_gradients(optimiser.parameters, world)
+        torch.nn.utils.clip_grad_norm_(optimiser.parameters, 1.0)
+        optimiser.step(rate)
         step += 1
         update_average(average, vae.state_dict(), min(0.998, step / (step + 10)))
         recent.append(float(squared.detach()))
         if step % 100 == 0 and rank == 0:
             decibel = 10 * np.log10(4 / np.mean(recent[-100:]))
-            print(
-                f"vae step {step} {spent:.0f}s psnr {decibel:.2f} kl {float(kl.detach()):.2f} lr {rate:.5f}", flush=True
-            )
+            print(f"{name} step {step} {spent:.0f}s psnr {decibel:.2f} rate {rate:.5f}", flush=True)
         if rank == 0 and time.monotonic() - last_saved > 120:
             save_training(path, vae.state_dict(), optimiser, average, step, spent)
             last_saved = time.monotonic()
     if rank == 0:
         save_training(path, vae.state_dict(), optimiser, average, step, spent)
-        measure_latents(path, clips)
 
 
 @torch.no_grad()

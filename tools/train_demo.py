@@ -1,6 +1,7 @@
 """Train the demo's model: python tools/train_demo.py STAGE --out FOLDER [--minutes M] [--workers N]
 
     vae          the autoencoder, on drawn dancers, skeletons and scenes: frames first, then clips
+    decoder      its decoder alone goes on, while the transformer learns from its latents
     transformer  flow matching on the autoencoder's latents, by the official shifted noise levels
     distill      a LoRA that gives few steps the quality of many
     export       all of it in bfloat16, in the store's layout: runner/demo/weights
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
-MINUTES = {"vae": 42.0, "transformer": 45.0, "distill": 10.0}
+MINUTES = {"vae": 24.0, "decoder": 24.0, "transformer": 52.0, "distill": 9.0}
 
 
 def work(rank: int, stage: str, folder: Path, minutes: float, workers: int, port: int) -> None:
@@ -30,14 +31,14 @@ def work(rank: int, stage: str, folder: Path, minutes: float, workers: int, port
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers
         )
-    if stage == "vae":
-        from _demo_vae import train_vae
+    if stage in ("vae", "decoder"):
+        from _demo_vae import train_decoder, train_vae
 
-        train_vae(folder, minutes, 12 / 42 * minutes, rank, workers)
+        (train_vae if stage == "vae" else train_decoder)(folder, minutes, rank, workers)
         return
     from _demo_models import embed_prompts, load_vae, make_pipeline
 
-    pipe = make_pipeline(load_vae(folder / "vae.pt"))
+    pipe = make_pipeline(load_vae(folder))
     texts = embed_prompts(pipe)
     if stage == "transformer":
         from _demo_transformer import train_transformer

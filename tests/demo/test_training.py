@@ -164,15 +164,50 @@ def test_the_autoencoder_trains_and_resumes(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(_demo_vae, "fast_convolutions", lambda: None)
     monkeypatch.setattr(_demo_vae, "STOCK", 3)
     monkeypatch.setattr(_demo_vae, "CROP", 16)
+    monkeypatch.setattr(_demo_vae, "CLIPS", {5: 1})
     threads = torch.get_num_threads()
     try:
-        _demo_vae.train_vae(tmp_path, minutes=1 / 60, frame_minutes=0.5 / 60, clips=1)
+        _demo_vae.train_vae(tmp_path, minutes=1 / 60, clips=1)
         first = torch.load(tmp_path / "vae.pt", weights_only=True)
         assert first["step"] >= 1
         assert len(first["latents_std"]) == 16 and min(first["latents_std"]) > 0
-        _demo_vae.train_vae(tmp_path, minutes=2 / 60, frame_minutes=0.5 / 60, clips=1)
+        _demo_vae.train_vae(tmp_path, minutes=2 / 60, clips=1)
+        _demo_vae.train_decoder(tmp_path, minutes=0.5 / 60)
     finally:
         torch.set_num_threads(threads)
     second = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert second["step"] > first["step"]
     assert any(not torch.equal(first["model"][k], second["model"][k]) for k in first["model"])
+    later = torch.load(tmp_path / "decoder.pt", weights_only=True)
+    moved = {k.split(".")[0] for k, kept in second["average"].items() if not torch.equal(later["model"][k], kept)}
+    assert moved == {"decoder", "post_quant_conv"}  # latents stay what the transformer learned them to be
+
+
+def test_the_optimiser_moves_kernels_in_place_and_resumes() -> None:
+    """Muon's matrices share the kernels' memory; a step after resuming is the step that would have come."""
+    import copy
+
+    from _demo_optimiser import Optimiser
+
+    def make():
+        torch.manual_seed(3)
+        return torch.nn.Sequential(torch.nn.Conv3d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+
+    def step(model, optimiser) -> None:
+        optimiser.zero_grad()
+        model(torch.arange(432.0).view(2, 8, 3, 3, 3) / 432).square().mean().backward()
+        optimiser.step(1e-3)
+
+    model = make()
+    optimiser, before = Optimiser(model.parameters()), [p.detach().clone() for p in model.parameters()]
+    assert [tuple(m.shape) for m in optimiser.matrices] == [(8, 216)]
+    step(model, optimiser)
+    assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True))
+    again = make()
+    again.load_state_dict(model.state_dict())
+    resumed = Optimiser(again.parameters())
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))  # torch's own would share the momentum
+    step(model, optimiser)
+    step(again, resumed)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
