@@ -82,7 +82,7 @@ def test_it_transfers_motion(store: Path) -> None:
     torch.set_num_threads(threads)
     floor = compare(np.repeat(made.reference[None], len(clip), axis=0), made)
     ours = compare(clip, made)
-    assert ours["psnr_inside"] > floor["psnr_inside"] + 1.5
+    assert ours["psnr_inside"] > floor["psnr_inside"] + 5
     assert ours["psnr"] > floor["psnr"]
     seen = picture.part_colours(clip, made.take.joints())
     others = [picture.colour_distance(seen, picture.dancer_colours(held_out(k, 32).dancer)) for k in range(10, 30)]
