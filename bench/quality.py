@@ -233,9 +233,9 @@ def verdicts(rows: dict[str, dict[str, float]], steps: Iterable[int]) -> dict[st
             said["lora"]["recovered"] = (lora[measure_of] - plain[measure_of]) / gap
             break
     four_bits = {m: next(row for name, row in rows.items() if name.startswith(f"fp4 {m} ")) for m in FOUR_BITS}
-    order = [four_bits[m]["psnr_own"] for m in FOUR_BITS]
-    said["fp4_own_db"] = order
-    said["fp4_in_order"] = order == sorted(order)
+    for measure_of in ("psnr_own", "psnr_own_inside"):
+        found = [four_bits[m][measure_of] for m in FOUR_BITS]
+        said[f"fp4_{measure_of}"] = {"db": found, "in_order": found == sorted(found)}
     return said
 
 

@@ -195,5 +195,6 @@ def test_quality(tmp_path):
     floor = rows["copy the reference"]["psnr_inside"]
     for steps, above in said["above_floor_db"].items():
         assert above == pytest.approx(rows[f"bf16 {steps} official"]["psnr_inside"] - floor)
-    assert said["fp4_own_db"] == [rows[f"fp4 {method} 2"]["psnr_own"] for method in ("absmax", "mse", "nvfp4")]
+    for column in ("psnr_own", "psnr_own_inside"):
+        assert said[f"fp4_{column}"]["db"] == [rows[f"fp4 {method} 2"][column] for method in ("absmax", "mse", "nvfp4")]
     assert found["identity"]["own"]["mean"] < found["identity"]["wrong reference"]["mean"]
