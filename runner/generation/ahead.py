@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from runner.generation.base import SegmentPlan
-from runner.generation.windows import ConditionSource, ConditionWindow, span_of
+from runner.generation.segments import span_of
+
+if TYPE_CHECKING:
+    from runner.generation.windows import ConditionSource, ConditionWindow
 
 __all__ = ["DrawnAhead", "spans_of"]
 

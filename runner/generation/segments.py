@@ -12,7 +12,7 @@ import numpy as np
 
 from runner.errors import ConfigInvalid, InputTooShort
 
-__all__ = ["fit_segments", "output_span", "reflect_indices", "shortest_window"]
+__all__ = ["fit_segments", "output_span", "reflect_indices", "shortest_window", "span_of"]
 
 PACKED_FRAMES = 4  # frames a latent frame holds, but for the first
 MIN_FRAMES = 2  # reflection needs a second frame to turn back to
@@ -68,3 +68,9 @@ def output_span(index: int, segment_frames: int, overlap: int, frames: int) -> t
 def round_up(frames: int) -> int:
     """The least 4k+1 that is not below `frames`."""
     return frames + (1 - frames) % PACKED_FRAMES
+
+
+def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
+    """The source's frames that a window of start..stop-1 is made of: the first, and one beyond the last."""
+    indices = reflect_indices(start, stop, frames)
+    return int(indices.min()), int(indices.max()) + 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runner.generation.segments import reflect_indices
+from runner.generation.segments import reflect_indices, span_of
 
 __all__ = [
     "ConditionSource",
@@ -23,7 +23,6 @@ __all__ = [
     "digest_frames",
     "digest_image",
     "padded_window",
-    "span_of",
     "to_pixels",
     "to_uint8",
     "to_unit",
@@ -73,12 +72,6 @@ class PaddedWindow:
     face: np.ndarray
     background: np.ndarray | None
     mask: np.ndarray | None
-
-
-def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
-    """The source's frames that a window of start..stop-1 is made of: the first, and one beyond the last."""
-    indices = reflect_indices(start, stop, frames)
-    return int(indices.min()), int(indices.max()) + 1
 
 
 def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> PaddedWindow:
