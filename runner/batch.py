@@ -40,6 +40,7 @@ __all__ = ["Batch", "Engine", "Progress"]
 FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
 TRIES_IN_ONE_RUN = 3
 RETRY_DELAY_S = 2.0  # doubled at each further attempt
+STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Batch:
             self._frames.close()
             deliver.join()
             prefetch.join(timeout=None if not self._stop.draining else 1.0)
+            if self._stop.draining:
+                watch.join(timeout=STORE_WAIT_S)  # it removes the marks of jobs that waited for another try
         if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
             self._unmark()
         elif self._generator is not None:
@@ -193,7 +196,9 @@ class Batch:
             self._marked = task
 
     def _unmark(self) -> None:
-        if self._marking.acquire(timeout=5.0):  # else the store hangs, and whether a mark gets there nobody can say
+        if self._marking.acquire(
+            timeout=STORE_WAIT_S
+        ):  # else the store hangs, and whether a mark gets there nobody can say
             if self._marked is not None:
                 self._abandon(self._marked.job)
             self._marking.release()
@@ -312,7 +317,8 @@ class Batch:
             )
             again = Decision("run", f"retry after {error.code}", attempt + 1, task.decision.previous)
             self._close(task)
-            self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay)
+            if not self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay):
+                self._abandon(job)  # the run is ending, and nothing else would remove the mark
             return
         self._stop_for(error)
         found = ErrorRecord.of(error, stage)

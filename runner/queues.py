@@ -102,12 +102,18 @@ class WorkList(Generic[T]):
             self._taken -= 1
             self._changed.notify_all()
 
-    def put_back(self, item: T, delay_s: float = 0.0, rank: int = 0) -> None:
-        """One taken item shall be tried again, after the others, not before `delay_s`, lower ranks first."""
+    def put_back(self, item: T, delay_s: float = 0.0, rank: int = 0) -> bool:
+        """One taken item shall be tried again, after the others, not before `delay_s`, lower ranks first.
+
+        False if the list is closed: it keeps nothing then, and the caller deals with the item as with those that
+        `close` returned. Either way the item is no longer taken.
+        """
         with self._changed:
             self._taken -= 1
-            self._later.append((rank, self._clock() + delay_s, item))
+            if not self._closed:
+                self._later.append((rank, self._clock() + delay_s, item))
             self._changed.notify_all()
+            return not self._closed
 
     def wait_taken(self, at_most: int) -> None:
         """Wait until no more than `at_most` items are taken and not settled, or the list is closed."""

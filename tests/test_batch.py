@@ -25,6 +25,7 @@ from runner.manifest import Job
 from runner.metrics import MemorySampler
 from runner.options import JobOptions
 from runner.progress import SilentProgress
+from runner.queues import WorkList
 from runner.record import AttemptMark, schemas
 from runner.status import read_status
 from runner.stop import Stop
@@ -414,6 +415,39 @@ def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monk
 
     threading.Thread(target=signal).start()
     assert gone_within(bench, 15, bench.job("a", "flaky")) == []
+
+
+def test_a_signal_between_a_failure_and_its_retry_leaves_no_mark(bench, monkeypatch):
+    """Exactly there: the list of waiting jobs is closed before the failed one is put back."""
+    closed, close, emit = threading.Event(), WorkList.close, EventLog.emit
+
+    def closing(self):
+        left = close(self)
+        closed.set()
+        return left
+
+    def emitting(self, event, **fields):
+        emit(self, event, **fields)
+        if event == "job_retry":
+            bench.stop.request(SIGTERM)
+            assert closed.wait(10)
+
+    monkeypatch.setattr(WorkList, "close", closing)
+    monkeypatch.setattr(EventLog, "emit", emitting)
+    assert gone_within(bench, 15, bench.job("a", "flaky")) == []
+    assert bench.summary["counts"]["not_run"] == 1
+
+
+def test_a_stopped_run_ends_after_the_marks_of_waiting_jobs_are_removed(bench, monkeypatch):
+    """The thread that removes them is not the one that ends the run; a store may take its time."""
+    abandon = Ledger.abandon
+
+    def slowly(self, job_id):
+        time.sleep(0.5)
+        abandon(self, job_id)
+
+    monkeypatch.setattr(Ledger, "abandon", slowly)
+    test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch)
 
 
 def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, tmp_path):

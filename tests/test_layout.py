@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "runner"
 HEAVY = ("torch", "diffusers", "transformers")
-LONGEST = {"runner": 450, "tools": 450, "bench": 450, "tests": 500}  # lines of a file
+LONGEST = {"runner": 600, "tools": 600, "bench": 600, "tests": 600}  # lines of a file; cut at nouns, not at numbers
 
 # Imports run downwards, or sideways within a line. A new module finds its place here before its first import.
 LEVELS: tuple[tuple[str, ...], ...] = (

@@ -110,3 +110,12 @@ def test_put_back_items_come_after_all_others_by_rank():
     work.put_back(str(work.take()), rank=3)
     work.put_back(str(work.take()), rank=2)
     assert [work.take(), work.take(), work.take()] == ["c", "b", "a"]
+
+
+def test_put_back_on_a_closed_worklist_keeps_nothing_and_says_so():
+    work = WorkList([1, 2])
+    assert work.take() == 1
+    assert work.close() == [2]
+    assert not work.put_back(1)
+    work.wait_taken(0)  # returns at once
+    assert work.close() == []
