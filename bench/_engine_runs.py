@@ -18,15 +18,16 @@ from _engine_seed import dequantise_stepwise, seed_job, seed_pipeline
 from _engine_store import Scale
 from PIL import Image
 
-from runner.generation.device import make_probe
-from runner.generation.loading import find_encoders, load_transformer
-from runner.generation.pipeline import AnimatePipeline
-from runner.generation.plan import plan_job
-from runner.generation.recipes import Recipe
-from runner.generation.schedule import make_scheduler
-from runner.generation.store import ModelStore
-from runner.metrics import MemorySampler, ProcessMemory, StageTimer
-from runner.options import DEFAULT_PROMPT, JobOptions
+from runner.batch.memory_sampler import MemorySampler, ProcessMemory
+from runner.generation.runtime.device import make_probe
+from runner.generation.sampling import make_scheduler
+from runner.generation.segments import plan_job
+from runner.generation.wan_animate.loading import find_encoders, load_transformer
+from runner.generation.wan_animate.pipeline import AnimatePipeline
+from runner.spec.options import DEFAULT_PROMPT, JobOptions
+from runner.spec.recipes import Recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanAnimatePipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from runner.quantization.e2m1 import VALUES
-from runner.quantization.kernels import dequantize_fp4
+from runner.quantization.formats.e2m1 import VALUES
+from runner.quantization.kernels.dequantize import dequantize_fp4
 from runner.quantization.linear import FP4Linear
 
 

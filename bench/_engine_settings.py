@@ -16,18 +16,17 @@ from _engine_seed import dense, stepwise
 from _engine_store import Scale
 from _quantization import NOT_MEASURED
 
-from runner.generation.cost import Costs
-from runner.generation.device import free_bytes
-from runner.generation.footprint import weights_of
-from runner.generation.loading import load_of, load_pipeline
-from runner.generation.memory import choose_plan
-from runner.generation.recipes import Recipe
-from runner.generation.store import ModelStore
-from runner.generation.switches import Switches
-from runner.generation.tuning import tune
-from runner.generation.vae_speed import fuse_norms, with_channels_last
-from runner.metrics import MemorySampler
+from runner.batch.memory_sampler import MemorySampler
+from runner.forecast.bytes import weights_of
+from runner.forecast.flops import Costs
+from runner.generation.runtime.device import free_bytes
+from runner.generation.runtime.memory_plan import choose_plan
+from runner.generation.wan_animate.autoencoder import fuse_norms, with_channels_last
+from runner.generation.wan_animate.loading import load_of, load_pipeline, tune
+from runner.generation.wan_animate.transformer import Switches
 from runner.quantization.linear import release_workspace
+from runner.spec.recipes import Recipe
+from runner.weights.store import ModelStore
 
 ALL_OFF = Switches(step_invariants=False, memos=False, compile=False)
 COMPILING_S = 60.0  # allowed for, where blocks of a new kind are compiled

@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.generation.recipes import SOURCE_WEIGHTS, Recipe
-from runner.generation.schedule import make_scheduler
-from runner.generation.variant import TEXT_FILE, TRANSFORMER_FILE, quantized_folder
-from runner.quantization import awq
-from runner.quantization.checkpoint_read import (
+from runner.generation.sampling import make_scheduler
+from runner.quantization.files.checkpoint_read import (
     FORMAT_KEY,
     GROUP_KEY,
     LORAS_KEY,
@@ -28,10 +25,13 @@ from runner.quantization.checkpoint_read import (
     SOURCE_KEY,
     VERSION_KEY,
 )
-from runner.quantization.e2m1 import NVFP4, VALUES
+from runner.quantization.files.safetensors_stream import StreamWriter
+from runner.quantization.files.text_encoder import plan_text_encoder
+from runner.quantization.formats import awq
+from runner.quantization.formats.e2m1 import NVFP4, VALUES
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
-from runner.quantization.safetensors_stream import StreamWriter
-from runner.quantization.text_encoder import plan_text_encoder
+from runner.spec.recipes import SOURCE_WEIGHTS, Recipe
+from runner.weights.variant import TEXT_FILE, TRANSFORMER_FILE, quantized_folder
 
 ONE_IN_E4M3 = 0x38
 Specs = list[tuple[str, tuple[int, ...], torch.dtype]]

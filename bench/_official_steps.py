@@ -14,10 +14,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from runner.preprocess.face import official_box
-from runner.preprocess.keypoints import FACE, Pose
-from runner.preprocess.sizing import padding_resize
-from runner.preprocess.skeleton import draw_skeleton
+from runner.preprocess.body.face import official_box
+from runner.preprocess.body.keypoints import FACE, Pose
+from runner.preprocess.body.skeleton import draw_skeleton
+from runner.preprocess.pictures.sizing import padding_resize
 
 __all__ = ["Person", "choose_box", "crop_face", "decode", "detector_input", "draw", "pose_input"]
 

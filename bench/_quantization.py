@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from runner.quantization.e2m1 import VALUES, Format
+from runner.quantization.formats.e2m1 import VALUES, Format
 
 NOT_MEASURED = "not measured"
 Rows = list[dict[str, object]]

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runner.quantization.checkpoint import quantize_store
-from runner.quantization.e2m1 import FORMATS
-from tests.quantization.stores import WIDE, write_store
+from runner.quantization.files.checkpoint_write import quantize_store
+from runner.quantization.formats.e2m1 import FORMATS
+from tests.quantization.random_stores import WIDE, write_store
 
 SOURCE_GB = 69.1  # the published transformer in float32
 GB_A_BLOCK = 0.0805  # of the configuration below

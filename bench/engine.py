@@ -27,15 +27,22 @@ from _engine_settings import ALL_OFF, Bench, Engine, all_on, attempt, free, in_g
 from _engine_store import FULL, SMALL, write_store
 from _quantization import NOT_MEASURED, Rows, finish, show
 
-from runner.generation.compute import advised, capability_of
-from runner.generation.cost import PRODUCTION
-from runner.generation.device import grow_segments
-from runner.generation.loading import load_of, load_pipeline
-from runner.generation.memory import CONTEXT_BYTES, MODES, MemoryPlan, choose_plan, forecast_memory, make_plan
-from runner.generation.recipes import Recipe, get_recipe
-from runner.generation.speed import DEVICES, Build, forecast_seconds
-from runner.generation.store import ModelStore
-from runner.metrics import MemorySampler
+from runner.batch.memory_sampler import MemorySampler
+from runner.forecast.flops import PRODUCTION
+from runner.forecast.seconds import DEVICES, Build, forecast_seconds
+from runner.generation.runtime.compute import advised, capability_of
+from runner.generation.runtime.device import grow_segments
+from runner.generation.runtime.memory_plan import (
+    CONTEXT_BYTES,
+    MODES,
+    MemoryPlan,
+    choose_plan,
+    forecast_memory,
+    make_plan,
+)
+from runner.generation.wan_animate.loading import load_of, load_pipeline
+from runner.spec.recipes import Recipe, get_recipe
+from runner.weights.store import ModelStore
 
 STEPS = 6  # of a whole job
 CARDS_GB = (24, 16, 12, 8)

@@ -76,9 +76,9 @@ class Ours:
     def __init__(self, store: Path, shape: Shape) -> None:
         import torch
 
-        from runner.generation.loading import load_pipeline
-        from runner.generation.recipes import get_recipe
-        from runner.generation.store import ModelStore
+        from runner.generation.wan_animate.loading import load_pipeline
+        from runner.spec.recipes import get_recipe
+        from runner.weights.store import ModelStore
 
         torch.set_num_threads(1)
         self.recipe, self.shape = get_recipe(f"fp32+euler+diffusers-grid+steps{STEPS}"), shape
@@ -86,10 +86,10 @@ class Ours:
         self.lookups: Counter[str] = Counter()
 
     def render(self, source: Source, prompt: str, seed: int) -> np.ndarray:
-        from runner.generation.plan import plan_job
-        from runner.generation.schedule import make_scheduler
-        from runner.metrics import StageTimer
-        from runner.options import JobOptions
+        from runner.generation.sampling import make_scheduler
+        from runner.generation.segments import plan_job
+        from runner.spec.options import JobOptions
+        from runner.timing import StageTimer
 
         options = JobOptions(seed=seed, max_segment_frames=max(5, self.shape.frames))
         plan = plan_job(self.shape.frames, (self.shape.width, self.shape.height), options, self.recipe)
@@ -121,11 +121,12 @@ def bench(jobs: int, processes: int, checked: int, shape: Shape, *, whole_proces
 
     `whole_process`: this process was begun for the bench, so that its first job pays for the imports.
     """
-    from runner.options import DEFAULT_PROMPT
+    from runner.spec.options import DEFAULT_PROMPT
 
     begin = 0.0 if whole_process else time.process_time()
     with tempfile.TemporaryDirectory(prefix="video-lab-bench-") as folder:
-        import runner.generation.pipeline  # noqa: F401  before the clock that leaves out what the models take to make
+        # Before the clock that leaves out what the models take to make.
+        import runner.generation.wan_animate.pipeline  # noqa: F401
         from runner.demo.tiny_model import build_tiny_store
 
         building = time.process_time()

@@ -2,7 +2,7 @@
 
     python bench/quality.py [--clips N | --quick] [--models DIR] [--workers N] [--json PATH]
 
-Every clip is a dancer of random looks and a dance (runner/demo/world.py), 96x144, 21 frames, rendered by the product's
+Every clip is a dancer of random looks and a dance (tools/demo_world.py), 96x144, 21 frames, rendered by the product's
 own pipeline. PSNR and SSIM are over the whole frame and inside the union of the true silhouettes over the clip; `edges`
 is the gradient there, 1 being the truth's; `colour` is the distance (CIE76) between the colours of the dancer's parts
 and what is seen where they belong. The weights are the shipped ones, which are bfloat16; they are computed in float32.
@@ -23,12 +23,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is a thread: torch's own wait for one another
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "tools"), str(ROOT)]
 
 import _picture as picture  # noqa: E402
 import numpy as np  # noqa: E402
-
-from runner.demo.world import Example, example  # noqa: E402
+from demo_world import Example, example  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES = 96, 144, 21
 SEED = 9_000_000  # training draws from other seeds
@@ -89,9 +88,9 @@ class Renderer:
     def __init__(self, models: Path, lora: Path, wanted: Iterable[str]) -> None:
         import torch
 
-        from runner.generation.loading import load_pipeline
-        from runner.generation.recipes import get_recipe
-        from runner.generation.store import ModelStore
+        from runner.generation.wan_animate.loading import load_pipeline
+        from runner.spec.recipes import get_recipe
+        from runner.weights.store import ModelStore
 
         torch.set_num_threads(1)
         self.pipeline, _ = load_pipeline(ModelStore(models), get_recipe("fp32"), torch.device("cpu"))
@@ -103,9 +102,9 @@ class Renderer:
         """A copy of the transformer with the LoRA merged, and its linears through four bits and back."""
         import torch
 
-        from runner.quantization.e2m1 import G32, NVFP4, dequantize
-        from runner.quantization.lora import attach, read_lora
-        from runner.quantization.scales import quantize
+        from runner.quantization.formats.e2m1 import G32, NVFP4, dequantize
+        from runner.quantization.formats.scales import quantize
+        from runner.quantization.lora.apply import attach, read_lora
 
         model = copy.deepcopy(plain)
         weights, _, with_lora = name.partition("+")
@@ -121,10 +120,10 @@ class Renderer:
 
     def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
-        from runner.generation.base import SegmentPlan
-        from runner.generation.schedule import make_scheduler
-        from runner.metrics import StageTimer
-        from runner.options import DEFAULT_PROMPT, JobOptions
+        from runner.generation.protocol import SegmentPlan
+        from runner.generation.sampling import make_scheduler
+        from runner.spec.options import DEFAULT_PROMPT, JobOptions
+        from runner.timing import StageTimer
 
         self.pipeline.transformer = self.variants[trial.weights]
         segments = -(-(trial.frames - 1) // (trial.window - 1))

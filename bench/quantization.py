@@ -29,9 +29,9 @@ from _quantization import (
 )
 from torch import Tensor
 
-from runner.quantization.e2m1 import FORMATS, G32, Format, dequantize
-from runner.quantization.kernels import KERNELS, pick_kernel
-from runner.quantization.scales import Method, quantize
+from runner.quantization.formats.e2m1 import FORMATS, G32, Format, dequantize
+from runner.quantization.formats.scales import Method, quantize
+from runner.quantization.kernels.dequantize import KERNELS, pick_kernel
 
 MODEL_WEIGHTS = 17.2327e9  # in the 521 linears of Wan2.2-Animate-14B
 METHODS: tuple[Method, ...] = ("absmax", "mse", "activation")

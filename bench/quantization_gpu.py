@@ -27,10 +27,10 @@ from _quantization import (
 )
 from torch import Tensor
 
-from runner.quantization.e2m1 import FORMATS, G32, Format, dequantize
-from runner.quantization.kernels import KERNELS, pick_kernel
+from runner.quantization.formats.e2m1 import FORMATS, G32, Format, dequantize
+from runner.quantization.formats.scales import quantize
+from runner.quantization.kernels.dequantize import KERNELS, pick_kernel
 from runner.quantization.linear import FP4Linear
-from runner.quantization.scales import quantize
 
 DEVICE = "cuda"
 SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))  # [out, in] of the 14B model's large linears

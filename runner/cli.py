@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. Without `argv` the process is ours, and ends here if it cannot end by itself."""
     code = _call(argv)
     if argv is None:
-        from runner.stop import leave
+        from runner.batch.stop import leave
 
         leave(code)
     return code
@@ -39,7 +39,7 @@ def _call(argv: Sequence[str] | None) -> int:
     # tiny demo model took ten times the CPU time. Read when torch is first imported, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parser().parse_args(argv)
-    from runner.events import configure_logging
+    from runner.records.events import configure_logging
 
     configure_logging(arguments.log_format, verbose=arguments.verbose)
     try:
@@ -231,15 +231,15 @@ def _count(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from runner.session import run_manifest
+    from runner.verbs.run import run_manifest
 
     return run_manifest(arguments)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from runner.inputs import check_inputs
-    from runner.manifest import load_manifest
-    from runner.report import print_problems
+    from runner.spec.manifest import load_manifest
+    from runner.verbs.tables import print_problems
+    from runner.verbs.validate import check_inputs
 
     manifest = load_manifest(arguments.manifest)
     problems = [] if arguments.no_inputs else check_inputs(manifest.jobs, deep=arguments.deep)
@@ -248,9 +248,9 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from runner.forecast import forecast_jobs
-    from runner.report import print_plan
-    from runner.session import choose_jobs
+    from runner.verbs.plan import forecast_jobs
+    from runner.verbs.run import choose_jobs
+    from runner.verbs.tables import print_plan
 
     manifest, jobs, _, _ = choose_jobs(arguments)
     rows, gpu = forecast_jobs(jobs, arguments, manifest)
@@ -259,9 +259,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from runner.report import print_status
-    from runner.status import read_status
     from runner.storage import open_storage
+    from runner.verbs.status import read_status
+    from runner.verbs.tables import print_status
 
     rows = read_status(open_storage(arguments.out))
     print_status(arguments.out, rows, as_json=arguments.json)
@@ -269,8 +269,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from runner.doctor import run_checks
-    from runner.report import print_checks
+    from runner.verbs.doctor import run_checks
+    from runner.verbs.tables import print_checks
 
     checks = run_checks(arguments.models, arguments.out, arguments.cache, arguments.device, recipe=arguments.recipe)
     print_checks(checks)
@@ -278,21 +278,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _preprocess(arguments: argparse.Namespace) -> int:
-    from runner.session import preprocess_one
+    from runner.verbs.preprocess import preprocess_one
 
     return preprocess_one(arguments)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from runner.quantize import quantize_models
+    from runner.verbs.quantize import quantize_models
 
     return quantize_models(arguments)
 
 
 def _weights(arguments: argparse.Namespace) -> int:
-    from runner.weights import verbs
+    from runner.verbs import weights
 
-    return {"fetch": verbs.fetch, "verify": verbs.verify, "demo": _weights_demo}[arguments.what](arguments)
+    return {"fetch": weights.fetch, "verify": weights.verify, "demo": _weights_demo}[arguments.what](arguments)
 
 
 def _weights_demo(arguments: argparse.Namespace) -> int:

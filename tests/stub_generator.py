@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from runner.errors import InputUnreadable, StorageUnavailable
-from runner.generation.base import OnStep, Request, Segment, SegmentPlan
-from runner.metrics import StageTimer
-from runner.options import JobOptions
+from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
+from runner.spec.options import JobOptions
+from runner.timing import StageTimer
 
 WIDTH, HEIGHT = 64, 48
 

@@ -31,8 +31,8 @@ def run_bench(name: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any
     return json.loads(target.read_text()), done.stdout
 
 
-def test_int8(tmp_path):
-    found, printed = run_bench("int8", tmp_path, "--blocks", "1", "--crops", "2")
+def test_pose_int8(tmp_path):
+    found, printed = run_bench("pose_int8", tmp_path, "--blocks", "1", "--crops", "2")
     products = found["products"]
     assert products["faster"] == pytest.approx(products["fp32_ms"] / products["int8_ms"], abs=0.01)
     assert 3.5 < products["fp32_bytes"] / products["int8_bytes"] < 4.1  # a byte in place of four
@@ -63,8 +63,8 @@ def test_jobs(tmp_path, monkeypatch, capsys):
     assert found["ratio"] is None and "not measured" in printed  # the process a job is left to the whole run
 
 
-def test_preprocess(tmp_path):
-    found, printed = run_bench("preprocess", tmp_path, "--frames", "6")
+def test_preprocessing(tmp_path):
+    found, printed = run_bench("preprocessing", tmp_path, "--frames", "6")
     assert found["frames"] == 6
     ours, official = found["ours"], found["official"]
     assert ours["stages_ms"].keys() == official["stages_ms"].keys()
@@ -125,8 +125,8 @@ def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     import torch
 
     engine, settings = (importlib.import_module(name) for name in ("engine", "_engine_settings"))
-    from runner.generation import compiled
-    from runner.metrics import MemorySampler
+    from runner.batch.memory_sampler import MemorySampler
+    from runner.generation.wan_animate import compiled
 
     capped: list[float] = []
     monkeypatch.setattr(settings.Bench, "cuda", property(lambda _: True))

@@ -26,7 +26,7 @@ from _demo_vae import (
 )
 from torch import nn
 
-from runner.generation.schedule import official_sigmas
+from runner.generation.sampling import official_sigmas
 
 __all__ = ["LORA_NAMES", "RANK", "attach", "distill", "published_tensors"]
 

@@ -13,7 +13,7 @@ from _demo_distill import RANK, published_tensors
 from _demo_models import load_vae, make_pipeline
 
 from runner.demo.tiny_model import FOLDER
-from runner.generation.variant import DISTILL_FOLDER
+from runner.weights.variant import DISTILL_FOLDER
 
 __all__ = ["export"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from runner.demo.tiny_model import TINY_FACE_SIZE, tiny_models, tiny_tokenizer
-from runner.generation.loading import see_whole_reference
-from runner.generation.schedule import make_scheduler
-from runner.options import DEFAULT_PROMPT
+from runner.generation.sampling import make_scheduler
+from runner.generation.wan_animate.loading import see_whole_reference
+from runner.spec.options import DEFAULT_PROMPT
 
 __all__ = ["PROMPTS", "TRANSFORMER_CONFIG", "embed_prompts", "load_vae", "make_pipeline"]
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_world import Example, example
 from torch.nn import functional as F
-
-from runner.demo.world import Example, example
 
 __all__ = ["FRAMES", "HEIGHT", "WIDTH", "Batch", "Stock", "encode_example"]
 

@@ -27,7 +27,7 @@ from _demo_vae import (
 from torch import nn
 from torch.nn import functional as F
 
-from runner.generation.transformer import (
+from runner.generation.wan_animate.transformer import (
     Context,
     CrossAttended,
     KeyValue,

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from _demo_optimiser import Optimiser
+from demo_world import random_take, skeletons
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 
 from runner.demo.dancers import backdrop, draw_dancer, random_dancer
 from runner.demo.scenes import SCENES, scene
-from runner.demo.world import random_take, skeletons
 
 __all__ = [
     "VAE_CONFIG",

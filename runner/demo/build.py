@@ -1,7 +1,7 @@
 """Build: the embedded default on disk: models small enough for a CPU, clips with known joints.
 
 In:   a folder. Out: for models, the production store's layout (DESIGN: "Model store"); for media, references, dances,
-      a mask and `joints.json`, the ground truth. Never: manifests, rendering.
+      a mask and `joints.json`, the ground truth. Never: manifests, rendering, training (tools/train_demo.py).
 A folder that is complete and was made by this very code is left as it is; a half-made one is made again.
 """
 
@@ -25,24 +25,38 @@ from runner.demo.dances import BEAT_S, PLAIN, Stage, dance
 from runner.demo.drawing import CHARACTERS, box_of, draw, silhouette
 from runner.demo.puppet import JOINTS
 from runner.demo.scenes import FLOOR, scene
-from runner.demo.trained import copy_trained, trained_digest
 from runner.errors import ConfigInvalid
 
 __all__ = [
     "CLIPS",
     "DANCER_PORTRAITS",
     "DETECTOR_FILE",
+    "MEDIA_MODULES",
+    "MODEL_MODULES",
     "PORTRAITS",
     "POSE_FILE",
+    "TRAINED",
     "build_demo",
     "build_demo_media",
     "build_demo_models",
+    "build_tiny_fp4",
+    "build_tiny_lora",
+    "copy_trained",
+    "quantize_with",
     "stage_for",
+    "trained_digest",
 ]
 
 DETECTOR_FILE = "process_checkpoint/det/yolov10m.onnx"
 SEGMENTER_FOLDER = "process_checkpoint/sam2"
 POSE_FILE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
+TRAINED = Path(__file__).with_name("weights")  # made by tools/train_demo.py
+_TRAINED_FOLDERS = ("Wan2.2-Animate-14B-Diffusers", "distill_lora")
+LORA_RANK = 4
+LORA_SIZE = 0.02  # of a weight's norm, about what the published one adds
+# Modules of this folder whose code makes the files: a change in one of them makes the files anew.
+MODEL_MODULES = ("build", "graph", "puppet", "tiny_detector", "tiny_model", "tiny_pose", "tiny_segmenter")
+MEDIA_MODULES = ("build", "dancers", "dances", "drawing", "puppet", "scenes")
 _MARKER = "demo.json"  # what was built, by which code, with every file's size; complete or not
 
 
@@ -114,7 +128,6 @@ def build_demo_models(root: Path, weights: Literal["trained", "random"] = "train
 
     def build(into: Path) -> None:
         from runner.demo.tiny_detector import build_tiny_detector
-        from runner.demo.tiny_fp4 import build_tiny_fp4, quantize_with
         from runner.demo.tiny_model import build_tiny_store
         from runner.demo.tiny_pose import build_tiny_pose
         from runner.demo.tiny_segmenter import build_tiny_segmenter
@@ -128,9 +141,76 @@ def build_demo_models(root: Path, weights: Literal["trained", "random"] = "train
         build_tiny_pose(into / POSE_FILE)
         build_tiny_segmenter(into / SEGMENTER_FOLDER)
 
-    modules = ("build", "tiny_model", "tiny_fp4", "tiny_detector", "tiny_pose", "tiny_segmenter", "graph", "puppet")
-    version = _version(*modules, "trained")
+    version = _version(*MODEL_MODULES)
     _install(root, version if weights == "random" else f"{version}-{trained_digest()[:16]}", build)
+
+
+def copy_trained(root: Path) -> Path:
+    """Copy the models into `root`; returns the LoRA's path there. ConfigInvalid where the package came without them."""
+    for name in _TRAINED_FOLDERS:
+        if not (TRAINED / name).is_dir():
+            raise ConfigInvalid(
+                "the demo's trained weights are not here",
+                where=TRAINED / name,
+                todo="Install the package from its wheel or from a whole checkout, or make them: tools/train_demo.py",
+            )
+        shutil.copytree(TRAINED / name, root / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    (lora,) = (root / _TRAINED_FOLDERS[1]).glob("*.safetensors")
+    return lora
+
+
+def trained_digest() -> str:
+    """Identity of the files that `copy_trained` copies."""
+    digest = hashlib.sha256()
+    for path in sorted(p for name in _TRAINED_FOLDERS for p in (TRAINED / name).rglob("*") if p.is_file()):
+        digest.update(path.relative_to(TRAINED).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def build_tiny_lora(transformer: Path, path: Path, seed: int = 0) -> None:
+    """Write `lora_down`/`lora_up` pairs and bias `diff_b`s for attention and feed-forward of every block, in bf16."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn = config["ffn_dim"]
+    shapes = {f"self_attn.{name}": (dim, dim) for name in "qkvo"} | {"ffn.0": (ffn, dim), "ffn.2": (dim, ffn)}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tensors = {}
+    for block in range(config["num_layers"]):
+        for name, (out, wide) in shapes.items():
+            key = f"diffusion_model.blocks.{block}.{name}"
+            # A linear of width `wide` starts with deviation 1/sqrt(3 wide): up @ down gets LORA_SIZE times its norm.
+            deviation = (LORA_SIZE**2 / (3 * wide * LORA_RANK)) ** 0.25
+            tensors[f"{key}.lora_down.weight"] = torch.randn(LORA_RANK, wide, generator=generator) * deviation
+            tensors[f"{key}.lora_up.weight"] = torch.randn(out, LORA_RANK, generator=generator) * deviation
+            tensors[f"{key}.diff_b"] = torch.randn(out, generator=generator) * LORA_SIZE / wide**0.5
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.bfloat16().contiguous() for key, tensor in tensors.items()}, path)
+
+
+def build_tiny_fp4(root: Path) -> None:
+    """Write the random LoRA, and the FP4 file with it merged, into the store at `root`."""
+    from runner.spec.recipes import SOURCE_WEIGHTS
+    from runner.weights.variant import DISTILL_FOLDER
+
+    lora = root / DISTILL_FOLDER / "tiny_distill_rank4.safetensors"
+    build_tiny_lora(root / SOURCE_WEIGHTS / "transformer", lora)
+    quantize_with(root, lora)
+
+
+def quantize_with(root: Path, lora: Path) -> None:
+    """Merge `lora` into the transformer of the store at `root`, and quantise that for `fp4-distill`."""
+    from runner.quantization.files.checkpoint_write import quantize_store
+    from runner.quantization.formats.e2m1 import FORMATS
+    from runner.quantization.lora.apply import read_lora
+    from runner.spec.recipes import SOURCE_WEIGHTS, get_recipe
+    from runner.weights.variant import TRANSFORMER_FILE, quantized_folder
+
+    target = root / quantized_folder(get_recipe("fp4-distill")) / TRANSFORMER_FILE
+    source = root / SOURCE_WEIGHTS / "transformer"
+    quantize_store(source, target, FORMATS["nvfp4"], loras=[read_lora(lora)], device="cpu")
 
 
 def build_demo_media(root: Path) -> None:
@@ -151,7 +231,7 @@ def build_demo_media(root: Path) -> None:
         }
         (into / "joints.json").write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
 
-    _install(root, _version("build", "dancers", "dances", "drawing", "puppet", "scenes"), build)
+    _install(root, _version(*MEDIA_MODULES), build)
 
 
 def stage_for(width: int, height: int, character: str) -> Stage:
@@ -230,7 +310,7 @@ def _write_beat(path: Path, seconds: int, rate: int = 48_000) -> None:
 def _version(*modules: str) -> str:
     """Identity of the code that makes a folder's files: editing it makes them anew, with no number to remember."""
     digest = hashlib.sha256()
-    for name in sorted({*modules, "build"}):
+    for name in sorted(modules):
         digest.update(name.encode() + b"\0" + Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 

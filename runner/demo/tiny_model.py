@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runner.options import DEFAULT_PROMPT
+from runner.spec.options import DEFAULT_PROMPT
 
 __all__ = ["TINY_FACE_SIZE", "build_tiny_store", "tiny_models", "tiny_tokenizer"]
 
@@ -62,7 +62,7 @@ def build_tiny_store(root: Path, seed: int = 0) -> None:
     import torch
     from diffusers import WanAnimatePipeline
 
-    from runner.generation.schedule import make_scheduler
+    from runner.generation.sampling import make_scheduler
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

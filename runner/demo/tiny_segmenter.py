@@ -1,6 +1,6 @@
 """Tiny segmenter: the puppet's pixels by the rules that drew it; no trained weights.
 
-In:   frames and prompts, as every `preprocess.segment.Segmenter`. Out: masks. Never: ONNX, video files.
+In:   frames and prompts, as every `segmenter.Segmenter`. Out: masks. Never: ONNX, video files.
 
 Reached only through a store whose `process_checkpoint/sam2/config.json` says so, which only the demo writes. A puppet
 is what is saturated or white in and around the components on which the positive prompts lie.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.preprocess.prompts import PromptPlan, Prompts
+from runner.preprocess.masks.point_prompts import PromptPlan, Prompts
 
 __all__ = ["MODEL_TYPE", "PuppetSegmenter", "build_tiny_segmenter"]
 

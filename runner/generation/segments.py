@@ -1,9 +1,10 @@
-"""Segments: how a job's frames are cut into the windows that the model denoises.
+"""Segments: how a job's frames are cut into the windows that the model denoises, and what that costs.
 
 In:   frames asked for, overlap of neighbouring windows, the longest window the model may see. All in frames.
 Out:  one window length (4k+1: the video autoencoder packs four frames behind the first) and a count of windows;
       for each window, which frames fill it, reflected at the end of the job.
-Never: pixels, devices, prompts. Raises InputTooShort for a job that cannot be reflected.
+Never: pixels, prompts, free memory: a plan depends on options and recipe alone, so that a job's frames do not depend on
+its machine. Raises InputTooShort for a job that cannot be reflected.
 """
 
 from __future__ import annotations
@@ -11,8 +12,20 @@ from __future__ import annotations
 import numpy as np
 
 from runner.errors import ConfigInvalid, InputTooShort
+from runner.forecast.flops import PRODUCTION, Costs
+from runner.forecast.seconds import Build, DeviceSpeed, forecast_seconds
+from runner.generation.protocol import SegmentPlan
+from runner.spec.options import JobOptions
+from runner.spec.recipes import Recipe
 
-__all__ = ["fit_segments", "output_span", "reflect_indices", "shortest_window", "span_of"]
+__all__ = [
+    "fit_segments",
+    "output_span",
+    "plan_job",
+    "reflect_indices",
+    "shortest_window",
+    "span_of",
+]
 
 PACKED_FRAMES = 4  # frames a latent frame holds, but for the first
 MIN_FRAMES = 2  # reflection needs a second frame to turn back to
@@ -74,3 +87,45 @@ def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
     """The source's frames that a window of start..stop-1 is made of: the first, and one beyond the last."""
     indices = reflect_indices(start, stop, frames)
     return int(indices.min()), int(indices.max()) + 1
+
+
+def plan_job(
+    frames: int,
+    size: tuple[int, int],
+    options: JobOptions,
+    recipe: Recipe,
+    costs: Costs = PRODUCTION,
+    device: DeviceSpeed | None = None,
+) -> SegmentPlan:
+    """The segments of `frames` frames at `size` (width, height) pixels. Raises InputTooShort below two frames.
+
+    With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute.
+    """
+    width, height = size
+    steps = options.steps if options.steps is not None else recipe.steps
+    segment_frames, segments = fit_segments(frames, options.overlap_frames, options.max_segment_frames)
+    guided = options.guidance_scale > 1
+    seconds = None
+    if device is not None and recipe.compute in device.matmul:
+        build = Build(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype)
+        seconds = forecast_seconds(
+            costs,
+            device,
+            build,
+            size=size,
+            segment_frames=segment_frames,
+            segments=segments,
+            steps=steps,
+            guided=guided,
+        ).total_s
+    return SegmentPlan(
+        frames=frames,
+        segment_frames=segment_frames,
+        overlap_frames=options.overlap_frames,
+        segments=segments,
+        width=width,
+        height=height,
+        steps=steps,
+        tflop=costs.job_tflop(width, height, segment_frames, segments, steps, guided=guided),
+        seconds=seconds,
+    )

@@ -14,23 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runner.metrics import StageTimer
-from runner.preprocess.clip_masks import ClipMasks
-from runner.preprocess.face import FacePlan, crop_face
-from runner.preprocess.keypoints import PoseTrack
-from runner.preprocess.mask import GivenMask
-from runner.preprocess.sizing import Placement, padding_resize, resize_by_area
-from runner.preprocess.skeleton import draw_skeleton
+from runner.preprocess.body.face import FacePlan, crop_face
+from runner.preprocess.body.keypoints import PoseTrack
+from runner.preprocess.geometry import Geometry, frames_at_once
+from runner.preprocess.masks.given import GivenMask
+from runner.preprocess.masks.packed import ClipMasks
+from runner.timing import StageTimer
 from runner.video import VideoReader
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["WINDOW_BYTES", "Geometry", "PoseConditions", "Window", "frames_at_once"]
+__all__ = ["PoseConditions", "Window"]
 
-# Native frames decoded at once: 4 of 1080p. More would go beyond 32 MiB, and blocks of that size malloc maps anew each
-# time: every page of them is then faulted in again, a third of what decoding costs.
-WINDOW_BYTES = 24 << 20
 CROPS_KEPT = 4  # faces of frames outside of the window, which the next window is likely to hold too
 
 
@@ -44,54 +40,9 @@ class Window:
     mask: np.ndarray | None = None  # uint8 [n, H, W], 255 where the picture is made anew, else 0; replace mode
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How frames and poses of the driving video come to the output's size."""
-
-    width: int
-    height: int
-    placement: Placement
-    parity: bool = False
-    resize_first: int | None = None  # official replace mode: every frame is brought to this area before anything else
-
-    def frame(self, frame: np.ndarray) -> np.ndarray:
-        """The frame as detector, pose model and face crop see it."""
-        return frame if self.resize_first is None else resize_by_area(frame, self.resize_first)
-
-    def output(self, frame: np.ndarray) -> np.ndarray:
-        """That frame at the output's size."""
-        return frame if self.resize_first is not None else self.placement.image(frame)
-
-    def mask(self, mask: np.ndarray) -> np.ndarray:
-        """bool [h, w] of the native frame → uint8 [H, W] of 0 and 255, nearest neighbour."""
-        import cv2
-
-        grey = mask.astype(np.uint8) * 255
-        if self.resize_first is not None:
-            return padding_resize(grey, self.width, self.height, cv2.INTER_NEAREST)
-        return self.placement.image(grey, cv2.INTER_NEAREST)
-
-    def skeleton(
-        self, track: PoseTrack, index: int, *, retargeted: bool = False, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled.
-
-        A `retargeted` track is in pixels of the output already. `out`: where it goes, black so far.
-        """
-        pose = track.pose(index)
-        canvas = np.zeros((self.height, self.width, 3), np.uint8) if out is None else out
-        if retargeted:
-            return draw_skeleton(pose, self.width, self.height, canvas)
-        if not self.parity:
-            return draw_skeleton(pose.moved(self.placement.points), self.width, self.height, canvas)
-        drawn = draw_skeleton(pose, track.width, track.height)
-        canvas[:] = drawn if self.resize_first is not None else padding_resize(drawn, self.width, self.height)
-        return canvas
-
-
 @dataclass(eq=False)
 class PoseConditions:
-    """One job's conditions; fulfils `generation.base.Conditions`."""
+    """One job's conditions; fulfils `generation.protocol.Conditions`."""
 
     frames: int
     fps: Fraction
@@ -177,8 +128,3 @@ class PoseConditions:
         assert self.mask is not None
         masks = [self.geometry.mask(mask) for mask in self.mask.frames(start, stop)]
         return np.stack(masks if self.widen is None else [self.widen(mask) for mask in masks])
-
-
-def frames_at_once(width: int, height: int, most: int = 16) -> int:
-    """How many frames of this size are decoded together: few enough for WINDOW_BYTES, at least one."""
-    return max(1, min(most, WINDOW_BYTES // (width * height * 3)))

@@ -23,19 +23,18 @@ from uuid import uuid4
 import numpy as np
 
 from runner.errors import InputNotFound, InputTooShort, InputUnreadable, as_runner_error
-from runner.metrics import StageTimer
-from runner.official import REFERENCE, official_names
-from runner.options import JobOptions
 from runner.preprocess.conditions import Window
-from runner.preprocess.images import load_image
-from runner.preprocess.mask import HALF
-from runner.preprocess.sizing import GRID
+from runner.preprocess.masks.given import HALF
+from runner.preprocess.pictures.images import load_image
+from runner.preprocess.pictures.sizing import GRID
+from runner.spec.options import REFERENCE, JobOptions, official_names
+from runner.timing import StageTimer
 from runner.video import Mp4Writer, VideoInfo, VideoReader
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from runner.preprocess.pipeline import Preprocessor
+    from runner.preprocess.prepare import Preprocessor
 
 __all__ = [
     "FILES",
@@ -141,7 +140,7 @@ def official_files(folder: Path, mode: str) -> dict[str, Path]:
 
 @dataclass(eq=False)
 class OfficialConditions:
-    """Conditions out of a folder of official files; fulfils `generation.base.Conditions`, like `PoseConditions`."""
+    """Conditions out of a folder of official files; fulfils `generation.protocol.Conditions`, like `PoseConditions`."""
 
     frames: int
     fps: Fraction

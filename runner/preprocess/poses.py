@@ -25,16 +25,16 @@ import numpy as np
 import structlog
 
 from runner.errors import NoPerson
-from runner.metrics import StageTimer
-from runner.options import PreprocessOptions
-from runner.preprocess.backends import PersonDetector, PointFinder
-from runner.preprocess.conditions import Geometry, frames_at_once
-from runner.preprocess.detect import Box, choose_person_parity, people
-from runner.preprocess.face import FacePlan, plan_faces
-from runner.preprocess.keypoints import FACE, PoseTrack, hold_lost_bodies
-from runner.preprocess.repair import body_heights, repair
-from runner.preprocess.smooth import smooth_joints
-from runner.preprocess.track import Person, Whereabouts, choose_subject, follow, only_body, whereabouts
+from runner.preprocess.body.face import FacePlan, plan_faces
+from runner.preprocess.body.keypoints import FACE, PoseTrack, hold_lost_bodies
+from runner.preprocess.body.repair import body_heights, repair
+from runner.preprocess.body.smooth import smooth_joints
+from runner.preprocess.body.track import Person, Whereabouts, choose_subject, follow, only_body, whereabouts
+from runner.preprocess.geometry import Geometry, frames_at_once
+from runner.preprocess.networks.backends import PersonDetector, PointFinder
+from runner.preprocess.networks.yolov10 import Box, choose_person_parity, people
+from runner.spec.options import PreprocessOptions
+from runner.timing import StageTimer
 from runner.video import Sampled, VideoReader
 
 __all__ = ["FoundPoses", "find_poses"]

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runner.quantization.e2m1 import NVFP4, Format
-from runner.quantization.kernels import dequantize_into
-from runner.quantization.low_bit_matmul import COMPUTES, EXACT, multiply_blocks, multiply_rows, prepare_rows
-from runner.quantization.nvfp4_matmul import Blocks, quantize_blocks
-from runner.quantization.scales import Method, quantize
-from runner.quantization.workspace import release_workspace, workspace, workspace_bytes
+from runner.quantization.formats.e2m1 import NVFP4, Format
+from runner.quantization.formats.scales import Method, quantize
+from runner.quantization.kernels.dequantize import dequantize_into
+from runner.quantization.kernels.low_bit import COMPUTES, EXACT, multiply_blocks, multiply_rows, prepare_rows
+from runner.quantization.kernels.nvfp4 import Blocks, quantize_blocks
+from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
 __all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "swap_linears", "workspace_bytes"]
 
@@ -110,7 +110,7 @@ def fp4_rowwise_linear(
     product: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `fp4_linear`, in 8 bits: x, x_scale as `low_bit_matmul.prepare_rows` gives them → [M, out] in `dtype`.
+    """As `fp4_linear`, in 8 bits: x, x_scale as `low_bit.prepare_rows` gives them → [M, out] in `dtype`.
 
     The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
     """
@@ -300,7 +300,7 @@ class FP4Linear(nn.Module):
         return result + F.linear(F.linear(x, self.lora_down.to(x.dtype)), up)
 
     def set_compute(self, compute: str, product: str = "") -> None:
-        """From now on `compute` by `product` (`low_bit_matmul.COMPUTES`, or `reference`); EXACT goes back to 16 bits.
+        """From now on `compute` by `product` (`low_bit.COMPUTES`, or `reference`); EXACT goes back to 16 bits.
 
         The stored weight is not touched. ValueError for names that are none, and for nvfp4 where it is stored in g32.
         """

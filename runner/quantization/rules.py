@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from runner.errors import ConfigInvalid
-from runner.quantization.e2m1 import Format
+from runner.quantization.formats.e2m1 import Format
 
 __all__ = [
     "RULES",

@@ -1,8 +1,8 @@
 """Fetch: the published files of a recipe copied from their hubs into the model store, checked, and only those.
 
 In:   the store's folder, a recipe. Out: the files where the store looks for them, and a summary; or an error.
-Never: pickles (see sources.py); what is in the files. Nothing is fetched before its licence has been shown and the disk
-has been found large enough; a fetch that was cut off goes on where it stopped.
+Never: pickles (see repositories.py); what is in the files. Nothing is fetched before its licence has been shown and the
+disk has been found large enough; a fetch that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.errors import StorageFull, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.generation.recipes import Recipe
+from runner.spec.recipes import Recipe
 from runner.weights.hub import Hub, Listing, RemoteFile, online, partial_path, read_record, record_path, write_record
-from runner.weights.sources import Source, sources_of
+from runner.weights.repositories import Source, sources_of
 
 __all__ = ["Fetched", "fetch_weights"]
 
@@ -84,7 +84,7 @@ def fetch_weights(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> Fetched:
-    """Bring the store at `models` to what `recipe` needs (or to `parts`, names of sources.py, instead).
+    """Bring the store at `models` to what `recipe` needs (or to `parts`, names of repositories.py, instead).
 
     `revisions` maps a repository to the branch, tag or commit to take, over the table's. `say` gets the lines that a
     person should read: what comes from where under which licence. `dry_run` stops after these.

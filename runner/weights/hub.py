@@ -1,7 +1,7 @@
 """Hub: one repository of a model hub, listed at one commit, and its files copied to disk, resumed and checked.
 
 In:   an endpoint, a token, a repository and revision; a file of the listing and where it goes. Out: listings; files
-      that are whole, each with the record beside it that the hub's own client writes (and that identity.py reads).
+      that are whole, each with the record beside it that the hub's own client writes (and that digests.py reads).
 Never: which files a recipe needs.
 
 The client library downloads into a file of a random name and deletes it when anything goes wrong: 10 GB into a shard,

@@ -6,8 +6,8 @@ In:   the store's folder, a recipe. Out: a row for each file: ok, corrupt, missi
 Never: the network, a repair (that is `fetch`), tensors of a whole model.
 
 Every file is hashed in full, however well it is known: that is the point of it. It is compared with the first of these:
-the checksum in its own metadata (files of `quantize`), the pinned one (sources.py), the hub's record beside it, what an
-earlier run remembered of this very file.
+the checksum in its own metadata (files of `quantize`), the pinned one (repositories.py), the hub's record beside it,
+what an earlier run remembered of this very file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
-from runner.generation.identity import METADATA_KEY, read_memory
-from runner.generation.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
-from runner.generation.store import (
+from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
+from runner.weights.digests import METADATA_KEY, read_memory
+from runner.weights.hub import git_sha1, read_record
+from runner.weights.repositories import FP4_FOLDER, SOURCES, parts_of, recipe_base
+from runner.weights.store import (
     COMPONENTS,
     CONFIGS,
     WEIGHTS,
@@ -32,12 +34,10 @@ from runner.generation.store import (
     read_json,
     weight_files,
 )
-from runner.generation.variant import PLAIN_FOLDER, TRANSFORMER_FILE, choose_variant, quantized_folder, text_file
-from runner.weights.hub import git_sha1, read_record
-from runner.weights.sources import FP4_FOLDER, SOURCES, parts_of, recipe_base
+from runner.weights.variant import PLAIN_FOLDER, TRANSFORMER_FILE, choose_variant, quantized_folder, text_file
 
 if TYPE_CHECKING:
-    from runner.quantization.published import Comparison
+    from runner.quantization.files.published import Comparison
     from runner.quantization.rules import PlanRow
 
 __all__ = ["Row", "Settled", "plan_rows", "settle_against", "verify_weights"]
@@ -105,7 +105,7 @@ def verify_weights(
 
 def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all") -> list[PlanRow]:
     """What a quantised transformer holds, layer by layer, from the config in the store. See quantization/rules.py."""
-    from runner.quantization.e2m1 import FORMATS
+    from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.rules import get_rule, plan_sizes
 
     if fmt not in FORMATS:
@@ -120,9 +120,9 @@ def settle_against(models: Path, source: Path, *, layer: str | None = None, file
     quantised and lies in the source; a single shard of the source is enough. `file`: by default the store's.
     Raises WeightsMissing, WeightsCorrupt (also when the layer has another shape in the source).
     """
-    from runner.quantization.published import compare_layer, read_published, settle
+    from runner.quantization.files.published import compare_layer, read_published, settle
+    from runner.quantization.files.safetensors_stream import read_header, read_tensor
     from runner.quantization.rules import transformer_on_meta
-    from runner.quantization.safetensors_stream import read_header, read_tensor
 
     file = file or models / FP4_FOLDER / TRANSFORMER_FILE
     published = read_published(file, transformer_on_meta(transformer_config(models)))
@@ -216,7 +216,7 @@ def _fp4(models: Path, base: str) -> Iterator[tuple[Path, str]]:
 
 
 def _pose_files(graph: Path) -> list[Path]:
-    """The graph and the files that hold its weights (see generation/store.py)."""
+    """The graph and the files that hold its weights (see weights/store.py)."""
     if graph.name == "end2end.onnx":
         beside: Iterable[Path] = graph.parent.rglob("*")
     else:
@@ -245,10 +245,10 @@ def _contradictions(models: Path, recipe: Recipe | str, rows: dict[Path, Row]) -
 
 def _check_quantised(path: Path, models: Path) -> None:
     """Does a quantised file hold the model of its config? Headers only. Raises WeightsCorrupt."""
-    from runner.quantization.checkpoint_read import FORMAT_KEY, check_file, check_model
-    from runner.quantization.published import read_published
+    from runner.quantization.files.checkpoint_read import FORMAT_KEY, check_file, check_model
+    from runner.quantization.files.published import read_published
+    from runner.quantization.files.safetensors_stream import read_header
     from runner.quantization.rules import transformer_on_meta
-    from runner.quantization.safetensors_stream import read_header
 
     own = path.with_name("config.json")
     try:
@@ -277,7 +277,7 @@ def _examine(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> 
 
 
 def _safetensors(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> Row:
-    from runner.quantization.safetensors_stream import data_sha256, read_header
+    from runner.quantization.files.safetensors_stream import data_sha256, read_header
 
     said = read_header(path).metadata.get(METADATA_KEY)
     if said is None or not SHA256.fullmatch(said):

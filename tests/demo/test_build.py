@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from runner.demo import build
 from runner.demo.build import (
     CLIPS,
     DETECTOR_FILE,
+    MEDIA_MODULES,
+    MODEL_MODULES,
     PORTRAITS,
     POSE_FILE,
     SEGMENTER_FOLDER,
@@ -22,7 +26,7 @@ from runner.demo.build import (
 from runner.demo.drawing import box_of
 from runner.demo.puppet import PALETTE
 from runner.errors import ConfigInvalid
-from runner.options import JobOptions
+from runner.spec.options import JobOptions
 from runner.video import VideoReader, probe
 
 
@@ -98,8 +102,8 @@ def test_mask_is_the_silhouette(media: Path) -> None:
 def test_the_preprocessor_sees_the_puppet(media: Path, tmp_path: Path, parity: bool) -> None:
     from runner.demo.tiny_detector import build_tiny_detector
     from runner.demo.tiny_pose import build_tiny_pose
-    from runner.preprocess.detect import Detector, choose_person, choose_person_parity
-    from runner.preprocess.pose import PoseEstimator
+    from runner.preprocess.networks.vitpose import PoseEstimator
+    from runner.preprocess.networks.yolov10 import Detector, choose_person, choose_person_parity
 
     build_tiny_detector(tmp_path / "det.onnx")
     build_tiny_pose(tmp_path / "pose.onnx")
@@ -123,8 +127,8 @@ def test_the_preprocessor_sees_the_puppet(media: Path, tmp_path: Path, parity: b
 def test_references_and_clips_prepare_as_jobs(media: Path, tmp_path: Path) -> None:
     from runner.demo.tiny_detector import build_tiny_detector
     from runner.demo.tiny_pose import build_tiny_pose
-    from runner.metrics import StageTimer
-    from runner.preprocess.pipeline import Preprocessor
+    from runner.preprocess.prepare import Preprocessor
+    from runner.timing import StageTimer
 
     build_tiny_detector(tmp_path / "det.onnx")
     build_tiny_pose(tmp_path / "pose.onnx")
@@ -157,6 +161,41 @@ def test_media_are_the_same_bytes_each_time(media: Path, tmp_path: Path, monkeyp
     assert all(again[name] == whole[name] for name in same)
 
 
+def demo_imports(module: str) -> set[str]:
+    """`module` of runner/demo and all of that folder that it imports, inside functions too, and what those import."""
+    found, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        tree = ast.parse(Path(build.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        waiting |= {i.removeprefix("runner.demo.") for i in imports if i.startswith("runner.demo.")} - found
+    return found
+
+
+def test_the_hashed_modules_are_those_that_make_the_files() -> None:
+    """A module that is missing from these lists could change, and old models or media would be taken for its work."""
+    assert demo_imports("build") == {*MODEL_MODULES, *MEDIA_MODULES}
+    tiny = {name for name in demo_imports("build") if name.startswith("tiny_")}
+    assert len(tiny) == 4
+    assert {*MODEL_MODULES} == {"build"}.union(*map(demo_imports, tiny))
+
+
+@pytest.mark.parametrize("modules", [MODEL_MODULES, MEDIA_MODULES])
+def test_every_hashed_module_changes_the_version(modules, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in modules:
+        shutil.copy(Path(build.__file__).with_name(f"{name}.py"), tmp_path)
+    before = build._version(*modules)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    assert build._version(*modules) == before
+    for name in modules:
+        file = tmp_path / f"{name}.py"
+        code = file.read_bytes()
+        file.write_bytes(code + b"#")
+        assert build._version(*modules) != before, name
+        file.write_bytes(code)
+
+
 @pytest.fixture
 def stub_store(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The diffusers folder as two small files; counts how often it is made."""
@@ -177,7 +216,7 @@ def stub_store(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (root / "distill_lora").mkdir()
         (root / "distill_lora" / "tiny.safetensors").write_text("")
 
-    monkeypatch.setattr("runner.demo.tiny_fp4.build_tiny_fp4", build_tiny_fp4)
+    monkeypatch.setattr("runner.demo.build.build_tiny_fp4", build_tiny_fp4)
     return made
 
 

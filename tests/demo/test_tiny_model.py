@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from runner.demo.tiny_model import TINY_FACE_SIZE, build_tiny_store
-from runner.generation.recipes import get_recipe
-from runner.generation.store import COMPONENTS, ModelStore
-from runner.options import DEFAULT_PROMPT
+from runner.spec.options import DEFAULT_PROMPT
+from runner.spec.recipes import get_recipe
+from runner.weights.store import COMPONENTS, ModelStore
 
 RECIPE = get_recipe("fp32")
 

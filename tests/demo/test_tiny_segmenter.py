@@ -13,8 +13,8 @@ from runner.demo.drawing import CHARACTERS, draw, silhouette
 from runner.demo.puppet import lift
 from runner.demo.scenes import scene
 from runner.demo.tiny_segmenter import PuppetSegmenter, build_tiny_segmenter
-from runner.preprocess.prompts import PromptPlan
-from runner.preprocess.segment import load_segmenter
+from runner.preprocess.masks.point_prompts import PromptPlan
+from runner.preprocess.masks.segmenter import load_segmenter
 from runner.video import VideoReader
 
 

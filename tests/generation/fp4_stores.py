@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.generation.base import Request
-from runner.generation.recipes import SOURCE_WEIGHTS
-from runner.metrics import StageTimer
-from runner.options import JobOptions
-from runner.quantization.checkpoint import quantize_store
-from runner.quantization.e2m1 import FORMATS
-from runner.quantization.lora import read_lora
+from runner.generation.protocol import Request
+from runner.quantization.files.checkpoint_write import quantize_store
+from runner.quantization.formats.e2m1 import FORMATS
+from runner.quantization.lora.apply import read_lora
 from runner.quantization.rules import linear_shapes, transformer_on_meta
-from tests.generation.conditions import MemoryConditions
+from runner.spec.options import JobOptions
+from runner.spec.recipes import SOURCE_WEIGHTS
+from runner.timing import StageTimer
+from tests.generation.stub_conditions import MemoryConditions
 from tests.quantization.lora_files import write_published
 
 OWN = "Wan2.2-Animate-14B-FP4-distill/quantized_transformer.safetensors"

@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runner.batch.fingerprint import fingerprint, fingerprint_parts
 from runner.cli import parser
-from runner.fingerprint import fingerprint, fingerprint_parts
-from runner.generation.recipes import DEFAULT_RECIPE, get_recipe
-from runner.manifest import load_manifest
-from runner.record import InputRecord
+from runner.records.record import InputRecord
+from runner.spec.manifest import load_manifest
+from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
 
 __all__ = ["FOLDER", "MANIFESTS", "demo_frames", "help_texts", "machine", "manifest_fingerprints", "read"]
 

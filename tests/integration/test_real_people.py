@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from runner.cli import main
-from runner.preprocess.detect import Detector, choose_person
-from runner.preprocess.sizing import place
+from runner.preprocess.networks.yolov10 import Detector, choose_person
+from runner.preprocess.pictures.sizing import place
 from runner.video import VideoReader
 
 FPS, WIDTH, HEIGHT = 10, 96, 96

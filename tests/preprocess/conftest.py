@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.prepare import Preprocessor
 from runner.video import Mp4Writer
 from tests.preprocess.tiny_networks import build_detector, build_pose
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from runner.options import JobOptions
-from runner.preprocess.keypoints import FACE
-from runner.preprocess.pipeline import Preprocessor
-from runner.preprocess.skeleton import COLOURS, THRESHOLD
+from runner.preprocess.body.keypoints import FACE
+from runner.preprocess.body.skeleton import COLOURS, THRESHOLD
+from runner.preprocess.prepare import Preprocessor
+from runner.spec.options import JobOptions
 from tests.preprocess.conftest import DISC, disc_frame
 from tests.video_files import make_clip as encode
 from tests.video_files import make_vfr

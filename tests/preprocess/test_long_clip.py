@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
+from runner.batch.memory_sampler import MemorySampler
 from runner.demo.build import DETECTOR_FILE, POSE_FILE, stage_for
 from runner.demo.dances import dance
 from runner.demo.drawing import CHARACTERS, draw
 from runner.demo.scenes import scene
-from runner.metrics import MemorySampler
-from runner.options import JobOptions
-from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.prepare import Preprocessor
+from runner.spec.options import JobOptions
 from runner.video import Mp4Writer
 
 FPS, WIDTH, HEIGHT = 5, 1920, 1080

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from runner.errors import InputError, InputNotFound, InputTooShort, InputUnreadable
-from runner.options import JobOptions
 from runner.preprocess.conditions import Window
 from runner.preprocess.official_files import OfficialConditions, official_files, run_preprocess, write_official
-from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.prepare import Preprocessor
+from runner.spec.options import JobOptions
 from tests.video_files import indexed_frame, make_clip, read_index
 
 FRAMES = 10

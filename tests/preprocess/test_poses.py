@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from runner.errors import NoPerson
-from runner.options import JobOptions
-from runner.preprocess.pipeline import Preprocessor
+from runner.preprocess.body.retarget import Retargeted
+from runner.preprocess.body.skeleton import draw_skeleton
 from runner.preprocess.poses import Posed
-from runner.preprocess.retarget import Retargeted
-from runner.preprocess.skeleton import draw_skeleton
+from runner.preprocess.prepare import Preprocessor
+from runner.spec.options import JobOptions
 from runner.video import Mp4Writer, VideoReader
 from tests.preprocess.conftest import HEIGHT, WIDTH
 
@@ -238,7 +238,7 @@ def test_retarget_gets_both_poses_and_its_track_is_drawn(preprocessor, disc_refe
         moved[..., :2] = moved[..., :2] * 1.25 + (7, -5)
         return Retargeted(type(track)(moved, *canvas), {"method": how}, ["the reference is odd"])
 
-    monkeypatch.setattr(f"runner.preprocess.pipeline.retarget_{how}", stand_in)
+    monkeypatch.setattr(f"runner.preprocess.prepare.retarget_{how}", stand_in)
     conditions = preprocessor.prepare(disc_reference, one, options(retarget=how))
     assert given["track"] is conditions.track
     assert given["canvas"] == (240, 160)
@@ -264,7 +264,7 @@ def test_in_parity_the_official_retarget_sees_the_reference_at_the_outputs_size(
         given.update(track=track, reference=reference, canvas=canvas)
         return Retargeted(type(track)(track.points, *canvas), {}, [])
 
-    monkeypatch.setattr("runner.preprocess.pipeline.retarget_official", stand_in)
+    monkeypatch.setattr("runner.preprocess.prepare.retarget_official", stand_in)
     conditions = preprocessor.prepare(disc_reference, one, options(parity=True, retarget="official"))
     assert given["canvas"] == (conditions.width, conditions.height) == (224, 160)  # of the area, in 4:3, floored
     assert (given["reference"].width, given["reference"].height) == (224, 160)

@@ -7,11 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-from runner.options import JobOptions
-from runner.preprocess.detect import choose_person, people
-from runner.preprocess.pipeline import Preprocessor
-from runner.preprocess.skeleton import THRESHOLD
-from runner.preprocess.track import choose_subject, follow, whereabouts
+from runner.preprocess.body.skeleton import THRESHOLD
+from runner.preprocess.body.track import choose_subject, follow, whereabouts
+from runner.preprocess.networks.yolov10 import choose_person, people
+from runner.preprocess.prepare import Preprocessor
+from runner.spec.options import JobOptions
 from runner.video import Mp4Writer, VideoReader
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from runner.quantization.e2m1 import FORMATS, G32, NVFP4, dequantize
+from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, dequantize
 from runner.quantization.linear import FP4Linear, fp4_linear, release_workspace, swap_linears, workspace_bytes
 
 BOTH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

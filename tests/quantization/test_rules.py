@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runner.errors import ConfigInvalid
-from runner.quantization.e2m1 import FORMATS
+from runner.quantization.formats.e2m1 import FORMATS
 from runner.quantization.rules import (
     RULES,
     WAN_ANIMATE_14B,
@@ -16,7 +16,7 @@ from runner.quantization.rules import (
     stored_dtype,
     transformer_on_meta,
 )
-from tests.quantization.stores import TINY
+from tests.quantization.random_stores import TINY
 
 # (out, in) → how many, from the architecture: 40 blocks of ten square projections and two of the feed-forward, eight
 # face adapters of four, two MLPs and a projection of the embedders, the ends of both encoders.

@@ -17,20 +17,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from runner.errors import (
-    ConfigInvalid,
-    StorageDenied,
-    StorageFull,
-    StorageUnavailable,
-    WeightsCorrupt,
-    WeightsMissing,
-)
-from runner.generation.identity import recorded
-from runner.generation.recipes import RECIPES
-from runner.generation.store import ModelStore
-from runner.weights import fetch, hub, sources
+from runner.errors import ConfigInvalid, StorageDenied, StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
+from runner.spec.recipes import RECIPES
+from runner.weights import fetch, hub, repositories
+from runner.weights.digests import recorded
 from runner.weights.fetch import fetch_weights
-from runner.weights.sources import LORA_COMMIT, LORA_REPO, SOURCES, Pin
+from runner.weights.repositories import LORA_COMMIT, LORA_REPO, SOURCES, Pin
+from runner.weights.store import ModelStore
 from runner.weights.verify import verify_weights
 
 if TYPE_CHECKING:
@@ -118,7 +111,7 @@ def test_fetches_what_the_recipe_needs_and_no_pickle(published: HubServer, tmp_p
     assert (got.files, got.downloaded) == (9, 9)
     assert got.bytes == got.downloaded_bytes == sum(len(b) for b in wanted(published).values())
     assert got.commits[DIFFUSERS] == published.repos[DIFFUSERS].commit
-    assert not [r.path for r in published.bodies() if r.path.endswith(sources.PICKLED)]
+    assert not [r.path for r in published.bodies() if r.path.endswith(repositories.PICKLED)]
 
 
 def test_a_second_fetch_asks_for_no_file(published: HubServer, tmp_path: Path) -> None:
@@ -210,7 +203,7 @@ def lora_pin(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> bytes:
     hub_server.add(LORA_REPO, {LORA: body, "LoRAs/other.safetensors": b"x"}).commit = LORA_COMMIT
     pins = {Path(LORA).name: Pin(len(body), hashlib.sha256(body).hexdigest())}
     small = {**SOURCES, "distill-lora": replace(SOURCES["distill-lora"], pins=pins)}
-    monkeypatch.setattr(sources, "SOURCES", MappingProxyType(small))
+    monkeypatch.setattr(repositories, "SOURCES", MappingProxyType(small))
     return body
 
 
@@ -230,14 +223,14 @@ def test_another_file_under_a_pinned_name_is_refused_before_it_is_fetched(
 
 
 def test_recipes_name_their_parts() -> None:
-    assert "transformer" in sources.parts_of(RECIPES["bf16"])
-    assert "transformer" not in sources.parts_of("fp4-distill+fp8")
-    assert {"fp4", "distill-lora"} <= set(sources.parts_of("fp4-distill"))
-    assert "distill-lora" not in sources.parts_of("fp4")
+    assert "transformer" in repositories.parts_of(RECIPES["bf16"])
+    assert "transformer" not in repositories.parts_of("fp4-distill+fp8")
+    assert {"fp4", "distill-lora"} <= set(repositories.parts_of("fp4-distill"))
+    assert "distill-lora" not in repositories.parts_of("fp4")
     with pytest.raises(ConfigInvalid, match="did you mean 'bf16'"):
-        sources.parts_of("bf61")
+        repositories.parts_of("bf61")
     with pytest.raises(ConfigInvalid, match="no part 'lora'"):
-        sources.sources_of("bf16", ["lora"])
+        repositories.sources_of("bf16", ["lora"])
 
 
 def test_fp4_takes_the_config_but_not_the_source_of_the_transformer(published: HubServer, tmp_path: Path) -> None:

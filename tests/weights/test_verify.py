@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
-from runner.generation.identity import FileIdentities
-from runner.generation.recipes import SOURCE_WEIGHTS
 from runner.quantization.rules import WAN_ANIMATE_14B
+from runner.spec.recipes import SOURCE_WEIGHTS
 from runner.weights import hub
-from runner.weights.sources import FP4_FOLDER, SOURCES
+from runner.weights.digests import FileIdentities
+from runner.weights.repositories import FP4_FOLDER, SOURCES
 from runner.weights.verify import Row, plan_rows, settle_against, verify_weights
-from tests.quantization.stores import TINY, write_store
+from tests.quantization.random_stores import TINY, write_store
 
 DETECTOR = "process_checkpoint/det/yolov10m.onnx"
 VAE = f"{SOURCE_WEIGHTS}/vae/diffusion_pytorch_model.safetensors"
@@ -170,8 +170,8 @@ def test_a_pinned_file_is_held_to_its_pin(models: Path) -> None:
 @pytest.fixture
 def ours(fp4_models: Path) -> Path:
     """What `quantize` makes for fp4-distill."""
-    from runner.quantization.checkpoint import quantize_store
-    from runner.quantization.e2m1 import G32
+    from runner.quantization.files.checkpoint_write import quantize_store
+    from runner.quantization.formats.e2m1 import G32
 
     out = fp4_models / f"{FP4_FOLDER}-distill" / "quantized_transformer.safetensors"
     quantize_store(fp4_models / SOURCE_WEIGHTS / "transformer", out, G32, "absmax", device="cpu")

@@ -1,0 +1,150 @@
+"""Delivery: one job's frames on their way out: encoded as they come, then published, the record last.
+
+In:   segments of one job, in order. Out: files under `jobs/<id>/` of the output storage and an `OutputRecord`.
+Never: how frames are made, or which jobs there are. Holds one segment at a time.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from runner.batch.fingerprint import sha256_file
+from runner.batch.ledger import Ledger, output_identity
+from runner.errors import InternalError
+from runner.generation.protocol import Conditions, Segment
+from runner.records.record import OutputRecord
+from runner.spec.options import JobOptions
+from runner.storage import Storage
+from runner.timing import StageTimer
+from runner.video import AudioSpan, FrameHash, Mp4Writer, PngWriter, write_jpeg
+
+__all__ = ["Delivery"]
+
+UPLOADS_AT_ONCE = 8
+PREVIEW_CRF = 28
+
+
+class Delivery:
+    """Takes the segments of one job, then publishes them as a whole, or leaves nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        options: JobOptions,
+        *,
+        width: int,
+        height: int,
+        fps: Fraction,
+        frames: int,
+        audio: AudioSpan | None,
+        timer: StageTimer,
+    ) -> None:
+        self._folder, self._options, self._timer = folder, options, timer
+        self._width, self._height, self._fps, self._expected = width, height, fps, frames
+        self._hash = FrameHash()
+        self._count = 0
+        self._poster: np.ndarray | None = None
+        self._pose: Mp4Writer | None = None
+        self._main: Mp4Writer | PngWriter
+        if options.output.format == "png":
+            self._main = PngWriter(folder / "frames", width=width, height=height)
+        else:
+            path = folder / "output.mp4"
+            self._main = Mp4Writer(path, width=width, height=height, fps=fps, crf=options.output.crf, audio=audio)
+
+    @classmethod
+    def of(
+        cls, conditions: Conditions, folder: Path, options: JobOptions, audio_from: Path | None, timer: StageTimer
+    ) -> Delivery:
+        """For what was prepared; `audio_from`: the driving video, where it has the sound."""
+        audio = None
+        if options.keep_audio and audio_from is not None:
+            audio = AudioSpan(audio_from, conditions.start_s, float(conditions.frames / conditions.fps))
+        return cls(
+            folder,
+            options,
+            width=conditions.width,
+            height=conditions.height,
+            fps=conditions.fps,
+            frames=conditions.frames,
+            audio=audio,
+            timer=timer,
+        )
+
+    def write(self, segment: Segment) -> None:
+        """Encode one segment; frames uint8 [n, H, W, 3] of the size and in the order promised."""
+        frames = segment.frames
+        if frames.shape[1:] != (self._height, self._width, 3) or frames.dtype != np.uint8:
+            raise InternalError(f"segment {segment.index} is {frames.dtype} {frames.shape}")
+        with self._timer.stage("encode_video"):
+            middle = self._expected // 2 - self._count
+            if 0 <= middle < len(frames):
+                self._poster = frames[middle].copy()
+            self._main.write(frames)
+            self._hash.update(frames)
+            self._count += len(frames)
+            if segment.pose is not None:
+                if self._pose is None:
+                    path = self._folder / "pose.mp4"
+                    self._pose = Mp4Writer(
+                        path, width=segment.pose.shape[2], height=segment.pose.shape[1], fps=self._fps, crf=PREVIEW_CRF
+                    )
+                self._pose.write(segment.pose)
+
+    def publish(self, storage: Storage, ledger: Ledger, job_id: str) -> tuple[OutputRecord, list[str]]:
+        """Close the files and put them in place of any older output. Returns what was published, and notes.
+
+        Raises InternalError if the frames are not as many as promised; storage.* if they cannot be stored.
+        """
+        if self._count != self._expected:
+            raise InternalError(f"{self._count} frames were generated, {self._expected} asked", where=job_id)
+        notes = []
+        with self._timer.stage("encode_video"):
+            self._main.close()
+            if self._pose is not None:
+                self._pose.close()
+            if self._poster is not None:
+                write_jpeg(self._folder / "poster.jpg", self._poster)
+        if isinstance(self._main, Mp4Writer) and self._main.audio_note:
+            notes.append(self._main.audio_note)
+        with self._timer.stage("publish"):
+            ledger.before_publish(job_id)
+            files = {f"jobs/{job_id}/{name}": self._folder / name for name in ("pose.mp4", "poster.jpg")}
+            files = {key: path for key, path in files.items() if path.exists()}
+            if self._options.output.format == "png":
+                output, sha256 = f"jobs/{job_id}/frames/", None
+                files |= {output + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
+            else:
+                output, sha256 = f"jobs/{job_id}/output.mp4", sha256_file(self._folder / "output.mp4")
+                files[output] = self._folder / "output.mp4"
+            with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
+                list(pool.map(lambda key: storage.publish(files[key], key), files))
+            ledger.remove_outputs(job_id, keep=files.keys())
+            found = output_identity(storage, output)
+        if found is None:
+            raise InternalError("the output was published but cannot be found", where=storage.uri(output.rstrip("/")))
+        identity, nbytes, count = found
+        record = OutputRecord(
+            uri=storage.uri(output.rstrip("/")),
+            key=output,
+            bytes=nbytes,
+            files=count,
+            identity=identity,
+            sha256=sha256,
+            frames=self._count,
+            fps=str(self._fps),
+            width=self._width,
+            height=self._height,
+            frames_sha256=self._hash.hexdigest(),
+        )
+        return record, notes
+
+    def abort(self) -> None:
+        """Leave nothing behind. Idempotent."""
+        self._main.abort()
+        if self._pose is not None:
+            self._pose.abort()

@@ -1,0 +1,68 @@
+"""Fingerprint: the identity of all that decides a job's frames.
+
+In:   a job, its inputs' contents, the recipe's and weights' identities. Out: flat parts and one sha256 over them.
+Never: devices, memory modes, places in a batch; these must not change the frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.records.record import InputRecord
+from runner.spec.manifest import Job
+
+__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "sha256_file"]
+
+OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Mapping[str, str]) -> dict[str, Any]:
+    """Flat, JSON-able, sorted: `input.video`, `prompt`, `options.seed`, `model.transformer`, …
+
+    `identity` is the generator's: recipe and weights. Where an input lies is no part of it, only what it holds.
+    """
+    parts: dict[str, Any] = {"output_version": OUTPUT_VERSION, "prompt": job.prompt}
+    parts |= {f"input.{name}": record.identity for name, record in inputs.items()}
+    options = job.options.model_dump(mode="json", exclude={"preprocess": {"official"}})  # a place, not a content
+    parts |= {f"options.{key}": value for key, value in _flat(options)}
+    parts |= {f"model.{name}": value for name, value in identity.items()}
+    return dict(sorted(parts.items()))
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed, in words that a person can act on: `options.seed: 41 → 42`."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(unset)"), new.get(key, "(unset)")
+        if before != after:
+            changes.append(f"{key}: {_short(before)} → {_short(after)}")
+    return changes
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _short(value: Any, length: int = 24) -> str:
+    text = str(value)
+    if text.startswith("sha256:"):
+        text = text[: len("sha256:") + 8]
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,456 @@
+"""Batch: the loop. While job k denoises, job k+1 is fetched and prepared and job k-1 is encoded and published.
+
+    prefetch thread   todo ─ ledger: done? ─ fetch ─ generator.prepare ─►  prepared
+    main thread       prepared ─ generator.generate ─ a segment at a time ─►  frames
+    delivery thread   frames ─ encode ─ publish ─ result.json last
+
+In:   jobs, an engine that loads the generator when first needed, the output storage. Out: records, and an exit code.
+Never: skeletons, latents, weights. One bad job never stops the batch; an error that every later job would meet does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from runner.batch.delivery import Delivery
+from runner.batch.fingerprint import fingerprint, fingerprint_parts
+from runner.batch.inputs import fetch_request, identify_inputs
+from runner.batch.ledger import Decision, Ledger
+from runner.batch.memory_sampler import MemorySampler
+from runner.batch.queues import ByteQueue, Closed, WorkList
+from runner.batch.stop import PREPARING, Abandoned, Stop
+from runner.batch.summary import SummaryWriter
+from runner.batch.task import Ended, Piece, Spans, Task, Todo
+from runner.errors import OutOfMemory, RunnerError, as_runner_error
+from runner.generation.protocol import Generator
+from runner.records.events import EventLog
+from runner.records.record import ErrorRecord, JobLine, ResultRecord
+from runner.spec.manifest import Job
+from runner.spec.options import JobOptions
+from runner.storage import Storage
+
+__all__ = ["Batch", "Engine", "Progress"]
+
+FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
+TRIES_IN_ONE_RUN = 3
+RETRY_DELAY_S = 2.0  # doubled at each further attempt
+STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A generator that is loaded when the first job needs it: a run with nothing to do loads nothing."""
+
+    recipe: str
+    identity: Mapping[str, str]  # recipe and weights, for the fingerprint
+    load: Callable[[], Generator[Any]]
+    effective: Callable[[JobOptions], JobOptions] = lambda options: options  # with the recipe's defaults filled in
+    own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
+
+
+class Progress(Protocol):
+    """Who watches the run."""
+
+    def step(self, job_id: str, done: int, total: int) -> None: ...
+
+    def finished(self, line: JobLine) -> None: ...
+
+
+class Batch:
+    """One run over the jobs of one shard. `run` may be called once, from the main thread."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        engine: Engine,
+        storage: Storage,
+        ledger: Ledger,
+        summary: SummaryWriter,
+        events: EventLog,
+        *,
+        stop: Stop,
+        scratch: Path,
+        progress: Progress,
+        sampler: MemorySampler,
+        frame_buffer_bytes: int = FRAME_BUFFER_BYTES,
+    ) -> None:
+        self._engine, self._storage, self._ledger = engine, storage, ledger
+        self._summary, self._events, self._progress = summary, events, progress
+        self._stop, self._scratch, self._sampler = stop, scratch, sampler
+        self._todo = WorkList(Todo(job) for job in jobs)
+        self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
+        self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes)
+        self._marking = threading.Lock()
+        self._marked: Task | None = None  # being prepared, its mark on the storage
+        self._generator: Generator[Any] | None = None
+        self._fatal: RunnerError | None = None
+        self._spans = Spans()
+
+    def run(self) -> int:
+        """Work through the jobs; the exit code. Raises nothing that a job or a signal can cause."""
+        prefetch = threading.Thread(target=self._guard, args=(self._prefetch_all,), name=PREPARING, daemon=True)
+        deliver = threading.Thread(target=self._guard, args=(self._deliver_all,), name="deliver", daemon=True)
+        watch = threading.Thread(target=self._watch_stop, name="stop", daemon=True)
+        with self._sampler:
+            for thread in (prefetch, deliver, watch):
+                thread.start()
+            self._guard(self._generate_all)
+            self._frames.close()
+            deliver.join()
+            prefetch.join(timeout=None if not self._stop.draining else 1.0)
+            if self._stop.draining:
+                watch.join(timeout=STORE_WAIT_S)  # it removes the marks of jobs that waited for another try
+        if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
+            self._unmark()
+        elif self._generator is not None:
+            self._generator.close()
+        code = self._summary.exit_code(self._stop_code())
+        self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
+        try:
+            self._summary.finish(self._fatal.message if self._fatal else self._stop.name, self._stop_code())
+        except RunnerError as error:
+            self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
+            code = error.exit_code
+        return code
+
+    # -- prefetch thread ------------------------------------------------------------------------------------------
+
+    def _prefetch_all(self) -> None:
+        while (todo := self._todo.take()) is not None:
+            task = self._open(todo)
+            try:
+                if not self._worth_running(task, todo.decision):
+                    self._close(task)
+                    self._todo.settle()
+                    continue
+                if task.decision.suspect and todo.decision is None:  # last, when the others are safe
+                    self._close(task)
+                    self._todo.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
+                    continue
+                if task.decision.suspect:
+                    self._todo.wait_taken(1)
+                self._prepare(task)
+                self._prepared.put(task)
+                self._marked = None
+                if task.decision.suspect:
+                    self._todo.wait_taken(0)
+            except Closed:
+                self._give_back(task)
+            except Exception as error:
+                found = as_runner_error(error, where=todo.job.id)
+                self._stop_for(found)  # now, or the next job would begin before delivery hears of it
+                self._hand_over(Ended(task, found, "prepare"))
+        self._prepared.close()
+
+    def _worth_running(self, task: Task, taken: Decision | None) -> bool:
+        job = task.job
+        identity = {**self._engine.identity, **self._engine.own(job)}
+        effective = replace(job, options=self._engine.effective(job.options))
+        try:
+            task.inputs = identify_inputs(job)
+        finally:  # an input that cannot be read still gives the attempt an identity
+            task.parts = fingerprint_parts(effective, task.inputs, identity)
+            task.fingerprint = fingerprint(task.parts)
+            task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
+        decision = task.decision
+        if decision.action == "skip":
+            if decision.suspect:  # else it would count as running for ever
+                self._abandon(job)
+            self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
+        elif decision.action == "exhausted":
+            record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe)
+            error = record.error if record else decision.previous.error if decision.previous else None
+            error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
+            self._report(
+                JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error)
+            )
+        return decision.action == "run"
+
+    def _prepare(self, task: Task) -> None:
+        job, timer = task.job, task.timer
+        self._mark(task)
+        self._events.emit("job_started", job=job.id, attempt=task.decision.attempt, reason=task.decision.reason)
+        begin = time.monotonic()
+        generator = self._load()
+        timer.probe = generator.probe
+        with timer.stage("fetch"):
+            request = fetch_request(job, task.folder)
+        task.audio_from = request.video
+        conditions = task.conditions = generator.prepare(request, timer)
+        task.plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job.options)
+        self._spans.add(task.job.id, "prepare", begin)
+        self._events.emit("job_prepared", job=job.id, frames=conditions.frames, segments=task.plan.segments)
+
+    def _mark(self, task: Task) -> None:
+        """Note that the job is being run; Closed if the run is ending, when nobody might take the mark away again."""
+        with self._marking:
+            if self._stop.draining:
+                raise Closed
+            self._ledger.begin(task.job.id, task.decision, task.fingerprint, self._summary.run_id)
+            self._marked = task
+
+    def _unmark(self) -> None:
+        if self._marking.acquire(
+            timeout=STORE_WAIT_S
+        ):  # else the store hangs, and whether a mark gets there nobody can say
+            if self._marked is not None:
+                self._abandon(self._marked.job)
+            self._marking.release()
+
+    def _load(self) -> Generator[Any]:
+        if self._generator is None:
+            begin = time.monotonic()
+            self._events.emit("engine_loading", recipe=self._engine.recipe)
+            try:
+                self._generator = self._engine.load()
+            except Exception as error:  # no job is at fault, and no other would fare better
+                self._break("engine_failed", error, "loading the model")
+                raise Closed from error
+            self._events.emit("engine_loaded", seconds=round(time.monotonic() - begin, 3))
+        return self._generator
+
+    # -- main thread ----------------------------------------------------------------------------------------------
+
+    def _generate_all(self) -> None:
+        for task in self._prepared:
+            if self._stop.draining or self._fatal:
+                self._hand_over(Ended(task, given_back=True))
+                continue
+            begin = time.monotonic()
+            try:
+                self._generate(task)
+                ended = Ended(task)
+            except Abandoned:
+                ended = Ended(task, given_back=True)
+            except Exception as error:
+                found = as_runner_error(error, where=task.job.id)
+                if isinstance(found, OutOfMemory) and self._worth_another_try(task, found):
+                    self._lower_memory()
+                ended = Ended(task, found, "generate")
+            self._spans.add(task.job.id, "generate", begin)
+            self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
+            self._hand_over(ended)
+
+    def _lower_memory(self) -> None:
+        """One memory mode down, for the retry and all that follows."""
+        lower = getattr(self._generator, "lower_memory", None)
+        try:
+            if lower is not None:
+                self._events.emit("memory_lowered" if lower() else "memory_is_lowest", level="warning")
+        except Exception as error:  # the model is gone, and no later job would fare better
+            self._break("engine_failed", error, "loading the model one memory mode lower")
+
+    def _generate(self, task: Task) -> None:
+        assert self._generator and task.conditions and task.plan
+
+        def on_step(done: int, total: int) -> None:
+            if self._stop.abandon or task.settled:
+                raise Abandoned
+            self._progress.step(task.job.id, done, total)
+
+        task.generating = True
+        try:
+            # Now, as sound that cannot be read shall fail the job before it costs anything.
+            task.delivery = Delivery.of(task.conditions, task.folder, task.job.options, task.audio_from, task.timer)
+            segments = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
+            for segment in segments:
+                nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
+                self._frames.put(Piece(task, segment), nbytes)
+        finally:
+            task.conditions.close()
+            task.generating = False
+
+    # -- delivery thread ------------------------------------------------------------------------------------------
+
+    def _deliver_all(self) -> None:
+        for item in self._frames:
+            task = item.task
+            if task.settled:
+                continue
+            try:
+                if isinstance(item, Piece):
+                    assert task.delivery is not None
+                    task.delivery.write(item.segment)
+                elif item.given_back:
+                    self._give_back(task)
+                elif item.error is not None:
+                    self._fail(task, item.error, item.stage)
+                else:
+                    self._succeed(task)
+            except Exception as error:
+                if task.settled:  # its outcome stands; it is the loop itself that broke
+                    raise
+                self._fail(task, as_runner_error(error, where=task.job.id), "deliver")
+
+    def _succeed(self, task: Task) -> None:
+        begin = time.monotonic()
+        assert task.delivery is not None  # a plan has at least one segment
+        output, notes = task.delivery.publish(self._storage, self._ledger, task.job.id)
+        self._spans.add(task.job.id, "deliver", begin)
+        record = self._record(task, status="succeeded", output=output, notes=notes)
+        self._ledger.finish(record)
+        self._settle(task)
+        self._report(
+            JobLine(
+                id=task.job.id,
+                status="succeeded",
+                reason=task.decision.reason,
+                attempt=task.decision.attempt,
+                output=output.uri,
+                seconds=round(time.monotonic() - task.begin, 3),
+            ),
+            record,
+        )
+
+    def _fail(self, task: Task, error: RunnerError, stage: str) -> None:
+        attempt, job = task.decision.attempt, task.job
+        if self._worth_another_try(task, error):
+            delay = RETRY_DELAY_S * 2 ** len(task.tried)
+            self._events.emit(
+                "job_retry", level="warning", job=job.id, code=error.code, message=error.message, wait_s=delay
+            )
+            again = Decision("run", f"retry after {error.code}", attempt + 1, task.decision.previous)
+            self._close(task)
+            if not self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay):
+                self._abandon(job)  # the run is ending, and nothing else would remove the mark
+            return
+        self._stop_for(error)
+        found = ErrorRecord.of(error, stage)
+        record = self._record(task, status="failed", error=found)
+        try:
+            # Inputs that cannot be read now say nothing against what was made of them before: that stays.
+            if task.inputs or not self._ledger.succeeded(job.id):
+                self._ledger.finish(record)
+        except Exception as second:  # the very storage may be what fails
+            unstored = as_runner_error(second)
+            self._events.emit(
+                "record_not_written", level="error", job=job.id, code=unstored.code, message=unstored.message
+            )
+            self._stop_for(unstored)
+        self._settle(task)
+        line = JobLine(
+            id=job.id,
+            status="failed",
+            reason=task.decision.reason,
+            attempt=attempt,
+            seconds=round(time.monotonic() - task.begin, 3),
+            error=found,
+        )
+        self._report(line, record)
+
+    def _worth_another_try(self, task: Task, error: RunnerError) -> bool:
+        """Whether the job shall run again in this run. Out of memory: once, one memory mode lower."""
+        limit = 0 if self._ledger.force else self._ledger.max_attempts
+        if not error.retryable or self._stop.draining or self._fatal:
+            return False
+        if isinstance(error, OutOfMemory):
+            return error.code not in task.tried and not 0 < limit <= task.decision.attempt
+        return len(task.tried) + 1 < min(TRIES_IN_ONE_RUN, limit or TRIES_IN_ONE_RUN)
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _open(self, todo: Todo) -> Task:
+        folder = self._scratch / todo.job.id
+        folder.mkdir(parents=True, exist_ok=True)
+        return Task(todo.job, folder, self._sampler.window(), todo.tried)
+
+    def _close(self, task: Task) -> None:
+        task.settled = True
+        if task.delivery is not None:
+            task.delivery.abort()
+        if task.conditions is not None and not task.generating:
+            task.conditions.close()
+        shutil.rmtree(task.folder, ignore_errors=True)
+
+    def _settle(self, task: Task) -> None:
+        self._close(task)
+        self._todo.settle()
+
+    def _give_back(self, task: Task) -> None:
+        self._abandon(task.job)
+        self._settle(task)
+
+    def _abandon(self, job: Job) -> None:
+        try:
+            self._ledger.abandon(job.id)
+        except RunnerError as error:
+            self._events.emit("mark_not_removed", level="warning", job=job.id, message=error.message)
+
+    def _start_no_more(self) -> None:
+        for todo in self._todo.close():
+            if todo.tried:  # it waited for another try, and its mark with it
+                self._abandon(todo.job)
+
+    def _hand_over(self, ended: Ended) -> None:
+        try:
+            self._frames.put(ended)
+        except Closed:  # delivery is over: the run was stopped while this job was being prepared
+            self._give_back(ended.task)
+
+    def _report(self, line: JobLine, record: ResultRecord | None = None) -> None:
+        fields: dict[str, Any] = {"job": line.id}
+        if line.status != "succeeded":  # why it ran was said when it began
+            fields["reason"] = line.reason
+        if line.error is not None:
+            fields |= {"code": line.error.code, "message": line.error.message, "stage": line.error.stage}
+        if line.seconds is not None:
+            fields["seconds"] = line.seconds
+        self._events.emit(f"job_{line.status}", level="error" if line.status == "failed" else "info", **fields)
+        self._progress.finished(line)
+        try:
+            self._summary.add(line, record)
+        except RunnerError as error:
+            self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
+            self._stop_for(error)
+
+    def _stop_for(self, error: RunnerError) -> None:
+        """Start no more jobs if every later one would meet the same error."""
+        if error.stops_run and self._fatal is None:
+            self._fatal = error
+            self._start_no_more()
+
+    def _record(self, task: Task, **more: Any) -> ResultRecord:
+        return task.record(
+            run_id=self._summary.run_id,
+            recipe=self._engine.recipe,
+            engine=dict(self._generator.description) if self._generator else {},
+            overlapped=self._spans.overlapping(task.job.id, "generate"),
+            **more,
+        )
+
+    def _watch_stop(self) -> None:
+        self._stop.requested.wait()
+        self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=self._stop.drain_s)
+        self._prepared.close()
+        self._start_no_more()
+
+    def _guard(self, stage: Callable[[], None]) -> None:
+        """Run one thread's work. If the loop itself breaks, end the run with `internal` rather than hang."""
+        try:
+            stage()
+        except Exception as error:
+            try:
+                self._break("loop_broken", error, "the batch loop")
+            finally:
+                self._prepared.close()
+                self._frames.close()
+
+    def _break(self, event: str, error: Exception, where: str) -> None:
+        """Start nothing more: what failed is needed by every job."""
+        found = self._fatal = as_runner_error(error, where=where)
+        self._events.emit(event, level="error", code=found.code, message=found.message)
+        self._start_no_more()
+
+    def _stop_code(self) -> int | None:
+        """What the exit code must be if the run was cut short; None if it ran to its end."""
+        if self._fatal is not None:
+            return self._fatal.exit_code
+        if self._stop.draining and self._summary.counts["not_run"]:
+            return self._stop.exit_code
+        return None

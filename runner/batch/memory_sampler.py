@@ -1,0 +1,100 @@
+"""Memory sampler: the highest memory use of this process, host and GPU, while a job runs.
+
+In:   nothing but the process itself. Out: bytes, None where they cannot be read. Never: jobs, torch.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+__all__ = ["MemorySampler", "MemoryWindow", "ProcessMemory"]
+
+
+class MemoryWindow:
+    """The process's highest memory use since the window was opened; bytes, None where it cannot be read."""
+
+    def __init__(self) -> None:
+        self.rss_peak: int | None = None
+        self.gpu_peak: int | None = None
+
+    def see(self, rss: int | None, gpu: int | None) -> None:
+        self.rss_peak = rss if self.rss_peak is None else max(self.rss_peak, rss or 0)
+        self.gpu_peak = gpu if self.gpu_peak is None else max(self.gpu_peak, gpu or 0)
+
+
+class MemorySampler:
+    """Reads host RSS (psutil) and this process's GPU memory (NVML) every `interval_s`, for all open windows.
+
+    NVML counts what torch's own statistics leave out: the CUDA context, cuDNN and ONNX Runtime.
+    """
+
+    def __init__(
+        self, interval_s: float = 0.2, read: Callable[[], tuple[int | None, int | None]] | None = None
+    ) -> None:
+        self._interval_s = interval_s
+        self._read = read or ProcessMemory()
+        self._windows: weakref.WeakSet[MemoryWindow] = weakref.WeakSet()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def window(self) -> MemoryWindow:
+        """A new window; it is watched for as long as somebody holds it."""
+        window = MemoryWindow()
+        with self._lock:
+            self._windows.add(window)
+        window.see(*self._read())
+        return window
+
+    def __enter__(self) -> MemorySampler:
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            now = self._read()
+            with self._lock:
+                for window in list(self._windows):
+                    window.see(*now)
+
+
+class ProcessMemory:
+    """Call for (host RSS, GPU memory) of this process, bytes; None for a GPU that is not there."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._devices: list[object] = []
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            self._devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        except Exception:  # no driver, no library, no permission: there is no GPU memory to report
+            self._devices = []
+
+    def __call__(self) -> tuple[int | None, int | None]:
+        return self._process.memory_info().rss, self._gpu()
+
+    def _gpu(self) -> int | None:
+        used = None
+        for device in self._devices:
+            try:
+                running = self._nvml.nvmlDeviceGetComputeRunningProcesses(device)
+            except self._nvml.NVMLError:
+                continue
+            for process in running:
+                # Inside a container the driver may report host process ids, or none: then this stays None.
+                if process.pid == self._process.pid and process.usedGpuMemory is not None:
+                    used = (used or 0) + process.usedGpuMemory
+        return used

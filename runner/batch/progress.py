@@ -1,0 +1,63 @@
+"""Progress: a bar for a person at a terminal; elsewhere the event lines say enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.records.record import JobLine
+
+__all__ = ["BarProgress", "SilentProgress", "choose_progress"]
+
+
+class SilentProgress:
+    def step(self, job_id: str, done: int, total: int) -> None:
+        """Nothing: a line a step would bury the events."""
+
+    def finished(self, line: JobLine) -> None:
+        """Nothing: the event of the job's end has been logged."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class BarProgress:
+    """Two rich bars on standard error: jobs, and denoising steps of the running job."""
+
+    def __init__(self, jobs: int, console: Any) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bars = Progress(*columns, console=console, transient=True)
+        self._jobs = self._bars.add_task("jobs", total=jobs)
+        self._steps = self._bars.add_task("steps", total=None, visible=False)
+        self._bars.start()
+
+    def step(self, job_id: str, done: int, total: int) -> None:
+        self._bars.update(self._steps, description=job_id[:24], completed=done, total=total, visible=True)
+
+    def finished(self, line: JobLine) -> None:
+        self._bars.update(self._jobs, advance=1)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+def choose_progress(jobs: int, log_format: str) -> BarProgress | SilentProgress:
+    """A bar only where standard error is a terminal and the log is for people."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return BarProgress(jobs, console) if console.is_terminal and log_format != "json" else SilentProgress()

@@ -1,0 +1,119 @@
+"""Summary: what a run has come to so far, kept on the output storage and rewritten after each job.
+
+In:   a line a job, and its record. Out: `runs/<run-id>/<shard>.summary.json`, `.metrics.prom`, `.events.jsonl`, whole
+objects each, so that any tool can read them while the run goes on; and the exit code. Never: how a job is run.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runner.errors import is_transient
+from runner.records.prometheus import RunMetrics
+from runner.records.record import JobLine, ResultRecord, RunSummary, environment
+from runner.storage import Storage
+from runner.timing import now
+
+__all__ = ["SummaryWriter"]
+
+WRITING_SHARE = 0.1  # files are rewritten whole: with many jobs or a slow store, not at every job
+
+
+class SummaryWriter:
+    """Collects lines and writes them. Safe from any thread."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        run_id: str,
+        shard: str,
+        shard_reason: str,
+        manifest: str,
+        recipe: str,
+        job_ids: Sequence[str],
+        events_file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.run_id = run_id
+        self._storage, self._events_file, self._clock = storage, events_file, clock
+        self._shard, self._why, self._manifest, self._recipe = shard, shard_reason, manifest, recipe
+        self._job_ids = list(job_ids)
+        self._lines: dict[str, JobLine] = {}
+        self._metrics = RunMetrics()
+        self._begin, self._started_at = clock(), now()
+        self._not_before = float("-inf")
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Jobs by status; together they are all jobs of the shard."""
+        found = Counter(line.status for line in self._lines.values())
+        rest = len(self._job_ids) - sum(found.values())
+        return {"total": len(self._job_ids)} | {
+            status: found[status] + (rest if status == "not_run" else 0)
+            for status in ("succeeded", "skipped", "failed", "not_run")
+        }
+
+    @property
+    def lines(self) -> list[JobLine]:
+        """One a job, in the manifest's order; `not_run` where nothing has happened yet."""
+        return [
+            self._lines.get(i) or JobLine(id=i, status="not_run", reason="the run ended before it")
+            for i in self._job_ids
+        ]
+
+    def add(self, line: JobLine, record: ResultRecord | None = None) -> None:
+        """Note a job's end and write the summary. Raises storage.*."""
+        with self._lock:
+            self._lines[line.id] = line
+            self._metrics.observe(line, record)
+            if self._clock() >= self._not_before:
+                self._write(self._build(None, None, None))
+
+    def finish(self, stopped_by: str | None, stop_code: int | None) -> int:
+        """Write the last summary and return the exit code. Raises storage.*."""
+        code = self.exit_code(stop_code)
+        with self._lock:
+            self._write(self._build(now(), code, stopped_by if stop_code is not None else None))
+        return code
+
+    def exit_code(self, stop_code: int | None) -> int:
+        """0 all done; 1 some failed; 3 if a rerun may mend all that failed; a stop's own code if one came."""
+        if stop_code is not None:
+            return stop_code
+        failed = [line.error for line in self._lines.values() if line.status == "failed"]
+        if not failed:
+            return 0
+        return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
+
+    def _build(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> RunSummary:
+        return RunSummary(
+            run_id=self.run_id,
+            shard=self._shard,
+            shard_reason=self._why,
+            manifest=self._manifest,
+            recipe=self._recipe,
+            started_at=self._started_at,
+            finished_at=finished_at,
+            seconds=round(self._clock() - self._begin, 3),
+            exit_code=exit_code,
+            stopped_by=stopped_by,
+            counts=self.counts,
+            jobs=self.lines,
+            environment=dict(environment()),
+        )
+
+    def _write(self, summary: RunSummary) -> None:
+        begin = self._clock()
+        base = f"runs/{self.run_id}/{self._shard}"
+        self._storage.write_bytes(f"{base}.summary.json", summary.to_json())
+        self._storage.write_bytes(f"{base}.metrics.prom", self._metrics.text().encode())
+        if self._events_file is not None and self._events_file.exists():
+            self._storage.write_bytes(f"{base}.events.jsonl", self._events_file.read_bytes())
+        end = self._clock()
+        self._not_before = end + (end - begin) / WRITING_SHARE

@@ -1,0 +1,154 @@
+"""Task: one attempt of one job on its way through the batch loop, and what it leaves in the record.
+
+In:   what each stage adds. Out: a ResultRecord. Never: what a stage does, or which stage is next.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.batch.delivery import Delivery
+from runner.batch.ledger import Decision
+from runner.batch.memory_sampler import MemoryWindow
+from runner.errors import RunnerError
+from runner.generation.protocol import Conditions, Segment, SegmentPlan
+from runner.records.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, reuse_of
+from runner.spec.manifest import Job
+from runner.timing import StageTimer, now
+
+__all__ = ["Ended", "Piece", "Spans", "Task", "Todo"]
+
+# What the forecast's operations are spent in; waiting for conditions or for the encoder is none of it.
+GENERATION_STAGES = ("encode_prompt", "encode_image", "encode_reference", "encode_conditions", "denoise", "vae_decode")
+
+
+@dataclass
+class Todo:
+    """A job that waits."""
+
+    job: Job
+    decision: Decision | None = None  # taken before: another try in this run, or one put off
+    tried: tuple[str, ...] = ()  # error codes of its attempts in this run
+
+
+@dataclass
+class Task:
+    """One attempt of one job."""
+
+    job: Job
+    folder: Path  # scratch, its own
+    window: MemoryWindow
+    tried: tuple[str, ...] = ()  # error codes of the attempts before it in this run
+    timer: StageTimer = field(default_factory=StageTimer)
+    started_at: str = field(default_factory=now)
+    begin: float = field(default_factory=time.monotonic)
+    parts: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    decision: Decision = field(default_factory=lambda: Decision("run", ""))
+    inputs: dict[str, InputRecord] = field(default_factory=dict)
+    audio_from: Path | None = None
+    conditions: Conditions | None = None
+    plan: SegmentPlan | None = None
+    delivery: Delivery | None = None
+    generating: bool = False  # the main thread is reading its conditions; nobody else may close them
+    settled: bool = False  # by the delivery thread; what still comes of it is dropped
+
+    def record(
+        self, *, run_id: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
+    ) -> ResultRecord:
+        """The attempt as it stands; `more` says how it ended: status, output, error, notes."""
+        return ResultRecord(
+            job_id=self.job.id,
+            attempt=self.decision.attempt,
+            run_id=run_id,
+            reason=self.decision.reason,
+            started_at=self.started_at,
+            finished_at=now(),
+            fingerprint=self.fingerprint,
+            fingerprint_parts=self.parts,
+            inputs=self.inputs,
+            timings_s={name: round(s, 6) for name, s in self.timer.seconds.items()},
+            steps_s=[round(s, 6) for s in self.timer.steps],
+            memory=MemoryRecord(
+                stages=self.timer.peaks,
+                forecast=self.timer.forecast,
+                process_gpu_peak_bytes=self.window.gpu_peak,
+                host_rss_peak_bytes=self.window.rss_peak,
+                overlapped=overlapped,
+            ),
+            efficiency=self._efficiency(),
+            preprocess=dict(self.conditions.report) if self.conditions is not None else {},
+            caches=dict(self.timer.counters),
+            reuse=reuse_of(self.timer.counters, self.timer.gauges),
+            recipe=recipe,
+            engine=engine,
+            environment=dict(environment()),
+            **more,
+        )
+
+    def _efficiency(self) -> Efficiency | None:
+        plan = self.plan
+        if plan is None:
+            return None
+        generating = sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
+        return Efficiency(
+            frames_requested=plan.frames,
+            frames_denoised=plan.denoised_frames,
+            segments=plan.segments,
+            segment_frames=plan.segment_frames,
+            padding_fraction=round(plan.padding_frames / plan.denoised_frames, 4),
+            overlap_fraction=round(plan.overlap_total / plan.denoised_frames, 4),
+            tflop=plan.tflop,
+            tflop_per_s=plan.tflop / generating if generating else None,
+            generation_s=round(generating, 3) if generating else None,
+            forecast_s=None if plan.seconds is None else round(plan.seconds, 3),
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment on its way to delivery."""
+
+    task: Task
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last word on a task from the threads before delivery: complete, failed, or given back."""
+
+    task: Task
+    error: RunnerError | None = None
+    stage: str = ""
+    given_back: bool = False
+
+
+class Spans:
+    """When the stages of the last few jobs ran, to say which of them ran at the same time. Monotonic seconds."""
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep  # only neighbours in time can overlap
+        self._jobs: dict[str, dict[str, tuple[float, float]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, job_id: str, stage: str, begin: float) -> None:
+        """Note that `stage` ran from `begin` until now."""
+        with self._lock:
+            self._jobs.setdefault(job_id, {})[stage] = (begin, time.monotonic())
+            while len(self._jobs) > self._keep:
+                self._jobs.pop(next(iter(self._jobs)))
+
+    def overlapping(self, job_id: str, stage: str) -> list[str]:
+        """`prepare of b`, … : what of other jobs has ended and overlapped with `stage` of this one."""
+        with self._lock:
+            begin, end = self._jobs.get(job_id, {}).get(stage, (0.0, 0.0))
+            return [
+                f"{name} of {other}"
+                for other, stages in self._jobs.items()
+                for name, (b, e) in stages.items()
+                if other != job_id and b < end and e > begin
+            ]

@@ -1,0 +1,147 @@
+"""Bytes: how many bytes each part of the engine takes, from the shapes of its models alone.
+
+In:   the shapes of flops.py, bytes an element, width, height, frames. Out: plain numbers of bytes.
+Never: torch, weights, a device, what is kept where (memory_plan.py). Closed forms, or counts of live tensors on torch's
+meta device, which the tests repeat; what is neither is named an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runner.forecast.flops import MOTION_CHANNELS, TEXT_TOKENS, TransformerShape, VaeShape
+
+__all__ = [
+    "FP4_BYTES",
+    "Weights",
+    "code_bytes",
+    "face_bytes",
+    "latent_bytes",
+    "step_bytes",
+    "vae_bytes",
+    "vae_peak",
+    "weights_of",
+    "workspace_bytes",
+]
+
+FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 32 of them or of 8 bits for 16
+# Of hidden states [S, d]: what one block holds at its peak, attention's own scratch memory aside.
+# "fused", compiled, is an assumption: hidden states and their norm, and twice the feed-forward part's 2.7.
+BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "fused": 7.5, "lean": 5.36}
+# Bytes a pixel at 96 base channels, a picture at a time (autoencoder.py): feature maps that are kept, and the peak
+# beside them.
+VAE_DECODE: Mapping[str, int] = {"float32": 13_060, "bfloat16": 7_420}
+VAE_ENCODE: Mapping[str, int] = {"float32": 8_900, "bfloat16": 4_780}
+# The library's own walk through a tile, all four pictures of a latent frame at once.
+VAE_TILE: Mapping[str, int] = {"float32": 19_460, "bfloat16": 10_130}
+TILE = 256  # pixels a side, as the library has it
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the transformer's weights: one block, one face adapter, and what is neither."""
+
+    block: float
+    adapter: float
+    rest: float
+    blocks: int
+    adapters: int
+
+    @property
+    def total(self) -> float:
+        return self.blocks * self.block + self.adapters * self.adapter + self.rest
+
+    @property
+    def largest_part(self) -> float:
+        """A block with the face adapter that comes and goes with it."""
+        return self.block + self.adapter
+
+
+def weights_of(shape: TransformerShape, *, fp4: bool, element: int = 2) -> Weights:
+    """As they lie in memory; `fp4`: every nn.Linear packed. What the library keeps in float32 counts as such."""
+    d, linear, other = shape.dim, FP4_BYTES if fp4 else element, element
+    added = shape.added_kv_proj_dim
+    block_linear = 8 * d * d + 2 * d * shape.ffn_dim + (2 * d * added if added else 0)
+    block_other = 8 * d + shape.ffn_dim + d + 4 * d + (3 * d if added else 0)
+    block = block_linear * linear + block_other * other + (2 + 6) * d * 4  # the second norm and the table: float32
+    adapter = 4 * d * d * linear + (4 * d + 2 * shape.attention_head_dim) * other
+
+    image, text = shape.image_dim, shape.text_dim
+    heads, hidden = shape.face_encoder_num_heads, shape.face_encoder_hidden_dim
+    rest_linear = 6 * d * d + text * d + d * d + image * image + image * d + hidden * d
+    rest_linear += shape.patch**2 * shape.out_channels * d
+    time = (shape.freq_dim * d + d * d) * (FP4_BYTES if fp4 else 4)
+    patches = d * shape.patch**2 * (shape.in_channels + shape.latent_channels)
+    face = 3 * shape.motion_encoder_dim * hidden * heads + 6 * hidden * hidden
+    rest = rest_linear * linear + time + (patches + face + _motion_encoder(shape)) * other
+    return Weights(block, adapter, rest, shape.num_layers, shape.num_layers // shape.inject_face_latents_blocks)
+
+
+def _motion_encoder(shape: TransformerShape) -> float:
+    """Numbers in its convolutions and linears."""
+    channels = shape.motion_encoder_channel_sizes or MOTION_CHANNELS
+    size, style = shape.motion_encoder_size, shape.motion_style_dim
+    here, count = channels[str(size)], 3 * channels[str(size)]
+    while size > 4:
+        there = channels[str(size // 2)]
+        count += 9 * here * here + (9 + 1) * here * there
+        here, size = there, size // 2
+    return count + 16 * here * style + 4 * style * style + 2 * style * shape.motion_dim
+
+
+def step_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, kind: str, element: int = 2) -> float:
+    """What one denoising step holds at its peak beside weights and invariants: `kind` whole | fused | lean."""
+    hidden = _tokens(width, height, frames, shape.patch) * shape.dim * element
+    return BLOCK_UNITS[kind] * hidden
+
+
+def _tokens(width: int, height: int, frames: int, patch: int) -> int:
+    return ((frames - 1) // 4 + 2) * (height // 8 // patch) * (width // 8 // patch)
+
+
+def workspace_bytes(shape: TransformerShape, *, fp4: bool = True, compute: str = "bf16", element: int = 2) -> int:
+    """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
+    FP4 is dequantised; of those that see every token the largest in 8-bit codes, and before that rotated."""
+    dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
+    codes = shape.dim * shape.ffn_dim if compute in ("fp8", "int8") else 0
+    return dense + codes + (codes * element if compute == "int8" else 0)
+
+
+def code_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, compute: str) -> int:
+    """The widest activation of a block in 8-bit codes, beside what `step_bytes` counts."""
+    tokens = _tokens(width, height, frames, shape.patch)
+    return tokens * shape.ffn_dim if compute in ("fp8", "int8") else 0
+
+
+def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:
+    """Noise, flow and two states of the solver in float32; scene, pose and the model's input."""
+    cells = ((frames - 1) // 4 + 2) * (height // 8) * (width // 8)
+    scene = shape.in_channels - shape.latent_channels
+    return cells * (4 * shape.latent_channels * 4 + (scene + shape.in_channels + shape.latent_channels) * element)
+
+
+def face_bytes(shape: TransformerShape, frames: int, *, element: int = 2) -> int:
+    """Face crops of one window, as the motion encoder takes them, and the embedded text and image."""
+    crops = 3 * frames * shape.motion_encoder_size**2
+    return (crops + (TEXT_TOKENS + shape.image_tokens) * shape.dim) * element
+
+
+def vae_bytes(shape: VaeShape, dtype: str) -> int:
+    """Its weights; 126.9 M numbers in Wan 2.1's, of which nearly all stand in products of two channel counts."""
+    return int(126.9e6 * (shape.base_dim / 96) ** 2) * (4 if dtype == "float32" else 2)
+
+
+def vae_peak(
+    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False
+) -> tuple[float, float]:
+    """(encoding a window, decoding one), beside the weights, with the window's own pixels."""
+    wide, pixel = shape.base_dim / 96, 4 if dtype == "float32" else 2
+    clip = 3 * frames * width * height
+    # Encoding: pixels in float32 as they come from bytes, in its dtype, and joined to the last window's end.
+    given = clip * (4 + 2 * pixel)
+    if not tiled:
+        return given + VAE_ENCODE[dtype] * wide * width * height, VAE_DECODE[dtype] * wide * width * height
+    tile = VAE_TILE[dtype] * wide * min(width, TILE) * min(height, TILE)
+    # Decoding: all tiles with their overlap (4/3 a side), the rows they are joined to, and the whole.
+    return given + tile, tile + clip * pixel * (16 / 9 + 2)

@@ -1,0 +1,150 @@
+"""Seconds: how long a known GPU takes for a plan, from the models' shapes and what that GPU reaches.
+
+In:   shapes, a window, how the engine is set. Out: seconds by part: a forecast, never a measurement.
+Never: torch, a device. The rates are published measurements of large kernels or, marked so, estimates; the record puts
+the forecast beside the seconds that a job took, and `bench/engine.py` beside rates measured in the same run.
+
+One denoising step is matrix products at the rate of their compute, self-attention at its kernel's rate, and what goes
+through memory: elementwise work between them, and weights brought from FP4 to the compute's format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from runner.forecast.flops import TERA, Costs
+
+__all__ = ["DEVICES", "Build", "DeviceSpeed", "Seconds", "find_device", "forecast_seconds"]
+
+# Bytes that elementwise kernels read and write for each channel of each token in one block: every operation on its
+# own (66 GB a block at 34,320 tokens x 5,120), and fused between the products (0.34 TB in 40 blocks).
+EAGER_BYTES, FUSED_BYTES = 375, 48
+# Bytes a weight: four and a half bits read and two bytes written at once; or the look-up in steps, each a tensor.
+ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
+# Of the bf16 product's rate, what the autoencoder's convolutions reach: in float32 (TF32), in bfloat16, compiled.
+# Estimates from published decoding times: 14.5, 8.4 and 6.6 s of the same work.
+VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.16, "bfloat16": 0.27, "bfloat16 compiled": 0.35})
+# The same for the motion encoder's small convolutions, eight faces at a time: an estimate.
+INVARIANT_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What one GPU reaches on large kernels, TFLOP/s, and its memory's copy speed."""
+
+    name: str
+    pattern: str  # of the name that the driver gives
+    matmul: Mapping[str, float]  # compute -> TFLOP/s; a compute that is missing does not run there
+    attention: float  # bfloat16, head_dim 128, the best backend in torch or diffusers
+    attention_8bit: float | None  # queries and keys in eight bits, kernel alone
+    copy_gb_s: float  # read and written
+    source: str = "published measurements"
+
+
+DEVICES: tuple[DeviceSpeed, ...] = (
+    DeviceSpeed(
+        "RTX 5090", r"\b5090(?! (D|Laptop))", {"bf16": 240, "fp8": 390, "int8": 580, "nvfp4": 1140}, 214, 554, 1509
+    ),
+    DeviceSpeed(
+        "RTX 4090", r"\b4090(?! (D|Laptop))", {"bf16": 160, "fp8": 300, "int8": 540}, 164, 431, 920, "8 bit: estimates"
+    ),
+    DeviceSpeed("L40S", r"L40S", {"bf16": 270, "fp8": 500, "int8": 500}, 164, 431, 780, "estimates"),
+    DeviceSpeed("A100", r"A100", {"bf16": 267, "int8": 464}, 204, 278, 1700),
+    DeviceSpeed(
+        "H200", r"H200|GH200", {"bf16": 763, "fp8": 1085, "int8": 1160}, 470, 882, 4055, "attention: of an H100"
+    ),
+    DeviceSpeed("H100", r"H100", {"bf16": 763, "fp8": 1085, "int8": 1160}, 470, 882, 2800, "products: of an H200"),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the engine is set, as far as it decides seconds; the defaults are the engine's own on a GPU."""
+
+    compute: str = "bf16"  # bf16 | fp8 | int8 | nvfp4
+    fp4: bool = True  # weights are dequantised at every use
+    stepwise: bool = False  # by a look-up in steps, as the seed does, instead of one pass
+    fused: bool = True  # the block compiled
+    shared: bool = True  # what a window's steps share is computed once (transformer.py)
+    attention_8bit: bool = False
+    vae: str = "float32"  # a key of VAE_SHARE
+    blank_again: bool = False  # the blank first window is encoded for every job
+
+    def __post_init__(self) -> None:
+        if self.vae not in VAE_SHARE:
+            raise ValueError(f"vae {self.vae!r}: one of {', '.join(VAE_SHARE)}")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A job's forecast. `step`: one denoising step by part; `fixed`: the job's other work on the device, by part."""
+
+    step: Mapping[str, float]
+    steps: int  # over all windows
+    fixed: Mapping[str, float]
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.step.values())
+
+    @property
+    def total_s(self) -> float:
+        return self.steps * self.step_s + sum(self.fixed.values())
+
+
+def find_device(name: str | None) -> DeviceSpeed | None:
+    """The GPU that `name` means, as a driver or a person writes it; None where nothing is known of it."""
+    if name is None:
+        return None
+    return next((d for d in DEVICES if re.search(d.pattern, name, re.IGNORECASE)), None)
+
+
+def forecast_seconds(
+    costs: Costs,
+    device: DeviceSpeed,
+    build: Build,
+    *,
+    size: tuple[int, int],
+    segment_frames: int,
+    segments: int,
+    steps: int,
+    guided: bool = False,
+) -> Seconds:
+    """Seconds of one job on `device`; `size` is (width, height), `steps` are those of one window.
+
+    The encoders of text and image, what a first job loads and compiles, and preprocessing, which runs beside, are not
+    in it. ValueError for a compute that the device does not have.
+    """
+    if build.compute not in device.matmul:
+        raise ValueError(f"{device.name} has no {build.compute}; it has {', '.join(device.matmul)}")
+    model, calls = costs.transformer, 1 + guided
+    window = (*size, segment_frames)
+    attention = model.self_attention_flop(*window)
+    invariant = model.invariant_flop(*window)
+    large = model.forward_flop(*window) - attention - invariant
+    rate = device.attention_8bit if build.attention_8bit and device.attention_8bit else device.attention
+    through_memory = (
+        model.num_layers * model.tokens(*window) * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
+    )
+    weights = model.block_weights + (0 if build.shared else model.invariant_weights)
+    per_weight = STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES
+    step = {
+        "products": large / TERA / device.matmul[build.compute],
+        "attention": attention / TERA / rate,
+        "elementwise": through_memory / device.copy_gb_s / 1e9,
+        "dequantise": weights * per_weight / device.copy_gb_s / 1e9 if build.fp4 else 0.0,
+        "shared work again": 0.0 if build.shared else invariant / TERA / device.matmul["bf16"] / INVARIANT_SHARE,
+    }
+    vae_rate = device.matmul["bf16"] * VAE_SHARE[build.vae]
+    encodes = 2 * segments - (0 if build.blank_again else 1)  # poses and scene; the first scene is blank and kept
+    fixed = {
+        "encode": (encodes * costs.vae.encode_flop(*window) + costs.vae.encode_flop(*size, 1)) / TERA / vae_rate,
+        "decode": segments * costs.vae.decode_flop(*window) / TERA / vae_rate,
+        "shared once a window": segments * calls * invariant / TERA / device.matmul["bf16"] / INVARIANT_SHARE
+        if build.shared
+        else 0.0,
+    }
+    return Seconds({part: calls * s for part, s in step.items()}, segments * steps, fixed)

@@ -1,0 +1,139 @@
+"""Protocol: the contract between the batch loop and a model. The loop knows this much of a model, and no more.
+
+A second model is one more folder beside this file that fulfils `Generator`, and a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from runner.spec.options import JobOptions
+from runner.timing import DeviceProbe, StageTimer
+
+__all__ = ["Conditions", "Generator", "Request", "Segment", "SegmentPlan"]
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all) over the whole job; may raise to abandon the job
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job's inputs as local files."""
+
+    reference: Path
+    video: Path
+    prompt: str
+    options: JobOptions
+    official: Path | None = None  # folder of the official script's files, instead of preprocessing
+    mask: Path | None = None  # replace mode: a video (or image), white where the character goes
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How a job's frames are cut into windows that the model denoises, and what that costs."""
+
+    frames: int  # asked for
+    segment_frames: int  # length of every window, 4k+1
+    overlap_frames: int
+    segments: int
+    width: int
+    height: int
+    steps: int
+    tflop: float  # forecast for the whole job, model and autoencoder
+    seconds: float | None = None  # forecast on the device that computes; None where nothing is known of it
+
+    @property
+    def denoised_frames(self) -> int:
+        return self.segments * self.segment_frames
+
+    @property
+    def overlap_total(self) -> int:
+        """Frames denoised twice because a window starts from the end of the last one."""
+        return (self.segments - 1) * self.overlap_frames
+
+    @property
+    def padding_frames(self) -> int:
+        """Frames denoised beyond the end of the job."""
+        return self.denoised_frames - self.overlap_total - self.frames
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A finished run of output frames, in order, without overlap or padding."""
+
+    index: int
+    frames: np.ndarray  # uint8 [n, H, W, 3] RGB
+    pose: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB: what drove these frames, for the preview
+
+
+class Conditions(Protocol):
+    """What `prepare` made of a job's inputs. Opaque to the loop but for these; holds no long clip in pixels."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def fps(self) -> Fraction: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def start_s(self) -> float:
+        """Where the rendered span begins in the driving video, for the sound."""
+        ...
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """Counts worth recording, e.g. frames_without_person; JSON-able."""
+        ...
+
+    def close(self) -> None:
+        """Release files and buffers. Idempotent."""
+
+
+C = TypeVar("C", bound=Conditions)
+
+
+class Generator(Protocol[C]):
+    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once.
+
+    A generator may also have `lower_memory() -> bool`: called after `generate` ran out of memory, in the same thread,
+    to hold less from now on; False where it cannot.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Weight name → content identity; goes into the fingerprint."""
+        ...
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Device, compute, recipe, and why each was chosen; JSON-able; goes into the record."""
+        ...
+
+    @property
+    def probe(self) -> DeviceProbe | None:
+        """Of the device that `generate` computes on; None for the CPU."""
+        ...
+
+    def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
+        """Segments, padding and cost of `frames` frames at `size` (width, height). Pure."""
+        ...
+
+    def prepare(self, request: Request, timer: StageTimer) -> C:
+        """Read the inputs and make what drives the model. Raises InputError for what is wrong with them."""
+        ...
+
+    def generate(
+        self, conditions: C, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
+    ) -> Iterator[Segment]:
+        """Yield each segment as soon as it is decoded. The same conditions and plan give the same frames."""
+        ...
+
+    def close(self) -> None:
+        """Release the model."""

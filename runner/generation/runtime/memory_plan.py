@@ -1,0 +1,259 @@
+"""Memory plan: what lies where while a run lasts, by mode, and a forecast of the bytes that this takes.
+
+In:   shapes, a recipe, a size, free bytes, the mode asked for. Out: a `MemoryPlan` with its reason and its `Forecast`.
+Never: torch, weights: a plan is data that loading.py, pipeline.py and the preprocessing obey, and a forecast is pure.
+
+    resident   everything on the device; the encoders and the preprocessing's models too where they fit
+    stream     blocks come from page-locked memory, the next one while the last computes; encoders and preprocessing on
+               the host; no float32 copies of activations: blocks compiled, else a few rows at a time (low_memory.py)
+    minimal    one block at a time; keys and values of text and image made anew at every step; the autoencoder in
+               bfloat16, in tiles above 480p; encoders on disk
+    auto       the first of these, from the top, whose forecast fits into what is free
+
+In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` differ where products of other shapes
+round otherwise, and `minimal` by its autoencoder; the mode is part of what equal frames are promised for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from runner.errors import ConfigInvalid
+from runner.forecast.bytes import (
+    code_bytes,
+    face_bytes,
+    latent_bytes,
+    step_bytes,
+    vae_bytes,
+    vae_peak,
+    weights_of,
+    workspace_bytes,
+)
+from runner.forecast.flops import Costs
+from runner.spec.recipes import Recipe
+
+__all__ = [
+    "DEVICE_BYTES",
+    "MODES",
+    "Forecast",
+    "Load",
+    "MemoryPlan",
+    "Mode",
+    "choose_plan",
+    "forecast_memory",
+    "lower",
+    "make_plan",
+]
+
+Mode = Literal["resident", "stream", "minimal"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+GB = 1e9
+
+# Assumptions, to be held against the measured peaks in the records.
+CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, workspaces of cuBLAS and cuDNN
+SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
+PREPROCESS_EXTRA = 500_000_000  # arena of ONNX Runtime beside its models' weights
+ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
+DEVICE_BYTES = 256 * 2**20  # what jobs share, at most (memos.py), in mode resident
+TILED_ABOVE = 480 * 832  # pixels; by size alone, never by what is free: frames depend on it
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where things are. Plain data."""
+
+    mode: Mode
+    slots: int  # buffers on the device that blocks pass through; 0: the blocks are there
+    lean: bool  # blocks run a few rows at a time (low_memory.py) wherever they are not compiled
+    compiled: bool  # blocks may be compiled: quicker, and their feed-forward part whole
+    keep_text: bool  # keys and values of text and image last a window, not a step
+    encoders: Literal["device", "host", "disk"]
+    preprocess: Literal["device", "host"]
+    vae_dtype: Literal["bfloat16", "float32"]
+    vae_tiles: bool  # above TILED_ABOVE
+
+    def tiled(self, width: int, height: int) -> bool:
+        """Is the autoencoder tiled at this size?"""
+        return self.vae_tiles and width * height > TILED_ABOVE
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What shapes do not tell: bytes of the models round the transformer."""
+
+    encoders: int = 11_360_000_000 + 1_260_000_000  # UMT5-XXL and CLIP ViT-H in bfloat16
+    preprocess: int = 2_610_000_000  # ViTPose-H and YOLOv10m, as published
+    loras: int = 0  # kept beside the weights
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on the device: of each part when it is there, and the peak of each stage."""
+
+    parts: Mapping[str, int]
+    stages: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+    @property
+    def peak_stage(self) -> str:
+        return max(self.stages, key=lambda name: self.stages[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {"peak": self.peak, "stages": dict(self.stages), "parts": dict(self.parts)}
+
+
+def make_plan(mode: Mode, recipe: Recipe) -> MemoryPlan:
+    """The fullest plan of a mode."""
+    if mode == "resident":
+        return MemoryPlan("resident", 0, False, True, True, "device", "device", recipe.vae_dtype, False)
+    if mode == "stream":
+        return MemoryPlan("stream", 2, True, True, True, "host", "host", recipe.vae_dtype, False)
+    if mode == "minimal":
+        # A recipe in float32 is there to be compared: it stays what it is.
+        vae_dtype = "bfloat16" if recipe.dtype == "bfloat16" else recipe.vae_dtype
+        return MemoryPlan("minimal", 1, True, False, False, "disk", "host", vae_dtype, recipe.dtype == "bfloat16")
+    raise ConfigInvalid(f"no memory mode {mode!r}", todo=f"Modes: auto, {', '.join(MODES)}")
+
+
+def lower(mode: Mode) -> Mode | None:
+    """The next mode down; None below the last."""
+    at = MODES.index(mode) + 1
+    return MODES[at] if at < len(MODES) else None
+
+
+def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
+    """Every plan that `auto` considers, the best first."""
+    full = make_plan("resident", recipe)
+    yield full
+    yield replace(full, encoders="host")
+    yield replace(full, encoders="host", preprocess="host")
+    yield make_plan("stream", recipe)
+    yield make_plan("minimal", recipe)
+
+
+def forecast_memory(
+    plan: MemoryPlan,
+    recipe: Recipe,
+    costs: Costs,
+    width: int,
+    height: int,
+    frames: int,
+    *,
+    guided: bool = False,
+    load: Load | None = None,
+    cuda: bool = True,
+) -> Forecast:
+    """Bytes for windows of `frames` frames. `cuda`: with a context; else the host's own, where nothing is elsewhere."""
+    load = load or Load()
+    model, vae, size = costs.transformer, costs.vae, (width, height, frames)
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    weights = weights_of(model, fp4=recipe.fp4, element=element)
+    encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
+    kept = model.invariant_bytes(*size, element=element, guided=guided)
+    if not plan.keep_text:
+        branches = (1 + guided) * 512 + (model.image_tokens if model.added_kv_proj_dim is not None else 0)
+        kept -= 2 * (model.num_layers - 1) * branches * model.dim * element
+    kind = "whole" if not plan.lean else "fused" if plan.compiled and cuda else "lean"
+    slots = min(plan.slots, model.num_layers)
+    resident = not cuda or not slots
+    per_part = load.loras / model.num_layers
+    parts: dict[str, float] = {
+        "context": CONTEXT_BYTES if cuda else 0,
+        "blocks": weights.total - weights.rest if resident else 0,
+        "slots": slots * weights.largest_part,
+        "other_weights": weights.rest,
+        "loras_beside": load.loras if resident else slots * per_part,
+        "autoencoder": vae_bytes(vae, plan.vae_dtype),
+        "encoders": load.encoders if plan.encoders == "device" or not cuda else 0,
+        "preprocess": load.preprocess + PREPROCESS_EXTRA if plan.preprocess == "device" or not cuda else 0,
+        "invariants": kept,
+        "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
+        "activations": step_bytes(model, *size, kind=kind, element=element)
+        + code_bytes(model, *size, compute=recipe.compute),
+        "memos": DEVICE_BYTES if cuda and plan.mode == "resident" else 0,
+        "workspace": workspace_bytes(model, fp4=recipe.fp4, compute=recipe.compute, element=element),
+        "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
+        "autoencoder_encode": encode,
+        "autoencoder_decode": decode,
+    }
+    always = ("blocks", "other_weights", "autoencoder", "encoders", "memos", "workspace") + (
+        ("loras_beside",) * resident
+    )
+    stages = {
+        "encode_prompt": ("encoder_layer",),
+        "encode_conditions": ("window", "autoencoder_encode"),
+        "denoise": ("slots", "loras_beside", "invariants", "window", "activations")
+        if not resident
+        else ("invariants", "window", "activations", *(("slots",) if plan.slots else ())),
+        "vae_decode": ("autoencoder_decode",),
+    }
+
+    def total(names: tuple[str, ...]) -> int:
+        inside = sum(parts[name] for name in (*always, *names))
+        outside = parts["context"] + parts["preprocess"]  # neither is the allocator's
+        return round(inside * (1 + SLACK) + outside)
+
+    return Forecast(
+        {name: round(size) for name, size in parts.items() if size},
+        {name: total(extra) for name, extra in stages.items()},
+    )
+
+
+def choose_plan(
+    asked: str,
+    recipe: Recipe,
+    costs: Costs,
+    free: int | None,
+    *,
+    size: tuple[int, int, int] = (480, 832, 81),
+    load: Load | None = None,
+    cuda: bool = True,
+) -> tuple[MemoryPlan, str]:
+    """The plan for `asked` (a mode, or auto) with `free` bytes (None: not known), and why, in words.
+
+    `size`: width, height and frames of the windows to be ready for. Raises ConfigInvalid for no such mode.
+    """
+
+    def peak(plan: MemoryPlan) -> int:
+        return forecast_memory(plan, recipe, costs, *size, load=load, cuda=cuda).peak
+
+    shape = "x".join(map(str, size))
+    if asked != "auto":
+        if asked not in MODES:
+            raise ConfigInvalid(f"no memory mode {asked!r}", todo=f"Modes: auto, {', '.join(MODES)}")
+        fitting = [plan for plan in _plans(recipe) if plan.mode == asked]
+        plan = next((p for p in fitting if free is None or peak(p) <= free), fitting[-1])
+        return plan, f"asked for; {peak(plan) / GB:.1f} GB forecast at {shape}, {_of(free)}"
+    if free is None:
+        return make_plan("resident", recipe), "how much is free is not known"
+    if not cuda:  # the blocks would be copied from the host to the host
+        plans = [make_plan("resident", recipe), make_plan("minimal", recipe)]
+    else:
+        plans = list(_plans(recipe))
+    too_large: dict[str, int] = {}
+    for plan in plans:
+        if (needed := peak(plan)) <= free:
+            why = f"{needed / GB:.1f} GB forecast at {shape}, {_of(free)}"
+            if plan.mode == "resident" and "device" not in (plan.encoders, plan.preprocess):
+                why += "; encoders and preprocessing on the host, else it would not fit"
+            elif plan.mode == "resident" and plan.encoders != "device":
+                why += "; encoders on the host, else it would not fit"
+            refused = [f"{mode} needs {size / GB:.1f} GB" for mode, size in too_large.items() if mode != plan.mode]
+            return plan, "; ".join([why, *refused])
+        too_large[plan.mode] = needed
+    last = plans[-1]
+    return last, f"the least there is: {peak(last) / GB:.1f} GB forecast at {shape}, {_of(free)}"
+
+
+def _of(free: int | None) -> str:
+    return "free memory not known" if free is None else f"{free / GB:.1f} GB free"

@@ -1,0 +1,76 @@
+"""Text cache: embeddings of prompts on local disk, so that a text is encoded once and never again.
+
+In:   a folder, the identity of tokenizer and encoder, a text, how to embed it. Out: the embedding, bit for bit.
+Never: models. Files, locks and the limit are those of `preprocess.cache`: whole by rename, sealed by a digest, the
+least recently used go first, and processes that want the same text at the same time encode it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runner.storage.disk_cache import PoseCache, key, remembered
+from runner.timing import StageTimer
+
+__all__ = ["MAX_BYTES", "PromptCache"]
+
+MAX_BYTES = 256 << 20  # a prompt of 30 tokens has 240 kB in bfloat16: a thousand of them
+NAME = "prompt_disk_cache"
+# What an array of a file may be of the same width as: numpy has no bfloat16.
+BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+
+
+class PromptCache:
+    """The folder, for one encoder. For any number of processes and threads."""
+
+    def __init__(self, root: Path, identity: Mapping[str, str], max_bytes: int = MAX_BYTES) -> None:
+        """`identity`: all that decides an embedding but the text: files' sha256, libraries' versions, the device."""
+        self.identity = dict(identity)
+        self.files = PoseCache(root, max_bytes)
+
+    @classmethod
+    def open(cls, root: Path, encoder: str, dtype: str, device: torch.device) -> PromptCache:
+        """For what `encoder` (a digest of tokenizer and text encoder) computes in `dtype` on `device`, here and now."""
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+        return cls(root, {"encoder": encoder, "encoder_dtype": dtype, "device": where, **versions})
+
+    def get(self, text: str, tokens: int, dtype: torch.dtype, make: Callable[[], Tensor], timer: StageTimer) -> Tensor:
+        """[1, tokens, text_dim] in `dtype`: from disk, on the host; else what `make` returns, where that is.
+
+        Counts prompt_disk_cache_hits or _misses. A folder that cannot be used is reported, and costs time alone.
+        """
+        made: list[Tensor] = []
+
+        def arrays() -> dict[str, np.ndarray]:
+            made.append(make())
+            return to_arrays(made[0])
+
+        name = key({"prompt": text, "tokens": tokens, "dtype": str(dtype), **self.identity})
+        found = remembered(self.files, name, arrays, timer, NAME)
+        return made[0] if made else from_arrays(found, tokens, dtype)
+
+
+def to_arrays(embedding: Tensor) -> dict[str, np.ndarray]:
+    """The bits of [1, tokens, text_dim] without the rows of zeros at its end, which stand for no token."""
+    bits = embedding.detach().cpu().contiguous().view(_int_of(embedding.dtype)).numpy().view(BITS[embedding.dtype])
+    used = np.flatnonzero(bits[0].any(axis=1))
+    return {"bits": bits[0, : used[-1] + 1 if len(used) else 0]}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], tokens: int, dtype: torch.dtype) -> Tensor:
+    """What `to_arrays` was given, on the host."""
+    bits = arrays["bits"]
+    whole = np.zeros((1, tokens, bits.shape[1]), bits.dtype)
+    whole[0, : len(bits)] = bits
+    return torch.from_numpy(whole.view(np.int16 if bits.dtype.itemsize == 2 else np.int32)).view(dtype)
+
+
+def _int_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype.itemsize == 2 else torch.int32

@@ -1,0 +1,243 @@
+"""Compiled: `run_block` as fused kernels, one graph for all blocks, made before anything is timed.
+
+In:   shapes of a window, the transformer's blocks. Out: a block step that computes what `run_block` computes, within
+      the rounding of sums in another order. Never: a failed job: where compiling fails, or its result is off, blocks
+      run eagerly, and the log says why.
+
+Fused are norm with modulation, RMSNorm with rotation, gate with residual, GELU, and what quantises activations: in
+eager mode they move 66 GB a block at 832x480, 81 frames. Products and attention are the same kernels either way, and a
+FP4 layer is one opaque operator, so that no weight is unpacked ahead of its use or split from it.
+
+A graph holds for one set of shapes: windows of one size, LoRAs of one rank. Blocks share it, whatever memory their
+weights lie in at the time. `warm` makes the graphs that a job will need, on one block of each structure, and compares
+the first results with the eager ones; a job of known shapes finds everything ready. Code is kept on disk between runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import torch
+from torch import Tensor
+
+from runner.generation.runtime.device import as_out_of_memory
+from runner.generation.wan_animate.transformer import (
+    BlockStep,
+    Context,
+    CrossAttended,
+    KeyValue,
+    Rope,
+    Switches,
+    rope_of,
+    run_block,
+)
+
+__all__ = ["TOLERANCES", "CompiledStep", "keep_code", "make_block_step", "structure_of", "wants_compile"]
+
+# Relative difference between compiled and eager. Sums in another order differ by a few units in the last place; a
+# graph that is wrong differs by far more.
+TOLERANCES: Final = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+MOST_GRAPHS: Final = 48  # held at once: a manifest of many sizes must not fill the memory with code
+# Dynamo's own limit of 8 graphs a function would turn the ninth size of a manifest into an error.
+RECOMPILE_LIMIT: Final = 2 * MOST_GRAPHS
+
+
+def wants_compile(switches: Switches, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and why. Pure."""
+    if switches.compile is not None:
+        return switches.compile, "asked for" if switches.compile else "switched off"
+    if device.type == "cuda":
+        return True, "on CUDA blocks are bound by memory outside their products"
+    return False, "on a CPU the eager order of sums is kept: bit for bit the library's"
+
+
+def make_block_step(switches: Switches, device: torch.device, eager: BlockStep = run_block) -> CompiledStep | None:
+    """What stands in for `run_block`, or None where blocks run eagerly. Compiles nothing yet.
+
+    `eager`: what runs where compiling fails.
+    """
+    wanted, why = wants_compile(switches, device)
+    structlog.get_logger().info("compile_chosen", compile=wanted, why=why)
+    if not wanted:
+        return None
+    return CompiledStep(why=why, eager=eager)
+
+
+def keep_code(cache: Path) -> None:
+    """Compiled code lies under `cache` from now on, unless the environment names another place already.
+
+    Before anything is compiled: torch reads the variables when it first does.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+
+
+def structure_of(block: Any) -> Hashable:
+    """What of a block decides its graph beyond shapes: how its layers compute, and what they have beside them.
+
+    By plain attributes: parameters that wait elsewhere may have no shape at the moment.
+    """
+    return tuple(
+        (
+            name,
+            module.compute,
+            module.product,
+            getattr(module, "lora_rank", 0),
+            getattr(module, "bias_delta", None) is None,
+        )
+        for name, module in block.named_modules()
+        if hasattr(module, "compute")
+    )
+
+
+class CompiledStep:
+    """A BlockStep: `run_block` compiled, or `run_block` itself once that has failed (`broken` says why).
+
+    `graphs`: how many sets of shapes and structures were made ready. `worst`: the largest difference from eager.
+    """
+
+    def __init__(self, *, backend: str = "inductor", why: str = "asked for", eager: BlockStep = run_block) -> None:
+        self.backend, self.why, self.broken, self.worst = backend, why, "", 0.0
+        self._eager = eager
+        self._ready: set[Hashable] = set()
+        # Two models whose blocks differ (a float32 one, a quantised one) would otherwise share one limit of 8.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        self._compiled: BlockStep = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
+
+    @property
+    def graphs(self) -> int:
+        return len(self._ready)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For the record: what the blocks run as, and how far that lies from eager."""
+        if self.broken:
+            return {"compile": "eager", "compile_why": self.broken}
+        return {"compile": self.backend, "compile_why": self.why, "compile_off_eager": self.worst}
+
+    def __call__(self, block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
+        if self.broken:
+            return self._eager(block, hidden, modulation, rope, attended)
+        try:
+            return self._compiled(block, hidden, modulation, rope, attended)
+        except Exception as err:
+            # The compiled block overwrites nothing: what it left undone, eager does from the start.
+            if as_out_of_memory(err, hidden.device, doing="running a block") is not None:
+                raise
+            self._give_up(_said(err))
+            return self._eager(block, hidden, modulation, rope, attended)
+
+    def warms(self, transformer: Any, contexts: Sequence[Context], grid: tuple[int, int, int]) -> bool:
+        """Would `warm` compile anything for this?"""
+        return not self.broken and bool(self._missing(transformer, contexts, grid))
+
+    @torch.no_grad()
+    def warm(
+        self,
+        transformer: Any,
+        contexts: Sequence[Context],
+        grid: tuple[int, int, int],
+        blocks: Iterable[Any] | None = None,
+    ) -> int:
+        """Makes every graph that windows of `grid` (latent frames, H/8, W/8) with these contexts need; how many.
+
+        `blocks`: as in `denoise_step`, for weights that are elsewhere until a block is due; closed when no more are
+        needed. Nothing is computed where all is ready. Raises OutOfMemory's causes and nothing else.
+        """
+        missing = {} if self.broken else self._missing(transformer, contexts, grid)
+        if not missing:
+            return 0
+        if len(self._ready) + len(missing) > MOST_GRAPHS:
+            torch._dynamo.reset()
+            self._ready.clear()
+            missing = self._missing(transformer, contexts, grid)
+        wanted = {index for index, _, _ in missing.values()}
+        source = iter(transformer.blocks if blocks is None else blocks)
+        made = 0
+        try:
+            for index, block in enumerate(source):
+                if index in wanted:
+                    for key, (at, context, _) in missing.items():
+                        if at == index and not self.broken:
+                            self._try(block, dummies(transformer, context, grid, block))
+                            self._ready.add(key)
+                            made += 1
+                if self.broken or index >= max(wanted):
+                    break
+        finally:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
+        return 0 if self.broken else made
+
+    def _missing(
+        self, transformer: Any, contexts: Sequence[Context], grid: tuple[int, int, int]
+    ) -> dict[Hashable, tuple[int, Context, Any]]:
+        """Key → (the first block of its structure, a context of its shapes, that block), of all that is not ready."""
+        found: dict[Hashable, tuple[int, Context, Any]] = {}
+        for index, block in enumerate(transformer.blocks):
+            structure = structure_of(block)
+            for context in contexts:
+                image = None if context.image is None else tuple(context.image.shape)
+                key = (structure, grid, tuple(context.text.shape), context.text.dtype, image)
+                if key not in self._ready:
+                    found.setdefault(key, (index, context, block))
+        return found
+
+    def _try(self, block: Any, given: tuple[Tensor, Tensor, Rope, CrossAttended]) -> None:
+        """Compile for these shapes and compare once with eager."""
+        found = self(block, *given)
+        if self.broken:
+            return
+        # Eager last: it may overwrite the hidden states.
+        off, limit = difference(found, self._eager(block, *given)), TOLERANCES[found.dtype]
+        self.worst = max(self.worst, off)
+        if off > limit:
+            self._give_up(f"compiled blocks are off by {off:.3g} of the eager result, {limit} allowed")
+
+    def _give_up(self, reason: str) -> None:
+        self.broken = reason
+        structlog.get_logger().warning("compile_failed", why=reason, instead="blocks run eagerly, slower")
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted|| of [B, S, d], infinite where anything is not finite; without large copies."""
+    off = of = 0.0
+    for some, other in zip(found.split(4096, dim=1), wanted.split(4096, dim=1), strict=True):
+        off += float((some.float() - other.float()).square().sum())
+        of += float(other.float().square().sum())
+    relative = (off / of) ** 0.5 if of else float("nan")
+    return relative if relative < float("inf") else float("inf")
+
+
+def dummies(
+    transformer: Any, context: Context, grid: tuple[int, int, int], block: Any
+) -> tuple[Tensor, Tensor, Rope, CrossAttended]:
+    """Noise in the shapes, dtypes and strides that `denoise_step` gives a block of such a window."""
+    text, config = context.text, transformer.config
+    batch, width = text.shape[0], config.num_attention_heads * config.attention_head_dim
+    tokens = 1
+    for size, side in zip(grid, config.patch_size, strict=True):
+        tokens *= size // side
+
+    generator = torch.Generator(text.device).manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=text.device, dtype=text.dtype)
+
+    def read(many: int) -> KeyValue:
+        return KeyValue(*(noise(batch, many, block.attn2.heads, width // block.attn2.heads) for _ in range(2)))
+
+    image = None if context.image is None else read(context.image.shape[1])
+    rope = rope_of(transformer, text.new_empty((batch, 1, *grid)))
+    attended = CrossAttended(read(text.shape[1]), image)
+    return noise(batch, tokens, width), noise(batch, 6, width), rope, attended
+
+
+def _said(err: Exception) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return f"{type(err).__name__}: {' '.join(lines[:2]) or 'no message'}"  # the first may say only who failed

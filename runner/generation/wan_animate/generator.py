@@ -1,0 +1,305 @@
+"""Generator: Wan2.2-Animate-14B as a `Generator`: loaded once, every job streams through it.
+
+In:   a model store, a recipe, a device; then requests. Out: segments of frames.
+Never: manifests, outputs, retries. A failed or abandoned job leaves nothing behind that another job could see.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import RunnerError, WeightsCorrupt
+from runner.forecast.flops import Costs
+from runner.forecast.seconds import find_device
+from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
+from runner.generation.runtime.device import (
+    as_out_of_memory,
+    device_name,
+    grow_segments,
+    make_probe,
+    pick_device,
+    release,
+)
+from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
+from runner.generation.sampling import make_scheduler
+from runner.generation.segments import plan_job
+from runner.generation.wan_animate.loading import load_of, load_pipeline, plan_memory
+from runner.generation.wan_animate.loras import JobLoras
+from runner.spec.options import JobOptions
+from runner.spec.recipes import Recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
+
+if TYPE_CHECKING:
+    from runner.generation.wan_animate.pipeline import AnimatePipeline
+    from runner.generation.wan_animate.windows import ConditionWindow, DrawnAhead
+    from runner.preprocess.networks.providers import NetworkOptions
+
+__all__ = ["AnimateConditions", "WanAnimateGenerator"]
+
+
+@dataclass
+class AnimateConditions:
+    """One prepared job: skeletons, faces and scene by the window, and what was asked of them."""
+
+    source: Any  # preprocess.conditions.PoseConditions
+    prompt: str
+    options: JobOptions
+    ahead: DrawnAhead | None = None  # the same windows, drawn before they are asked for
+
+    @property
+    def frames(self) -> int:
+        return self.source.frames
+
+    @property
+    def fps(self) -> Fraction:
+        return self.source.fps
+
+    @property
+    def width(self) -> int:
+        return self.source.width
+
+    @property
+    def height(self) -> int:
+        return self.source.height
+
+    @property
+    def start_s(self) -> float:
+        return self.source.start_s
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        return self.source.report
+
+    @property
+    def reference(self) -> Any:
+        """The character, PIL RGB."""
+        return self.source.reference
+
+    def window(self, start: int, stop: int) -> ConditionWindow:
+        return (self.ahead or self.source).window(start, stop)
+
+    def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+        self.source.close()
+
+
+class WanAnimateGenerator:
+    """Fulfils `protocol.Generator`. Made by `load`; the constructor takes what `load` found."""
+
+    def __init__(
+        self,
+        pipeline: AnimatePipeline,
+        recipe: Recipe,
+        preprocessor: Any,
+        *,
+        costs: Costs,
+        identity: Mapping[str, str],
+        description: Mapping[str, Any],
+        loras: JobLoras | None = None,
+        make: Callable[[MemoryPlan], tuple[AnimatePipeline, JobLoras, dict[str, Any]]] | None = None,
+        load_bytes: Load | None = None,
+    ) -> None:
+        self.pipeline: AnimatePipeline | None = pipeline
+        self.recipe = recipe
+        self.preprocessor = preprocessor
+        self.costs = costs
+        self.identity = dict(identity)
+        self._description = dict(description)
+        self.probe = make_probe(pipeline.compute_device)
+        self.speed = find_device(device_name(pipeline.compute_device))
+        self.loras = loras
+        self.load_bytes = load_bytes
+        self._make = make
+        self._face_size = pipeline.transformer.config.motion_encoder_size  # `prepare` asks while the model is replaced
+
+    @classmethod
+    def load(
+        cls,
+        store: ModelStore,
+        recipe: Recipe,
+        *,
+        device: str = "auto",
+        assume: Mapping[str, str] | None = None,
+        cache: Path | None = None,
+        memory: str = "auto",
+        networks: NetworkOptions | None = None,
+    ) -> WanAnimateGenerator:
+        """Check the store, load every model onto the device, say what was chosen and why.
+
+        `assume`: how to read a published FP4 file where it does not say itself. `cache`: folder to keep poses in.
+        `memory`: the mode, or auto. `networks`: precision and providers of the preprocessing's networks.
+        Raises WeightsMissing, WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
+        """
+        from runner.generation.runtime.text_cache import PromptCache
+        from runner.generation.wan_animate.compiled import keep_code
+        from runner.preprocess.prepare import Preprocessor
+        from runner.storage.disk_cache import PoseCache
+
+        picked, why = pick_device(device)
+        grow_segments(picked)
+        store.check(recipe)
+        memory_plan, memory_said = plan_memory(store, recipe, picked, memory)
+        poses = PoseCache(cache / "poses") if cache is not None else None
+        preprocessor = Preprocessor.load(
+            store.detector,
+            store.pose,
+            device=picked.type if memory_plan.preprocess == "device" else "cpu",
+            dwpose=store.dwpose,
+            segmenter=store.segmenter,
+            cache=poses,
+            networks=networks,
+        )
+        begin = time.monotonic()
+        if cache is not None:
+            keep_code(cache)
+
+        def make(plan: MemoryPlan) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
+            pipeline, placement = load_pipeline(store, recipe, picked, assume, plan=plan)
+            if cache is not None:
+                encoder = store.text_identity(recipe, cache)
+                pipeline.prompts = PromptCache.open(cache / "prompts", encoder, recipe.dtype, picked)
+            loras = JobLoras(pipeline.transformer, store, recipe)
+            beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
+            return pipeline, loras, placement | ({"loras_beside": dict(beside)} if beside else {})
+
+        pipeline, loras, placement = make(memory_plan)
+        description = {
+            "model": "Wan2.2-Animate-14B",
+            "recipe": recipe.as_dict(),
+            "device": str(picked),
+            "device_why": why,
+            **memory_said,
+            **placement,
+            "load_s": round(time.monotonic() - begin, 3),
+            "preprocess": dict(preprocessor.description),
+        }
+        return cls(
+            pipeline,
+            recipe,
+            preprocessor,
+            costs=store.costs(recipe),
+            identity=store.identities(recipe),
+            description=description,
+            loras=loras,
+            make=make,
+            load_bytes=load_of(store, recipe),
+        )
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What was chosen at loading and why; of the blocks, what they run as by now, for compiling may have failed."""
+        step = None if self.pipeline is None else self.pipeline.block_step
+        return self._description | ({} if step is None else step.description)
+
+    @property
+    def memory(self) -> MemoryPlan | None:
+        """Where things are; None for a pipeline that was placed by hand."""
+        return self._loaded.memory
+
+    def lower_memory(self) -> bool:
+        """Load everything anew, one memory mode lower, and stay there; False where there is none below.
+
+        Called between jobs, in the thread that generates. The preprocessing stays where it is: it may be at work.
+        Raises what loading raises; the generator is closed then.
+        """
+        plan = self._loaded.memory
+        below = lower(plan.mode) if plan is not None else None
+        if plan is None or below is None or self._make is None:
+            return False
+        device = self._loaded.compute_device
+        self.loras = None
+        self.close()  # first, so that old and new are never there together
+        gc.collect()  # the library's models hold references to themselves
+        release(device)
+        self.pipeline, self.loras, placement = self._make(make_plan(below, self.recipe))
+        why = f"memory ran out in mode {plan.mode}"
+        memory = make_plan(below, self.recipe).as_dict() | {"asked": self._description["memory"]["asked"]}
+        self._description |= {**placement, "memory": memory, "memory_why": why}
+        return True
+
+    def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
+        """Bytes on the device by stage for windows of `plan`; empty where nothing was planned."""
+        memory = self._loaded.memory
+        if memory is None:
+            return {}
+        size = plan.width, plan.height, plan.segment_frames
+        cuda = self._loaded.compute_device.type == "cuda"
+        guided = options.guidance_scale > 1
+        return forecast_memory(
+            memory, self.recipe, self.costs, *size, guided=guided, load=self.load_bytes, cuda=cuda
+        ).stages
+
+    def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
+        return plan_job(frames, size, options, self.recipe, self.costs, self.speed)
+
+    def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
+        from runner.generation.wan_animate.windows import DrawnAhead, spans_of
+
+        source = self._source(request, timer)
+        plan = self.plan(source.frames, (source.width, source.height), request.options)
+        return AnimateConditions(source, request.prompt, request.options, DrawnAhead(source, spans_of(plan)))
+
+    def _source(self, request: Request, timer: StageTimer) -> Any:
+        """What drives the model, by the window: from the official script's files, or of the video's own people."""
+        if request.official is not None:
+            from runner.preprocess.official_files import OfficialConditions
+
+            return OfficialConditions.open(request.official, request.options, face_size=self._face_size, timer=timer)
+        return self.preprocessor.prepare(
+            request.reference,
+            request.video,
+            request.options,
+            mask=request.mask,
+            face_size=self._face_size,
+            timer=timer,
+        )
+
+    def generate(
+        self, conditions: AnimateConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
+    ) -> Iterator[Segment]:
+        pipeline, recipe = self._loaded, self.recipe
+        timer.forecast.update(self.forecast(plan, conditions.options))
+        scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)  # its history is the job's
+        if self.loras is not None:
+            with timer.stage("attach_loras", on_device=True):
+                try:
+                    self.loras.use(conditions.options)
+                except WeightsCorrupt as error:
+                    error.stops_run = False  # this job asked for that LoRA, the others did not
+                    raise
+        try:
+            yield from pipeline.render(
+                conditions, conditions.prompt, conditions.options, plan, scheduler, timer, on_step
+            )
+        except RunnerError:
+            raise
+        except (RuntimeError, MemoryError) as err:
+            exhausted = as_out_of_memory(
+                err,
+                pipeline.compute_device,
+                doing=f"rendering {plan.segment_frames} frames of {plan.width}x{plan.height}",
+            )
+            if exhausted is None:
+                raise
+            raise exhausted from err
+
+    def close(self) -> None:
+        self.pipeline = None
+        if self.probe is not None:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    @property
+    def _loaded(self) -> AnimatePipeline:
+        if self.pipeline is None:
+            raise RuntimeError("the generator was closed")
+        return self.pipeline

@@ -1,0 +1,274 @@
+"""Loading: the recipe's models from the store onto a device, each in its precision, with the reason for every choice.
+
+In:   a store, a recipe, a device. Out: an `AnimatePipeline`, and what was chosen in words for the log and the record.
+Never: jobs. The transformer comes from the source, from a file of `quantize`, or from the published FP4 file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from runner.errors import WeightsCorrupt
+from runner.generation.runtime.device import as_out_of_memory, free_bytes
+from runner.generation.runtime.memory_plan import Load, MemoryPlan, choose_plan, make_plan
+from runner.generation.sampling import make_scheduler
+from runner.spec.recipes import Recipe
+from runner.weights.store import ModelStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.generation.runtime.encoders import Encoders
+    from runner.generation.wan_animate.pipeline import AnimatePipeline
+
+__all__ = [
+    "find_encoders",
+    "load_of",
+    "load_pipeline",
+    "load_transformer",
+    "place",
+    "plan_memory",
+    "see_whole_reference",
+    "tune",
+]
+
+
+def load_pipeline(
+    store: ModelStore,
+    recipe: Recipe,
+    device: torch.device,
+    assume: Mapping[str, str] | None = None,
+    *,
+    plan: MemoryPlan | None = None,
+) -> tuple[AnimatePipeline, dict[str, Any]]:
+    """The recipe's pipeline on `device`, in its precision, and what was chosen and why. Reads local files only.
+
+    `plan`: where things go, by default everything on the device.
+    Raises WeightsCorrupt where a file does not hold exactly the model's tensors: a missing one would be filled with
+    noise by the library, with a mere warning.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import AutoTokenizer, CLIPImageProcessorPil
+    from transformers.utils import logging as transformers_logging
+
+    from runner.generation.wan_animate.autoencoder import FramewiseVae
+    from runner.generation.wan_animate.pipeline import AnimatePipeline
+
+    plan = plan or make_plan("resident", recipe)
+
+    diffusers_logging.disable_progress_bar()  # the run has its own
+    transformers_logging.disable_progress_bar()
+    dtype, vae_dtype = getattr(torch, recipe.dtype), getattr(torch, plan.vae_dtype)
+    try:
+        encoders, text_why = find_encoders(store, recipe, dtype)
+        transformer, chosen = load_transformer(store, recipe, device, dtype, assume, stay=plan.slots > 0)
+        components = {
+            "tokenizer": _load(AutoTokenizer, store, recipe, "tokenizer"),
+            "image_processor": _load(CLIPImageProcessorPil, store, recipe, "image_processor"),
+            "text_encoder": encoders.text,
+            "image_encoder": encoders.image,
+            "transformer": transformer,
+            "vae": _load_whole(FramewiseVae, store, recipe, "vae", torch_dtype=vae_dtype),
+        }
+        pipeline = AnimatePipeline(scheduler=make_scheduler(recipe.scheduler, grid=recipe.grid), **components)
+        see_whole_reference(pipeline.image_processor)
+        said = chosen | {"text_encoder": text_why} | place(pipeline, device, plan)
+        return pipeline, said | tune(pipeline, recipe, device)
+    except (RuntimeError, MemoryError) as err:
+        exhausted = as_out_of_memory(err, device, doing="loading the models")
+        if exhausted is None:
+            raise
+        raise exhausted from err
+
+
+def load_transformer(
+    store: ModelStore,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    assume: Mapping[str, str] | None = None,
+    *,
+    stay: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """The recipe's transformer, once, from the files its variant names; what was loaded, in how many bytes, and how.
+
+    `stay`: leave the weights on the host, whatever device will compute.
+    """
+    variant = store.variant(recipe)
+    said: dict[str, Any] = {"transformer": variant.why}
+    if variant.kind == "source":
+        from diffusers import WanAnimateTransformer3DModel
+
+        model = _load_whole(WanAnimateTransformer3DModel, store, recipe, "transformer", torch_dtype=dtype)
+    else:
+        import torch
+
+        from runner.quantization.kernels.dequantize import pick_kernel
+        from runner.quantization.rules import transformer_on_meta
+
+        home = torch.device("cpu") if stay else device
+        model = transformer_on_meta(store.config(recipe, "transformer"))
+        if variant.kind == "quantized":
+            from runner.quantization.files.checkpoint_read import load_quantized
+
+            file = load_quantized(model, variant.transformer, home, dtype)
+            fmt = file.format
+            said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
+            said |= {"fp4_layers": len(file.layers), "unverified": []}
+        else:
+            from runner.quantization.files.published import load_published
+            from runner.quantization.formats.e2m1 import G32
+
+            published, fmt = load_published(model, variant.transformer, home, dtype, given=assume), G32
+            said |= {"fp4_layers": len(published.layers), "read_as": str(published.assumptions)}
+            said |= {"unverified": list(published.assumed)}
+            if published.assumed:
+                structlog.get_logger().warning(
+                    "weights_assumed",
+                    file=variant.transformer.name,
+                    assumed=", ".join(published.assumed),
+                    todo="video-lab weights verify --against SOURCE settles it",
+                )
+        kernel, why = pick_kernel(device, fmt)
+        said |= {"format": fmt.name, "kernel": kernel, "kernel_why": why}
+        structlog.get_logger().info("kernel_chosen", kernel=kernel, format=fmt.name, why=why)
+    said["transformer_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    return model, said
+
+
+def find_encoders(store: ModelStore, recipe: Recipe, dtype: torch.dtype) -> tuple[Encoders, str]:
+    """Both encoders, not read yet, and which file the text encoder is.
+
+    Of their files the headers are read, so that WeightsCorrupt comes now. A run whose prompts are all on disk never
+    reads the text encoder at all.
+    """
+    from transformers import CLIPVisionModel, UMT5EncoderModel
+
+    from runner.generation.runtime.encoders import Encoder, Encoders
+
+    def plain(kind: Any, name: str) -> Encoder:
+        load = partial(_load_whole, kind, store, recipe, name, dtype=dtype)
+        # The library's own account of what it would find there, without the data.
+        outline = load(device_map="meta", ignore_mismatched_sizes=True)
+        return Encoder(name, load, nbytes=sum(p.nbytes for p in outline.parameters()))
+
+    file = store.variant(recipe).text_encoder
+    image = plain(CLIPVisionModel, "image_encoder")
+    if file is None:
+        return Encoders(plain(UMT5EncoderModel, "text_encoder"), image), "the plain folder"
+    from runner.quantization.files.text_encoder import check_text_encoder, load_text_encoder
+
+    text = Encoder(
+        "text_encoder", partial(load_text_encoder, file, "cpu", dtype), nbytes=check_text_encoder(file, dtype)
+    )
+    return Encoders(text, image), f"INT4: {file.parent.name}/{file.name} is there"
+
+
+def see_whole_reference(image_processor: Any) -> None:
+    """Squash the reference to CLIP's square, as the original does; the shipped settings crop off head and feet."""
+    crop = dict(image_processor.crop_size)
+    image_processor.size = {"height": crop["height"], "width": crop["width"]}
+    image_processor.do_center_crop = False
+
+
+def plan_memory(
+    store: ModelStore, recipe: Recipe, device: torch.device, asked: str = "auto"
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only."""
+    costs, cuda = store.costs(recipe), device.type == "cuda"
+    plan, why = choose_plan(asked, recipe, costs, free_bytes(device), load=load_of(store, recipe), cuda=cuda)
+    structlog.get_logger().info("memory_chosen", mode=plan.mode, asked=asked, why=why)
+    return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
+
+
+def load_of(store: ModelStore, recipe: Recipe) -> Load:
+    """Bytes of what stands round the transformer, by the sizes of its files."""
+    variant = store.variant(recipe)
+    text = variant.text_encoder or store.component(recipe, "text_encoder")
+    networks = [path.parent if path.name == "end2end.onnx" else path for path in (store.detector, store.pose)]
+    return Load(
+        encoders=_bytes_of(text) + _bytes_of(store.component(recipe, "image_encoder")),
+        preprocess=sum(_bytes_of(path) for path in networks),
+        loras=sum(_bytes_of(path) for path in variant.loras),
+    )
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
+    """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
+    from runner.generation.runtime.memory_plan import DEVICE_BYTES
+    from runner.generation.runtime.memos import HOST_BYTES
+    from runner.generation.runtime.streaming import BlockStream
+
+    pipeline.compute_device, pipeline.memory = device, plan
+    said: dict[str, Any] = {}
+    if plan.slots:
+        pipeline.blocks = BlockStream.of(pipeline.transformer, device, slots=plan.slots)
+        said = {"streamed_bytes": pipeline.blocks.host_bytes, "pinned": pipeline.blocks.pinned}
+    else:
+        pipeline.transformer.to(device)
+    pipeline.vae.to(device)
+    pipeline.encoders.settle(device, plan.encoders)
+    pipeline.memos.resize(HOST_BYTES, DEVICE_BYTES if plan.mode == "resident" else 0)
+    return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
+
+
+def _load(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: Any) -> Any:
+    folder = store.component(recipe, name)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **settings)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise WeightsCorrupt(
+            f"cannot be loaded ({type(err).__name__}: {err})", where=folder, todo="Download this folder again"
+        ) from err
+
+
+def _load_whole(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: Any) -> Any:
+    model, info = _load(kind, store, recipe, name, use_safetensors=True, output_loading_info=True, **settings)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            some = ", ".join(str(key) for key in sorted(info[problem])[:3])
+            raise WeightsCorrupt(
+                f"{len(info[problem])} {problem.replace('_keys', '')} tensors ({some}, …)",
+                where=store.component(recipe, name),
+                todo="These are not the weights that its config.json describes; download this folder again",
+            )
+    return model.eval()
+
+
+def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Choose and set up; what was chosen, for the record. May be called again after `pipeline.switches` has changed.
+
+    Raises ConfigInvalid where the recipe asks for what this device cannot do, or does wrongly.
+    """
+    import torch
+
+    from runner.generation.runtime.attention import apply_attention
+    from runner.generation.runtime.compute import apply_compute
+    from runner.generation.wan_animate.autoencoder import prepare_vae
+    from runner.generation.wan_animate.compiled import make_block_step
+    from runner.generation.wan_animate.low_memory import lean_block
+    from runner.generation.wan_animate.transformer import run_block
+
+    dtype = getattr(torch, recipe.dtype)
+    said = apply_compute(pipeline.transformer, recipe, device)
+    said |= apply_attention(pipeline.transformer, device, dtype, eight_bit=recipe.attention == "int8")
+    said |= prepare_vae(pipeline.vae, pipeline.switches)
+    memory = pipeline.memory
+    lean = memory is not None and memory.lean
+    pipeline.block_step = None
+    if memory is None or memory.compiled:
+        pipeline.block_step = make_block_step(pipeline.switches, device, lean_block if lean else run_block)
+    return said | {"compile": "eager" if pipeline.block_step is None else pipeline.block_step.backend}

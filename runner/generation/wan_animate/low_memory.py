@@ -1,0 +1,125 @@
+"""Low memory: one block, one face adapter and the last layers a few rows at a time, as `transformer.py` has them whole.
+
+In:   the tensors that `transformer.run_block` takes. Out: the same values; the hidden states given are overwritten.
+Never: which mode a run is in, where weights lie.
+
+Every token's row goes its own way outside attention. Norms, rotations and residuals are done some rows at a time, so
+that no float32 copy of all tokens is ever there; the feed-forward part, whose inside is 2.7 times as wide, in four
+pieces. With u for hidden states [S, d] (0.35 GB for 81 frames of 832x480 in bfloat16), a block peaks at 5.4 u (hidden
+states, their norm, query, key, value) instead of 12; cuDNN's attention adds one, its output in another order.
+
+A matrix product of fewer rows may sum in another order. On the CPU, in float32, pieces of 8 rows and more have the
+whole's bits, and no piece is smaller; kernels of GPUs may differ in the last bit of bfloat16. Eager: a compiled block
+keeps no float32 copies anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.generation.wan_animate.transformer import (
+    ROWS,
+    CrossAttended,
+    KeyValue,
+    Rope,
+    attend,
+    attend_face,
+    in_heads,
+    pieces,
+    project,
+    rotate,
+)
+
+__all__ = ["FFN_PIECES", "lean_block", "lean_face"]
+
+FFN_PIECES = 4
+
+
+def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """`run` on runs of rows of `x` [B, S, d], which give rows of the same shape; `into` may be `x` itself."""
+    out = torch.empty_like(x) if into is None else into
+    for run_of in pieces(x.shape[1], ROWS):
+        out[:, run_of] = run(x[:, run_of])
+    return out
+
+
+def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
+    """As `transformer.run_block`, a BlockStep; the result lies where `hidden` [B, S, d] lay."""
+    table = block.scale_shift_table + modulation.float()
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
+
+    def modulated(norm: Any, scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+        return (norm(x.float()) * (1 + scale) + shift).type_as(x)
+
+    normed = by_rows(partial(modulated, block.norm1, scale, shift), hidden)
+    query = _turned(block.attn1, block.attn1.norm_q, block.attn1.to_q(normed), rope)
+    key = _turned(block.attn1, block.attn1.norm_k, block.attn1.to_k(normed), rope)
+    value = block.attn1.to_v(normed)
+    del normed
+    value = _apart(block.attn1, value).copy_(in_heads(block.attn1, value))
+    read = attend(block.attn1, query, KeyValue(key, value))
+    del query, key, value
+    _add_gated(hidden, project(block.attn1, read), gate)
+    del read
+
+    normed = by_rows(lambda x: block.norm2(x.float()).type_as(x), hidden)
+    query = block.attn2.to_q(normed)
+    del normed
+    query = in_heads(block.attn2, by_rows(block.attn2.norm_q, query, into=query))
+    read = attend(block.attn2, query, attended.text)
+    if attended.image is not None:
+        read += attend(block.attn2, query, attended.image)
+    del query
+    hidden += project(block.attn2, read)
+    del read
+
+    for run in pieces(hidden.shape[1], -(-hidden.shape[1] // FFN_PIECES)):
+        piece = hidden[:, run]
+        _add_gated(piece, block.ffn(by_rows(partial(modulated, block.norm3, ff_scale, ff_shift), piece)), ff_gate)
+    return hidden
+
+
+def _turned(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
+    """`x` [B, S, d] normed and rotated, [B, S, heads, head_dim]; see `_apart`."""
+    out = _apart(attn, x)
+    for run in pieces(x.shape[1], ROWS):
+        angles = Rope(rope.cos[:, run], rope.sin[:, run])
+        out[:, run] = rotate(in_heads(attn, norm(x[:, run])), angles)
+    return out
+
+
+def _apart(attn: Any, x: Tensor) -> Tensor:
+    """Room for `x` [B, S, d] as [B, S, heads, head_dim], all rows of one head after another.
+
+    So the library gives them to cuDNN, and would hold a copy of query, key and value beside each.
+    """
+    batch, tokens, width = x.shape
+    return x.new_empty(batch, attn.heads, tokens, width // attn.heads).transpose(1, 2)
+
+
+def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
+    """hidden [B, S, d] += update * gate [B, 1, d], in float32, rounded once."""
+    for run in pieces(hidden.shape[1], ROWS):
+        rows = hidden[:, run]
+        rows.copy_(rows.float() + update[:, run].float() * gate)
+
+
+def lean_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
+    """As `transformer.run_face`, a FaceStep: a latent frame at a time, into `hidden` [1, S, d].
+
+    Several clips at once are not split: their tokens do not lie frame by frame.
+    """
+    frames = read.key.shape[0] // hidden.shape[0]
+    if hidden.shape[0] != 1:
+        return attend_face(adapter, hidden, read) + hidden
+    count = hidden.shape[1] // frames
+    for frame in range(frames):
+        rows = hidden[:, frame * count : (frame + 1) * count]
+        faces = KeyValue(read.key[frame : frame + 1], read.value[frame : frame + 1])
+        rows.copy_(attend_face(adapter, rows, faces) + rows)
+    return hidden

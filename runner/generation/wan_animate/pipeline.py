@@ -1,0 +1,433 @@
+"""Pipeline: Wan-Animate's segment loop, one window of frames at a time, on top of diffusers' WanAnimatePipeline.
+
+In:   a source of conditions (uint8 windows on the host), a prompt, options, a plan, a fresh scheduler.
+Out:  each segment's frames as soon as it is decoded. Never: files, manifests, where the weights came from.
+
+The parent's `__call__` holds the whole clip on the device, yields nothing until the end and computes per job what many
+jobs share. Its `encode_*` and `prepare_*` methods are right: they are called here in the same order with the same
+values, so that with one schedule and one CLIP setting the frames are equal bit for bit; the tests compare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanAnimatePipeline
+from PIL import Image
+
+from runner.errors import ConfigInvalid
+from runner.generation.protocol import OnStep, Segment, SegmentPlan
+from runner.generation.runtime.encoders import Encoder, Encoders
+from runner.generation.runtime.memory_plan import MemoryPlan
+from runner.generation.runtime.memos import Memos
+from runner.generation.runtime.streaming import BlockStream
+from runner.generation.runtime.text_cache import PromptCache
+from runner.generation.segments import output_span
+from runner.generation.wan_animate.autoencoder import decode_latents
+from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.low_memory import lean_block, lean_face
+from runner.generation.wan_animate.transformer import (
+    Context,
+    StepInvariants,
+    Switches,
+    denoise_step,
+    embed_context,
+    held_bytes,
+)
+from runner.generation.wan_animate.windows import (
+    Branch,
+    ConditionSource,
+    ConditionWindow,
+    Job,
+    Window,
+    digest_frames,
+    digest_image,
+    guide,
+    no_face,
+    padded_window,
+    to_pixels,
+    to_uint8,
+    to_unit,
+)
+from runner.spec.options import JobOptions
+from runner.timing import StageTimer
+
+__all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Switches", "to_pixels", "to_uint8"]
+
+TEXT_TOKENS = 512  # the attention splits image from text at the last 512; any other count mixes them up
+# Of a memo beyond this part of the memory, its own oldest go first: a clip of an hour pushes out no prompt.
+MEMO_SHARES = {"pose_latents": 0.6, "scene": 0.2}
+
+
+class AnimatePipeline(WanAnimatePipeline):
+    """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps nothing but its memos.
+
+    The two encoders may be models, or `Encoder`s, which are loaded when the first job needs them.
+    `compute_device`: where transformer and autoencoder are, and the encoders while they compute.
+    `prompts`: embeddings on disk, if somebody has set it.
+    `switches`: which optimisations are on; read when a job starts.
+    `block_step`: blocks as compiled code, if somebody has set it (`compiled.make_block_step`).
+    `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `loading.place`.
+    `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        image_processor: Any,
+        image_encoder: Any,
+        transformer: Any,
+    ) -> None:
+        super().__init__(tokenizer, text_encoder, vae, scheduler, image_processor, image_encoder, transformer)
+        self.compute_device = torch.device("cpu")
+        self.switches = Switches()
+        self.block_step: CompiledStep | None = None
+        self.kept_bytes = 0
+        self.memory: MemoryPlan | None = None
+        self.blocks: BlockStream | None = None
+        self.memos = Memos(share=MEMO_SHARES)
+        self.prompts: PromptCache | None = None
+
+    # The parent reads and sets its encoders by these names: it finds them loaded, and loading waits until it does.
+
+    @property
+    def encoders(self) -> Encoders:
+        """Text and image encoder, loaded or not."""
+        return Encoders(self._text_encoder, self._image_encoder)
+
+    @property
+    def text_encoder(self) -> Any:
+        return self._text_encoder.model
+
+    @text_encoder.setter
+    def text_encoder(self, model: Any) -> None:
+        self._text_encoder = model if isinstance(model, Encoder) else Encoder.of("text_encoder", model)
+
+    @property
+    def image_encoder(self) -> Any:
+        return self._image_encoder.model
+
+    @image_encoder.setter
+    def image_encoder(self, model: Any) -> None:
+        self._image_encoder = model if isinstance(model, Encoder) else Encoder.of("image_encoder", model)
+
+    def render(
+        self,
+        source: ConditionSource,
+        prompt: str,
+        options: JobOptions,
+        plan: SegmentPlan,
+        scheduler: Any,
+        timer: StageTimer,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Segment]:
+        """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all."""
+
+        def to_bytes(pixels: torch.Tensor) -> np.ndarray:
+            return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
+
+        for index, frames, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, to_bytes):
+            yield Segment(index, np.concatenate(frames), pose)
+
+    def decode_segments(
+        self,
+        source: ConditionSource,
+        prompt: str,
+        options: JobOptions,
+        plan: SegmentPlan,
+        scheduler: Any,
+        timer: StageTimer,
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor, np.ndarray]]:
+        """(index, frames [1, 3, n, H, W] in [-1, 1] on the device, skeletons uint8 [n, H, W, 3]) of each segment.
+
+        `scheduler` is the job's own: its history must not outlive it. `on_step` may raise to abandon the job.
+        """
+        for index, pixels, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, _as_it_is):
+            yield index, torch.cat(pixels, dim=2), pose
+
+    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
+    def _segments(
+        self,
+        source: ConditionSource,
+        prompt: str,
+        options: JobOptions,
+        plan: SegmentPlan,
+        scheduler: Any,
+        timer: StageTimer,
+        on_step: OnStep | None,
+        convert: Callable[[torch.Tensor], Any],
+    ) -> Iterator[tuple[int, list[Any], np.ndarray]]:
+        """As `decode_segments`, with what `convert` makes of each few frames [1, 3, n, H, W] as they are decoded."""
+        if self.memory is not None:
+            self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
+        try:
+            text, negative = self._texts(prompt, options, timer)
+            clip, reference = self._reference(source.reference, plan, timer)
+            contexts = self._contexts(text, negative, clip, timer)
+            self.kept_bytes = 0
+            job = Job(
+                plan, scheduler, timer, on_step, options.guidance_scale, text, negative, clip, reference, contexts
+            )
+            generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
+            previous = None
+            for index in range(plan.segments):
+                start = index * (plan.segment_frames - plan.overlap_frames)
+                drawn = padded_window(source, start, start + plan.segment_frames, options.mode)
+                with timer.stage("encode_conditions", on_device=True):
+                    window = self._encode(job, index, drawn, previous, generator)
+                self._warm(job, window)
+                self._make_room()
+                with timer.stage("denoise", on_device=True):
+                    latents = self._denoise(job, index, window)
+                self._make_room()
+                del window
+                first, last = (
+                    at - start for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
+                )
+                with timer.stage("vae_decode", on_device=True):
+                    frames, previous = decode_latents(self.vae, latents, first, last, plan.overlap_frames, convert)
+                del latents
+                yield index, frames, drawn.pose[first:last]
+        finally:
+            self.vae.clear_cache()  # an abandoned encode or decode leaves feature maps of full size behind
+
+    def _texts(self, prompt: str, options: JobOptions, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings [1, 512, text_dim] of the prompt and, where guided, of the negative prompt."""
+        guided = options.guidance_scale > 1
+        return self.embed(prompt, timer), self.embed(options.negative_prompt or "", timer) if guided else None
+
+    @torch.no_grad()
+    def embed(self, text: str, timer: StageTimer) -> torch.Tensor:
+        """[1, 512, text_dim] of one text, from memory, from disk, or from the encoder. May be called before any job."""
+        dtype = self.transformer.dtype
+
+        def encode() -> torch.Tensor:
+            with self._text_encoder.awake(timer), timer.stage("encode_prompt", on_device=True):
+                embeds, _negative = self.encode_prompt(
+                    text,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=TEXT_TOKENS,
+                    device=self.compute_device,
+                )
+                return embeds.to(dtype)
+
+        def find() -> torch.Tensor:
+            if self.prompts is None:
+                return encode()
+            return self.prompts.get(text, TEXT_TOKENS, dtype, encode, timer).to(self.compute_device)
+
+        return self._shared("prompt", lambda: (text, dtype), find, timer)
+
+    def _shared(
+        self, name: str, key: Callable[[], Hashable], make: Callable[[], torch.Tensor], timer: StageTimer
+    ) -> torch.Tensor:
+        """What `make` returns, made once for all jobs with the same key."""
+        return self.memos.get(name, key(), make, timer) if self.switches.memos else make()
+
+    def _vae_key(self) -> tuple[Hashable, ...]:
+        """What the autoencoder's answers depend on beyond its input; its weights are those of this pipeline."""
+        return self.vae.dtype, self.vae.use_tiling, self.vae.use_slicing
+
+    def _contexts(
+        self, text: torch.Tensor, negative: torch.Tensor | None, clip: torch.Tensor, timer: StageTimer
+    ) -> list[Context]:
+        """What the transformer's embedders make of them, once a job; nothing where every step does it itself.
+
+        Not kept between jobs: a job's LoRAs may change the embedders, and they take milliseconds.
+        """
+        if not self.switches.step_invariants:
+            return []
+        with timer.stage("encode_prompt", on_device=True):
+            return embed_context(self.transformer, [text] if negative is None else [text, negative], clip)
+
+    def _reference(self, image: Image.Image, plan: SegmentPlan, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor]:
+        """What CLIP makes of the whole image, and its latents, scaled into width x height on black."""
+        digest, device, dtype = digest_image(image), self.compute_device, self.transformer.dtype
+
+        def look() -> torch.Tensor:
+            with self._image_encoder.awake(timer), timer.stage("encode_image", on_device=True):
+                return self.encode_image(image, device).to(dtype)
+
+        def encode() -> torch.Tensor:
+            boxed = self.vae_image_processor.preprocess(image, height=plan.height, width=plan.width, resize_mode="fill")
+            return self.prepare_reference_image_latents(boxed.to(device, torch.float32), device=device)
+
+        clip = self._shared("clip", lambda: (digest, dtype), look, timer)
+        with timer.stage("encode_reference", on_device=True):
+            key = (digest, plan.width, plan.height, self._vae_key())
+            return clip, self._shared("reference", lambda: key, encode, timer)
+
+    def _encode(
+        self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None, generator: torch.Generator
+    ) -> Window:
+        """Noise and conditions of window `index`, on the device. Takes from `generator` what one window needs."""
+        plan, device, dtype = job.plan, self.compute_device, self.transformer.dtype
+        noise = self.prepare_latents(
+            1,
+            num_channels_latents=self.vae.config.z_dim,
+            height=plan.height,
+            width=plan.width,
+            num_frames=plan.segment_frames,
+            dtype=torch.float32,
+            device=device,
+            generator=generator,
+        )
+        return Window(
+            noise=noise,
+            pose=self._pose(job, drawn.pose),
+            scene=torch.cat([job.reference, self._scene(job, index, drawn, previous)], dim=2),
+            faces=to_pixels(drawn.face, device).to(dtype),
+        )
+
+    def _pose(self, job: Job, skeletons: np.ndarray) -> torch.Tensor:
+        """Latents of a window's skeletons, in the transformer's type: alike wherever the same dance was drawn alike.
+
+        What the transformer makes of the faces is not kept: a job's LoRAs may change that, and it is 0.03 % of a job.
+        """
+        device, dtype = self.compute_device, self.transformer.dtype
+
+        def encode() -> torch.Tensor:
+            return self.prepare_pose_latents(to_pixels(skeletons, device), device=device).to(dtype)
+
+        return self._shared(
+            "pose_latents", lambda: (digest_frames(skeletons), dtype, self._vae_key()), encode, job.timer
+        )
+
+    def _scene(self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None) -> torch.Tensor:
+        """Mask and latents of what stands in the window beforehand: the last one's end, then the scene or nothing.
+
+        Without a scene the first window is blank, and the same for every job of its size.
+        """
+        plan, device = job.plan, self.compute_device
+
+        def encode() -> torch.Tensor:
+            return self.prepare_prev_segment_cond_latents(
+                previous,
+                background_video=None if drawn.background is None else to_pixels(drawn.background, device),
+                mask_video=None if drawn.mask is None else to_unit(drawn.mask, device),
+                segment_frame_length=plan.segment_frames,
+                start_frame=index,  # only whether it is the first matters
+                height=plan.height,
+                width=plan.width,
+                prev_segment_cond_frames=plan.overlap_frames,
+                task="animate" if drawn.background is None else "replace",
+                device=device,
+            )
+
+        if index:
+            return encode()
+        key = (plan.width, plan.height, plan.segment_frames, plan.overlap_frames, self._vae_key())
+        background, mask = drawn.background, drawn.mask
+        if background is None or mask is None:
+            return self._shared("blank", lambda: key, encode, job.timer)
+        return self._shared("scene", lambda: (digest_frames(background), digest_frames(mask), *key), encode, job.timer)
+
+    def _denoise(self, job: Job, index: int, window: Window) -> torch.Tensor:
+        """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
+        plan, timer = job.plan, job.timer
+        job.scheduler.set_timesteps(plan.steps, device=self.compute_device)  # also forgets the last window's history
+        latents = window.noise
+        invariants = self._invariants(job, window)
+        branches = self._branches(job, window, invariants)
+        for i, timestep in enumerate(job.scheduler.timesteps):
+            begin = timer.clock()
+            hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
+            # In float32, else the solver rounds the latents to the model's type after every step.
+            flow = guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
+            latents = job.scheduler.step(flow, timestep, latents, return_dict=False)[0]
+            if timer.probe:
+                timer.probe.synchronize()
+            timer.step(timer.clock() - begin)
+            if job.on_step:
+                job.on_step(index * plan.steps + i + 1, plan.segments * plan.steps)
+        self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
+        return latents
+
+    def _warm(self, job: Job, window: Window) -> None:
+        """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
+        step, (frames, height, width) = self.block_step, window.noise.shape[2:]
+        grid = (frames, height, width)
+        if step is None or not job.contexts or not step.warms(self.transformer, job.contexts, grid):
+            return
+        with job.timer.stage("warmup", on_device=True):
+            blocks = None if self.blocks is None else self.blocks()
+            made = step.warm(self.transformer, job.contexts, grid, blocks)
+        job.timer.count("compiled_graphs", made)
+
+    def _invariants(self, job: Job, window: Window) -> list[StepInvariants]:
+        """What this window's steps share, for each branch; nothing where every step does it itself."""
+        if not job.contexts:
+            return []
+        keep_text = self.memory is None or self.memory.keep_text
+        invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces, keep_text=keep_text)
+        return [
+            invariants,
+            *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
+        ]
+
+    def _branches(self, job: Job, window: Window, invariants: list[StepInvariants]) -> list[Branch]:
+        """The transformer on this window; guided, a second time without prompt and face."""
+        if invariants:
+            return [partial(self._step, shared) for shared in invariants]
+        if self.blocks is not None:
+            raise ConfigInvalid(
+                "without `step_invariants` the model itself walks through its blocks, which are not on the device",
+                todo="Use memory mode resident",
+            )
+        branches: list[Branch] = [partial(self._whole_forward, job, window, job.text, window.faces)]
+        if job.negative is not None:
+            branches.append(partial(self._whole_forward, job, window, job.negative, no_face(window.faces)))
+        return branches
+
+    def _step(self, shared: StepInvariants, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """One branch of one step, on blocks that are there or that come one by one."""
+        lean = self.memory is not None and self.memory.lean
+        return denoise_step(
+            self.transformer,
+            shared,
+            hidden,
+            timestep,
+            blocks=None if self.blocks is None else self.blocks(),
+            block_step=self.block_step or (lean_block if lean else None),
+            face_step=lean_face if lean else None,
+        )
+
+    def _make_room(self) -> None:
+        """Between two stages of a window: give back what the last one held, where the device is small."""
+        if self.blocks is None:
+            return
+        self.blocks.release()
+        if self.compute_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _whole_forward(
+        self,
+        job: Job,
+        window: Window,
+        text: torch.Tensor,
+        faces: torch.Tensor,
+        hidden: torch.Tensor,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:
+        """The model's own forward pass, which computes everything at every step."""
+        return self.transformer(
+            hidden_states=hidden,
+            timestep=timestep,
+            encoder_hidden_states=text,
+            encoder_hidden_states_image=job.clip,
+            pose_hidden_states=window.pose,
+            face_pixel_values=faces,
+            return_dict=False,
+        )[0]
+
+
+def _as_it_is(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels

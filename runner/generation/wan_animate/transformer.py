@@ -1,0 +1,371 @@
+"""Transformer: one denoising step of Wan-Animate's transformer, without what is the same at every step.
+
+In:   the library's WanAnimateTransformer3DModel, one window's conditions, then noisy latents and a noise level a step.
+Out:  the flow, bit for bit the one that the model's own `forward` computes from the same inputs.
+Never: schedules, guidance, prompts as words, frames, where weights lie. No weight is copied, no module changed.
+
+The model's `forward` runs the motion encoder, the text and image embedders and every key and value of the
+cross-attention again at each step, although only latents and noise level differ. Here these are computed once a window
+and kept. The rest is the model's own modules in the model's own order, called and never looked into, so that their
+linear layers may be of any kind. Attention goes through the library's dispatch with the backend that each processor
+names; nothing else of a processor is used. Hooks on submodules run; those on a block, on an attention or on the model
+as a whole do not.
+
+For the 14B model at 832x480, 81 frames, in bfloat16, a window keeps 1.00 GB until it ends:
+
+    keys and values of text and image    40 blocks x (512 + 257) x 5120 x 2 x 2 bytes      0.63 GB
+    pose patches                         21 x 1560 x 5120 x 2 bytes                        0.34 GB
+    keys and values of the face          8 adapters x 22 x 5 x 5120 x 2 x 2 bytes          0.02 GB
+    rotary angles                        2 x 34320 x 64 x 4 bytes                          0.02 GB
+
+Guided, the second branch adds its own text (0.42 GB) and face and shares the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+__all__ = [
+    "BlockStep",
+    "Context",
+    "CrossAttended",
+    "FaceStep",
+    "KeyValue",
+    "Rope",
+    "StepInvariants",
+    "Switches",
+    "attend",
+    "attend_face",
+    "denoise_step",
+    "embed_context",
+    "held_bytes",
+    "in_heads",
+    "pieces",
+    "project",
+    "rotate",
+    "run_block",
+]
+
+
+class KeyValue(NamedTuple):
+    """What one attention reads, projected, normed and split into heads: both [B, tokens, heads, head_dim]."""
+
+    key: Tensor
+    value: Tensor
+
+
+class CrossAttended(NamedTuple):
+    """What one block's cross-attention reads."""
+
+    text: KeyValue
+    image: KeyValue | None
+
+
+class Rope(NamedTuple):
+    """Rotary angles of every token, one a pair of channels: both float32 [1, S, 1, head_dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+# (block, hidden [B, S, d], modulation [B, 6, d], rope, what it attends to) -> hidden [B, S, d]
+BlockStep = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
+# (face adapter, hidden [B, S, d], what it reads) -> hidden [B, S, d]
+FaceStep = Callable[[Any, Tensor, KeyValue], Tensor]
+
+ROWS = 2048  # at a time where float32 copies are made of them: 42 MB each for the 14B model
+LEAST_ROWS = 8  # products of fewer rows sum in another order
+
+
+@dataclass(frozen=True)
+class Context:
+    """Prompt and reference as the blocks read them; the same for all windows of a job."""
+
+    text: Tensor  # [B, 512, d]
+    image: Tensor | None  # [B, image tokens, d]; None where the blocks read it together with the text, in front of it
+
+
+def embed_context(transformer: Any, texts: Iterable[Tensor], clip: Tensor) -> list[Context]:
+    """One Context for each of `texts` [B, 512, text_dim], all with the image `clip` [B, image tokens, image_dim]."""
+    embedder = transformer.condition_embedder
+    image = embedder.image_embedder(clip)
+    embedded = [embedder.text_embedder(text) for text in texts]
+    if transformer.config.added_kv_proj_dim is None:
+        return [Context(torch.cat([image, text], dim=1), None) for text in embedded]
+    return [Context(text, image) for text in embedded]
+
+
+class StepInvariants:
+    """What all steps of one window share. Keys and values appear when their block first asks for them.
+
+    Thus a block's weights are needed only while the block runs, and where blocks are brought to the device one by one,
+    the first step needs no round of its own.
+    """
+
+    def __init__(
+        self, transformer: Any, context: Context, pose: Tensor, faces: Tensor, *, keep_text: bool = True
+    ) -> None:
+        """`pose`: latents [B, 16, T - 1, H/8, W/8] of the skeletons. `faces`: [B, 3, n, F, F] in [-1, 1].
+
+        n is 4 (T - 1) - 3, so that the face encoder makes T - 1 of them; one of zeros goes in front, for the reference.
+        `keep_text`: whether keys and values of text and image, once made, serve the later steps; they are 0.6 GB of the
+        14B model, and 0.2 % of a step's work.
+        """
+        batch, _, later, height, width = pose.shape
+        self.grid = (later + 1, height, width)
+        self.context, self.keep_text = context, keep_text
+        self.pose = to_tokens(transformer.pose_patch_embedding(pose))
+        self.rope = rope_of(transformer, pose.new_empty((batch, 1, *self.grid)))
+        self.motion = encode_motion(transformer, faces)
+        self._text: dict[int, KeyValue] = {}
+        self._image: dict[int, KeyValue] = {}
+        self._face: dict[int, KeyValue] = {}
+
+    def sharing(self, transformer: Any, context: Context, faces: Tensor) -> StepInvariants:
+        """The same window for another text and other faces; `context` has this one's image. Shares what it can."""
+        if context.image is not self.context.image:
+            raise ValueError("the other context has an image of its own: nothing of this one's could be shared")
+        other = object.__new__(StepInvariants)
+        other.grid, other.pose, other.rope, other._image = self.grid, self.pose, self.rope, self._image
+        other.keep_text = self.keep_text
+        other.context, other.motion = context, encode_motion(transformer, faces)
+        other._text, other._face = {}, {}
+        return other
+
+    def attended(self, index: int, block: Any) -> CrossAttended:
+        """What cross-attention `index` reads; `block` is asked the first time only, if the answer is kept."""
+        attn, image = block.attn2, self.context.image
+        text = self._text.get(index)
+        if text is None:
+            key, value = attn.norm_k(attn.to_k(self.context.text)), attn.to_v(self.context.text)
+            text = KeyValue(in_heads(attn, key), in_heads(attn, value))
+        picture = self._image.get(index)
+        if image is not None and picture is None:
+            key, value = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+            picture = KeyValue(in_heads(attn, key), in_heads(attn, value))
+        if self.keep_text:
+            self._text[index] = text
+            if picture is not None:
+                self._image[index] = picture
+        return CrossAttended(text, picture)
+
+    def face(self, index: int, adapter: Any) -> KeyValue:
+        """What face adapter `index` reads, [B * T, faces' tokens, heads, head_dim]; it is asked the first time only."""
+        if index not in self._face:
+            normed = adapter.pre_norm_kv(self.motion)
+            shape = (*normed.shape[:3], adapter.heads, -1)
+            normed = normed.flatten(1, 2)
+            key, value = adapter.to_k(normed).view(shape), adapter.to_v(normed).view(shape)
+            self._face[index] = KeyValue(adapter.norm_k(key).flatten(0, 1), value.flatten(0, 1))
+        return self._face[index]
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is held now, the context aside: that is the job's."""
+        yield from (self.pose, self.motion, *self.rope)
+        for held in (self._text, self._image, self._face):
+            for pair in held.values():
+                yield from pair
+
+
+def held_bytes(windows: Iterable[StepInvariants]) -> int:
+    """Bytes of all that `windows` hold now, what they share counted once."""
+    return sum({id(tensor): tensor.nbytes for window in windows for tensor in window.tensors()}.values())
+
+
+def denoise_step(
+    transformer: Any,
+    invariants: StepInvariants,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    *,
+    blocks: Iterable[Any] | None = None,
+    block_step: BlockStep | None = None,
+    face_step: FaceStep | None = None,
+) -> Tensor:
+    """The flow [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
+
+    `blocks`: the transformer's own, in order, each ready to run when it comes out of the iterable; what streams weights
+    passes a generator, which is closed when the step ends, however it ends. `block_step`: stands in for `run_block`,
+    e.g. `run_block` compiled; `face_step` for `run_face`. Both may overwrite the hidden states that they are given. No
+    gradient is wanted: call under `torch.no_grad()`. ValueError for latents of another shape than the window's.
+    """
+    if tuple(hidden_states.shape[2:]) != invariants.grid:
+        raise ValueError(f"latents of {tuple(hidden_states.shape[2:])} in a window of {invariants.grid}")
+    step, look = block_step or run_block, face_step or run_face
+    hidden = to_tokens(transformer.patch_embedding(hidden_states))
+    hidden[:, -invariants.pose.shape[1] :] += invariants.pose  # all but the reference's
+    level, modulation = embed_time(transformer, timestep, invariants.context.text.dtype)
+    every = transformer.config.inject_face_latents_blocks
+    with ExitStack() as ended:
+        if isinstance(blocks, Generator):
+            ended.callback(blocks.close)  # at once: an exception would keep it open for as long as it is held
+        for index, block in enumerate(transformer.blocks if blocks is None else blocks):
+            hidden = step(block, hidden, modulation, invariants.rope, invariants.attended(index, block))
+            if index % every == 0:
+                adapter = transformer.face_adapter[index // every]
+                hidden = look(adapter, hidden, invariants.face(index // every, adapter))
+    return to_latents(transformer, hidden, level, invariants.grid)
+
+
+def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
+    """One WanTransformerBlock on `hidden` [B, S, d]. `modulation` [B, 6, d]: shift, scale and gate, twice.
+
+    A pure function of tensors and one module, so that it compiles to one graph for all blocks.
+    """
+    table = block.scale_shift_table + modulation.float()
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
+    normed = (block.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
+    hidden = (hidden.float() + attend_self(block.attn1, normed, rope) * gate).type_as(hidden)
+    normed = block.norm2(hidden.float()).type_as(hidden)
+    hidden = hidden + attend_cross(block.attn2, normed, attended)
+    normed = (block.norm3(hidden.float()) * (1 + ff_scale) + ff_shift).type_as(hidden)
+    return (hidden.float() + block.ffn(normed).float() * ff_gate).type_as(hidden)
+
+
+def run_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
+    """One face adapter on `hidden` [B, S, d]."""
+    return attend_face(adapter, hidden, read) + hidden
+
+
+def attend_self(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
+    query = rotate(in_heads(attn, attn.norm_q(attn.to_q(hidden))), rope)
+    key = rotate(in_heads(attn, attn.norm_k(attn.to_k(hidden))), rope)
+    return project(attn, attend(attn, query, KeyValue(key, in_heads(attn, attn.to_v(hidden)))))
+
+
+def attend_cross(attn: Any, hidden: Tensor, attended: CrossAttended) -> Tensor:
+    query = in_heads(attn, attn.norm_q(attn.to_q(hidden)))
+    read = attend(attn, query, attended.text)
+    if attended.image is not None:
+        read = read + attend(attn, query, attended.image)
+    return project(attn, read)
+
+
+def attend_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
+    """Each latent frame of `hidden` [B, S, d] reads the face tokens of its own time."""
+    batch = hidden.shape[0]
+    query = adapter.norm_q(in_heads(adapter, adapter.to_q(adapter.pre_norm_q(hidden))))
+    query = query.unflatten(1, (read.key.shape[0] // batch, -1)).flatten(0, 1)  # [B * T, S / T, heads, head_dim]
+    return adapter.to_out(attend(adapter, query, read).unflatten(0, (batch, -1)).flatten(1, 2))
+
+
+def attend(attn: Any, query: Tensor, read: KeyValue) -> Tensor:
+    """Attention of `query` [B, S, heads, head_dim], by the backend that is set on `attn`: [B, S, heads * head_dim]."""
+    out = dispatch_attention_fn(
+        query,
+        read.key,
+        read.value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        backend=attn.processor._attention_backend,
+        parallel_config=None,
+    )
+    return out.flatten(2, 3).type_as(query)
+
+
+def project(attn: Any, hidden: Tensor) -> Tensor:
+    for layer in attn.to_out:
+        hidden = layer(hidden)
+    return hidden
+
+
+def in_heads(attn: Any, hidden: Tensor) -> Tensor:
+    """[B, S, heads * head_dim] as [B, S, heads, head_dim]."""
+    return hidden.unflatten(2, (attn.heads, -1))
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turns each pair of neighbouring channels of `x` [B, S, heads, head_dim] by its angle, in float32.
+
+    Stacked instead of written into every second channel: some compilers get strided slice assignment wrong, and none
+    fuses it. Each half is rounded before they are put together, which halves what lies around in float32.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first = (even * rope.cos - odd * rope.sin).type_as(x)
+    second = (even * rope.sin + odd * rope.cos).type_as(x)
+    return torch.stack((first, second), dim=-1).flatten(-2)
+
+
+def rope_of(transformer: Any, latents: Tensor) -> Rope:
+    """The angles for latents of this shape. The library repeats each for both channels of its pair."""
+    cos, sin = transformer.rope(latents)
+    return Rope(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
+
+
+def pieces(count: int, most: int) -> Iterator[slice]:
+    """0..count-1 in runs of nearly one length, at most `most` and, but for a small `count`, at least LEAST_ROWS."""
+    runs = max(1, min(-(-count // max(most, LEAST_ROWS)), count // LEAST_ROWS))
+    ends = [count * i // runs for i in range(runs + 1)]
+    return (slice(begin, end) for begin, end in pairwise(ends))
+
+
+def to_tokens(patches: Tensor) -> Tensor:
+    """[B, d, T, h, w] as [B, T h w, d], contiguous."""
+    return patches.flatten(2).transpose(1, 2).contiguous()
+
+
+def to_latents(transformer: Any, hidden: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Norm, projection and the way back from tokens [B, S, d] to [B, 16, T, H/8, W/8]; `level` [B, d]."""
+    shift, scale = (transformer.scale_shift_table + level.unsqueeze(1)).chunk(2, dim=1)
+    hidden = torch.cat(
+        [
+            transformer.proj_out((transformer.norm_out(rows.float()) * (1 + scale) + shift).to(hidden.dtype))
+            for rows in (hidden[:, run] for run in pieces(hidden.shape[1], ROWS))
+        ],
+        dim=1,
+    )
+    patch = transformer.config.patch_size
+    cells = [size // side for size, side in zip(grid, patch, strict=True)]
+    hidden = hidden.reshape(hidden.shape[0], *cells, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return hidden.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def embed_time(transformer: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`timestep` [B] as [B, d] and as the blocks' modulation [B, 6, d], both in `dtype`."""
+    embedder = transformer.condition_embedder
+    # The library's own question, which quantised layers answer with their packed bytes.
+    own: torch.dtype = embedder.time_embedder.linear_1.weight.dtype
+    waves = embedder.timesteps_proj(timestep).to(own if own.is_floating_point else dtype)
+    level = embedder.time_embedder(waves).to(dtype)
+    return level, embedder.time_proj(embedder.act_fn(level)).unflatten(1, (6, -1))
+
+
+def encode_motion(transformer: Any, faces: Tensor) -> Tensor:
+    """`faces` [B, 3, n, F, F] as face tokens [B, T, tokens, d], the first time's of zeros."""
+    batch, _, frames = faces.shape[:3]
+    encoder: nn.Module = transformer.motion_encoder
+    pictures = faces.permute(0, 2, 1, 3, 4).flatten(0, 1)
+    # In the library's batches: a convolution's last bits may depend on how many pictures go in together.
+    batches = torch.split(pictures, transformer.config.motion_encoder_batch_size)
+    motion = torch.cat([encoder(some) for some in batches]).view(batch, frames, -1)
+    features = transformer.face_encoder(motion)
+    return torch.cat([torch.zeros_like(features[:, :1]), features], dim=1)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Which optimisations of the engine are on. A benchmark turns them on and off one by one.
+
+    `step_invariants`: work that all steps of a window share is done once a window; exact.
+
+    `compile`: blocks run as fused kernels (`compiled.py`): sums in another order, within stated tolerances. None: on
+    CUDA, and not on a CPU, whose frames are the library's bit for bit.
+    `channels_last`, `fuse_vae_norms`: the autoencoder's convolutions in the layout that CUDA's kernels prefer, and its
+    norms as one kernel each (`autoencoder.py`); sums in another order. Off until a benchmark has shown that they pay.
+    `memos`: what jobs share is encoded once for all of them (`memos.py`, and `text_cache.py` on disk); exact.
+    """
+
+    step_invariants: bool = True
+    memos: bool = True
+    compile: bool | None = None
+    channels_last: bool = False
+    fuse_vae_norms: bool = False

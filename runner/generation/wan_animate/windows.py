@@ -1,0 +1,224 @@
+"""Windows: a job's conditions one window at a time, from bytes on the host to what the denoising steps read.
+
+In:   uint8 frames on the host, a job's plan. Out: windows drawn ahead in a thread of their own, padded windows, their
+pixels on a device, frames back as uint8, a digest; the tensors of a window and of a job, named.
+Never: models, how a window's inputs are encoded, what is in the frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from runner.generation.protocol import OnStep, SegmentPlan
+from runner.generation.segments import reflect_indices, span_of
+from runner.generation.wan_animate.transformer import Context
+from runner.timing import StageTimer
+
+__all__ = [
+    "Branch",
+    "ConditionSource",
+    "ConditionWindow",
+    "DrawnAhead",
+    "Job",
+    "PaddedWindow",
+    "Window",
+    "digest_frames",
+    "digest_image",
+    "guide",
+    "no_face",
+    "padded_window",
+    "spans_of",
+    "to_pixels",
+    "to_uint8",
+    "to_unit",
+]
+
+
+class ConditionWindow(Protocol):
+    """Consecutive frames of what drives the model, on the host."""
+
+    @property
+    def pose(self) -> np.ndarray:
+        """uint8 [n, H, W, 3] RGB skeletons."""
+
+    @property
+    def face(self) -> np.ndarray:
+        """uint8 [n, F, F, 3] RGB crops; F is the motion encoder's size."""
+
+    @property
+    def background(self) -> np.ndarray | None:
+        """uint8 [n, H, W, 3] RGB; replace mode."""
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """uint8 [n, H, W], 255 where the character goes; replace mode."""
+
+
+class ConditionSource(Protocol):
+    """A job's conditions, fetched a window at a time."""
+
+    @property
+    def frames(self) -> int:
+        """How many there are."""
+
+    @property
+    def reference(self) -> Image.Image:
+        """The character, RGB."""
+
+    def window(self, start: int, stop: int) -> ConditionWindow:
+        """Frames start..stop-1, within what there is."""
+
+
+@dataclass(frozen=True)
+class PaddedWindow:
+    """A padded window; background and mask are there in replace mode only."""
+
+    pose: np.ndarray
+    face: np.ndarray
+    background: np.ndarray | None
+    mask: np.ndarray | None
+
+
+def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> PaddedWindow:
+    """Frames start..stop-1, reflected beyond the source's end. One fetch, never longer than the window itself."""
+    indices = reflect_indices(start, stop, source.frames)
+    low, high = span_of(start, stop, source.frames)
+    window = source.window(low, high)
+
+    def take(name: str) -> np.ndarray:
+        frames = getattr(window, name)
+        if frames is None or len(frames) != high - low:
+            came = "none" if frames is None else str(len(frames))
+            raise ValueError(f"{name}: {high - low} frames were asked for, {came} came")
+        return frames[indices - low]
+
+    replace = mode == "replace"
+    return PaddedWindow(
+        take("pose"), take("face"), take("background") if replace else None, take("mask") if replace else None
+    )
+
+
+def digest_frames(frames: np.ndarray) -> bytes:
+    """sha256 of frames, their shape and type. 97 MB of a window at 480x832 take 60 ms where the CPU has instructions
+    for it, against seconds of the autoencoder."""
+    digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
+    digest.update(np.ascontiguousarray(frames).data)
+    return digest.digest()
+
+
+def digest_image(image: Image.Image) -> bytes:
+    """sha256 of an image's pixels, its size and mode."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+
+
+def to_unit(frames: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 [n, H, W, 3] or [n, H, W] to float32 [1, channels, n, H, W] in [0, 1]; bytes cross to the device."""
+    planes = torch.from_numpy(frames if frames.ndim == 4 else frames[..., None]).to(device)
+    # Channels stay innermost in memory, as the library's own conversion leaves them: convolutions sum in another order
+    # otherwise, and the last bits differ.
+    values = planes.to(torch.float32)
+    # By a tensor on the device: CUDA multiplies by a rounded reciprocal when the divisor is a number.
+    values /= torch.tensor(255.0, device=device)
+    return values.permute(3, 0, 1, 2).unsqueeze(0)
+
+
+def to_pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
+    """As `to_unit`, in [-1, 1]."""
+    return to_unit(frames, device).mul_(2.0).sub_(1.0)
+
+
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
+    """[n, 3, H, W] in [0, 1] to uint8 [n, H, W, 3] on the host, rounded to even."""
+    return (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+Span = tuple[int, int]  # frames first..last-1
+
+
+def spans_of(plan: SegmentPlan) -> list[Span]:
+    """What each of a plan's segments will ask its conditions for, in order."""
+    step = plan.segment_frames - plan.overlap_frames
+    starts = (index * step for index in range(plan.segments))
+    return [span_of(start, start + plan.segment_frames, plan.frames) for start in starts]
+
+
+class DrawnAhead:
+    """Begins with the first span at once: for a job that waits, while the job before it is generated."""
+
+    def __init__(self, source: ConditionSource, spans: Iterable[Span]) -> None:
+        self._source, self._spans = source, iter(spans)
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "draw")
+        self._waiting: tuple[Span, Future[ConditionWindow]] | None = None
+        self._begin()
+
+    def window(self, start: int, stop: int) -> ConditionWindow:
+        """Frames start..stop-1. Raises what drawing them raised; drawn now if they were not expected."""
+        if self._pool is None:
+            return self._source.window(start, stop)
+        if self._waiting is None or self._waiting[0] != (start, stop):
+            return self._pool.submit(self._source.window, start, stop).result()
+        drawn = self._waiting[1].result()
+        self._begin()
+        return drawn
+
+    def close(self) -> None:
+        """Wait for what is being drawn and forget it. Idempotent."""
+        pool, self._pool, self._waiting = self._pool, None, None
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(self) -> None:
+        span = next(self._spans, None)
+        assert self._pool is not None
+        self._waiting = None if span is None else (span, self._pool.submit(self._source.window, *span))
+
+
+# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> flow [1, 16, T, H/8, W/8], all else being fixed
+Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over a job's windows."""
+
+    plan: SegmentPlan
+    scheduler: Any
+    timer: StageTimer
+    on_step: OnStep | None
+    guidance_scale: float
+    text: torch.Tensor  # [1, 512, text_dim]
+    negative: torch.Tensor | None  # as text; None where unguided
+    clip: torch.Tensor  # [1, image tokens, image_dim]
+    reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
+    contexts: list[Context] = field(default_factory=list)  # of text and negative, where steps share work
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one window is denoised from. T latent frames, one of them the reference's."""
+
+    noise: torch.Tensor  # float32 [1, 16, T, H/8, W/8]
+    scene: torch.Tensor  # [1, 20, T, H/8, W/8], the reference in front
+    pose: torch.Tensor  # [1, 16, T - 1, H/8, W/8]
+    faces: torch.Tensor  # [1, 3, n, F, F] in [-1, 1]
+
+
+def no_face(faces: torch.Tensor) -> torch.Tensor:
+    """Black crops of the shape of `faces`, as the library makes them."""
+    return faces * 0 - 1
+
+
+def guide(flows: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """The one flow, or, of one with and one without prompt and face, the first moved away from the second."""
+    if len(flows) == 1:
+        return flows[0]
+    flow, without = flows
+    return without + scale * (flow - without)

@@ -1,0 +1,90 @@
+"""Backends: pairs of a person detector and a pose network that can stand for each other.
+
+In:   a backend's name and its two files. Out: the opened pair. Never: what differs inside: both give candidate rows in
+the same space and points of the same type, COCO-WholeBody's 133 in pixels with confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from runner.errors import ConfigInvalid
+from runner.preprocess.networks.providers import NetworkOptions, check_precision
+from runner.preprocess.networks.rtmpose import SimccEstimator
+from runner.preprocess.networks.sessions import Network, open_network
+from runner.preprocess.networks.vitpose import PoseEstimator
+from runner.preprocess.networks.yolov10 import Box, Detector
+from runner.preprocess.networks.yolox import YoloxDetector
+
+__all__ = ["BACKENDS", "Backend", "PersonDetector", "PointFinder", "open_backend"]
+
+
+class PersonDetector(Protocol):
+    @property
+    def network(self) -> Network: ...
+
+    def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2 in 640-space, score, class."""
+        ...
+
+
+class PointFinder(Protocol):
+    @property
+    def network(self) -> Network: ...
+
+    def points(self, frames: np.ndarray, boxes: Sequence[Box | None], *, bgr: bool = False) -> np.ndarray:
+        """uint8 RGB [n, H, W, 3] and a box each (None: look at the whole frame) → float32 [n, 133, 3]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A detector and a pose network, open on one device."""
+
+    name: str
+    detector: PersonDetector
+    pose: PointFinder
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Plain values for the record: both models, where they run and why, and their batch (None: any)."""
+        return {
+            "backend": self.name,
+            "detector": self.detector.network.description,
+            "pose": self.pose.network.description,
+        }
+
+
+# Name as in `preprocess.pose` → detector and pose network: YOLOv10 and ViTPose, YOLOX and RTMPose.
+BACKENDS: dict[str, tuple[type[Detector | YoloxDetector], type[PoseEstimator | SimccEstimator]]] = {
+    "vitpose": (Detector, PoseEstimator),
+    "dwpose": (YoloxDetector, SimccEstimator),
+}
+
+
+def open_backend(
+    name: str, detector: Path, pose: Path, device: str = "cpu", options: NetworkOptions | None = None
+) -> Backend:
+    """Open both files for "vitpose" or "dwpose" on "cpu", "cuda" or "cuda:N".
+
+    The precision that `options` asks for is the pose network's. Detectors consist of convolutions, which lose their
+    people in 8 bits and gain no time, and look at a few frames a second only: they stay in float32.
+
+    WeightsMissing, WeightsCorrupt (also where the files belong to the other backend), or ConfigInvalid where there is
+    no such backend or the device cannot be had.
+    """
+    if name not in BACKENDS:
+        raise ConfigInvalid(f"no such pose backend: {name!r}", todo=f"Use {' or '.join(BACKENDS)}")
+    finds_people, finds_points = BACKENDS[name]
+    options = options or NetworkOptions()
+    check_precision(options.pose_precision, device)
+    return Backend(
+        name,
+        finds_people(open_network(detector, device, options)),
+        finds_points(open_network(pose, device, options, precision=options.pose_precision)),
+    )

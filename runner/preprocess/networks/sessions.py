@@ -1,0 +1,260 @@
+"""ONNX networks: open a file on the device that was asked for, or say plainly why not.
+
+In:   a model file (or the folder of `end2end.onnx` and its weights) and a device. Out: `Network`: names, batch, `run`.
+Never: what the network finds. A CPU session where CUDA was asked for is an error, never a slow surprise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.preprocess.networks.int8 import make_int8
+from runner.preprocess.networks.io_binding import BoundSession, host_array
+from runner.preprocess.networks.providers import (
+    CPU,
+    ENGINE_BATCH,
+    OUT_OF_MEMORY,
+    TENSORRT,
+    Choice,
+    NetworkOptions,
+    Precision,
+    binding_device,
+    check_precision,
+    choose_providers,
+    has_tensorrt_libraries,
+    onnxruntime_remedy,
+    opening_failed,
+    usable_cpus,
+)
+
+__all__ = [
+    "Network",
+    "check_shape",
+    "model_file",
+    "open_network",
+    "open_session",
+]
+
+FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder holding it
+ELEMENTS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network with one image input and one output that matters (index 0: exports differ in names, not in order).
+
+    `session` is anything with the runtime's `run(names, feeds)`: a session, a `BoundSession`, or what joins outputs.
+    """
+
+    session: Any
+    path: Path
+    provider: str
+    reason: str  # why this provider, in words, for the log and the record
+    input_name: str
+    output_name: str
+    input_shape: tuple[int | None, ...]  # None: dynamic
+    output_shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]  # of the input
+    precision: Precision = "fp32"  # of its matrix products
+    precision_why: str = ""  # where int8 was asked for: how it was made, or why it was not
+    host_device: str | None = None  # whose page-locked memory `images` gives; None: plain memory
+
+    @property
+    def batch(self) -> int | None:
+        """The constant batch size of the graph, or None when it takes any."""
+        return self.input_shape[0] if self.input_shape else None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Plain values for the record."""
+        said: dict[str, Any] = {
+            "model": self.path.name,
+            "provider": self.provider,
+            "why": self.reason,
+            "batch": self.batch,
+            "batching": f"the graph takes {self.batch} at a time" if self.batch else "the graph takes any number",
+            "precision": self.precision,
+        }
+        return said | ({"precision_why": self.precision_why} if self.precision_why else {})
+
+    def images(self, count: int, size: tuple[int, int, int]) -> np.ndarray:
+        """float32 [count, *size], not yet filled, to be filled and given to `run`: the memory that serves it best."""
+        return host_array((count, *size), np.float32, self.host_device)
+
+    def run(self, images: np.ndarray, *, most: int = 16) -> np.ndarray:
+        """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` images at a time.
+
+        A graph of constant batch k is fed k at a time, the last chunk filled up with zeros that are dropped again.
+        """
+        size = self.batch or most
+        parts = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size].astype(self.dtype, copy=False)
+            missing = size - len(chunk) if self.batch else 0
+            if missing:
+                chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), chunk.dtype)])
+            parts.append(self._run_once(np.ascontiguousarray(chunk))[: size - missing])
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.astype(np.float32, copy=False)
+
+    def _run_once(self, chunk: np.ndarray) -> np.ndarray:
+        try:
+            return self.session.run([self.output_name], {self.input_name: chunk})[0]
+        except Exception as err:  # onnxruntime has no public exception types; only exhausted memory is ours to name
+            if any(words in str(err).lower() for words in OUT_OF_MEMORY):
+                raise OutOfMemory(
+                    f"{self.path.name} ran out of memory on {self.provider}",
+                    where=self.path,
+                    todo="Free the device, or preprocess on the CPU",
+                ) from err
+            raise
+
+
+def open_network(
+    path: Path, device: str = "cpu", options: NetworkOptions | None = None, *, precision: Precision = "fp32"
+) -> Network:
+    """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
+
+    `precision` int8 is the CPU's: elsewhere it is refused. A network that has little to gain from it stays as it is,
+    and says so in its description.
+    """
+    options = options or NetworkOptions()
+    file, why = model_file(path), ""
+    if precision == "int8":
+        made, why = _int8(file, device, options)
+        file, precision = (file, "fp32") if made is None else (model_file(made), "int8")
+    session, reason = open_session(file, device, options)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if not inputs or not outputs or inputs[0].type not in ELEMENTS:
+        raise WeightsCorrupt(
+            f"the graph takes {[i.type for i in inputs]}, not one float image", where=file, todo="Fetch the model again"
+        )
+    provider, input_shape = session.get_providers()[0], _sizes(inputs[0].shape)
+    if provider == TENSORRT and input_shape and input_shape[0] is None:
+        input_shape = (ENGINE_BATCH, *input_shape[1:])  # fewer are filled up: another size is another engine
+    bound = _bound(session, device)
+    return Network(
+        session=bound or session,
+        path=Path(path),
+        provider=provider,
+        reason=reason,
+        input_name=inputs[0].name,
+        output_name=outputs[0].name,
+        input_shape=input_shape,
+        output_shape=_sizes(outputs[0].shape),
+        dtype=ELEMENTS[inputs[0].type],
+        precision=precision,
+        precision_why=why,
+        host_device=bound.device if bound else None,
+    )
+
+
+def open_session(path: Path, device: str = "cpu", options: NetworkOptions | None = None) -> tuple[Any, str]:
+    """(onnxruntime session, why it runs there). The session has the provider that was chosen, or this raises."""
+    file = model_file(path)
+    import onnxruntime
+
+    options = options or NetworkOptions()
+    choice = choose_providers(
+        device,
+        onnxruntime.get_available_providers(),
+        options,
+        tensorrt_libraries=options.tensorrt != "off" and has_tensorrt_libraries(),
+        remedy=onnxruntime_remedy(),
+    )
+    if choice.first == TENSORRT and options.tensorrt == "auto":
+        try:
+            return _started(file, device, choice), choice.reason
+        except (ConfigInvalid, WeightsCorrupt) as err:
+            plain = choose_providers(
+                device, onnxruntime.get_available_providers(), NetworkOptions(), tensorrt_libraries=False
+            )
+            return _started(file, device, plain), f"{plain.reason}; {err.what}"
+    return _started(file, device, choice), choice.reason
+
+
+def _started(file: Path, device: str, choice: Choice) -> Any:
+    """A session that runs on the first provider of `choice`. Raises ConfigInvalid where it fell back to another."""
+    import onnxruntime
+
+    if choice.first != CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA and cuDNN that came as wheels, with torch
+    if choice.first == TENSORRT:
+        Path(choice.providers[0][1]["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # what matters comes back as an exception
+    settings.use_deterministic_compute = True
+    # On a GPU the CPU only does shape arithmetic. Left to itself the runtime pins a thread to every core of the host,
+    # also of a container that was given two, and spins there while the generator wants them.
+    settings.intra_op_num_threads = usable_cpus() if choice.first == CPU else 1
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        # Without the fallback, which repeats on the CPU what failed on the GPU, and says so on stdout alone.
+        session = onnxruntime.InferenceSession(str(file), settings, providers=list(choice.providers), enable_fallback=0)
+    except Exception as err:  # as above: told apart by their words
+        raise opening_failed(err, file, device) from err
+    if session.get_providers()[0] != choice.first:
+        raise ConfigInvalid(
+            f"onnxruntime could not start {choice.first} and fell back to {session.get_providers()[0]}",
+            where=file,
+            todo=f"{onnxruntime_remedy()} `video-lab doctor` shows the driver and the CUDA libraries that were found",
+        )
+    return session
+
+
+def _bound(session: Any, device: str) -> BoundSession | None:
+    """The session with its inputs and outputs on the GPU that it runs on; None on the CPU."""
+    provider = session.get_providers()[0]
+    if provider == CPU:
+        return None
+    import torch
+
+    where = binding_device(provider, device, torch_cuda=torch.cuda.is_available())
+    return BoundSession(session, where) if where else None
+
+
+def _int8(file: Path, device: str, options: NetworkOptions) -> tuple[Path | None, str]:
+    check_precision("int8", device)
+    if options.folder is None:
+        raise ConfigInvalid("there is no folder to keep int8 networks in", todo="Pass --cache DIR")
+    return make_int8(file, options.folder)
+
+
+def model_file(path: Path) -> Path:
+    """The .onnx file behind `path`: itself, or `end2end.onnx` inside a folder. WeightsMissing if there is none."""
+    path = Path(path)
+    file = path / FOLDER_MODEL if path.is_dir() else path
+    if not file.is_file():
+        raise WeightsMissing(
+            f"no ONNX model here{f' (no {FOLDER_MODEL} in this folder)' if path.is_dir() else ''}",
+            where=path,
+            todo="Put the preprocessing models of the published weights under process_checkpoint/ in --models",
+        )
+    return file
+
+
+def check_shape(network: Network, *, input_tail: tuple[int, ...], output_tails: list[tuple[int | None, ...]]) -> None:
+    """WeightsCorrupt unless input and output have these sizes after the batch; None and dynamic sizes match all."""
+
+    def fits(shape: tuple[int | None, ...], tail: tuple[int | None, ...]) -> bool:
+        pairs = zip(shape[1:], tail, strict=False)
+        return len(shape) == len(tail) + 1 and all(a is None or b is None or a == b for a, b in pairs)
+
+    got_in, got_out = network.input_shape, network.output_shape
+    if not fits(got_in, input_tail) or not (not got_out or any(fits(got_out, tail) for tail in output_tails)):
+        wanted = " or ".join(str(list(tail)) for tail in output_tails)
+        raise WeightsCorrupt(
+            f"the graph maps {list(got_in)} to {list(got_out)}, "
+            f"but after the batch {list(input_tail)} to {wanted} is needed",
+            where=network.path,
+            todo="This is another model; check which file stands under this name",
+        )
+
+
+def _sizes(shape: list[Any]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) and size > 0 else None for size in shape or [])

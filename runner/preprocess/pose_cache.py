@@ -1,0 +1,171 @@
+"""Pose cache: pass 1 over a clip, done once for each clip, pair of networks and choice of options.
+
+In:   what `find_poses` takes, and a cache. Out: its `FoundPoses`, found now or long ago; masks likewise.
+Never: how poses are found, or how a cache keeps them.
+
+One dance × many characters poses the dance once: neither the reference nor what is made of the poses later (retarget,
+size of the output) is part of the key. All of this room's code is, so that no poses outlive the code that found them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cache as once
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.preprocess.body.face import FacePlan
+from runner.preprocess.body.keypoints import PoseTrack
+from runner.preprocess.geometry import Geometry
+from runner.preprocess.masks.packed import ClipMasks
+from runner.preprocess.networks.backends import Backend, PersonDetector, PointFinder
+from runner.preprocess.networks.int8 import model_files
+from runner.preprocess.networks.sessions import Network, model_file
+from runner.preprocess.poses import FoundPoses, find_poses
+from runner.spec.options import PreprocessOptions
+from runner.storage.disk_cache import PoseCache, content_sha256, key, remembered
+from runner.timing import StageTimer
+from runner.video import Sampled, VideoReader
+
+__all__ = [
+    "backend_parts",
+    "clip_parts",
+    "find_poses_once",
+    "masks_once",
+    "network_parts",
+    "pack_poses",
+    "segmenter_parts",
+    "unpack_poses",
+]
+
+# Options that change no pose, and no mask, as it is found; a new option counts until it is named here.
+AFTERWARDS = {"mask", "official", "retarget"}
+CODE_FOLDERS = ("preprocess", "video")  # of the package; poses found by other code than theirs are found anew
+
+
+def network_parts(network: Network, identity: str | None = None) -> dict[str, Any]:
+    """Identity of a network for a key: the sha256 of its files (`identity` where that is known) and what runs it."""
+    runs = {name: value for name, value in network.description.items() if name != "why"}
+    return {**runs, "sha256": identity or _files_sha256(network.path)}
+
+
+def backend_parts(backend: Backend) -> dict[str, dict[str, Any]]:
+    """Identity of both networks of a backend."""
+    return {"detector": network_parts(backend.detector.network), "pose": network_parts(backend.pose.network)}
+
+
+def segmenter_parts(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Identity of a segmenter for a key: the sha256 of its folder's files and what runs it."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {**description, **versions, "sha256": _files_sha256(folder)}
+
+
+def clip_parts(
+    reader: VideoReader,
+    sampled: Sampled,
+    options: PreprocessOptions,
+    geometry: Geometry,
+    networks: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """All that decides the poses of a clip, for `disk_cache.key`. `networks`: name → `network_parts`."""
+    indices = np.ascontiguousarray(sampled.indices, np.int64)
+    return {
+        "code": _code_sha256(),
+        "libraries": _versions(),
+        "video": content_sha256(reader.info.path),
+        "frames": [len(indices), hashlib.sha256(indices.tobytes()).hexdigest(), str(sampled.fps)],
+        "options": options.model_dump(mode="json", exclude=AFTERWARDS),
+        "resize_first": geometry.resize_first,
+        "networks": {name: dict(parts) for name, parts in networks.items()},
+    }
+
+
+def find_poses_once(
+    cache: PoseCache | None,
+    networks: Mapping[str, Mapping[str, Any]],
+    reader: VideoReader,
+    sampled: Sampled,
+    options: PreprocessOptions,
+    geometry: Geometry,
+    detector: PersonDetector,
+    pose: PointFinder,
+    timer: StageTimer,
+) -> FoundPoses:
+    """`find_poses`, or what it gave before. Counts pose_cache_hits and pose_cache_misses. Raises as it does."""
+
+    def find() -> FoundPoses:
+        return find_poses(reader, sampled, options, geometry, detector, pose, timer)
+
+    if cache is None:
+        return find()
+    name = key(clip_parts(reader, sampled, options, geometry, networks))
+    return unpack_poses(remembered(cache, name, lambda: pack_poses(find()), timer))
+
+
+def masks_once(
+    cache: PoseCache | None, parts: Mapping[str, Any], make: Callable[[], ClipMasks], timer: StageTimer
+) -> ClipMasks:
+    """The masks that `make` makes, or made before. `parts`: those of the clip, the segmenter's and its settings.
+
+    Counts mask_cache_hits and mask_cache_misses.
+    """
+    if cache is None:
+        return make()
+    arrays = remembered(cache, key({"what": "masks", **parts}), lambda: make().arrays(), timer, "mask_cache")
+    return ClipMasks.from_arrays(dict(arrays))
+
+
+def pack_poses(found: FoundPoses) -> dict[str, np.ndarray]:
+    """As plain arrays: points float32 [n, 133, 3], boxes int32 [n, 4], sources int64 [n], notes as JSON."""
+    notes = {"size": [found.track.width, found.track.height], "report": found.report, "warnings": found.warnings}
+    return {
+        "points": found.track.points,
+        "boxes": np.array(found.faces.boxes, np.int32).reshape(-1, 4),
+        "sources": found.faces.sources,
+        "present": found.present,
+        "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
+    }
+
+
+def unpack_poses(arrays: Mapping[str, np.ndarray]) -> FoundPoses:
+    """Inverse of `pack_poses`."""
+    notes = json.loads(arrays["notes"].tobytes())
+    boxes = [(x1, x2, y1, y2) for x1, x2, y1, y2 in arrays["boxes"].tolist()]
+    track = PoseTrack(arrays["points"], *notes["size"])
+    return FoundPoses(track, FacePlan(boxes, arrays["sources"]), notes["report"], notes["warnings"], arrays["present"])
+
+
+def _files_sha256(path: Path) -> str:
+    """Of a model file and the weights beside it, or of all files of a folder, by name."""
+    if path.is_dir():
+        folder, files = path, sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+        folder, files = path.parent, model_files(model_file(path))
+    listing = "".join(f"{content_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+@once
+def _code_sha256(package: Path = Path(__file__).parents[1]) -> str:
+    """Of all modules below CODE_FOLDERS, at any depth, with their places: whatever may decide a pose."""
+    digest = hashlib.sha256()
+    for folder in CODE_FOLDERS:
+        files = sorted((package / folder).rglob("*.py"))
+        assert files, f"{package / folder} holds no module"
+        for file in files:
+            digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+@once
+def _versions() -> dict[str, str]:
+    import av
+    import cv2
+    import onnxruntime
+
+    return {module.__name__: module.__version__ for module in (av, cv2, np, onnxruntime)}

@@ -1,0 +1,178 @@
+"""Assumptions: what a published FP4 file does not show in names, shapes or dtypes, and how to read it either way.
+
+In:   quantize_config.json's content, `--assume` words. Out: `Assumptions`, which of them nobody confirmed, and
+      the exact translation of codes and scales into ours. Never: files of tensors, layers' names.
+
+    nibble   low | high           which half of a byte holds the even input column
+    codes    e2m1 | ascending | table   0..7 are 0..6, bit 3 the sign; or -6..6 in order; or by the config's table
+    scale    multiply | divide    w = code * scale, or w = code / scale
+    unit     one | six            a code is worth its value, or its value over 6 (the scale is then the group's absmax)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from runner.errors import ConfigInvalid, WeightsCorrupt
+from runner.quantization.formats.e2m1 import LARGEST, VALUES
+
+__all__ = ["CHOICES", "Assumptions", "every_assumption", "from_config", "group_in_config", "parse_assumptions"]
+
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "nibble": ("low", "high"),
+    "codes": ("e2m1", "ascending", "table"),
+    "scale": ("multiply", "divide"),
+    "unit": ("one", "six"),
+}
+# Keys of a config that say it, and beginnings of words in the value that decide.
+KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "nibble": ("nibble", "nibble_order", "packing_order", "pack_order", "packing"),
+    "codes": ("codes", "code_order"),
+    "scale": ("scale", "scale_direction", "scale_mode", "scale_op"),
+    "unit": ("unit", "scale_unit", "scale_kind"),
+}
+WORDS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "nibble": {"low": ("low", "lsb", "little"), "high": ("high", "msb", "big")},
+    "codes": {"e2m1": ("e2m1", "sign"), "ascending": ("ascending", "sorted")},
+    "scale": {"multiply": ("multiply", "mul", "times"), "divide": ("divide", "div", "inverse", "recip")},
+    "unit": {"one": ("one",), "six": ("six", "absmax", "amax")},
+}
+TABLES: Final = ("table", "lut", "codebook", "fp4_table", "fp4_values", "e2m1_values", "values", "quant_map", "code")
+GROUPS: Final = ("group_size", "block_size", "blocksize", "group", "q_group_size")
+ASCENDING: Final = tuple(sorted(VALUES, key=lambda value: (value, str(value)[0] != "-")))  # -6 … -0, 0 … 6
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """How to read codes and scales; the defaults are ours."""
+
+    nibble: str = "low"
+    codes: str = "e2m1"
+    scale: str = "multiply"
+    unit: str = "one"
+    table: tuple[float, ...] | None = None  # sixteen values in code order, for codes="table"
+
+    def words(self) -> dict[str, str]:
+        """key → choice, as `--assume` takes them."""
+        return {key: getattr(self, key) for key in CHOICES}
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.words().items())
+
+    def translation(self) -> tuple[Tensor | None, float]:
+        """(uint8 [256] from their bytes to ours, or None where they are the same; what our code's unit is worth)."""
+        values: Sequence[float] = VALUES
+        if self.codes == "ascending":
+            values = ASCENDING
+        elif self.codes == "table":
+            if self.table is None:
+                raise ConfigInvalid("codes=table, but the config has no table of sixteen values")
+            values = self.table
+        codes, factor = _to_e2m1(values)
+        low, high = torch.arange(256) & 0xF, torch.arange(256) >> 4
+        if self.nibble == "high":
+            low, high = high, low
+        bytes_ = (codes[low] | codes[high] << 4).to(torch.uint8)
+        same = torch.equal(bytes_, torch.arange(256, dtype=torch.uint8))
+        return None if same else bytes_, factor / (LARGEST if self.unit == "six" else 1.0)
+
+
+def _to_e2m1(values: Sequence[float]) -> tuple[Tensor, float]:
+    """(our code of each of sixteen values, the common factor). Raises WeightsCorrupt where they are not E2M1's."""
+    factor = max(abs(value) for value in values) / LARGEST
+    codes = []
+    for value in values:
+        near = [
+            code
+            for code, ours in enumerate(VALUES)
+            if factor
+            and abs(ours * factor - value) <= 1e-3 * factor
+            and (ours != 0 or _negative(ours) == _negative(value))
+        ]
+        codes.append(near[0] if near else 16)
+    if len(values) != 16 or {VALUES[c] for c in codes if c < 16} != set(VALUES) or 16 in codes:
+        raise WeightsCorrupt(
+            f"its table {[round(v, 4) for v in values]} does not hold the values of E2M1 (0, .5, 1, 1.5, 2, 3, 4, 6)",
+            todo="Another 4-bit format cannot be run; quantise from the full weights",
+        )
+    return torch.tensor(codes), factor
+
+
+def _negative(value: float) -> bool:
+    return str(value)[0] == "-"
+
+
+def parse_assumptions(text: str) -> dict[str, str]:
+    """`nibble=high,scale=divide` as a mapping. Raises ConfigInvalid for words that mean nothing."""
+    given: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        if key not in CHOICES or value not in CHOICES[key]:
+            known = "; ".join(f"{name}={'|'.join(choices)}" for name, choices in CHOICES.items())
+            raise ConfigInvalid(f"--assume {item!r} means nothing", todo=f"Known are {known}")
+        given[key] = value
+    return given
+
+
+def from_config(
+    config: Mapping[str, Any], given: Mapping[str, str] | None = None, table: Sequence[float] | None = None
+) -> tuple[Assumptions, list[str]]:
+    """(how to read, which of CHOICES are mere defaults). `given` (`--assume`) outranks the config.
+
+    `table`: sixteen values, or eight magnitudes, found beside the weights. A value of the config that says nothing
+    recognisable leaves the default, and it stays listed. Raises WeightsCorrupt for a table that is not E2M1's.
+    """
+    flat = _flatten(config)
+    found: dict[str, Any] = {}
+    for key, names in KEYS.items():
+        said = next((flat[name].lower() for name in names if isinstance(flat.get(name), str)), "")
+        words = tuple(re.findall(r"[a-z0-9]+", said))
+        hits = [choice for choice, starts in WORDS[key].items() if any(word.startswith(starts) for word in words)]
+        if len(hits) == 1:
+            found[key] = hits[0]
+    for flag, choice in (("low_nibble_first", True), ("high_nibble_first", False)):
+        if isinstance(flat.get(flag), bool):
+            found["nibble"] = "low" if flat[flag] is choice else "high"
+    values = next((flat[name] for name in TABLES if _is_table(flat.get(name))), table)
+    if values is not None:
+        full = tuple(float(v) for v in values)
+        full = full if len(full) == 16 else (*full, *(-v for v in full))
+        _to_e2m1(full)
+        found["codes"] = "table"
+        table = full
+    found |= given or {}
+    assumed = [key for key in CHOICES if key not in found]
+    return Assumptions(table=tuple(table) if table is not None else None, **found), assumed
+
+
+def group_in_config(config: Mapping[str, Any]) -> int | None:
+    """The group size that the config names, if it does."""
+    flat = _flatten(config)
+    return next((flat[name] for name in GROUPS if isinstance(flat.get(name), int)), None)
+
+
+def every_assumption(table: Sequence[float] | None = None) -> Iterator[Assumptions]:
+    """All combinations; those with a table only where there is one."""
+    for nibble, codes, scale, unit in product(*CHOICES.values()):
+        if codes != "table" or table is not None:
+            yield Assumptions(nibble, codes, scale, unit, tuple(table) if table is not None else None)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and len(value) in (8, 16) and all(isinstance(v, int | float) for v in value)
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys in lower case, from nested objects too; what is further out wins."""
+    flat: dict[str, Any] = {}
+    for value in config.values():
+        if isinstance(value, Mapping):
+            flat = _flatten(value) | flat
+    return flat | {str(key).lower(): value for key, value in config.items() if not isinstance(value, Mapping)}

@@ -1,0 +1,125 @@
+"""bf16 source: a diffusers folder of full-precision weights, headers read and checked, tensors left where they are.
+
+In:   a folder with config.json and `diffusion_pytorch_model` in one safetensors file, or in shards with an index.
+Out:  `Source`: the config, the shards, where each tensor lies. Never: pickles, other layouts, the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
+from runner.quantization.files.safetensors_stream import Header, TensorInfo, read_header
+
+__all__ = ["Source", "open_source"]
+
+STEM = "diffusion_pytorch_model"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+AGAIN = "Download it again"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    headers: tuple[Header, ...]  # by name of the file, which is the order they are read in
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        return tuple(header.path for header in self.headers)
+
+    def tensors(self) -> Iterator[tuple[Path, TensorInfo]]:
+        """(file, tensor), in the order of the bytes."""
+        for header in self.headers:
+            for info in header.tensors.values():
+                yield header.path, info
+
+    def check_against(
+        self, shapes: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        """The model's `shapes`, if this holds exactly its parameters, in float32, bf16 or fp16.
+
+        Tensors that match one of the patterns `ignored` are passed over. Raises WeightsCorrupt with the first name.
+        """
+        found: dict[str, TensorInfo] = {}
+        for path, info in self.tensors():
+            if info.name not in shapes:
+                if any(re.search(pattern, info.name) for pattern in ignored):
+                    continue
+                raise WeightsCorrupt(f"{info.name} is not part of the model that config.json describes", where=path)
+            if info.shape != tuple(shapes[info.name]):
+                wanted = list(shapes[info.name])
+                raise WeightsCorrupt(f"{info.name} is {list(info.shape)}, config.json asks for {wanted}", where=path)
+            if info.dtype not in FLOATS:
+                raise WeightsCorrupt(f"{info.name} is {info.dtype}, not the weights in full precision", where=path)
+            found[info.name] = info
+        missing = [name for name in shapes if name not in found]
+        if missing:
+            raise WeightsCorrupt(
+                f"{len(missing)} of {len(shapes)} parameters are missing, {missing[0]} first",
+                where=self.folder,
+                todo=AGAIN,
+            )
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def copy_config(self, folder: Path) -> None:
+        """config.json as it is, into `folder`, whole or not at all."""
+        target = folder / "config.json"
+        staged = folder / f".config.json.{os.getpid()}.tmp"
+        try:
+            staged.write_bytes((self.folder / "config.json").read_bytes())
+            os.replace(staged, target)
+        except OSError as err:
+            staged.unlink(missing_ok=True)
+            raise as_runner_error(err, where=target) from err
+
+
+def open_source(folder: Path) -> Source:
+    """Read config, index and headers of `folder`. Raises WeightsMissing, WeightsCorrupt."""
+    config = _read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise ConfigInvalid("these weights are quantised already", where=folder, todo="Start from the published ones")
+    single, index = folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json"
+    if single.is_file():
+        return Source(folder, config, (read_header(single),))
+    if not index.is_file():
+        raise WeightsMissing(
+            f"neither {single.name} nor {index.name}", where=folder, todo="Only safetensors are read, never pickles"
+        )
+    placed = _read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
+        raise WeightsCorrupt("the index names no shards", where=index, todo=AGAIN)
+    strays = sorted({s for s in placed.values() if PurePosixPath(s).name != s or not s.endswith(".safetensors")})
+    if strays:
+        raise WeightsCorrupt(f"the index names {strays[0]!r}, which is no safetensors file beside it", where=index)
+    headers = tuple(read_header(folder / shard) for shard in sorted(set(placed.values())))
+    held = {(name, header.path.name) for header in headers for name in header.tensors}
+    if len({name for name, _ in held}) != len(held):
+        twice = next(name for name, shard in sorted(held) if placed.get(name) != shard)
+        raise WeightsCorrupt(f"{twice} lies in two shards", where=folder, todo=AGAIN)
+    for name, shard in placed.items():
+        if (name, shard) not in held:
+            raise WeightsCorrupt(f"{name} is not in {shard}, where the index puts it", where=index, todo=AGAIN)
+    return Source(folder, config, headers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise WeightsMissing("no such file", where=path, todo="Give the transformer's own folder") from err
+    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise WeightsCorrupt(f"not JSON ({err})", where=path, todo=AGAIN) from err
+    if not isinstance(value, dict):
+        raise WeightsCorrupt("not a JSON object", where=path, todo=AGAIN)
+    return value

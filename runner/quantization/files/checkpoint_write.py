@@ -1,0 +1,372 @@
+"""Checkpoint: a diffusers store's transformer, quantised tensor by tensor into one file. Reading it is beside.
+
+In:   the folder of a transformer (config.json, safetensors in shards or one, float32 or 16 bits), a format, a rule.
+Out:  OUT_FILE and config.json beside it. OUT_FILE appears whole or not at all.
+Never: recipes, jobs, more than one tensor (and the next, on its way to a GPU) in memory, however big the model.
+
+The header knows every shape before the first weight is read, so the file is written header first, in the order in which
+the source is read. Shards are hashed by other threads while they are quantised, from the same pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import runner
+from runner.errors import ConfigInvalid, WeightsCorrupt
+from runner.quantization.files.bf16_source import Source, open_source
+from runner.quantization.files.checkpoint_read import (
+    FORMAT_KEY,
+    GROUP_KEY,
+    LORAS_KEY,
+    METHOD_KEY,
+    SHA256_KEY,
+    SOURCE_KEY,
+    VERSION_KEY,
+    Loaded,
+    QuantizedFile,
+    check_file,
+    load_quantized,
+)
+from runner.quantization.files.safetensors_stream import PLACEHOLDER, StreamWriter, read_tensor
+from runner.quantization.formats.e2m1 import Format
+from runner.quantization.formats.scales import Method, quantize
+from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
+
+if TYPE_CHECKING:
+    from runner.quantization.lora.apply import Lora
+
+__all__ = [
+    "Loaded",
+    "Progress",
+    "QuantizedFile",
+    "Summary",
+    "check_file",
+    "keep_none",
+    "load_quantized",
+    "quantize_store",
+]
+
+Merge = Callable[[str, Tensor], Tensor]
+HASHERS = 2  # sha256 of 1-2 GB/s each keeps up with a fast disk
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After each tensor: how far, in the source's bytes."""
+
+    name: str
+    tensors: int
+    of_tensors: int
+    bytes: int
+    of_bytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Source read so far, GB (1e9 bytes) a second."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """At the pace so far."""
+        return self.seconds * (self.of_bytes - self.bytes) / self.bytes if self.bytes else float("inf")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was made. Digests are of the source's shards, and of the new file's data."""
+
+    path: Path
+    format: str
+    method: str
+    device: str  # and why
+    layers: int
+    kept: tuple[str, ...]  # linears that a rule left in 16 bits
+    uncalibrated: tuple[str, ...]  # quantised by `mse`, since calibration never saw them
+    source_bytes: int
+    bytes: int
+    seconds: float  # of reading, computing and writing, hashes included
+    source_sha256: str
+    sha256: str
+    loras: tuple[dict[str, object], ...]
+    untargeted: tuple[str, ...]  # tensors of LoRAs that this model has no place for
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One tensor of the source: `layer` is set where it is quantised, and then `outputs` are the format's."""
+
+    param: str
+    shard: Path
+    start: int
+    bytes: int
+    layer: str | None
+    outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass
+class _Work:
+    """How every tensor is treated."""
+
+    fmt: Format
+    method: Method
+    device: torch.device
+    merge: Merge | None
+    importance: Mapping[str, Tensor]
+    uncalibrated: list[str] = field(default_factory=list)
+
+    def convert(self, task: _Task, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors to write, on the CPU. Raises WeightsCorrupt for NaN and infinities."""
+        if self.merge is not None:
+            tensor = self.merge(task.param, tensor.to(torch.float32))
+        if task.layer is None:
+            if not bool(torch.isfinite(tensor).all()):
+                raise WeightsCorrupt(f"{task.param} holds NaN or infinite values", where=task.shard)
+            ((name, (_, dtype)),) = task.outputs.items()
+            return {name: tensor.to("cpu", dtype)}
+        method, importance = self.method, None
+        if method == "activation":
+            importance = self.importance.get(task.layer)
+            if importance is None:
+                self.uncalibrated.append(task.layer)
+                method = "mse"
+        try:
+            parts = quantize(tensor, self.fmt, method, importance)
+        except ValueError as err:
+            raise WeightsCorrupt(f"{task.param}: {err}", where=task.shard) from err
+        return {f"{task.layer}.{suffix}": part.cpu() for suffix, part in parts.items()}
+
+
+def keep_none(layer: str) -> bool:
+    """The rule that quantises every linear."""
+    return False
+
+
+def quantize_store(
+    transformer_dir: Path,
+    out_file: Path,
+    fmt: Format,
+    method: Method = "mse",
+    keep: Callable[[str], bool] = keep_none,
+    loras: Sequence[Lora] = (),
+    importance: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+    merge: Merge | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Summary:
+    """Quantise every nn.Linear but those that `keep` names, merge `loras` before, store the rest in bf16 or float32.
+
+    `importance`: layer → mean square of each input channel, for `activation` alone; layers it lacks get `mse` and are
+    listed. `merge`: what to do to every parameter (name, float32 tensor) instead of merging `loras`, which are then
+    recorded only. `device`: "auto" is CUDA where there is one, else all cores.
+
+    Raises WeightsMissing and WeightsCorrupt for the source, ConfigInvalid for what cannot be done, StorageFull.
+    """
+    where, why = _pick_device(device)
+    if (importance is not None) != (method == "activation"):
+        raise ConfigInvalid(f"scale method {method!r} with{'out' if importance is None else ''} calibration data")
+    source = open_source(transformer_dir)
+    model = transformer_on_meta(source.config)
+    linears = linear_shapes(model)
+    shapes = source.check_against({name: tuple(p.shape) for name, p in model.named_parameters()}, _ignored(model))
+    untargeted: tuple[str, ...] = ()
+    if loras and merge is None:
+        merge, untargeted = _merging(loras, shapes)
+    tasks = _plan(source, shapes, linears, keep, fmt, kept_in_fp32(model))
+    del model
+    applied = tuple({"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in loras)
+    metadata = {
+        "format": "pt",  # what libraries look for
+        FORMAT_KEY: fmt.name,
+        METHOD_KEY: method,
+        GROUP_KEY: str(fmt.group),
+        SOURCE_KEY: PLACEHOLDER,
+        LORAS_KEY: json.dumps(applied, ensure_ascii=False),
+        VERSION_KEY: runner.__version__,
+    }
+    began = clock()
+    work = _Work(fmt, method, where, merge, importance or {})
+    outputs = [(name, shape, dtype) for task in tasks for name, (shape, dtype) in task.outputs.items()]
+    with StreamWriter(out_file, outputs, metadata, digest_key=SHA256_KEY) as writer:
+        with _Digests(source.shards) as digests:
+            _run(tasks, work, writer, digests, progress, clock)
+            source_sha256 = digests.combined()
+        writer.patch(SOURCE_KEY, source_sha256)
+        source.copy_config(out_file.parent)
+    assert writer.digest is not None
+    return Summary(
+        path=out_file,
+        format=fmt.name,
+        method=method,
+        device=f"{where}: {why}",
+        layers=sum(task.layer is not None for task in tasks),
+        kept=tuple(name for name in linears if keep(name)),
+        uncalibrated=tuple(work.uncalibrated),
+        source_bytes=sum(task.bytes for task in tasks),
+        bytes=writer.size,
+        seconds=clock() - began,
+        source_sha256=source_sha256,
+        sha256=writer.digest,
+        loras=applied,
+        untargeted=untargeted,
+    )
+
+
+def _run(
+    tasks: Sequence[_Task],
+    work: _Work,
+    writer: StreamWriter,
+    digests: _Digests,
+    progress: Callable[[Progress], None] | None,
+    clock: Callable[[], float],
+) -> None:
+    """Three hands: one tensor is read, one is computed, one is written, each at the same time."""
+    began, done, total = clock(), 0, sum(task.bytes for task in tasks)
+
+    def put(tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as scribe:
+        ahead: Future[Tensor] | None = None
+        written: Future[None] | None = None
+        for number, task in enumerate(tasks, start=1):
+            digests.begin(task.shard)
+            tensor = ahead.result() if ahead else _fetch(task, work.device)
+            ahead = reader.submit(_fetch, tasks[number], work.device) if number < len(tasks) else None
+            with torch.no_grad():
+                outputs = work.convert(task, tensor)
+            del tensor
+            if written:
+                written.result()
+            written = scribe.submit(put, outputs)
+            del outputs
+            done += task.bytes
+            if progress:
+                progress(Progress(task.param, number, len(tasks), done, total, clock() - began))
+        if written:
+            written.result()
+
+
+def _fetch(task: _Task, device: torch.device) -> Tensor:
+    """The source's tensor: on a CPU mapped, its pages asked for ahead; on CUDA copied there through pinned memory."""
+    tensor = read_tensor(task.shard, task.param)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device)
+    with contextlib.suppress(OSError):  # only advice
+        fd = os.open(task.shard, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, task.start, task.bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+    return tensor
+
+
+def _plan(
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    linears: Mapping[str, tuple[int, int]],
+    keep: Callable[[str], bool],
+    fmt: Format,
+    fp32: tuple[str, ...],
+) -> list[_Task]:
+    """A task for each parameter, in the order of the shards' bytes."""
+    tasks = []
+    for shard, info in source.tensors():
+        if info.name not in shapes:
+            continue  # what the model's class says to ignore
+        layer, _, leaf = info.name.rpartition(".")
+        if leaf == "weight" and layer in linears and not keep(layer):
+            try:
+                table = fmt.tensors(*linears[layer])
+            except ValueError as err:
+                raise ConfigInvalid(f"{layer}: {err}", where=shard, todo="Choose a rule that keeps it") from err
+            outputs = {f"{layer}.{suffix}": entry for suffix, entry in table.items()}
+            tasks.append(_Task(info.name, shard, info.start, info.bytes, layer, outputs))
+        else:
+            outputs = {info.name: (info.shape, stored_dtype(info.name, fp32))}
+            tasks.append(_Task(info.name, shard, info.start, info.bytes, None, outputs))
+    if not any(task.layer for task in tasks):
+        raise ConfigInvalid("the rule keeps every layer: nothing is left to quantise", where=source.folder)
+    return tasks
+
+
+def _ignored(model: torch.nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def _merging(loras: Sequence[Lora], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Merge, tuple[str, ...]]:
+    from runner.quantization.lora.apply import merge_param, plan_merge
+
+    plan = plan_merge(loras, shapes)
+    return (lambda name, weight: merge_param(name, weight, plan)), tuple(plan.untargeted)
+
+
+def _pick_device(device: torch.device | str) -> tuple[torch.device, str]:
+    if device != "auto":
+        return torch.device(device), "asked for"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), f"{torch.cuda.get_device_name()} is there"
+    return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
+
+
+class _Digests:
+    """sha256 of shards, each hashed in the background from the moment its first tensor is wanted."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shards = shards
+        self._running: dict[Path, Future[str]] = {}
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(HASHERS, "hash")
+
+    def __enter__(self) -> _Digests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, shard: Path) -> None:
+        if shard not in self._running:
+            self._running[shard] = self._pool.submit(self._hash, shard)
+
+    def combined(self) -> str:
+        """One file's digest, or that of a sha256sum listing of all of them, by name."""
+        digests = {}
+        for shard in self._shards:
+            self.begin(shard)
+            digests[shard.name] = self._running[shard].result()
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    def _hash(self, shard: Path) -> str:
+        sha = hashlib.sha256()
+        for block in _blocks(shard):
+            if self._stop.is_set():
+                break
+            sha.update(block)
+        return sha.hexdigest()
+
+
+def _blocks(path: Path, size: int = 1 << 22) -> Iterator[memoryview]:
+    buffer = bytearray(size)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            yield memoryview(buffer)[:count]

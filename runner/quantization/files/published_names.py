@@ -1,0 +1,79 @@
+"""Names of another writer's file, as the library's: prefixes taken off, the original Wan's names translated.
+
+In:   a header. Out: the library's name → `Piece`, a tensor or some rows of one, still on the disk.
+Never: which of them are quantised, and what they mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runner.errors import WeightsCorrupt
+from runner.quantization.files.safetensors_stream import Header, read_tensor
+
+__all__ = ["Piece", "as_diffusers"]
+
+PREFIXES = ("model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
+ORIGINAL = (".self_attn.", "time_embedding.0.", "face_adapter.fuser_blocks.")  # only the original's names have these
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a file, or its rows `start` to `stop`; it is cut as a tensor is, and read when asked."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int | None = None
+    flat: bool = False  # only the longest dimension is meant
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def __getitem__(self, index: slice | tuple[int | slice, ...]) -> Piece:
+        """Rows, or (as the library cuts a bias of [1, n, 1, 1]) the one dimension that is longer than one."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[0])
+            return replace(
+                self, start=self.start + start, stop=self.start + stop, shape=(stop - start, *self.shape[1:])
+            )
+        return replace(self, shape=(max(self.shape),), flat=True)
+
+    def read(self, path: Path) -> Tensor:
+        """Its numbers, on the CPU, mapped."""
+        tensor = read_tensor(path, self.key)
+        if self.flat:
+            tensor = tensor.reshape(-1)
+        return tensor[self.start : self.stop] if self.stop is not None else tensor
+
+
+def as_diffusers(header: Header) -> dict[str, Piece]:
+    """The library's names → pieces. Raises WeightsCorrupt where two tensors would have one name."""
+    pieces: dict[str, Piece] = {}
+    for key, info in header.tensors.items():
+        name = _bare(key)
+        if name in pieces:
+            raise WeightsCorrupt(f"{key} and {pieces[name].key} are both {name}", where=header.path)
+        pieces[name] = Piece(key, info.dtype, info.shape)
+    if any(mark in f".{name}" for name in pieces for mark in ORIGINAL):
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+        try:
+            pieces = convert_wan_transformer_to_diffusers(pieces)
+        except (IndexError, KeyError, TypeError) as err:
+            raise WeightsCorrupt(
+                f"its names look like the original Wan's but are not ({err})", where=header.path
+            ) from err
+    return pieces
+
+
+def _bare(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name

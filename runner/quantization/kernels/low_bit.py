@@ -1,0 +1,283 @@
+"""Linear layers that compute in 8 or 4 bits: which products there are, which one a device gets, and the operators.
+
+In:   activations, a weight in 16 bits or its stored tensors, the name of a compute and of one of its products.
+Out:  x W^T + b. Never: layers' names, recipes, whether an error is small enough for frames (`generation.compute`).
+
+    fp8      rows of e4m3 on both sides                     scaled_mm
+    int8     rows of int8 on both sides, both rotated       comfy_kitchen, int_mm
+    nvfp4    E2M1 with e4m3 scales on both sides            scaled_mm       the weight as it is stored
+    each     the definition in plain arithmetic             reference       any device; slow
+
+An activation is quantised in plain arithmetic outside the operators, so that a compiler fuses it with the norm before.
+A weight of 8 bits is made anew in each product, since only its four bits are kept. Bytes a weight: dequantise .56 read,
+2 written; rotate (int8) 2 and 2; quantise 2 and 1; the product reads 1. The 12.4 billion weights that see all tokens
+take 81 GB (fp8) or 131 GB (int8) of traffic a step: .02 and .03 s on an H200, .05 and .09 s on an RTX 5090, where the
+step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from runner.quantization.formats.row_blocks import row_blocks
+from runner.quantization.kernels import nvfp4
+from runner.quantization.kernels.rowwise import (
+    KINDS,
+    SMALLEST_SCALE,
+    Rows,
+    comfy_kitchen,
+    int_mm,
+    quantize_rows,
+    reference,
+    rotate_rows,
+    rotate_weight_into,
+    rotation_of,
+    rowwise,
+)
+from runner.quantization.kernels.workspace import workspace
+
+__all__ = [
+    "AGREEMENT",
+    "COMPUTES",
+    "EXACT",
+    "LowBitLinear",
+    "fast_rows",
+    "multiply_blocks",
+    "multiply_rows",
+    "pick_product",
+    "prepare_rows",
+    "problem_of_shape",
+    "relative_error",
+    "weight_rows",
+]
+
+EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
+# compute -> its products on CUDA, best first; `reference` is understood everywhere
+COMPUTES: Final[Mapping[str, tuple[str, ...]]] = {
+    "fp8": ("scaled_mm",),
+    "int8": ("comfy_kitchen", "int_mm"),
+    "nvfp4": ("scaled_mm",),
+}
+_ROWWISE: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "scaled_mm": rowwise,
+    "int_mm": int_mm,
+    "comfy_kitchen": comfy_kitchen,
+    "reference": reference,
+}
+_BLOCKWISE: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "scaled_mm": nvfp4.block_scaled,
+    "reference": nvfp4.reference,
+}
+_ROUNDS_ITSELF: Final = "comfy_kitchen"  # takes rotated activations that are not quantised
+_NUMBERS_A_BLOCK: Final = 1 << 22
+# How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums of
+# e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them; comfy-kitchen divides activations in
+# bfloat16, .0074. The formats' own errors are .039 and .015.
+AGREEMENT: Final = 0.01
+_COLUMNS: Final = {"fp8": (16, 16), "int8": (16, 16), "nvfp4": (32, 16)}  # multiples of: inputs, outputs
+
+
+def problem_of_shape(compute: str, out_features: int, in_features: int) -> str | None:
+    """Why a layer of this shape cannot compute so; None where it can."""
+    inner, outer = _COLUMNS[compute]
+    if in_features % inner or out_features % outer:
+        return f"[{out_features}, {in_features}] is no multiple of [{outer}, {inner}]"
+    return None
+
+
+def prepare_rows(x: Tensor, compute: str, product: str) -> tuple[Tensor, Tensor | None]:
+    """`x` [M, K] floating as `multiply_rows` wants it: codes and scales, or rotated and no scales."""
+    if KINDS[compute].rotated:
+        x = rotate_rows(x)
+    if product == _ROUNDS_ITSELF:
+        return x, None
+    # Inside a graph the plain arithmetic becomes part of the kernel before it.
+    return quantize_rows(x, compute) if torch.compiler.is_compiling() else fast_rows(x, compute)
+
+
+def weight_rows(weight: Tensor, compute: str) -> Rows:
+    """A weight [N, K] floating as rows of codes, rotated where the compute is, in memory shared between layers."""
+    fmt = KINDS[compute]
+    if fmt.rotated:
+        rotated = workspace("rotated", (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
+        rotate_weight_into(weight, rotated)
+        weight = rotated
+    codes = workspace("codes", (weight.shape[0], weight.shape[1]), fmt.dtype, weight.device)
+    rows = fast_rows(weight, compute, codes)
+    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1])) if fmt.rotated else rows
+
+
+def multiply_rows(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    compute: str,
+    product: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
+    w = weight_rows(weight, compute)
+    return _ROWWISE[product](x if x_scale is None else Rows(x, x_scale), w, bias, dtype)
+
+
+def multiply_blocks(x: nvfp4.Blocks, w: nvfp4.Blocks, product: str, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[M, N] in `dtype`; the bias is added after the product is rounded: the kernel with two scales takes none."""
+    result = _BLOCKWISE[product](x, w, dtype)
+    return result if bias is None else result.add_(bias.to(dtype))
+
+
+def fast_rows(x: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
+    """`quantize_rows` in one pass where there is a kernel for it, else block by block; into `codes` where given."""
+    fmt = KINDS[compute]
+    if codes is None:
+        codes = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    if x.device.type == "cuda" and pick_rows(x.device, compute)[0] == "triton":
+        _launch_rows(x.contiguous(), compute, codes, scale)
+        return Rows(codes, scale)
+    for some in row_blocks((x.shape[0], x.shape[1]), _NUMBERS_A_BLOCK):
+        codes[some], scale[some] = quantize_rows(x[some], compute)
+    return Rows(codes, scale)
+
+
+def _launch_rows(x: Tensor, compute: str, codes: Tensor, scale: Tensor) -> None:
+    from runner.quantization.kernels.rowwise_triton import launch
+
+    launch(x, KINDS[compute].largest, SMALLEST_SCALE, codes, scale)
+
+
+@cache
+def pick_rows(device: torch.device, compute: str) -> tuple[str, str]:
+    """("triton" or "torch", why): the kernel is taken where it agrees with `quantize_rows` code by code."""
+    if device.type != "cuda":
+        return "torch", "no CUDA device"
+    x = _probe(33, 160, device)
+    wanted = quantize_rows(x, compute)
+    codes, scale = torch.empty_like(wanted.codes), torch.empty_like(wanted.scale)
+    try:
+        _launch_rows(x, compute, codes, scale)
+    # As in `kernels`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
+    except Exception as err:
+        return "torch", f"triton refused: {_said(err)}"
+    if not torch.equal(codes.view(torch.uint8), wanted.codes.view(torch.uint8)) or not torch.equal(scale, wanted.scale):
+        return "torch", "triton refused: other codes than the definition's"
+    return "triton", f"one pass, equal to the definition on {device}"
+
+
+@cache
+def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
+    """(a product of `compute` that is right on `device`, why that one), or (None, what is wrong with each).
+
+    Each is tried on a product of [80, 256] by [256, 128], against the reference on the same operands.
+    """
+    if device.type == "cpu":
+        return "reference", "on a CPU the format's definition runs, slower than 16 bits"
+    refused: list[str] = []
+    for name in COMPUTES[compute]:
+        problem = _problem_of(name, compute, device)
+        if problem is None:
+            return name, "; ".join([f"{name} agrees with the definition on {device}", *refused])
+        refused.append(f"{name} refused: {problem}")
+    return None, "; ".join(refused)
+
+
+def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
+    x, weight = _probe(80, 256, device), _probe(128, 256, device, seed=1)
+    bias = weight[:, 0].contiguous()
+    try:
+        found = _tried(name, compute, x, weight, bias)
+    # Whatever a driver, a missing package or an unsupported device raises: the answer is the next product.
+    except Exception as err:
+        return _said(err)
+    wanted = _tried("reference", compute, x, weight, bias)
+    off = relative_error(found, wanted)
+    return None if off <= AGREEMENT else f"off by {off:.3g} of the definition's result, {AGREEMENT} allowed"
+
+
+def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if compute == "nvfp4":
+        blocks = nvfp4.quantize_blocks
+        return multiply_blocks(blocks(x), blocks(weight), name, bias, x.dtype)
+    return multiply_rows(*prepare_rows(x, compute, name), weight, compute, name, bias, x.dtype)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||; infinite where anything is not finite."""
+    off = (found.double() - wanted.double()).norm() / wanted.double().norm()
+    return float(off) if bool(torch.isfinite(off)) else float("inf")
+
+
+def _probe(rows: int, columns: int, device: torch.device, seed: int = 0) -> Tensor:
+    """bfloat16 noise with a channel that stands out, rows of other sizes, and a row of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 1, rows).unsqueeze(-1)
+    x[:, columns // 3] *= 30
+    x[rows // 2] = 0
+    return x.to(device, torch.bfloat16)
+
+
+def _said(err: Exception) -> str:
+    text = str(err).strip()
+    return f"{type(err).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+@torch.library.custom_op("video_lab::rowwise_linear", mutates_args=())
+def rowwise_linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    compute: str,
+    product: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`multiply_rows` as one operator: the weight's codes lie in shared memory only until the product is enqueued."""
+    return multiply_rows(x, x_scale, weight, compute, product, bias, dtype)
+
+
+@rowwise_linear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    compute: str,
+    product: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+class LowBitLinear(nn.Linear):
+    """A linear layer with its weight in 16 or 32 bits, as it was, whose product is made in 8 bits. For inference.
+
+    weight [out, in], bias [out] or None: the very parameters of the layer that it stands for, so that what changes them
+    in place (a LoRA) is seen. `compute`: fp8 or int8; `product`: one of its products.
+    """
+
+    def __init__(self, linear: nn.Linear, compute: str, product: str) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would draw a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.set_compute(compute, product)
+        self.train(linear.training)
+
+    def set_compute(self, compute: str, product: str = "") -> None:
+        """As `FP4Linear.set_compute`; nvfp4 needs a weight stored so."""
+        if compute != EXACT and (compute not in KINDS or product not in _ROWWISE):
+            raise ValueError(f"a weight in 16 bits has no product {product!r} of {compute!r}")
+        self.compute, self.product = compute, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] of the same dtype."""
+        if self.compute == EXACT:
+            return super().forward(x)
+        codes, scale = prepare_rows(x.reshape(-1, self.in_features), self.compute, self.product)
+        result: Any = rowwise_linear(codes, scale, self.weight, self.compute, self.product, self.bias, x.dtype)
+        return result.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,267 @@
+"""Record: what is kept of every job (`result.json`) and of every run (`summary.json`), as versioned schemas.
+
+In:   plain values from the batch loop. Out: models that serialise to JSON and export their JSON Schema.
+Never: how a job is run, or where records are stored. Times are UTC, ISO 8601; sizes bytes; durations seconds.
+
+    python -m runner.records.record schemas/        writes the schemas that stand in the repository
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from runner.errors import RunnerError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AttemptMark",
+    "Efficiency",
+    "ErrorRecord",
+    "InputRecord",
+    "JobLine",
+    "MemoryRecord",
+    "OutputRecord",
+    "ResultRecord",
+    "ReuseRecord",
+    "RunSummary",
+    "environment",
+    "reuse_of",
+    "schemas",
+]
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Record(BaseModel):
+    # Readers of a later minor version may add fields; what we write ourselves is checked against the schema in tests.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def to_json(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n").encode()
+
+
+class InputRecord(Record):
+    uri: str
+    bytes: int = Field(ge=0)
+    identity: str = Field(description="sha256:… of a local file; etag:…:size on S3")
+
+
+class OutputRecord(Record):
+    uri: str = Field(description="the MP4, or the folder of PNG frames, as this run saw it")
+    key: str = Field(description="the same, relative to the output folder, which may be moved")
+    bytes: int = Field(ge=0)
+    files: int = Field(ge=1, description="1 for an MP4, else the number of frames")
+    identity: str = Field(description="sha256:… locally, etag:… on S3; of the sorted list of both for frames")
+    sha256: str | None = Field(description="of the MP4 as it was encoded; null for frames")
+    frames: int = Field(ge=1)
+    fps: str = Field(description="exact, e.g. 16 or 30000/1001")
+    width: int
+    height: int
+    frames_sha256: str = Field(description="of the raw RGB frames before encoding")
+
+
+class MemoryRecord(Record):
+    stages: dict[str, dict[str, int]] = Field(
+        default={}, description="torch's peak allocated and reserved bytes, by stage; empty without a GPU"
+    )
+    forecast: dict[str, int] = Field(
+        default={}, description="bytes that the process was expected to hold on the device, context included, by stage"
+    )
+    process_gpu_peak_bytes: int | None = Field(None, description="NVML, this process; null without a GPU")
+    host_rss_peak_bytes: int | None = None
+    overlapped: list[str] = Field(default=[], description="stages of other jobs that ran while this one generated")
+
+
+class Efficiency(Record):
+    frames_requested: int
+    frames_denoised: int
+    segments: int
+    segment_frames: int
+    padding_fraction: float = Field(description="of the frames denoised: beyond the end of the job")
+    overlap_fraction: float = Field(description="of the frames denoised: a second time, to join segments")
+    tflop: float = Field(description="forecast from the model's shape, 10^12 floating point operations")
+    tflop_per_s: float | None = Field(None, description="tflop over the seconds of generation")
+    generation_s: float | None = Field(None, description="the seconds of generation, all its stages together")
+    forecast_s: float | None = Field(
+        None, description="the same as forecast for this GPU before the job; null for one of which nothing is known"
+    )
+
+
+class ReuseRecord(Record):
+    """One cache, in one job."""
+
+    hits: int = Field(ge=0)
+    misses: int = Field(ge=0)
+    hit_rate: float = Field(ge=0, le=1, description="hits of all lookups")
+    bytes: int | None = Field(None, description="held for later jobs when this one ended; null for caches on disk")
+
+
+class ErrorRecord(Record):
+    code: str
+    message: str
+    stage: str
+    retryable: bool
+
+    @classmethod
+    def of(cls, error: RunnerError, stage: str) -> ErrorRecord:
+        return cls(code=error.code, message=error.message, stage=stage, retryable=error.retryable)
+
+
+class ResultRecord(Record):
+    """`jobs/<id>/result.json`: written last and atomically. Succeeded means that `output` was there before it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    job_id: str
+    status: Literal["succeeded", "failed"]
+    attempt: int = Field(ge=1)
+    run_id: str
+    reason: str = Field(description="why the job ran")
+    started_at: str
+    finished_at: str
+    fingerprint: str
+    fingerprint_parts: dict[str, Any]
+    inputs: dict[str, InputRecord] = {}
+    output: OutputRecord | None = None
+    timings_s: dict[str, float] = {}
+    steps_s: list[float] = Field(default=[], description="each denoising step, over all segments")
+    memory: MemoryRecord = MemoryRecord()
+    efficiency: Efficiency | None = None
+    preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")
+    caches: dict[str, int] = Field(
+        default={}, description="counters: hits and misses of what is reused across jobs, loads of the encoders"
+    )
+    reuse: dict[str, ReuseRecord] = Field(default={}, description="the same hits and misses by cache")
+    recipe: str = ""
+    engine: dict[str, Any] = Field(default={}, description="device, precision, and why each was chosen")
+    environment: dict[str, Any] = {}
+    error: ErrorRecord | None = None
+    notes: list[str] = []
+
+
+class AttemptMark(Record):
+    """`jobs/<id>/attempt.json`: stands while a job runs, so that a process that died without a word is noticed."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    job_id: str
+    attempt: int = Field(ge=1)
+    fingerprint: str
+    run_id: str
+    host: str
+    started_at: str
+
+
+class JobLine(Record):
+    """One job in the summary of a run."""
+
+    id: str
+    status: Literal["succeeded", "failed", "skipped", "not_run"]
+    reason: str
+    attempt: int | None = None
+    output: str | None = None
+    seconds: float | None = Field(None, description="from fetch to publish")
+    error: ErrorRecord | None = None
+
+
+class RunSummary(Record):
+    """`runs/<run-id>/<shard>.summary.json`: rewritten after each job."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str
+    shard: str
+    shard_reason: str
+    manifest: str
+    recipe: str
+    started_at: str
+    finished_at: str | None = Field(None, description="null while the run goes on")
+    seconds: float
+    exit_code: int | None = None
+    stopped_by: str | None = Field(
+        None, description="a signal's name or an error's message, when the run was cut short"
+    )
+    counts: dict[str, int]
+    jobs: list[JobLine]
+    environment: dict[str, Any]
+
+
+def reuse_of(counters: Mapping[str, int], gauges: Mapping[str, int]) -> dict[str, ReuseRecord]:
+    """By cache: of the counters NAME_cache_hits and NAME_cache_misses, and of the gauges NAME_cache_bytes."""
+    names = {
+        name.removesuffix(end) for name in counters for end in ("_cache_hits", "_cache_misses") if name.endswith(end)
+    }
+    found = {}
+    for name in sorted(names):
+        hits, misses = (counters.get(f"{name}_cache_{what}", 0) for what in ("hits", "misses"))
+        found[name] = ReuseRecord(
+            hits=hits,
+            misses=misses,
+            hit_rate=round(hits / max(1, hits + misses), 4),
+            bytes=gauges.get(f"{name}_cache_bytes"),
+        )
+    return found
+
+
+@cache
+def environment() -> Mapping[str, Any]:
+    """Versions of what decides the frames, the machine's GPUs and their driver. Nothing heavy is imported."""
+    packages = (
+        "video-lab-runner",
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "av",
+    )
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "driver": None,
+        "gpus": [],
+    } | _nvidia()
+
+
+def _nvidia() -> dict[str, Any]:
+    """By NVML, which answers without torch: all GPUs that this process may see, and the driver's version."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+            return {"driver": str(pynvml.nvmlSystemGetDriverVersion()), "gpus": names}
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no driver, no library, no permission: a machine without
+        return {}
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """File name → JSON Schema (draft 2020-12) of what a run leaves behind."""
+    models: dict[str, type[BaseModel]] = {"result": ResultRecord, "summary": RunSummary, "attempt": AttemptMark}
+    return {
+        f"{name}.v{SCHEMA_VERSION}.schema.json": m.model_json_schema(mode="serialization") for name, m in models.items()
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, schema in schemas().items():
+        (folder / file).write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

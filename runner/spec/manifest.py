@@ -1,0 +1,349 @@
+"""Manifest: what to render, as a tuple of jobs that are right, or every reason why they are not.
+
+In:   YAML or JSON lines, from a path, an s3:// URI or stdin. Out: `Manifest`; ManifestInvalid tells all problems at
+      once, each with its line, its key and, where one is near, what was meant.
+Never: whether the inputs exist (validate.py), which weights a recipe names, what was rendered before.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic.json_schema import models_json_schema
+
+from runner.errors import ManifestInvalid
+from runner.spec.checks import Problems, check, merge, without
+from runner.spec.matrix import ID_PATTERN, check_id, matrix_ids
+from runner.spec.options import DEFAULT_PROMPT, POSE, REFERENCE, Frozen, JobOptions, whole_number
+from runner.spec.source import is_json_lines, read_json_lines, read_source, read_yaml, resolve_place
+from runner.spec.text import Located, TextInvalid, join_path
+
+__all__ = ["Job", "Manifest", "load_manifest", "manifest_schema", "parse_manifest"]
+
+MAX_JOBS = 200_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to render. `reference`, `video` and `mask` are absolute paths or s3:// URIs."""
+
+    id: str
+    reference: str
+    video: str
+    mask: str | None
+    prompt: str
+    options: JobOptions
+    line: int | None  # of the manifest, from 1
+    official: str | None = None  # folder of the official script's files; reference and video are then two of them
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Jobs in the order in which they were written; a matrix's after the listed ones, videos varying fastest."""
+
+    version: int
+    recipe: str | None
+    memory: str | None
+    jobs: tuple[Job, ...]
+    source: str
+
+
+# The keys of a manifest. Options are validated where they are merged, so here they are any mapping.
+_Words = Annotated[dict[str, Any] | None, WithJsonSchema({"anyOf": [{"refers": "JobOptions"}, {"type": "null"}]})]
+_Id = Annotated[str, AfterValidator(check_id), WithJsonSchema({"type": "string", "pattern": f"^{ID_PATTERN}$"})]
+_Place = Annotated[str, Field(min_length=1)]
+
+
+def _known_version(value: Any) -> Any:
+    if whole_number(value) != 1:
+        raise ValueError(f"{value} is not known here; this runner reads version: 1")
+    return value
+
+
+_Version = Annotated[Literal[1], BeforeValidator(_known_version)]
+
+
+class Defaults(Frozen):
+    """What every job says unless it says otherwise."""
+
+    prompt: str | None = Field(default=None, description="what the character does, in words")
+    options: _Words = Field(default=None, description="options; each job's own are merged over them, key by key")
+
+
+class Entry(Defaults):
+    """One job."""
+
+    id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
+    custom_id: _Id | None = Field(default=None, description="another name of id")
+    reference: _Place = Field(description="image of the character: a path or s3:// URI")
+    video: _Place = Field(description="driving video: a path or s3:// URI")
+    mask: _Place | None = Field(
+        default=None, description="replace mode: video or image, white where the character goes; null: it is made"
+    )
+
+
+class OfficialEntry(Defaults):
+    """One job whose inputs are the official script's files, in the folder that `preprocess.from` names."""
+
+    id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
+    custom_id: _Id | None = Field(default=None, description="another name of id")
+
+
+class Matrix(Defaults):
+    """Every reference with every video."""
+
+    references: list[_Place] = Field(min_length=1, description="images of characters")
+    videos: list[_Place] = Field(min_length=1, description="driving videos")
+
+
+class Header(Frozen):
+    """What a manifest says besides its jobs; in JSON lines, the first line may say it."""
+
+    version: _Version = Field(default=1, description="of this format")
+    recipe: str | None = Field(default=None, min_length=1, description="weights, precision and steps of the whole run")
+    memory: Literal["auto", "resident", "stream", "minimal"] | None = Field(
+        default=None, description="where weights live during the run"
+    )
+    defaults: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Defaults"})] = None
+
+
+class Document(Header):
+    """A manifest for the Video Lab runner."""
+
+    version: _Version = Field(description="of this format")
+    jobs: Annotated[list[Any] | None, WithJsonSchema({"type": "array", "items": {"refers": "Entry"}})] = None
+    matrix: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Matrix"})] = None
+
+
+def load_manifest(source: str, *, stdin: IO[str] | None = None) -> Manifest:
+    """The manifest at a path, an s3:// URI, or `-` for `stdin` (the process's, unless given).
+
+    Relative inputs are relative to the manifest's folder or prefix; from stdin, to the working directory. The format is
+    told by the name (.yaml, .yml, .jsonl, .ndjson), else by the content. Raises ManifestInvalid with every problem, and
+    storage.* where S3 refuses or fails.
+    """
+    text, base = read_source(source, stdin or sys.stdin)
+    return parse_manifest(text, base=base, source=source)
+
+
+def parse_manifest(text: str, *, base: str, source: str = "-") -> Manifest:
+    """What `text` says. `base`: folder or s3:// prefix of its relative inputs; `source`: its name, which may tell its
+    format. Raises ManifestInvalid.
+    """
+    builder = _Builder(base)
+    manifest = None
+    try:
+        if is_json_lines(text, source):
+            header, entries = read_json_lines(text, builder.problems, set(Header.model_fields))
+            manifest = builder.manifest(header, Header, entries, None, source)
+        else:
+            root = read_yaml(text, builder.problems)
+            if root is not None:
+                jobs = root.get("jobs")
+                listed = [(f"jobs[{i}]", item) for i, item in enumerate(jobs.items() if jobs else ())]
+                manifest = builder.manifest(root, Document, listed, root.get("matrix"), source)
+    except TextInvalid as err:
+        builder.problems.append(err.problem)
+    if builder.problems or manifest is None:
+        raise ManifestInvalid(builder.problems.sentences(), where="stdin" if source == "-" else source)
+    return manifest
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON Schema of a YAML manifest; `#/$defs/Entry` is a line of JSON lines. Null stands for an option's default."""
+    models = (Document, Entry, Defaults, Matrix, JobOptions)
+    _, schema = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
+    definitions = schema["$defs"]
+    document = definitions.pop("Document")
+    document["patternProperties"] = {"^x-": {"description": "ignored: a place for anchors"}}
+    definitions["Entry"]["oneOf"] = [{"required": ["id"]}, {"required": ["custom_id"]}]
+    for name, definition in definitions.items():
+        if name.endswith("Options"):
+            fields = definition["properties"]
+            definition["properties"] = {key: {"anyOf": [field, {"type": "null"}]} for key, field in fields.items()}
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | document | {"$defs": definitions}
+    return _with_references(whole)
+
+
+def _with_references(schema: Any) -> Any:
+    """`refers` to `$ref`: pydantic refuses to be told of a reference that it has not made itself."""
+    if isinstance(schema, list):
+        return [_with_references(item) for item in schema]
+    if isinstance(schema, dict):
+        if "refers" in schema:
+            return {"$ref": f"#/$defs/{schema['refers']}"}
+        return {key: _with_references(item) for key, item in schema.items()}
+    return schema
+
+
+class _Builder:
+    """Located values to jobs. Goes on after a problem, so that the next run of `validate` has none left to find."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.problems = Problems()
+        self.jobs: list[Job] = []
+        self.ids: dict[str, tuple[str, str]] = {}  # id in lower case -> as written, and where
+        self.prompt = DEFAULT_PROMPT
+        self.default_options = Located({}, 0)  # what is right in them
+
+    def manifest(
+        self,
+        root: Located,
+        model: type[Header],
+        entries: list[tuple[str, Located]],
+        matrix: Located | None,
+        source: str,
+    ) -> Manifest:
+        """The whole manifest; meaningful only if no problem was found."""
+        header, wrong = check(model, root, "", self.problems)
+        self._defaults(without(root, wrong).get("defaults"))
+        for path, node in entries:
+            self._job(path, node)
+        if matrix is not None and isinstance(matrix.value, dict):
+            self._matrix(matrix)
+        if not self.problems and not self.jobs:
+            self.problems.say(root.line, "", "has no jobs: list some under jobs: or span them with matrix:")
+        version, recipe, memory = (header.version, header.recipe, header.memory) if header else (1, None, None)
+        return Manifest(version, recipe, memory, tuple(self.jobs), source)
+
+    def _defaults(self, node: Located | None) -> None:
+        if node is None or node.value is None:
+            return
+        said, wrong = check(Defaults, node, "defaults", self.problems)
+        if said is not None and said.prompt is not None:
+            self.prompt = said.prompt
+        words = merge(None, without(node, wrong).get("options"), JobOptions)
+        _, self.default_options = self._check_options(words, "defaults.options")
+
+    def _check_options(self, words: Located, path: str) -> tuple[JobOptions | None, Located]:
+        """The options, None if anything is wrong with them; and the words less what is wrong.
+
+        Checked again without what is wrong, because rules between two options wait until each is right by itself.
+        """
+        options, wrong = check(JobOptions, words, path, self.problems)
+        right = options
+        while right is None:
+            words = without(words, wrong)
+            right, wrong = check(JobOptions, words, path, self.problems)
+        return options, words
+
+    def _job(self, path: str, node: Located) -> None:
+        folder = self._official(path, node)
+        entry, wrong = check(OfficialEntry if folder else Entry, node, path, self.problems)
+        if not isinstance(node.value, dict):
+            return
+        words = without(node, wrong)
+        name = self._id(path, words, any(loc[:1] in (("id",), ("custom_id",)) for loc in wrong))
+        places = {key: self._place(path, key, words.get(key)) for key in ("reference", "video", "mask")}
+        options, _ = self._options(path, words)
+        if options is None:
+            return
+        mask = words.get("mask")
+        if options.mode == "animate" and mask is not None and mask.value is not None:
+            self.problems.say(
+                mask.line,
+                join_path(path, "mask"),
+                "is used in mode replace only; drop it, or set options.mode: replace",
+            )
+        if folder and entry is not None and name is not None:
+            self._add(name, f"{folder}/{REFERENCE}", f"{folder}/{POSE}", None, words, options, node.line, folder)
+        elif entry is not None and name is not None and places["reference"] and places["video"]:
+            self._add(name, places["reference"], places["video"], places["mask"], words, options, node.line)
+
+    def _official(self, path: str, node: Located) -> str | None:
+        """The folder that the job's or the default options name as `preprocess.from`, if they do."""
+        if not isinstance(node.value, dict):
+            return None
+        asked = merge(self.default_options, node.get("options"), JobOptions).get("preprocess")
+        place = asked.get("from") if asked is not None and isinstance(asked.value, dict) else None
+        if place is None or not isinstance(place.value, str):
+            return None
+        return self._place(join_path(path, "options.preprocess"), "from", replace(place, value=place.value.rstrip("/")))
+
+    def _options(self, path: str, words: Located) -> tuple[JobOptions | None, Located]:
+        merged = merge(self.default_options, words.get("options"), JobOptions)
+        return self._check_options(merged, join_path(path, "options"))
+
+    def _add(
+        self,
+        name: str,
+        reference: str,
+        video: str,
+        mask: str | None,
+        words: Located,
+        options: JobOptions,
+        line: int,
+        official: str | None = None,
+    ) -> None:
+        said = words.get("prompt")
+        prompt = self.prompt if said is None else DEFAULT_PROMPT if said.value is None else said.value
+        self.jobs.append(Job(name, reference, video, mask, prompt, options, line, official))
+
+    def _id(self, path: str, words: Located, told: bool) -> str | None:
+        """The job's id if it has a good one of its own. `told`: a bad one is among the problems already."""
+        nodes = [node for key in ("id", "custom_id") if (node := words.get(key)) is not None and node.value is not None]
+        if len(nodes) == 2:
+            self.problems.say(nodes[1].line, join_path(path, "custom_id"), "is another name of id; give one of the two")
+        if not nodes:
+            if not told and not any((node := words.get(key)) and node.reported for key in ("id", "custom_id")):
+                self.problems.say(words.line, join_path(path, "id"), "is required: it names the job and its output")
+            return None
+        name, line = nodes[0].value, nodes[0].line
+        if self._taken(name, line, join_path(path, "id")):
+            return None
+        self.ids[name.lower()] = (name, f"line {line}")
+        return str(name)
+
+    def _taken(self, name: str, line: int, path: str) -> bool:
+        other = self.ids.get(name.lower())
+        if other is None:
+            return False
+        same = "is" if other[0] == name else f"differs only in case from {other[0]}, which is"
+        self.problems.say(line, path, f"{name} {same} taken by {other[1]}; ids are folders, and must be unique")
+        return True
+
+    def _place(self, path: str, key: str, node: Located | None) -> str | None:
+        if node is None or not isinstance(node.value, str) or node.reported:
+            return None
+        try:
+            return resolve_place(node.value, self.base)
+        except ValueError as err:
+            self.problems.say(node.line, join_path(path, key), str(err))
+            return None
+
+    def _matrix(self, node: Located) -> None:
+        matrix, wrong = check(Matrix, node, "matrix", self.problems)
+        words = without(node, wrong)
+        options, _ = self._options("matrix", words)
+        columns = {key: self._column(f"matrix.{key}", words.get(key)) for key in ("references", "videos")}
+        if matrix is None or options is None:
+            return
+        count = len(columns["references"]) * len(columns["videos"])
+        if count > MAX_JOBS:
+            self.problems.say(node.line, "matrix", f"spans {count} jobs; a manifest holds at most {MAX_JOBS}")
+            return
+        ids = matrix_ids(list(columns["references"]), list(columns["videos"]))
+        for reference, (reference_line, reference_place) in columns["references"].items():
+            for video, (_, video_place) in columns["videos"].items():
+                name = ids[reference, video]
+                if not self._taken(name, reference_line, f"matrix ({reference} × {video})"):
+                    self._add(name, reference_place, video_place, None, words, options, reference_line)
+
+    def _column(self, path: str, node: Located | None) -> dict[str, tuple[int, str]]:
+        """Name as written -> its line and its place; twice the same place is a problem."""
+        column: dict[str, tuple[int, str]] = {}
+        lines: dict[str, int] = {}  # place -> line
+        for index, item in enumerate(node.items() if node else ()):
+            place = self._place(f"{path}[{index}]", "", item)
+            if place is None:
+                continue
+            if place in lines:
+                self.problems.say(item.line, f"{path}[{index}]", f"is listed already, on line {lines[place]}")
+            else:
+                lines[place] = item.line
+                column[item.value] = (item.line, place)
+        return column

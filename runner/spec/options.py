@@ -1,0 +1,241 @@
+"""Options: what one job may ask for, as frozen values that are validated once, at the edge.
+
+In:   a mapping from the manifest. Out: `JobOptions`. Never: paths, devices, recipes (those belong to the run).
+The manifest, its JSON Schema and the fingerprint all read these fields; a default stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+__all__ = [
+    "BACKGROUND",
+    "DEFAULT_PROMPT",
+    "FACE",
+    "MASK",
+    "POSE",
+    "REFERENCE",
+    "Frozen",
+    "JobOptions",
+    "LoraOption",
+    "MaskOptions",
+    "OutputOptions",
+    "PreprocessOptions",
+    "Size",
+    "official_names",
+    "whole_number",
+]
+
+DEFAULT_PROMPT = "视频中的人在做动作"  # the official default: "the person in the video is moving"
+
+# The pattern is for the exported schema; `_size` below checks it, with a message that says what to write.
+_SIZE = r"(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})"
+Size = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_SIZE}$"})]
+MAX_SIDE = 4096
+
+
+def whole_number(value: Any) -> Any:
+    """`value` if it is an int. For choices of numbers: a Literal compares with ==, so it takes 1.0 and true for 1."""
+    if type(value) is not int:
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list as it comes from YAML or JSON; strict models take no list for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Frozen(BaseModel):
+    """Strict: "5" is no number, 1.5 no count, 1 no yes; a whole number may stand for a real one (fps: 30)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True)
+
+
+Corner = Annotated[float, Field(ge=0)]
+Subject = Literal["largest", "centre"] | tuple[Corner, Corner, Corner, Corner]
+Retarget = Literal["off", "robust", "official"]
+
+
+def _retarget(value: Any) -> Any:
+    """true and false in words. `off` is false already to YAML."""
+    if isinstance(value, bool):
+        return "robust" if value else "off"
+    return value
+
+
+class MaskOptions(Frozen):
+    """How a mask that was made here (not one that was given) is widened, at the output's size."""
+
+    iterations: int = Field(default=3, ge=0, le=50, description="dilations; 0: the raw mask, no grid either")
+    kernel: int = Field(default=7, ge=1, le=99, description="side of the dilation's square, pixels")
+    w_len: int | None = Field(default=None, ge=1, description="cells across the mask's box; null: no grid (parity: 1)")
+    h_len: int | None = Field(default=None, ge=1, description="cells down the mask's box; null: no grid (parity: 1)")
+
+    def grid(self, parity: bool) -> tuple[int, int] | None:
+        """(w_len, h_len), or None where no grid is filled."""
+        if self.w_len is None and self.h_len is None:
+            return (1, 1) if parity else None
+        return self.w_len or 1, self.h_len or 1
+
+
+class PreprocessOptions(Frozen):
+    """How the driving video becomes skeletons and faces."""
+
+    parity: bool = Field(default=False, description="reproduce the official preprocessing, its known defects included")
+    detect_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=60,
+        description="run the person detector on every n-th frame, and track between; "
+        "left out, ten times a second (parity: on every frame)",
+    )
+    subject: Subject = Field(
+        default="largest",
+        description="whom to follow: largest or centre (over the whole clip), or [x1, y1, x2, y2] around the person "
+        "when people first appear, pixels of the driving video",
+    )
+    pose: Literal["vitpose", "dwpose"] = Field(
+        default="vitpose", description="networks: YOLOv10 and ViTPose, or YOLOX and RTMPose (process_checkpoint/dwpose)"
+    )
+    mask: MaskOptions = MaskOptions()
+    official: str | None = Field(
+        default=None,
+        alias="from",
+        min_length=1,
+        description="render from the files in this folder, which the official script made (src_pose.mp4, …)",
+    )
+    smooth: bool = Field(default=False, description="smooth every joint over time (one-euro filter, without lag)")
+    retarget: Annotated[
+        Retarget, BeforeValidator(_retarget), WithJsonSchema({"enum": ["off", "robust", "official", True, False]})
+    ] = Field(
+        default="off",
+        description="give the skeleton the reference's proportions: off, robust (true means this), official",
+    )
+
+    @field_validator("subject", mode="wrap")
+    @classmethod
+    def _subject(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        corners = tuple(value) if isinstance(value, list) else value
+        try:
+            chosen = handler(corners)
+        except ValidationError as err:  # one message, where a union gives one for each of its members
+            raise ValueError("must be largest, centre or a box [x1, y1, x2, y2] in pixels") from err
+        if isinstance(chosen, tuple) and not (chosen[0] < chosen[2] and chosen[1] < chosen[3]):
+            raise ValueError("a box is [left, top, right, bottom]: left < right and top < bottom")
+        return chosen
+
+
+class OutputOptions(Frozen):
+    format: Literal["mp4", "png"] = Field(default="mp4", description="mp4 (H.264), or png: frames/%06d.png, lossless")
+    crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
+
+
+class LoraOption(Frozen):
+    """A LoRA of the store's `loras/` folder, for this job alone."""
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="file name in loras/, without .safetensors")
+    strength: float = Field(default=1.0, ge=-4, le=4)
+
+
+class JobOptions(Frozen):
+    """What one job may ask for. Sizes in pixels, times in seconds, counts in frames."""
+
+    mode: Literal["animate", "replace"] = Field(
+        default="animate",
+        description="animate: the reference's scene; replace: put the character into the driving video",
+    )
+    size: Size = Field(
+        default="auto", description="WIDTHxHEIGHT, multiples of 16; auto: 480p area in the input's aspect"
+    )
+    fps: Annotated[float, Field(gt=0, le=120)] | Literal["source"] = Field(
+        default=16.0, description="frames a second to sample and to write; source: as the driving video"
+    )
+    start_s: float = Field(default=0.0, ge=0, description="where in the driving video to begin, seconds")
+    max_frames: int | None = Field(default=None, ge=2, description="at most this many output frames; null: all")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="of the noise; same seed, same frames")
+    steps: int | None = Field(default=None, ge=1, le=100, description="denoising steps; null: the recipe's")
+    guidance_scale: float = Field(default=1.0, ge=0, le=20, description="above 1 costs twice the time")
+    negative_prompt: str | None = Field(default=None, description="used only when guidance_scale > 1")
+    max_segment_frames: int = Field(
+        default=81, ge=5, le=241, description="longest window denoised at once, 4k+1 frames"
+    )
+    overlap_frames: Literal[1, 5] = Field(default=1, description="frames of a segment that the next one starts from")
+    loras: Annotated[tuple[LoraOption, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="LoRAs added for this job alone"
+    )
+    keep_audio: bool = Field(default=False, description="copy the driving video's sound, cut to the rendered span")
+    output: OutputOptions = OutputOptions()
+    preprocess: PreprocessOptions = PreprocessOptions()
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if not re.fullmatch(_SIZE, value):
+            raise ValueError("must be WIDTHxHEIGHT in pixels, for example 480x832, or auto")
+        if value == "auto":
+            return value
+        width, height = (int(n) for n in value.split("x"))
+        if width % 16 or height % 16:
+            near = f"{max(16, round(width / 16) * 16)}x{max(16, round(height / 16) * 16)}"
+            raise ValueError(f"width and height must be multiples of 16; the nearest is {near}")
+        if max(width, height) > MAX_SIDE:
+            raise ValueError(f"no side may be longer than {MAX_SIDE} pixels")
+        return value
+
+    @field_validator("fps", mode="wrap")
+    @classmethod
+    def _fps(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as err:  # one message, where a union gives one for each of its members
+            raise ValueError("must be frames a second, more than 0 and at most 120, or source") from err
+
+    @field_validator("overlap_frames", mode="before")
+    @classmethod
+    def _overlap(cls, value: Any) -> Any:
+        return whole_number(value)
+
+    @field_validator("max_segment_frames")
+    @classmethod
+    def _segment(cls, value: int) -> int:
+        if value % 4 != 1:
+            below = value - (value - 1) % 4
+            raise ValueError(f"must be 4k+1 (the video autoencoder packs 4 frames); try {below} or {below + 4}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_overlap(self) -> JobOptions:
+        if self.max_segment_frames <= 2 * self.overlap_frames:
+            raise ValueError(f"max_segment_frames must be at least 13 when overlap_frames is {self.overlap_frames}")
+        return self
+
+    @property
+    def size_pixels(self) -> tuple[int, int] | None:
+        """(width, height), or None for `auto`."""
+        match = re.fullmatch(r"(\d+)x(\d+)", self.size)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+# What the official preprocessing script calls the files that it writes.
+REFERENCE, POSE, FACE = "src_ref.png", "src_pose.mp4", "src_face.mp4"
+BACKGROUND, MASK = "src_bg.mp4", "src_mask.mp4"
+
+
+def official_names(mode: str) -> dict[str, str]:
+    """What `mode` needs → file name."""
+    names = {"reference": REFERENCE, "pose": POSE, "face": FACE}
+    return names | ({"background": BACKGROUND, "mask": MASK} if mode == "replace" else {})

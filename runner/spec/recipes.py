@@ -1,0 +1,180 @@
+"""Recipes: named, frozen choices of weights, precision, solver and steps. A run names one; a job never changes it.
+
+In:   a name and, after plus signs in any order, words that change it. Out: `Recipe`, plain data for the record.
+Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it into one of torch's.
+
+    fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
+    fp4-distill+int8-attention        8-bit self-attention, where a package for it is installed
+    fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding
+    fp4-distill+unipc+steps4          the solver: euler, unipc; denoising steps where the job does not say
+    fp4-distill+diffusers-grid        the noise levels: official-grid, diffusers-grid, and shift3 (or shift2.5)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from runner.errors import ConfigInvalid
+
+__all__ = ["COMPUTE", "DEFAULT_RECIPE", "RECIPES", "Recipe", "get_recipe"]
+
+Compute = Literal["bf16", "fp8", "int8", "nvfp4"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run renders, but for where its weights lie and what device it has."""
+
+    name: str
+    steps: int  # denoising steps where the job does not say
+    scheduler: Literal["unipc", "euler"]
+    grid: Literal["official", "diffusers"]  # see sampling.py
+    shift: float  # of the noise levels
+    dtype: Literal["bfloat16", "float32"]  # transformer and encoders
+    vae_dtype: Literal["bfloat16", "float32"]
+    weights: str  # folder of the components in the model store
+    summary: str
+    fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
+    distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
+    compute: Compute = "bf16"  # of the transformer's matrix products; "bf16": in `dtype`, whatever that is
+    attention: Literal["exact", "int8"] = "exact"  # of the transformer's self-attention
+
+    def as_dict(self) -> dict[str, object]:
+        """All of it but the summary, which is prose; for the record."""
+        return {key: value for key, value in asdict(self).items() if key != "summary"}
+
+    def effective(self) -> dict[str, object]:
+        """What decides the frames, for the fingerprint. A job's own steps do, and they are among its options."""
+        return {key: value for key, value in self.as_dict().items() if key not in ("name", "steps")}
+
+
+SOURCE_WEIGHTS = "Wan2.2-Animate-14B-Diffusers"
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            Recipe(
+                "fp4-distill", 6, "euler", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "FP4 weights with the step-distillation LoRA: 6 Euler steps", fp4=True, distilled=True,
+            ),
+            Recipe(
+                "fp4", 20, "unipc", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "FP4 weights, 20 UniPC steps", fp4=True,
+            ),
+            Recipe(
+                "bf16", 20, "unipc", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "the published weights in bfloat16, 20 UniPC steps as the hub's scheduler; autoencoder in float32",
+            ),
+            Recipe(
+                "fp32", 20, "unipc", "official", 5.0, "float32", "float32", SOURCE_WEIGHTS,
+                "the same in float32: twice the memory, for comparisons and for machines without a GPU",
+            ),
+        )
+    }
+)  # fmt: skip
+DEFAULT_RECIPE = "fp4-distill"
+
+
+COMPUTE: tuple[Compute, ...] = ("bf16", "fp8", "int8", "nvfp4")
+MOST_STEPS = 100  # as a job's own
+MOST_SHIFT = 100.0  # far beyond any use: by then all levels but the last lie above .95
+
+
+class Word(NamedTuple):
+    """One word after a plus sign: the field that it sets, to what."""
+
+    field: str
+    value: Any
+    text: str
+
+
+FIXED: Mapping[str, Word] = MappingProxyType(
+    {
+        word.text: word
+        for word in (
+            *(Word("compute", compute, compute) for compute in COMPUTE),
+            Word("attention", "int8", "int8-attention"),
+            Word("vae_dtype", "bfloat16", "bf16-vae"),
+            Word("scheduler", "euler", "euler"),
+            Word("scheduler", "unipc", "unipc"),
+            Word("grid", "official", "official-grid"),
+            Word("grid", "diffusers", "diffusers-grid"),
+        )
+    }
+)
+ORDER = ("compute", "attention", "vae_dtype", "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
+WORDS = f"{', '.join(FIXED)}, stepsN, shiftX"
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe called `name`, e.g. `fp4-distill+fp8+steps4`. Its own name is the shortest: words in one order, and
+    only those that change something. Raises ConfigInvalid, with a suggestion where a word is unknown, given twice or at
+    odds with another."""
+    base, *texts = name.split("+")
+    if base not in RECIPES:
+        near = difflib.get_close_matches(base, RECIPES, n=1)
+        hint = f"; did you mean {'+'.join([*near, *texts])!r}?" if near else ""
+        raise ConfigInvalid(f"no recipe {name!r}{hint}", todo=f"Recipes: {', '.join(RECIPES)}; after a +: {WORDS}")
+    recipe = RECIPES[base]
+    words: dict[str, Word] = {}
+    for text in texts:
+        word = _word(text, name)
+        other = words.get(word.field)
+        if other is not None:
+            said = f"says {text!r} twice" if other == word else f"says both {other.text!r} and {word.text!r}"
+            raise ConfigInvalid(f"recipe {name!r} {said}", todo=f"One {word.field} is enough: drop one of them")
+        words[word.field] = word
+    changed = replace(recipe, **{word.field: word.value for word in words.values()})
+    _check(changed, words, name)
+    kept = [words[field] for field in ORDER if field in words and getattr(recipe, field) != words[field].value]
+    if not kept:
+        return recipe
+    said = "+".join(word.text for word in kept)
+    return replace(changed, name=f"{base}+{said}", summary=f"{recipe.summary}; changed by {said}")
+
+
+def _word(text: str, name: str) -> Word:
+    """What `text` sets. Raises ConfigInvalid for a word that is none, or a number that makes no schedule."""
+    if text in FIXED:
+        return FIXED[text]
+    if (found := re.fullmatch(r"steps([0-9]{1,9})", text)) is not None:
+        steps = int(found[1])
+        if 1 <= steps <= MOST_STEPS:
+            return Word("steps", steps, f"steps{steps}")
+        raise ConfigInvalid(f"recipe {name!r}: {steps} steps", todo=f"steps1 to steps{MOST_STEPS}")
+    if (found := re.fullmatch(r"shift([0-9]{1,9}(?:\.[0-9]{1,9})?)", text)) is not None:
+        shift = float(found[1])
+        if 0 < shift <= MOST_SHIFT:
+            return Word("shift", shift, f"shift{shift:g}")
+        raise ConfigInvalid(f"recipe {name!r}: a shift of {shift:g}", todo=f"Above 0, and {MOST_SHIFT:g} at most")
+    near = _meant(text)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ConfigInvalid(f"recipe {name!r} says {text!r}, which is no word{hint}", todo=f"After a +: {WORDS}")
+
+
+def _meant(text: str) -> str | None:
+    """The word that was probably meant: other case, the number in front, a dash or sign between, a slip."""
+    plain = re.sub(r"[\s_=:-]", "", text.lower())
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?)?(steps?|shift)(\d+(?:\.\d+)?)?", plain)) is not None:
+        number = found[1] or found[3] or ("4" if found[2] != "shift" else "3")
+        return f"{'shift' if found[2] == 'shift' else 'steps'}{number}"
+    squeezed = {word.replace("-", ""): word for word in FIXED} | {"diffusers": "diffusers-grid"}
+    near = difflib.get_close_matches(plain, squeezed, n=1)
+    return squeezed[near[0]] if near else None
+
+
+def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
+    """Raises ConfigInvalid for words that are each right and make no recipe together."""
+    if recipe.scheduler == "unipc" and recipe.grid == "diffusers":
+        todo = f"Say {name}+euler" if "scheduler" not in words else "Leave out one of unipc and diffusers-grid"
+        raise ConfigInvalid(f"recipe {name!r}: unipc has no 'diffusers' grid", todo=todo)
+    if recipe.dtype == "float32" and "compute" in words and recipe.compute == "bf16":
+        raise ConfigInvalid(
+            f"recipe {name!r} holds the model in float32", todo="Use recipe bf16 to compute in bfloat16"
+        )

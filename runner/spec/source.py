@@ -1,0 +1,186 @@
+"""Manifest source: where a manifest comes from, and where what it names lies.
+
+In:   a path, an s3:// URI or a stream; a name in a manifest. Out: text, located values, absolute places.
+Never: what a job is. Whatever is wrong with the bytes is told as a problem of the manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import IO
+
+from runner.errors import ConfigInvalid, ManifestInvalid
+from runner.spec.checks import Problems, shown
+from runner.spec.text import MAX_VALUES, Located, TextInvalid, parse_json_line, parse_yaml
+from runner.storage import is_remote, local_path, open_storage
+
+__all__ = ["MAX_BYTES", "decode", "is_json_lines", "read_json_lines", "read_source", "read_yaml", "resolve_place"]
+
+MAX_BYTES = 64 << 20
+_TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MB; split it into several manifests"
+_JOB_KEYS = {"id", "custom_id", "reference", "video"}
+
+
+def read_source(source: str, stdin: IO[str]) -> tuple[str, str]:
+    """(text, folder or s3:// prefix that its relative names start from). Raises ManifestInvalid, storage.*."""
+    where = "stdin" if source == "-" else source
+    try:
+        if source == "-":
+            return decode(_read_stream(stdin)), os.getcwd()
+        if is_remote(source):
+            parent, _, name = source.rpartition("/")
+            return decode(_read_object(parent, name)), parent
+        path = local_path(source)
+        return decode(_read_file(path)), os.path.abspath(path.parent)
+    except TextInvalid as err:
+        raise ManifestInvalid([str(err.problem)], where=where) from err
+    except ConfigInvalid as err:
+        raise ManifestInvalid([err.message], where=where) from err
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 with or without a byte order mark, as text. Raises TextInvalid."""
+    if len(raw) > MAX_BYTES:
+        raise TextInvalid(0, _TOO_LARGE)
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise TextInvalid(0, "is UTF-16, not UTF-8; save it as UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        line = raw.count(b"\n", 0, err.start) + 1
+        raise TextInvalid(line, f"is not UTF-8 text (byte 0x{raw[err.start]:02x}); save it as UTF-8") from err
+    if "\0" in text:
+        raise TextInvalid(text[: text.index("\0")].count("\n") + 1, "holds a zero byte, so it is not a text file")
+    return text
+
+
+def is_json_lines(text: str, source: str) -> bool:
+    """By the name's ending; else a first line that is a JSON object, but not one that holds all the jobs."""
+    suffix = posixpath.splitext(source)[1].lower()
+    if suffix in (".jsonl", ".ndjson", ".yaml", ".yml"):
+        return suffix in (".jsonl", ".ndjson")
+    first = next((line for line in _lines(text) if line and not line.startswith("#")), "")
+    if not re.match(r'\{\s*["}]', first) or not first.endswith("}"):
+        return False
+    try:
+        said = json.loads(first)
+    except (ValueError, RecursionError):
+        return True  # its problem is told with its line, and the lines after it are read
+    return not {"jobs", "matrix"} & set(said)
+
+
+def read_yaml(text: str, problems: Problems) -> Located | None:
+    """The document's mapping less its `x-…` keys, or None, which has been told. Raises TextInvalid."""
+    root, found = parse_yaml(text)
+    problems += found
+    if root is None or (root.value is None and not root.reported):
+        problems.say(0, "", "is empty; it needs version: 1 and jobs: or matrix:")
+        return None
+    if not isinstance(root.value, dict):
+        problems.say(root.line, "", f"must be a mapping with version: and jobs: or matrix:, not {shown(root)}")
+        return None
+    return Located({key: item for key, item in root.value.items() if not key.startswith("x-")}, root.line)
+
+
+def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tuple[Located, list[tuple[str, Located]]]:
+    """(the first line if it is a header, else an empty mapping; each job with an empty path: its line tells which).
+
+    A broken line is a problem, and the others are read all the same. Raises TextInvalid for more than can be held.
+    """
+    header: Located | None = None
+    entries: list[tuple[str, Located]] = []
+    values = 0
+    for number, line in enumerate(_lines(text), start=1):
+        if not line or line.startswith("#"):
+            continue
+        values += line.count(",") + line.count(":") + 1
+        if values > MAX_VALUES:
+            raise TextInvalid(number, f"the manifest holds more than {MAX_VALUES} values; split it")
+        try:
+            node, found = parse_json_line(line, number)
+        except TextInvalid as err:
+            problems.append(err.problem)
+            node, found = Located({}, number, reported=True), []
+        problems += found
+        is_header = isinstance(node.value, dict) and header_keys & set(node.value) and not _JOB_KEYS & set(node.value)
+        if is_header and header is None and not entries:
+            header = node
+        elif is_header:
+            problems.say(number, "", "only the first line may hold defaults and run keys")
+        else:
+            entries.append(("", node))
+    if not entries and not problems:
+        problems.say(0, "", "has no jobs; write one JSON object a line")
+    return header or Located({}, 1), [entry for entry in entries if not entry[1].reported]
+
+
+def resolve_place(text: str, base: str) -> str:
+    """An input as an absolute path or an s3:// URI; relative names start from `base`. ValueError says what to write."""
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
+        raise ValueError("holds a control character; check the quotes around it")
+    if text.endswith("/"):
+        raise ValueError("names a folder; name one file")
+    if is_remote(text):
+        bucket, separator, key = text[len("s3://") :].partition("/")
+        if not bucket or not separator or not key:
+            raise ValueError("must name a bucket and a key: s3://bucket/folder/file")
+        return f"s3://{bucket}/{key}"
+    try:
+        path = local_path(text)
+    except ConfigInvalid as err:
+        raise ValueError(f"{err.what}; write a path or s3://bucket/key") from err
+    except RuntimeError as err:  # ~somebody who has no home here
+        raise ValueError("begins with ~, which names no home folder here; write the path in full") from err
+    if path.is_absolute() or not is_remote(base):
+        return str(Path(base, path))
+    bucket, _, prefix = base[len("s3://") :].partition("/")
+    parts = [part for part in prefix.split("/") if part]
+    for part in path.parts:
+        if part != "..":
+            parts.append(part)
+        elif parts:
+            parts.pop()
+        else:
+            raise ValueError("leads out of the manifest's bucket; write the s3:// URI in full")
+    return f"s3://{bucket}/{'/'.join(parts)}"
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without the space around them. JSON strings may hold U+2028, so only line feeds count."""
+    return [line.strip() for line in text.split("\n")]
+
+
+def _read_stream(stream: IO[str]) -> bytes:
+    raw = getattr(stream, "buffer", None)
+    if isinstance(raw, io.BufferedIOBase):
+        return raw.read(MAX_BYTES + 1)
+    return stream.read(MAX_BYTES + 1).encode("utf-8", "surrogateescape")
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError as err:
+        raise TextInvalid(0, "no such file; check the path, or write - to read the manifest from stdin") from err
+    except IsADirectoryError as err:
+        raise TextInvalid(0, "is a folder; name the manifest in it") from err
+    except OSError as err:  # no permission, a name too long, a broken disk
+        raise TextInvalid(0, f"cannot be read: {err.strerror or err}; check the file and its owner") from err
+
+
+def _read_object(parent: str, name: str) -> bytes:
+    if parent.count("/") < 2 or not name:
+        raise TextInvalid(0, "names a bucket or a folder; name the manifest in it: s3://bucket/folder/manifest.yaml")
+    storage = open_storage(parent)
+    info = storage.stat(name)
+    if info is None:
+        raise TextInvalid(0, "no such object; check the bucket and the key")
+    if info.bytes > MAX_BYTES:
+        raise TextInvalid(0, _TOO_LARGE)
+    return storage.read_bytes(name) or b""

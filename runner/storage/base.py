@@ -1,0 +1,144 @@
+"""Storage: the interface over whole files and small objects by key, on a local disk or in an S3 bucket.
+
+In:   a root (`DIR`, `file:///DIR`, `s3://bucket/prefix`) and keys relative to it (`jobs/anna/output.mp4`).
+Out:  local files; objects that appear whole or not at all; errors under the storage.* and input.* codes.
+Never: what the bytes mean, which of them belong together, in which order they are written.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from runner.errors import ConfigInvalid
+from runner.storage.disk import is_staged
+
+__all__ = [
+    "ObjectInfo",
+    "Storage",
+    "check_key",
+    "is_remote",
+    "local_path",
+]
+
+_KEY_BYTES = 1024  # S3's limit of a key in UTF-8
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What lies under one key now."""
+
+    uri: str
+    bytes: int
+    identity: str  # "etag:<etag>:<bytes>" on S3; "" on a disk, where only reading the file could tell
+    modified: float  # seconds since 1970, UTC
+    key: str = ""  # relative to the storage's root
+
+
+class Storage(ABC):
+    """Objects by key under one root. Every method may be called from any thread.
+
+    Keys are relative POSIX paths, see `check_key`. Raises StorageDenied when refused, StorageUnavailable (retryable)
+    when the far end fails, StorageFull, and ConfigInvalid for a root or key that can never work.
+    """
+
+    root: str
+
+    @abstractmethod
+    def fetch(self, key: str, dest: Path) -> ObjectInfo:
+        """Copy the object to the local file `dest`, which appears whole or not at all; say what was read.
+
+        Raises InputNotFound if nothing lies under `key`.
+        """
+
+    @abstractmethod
+    def publish(self, local: Path, key: str) -> ObjectInfo:
+        """Store the local file under `key`: a reader sees what was there before, then all of it, never a part."""
+
+    @abstractmethod
+    def stat(self, key: str) -> ObjectInfo | None:
+        """What lies under `key`; None if nothing does."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix` (`jobs/` for a folder), at any depth, in no promised order.
+
+        Nothing there, nothing listed; files still being published are not listed.
+        """
+
+    @abstractmethod
+    def read_bytes(self, key: str) -> bytes | None:
+        """A small object whole; None if nothing lies under `key`."""
+
+    @abstractmethod
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Store a small object, as whole as `publish` does."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing there is fine."""
+
+    def exists(self, key: str) -> bool:
+        return self.stat(key) is not None
+
+    def uri(self, key: str) -> str:
+        """Where `key` lies, for people and records; a path that can be opened, on a local disk."""
+        return f"{self.root.rstrip('/')}/{check_key(key)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.root!r})"
+
+
+def check_key(key: str) -> str:
+    """`key`, if it names one place below a root on every backend; else ConfigInvalid.
+
+    Refused: absolute keys, empty, `.` and `..` parts, control characters, what UTF-8 cannot hold, more than 1024 bytes
+    (S3's limit), and the names under which files are staged.
+    """
+    parts = key.split("/")
+    problem = None
+    if not key:
+        problem = "is empty"
+    elif key.startswith("/"):
+        problem = "is absolute"
+    elif ".." in parts or "." in parts or "" in parts:
+        problem = "has an empty, . or .. part"
+    elif any(ord(c) < 0x20 or ord(c) == 0x7F for c in key):
+        problem = "has a control character"
+    elif any(0xD800 <= ord(c) <= 0xDFFF for c in key):
+        problem = "is not valid Unicode"
+    elif len(key.encode()) > _KEY_BYTES:
+        problem = f"is longer than {_KEY_BYTES} bytes"
+    elif is_staged(parts[-1]):
+        problem = "has a name that is reserved for files being written"
+    if problem:
+        shown = key if len(key) <= 80 else key[:79] + "…"
+        raise ConfigInvalid(f"the key {shown!r} {problem}", todo="Use a relative path such as jobs/anna/output.mp4")
+    return key
+
+
+def is_remote(uri: str | Path) -> bool:
+    """Does this name an object store rather than a local path?"""
+    return isinstance(uri, str) and uri.lower().startswith("s3://")
+
+
+def local_path(uri: str | Path) -> Path:
+    """A plain path or a `file:///…` URI (percent-decoded, RFC 8089) as a path. Raises ConfigInvalid for other URIs."""
+    if isinstance(uri, Path):
+        return uri
+    scheme, separator, _ = uri.partition("://")
+    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
+        if not uri or "\0" in uri:
+            raise ConfigInvalid(f"{uri!r} is not a path", todo="Give a folder or an s3:// URI")
+        return Path(uri).expanduser()
+    parts = urlsplit(uri)
+    if scheme.lower() != "file":
+        raise ConfigInvalid(f"{scheme}:// is not supported", where=uri, todo="Use a path, file:/// or s3://bucket/key")
+    path = unquote(uri.partition("://")[2][len(parts.netloc) :])
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
+        raise ConfigInvalid("a file URI names an absolute path on this machine", where=uri, todo="Write file:///folder")
+    return Path(path)

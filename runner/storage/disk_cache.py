@@ -1,0 +1,241 @@
+"""Cache: arrays by what they were made from, on local disk: one dance posed once, however many characters dance it.
+
+In:   a key (a digest of all that decides the arrays) and arrays. Out: the same arrays, or None. Never: what they mean.
+
+One safetensors file an entry (nothing in it can run), with a digest of its own over key, names, types and bytes: a torn
+or damaged entry is a miss and goes. Files appear whole by rename; whatever adds or removes holds one lock; readers hold
+none, as a removed file stays readable to whoever opened it. The least recently used entries leave when a new one would
+not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import RunnerError, as_runner_error
+from runner.storage.disk import is_staged, staged
+from runner.timing import StageTimer
+
+__all__ = ["MAX_BYTES", "PoseCache", "content_sha256", "key", "remembered"]
+
+MAX_BYTES = 4 << 30  # a minute of poses is 3 MB at 30 fps, of masks 4 MB
+FORMAT = 1  # raise when the same parts would have to give other arrays
+SUFFIX = ".safetensors"
+SEAL = "_sha256"  # the entry's own digest, kept as one more array
+STRIPES = 64  # locks shared among keys: a lock file for each key could never be removed safely
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def key(parts: Mapping[str, Any]) -> str:
+    """sha256, hex, of JSON-able `parts`: all that decides the arrays. Independent of the parts' order.
+
+    Raises TypeError for a part that is not JSON-able, ValueError for one that is not finite.
+    """
+    text = json.dumps({**parts, "format": FORMAT}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class PoseCache:
+    """A folder of entries, at most `max_bytes` of them; 0 keeps nothing. For any number of processes and threads."""
+
+    def __init__(self, root: Path, max_bytes: int = MAX_BYTES, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must not be negative, not {max_bytes}")
+        self.root, self.max_bytes, self._clock_ns = Path(root), max_bytes, clock_ns
+
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays that were put under `key`, or None; they are the caller's to change. Counts as a use.
+
+        An entry that is damaged is removed and is a miss. Raises StorageDenied and the like where it cannot be read.
+        """
+        path = self._path(key)
+        try:
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                arrays = _read(file.read(), key)
+        except FileNotFoundError:
+            return None
+        except OSError as err:
+            raise as_runner_error(err, where=path) from err
+        if arrays is None:
+            self._remove_damaged(path, inode)
+            return None
+        now = self._clock_ns()
+        with suppress(OSError):  # evicted meanwhile, or a folder that may only be read: a hit all the same
+            os.utime(path, ns=(now, now))
+        return arrays
+
+    def put(self, key: str, arrays: Arrays) -> bool:
+        """Keep `arrays` (plain numbers of any shape) under `key`; what was used longest ago makes room.
+
+        False where they are larger than the cache. Raises StorageFull and StorageDenied as the disk does.
+        """
+        blob = _written(key, arrays)
+        if len(blob) > self.max_bytes:
+            return False
+        path = self._path(key)
+        try:
+            with self._lock():
+                self._make_room(len(blob), path)
+                with staged(path) as out:
+                    out.write(blob)
+                now = self._clock_ns()
+                os.utime(path, ns=(now, now))
+        except OSError as err:
+            raise as_runner_error(err, where=path) from err
+        return True
+
+    def bytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(size for _, _, size in self._entries())
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Hold the right to make `key`'s arrays: others who want to wait, here and in other processes.
+
+        A process that dies lets go. Keys share STRIPES locks, so nothing inside may ask for another key.
+        """
+        with self._lock(f"making-{int(key[:8], 16) % STRIPES:02d}"):
+            yield
+
+    def _path(self, key: str) -> Path:
+        return self.root / f"{key}{SUFFIX}"
+
+    @contextmanager
+    def _lock(self, name: str = "cache") -> Iterator[None]:
+        from filelock import FileLock
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f".{name}.lock"):
+            yield
+
+    def _entries(self) -> list[tuple[int, str, int]]:
+        """(last use in ns, name, bytes) of every entry, the least recently used first."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.root) as folder:
+            for entry in folder:
+                if entry.name.endswith(SUFFIX):
+                    with suppress(FileNotFoundError):
+                        stat = entry.stat()
+                        found.append((stat.st_mtime_ns, entry.name, stat.st_size))
+        return sorted(found)
+
+    def _make_room(self, needed: int, target: Path) -> None:
+        """Remove entries until `needed` more bytes fit; the lock is held. What a killed process left goes too."""
+        for path in self.root.iterdir():
+            if is_staged(path.name):  # whoever writes holds the lock, and that is us
+                path.unlink(missing_ok=True)
+        entries = [entry for entry in self._entries() if entry[1] != target.name]
+        total = needed + sum(size for _, _, size in entries)
+        for _, name, size in entries:
+            if total <= self.max_bytes:
+                return
+            (self.root / name).unlink(missing_ok=True)
+            total -= size
+
+    def _remove_damaged(self, path: Path, inode: int) -> None:
+        """Remove that very file, not one that was put in its place meanwhile. Where that is denied, it stays a miss."""
+        with suppress(OSError), self._lock():
+            if path.stat().st_ino == inode:
+                path.unlink()
+
+
+def remembered(
+    cache: PoseCache | None, key: str, make: Callable[[], Arrays], timer: StageTimer, name: str = "pose_cache"
+) -> Arrays:
+    """The arrays under `key`, made by `make` if nobody has; counts `name`_hits or `name`_misses.
+
+    Who asks while another makes them waits and gets the same. A cache that cannot be used is reported and passed by: it
+    saves time, and is no reason for a job to fail. `make` must not ask the cache for anything.
+    """
+    if cache is None:
+        return make()
+    with ExitStack() as held:
+        found = None
+        try:
+            found = cache.get(key)
+            if found is None:
+                held.enter_context(cache.making(key))
+                found = cache.get(key)  # made while we waited
+        except (RunnerError, OSError) as err:
+            _report(err, cache)
+        timer.count(f"{name}_misses" if found is None else f"{name}_hits")
+        if found is not None:
+            return found
+        arrays = make()
+        try:
+            cache.put(key, arrays)
+        except (RunnerError, OSError) as err:
+            _report(err, cache)
+        return arrays
+
+
+def _report(err: Exception, cache: PoseCache) -> None:
+    import structlog
+
+    structlog.get_logger().warning("pose_cache.unusable", folder=str(cache.root), error=str(err))
+
+
+def _written(key: str, arrays: Arrays) -> bytes:
+    from safetensors.numpy import save
+
+    plain = {name: np.array(array, order="C") for name, array in arrays.items()}
+    for name, array in plain.items():
+        if name == SEAL or array.dtype.kind not in "biuf":
+            raise ValueError(f"array {name!r} of {array.dtype} cannot be kept")
+    return save({**plain, SEAL: np.frombuffer(_digest(key, plain), np.uint8)})
+
+
+def _read(blob: bytes, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays in an entry's bytes, or None if these are not what was put under `key`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = {name: np.array(array) for name, array in load(blob).items()}
+    except (SafetensorError, KeyError, ValueError):  # KeyError: a type that numpy does not have
+        return None
+    seal = arrays.pop(SEAL, None)
+    return arrays if seal is not None and seal.tobytes() == _digest(key, arrays) else None
+
+
+def _digest(key: str, arrays: Arrays) -> bytes:
+    digest = hashlib.sha256(key.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+_HASHED: dict[str, tuple[tuple[int, int, int], str]] = {}  # resolved path → what the file was, and its digest
+_HASHING = threading.Lock()
+
+
+def content_sha256(path: Path) -> str:
+    """sha256, hex, of a file's bytes; read once in a process for the same path, size, mtime and inode.
+
+    Raises OSError where it cannot be read: whoever asks has opened it before.
+    """
+    path = Path(path).resolve()
+    stat = path.stat()
+    mark = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    with _HASHING:
+        known = _HASHED.get(str(path))
+    if known is not None and known[0] == mark:
+        return known[1]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with _HASHING:
+        _HASHED[str(path)] = (mark, digest)
+    return digest

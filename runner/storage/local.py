@@ -1,0 +1,102 @@
+"""Local storage: the Storage interface over a folder of this machine.
+
+In:   a folder. Out: objects that appear whole or not at all. Never: what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat as stat_modes
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from runner.errors import ConfigInvalid, InputNotFound
+from runner.storage.base import ObjectInfo, Storage, check_key, local_path
+from runner.storage.disk import ABSENT, is_staged, os_errors, staged, sync_folder, walk_files
+
+__all__ = ["LocalStorage"]
+
+_COPY_BYTES = 1 << 20
+
+
+class LocalStorage(Storage):
+    """A folder on a disk that this machine sees; made at the first write. Links inside it are followed."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.path = local_path(root)
+        self.root = str(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
+
+    def uri(self, key: str) -> str:
+        return str(self.path / check_key(key))
+
+    def _info(self, key: str, status: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(self.uri(key), status.st_size, "", status.st_mtime, key)
+
+    def fetch(self, key: str, dest: Path) -> ObjectInfo:
+        source = Path(self.uri(key))
+        with os_errors(source, writing=False), source.open("rb") as file:
+            status = os.fstat(file.fileno())
+            with os_errors(dest, writing=True), staged(dest) as out:
+                shutil.copyfileobj(file, out, _COPY_BYTES)
+        return self._info(key, status)
+
+    def publish(self, local: Path, key: str) -> ObjectInfo:
+        target = Path(self.uri(key))
+        with os_errors(local, writing=False), local.open("rb") as file:
+            with os_errors(target, writing=True):
+                with staged(target) as out:
+                    shutil.copyfileobj(file, out, _COPY_BYTES)
+                return self._info(key, target.stat())
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        path = Path(self.uri(key))
+        with os_errors(path, writing=False):
+            try:
+                status = path.stat()
+            except OSError as err:
+                if err.errno in ABSENT or err.errno == errno.ENAMETOOLONG:
+                    return None
+                raise
+        return self._info(key, status) if stat_modes.S_ISREG(status.st_mode) else None
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        if prefix:
+            check_key(prefix + "x")  # a prefix is the beginning of a key
+        top = self.path.joinpath(*prefix.split("/")[:-1])
+        with os_errors(top, writing=False):
+            for path in walk_files(top):
+                key = path.relative_to(self.path).as_posix()
+                if key.startswith(prefix) and not is_staged(path.name):
+                    with suppress(FileNotFoundError):  # deleted since, or a link to nothing
+                        status = path.stat()
+                        if stat_modes.S_ISREG(status.st_mode):
+                            yield self._info(key, status)
+
+    def read_bytes(self, key: str) -> bytes | None:
+        path = Path(self.uri(key))
+        try:
+            with os_errors(path, writing=False):
+                return path.read_bytes()
+        except InputNotFound:
+            return None
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        target = Path(self.uri(key))
+        with os_errors(target, writing=True), staged(target) as out:
+            out.write(data)
+
+    def delete(self, key: str) -> None:
+        path = Path(self.uri(key))
+        with os_errors(path, writing=True):
+            try:
+                path.unlink()
+            except OSError as err:
+                if err.errno not in ABSENT:
+                    raise
+                return
+            sync_folder(path.parent)

@@ -1,0 +1,321 @@
+"""S3 storage: the Storage interface over boto3.
+
+In:   `s3://bucket[/prefix]`; the usual AWS environment (`AWS_ENDPOINT_URL_S3`, credentials, `AWS_MAX_ATTEMPTS`, …).
+Out:  objects stored by one PutObject or one CompleteMultipartUpload, hence whole or not at all; botocore's and boto3's
+      errors as ours, see s3_errors.py.
+Never: what the bytes mean.
+
+botocore repeats single requests (its standard mode) and checks their checksums; what it gives up on, and bodies that
+break off, are repeated here as whole transfers. A process killed within a multipart upload leaves parts behind, which
+cost money until a lifecycle rule (AbortIncompleteMultipartUpload) removes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mimetypes
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+import tenacity
+from boto3.s3.transfer import S3Transfer, TransferConfig, create_transfer_manager
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from runner import __version__
+from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
+from runner.storage.base import ObjectInfo, Storage, check_key
+from runner.storage.disk import os_errors, staged
+from runner.storage.s3_errors import FOREIGN_ERRORS, error_code, s3_errors, storage_error
+
+__all__ = ["EXTRA_VARIABLE", "S3Storage", "upload_arguments"]
+
+EXTRA_VARIABLE = "VIDEO_LAB_S3_EXTRA"
+
+MIB = 1 << 20
+TRANSFER = TransferConfig(
+    multipart_threshold=16 * MIB,
+    multipart_chunksize=16 * MIB,
+    max_concurrency=8,
+    max_io_queue=64,  # × 256 KiB read but not yet written, at most
+    preferred_transfer_client="classic",  # the CRT client takes no size and ETag, so cannot hold on to one version
+)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
+
+T = TypeVar("T")
+
+
+def upload_arguments(extra: Mapping[str, Any] | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of every upload: those of VIDEO_LAB_S3_EXTRA (a JSON object) under `extra`. Raises ConfigInvalid.
+
+    The names are boto3's (`S3Transfer.ALLOWED_UPLOAD_ARGS`), without those that belong to one file's content.
+    """
+    text = environment.get(EXTRA_VARIABLE, "").strip()
+    remedy = 'Write a JSON object such as {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders"}'
+    try:
+        said = json.loads(text) if text else {}
+    except ValueError as err:
+        raise ConfigInvalid(f"is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
+    if not isinstance(said, dict):
+        raise ConfigInvalid("is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
+    merged = said | dict(extra or {})
+    allowed = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not _OF_ONE_FILE.fullmatch(name)]
+    unknown = sorted(set(merged) - set(allowed))
+    if unknown:
+        raise ConfigInvalid(
+            f"no upload argument is called {', '.join(unknown)}",
+            where=EXTRA_VARIABLE if set(unknown) & set(said) else "s3_extra",
+            todo=f"Choose from {', '.join(sorted(allowed))}",
+        )
+    return merged
+
+
+def _client(environment: Mapping[str, str]) -> Any:
+    """The S3 client for this environment: its own session, as boto3's default session is not safe in threads."""
+    relevant = {k: v for k, v in environment.items() if k.startswith("AWS_") or k.lower().endswith("_proxy")}
+    return _client_for(os.getpid(), tuple(sorted(relevant.items())))
+
+
+@functools.lru_cache(maxsize=8)
+def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """One client for one process and environment: each new one asks the machine's role for credentials anew, and a
+    thousand inputs would run into that service's limits. The arguments are only the cache's key."""
+    config = Config(
+        retries={"mode": "standard"},  # the number of attempts stays AWS_MAX_ATTEMPTS's
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=4 * TRANSFER.max_request_concurrency,  # several transfers at once share it
+        tcp_keepalive=True,
+        user_agent_extra=f"video-lab-runner/{__version__}",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except ValueError as err:
+        raise ConfigInvalid(str(err), where="AWS_ENDPOINT_URL_S3", todo="Write https://host[:port]") from err
+    except FOREIGN_ERRORS as err:
+        raise storage_error(err, where="the AWS configuration", writing=False) from err
+
+
+class _Download:
+    """A transfer's subscriber: holds it to the version looked at; reports bytes as they come (negative: repeated)."""
+
+    def __init__(self, size: int, etag: str, on_bytes: Callable[[int], None] | None) -> None:
+        self.size, self.etag, self.report = size, etag, on_bytes
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        future.meta.provide_transfer_size(self.size)
+        future.meta.provide_object_etag(self.etag)
+
+    def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
+        if self.report is not None:
+            self.report(bytes_transferred)
+
+
+class S3Storage(Storage):
+    """A bucket, or what lies below a prefix of it.
+
+    `extra`: arguments of every upload, as `upload_arguments` gives them; those that reads take as well (SSE-C keys,
+    RequestPayer, ExpectedBucketOwner) go with reads too. `attempts` and `sleep` are of whole transfers.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        attempts: int = 4,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        scheme, _, rest = uri.partition("://")
+        self.bucket, _, prefix = rest.partition("/")
+        if scheme.lower() != "s3" or not _BUCKET.fullmatch(self.bucket):
+            raise ConfigInvalid("names no bucket", where=uri, todo="Write s3://bucket or s3://bucket/prefix")
+        self.prefix = prefix.rstrip("/")
+        if self.prefix:
+            check_key(self.prefix)
+        self.root = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        self._extra = dict(extra or {})
+        self._attempts, self._sleep = attempts, sleep
+        self._bucket_seen = False
+
+    @property
+    def client(self) -> Any:
+        return _client(os.environ)
+
+    def _key(self, key: str) -> str:
+        check_key(key)
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _arguments(self, operation: str, **own: Any) -> dict[str, Any]:
+        """`own` over what of the extra arguments the operation takes, by botocore's own model of the service."""
+        takes = self.client.meta.service_model.operation_model(operation).input_shape.members
+        return {"Bucket": self.bucket} | {k: v for k, v in self._extra.items() if k in takes} | own
+
+    def _repeated(self, work: Callable[[], T], uri: str) -> T:
+        """`work`'s result; work is done again, after a growing and random pause, when its error may pass."""
+
+        def log(state: tenacity.RetryCallState) -> None:
+            import structlog
+
+            error = state.outcome.exception() if state.outcome else None
+            structlog.get_logger().warning("storage.retry", uri=uri, attempt=state.attempt_number, reason=str(error))
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self._attempts),
+            wait=tenacity.wait_random_exponential(multiplier=1, max=20),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, RunnerError) and error.retryable),
+            sleep=self._sleep,
+            before_sleep=log,
+            reraise=True,
+        )
+        return retrying(work)
+
+    # Reading
+
+    def _head(self, key: str) -> dict[str, Any] | None:
+        uri = self.uri(key)
+        with s3_errors(uri, writing=False):
+            try:
+                return dict(self.client.head_object(**self._arguments("HeadObject", Key=self._key(key))))
+            except ClientError as err:
+                if error_code(err) not in ("404", "NoSuchKey", "NotFound"):
+                    raise
+        self._require_bucket(uri)
+        return None
+
+    def _require_bucket(self, uri: str) -> None:
+        """Raise InputNotFound if the bucket itself is missing: HEAD's answer has no body to tell the two apart."""
+        if not self._bucket_seen:
+            with s3_errors(uri, writing=False):
+                try:
+                    self.client.head_bucket(**self._arguments("HeadBucket"))
+                except ClientError as err:
+                    if error_code(err) in ("404", "NoSuchBucket"):
+                        raise InputNotFound(
+                            f"the bucket {self.bucket} does not exist", where=uri, todo="Check its name and the region"
+                        ) from err
+                    if error_code(err) not in ("403", "AccessDenied", "Forbidden"):  # refused means that it is there
+                        raise
+            self._bucket_seen = True
+
+    def _info(self, key: str, size: int, etag: str, modified: Any) -> ObjectInfo:
+        identity = f"etag:{etag.strip(chr(34))}:{size}"
+        return ObjectInfo(self.uri(key), size, identity, modified.timestamp(), key)
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        head = self._head(key)
+        return None if head is None else self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
+
+    def fetch(self, key: str, dest: Path, *, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
+        """As the interface says. `on_bytes` is told of progress, from another thread."""
+        return self._repeated(lambda: self._fetch_once(key, dest, on_bytes), self.uri(key))
+
+    def _fetch_once(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None) -> ObjectInfo:
+        uri, head = self.uri(key), self._head(key)
+        if head is None:
+            raise InputNotFound("no such object", where=uri, todo="Check the bucket and the key")
+        info = self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
+        arguments = self._arguments("GetObject")
+        bucket = arguments.pop("Bucket")
+        arrived = 0
+
+        def count(amount: int) -> None:
+            nonlocal arrived
+            arrived += amount
+            if on_bytes is not None:
+                on_bytes(amount)
+
+        try:
+            with os_errors(dest, writing=True), staged(dest) as out:
+                with s3_errors(uri, writing=False, disk=dest):
+                    with create_transfer_manager(self.client, TRANSFER) as manager:
+                        watcher = _Download(info.bytes, head["ETag"], count)
+                        manager.download(bucket, self._key(key), out, arguments, [watcher]).result()
+                    out.flush()
+                size = os.fstat(out.fileno()).st_size
+                if size != info.bytes:
+                    raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
+                if self.stat(key) != info:  # the transfer manager holds only ranged reads to one version
+                    raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
+        except BaseException:
+            if on_bytes is not None:
+                on_bytes(-arrived)  # none of it is kept
+            raise
+        return info
+
+    def read_bytes(self, key: str) -> bytes | None:
+        uri = self.uri(key)
+
+        def read() -> bytes | None:
+            with s3_errors(uri, writing=False):
+                try:
+                    answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key)))
+                except ClientError as err:
+                    if error_code(err) in ("404", "NoSuchKey"):
+                        return None
+                    raise
+                return bytes(answer["Body"].read())
+
+        return self._repeated(read, uri)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        if prefix:
+            check_key(prefix + "x")
+        within = f"{self.prefix}/" if self.prefix else ""
+        with s3_errors(self.root, writing=False):
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(**self._arguments("ListObjectsV2", Prefix=within + prefix)):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"][len(within) :]
+                    if key and not key.endswith("/"):  # consoles make such objects to show an empty folder
+                        yield self._listed(key, entry)
+
+    def _listed(self, key: str, entry: Mapping[str, Any]) -> ObjectInfo:
+        info = self._info("x", entry["Size"], entry["ETag"], entry["LastModified"])
+        return ObjectInfo(f"{self.root}/{key}", info.bytes, info.identity, info.modified, key)  # even an odd key
+
+    # Writing
+
+    def publish(self, local: Path, key: str) -> ObjectInfo:
+        uri = self.uri(key)
+        with os_errors(local, writing=False), local.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+
+        def upload() -> ObjectInfo:
+            arguments = self._typed(key) | self._extra
+            with s3_errors(uri, writing=True, disk=local):
+                with create_transfer_manager(self.client, TRANSFER) as manager:
+                    manager.upload(str(local), self.bucket, self._key(key), arguments).result()
+            info = self.stat(key)
+            if info is None or info.bytes != size:
+                found = "nothing" if info is None else f"{info.bytes} bytes"
+                raise StorageUnavailable(f"stored {size} bytes, found {found}", where=uri, todo="Try again")
+            return info
+
+        return self._repeated(upload, uri)
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        uri = self.uri(key)
+
+        def put() -> None:
+            with s3_errors(uri, writing=True):
+                own = self._typed(key) | {"Key": self._key(key), "Body": data}
+                self.client.put_object(**self._arguments("PutObject", **own))
+
+        self._repeated(put, uri)
+
+    def _typed(self, key: str) -> dict[str, Any]:
+        """The content type by the key's ending, so that a browser plays what it is given a link to."""
+        kind, _ = mimetypes.guess_type(key)
+        return {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
+
+    def delete(self, key: str) -> None:
+        with s3_errors(self.uri(key), writing=True):
+            self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))

@@ -1,0 +1,205 @@
+"""S3 errors: botocore's, boto3's and s3transfer's failures under our codes.
+
+In:   an exception, where it happened, whether we were reading or writing. Out: the RunnerError that it amounts to.
+Never: requests, retries. Every class and code has one home here; a test holds the table against the libraries.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import s3transfer.exceptions
+import urllib3.exceptions
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+
+from runner.errors import (
+    ConfigInvalid,
+    InputNotFound,
+    InputUnreadable,
+    InternalError,
+    RunnerError,
+    StorageDenied,
+    StorageFull,
+    StorageUnavailable,
+)
+from runner.storage.disk import os_error
+
+__all__ = ["CLIENT_CODES", "FOREIGN_ERRORS", "STORAGE_ERRORS", "error_code", "s3_errors", "storage_error"]
+
+FOREIGN_ERRORS = (
+    BotoCoreError,
+    ClientError,
+    Boto3Error,
+    s3transfer.exceptions.RetriesExceededError,
+    s3transfer.exceptions.S3UploadFailedError,
+    s3transfer.exceptions.S3DownloadFailedError,
+    s3transfer.exceptions.S3CopyFailedError,
+    s3transfer.exceptions.S3ValidationError,
+    concurrent.futures.CancelledError,  # s3transfer's CancelledError and FatalError are subclasses
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+)
+
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)  # OSErrors that are not of a disk
+
+# By class name, as not every release that we allow has every class.
+_HOMES: dict[type[RunnerError], str] = {
+    StorageUnavailable: """
+        HTTPClientError ConnectionClosedError ReadTimeoutError ResponseStreamingError ConnectionError
+        EndpointConnectionError SSLError ConnectTimeoutError ProxyConnectionError ChecksumError IncompleteReadError
+        MetadataRetrievalError CapacityNotAvailableError AwsChunkedWrapperError FlexibleChecksumError
+        EndpointDiscoveryException EndpointDiscoveryRequired EndpointDiscoveryRefreshFailed RetriesExceededError
+        S3TransferFailedError S3UploadFailedError S3DownloadFailedError S3CopyFailedError S3ValidationError
+        CancelledError FatalError HTTPError HTTPException""",
+    StorageDenied: """
+        NoCredentialsError NoAuthTokenError TokenRetrievalError UnknownTokenProviderError PartialCredentialsError
+        CredentialRetrievalError UnknownCredentialError RefreshWithMFAUnsupportedError SSOError SSOTokenLoadError
+        UnauthorizedSSOTokenError LoginError LoginRefreshRequired LoginInsufficientPermissions LoginTokenLoadError
+        LoginAuthorizationCodeError""",
+    ConfigInvalid: """
+        DataNotFoundError UnknownServiceError UnknownRegionError ApiVersionNotFoundError InvalidIMDSEndpointError
+        InvalidIMDSEndpointModeError UnknownSignatureVersionError ServiceNotInRegionError BaseEndpointResolverError
+        NoRegionError EndpointVariantError UnknownEndpointError UnknownFIPSEndpointError ProfileNotFound
+        ConfigParseError ConfigNotFound MissingParametersError ValidationError UnknownKeyError RangeError
+        UnknownParameterError InvalidRegionError AliasConflictParameterError ParamValidationError UnknownServiceStyle
+        UnsupportedSignatureVersionError InvalidDNSNameError InvalidS3AddressingStyleError UnsupportedS3ArnError
+        UnsupportedS3ControlArnError InvalidHostLabelError UnsupportedOutpostResourceError
+        UnsupportedS3ConfigurationError UnsupportedS3AccesspointConfigurationError
+        InvalidEndpointDiscoveryConfigurationError UnsupportedS3ControlConfigurationError
+        InvalidRetryConfigurationError InvalidMaxRetryAttemptsError InvalidRetryModeError
+        InvalidS3UsEast1RegionalEndpointConfigError InvalidSTSRegionalEndpointsConfigError InvalidConfigError
+        InfiniteLoopConfigError MD5UnavailableError MissingDependencyException InvalidProxiesConfigError
+        InvalidDefaultsMode InvalidEndpointConfigurationError EndpointProviderError EndpointResolutionError
+        UnknownEndpointResolutionBuiltInName InvalidChecksumConfigError UnsupportedServiceProtocolsError
+        InvalidCrtTransferConfigError""",
+    InternalError: """
+        PaginationError OperationNotPageableError UnseekableStreamError WaiterError InvalidExpressionError
+        WaiterConfigError UnknownClientMethodError StubResponseError StubAssertionError UnStubbedResponseError
+        ResourceLoadException NoVersionFound UnknownAPIVersionError ResourceNotExistsError
+        DynamoDBOperationNotSupportedError DynamoDBNeedsConditionError DynamoDBNeedsKeyConditionError""",
+}
+STORAGE_ERRORS = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+# The codes of S3's answers; a HEAD's answer has no body and gives its status instead.
+_CODES: dict[type[RunnerError], str] = {
+    StorageDenied: """
+        401 403 AccessDenied AccessDeniedException AccountProblem AllAccessDisabled AuthorizationHeaderMalformed
+        CrossLocationLoggingProhibited ExpiredToken ExpiredTokenException Forbidden InvalidAccessKeyId InvalidPayer
+        InvalidSecurity InvalidToken KMS.DisabledException NotSignedUp RequestExpired RequestTimeTooSkewed
+        SignatureDoesNotMatch TokenRefreshRequired Unauthorized UnauthorizedAccess UnrecognizedClientException""",
+    InputNotFound: "404 410 NoSuchBucket NoSuchKey NoSuchVersion NotFound",
+    InputUnreadable: "InvalidObjectState",
+    StorageUnavailable: """
+        408 409 412 416 429 500 502 503 504 BadDigest BandwidthLimitExceeded ConditionalRequestConflict IncompleteBody
+        InternalError InternalServerError InvalidDigest InvalidPart InvalidRange NoSuchUpload OperationAborted
+        PreconditionFailed PriorRequestNotComplete RequestLimitExceeded RequestThrottled RequestThrottledException
+        RequestTimeout RequestTimeoutException ServiceUnavailable SlowDown ThrottledException Throttling
+        ThrottlingException TooManyRequestsException XAmzContentChecksumMismatch XAmzContentSHA256Mismatch""",
+    StorageFull: "507 InsufficientStorage QuotaExceeded XMinioAdminBucketQuotaExceeded XMinioStorageFull",
+    ConfigInvalid: """
+        301 307 400 405 501 EntityTooLarge EntityTooSmall IllegalLocationConstraintException InvalidArgument
+        InvalidBucketName InvalidEncryptionAlgorithmError InvalidRequest InvalidStorageClass InvalidTag
+        InvalidURI KMS.InvalidKeyUsageException KMS.InvalidStateException KMS.NotFoundException KeyTooLongError
+        MalformedXML MetadataTooLarge MethodNotAllowed NotImplemented PermanentRedirect TemporaryRedirect""",
+}
+CLIENT_CODES = {code: home for home, codes in _CODES.items() for code in codes.split()}
+
+_REMEDIES: dict[type[RunnerError], str] = {
+    StorageUnavailable: "The storage may be busy or unreachable: check AWS_ENDPOINT_URL_S3 and the network, then retry",
+    StorageFull: "Free space or raise the quota there, then run the same command",
+    InputNotFound: "Check the bucket and the key",
+    InputUnreadable: "The object is archived: restore it first",
+    ConfigInvalid: "Check the URI, AWS_ENDPOINT_URL_S3, the region and VIDEO_LAB_S3_EXTRA",
+    InternalError: "This is a bug; please report it",
+}
+_PERMISSION = {
+    "HeadObject": "s3:GetObject (and s3:ListBucket, without which a missing object is refused too)",
+    "GetObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "HeadBucket": "s3:ListBucket",
+    "DeleteObject": "s3:DeleteObject",
+}
+
+
+def error_code(error: ClientError) -> str:
+    """The code of S3's answer, e.g. `NoSuchKey`; its status, e.g. `404`, where the answer had no body."""
+    return str(error.response.get("Error", {}).get("Code") or _status(error))
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def storage_error(error: BaseException, *, where: object, writing: bool, disk: Path | None = None) -> RunnerError:
+    """`error` as one of ours. `disk`: the local file of a transfer, which may have failed instead of the network."""
+    if isinstance(error, RunnerError):
+        return error
+    if isinstance(error, ClientError):
+        return _client_error(error, where=where, writing=writing)
+    if isinstance(error, _NETWORK):
+        return StorageUnavailable(f"{type(error).__name__}: {error}", where=where, todo=_REMEDIES[StorageUnavailable])
+    if isinstance(error, OSError):
+        return os_error(error, where=disk or where, writing=writing or disk is not None)
+    inner = error.__cause__ or error.__context__ or getattr(error, "last_exception", None)
+    if isinstance(error, Boto3Error) and isinstance(inner, FOREIGN_ERRORS):
+        return storage_error(inner, where=where, writing=writing, disk=disk)
+    home = next((STORAGE_ERRORS[c.__name__] for c in type(error).__mro__ if c.__name__ in STORAGE_ERRORS), None)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if home is StorageDenied:
+        return _denied(f"no usable credentials: {text}", where=where)
+    if home is None:
+        return InternalError(f"{type(error).__name__}: {text}", where=where, todo=_REMEDIES[InternalError])
+    return home(f"{type(error).__name__}: {text}", where=where, todo=_remedy(home, error))
+
+
+def _remedy(home: type[RunnerError], error: BaseException) -> str:
+    if type(error).__name__ == "SSLError":
+        return "Check the server's certificate, or name your authority's in AWS_CA_BUNDLE"
+    return _REMEDIES[home]
+
+
+def _client_error(error: ClientError, *, where: object, writing: bool) -> RunnerError:
+    code, status, operation = error_code(error), _status(error), error.operation_name
+    message = str(error.response.get("Error", {}).get("Message") or "").strip()
+    text = f"{operation} was answered {code}" + (f" ({message})" if message and message != code else "")
+    home = CLIENT_CODES.get(code) or _home_of_status(status)
+    if home is StorageDenied:
+        return _denied(text, where=where, operation=operation)
+    if home is InputNotFound and writing:  # an object to write need not exist: its bucket must
+        return ConfigInvalid(text, where=where, todo="Create the bucket first, or correct its name")
+    return home(text, where=where, todo=_REMEDIES[home])
+
+
+def _home_of_status(status: int) -> type[RunnerError]:
+    """Where an unknown code belongs, by the status of its answer."""
+    known = CLIENT_CODES.get(str(status))
+    if known is not None:
+        return known
+    return ConfigInvalid if 300 <= status < 500 else StorageUnavailable
+
+
+def _denied(what: str, *, where: object, operation: str = "") -> StorageDenied:
+    allow = _PERMISSION.get(operation, "s3:PutObject" if operation else "")
+    return StorageDenied(
+        what,
+        where=where,
+        todo="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, mount ~/.aws, or give the machine a role"
+        + (f" that allows {allow}" if allow else ""),
+    )
+
+
+@contextmanager
+def s3_errors(where: object, *, writing: bool, disk: Path | None = None) -> Iterator[None]:
+    """Raise what boto3 raises inside as one of ours."""
+    try:
+        yield
+    except FOREIGN_ERRORS as err:
+        raise storage_error(err, where=where, writing=writing, disk=disk) from err

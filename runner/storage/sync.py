@@ -1,0 +1,194 @@
+"""Sync: a model store in a bucket copied once into a local folder, for every process of the machine.
+
+In:   an s3:// URI, a cache folder, which keys are wanted. Out: a local folder with those files as the bucket has them.
+Never: what the files are for.
+
+    <cache>/<name>/        the store, each file put in place whole
+    <cache>/<name>.json    the index: key → ETag and size of what was downloaded
+    <cache>/<name>.lock    held while comparing and downloading
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InputNotFound, StorageFull, WeightsMissing
+from runner.storage.base import ObjectInfo, Storage, check_key, is_remote, local_path
+from runner.storage.disk import is_staged, os_errors, staged, walk_files
+from runner.storage.uris import open_storage
+
+__all__ = ["cache_name", "sync_models"]
+
+INDEX_VERSION = 1
+GB = 1e9
+REPORT_EVERY = 0.1  # of all bytes
+
+
+def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The model store at `uri` as a local folder. A local one is returned unchanged.
+
+    Of an s3:// one, the files that `wanted` names (by key below the root) are downloaded unless the cache has them with
+    the same ETag and size.
+
+    Processes that share the cache take turns; the second finds the work done. Files that the bucket no longer has are
+    removed from the cache. Raises WeightsMissing when there is nothing (wanted) there, StorageFull before a download
+    that cannot fit, StorageDenied, StorageUnavailable.
+    """
+    if not is_remote(uri):
+        folder = local_path(uri)
+        if not folder.is_dir():
+            raise WeightsMissing("no such model folder", where=folder, todo="Check --models (VIDEO_LAB_MODELS)")
+        return folder
+    storage = open_storage(uri)
+    folder = cache / cache_name(storage.root)
+    with os_errors(cache, writing=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(folder.name + ".lock")):
+            _Sync(storage, folder).run(wanted)
+    return folder
+
+
+def cache_name(root: str) -> str:
+    """The folder's name for a store: the same for the same URI, readable, and different for different URIs."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", root.rpartition("/")[2]).strip("-.")[:40]
+    return f"{slug or 'models'}-{hashlib.sha256(root.encode()).hexdigest()[:12]}"
+
+
+class _locked:
+    """Hold a lock file for the length of a block, and say so when another process has it. The system frees it when its
+    holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        from filelock import FileLock
+
+        self.lock = FileLock(path)
+
+    def __enter__(self) -> None:
+        from filelock import Timeout
+
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            _log("models.waiting", reason="another process is downloading them", lock=str(self.lock.lock_file))
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+class _Sync:
+    """One comparison of bucket and folder, with the lock held."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self.storage, self.folder = storage, folder
+        self.index_path = folder.with_name(folder.name + ".json")
+        self.index = self._read_index()
+
+    def run(self, wanted: Callable[[str], bool]) -> None:
+        self._remove_leftovers()
+        there = self._there(wanted)
+        for key in [key for key in self.index if key not in there and wanted(key)]:
+            (self.folder / key).unlink(missing_ok=True)  # else a loader could mix two versions of a sharded file
+            self._record(key, None)
+        missing = [info for info in there.values() if not self._has(info)]
+        if not missing:
+            _log("models.ready", files=len(there), downloaded=0, folder=str(self.folder))
+            return
+        self._require_space(missing)
+        begin, progress = time.monotonic(), _Progress(sum(info.bytes for info in missing))
+        _log("models.sync", uri=self.storage.root, files=len(missing), gb=round(progress.total / GB, 3))
+        for number, info in enumerate(missing, 1):
+            got = self._fetch(info.key, progress)
+            self._record(info.key, {"identity": got.identity, "bytes": got.bytes})
+            _log("models.file", key=info.key, bytes=got.bytes, number=number, of=len(missing))
+        seconds = round(time.monotonic() - begin, 1)
+        _log("models.ready", files=len(there), downloaded=len(missing), seconds=seconds, folder=str(self.folder))
+
+    def _there(self, wanted: Callable[[str], bool]) -> dict[str, ObjectInfo]:
+        """Wanted key → what the bucket has, in order of key."""
+        root, todo = self.storage.root, "Check --models (VIDEO_LAB_MODELS) and upload the published weights there"
+        try:
+            found = list(self.storage.list())
+        except InputNotFound as err:
+            raise WeightsMissing(err.what, where=root, todo=todo) from err
+        if not found:
+            raise WeightsMissing("holds no files", where=root, todo=todo)
+        there = {check_key(info.key): info for info in found if wanted(info.key)}  # no key may lead out of the folder
+        if not there:
+            seen = ", ".join(sorted(info.key for info in found)[:3])
+            raise WeightsMissing(f"holds none of the files needed (it has {seen}, …)", where=root, todo=todo)
+        return dict(sorted(there.items()))
+
+    def _has(self, info: ObjectInfo) -> bool:
+        path = self.folder / info.key
+        recorded = self.index.get(info.key)
+        same = recorded == {"identity": info.identity, "bytes": info.bytes}
+        return same and path.is_file() and path.stat().st_size == info.bytes
+
+    def _fetch(self, key: str, progress: _Progress) -> ObjectInfo:
+        from runner.storage.s3 import S3Storage
+
+        if isinstance(self.storage, S3Storage):
+            return self.storage.fetch(key, self.folder / key, on_bytes=progress.add)
+        return self.storage.fetch(key, self.folder / key)
+
+    def _require_space(self, missing: list[ObjectInfo]) -> None:
+        """Raise StorageFull if even after replacing old files the new ones cannot fit."""
+        old = sum(path.stat().st_size for info in missing if (path := self.folder / info.key).is_file())
+        needed, free = sum(info.bytes for info in missing) - old, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise StorageFull(
+                f"the models need {needed / GB:.1f} GB more and {free / GB:.1f} GB are free",
+                where=self.folder,
+                todo="Free space, or put --cache on a larger disk",
+            )
+
+    def _read_index(self) -> dict[str, Any]:
+        try:
+            said = json.loads(self.index_path.read_bytes())
+            files = said["files"] if said["version"] == INDEX_VERSION else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or not ours: download again
+            return {}
+        return dict(files) if isinstance(files, dict) else {}
+
+    def _record(self, key: str, entry: dict[str, Any] | None) -> None:
+        """Note what lies under `key` now, after it does: a crash in between costs a download, never a wrong file."""
+        if entry is None:
+            del self.index[key]
+        else:
+            self.index[key] = entry
+        with staged(self.index_path) as out:
+            whole = {"version": INDEX_VERSION, "uri": self.storage.root, "files": self.index}
+            out.write(json.dumps(whole, ensure_ascii=False, indent=1).encode())
+
+    def _remove_leftovers(self) -> None:
+        """Files of a process killed while downloading: nobody else may be writing here, as we hold the lock."""
+        for path in [path for path in walk_files(self.folder) if is_staged(path.name)]:
+            path.unlink(missing_ok=True)
+
+
+class _Progress:
+    """Says how far a download is, a tenth at a time."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.next = total, 0, REPORT_EVERY
+
+    def add(self, amount: int) -> None:
+        """Called from the transfer's threads; a lost update only makes a line come a little later."""
+        self.done += amount
+        if self.total and self.done / self.total >= self.next and self.next < 1:
+            self.next = self.done // (self.total * REPORT_EVERY) * REPORT_EVERY + REPORT_EVERY
+            _log("models.progress", gb=round(self.done / GB, 3), of_gb=round(self.total / GB, 3))
+
+
+def _log(event: str, **fields: object) -> None:
+    import structlog  # brings rich with it, and `--help` passes through here
+
+    structlog.get_logger().info(event, **fields)

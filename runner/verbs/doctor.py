@@ -1,0 +1,303 @@
+"""Doctor: can this machine render, and if not, what is to be done about it?
+
+In:   where models, outputs and cache lie, and the device asked for. Out: one `Check` a question: what was found, what
+      to do. Never: jobs, the contents of weights. Nothing is left behind, and nothing that is missing, torch included,
+      keeps the other checks from being made.
+
+What the machine is asked goes through `Probes`, so that a test can put any machine in its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from runner.errors import as_runner_error
+from runner.storage import is_remote, local_path, open_storage, probe_writable
+from runner.verbs.probes import ProbeFailed, Probes, TorchInfo
+
+__all__ = ["Check", "run_checks"]
+
+GIB = 1 << 30
+DRIVER_FOR_CUDA = {12: 525, 13: 580}  # CUDA major -> oldest Linux driver branch (CUDA Toolkit release notes, table 2)
+GPU_GIB = 24  # below, the published weights do not fit beside a job and are streamed
+HOST_GIB = 48  # transformer, text and image encoder in bfloat16: 17.3, 5.7 and 0.6 billion parameters
+OUT_GIB, CACHE_GIB = 5, 20
+PYTHON = ((3, 11), (3, 15))
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
+CUDA = "CUDAExecutionProvider"
+REINSTALL = "pip install 'video-lab-runner[{extra}]'"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question. `todo` is empty where nothing is to be done."""
+
+    name: str
+    status: Literal["ok", "warn", "fail", "skipped"]
+    found: str
+    todo: str = ""
+
+
+def run_checks(
+    models: str | None,
+    out: str | None,
+    cache: Path,
+    device: str,
+    *,
+    recipe: str | None = None,
+    probes: Probes | None = None,
+) -> list[Check]:
+    """Every check, in an order in which mending the first helps most.
+
+    `models` and `out`: folders or s3:// URIs; None skips them. `device`: auto, cpu, cuda or cuda:N; what a GPU needs
+    fails for cuda, warns for auto and is skipped for cpu. `recipe`: whose weights are looked for; None: the default's.
+    """
+    machine = _Machine(probes or Probes(), device)
+    questions: dict[str, Callable[[], Check]] = {
+        "python": machine.python,
+        "torch": machine.torch,
+        "diffusers": machine.diffusers,
+        "driver": machine.driver,
+        "gpu": machine.gpu,
+        "gpu memory": machine.gpu_memory,
+        "host memory": machine.host_memory,
+        "onnxruntime": machine.onnxruntime,
+        "providers": machine.providers,
+        "video": machine.video,
+        "compiler": machine.compiler,
+        "weights": lambda: _weights(models, recipe),
+        "cache": lambda: _folder("cache", cache, CACHE_GIB),
+        "output": lambda: _output(out),
+    }
+    return [_ask(name, question) for name, question in questions.items()]
+
+
+def _ask(name: str, question: Callable[[], Check]) -> Check:
+    """The answer. An exception that nobody foresaw is one, too: a doctor who faints helps nobody."""
+    try:
+        return question()
+    except Exception as err:
+        error = as_runner_error(err)
+        return Check(name, "fail", f"{error.where}: {error.what}" if error.where else error.what, error.todo or "")
+
+
+def _answer(probe: Callable[[], T]) -> T | ProbeFailed:
+    """What the probe says, or why it cannot."""
+    try:
+        return probe()
+    except ProbeFailed as err:
+        return err
+
+
+class _Machine:
+    """Checks of what is installed and plugged in."""
+
+    def __init__(self, probes: Probes, device: str) -> None:
+        self.probes = probes
+        self.device = device
+        self.gpu_wish = device != "cpu"
+        self.lacking: Literal["fail", "warn"] = "fail" if device.startswith("cuda") else "warn"
+        self.torch_info = _answer(probes.torch)
+        self.driver_info = _answer(probes.driver) if self.gpu_wish else ProbeFailed("the device is cpu")
+
+    def python(self) -> Check:
+        version = self.probes.python_version()
+        found, (low, high) = ".".join(map(str, version)), PYTHON
+        if low <= version[:2] < high:
+            return Check("python", "ok", found)
+        return Check("python", "fail", found, f"Use Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}")
+
+    def torch(self) -> Check:
+        info = self.torch_info
+        if isinstance(info, ProbeFailed):
+            return Check("torch", "fail", str(info), "Run make setup, or install the package with its dependencies")
+        found = f"{info.version}, " + (f"built for CUDA {info.cuda}" if info.cuda else "built without CUDA")
+        if not info.cuda and self.device.startswith("cuda"):
+            return Check(
+                "torch", "fail", found, "Install a CUDA build of torch: uv pip install --torch-backend auto torch"
+            )
+        return Check("torch", "ok", found)
+
+    def diffusers(self) -> Check:
+        names = ("diffusers", "transformers", "accelerate", "safetensors")
+        answers = {name: _answer(partial(self.probes.package, name)) for name in names}
+        broken = _failures(*answers.values())
+        if broken:
+            return Check("diffusers", "fail", broken, "Run make setup, or reinstall the package")
+        return Check("diffusers", "ok", ", ".join(f"{name} {version}" for name, version in answers.items()))
+
+    def driver(self) -> Check:
+        if not self.gpu_wish:
+            return Check("driver", "skipped", "the device is cpu")
+        if isinstance(self.driver_info, ProbeFailed):
+            return Check(
+                "driver",
+                self.lacking,
+                str(self.driver_info),
+                "Install the NVIDIA driver; in a container, pass --gpus all (NVIDIA Container Toolkit)",
+            )
+        version = self.driver_info.version
+        found = f"NVIDIA {version}"
+        cuda = self.torch_info.cuda if isinstance(self.torch_info, TorchInfo) else None
+        wanted = DRIVER_FOR_CUDA.get(int(cuda.partition(".")[0])) if cuda else None
+        if wanted and int(version.partition(".")[0]) < wanted:
+            return Check(
+                "driver",
+                self.lacking,
+                f"{found}, too old for torch built for CUDA {cuda}",
+                f"Install driver {wanted} or newer, or a torch built for an older CUDA",
+            )
+        return Check("driver", "ok", found)
+
+    def gpu(self) -> Check:
+        if not self.gpu_wish:
+            return Check("gpu", "skipped", "the device is cpu")
+        devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
+        index = int(self.device.partition(":")[2] or 0)
+        if index < len(devices):
+            name, (major, minor) = devices[index]
+            return Check("gpu", "ok", f"{name}, compute capability {major}.{minor}")
+        if devices:
+            return Check("gpu", "fail", f"torch sees {len(devices)}", f"Choose cuda:0 to cuda:{len(devices) - 1}")
+        if self.lacking == "warn":
+            return Check("gpu", "warn", "torch sees none", "Enough for the demo on the CPU; real weights want a GPU")
+        return Check(
+            "gpu", "fail", "torch sees none", "Mend torch and driver above; check CUDA_VISIBLE_DEVICES; or --device cpu"
+        )
+
+    def gpu_memory(self) -> Check:
+        if isinstance(self.driver_info, ProbeFailed):
+            return Check("gpu memory", "skipped", "no driver to ask" if self.gpu_wish else "the device is cpu")
+        gpus = self.driver_info.gpus
+        if not gpus:
+            return Check(
+                "gpu memory", self.lacking, "the driver sees no GPU", "Check that one is plugged in and passed on"
+            )
+        smallest = min(gpu.total_bytes for gpu in gpus)
+        busiest = max(1 - gpu.free_bytes / gpu.total_bytes for gpu in gpus)
+        found = "; ".join(
+            f"{gpu.name}: {gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free" for gpu in gpus
+        )
+        if busiest > 0.5:
+            return Check("gpu memory", "warn", found, "Another process holds the memory: see nvidia-smi")
+        if smallest < GPU_GIB * GIB * 0.95:  # a card sold as 24 GB shows a little less
+            return Check("gpu memory", "warn", found, f"Below {GPU_GIB} GiB: use small sizes and memory: minimal")
+        return Check("gpu memory", "ok", found)
+
+    def host_memory(self) -> Check:
+        total = self.probes.host_memory_bytes()
+        found = f"{total / GIB:.1f} GiB"
+        if total < HOST_GIB * GIB:
+            return Check(
+                "host memory", "warn", found, f"Enough for the demo; the published weights want {HOST_GIB} GiB"
+            )
+        return Check("host memory", "ok", found)
+
+    def onnxruntime(self) -> Check:
+        installed = {name: version for name in ONNXRUNTIMES if (version := self.probes.distribution(name))}
+        found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
+        install = REINSTALL.format(extra="gpu" if self.device.startswith("cuda") else "cpu")
+        if len(installed) > 1:  # they write into one folder; which one wins depends on the order of installing
+            remove = f"pip uninstall -y {' '.join(installed)}"
+            return Check("onnxruntime", "fail", f"{found}: they overwrite each other", f"{remove} && {install}")
+        if not installed:
+            return Check("onnxruntime", "fail", found, install)
+        return Check("onnxruntime", "ok", found)
+
+    def providers(self) -> Check:
+        has_gpu = isinstance(self.torch_info, TorchInfo) and bool(self.torch_info.devices)
+        wants_cuda = self.gpu_wish and (has_gpu or self.lacking == "fail")
+        answer = _answer(lambda: self.probes.providers(CUDA if wants_cuda else "CPUExecutionProvider"))
+        if isinstance(answer, ProbeFailed):
+            return Check("providers", "fail", str(answer), REINSTALL.format(extra="gpu" if wants_cuda else "cpu"))
+        found = ", ".join(answer)
+        if wants_cuda and CUDA not in answer:
+            extra = REINSTALL.format(extra="gpu")
+            todo = f"pip uninstall -y onnxruntime && {extra}, of the same CUDA major as torch"
+            return Check("providers", self.lacking, f"{found}: {CUDA} does not load", todo)
+        return Check("providers", "ok", f"{found}; {self._networks_run(CUDA in answer)}")
+
+    def _networks_run(self, on_gpu: bool) -> str:
+        """Where preprocessing runs its networks on this machine, and what else it could be told to use."""
+        if on_gpu:
+            there = _answer(self.probes.tensorrt)
+            also = f"no TensorRT ({there})" if isinstance(there, ProbeFailed) else f"{there} with --tensorrt on or auto"
+            return f"poses are found on {CUDA}, {also}"
+        onnx = self.probes.distribution("onnx")
+        also = f"by onnx {onnx}" if onnx else "which needs " + REINSTALL.format(extra="int8")
+        return f"poses are found on the CPU, faster with --pose-precision int8 ({also})"
+
+    def video(self) -> Check:
+        package = _answer(partial(self.probes.package, "av"))
+        encoder = _answer(partial(self.probes.encoder, "libx264"))
+        if broken := _failures(package, encoder):
+            return Check("video", "fail", broken, "pip install --force-reinstall av")
+        return Check("video", "ok", f"PyAV {package} with libx264")
+
+    def compiler(self) -> Check:
+        if not self.gpu_wish:
+            return Check("compiler", "skipped", "the device is cpu")
+        compiler, header = _answer(self.probes.compiler), _answer(self.probes.python_header)
+        if missing := _failures(compiler, header):
+            todo = "For Triton and torch.compile: apt-get install gcc libc6-dev python3-dev"
+            return Check("compiler", "warn", missing, todo)
+        return Check("compiler", "ok", f"{compiler}, {header}")
+
+
+def _failures(*answers: object) -> str:
+    """The reasons of the probes that failed, each once."""
+    return "; ".join(dict.fromkeys(str(answer) for answer in answers if isinstance(answer, ProbeFailed)))
+
+
+def _weights(models: str | None, recipe: str | None) -> Check:
+    if not models:
+        return Check("weights", "skipped", "no model store given", "Pass --models, or set VIDEO_LAB_MODELS")
+    if is_remote(models):
+        first = next(iter(open_storage(models).list()), None)
+        if first is None:
+            return Check("weights", "fail", f"nothing lies below {models}", "Check the bucket and the prefix")
+        return Check("weights", "ok", f"{models} answers; the files are checked when they have been synced")
+    from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
+    from runner.weights.store import ModelStore
+
+    chosen = get_recipe(recipe or DEFAULT_RECIPE)
+    ModelStore(local_path(models)).check(chosen)
+    return Check("weights", "ok", f"all that recipe {chosen.name} needs is in {models}")
+
+
+def _output(out: str | None) -> Check:
+    if not out:
+        return Check("output", "skipped", "no output given", "Pass --out to check it")
+    if not is_remote(out):
+        return _folder("output", local_path(out), OUT_GIB)
+    storage = open_storage(out)
+    next(iter(storage.list()), None)  # a run lists what is done before it writes
+    probe_writable(storage)
+    return Check("output", "ok", f"{out} can be listed and written")
+
+
+def _folder(name: str, folder: Path, wanted_gib: int) -> Check:
+    """Writable, and room on its disk. What does not exist yet is judged by the nearest folder above it."""
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    new = "" if there == folder else f" (will be made in {there})"
+    if not there.is_dir():
+        return Check(name, "fail", f"{there} is a file, not a folder", "Choose another folder")
+    with tempfile.NamedTemporaryFile(dir=there, prefix=".video-lab-probe-") as probe:
+        probe.write(b"\0" * 4096)
+        probe.flush()
+    free = shutil.disk_usage(there).free
+    found = f"{folder}{new}, {free / GIB:.1f} GiB free"
+    if free < GIB:
+        return Check(name, "fail", found, "Free space, or choose a folder on another disk")
+    if free < wanted_gib * GIB:
+        return Check(name, "warn", found, f"{wanted_gib} GiB or more are advisable")
+    return Check(name, "ok", found)

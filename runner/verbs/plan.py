@@ -1,0 +1,109 @@
+"""Plan: what each job of a manifest will denoise and cost, from its inputs' sizes and the models' shapes.
+
+In:   jobs, a recipe, the costs of the models, the name of a GPU. Out: a `Forecast` a job; one with an error where an
+input cannot be read. Never: weights. Without a model store the published model's shapes are assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner.errors import ConfigInvalid, RunnerError
+from runner.forecast.flops import PRODUCTION, Costs
+from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
+from runner.generation.protocol import SegmentPlan
+from runner.generation.runtime.memory_plan import MODES, choose_plan, forecast_memory
+from runner.generation.segments import plan_job
+from runner.preprocess.pictures.images import image_size
+from runner.preprocess.pictures.sizing import output_size
+from runner.spec.manifest import Job, Manifest
+from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from runner.storage import fetch_input, is_remote
+from runner.video import VideoReader
+from runner.weights.store import ModelStore
+
+__all__ = ["Forecast", "choose_gpu", "forecast_job", "forecast_jobs"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    job_id: str
+    plan: SegmentPlan | None
+    error: RunnerError | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
+
+
+def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
+    """The GPU whose seconds are forecast: the one asked for, else this machine's first; None where there is none.
+
+    Raises ConfigInvalid for one of which nothing is known, or which has not the recipe's compute.
+    """
+    gpu = find_device(asked or _first_gpu())
+    if asked and gpu is None:
+        raise ConfigInvalid(f"nothing is known of a GPU {asked!r}", todo=f"Known: {', '.join(d.name for d in DEVICES)}")
+    if asked and gpu is not None and recipe.compute not in gpu.matmul:
+        raise ConfigInvalid(
+            f"{gpu.name} has no {recipe.compute}, which recipe {recipe.name!r} asks for",
+            todo=f"It has {', '.join(gpu.matmul)}",
+        )
+    return gpu
+
+
+def _first_gpu() -> str | None:
+    """By the driver, which answers without torch."""
+    from runner.verbs.probes import ProbeFailed, Probes
+
+    try:
+        gpus = Probes().driver().gpus
+    except ProbeFailed:
+        return None
+    return gpus[0].name if gpus else None
+
+
+def forecast_jobs(
+    jobs: Sequence[Job], arguments: argparse.Namespace, manifest: Manifest
+) -> tuple[list[Forecast], str | None]:
+    """One row a job, in order, and the GPU whose seconds they name. S3 inputs are downloaded to be measured."""
+    recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
+    local = arguments.models and not is_remote(arguments.models)
+    costs = ModelStore(Path(arguments.models)).costs(recipe) if local else PRODUCTION
+    gpu = choose_gpu(arguments.gpu, recipe)
+    rows = []
+    for job in jobs:
+        try:
+            plan = forecast_job(job, recipe, costs, gpu)
+            guided = job.options.guidance_scale > 1
+            rows.append(Forecast(job.id, plan, memory=_memory(plan, recipe, costs, guided)))
+        except RunnerError as error:
+            rows.append(Forecast(job.id, None, error))
+    return rows, gpu.name if gpu is not None else None
+
+
+def _memory(plan: SegmentPlan, recipe: Recipe, costs: Costs, guided: bool) -> dict[str, int]:
+    window = (plan.width, plan.height, plan.segment_frames)
+    peaks: dict[str, int] = {}
+    for mode in MODES:
+        leanest, _ = choose_plan(mode, recipe, costs, 0, size=window)
+        peaks[mode] = forecast_memory(leanest, recipe, costs, *window, guided=guided).peak
+    return peaks
+
+
+def forecast_job(job: Job, recipe: Recipe, costs: Costs, gpu: DeviceSpeed | None = None) -> SegmentPlan:
+    """The plan that `run` would make. Raises input.* and storage.* as it would."""
+    options = job.options
+    with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
+        reference = fetch_input(job.reference, Path(folder) / "reference")
+        with VideoReader(fetch_input(job.video, Path(folder) / "video")) as reader:
+            video_size = (reader.info.width, reader.info.height)
+            if job.official:  # rate and size are the files' own
+                sampled = reader.sample("source", options.start_s, options.max_frames)
+                size = video_size
+            else:
+                parity = options.preprocess.parity
+                sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
+                size = output_size(options, image_size(reference), video_size)
+    return plan_job(len(sampled.indices), size, options, recipe, costs, gpu)

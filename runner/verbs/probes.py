@@ -1,0 +1,163 @@
+"""Probes of `doctor`: plain questions to the machine, each answered or failed with a reason.
+
+In:   nothing but the machine. Out: versions, devices, sizes. Never: judgement; doctor.py says what is good enough.
+Whatever is heavy or may be missing is imported inside the probe that asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+__all__ = ["Driver", "Gpu", "ProbeFailed", "Probes", "TorchInfo"]
+
+# An ONNX graph of one Identity over float[1] (opset 13): enough to make a session show which providers truly load.
+IDENTITY_GRAPH = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02"
+    "080142040a00100d"
+)
+
+
+class ProbeFailed(Exception):
+    """The question could not be answered; the message says why."""
+
+
+@dataclass(frozen=True)
+class TorchInfo:
+    version: str
+    cuda: str | None  # CUDA version of the build, None for a CPU build
+    devices: tuple[tuple[str, tuple[int, int]], ...]  # (name, compute capability) that torch can use
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    version: str  # of the kernel driver, e.g. 580.65.06
+    gpus: tuple[Gpu, ...]
+
+
+class Probes:
+    """The machine this process runs on."""
+
+    def python_version(self) -> tuple[int, int, int]:
+        return sys.version_info[:3]
+
+    def package(self, name: str) -> str:
+        """Version of a package that can be imported."""
+        try:
+            import_module(name)
+        except Exception as err:  # a broken wheel raises what it likes: ImportError, OSError, AttributeError
+            reason = str(err).splitlines()[0] if str(err) else ""
+            raise ProbeFailed(f"{name} cannot be imported ({type(err).__name__}: {reason})") from err
+        owners = metadata.packages_distributions().get(name, [name])  # the module decord is of decord2
+        return self.distribution(owners[0]) or "of unknown version"
+
+    def distribution(self, name: str) -> str | None:
+        """Version of an installed distribution, whether or not it works; None where it is not installed."""
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def torch(self) -> TorchInfo:
+        self.package("torch")
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = tuple((torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count))
+        return TorchInfo(torch.__version__, torch.version.cuda, devices)
+
+    def driver(self) -> Driver:
+        self.package("pynvml")
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as err:
+            raise ProbeFailed(f"no NVIDIA driver answers ({err})") from err
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            gpus = []
+            for handle in handles:
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                gpus.append(Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free)))
+            return Driver(str(pynvml.nvmlSystemGetDriverVersion()), tuple(gpus))
+        except pynvml.NVMLError as err:
+            raise ProbeFailed(f"the NVIDIA driver does not tell ({err})") from err
+        finally:
+            pynvml.nvmlShutdown()
+
+    def host_memory_bytes(self) -> int:
+        """RAM that this process may use: the machine's, or the container's limit below it."""
+        import psutil
+
+        limits = [psutil.virtual_memory().total]
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            try:
+                limits.append(int(Path(path).read_text()))
+            except (OSError, ValueError):  # another cgroup version, no container, or "max": no limit
+                continue
+        return min(limits)
+
+    def providers(self, wanted: str) -> list[str]:
+        """Execution providers of a real onnxruntime session that asks for `wanted` first: a listed one may not load."""
+        self.package("onnxruntime")
+        import onnxruntime
+
+        if wanted not in onnxruntime.get_available_providers():
+            return ["CPUExecutionProvider"]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # the reason why a provider does not load is told by its absence
+        asked = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
+        try:
+            return list(onnxruntime.InferenceSession(IDENTITY_GRAPH, options, providers=asked).get_providers())
+        except Exception as err:  # onnxruntime has no public exception types
+            raise ProbeFailed(f"onnxruntime cannot open a session ({str(err).splitlines()[0]})") from err
+
+    def tensorrt(self) -> str:
+        """Its provider in onnxruntime, with the libraries that this loads. Nothing is loaded: that takes seconds."""
+        self.package("onnxruntime")
+        import onnxruntime
+
+        from runner.preprocess.networks.providers import TENSORRT, has_tensorrt_libraries
+
+        if TENSORRT not in onnxruntime.get_available_providers():
+            raise ProbeFailed("this onnxruntime was built without it")
+        if not has_tensorrt_libraries():
+            raise ProbeFailed("libnvinfer is not installed")
+        return TENSORRT
+
+    def encoder(self, name: str) -> str:
+        """Long name of a video encoder that PyAV brings."""
+        self.package("av")
+        import av
+
+        try:
+            return str(av.codec.Codec(name, "w").long_name)
+        except (ValueError, LookupError) as err:  # UnknownCodecError is a ValueError
+            raise ProbeFailed(f"this build of PyAV has no {name} encoder") from err
+
+    def compiler(self) -> str:
+        """The C compiler that Triton and Inductor would call."""
+        for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+            if name and (path := shutil.which(name)):
+                return path
+        raise ProbeFailed("no C compiler (cc, gcc or clang)")
+
+    def python_header(self) -> str:
+        """Python.h of this interpreter."""
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not header.is_file():
+            raise ProbeFailed(f"no {header}")
+        return str(header)

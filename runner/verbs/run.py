@@ -1,0 +1,171 @@
+"""Run: puts one `run` together from its flags: manifest, shard, storage, weights, engine, batch; then runs it.
+
+In:   the parsed flags. Out: the exit code, a table, and what the batch leaves on the output storage.
+Never: how any of the pieces works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from runner.batch.ledger import Ledger
+from runner.batch.loop import Batch, Engine
+from runner.batch.memory_sampler import MemorySampler
+from runner.batch.progress import choose_progress
+from runner.batch.scratch import scratch_folder
+from runner.batch.shards import Shard, choose_shard, run_id_from_env
+from runner.batch.stop import Stop
+from runner.batch.summary import SummaryWriter
+from runner.errors import ConfigInvalid, WeightsMissing
+from runner.generation.protocol import Generator
+from runner.records.events import EventLog
+from runner.spec.manifest import Job, Manifest, load_manifest
+from runner.storage import check_key, open_storage, probe_writable
+from runner.storage.sync import sync_models
+from runner.verbs.sheet import try_draw_sheet
+from runner.verbs.tables import print_run
+
+if TYPE_CHECKING:
+    from runner.preprocess.networks.providers import NetworkOptions
+
+__all__ = ["build_engine", "choose_jobs", "local_models", "network_options", "run_manifest"]
+
+
+def run_manifest(arguments: argparse.Namespace) -> int:
+    """The verb `run`: everything that can be wrong for all jobs is found before the first starts."""
+    manifest, jobs, shard, why = choose_jobs(arguments)
+    run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    try:
+        check_key(f"runs/{run_id}/summary.json")
+    except ConfigInvalid as error:
+        raise ConfigInvalid(error.what, where="--run-id", todo="It is a folder's name: write e.g. night-7") from error
+    storage = open_storage(arguments.out)
+    probe_writable(storage)
+    engine = build_engine(arguments, manifest)
+    for job in jobs:
+        engine.own(job)  # a LoRA that is not there is found now, not in the middle of the night
+    log = structlog.get_logger()
+    log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
+
+    with scratch_folder(arguments.cache) as scratch:
+        progress = choose_progress(len(jobs), arguments.log_format)
+        events_file = scratch / "events.jsonl"
+        summary = SummaryWriter(
+            storage,
+            run_id=run_id,
+            shard=f"{shard.index:05d}-of-{shard.count:05d}",
+            shard_reason=why,
+            manifest=manifest.source,
+            recipe=engine.recipe,
+            job_ids=[job.id for job in jobs],
+            events_file=events_file,
+        )
+        stop = Stop(arguments.drain_s)
+        batch = Batch(
+            jobs,
+            engine,
+            storage,
+            Ledger(
+                storage,
+                max_attempts=arguments.max_attempts,
+                force=arguments.force,
+                retry_failed=arguments.retry_failed,
+            ),
+            summary,
+            EventLog(events_file),
+            stop=stop,
+            scratch=scratch / "jobs",
+            progress=progress,
+            sampler=MemorySampler(),
+        )
+        try:
+            with stop.listening():
+                code = batch.run()
+        finally:
+            progress.close()
+        where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
+        if arguments.sheet is not None:
+            where.append(try_draw_sheet(jobs, storage, arguments.sheet, scratch, stop))
+        print_run(summary.lines, summary.counts, where)
+        return code
+
+
+def choose_jobs(arguments: argparse.Namespace) -> tuple[Manifest, list[Job], Shard, str]:
+    """The manifest, this shard's jobs of it, the shard, and where the shard came from."""
+    manifest = load_manifest(arguments.manifest)
+    shard, why = choose_shard(arguments.shard, arguments.shard_count, os.environ)
+    return manifest, list(shard.take(manifest.jobs)), shard, why
+
+
+def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
+    """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
+
+    Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
+    """
+    from runner.generation.runtime.memory_plan import MODES
+    from runner.generation.wan_animate.loras import own_parts
+    from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
+    from runner.weights.store import ModelStore, wanted
+
+    recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
+    memory = arguments.memory or manifest.memory or "auto"
+    if memory not in ("auto", *MODES):  # a manifest's was checked with the manifest
+        raise ConfigInvalid(f"no memory mode {memory!r}", where="--memory", todo=f"Modes: auto, {', '.join(MODES)}")
+    store = ModelStore(local_models(arguments, wanted(recipe)))
+    store.check(recipe)
+    identity = {f"recipe.{name}": str(value) for name, value in recipe.effective().items()}
+    identity |= store.identities(recipe, arguments.cache)
+    assume: dict[str, str] = {}
+    if arguments.assume:
+        from runner.quantization.files.assumptions import parse_assumptions
+
+        assume = parse_assumptions(arguments.assume)
+    identity |= {f"assume.{name}": value for name, value in assume.items()}
+    networks = network_options(arguments)
+    if networks.pose_precision != "fp32":  # other poses, other frames
+        identity["pose_precision"] = networks.pose_precision
+
+    def load() -> Generator[Any]:
+        from runner.generation.wan_animate.generator import WanAnimateGenerator
+
+        return WanAnimateGenerator.load(
+            store,
+            recipe,
+            device=arguments.device,
+            assume=assume,
+            cache=arguments.cache,
+            memory=memory,
+            networks=networks,
+        )
+
+    return Engine(
+        recipe=recipe.name,
+        identity=identity,
+        load=load,
+        effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
+        own=lambda job: own_parts(store, job.options, bool(job.mask or job.official), arguments.cache),
+    )
+
+
+def network_options(arguments: argparse.Namespace) -> NetworkOptions:
+    """What the flags say about the preprocessing's networks."""
+    from runner.preprocess.networks.providers import NetworkOptions
+
+    return NetworkOptions(arguments.pose_precision, arguments.tensorrt, arguments.cache)
+
+
+def local_models(arguments: argparse.Namespace, wanted: Callable[[str], bool]) -> Path:
+    """The model store as a local folder, synced from S3 where it is there."""
+    if not arguments.models:
+        raise WeightsMissing(
+            "no model store was named",
+            todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
+        )
+    return sync_models(arguments.models, arguments.cache / "models", wanted)

@@ -1,0 +1,70 @@
+"""Status: what an output folder holds, read from its records alone.
+
+In:   an output storage. Out: one `StatusRow` a job that has a record or a mark. Never: a manifest; a job that was never
+begun leaves nothing to read.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from runner.batch.ledger import Ledger
+from runner.errors import ConfigInvalid
+from runner.storage import Storage
+
+__all__ = ["StatusRow", "read_status"]
+
+READS_AT_ONCE = 16
+
+
+class StatusRow(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    status: Literal["succeeded", "failed", "running"]
+    detail: str
+    attempt: int
+    seconds: float | None = None
+    output: str | None = None
+    finished_at: str | None = None
+
+
+def read_status(storage: Storage) -> list[StatusRow]:
+    """One row a job, by id. `running` also stands for a job whose process died: only a rerun can tell.
+
+    Raises ConfigInvalid where nothing at all lies: no run has written there, or the path is mistyped; storage.*.
+    """
+    if next(storage.list(), None) is None:
+        raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
+    marks = ("/result.json", "/attempt.json")
+    ids = sorted({info.key.split("/")[1] for info in storage.list("jobs/") if info.key.endswith(marks)})
+    ledger = Ledger(storage)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        rows = pool.map(lambda job_id: _row(ledger, job_id), ids)
+        return [row for row in rows if row is not None]
+
+
+def _row(ledger: Ledger, job_id: str) -> StatusRow | None:
+    mark, record = ledger.attempt(job_id), ledger.result(job_id)
+    if mark is not None:
+        detail = f"attempt {mark.attempt} on {mark.host} since {mark.started_at}, unless its process died"
+        return StatusRow(id=job_id, status="running", detail=detail, attempt=mark.attempt)
+    if record is None:
+        return None
+    if record.error is not None:
+        detail = f"{record.error.code}: {record.error.message}"
+    else:
+        output = record.output
+        detail = f"{output.frames} frames {output.width}x{output.height} at {output.fps} fps" if output else ""
+    return StatusRow(
+        id=job_id,
+        status=record.status,
+        detail=detail,
+        attempt=record.attempt,
+        seconds=round(sum(record.timings_s.values()), 3),
+        output=record.output.uri if record.output else None,
+        finished_at=record.finished_at,
+    )

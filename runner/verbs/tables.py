@@ -1,0 +1,147 @@
+"""Tables: tables for a person on standard output. In: rows. Out: text. Never: decisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runner.errors import RunnerError
+from runner.records.record import JobLine
+
+if TYPE_CHECKING:
+    from runner.spec.manifest import Manifest
+    from runner.verbs.doctor import Check
+    from runner.verbs.plan import Forecast
+    from runner.verbs.status import StatusRow
+
+__all__ = ["print_checks", "print_plan", "print_problems", "print_run", "print_status"]
+
+COLOURS = {
+    "succeeded": "green",
+    "ok": "green",
+    "skipped": "dim",
+    "not_run": "yellow",
+    "running": "yellow",
+    "warn": "yellow",
+    "failed": "red",
+    "fail": "red",
+}
+
+
+def print_run(
+    lines: Sequence[JobLine], counts: dict[str, int], where: Sequence[str], console: Console | None = None
+) -> None:
+    """The run's table, its counts, and where to look."""
+    console = console or _console()
+    table = _table("job", "status", "seconds", "why / what")
+    for line in lines:
+        detail = f"{line.error.code}: {line.error.message}" if line.error else line.output or line.reason
+        seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
+        table.add_row(escape(line.id), _status(line.status), seconds, escape(detail))
+    console.print(table)
+    console.print(" · ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count))
+    for place in where:
+        console.print(escape(place), soft_wrap=True)
+
+
+def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError]], *, checked: bool) -> None:
+    console = _console()
+    for job_id, error in problems:
+        console.print(f"[red]{escape(job_id)}[/]  {error.code}: {escape(error.message)}", soft_wrap=True)
+    inputs = "inputs not checked" if not checked else f"{len(problems)} with inputs that cannot be used"
+    console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {inputs}", soft_wrap=True)
+
+
+def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
+    """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode."""
+    console = _console()
+    columns = ["frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP"]
+    modes = next((list(row.memory) for row in rows if row.memory), [])
+    columns += [f"GB {' / '.join(modes)}"] if modes else []
+    columns += [f"s on {gpu}"] if gpu else []
+    table = _table("job", *columns)
+    plans = [row.plan for row in rows if row.plan is not None]
+    for row in rows:
+        plan = row.plan
+        if plan is None:
+            table.add_row(escape(row.job_id), f"[red]{escape(str(row.error))}[/]", *[""] * (len(columns) - 1))
+            continue
+        cells = [
+            str(plan.frames),
+            f"{plan.width}x{plan.height}",
+            f"{plan.segments} x {plan.segment_frames}",
+            str(plan.denoised_frames),
+            f"{plan.padding_frames / plan.denoised_frames:.1%}",
+            f"{plan.overlap_total / plan.denoised_frames:.1%}",
+            str(plan.steps),
+            f"{plan.tflop / 1e3:.4g}",
+        ]
+        cells += [" / ".join(f"{row.memory[mode] / 1e9:.3g}" for mode in modes)] if modes else []
+        cells += [f"{plan.seconds:.3g}" if plan.seconds is not None else "?"] if gpu else []
+        table.add_row(escape(row.job_id), *cells)
+    console.print(table)
+    total = f"{len(rows)} jobs, {sum(plan.tflop for plan in plans) / 1e3:.4g} PFLOP by the models' shapes"
+    if gpu is None:
+        console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds")
+        return
+    seconds = sum(plan.seconds or 0.0 for plan in plans)
+    console.print(
+        f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts"
+    )
+
+
+def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
+    console = _console()
+    if as_json:
+        for row in rows:
+            console.out(json.dumps(row.model_dump(mode="json"), ensure_ascii=False), highlight=False)
+        return
+    table = _table("job", "status", "attempt", "seconds", "detail")
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        table.add_row(escape(row.id), _status(row.status), str(row.attempt), seconds, escape(row.detail))
+    console.print(table)
+    found = {status: sum(row.status == status for row in rows) for status in ("succeeded", "failed", "running")}
+    console.print(
+        f"{escape(out)}: " + " · ".join(f"{count} {status}" for status, count in found.items()), soft_wrap=True
+    )
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    console = _console()
+    table = _table("check", "result", "found", "what to do")
+    for check in checks:
+        table.add_row(escape(check.name), _status(check.status), escape(check.found), escape(check.todo or ""))
+    console.print(table)
+
+
+class _Console(Console):
+    """Falls silent when nobody reads any more (`video-lab run … | head`): rich's own ends the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _console() -> Console:
+    # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
+    console = _Console()
+    return console if console.is_terminal else _Console(width=200)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _status(status: str) -> str:
+    return f"[{COLOURS.get(status, 'default')}]{status.replace('_', ' ')}[/]"

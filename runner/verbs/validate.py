@@ -1,0 +1,190 @@
+"""Validate: do the files that jobs name exist, open as what they are said to be, and fit together?
+
+In:   jobs. Out: (job id, error) for every input that a render could not use, before any GPU is paid for.
+Never: people in pictures, weights, outputs. Pixels are decoded only when asked (`deep`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner.errors import InputUnreadable, RunnerError, as_runner_error
+from runner.spec.manifest import Job
+from runner.spec.options import official_names
+from runner.storage import fetch_input, is_remote, stat_input
+
+__all__ = ["check_inputs"]
+
+Problems = Sequence[tuple[str, RunnerError]]  # (job id, error)
+
+
+@dataclass
+class _Input:
+    """One file in one role, and the jobs that use it so."""
+
+    uri: str
+    role: str  # reference | video | mask, or that of an official file: pose | face | background | mask
+    jobs: list[Job] = field(default_factory=list)
+
+
+@dataclass
+class _Group:
+    """Files that must fit each other: a mask and its video, or the files of an official folder."""
+
+    uris: dict[str, str]  # role → file; for an official folder its name
+    official: bool
+    jobs: list[Job] = field(default_factory=list)
+
+
+def check_inputs(jobs: Iterable[Job], *, deep: bool = False, workers: int = 8) -> list[tuple[str, RunnerError]]:
+    """What is wrong with the inputs, in the order of the jobs; empty if all can be used.
+
+    Local images and videos are opened: headers, and for a video whether it has the frames that the job asks for. Then
+    those that belong together are compared: a mask with its video, the official files of one folder with each other. S3
+    objects are asked for and must not be empty. `deep`: S3 objects are fetched (one at a time for each worker, those
+    that are compared together; and removed again) and opened too, images are decoded whole, and masks looked through:
+    one that is black wherever the job renders is no mask. Each file is looked at once however many jobs use it.
+    """
+    jobs = list(jobs)
+    inputs: dict[tuple[str, str], _Input] = {}
+    groups: dict[tuple[str, ...], _Group] = {}
+    for job in jobs:
+        for role, uri in _places(job):
+            inputs.setdefault((uri, role), _Input(uri, role)).jobs.append(job)
+        uris = {job.official: job.official} if job.official else {"video": job.video, "mask": job.mask or ""}
+        if job.official or job.mask:
+            mode = job.options.mode if job.official else ""
+            groups.setdefault((*uris.values(), mode), _Group(uris, bool(job.official))).jobs.append(job)
+    found: dict[str, list[RunnerError]] = defaultdict(list)
+    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="inputs") as pool:
+        for problems in pool.map(lambda item: _check(item, deep), inputs.values()):
+            for job_id, error in problems:
+                found[job_id].append(error)
+        sound = [_without(group, set(found)) for group in groups.values()]  # one reason a job is enough
+        for problems in pool.map(lambda group: _check_together(group, deep), sound):
+            for job_id, error in problems:
+                found[job_id].append(error)
+    return [(job.id, error) for job in jobs for error in found.get(job.id, ())]
+
+
+def _places(job: Job) -> Iterator[tuple[str, str]]:
+    """(role, place) of each file that a job reads."""
+    if job.official:
+        for role, name in official_names(job.options.mode).items():
+            yield role, f"{job.official}/{name}"
+        return
+    yield "reference", job.reference
+    yield "video", job.video
+    if job.mask is not None:
+        yield "mask", job.mask
+
+
+def _without(group: _Group, jobs: set[str]) -> _Group:
+    return _Group(group.uris, group.official, [job for job in group.jobs if job.id not in jobs])
+
+
+def _check(item: _Input, deep: bool) -> Problems:
+    """(job id, error) for each job that cannot use `item`."""
+    try:
+        info = stat_input(item.uri)
+        if info.bytes == 0:
+            raise InputUnreadable("the file is empty (0 bytes)", where=item.uri, todo="Copy or upload it again")
+        if is_remote(item.uri) and not deep:
+            return []
+        with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
+            return _open(item, fetch_input(item.uri, Path(folder)), deep)
+    except Exception as err:  # whatever a decoder throws is this input's, and the others are still looked at
+        error = _named(err, item.uri)
+        return [(job.id, error) for job in item.jobs]
+
+
+def _open(item: _Input, path: Path, deep: bool) -> Problems:
+    from runner.preprocess.pictures.images import image_size, is_image, load_image
+
+    if item.role == "reference" or (item.role == "mask" and is_image(path)):
+        if deep:
+            load_image(path)
+        else:
+            image_size(path)
+        return []
+    from runner.video import VideoReader
+
+    problems = []
+    with VideoReader(path) as reader:
+        for job in item.jobs if item.role == "video" else ():
+            options = job.options
+            try:
+                reader.sample(options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity)
+            except RunnerError as err:
+                problems.append((job.id, _named(err, item.uri)))
+    return problems
+
+
+def _check_together(group: _Group, deep: bool) -> Problems:
+    """(job id, error) for each job whose inputs, each sound by itself, do not belong together."""
+    if not group.jobs or (not deep and any(is_remote(uri) for uri in group.uris.values())):
+        return []
+    with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
+        if not group.official:
+            return _mask_fits(group, Path(folder), deep)
+        (official,) = group.uris
+        where = Path(official)
+        if is_remote(official):
+            where = Path(folder)
+            try:
+                for name in official_names(group.jobs[0].options.mode).values():
+                    fetch_input(f"{official}/{name}", where).rename(where / name)
+            except (RunnerError, OSError) as err:
+                return [(job.id, _named(err, official)) for job in group.jobs]
+        return [problem for job in group.jobs for problem in _official_fits(job, where, official)]
+
+
+def _official_fits(job: Job, folder: Path, uri: str) -> Problems:
+    from runner.preprocess.official_files import OfficialConditions
+
+    try:
+        OfficialConditions.open(folder, job.options).close()
+    except Exception as err:
+        return [(job.id, _named(err, uri))]
+    return []
+
+
+def _mask_fits(group: _Group, folder: Path, deep: bool) -> Problems:
+    from runner.preprocess.masks.given import GivenMask
+    from runner.video import VideoReader
+
+    problems = []
+    uri = group.uris["mask"]
+    try:
+        video, mask = (fetch_input(place, folder / role) for role, place in group.uris.items())
+    except (RunnerError, OSError) as err:
+        return [(job.id, _named(err, uri)) for job in group.jobs]
+    for job in group.jobs:
+        options = job.options
+        try:
+            with VideoReader(video) as reader:
+                sampled = reader.sample(
+                    options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity
+                )
+                given = GivenMask(mask, reader.info, sampled)
+                try:
+                    if deep:
+                        given.check_not_empty()
+                finally:
+                    given.close()
+        except Exception as err:
+            problems.append((job.id, _named(err, uri)))
+    return problems
+
+
+def _named(err: Exception, uri: str) -> RunnerError:
+    """As an error of ours that names the input as the manifest does, not a copy in a scratch folder."""
+    error = as_runner_error(err, where=uri)
+    if is_remote(uri):
+        error.where = uri
+    return error

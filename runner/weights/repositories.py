@@ -1,0 +1,181 @@
+"""Repositories: where the published files of a recipe come from, where in the store they go, and under which licence.
+
+In:   a recipe's name. Out: the `Source`s it needs, frozen data. Never: the network, the disk.
+
+Only what this table names is ever fetched, and nothing that Python could unpickle: the original repository's .pth, .pt
+and .ckpt files are left where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from types import MappingProxyType
+
+from runner.errors import ConfigInvalid
+from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
+
+__all__ = ["FP4_FOLDER", "PARTS", "PICKLED", "SOURCES", "Pin", "Source", "parts_of", "recipe_base", "sources_of"]
+
+FP4_FOLDER = "Wan2.2-Animate-14B-FP4"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a file must be, whatever the hub says today: size in bytes, sha256 of the bytes."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some files of one hub repository, and the folder of the store they belong in."""
+
+    part: str
+    repo: str
+    files: tuple[str, ...]  # shell patterns on paths in the repository; `*` crosses folders
+    folder: str  # of the store; "" is its root
+    licence: str  # as its publisher states it; the hub's card is shown beside it
+    gb: float  # about: to choose a disk by, before the hub has been asked
+    revision: str = "main"
+    flat: bool = False  # drop the folders that the files have in the repository
+    notice: str = ""  # what a user has to know before using it
+    pins: Mapping[str, Pin] = field(default_factory=dict)  # by name of the file, without folders
+
+    def wants(self, path: str) -> bool:
+        """Is this path of the repository one of ours? Never one that may be a pickle."""
+        return not path.lower().endswith(PICKLED) and any(fnmatchcase(path, pattern) for pattern in self.files)
+
+    def place(self, path: str) -> str:
+        """Where a path of the repository goes, relative to `folder`."""
+        return PurePosixPath(path).name if self.flat else path
+
+
+DIFFUSERS_REPO = "Wan-AI/Wan2.2-Animate-14B-Diffusers"
+LORA_REPO = "Kijai/WanVideo_comfy"
+LORA_COMMIT = "8260d429d19fd7a72304cad059160b95d843913f"  # both LoRAs lie there under these names
+SEED_REPO = "treksis/video-lab"
+
+SOURCES: Mapping[str, Source] = MappingProxyType(
+    {
+        source.part: source
+        for source in (
+            Source(
+                part="components",
+                repo=DIFFUSERS_REPO,
+                files=(
+                    *("tokenizer/*", "text_encoder/*", "image_encoder/*", "image_processor/*", "vae/*", "scheduler/*"),
+                    *("model_index.json", "transformer/config.json"),
+                ),
+                folder=SOURCE_WEIGHTS,
+                licence="Apache-2.0",
+                gb=13,
+            ),
+            Source(
+                part="transformer",
+                repo=DIFFUSERS_REPO,
+                files=("transformer/*.safetensors", "transformer/*.json"),
+                folder=SOURCE_WEIGHTS,
+                licence="Apache-2.0",
+                gb=69.1,
+            ),
+            Source(
+                part="preprocess",
+                repo="Wan-AI/Wan2.2-Animate-14B",
+                files=("process_checkpoint/det/yolov10m.onnx", "process_checkpoint/pose2d/*"),
+                folder="",
+                licence="Apache-2.0; the detector AGPL-3.0",
+                gb=2.6,
+                notice="yolov10m.onnx is under AGPL-3.0: a service that uses it takes on that licence's duties",
+            ),
+            Source(
+                part="fp4",
+                repo=SEED_REPO,
+                files=("*quantized_transformer.safetensors", "*quantize_config.json"),
+                folder=FP4_FOLDER,
+                licence="none stated; made from Apache-2.0 weights",
+                gb=9.9,
+                flat=True,
+            ),
+            Source(
+                part="fp4-text-encoder",
+                repo=SEED_REPO,
+                files=("*quantized_text_encoder.safetensors",),
+                folder=FP4_FOLDER,
+                licence="none stated; made from Apache-2.0 weights",
+                gb=6.7,
+                flat=True,
+            ),
+            Source(
+                part="distill-lora",
+                repo=LORA_REPO,
+                files=("Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors",),
+                folder="distill_lora",
+                licence="Apache-2.0, by lightx2v",
+                gb=0.74,
+                revision=LORA_COMMIT,
+                flat=True,
+                pins={
+                    "lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors": Pin(
+                        738_005_744, "85c4a61c30e0497aa44b91d93a893b624708461a56fe5485183b28fa07e2dfb3"
+                    )
+                },
+            ),
+            Source(
+                part="relight-lora",
+                repo=LORA_REPO,
+                files=("LoRAs/Wan22_relight/WanAnimate_relight_lora_fp16.safetensors",),
+                folder="loras",
+                licence="Apache-2.0, part of Wan2.2-Animate",
+                gb=1.44,
+                revision=LORA_COMMIT,
+                flat=True,
+                pins={
+                    "WanAnimate_relight_lora_fp16.safetensors": Pin(
+                        1_436_672_440, "fc646c74c73f4b251f5fd9bc440ef21b03b27305f499966c68b2b3aa31498561"
+                    )
+                },
+            ),
+        )
+    }
+)
+PARTS = tuple(SOURCES)
+
+# Recipe, without the suffix that chooses compute → what it cannot run without.
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "bf16": ("components", "transformer", "preprocess"),
+        "fp32": ("components", "transformer", "preprocess"),
+        "fp4": ("components", "fp4", "preprocess"),
+        "fp4-distill": ("components", "fp4", "distill-lora", "preprocess"),
+    }
+)
+
+
+def recipe_base(recipe: Recipe | str) -> str:
+    """A recipe's name without the suffix that chooses compute. Raises ConfigInvalid for a name that is none."""
+    name = recipe if isinstance(recipe, str) else recipe.name
+    base = name.partition("+")[0]
+    if base not in NEEDED:
+        get_recipe(name)  # says what is wrong with the name, where something is
+        raise ConfigInvalid(f"recipe {name!r} has no published files to fetch", todo="Recipes: " + ", ".join(NEEDED))
+    return base
+
+
+def parts_of(recipe: Recipe | str) -> tuple[str, ...]:
+    """The parts that `recipe` needs, in the order of the table."""
+    needed = NEEDED[recipe_base(recipe)]
+    return tuple(part for part in PARTS if part in needed)
+
+
+def sources_of(recipe: Recipe | str, parts: Iterable[str] | None = None) -> list[Source]:
+    """The sources of a recipe, or those of `parts` instead. Raises ConfigInvalid for a part that is none."""
+    wanted = parts_of(recipe) if parts is None else tuple(parts)
+    unknown = [part for part in wanted if part not in SOURCES]
+    if unknown:
+        raise ConfigInvalid(f"no part {unknown[0]!r} of the published files", todo="Parts: " + ", ".join(PARTS))
+    return [SOURCES[part] for part in PARTS if part in wanted]

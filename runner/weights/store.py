@@ -1,0 +1,346 @@
+"""Store: where the models of a recipe lie in `--models`, whether they are all there, and what they are.
+
+In:   the store's root (a local folder) and a recipe. Out: paths, parsed configs, identities, or an error that lists
+      what is missing, which folder it goes into and where to get it.
+Never: tensors. Files are opened for their headers only; pickled weights (.bin, .pt, .ckpt) are never opened at all.
+
+Layout: the published folders as they are, so that a download drops in.
+    Wan2.2-Animate-14B-Diffusers/{transformer,vae,text_encoder,image_encoder,tokenizer,image_processor}/
+    process_checkpoint/det/yolov10m.onnx
+    process_checkpoint/pose2d/vitpose_h_wholebody.onnx  (a file, or a folder with end2end.onnx and its weight files)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.forecast.flops import Costs
+from runner.spec.options import JobOptions
+from runner.spec.recipes import Recipe
+from runner.weights.digests import FileIdentities, combine
+from runner.weights.variant import Variant, choose_variant, lora_files, text_file, wanted_fp4
+
+__all__ = ["COMPONENTS", "ModelStore", "wanted"]
+
+COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
+
+# Component -> name of its weights, as the library that saved it calls them.
+WEIGHTS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "image_encoder": "model",
+}
+CONFIGS = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+DETECTOR = "process_checkpoint/det/yolov10m.onnx"
+POSE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
+POSE_REPACKED = "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"  # one graph and one .bin of weights
+POSE_GRAPH = "end2end.onnx"  # in the published folder
+DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
+SEGMENTER = "process_checkpoint/sam2"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+LFS_POINTER = b"version https://git-lfs"
+
+HUB = {
+    "weights": "Wan-AI/Wan2.2-Animate-14B-Diffusers on the Hugging Face hub",
+    "preprocess": "process_checkpoint/ of Wan-AI/Wan2.2-Animate-14B on the Hugging Face hub",
+}
+
+
+@dataclass(frozen=True)
+class ModelStore:
+    """A local folder of models. Files are hashed at most once in its life."""
+
+    root: Path
+    _hashes: FileIdentities = field(default_factory=FileIdentities, repr=False, compare=False)
+
+    def component(self, recipe: Recipe, name: str) -> Path:
+        """Folder of one of COMPONENTS."""
+        return self.root / recipe.weights / name
+
+    @property
+    def detector(self) -> Path:
+        """The person detector's ONNX file."""
+        return self.root / DETECTOR
+
+    @property
+    def pose(self) -> Path:
+        """The pose model's ONNX graph, whichever of the three published forms is there."""
+        for path in (self.root / POSE / POSE_GRAPH, self.root / POSE, self.root / POSE_REPACKED):
+            if path.is_file():
+                return path
+        return self.root / POSE
+
+    @property
+    def dwpose(self) -> tuple[Path, Path]:
+        """Detector and pose network of `preprocess.pose: dwpose`. Optional."""
+        return self.root / DWPOSE[0], self.root / DWPOSE[1]
+
+    @property
+    def segmenter(self) -> Path:
+        """Folder of the video segmenter (transformers' layout). Optional: for replace jobs without a mask."""
+        return self.root / SEGMENTER
+
+    def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
+        """Optional models that one job needs → their files. Raises WeightsMissing, which says for what."""
+        wanted: dict[str, list[Path]] = {}
+        if options.preprocess.pose == "dwpose":
+            wanted["dwpose"] = list(self.dwpose)
+        if options.mode == "replace" and not has_mask:
+            weights = weight_files(self.segmenter, "model")
+            wanted["segmenter"] = [self.segmenter / "config.json", *weights]
+        for what, files in wanted.items():
+            missing = [self._name(path) for path in files if not path.is_file()]
+            if missing:
+                raise WeightsMissing(
+                    f"no {', '.join(missing)}",
+                    where=self.root,
+                    todo="Put them there, or give replace jobs a `mask:`"
+                    if what == "segmenter"
+                    else "Put them there, or leave preprocess.pose at vitpose",
+                )
+        return wanted
+
+    def variant(self, recipe: Recipe) -> Variant:
+        """Which files the transformer and the text encoder come from. Raises WeightsMissing."""
+        return choose_variant(self.root, recipe)
+
+    def components(self, recipe: Recipe) -> tuple[str, ...]:
+        """Those of COMPONENTS that come from the plain folders."""
+        instead = {"transformer"} if recipe.fp4 else set()
+        instead |= {"text_encoder"} if text_file(self.root, recipe) else set()
+        return tuple(name for name in COMPONENTS if name not in instead)
+
+    def config(self, recipe: Recipe, name: str) -> dict[str, Any]:
+        """A component's parsed config. Raises WeightsMissing or WeightsCorrupt."""
+        if name == "transformer":
+            return read_json(self.variant(recipe).config)
+        return read_json(self.component(recipe, name) / CONFIGS.get(name, "config.json"))
+
+    def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
+        """name → (file, strength) of a job's own LoRAs. Raises WeightsMissing for a name that has no file."""
+        return lora_files(self.root, names, replace=replace)
+
+    def lora_identities(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
+        """File → sha256."""
+        return self._hashes.of(files, self.root, cache)
+
+    def costs(self, recipe: Recipe) -> Costs:
+        """What jobs cost with these very models, from their configs."""
+        return Costs.from_configs(*(self.config(recipe, name) for name in ("transformer", "vae", "image_encoder")))
+
+    def check(self, recipe: Recipe) -> None:
+        """Everything `recipe` needs is there and whole, as far as headers tell; takes milliseconds.
+
+        Raises WeightsMissing with every missing file at once, else WeightsCorrupt for the first that is damaged.
+        """
+        if not self.root.is_dir():
+            raise WeightsMissing(
+                "no such folder of models",
+                where=self.root,
+                todo="Pass --models DIR, or make one: video-lab weights demo",
+            )
+        components = self.components(recipe)
+        missing = [line for name in components for line in self._missing(recipe, name)]
+        missing += [f"{rel}  (from {HUB['preprocess']})" for rel in self._missing_onnx()]
+        todo = "Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo"
+        also = ""
+        try:
+            variant = self.variant(recipe)
+        except WeightsMissing as err:
+            if not missing:
+                raise
+            also, todo = f"\n  {err.what}", f"{todo}\n{err.todo}"
+        if missing:
+            raise WeightsMissing(
+                f"recipe {recipe.name!r} lacks {len(missing)} file{'s' if len(missing) > 1 else ''}\n"
+                + "\n".join(f"  {line}" for line in missing)
+                + f"{also}\n",
+                where=self.root,
+                todo=todo,
+            )
+        for name in components:
+            self.config(recipe, name)
+            check_weights(self.component(recipe, name), WEIGHTS.get(name))
+        check_variant(variant)
+        for files in (self._onnx_files(self.detector), self._onnx_files(self.pose)):
+            for file in files:
+                check_not_empty(file)
+
+    def identities(self, recipe: Recipe, cache: Path | None = None) -> dict[str, str]:
+        """Piece -> sha256 of its files, configs included: an edited config renders other frames. For the fingerprint.
+
+        A piece of several files has the digest of their sha256sum listing. `cache`, a writable folder, remembers what
+        was hashed between runs. See digests.py for what is read.
+        """
+        pieces = {name: self._component_files(recipe, name) for name in self.components(recipe)}
+        if extra := self.variant(recipe).files:
+            pieces["transformer"] = list(extra)
+        pieces |= {"detector": self._onnx_files(self.detector), "pose": self._onnx_files(self.pose)}
+        digests = self._hashes.of((file for files in pieces.values() for file in files), self.root, cache)
+        return {name: combine({self._name(f): digests[f] for f in files}) for name, files in pieces.items()}
+
+    def text_identity(self, recipe: Recipe, cache: Path | None = None) -> str:
+        """Digest of all that makes an embedding of a text: tokenizer and text encoder, whichever file that is."""
+        file = self.variant(recipe).text_encoder
+        files = [file] if file else self._component_files(recipe, "text_encoder")
+        files += self._component_files(recipe, "tokenizer")
+        digests = self._hashes.of(files, self.root, cache)
+        return combine({self._name(f): digests[f] for f in files})
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
+
+    def _missing(self, recipe: Recipe, name: str) -> list[str]:
+        folder = self.component(recipe, name)
+        source = f"(from {name}/ of {HUB['weights']})"
+        wanted = [folder / CONFIGS.get(name, "config.json")]
+        lines = []
+        if name == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            wanted.append(folder / TOKENIZER_FILES[0])
+        if name in WEIGHTS:
+            files = weight_files(folder, WEIGHTS[name])
+            wanted += files
+            if not files:
+                pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
+                refused = f"; {pickled[0]} is a pickle, which can run code, and is never read" if pickled else ""
+                lines.append(f"{self._name(folder / WEIGHTS[name])}.safetensors  {source}{refused}")
+        return [f"{self._name(path)}  {source}" for path in wanted if not path.is_file()] + lines
+
+    def _missing_onnx(self) -> list[str]:
+        lines = [] if self.detector.is_file() else [DETECTOR]
+        return lines if self.pose.is_file() else [*lines, f"{POSE} or {POSE}/{POSE_GRAPH}"]
+
+    def _component_files(self, recipe: Recipe, name: str) -> list[Path]:
+        folder = self.component(recipe, name)
+        plain = [p for p in folder.glob("*") if p.is_file() and p.suffix in (".json", ".model", ".txt")]
+        weights = weight_files(folder, WEIGHTS[name]) if name in WEIGHTS else []
+        return sorted({*(p for p in plain if not p.name.startswith(".")), *weights})
+
+    @staticmethod
+    def _onnx_files(graph: Path) -> list[Path]:
+        """The graph and the files that hold its weights: its folder's, or its neighbours of the same name."""
+        if graph.name == POSE_GRAPH:
+            beside: Iterable[Path] = graph.parent.rglob("*")
+        else:
+            beside = graph.parent.glob(f"{graph.stem.removesuffix('_model')}*")
+        others = {p for p in beside if p.is_file() and p.suffix != ".onnx" and not p.name.startswith(".")}
+        return sorted({graph, *others})
+
+
+def wanted(recipe: Recipe) -> Callable[[str], bool]:
+    """Which keys of a remote store to copy for `recipe`: a predicate on paths relative to the store's root."""
+
+    fp4 = wanted_fp4(recipe)
+
+    def want(key: str) -> bool:
+        parts = PurePosixPath(key).parts
+        if not parts or any(part.startswith(".") for part in parts):
+            return False
+        if parts[0] == recipe.weights and len(parts) > 2 and parts[1] == "transformer" and recipe.fp4:
+            return parts[2] == "config.json"  # the source itself is what FP4 saves fetching
+        if parts[0] == recipe.weights:
+            return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
+        if fp4(key):
+            return True
+        optional = key in DWPOSE or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
+        return optional or key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
+
+    return want
+
+
+def check_variant(variant: Variant) -> None:
+    """Headers of the quantised files and of the LoRAs beside them. Raises WeightsCorrupt."""
+    if variant.kind == "quantized":
+        from runner.quantization.files.checkpoint_read import check_file
+
+        check_file(variant.transformer)
+    elif variant.kind == "published":
+        tensor_names(variant.transformer)
+    for file in (*variant.loras, *((variant.text_encoder,) if variant.text_encoder else ())):
+        tensor_names(file)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors of a component: `stem.safetensors`, or its index and all shards it names (there or not)."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    files = [single] if single.is_file() else []
+    if index.is_file():
+        files += [index, *(folder / shard for shard in sorted(set(weight_map(index).values())))]
+    return files
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, of an index. Raises WeightsCorrupt."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
+        raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
+    strays = sorted(
+        {name for name in shards.values() if PurePosixPath(name).name != name or not name.endswith(".safetensors")}
+    )
+    if strays:
+        raise WeightsCorrupt(f"the index names {strays[0]!r}, which is no safetensors file beside it", where=index)
+    return shards
+
+
+def check_weights(folder: Path, stem: str | None) -> None:
+    """Headers of a component's safetensors agree with the files' sizes and with the index. Raises WeightsCorrupt."""
+    if stem is None:
+        return
+    held: dict[str, set[str]] = {}
+    for file in weight_files(folder, stem):
+        if file.suffix == ".safetensors":
+            held[file.name] = tensor_names(file)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return
+    for tensor, shard in weight_map(index).items():
+        if tensor not in held[shard]:
+            raise WeightsCorrupt(
+                f"{tensor} is not in {shard}, where the index puts it", where=index, todo="Download both again"
+            )
+
+
+def tensor_names(file: Path) -> set[str]:
+    """Names in a safetensors header; opening it also proves that the file is as long as the header says."""
+    from safetensors import SafetensorError, safe_open
+
+    check_not_empty(file)
+    try:
+        with safe_open(file, framework="np") as opened:
+            return set(opened.keys())
+    except SafetensorError as err:
+        raise WeightsCorrupt(
+            f"truncated or not a safetensors file, {file.stat().st_size} bytes ({err})",
+            where=file,
+            todo="Download it again",
+        ) from err
+
+
+def check_not_empty(file: Path) -> None:
+    """Raises WeightsCorrupt for an empty file and for a Git LFS pointer left in place of one."""
+    with file.open("rb") as stream:
+        head = stream.read(len(LFS_POINTER))
+    if not head:
+        raise WeightsCorrupt("the file is empty", where=file, todo="Download it again")
+    if head == LFS_POINTER:
+        raise WeightsCorrupt("a Git LFS pointer, not the file itself", where=file, todo="Run `git lfs pull` there")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsMissing or WeightsCorrupt."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
+    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise WeightsCorrupt(f"not JSON ({err})", where=path, todo="Download it again") from err
+    if not isinstance(value, dict):
+        raise WeightsCorrupt("not a JSON object", where=path, todo="Download it again")
+    return value

@@ -1,0 +1,519 @@
+"""The loop with a stub generator: no torch, no model; real storage, real video files, real records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import jsonschema
+import numpy as np
+import pytest
+from PIL import Image
+
+from runner.batch.ledger import Ledger
+from runner.batch.loop import Batch, Engine
+from runner.batch.memory_sampler import MemorySampler
+from runner.batch.progress import SilentProgress
+from runner.batch.queues import WorkList
+from runner.batch.stop import Stop
+from runner.batch.summary import SummaryWriter
+from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
+from runner.records.events import EventLog
+from runner.records.record import AttemptMark, schemas
+from runner.spec.manifest import Job
+from runner.spec.options import JobOptions
+from runner.storage import LocalStorage
+from runner.verbs.status import read_status
+from tests.stub_generator import HEIGHT, WIDTH, StubConditions, StubGenerator
+
+SIGTERM = 15
+
+
+class Bench:
+    """One output folder, inputs, and as many runs over them as a test likes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.out = LocalStorage(folder / "out")
+        self.reference, self.video = folder / "ref.png", folder / "video.mp4"
+        Image.new("RGB", (8, 8), "red").save(self.reference)
+        self.video.write_bytes(b"not opened by the stub")
+        self.loads = 0
+        self.stop = Stop()
+        self.generator = StubGenerator()
+        self.events: list[dict] = []
+
+    def job(self, name: str, prompt: str = "ok", **options) -> Job:
+        return Job(name, str(self.reference), str(self.video), None, prompt, JobOptions(**options), None)
+
+    def run(self, *jobs: Job, run_id: str = "r1", storage=None, **ledger) -> int:
+        storage = storage or self.out
+
+        def load() -> StubGenerator:
+            self.loads += 1
+            return self.generator
+
+        events = self.folder / f"events-{run_id}.jsonl"
+        summary = SummaryWriter(
+            storage,
+            run_id=run_id,
+            shard="0-of-1",
+            shard_reason="test",
+            manifest="m.yaml",
+            recipe="stub",
+            job_ids=[job.id for job in jobs],
+            events_file=events,
+        )
+        batch = Batch(
+            jobs,
+            Engine("stub", self.generator.identity, load),
+            storage,
+            Ledger(storage, **ledger),
+            summary,
+            EventLog(events, quiet=True),
+            stop=self.stop,
+            scratch=self.folder / "scratch",
+            progress=SilentProgress(),
+            sampler=MemorySampler(0.05),
+        )
+        code = batch.run()
+        self.events = [json.loads(line) for line in events.read_text().splitlines()]
+        self.summary = json.loads((self.folder / f"out/runs/{run_id}/0-of-1.summary.json").read_bytes())
+        jsonschema.validate(self.summary, schemas()["summary.v1.schema.json"])
+        return code
+
+    def result(self, name: str) -> dict:
+        data = json.loads((self.folder / f"out/jobs/{name}/result.json").read_bytes())
+        jsonschema.validate(data, schemas()["result.v1.schema.json"])
+        return data
+
+    def files(self, name: str) -> set[str]:
+        root = self.folder / "out/jobs" / name
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch) -> Bench:
+    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 0.01)
+    return Bench(tmp_path)
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_every_job_leaves_its_files_and_a_full_record(bench):
+    assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
+    for name in ("a", "b"):
+        assert bench.files(name) == {"output.mp4", "pose.mp4", "poster.jpg", "result.json"}
+        record = bench.result(name)
+        assert record["status"] == "succeeded"
+        assert record["output"]["frames"] == frames_in(bench.folder / f"out/jobs/{name}/output.mp4") == 6
+        assert record["efficiency"]["frames_denoised"] == 6
+        assert record["memory"]["host_rss_peak_bytes"] > 0
+        assert {"fetch", "stub_prepare", "encode_video", "publish"} <= record["timings_s"].keys()
+        assert len(record["steps_s"]) == 4
+        assert record["environment"]["packages"]["torch"]
+    assert bench.result("a")["output"]["frames_sha256"] != bench.result("b")["output"]["frames_sha256"]
+    assert bench.summary["counts"] == {"total": 2, "succeeded": 2, "skipped": 0, "failed": 0, "not_run": 0}
+    assert bench.summary["exit_code"] == 0
+    prom = (bench.folder / "out/runs/r1/0-of-1.metrics.prom").read_text()
+    assert 'video_lab_jobs_total{status="succeeded"} 2.0' in prom
+    assert "video_lab_frames_total 12.0" in prom
+    assert (bench.folder / "out/runs/r1/0-of-1.events.jsonl").exists()
+    assert bench.generator.closed
+    assert all(conditions.closed for conditions in bench.generator.prepared)
+    assert list((bench.folder / "scratch").iterdir()) == []
+
+
+def test_a_rerun_does_nothing_and_loads_nothing(bench):
+    bench.run(bench.job("a"), bench.job("b"))
+    before = {name: (bench.folder / f"out/jobs/{name}/result.json").stat().st_mtime_ns for name in "ab"}
+    assert bench.run(bench.job("a"), bench.job("b"), run_id="r2") == 0
+    assert bench.loads == 1
+    assert bench.summary["counts"]["skipped"] == 2
+    assert [line["reason"] for line in bench.summary["jobs"]] == ["done", "done"]
+    assert before == {name: (bench.folder / f"out/jobs/{name}/result.json").stat().st_mtime_ns for name in "ab"}
+
+
+def test_a_changed_option_reruns_that_job_only_and_says_why(bench):
+    bench.run(bench.job("a", seed=41), bench.job("b"))
+    assert bench.run(bench.job("a", seed=42), bench.job("b"), run_id="r2") == 0
+    lines = {line["id"]: line for line in bench.summary["jobs"]}
+    assert (lines["a"]["status"], lines["a"]["reason"]) == ("succeeded", "options.seed: 41 → 42")
+    assert lines["b"]["status"] == "skipped"
+
+
+@pytest.mark.parametrize("bad", ["fail-prepare", "fail-generate", "wrong-size", "few"])
+def test_one_bad_job_never_stops_the_batch(bench, bad):
+    assert bench.run(bench.job("a"), bench.job("bad", bad), bench.job("c")) == 1
+    assert {line["id"]: line["status"] for line in bench.summary["jobs"]} == {
+        "a": "succeeded",
+        "bad": "failed",
+        "c": "succeeded",
+    }
+    assert bench.files("bad") == {"result.json"}
+    record = bench.result("bad")
+    assert record["error"]["code"] == ("input.unreadable" if bad == "fail-prepare" else "internal")
+    assert record["error"]["stage"] == {"fail-prepare": "prepare", "fail-generate": "generate"}.get(bad, "deliver")
+    assert record["error"]["message"]
+    # its neighbours' frames are what they are without it
+    (bench.folder / "alone").mkdir()
+    alone = Bench(bench.folder / "alone")
+    alone.run(alone.job("c"))
+    assert alone.result("c")["output"]["frames_sha256"] == bench.result("c")["output"]["frames_sha256"]
+
+
+def test_a_missing_input_fails_its_job_and_keeps_an_older_output(bench):
+    bench.run(bench.job("a"), bench.job("b"))
+    bench.video.unlink()
+    assert bench.run(bench.job("a"), run_id="r2") == 1
+    assert bench.summary["jobs"][0]["error"]["code"] == "input.not_found"
+    assert bench.result("a")["status"] == "succeeded"
+    assert "output.mp4" in bench.files("a")
+
+
+def test_a_missing_input_of_a_new_job_is_recorded(bench):
+    bench.video.unlink()
+    assert bench.run(bench.job("a")) == 1
+    assert bench.result("a")["error"]["code"] == "input.not_found"
+    assert "video.mp4" in bench.result("a")["error"]["message"]
+    assert bench.loads == 0
+
+
+def test_a_failed_rerun_removes_the_stale_output_and_says_so(bench):
+    bench.run(bench.job("a"))
+    assert bench.run(bench.job("a", "fail-generate"), run_id="r2") == 1
+    assert bench.files("a") == {"result.json"}
+    assert bench.result("a")["notes"] == ["the output of an earlier run was removed"]
+
+
+def test_what_may_pass_is_tried_again(bench):
+    assert bench.run(bench.job("a", "flaky"), bench.job("b")) == 0
+    assert bench.result("a")["attempt"] == 2
+    assert bench.result("a")["reason"] == "retry after storage.unavailable"
+    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "succeeded"]
+
+
+def test_out_of_memory_is_tried_twice_then_fails(bench):
+    """With 1, not 3: a scheduler that starts the same command again would only pay for the same end."""
+    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 1
+    assert bench.generator.tries["oom"] == 2
+    assert bench.result("a")["error"] == bench.result("a")["error"] | {
+        "code": "resource.out_of_memory",
+        "retryable": True,
+    }
+    assert bench.result("b")["status"] == "succeeded"
+
+
+def test_one_attempt_is_one(bench):
+    assert bench.run(bench.job("a", "oom"), bench.job("b", "flaky"), max_attempts=1) == 1
+    assert bench.generator.tries == {"oom": 1, "flaky": 1}
+
+
+def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(bench, monkeypatch):
+    """Else one outage of minutes would use up every attempt, and the rerun that 3 promises would run nothing."""
+    asked = []
+
+    def away(*_):
+        asked.append(1)
+        raise StorageUnavailable("the stub's store is away")
+
+    monkeypatch.setattr(StubGenerator, "prepare", away)
+    for run in (1, 2):
+        assert bench.run(bench.job("a"), run_id=f"r{run}") == 3
+        assert (len(asked), bench.result("a")["attempt"]) == (3 * run, 3 * run)
+    monkeypatch.undo()
+    assert bench.run(bench.job("a"), run_id="r3") == 0
+
+
+def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
+    for run in (1, 2):
+        assert bench.run(bench.job("a", "oom"), run_id=f"r{run}") == 1
+    assert bench.generator.tries == {"oom": 3}
+    assert bench.run(bench.job("a", "oom"), run_id="r3") == 1
+    assert bench.generator.tries == {"oom": 3}
+    assert "--max-attempts 0" in bench.summary["jobs"][0]["reason"]
+    assert not bench.summary["jobs"][0]["error"]["retryable"]
+
+
+class Stepping(StubGenerator):
+    """Has memory for `oom` jobs once it was told to hold less; `broken`: it cannot be loaded that way."""
+
+    lowered, broken = 0, False
+
+    def lower_memory(self) -> bool:
+        self.lowered += 1
+        if self.broken:
+            raise WeightsMissing("gone")
+        return True
+
+    def generate(self, conditions, plan, timer, on_step=None):
+        if self.lowered:
+            conditions.request = replace(conditions.request, prompt="ok")
+        timer.forecast["denoise"] = 7
+        return super().generate(conditions, plan, timer, on_step)
+
+
+def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
+    bench.generator = Stepping()
+    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 0
+    assert bench.generator.lowered == 1
+    assert bench.result("a")["attempt"] == 2
+    assert bench.result("a")["memory"]["forecast"] == {"denoise": 7}
+    assert "memory_lowered" in [event["event"] for event in bench.events]
+
+
+def test_memory_steps_down_for_a_job_that_failed_before(bench):
+    bench.generator = Stepping()
+    assert bench.run(bench.job("a", "oom"), max_attempts=1) == 1
+    assert bench.generator.lowered == 0, "lowered for nothing: there was no try left"
+    assert bench.run(bench.job("a", "oom"), run_id="r2") == 0
+    assert (bench.generator.lowered, bench.result("a")["attempt"]) == (1, 3)
+
+
+def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
+    bench.generator = Stepping(frames=6)
+    bench.generator.broken = True
+    assert bench.run(bench.job("a", "oom"), bench.job("b"), bench.job("c")) == 2
+    assert bench.generator.lowered == 1
+    assert "engine_failed" in [event["event"] for event in bench.events]
+    assert bench.summary["stopped_by"] is not None
+
+
+class FullDisk(LocalStorage):
+    """Takes the outputs of job `a`, then is full."""
+
+    def publish(self, local, key):
+        if "/a/" not in key:
+            raise StorageFull("no space left on the device", where=key)
+        return super().publish(local, key)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_done(bench):
+    bench.generator = StubGenerator(generate_s=0.2)
+    jobs = [bench.job(name) for name in "abcde"]
+    assert bench.run(*jobs, storage=FullDisk(bench.folder / "out")) == 3
+    assert bench.result("a")["status"] == "succeeded"
+    assert bench.summary["counts"]["not_run"] >= 1
+    assert bench.summary["stopped_by"]
+    assert bench.run(*jobs, run_id="r2") == 0
+    assert [line["status"] for line in bench.summary["jobs"]] == ["skipped", *["succeeded"] * 4]
+
+
+def test_weights_that_cannot_load_stop_the_run_with_2(bench, monkeypatch):
+    def load():
+        raise WeightsCorrupt("truncated", where="transformer.safetensors")
+
+    monkeypatch.setattr(StubGenerator, "prepare", lambda *_: load())
+    assert bench.run(bench.job("a"), bench.job("b"), bench.job("c")) == 2
+    assert bench.summary["counts"]["not_run"] >= 1
+
+
+def test_frames_as_png(bench):
+    assert bench.run(bench.job("a", output={"format": "png"})) == 0
+    record = bench.result("a")
+    assert record["output"]["files"] == 6
+    assert record["output"]["key"] == "jobs/a/frames/"
+    paths = sorted((bench.folder / "out/jobs/a/frames").iterdir())
+    assert [path.name for path in paths] == [f"{n:06d}.png" for n in range(6)]
+    assert np.asarray(Image.open(paths[0])).shape == (HEIGHT, WIDTH, 3)
+    assert bench.run(bench.job("a", output={"format": "png"}), run_id="r2") == 0
+    assert bench.summary["counts"]["skipped"] == 1
+    # changing the format leaves nothing of the other one behind
+    assert bench.run(bench.job("a"), run_id="r3") == 0
+    assert bench.files("a") == {"output.mp4", "pose.mp4", "poster.jpg", "result.json"}
+
+
+def times(events: list[dict], name: str) -> dict[str, str]:
+    return {event["job"]: event["time"] for event in events if event["event"] == name}
+
+
+def test_stages_overlap(bench):
+    """Job 2 is prepared before job 1's generation ends; the whole takes what the critical path takes, and 5 %."""
+    count, prepare_s, generate_s = 4, 0.5, 1.2
+    over = []
+    for attempt in range(6):  # other work on the machine can only add: the best of six is the loop's own
+        bench.generator = StubGenerator(prepare_s=prepare_s, generate_s=generate_s)
+        begin = time.monotonic()
+        assert bench.run(*[bench.job(f"j{n}") for n in range(count)], run_id=f"r{attempt}", force=True) == 0
+        took = time.monotonic() - begin
+        last = bench.result(f"j{count - 1}")["timings_s"]
+        over.append(took / (prepare_s + count * generate_s + last["encode_video"] + last["publish"]) - 1)
+        prepared, generated = times(bench.events, "job_prepared"), times(bench.events, "job_generated")
+        assert all(prepared[f"j{n + 1}"] < generated[f"j{n}"] for n in range(count - 1))
+        if over[-1] <= 0.05:
+            break
+    assert min(over) <= 0.05, over
+    assert any(line.startswith("prepare of") for line in bench.result("j1")["memory"]["overlapped"])
+
+
+@pytest.mark.parametrize(("twice", "status"), [(False, "succeeded"), (True, "not_run")])
+def test_a_signal_drains(bench, twice, status):
+    bench.generator = StubGenerator(generate_s=0.6)
+
+    def signal() -> None:
+        bench.generator.generating.wait(10)
+        for _ in range(2 if twice else 1):
+            bench.stop.request(SIGTERM)
+
+    threading.Thread(target=signal).start()
+    assert bench.run(*[bench.job(name) for name in "abc"]) == 143
+    assert [line["status"] for line in bench.summary["jobs"]] == [status, "not_run", "not_run"]
+    assert bench.summary["stopped_by"] == "SIGTERM"
+    left = {"a": 4 if not twice else 0, "b": 0, "c": 0}
+    assert {name: len(bench.files(name)) for name in "abc"} == left
+    bench.stop = Stop()
+    assert bench.run(*[bench.job(name) for name in "abc"], run_id="r2") == 0
+    assert all(bench.result(name)["attempt"] == 1 for name in "abc")
+
+
+def gone_within(bench, seconds: float, *jobs: Job, run_id: str = "r1") -> list[str]:
+    """Run until SIGTERM's 143; the marks that are left."""
+    begin = time.monotonic()
+    assert bench.run(*jobs, run_id=run_id) == 143
+    assert time.monotonic() - begin < seconds
+    return [str(path) for path in (bench.folder / "out").rglob("attempt.json")]
+
+
+def test_a_signal_waits_for_no_preparation_and_leaves_no_mark_of_it(bench, monkeypatch):
+    """Else three machines that are taken back while the model loads would make the first job one that crashes."""
+    entered, prepare = threading.Event(), StubGenerator.prepare
+
+    def slow(self, request, timer):
+        if request.prompt == "slow":
+            bench.stop.request(SIGTERM)
+            entered.wait(20)
+        return prepare(self, request, timer)
+
+    monkeypatch.setattr(StubGenerator, "prepare", slow)
+    assert gone_within(bench, 15, bench.job("a"), bench.job("b", "slow")) == []
+    assert bench.summary["counts"]["not_run"] >= 1
+    entered.set()
+    bench.stop = Stop()
+    monkeypatch.setattr(StubGenerator, "prepare", prepare)
+    assert bench.run(bench.job("a"), bench.job("b", "slow"), run_id="r2") == 0
+    assert bench.result("b")["attempt"] == 1
+
+
+def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch):
+    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 60)
+    events = bench.folder / "events-r1.jsonl"
+
+    def signal() -> None:
+        while not (events.exists() and "job_retry" in events.read_text()):
+            time.sleep(0.01)
+        bench.stop.request(SIGTERM)
+
+    threading.Thread(target=signal).start()
+    assert gone_within(bench, 15, bench.job("a", "flaky")) == []
+
+
+def test_a_signal_between_a_failure_and_its_retry_leaves_no_mark(bench, monkeypatch):
+    """Exactly there: the list of waiting jobs is closed before the failed one is put back."""
+    closed, close, emit = threading.Event(), WorkList.close, EventLog.emit
+
+    def closing(self):
+        left = close(self)
+        closed.set()
+        return left
+
+    def emitting(self, event, **fields):
+        emit(self, event, **fields)
+        if event == "job_retry":
+            bench.stop.request(SIGTERM)
+            assert closed.wait(10)
+
+    monkeypatch.setattr(WorkList, "close", closing)
+    monkeypatch.setattr(EventLog, "emit", emitting)
+    assert gone_within(bench, 15, bench.job("a", "flaky")) == []
+    assert bench.summary["counts"]["not_run"] == 1
+
+
+def test_a_stopped_run_ends_after_the_marks_of_waiting_jobs_are_removed(bench, monkeypatch):
+    """The thread that removes them is not the one that ends the run; a store may take its time."""
+    abandon = Ledger.abandon
+
+    def slowly(self, job_id):
+        time.sleep(0.5)
+        abandon(self, job_id)
+
+    monkeypatch.setattr(Ledger, "abandon", slowly)
+    test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch)
+
+
+def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, tmp_path):
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from tests.batch.test_loop import Bench
+        bench = Bench(Path({str(tmp_path)!r}))
+        bench.run(bench.job("a"), bench.job("bad", "crash"), bench.job("c"), run_id=sys.argv[1])
+    """)
+    for run in ("c1", "c2", "c3"):
+        done = subprocess.run([sys.executable, "-c", script, run], cwd=Path(__file__).parents[2], check=False)
+        assert done.returncode == 9
+    # its neighbours died with it in the first run; from the second on the suspects ran last and alone
+    for name in "ac":
+        assert bench.result(name)["status"] == "succeeded"
+        assert bench.result(name)["attempt"] <= 2
+    assert bench.run(bench.job("a"), bench.job("bad", "crash"), bench.job("c"), run_id="c4") == 1
+    assert bench.result("bad")["error"]["code"] == "job.crashed"
+    assert bench.result("bad")["attempt"] == 3
+    assert bench.summary["counts"]["skipped"] == 2
+
+
+def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
+    bench.run(bench.job("a"))
+    (bench.folder / "out/jobs/a/attempt.json").write_bytes(
+        AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
+    )
+    assert [row.status for row in read_status(bench.out)] == ["running"]
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert [row.status for row in read_status(bench.out)] == ["succeeded"]
+
+
+def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkeypatch):
+    monkeypatch.setattr(SummaryWriter, "add", lambda *_: 1 / 0)
+    assert bench.run(bench.job("a"), bench.job("b")) != 0
+    assert bench.result("a")["status"] == "succeeded", "what was done was undone"
+    assert "output.mp4" in bench.files("a")
+
+
+@dataclass
+class Read(StubConditions):
+    reading: bool = False
+
+    def close(self) -> None:
+        assert not self.reading, "closed in one thread while another was reading: PyAV may crash the process"
+        super().close()
+
+
+class Reader(StubGenerator):
+    def prepare(self, request, timer):
+        made = super().prepare(request, timer)
+        self.prepared[-1] = Read(made.request, made.frames)
+        return self.prepared[-1]
+
+    def generate(self, conditions, plan, timer, on_step=None):
+        conditions.reading = True
+        try:
+            yield from super().generate(conditions, plan, timer, on_step)
+        finally:
+            conditions.reading = False
+
+
+def test_a_delivery_that_fails_closes_nothing_that_is_being_read(bench):
+    bench.generator = Reader(generate_s=0.5)
+    assert bench.run(bench.job("a", "wrong-size"), bench.job("b")) == 1
+    assert bench.result("a")["error"]["stage"] == "deliver"
+    assert bench.result("b")["status"] == "succeeded"
+    assert all(conditions.closed for conditions in bench.generator.prepared)

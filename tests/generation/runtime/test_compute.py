@@ -1,0 +1,209 @@
+"""Compute: the decision by hand, the layers that take part, the self-test's refusals, and frames in 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from runner.errors import ConfigInvalid
+from runner.generation.runtime.compute import (
+    BOUNDS,
+    advised,
+    apply_compute,
+    decide,
+    sees_every_token,
+    self_test,
+    supported,
+)
+from runner.generation.wan_animate.loading import load_pipeline
+from runner.generation.wan_animate.transformer import Switches
+from runner.quantization.kernels import low_bit
+from runner.quantization.kernels.low_bit import EXACT, LowBitLinear
+from runner.quantization.linear import FP4Linear
+from runner.quantization.rules import WAN_ANIMATE_14B, linear_shapes, transformer_on_meta
+from runner.spec.options import DEFAULT_PROMPT
+from runner.spec.recipes import get_recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
+from tests.generation.fp4_stores import psnr
+from tests.generation.stub_conditions import MemoryConditions
+from tests.generation.wan_animate.test_pipeline import job_options, make_plan, rendered_here
+from tests.generation.wan_animate.test_transformer import in_four_bits, load
+
+RIGHT = ("scaled_mm", "agrees with the definition")
+CPU = torch.device("cpu")
+
+# capability -> which computes have fast units there, and which of them is worth asking for
+DEVICES = {
+    (7, 5): (set(), "bf16"),
+    (8, 0): ({"int8"}, "int8"),
+    (8, 6): ({"int8"}, "int8"),
+    (8, 9): ({"int8", "fp8"}, "int8"),
+    (9, 0): ({"int8", "fp8"}, "fp8"),
+    (10, 0): ({"fp8", "nvfp4"}, "fp8"),
+    (12, 0): ({"fp8", "int8", "nvfp4"}, "int8"),
+}
+
+
+@pytest.mark.parametrize("capability", DEVICES, ids=str)
+@pytest.mark.parametrize("compute", ["fp8", "int8", "nvfp4"])
+def test_the_table(capability, compute):
+    can, best = DEVICES[capability]
+    assert supported(compute, capability) == (compute in can)
+    assert advised(capability) == best
+    assert supported("bf16", capability)
+    if compute in can:
+        choice = decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
+        assert (choice.compute, choice.product, choice.why) == (compute, *RIGHT)
+        return
+    with pytest.raises(ConfigInvalid, match=f"sm_{capability[0]}{capability[1]}") as caught:
+        decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
+    assert f"leave out +{compute}" in caught.value.message
+    assert best == "bf16" or f"ask for +{best}" in caught.value.message
+
+
+def test_bf16_asks_nothing():
+    assert decide("bf16", None, (None, ""), (), "cpu").product == ""
+    assert decide("bf16", (7, 0), (None, "broken"), {"g32"}, "cuda:0").compute == "bf16"
+    assert advised(None) == "bf16"
+
+
+def test_what_was_asked_for_is_never_changed_in_silence():
+    with pytest.raises(ConfigInvalid, match=r"int_mm refused: off by 0\.3.*Install comfy-kitchen"):
+        decide("int8", (8, 0), (None, "int_mm refused: off by 0.3"), {"g32"}, "cuda:0")
+    with pytest.raises(ConfigInvalid, match=r"needs weights stored as nvfp4; these are g32.*quantize --format nvfp4"):
+        decide("nvfp4", (12, 0), RIGHT, {"g32"}, "cuda:0")
+    with pytest.raises(ConfigInvalid, match="these are plain"):
+        decide("nvfp4", None, ("reference", ""), {"plain"}, "cpu")
+
+
+def test_layers_that_see_every_token():
+    """Of the 14B model: 8 in each of 40 blocks, 2 in each of 8 face adapters; 99 % of the linears' work."""
+    shapes = linear_shapes(transformer_on_meta(WAN_ANIMATE_14B))
+    chosen = {name: shape for name, shape in shapes.items() if sees_every_token(name)}
+    assert len(chosen) == 40 * 8 + 8 * 2
+    assert sum(rows * columns for rows, columns in chosen.values()) == pytest.approx(12.4e9, rel=0.01)
+    for exact in ("blocks.0.attn2.to_k", "blocks.3.attn2.add_v_proj", "face_adapter.0.to_k", "proj_out"):
+        assert exact in shapes
+        assert exact not in chosen
+    assert {columns for _, columns in chosen.values()} == {5120, 13824}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def model(tiny_store_dir):
+    return load(tiny_store_dir)
+
+
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+@pytest.mark.parametrize("four_bits", [True, False], ids=["g32", "plain"])
+def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bits):
+    if four_bits:
+        in_four_bits(model)
+    weights = {name: id(p) for name, p in model.named_parameters()}
+    said = apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    assert {name: id(p) for name, p in model.named_parameters()} == weights
+    low = {n for n, m in model.named_modules() if isinstance(m, FP4Linear | LowBitLinear) and m.compute == compute}
+    assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
+    assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
+    assert said["compute_kept_exact"] == 0
+    tested = said["compute_self_test"]
+    assert len(tested) == 3  # square, in and out of the feed-forward part
+    for numbers in tested.values():
+        assert 0.25 * BOUNDS[compute].activations < numbers["error"] <= numbers["limit"]
+        assert numbers["off_definition"] == 0
+    assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
+    assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
+
+
+def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
+    model.blocks[1].ffn.net[2] = nn.Linear(model.blocks[1].ffn.net[2].in_features, 24)
+    said = apply_compute(model, get_recipe("fp32+fp8"), CPU)
+    assert said["compute_kept_exact"] == 1
+    assert type(model.blocks[1].ffn.net[2]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda y: y * 1.02, "off the format's definition (0.01 allowed)"),
+        (lambda y: y + y.std() * torch.randn(y.shape), "0.0482 allowed"),
+        (lambda y: y * torch.nan, "its error is inf"),
+    ],
+    ids=["a scale is off", "noise", "not finite"],
+)
+def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatch, wrong, said):
+    """It passed the probe, and is wrong all the same."""
+    right = low_bit.reference
+    monkeypatch.setitem(low_bit._ROWWISE, "scaled_mm", lambda *given: wrong(right(*given)))
+    monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("scaled_mm", "the probe passed"))
+    with pytest.raises(ConfigInvalid, match=r"is not right on cpu: on blocks\.0\.") as caught:
+        apply_compute(model, get_recipe("fp32+fp8"), CPU)
+    assert said in caught.value.message
+
+
+def test_the_self_test_would_see_a_format_that_is_too_coarse(model):
+    """The definition itself, but of rows without the rotation that int8's bound supposes."""
+    layer = LowBitLinear(model.blocks[0].ffn.net[2], "int8", "reference")
+    choice = decide("int8", None, ("reference", ""), {"plain"}, "cpu")
+    assert self_test({"layer": layer}, choice, CPU, torch.float32)["layer"]["error"] < BOUNDS["int8"].limit
+    before = low_bit.KINDS["int8"]
+    object.__setattr__(before, "rotated", False)
+    try:
+        with pytest.raises(ConfigInvalid, match="its error is"):
+            self_test({"layer": layer}, choice, CPU, torch.float32)
+    finally:
+        object.__setattr__(before, "rotated", True)
+
+
+def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
+    """Stated: 30 dB for fp8, 38 dB for int8, after three steps of the tiny model of random weights."""
+    recipe = get_recipe("fp32")
+    pipeline, said = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    assert (said["compute"], said["attention"], said["compile"]) == ("bf16", "native", "eager")
+    conditions, options = MemoryConditions(5), job_options(steps=3, max_segment_frames=5)
+
+    def frames():
+        return rendered_here(pipeline, conditions, options)
+
+    exact = frames()
+    for compute, least in (("fp8", 30), ("int8", 38)):
+        apply_compute(pipeline.transformer, get_recipe(f"fp32+{compute}"), CPU)
+        low = frames()
+        assert least < psnr(exact, low) < 90, compute
+        assert (frames() == low).all()
+    apply_compute(pipeline.transformer, recipe, CPU)
+    assert (frames() == exact).all()
+
+
+def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
+    from runner.generation.sampling import make_scheduler
+    from runner.generation.wan_animate.compiled import CompiledStep
+
+    recipe = get_recipe("fp32")
+    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    assert pipeline.switches == Switches()
+    conditions, options = MemoryConditions(5), job_options(steps=2, max_segment_frames=5)
+    exact = rendered_here(pipeline, conditions, options)
+    pipeline.block_step = CompiledStep(backend="eager")
+    stages = []
+    for _ in range(2):
+        timer = StageTimer()
+        assert (rendered_here(pipeline, conditions, options, timer=timer) == exact).all()
+        stages.append((timer.counters.get("compiled_graphs"), "warmup" in timer.seconds))
+    assert stages == [(1, True), (None, False)]
+    timer = StageTimer()
+    wide = MemoryConditions(5, width=64)
+    list(
+        pipeline.render(
+            wide, DEFAULT_PROMPT, options, make_plan(wide, options), make_scheduler("unipc", shift=5.0), timer
+        )
+    )
+    assert timer.counters["compiled_graphs"] == 1  # a second size: one more
+    assert not pipeline.block_step.broken

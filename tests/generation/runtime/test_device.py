@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from runner.errors import ConfigInvalid, OutOfMemory
+from runner.generation.runtime.device import as_out_of_memory, grow_segments, make_probe, pick_device
+from runner.timing import StageTimer
+
+CPU = torch.device("cpu")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@without_cuda
+def test_auto_says_why_it_is_the_cpu():
+    device, why = pick_device("auto")
+    assert device.type == "cpu"
+    assert "no CUDA device" in why
+
+
+@without_cuda
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0"])
+def test_cuda_is_never_quietly_the_cpu(asked):
+    with pytest.raises(ConfigInvalid, match="was asked for, but"):
+        pick_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["tpu", "cuda:x", "", "mps"])
+def test_unknown_devices(asked):
+    with pytest.raises(ConfigInvalid, match="auto, cpu, cuda"):
+        pick_device(asked)
+
+
+def test_the_cpu_when_asked_for():
+    assert pick_device("cpu") == (CPU, "asked for")
+    assert make_probe(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_exhausted_memory_is_known_in_every_form(error):
+    found = as_out_of_memory(error, CPU, doing="rendering")
+    assert isinstance(found, OutOfMemory)
+    assert found.retryable
+    assert "max_segment_frames" in found.message
+    assert "\n" not in found.message
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("out of memory")])
+def test_other_errors_are_not(error):
+    assert as_out_of_memory(error, CPU, doing="rendering") is None
+
+
+def test_what_the_failed_call_held_is_let_go():
+    held = []
+
+    def fail() -> None:
+        big = torch.zeros(4)
+        held.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fail()
+    assert held[0]() is not None  # the traceback holds it
+    as_out_of_memory(caught.value, CPU, doing="rendering")
+    assert held[0]() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_probe_reads_the_allocator():
+    device, _why = pick_device("cuda")
+    timer = StageTimer(probe=make_probe(device))
+    with timer.stage("small", on_device=True):
+        torch.zeros(2**20, dtype=torch.uint8, device=device)
+    with timer.stage("large", on_device=True):
+        torch.zeros(2**26, dtype=torch.uint8, device=device)
+    assert timer.peaks["large"]["allocated"] >= 2**26
+    assert timer.peaks["small"]["allocated"] < timer.peaks["large"]["allocated"]
+    assert timer.peaks["large"]["reserved"] >= timer.peaks["large"]["allocated"]
+
+
+def test_segments_grow_unless_the_environment_sets_the_allocator(monkeypatch):
+    """torch itself takes the word; there is no device that would act on it here."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    device = torch.device("cuda", 0)
+    try:
+        assert not grow_segments(CPU)
+        assert grow_segments(device)
+        assert "expandable_segments:True" in torch._C._accelerator_getAllocatorSettings()
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert not grow_segments(device)

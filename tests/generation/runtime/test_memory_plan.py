@@ -1,0 +1,237 @@
+"""Forecasts against closed forms, published sizes and counted tensors; what `auto` decides; modes on the tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+
+from runner.errors import ConfigInvalid
+from runner.forecast.bytes import BLOCK_UNITS, VAE_DECODE, VAE_ENCODE, VAE_TILE, step_bytes, vae_bytes, weights_of
+from runner.forecast.flops import PRODUCTION
+from runner.generation.runtime.memory_plan import MODES, Load, choose_plan, forecast_memory, lower, make_plan
+from runner.generation.wan_animate import low_memory, transformer
+from runner.generation.wan_animate.autoencoder import FramewiseVae
+from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
+from runner.quantization.formats.e2m1 import G32
+from runner.quantization.rules import WAN_ANIMATE_14B, plan_sizes
+from runner.spec.recipes import get_recipe
+from runner.weights.store import ModelStore
+from tests.generation.live_bytes import LiveBytes
+
+RECIPE = get_recipe("fp4-distill")
+SIZE, HD = (480, 832, 81), (1280, 720, 81)
+GB, GIB = 10**9, 2**30
+SHAPE = PRODUCTION.transformer
+TOKENS, WIDTH = 34_320, 5_120
+
+
+@pytest.fixture(scope="module")
+def fourteen_billion():
+    with torch.device("meta"):
+        model = WanAnimateTransformer3DModel(image_dim=1280, added_kv_proj_dim=5120, num_layers=5)
+    return model.to(torch.bfloat16)
+
+
+def forecast(mode, size=SIZE, **settings):
+    return forecast_memory(make_plan(mode, RECIPE), RECIPE, PRODUCTION, *size, **settings)
+
+
+def test_weights_are_the_published_sizes():
+    packed, plain = weights_of(SHAPE, fp4=True), weights_of(SHAPE, fp4=False)
+    assert packed.total == pytest.approx(9.78e9, rel=0.001)
+    assert plain.total / 2 == pytest.approx(17_274_816_884, rel=0.002)
+    rows = plan_sizes(WAN_ANIMATE_14B, G32)
+    counted = {
+        part: sum(row.packed_bytes + row.other_bytes for row in rows if row.name.startswith(part))
+        for part in ("blocks.7.", "face_adapter.3.", "")
+    }
+    assert packed.block == counted["blocks.7."]
+    assert packed.adapter == counted["face_adapter.3."]
+    assert packed.total == pytest.approx(counted[""], rel=0.0005)
+
+
+def test_weights_of_the_tiny_model(tiny_store_dir):
+    store, recipe = ModelStore(tiny_store_dir), get_recipe("fp32")
+    model = WanAnimateTransformer3DModel.from_config(store.config(recipe, "transformer"))
+    found = weights_of(store.costs(recipe).transformer, fp4=False, element=4)
+    for name, wanted in (("blocks", found.blocks * found.block), ("face_adapter", found.adapters * found.adapter)):
+        assert sum(p.nbytes for p in model.get_submodule(name).parameters()) == wanted
+    assert found.total == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["whole", "lean"])
+def test_a_blocks_peak_is_what_its_tensors_take(fourteen_billion, monkeypatch, kind):
+    """Counted on the meta device; attention's own scratch memory is its kernel's affair."""
+
+    def attend(_attn, query, read):
+        if kind == "lean" and read.key.shape[1] == TOKENS:  # else the library copies them for cuDNN's attention
+            assert all(x.permute(0, 2, 1, 3).is_contiguous() for x in (query, *read))
+        return query.new_empty(*query.shape[:2], WIDTH)
+
+    monkeypatch.setattr(transformer, "attend", attend)
+    monkeypatch.setattr(low_memory, "attend", attend)
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    read = KeyValue(empty(1, 512, 40, 128), empty(1, 512, 40, 128))
+    rope = Rope(*(empty(1, TOKENS, 1, 64, dtype=torch.float32) for _ in range(2)))
+    modulation, block = empty(1, 6, WIDTH), fourteen_billion.blocks[0]
+    faces = KeyValue(empty(22, 5, 40, 128), empty(22, 5, 40, 128))
+    run, look = {
+        "whole": (transformer.run_block, transformer.run_face),
+        "lean": (low_memory.lean_block, low_memory.lean_face),
+    }[kind]
+    unit = TOKENS * WIDTH * 2
+    with torch.no_grad(), LiveBytes() as live:
+        hidden = empty(1, TOKENS, WIDTH)
+        hidden = run(block, hidden, modulation, rope, CrossAttended(read, read))
+        assert live.peak == pytest.approx(BLOCK_UNITS[kind] * unit, rel=0.01)
+        live.peak = live.now
+        look(fourteen_billion.face_adapter[0], hidden, faces)
+        assert live.peak < BLOCK_UNITS[kind] * unit
+        live.peak = live.now
+        level = empty(1, WIDTH)
+        transformer.to_latents(fourteen_billion, hidden, level, (22, 104, 60))
+        assert live.peak < 2 * unit
+    assert step_bytes(SHAPE, *SIZE, kind=kind) == BLOCK_UNITS[kind] * unit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_autoencoders_peaks_are_what_its_tensors_take(dtype):
+    kind = getattr(torch, dtype)
+    with torch.device("meta"):
+        ours, theirs = FramewiseVae().to(kind), AutoencoderKLWan().to(kind)
+    latents = torch.empty(1, 16, 3, 104, 60, dtype=kind, device="meta")
+    pixels = torch.empty(1, 3, 9, 832, 480, dtype=kind, device="meta")
+    with torch.no_grad():
+        with LiveBytes() as decoding:
+            for _ in ours.decode_chunks(latents):
+                pass
+        with LiveBytes() as encoding:
+            ours._encode(pixels)
+        with LiveBytes() as whole:
+            theirs.clear_cache()
+            for _ in range(3):
+                theirs._conv_idx = [0]
+                theirs.decoder(latents[:, :, :1], feat_cache=theirs._feat_map, feat_idx=theirs._conv_idx)
+    area = 480 * 832
+    assert decoding.peak / area == pytest.approx(VAE_DECODE[dtype], rel=0.02)
+    assert encoding.peak / area == pytest.approx(VAE_ENCODE[dtype], rel=0.1)  # of other sizes up to 7 % more
+    assert encoding.peak / area <= VAE_ENCODE[dtype]
+    assert whole.peak / area == pytest.approx(VAE_TILE[dtype], rel=0.02)
+    assert sum(p.nbytes for p in ours.parameters()) == pytest.approx(vae_bytes(PRODUCTION.vae, dtype), rel=0.001)
+
+
+def test_the_sum_by_hand():
+    """stream at 480x832, 81 frames: what README and record promise, part by part."""
+    parts = forecast("stream").parts
+    block, adapter = 227_437_568, 59_023_872
+    assert parts["slots"] == 2 * (block + adapter)
+    assert parts["invariants"] == SHAPE.invariant_bytes(*SIZE)
+    assert parts["activations"] == 7.5 * TOKENS * WIDTH * 2
+    assert parts["workspace"] == 30_720 * 5_120 * 2  # the time's projection is the largest weight
+    stages = forecast("stream").stages
+    inside = ("other_weights", "autoencoder", "workspace", "slots", "invariants", "window", "activations")
+    assert stages["denoise"] == pytest.approx(1.08 * sum(parts[name] for name in inside) + parts["context"], rel=1e-6)
+    assert forecast("stream").peak == max(stages.values())
+
+
+def test_8_bits_take_room_for_codes_and_int8_for_rotated_weights():
+    exact, parts = forecast("stream").parts, {}
+    for compute in ("fp8", "int8"):
+        recipe = get_recipe(f"fp4-distill+{compute}")
+        found = forecast_memory(make_plan("stream", recipe), recipe, PRODUCTION, *SIZE)
+        assert found.peak <= 8 * GB
+        parts[compute] = found.parts
+        assert found.parts["activations"] - exact["activations"] == TOKENS * 13_824
+    weight = 13_824 * 5_120  # the largest that sees every token
+    assert parts["fp8"]["workspace"] - exact["workspace"] == weight
+    assert parts["int8"]["workspace"] - exact["workspace"] == weight + 2 * weight
+    plain = get_recipe("bf16+int8")
+    assert forecast_memory(make_plan("stream", plain), plain, PRODUCTION, *SIZE).parts["workspace"] == 3 * weight
+
+
+def test_the_targets_at_480p_are_met_on_paper():
+    assert forecast("stream").peak <= 8 * GB
+    assert forecast("minimal").peak < 6 * GB
+    assert forecast("resident").peak > 2 * forecast("stream").peak
+
+
+@pytest.mark.parametrize("size", [SIZE, HD], ids=["480p", "720p"])
+def test_a_lower_mode_takes_less(size):
+    peaks = [forecast(mode, size).peak for mode in MODES]
+    assert peaks == sorted(peaks, reverse=True)
+    assert all(forecast(mode, size, guided=True).peak >= peak for mode, peak in zip(MODES, peaks, strict=True))
+    assert [lower(mode) for mode in MODES] == ["stream", "minimal", None]
+
+
+def test_loras_beside_the_weights_are_counted_where_they_are():
+    plain, beside = forecast("resident"), forecast("resident", load=Load(loras=738_000_000))
+    assert beside.stages["vae_decode"] - plain.stages["vae_decode"] == pytest.approx(1.08 * 738e6, rel=1e-3)
+    plain, beside = forecast("stream"), forecast("stream", load=Load(loras=738_000_000))
+    assert beside.stages["denoise"] - plain.stages["denoise"] == pytest.approx(1.08 * 738e6 / 20, rel=1e-3)
+    assert beside.stages["vae_decode"] == plain.stages["vae_decode"]
+
+
+# Of a card of so many GiB, 0.6 GB are the system's.
+@pytest.mark.parametrize(
+    ("card", "size", "mode", "encoders", "preprocess"),
+    [
+        (141, SIZE, "resident", "device", "device"),
+        (24, SIZE, "resident", "host", "device"),
+        (20, SIZE, "resident", "host", "host"),
+        (16, SIZE, "stream", "host", "host"),
+        (12, SIZE, "stream", "host", "host"),
+        (8, SIZE, "stream", "host", "host"),
+        (6, SIZE, "minimal", "disk", "host"),
+        (32, HD, "resident", "host", "device"),
+        (24, HD, "stream", "host", "host"),
+        (16, HD, "stream", "host", "host"),
+        (12, HD, "minimal", "disk", "host"),
+        (8, HD, "minimal", "disk", "host"),
+    ],
+)
+def test_auto_takes_the_highest_mode_that_fits(card, size, mode, encoders, preprocess):
+    free = card * GIB - 600_000_000
+    plan, why = choose_plan("auto", RECIPE, PRODUCTION, free, size=size)
+    assert (plan.mode, plan.encoders, plan.preprocess) == (mode, encoders, preprocess)
+    assert forecast_memory(plan, RECIPE, PRODUCTION, *size).peak <= free
+    assert f"{free / GB:.1f} GB free" in why
+    if mode != "resident":
+        assert "resident needs" in why
+
+
+def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():
+    plan, why = choose_plan("resident", RECIPE, PRODUCTION, 4 * GB)
+    assert (plan.mode, plan.encoders, plan.preprocess) == ("resident", "host", "host")
+    assert "asked for" in why
+    plan, why = choose_plan("auto", RECIPE, PRODUCTION, 3 * GB)
+    assert plan.mode == "minimal"
+    assert "the least there is" in why
+    with pytest.raises(ConfigInvalid, match="no memory mode 'strem'"):
+        choose_plan("strem", RECIPE, PRODUCTION, 3 * GB)
+
+
+def test_on_a_cpu_nothing_is_streamed_by_itself():
+    """Host to host there is nothing to gain; less memory comes from lean activations and bfloat16 alone."""
+    plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 100 * GB, cuda=False)
+    assert plan.mode == "resident"
+    plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 27 * GB, cuda=False)
+    assert plan.mode == "minimal"
+
+
+def test_only_the_size_decides_on_tiles():
+    plan = make_plan("minimal", RECIPE)
+    assert not plan.tiled(480, 832)
+    assert plan.tiled(1280, 720)
+    assert not make_plan("minimal", get_recipe("fp32")).tiled(1280, 720)  # float32 is there to be compared
+    assert not make_plan("stream", RECIPE).tiled(1280, 720)
+
+
+def test_forecasts_are_plain_data():
+    said = forecast("minimal").as_dict()
+    assert said["peak"] == said["stages"][forecast("minimal").peak_stage]
+    assert all(isinstance(size, int) for size in (*said["stages"].values(), *said["parts"].values()))
+    assert set(make_plan("stream", RECIPE).as_dict()) >= {"mode", "slots", "encoders", "vae_dtype"}

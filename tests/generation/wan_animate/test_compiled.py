@@ -1,0 +1,239 @@
+"""Compiled blocks: how many graphs, the same results, and no failure that reaches a job."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import structlog
+import torch
+from torch._dynamo.utils import counters
+
+from runner.generation.wan_animate import compiled as module
+from runner.generation.wan_animate.autoencoder import fuse_norms, prepare_vae, with_channels_last
+from runner.generation.wan_animate.compiled import (
+    TOLERANCES,
+    CompiledStep,
+    difference,
+    keep_code,
+    make_block_step,
+    structure_of,
+    wants_compile,
+)
+from runner.generation.wan_animate.transformer import Switches, embed_context, run_block
+from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Case:
+    """A model of four blocks and a window's inputs."""
+
+    def __init__(self, model, **size) -> None:
+        self.model, self.inputs = model, Inputs(model, **size)
+        self.contexts = embed_context(model, self.inputs.texts[:1], self.inputs.clip)
+        self.invariants = self.inputs.branches(model)[0]
+        self.grid = tuple(self.inputs.hidden[0].shape[2:])
+
+    def warm(self, step, **how) -> int:
+        return step.warm(self.model, self.contexts, self.grid, **how)
+
+    def run(self, step=None, index=0) -> torch.Tensor:
+        return self.inputs.step(self.model, self.invariants, index, block_step=step)
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])
+def test_one_graph_for_all_blocks_one_more_for_a_second_size_none_for_a_second_job(tiny_store_dir, four_bits):
+    model = load(tiny_store_dir)
+    if four_bits:
+        in_four_bits(model)
+    case, step = Case(model), CompiledStep(backend="eager")
+    assert len(model.blocks) == 4
+    assert case.warm(step) == 1
+    assert graphs() == 1
+    for index in range(2):
+        assert torch.equal(case.run(step, index), case.run(None, index))
+    assert graphs() == 1  # all of it was made before the first step
+    assert not step.warms(model, case.contexts, case.grid)
+    other = Case(model, width=64)
+    assert step.warms(model, other.contexts, other.grid)
+    assert other.warm(step) == 1
+    assert torch.equal(other.run(step), other.run())
+    assert case.warm(step) == other.warm(step) == 0
+    case.run(step)
+    assert (graphs(), step.graphs) == (2, 2)
+
+
+def test_weights_that_move_bring_no_graph(tiny_store_dir):
+    """Streamed, a block's parameters lie in other memory at every step."""
+    case, step = Case(load(tiny_store_dir)), CompiledStep(backend="eager")
+    case.warm(step)
+    wanted = case.run()
+    for _ in range(2):
+        for parameter in case.model.blocks.parameters():
+            parameter.data = parameter.data.clone()
+        assert torch.equal(case.run(step), wanted)
+    assert graphs() == 1
+
+
+def test_attention_by_name_is_part_of_the_graph(tiny_store_dir):
+    """On a GPU self-attention has a backend of its own, within which the library selects torch's kernel."""
+    model = load(tiny_store_dir)
+    for block in model.blocks:
+        block.attn1.set_attention_backend("_native_flash")
+    case, step = Case(model), CompiledStep(backend="aot_eager")
+    assert case.warm(step) == 1, step.broken
+    torch.testing.assert_close(case.run(step), case.run(), rtol=1e-4, atol=1e-4)
+    assert (graphs(), step.broken) == (1, "")
+
+
+def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(tiny_store_dir):
+    case, step, seen = Case(load(tiny_store_dir)), CompiledStep(backend="eager"), []
+
+    def brought():
+        try:
+            for index, block in enumerate(case.model.blocks):
+                seen.append(index)
+                yield block
+        finally:
+            seen.append("closed")
+
+    assert case.warm(step, blocks=brought()) == 1
+    assert seen == [0, "closed"]
+
+
+def test_a_lora_on_some_blocks_is_a_structure_of_its_own(tiny_store_dir):
+    model = load(tiny_store_dir)
+    in_four_bits(model)
+    case, step = Case(model), CompiledStep(backend="eager")
+    case.warm(step)
+    layer = model.blocks[2].attn1.to_q
+    layer.set_lora([(torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4), 0.3)])
+    assert structure_of(model.blocks[2]) != structure_of(model.blocks[1]) == structure_of(model.blocks[0])
+    assert case.warm(step) == 1
+    assert graphs() == 2
+    assert torch.equal(case.run(step), case.run())
+    layer.set_lora(None)
+    assert case.warm(step) == 0
+    case.run(step)
+    assert graphs() == 2
+
+
+def test_few_graphs_are_held_at_once(tiny_store_dir, monkeypatch):
+    monkeypatch.setattr(module, "MOST_GRAPHS", 1)
+    model, step = load(tiny_store_dir), CompiledStep(backend="eager")
+    first, second = Case(model), Case(model, width=64)
+    assert [case.warm(step) for case in (first, second, first)] == [1, 1, 1]
+    assert step.graphs == 1
+    assert not step.broken
+
+
+@pytest.mark.parametrize("when", ["compiling", "its result"])
+def test_what_cannot_be_compiled_runs_eagerly(tiny_store_dir, when):
+    def backend(graph, _inputs):
+        if when == "compiling":
+            raise RuntimeError("Failed to find C compiler")
+        return lambda *given: tuple(out * 1.01 for out in graph(*given))
+
+    case, step = Case(load(tiny_store_dir)), CompiledStep(backend=backend)
+    with structlog.testing.capture_logs() as logged:
+        assert case.warm(step) == 0
+    assert [entry["event"] for entry in logged] == ["compile_failed"]
+    assert {"compiling": "C compiler", "its result": "off by 0.01"}[when] in step.broken
+    assert step.description == {"compile": "eager", "compile_why": step.broken}
+    assert not step.warms(case.model, case.contexts, case.grid)
+    assert torch.equal(case.run(step), case.run())
+
+
+def test_exhausted_memory_is_no_reason_to_run_eagerly(tiny_store_dir):
+    def backend(graph, _inputs):
+        def run(*_given):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    case, step = Case(load(tiny_store_dir)), CompiledStep(backend=backend)
+    with pytest.raises(torch.OutOfMemoryError):
+        case.warm(step)
+    assert not step.broken
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+def test_fused_kernels_compute_the_same(tiny_store_dir):
+    """Sums in another order: 1e-4 in float32. The code stays in torch's own cache, so that only a first run pays."""
+    case, step = Case(load(tiny_store_dir)), CompiledStep()
+    assert case.warm(step) == 1, step.broken
+    found, wanted = case.run(step), case.run()
+    assert 0 < difference(found.flatten(2), wanted.flatten(2)) < TOLERANCES[torch.float32]
+    assert step.description["compile"] == "inductor"
+
+
+def test_who_compiles(monkeypatch, tmp_path):
+    cuda = torch.device("cuda")
+    assert wants_compile(Switches(), cuda)[0]
+    assert not wants_compile(Switches(), CPU)[0]
+    assert wants_compile(Switches(compile=True), CPU)[0]
+    assert not wants_compile(Switches(compile=False), cuda)[0]
+    assert make_block_step(Switches(), CPU) is None
+    assert isinstance(make_block_step(Switches(compile=True), CPU), CompiledStep)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    keep_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
+def test_differences():
+    one = torch.ones(1, 5000, 4)
+    assert difference(one, one) == 0
+    assert difference(one * 1.5, one) == pytest.approx(0.5)
+    assert difference(one * torch.nan, one) == float("inf")
+
+
+def test_the_autoencoder_keeps_its_values(tiny_store_dir):
+    from diffusers import AutoencoderKLWan
+
+    from runner.spec.recipes import get_recipe
+
+    folder = tiny_store_dir / get_recipe("fp32").weights / "vae"
+    vae = AutoencoderKLWan.from_pretrained(folder, local_files_only=True).eval()
+    latents = torch.randn(1, vae.config.z_dim, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = vae.decode(latents, return_dict=False)[0]
+    assert prepare_vae(vae, Switches()) == {}
+    assert torch.equal(vae.decode(latents, return_dict=False)[0], plain)
+    assert with_channels_last(vae) > 10
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert fuse_norms(vae, "eager") > 5
+    torch.testing.assert_close(vae.decode(latents, return_dict=False)[0], plain, rtol=1e-3, atol=1e-4)
+    assert graphs() >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fused_kernels_on_a_gpu(tiny_store_dir):
+    model = load(tiny_store_dir, torch.bfloat16)
+    in_four_bits(model)
+    model.to("cuda")
+    inputs = Inputs(model)
+    contexts = embed_context(model, [inputs.texts[0].cuda()], inputs.clip.cuda())
+    step = CompiledStep()
+    assert step.warm(model, contexts, tuple(inputs.hidden[0].shape[2:])) == 1, step.broken
+    assert step.worst <= TOLERANCES[torch.bfloat16]
+
+
+def test_the_step_is_the_blocks_own():
+    assert CompiledStep(backend="eager")._eager is run_block

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.generation.protocol import Request
+from runner.generation.wan_animate.autoencoder import decode_latents
+from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.generator import WanAnimateGenerator
+from runner.generation.wan_animate.loading import load_pipeline
+from runner.spec.options import JobOptions
+from runner.spec.recipes import get_recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
+from tests.generation.stub_conditions import MemoryConditions
+
+CPU = torch.device("cpu")
+OPTIONS = JobOptions(steps=2, max_segment_frames=5)
+
+
+class MemoryPreprocessor:
+    """Stands where the real one does; gives conditions that live in memory."""
+
+    def __init__(self) -> None:
+        self.description = {"detector": "none"}
+        self.asked: list[tuple] = []
+
+    @classmethod
+    def load(cls, detector: Path, pose: Path, *, device: str = "cpu", **optional: object) -> MemoryPreprocessor:
+        assert detector.is_file()
+        assert pose.is_file()
+        assert device == "cpu"
+        return cls()
+
+    def prepare(self, reference, video, options, *, mask=None, face_size=512, timer):
+        self.asked.append((reference, video, options, mask, face_size))
+        return MemoryConditions(9)
+
+
+@pytest.fixture
+def store(tiny_store_dir, tmp_path) -> ModelStore:
+    root = tmp_path / "models"
+    shutil.copytree(tiny_store_dir, root)
+    for name in ("det/yolov10m.onnx", "pose2d/vitpose_h_wholebody.onnx"):
+        file = root / "process_checkpoint" / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"graph")
+    return ModelStore(root)
+
+
+@pytest.fixture
+def generator(store, monkeypatch) -> WanAnimateGenerator:
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    return WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu")
+
+
+def prepared(generator):
+    request = Request(Path("anna.png"), Path("dance.mp4"), "a dance", OPTIONS)
+    return generator.prepare(request, StageTimer())
+
+
+def rendered(generator, conditions, on_step=None) -> np.ndarray:
+    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), OPTIONS)
+    return np.concatenate([s.frames for s in generator.generate(conditions, plan, StageTimer(), on_step)])
+
+
+def test_a_request_becomes_frames(generator):
+    conditions = prepared(generator)
+    assert (conditions.frames, conditions.width, conditions.height) == (9, 48, 64)
+    assert generator.preprocessor.asked == [(Path("anna.png"), Path("dance.mp4"), OPTIONS, None, 32)]
+    frames = rendered(generator, conditions)
+    assert frames.shape == (9, 64, 48, 3)
+    assert frames.dtype == np.uint8
+    assert np.array_equal(frames, rendered(generator, conditions))
+    conditions.close()
+    assert conditions.source.closed
+
+
+def test_what_was_loaded_is_described_and_identified(generator, store):
+    assert generator.identity == store.identities(get_recipe("fp32"))
+    description = generator.description
+    assert description["device"] == "cpu"
+    assert description["device_why"] == "asked for"
+    assert description["recipe"]["name"] == "fp32"
+    assert description["preprocess"] == {"detector": "none"}
+    assert description["transformer_bytes"] == sum(p.nbytes for p in generator.pipeline.transformer.parameters())
+
+
+def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
+    def backend(graph, _inputs):
+        raise RuntimeError("Failed to find C compiler")
+
+    assert generator.description["compile"] == "eager"
+    generator.pipeline.block_step = CompiledStep(backend=backend)
+    rendered(generator, prepared(generator))
+    assert generator.description["compile"] == "eager"
+    assert "C compiler" in generator.description["compile_why"]
+    torch._dynamo.reset()
+    generator.pipeline.block_step = CompiledStep(backend="eager")
+    rendered(generator, prepared(generator))
+    assert (generator.description["compile"], generator.description["compile_off_eager"]) == ("eager", 0.0)
+    assert generator.description["compile_why"] == "asked for"
+    generator.close()
+    assert generator.description["device"] == "cpu"
+
+
+def test_plans_cost_what_these_models_cost(generator):
+    plan = generator.plan(9, (48, 64), OPTIONS)
+    assert (plan.segments, plan.segment_frames, plan.steps) == (2, 5, 2)
+    assert 0 < plan.tflop < 0.1  # the tiny model's, not the 14B model's
+
+
+def test_memory_that_runs_out_is_a_retryable_error_and_the_next_job_is_whole(generator):
+    conditions = prepared(generator)
+    before = rendered(generator, conditions)
+
+    def exhaust(done: int, total: int) -> None:
+        if done == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(OutOfMemory, match="5 frames of 48x64") as caught:
+        rendered(generator, conditions, exhaust)
+    assert caught.value.retryable
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert np.array_equal(rendered(generator, conditions), before)
+
+
+def test_other_failures_pass_through_as_they_are(generator):
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match=r"^stop$"):
+        rendered(generator, prepared(generator), stop)
+
+
+def test_a_closed_generator_renders_nothing(generator):
+    conditions = prepared(generator)
+    plan = generator.plan(9, (48, 64), OPTIONS)
+    generator.close()
+    generator.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(generator.generate(conditions, plan, StageTimer()))
+
+
+def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatch, tmp_path):
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    frames = []
+    for loads in (1, 0):
+        run = WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu", cache=tmp_path / "cache")
+        frames.append(rendered(run, prepared(run)))
+        assert run.pipeline.encoders.text.loads == loads
+    assert np.array_equal(*frames)
+
+
+def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    with pytest.raises(ConfigInvalid):
+        WanAnimateGenerator.load(store, get_recipe("fp32"), device="abacus")
+    (store.root / "process_checkpoint/det/yolov10m.onnx").unlink()
+    with pytest.raises(WeightsMissing, match="yolov10m"):
+        WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu")
+
+
+def test_loading_touches_no_network(tiny_store_dir, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    load_pipeline(ModelStore(tiny_store_dir), get_recipe("fp32"), CPU)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
+    from diffusers import WanAnimatePipeline
+
+    recipe = get_recipe(name)
+    here, placement = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    kinds = {"default": getattr(torch, recipe.dtype), "vae": getattr(torch, recipe.vae_dtype)}
+    theirs = WanAnimatePipeline.from_pretrained(tiny_store_dir / recipe.weights, torch_dtype=kinds)
+    for component in ("transformer", "vae", "text_encoder", "image_encoder"):
+        ours, other = (getattr(pipe, component).state_dict() for pipe in (here, theirs))
+        assert ours.keys() == other.keys()
+        for key, tensor in ours.items():
+            assert tensor.dtype == other[key].dtype, (component, key)
+            assert torch.equal(tensor, other[key]), (component, key)
+        assert not getattr(here, component).training
+    assert placement["encoders"] == "cpu"
+    assert here.transformer.dtype == getattr(torch, recipe.dtype)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16+euler", "bf16+bf16-vae"])
+def test_bf16_renders(tiny_store_dir, monkeypatch, name):
+    """And the latents stay in float32 from step to step, whatever the model computes in."""
+    recipe, decoded = get_recipe(name), []
+    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    monkeypatch.setattr(
+        "runner.generation.wan_animate.pipeline.decode_latents",
+        lambda vae, latents, *given: (decoded.append(latents.dtype), decode_latents(vae, latents, *given))[1],
+    )
+    generator = WanAnimateGenerator(
+        pipeline,
+        recipe,
+        SimpleNamespace(prepare=lambda *args, **kwargs: MemoryConditions(5)),
+        costs=ModelStore(tiny_store_dir).costs(recipe),
+        identity={},
+        description={},
+    )
+    frames = rendered(generator, prepared(generator))
+    assert frames.shape == (5, 64, 48, 3)
+    assert frames.std() > 5
+    assert decoded == [torch.float32]
+
+
+def test_clip_sees_the_whole_reference(tiny_store_dir):
+    """A mark at the very top of a tall picture reaches CLIP; the shipped processor cuts it away."""
+    from PIL import Image
+
+    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), get_recipe("fp32"), CPU)
+    plain = Image.new("RGB", (48, 96), "grey")
+    marked = plain.copy()
+    marked.paste((255, 0, 0), (0, 0, 48, 12))
+    processed = [pipeline.image_processor(image, return_tensors="pt").pixel_values for image in (plain, marked)]
+    assert processed[0].shape == (1, 3, 28, 28)
+    assert not torch.equal(*processed)
+    with torch.no_grad():
+        assert not torch.equal(*(pipeline.encode_image(image, CPU) for image in (plain, marked)))
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "image_encoder"])
+def test_a_missing_tensor_is_not_filled_with_noise(store, component):
+    folder = store.component(get_recipe("fp32"), component)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = next(
+        name
+        for name in sorted(tensors)
+        if name.endswith("norm1.weight")
+        or "conv_in.weight" in name
+        or "layer_norm.weight" in name
+        or "attn1.to_q.weight" in name
+    )
+    tensors.pop(lost)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsCorrupt, match="1 missing tensor"):
+        load_pipeline(store, get_recipe("fp32"), CPU)
+
+
+def test_a_tensor_of_another_shape_is_refused(store):
+    file = next(store.component(get_recipe("fp32"), "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"][:-1].copy()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsCorrupt):
+        load_pipeline(store, get_recipe("fp32"), CPU)

@@ -1,0 +1,127 @@
+"""Memory modes on the tiny model: the same frames in float32 on the CPU, described, and stepped down at need."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from runner.errors import OutOfMemory
+from runner.generation.wan_animate.generator import AnimateConditions, WanAnimateGenerator
+from runner.spec.options import JobOptions
+from runner.spec.recipes import get_recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
+from tests.generation.fp4_stores import MemoryPreprocessor, psnr, rendered, write_own, write_source
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_store_dir, tmp_path_factory):
+    return write_source(tmp_path_factory.mktemp("source") / "models", tiny_store_dir)
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    return write_own(tmp_path_factory.mktemp("packed") / "models", source)
+
+
+def loaded(root, recipe: str, memory: str) -> WanAnimateGenerator:
+    return WanAnimateGenerator.load(ModelStore(root), get_recipe(recipe), device="cpu", memory=memory)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "mode": "replace"}], ids=["animate", "guided"])
+def test_frames_do_not_depend_on_the_mode_in_float32(source, options):
+    frames = {mode: rendered(loaded(source, "fp32", mode), **options) for mode in ("resident", "stream", "minimal")}
+    assert frames["resident"].std() > 5
+    assert np.array_equal(frames["stream"], frames["resident"])
+    assert np.array_equal(frames["minimal"], frames["resident"])
+
+
+def test_packed_weights_stream_as_they_stay(packed):
+    """bfloat16: streamed the same bits; minimal within its autoencoder's rounding."""
+    frames = {mode: rendered(loaded(packed, "fp4-distill", mode)) for mode in ("resident", "stream", "minimal")}
+    assert psnr(frames["stream"], frames["resident"]) > 45
+    assert psnr(frames["minimal"], frames["resident"]) > 35
+
+
+def test_what_was_chosen_is_described_and_forecast(source):
+    generator = loaded(source, "fp32", "stream")
+    said = generator.description
+    assert said["memory"]["mode"] == "stream"
+    assert said["memory"]["asked"] == "stream"
+    assert "asked for" in said["memory_why"]
+    assert said["encoders"] == "host"
+    blocks = [*generator.pipeline.transformer.blocks, *generator.pipeline.transformer.face_adapter]
+    assert said["streamed_bytes"] >= sum(p.nbytes for block in blocks for p in block.parameters())
+    job = JobOptions(steps=1, max_segment_frames=5)
+    conditions = generator.preprocessor.prepare()
+    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job)
+    assert set(generator.forecast(plan, job)) == {"encode_prompt", "encode_conditions", "denoise", "vae_decode"}
+
+
+def test_auto_on_a_machine_with_room_keeps_everything(source):
+    generator = loaded(source, "fp32", "auto")
+    assert generator.description["memory"]["mode"] == "resident"
+    assert generator.pipeline.blocks is None
+    assert "GB free" in generator.description["memory_why"]
+
+
+def test_the_slots_are_given_back_before_pixels_are_decoded(source):
+    generator = loaded(source, "fp32", "stream")
+    pipeline, held = generator.pipeline, []
+    decode = pipeline.vae.decode_chunks
+    pipeline.vae.decode_chunks = lambda z: (held.append(pipeline.blocks.slot_bytes), decode(z))[1]
+    rendered(generator)
+    assert held == [0]
+
+
+def test_minimal_keeps_no_text_between_steps(source):
+    kept = {}
+    for mode in ("stream", "minimal"):
+        generator = loaded(source, "fp32", mode)
+        rendered(generator)
+        kept[mode] = generator.pipeline.kept_bytes
+    assert 0 < kept["minimal"] < kept["stream"]
+
+
+def test_a_generator_steps_down_until_nothing_is_below(source):
+    generator = loaded(source, "fp32", "resident")
+    frames = rendered(generator)
+    modes = [generator.description["memory"]["mode"]]
+    while generator.lower_memory():
+        modes.append(generator.description["memory"]["mode"])
+        assert generator.memory.mode == modes[-1]
+        assert "memory ran out in mode" in generator.description["memory_why"]
+        assert np.array_equal(rendered(generator), frames)
+    assert modes == ["resident", "stream", "minimal"]
+    assert np.array_equal(rendered(generator), frames)
+
+
+def test_memory_that_runs_out_in_a_streamed_step_leaves_the_next_job_whole(source):
+    generator = loaded(source, "fp32", "stream")
+    frames = rendered(generator)
+    block = generator.pipeline.transformer.blocks[1]
+    failing = block.ffn.forward
+    block.ffn.forward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(OutOfMemory):
+        rendered(generator)
+    block.ffn.forward = failing
+    assert np.array_equal(rendered(generator), frames)
+
+
+def test_the_forecast_goes_to_the_timer(source):
+    generator = loaded(source, "fp32", "minimal")
+    job, timer = JobOptions(steps=1, max_segment_frames=5), StageTimer()
+    conditions = generator.preprocessor.prepare()
+    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job)
+    list(generator.generate(AnimateConditions(conditions, "a dance", job), plan, timer))
+    assert timer.forecast == dict(generator.forecast(plan, job))

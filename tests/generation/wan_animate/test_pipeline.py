@@ -1,0 +1,357 @@
+"""Our segment loop against the unmodified library: same weights, schedule, CLIP setting and seed, the same bits."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runner.generation.sampling import make_scheduler
+from runner.generation.segments import plan_job
+from runner.generation.wan_animate.loading import load_pipeline
+from runner.generation.wan_animate.pipeline import AnimatePipeline, Switches, to_pixels, to_uint8
+from runner.spec.options import DEFAULT_PROMPT, JobOptions
+from runner.spec.recipes import get_recipe
+from runner.timing import StageTimer
+from runner.weights.store import ModelStore
+from tests.generation.stub_conditions import MemoryConditions
+
+RECIPE = get_recipe("fp32")
+STEPS = 2
+
+ONCE_A_WINDOW = (
+    "motion_encoder",
+    "face_encoder",
+    "pose_patch_embedding",
+    *("blocks.0.attn2.to_k", "blocks.0.attn2.add_k_proj", "face_adapter.0.to_v"),
+)
+ONCE_A_JOB = ("condition_embedder.text_embedder", "condition_embedder.image_embedder")
+EVERY_STEP = ("patch_embedding", "blocks.0.attn1.to_k", "blocks.0.attn2.to_q", "proj_out")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The order of sums depends on the number of threads: it must be one number on both sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def upstream(tiny_store_dir):
+    """The library's pipeline as the library loads it, told only to show CLIP the whole reference."""
+    from diffusers import WanAnimatePipeline
+
+    pipe = WanAnimatePipeline.from_pretrained(tiny_store_dir / RECIPE.weights, local_files_only=True)
+    pipe.image_processor.size = {"height": 28, "width": 28}
+    pipe.image_processor.do_center_crop = False
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=[True, False], ids=["steps share", "steps share nothing"])
+def either(request, ours):
+    """Our pipeline with and without what steps share."""
+    before, ours.switches = ours.switches, Switches(step_invariants=request.param)
+    yield ours
+    ours.switches = before
+
+
+def load(tiny_store_dir) -> AnimatePipeline:
+    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), RECIPE, torch.device("cpu"))
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_store_dir):
+    return load(tiny_store_dir)
+
+
+def job_options(**settings) -> JobOptions:
+    return JobOptions(**{"steps": STEPS, "seed": 7, "max_segment_frames": 13, **settings})
+
+
+def make_plan(conditions, options):
+    return plan_job(conditions.frames, (conditions.width, conditions.height), options, RECIPE)
+
+
+def pictures(frames: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def rendered_upstream(pipe, conditions, options, scheduler, prompt=DEFAULT_PROMPT) -> np.ndarray:
+    """float32 [n, H, W, 3] in [0, 1], as WanAnimatePipeline.__call__ returns it."""
+    pipe.scheduler = scheduler
+    replace = options.mode == "replace"
+    return pipe(
+        image=conditions.reference,
+        pose_video=pictures(conditions.pose),
+        face_video=pictures(conditions.face),
+        background_video=pictures(conditions.background) if replace else None,
+        mask_video=pictures(conditions.mask) if replace else None,
+        prompt=prompt,
+        negative_prompt=options.negative_prompt,
+        height=conditions.height,
+        width=conditions.width,
+        segment_frame_length=make_plan(conditions, options).segment_frames,
+        num_inference_steps=options.steps,
+        mode=options.mode,
+        prev_segment_conditioning_frames=options.overlap_frames,
+        guidance_scale=options.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(options.seed),
+    ).frames[0]
+
+
+def rendered_here(pipe, conditions, options, scheduler=None, prompt=DEFAULT_PROMPT, timer=None, on_step=None):
+    """uint8 [n, H, W, 3]: all segments of a job."""
+    scheduler = scheduler or make_scheduler(RECIPE.scheduler, shift=RECIPE.shift)
+    plan = make_plan(conditions, options)
+    segments = pipe.render(conditions, prompt, options, plan, scheduler, timer or StageTimer(), on_step)
+    return np.concatenate([segment.frames for segment in segments])
+
+
+def as_bytes(frames: np.ndarray) -> np.ndarray:
+    return (frames * 255).round().astype(np.uint8)
+
+
+CASES = {
+    # name: (frames, options, scheduler), windows
+    "animate, one window": (13, {}, "unipc", 1),
+    "animate, two windows with overlap 1, padded": (24, {}, "euler", 2),
+    "animate, three windows with overlap 5": (28, {"overlap_frames": 5}, "unipc", 3),
+    "animate, fewer frames than the window": (2, {}, "unipc", 1),
+    "animate, guided, two windows": (9, {"max_segment_frames": 5, "guidance_scale": 2.0}, "unipc", 2),
+    "replace, one window": (9, {"mode": "replace"}, "euler", 1),
+    "replace, two windows with overlap 1": (12, {"mode": "replace", "max_segment_frames": 9}, "unipc", 2),
+    "replace, two windows with overlap 5, guided": (
+        17,
+        {"mode": "replace", "overlap_frames": 5, "guidance_scale": 2.0, "negative_prompt": "blurry"},
+        "euler",
+        2,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def upstreams(upstream):
+    """The library's frames of a case, rendered once."""
+    return cache(lambda case: rendered_upstream(upstream, *inputs_of(case), make_scheduler(CASES[case][2])))
+
+
+def inputs_of(case: str):
+    frames, settings, _, _ = CASES[case]
+    return MemoryConditions(frames, seed=len(case)), job_options(**settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frames_equal_the_librarys(case, upstreams, either):
+    frames, _, solver, windows = CASES[case]
+    conditions, options = inputs_of(case)
+    plan = make_plan(conditions, options)
+    assert plan.segments == windows
+    theirs = upstreams(case)
+    decoded, skeletons = [], []
+    for _index, pixels, pose in either.decode_segments(
+        conditions, DEFAULT_PROMPT, options, plan, make_scheduler(solver), StageTimer()
+    ):
+        decoded.append(pixels)
+        skeletons.append(pose)
+    exact = either.video_processor.postprocess_video(torch.cat(decoded, dim=2), output_type="np")[0]
+    assert exact.shape == (frames, conditions.height, conditions.width, 3)
+    assert np.array_equal(exact, theirs)
+    assert np.array_equal(np.concatenate(skeletons), conditions.pose)
+    assert np.array_equal(rendered_here(either, conditions, options, make_scheduler(solver)), as_bytes(theirs))
+    assert exact.std() > 0.05  # a blank picture would prove nothing
+
+
+def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
+    conditions, options = MemoryConditions(5), job_options(steps=3)
+    theirs = rendered_upstream(upstream, conditions, options, make_scheduler("euler", grid="diffusers"))
+    here = rendered_here(ours, conditions, options, make_scheduler("euler", grid="diffusers"))
+    assert np.array_equal(here, as_bytes(theirs))
+    assert not np.array_equal(here, rendered_here(ours, conditions, options, make_scheduler("euler")))
+
+
+def test_every_input_reaches_the_frames(ours):
+    """Each input changed alone changes the frames: what the comparisons above compare depends on all of them."""
+    options = job_options(mode="replace")
+    base = rendered_here(ours, MemoryConditions(5), options)
+
+    def differs(conditions=None, prompt=DEFAULT_PROMPT, **settings) -> bool:
+        conditions = conditions or MemoryConditions(5)
+        other = rendered_here(ours, conditions, job_options(**{"mode": "replace", **settings}), prompt=prompt)
+        return not np.array_equal(base, other)
+
+    for name in ("pose", "face", "background", "mask"):
+        changed = MemoryConditions(5)
+        setattr(changed, name, getattr(changed, name)[::-1].copy())
+        assert differs(changed), name
+    assert differs(MemoryConditions(5, reference_seed=9)), "reference"
+    assert differs(prompt="a man dancing"), "prompt"
+    assert differs(seed=8), "seed"
+    assert differs(guidance_scale=2.0), "guidance"
+    assert differs(mode="animate"), "mode"
+    assert not differs(), "nothing"
+
+
+def test_frames_do_not_depend_on_the_jobs_place(tiny_store_dir):
+    """Alone in a fresh pipeline, first, after another, after one that failed half-way, after one given up."""
+    job, options = MemoryConditions(12), job_options(max_segment_frames=9)
+    other, other_options = MemoryConditions(9, seed=5, reference_seed=6), job_options(mode="replace", seed=1)
+    alone = rendered_here(load(tiny_store_dir), job, options)
+    pipe = load(tiny_store_dir)
+    rendered_here(pipe, other, other_options, prompt="a dance")
+    assert np.array_equal(rendered_here(pipe, job, options), alone)
+
+    def fail(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyError("half-way")
+
+    with pytest.raises(KeyError, match="half-way"):
+        rendered_here(pipe, other, job_options(max_segment_frames=5), on_step=fail)
+    assert np.array_equal(rendered_here(pipe, job, options), alone)
+    given_up = pipe.render(
+        other, "a dance", other_options, make_plan(other, other_options), make_scheduler("unipc"), StageTimer()
+    )
+    next(given_up)
+    given_up.close()
+    assert np.array_equal(rendered_here(pipe, job, options), alone)
+
+
+def test_what_jobs_share_is_encoded_once(tiny_store_dir):
+    """Counted at the models themselves: text, CLIP, and the autoencoder's calls by number of frames."""
+    pipe = load(tiny_store_dir)
+    calls: list[str] = []
+    pipe.text_encoder.register_forward_hook(lambda *_: calls.append("text"))
+    pipe.image_encoder.register_forward_hook(lambda *_: calls.append("clip"))
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda x: (calls.append(f"vae {x.shape[2]}"), encode(x))[1]
+    options = job_options(max_segment_frames=5)
+
+    timer = StageTimer()
+    rendered_here(pipe, MemoryConditions(5, seed=1), options, timer=timer)
+    # The reference, then the window's skeletons and its blank scene.
+    assert sorted(calls) == ["clip", "text", "vae 1", "vae 5", "vae 5"]
+    assert {k: v for k, v in timer.counters.items() if "hits" in k} == {}
+    calls.clear()
+
+    timer = StageTimer()
+    rendered_here(pipe, MemoryConditions(5, seed=2), options, timer=timer)  # another dance, all else alike
+    assert calls == ["vae 5"]
+    assert timer.counters == dict.fromkeys(
+        [f"{name}_cache_hits" for name in ("prompt", "clip", "reference", "blank")] + ["pose_latents_cache_misses"], 1
+    )
+    calls.clear()
+
+    rendered_here(pipe, MemoryConditions(5, seed=2, reference_seed=3), options, prompt="a dance")
+    assert sorted(calls) == ["clip", "text", "vae 1"]  # the last job's dance
+    calls.clear()
+
+    wide = MemoryConditions(5, width=64)  # another size: other latents, the same CLIP view
+    rendered_here(pipe, wide, options)
+    assert sorted(calls) == ["vae 1", "vae 5", "vae 5"]
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
+    pipe = load(tiny_store_dir)
+    calls: Counter[str] = Counter()
+    for name, part in pipe.transformer.named_modules():
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    conditions = MemoryConditions(9)  # two windows of five frames: one batch of faces each
+    options = job_options(max_segment_frames=5, steps=3, guidance_scale=2.0 if guided else 1.0)
+    frames, seen = {}, {}
+    for shared in (True, False):
+        pipe.switches = Switches(step_invariants=shared)
+        frames[shared] = rendered_here(pipe, conditions, options)
+        seen[shared] = {name: calls[name] for name in ONCE_A_WINDOW + ONCE_A_JOB + EVERY_STEP}
+        assert (pipe.kept_bytes > 0) is shared
+        calls.clear()
+    branches = 1 + guided
+    per_window = dict.fromkeys(ONCE_A_WINDOW, 2 * branches)
+    if guided:
+        per_window |= {"pose_patch_embedding": 2, "blocks.0.attn2.add_k_proj": 2}  # alike with and without a prompt
+    per_job = {"condition_embedder.text_embedder": branches, "condition_embedder.image_embedder": 1}
+    every_step = dict.fromkeys(EVERY_STEP, 2 * 3 * branches)
+    assert seen[True] == {**per_window, **per_job, **every_step}
+    assert set(seen[False].values()) == {2 * 3 * branches}
+    assert np.array_equal(frames[True], frames[False])
+
+
+def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
+    pipe, conditions, options = load(tiny_store_dir), MemoryConditions(9), job_options(max_segment_frames=5)
+    kept: list[weakref.ref] = []
+    invariants = pipe._invariants
+    pipe._invariants = lambda *args: (made := invariants(*args), kept.extend(map(weakref.ref, made)))[0]
+    alive: list[int] = []
+    decode = pipe.vae.decode_chunks
+    pipe.vae.decode_chunks = lambda z: (alive.append(sum(ref() is not None for ref in kept)), decode(z))[1]
+    gc.disable()  # what is freed is freed because nothing names it any more
+    try:
+        rendered_here(pipe, conditions, options)
+    finally:
+        gc.enable()
+    assert len(kept) == 2
+    assert alive == [0, 0]
+    shape = ModelStore(tiny_store_dir).costs(RECIPE).transformer
+    assert pipe.kept_bytes == shape.invariant_bytes(conditions.width, conditions.height, 5, element=4)
+
+
+def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):
+    conditions, options = MemoryConditions(10), job_options(max_segment_frames=5)
+    plan = make_plan(conditions, options)
+    segments = ours.render(conditions, "a dance", options, plan, make_scheduler("unipc"), StageTimer())
+    assert conditions.asked == []
+    next(segments)
+    assert conditions.asked == [(0, 5)]
+    assert [len(segment.frames) for segment in segments] == [4, 1]
+    assert conditions.asked == [(0, 5), (4, 9), (6, 10)]  # the last one holds 8 9 8 7 6
+
+
+def test_stages_steps_and_progress_are_reported(ours):
+    timer, told = StageTimer(), []
+    conditions, options = MemoryConditions(9, reference_seed=21), job_options(max_segment_frames=5)  # new to CLIP
+    rendered_here(ours, conditions, options, timer=timer, on_step=lambda done, total: told.append((done, total)))
+    assert set(timer.seconds) - {"load_encoders"} == {  # another test may have had them loaded
+        "encode_prompt",
+        "encode_image",
+        "encode_reference",
+        "encode_conditions",
+        "denoise",
+        "vae_decode",
+    }
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(timer.steps) == 4
+    assert sum(timer.steps) <= timer.seconds["denoise"]
+
+
+def test_a_window_of_the_wrong_length_is_not_stretched(ours):
+    conditions = MemoryConditions(9)
+    conditions.face = conditions.face[:7]
+    with pytest.raises(ValueError, match="face: 9 frames were asked for, 7 came"):
+        rendered_here(ours, conditions, job_options())
+
+
+def test_gradients_are_as_they_were_between_segments(ours):
+    conditions, options = MemoryConditions(9), job_options(max_segment_frames=5)
+    plan = make_plan(conditions, options)
+    for segment in ours.render(conditions, "a dance", options, plan, make_scheduler("unipc"), StageTimer()):
+        assert torch.is_grad_enabled()
+        assert segment.frames.dtype == np.uint8
+        assert segment.frames.flags.c_contiguous
+
+
+def test_bytes_and_pixels_convert_as_the_library_does(upstream):
+    frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    theirs = upstream.video_processor.preprocess_video(pictures(frames), height=16, width=16)
+    here = to_pixels(frames, torch.device("cpu"))
+    assert here.shape == (1, 3, 1, 16, 16)
+    assert torch.equal(here, theirs)
+    assert np.array_equal(to_uint8(upstream.video_processor.postprocess_video(here, output_type="pt")[0]), frames)

@@ -1,0 +1,123 @@
+"""Windows drawn ahead: the source's own, one beforehand and never two at a time; close waits for the one at work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.generation.protocol import SegmentPlan
+from runner.generation.wan_animate.windows import DrawnAhead, padded_window, spans_of
+
+WAIT_S = 10.0
+
+
+@dataclass
+class Picture:
+    """A window whose pixels are the frames' numbers."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        self.pose = self.face = np.arange(self.start, self.stop)[:, None]
+
+
+@dataclass
+class Source:
+    """Counts who is in it; draws nothing of a span in `held` before it is let go."""
+
+    frames: int = 100
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    most_inside: int = 0
+    bad: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.begun, self.let_go, self.inside = threading.Event(), threading.Event(), 0
+        self.let_go.set()
+
+    def window(self, start: int, stop: int) -> Picture:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        self.asked.append((start, stop))
+        self.begun.set()
+        assert self.let_go.wait(WAIT_S)
+        self.inside -= 1
+        if (start, stop) == self.bad:
+            raise ValueError("a frame that cannot be read")
+        return Picture(start, stop)
+
+
+def plan_of(frames: int, segment: int, overlap: int) -> SegmentPlan:
+    segments = max(1, -(-(frames - overlap) // (segment - overlap)))
+    return SegmentPlan(frames, segment, overlap, segments, 96, 144, 4, 0.0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(frames=st.integers(2, 90), segment=st.sampled_from([5, 9, 17]), overlap=st.sampled_from([1, 5]))
+def test_the_pipeline_asks_for_just_these_spans(frames: int, segment: int, overlap: int) -> None:
+    if overlap >= segment:
+        return
+    plan, plain, source = plan_of(frames, segment, overlap), Source(frames), Source(frames)
+    ahead = DrawnAhead(source, spans_of(plan))
+    ahead.frames = frames  # type: ignore[attr-defined]
+    for index in range(plan.segments):
+        start = index * (segment - overlap)
+        ours = padded_window(ahead, start, start + segment, "animate")  # type: ignore[arg-type]
+        theirs = padded_window(plain, start, start + segment, "animate")  # type: ignore[arg-type]
+        assert np.array_equal(ours.pose, theirs.pose)
+    ahead.close()
+    assert source.asked == plain.asked  # each once, in order
+    assert source.most_inside == 1
+
+
+def test_the_next_is_drawn_while_one_is_used() -> None:
+    source = Source()
+    ahead = DrawnAhead(source, [(0, 10), (9, 19), (18, 28)])
+    for expected in ([(0, 10)], [(0, 10), (9, 19)], [(0, 10), (9, 19), (18, 28)]):
+        end = time.monotonic() + WAIT_S
+        while len(source.asked) < len(expected) and time.monotonic() < end:
+            time.sleep(0.001)
+        assert source.asked == expected  # before anybody asked for the last of them
+        assert ahead.window(*expected[-1]).start == expected[-1][0]
+    ahead.close()
+
+
+def test_what_was_not_expected_is_drawn_when_asked_for() -> None:
+    source = Source()
+    ahead = DrawnAhead(source, [(0, 10)])
+    assert ahead.window(3, 4).start == 3
+    assert ahead.window(0, 10).start == 0
+    ahead.close()
+    assert ahead.window(5, 6).start == 5
+    assert source.most_inside == 1
+
+
+def test_an_error_is_told_by_the_window_that_it_belongs_to() -> None:
+    source = Source(bad=(9, 19))
+    ahead = DrawnAhead(source, [(0, 10), (9, 19)])
+    assert ahead.window(0, 10).start == 0
+    with pytest.raises(ValueError, match="cannot be read"):
+        ahead.window(9, 19)
+    ahead.close()
+
+
+def test_close_waits_for_what_is_being_drawn() -> None:
+    """Files are closed next: nobody may be reading them."""
+    source = Source()
+    source.let_go.clear()
+    ahead = DrawnAhead(source, [(0, 10)])
+    assert source.begun.wait(WAIT_S)
+    closing = threading.Thread(target=ahead.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    source.let_go.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive() and source.inside == 0
+    ahead.close()

@@ -1,0 +1,185 @@
+"""Checkpoint, reading: a model filled from a file computes what the file says; damaged files are refused by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.quantization.files.checkpoint_write import check_file, load_quantized, quantize_store
+from runner.quantization.files.safetensors_stream import data_sha256
+from runner.quantization.formats.e2m1 import FORMATS, dequantize
+from runner.quantization.rules import linear_shapes, transformer_on_meta
+from tests.quantization.random_stores import TINY, inputs, write_store
+
+NAME = "quantized_transformer.safetensors"
+
+
+@pytest.fixture(scope="module", params=FORMATS.values(), ids=FORMATS)
+def made(request, tmp_path_factory):
+    """(format, summary) of the tiny store, quantised; not to be changed."""
+    root = tmp_path_factory.mktemp("made")
+    store = write_store(root / "transformer", TINY, shard_bytes=300_000)
+    return request.param, quantize_store(store, root / NAME, request.param)
+
+
+def test_loading_fills_the_model(made):
+    fmt, summary = made
+    model = transformer_on_meta(TINY)
+    names = list(linear_shapes(model))
+    loaded = load_quantized(model, summary.path)
+    assert loaded.format == fmt and set(loaded.layers) == set(names) and loaded.sha256 == summary.sha256
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert not any(p.requires_grad for p in model.parameters())
+    stored = load_file(summary.path)
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters()} == {
+        n: (t.dtype, tuple(t.shape)) for n, t in stored.items()
+    }
+    assert all(torch.equal(param, stored[name]) for name, param in model.named_parameters())
+    assert loaded.bytes == sum(t.nbytes for t in stored.values())
+
+
+def test_the_loaded_model_computes_what_its_weights_say(made):
+    """Against the library's own model, every weight replaced by what the file stands for."""
+    from diffusers import WanAnimateTransformer3DModel
+
+    fmt, summary = made
+    model = transformer_on_meta(TINY)
+    load_quantized(model, summary.path, dtype=torch.float32)
+    plain = WanAnimateTransformer3DModel.from_config(dict(TINY)).eval()
+    stored, state = load_file(summary.path), {}
+    for name in plain.state_dict():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.weight_packed" in stored:
+            parts = {suffix: stored[f"{layer}.{suffix}"] for suffix in fmt.tensors(32, 32)}
+            state[name] = dequantize(parts, fmt)
+        else:
+            state[name] = stored[name].float()
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        ours, theirs = model(**inputs())[0], plain(**inputs())[0]
+    assert theirs.std() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Files of ours that must be refused before a model is touched.
+
+
+def rewrite(made, path: Path, change, metadata=None) -> Path:
+    """The file again, its tensors changed by `change`, its metadata replaced where given."""
+    tensors = load_file(made)
+    with safe_open(made, framework="np") as opened:
+        meta = opened.metadata() | (metadata or {})
+    change(tensors)
+    save_file(tensors, path, metadata={key: value for key, value in meta.items() if value is not None})
+    return path
+
+
+def nothing(tensors):
+    pass
+
+
+Q = "blocks.0.attn1.to_q"
+
+
+def set_scale(value):
+    def change(tensors):
+        scale = tensors[f"{Q}.weight_scale"]
+        if scale.dtype == torch.uint8:
+            scale[1, 0] = 0x7F if math.isnan(value) else 0xB8  # NaN, and a negative number
+        else:
+            scale[1, 0] = value
+
+    return change
+
+
+def retype(name, dtype):
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+def halve(tensors):
+    tensors[f"{Q}.weight_scale"] = tensors[f"{Q}.weight_scale"][:, :1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "says"),
+    [
+        (nothing, {"video_lab.format": None}, "missing"),
+        (nothing, {"video_lab.format": "int3"}, "int3"),
+        (nothing, {"video_lab.group": "64"}, "'64'"),
+        (nothing, {"video_lab.sha256": "0" * 64}, "not finished"),
+        (nothing, {"video_lab.loras": "none"}, "video_lab.loras"),
+        (halve, None, rf"{Q}\.weight_scale"),
+        (retype(f"{Q}.weight_scale", torch.float16), None, rf"{Q}\.weight_scale is torch\.float16"),
+        (retype(f"{Q}.weight_packed", torch.int32), None, rf"{Q}\.weight_packed is torch\.int32"),
+        (lambda t: t.pop(f"{Q}.weight_scale"), None, "weight_scale is missing"),
+        (lambda t: t.pop(f"{Q}.weight_packed"), None, "belongs to no quantised layer"),
+    ],
+)
+def test_headers_are_refused(made, tmp_path, change, metadata, says):
+    bad = rewrite(made[1].path, tmp_path / NAME, change, metadata)
+    with pytest.raises(WeightsCorrupt, match=says) as caught:
+        check_file(bad)
+    assert caught.value.todo and str(bad) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_scale(float("nan")), f"{Q}.*NaN"),
+        (set_scale(-1.0), f"{Q}.*negative"),
+        (retype("proj_out.bias", torch.float32), r"proj_out\.bias"),
+        (retype("blocks.0.norm2.weight", torch.bfloat16), r"blocks\.0\.norm2\.weight"),
+        (lambda t: t.pop("blocks.0.norm2.weight"), r"blocks\.0\.norm2\.weight is missing"),
+        (lambda t: t.update(more=torch.zeros(2)), "more"),
+    ],
+)
+def test_tensors_are_refused_before_the_model_is_touched(made, tmp_path, change, says):
+    bad = rewrite(made[1].path, tmp_path / NAME, change)
+    model = transformer_on_meta(TINY)
+    before = dict(linear_shapes(model))
+    with pytest.raises(WeightsCorrupt, match=says):
+        load_quantized(model, bad)
+    assert linear_shapes(model) == before and all(p.is_meta for p in model.parameters())
+
+
+def test_another_model_is_refused(made):
+    model = transformer_on_meta(dict(TINY) | {"ffn_dim": 256})
+    with pytest.raises(WeightsCorrupt, match=r"ffn"):
+        load_quantized(model, made[1].path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, 100_000])
+def test_truncated_files_are_refused(made, tmp_path, size):
+    bad = tmp_path / NAME
+    bad.write_bytes(made[1].path.read_bytes()[:size])
+    with pytest.raises(WeightsCorrupt, match=r"empty|truncated"):
+        check_file(bad)
+
+
+def test_flipped_bits_show_in_the_checksum(made, tmp_path):
+    raw = bytearray(made[1].path.read_bytes())
+    raw[-1000] ^= 1
+    bad = tmp_path / NAME
+    bad.write_bytes(raw)
+    assert data_sha256(bad) != check_file(bad).sha256
+
+
+def test_pickles_and_pointers_are_not_opened(tmp_path):
+    pickle = tmp_path / "weights.safetensors"
+    pickle.write_bytes(b"\x80\x04cos\nsystem\n(S'touch x'\ntR." * 20)
+    with pytest.raises(WeightsCorrupt, match="not a safetensors"):
+        check_file(pickle)
+    pickle.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(WeightsCorrupt, match="LFS"):
+        check_file(pickle)
+    with pytest.raises(WeightsMissing, match="no such file"):
+        check_file(tmp_path / "none")

@@ -1,0 +1,189 @@
+"""Layers in 8 and 4 bits: equal to the formats' arithmetic, LoRAs seen, kernels chosen only when right, one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, dequantize
+from runner.quantization.kernels import low_bit as module
+from runner.quantization.kernels.low_bit import (
+    COMPUTES,
+    EXACT,
+    LowBitLinear,
+    fast_rows,
+    pick_product,
+    pick_rows,
+    problem_of_shape,
+    relative_error,
+)
+from runner.quantization.kernels.nvfp4 import dequantize_blocks, quantize_blocks
+from runner.quantization.kernels.rowwise import dequantize_rows, quantize_rows, rotate_rows
+from runner.quantization.linear import FP4Linear
+
+ROWWISE = pytest.mark.parametrize("compute", ["fp8", "int8"])
+CPU = torch.device("cpu")
+
+
+def gauss(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(fmt=G32, outputs: int = 48, columns: int = 64) -> FP4Linear:
+    torch.manual_seed(2)
+    return FP4Linear.from_linear(nn.Linear(columns, outputs), fmt)
+
+
+def in_rows(x: Tensor, weight: Tensor, compute: str) -> Tensor:
+    """The format's arithmetic, in float64 and written out."""
+    if compute == "int8":
+        x, weight = rotate_rows(x), rotate_rows(weight)
+    x, weight = (dequantize_rows(quantize_rows(matrix, compute)).double() for matrix in (x, weight))
+    return x @ weight.T / (64 if compute == "int8" else 1)
+
+
+@ROWWISE
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_layer_computes_its_format(compute, fmt):
+    layer, x = layer_of(fmt), gauss(3, 5, 64)
+    exact = layer(x)
+    layer.set_compute(compute, "reference")
+    assert f"compute={compute}" in repr(layer)
+    found = layer(x)
+    wanted = in_rows(x.view(15, 64), dequantize(layer.stored, fmt), compute) + layer.bias.double()
+    torch.testing.assert_close(found.view(15, 48).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert 0 < relative_error(found, exact) < 0.06
+    layer.set_compute(EXACT)
+    assert torch.equal(layer(x), exact)
+
+
+@ROWWISE
+def test_a_lora_is_summed_before_rounding(compute):
+    layer, x = layer_of(), gauss(7, 64)
+    down, up, delta = gauss(4, 64, seed=4), gauss(48, 4, seed=5), gauss(48, seed=6)
+    layer.set_lora([(down, up, 0.5)])
+    layer.set_bias_delta(delta)
+    layer.set_compute(compute, "reference")
+    weight = dequantize(layer.stored, G32) + 0.5 * up @ down
+    wanted = in_rows(x, weight, compute) + (layer.bias + delta).double()
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-3, atol=1e-3)
+    assert layer.lora_rank == 4
+    layer.set_lora(None)
+    assert layer.lora_rank == 0
+
+
+def test_nvfp4_takes_the_stored_codes_and_adds_a_lora_beside_them():
+    layer, x = layer_of(NVFP4), gauss(7, 64)
+    layer.set_compute("nvfp4", "reference")
+    plain = dequantize_blocks(quantize_blocks(x)).double() @ dequantize(layer.stored, NVFP4).double().T
+    plain = plain + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), plain, rtol=1e-5, atol=1e-5)
+    down, up = gauss(4, 64, seed=4), gauss(48, 4, seed=5)
+    layer.set_lora([(down, up, 0.5)])
+    torch.testing.assert_close(layer(x).double(), plain + 0.5 * (x @ down.T @ up.T).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_names_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="g32 cannot compute as nvfp4"):
+        layer_of().set_compute("nvfp4", "reference")
+    for compute, product in (("fp8", "int_mm"), ("int4", "reference"), ("fp8", "")):
+        with pytest.raises(ValueError, match="no product"):
+            layer_of().set_compute(compute, product)
+    with pytest.raises(ValueError, match="no product"):
+        LowBitLinear(nn.Linear(64, 48), "nvfp4", "reference")
+
+
+@ROWWISE
+def test_a_plain_layer_shares_its_parameters(compute):
+    linear, x = nn.Linear(64, 48), gauss(7, 64)
+    low = LowBitLinear(linear, compute, "reference")
+    assert low.weight is linear.weight
+    with torch.no_grad():
+        linear.weight.mul_(2)  # as a LoRA that is merged in place
+        wanted = in_rows(x, linear.weight, compute) + linear.bias.double()
+        torch.testing.assert_close(low(x).double(), wanted, rtol=1e-4, atol=1e-4)
+        low.set_compute(EXACT)
+        assert torch.equal(low(x), linear(x))
+
+
+@pytest.mark.parametrize(("compute", "product"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
+def test_torchs_kernels_give_a_layer_the_definitions_result(compute, product):
+    """torch runs both on a CPU too: an independent implementation of the same numbers."""
+    layer, x = layer_of(), gauss(40, 64).bfloat16()
+    layer = layer.to(torch.bfloat16)
+    layer.set_compute(compute, "reference")
+    wanted = layer(x)
+    layer.set_compute(compute, product)
+    assert relative_error(layer(x), wanted) < 0.005
+
+
+@ROWWISE
+def test_blocks_of_rows_do_not_show(compute, monkeypatch):
+    x = gauss(37, 64)
+    monkeypatch.setattr(module, "_NUMBERS_A_BLOCK", 5 * 64)
+    found, wanted = fast_rows(x, compute), quantize_rows(x, compute)
+    assert torch.equal(found.codes.float(), wanted.codes.float())
+    assert torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_cpu_gets_the_definition(compute):
+    assert pick_product(CPU, compute)[0] == "reference"
+    assert pick_rows(CPU, compute)[0] == "torch"
+
+
+@pytest.mark.parametrize("broken", ["raises", "is off", "is not finite"])
+def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
+    def kernel(x, w, bias, dtype):
+        if broken == "raises":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
+        return module.reference(x, w, bias, dtype) * (1.02 if broken == "is off" else torch.nan)
+
+    monkeypatch.setitem(module._ROWWISE, "scaled_mm", kernel)
+    problem = module._problem_of("scaled_mm", "fp8", CPU)
+    assert problem is not None
+    wanted = {"raises": "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED", "is off": "off by 0.02", "is not finite": "inf"}
+    assert wanted[broken] in problem
+
+
+def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
+    """Hopper's fast sums of e4m3 by a model of them, .003; an int8 activation divided in bfloat16, .0074."""
+    monkeypatch.setitem(module._ROWWISE, "scaled_mm", lambda *given: module.reference(*given) * 1.008)
+    assert module._problem_of("scaled_mm", "fp8", CPU) is None
+
+
+@pytest.mark.parametrize(("compute", "product"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
+def test_a_kernel_that_is_right_is_found_right(compute, product):
+    assert module._problem_of(product, compute, CPU) is None
+
+
+def test_shapes_that_no_kernel_takes():
+    assert problem_of_shape("fp8", 48, 64) is None
+    assert "no multiple of [16, 16]" in (problem_of_shape("int8", 20, 64) or "")
+    assert problem_of_shape("nvfp4", 48, 48) is not None
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_compiled_layer_is_one_graph(compute):
+    layer, x = layer_of(NVFP4), gauss(6, 64)
+    layer.set_compute(compute, "reference")
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@ROWWISE
+def test_a_layer_on_a_gpu(compute):
+    device = torch.device("cuda")
+    product, why = pick_product(torch.device("cuda", 0), compute)
+    if product is None:
+        pytest.skip(why)
+    assert pick_rows(torch.device("cuda", 0), compute)[0] == "triton"
+    layer, x = layer_of(G32, 5120, 5120).to(device, torch.bfloat16), gauss(1040, 5120).to(device, torch.bfloat16)
+    layer.set_compute(compute, "reference")
+    wanted = layer(x)
+    layer.set_compute(compute, product)
+    assert relative_error(layer(x), wanted) < 0.005

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.errors import ConfigInvalid
+from runner.generation.sampling import make_scheduler
+from runner.spec.recipes import COMPUTE, DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
+
+
+def test_the_shipped_recipes():
+    assert {"fp4-distill", "fp4", "bf16", "fp32"} <= set(RECIPES)
+    assert DEFAULT_RECIPE == "fp4-distill"
+    assert get_recipe("bf16").steps == 20
+    assert get_recipe("bf16").vae_dtype == "float32"
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+        json.dumps(recipe.as_dict())
+
+
+def test_prose_does_not_change_the_fingerprint():
+    assert "summary" not in get_recipe("bf16").as_dict()
+
+
+def test_an_unknown_recipe_gets_a_suggestion_and_the_list():
+    with pytest.raises(ConfigInvalid, match=r"did you mean 'bf16'.*fp4-distill, fp4, bf16, fp32") as caught:
+        get_recipe("bf61")
+    assert caught.value.exit_code == 2
+
+
+def test_only_the_distilled_recipe_has_few_steps_and_the_lora():
+    """Six Euler steps are enough for a model that was distilled for few, and for no other."""
+    distilled, plain = get_recipe("fp4-distill"), get_recipe("fp4")
+    assert (distilled.steps, distilled.scheduler, distilled.fp4, distilled.distilled) == (6, "euler", True, True)
+    assert (plain.steps, plain.scheduler, plain.fp4, plain.distilled) == (20, "unipc", True, False)
+    assert not get_recipe("bf16").fp4
+    assert distilled.as_dict() != plain.as_dict()
+
+
+def changed(name: str) -> dict[str, object]:
+    """Fields in which the recipe differs from the one that it starts from."""
+    recipe, base = get_recipe(name), get_recipe(name.partition("+")[0])
+    skipped = ("name", "summary")
+    return {
+        f.name: getattr(recipe, f.name)
+        for f in fields(Recipe)
+        if f.name not in skipped and getattr(recipe, f.name) != getattr(base, f.name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fields_changed", "canonical"),
+    [
+        ("fp4-distill+fp8", {"compute": "fp8"}, "fp4-distill+fp8"),
+        ("fp4-distill+steps4+int8", {"compute": "int8", "steps": 4}, "fp4-distill+int8+steps4"),
+        ("fp4-distill+unipc+nvfp4", {"compute": "nvfp4", "scheduler": "unipc"}, "fp4-distill+nvfp4+unipc"),
+        ("fp4-distill+diffusers-grid", {"grid": "diffusers"}, "fp4-distill+diffusers-grid"),
+        ("fp4+diffusers-grid+euler", {"grid": "diffusers", "scheduler": "euler"}, "fp4+euler+diffusers-grid"),
+        ("bf16+shift3.0+steps006", {"shift": 3.0, "steps": 6}, "bf16+steps6+shift3"),
+        ("bf16+shift2.5", {"shift": 2.5}, "bf16+shift2.5"),
+        ("fp32+int8", {"compute": "int8"}, "fp32+int8"),
+        ("fp4-distill+bf16-vae+fp8", {"compute": "fp8", "vae_dtype": "bfloat16"}, "fp4-distill+fp8+bf16-vae"),
+        ("fp4-distill+euler+steps6+official-grid+bf16+shift5", {}, "fp4-distill"),
+    ],
+)
+def test_words_change_what_they_name_and_nothing_else(name, fields_changed, canonical):
+    recipe = get_recipe(name)
+    assert changed(name) == fields_changed
+    assert recipe.name == canonical
+    assert get_recipe(canonical) == recipe
+    assert make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+
+
+WORDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "compute": st.sampled_from(COMPUTE),
+        "vae_dtype": st.just("bf16-vae"),
+        "scheduler": st.sampled_from(["euler", "unipc"]),
+        "grid": st.sampled_from(["official-grid", "diffusers-grid"]),
+        "steps": st.integers(1, 100).map(lambda n: f"steps{n}"),
+        "shift": st.sampled_from(["shift3", "shift5", "shift8", "shift0.5", "shift12.25"]),
+    },
+)
+
+
+@given(base=st.sampled_from(sorted(RECIPES)), words=WORDS, data=st.data())
+def test_the_order_of_words_does_not_matter(base, words, data):
+    def recipe_of(texts) -> object:
+        try:
+            return get_recipe("+".join([base, *texts]))
+        except ConfigInvalid as err:
+            return err.code
+
+    shuffled = data.draw(st.permutations(list(words.values())))
+    made = recipe_of(shuffled)
+    assert made == recipe_of(words.values())
+    if isinstance(made, Recipe):
+        assert get_recipe(made.name) == made
+        assert made.name.count("+") == len(changed(made.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fp4-distil+fp8", "did you mean 'fp4-distill[+]fp8'"),
+        ("fp4+fp-8", "did you mean 'fp8'"),
+        ("fp4+FP8", "did you mean 'fp8'"),
+        ("fp4+nvfp", "did you mean 'nvfp4'"),
+        ("fp4+6steps", "did you mean 'steps6'"),
+        ("fp4+steps=4", "did you mean 'steps4'"),
+        ("fp4+shift-3", "did you mean 'shift3'"),
+        ("fp4+eulr", "did you mean 'euler'"),
+        ("fp4-distill+diffusers", "did you mean 'diffusers-grid'"),
+        (
+            "fp4+karras",
+            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, official-grid, "
+            "diffusers-grid, stepsN",
+        ),
+        ("fp4+", "says '', which is no word"),
+        ("fp4+fp8+fp8", "says 'fp8' twice"),
+        ("fp4+fp8+int8", "says both 'fp8' and 'int8'"),
+        ("fp4+steps4+steps6", "says both 'steps4' and 'steps6'"),
+        ("fp4+diffusers-grid", "Say fp4[+]diffusers-grid[+]euler"),
+        ("fp4-distill+unipc+diffusers-grid", "Leave out one of"),
+        ("fp32+bf16", "Use recipe bf16"),
+        ("bf16+steps0", "steps1 to steps100"),
+        ("bf16+steps101", "steps1 to steps100"),
+        ("bf16+shift0", "Above 0"),
+        ("bf16+shift1e3", "no word"),
+        ("bf16+shift1000", "100 at most"),
+        ("bf16+shift\u0663", "no word"),  # a digit, but none of ours
+    ],
+)
+def test_what_makes_no_recipe_says_why(name, said):
+    with pytest.raises(ConfigInvalid, match=said) as caught:
+        get_recipe(name)
+    assert caught.value.exit_code == 2
+
+
+def test_the_fingerprint_holds_what_decides_frames_however_it_was_said():
+    """A job's own steps are among its options, and an alias renders the same frames."""
+    assert get_recipe("fp4-distill+euler+shift5").effective() == get_recipe("fp4-distill").effective()
+    assert get_recipe("fp4-distill+steps4").effective() == get_recipe("fp4-distill").effective()
+    for word in ("fp8", "unipc", "diffusers-grid", "shift3"):
+        assert get_recipe(f"fp4-distill+{word}").effective() != get_recipe("fp4-distill").effective()
+    assert set(get_recipe("bf16").as_dict()) - set(get_recipe("bf16").effective()) == {"name", "steps"}

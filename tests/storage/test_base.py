@@ -1,0 +1,327 @@
+"""Storage: one contract for every backend; keys."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.errors import ConfigInvalid, InputNotFound, InternalError
+from runner.storage import (
+    LocalStorage,
+    Storage,
+    check_key,
+    fetch_input,
+    open_storage,
+    probe_writable,
+    stat_input,
+)
+from runner.storage.s3 import S3Storage
+from tests.s3_servers import S3Server
+
+KEYS = ["a.txt", "jobs/anna-samba/output.mp4", "dances 中文/跳舞 (1)+&=%20#?.mp4", "é/ü~'!*.bin", "...", "a..b/.c"]
+
+
+class StorageContract:
+    """What every Storage promises. A backend supplies `store` and inherits the rest."""
+
+    @pytest.fixture
+    def store(self) -> Storage:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Callable[[bytes], Path]:
+        def make(data: bytes) -> Path:
+            path = tmp_path / "source.bin"
+            path.write_bytes(data)
+            return path
+
+        return make
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_what_is_published_is_fetched(
+        self, store: Storage, key: str, tmp_path: Path, source: Callable[[bytes], Path]
+    ) -> None:
+        data = os.urandom(3001)
+        published = store.publish(source(data), key)
+        fetched = store.fetch(key, tmp_path / "new" / "folder" / "copy")
+        assert (tmp_path / "new" / "folder" / "copy").read_bytes() == data
+        assert published == fetched == store.stat(key)
+        assert (published.key, published.bytes, published.uri) == (key, 3001, store.uri(key))
+        assert store.read_bytes(key) == data
+        assert [info.key for info in store.list()] == [key]
+
+    def test_many_parts(self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]) -> None:
+        data = os.urandom(1 << 20) * 33 + b"tail"  # three parts on S3, the last of an odd size
+        info = store.publish(source(data), "big.bin")
+        assert info.bytes == len(data)
+        store.fetch("big.bin", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == data
+
+    def test_an_empty_file_is_a_file(self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]) -> None:
+        assert store.publish(source(b""), "empty").bytes == 0
+        store.fetch("empty", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b""
+        store.write_bytes("empty too", b"")
+        assert store.read_bytes("empty too") == b""
+
+    def test_publishing_again_replaces(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+        first = store.publish(source(b"one"), "x")
+        second = store.publish(source(b"other"), "x")
+        assert store.read_bytes("x") == b"other"
+        assert second.bytes == 5
+        assert first != second
+        assert second.modified >= first.modified > 1_700_000_000
+
+    def test_identity_follows_content(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+        one = store.publish(source(b"same"), "a").identity
+        two = store.publish(source(b"same"), "b").identity
+        three = store.publish(source(b"else"), "a").identity
+        if one:  # a disk cannot tell without reading
+            assert one == two != three
+            assert one.startswith("etag:")
+            assert one.endswith(":4")
+            assert '"' not in one
+
+    def test_missing(self, store: Storage, tmp_path: Path) -> None:
+        assert store.stat("none") is None
+        assert not store.exists("none/deeper")
+        assert store.read_bytes("none/deeper") is None
+        assert list(store.list()) == list(store.list("none/")) == []
+        with pytest.raises(InputNotFound, match="none/file"):
+            store.fetch("none/file", tmp_path / "x")
+        assert list(tmp_path.rglob("x")) == []
+        store.delete("none")
+        store.delete("none/deeper")
+
+    def test_a_folder_is_no_object(self, store: Storage) -> None:
+        store.write_bytes("jobs/a/result.json", b"{}")
+        assert store.stat("jobs/a") is None
+        assert store.read_bytes("jobs/a/result.json/deeper") is None
+        assert store.stat("jobs/a/result.json/deeper") is None
+
+    def test_small_objects(self, store: Storage) -> None:
+        store.write_bytes("jobs/a/result.json", b"{}")
+        store.write_bytes("jobs/a/result.json", '{"名": 1}'.encode())
+        assert store.read_bytes("jobs/a/result.json") == '{"名": 1}'.encode()
+        assert store.exists("jobs/a/result.json")
+        store.delete("jobs/a/result.json")
+        assert not store.exists("jobs/a/result.json")
+        assert store.read_bytes("jobs/a/result.json") is None
+
+    def test_list_by_prefix(self, store: Storage) -> None:
+        keys = ["jobs/a/output.mp4", "jobs/a/frames/000001.png", "jobs/ab/output.mp4", "runs/1/0.json", "top"]
+        for key in keys:
+            store.write_bytes(key, key.encode())
+
+        def listed(prefix: str) -> list[str]:
+            return sorted(info.key for info in store.list(prefix))
+
+        assert listed("") == sorted(keys)
+        assert listed("jobs/a/") == ["jobs/a/frames/000001.png", "jobs/a/output.mp4"]
+        assert listed("jobs/a") == sorted(keys[:3])
+        assert listed("to") == listed("top") == ["top"]
+        assert listed("top/") == []
+        for info in store.list("jobs/"):
+            assert info == store.stat(info.key)
+
+    @pytest.fixture
+    def small_pages(self, store: Storage) -> None:
+        """Make the far end answer lists two objects at a time, where it answers by pages."""
+
+    @pytest.mark.usefixtures("small_pages")
+    def test_every_page_is_listed(self, store: Storage) -> None:
+        keys = [f"many/{i}" for i in range(5)]
+        for key in keys:
+            store.write_bytes(key, b"")
+        assert sorted(info.key for info in store.list("many/")) == keys
+
+    @pytest.mark.parametrize(
+        "key", ["", "/etc/passwd", "../x", "a/../../x", "a/..", ".", "./a", "a//b", "a/", "a\nb", "a\0b", "\ud800"]
+    )
+    def test_keys_stay_below_the_root(
+        self, store: Storage, key: str, tmp_path: Path, source: Callable[[bytes], Path]
+    ) -> None:
+        local = source(b"x")
+        for use in (
+            lambda: store.publish(local, key),
+            lambda: store.fetch(key, tmp_path / "x"),
+            lambda: store.stat(key),
+            lambda: store.read_bytes(key),
+            lambda: store.write_bytes(key, b""),
+            lambda: store.delete(key),
+            lambda: store.uri(key),
+        ):
+            with pytest.raises(ConfigInvalid, match="key"):
+                use()
+        if not key.endswith("/") and key not in ("", "."):
+            with pytest.raises(ConfigInvalid):
+                list(store.list(f"{key}/../x"))
+
+    def test_a_reader_sees_all_or_nothing(self, store: Storage, tmp_path: Path) -> None:
+        contents = [bytes([i]) * (200_000 + i) for i in range(2)]
+        sources = [tmp_path / f"source{i}" for i in range(2)]
+        for path, data in zip(sources, contents, strict=True):
+            path.write_bytes(data)
+        store.publish(sources[0], "x")
+        torn: list[int] = []
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                data = store.read_bytes("x")
+                if data not in contents:
+                    torn.append(-1 if data is None else len(data))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for i in range(16):
+            store.publish(sources[i % 2], "x")
+        stop.set()
+        reader.join()
+        assert torn == []
+
+    def test_from_many_threads(self, store: Storage, tmp_path: Path) -> None:
+        problems: list[BaseException] = []
+
+        def work(i: int) -> None:
+            try:
+                path = tmp_path / f"{i}"
+                path.write_bytes(bytes([i]) * 1000)
+                store.publish(path, f"threads/{i}")
+                store.fetch(f"threads/{i}", tmp_path / f"back{i}")
+                assert (tmp_path / f"back{i}").read_bytes() == bytes([i]) * 1000
+            except BaseException as err:
+                problems.append(err)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert problems == []
+        assert len(list(store.list("threads/"))) == 8
+
+    def test_probe_leaves_nothing(self, store: Storage) -> None:
+        probe_writable(store)
+        assert list(store.list()) == []
+
+    def test_probe_finds_a_store_that_forgets(self, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store, "write_bytes", lambda key, data: None)
+        with pytest.raises(InternalError, match="does not read back"):
+            probe_writable(store)
+
+    def test_inputs_by_uri(self, store: Storage, tmp_path: Path) -> None:
+        key = "dances 中文/跳舞 #1?.mp4"
+        store.write_bytes(key, b"dance")
+        uri = store.uri(key)
+        assert stat_input(uri).bytes == 5
+        assert stat_input(uri).identity == store.stat(key).identity  # type: ignore[union-attr]
+        path = fetch_input(uri, tmp_path / "scratch")
+        assert path.read_bytes() == b"dance"
+        assert path.name == "跳舞 #1?.mp4"
+        with pytest.raises(InputNotFound, match=r"none\.mp4"):
+            stat_input(store.uri("none.mp4"))
+        with pytest.raises(InputNotFound, match=r"none\.mp4"):
+            fetch_input(store.uri("none.mp4"), tmp_path / "scratch")
+
+    def test_equal_names_do_not_collide(self, store: Storage, tmp_path: Path) -> None:
+        for folder in "ab":
+            store.write_bytes(f"{folder}/dance.mp4", folder.encode())
+        paths = [fetch_input(store.uri(f"{folder}/dance.mp4"), tmp_path / "scratch") for folder in "ab"]
+        assert [path.read_bytes() for path in paths] == [b"a", b"b"]
+        assert [path.name for path in paths] == ["dance.mp4"] * 2
+
+
+class TestLocalStorage(StorageContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Storage:
+        return open_storage(tmp_path / "out" / "not yet there")
+
+
+class TestFileUriStorage(StorageContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Storage:
+        return open_storage(f"file://{quote(str(tmp_path))}/%E4%B8%AD%20x/")
+
+
+class S3Contract(StorageContract):
+    """What S3 answers by pages, it is made to answer by small ones."""
+
+    @pytest.fixture
+    def small_pages(self, store: Storage) -> Iterator[None]:
+        assert isinstance(store, S3Storage)
+        events, pages = store.client.meta.events, []
+
+        def shrink(params: dict[str, Any], **_: object) -> dict[str, Any]:
+            pages.append(params)
+            return params | {"MaxKeys": 2}
+
+        events.register("provide-client-params.s3.ListObjectsV2", shrink)
+        yield
+        events.unregister("provide-client-params.s3.ListObjectsV2", shrink)
+        assert len(pages) == 3  # 2 + 2 + 1 objects
+
+
+class TestMotoStorage(S3Contract):
+    @pytest.fixture
+    def store(self, moto_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
+        aws_env(moto_s3)
+        return open_storage(f"s3://{moto_s3.make_bucket()}/some prefix/中文/")
+
+
+class TestMotoWholeBucket(S3Contract):
+    @pytest.fixture
+    def store(self, moto_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
+        aws_env(moto_s3)
+        return open_storage(f"s3://{moto_s3.make_bucket()}")
+
+
+@pytest.mark.s3
+class TestSeaweedStorage(S3Contract):
+    @pytest.fixture
+    def store(self, seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
+        aws_env(seaweedfs_s3)
+        return open_storage(f"s3://{seaweedfs_s3.make_bucket()}/some prefix/中文")
+
+
+# Keys
+
+PARTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(st.lists(st.one_of(PARTS, st.sampled_from(["", ".", "..", "...", " ", "\\"])), max_size=6).map("/".join))
+def test_an_accepted_key_is_a_place_below_the_root(key: str) -> None:
+    root = Path("/srv/out")
+    try:
+        check_key(key)
+    except ConfigInvalid:
+        risky = {"", ".", ".."} & set(key.split("/")) or any(ord(c) < 32 or ord(c) == 127 for c in key)
+        assert risky, f"refused without need: {key!r}"
+        return
+    path = Path(os.path.normpath(root / key))
+    assert path.is_relative_to(root)
+    assert path != root
+    assert path.relative_to(root).as_posix() == key  # one place has one key
+    assert LocalStorage(root).uri(key) == str(path)
+
+
+@given(st.binary(max_size=40).map(lambda b: b.decode("utf-8", "surrogateescape")))
+def test_any_text_is_a_key_or_is_refused(key: str) -> None:
+    try:
+        assert check_key(key).encode()
+    except ConfigInvalid as err:
+        err.message.encode()  # the refusal can be printed
+
+
+def test_the_longest_key() -> None:
+    assert check_key("é" * 512)
+    with pytest.raises(ConfigInvalid, match="1024 bytes"):
+        check_key("é" * 512 + "x")

@@ -1,0 +1,190 @@
+"""The cache: what was put comes back or nothing does, within its size, among processes, whatever a file suffers."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from runner.errors import NoPerson
+from runner.storage.disk_cache import PoseCache, content_sha256, key, remembered
+from runner.timing import StageTimer
+from tests.storage.cache_worker import LIMIT, make_once, points, same, work
+
+KINDS = [np.dtype(t) for t in ("bool", "uint8", "int32", "int64", "float32", "float64")]
+ARRAYS = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+    st.sampled_from(KINDS).flatmap(lambda t: hnp.arrays(t, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0))),
+    max_size=4,
+)
+
+
+def ticking() -> Iterator[int]:
+    now = 10**18
+    while True:
+        now += 10**9
+        yield now
+
+
+@pytest.fixture
+def cache(tmp_path) -> PoseCache:
+    clock = ticking()
+    return PoseCache(tmp_path / "poses", 1 << 20, clock_ns=lambda: next(clock))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrays=ARRAYS)
+def test_get_inverts_put(cache, arrays):
+    name = key({"case": "round trip"})
+    assert cache.put(name, arrays)
+    found = cache.get(name)
+    assert found is not None and same(found, arrays)
+    assert all(array.flags.writeable for array in found.values())
+
+
+def test_a_view_is_kept_as_it_looks(cache):
+    """A transposed or strided array lies in memory in another order than it reads."""
+    view = np.arange(24, dtype=np.int32).reshape(4, 6).T[::2]
+    cache.put(key({}), {"view": view})
+    found = cache.get(key({}))
+    assert found is not None
+    np.testing.assert_array_equal(found["view"], view)
+
+
+def test_the_key_is_all_of_the_parts_and_not_their_order():
+    parts = {"video": "ab", "detect_every": 4, "parity": False, "fps": "30000/1001"}
+    assert key(parts) == key(dict(reversed(parts.items())))
+    assert len({key(parts), *(key({**parts, name: "other"}) for name in parts), key({**parts, "more": 1})}) == 6
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        key({"fps": float("nan")})
+
+
+@pytest.mark.parametrize("bad", [np.array(["text"]), np.array([object()]), np.array([1j])])
+def test_only_plain_numbers(cache, bad):
+    with pytest.raises(ValueError, match="cannot be kept"):
+        cache.put(key({}), {"bad": bad})
+
+
+def test_every_damaged_byte_is_a_miss_and_the_entry_goes(cache):
+    """Any one byte changed, any end cut off: never other arrays, never an exception."""
+    name, arrays = key({"clip": 1}), {"a": np.arange(6, dtype=np.float32), "b": np.array([True, False])}
+    cache.put(name, arrays)
+    (path,) = cache.root.glob("*.safetensors")
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :])
+        found = cache.get(name)
+        assert found is None or same(found, arrays), at  # a changed space in the header's padding changes nothing
+        assert path.exists() == (found is not None)
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert cache.get(name) is None
+        assert not path.exists()
+    path.write_bytes(whole)
+    assert cache.get(name) is not None
+
+
+def test_an_entry_under_another_name_is_a_miss(cache):
+    cache.put(key({"clip": 1}), points(2))
+    (path,) = cache.root.glob("*.safetensors")
+    path.rename(path.with_name(f"{key({'clip': 2})}.safetensors"))
+    assert cache.get(key({"clip": 2})) is None
+
+
+def test_what_was_used_longest_ago_makes_room(cache):
+    """Room for five of 200 KB: the sixth pushes out the second, as the first was used meanwhile."""
+    keys = [key({"clip": i}) for i in range(6)]
+    for name in keys[:5]:
+        assert cache.put(name, points(125))
+    assert cache.get(keys[0]) is not None
+    assert cache.put(keys[5], points(125))
+    assert [cache.get(name) is not None for name in keys] == [True, False, True, True, True, True]
+    assert cache.bytes() <= cache.max_bytes
+
+
+def test_putting_again_replaces_and_is_not_counted_twice(cache):
+    """Three entries of 300 KB fit; one of them written anew needs no room beside its old self."""
+    keys = [key({"clip": i}) for i in range(3)]
+    for name in [*keys, keys[2]]:
+        assert cache.put(name, points(190, seed=len(name)))
+    assert all(cache.get(name) is not None for name in keys)
+
+
+def test_more_than_the_cache_holds_is_not_kept_and_evicts_nothing(cache):
+    cache.put(key({"clip": 1}), points(10))
+    assert not cache.put(key({"clip": 2}), points(1000))
+    assert cache.get(key({"clip": 1})) is not None
+    nothing = PoseCache(cache.root, 0)
+    assert not nothing.put(key({"clip": 3}), points(1))
+
+
+def test_leftovers_of_a_killed_writer_go(cache):
+    cache.put(key({"clip": 1}), points(1))
+    left = cache.root / f".staged-{'0' * 32}.tmp"
+    left.write_bytes(b"half")
+    cache.put(key({"clip": 2}), points(1))
+    assert not left.exists()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Pool]:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        yield pool
+
+
+def test_processes_share_a_cache_without_ever_seeing_a_wrong_entry(processes, tmp_path):
+    answers = processes.starmap(work, [(tmp_path, seed, 40) for seed in range(3)])
+    assert [wrong for wrong, _ in answers] == [0] * 3
+    assert sum(right for _, right in answers) > 30
+    assert 0 < PoseCache(tmp_path).bytes() <= LIMIT
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".staged")]
+
+
+def test_processes_that_want_the_same_make_it_once(processes, tmp_path):
+    """The others wait for the one that makes it."""
+    made = tmp_path / "made.txt"
+    results = processes.starmap(make_once, [(tmp_path / "poses", made)] * 6)
+    assert made.read_text() == "made\n"
+    assert sum(counters.get("pose_cache_misses", 0) for counters, _ in results) == 1
+    assert sum(counters.get("pose_cache_hits", 0) for counters, _ in results) == 5
+    assert len({total for _, total in results}) == 1
+
+
+def test_what_fails_while_being_made_fails_as_itself_and_is_not_remembered(cache):
+    timer = StageTimer()
+
+    def nobody() -> dict[str, np.ndarray]:
+        raise NoPerson("nobody was found")
+
+    with pytest.raises(NoPerson):
+        remembered(cache, key({}), nobody, timer)
+    assert same(dict(remembered(cache, key({}), lambda: points(1), timer)), points(1))
+    assert timer.counters == {"pose_cache_misses": 2}
+
+
+def test_without_a_usable_folder_the_work_is_done_all_the_same(tmp_path):
+    (tmp_path / "poses").write_text("a file where the folder should be")
+    timer = StageTimer()
+    for _ in range(2):
+        assert same(dict(remembered(PoseCache(tmp_path / "poses"), key({}), lambda: points(1), timer)), points(1))
+    assert timer.counters == {"pose_cache_misses": 2}
+    assert same(dict(remembered(None, key({}), lambda: points(1), timer)), points(1))
+    assert timer.counters == {"pose_cache_misses": 2}  # no cache, nothing looked up
+
+
+def test_content_is_hashed_again_only_when_the_file_changed(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    assert content_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    stat = path.stat()
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same path, size, inode and time: taken at its word
+    assert content_sha256(path).startswith("ba7816bf")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert not content_sha256(path).startswith("ba7816bf")

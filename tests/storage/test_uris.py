@@ -1,0 +1,89 @@
+"""What is behind a URI: a storage, an input; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, StorageDenied
+from runner.storage import (
+    LocalStorage,
+    fetch_input,
+    is_remote,
+    local_path,
+    open_storage,
+    probe_writable,
+    stat_input,
+)
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("out", "out"),
+        ("/srv/a b/中", "/srv/a b/中"),
+        ("file:///srv/a%20b/%E4%B8%AD", "/srv/a b/中"),
+        ("file:///srv/a b#1?x", "/srv/a b#1?x"),
+        ("file://localhost/srv", "/srv"),
+        ("FILE:///srv", "/srv"),
+        ("odd:name", "odd:name"),
+        (Path("x"), "x"),
+    ],
+)
+def test_local_uris(uri: str | Path, path: str) -> None:
+    assert local_path(uri) == Path(path)
+    assert not is_remote(uri)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "file://host/x", "file:x//", "", "a\0b"])
+def test_other_uris_are_refused(uri: str) -> None:
+    if uri == "file:x//":  # no authority, hence a relative path of an odd name
+        assert local_path(uri) == Path(uri)
+        return
+    with pytest.raises(ConfigInvalid):
+        open_storage(uri)
+    if "://" in uri:  # one job's input: the other jobs go on
+        with pytest.raises(InputNotFound):
+            stat_input(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://x", "s3://bad bucket/x", "s3://bucket/../up"])
+def test_uris_without_a_bucket_or_that_lead_up(uri: str) -> None:
+    with pytest.raises(ConfigInvalid):
+        open_storage(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/folder/", "s3://bucket/a/.."])
+def test_an_input_uri_names_an_object(uri: str) -> None:
+    with pytest.raises(InputNotFound, match="s3://bucket"):
+        stat_input(uri)
+
+
+def test_s3_roots() -> None:
+    assert open_storage("s3://bucket").root == open_storage("S3://bucket/").root == "s3://bucket"
+    assert open_storage("s3://bucket/a/b/").uri("c d") == "s3://bucket/a/b/c d"
+
+
+def test_local_inputs_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(b"x")
+    assert fetch_input(str(tmp_path / "a b.png"), tmp_path / "scratch") == tmp_path / "a b.png"
+    assert fetch_input(f"file://{tmp_path}/a%20b.png", tmp_path / "scratch") == tmp_path / "a b.png"
+    assert not (tmp_path / "scratch").exists()
+    with pytest.raises(InputUnreadable, match="folder"):
+        stat_input(tmp_path)
+    with pytest.raises(InputNotFound, match="absent"):
+        stat_input(tmp_path / "absent")
+    with pytest.raises(InputNotFound):
+        stat_input(tmp_path / "a b.png" / "deeper")
+
+
+def test_probe_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def deny(*_: object, **__: object) -> Iterator[None]:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", deny)
+    with pytest.raises(StorageDenied, match=r"--user") as caught:
+        probe_writable(LocalStorage(tmp_path / "out"))
+    assert f"{tmp_path} belongs to uid {tmp_path.stat().st_uid}" in caught.value.message

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from runner.timing import StageTimer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Probe:
+    """A device whose queued work takes effect when it is waited for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.queued, self.bytes, self.log = clock, 0.0, 0, []
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+        self.clock.now += self.queued
+        self.queued = 0.0
+
+    def reset_peak(self) -> None:
+        self.log.append("reset")
+        self.bytes = 0
+
+    def peak(self) -> dict[str, int]:
+        return {"allocated": self.bytes}
+
+
+def test_stages_add_up_by_name():
+    clock = Clock()
+    timer = StageTimer(clock)
+    for seconds in (1.0, 2.5):
+        with timer.stage("decode"):
+            clock.now += seconds
+    assert timer.seconds == {"decode": 3.5}
+
+
+def test_a_stage_that_fails_is_still_timed():
+    clock = Clock()
+    timer = StageTimer(clock)
+
+    def draw() -> None:
+        with timer.stage("draw"):
+            clock.now += 2
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        draw()
+    assert timer.seconds == {"draw": 2}
+
+
+def test_work_queued_on_the_device_counts_for_its_own_stage():
+    clock = Clock()
+    probe = Probe(clock)
+    timer = StageTimer(clock, probe)
+    with timer.stage("denoise", on_device=True):
+        probe.queued, probe.bytes = 7.0, 100
+    with timer.stage("vae_decode", on_device=True):
+        probe.bytes = 60
+    with timer.stage("denoise", on_device=True):
+        probe.bytes = 80
+    assert timer.seconds == {"denoise": 7.0, "vae_decode": 0.0}
+    assert timer.peaks == {"denoise": {"allocated": 100}, "vae_decode": {"allocated": 60}}
+    assert probe.log[:3] == ["wait", "reset", "wait"]
+
+
+def test_counters_and_steps_are_safe_from_threads():
+    timer = StageTimer()
+
+    def work() -> None:
+        for _ in range(500):
+            timer.count("hit")
+            timer.step(1.0)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timer.counters == {"hit": 2000}
+    assert len(timer.steps) == 2000

@@ -1,0 +1,212 @@
+"""tools/pip_settings.py and tools/install.py: which packages come from where, as pip itself sees it."""
+
+from __future__ import annotations
+
+import configparser
+import zipfile
+from pathlib import Path
+
+import install
+import pip_settings
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = ROOT / "pyproject.toml"
+
+
+@pytest.fixture
+def pip_alone(monkeypatch, tmp_path):
+    """pip with no settings but those that the test gives."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def write_wheel(folder: Path, version: str) -> None:
+    """A wheel of an empty package named torch: enough for pip to choose it."""
+    folder.mkdir(exist_ok=True)
+    info = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_parse_reads_every_section_and_lets_the_environment_win():
+    listing = "\n".join(
+        [
+            ":env:.find-links='/from/env'",
+            "global.cert='/etc/ca.crt'",
+            "global.extra-index-url='file:///a/simple https://example.org/simple'",
+            "global.find-links='/from/file'",
+            "install.timeout='9'",
+            "global.timeout='5'",
+        ]
+    )
+    assert pip_settings.parse(listing) == {
+        "find-links": "/from/env",
+        "cert": "/etc/ca.crt",
+        "extra-index-url": "file:///a/simple https://example.org/simple",
+        "timeout": "9",
+    }
+
+
+def test_parse_takes_one_value_a_line_as_pip_prints_it():
+    """pip shows a multi-line value of a file as a Python literal."""
+    assert pip_settings.parse(r"global.find-links='\n/one\n/two'")["find-links"] == "/one /two"
+
+
+def test_read_agrees_with_pip(pip_alone, tmp_path):
+    (tmp_path / "pip.conf").write_text("[global]\nfind-links =\n    /one\n    /two\ntimeout = 7\n")
+    pip_alone.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    pip_alone.setenv("PIP_TIMEOUT", "11")
+    settings = pip_settings.read()
+    assert settings["find-links"] == "/one /two"
+    assert settings["timeout"] == "11"
+
+
+def test_uv_gets_the_same_places():
+    settings = {"find-links": "/one /two", "extra-index-url": "https://e/simple", "cert": "/ca.crt", "timeout": "5"}
+    settings["constraint"] = "/c.txt https://e/c.txt"
+    assert pip_settings.uv_environment(settings) == {
+        "UV_FIND_LINKS": "/one,/two",
+        "UV_INDEX": "https://e/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "SSL_CERT_FILE": "/ca.crt",
+        "UV_CONSTRAINT": "/c.txt https://e/c.txt",
+    }
+    assert pip_settings.uv_environment({}) == {}
+
+
+@pytest.mark.parametrize("location", ["https://example.org/simple", "relative/wheels", "/no/such/folder"])
+def test_local_path_refuses_what_cannot_be_mounted(location):
+    assert pip_settings.local_path(location) is None
+
+
+def test_carry_moves_certificate_and_folders_into_the_build(tmp_path):
+    (tmp_path / "ca.pem").write_text("certificate")
+    (tmp_path / "caps.txt").write_text("torch<3")
+    wheels, simple = tmp_path / "my wheels", tmp_path / "mirror" / "simple"
+    wheels.mkdir()
+    simple.mkdir(parents=True)
+    settings = {
+        "cert": str(tmp_path / "ca.pem"),
+        "constraint": f"{tmp_path / 'caps.txt'} https://example.org/caps.txt",
+        "find-links": f"{simple.parent}",
+        "extra-index-url": f"{simple.as_uri()} https://example.org/simple",
+    }
+    volumes = pip_settings.carry(settings, tmp_path / "out")
+    assert volumes == [f"{tmp_path / 'out'}:/mnt:ro", f"{simple.parent}:{simple.parent}:ro"]
+    assert (tmp_path / "out" / "ca.crt").read_text() == "certificate"
+    written = configparser.RawConfigParser()
+    written.read(tmp_path / "out" / "pip.conf")
+    assert written["global"]["cert"] == "/mnt/ca.crt"
+    assert written["global"]["constraint"] == "/mnt/constraints-0.txt https://example.org/caps.txt"
+    assert (tmp_path / "out" / "constraints-0.txt").read_text() == "torch<3"
+    assert written["global"]["extra-index-url"] == settings["extra-index-url"]
+
+
+def test_carried_settings_are_read_back_by_pip(pip_alone, tmp_path):
+    pip_settings.carry({"timeout": "33", "index-url": "https://example.org/100%25/simple"}, tmp_path)
+    pip_alone.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    settings = pip_settings.read()
+    assert settings["timeout"] == "33"
+    assert settings["index-url"] == "https://example.org/100%25/simple"
+
+
+@pytest.mark.parametrize(
+    ("asked", "extras", "driver", "backend"),
+    [
+        ("", ["test"], False, "cpu"),
+        ("", ["test"], True, "auto"),
+        ("", ["gpu", "demo"], True, "auto"),
+        ("", ["gpu", "demo"], False, install.CUDA_BACKEND),  # an image for GPUs, built where there is none
+        ("cu128", ["gpu"], True, "cu128"),
+        ("index", ["cpu"], False, "index"),
+    ],
+)
+def test_backend(asked, extras, driver, backend):
+    assert install.choose_backend(asked, extras, has_driver=driver) == backend
+
+
+def test_the_projects_bound_on_torch_is_found():
+    requirement = install.torch_requirement(PYPROJECT)
+    assert requirement.startswith("torch>=")
+    assert "<" in requirement
+
+
+def test_local_wheel_is_found_by_pip_and_only_within_bounds(pip_alone, tmp_path):
+    write_wheel(tmp_path / "wheels", "2.11.0+cpu")
+    write_wheel(tmp_path / "wheels", "3.1.0+cpu")
+    pip_alone.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    assert install.local_torch("torch>=2.10,<2.14") == "2.11.0+cpu"
+    assert install.local_torch("torch>=2.12,<2.14") is None
+
+
+def test_without_find_links_there_is_no_local_wheel(pip_alone):
+    assert install.local_torch("torch>=2.10") is None
+
+
+ORT, GPU, CPU_TORCH = {"onnxruntime": "1.32.0"}, {"onnxruntime-gpu": "1.31.1"}, {"torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize(
+    ("extras", "backend", "installed", "stale"),
+    [
+        (["gpu"], "cu130", ORT, ["onnxruntime"]),
+        (["test"], "cpu", GPU, ["onnxruntime-gpu"]),
+        # Both at once share one folder: whichever goes, the other is broken, so both go.
+        (["gpu"], "auto", ORT | GPU, ["onnxruntime", "onnxruntime-gpu"]),
+        (["gpu"], "auto", GPU | {"torch": "2.13.0+cu130"}, []),
+        (["test"], "cpu", ORT | CPU_TORCH, []),
+        (["gpu"], "cu130", ORT | CPU_TORCH, ["onnxruntime", "torch"]),
+        (["test"], "cpu", {}, []),
+    ],
+)
+def test_what_cannot_stay_goes_first(extras, backend, installed, stale):
+    assert install.stale(extras, backend, installed) == stale
+
+
+@pytest.fixture
+def uv(monkeypatch):
+    """The uv commands that install.py gives, recorded instead of run; `refuse` is the one that fails."""
+
+    class Recorded(list):
+        refuse: str | None = None
+
+        def __call__(self, *arguments: str, environment=None) -> None:
+            self.append(" ".join(arguments))
+            if self.refuse is not None and self.refuse in self[-1]:
+                raise SystemExit(2)
+
+    recorded = Recorded()
+    monkeypatch.setattr(install, "run_uv", recorded)
+    monkeypatch.setattr(install.pip_settings, "read", dict)
+    monkeypatch.setattr(install, "local_torch", lambda _requirement: "2.13.0+cpu")
+    return recorded
+
+
+def test_a_local_wheel_is_named_exactly(uv):
+    assert install.main(["--extras", "cpu,demo", "--backend", "cpu", "--editable"]) == 0
+    requirements, editable = uv[-2:]
+    assert requirements == f"install -r {PYPROJECT} --extra cpu --extra demo torch==2.13.0+cpu"
+    assert editable == f"install --no-deps -e {ROOT}"
+
+
+def test_cuda_never_takes_the_local_cpu_wheel(uv):
+    assert install.main(["--extras", "gpu", "--backend", "cu130"]) == 0
+    assert uv[-1] == f"install -r {PYPROJECT} --extra gpu --torch-backend cu130"
+
+
+def test_nothing_is_removed_before_its_successor_is_found(uv, monkeypatch):
+    monkeypatch.setattr(install, "stale", lambda *_arguments: ["onnxruntime", "torch"])
+    uv.refuse = "--dry-run"
+    with pytest.raises(SystemExit):
+        install.main(["--extras", "gpu", "--backend", "cu130"])
+    assert not any(command.startswith("uninstall") for command in uv)
+    uv.refuse = None
+    assert install.main(["--extras", "gpu", "--backend", "cu130"]) == 0
+    assert [command.split()[0] for command in uv[-3:]] == ["install", "uninstall", "install"]

@@ -1,0 +1,255 @@
+"""Doctor: any machine can stand behind the probes; each failing check says what to do, and none keeps another away."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from runner.verbs import doctor
+from runner.verbs.doctor import Check, run_checks
+from runner.verbs.probes import IDENTITY_GRAPH, Driver, Gpu, ProbeFailed, Probes, TorchInfo
+
+GIB = 1 << 30
+H200 = Gpu("NVIDIA H200", 141 * GIB, 140 * GIB)
+
+
+class Machine(Probes):
+    """A healthy GPU box, but for what a test says."""
+
+    def __init__(self, **said: object) -> None:
+        self.said = {
+            "python_version": (3, 12, 1),
+            "torch": TorchInfo("2.12.0+cu130", "13.0", (("NVIDIA H200", (9, 0)),)),
+            "driver": Driver("580.65.06", (H200,)),
+            "host_memory_bytes": 128 * GIB,
+            "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            "tensorrt": ProbeFailed("libnvinfer is not installed"),
+            "compiler": "/usr/bin/gcc",
+            "python_header": "/usr/include/python3.12/Python.h",
+            "encoder": "x264",
+            "distributions": {"onnxruntime-gpu": "1.23.0"},
+            "broken": (),
+        } | said
+
+    def _say(self, name: str) -> object:
+        value = self.said[name]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("python_version", "torch", "driver", "host_memory_bytes", "compiler", "python_header", "tensorrt"):
+            return lambda: self._say(name)
+        if name in ("providers", "encoder"):
+            return lambda wanted: self._say(name)
+        return super().__getattribute__(name)
+
+    def distribution(self, name: str) -> str | None:
+        return self.said["distributions"].get(name)  # type: ignore[attr-defined]
+
+    def package(self, name: str) -> str:
+        if name in self.said["broken"]:  # type: ignore[operator]
+            raise ProbeFailed(f"{name} cannot be imported (ImportError: no)")
+        return "1.0"
+
+
+def ask(name: str, tmp_path: Path, device: str = "cuda", **said: object) -> Check:
+    checks = {check.name: check for check in run_checks(None, None, tmp_path, device, probes=Machine(**said))}
+    assert all(check.todo for check in checks.values() if check.status in ("warn", "fail"))
+    assert all(check.found for check in checks.values())
+    return checks[name]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_healthy_gpu_box_has_nothing_to_mend(tmp_path, device, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(900 * GIB, 0, 900 * GIB))
+    checks = run_checks(None, str(tmp_path / "out"), tmp_path / "cache", device, probes=Machine())
+    assert {check.name: check.status for check in checks if check.status != "ok"} == {"weights": "skipped"}
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+NO_GPU = {
+    "torch": TorchInfo("2.12.0+cpu", None, ()),
+    "driver": ProbeFailed("no NVIDIA driver answers (NVML Shared Library Not Found)"),
+    "providers": ["CPUExecutionProvider"],
+    "distributions": {"onnxruntime": "1.23.0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cuda", {"torch": "fail", "driver": "fail", "gpu": "fail", "providers": "fail"}),
+        ("auto", {"torch": "ok", "driver": "warn", "gpu": "warn", "providers": "ok"}),
+        ("cpu", {"torch": "ok", "driver": "skipped", "gpu": "skipped", "providers": "ok", "compiler": "skipped"}),
+    ],
+)
+def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, expected):
+    checks = {check.name: check for check in run_checks(None, None, tmp_path, device, probes=Machine(**NO_GPU))}
+    assert {name: checks[name].status for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "status", "words"),
+    [
+        ("python", {"python_version": (3, 9, 2)}, "fail", "Python 3.11 to 3.14"),
+        ("python", {"python_version": (3, 15, 0)}, "fail", "Python 3.11 to 3.14"),
+        ("torch", {"torch": ProbeFailed("torch cannot be imported")}, "fail", "make setup"),
+        ("diffusers", {"broken": ("transformers",)}, "fail", "transformers cannot be imported"),
+        ("driver", {"driver": Driver("570.133.20", (H200,))}, "fail", "Install driver 580"),
+        ("driver", {"driver": Driver("580.00", (H200,))}, "ok", "580.00"),
+        (
+            "driver",
+            {"driver": Driver("570.133.20", (H200,)), "torch": TorchInfo("2.12.0+cu126", "12.6", (("H200", (9, 0)),))},
+            "ok",
+            "570",
+        ),
+        ("driver", {"torch": ProbeFailed("no torch")}, "ok", "580"),
+        ("gpu", {"torch": TorchInfo("2.12.0+cu130", "13.0", ())}, "fail", "CUDA_VISIBLE_DEVICES"),
+        ("gpu", {"torch": ProbeFailed("no torch")}, "fail", "Mend torch"),
+        ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 32 * GIB, 1 * GIB),))}, "warn", "nvidia-smi"),
+        ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 12 * GIB, 12 * GIB),))}, "warn", "minimal"),
+        ("gpu memory", {"driver": Driver("580.1", (Gpu("4090", 25_757_220_864, 25_000_000_000),))}, "ok", "4090"),
+        ("gpu memory", {"driver": Driver("580.1", ())}, "fail", "plugged in"),
+        ("host memory", {"host_memory_bytes": 16 * GIB}, "warn", "48 GiB"),
+        ("onnxruntime", {"distributions": {}}, "fail", "video-lab-runner[gpu]"),
+        (
+            "onnxruntime",
+            {"distributions": {"onnxruntime": "1", "onnxruntime-gpu": "1"}},
+            "fail",
+            "pip uninstall -y onnxruntime onnxruntime-gpu",
+        ),
+        ("providers", {"providers": ["CPUExecutionProvider"]}, "fail", "same CUDA major"),
+        ("providers", {"providers": ProbeFailed("onnxruntime cannot be imported")}, "fail", "video-lab-runner[gpu]"),
+        ("video", {"broken": ("av",)}, "fail", "install --force-reinstall av"),
+        ("video", {"encoder": ProbeFailed("this build of PyAV has no libx264 encoder")}, "fail", "libx264"),
+        ("compiler", {"compiler": ProbeFailed("no C compiler")}, "warn", "gcc"),
+        ("compiler", {"python_header": ProbeFailed("no Python.h")}, "warn", "python3-dev"),
+        ("python", {"python_version": RuntimeError("odd")}, "fail", "odd"),
+    ],
+)
+def test_each_defect_is_found_and_has_a_remedy(tmp_path, name, said, status, words):
+    check = ask(name, tmp_path, **said)
+    assert check.status == status
+    assert words in f"{check.found} {check.todo}"
+
+
+def test_a_gpu_that_is_not_there(tmp_path):
+    check = ask("gpu", tmp_path, device="cuda:3")
+    assert (check.status, check.todo) == ("fail", "Choose cuda:0 to cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "words"),
+    [
+        ("cuda", {}, "found on CUDAExecutionProvider, no TensorRT (libnvinfer is not installed)"),
+        ("auto", {"tensorrt": "TensorrtExecutionProvider"}, "TensorrtExecutionProvider with --tensorrt on or auto"),
+        ("cpu", {"providers": ["CPUExecutionProvider"]}, "(which needs pip install 'video-lab-runner[int8]')"),
+        (
+            "cpu",
+            {"providers": ["CPUExecutionProvider"], "distributions": {"onnxruntime": "1.23.0", "onnx": "1.19.0"}},
+            "found on the CPU, faster with --pose-precision int8 (by onnx 1.19.0)",
+        ),
+    ],
+)
+def test_where_poses_are_found_and_where_they_could_be(tmp_path, device, said, words):
+    check = ask("providers", tmp_path, device, **said)
+    assert check.status == "ok"
+    assert words in check.found
+
+
+def test_this_machines_tensorrt_is_there_or_has_a_reason():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(ProbeFailed, match="built without it"):
+            Probes().tensorrt()
+
+
+def folder_check(name: str, folder: Path) -> Check:
+    out, cache = (str(folder), folder.parent) if name == "output" else (None, folder)
+    return {c.name: c for c in run_checks(None, out, cache, "cpu", probes=Machine())}[name]
+
+
+def test_folders_are_judged_where_they_will_be_made(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    for free, status in ((100 * GIB, "ok"), (2 * GIB, "warn"), (GIB // 2, "fail")):
+        asked: list[Path] = []
+        monkeypatch.setattr(
+            doctor.shutil, "disk_usage", lambda path, free=free, asked=asked: asked.append(path) or usage(0, 0, free)
+        )
+        assert folder_check("cache", tmp_path / "a" / "b").status == status
+        assert folder_check("output", tmp_path / "a" / "b").status == status
+        assert set(asked) == {tmp_path}
+    (tmp_path / "file").touch()
+    assert "not a folder" in folder_check("output", tmp_path / "file" / "x").found
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    check = folder_check("output", tmp_path / "locked" / "out")
+    assert check.status == "fail"
+    assert "--user" in check.todo
+
+
+def test_weights_and_output_on_s3(tmp_path, monkeypatch):
+    moto = pytest.importorskip("moto")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    with moto.mock_aws():
+        import boto3
+
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="studio")
+
+        def statuses(models: str, out: str) -> dict[str, str]:
+            checks = run_checks(models, out, tmp_path, "cpu", probes=Machine())
+            assert all(check.todo for check in checks if check.status == "fail")
+            return {check.name: check.status for check in checks if check.name in ("weights", "output")}
+
+        assert statuses("s3://studio/models", "s3://studio/out") == {"weights": "fail", "output": "ok"}
+        client.put_object(Bucket="studio", Key="models/a/config.json", Body=b"{}")
+        assert statuses("s3://studio/models", "s3://nobodys/out") == {"weights": "ok", "output": "fail"}
+        assert client.list_objects_v2(Bucket="studio")["KeyCount"] == 1  # the probe object is gone
+
+
+def test_missing_weights_are_listed_with_what_to_do(tmp_path):
+    checks = {c.name: c for c in run_checks(str(tmp_path), None, tmp_path, "cpu", probes=Machine())}
+    assert checks["weights"].status == "fail"
+    assert "process_checkpoint/det/yolov10m.onnx" in checks["weights"].found
+    wrong = {c.name: c for c in run_checks(str(tmp_path), None, tmp_path, "cpu", recipe="bf61", probes=Machine())}
+    assert "bf16" in f"{wrong['weights'].found} {wrong['weights'].todo}"
+
+
+def test_the_identity_graph_is_one_that_onnxruntime_runs():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load_model_from_string(IDENTITY_GRAPH))
+    session = onnxruntime.InferenceSession(IDENTITY_GRAPH, providers=["CPUExecutionProvider"])
+    import numpy as np
+
+    assert session.run(None, {"x": np.array([2.5], np.float32)})[0].tolist() == [2.5]
+
+
+def test_this_machine_is_examined_for_real_without_torch(tmp_path):
+    """In a process where torch and pynvml cannot be imported: every question is answered, and torch's says so."""
+    code = (
+        "import sys, json; sys.modules['torch'] = sys.modules['pynvml'] = None\n"
+        "from pathlib import Path; from runner.verbs.doctor import run_checks\n"
+        "print(json.dumps([vars(c) for c in run_checks(None, None, Path(sys.argv[1]), 'auto')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    checks = {check["name"]: check for check in json.loads(done.stdout.splitlines()[-1])}
+    assert checks["torch"]["status"] == "fail"
+    assert "torch cannot be imported" in checks["torch"]["found"]
+    assert checks["driver"]["status"] == "warn"
+    assert {checks[name]["status"] for name in ("python", "onnxruntime", "providers", "video")} == {"ok"}

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from runner.errors import ConfigInvalid
+from runner.spec.manifest import parse_manifest
+from runner.spec.recipes import get_recipe
+from runner.verbs.plan import choose_gpu, forecast_jobs
+from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
+from runner.verbs.tables import print_plan
+
+
+def machine_with(monkeypatch, *names):
+    def driver(self):
+        if not names:
+            raise ProbeFailed("no driver")
+        return Driver("580.65.06", tuple(Gpu(name, 1, 1) for name in names))
+
+    monkeypatch.setattr(Probes, "driver", driver)
+
+
+def test_the_gpu_asked_for_goes_before_the_one_here(monkeypatch):
+    recipe = get_recipe("fp4-distill")
+    machine_with(monkeypatch, "NVIDIA L40S")
+    assert choose_gpu(None, recipe).name == "L40S"
+    assert choose_gpu("h200", recipe).name == "H200"
+    machine_with(monkeypatch, "Tesla T4")
+    assert choose_gpu(None, recipe) is None
+    machine_with(monkeypatch)
+    assert choose_gpu(None, recipe) is None
+
+
+def test_a_gpu_that_cannot_be_forecast_is_refused_when_asked_for():
+    with pytest.raises(ConfigInvalid, match=r"nothing is known of a GPU 'T4'.*RTX 5090"):
+        choose_gpu("T4", get_recipe("fp4-distill"))
+    with pytest.raises(ConfigInvalid, match=r"A100 has no fp8.*bf16, int8"):
+        choose_gpu("A100", get_recipe("fp4-distill+fp8"))
+
+
+@pytest.fixture
+def manifest(demo_media):
+    jobs = [
+        {"id": "here", "reference": "references/anna.png", "video": "dances/wave.mp4", "options": {"size": "832x480"}},
+        {"id": "gone", "reference": "references/anna.png", "video": "dances/none.mp4"},
+    ]
+    return parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=str(demo_media), source="m.json")
+
+
+def flags(**given):
+    return argparse.Namespace(**{"recipe": None, "models": None, "gpu": None, **given})
+
+
+def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys):
+    machine_with(monkeypatch)
+    (here, gone), gpu = forecast_jobs(manifest.jobs, flags(gpu="RTX 5090"), manifest)
+    assert gpu == "RTX 5090" and gone.error.code == "input.not_found"
+    assert (here.plan.segments, here.plan.segment_frames) == (1, 49)
+    # 49 of 81 frames: more than half the products, less than half of the attention.
+    assert 0.3 * 62 < here.plan.seconds < 0.6 * 62
+    assert 10e9 < here.memory["resident"] < 24e9 and here.memory["stream"] < 8e9 and here.memory["minimal"] < 6e9
+    print_plan([here, gone], gpu)
+    printed = capsys.readouterr().out
+    assert "GB resident / stream / minimal" in printed and f"/ {here.memory['stream'] / 1e9:.3g} /" in printed
+    assert "s on RTX 5090" in printed and f"{here.plan.seconds:.3g}" in printed and "a forecast" in printed
+
+
+def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
+    machine_with(monkeypatch)
+    rows, gpu = forecast_jobs(manifest.jobs, flags(), manifest)
+    assert gpu is None and rows[0].plan.seconds is None
+    print_plan(rows, gpu)
+    printed = capsys.readouterr().out
+    assert "s on" not in printed and "--gpu NAME" in printed
+
+
+def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch, capsys):
+    machine_with(monkeypatch, "NVIDIA A100-SXM4-80GB")
+    rows, gpu = forecast_jobs(manifest.jobs, flags(recipe="fp4-distill+fp8"), manifest)
+    assert gpu == "A100" and rows[0].plan.seconds is None and rows[0].plan.tflop > 0
+    print_plan(rows, gpu)
+    assert "?" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Sheet: every picture in its cell, in its aspect; labels that any id survives."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from runner.errors import ConfigInvalid
+from runner.verbs.sheet import CELL, SheetRow, cell_box, contact_sheet, job_row, printable, sheet_size
+from runner.video import Mp4Writer
+
+
+def flat(colour: tuple[int, int, int], width: int = 96, height: int = 144) -> np.ndarray:
+    return np.full((height, width, 3), colour, np.uint8)
+
+
+def row(label: str = "job", columns: int = 3, shade: int = 0) -> SheetRow:
+    return SheetRow(
+        label,
+        flat((200, shade, 0)),
+        [0.5 * c for c in range(columns)],
+        [flat((0, 40 * c, shade), 144, 96) for c in range(columns)],
+        [flat((10 * c, 255, shade)) for c in range(columns)],
+        [flat((shade, 60, 20 * c)) for c in range(columns)],
+    )
+
+
+def test_each_picture_is_in_its_cell(tmp_path: Path) -> None:
+    rows = [row("first", shade=10), row("second", shade=90)]
+    contact_sheet(rows, tmp_path / "deep" / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "deep" / "sheet.png"))
+    assert sheet.shape[1::-1] == sheet_size(2, 3)
+    for r, one in enumerate(rows):
+        for group, pictures in enumerate(([one.reference], one.driver, one.pose, one.output)):
+            for c, picture in enumerate(pictures):
+                x1, y1, x2, y2 = cell_box(r, group, c, 3)
+                assert (x2 - x1, y2 - y1) == CELL
+                cell = sheet[y1:y2, x1:x2]
+                shown = (cell == picture[0, 0]).all(axis=2)
+                assert shown[CELL[1] // 2, CELL[0] // 2]
+                high, wide = shown.any(axis=1).sum(), shown.any(axis=0).sum()
+                assert wide / high == pytest.approx(picture.shape[1] / picture.shape[0], rel=0.03)
+                assert wide == CELL[0] or high == CELL[1]
+
+
+def test_cells_do_not_overlap() -> None:
+    boxes = [cell_box(0, 0, 0, 4)] + [cell_box(r, g, c, 4) for r in range(2) for g in (1, 2, 3) for c in range(4)]
+    covered = np.zeros(sheet_size(2, 4)[::-1], int)
+    for x1, y1, x2, y2 in boxes:
+        covered[y1:y2, x1:x2] += 1
+    assert covered.max() == 1
+    assert covered.sum() == len(boxes) * CELL[0] * CELL[1]  # none beyond the edge
+
+
+@pytest.mark.parametrize("label", ["plain", "贝拉-samba", "a\nb\x07", "\U0001f483", "x" * 128])
+def test_any_label_is_drawn_and_stays_in_its_line(tmp_path: Path, label: str) -> None:
+    contact_sheet([row(label, columns=1)], tmp_path / "s.png")
+    contact_sheet([row("", columns=1)], tmp_path / "blank.png")
+    drawn, blank = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("s.png", "blank.png"))
+    rows = np.flatnonzero((drawn != blank).any(axis=(1, 2)))
+    top = cell_box(0, 0, 0, 1)[1]
+    assert len(rows)
+    assert top - 24 <= rows.min()
+    assert rows.max() < top
+
+
+def test_characters_without_a_shape_are_numbered() -> None:
+    font = ImageFont.load_default(15)
+    assert printable("anna-samba_07.v2", font) == "anna-samba_07.v2"
+    assert printable("贝a", font) == "<U+8D1D>a"
+    assert printable("a\tb", font) == "a<U+0009>b"
+
+
+def test_rows_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="job second"):
+        contact_sheet([row("first", columns=3), row("second", columns=2)], tmp_path / "s.png")
+    with pytest.raises(ConfigInvalid, match="at least one"):
+        contact_sheet([], tmp_path / "s.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_from_files_shows_the_same_moments(tmp_path: Path) -> None:
+    """The driver's grey is its time: 24 fps, begun 0.5 s in; the output is 8 fps, its grey its frame."""
+
+    def clip(name: str, greys: list[int], fps: int) -> Path:
+        with Mp4Writer(tmp_path / name, 64, 64, Fraction(fps)) as writer:
+            writer.write(np.stack([flat((g, g, g), 64, 64) for g in greys]))
+        return tmp_path / name
+
+    driver = clip("driver.mp4", [20 + 2 * i for i in range(72)], 24)
+    pose = clip("pose.mp4", [30 + 8 * i for i in range(16)], 8)
+    output = clip("output.mp4", [220 - 8 * i for i in range(16)], 8)
+    Image.fromarray(flat((1, 2, 3), 40, 50)).save(tmp_path / "ref.png")
+    made = job_row("job", tmp_path / "ref.png", driver, pose, output, start_s=0.5, columns=4)
+    assert made.times_s == [0.0, 0.625, 1.25, 1.875]
+    assert made.reference.shape == (50, 40, 3)
+
+    def greys(pictures) -> list[float]:
+        return [float(p.mean()) for p in pictures]
+
+    assert greys(made.driver) == pytest.approx([20 + 2 * (12 + 15 * c) for c in range(4)], abs=3)
+    assert greys(made.pose) == pytest.approx([30 + 8 * 5 * c for c in range(4)], abs=3)
+    assert greys(made.output) == pytest.approx([220 - 8 * 5 * c for c in range(4)], abs=3)

@@ -1,0 +1,214 @@
+"""Validate: every file that a job names is looked at once, and what is wrong with it is every job's that uses it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runner.spec.manifest import Job
+from runner.spec.options import JobOptions
+from runner.verbs import validate
+from runner.verbs.validate import check_inputs
+from runner.video.writer import Mp4Writer
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    Image.new("RGB", (64, 48), "red").save(folder / "a.png")
+    with Mp4Writer(folder / "v.mp4", 64, 48, Fraction(10)) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), np.uint8))
+    whole = (folder / "v.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "torn.png")
+    png = (folder / "torn.png").read_bytes()
+    (folder / "torn.png").write_bytes(png[: len(png) // 2])
+    Image.new("1", (16_384, 16_384)).save(folder / "huge.png")
+    (folder / "folder").mkdir()
+    Image.new("L", (64, 48), 255).save(folder / "white.png")
+    Image.new("L", (64, 48), 0).save(folder / "black.png")
+    Image.new("L", (48, 64), 255).save(folder / "upright.png")
+    moving(folder / "half.mp4", frames=10)
+    official(folder / "official")
+    return folder
+
+
+def moving(path: Path, frames: int = 20, size: tuple[int, int] = (64, 48), value: int = 255) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Mp4Writer(path, *size, Fraction(10)) as writer:
+        writer.write(np.full((frames, size[1], size[0], 3), value, np.uint8))
+
+
+def official(folder: Path, **files: dict) -> Path:
+    """A folder of official files; `face={"frames": 19}` makes one file otherwise, `face=None` leaves it out."""
+    folder.mkdir()
+    Image.new("RGB", (64, 48), "red").save(folder / "src_ref.png")
+    for name in ("pose", "face", "bg", "mask"):
+        if (how := files.get(name, {})) is not None:
+            moving(folder / f"src_{name}.mp4", **({"size": (32, 32)} if name == "face" else {}) | how)
+    return folder
+
+
+def job(
+    media: Path | str, name: str, reference: str = "a.png", video: str = "v.mp4", mask: str | None = None, **options
+):
+    place = lambda file: file if "://" in file else f"{media}/{file}"  # noqa: E731
+    return Job(name, place(reference), place(video), place(mask) if mask else None, "", JobOptions(**options), None)
+
+
+def official_job(folder: Path | str, name: str = "job", **options) -> Job:
+    place = str(folder)
+    return Job(name, f"{place}/src_ref.png", f"{place}/src_pose.mp4", None, "", JobOptions(**options), None, place)
+
+
+def codes(jobs: list[Job], **how: bool) -> list[tuple[str, str]]:
+    return [(name, error.code) for name, error in check_inputs(jobs, **how)]
+
+
+def test_good_inputs_have_no_problems(media):
+    jobs = [
+        job(media, "plain"),
+        job(media, "still-mask", mask="white.png", mode="replace"),
+        job(media, "moving-mask", mask="v.mp4", mode="replace"),
+        official_job(media / "official", "official"),
+        official_job(media / "official", "official-replace", mode="replace"),
+    ]
+    assert codes(jobs) == codes(jobs, deep=True) == []
+    assert check_inputs([]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"reference": "none.png"}, "input.not_found"),
+        ({"reference": "empty.png"}, "input.unreadable"),
+        ({"reference": "v.mp4"}, "input.unreadable"),
+        ({"reference": "folder"}, "input.unreadable"),
+        ({"reference": "huge.png"}, "input.too_large"),
+        ({"video": "none.mp4"}, "input.not_found"),
+        ({"video": "text.mp4"}, "input.unreadable"),
+        ({"video": "cut.mp4"}, "input.unreadable"),
+        ({"video": "a.png"}, "input.too_short"),
+        ({"mask": "text.mp4", "mode": "replace"}, "input.unreadable"),
+        ({"mask": "upright.png", "mode": "replace"}, "input.unreadable"),
+        ({"mask": "half.mp4", "mode": "replace"}, "input.too_short"),
+        ({"start_s": 5.0}, "input.too_short"),
+        ({"video": "gs://b/v.mp4"}, "input.not_found"),
+    ],
+)
+def test_each_defect_has_its_code_and_a_remedy(media, names, expected):
+    ((name, error),) = check_inputs([job(media, "bad", **names), job(media, "good")])
+    assert (name, error.code) == ("bad", expected)
+    assert error.todo or "is a folder, not a file" in error.what
+    assert error.where
+
+
+def test_only_deep_decodes_pixels(media):
+    jobs = [job(media, "torn", reference="torn.png")]
+    assert codes(jobs) == []
+    assert codes(jobs, deep=True) == [("torn", "input.unreadable")]
+
+
+def test_only_deep_looks_through_masks(media):
+    jobs = [job(media, "black", mask="black.png", mode="replace"), job(media, "ok", mask="white.png", mode="replace")]
+    assert codes(jobs) == []
+    ((name, error),) = check_inputs(jobs, deep=True)
+    assert (name, error.code) == ("black", "input.unreadable")
+    assert "empty (black)" in error.what
+
+
+@pytest.mark.parametrize(
+    ("files", "mode", "code", "words"),
+    [
+        ({"face": None}, "animate", "input.not_found", "src_face.mp4"),
+        ({"bg": None, "mask": None}, "animate", None, ""),  # files of the other mode are nobody's business
+        ({"bg": None}, "replace", "input.not_found", "src_bg.mp4"),
+        ({"face": {"frames": 19}}, "animate", "input.unreadable", "19 frames"),
+        ({"mask": {"size": (48, 48)}}, "replace", "input.unreadable", "src_mask.mp4 48x48"),
+        ({"mask": {"size": (48, 48)}}, "animate", None, ""),
+        ({"face": {"size": (64, 32)}}, "animate", "input.unreadable", "square"),
+        ({name: {"size": (72, 40)} for name in ("pose", "bg", "mask")}, "replace", "input.unreadable", "multiples"),
+    ],
+)
+def test_official_files_are_there_and_fit_together(tmp_path, files, mode, code, words):
+    folder = official(tmp_path / "made", **files)
+    found = check_inputs([official_job(folder, mode=mode)])
+    assert [error.code for _, error in found] == ([code] if code else [])
+    assert all(words in error.message for _, error in found)
+
+
+def test_the_span_of_official_files_is_each_jobs_own(media):
+    """Ten of twenty frames begin at second 1; none at second 2. The files' rate counts, not fps."""
+    jobs = [official_job(media / "official", f"{start:g}", start_s=start, fps=30) for start in (0.0, 1.0, 2.0)]
+    assert codes(jobs) == [("2", "input.too_short")]
+
+
+def test_a_damaged_official_file_is_named(media, tmp_path):
+    folder = official(tmp_path / "made")
+    (folder / "src_bg.mp4").write_bytes((media / "cut.mp4").read_bytes())
+    ((_, error),) = check_inputs([official_job(folder, mode="replace")])
+    assert (error.code, str(error.where)) == ("input.unreadable", f"{folder}/src_bg.mp4")
+    assert codes([official_job(folder)]) == []
+
+
+def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(media, monkeypatch):
+    seen: Counter[str] = Counter()
+    real = validate.stat_input
+    monkeypatch.setattr(validate, "stat_input", lambda uri: seen.update([uri]) or real(uri))
+    jobs = [job(media, f"j{i}", reference="none.png" if i % 2 else "a.png", video="text.mp4") for i in range(6)]
+    found = codes(jobs)
+    assert [name for name, _ in found] == ["j0", "j1", "j1", "j2", "j3", "j3", "j4", "j5", "j5"]
+    assert set(seen.values()) == {1}
+    assert len(seen) == 3
+
+
+def test_inputs_on_s3(media, monkeypatch, tmp_path):
+    moto = pytest.importorskip("moto")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    with moto.mock_aws():
+        import boto3
+
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="studio")
+        for name in ("a.png", "v.mp4", "text.mp4", "empty.png"):
+            client.put_object(Bucket="studio", Key=name, Body=(media / name).read_bytes())
+        jobs = [
+            job("s3://studio", "good", "s3://studio/a.png", "s3://studio/v.mp4"),
+            job("s3://studio", "gone", "s3://studio/none.png", "s3://studio/v.mp4"),
+            job("s3://studio", "empty", "s3://studio/empty.png", "s3://studio/v.mp4"),
+            job("s3://studio", "text", "s3://studio/a.png", "s3://studio/text.mp4"),
+        ]
+        for file in official(tmp_path / "made", face={"frames": 19}).iterdir():
+            client.upload_file(str(file), "studio", f"made/{file.name}")
+            client.upload_file(str(media / "official" / file.name), "studio", f"good/{file.name}")
+        jobs += [
+            official_job("s3://studio/good", "files", mode="replace"),
+            official_job("s3://studio/made", "unlike"),
+            official_job("s3://studio/none", "nowhere"),
+            job("s3://studio", "mask", "s3://studio/a.png", "s3://studio/v.mp4", "s3://studio/v.mp4", mode="replace"),
+        ]
+        nowhere = [("nowhere", "input.not_found")] * 3
+        shallow = [("gone", "input.not_found"), ("empty", "input.unreadable")]
+        assert codes(jobs) == [*shallow, *nowhere]
+        unlike = [("unlike", "input.unreadable")]
+        found = check_inputs(jobs, deep=True)
+        assert [(name, error.code) for name, error in found] == [
+            *shallow,
+            ("text", "input.unreadable"),
+            *unlike,
+            *nowhere,
+        ]
+        messages = {name: error.message for name, error in found}
+        assert "s3://studio/text.mp4" in messages["text"]
+        assert "s3://studio/made" in messages["unlike"] and "19 frames" in messages["unlike"]
+        assert not any("video-lab-" in message for message in messages.values())

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from runner.errors import StorageDenied, WeightsCorrupt
+from runner.weights import digests as module
+from runner.weights.digests import METADATA_KEY, FileIdentities, combine
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of files that were read in full."""
+    names: list[str] = []
+    honest = module.hash_file
+    monkeypatch.setattr(module, "hash_file", lambda file: (names.append(file.name), honest(file))[1])
+    return names
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "store" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    return path
+
+
+def one(file: Path, folder: Path | None = None) -> str:
+    return FileIdentities().of([file], file.parent, folder)[file]
+
+
+def test_the_bytes_are_hashed_once_and_remembered(file, tmp_path, hashed):
+    cache = tmp_path / "cache"
+    assert one(file, cache) == sha(b"weights")
+    assert one(file, cache) == sha(b"weights")
+    assert hashed == ["model.onnx"]
+
+
+@pytest.mark.parametrize("change", ["size", "mtime", "inode"])
+def test_a_changed_file_is_hashed_again(file, tmp_path, hashed, change):
+    cache = tmp_path / "cache"
+    one(file, cache)
+    stat = file.stat()
+    if change == "size":
+        file.write_bytes(b"weights!")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "mtime":
+        file.write_bytes(b"Weights")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    else:
+        other = file.with_name("other")
+        other.write_bytes(b"Weights")
+        os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        other.replace(file)
+    assert one(file, cache) == sha(file.read_bytes())
+    assert len(hashed) == 2
+
+
+def test_without_a_folder_one_object_still_hashes_once(file, hashed):
+    identities = FileIdentities()
+    assert identities.of([file], file.parent) == identities.of([file], file.parent)
+    assert hashed == ["model.onnx"]
+
+
+def test_a_damaged_memory_only_costs_time(file, tmp_path):
+    (tmp_path / "weight-identities.json").write_text('{"x": ')
+    assert one(file, tmp_path) == sha(b"weights")
+    assert str(file) in json.loads((tmp_path / "weight-identities.json").read_text())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_says_so(file, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(StorageDenied):
+        one(file, closed)
+
+
+def test_many_at_once_lose_nothing(tmp_path):
+    files = []
+    for i in range(16):
+        files.append(tmp_path / f"{i}.onnx")
+        files[-1].write_bytes(b"%d" % i)
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(lambda file: one(file, cache), files))
+    assert digests == [sha(b"%d" % i) for i in range(16)]
+    assert set(json.loads((cache / "weight-identities.json").read_text())) == {str(file) for file in files}
+    assert {p.name for p in cache.iterdir()} <= {"weight-identities.json", "weight-identities.json.lock"}
+
+
+def test_a_file_may_say_itself_what_it_is(tmp_path, hashed):
+    file = tmp_path / "w.safetensors"
+    save_file({"a": np.zeros(3)}, file, metadata={METADATA_KEY: "a" * 64})
+    assert one(file) == "a" * 64
+    assert hashed == []
+
+
+@pytest.mark.parametrize("value", ["", "A" * 64, "a" * 63, "sha256:" + "a" * 64])
+def test_what_is_no_sha256_is_not_believed(tmp_path, hashed, value):
+    file = tmp_path / "w.safetensors"
+    save_file({"a": np.zeros(3)}, file, metadata={METADATA_KEY: value})
+    assert one(file) == sha(file.read_bytes())
+    assert hashed == ["w.safetensors"]
+
+
+def test_a_broken_safetensors_file(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightsCorrupt):
+        one(tmp_path / "w.safetensors")
+
+
+def hub_record(base: Path, name: str, etag: str, age_s: float = 0) -> None:
+    record = base / ".cache/huggingface/download" / f"{name}.metadata"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(f"{'c' * 40}\n{etag}\n{time.time() - age_s}\n")
+
+
+@pytest.mark.parametrize("base", [".", ".."])
+def test_the_hubs_record_beside_a_download(file, hashed, base):
+    """The download's own folder may be the file's folder or any above it, up to the store's root."""
+    folder = (file.parent / base).resolve()
+    hub_record(folder, file.relative_to(folder).as_posix(), "b" * 64)
+    assert FileIdentities().of([file], folder)[file] == "b" * 64
+    assert hashed == []
+
+
+def test_a_record_outside_the_store_is_not_looked_for(file):
+    hub_record(file.parent.parent, f"{file.parent.name}/{file.name}", "b" * 64)
+    assert one(file) == sha(b"weights")
+
+
+@pytest.mark.parametrize(("etag", "age_s"), [("d" * 40, 0), ("b" * 64, 3600)])
+def test_a_git_etag_or_a_stale_record_is_not_believed(file, etag, age_s):
+    hub_record(file.parent, file.name, etag, age_s)
+    assert one(file) == sha(b"weights")
+
+
+def test_a_record_in_another_format_is_passed_over(file):
+    hub_record(file.parent, file.name, "b" * 64)
+    (file.parent / ".cache/huggingface/download/model.onnx.metadata").write_text("nonsense")
+    assert one(file) == sha(b"weights")
+
+
+def test_combining():
+    assert combine({"a": "1" * 64}) == "1" * 64
+    both = {"b": "2" * 64, "a": "1" * 64}
+    assert combine(both) == sha(f"{'1' * 64}  a\n{'2' * 64}  b\n".encode())
+    assert combine(both) != combine({"a": "2" * 64, "b": "1" * 64})

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.spec.recipes import get_recipe
+from runner.weights.store import ModelStore, wanted
+
+RECIPE = get_recipe("fp32")
+DETECTOR = "process_checkpoint/det/yolov10m.onnx"
+POSE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
+
+
+@pytest.fixture
+def root(tiny_store_dir, tmp_path) -> Path:
+    """A store of one's own, with something in place of the ONNX files."""
+    root = tmp_path / "models"
+    shutil.copytree(tiny_store_dir, root)
+    for name in (DETECTOR, POSE):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(f"graph of {name}".encode())
+    return root
+
+
+def weights(root: Path) -> Path:
+    return root / RECIPE.weights
+
+
+def shard(root: Path) -> Path:
+    """Split the transformer in two with an index, as the published one is split."""
+    folder = weights(root) / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    names = sorted(tensors)
+    halves = {
+        "diffusion_pytorch_model-00001-of-00002.safetensors": names[::2],
+        "diffusion_pytorch_model-00002-of-00002.safetensors": names[1::2],
+    }
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in halves.items() for name in held}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
+
+
+def test_a_whole_store_passes(root):
+    ModelStore(root).check(RECIPE)
+    assert ModelStore(root).detector == root / DETECTOR
+    assert ModelStore(root).pose == root / POSE
+
+
+def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path):
+    with pytest.raises(WeightsMissing) as caught:
+        ModelStore(tmp_path).check(RECIPE)
+    message = caught.value.message
+    for name in (
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "image_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "image_processor/preprocessor_config.json",
+    ):
+        assert f"{RECIPE.weights}/{name}" in message
+    assert DETECTOR in message
+    assert f"{POSE}/end2end.onnx" in message
+    assert "Wan-AI/Wan2.2-Animate-14B-Diffusers" in message
+    assert "video-lab weights demo" in message
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
+    with pytest.raises(WeightsMissing) as caught:
+        ModelStore(tmp_path).check(get_recipe("fp4-distill"))
+    message = caught.value.message
+    for said in ("has no FP4 transformer", "vae/config.json", DETECTOR, "video-lab quantize --recipe fp4-distill"):
+        assert said in message
+    assert "transformer/diffusion_pytorch_model" not in message  # the source is what FP4 does without
+
+
+def test_only_what_is_missing_is_listed(root):
+    (weights(root) / "vae/config.json").unlink()
+    with pytest.raises(WeightsMissing, match="lacks 1 file\n") as caught:
+        ModelStore(root).check(RECIPE)
+    assert "vae/config.json" in caught.value.message
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(WeightsMissing, match="no such folder"):
+        ModelStore(tmp_path / "nowhere").check(RECIPE)
+
+
+def test_shards_and_their_index(root):
+    shard(root)
+    ModelStore(root).check(RECIPE)
+
+
+def test_a_missing_shard_is_named(root):
+    folder = shard(root)
+    (folder / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsMissing, match="00002-of-00002"):
+        ModelStore(root).check(RECIPE)
+
+
+def test_an_index_that_disagrees_with_its_shards(root):
+    folder = shard(root)
+    first = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    tensors = load_file(first)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, first)
+    with pytest.raises(WeightsCorrupt, match="where the index puts it"):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere.safetensors", "weights.bin"])
+def test_an_index_reaches_for_nothing_but_safetensors_beside_it(root, name):
+    folder = shard(root)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsCorrupt, match="no safetensors file beside it"):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
+def test_truncated_weights_are_found_by_their_header(root, keep):
+    """Empty, within the length, within the header, half-way, all but the last byte."""
+    file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(WeightsCorrupt, match=r"empty|truncated") as caught:
+        ModelStore(root).check(RECIPE)
+    assert str(file) in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_a_header_that_claims_absurd_lengths(root):
+    file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    with pytest.raises(WeightsCorrupt):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize("name", [f"{RECIPE.weights}/text_encoder/model.safetensors", DETECTOR])
+def test_a_git_lfs_pointer_is_told_from_the_file(root, name):
+    (root / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(WeightsCorrupt, match="git lfs pull"):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt"])
+def test_pickles_are_refused(root, suffix):
+    file = weights(root) / "image_encoder/model.safetensors"
+    file.rename(file.with_name(f"pytorch_model{suffix}"))
+    with pytest.raises(WeightsMissing, match=rf"pytorch_model\{suffix} is a pickle"):
+        ModelStore(root).check(RECIPE)
+
+
+def test_a_config_that_is_not_json(root):
+    (weights(root) / "transformer/config.json").write_text("{")
+    with pytest.raises(WeightsCorrupt, match="not JSON"):
+        ModelStore(root).check(RECIPE)
+
+
+def test_the_pose_model_in_each_published_form(root):
+    (root / POSE).unlink()
+    repacked = root / "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"
+    repacked.write_bytes(b"graph")
+    assert ModelStore(root).pose == repacked
+    (root / POSE).mkdir()
+    (root / POSE / "end2end.onnx").write_bytes(b"graph")
+    assert ModelStore(root).pose == root / POSE / "end2end.onnx"
+    ModelStore(root).check(RECIPE)
+
+
+def test_weights_beside_an_onnx_graph_belong_to_its_identity(root):
+    (root / POSE).unlink()
+    (root / POSE).mkdir()
+    (root / POSE / "end2end.onnx").write_bytes(b"graph")
+    (root / POSE / "onnx__MatMul_1").write_bytes(b"weights")
+    before = ModelStore(root).identities(RECIPE)
+    (root / POSE / "onnx__MatMul_1").write_bytes(b"Weights")
+    assert changed(before, ModelStore(root).identities(RECIPE)) == {"pose"}
+
+
+def test_weights_beside_the_repacked_graph_belong_to_its_identity(root):
+    (root / POSE).unlink()
+    folder = root / "process_checkpoint/pose2d"
+    (folder / "vitpose_h_wholebody_model.onnx").write_bytes(b"graph")
+    (folder / "vitpose_h_wholebody_data.bin").write_bytes(b"weights")
+    before = ModelStore(root).identities(RECIPE)
+    (folder / "vitpose_h_wholebody_data.bin").write_bytes(b"Weights")
+    assert changed(before, ModelStore(root).identities(RECIPE)) == {"pose"}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_identities_name_every_piece_and_follow_its_bytes(root):
+    before = ModelStore(root).identities(RECIPE)
+    assert set(before) == {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "image_encoder",
+        "tokenizer",
+        "image_processor",
+        "detector",
+        "pose",
+    }
+    assert before["detector"] == hashlib.sha256((root / DETECTOR).read_bytes()).hexdigest()
+    assert changed(before, ModelStore(root).identities(RECIPE)) == set()
+
+    file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + np.float32(1)
+    save_file(tensors, file)
+    config = weights(root) / "transformer/config.json"
+    config.write_text(config.read_text().replace('"eps": 1e-06', '"eps": 1e-05'))
+    assert changed(before, ModelStore(root).identities(RECIPE)) == {"vae", "transformer"}
+
+
+def test_a_component_is_its_sha256sum_listing(root):
+    folder = weights(root) / "vae"
+    listing = "".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {RECIPE.weights}/vae/{name}\n"
+        for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    )
+    assert ModelStore(root).identities(RECIPE)["vae"] == hashlib.sha256(listing.encode()).hexdigest()
+
+
+def test_files_that_no_recipe_reads_do_not_count(root):
+    before = ModelStore(root).identities(RECIPE)
+    (weights(root) / "transformer/.DS_Store").write_bytes(b"x")
+    (weights(root) / "README.md").write_text("x")
+    (weights(root) / "text_encoder/pytorch_model.bin").write_bytes(b"x")
+    assert changed(before, ModelStore(root).identities(RECIPE)) == set()
+
+
+def test_a_remote_store_is_copied_by_need(root):
+    want = wanted(RECIPE)
+    local = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+    kept = {key for key in local if want(key)}
+    elsewhere = root.parent / "synced"
+    for key in kept:
+        (elsewhere / key).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / key, elsewhere / key)
+    ModelStore(elsewhere).check(RECIPE)  # enough
+    assert f"{RECIPE.weights}/model_index.json" not in kept  # and no more
+    for key in (
+        f"{RECIPE.weights}/text_encoder/pytorch_model.bin",
+        f"{RECIPE.weights}/transformer/.cache/x.json",
+        f"{RECIPE.weights}/assets/teaser.mp4",
+        "Wan2.2-Animate-14B-FP4/quantized_transformer.safetensors",
+        "distill_lora/distill.safetensors",
+        "loras/style.ckpt",
+        "process_checkpoint/sam2/sam2_hiera_large.pt",
+        "",
+    ):
+        assert not want(key), key
+    for key in (
+        f"{POSE}/end2end.onnx",
+        f"{POSE}/onnx__MatMul_1",
+        DETECTOR,
+        "process_checkpoint/pose2d/vitpose_h_wholebody_data.bin",
+        "loras/style.safetensors",  # a job of any recipe may name it
+    ):
+        assert want(key), key
