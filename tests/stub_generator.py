@@ -82,9 +82,10 @@ class StubGenerator:
         random = np.random.default_rng(seed)
         total = plan.segments * plan.steps
         left = plan.frames
+        begin = time.monotonic()
         for index in range(plan.segments):
             for step in range(plan.steps):
-                deadline = time.monotonic() + self.generate_s / total
+                deadline = begin + self.generate_s * (index * plan.steps + step + 1) / total
                 while time.monotonic() < deadline:
                     time.sleep(min(0.01, self.generate_s / total))
                 timer.step(self.generate_s / total)

@@ -78,23 +78,32 @@ def room_of(module: str) -> str:
 MODULES = {name_of(path): path for path in sorted(RUNNER.rglob("*.py"))}
 
 
-@cache
 def tree_of(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return parse(MODULES[module])
 
 
-def imports_of(module: str) -> set[str]:
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(module: str) -> frozenset[str]:
     """The project's modules that `module` names in import statements, wherever they stand."""
+    return imports_in(MODULES[module])
+
+
+@cache
+def imports_in(path: Path) -> frozenset[str]:
     found: set[str] = set()
-    for node in ast.walk(tree_of(module)):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}, line {node.lineno}: write the import in full"
+            assert node.level == 0, f"{path}, line {node.lineno}: write the import in full"
             # `from runner.video import probe` names a module; `from runner.video import reader` names one in its list.
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (inner & MODULES.keys()) or {str(node.module)}
-    return {name for name in found if name.split(".")[0] == "runner"}
+    return frozenset(name for name in found if name.split(".")[0] == "runner")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -148,16 +157,12 @@ def test_a_wrong_import_is_seen(monkeypatch, tmp_path, source, floors, circle):
     file = tmp_path / "decode.py"
     file.write_text(source, encoding="utf-8")
     monkeypatch.setitem(MODULES, "runner.video.decode", file)
-    tree_of.cache_clear()
-    try:
-        for check, right in (
-            (partial(test_imports_go_to_a_lower_floor_or_stay_in_the_room, "runner.video.decode"), floors),
-            (test_no_file_imports_itself_by_a_circle, not circle),
-        ):
-            with nullcontext() if right else pytest.raises(AssertionError):
-                check()
-    finally:
-        tree_of.cache_clear()
+    for check, right in (
+        (partial(test_imports_go_to_a_lower_floor_or_stay_in_the_room, "runner.video.decode"), floors),
+        (test_no_file_imports_itself_by_a_circle, not circle),
+    ):
+        with nullcontext() if right else pytest.raises(AssertionError):
+            check()
 
 
 def test_modules_named_in_texts_exist_and_stand_in_registries():
