@@ -196,9 +196,8 @@ class Batch:
             self._marked = task
 
     def _unmark(self) -> None:
-        if self._marking.acquire(
-            timeout=STORE_WAIT_S
-        ):  # else the store hangs, and whether a mark gets there nobody can say
+        # Where the lock is not had in time the store hangs, and nothing can tell whether a mark will get there.
+        if self._marking.acquire(timeout=STORE_WAIT_S):
             if self._marked is not None:
                 self._abandon(self._marked.job)
             self._marking.release()

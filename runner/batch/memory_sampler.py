@@ -1,6 +1,6 @@
 """Memory sampler: the highest memory use of this process, host and GPU, while a job runs.
 
-In:   nothing but the process itself. Out: bytes, None where they cannot be read. Never: jobs, torch.
+Out:  bytes, None where they cannot be read. Never: jobs, torch.
 """
 
 from __future__ import annotations
