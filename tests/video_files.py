@@ -103,7 +103,11 @@ def make_clip(
     layout = "mono" if audio is not None and len(audio) == 1 else "stereo"
     muxing = {} if container in {"matroska", "webm"} else {"movflags": "+faststart"}
     with ordinary_priority(), av.open(str(path), "w", format=container or "mp4", options=muxing) as out:
-        stream = out.add_stream(codec, rate=fps, options=options if options is not None else DEFAULTS.get(codec, {}))
+        chosen = dict(options if options is not None else DEFAULTS.get(codec, {}))
+        if codec == "libx264":
+            # x264's AVX-512 code for macroblock trees reads unwritten memory: the same clip would be other bytes.
+            chosen["x264-params"] = ":".join([*filter(None, [chosen.get("x264-params")]), "mbtree=0"])
+        stream = out.add_stream(codec, rate=fps, options=chosen)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
         stream.codec_context.gop_size = gop
