@@ -41,7 +41,7 @@ class MemorySampler:
         self._thread: threading.Thread | None = None
 
     def window(self) -> MemoryWindow:
-        """A new window; it is watched for as long as somebody holds it."""
+        """A new window; it is watched for as long as a caller holds it."""
         window = MemoryWindow()
         with self._lock:
             self._windows.add(window)

@@ -1,7 +1,8 @@
 """Encoders: the text and the image encoder, read when first needed, and where they rest between two inputs.
 
 In:   how to load each, a device, a home. Out: the model, ready to be called, for as long as somebody needs it.
-Never: prompts, images, what is kept of the results (memos.py, text_cache.py): who asks nothing new wakes nobody.
+Never: prompts, images, what is kept of the results (memos.py, text_cache.py). An encoder is not loaded if every input
+is already cached.
 
     home     between inputs               while it computes, on the device
     device   whole on the device          the same
