@@ -51,7 +51,8 @@ KNOWS: dict[str, dict[str, set[str]]] = {
     # a model, not a batch
     "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": set(), "video": set()},
     "weights": {"spec": {"options", "recipes"}, "storage": set(), "records": set(), "video": set()},
-    "quantization": {"forecast": set(), "timing": set()},  # tensors, not jobs
+    # tensors, not jobs
+    "quantization": {name: set() for name in ("forecast", "records", "storage", "timing", "video")},
 }
 
 # Modules that are named in a text and imported when they are first needed: where that is done, and why.

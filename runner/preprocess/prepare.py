@@ -284,7 +284,7 @@ def segment_driver(
 ) -> ClipMasks:
     """One mask a sampled frame, at the size that the networks saw. A third decode: the person is known only now.
 
-    Joints of frames in which nobody was seen are guesses and prompt nothing. Raises NoPerson.
+    In frames without a person the joints are guesses: they prompt nothing. Raises NoPerson.
     """
     indices = np.asarray(sampled.indices, np.int64)
     unique, first, back = np.unique(indices, return_index=True, return_inverse=True)

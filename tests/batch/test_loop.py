@@ -338,7 +338,7 @@ def times(events: list[dict], name: str) -> dict[str, str]:
 
 
 def test_stages_overlap(bench):
-    """Job 2 is prepared before job 1's generation ends; the whole takes what the critical path takes, and 15 %.
+    """Job 2 is prepared before job 1's generation ends; the whole takes what the critical path takes, and 5 %.
 
     Without the overlap it would take 28 % more.
     """
@@ -353,9 +353,9 @@ def test_stages_overlap(bench):
         over.append(took / (prepare_s + count * generate_s + last["encode_video"] + last["publish"]) - 1)
         prepared, generated = times(bench.events, "job_prepared"), times(bench.events, "job_generated")
         assert all(prepared[f"j{n + 1}"] < generated[f"j{n}"] for n in range(count - 1))
-        if over[-1] <= 0.15:
+        if over[-1] <= 0.05:
             break
-    assert min(over) <= 0.15, over
+    assert min(over) <= 0.05, over
     assert any(line.startswith("prepare of") for line in bench.result("j1")["memory"]["overlapped"])
 
 

@@ -75,10 +75,9 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
     cpu = " ".join(names.get(key, "?").strip() for key in ("vendor_id", "cpu family", "model", "model name"))
-    packages = {}
-    for name in NUMERIC_PACKAGES:
-        packages[name] = metadata.version(name)
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "packages": packages}
+    installed = {found.name: found.version for found in metadata.distributions()}
+    packages = {name: installed.get(name) for name in NUMERIC_PACKAGES}
+    return {"cpu": cpu, "cores": os.cpu_count(), "packages": packages}
 
 
 def demo_frames(out: Path) -> dict[str, dict[str, str]]:
