@@ -29,6 +29,8 @@ START_SECONDS = 60
 REFUSALS = {
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "403": ("403 Forbidden", "AccessDenied", "Access Denied"),
+    "409": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation occurred."),
+    "501": ("501 Not Implemented", "NotImplemented", "A header you provided is not implemented."),
 }
 
 
@@ -80,7 +82,8 @@ class S3Server:
 class Fault:
     """What happens to the next `times` requests of `method` whose path contains `path`."""
 
-    kind: str  # of REFUSALS; "drop": the connection closes without an answer; "truncate": half the body arrives
+    kind: str  # of REFUSALS; "drop": the connection closes without an answer; "lose": the server has done as asked, and
+    #            then the connection closes without an answer; "truncate": half the body arrives
     method: str
     path: str = ""
     times: int = 1
@@ -144,6 +147,10 @@ def _faulty_line() -> Iterator[FaultyServer]:
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
         line: socket.socket = environ["werkzeug.socket"]
         if kind == "drop":
+            line.shutdown(socket.SHUT_RDWR)
+            return []
+        if kind == "lose":
+            list(moto(environ, lambda *_: None))
             line.shutdown(socket.SHUT_RDWR)
             return []
         body = b"".join(moto(environ, start_response))  # the headers promise all of it

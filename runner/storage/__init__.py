@@ -4,7 +4,7 @@ base.py has the interface; local.py and s3.py fulfil it; uris.py opens one by it
 disk.py puts a file in place on a disk; disk_cache.py keeps results between runs.
 """
 
-from runner.storage.base import ObjectInfo, Storage, check_key, is_remote, local_path
+from runner.storage.base import ObjectInfo, Storage, Versioned, check_key, is_remote, local_path
 from runner.storage.local import LocalStorage
 from runner.storage.uris import fetch_input, open_storage, probe_writable, stat_input
 
@@ -12,6 +12,7 @@ __all__ = [
     "LocalStorage",
     "ObjectInfo",
     "Storage",
+    "Versioned",
     "check_key",
     "fetch_input",
     "is_remote",

@@ -20,6 +20,7 @@ from runner.storage.disk import is_staged
 __all__ = [
     "ObjectInfo",
     "Storage",
+    "Versioned",
     "check_key",
     "is_remote",
     "local_path",
@@ -34,9 +35,17 @@ class ObjectInfo:
 
     uri: str
     bytes: int
-    identity: str  # "etag:<etag>:<bytes>" on S3; "" on a disk, where only reading the file could tell
+    identity: str  # "etag:<etag>:<bytes>" on S3; on a disk "sha256:<hex>" of what was published, "" of what is found
     modified: float  # seconds since 1970, UTC
     key: str = ""  # relative to the storage's root
+
+
+@dataclass(frozen=True)
+class Versioned:
+    """A small object, and which version of it was read: what `write_if` takes."""
+
+    data: bytes
+    version: str
 
 
 class Storage(ABC):
@@ -48,6 +57,11 @@ class Storage(ABC):
 
     root: str
 
+    @property
+    @abstractmethod
+    def appends(self) -> bool:
+        """Does `append_lines` add to one file? Else it writes a new, numbered object each time."""
+
     @abstractmethod
     def fetch(self, key: str, dest: Path) -> ObjectInfo:
         """Copy the object to the local file `dest`, which appears whole or not at all; say what was read.
@@ -57,7 +71,11 @@ class Storage(ABC):
 
     @abstractmethod
     def publish(self, local: Path, key: str) -> ObjectInfo:
-        """Store the local file under `key`: a reader sees what was there before, then all of it, never a part."""
+        """Store the local file under `key`: a reader sees what was there before, then all of it, never a part.
+
+        Returns the identity and size of the very bytes that were stored, also where another process has stored other
+        bytes under `key` by then. On a disk the identity is the `sha256:<hex>` of the bytes that were copied.
+        """
 
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo | None:
@@ -77,6 +95,28 @@ class Storage(ABC):
     @abstractmethod
     def write_bytes(self, key: str, data: bytes) -> None:
         """Store a small object, as whole as `publish` does."""
+
+    @abstractmethod
+    def read_versioned(self, key: str) -> Versioned | None:
+        """A small object whole, with its version; None if nothing lies under `key`."""
+
+    @abstractmethod
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Store a small object if what lies under `key` is still `version`; with None, if nothing lies there.
+
+        Returns the new version, or None if something else lies there: then nothing was written. Of two processes that
+        call it with the same version at the same time, at most one succeeds. This does not hold for an S3 store that
+        does not know conditional requests (it answers 501 or ignores the headers), nor for the replacement of a file on
+        a file system without locks: there, another process may write between the comparison and the writing.
+        """
+
+    @abstractmethod
+    def append_lines(self, key: str, data: bytes) -> None:
+        """Add whole lines to the end of what lies under `key`; it is made if nothing lies there.
+
+        Where a store cannot append (see `appends`), each call writes a new object beside `key` instead, numbered after
+        those that are there: `x.events.jsonl` → `x.events-0001.jsonl`, `x.events-0002.jsonl`, …
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:

@@ -7,9 +7,10 @@ Never: keys, roots, what a file holds.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +26,7 @@ from runner.errors import (
     StorageUnavailable,
 )
 
-__all__ = ["ABSENT", "is_staged", "os_error", "os_errors", "staged", "sync_folder", "walk_files"]
+__all__ = ["ABSENT", "is_staged", "locked_folder", "os_error", "os_errors", "staged", "sync_folder", "walk_files"]
 
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # nothing lies there, or cannot, as a parent is a file
 
@@ -38,11 +39,12 @@ def is_staged(name: str) -> bool:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[BinaryIO]:
+def staged(target: Path, *, place: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
     """A new file that becomes `target` when the block ends well and vanishes when it does not.
 
     It lies beside the target, as a rename cannot cross devices, and is on the disk before it gets its name, as a crash
-    could otherwise leave the name with half the bytes.
+    could otherwise leave the name with half the bytes. `place` is called with its path, while the target's folder is
+    locked, and gives it its name or raises; without it, it replaces what is there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".staged-{uuid4().hex}.tmp")
@@ -51,12 +53,29 @@ def staged(target: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with locked_folder(target.parent):
+            if place is None:
+                os.replace(temporary, target)
+            else:
+                place(temporary)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other threads and processes out of the same block for the same folder. The system frees the lock when its
+    holder dies. Without effect on a file system that has no locks for folders, as NFS."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ In:   a folder. Out: objects that appear whole or not at all. Never: what the by
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat as stat_modes
@@ -14,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, InputNotFound
-from runner.storage.base import ObjectInfo, Storage, check_key, local_path
-from runner.storage.disk import ABSENT, is_staged, os_errors, staged, sync_folder, walk_files
+from runner.storage.base import ObjectInfo, Storage, Versioned, check_key, local_path
+from runner.storage.disk import ABSENT, is_staged, locked_folder, os_errors, staged, sync_folder, walk_files
 
 __all__ = ["LocalStorage"]
 
@@ -34,8 +35,12 @@ class LocalStorage(Storage):
     def uri(self, key: str) -> str:
         return str(self.path / check_key(key))
 
-    def _info(self, key: str, status: os.stat_result) -> ObjectInfo:
-        return ObjectInfo(self.uri(key), status.st_size, "", status.st_mtime, key)
+    @property
+    def appends(self) -> bool:
+        return True
+
+    def _info(self, key: str, status: os.stat_result, identity: str = "") -> ObjectInfo:
+        return ObjectInfo(self.uri(key), status.st_size, identity, status.st_mtime, key)
 
     def fetch(self, key: str, dest: Path) -> ObjectInfo:
         source = Path(self.uri(key))
@@ -48,10 +53,14 @@ class LocalStorage(Storage):
     def publish(self, local: Path, key: str) -> ObjectInfo:
         target = Path(self.uri(key))
         with os_errors(local, writing=False), local.open("rb") as file:
-            with os_errors(target, writing=True):
-                with staged(target) as out:
-                    shutil.copyfileobj(file, out, _COPY_BYTES)
-                return self._info(key, target.stat())
+            with os_errors(target, writing=True), staged(target) as out:
+                digest = hashlib.sha256()
+                while block := file.read(_COPY_BYTES):
+                    digest.update(block)
+                    out.write(block)
+                out.flush()
+                status = os.fstat(out.fileno())  # the target itself may be another process's a moment later
+        return self._info(key, status, f"sha256:{digest.hexdigest()}")
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = Path(self.uri(key))
@@ -90,13 +99,75 @@ class LocalStorage(Storage):
         with os_errors(target, writing=True), staged(target) as out:
             out.write(data)
 
+    def read_versioned(self, key: str) -> Versioned | None:
+        data = self.read_bytes(key)
+        return None if data is None else Versioned(data, _version(data))
+
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        target = Path(self.uri(key))
+
+        def place(temporary: Path) -> None:
+            if version is None:
+                _create(temporary, target)
+                return
+            try:
+                found = _version(target.read_bytes())
+            except OSError as err:
+                if err.errno in ABSENT:
+                    raise _ChangedError from err
+                raise
+            if found != version:
+                raise _ChangedError
+            os.replace(temporary, target)
+
+        try:
+            with os_errors(target, writing=True), staged(target, place=place) as out:
+                out.write(data)
+        except _ChangedError:
+            return None
+        return _version(data)
+
+    def append_lines(self, key: str, data: bytes) -> None:
+        path = Path(self.uri(key))
+        with os_errors(path, writing=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab", buffering=0) as file:
+                rest = memoryview(data)
+                while rest:  # one write, unless the disk is full
+                    rest = rest[file.write(rest) :]
+
     def delete(self, key: str) -> None:
         path = Path(self.uri(key))
         with os_errors(path, writing=True):
             try:
-                path.unlink()
+                with locked_folder(path.parent):
+                    path.unlink()
             except OSError as err:
                 if err.errno not in ABSENT:
                     raise
                 return
             sync_folder(path.parent)
+
+
+class _ChangedError(Exception):
+    """What lies under the key is not what was expected."""
+
+
+def _version(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _create(temporary: Path, target: Path) -> None:
+    """Give the file its name if nothing has that name: by a link, which excludes also where no lock does (NFS)."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError as err:
+        raise _ChangedError from err
+    except OSError as err:
+        if err.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):  # a file system without links
+            raise
+        if os.path.lexists(target):
+            raise _ChangedError from err
+        os.replace(temporary, target)
+    else:
+        temporary.unlink()

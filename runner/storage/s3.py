@@ -13,14 +13,17 @@ cost money until a lifecycle rule (AbortIncompleteMultipartUpload) removes them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import mimetypes
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import boto3
 import tenacity
@@ -30,7 +33,7 @@ from botocore.exceptions import ClientError
 
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
-from runner.storage.base import ObjectInfo, Storage, check_key
+from runner.storage.base import ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_errors import FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
@@ -47,6 +50,7 @@ TRANSFER = TransferConfig(
     preferred_transfer_client="classic",  # the CRT client takes no size and ETag, so cannot hold on to one version
 )
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_DIGEST, _WRITE = "sha256", "video-lab-write"  # metadata: the content's digest; a token of one conditional write
 _OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
 
 T = TypeVar("T")
@@ -103,6 +107,27 @@ def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
         raise storage_error(err, where="the AWS configuration", writing=False) from err
 
 
+class _Upload:
+    """The client of one upload: notes the ETag in the answer that completes it, which s3transfer does not hand on."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.etag = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def put_object(self, **arguments: Any) -> Any:
+        return self._noted(self._client.put_object(**arguments))
+
+    def complete_multipart_upload(self, **arguments: Any) -> Any:
+        return self._noted(self._client.complete_multipart_upload(**arguments))
+
+    def _noted(self, answer: Any) -> Any:
+        self.etag = _bare(answer["ETag"])
+        return answer
+
+
 class _Download:
     """A transfer's subscriber: holds it to the version looked at; reports bytes as they come (negative: repeated)."""
 
@@ -144,6 +169,13 @@ class S3Storage(Storage):
         self._extra = dict(extra or {})
         self._attempts, self._sleep = attempts, sleep
         self._bucket_seen = False
+        self._conditional = True  # until the store says that it does not know conditional writes
+        self._appended: dict[str, int] = {}  # key → number of its last object
+        self._append_lock = threading.Lock()
+
+    @property
+    def appends(self) -> bool:
+        return False
 
     @property
     def client(self) -> Any:
@@ -206,10 +238,15 @@ class S3Storage(Storage):
             self._bucket_seen = True
 
     def _info(self, key: str, size: int, etag: str, modified: Any) -> ObjectInfo:
-        identity = f"etag:{etag.strip(chr(34))}:{size}"
-        return ObjectInfo(self.uri(key), size, identity, modified.timestamp(), key)
+        return self._identified(key, size, etag, modified.timestamp())
+
+    def _identified(self, key: str, size: int, etag: str, modified: float) -> ObjectInfo:
+        return ObjectInfo(self.uri(key), size, f"etag:{_bare(etag)}:{size}", modified, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
+        return self._repeated(lambda: self._stat_once(key), self.uri(key))
+
+    def _stat_once(self, key: str) -> ObjectInfo | None:
         head = self._head(key)
         return None if head is None else self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
 
@@ -242,7 +279,7 @@ class S3Storage(Storage):
                 size = os.fstat(out.fileno()).st_size
                 if size != info.bytes:
                     raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
-                if self.stat(key) != info:  # the transfer manager holds only ranged reads to one version
+                if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
                     raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
         except BaseException:
             if on_bytes is not None:
@@ -251,31 +288,41 @@ class S3Storage(Storage):
         return info
 
     def read_bytes(self, key: str) -> bytes | None:
-        uri = self.uri(key)
+        found = self.read_versioned(key)
+        return None if found is None else found.data
 
-        def read() -> bytes | None:
-            with s3_errors(uri, writing=False):
-                try:
-                    answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key)))
-                except ClientError as err:
-                    if error_code(err) in ("404", "NoSuchKey"):
-                        return None
-                    raise
-                return bytes(answer["Body"].read())
+    def read_versioned(self, key: str) -> Versioned | None:
+        return self._repeated(lambda: self._read_once(key), self.uri(key))
 
-        return self._repeated(read, uri)
+    def _read_once(self, key: str) -> Versioned | None:
+        with s3_errors(self.uri(key), writing=False):
+            try:
+                answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key)))
+            except ClientError as err:
+                if error_code(err) in ("404", "NoSuchKey"):
+                    return None
+                raise
+            return Versioned(bytes(answer["Body"].read()), _bare(answer["ETag"]))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         if prefix:
             check_key(prefix + "x")
         within = f"{self.prefix}/" if self.prefix else ""
+        position: dict[str, str] = {}
+        while True:
+            page = self._repeated(functools.partial(self._page, within + prefix, position), self.root)
+            for entry in page.get("Contents", ()):
+                key = entry["Key"][len(within) :]
+                if key and not key.endswith("/"):  # consoles make such objects to show an empty folder
+                    yield self._listed(key, entry)
+            if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
+                return
+            position = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, position: Mapping[str, str]) -> dict[str, Any]:
         with s3_errors(self.root, writing=False):
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(**self._arguments("ListObjectsV2", Prefix=within + prefix)):
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"][len(within) :]
-                    if key and not key.endswith("/"):  # consoles make such objects to show an empty folder
-                        yield self._listed(key, entry)
+            arguments = self._arguments("ListObjectsV2", Prefix=prefix, **position)
+            return dict(self.client.list_objects_v2(**arguments))
 
     def _listed(self, key: str, entry: Mapping[str, Any]) -> ObjectInfo:
         info = self._info("x", entry["Size"], entry["ETag"], entry["LastModified"])
@@ -287,35 +334,108 @@ class S3Storage(Storage):
         uri = self.uri(key)
         with os_errors(local, writing=False), local.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
 
         def upload() -> ObjectInfo:
-            arguments = self._typed(key) | self._extra
+            client = _Upload(self.client)
+            arguments = self._extra | self._described(key, digest)
             with s3_errors(uri, writing=True, disk=local):
-                with create_transfer_manager(self.client, TRANSFER) as manager:
+                with create_transfer_manager(client, TRANSFER) as manager:
                     manager.upload(str(local), self.bucket, self._key(key), arguments).result()
-            info = self.stat(key)
-            if info is None or info.bytes != size:
-                found = "nothing" if info is None else f"{info.bytes} bytes"
-                raise StorageUnavailable(f"stored {size} bytes, found {found}", where=uri, todo="Try again")
-            return info
+            found = self._stat_once(key)
+            if found is None:
+                raise StorageUnavailable(f"stored {size} bytes, found nothing", where=uri, todo="Try again")
+            if found.bytes != size and found.identity == f"etag:{client.etag}:{found.bytes}":
+                problem = f"stored {size} bytes, found {found.bytes} bytes"
+                raise StorageUnavailable(problem, where=uri, todo="Try again")
+            # Where the ETag differs, another process has stored another object by now.
+            return self._identified(key, size, client.etag, found.modified)
 
         return self._repeated(upload, uri)
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        uri = self.uri(key)
+        self._repeated(lambda: self._put(key, data), self.uri(key))
 
-        def put() -> None:
-            with s3_errors(uri, writing=True):
-                own = self._typed(key) | {"Key": self._key(key), "Body": data}
-                self.client.put_object(**self._arguments("PutObject", **own))
+    def _put(self, key: str, data: bytes, **own: Any) -> str:
+        """Store `data` by one request; the ETag of its answer."""
+        described = self._described(key, hashlib.sha256(data).hexdigest())
+        described["Metadata"] |= own.pop("Metadata", {})
+        with s3_errors(self.uri(key), writing=True):
+            own |= described | {"Key": self._key(key), "Body": data}
+            return _bare(self.client.put_object(**self._arguments("PutObject", **own))["ETag"])
 
-        self._repeated(put, uri)
-
-    def _typed(self, key: str) -> dict[str, Any]:
-        """The content type by the key's ending, so that a browser plays what it is given a link to."""
+    def _described(self, key: str, digest: str) -> dict[str, Any]:
+        """What an object says of its content: its digest beside the metadata that the extra arguments give, and the
+        content type by the key's ending, so that a browser plays what it is given a link to."""
+        given = {k: v for k, v in self._extra.get("Metadata", {}).items() if k.lower() not in (_DIGEST, _WRITE)}
         kind, _ = mimetypes.guess_type(key)
-        return {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
+        typed = {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
+        return {"Metadata": given | {_DIGEST: digest}} | typed
+
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        mark = {"Metadata": {_WRITE: uuid4().hex}}
+
+        def write() -> str | None:
+            if not self._conditional:
+                return self._compare_and_put(key, data, version)
+            try:
+                return self._put(key, data, **condition, **mark)
+            except RunnerError as error:
+                code = error_code(error.__cause__) if isinstance(error.__cause__, ClientError) else ""
+                if code in ("412", "PreconditionFailed"):
+                    return self._version_if_written(key, mark["Metadata"])
+                if code in ("404", "NoSuchKey") and version is not None:
+                    return None  # deleted meanwhile
+                if code not in ("501", "NotImplemented"):
+                    raise
+                self._conditional = False
+                return self._compare_and_put(key, data, version)
+
+        return self._repeated(write, self.uri(key))
+
+    def _version_if_written(self, key: str, mark: Mapping[str, str]) -> str | None:
+        """The version under `key` if the conditional write that carries `mark` made it: a request whose answer was
+        lost is repeated, by botocore too, and then refused for its own first try."""
+        head = self._head(key)
+        if head is None or not mark.items() <= head.get("Metadata", {}).items():
+            return None
+        return _bare(head["ETag"])
+
+    def _compare_and_put(self, key: str, data: bytes, version: str | None) -> str | None:
+        """For a store that does not know conditional writes."""
+        head = self._head(key)
+        found = None if head is None else _bare(head["ETag"])
+        return self._put(key, data) if found == version else None
+
+    def append_lines(self, key: str, data: bytes) -> None:
+        stem, dot, suffix = self._split(key)
+        with self._append_lock:  # also while it is written, so that a later call gets a later number
+            number = self._appended.get(key)
+            if number is None:
+                form = re.compile(re.escape(stem) + r"-(\d{4,})" + re.escape(dot + suffix))
+                names = (form.fullmatch(info.key) for info in self.list(f"{stem}-"))
+                number = max((int(name[1]) for name in names if name), default=0)
+            while True:
+                number += 1
+                if self.write_if(f"{stem}-{number:04d}{dot}{suffix}", data, None) is not None:
+                    break  # else another process appends there too
+            self._appended[key] = number
+
+    def _split(self, key: str) -> tuple[str, str, str]:
+        """`a/x.events.jsonl` → `a/x.events`, `.`, `jsonl`."""
+        folder, slash, name = check_key(key).rpartition("/")
+        stem, dot, suffix = name.rpartition(".")
+        return (f"{folder}{slash}{stem}", dot, suffix) if stem else (key, "", "")
 
     def delete(self, key: str) -> None:
-        with s3_errors(self.uri(key), writing=True):
-            self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
+        def remove() -> None:
+            with s3_errors(self.uri(key), writing=True):
+                self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
+
+        self._repeated(remove, self.uri(key))
+
+
+def _bare(etag: str) -> str:
+    """An ETag without the quotation marks that some stores leave out."""
+    return etag.strip('"')

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +109,119 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputUnreadable, match="folder"):
         store.fetch("folder", tmp_path / "copy")
     assert sorted(info.key for info in store.list()) == ["file", "folder/x"]
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from runner.storage import LocalStorage
+store, folder, me, rounds = LocalStorage(sys.argv[1]), Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
+won = 0
+for n in range(rounds):
+    key = f"jobs/{n}/result.json"
+    created = store.write_if(key, f"{me} created {n}".encode(), None)
+    found = store.read_versioned(key)
+    version = found.version if b"created" in found.data else None
+    replaced = version and store.write_if(key, f"{me} replaced {n}".encode(), version)
+    print(n, bool(created), bool(replaced), flush=True)
+"""
+
+
+def test_of_two_processes_one_creates_and_one_replaces(tmp_path: Path) -> None:
+    rounds = 60
+    command = [sys.executable, "-c", RACE, tmp_path]
+    racers = [
+        subprocess.Popen(
+            [*command, str(n), str(rounds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for n in range(3)
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    answers = [racer.communicate("\n")[0].split("\n")[:rounds] for racer in racers]
+    for n in range(rounds):
+        rows = [answer[n].split() for answer in answers]
+        assert [row[0] for row in rows] == [str(n)] * 3
+        assert [row[1] for row in rows].count("True") == 1, f"round {n}: created by {rows}"
+        assert [row[2] for row in rows].count("True") == 1, f"round {n}: replaced by {rows}"
+
+
+def test_a_replacement_between_comparison_and_rename_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact interleaving: another process tries while this one has compared and has not renamed."""
+    store = LocalStorage(tmp_path)
+    version = store.write_if("x", b"old", None)
+    code = "import sys; from runner.storage import LocalStorage; print('ready', flush=True); "
+    code += "print(LocalStorage(sys.argv[1]).write_if('x', b'theirs', sys.argv[2]))"
+    others = []
+
+    def spy(source: Path, target: Path, *, rename: Callable[..., None] = os.replace) -> None:
+        command = [sys.executable, "-c", code, tmp_path, version]
+        others.append(subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]))
+        assert others[0].stdout is not None
+        assert others[0].stdout.readline() == b"ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits for us
+            others[0].wait(0.5)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    assert store.write_if("x", b"mine", version)
+    assert others[0].communicate()[0] == b"None\n"
+    assert store.read_bytes("x") == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_conditional_writes_where_there_are_no_locks_and_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    store = LocalStorage(tmp_path)
+    version = store.write_if("x", b"one", None)
+    assert version
+    assert store.write_if("x", b"two", None) is None
+    assert store.write_if("x", b"two", version)
+    assert store.read_bytes("x") == b"two"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_creation_excludes_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: another process creates the file while this one is about to."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def spy(source: Path, target: Path, *, link: Callable[..., None] = os.link) -> None:
+        Path(target).write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "link", spy)
+    assert LocalStorage(tmp_path).write_if("x", b"mine", None) is None
+    assert (tmp_path / "x").read_bytes() == b"theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_publish_tells_of_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another runner puts its output in place directly after ours."""
+    store = LocalStorage(tmp_path / "out")
+    mine, other = b"mine" * 1000, b"of another seed"
+    (tmp_path / "mine").write_bytes(mine)
+
+    def spy(source: Path, target: Path, *, rename: Callable[..., None] = os.replace) -> None:
+        rename(source, target)
+        Path(target).write_bytes(other)
+
+    monkeypatch.setattr(os, "replace", spy)
+    info = store.publish(tmp_path / "mine", "output.mp4")
+    assert (info.identity, info.bytes) == (f"sha256:{hashlib.sha256(mine).hexdigest()}", len(mine))
+    assert store.read_bytes("output.mp4") == other

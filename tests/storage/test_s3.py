@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import pkgutil
@@ -101,17 +102,17 @@ def test_extra_arguments_reach_every_upload(
         "VIDEO_LAB_S3_EXTRA", '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders", "StorageClass": "X"}'
     )
     store = open_storage(f"s3://{bucket}", s3_extra={"StorageClass": "STANDARD_IA", "Metadata": {"run": "7"}})
-    (tmp_path / "small.mp4").write_bytes(b"x")
-    (tmp_path / "big.mp4").write_bytes(bytes(17 << 20))
-    store.publish(tmp_path / "small.mp4", "small.mp4")
-    store.publish(tmp_path / "big.mp4", "big.mp4")
+    contents = {"small.mp4": b"x", "big.mp4": bytes(17 << 20), "result.json": b"{}"}
+    for name in ("small.mp4", "big.mp4"):
+        (tmp_path / name).write_bytes(contents[name])
+        store.publish(tmp_path / name, name)
     store.write_bytes("result.json", b"{}")
     for key, kind in [("small.mp4", "video/mp4"), ("big.mp4", "video/mp4"), ("result.json", "application/json")]:
         head = moto_s3.client.head_object(Bucket=bucket, Key=key)
         assert head["ServerSideEncryption"] == "aws:kms"
         assert head["SSEKMSKeyId"].endswith("alias/renders")
         assert head["StorageClass"] == "STANDARD_IA"
-        assert head["Metadata"] == {"run": "7"}
+        assert head["Metadata"] == {"run": "7", "sha256": hashlib.sha256(contents[key]).hexdigest()}
         assert head["ContentType"] == kind
     assert store.read_bytes("result.json") == b"{}"
     assert {info.key for info in store.list()} == {"small.mp4", "big.mp4", "result.json"}
@@ -203,6 +204,38 @@ def test_a_transfer_is_repeated(line: FaultyServer, store: S3Storage, source: Pa
     assert store.read_bytes("result.json") == b"{}"
 
 
+@pytest.mark.parametrize("kind", ["503", "drop"])
+def test_small_requests_are_repeated(line: FaultyServer, store: S3Storage, kind: str) -> None:
+    store.write_bytes("x", b"data")
+    line.fail(kind, "HEAD", "/x", times=2)
+    info = store.stat("x")
+    assert info is not None
+    line.fail(kind, "GET", store.bucket, times=2)
+    assert list(store.list()) == [info]
+    line.fail(kind, "DELETE", "/x", times=2)
+    store.delete("x")
+    assert store.stat("x") is None
+    line.fail(kind, "DELETE", "/x", times=1000)
+    with pytest.raises(StorageUnavailable, match="/x"):
+        store.delete("x")
+
+
+def test_a_list_goes_on_at_the_page_that_failed(line: FaultyServer, store: S3Storage) -> None:
+    for n in range(3):
+        store.write_bytes(f"{n}", b"")
+    events = store.client.meta.events
+    one = lambda params, **_: params | {"MaxKeys": 1}  # noqa: E731  a handler must be kept to be unregistered
+    events.register("provide-client-params.s3.ListObjectsV2", one)
+    try:
+        found = []
+        for info in store.list():
+            found.append(info.key)
+            line.fail("503", "GET", store.bucket)
+        assert found == ["0", "1", "2"]
+    finally:
+        events.unregister("provide-client-params.s3.ListObjectsV2", one)
+
+
 def test_a_truncated_body_is_read_again(line: FaultyServer, store: S3Storage, source: Path, tmp_path: Path) -> None:
     store.publish(source, "output.mp4")
     line.fail("truncate", "GET", "output.mp4", times=2)
@@ -285,6 +318,125 @@ def test_nobody_answers(aws_env: UseServer, tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageUnavailable, match="AWS_ENDPOINT_URL_S3"):
             use()
+
+
+# Two runners on one bucket
+
+
+def before(line: FaultyServer, monkeypatch: pytest.MonkeyPatch, method: str, text: str, act: Callable[[], Any]) -> None:
+    """Do `act` once, when the next request of `method` that contains `text` has come and is not yet answered."""
+    real, left = line.note, [act]
+
+    def spy(called: str, path: str, query: str) -> str | None:
+        if called == method and text in f"{path}?{query}" and left:
+            left.pop()()
+        return real(called, path, query)
+
+    monkeypatch.setattr(line, "note", spy)
+
+
+@pytest.mark.parametrize("size", [1000, 20 << 20])
+def test_a_publish_tells_of_its_own_bytes(
+    line: FaultyServer, store: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Another runner stores its output between our upload and the look at what lies there."""
+    mine, other = os.urandom(size), b"of another seed"
+    (tmp_path / "mine.mp4").write_bytes(mine)
+    (tmp_path / "other.mp4").write_bytes(other)
+    second = S3Storage(store.root)
+    alone = store.publish(tmp_path / "mine.mp4", "alone.mp4")
+    before(line, monkeypatch, "HEAD", "output.mp4", lambda: second.publish(tmp_path / "other.mp4", "output.mp4"))
+    info = store.publish(tmp_path / "mine.mp4", "output.mp4")
+    assert (info.identity, info.bytes) == (alone.identity, size)
+    assert store.read_bytes("output.mp4") == other
+    assert len(line.seen("HEAD", "output.mp4")) == 2  # once each: what is there instead is no reason to upload again
+
+
+def test_an_upload_that_is_not_there_is_made_again(
+    line: FaultyServer, store: S3Storage, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before(line, monkeypatch, "HEAD", "output.mp4", lambda: S3Storage(store.root).delete("output.mp4"))
+    store.publish(source, "output.mp4")
+    assert store.read_bytes("output.mp4") == source.read_bytes()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_of_two_conditional_writes_the_second_is_refused(
+    line: FaultyServer, store: S3Storage, monkeypatch: pytest.MonkeyPatch, exists: bool, same: bool
+) -> None:
+    """Both have seen the same version, and one is under way when the other is done; also where both say the same."""
+    version = store.write_if("x", b"old", None) if exists else None
+    theirs = b"mine" if same else b"theirs"
+    won: list[str | None] = []
+    before(line, monkeypatch, "PUT", "/x", lambda: won.append(S3Storage(store.root).write_if("x", theirs, version)))
+    assert store.write_if("x", b"mine", version) is None
+    found = store.read_versioned("x")
+    assert found is not None
+    assert (found.data, [found.version]) == (theirs, won)
+
+
+def test_a_conditional_write_of_what_is_deleted_meanwhile(
+    line: FaultyServer, store: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.write_if("x", b"old", None)
+    before(line, monkeypatch, "PUT", "/x", lambda: S3Storage(store.root).delete("x"))
+    assert store.write_if("x", b"new", version) is None
+    assert not store.exists("x")
+
+
+@pytest.mark.parametrize("attempts", ["1", "3"], ids=["repeated by us", "repeated by botocore"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_conditional_write_whose_answer_is_lost(
+    line: FaultyServer, store: S3Storage, monkeypatch: pytest.MonkeyPatch, attempts: str, exists: bool
+) -> None:
+    """It is done; its repetition is refused for it. That must not read as another's work."""
+    version = store.write_if("x", b"old", None) if exists else None
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    line.fail("lose", "PUT", "/x")
+    written = store.write_if("x", b"new", version)
+    found = store.read_versioned("x")
+    assert found is not None
+    assert (found.data, found.version) == (b"new", written)
+    assert len(line.seen("PUT", "/x")) == (3 if exists else 2)
+
+
+@pytest.mark.parametrize("kind", ["409", "503", "drop"])
+def test_a_conditional_write_is_repeated(line: FaultyServer, store: S3Storage, kind: str) -> None:
+    line.fail(kind, "PUT", "/x", times=2)
+    written = store.write_if("x", b"new", None)
+    assert written is not None
+    line.fail(kind, "PUT", "/x", times=2)
+    assert store.write_if("x", b"newer", written)
+    assert store.read_bytes("x") == b"newer"
+
+
+def test_a_store_that_knows_no_conditions(line: FaultyServer, store: S3Storage) -> None:
+    line.fail("501", "PUT", "/x")
+    version = store.write_if("x", b"one", None)
+    assert store.write_if("x", b"two", None) is None
+    assert store.write_if("x", b"two", "other") is None
+    assert store.read_bytes("x") == b"one"
+    assert store.write_if("x", b"two", version)
+    assert store.read_bytes("x") == b"two"
+    assert len(line.seen("PUT", "/x")) == 3  # refused, one, two: it is asked only once
+
+
+def test_two_that_append_to_one_log_keep_each_others_lines(line: FaultyServer, store: S3Storage) -> None:
+    other = S3Storage(store.root)
+    for n in range(3):
+        store.append_lines("log.txt", f"mine {n}\n".encode())
+        other.append_lines("log.txt", f"other {n}\n".encode())
+    lines = [store.read_bytes(info.key) for info in sorted(store.list(), key=lambda info: info.key)]
+    assert lines == [f"{who} {n}\n".encode() for n in range(3) for who in ("mine", "other")]
+    assert len([query for _, _, query in line.seen("GET", "list-type") if "log-" in query]) == 2  # one each
+
+
+def test_numbers_go_on_after_the_highest(store: S3Storage) -> None:
+    for name in ("log-0003.txt", "log-9999.txt", "log-12.txt", "log-x.txt", "log-10000.txt.txt"):
+        store.write_bytes(name, b"")
+    store.append_lines("log.txt", b"line\n")
+    assert store.read_bytes("log-10000.txt") == b"line\n"
 
 
 # Who is refused, and what is not there
