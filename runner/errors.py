@@ -12,7 +12,9 @@
     ├── StorageDenied         storage.denied             exit 2 at the start of a run, else its job's failure
     ├── StorageUnavailable    storage.unavailable        exit 3   retryable
     ├── StorageFull           storage.full               exit 3   stops the run; what is done stays done
+    ├── StorageConflict       storage.conflict           exit 1   another run published the same job meanwhile
     ├── OutOfMemory           resource.out_of_memory     exit 1   retryable
+    ├── DeviceLost            device.lost                exit 3   stops the run; only a new process can go on
     ├── WeightsMissing        weights.missing            exit 2   stops the run
     ├── WeightsCorrupt        weights.corrupt            exit 2   stops the run
     ├── JobCrashed            job.crashed                exit 1   the process died in this job, earlier
@@ -27,6 +29,7 @@ import errno
 
 __all__ = [
     "ConfigInvalid",
+    "DeviceLost",
     "InputError",
     "InputNotFound",
     "InputTooLarge",
@@ -38,12 +41,14 @@ __all__ = [
     "NoPerson",
     "OutOfMemory",
     "RunnerError",
+    "StorageConflict",
     "StorageDenied",
     "StorageFull",
     "StorageUnavailable",
     "WeightsCorrupt",
     "WeightsMissing",
     "as_runner_error",
+    "counts_as_attempt",
     "is_transient",
 ]
 
@@ -54,6 +59,7 @@ class RunnerError(Exception):
     code = "internal"
     retryable = False  # may the same call succeed later, with nothing changed?
     stops_run = False  # would every later job fail the same way?
+    blames_job = False  # is the job itself at fault, so that an output of its other settings is stale?
     exit_code = 1
 
     def __init__(self, what: str, *, where: object = None, todo: str | None = None) -> None:
@@ -88,6 +94,8 @@ class ConfigInvalid(RunnerError):
 
 class InputError(RunnerError):
     """Something is wrong with one job's input; the other jobs go on."""
+
+    blames_job = True
 
 
 class InputNotFound(InputError):
@@ -130,6 +138,18 @@ class StorageFull(RunnerError):
     code, exit_code, stops_run = "storage.full", 3, True
 
 
+class StorageConflict(RunnerError):
+    """Another run with the same output folder published the same job while this one did, and its output stands."""
+
+    code = "storage.conflict"
+
+
+class DeviceLost(RunnerError):
+    """The GPU or its driver failed in a way that makes every later call of this process fail too."""
+
+    code, retryable, exit_code, stops_run = "device.lost", True, 3, True
+
+
 class OutOfMemory(RunnerError):
     code, retryable = "resource.out_of_memory", True
 
@@ -149,9 +169,9 @@ class JobCrashed(RunnerError):
 
 
 class InternalError(RunnerError):
-    """An error that nobody foresaw."""
+    """An unexpected exception: a bug."""
 
-    code = "internal"
+    code, blames_job = "internal", True
 
 
 def is_transient(code: str) -> bool:
@@ -160,6 +180,11 @@ def is_transient(code: str) -> bool:
     Out of memory, retryable within a run, does: the same command would find no more of it.
     """
     return code == StorageUnavailable.code
+
+
+def counts_as_attempt(code: str) -> bool:
+    """Does a failure with `code` use up one of a job's attempts? What the storage does says nothing about the job."""
+    return not code.startswith("storage.")
 
 
 def as_runner_error(error: BaseException, *, where: object = None) -> RunnerError:
@@ -189,4 +214,43 @@ def as_runner_error(error: BaseException, *, where: object = None) -> RunnerErro
             where=where,
             todo="Ask for a smaller size or fewer max_segment_frames",
         )
+    if _is_device_lost(error):
+        return DeviceLost(
+            f"the GPU cannot be used any more ({str(error).splitlines()[0]})",
+            where=where,
+            todo="Start the same command again; if it happens again, look at the driver's log (dmesg: Xid) and the GPU",
+        )
     return InternalError(f"{type(error).__name__}: {error}", where=where, todo="This is a bug; please report it")
+
+
+def _is_device_lost(error: BaseException) -> bool:
+    """Is this an error after which CUDA answers every call of the process with an error?
+
+    torch raises AcceleratorError (a RuntimeError before 2.8), whose text holds that of cudaGetErrorString. ONNX Runtime
+    gives the number instead: `CUDA failure 700: an illegal memory access was encountered`.
+    """
+    text = str(error).lower()
+    about_cuda = any(word in text for word in ("cuda", "cudnn", "cublas", "nvml"))
+    return about_cuda and any(phrase in text for phrase in _STICKY_CUDA_ERRORS)
+
+
+# cudaGetErrorString of the errors after which, by the CUDA runtime's manual, the process must end, and what the driver
+# says of a GPU that is gone.
+_STICKY_CUDA_ERRORS = (
+    "an illegal memory access was encountered",  # 700
+    "device-side assert",  # 710
+    "uncorrectable ecc error",  # 214
+    "uncorrectable nvlink error",  # 220
+    "hardware stack error",  # 714
+    "an illegal instruction was encountered",  # 715
+    "misaligned address",  # 716
+    "operation not supported on global/shared address space",  # 717
+    "invalid program counter",  # 718
+    "unspecified launch failure",  # 719
+    "the launch timed out and was terminated",  # 702
+    "driver shutting down",  # 4
+    "context is destroyed",  # 709
+    "no cuda-capable device is detected",  # 100
+    "gpu is lost",
+    "unknown error",  # 999: what a driver that was reloaded or a GPU that fell off the bus gives
+)

@@ -6,26 +6,38 @@ Never: how frames are made, or which jobs there are. Holds one segment at a time
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
 from runner.batch.fingerprint import sha256_file
-from runner.batch.ledger import Ledger, output_identity
+from runner.batch.ledger import combined_identity
 from runner.errors import InternalError
 from runner.generation.protocol import Conditions, Segment
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
-from runner.storage import Storage
+from runner.storage import ObjectInfo, Storage
 from runner.timing import StageTimer
 from runner.video import AudioSpan, FrameHash, Mp4Writer, PngWriter, write_jpeg
 
-__all__ = ["Delivery"]
+__all__ = ["Delivery", "Published"]
 
 UPLOADS_AT_ONCE = 8
 PREVIEW_CRF = 28
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one job's publication left on the storage."""
+
+    output: OutputRecord
+    keys: frozenset[str]  # of all files
+    notes: list[str]
 
 
 class Delivery:
@@ -95,10 +107,13 @@ class Delivery:
                     )
                 self._pose.write(segment.pose)
 
-    def publish(self, storage: Storage, ledger: Ledger, job_id: str) -> tuple[OutputRecord, list[str]]:
-        """Close the files and put them in place of any older output. Returns what was published, and notes.
+    def publish(self, storage: Storage, job_id: str, replacing: Callable[[str], None]) -> Published:
+        """Close the files and store them, the output first. `replacing` is called with the key of a file that may
+        replace an older output, right before it does.
 
-        Raises InternalError if the frames are not as many as promised; storage.* if they cannot be stored.
+        The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, so
+        that an older output stays whole until the record names the new one. Raises InternalError if the frames are not
+        as many as promised; storage.* if they cannot be stored.
         """
         if self._count != self._expected:
             raise InternalError(f"{self._count} frames were generated, {self._expected} asked", where=job_id)
@@ -112,25 +127,25 @@ class Delivery:
         if isinstance(self._main, Mp4Writer) and self._main.audio_note:
             notes.append(self._main.audio_note)
         with self._timer.stage("publish"):
-            ledger.before_publish(job_id)
-            files = {f"jobs/{job_id}/{name}": self._folder / name for name in ("pose.mp4", "poster.jpg")}
-            files = {key: path for key, path in files.items() if path.exists()}
             if self._options.output.format == "png":
-                output, sha256 = f"jobs/{job_id}/frames/", None
-                files |= {output + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
+                key, sha256 = f"jobs/{job_id}/frames/{uuid4().hex[:8]}/", None
+                stored = _store_all(
+                    storage, {key + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
+                )
+                identity, nbytes, count = combined_identity(
+                    {name: (info.identity, info.bytes) for name, info in stored.items()}
+                )
             else:
-                output, sha256 = f"jobs/{job_id}/output.mp4", sha256_file(self._folder / "output.mp4")
-                files[output] = self._folder / "output.mp4"
-            with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
-                list(pool.map(lambda key: storage.publish(files[key], key), files))
-            ledger.remove_outputs(job_id, keep=files.keys())
-            found = output_identity(storage, output)
-        if found is None:
-            raise InternalError("the output was published but cannot be found", where=storage.uri(output.rstrip("/")))
-        identity, nbytes, count = found
+                key = f"jobs/{job_id}/output.mp4"
+                sha256 = sha256_file(self._folder / "output.mp4")
+                replacing(key)
+                info = storage.publish(self._folder / "output.mp4", key)
+                stored, identity, nbytes, count = {key: info}, info.identity, info.bytes, 1
+            previews = {f"jobs/{job_id}/{name}": self._folder / name for name in ("pose.mp4", "poster.jpg")}
+            stored |= _store_all(storage, {key: path for key, path in previews.items() if path.exists()})
         record = OutputRecord(
-            uri=storage.uri(output.rstrip("/")),
-            key=output,
+            uri=storage.uri(key.rstrip("/")),
+            key=key,
             bytes=nbytes,
             files=count,
             identity=identity,
@@ -141,10 +156,16 @@ class Delivery:
             height=self._height,
             frames_sha256=self._hash.hexdigest(),
         )
-        return record, notes
+        return Published(record, frozenset(stored), notes)
 
     def abort(self) -> None:
         """Leave nothing behind. Idempotent."""
         self._main.abort()
         if self._pose is not None:
             self._pose.abort()
+
+
+def _store_all(storage: Storage, files: Mapping[str, Path]) -> dict[str, ObjectInfo]:
+    """Key → what was uploaded under it."""
+    with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(lambda key: storage.publish(files[key], key), files), strict=True))

@@ -6,32 +6,62 @@ Never: what the bytes mean.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
-from runner.batch.fingerprint import sha256_file
+from runner.batch.hashes import FileHashes
 from runner.generation.protocol import Request
 from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
 from runner.storage import fetch_input, is_remote, local_path, open_storage, stat_input
+from runner.storage.disk import os_errors
 
-__all__ = ["fetch_request", "identify_inputs"]
+__all__ = ["InputIndex", "fetch_request"]
 
 
-def identify_inputs(job: Job) -> dict[str, InputRecord]:
-    """Name → what the input holds now. Local files are read in full; of S3 objects the ETag and size are asked.
+class InputIndex:
+    """What inputs hold, by identity. Each one is looked at once in the life of this object. Safe from any thread."""
 
-    Raises InputNotFound, StorageDenied, StorageUnavailable.
-    """
-    uris = {"reference": job.reference, "video": job.video} | ({"mask": job.mask} if job.mask else {})
-    if job.official:
-        uris = {name: f"{job.official}/{file}" for name, file in official_names(job.options.mode).items()}
-    found = {}
-    for name, uri in uris.items():
+    def __init__(self, hashes: FileHashes) -> None:
+        self._hashes = hashes
+        self._known: dict[str, Future[InputRecord]] = {}
+        self._lock = threading.Lock()
+
+    def identify(self, job: Job) -> dict[str, InputRecord]:
+        """Name → what the input holds. Local files are hashed; S3 objects are asked for their ETag and size.
+
+        Raises InputNotFound, InputUnreadable, StorageDenied, StorageUnavailable.
+        """
+        return {name: self._record(uri) for name, uri in _places(job).items()}
+
+    def _record(self, uri: str) -> InputRecord:
+        with self._lock:
+            known = self._known.get(uri)
+            first = known is None
+            if known is None:
+                known = self._known[uri] = Future()
+        if first:
+            try:
+                known.set_result(self._look(uri))
+            except BaseException as error:
+                known.set_exception(error)
+        return known.result()
+
+    def _look(self, uri: str) -> InputRecord:
         info = stat_input(uri)
-        identity = info.identity if is_remote(uri) else f"sha256:{sha256_file(local_path(uri))}"
-        found[name] = InputRecord(uri=uri, bytes=info.bytes, identity=identity)
-    return found
+        if is_remote(uri):
+            return InputRecord(uri=uri, bytes=info.bytes, identity=info.identity)
+        path = local_path(uri)
+        with os_errors(path, writing=False):
+            return InputRecord(uri=uri, bytes=info.bytes, identity=f"sha256:{self._hashes.sha256(path)}")
+
+
+def _places(job: Job) -> dict[str, str]:
+    if job.official:
+        return {name: f"{job.official}/{file}" for name, file in official_names(job.options.mode).items()}
+    return {"reference": job.reference, "video": job.video} | ({"mask": job.mask} if job.mask else {})
 
 
 def fetch_request(job: Job, folder: Path) -> Request:

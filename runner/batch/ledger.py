@@ -3,9 +3,9 @@
 In:   a job's id and fingerprint; the output storage. Out: a `Decision` with its reason; marks and records there.
 Never: how frames are made. All state is in the output folder, readable by any tool:
 
-    jobs/<id>/attempt.json   stands while the job runs
-    jobs/<id>/output.mp4     or frames/000000.png …
-    jobs/<id>/result.json    written last; removed before the output is replaced
+    jobs/<id>/attempt.json   stands while the job runs, and after a failure that kept an older output
+    jobs/<id>/output.mp4     or frames/<token>/000000.png …
+    jobs/<id>/result.json    written last; removed before the file that it names is replaced
 """
 
 from __future__ import annotations
@@ -13,30 +13,38 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import threading
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from runner.batch.fingerprint import differences, sha256_file
-from runner.errors import JobCrashed, is_transient
-from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord
-from runner.storage import Storage
+from runner.batch.fingerprint import differences
+from runner.batch.hashes import FileHashes
+from runner.errors import ConfigInvalid, InputError, JobCrashed, RunnerError, StorageConflict, counts_as_attempt
+from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, Record, ResultRecord
+from runner.storage import ObjectInfo, Storage, check_key
 from runner.timing import now
 
-__all__ = ["Decision", "Ledger", "output_identity"]
+__all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
 
 OUTPUTS = ("output.mp4", "pose.mp4", "poster.jpg")
+REPLACES = 5  # tries to put a record in the place of another run's
+
+Listing = Mapping[str, ObjectInfo]  # key → what lies under it, of a whole output storage
+Stage = Literal["preparing", "generating", "delivering"]
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
 class Decision:
     """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again.
 
-    `suspect`: a process died while it ran. Other jobs were under way in that process too, so it may be innocent: run
-    alone, it will show. If it is skipped, its mark is all that is left of that.
+    `suspect`: a process died while the job was under way. Other jobs were under way in that process too, so this one
+    runs last and alone, which shows whether it is the cause.
     """
 
     action: Literal["run", "skip", "exhausted"]
@@ -44,26 +52,33 @@ class Decision:
     attempt: int = 1
     previous: ResultRecord | None = None
     suspect: bool = False
+    counted: int = 0  # attempts before this one that count towards the limit
+    version: str | None = None  # of result.json as it was read; None: there was none
+    error: ErrorRecord | None = None  # `exhausted`: of the last attempt, where it is known
 
 
-def output_identity(storage: Storage, key: str) -> tuple[str, int, int] | None:
+def output_identity(storage: Storage, key: str, hashes: FileHashes | None = None) -> tuple[str, int, int] | None:
     """(identity, bytes, files) of an output as it lies on the storage now; None if nothing is there.
 
     A key that ends with `/` is a folder of frames. Local files are hashed, S3 objects give their ETag.
     """
+    hashes = hashes or FileHashes()
     if key.endswith("/"):
-        found = sorted((info.key, info) for info in storage.list(key))
-        if not found:
-            return None
-        lines = [f"{name}\t{_content(storage, info.key, info.identity)}" for name, info in found]
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        return f"sha256:{digest}", sum(info.bytes for _, info in found), len(found)
+        found = {info.key: _content(storage, info, hashes) for info in storage.list(key)}
+        return combined_identity(found) if found else None
     info = storage.stat(key)
-    return None if info is None else (_content(storage, key, info.identity), info.bytes, 1)
+    return None if info is None else (*_content(storage, info, hashes), 1)
 
 
-def _content(storage: Storage, key: str, identity: str) -> str:
-    return identity or f"sha256:{sha256_file(Path(storage.uri(key)))}"
+def combined_identity(files: Mapping[str, tuple[str, int]]) -> tuple[str, int, int]:
+    """(identity, bytes, files) of a folder from its files' (identity, bytes) by key."""
+    lines = [f"{key}\t{identity}" for key, (identity, _) in sorted(files.items())]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"sha256:{digest}", sum(nbytes for _, nbytes in files.values()), len(files)
+
+
+def _content(storage: Storage, info: ObjectInfo, hashes: FileHashes) -> tuple[str, int]:
+    return info.identity or f"sha256:{hashes.sha256(Path(storage.uri(info.key)))}", info.bytes
 
 
 def _in_short(changes: list[str], most: int = 4) -> str:
@@ -73,141 +88,250 @@ def _in_short(changes: list[str], most: int = 4) -> str:
 
 
 class Ledger:
-    """The output storage, read as a ledger.
+    """The output storage, read as a ledger. Safe from any thread.
 
-    `max_attempts` counts the runs of one fingerprint, crashes included; 0: no limit. One that ended because the store
-    was away does not exhaust it.
-    `force`: run all. `retry_failed`: run only what has failed.
+    `max_attempts` counts the attempts of one fingerprint: those that failed by the job's own fault and those in which
+    the process died while it was generating; 0: no limit. `force`: run all. `retry_failed`: run only what has failed.
     """
 
     def __init__(
-        self, storage: Storage, *, max_attempts: int = 3, force: bool = False, retry_failed: bool = False
+        self,
+        storage: Storage,
+        *,
+        max_attempts: int = 3,
+        force: bool = False,
+        retry_failed: bool = False,
+        hashes: FileHashes | None = None,
     ) -> None:
         self.storage = storage
         self.max_attempts = max_attempts
         self.force = force
         self.retry_failed = retry_failed
+        self.hashes = hashes or FileHashes()
+        self._open: dict[str, AttemptMark] = {}  # of the attempts under way in this process, as they stand
+        self._versions: dict[str, str | None] = {}  # of records that this process has removed or put back
+        self._lock = threading.Lock()
+
+    # -- reading --------------------------------------------------------------------------------------------------
 
     def result(self, job_id: str) -> ResultRecord | None:
         """The job's record; None if there is none, or none that can be read (a torn or foreign file is no record)."""
-        return self._load(f"jobs/{job_id}/result.json", ResultRecord)
+        return self._read_result(job_id)[0]
 
     def attempt(self, job_id: str) -> AttemptMark | None:
-        """The mark of a run that has not ended: it is running now, or its process died."""
-        return self._load(f"jobs/{job_id}/attempt.json", AttemptMark)
+        """The mark of an attempt: it is running, its process died, or it failed beside an older output that stands."""
+        return self._parse(self._read(_mark_key(job_id))[0], AttemptMark)
 
-    def succeeded(self, job_id: str) -> bool:
-        """Whether a record of success stands, whatever it was made of."""
-        record = self.result(job_id)
-        return record is not None and record.status == "succeeded"
+    def decide(
+        self, job_id: str, fingerprint: str, parts: Mapping[str, Any], listing: Listing | None = None
+    ) -> Decision:
+        """Whether to run `job_id`, and why, in words.
 
-    def decide(self, job_id: str, fingerprint: str, parts: Mapping[str, Any]) -> Decision:
-        """Whether to run `job_id`, and why, in words."""
-        before, mark = self.result(job_id), self.attempt(job_id)
-        tried = self._attempts(fingerprint, before, mark)
-        if self.force:
-            return Decision("run", "--force", tried + 1, before)
-        if before is not None and before.status == "succeeded":
-            return self._after_success(before, mark, fingerprint, parts, tried)
-        if before is None and mark is None:
-            if self.retry_failed:
-                return Decision("skip", "never run; --retry-failed runs failures only")
-            return Decision("run", "no record yet")
-        return self._after_failure(before, mark, fingerprint, parts, tried)
+        `listing` says what lies on the storage, so that only the files that are there are asked for.
+        """
+        self._versions.pop(job_id, None)
+        mark = self.attempt(job_id) if listing is None or _mark_key(job_id) in listing else None
+        before, version = None, None
+        if listing is None or _result_key(job_id) in listing:
+            before, version = self._read_result(job_id)
+        if version is None and mark is not None and mark.replaces is not None:
+            before, version = self._restored(job_id, mark.replaces)
+        decision = self._decide(job_id, fingerprint, parts, before, mark, listing)
+        return replace(decision, version=version)
 
-    def _after_success(
+    def _decide(
         self,
-        before: ResultRecord,
-        mark: AttemptMark | None,
+        job_id: str,
         fingerprint: str,
         parts: Mapping[str, Any],
-        tried: int,
-    ) -> Decision:
-        if self.retry_failed:
-            return Decision("skip", "succeeded; --retry-failed runs failures only", before.attempt, before)
-        if before.fingerprint == fingerprint:
-            why = self._output_wrong(before.output)
-            if why is None:
-                return Decision("skip", "done", before.attempt, before, suspect=mark is not None)
-        else:
-            why = _in_short(differences(before.fingerprint_parts, parts))
-        if self.max_attempts and tried >= self.max_attempts:
-            return self._exhausted(tried, "its process died", before)
-        return Decision("run", why, tried + 1, before, suspect=tried > 0)
-
-    def _exhausted(self, tried: int, last: str, before: ResultRecord | None) -> Decision:
-        remedy = "--max-attempts 0 or --force runs it again"
-        return Decision("exhausted", f"{tried} attempts, the last: {last}; {remedy}", tried, before)
-
-    def _after_failure(
-        self,
         before: ResultRecord | None,
         mark: AttemptMark | None,
-        fingerprint: str,
-        parts: Mapping[str, Any],
-        tried: int,
+        listing: Listing | None,
     ) -> Decision:
-        failed = before.error.code if before is not None and before.error is not None else "unknown"
-        crashed = mark is not None and mark.fingerprint == fingerprint and mark.attempt == tried
-        last = "its process died" if crashed else failed
-        # A store that was away says nothing against the job: a run that ended with 3 may be started again.
-        if self.max_attempts and tried >= self.max_attempts and not is_transient(last):
-            return self._exhausted(tried, last, before)
-        if crashed:
-            return Decision("run", f"attempt {tried} never ended: its process died", tried + 1, before, suspect=True)
-        if before is not None and before.fingerprint != fingerprint:
-            return Decision("run", _in_short(differences(before.fingerprint_parts, parts)), tried + 1, before)
-        if before is None:
-            return Decision("run", "an attempt with other inputs or options never ended", tried + 1)
-        return Decision("run", f"failed before: {failed} (attempt {tried})", tried + 1, before)
+        own = mark if mark is not None and mark.fingerprint == fingerprint else None
+        same = before is not None and before.fingerprint == fingerprint
+        failed = before if before is not None and same and before.status == "failed" else None
+        tried = max(failed.attempt if failed else 0, own.attempt if own else 0)
+        counted = max(failed.counted if failed else 0, own.counted if own else 0)
+        if self.force:
+            return Decision("run", "--force", tried + 1, before, counted=counted)
+        why = None
+        if before is not None and before.status == "succeeded":
+            if self.retry_failed and (mark is None or mark.error is None):
+                return Decision("skip", "succeeded; --retry-failed runs failures only", before.attempt, before)
+            if same:
+                why = self._output_wrong(job_id, before.output, listing)
+                if why is None:
+                    return Decision("skip", "done", before.attempt, before, suspect=mark is not None)
+        elif before is None and mark is None and self.retry_failed:
+            return Decision("skip", "never run; --retry-failed runs failures only")
+        error = own.error if own is not None and own.error is not None else failed.error if failed else None
+        crashed = own is not None and own.error is None and own.counts
+        if self.max_attempts and counted >= self.max_attempts:
+            last = "its process died" if crashed or error is None else error.code
+            reason = f"{counted} attempts, the last: {last}; --max-attempts 0 or --force runs it again"
+            return Decision("exhausted", reason, tried, before, counted=counted, error=None if crashed else error)
+        died = own is not None and own.error is None and not own.stopping
+        why = why or _why(before, mark, fingerprint, parts)
+        return Decision("run", why, tried + 1, before, suspect=died, counted=counted)
 
-    def begin(self, job_id: str, decision: Decision, fingerprint: str, run_id: str) -> None:
-        """Mark the job as running."""
+    def _output_wrong(self, job_id: str, output: OutputRecord | None, listing: Listing | None = None) -> str | None:
+        """Why the recorded output cannot be trusted; None if it is there as recorded."""
+        if output is None:
+            return "the record names no output"
+        try:
+            check_key(output.key.rstrip("/"))
+        except ConfigInvalid as error:
+            return f"the record names no usable output: {error.what}"
+        if not output.key.startswith(_folder(job_id)):
+            return f"the record names an output outside {_folder(job_id)}"
+        info = listing.get(output.key) if listing is not None else None
+        if info is not None and info.identity:
+            found: tuple[str, int, int] | None = (info.identity, info.bytes, 1)
+        else:
+            found = output_identity(self.storage, output.key, self.hashes)
+        if found is None:
+            return f"the output is gone: {output.key}"
+        if (found[0], found[1]) != (output.identity, output.bytes):
+            return f"the output is not what the record says: {output.key}"
+        return None
+
+    # -- an attempt under way -------------------------------------------------------------------------------------
+
+    def begin(self, job_id: str, decision: Decision, fingerprint: str, run_id: str, *, alone: bool = False) -> None:
+        """Mark the job as running, in preparation. `alone`: no other job is under way in this process."""
+        with suppress(RunnerError):  # they cost space and nothing else
+            self.storage.remove_leftovers(_folder(job_id))
+        self._put_back(job_id, decision)
         mark = AttemptMark(
             job_id=job_id,
             attempt=decision.attempt,
+            attempts_counted=decision.counted,
             fingerprint=fingerprint,
             run_id=run_id,
             host=socket.gethostname(),
             started_at=now(),
+            stage="preparing",
+            alone=alone,
         )
-        self.storage.write_bytes(f"jobs/{job_id}/attempt.json", mark.to_json())
+        with self._lock:
+            self._write_mark(mark)
+
+    def advance(self, job_id: str, stage: Stage, *, replaces: ResultRecord | None = None) -> None:
+        """Note in the mark which stage the job has reached, and the record that may be removed from now on."""
+        with self._lock:
+            mark = self._open.get(job_id)
+            if mark is not None:
+                self._write_mark(mark.model_copy(update={"stage": stage, "replaces": replaces or mark.replaces}))
+
+    def note_stopping(self) -> None:
+        """Note in every open mark that the process was told to stop: if it is killed now, no attempt counts."""
+        for job_id in list(self._open):
+            with self._lock:
+                mark = self._open.get(job_id)
+                if mark is not None:
+                    self._write_mark(mark.model_copy(update={"stopping": True}))
 
     def abandon(self, job_id: str) -> None:
-        """The job was given back unfinished, by a signal: no attempt of it counts."""
-        self.storage.delete(f"jobs/{job_id}/attempt.json")
+        """Remove the job's mark: the attempt was given back unfinished and does not count."""
+        with self._lock:
+            self.storage.delete(_mark_key(job_id))
+            self._open.pop(job_id, None)
 
-    def before_publish(self, job_id: str) -> None:
-        """Remove the old record: it must never stand beside an output that is not its own."""
-        self.storage.delete(f"jobs/{job_id}/result.json")
+    @property
+    def open_attempts(self) -> list[str]:
+        """Jobs whose marks this process has written and not removed."""
+        return list(self._open)
 
-    def remove_outputs(self, job_id: str, *, keep: Collection[str] = ()) -> bool:
-        """Remove what an earlier run left, but for the keys in `keep`; True if there was something."""
-        keys = [f"jobs/{job_id}/{name}" for name in OUTPUTS]
-        found = [key for key in keys if key not in keep and self.storage.stat(key)]
-        found += [info.key for info in self.storage.list(f"jobs/{job_id}/frames/") if info.key not in keep]
-        for key in found:
-            self.storage.delete(key)
-        return bool(found)
+    def before_replacing(self, job_id: str, key: str) -> None:
+        """Remove the record that names `key` as its output: it must never stand beside a file that is not its own."""
+        record, version = self._read_result(job_id)
+        if version is None or (record is not None and (record.output is None or record.output.key != key)):
+            return
+        self.storage.delete(_result_key(job_id))
+        self._versions[job_id] = None
 
-    def finish(self, record: ResultRecord) -> None:
-        """Write the record, then take the mark away. A failed job first loses its stale output; its record says so."""
-        if record.status == "failed":
-            self.storage.delete(f"jobs/{record.job_id}/result.json")
-            if self.remove_outputs(record.job_id):
-                record = record.model_copy(
-                    update={"notes": [*record.notes, "the output of an earlier run was removed"]}
-                )
-        self.storage.write_bytes(f"jobs/{record.job_id}/result.json", record.to_json())
-        self.storage.delete(f"jobs/{record.job_id}/attempt.json")
+    def another_try(self, job_id: str, decision: Decision, code: str) -> Decision:
+        """The decision for another try in this run, after a failure with `code`. Its mark stands meanwhile."""
+        with suppress(RunnerError):  # the next attempt tries to put the record back once more
+            self._put_back(job_id, decision)
+            self.advance(job_id, "preparing")  # it waits: a process that dies now did not die in this job
+        counted = decision.counted + counts_as_attempt(code)
+        return replace(decision, reason=f"retry after {code}", attempt=decision.attempt + 1, counted=counted)
 
-    def crashed(self, job_id: str, parts: Mapping[str, Any], run_id: str, recipe: str) -> ResultRecord | None:
-        """Turn the mark of a job that died too often into a failed record; None if no such mark stands."""
+    # -- the end of an attempt ------------------------------------------------------------------------------------
+
+    def succeed(self, record: ResultRecord, decision: Decision, keep: Collection[str]) -> ResultRecord:
+        """Write the record of a job whose output is published; its files are `keep`. Returns the record that stands.
+
+        The record is written only over the one that was read when the job began. Where another run has written one
+        meanwhile, this one replaces it if this output is the one that lies there; else the other's record stands.
+        Raises StorageConflict if that is of other settings; storage.*.
+        """
+        assert record.output is not None
+        job_id = record.job_id
+        version = self._versions.get(job_id, decision.version)
+        record = record.model_copy(update={"attempts_counted": decision.counted})
+        for _ in range(REPLACES):
+            if self.storage.write_if(_result_key(job_id), record.to_json(), version) is not None:
+                self._versions.pop(job_id, None)
+                with suppress(RunnerError):  # what is left costs space; the record stands
+                    self.remove_outputs(job_id, keep=keep)
+                return record
+            other, version = self._read_result(job_id)
+            if self._output_wrong(job_id, record.output) is None:
+                continue
+            if other is not None and other.status == "succeeded" and other.fingerprint == record.fingerprint:
+                return other
+            break
+        raise StorageConflict(
+            f"another run ({other.run_id if other else 'unknown'}) has replaced the output of this job meanwhile",
+            where=self.storage.uri(_result_key(job_id)),
+            todo="Run one manifest at a time into one output folder, or give each run its own --out; then run again",
+        )
+
+    def fail(self, record: ResultRecord, decision: Decision, *, blames_job: bool) -> Literal["recorded", "kept"]:
+        """Note a failed attempt. `kept`: in the mark alone, beside an older record whose output stands.
+
+        Only a failure that blames the job removes an output, and only one of another fingerprint; its record says so.
+        Raises StorageConflict if another run has written a record meanwhile, which stands; storage.*.
+        """
+        job_id, before = record.job_id, decision.previous
+        counts = record.error is None or counts_as_attempt(record.error.code)
+        record = record.model_copy(update={"attempts_counted": decision.counted + counts})
+        stale = before is None or before.fingerprint != record.fingerprint
+        good = before is not None and before.status == "succeeded" and not (blames_job and stale)
+        if good and before is not None and self._output_wrong(job_id, before.output) is None:
+            self._put_back(job_id, decision)
+            self._keep_in_mark(record, decision)
+            return "kept"
+        version = self._versions.pop(job_id, decision.version)
+        if blames_job and stale and self._read(_result_key(job_id))[1] == version:
+            if version is not None:
+                self.storage.delete(_result_key(job_id))
+                version = None
+            if self.remove_outputs(job_id):
+                notes = [*record.notes, "the output of an earlier run was removed"]
+                record = record.model_copy(update={"notes": notes})
+        if self.storage.write_if(_result_key(job_id), record.to_json(), version) is None:
+            raise StorageConflict(
+                "another run has written a record of this job meanwhile, which stands",
+                where=self.storage.uri(_result_key(job_id)),
+            )
+        return "recorded"
+
+    def crashed(
+        self, job_id: str, parts: Mapping[str, Any], run_id: str, recipe: str, decision: Decision
+    ) -> ResultRecord | None:
+        """Turn the mark of a job that died too often into a failure, noted as `fail` does; None if no such mark is."""
         mark = self.attempt(job_id)
-        if mark is None:
+        if mark is None or mark.error is not None:
+            return None
+        if not mark.counts:  # the attempts before it are used up, and their failure has its record
+            self.abandon(job_id)
             return None
         error = JobCrashed(
-            f"the process died in each of {mark.attempt} attempts, the last on {mark.host} at {mark.started_at}",
+            f"the process died in {mark.counted} attempts, the last on {mark.host} at {mark.started_at}",
             where=job_id,
             todo="Look at that host's log (out of memory? driver?), then run with --max-attempts 0",
         )
@@ -222,36 +346,102 @@ class Ledger:
             fingerprint=mark.fingerprint,
             fingerprint_parts=dict(parts),
             recipe=recipe,
-            error=ErrorRecord.of(error, "unknown"),
+            error=ErrorRecord.of(error, mark.stage),
         )
-        self.finish(record)
+        before = replace(decision, counted=mark.counted - 1)
+        if self.fail(record, before, blames_job=False) == "recorded":
+            self.abandon(job_id)
         return record
 
-    def _attempts(self, fingerprint: str, before: ResultRecord | None, mark: AttemptMark | None) -> int:
-        """How often this very fingerprint was tried without success."""
-        tried = [0]
-        if before is not None and before.status == "failed" and before.fingerprint == fingerprint:
-            tried.append(before.attempt)
-        if mark is not None and mark.fingerprint == fingerprint:
-            tried.append(mark.attempt)
-        return max(tried)
+    def remove_outputs(self, job_id: str, *, keep: Collection[str] = ()) -> bool:
+        """Remove what an earlier run left, but for the keys in `keep`; True if there was something."""
+        keys = [f"{_folder(job_id)}{name}" for name in OUTPUTS]
+        found = [key for key in keys if key not in keep and self.storage.stat(key)]
+        found += [info.key for info in self.storage.list(f"{_folder(job_id)}frames/") if info.key not in keep]
+        for key in found:
+            self.storage.delete(key)
+        return bool(found)
 
-    def _output_wrong(self, output: OutputRecord | None) -> str | None:
-        """Why the recorded output cannot be trusted; None if it is there as recorded."""
-        if output is None:
-            return "the record names no output"
-        found = output_identity(self.storage, output.key)
-        if found is None:
-            return f"the output is gone: {output.key}"
-        if (found[0], found[1]) != (output.identity, output.bytes):
-            return f"the output is not what the record says: {output.key}"
-        return None
+    # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _load(self, key: str, model: type[Any]) -> Any:
-        data = self.storage.read_bytes(key)
+    def _restored(self, job_id: str, record: ResultRecord) -> tuple[ResultRecord | None, str | None]:
+        """(record, version) of a record that a killed attempt had removed, if the output is still as it says."""
+        if self._output_wrong(job_id, record.output) is not None:
+            return None, None
+        version = self.storage.write_if(_result_key(job_id), record.to_json(), None)
+        return (record, version) if version is not None else self._read_result(job_id)
+
+    def _put_back(self, job_id: str, decision: Decision) -> None:
+        """Put the older record back that this process has removed, if its output stands."""
+        before = decision.previous
+        if before is None or self._versions.get(job_id, "") is not None:
+            return
+        if self._output_wrong(job_id, before.output) is None:
+            self._versions[job_id] = self.storage.write_if(_result_key(job_id), before.to_json(), None)
+
+    def _keep_in_mark(self, record: ResultRecord, decision: Decision) -> None:
+        mark = AttemptMark(
+            job_id=record.job_id,
+            attempt=record.attempt,
+            attempts_counted=decision.counted,
+            fingerprint=record.fingerprint,
+            run_id=record.run_id,
+            host=socket.gethostname(),
+            started_at=record.started_at,
+            finished_at=record.finished_at,
+            error=record.error,
+        )
+        with self._lock:
+            self._write_mark(mark)
+            self._open.pop(record.job_id, None)
+
+    def _write_mark(self, mark: AttemptMark) -> None:
+        self.storage.write_bytes(_mark_key(mark.job_id), mark.to_json())
+        self._open[mark.job_id] = mark
+
+    def _read_result(self, job_id: str) -> tuple[ResultRecord | None, str | None]:
+        data, version = self._read(_result_key(job_id))
+        return self._parse(data, ResultRecord), version
+
+    def _read(self, key: str) -> tuple[bytes | None, str | None]:
+        """(content, version) of a small object; neither where a folder or something unreadable lies in its place."""
+        try:
+            found = self.storage.read_versioned(key)
+        except InputError:
+            return None, None
+        return (found.data, found.version) if found is not None else (None, None)
+
+    def _parse(self, data: bytes | None, model: type[R]) -> R | None:
         if data is None:
             return None
         try:
             return model.model_validate(json.loads(data))
-        except (ValueError, ValidationError):
+        except (ValueError, ValidationError, RecursionError):
             return None
+
+
+def _why(before: ResultRecord | None, mark: AttemptMark | None, fingerprint: str, parts: Mapping[str, Any]) -> str:
+    """Why a job runs that is not done, in words."""
+    if mark is not None and mark.fingerprint == fingerprint:
+        if mark.error is not None:
+            return f"failed before: {mark.error.code} (attempt {mark.attempt})"
+        if mark.stopping:
+            return f"attempt {mark.attempt} was stopped"
+        return f"attempt {mark.attempt} never ended: its process died"
+    if before is not None and before.fingerprint != fingerprint:
+        return _in_short(differences(before.fingerprint_parts, parts))
+    if before is not None:
+        return f"failed before: {before.error.code if before.error else 'unknown'} (attempt {before.attempt})"
+    return "no record yet" if mark is None else "an attempt with other inputs or options never ended"
+
+
+def _folder(job_id: str) -> str:
+    return f"jobs/{job_id}/"
+
+
+def _result_key(job_id: str) -> str:
+    return f"{_folder(job_id)}result.json"
+
+
+def _mark_key(job_id: str) -> str:
+    return f"{_folder(job_id)}attempt.json"

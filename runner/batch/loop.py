@@ -1,6 +1,6 @@
 """Batch: the loop. While job k denoises, job k+1 is fetched and prepared and job k-1 is encoded and published.
 
-    prefetch thread   todo ─ ledger: done? ─ fetch ─ generator.prepare ─►  prepared
+    prefetch thread   todo ─ survey, ledger: done? ─ fetch ─ generator.prepare ─►  prepared
     main thread       prepared ─ generator.generate ─ a segment at a time ─►  frames
     delivery thread   frames ─ encode ─ publish ─ result.json last
 
@@ -14,23 +14,25 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from runner.batch.delivery import Delivery
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
-from runner.batch.inputs import fetch_request, identify_inputs
-from runner.batch.ledger import Decision, Ledger
+from runner.batch.inputs import InputIndex, fetch_request
+from runner.batch.ledger import Decision, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.queues import ByteQueue, Closed, WorkList
 from runner.batch.stop import PREPARING, Abandoned, Stop
 from runner.batch.summary import SummaryWriter
+from runner.batch.survey import survey_jobs
 from runner.batch.task import Ended, Piece, Spans, Task, Todo
-from runner.errors import OutOfMemory, RunnerError, as_runner_error
+from runner.errors import DeviceLost, InputError, OutOfMemory, RunnerError, as_runner_error
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
-from runner.records.record import ErrorRecord, JobLine, ResultRecord
+from runner.records.record import ErrorRecord, InputRecord, JobLine, ResultRecord
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import Storage
@@ -38,6 +40,7 @@ from runner.storage import Storage
 __all__ = ["Batch", "Engine", "Progress"]
 
 FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
+FRAME_BUFFER_ITEMS = 16  # the same, as each job among them holds open files
 TRIES_IN_ONE_RUN = 3
 RETRY_DELAY_S = 2.0  # doubled at each further attempt
 STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
@@ -83,9 +86,10 @@ class Batch:
         self._engine, self._storage, self._ledger = engine, storage, ledger
         self._summary, self._events, self._progress = summary, events, progress
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
+        self._jobs = jobs
         self._todo = WorkList(Todo(job) for job in jobs)
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
-        self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes)
+        self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
         self._marking = threading.Lock()
         self._marked: Task | None = None  # being prepared, its mark on the storage
         self._generator: Generator[Any] | None = None
@@ -110,6 +114,8 @@ class Batch:
             self._unmark()
         elif self._generator is not None:
             self._generator.close()
+        for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
+            self._abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         try:
@@ -122,55 +128,85 @@ class Batch:
     # -- prefetch thread ------------------------------------------------------------------------------------------
 
     def _prefetch_all(self) -> None:
-        while (todo := self._todo.take()) is not None:
-            task = self._open(todo)
-            try:
-                if not self._worth_running(task, todo.decision):
-                    self._close(task)
+        # With --force every job runs, so there is nothing to find out.
+        jobs = () if self._ledger.force else self._jobs
+        survey = survey_jobs(jobs, self._storage, self._surveyor())
+        try:
+            while (todo := self._todo.take()) is not None:
+                done = next(survey, None) if todo.decision is None else None
+                if done is not None:
+                    self._skip(todo.job, done)
                     self._todo.settle()
-                    continue
-                if task.decision.suspect and todo.decision is None:  # last, when the others are safe
-                    self._close(task)
-                    self._todo.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
-                    continue
-                if task.decision.suspect:
-                    self._todo.wait_taken(1)
-                self._prepare(task)
-                self._prepared.put(task)
-                self._marked = None
-                if task.decision.suspect:
-                    self._todo.wait_taken(0)
-            except Closed:
-                self._give_back(task)
-            except Exception as error:
-                found = as_runner_error(error, where=todo.job.id)
-                self._stop_for(found)  # now, or the next job would begin before delivery hears of it
-                self._hand_over(Ended(task, found, "prepare"))
+                else:
+                    self._prefetch(todo)
+        finally:
+            survey.close()
         self._prepared.close()
+
+    def _prefetch(self, todo: Todo) -> None:
+        task = self._open(todo)
+        try:
+            if not self._worth_running(task, todo.decision):
+                self._settle(task)
+                return
+            if task.decision.suspect and todo.decision is None:  # last, when the others are safe
+                self._close(task)
+                self._todo.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
+                return
+            if task.decision.suspect:
+                self._todo.wait_taken(1)
+            self._prepare(task)
+            self._prepared.put(task)
+            self._marked = None
+            if task.decision.suspect:
+                self._todo.wait_taken(0)
+        except Closed:
+            self._give_back(task)
+        except Exception as error:
+            found = as_runner_error(error, where=todo.job.id)
+            self._stop_for(found)  # now, or the next job would begin before delivery hears of it
+            self._hand_over(Ended(task, found, "prepare"))
+
+    def _surveyor(self) -> Callable[[Job, Listing | None], Decision]:
+        index = InputIndex(self._ledger.hashes)
+
+        def decide(job: Job, listing: Listing | None) -> Decision:
+            parts = self._parts(job, index.identify(job))
+            return self._ledger.decide(job.id, fingerprint(parts), parts, listing)
+
+        return decide
+
+    def _parts(self, job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
+        identity = {**self._engine.identity, **self._engine.own(job)}
+        effective = replace(job, options=self._engine.effective(job.options))
+        return fingerprint_parts(effective, inputs, identity)
 
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
         job = task.job
-        identity = {**self._engine.identity, **self._engine.own(job)}
-        effective = replace(job, options=self._engine.effective(job.options))
         try:
-            task.inputs = identify_inputs(job)
+            task.inputs = InputIndex(self._ledger.hashes).identify(job)
         finally:  # an input that cannot be read still gives the attempt an identity
-            task.parts = fingerprint_parts(effective, task.inputs, identity)
+            task.parts = self._parts(job, task.inputs)
             task.fingerprint = fingerprint(task.parts)
             task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         decision = task.decision
         if decision.action == "skip":
             if decision.suspect:  # else it would count as running for ever
-                self._abandon(job)
-            self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
+                self._abandon(job.id)
+            self._skip(job, decision)
         elif decision.action == "exhausted":
-            record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe)
-            error = record.error if record else decision.previous.error if decision.previous else None
+            error = decision.error
+            if error is None:
+                record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe, decision)
+                error = record.error if record else None
             error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
             self._report(
                 JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error)
             )
         return decision.action == "run"
+
+    def _skip(self, job: Job, decision: Decision) -> None:
+        self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
 
     def _prepare(self, task: Task) -> None:
         job, timer = task.job, task.timer
@@ -192,14 +228,16 @@ class Batch:
         with self._marking:
             if self._stop.draining:
                 raise Closed
-            self._ledger.begin(task.job.id, task.decision, task.fingerprint, self._summary.run_id)
+            self._ledger.begin(
+                task.job.id, task.decision, task.fingerprint, self._summary.run_id, alone=task.decision.suspect
+            )
             self._marked = task
 
     def _unmark(self) -> None:
         # Where the lock is not had in time the store hangs, and nothing can tell whether a mark will get there.
         if self._marking.acquire(timeout=STORE_WAIT_S):
             if self._marked is not None:
-                self._abandon(self._marked.job)
+                self._abandon(self._marked.job.id)
             self._marking.release()
 
     def _load(self) -> Generator[Any]:
@@ -223,12 +261,15 @@ class Batch:
                 continue
             begin = time.monotonic()
             try:
+                self._advance(task, "generating")
                 self._generate(task)
                 ended = Ended(task)
             except Abandoned:
                 ended = Ended(task, given_back=True)
             except Exception as error:
                 found = as_runner_error(error, where=task.job.id)
+                if isinstance(found, DeviceLost):  # now, before another thread meets the same and blames its own job
+                    self._stop_for(found)
                 if isinstance(found, OutOfMemory) and self._worth_another_try(task, found):
                     self._lower_memory()
                 ended = Ended(task, found, "generate")
@@ -289,19 +330,25 @@ class Batch:
 
     def _succeed(self, task: Task) -> None:
         begin = time.monotonic()
+        job_id = task.job.id
         assert task.delivery is not None  # a plan has at least one segment
-        output, notes = task.delivery.publish(self._storage, self._ledger, task.job.id)
-        self._spans.add(task.job.id, "deliver", begin)
-        record = self._record(task, status="succeeded", output=output, notes=notes)
-        self._ledger.finish(record)
+        # With the record that goes, so that it can be put back should the process die before the new output is there.
+        self._ledger.advance(job_id, "delivering", replaces=task.decision.previous)
+        published = task.delivery.publish(self._storage, job_id, lambda key: self._ledger.before_replacing(job_id, key))
+        self._spans.add(job_id, "deliver", begin)
+        notes = [*task.notes, *published.notes]
+        record = self._record(task, status="succeeded", output=published.output, notes=notes)
+        record = self._ledger.succeed(record, task.decision, published.keys)
+        assert record.output is not None
+        self._abandon(job_id)  # the mark: the job has succeeded, whether or not it can be removed
         self._settle(task)
         self._report(
             JobLine(
-                id=task.job.id,
+                id=job_id,
                 status="succeeded",
                 reason=task.decision.reason,
                 attempt=task.decision.attempt,
-                output=output.uri,
+                output=record.output.uri,
                 seconds=round(time.monotonic() - task.begin, 3),
             ),
             record,
@@ -309,23 +356,29 @@ class Batch:
 
     def _fail(self, task: Task, error: RunnerError, stage: str) -> None:
         attempt, job = task.decision.attempt, task.job
+        if isinstance(self._fatal, DeviceLost) and stage == "prepare" and not isinstance(error, InputError):
+            self._give_back(task)  # the device failed under the job that was generating
+            return
         if self._worth_another_try(task, error):
             delay = RETRY_DELAY_S * 2 ** len(task.tried)
             self._events.emit(
                 "job_retry", level="warning", job=job.id, code=error.code, message=error.message, wait_s=delay
             )
-            again = Decision("run", f"retry after {error.code}", attempt + 1, task.decision.previous)
+            again = self._ledger.another_try(job.id, task.decision, error.code)
             self._close(task)
             if not self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay):
-                self._abandon(job)  # the run is ending, and nothing else would remove the mark
+                self._abandon(job.id)  # the run is ending, and nothing else would remove the mark
             return
         self._stop_for(error)
         found = ErrorRecord.of(error, stage)
-        record = self._record(task, status="failed", error=found)
+        record = self._record(task, status="failed", error=found, notes=task.notes)
         try:
-            # Inputs that cannot be read now say nothing against what was made of them before: that stays.
-            if task.inputs or not self._ledger.succeeded(job.id):
-                self._ledger.finish(record)
+            # Inputs that cannot be read now say nothing against what was made of them before.
+            blames_job = error.blames_job and bool(task.inputs)
+            if self._ledger.fail(record, task.decision, blames_job=blames_job) == "recorded":
+                self._abandon(job.id)
+            else:
+                self._events.emit("older_output_kept", level="warning", job=job.id, attempt=attempt)
         except Exception as second:  # the very storage may be what fails
             unstored = as_runner_error(second)
             self._events.emit(
@@ -349,7 +402,7 @@ class Batch:
         if not error.retryable or self._stop.draining or self._fatal:
             return False
         if isinstance(error, OutOfMemory):
-            return error.code not in task.tried and not 0 < limit <= task.decision.attempt
+            return error.code not in task.tried and not 0 < limit <= task.decision.counted + 1
         return len(task.tried) + 1 < min(TRIES_IN_ONE_RUN, limit or TRIES_IN_ONE_RUN)
 
     # -- shared ---------------------------------------------------------------------------------------------------
@@ -372,19 +425,25 @@ class Batch:
         self._todo.settle()
 
     def _give_back(self, task: Task) -> None:
-        self._abandon(task.job)
+        self._abandon(task.job.id)
         self._settle(task)
 
-    def _abandon(self, job: Job) -> None:
+    def _advance(self, task: Task, stage: Stage) -> None:
         try:
-            self._ledger.abandon(job.id)
+            self._ledger.advance(task.job.id, stage)
+        except RunnerError as error:  # the mark only serves the next run, should this process die
+            self._events.emit("mark_not_written", level="warning", job=task.job.id, message=error.message)
+
+    def _abandon(self, job_id: str) -> None:
+        try:
+            self._ledger.abandon(job_id)
         except RunnerError as error:
-            self._events.emit("mark_not_removed", level="warning", job=job.id, message=error.message)
+            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
 
     def _start_no_more(self) -> None:
         for todo in self._todo.close():
             if todo.tried:  # it waited for another try, and its mark with it
-                self._abandon(todo.job)
+                self._abandon(todo.job.id)
 
     def _hand_over(self, ended: Ended) -> None:
         try:
@@ -428,6 +487,8 @@ class Batch:
         self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=self._stop.drain_s)
         self._prepared.close()
         self._start_no_more()
+        with suppress(RunnerError):  # a process that is killed after its signal died in no job
+            self._ledger.note_stopping()
 
     def _guard(self, stage: Callable[[], None]) -> None:
         """Run one thread's work. If the loop itself breaks, end the run with `internal` rather than hang."""

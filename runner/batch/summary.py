@@ -1,7 +1,7 @@
-"""Summary: what a run has come to so far, kept on the output storage and rewritten after each job.
+"""Summary: what a run has come to so far, kept on the output storage and rewritten at growing intervals.
 
-In:   a line a job, and its record. Out: `runs/<run-id>/<shard>.summary.json`, `.metrics.prom`, `.events.jsonl`, whole
-objects each, so that any tool can read them while the run goes on; and the exit code. Never: how a job is run.
+In:   a line a job, and its record. Out: `runs/<run-id>/<shard>.summary.json` and `.metrics.prom`, whole objects, which
+any tool can read while the run goes on; the events that wait; and the exit code. Never: how a job is run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from runner.errors import is_transient
+from runner.records.events import EventLog
 from runner.records.prometheus import RunMetrics
 from runner.records.record import JobLine, ResultRecord, RunSummary, environment
 from runner.storage import Storage
@@ -20,7 +20,9 @@ from runner.timing import now
 
 __all__ = ["SummaryWriter"]
 
-WRITING_SHARE = 0.1  # files are rewritten whole: with many jobs or a slow store, not at every job
+WRITING_SHARE = 0.1  # of the time, at most, as the files are rewritten whole and a store may be slow
+GROWTH = 0.1  # the share of jobs that must have ended since the last writing: all writings together are 11 whole files
+WAIT_S = 60.0  # a summary is not older than this, plus one job
 
 
 class SummaryWriter:
@@ -36,17 +38,18 @@ class SummaryWriter:
         manifest: str,
         recipe: str,
         job_ids: Sequence[str],
-        events_file: Path | None = None,
+        events: EventLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run_id = run_id
-        self._storage, self._events_file, self._clock = storage, events_file, clock
+        self._storage, self._events, self._clock = storage, events, clock
         self._shard, self._why, self._manifest, self._recipe = shard, shard_reason, manifest, recipe
         self._job_ids = list(job_ids)
         self._lines: dict[str, JobLine] = {}
         self._metrics = RunMetrics()
         self._begin, self._started_at = clock(), now()
-        self._not_before = float("-inf")
+        self._not_before = self._written_at = float("-inf")
+        self._written_lines = 0
         self._lock = threading.Lock()
 
     @property
@@ -68,11 +71,11 @@ class SummaryWriter:
         ]
 
     def add(self, line: JobLine, record: ResultRecord | None = None) -> None:
-        """Note a job's end and write the summary. Raises storage.*."""
+        """Note a job's end and, when it is time, write the summary. Raises storage.*."""
         with self._lock:
             self._lines[line.id] = line
             self._metrics.observe(line, record)
-            if self._clock() >= self._not_before:
+            if self._is_due():
                 self._write(self._build(None, None, None))
 
     def finish(self, stopped_by: str | None, stop_code: int | None) -> int:
@@ -90,6 +93,11 @@ class SummaryWriter:
         if not failed:
             return 0
         return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
+
+    def _is_due(self) -> bool:
+        time = self._clock()
+        grown = len(self._lines) - self._written_lines >= GROWTH * self._written_lines
+        return time >= self._not_before and (grown or time - self._written_at >= WAIT_S)
 
     def _build(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> RunSummary:
         return RunSummary(
@@ -113,7 +121,8 @@ class SummaryWriter:
         base = f"runs/{self.run_id}/{self._shard}"
         self._storage.write_bytes(f"{base}.summary.json", summary.to_json())
         self._storage.write_bytes(f"{base}.metrics.prom", self._metrics.text().encode())
-        if self._events_file is not None and self._events_file.exists():
-            self._storage.write_bytes(f"{base}.events.jsonl", self._events_file.read_bytes())
+        if self._events is not None:
+            self._events.flush()
         end = self._clock()
         self._not_before = end + (end - begin) / WRITING_SHARE
+        self._written_at, self._written_lines = end, len(self._lines)

@@ -50,6 +50,7 @@ class Task:
     fingerprint: str = ""
     decision: Decision = field(default_factory=lambda: Decision("run", ""))
     inputs: dict[str, InputRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # for the record
     audio_from: Path | None = None
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None

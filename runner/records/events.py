@@ -1,8 +1,7 @@
 """Events: what happens in a run, as structured lines on the terminal and in the run's `.events.jsonl`.
 
 In:   an event's name and fields. Out: a structlog line on standard error (for people, or JSON for machines) and the
-same as one JSON object a line in a local file. Never: what an event means. A line that cannot be written is lost; it
-stops nothing.
+same as one line of JSON for a file. Never: what an event means. A line that cannot be written stops nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import json
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 import structlog
 
+from runner.errors import RunnerError
 from runner.timing import now
 
 __all__ = ["EventLog", "configure_logging"]
@@ -60,22 +60,38 @@ class _Stderr:
 
 
 class EventLog:
-    """Writes each event to the log and, as JSON, to `path`. Safe from any thread."""
+    """Writes each event to the log and, as one line of JSON, to `write`. Safe from any thread.
 
-    def __init__(self, path: Path | None = None, *, quiet: bool = False) -> None:
-        self.path = path
+    `at_once`: hand each line over when it comes; else lines wait for `flush`.
+    """
+
+    def __init__(
+        self, write: Callable[[bytes], None] | None = None, *, at_once: bool = True, quiet: bool = False
+    ) -> None:
+        self._write, self._at_once, self._quiet = write, at_once, quiet
+        self._waiting: list[bytes] = []
         self._lock = threading.Lock()
-        self._quiet = quiet
         self._log = structlog.get_logger()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
 
     def emit(self, event: str, *, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any) -> None:
         """Note `event`; values must be JSON-able."""
         with self._lock:
             if not self._quiet:
                 getattr(self._log, level)(event, **fields)
-            if self.path is not None:
-                line = {"time": now(), "event": event, "level": level, **fields}
-                with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            if self._write is None:
+                return
+            line = {"time": now(), "event": event, "level": level, **fields}
+            self._waiting.append((json.dumps(line, ensure_ascii=False, default=str) + "\n").encode())
+            if self._at_once:
+                with suppress(OSError, RunnerError):  # the line is written with a later one
+                    self._flush()
+
+    def flush(self) -> None:
+        """Hand over the lines that wait. Raises what `write` raises; the lines then wait for the next call."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._write is not None and self._waiting:
+            self._write(b"".join(self._waiting))
+            self._waiting.clear()

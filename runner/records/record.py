@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, counts_as_attempt
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -123,6 +123,11 @@ class ResultRecord(Record):
     job_id: str
     status: Literal["succeeded", "failed"]
     attempt: int = Field(ge=1)
+    attempts_counted: int | None = Field(
+        None,
+        ge=0,
+        description="attempts with this fingerprint that count towards --max-attempts, this one included",
+    )
     run_id: str
     reason: str = Field(description="why the job ran")
     started_at: str
@@ -146,17 +151,54 @@ class ResultRecord(Record):
     error: ErrorRecord | None = None
     notes: list[str] = []
 
+    @property
+    def counted(self) -> int:
+        """Attempts that count towards the limit. Records of version 0.1.0 do not say: of those, what `attempt` says."""
+        if self.attempts_counted is not None:
+            return self.attempts_counted
+        return self.attempt if self.error is None or counts_as_attempt(self.error.code) else 0
+
 
 class AttemptMark(Record):
-    """`jobs/<id>/attempt.json`: stands while a job runs, so that a process that died without a word is noticed."""
+    """`jobs/<id>/attempt.json`: stands while a job runs, so that a process that died without a word is noticed.
+
+    With an `error` the attempt has ended and failed, and the record beside it is an older one whose output was kept.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     job_id: str
     attempt: int = Field(ge=1)
+    attempts_counted: int | None = Field(
+        None, ge=0, description="attempts with this fingerprint before this one that count towards --max-attempts"
+    )
     fingerprint: str
     run_id: str
     host: str
     started_at: str
+    stage: Literal["preparing", "generating", "delivering"] = Field(
+        "generating", description="an attempt counts if the process dies while the job is generating"
+    )
+    alone: bool = Field(False, description="no other job was under way in the process: it counts while preparing too")
+    stopping: bool = Field(False, description="the process was told to stop: the attempt does not count")
+    replaces: ResultRecord | None = Field(
+        None, description="the record that is removed while the output under its key is replaced"
+    )
+    finished_at: str | None = None
+    error: ErrorRecord | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this attempt counts: it failed by the job's own fault, or the process died while it generated."""
+        if self.error is not None:
+            return counts_as_attempt(self.error.code)
+        at_work = self.stage == "generating" or (self.alone and self.stage == "preparing")
+        return at_work and not self.stopping
+
+    @property
+    def counted(self) -> int:
+        """Attempts that count towards the limit, this one included where it does."""
+        before = self.attempt - 1 if self.attempts_counted is None else self.attempts_counted
+        return before + self.counts
 
 
 class JobLine(Record):
@@ -172,7 +214,7 @@ class JobLine(Record):
 
 
 class RunSummary(Record):
-    """`runs/<run-id>/<shard>.summary.json`: rewritten after each job."""
+    """`runs/<run-id>/<shard>.summary.json`: rewritten at growing intervals while the run goes on."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str

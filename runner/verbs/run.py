@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from runner.batch.hashes import FileHashes
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -23,7 +26,7 @@ from runner.batch.scratch import scratch_folder
 from runner.batch.shards import Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
-from runner.errors import ConfigInvalid, WeightsMissing
+from runner.errors import ConfigInvalid, RunnerError, WeightsMissing
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.spec.manifest import Job, Manifest, load_manifest
@@ -56,16 +59,19 @@ def run_manifest(arguments: argparse.Namespace) -> int:
 
     with scratch_folder(arguments.cache) as scratch:
         progress = choose_progress(len(jobs), arguments.log_format)
-        events_file = scratch / "events.jsonl"
+        name = f"{shard.index:05d}-of-{shard.count:05d}"
+        write_events = partial(storage.append_lines, f"runs/{run_id}/{name}.events.jsonl")
+        events = EventLog(write_events, at_once=storage.appends)
+        hashes = FileHashes(arguments.cache / "file-hashes.json")
         summary = SummaryWriter(
             storage,
             run_id=run_id,
-            shard=f"{shard.index:05d}-of-{shard.count:05d}",
+            shard=name,
             shard_reason=why,
             manifest=manifest.source,
             recipe=engine.recipe,
             job_ids=[job.id for job in jobs],
-            events_file=events_file,
+            events=events,
         )
         stop = Stop(arguments.drain_s)
         batch = Batch(
@@ -77,9 +83,10 @@ def run_manifest(arguments: argparse.Namespace) -> int:
                 max_attempts=arguments.max_attempts,
                 force=arguments.force,
                 retry_failed=arguments.retry_failed,
+                hashes=hashes,
             ),
             summary,
-            EventLog(events_file),
+            events,
             stop=stop,
             scratch=scratch / "jobs",
             progress=progress,
@@ -90,6 +97,8 @@ def run_manifest(arguments: argparse.Namespace) -> int:
                 code = batch.run()
         finally:
             progress.close()
+            with suppress(OSError, RunnerError):  # hashing again is all that it costs
+                hashes.save()
         where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
         if arguments.sheet is not None:
             where.append(try_draw_sheet(jobs, storage, arguments.sheet, scratch, stop))

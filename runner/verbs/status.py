@@ -49,9 +49,14 @@ def read_status(storage: Storage) -> list[StatusRow]:
 
 def _row(ledger: Ledger, job_id: str) -> StatusRow | None:
     mark, record = ledger.attempt(job_id), ledger.result(job_id)
-    if mark is not None:
-        detail = f"attempt {mark.attempt} on {mark.host} since {mark.started_at}, unless its process died"
+    if mark is not None and mark.error is None:
+        detail = f"{mark.stage}: attempt {mark.attempt} on {mark.host} since {mark.started_at}, unless its process died"
         return StatusRow(id=job_id, status="running", detail=detail, attempt=mark.attempt)
+    if mark is not None and mark.error is not None:
+        detail = f"{mark.error.code}: {mark.error.message}"
+        if record is not None and record.output is not None:
+            detail += f"; an older output stands: {record.output.uri}"
+        return StatusRow(id=job_id, status="failed", detail=detail, attempt=mark.attempt, finished_at=mark.finished_at)
     if record is None:
         return None
     if record.error is not None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.batch.fingerprint import differences, fingerprint, fingerprint_parts
-from runner.batch.inputs import identify_inputs
+from runner.batch.hashes import FileHashes
+from runner.batch.inputs import InputIndex
 from runner.errors import InputNotFound
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
@@ -24,11 +25,11 @@ def job(tmp_path: Path) -> Job:
 
 
 def parts_of(job: Job) -> dict:
-    return fingerprint_parts(job, identify_inputs(job), IDENTITY)
+    return fingerprint_parts(job, InputIndex(FileHashes()).identify(job), IDENTITY)
 
 
 def test_local_inputs_are_identified_by_their_bytes(job, tmp_path):
-    found = identify_inputs(job)
+    found = InputIndex(FileHashes()).identify(job)
     import hashlib
 
     assert found["video"].identity == "sha256:" + hashlib.sha256(b"video").hexdigest()
@@ -50,7 +51,9 @@ def test_every_option_counts(job):
 def test_contents_prompt_and_weights_count(job, tmp_path):
     base = fingerprint(parts_of(job))
     assert fingerprint(parts_of(replace(job, prompt="sit"))) != base
-    assert fingerprint(fingerprint_parts(job, identify_inputs(job), {"transformer": "sha256:1"})) != base
+    assert (
+        fingerprint(fingerprint_parts(job, InputIndex(FileHashes()).identify(job), {"transformer": "sha256:1"})) != base
+    )
     (tmp_path / "video.mp4").write_bytes(b"other")
     assert fingerprint(parts_of(job)) != base
 
@@ -58,7 +61,7 @@ def test_contents_prompt_and_weights_count(job, tmp_path):
 def test_a_missing_input_is_named(job, tmp_path):
     (tmp_path / "video.mp4").unlink()
     with pytest.raises(InputNotFound, match=r"video\.mp4"):
-        identify_inputs(job)
+        InputIndex(FileHashes()).identify(job)
 
 
 def test_differences_are_words():

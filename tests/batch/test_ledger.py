@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from runner.batch.fingerprint import fingerprint
-from runner.batch.ledger import Ledger, output_identity
+from runner.batch.ledger import Decision, Ledger, output_identity
+from runner.errors import StorageConflict
 from runner.records.record import ErrorRecord, OutputRecord, ResultRecord
 from runner.storage import open_storage
 
@@ -19,7 +21,7 @@ def storage(tmp_path: Path):
     return open_storage(tmp_path / "out")
 
 
-def result(storage, *, status="succeeded", parts=PARTS, attempt=1, output=b"mp4") -> ResultRecord:
+def result(storage, *, status="succeeded", parts=PARTS, attempt=1, output=b"mp4", code="internal") -> ResultRecord:
     """A record as the batch leaves it, its output beside it."""
     made = None
     if status == "succeeded":
@@ -49,9 +51,10 @@ def result(storage, *, status="succeeded", parts=PARTS, attempt=1, output=b"mp4"
         fingerprint=fingerprint(parts),
         fingerprint_parts=parts,
         output=made,
-        error=None if made else ErrorRecord(code="internal", message="m", stage="s", retryable=False),
+        error=None if made else ErrorRecord(code=code, message="m", stage="s", retryable=False),
     )
-    Ledger(storage).finish(record)
+    storage.write_bytes("jobs/a/result.json", record.to_json())
+    storage.delete("jobs/a/attempt.json")
     return record
 
 
@@ -110,13 +113,18 @@ def test_failures_run_again_until_the_limit(storage):
     assert decide(storage, force=True).action == "run"
 
 
+def died(storage, *, parts=PARTS, stage="generating", alone=False) -> None:
+    """As if a process had been killed at this stage of the job."""
+    ledger = Ledger(storage)
+    ledger.begin("a", ledger.decide("a", fingerprint(parts), parts), fingerprint(parts), "r", alone=alone)
+    ledger.advance("a", stage)
+
+
 def test_a_store_that_was_away_uses_up_nothing(storage):
-    record = result(storage, status="failed", attempt=3)
-    away = ErrorRecord(code="storage.unavailable", message="m", stage="s", retryable=True)
-    Ledger(storage).finish(record.model_copy(update={"error": away}))
-    assert (decide(storage).action, decide(storage).attempt) == ("run", 4)
-    Ledger(storage).begin("a", decide(storage), fingerprint(PARTS), "r")  # and no word after it
-    assert decide(storage).action == "exhausted"
+    result(storage, status="failed", attempt=3, code="storage.unavailable")
+    assert (decide(storage).action, decide(storage).attempt, decide(storage).counted) == ("run", 4, 0)
+    died(storage)  # once, which counts
+    assert (decide(storage).action, decide(storage).counted) == ("run", 1)
 
 
 def test_a_change_gives_a_failed_job_new_attempts(storage):
@@ -133,20 +141,52 @@ def test_retry_failed_runs_only_failures(storage):
     assert decide(storage, retry_failed=True).action == "run"
 
 
-def test_a_process_that_died_is_noticed_and_counted(storage):
-    ledger = Ledger(storage)
+def test_a_process_that_died_while_generating_is_counted(storage):
     for attempt in (1, 2, 3):
         decision = decide(storage)
-        assert decision.attempt == attempt
-        ledger.begin("a", decision, fingerprint(PARTS), "r")  # and no word after it
+        assert (decision.action, decision.attempt, decision.suspect) == ("run", attempt, attempt > 1)
+        died(storage)
     decision = decide(storage)
-    assert decision.action == "exhausted"
-    record = ledger.crashed("a", PARTS, "r", "bf16")
+    assert (decision.action, decision.error) == ("exhausted", None)
+    ledger = Ledger(storage)
+    record = ledger.crashed("a", PARTS, "r", "bf16", decision)
     assert record is not None
     assert record.error is not None
     assert record.error.code == "job.crashed"
-    assert ledger.result("a") == record
+    assert ledger.result("a") == record.model_copy(update={"attempts_counted": 3})
     assert ledger.attempt("a") is None
+    assert decide(storage).action == "exhausted"
+
+
+@pytest.mark.parametrize("stage", ["preparing", "delivering"])
+def test_a_process_that_died_in_another_stage_is_not_counted(storage, stage):
+    for _ in range(6):
+        died(storage, stage=stage)
+        decision = decide(storage)
+        assert (decision.action, decision.counted) == ("run", 0)
+        assert decision.suspect, "it may be the cause all the same, so it runs last and alone"
+
+
+def test_a_process_that_died_preparing_one_job_alone_is_counted(storage):
+    for _ in range(3):
+        died(storage, stage="preparing", alone=True)
+    assert decide(storage).action == "exhausted"
+
+
+def test_a_process_that_was_told_to_stop_and_then_killed_is_not_counted(storage):
+    for _ in range(4):
+        ledger = Ledger(storage)
+        ledger.begin("a", decide(storage), fingerprint(PARTS), "r")
+        ledger.advance("a", "generating")
+        ledger.note_stopping()
+    decision = decide(storage)
+    assert (decision.action, decision.counted, decision.suspect) == ("run", 0, False)
+    assert "was stopped" in decision.reason
+
+
+def test_a_mark_of_version_0_1_0_counts_as_it_did(storage):
+    mark = {"schema_version": 1, "job_id": "a", "attempt": 3, "fingerprint": fingerprint(PARTS), "run_id": "r"}
+    storage.write_bytes("jobs/a/attempt.json", json.dumps(mark | {"host": "h", "started_at": "t"}).encode())
     assert decide(storage).action == "exhausted"
 
 
@@ -169,19 +209,206 @@ def test_an_abandoned_job_leaves_no_mark(storage):
 def test_a_crash_while_replacing_a_good_output_does_not_hide_it(storage):
     """The mark of the new attempt stands; the old record still speaks for the old output."""
     result(storage, parts=OTHER)
-    Ledger(storage).begin("a", decide(storage), fingerprint(PARTS), "r")
+    died(storage)
     assert decide(storage, OTHER).action == "skip"
     assert decide(storage).attempt == 2
 
 
-def test_a_failure_removes_the_stale_output_and_says_so(storage):
+def fail(storage, *, parts=PARTS, blames_job=True, code="internal", **options) -> str:
+    """An attempt that fails, as the batch notes it."""
+    ledger = Ledger(storage, **options)
+    decision = ledger.decide("a", fingerprint(parts), parts)
+    ledger.begin("a", decision, fingerprint(parts), "r")
+    error = ErrorRecord(code=code, message="m", stage="s", retryable=False)
+    times = {"started_at": "t", "finished_at": "t"}
+    record = ResultRecord(
+        job_id="a",
+        status="failed",
+        attempt=decision.attempt,
+        run_id="r",
+        reason="",
+        fingerprint=fingerprint(parts),
+        fingerprint_parts=parts,
+        error=error,
+        **times,
+    )
+    outcome = ledger.fail(record, decision, blames_job=blames_job)
+    if outcome == "recorded":
+        ledger.abandon("a")
+    return outcome
+
+
+def test_a_failure_of_the_job_removes_the_stale_output_and_says_so(storage):
     result(storage, parts=OTHER)
     storage.write_bytes("jobs/a/pose.mp4", b"x")
-    result(storage, status="failed")
+    assert fail(storage) == "recorded"
     found = Ledger(storage).result("a")
     assert found is not None
     assert found.notes == ["the output of an earlier run was removed"]
     assert [info.key for info in storage.list("jobs/")] == ["jobs/a/result.json"]
+
+
+def test_a_failure_of_the_infrastructure_keeps_an_older_output_and_its_record(storage):
+    older = result(storage, parts=OTHER)
+    assert fail(storage, blames_job=False, code="resource.out_of_memory") == "kept"
+    assert Ledger(storage).result("a") == older
+    assert storage.read_bytes("jobs/a/output.mp4") == b"mp4"
+    mark = Ledger(storage).attempt("a")
+    assert mark is not None
+    assert mark.error is not None
+    assert (mark.error.code, mark.counted) == ("resource.out_of_memory", 1)
+    assert decide(storage, OTHER).action == "skip", "the older output is still done"
+    assert decide(storage, OTHER).suspect, "so that the mark is taken away"
+    decision = decide(storage)
+    assert (decision.action, decision.attempt, decision.suspect) == ("run", 2, False)
+    assert decision.reason == "failed before: resource.out_of_memory (attempt 1)"
+    for _ in range(2):
+        fail(storage, blames_job=False, code="resource.out_of_memory")
+    decision = decide(storage)
+    assert decision.action == "exhausted"
+    assert decision.error is not None
+    assert decision.error.code == "resource.out_of_memory"
+    assert Ledger(storage).crashed("a", PARTS, "r", "bf16", decision) is None
+    assert decide(storage, retry_failed=True, max_attempts=0).action == "run"
+
+
+@pytest.mark.parametrize("blames_job", [True, False])
+def test_a_forced_run_that_fails_keeps_a_valid_output(storage, blames_job):
+    older = result(storage)
+    assert fail(storage, blames_job=blames_job, force=True) == "kept"
+    assert Ledger(storage).result("a") == older
+    assert storage.read_bytes("jobs/a/output.mp4") == b"mp4"
+    assert decide(storage).action == "skip"
+
+
+def test_a_failure_without_an_older_output_is_recorded(storage):
+    assert fail(storage, blames_job=False, code="storage.denied") == "recorded"
+    found = Ledger(storage).result("a")
+    assert found is not None
+    assert (found.attempts_counted, found.error and found.error.code) == (0, "storage.denied")
+
+
+def replacing(storage) -> tuple[Ledger, ResultRecord]:
+    """An attempt that has removed the older record, and that record."""
+    older = result(storage, parts=OTHER)
+    ledger = Ledger(storage)
+    decision = ledger.decide("a", fingerprint(PARTS), PARTS)
+    ledger.begin("a", decision, fingerprint(PARTS), "r")
+    ledger.advance("a", "delivering", replaces=decision.previous)
+    ledger.before_replacing("a", "jobs/a/output.mp4")
+    assert ledger.result("a") is None
+    return ledger, older
+
+
+def test_a_record_removed_by_a_killed_attempt_is_put_back_where_its_output_stands(storage):
+    _, older = replacing(storage)
+    assert decide(storage, OTHER).reason == "done"
+    assert Ledger(storage).result("a") == older
+
+
+def test_a_record_removed_by_a_killed_attempt_stays_away_where_the_output_was_replaced(storage):
+    replacing(storage)
+    storage.write_bytes("jobs/a/output.mp4", b"new")
+    assert decide(storage, OTHER).action == "run"
+    assert Ledger(storage).result("a") is None
+
+
+def test_a_record_that_names_another_output_is_not_removed(storage):
+    older = result(storage, parts=OTHER)
+    Ledger(storage).before_replacing("a", "jobs/a/frames/0a/")
+    assert Ledger(storage).result("a") == older
+
+
+def test_another_try_puts_the_record_back(storage):
+    ledger, older = replacing(storage)
+    decision = Decision("run", "", 1, older, counted=0)
+    again = ledger.another_try("a", decision, "resource.out_of_memory")
+    assert (again.attempt, again.counted) == (2, 1)
+    assert ledger.result("a") == older
+    mark = ledger.attempt("a")
+    assert mark is not None
+    assert not mark.counts, "it waits: a process that dies now did not die in this job"
+    assert ledger.another_try("a", decision, "storage.unavailable").counted == 0
+
+
+def published(storage, seed: int, content: bytes) -> tuple[Ledger, Decision, ResultRecord]:
+    """A runner that has read the ledger; the record that it will write."""
+    parts = {"options.seed": seed}
+    ledger = Ledger(storage)
+    decision = ledger.decide("a", fingerprint(parts), parts)
+    digest = hashlib.sha256(content).hexdigest()
+    made = OutputRecord(
+        uri=storage.uri("jobs/a/output.mp4"),
+        key="jobs/a/output.mp4",
+        bytes=len(content),
+        files=1,
+        identity=f"sha256:{digest}",
+        sha256=digest,
+        frames=1,
+        fps="16",
+        width=16,
+        height=16,
+        frames_sha256="0",
+    )
+    record = ResultRecord(
+        job_id="a",
+        status="succeeded",
+        attempt=1,
+        run_id=f"run-{seed}",
+        reason="",
+        started_at="t",
+        finished_at="t",
+        fingerprint=fingerprint(parts),
+        fingerprint_parts=parts,
+        output=made,
+    )
+    return ledger, decision, record
+
+
+def test_a_record_is_not_written_over_one_whose_output_stands(storage):
+    """Two runners; the second uploads last and records first."""
+    first, first_decision, first_record = published(storage, 1, b"one")
+    second, second_decision, second_record = published(storage, 2, b"second")
+    storage.write_bytes("jobs/a/output.mp4", b"one")
+    storage.write_bytes("jobs/a/output.mp4", b"second")
+    assert second.succeed(second_record, second_decision, ["jobs/a/output.mp4"]).run_id == "run-2"
+    with pytest.raises(StorageConflict, match="run-2"):
+        first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
+    assert decide(storage, {"options.seed": 1}).action == "run"
+    assert decide(storage, {"options.seed": 2}).reason == "done"
+
+
+def test_a_record_replaces_one_whose_output_it_has_replaced(storage):
+    """The second uploads last and records last: the first one's record speaks of bytes that are gone."""
+    first, first_decision, first_record = published(storage, 1, b"one")
+    second, second_decision, second_record = published(storage, 2, b"second")
+    storage.write_bytes("jobs/a/output.mp4", b"second")
+    first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
+    second.succeed(second_record, second_decision, ["jobs/a/output.mp4"])
+    assert decide(storage, {"options.seed": 1}).action == "run"
+    assert decide(storage, {"options.seed": 2}).reason == "done"
+
+
+def test_the_same_job_published_by_another_run_has_succeeded(storage):
+    first, first_decision, first_record = published(storage, 1, b"one")
+    other, other_decision, other_record = published(storage, 1, b"another encoder's one")
+    storage.write_bytes("jobs/a/output.mp4", b"one")
+    first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
+    standing = other.succeed(other_record, other_decision, ["jobs/a/output.mp4"])
+    assert standing.output == first_record.output
+
+
+def test_a_failure_never_removes_what_another_run_has_published_meanwhile(storage):
+    result(storage, parts=OTHER)
+    ledger, decision, _ = published(storage, 1, b"")
+    other, other_decision, other_record = published(storage, 2, b"second")
+    storage.write_bytes("jobs/a/output.mp4", b"second")
+    other.succeed(other_record, other_decision, ["jobs/a/output.mp4"])
+    error = ErrorRecord(code="internal", message="m", stage="s", retryable=False)
+    failed = other_record.model_copy(update={"status": "failed", "fingerprint": "1", "output": None, "error": error})
+    with pytest.raises(StorageConflict):
+        ledger.fail(failed, decision, blames_job=True)
+    assert decide(storage, {"options.seed": 2}).reason == "done"
 
 
 def test_a_crash_in_a_forced_rerun_of_what_is_done_is_known(storage):
@@ -192,10 +419,32 @@ def test_a_crash_in_a_forced_rerun_of_what_is_done_is_known(storage):
     assert (decision.action, decision.suspect) == ("skip", True)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 7}', b"\xff\xfe"])
-def test_a_torn_or_foreign_record_counts_as_none(storage, content):
-    storage.write_bytes("jobs/a/result.json", content)
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 7}', b"\xff\xfe", DEEP])
+@pytest.mark.parametrize("name", ["result", "attempt"])
+def test_a_torn_or_foreign_record_counts_as_none(storage, name, content):
+    storage.write_bytes(f"jobs/a/{name}.json", content)
     assert decide(storage).reason == "no record yet"
+
+
+@pytest.mark.parametrize("name", ["result", "attempt"])
+def test_a_folder_in_the_place_of_a_record_counts_as_none(storage, name):
+    storage.write_bytes(f"jobs/a/{name}.json/x", b"")
+    assert decide(storage).reason == "no record yet"
+
+
+@pytest.mark.parametrize(
+    "key", ["../../other", "/etc/passwd", "jobs/b/output.mp4", "a\x00b", "jobs/a/../b", "", "x" * 2000]
+)
+def test_a_record_with_an_odd_output_runs_again(storage, key):
+    record = result(storage)
+    assert record.output is not None
+    odd = record.model_copy(update={"output": record.output.model_copy(update={"key": key})})
+    storage.write_bytes("jobs/a/result.json", odd.to_json())
+    assert decide(storage).action == "run"
+    assert "the record names" in decide(storage).reason
 
 
 def test_frames_are_one_output(storage):

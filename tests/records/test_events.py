@@ -8,21 +8,44 @@ import threading
 
 import pytest
 
+from runner.errors import StorageUnavailable
 from runner.records.events import EventLog, configure_logging
 
 
-def test_events_are_one_json_object_a_line(tmp_path):
-    log = EventLog(tmp_path / "run" / "events.jsonl", quiet=True)
+def test_events_are_one_json_object_a_line():
+    lines: list[bytes] = []
+    log = EventLog(lines.append, quiet=True)
     threads = [threading.Thread(target=lambda: [log.emit("job_started", job="贝拉", n=n) for n in range(50)])] * 1
     threads += [threading.Thread(target=lambda: [log.emit("step", level="debug") for _ in range(50)])]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text("utf-8").splitlines()]
-    assert len(lines) == 100
-    assert {line["event"] for line in lines} == {"job_started", "step"}
-    assert "贝拉" in (tmp_path / "run" / "events.jsonl").read_text("utf-8")
+    found = [json.loads(line) for line in b"".join(lines).splitlines()]
+    assert len(found) == len(lines) == 100
+    assert {line["event"] for line in found} == {"job_started", "step"}
+    assert "贝拉" in b"".join(lines).decode()
+
+
+def test_events_wait_for_flush_and_for_a_store_that_is_away():
+    written: list[bytes] = []
+    away = True
+
+    def write(data: bytes) -> None:
+        if away:
+            raise StorageUnavailable("away")
+        written.append(data)
+
+    log = EventLog(write, at_once=False, quiet=True)
+    log.emit("job_started", job="a")
+    with pytest.raises(StorageUnavailable):
+        log.flush()
+    log.emit("job_succeeded", job="a")
+    away = False
+    log.flush()
+    log.flush()
+    assert [json.loads(line)["event"] for line in written[0].splitlines()] == ["job_started", "job_succeeded"]
+    assert len(written) == 1
 
 
 def test_json_logs_are_for_machines(capsys):
@@ -44,7 +67,7 @@ def test_console_logs_leave_out_debug_and_colours_off_a_terminal(capsys):
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC], ids=["nobody reads", "full disk"])
-def test_a_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, number):
+def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch, number):
     """`video-lab run … 2>&1 | head` undid a finished job: the event of its success could not be said."""
 
     class Refusing(io.StringIO):
@@ -56,9 +79,15 @@ def test_a_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, numb
 
     configure_logging("console")
     monkeypatch.setattr(sys, "stderr", Refusing())
-    log = EventLog(tmp_path / "run" / "events.jsonl")
+    written, full = [], True
+
+    def write(data: bytes) -> None:
+        if full:
+            raise OSError(number, "refused")
+        written.append(data)
+
+    log = EventLog(write)
     log.emit("job_succeeded", job="a")
-    assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == 1
-    (tmp_path / "run" / "events.jsonl").unlink()
-    (tmp_path / "run").rmdir()
+    full = False
     log.emit("job_succeeded", job="b")
+    assert [json.loads(line)["job"] for line in written[0].splitlines()] == ["a", "b"]

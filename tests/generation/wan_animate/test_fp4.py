@@ -355,7 +355,7 @@ def run(folder: Path, models: Path, jobs: Mapping[str, dict[str, Any]]) -> dict[
     wide = {"steps": 2, "max_segment_frames": 5}
     inputs = str(folder / "ref.png"), str(folder / "video.mp4"), None
     listed = [Job(name, *inputs, "a dance", JobOptions(**(wide | more)), None) for name, more in jobs.items()]
-    events = folder / "events.jsonl"
+    events = EventLog(quiet=True)
     summary = SummaryWriter(
         storage,
         run_id="r1",
@@ -364,7 +364,7 @@ def run(folder: Path, models: Path, jobs: Mapping[str, dict[str, Any]]) -> dict[
         manifest="m.yaml",
         recipe=DISTILLED.name,
         job_ids=list(jobs),
-        events_file=events,
+        events=events,
     )
     identity = store.identities(DISTILLED)
     engine = Engine(DISTILLED.name, identity, lambda: load(models), own=lambda job: lora_parts(store, job.options))
@@ -374,7 +374,7 @@ def run(folder: Path, models: Path, jobs: Mapping[str, dict[str, Any]]) -> dict[
         storage,
         Ledger(storage),
         summary,
-        EventLog(events, quiet=True),
+        events,
         stop=Stop(),
         scratch=folder / "scratch",
         progress=SilentProgress(),
