@@ -24,7 +24,15 @@ from pydantic import ValidationError
 
 from runner.batch.fingerprint import differences
 from runner.batch.hashes import FileHashes
-from runner.errors import ConfigInvalid, InputError, JobCrashed, RunnerError, StorageConflict, counts_as_attempt
+from runner.errors import (
+    ConfigInvalid,
+    InputError,
+    JobCrashed,
+    RunnerError,
+    StorageConflict,
+    StorageDenied,
+    counts_as_attempt,
+)
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, Record, ResultRecord
 from runner.storage import ObjectInfo, Storage, check_key
 from runner.timing import now
@@ -185,9 +193,9 @@ class Ledger:
             return f"the record names no usable output: {error.what}"
         if not output.key.startswith(_folder(job_id)):
             return f"the record names an output outside {_folder(job_id)}"
-        info = listing.get(output.key) if listing is not None else None
-        if info is not None and info.identity:
-            found: tuple[str, int, int] | None = (info.identity, info.bytes, 1)
+        if listing is not None and not output.key.endswith("/"):  # of frames, the listing has none
+            info = listing.get(output.key)
+            found = None if info is None else (*_content(self.storage, info, self.hashes), 1)
         else:
             found = output_identity(self.storage, output.key, self.hashes)
         if found is None:
@@ -278,6 +286,7 @@ class Ledger:
                 with suppress(RunnerError):  # what is left costs space; the record stands
                     self.remove_outputs(job_id, keep=keep)
                 return record
+            self._require_no_folder(job_id)
             other, version = self._read_result(job_id)
             if self._output_wrong(job_id, record.output) is None:
                 continue
@@ -314,6 +323,7 @@ class Ledger:
                 notes = [*record.notes, "the output of an earlier run was removed"]
                 record = record.model_copy(update={"notes": notes})
         if self.storage.write_if(_result_key(job_id), record.to_json(), version) is None:
+            self._require_no_folder(job_id)
             raise StorageConflict(
                 "another run has written a record of this job meanwhile, which stands",
                 where=self.storage.uri(_result_key(job_id)),
@@ -410,6 +420,17 @@ class Ledger:
         except InputError:
             return None, None
         return (found.data, found.version) if found is not None else (None, None)
+
+    def _require_no_folder(self, job_id: str) -> None:
+        """Raise StorageDenied if what keeps the record from being written is no record at all."""
+        key = _result_key(job_id)
+        try:
+            self.storage.read_versioned(key)
+        except InputError as error:
+            remedy = "Remove or rename what lies there, then run again"
+            raise StorageDenied(
+                f"the record cannot be written: {error.what}", where=error.where, todo=remedy
+            ) from error
 
     def _parse(self, data: bytes | None, model: type[R]) -> R | None:
         if data is None:
