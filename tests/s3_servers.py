@@ -83,7 +83,8 @@ class Fault:
     """What happens to the next `times` requests of `method` whose path contains `path`."""
 
     kind: str  # of REFUSALS; "drop": the connection closes without an answer; "lose": the server has done as asked, and
-    #            then the connection closes without an answer; "truncate": half the body arrives
+    #            then the connection closes without an answer; "truncate": half the body arrives; "flip": the body
+    #            arrives with one bit flipped, and without the checksum headers that would tell
     method: str
     path: str = ""
     times: int = 1
@@ -153,6 +154,15 @@ def _faulty_line() -> Iterator[FaultyServer]:
             list(moto(environ, lambda *_: None))
             line.shutdown(socket.SHUT_RDWR)
             return []
+        if kind == "flip":
+
+            def without_checksums(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+                kept = [(name, value) for name, value in headers if not name.lower().startswith("x-amz-checksum")]
+                return start_response(status, kept, *more)
+
+            flipped = bytearray(b"".join(moto(environ, without_checksums)))
+            flipped[len(flipped) // 2] ^= 1
+            return [bytes(flipped)]
         body = b"".join(moto(environ, start_response))  # the headers promise all of it
 
         def half() -> Iterator[bytes]:

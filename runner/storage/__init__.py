@@ -6,15 +6,24 @@ disk.py puts a file in place on a disk; disk_cache.py keeps results between runs
 
 from runner.storage.base import ObjectInfo, Storage, Versioned, check_key, is_remote, local_path
 from runner.storage.local import LocalStorage
-from runner.storage.uris import fetch_input, open_storage, probe_writable, stat_input
+from runner.storage.uris import (
+    FetchedInput,
+    fetch_input,
+    fetch_input_with_info,
+    open_storage,
+    probe_writable,
+    stat_input,
+)
 
 __all__ = [
+    "FetchedInput",
     "LocalStorage",
     "ObjectInfo",
     "Storage",
     "Versioned",
     "check_key",
     "fetch_input",
+    "fetch_input_with_info",
     "is_remote",
     "local_path",
     "open_storage",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -38,6 +38,9 @@ class ObjectInfo:
     identity: str  # "etag:<etag>:<bytes>" on S3; on a disk "sha256:<hex>" of what was published, "" of what is found
     modified: float  # seconds since 1970, UTC
     key: str = ""  # relative to the storage's root
+    verified: str = field(
+        default="", compare=False
+    )  # after `fetch` from S3: the digest that agreed; "": none was there
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Storage(ABC):
     def fetch(self, key: str, dest: Path) -> ObjectInfo:
         """Copy the object to the local file `dest`, which appears whole or not at all; say what was read.
 
+        What comes from S3 is compared with a digest that the store gives, if it gives one: see `ObjectInfo.verified`.
         Raises InputNotFound if nothing lies under `key`.
         """
 

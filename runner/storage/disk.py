@@ -49,7 +49,7 @@ def staged(target: Path, *, place: Callable[[Path], None] | None = None) -> Iter
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".staged-{uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:  # not mkstemp: its 0600 would shut out everyone but the container's user
+        with temporary.open("x+b") as file:  # not mkstemp: its 0600 would shut out everyone but the container's user
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -5,9 +5,10 @@ Out:  objects stored by one PutObject or one CompleteMultipartUpload, hence whol
       errors as ours, see s3_errors.py.
 Never: what the bytes mean.
 
-botocore repeats single requests (its standard mode) and checks their checksums; what it gives up on, and bodies that
-break off, are repeated here as whole transfers. A process killed within a multipart upload leaves parts behind, which
-cost money until a lifecycle rule (AbortIncompleteMultipartUpload) removes them.
+botocore repeats single requests (its standard mode) and checks their checksums. What it gives up on, bodies that break
+off and bodies whose digest is wrong are repeated here as whole transfers. A process killed within a multipart upload
+leaves parts behind, which cost money until `video-lab clean` or a lifecycle rule (AbortIncompleteMultipartUpload)
+removes them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 import boto3
@@ -35,6 +37,7 @@ from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
 from runner.storage.base import ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
+from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
 from runner.storage.s3_errors import FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
 __all__ = ["EXTRA_VARIABLE", "S3Storage", "upload_arguments"]
@@ -50,7 +53,7 @@ TRANSFER = TransferConfig(
     preferred_transfer_client="classic",  # the CRT client takes no size and ETag, so cannot hold on to one version
 )
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
-_DIGEST, _WRITE = "sha256", "video-lab-write"  # metadata: the content's digest; a token of one conditional write
+_WRITE_KEY = "video-lab-write"  # of an object's metadata: a token of one conditional write
 _OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
 
 T = TypeVar("T")
@@ -211,11 +214,11 @@ class S3Storage(Storage):
 
     # Reading
 
-    def _head(self, key: str) -> dict[str, Any] | None:
+    def _head(self, key: str, **own: str) -> dict[str, Any] | None:
         uri = self.uri(key)
         with s3_errors(uri, writing=False):
             try:
-                return dict(self.client.head_object(**self._arguments("HeadObject", Key=self._key(key))))
+                return dict(self.client.head_object(**self._arguments("HeadObject", Key=self._key(key), **own)))
             except ClientError as err:
                 if error_code(err) not in ("404", "NoSuchKey", "NotFound"):
                     raise
@@ -255,7 +258,7 @@ class S3Storage(Storage):
         return self._repeated(lambda: self._fetch_once(key, dest, on_bytes), self.uri(key))
 
     def _fetch_once(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None) -> ObjectInfo:
-        uri, head = self.uri(key), self._head(key)
+        uri, head = self.uri(key), self._head(key, ChecksumMode="ENABLED")
         if head is None:
             raise InputNotFound("no such object", where=uri, todo="Check the bucket and the key")
         info = self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
@@ -281,11 +284,12 @@ class S3Storage(Storage):
                     raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
                 if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
                     raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
+                verified = check_digests(expected_digests(head), lambda: _blocks(out), uri)
         except BaseException:
             if on_bytes is not None:
                 on_bytes(-arrived)  # none of it is kept
             raise
-        return info
+        return replace(info, verified=verified)
 
     def read_bytes(self, key: str) -> bytes | None:
         found = self.read_versioned(key)
@@ -302,7 +306,9 @@ class S3Storage(Storage):
                 if error_code(err) in ("404", "NoSuchKey"):
                     return None
                 raise
-            return Versioned(bytes(answer["Body"].read()), _bare(answer["ETag"]))
+            data = bytes(answer["Body"].read())
+        check_digests(expected_digests(answer), lambda: [data], self.uri(key))
+        return Versioned(data, _bare(answer["ETag"]))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         if prefix:
@@ -367,14 +373,14 @@ class S3Storage(Storage):
     def _described(self, key: str, digest: str) -> dict[str, Any]:
         """What an object says of its content: its digest beside the metadata that the extra arguments give, and the
         content type by the key's ending, so that a browser plays what it is given a link to."""
-        given = {k: v for k, v in self._extra.get("Metadata", {}).items() if k.lower() not in (_DIGEST, _WRITE)}
+        given = {k: v for k, v in self._extra.get("Metadata", {}).items() if k.lower() not in (DIGEST_KEY, _WRITE_KEY)}
         kind, _ = mimetypes.guess_type(key)
         typed = {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
-        return {"Metadata": given | {_DIGEST: digest}} | typed
+        return {"Metadata": given | {DIGEST_KEY: digest}} | typed
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
-        mark = {"Metadata": {_WRITE: uuid4().hex}}
+        mark = {"Metadata": {_WRITE_KEY: uuid4().hex}}
 
         def write() -> str | None:
             if not self._conditional:
@@ -434,6 +440,13 @@ class S3Storage(Storage):
                 self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
 
         self._repeated(remove, self.uri(key))
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """The file from its beginning."""
+    file.seek(0)
+    while block := file.read(MIB):
+        yield block
 
 
 def _bare(etag: str) -> str:

@@ -35,7 +35,8 @@ def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> 
     """The model store at `uri` as a local folder. A local one is returned unchanged.
 
     Of an s3:// one, the files that `wanted` names (by key below the root) are downloaded unless the cache has them with
-    the same ETag and size.
+    the same ETag and size. What is downloaded is compared with a digest that the store gives; where it gives none, the
+    event `models.unverified` names the file.
 
     Processes that share the cache take turns; the second finds the work done. Files that the bucket no longer has are
     removed from the cache. Raises WeightsMissing when there is nothing (wanted) there, StorageFull before a download
@@ -106,6 +107,8 @@ class _Sync:
         _log("models.sync", uri=self.storage.root, files=len(missing), gb=round(progress.total / GB, 3))
         for number, info in enumerate(missing, 1):
             got = self._fetch(info.key, progress)
+            if not got.verified:
+                _log("models.unverified", level="warning", key=info.key, reason="the store gives no digest of it")
             self._record(info.key, {"identity": got.identity, "bytes": got.bytes})
             _log("models.file", key=info.key, bytes=got.bytes, number=number, of=len(missing))
         seconds = round(time.monotonic() - begin, 1)
@@ -188,7 +191,7 @@ class _Progress:
             _log("models.progress", gb=round(self.done / GB, 3), of_gb=round(self.total / GB, 3))
 
 
-def _log(event: str, **fields: object) -> None:
+def _log(event: str, *, level: str = "info", **fields: object) -> None:
     import structlog  # brings rich with it, and `--help` passes through here
 
-    structlog.get_logger().info(event, **fields)
+    getattr(structlog.get_logger(), level)(event, **fields)

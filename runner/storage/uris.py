@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat as stat_modes
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,24 @@ from runner.storage.base import ObjectInfo, Storage, check_key, is_remote, local
 from runner.storage.disk import os_errors
 from runner.storage.local import LocalStorage
 
-__all__ = ["download_name", "fetch_input", "open_storage", "probe_writable", "stat_input"]
+__all__ = [
+    "FetchedInput",
+    "download_name",
+    "fetch_input",
+    "fetch_input_with_info",
+    "open_storage",
+    "probe_writable",
+    "stat_input",
+]
+
+
+@dataclass(frozen=True)
+class FetchedInput:
+    """An input as a local file, and what was read."""
+
+    path: Path
+    info: ObjectInfo
+    unverified: bool  # it came over the network, and the store gave no digest to compare it with
 
 
 def open_storage(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) -> Storage:
@@ -63,12 +81,20 @@ def fetch_input(uri: str | Path, dest_dir: Path, *, s3_extra: Mapping[str, Any] 
 
     Raises as `stat_input` does, and StorageFull.
     """
+    return fetch_input_with_info(uri, dest_dir, s3_extra=s3_extra).path
+
+
+def fetch_input_with_info(
+    uri: str | Path, dest_dir: Path, *, s3_extra: Mapping[str, Any] | None = None
+) -> FetchedInput:
+    """As `fetch_input`, with what was read and whether that could be verified."""
     if not is_remote(uri):
-        return Path(stat_input(uri).uri)
+        info = stat_input(uri)
+        return FetchedInput(Path(info.uri), info, unverified=False)
     storage, key = _open_object(str(uri), s3_extra)
     dest = dest_dir / download_name(str(uri))
-    storage.fetch(key, dest)
-    return dest
+    info = storage.fetch(key, dest)
+    return FetchedInput(dest, info, unverified=not info.verified)
 
 
 def _open_object(uri: str, s3_extra: Mapping[str, Any] | None) -> tuple[Storage, str]:

@@ -187,6 +187,31 @@ def test_progress_lines(bucket: Bucket, tmp_path: Path) -> None:
     assert [line["key"] for line in lines if line["event"] == "models.file"] == sorted(WANTED)
 
 
+def test_a_flipped_bit_in_weights_is_noticed(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(S3Storage.__init__, "__kwdefaults__", {"extra": None, "attempts": 2, "sleep": lambda _: None})
+    bucket.server.fail("flip", "GET", "model-00001")
+    bucket.server.fail("flip", "GET", "model-00002", times=2)
+    with pytest.raises(StorageUnavailable, match=r"model-00002.*other bytes arrived"):
+        sync_models(bucket.uri, tmp_path, wanted)
+    with structlog.testing.capture_logs() as lines:
+        assert tree(sync_models(bucket.uri, tmp_path, wanted)) == WANTED
+    assert "models.unverified" not in [line["event"] for line in lines]
+
+
+def test_weights_that_cannot_be_verified_are_named(bucket: Bucket, tmp_path: Path) -> None:
+    """As `aws s3 cp` stores large files: in parts, without a digest of the whole."""
+    where = {"Bucket": bucket.name, "Key": "models/v1/Wan/config.json"}
+    upload = where | {"UploadId": bucket.server.client.create_multipart_upload(**where)["UploadId"]}
+    etag = bucket.server.client.upload_part(**upload, PartNumber=1, Body=b"{}")["ETag"]
+    bucket.server.client.complete_multipart_upload(
+        **upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": etag}]}
+    )
+    with structlog.testing.capture_logs() as lines:
+        assert tree(sync_models(bucket.uri, tmp_path, wanted)) == WANTED
+    found = [(line["key"], line["log_level"]) for line in lines if line["event"] == "models.unverified"]
+    assert found == [("Wan/config.json", "warning")]
+
+
 def test_a_local_store_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for uri in (tmp_path / "models", str(tmp_path / "models"), f"file://{tmp_path}/models"):
