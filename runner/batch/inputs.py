@@ -7,15 +7,17 @@ Never: what the bytes mean.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
 from runner.batch.hashes import FileHashes
+from runner.errors import StorageUnavailable
 from runner.generation.protocol import Request
 from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
-from runner.storage import fetch_input, is_remote, local_path, open_storage, stat_input
+from runner.storage import fetch_input_with_info, is_remote, local_path, stat_input
 from runner.storage.disk import os_errors
 
 __all__ = ["InputIndex", "fetch_request"]
@@ -64,24 +66,42 @@ def _places(job: Job) -> dict[str, str]:
     return {"reference": job.reference, "video": job.video} | ({"mask": job.mask} if job.mask else {})
 
 
-def fetch_request(job: Job, folder: Path) -> Request:
-    """Local inputs where they lie, S3 objects copied below `folder`. Raises InputNotFound, storage.*."""
-    return Request(
-        fetch_input(job.reference, folder / "reference"),
-        fetch_input(job.video, folder / "video"),
+def fetch_request(job: Job, folder: Path, inputs: Mapping[str, InputRecord]) -> tuple[Request, list[str]]:
+    """Local inputs where they lie, S3 objects copied below `folder`; and a note for each that could not be verified.
+
+    `inputs`: what was identified. Raises StorageUnavailable, which is tried again, for an object that has changed since
+    then; InputNotFound, storage.*.
+    """
+    notes: list[str] = []
+
+    identified = {record.uri: record for record in inputs.values()}
+
+    def fetch(name: str, uri: str, below: Path) -> Path:
+        fetched = fetch_input_with_info(uri, below)
+        known = identified.get(uri)
+        if is_remote(uri) and known is not None and known.identity != fetched.info.identity:
+            raise StorageUnavailable(f"the {name} has changed since the job was begun", where=uri, todo="Run again")
+        if fetched.unverified:
+            notes.append(f"unverified transfer: {uri} (the store gives no digest to compare it with)")
+        return fetched.path
+
+    official = None
+    if job.official:
+        official = local_path(job.official) if not is_remote(job.official) else folder / "official"
+        for name, file in official_names(job.options.mode).items():
+            if is_remote(job.official):
+                fetch(name, f"{job.official}/{file}", folder / "fetched").rename(_made(official) / file)
+    request = Request(
+        fetch("reference", job.reference, folder / "reference"),
+        fetch("video", job.video, folder / "video"),
         job.prompt,
         job.options,
-        official=_official(job.official, job.options.mode, folder / "official") if job.official else None,
-        mask=fetch_input(job.mask, folder / "mask") if job.mask else None,
+        official=official,
+        mask=fetch("mask", job.mask, folder / "mask") if job.mask else None,
     )
+    return request, notes
 
 
-def _official(uri: str, mode: str, folder: Path) -> Path:
-    """The folder of the official script's files."""
-    if not is_remote(uri):
-        return local_path(uri)
-    source = open_storage(uri)
-    folder.mkdir()
-    for name in official_names(mode).values():
-        source.fetch(name, folder / name)
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

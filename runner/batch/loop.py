@@ -216,7 +216,8 @@ class Batch:
         generator = self._load()
         timer.probe = generator.probe
         with timer.stage("fetch"):
-            request = fetch_request(job, task.folder)
+            request, notes = fetch_request(job, task.folder, task.inputs)
+            task.notes.extend(notes)
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job.options)

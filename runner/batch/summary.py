@@ -21,8 +21,9 @@ from runner.timing import now
 __all__ = ["SummaryWriter"]
 
 WRITING_SHARE = 0.1  # of the time, at most, as the files are rewritten whole and a store may be slow
-GROWTH = 0.1  # the share of jobs that must have ended since the last writing: all writings together are 11 whole files
-WAIT_S = 60.0  # a summary is not older than this, plus one job
+SHARE_OF_JOBS = 0.1  # that have ended since the last writing make another one due
+WAIT_S = 60.0  # or the passing of this time, or of WAIT_SHARE of the run's, whichever is longer
+WAIT_SHARE = 0.02
 
 
 class SummaryWriter:
@@ -95,9 +96,11 @@ class SummaryWriter:
         return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
 
     def _is_due(self) -> bool:
+        """Whether to write now. Each writing holds all jobs, so that one at every job would be quadratic."""
         time = self._clock()
-        grown = len(self._lines) - self._written_lines >= GROWTH * self._written_lines
-        return time >= self._not_before and (grown or time - self._written_at >= WAIT_S)
+        grown = len(self._lines) - self._written_lines >= SHARE_OF_JOBS * len(self._job_ids)
+        waited = time - self._written_at >= max(WAIT_S, WAIT_SHARE * (time - self._begin))
+        return time >= self._not_before and (grown or waited)
 
     def _build(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> RunSummary:
         return RunSummary(

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 
-from runner.batch.inputs import fetch_request
-from runner.errors import InputNotFound
+from runner.batch.hashes import FileHashes
+from runner.batch.inputs import InputIndex, fetch_request
+from runner.errors import InputNotFound, StorageUnavailable
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
-from runner.storage import open_storage
+from runner.storage import open_storage, stat_input
 
 
 def job(base: str, **more: str | None) -> Job:
@@ -19,11 +22,12 @@ def job(base: str, **more: str | None) -> Job:
 def test_local_files_stay_where_they_are(tmp_path):
     for name in ("ref.png", "dance.mp4", "mask.mp4"):
         (tmp_path / name).write_text(name)
-    request = fetch_request(job(str(tmp_path)), tmp_path / "scratch")
+    request, notes = fetch_request(job(str(tmp_path)), tmp_path / "scratch", {})
+    assert notes == []
     places = (request.reference, request.video, request.mask)
     assert places == (tmp_path / "ref.png", tmp_path / "dance.mp4", tmp_path / "mask.mp4")
     assert not (tmp_path / "scratch").exists()
-    official = fetch_request(job(str(tmp_path), mask=None, official=str(tmp_path)), tmp_path / "scratch")
+    official, _ = fetch_request(job(str(tmp_path), mask=None, official=str(tmp_path)), tmp_path / "scratch", {})
     assert (official.mask, official.official) == (None, tmp_path)
 
 
@@ -37,7 +41,9 @@ def test_objects_are_copied(moto_s3, aws_env, tmp_path):
         source.write_bytes(name, name.encode())
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    request = fetch_request(job(base, official=base), scratch)
+    inputs = InputIndex(FileHashes()).identify(job(base, official=base))
+    request, notes = fetch_request(job(base, official=base), scratch, inputs)
+    assert notes == []
     for path, name in ((request.reference, "ref.png"), (request.video, "dance.mp4"), (request.mask, "mask.mp4")):
         assert isinstance(path, Path) and path.is_relative_to(scratch)
         assert path.read_text() == name
@@ -45,4 +51,46 @@ def test_objects_are_copied(moto_s3, aws_env, tmp_path):
     assert {path.name for path in request.official.iterdir()} == set(names)
     source.delete("mask.mp4")
     with pytest.raises(InputNotFound, match=r"mask\.mp4"):
-        fetch_request(job(base), tmp_path / "again")
+        fetch_request(job(base), tmp_path / "again", {})
+
+
+@pytest.mark.s3
+def test_an_object_that_changed_since_it_was_identified_is_tried_again(moto_s3, aws_env, tmp_path):
+    """Else the frames would be those of one version and the fingerprint that of another."""
+    aws_env(moto_s3)
+    base = f"s3://{moto_s3.make_bucket()}/in"
+    source = open_storage(base)
+    for name in ("ref.png", "dance.mp4", "mask.mp4"):
+        source.write_bytes(name, name.encode())
+    inputs = InputIndex(FileHashes()).identify(job(base))
+    source.write_bytes("dance.mp4", b"another dance")
+    with pytest.raises(StorageUnavailable, match=r"changed.*"):
+        fetch_request(job(base), tmp_path / "scratch", inputs)
+
+
+@pytest.mark.s3
+def test_a_transfer_that_cannot_be_verified_is_noted(moto_s3, aws_env, tmp_path):
+    """A multipart object that another tool has stored: its ETag is no digest of its bytes."""
+    aws_env(moto_s3)
+    bucket = moto_s3.make_bucket()
+    for name in ("ref.png", "mask.mp4"):
+        moto_s3.client.put_object(Bucket=bucket, Key=f"in/{name}", Body=b"x")
+    config = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
+    (tmp_path / "long.mp4").write_bytes(b"v" * (6 * 2**20))
+    moto_s3.client.upload_file(str(tmp_path / "long.mp4"), bucket, "in/dance.mp4", Config=config)
+    _, notes = fetch_request(job(f"s3://{bucket}/in"), tmp_path / "scratch", {})
+    assert [note.split(" (")[0] for note in notes] == [f"unverified transfer: s3://{bucket}/in/dance.mp4"]
+
+
+def test_each_input_is_looked_at_once(tmp_path, monkeypatch):
+    for name in ("ref.png", "dance.mp4", "mask.mp4"):
+        (tmp_path / name).write_text(name)
+    asked = []
+    monkeypatch.setattr(
+        "runner.batch.inputs.stat_input", lambda uri, original=stat_input: asked.append(uri) or original(uri)
+    )
+    index = InputIndex(FileHashes())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: index.identify(job(str(tmp_path))), range(40)))
+    assert all(each == found[0] for each in found)
+    assert len(asked) == 3

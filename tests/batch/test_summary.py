@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
 
 import pytest
 
 from runner.batch.summary import SummaryWriter
 from runner.errors import InputNotFound, OutOfMemory, StorageUnavailable
+from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, JobLine
-from runner.storage import open_storage
+from runner.storage import LocalStorage, open_storage
 
 OK = {"status": "succeeded", "reason": ""}
 
@@ -70,21 +73,66 @@ def test_exit_codes(storage, lines, stop, code):
     assert read(storage)["finished_at"]
 
 
-def test_a_slow_store_is_not_written_at_every_job(storage, tmp_path):
-    """Rewriting whole files may take a tenth of the time, whatever the number of jobs."""
-    now, writes = [0.0], []
+class Counted(LocalStorage):
+    """Counts what is written, and takes `takes_s` of the clock for it."""
 
-    class Slow(type(storage)):
-        def write_bytes(self, key, data):
-            now[0] += 1.0
-            writes.append(key)
-            super().write_bytes(key, data)
+    takes_s = 0.0
 
-    ids = [f"j{n}" for n in range(200)]
-    summary = writer(Slow(tmp_path), ids=ids, clock=lambda: now[0])
+    def __init__(self, root, now):
+        super().__init__(root)
+        self.now, self.written, self.times = now, 0, []
+
+    def write_bytes(self, key, data):
+        self.now[0] += self.takes_s
+        self.written += len(data)
+        self.times.append(self.now[0])
+        super().write_bytes(key, data)
+
+
+def run(tmp_path, count: int, every_s: float, takes_s: float = 0.0) -> Counted:
+    now = [0.0]
+    storage = Counted(tmp_path, now)
+    storage.takes_s = takes_s
+    ids = [f"j{n}" for n in range(count)]
+    summary = writer(storage, ids=ids, clock=lambda: now[0])
     for name in ids:
-        now[0] += 1.0
+        now[0] += every_s
         summary.add(JobLine(id=name, **OK))
-    assert len(writes) <= 0.1 * now[0] + 2
+    ended = len(storage.times)
     summary.finish(None, None)
-    assert read(storage)["counts"]["succeeded"] == 200
+    assert read(storage)["counts"]["succeeded"] == count
+    storage.times = storage.times[:ended]
+    return storage
+
+
+def test_a_slow_store_is_not_written_at_every_job(tmp_path):
+    """Rewriting whole files may take a tenth of the time, whatever the number of jobs."""
+    storage = run(tmp_path, 200, every_s=1.0, takes_s=1.0)
+    assert len(storage.times) <= 0.1 * storage.now[0] + 2
+
+
+def test_many_jobs_that_end_at_once_are_written_a_few_times(tmp_path):
+    """Each summary holds all jobs, so one at every job would be quadratic."""
+    storage = run(tmp_path, 2000, every_s=0.001)
+    whole = (tmp_path / "runs/r/0-of-1.summary.json").stat().st_size
+    assert storage.written <= 14 * whole
+
+
+def test_a_summary_of_many_jobs_is_as_old_as_a_minute_or_a_fiftieth_of_the_run(tmp_path):
+    storage = run(tmp_path, 3000, every_s=20.0)
+    times = storage.times[::2]  # the summary and the metrics are written together
+    gaps = list(pairwise(times))
+    assert all(later - earlier <= max(60.0, 0.02 * later) + 20.0 for earlier, later in gaps)
+    assert len(times) <= 60 + 50 * math.log(60_000 / 3000) + 10
+
+
+def test_events_are_flushed_with_the_summary(storage):
+    written = []
+    events = EventLog(written.append, at_once=False, quiet=True)
+    summary = writer(storage, events=events)
+    events.emit("job_started", job="a")
+    summary.add(JobLine(id="a", **OK))
+    events.emit("run_finished")
+    summary.finish(None, None)
+    assert [json.loads(line)["event"] for line in b"".join(written).splitlines()] == ["job_started", "run_finished"]
+    assert len(written) == 2

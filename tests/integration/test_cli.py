@@ -75,7 +75,7 @@ def test_every_mp4_has_exactly_the_frames_and_rate_asked(small_run):
 
 def test_pngs_are_the_raw_frames(small_run):
     folder, _, _ = small_run
-    frames = sorted((folder / "out/jobs/still/frames").glob("*.png"))
+    frames = sorted((folder / "out/jobs/still/frames").glob("*/*.png"))
     assert len(frames) == 5
     assert np.asarray(Image.open(frames[0])).shape == (96, 64, 3)
 

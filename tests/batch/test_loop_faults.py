@@ -1,0 +1,384 @@
+"""The loop when two run at once, a store fails or a device dies: nothing wrong is done, nothing good is removed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.batch.delivery import Delivery
+from runner.batch.hashes import FileHashes
+from runner.batch.ledger import Ledger
+from runner.batch.loop import FRAME_BUFFER_ITEMS, Batch, Engine
+from runner.batch.memory_sampler import MemorySampler
+from runner.batch.progress import SilentProgress
+from runner.batch.stop import Stop
+from runner.batch.survey import survey_jobs
+from runner.errors import StorageDenied, StorageFull, StorageUnavailable
+from runner.records.record import AttemptMark
+from runner.spec.manifest import Job
+from runner.storage import LocalStorage, open_storage
+from runner.verbs.status import read_status
+from tests.batch.test_loop import SIGTERM, Bench, bench
+from tests.stub_generator import StubGenerator
+
+__all__ = ["bench"]  # the fixture
+
+
+def interrupted(storage):
+    """`storage`, which calls its `then` once, right after an output was stored under its key."""
+
+    class Interrupted(type(storage)):
+        then = None
+
+        def publish(self, local, key):
+            info = super().publish(local, key)
+            if self.then is not None and key.endswith("output.mp4"):
+                then, self.then = self.then, None
+                then()
+            return info
+
+    return Interrupted(storage.root)
+
+
+@pytest.mark.parametrize("where", ["disk", pytest.param("S3", marks=pytest.mark.s3)])
+def test_an_output_replaced_before_its_record_is_written_is_not_called_done(bench, tmp_path, request, where):
+    """Two runners with other seeds: the second publishes between the first one's upload and its record."""
+    other = Bench(tmp_path / "other")
+    if where == "S3":
+        server = request.getfixturevalue("moto_s3")
+        request.getfixturevalue("aws_env")(server)
+        bench.out = open_storage(f"s3://{server.make_bucket()}/out")
+    other.out = bench.out
+    storage = interrupted(bench.out)
+    storage.then = lambda: other.run(other.job("a", seed=2), run_id="other")
+    assert bench.run(bench.job("a", seed=1), storage=storage) == 1
+    assert bench.summary["jobs"][0]["error"]["code"] == "storage.conflict"
+    assert bench.result("a")["run_id"] == "other"
+    assert bench.run(bench.job("a", seed=2), run_id="r2") == 0
+    assert bench.summary["jobs"][0]["reason"] == "done"
+    reference = Bench(tmp_path / "reference")
+    reference.run(reference.job("a", seed=1))
+    assert bench.run(bench.job("a", seed=1), run_id="r3") == 0
+    assert bench.summary["jobs"][0]["status"] == "succeeded"
+    assert bench.result("a")["output"]["frames_sha256"] == reference.result("a")["output"]["frames_sha256"]
+
+
+class Swapping(LocalStorage):
+    """Another runner stores other bytes under the key of an output right after each upload."""
+
+    def publish(self, local, key):
+        info = super().publish(local, key)
+        if key.endswith("output.mp4"):
+            super().write_bytes(key, b"of another seed")
+        return info
+
+
+def test_the_identity_of_an_output_is_that_of_the_bytes_that_were_uploaded(bench):
+    assert bench.run(bench.job("a"), storage=Swapping(bench.folder / "out")) == 0
+    output = bench.result("a")["output"]
+    assert output["identity"] == f"sha256:{output['sha256']}"
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert bench.summary["jobs"][0]["reason"] == "the output is not what the record says: jobs/a/output.mp4"
+    path = bench.folder / "out/jobs/a/output.mp4"
+    assert bench.result("a")["output"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert bench.result("a")["output"]["bytes"] == path.stat().st_size
+
+
+class StuckMark(LocalStorage):
+    def delete(self, key):
+        if key.endswith("attempt.json"):
+            raise StorageUnavailable("the mark cannot be removed", where=key)
+        super().delete(key)
+
+
+def test_a_job_has_succeeded_though_its_mark_cannot_be_removed(bench):
+    for run in range(4):
+        assert bench.run(bench.job("a"), run_id=f"r{run}", storage=StuckMark(bench.folder / "out")) == 0
+        assert bench.summary["jobs"][0]["status"] == ("succeeded" if run == 0 else "skipped")
+        assert {"output.mp4", "result.json"} <= bench.files("a")
+    assert "mark_not_removed" in [event["event"] for event in bench.events]
+    assert bench.generator.tries == {"ok": 1}
+    assert bench.run(bench.job("a"), run_id="last") == 0
+    assert "attempt.json" not in bench.files("a")
+
+
+class AwayAt(LocalStorage):
+    """Fails the publication of keys that end with `name`, after what `publish` of a real store may have done before."""
+
+    def __init__(self, root, name, error=StorageUnavailable):
+        super().__init__(root)
+        self.name, self.error, self.failed = name, error, 0
+
+    def publish(self, local, key):
+        if key.endswith(self.name):
+            self.failed += 1
+            raise self.error("the store is away", where=key)
+        return super().publish(local, key)
+
+
+def snapshot(bench, name) -> dict[str, bytes]:
+    root = bench.folder / "out/jobs" / name
+    return {key: (root / key).read_bytes() for key in bench.files(name) if key != "attempt.json"}
+
+
+@pytest.mark.parametrize(("form", "name"), [("mp4", "output.mp4"), ("png", "000003.png")])
+@pytest.mark.parametrize(("error", "code"), [(StorageUnavailable, 3), (StorageDenied, 1), (StorageFull, 3)])
+def test_a_publication_that_fails_keeps_the_older_output_and_its_record(bench, form, name, error, code):
+    output = {"format": form}
+    bench.run(bench.job("a", seed=41, output=output))
+    before = snapshot(bench, "a")
+    away = AwayAt(bench.folder / "out", name, error)
+    assert bench.run(bench.job("a", seed=42, output=output), run_id="r2", storage=away) == code
+    assert away.failed >= 1
+    assert before.items() <= snapshot(bench, "a").items()
+    assert bench.result("a") == json.loads(before["result.json"])
+    (row,) = read_status(bench.out)
+    assert (row.status, "an older output stands" in row.detail) == ("failed", True)
+    assert bench.run(bench.job("a", seed=41, output=output), run_id="r3") == 0
+    assert bench.summary["jobs"][0]["reason"] == "done"
+    assert bench.run(bench.job("a", seed=42, output=output), run_id="r4") == 0
+    assert bench.summary["jobs"][0]["status"] == "succeeded"
+    folders = {Path(key).parent for key in bench.files("a") if key.startswith("frames/")}
+    assert len(folders) == (form == "png"), "what the failed publication left is gone, and so is the older output"
+
+
+@pytest.mark.parametrize("prompt", ["oom", "fail-generate"])
+def test_a_forced_run_that_fails_keeps_a_valid_output(bench, prompt, monkeypatch):
+    bench.run(bench.job("a", "ok"))
+    before = snapshot(bench, "a")
+    generate = StubGenerator.generate
+
+    def failing(self, conditions, *more):
+        conditions.request = replace(conditions.request, prompt=prompt)
+        return generate(self, conditions, *more)
+
+    monkeypatch.setattr(StubGenerator, "generate", failing)
+    assert bench.run(bench.job("a", "ok"), run_id="r2", force=True) == 1
+    assert snapshot(bench, "a") == before
+    monkeypatch.undo()
+    assert bench.run(bench.job("a", "ok"), run_id="r3") == 0
+    assert bench.summary["jobs"][0]["reason"] == "done"
+    assert "attempt.json" not in bench.files("a")
+
+
+def test_out_of_memory_keeps_an_older_output_of_other_options(bench):
+    bench.run(bench.job("a", "ok"))
+    before = snapshot(bench, "a")
+    assert bench.run(bench.job("a", "oom"), run_id="r2") == 1
+    assert snapshot(bench, "a") == before
+    assert "older_output_kept" in [event["event"] for event in bench.events]
+
+
+def marks(bench) -> dict[str, tuple[str, bool]]:
+    """Job → (stage, whether its attempt would count if the process died now)."""
+    found = {}
+    for path in (bench.folder / "out/jobs").glob("*/attempt.json"):
+        mark = AttemptMark.model_validate_json(path.read_bytes())
+        found[mark.job_id] = (mark.stage, mark.counts)
+    return found
+
+
+def test_an_attempt_counts_only_while_its_job_is_generating(bench, monkeypatch):
+    seen, prepared, generate = [], threading.Event(), StubGenerator.generate
+
+    def looking(self, conditions, *more):
+        if not seen:
+            assert prepared.wait(10)
+            seen.append(marks(bench))
+        return generate(self, conditions, *more)
+
+    def prepare(self, request, timer, original=StubGenerator.prepare):
+        if self.prepared:
+            prepared.set()
+        return original(self, request, timer)
+
+    monkeypatch.setattr(StubGenerator, "generate", looking)
+    monkeypatch.setattr(StubGenerator, "prepare", prepare)
+    assert bench.run(bench.job("a"), bench.job("b")) == 0
+    assert seen == [{"a": ("generating", True), "b": ("preparing", False)}]
+
+
+def test_marks_say_that_the_process_was_told_to_stop(bench):
+    """A machine that is taken back may be gone before the running job has drained."""
+    bench.generator = StubGenerator(generate_s=1.0)
+    seen = []
+
+    def signal() -> None:
+        bench.generator.generating.wait(10)
+        bench.stop.request(SIGTERM)
+        deadline = time.monotonic() + 5
+        while not seen and time.monotonic() < deadline:
+            seen.extend(name for name, (_, counts) in marks(bench).items() if not counts)
+
+    thread = threading.Thread(target=signal)
+    thread.start()
+    bench.run(bench.job("a"))
+    thread.join()
+    assert seen == ["a"]
+
+
+@pytest.mark.parametrize("place", ["a file", "a file for its parent", "a folder as record", "a folder as mark"])
+def test_what_stands_in_the_way_of_a_job_fails_that_job_alone(bench, place):
+    jobs = bench.folder / "out/jobs"
+    jobs.mkdir(parents=True)
+    if place == "a file":
+        (jobs / "bad").write_text("in the way")
+    elif place == "a file for its parent":
+        (jobs / "bad").symlink_to(bench.reference)
+    else:
+        (jobs / "bad" / ("result.json" if "record" in place else "attempt.json") / "x").mkdir(parents=True)
+    assert bench.run(bench.job("a"), bench.job("bad"), bench.job("c")) == 1
+    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "failed", "succeeded"]
+    assert bench.summary["jobs"][1]["error"]["code"] == "storage.denied"
+    assert "bad" in bench.summary["jobs"][1]["error"]["message"]
+    read_status(bench.out)
+
+
+@pytest.mark.parametrize("place", ["loop", "long name", "long path"])
+def test_an_input_that_cannot_be_a_file_fails_that_job_alone(bench, place):
+    odd = bench.folder / "loop.mp4"
+    odd.symlink_to(odd)
+    video = {"loop": str(odd), "long name": str(bench.folder / ("n" * 300)), "long path": "/" + "d/" * 3000 + "v.mp4"}
+    bad = replace(bench.job("bad"), video=video[place])
+    assert bench.run(bench.job("a"), bad, bench.job("c")) == 1
+    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "failed", "succeeded"]
+    assert bench.summary["jobs"][1]["error"]["code"].startswith("input.")
+
+
+def test_an_old_record_with_an_odd_output_key_stops_nothing(bench):
+    bench.run(bench.job("a"), bench.job("b"))
+    path = bench.folder / "out/jobs/a/result.json"
+    record = json.loads(path.read_bytes())
+    record["output"]["key"] = "../../elsewhere"
+    path.write_text(json.dumps(record))
+    assert bench.run(bench.job("a"), bench.job("b"), run_id="r2") == 0
+    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "skipped"]
+
+
+def test_generation_does_not_run_ahead_of_delivery_without_a_bound(bench, monkeypatch):
+    """Each job between the two holds open files, however small its frames are."""
+    bench.generator = StubGenerator(frames=1, segments=1)
+    goes, publish, most = threading.Event(), Delivery.publish, []
+
+    def slowly(self, *more):
+        if not most:
+            previous = -1
+            while previous != (previous := bench.generator.tries["ok"]):  # until generation stands still
+                time.sleep(0.3)
+            most.append(previous)
+        return publish(self, *more)
+
+    monkeypatch.setattr(Delivery, "publish", slowly)
+    assert bench.run(*[bench.job(f"j{n}") for n in range(60)]) == 0
+    assert most[0] <= FRAME_BUFFER_ITEMS + 2
+    assert not goes.is_set()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA failure 4: driver shutting down ; GPU=0",
+    ],
+)
+def test_a_dead_device_ends_the_run_with_3_and_fails_no_other_job(bench, monkeypatch, message):
+    generate, prepare, dead = StubGenerator.generate, StubGenerator.prepare, threading.Event()
+
+    def preparing(self, request, timer):
+        if request.prompt == "next":
+            assert dead.wait(10)
+            raise RuntimeError(message)  # whatever touches the device now
+        return prepare(self, request, timer)
+
+    def generating(self, conditions, *more):
+        if conditions.request.prompt == "dies":
+            dead.set()
+            raise RuntimeError(message)
+        return generate(self, conditions, *more)
+
+    monkeypatch.setattr(StubGenerator, "generate", generating)
+    monkeypatch.setattr(StubGenerator, "prepare", preparing)
+    jobs = [bench.job("a"), bench.job("b", "dies"), bench.job("c", "next"), bench.job("d")]
+    assert bench.run(*jobs) == 3
+    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "failed", "not_run", "not_run"]
+    assert bench.summary["jobs"][1]["error"]["code"] == "device.lost"
+    assert bench.files("c") == bench.files("d") == set()
+    assert bench.result("b")["attempts_counted"] == 1
+    monkeypatch.undo()
+    assert bench.run(*jobs, run_id="r2") == 0
+
+
+def test_a_device_that_fails_in_preparation_blames_no_job(bench, monkeypatch):
+    def preparing(self, request, timer):
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0")
+
+    monkeypatch.setattr(StubGenerator, "prepare", preparing)
+    assert bench.run(bench.job("a"), bench.job("b")) == 3
+    assert bench.files("a") == bench.files("b") == set()
+
+
+def clone(bench, count: int, storage=None) -> list[Job]:
+    """Jobs that are done: the record and output of one, `count` times."""
+    first = bench.job("j0")
+    assert bench.run(first, storage=storage, run_id="first") == 0
+    storage = storage or bench.out
+    text = storage.read_bytes("jobs/j0/result.json").decode()
+    output = storage.read_bytes("jobs/j0/output.mp4")
+    for n in range(1, count):
+        storage.write_bytes(f"jobs/j{n}/output.mp4", output)
+        storage.write_bytes(f"jobs/j{n}/result.json", text.replace("jobs/j0/", f"jobs/j{n}/").encode())
+    return [bench.job(f"j{n}") for n in range(count)]
+
+
+@pytest.mark.s3
+def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
+    aws_env(faulty_s3)
+    base = f"s3://{faulty_s3.make_bucket()}"
+    storage = open_storage(f"{base}/out")
+    for path in (bench.reference, bench.video):
+        storage.publish(path, f"in/{path.name}")
+    bench.reference, bench.video = f"{base}/out/in/ref.png", f"{base}/out/in/video.mp4"
+    jobs = clone(bench, 100, storage)
+    storage.write_bytes("jobs/j7/output.mp4", b"somebody else's")
+    storage.delete("jobs/j8/output.mp4")
+    faulty_s3.requests.clear()
+    ledger = Ledger(storage)
+    surveyor = Batch(
+        jobs,
+        Engine("stub", bench.generator.identity, StubGenerator),
+        storage,
+        ledger,
+        *[None] * 2,
+        stop=Stop(),
+        scratch=bench.folder,
+        progress=SilentProgress(),
+        sampler=MemorySampler(),
+    )._surveyor()
+    decisions = list(survey_jobs(jobs, storage, surveyor))
+    assert [n for n, decision in enumerate(decisions) if decision is None] == [7, 8]
+    kinds = Counter(method for method, _, _ in faulty_s3.requests)
+    assert kinds["HEAD"] <= 2 + 1, "each distinct input once, and the one output that was not listed"
+    assert kinds["GET"] <= 100 + 2, "each record once, and the list"
+
+
+def test_a_rerun_reads_no_unchanged_file_again(bench, monkeypatch):
+    memory = bench.folder / "cache/file-hashes.json"
+    jobs = clone(bench, 5)
+    for path in (bench.folder).rglob("*"):
+        os.utime(path, (1, 1))  # a file that has just changed may change again within its clock's tick
+    hashes = FileHashes(memory)
+    assert bench.run(*jobs, run_id="r2", hashes=hashes) == 0
+    hashes.save()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed again"))
+    assert bench.run(*jobs, run_id="r3", hashes=FileHashes(memory)) == 0
+    assert bench.summary["counts"]["skipped"] == 5
