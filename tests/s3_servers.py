@@ -27,6 +27,7 @@ import pytest
 
 START_SECONDS = 60
 REFUSALS = {
+    "400": ("400 Bad Request", "AuthorizationHeaderMalformed", "the region is wrong"),
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "403": ("403 Forbidden", "AccessDenied", "Access Denied"),
     "409": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation occurred."),

@@ -7,6 +7,7 @@ Never: what the bytes mean, which of them belong together, in which order they a
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ class Versioned:
 class Storage(ABC):
     """Objects by key under one root. Every method may be called from any thread.
 
-    Keys are relative POSIX paths, see `check_key`. Raises StorageDenied when refused, StorageUnavailable (retryable)
-    when the far end fails, StorageFull, and ConfigInvalid for a root or key that can never work.
+    Keys are relative POSIX paths, see `check_key`. Raises StorageDenied when refused, or when another file or folder is
+    in the way of a key; StorageUnavailable (retryable) when the far end fails; StorageFull; InputUnreadable for what is
+    there and cannot be read as a file; ConfigInvalid for a root or key that can never work.
     """
 
     root: str
@@ -179,13 +181,25 @@ def local_path(uri: str | Path) -> Path:
         return uri
     scheme, separator, _ = uri.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
-        if not uri or "\0" in uri:
+        if not uri or "\0" in uri or not _encodable(uri):
             raise ConfigInvalid(f"{uri!r} is not a path", todo="Give a folder or an s3:// URI")
-        return Path(uri).expanduser()
+        try:
+            return Path(uri).expanduser()
+        except RuntimeError as err:  # `~other/x`, or `~/x` without HOME and without an entry in passwd
+            raise ConfigInvalid("the home folder is not known", where=uri, todo="Write the whole path") from err
     parts = urlsplit(uri)
     if scheme.lower() != "file":
         raise ConfigInvalid(f"{scheme}:// is not supported", where=uri, todo="Use a path, file:/// or s3://bucket/key")
     path = unquote(uri.partition("://")[2][len(parts.netloc) :])
-    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path or not _encodable(path):
         raise ConfigInvalid("a file URI names an absolute path on this machine", where=uri, todo="Write file:///folder")
     return Path(path)
+
+
+def _encodable(path: str) -> bool:
+    """Can the system be asked for this path at all? Lone surrogates cannot be written in its encoding."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True

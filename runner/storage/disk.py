@@ -17,7 +17,6 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from runner.errors import (
-    ConfigInvalid,
     InputNotFound,
     InputUnreadable,
     RunnerError,
@@ -92,6 +91,7 @@ def sync_folder(folder: Path) -> None:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_LONG = "the name is longer than this file system allows"
 
 
 def os_error(error: OSError, *, where: object, writing: bool) -> RunnerError:
@@ -116,11 +116,37 @@ def os_error(error: OSError, *, where: object, writing: bool) -> RunnerError:
         )
     if not writing and error.errno in ABSENT:
         return InputNotFound("no such file", where=place, todo="Check the path")
-    if not writing and error.errno == errno.EISDIR:
-        return InputUnreadable("is a folder, not a file", where=place)
-    if error.errno in _IN_THE_WAY:
-        return ConfigInvalid(f"cannot be used: {reason}", where=place, todo="Choose another folder or a shorter name")
+    if error.errno in _IN_THE_WAY:  # of one file: what another file meets may be well
+        return _in_the_way(error.errno, place, reason) if writing else _odd_input(error.errno, place, reason)
     return StorageUnavailable(f"input/output failed: {reason}", where=place, todo="Check the disk or mount; then retry")
+
+
+def _odd_input(number: int, place: object, reason: str) -> RunnerError:
+    if number == errno.ENAMETOOLONG:
+        return InputNotFound(_LONG, where=place, todo="Check the path")
+    if number == errno.EISDIR:
+        return InputUnreadable("is a folder, not a file", where=place, todo="Name a file")
+    if number == errno.ELOOP:
+        return InputUnreadable("a symbolic link there leads in a circle", where=place, todo="Name the file itself")
+    return InputUnreadable(f"cannot be read: {reason}", where=place, todo="Check the path")
+
+
+def _in_the_way(number: int | None, place: object, reason: str) -> StorageDenied:
+    """Something else has the name that a file or its folder must have."""
+    path = Path(str(place))
+    if number == errno.ENAMETOOLONG:
+        return StorageDenied(_LONG, where=place, todo="Choose a shorter name, or an output folder with a shorter path")
+    if number == errno.EISDIR:
+        return StorageDenied("a folder lies where a file must be", where=place, todo="Remove or rename that folder")
+    for obstacle in (path, *path.parents):
+        with suppress(OSError):
+            if number == errno.ELOOP and obstacle.is_symlink():
+                problem = "a symbolic link there leads in a circle"
+                return StorageDenied(problem, where=obstacle, todo="Remove or rename that link")
+            if number in (errno.ENOTDIR, errno.EEXIST) and os.path.lexists(obstacle) and not obstacle.is_dir():
+                problem = "a file lies where a folder must be"
+                return StorageDenied(problem, where=obstacle, todo="Remove or rename that file")
+    return StorageDenied(f"cannot be used: {reason}", where=place, todo="Remove or rename what lies there")
 
 
 def _owner(place: object) -> str:

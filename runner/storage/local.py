@@ -11,7 +11,6 @@ import os
 import shutil
 import stat as stat_modes
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, InputNotFound
@@ -29,8 +28,9 @@ class LocalStorage(Storage):
     def __init__(self, root: str | Path) -> None:
         self.path = local_path(root)
         self.root = str(self.path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
+        with os_errors(self.path, writing=True):
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
 
     def uri(self, key: str) -> str:
         return str(self.path / check_key(key))
@@ -81,10 +81,14 @@ class LocalStorage(Storage):
             for path in walk_files(top):
                 key = path.relative_to(self.path).as_posix()
                 if key.startswith(prefix) and not is_staged(path.name):
-                    with suppress(FileNotFoundError):  # deleted since, or a link to nothing
+                    try:
                         status = path.stat()
-                        if stat_modes.S_ISREG(status.st_mode):
-                            yield self._info(key, status)
+                    except OSError as err:
+                        if err.errno in (*ABSENT, errno.ELOOP):  # deleted since, or a link to nothing or to itself
+                            continue
+                        raise
+                    if stat_modes.S_ISREG(status.st_mode):
+                        yield self._info(key, status)
 
     def read_bytes(self, key: str) -> bytes | None:
         path = Path(self.uri(key))

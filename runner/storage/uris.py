@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat as stat_modes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -56,11 +57,13 @@ def open_storage(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) 
 def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) -> ObjectInfo:
     """What an input file or object is, without reading it.
 
-    Raises InputNotFound, InputUnreadable for a folder or a pipe, StorageDenied, StorageUnavailable.
+    Raises InputNotFound, InputUnreadable for what is no readable file, StorageDenied, StorageUnavailable; ConfigInvalid
+    only for what is wrong with the AWS configuration itself.
     """
     if is_remote(uri):
         storage, key = _open_object(str(uri), s3_extra)
-        info = storage.stat(key)
+        with _one_input(str(uri)):
+            info = storage.stat(key)
         if info is None:
             raise InputNotFound("no such object", where=uri, todo="Check the bucket and the key")
         return info
@@ -93,8 +96,21 @@ def fetch_input_with_info(
         return FetchedInput(Path(info.uri), info, unverified=False)
     storage, key = _open_object(str(uri), s3_extra)
     dest = dest_dir / download_name(str(uri))
-    info = storage.fetch(key, dest)
+    with _one_input(str(uri)):
+        info = storage.fetch(key, dest)
     return FetchedInput(dest, info, unverified=not info.verified)
+
+
+@contextmanager
+def _one_input(uri: str) -> Iterator[None]:
+    """An S3 store's refusal of one object (its bucket lies in another region, its key is too long) is that input's
+    fault. A fault of the configuration, which names its variable instead of the object, stays one."""
+    try:
+        yield
+    except ConfigInvalid as err:
+        if is_remote(err.where or ""):
+            raise InputUnreadable(err.what, where=uri, todo=err.todo) from err
+        raise
 
 
 def _open_object(uri: str, s3_extra: Mapping[str, Any] | None) -> tuple[Storage, str]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import ConfigInvalid, InputUnreadable
-from runner.storage import (
-    LocalStorage,
-    open_storage,
-)
+from runner.errors import ConfigInvalid, InputUnreadable, StorageDenied
+from runner.storage import LocalStorage, open_storage, probe_writable
 from runner.storage.disk import is_staged
 
 
@@ -95,20 +93,61 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    """Each is the trouble of one job: no ConfigInvalid, which would stop the run."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "file").write_bytes(b"")
+    (tmp_path / "jobs" / "loop").symlink_to("loop")
+    (tmp_path / "jobs" / "nowhere").symlink_to("absent/too")
+    store = LocalStorage(tmp_path)
+    store.write_bytes("jobs/folder/output.mp4/x", b"")
+    (tmp_path / "source").write_bytes(b"x")
+    for key, said in [
+        ("jobs/file/output.mp4", "jobs/file: a file lies where a folder must be. Remove or rename that file"),
+        ("jobs/file/a/b/output.mp4", "jobs/file: a file lies where a folder must be. Remove or rename that file"),
+        ("jobs/nowhere/output.mp4", "jobs/nowhere: a file lies where a folder must be. Remove or rename that file"),
+        ("jobs/loop/a/output.mp4", "jobs/loop: a symbolic link there leads in a circle. Remove or rename that link"),
+        ("jobs/folder/output.mp4", "output.mp4: a folder lies where a file must be. Remove or rename that folder"),
+        ("n" * 300, "longer than this file system allows. Choose a shorter name"),
+    ]:
+        for write in (
+            lambda key: store.write_bytes(key, b""),
+            lambda key: store.publish(tmp_path / "source", key),
+            lambda key: store.write_if(key, b"", "sha256:0"),
+            lambda key: store.append_lines(key, b"x\n"),
+        ):
+            with pytest.raises(StorageDenied, match=re.escape(said)):
+                write(key)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"source", "jobs/file", "jobs/folder/output.mp4/x"}
+
+
+def test_a_root_that_is_a_file_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ConfigInvalid, match="not a folder"):
         open_storage(tmp_path / "file")
+    for root in (tmp_path / "file" / "deeper", tmp_path / "loop"):
+        with pytest.raises(StorageDenied, match="Remove or rename") as caught:
+            probe_writable(open_storage(root))
+        assert caught.value.exit_code == 2
+    with pytest.raises(StorageDenied, match="shorter"):
+        open_storage(tmp_path / ("n" * 300))
+
+
+def test_odd_things_under_a_key(tmp_path: Path) -> None:
+    """A link that leads in a circle in one job's folder does not keep the others from being listed."""
     store = LocalStorage(tmp_path)
-    with pytest.raises(ConfigInvalid, match="file"):
-        store.write_bytes("file/deeper", b"")
-    store.write_bytes("folder/x", b"")
-    with pytest.raises(ConfigInvalid, match="folder"):
-        store.write_bytes("folder", b"")
-    with pytest.raises(ConfigInvalid, match="shorter name"):
-        store.write_bytes("n" * 300, b"")
-    with pytest.raises(InputUnreadable, match="folder"):
-        store.fetch("folder", tmp_path / "copy")
-    assert sorted(info.key for info in store.list()) == ["file", "folder/x"]
+    store.write_bytes("jobs/a/output.mp4", b"")
+    store.write_bytes("jobs/b/attempt.json/x", b"")
+    (tmp_path / "jobs" / "loop").symlink_to("loop")
+    assert [info.key for info in store.list()] == ["jobs/a/output.mp4", "jobs/b/attempt.json/x"]
+    for read in (store.read_bytes, store.read_versioned, lambda key: store.fetch(key, tmp_path / "copy")):
+        with pytest.raises(InputUnreadable, match="folder"):
+            read("jobs/b/attempt.json")
+        with pytest.raises(InputUnreadable, match="circle"):
+            read("jobs/loop")
+    assert store.read_bytes("n" * 300) is None
+    assert store.stat("n" * 300) is None
 
 
 RACE = """

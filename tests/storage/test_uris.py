@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from runner.storage import (
     probe_writable,
     stat_input,
 )
+from tests.s3_servers import FaultyServer, S3Server
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,49 @@ def test_local_inputs_stay_where_they_are(tmp_path: Path) -> None:
         stat_input(tmp_path / "absent")
     with pytest.raises(InputNotFound):
         stat_input(tmp_path / "a b.png" / "deeper")
+
+
+def test_odd_local_inputs_are_their_jobs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ConfigInvalid and no traceback, which would stop the other jobs."""
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.delenv("HOME", raising=False)
+    for uri, kind, said in [
+        (tmp_path / "loop", InputUnreadable, "circle"),
+        (tmp_path / "loop" / "x.png", InputUnreadable, "circle"),
+        (tmp_path / ("n" * 256), InputNotFound, "longer"),
+        (tmp_path / "/".join(["n" * 200] * 25), InputNotFound, "longer"),
+        (f"file://{tmp_path}/{'n' * 256}", InputNotFound, "longer"),
+        ("~no-such-user/x.png", InputNotFound, "home folder"),
+        (str(tmp_path / "\ud800"), InputNotFound, "not a path"),
+        (f"file://{tmp_path}/\ud800", InputNotFound, "absolute path"),
+        ("a\0b", InputNotFound, "not a path"),
+        ("", InputNotFound, "not a path"),
+    ]:
+        for ask in (stat_input, lambda uri: fetch_input(uri, tmp_path / "scratch")):
+            with pytest.raises(kind, match=said):
+                ask(uri)
+
+
+def test_odd_objects_are_their_jobs_fault(
+    faulty_s3: FaultyServer, aws_env: Callable[..., S3Server], tmp_path: Path
+) -> None:
+    bucket = aws_env(faulty_s3, AWS_MAX_ATTEMPTS="1").make_bucket()
+    faulty_s3.client.put_object(Bucket=bucket, Key="x.mp4", Body=b"x")
+    for ask in (stat_input, lambda uri: fetch_input(uri, tmp_path / "scratch")):
+        faulty_s3.faults.clear()  # as a bucket of another region answers, or one whose name with the key is too long
+        faulty_s3.fail("400", "HEAD", "x.mp4", times=1000)
+        with pytest.raises(InputUnreadable, match=r"x\.mp4.*answered 400"):
+            ask(f"s3://{bucket}/x.mp4")
+        with pytest.raises(InputNotFound):
+            ask(f"s3://{bucket}/{'n' * 1025}")
+        with pytest.raises(InputNotFound):
+            ask(f"s3://{bucket}/{'n' * 1025}/x")
+
+
+def test_what_is_wrong_with_the_configuration_is_no_inputs_fault(aws_env: Callable[..., S3Server]) -> None:
+    aws_env(S3Server("not a url"))
+    with pytest.raises(ConfigInvalid, match="AWS_ENDPOINT_URL_S3"):
+        stat_input("s3://bucket/x.mp4")
 
 
 def test_probe_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
