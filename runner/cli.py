@@ -6,14 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from runner import __version__
 from runner.errors import RunnerError, as_runner_error
+from runner.redact import for_people
 
 __all__ = ["main", "parser"]
 
@@ -26,7 +31,9 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. Without `argv` the process is ours, and ends here if it cannot end by itself."""
+    _open_streams()
     code = _call(argv)
+    _flush_streams()
     if argv is None:
         from runner.batch.stop import leave
 
@@ -48,23 +55,69 @@ def _call(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if arguments.call is _run else 0
     except (RunnerError, OSError) as error:
-        found = as_runner_error(error)
-        with suppress(OSError):
-            print(f"{found.code}: {found.message}", file=sys.stderr)
-        return found.exit_code
+        return _say_error(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a bug of ours: its traceback helps to find it, and may quote a URI
+        from runner.verbs.tables import print_error
+
+        print_error(traceback.format_exc().rstrip())
+        return _say_error(error)
+
+
+def _say_error(error: Exception) -> int:
+    from runner.verbs.tables import print_error
+
+    found = as_runner_error(error)
+    print_error(f"{found.code}: {found.message}")
+    return found.exit_code
+
+
+def _open_streams() -> None:
+    """A closed standard stream reads and writes nothing; a character that a stream cannot encode is escaped.
+
+    A closed descriptor is taken first: the next file to be opened would get its number, and the messages that native
+    libraries write to descriptor 2.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_streams() -> None:
+    """What cannot be written is dropped here: at the interpreter's end it would make the exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes no secret of a flag when it refuses it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(for_people(message), file)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="video-lab",
         description="Batch renderer for character animation: a manifest of jobs in, MP4s and records out.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"video-lab {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--log-format",
         choices=("auto", "console", "json"),
@@ -193,12 +246,25 @@ def _models(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--models", default=default, metavar="URI", help="model store: a folder or s3://… ($VIDEO_LAB_MODELS)"
     )
-    cache = Path(os.environ.get("VIDEO_LAB_CACHE", Path.home() / ".cache" / "video-lab"))
     verb.add_argument(
-        "--cache", type=Path, default=cache, metavar="DIR", help="for synced models and scratch ($VIDEO_LAB_CACHE)"
+        "--cache",
+        type=Path,
+        default=_default_cache(),
+        metavar="DIR",
+        help="for synced models and scratch ($VIDEO_LAB_CACHE)",
     )
     verb.add_argument("--recipe", metavar="NAME", help="weights, precision and steps; over the manifest's")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+
+
+def _default_cache() -> Path:
+    """$VIDEO_LAB_CACHE, else below the home folder; below the temporary folder for a user who has no home."""
+    if named := os.environ.get("VIDEO_LAB_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "video-lab"
+    except RuntimeError:  # no HOME, and no line of this user in passwd: a container with --user
+        return Path(tempfile.gettempdir()) / f"video-lab-{os.getuid()}"
 
 
 def _networks(verb: argparse.ArgumentParser) -> None:
@@ -297,11 +363,12 @@ def _weights(arguments: argparse.Namespace) -> int:
 
 def _weights_demo(arguments: argparse.Namespace) -> int:
     from runner.demo.build import build_demo_media, build_demo_models
+    from runner.verbs.tables import print_text
 
     models = Path(arguments.models or ".cache/demo-models")
     build_demo_models(models)
     build_demo_media(arguments.media)
-    print(f"models: {models}\nmedia:  {arguments.media}")
+    print_text(f"models: {models}\nmedia:  {arguments.media}")
     return 0
 
 

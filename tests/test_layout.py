@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantization.kernels", "quantization.lora"),
     ("quantization.formats", "records", "storage", "video"),
     ("forecast",),
-    ("errors", "timing"),
+    ("errors", "redact", "timing"),
     ("__init__",),  # the package itself: its version
 )
 HEIGHT = {room: len(FLOORS) - depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -173,6 +173,14 @@ def test_modules_named_in_texts_exist_and_stand_in_registries():
                 assert module in REGISTRIES, f"{module}, line {node.lineno}: {node.value}"
                 named, _, attribute = str(node.value).partition(":")
                 assert attribute in {name for child in tree_of(named).body for name in names_defined(child)}
+
+
+def test_one_module_prints():
+    """What it prints has no secrets in it."""
+    for module in MODULES.keys() - {"runner.verbs.tables"}:
+        calls = (node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call))
+        lines = [name.lineno for name in calls if isinstance(name, ast.Name) and name.id == "print"]
+        assert lines == [], f"{module} prints in line {lines}: call print_text or print_error of tables.py"
 
 
 def test_the_top_of_the_package_is_seen_at_a_glance():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.records.record import InputRecord
+from runner.redact import redact
 from runner.spec.manifest import Job
 
 __all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "sha256_file"]
@@ -62,7 +63,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
 
 
 def _short(value: Any, length: int = 24) -> str:
-    text = str(value)
+    text = redact(str(value))  # before it is cut: half a password is not known for one
     if text.startswith("sha256:"):
         text = text[: len("sha256:") + 8]
     return text if len(text) <= length else text[: length - 1] + "…"

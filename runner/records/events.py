@@ -10,13 +10,14 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, Literal, TextIO, cast
 
 import structlog
 
 from runner.errors import RunnerError
+from runner.redact import escape_control, redact, redact_tree
 from runner.timing import now
 
 __all__ = ["EventLog", "configure_logging"]
@@ -28,7 +29,8 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
     if style == "json":
         renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=style == "auto" and sys.stderr.isatty(), pad_event_to=18)
+        colours = style == "auto" and sys.stderr is not None and sys.stderr.isatty()
+        renderer = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=18)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -36,27 +38,49 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
             if style == "json"
             else structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.processors.format_exc_info,
+            _redact_event if style == "json" else _escape_event,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(file=cast(TextIO, _Stderr())),
     )
+    if logging.lastResort is not None:  # what libraries warn of goes to standard error by this handler
+        logging.lastResort.setFormatter(_RedactingFormatter())
+
+
+def _redact_event(logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """A structlog processor: the event without its secrets."""
+    return cast(Mapping[str, Any], redact_tree(event))
+
+
+def _escape_event(logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """A structlog processor: the event without its secrets, and without characters that change a terminal."""
+    public = redact_tree(event)
+    return {key: escape_control(value) if isinstance(value, str) else value for key, value in public.items()}
+
+
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 class _Stderr:
     """Whatever standard error is at the moment of writing: programs and tests may redirect it after set-up.
 
-    Nobody may be reading it any more (`2>&1 | head`), or its disk may be full: hours of rendering do not end for that.
+    It may be closed, have no reader (`2>&1 | head`), a full disk, or an encoding without the character: hours of
+    rendering do not end for that.
     """
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            sys.stderr.write(text)
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.flush()
 
 
 class EventLog:
@@ -74,7 +98,8 @@ class EventLog:
         self._log = structlog.get_logger()
 
     def emit(self, event: str, *, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any) -> None:
-        """Note `event`; values must be JSON-able."""
+        """Note `event`, its secrets masked; values must be JSON-able."""
+        fields = redact_tree(fields)
         with self._lock:
             if not self._quiet:
                 getattr(self._log, level)(event, **fields)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from runner.errors import RunnerError, counts_as_attempt
+from runner.redact import redact_tree
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
+COMPARED = frozenset({"job_id", "fingerprint", "identity", "key", "sha256", "frames_sha256"})  # by a later run
 
 
 class Record(BaseModel):
@@ -46,7 +48,9 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     def to_json(self) -> bytes:
-        return (json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n").encode()
+        """As the record is stored: its secrets masked."""
+        public = redact_tree(self.model_dump(mode="json"), keep=COMPARED)
+        return (json.dumps(public, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 class InputRecord(Record):

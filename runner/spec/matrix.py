@@ -12,9 +12,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from runner.redact import redact_patterns
+
 __all__ = ["ID_PATTERN", "check_id", "matrix_ids", "same_file"]
 
-ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
+# What Windows takes for a device, in any case and whatever follows the first dot. It also drops a dot at a name's end.
+_DEVICE = "(?:[cC][oO][nN]|[pP][rR][nN]|[aA][uU][xX]|[nN][uU][lL]|(?:[cC][oO][mM]|[lL][pP][tT])[0-9])(?:[.]|$)"
+ID_PATTERN = f"(?!{_DEVICE})[A-Za-z0-9_-](?:[A-Za-z0-9._-]{{0,126}}[A-Za-z0-9_-])?"
 _MAX_ID = 128
 _HASH_LENGTHS = (8, 16, 32, 64)  # hexadecimal digits; more only where eight leave two jobs alike
 
@@ -23,29 +27,37 @@ def check_id(text: str) -> str:
     """`text`, if it can be a job's id and so a folder's name; ValueError with what to write instead."""
     if text in (".", ".."):
         raise ValueError(f"{text} names a folder, not a job")
-    if not re.fullmatch(ID_PATTERN, text):
-        if not text:
-            raise ValueError("must not be empty")
-        if len(text) > _MAX_ID:
-            raise ValueError(f"is {len(text)} characters long; an id has at most {_MAX_ID}")
-        near, _ = _slug(text)
-        hint = f"; try {near}" if near else ""
+    if re.fullmatch(ID_PATTERN, text):
+        return text
+    if not text:
+        raise ValueError("must not be empty")
+    if len(text) > _MAX_ID:
+        raise ValueError(f"is {len(text)} characters long; an id has at most {_MAX_ID}")
+    near = _valid_words(_slug(redact_patterns(text))[0])
+    hint = f"; try {near}" if near else ""
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
         raise ValueError(f"'{text}' may hold only A-Z a-z 0-9 . _ - (it becomes a folder's name){hint}")
-    return text
+    if re.match(_DEVICE, text):
+        raise ValueError(f"{text} is the name of a device on Windows and cannot be a folder there{hint}")
+    if text.startswith("."):
+        raise ValueError(f"{text} begins with a dot, as hidden files and files that are being written do{hint}")
+    raise ValueError(f"{text} ends with a dot, which Windows drops from a folder's name{hint}")
 
 
 def matrix_ids(references: Sequence[str], videos: Sequence[str]) -> dict[tuple[str, str], str]:
     """(reference, video) -> id, for every pair of distinct names.
 
     `refs/anna.png` × `dances/samba.mp4` is `anna-samba`. A short hash of both names as written is added where letters
-    were lost (贝拉, spaces, too long) and where two pairs would share an id, upper and lower case alike.
+    were lost (贝拉, spaces, too long, a presigned name's secret), where two pairs would share an id, upper and lower
+    case alike, and where `check_id` would refuse the plain id.
     """
-    slugs = {name: _slug(posixpath.splitext(_file_name(name))[0]) for name in {*references, *videos}}
+    stems = {name: posixpath.splitext(_file_name(redact_patterns(name)))[0] for name in {*references, *videos}}
+    slugs = {name: _slug(stem) for name, stem in stems.items()}
     pairs = sorted({(reference, video) for reference in references for video in videos})
     level = {}  # pair -> how much hash its id carries: 0 none, else _HASH_LENGTHS[level - 1]
     for pair in pairs:
         faithful = all(slugs[name][1] for name in pair)
-        level[pair] = 0 if faithful and len("-".join(slugs[name][0] for name in pair)) <= _MAX_ID else 1
+        level[pair] = 0 if faithful and re.fullmatch(ID_PATTERN, _pair_id(pair, slugs, 0)) else 1
     ids = {pair: _pair_id(pair, slugs, level[pair]) for pair in pairs}
     while clashing := _clashing(ids):
         raised = [pair for pair in clashing if level[pair] < len(_HASH_LENGTHS)]
@@ -74,13 +86,20 @@ def _slug(text: str) -> tuple[str, bool]:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._"), False
 
 
+def _valid_words(words: str) -> str:
+    """Words of an id without dots at their ends, and not a device's name."""
+    words = words.strip("-._")
+    return f"job-{words}" if re.match(_DEVICE, words) else words
+
+
 def _pair_id(pair: tuple[str, str], slugs: dict[str, tuple[str, bool]], level: int) -> str:
     words = "-".join(slugs[name][0] for name in pair if slugs[name][0])
     if level == 0:
         return words
     length = _HASH_LENGTHS[level - 1]
     digest = hashlib.sha256("\0".join(same_file(name) for name in pair).encode()).hexdigest()[:length]
-    words = words[: _MAX_ID - 1 - length].strip("-._")
+    room = _MAX_ID - 1 - length
+    words = _valid_words(words[:room])[:room].strip("-._")
     return f"{words or 'job'}-{digest}"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from runner.redact import escape_control, redact
+
 __all__ = [
     "MAX_DEPTH",
     "MAX_VALUES",
@@ -51,7 +53,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (f"line {self.line}" if self.line else "", self.path, self.what) if part)
+        parts = (f"line {self.line}" if self.line else "", self.path, self.what)
+        return escape_control(": ".join(part for part in parts if part), lines=True)
 
 
 class TextInvalid(Exception):
@@ -299,7 +302,8 @@ def join_path(path: str, key: str) -> str:
 
 
 def short(text: str) -> str:
-    """`text` in quotes, cut to what fits a message."""
+    """`text` in quotes, cut to what fits a message; redacted first, for half a password is not known for one."""
+    text = redact(text)
     return "'" + (text if len(text) <= 60 else text[:57] + "...") + "'"
 
 

@@ -17,6 +17,7 @@ from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.storage import fetch_input
 from runner.verbs.run import local_models, network_options
+from runner.verbs.tables import print_json
 
 __all__ = ["preprocess_one"]
 
@@ -53,5 +54,5 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
         paths = [fetch_input(uri, Path(scratch)) if uri else None for uri in (job.reference, job.video, job.mask)]
         assert paths[0] is not None and paths[1] is not None
         done = run_preprocess(paths[0], paths[1], arguments.out, job.options, preprocessor, mask=paths[2])
-    print(json.dumps(done, indent=2, ensure_ascii=False))
+    print_json(done, indent=2)
     return 0

@@ -20,6 +20,7 @@ from runner.errors import ConfigInvalid, WeightsMissing
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
 from runner.storage import is_remote
 from runner.timing import StageTimer
+from runner.verbs.tables import print_text
 from runner.weights.variant import DISTILL_FOLDER, TEXT_FILE, TRANSFORMER_FILE, quantized_folder
 
 if TYPE_CHECKING:
@@ -80,12 +81,12 @@ def quantize_models(arguments: argparse.Namespace) -> int:
     )
     for key in summary.untargeted:
         log.warning("lora_without_target", tensor=key)
-    print(f"{summary.path}: {summary.layers} layers in {summary.format}, {summary.bytes / 1e9:.3f} GB")
+    print_text(f"{summary.path}: {summary.layers} layers in {summary.format}, {summary.bytes / 1e9:.3f} GB")
     if arguments.text_encoder:
         made = quantize_text_encoder(
             root / recipe.weights / "text_encoder", target / TEXT_FILE, device=arguments.device
         )
-        print(f"{made.path}: {made.linears} layers in INT4, {made.bytes_written / 1e9:.3f} GB")
+        print_text(f"{made.path}: {made.linears} layers in INT4, {made.bytes_written / 1e9:.3f} GB")
     return 0
 
 

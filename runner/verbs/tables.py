@@ -1,4 +1,7 @@
-"""Tables: tables for a person on standard output. In: rows. Out: text. Never: decisions."""
+"""Tables: all that verbs print: tables and lines on standard output, errors on standard error.
+
+In:   rows, text. Out: text without secrets and without characters that change a terminal. Never: decisions.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from runner.errors import RunnerError
 from runner.records.record import JobLine
+from runner.redact import escape_control, for_people, redact, redact_tree
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -21,7 +27,16 @@ if TYPE_CHECKING:
     from runner.verbs.plan import Forecast
     from runner.verbs.status import StatusRow
 
-__all__ = ["print_checks", "print_plan", "print_problems", "print_run", "print_status"]
+__all__ = [
+    "print_checks",
+    "print_error",
+    "print_json",
+    "print_plan",
+    "print_problems",
+    "print_run",
+    "print_status",
+    "print_text",
+]
 
 COLOURS = {
     "succeeded": "green",
@@ -33,6 +48,24 @@ COLOURS = {
     "failed": "red",
     "fail": "red",
 }
+
+
+def print_text(text: str) -> None:
+    """One line, or several, on standard output."""
+    print(for_people(text))
+
+
+def print_error(text: str) -> None:
+    """The same on standard error. A stream that cannot be written changes no outcome."""
+    with suppress(OSError, ValueError):
+        print(for_people(text), file=sys.stderr)
+
+
+def print_json(value: Any, *, indent: int | None = None) -> None:
+    """A JSON-able value; in ASCII where standard output has no UTF-8."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(redact_tree(value), ensure_ascii=not unicode, indent=indent)
+    _console().out(text, highlight=False)
 
 
 def print_run(
@@ -98,11 +131,11 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
 
 
 def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
-    console = _console()
     if as_json:
         for row in rows:
-            console.out(json.dumps(row.model_dump(mode="json"), ensure_ascii=False), highlight=False)
+            print_json(row.model_dump(mode="json"))
         return
+    console = _console()
     table = _table("job", "status", "attempt", "seconds", "detail")
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
@@ -123,7 +156,16 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 class _Console(Console):
-    """Falls silent when nobody reads any more (`video-lab run … | head`): rich's own ends the process with 1."""
+    """Redacts every text that it prints or puts into a table.
+
+    It falls silent when nobody reads any more (`video-lab run … | head`): rich's own ends the process with 1.
+    """
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        rendered = super().render_str(escape_control(text), **how)
+        if (public := redact(rendered.plain)) != rendered.plain:
+            rendered.plain = public
+        return rendered
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
