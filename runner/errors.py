@@ -18,6 +18,7 @@
     ├── WeightsMissing        weights.missing            exit 2   stops the run
     ├── WeightsCorrupt        weights.corrupt            exit 2   stops the run
     ├── JobCrashed            job.crashed                exit 1   the process died in this job, earlier
+    ├── NotFinite             output.not_finite          exit 1   NaN or infinity on the way to the frames
     └── InternalError         internal                   exit 1   a bug of ours: please report
 
 A message says what was wrong, where, and what to do. Nothing here imports anything of the project.
@@ -39,6 +40,7 @@ __all__ = [
     "JobCrashed",
     "ManifestInvalid",
     "NoPerson",
+    "NotFinite",
     "OutOfMemory",
     "RunnerError",
     "StorageConflict",
@@ -166,6 +168,12 @@ class JobCrashed(RunnerError):
     """The process that ran this job ended without a word: killed for memory, a driver fault, a power cut."""
 
     code = "job.crashed"
+
+
+class NotFinite(RunnerError):
+    """The model computed NaN or infinity, of which no picture can be made; the message names stage and place."""
+
+    code = "output.not_finite"
 
 
 class InternalError(RunnerError):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runner.generation.runtime.finite import not_finite
 from runner.storage.disk_cache import PoseCache, key, remembered
 from runner.timing import StageTimer
 
@@ -45,12 +46,16 @@ class PromptCache:
         """[1, tokens, text_dim] in `dtype`: from disk, on the host; else what `make` returns, where that is.
 
         Counts prompt_disk_cache_hits or _misses. A folder that cannot be used is reported, and costs time alone.
+        Raises NotFinite for what `make` returns, so that no such embedding lies on the disk.
         """
         made: list[Tensor] = []
 
         def arrays() -> dict[str, np.ndarray]:
             made.append(make())
-            return to_arrays(made[0])
+            on_host = made[0].detach().cpu()
+            if not bool(torch.isfinite(on_host).all()):
+                raise not_finite("encode_prompt", "a prompt's embedding")
+            return to_arrays(on_host)
 
         name = key({"prompt": text, "tokens": tokens, "dtype": str(dtype), **self.identity})
         found = remembered(self.files, name, arrays, timer, NAME)

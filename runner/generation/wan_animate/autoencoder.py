@@ -35,6 +35,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from runner.generation.runtime.device import as_out_of_memory
+from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.transformer import Switches
 
 __all__ = [
@@ -45,6 +46,10 @@ __all__ = [
     "prepare_vae",
     "with_channels_last",
 ]
+
+
+# (index of the first frame in the clip, pixels [1, 3, n, h, w] of the whole picture or of a tile)
+Look = Callable[[int, Tensor], None]
 
 
 class FramewiseVae(AutoencoderKLWan):
@@ -64,27 +69,51 @@ class FramewiseVae(AutoencoderKLWan):
         plain = not config.is_residual and config.patch_size is None and any(config.temperal_downsample)
         return plain and config.base_dim % 8 == 0
 
-    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, look: Look | None = None) -> Iterator[Tensor]:
         """Pixels [1, 3, 1, H, W], then [1, 3, 4, H, W] for each further latent frame, in [-1, 1]; `decode` in pieces.
 
         Tiled, everything comes at once. Feature maps are held until the iterator ends or is closed.
+        `look` gets the same pixels before they are clamped, which makes 1 of infinity; tiled, those of each tile.
         """
         ratio = self.spatial_compression_ratio
         tile = self.tile_sample_min_height // ratio, self.tile_sample_min_width // ratio
         if self.use_tiling and (latents.shape[-2] > tile[0] or latents.shape[-1] > tile[1]):
-            yield self.decode(latents, return_dict=False)[0]
+            yield self._decode_tiles(latents, look)
             return
         self.clear_cache()
         try:
             hidden = self.post_quant_conv(latents)
+            at = 0
             for i in range(hidden.shape[2]):
                 self._conv_idx = [0]
                 pixels = self._decode_frame(hidden[:, :, i : i + 1], first=i == 0)
                 if self.config.patch_size is not None:
                     pixels = unpatchify(pixels, patch_size=self.config.patch_size)
+                if look is not None:
+                    look(at, pixels)
+                    at += pixels.shape[2]
                 yield torch.clamp(pixels, min=-1.0, max=1.0)
         finally:
             self.clear_cache()
+
+    def _decode_tiles(self, latents: Tensor, look: Look | None) -> Tensor:
+        """The library's own walk: tile by tile, and in each through all latent frames, with one decoder call each."""
+        if look is None:
+            pixels: Tensor = self.decode(latents, return_dict=False)[0]
+            return pixels
+        calls = frames = 0
+
+        def seen(_decoder: nn.Module, _inputs: Any, tile: Tensor) -> None:
+            nonlocal calls, frames
+            frames = 0 if calls % latents.shape[2] == 0 else frames
+            look(frames, tile)
+            calls, frames = calls + 1, frames + tile.shape[2]
+
+        hook = self.decoder.register_forward_hook(seen)
+        try:
+            return self.decode(latents, return_dict=False)[0]
+        finally:
+            hook.remove()
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
         if self.use_tiling or not self.framewise:
@@ -151,10 +180,20 @@ class FramewiseVae(AutoencoderKLWan):
 
 
 def decode_latents(
-    vae: Any, latents: torch.Tensor, first: int, last: int, overlap: int, convert: Callable[[torch.Tensor], Any]
+    vae: Any,
+    latents: torch.Tensor,
+    first: int,
+    last: int,
+    overlap: int,
+    convert: Callable[[torch.Tensor], Any],
+    checks: FiniteChecks | None = None,
+    offset: int = 0,
 ) -> tuple[list[Any], torch.Tensor]:
     """Of a window, whose first latent frame is the reference's: frames first..last-1, each few as `convert` gives
-    them, and the pixels [1, 3, overlap, H, W] in [-1, 1] of its last ones. Never are all on the device."""
+    them, and the pixels [1, 3, overlap, H, W] in [-1, 1] of its last ones. Never are all on the device.
+
+    `checks` gets the frames first..last-1 before they are clamped; frame 0 of the window is frame `offset` of the job.
+    """
     latents, config = latents.to(vae.dtype), vae.config
     mean, deviation = (
         torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
@@ -163,8 +202,14 @@ def decode_latents(
     # The parent divides by the reciprocal; multiplying by the deviation would round otherwise.
     done: list[Any] = []
     at, tail = 0, latents.new_empty(0)
+
+    def look(start: int, pixels: Tensor) -> None:
+        begin, end = max(first - start, 0), min(last - start, pixels.shape[2])
+        if checks is not None and begin < end:
+            checks.add_frames("vae_decode", pixels[:, :, begin:end], offset + start + begin)
+
     # Closed at once if `convert` fails: it empties the cache that the next decode fills.
-    with closing(vae.decode_chunks((latents / (1.0 / deviation) + mean)[:, :, 1:])) as chunks:
+    with closing(vae.decode_chunks((latents / (1.0 / deviation) + mean)[:, :, 1:], look)) as chunks:
         for pixels in chunks:
             begin, end, at = max(first - at, 0), last - at, at + pixels.shape[2]
             if begin < min(end, pixels.shape[2]):

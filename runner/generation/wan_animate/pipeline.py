@@ -19,9 +19,10 @@ import torch
 from diffusers import WanAnimatePipeline
 from PIL import Image
 
-from runner.errors import ConfigInvalid
+from runner.errors import ConfigInvalid, NotFinite
 from runner.generation.protocol import OnStep, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
+from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import MemoryPlan
 from runner.generation.runtime.memos import Memos
 from runner.generation.runtime.streaming import BlockStream
@@ -165,7 +166,10 @@ class AnimatePipeline(WanAnimatePipeline):
         on_step: OnStep | None,
         convert: Callable[[torch.Tensor], Any],
     ) -> Iterator[tuple[int, list[Any], np.ndarray]]:
-        """As `decode_segments`, with what `convert` makes of each few frames [1, 3, n, H, W] as they are decoded."""
+        """As `decode_segments`, with what `convert` makes of each few frames [1, 3, n, H, W] as they are decoded.
+
+        Raises NotFinite before a segment is handed out that NaN or infinity went into.
+        """
         if self.memory is not None:
             self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
         try:
@@ -173,9 +177,21 @@ class AnimatePipeline(WanAnimatePipeline):
             clip, reference = self._reference(source.reference, plan, timer)
             contexts = self._contexts(text, negative, clip, timer)
             self.kept_bytes = 0
+            checks = FiniteChecks()
             job = Job(
-                plan, scheduler, timer, on_step, options.guidance_scale, text, negative, clip, reference, contexts
+                plan,
+                scheduler,
+                timer,
+                on_step,
+                options.guidance_scale,
+                text,
+                negative,
+                clip,
+                reference,
+                checks,
+                contexts,
             )
+            _check_shared(job)
             generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
             previous = None
             for index in range(plan.segments):
@@ -193,9 +209,15 @@ class AnimatePipeline(WanAnimatePipeline):
                     at - start for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
                 )
                 with timer.stage("vae_decode", on_device=True):
-                    frames, previous = decode_latents(self.vae, latents, first, last, plan.overlap_frames, convert)
+                    frames, previous = decode_latents(
+                        self.vae, latents, first, last, plan.overlap_frames, convert, checks, start
+                    )
+                    checks.read()
                 del latents
                 yield index, frames, drawn.pose[first:last]
+        except NotFinite:
+            self.memos.clear()  # what is kept for later jobs may hold the same values
+            raise
         finally:
             self.vae.clear_cache()  # an abandoned encode or decode leaves feature maps of full size behind
 
@@ -280,10 +302,14 @@ class AnimatePipeline(WanAnimatePipeline):
             device=device,
             generator=generator,
         )
+        pose, scene = self._pose(job, drawn.pose), self._scene(job, index, drawn, previous)
+        segment = f"segment {index + 1} of {plan.segments}"
+        job.checks.add("encode_conditions", f"the skeletons' latents, {segment}", pose)
+        job.checks.add("encode_conditions", f"the scene's latents, {segment}", scene)
         return Window(
             noise=noise,
-            pose=self._pose(job, drawn.pose),
-            scene=torch.cat([job.reference, self._scene(job, index, drawn, previous)], dim=2),
+            pose=pose,
+            scene=torch.cat([job.reference, scene], dim=2),
             faces=to_pixels(drawn.face, device).to(dtype),
         )
 
@@ -343,6 +369,8 @@ class AnimatePipeline(WanAnimatePipeline):
             # In float32, else the solver rounds the latents to the model's type after every step.
             flow = guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
             latents = job.scheduler.step(flow, timestep, latents, return_dict=False)[0]
+            place = f"the latents after step {i + 1} of {plan.steps}, segment {index + 1} of {plan.segments}"
+            job.checks.add("denoise", place, latents)
             if timer.probe:
                 timer.probe.synchronize()
             timer.step(timer.clock() - begin)
@@ -427,6 +455,15 @@ class AnimatePipeline(WanAnimatePipeline):
             face_pixel_values=faces,
             return_dict=False,
         )[0]
+
+
+def _check_shared(job: Job) -> None:
+    """Queue checks of what all windows of a job read."""
+    job.checks.add("encode_prompt", "the prompt's embedding", job.text)
+    if job.negative is not None:
+        job.checks.add("encode_prompt", "the negative prompt's embedding", job.negative)
+    job.checks.add("encode_image", "the reference's CLIP features", job.clip)
+    job.checks.add("encode_reference", "the reference's latents", job.reference)
 
 
 def _as_it_is(pixels: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from runner.generation.protocol import OnStep, SegmentPlan
+from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.segments import reflect_indices, span_of
 from runner.generation.wan_animate.transformer import Context
 from runner.timing import StageTimer
@@ -198,6 +199,7 @@ class Job:
     negative: torch.Tensor | None  # as text; None where unguided
     clip: torch.Tensor  # [1, image tokens, image_dim]
     reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
+    checks: FiniteChecks
     contexts: list[Context] = field(default_factory=list)  # of text and negative, where steps share work
 
 

@@ -292,7 +292,7 @@ def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
     pipe._invariants = lambda *args: (made := invariants(*args), kept.extend(map(weakref.ref, made)))[0]
     alive: list[int] = []
     decode = pipe.vae.decode_chunks
-    pipe.vae.decode_chunks = lambda z: (alive.append(sum(ref() is not None for ref in kept)), decode(z))[1]
+    pipe.vae.decode_chunks = lambda *z: (alive.append(sum(ref() is not None for ref in kept)), decode(*z))[1]
     gc.disable()  # what is freed is freed because nothing names it any more
     try:
         rendered_here(pipe, conditions, options)
