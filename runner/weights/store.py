@@ -13,7 +13,8 @@ Layout: the published folders as they are, so that a download drops in.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +26,7 @@ from runner.spec.recipes import Recipe
 from runner.weights.digests import FileIdentities, combine
 from runner.weights.variant import Variant, choose_variant, lora_files, text_file, wanted_fp4
 
-__all__ = ["COMPONENTS", "ModelStore", "wanted"]
+__all__ = ["COMPONENTS", "ModelStore", "check_lora", "wanted"]
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
@@ -36,6 +37,17 @@ WEIGHTS = {
     "text_encoder": "model",
     "image_encoder": "model",
 }
+# Dtypes as a safetensors header names them. Of 8-bit floats the loaders would drop the scales that belong to them.
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Kind of file -> the ending of a tensor's name -> what it may be instead; all other tensors are of FLOATS.
+INTEGERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "component": {"position_ids": ("I64", "I32"), "num_batches_tracked": ("I64",)},
+    "lora": {".alpha": (*FLOATS, "I64")},
+    "int4": {".qweight": ("I16",)},
+}
+PUBLISHED_DTYPES = (*FLOATS, "U8", "I8", "F8_E8M0")  # codes and scales of another writer's FP4 file among them
+SMALL = 16  # elements: sizes, flags and tables that layers of such a file carry along, of any dtype
+
 CONFIGS = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 DETECTOR = "process_checkpoint/det/yolov10m.onnx"
@@ -51,6 +63,9 @@ HUB = {
     "weights": "Wan-AI/Wan2.2-Animate-14B-Diffusers on the Hugging Face hub",
     "preprocess": "process_checkpoint/ of Wan-AI/Wan2.2-Animate-14B on the Hugging Face hub",
 }
+
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, as the file names it, and shape
 
 
 @dataclass(frozen=True)
@@ -256,15 +271,41 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
 
 
 def check_variant(variant: Variant) -> None:
-    """Headers of the quantised files and of the LoRAs beside them. Raises WeightsCorrupt."""
+    """Headers of the quantised files and of the LoRAs beside them, dtypes included. Raises WeightsCorrupt."""
     if variant.kind == "quantized":
         from runner.quantization.files.checkpoint_read import check_file
 
         check_file(variant.transformer)
     elif variant.kind == "published":
-        tensor_names(variant.transformer)
-    for file in (*variant.loras, *((variant.text_encoder,) if variant.text_encoder else ())):
-        tensor_names(file)
+        for name, (dtype, shape) in read_header(variant.transformer).items():
+            if math.prod(shape) > SMALL:
+                check_dtype(variant.transformer, name, dtype, PUBLISHED_DTYPES)
+    for file in variant.loras:
+        check_lora(file)
+    if variant.text_encoder:
+        check_dtypes(variant.text_encoder, read_header(variant.text_encoder), "int4")
+
+
+def check_lora(file: Path) -> None:
+    """Header and dtypes of a LoRA. Raises WeightsCorrupt."""
+    check_dtypes(file, read_header(file), "lora")
+
+
+def check_dtypes(file: Path, header: Header, kind: str) -> None:
+    """Are the tensors of `file` of the dtypes that its kind, a key of INTEGERS, may have? Raises WeightsCorrupt."""
+    for name, (dtype, _) in header.items():
+        allowed = next((some for ending, some in INTEGERS[kind].items() if name.endswith(ending)), FLOATS)
+        check_dtype(file, name, dtype, allowed)
+
+
+def check_dtype(file: Path, name: str, dtype: str, allowed: tuple[str, ...]) -> None:
+    """Raises WeightsCorrupt for a dtype that is not among those allowed."""
+    if dtype not in allowed:
+        raise WeightsCorrupt(
+            f"{name} is {dtype}, not {' or '.join(allowed)}",
+            where=file,
+            todo="Its header was changed, or it is another kind of file; download it again",
+        )
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -290,13 +331,18 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check_weights(folder: Path, stem: str | None) -> None:
-    """Headers of a component's safetensors agree with the files' sizes and with the index. Raises WeightsCorrupt."""
+    """Headers of a component's safetensors agree with the files' sizes and with the index, and say floating point.
+
+    Raises WeightsCorrupt.
+    """
     if stem is None:
         return
     held: dict[str, set[str]] = {}
     for file in weight_files(folder, stem):
         if file.suffix == ".safetensors":
-            held[file.name] = tensor_names(file)
+            header = read_header(file)
+            check_dtypes(file, header, "component")
+            held[file.name] = set(header)
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return
@@ -307,14 +353,15 @@ def check_weights(folder: Path, stem: str | None) -> None:
             )
 
 
-def tensor_names(file: Path) -> set[str]:
-    """Names in a safetensors header; opening it also proves that the file is as long as the header says."""
+def read_header(file: Path) -> Header:
+    """A safetensors header; opening it also proves that the file is as long as the header says."""
     from safetensors import SafetensorError, safe_open
 
     check_not_empty(file)
     try:
         with safe_open(file, framework="np") as opened:
-            return set(opened.keys())
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as err:
         raise WeightsCorrupt(
             f"truncated or not a safetensors file, {file.stat().st_size} bytes ({err})",
@@ -339,7 +386,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise WeightsCorrupt(f"not JSON ({err})", where=path, todo="Download it again") from err
     if not isinstance(value, dict):
         raise WeightsCorrupt("not a JSON object", where=path, todo="Download it again")

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from runner.errors import WeightsCorrupt, WeightsMissing
 from runner.spec.recipes import get_recipe
 from runner.weights.store import ModelStore, wanted
+from tests.safetensors_headers import edit_header, first_of, redeclare
 
 RECIPE = get_recipe("fp32")
 DETECTOR = "process_checkpoint/det/yolov10m.onnx"
@@ -144,6 +148,45 @@ def test_a_header_that_claims_absurd_lengths(root):
     file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
     with pytest.raises(WeightsCorrupt):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize(("said", "claimed"), [("F32", "I32"), ("BF16", "I16"), ("F16", "U16"), ("F64", "I64")])
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "image_encoder"])
+def test_floats_declared_as_integers_are_refused(root, component, said, claimed):
+    """Loaded, they would be the numbers that the bits of the floats spell: other frames, and no error."""
+    (file,) = (weights(root) / component).glob("*.safetensors")
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[said]
+    save_torch({name: tensor.to(dtype) for name, tensor in load_torch(file).items()}, file)
+    ModelStore(root).check(RECIPE)
+    name = first_of(file, said)
+    redeclare(file, name, claimed)
+    with pytest.raises(WeightsCorrupt, match=f"{name} is {claimed}, not F64 or F32 or F16 or BF16") as caught:
+        ModelStore(root).check(RECIPE)
+    assert str(file) in caught.value.message
+
+
+def test_a_tensor_of_a_shard_is_checked_too(root):
+    file = shard(root) / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    redeclare(file, first_of(file, "F32"), "I32")
+    with pytest.raises(WeightsCorrupt, match=r"00002-of-00002.* is I32"):
+        ModelStore(root).check(RECIPE)
+
+
+def test_integers_that_belong_there_pass(root):
+    file = weights(root) / "image_encoder/model.safetensors"
+    positions = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    save_torch(load_torch(file) | positions, file)
+    ModelStore(root).check(RECIPE)
+    edit_header(file, lambda header: header.update(other=header.pop(next(iter(positions)))))
+    with pytest.raises(WeightsCorrupt, match="other is I64"):
+        ModelStore(root).check(RECIPE)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "NaN"])
+def test_a_config_that_no_json_reader_takes(root, text):
+    (weights(root) / "transformer/config.json").write_text(text)
+    with pytest.raises(WeightsCorrupt, match="not "):
         ModelStore(root).check(RECIPE)
 
 

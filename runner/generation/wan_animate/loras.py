@@ -15,7 +15,7 @@ import structlog
 
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
-from runner.weights.store import ModelStore, tensor_names
+from runner.weights.store import ModelStore, check_lora
 
 __all__ = [
     "JobLoras",
@@ -29,12 +29,12 @@ Wanted = tuple[tuple[Path, float], ...]
 def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None) -> dict[str, str]:
     """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint.
 
-    Raises WeightsMissing, ConfigInvalid, and WeightsCorrupt for a file whose header is damaged: before the first job,
-    not when its turn comes.
+    Raises WeightsMissing, ConfigInvalid, and WeightsCorrupt for a damaged header or a wrong dtype: before the first
+    job, not when its turn comes.
     """
     found = store.loras(_named(options), replace=options.mode == "replace")
     for path, _ in found.values():
-        tensor_names(path)
+        check_lora(path)
     digests = store.lora_identities([path for path, _ in found.values()], cache)
     return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
 

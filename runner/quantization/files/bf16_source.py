@@ -118,7 +118,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise WeightsMissing("no such file", where=path, todo="Give the transformer's own folder") from err
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise WeightsCorrupt(f"not JSON ({err})", where=path, todo=AGAIN) from err
     if not isinstance(value, dict):
         raise WeightsCorrupt("not a JSON object", where=path, todo=AGAIN)

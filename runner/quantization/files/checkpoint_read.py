@@ -44,6 +44,7 @@ LORAS_KEY: Final = "video_lab.loras"
 VERSION_KEY: Final = "video_lab.version"
 SHA256_KEY: Final = "video_lab.sha256"
 PACKED = ".weight_packed"
+FLOATS: Final = (torch.bfloat16, torch.float32)  # of what is not quantised
 AGAIN = "Make it again with `video-lab quantize`, or fetch it again"
 
 
@@ -97,7 +98,7 @@ def check_file(path: Path) -> QuantizedFile:
             raise WeightsCorrupt(f"{key} was never filled in: the file was not finished", where=path, todo=AGAIN)
     try:
         loras = tuple(json.loads(meta[LORAS_KEY]))
-    except (KeyError, TypeError, json.JSONDecodeError) as err:
+    except (KeyError, TypeError, ValueError, RecursionError) as err:
         raise WeightsCorrupt(f"{LORAS_KEY} is no list ({err})", where=path, todo=AGAIN) from err
     return QuantizedFile(header, fmt, _layers(header, fmt), loras)
 
@@ -130,6 +131,10 @@ def _layers(header: Header, fmt: Format) -> dict[str, tuple[int, int]]:
     if stray or not layers:
         what = f"{stray[0]} belongs to no quantised layer" if stray else "no layer in it is quantised"
         raise WeightsCorrupt(what, where=header.path, todo=AGAIN)
+    for name, info in header.tensors.items():
+        if name not in claimed and info.dtype not in FLOATS:
+            wanted = " or ".join(str(dtype) for dtype in FLOATS)
+            raise WeightsCorrupt(f"{name} is {info.dtype}, not {wanted}", where=header.path, todo=AGAIN)
     return layers
 
 

@@ -180,6 +180,9 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
             raise WeightsCorrupt(
                 f"{plain[name].key} is {list(plain[name].shape)}, the model asks for {list(shape)}", where=path
             )
+        if name in plain and plain[name].dtype not in FLOATS:
+            wanted = " or ".join(str(dtype) for dtype in FLOATS)
+            raise WeightsCorrupt(f"{plain[name].key} is {plain[name].dtype}, not {wanted}", where=path)
     if not layers:
         raise WeightsCorrupt("no layer in it is quantised", where=path)
     return Published(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
@@ -188,7 +191,7 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+    except (ValueError, RecursionError) as err:
         raise WeightsCorrupt(f"not JSON ({err})", where=path, todo="Download it again") from err
     if not isinstance(value, dict):
         raise WeightsCorrupt("not a JSON object", where=path, todo="Download it again")

@@ -222,7 +222,7 @@ def _source_files(folder: Path) -> list[Path]:
 def _json_object(text: str | bytes, where: object) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:
         raise WeightsCorrupt(f"not JSON ({err})", where=where, todo="Download it again") from err
     if not isinstance(value, dict):
         raise WeightsCorrupt("not a JSON object", where=where, todo="Download it again")

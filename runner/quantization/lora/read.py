@@ -147,7 +147,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             todo="Fetch it again, and compare its size and checksum",
         ) from err
     for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and not key.endswith(".alpha"):
+        if tensor.dtype not in FLOATS and not (tensor.dtype == torch.int64 and key.endswith(".alpha")):
             raise WeightsCorrupt(
                 f"{key} is {tensor.dtype}; a LoRA holds 16-bit or 32-bit floating-point numbers",
                 where=path,
@@ -267,7 +267,7 @@ def _peft_config(text: str | None, where: object) -> _PeftConfig:
         parsed = _PeftConfig(None if alpha is None else float(alpha), patterns, bool(config.get("use_rslora")))
         if not all(math.isfinite(value) for value in (parsed.alpha or 0.0, *(value for _, value in patterns))):
             raise ValueError("an alpha is no finite number")
-    except (ValueError, TypeError, AttributeError, re.error) as err:
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as err:
         raise WeightsCorrupt(f"its {PEFT_METADATA} cannot be read ({err})", where=where) from err
     return parsed
 

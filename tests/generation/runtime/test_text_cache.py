@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.errors import NotFinite
 from runner.generation.runtime.text_cache import PromptCache, from_arrays, to_arrays
 from runner.timing import StageTimer
 
@@ -46,6 +47,17 @@ def test_arrays_keep_every_bit(used, width, dtype, seed):
     back = from_arrays(arrays, 8, dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(back.view(bits), made.view(bits))
+
+
+def test_an_embedding_that_is_not_finite_is_not_kept(tmp_path):
+    wrong = embedding(3)
+    wrong[0, 1, 2] = float("nan")
+    made = Encoder(wrong)
+    with pytest.raises(NotFinite, match="encode_prompt"):
+        PromptCache(tmp_path, IDENTITY).get("踊る", 8, torch.float32, made, StageTimer())
+    made.made, timer = embedding(3), StageTimer()
+    PromptCache(tmp_path, IDENTITY).get("踊る", 8, torch.float32, made, timer)
+    assert timer.counters == {"prompt_disk_cache_misses": 1}
 
 
 def test_a_second_process_finds_what_the_first_made(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from runner.errors import NotFinite
+from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.autoencoder import FramewiseVae, decode_latents
 
 
@@ -80,6 +82,49 @@ def test_a_window_is_cut_as_it_comes(first, last, overlap):
     assert torch.equal(tail, wanted[:, :, -overlap:])
     assert max(seen) <= 4
     assert tail._base is None  # a copy: the chunks may go
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["by picture", "by latent frame", "tiled"])
+def test_the_first_frame_that_is_not_finite_is_found_before_clamping(kind, bad):
+    """Frame 6 of the window, frame 26 of the job. Clamped, infinity would be white."""
+    ours, _ = pair(**({"base_dim": 4, "dim_mult": [1, 1, 1, 1]} if kind == "by latent frame" else {}))
+    if kind == "tiled":
+        ours.enable_tiling(32, 32, 24, 24)
+    latents = torch.randn(1, 16, 4, 8, 6)
+    clean = FiniteChecks()
+    decode_latents(ours, latents, 0, 9, 1, lambda p: p, clean, 20)
+    clean.read()
+
+    last, convolve, frames = ours.decoder.conv_out, torch.nn.Conv3d.forward, [0]
+
+    def forward(layer, pixels):
+        made = convolve(layer, pixels)
+        if layer is last:
+            at = 6 - frames[0]
+            frames[0] += made.shape[2]
+            if 0 <= at < made.shape[2]:
+                made[0, 1, at, 0, 0] = bad
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Conv3d, "forward", forward)
+        checks = FiniteChecks()
+        decode_latents(ours, latents, 0, 9, 1, lambda p: p, checks, 20)
+    with pytest.raises(NotFinite, match="vae_decode: NaN or infinity in output frame 26,"):
+        checks.read()
+
+
+def test_frames_that_are_not_handed_out_are_not_checked():
+    ours, _ = pair()
+    latents = torch.randn(1, 16, 4, 8, 6)
+    latents[:, :, 3] = float("nan")  # frames 5 to 8
+    checks = FiniteChecks()
+    decode_latents(ours, latents, 0, 5, 1, lambda p: p, checks)
+    checks.read()
+    decode_latents(ours, latents, 0, 6, 1, lambda p: p, checks)
+    with pytest.raises(NotFinite, match="output frame 5,"):
+        checks.read()
 
 
 def test_a_conversion_that_fails_empties_the_cache_at_once():

@@ -54,6 +54,7 @@ from tests.generation.fp4_stores import (
     write_source,
 )
 from tests.quantization.lora_files import write_published
+from tests.safetensors_headers import first_of, redeclare
 
 CPU = torch.device("cpu")
 DISTILLED = get_recipe("fp4-distill")
@@ -442,6 +443,30 @@ def test_a_damaged_file_is_refused_by_its_header(mine, damage):
     with pytest.raises(WeightsCorrupt) as caught:
         ModelStore(mine).check(DISTILLED)
     assert (caught.value.exit_code, OWN in caught.value.message) == (2, True)
+
+
+@pytest.mark.parametrize(("said", "claimed"), [("BF16", "I16"), ("F32", "I32")])
+def test_floats_declared_as_integers_are_refused_with_the_store(mine, seed, tmp_path, said, claimed):
+    """In our file, a published one, the LoRA beside it and the INT4 text encoder; before anything is loaded."""
+    text = mine / Path(OWN).with_name(TEXT_FILE)
+    quantize_text_encoder(mine / SOURCE_WEIGHTS / "text_encoder", text, device="cpu")
+    ModelStore(mine).check(DISTILLED)  # codes of int16 and uint8 belong there
+    other = Path(shutil.copytree(seed, tmp_path / "models"))
+    edit(other / PUBLISHED, lambda t: t.update({n: v.float() for n, v in t.items() if v.dtype == torch.bfloat16}))
+    edit(other / PUBLISHED, lambda t: t.update({"proj_out.bias": t["proj_out.bias"].bfloat16()}))
+    edit(other / DISTILL, lambda t: t.update({n: t[n].float() for n in sorted(t)[::2]}))
+    ModelStore(other).check(DISTILLED)
+    for file in (mine / OWN, text, other / PUBLISHED, other / DISTILL):
+        root = mine if mine in file.parents else other
+        if said == "F32" and file == text:
+            continue  # it holds none
+        name, whole = first_of(file, said), file.read_bytes()
+        redeclare(file, name, claimed)
+        with pytest.raises(WeightsCorrupt, match=name) as caught:
+            ModelStore(root).check(DISTILLED)
+        assert str(file) in caught.value.message
+        file.write_bytes(whole)
+        ModelStore(root).check(DISTILLED)
 
 
 @pytest.mark.parametrize("damage", VALUES)

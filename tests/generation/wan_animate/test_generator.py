@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.errors import ConfigInvalid, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.generation.protocol import Request
+from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.generator import WanAnimateGenerator
@@ -139,6 +142,101 @@ def test_other_failures_pass_through_as_they_are(generator):
 
     with pytest.raises(RuntimeError, match=r"^stop$"):
         rendered(generator, prepared(generator), stop)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("component", "weight", "said"),
+    [
+        ("vae", "decoder.conv_out.bias", "vae_decode: NaN or infinity in output frame 0,"),
+        ("vae", "encoder.conv_out.bias", "encode_reference: NaN or infinity in the reference's latents"),
+        ("transformer", "proj_out.bias", "denoise: NaN or infinity in the latents after step 1 of 2, segment 1 of 2"),
+        ("transformer", "blocks.0.ffn.net.2.weight", "denoise: .* after step 1 of 2, segment 1 of 2"),
+        ("text_encoder", "encoder.final_layer_norm.weight", "encode_prompt: NaN or infinity in the prompt's embedding"),
+        ("image_encoder", "pre_layrnorm.bias", "encode_image: .* the reference's CLIP features"),
+    ],
+)
+def test_one_wrong_weight_fails_the_job_and_names_the_stage(generator, component, weight, said, bad):
+    model = getattr(generator.pipeline, component)
+    conditions = prepared(generator)
+    before = rendered(generator, conditions)
+    parameter = model.get_parameter(weight)
+    whole = parameter.detach().clone()
+    parameter.data.view(-1)[0] = bad
+    generator.pipeline.memos.clear()  # of the good weights
+    with pytest.raises(NotFinite, match=said):
+        rendered(generator, conditions)
+    parameter.data.copy_(whole)
+    assert np.array_equal(rendered(generator, conditions), before)  # no memo of what was wrong
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_latents_that_go_wrong_are_named_by_step_and_the_segments_before_stand(generator, monkeypatch, bad):
+    from runner.generation.sampling import make_scheduler
+
+    calls = []
+
+    def poisoned(*settings, **more):
+        scheduler = make_scheduler(*settings, **more)
+        step = scheduler.step
+
+        def wrong(*given, **named):
+            latents = step(*given, **named)[0]
+            calls.append(latents)
+            if len(calls) == 4:  # the second step of the second window
+                latents[0, 3, 1, 2, 1] = bad
+            return (latents,)
+
+        scheduler.step = wrong
+        return scheduler
+
+    monkeypatch.setattr("runner.generation.wan_animate.generator.make_scheduler", poisoned)
+    conditions = prepared(generator)
+    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), OPTIONS)
+    segments = generator.generate(conditions, plan, StageTimer())
+    assert len(next(segments).frames) == 5
+    with pytest.raises(NotFinite, match=r"denoise: .* after step 2 of 2, segment 2 of 2"):
+        next(segments)
+
+
+class Waits(TorchDispatchMode):
+    """What makes the host wait for a device, by name: read values, and copies by the methods that code calls."""
+
+    METHODS = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+
+    def _counted(self, name, method):
+        return lambda tensor, *more, **named: (self.count.update([name]), method(tensor, *more, **named))[1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.count[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(generator, monkeypatch):
+    """Against the same job without checks: in the steps nothing more, in a segment one list of flags more."""
+    conditions = prepared(generator)
+    rendered(generator, conditions)  # encoders loaded, memos full
+
+    def counted() -> tuple[np.ndarray, list[Counter[str]], Counter[str]]:
+        with monkeypatch.context() as patch, Waits(patch) as waits:
+            at: list[Counter[str]] = []
+            frames = rendered(generator, conditions, lambda *_: at.append(waits.count.copy()))
+        return frames, [at[1] - at[0], at[3] - at[2]], waits.count  # the second step of each window, and all
+
+    frames, in_steps, in_all = counted()
+    for name in ("add", "add_frames", "read"):
+        monkeypatch.setattr(FiniteChecks, name, lambda *given: None)
+    unchecked, in_unchecked_steps, in_all_unchecked = counted()
+    assert np.array_equal(frames, unchecked)
+    assert in_steps == in_unchecked_steps
+    assert in_all - in_all_unchecked == Counter({"tolist": 2})
 
 
 def test_a_closed_generator_renders_nothing(generator):

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from runner.errors import WeightsCorrupt, WeightsMissing
 from runner.generation.wan_animate.loras import JobLoras, lora_parts
+from runner.quantization.lora.read import read_lora
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.weights.store import ModelStore
+from tests.safetensors_headers import redeclare
 
 
 class Model(nn.Module):
@@ -107,6 +109,24 @@ def test_replace_jobs_get_the_relighting_lora(model, loras, tmp_path):
     torch.testing.assert_close(model.to_q.weight, before + 4.0)
     loras.use(job())
     assert torch.equal(model.to_q.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "claimed"), [("to_q.lora_A.weight", "I32"), ("to_q.alpha", "I32"), ("to_q.lora_B.weight", "U32")]
+)
+def test_floats_declared_as_integers_are_refused_before_the_first_job(tmp_path, name, claimed):
+    store, path = ModelStore(tmp_path), write(tmp_path, "one", 1.0)
+    tensors = load_file(path)
+    save_file(tensors | {"to_q.alpha": torch.tensor(1)}, path)  # an int64, as trainers write it
+    assert lora_parts(store, job(("one", 1.0)))
+    save_file(tensors | {"to_q.alpha": torch.tensor(1.0)}, path)
+    assert lora_parts(store, job(("one", 1.0)))
+    redeclare(path, name, claimed)
+    with pytest.raises(WeightsCorrupt, match=rf"{name} is {claimed}, not .*F32") as caught:
+        lora_parts(store, job(("one", 1.0)))
+    assert str(path) in caught.value.message
+    with pytest.raises(WeightsCorrupt):
+        read_lora(path)
 
 
 def test_content_and_strength_are_in_a_jobs_identity(tmp_path):

@@ -16,6 +16,7 @@ from runner.quantization.files.safetensors_stream import data_sha256
 from runner.quantization.formats.e2m1 import FORMATS, dequantize
 from runner.quantization.rules import linear_shapes, transformer_on_meta
 from tests.quantization.random_stores import TINY, inputs, write_store
+from tests.safetensors_headers import first_of, redeclare
 
 NAME = "quantized_transformer.safetensors"
 
@@ -149,6 +150,16 @@ def test_tensors_are_refused_before_the_model_is_touched(made, tmp_path, change,
     with pytest.raises(WeightsCorrupt, match=says):
         load_quantized(model, bad)
     assert linear_shapes(model) == before and all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(("said", "claimed"), [("BF16", "I16"), ("F32", "I32")])
+def test_floats_declared_as_integers_are_refused_by_the_header(made, tmp_path, said, claimed):
+    bad = tmp_path / NAME
+    bad.write_bytes(made[1].path.read_bytes())
+    name = first_of(bad, said)
+    redeclare(bad, name, claimed)
+    with pytest.raises(WeightsCorrupt, match=rf"{name} is torch\.int\d\d, not torch\.bfloat16 or torch\.float32"):
+        check_file(bad)
 
 
 def test_another_model_is_refused(made):

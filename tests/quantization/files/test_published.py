@@ -19,6 +19,7 @@ from runner.quantization.files.published import compare_layer, load_published, r
 from runner.quantization.formats.e2m1 import dequantize
 from runner.quantization.rules import linear_shapes, transformer_on_meta
 from tests.quantization.random_stores import TINY, inputs, random_weights
+from tests.safetensors_headers import redeclare
 
 NAME = "quantized_transformer.safetensors"
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -363,6 +364,15 @@ def test_the_config_must_agree_with_the_shapes(tmp_path):
         read_published(file, transformer_on_meta(TINY))
     with pytest.raises(WeightsMissing):
         read_published(tmp_path / "none.safetensors", transformer_on_meta(TINY))
+
+
+def test_floats_declared_as_integers_are_refused(tmp_path):
+    """The name, shape and width of a norm still fit; its numbers would be those that the bits spell."""
+    file, _ = publish(tmp_path, Style())
+    said = read_published(file, transformer_on_meta(TINY)).plain["blocks.0.norm2.weight"].dtype
+    redeclare(file, "blocks.0.norm2.weight", "I32" if said.itemsize == 4 else "I16")
+    with pytest.raises(WeightsCorrupt, match=r"blocks\.0\.norm2\.weight is torch\.int\d\d, not torch\.float16 or"):
+        read_published(file, transformer_on_meta(TINY))
 
 
 def test_small_companions_are_listed_not_refused(tmp_path):
