@@ -30,6 +30,8 @@ REFUSALS = {
     "400": ("400 Bad Request", "AuthorizationHeaderMalformed", "the region is wrong"),
     "503": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
     "403": ("403 Forbidden", "AccessDenied", "Access Denied"),
+    "skewed": ("403 Forbidden", "RequestTimeTooSkewed", "The difference between the times is too large."),
+    "expired": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
     "409": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation occurred."),
     "501": ("501 Not Implemented", "NotImplemented", "A header you provided is not implemented."),
 }

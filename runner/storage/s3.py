@@ -32,13 +32,16 @@ import tenacity
 from boto3.s3.transfer import S3Transfer, TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.loaders import create_loader
+from botocore.model import ServiceModel
+from botocore.validate import ParamValidator
 
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
 from runner.storage.base import ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
-from runner.storage.s3_errors import FOREIGN_ERRORS, error_code, s3_errors, storage_error
+from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
 __all__ = ["EXTRA_VARIABLE", "S3Storage", "upload_arguments"]
 
@@ -55,6 +58,7 @@ TRANSFER = TransferConfig(
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _WRITE_KEY = "video-lab-write"  # of an object's metadata: a token of one conditional write
 _OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 T = TypeVar("T")
 
@@ -81,7 +85,38 @@ def upload_arguments(extra: Mapping[str, Any] | None, environment: Mapping[str, 
             where=EXTRA_VARIABLE if set(unknown) & set(said) else "s3_extra",
             todo=f"Choose from {', '.join(sorted(allowed))}",
         )
+    for name, value in merged.items():
+        _check_type(name, value, EXTRA_VARIABLE if name not in (extra or {}) else "s3_extra")
     return merged
+
+
+_NEEDED = {
+    "string": "a string",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "map": 'an object of strings, such as {"run": "7"}',
+    "timestamp": "a time, such as 2030-01-31T12:00:00Z",
+}
+
+
+def _check_type(name: str, value: Any, where: str) -> None:
+    """Raise ConfigInvalid if the argument is not of the type that botocore's model of the service gives it. The value
+    is not shown: it may be a key."""
+    shape = _upload_shapes().get(name)
+    if shape is not None and ParamValidator().validate(value, shape).has_errors():
+        needed = _NEEDED.get(shape.type_name, f"a {shape.type_name}")
+        raise ConfigInvalid(f"{name} must be {needed}", where=where, todo="Correct its value")
+    texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [str(value)]
+    if name != "SSECustomerKey" and any(_CONTROL.search(text) for text in texts):  # a key may hold any bytes
+        raise ConfigInvalid(f"{name} has a control character", where=where, todo="Correct its value")
+
+
+@functools.cache
+def _upload_shapes() -> dict[str, Any]:
+    """Upload argument → its shape. Loaded by itself, as a session would read the AWS configuration for it."""
+    service = ServiceModel(create_loader().load_service_model("s3", "service-2"), "s3")
+    names = ("CreateMultipartUpload", "PutObject")
+    return {k: v for name in names for k, v in service.operation_model(name).input_shape.members.items()}
 
 
 def _client(environment: Mapping[str, str]) -> Any:
@@ -220,10 +255,21 @@ class S3Storage(Storage):
             try:
                 return dict(self.client.head_object(**self._arguments("HeadObject", Key=self._key(key), **own)))
             except ClientError as err:
+                if error_code(err) in ("400", "403"):
+                    self._raise_cause(key)
                 if error_code(err) not in ("404", "NoSuchKey", "NotFound"):
                     raise
         self._require_bucket(uri)
         return None
+
+    def _raise_cause(self, key: str) -> None:
+        """Raise the refusal of a GET if it names a cause: the answer of a refused HEAD has no body that could."""
+        try:
+            answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key), Range="bytes=0-0"))
+            answer["Body"].close()
+        except ClientError as err:
+            if error_code(err) in CAUSES:
+                raise
 
     def _require_bucket(self, uri: str) -> None:
         """Raise InputNotFound if the bucket itself is missing: HEAD's answer has no body to tell the two apart."""

@@ -31,7 +31,7 @@ from runner.errors import (
 )
 from runner.storage.disk import os_error
 
-__all__ = ["CLIENT_CODES", "FOREIGN_ERRORS", "STORAGE_ERRORS", "error_code", "s3_errors", "storage_error"]
+__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "STORAGE_ERRORS", "error_code", "s3_errors", "storage_error"]
 
 FOREIGN_ERRORS = (
     BotoCoreError,
@@ -120,6 +120,14 @@ _REMEDIES: dict[type[RunnerError], str] = {
     ConfigInvalid: "Check the URI, AWS_ENDPOINT_URL_S3, the region and VIDEO_LAB_S3_EXTRA",
     InternalError: "This is a bug; please report it",
 }
+_RENEW = "Renew the credentials (with temporary ones AWS_SESSION_TOKEN too), then run the same command"
+CAUSES = {  # refusals whose cause is known to be another than missing or wrong credentials
+    "RequestTimeTooSkewed": "Set this machine's clock, for example by NTP: it differs too much from the store's",
+    "ExpiredToken": _RENEW,
+    "ExpiredTokenException": _RENEW,
+    "TokenRefreshRequired": _RENEW,
+    "RequestExpired": f"{_RENEW}; check this machine's clock too",
+}
 _PERMISSION = {
     "HeadObject": "s3:GetObject (and s3:ListBucket, without which a missing object is refused too)",
     "GetObject": "s3:GetObject",
@@ -171,6 +179,8 @@ def _client_error(error: ClientError, *, where: object, writing: bool) -> Runner
     message = str(error.response.get("Error", {}).get("Message") or "").strip()
     text = f"{operation} was answered {code}" + (f" ({message})" if message and message != code else "")
     home = CLIENT_CODES.get(code) or _home_of_status(status)
+    if code in CAUSES:
+        return StorageDenied(text, where=where, todo=CAUSES[code])
     if home is StorageDenied:
         return _denied(text, where=where, operation=operation)
     if home is InputNotFound and writing:  # an object to write need not exist: its bucket must

@@ -147,14 +147,39 @@ def test_extra_arguments_are_checked(text: str, said: str) -> None:
 
 def test_extra_arguments_are_all_of_boto3s_but_those_of_one_file() -> None:
     refused = set()
+    other = {"Metadata": {"run": "7"}} | dict.fromkeys(["Expires", "ObjectLockRetainUntilDate"], "2030-01-31T12:00:00Z")
     for name in S3Transfer.ALLOWED_UPLOAD_ARGS:
+        value = other.get(name, "x")
         try:
-            assert upload_arguments({name: "x"}, {}) == {name: "x"}
+            assert upload_arguments({name: value}, {}) == {name: value}
         except ConfigInvalid:
             refused.add(name)
     assert {"ChecksumSHA256", "MpuObjectSize"} <= refused
     assert all(name.startswith(("Checksum", "Mpu")) for name in refused)
     assert not {"ChecksumAlgorithm", "ServerSideEncryption", "SSEKMSKeyId", "ACL", "Tagging"} & refused
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"ServerSideEncryption": 5}', "ServerSideEncryption must be a string"),
+        ('{"ServerSideEncryption": null}', "ServerSideEncryption must be a string"),
+        ('{"StorageClass": ["GLACIER"]}', "StorageClass must be a string"),
+        ('{"Metadata": "x"}', "Metadata must be an object of strings"),
+        ('{"Metadata": {"run": 7}}', "Metadata must be an object of strings"),
+        ('{"Metadata": {"run": {"a": [{}]}}}', "Metadata must be an object of strings"),
+        ('{"Metadata": {"run": "a\\nb"}}', "Metadata has a control character"),
+        ('{"ContentLanguage": "a\\r\\nb"}', "ContentLanguage has a control character"),
+        ('{"Expires": "tomorrow"}', "Expires must be a time"),
+        ('{"SSECustomerKey": ["top secret"]}', "SSECustomerKey must be a string"),
+    ],
+)
+def test_types_of_extra_arguments_are_checked(text: str, said: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"VIDEO_LAB_S3_EXTRA: {said}") as caught:
+        upload_arguments({}, {"VIDEO_LAB_S3_EXTRA": text})
+    assert "top secret" not in caught.value.message
+    with pytest.raises(ConfigInvalid, match="s3_extra: Tagging must be a string"):
+        upload_arguments({"Tagging": {}}, {"VIDEO_LAB_S3_EXTRA": "{}"})
 
 
 def test_flags_go_over_the_environment() -> None:
@@ -608,6 +633,34 @@ def test_answers(code: str, status: int, reading: type[RunnerError], writing: ty
         assert type(error) is kind
         assert error.message.startswith("s3://bucket/key: GetObject was answered ")
         assert error.todo
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("RequestTimeTooSkewed", "clock"),
+        ("ExpiredToken", "Renew the credentials"),
+        ("ExpiredTokenException", "Renew the credentials"),
+        ("TokenRefreshRequired", "Renew the credentials"),
+        ("RequestExpired", "Renew the credentials"),
+    ],
+)
+@pytest.mark.parametrize("writing", [True, False])
+def test_refusals_with_a_known_cause_say_so(code: str, advice: str, writing: bool) -> None:
+    error = storage_error(answer(code, 403, "PutObject"), where="s3://b/k", writing=writing)
+    assert type(error) is StorageDenied
+    assert advice in (error.todo or "")
+    assert "Set AWS_ACCESS_KEY_ID" not in error.message
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("skewed", "clock"), ("expired", "Renew"), ("403", "AWS_ACCESS_KEY_ID")])
+def test_the_cause_of_a_refused_head(line: FaultyServer, store: S3Storage, kind: str, advice: str) -> None:
+    """Its answer has no body, and looks like wrong credentials or, for an expired token, like a wrong address."""
+    store.write_bytes("x", b"")
+    line.fail(kind, "HEAD", "/x", times=10)
+    line.fail(kind, "GET", "/x", times=10)
+    with pytest.raises(StorageDenied, match=advice):
+        store.stat("x")
 
 
 def test_no_code_has_two_homes() -> None:
