@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import mimetypes
 import os
 import re
@@ -29,12 +28,9 @@ from uuid import uuid4
 
 import boto3
 import tenacity
-from boto3.s3.transfer import S3Transfer, TransferConfig, create_transfer_manager
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from botocore.loaders import create_loader
-from botocore.model import ServiceModel
-from botocore.validate import ParamValidator
 
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
@@ -43,9 +39,7 @@ from runner.storage.disk import os_errors, staged
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
 from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
-__all__ = ["EXTRA_VARIABLE", "S3Storage", "upload_arguments"]
-
-EXTRA_VARIABLE = "VIDEO_LAB_S3_EXTRA"
+__all__ = ["S3Storage"]
 
 MIB = 1 << 20
 TRANSFER = TransferConfig(
@@ -57,66 +51,8 @@ TRANSFER = TransferConfig(
 )
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _WRITE_KEY = "video-lab-write"  # of an object's metadata: a token of one conditional write
-_OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 T = TypeVar("T")
-
-
-def upload_arguments(extra: Mapping[str, Any] | None, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments of every upload: those of VIDEO_LAB_S3_EXTRA (a JSON object) under `extra`. Raises ConfigInvalid.
-
-    The names are boto3's (`S3Transfer.ALLOWED_UPLOAD_ARGS`), without those that belong to one file's content.
-    """
-    text = environment.get(EXTRA_VARIABLE, "").strip()
-    remedy = 'Write a JSON object such as {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders"}'
-    try:
-        said = json.loads(text) if text else {}
-    except ValueError as err:
-        raise ConfigInvalid(f"is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
-    if not isinstance(said, dict):
-        raise ConfigInvalid("is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
-    merged = said | dict(extra or {})
-    allowed = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not _OF_ONE_FILE.fullmatch(name)]
-    unknown = sorted(set(merged) - set(allowed))
-    if unknown:
-        raise ConfigInvalid(
-            f"no upload argument is called {', '.join(unknown)}",
-            where=EXTRA_VARIABLE if set(unknown) & set(said) else "s3_extra",
-            todo=f"Choose from {', '.join(sorted(allowed))}",
-        )
-    for name, value in merged.items():
-        _check_type(name, value, EXTRA_VARIABLE if name not in (extra or {}) else "s3_extra")
-    return merged
-
-
-_NEEDED = {
-    "string": "a string",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "map": 'an object of strings, such as {"run": "7"}',
-    "timestamp": "a time, such as 2030-01-31T12:00:00Z",
-}
-
-
-def _check_type(name: str, value: Any, where: str) -> None:
-    """Raise ConfigInvalid if the argument is not of the type that botocore's model of the service gives it. The value
-    is not shown: it may be a key."""
-    shape = _upload_shapes().get(name)
-    if shape is not None and ParamValidator().validate(value, shape).has_errors():
-        needed = _NEEDED.get(shape.type_name, f"a {shape.type_name}")
-        raise ConfigInvalid(f"{name} must be {needed}", where=where, todo="Correct its value")
-    texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [str(value)]
-    if name != "SSECustomerKey" and any(_CONTROL.search(text) for text in texts):  # a key may hold any bytes
-        raise ConfigInvalid(f"{name} has a control character", where=where, todo="Correct its value")
-
-
-@functools.cache
-def _upload_shapes() -> dict[str, Any]:
-    """Upload argument → its shape. Loaded by itself, as a session would read the AWS configuration for it."""
-    service = ServiceModel(create_loader().load_service_model("s3", "service-2"), "s3")
-    names = ("CreateMultipartUpload", "PutObject")
-    return {k: v for name in names for k, v in service.operation_model(name).input_shape.members.items()}
 
 
 def _client(environment: Mapping[str, str]) -> Any:
@@ -184,7 +120,7 @@ class _Download:
 class S3Storage(Storage):
     """A bucket, or what lies below a prefix of it.
 
-    `extra`: arguments of every upload, as `upload_arguments` gives them; those that reads take as well (SSE-C keys,
+    `extra`: arguments of every upload, as s3_arguments.py gives them; those that reads take as well (SSE-C keys,
     RequestPayer, ExpectedBucketOwner) go with reads too. `attempts` and `sleep` are of whole transfers.
     """
 

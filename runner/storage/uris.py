@@ -48,7 +48,8 @@ def open_storage(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) 
     they go over those of the environment's VIDEO_LAB_S3_EXTRA (a JSON object). Raises ConfigInvalid.
     """
     if is_remote(uri):
-        from runner.storage.s3 import S3Storage, upload_arguments  # boto3 takes half a second to import
+        from runner.storage.s3 import S3Storage  # boto3 takes half a second to import
+        from runner.storage.s3_arguments import upload_arguments
 
         return S3Storage(str(uri), extra=upload_arguments(s3_extra, os.environ))
     return LocalStorage(uri)
@@ -115,7 +116,8 @@ def _one_input(uri: str) -> Iterator[None]:
 
 def _open_object(uri: str, s3_extra: Mapping[str, Any] | None) -> tuple[Storage, str]:
     """The storage that holds one S3 object, and its key there."""
-    from runner.storage.s3 import S3Storage, upload_arguments
+    from runner.storage.s3 import S3Storage
+    from runner.storage.s3_arguments import upload_arguments
 
     extra = upload_arguments(s3_extra, os.environ)
     parent, _, name = uri.rpartition("/")
