@@ -45,6 +45,7 @@ def _call(argv: Sequence[str] | None) -> int:
     # The stages share the cores. OpenMP threads that wait by spinning take them from each other: on two busy cores the
     # tiny demo model took ten times the CPU time. Read when torch is first imported, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _find_home()
     arguments = parser().parse_args(argv)
     from runner.records.events import configure_logging
 
@@ -258,13 +259,28 @@ def _models(verb: argparse.ArgumentParser) -> None:
 
 
 def _default_cache() -> Path:
-    """$VIDEO_LAB_CACHE, else below the home folder; below the temporary folder for a user who has no home."""
-    if named := os.environ.get("VIDEO_LAB_CACHE"):
-        return Path(named)
+    """$VIDEO_LAB_CACHE, else below the home folder."""
+    named = os.environ.get("VIDEO_LAB_CACHE")
+    return Path(named) if named else (_home() or _temporary_home()) / ".cache" / "video-lab"
+
+
+def _find_home() -> None:
+    """A container started with --user may have no HOME and no line of its user in passwd: libraries that keep caches
+    (torch, Triton, the hub) would fail, or write into a folder called ~."""
+    if _home() is None:
+        os.environ["HOME"] = str(_temporary_home())
+        os.environ.setdefault("USER", str(os.getuid()))
+
+
+def _home() -> Path | None:
     try:
-        return Path.home() / ".cache" / "video-lab"
-    except RuntimeError:  # no HOME, and no line of this user in passwd: a container with --user
-        return Path(tempfile.gettempdir()) / f"video-lab-{os.getuid()}"
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def _temporary_home() -> Path:
+    return Path(tempfile.gettempdir()) / f"video-lab-{os.getuid()}"
 
 
 def _networks(verb: argparse.ArgumentParser) -> None:

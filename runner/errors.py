@@ -173,7 +173,7 @@ class JobCrashed(RunnerError):
 class NotFinite(RunnerError):
     """The model computed NaN or infinity, of which no picture can be made; the message names stage and place."""
 
-    code = "output.not_finite"
+    code, blames_job = "output.not_finite", True
 
 
 class InternalError(RunnerError):

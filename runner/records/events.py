@@ -106,7 +106,9 @@ class EventLog:
             if self._write is None:
                 return
             line = {"time": now(), "event": event, "level": level, **fields}
-            self._waiting.append((json.dumps(line, ensure_ascii=False, default=str) + "\n").encode())
+            self._waiting.append(
+                (json.dumps(line, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+            )
             if self._at_once:
                 with suppress(OSError, RunnerError):  # the line is written with a later one
                     self._flush()

@@ -48,9 +48,9 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     def to_json(self) -> bytes:
-        """As the record is stored: its secrets masked."""
+        """As the record is stored: its secrets masked. A path's bytes that are no UTF-8 become JSON's own escapes."""
         public = redact_tree(self.model_dump(mode="json"), keep=COMPARED)
-        return (json.dumps(public, ensure_ascii=False, indent=2) + "\n").encode()
+        return (json.dumps(public, ensure_ascii=False, indent=2) + "\n").encode(errors="backslashreplace")
 
 
 class InputRecord(Record):

@@ -134,8 +134,6 @@ def resolve_place(text: str, base: str) -> str:
         path = local_path(text)
     except ConfigInvalid as err:
         raise ValueError(f"{err.what}; write a path or s3://bucket/key") from err
-    except RuntimeError as err:  # ~somebody who has no home here
-        raise ValueError("begins with ~, which names no home folder here; write the path in full") from err
     if path.is_absolute() or not is_remote(base):
         return str(Path(base, path))
     bucket, _, prefix = base[len("s3://") :].partition("/")

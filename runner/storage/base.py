@@ -181,25 +181,30 @@ def local_path(uri: str | Path) -> Path:
         return uri
     scheme, separator, _ = uri.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
-        if not uri or "\0" in uri or not _encodable(uri):
+        if not uri or "\0" in uri:
             raise ConfigInvalid(f"{uri!r} is not a path", todo="Give a folder or an s3:// URI")
         try:
-            return Path(uri).expanduser()
-        except RuntimeError as err:  # `~other/x`, or `~/x` without HOME and without an entry in passwd
-            raise ConfigInvalid("the home folder is not known", where=uri, todo="Write the whole path") from err
+            return _native_path(uri).expanduser()
+        except RuntimeError as err:  # ~somebody, or ~ of a user without a home
+            what = f"{uri!r} begins with ~, which names no home folder here"
+            raise ConfigInvalid(what, todo="Write the path in full") from err
     parts = urlsplit(uri)
     if scheme.lower() != "file":
         raise ConfigInvalid(f"{scheme}:// is not supported", where=uri, todo="Use a path, file:/// or s3://bucket/key")
     path = unquote(uri.partition("://")[2][len(parts.netloc) :])
-    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path or not _encodable(path):
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
         raise ConfigInvalid("a file URI names an absolute path on this machine", where=uri, todo="Write file:///folder")
-    return Path(path)
+    return _native_path(path)
 
 
-def _encodable(path: str) -> bool:
-    """Can the system be asked for this path at all? Lone surrogates cannot be written in its encoding."""
+def _native_path(text: str) -> Path:
+    """`text` as a path whose bytes are UTF-8, also where Python takes file names for ASCII (LC_ALL=POSIX)."""
     try:
-        os.fsencode(path)
+        os.fsencode(text)
+        return Path(text)
     except UnicodeEncodeError:
-        return False
-    return True
+        pass
+    try:
+        return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+    except UnicodeError as err:
+        raise ConfigInvalid(f"{text!r} is not valid Unicode", todo="Give a folder or an s3:// URI") from err

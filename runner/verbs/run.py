@@ -102,7 +102,8 @@ def run_manifest(arguments: argparse.Namespace) -> int:
         where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
         if arguments.sheet is not None:
             where.append(try_draw_sheet(jobs, storage, arguments.sheet, scratch, stop))
-        print_run(summary.lines, summary.counts, where)
+        with suppress(OSError):  # a full disk behind standard output changes no job
+            print_run(summary.lines, summary.counts, where)
         return code
 
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import sys
 import threading
 
 import pytest
+import structlog
 
 from runner.errors import StorageUnavailable
 from runner.records.events import EventLog, configure_logging
@@ -91,3 +93,28 @@ def test_a_line_that_cannot_be_written_stops_nothing(monkeypatch, number):
     full = False
     log.emit("job_succeeded", job="b")
     assert [json.loads(line)["job"] for line in written[0].splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_no_line_of_the_log_holds_a_secret(capsys, style):
+    configure_logging(style)
+    log = structlog.get_logger()
+    log.info("a?sig=hush", uri="https://u:hush@h/a", paths=["b?token=hush"], error=ValueError("s3://k:hush@b"))
+    try:
+        raise ValueError("https://u:hush@h")
+    except ValueError:
+        log.exception("broken")
+    assert logging.lastResort is not None  # what a library warns of goes through it
+    logging.lastResort.handle(logging.makeLogRecord({"msg": "GET %s", "args": ("/a?X-Amz-Signature=hush",)}))
+    text = capsys.readouterr().err
+    assert "hush" not in text
+    assert text.count("***") == 7  # the source line in the traceback, too
+    assert "GET /a?X-Amz-Signature=***" in text
+
+
+def test_a_value_changes_no_terminal(capsys):
+    configure_logging("console")
+    structlog.get_logger().info("a", uri="\x1b[31m\u202e")
+    text = capsys.readouterr().err
+    assert "\\x1b[31m\\u202e" in text
+    assert not set(text) & set("\x1b\u202e")

@@ -91,8 +91,8 @@ def test_odd_local_inputs_are_their_jobs_fault(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "/".join(["n" * 200] * 25), InputNotFound, "longer"),
         (f"file://{tmp_path}/{'n' * 256}", InputNotFound, "longer"),
         ("~no-such-user/x.png", InputNotFound, "home folder"),
-        (str(tmp_path / "\ud800"), InputNotFound, "not a path"),
-        (f"file://{tmp_path}/\ud800", InputNotFound, "absolute path"),
+        (str(tmp_path / "\ud800"), InputNotFound, "not valid Unicode"),
+        (f"file://{tmp_path}/\ud800", InputNotFound, "not valid Unicode"),
         ("a\0b", InputNotFound, "not a path"),
         ("", InputNotFound, "not a path"),
     ]:
