@@ -131,13 +131,11 @@ def moto_s3() -> Iterator[S3Server]:
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def _faulty_line() -> Iterator[FaultyServer]:
-    werkzeug_app = pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
-    from werkzeug.serving import make_server
+def faulty_app(server: FaultyServer) -> Callable[..., Any]:
+    """moto as a WSGI application for werkzeug's server, failing as `server` says of each request."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-    moto = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
-    server = FaultyServer("")
+    moto = DomainDispatcherApplication(create_backend_app)
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         kind = server.note(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"])
@@ -158,14 +156,7 @@ def _faulty_line() -> Iterator[FaultyServer]:
             line.shutdown(socket.SHUT_RDWR)
             return []
         if kind == "flip":
-
-            def without_checksums(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-                kept = [(name, value) for name, value in headers if not name.lower().startswith("x-amz-checksum")]
-                return start_response(status, kept, *more)
-
-            flipped = bytearray(b"".join(moto(environ, without_checksums)))
-            flipped[len(flipped) // 2] ^= 1
-            return [bytes(flipped)]
+            return _flipped(moto, environ, start_response)
         body = b"".join(moto(environ, start_response))  # the headers promise all of it
 
         def half() -> Iterator[bytes]:
@@ -174,7 +165,29 @@ def _faulty_line() -> Iterator[FaultyServer]:
 
         return half()
 
-    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_quiet_handler())
+    return app
+
+
+def _flipped(app: Callable[..., Any], environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    """The answer with one bit of its body turned, and as of a store that sends no checksums."""
+
+    def without_checksums(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+        return start_response(status, [h for h in headers if not h[0].lower().startswith("x-amz-checksum")], *more)
+
+    body = bytearray(b"".join(app(environ, without_checksums)))
+    if body:
+        body[len(body) // 2] ^= 1
+    return [bytes(body)]
+
+
+@pytest.fixture(scope="session")
+def _faulty_line() -> Iterator[FaultyServer]:
+    pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
+    from werkzeug.serving import make_server
+
+    server = FaultyServer("")
+    app = faulty_app(server)
+    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=quiet_handler())
     server.endpoint = f"http://127.0.0.1:{http.server_port}"
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield server
@@ -190,7 +203,7 @@ def faulty_s3(_faulty_line: FaultyServer) -> FaultyServer:
     return _faulty_line
 
 
-def _quiet_handler() -> Any:
+def quiet_handler() -> Any:
     from moto.moto_server.werkzeug_app import MotoRequestHandler
 
     class Quiet(MotoRequestHandler):  # type: ignore[misc]
