@@ -78,6 +78,7 @@ def line_server() -> Iterator[LineServer]:
     pid = os.fork()
     if pid == 0:
         os.close(held)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # werkzeug tells of each connection that was dropped on purpose
         try:
             _serve(listening, alive)
         finally:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,13 @@ DISTURBED, AGAIN = "disturbed", "again"  # run ids
 MAX_ATTEMPTS = 3  # the command line's default
 SERIES = 6  # kills of one output, one after the other
 AFTER_GENERATING_S = 0.05  # for the mark of a job to be taken back when its frames are made
-DISK_FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
+NAMES = frozenset({"open", "open to read", "rename", "link", "unlink", "mkdir", "rmdir", "stat", "scandir", "truncate"})
+# What a full disk, a broken one and wrong permissions refuse; descriptors that are open keep their permissions.
+DISK_FAULTS = {
+    "ENOSPC": (errno.ENOSPC, frozenset({"open", "write", "fsync", "rename", "link", "mkdir"})),
+    "EIO": (errno.EIO, CHANGES | READS),
+    "EACCES": (errno.EACCES, NAMES),
+}
 S3_FAULTS = ("503", "drop", "truncate", "flip")
 pause = time.sleep  # before `shorten_waits`
 
@@ -115,6 +121,7 @@ class Stage:
         self.place, self.format, self.name, self.scenario = place, format, name, SCENARIOS[name]
         self.folder = Path(tempfile.mkdtemp(prefix="stage-", dir=folder))
         self.page = SharedPage()
+        self.points: dict[str, int] = {}  # of an undisturbed run, by kind of point, once counted
         self._number = count()
         self.settings: dict[str, Any] = {"prepare_s": 0.004, "generate_s": 0.06, "frames": 4}
         older_format = format if not self.scenario.other_format else FORMATS[1 - FORMATS.index(format)]
@@ -190,6 +197,11 @@ class Stage:
                 os.waitpid(pid, 0)
                 return -signal.SIGABRT
             pause(0.001)
+
+    def point(self, out: str) -> str:
+        """The operation or request that was disturbed, with short names."""
+        text = self.page.text.replace(out.removeprefix("s3:/"), "OUT")
+        return text.replace(str(self.folder / "cache"), "CACHE").replace(str(self.folder), "")
 
     @property
     def log_file(self) -> Path:
@@ -341,7 +353,7 @@ def kill_trials(stage: Stage, trials: int, chance: random.Random, *, every_point
         pid = stage.begin(out, DISTURBED, flags=stage.scenario.flags, disturb=disturb or (lambda folders: None))
         code = stage.wait(pid, kill.at if kill.kind == "instants" else None)
         row.trials += 1
-        trial = f"{kill} {stage.page.text}".strip()
+        trial = f"{kill} {stage.point(out)}".strip()
         if code == -signal.SIGKILL:
             row.landed += 1
             stage.after(out, row, trial, lived=False, once=True)
@@ -409,6 +421,7 @@ def disk_trials(stage: Stage, fault: str, trials: int, chance: random.Random, *,
     """Fail file operations of runs with `fault`: one a run, or all from one on (`lasting`)."""
     row = Row("local", stage.format, stage.name, f"{fault}{' from there on' if lasting else ''}")
     begin = time.monotonic()
+    number_of_error, operations = DISK_FAULTS[fault]
 
     def watch(page: SharedPage, folders: Sequence[Path], at: int = 0) -> None:
         def meet(name: str, path: str) -> None:
@@ -417,12 +430,13 @@ def disk_trials(stage: Stage, fault: str, trials: int, chance: random.Random, *,
                 if number == at:
                     page.text = f"{name} {path}"
                     page.set("struck", 1)
-                raise OSError(DISK_FAULTS[fault], os.strerror(DISK_FAULTS[fault]), path)
+                raise OSError(number_of_error, os.strerror(number_of_error), path)
 
-        FileOperations(folders, meet, CHANGES | READS).install()
+        FileOperations(folders, meet, operations).install()
 
-    points, _ = stage.count_points(watch)
-    for number in spread(points, trials, chance):
+    if fault not in stage.points:
+        stage.points[fault], _ = stage.count_points(watch)
+    for number in spread(stage.points[fault], trials, chance):
         out = stage.new_output()
         pid = stage.begin(
             out,
@@ -441,13 +455,14 @@ def s3_trials(
     """Fail requests of runs with `fault`: one a run, or all from one on (`lasting`)."""
     row = Row(stage.place.kind, stage.format, stage.name, f"{fault}{' from there on' if lasting else ''}")
     begin = time.monotonic()
-    out = stage.new_output()
-    line.order()
-    code = stage.wait(stage.begin(out, DISTURBED, flags=stage.scenario.flags))
-    assert code == 0, stage.log()
-    points = len(line.requests())
-    stage.place.remove(out)
-    for number in spread(points, trials, chance):
+    if "request" not in stage.points:
+        out = stage.new_output()
+        line.order()
+        code = stage.wait(stage.begin(out, DISTURBED, flags=stage.scenario.flags))
+        assert code == 0, stage.log()
+        stage.points["request"] = len(line.requests())
+        stage.place.remove(out)
+    for number in spread(stage.points["request"], trials, chance):
         out = stage.new_output()
         line.order(fault, number, ALL_LATER if lasting else 1)
         code = stage.wait(stage.begin(out, DISTURBED, flags=stage.scenario.flags))
@@ -466,7 +481,7 @@ def fault_ended(stage: Stage, row: Row, out: str, code: int, trial: str, *, once
     row.trials += 1
     row.landed += stage.page.get("struck")
     row.exit_codes[code] += 1
-    trial = f"{trial}, {stage.page.text}, exit {code}"
+    trial = f"{trial}, {stage.point(out)}, exit {code}"
     if code not in (0, 1, 2, 3):
         row.problems.append((trial, Problem("exit code", f"{code}: {_last_error(stage.log())}")))
     if code == 0:
@@ -495,15 +510,18 @@ def trial_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def open_places(stores: Sequence[str], folder: Path, server: S3Server | None = None) -> Iterator[dict[str, Place]]:
-    """`local` and `s3` (moto behind the line, or `server`), ready for trials. Imports the product, once."""
+def open_places(
+    stores: Sequence[str], folder: Path, server: S3Server | None = None
+) -> Iterator[tuple[dict[str, Place], LineServer | None]]:
+    """`local` and `s3` (moto behind the line, or `server`), ready for trials; the line. Imports the product, once."""
     with ExitStack() as held:
-        line: S3Server | None = None
+        line: LineServer | None = None
         if "s3" in stores:
-            line = server or held.enter_context(line_server())
+            if server is None:
+                server = line = held.enter_context(line_server())
             for name in [name for name in os.environ if name.startswith(("AWS_", "VIDEO_LAB_S3"))]:
                 del os.environ[name]
-            os.environ.update(line.environment())
+            os.environ.update(server.environment())
         shorten_waits()
         import_all()
         places: dict[str, Place] = {}
@@ -511,75 +529,91 @@ def open_places(stores: Sequence[str], folder: Path, server: S3Server | None = N
             if store == "local":
                 places[store] = LocalPlace(folder)
             else:
-                assert line is not None
-                places[store] = S3Place(line, "S3" if server is None else "S3, SeaweedFS")
-        yield places
+                assert server is not None
+                places[store] = S3Place(server, "S3" if line is not None else "S3, SeaweedFS")
+        yield places, line
 
 
-def kills(
-    stores: Sequence[str],
-    formats: Sequence[str],
-    scenarios: Sequence[str],
-    trials: int,
-    series: int,
-    seed: int,
-    *,
-    every_point: bool,
-    server: S3Server | None = None,
-) -> list[Row]:
-    """Rows of `trials` kills in all, spread over the combinations, and `series` of kills of one output."""
-    chance = random.Random(seed)
-    rows = []
-    with trial_folder() as folder:
-        with open_places(stores, folder, server) as places:
-            combinations = [(s, f, n) for s in stores for f in formats for n in scenarios]
-            for index, (store, format, name) in enumerate(combinations):
-                share = trials * (index + 1) // len(combinations) - trials * index // len(combinations)
-                stage = Stage(places[store], folder, format, name)
-                if share or every_point:
-                    rows.append(kill_trials(stage, share, chance, every_point=every_point))
-                if series and name == "fresh":
-                    stage.settings["generate_s"] = 0.1
-                    rows.append(series_trials(stage, series * SERIES, chance))
-                shutil.rmtree(stage.folder, ignore_errors=True)
+def kills(stage: Stage, trials: int, series: int, chance: random.Random, *, every_point: bool) -> list[Row]:
+    """Rows of `trials` kills, and of `series` outputs killed several times in a row."""
+    rows = [kill_trials(stage, trials, chance, every_point=every_point)] if trials or every_point else []
+    if series and stage.name == "fresh":
+        stage.settings["generate_s"] = 0.1
+        rows.append(series_trials(stage, series * SERIES, chance))
     return rows
+
+
+def faults(stage: Stage, trials: int, line: LineServer | None, chance: random.Random) -> list[Row]:
+    """Rows of `trials` faults in all: of the disk, or of the line to S3."""
+    local = stage.place.kind == "local"
+    plans = [(fault, lasting) for fault in DISK_FAULTS for lasting in (False, True)]
+    if not local:
+        plans = [(fault, False) for fault in S3_FAULTS] + [("503", True)]
+    rows = []
+    for (fault, lasting), share in zip(plans, shares(trials, len(plans), chance), strict=True):
+        if share and local:
+            rows.append(disk_trials(stage, fault, share, chance, lasting=lasting))
+        elif share:
+            assert line is not None
+            rows.append(s3_trials(stage, line, fault, share, chance, lasting=lasting))
+    return rows
+
+
+def shares(total: int, parts: int, chance: random.Random) -> list[int]:
+    """`total` in `parts` shares that differ by one at most; which are the larger is left to chance."""
+    found = [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+    chance.shuffle(found)
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
     """One line a row: how many, where the kills landed, what went wrong."""
     moments = ("generating", "delivering", "both", "else")
+    titles = "".join(f"{moment:>11}" for moment in moments)
     lines = [
-        f"{'store':<14}{'format':<7}{'scenario':<14}{'what':<18}{'trials':>7}{'landed':>7}"
-        + "".join(f"{m:>11}" for m in moments)
-        + f"{'violations':>11}{'s':>7}"
+        f"{'store':<14}{'format':<7}{'scenario':<13}{'what':<19}{'trials':>7}{'landed':>7}"
+        f"{titles}{'violations':>11}{'hidden':>7}{'s':>7}  exit codes"
     ]
     for row in rows:
-        cells = "".join(f"{row.when[m]:>11}" for m in moments)
+        cells = "".join(f"{row.when[moment]:>11}" for moment in moments)
+        codes = ", ".join(f"{code}: {n}" for code, n in sorted(row.exit_codes.items()))
         lines.append(
-            f"{row.store:<14}{row.format:<7}{row.scenario:<14}{row.what:<18}{row.trials:>7}{row.landed:>7}"
-            f"{cells}{len(row.problems):>11}{row.seconds:>7.1f}"
+            f"{row.store:<14}{row.format:<7}{row.scenario:<13}{row.what:<19}{row.trials:>7}{row.landed:>7}"
+            f"{cells}{len(row.problems):>11}{row.hidden:>7}{row.seconds:>7.1f}  {codes}".rstrip()
         )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills",))
+    parser.add_argument("what", choices=("kills", "faults"), help="faults: of the disk for local, of the line for s3")
     parser.add_argument("--stores", default="local,s3", help="of local, s3")
     parser.add_argument("--formats", default="mp4,png")
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
-    parser.add_argument("--trials", type=int, default=20, help="kills in all (20)")
+    parser.add_argument("--trials", type=int, default=20, help="in all (20)")
     parser.add_argument("--series", type=int, default=0, help=f"outputs killed {SERIES} times in a row (0)")
     parser.add_argument("--every-point", action="store_true", help="kill at each operation or request too")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--server", metavar="JSON", help="fields of a running S3 server, instead of moto")
+    parser.add_argument("--server", metavar="JSON", help="kills: fields of a running S3 server, instead of moto")
     parser.add_argument("--json", type=Path, metavar="PATH")
     arguments = parser.parse_args(argv)
     server = S3Server(**json.loads(arguments.server)) if arguments.server else None
-    lists = [text.split(",") for text in (arguments.stores, arguments.formats, arguments.scenarios)]
-    rows = kills(
-        *lists, arguments.trials, arguments.series, arguments.seed, every_point=arguments.every_point, server=server
+    stores, formats, scenarios = (
+        text.split(",") for text in (arguments.stores, arguments.formats, arguments.scenarios)
     )
+    chance = random.Random(arguments.seed)
+    combinations = list(product(stores, formats, scenarios))
+    rows: list[Row] = []
+    with trial_folder() as folder, open_places(stores, folder, server) as (places, line):
+        parts = shares(arguments.trials, len(combinations), chance)
+        for (store, format, name), share in zip(combinations, parts, strict=True):
+            if share or arguments.every_point or (arguments.series and name == "fresh"):
+                stage = Stage(places[store], folder, format, name)
+                if arguments.what == "kills":
+                    rows += kills(stage, share, arguments.series, chance, every_point=arguments.every_point)
+                else:
+                    rows += faults(stage, share, line, chance)
+                shutil.rmtree(stage.folder, ignore_errors=True)
     print(table(rows))
     for row in rows:
         for trial, problem in row.problems:
