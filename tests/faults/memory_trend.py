@@ -1,0 +1,46 @@
+"""Memory trend: how much the resident memory of a process grows from one job to the next.
+
+In:   bytes at each job's end. Out: bytes at begin and end, and the slope of a straight line through them (least
+squares), without the first jobs, in which caches and the allocator fill. Never: how memory is read. Holds a few sums
+and no samples, however many jobs there are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["WARM_UP_JOBS", "MemoryTrend"]
+
+WARM_UP_JOBS = 100
+
+
+class MemoryTrend:
+    """Add the bytes at each job's end; `slope` is None with fewer than two jobs after the warm-up."""
+
+    def __init__(self, warm_up: int = WARM_UP_JOBS) -> None:
+        self.jobs = 0
+        self.begin: int | None = None  # at the end of the first job after the warm-up
+        self.end: int | None = None
+        self._warm_up = warm_up
+        self._sum_x = self._sum_y = self._sum_xy = self._sum_xx = (
+            0  # integers: no rounding, whatever the number of jobs
+        )
+
+    def add(self, rss_bytes: int) -> None:
+        self.jobs += 1
+        x = self.jobs - self._warm_up - 1
+        if x < 0:
+            return
+        if self.begin is None:
+            self.begin = rss_bytes
+        self.end = rss_bytes
+        self._sum_x += x
+        self._sum_y += rss_bytes
+        self._sum_xy += x * rss_bytes
+        self._sum_xx += x * x
+
+    @property
+    def slope(self) -> float | None:
+        """Bytes a job."""
+        n = self.jobs - self._warm_up
+        if n < 2:
+            return None
+        return (n * self._sum_xy - self._sum_x * self._sum_y) / (n * self._sum_xx - self._sum_x**2)
