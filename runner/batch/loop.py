@@ -463,7 +463,7 @@ class Batch:
         self._events.emit(f"job_{line.status}", level="error" if line.status == "failed" else "info", **fields)
         self._progress.finished(line)
         try:
-            self._summary.add(line, record)
+            self._summary.add(line, record, None if line.status == "skipped" else self._sampler.rss())
         except RunnerError as error:
             self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
             self._stop_for(error)

@@ -48,6 +48,10 @@ class MemorySampler:
         window.see(*self._read())
         return window
 
+    def rss(self) -> int | None:
+        """The resident host memory of the process now, bytes."""
+        return self._read()[0]
+
     def __enter__(self) -> MemorySampler:
         self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
         self._thread.start()

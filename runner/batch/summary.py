@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from runner.batch.memory_trend import MemoryTrend
 from runner.errors import is_transient
 from runner.records.events import EventLog
 from runner.records.prometheus import RunMetrics
@@ -48,6 +49,7 @@ class SummaryWriter:
         self._job_ids = list(job_ids)
         self._lines: dict[str, JobLine] = {}
         self._metrics = RunMetrics()
+        self._trend = MemoryTrend()
         self._begin, self._started_at = clock(), now()
         self._not_before = self._written_at = float("-inf")
         self._written_lines = 0
@@ -71,9 +73,14 @@ class SummaryWriter:
             for i in self._job_ids
         ]
 
-    def add(self, line: JobLine, record: ResultRecord | None = None) -> None:
-        """Note a job's end and, when it is time, write the summary. Raises storage.*."""
+    def add(self, line: JobLine, record: ResultRecord | None = None, rss_bytes: int | None = None) -> None:
+        """Note a job's end and, when it is time, write the summary. Raises storage.*.
+
+        `rss_bytes`: the resident memory of the process after a job that ran.
+        """
         with self._lock:
+            if rss_bytes is not None:
+                self._trend.add(rss_bytes)
             self._lines[line.id] = line
             self._metrics.observe(line, record)
             if self._is_due():
@@ -116,6 +123,7 @@ class SummaryWriter:
             stopped_by=stopped_by,
             counts=self.counts,
             jobs=self.lines,
+            memory_trend=self._trend.record(),
             environment=dict(environment()),
         )
 

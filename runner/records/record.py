@@ -30,6 +30,7 @@ __all__ = [
     "InputRecord",
     "JobLine",
     "MemoryRecord",
+    "MemoryTrendRecord",
     "OutputRecord",
     "ResultRecord",
     "ReuseRecord",
@@ -217,6 +218,15 @@ class JobLine(Record):
     error: ErrorRecord | None = None
 
 
+class MemoryTrendRecord(Record):
+    """The resident host memory of the process from job to job, after the first hundred jobs."""
+
+    jobs: int = Field(ge=2, description="jobs that were looked at")
+    rss_begin_bytes: int
+    rss_end_bytes: int
+    rss_slope_bytes_per_job: float = Field(description="of a straight line through all of them, by least squares")
+
+
 class RunSummary(Record):
     """`runs/<run-id>/<shard>.summary.json`: rewritten at growing intervals while the run goes on."""
 
@@ -235,6 +245,7 @@ class RunSummary(Record):
     )
     counts: dict[str, int]
     jobs: list[JobLine]
+    memory_trend: MemoryTrendRecord | None = Field(None, description="null for runs of a hundred jobs or fewer")
     environment: dict[str, Any]
 
 

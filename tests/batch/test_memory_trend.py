@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.faults.memory_trend import MemoryTrend
+from runner.batch.memory_trend import MemoryTrend
 
 
 def test_the_slope_is_that_of_the_line_of_least_squares():

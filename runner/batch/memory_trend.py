@@ -1,11 +1,13 @@
 """Memory trend: how much the resident memory of a process grows from one job to the next.
 
 In:   bytes at each job's end. Out: bytes at begin and end, and the slope of a straight line through them (least
-squares), without the first jobs, in which caches and the allocator fill. Never: how memory is read. Holds a few sums
-and no samples, however many jobs there are.
+squares), without the first jobs, in which caches and the allocator fill. Never: how memory is read. A few sums are
+kept and no samples, however many jobs there are.
 """
 
 from __future__ import annotations
+
+from runner.records.record import MemoryTrendRecord
 
 __all__ = ["WARM_UP_JOBS", "MemoryTrend"]
 
@@ -20,11 +22,11 @@ class MemoryTrend:
         self.begin: int | None = None  # at the end of the first job after the warm-up
         self.end: int | None = None
         self._warm_up = warm_up
-        self._sum_x = self._sum_y = self._sum_xy = self._sum_xx = (
-            0  # integers: no rounding, whatever the number of jobs
-        )
+        # Integers: no rounding, whatever the number of jobs.
+        self._sum_x = self._sum_y = self._sum_xy = self._sum_xx = 0
 
     def add(self, rss_bytes: int) -> None:
+        """Note the resident memory at one job's end."""
         self.jobs += 1
         x = self.jobs - self._warm_up - 1
         if x < 0:
@@ -44,3 +46,14 @@ class MemoryTrend:
         if n < 2:
             return None
         return (n * self._sum_xy - self._sum_x * self._sum_y) / (n * self._sum_xx - self._sum_x**2)
+
+    def record(self) -> MemoryTrendRecord | None:
+        """For the summary; None while there is no slope."""
+        if self.slope is None or self.begin is None or self.end is None:
+            return None
+        return MemoryTrendRecord(
+            jobs=self.jobs - self._warm_up,
+            rss_begin_bytes=self.begin,
+            rss_end_bytes=self.end,
+            rss_slope_bytes_per_job=round(self.slope, 1),
+        )
