@@ -128,9 +128,6 @@ class Storage(ABC):
     def delete(self, key: str) -> None:
         """Remove the object; nothing there is fine."""
 
-    def remove_leftovers(self, prefix: str) -> int:
-        return 0  # TEMPORARY
-
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
 
