@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -178,6 +179,14 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("out", metavar="OUT", help="output folder or s3://bucket/prefix")
     status.add_argument("--json", action="store_true", help="one JSON object a job")
 
+    _clean_flags(
+        verb(
+            "clean",
+            _clean,
+            "remove what killed runs left in an output folder: staged files, probes, unfinished uploads",
+        )
+    )
+
     doctor = verb("doctor", _doctor, "check device, driver, libraries, weights, disk and S3, and say what to do")
     _models(doctor)
     doctor.add_argument("--out", metavar="URI", help="check that this can be written")
@@ -200,6 +209,15 @@ def parser() -> argparse.ArgumentParser:
     _quantize_flags(verb("quantize", _quantize, "make a recipe's FP4 file from the published weights in the store"))
     _weights_flags(verb("weights", _weights, "fetch | verify | demo: model files"))
     return top
+
+
+def _clean_flags(clean: argparse.ArgumentParser) -> None:
+    clean.add_argument("out", metavar="OUT", help="output folder or s3://bucket/prefix")
+    clean.add_argument(
+        "--older-than", type=_age, default="1h", metavar="AGE", help="leave what is younger: 30m, 1h, 2d, 0s (1h)"
+    )
+    clean.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+    clean.add_argument("--json", action="store_true", help="one JSON object a leftover")
 
 
 def _quantize_flags(quantize: argparse.ArgumentParser) -> None:
@@ -305,6 +323,15 @@ def _shard(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--shard-count", type=_count, metavar="N", help="shares in all, where the scheduler tells only I")
 
 
+def _age(text: str) -> float:
+    from runner.verbs.clean import parse_age
+
+    try:
+        return parse_age(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -348,6 +375,20 @@ def _status(arguments: argparse.Namespace) -> int:
     rows = read_status(open_storage(arguments.out))
     print_status(arguments.out, rows, as_json=arguments.json)
     return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from runner.storage import open_storage
+    from runner.verbs.clean import age_text, clean_output
+    from runner.verbs.tables import print_clean
+
+    rows = list(clean_output(open_storage(arguments.out), arguments.older_than, remove=arguments.yes))
+    words = ["video-lab", "clean", arguments.out, "--older-than", age_text(arguments.older_than), "--yes"]
+    print_clean(arguments.out, rows, shlex.join(words), as_json=arguments.json)
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ base.py has the interface; local.py and s3.py fulfil it; uris.py opens one by it
 disk.py puts a file in place on a disk; disk_cache.py keeps results between runs.
 """
 
-from runner.storage.base import ObjectInfo, Storage, Versioned, check_key, is_remote, local_path
+from runner.storage.base import Leftover, ObjectInfo, Storage, Versioned, check_key, is_remote, local_path
 from runner.storage.local import LocalStorage
 from runner.storage.uris import (
     FetchedInput,
@@ -17,6 +17,7 @@ from runner.storage.uris import (
 
 __all__ = [
     "FetchedInput",
+    "Leftover",
     "LocalStorage",
     "ObjectInfo",
     "Storage",

@@ -13,12 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from runner.errors import ConfigInvalid
+from runner.errors import ConfigInvalid, RunnerError
 from runner.storage.disk import is_staged
 
 __all__ = [
+    "PROBE_NAME",
+    "Leftover",
     "ObjectInfo",
     "Storage",
     "Versioned",
@@ -27,6 +30,7 @@ __all__ = [
     "local_path",
 ]
 
+PROBE_NAME = ".video-lab-probe-"  # how the names of the objects begin that `probe_writable` writes
 _KEY_BYTES = 1024  # S3's limit of a key in UTF-8
 
 
@@ -50,6 +54,19 @@ class Versioned:
 
     data: bytes
     version: str
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What a killed process left: no object, of no use to anyone, and it takes space."""
+
+    uri: str
+    key: str  # relative to the storage's root; an upload's is that of the object it was to become
+    bytes: int
+    modified: float  # seconds since 1970, UTC
+    kind: Literal["staged file", "write probe", "unfinished upload"]
+    abandoned: bool = False  # known to be in no process's hands; else only its age and its job's mark can tell
+    upload_id: str = ""  # of an unfinished upload
 
 
 class Storage(ABC):
@@ -127,6 +144,35 @@ class Storage(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object; nothing there is fine."""
+
+    @abstractmethod
+    def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
+        """What killed processes left below `prefix` (`jobs/a/`), and what others are writing now, where that cannot be
+        told apart (`abandoned` is False)."""
+
+    @abstractmethod
+    def remove_leftover(self, leftover: Leftover) -> bool:
+        """Remove it; False if it is in use, or gone by now (which not every S3 store tells)."""
+
+    @abstractmethod
+    def _unfinished(self, prefix: str) -> Iterator[Leftover]:
+        """What `remove_leftovers` removes."""
+
+    def remove_leftovers(self, prefix: str) -> int:
+        """Remove what earlier processes left below `prefix` (`jobs/a/`), and count it, before a job there is begun.
+
+        On a disk, the staged files that no process is writing. On S3, the unfinished uploads; a process that still
+        makes one begins it again. Probes stay. What cannot be listed or removed stays, with a warning: it stops no job.
+        """
+        removed = 0
+        try:
+            for leftover in self._unfinished(prefix):
+                removed += self.remove_leftover(leftover)
+        except RunnerError as error:
+            import structlog  # brings rich with it, and `--help` passes through here
+
+            structlog.get_logger().warning("storage.leftovers", uri=self.root, prefix=prefix, reason=error.message)
+        return removed
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None

@@ -25,7 +25,18 @@ from runner.errors import (
     StorageUnavailable,
 )
 
-__all__ = ["ABSENT", "is_staged", "locked_folder", "os_error", "os_errors", "staged", "sync_folder", "walk_files"]
+__all__ = [
+    "ABSENT",
+    "is_staged",
+    "locked_folder",
+    "os_error",
+    "os_errors",
+    "remove_unlocked",
+    "staged",
+    "sync_folder",
+    "walk_files",
+    "writer_of",
+]
 
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # nothing lies there, or cannot, as a parent is a file
 
@@ -43,25 +54,69 @@ def staged(target: Path, *, place: Callable[[Path], None] | None = None) -> Iter
 
     It lies beside the target, as a rename cannot cross devices, and is on the disk before it gets its name, as a crash
     could otherwise leave the name with half the bytes. `place` is called with its path, while the target's folder is
-    locked, and gives it its name or raises; without it, it replaces what is there.
+    locked, and gives it its name or raises; without it, it replaces what is there. The file is locked until then, which
+    tells it from what a killed process left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".staged-{uuid4().hex}.tmp")
+    temporary, opened = _new_staged(target.parent)
     try:
-        with temporary.open("x+b") as file:  # not mkstemp: its 0600 would shut out everyone but the container's user
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with locked_folder(target.parent):
-            if place is None:
-                os.replace(temporary, target)
-            else:
-                place(temporary)
+            with locked_folder(target.parent):
+                if place is None:
+                    os.replace(temporary, target)
+                else:
+                    place(temporary)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def _new_staged(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new, locked file, open for reading and writing."""
+    while True:
+        temporary = folder / f".staged-{uuid4().hex}.tmp"
+        file = temporary.open("x+b")  # not mkstemp: its 0600 would shut out everyone but the container's user
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, file
+        file.close()  # taken for a leftover and removed before it was locked
+
+
+def writer_of(path: Path) -> bool | None:
+    """Whether a process is writing this staged file: it holds its lock. None where the file system has no locks."""
+    try:
+        with path.open("rb") as file:
+            return _writer_of(file)
+    except FileNotFoundError:  # it has its name by now
+        return True
+
+
+def _writer_of(file: BinaryIO) -> bool | None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def remove_unlocked(path: Path) -> bool:
+    """Remove a leftover, unless it is gone or a process is writing it; whether it was removed."""
+    try:
+        with path.open("rb") as file:
+            if _writer_of(file):
+                return False
+            path.unlink()  # with its lock held, so that no process takes it up meanwhile
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

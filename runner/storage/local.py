@@ -14,8 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, InputNotFound
-from runner.storage.base import ObjectInfo, Storage, Versioned, check_key, local_path
-from runner.storage.disk import ABSENT, is_staged, locked_folder, os_errors, staged, sync_folder, walk_files
+from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, local_path
+from runner.storage.disk import (
+    ABSENT,
+    is_staged,
+    locked_folder,
+    os_errors,
+    remove_unlocked,
+    staged,
+    sync_folder,
+    walk_files,
+    writer_of,
+)
 
 __all__ = ["LocalStorage"]
 
@@ -74,21 +84,22 @@ class LocalStorage(Storage):
         return self._info(key, status) if stat_modes.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for path, key in self._files(prefix):
+            if not is_staged(path.name):
+                status = _status(path)
+                if status is not None:
+                    yield self._info(key, status)
+
+    def _files(self, prefix: str) -> Iterator[tuple[Path, str]]:
+        """Every file whose key begins with `prefix`, and its key."""
         if prefix:
             check_key(prefix + "x")  # a prefix is the beginning of a key
         top = self.path.joinpath(*prefix.split("/")[:-1])
         with os_errors(top, writing=False):
             for path in walk_files(top):
                 key = path.relative_to(self.path).as_posix()
-                if key.startswith(prefix) and not is_staged(path.name):
-                    try:
-                        status = path.stat()
-                    except OSError as err:
-                        if err.errno in (*ABSENT, errno.ELOOP):  # deleted since, or a link to nothing or to itself
-                            continue
-                        raise
-                    if stat_modes.S_ISREG(status.st_mode):
-                        yield self._info(key, status)
+                if key.startswith(prefix):
+                    yield path, key
 
     def read_bytes(self, key: str) -> bytes | None:
         path = Path(self.uri(key))
@@ -151,6 +162,40 @@ class LocalStorage(Storage):
                     raise
                 return
             sync_folder(path.parent)
+
+    def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
+        for path, key in self._files(prefix):
+            is_probe = path.name.startswith(PROBE_NAME)
+            status = _status(path) if is_probe or is_staged(path.name) else None
+            if status is None:
+                continue
+            if is_probe:
+                yield Leftover(str(path), key, status.st_size, status.st_mtime, "write probe")
+                continue
+            with os_errors(path, writing=True):
+                writer = writer_of(path)
+            if not writer:
+                abandoned = writer is False
+                yield Leftover(str(path), key, status.st_size, status.st_mtime, "staged file", abandoned)
+
+    def _unfinished(self, prefix: str) -> Iterator[Leftover]:
+        return (leftover for leftover in self.leftovers(prefix) if leftover.abandoned)
+
+    def remove_leftover(self, leftover: Leftover) -> bool:
+        with os_errors(leftover.uri, writing=True):
+            return remove_unlocked(Path(leftover.uri))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of a regular file; None of other things."""
+    with os_errors(path, writing=False):
+        try:
+            status = path.stat()
+        except OSError as err:
+            if err.errno in (*ABSENT, errno.ELOOP):  # deleted since, or a link to nothing or to itself
+                return None
+            raise
+    return status if stat_modes.S_ISREG(status.st_mode) else None
 
 
 class _ChangedError(Exception):

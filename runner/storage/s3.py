@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -34,7 +34,7 @@ from botocore.exceptions import ClientError
 
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
-from runner.storage.base import ObjectInfo, Storage, Versioned, check_key
+from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
 from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
@@ -422,6 +422,74 @@ class S3Storage(Storage):
                 self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
 
         self._repeated(remove, self.uri(key))
+
+    # What killed processes left
+
+    def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
+        yield from self._unfinished(prefix)
+        for info in self.list(prefix):
+            if info.key.rpartition("/")[2].startswith(PROBE_NAME):
+                yield Leftover(info.uri, info.key, info.bytes, info.modified, "write probe")
+
+    def _unfinished(self, prefix: str) -> Iterator[Leftover]:
+        if prefix:
+            check_key(prefix + "x")
+        within = f"{self.prefix}/" if self.prefix else ""
+        position: dict[str, str] = {}
+        while True:
+            page = self._repeated(functools.partial(self._uploads, within + prefix, position), self.root)
+            for upload in page.get("Uploads", ()):
+                if upload["Key"].startswith(within + prefix):
+                    parts = self._repeated(functools.partial(self._parts, upload["Key"], upload["UploadId"]), self.root)
+                    if parts is not None:
+                        size = sum(part["Size"] for part in parts)
+                        modified = max([upload["Initiated"], *(part["LastModified"] for part in parts)]).timestamp()
+                        key = upload["Key"][len(within) :]
+                        uri = f"{self.root}/{key}"
+                        yield Leftover(uri, key, size, modified, "unfinished upload", upload_id=upload["UploadId"])
+            if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
+                return
+            position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+    def _uploads(self, prefix: str, position: Mapping[str, str]) -> dict[str, Any]:
+        with s3_errors(self.root, writing=False):
+            arguments = self._arguments("ListMultipartUploads", Prefix=prefix, **position)
+            try:
+                return dict(self.client.list_multipart_uploads(**arguments))
+            except ClientError as err:
+                if error_code(err) in ("405", "501", "MethodNotAllowed", "NotImplemented"):  # a store without them
+                    return {}
+                raise
+
+    def _parts(self, key: str, upload_id: str) -> Sequence[dict[str, Any]] | None:
+        """The parts of an upload that is not finished; None if it is by now."""
+        with s3_errors(self.root, writing=False):
+            arguments = self._arguments("ListParts", Key=key, UploadId=upload_id)
+            try:
+                pages = self.client.get_paginator("list_parts").paginate(**arguments)
+                return [part for page in pages for part in page.get("Parts", ())]
+            except ClientError as err:
+                if error_code(err) == "NoSuchUpload":
+                    return None
+                raise
+
+    def remove_leftover(self, leftover: Leftover) -> bool:
+        if leftover.kind != "unfinished upload":
+            self.delete(leftover.key)
+            return True
+        own = {"Key": self._key(leftover.key), "UploadId": leftover.upload_id}
+
+        def abort() -> bool:
+            with s3_errors(leftover.uri, writing=True):
+                try:
+                    self.client.abort_multipart_upload(**self._arguments("AbortMultipartUpload", **own))
+                except ClientError as err:
+                    if error_code(err) == "NoSuchUpload":
+                        return False
+                    raise
+            return True
+
+        return self._repeated(abort, leftover.uri)
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

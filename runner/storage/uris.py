@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, InternalError
-from runner.storage.base import ObjectInfo, Storage, check_key, is_remote, local_path
+from runner.storage.base import PROBE_NAME, ObjectInfo, Storage, check_key, is_remote, local_path
 from runner.storage.disk import os_errors
 from runner.storage.local import LocalStorage
 
@@ -141,7 +141,7 @@ def probe_writable(storage: Storage) -> None:
 
     Raises StorageDenied, StorageFull, StorageUnavailable or ConfigInvalid, each with what to do about it.
     """
-    key, data = f".video-lab-probe-{uuid4().hex}", b"Video Lab runner asks whether it may write here\n" * 100
+    key, data = f"{PROBE_NAME}{uuid4().hex}", b"Video Lab runner asks whether it may write here\n" * 100
     storage.write_bytes(key, data)
     try:
         if storage.read_bytes(key) != data:

@@ -16,7 +16,7 @@ from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
 from runner.spec.manifest import Job
 from runner.storage import Storage, fetch_input
-from runner.storage.disk import os_errors
+from runner.storage.disk import os_errors, staged
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -115,10 +115,8 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
                 box = cell_box(r, group, c, columns)
                 _place(sheet, picture, box)
                 pen.text((box[0], box[3] + 1), f"{row.times_s[c]:.2f} s", _FAINT, small)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    sheet.save(fresh, format="PNG")
-    fresh.replace(path)
+    with staged(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, int]) -> None:

@@ -5,6 +5,7 @@ In:   rows, text. Out: text without secrets and without characters that change a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -23,12 +24,14 @@ from runner.redact import escape_control, for_people, redact, redact_tree
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
+    from runner.verbs.clean import CleanRow
     from runner.verbs.doctor import Check
     from runner.verbs.plan import Forecast
     from runner.verbs.status import StatusRow
 
 __all__ = [
     "print_checks",
+    "print_clean",
     "print_error",
     "print_json",
     "print_plan",
@@ -153,6 +156,42 @@ def print_checks(checks: Sequence[Check]) -> None:
     for check in checks:
         table.add_row(escape(check.name), _status(check.status), escape(check.found), escape(check.todo or ""))
     console.print(table)
+
+
+def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bool) -> None:
+    """`command`: what removes them, shown if there is something that would be removed."""
+    console = _console()
+    if as_json:
+        for row in rows:
+            told = dataclasses.asdict(row.leftover) | {"action": row.action, "reason": row.reason}
+            print_json({name: value for name, value in told.items() if name not in ("upload_id", "abandoned")})
+        return
+    if rows:
+        table = _table("what", "bytes", "age", "where", "action")
+        for row in rows:
+            left = row.leftover
+            action = f"{row.action}: {row.reason}" if row.reason else row.action
+            table.add_row(left.kind, str(left.bytes), _age(row.age_s), escape(left.uri), escape(action))
+        console.print(table)
+    counts = []
+    for action in ("would remove", "removed", "kept", "failed"):
+        sizes = [row.leftover.bytes for row in rows if row.action == action]
+        if sizes:
+            counts.append(f"{action} {len(sizes)} ({_size(sum(sizes))})")
+    console.print(f"{escape(out)}: " + (" · ".join(counts) or "no leftovers"), soft_wrap=True)
+    if any(row.action == "would remove" for row in rows):
+        console.print(f"to remove them: {escape(command)}", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
 
 
 class _Console(Console):

@@ -70,7 +70,8 @@ def test_five_hundred_jobs_take_no_more_memory_than_one_hundred(tmp_path, capsys
     with capsys.disabled():
         print(
             f"\n{JOBS} jobs: RSS {trend['rss_begin_bytes'] / 2**20:.1f} MiB after 100, "
-            f"{trend['rss_end_bytes'] / 2**20:.1f} MiB at the end, slope {slope / 1000:.1f} kB a job; highest of jobs 101 to 200 and of the last 100: "
+            f"{trend['rss_end_bytes'] / 2**20:.1f} MiB at the end, slope {slope / 1000:.1f} kB a job; "
+            f"highest of jobs 101 to 200 and of the last 100: "
             f"descriptors {highest['descriptors']}, threads {highest['threads']}"
         )
     assert (found["code"], trend["jobs"]) == (0, JOBS - 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,26 @@ class StorageContract:
         assert (published.key, published.bytes, published.uri) == (key, 3001, store.uri(key))
         assert store.read_bytes(key) == data
         assert [info.key for info in store.list()] == [key]
+
+    def test_a_whole_store_has_no_leftovers(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+        store.publish(source(b"x"), "jobs/a/output.mp4")
+        store.write_if("jobs/a/result.json", b"{}", None)
+        probe_writable(store)
+        assert list(store.leftovers()) == list(store.leftovers("jobs/a/")) == list(store.leftovers("none/")) == []
+        assert store.remove_leftovers("jobs/a/") == 0
+
+    def test_a_forgotten_probe_is_a_leftover(self, store: Storage) -> None:
+        store.write_bytes(".video-lab-probe-1", b"12345")
+        store.write_bytes("deeper/.video-lab-probe-2", b"1234567")
+        found = sorted(store.leftovers(), key=lambda leftover: leftover.key)
+        assert [(left.key, left.bytes, left.kind) for left in found] == [
+            (".video-lab-probe-1", 5, "write probe"),
+            ("deeper/.video-lab-probe-2", 7, "write probe"),
+        ]
+        assert [left.key for left in store.leftovers("deeper/")] == ["deeper/.video-lab-probe-2"]
+        assert store.remove_leftovers("") == 0  # another run may be asking just now
+        assert all(store.remove_leftover(left) for left in found)
+        assert list(store.leftovers()) == list(store.list()) == []
 
     def test_many_parts(self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]) -> None:
         data = os.urandom(1 << 20) * 33 + b"tail"  # three parts on S3, the last of an odd size
@@ -374,6 +395,28 @@ class S3Contract(StorageContract):
         yield
         events.unregister("provide-client-params.s3.ListObjectsV2", shrink)
         assert len(pages) == 3  # 2 + 2 + 1 objects
+
+    def test_an_unfinished_upload_is_a_leftover(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+        """As a process leaves it that is killed within a multipart upload."""
+        assert isinstance(store, S3Storage)
+        begun = {}
+        for key in ("jobs/a/output.mp4", "jobs/ab/output.mp4"):
+            where = {"Bucket": store.bucket, "Key": store._key(key)}
+            begun[key] = store.client.create_multipart_upload(**where)["UploadId"]
+            store.client.upload_part(**where, UploadId=begun[key], PartNumber=1, Body=bytes(5 << 20))
+        store.publish(source(b"x"), "jobs/a/output.mp4")
+        found = sorted(store.leftovers(), key=lambda leftover: leftover.key)
+        assert [(left.key, left.bytes, left.kind, left.upload_id, left.abandoned) for left in found] == [
+            (key, 5 << 20, "unfinished upload", upload, False) for key, upload in begun.items()
+        ]
+        assert [left.uri for left in found] == [store.uri(key) for key in begun]
+        assert all(abs(left.modified - time.time()) < 3600 for left in found)
+        assert store.remove_leftovers("jobs/a/") == 1
+        assert [left.key for left in store.leftovers()] == ["jobs/ab/output.mp4"]
+        for left in found:  # of which one is gone: no error
+            store.remove_leftover(left)
+        assert list(store.leftovers()) == []
+        assert store.read_bytes("jobs/a/output.mp4") == b"x"
 
 
 class TestMotoStorage(S3Contract):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -69,6 +70,93 @@ def test_leftovers_of_a_killed_process_are_not_listed(tmp_path: Path) -> None:
     assert not store.exists("jobs/a/result.json")
     with pytest.raises(ConfigInvalid, match="reserved"):
         store.write_bytes(f"jobs/a/{left[0]}", b"")
+
+
+KILLED = """
+import os, sys
+from runner.storage import LocalStorage
+from runner.storage.disk import staged
+with staged(LocalStorage(sys.argv[1]).path / sys.argv[2]) as out:
+    out.write(b"12345")
+    out.flush()
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start_writing(root: Path, key: str) -> subprocess.Popen[bytes]:
+    """A process in the middle of writing `key`; its end of input lets it finish."""
+    command = [sys.executable, "-c", KILLED, root, key]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def test_what_is_being_written_is_no_leftover_until_its_process_dies(tmp_path: Path) -> None:
+    store = LocalStorage(tmp_path)
+    one, two = start_writing(tmp_path, "jobs/a/output.mp4"), start_writing(tmp_path, "jobs/a/pose.mp4")
+    assert list(store.leftovers()) == []
+    assert store.remove_leftovers("jobs/a/") == 0
+    one.kill()
+    one.communicate()
+    (left,) = store.leftovers()
+    assert (left.bytes, left.kind, left.abandoned) == (5, "staged file", True)
+    assert is_staged(Path(left.uri).name)
+    assert left.key == f"jobs/a/{Path(left.uri).name}"
+    assert list(store.leftovers("jobs/b/")) == []
+    assert store.remove_leftovers("jobs/b/") == 0
+    assert store.remove_leftovers("jobs/a/") == 1
+    assert not store.remove_leftover(left)  # it is gone
+    two.communicate(b"\n")
+    assert two.returncode == 0
+    assert [info.key for info in store.list()] == ["jobs/a/pose.mp4"]
+    assert [path.name for path in (tmp_path / "jobs" / "a").iterdir()] == ["pose.mp4"]
+
+
+def test_a_leftover_that_is_taken_up_is_not_removed(tmp_path: Path) -> None:
+    """Between the listing and the removal its lock is taken."""
+    store = LocalStorage(tmp_path)
+    path = tmp_path / f".staged-{'0' * 32}.tmp"
+    path.write_bytes(b"")
+    (left,) = store.leftovers()
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not store.remove_leftover(left)
+        assert path.exists()
+    assert store.remove_leftover(left)
+
+
+def test_a_staged_file_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`clean --older-than 0s` can come between a file's making and its locking."""
+    store, removed = LocalStorage(tmp_path), []
+
+    def spy(file: BinaryIO | int, operation: int, *, flock: Callable[..., None] = fcntl.flock) -> None:
+        if operation == fcntl.LOCK_EX and not isinstance(file, int) and not removed:
+            removed.append(1)
+            assert store.remove_leftovers("") == 1
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", spy)
+    store.write_bytes("x", b"data")
+    assert removed
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert store.read_bytes("x") == b"data"
+
+
+def test_without_locks_only_a_person_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = LocalStorage(tmp_path)
+    (tmp_path / f".staged-{'0' * 32}.tmp").write_bytes(b"")
+    assert store.remove_leftovers("") == 0  # it may be another runner's
+    (left,) = store.leftovers()
+    assert not left.abandoned
+    assert store.remove_leftover(left)  # a person wants it
 
 
 def test_published_files_obey_the_umask(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import botocore
 import botocore.exceptions
 import pytest
 import s3transfer.exceptions
+import structlog
 from botocore.exceptions import BotoCoreError, ClientError
 
 from runner.errors import (
@@ -275,6 +276,55 @@ def test_nobody_answers(aws_env: UseServer, tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageUnavailable, match="AWS_ENDPOINT_URL_S3"):
             use()
+
+
+# Leftovers
+
+
+def test_every_page_of_uploads_is_listed(line: FaultyServer, store: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto knows no pages of uploads: they are served here two at a time."""
+    where = {"Bucket": store.bucket}
+    for n in range(5):
+        store.client.create_multipart_upload(**where, Key=f"pre/{n}")
+    whole = store._uploads("pre/", {})["Uploads"]
+
+    def page(prefix: str, position: dict[str, str]) -> dict[str, Any]:
+        ids = [upload["UploadId"] for upload in whole]
+        first = ids.index(position["UploadIdMarker"]) + 1 if position else 0
+        some = whole[first : first + 2]
+        markers = {"NextKeyMarker": some[-1]["Key"], "NextUploadIdMarker": some[-1]["UploadId"]}
+        return {"Uploads": some, "IsTruncated": first + 2 < len(whole)} | markers
+
+    monkeypatch.setattr(store, "_uploads", page)
+    assert sorted(left.key for left in store.leftovers()) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("kind", ["403", "503"])
+def test_leftovers_that_cannot_be_listed_stop_no_job(line: FaultyServer, store: S3Storage, kind: str) -> None:
+    line.fail(kind, "GET", store.bucket, times=1000)
+    with structlog.testing.capture_logs() as lines:
+        assert store.remove_leftovers("jobs/a/") == 0
+    warnings = [entry for entry in lines if entry["event"] == "storage.leftovers"]
+    assert [entry["log_level"] for entry in warnings] == ["warning"]
+    with pytest.raises(StorageDenied if kind == "403" else StorageUnavailable, match=r"ListMultipartUploads"):
+        list(store.leftovers())
+
+
+def test_a_store_without_a_list_of_uploads_has_none(line: FaultyServer, store: S3Storage) -> None:
+    store.write_bytes(".video-lab-probe-1", b"")
+    line.fail("501", "GET", store.bucket)
+    assert [left.key for left in store.leftovers()] == [".video-lab-probe-1"]
+
+
+def test_an_upload_that_another_runner_removes_is_begun_again(
+    line: FaultyServer, store: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "big").write_bytes(bytes(17 << 20))
+    before(line, monkeypatch, "POST", "uploadId", lambda: S3Storage(store.root).remove_leftovers("jobs/a/"))
+    store.publish(tmp_path / "big", "jobs/a/output.mp4")
+    assert store.stat("jobs/a/output.mp4")
+    assert len(line.seen("POST", "?uploads")) == 2
+    assert list(store.leftovers()) == []
 
 
 # Two runners on one bucket

@@ -1,0 +1,90 @@
+"""Clean: what killed processes left in an output folder, and its removal.
+
+In:   an output storage, an age. Out: one `CleanRow` a leftover, with what was done about it. Never: outputs, records.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from runner.batch.ledger import Ledger
+from runner.errors import ConfigInvalid, RunnerError
+from runner.storage import Leftover, Storage
+
+__all__ = ["CleanRow", "age_text", "clean_output", "parse_age"]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+
+
+@dataclass(frozen=True)
+class CleanRow:
+    leftover: Leftover
+    action: Literal["would remove", "removed", "kept", "failed"]
+    reason: str  # why it was kept, or could not be removed
+    age_s: float
+    error: RunnerError | None = None
+
+
+def clean_output(
+    storage: Storage, older_than_s: float, *, remove: bool, now: float | None = None
+) -> Iterator[CleanRow]:
+    """Each leftover, after it was dealt with. Without `remove` nothing is removed.
+
+    Kept: what is younger, what a process is writing, and what a running job may hold: below `jobs/<id>/` while that
+    job's mark stands, unless the file's lock shows that its process is gone. `now`: seconds since 1970, for tests.
+    Raises ConfigInvalid where nothing at all lies: the path is mistyped; storage.*.
+    """
+    now = time.time() if now is None else now
+    marks: dict[str, bool] = {}
+    count = 0
+    for leftover in storage.leftovers():
+        count += 1
+        age = now - leftover.modified
+        reason = _reason_to_keep(storage, leftover, age, older_than_s, marks)
+        if reason:
+            yield CleanRow(leftover, "kept", reason, age)
+        elif not remove:
+            yield CleanRow(leftover, "would remove", "", age)
+        else:
+            yield _removed(storage, leftover, age)
+    if not count and next(storage.list(), None) is None:
+        raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
+
+
+def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: float, marks: dict[str, bool]) -> str:
+    if age < least:
+        return f"younger than {age_text(least)}"
+    folder, _, rest = leftover.key.partition("/")
+    job_id, slash, _ = rest.partition("/")
+    if leftover.abandoned or folder != "jobs" or not slash:
+        return ""
+    if job_id not in marks:
+        mark = Ledger(storage).attempt(job_id)
+        marks[job_id] = mark is not None and mark.error is None
+    return f"its job may be running: jobs/{job_id}/attempt.json stands" if marks[job_id] else ""
+
+
+def _removed(storage: Storage, leftover: Leftover, age: float) -> CleanRow:
+    try:
+        gone = storage.remove_leftover(leftover)
+    except RunnerError as error:
+        return CleanRow(leftover, "failed", error.message, age, error)
+    return CleanRow(leftover, "removed", "", age) if gone else CleanRow(leftover, "kept", "in use, or gone by now", age)
+
+
+def parse_age(text: str) -> float:
+    """`30m` → 1800.0 seconds; the units are s, m, h and d. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no age: write 30m, 1h, 2d or 0s")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def age_text(seconds: float) -> str:
+    """As `parse_age` reads it: 5400 → `90m`."""
+    unit = next((unit for unit in "dhm" if seconds and seconds % _UNITS[unit] == 0), "s")
+    return f"{seconds / _UNITS[unit]:g}{unit}"

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.cli import main
+from runner.storage import open_storage
+from runner.verbs.clean import age_text, parse_age
+from tests.s3_servers import S3Server
+
+STAGED = f".staged-{'0' * 32}.tmp"
+WRITER = """
+import sys
+from pathlib import Path
+from runner.storage.disk import staged
+with staged(Path(sys.argv[1])) as out:
+    out.write(b"half of it")
+    out.flush()
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def leave(path: Path, data: bytes = b"left", *, hours: float = 2) -> Path:
+    """A file of a process that was killed some hours ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    os.utime(path, (time.time() - hours * 3600,) * 2)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An output folder with good files, as old as the leftovers."""
+    for key in ("jobs/a/output.mp4", "jobs/a/result.json", "runs/r/0-of-1.summary.json"):
+        leave(tmp_path / "out" / key)
+    return tmp_path / "out"
+
+
+def good(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+GOOD = {"jobs/a/output.mp4", "jobs/a/result.json", "runs/r/0-of-1.summary.json"}
+
+
+def test_a_dry_run_removes_nothing_and_says_how(out, capsys):
+    leave(out / "jobs" / "a" / STAGED, b"x" * 300_000)
+    leave(out / ".video-lab-probe-1", b"x" * 200_000)
+    assert main(["clean", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert good(out) == GOOD | {f"jobs/a/{STAGED}", ".video-lab-probe-1"}
+    assert "would remove 2 (0.50 MB)" in text
+    assert str(out / "jobs" / "a" / STAGED) in text
+    command = text.partition("to remove them: ")[2].strip()
+    assert main(shlex.split(command)[1:]) == 0
+    assert "removed 2 (0.50 MB)" in capsys.readouterr().out
+    assert good(out) == GOOD
+    assert main(["clean", str(out), "--yes"]) == 0
+    assert "no leftovers" in capsys.readouterr().out
+
+
+def test_what_is_young_stays(out, capsys):
+    leave(out / "jobs" / "b" / STAGED, hours=0.9)
+    leave(out / ".video-lab-probe-1", hours=0)
+    assert main(["clean", str(out), "--yes"]) == 0
+    assert "kept 2" in capsys.readouterr().out
+    assert main(["clean", str(out), "--yes", "--older-than", "50m"]) == 0
+    assert good(out) == GOOD | {".video-lab-probe-1"}
+    assert main(["clean", str(out), "--yes", "--older-than", "0s"]) == 0
+    assert good(out) == GOOD
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_a_process_is_writing_stays(out, capsys, marked):
+    """However old it is; with the process dead, its job's mark does not hold it any more."""
+    if marked:
+        leave(out / "jobs" / "b" / "attempt.json")
+    command = [sys.executable, "-c", WRITER, out / "jobs" / "b" / "output.mp4"]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        (path,) = (out / "jobs" / "b").glob(".staged-*")
+        assert main(["clean", str(out), "--yes", "--older-than", "0s"]) == 0
+        assert path.exists()
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert main(["clean", str(out), "--yes", "--older-than", "0s"]) == 0
+    assert not path.exists()
+
+
+def test_without_locks_the_mark_of_a_job_holds_its_files(out, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    leave(out / "jobs" / "a" / STAGED)
+    leave(out / "jobs" / "b" / STAGED)
+    leave(out / "jobs" / "b" / "attempt.json")
+    assert main(["clean", str(out), "--yes"]) == 0
+    assert good(out) == GOOD | {f"jobs/b/{STAGED}", "jobs/b/attempt.json"}
+    assert "jobs/b/attempt.json stands" in capsys.readouterr().out
+
+
+def test_a_folder_of_leftovers_only_is_cleaned(tmp_path, capsys):
+    leave(tmp_path / "out" / STAGED)
+    assert main(["clean", str(tmp_path / "out"), "--yes"]) == 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_holds_nothing_is_mistyped(tmp_path, capsys, exists):
+    if exists:
+        (tmp_path / "out").mkdir()
+    assert main(["clean", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert "holds nothing" in told.err
+    assert told.out == ""
+
+
+def test_json_is_one_object_a_line_and_nothing_else(out, capsys):
+    path = leave(out / "jobs" / "a" / STAGED, b"12345")
+    leave(out / "jobs" / "a" / STAGED.replace("0", "1"), hours=0)
+    assert main(["clean", str(out), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["action"] for line in lines] == ["would remove", "kept"]
+    first = lines[0]
+    assert first.pop("modified") == pytest.approx(time.time() - 7200, abs=60)
+    assert first == {
+        "uri": str(path),
+        "key": f"jobs/a/{STAGED}",
+        "bytes": 5,
+        "kind": "staged file",
+        "action": "would remove",
+        "reason": "",
+    }
+    assert main(["clean", str(out), "--json", "--yes"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["action"] == "removed"
+    path.with_name(STAGED.replace("0", "1")).unlink()
+    assert main(["clean", str(out), "--json"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_removed_is_said_and_the_rest_goes(out, monkeypatch, capsys):
+    bad, fine = leave(out / "jobs" / "a" / STAGED), leave(out / "jobs" / "b" / STAGED)
+    real = Path.unlink
+
+    def refuse(path: Path, *more: bool) -> None:
+        if path == bad:
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *more)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert main(["clean", str(out), "--yes"]) == 2
+    told = capsys.readouterr()
+    assert "failed 1" in told.out
+    assert "storage.denied" in told.err
+    assert bad.exists()
+    assert not fine.exists()
+
+
+def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
+    """On S3 no lock tells: while its job's mark stands, an upload stays."""
+    uri = f"s3://{aws_env(moto_s3).make_bucket()}/lab"
+    store = open_storage(uri)
+    store.write_bytes("jobs/a/result.json", b"{}")
+    store.write_bytes("jobs/b/attempt.json", b"{}")
+    for key in ("jobs/a/output.mp4", "jobs/b/output.mp4"):
+        moto_s3.client.create_multipart_upload(Bucket=store.bucket, Key=f"lab/{key}")  # type: ignore[attr-defined]
+    assert main(["clean", uri, "--older-than", "0s", "--yes"]) == 0
+    text = capsys.readouterr().out
+    assert "removed 1" in text
+    assert "jobs/b/attempt.json stands" in text
+    assert [left.key for left in store.leftovers()] == ["jobs/b/output.mp4"]
+    store.delete("jobs/b/attempt.json")
+    assert main(["clean", uri, "--older-than", "0s", "--yes"]) == 0
+    assert list(store.leftovers()) == []
+    assert [info.key for info in store.list()] == ["jobs/a/result.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "again"),
+    [("30m", 1800, "30m"), ("1h", 3600, "1h"), ("2d", 172800, "2d"), ("0s", 0, "0s"), ("1.5h", 5400, "90m")],
+)
+def test_ages(text, seconds, again):
+    assert parse_age(text) == seconds
+    assert age_text(seconds) == again
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
+def test_what_is_no_age(text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["clean", "out", f"--older-than={text}"])
+    assert caught.value.code == 2
+    assert "write 30m, 1h, 2d or 0s" in capsys.readouterr().err
