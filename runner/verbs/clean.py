@@ -62,10 +62,11 @@ def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: flo
     job_id, slash, _ = rest.partition("/")
     if leftover.abandoned or folder != "jobs" or not slash:
         return ""
+    mark = f"jobs/{job_id}/attempt.json"
     if job_id not in marks:
-        mark = Ledger(storage).attempt(job_id)
-        marks[job_id] = mark is not None and mark.error is None
-    return f"its job may be running: jobs/{job_id}/attempt.json stands" if marks[job_id] else ""
+        attempt = Ledger(storage).attempt(job_id)
+        marks[job_id] = storage.exists(mark) and (attempt is None or attempt.error is None)  # with an error it has ended
+    return f"its job may be running: {mark} stands" if marks[job_id] else ""
 
 
 def _removed(storage: Storage, leftover: Leftover, age: float) -> CleanRow:
