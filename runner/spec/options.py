@@ -140,7 +140,7 @@ class PreprocessOptions(Frozen):
 
 
 class OutputOptions(Frozen):
-    format: Literal["mp4", "png"] = Field(default="mp4", description="mp4 (H.264), or png: frames/%06d.png, lossless")
+    format: Literal["mp4", "png"] = Field(default="mp4", description="mp4 (H.264), or png: frames/<token>/%06d.png, lossless")
     crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
 
 

@@ -65,7 +65,8 @@ def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: flo
     mark = f"jobs/{job_id}/attempt.json"
     if job_id not in marks:
         attempt = Ledger(storage).attempt(job_id)
-        marks[job_id] = storage.exists(mark) and (attempt is None or attempt.error is None)  # with an error it has ended
+        ended = attempt is not None and attempt.error is not None
+        marks[job_id] = not ended and storage.exists(mark)
     return f"its job may be running: {mark} stands" if marks[job_id] else ""
 
 

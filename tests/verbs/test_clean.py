@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli import main
+from runner.records.record import AttemptMark, ErrorRecord
 from runner.storage import open_storage
 from runner.verbs.clean import age_text, parse_age
 from tests.s3_servers import S3Server
@@ -169,6 +170,18 @@ def test_what_cannot_be_removed_is_said_and_the_rest_goes(out, monkeypatch, caps
     assert "storage.denied" in told.err
     assert bad.exists()
     assert not fine.exists()
+
+
+def test_the_mark_of_an_attempt_that_has_failed_holds_nothing(moto_s3: S3Server, aws_env, capsys) -> None:
+    """It stands beside an older output that was kept."""
+    uri = f"s3://{aws_env(moto_s3).make_bucket()}/lab"
+    store = open_storage(uri)
+    error = ErrorRecord(code="internal", message="m", stage="generate", retryable=False)
+    mark = AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t", error=error)
+    store.write_bytes("jobs/a/attempt.json", mark.to_json())
+    moto_s3.client.create_multipart_upload(Bucket=store.bucket, Key="lab/jobs/a/output.mp4")  # type: ignore[attr-defined]
+    assert main(["clean", uri, "--older-than", "0s", "--yes"]) == 0
+    assert "removed 1" in capsys.readouterr().out
 
 
 def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
