@@ -13,7 +13,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. Without `argv` the process is ours, and ends here if it cannot end by itself."""
     _open_streams()
     code = _call(argv)
-    _flush_streams()
     if argv is None:
         from runner.batch.stop import leave
 
@@ -94,16 +92,6 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _flush_streams() -> None:
-    """What cannot be written is dropped here: at the interpreter's end it would make the exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 class _Parser(argparse.ArgumentParser):
     """Quotes no secret of a flag when it refuses it."""
 
@@ -146,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", required=True, metavar="URI", help="output folder or s3://bucket/prefix")
     _models(run)
     _shard(run)
+    _roots(run)
     run.add_argument("--run-id", metavar="ID", help="of the summary; default: the scheduler's job id, else the time")
     run.add_argument(
         "--memory", metavar="MODE", help="where weights live: auto, resident, stream, minimal; over the manifest's"
@@ -162,17 +151,15 @@ def parser() -> argparse.ArgumentParser:
     _networks(run)
     run.add_argument("--sheet", type=Path, metavar="PNG", help="also draw a contact sheet of this run's outputs")
 
-    validate = verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
-    _manifest(validate)
-    validate.add_argument(
-        "--deep", action="store_true", help="decode images whole, download s3:// inputs and open them too"
+    _validate_flags(
+        verb("validate", _validate, "check a manifest, and that its inputs exist and open; renders nothing")
     )
-    validate.add_argument("--no-inputs", action="store_true", help="check the manifest's text only")
 
     plan = verb("plan", _plan, "print frames, segments, padding and cost of each job; renders nothing")
     _manifest(plan)
     _models(plan)
     _shard(plan)
+    _roots(plan)
     plan.add_argument("--gpu", metavar="NAME", help="whose seconds to forecast, e.g. 'RTX 5090' (the one here)")
 
     status = verb("status", _status, "what an output folder holds: done, failed, running")
@@ -203,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     preprocess.add_argument(
         "--options", default="{}", metavar="YAML", help="job options, e.g. '{fps: 30, size: 480x832}'"
     )
+    _roots(preprocess)
     _models(preprocess)
     _networks(preprocess)
 
@@ -218,6 +206,17 @@ def _clean_flags(clean: argparse.ArgumentParser) -> None:
     )
     clean.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
     clean.add_argument("--json", action="store_true", help="one JSON object a leftover")
+
+
+def _validate_flags(validate: argparse.ArgumentParser) -> None:
+    _manifest(validate)
+    validate.add_argument(
+        "--deep", action="store_true", help="decode images whole, download s3:// inputs and open them too"
+    )
+    _roots(validate)
+    validate.add_argument("--no-inputs", action="store_true", help="check the manifest's text only")
+    validate.add_argument("--models", metavar="URI", help="check that this model store has the jobs' LoRAs, and whole")
+    _cache(validate)
 
 
 def _quantize_flags(quantize: argparse.ArgumentParser) -> None:
@@ -260,11 +259,27 @@ def _manifest(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("manifest", metavar="MANIFEST", help="YAML or JSONL: a path, s3://… or - for standard input")
 
 
+def _roots(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--input-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="refuse inputs that lie elsewhere, symlinks followed; a folder or s3://bucket/prefix, repeatable",
+    )
+
+
 def _models(verb: argparse.ArgumentParser) -> None:
     default = os.environ.get("VIDEO_LAB_MODELS")
     verb.add_argument(
         "--models", default=default, metavar="URI", help="model store: a folder or s3://… ($VIDEO_LAB_MODELS)"
     )
+    _cache(verb)
+    verb.add_argument("--recipe", metavar="NAME", help="weights, precision and steps; over the manifest's")
+    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
+
+
+def _cache(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--cache",
         type=Path,
@@ -272,8 +287,6 @@ def _models(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for synced models and scratch ($VIDEO_LAB_CACHE)",
     )
-    verb.add_argument("--recipe", metavar="NAME", help="weights, precision and steps; over the manifest's")
-    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one")
 
 
 def _default_cache() -> Path:
@@ -347,11 +360,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.spec.manifest import load_manifest
+    from runner.storage.roots import parse_roots
     from runner.verbs.tables import print_problems
-    from runner.verbs.validate import check_inputs
+    from runner.verbs.validate import check_inputs, check_models
 
     manifest = load_manifest(arguments.manifest)
-    problems = [] if arguments.no_inputs else check_inputs(manifest.jobs, deep=arguments.deep)
+    roots = parse_roots(arguments.input_root)
+    problems = [] if arguments.no_inputs else check_inputs(manifest.jobs, deep=arguments.deep, roots=roots)
+    if arguments.models:
+        problems += check_models(manifest.jobs, arguments.models, arguments.cache)
     print_problems(manifest, problems, checked=not arguments.no_inputs)
     return 1 if problems else 0
 

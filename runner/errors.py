@@ -17,6 +17,7 @@
     ├── DeviceLost            device.lost                exit 3   stops the run; only a new process can go on
     ├── WeightsMissing        weights.missing            exit 2   stops the run
     ├── WeightsCorrupt        weights.corrupt            exit 2   stops the run
+    │   each has a form for what one job alone asks for, its LoRAs: JobWeightsMissing, JobWeightsCorrupt, exit 1
     ├── JobCrashed            job.crashed                exit 1   the process died in this job, earlier
     ├── NotFinite             output.not_finite          exit 1   NaN or infinity on the way to the frames
     └── InternalError         internal                   exit 1   a bug of ours: please report
@@ -27,6 +28,8 @@ A message says what was wrong, where, and what to do. Nothing here imports anyth
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ConfigInvalid",
@@ -38,6 +41,8 @@ __all__ = [
     "InputUnreadable",
     "InternalError",
     "JobCrashed",
+    "JobWeightsCorrupt",
+    "JobWeightsMissing",
     "ManifestInvalid",
     "NoPerson",
     "NotFinite",
@@ -52,6 +57,7 @@ __all__ = [
     "as_runner_error",
     "counts_as_attempt",
     "is_transient",
+    "job_weight_errors",
 ]
 
 
@@ -164,6 +170,29 @@ class WeightsCorrupt(RunnerError):
     code, exit_code, stops_run = "weights.corrupt", 2, True
 
 
+class JobWeightsMissing(WeightsMissing):
+    """The same of a LoRA or a network that one job alone asks for: the other jobs go on."""
+
+    exit_code, stops_run = 1, False
+
+
+class JobWeightsCorrupt(WeightsCorrupt):
+    """The same of a LoRA or a network that one job alone asks for: the other jobs go on."""
+
+    exit_code, stops_run = 1, False
+
+
+@contextmanager
+def job_weight_errors() -> Iterator[None]:
+    """Raise what is wrong with weights that one job alone asks for as that job's failure, not the run's."""
+    try:
+        yield
+    except WeightsMissing as error:
+        raise JobWeightsMissing(error.what, where=error.where, todo=error.todo) from error
+    except WeightsCorrupt as error:
+        raise JobWeightsCorrupt(error.what, where=error.where, todo=error.todo) from error
+
+
 class JobCrashed(RunnerError):
     """The process that ran this job ended without a word: killed for memory, a driver fault, a power cut."""
 
@@ -215,6 +244,12 @@ def as_runner_error(error: BaseException, *, where: object = None) -> RunnerErro
             "permission denied",
             where=error.filename or where,
             todo="Check the owner of the folder; in a container, pass --user",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
+        return StorageUnavailable(
+            f"input/output failed: {(error.strerror or str(error)).lower()}",
+            where=error.filename or where,
+            todo="Check the disk or mount; then retry",
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(

@@ -7,7 +7,7 @@ Never: what the bytes mean.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runner.spec.manifest import Job
 from runner.spec.options import official_names
 from runner.storage import fetch_input_with_info, is_remote, local_path, stat_input
 from runner.storage.disk import os_errors
+from runner.storage.roots import check_inside
 
 __all__ = ["InputIndex", "fetch_request"]
 
@@ -26,15 +27,16 @@ __all__ = ["InputIndex", "fetch_request"]
 class InputIndex:
     """What inputs hold, by identity. Each one is looked at once in the life of this object. Safe from any thread."""
 
-    def __init__(self, hashes: FileHashes) -> None:
-        self._hashes = hashes
+    def __init__(self, hashes: FileHashes, roots: Sequence[str] = ()) -> None:
+        self._hashes, self._roots = hashes, roots
         self._known: dict[str, Future[InputRecord]] = {}
         self._lock = threading.Lock()
 
     def identify(self, job: Job) -> dict[str, InputRecord]:
         """Name → what the input holds. Local files are hashed; S3 objects are asked for their ETag and size.
 
-        Raises InputNotFound, InputUnreadable, StorageDenied, StorageUnavailable.
+        Raises InputNotFound, InputUnreadable (also outside `roots`, where there are any), StorageDenied,
+        StorageUnavailable.
         """
         return {name: self._record(uri) for name, uri in _places(job).items()}
 
@@ -52,10 +54,11 @@ class InputIndex:
         return known.result()
 
     def _look(self, uri: str) -> InputRecord:
-        info = stat_input(uri)
-        if is_remote(uri):
+        place = check_inside(uri, self._roots)
+        info = stat_input(place)
+        if is_remote(place):
             return InputRecord(uri=uri, bytes=info.bytes, identity=info.identity)
-        path = local_path(uri)
+        path = local_path(place)
         with os_errors(path, writing=False):
             return InputRecord(uri=uri, bytes=info.bytes, identity=f"sha256:{self._hashes.sha256(path)}")
 
@@ -66,10 +69,12 @@ def _places(job: Job) -> dict[str, str]:
     return {"reference": job.reference, "video": job.video} | ({"mask": job.mask} if job.mask else {})
 
 
-def fetch_request(job: Job, folder: Path, inputs: Mapping[str, InputRecord]) -> tuple[Request, list[str]]:
+def fetch_request(
+    job: Job, folder: Path, inputs: Mapping[str, InputRecord], roots: Sequence[str] = ()
+) -> tuple[Request, list[str]]:
     """Local inputs where they lie, S3 objects copied below `folder`; and a note for each that could not be verified.
 
-    `inputs`: what was identified. Raises StorageUnavailable, which is tried again, for an object that has changed since
+    `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is tried again, for an object that has changed since
     then; InputNotFound, storage.*.
     """
     notes: list[str] = []
@@ -77,7 +82,7 @@ def fetch_request(job: Job, folder: Path, inputs: Mapping[str, InputRecord]) -> 
     identified = {record.uri: record for record in inputs.values()}
 
     def fetch(name: str, uri: str, below: Path) -> Path:
-        fetched = fetch_input_with_info(uri, below)
+        fetched = fetch_input_with_info(check_inside(uri, roots), below)
         known = identified.get(uri)
         if is_remote(uri) and known is not None and known.identity != fetched.info.identity:
             raise StorageUnavailable(f"the {name} has changed since the job was begun", where=uri, todo="Run again")
@@ -87,10 +92,11 @@ def fetch_request(job: Job, folder: Path, inputs: Mapping[str, InputRecord]) -> 
 
     official = None
     if job.official:
-        official = local_path(job.official) if not is_remote(job.official) else folder / "official"
+        official = folder / "official" if is_remote(job.official) else local_path(job.official)
         for name, file in official_names(job.options.mode).items():
+            fetched = fetch(name, f"{job.official}/{file}", folder / "fetched")
             if is_remote(job.official):
-                fetch(name, f"{job.official}/{file}", folder / "fetched").rename(_made(official) / file)
+                fetched.rename(_made(official) / file)
     request = Request(
         fetch("reference", job.reference, folder / "reference"),
         fetch("video", job.video, folder / "video"),

@@ -81,12 +81,13 @@ class Batch:
         scratch: Path,
         progress: Progress,
         sampler: MemorySampler,
+        input_roots: Sequence[str] = (),
         frame_buffer_bytes: int = FRAME_BUFFER_BYTES,
     ) -> None:
         self._engine, self._storage, self._ledger = engine, storage, ledger
         self._summary, self._events, self._progress = summary, events, progress
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
-        self._jobs = jobs
+        self._jobs, self._input_roots = jobs, input_roots
         self._todo = WorkList(Todo(job) for job in jobs)
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
@@ -168,7 +169,7 @@ class Batch:
             self._hand_over(Ended(task, found, "prepare"))
 
     def _surveyor(self) -> Callable[[Job, Listing | None], Decision]:
-        index = InputIndex(self._ledger.hashes)
+        index = InputIndex(self._ledger.hashes, self._input_roots)
 
         def decide(job: Job, listing: Listing | None) -> Decision:
             parts = self._parts(job, index.identify(job))
@@ -184,7 +185,7 @@ class Batch:
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
         job = task.job
         try:
-            task.inputs = InputIndex(self._ledger.hashes).identify(job)
+            task.inputs = InputIndex(self._ledger.hashes, self._input_roots).identify(job)
         finally:  # an input that cannot be read still gives the attempt an identity
             task.parts = self._parts(job, task.inputs)
             task.fingerprint = fingerprint(task.parts)
@@ -216,7 +217,7 @@ class Batch:
         generator = self._load()
         timer.probe = generator.probe
         with timer.stage("fetch"):
-            request, notes = fetch_request(job, task.folder, task.inputs)
+            request, notes = fetch_request(job, task.folder, task.inputs, self._input_roots)
             task.notes.extend(notes)
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runner.errors import NoPerson, WeightsMissing
+from runner.errors import JobWeightsMissing, NoPerson, job_weight_errors
 from runner.preprocess.body.keypoints import PoseTrack
 from runner.preprocess.body.retarget import retarget_robust
 from runner.preprocess.body.retarget_official import retarget_official
@@ -111,8 +111,10 @@ class Preprocessor:
     def _backend(self, name: str) -> Backend:
         if name not in self._backends:
             if self._dwpose is None:
-                raise WeightsMissing("no networks for preprocess.pose: dwpose", todo="Put them into the model store")
-            self._backends[name] = open_backend(name, *self._dwpose, self._device, self._networks)
+                what = "no networks for preprocess.pose: dwpose"
+                raise JobWeightsMissing(what, todo="Put them into the model store")
+            with job_weight_errors():
+                self._backends[name] = open_backend(name, *self._dwpose, self._device, self._networks)
             self.description[name] = self._backends[name].description
         return self._backends[name]
 
@@ -127,8 +129,10 @@ class Preprocessor:
     ) -> ClipMasks:
         if self._segmenter is None:
             if self._segmenter_folder is None:
-                raise WeightsMissing("no segmenter for a replace job without a mask", todo="Give the job a `mask:`")
-            self._segmenter = load_segmenter(self._segmenter_folder, self._device)
+                what = "no segmenter for a replace job without a mask"
+                raise JobWeightsMissing(what, todo="Give the job a `mask:`")
+            with job_weight_errors():
+                self._segmenter = load_segmenter(self._segmenter_folder, self._device)
             self.description["segmenter"] = self._segmenter.description
         segmenter = self._segmenter
         assert self._segmenter_folder is not None

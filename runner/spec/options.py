@@ -45,6 +45,8 @@ DEFAULT_PROMPT = "视频中的人在做动作"  # the official default: "the per
 _SIZE = r"(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})"
 Size = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_SIZE}$"})]
 MAX_SIDE = 4096
+MIN_FPS = 0.01  # a frame in 100 s; rates are kept as fractions with denominators up to 1001
+MAX_START_S = 1e9  # 32 years; whole frames are counted up to there
 
 
 def whole_number(value: Any) -> Any:
@@ -140,7 +142,9 @@ class PreprocessOptions(Frozen):
 
 
 class OutputOptions(Frozen):
-    format: Literal["mp4", "png"] = Field(default="mp4", description="mp4 (H.264), or png: frames/<token>/%06d.png, lossless")
+    format: Literal["mp4", "png"] = Field(
+        default="mp4", description="mp4 (H.264), or png: frames/<token>/%06d.png, lossless"
+    )
     crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
 
 
@@ -161,10 +165,12 @@ class JobOptions(Frozen):
     size: Size = Field(
         default="auto", description="WIDTHxHEIGHT, multiples of 16; auto: 480p area in the input's aspect"
     )
-    fps: Annotated[float, Field(gt=0, le=120)] | Literal["source"] = Field(
+    fps: Annotated[float, Field(ge=MIN_FPS, le=120)] | Literal["source"] = Field(
         default=16.0, description="frames a second to sample and to write; source: as the driving video"
     )
-    start_s: float = Field(default=0.0, ge=0, description="where in the driving video to begin, seconds")
+    start_s: float = Field(
+        default=0.0, ge=0, le=MAX_START_S, description="where in the driving video to begin, seconds"
+    )
     max_frames: int | None = Field(default=None, ge=2, description="at most this many output frames; null: all")
     seed: int = Field(default=42, ge=0, lt=2**63, description="of the noise; same seed, same frames")
     steps: int | None = Field(default=None, ge=1, le=100, description="denoising steps; null: the recipe's")
@@ -202,7 +208,15 @@ class JobOptions(Frozen):
         try:
             return handler(value)
         except ValidationError as err:  # one message, where a union gives one for each of its members
-            raise ValueError("must be frames a second, more than 0 and at most 120, or source") from err
+            raise ValueError(f"must be frames a second, at least {MIN_FPS} and at most 120, or source") from err
+
+    @field_validator("loras")
+    @classmethod
+    def _loras(cls, value: tuple[LoraOption, ...]) -> tuple[LoraOption, ...]:
+        names = [lora.name for lora in value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"names {twice!r} twice; name it once, with the strength it is to have")
+        return value
 
     @field_validator("overlap_frames", mode="before")
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat as stat_modes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, Interna
 from runner.storage.base import PROBE_NAME, ObjectInfo, Storage, check_key, is_remote, local_path
 from runner.storage.disk import os_errors
 from runner.storage.local import LocalStorage
+from runner.storage.regular_file import check_regular_file
 
 __all__ = [
     "FetchedInput",
@@ -58,8 +58,8 @@ def open_storage(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) 
 def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) -> ObjectInfo:
     """What an input file or object is, without reading it.
 
-    Raises InputNotFound, InputUnreadable for what is no readable file, StorageDenied, StorageUnavailable; ConfigInvalid
-    only for what is wrong with the AWS configuration itself.
+    Raises InputNotFound, InputUnreadable for a folder, a pipe, and what cannot be read or does not answer,
+    StorageDenied, StorageUnavailable; ConfigInvalid only for what is wrong with the AWS configuration itself.
     """
     if is_remote(uri):
         storage, key = _open_object(str(uri), s3_extra)
@@ -72,11 +72,11 @@ def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) ->
         path = local_path(uri)
     except ConfigInvalid as err:  # one job's input cannot be reached; the other jobs go on
         raise InputNotFound(err.what, where=uri, todo=err.todo) from err
-    with os_errors(path, writing=False):
-        status = path.stat()
-        if not (stat_modes.S_ISREG(status.st_mode) or stat_modes.S_ISDIR(status.st_mode)):  # opening it could wait
-            raise InputUnreadable("is a pipe or a device, not a file", where=path, todo="Copy it into a file first")
-        path.open("rb").close()
+    try:
+        with os_errors(path, writing=False):
+            status = check_regular_file(path)
+    except ConfigInvalid as err:  # a link that leads to itself, a name that is too long: one job's input
+        raise InputUnreadable(err.what, where=path, todo="Name the file itself, by a shorter path") from err
     return ObjectInfo(str(path), status.st_size, "", status.st_mtime, path.name)
 
 

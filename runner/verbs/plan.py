@@ -23,6 +23,8 @@ from runner.preprocess.pictures.sizing import output_size
 from runner.spec.manifest import Job, Manifest
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote
+from runner.storage.roots import check_inside, parse_roots
+from runner.verbs.validate import input_places
 from runner.video import VideoReader
 from runner.weights.store import ModelStore
 
@@ -72,9 +74,12 @@ def forecast_jobs(
     local = arguments.models and not is_remote(arguments.models)
     costs = ModelStore(Path(arguments.models)).costs(recipe) if local else PRODUCTION
     gpu = choose_gpu(arguments.gpu, recipe)
+    roots = parse_roots(arguments.input_root)
     rows = []
     for job in jobs:
         try:
+            for _, uri in input_places(job):
+                check_inside(uri, roots)
             plan = forecast_job(job, recipe, costs, gpu)
             guided = job.options.guidance_scale > 1
             rows.append(Forecast(job.id, plan, memory=_memory(plan, recipe, costs, guided)))

@@ -16,6 +16,7 @@ import yaml
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.storage import fetch_input
+from runner.storage.roots import check_inside, parse_roots
 from runner.verbs.run import local_models, network_options
 from runner.verbs.tables import print_json
 
@@ -38,6 +39,7 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
         raise ConfigInvalid(f"--options is no YAML ({error})", todo="Write e.g. '{fps: 30, size: 480x832}'") from error
     text = json.dumps({"version": 1, "jobs": [{**words, "options": options}]}, ensure_ascii=False)
     (job,) = parse_manifest(text, base=os.getcwd(), source="the command line").jobs
+    roots = parse_roots(arguments.input_root)
     store = ModelStore(local_models(arguments, lambda key: key.startswith("process_checkpoint/")))
     device, _ = pick_device(arguments.device)
     preprocessor = Preprocessor.load(
@@ -51,7 +53,8 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
     )
     arguments.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.cache) as scratch:
-        paths = [fetch_input(uri, Path(scratch)) if uri else None for uri in (job.reference, job.video, job.mask)]
+        places = [check_inside(uri, roots) if uri else None for uri in (job.reference, job.video, job.mask)]
+        paths = [fetch_input(place, Path(scratch)) if place else None for place in places]
         assert paths[0] is not None and paths[1] is not None
         done = run_preprocess(paths[0], paths[1], arguments.out, job.options, preprocessor, mask=paths[2])
     print_json(done, indent=2)

@@ -26,11 +26,12 @@ from runner.batch.scratch import scratch_folder
 from runner.batch.shards import Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
-from runner.errors import ConfigInvalid, RunnerError, WeightsMissing
+from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.spec.manifest import Job, Manifest, load_manifest
 from runner.storage import check_key, open_storage, probe_writable
+from runner.storage.roots import parse_roots
 from runner.storage.sync import sync_models
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.tables import print_run
@@ -49,12 +50,19 @@ def run_manifest(arguments: argparse.Namespace) -> int:
         check_key(f"runs/{run_id}/summary.json")
     except ConfigInvalid as error:
         raise ConfigInvalid(error.what, where="--run-id", todo="It is a folder's name: write e.g. night-7") from error
+    roots = parse_roots(arguments.input_root)
     storage = open_storage(arguments.out)
     probe_writable(storage)
     engine = build_engine(arguments, manifest)
-    for job in jobs:
-        engine.own(job)  # a LoRA that is not there is found now, not in the middle of the night
     log = structlog.get_logger()
+    for job in jobs:  # a LoRA that is not there is told now, not in the middle of the night
+        try:
+            engine.own(job)
+        except (RunnerError, OSError) as error:
+            found = as_runner_error(error, where=job.id)
+            if found.stops_run:
+                raise
+            log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
 
     with scratch_folder(arguments.cache) as scratch:
@@ -91,6 +99,7 @@ def run_manifest(arguments: argparse.Namespace) -> int:
             scratch=scratch / "jobs",
             progress=progress,
             sampler=MemorySampler(),
+            input_roots=roots,
         )
         try:
             with stop.listening():

@@ -55,7 +55,7 @@ COLOURS = {
 
 def print_text(text: str) -> None:
     """One line, or several, on standard output."""
-    print(for_people(text))
+    _write(for_people(text))
 
 
 def print_error(text: str) -> None:
@@ -68,7 +68,19 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
     """A JSON-able value; in ASCII where standard output has no UTF-8."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     text = json.dumps(redact_tree(value), ensure_ascii=not unicode, indent=indent)
-    _console().out(text, highlight=False)
+    _write("".join(f"\\u{ord(c):04x}" if c != "\n" and escape_control(c) != c else c for c in text))
+
+
+def _write(text: str) -> None:
+    try:
+        print(text)
+    except BrokenPipeError:
+        _stop_writing()
+
+
+def _stop_writing() -> None:
+    """Nothing reads standard output any more (`video-lab run … | head`): what is printed from now on is dropped."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_run(
@@ -91,8 +103,9 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
     console = _console()
     for job_id, error in problems:
         console.print(f"[red]{escape(job_id)}[/]  {error.code}: {escape(error.message)}", soft_wrap=True)
-    inputs = "inputs not checked" if not checked else f"{len(problems)} with inputs that cannot be used"
-    console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {inputs}", soft_wrap=True)
+    found = f"{len({job_id for job_id, _ in problems})} of them cannot be rendered"
+    found += "" if checked else ", inputs not checked"
+    console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {found}", soft_wrap=True)
 
 
 def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
@@ -195,10 +208,7 @@ def _age(seconds: float) -> str:
 
 
 class _Console(Console):
-    """Redacts every text that it prints or puts into a table.
-
-    It falls silent when nobody reads any more (`video-lab run … | head`): rich's own ends the process with 1.
-    """
+    """Redacts every text that it prints or puts into a table. A broken pipe does not end the process with 1."""
 
     def render_str(self, text: str, **how: Any) -> Text:
         rendered = super().render_str(escape_control(text), **how)
@@ -208,7 +218,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_writing()
 
 
 def _console() -> Console:

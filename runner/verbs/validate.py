@@ -1,7 +1,8 @@
 """Validate: do the files that jobs name exist, open as what they are said to be, and fit together?
 
-In:   jobs. Out: (job id, error) for every input that a render could not use, before any GPU is paid for.
-Never: people in pictures, weights, outputs. Pixels are decoded only when asked (`deep`).
+In:   jobs, the model store. Out: (job id, error) for every input, and every LoRA of a job, that a render could not use,
+before any GPU is paid for. Never: people in pictures, the recipe's weights, outputs. Pixels are decoded only when asked
+(`deep`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from runner.errors import InputUnreadable, RunnerError, as_runner_error
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
 from runner.storage import fetch_input, is_remote, stat_input
+from runner.storage.roots import check_inside
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "check_models", "input_places"]
 
 Problems = Sequence[tuple[str, RunnerError]]  # (job id, error)
 
@@ -41,7 +43,9 @@ class _Group:
     jobs: list[Job] = field(default_factory=list)
 
 
-def check_inputs(jobs: Iterable[Job], *, deep: bool = False, workers: int = 8) -> list[tuple[str, RunnerError]]:
+def check_inputs(
+    jobs: Iterable[Job], *, deep: bool = False, workers: int = 8, roots: Sequence[str] = ()
+) -> list[tuple[str, RunnerError]]:
     """What is wrong with the inputs, in the order of the jobs; empty if all can be used.
 
     Local images and videos are opened: headers, and for a video whether it has the frames that the job asks for. Then
@@ -49,12 +53,13 @@ def check_inputs(jobs: Iterable[Job], *, deep: bool = False, workers: int = 8) -
     objects are asked for and must not be empty. `deep`: S3 objects are fetched (one at a time for each worker, those
     that are compared together; and removed again) and opened too, images are decoded whole, and masks looked through:
     one that is black wherever the job renders is no mask. Each file is looked at once however many jobs use it.
+    `roots`, of `parse_roots`: what lies elsewhere is refused and not opened.
     """
     jobs = list(jobs)
     inputs: dict[tuple[str, str], _Input] = {}
     groups: dict[tuple[str, ...], _Group] = {}
     for job in jobs:
-        for role, uri in _places(job):
+        for role, uri in input_places(job):
             inputs.setdefault((uri, role), _Input(uri, role)).jobs.append(job)
         uris = {job.official: job.official} if job.official else {"video": job.video, "mask": job.mask or ""}
         if job.official or job.mask:
@@ -62,7 +67,7 @@ def check_inputs(jobs: Iterable[Job], *, deep: bool = False, workers: int = 8) -
             groups.setdefault((*uris.values(), mode), _Group(uris, bool(job.official))).jobs.append(job)
     found: dict[str, list[RunnerError]] = defaultdict(list)
     with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="inputs") as pool:
-        for problems in pool.map(lambda item: _check(item, deep), inputs.values()):
+        for problems in pool.map(lambda item: _check(item, deep, roots), inputs.values()):
             for job_id, error in problems:
                 found[job_id].append(error)
         sound = [_without(group, set(found)) for group in groups.values()]  # one reason a job is enough
@@ -72,7 +77,27 @@ def check_inputs(jobs: Iterable[Job], *, deep: bool = False, workers: int = 8) -
     return [(job.id, error) for job in jobs for error in found.get(job.id, ())]
 
 
-def _places(job: Job) -> Iterator[tuple[str, str]]:
+def check_models(jobs: Sequence[Job], models: str, cache: Path) -> list[tuple[str, RunnerError]]:
+    """(job id, error) for each job that asks for a LoRA or an optional network that the store lacks or that is damaged.
+
+    `models`: a folder or s3:// URI; of a bucket, what the jobs ask for is copied into `cache`. Only headers are read.
+    Raises WeightsMissing where the store itself is not there, storage.*.
+    """
+    from runner.generation.wan_animate.loras import check_own
+    from runner.storage.sync import sync_models
+    from runner.weights.store import ModelStore, wanted_by_jobs
+
+    store = ModelStore(sync_models(models, cache / "models", wanted_by_jobs([job.options for job in jobs])))
+    problems = []
+    for job in jobs:
+        try:
+            check_own(store, job.options, bool(job.mask or job.official))
+        except (RunnerError, OSError) as err:
+            problems.append((job.id, as_runner_error(err, where=job.id)))
+    return problems
+
+
+def input_places(job: Job) -> Iterator[tuple[str, str]]:
     """(role, place) of each file that a job reads."""
     if job.official:
         for role, name in official_names(job.options.mode).items():
@@ -88,16 +113,17 @@ def _without(group: _Group, jobs: set[str]) -> _Group:
     return _Group(group.uris, group.official, [job for job in group.jobs if job.id not in jobs])
 
 
-def _check(item: _Input, deep: bool) -> Problems:
+def _check(item: _Input, deep: bool, roots: Sequence[str]) -> Problems:
     """(job id, error) for each job that cannot use `item`."""
     try:
-        info = stat_input(item.uri)
+        place = check_inside(item.uri, roots)
+        info = stat_input(place)
         if info.bytes == 0:
             raise InputUnreadable("the file is empty (0 bytes)", where=item.uri, todo="Copy or upload it again")
         if is_remote(item.uri) and not deep:
             return []
         with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
-            return _open(item, fetch_input(item.uri, Path(folder)), deep)
+            return _open(item, fetch_input(place, Path(folder)), deep)
     except Exception as err:  # whatever a decoder throws is this input's, and the others are still looked at
         error = _named(err, item.uri)
         return [(job.id, error) for job in item.jobs]
@@ -120,7 +146,7 @@ def _open(item: _Input, path: Path, deep: bool) -> Problems:
             options = job.options
             try:
                 reader.sample(options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity)
-            except RunnerError as err:
+            except Exception as err:  # this job's alone: others may ask less of the file
                 problems.append((job.id, _named(err, item.uri)))
     return problems
 

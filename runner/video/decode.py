@@ -33,6 +33,7 @@ __all__ = [
 
 MAX_SIDE = 8192  # pixels
 MAX_PIXELS = 64_000_000  # one RGB frame of this size is 192 MB
+MAX_ASPECT = 20  # long side to short side, as for images
 THREADS = min(4, os.cpu_count() or 1)  # beyond this a decoder only holds more frames in memory
 RECENT, RECENT_BYTES = 8, 64 << 20  # frames, and their bytes, kept for the next call: segments overlap by 5
 FAR = 150  # frames; skipping fewer is about as cheap to decode through as to seek over
@@ -272,6 +273,12 @@ def _check_size(width: int, height: int, path: Path) -> None:
             f"frames of {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS // 10**6} megapixels can be",
             where=path,
             todo="Scale it down first: the model sees far fewer pixels",
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputUnreadable(
+            f"its frames are strips of {width}x{height} pixels; one side may be {MAX_ASPECT} times the other at most",
+            where=path,
+            todo="Crop it to the person",
         )
 
 

@@ -186,5 +186,5 @@ def _info(line: Timeline) -> VideoInfo:
 
 
 def _plain(rate: Fraction) -> Fraction:
-    """A rate that a container can hold; NTSC's denominator is 1001."""
-    return rate.limit_denominator(1001)
+    """A rate that a container can hold; NTSC's denominator is 1001. Frames further apart than 1001 s count as that."""
+    return max(rate.limit_denominator(1001), Fraction(1, 1001))

@@ -19,14 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing
 from runner.forecast.flops import Costs
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.weights.digests import FileIdentities, combine
-from runner.weights.variant import Variant, choose_variant, lora_files, text_file, wanted_fp4
+from runner.weights.variant import (
+    LORA_FOLDER,
+    RELIGHT,
+    Variant,
+    choose_variant,
+    lora_files,
+    text_file,
+    wanted_fp4,
+)
 
-__all__ = ["COMPONENTS", "ModelStore", "check_lora", "wanted"]
+__all__ = ["COMPONENTS", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
@@ -103,7 +111,7 @@ class ModelStore:
         return self.root / SEGMENTER
 
     def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
-        """Optional models that one job needs → their files. Raises WeightsMissing, which says for what."""
+        """Optional models that one job needs → their files. Raises JobWeightsMissing, which says for what."""
         wanted: dict[str, list[Path]] = {}
         if options.preprocess.pose == "dwpose":
             wanted["dwpose"] = list(self.dwpose)
@@ -113,7 +121,7 @@ class ModelStore:
         for what, files in wanted.items():
             missing = [self._name(path) for path in files if not path.is_file()]
             if missing:
-                raise WeightsMissing(
+                raise JobWeightsMissing(
                     f"no {', '.join(missing)}",
                     where=self.root,
                     todo="Put them there, or give replace jobs a `mask:`"
@@ -139,7 +147,7 @@ class ModelStore:
         return read_json(self.component(recipe, name) / CONFIGS.get(name, "config.json"))
 
     def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
-        """name → (file, strength) of a job's own LoRAs. Raises WeightsMissing for a name that has no file."""
+        """name → (file, strength) of a job's own LoRAs. Raises JobWeightsMissing for a name without a file."""
         return lora_files(self.root, names, replace=replace)
 
     def lora_identities(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
@@ -266,6 +274,23 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
             return True
         optional = key in DWPOSE or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
         return optional or key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
+
+    return want
+
+
+def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
+    """Which keys of a remote store jobs ask for beyond the recipe's models; and small files, so that a store without
+    LoRAs is not taken for an empty one."""
+    all_options = list(options)
+    names = {f"{LORA_FOLDER}/{lora.name}.safetensors" for asked in all_options for lora in asked.loras}
+    dwpose = any(asked.preprocess.pose == "dwpose" for asked in all_options)
+    replace = any(asked.mode == "replace" for asked in all_options)
+
+    def want(key: str) -> bool:
+        if key in names or key.endswith("/config.json") or (dwpose and key in DWPOSE):
+            return True
+        relight = key.startswith(f"{LORA_FOLDER}/") and RELIGHT in key.lower() and key.endswith(".safetensors")
+        return replace and (relight or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED)))
 
     return want
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from runner.errors import ConfigInvalid, WeightsMissing
+from runner.errors import ConfigInvalid, JobWeightsMissing, WeightsMissing
 from runner.spec.recipes import Recipe
 
 __all__ = [
@@ -127,11 +127,11 @@ def text_file(root: Path, recipe: Recipe) -> Path | None:
 
 
 def lora_file(root: Path, name: str) -> Path:
-    """The LoRA that a job calls `name`. Raises WeightsMissing with what there is."""
+    """The LoRA that a job calls `name`. Raises JobWeightsMissing with what there is."""
     path = root / LORA_FOLDER / f"{name}.safetensors"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in (root / LORA_FOLDER).glob("*.safetensors"))) or "none"
-        raise WeightsMissing(
+        raise JobWeightsMissing(
             f"no LoRA {name!r}; there: {there}", where=path, todo="Put the file there, or mend the name"
         )
     return path
@@ -140,7 +140,7 @@ def lora_file(root: Path, name: str) -> Path:
 def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
     """name → (file, strength) of a job's own LoRAs; a replace job gets the relighting LoRA where the store has one.
 
-    Raises WeightsMissing for a name that has no file, ConfigInvalid for one that is given twice.
+    Raises JobWeightsMissing for a name that has no file, ConfigInvalid for one that is given twice.
     """
     twice = next((name for i, (name, _) in enumerate(names) if name in [other for other, _ in names[:i]]), None)
     if twice is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from runner.cli import main
 from tests.video_files import make_clip, movie_without_samples
@@ -34,6 +35,19 @@ DEFECTS = {
     "huge-image": ("input.too_large", "megapixels"),
     "corrupt-image": ("input.unreadable", "corrupt.png"),
     "not-an-image": ("input.unreadable", "text.png"),
+    "strip": ("input.unreadable", "strip of 16000x2"),
+    "upright-strip": ("input.unreadable", "strip of 2x16000"),
+    "memory": ("input.unreadable", "/proc/self/mem"),
+    "reference-memory": ("input.unreadable", "/proc/self/mem"),
+    "kernel-log": ("input.unreadable", "/proc/kmsg"),
+    "pipe": ("input.unreadable", "pipe.mp4"),
+    "device": ("input.unreadable", "/dev/zero"),
+    "folder": ("input.unreadable", "is a folder"),
+    "loop": ("input.unreadable", "loop.mp4"),
+    "no-lora": ("weights.missing", "no LoRA 'gone'"),
+    "torn-lora": ("weights.corrupt", "torn.safetensors"),
+    "empty-lora": ("weights.corrupt", "empty.safetensors"),
+    "no-network": ("weights.missing", "yolox_l.onnx"),
 }
 
 
@@ -62,6 +76,14 @@ def bad_run(tmp_path_factory, demo_models, demo_media):
     (folder / "huge.png").write_bytes(png_header(16000, 16000))
     (folder / "corrupt.png").write_bytes(reference.read_bytes()[:2000])
     (folder / "text.png").write_text("this is no image")
+    Image.new("RGB", (16000, 2)).save(folder / "strip.png")
+    Image.new("RGB", (2, 16000)).save(folder / "upright.png")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+    shutil.copytree(demo_models, folder / "models")
+    (folder / "models/loras").mkdir(exist_ok=True)
+    (folder / "models/loras/torn.safetensors").write_bytes(b"\xff" * 100)
+    (folder / "models/loras/empty.safetensors").touch()
     good = {"reference": str(reference), "video": str(dance)}
     bad = {
         "missing": {"video": "nothing-here.mp4"},
@@ -75,6 +97,19 @@ def bad_run(tmp_path_factory, demo_models, demo_media):
         "huge-image": {"reference": "huge.png"},
         "corrupt-image": {"reference": "corrupt.png"},
         "not-an-image": {"reference": "text.png"},
+        "strip": {"reference": "strip.png"},
+        "upright-strip": {"reference": "upright.png", "options": {"size": "auto"}},
+        "memory": {"video": "/proc/self/mem"},
+        "reference-memory": {"reference": "/proc/self/mem"},
+        "kernel-log": {"video": "/proc/kmsg"},
+        "pipe": {"video": "pipe.mp4"},
+        "device": {"video": "/dev/zero"},
+        "folder": {"video": str(folder)},
+        "loop": {"video": "loop.mp4"},
+        "no-lora": {"options": {"loras": [{"name": "gone"}]}},
+        "torn-lora": {"options": {"loras": [{"name": "torn"}]}},
+        "empty-lora": {"options": {"loras": [{"name": "empty"}]}},
+        "no-network": {"options": {"preprocess": {"pose": "dwpose"}}},
     }
     jobs = [
         {"id": "first", **good},
@@ -85,7 +120,7 @@ def bad_run(tmp_path_factory, demo_models, demo_media):
     manifest.write_text(
         yaml.safe_dump({"version": 1, "recipe": "fp32", "defaults": {"options": SMALL}, "jobs": jobs}), encoding="utf-8"
     )
-    code = main(["run", str(manifest), "--out", str(folder / "out"), *models(demo_models, folder)])
+    code = main(["run", str(manifest), "--out", str(folder / "out"), *models(folder / "models", folder)])
     return code, folder
 
 
@@ -112,17 +147,87 @@ def test_each_defect_has_its_code_and_says_what_to_do(bad_run, job):
     error = result(bad_run[1], job)["error"]
     assert error["code"] == code, error
     assert words in error["message"]
-    assert ". " in error["message"], "the message has no remedy"
+    assert ". " in error["message"] or "is a folder, not a file" in error["message"], "the message has no remedy"
     assert not error["retryable"]
     assert not (bad_run[1] / "out/jobs" / job / "output.mp4").exists()
 
 
-def test_validate_finds_them_without_rendering(bad_run, capsys):
-    assert main(["validate", "--deep", str(bad_run[1] / "manifest.yaml")]) == 1
+@pytest.mark.parametrize("how", [[], ["--deep"]], ids=["headers", "deep"])
+def test_validate_finds_them_without_rendering(bad_run, capsys, how):
+    manifest, store = bad_run[1] / "manifest.yaml", bad_run[1] / "models"
+    assert main(["validate", *how, str(manifest), "--models", str(store)]) == 1
     text = capsys.readouterr().out
-    for job, (code, _) in DEFECTS.items():
-        if code != "input.no_person":  # only looking at the frames tells
+    for job, (code, words) in DEFECTS.items():
+        # Only looking at the frames tells that nobody is there; only decoding, that the end of a picture is missing.
+        if code != "input.no_person" and (how or job != "corrupt-image"):
             assert f"{job}  {code}" in text, text
+            assert words in text, text
+    assert "internal" not in text
+    assert main(["validate", *how, str(manifest)]) == 1
+    assert "weights." not in capsys.readouterr().out  # no store was named
+
+
+def test_validate_of_loras_alone(bad_run, demo_media, tmp_path, capsys):
+    good = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+    jobs = [{"id": "a", **good}, {"id": "b", **good, "options": {"loras": [{"name": "gone"}]}}]
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text(yaml.safe_dump({"version": 1, "jobs": jobs}), encoding="utf-8")
+    command = ["validate", "--no-inputs", str(manifest), "--models"]
+    assert main([*command, str(bad_run[1] / "models")]) == 1
+    text = capsys.readouterr().out
+    assert "b  weights.missing: " in text and "a  weights" not in text
+    assert "2 jobs, 1 of them cannot be rendered, inputs not checked" in text
+    assert main([*command, str(tmp_path / "none")]) == 2
+
+
+def test_a_run_warns_at_its_start_of_jobs_that_cannot_run(bad_run, capsys):
+    """They are failed in their turn, and fail no other job."""
+    folder = bad_run[1]
+    text = yaml.safe_load((folder / "manifest.yaml").read_text("utf-8"))
+    text["jobs"] = [job for job in text["jobs"] if job["id"] in ("first", "no-lora", "torn-lora", "last")]
+    manifest = folder / "loras.yaml"
+    manifest.write_text(yaml.safe_dump(text), encoding="utf-8")
+    command = ["run", str(manifest), "--out", str(folder / "out"), "--log-format", "json", "--run-id", "loras"]
+    assert main([*command, *models(folder / "models", folder)]) == 1
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    warned = [(event["job"], event["code"]) for event in events if event["event"] == "job_cannot_run"]
+    assert warned == [("no-lora", "weights.missing"), ("torn-lora", "weights.corrupt")]
+    (summary,) = (folder / "out/runs/loras").glob("*.summary.json")
+    counts = json.loads(summary.read_text("utf-8"))["counts"]
+    assert counts == {"total": 4, "succeeded": 0, "skipped": 2, "failed": 2, "not_run": 0}
+
+
+def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path, capsys):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for name in ("references/anna.png", "dances/wave.mp4"):
+        shutil.copy(demo_media / name, inside)
+    (inside / "link.mp4").symlink_to(demo_media / "dances/wave.mp4")
+    good = {"reference": "inside/anna.png", "video": "inside/wave.mp4"}
+    jobs = [{"id": "good", **good}, {"id": "link", **good, "video": "inside/link.mp4"}]
+    jobs += [{"id": "s3", **good, "video": "s3://bucket/wave.mp4"}]
+    jobs += [{"id": "elsewhere", **good, "reference": str(demo_media / "references/anna.png")}]
+    manifest = tmp_path / "m.yaml"
+    text = {"version": 1, "recipe": "fp32", "defaults": {"options": SMALL}, "jobs": jobs}
+    manifest.write_text(yaml.safe_dump(text), encoding="utf-8")
+    roots = ["--input-root", str(inside), "--input-root", str(tmp_path / "inside")]
+    out = ["--out", str(tmp_path / "out"), *models(demo_models, tmp_path)]
+    refused = {"link", "s3", "elsewhere"}
+    assert main(["validate", str(manifest), *roots]) == 1
+    text = capsys.readouterr().out
+    assert all(f"{job}  input.unreadable: " in text for job in refused)
+    assert text.count("lies outside --input-root") == 3 and "good  " not in text
+    assert main(["plan", str(manifest), "--recipe", "fp32", *roots]) == 1
+    assert capsys.readouterr().out.replace("\n", " ").count("--input-root") == 3
+    assert main(["run", str(manifest), *out, *roots]) == 1
+    for job in refused:
+        assert result(tmp_path, job)["error"]["code"] == "input.unreadable"
+        assert "lies outside --input-root" in result(tmp_path, job)["error"]["message"]
+    assert result(tmp_path, "good")["status"] == "succeeded"
+    assert main(["run", str(manifest), *out, "--input-root", str(tmp_path / "none")]) == 2
+    files = ["--reference", str(inside / "anna.png"), "--video", str(inside / "link.mp4")]
+    assert main(["preprocess", *files, *out, *roots]) == 1
+    assert "lies outside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from runner.verbs.tables import print_json
 
 TABLE = "from runner.records.record import JobLine; from runner.verbs.tables import print_run; "
 TABLE += "lines = [JobLine(id=str(n), status='failed', "
@@ -29,3 +32,13 @@ def test_who_stops_reading_changes_no_exit_code(script):
     assert process.wait(60) == 3, process.stderr.read()
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_json_stays_json_whatever_is_masked_or_escaped(capsys):
+    value = {"a": 'Authorization: Bearer hush" more', "b": "\x1b\x85\x7f\u202e贝\n", "https://u:hush@h": [1]}
+    print_json(value)
+    text = capsys.readouterr().out
+    assert "hush" not in text and "贝" in text
+    assert not set(text) & set("\x1b\x85\x7f\u202e")
+    read = json.loads(text)
+    assert (read["b"], read["https://u:***@h"]) == (value["b"], [1])

@@ -1,24 +1,27 @@
 """LoRAs of jobs: what is added to the transformer for the job at hand, and taken away again for the next.
 
 In:   the loaded transformer, the store, a job's options. Out: the transformer as if the LoRAs were merged; the identity
-of what one job uses beyond the recipe's models, or WeightsMissing for what the store lacks.
+of what one job uses beyond the recipe's models, or JobWeightsMissing for what the store lacks.
 Never: the weights' files. Nothing is reloaded or requantised: FP4 layers get the factors beside their weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from runner.errors import job_weight_errors
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.weights.store import ModelStore, check_lora
 
 __all__ = [
     "JobLoras",
+    "check_own",
     "lora_parts",
     "own_parts",
 ]
@@ -29,14 +32,30 @@ Wanted = tuple[tuple[Path, float], ...]
 def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None) -> dict[str, str]:
     """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint.
 
-    Raises WeightsMissing, ConfigInvalid, and WeightsCorrupt for a damaged header or a wrong dtype: before the first
-    job, not when its turn comes.
+    Raises JobWeightsMissing, ConfigInvalid, and JobWeightsCorrupt for a damaged header or a wrong dtype: before the
+    first job, not when its turn comes.
     """
-    found = store.loras(_named(options), replace=options.mode == "replace")
-    for path, _ in found.values():
-        check_lora(path)
-    digests = store.lora_identities([path for path, _ in found.values()], cache)
+    found = _checked_loras(store, options)
+    with job_weight_errors():
+        digests = store.lora_identities([path for path, _ in found.values()], cache)
     return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
+
+
+def check_own(store: ModelStore, options: JobOptions, has_mask: bool) -> None:
+    """Whether what one job asks for beyond the recipe's models is there and whole, as far as headers tell.
+
+    Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid. Nothing is hashed.
+    """
+    _checked_loras(store, options)
+    store.own_models(options, has_mask)
+
+
+def _checked_loras(store: ModelStore, options: JobOptions) -> dict[str, tuple[Path, float]]:
+    found = store.loras(_named(options), replace=options.mode == "replace")
+    with job_weight_errors():
+        for path, _ in found.values():
+            check_lora(path)
+    return found
 
 
 def _named(options: JobOptions) -> tuple[tuple[str, float], ...]:
@@ -58,13 +77,17 @@ class JobLoras:
     def use(self, options: JobOptions) -> Mapping[str, int]:
         """Attach what this job wants and nothing else. Returns tensors applied, and how many found no target.
 
-        Raises WeightsMissing, WeightsCorrupt. A file that cannot be read changes nothing; one that does not fit leaves
-        the transformer without any LoRA. Either way the next call attaches what its job wants.
+        Raises JobWeightsMissing, JobWeightsCorrupt; WeightsCorrupt where the job has no LoRA of its own. A file that
+        cannot be read changes nothing; one that does not fit leaves the transformer without any LoRA. Either way the
+        next call attaches what its job wants.
         """
+        own = self._store.loras(_named(options), replace=options.mode == "replace")
+        with job_weight_errors() if own else nullcontext():
+            return self._use((*self._always, *own.values()))
+
+    def _use(self, wanted: Wanted) -> Mapping[str, int]:
         from runner.quantization.lora.apply import attach, detach
 
-        own = self._store.loras(_named(options), replace=options.mode == "replace")
-        wanted: Wanted = (*self._always, *own.values())
         if wanted == self._attached:
             return {}
         loras = [self._lora(path, strength) for path, strength in wanted]
@@ -94,9 +117,10 @@ class JobLoras:
 
 
 def own_parts(store: ModelStore, options: JobOptions, has_mask: bool, cache: Path | None = None) -> dict[str, str]:
-    """Asked of every job before the first one starts, so that what is missing is known then."""
+    """Asked of every job before the first one starts, so that what is missing is known then. Raises as `check_own`."""
     parts = lora_parts(store, options, cache)
     for name, files in store.own_models(options, has_mask).items():
-        digests = store.lora_identities(files, cache)
+        with job_weight_errors():
+            digests = store.lora_identities(files, cache)
         parts[name] = " ".join(digests[path] for path in files)
     return parts

@@ -16,10 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runner.errors import InputNotFound, InputTooLarge, InputUnreadable
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "image_size", "is_image", "load_image", "load_mask"]
+__all__ = ["MAX_ASPECT", "MAX_PIXELS", "MAX_SIDE", "image_size", "is_image", "load_image", "load_mask"]
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA; beyond any camera's use for a 480p render
 MAX_SIDE = 16_383  # 16k×1 strips too: nothing of them is left at a render's size
+MAX_ASPECT = 20  # long side to short side; beyond it nothing of a person is left at the encoders' sizes
 UPRIGHT_SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations that turn by a quarter
 ORIENTATION = 0x0112
 # What Pillow raises on damaged data, by format: zlib and struct errors, SyntaxError from the PNG reader, …
@@ -97,6 +98,13 @@ def _open(path: Path) -> Image.Image:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         image.close()
         raise _too_large(path, f"{width}x{height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        image.close()
+        raise InputUnreadable(
+            f"the image is a strip of {width}x{height} pixels; one side may be {MAX_ASPECT} times the other at most",
+            where=path,
+            todo="Crop it to the character",
+        )
     return image
 
 

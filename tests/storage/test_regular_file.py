@@ -1,0 +1,84 @@
+"""Regular file: what is none is refused, at once or in time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runner.errors import InputNotFound, InputUnreadable, StorageUnavailable, as_runner_error
+from runner.storage import regular_file, stat_input
+from runner.storage.regular_file import answer_in_time, check_regular_file
+
+
+def test_a_file_is_a_file(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"1234")
+    (tmp_path / "link").symlink_to(file)
+    (tmp_path / "empty").touch()
+    assert check_regular_file(file).st_size == check_regular_file(tmp_path / "link").st_size == 4
+    assert check_regular_file(tmp_path / "empty").st_size == 0
+    assert stat_input(file).bytes == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/status", "/proc/kmsg", "/sys/kernel/uevent_seqnum"])
+def test_files_of_the_kernel_are_no_inputs(path):
+    """/proc/kmsg answers when the kernel has something to say, /proc/self/mem with an error."""
+    if not Path(path).exists():
+        pytest.skip("not on this machine")
+    begin = time.monotonic()
+    with pytest.raises(InputUnreadable, match="whose files the kernel makes up"):
+        stat_input(path)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/tty", "/dev/stdin"])
+def test_devices_are_no_inputs(path):
+    if not Path(path).exists():
+        pytest.skip("not on this machine")
+    with pytest.raises(InputUnreadable):
+        stat_input("/dev/zero" if path == "/dev/stdin" else path)
+
+
+def test_pipes_sockets_and_folders_are_no_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's name has 108 bytes at most
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        for name in ("pipe", "socket"):
+            with pytest.raises(InputUnreadable, match="is a pipe or a device"):
+                stat_input(tmp_path / name)
+    with pytest.raises(InputUnreadable, match="is a folder"):
+        stat_input(tmp_path)
+
+
+def test_a_link_to_itself_and_a_name_too_long_are_one_job_s_failure(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / ("x" * 300), Path("/" + "a/" * 3000)):
+        with pytest.raises((InputUnreadable, InputNotFound)) as caught:
+            stat_input(path)
+        assert not caught.value.stops_run
+
+
+def test_what_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    """As a mount whose server is gone."""
+    release = threading.Event()
+    monkeypatch.setattr(regular_file, "_look", lambda path: release.wait(60))
+    with pytest.raises(InputUnreadable, match=r"did not answer within 0\.05 s"):
+        check_regular_file(tmp_path / "a", answer_s=0.05)
+    release.set()
+
+
+def test_an_error_of_the_thread_is_raised_here(tmp_path):
+    with pytest.raises(KeyError):
+        answer_in_time(lambda: {}["a"], tmp_path)
+
+
+def test_a_disk_that_fails_says_nothing_against_a_job():
+    error = as_runner_error(OSError(5, "Input/output error", "/mnt/a"))
+    assert isinstance(error, StorageUnavailable) and error.retryable and error.where == "/mnt/a"
