@@ -4,7 +4,18 @@ import errno
 
 import pytest
 
-from runner.errors import InputNotFound, RunnerError, StorageUnavailable, as_runner_error, is_transient
+from runner.errors import (
+    InputNotFound,
+    JobWeightsCorrupt,
+    JobWeightsMissing,
+    RunnerError,
+    StorageUnavailable,
+    WeightsCorrupt,
+    WeightsMissing,
+    as_runner_error,
+    is_transient,
+    job_weight_errors,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +27,8 @@ from runner.errors import InputNotFound, RunnerError, StorageUnavailable, as_run
         (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "storage.denied", "--user"),
         (MemoryError("3 GiB"), "resource.out_of_memory", "3 GiB"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "resource.out_of_memory", "CUDA"),
+        (OSError(errno.EIO, "Input/output error", "/mnt/x"), "storage.unavailable", "/mnt/x: input/output failed"),
+        (OSError(errno.ESTALE, "Stale file handle"), "storage.unavailable", "stale file handle"),
         (ZeroDivisionError("division by zero"), "internal", "ZeroDivisionError: division by zero"),
     ],
 )
@@ -41,3 +54,14 @@ def test_codes_are_unique_and_their_exit_codes_are_known():
     assert len(set(codes)) == len(codes)
     assert {kind.exit_code for kind in kinds} == {1, 2, 3}
     assert [code for code in codes if is_transient(code)] == [StorageUnavailable.code]
+
+
+@pytest.mark.parametrize(("kind", "its"), [(WeightsMissing, JobWeightsMissing), (WeightsCorrupt, JobWeightsCorrupt)])
+def test_weights_of_one_job_fail_that_job_alone(kind, its):
+    assert (kind("x").exit_code, kind("x").stops_run) == (2, True)
+    with pytest.raises(its) as caught, job_weight_errors():
+        raise kind("no LoRA", where="loras/a", todo="Put it there")
+    assert (caught.value.exit_code, caught.value.stops_run, caught.value.code) == (1, False, kind.code)
+    assert caught.value.message == "loras/a: no LoRA. Put it there"
+    with pytest.raises(ZeroDivisionError), job_weight_errors():
+        _ = 1 / 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import InputNotFound, InputUnreadable, StorageUnavailable, as_runner_error
+from runner.errors import InputNotFound, InputUnreadable
 from runner.storage import regular_file, stat_input
 from runner.storage.regular_file import answer_in_time, check_regular_file
 
@@ -37,12 +37,10 @@ def test_files_of_the_kernel_are_no_inputs(path):
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/dev/tty", "/dev/stdin"])
-def test_devices_are_no_inputs(path):
-    if not Path(path).exists():
-        pytest.skip("not on this machine")
-    with pytest.raises(InputUnreadable):
-        stat_input("/dev/zero" if path == "/dev/stdin" else path)
+def test_devices_are_no_inputs():
+    for path in ("/dev/zero", "/dev/null"):
+        with pytest.raises(InputUnreadable, match="is a pipe or a device"):
+            stat_input(path)
 
 
 def test_pipes_sockets_and_folders_are_no_inputs(tmp_path, monkeypatch):
@@ -77,8 +75,3 @@ def test_what_does_not_answer_is_given_up(tmp_path, monkeypatch):
 def test_an_error_of_the_thread_is_raised_here(tmp_path):
     with pytest.raises(KeyError):
         answer_in_time(lambda: {}["a"], tmp_path)
-
-
-def test_a_disk_that_fails_says_nothing_against_a_job():
-    error = as_runner_error(OSError(5, "Input/output error", "/mnt/a"))
-    assert isinstance(error, StorageUnavailable) and error.retryable and error.where == "/mnt/a"

@@ -431,3 +431,36 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(clip)], cwd=here, env=environment, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 60, f"grew by {done.stdout.strip()} MB after the first window"
+
+
+@pytest.mark.parametrize("harm", ["cut", "removed", "a folder", "other bytes"])
+def test_a_clip_that_changes_while_it_is_read_is_an_input_that_failed(tmp_path: Path, harm: str) -> None:
+    path = make_clip(tmp_path / "a.mp4", 120)
+    nbytes = path.stat().st_size
+    with VideoReader(path) as reader:
+        reader.read(np.arange(3))
+        reader.read(np.array([119]))
+        if harm == "cut":
+            os.truncate(path, nbytes // 3)
+        elif harm == "other bytes":
+            path.write_bytes(bytes(nbytes))
+        else:
+            path.unlink()
+        if harm == "a folder":
+            path.mkdir()
+        with pytest.raises(InputNotFound if harm == "removed" else InputUnreadable):
+            reader.read(np.array([50]))  # the file is opened again
+
+
+@pytest.mark.parametrize("size", [(2000, 48), (48, 2000)])
+def test_strips_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    with pytest.raises(InputUnreadable, match="strips of"):
+        VideoReader(make_clip(tmp_path / "a.mp4", 3, size=size))
+
+
+def test_a_clip_of_stills_hours_apart_has_a_rate(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "a.mp4", 3, pts=[0, 4000, 8000], time_base=Fraction(1))
+    with VideoReader(clip) as reader:
+        assert reader.info.fps == Fraction(1, 1001)
+        assert len(reader.sample(1).indices) > 2
+        assert len(reader.sample("source").indices) > 2

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.errors import JobWeightsCorrupt, JobWeightsMissing
 from runner.generation.wan_animate.loras import JobLoras, lora_parts
 from runner.quantization.lora.read import read_lora
 from runner.spec.options import JobOptions
@@ -94,7 +94,7 @@ def test_after_a_failure_the_next_job_gets_what_it_asks_for(model, loras, tmp_pa
         bad.write_bytes(b"\xff" * 100)
     elif damage == "missing":
         bad.unlink()
-    with pytest.raises(WeightsMissing if damage == "missing" else WeightsCorrupt):
+    with pytest.raises(JobWeightsMissing if damage == "missing" else JobWeightsCorrupt):
         loras.use(job(("bad", 1.0)))
     loras.use(job())
     assert torch.equal(model.to_q.weight, before)
@@ -136,8 +136,8 @@ def test_content_and_strength_are_in_a_jobs_identity(tmp_path):
     assert lora_parts(store, job()) == lora_parts(store, job(mode="replace")) == {}
     write(tmp_path, "x_relight", 1.0)
     assert set(lora_parts(store, job(mode="replace"))) == {"lora.x_relight"}
-    with pytest.raises(WeightsMissing, match="no LoRA 'two'"):
+    with pytest.raises(JobWeightsMissing, match="no LoRA 'two'"):
         lora_parts(store, job(("two", 1.0)))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(WeightsCorrupt, match=r"one\.safetensors"):
+    with pytest.raises(JobWeightsCorrupt, match=r"one\.safetensors"):
         lora_parts(ModelStore(tmp_path), job(("one", 0.5)))

@@ -144,3 +144,13 @@ def test_masks_count_transparency_as_black(tmp_path):
     assert is_image(tmp_path / "m.png")
     (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     assert not is_image(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("size", [(16000, 2), (2, 16000), (43, 2), (1, 21)])
+def test_strips_are_refused(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    for read in (load_image, image_size):
+        with pytest.raises(InputUnreadable, match=f"strip of {size[0]}x{size[1]} pixels"):
+            read(tmp_path / "a.png")
+    Image.new("RGB", (40, 2)).save(tmp_path / "b.png")
+    assert image_size(tmp_path / "b.png") == (40, 2)
