@@ -74,8 +74,8 @@ def fetch_request(
 ) -> tuple[Request, list[str]]:
     """Local inputs where they lie, S3 objects copied below `folder`; and a note for each that could not be verified.
 
-    `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is tried again, for an object that has changed since
-    then; InputNotFound, storage.*.
+    `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is
+    tried again, for an object that has changed since then; InputNotFound, InputUnreadable, storage.*.
     """
     notes: list[str] = []
 

@@ -8,10 +8,11 @@ from boto3.s3.transfer import TransferConfig
 
 from runner.batch.hashes import FileHashes
 from runner.batch.inputs import InputIndex, fetch_request
-from runner.errors import InputNotFound, StorageUnavailable
+from runner.errors import InputNotFound, InputUnreadable, StorageUnavailable
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import open_storage, stat_input
+from runner.storage.roots import parse_roots
 
 
 def job(base: str, **more: str | None) -> Job:
@@ -94,3 +95,21 @@ def test_each_input_is_looked_at_once(tmp_path, monkeypatch):
         found = list(pool.map(lambda _: index.identify(job(str(tmp_path))), range(40)))
     assert all(each == found[0] for each in found)
     assert len(asked) == 3
+
+
+def test_inputs_outside_the_roots_are_refused_when_identified_and_when_fetched(tmp_path):
+    """A link may be changed in between."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        for name in ("ref.png", "dance.mp4", "mask.mp4"):
+            (folder / name).write_text(f"{folder.name} {name}")
+    roots = parse_roots([str(inside)])
+    inputs = InputIndex(FileHashes(), roots).identify(job(str(inside)))
+    assert fetch_request(job(str(inside)), tmp_path / "scratch", inputs, roots)[0].video == inside / "dance.mp4"
+    with pytest.raises(InputUnreadable, match="--input-root"):
+        InputIndex(FileHashes(), roots).identify(job(str(outside)))
+    (inside / "dance.mp4").unlink()
+    (inside / "dance.mp4").symlink_to(outside / "dance.mp4")
+    with pytest.raises(InputUnreadable, match="--input-root"):
+        fetch_request(job(str(inside)), tmp_path / "scratch", inputs, roots)
