@@ -56,6 +56,7 @@ class FileOperations:
         self._meet, self._kinds = meet, kinds
         self._os = {name: getattr(os, name) for name in (*_BY_PATH, *_BY_DESCRIPTOR, "open") if hasattr(os, name)}
         self._open: Callable[..., Any] = io.open
+        self.written = 0  # bytes, to files below the folders
 
     def install(self) -> None:
         for name, (operation, position) in (_BY_PATH | _BY_DESCRIPTOR).items():
@@ -73,9 +74,14 @@ class FileOperations:
         fd_argument = "dst_dir_fd" if name in ("rename", "replace", "link") else "dir_fd"
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            if len(arguments) > position:
-                self.before(operation, self._path(arguments[position], keywords.get(fd_argument)))
-            return original(*arguments, **keywords)
+            if len(arguments) <= position:
+                return original(*arguments, **keywords)
+            path = self._path(arguments[position], keywords.get(fd_argument))
+            self.before(operation, path)
+            result = original(*arguments, **keywords)
+            if operation == "write" and path.startswith(self._folders):
+                self.written += result
+            return result
 
         return call
 
@@ -131,7 +137,9 @@ class _Watched(io.FileIO):
         view = memoryview(data).cast("B")
         half = super().write(view[: len(view) // 2]) if len(view) > 1 else 0
         self._operations.before("write", self._watched_path)
-        return half + super().write(view[half:])
+        written = half + super().write(view[half:])
+        self._operations.written += written
+        return written
 
     def _first_read(self) -> None:
         if not self._read:

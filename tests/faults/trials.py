@@ -122,6 +122,7 @@ class Stage:
         self.folder = Path(tempfile.mkdtemp(prefix="stage-", dir=folder))
         self.page = SharedPage()
         self.points: dict[str, int] = {}  # of an undisturbed run, by kind of point, once counted
+        self.requests: list[str] = []  # of an undisturbed run, once they are known
         self._number = count()
         self.settings: dict[str, Any] = {"prepare_s": 0.004, "generate_s": 0.06, "frames": 4}
         older_format = format if not self.scenario.other_format else FORMATS[1 - FORMATS.index(format)]
@@ -455,14 +456,16 @@ def s3_trials(
     """Fail requests of runs with `fault`: one a run, or all from one on (`lasting`)."""
     row = Row(stage.place.kind, stage.format, stage.name, f"{fault}{' from there on' if lasting else ''}")
     begin = time.monotonic()
-    if "request" not in stage.points:
+    if not stage.requests:
         out = stage.new_output()
         line.order()
         code = stage.wait(stage.begin(out, DISTURBED, flags=stage.scenario.flags))
         assert code == 0, stage.log()
-        stage.points["request"] = len(line.requests())
+        stage.requests = line.requests()
         stage.place.remove(out)
-    for number in spread(stage.points["request"], trials, chance):
+    numbers = [n for n, text in enumerate(stage.requests, 1) if fault != "flip" or text.startswith("GET ")]
+    for position in spread(len(numbers), trials, chance):
+        number = numbers[position - 1]
         out = stage.new_output()
         line.order(fault, number, ALL_LATER if lasting else 1)
         code = stage.wait(stage.begin(out, DISTURBED, flags=stage.scenario.flags))

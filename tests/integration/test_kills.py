@@ -76,12 +76,8 @@ def test_a_kill_at_every_file_operation_and_at_random_instants(tmp_path, format,
 @pytest.mark.soak
 @pytest.mark.parametrize("format", ["mp4", "png"])
 def test_a_kill_at_every_request_and_at_random_instants(tmp_path, format, capsys):
-    scenarios = "fresh,other seeds,other format,--force"
-    rows, printed = run_kills(
-        tmp_path,
-        *("--stores", "s3", "--formats", format, "--scenarios", scenarios, "--trials", "100", "--series", "5"),
-        "--every-point",
-    )
+    arguments = ("--stores", "s3", "--formats", format, "--scenarios", "fresh,other seeds", "--trials", "60")
+    rows, printed = run_kills(tmp_path, *arguments, "--series", "5", "--every-point")
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 200)
