@@ -12,6 +12,6 @@ def test_faults(tmp_path):
     assert found["total"]["lost"] == found["total"]["wrong"] == found["total"]["removed"] == 0
     kills = [row for row in found["rows"] if row["what"] == "kills"]
     faults = [row for row in found["rows"] if row["what"] != "kills"]
-    assert sum(sum(row["when"].values()) for row in kills) == 4
+    assert sum(sum(row["when"].values()) for row in kills) == 4, kills
     assert sum(sum(row["exit_codes"].values()) for row in faults) == 4
     assert all(f"local, {row['format']}, kills, {row['scenario']}" in printed for row in kills)

@@ -57,6 +57,8 @@ DISK_FAULTS = {
     "EACCES": (errno.EACCES, NAMES),
 }
 S3_FAULTS = ("503", "drop", "truncate", "flip")
+ANY_JOB = -1
+TRIES = 4  # of a kill that comes after the end: in another run the point or instant lies elsewhere
 pause = time.sleep  # before `shorten_waits`
 
 
@@ -177,23 +179,27 @@ class Stage:
         self.log_file.unlink(missing_ok=True)
         return fork(work, self.log_file)
 
-    def wait(self, pid: int, kill_after_s: float | None = None, *, of_generating: bool = False) -> int:
+    def wait(self, pid: int, kill_after_s: float | None = None, *, in_job: int | None = None) -> int:
         """The child's exit code, negative for a signal. One that hangs is killed: -SIGABRT.
 
-        `kill_after_s`: seconds from now, or with `of_generating` from when the first job begins to be generated.
+        `kill_after_s`: seconds from now, or with `in_job` from when the job of that index begins to be generated;
+        with ANY_JOB from when one does.
         """
         begin = start = time.monotonic()
         while True:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 return os.waitstatus_to_exitcode(status)
-            elapsed = time.monotonic() - begin
-            if of_generating and not self.page.get("generating") and not self.page.get("ended"):
-                begin = time.monotonic()
-            elif kill_after_s is not None and elapsed >= kill_after_s:
+            now = time.monotonic()
+            if in_job is not None:
+                generating = self.page.get("generating")
+                begin = now
+                if generating and in_job in (ANY_JOB, generating - 1):
+                    in_job = None
+            elif kill_after_s is not None and now - begin >= kill_after_s:
                 os.kill(pid, signal.SIGKILL)
                 return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if time.monotonic() - start > LONGEST_RUN_S:
+            if now - start > LONGEST_RUN_S:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 return -signal.SIGABRT
@@ -293,17 +299,16 @@ def _last_error(log: str) -> str:
 
 @dataclass(frozen=True)
 class Kill:
-    """`kind`: operations, requests or instants; `at`: the number of the point, or seconds."""
+    """`kind`: `operation` or `request`, `at` its number; `instant`, `at` seconds from the begin of the run; or
+    `rendering`, `at` seconds from when the job of index `job` begins to be generated."""
 
     kind: str
     at: float
+    job: int | None = None
 
     def __str__(self) -> str:
-        return (
-            f"kill at {self.kind.removesuffix('s')} {self.at:.3f}"
-            if self.kind == "instants"
-            else (f"kill at {self.kind.removesuffix('s')} {self.at:.0f}")
-        )
+        where = f"{self.at:.0f}" if self.kind in WATCHES else f"{self.at:.3f} s"
+        return f"kill at {self.kind} {where}" + ("" if self.job is None else f" of job{self.job}")
 
 
 def watch_operations(page: SharedPage, folders: Sequence[Path], at: int = 0) -> None:
@@ -328,44 +333,68 @@ def watch_s3(page: SharedPage, folders: Sequence[Path], at: int = 0) -> None:
     watch_requests(meet)
 
 
+Watch = Callable[..., None]
+WATCHES: dict[str, Watch] = {"operation": watch_operations, "request": watch_s3}
+
+
 def choose_kills(stage: Stage, trials: int, chance: random.Random, *, every_point: bool = False) -> list[Kill]:
-    """Half of them at points, spread evenly over a run, half at random instants; with `every_point` each point."""
-    local = stage.place.kind == "local"
-    kind, watch = ("operations", watch_operations) if local else ("requests", watch_s3)
-    points, undisturbed_s = stage.count_points(watch)
-    instants = trials // 2
-    wanted = points if every_point else min(points, trials - instants)
-    if wanted == points:
-        numbers = list(range(1, points + 1))
-    else:  # one of each of `wanted` equal stretches
-        numbers = [1 + int(points * (i + chance.random()) / wanted) for i in range(wanted)]
-    times = [chance.uniform(0, undisturbed_s) for _ in range(instants)]
-    return [Kill(kind, n) for n in numbers] + [Kill("instants", t) for t in times]
+    """Half of them at points, spread evenly over a run (with `every_point` at each), a quarter at random instants, a
+    quarter at random instants of generating."""
+    kind = "operation" if stage.place.kind == "local" else "request"
+    points, seconds = stage.count_points(WATCHES[kind])
+    at_points = trials - trials // 2
+    rendering = (trials // 2 + 1) // 2
+    instants = trials - at_points - rendering
+    kills = [Kill(kind, n) for n in spread(points, points if every_point else at_points, chance)]
+    kills += [Kill("instant", chance.uniform(0, seconds)) for _ in range(instants)]
+    for _ in range(rendering):
+        job = chance.randrange(len(stage.jobs))
+        kills.append(Kill("rendering", chance.uniform(0, 0.9 * stage.settings["generate_s"]), job))
+    return kills
 
 
 def kill_trials(stage: Stage, trials: int, chance: random.Random, *, every_point: bool = False) -> Row:
     """Kill runs of `stage` and look at what is left."""
     row = Row(stage.place.kind, stage.format, stage.name, "kills")
     begin = time.monotonic()
-    for kill in choose_kills(stage, trials, chance, every_point=every_point):
-        out = stage.new_output()
-        watch = {"operations": watch_operations, "requests": watch_s3}.get(kill.kind)
-        disturb = (lambda folders, w=watch, at=int(kill.at): w(stage.page, folders, at)) if watch else None
-        pid = stage.begin(out, DISTURBED, flags=stage.scenario.flags, disturb=disturb or (lambda folders: None))
-        code = stage.wait(pid, kill.at if kill.kind == "instants" else None)
+    for chosen in choose_kills(stage, trials, chance, every_point=every_point):
         row.trials += 1
-        trial = f"{kill} {stage.point(out)}".strip()
-        if code == -signal.SIGKILL:
-            row.landed += 1
-            stage.after(out, row, trial, lived=False, once=True)
-        else:  # the run ended before its kill: other threads, other order
-            row.when["ended before"] += 1
-            if code != 0:
-                row.problems.append((trial, Problem("exit code", f"{code}: {_last_error(stage.log())}")))
-            row.problems += [(trial, p) for p in check_end(stage.place.files(out), stage.targets, stage.finished)]
-            stage.place.remove(out)
+        kill = chosen
+        for _ in range(TRIES):
+            seconds = kill_run(stage, row, kill)
+            if seconds is None:
+                row.landed += 1
+                break
+            # Other threads, another order, a quicker machine: somewhere in what this run was.
+            points = stage.page.get("points")
+            at = 1 + chance.randrange(points) if kill.kind in WATCHES and points else chance.uniform(0, seconds)
+            kill = Kill(kill.kind, at, kill.job) if kill.job is None else Kill("instant", at)
+    row.when["missed"] = row.trials - row.landed
     row.seconds = time.monotonic() - begin
     return row
+
+
+def kill_run(stage: Stage, row: Row, kill: Kill) -> float | None:
+    """Kill one run and look at what is left; where the run ended before its kill, look at that: its seconds."""
+    out, begin = stage.new_output(), time.monotonic()
+    watch, number = WATCHES.get(kill.kind), int(kill.at)
+    pid = stage.begin(
+        out,
+        DISTURBED,
+        flags=stage.scenario.flags,
+        disturb=lambda folders: watch(stage.page, folders, number) if watch is not None else None,
+    )
+    code = stage.wait(pid, None if watch is not None else kill.at, in_job=kill.job)
+    trial = f"{kill} {stage.point(out)}".strip()
+    if code == -signal.SIGKILL:
+        stage.after(out, row, trial, lived=False, once=True)
+        return None
+    seconds = time.monotonic() - begin
+    if code != 0:
+        row.problems.append((trial, Problem("exit code", f"{code}: {_last_error(stage.log())}")))
+    row.problems += [(trial, p) for p in check_end(stage.place.files(out), stage.targets, stage.finished)]
+    stage.place.remove(out)
+    return seconds
 
 
 def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
@@ -378,10 +407,10 @@ def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
         trial = f"series {row.trials}"
         for number in range(SERIES):
             pid = stage.begin(out, DISTURBED, flags=stage.scenario.flags)
-            early = number % 2 == 0  # in the generation of the first job that is not done
-            code = stage.wait(
-                pid, chance.uniform(0, stage.settings["generate_s"] if early else seconds), of_generating=early
-            )
+            if number % 2:
+                code = stage.wait(pid, chance.uniform(0, seconds))
+            else:
+                code = stage.wait(pid, chance.uniform(0, stage.settings["generate_s"]), in_job=ANY_JOB)
             row.trials += 1
             if code == -signal.SIGKILL:
                 row.landed += 1

@@ -42,7 +42,7 @@ def test_twelve_kills_over_a_local_folder(tmp_path, capsys):
     rows, printed = run_kills(tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
-    check_landed(rows, 9)
+    check_landed(rows, 11)
 
 
 def test_eight_kills_over_s3(tmp_path, capsys):
@@ -50,7 +50,7 @@ def test_eight_kills_over_s3(tmp_path, capsys):
     rows, printed = run_kills(tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
-    check_landed(rows, 6)
+    check_landed(rows, 7)
 
 
 def test_innocent_jobs_are_not_called_crashed(tmp_path, capsys):
