@@ -94,9 +94,11 @@ def fetch_request(
     if job.official:
         official = folder / "official" if is_remote(job.official) else local_path(job.official)
         for name, file in official_names(job.options.mode).items():
-            fetched = fetch(name, f"{job.official}/{file}", folder / "fetched")
-            if is_remote(job.official):
-                fetched.rename(_made(official) / file)
+            uri = f"{job.official}/{file}"
+            if is_remote(uri):
+                fetch(name, uri, folder / "fetched").rename(_made(official) / file)
+            else:
+                check_inside(uri, roots)
     request = Request(
         fetch("reference", job.reference, folder / "reference"),
         fetch("video", job.video, folder / "video"),

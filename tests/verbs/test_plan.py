@@ -50,7 +50,7 @@ def manifest(demo_media):
 
 
 def flags(**given):
-    return argparse.Namespace(**{"recipe": None, "models": None, "gpu": None, **given})
+    return argparse.Namespace(**{"recipe": None, "models": None, "gpu": None, "input_root": [], **given})
 
 
 def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runner.errors import JobWeightsCorrupt, JobWeightsMissing
+from runner.errors import JobWeightsCorrupt, JobWeightsMissing, WeightsCorrupt
 from runner.generation.wan_animate.loras import JobLoras, lora_parts
 from runner.quantization.lora.read import read_lora
 from runner.spec.options import JobOptions
