@@ -58,7 +58,7 @@ class Versioned:
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a killed process left: no object, of no use to anyone, and it takes space."""
+    """What a killed process left behind, or what another process is writing. It takes space and is no output."""
 
     uri: str
     key: str  # relative to the storage's root; an upload's is that of the object it was to become

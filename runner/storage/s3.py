@@ -266,7 +266,7 @@ class S3Storage(Storage):
                     raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
                 if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
                     raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
-                verified = check_digests(expected_digests(head), lambda: _blocks(out), uri)
+                verified = check_digests(expected_digests(head, self.bucket), lambda: _blocks(out), uri)
         except BaseException:
             if on_bytes is not None:
                 on_bytes(-arrived)  # none of it is kept
@@ -289,7 +289,7 @@ class S3Storage(Storage):
                     return None
                 raise
             data = bytes(answer["Body"].read())
-        check_digests(expected_digests(answer), lambda: [data], self.uri(key))
+        check_digests(expected_digests(answer, self.bucket), lambda: [data], self.uri(key))
         return Versioned(data, _bare(answer["ETag"]))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

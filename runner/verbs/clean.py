@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runner.batch.ledger import Ledger
-from runner.errors import ConfigInvalid, RunnerError
+from runner.errors import ConfigInvalid, InputNotFound, RunnerError
 from runner.storage import Leftover, Storage
 
 __all__ = ["CleanRow", "age_text", "clean_output", "parse_age"]
@@ -41,7 +41,7 @@ def clean_output(
     now = time.time() if now is None else now
     marks: dict[str, bool] = {}
     count = 0
-    for leftover in storage.leftovers():
+    for leftover in _found(storage):
         count += 1
         age = now - leftover.modified
         reason = _reason_to_keep(storage, leftover, age, older_than_s, marks)
@@ -53,6 +53,13 @@ def clean_output(
             yield _removed(storage, leftover, age)
     if not count and next(storage.list(), None) is None:
         raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
+
+
+def _found(storage: Storage) -> Iterator[Leftover]:
+    try:
+        yield from storage.leftovers()
+    except InputNotFound as error:  # the bucket itself
+        raise ConfigInvalid(error.what, where=storage.root, todo="Name what was given to --out") from error
 
 
 def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: float, marks: dict[str, bool]) -> str:

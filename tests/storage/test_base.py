@@ -190,9 +190,9 @@ class StorageContract:
 
     def test_of_many_threads_one_creates_and_one_replaces(self, store: Storage) -> None:
         version: str | None = None
-        for _ in range(3):
+        for _ in range(2):
             won: list[str] = []
-            begin = threading.Barrier(6)
+            begin = threading.Barrier(4)
 
             def work(i: int, version: str | None = version, won: list[str] = won, begin: Any = begin) -> None:
                 begin.wait()
@@ -200,7 +200,7 @@ class StorageContract:
                 if made is not None:
                     won.append(made)
 
-            threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
             for thread in threads:
                 thread.start()
             for thread in threads:

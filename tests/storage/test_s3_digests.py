@@ -59,6 +59,11 @@ def test_an_etag_that_only_looks_like_an_md5() -> None:
     assert check_digests(expected_digests(answer), lambda: [DATA], "s3://b/k") == "sha256"
 
 
+def test_etags_of_directory_buckets_are_no_digests() -> None:
+    assert expected_digests({"ETag": f'"{MD5}"'}, "videos--use1-az5--x-s3") == []
+    assert expected_digests({"ETag": f'"{MD5}"'}, "videos") == [("md5", MD5)]
+
+
 # Over a line that flips bits and says nothing of it
 
 

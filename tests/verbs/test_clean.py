@@ -203,6 +203,12 @@ def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server]
     assert [info.key for info in store.list()] == ["jobs/a/result.json"]
 
 
+def test_a_bucket_that_does_not_exist_is_mistyped(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
+    aws_env(moto_s3)
+    assert main(["clean", "s3://no-such-bucket/lab"]) == 2
+    assert "bucket" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "seconds", "again"),
     [("30m", 1800, "30m"), ("1h", 3600, "1h"), ("2d", 172800, "2d"), ("0s", 0, "0s"), ("1.5h", 5400, "90m")],
