@@ -110,10 +110,20 @@ def run_manifest(arguments: argparse.Namespace) -> int:
                 hashes.save()
         where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
         if arguments.sheet is not None:
-            where.append(try_draw_sheet(jobs, storage, arguments.sheet, scratch, stop))
+            drawn = [job for job in jobs if _lies_inside(job, roots)]
+            where.append(try_draw_sheet(drawn, storage, arguments.sheet, scratch, stop))
         with suppress(OSError):  # a full disk behind standard output changes no job
             print_run(summary.lines, summary.counts, where)
         return code
+
+
+def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
+    try:
+        for _, uri in input_places(job):
+            check_inside(uri, roots)
+    except RunnerError:
+        return False
+    return True
 
 
 def choose_jobs(arguments: argparse.Namespace) -> tuple[Manifest, list[Job], Shard, str]:

@@ -214,9 +214,9 @@ def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path,
     out = ["--out", str(tmp_path / "out"), *models(demo_models, tmp_path)]
     refused = {"link", "s3", "elsewhere"}
     assert main(["validate", str(manifest), *roots]) == 1
-    text = capsys.readouterr().out
-    assert all(f"{job}  input.unreadable: " in text for job in refused)
-    assert text.count("lies outside --input-root") == 3 and "good  " not in text
+    printed = capsys.readouterr().out
+    assert all(f"{job}  input.unreadable: " in printed for job in refused)
+    assert printed.count("lies outside --input-root") == 3 and "good  " not in printed
     assert main(["plan", str(manifest), "--recipe", "fp32", *roots]) == 1
     assert capsys.readouterr().out.replace("\n", " ").count("--input-root") == 3
     assert main(["run", str(manifest), *out, *roots]) == 1
@@ -225,6 +225,13 @@ def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path,
         assert "lies outside --input-root" in result(tmp_path, job)["error"]["message"]
     assert result(tmp_path, "good")["status"] == "succeeded"
     assert main(["run", str(manifest), *out, "--input-root", str(tmp_path / "none")]) == 2
+    text["jobs"][0]["reference"] = str(demo_media / "references/anna.png")  # `good` has an output, and moves outside
+    manifest.write_text(yaml.safe_dump(text), encoding="utf-8")
+    capsys.readouterr()
+    sheet = tmp_path / "sheet.png"
+    assert main(["run", str(manifest), *out, *roots, "--sheet", str(sheet)]) == 1
+    assert "no MP4 to draw" in capsys.readouterr().out and not sheet.exists()
+    assert (tmp_path / "out/jobs/good/output.mp4").exists()
     files = ["--reference", str(inside / "anna.png"), "--video", str(inside / "link.mp4")]
     assert main(["preprocess", *files, *out, *roots]) == 1
     assert "lies outside" in capsys.readouterr().err
