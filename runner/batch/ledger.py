@@ -39,7 +39,8 @@ from runner.timing import now
 
 __all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
 
-OUTPUTS = ("output.mp4", "pose.mp4", "poster.jpg")
+PREVIEWS = ("pose.mp4", "poster.jpg")
+OUTPUTS = ("output.mp4", *PREVIEWS)
 REPLACES = 5  # tries to put a record in the place of another run's
 
 Listing = Mapping[str, ObjectInfo]  # key → what lies under it, of a whole output storage
@@ -245,6 +246,15 @@ class Ledger:
         with self._lock:
             self.storage.delete(_mark_key(job_id))
             self._open.pop(job_id, None)
+
+    def tidy(self, job_id: str, record: ResultRecord) -> None:
+        """Remove the mark of a killed attempt, and what it left, from a job that is done."""
+        if record.output is not None:
+            frames = [info.key for info in self.storage.list(f"{_folder(job_id)}frames/")]
+            keep = {f"{_folder(job_id)}{name}" for name in PREVIEWS} | {record.output.key}
+            self.remove_outputs(job_id, keep=keep | {key for key in frames if key.startswith(record.output.key)})
+        self.storage.remove_leftovers(_folder(job_id))
+        self.abandon(job_id)
 
     @property
     def open_attempts(self) -> list[str]:

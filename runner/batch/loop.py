@@ -192,8 +192,11 @@ class Batch:
             task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         decision = task.decision
         if decision.action == "skip":
-            if decision.suspect:  # else it would count as running for ever
-                self._abandon(job.id)
+            if decision.suspect and decision.previous is not None:  # else it would count as running for ever
+                try:
+                    self._ledger.tidy(job.id, decision.previous)
+                except RunnerError as error:
+                    self._events.emit("mark_not_removed", level="warning", job=job.id, message=error.message)
             self._skip(job, decision)
         elif decision.action == "exhausted":
             error = decision.error

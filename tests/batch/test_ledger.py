@@ -272,6 +272,29 @@ def test_a_failure_of_the_infrastructure_keeps_an_older_output_and_its_record(st
     assert decide(storage, retry_failed=True, max_attempts=0).action == "run"
 
 
+def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
+    """Killed after it had written its record, before it had removed the frames of the older output."""
+    record = result(storage)
+    for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "attempt.json"):
+        storage.write_bytes(f"jobs/a/{key}", b"x")
+    Ledger(storage).tidy("a", record)
+    assert {info.key for info in storage.list("jobs/")} == {
+        "jobs/a/output.mp4",
+        "jobs/a/pose.mp4",
+        "jobs/a/result.json",
+    }
+    assert record.output is not None
+    frames = record.model_copy(update={"output": record.output.model_copy(update={"key": "jobs/a/frames/0b/"})})
+    for key in ("frames/0a/000000.png", "frames/0b/000000.png"):
+        storage.write_bytes(f"jobs/a/{key}", b"x")
+    Ledger(storage).tidy("a", frames)
+    assert {info.key for info in storage.list("jobs/a/")} == {
+        "jobs/a/frames/0b/000000.png",
+        "jobs/a/pose.mp4",
+        "jobs/a/result.json",
+    }
+
+
 @pytest.mark.parametrize("blames_job", [True, False])
 def test_a_forced_run_that_fails_keeps_a_valid_output(storage, blames_job):
     older = result(storage)
