@@ -193,21 +193,27 @@ class Batch:
         decision = task.decision
         if decision.action == "skip":
             if decision.suspect and decision.previous is not None:  # else it would count as running for ever
-                try:
-                    self._ledger.tidy(job.id, decision.previous)
-                except RunnerError as error:
-                    self._events.emit("mark_not_removed", level="warning", job=job.id, message=error.message)
+                self._tidy(job.id, decision.previous)
             self._skip(job, decision)
         elif decision.action == "exhausted":
-            error = decision.error
-            if error is None:
-                record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe, decision)
-                error = record.error if record else None
-            error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
-            self._report(
-                JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error)
-            )
+            self._exhausted(task)
         return decision.action == "run"
+
+    def _exhausted(self, task: Task) -> None:
+        """Count a job as failed that has been tried as often as allowed."""
+        job, decision = task.job, task.decision
+        error = decision.error
+        if error is None:
+            record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe, decision)
+            error = record.error if record else None
+        error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
+        self._report(JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error))
+
+    def _tidy(self, job_id: str, record: ResultRecord) -> None:
+        try:
+            self._ledger.tidy(job_id, record)
+        except RunnerError as error:
+            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
 
     def _skip(self, job: Job, decision: Decision) -> None:
         self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -31,10 +31,11 @@ from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.spec.manifest import Job, Manifest, load_manifest
 from runner.storage import check_key, open_storage, probe_writable
-from runner.storage.roots import parse_roots
+from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.tables import print_run
+from runner.verbs.validate import input_places
 
 if TYPE_CHECKING:
     from runner.preprocess.networks.providers import NetworkOptions
