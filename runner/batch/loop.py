@@ -172,24 +172,29 @@ class Batch:
         index = InputIndex(self._ledger.hashes, self._input_roots)
 
         def decide(job: Job, listing: Listing | None) -> Decision:
-            parts = self._parts(job, index.identify(job))
+            parts = self._parts(job, index.identify(job), self._engine.own(job))
             return self._ledger.decide(job.id, fingerprint(parts), parts, listing)
 
         return decide
 
-    def _parts(self, job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
-        identity = {**self._engine.identity, **self._engine.own(job)}
+    def _parts(self, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]) -> dict[str, Any]:
         effective = replace(job, options=self._engine.effective(job.options))
-        return fingerprint_parts(effective, inputs, identity)
+        return fingerprint_parts(effective, inputs, {**self._engine.identity, **own})
 
     def _worth_running(self, task: Task, taken: Decision | None) -> bool:
         job = task.job
+        own: Mapping[str, str] = {}
+        problem = None
         try:
             task.inputs = InputIndex(self._ledger.hashes, self._input_roots).identify(job)
-        finally:  # an input that cannot be read still gives the attempt an identity
-            task.parts = self._parts(job, task.inputs)
-            task.fingerprint = fingerprint(task.parts)
-            task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
+            own = self._engine.own(job)
+        except Exception as error:  # the attempt still gets an identity, and its failure the place of an older one
+            problem = error
+        task.parts = self._parts(job, task.inputs, own)
+        task.fingerprint = fingerprint(task.parts)
+        task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
+        if problem is not None:
+            raise problem
         decision = task.decision
         if decision.action == "skip":
             if decision.suspect and decision.previous is not None:  # else it would count as running for ever

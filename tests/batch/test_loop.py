@@ -50,6 +50,7 @@ class Bench:
         self.loads = 0
         self.stop = Stop()
         self.generator = StubGenerator()
+        self.own = lambda job: {}
         self.events: list[dict] = []
 
     def job(self, name: str, prompt: str = "ok", **options) -> Job:
@@ -76,7 +77,7 @@ class Bench:
         )
         batch = Batch(
             jobs,
-            Engine("stub", self.generator.identity, load),
+            Engine("stub", self.generator.identity, load, own=self.own),
             storage,
             Ledger(storage, **ledger),
             summary,

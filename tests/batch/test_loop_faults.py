@@ -21,7 +21,7 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import SilentProgress
 from runner.batch.stop import Stop
 from runner.batch.survey import survey_jobs
-from runner.errors import StorageDenied, StorageFull, StorageUnavailable
+from runner.errors import JobWeightsMissing, StorageDenied, StorageFull, StorageUnavailable
 from runner.records.record import AttemptMark
 from runner.spec.manifest import Job
 from runner.storage import LocalStorage, open_storage
@@ -251,6 +251,28 @@ def test_an_input_that_cannot_be_a_file_fails_that_job_alone(bench, place):
     assert bench.run(bench.job("a"), bad, bench.job("c")) == 1
     assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "failed", "succeeded"]
     assert bench.summary["jobs"][1]["error"]["code"].startswith("input.")
+
+
+def test_weights_that_one_job_alone_misses_fail_that_job_alone(bench):
+    jobs = [bench.job("a"), bench.job("bad", seed=7), bench.job("c")]
+    bench.run(*jobs, run_id="r0")
+    before = snapshot(bench, "bad")
+
+    def own(job):
+        if job.id in ("bad", "new"):
+            raise JobWeightsMissing("no LoRA is called style")
+        return {}
+
+    bench.own = own
+    jobs += [bench.job("new")]
+    for run in ("r1", "r2"):  # the second time, the failure of the first is replaced
+        assert bench.run(*jobs, run_id=run) == 1
+        assert [line["status"] for line in bench.summary["jobs"]] == ["skipped", "failed", "skipped", "failed"]
+        assert "record_not_written" not in [event["event"] for event in bench.events]
+        assert bench.result("new")["error"]["code"] == "weights.missing"
+        assert snapshot(bench, "bad") == before
+    bench.own = lambda job: {}
+    assert bench.run(*jobs, run_id="r3") == 0
 
 
 def test_an_old_record_with_an_odd_output_key_stops_nothing(bench):
