@@ -11,6 +11,7 @@ from runner.batch.ledger import Decision, Ledger, output_identity
 from runner.errors import StorageConflict
 from runner.records.record import ErrorRecord, OutputRecord, ResultRecord
 from runner.storage import open_storage
+from runner.storage.disk import staged
 
 PARTS = {"options.seed": 42, "prompt": "dance"}
 OTHER = {"options.seed": 41, "prompt": "dance"}
@@ -196,6 +197,19 @@ def test_a_mark_with_other_parts_does_not_count(storage):
     decision = decide(storage)
     assert (decision.action, decision.attempt) == ("run", 1)
     assert "other inputs or options" in decision.reason
+
+
+def test_an_attempt_removes_what_a_killed_one_left_half_written(storage, tmp_path):
+    storage.write_bytes("jobs/b/attempt.json", b"{}")
+    left = [tmp_path / f"out/jobs/{job}/.staged-{'0' * 32}.tmp" for job in "ab"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with staged(tmp_path / "out/jobs/a/output.mp4") as file:  # by a process that lives
+        Ledger(storage).begin("a", decide(storage), fingerprint(PARTS), "r")
+        file.write(b"whole")
+    assert [path.exists() for path in left] == [False, True], "its own, and no other job's"
+    assert storage.read_bytes("jobs/a/output.mp4") == b"whole"
 
 
 def test_an_abandoned_job_leaves_no_mark(storage):

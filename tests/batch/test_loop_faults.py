@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 
 from runner.batch.delivery import Delivery
 from runner.batch.hashes import FileHashes
@@ -391,6 +392,22 @@ def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
     kinds = Counter(method for method, _, _ in faulty_s3.requests)
     assert kinds["HEAD"] <= 2 + 1, "each distinct input once, and the one output that was not listed"
     assert kinds["GET"] <= 100 + 2, "each record once, and the list"
+
+
+@pytest.mark.s3
+def test_the_record_names_a_transfer_that_could_not_be_verified(bench, faulty_s3, aws_env):
+    """A multipart object of another tool: its ETag is no digest. A bit that flips in a plain one is fetched again."""
+    aws_env(faulty_s3)
+    bucket = faulty_s3.make_bucket()
+    bench.video.write_bytes(b"v" * (6 * 2**20))
+    parts = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
+    faulty_s3.client.upload_file(str(bench.video), bucket, "video.mp4", Config=parts)
+    faulty_s3.client.put_object(Bucket=bucket, Key="ref.png", Body=bench.reference.read_bytes())
+    bench.reference, bench.video = f"s3://{bucket}/ref.png", f"s3://{bucket}/video.mp4"
+    faulty_s3.fail("flip", "GET", "/ref.png")
+    assert bench.run(bench.job("a")) == 0
+    assert [note.split(" (")[0] for note in bench.result("a")["notes"]] == [f"unverified transfer: {bench.video}"]
+    assert len(faulty_s3.seen("GET", "/ref.png")) == 2
 
 
 def test_a_rerun_reads_no_unchanged_file_again(bench, monkeypatch):
