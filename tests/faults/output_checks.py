@@ -152,20 +152,21 @@ def check_meanwhile(
     """What is wrong with a job whose run ended before its time. `older`: the fingerprint that was done before it.
 
     `may_lack_record`: the run was publishing, when an older record is already removed and no new one written.
-    `may_have_failed`: the run lived on and may have recorded its failure, where there is no older output.
+    `may_have_failed`: the run lived on and may have recorded its failure, where no older output lies.
     """
     problems = list(state.problems)
     status = None if state.record is None else state.record["status"]
+    if status == "failed" and not may_have_failed:
+        problems.append(Problem("called failed", f"its record: {(state.record or {}).get('error')}"))
     if older is None:
-        if status == "failed" and not may_have_failed:
-            problems.append(Problem("called failed", f"its record: {(state.record or {}).get('error')}"))
         return problems
     if not state.outputs & {older, target}:
         problems.append(Problem("output removed", "a good older output was removed or broken"))
-    if status is None and not may_lack_record and not state.problems:
-        problems.append(Problem("record", "the record of a good older output was removed"))
-    if status == "failed":
-        problems.append(Problem("record", "the record of a good older output was replaced by that of a failure"))
+    if older in state.outputs:  # once it is replaced, its record may go, and the run may fail before the next one
+        if status is None and not may_lack_record and not state.problems:
+            problems.append(Problem("record", "the record of a good older output was removed"))
+        if status == "failed":
+            problems.append(Problem("record", "the record of a good older output was replaced by that of a failure"))
     if status == "succeeded" and state.record and state.record["fingerprint"] not in (older, target):
         problems.append(Problem("record", "its record is of a run that was never asked for"))
     return problems

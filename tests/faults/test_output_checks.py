@@ -131,6 +131,9 @@ def test_an_older_record_that_is_gone_is_missed():
 def test_a_failure_over_an_older_output_is_wrong():
     failed = record_of("new", {"x": b"x"}, "jobs/a/output.mp4", status="failed", output=None)
     assert kinds(clip("old") | {"jobs/a/result.json": failed}, may_have_failed=True) == {"record"}
+    replaced = clip("new") | {"jobs/a/result.json": failed}
+    assert kinds(replaced, may_have_failed=True) == set()
+    assert kinds(replaced) == {"called failed"}
     alone = look({"jobs/a/result.json": failed}, "a", MADE)
     lenient = {"may_lack_record": False, "may_have_failed": True}
     assert check_meanwhile(alone, None, "new", **lenient) == []
