@@ -4,6 +4,8 @@
 # EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
 # WORKERS        how many tests run at a time                          (one a core, four at most)
+# FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
+# FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
 # IMAGE          name of the image                                     (video-lab)
 # IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
 
@@ -12,6 +14,8 @@ VENV ?= .venv
 EXTRA ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),test)
 TORCH_BACKEND ?=
 WORKERS ?= logical
+FLAKY_RUNS ?= 50
+FLAKY_TESTS ?= tests/batch tests/storage tests/integration/test_kills.py
 IMAGE ?= video-lab
 IMAGE_EXTRA ?= gpu
 
@@ -31,7 +35,7 @@ define run_each
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint image bench bench-gpu clean
+.PHONY: help setup demo test soak flaky lint image bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +59,12 @@ test: $(STAMP) ## run the tests; VIDEO_LAB_IMAGE_TESTS=1 builds and runs the ima
 
 soak: $(STAMP) ## run the long tests
 	$(BIN)/python -m pytest -m soak --timeout 0
+
+flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS times (50), up to the first red run
+	@for run in $$(seq $(FLAKY_RUNS)); do \
+	  $(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 0 $(FLAKY_TESTS) || \
+	    { echo "run $$run of $(FLAKY_RUNS) failed; $$((run - 1)) passed before it"; exit 1; }; \
+	done; echo "$(FLAKY_RUNS) of $(FLAKY_RUNS) runs passed"
 
 lint: $(STAMP) ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check .

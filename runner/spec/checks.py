@@ -110,7 +110,7 @@ def without(node: Located, wrong: Iterable[Loc]) -> Located:
     """`node` less what stands at those places; all of it where the place is `()`."""
     for loc in wrong:
         if not loc:
-            return replace(node, value={})
+            return replace(node, value={}, reported=False)
         inner = node.get(str(loc[0]))
         if inner is not None:
             rest = {key: item for key, item in node.value.items() if key != loc[0]}

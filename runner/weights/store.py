@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -65,6 +66,7 @@ POSE_GRAPH = "end2end.onnx"  # in the published folder
 DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
 SEGMENTER = "process_checkpoint/sam2"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
 LFS_POINTER = b"version https://git-lfs"
 
 HUB = {
@@ -347,9 +349,7 @@ def weight_map(index: Path) -> dict[str, str]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
         raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
-    strays = sorted(
-        {name for name in shards.values() if PurePosixPath(name).name != name or not name.endswith(".safetensors")}
-    )
+    strays = sorted({name for name in shards.values() if not SHARD_NAME.fullmatch(name)})
     if strays:
         raise WeightsCorrupt(f"the index names {strays[0]!r}, which is no safetensors file beside it", where=index)
     return shards

@@ -45,6 +45,7 @@ WORDS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "unit": {"one": ("one",), "six": ("six", "absmax", "amax")},
 }
 TABLES: Final = ("table", "lut", "codebook", "fp4_table", "fp4_values", "e2m1_values", "values", "quant_map", "code")
+LARGEST_ENTRY: Final = 1e30
 GROUPS: Final = ("group_size", "block_size", "blocksize", "group", "q_group_size")
 ASCENDING: Final = tuple(sorted(VALUES, key=lambda value: (value, str(value)[0] != "-")))  # -6 … -0, 0 … 6
 
@@ -166,13 +167,22 @@ def every_assumption(table: Sequence[float] | None = None) -> Iterator[Assumptio
 
 
 def _is_table(value: object) -> bool:
-    return isinstance(value, list) and len(value) in (8, 16) and all(isinstance(v, int | float) for v in value)
+    if not isinstance(value, list) or len(value) not in (8, 16):
+        return False
+    # Neither NaN nor an integer that no float holds.
+    return all(isinstance(v, int | float) and abs(v) < LARGEST_ENTRY for v in value)
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys in lower case, from nested objects too; what is further out wins."""
     flat: dict[str, Any] = {}
-    for value in config.values():
-        if isinstance(value, Mapping):
-            flat = _flatten(value) | flat
-    return flat | {str(key).lower(): value for key, value in config.items() if not isinstance(value, Mapping)}
+    level = [config]
+    while level:
+        flat |= {
+            key: value
+            for one in reversed(level)  # of two at one depth, the first counts
+            for key, value in ((str(k).lower(), v) for k, v in one.items() if not isinstance(v, Mapping))
+            if key not in flat
+        }
+        level = [value for one in level for value in one.values() if isinstance(value, Mapping)]
+    return flat

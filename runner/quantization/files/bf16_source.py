@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.quantization.files.safetensors_stream import Header, TensorInfo, read_header
+from runner.quantization.files.safetensors_stream import SHARD_NAME, Header, TensorInfo, read_header
 
 __all__ = ["Source", "open_source"]
 
@@ -99,7 +99,7 @@ def open_source(folder: Path) -> Source:
     placed = _read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
         raise WeightsCorrupt("the index names no shards", where=index, todo=AGAIN)
-    strays = sorted({s for s in placed.values() if PurePosixPath(s).name != s or not s.endswith(".safetensors")})
+    strays = sorted({shard for shard in placed.values() if not SHARD_NAME.fullmatch(shard)})
     if strays:
         raise WeightsCorrupt(f"the index names {strays[0]!r}, which is no safetensors file beside it", where=index)
     headers = tuple(read_header(folder / shard) for shard in sorted(set(placed.values())))

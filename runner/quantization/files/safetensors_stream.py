@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,17 @@ from torch import Tensor
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
 
-__all__ = ["DTYPES", "PLACEHOLDER", "Header", "StreamWriter", "TensorInfo", "data_sha256", "read_header", "read_tensor"]
+__all__ = [
+    "DTYPES",
+    "PLACEHOLDER",
+    "SHARD_NAME",
+    "Header",
+    "StreamWriter",
+    "TensorInfo",
+    "data_sha256",
+    "read_header",
+    "read_tensor",
+]
 
 # One table for both directions.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -47,8 +58,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ALIGNMENT = 8
+MOST_DIMENSIONS, MOST_ITEMS = 8, 2**40  # of a tensor and of one dimension; torch fails beyond 64 and 2**63
 BLOCK = 1 << 24  # bytes read at a time for a digest
 PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
+SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "Download or quantise it again"
 
@@ -104,6 +117,10 @@ def read_header(path: Path) -> Header:
                 dtype, shape = DTYPES.get(slice_.get_dtype()), tuple(slice_.get_shape())
                 if dtype is None:
                     raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not read here", where=path)
+                if len(shape) > MOST_DIMENSIONS or any(length > MOST_ITEMS for length in shape):
+                    raise WeightsCorrupt(
+                        f"{name} has a shape that no weight has: {shape[:MOST_DIMENSIONS]}", where=path
+                    )
                 stop = start + torch.Size(shape).numel() * dtype.itemsize
                 tensors[name] = TensorInfo(name, dtype, shape, start, stop)
                 start = stop  # the library has checked that there are no holes

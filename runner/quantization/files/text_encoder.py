@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
-from runner.quantization.files.safetensors_stream import Header, StreamWriter, TensorInfo, read_header, read_tensor
+from runner.quantization.files.safetensors_stream import (
+    SHARD_NAME,
+    Header,
+    StreamWriter,
+    TensorInfo,
+    read_header,
+    read_tensor,
+)
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
 
 __all__ = [
@@ -214,7 +221,7 @@ def _source_files(folder: Path) -> list[Path]:
         raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
     shards = sorted(set(names.values()))
     for shard in shards:
-        if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
+        if not SHARD_NAME.fullmatch(shard):
             raise WeightsCorrupt(f"the index names {shard!r}, which is no safetensors file beside it", where=index)
     return [folder / shard for shard in shards]
 

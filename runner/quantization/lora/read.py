@@ -25,6 +25,7 @@ __all__ = ["Delta", "Full", "Lora", "LowRank", "deltas_of", "read_lora"]
 
 CHUNK = 1 << 23  # elements of a change made dense at once: 32 MB in float32, whatever the matrix
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+REPEATS = 3  # in a pattern of a file: each more makes a match up to a hundred times as long
 PEFT_METADATA = "lora_adapter_metadata"  # where the library keeps PEFT's config, alpha included, in a file's header
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # PEFT itself keeps the config beside the tensors
 
@@ -140,9 +141,10 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
             metadata = file.metadata() or {}
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as err:
+        finite = {key: bool(torch.isfinite(tensor.float()).all()) for key, tensor in tensors.items()}
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as err:  # torch, for shapes beyond its own
         raise WeightsCorrupt(
-            f"not a whole safetensors file ({err})",
+            f"not a whole safetensors file ({str(err).splitlines()[0][:200]})",
             where=path,
             todo="Fetch it again, and compare its size and checksum",
         ) from err
@@ -153,7 +155,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 where=path,
                 todo="Quantised LoRAs are not supported: get the 16-bit one",
             )
-        if not torch.isfinite(tensor.float()).all():
+        if not finite[key]:
             raise WeightsCorrupt(f"{key} holds NaN or Inf", where=path, todo="Fetch it again, or ask who trained it")
     return tensors, metadata
 
@@ -254,6 +256,13 @@ class _PeftConfig:
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.root_rank else rank)
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    """A layer's name as PEFT matches it; ValueError for a pattern whose match may take longer than a second."""
+    if len(re.findall(r"[*+?{]", text)) > REPEATS or re.search(r"\)[*+{]", text):
+        raise ValueError(f"the pattern {text[:60]!r} repeats a group, or more than {REPEATS} things")
+    return re.compile(rf"(.*\.)?({text})$")
+
+
 def _peft_config(text: str | None, where: object) -> _PeftConfig:
     if text is None:
         return _PeftConfig()
@@ -261,13 +270,12 @@ def _peft_config(text: str | None, where: object) -> _PeftConfig:
         config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
         alpha = config.get("lora_alpha")
         patterns = tuple(
-            (re.compile(rf"(.*\.)?({pattern})$"), float(value))
-            for pattern, value in (config.get("alpha_pattern") or {}).items()
+            (_pattern(pattern), float(value)) for pattern, value in (config.get("alpha_pattern") or {}).items()
         )
         parsed = _PeftConfig(None if alpha is None else float(alpha), patterns, bool(config.get("use_rslora")))
         if not all(math.isfinite(value) for value in (parsed.alpha or 0.0, *(value for _, value in patterns))):
             raise ValueError("an alpha is no finite number")
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as err:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as err:
         raise WeightsCorrupt(f"its {PEFT_METADATA} cannot be read ({err})", where=where) from err
     return parsed
 

@@ -173,6 +173,15 @@ def test_a_damaged_file_is_refused_or_still_a_lora(tmp_path: Path, cut: int, fli
 class TestPeftConfig:
     """PEFT keeps alpha out of the tensors; the library stores its config in the file's header."""
 
+    @pytest.mark.parametrize("pattern", ["([a-z.0-9]+)+!", "(.*)*x", ".*.*.*.*.*x", "(a{1,9}){1,9}!", "(?:a|a)*!"])
+    def test_a_pattern_that_never_ends_is_refused(self, tmp_path: Path, pattern: str) -> None:
+        tensors = {"a.lora_A.weight": DOWN, "a.lora_B.weight": UP}
+        path = tmp_path / "slow.safetensors"
+        config = json.dumps({"lora_alpha": 1, "alpha_pattern": {pattern: 2}})
+        save_file(tensors, path, metadata={"lora_adapter_metadata": config})
+        with pytest.raises(WeightsCorrupt, match="repeats a group, or more than 3 things"):
+            read_lora(path)
+
     def scale(self, tmp_path: Path, config: Any) -> float:
         tensors = {f"transformer.{LAYER}.lora_A.weight": DOWN, f"transformer.{LAYER}.lora_B.weight": UP}
         text = config if isinstance(config, str) else json.dumps(config)
