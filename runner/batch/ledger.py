@@ -247,13 +247,26 @@ class Ledger:
             self.storage.delete(_mark_key(job_id))
             self._open.pop(job_id, None)
 
-    def tidy(self, job_id: str, record: ResultRecord) -> None:
-        """Remove the mark of a killed attempt, and what it left, from a job that is done."""
-        if record.output is not None:
-            frames = [info.key for info in self.storage.list(f"{_folder(job_id)}frames/")]
-            keep = {f"{_folder(job_id)}{name}" for name in PREVIEWS} | {record.output.key}
-            self.remove_outputs(job_id, keep=keep | {key for key in frames if key.startswith(record.output.key)})
-        self.storage.remove_leftovers(_folder(job_id))
+    def tidy(self, job_id: str, record: ResultRecord, published: Collection[str] | None = None) -> None:
+        """Remove from a job that is done what does not belong to its output, and then the mark.
+
+        `published`: the keys of all files of the output, where they are known. The mark goes last: while it stands, the
+        next run does this again.
+        """
+        with self._lock:
+            self._open.pop(job_id, None)
+        output = record.output.key if record.output is not None else ""
+        for info in list(self.storage.list(_folder(job_id))):
+            name = info.key.removeprefix(_folder(job_id))
+            if published is not None:
+                stale = info.key not in published
+            else:
+                stale = info.key != output and not (output.endswith("/") and info.key.startswith(output))
+                stale &= name not in PREVIEWS
+            if stale and (name in OUTPUTS or name.startswith("frames/")):
+                self.storage.delete(info.key)
+        with suppress(RunnerError):  # they cost space and nothing else
+            self.storage.remove_leftovers(_folder(job_id))
         self.abandon(job_id)
 
     @property
@@ -279,8 +292,8 @@ class Ledger:
 
     # -- the end of an attempt ------------------------------------------------------------------------------------
 
-    def succeed(self, record: ResultRecord, decision: Decision, keep: Collection[str]) -> ResultRecord:
-        """Write the record of a job whose output is published; its files are `keep`. Returns the record that stands.
+    def succeed(self, record: ResultRecord, decision: Decision) -> ResultRecord:
+        """Write the record of a job whose output is published. Returns the record that stands.
 
         The record is written only over the one that was read when the job began. Where another run has written one
         meanwhile, this one replaces it if this output is the one that lies there; else the other's record stands.
@@ -293,8 +306,6 @@ class Ledger:
         for _ in range(REPLACES):
             if self.storage.write_if(_result_key(job_id), record.to_json(), version) is not None:
                 self._versions.pop(job_id, None)
-                with suppress(RunnerError):  # what is left costs space; the record stands
-                    self.remove_outputs(job_id, keep=keep)
                 return record
             self._require_no_folder(job_id)
             other, version = self._read_result(job_id)
@@ -329,7 +340,7 @@ class Ledger:
             if version is not None:
                 self.storage.delete(_result_key(job_id))
                 version = None
-            if self.remove_outputs(job_id):
+            if self._remove_outputs(job_id):
                 notes = [*record.notes, "the output of an earlier run was removed"]
                 record = record.model_copy(update={"notes": notes})
         if self.storage.write_if(_result_key(job_id), record.to_json(), version) is None:
@@ -373,15 +384,6 @@ class Ledger:
             self.abandon(job_id)
         return record
 
-    def remove_outputs(self, job_id: str, *, keep: Collection[str] = ()) -> bool:
-        """Remove what an earlier run left, but for the keys in `keep`; True if there was something."""
-        keys = [f"{_folder(job_id)}{name}" for name in OUTPUTS]
-        found = [key for key in keys if key not in keep and self.storage.stat(key)]
-        found += [info.key for info in self.storage.list(f"{_folder(job_id)}frames/") if info.key not in keep]
-        for key in found:
-            self.storage.delete(key)
-        return bool(found)
-
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _restored(self, job_id: str, record: ResultRecord) -> tuple[ResultRecord | None, str | None]:
@@ -398,6 +400,15 @@ class Ledger:
             return
         if self._output_wrong(job_id, before.output) is None:
             self._versions[job_id] = self.storage.write_if(_result_key(job_id), before.to_json(), None)
+
+    def _remove_outputs(self, job_id: str) -> bool:
+        """Remove the outputs of earlier runs; True if there were some."""
+        keys = [info.key for info in self.storage.list(_folder(job_id))]
+        names = {key: key.removeprefix(_folder(job_id)) for key in keys}
+        found = [key for key, name in names.items() if name in OUTPUTS or name.startswith("frames/")]
+        for key in found:
+            self.storage.delete(key)
+        return bool(found)
 
     def _keep_in_mark(self, record: ResultRecord, decision: Decision) -> None:
         mark = AttemptMark(

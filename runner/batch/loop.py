@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,9 +214,9 @@ class Batch:
         error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
         self._report(JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error))
 
-    def _tidy(self, job_id: str, record: ResultRecord) -> None:
+    def _tidy(self, job_id: str, record: ResultRecord, published: Collection[str] | None = None) -> None:
         try:
-            self._ledger.tidy(job_id, record)
+            self._ledger.tidy(job_id, record, published)
         except RunnerError as error:
             self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
 
@@ -354,9 +354,9 @@ class Batch:
         self._spans.add(job_id, "deliver", begin)
         notes = [*task.notes, *published.notes]
         record = self._record(task, status="succeeded", output=published.output, notes=notes)
-        record = self._ledger.succeed(record, task.decision, published.keys)
-        assert record.output is not None
-        self._abandon(job_id)  # the mark: the job has succeeded, whether or not it can be removed
+        standing = self._ledger.succeed(record, task.decision)
+        # The job has succeeded, whatever fails from here on.
+        self._tidy(job_id, standing, published.keys if standing.run_id == record.run_id else None)
         self._settle(task)
         self._report(
             JobLine(
@@ -364,10 +364,10 @@ class Batch:
                 status="succeeded",
                 reason=task.decision.reason,
                 attempt=task.decision.attempt,
-                output=record.output.uri,
+                output=standing.output.uri if standing.output is not None else None,
                 seconds=round(time.monotonic() - task.begin, 3),
             ),
-            record,
+            standing,
         )
 
     def _fail(self, task: Task, error: RunnerError, stage: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from runner.batch.fingerprint import fingerprint
 from runner.batch.ledger import Decision, Ledger, output_identity
-from runner.errors import StorageConflict
+from runner.errors import StorageConflict, StorageUnavailable
 from runner.records.record import ErrorRecord, OutputRecord, ResultRecord
 from runner.storage import open_storage
 from runner.storage.disk import staged
@@ -309,6 +309,29 @@ def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     }
 
 
+def test_the_mark_stands_until_what_does_not_belong_to_the_output_is_removed(storage, monkeypatch):
+    """Else a later run would find the job done, and nothing would remove it."""
+    record = result(storage)
+    for key in ("frames/0a/000000.png", "poster.jpg"):
+        storage.write_bytes(f"jobs/a/{key}", b"x")
+    died(storage, stage="delivering")
+    delete = type(storage).delete
+
+    def refusing(self, key):
+        if "frames" in key:
+            raise StorageUnavailable("away")
+        delete(self, key)
+
+    monkeypatch.setattr(type(storage), "delete", refusing)
+    with pytest.raises(StorageUnavailable):
+        Ledger(storage).tidy("a", record, {"jobs/a/output.mp4"})
+    assert storage.exists("jobs/a/attempt.json")
+    assert decide(storage).suspect
+    monkeypatch.undo()
+    Ledger(storage).tidy("a", record, {"jobs/a/output.mp4"})
+    assert {info.key for info in storage.list("jobs/")} == {"jobs/a/output.mp4", "jobs/a/result.json"}
+
+
 @pytest.mark.parametrize("blames_job", [True, False])
 def test_a_forced_run_that_fails_keeps_a_valid_output(storage, blames_job):
     older = result(storage)
@@ -408,9 +431,9 @@ def test_a_record_is_not_written_over_one_whose_output_stands(storage):
     second, second_decision, second_record = published(storage, 2, b"second")
     storage.write_bytes("jobs/a/output.mp4", b"one")
     storage.write_bytes("jobs/a/output.mp4", b"second")
-    assert second.succeed(second_record, second_decision, ["jobs/a/output.mp4"]).run_id == "run-2"
+    assert second.succeed(second_record, second_decision).run_id == "run-2"
     with pytest.raises(StorageConflict, match="run-2"):
-        first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
+        first.succeed(first_record, first_decision)
     assert decide(storage, {"options.seed": 1}).action == "run"
     assert decide(storage, {"options.seed": 2}).reason == "done"
 
@@ -420,8 +443,8 @@ def test_a_record_replaces_one_whose_output_it_has_replaced(storage):
     first, first_decision, first_record = published(storage, 1, b"one")
     second, second_decision, second_record = published(storage, 2, b"second")
     storage.write_bytes("jobs/a/output.mp4", b"second")
-    first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
-    second.succeed(second_record, second_decision, ["jobs/a/output.mp4"])
+    first.succeed(first_record, first_decision)
+    second.succeed(second_record, second_decision)
     assert decide(storage, {"options.seed": 1}).action == "run"
     assert decide(storage, {"options.seed": 2}).reason == "done"
 
@@ -430,8 +453,8 @@ def test_the_same_job_published_by_another_run_has_succeeded(storage):
     first, first_decision, first_record = published(storage, 1, b"one")
     other, other_decision, other_record = published(storage, 1, b"another encoder's one")
     storage.write_bytes("jobs/a/output.mp4", b"one")
-    first.succeed(first_record, first_decision, ["jobs/a/output.mp4"])
-    standing = other.succeed(other_record, other_decision, ["jobs/a/output.mp4"])
+    first.succeed(first_record, first_decision)
+    standing = other.succeed(other_record, other_decision)
     assert standing.output == first_record.output
 
 
@@ -440,7 +463,7 @@ def test_a_failure_never_removes_what_another_run_has_published_meanwhile(storag
     ledger, decision, _ = published(storage, 1, b"")
     other, other_decision, other_record = published(storage, 2, b"second")
     storage.write_bytes("jobs/a/output.mp4", b"second")
-    other.succeed(other_record, other_decision, ["jobs/a/output.mp4"])
+    other.succeed(other_record, other_decision)
     error = ErrorRecord(code="internal", message="m", stage="s", retryable=False)
     failed = other_record.model_copy(update={"status": "failed", "fingerprint": "1", "output": None, "error": error})
     with pytest.raises(StorageConflict):

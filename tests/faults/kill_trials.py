@@ -5,6 +5,7 @@ In:   a stage. Out: a `Row` of what was tried and what went wrong. Never: faults
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -138,7 +139,8 @@ def kill_run(stage: Stage, row: Row, kill: Kill) -> float | None:
 
 
 def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
-    """Kill SERIES runs of one output, one after the other: only a job that was generating may be called crashed."""
+    """Kill SERIES runs of one output, one after the other: only a job that was generating, or that
+    was the only one under way, may be called crashed."""
     row = Row(stage.place.kind, stage.format, stage.name, f"{SERIES} kills in a row")
     begin = time.monotonic()
     _, seconds = stage.count_points(lambda page, folders: None)
@@ -146,23 +148,26 @@ def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
         out, blamed = stage.new_output(), Counter[str]()
         trial = f"series {row.trials}"
         for number in range(SERIES):
-            pid = stage.begin(out, DISTURBED, flags=stage.scenario.flags)
+            run_id = f"{DISTURBED}-{number}"
+            pid = stage.begin(out, run_id, flags=stage.scenario.flags)
             if number % 2:
                 code = stage.wait(pid, chance.uniform(0, seconds))
             else:
                 code = stage.wait(pid, chance.uniform(0, stage.settings["generate_s"]), in_job=ANY_JOB)
             row.trials += 1
+            at_work = _at_work(stage)
+            files = stage.place.files(out)
             if code == -signal.SIGKILL:
                 row.landed += 1
-                blamed.update(_at_work(stage))
+                marked = [job for job in stage.jobs if _marked_by(run_id, files.get(f"jobs/{job}/attempt.json"))]
+                blamed.update({*at_work, *marked} if len(marked) == 1 else at_work)  # it alone was under way
                 row.when["generating" if stage.page.get("generating") else "else"] += 1
-            files = stage.place.files(out)
             for job in stage.jobs:
                 state = look(files, job, stage.finished)
                 row.problems += [(trial, Problem(p.kind, f"{job}: {p.what}")) for p in state.problems]
                 if state.record and state.record["status"] == "failed" and blamed[job] < MAX_ATTEMPTS:
                     error = state.record["error"]
-                    what = f"{job} is called {error['code']} after {blamed[job]} kills in which it was generating"
+                    what = f"{job} is called {error['code']} after {blamed[job]} kills in which it was at work"
                     row.problems.append((trial, Problem("crashed", what)))
         guilty = any(blamed[job] >= MAX_ATTEMPTS for job in stage.jobs)
         found = stage.again(out, row, set(), ("--max-attempts", "0") if guilty else ())
@@ -170,6 +175,11 @@ def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
         stage.place.remove(out)
     row.seconds = time.monotonic() - begin
     return row
+
+
+def _marked_by(run_id: str, mark: bytes | None) -> bool:
+    """Whether a job's mark is of this run; those of runs that died before it stay."""
+    return mark is not None and json.loads(mark)["run_id"] == run_id
 
 
 def _at_work(stage: Stage) -> list[str]:
