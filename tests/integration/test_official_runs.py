@@ -73,7 +73,9 @@ def test_the_folder_may_lie_on_s3(made, demo_models, moto_s3, aws_env):
     assert result(made, "out-s3", "far")["inputs"]["mask"]["identity"].startswith("etag:")
 
 
-def test_a_replace_job_without_a_mask_needs_the_segmenter_at_the_start(made, demo_models, demo_media, tmp_path, capsys):
+def test_a_replace_job_that_has_no_mask_and_no_segmenter_fails_alone_and_is_told_at_the_start(
+    made, demo_models, demo_media, tmp_path, capsys
+):
     import shutil
 
     store = tmp_path / "models"
@@ -84,9 +86,10 @@ def test_a_replace_job_without_a_mask_needs_the_segmenter_at_the_start(made, dem
         "video": str(demo_media / "dances/step.mp4"),
         "options": OPTIONS,
     }
-    assert run(made, store, [job], "out-none") == 2
+    assert run(made, store, [job], "out-none") == 1
     text = capsys.readouterr().err
+    assert text.index("job_cannot_run") < text.index("job_failed")
     assert "weights.missing" in text
     assert "sam2/config.json" in text
     assert "mask:" in text
-    assert not (made / "out-none/jobs").exists()
+    assert {path.name for path in (made / "out-none/jobs/a").iterdir()} == {"result.json"}
