@@ -62,7 +62,7 @@ soak: $(STAMP) ## run the long tests
 
 flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS times (50), up to the first red run
 	@for run in $$(seq $(FLAKY_RUNS)); do \
-	  $(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 0 $(FLAKY_TESTS) || \
+	  $(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 1 $(FLAKY_TESTS) || \
 	    { echo "run $$run of $(FLAKY_RUNS) failed; $$((run - 1)) passed before it"; exit 1; }; \
 	done; echo "$(FLAKY_RUNS) of $(FLAKY_RUNS) runs passed"
 
