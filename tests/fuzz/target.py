@@ -42,6 +42,13 @@ class Target:
     read: Callable[[Path, bytes], object]
     split: Callable[[bytes], tuple[Any, Callable[[bytes], bytes]]]
 
+    def warm_up(self, folder: Path) -> None:
+        """Read the seeds, which are valid, without a limit: what is imported on the way counts against no input."""
+        assert self.seeds
+        for data in self.seeds:
+            clear(folder)
+            self.read(folder, data)
+
     @property
     def seeds(self) -> list[bytes]:
         """Valid inputs, from which others are made."""
@@ -172,7 +179,7 @@ def _record(name: str, folder: Path, data: bytes) -> None:
 
 
 def _weights(folder: Path, data: bytes) -> None:
-    """All readers of headers, on one file; refused where all refuse."""
+    """All readers of headers, on one file."""
     from runner.quantization.files.bf16_source import open_source
     from runner.quantization.files.checkpoint_read import check_file
     from runner.quantization.files.published import read_published
@@ -191,6 +198,11 @@ def _weights(folder: Path, data: bytes) -> None:
         lambda: check_file(path),
         lambda: read_published(path, _model()),
     ]
+    _run_each(readers)
+
+
+def _run_each(readers: list[Callable[[], object]]) -> None:
+    """Run all, whatever the first ones say; refused where all refuse."""
     refused: list[RunnerError] = []
     for reader in readers:
         try:
@@ -224,11 +236,12 @@ def _index(folder: Path, data: bytes) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_bytes(data)
     (folder / "config.json").write_text("{}")
     (folder / "a.safetensors").write_bytes(_seeds("safetensors_header")[-1])
-    try:
-        open_source(folder)
-    finally:
+
+    def check() -> None:
         if all(path.is_file() for path in store.weight_files(folder, "diffusion_pytorch_model")):
             store.check_weights(folder, "diffusion_pytorch_model")
+
+    _run_each([lambda: open_source(folder), check])
 
 
 def _config(folder: Path, data: bytes) -> None:

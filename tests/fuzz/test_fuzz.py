@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.mutation import PROGRAM
-from tests.fuzz.target import CORPUS, DEADLINE_S, TARGETS, Target, bounded_memory, clear, verdict
+from tests.fuzz.target import CORPUS, DEADLINE_S, TARGETS, Target, bounded_memory, verdict
 
 MINUTES = float(os.environ.get("VIDEO_LAB_FUZZ_MINUTES", "36"))
 QUICK, ROUND = 60, 2000  # inputs
@@ -56,10 +56,7 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds_are_valid_and_nothing_found_comes_back(name, folder):
     target = TARGETS[name]
-    assert target.seeds, "no seeds"
-    for data in target.seeds:
-        target.read(folder, data)
-        clear(folder)
+    target.warm_up(folder)
     with bounded_memory():
         for path in sorted((CORPUS / name).iterdir()):
             assert verdict(target, folder, path.read_bytes()) is None, path.name
@@ -68,6 +65,7 @@ def test_seeds_are_valid_and_nothing_found_comes_back(name, folder):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_inputs_of_each_kind(name, folder):
     known: dict[str, bytes] = {}
+    TARGETS[name].warm_up(folder)
     with bounded_memory():
         assert attempt(TARGETS[name], folder, 1, QUICK, known) >= QUICK
     assert known == {}
@@ -104,6 +102,7 @@ def test_a_reader_that_breaks_the_rule_is_found(read, said, folder):
 @pytest.mark.parametrize("name", TARGETS)
 def test_new_inputs_for_a_long_time(name, folder, capsys):
     target, known, tried = TARGETS[name], {}, 0
+    target.warm_up(folder)
     begin = time.process_time()
     stop = begin + MINUTES * 60 / len(TARGETS)
     number = time.time_ns()
