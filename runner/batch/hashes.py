@@ -35,7 +35,7 @@ class FileHashes:
 
     def sha256(self, path: Path) -> str:
         """sha256, hex, of the file's bytes. Raises OSError where it cannot be read."""
-        place = str(path.resolve())
+        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()  # a name may hold a presigned URL's signature
         with path.open("rb") as file:
             stamp = _stamp(file.fileno())
             with self._lock:

@@ -53,7 +53,12 @@ def planted(tmp_path, demo_models, demo_media, monkeypatch):
 def written(out: Path, capfd: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Everything that is there to read: file or stream → its text."""
     printed = capfd.readouterr()
-    files = {str(path): path.read_bytes().decode(errors="replace") for path in out.rglob("*") if path.is_file()}
+    files = {
+        str(path): path.read_bytes().decode(errors="replace")
+        for root in (out, out.parent / "cache")
+        for path in root.rglob("*")
+        if path.is_file()
+    }
     return {"stdout": printed.out, "stderr": printed.err} | files
 
 
