@@ -42,6 +42,7 @@ __all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "outpu
 PREVIEWS = ("pose.mp4", "poster.jpg")
 OUTPUTS = ("output.mp4", *PREVIEWS)
 REPLACES = 5  # tries to put a record in the place of another run's
+LOCKS = 64  # shared among the jobs
 
 Listing = Mapping[str, ObjectInfo]  # key → what lies under it, of a whole output storage
 Stage = Literal["preparing", "generating", "delivering"]
@@ -119,7 +120,8 @@ class Ledger:
         self.hashes = hashes or FileHashes()
         self._open: dict[str, AttemptMark] = {}  # of the attempts under way in this process, as they stand
         self._versions: dict[str, str | None] = {}  # of records that this process has removed or put back
-        self._lock = threading.Lock()
+        # A mark is written by one thread at a time. Not one lock for all: a store may take a minute over one request.
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -223,27 +225,21 @@ class Ledger:
             stage="preparing",
             alone=alone,
         )
-        with self._lock:
+        with self._lock(job_id):
             self._write_mark(mark)
 
-    def advance(self, job_id: str, stage: Stage, *, replaces: ResultRecord | None = None) -> None:
-        """Note in the mark which stage the job has reached, and the record that may be removed from now on."""
-        with self._lock:
-            mark = self._open.get(job_id)
-            if mark is not None:
-                self._write_mark(mark.model_copy(update={"stage": stage, "replaces": replaces or mark.replaces}))
+    def advance(self, job_id: str, stage: Stage) -> None:
+        """Note in the mark which stage the job has reached."""
+        self._update_mark(job_id, stage=stage)
 
     def note_stopping(self) -> None:
         """Note in every open mark that the process was told to stop: if it is killed now, no attempt counts."""
         for job_id in list(self._open):
-            with self._lock:
-                mark = self._open.get(job_id)
-                if mark is not None:
-                    self._write_mark(mark.model_copy(update={"stopping": True}))
+            self._update_mark(job_id, stopping=True)
 
     def abandon(self, job_id: str) -> None:
         """Remove the job's mark: the attempt was given back unfinished and does not count."""
-        with self._lock:
+        with self._lock(job_id):
             self.storage.delete(_mark_key(job_id))
             self._open.pop(job_id, None)
 
@@ -253,7 +249,7 @@ class Ledger:
         `published`: the keys of all files of the output, where they are known. The mark goes last: while it stands, the
         next run does this again.
         """
-        with self._lock:
+        with self._lock(job_id):
             self._open.pop(job_id, None)
         output = record.output.key if record.output is not None else ""
         for info in list(self.storage.list(_folder(job_id))):
@@ -275,10 +271,14 @@ class Ledger:
         return list(self._open)
 
     def before_replacing(self, job_id: str, key: str) -> None:
-        """Remove the record that names `key` as its output: it must never stand beside a file that is not its own."""
+        """Remove the record that names `key` as its output: it must never stand beside a file that is not its own.
+
+        The mark keeps a copy, so that the record can be put back should the process die before the file is replaced.
+        """
         record, version = self._read_result(job_id)
         if version is None or (record is not None and (record.output is None or record.output.key != key)):
             return
+        self._update_mark(job_id, replaces=record)
         self.storage.delete(_result_key(job_id))
         self._versions[job_id] = None
 
@@ -422,9 +422,18 @@ class Ledger:
             finished_at=record.finished_at,
             error=record.error,
         )
-        with self._lock:
+        with self._lock(record.job_id):
             self._write_mark(mark)
             self._open.pop(record.job_id, None)
+
+    def _lock(self, job_id: str) -> threading.Lock:
+        return self._locks[hash(job_id) % LOCKS]
+
+    def _update_mark(self, job_id: str, **changes: Any) -> None:
+        with self._lock(job_id):
+            mark = self._open.get(job_id)
+            if mark is not None:
+                self._write_mark(mark.model_copy(update=changes))
 
     def _write_mark(self, mark: AttemptMark) -> None:
         self.storage.write_bytes(_mark_key(mark.job_id), mark.to_json())

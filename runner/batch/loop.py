@@ -113,10 +113,11 @@ class Batch:
                 watch.join(timeout=STORE_WAIT_S)  # it removes the marks of jobs that waited for another try
         if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
             self._unmark()
-        elif self._generator is not None:
-            self._generator.close()
-        for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
-            self._abandon(job_id)
+        else:
+            if self._generator is not None:
+                self._generator.close()
+            for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
+                self._abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         try:
@@ -289,6 +290,8 @@ class Batch:
                 if isinstance(found, OutOfMemory) and self._worth_another_try(task, found):
                     self._lower_memory()
                 ended = Ended(task, found, "generate")
+            if ended.error is None and not ended.given_back:
+                self._advance(task, "delivering")  # now, as it may wait for delivery while the next one generates
             self._spans.add(task.job.id, "generate", begin)
             self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
             self._hand_over(ended)
@@ -348,8 +351,6 @@ class Batch:
         begin = time.monotonic()
         job_id = task.job.id
         assert task.delivery is not None  # a plan has at least one segment
-        # With the record that goes, so that it can be put back should the process die before the new output is there.
-        self._ledger.advance(job_id, "delivering", replaces=task.decision.previous)
         published = task.delivery.publish(self._storage, job_id, lambda key: self._ledger.before_replacing(job_id, key))
         self._spans.add(job_id, "deliver", begin)
         notes = [*task.notes, *published.notes]

@@ -354,7 +354,7 @@ def replacing(storage) -> tuple[Ledger, ResultRecord]:
     ledger = Ledger(storage)
     decision = ledger.decide("a", fingerprint(PARTS), PARTS)
     ledger.begin("a", decision, fingerprint(PARTS), "r")
-    ledger.advance("a", "delivering", replaces=decision.previous)
+    ledger.advance("a", "delivering")
     ledger.before_replacing("a", "jobs/a/output.mp4")
     assert ledger.result("a") is None
     return ledger, older

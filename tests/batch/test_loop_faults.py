@@ -207,6 +207,27 @@ def test_an_attempt_counts_only_while_its_job_is_generating(bench, monkeypatch):
     assert seen == [{"a": ("generating", True), "b": ("preparing", False)}]
 
 
+def test_a_job_that_waits_for_delivery_is_not_generating(bench, monkeypatch):
+    """However many jobs wait, one attempt counts if the process dies: that of the job under way."""
+    bench.generator = StubGenerator(frames=1, segments=1)
+    seen, generate, publish, waits = [], StubGenerator.generate, Delivery.publish, threading.Event()
+
+    def looking(self, conditions, *more):
+        if self.tries.get("ok", 0) == 4:
+            seen.append(sorted(name for name, (_, counts) in marks(bench).items() if counts))
+            waits.set()
+        return generate(self, conditions, *more)
+
+    def slowly(self, *more):
+        assert waits.wait(10)
+        return publish(self, *more)
+
+    monkeypatch.setattr(StubGenerator, "generate", looking)
+    monkeypatch.setattr(Delivery, "publish", slowly)
+    assert bench.run(*[bench.job(f"j{n}") for n in range(6)]) == 0
+    assert seen == [["j4"]]
+
+
 def test_marks_say_that_the_process_was_told_to_stop(bench):
     """A machine that is taken back may be gone before the running job has drained."""
     bench.generator = StubGenerator(generate_s=1.0)
