@@ -36,7 +36,7 @@ def upload_arguments(extra: Mapping[str, Any] | None, environment: Mapping[str, 
     remedy = 'Write a JSON object such as {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders"}'
     try:
         said = json.loads(text) if text else {}
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigInvalid(f"is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
     if not isinstance(said, dict):
         raise ConfigInvalid("is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
