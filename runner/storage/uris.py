@@ -72,11 +72,8 @@ def stat_input(uri: str | Path, *, s3_extra: Mapping[str, Any] | None = None) ->
         path = local_path(uri)
     except ConfigInvalid as err:  # one job's input cannot be reached; the other jobs go on
         raise InputNotFound(err.what, where=uri, todo=err.todo) from err
-    try:
-        with os_errors(path, writing=False):
-            status = check_regular_file(path)
-    except ConfigInvalid as err:  # a link that leads to itself, a name that is too long: one job's input
-        raise InputUnreadable(err.what, where=path, todo="Name the file itself, by a shorter path") from err
+    with os_errors(path, writing=False):
+        status = check_regular_file(path)
     return ObjectInfo(str(path), status.st_size, "", status.st_mtime, path.name)
 
 
