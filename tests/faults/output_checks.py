@@ -189,7 +189,7 @@ def check_end(
             f"jobs/{job}/{n}": d for n, d in finished[target].previews.items()
         }
         wanted |= {key + name if key.endswith("/") else key: digest for name, digest in finished[target].output.items()}
-        there = {k for k in files if k.startswith(f"jobs/{job}/") and not _is_hidden(k)}
+        there = {k for k in files if k.startswith(f"jobs/{job}/")}
         if there != wanted.keys():
             more, less = sorted(there - wanted.keys()), sorted(wanted.keys() - there)
             problems.append(Problem("left over", f"{job}: left over {more}, missing {less}"))

@@ -153,10 +153,15 @@ def test_what_is_left_over_at_the_end_is_seen(more):
     assert {p.kind for p in check_end(clip("new") | more, {"a": "new"}, MADE)} == {"left over"}
 
 
-def test_hidden_files_are_counted_and_no_more():
-    hidden = {f"jobs/a/.staged-{'0' * 32}.tmp": b"half", f"jobs/a/frames/new-token/.staged-{'1' * 32}.tmp": b"half"}
+def test_hidden_files_of_a_job_are_left_over_and_those_of_a_run_are_counted():
+    """A rerun of a job removes its own; what a killed run left of its summary is for `video-lab clean`."""
+    for key in (f"jobs/a/.staged-{'0' * 32}.tmp", f"jobs/a/frames/new-token/.staged-{'1' * 32}.tmp"):
+        assert [p.kind for p in check_end(clip("new") | {key: b"half"}, {"a": "new"}, MADE)] == ["left over"]
+        assert [p.kind for p in check_end(pictures("new") | {key: b"half"}, {"a": "new"}, MADE_PICTURES)] == [
+            "left over"
+        ]
+    hidden = {f"runs/r/.staged-{'0' * 32}.tmp": b"half", ".video-lab-probe-0": b""}
     assert check_end(clip("new") | hidden, {"a": "new"}, MADE) == []
-    assert check_end(pictures("new") | hidden, {"a": "new"}, MADE_PICTURES) == []
     assert hidden_files(clip("new") | hidden) == list(hidden)
 
 
