@@ -228,7 +228,7 @@ def local_path(uri: str | Path) -> Path:
             raise ConfigInvalid(f"{uri!r} is not a path", todo="Give a folder or an s3:// URI")
         try:
             return _native_path(uri).expanduser()
-        except RuntimeError as err:  # ~somebody, or ~ of a user without a home
+        except RuntimeError as err:  # ~name, or ~ of a user without a home
             what = f"{uri!r} begins with ~, which names no home folder here"
             raise ConfigInvalid(what, todo="Write the path in full") from err
     parts = urlsplit(uri)

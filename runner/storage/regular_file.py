@@ -18,7 +18,7 @@ from runner.errors import InputUnreadable
 
 __all__ = ["ANSWER_S", "answer_in_time", "check_regular_file"]
 
-ANSWER_S = 30.0  # a network mount that wakes a disk or asks its server again takes a few seconds
+ANSWER_S = 30.0  # a network mount whose disk must start, or whose server is asked again, takes a few seconds
 MOUNTS = Path("/proc/self/mountinfo")
 # File systems whose files are made up by the kernel at each read.
 KERNEL_FILE_SYSTEMS = {"proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "pstore"}
