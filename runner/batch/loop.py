@@ -442,7 +442,8 @@ class Batch:
         self._todo.settle()
 
     def _give_back(self, task: Task) -> None:
-        self._abandon(task.job.id)
+        if task.job.id in self._ledger.open_attempts:  # else the mark that stands is that of an earlier attempt
+            self._abandon(task.job.id)
         self._settle(task)
 
     def _advance(self, task: Task, stage: Stage) -> None:

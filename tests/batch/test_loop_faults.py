@@ -247,6 +247,23 @@ def test_marks_say_that_the_process_was_told_to_stop(bench):
     assert seen == ["a"]
 
 
+def test_a_signal_before_a_job_begins_keeps_the_mark_of_an_earlier_attempt(bench, monkeypatch):
+    """It says how often a process died in this job, or which failure an older output has outlived."""
+    mark = AttemptMark(job_id="a", attempt=2, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
+    bench.out.write_bytes("jobs/a/attempt.json", mark)
+    decide = Ledger.decide
+
+    def deciding(self, *arguments):
+        try:
+            return decide(self, *arguments)
+        finally:
+            bench.stop.request(SIGTERM)
+
+    monkeypatch.setattr(Ledger, "decide", deciding)
+    assert bench.run(bench.job("a")) == 143
+    assert bench.out.read_bytes("jobs/a/attempt.json") == mark
+
+
 @pytest.mark.parametrize("place", ["a file", "a file for its parent", "a folder as record", "a folder as mark"])
 def test_what_stands_in_the_way_of_a_job_fails_that_job_alone(bench, place):
     jobs = bench.folder / "out/jobs"
@@ -310,7 +327,7 @@ def test_an_old_record_with_an_odd_output_key_stops_nothing(bench):
 def test_generation_does_not_run_ahead_of_delivery_without_a_bound(bench, monkeypatch):
     """Each job between the two holds open files, however small its frames are."""
     bench.generator = StubGenerator(frames=1, segments=1)
-    goes, publish, most = threading.Event(), Delivery.publish, []
+    publish, most = Delivery.publish, []
 
     def slowly(self, *more):
         if not most:
@@ -323,7 +340,6 @@ def test_generation_does_not_run_ahead_of_delivery_without_a_bound(bench, monkey
     monkeypatch.setattr(Delivery, "publish", slowly)
     assert bench.run(*[bench.job(f"j{n}") for n in range(60)]) == 0
     assert most[0] <= FRAME_BUFFER_ITEMS + 2
-    assert not goes.is_set()
 
 
 @pytest.mark.parametrize(
