@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runner.generation.sampling import make_scheduler
-from runner.quantization.files.checkpoint_read import (
+from runner.quantization.files.quantized_header import (
     FORMAT_KEY,
     GROUP_KEY,
     LORAS_KEY,

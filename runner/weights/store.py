@@ -300,7 +300,7 @@ def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
 def check_variant(variant: Variant) -> None:
     """Headers of the quantised files and of the LoRAs beside them, dtypes included. Raises WeightsCorrupt."""
     if variant.kind == "quantized":
-        from runner.quantization.files.checkpoint_read import check_file
+        from runner.quantization.files.quantized_header import check_file
 
         check_file(variant.transformer)
     elif variant.kind == "published":

@@ -120,8 +120,9 @@ def settle_against(models: Path, source: Path, *, layer: str | None = None, file
     quantised and lies in the source; a single shard of the source is enough. `file`: by default the store's.
     Raises WeightsMissing, WeightsCorrupt (also when the layer has another shape in the source).
     """
+    from runner.quantization.files.file_header import read_header
     from runner.quantization.files.published import compare_layer, read_published, settle
-    from runner.quantization.files.safetensors_stream import read_header, read_tensor
+    from runner.quantization.files.safetensors_stream import read_tensor
     from runner.quantization.rules import transformer_on_meta
 
     file = file or models / FP4_FOLDER / TRANSFORMER_FILE
@@ -245,9 +246,10 @@ def _contradictions(models: Path, recipe: Recipe | str, rows: dict[Path, Row]) -
 
 def _check_quantised(path: Path, models: Path) -> None:
     """Does a quantised file hold the model of its config? Headers only. Raises WeightsCorrupt."""
-    from runner.quantization.files.checkpoint_read import FORMAT_KEY, check_file, check_model
+    from runner.quantization.files.checkpoint_read import check_model
+    from runner.quantization.files.file_header import read_header
     from runner.quantization.files.published import read_published
-    from runner.quantization.files.safetensors_stream import read_header
+    from runner.quantization.files.quantized_header import FORMAT_KEY, check_file
     from runner.quantization.rules import transformer_on_meta
 
     own = path.with_name("config.json")
@@ -277,7 +279,8 @@ def _examine(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> 
 
 
 def _safetensors(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> Row:
-    from runner.quantization.files.safetensors_stream import data_sha256, read_header
+    from runner.quantization.files.file_header import read_header
+    from runner.quantization.files.safetensors_stream import data_sha256
 
     said = read_header(path).metadata.get(METADATA_KEY)
     if said is None or not SHA256.fullmatch(said):

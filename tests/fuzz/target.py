@@ -181,10 +181,10 @@ def _record(name: str, folder: Path, data: bytes) -> None:
 def _weights(folder: Path, data: bytes) -> None:
     """All readers of headers, on one file."""
     from runner.quantization.files.bf16_source import open_source
-    from runner.quantization.files.checkpoint_read import check_file
+    from runner.quantization.files.file_header import read_header
     from runner.quantization.files.published import read_published
     from runner.quantization.files.published_names import as_diffusers
-    from runner.quantization.files.safetensors_stream import read_header
+    from runner.quantization.files.quantized_header import check_file
     from runner.weights import store
 
     path = folder / "diffusion_pytorch_model.safetensors"

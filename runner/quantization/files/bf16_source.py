@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.quantization.files.safetensors_stream import SHARD_NAME, Header, TensorInfo, read_header
+from runner.quantization.files.file_header import Header, TensorInfo, read_header
+from runner.quantization.files.safetensors_stream import SHARD_NAME
 
 __all__ = ["Source", "open_source"]
 

@@ -28,7 +28,8 @@ from torch import Tensor
 import runner
 from runner.errors import ConfigInvalid, WeightsCorrupt
 from runner.quantization.files.bf16_source import Source, open_source
-from runner.quantization.files.checkpoint_read import (
+from runner.quantization.files.file_header import PLACEHOLDER
+from runner.quantization.files.quantized_header import (
     FORMAT_KEY,
     GROUP_KEY,
     LORAS_KEY,
@@ -36,12 +37,8 @@ from runner.quantization.files.checkpoint_read import (
     SHA256_KEY,
     SOURCE_KEY,
     VERSION_KEY,
-    Loaded,
-    QuantizedFile,
-    check_file,
-    load_quantized,
 )
-from runner.quantization.files.safetensors_stream import PLACEHOLDER, StreamWriter, read_tensor
+from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
 from runner.quantization.formats.e2m1 import Format
 from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
@@ -50,13 +47,9 @@ if TYPE_CHECKING:
     from runner.quantization.lora.apply import Lora
 
 __all__ = [
-    "Loaded",
     "Progress",
-    "QuantizedFile",
     "Summary",
-    "check_file",
     "keep_none",
-    "load_quantized",
     "quantize_store",
 ]
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from runner.errors import WeightsCorrupt
 from runner.quantization.files.assumptions import Assumptions, every_assumption, from_config, group_in_config
 from runner.quantization.files.checkpoint_read import fill
+from runner.quantization.files.file_header import Header, read_header
 from runner.quantization.files.published_names import Piece, as_diffusers
-from runner.quantization.files.safetensors_stream import Header, read_header
 from runner.quantization.formats.e2m1 import G32, dequantize
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype
 

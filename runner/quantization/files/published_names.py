@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.files.safetensors_stream import Header, read_tensor
+from runner.quantization.files.file_header import Header
+from runner.quantization.files.safetensors_stream import read_tensor
 
 __all__ = ["Piece", "as_diffusers"]
 

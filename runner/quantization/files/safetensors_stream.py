@@ -1,6 +1,6 @@
-"""Safetensors, streamed: headers read without the tensors, files written header first, whole or not at all.
+"""Safetensors, streamed: files written header first, whole or not at all.
 
-In:   paths; names, shapes and dtypes of all tensors before the first of them exists. Out: a checked header; a file.
+In:   paths; names, shapes and dtypes of all tensors before the first of them exists. Out: a file; single tensors.
 Never: what the tensors mean.
 
 A safetensors file is eight bytes of header length, a JSON header, the tensors' bytes without holes. The writer puts
@@ -18,117 +18,27 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
+from runner.errors import ConfigInvalid, as_runner_error
+from runner.quantization.files.file_header import DTYPES, PLACEHOLDER, TensorInfo
 
 __all__ = [
-    "DTYPES",
-    "PLACEHOLDER",
     "SHARD_NAME",
-    "Header",
     "StreamWriter",
-    "TensorInfo",
     "data_sha256",
-    "read_header",
     "read_tensor",
 ]
 
-# One table for both directions.
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES: Mapping[torch.dtype, str] = {getattr(torch, row.torch_name): name for name, row in DTYPES.items()}
 
 ALIGNMENT = 8
-MOST_DIMENSIONS, MOST_ITEMS = 8, 2**40  # of a tensor and of one dimension; torch fails beyond 64 and 2**63
 BLOCK = 1 << 24  # bytes read at a time for a digest
-PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
 SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
-LFS_POINTER = b"version https://git-lfs"
-AGAIN = "Download or quantise it again"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor; `start` and `stop` are bytes from the beginning of the file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Header:
-    """A file's header. `tensors` is in the order of the bytes."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    data_start: int
-
-
-def read_header(path: Path) -> Header:
-    """The header of a safetensors file, proven to fit the file's length; takes no tensor from the disk.
-
-    Raises WeightsMissing, or WeightsCorrupt for what is empty, truncated, overlong, overlapping or no safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(len(LFS_POINTER))
-    except FileNotFoundError as err:
-        raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
-    if not head:
-        raise WeightsCorrupt("the file is empty", where=path, todo=AGAIN)
-    if head == LFS_POINTER:
-        raise WeightsCorrupt("a Git LFS pointer, not the file itself", where=path, todo="Run `git lfs pull` there")
-    tensors: dict[str, TensorInfo] = {}
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            start = data_start = 8 + int.from_bytes(head[:8], "little")
-            for name in opened.offset_keys():
-                slice_ = opened.get_slice(name)
-                dtype, shape = DTYPES.get(slice_.get_dtype()), tuple(slice_.get_shape())
-                if dtype is None:
-                    raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not read here", where=path)
-                if len(shape) > MOST_DIMENSIONS or any(length > MOST_ITEMS for length in shape):
-                    raise WeightsCorrupt(
-                        f"{name} has a shape that no weight has: {shape[:MOST_DIMENSIONS]}", where=path
-                    )
-                stop = start + torch.Size(shape).numel() * dtype.itemsize
-                tensors[name] = TensorInfo(name, dtype, shape, start, stop)
-                start = stop  # the library has checked that there are no holes
-    except SafetensorError as err:
-        raise WeightsCorrupt(
-            f"truncated or not a safetensors file, {path.stat().st_size} bytes ({err})", where=path, todo=AGAIN
-        ) from err
-    return Header(path, tensors, metadata, data_start)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -277,8 +187,12 @@ def _lay_out(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     begin = 8 + len(text)
-    where = {name: TensorInfo(name, dtype, shape, begin + a, begin + b) for name, shape, dtype, a, b in spans}
+    where = {name: TensorInfo(name, _name(dtype), shape, begin + a, begin + b) for name, shape, dtype, a, b in spans}
     return len(text).to_bytes(8, "little") + text, where, begin
+
+
+def _name(dtype: torch.dtype) -> str:
+    return DTYPES[NAMES[dtype]].torch_name
 
 
 def _open_alone(path: Path) -> int:

@@ -1,7 +1,7 @@
-"""The 4-bit number format E2M1, the two layouts built on it, and the one table of what a stored weight consists of.
+"""The 4-bit number format E2M1 and the two formats of weights built on it.
 
 In: float tensors, or codes, or the stored tensors of one weight. Out: codes, bytes, or the weight's values.
-Which scale a group gets is chosen in `scales`; files, layers and kernels are written elsewhere, by this table.
+Which tensors a weight is stored as says `fp4_layout`; which scale a group gets is chosen in `scales`.
 It will never know: names of layers, files, devices' favourite layouts.
 
 A code has four bits: bit 3 is the sign, bits 2-1 the exponent, bit 0 the mantissa; codes 0..7 are
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
+
+from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
 
 __all__ = ["FORMATS", "G32", "LARGEST", "NVFP4", "VALUES", "Format", "decode", "dequantize", "encode", "pack", "unpack"]
 
@@ -27,53 +29,13 @@ _EXPONENT_BITS: Final = 0x7F800000
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one weight [out_features, in_features] is stored: E2M1 codes, and a scale for every `group` input columns."""
-
-    name: str
-    group: int
-    scale: Literal["bf16", "e4m3"]
-    tensor_scale: bool  # one more float32 scale for the whole weight
-
-    def fits(self, in_features: int) -> bool:
-        return in_features > 0 and in_features % self.group == 0
+class Format(Layout):
+    """A `Layout` with its dtypes as torch's, and what a stored weight's tensors say."""
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Suffix → (shape, dtype) of each tensor: the names in a file, the parameters of a layer.
-
-        weight_packed   uint8 [out, in/2]: two codes a byte, the even input column in the low nibble
-        weight_scale    bfloat16 [out, in/group] (g32), or the bits of float8_e4m3fn as uint8 (nvfp4); row-major
-        weight_scale_2  float32 [] (nvfp4): w = code * weight_scale * weight_scale_2
-
-        Raises ValueError where `in_features` is no multiple of the group. Padding instead would need a width stored
-        beside the shapes, and no GEMM that reads the format takes such a width; every linear of the models here has one
-        that fits, and a layer that does not stays in 16 bits by the recipe's rule.
-        """
-        if out_features < 1 or not self.fits(in_features):
-            raise ValueError(
-                f"a weight of [{out_features}, {in_features}] cannot be stored as {self.name}: the input width must be "
-                f"a positive multiple of its group, {self.group}; keep this layer in 16 bits"
-            )
-        scale_dtype = torch.bfloat16 if self.scale == "bf16" else torch.uint8
-        table: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight_packed": ((out_features, in_features // 2), torch.uint8),
-            "weight_scale": ((out_features, in_features // self.group), scale_dtype),
-        }
-        if self.tensor_scale:
-            table["weight_scale_2"] = ((), torch.float32)
-        return table
-
-    def bytes(self, out_features: int, in_features: int) -> int:
-        """Stored bytes of one weight."""
-        total = 0
-        for shape, dtype in self.tensors(out_features, in_features).values():
-            total += torch.Size(shape).numel() * dtype.itemsize
-        return total
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Codes and group scales; the 32 bits of a tensor scale vanish in any real weight."""
-        return 4 + (16 if self.scale == "bf16" else 8) / self.group
+        """`tensor_table` with torch's dtypes. Raises ValueError where `in_features` is no multiple of the group."""
+        table = self.tensor_table(out_features, in_features)
+        return {suffix: (shape, getattr(torch, dtype)) for suffix, (shape, dtype) in table.items()}
 
     def shape_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """(out_features, in_features) of a stored weight; ValueError where names, shapes or dtypes do not add up."""
@@ -108,9 +70,9 @@ class Format:
         return shape
 
 
-G32: Final = Format("g32", group=32, scale="bf16", tensor_scale=False)
-NVFP4: Final = Format("nvfp4", group=16, scale="e4m3", tensor_scale=True)
-FORMATS: Final[Mapping[str, Format]] = {fmt.name: fmt for fmt in (G32, NVFP4)}
+FORMATS: Final[Mapping[str, Format]] = {name: Format(**vars(layout)) for name, layout in LAYOUTS.items()}
+G32: Final = FORMATS["g32"]
+NVFP4: Final = FORMATS["nvfp4"]
 
 
 def encode(values: Tensor) -> Tensor:

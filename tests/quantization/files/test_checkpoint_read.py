@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runner.errors import WeightsCorrupt, WeightsMissing
-from runner.quantization.files.checkpoint_write import check_file, load_quantized, quantize_store
+from runner.quantization.files.checkpoint_read import load_quantized
+from runner.quantization.files.checkpoint_write import quantize_store
+from runner.quantization.files.quantized_header import check_file
 from runner.quantization.files.safetensors_stream import data_sha256
 from runner.quantization.formats.e2m1 import FORMATS, dequantize
 from runner.quantization.rules import linear_shapes, transformer_on_meta

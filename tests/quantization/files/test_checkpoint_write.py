@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from runner.errors import ConfigInvalid, StorageFull, WeightsCorrupt, WeightsMissing
 from runner.quantization.files import checkpoint_write
-from runner.quantization.files.checkpoint_write import check_file, load_quantized
+from runner.quantization.files.checkpoint_read import load_quantized
+from runner.quantization.files.quantized_header import check_file
 from runner.quantization.files.safetensors_stream import data_sha256
 from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, dequantize
 from runner.quantization.formats.scales import quantize

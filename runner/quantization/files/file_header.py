@@ -1,0 +1,122 @@
+"""Safetensors headers: what a file says it holds, proven against the file's length, without its tensors or torch.
+
+In:   the path of a safetensors file. Out: names, shapes, dtypes, places, metadata; or WeightsCorrupt.
+Never: tensors, and what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.errors import WeightsCorrupt, WeightsMissing
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "PLACEHOLDER", "DtypeRow", "Header", "TensorInfo", "read_header"]
+
+
+@dataclass(frozen=True)
+class DtypeRow:
+    """A dtype as a safetensors header names it: torch's name, bytes an item."""
+
+    torch_name: str
+    bytes: int
+
+
+DTYPES: Mapping[str, DtypeRow] = {
+    "F64": DtypeRow("float64", 8),
+    "F32": DtypeRow("float32", 4),
+    "F16": DtypeRow("float16", 2),
+    "BF16": DtypeRow("bfloat16", 2),
+    "F8_E4M3": DtypeRow("float8_e4m3fn", 1),
+    "F8_E5M2": DtypeRow("float8_e5m2", 1),
+    "F8_E8M0": DtypeRow("float8_e8m0fnu", 1),
+    "I64": DtypeRow("int64", 8),
+    "I32": DtypeRow("int32", 4),
+    "I16": DtypeRow("int16", 2),
+    "I8": DtypeRow("int8", 1),
+    "U8": DtypeRow("uint8", 1),
+    "BOOL": DtypeRow("bool", 1),
+}
+
+MOST_DIMENSIONS, MOST_ITEMS = 8, 2**40  # of a tensor and of one dimension; torch fails beyond 64 and 2**63
+PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
+LFS_POINTER = b"version https://git-lfs"
+AGAIN = "Download or quantise it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; `start` and `stop` are bytes from the beginning of the file."""
+
+    name: str
+    dtype_name: str  # torch's, e.g. bfloat16
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header. `tensors` is in the order of the bytes."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, proven to fit the file's length; takes no tensor from the disk.
+
+    Raises WeightsMissing, or WeightsCorrupt for what is empty, truncated, overlong, overlapping or no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+    except FileNotFoundError as err:
+        raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
+    if not head:
+        raise WeightsCorrupt("the file is empty", where=path, todo=AGAIN)
+    if head == LFS_POINTER:
+        raise WeightsCorrupt("a Git LFS pointer, not the file itself", where=path, todo="Run `git lfs pull` there")
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        with safe_open(path, framework="np") as opened:
+            metadata = opened.metadata() or {}
+            start = data_start = 8 + int.from_bytes(head[:8], "little")
+            for name in opened.offset_keys():
+                slice_ = opened.get_slice(name)
+                dtype, shape = DTYPES.get(slice_.get_dtype()), tuple(slice_.get_shape())
+                if dtype is None:
+                    raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not read here", where=path)
+                if len(shape) > MOST_DIMENSIONS or any(length > MOST_ITEMS for length in shape):
+                    raise WeightsCorrupt(
+                        f"{name} has a shape that no weight has: {shape[:MOST_DIMENSIONS]}", where=path
+                    )
+                stop = start + math.prod(shape) * dtype.bytes
+                tensors[name] = TensorInfo(name, dtype.torch_name, shape, start, stop)
+                start = stop  # the library has checked that there are no holes
+    except SafetensorError as err:
+        raise WeightsCorrupt(
+            f"truncated or not a safetensors file, {path.stat().st_size} bytes ({err})", where=path, todo=AGAIN
+        ) from err
+    return Header(path, tensors, metadata, data_start)

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from runner.quantization.formats.e2m1 import FORMATS
+from runner.quantization.formats.fp4_layout import DTYPE_BYTES, LAYOUTS
+
+
+def test_dtype_bytes_are_torch_s():
+    assert {name: getattr(torch, name).itemsize for name in DTYPE_BYTES} == dict(DTYPE_BYTES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_bytes_are_those_of_the_tensors(layout):
+    tensors = {
+        suffix: torch.zeros(shape, dtype=dtype)
+        for suffix, (shape, dtype) in FORMATS[layout.name].tensors(6, 5 * layout.group).items()
+    }
+    assert layout.bytes(6, 5 * layout.group) == sum(tensor.nbytes for tensor in tensors.values())
+    assert FORMATS[layout.name].shape_of(tensors) == (6, 5 * layout.group)
