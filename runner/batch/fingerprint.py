@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.records.record import InputRecord
 from runner.redact import redact
+from runner.spec.hashed_fields import OPTION_KEYS, RECIPE_KEYS, hashed_values, introduced_defaults
 from runner.spec.manifest import Job
+from runner.spec.options import JobOptions
+from runner.spec.recipes import Recipe
 
 __all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "sha256_file"]
 
@@ -33,8 +36,7 @@ def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Map
     """
     parts: dict[str, Any] = {"output_version": OUTPUT_VERSION, "prompt": job.prompt}
     parts |= {f"input.{name}": record.identity for name, record in inputs.items()}
-    options = job.options.model_dump(mode="json", exclude={"preprocess": {"official"}})  # a place, not a content
-    parts |= {f"options.{key}": value for key, value in _flat(options)}
+    parts |= {f"options.{key}": value for key, value in hashed_values(job.options, OPTION_KEYS).items()}
     parts |= {f"model.{name}": value for name, value in identity.items()}
     return dict(sorted(parts.items()))
 
@@ -45,21 +47,25 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed, in words that a person can act on: `options.seed: 41 → 42`."""
+    """What changed, in words that a person can act on: `options.seed: 41 → 42`.
+
+    A later option or recipe field that one side lacks has the default there that it was introduced with.
+    """
     changes = []
+    introduced = _introduced()
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(unset)"), new.get(key, "(unset)")
+        unset = introduced.get(key, "(unset)")
+        before, after = old.get(key, unset), new.get(key, unset)
         if before != after:
             changes.append(f"{key}: {_short(before)} → {_short(after)}")
     return changes
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
+def _introduced() -> dict[str, Any]:
+    """Part → what it means that a record does not have it."""
+    options, recipe = introduced_defaults(JobOptions, OPTION_KEYS), introduced_defaults(Recipe, RECIPE_KEYS)
+    found = {f"options.{key}": value for key, value in options.items()}
+    return found | {f"model.recipe.{key}": str(value) for key, value in recipe.items()}
 
 
 def _short(value: Any, length: int = 24) -> str:

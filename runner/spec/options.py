@@ -2,6 +2,7 @@
 
 In:   a mapping from the manifest. Out: `JobOptions`. Never: paths, devices, recipes (those belong to the run).
 The manifest, its JSON Schema and the fingerprint all read these fields; a default stands here and nowhere else.
+A new field says with what default it was introduced: `Annotated[float, Introduced(0.0)]`, see `hashed_fields.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from runner.spec.hashed_fields import NotHashed
 
 __all__ = [
     "BACKGROUND",
@@ -114,7 +117,7 @@ class PreprocessOptions(Frozen):
         default="vitpose", description="networks: YOLOv10 and ViTPose, or YOLOX and RTMPose (process_checkpoint/dwpose)"
     )
     mask: MaskOptions = MaskOptions()
-    official: str | None = Field(
+    official: Annotated[str | None, NotHashed()] = Field(  # a place; what lies there is hashed among the inputs
         default=None,
         alias="from",
         min_length=1,

@@ -17,9 +17,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from runner.errors import ConfigInvalid
+from runner.spec.hashed_fields import RECIPE_KEYS, NotHashed, hashed_values
 
 __all__ = ["COMPUTE", "DEFAULT_RECIPE", "RECIPES", "Recipe", "get_recipe"]
 
@@ -28,17 +29,20 @@ Compute = Literal["bf16", "fp8", "int8", "nvfp4"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run renders, but for where its weights lie and what device it has."""
+    """How a run renders, but for where its weights lie and what device it has.
 
-    name: str
-    steps: int  # denoising steps where the job does not say
+    A new field says with what default it was introduced: `Annotated[str, Introduced("x")]`, see `hashed_fields.py`.
+    """
+
+    name: Annotated[str, NotHashed()]
+    steps: Annotated[int, NotHashed()]  # denoising steps where the job does not say
     scheduler: Literal["unipc", "euler"]
     grid: Literal["official", "diffusers"]  # see sampling.py
     shift: float  # of the noise levels
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
     vae_dtype: Literal["bfloat16", "float32"]
     weights: str  # folder of the components in the model store
-    summary: str
+    summary: Annotated[str, NotHashed()]
     fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
     distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
     compute: Compute = "bf16"  # of the transformer's matrix products; "bf16": in `dtype`, whatever that is
@@ -50,7 +54,7 @@ class Recipe:
 
     def effective(self) -> dict[str, object]:
         """What decides the frames, for the fingerprint. A job's own steps do, and they are among its options."""
-        return {key: value for key, value in self.as_dict().items() if key not in ("name", "steps")}
+        return hashed_values(self, RECIPE_KEYS)
 
 
 SOURCE_WEIGHTS = "Wan2.2-Animate-14B-Diffusers"

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import av
 import jsonschema
@@ -28,6 +29,7 @@ from runner.batch.summary import SummaryWriter
 from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
 from runner.records.events import EventLog
 from runner.records.record import AttemptMark, schemas
+from runner.spec.hashed_fields import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import LocalStorage
@@ -155,6 +157,32 @@ def test_a_changed_option_reruns_that_job_only_and_says_why(bench):
     lines = {line["id"]: line for line in bench.summary["jobs"]}
     assert (lines["a"]["status"], lines["a"]["reason"]) == ("succeeded", "options.seed: 41 → 42")
     assert lines["b"]["status"] == "skipped"
+
+
+class GlowOptions(JobOptions):
+    glow: Annotated[float, Introduced(0)] = 0.0
+
+
+class RaisedGlowOptions(JobOptions):
+    glow: Annotated[float, Introduced(0)] = 0.5
+
+
+def test_a_new_option_finds_old_records_done_until_its_default_is_raised(bench, monkeypatch):
+    def status(options: type[JobOptions], run_id: str, **changes) -> tuple[str, str]:
+        monkeypatch.setattr("runner.batch.fingerprint.JobOptions", options)
+        job = replace(bench.job("a"), options=options(**changes))
+        assert bench.run(job, run_id=run_id) == 0
+        (line,) = bench.summary["jobs"]
+        return line["status"], line["reason"]
+
+    assert bench.run(bench.job("a")) == 0
+    assert status(GlowOptions, "r2") == ("skipped", "done")
+    assert status(RaisedGlowOptions, "r3", glow=0.0) == ("skipped", "done")
+    assert status(RaisedGlowOptions, "r4") == ("succeeded", "options.glow: 0 → 0.5")
+    assert bench.result("a")["fingerprint_parts"]["options.glow"] == 0.5
+    assert status(RaisedGlowOptions, "r5", seed=7) == ("succeeded", "options.seed: 42 → 7")
+    assert status(GlowOptions, "r6", seed=7) == ("succeeded", "options.glow: 0.5 → 0")
+    assert "options.glow" not in bench.result("a")["fingerprint_parts"]
 
 
 @pytest.mark.parametrize("bad", ["fail-prepare", "fail-generate", "wrong-size", "few"])

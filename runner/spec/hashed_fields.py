@@ -1,0 +1,225 @@
+"""Hashed fields: which options and recipe fields a fingerprint holds, under which keys, with which values.
+
+In:   a value of a pydantic model or dataclass, and the keys that version 0.1.0 hashed. Out: flat keys and JSON values.
+Never: digests, inputs, weights.
+
+Every field is one of four kinds. The kind is declared at the field, in `Annotated`:
+
+    seed: int = 42                                            a key of version 0.1.0: hashed, whatever its value is
+    sigmas: Annotated[str, HashedAs("grid")] = "official"     the same, renamed since: hashed under the old key
+    glow: Annotated[float, Introduced(0.0)] = 0.5             later: hashed only where it differs from 0.0
+    summary: Annotated[str, NotHashed()] = ""                 does not change the frames
+
+So a new field leaves every old record done. `Introduced` keeps the first default for ever: a record without the key was
+rendered with that value. A later change of the default is a change of the value, and the job runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+__all__ = [
+    "OPTION_KEYS",
+    "RECIPE_KEYS",
+    "HashedAs",
+    "Introduced",
+    "NotHashed",
+    "hashed_values",
+    "introduced_defaults",
+]
+
+# What version 0.1.0 hashed. Frozen: records hold these keys. After `[]`: fields of models inside one hashed value.
+OPTION_KEYS = frozenset(
+    {
+        "mode",
+        "size",
+        "fps",
+        "start_s",
+        "max_frames",
+        "seed",
+        "steps",
+        "guidance_scale",
+        "negative_prompt",
+        "max_segment_frames",
+        "overlap_frames",
+        "loras",
+        "loras[].name",
+        "loras[].strength",
+        "keep_audio",
+        "output.format",
+        "output.crf",
+        "preprocess.parity",
+        "preprocess.detect_every",
+        "preprocess.subject",
+        "preprocess.pose",
+        "preprocess.mask.iterations",
+        "preprocess.mask.kernel",
+        "preprocess.mask.w_len",
+        "preprocess.mask.h_len",
+        "preprocess.smooth",
+        "preprocess.retarget",
+    }
+)
+RECIPE_KEYS = frozenset(
+    {"scheduler", "grid", "shift", "dtype", "vae_dtype", "weights", "fp4", "distilled", "compute", "attention"}
+)
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """A field that is later than version 0.1.0, and the default that it was introduced with. Never change `default`."""
+
+    default: Any
+
+
+@dataclass(frozen=True)
+class HashedAs:
+    """The key of version 0.1.0 that the field had (dotted, from the root), and the old names of renamed values."""
+
+    key: str
+    values: Mapping[str, str] = field(default_factory=dict)  # today's value → the value as version 0.1.0 hashed it
+
+
+@dataclass(frozen=True)
+class NotHashed:
+    """A field that does not change the frames, or a place whose content is hashed elsewhere."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one field is hashed."""
+
+    attribute: str
+    dumped: str  # its key in the JSON of the value that holds it
+    path: str  # dotted, from the root, as the code calls it today; what `HashedAs` says, if it does
+    mark: Introduced | HashedAs | NotHashed | None
+    nested: bool  # a model: not hashed as one value, but each of its fields
+
+
+def hashed_values(value: Any, known: frozenset[str]) -> dict[str, Any]:
+    """Key → JSON value of all that is hashed of `value`, a pydantic model or dataclass. `known`: the keys of 0.1.0.
+
+    Raises TypeError for a class with a field that is neither known nor marked.
+    """
+    cls: type = type(value)
+    _check(cls, known)
+    dumped = value.model_dump(mode="json") if isinstance(value, BaseModel) else to_jsonable_python(value)
+    return dict(_flat(value, dumped, ""))
+
+
+def introduced_defaults(cls: type, known: frozenset[str]) -> dict[str, Any]:
+    """Key → introduced default (JSON) of the fields of `cls` that are later than 0.1.0: what a missing key means."""
+    _check(cls, known)
+    return {
+        path: to_jsonable_python(mark.default)
+        for path, mark in _marks(cls, "")
+        if isinstance(mark, Introduced) and "[]" not in path
+    }
+
+
+def _flat(value: Any, dumped: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    cls: type = type(value)
+    for rule in _rules(cls, prefix):
+        inner = getattr(value, rule.attribute)
+        if rule.nested:
+            yield from _flat(inner, dumped[rule.dumped], f"{rule.path}.")
+            continue
+        item = _pruned(inner, dumped[rule.dumped], f"{rule.path}[].")
+        if isinstance(rule.mark, NotHashed) or _is_introduced(item, rule.mark):
+            continue
+        if isinstance(rule.mark, HashedAs) and isinstance(item, str):
+            item = rule.mark.values.get(item, item)
+        yield rule.path, item
+
+
+def _pruned(value: Any, dumped: Any, prefix: str) -> Any:
+    """`dumped` without those fields of models in it that are not hashed."""
+    if isinstance(value, BaseModel):
+        return {path.removeprefix(prefix): item for path, item in _flat(value, dumped, prefix)}
+    if isinstance(value, list | tuple):
+        return [_pruned(item, done, prefix) for item, done in zip(value, dumped, strict=True)]
+    return dumped
+
+
+def _is_introduced(item: Any, mark: object) -> bool:
+    if not isinstance(mark, Introduced):
+        return False
+    default = to_jsonable_python(mark.default)
+    return bool(item == default and isinstance(item, bool) == isinstance(default, bool))  # 0 is 0.0, and not false
+
+
+@cache
+def _rules(cls: type, prefix: str) -> tuple[Rule, ...]:
+    found = []
+    for name, (dumped, annotation, metadata) in _fields(cls).items():
+        marks = [mark for mark in metadata if isinstance(mark, Introduced | HashedAs | NotHashed)]
+        mark = marks[0] if marks else None
+        path = mark.key if isinstance(mark, HashedAs) else f"{prefix}{dumped}"
+        nested = mark is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        found.append(Rule(name, dumped, path, mark, nested))
+    return tuple(found)
+
+
+def _fields(cls: type) -> dict[str, tuple[str, Any, tuple[Any, ...]]]:
+    """Attribute → (its key in JSON, its type, what `Annotated` says of it)."""
+    if issubclass(cls, BaseModel):
+        return {
+            name: (info.serialization_alias or info.alias or name, info.annotation, tuple(info.metadata))
+            for name, info in cls.model_fields.items()
+        }
+    found = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        hint = hints[name]
+        said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        found[name] = (name, said[0], said[1:])
+    return found
+
+
+def _marks(cls: type, prefix: str) -> Iterable[tuple[str, Introduced | HashedAs | NotHashed | None]]:
+    """(path, mark) of each hashed value of `cls`, and of the fields of models in lists."""
+    types = {name: annotation for name, (_, annotation, _) in _fields(cls).items()}
+    for rule in _rules(cls, prefix):
+        if rule.nested:
+            yield from _marks(types[rule.attribute], f"{rule.path}.")
+            continue
+        yield rule.path, rule.mark
+        if not isinstance(rule.mark, NotHashed):
+            for model in _models_in(types[rule.attribute]):
+                yield from _marks(model, f"{rule.path}[].")
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+@cache
+def _check(cls: type, known: frozenset[str]) -> None:
+    marks = list(_marks(cls, ""))
+    paths = [path for path, _ in marks]
+    for path, mark in marks:
+        if paths.count(path) > 1:
+            raise TypeError(f"{cls.__name__}: two fields are hashed as {path!r}")
+        if isinstance(mark, Introduced) and path in known:
+            raise TypeError(f"{cls.__name__}.{path} is a key of version 0.1.0: remove Introduced, it is always hashed")
+        if isinstance(mark, Introduced | NotHashed) or path in known:
+            continue
+        raise TypeError(
+            f"{cls.__name__}.{path} is no key of version 0.1.0: declare it as Annotated[…, Introduced(DEFAULT)] with "
+            "the default of today, so that old records stay done; HashedAs(KEY) if it is an old field with a new "
+            "name; NotHashed() if it does not change the frames"
+        )
+    if missing := sorted(known.difference(paths)):
+        raise TypeError(
+            f"{cls.__name__} lacks {missing}, which version 0.1.0 hashed: "
+            f"mark the field that took its place with HashedAs({missing[0]!r})"
+        )
