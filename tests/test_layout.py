@@ -19,7 +19,7 @@ RUNNER = ROOT / "runner"
 HEAVY = ("torch", "diffusers", "transformers")
 LONG = 600  # lines of a file: worth a look for a second noun in it
 TOO_LONG = 900
-FOLDERS, FILES = 13, 5  # at the top of runner/, at most
+FOLDERS, FILES = 13, 6  # at the top of runner/, at most
 
 # The floors, from the top. A room is a folder or a file of runner/; a module belongs to the longest name that fits.
 # An import stays within its room or goes to a lower floor. A new room finds its place here before its first import.
@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantization.kernels", "quantization.lora"),
     ("quantization.formats", "records", "storage", "video"),
     ("forecast",),
-    ("errors", "redact", "timing"),
+    ("errors", "hashing", "redact", "timing"),
     ("__init__",),  # the package itself: its version
 )
 HEIGHT = {room: len(FLOORS) - depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -47,10 +47,15 @@ HEIGHT = {room: len(FLOORS) - depth for depth, rooms in enumerate(FLOORS) for ro
 # Beyond the floors: of a lower room, a room may know these modules and no others.
 KNOWS: dict[str, dict[str, set[str]]] = {
     # frames, not manifests
-    "preprocess": {"spec": {"options"}, "storage": {"disk", "disk_cache"}, "records": set(), "forecast": set()},
+    "preprocess": {
+        "spec": {"options"},
+        "storage": {"disk", "disk_cache", "file_hashes"},
+        "records": set(),
+        "forecast": set(),
+    },
     # a model, not a batch
     "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": set(), "video": set()},
-    "weights": {"spec": {"options", "recipes"}, "storage": set(), "records": set(), "video": set()},
+    "weights": {"spec": {"options", "recipes"}, "storage": {"file_hashes"}, "records": set(), "video": set()},
     # tensors, not jobs
     "quantization": {name: set() for name in ("forecast", "records", "storage", "timing", "video")},
 }

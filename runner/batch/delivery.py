@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import numpy as np
 
-from runner.batch.fingerprint import sha256_file
 from runner.batch.ledger import combined_identity
 from runner.errors import InternalError
 from runner.generation.protocol import Conditions, Segment
+from runner.hashing import sha256_file
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
 from runner.storage import ObjectInfo, Storage

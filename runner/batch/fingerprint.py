@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from runner.records.record import InputRecord
@@ -19,14 +18,9 @@ from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 
-__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "sha256_file"]
+__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts"]
 
 OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from runner.batch.hashes import FileHashes
 from runner.errors import StorageUnavailable
 from runner.generation.protocol import Request
 from runner.records.record import InputRecord
@@ -19,6 +18,7 @@ from runner.spec.manifest import Job
 from runner.spec.options import official_names
 from runner.storage import fetch_input_with_info, is_remote, local_path, stat_input
 from runner.storage.disk import os_errors
+from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside
 
 __all__ = ["InputIndex", "fetch_request"]

@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from runner.batch.fingerprint import differences
-from runner.batch.hashes import FileHashes
 from runner.errors import (
     ConfigInvalid,
     InputError,
@@ -35,6 +34,7 @@ from runner.errors import (
 )
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, Record, ResultRecord
 from runner.storage import ObjectInfo, Storage, check_key
+from runner.storage.file_hashes import FileHashes
 from runner.timing import now
 
 __all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]

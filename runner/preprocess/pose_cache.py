@@ -28,7 +28,8 @@ from runner.preprocess.networks.int8 import model_files
 from runner.preprocess.networks.sessions import Network, model_file
 from runner.preprocess.poses import FoundPoses, find_poses
 from runner.spec.options import PreprocessOptions
-from runner.storage.disk_cache import PoseCache, content_sha256, key, remembered
+from runner.storage.disk_cache import DiskCache, key, remembered
+from runner.storage.file_hashes import content_sha256
 from runner.timing import StageTimer
 from runner.video import Sampled, VideoReader
 
@@ -86,7 +87,7 @@ def clip_parts(
 
 
 def find_poses_once(
-    cache: PoseCache | None,
+    cache: DiskCache | None,
     networks: Mapping[str, Mapping[str, Any]],
     reader: VideoReader,
     sampled: Sampled,
@@ -108,7 +109,7 @@ def find_poses_once(
 
 
 def masks_once(
-    cache: PoseCache | None, parts: Mapping[str, Any], make: Callable[[], ClipMasks], timer: StageTimer
+    cache: DiskCache | None, parts: Mapping[str, Any], make: Callable[[], ClipMasks], timer: StageTimer
 ) -> ClipMasks:
     """The masks that `make` makes, or made before. `parts`: those of the clip, the segmenter's and its settings.
 

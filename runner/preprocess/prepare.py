@@ -33,7 +33,7 @@ from runner.preprocess.pictures.sizing import AUTO_AREA, GRID, output_size, plac
 from runner.preprocess.pose_cache import backend_parts, clip_parts, find_poses_once, masks_once, segmenter_parts
 from runner.preprocess.poses import FoundPoses
 from runner.spec.options import JobOptions
-from runner.storage.disk_cache import PoseCache
+from runner.storage.disk_cache import DiskCache
 from runner.timing import StageTimer
 from runner.video import Sampled, VideoInfo, VideoReader
 
@@ -62,7 +62,7 @@ class Preprocessor:
         *,
         dwpose: tuple[Path, Path] | None = None,
         segmenter: Path | None = None,
-        cache: PoseCache | None = None,
+        cache: DiskCache | None = None,
         networks: NetworkOptions | None = None,
     ) -> None:
         self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
@@ -84,7 +84,7 @@ class Preprocessor:
         device: str = "cpu",
         dwpose: tuple[Path, Path] | None = None,
         segmenter: Path | None = None,
-        cache: PoseCache | None = None,
+        cache: DiskCache | None = None,
         networks: NetworkOptions | None = None,
     ) -> Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".

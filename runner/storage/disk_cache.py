@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +25,7 @@ from runner.errors import RunnerError, as_runner_error
 from runner.storage.disk import is_staged, staged
 from runner.timing import StageTimer
 
-__all__ = ["MAX_BYTES", "PoseCache", "content_sha256", "key", "remembered"]
+__all__ = ["MAX_BYTES", "DiskCache", "key", "remembered"]
 
 MAX_BYTES = 4 << 30  # a minute of poses is 3 MB at 30 fps, of masks 4 MB
 FORMAT = 1  # raise when the same parts would have to give other arrays
@@ -46,7 +45,7 @@ def key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class PoseCache:
+class DiskCache:
     """A folder of entries, at most `max_bytes` of them; 0 keeps nothing. For any number of processes and threads."""
 
     def __init__(self, root: Path, max_bytes: int = MAX_BYTES, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
@@ -152,7 +151,7 @@ class PoseCache:
 
 
 def remembered(
-    cache: PoseCache | None, key: str, make: Callable[[], Arrays], timer: StageTimer, name: str = "pose_cache"
+    cache: DiskCache | None, key: str, make: Callable[[], Arrays], timer: StageTimer, name: str = "pose_cache"
 ) -> Arrays:
     """The arrays under `key`, made by `make` if nobody has; counts `name`_hits or `name`_misses.
 
@@ -181,7 +180,7 @@ def remembered(
         return arrays
 
 
-def _report(err: Exception, cache: PoseCache) -> None:
+def _report(err: Exception, cache: DiskCache) -> None:
     import structlog
 
     structlog.get_logger().warning("pose_cache.unusable", folder=str(cache.root), error=str(err))
@@ -216,26 +215,3 @@ def _digest(key: str, arrays: Arrays) -> bytes:
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.tobytes())
     return digest.digest()
-
-
-_HASHED: dict[str, tuple[tuple[int, int, int], str]] = {}  # resolved path → what the file was, and its digest
-_HASHING = threading.Lock()
-
-
-def content_sha256(path: Path) -> str:
-    """sha256, hex, of a file's bytes; read once in a process for the same path, size, mtime and inode.
-
-    Raises OSError where it cannot be read: whoever asks has opened it before.
-    """
-    path = Path(path).resolve()
-    stat = path.stat()
-    mark = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    with _HASHING:
-        known = _HASHED.get(str(path))
-    if known is not None and known[0] == mark:
-        return known[1]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with _HASHING:
-        _HASHED[str(path)] = (mark, digest)
-    return digest

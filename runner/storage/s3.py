@@ -34,6 +34,7 @@ from botocore.exceptions import ClientError
 
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
+from runner.hashing import sha256_stream
 from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
@@ -322,7 +323,7 @@ class S3Storage(Storage):
         uri = self.uri(key)
         with os_errors(local, writing=False), local.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_stream(file)
 
         def upload() -> ObjectInfo:
             client = _Upload(self.client)

@@ -28,7 +28,7 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
     from runner.generation.runtime.device import pick_device
     from runner.preprocess.official_files import run_preprocess
     from runner.preprocess.prepare import Preprocessor
-    from runner.storage.disk_cache import PoseCache
+    from runner.storage.disk_cache import DiskCache
     from runner.weights.store import ModelStore
 
     words = {"id": "preprocess", "reference": arguments.reference, "video": arguments.video}
@@ -48,7 +48,7 @@ def preprocess_one(arguments: argparse.Namespace) -> int:
         device=device.type,
         dwpose=store.dwpose,
         segmenter=store.segmenter,
-        cache=PoseCache(arguments.cache / "poses"),
+        cache=DiskCache(arguments.cache / "poses"),
         networks=network_options(arguments),
     )
     arguments.cache.mkdir(parents=True, exist_ok=True)

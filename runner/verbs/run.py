@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from runner.batch.hashes import FileHashes
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -31,6 +30,7 @@ from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.spec.manifest import Job, Manifest, load_manifest
 from runner.storage import check_key, open_storage, probe_writable
+from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
 from runner.verbs.sheet import try_draw_sheet

@@ -10,19 +10,17 @@ the sha256 of a large file), our memory of having hashed this very file (same pa
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from uuid import uuid4
 
 from runner.errors import WeightsCorrupt, as_runner_error
+from runner.storage.file_hashes import FileHashes
 
-__all__ = ["METADATA_KEY", "FileIdentities", "combine"]
+__all__ = ["MEMORY_FILE", "METADATA_KEY", "FileIdentities", "combine"]
 
 METADATA_KEY = "video_lab.sha256"
-MEMORY_FILE = "weight-identities.json"
+MEMORY_FILE = "weight-identities.json"  # in the cache folder
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CLOCK_SLACK_S = 1  # the hub's record may be written within the same second as the file
 
@@ -38,67 +36,26 @@ def combine(digests: Mapping[str, str]) -> str:
 class FileIdentities:
     """sha256 by file, hashed once in the life of this object, and once in all where a folder keeps the results.
 
-    Safe beside others: the folder's file is read, merged and replaced whole under a lock; hashing happens outside it.
+    Several processes may share the folder.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, dict[str, object]] = {}
+        self._hashes = FileHashes()
 
     def of(self, files: Iterable[Path], root: Path, folder: Path | None = None) -> dict[Path, str]:
-        """Digest of each file. The hub's records are looked for between the file and `root`; `folder` is our memory."""
-        self._known |= read_memory(folder)
-        digests: dict[Path, str] = {}
-        fresh: dict[str, dict[str, object]] = {}
-        for file in files:
-            digest = recorded(file, root)
-            if digest is None:
-                stat = file.stat()
-                key, mark = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-                known = self._known.get(key, {})
-                if known.get("file") == mark and isinstance(known.get("sha256"), str):
-                    digest = str(known["sha256"])
-                else:
-                    digest = hash_file(file)
-                    fresh[key] = {"file": mark, "sha256": digest}
-            digests[file] = digest
-        if fresh:
-            self._known |= fresh
-            if folder is not None:
-                remember(fresh, folder)
+        """Digest of each file. The hub's records are looked for between the file and `root`; `folder` keeps results.
+
+        Raises WeightsCorrupt for a safetensors file that is not whole, StorageDenied or StorageFull where `folder`
+        cannot be written, OSError for a file that cannot be read.
+        """
+        if folder is not None:
+            self._hashes.use(folder / MEMORY_FILE)
+        digests = {file: recorded(file, root) or self._hashes.sha256(file) for file in files}
+        try:
+            self._hashes.save()
+        except OSError as err:
+            raise as_runner_error(err, where=folder) from err
         return digests
-
-
-def read_memory(folder: Path | None) -> dict[str, dict[str, object]]:
-    """What was hashed before, by path."""
-    if folder is None:
-        return {}
-    try:
-        known = json.loads((folder / MEMORY_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}  # never written, or damaged from outside: both only cost hashing again
-    return {k: v for k, v in known.items() if isinstance(v, dict)} if isinstance(known, dict) else {}
-
-
-def remember(fresh: dict[str, dict[str, object]], folder: Path) -> None:
-    """Add `fresh` to the folder's memory. Raises StorageDenied or StorageFull."""
-    from filelock import FileLock
-
-    target = folder / MEMORY_FILE
-    staged = folder / f".{MEMORY_FILE}.{uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            staged.write_text(json.dumps(read_memory(folder) | fresh, indent=1, sort_keys=True))
-            os.replace(staged, target)
-    except OSError as err:
-        staged.unlink(missing_ok=True)
-        raise as_runner_error(err, where=target) from err
-
-
-def hash_file(file: Path) -> str:
-    """sha256 of the bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def recorded(file: Path, root: Path) -> str | None:

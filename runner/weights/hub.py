@@ -31,6 +31,7 @@ from runner.errors import (
     WeightsMissing,
     as_runner_error,
 )
+from runner.hashing import sha256_file
 
 __all__ = [
     "Hub",
@@ -68,8 +69,7 @@ class RemoteFile:
         if file.stat().st_size != self.bytes:
             return False
         if self.sha256:
-            with file.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+            return sha256_file(file) == self.sha256
         return self.blob is None or git_sha1(file) == self.blob
 
 

@@ -12,7 +12,6 @@ what an earlier run remembered of this very file.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
+from runner.hashing import sha256_file
 from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
-from runner.weights.digests import METADATA_KEY, read_memory
+from runner.storage.file_hashes import FileHashes
+from runner.weights.digests import MEMORY_FILE, METADATA_KEY
 from runner.weights.hub import git_sha1, read_record
 from runner.weights.repositories import FP4_FOLDER, SOURCES, parts_of, recipe_base
 from runner.weights.store import (
@@ -86,7 +87,7 @@ def verify_weights(
     recipe_base(recipe)
     if not models.is_dir():
         raise WeightsMissing("no such folder of models", where=models, todo="Pass --models DIR")
-    memory = read_memory(cache)
+    hashes = FileHashes(cache / MEMORY_FILE if cache is not None else None)
     rows: dict[Path, Row] = {}
 
     def add(row: Row, path: Path) -> None:
@@ -96,7 +97,7 @@ def verify_weights(
 
     for path, note in _expected(models, recipe):
         if path not in rows:
-            add(_missing(path, models, note) if not path.is_file() else _examine(path, models, memory), path)
+            add(_missing(path, models, note) if not path.is_file() else _examine(path, models, hashes), path)
     for path, err in _contradictions(models, recipe, rows):
         if path in rows and rows[path].status != "corrupt":
             add(Row(_name(path, models), "corrupt", rows[path].bytes, rows[path].sha256, err.what), path)
@@ -264,54 +265,53 @@ def _check_quantised(path: Path, models: Path) -> None:
         read_published(path, model)
 
 
-def _examine(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> Row:
+def _examine(path: Path, models: Path, hashes: FileHashes) -> Row:
     """Size, header and checksum of a file that is there."""
     size = path.stat().st_size
     try:
         check_not_empty(path)
         if path.suffix == ".safetensors":
-            return _safetensors(path, models, memory)
+            return _safetensors(path, models, hashes)
         if path.suffix == ".json":
             read_json(path)
     except WeightsCorrupt as err:
         return Row(_name(path, models), "corrupt", size, None, err.what)
-    return _compare(path, models, memory)
+    return _compare(path, models, hashes)
 
 
-def _safetensors(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> Row:
+def _safetensors(path: Path, models: Path, hashes: FileHashes) -> Row:
     from runner.quantization.files.file_header import read_header
     from runner.quantization.files.safetensors_stream import data_sha256
 
     said = read_header(path).metadata.get(METADATA_KEY)
     if said is None or not SHA256.fullmatch(said):
-        return _compare(path, models, memory)
+        return _compare(path, models, hashes)
     found = data_sha256(path)
     status: Status = "ok" if found == said else "corrupt"
     note = "as recorded when it was made" if found == said else f"its own record says {said}: make or fetch it again"
     return Row(_name(path, models), status, path.stat().st_size, found, note)
 
 
-def _compare(path: Path, models: Path, memory: dict[str, dict[str, object]]) -> Row:
+def _compare(path: Path, models: Path, hashes: FileHashes) -> Row:
     """The bytes against whoever knows what they should be."""
-    name, stat = _name(path, models), path.stat()
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    name, size = _name(path, models), path.stat().st_size
+    found = sha256_file(path)
 
     def row(status: Status, note: str) -> Row:
-        return Row(name, status, stat.st_size, found, note)
+        return Row(name, status, size, found, note)
 
     pin = next((p for s in SOURCES.values() for n, p in s.pins.items() if name == f"{s.folder}/{n}"), None)
     if pin is not None:
         if found == pin.sha256:
             return row("ok", "the published file")
-        return row("corrupt", f"{stat.st_size} bytes; published are {pin.bytes}, sha256 {pin.sha256}: {FETCH}")
+        return row("corrupt", f"{size} bytes; published are {pin.bytes}, sha256 {pin.sha256}: {FETCH}")
     recorded = _record(path, models)
     if recorded is not None:
         same = found == recorded if SHA256.fullmatch(recorded) else git_sha1(path) == recorded
         return row("ok", "as the hub listed it") if same else row("corrupt", f"the hub listed {recorded}: {FETCH}")
-    known = memory.get(str(path.resolve()), {})
-    if known.get("file") == [stat.st_size, stat.st_mtime_ns, stat.st_ino]:
-        if known.get("sha256") == found:
+    known = hashes.known(path)
+    if known is not None:
+        if known == found:
             return row("ok", "unchanged since it was first used; nobody recorded what was published")
         return row("corrupt", "its bytes have changed, its size and time have not: suspect the disk")
     return row("unknown", "whole, as far as can be told; nobody recorded its checksum")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from runner.batch.hashes import FileHashes
 from runner.batch.inputs import InputIndex, fetch_request
 from runner.errors import InputNotFound, InputUnreadable, StorageUnavailable
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import open_storage, stat_input
+from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import parse_roots
 
 

@@ -15,7 +15,6 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 
 from runner.batch.delivery import Delivery
-from runner.batch.hashes import FileHashes
 from runner.batch.ledger import Ledger
 from runner.batch.loop import FRAME_BUFFER_ITEMS, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -26,6 +25,7 @@ from runner.errors import JobWeightsMissing, StorageDenied, StorageFull, Storage
 from runner.records.record import AttemptMark
 from runner.spec.manifest import Job
 from runner.storage import LocalStorage, open_storage
+from runner.storage.file_hashes import FileHashes
 from runner.verbs.status import read_status
 from tests.batch.test_loop import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator

@@ -15,7 +15,7 @@ from runner.preprocess.networks.yolov10 import Detector
 from runner.preprocess.pictures.sizing import place
 from runner.preprocess.pose_cache import find_poses_once, masks_once, network_parts, segmenter_parts
 from runner.spec.options import JobOptions
-from runner.storage.disk_cache import PoseCache, key
+from runner.storage.disk_cache import DiskCache, key
 from runner.timing import StageTimer
 from runner.video import VideoReader
 
@@ -35,7 +35,7 @@ def people(networks) -> tuple[Detector, PoseEstimator]:
 @pytest.fixture
 def find(people, tmp_path):
     """find(clip, **options) → (poses, counters), through one cache."""
-    cache = PoseCache(tmp_path / "poses")
+    cache = DiskCache(tmp_path / "poses")
 
     def run(clip: Path, identity: str | None = None, cached: bool = True, **asked: object):
         options = JobOptions(fps=asked.pop("fps", 16), max_frames=asked.pop("max_frames", None), preprocess=asked)
@@ -92,7 +92,7 @@ def test_what_decides_the_poses_decides_the_key_and_nothing_else_does(find, clip
 
 
 def test_masks_come_back_bit_for_bit(tmp_path):
-    cache, timer = PoseCache(tmp_path), StageTimer()
+    cache, timer = DiskCache(tmp_path), StageTimer()
     shapes = np.zeros((3, 40, 30), bool)
     shapes[0, 5:20, 7:9] = shapes[2, ::3, 1] = True
 

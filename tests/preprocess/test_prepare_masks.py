@@ -16,7 +16,7 @@ from runner.preprocess.conditions import PoseConditions
 from runner.preprocess.masks.widen import augment
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
-from runner.storage.disk_cache import PoseCache
+from runner.storage.disk_cache import DiskCache
 from runner.timing import StageTimer
 from runner.video import Mp4Writer, VideoReader
 
@@ -116,7 +116,7 @@ def test_a_dance_is_segmented_once_for_many_characters(demo_models, demo_media, 
         demo_models / DETECTOR_FILE,
         demo_models / POSE_FILE,
         segmenter=demo_models / SEGMENTER_FOLDER,
-        cache=PoseCache(tmp_path),
+        cache=DiskCache(tmp_path),
     )
     options = JobOptions(mode="replace", size="96x64", fps="source", max_frames=6)
     made, seen = [], []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.storage.disk_cache import PoseCache, key, remembered
+from runner.storage.disk_cache import DiskCache, key, remembered
 from runner.timing import StageTimer
 
 __all__ = ["LIMIT", "make_once", "points", "same", "work"]
@@ -26,7 +26,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 def work(root: Path, seed: int, rounds: int) -> tuple[int, int]:
     """Put, get and damage entries of a cache that is always too small: (wrong answers, right ones)."""
-    cache, rng, wrong, right = PoseCache(root, LIMIT), np.random.default_rng(seed), 0, 0
+    cache, rng, wrong, right = DiskCache(root, LIMIT), np.random.default_rng(seed), 0, 0
     for _ in range(rounds):
         clip = int(rng.integers(8))
         name, arrays = key({"clip": clip}), points(20 + clip, seed=clip)
@@ -55,5 +55,5 @@ def make_once(root: Path, made: Path) -> tuple[dict[str, int], float]:
             file.write("made\n")
         return points(3, seed=9)
 
-    arrays = remembered(PoseCache(root), key({"dance": 1}), make, timer)
+    arrays = remembered(DiskCache(root), key({"dance": 1}), make, timer)
     return timer.counters, float(arrays["points"].sum())

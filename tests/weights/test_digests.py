@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from runner.errors import StorageDenied, WeightsCorrupt
-from runner.weights import digests as module
+from runner.storage import file_hashes
+from runner.storage.file_hashes import FileHashes
 from runner.weights.digests import METADATA_KEY, FileIdentities, combine
 
 
@@ -24,8 +25,10 @@ def sha(data: bytes) -> str:
 def hashed(monkeypatch) -> list[str]:
     """Names of files that were read in full."""
     names: list[str] = []
-    honest = module.hash_file
-    monkeypatch.setattr(module, "hash_file", lambda file: (names.append(file.name), honest(file))[1])
+    honest = file_hashes.sha256_stream
+    monkeypatch.setattr(
+        file_hashes, "sha256_stream", lambda file: (names.append(Path(file.name).name), honest(file))[1]
+    )
     return names
 
 
@@ -34,6 +37,7 @@ def file(tmp_path) -> Path:
     path = tmp_path / "store" / "model.onnx"
     path.parent.mkdir()
     path.write_bytes(b"weights")
+    os.utime(path, (time.time() - 60,) * 2)  # what has just changed is not remembered
     return path
 
 
@@ -77,7 +81,21 @@ def test_without_a_folder_one_object_still_hashes_once(file, hashed):
 def test_a_damaged_memory_only_costs_time(file, tmp_path):
     (tmp_path / "weight-identities.json").write_text('{"x": ')
     assert one(file, tmp_path) == sha(b"weights")
-    assert str(file) in json.loads((tmp_path / "weight-identities.json").read_text())
+    assert sha(b"weights") in (tmp_path / "weight-identities.json").read_text()
+
+
+def test_what_version_0_1_0_remembered_is_not_hashed_again(file, tmp_path, hashed):
+    stat = file.stat()
+    entry = {"file": [stat.st_size, stat.st_mtime_ns, stat.st_ino], "sha256": sha(b"weights")}
+    (tmp_path / "weight-identities.json").write_text(json.dumps({str(file): entry}, indent=1))
+    assert one(file, tmp_path) == sha(b"weights")
+    assert hashed == []
+    other = file.with_name("other.onnx")
+    other.write_bytes(b"others")
+    os.utime(other, (1, 1))
+    assert one(other, tmp_path) == sha(b"others")  # and is still there when the file is written anew
+    assert (one(file, tmp_path), one(other, tmp_path)) == (sha(b"weights"), sha(b"others"))
+    assert hashed == ["other.onnx"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -93,12 +111,14 @@ def test_many_at_once_lose_nothing(tmp_path):
     for i in range(16):
         files.append(tmp_path / f"{i}.onnx")
         files[-1].write_bytes(b"%d" % i)
+        os.utime(files[-1], (1, 1))
     cache = tmp_path / "cache"
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(lambda file: one(file, cache), files))
     assert digests == [sha(b"%d" % i) for i in range(16)]
-    assert set(json.loads((cache / "weight-identities.json").read_text())) == {str(file) for file in files}
-    assert {p.name for p in cache.iterdir()} <= {"weight-identities.json", "weight-identities.json.lock"}
+    memory = FileHashes(cache / "weight-identities.json")
+    assert [memory.known(file) for file in files] == digests
+    assert [p.name for p in cache.iterdir()] == ["weight-identities.json"]
 
 
 def test_a_file_may_say_itself_what_it_is(tmp_path, hashed):

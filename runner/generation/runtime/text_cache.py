@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runner.generation.runtime.finite import not_finite
-from runner.storage.disk_cache import PoseCache, key, remembered
+from runner.storage.disk_cache import DiskCache, key, remembered
 from runner.timing import StageTimer
 
 __all__ = ["MAX_BYTES", "PromptCache"]
@@ -33,7 +33,7 @@ class PromptCache:
     def __init__(self, root: Path, identity: Mapping[str, str], max_bytes: int = MAX_BYTES) -> None:
         """`identity`: all that decides an embedding but the text: files' sha256, libraries' versions, the device."""
         self.identity = dict(identity)
-        self.files = PoseCache(root, max_bytes)
+        self.files = DiskCache(root, max_bytes)
 
     @classmethod
     def open(cls, root: Path, encoder: str, dtype: str, device: torch.device) -> PromptCache:

@@ -141,13 +141,13 @@ class WanAnimateGenerator:
         from runner.generation.runtime.text_cache import PromptCache
         from runner.generation.wan_animate.compiled import keep_code
         from runner.preprocess.prepare import Preprocessor
-        from runner.storage.disk_cache import PoseCache
+        from runner.storage.disk_cache import DiskCache
 
         picked, why = pick_device(device)
         grow_segments(picked)
         store.check(recipe)
         memory_plan, memory_said = plan_memory(store, recipe, picked, memory)
-        poses = PoseCache(cache / "poses") if cache is not None else None
+        poses = DiskCache(cache / "poses") if cache is not None else None
         preprocessor = Preprocessor.load(
             store.detector,
             store.pose,

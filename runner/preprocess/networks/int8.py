@@ -32,7 +32,7 @@ import structlog
 
 from runner.errors import ConfigInvalid, WeightsCorrupt
 from runner.storage.disk import os_errors
-from runner.storage.disk_cache import content_sha256
+from runner.storage.file_hashes import content_sha256
 
 __all__ = ["FORMAT", "LEAST_AGREEMENT", "LEAST_SHARE", "int8_key", "make_int8", "model_files"]
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigInvalid, as_runner_error
+from runner.hashing import sha256_stream
 from runner.quantization.files.file_header import DTYPES, PLACEHOLDER, TensorInfo
 
 __all__ = [
@@ -53,7 +54,7 @@ def data_sha256(path: Path) -> str:
     """sha256 of everything behind the header: reads the whole file. It does not change when metadata is edited."""
     with path.open("rb") as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_stream(stream)
 
 
 class StreamWriter:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
+from runner.hashing import sha256_file
 from runner.quantization.files.file_header import Header, TensorInfo, read_header
 from runner.quantization.files.safetensors_stream import SHARD_NAME, StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
@@ -192,10 +193,8 @@ class TensorFiles:
 
     def sha256(self) -> str:
         """Of the one file; of several, that of their sha256sum listing by name."""
-        listing = []
-        for path in sorted(header.path for header in self.headers):
-            with path.open("rb") as stream:
-                listing.append((hashlib.file_digest(stream, "sha256").hexdigest(), path.name))
+        paths = sorted(header.path for header in self.headers)
+        listing = [(sha256_file(path), path.name) for path in paths]
         if len(listing) == 1:
             return listing[0][0]
         return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in listing).encode()).hexdigest()

@@ -7,7 +7,6 @@ Never: pickles, and the model: whether it has those parameters, and in those sha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
+from runner.hashing import sha256_file
 from runner.quantization.lora.keys import Part, parse_keys, unsupported
 
 __all__ = ["Delta", "Full", "Lora", "LowRank", "deltas_of", "read_lora"]
@@ -129,9 +129,7 @@ def read_lora(path: Path, strength: float = 1.0) -> Lora:
     if path.name == PEFT_FILES[0] and PEFT_METADATA not in metadata and beside.is_file():
         metadata[PEFT_METADATA] = beside.read_text(encoding="utf-8", errors="replace")
     deltas, unread = deltas_of(tensors, metadata, where=path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Lora(path.stem, digest, float(strength), deltas, unread)
+    return Lora(path.stem, sha256_file(path), float(strength), deltas, unread)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.batch.hashes import FileHashes
+from runner.storage.file_hashes import FileHashes, content_sha256
 
 
 @pytest.fixture
@@ -80,3 +80,53 @@ def test_a_damaged_memory_only_costs_hashing_again(file, tmp_path, content):
     memory = (tmp_path / "hashes.json").read_text()
     assert digest(b"frames") in memory
     assert file.name not in memory, "a file's name may hold a secret"
+
+
+def test_processes_that_share_a_memory_lose_nothing(tmp_path):
+    """Both read it before either saves."""
+    files = [tmp_path / "a", tmp_path / "b"]
+    memory = tmp_path / "hashes.json"
+    both = [FileHashes(memory), FileHashes(memory)]
+    for path, hashes in zip(files, both, strict=True):
+        path.write_bytes(path.name.encode())
+        os.utime(path, (1, 1))
+        hashes.sha256(path)
+    for hashes in both:
+        hashes.save()
+    assert [FileHashes(memory).known(path) for path in files] == [digest(b"a"), digest(b"b")]
+
+
+def test_known_digests_are_those_of_this_very_file(file, monkeypatch):
+    hashes = FileHashes()
+    assert hashes.known(file) is None
+    hashes.sha256(file)
+    done = reads(monkeypatch)
+    assert hashes.known(file) == digest(b"frames")
+    os.utime(file, (1_000_000_001, 1_000_000_001))
+    assert hashes.known(file) is None
+    assert done == []
+
+
+def test_what_could_not_be_saved_is_saved_later(file, tmp_path):
+    hashes = FileHashes(tmp_path / "cache" / "hashes.json")
+    hashes.sha256(file)
+    (tmp_path / "cache").write_bytes(b"in the way")
+    with pytest.raises(OSError, match="exists"):
+        hashes.save()
+    (tmp_path / "cache").unlink()
+    hashes.save()
+    assert FileHashes(tmp_path / "cache" / "hashes.json").known(file) == digest(b"frames")
+
+
+def test_content_is_hashed_again_only_when_the_file_changed(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"abc")
+    os.utime(path, (1, 1))
+    # FIPS 180-2, appendix B.1
+    assert content_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    stat = path.stat()
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same path, size, inode and time: taken at its word
+    assert content_sha256(path).startswith("ba7816bf")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert not content_sha256(path).startswith("ba7816bf")

@@ -1,0 +1,146 @@
+"""File hashes: the sha256 of local files, computed once for the same path, size, mtime and inode.
+
+In:   paths, and a file that keeps the results between runs. Out: hex digests. Never: what is in the files.
+
+Inputs and outputs of jobs (`file-hashes.json`) and weights (`weight-identities.json`) have a memory each in the cache
+folder. The memory names files by the sha256 of their path, as a name may hold a presigned URL's signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from runner.hashing import sha256_stream
+from runner.storage.disk import staged
+
+__all__ = ["FileHashes", "content_sha256"]
+
+VERSION = 1
+MOST = 200_000  # entries that are kept, about 40 MB; the least recently used leave first
+SETTLED_S = 2.0  # a file may change again within its clock's tick, 2 s on FAT and on some network file systems
+
+Stamp = tuple[int, int, int]  # bytes, mtime in ns, inode
+
+
+class FileHashes:
+    """sha256 by file. Safe from any thread. `memory`: a file that several processes may share."""
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory: Path | None = None
+        self._known: dict[str, tuple[Stamp, str]] = {}
+        self._changed = False
+        self._lock = threading.Lock()
+        if memory is not None:
+            self.use(memory)
+
+    def use(self, memory: Path) -> None:
+        """Read what `memory` keeps, unless it was read before; `save` writes to it from now on."""
+        with self._lock:
+            if memory != self._memory:
+                self._known |= _read(memory)
+                self._memory = memory
+
+    def sha256(self, path: Path) -> str:
+        """sha256, hex, of the file's bytes. Raises OSError where it cannot be read."""
+        place = _place(path)
+        with path.open("rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
+            with self._lock:
+                known = self._known.pop(place, None)
+                if known is not None and known[0] == stamp:
+                    self._known[place] = known  # now the most recently used
+                    return known[1]
+            digest = sha256_stream(file)
+            unchanged = _stamp(os.fstat(file.fileno())) == stamp
+        if unchanged and time.time_ns() - stamp[1] > SETTLED_S * 1e9:
+            with self._lock:
+                self._known[place] = (stamp, digest)
+                self._changed = True
+        return digest
+
+    def known(self, path: Path) -> str | None:
+        """The digest that was computed for this very file before, without reading it; None if there is none."""
+        with self._lock:
+            entry = self._known.get(_place(path))
+        return entry[1] if entry is not None and entry[0] == _stamp(path.stat()) else None
+
+    def save(self) -> None:
+        """Add what is known to the memory, if anything is new. What other processes saved stays. Raises OSError."""
+        with self._lock:
+            if self._memory is None or not self._changed:
+                return
+            memory, known = self._memory, dict(self._known)
+            self._changed = False
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with staged(memory, place=lambda temporary: _merge(temporary, memory, known)):
+                pass
+        except OSError:
+            self._changed = True
+            raise
+
+
+def _merge(temporary: Path, memory: Path, known: dict[str, tuple[Stamp, str]]) -> None:
+    """Replace `memory` by its content and `known`. The folder is locked, so that no process loses what it added."""
+    kept = list((_read(memory) | known).items())[-MOST:]
+    files = {place: [*stamp, digest] for place, (stamp, digest) in kept}
+    with temporary.open("wb") as out:
+        out.write(json.dumps({"version": VERSION, "files": files}).encode("ascii"))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, memory)
+
+
+def _place(path: Path) -> str:
+    return _hashed_name(path.resolve())
+
+
+def _hashed_name(path: Path | str) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _read(memory: Path) -> dict[str, tuple[Stamp, str]]:
+    """What an earlier run kept. A file that is missing or damaged only costs hashing again."""
+    try:
+        content: Any = json.loads(memory.read_bytes())
+        if "version" not in content:
+            return _read_by_path(content)
+        if content["version"] != VERSION:
+            return {}
+        return {
+            str(place): ((int(size), int(mtime), int(inode)), str(digest))
+            for place, (size, mtime, inode, digest) in content["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _read_by_path(content: dict[str, Any]) -> dict[str, tuple[Stamp, str]]:
+    """What version 0.1.0 kept of the weights: path → {"file": [bytes, mtime in ns, inode], "sha256": …}. Hashing 30 GB
+    anew would take minutes."""
+    found = {}
+    for path, entry in content.items():
+        size, mtime, inode = entry["file"]
+        found[_hashed_name(path)] = ((int(size), int(mtime), int(inode)), str(entry["sha256"]))
+    return found
+
+
+_SHARED = FileHashes()
+
+
+def content_sha256(path: Path) -> str:
+    """sha256, hex, of a file's bytes; read once in a process for the same path, size, mtime and inode.
+
+    Raises OSError where it cannot be read: whoever asks has opened it before.
+    """
+    return _SHARED.sha256(Path(path))
