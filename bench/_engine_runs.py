@@ -27,6 +27,7 @@ from runner.generation.wan_animate.pipeline import AnimatePipeline
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
 from runner.spec.recipes import Recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 
@@ -199,9 +200,9 @@ class Seed:
         self.device, self.clock = device, clock_of(device)
         begin = self.clock()
         dtype = getattr(torch, recipe.dtype)
-        encoders, _ = find_encoders(store, recipe, dtype)
+        encoders, _ = find_encoders(ResolvedRecipe(store, recipe), dtype)
         home = torch.device("cpu")  # where its models wait
-        transformer, _ = load_transformer(store, recipe, home, dtype)
+        transformer, _ = load_transformer(ResolvedRecipe(store, recipe), home, dtype)
         dequantise_stepwise(transformer)
         parts = {
             "tokenizer": AutoTokenizer.from_pretrained(store.component(recipe, "tokenizer")),

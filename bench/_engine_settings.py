@@ -20,12 +20,13 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.forecast.bytes import weights_of
 from runner.forecast.flops import Costs
 from runner.generation.runtime.device import free_bytes
-from runner.generation.runtime.memory_plan import choose_plan
+from runner.generation.runtime.memory_plan import Load, choose_plan
 from runner.generation.wan_animate.autoencoder import fuse_norms, with_channels_last
-from runner.generation.wan_animate.loading import load_of, load_pipeline, tune
+from runner.generation.wan_animate.loading import load_pipeline, tune
 from runner.generation.wan_animate.transformer import Switches
 from runner.quantization.linear import release_workspace
 from runner.spec.recipes import Recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 ALL_OFF = Switches(step_invariants=False, memos=False, compile=False)
@@ -214,10 +215,10 @@ class Engine:
 
 def load_resident(bench: Bench) -> Any:
     """Our pipeline with everything on the device, but for encoders where they do not fit."""
-    size, load = (*bench.scale.size, bench.scale.frames), load_of(bench.store, bench.recipe)
+    size, load = (*bench.scale.size, bench.scale.frames), Load(**ResolvedRecipe(bench.store, bench.recipe).bytes)
     free = free_bytes(bench.device)
     plan, _ = choose_plan("resident", bench.recipe, bench.costs, free, size=size, load=load, cuda=bench.cuda)
-    return load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)[0]
+    return load_pipeline(ResolvedRecipe(bench.store, bench.recipe), bench.device, plan=plan)[0]
 
 
 def all_on(bench: Bench) -> Setting:

@@ -35,13 +35,15 @@ from runner.generation.runtime.device import grow_segments
 from runner.generation.runtime.memory_plan import (
     CONTEXT_BYTES,
     MODES,
+    Load,
     MemoryPlan,
     choose_plan,
     forecast_memory,
     make_plan,
 )
-from runner.generation.wan_animate.loading import load_of, load_pipeline
+from runner.generation.wan_animate.loading import load_pipeline
 from runner.spec.recipes import Recipe, get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 STEPS = 6  # of a whole job
@@ -167,7 +169,7 @@ def modes(bench: Bench, like: Spent) -> Rows:
     production, chosen, size = get_recipe("fp4-distill"), cards(), (*bench.scale.size, bench.scale.frames)
     for mode in ("stream", "minimal", "resident"):
         card = min(chosen.get(mode, [LEAST_GB]))
-        plan, load = plan_of(mode, card, bench.recipe), load_of(bench.store, bench.recipe)
+        plan, load = plan_of(mode, card, bench.recipe), Load(**ResolvedRecipe(bench.store, bench.recipe).bytes)
         forecast = forecast_memory(plan, bench.recipe, bench.costs, *size, load=load, cuda=bench.cuda)
         full = forecast_memory(plan_of(mode, card, production), production, PRODUCTION, 832, 480, 81)
 
@@ -175,7 +177,7 @@ def modes(bench: Bench, like: Spent) -> Rows:
             # Resident is much like what was measured; less memory takes longer, without compiled blocks much longer.
             bench.check(15 * bench.cuda + bench.takes(like) * (1.2 if plan.compiled else 3))
             with capped(bench, card):
-                pipeline, _ = load_pipeline(bench.store, bench.recipe, bench.device, plan=plan)
+                pipeline, _ = load_pipeline(ResolvedRecipe(bench.store, bench.recipe), bench.device, plan=plan)
                 return bench.measure(pipeline)
 
         spent = attempt(f"mode {mode}", work)
@@ -258,7 +260,7 @@ def forecasts() -> Rows:
 
 
 def ceilings(bench: Bench) -> Rows:
-    config = bench.store.config(bench.recipe, "transformer")
+    config = ResolvedRecipe(bench.store, bench.recipe).config("transformer")
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     d, ffn = heads * width, config["ffn_dim"]
     tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
@@ -368,7 +370,7 @@ def main() -> None:
     ):
         write_store(Path(folder), scale, recipe, device)
         store = ModelStore(Path(folder))
-        bench = Bench(device, scale, recipe, store, store.costs(recipe), sampler, began + seconds)
+        bench = Bench(device, scale, recipe, store, ResolvedRecipe(store, recipe).costs, sampler, began + seconds)
         if options.quick:
             bench.steps = 2
         tables = measure_all(bench)

@@ -78,11 +78,12 @@ class Ours:
 
         from runner.generation.wan_animate.loading import load_pipeline
         from runner.spec.recipes import get_recipe
+        from runner.weights.resolved import ResolvedRecipe
         from runner.weights.store import ModelStore
 
         torch.set_num_threads(1)
         self.recipe, self.shape = get_recipe(f"fp32+euler+diffusers-grid+steps{STEPS}"), shape
-        self.pipeline, _ = load_pipeline(ModelStore(store), self.recipe, torch.device("cpu"))
+        self.pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(store), self.recipe), torch.device("cpu"))
         self.lookups: Counter[str] = Counter()
 
     def render(self, source: Source, prompt: str, seed: int) -> np.ndarray:

@@ -90,10 +90,11 @@ class Renderer:
 
         from runner.generation.wan_animate.loading import load_pipeline
         from runner.spec.recipes import get_recipe
+        from runner.weights.resolved import ResolvedRecipe
         from runner.weights.store import ModelStore
 
         torch.set_num_threads(1)
-        self.pipeline, _ = load_pipeline(ModelStore(models), get_recipe("fp32"), torch.device("cpu"))
+        self.pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(models), get_recipe("fp32")), torch.device("cpu"))
         plain = self.pipeline.transformer
         self.variants = {name: self._variant(plain, name, lora) for name in sorted(set(wanted))}
 

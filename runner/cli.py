@@ -360,6 +360,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.spec.manifest import load_manifest
+    from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
     from runner.storage.roots import parse_roots
     from runner.verbs.tables import print_problems
     from runner.verbs.validate import check_inputs, check_models
@@ -368,7 +369,8 @@ def _validate(arguments: argparse.Namespace) -> int:
     roots = parse_roots(arguments.input_root)
     problems = [] if arguments.no_inputs else check_inputs(manifest.jobs, deep=arguments.deep, roots=roots)
     if arguments.models:
-        problems += check_models(manifest.jobs, arguments.models, arguments.cache)
+        recipe = get_recipe(manifest.recipe or DEFAULT_RECIPE)
+        problems += check_models(manifest.jobs, recipe, arguments.models, arguments.cache)
     print_problems(manifest, problems, checked=not arguments.no_inputs)
     return 1 if problems else 0
 

@@ -62,6 +62,7 @@ KNOWS: dict[str, dict[str, set[str]]] = {
 
 # Modules that are named in a text and imported when they are first needed: where that is done, and why.
 REGISTRIES = {
+    "runner.generation.families": "a model is imported when a recipe names it",
     "runner.preprocess.masks.segmenter": "which segmenter a folder holds is known when its config.json is read",
 }
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from runner.errors import ConfigInvalid
-from runner.spec.hashed_fields import RECIPE_KEYS, NotHashed, hashed_values
+from runner.spec.hashed_fields import RECIPE_KEYS, Introduced, NotHashed, hashed_values
 
 __all__ = ["COMPUTE", "DEFAULT_RECIPE", "RECIPES", "Recipe", "get_recipe"]
 
@@ -47,6 +47,7 @@ class Recipe:
     distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
     compute: Compute = "bf16"  # of the transformer's matrix products; "bf16": in `dtype`, whatever that is
     attention: Literal["exact", "int8"] = "exact"  # of the transformer's self-attention
+    family: Annotated[str, Introduced("wan-animate")] = "wan-animate"  # the model, a row of generation/families.py
 
     def as_dict(self) -> dict[str, object]:
         """All of it but the summary, which is prose; for the record."""

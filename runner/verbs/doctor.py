@@ -265,11 +265,11 @@ def _weights(models: str | None, recipe: str | None) -> Check:
         if first is None:
             return Check("weights", "fail", f"nothing lies below {models}", "Check the bucket and the prefix")
         return Check("weights", "ok", f"{models} answers; the files are checked when they have been synced")
+    from runner.generation.families import EngineSettings, get_family
     from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
-    from runner.weights.store import ModelStore
 
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
-    ModelStore(local_path(models)).check(chosen)
+    get_family(chosen).resolve(local_path(models), chosen, EngineSettings())
     return Check("weights", "ok", f"all that recipe {chosen.name} needs is in {models}")
 
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, RunnerError
-from runner.forecast.flops import PRODUCTION, Costs
 from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
+from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
-from runner.generation.runtime.memory_plan import MODES, choose_plan, forecast_memory
-from runner.generation.segments import plan_job
 from runner.preprocess.pictures.images import image_size
 from runner.preprocess.pictures.sizing import output_size
 from runner.spec.manifest import Job, Manifest
@@ -26,7 +24,6 @@ from runner.storage import fetch_input, is_remote
 from runner.storage.roots import check_inside, parse_roots
 from runner.verbs.validate import input_places
 from runner.video import VideoReader
-from runner.weights.store import ModelStore
 
 __all__ = ["Forecast", "choose_gpu", "forecast_job", "forecast_jobs"]
 
@@ -72,7 +69,7 @@ def forecast_jobs(
     """One row a job, in order, and the GPU whose seconds they name. S3 inputs are downloaded to be measured."""
     recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
     local = arguments.models and not is_remote(arguments.models)
-    costs = ModelStore(Path(arguments.models)).costs(recipe) if local else PRODUCTION
+    forecaster = get_family(recipe).forecaster(recipe, Path(arguments.models) if local else None)
     gpu = choose_gpu(arguments.gpu, recipe)
     roots = parse_roots(arguments.input_root)
     rows = []
@@ -80,24 +77,14 @@ def forecast_jobs(
         try:
             for _, uri in input_places(job):
                 check_inside(uri, roots)
-            plan = forecast_job(job, recipe, costs, gpu)
-            guided = job.options.guidance_scale > 1
-            rows.append(Forecast(job.id, plan, memory=_memory(plan, recipe, costs, guided)))
+            plan = forecast_job(job, forecaster, gpu)
+            rows.append(Forecast(job.id, plan, memory=forecaster.memory(plan, job.options)))
         except RunnerError as error:
             rows.append(Forecast(job.id, None, error))
     return rows, gpu.name if gpu is not None else None
 
 
-def _memory(plan: SegmentPlan, recipe: Recipe, costs: Costs, guided: bool) -> dict[str, int]:
-    window = (plan.width, plan.height, plan.segment_frames)
-    peaks: dict[str, int] = {}
-    for mode in MODES:
-        leanest, _ = choose_plan(mode, recipe, costs, 0, size=window)
-        peaks[mode] = forecast_memory(leanest, recipe, costs, *window, guided=guided).peak
-    return peaks
-
-
-def forecast_job(job: Job, recipe: Recipe, costs: Costs, gpu: DeviceSpeed | None = None) -> SegmentPlan:
+def forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None = None) -> SegmentPlan:
     """The plan that `run` would make. Raises input.* and storage.* as it would."""
     options = job.options
     with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
@@ -111,4 +98,4 @@ def forecast_job(job: Job, recipe: Recipe, costs: Costs, gpu: DeviceSpeed | None
                 parity = options.preprocess.parity
                 sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
                 size = output_size(options, image_size(reference), video_size)
-    return plan_job(len(sampled.indices), size, options, recipe, costs, gpu)
+    return forecaster.plan(len(sampled.indices), size, options, gpu)

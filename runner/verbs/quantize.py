@@ -113,12 +113,14 @@ def _lora_files(root: Path, recipe: Recipe, given: Sequence[str]) -> list[tuple[
 
 def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) -> dict[str, Tensor]:
     """Render the jobs of a manifest with the source weights, the LoRAs attached, and watch the linears' inputs."""
+    from runner.generation.families import EngineSettings
     from runner.generation.protocol import Request
     from runner.generation.wan_animate.generator import WanAnimateGenerator
     from runner.quantization.activations import watching
     from runner.quantization.lora.apply import attached
     from runner.spec.manifest import load_manifest
     from runner.storage import fetch_input
+    from runner.weights.resolved import resolve_recipe
     from runner.weights.store import ModelStore
 
     manifest = load_manifest(arguments.calibrate)
@@ -130,7 +132,8 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
     recipe = replace(
         get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, grid=target.grid, shift=target.shift
     )
-    generator = WanAnimateGenerator.load(ModelStore(root), recipe, device=arguments.device)
+    models = resolve_recipe(ModelStore(root), recipe)
+    generator = WanAnimateGenerator.load(models, EngineSettings(device=arguments.device))
     log = structlog.get_logger()
     assert generator.pipeline is not None
     # Compiled, blocks would be traced with the hooks in them, a graph for each, and warmed up on noise that they count.

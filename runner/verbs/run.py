@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -26,7 +26,6 @@ from runner.batch.shards import Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
-from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.spec.manifest import Job, Manifest, load_manifest
 from runner.storage import check_key, open_storage, probe_writable
@@ -139,48 +138,35 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
+    from runner.generation.families import EngineSettings, get_family
     from runner.generation.runtime.memory_plan import MODES
-    from runner.generation.wan_animate.loras import own_parts
     from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
-    from runner.weights.store import ModelStore, wanted
 
     recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
+    family = get_family(recipe)
     memory = arguments.memory or manifest.memory or "auto"
     if memory not in ("auto", *MODES):  # a manifest's was checked with the manifest
         raise ConfigInvalid(f"no memory mode {memory!r}", where="--memory", todo=f"Modes: auto, {', '.join(MODES)}")
-    store = ModelStore(local_models(arguments, wanted(recipe)))
-    store.check(recipe)
-    identity = {f"recipe.{name}": str(value) for name, value in recipe.effective().items()}
-    identity |= store.identities(recipe, arguments.cache)
     assume: dict[str, str] = {}
     if arguments.assume:
         from runner.quantization.files.assumptions import parse_assumptions
 
         assume = parse_assumptions(arguments.assume)
-    identity |= {f"assume.{name}": value for name, value in assume.items()}
-    networks = network_options(arguments)
-    if networks.pose_precision != "fp32":  # other poses, other frames
-        identity["pose_precision"] = networks.pose_precision
-
-    def load() -> Generator[Any]:
-        from runner.generation.wan_animate.generator import WanAnimateGenerator
-
-        return WanAnimateGenerator.load(
-            store,
-            recipe,
-            device=arguments.device,
-            assume=assume,
-            cache=arguments.cache,
-            memory=memory,
-            networks=networks,
-        )
-
+    settings = EngineSettings(
+        device=arguments.device,
+        memory=memory,
+        cache=arguments.cache,
+        assume=assume,
+        pose_precision=arguments.pose_precision,
+        tensorrt=arguments.tensorrt,
+    )
+    model = family.resolve(local_models(arguments, family.wanted(recipe)), recipe, settings)
     return Engine(
         recipe=recipe.name,
-        identity=identity,
-        load=load,
+        identity={f"recipe.{name}": str(value) for name, value in recipe.effective().items()} | dict(model.identity),
+        load=model.load,
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
-        own=lambda job: own_parts(store, job.options, bool(job.mask or job.official), arguments.cache),
+        own=lambda job: model.job_identity(job.options, has_mask=bool(job.mask or job.official)),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from runner.errors import InputUnreadable, RunnerError, as_runner_error
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
+from runner.spec.recipes import Recipe
 from runner.storage import fetch_input, is_remote, stat_input
 from runner.storage.roots import check_inside
 
@@ -77,21 +78,21 @@ def check_inputs(
     return [(job.id, error) for job in jobs for error in found.get(job.id, ())]
 
 
-def check_models(jobs: Sequence[Job], models: str, cache: Path) -> list[tuple[str, RunnerError]]:
+def check_models(jobs: Sequence[Job], recipe: Recipe, models: str, cache: Path) -> list[tuple[str, RunnerError]]:
     """(job id, error) for each job that asks for a LoRA or an optional network that the store lacks or that is damaged.
 
     `models`: a folder or s3:// URI; of a bucket, what the jobs ask for is copied into `cache`. Only headers are read.
     Raises WeightsMissing where the store itself is not there, storage.*.
     """
-    from runner.generation.wan_animate.loras import check_own
+    from runner.generation.families import get_family
     from runner.storage.sync import sync_models
-    from runner.weights.store import ModelStore, wanted_by_jobs
 
-    store = ModelStore(sync_models(models, cache / "models", wanted_by_jobs([job.options for job in jobs])))
+    family = get_family(recipe)
+    store = sync_models(models, cache / "models", family.wanted_by_jobs([job.options for job in jobs]))
     problems = []
     for job in jobs:
         try:
-            check_own(store, job.options, bool(job.mask or job.official))
+            family.check_job(store, job.options, has_mask=bool(job.mask or job.official))
         except (RunnerError, OSError) as err:
             problems.append((job.id, as_runner_error(err, where=job.id)))
     return problems

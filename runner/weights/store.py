@@ -1,7 +1,7 @@
-"""Store: where the models of a recipe lie in `--models`, whether they are all there, and what they are.
+"""Store: where models lie in `--models`, and whether single files are whole; `resolved.py` has a recipe's files.
 
-In:   the store's root (a local folder) and a recipe. Out: paths, parsed configs, identities, or an error that lists
-      what is missing, which folder it goes into and where to get it.
+In:   the store's root (a local folder). Out: paths, which keys of a remote store a recipe needs, WeightsCorrupt for a
+      file whose header does not add up.
 Never: tensors. Files are opened for their headers only; pickled weights (.bin, .pt, .ckpt) are never opened at all.
 
 Layout: the published folders as they are, so that a download drops in.
@@ -21,17 +21,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing
-from runner.forecast.flops import Costs
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
-from runner.weights.digests import FileIdentities, combine
+from runner.weights.digests import FileIdentities
 from runner.weights.variant import (
     LORA_FOLDER,
     RELIGHT,
     Variant,
-    choose_variant,
     lora_files,
-    text_file,
     wanted_fp4,
 )
 
@@ -132,131 +129,26 @@ class ModelStore:
                 )
         return wanted
 
-    def variant(self, recipe: Recipe) -> Variant:
-        """Which files the transformer and the text encoder come from. Raises WeightsMissing."""
-        return choose_variant(self.root, recipe)
-
-    def components(self, recipe: Recipe) -> tuple[str, ...]:
-        """Those of COMPONENTS that come from the plain folders."""
-        instead = {"transformer"} if recipe.fp4 else set()
-        instead |= {"text_encoder"} if text_file(self.root, recipe) else set()
-        return tuple(name for name in COMPONENTS if name not in instead)
-
-    def config(self, recipe: Recipe, name: str) -> dict[str, Any]:
-        """A component's parsed config. Raises WeightsMissing or WeightsCorrupt."""
-        if name == "transformer":
-            return read_json(self.variant(recipe).config)
-        return read_json(self.component(recipe, name) / CONFIGS.get(name, "config.json"))
-
     def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
         """name → (file, strength) of a job's own LoRAs. Raises JobWeightsMissing for a name without a file."""
         return lora_files(self.root, names, replace=replace)
 
-    def lora_identities(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
-        """File → sha256."""
+    def file_digests(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
+        """File → sha256. `cache`: a writable folder that remembers what was hashed between runs."""
         return self._hashes.of(files, self.root, cache)
-
-    def costs(self, recipe: Recipe) -> Costs:
-        """What jobs cost with these very models, from their configs."""
-        return Costs.from_configs(*(self.config(recipe, name) for name in ("transformer", "vae", "image_encoder")))
-
-    def check(self, recipe: Recipe) -> None:
-        """Everything `recipe` needs is there and whole, as far as headers tell; takes milliseconds.
-
-        Raises WeightsMissing with every missing file at once, else WeightsCorrupt for the first that is damaged.
-        """
-        if not self.root.is_dir():
-            raise WeightsMissing(
-                "no such folder of models",
-                where=self.root,
-                todo="Pass --models DIR, or make one: video-lab weights demo",
-            )
-        components = self.components(recipe)
-        missing = [line for name in components for line in self._missing(recipe, name)]
-        missing += [f"{rel}  (from {HUB['preprocess']})" for rel in self._missing_onnx()]
-        todo = "Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo"
-        also = ""
-        try:
-            variant = self.variant(recipe)
-        except WeightsMissing as err:
-            if not missing:
-                raise
-            also, todo = f"\n  {err.what}", f"{todo}\n{err.todo}"
-        if missing:
-            raise WeightsMissing(
-                f"recipe {recipe.name!r} lacks {len(missing)} file{'s' if len(missing) > 1 else ''}\n"
-                + "\n".join(f"  {line}" for line in missing)
-                + f"{also}\n",
-                where=self.root,
-                todo=todo,
-            )
-        for name in components:
-            self.config(recipe, name)
-            check_weights(self.component(recipe, name), WEIGHTS.get(name))
-        check_variant(variant)
-        for files in (self._onnx_files(self.detector), self._onnx_files(self.pose)):
-            for file in files:
-                check_not_empty(file)
-
-    def identities(self, recipe: Recipe, cache: Path | None = None) -> dict[str, str]:
-        """Piece -> sha256 of its files, configs included: an edited config renders other frames. For the fingerprint.
-
-        A piece of several files has the digest of their sha256sum listing. `cache`, a writable folder, remembers what
-        was hashed between runs. See digests.py for what is read.
-        """
-        pieces = {name: self._component_files(recipe, name) for name in self.components(recipe)}
-        if extra := self.variant(recipe).files:
-            pieces["transformer"] = list(extra)
-        pieces |= {"detector": self._onnx_files(self.detector), "pose": self._onnx_files(self.pose)}
-        digests = self._hashes.of((file for files in pieces.values() for file in files), self.root, cache)
-        return {name: combine({self._name(f): digests[f] for f in files}) for name, files in pieces.items()}
-
-    def text_identity(self, recipe: Recipe, cache: Path | None = None) -> str:
-        """Digest of all that makes an embedding of a text: tokenizer and text encoder, whichever file that is."""
-        file = self.variant(recipe).text_encoder
-        files = [file] if file else self._component_files(recipe, "text_encoder")
-        files += self._component_files(recipe, "tokenizer")
-        digests = self._hashes.of(files, self.root, cache)
-        return combine({self._name(f): digests[f] for f in files})
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
 
-    def _missing(self, recipe: Recipe, name: str) -> list[str]:
-        folder = self.component(recipe, name)
-        source = f"(from {name}/ of {HUB['weights']})"
-        wanted = [folder / CONFIGS.get(name, "config.json")]
-        lines = []
-        if name == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
-            wanted.append(folder / TOKENIZER_FILES[0])
-        if name in WEIGHTS:
-            files = weight_files(folder, WEIGHTS[name])
-            wanted += files
-            if not files:
-                pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
-                refused = f"; {pickled[0]} is a pickle, which can run code, and is never read" if pickled else ""
-                lines.append(f"{self._name(folder / WEIGHTS[name])}.safetensors  {source}{refused}")
-        return [f"{self._name(path)}  {source}" for path in wanted if not path.is_file()] + lines
 
-    def _missing_onnx(self) -> list[str]:
-        lines = [] if self.detector.is_file() else [DETECTOR]
-        return lines if self.pose.is_file() else [*lines, f"{POSE} or {POSE}/{POSE_GRAPH}"]
-
-    def _component_files(self, recipe: Recipe, name: str) -> list[Path]:
-        folder = self.component(recipe, name)
-        plain = [p for p in folder.glob("*") if p.is_file() and p.suffix in (".json", ".model", ".txt")]
-        weights = weight_files(folder, WEIGHTS[name]) if name in WEIGHTS else []
-        return sorted({*(p for p in plain if not p.name.startswith(".")), *weights})
-
-    @staticmethod
-    def _onnx_files(graph: Path) -> list[Path]:
-        """The graph and the files that hold its weights: its folder's, or its neighbours of the same name."""
-        if graph.name == POSE_GRAPH:
-            beside: Iterable[Path] = graph.parent.rglob("*")
-        else:
-            beside = graph.parent.glob(f"{graph.stem.removesuffix('_model')}*")
-        others = {p for p in beside if p.is_file() and p.suffix != ".onnx" and not p.name.startswith(".")}
-        return sorted({graph, *others})
+def onnx_files(graph: Path) -> list[Path]:
+    """The graph and the files that hold its weights: its folder's, or its neighbours of the same name."""
+    if graph.name == POSE_GRAPH:
+        beside: Iterable[Path] = graph.parent.rglob("*")
+    else:
+        beside = graph.parent.glob(f"{graph.stem.removesuffix('_model')}*")
+    others = {p for p in beside if p.is_file() and p.suffix != ".onnx" and not p.name.startswith(".")}
+    return sorted({graph, *others})
 
 
 def wanted(recipe: Recipe) -> Callable[[str], bool]:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from runner.weights.resolved import ResolvedRecipe
 from tests.bench.run_bench import ROOT
 
 
@@ -36,7 +37,9 @@ def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     try:
         with MemorySampler(read=engine.DeviceMemory()) as sampler, torch.no_grad():
             engine.write_store(tmp_path, scale, recipe, device)
-            bench = engine.Bench(device, scale, recipe, store, store.costs(recipe), sampler, float("inf"), 2)
+            bench = engine.Bench(
+                device, scale, recipe, store, ResolvedRecipe(store, recipe).costs, sampler, float("inf"), 2
+            )
             tables = engine.measure_all(bench)
     finally:
         torch.set_num_threads(threads)

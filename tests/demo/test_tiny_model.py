@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from runner.demo.tiny_model import TINY_FACE_SIZE, build_tiny_store
 from runner.spec.options import DEFAULT_PROMPT
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import COMPONENTS, ModelStore
 
 RECIPE = get_recipe("fp32")
@@ -33,9 +34,9 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_the_random_state(tiny_sto
 def test_it_has_the_production_layout_in_three_megabytes(tiny_store_dir):
     store = ModelStore(tiny_store_dir)
     for name in COMPONENTS:
-        assert store.config(RECIPE, name)
+        assert ResolvedRecipe(store, RECIPE).config(name)
     assert sum(path.stat().st_size for path in tiny_store_dir.rglob("*") if path.is_file()) < 3e6
-    config = store.config(RECIPE, "transformer")
+    config = ResolvedRecipe(store, RECIPE).config("transformer")
     assert config["added_kv_proj_dim"] is not None  # the image cross-attention is there
     assert config["num_layers"] == 2 * config["inject_face_latents_blocks"]
     assert config["motion_encoder_size"] == TINY_FACE_SIZE
@@ -45,7 +46,9 @@ def test_every_linear_layer_can_be_quantised_in_groups_of_32(tiny_store_dir):
     from diffusers import WanAnimateTransformer3DModel
 
     with torch.device("meta"):
-        model = WanAnimateTransformer3DModel.from_config(ModelStore(tiny_store_dir).config(RECIPE, "transformer"))
+        model = WanAnimateTransformer3DModel.from_config(
+            ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE).config("transformer")
+        )
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert len(linears) == 4 * 12 + 2 * 4 + 9  # per block, per face adapter, and the same nine as the 14B model
     assert all(module.in_features % 32 == 0 for module in linears)

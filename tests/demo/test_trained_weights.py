@@ -14,6 +14,7 @@ from safetensors import safe_open
 from runner.demo.build import TRAINED, build_demo_models, copy_trained, trained_digest
 from runner.errors import ConfigInvalid
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import COMPONENTS, ModelStore
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -39,7 +40,7 @@ def test_twelve_megabytes_of_bfloat16() -> None:
 def test_every_linear_layer_can_be_quantised(store: Path) -> None:
     from diffusers import WanAnimateTransformer3DModel
 
-    config = ModelStore(store).config(get_recipe("fp32"), "transformer")
+    config = ResolvedRecipe(ModelStore(store), get_recipe("fp32")).config("transformer")
     assert config["added_kv_proj_dim"] is not None
     with torch.device("meta"):
         model = WanAnimateTransformer3DModel.from_config(config)
@@ -49,7 +50,7 @@ def test_every_linear_layer_can_be_quantised(store: Path) -> None:
 def test_the_store_is_complete_for_both_recipes(store: Path) -> None:
     models = ModelStore(store)
     for name in ("fp32", "fp4-distill"):
-        models.check(get_recipe(name))
+        resolve_recipe(models, get_recipe(name))
         for component in COMPONENTS:
             assert models.config(get_recipe(name), component)
     marker = json.loads((store / "demo.json").read_text())

@@ -11,6 +11,7 @@ from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.segments import plan_job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 # Counted with torch's FLOP counter on the 14B model on the meta device.
@@ -36,9 +37,9 @@ def tiny(tiny_store_dir):
 
     store, recipe = ModelStore(tiny_store_dir), get_recipe("fp32")
     with torch.device("meta"):
-        transformer = WanAnimateTransformer3DModel.from_config(store.config(recipe, "transformer"))
-        vae = AutoencoderKLWan.from_config(store.config(recipe, "vae"))
-    return store.costs(recipe), transformer, vae
+        transformer = WanAnimateTransformer3DModel.from_config(ResolvedRecipe(store, recipe).config("transformer"))
+        vae = AutoencoderKLWan.from_config(ResolvedRecipe(store, recipe).config("vae"))
+    return ResolvedRecipe(store, recipe).costs, transformer, vae
 
 
 @pytest.mark.parametrize("frames", [5, 21])

@@ -23,6 +23,7 @@ from runner.weights import fetch, hub, repositories
 from runner.weights.digests import recorded
 from runner.weights.fetch import fetch_weights
 from runner.weights.repositories import LORA_COMMIT, LORA_REPO, SOURCES, Pin
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore
 from runner.weights.verify import verify_weights
 
@@ -469,9 +470,9 @@ def test_a_fetched_store_is_one_that_the_recipe_accepts(
     hub_server.add(DIFFUSERS, diffusers)
     hub_server.add(ORIGINAL, {path: body for path, body in files.items() if path.startswith("process_checkpoint/")})
     with pytest.raises(WeightsMissing):
-        ModelStore(tmp_path / "models").check(RECIPES["bf16"])
+        resolve_recipe(ModelStore(tmp_path / "models"), RECIPES["bf16"])
     run(hub_server, tmp_path / "models")
     store = ModelStore(tmp_path / "models")
-    store.check(RECIPES["bf16"])
-    assert store.identities(RECIPES["bf16"]) == ModelStore(demo_models).identities(RECIPES["bf16"])
+    ours = resolve_recipe(store, RECIPES["bf16"])
+    assert ours.digests == ResolvedRecipe(ModelStore(demo_models), RECIPES["bf16"]).digests
     assert {row.status for row in verify_weights(tmp_path / "models", "bf16")} == {"ok"}

@@ -14,6 +14,7 @@ from safetensors.torch import save_file as save_torch
 
 from runner.errors import WeightsCorrupt, WeightsMissing
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore, wanted
 from tests.safetensors_headers import edit_header, first_of, redeclare
 
@@ -55,14 +56,14 @@ def shard(root: Path) -> Path:
 
 
 def test_a_whole_store_passes(root):
-    ModelStore(root).check(RECIPE)
+    resolve_recipe(ModelStore(root), RECIPE)
     assert ModelStore(root).detector == root / DETECTOR
     assert ModelStore(root).pose == root / POSE
 
 
 def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path):
     with pytest.raises(WeightsMissing) as caught:
-        ModelStore(tmp_path).check(RECIPE)
+        resolve_recipe(ModelStore(tmp_path), RECIPE)
     message = caught.value.message
     for name in (
         "transformer/config.json",
@@ -83,7 +84,7 @@ def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path
 
 def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
     with pytest.raises(WeightsMissing) as caught:
-        ModelStore(tmp_path).check(get_recipe("fp4-distill"))
+        resolve_recipe(ModelStore(tmp_path), get_recipe("fp4-distill"))
     message = caught.value.message
     for said in ("has no FP4 transformer", "vae/config.json", DETECTOR, "video-lab quantize --recipe fp4-distill"):
         assert said in message
@@ -93,25 +94,25 @@ def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
 def test_only_what_is_missing_is_listed(root):
     (weights(root) / "vae/config.json").unlink()
     with pytest.raises(WeightsMissing, match="lacks 1 file\n") as caught:
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
     assert "vae/config.json" in caught.value.message
 
 
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(WeightsMissing, match="no such folder"):
-        ModelStore(tmp_path / "nowhere").check(RECIPE)
+        resolve_recipe(ModelStore(tmp_path / "nowhere"), RECIPE)
 
 
 def test_shards_and_their_index(root):
     shard(root)
-    ModelStore(root).check(RECIPE)
+    resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_a_missing_shard_is_named(root):
     folder = shard(root)
     (folder / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(WeightsMissing, match="00002-of-00002"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_an_index_that_disagrees_with_its_shards(root):
@@ -121,7 +122,7 @@ def test_an_index_that_disagrees_with_its_shards(root):
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, first)
     with pytest.raises(WeightsCorrupt, match="where the index puts it"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere.safetensors", "weights.bin"])
@@ -129,7 +130,7 @@ def test_an_index_reaches_for_nothing_but_safetensors_beside_it(root, name):
     folder = shard(root)
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(WeightsCorrupt, match="no safetensors file beside it"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
@@ -139,7 +140,7 @@ def test_truncated_weights_are_found_by_their_header(root, keep):
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(WeightsCorrupt, match=r"empty|truncated") as caught:
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
     assert str(file) in caught.value.message
     assert caught.value.exit_code == 2
 
@@ -148,7 +149,7 @@ def test_a_header_that_claims_absurd_lengths(root):
     file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
     with pytest.raises(WeightsCorrupt):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize(("said", "claimed"), [("F32", "I32"), ("BF16", "I16"), ("F16", "U16"), ("F64", "I64")])
@@ -158,11 +159,11 @@ def test_floats_declared_as_integers_are_refused(root, component, said, claimed)
     (file,) = (weights(root) / component).glob("*.safetensors")
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[said]
     save_torch({name: tensor.to(dtype) for name, tensor in load_torch(file).items()}, file)
-    ModelStore(root).check(RECIPE)
+    resolve_recipe(ModelStore(root), RECIPE)
     name = first_of(file, said)
     redeclare(file, name, claimed)
     with pytest.raises(WeightsCorrupt, match=f"{name} is {claimed}, not F64 or F32 or F16 or BF16") as caught:
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
     assert str(file) in caught.value.message
 
 
@@ -170,31 +171,31 @@ def test_a_tensor_of_a_shard_is_checked_too(root):
     file = shard(root) / "diffusion_pytorch_model-00002-of-00002.safetensors"
     redeclare(file, first_of(file, "F32"), "I32")
     with pytest.raises(WeightsCorrupt, match=r"00002-of-00002.* is I32"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_integers_that_belong_there_pass(root):
     file = weights(root) / "image_encoder/model.safetensors"
     positions = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
     save_torch(load_torch(file) | positions, file)
-    ModelStore(root).check(RECIPE)
+    resolve_recipe(ModelStore(root), RECIPE)
     edit_header(file, lambda header: header.update(other=header.pop(next(iter(positions)))))
     with pytest.raises(WeightsCorrupt, match="other is I64"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "NaN"])
 def test_a_config_that_no_json_reader_takes(root, text):
     (weights(root) / "transformer/config.json").write_text(text)
     with pytest.raises(WeightsCorrupt, match="not "):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("name", [f"{RECIPE.weights}/text_encoder/model.safetensors", DETECTOR])
 def test_a_git_lfs_pointer_is_told_from_the_file(root, name):
     (root / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(WeightsCorrupt, match="git lfs pull"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt"])
@@ -202,13 +203,13 @@ def test_pickles_are_refused(root, suffix):
     file = weights(root) / "image_encoder/model.safetensors"
     file.rename(file.with_name(f"pytorch_model{suffix}"))
     with pytest.raises(WeightsMissing, match=rf"pytorch_model\{suffix} is a pickle"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_a_config_that_is_not_json(root):
     (weights(root) / "transformer/config.json").write_text("{")
     with pytest.raises(WeightsCorrupt, match="not JSON"):
-        ModelStore(root).check(RECIPE)
+        resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_the_pose_model_in_each_published_form(root):
@@ -219,7 +220,7 @@ def test_the_pose_model_in_each_published_form(root):
     (root / POSE).mkdir()
     (root / POSE / "end2end.onnx").write_bytes(b"graph")
     assert ModelStore(root).pose == root / POSE / "end2end.onnx"
-    ModelStore(root).check(RECIPE)
+    resolve_recipe(ModelStore(root), RECIPE)
 
 
 def test_weights_beside_an_onnx_graph_belong_to_its_identity(root):
@@ -227,9 +228,9 @@ def test_weights_beside_an_onnx_graph_belong_to_its_identity(root):
     (root / POSE).mkdir()
     (root / POSE / "end2end.onnx").write_bytes(b"graph")
     (root / POSE / "onnx__MatMul_1").write_bytes(b"weights")
-    before = ModelStore(root).identities(RECIPE)
+    before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     (root / POSE / "onnx__MatMul_1").write_bytes(b"Weights")
-    assert changed(before, ModelStore(root).identities(RECIPE)) == {"pose"}
+    assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == {"pose"}
 
 
 def test_weights_beside_the_repacked_graph_belong_to_its_identity(root):
@@ -237,9 +238,9 @@ def test_weights_beside_the_repacked_graph_belong_to_its_identity(root):
     folder = root / "process_checkpoint/pose2d"
     (folder / "vitpose_h_wholebody_model.onnx").write_bytes(b"graph")
     (folder / "vitpose_h_wholebody_data.bin").write_bytes(b"weights")
-    before = ModelStore(root).identities(RECIPE)
+    before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     (folder / "vitpose_h_wholebody_data.bin").write_bytes(b"Weights")
-    assert changed(before, ModelStore(root).identities(RECIPE)) == {"pose"}
+    assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == {"pose"}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -248,7 +249,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 
 def test_identities_name_every_piece_and_follow_its_bytes(root):
-    before = ModelStore(root).identities(RECIPE)
+    before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     assert set(before) == {
         "transformer",
         "vae",
@@ -260,7 +261,7 @@ def test_identities_name_every_piece_and_follow_its_bytes(root):
         "pose",
     }
     assert before["detector"] == hashlib.sha256((root / DETECTOR).read_bytes()).hexdigest()
-    assert changed(before, ModelStore(root).identities(RECIPE)) == set()
+    assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == set()
 
     file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -269,7 +270,7 @@ def test_identities_name_every_piece_and_follow_its_bytes(root):
     save_file(tensors, file)
     config = weights(root) / "transformer/config.json"
     config.write_text(config.read_text().replace('"eps": 1e-06', '"eps": 1e-05'))
-    assert changed(before, ModelStore(root).identities(RECIPE)) == {"vae", "transformer"}
+    assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == {"vae", "transformer"}
 
 
 def test_a_component_is_its_sha256sum_listing(root):
@@ -278,15 +279,15 @@ def test_a_component_is_its_sha256sum_listing(root):
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {RECIPE.weights}/vae/{name}\n"
         for name in ("config.json", "diffusion_pytorch_model.safetensors")
     )
-    assert ModelStore(root).identities(RECIPE)["vae"] == hashlib.sha256(listing.encode()).hexdigest()
+    assert ResolvedRecipe(ModelStore(root), RECIPE).digests["vae"] == hashlib.sha256(listing.encode()).hexdigest()
 
 
 def test_files_that_no_recipe_reads_do_not_count(root):
-    before = ModelStore(root).identities(RECIPE)
+    before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     (weights(root) / "transformer/.DS_Store").write_bytes(b"x")
     (weights(root) / "README.md").write_text("x")
     (weights(root) / "text_encoder/pytorch_model.bin").write_bytes(b"x")
-    assert changed(before, ModelStore(root).identities(RECIPE)) == set()
+    assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == set()
 
 
 def test_a_remote_store_is_copied_by_need(root):
@@ -297,7 +298,7 @@ def test_a_remote_store_is_copied_by_need(root):
     for key in kept:
         (elsewhere / key).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / key, elsewhere / key)
-    ModelStore(elsewhere).check(RECIPE)  # enough
+    resolve_recipe(ModelStore(elsewhere), RECIPE)  # enough
     assert f"{RECIPE.weights}/model_index.json" not in kept  # and no more
     for key in (
         f"{RECIPE.weights}/text_encoder/pytorch_model.bin",

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import RunnerError, WeightsCorrupt
 from runner.forecast.flops import Costs
 from runner.forecast.seconds import find_device
+from runner.generation.families import EngineSettings
 from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
 from runner.generation.runtime.device import (
     as_out_of_memory,
@@ -29,17 +29,16 @@ from runner.generation.runtime.device import (
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.sampling import make_scheduler
 from runner.generation.segments import plan_job
-from runner.generation.wan_animate.loading import load_of, load_pipeline, plan_memory
+from runner.generation.wan_animate.loading import load_pipeline, plan_memory
 from runner.generation.wan_animate.loras import JobLoras
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.timing import StageTimer
-from runner.weights.store import ModelStore
+from runner.weights.resolved import ResolvedRecipe
 
 if TYPE_CHECKING:
     from runner.generation.wan_animate.pipeline import AnimatePipeline
     from runner.generation.wan_animate.windows import ConditionWindow, DrawnAhead
-    from runner.preprocess.networks.providers import NetworkOptions
 
 __all__ = ["AnimateConditions", "WanAnimateGenerator"]
 
@@ -121,52 +120,39 @@ class WanAnimateGenerator:
         self._face_size = pipeline.transformer.config.motion_encoder_size  # `prepare` asks while the model is replaced
 
     @classmethod
-    def load(
-        cls,
-        store: ModelStore,
-        recipe: Recipe,
-        *,
-        device: str = "auto",
-        assume: Mapping[str, str] | None = None,
-        cache: Path | None = None,
-        memory: str = "auto",
-        networks: NetworkOptions | None = None,
-    ) -> WanAnimateGenerator:
-        """Check the store, load every model onto the device, say what was chosen and why.
+    def load(cls, models: ResolvedRecipe, settings: EngineSettings) -> WanAnimateGenerator:
+        """Load every model onto the device, and say what was chosen and why.
 
-        `assume`: how to read a published FP4 file where it does not say itself. `cache`: folder to keep poses in.
-        `memory`: the mode, or auto. `networks`: precision and providers of the preprocessing's networks.
-        Raises WeightsMissing, WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
+        Raises WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
         """
         from runner.generation.runtime.text_cache import PromptCache
         from runner.generation.wan_animate.compiled import keep_code
+        from runner.preprocess.networks.providers import NetworkOptions
         from runner.preprocess.prepare import Preprocessor
         from runner.storage.disk_cache import DiskCache
 
-        picked, why = pick_device(device)
+        store, recipe, cache = models.store, models.recipe, settings.cache
+        picked, why = pick_device(settings.device)
         grow_segments(picked)
-        store.check(recipe)
-        memory_plan, memory_said = plan_memory(store, recipe, picked, memory)
-        poses = DiskCache(cache / "poses") if cache is not None else None
+        memory_plan, memory_said = plan_memory(models, picked, settings.memory)
         preprocessor = Preprocessor.load(
             store.detector,
             store.pose,
             device=picked.type if memory_plan.preprocess == "device" else "cpu",
             dwpose=store.dwpose,
             segmenter=store.segmenter,
-            cache=poses,
-            networks=networks,
+            cache=DiskCache(cache / "poses") if cache is not None else None,
+            networks=NetworkOptions(settings.pose_precision, settings.tensorrt, cache),
         )
         begin = time.monotonic()
         if cache is not None:
             keep_code(cache)
 
         def make(plan: MemoryPlan) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
-            pipeline, placement = load_pipeline(store, recipe, picked, assume, plan=plan)
+            pipeline, placement = load_pipeline(models, picked, settings.assume, plan=plan)
             if cache is not None:
-                encoder = store.text_identity(recipe, cache)
-                pipeline.prompts = PromptCache.open(cache / "prompts", encoder, recipe.dtype, picked)
-            loras = JobLoras(pipeline.transformer, store, recipe)
+                pipeline.prompts = PromptCache.open(cache / "prompts", models.text_digest, recipe.dtype, picked)
+            loras = JobLoras(pipeline.transformer, models)
             beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
             return pipeline, loras, placement | ({"loras_beside": dict(beside)} if beside else {})
 
@@ -185,12 +171,12 @@ class WanAnimateGenerator:
             pipeline,
             recipe,
             preprocessor,
-            costs=store.costs(recipe),
-            identity=store.identities(recipe),
+            costs=models.costs,
+            identity=models.digests,
             description=description,
             loras=loras,
             make=make,
-            load_bytes=load_of(store, recipe),
+            load_bytes=Load(**models.bytes),
         )
 
     @property

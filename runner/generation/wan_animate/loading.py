@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -18,7 +17,7 @@ from runner.generation.runtime.device import as_out_of_memory, free_bytes
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, choose_plan, make_plan
 from runner.generation.sampling import make_scheduler
 from runner.spec.recipes import Recipe
-from runner.weights.store import ModelStore
+from runner.weights.resolved import ResolvedRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "find_encoders",
-    "load_of",
     "load_pipeline",
     "load_transformer",
     "place",
@@ -39,8 +37,7 @@ __all__ = [
 
 
 def load_pipeline(
-    store: ModelStore,
-    recipe: Recipe,
+    models: ResolvedRecipe,
     device: torch.device,
     assume: Mapping[str, str] | None = None,
     *,
@@ -60,21 +57,22 @@ def load_pipeline(
     from runner.generation.wan_animate.autoencoder import FramewiseVae
     from runner.generation.wan_animate.pipeline import AnimatePipeline
 
+    recipe = models.recipe
     plan = plan or make_plan("resident", recipe)
 
     diffusers_logging.disable_progress_bar()  # the run has its own
     transformers_logging.disable_progress_bar()
     dtype, vae_dtype = getattr(torch, recipe.dtype), getattr(torch, plan.vae_dtype)
     try:
-        encoders, text_why = find_encoders(store, recipe, dtype)
-        transformer, chosen = load_transformer(store, recipe, device, dtype, assume, stay=plan.slots > 0)
+        encoders, text_why = find_encoders(models, dtype)
+        transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.slots > 0)
         components = {
-            "tokenizer": _load(AutoTokenizer, store, recipe, "tokenizer"),
-            "image_processor": _load(CLIPImageProcessorPil, store, recipe, "image_processor"),
+            "tokenizer": _load(AutoTokenizer, models, "tokenizer"),
+            "image_processor": _load(CLIPImageProcessorPil, models, "image_processor"),
             "text_encoder": encoders.text,
             "image_encoder": encoders.image,
             "transformer": transformer,
-            "vae": _load_whole(FramewiseVae, store, recipe, "vae", torch_dtype=vae_dtype),
+            "vae": _load_whole(FramewiseVae, models, "vae", torch_dtype=vae_dtype),
         }
         pipeline = AnimatePipeline(scheduler=make_scheduler(recipe.scheduler, grid=recipe.grid), **components)
         see_whole_reference(pipeline.image_processor)
@@ -88,8 +86,7 @@ def load_pipeline(
 
 
 def load_transformer(
-    store: ModelStore,
-    recipe: Recipe,
+    models: ResolvedRecipe,
     device: torch.device,
     dtype: torch.dtype,
     assume: Mapping[str, str] | None = None,
@@ -100,12 +97,12 @@ def load_transformer(
 
     `stay`: leave the weights on the host, whatever device will compute.
     """
-    variant = store.variant(recipe)
+    variant = models.variant
     said: dict[str, Any] = {"transformer": variant.why}
     if variant.kind == "source":
         from diffusers import WanAnimateTransformer3DModel
 
-        model = _load_whole(WanAnimateTransformer3DModel, store, recipe, "transformer", torch_dtype=dtype)
+        model = _load_whole(WanAnimateTransformer3DModel, models, "transformer", torch_dtype=dtype)
     else:
         import torch
 
@@ -113,7 +110,7 @@ def load_transformer(
         from runner.quantization.rules import transformer_on_meta
 
         home = torch.device("cpu") if stay else device
-        model = transformer_on_meta(store.config(recipe, "transformer"))
+        model = transformer_on_meta(models.config("transformer"))
         if variant.kind == "quantized":
             from runner.quantization.files.checkpoint_read import load_quantized
 
@@ -142,7 +139,7 @@ def load_transformer(
     return model, said
 
 
-def find_encoders(store: ModelStore, recipe: Recipe, dtype: torch.dtype) -> tuple[Encoders, str]:
+def find_encoders(models: ResolvedRecipe, dtype: torch.dtype) -> tuple[Encoders, str]:
     """Both encoders, not read yet, and which file the text encoder is.
 
     Of their files the headers are read, so that WeightsCorrupt comes now. A run whose prompts are all on disk never
@@ -153,12 +150,12 @@ def find_encoders(store: ModelStore, recipe: Recipe, dtype: torch.dtype) -> tupl
     from runner.generation.runtime.encoders import Encoder, Encoders
 
     def plain(kind: Any, name: str) -> Encoder:
-        load = partial(_load_whole, kind, store, recipe, name, dtype=dtype)
+        load = partial(_load_whole, kind, models, name, dtype=dtype)
         # The library's own account of what it would find there, without the data.
         outline = load(device_map="meta", ignore_mismatched_sizes=True)
         return Encoder(name, load, nbytes=sum(p.nbytes for p in outline.parameters()))
 
-    file = store.variant(recipe).text_encoder
+    file = models.variant.text_encoder
     image = plain(CLIPVisionModel, "image_encoder")
     if file is None:
         return Encoders(plain(UMT5EncoderModel, "text_encoder"), image), "the plain folder"
@@ -177,33 +174,12 @@ def see_whole_reference(image_processor: Any) -> None:
     image_processor.do_center_crop = False
 
 
-def plan_memory(
-    store: ModelStore, recipe: Recipe, device: torch.device, asked: str = "auto"
-) -> tuple[MemoryPlan, dict[str, Any]]:
+def plan_memory(models: ResolvedRecipe, device: torch.device, asked: str = "auto") -> tuple[MemoryPlan, dict[str, Any]]:
     """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only."""
-    costs, cuda = store.costs(recipe), device.type == "cuda"
-    plan, why = choose_plan(asked, recipe, costs, free_bytes(device), load=load_of(store, recipe), cuda=cuda)
+    load, cuda = Load(**models.bytes), device.type == "cuda"
+    plan, why = choose_plan(asked, models.recipe, models.costs, free_bytes(device), load=load, cuda=cuda)
     structlog.get_logger().info("memory_chosen", mode=plan.mode, asked=asked, why=why)
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
-
-
-def load_of(store: ModelStore, recipe: Recipe) -> Load:
-    """Bytes of what stands round the transformer, by the sizes of its files."""
-    variant = store.variant(recipe)
-    text = variant.text_encoder or store.component(recipe, "text_encoder")
-    networks = [path.parent if path.name == "end2end.onnx" else path for path in (store.detector, store.pose)]
-    return Load(
-        encoders=_bytes_of(text) + _bytes_of(store.component(recipe, "image_encoder")),
-        preprocess=sum(_bytes_of(path) for path in networks),
-        loras=sum(_bytes_of(path) for path in variant.loras),
-    )
-
-
-def _bytes_of(path: Path) -> int:
-    """Of a file, or of all files in a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size if path.is_file() else 0
 
 
 def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
@@ -225,8 +201,8 @@ def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> 
     return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
 
 
-def _load(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: Any) -> Any:
-    folder = store.component(recipe, name)
+def _load(kind: Any, models: ResolvedRecipe, name: str, **settings: Any) -> Any:
+    folder = models.component(name)
     try:
         return kind.from_pretrained(folder, local_files_only=True, **settings)
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -235,14 +211,14 @@ def _load(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: A
         ) from err
 
 
-def _load_whole(kind: Any, store: ModelStore, recipe: Recipe, name: str, **settings: Any) -> Any:
-    model, info = _load(kind, store, recipe, name, use_safetensors=True, output_loading_info=True, **settings)
+def _load_whole(kind: Any, models: ResolvedRecipe, name: str, **settings: Any) -> Any:
+    model, info = _load(kind, models, name, use_safetensors=True, output_loading_info=True, **settings)
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
             some = ", ".join(str(key) for key in sorted(info[problem])[:3])
             raise WeightsCorrupt(
                 f"{len(info[problem])} {problem.replace('_keys', '')} tensors ({some}, …)",
-                where=store.component(recipe, name),
+                where=models.component(name),
                 todo="These are not the weights that its config.json describes; download this folder again",
             )
     return model.eval()

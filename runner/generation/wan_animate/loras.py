@@ -16,7 +16,7 @@ import structlog
 
 from runner.errors import job_weight_errors
 from runner.spec.options import JobOptions
-from runner.spec.recipes import Recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore, check_lora
 
 __all__ = [
@@ -37,7 +37,7 @@ def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None
     """
     found = _checked_loras(store, options)
     with job_weight_errors():
-        digests = store.lora_identities([path for path, _ in found.values()], cache)
+        digests = store.file_digests([path for path, _ in found.values()], cache)
     return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
 
 
@@ -68,9 +68,9 @@ class JobLoras:
     Of the files, those in use now and those of every job are held on the host, and no others.
     """
 
-    def __init__(self, transformer: Any, store: ModelStore, recipe: Recipe) -> None:
-        self._transformer, self._store = transformer, store
-        self._always: Wanted = tuple((path, 1.0) for path in store.variant(recipe).loras)
+    def __init__(self, transformer: Any, models: ResolvedRecipe) -> None:
+        self._transformer, self._store = transformer, models.store
+        self._always: Wanted = tuple((path, 1.0) for path in models.variant.loras)
         self._attached: Wanted = ()
         self._read: dict[Path, Any] = {}
 
@@ -121,6 +121,6 @@ def own_parts(store: ModelStore, options: JobOptions, has_mask: bool, cache: Pat
     parts = lora_parts(store, options, cache)
     for name, files in store.own_models(options, has_mask).items():
         with job_weight_errors():
-            digests = store.lora_identities(files, cache)
+            digests = store.file_digests(files, cache)
         parts[name] = " ".join(digests[path] for path in files)
     return parts

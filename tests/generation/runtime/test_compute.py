@@ -25,6 +25,7 @@ from runner.quantization.rules import WAN_ANIMATE_14B, linear_shapes, transforme
 from runner.spec.options import DEFAULT_PROMPT
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.fp4_stores import psnr
 from tests.generation.stub_conditions import MemoryConditions
@@ -165,7 +166,7 @@ def test_the_self_test_would_see_a_format_that_is_too_coarse(model):
 def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
     """Stated: 30 dB for fp8, 38 dB for int8, after three steps of the tiny model of random weights."""
     recipe = get_recipe("fp32")
-    pipeline, said = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    pipeline, said = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     assert (said["compute"], said["attention"], said["compile"]) == ("bf16", "native", "eager")
     conditions, options = MemoryConditions(5), job_options(steps=3, max_segment_frames=5)
 
@@ -187,7 +188,7 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
     from runner.generation.wan_animate.compiled import CompiledStep
 
     recipe = get_recipe("fp32")
-    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     assert pipeline.switches == Switches()
     conditions, options = MemoryConditions(5), job_options(steps=2, max_segment_frames=5)
     exact = rendered_here(pipeline, conditions, options)

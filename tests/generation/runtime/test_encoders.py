@@ -16,6 +16,7 @@ from runner.generation.wan_animate.loading import find_encoders, load_pipeline
 from runner.quantization.files.text_encoder import load_text_encoder, quantize_text_encoder
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_a_load_without_a_job_is_charged_to_the_next():
 
 @pytest.fixture(scope="module")
 def found(tiny_store_dir) -> Encoders:
-    return find_encoders(ModelStore(tiny_store_dir), RECIPE, torch.float32)[0]
+    return find_encoders(ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE), torch.float32)[0]
 
 
 def test_finding_them_reads_no_weights_and_knows_their_size(found, tiny_store_dir):
@@ -126,7 +127,7 @@ def test_real_encoders_have_the_same_bits_layer_by_layer(tiny_store_dir, tmp_pat
     """UMT5 plain and in INT4, and CLIP: hooks that bring layers and take them away change nothing."""
     store = ModelStore(tiny_store_dir)
     quantize_text_encoder(wide_text_encoder(tmp_path / "source"), tmp_path / "int4.safetensors", device="cpu")
-    plain = find_encoders(store, RECIPE, torch.float32)[0]
+    plain = find_encoders(ResolvedRecipe(store, RECIPE), torch.float32)[0]
     ids = torch.arange(16)[None]
     pixels = torch.rand(1, 3, 28, 28)
 
@@ -154,10 +155,10 @@ def test_real_encoders_have_the_same_bits_layer_by_layer(tiny_store_dir, tmp_pat
 @torch.no_grad()
 def test_a_prompt_on_disk_never_loads_the_text_encoder(tiny_store_dir, tmp_path):
     store = ModelStore(tiny_store_dir)
-    pipeline, _ = load_pipeline(store, RECIPE, CPU)
-    again, _ = load_pipeline(store, RECIPE, CPU)
+    pipeline, _ = load_pipeline(ResolvedRecipe(store, RECIPE), CPU)
+    again, _ = load_pipeline(ResolvedRecipe(store, RECIPE), CPU)
     for pipe in (pipeline, again):
-        pipe.prompts = PromptCache.open(tmp_path, store.text_identity(RECIPE), RECIPE.dtype, CPU)
+        pipe.prompts = PromptCache.open(tmp_path, ResolvedRecipe(store, RECIPE).text_digest, RECIPE.dtype, CPU)
     first, second = StageTimer(), StageTimer()
     made = pipeline.embed("a dance", first)
     assert torch.equal(again.embed("a dance", second), made)
@@ -171,15 +172,15 @@ def test_a_prompt_on_disk_never_loads_the_text_encoder(tiny_store_dir, tmp_path)
 def test_the_texts_identity_is_that_of_tokenizer_and_encoder(tiny_store_dir, tmp_path):
     root = tmp_path / "models"
     shutil.copytree(tiny_store_dir, root)
-    before = ModelStore(root).text_identity(RECIPE)
-    assert before == ModelStore(tiny_store_dir).text_identity(RECIPE)
+    before = ResolvedRecipe(ModelStore(root), RECIPE).text_digest
+    assert before == ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE).text_digest
     config = root / RECIPE.weights / "transformer" / "config.json"
     config.write_text(config.read_text() + "\n")
-    assert ModelStore(root).text_identity(RECIPE) == before
+    assert ResolvedRecipe(ModelStore(root), RECIPE).text_digest == before
     for component in ("tokenizer", "text_encoder"):
         file = next((root / RECIPE.weights / component).glob("*config.json"))
         file.write_text(file.read_text() + "\n")
-        now = ModelStore(root).text_identity(RECIPE)
+        now = ResolvedRecipe(ModelStore(root), RECIPE).text_digest
         assert now != before
         before = now
 
@@ -210,7 +211,7 @@ def test_an_int4_file_that_lacks_a_tensor_is_found_before_any_job(tmp_path):
 def test_all_homes_agree_on_a_gpu_and_give_its_memory_back(tiny_store_dir):
     store, device, made = ModelStore(tiny_store_dir), torch.device("cuda"), []
     for home in ("device", "host", "disk"):
-        pipeline, _ = load_pipeline(store, RECIPE, device)
+        pipeline, _ = load_pipeline(ResolvedRecipe(store, RECIPE), device)
         pipeline.encoders.settle(device, home)
         made.append(pipeline.embed("a dance", StageTimer()))
         on_gpu = {p.device.type for p in pipeline.encoders.text.model.parameters()}

@@ -16,6 +16,7 @@ from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, R
 from runner.quantization.formats.e2m1 import G32
 from runner.quantization.rules import WAN_ANIMATE_14B, plan_sizes
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.live_bytes import LiveBytes
 
@@ -53,8 +54,8 @@ def test_weights_are_the_published_sizes():
 
 def test_weights_of_the_tiny_model(tiny_store_dir):
     store, recipe = ModelStore(tiny_store_dir), get_recipe("fp32")
-    model = WanAnimateTransformer3DModel.from_config(store.config(recipe, "transformer"))
-    found = weights_of(store.costs(recipe).transformer, fp4=False, element=4)
+    model = WanAnimateTransformer3DModel.from_config(ResolvedRecipe(store, recipe).config("transformer"))
+    found = weights_of(ResolvedRecipe(store, recipe).costs.transformer, fp4=False, element=4)
     for name, wanted in (("blocks", found.blocks * found.block), ("face_adapter", found.adapters * found.adapter)):
         assert sum(p.nbytes for p in model.get_submodule(name).parameters()) == wanted
     assert found.total == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)

@@ -24,6 +24,7 @@ from runner.batch.progress import SilentProgress
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.generation.families import EngineSettings
 from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.loras import JobLoras, lora_parts
@@ -38,6 +39,7 @@ from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import SOURCE_WEIGHTS, get_recipe
 from runner.storage import LocalStorage
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore
 from runner.weights.variant import TEXT_FILE
 from tests.generation.fp4_stores import (
@@ -98,7 +100,7 @@ def mine(own, tmp_path) -> Path:
 
 
 def load(root: Path, recipe=DISTILLED, **settings: Any) -> WanAnimateGenerator:
-    return WanAnimateGenerator.load(ModelStore(root), recipe, device="cpu", **settings)
+    return WanAnimateGenerator.load(resolve_recipe(ModelStore(root), recipe), EngineSettings(device="cpu", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +219,13 @@ def test_int4_text_encoder_is_preferred_and_held_to_the_same_text(mine, source, 
     """The tiny encoder has no layer as wide as a group of 128: the file keeps bf16, and frames must not change."""
     quantize_text_encoder(source / SOURCE_WEIGHTS / "text_encoder", mine / Path(OWN).with_name(TEXT_FILE), device="cpu")
     shutil.rmtree(mine / SOURCE_WEIGHTS / "text_encoder")
-    before = ModelStore(mine).identities(DISTILLED)
+    before = ResolvedRecipe(ModelStore(mine), DISTILLED).digests
     assert "text_encoder" not in before
     generator = load(mine)
     assert generator.description["text_encoder"].startswith("INT4")
     assert np.array_equal(rendered(generator), frames["merged"])
     with pytest.raises(WeightsMissing, match="text_encoder"):
-        ModelStore(mine).check(get_recipe("bf16"))
+        resolve_recipe(ModelStore(mine), get_recipe("bf16"))
 
 
 # LoRAs of jobs
@@ -258,13 +260,13 @@ def test_loras_come_and_go_with_their_job_and_never_reach_the_file(styled, frame
 
 
 def test_plain_parameters_are_views_that_can_be_changed_without_changing_the_file(styled):
-    pipeline, _ = load_pipeline(ModelStore(styled), DISTILLED, CPU)
+    pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(styled), DISTILLED), CPU)
     file, transformer = styled / OWN, pipeline.transformer
     name = "blocks.0.attn1.norm_q.weight"
     stored, before = load_file(file), sha(file)
     parameter = transformer.get_parameter(name)
     address = parameter.data_ptr()
-    loras = JobLoras(transformer, ModelStore(styled), DISTILLED)
+    loras = JobLoras(transformer, ResolvedRecipe(ModelStore(styled), DISTILLED))
     loras.use(JobOptions(**style()))
     assert parameter.data_ptr() == address  # in place: compiled graphs keep their references
     assert not torch.equal(parameter, stored[name])
@@ -367,7 +369,7 @@ def run(folder: Path, models: Path, jobs: Mapping[str, dict[str, Any]]) -> dict[
         job_ids=list(jobs),
         events=events,
     )
-    identity = store.identities(DISTILLED)
+    identity = ResolvedRecipe(store, DISTILLED).digests
     engine = Engine(DISTILLED.name, identity, lambda: load(models), own=lambda job: lora_parts(store, job.options))
     batch = Batch(
         listed,
@@ -441,7 +443,7 @@ def test_a_damaged_file_is_refused_by_its_header(mine, damage):
     else:
         edit(mine / OWN, lambda tensors: None, {"video_lab.group": "32"})
     with pytest.raises(WeightsCorrupt) as caught:
-        ModelStore(mine).check(DISTILLED)
+        resolve_recipe(ModelStore(mine), DISTILLED)
     assert (caught.value.exit_code, OWN in caught.value.message) == (2, True)
 
 
@@ -450,12 +452,12 @@ def test_floats_declared_as_integers_are_refused_with_the_store(mine, seed, tmp_
     """In our file, a published one, the LoRA beside it and the INT4 text encoder; before anything is loaded."""
     text = mine / Path(OWN).with_name(TEXT_FILE)
     quantize_text_encoder(mine / SOURCE_WEIGHTS / "text_encoder", text, device="cpu")
-    ModelStore(mine).check(DISTILLED)  # codes of int16 and uint8 belong there
+    resolve_recipe(ModelStore(mine), DISTILLED)  # codes of int16 and uint8 belong there
     other = Path(shutil.copytree(seed, tmp_path / "models"))
     edit(other / PUBLISHED, lambda t: t.update({n: v.float() for n, v in t.items() if v.dtype == torch.bfloat16}))
     edit(other / PUBLISHED, lambda t: t.update({"proj_out.bias": t["proj_out.bias"].bfloat16()}))
     edit(other / DISTILL, lambda t: t.update({n: t[n].float() for n in sorted(t)[::2]}))
-    ModelStore(other).check(DISTILLED)
+    resolve_recipe(ModelStore(other), DISTILLED)
     for file in (mine / OWN, text, other / PUBLISHED, other / DISTILL):
         root = mine if mine in file.parents else other
         if said == "F32" and file == text:
@@ -463,10 +465,10 @@ def test_floats_declared_as_integers_are_refused_with_the_store(mine, seed, tmp_
         name, whole = first_of(file, said), file.read_bytes()
         redeclare(file, name, claimed)
         with pytest.raises(WeightsCorrupt, match=name) as caught:
-            ModelStore(root).check(DISTILLED)
+            resolve_recipe(ModelStore(root), DISTILLED)
         assert str(file) in caught.value.message
         file.write_bytes(whole)
-        ModelStore(root).check(DISTILLED)
+        resolve_recipe(ModelStore(root), DISTILLED)
 
 
 @pytest.mark.parametrize("damage", VALUES)

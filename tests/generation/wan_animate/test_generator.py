@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.errors import ConfigInvalid, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.generation.families import EngineSettings
 from runner.generation.protocol import Request
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.autoencoder import decode_latents
@@ -22,6 +23,7 @@ from runner.generation.wan_animate.loading import load_pipeline
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore
 from tests.generation.stub_conditions import MemoryConditions
 
@@ -62,7 +64,7 @@ def store(tiny_store_dir, tmp_path) -> ModelStore:
 @pytest.fixture
 def generator(store, monkeypatch) -> WanAnimateGenerator:
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
-    return WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu")
+    return WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="cpu"))
 
 
 def prepared(generator):
@@ -88,7 +90,7 @@ def test_a_request_becomes_frames(generator):
 
 
 def test_what_was_loaded_is_described_and_identified(generator, store):
-    assert generator.identity == store.identities(get_recipe("fp32"))
+    assert generator.identity == ResolvedRecipe(store, get_recipe("fp32")).digests
     description = generator.description
     assert description["device"] == "cpu"
     assert description["device_why"] == "asked for"
@@ -252,7 +254,9 @@ def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatc
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
     frames = []
     for loads in (1, 0):
-        run = WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu", cache=tmp_path / "cache")
+        run = WanAnimateGenerator.load(
+            resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="cpu", cache=tmp_path / "cache")
+        )
         frames.append(rendered(run, prepared(run)))
         assert run.pipeline.encoders.text.loads == loads
     assert np.array_equal(*frames)
@@ -261,10 +265,10 @@ def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatc
 def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
     with pytest.raises(ConfigInvalid):
-        WanAnimateGenerator.load(store, get_recipe("fp32"), device="abacus")
+        WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="abacus"))
     (store.root / "process_checkpoint/det/yolov10m.onnx").unlink()
     with pytest.raises(WeightsMissing, match="yolov10m"):
-        WanAnimateGenerator.load(store, get_recipe("fp32"), device="cpu")
+        WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="cpu"))
 
 
 def test_loading_touches_no_network(tiny_store_dir, monkeypatch):
@@ -274,7 +278,7 @@ def test_loading_touches_no_network(tiny_store_dir, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    load_pipeline(ModelStore(tiny_store_dir), get_recipe("fp32"), CPU)
+    load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")), CPU)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -282,7 +286,7 @@ def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
     from diffusers import WanAnimatePipeline
 
     recipe = get_recipe(name)
-    here, placement = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    here, placement = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     kinds = {"default": getattr(torch, recipe.dtype), "vae": getattr(torch, recipe.vae_dtype)}
     theirs = WanAnimatePipeline.from_pretrained(tiny_store_dir / recipe.weights, torch_dtype=kinds)
     for component in ("transformer", "vae", "text_encoder", "image_encoder"):
@@ -300,7 +304,7 @@ def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
 def test_bf16_renders(tiny_store_dir, monkeypatch, name):
     """And the latents stay in float32 from step to step, whatever the model computes in."""
     recipe, decoded = get_recipe(name), []
-    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), recipe, CPU)
+    pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     monkeypatch.setattr(
         "runner.generation.wan_animate.pipeline.decode_latents",
         lambda vae, latents, *given: (decoded.append(latents.dtype), decode_latents(vae, latents, *given))[1],
@@ -309,7 +313,7 @@ def test_bf16_renders(tiny_store_dir, monkeypatch, name):
         pipeline,
         recipe,
         SimpleNamespace(prepare=lambda *args, **kwargs: MemoryConditions(5)),
-        costs=ModelStore(tiny_store_dir).costs(recipe),
+        costs=ResolvedRecipe(ModelStore(tiny_store_dir), recipe).costs,
         identity={},
         description={},
     )
@@ -323,7 +327,7 @@ def test_clip_sees_the_whole_reference(tiny_store_dir):
     """A mark at the very top of a tall picture reaches CLIP; the shipped processor cuts it away."""
     from PIL import Image
 
-    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), get_recipe("fp32"), CPU)
+    pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")), CPU)
     plain = Image.new("RGB", (48, 96), "grey")
     marked = plain.copy()
     marked.paste((255, 0, 0), (0, 0, 48, 12))
@@ -350,7 +354,7 @@ def test_a_missing_tensor_is_not_filled_with_noise(store, component):
     tensors.pop(lost)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(WeightsCorrupt, match="1 missing tensor"):
-        load_pipeline(store, get_recipe("fp32"), CPU)
+        load_pipeline(ResolvedRecipe(store, get_recipe("fp32")), CPU)
 
 
 def test_a_tensor_of_another_shape_is_refused(store):
@@ -359,4 +363,4 @@ def test_a_tensor_of_another_shape_is_refused(store):
     tensors["proj_out.weight"] = tensors["proj_out.weight"][:-1].copy()
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(WeightsCorrupt):
-        load_pipeline(store, get_recipe("fp32"), CPU)
+        load_pipeline(ResolvedRecipe(store, get_recipe("fp32")), CPU)

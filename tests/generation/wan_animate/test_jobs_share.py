@@ -17,6 +17,7 @@ from runner.records.record import reuse_of
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.stub_conditions import MemoryConditions
 
@@ -26,7 +27,7 @@ SIZE = {"width": 32, "height": 32}
 
 
 def load(tiny_store_dir) -> AnimatePipeline:
-    return load_pipeline(ModelStore(tiny_store_dir), RECIPE, torch.device("cpu"))[0]
+    return load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE), torch.device("cpu"))[0]
 
 
 def rendered(pipe, reference: int, dance: int, seed: int, *, timer=None, frames=5, **settings) -> np.ndarray:

@@ -15,6 +15,7 @@ from runner.generation.wan_animate.loras import JobLoras, lora_parts
 from runner.quantization.lora.read import read_lora
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.safetensors_headers import redeclare
 
@@ -46,7 +47,7 @@ def model() -> Model:
 def loras(model, tmp_path) -> JobLoras:
     write(tmp_path, "one", 1.0)
     write(tmp_path, "two", 2.0)
-    return JobLoras(model, ModelStore(tmp_path), get_recipe("bf16"))
+    return JobLoras(model, ResolvedRecipe(ModelStore(tmp_path), get_recipe("bf16")))
 
 
 def added(model: Model, before: torch.Tensor) -> float:

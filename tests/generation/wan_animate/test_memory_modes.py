@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from runner.errors import OutOfMemory
+from runner.generation.families import EngineSettings
 from runner.generation.wan_animate.generator import AnimateConditions, WanAnimateGenerator
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import resolve_recipe
 from runner.weights.store import ModelStore
 from tests.generation.fp4_stores import MemoryPreprocessor, psnr, rendered, write_own, write_source
 
@@ -35,7 +37,9 @@ def packed(source, tmp_path_factory):
 
 
 def loaded(root, recipe: str, memory: str) -> WanAnimateGenerator:
-    return WanAnimateGenerator.load(ModelStore(root), get_recipe(recipe), device="cpu", memory=memory)
+    return WanAnimateGenerator.load(
+        resolve_recipe(ModelStore(root), get_recipe(recipe)), EngineSettings(device="cpu", memory=memory)
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "mode": "replace"}], ids=["animate", "guided"])

@@ -19,6 +19,7 @@ from runner.generation.wan_animate.pipeline import AnimatePipeline, Switches, to
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.stub_conditions import MemoryConditions
 
@@ -65,7 +66,7 @@ def either(request, ours):
 
 
 def load(tiny_store_dir) -> AnimatePipeline:
-    pipeline, _ = load_pipeline(ModelStore(tiny_store_dir), RECIPE, torch.device("cpu"))
+    pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE), torch.device("cpu"))
     return pipeline
 
 
@@ -300,7 +301,7 @@ def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
         gc.enable()
     assert len(kept) == 2
     assert alive == [0, 0]
-    shape = ModelStore(tiny_store_dir).costs(RECIPE).transformer
+    shape = ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE).costs.transformer
     assert pipe.kept_bytes == shape.invariant_bytes(conditions.width, conditions.height, 5, element=4)
 
 

@@ -24,6 +24,7 @@ from runner.generation.wan_animate.transformer import (
 from runner.quantization.formats.e2m1 import G32
 from runner.quantization.linear import FP4Linear
 from runner.spec.recipes import get_recipe
+from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 WIDTH, HEIGHT, FRAMES = 48, 64, 13
@@ -284,7 +285,7 @@ def flop_of(call) -> int:
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
 def test_flop_saved_and_bytes_kept_are_as_forecast(tiny_store_dir, model, guided):
-    shape = ModelStore(tiny_store_dir).costs(get_recipe("fp32")).transformer
+    shape = ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")).costs.transformer
     inputs, size = Inputs(model), (WIDTH, HEIGHT, FRAMES)
     invariants = inputs.branches(model, guided)
     whole = flop_of(lambda: inputs.forward(model, 0))

@@ -1,0 +1,101 @@
+"""Family: Wan2.2-Animate-14B as a `Family`: its files in a model store, its costs, and its generator.
+
+In:   a folder of models, a recipe, the run's settings. Out: identities, forecasts, a loaded generator.
+Never: manifests, outputs. Nothing here imports torch before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.forecast.flops import PRODUCTION, Costs
+from runner.generation.families import EngineSettings
+from runner.generation.protocol import SegmentPlan
+from runner.generation.runtime.memory_plan import MODES, choose_plan, forecast_memory
+from runner.generation.segments import plan_job
+from runner.generation.wan_animate.loras import check_own, own_parts
+from runner.spec.options import JobOptions
+from runner.spec.recipes import Recipe
+from runner.weights.resolved import ResolvedRecipe, resolve_recipe
+from runner.weights.store import ModelStore, wanted, wanted_by_jobs
+
+if TYPE_CHECKING:
+    from runner.forecast.seconds import DeviceSpeed
+    from runner.generation.wan_animate.generator import WanAnimateGenerator
+
+__all__ = ["WAN_ANIMATE", "WanAnimateFamily", "WanAnimateForecaster", "WanAnimateModel"]
+
+
+@dataclass(frozen=True)
+class WanAnimateForecaster:
+    """Implements `families.Forecaster`."""
+
+    recipe: Recipe
+    costs: Costs
+
+    def plan(
+        self, frames: int, size: tuple[int, int], options: JobOptions, device: DeviceSpeed | None = None
+    ) -> SegmentPlan:
+        return plan_job(frames, size, options, self.recipe, self.costs, device)
+
+    def memory(self, plan: SegmentPlan, options: JobOptions) -> dict[str, int]:
+        window = (plan.width, plan.height, plan.segment_frames)
+        peaks: dict[str, int] = {}
+        for mode in MODES:
+            leanest, _ = choose_plan(mode, self.recipe, self.costs, 0, size=window)
+            guided = options.guidance_scale > 1
+            peaks[mode] = forecast_memory(leanest, self.recipe, self.costs, *window, guided=guided).peak
+        return peaks
+
+
+@dataclass(frozen=True)
+class WanAnimateModel:
+    """Implements `families.ResolvedModel`."""
+
+    models: ResolvedRecipe
+    settings: EngineSettings
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the weights, and the settings that change poses or how weights are read."""
+        identity = dict(self.models.digests)
+        identity |= {f"assume.{name}": value for name, value in self.settings.assume.items()}
+        if self.settings.pose_precision != "fp32":  # other poses, other frames
+            identity["pose_precision"] = self.settings.pose_precision
+        return identity
+
+    def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:
+        return own_parts(self.models.store, options, has_mask, self.settings.cache)
+
+    def load(self) -> WanAnimateGenerator:
+        from runner.generation.wan_animate.generator import WanAnimateGenerator
+
+        return WanAnimateGenerator.load(self.models, self.settings)
+
+
+@dataclass(frozen=True)
+class WanAnimateFamily:
+    """Implements `families.Family`."""
+
+    def wanted(self, recipe: Recipe) -> Callable[[str], bool]:
+        return wanted(recipe)
+
+    def wanted_by_jobs(self, options: Iterable[JobOptions]) -> Callable[[str], bool]:
+        return wanted_by_jobs(options)
+
+    def resolve(self, models: Path, recipe: Recipe, settings: EngineSettings) -> WanAnimateModel:
+        return WanAnimateModel(resolve_recipe(ModelStore(models), recipe, settings.cache), settings)
+
+    def check_job(self, models: Path, options: JobOptions, *, has_mask: bool) -> None:
+        check_own(ModelStore(models), options, has_mask)
+
+    def forecaster(self, recipe: Recipe, models: Path | None) -> WanAnimateForecaster:
+        costs = PRODUCTION if models is None else ResolvedRecipe(ModelStore(models), recipe).costs
+        return WanAnimateForecaster(recipe, costs)
+
+
+WAN_ANIMATE = WanAnimateFamily()
