@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from runner.batch.memory_sampler import MemorySampler, ProcessMemory
 from runner.generation.runtime.device import make_probe
-from runner.generation.sampling import make_scheduler
+from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import find_encoders, load_transformer
 from runner.generation.wan_animate.pipeline import AnimatePipeline
@@ -140,8 +141,8 @@ def once_of(timer: StageTimer) -> float:
 def segments(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, timer: StageTimer) -> Iterator[Any]:
     options = JobOptions(steps=steps)
     plan = plan_job(clip.frames, (clip.width, clip.height), options, recipe)
-    scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
-    return pipeline.render(clip, DEFAULT_PROMPT, options, plan, scheduler, timer)
+    new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift)
+    return pipeline.render(clip, DEFAULT_PROMPT, options, plan, new_sampler, timer)
 
 
 class _WaitOnly:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.generation.sampling import make_scheduler
 from runner.quantization.files.quantized_header import (
     FORMAT_KEY,
     GROUP_KEY,
@@ -81,7 +80,7 @@ def write_store(root: Path, scale: Scale, recipe: Recipe, device: torch.device) 
     from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-    from runner.demo.tiny_model import tiny_tokenizer
+    from runner.demo.tiny_model import hub_scheduler, tiny_tokenizer
 
     plain, fp4 = root / SOURCE_WEIGHTS, root / quantized_folder(recipe)
     with torch.device("meta"):
@@ -100,7 +99,7 @@ def write_store(root: Path, scale: Scale, recipe: Recipe, device: torch.device) 
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor.save_pretrained(plain / "image_processor")
     tiny_tokenizer().save_pretrained(plain / "tokenizer")
-    make_scheduler("unipc", shift=5.0).save_pretrained(plain / "scheduler")
+    hub_scheduler().save_pretrained(plain / "scheduler")
 
 
 def _write_transformer(path: Path, config: Mapping[str, Any], device: torch.device) -> None:

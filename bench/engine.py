@@ -253,7 +253,7 @@ def forecasts() -> Rows:
         for name, build in builds.items():
             row[name] = None
             if build.compute in device.matmul:
-                clip = {"size": (832, 480), "segment_frames": 81, "segments": 1, "steps": 6}
+                clip = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
                 row[name] = forecast_seconds(PRODUCTION, device, build, **clip).total_s
         rows.append(row)
     return rows

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,16 +88,16 @@ class Ours:
         self.lookups: Counter[str] = Counter()
 
     def render(self, source: Source, prompt: str, seed: int) -> np.ndarray:
-        from runner.generation.sampling import make_scheduler
+        from runner.generation.sampling import make_sampler
         from runner.generation.segments import plan_job
         from runner.spec.options import JobOptions
         from runner.timing import StageTimer
 
         options = JobOptions(seed=seed, max_segment_frames=max(5, self.shape.frames))
         plan = plan_job(self.shape.frames, (self.shape.width, self.shape.height), options, self.recipe)
-        scheduler = make_scheduler(self.recipe.scheduler, grid=self.recipe.grid, shift=self.recipe.shift)
+        new_sampler = partial(make_sampler, self.recipe.scheduler, self.recipe.grid, self.recipe.shift)
         timer = StageTimer()
-        segments = self.pipeline.render(source, prompt, options, plan, scheduler, timer)
+        segments = self.pipeline.render(source, prompt, options, plan, new_sampler, timer)
         frames = np.concatenate([segment.frames for segment in segments])
         self.lookups.update(timer.counters)
         return frames

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,17 @@ class Renderer:
     def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
         from runner.generation.protocol import SegmentPlan
-        from runner.generation.sampling import make_scheduler
+        from runner.generation.sampling import make_sampler
         from runner.spec.options import DEFAULT_PROMPT, JobOptions
         from runner.timing import StageTimer
 
         self.pipeline.transformer = self.variants[trial.weights]
         segments = -(-(trial.frames - 1) // (trial.window - 1))
-        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, trial.steps, 0.0)
-        scheduler = make_scheduler("euler", grid=trial.grid, shift=5.0)
+        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, trial.steps, trial.steps, 0.0)
+        new_sampler = partial(make_sampler, "euler", trial.grid, 5.0)
         options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=seed)
         source = Source(made, trial.frames)
-        parts = self.pipeline.render(source, DEFAULT_PROMPT, options, plan, scheduler, StageTimer())
+        parts = self.pipeline.render(source, DEFAULT_PROMPT, options, plan, new_sampler, StageTimer())
         return np.concatenate([part.frames for part in parts])
 
     def reconstruct(self, clip: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-__all__ = ["DeviceProbe", "StageTimer", "now"]
+__all__ = ["CallTimer", "DeviceProbe", "StageTimer", "now"]
 
 
 class DeviceProbe(Protocol):
@@ -41,7 +41,7 @@ class StageTimer:
     clock: Callable[[], float] = time.perf_counter
     probe: DeviceProbe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    steps: list[float] = field(default_factory=list)  # seconds of each denoising step, in order
+    steps: list[float] = field(default_factory=list)  # seconds of each model evaluation, in order
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # stage -> bytes
     counters: dict[str, int] = field(default_factory=dict)  # e.g. cache hits
     forecast: dict[str, int] = field(default_factory=dict)  # stage -> bytes that the device was expected to hold
@@ -70,7 +70,7 @@ class StageTimer:
                     self.peaks[name] = {k: max(before.get(k, 0), v) for k, v in peak.items()}
 
     def step(self, seconds: float) -> None:
-        """Note one denoising step."""
+        """Note one model evaluation of a denoising step."""
         with self._lock:
             self.steps.append(seconds)
 
@@ -83,6 +83,35 @@ class StageTimer:
         """Note how much there is of something now; the last word counts."""
         with self._lock:
             self.gauges[name] = value
+
+
+class CallTimer:
+    """Seconds of each model evaluation of a window, for `StageTimer.step`.
+
+    An evaluation lasts from its start to the next one's start or the end of its step, whichever is first, so that what
+    the sampler calculates from it is part of it. The device is waited for at both ends.
+    """
+
+    def __init__(self, timer: StageTimer) -> None:
+        self._timer = timer
+        self._begin: float | None = None  # of the evaluation that has not been noted yet
+
+    def start(self) -> None:
+        """An evaluation begins."""
+        self._begin = self._timer.clock() if self._begin is None else self._note(self._begin)
+
+    def end_step(self) -> None:
+        """The step is over: no further evaluation belongs to it."""
+        if self._begin is not None:
+            self._note(self._begin)
+        self._begin = None
+
+    def _note(self, begin: float) -> float:
+        if self._timer.probe:
+            self._timer.probe.synchronize()
+        end = self._timer.clock()
+        self._timer.step(end - begin)
+        return end
 
 
 def now() -> str:

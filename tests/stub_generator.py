@@ -55,7 +55,8 @@ class StubGenerator:
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
         each = -(-frames // self.segments)
-        return SegmentPlan(frames, each, 0, self.segments, size[0], size[1], options.steps or 2, tflop=1.0)
+        steps = options.steps or 2
+        return SegmentPlan(frames, each, 0, self.segments, *size, steps, evaluations=steps, tflop=1.0)
 
     def prepare(self, request: Request, timer: StageTimer) -> StubConditions:
         with timer.stage("stub_prepare"):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from runner.timing import StageTimer
+from runner.timing import CallTimer, StageTimer
 
 
 class Clock:
@@ -87,3 +87,28 @@ def test_counters_and_steps_are_safe_from_threads():
         thread.join()
     assert timer.counters == {"hit": 2000}
     assert len(timer.steps) == 2000
+
+
+class Waited:
+    """A probe that counts how often it was waited for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def synchronize(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("probe", [None, Waited()])
+def test_call_timer_notes_each_evaluation_up_to_the_next_or_the_steps_end(probe):
+    clock = iter([10.0, 11.0, 13.5, 20.0, 20.25]).__next__
+    timer = StageTimer(clock=clock, probe=probe)
+    calls = CallTimer(timer)
+    calls.start()  # 10
+    calls.start()  # 11: the first lasted 1 s
+    calls.end_step()  # 13.5
+    calls.end_step()  # a step without an evaluation notes nothing
+    calls.start()  # 20: what lay between the steps belongs to neither
+    calls.end_step()
+    assert timer.steps == [1.0, 2.5, 0.25]
+    assert probe is None or probe.count == 3

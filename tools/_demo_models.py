@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from runner.demo.tiny_model import TINY_FACE_SIZE, tiny_models, tiny_tokenizer
-from runner.generation.sampling import make_scheduler
+from runner.demo.tiny_model import TINY_FACE_SIZE, hub_scheduler, tiny_models, tiny_tokenizer
 from runner.generation.wan_animate.loading import see_whole_reference
 from runner.spec.options import DEFAULT_PROMPT
 
@@ -65,7 +64,7 @@ def make_pipeline(vae: Any, seed: int = 0) -> Any:
         models[kept].eval().requires_grad_(False)
     pipe = WanAnimatePipeline(
         tokenizer=tiny_tokenizer(),
-        scheduler=make_scheduler("unipc", shift=5.0),
+        scheduler=hub_scheduler(),
         **{**models, "vae": vae, "transformer": transformer},
     )
     see_whole_reference(pipe.image_processor)

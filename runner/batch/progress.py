@@ -21,7 +21,7 @@ class SilentProgress:
 
 
 class BarProgress:
-    """Two rich bars on standard error: jobs, and denoising steps of the running job."""
+    """Two rich bars on standard error: jobs, and model evaluations of the running job."""
 
     def __init__(self, jobs: int, console: Any) -> None:
         from rich.progress import (

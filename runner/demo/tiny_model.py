@@ -62,13 +62,18 @@ def build_tiny_store(root: Path, seed: int = 0) -> None:
     import torch
     from diffusers import WanAnimatePipeline
 
-    from runner.generation.sampling import make_scheduler
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         models = tiny_models()
-    pipe = WanAnimatePipeline(tokenizer=tiny_tokenizer(), scheduler=make_scheduler("unipc", shift=5.0), **models)
+    pipe = WanAnimatePipeline(tokenizer=tiny_tokenizer(), scheduler=hub_scheduler(), **models)
     pipe.save_pretrained(Path(root) / FOLDER, safe_serialization=True)
+
+
+def hub_scheduler() -> Any:
+    """The scheduler that the hub has beside Wan2.2-Animate-14B, for a store's `scheduler` folder."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
 def tiny_tokenizer() -> Any:

@@ -270,20 +270,21 @@ class Costs:
         return cls(TransformerShape(**known), VaeShape(**shape))
 
     def step_tflop(self, width: int, height: int, segment_frames: int, *, guided: bool = False) -> float:
-        """One denoising step of one window; guidance calls the transformer twice."""
+        """One model evaluation of one window; guidance calls the transformer twice."""
         return (1 + guided) * self.transformer.forward_flop(width, height, segment_frames) / TERA
 
     def job_tflop(
-        self, width: int, height: int, segment_frames: int, segments: int, steps: int, *, guided: bool = False
+        self, width: int, height: int, segment_frames: int, segments: int, evaluations: int, *, guided: bool = False
     ) -> float:
-        """A whole job with nothing cached: per window the pose and the scene are encoded and the frames decoded.
+        """A whole job with nothing cached: per window the pose and the scene are encoded, the model is evaluated
+        `evaluations` times and the frames are decoded.
 
         Text and image encoders are left out: under 0.1 % of a job, and run once per distinct prompt or reference.
         """
         encode = self.vae.encode_flop(width, height, segment_frames)
         decode = self.vae.decode_flop(width, height, segment_frames)
         reference = self.vae.encode_flop(width, height, 1)
-        denoise = steps * self.step_tflop(width, height, segment_frames, guided=guided)
+        denoise = evaluations * self.step_tflop(width, height, segment_frames, guided=guided)
         return segments * (denoise + (2 * encode + decode) / TERA) + reference / TERA
 
 

@@ -80,10 +80,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A job's forecast. `step`: one denoising step by part; `fixed`: the job's other work on the device, by part."""
+    """A job's forecast. `step`: one model evaluation by part; `fixed`: the job's other work on the device, by part."""
 
     step: Mapping[str, float]
-    steps: int  # over all windows
+    evaluations: int  # over all windows
     fixed: Mapping[str, float]
 
     @property
@@ -92,7 +92,7 @@ class Seconds:
 
     @property
     def total_s(self) -> float:
-        return self.steps * self.step_s + sum(self.fixed.values())
+        return self.evaluations * self.step_s + sum(self.fixed.values())
 
 
 def find_device(name: str | None) -> DeviceSpeed | None:
@@ -110,10 +110,10 @@ def forecast_seconds(
     size: tuple[int, int],
     segment_frames: int,
     segments: int,
-    steps: int,
+    evaluations: int,
     guided: bool = False,
 ) -> Seconds:
-    """Seconds of one job on `device`; `size` is (width, height), `steps` are those of one window.
+    """Seconds of one job on `device`; `size` is (width, height), `evaluations` are the model's in one window.
 
     The encoders of text and image, what a first job loads and compiles, and preprocessing, which runs beside, are not
     in it. ValueError for a compute that the device does not have.
@@ -147,4 +147,4 @@ def forecast_seconds(
         if build.shared
         else 0.0,
     }
-    return Seconds({part: calls * s for part, s in step.items()}, segments * steps, fixed)
+    return Seconds({part: calls * s for part, s in step.items()}, segments * evaluations, fixed)

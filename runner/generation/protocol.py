@@ -18,7 +18,7 @@ from runner.timing import DeviceProbe, StageTimer
 
 __all__ = ["Conditions", "Generator", "Request", "Segment", "SegmentPlan"]
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all) over the whole job; may raise to abandon the job
+OnStep = Callable[[int, int], None]  # model evaluations of the job: (done, in all); may raise to abandon the job
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SegmentPlan:
     width: int
     height: int
     steps: int
+    evaluations: int  # of the model, in one window: a sampler may need several a step
     tflop: float  # forecast for the whole job, model and autoencoder
     seconds: float | None = None  # forecast on the device that computes; None where nothing is known of it
 

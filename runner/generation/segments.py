@@ -16,7 +16,7 @@ from runner.forecast.flops import PRODUCTION, Costs
 from runner.forecast.seconds import Build, DeviceSpeed, forecast_seconds
 from runner.generation.protocol import SegmentPlan
 from runner.spec.options import JobOptions
-from runner.spec.recipes import Recipe
+from runner.spec.recipes import Recipe, count_evaluations
 
 __all__ = [
     "fit_segments",
@@ -103,6 +103,7 @@ def plan_job(
     """
     width, height = size
     steps = options.steps if options.steps is not None else recipe.steps
+    evaluations = count_evaluations(recipe.scheduler, steps)
     segment_frames, segments = fit_segments(frames, options.overlap_frames, options.max_segment_frames)
     guided = options.guidance_scale > 1
     seconds = None
@@ -115,7 +116,7 @@ def plan_job(
             size=size,
             segment_frames=segment_frames,
             segments=segments,
-            steps=steps,
+            evaluations=evaluations,
             guided=guided,
         ).total_s
     return SegmentPlan(
@@ -126,6 +127,7 @@ def plan_job(
         width=width,
         height=height,
         steps=steps,
-        tflop=costs.job_tflop(width, height, segment_frames, segments, steps, guided=guided),
+        evaluations=evaluations,
+        tflop=costs.job_tflop(width, height, segment_frames, segments, evaluations, guided=guided),
         seconds=seconds,
     )

@@ -142,7 +142,9 @@ class ResultRecord(Record):
     inputs: dict[str, InputRecord] = {}
     output: OutputRecord | None = None
     timings_s: dict[str, float] = {}
-    steps_s: list[float] = Field(default=[], description="each denoising step, over all segments")
+    steps_s: list[float] = Field(
+        default=[], description="each model evaluation of the denoising steps, over all segments"
+    )
     memory: MemoryRecord = MemoryRecord()
     efficiency: Efficiency | None = None
     preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")

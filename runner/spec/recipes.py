@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,7 +22,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 from runner.errors import ConfigInvalid
 from runner.spec.hashed_fields import RECIPE_KEYS, Introduced, NotHashed, hashed_values
 
-__all__ = ["COMPUTE", "DEFAULT_RECIPE", "RECIPES", "Recipe", "get_recipe"]
+__all__ = [
+    "COMPUTE",
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "SAMPLER_ROWS",
+    "SCHEDULE_NAMES",
+    "Recipe",
+    "SamplerRow",
+    "count_evaluations",
+    "get_recipe",
+]
 
 Compute = Literal["bf16", "fp8", "int8", "nvfp4"]
 
@@ -36,9 +46,9 @@ class Recipe:
 
     name: Annotated[str, NotHashed()]
     steps: Annotated[int, NotHashed()]  # denoising steps where the job does not say
-    scheduler: Literal["unipc", "euler"]
-    grid: Literal["official", "diffusers"]  # see sampling.py
-    shift: float  # of the noise levels
+    scheduler: str  # the sampler: a name in SAMPLER_ROWS
+    grid: str  # the sigma schedule: a name in SCHEDULE_NAMES, one that the sampler accepts
+    shift: float  # of the sigma schedule
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
     vae_dtype: Literal["bfloat16", "float32"]
     weights: str  # folder of the components in the model store
@@ -56,6 +66,28 @@ class Recipe:
     def effective(self) -> dict[str, object]:
         """What decides the frames, for the fingerprint. A job's own steps do, and they are among its options."""
         return hashed_values(self, RECIPE_KEYS)
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """What a sampler combines with and costs; `generation/sampling.py` has its arithmetic, under the same name."""
+
+    schedules: tuple[str, ...]  # the sigma schedules that it accepts
+    evaluations: Callable[[int], int]  # steps -> model evaluations of one window; guidance doubles the calls, not this
+
+
+SCHEDULE_NAMES = ("official", "diffusers")
+SAMPLER_ROWS: Mapping[str, SamplerRow] = MappingProxyType(
+    {
+        "euler": SamplerRow(("official", "diffusers"), lambda steps: steps),
+        "unipc": SamplerRow(("official",), lambda steps: steps),
+    }
+)
+
+
+def count_evaluations(sampler: str, steps: int) -> int:
+    """Model evaluations of one window that is denoised in `steps` steps."""
+    return SAMPLER_ROWS[sampler].evaluations(steps)
 
 
 SOURCE_WEIGHTS = "Wan2.2-Animate-14B-Diffusers"
@@ -106,10 +138,8 @@ FIXED: Mapping[str, Word] = MappingProxyType(
             *(Word("compute", compute, compute) for compute in COMPUTE),
             Word("attention", "int8", "int8-attention"),
             Word("vae_dtype", "bfloat16", "bf16-vae"),
-            Word("scheduler", "euler", "euler"),
-            Word("scheduler", "unipc", "unipc"),
-            Word("grid", "official", "official-grid"),
-            Word("grid", "diffusers", "diffusers-grid"),
+            *(Word("scheduler", sampler, sampler) for sampler in SAMPLER_ROWS),
+            *(Word("grid", schedule, f"{schedule}-grid") for schedule in SCHEDULE_NAMES),
         )
     }
 )
@@ -169,16 +199,18 @@ def _meant(text: str) -> str | None:
     if (found := re.fullmatch(r"(\d+(?:\.\d+)?)?(steps?|shift)(\d+(?:\.\d+)?)?", plain)) is not None:
         number = found[1] or found[3] or ("4" if found[2] != "shift" else "3")
         return f"{'shift' if found[2] == 'shift' else 'steps'}{number}"
-    squeezed = {word.replace("-", ""): word for word in FIXED} | {"diffusers": "diffusers-grid"}
+    squeezed = {word.replace("-", ""): word for word in FIXED} | {name: f"{name}-grid" for name in SCHEDULE_NAMES}
     near = difflib.get_close_matches(plain, squeezed, n=1)
     return squeezed[near[0]] if near else None
 
 
 def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
     """Raises ConfigInvalid for words that are each right and make no recipe together."""
-    if recipe.scheduler == "unipc" and recipe.grid == "diffusers":
-        todo = f"Say {name}+euler" if "scheduler" not in words else "Leave out one of unipc and diffusers-grid"
-        raise ConfigInvalid(f"recipe {name!r}: unipc has no 'diffusers' grid", todo=todo)
+    sampler, grid = recipe.scheduler, recipe.grid
+    if grid not in SAMPLER_ROWS[sampler].schedules:
+        fitting = next(other for other, row in SAMPLER_ROWS.items() if grid in row.schedules)
+        todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {sampler} and {grid}-grid"
+        raise ConfigInvalid(f"recipe {name!r}: {sampler} has no {grid!r} grid", todo=todo)
     if recipe.dtype == "float32" and "compute" in words and recipe.compute == "bf16":
         raise ConfigInvalid(
             f"recipe {name!r} holds the model in float32", todo="Use recipe bf16 to compute in bfloat16"

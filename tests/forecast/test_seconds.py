@@ -7,7 +7,7 @@ import pytest
 from runner.forecast.flops import PRODUCTION
 from runner.forecast.seconds import DEVICES, Build, find_device, forecast_seconds
 
-CLIP = {"size": (832, 480), "segment_frames": 81, "segments": 1, "steps": 6}
+CLIP = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
 SEED = Build(stepwise=True, fused=False, shared=False, blank_again=True)
 
 
@@ -53,8 +53,8 @@ def test_each_optimisation_saves_and_none_beats_the_hardware(device):
 
 def test_windows_steps_and_guidance_multiply():
     one = forecast("H200", Build(blank_again=True))
-    two = forecast("H200", Build(blank_again=True), segments=2, steps=4)
-    assert (one.steps, two.steps, one.step_s) == (6, 8, two.step_s)
+    two = forecast("H200", Build(blank_again=True), segments=2, evaluations=4)
+    assert (one.evaluations, two.evaluations, one.step_s) == (6, 8, two.step_s)
     assert two.fixed["decode"] == pytest.approx(2 * one.fixed["decode"])
     guided = forecast("H200", Build(blank_again=True), guided=True)
     assert guided.step_s == pytest.approx(2 * one.step_s)

@@ -4,12 +4,15 @@ import json
 from dataclasses import fields
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import ConfigInvalid
-from runner.generation.sampling import make_scheduler
+from runner.generation.sampling import make_sampler
 from runner.spec.recipes import COMPUTE, DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
+
+CPU = torch.device("cpu")
 
 
 def test_the_shipped_recipes():
@@ -19,7 +22,7 @@ def test_the_shipped_recipes():
     assert get_recipe("bf16").vae_dtype == "float32"
     for name, recipe in RECIPES.items():
         assert recipe.name == name
-        assert make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+        assert make_sampler(recipe.scheduler, recipe.grid, recipe.shift, recipe.steps, CPU).steps == recipe.steps
         json.dumps(recipe.as_dict())
 
 
@@ -73,7 +76,7 @@ def test_words_change_what_they_name_and_nothing_else(name, fields_changed, cano
     assert changed(name) == fields_changed
     assert recipe.name == canonical
     assert get_recipe(canonical) == recipe
-    assert make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)
+    assert make_sampler(recipe.scheduler, recipe.grid, recipe.shift, recipe.steps, CPU).steps == recipe.steps
 
 
 WORDS = st.fixed_dictionaries(

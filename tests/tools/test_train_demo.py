@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
     from demo_world import example
 
     from runner.generation.protocol import SegmentPlan
-    from runner.generation.sampling import make_scheduler
+    from runner.generation.sampling import make_sampler
     from runner.generation.wan_animate.pipeline import AnimatePipeline
     from runner.preprocess.conditions import Window
     from runner.spec.options import JobOptions
@@ -91,12 +93,12 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
         def window(self, start, stop):
             return Window(made.pose[start:stop], made.face[start:stop])
 
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "image_processor", "image_encoder", "transformer")
+    names = ("tokenizer", "text_encoder", "vae", "image_processor", "image_encoder", "transformer")
     product = Watched(**{name: getattr(pipe, name) for name in names})
-    plan = SegmentPlan(5, 5, 1, 1, WIDTH, HEIGHT, 1, 0.0)
-    scheduler = make_scheduler("euler", grid="official")
+    plan = SegmentPlan(5, 5, 1, 1, WIDTH, HEIGHT, 1, 1, 0.0)
+    new_sampler = partial(make_sampler, "euler", "official", 5.0)
     with pytest.raises(Enough):
-        list(product.render(Source(), "a", JobOptions(size=f"{WIDTH}x{HEIGHT}"), plan, scheduler, StageTimer()))
+        list(product.render(Source(), "a", JobOptions(size=f"{WIDTH}x{HEIGHT}"), plan, new_sampler, StageTimer()))
     ((scene, pose),) = seen
     torch.testing.assert_close(ours["scene"][None], scene, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours["pose"][None], pose, atol=1e-4, rtol=1e-4)

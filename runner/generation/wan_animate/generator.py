@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import RunnerError, WeightsCorrupt
@@ -27,7 +28,7 @@ from runner.generation.runtime.device import (
     release,
 )
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
-from runner.generation.sampling import make_scheduler
+from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline, plan_memory
 from runner.generation.wan_animate.loras import JobLoras
@@ -253,7 +254,7 @@ class WanAnimateGenerator:
     ) -> Iterator[Segment]:
         pipeline, recipe = self._loaded, self.recipe
         timer.forecast.update(self.forecast(plan, conditions.options))
-        scheduler = make_scheduler(recipe.scheduler, grid=recipe.grid, shift=recipe.shift)  # its history is the job's
+        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift)
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
                 try:
@@ -263,7 +264,7 @@ class WanAnimateGenerator:
                     raise
         try:
             yield from pipeline.render(
-                conditions, conditions.prompt, conditions.options, plan, scheduler, timer, on_step
+                conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step
             )
         except RunnerError:
             raise

@@ -15,7 +15,6 @@ import structlog
 from runner.errors import WeightsCorrupt
 from runner.generation.runtime.device import as_out_of_memory, free_bytes
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, choose_plan, make_plan
-from runner.generation.sampling import make_scheduler
 from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
 
@@ -74,7 +73,7 @@ def load_pipeline(
             "transformer": transformer,
             "vae": _load_whole(FramewiseVae, models, "vae", torch_dtype=vae_dtype),
         }
-        pipeline = AnimatePipeline(scheduler=make_scheduler(recipe.scheduler, grid=recipe.grid), **components)
+        pipeline = AnimatePipeline(**components)
         see_whole_reference(pipeline.image_processor)
         said = chosen | {"text_encoder": text_why} | place(pipeline, device, plan)
         return pipeline, said | tune(pipeline, recipe, device)

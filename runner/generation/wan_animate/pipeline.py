@@ -1,6 +1,6 @@
 """Pipeline: Wan-Animate's segment loop, one window of frames at a time, on top of diffusers' WanAnimatePipeline.
 
-In:   a source of conditions (uint8 windows on the host), a prompt, options, a plan, a fresh scheduler.
+In:   a source of conditions (uint8 windows on the host), a prompt, options, a plan, what makes a sampler.
 Out:  each segment's frames as soon as it is decoded. Never: files, manifests, where the weights came from.
 
 The parent's `__call__` holds the whole clip on the device, yields nothing until the end and computes per job what many
@@ -27,6 +27,7 @@ from runner.generation.runtime.memory_plan import MemoryPlan
 from runner.generation.runtime.memos import Memos
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.runtime.text_cache import PromptCache
+from runner.generation.sampling import NewSampler, Predict, denoise
 from runner.generation.segments import output_span
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
@@ -55,7 +56,7 @@ from runner.generation.wan_animate.windows import (
     to_unit,
 )
 from runner.spec.options import JobOptions
-from runner.timing import StageTimer
+from runner.timing import CallTimer, StageTimer
 
 __all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Switches", "to_pixels", "to_uint8"]
 
@@ -81,12 +82,11 @@ class AnimatePipeline(WanAnimatePipeline):
         tokenizer: Any,
         text_encoder: Any,
         vae: Any,
-        scheduler: Any,
         image_processor: Any,
         image_encoder: Any,
         transformer: Any,
     ) -> None:
-        super().__init__(tokenizer, text_encoder, vae, scheduler, image_processor, image_encoder, transformer)
+        super().__init__(tokenizer, text_encoder, vae, None, image_processor, image_encoder, transformer)
         self.compute_device = torch.device("cpu")
         self.switches = Switches()
         self.block_step: CompiledStep | None = None
@@ -125,16 +125,19 @@ class AnimatePipeline(WanAnimatePipeline):
         prompt: str,
         options: JobOptions,
         plan: SegmentPlan,
-        scheduler: Any,
+        new_sampler: NewSampler,
         timer: StageTimer,
         on_step: OnStep | None = None,
     ) -> Iterator[Segment]:
-        """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all."""
+        """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all.
+
+        `new_sampler` is called for each window. `on_step` may raise to abandon the job.
+        """
 
         def to_bytes(pixels: torch.Tensor) -> np.ndarray:
             return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
-        for index, frames, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, to_bytes):
+        for index, frames, pose in self._segments(source, prompt, options, plan, new_sampler, timer, on_step, to_bytes):
             yield Segment(index, np.concatenate(frames), pose)
 
     def decode_segments(
@@ -143,7 +146,7 @@ class AnimatePipeline(WanAnimatePipeline):
         prompt: str,
         options: JobOptions,
         plan: SegmentPlan,
-        scheduler: Any,
+        new_sampler: NewSampler,
         timer: StageTimer,
         on_step: OnStep | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, np.ndarray]]:
@@ -151,7 +154,9 @@ class AnimatePipeline(WanAnimatePipeline):
 
         `scheduler` is the job's own: its history must not outlive it. `on_step` may raise to abandon the job.
         """
-        for index, pixels, pose in self._segments(source, prompt, options, plan, scheduler, timer, on_step, _as_it_is):
+        for index, pixels, pose in self._segments(
+            source, prompt, options, plan, new_sampler, timer, on_step, _as_it_is
+        ):
             yield index, torch.cat(pixels, dim=2), pose
 
     @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
@@ -161,7 +166,7 @@ class AnimatePipeline(WanAnimatePipeline):
         prompt: str,
         options: JobOptions,
         plan: SegmentPlan,
-        scheduler: Any,
+        new_sampler: NewSampler,
         timer: StageTimer,
         on_step: OnStep | None,
         convert: Callable[[torch.Tensor], Any],
@@ -180,7 +185,7 @@ class AnimatePipeline(WanAnimatePipeline):
             checks = FiniteChecks()
             job = Job(
                 plan,
-                scheduler,
+                new_sampler,
                 timer,
                 on_step,
                 options.guidance_scale,
@@ -358,26 +363,33 @@ class AnimatePipeline(WanAnimatePipeline):
 
     def _denoise(self, job: Job, index: int, window: Window) -> torch.Tensor:
         """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
-        plan, timer = job.plan, job.timer
-        job.scheduler.set_timesteps(plan.steps, device=self.compute_device)  # also forgets the last window's history
-        latents = window.noise
+        plan = job.plan
+        sampler = job.new_sampler(plan.steps, self.compute_device)
         invariants = self._invariants(job, window)
-        branches = self._branches(job, window, invariants)
-        for i, timestep in enumerate(job.scheduler.timesteps):
-            begin = timer.clock()
-            hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
-            # In float32, else the solver rounds the latents to the model's type after every step.
-            flow = guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
-            latents = job.scheduler.step(flow, timestep, latents, return_dict=False)[0]
-            place = f"the latents after step {i + 1} of {plan.steps}, segment {index + 1} of {plan.segments}"
+        calls = CallTimer(job.timer)
+
+        def on_step(i: int, latents: torch.Tensor) -> None:
+            place = f"the latents after step {i + 1} of {sampler.steps}, segment {index + 1} of {plan.segments}"
             job.checks.add("denoise", place, latents)
-            if timer.probe:
-                timer.probe.synchronize()
-            timer.step(timer.clock() - begin)
+            calls.end_step()
             if job.on_step:
-                job.on_step(index * plan.steps + i + 1, plan.segments * plan.steps)
+                done = index * plan.evaluations + sampler.evaluations_done(i)
+                job.on_step(done, plan.segments * plan.evaluations)
+
+        latents = denoise(self._predict(job, window, invariants, calls), window.noise, sampler, on_step)
         self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
         return latents
+
+    def _predict(self, job: Job, window: Window, invariants: list[StepInvariants], calls: CallTimer) -> Predict:
+        """One guided model evaluation of this window: (latents, timestep) -> velocity, both float32."""
+        branches = self._branches(job, window, invariants)
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            calls.start()
+            hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
+            return guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
+
+        return predict
 
     def _warm(self, job: Job, window: Window) -> None:
         """Compile what windows of these shapes need and have not had yet, before the steps are timed."""

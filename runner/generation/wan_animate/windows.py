@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 
 from runner.generation.protocol import OnStep, SegmentPlan
 from runner.generation.runtime.finite import FiniteChecks
+from runner.generation.sampling import NewSampler
 from runner.generation.segments import reflect_indices, span_of
 from runner.generation.wan_animate.transformer import Context
 from runner.timing import StageTimer
@@ -191,7 +192,7 @@ class Job:
     """What stays the same over a job's windows."""
 
     plan: SegmentPlan
-    scheduler: Any
+    new_sampler: NewSampler
     timer: StageTimer
     on_step: OnStep | None
     guidance_scale: float

@@ -29,7 +29,7 @@ from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.fp4_stores import psnr
 from tests.generation.stub_conditions import MemoryConditions
-from tests.generation.wan_animate.test_pipeline import job_options, make_plan, rendered_here
+from tests.generation.wan_animate.test_pipeline import job_options, make_plan, rendered_here, sampling
 from tests.generation.wan_animate.test_transformer import in_four_bits, load
 
 RIGHT = ("scaled_mm", "agrees with the definition")
@@ -184,7 +184,6 @@ def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
 
 
 def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
-    from runner.generation.sampling import make_scheduler
     from runner.generation.wan_animate.compiled import CompiledStep
 
     recipe = get_recipe("fp32")
@@ -201,10 +200,6 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
     assert stages == [(1, True), (None, False)]
     timer = StageTimer()
     wide = MemoryConditions(5, width=64)
-    list(
-        pipeline.render(
-            wide, DEFAULT_PROMPT, options, make_plan(wide, options), make_scheduler("unipc", shift=5.0), timer
-        )
-    )
+    list(pipeline.render(wide, DEFAULT_PROMPT, options, make_plan(wide, options), sampling(), timer))
     assert timer.counters["compiled_graphs"] == 1  # a second size: one more
     assert not pipeline.block_step.broken

@@ -174,25 +174,25 @@ def test_one_wrong_weight_fails_the_job_and_names_the_stage(generator, component
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_latents_that_go_wrong_are_named_by_step_and_the_segments_before_stand(generator, monkeypatch, bad):
-    from runner.generation.sampling import make_scheduler
+    from runner.generation.sampling import make_sampler
 
     calls = []
 
-    def poisoned(*settings, **more):
-        scheduler = make_scheduler(*settings, **more)
-        step = scheduler.step
+    def poisoned(*settings):
+        sampler = make_sampler(*settings)
+        step = sampler.step
 
-        def wrong(*given, **named):
-            latents = step(*given, **named)[0]
+        def wrong(*given):
+            latents = step(*given)
             calls.append(latents)
             if len(calls) == 4:  # the second step of the second window
                 latents[0, 3, 1, 2, 1] = bad
-            return (latents,)
+            return latents
 
-        scheduler.step = wrong
-        return scheduler
+        sampler.step = wrong
+        return sampler
 
-    monkeypatch.setattr("runner.generation.wan_animate.generator.make_scheduler", poisoned)
+    monkeypatch.setattr("runner.generation.wan_animate.generator.make_sampler", poisoned)
     conditions = prepared(generator)
     plan = generator.plan(conditions.frames, (conditions.width, conditions.height), OPTIONS)
     segments = generator.generate(conditions, plan, StageTimer())

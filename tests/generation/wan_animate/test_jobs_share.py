@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from runner.generation.sampling import make_scheduler
+from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.pipeline import AnimatePipeline, Switches
@@ -34,9 +35,8 @@ def rendered(pipe, reference: int, dance: int, seed: int, *, timer=None, frames=
     conditions = MemoryConditions(frames, seed=dance, reference_seed=reference, **SIZE)
     options = JobOptions(steps=1, seed=seed, max_segment_frames=5, **settings)
     plan = plan_job(frames, (conditions.width, conditions.height), options, RECIPE)
-    segments = pipe.render(
-        conditions, "a dance", options, plan, make_scheduler(RECIPE.scheduler), timer or StageTimer()
-    )
+    new_sampler = partial(make_sampler, RECIPE.scheduler, RECIPE.grid, RECIPE.shift)
+    segments = pipe.render(conditions, "a dance", options, plan, new_sampler, timer or StageTimer())
     return np.concatenate([segment.frames for segment in segments])
 
 

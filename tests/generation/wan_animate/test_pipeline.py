@@ -5,22 +5,27 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from runner.generation.sampling import make_scheduler
+from runner.forecast.flops import PRODUCTION
+from runner.forecast.seconds import find_device
+from runner.generation.sampling import make_sampler, official_sigmas
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.pipeline import AnimatePipeline, Switches, to_pixels, to_uint8
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
-from runner.spec.recipes import get_recipe
+from runner.spec.recipes import SAMPLER_ROWS, get_recipe
 from runner.timing import StageTimer
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
+from tests.generation.heun import HEUN_ROW, HeunSampler
+from tests.generation.library_schedulers import library_scheduler
 from tests.generation.stub_conditions import MemoryConditions
 
 RECIPE = get_recipe("fp32")
@@ -110,11 +115,15 @@ def rendered_upstream(pipe, conditions, options, scheduler, prompt=DEFAULT_PROMP
     ).frames[0]
 
 
-def rendered_here(pipe, conditions, options, scheduler=None, prompt=DEFAULT_PROMPT, timer=None, on_step=None):
+def sampling(name=RECIPE.scheduler, schedule="official"):
+    """What the pipeline makes a window's sampler with."""
+    return partial(make_sampler, name, schedule, RECIPE.shift)
+
+
+def rendered_here(pipe, conditions, options, new_sampler=None, prompt=DEFAULT_PROMPT, timer=None, on_step=None):
     """uint8 [n, H, W, 3]: all segments of a job."""
-    scheduler = scheduler or make_scheduler(RECIPE.scheduler, shift=RECIPE.shift)
     plan = make_plan(conditions, options)
-    segments = pipe.render(conditions, prompt, options, plan, scheduler, timer or StageTimer(), on_step)
+    segments = pipe.render(conditions, prompt, options, plan, new_sampler or sampling(), timer or StageTimer(), on_step)
     return np.concatenate([segment.frames for segment in segments])
 
 
@@ -143,7 +152,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def upstreams(upstream):
     """The library's frames of a case, rendered once."""
-    return cache(lambda case: rendered_upstream(upstream, *inputs_of(case), make_scheduler(CASES[case][2])))
+    return cache(lambda case: rendered_upstream(upstream, *inputs_of(case), library_scheduler(CASES[case][2])))
 
 
 def inputs_of(case: str):
@@ -160,7 +169,7 @@ def test_frames_equal_the_librarys(case, upstreams, either):
     theirs = upstreams(case)
     decoded, skeletons = [], []
     for _index, pixels, pose in either.decode_segments(
-        conditions, DEFAULT_PROMPT, options, plan, make_scheduler(solver), StageTimer()
+        conditions, DEFAULT_PROMPT, options, plan, sampling(solver), StageTimer()
     ):
         decoded.append(pixels)
         skeletons.append(pose)
@@ -168,16 +177,16 @@ def test_frames_equal_the_librarys(case, upstreams, either):
     assert exact.shape == (frames, conditions.height, conditions.width, 3)
     assert np.array_equal(exact, theirs)
     assert np.array_equal(np.concatenate(skeletons), conditions.pose)
-    assert np.array_equal(rendered_here(either, conditions, options, make_scheduler(solver)), as_bytes(theirs))
+    assert np.array_equal(rendered_here(either, conditions, options, sampling(solver)), as_bytes(theirs))
     assert exact.std() > 0.05  # a blank picture would prove nothing
 
 
 def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
     conditions, options = MemoryConditions(5), job_options(steps=3)
-    theirs = rendered_upstream(upstream, conditions, options, make_scheduler("euler", grid="diffusers"))
-    here = rendered_here(ours, conditions, options, make_scheduler("euler", grid="diffusers"))
+    theirs = rendered_upstream(upstream, conditions, options, library_scheduler("euler", "diffusers"))
+    here = rendered_here(ours, conditions, options, sampling("euler", "diffusers"))
     assert np.array_equal(here, as_bytes(theirs))
-    assert not np.array_equal(here, rendered_here(ours, conditions, options, make_scheduler("euler")))
+    assert not np.array_equal(here, rendered_here(ours, conditions, options, sampling("euler")))
 
 
 def test_every_input_reaches_the_frames(ours):
@@ -219,7 +228,7 @@ def test_frames_do_not_depend_on_the_jobs_place(tiny_store_dir):
         rendered_here(pipe, other, job_options(max_segment_frames=5), on_step=fail)
     assert np.array_equal(rendered_here(pipe, job, options), alone)
     given_up = pipe.render(
-        other, "a dance", other_options, make_plan(other, other_options), make_scheduler("unipc"), StageTimer()
+        other, "a dance", other_options, make_plan(other, other_options), sampling("unipc"), StageTimer()
     )
     next(given_up)
     given_up.close()
@@ -308,7 +317,7 @@ def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
 def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):
     conditions, options = MemoryConditions(10), job_options(max_segment_frames=5)
     plan = make_plan(conditions, options)
-    segments = ours.render(conditions, "a dance", options, plan, make_scheduler("unipc"), StageTimer())
+    segments = ours.render(conditions, "a dance", options, plan, sampling("unipc"), StageTimer())
     assert conditions.asked == []
     next(segments)
     assert conditions.asked == [(0, 5)]
@@ -333,6 +342,43 @@ def test_stages_steps_and_progress_are_reported(ours):
     assert sum(timer.steps) <= timer.seconds["denoise"]
 
 
+def test_model_evaluations_are_counted_not_steps(ours, monkeypatch):
+    """Two windows of three Heun steps, five evaluations each: progress, seconds, TFLOP and forecast count them."""
+    rows = {**SAMPLER_ROWS, "heun": HEUN_ROW}
+    monkeypatch.setattr("runner.spec.recipes.SAMPLER_ROWS", rows)
+    conditions, options = MemoryConditions(9), job_options(max_segment_frames=5, steps=3)
+    size, gpu = (conditions.width, conditions.height), find_device("H200")
+    heun, euler = (
+        plan_job(conditions.frames, size, options, replace(RECIPE, scheduler=name), device=gpu)
+        for name in ("heun", "euler")
+    )
+    assert (heun.segments, heun.steps, heun.evaluations, euler.evaluations) == (2, 3, 5, 3)
+    more = 2 * 2 * PRODUCTION.step_tflop(*size, heun.segment_frames)  # two evaluations in each of two windows
+    assert heun.tflop - euler.tflop == pytest.approx(more)
+    five = plan_job(
+        conditions.frames, size, options.model_copy(update={"steps": 5}), replace(RECIPE, scheduler="euler"), device=gpu
+    )
+    assert heun.seconds == pytest.approx(five.seconds)
+
+    timer, told, forwards = StageTimer(), [], []
+    hook = ours.transformer.patch_embedding.register_forward_hook(lambda *_: forwards.append(1))
+    segments = ours.render(
+        conditions,
+        "a dance",
+        options,
+        heun,
+        lambda steps, device: HeunSampler(official_sigmas(steps, 5.0), device),
+        timer,
+        lambda done, total: told.append((done, total)),
+    )
+    frames = np.concatenate([segment.frames for segment in segments])
+    hook.remove()
+    assert frames.shape == (9, conditions.height, conditions.width, 3)
+    assert told == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+    assert len(forwards) == len(timer.steps) == 10
+    assert min(timer.steps) > 0 and sum(timer.steps) <= timer.seconds["denoise"]
+
+
 def test_a_window_of_the_wrong_length_is_not_stretched(ours):
     conditions = MemoryConditions(9)
     conditions.face = conditions.face[:7]
@@ -343,7 +389,7 @@ def test_a_window_of_the_wrong_length_is_not_stretched(ours):
 def test_gradients_are_as_they_were_between_segments(ours):
     conditions, options = MemoryConditions(9), job_options(max_segment_frames=5)
     plan = make_plan(conditions, options)
-    for segment in ours.render(conditions, "a dance", options, plan, make_scheduler("unipc"), StageTimer()):
+    for segment in ours.render(conditions, "a dance", options, plan, sampling("unipc"), StageTimer()):
         assert torch.is_grad_enabled()
         assert segment.frames.dtype == np.uint8
         assert segment.frames.flags.c_contiguous
