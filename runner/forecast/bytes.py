@@ -87,7 +87,7 @@ def _motion_encoder(shape: TransformerShape) -> float:
         there = channels[str(size // 2)]
         count += 9 * here * here + (9 + 1) * here * there
         here, size = there, size // 2
-    return count + 16 * here * style + 4 * style * style + 2 * style * shape.motion_dim
+    return count + 16 * here * style + 4 * style * style + (style + shape.motion_encoder_dim) * shape.motion_dim
 
 
 def step_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, kind: str, element: int = 2) -> float:

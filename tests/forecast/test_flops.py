@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+from diffusers.models.transformers.transformer_wan_animate import WAN_ANIMATE_MOTION_ENCODER_CHANNEL_SIZES
 from torch.utils.flop_counter import FlopCounterMode
 
-from runner.forecast.flops import PRODUCTION, Costs
+from runner.forecast.flops import MOTION_CHANNELS, PRODUCTION, Costs, TransformerShape, VaeShape
 from runner.generation.segments import plan_job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
-from runner.weights.resolved import ResolvedRecipe
-from runner.weights.store import ModelStore
+from tests.forecast.meta_models import ODD, on_meta
 
 # Counted with torch's FLOP counter on the 14B model on the meta device.
 COUNTED = [(832, 480, 77, 1717), (832, 480, 81, 1839), (1280, 720, 77, 6607)]
@@ -31,64 +36,129 @@ def test_the_production_autoencoder(width, height, frames, encode, decode):
     assert PRODUCTION.vae.decode_flop(width, height, frames) / 1e12 == pytest.approx(decode, rel=0.01)
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_store_dir):
-    from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
-
-    store, recipe = ModelStore(tiny_store_dir), get_recipe("fp32")
-    with torch.device("meta"):
-        transformer = WanAnimateTransformer3DModel.from_config(ResolvedRecipe(store, recipe).config("transformer"))
-        vae = AutoencoderKLWan.from_config(ResolvedRecipe(store, recipe).config("vae"))
-    return ResolvedRecipe(store, recipe).costs, transformer, vae
+def defaults(kind) -> dict[str, Any]:
+    """Of a class of the library, by the names in its configs."""
+    found = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("frames", [5, 21])
-def test_every_operation_of_the_tiny_transformer_is_counted(tiny, frames):
-    costs, transformer, _ = tiny
-    width, height, latent = 48, 64, (frames - 1) // 4 + 1
-    meta = {"device": "meta"}
+def test_the_default_shapes_are_the_librarys_and_the_14b_models():
+    """The 14B model's config leaves these as the library has them, but for the width of the image's keys."""
+    shape, library = asdict(TransformerShape()), defaults(WanAnimateTransformer3DModel)
+    assert shape.pop("image_tokens") == (224 // 14) ** 2 + 1  # CLIP ViT-H/14 at 224 pixels, and the class token
+    assert (1, shape["patch"], shape.pop("patch")) == library["patch_size"]
+    assert shape == {name: library[name] for name in shape} | {"added_kv_proj_dim": 5120}
+    assert asdict(VaeShape()) == {name: defaults(AutoencoderKLWan)[name] for name in asdict(VaeShape())}
+    assert MOTION_CHANNELS == WAN_ANIMATE_MOTION_ENCODER_CHANNEL_SIZES
+    assert Costs(TransformerShape(), VaeShape()) == PRODUCTION
+
+
+def test_shapes_come_from_the_configs():
+    vae = {"dim_mult": [1, 3], "temperal_downsample": [True], "latents_mean": [0.0], "_class_name": "AutoencoderKLWan"}
+    costs = Costs.from_configs({"num_layers": 7, "rope_max_seq_len": 64}, vae, {"image_size": 84, "patch_size": 28})
+    assert costs.transformer == replace(TransformerShape(), num_layers=7, image_tokens=3 * 3 + 1)
+    assert costs.vae == replace(VaeShape(), dim_mult=(1, 3), temperal_downsample=(True,))
+    assert Costs.from_configs({}, {}) == PRODUCTION == Costs.from_configs({}, {}, {})
+
+
+IMAGE_ENCODER = {"image_size": 30, "patch_size": 10}  # nine patches and the class token
+TRANSFORMERS = {
+    "odd": (ODD, (48, 80, 9)),
+    "image and text in one": (ODD | {"added_kv_proj_dim": None}, (64, 48, 17)),
+    "of the default faces": (
+        ODD | {"motion_encoder_channel_sizes": None, "motion_encoder_size": 128},
+        (48, 64, 5),
+    ),
+    "14B": ({"image_dim": 1280, "added_kv_proj_dim": 5120, "num_layers": 5}, (96, 64, 13)),
+}
+
+
+@pytest.fixture(scope="module", params=TRANSFORMERS)
+def counted(request):
+    """(shape, model, its window, operations of one forward pass by module) as torch counts them."""
+    config, window = TRANSFORMERS[request.param]
+    width, height, frames = window
+    model = on_meta(WanAnimateTransformer3DModel, config)
+    costs = Costs.from_configs({**model.config}, {}, IMAGE_ENCODER)
+    shape, latent = costs.transformer, (frames - 1) // 4 + 1
+    assert shape.image_tokens == 10
+
+    def empty(*size):
+        return torch.empty(size, device="meta")
+
+    face = shape.motion_encoder_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        transformer(
-            hidden_states=torch.zeros(1, 36, latent + 1, height // 8, width // 8, **meta),
-            timestep=torch.zeros(1, **meta),
-            encoder_hidden_states=torch.zeros(1, 512, 32, **meta),
-            encoder_hidden_states_image=torch.zeros(1, 5, 32, **meta),
-            pose_hidden_states=torch.zeros(1, 16, latent, height // 8, width // 8, **meta),
-            face_pixel_values=torch.zeros(1, 3, frames, 32, 32, **meta),
+        model(
+            hidden_states=empty(1, shape.in_channels, latent + 1, height // 8, width // 8),
+            timestep=empty(1),
+            encoder_hidden_states=empty(1, 512, shape.text_dim),
+            encoder_hidden_states_image=empty(1, shape.image_tokens, shape.image_dim),
+            pose_hidden_states=empty(1, shape.latent_channels, latent, height // 8, width // 8),
+            face_pixel_values=empty(1, 3, frames, face, face),
         )
-    assert costs.transformer.forward_flop(width, height, frames) == counter.get_total_flops()
+    by_module = {
+        name.partition(".")[2]: sum(operations.values()) for name, operations in counter.get_flop_counts().items()
+    }
+    return shape, model, window, counter.get_total_flops(), by_module
 
 
-def test_the_weights_of_a_step_and_of_a_window(tiny):
-    costs, transformer, _ = tiny
-    kept = ("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj", ".to_kv", ".to_k", ".to_v")
+ONCE_A_WINDOW = re.compile(
+    r"pose_patch_embedding|condition_embedder\.(text|image)_embedder|motion_encoder|face_encoder"
+    r"|blocks\.\d+\.attn2\.(to_k|to_v|add_k_proj|add_v_proj)|face_adapter\.\d+\.(to_k|to_v)"
+)
+
+
+def test_every_operation_of_a_transformer_is_counted(counted):
+    shape, _, window, total, by_module = counted
+    assert shape.forward_flop(*window) == total
+    assert shape.invariant_flop(*window) == sum(n for name, n in by_module.items() if ONCE_A_WINDOW.fullmatch(name))
+    attention = sum(n for name, n in by_module.items() if re.fullmatch(r"blocks\.\d+\.attn1", name))
+    projections = sum(
+        n for name, n in by_module.items() if re.fullmatch(r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", name)
+    )
+    assert shape.self_attention_flop(*window) == attention - projections
+
+
+def test_the_weights_of_a_step_and_of_a_window(counted):
+    shape, model, *_ = counted
     every, once = 0, 0
-    for name, layer in transformer.named_modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.startswith(("blocks.", "face_adapter.")):
-            shared = name.endswith(kept) and "attn1" not in name
+            shared = ONCE_A_WINDOW.fullmatch(name) is not None
             every, once = every + (not shared) * layer.weight.numel(), once + shared * layer.weight.numel()
-    assert (costs.transformer.block_weights, costs.transformer.invariant_weights) == (every, once)
-    assert PRODUCTION.transformer.self_attention_flop(832, 480, 81) / 1e12 == pytest.approx(964.9, rel=1e-4)
+    assert (shape.block_weights, shape.invariant_weights) == (every, once)
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
-def test_every_operation_of_the_tiny_autoencoder_is_counted(tiny, frames):
-    costs, _, vae = tiny
-    width, height = 48, 64
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.encode(torch.zeros(1, 3, frames, height, width, device="meta"))
-    assert costs.vae.encode_flop(width, height, frames) == counter.get_total_flops()
-    latents = torch.zeros(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.decode(latents)
-    assert costs.vae.decode_flop(width, height, frames) == counter.get_total_flops()
+def test_what_a_window_keeps_by_hand():
+    """At 832x480 and 81 frames: 22 latent frames of 52 x 30 tokens, with the reference's; 40 blocks, 8 adapters."""
+    text, image = 40 * 512 * 5120 * 2 * 2, 40 * 257 * 5120 * 2 * 2
+    pose, rope = 21 * 1560 * 5120 * 2, 2 * 34_320 * 64 * 4
+    motion, face = 22 * 5 * 5120 * 2, 8 * 22 * 5 * 5120 * 2 * 2
+    shape = PRODUCTION.transformer
+    assert shape.tokens(832, 480, 81) == 34_320
+    assert shape.invariant_bytes(832, 480, 81) == text + image + pose + motion + face + rope
+    # Guided, another text and another face; the rest is shared.
+    twice = 2 * (text + motion + face) + image + pose + rope
+    assert shape.invariant_bytes(832, 480, 81, guided=True) == twice
+    # In float32 all is twice as large but the angles, which are float32 already.
+    assert shape.invariant_bytes(832, 480, 81, element=4, guided=True) == 2 * (twice - rope) + rope
+    # Without keys of its own the image stands before the text, and each branch has both.
+    joined = replace(shape, added_kv_proj_dim=None)
+    assert joined.invariant_bytes(832, 480, 81, guided=True) == twice + image
 
 
-@pytest.mark.parametrize("frames", [1, 9])
-def test_an_autoencoder_of_the_residual_kind(frames):
-    from diffusers import AutoencoderKLWan
-
-    config = {
+VAES = {
+    "Wan 2.1": {},
+    "odd": {
+        "base_dim": 6,
+        "z_dim": 5,
+        "dim_mult": [1, 2, 3, 2],
+        "num_res_blocks": 2,
+        "temperal_downsample": [True, False, True],
+        "out_channels": 4,
+    },
+    "narrow": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "residual": {
         "base_dim": 8,
         "decoder_base_dim": 12,
         "z_dim": 16,
@@ -99,20 +169,34 @@ def test_an_autoencoder_of_the_residual_kind(frames):
         "patch_size": 2,
         "in_channels": 12,
         "out_channels": 12,
-        "scale_factor_temporal": 4,
-        "scale_factor_spatial": 8,
-    }
-    with torch.device("meta"):
-        vae = AutoencoderKLWan(**config)
-    shape = Costs.from_configs({}, config).vae
-    width, height = 48, 64
+    },
+}
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+@pytest.mark.parametrize("name", VAES)
+def test_every_operation_of_an_autoencoder_is_counted(name, frames):
+    vae, shape = on_meta(AutoencoderKLWan, VAES[name]), Costs.from_configs({}, VAES[name]).vae
+    width, height = 48, 80
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.encode(torch.zeros(1, 3, frames, height, width, device="meta"))
+        vae.encode(torch.empty(1, 3, frames, height, width, device="meta"))
     assert shape.encode_flop(width, height, frames) == counter.get_total_flops()
-    latents = torch.zeros(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
+    latent = (shape.z_dim, (frames - 1) // 4 + 1, height // shape.spatial, width // shape.spatial)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae.decode(latents)
+        vae.decode(torch.empty(1, *latent, device="meta"))
     assert shape.decode_flop(width, height, frames) == counter.get_total_flops()
+
+
+def test_a_job_is_steps_windows_and_the_autoencoders_part():
+    """Per window the pose and the scene are encoded and the frames decoded; the reference is one picture, once."""
+    window = (832, 480, 81)
+    step = PRODUCTION.transformer.forward_flop(*window)
+    encode, decode = PRODUCTION.vae.encode_flop(*window), PRODUCTION.vae.decode_flop(*window)
+    reference = PRODUCTION.vae.encode_flop(832, 480, 1)
+    wanted = (3 * (7 * step + 2 * encode + decode) + reference) / 1e12
+    assert PRODUCTION.job_tflop(*window, segments=3, steps=7) == pytest.approx(wanted, rel=1e-12)
+    assert PRODUCTION.job_tflop(*window, 3, 7, guided=True) == pytest.approx(wanted + 21 * step / 1e12, rel=1e-12)
+    assert PRODUCTION.step_tflop(*window, guided=True) == pytest.approx(2 * step / 1e12, rel=1e-12)
 
 
 def test_a_job_is_its_segments():

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from runner.forecast.flops import PRODUCTION
-from runner.forecast.seconds import DEVICES, Build, find_device, forecast_seconds
+from runner.forecast.seconds import DEVICES, VAE_SHARE, Build, DeviceSpeed, find_device, forecast_seconds
 
 CLIP = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
 SEED = Build(stepwise=True, fused=False, shared=False, blank_again=True)
@@ -31,6 +31,117 @@ def test_parts_by_hand():
     assert found.step["dequantise"] == pytest.approx(44 / 1509, rel=0.3)  # 44 GB for all weights, 27 % of them kept
     assert found.fixed["decode"] == pytest.approx(275.4 / 240 / 0.16, rel=0.01)
     assert found.fixed["encode"] == pytest.approx((163.8 + 2.7) / 240 / 0.16, rel=0.01)
+
+
+# Published measurements of large kernels; for some GPUs, estimates. TFLOP/s of products (bf16, fp8, int8, nvfp4), of
+# attention, of attention in 8 bits; GB/s of copies.
+PUBLISHED = {
+    "RTX 5090": ((240, 390, 580, 1140), 214, 554, 1509),
+    "RTX 4090": ((160, 300, 540, None), 164, 431, 920),
+    "L40S": ((270, 500, 500, None), 164, 431, 780),
+    "A100": ((267, None, 464, None), 204, 278, 1700),
+    "H200": ((763, 1085, 1160, None), 470, 882, 4055),
+    "H100": ((763, 1085, 1160, None), 470, 882, 2800),
+}
+
+
+def test_devices_have_the_published_rates():
+    assert [device.name for device in DEVICES] == list(PUBLISHED)
+    for device in DEVICES:
+        products, attention, attention_8bit, copies = PUBLISHED[device.name]
+        known = dict(zip(("bf16", "fp8", "int8", "nvfp4"), products, strict=True))
+        assert device.matmul == {name: rate for name, rate in known.items() if rate is not None}
+        assert (device.attention, device.attention_8bit, device.copy_gb_s) == (attention, attention_8bit, copies)
+
+
+def test_the_engines_own_build():
+    assert asdict(Build()) == {
+        "compute": "bf16",
+        "fp4": True,
+        "stepwise": False,
+        "fused": True,
+        "shared": True,
+        "attention_8bit": False,
+        "vae": "float32",
+        "blank_again": False,
+    }
+
+
+# A machine whose rates are all different: a part that is divided by another's rate shows.
+ODD = DeviceSpeed("odd", "odd", {"bf16": 100.0, "int8": 300.0}, 50.0, 70.0, 1000.0)
+MODEL, VAE, WINDOW = PRODUCTION.transformer, PRODUCTION.vae, (832, 480, 81)
+ATTENTION = 4 * 40 * 34_320**2 * 5120 / 1e12  # TFLOP
+SHARED = MODEL.invariant_flop(*WINDOW) / 1e12
+PRODUCTS = MODEL.forward_flop(*WINDOW) / 1e12 - ATTENTION - SHARED
+# Elements of hidden states in all blocks; 48 bytes each go through memory in fused kernels, 375 in separate ones.
+HIDDEN = 40 * 34_320 * 5120
+# 40 blocks of six square products and the feed-forward's two, 8 face adapters of two; once a window, text and image
+# keys and values, and the faces'.
+STEP_WEIGHTS = 40 * (6 * 5120**2 + 2 * 5120 * 13_824) + 8 * 2 * 5120**2
+WINDOW_WEIGHTS = 40 * (2 + 2) * 5120**2 + 8 * 2 * 5120**2
+
+
+def on_odd(build, **changes):
+    return forecast_seconds(PRODUCTION, ODD, build, **{**CLIP, **changes})
+
+
+def test_a_step_by_hand():
+    """Four and a half bits of a weight are read and sixteen written: 2.5625 bytes."""
+    assert on_odd(Build()).step == pytest.approx(
+        {
+            "products": PRODUCTS / 100,
+            "attention": ATTENTION / 50,
+            "elementwise": HIDDEN * 48 / 1000e9,
+            "dequantise": STEP_WEIGHTS * (4.5 / 8 + 2) / 1000e9,
+            "shared work again": 0,
+        },
+        rel=1e-9,
+    )
+    found = on_odd(Build(compute="int8", attention_8bit=True, fused=False, stepwise=True, shared=False), guided=True)
+    assert found.step == pytest.approx(
+        {
+            "products": 2 * PRODUCTS / 300,
+            "attention": 2 * ATTENTION / 70,
+            "elementwise": 2 * HIDDEN * 375 / 1000e9,
+            "dequantise": 2 * (STEP_WEIGHTS + WINDOW_WEIGHTS) * 34 / 1000e9,
+            # Small convolutions: 15 % of the rate of large products, and in bf16 whatever the products are.
+            "shared work again": 2 * SHARED / 100 / 0.15,
+        },
+        rel=1e-9,
+    )
+    assert found.fixed["shared once a window"] == 0
+    assert on_odd(Build(fp4=False)).step["dequantise"] == 0
+
+
+def test_attention_in_8_bits_where_there_is_none_is_the_other():
+    lacking = replace(ODD, attention_8bit=None)
+    found = forecast_seconds(PRODUCTION, lacking, Build(attention_8bit=True), **CLIP)
+    assert found.step["attention"] == pytest.approx(ATTENTION / 50, rel=1e-9)
+
+
+@pytest.mark.parametrize(("vae", "share"), [("float32", 0.16), ("bfloat16", 0.27), ("bfloat16 compiled", 0.35)])
+def test_the_rest_of_a_job_by_hand(vae, share):
+    """Three windows: scene and pose of each but the first scene, which is blank and kept, and the reference."""
+    encode, decode = VAE.encode_flop(*WINDOW) / 1e12, VAE.decode_flop(*WINDOW) / 1e12
+    reference = VAE.encode_flop(832, 480, 1) / 1e12
+    found = on_odd(Build(vae=vae), segments=3, guided=True)
+    assert found.fixed == pytest.approx(
+        {
+            "encode": (5 * encode + reference) / 100 / share,
+            "decode": 3 * decode / 100 / share,
+            "shared once a window": 2 * 3 * SHARED / 100 / 0.15,
+        },
+        rel=1e-9,
+    )
+    again = on_odd(Build(vae=vae, blank_again=True), segments=3)
+    assert again.fixed["encode"] == pytest.approx((6 * encode + reference) / 100 / share, rel=1e-9)
+    assert found.total_s == pytest.approx(18 * sum(found.step.values()) + sum(found.fixed.values()), rel=1e-9)
+
+
+def test_the_autoencoders_share_is_that_of_published_decoding_times():
+    """14.5, 8.4 and 6.6 s of the same work."""
+    seconds = [1 / VAE_SHARE[name] for name in ("float32", "bfloat16", "bfloat16 compiled")]
+    assert [s / seconds[0] for s in seconds] == pytest.approx([1, 8.4 / 14.5, 6.6 / 14.5], rel=0.03)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)

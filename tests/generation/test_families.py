@@ -1,4 +1,4 @@
-"""Families: a model is a row of a table. A stub that needs no detector, no pose and no torch goes through every verb."""
+"""Families: a model is a row of a table. A stub that needs no detector, pose or torch goes through every verb."""
 
 from __future__ import annotations
 

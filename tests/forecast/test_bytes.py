@@ -1,0 +1,163 @@
+"""Bytes against parameters of the library's models on the meta device, and against sums by hand.
+
+`tests/generation/runtime/test_memory_plan.py` compares what a block and the autoencoder hold at their peak with live
+tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+
+from runner.forecast.bytes import (
+    FP4_BYTES,
+    Weights,
+    code_bytes,
+    face_bytes,
+    latent_bytes,
+    step_bytes,
+    vae_bytes,
+    vae_peak,
+    weights_of,
+    workspace_bytes,
+)
+from runner.forecast.flops import Costs, TransformerShape, VaeShape
+from tests.forecast.meta_models import ODD, on_meta
+
+SHAPE = TransformerShape()
+CLIP = (832, 480, 81)
+TOKENS, CELLS = 22 * 30 * 52, 22 * 60 * 104  # of 21 latent frames and the reference's
+D, FFN = 5120, 13_824
+FLOAT32 = ("time_embedder", "scale_shift_table", "norm2")  # of what is counted below, by the library's own list
+CONFIGS = {
+    "odd": ODD,
+    "narrow keys of the image": ODD | {"added_kv_proj_dim": 40},
+    "no keys of the image": ODD | {"added_kv_proj_dim": None},
+    "default faces": ODD | {"motion_encoder_channel_sizes": None, "motion_encoder_size": 256},
+    "14B": {"image_dim": 1280, "added_kv_proj_dim": 5120, "num_layers": 10},
+}
+
+
+def counted(model, part: str, *, fp4: bool, element: int) -> float:
+    """Bytes of the parameters under `part`; of none of them ("rest"): matrices and convolutions alone."""
+    linears = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    total = 0.0
+    for name, tensor in model.named_parameters():
+        if part == "rest":
+            small = tensor.ndim < 2 or name.endswith(("scale_shift_table", "padding_tokens"))
+            if small or name.startswith(("blocks.", "face_adapter.")):
+                continue
+        elif not name.startswith(part):
+            continue
+        if fp4 and name in linears:
+            each = FP4_BYTES
+        else:
+            each = 4 if any(kept in name.split(".") for kept in FLOAT32) else element
+        total += each * tensor.numel()
+    return total
+
+
+@pytest.mark.parametrize(("fp4", "element"), [(False, 2), (False, 4), (True, 2)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_the_parameters_of_the_model(name, fp4, element):
+    model = on_meta(WanAnimateTransformer3DModel, CONFIGS[name])
+    found = weights_of(Costs.from_configs({**model.config}, {}).transformer, fp4=fp4, element=element)
+    assert (found.blocks, found.adapters) == (len(model.blocks), len(model.face_adapter))
+    assert found.block == counted(model, "blocks.1.", fp4=fp4, element=element)
+    assert found.adapter == counted(model, "face_adapter.1.", fp4=fp4, element=element)
+    assert found.rest == counted(model, "rest", fp4=fp4, element=element)
+
+
+def test_weights_in_bfloat16_unless_said_otherwise():
+    assert weights_of(SHAPE, fp4=False) == weights_of(SHAPE, fp4=False, element=2)
+
+
+def test_a_weight_in_fp4_has_its_share_of_a_scale():
+    """Four bits of code, and a scale of 16 bits for 32 weights or of 8 for 16: 4.5 bits."""
+    assert (4 + 16 / 32) / 8 == (4 + 8 / 16) / 8 == FP4_BYTES
+
+
+def test_all_weights_are_blocks_adapters_and_the_rest():
+    weights = Weights(block=1000.0, adapter=100.0, rest=7.0, blocks=4, adapters=3)
+    assert weights.total == 4307
+    assert weights.largest_part == 1100
+
+
+# Hidden states of 34,320 tokens: 351 MB in bfloat16.
+@pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 7.5), ("lean", 5.36)])
+def test_a_steps_peak_in_units_of_hidden_states(kind, units):
+    assert step_bytes(SHAPE, *CLIP, kind=kind) == units * 351_436_800
+    assert step_bytes(SHAPE, *CLIP, kind=kind, element=4) == units * 702_873_600
+
+
+@pytest.mark.parametrize(("width", "height", "frames", "tokens"), [(64, 96, 1, 48), (80, 48, 13, 75), (72, 56, 9, 48)])
+def test_tokens_of_windows(width, height, frames, tokens):
+    """2, 5 and 4 latent frames with the reference's, of 6 x 4, 3 x 5 and 3 x 4 tokens; a half token is cut off."""
+    assert step_bytes(SHAPE, width, height, frames, kind="whole", element=1) == 12 * tokens * D
+    assert code_bytes(SHAPE, width, height, frames, compute="fp8") == tokens * FFN
+
+
+def test_a_workspace_for_the_largest_product():
+    time = D * 6 * D  # the time's projection, 30,720 x 5,120, is larger than the feed-forward part's
+    assert workspace_bytes(SHAPE) == 2 * time
+    assert workspace_bytes(SHAPE, compute="nvfp4") == 2 * time
+    assert workspace_bytes(SHAPE, element=4) == 4 * time
+    wide = replace(SHAPE, ffn_dim=7 * D)
+    assert workspace_bytes(wide) == 2 * 7 * D * D
+    # Codes of eight bits of the largest weight that sees every token; int8 keeps it rotated as well.
+    assert workspace_bytes(SHAPE, compute="fp8") == 2 * time + FFN * D
+    assert workspace_bytes(SHAPE, compute="int8") == 2 * time + FFN * D + 2 * FFN * D
+    assert workspace_bytes(SHAPE, fp4=False) == 0
+    assert workspace_bytes(SHAPE, fp4=False, compute="int8", element=4) == FFN * D + 4 * FFN * D
+
+
+def test_activations_in_codes_of_8_bits():
+    assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
+    assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("fp8", "int8")] == [TOKENS * FFN] * 2
+
+
+@pytest.mark.parametrize("element", [2, 4])
+def test_latents_by_hand(element):
+    """Of 16 channels: noise, flow and two states in float32, the pose; the scene has 20, the model's input 36."""
+    assert latent_bytes(SHAPE, *CLIP, element=element) == CELLS * (4 * 16 * 4 + (20 + 36 + 16) * element)
+    assert latent_bytes(SHAPE, *CLIP) == latent_bytes(SHAPE, *CLIP, element=2)
+    assert latent_bytes(SHAPE, 64, 96, 5) == 3 * 12 * 8 * (256 + 144)
+
+
+def test_faces_by_hand():
+    crops, text_and_image = 81 * 3 * 512 * 512, (512 + 257) * D
+    assert face_bytes(SHAPE, 81) == 2 * (crops + text_and_image)
+    assert face_bytes(SHAPE, 81, element=4) == 4 * (crops + text_and_image)
+
+
+@pytest.mark.parametrize(("base", "within"), [(96, 5e-4), (48, 0.02)])
+def test_the_autoencoders_weights_are_its_parameters(base, within):
+    count = sum(tensor.numel() for tensor in on_meta(AutoencoderKLWan, {"base_dim": base}).parameters())
+    assert vae_bytes(VaeShape(base_dim=base), "float32") == pytest.approx(4 * count, rel=within)
+    assert vae_bytes(VaeShape(base_dim=base), "bfloat16") == pytest.approx(2 * count, rel=within)
+
+
+# Bytes a pixel of the picture at 96 channels: kept and at the peak, encoding and decoding; a tile's.
+@pytest.mark.parametrize(
+    ("dtype", "pixel", "encode", "decode", "tile"),
+    [("float32", 4, 8_900, 13_060, 19_460), ("bfloat16", 2, 4_780, 7_420, 10_130)],
+)
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_the_autoencoders_peaks_by_hand(dtype, pixel, encode, decode, tile, share):
+    shape, area, clip = VaeShape(base_dim=int(96 * share)), 480 * 832, 3 * 81 * 480 * 832
+    given = clip * (4 + 2 * pixel)  # in float32, in its dtype, and joined to the last window's end
+    found = vae_peak(shape, *CLIP, dtype=dtype)
+    assert found == (given + encode * share * area, decode * share * area)
+    # Tiles of 256 pixels a side overlap by a quarter; beside them lie the rows they are joined to and the whole clip.
+    joined = clip * pixel * (16 / 9 + 2)
+    found = vae_peak(shape, *CLIP, dtype=dtype, tiled=True)
+    assert found == pytest.approx((given + tile * share * 256**2, tile * share * 256**2 + joined), rel=1e-12)
+
+
+@pytest.mark.parametrize(("width", "height", "tile"), [(128, 480, 128 * 256), (480, 96, 256 * 96)])
+def test_a_tile_is_no_larger_than_the_picture(width, height, tile):
+    encode, _ = vae_peak(VaeShape(), width, height, 1, dtype="bfloat16", tiled=True)
+    assert encode == 3 * width * height * 8 + 10_130 * tile
