@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.cli import VERBS
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "runner"
-HEAVY = ("torch", "diffusers", "transformers")
+HEAVY = ("torch", "diffusers", "transformers", "boto3", "numpy", "pydantic", "rich", "structlog")
 LONG = 600  # lines of a file: worth a look for a second noun in it
 TOO_LONG = 900
 FOLDERS, FILES = 13, 6  # at the top of runner/, at most
@@ -181,6 +183,12 @@ def test_modules_named_in_texts_exist_and_stand_in_registries():
                 assert attribute in {name for child in tree_of(named).body for name in names_defined(child)}
 
 
+def test_one_module_knows_argparse():
+    """Also not in a text: below the command line there are settings, not flags that were parsed."""
+    knowing = {path.name for path in RUNNER.rglob("*.py") if "argparse" in path.read_text(encoding="utf-8")}
+    assert knowing == {"cli.py"}
+
+
 def test_one_module_prints():
     """What it prints has no secrets in it."""
     for module in MODULES.keys() - {"runner.verbs.tables"}:
@@ -314,7 +322,8 @@ print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stder
     "arguments",
     [
         ["runner.cli", "--help"],
-        ["runner.cli", "run", "--help"],
+        *([*words, "--help"] for words in (["runner.cli", *verb.name.split()] for verb in VERBS)),
+        ["runner.cli", "weights", "--help"],
         ["runner.cli", "--version"],
         [str(ROOT / "entrypoint.py"), "--help"],
     ],

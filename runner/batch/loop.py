@@ -58,11 +58,15 @@ class Engine:
 
 
 class Progress(Protocol):
-    """Who watches the run."""
+    """Shows how a run gets on. `Batch` calls `step` and `finished`, from any thread; who made the batch the others."""
+
+    def started(self, jobs: int) -> None: ...
 
     def step(self, job_id: str, done: int, total: int) -> None: ...
 
     def finished(self, line: JobLine) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Batch:

@@ -10,6 +10,9 @@ __all__ = ["BarProgress", "SilentProgress", "choose_progress"]
 
 
 class SilentProgress:
+    def started(self, jobs: int) -> None:
+        """Nothing: the run's first event has said so."""
+
     def step(self, job_id: str, done: int, total: int) -> None:
         """Nothing: a line a step would bury the events."""
 
@@ -23,7 +26,7 @@ class SilentProgress:
 class BarProgress:
     """Two rich bars on standard error: jobs, and model evaluations of the running job."""
 
-    def __init__(self, jobs: int, console: Any) -> None:
+    def __init__(self, console: Any) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -41,8 +44,11 @@ class BarProgress:
             TimeRemainingColumn(),
         )
         self._bars = Progress(*columns, console=console, transient=True)
-        self._jobs = self._bars.add_task("jobs", total=jobs)
+        self._jobs = self._bars.add_task("jobs", total=None)
         self._steps = self._bars.add_task("steps", total=None, visible=False)
+
+    def started(self, jobs: int) -> None:
+        self._bars.update(self._jobs, total=jobs)
         self._bars.start()
 
     def step(self, job_id: str, done: int, total: int) -> None:
@@ -55,9 +61,9 @@ class BarProgress:
         self._bars.stop()
 
 
-def choose_progress(jobs: int, log_format: str) -> BarProgress | SilentProgress:
+def choose_progress(log_format: str) -> BarProgress | SilentProgress:
     """A bar only where standard error is a terminal and the log is for people."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    return BarProgress(jobs, console) if console.is_terminal and log_format != "json" else SilentProgress()
+    return BarProgress(console) if console.is_terminal and log_format != "json" else SilentProgress()

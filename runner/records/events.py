@@ -10,8 +10,8 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
 
 import structlog
@@ -20,7 +20,7 @@ from runner.errors import RunnerError
 from runner.redact import escape_control, redact, redact_tree
 from runner.timing import now
 
-__all__ = ["EventLog", "configure_logging"]
+__all__ = ["EventLog", "configure_logging", "default_logging"]
 
 
 def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, verbose: bool = False) -> None:
@@ -46,6 +46,42 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
     )
     if logging.lastResort is not None:  # what libraries warn of goes to standard error by this handler
         logging.lastResort.setFormatter(_RedactingFormatter())
+
+
+@contextmanager
+def default_logging() -> Iterator[None]:
+    """Inside, and only where the program has not configured structlog, its lines go to Python's `logging`.
+
+    structlog's own default would print them on standard output. Afterwards structlog is as it was. Several threads may
+    be inside at the same time.
+    """
+    with _defaults.lock:
+        if not structlog.is_configured():
+            structlog.configure(
+                processors=[_redact_event, structlog.processors.KeyValueRenderer(key_order=["event"])],
+                wrapper_class=structlog.stdlib.BoundLogger,
+                logger_factory=_defaults.factory,
+            )
+        _defaults.inside += 1
+    try:
+        yield
+    finally:
+        with _defaults.lock:
+            _defaults.inside -= 1
+            if not _defaults.inside and structlog.get_config()["logger_factory"] is _defaults.factory:
+                structlog.reset_defaults()
+
+
+class _Defaults:
+    """How many are inside `default_logging`, and by what its configuration is known."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.lock = threading.Lock()
+        self.factory = structlog.stdlib.LoggerFactory()
+
+
+_defaults = _Defaults()
 
 
 def _redact_event(logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:

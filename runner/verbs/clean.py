@@ -5,7 +5,6 @@ In:   an output storage, an age. Out: one `CleanRow` a leftover, with what was d
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Literal
 
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError
-from runner.storage import Leftover, Storage
+from runner.records.events import default_logging
+from runner.storage import Leftover, Storage, open_storage
+from runner.verbs.settings import AGE_UNITS, CleanSettings, parse_age
 
-__all__ = ["CleanRow", "age_text", "clean_output", "parse_age"]
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+__all__ = ["CleanRow", "age_text", "clean", "clean_output"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,12 @@ class CleanRow:
     reason: str  # why it was kept, or could not be removed
     age_s: float
     error: RunnerError | None = None
+
+
+@default_logging()
+def clean(settings: CleanSettings) -> list[CleanRow]:
+    """The verb `clean`. A row with an `error` could not be removed. Raises ConfigInvalid, storage.*."""
+    return list(clean_output(open_storage(settings.out), parse_age(settings.older_than), remove=settings.yes))
 
 
 def clean_output(
@@ -85,15 +90,7 @@ def _removed(storage: Storage, leftover: Leftover, age: float) -> CleanRow:
     return CleanRow(leftover, "removed", "", age) if gone else CleanRow(leftover, "kept", "in use, or gone by now", age)
 
 
-def parse_age(text: str) -> float:
-    """`30m` → 1800.0 seconds; the units are s, m, h and d. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text.strip())
-    if found is None:
-        raise ValueError(f"{text!r} is no age: write 30m, 1h, 2d or 0s")
-    return float(found[1]) * _UNITS[found[2]]
-
-
 def age_text(seconds: float) -> str:
     """As `parse_age` reads it: 5400 → `90m`."""
-    unit = next((unit for unit in "dhm" if seconds and seconds % _UNITS[unit] == 0), "s")
-    return f"{seconds / _UNITS[unit]:g}{unit}"
+    unit = next((unit for unit in "dhm" if seconds and seconds % AGE_UNITS[unit] == 0), "s")
+    return f"{seconds / AGE_UNITS[unit]:g}{unit}"

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from runner.errors import as_runner_error
+from runner.records.events import default_logging
 from runner.storage import is_remote, local_path, open_storage, probe_writable
 from runner.verbs.probes import ProbeFailed, Probes, TorchInfo
+from runner.verbs.settings import DoctorSettings
 
-__all__ = ["Check", "run_checks"]
+__all__ = ["Check", "doctor", "run_checks"]
 
 GIB = 1 << 30
 DRIVER_FOR_CUDA = {12: 525, 13: 580}  # CUDA major -> oldest Linux driver branch (CUDA Toolkit release notes, table 2)
@@ -44,6 +46,12 @@ class Check:
     status: Literal["ok", "warn", "fail", "skipped"]
     found: str
     todo: str = ""
+
+
+@default_logging()
+def doctor(settings: DoctorSettings) -> list[Check]:
+    """The verb `doctor`. What cannot be asked is a check that fails, not an exception."""
+    return run_checks(settings.models, settings.out, settings.cache, settings.device, recipe=settings.recipe)
 
 
 def run_checks(

@@ -6,7 +6,6 @@ input cannot be read. Never: weights. Without a model store the published model'
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +17,17 @@ from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
 from runner.preprocess.pictures.images import image_size
 from runner.preprocess.pictures.sizing import output_size
+from runner.records.events import default_logging
 from runner.spec.manifest import Job, Manifest
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote
 from runner.storage.roots import check_inside, parse_roots
+from runner.verbs.run import choose_jobs
+from runner.verbs.settings import PlanSettings
 from runner.verbs.validate import input_places
 from runner.video import VideoReader
 
-__all__ = ["Forecast", "choose_gpu", "forecast_job", "forecast_jobs"]
+__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_job", "forecast_jobs", "plan"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,22 @@ class Forecast:
     plan: SegmentPlan | None
     error: RunnerError | None = None
     memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """A row a job of the shard, in order, and the GPU whose seconds they name; None where none is known."""
+
+    jobs: tuple[Forecast, ...]
+    gpu: str | None
+
+
+@default_logging()
+def plan(settings: PlanSettings) -> RunForecast:
+    """The verb `plan`. Raises ManifestInvalid, ConfigInvalid, storage.* for the manifest itself."""
+    manifest, jobs, _, _ = choose_jobs(settings)
+    rows, gpu = forecast_jobs(jobs, settings, manifest)
+    return RunForecast(tuple(rows), gpu)
 
 
 def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
@@ -63,15 +81,13 @@ def _first_gpu() -> str | None:
     return gpus[0].name if gpus else None
 
 
-def forecast_jobs(
-    jobs: Sequence[Job], arguments: argparse.Namespace, manifest: Manifest
-) -> tuple[list[Forecast], str | None]:
+def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifest) -> tuple[list[Forecast], str | None]:
     """One row a job, in order, and the GPU whose seconds they name. S3 inputs are downloaded to be measured."""
-    recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
-    local = arguments.models and not is_remote(arguments.models)
-    forecaster = get_family(recipe).forecaster(recipe, Path(arguments.models) if local else None)
-    gpu = choose_gpu(arguments.gpu, recipe)
-    roots = parse_roots(arguments.input_root)
+    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
+    local = settings.models if settings.models and not is_remote(settings.models) else None
+    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
+    gpu = choose_gpu(settings.gpu, recipe)
+    roots = parse_roots(settings.input_root)
     rows = []
     for job in jobs:
         try:

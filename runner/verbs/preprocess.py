@@ -1,61 +1,62 @@
-"""The verb `preprocess`: what drives the model, as the official script's files, and what was done as JSON.
+"""The verb `preprocess`: what drives the model, as the official script's files.
 
-In:   the parsed flags. Out: files in a folder, JSON on standard output, the exit code. Never: generation.
+In:   `PreprocessSettings`. Out: files in a folder, and what was done as a mapping. Never: generation; printing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from runner.errors import ConfigInvalid
+from runner.records.events import default_logging
 from runner.spec.manifest import parse_manifest
 from runner.storage import fetch_input
 from runner.storage.roots import check_inside, parse_roots
 from runner.verbs.run import local_models, network_options
-from runner.verbs.tables import print_json
+from runner.verbs.settings import PreprocessSettings
 
-__all__ = ["preprocess_one"]
+__all__ = ["preprocess"]
 
 
-def preprocess_one(arguments: argparse.Namespace) -> int:
-    """The verb `preprocess`: what drives the model, as the official script's files, and what was done as JSON."""
+@default_logging()
+def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
+    """The verb `preprocess`: writes the official script's files; what was done, as JSON-able values.
+
+    Raises ManifestInvalid for options that are none, ConfigInvalid, weights.*, input.*, storage.*.
+    """
     from runner.generation.runtime.device import pick_device
     from runner.preprocess.official_files import run_preprocess
     from runner.preprocess.prepare import Preprocessor
     from runner.storage.disk_cache import DiskCache
     from runner.weights.store import ModelStore
 
-    words = {"id": "preprocess", "reference": arguments.reference, "video": arguments.video}
-    words |= {"mask": arguments.mask} if arguments.mask else {}
-    try:
-        options = yaml.safe_load(arguments.options)
-    except yaml.YAMLError as error:
-        raise ConfigInvalid(f"--options is no YAML ({error})", todo="Write e.g. '{fps: 30, size: 480x832}'") from error
-    text = json.dumps({"version": 1, "jobs": [{**words, "options": options}]}, ensure_ascii=False)
+    words = {"id": "preprocess", "reference": settings.reference, "video": settings.video}
+    words |= {"mask": settings.mask} if settings.mask else {}
+    options = yaml.safe_load(settings.options) if isinstance(settings.options, str) else settings.options
+    text = json.dumps({"version": 1, "jobs": [{**words, "options": options}]}, ensure_ascii=False, default=dict)
     (job,) = parse_manifest(text, base=os.getcwd(), source="the command line").jobs
-    roots = parse_roots(arguments.input_root)
-    store = ModelStore(local_models(arguments, lambda key: key.startswith("process_checkpoint/")))
-    device, _ = pick_device(arguments.device)
+    roots = parse_roots(settings.input_root)
+    store = ModelStore(local_models(settings, lambda key: key.startswith("process_checkpoint/")))
+    device, _ = pick_device(settings.device)
     preprocessor = Preprocessor.load(
         store.detector,
         store.pose,
         device=device.type,
         dwpose=store.dwpose,
         segmenter=store.segmenter,
-        cache=DiskCache(arguments.cache / "poses"),
-        networks=network_options(arguments),
+        cache=DiskCache(settings.cache / "poses"),
+        networks=network_options(settings),
     )
-    arguments.cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.cache) as scratch:
-        places = [check_inside(uri, roots) if uri else None for uri in (job.reference, job.video, job.mask)]
-        paths = [fetch_input(place, Path(scratch)) if place else None for place in places]
-        assert paths[0] is not None and paths[1] is not None
-        done = run_preprocess(paths[0], paths[1], arguments.out, job.options, preprocessor, mask=paths[2])
-    print_json(done, indent=2)
-    return 0
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = Path(scratch)
+        places = check_inside(job.reference, roots), check_inside(job.video, roots)
+        mask_place = check_inside(job.mask, roots) if job.mask else None
+        reference, video = (fetch_input(place, folder) for place in places)
+        mask = fetch_input(mask_place, folder) if mask_place else None
+        return run_preprocess(reference, video, settings.out, job.options, preprocessor, mask=mask)

@@ -1,38 +1,52 @@
 """Quantize: the verb that makes the FP4 file of a recipe from the published weights in the model store.
 
-In:   the parsed flags. Out: `Wan2.2-Animate-14B-FP4-<…>/` in the store, each file whole or not at all.
+In:   `QuantizeSettings`. Out: `Wan2.2-Animate-14B-FP4-<…>/` in the store, each file whole or not at all.
 Never: number formats or files' layouts; quantization/ has those.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
 from runner.errors import ConfigInvalid, WeightsMissing
+from runner.records.events import default_logging
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
 from runner.storage import is_remote
 from runner.timing import StageTimer
-from runner.verbs.tables import print_text
+from runner.verbs.settings import SCALES, QuantizeSettings
+from runner.verbs.validate import read_manifest
 from runner.weights.variant import DISTILL_FOLDER, TEXT_FILE, TRANSFORMER_FILE, quantized_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["quantize_models"]
+    from runner.quantization.files.checkpoint_write import Summary
+    from runner.quantization.files.text_encoder import SavedTextEncoder
+    from runner.spec.manifest import Manifest
+
+__all__ = ["Quantized", "quantize"]
 
 SAY_EVERY_S = 5.0
 
 
-def quantize_models(arguments: argparse.Namespace) -> int:
-    """The verb `quantize`. Raises WeightsMissing, WeightsCorrupt, ConfigInvalid, StorageFull."""
+@dataclass(frozen=True)
+class Quantized:
+    """What was written: the transformer's file, and the text encoder's where it was asked for."""
+
+    transformer: Summary
+    text_encoder: SavedTextEncoder | None
+
+
+@default_logging()
+def quantize(settings: QuantizeSettings) -> Quantized:
+    """The verb `quantize`. Raises WeightsMissing, WeightsCorrupt, ConfigInvalid, StorageFull; calibrating, input.*."""
     from runner.generation.runtime.device import pick_device
     from runner.quantization.files.checkpoint_write import quantize_store
     from runner.quantization.files.text_encoder import quantize_text_encoder
@@ -40,33 +54,31 @@ def quantize_models(arguments: argparse.Namespace) -> int:
     from runner.quantization.lora.apply import read_lora
     from runner.quantization.rules import get_rule
 
-    recipe = get_recipe(arguments.recipe)
+    recipe = get_recipe(settings.recipe)
     if not recipe.fp4:
         known = ", ".join(name for name, known in RECIPES.items() if known.fp4)
         raise ConfigInvalid(f"recipe {recipe.name!r} runs the source as it is", todo=f"Quantise for one of: {known}")
-    if not arguments.models or is_remote(arguments.models):
-        raise WeightsMissing("the weights must be in a local folder", where=arguments.models, todo="Pass --models DIR")
-    pick_device(arguments.device)  # a device that is not there is said now, not after an hour of calibration
-    root = Path(arguments.models)
+    if not settings.models or is_remote(settings.models):
+        raise WeightsMissing("the weights must be in a local folder", where=settings.models, todo="Pass --models DIR")
+    pick_device(settings.device)  # a device that is not there is said now, not after an hour of calibration
+    root = Path(settings.models)
     target = root / quantized_folder(recipe)
-    loras = [read_lora(path, strength) for path, strength in _lora_files(root, recipe, arguments.lora)]
+    loras = [read_lora(path, strength) for path, strength in _lora_files(root, recipe, settings.lora)]
     importance = None
-    if arguments.calibrate and arguments.scales:
-        raise ConfigInvalid("--calibrate chooses the scales itself", todo="Leave --scales out")
-    arguments.scales = arguments.scales or "mse"
-    if arguments.calibrate:
-        importance = _calibrate(arguments, root, loras)
-        arguments.scales = "activation"
+    scales: Literal["mse", "absmax", "activation"] = settings.scales or SCALES[0]
+    if settings.calibrate:
+        importance = _calibrate(settings, settings.calibrate, root, loras)
+        scales = "activation"
     log = structlog.get_logger()
     summary = quantize_store(
         root / recipe.weights / "transformer",
         target / TRANSFORMER_FILE,
-        FORMATS[arguments.format],
-        arguments.scales,
-        get_rule(arguments.rule).keep,
+        FORMATS[settings.format],
+        scales,
+        get_rule(settings.rule).keep,
         loras,
         importance,
-        arguments.device,
+        settings.device,
         _say_progress(log),
     )
     log.info(
@@ -81,13 +93,10 @@ def quantize_models(arguments: argparse.Namespace) -> int:
     )
     for key in summary.untargeted:
         log.warning("lora_without_target", tensor=key)
-    print_text(f"{summary.path}: {summary.layers} layers in {summary.format}, {summary.bytes / 1e9:.3f} GB")
-    if arguments.text_encoder:
-        made = quantize_text_encoder(
-            root / recipe.weights / "text_encoder", target / TEXT_FILE, device=arguments.device
-        )
-        print_text(f"{made.path}: {made.linears} layers in INT4, {made.bytes_written / 1e9:.3f} GB")
-    return 0
+    made = None
+    if settings.text_encoder:
+        made = quantize_text_encoder(root / recipe.weights / "text_encoder", target / TEXT_FILE, device=settings.device)
+    return Quantized(summary, made)
 
 
 def _lora_files(root: Path, recipe: Recipe, given: Sequence[str]) -> list[tuple[Path, float]]:
@@ -111,29 +120,28 @@ def _lora_files(root: Path, recipe: Recipe, given: Sequence[str]) -> list[tuple[
     return found
 
 
-def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) -> dict[str, Tensor]:
+def _calibrate(settings: QuantizeSettings, jobs: str | Manifest, root: Path, loras: Sequence[Any]) -> dict[str, Tensor]:
     """Render the jobs of a manifest with the source weights, the LoRAs attached, and watch the linears' inputs."""
     from runner.generation.families import EngineSettings
     from runner.generation.protocol import Request
     from runner.generation.wan_animate.generator import WanAnimateGenerator
     from runner.quantization.activations import watching
     from runner.quantization.lora.apply import attached
-    from runner.spec.manifest import load_manifest
     from runner.storage import fetch_input
     from runner.weights.resolved import resolve_recipe
     from runner.weights.store import ModelStore
 
-    manifest = load_manifest(arguments.calibrate)
+    manifest = read_manifest(jobs)
     ready = next((job.id for job in manifest.jobs if job.official), None)
     if ready is not None:
         raise ConfigInvalid(f"job {ready!r} brings the official script's files", todo="Calibrate with clips")
-    target = get_recipe(arguments.recipe)
+    target = get_recipe(settings.recipe)
     # The source's weights under the solver and steps that the file will be run with.
     recipe = replace(
         get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, grid=target.grid, shift=target.shift
     )
     models = resolve_recipe(ModelStore(root), recipe)
-    generator = WanAnimateGenerator.load(models, EngineSettings(device=arguments.device))
+    generator = WanAnimateGenerator.load(models, EngineSettings(device=settings.device))
     log = structlog.get_logger()
     assert generator.pipeline is not None
     # Compiled, blocks would be traced with the hooks in them, a graph for each, and warmed up on noise that they count.
@@ -144,10 +152,10 @@ def _calibrate(arguments: argparse.Namespace, root: Path, loras: Sequence[Any]) 
         with attached(transformer, loras), watching(transformer) as moments:
             generator.loras = None  # only what will be in the file
             for job in manifest.jobs:
-                scratch = arguments.cache / "calibrate" / job.id
-                paths = [fetch_input(uri, scratch) if uri else None for uri in (job.reference, job.video, job.mask)]
-                assert paths[0] is not None and paths[1] is not None
-                request = Request(paths[0], paths[1], job.prompt, job.options, mask=paths[2])
+                scratch = settings.cache / "calibrate" / job.id
+                reference, video = fetch_input(job.reference, scratch), fetch_input(job.video, scratch)
+                mask = fetch_input(job.mask, scratch) if job.mask else None
+                request = Request(reference, video, job.prompt, job.options, mask=mask)
                 timer = StageTimer()
                 conditions = generator.prepare(request, timer)
                 try:

@@ -1,59 +1,79 @@
-"""Run: puts one `run` together from its flags: manifest, shard, storage, weights, engine, batch; then runs it.
+"""Run: puts one `run` together from its settings: manifest, shard, storage, weights, engine, batch; then runs it.
 
-In:   the parsed flags. Out: the exit code, a table, and what the batch leaves on the output storage.
-Never: how any of the pieces works.
+In:   `RunSettings`. Out: a `RunOutcome`, and what the batch leaves on the output storage.
+Never: how any of the pieces works; printing.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import structlog
 
 from runner.batch.ledger import Ledger
-from runner.batch.loop import Batch, Engine
+from runner.batch.loop import Batch, Engine, Progress
 from runner.batch.memory_sampler import MemorySampler
-from runner.batch.progress import choose_progress
+from runner.batch.progress import SilentProgress
 from runner.batch.scratch import scratch_folder
 from runner.batch.shards import Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
-from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
-from runner.records.events import EventLog
-from runner.spec.manifest import Job, Manifest, load_manifest
-from runner.storage import check_key, open_storage, probe_writable
+from runner.errors import RunnerError, WeightsMissing, as_runner_error
+from runner.records.events import EventLog, default_logging
+from runner.records.record import JobLine
+from runner.spec.manifest import Job, Manifest
+from runner.storage import open_storage, probe_writable
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
+from runner.verbs.settings import ModelSettings, PlanSettings, PreprocessSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
-from runner.verbs.tables import print_run
-from runner.verbs.validate import input_places
+from runner.verbs.validate import input_places, read_manifest
 
 if TYPE_CHECKING:
     from runner.preprocess.networks.providers import NetworkOptions
 
-__all__ = ["build_engine", "choose_jobs", "local_models", "network_options", "run_manifest"]
+__all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "network_options", "run"]
 
 
-def run_manifest(arguments: argparse.Namespace) -> int:
-    """The verb `run`: everything that can be wrong for all jobs is found before the first starts."""
-    manifest, jobs, shard, why = choose_jobs(arguments)
-    run_id = arguments.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    try:
-        check_key(f"runs/{run_id}/summary.json")
-    except ConfigInvalid as error:
-        raise ConfigInvalid(error.what, where="--run-id", todo="It is a folder's name: write e.g. night-7") from error
-    roots = parse_roots(arguments.input_root)
-    storage = open_storage(arguments.out)
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run came to."""
+
+    exit_code: int  # 0 all done, 1 some failed, 2 or 3 stopped by an error, 130 or 143 by a signal
+    run_id: str
+    shard: Shard
+    shard_reason: str
+    counts: Mapping[str, int]  # jobs of this shard by status, and their total
+    lines: tuple[JobLine, ...]  # one a job of this shard, in the manifest's order
+    outputs: str  # folder or URI below which each job has its own
+    summary: str  # folder or URI of the run's summary, metrics and events
+    sheet: str | None  # where the contact sheet is, or why there is none; None where none was asked for
+
+
+@default_logging()
+def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
+    """The verb `run`. What can be wrong for all jobs is found before the first starts, and raised.
+
+    Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line; elsewhere no
+    signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
+    WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
+    """
+    manifest, jobs, shard, why = choose_jobs(settings)
+    run_id = settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    roots = parse_roots(settings.input_root)
+    storage = open_storage(settings.out)
     probe_writable(storage)
-    engine = build_engine(arguments, manifest)
+    engine = build_engine(settings, manifest)
     log = structlog.get_logger()
     for job in jobs:  # a LoRA that is not there is told now, not in the middle of the night
         try:
@@ -65,12 +85,12 @@ def run_manifest(arguments: argparse.Namespace) -> int:
             log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
 
-    with scratch_folder(arguments.cache) as scratch:
-        progress = choose_progress(len(jobs), arguments.log_format)
+    progress = progress or SilentProgress()
+    with scratch_folder(settings.cache) as scratch:
         name = f"{shard.index:05d}-of-{shard.count:05d}"
         write_events = partial(storage.append_lines, f"runs/{run_id}/{name}.events.jsonl")
         events = EventLog(write_events, at_once=storage.appends)
-        hashes = FileHashes(arguments.cache / "file-hashes.json")
+        hashes = FileHashes(settings.cache / "file-hashes.json")
         summary = SummaryWriter(
             storage,
             run_id=run_id,
@@ -81,16 +101,16 @@ def run_manifest(arguments: argparse.Namespace) -> int:
             job_ids=[job.id for job in jobs],
             events=events,
         )
-        stop = Stop(arguments.drain_s)
+        stop = Stop(settings.drain_s)
         batch = Batch(
             jobs,
             engine,
             storage,
             Ledger(
                 storage,
-                max_attempts=arguments.max_attempts,
-                force=arguments.force,
-                retry_failed=arguments.retry_failed,
+                max_attempts=settings.max_attempts,
+                force=settings.force,
+                retry_failed=settings.retry_failed,
                 hashes=hashes,
             ),
             summary,
@@ -101,20 +121,32 @@ def run_manifest(arguments: argparse.Namespace) -> int:
             sampler=MemorySampler(),
             input_roots=roots,
         )
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread:  # Python hands signals to the main thread alone
+            log.info("signals_ignored", why="the run is not in the main thread")
+        progress.started(len(jobs))
         try:
-            with stop.listening():
+            with stop.listening() if in_main_thread else nullcontext():
                 code = batch.run()
         finally:
             progress.close()
             with suppress(OSError, RunnerError):  # hashing again is all that it costs
                 hashes.save()
-        where = [f"outputs: {storage.root}/jobs/", f"summary: {storage.root}/runs/{run_id}/"]
-        if arguments.sheet is not None:
+        sheet = None
+        if settings.sheet is not None:
             drawn = [job for job in jobs if _lies_inside(job, roots)]
-            where.append(try_draw_sheet(drawn, storage, arguments.sheet, scratch, stop))
-        with suppress(OSError):  # a full disk behind standard output changes no job
-            print_run(summary.lines, summary.counts, where)
-        return code
+            sheet = try_draw_sheet(drawn, storage, settings.sheet, scratch, stop)
+    return RunOutcome(
+        exit_code=code,
+        run_id=run_id,
+        shard=shard,
+        shard_reason=why,
+        counts=MappingProxyType(summary.counts),
+        lines=tuple(summary.lines),
+        outputs=f"{storage.root}/jobs/",
+        summary=f"{storage.root}/runs/{run_id}/",
+        sheet=sheet,
+    )
 
 
 def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
@@ -126,41 +158,37 @@ def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
     return True
 
 
-def choose_jobs(arguments: argparse.Namespace) -> tuple[Manifest, list[Job], Shard, str]:
+def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard, str]:
     """The manifest, this shard's jobs of it, the shard, and where the shard came from."""
-    manifest = load_manifest(arguments.manifest)
-    shard, why = choose_shard(arguments.shard, arguments.shard_count, os.environ)
+    manifest = read_manifest(settings.manifest)
+    shard, why = choose_shard(settings.shard, settings.shard_count, os.environ)
     return manifest, list(shard.take(manifest.jobs)), shard, why
 
 
-def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
+def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
     """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
     from runner.generation.families import EngineSettings, get_family
-    from runner.generation.runtime.memory_plan import MODES
     from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
 
-    recipe = get_recipe(arguments.recipe or manifest.recipe or DEFAULT_RECIPE)
+    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
     family = get_family(recipe)
-    memory = arguments.memory or manifest.memory or "auto"
-    if memory not in ("auto", *MODES):  # a manifest's was checked with the manifest
-        raise ConfigInvalid(f"no memory mode {memory!r}", where="--memory", todo=f"Modes: auto, {', '.join(MODES)}")
     assume: dict[str, str] = {}
-    if arguments.assume:
+    if settings.assume:
         from runner.quantization.files.assumptions import parse_assumptions
 
-        assume = parse_assumptions(arguments.assume)
-    settings = EngineSettings(
-        device=arguments.device,
-        memory=memory,
-        cache=arguments.cache,
+        assume = parse_assumptions(settings.assume)
+    engine = EngineSettings(
+        device=settings.device,
+        memory=settings.memory or manifest.memory or "auto",
+        cache=settings.cache,
         assume=assume,
-        pose_precision=arguments.pose_precision,
-        tensorrt=arguments.tensorrt,
+        pose_precision=settings.pose_precision,
+        tensorrt=settings.tensorrt,
     )
-    model = family.resolve(local_models(arguments, family.wanted(recipe)), recipe, settings)
+    model = family.resolve(local_models(settings, family.wanted(recipe)), recipe, engine)
     return Engine(
         recipe=recipe.name,
         identity={f"recipe.{name}": str(value) for name, value in recipe.effective().items()} | dict(model.identity),
@@ -170,18 +198,18 @@ def build_engine(arguments: argparse.Namespace, manifest: Manifest) -> Engine:
     )
 
 
-def network_options(arguments: argparse.Namespace) -> NetworkOptions:
-    """What the flags say about the preprocessing's networks."""
+def network_options(settings: RunSettings | PreprocessSettings) -> NetworkOptions:
+    """What the settings say about the preprocessing's networks."""
     from runner.preprocess.networks.providers import NetworkOptions
 
-    return NetworkOptions(arguments.pose_precision, arguments.tensorrt, arguments.cache)
+    return NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache)
 
 
-def local_models(arguments: argparse.Namespace, wanted: Callable[[str], bool]) -> Path:
+def local_models(settings: ModelSettings, wanted: Callable[[str], bool]) -> Path:
     """The model store as a local folder, synced from S3 where it is there."""
-    if not arguments.models:
+    if not settings.models:
         raise WeightsMissing(
             "no model store was named",
             todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
         )
-    return sync_models(arguments.models, arguments.cache / "models", wanted)
+    return sync_models(settings.models, settings.cache / "models", wanted)

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict
 
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid
-from runner.storage import Storage
+from runner.records.events import default_logging
+from runner.storage import Storage, open_storage
+from runner.verbs.settings import StatusSettings
 
-__all__ = ["StatusRow", "read_status"]
+__all__ = ["StatusRow", "read_status", "status"]
 
 READS_AT_ONCE = 16
 
@@ -30,6 +32,12 @@ class StatusRow(BaseModel):
     seconds: float | None = None
     output: str | None = None
     finished_at: str | None = None
+
+
+@default_logging()
+def status(settings: StatusSettings) -> list[StatusRow]:
+    """The verb `status`: one row a job, by id. Raises ConfigInvalid, storage.*."""
+    return read_status(open_storage(settings.out))
 
 
 def read_status(storage: Storage) -> list[StatusRow]:

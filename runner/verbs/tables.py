@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,24 @@ if TYPE_CHECKING:
     from runner.verbs.clean import CleanRow
     from runner.verbs.doctor import Check
     from runner.verbs.plan import Forecast
+    from runner.verbs.quantize import Quantized
     from runner.verbs.status import StatusRow
+    from runner.verbs.weights import Verification
+    from runner.weights.fetch import Fetched
 
 __all__ = [
     "print_checks",
     "print_clean",
     "print_error",
+    "print_fetched",
     "print_json",
     "print_plan",
     "print_problems",
+    "print_quantized",
     "print_run",
     "print_status",
     "print_text",
+    "print_verification",
 ]
 
 COLOURS = {
@@ -84,7 +90,7 @@ def _stop_writing() -> None:
 
 
 def print_run(
-    lines: Sequence[JobLine], counts: dict[str, int], where: Sequence[str], console: Console | None = None
+    lines: Sequence[JobLine], counts: Mapping[str, int], where: Sequence[str], console: Console | None = None
 ) -> None:
     """The run's table, its counts, and where to look."""
     console = console or _console()
@@ -194,6 +200,37 @@ def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bo
     console.print(f"{escape(out)}: " + (" · ".join(counts) or "no leftovers"), soft_wrap=True)
     if any(row.action == "would remove" for row in rows):
         console.print(f"to remove them: {escape(command)}", soft_wrap=True)
+
+
+def print_quantized(made: Quantized) -> None:
+    file = made.transformer
+    print_text(f"{file.path}: {file.layers} layers in {file.format}, {file.bytes / 1e9:.3f} GB")
+    if made.text_encoder is not None:
+        text = made.text_encoder
+        print_text(f"{text.path}: {text.linears} layers in INT4, {text.bytes_written / 1e9:.3f} GB")
+
+
+def print_fetched(fetched: Fetched, *, dry_run: bool) -> None:
+    done = "would be fetched" if dry_run else f"{fetched.downloaded_bytes / 1e9:.2f} GB fetched"
+    print_text(f"{fetched.folder}: {fetched.files} files, {fetched.bytes / 1e9:.2f} GB, {done}")
+
+
+def print_verification(found: Verification) -> None:
+    """A line a file; or the layers of a quantised file and their sum; or each reading of a published file."""
+    for file in found.files:
+        print_text(f"{file.status:<8} {file.bytes or 0:>15,}  {file.path}  {file.note or ''}".rstrip())
+    for row in found.plan:
+        shape = "x".join(map(str, row.shape))
+        print_text(f"{row.name:<60} {shape:>14} {row.packed_bytes:>13,} {row.other_bytes:>13,}")
+    if found.plan:
+        packed, other = (sum(getattr(row, name) for row in found.plan) for name in ("packed_bytes", "other_bytes"))
+        quantised = sum(bool(row.packed_bytes) for row in found.plan)
+        print_text(f"{quantised} layers quantised: {packed / 1e9:.3f} GB; the rest {other / 1e9:.3f} GB")
+    if (settled := found.settled) is not None:
+        print_text(f"{settled.file}, layer {settled.layer}: relative error of the weights, by how they are read")
+        for comparison in settled.comparisons:
+            print_text(f"  {comparison.error:8.4f}  {comparison.assumptions}")
+        print_text(f"use: --assume {settled.assume}" if settled.assume else "no reading fits: not the same weights?")
 
 
 def _size(count: int) -> str:

@@ -15,15 +15,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import InputUnreadable, RunnerError, as_runner_error
-from runner.spec.manifest import Job
+from runner.records.events import default_logging
+from runner.spec.manifest import Job, Manifest, load_manifest
 from runner.spec.options import official_names
-from runner.spec.recipes import Recipe
+from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote, stat_input
-from runner.storage.roots import check_inside
+from runner.storage.roots import check_inside, parse_roots
+from runner.verbs.settings import ValidateSettings
 
-__all__ = ["check_inputs", "check_models", "input_places"]
+__all__ = ["Validation", "check_inputs", "check_models", "input_places", "read_manifest", "validate"]
 
 Problems = Sequence[tuple[str, RunnerError]]  # (job id, error)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A manifest, and what is wrong with what its jobs name. Without problems every job can be rendered."""
+
+    manifest: Manifest
+    problems: tuple[tuple[str, RunnerError], ...]  # (job id, error), in the order of the jobs
+
+
+@default_logging()
+def validate(settings: ValidateSettings) -> Validation:
+    """The verb `validate`. Raises ManifestInvalid, ConfigInvalid, WeightsMissing, storage.*."""
+    manifest = read_manifest(settings.manifest)
+    roots = parse_roots(settings.input_root)
+    problems = [] if settings.no_inputs else check_inputs(manifest.jobs, deep=settings.deep, roots=roots)
+    if settings.models:
+        recipe = get_recipe(manifest.recipe or DEFAULT_RECIPE)
+        problems += check_models(manifest.jobs, recipe, settings.models, settings.cache)
+    return Validation(manifest, tuple(problems))
+
+
+def read_manifest(manifest: str | Manifest) -> Manifest:
+    """The manifest at a path or URI, or from standard input (`-`); one that was read before as it is."""
+    return load_manifest(manifest) if isinstance(manifest, str) else manifest
 
 
 @dataclass

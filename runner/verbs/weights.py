@@ -1,70 +1,98 @@
-"""Weights: `weights fetch` and `weights verify` on the command line: call, print, exit by outcome."""
+"""Weights: the verbs `weights fetch`, `weights verify` and `weights demo`.
+
+In:   `FetchSettings`, `VerifySettings`, `DemoSettings`. Out: files in a local model store, and what is known of them.
+Never: what is in the files; printing.
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runner.errors import ConfigInvalid, WeightsMissing
-from runner.spec.recipes import DEFAULT_RECIPE
-from runner.verbs.tables import print_text
+from runner.errors import WeightsMissing
+from runner.records.events import default_logging
+from runner.verbs.settings import DemoSettings, FetchSettings, VerifySettings
 
-__all__ = ["fetch", "verify"]
+if TYPE_CHECKING:
+    from runner.quantization.rules import PlanRow
+    from runner.weights.fetch import Fetched
+    from runner.weights.verify import Row, Settled
+
+__all__ = ["DemoFolders", "Verification", "demo", "fetch", "verify"]
 
 
-def fetch(arguments: argparse.Namespace) -> int:
-    """Download what a recipe needs. Raises storage.*, weights.*, ConfigInvalid."""
+@dataclass(frozen=True)
+class Verification:
+    """What `weights verify` found; one of the three, by what it was asked for."""
+
+    files: tuple[Row, ...] = ()
+    plan: tuple[PlanRow, ...] = ()  # with `plan`: the layers of a quantised file
+    settled: Settled | None = None  # with `against`: how a published file is read
+
+    @property
+    def sound(self) -> bool:
+        """Whether no file is damaged or missing, and a published file was found to be readable."""
+        if self.settled is not None:
+            return self.settled.assume is not None
+        return not any(file.status in ("corrupt", "missing") for file in self.files)
+
+
+@dataclass(frozen=True)
+class DemoFolders:
+    models: Path
+    media: Path
+
+
+@default_logging()
+def fetch(settings: FetchSettings, say: Callable[[str], None] = lambda line: None) -> Fetched:
+    """Download what a recipe needs. `say` gets the lines to be read before: licences and sizes.
+
+    Raises storage.*, weights.*, ConfigInvalid.
+    """
     from runner.weights.fetch import fetch_weights
 
-    revisions = {}
-    for text in arguments.revision:
-        repo, equals, revision = text.partition("=")
-        if not equals:
-            raise ConfigInvalid(f"--revision {text}", todo="Write REPO=REVISION")
-        revisions[repo] = revision
-    fetched = fetch_weights(
-        _folder(arguments),
-        arguments.recipe or DEFAULT_RECIPE,
-        parts=arguments.part,
-        endpoint=arguments.endpoint,
-        revisions=revisions,
-        dry_run=arguments.dry_run,
-        say=print_text,
+    pairs = (text.partition("=") for text in settings.revision)
+    return fetch_weights(
+        _folder(settings.models),
+        settings.recipe,
+        parts=settings.part,
+        endpoint=settings.endpoint,
+        revisions={repo: revision for repo, _, revision in pairs},
+        dry_run=settings.dry_run,
+        say=say,
     )
-    done = "would be fetched" if arguments.dry_run else f"{fetched.downloaded_bytes / 1e9:.2f} GB fetched"
-    print_text(f"{fetched.folder}: {fetched.files} files, {fetched.bytes / 1e9:.2f} GB, {done}")
-    return 0
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    """Check files, print a plan, or settle how a published file is read. 2 where something is wrong."""
+@default_logging()
+def verify(settings: VerifySettings) -> Verification:
+    """Check files, list the layers of a quantised file, or settle how a published file is read.
+
+    Raises ConfigInvalid, WeightsMissing, WeightsCorrupt, StorageDenied; a damaged file is a row.
+    """
     from runner.weights.verify import plan_rows, settle_against, verify_weights
 
-    folder = _folder(arguments)
-    if arguments.plan:
-        rows = plan_rows(folder, fmt=arguments.format, rule=arguments.rule)
-        for row in rows:
-            shape = "x".join(map(str, row.shape))
-            print_text(f"{row.name:<60} {shape:>14} {row.packed_bytes:>13,} {row.other_bytes:>13,}")
-        packed, other = sum(row.packed_bytes for row in rows), sum(row.other_bytes for row in rows)
-        quantised = sum(bool(row.packed_bytes) for row in rows)
-        print_text(f"{quantised} layers quantised: {packed / 1e9:.3f} GB; the rest {other / 1e9:.3f} GB")
-        return 0
-    if arguments.against:
-        settled = settle_against(folder, arguments.against, layer=arguments.layer)
-        print_text(f"{settled.file}, layer {settled.layer}: relative error of the weights, by how they are read")
-        for comparison in settled.comparisons:
-            print_text(f"  {comparison.error:8.4f}  {comparison.assumptions}")
-        print_text(f"use: --assume {settled.assume}" if settled.assume else "no reading fits: not the same weights?")
-        return 0 if settled.assume else 2
-    bad = 0
-    for file in verify_weights(folder, arguments.recipe or DEFAULT_RECIPE, cache=arguments.cache):
-        bad += file.status in ("corrupt", "missing")
-        print_text(f"{file.status:<8} {file.bytes or 0:>15,}  {file.path}  {file.note or ''}".rstrip())
-    return 2 if bad else 0
+    folder = _folder(settings.models)
+    if settings.plan:
+        return Verification(plan=tuple(plan_rows(folder, fmt=settings.format, rule=settings.rule)))
+    if settings.against:
+        return Verification(settled=settle_against(folder, settings.against, layer=settings.layer))
+    return Verification(files=tuple(verify_weights(folder, settings.recipe, cache=settings.cache)))
 
 
-def _folder(arguments: argparse.Namespace) -> Path:
-    if not arguments.models:
+@default_logging()
+def demo(settings: DemoSettings) -> DemoFolders:
+    """Put the demo's tiny models and its media in place, where they are not. Raises storage.*."""
+    from runner.demo.build import build_demo_media, build_demo_models
+
+    folders = DemoFolders(Path(settings.models), settings.media)
+    build_demo_models(folders.models)
+    build_demo_media(folders.media)
+    return folders
+
+
+def _folder(models: str | None) -> Path:
+    if not models:
         raise WeightsMissing("no model store was named", todo="Pass --models DIR or set VIDEO_LAB_MODELS")
-    return Path(arguments.models)
+    return Path(models)

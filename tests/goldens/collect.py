@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,22 @@ def help_texts() -> dict[str, str]:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = WIDTH
     try:
-        top = parser()
-        (verbs,) = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-        texts = {"": top.format_help()} | {name: verb.format_help() for name, verb in verbs.choices.items()}
+        texts = dict(_helps("", parser()))
     finally:
         if before is None:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
     return {name: " ".join(text.split()) for name, text in texts.items()}
+
+
+def _helps(name: str, verb: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """(name, `--help`) of a verb and of those below it: `weights`, `weights fetch`, …"""
+    yield name, verb.format_help()
+    for action in verb._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below, made in action.choices.items():
+                yield from _helps(f"{name} {below}".strip(), made)
 
 
 def manifest_fingerprints() -> dict[str, dict[str, str]]:

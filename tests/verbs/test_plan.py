@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
@@ -10,6 +9,7 @@ from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.verbs.plan import choose_gpu, forecast_jobs
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
+from runner.verbs.settings import PlanSettings
 from runner.verbs.tables import print_plan
 
 
@@ -49,13 +49,13 @@ def manifest(demo_media):
     return parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=str(demo_media), source="m.json")
 
 
-def flags(**given):
-    return argparse.Namespace(**{"recipe": None, "models": None, "gpu": None, "input_root": [], **given})
+def settings(**given):
+    return PlanSettings(manifest="m.json", models=None, **given)
 
 
 def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys):
     machine_with(monkeypatch)
-    (here, gone), gpu = forecast_jobs(manifest.jobs, flags(gpu="RTX 5090"), manifest)
+    (here, gone), gpu = forecast_jobs(manifest.jobs, settings(gpu="RTX 5090"), manifest)
     assert gpu == "RTX 5090" and gone.error.code == "input.not_found"
     assert (here.plan.segments, here.plan.segment_frames) == (1, 49)
     # 49 of 81 frames: more than half the products, less than half of the attention.
@@ -69,7 +69,7 @@ def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys)
 
 def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
     machine_with(monkeypatch)
-    rows, gpu = forecast_jobs(manifest.jobs, flags(), manifest)
+    rows, gpu = forecast_jobs(manifest.jobs, settings(), manifest)
     assert gpu is None and rows[0].plan.seconds is None
     print_plan(rows, gpu)
     printed = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
 
 def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch, capsys):
     machine_with(monkeypatch, "NVIDIA A100-SXM4-80GB")
-    rows, gpu = forecast_jobs(manifest.jobs, flags(recipe="fp4-distill+fp8"), manifest)
+    rows, gpu = forecast_jobs(manifest.jobs, settings(recipe="fp4-distill+fp8"), manifest)
     assert gpu == "A100" and rows[0].plan.seconds is None and rows[0].plan.tflop > 0
     print_plan(rows, gpu)
     assert "?" in capsys.readouterr().out

@@ -1,32 +1,166 @@
-"""Run: what the flags say is what the engine is, and what its fingerprints know."""
+"""Run: what the settings say is what the engine is, and what its fingerprints know."""
 
 from __future__ import annotations
 
-import argparse
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
-from runner.cli import parser
+from runner.batch.loop import Engine
+from runner.batch.shards import Shard
+from runner.errors import ConfigInvalid
+from runner.records.record import JobLine
 from runner.spec.manifest import parse_manifest
-from runner.verbs.run import build_engine
+from runner.verbs.run import build_engine, run
+from runner.verbs.settings import RunSettings
+from tests.stub_generator import StubGenerator
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MANIFEST = "version: 1\nrecipe: fp32\njobs: [{id: a, reference: r.png, video: v.mp4}]\n"
 
 
 @pytest.fixture
-def flags(demo_models, tmp_path):
-    """flags("--x", …): those of `run`, over the demo's models."""
+def settings(demo_models, tmp_path):
+    """settings(x=…): those of `run`, over the demo's models."""
 
-    def parse(*extra: str) -> argparse.Namespace:
-        command = ["run", "m.yaml", "--out", str(tmp_path / "out"), "--models", str(demo_models), "--device", "cpu"]
-        return parser().parse_args([*command, "--cache", str(tmp_path / "cache"), *extra])
+    def make(**given) -> RunSettings:
+        common = {"manifest": "m.yaml", "out": str(tmp_path / "out"), "models": str(demo_models), "device": "cpu"}
+        return RunSettings(**common, cache=tmp_path / "cache", **given)
 
-    return parse
+    return make
 
 
-def test_poses_of_another_precision_are_another_fingerprint(flags):
+def test_poses_of_another_precision_are_another_fingerprint(settings):
     """Not where nobody asked: what was rendered before the flag existed stays done."""
     manifest = parse_manifest(MANIFEST, base=".", source="m.yaml")
-    plain, ours = (build_engine(flags(*extra), manifest).identity for extra in ((), ("--pose-precision", "int8")))
+    plain, ours = (build_engine(settings(**more), manifest).identity for more in ({}, {"pose_precision": "int8"}))
     assert {**plain, "pose_precision": "int8"} == ours
-    assert build_engine(flags("--pose-precision", "fp32", "--tensorrt", "auto"), manifest).identity == plain
+    assert build_engine(settings(pose_precision="fp32", tensorrt="auto"), manifest).identity == plain
+
+
+@pytest.fixture
+def stub_run(monkeypatch, demo_media, tmp_path):
+    """stub_run(prompt, …, **settings): RunSettings of a run of one job a prompt, rendered by the stub."""
+    monkeypatch.setattr(
+        "runner.verbs.run.build_engine", lambda settings, manifest: Engine("stub", {"weights": "stub"}, StubGenerator)
+    )
+    place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+
+    def make(*prompts: str, **given) -> RunSettings:
+        jobs = [{"id": f"job{index}", **place, "prompt": prompt} for index, prompt in enumerate(prompts)]
+        manifest = parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=".", source="m.json")
+        common = {"manifest": manifest, "out": str(tmp_path / "out"), "cache": tmp_path / "cache"}
+        return RunSettings(**common | given)
+
+    return make
+
+
+def test_the_outcome_says_what_the_run_came_to(stub_run, tmp_path):
+    outcome = run(stub_run("ok", "fail-generate", run_id="r1"))
+    assert (outcome.exit_code, outcome.run_id, outcome.shard) == (1, "r1", Shard(0, 1))
+    assert outcome.counts == {"total": 2, "succeeded": 1, "skipped": 0, "failed": 1, "not_run": 0}
+    assert [(line.id, line.status) for line in outcome.lines] == [("job0", "succeeded"), ("job1", "failed")]
+    assert (outcome.outputs, outcome.summary) == (f"{tmp_path}/out/jobs/", f"{tmp_path}/out/runs/r1/")
+    assert Path(outcome.outputs, "job0", "result.json").is_file()
+    assert Path(outcome.summary, "00000-of-00001.summary.json").is_file()
+    assert outcome.sheet is None
+    with pytest.raises(AttributeError):
+        outcome.exit_code = 0
+    with pytest.raises(TypeError):
+        outcome.counts["failed"] = 0
+
+
+def test_a_second_run_in_one_process_finds_the_first_one_s_work(stub_run, tmp_path):
+    assert run(stub_run("ok")).exit_code == 0
+    again = run(stub_run("ok", "ok", shard="0/2", sheet=tmp_path / "sheet.png"))
+    assert [(line.id, line.status) for line in again.lines] == [("job0", "skipped")]
+    assert again.shard_reason == "--shard 0/2"
+    assert again.sheet == f"contact sheet: {tmp_path / 'sheet.png'}"
+    assert (tmp_path / "sheet.png").is_file()
+
+
+class Watched:
+    """A progress display that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def started(self, jobs: int) -> None:
+        self.told.append(("started", jobs))
+
+    def step(self, job_id: str, done: int, total: int) -> None:
+        self.told.append(("step", job_id, done, total))
+
+    def finished(self, line: JobLine) -> None:
+        self.told.append(("finished", line.id, line.status))
+
+    def close(self) -> None:
+        self.told.append(("close",))
+
+
+def test_progress_is_told_from_the_first_job_to_the_end(stub_run):
+    watched = Watched()
+    run(stub_run("ok"), watched)
+    steps = [("step", "job0", done, 4) for done in range(1, 5)]
+    assert watched.told == [("started", 1), *steps, ("finished", "job0", "succeeded"), ("close",)]
+
+
+def test_what_is_wrong_for_all_jobs_is_raised(stub_run, tmp_path):
+    with pytest.raises(ConfigInvalid, match="is not a folder"):
+        run(stub_run("ok", input_root=[str(tmp_path / "none")]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_outside_the_main_thread_no_signal_is_listened_to(stub_run, caplog):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    outcomes = []
+    with caplog.at_level(logging.INFO):
+        thread = threading.Thread(target=lambda: outcomes.append(run(stub_run("ok"))))
+        thread.start()
+        thread.join(60)
+    assert [outcome.exit_code for outcome in outcomes] == [0]
+    assert "signals_ignored" in caplog.text
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+EMBEDDED = """
+import logging, sys
+import runner.verbs.run as verb
+from runner.batch.loop import Engine
+from runner.verbs.settings import RunSettings
+from tests.stub_generator import StubGenerator
+import structlog
+
+verb.build_engine = lambda settings, manifest: Engine("stub", {}, StubGenerator)
+manifest, out, cache = sys.argv[1:]
+outcome = verb.run(RunSettings(manifest=manifest, out=out, cache=cache))
+assert outcome.exit_code == 0, outcome
+assert not structlog.is_configured()
+assert logging.getLogger().handlers == []
+assert "runner.cli" not in sys.modules
+"""
+
+
+def test_a_run_in_another_program_prints_nothing_and_configures_nothing(demo_media, tmp_path):
+    """structlog, left as it is, would print on standard output."""
+    place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"id": "a", **place, "prompt": "ok"}) + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", EMBEDDED, str(manifest), str(tmp_path / "out"), str(tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""

@@ -1,0 +1,185 @@
+"""Settings: what cannot be meant is refused when the value is made, in the same words as on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from runner.cli import VERBS, main
+from runner.errors import ConfigInvalid
+from runner.spec.manifest import parse_manifest
+from runner.verbs.settings import (
+    MEMORY_MODES,
+    NUMBER_FORMATS,
+    SCALES,
+    CleanSettings,
+    DemoSettings,
+    DoctorSettings,
+    FetchSettings,
+    PlanSettings,
+    PreprocessSettings,
+    QuantizeSettings,
+    RunSettings,
+    VerifySettings,
+    default_cache,
+    flag_name,
+    flags_of,
+    parse_age,
+)
+
+RUN = {"manifest": "m.yaml", "out": "out"}
+PREPROCESS = {"reference": "r.png", "video": "v.mp4", "out": "out"}
+
+# settings, the required fields, field, wrong value, words of the message
+WRONG = [
+    (RunSettings, RUN, "max_attempts", "many", "must be a whole number, 0 or more, not 'many'. Write e.g. "),
+    (RunSettings, RUN, "max_attempts", "-1", "must be a whole number, 0 or more, not '-1'"),
+    (RunSettings, RUN, "max_attempts", "1.5", "must be a whole number, 0 or more, not '1.5'"),
+    (RunSettings, RUN, "drain_s", "-0.5", "must be a number of seconds, 0 or more, not '-0.5'"),
+    (RunSettings, RUN, "drain_s", "nan", "must be a number of seconds, 0 or more, not 'nan'"),
+    (
+        RunSettings,
+        RUN,
+        "memory",
+        "strem",
+        "must be auto, resident, stream or minimal, not 'strem'; did you mean stream?",
+    ),
+    (RunSettings, RUN, "device", "gpu", "must be auto, cpu or cuda, not 'gpu'"),
+    (RunSettings, RUN, "recipe", "bf61", "no recipe 'bf61'; did you mean 'bf16'?"),
+    (RunSettings, RUN, "run_id", "../x", "It is a folder's name: write e.g. night-7"),
+    (RunSettings, RUN, "shard", "four", "'four' is not I/N"),
+    (RunSettings, RUN, "shard", "4/4", "shard 4 of 4 does not exist"),
+    (RunSettings, RUN, "shard_count", "0", "must be a whole number, 1 or more, not '0'"),
+    (RunSettings, RUN, "assume", "nibble=up", "'nibble=up' means nothing"),
+    (RunSettings, RUN, "pose_precision", "int4", "must be fp32 or int8, not 'int4'; did you mean int8?"),
+    (RunSettings, RUN, "tensorrt", "yes", "must be off, auto or on, not 'yes'"),
+    (PlanSettings, {"manifest": "m.yaml"}, "recipe", "fp5", "no recipe 'fp5'"),
+    (CleanSettings, {"out": "out"}, "older_than", "1w", "write 30m, 1h, 2d or 0s"),
+    (DoctorSettings, {}, "device", "gpu", "must be auto, cpu or cuda"),
+    (PreprocessSettings, PREPROCESS, "options", "{fps: ", "is no YAML"),
+    (QuantizeSettings, {}, "format", "fp4", "must be nvfp4 or g32, not 'fp4'; did you mean nvfp4?"),
+    (QuantizeSettings, {}, "scales", "best", "must be mse or absmax, not 'best'"),
+    (QuantizeSettings, {}, "rule", "none", "no rule 'none'"),
+    (FetchSettings, {}, "part", "lora", "no part 'lora' of the published files"),
+    (FetchSettings, {}, "revision", "owner/name", "must be REPO=REVISION, not 'owner/name'"),
+    (VerifySettings, {}, "format", "g16", "must be nvfp4 or g32, not 'g16'. Write e.g. --format nvfp4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "required", "field", "value", "words"), WRONG)
+def test_a_wrong_value_is_refused_in_the_same_words_from_python_and_from_the_command_line(
+    settings, required, field, value, words, capsys
+):
+    (verb,) = [verb for verb in VERBS if verb.settings is settings]
+    ((item, flag),) = [found for found in flags_of(settings) if found[0].name == field]
+    with pytest.raises(ConfigInvalid) as caught:
+        settings(**required, **{field: [value] if flag.repeatable else value})
+    message = caught.value.message
+    assert flag_name(item) in message and words in message
+    assert caught.value.todo
+    line = verb.name.split()
+    for name, text in required.items():
+        (needed,) = [found for found in flags_of(settings) if found[0].name == name]
+        line += [text] if needed[1].positional else [flag_name(needed[0]), text]
+    assert main([*line, f"{flag_name(item)}={value}"]) == 2
+    assert capsys.readouterr().err == f"config.invalid: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("max_attempts", True, "a whole number"),
+        ("max_attempts", None, "a whole number"),
+        ("max_attempts", 2.0, "a whole number"),
+        ("drain_s", True, "a number of seconds"),
+        ("drain_s", [], "a number of seconds"),
+        ("force", "no", "True or False, not 'no'"),
+        ("force", 1, "True or False"),
+        ("out", None, "text"),
+        ("out", b"out", "text"),
+        ("models", 5, "text"),
+        ("cache", None, "a path on this machine"),
+        ("sheet", 5, "a path on this machine"),
+        ("input_root", "folder", "a list of texts"),
+        ("input_root", [5], "text"),
+        ("manifest", {"jobs": []}, "a path, a URI, - or a Manifest"),
+        ("device", None, "auto, cpu or cuda"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused(field, value, words):
+    with pytest.raises(ConfigInvalid, match=words):
+        RunSettings(**RUN | {field: value})
+
+
+def test_fields_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigInvalid, match=r"--shard 0/4 and --shard-count 5 contradict"):
+        RunSettings(**RUN, shard="0/4", shard_count=5)
+    with pytest.raises(ConfigInvalid, match=r"--calibrate chooses the scales itself"):
+        QuantizeSettings(calibrate="m.yaml", scales="mse")
+
+
+def test_values_have_their_types_however_they_were_given(tmp_path):
+    made = RunSettings(
+        manifest=tmp_path / "m.yaml", out=tmp_path, cache="cache", max_attempts="5", drain_s=3, input_root=["a", "b"]
+    )
+    assert (made.manifest, made.out, made.cache) == (str(tmp_path / "m.yaml"), str(tmp_path), Path("cache"))
+    assert (made.max_attempts, made.drain_s, made.input_root) == (5, 3.0, ("a", "b"))
+    assert math.isinf(RunSettings(**RUN, drain_s="inf").drain_s)
+    manifest = parse_manifest("version: 1\njobs: [{id: a, reference: r, video: v}]\n", base=".")
+    assert RunSettings(manifest=manifest, out="out").manifest is manifest
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.force = True
+
+
+def test_defaults_of_the_environment_are_read_when_the_value_is_made(monkeypatch, tmp_path):
+    monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
+    monkeypatch.delenv("VIDEO_LAB_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunSettings(**RUN).models is None
+    assert DemoSettings().models == ".cache/demo-models"
+    assert default_cache() == tmp_path / ".cache/video-lab" == VerifySettings().cache
+    monkeypatch.setenv("VIDEO_LAB_MODELS", "/models")
+    monkeypatch.setenv("VIDEO_LAB_CACHE", "/cache")
+    assert (RunSettings(**RUN).models, DemoSettings().models) == ("/models", "/models")
+    assert RunSettings(**RUN).cache == Path("/cache")
+
+
+def test_choices_are_those_that_the_code_below_has():
+    from runner.generation.runtime.memory_plan import MODES
+    from runner.preprocess.networks.providers import NetworkOptions
+    from runner.quantization.formats.e2m1 import FORMATS
+    from runner.quantization.formats.scales import Method
+    from runner.quantization.rules import RULES
+
+    assert list(MEMORY_MODES) == ["auto", *MODES]
+    assert set(NUMBER_FORMATS) == set(FORMATS)
+    assert {*SCALES, "activation"} == set(get_args(Method))
+    assert QuantizeSettings().rule in RULES
+    networks = NetworkOptions()
+    run = RunSettings(**RUN)
+    assert (run.pose_precision, run.tensorrt) == (networks.pose_precision, networks.tensorrt)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h", 3600), ("2d", 172800), ("0s", 0), ("1.5h", 5400)])
+def test_ages(text, seconds):
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
+def test_what_is_no_age(text):
+    with pytest.raises(ValueError, match="write 30m, 1h, 2d or 0s"):
+        parse_age(text)
+
+
+def test_importing_them_is_cheap():
+    script = "import sys, runner.verbs.settings; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    heavy = {"argparse", "boto3", "numpy", "pydantic", "rich", "structlog", "torch", "yaml"}
+    assert loaded & heavy == set()
