@@ -2,7 +2,7 @@
 
 In:   a mapping from the manifest. Out: `JobOptions`. Never: paths, devices, recipes (those belong to the run).
 The manifest, its JSON Schema and the fingerprint all read these fields; a default stands here and nowhere else.
-A new field says with what default it was introduced: `Annotated[float, Introduced(0.0)]`, see `hashed_fields.py`.
+A new field says with what default it was introduced: `Annotated[float, Introduced(0.0)]`, see `field_marks.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from runner.spec.hashed_fields import NotHashed
+from runner.spec.field_marks import NotHashed
 
 __all__ = [
     "BACKGROUND",

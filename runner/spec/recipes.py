@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from runner.errors import ConfigInvalid
-from runner.spec.hashed_fields import RECIPE_KEYS, Introduced, NotHashed, hashed_values
+from runner.spec.field_marks import Introduced, NotHashed
 
 __all__ = [
     "COMPUTE",
@@ -41,7 +41,7 @@ Compute = Literal["bf16", "fp8", "int8", "nvfp4"]
 class Recipe:
     """How a run renders, but for where its weights lie and what device it has.
 
-    A new field says with what default it was introduced: `Annotated[str, Introduced("x")]`, see `hashed_fields.py`.
+    A new field says with what default it was introduced: `Annotated[str, Introduced("x")]`, see `field_marks.py`.
     """
 
     name: Annotated[str, NotHashed()]
@@ -65,6 +65,8 @@ class Recipe:
 
     def effective(self) -> dict[str, object]:
         """What decides the frames, for the fingerprint. A job's own steps do, and they are among its options."""
+        from runner.spec.hashed_fields import RECIPE_KEYS, hashed_values  # pydantic is slow to import, for `--help`
+
         return hashed_values(self, RECIPE_KEYS)
 
 

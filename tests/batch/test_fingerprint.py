@@ -15,7 +15,7 @@ from runner.batch.fingerprint import differences, fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex
 from runner.errors import InputNotFound
 from runner.records.record import InputRecord
-from runner.spec.hashed_fields import Introduced
+from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions, MaskOptions, PreprocessOptions
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
@@ -129,15 +129,15 @@ def test_a_later_option_that_a_record_lacks_has_its_introduced_default(job, monk
 def test_a_later_recipe_field_that_a_record_lacks_has_its_introduced_default(monkeypatch):
     @dataclass(frozen=True)
     class LaterRecipe(Recipe):
-        family: Annotated[str, Introduced("first")] = "first"
+        teacher: Annotated[str, Introduced("first")] = "first"
 
     monkeypatch.setattr("runner.batch.fingerprint.Recipe", LaterRecipe)
     plain = get_recipe("bf16")
     given = {field.name: getattr(plain, field.name) for field in fields(plain)}
     assert LaterRecipe(**given).effective() == plain.effective()
-    assert LaterRecipe(**given, family="second").effective() == {**plain.effective(), "family": "second"}
+    assert LaterRecipe(**given, teacher="second").effective() == {**plain.effective(), "teacher": "second"}
     old = {"model.recipe.grid": "official"}
-    assert differences(old, {**old, "model.recipe.family": "second"}) == ["model.recipe.family: first → second"]
+    assert differences(old, {**old, "model.recipe.teacher": "second"}) == ["model.recipe.teacher: first → second"]
 
 
 boxes = st.tuples(*[st.integers(0, 9)] * 4).map(lambda c: [c[0], c[1], c[0] + c[2] + 1, c[1] + c[3] + 0.5])

@@ -29,7 +29,7 @@ from runner.batch.summary import SummaryWriter
 from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
 from runner.records.events import EventLog
 from runner.records.record import AttemptMark, schemas
-from runner.spec.hashed_fields import Introduced
+from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import LocalStorage

@@ -8,15 +8,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from runner.spec.hashed_fields import (
-    OPTION_KEYS,
-    RECIPE_KEYS,
-    HashedAs,
-    Introduced,
-    NotHashed,
-    hashed_values,
-    introduced_defaults,
-)
+from runner.spec.field_marks import HashedAs, Introduced, NotHashed
+from runner.spec.hashed_fields import OPTION_KEYS, RECIPE_KEYS, hashed_values, introduced_defaults
 from runner.spec.options import Frozen, JobOptions, LoraOption, MaskOptions, PreprocessOptions
 from runner.spec.recipes import RECIPES, Recipe
 
