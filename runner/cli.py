@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ __all__ = ["EXIT_CODES", "VERBS", "Verb", "main", "parse_command", "parser"]
 
 EXIT_CODES: Mapping[int, str] = MappingProxyType(
     {
-        0: "all jobs succeeded or were done",
-        1: "some jobs failed",
+        0: "success: every job succeeded or was done before, every check passed",
+        1: "some jobs failed, or their inputs cannot be used",
         2: "usage, manifest, weights or credentials: fix, then rerun",
         3: "infrastructure: rerun the same command",
         4: "regression threshold broken",
@@ -67,6 +67,8 @@ class Verb:
     text: str
     settings: type[Settings]
     call: Callable[[Any, Display], int]
+    codes: tuple[int, ...]  # of EXIT_CODES: what it can end with
+    examples: tuple[str, str]
     json_lines: str = ""  # what --json prints a line for; empty: there is no such flag
 
 
@@ -195,15 +197,25 @@ def parser() -> argparse.ArgumentParser:
     for verb in VERBS:
         group, _, name = verb.name.rpartition(" ")
         if group not in groups:
-            text = GROUPS[group]
-            made = groups[""].add_parser(group, help=text, description=text, epilog=_epilog())
+            text, below = GROUPS[group], [other for other in VERBS if other.name.startswith(f"{group} ")]
+            codes = sorted({code for other in below for code in other.codes})
+            epilog = _epilog(codes, [other.examples[0] for other in below][:2])
+            made = groups[""].add_parser(group, help=text, description=text, epilog=epilog)
             groups[group] = made.add_subparsers(metavar="WHAT", required=True)
-        _add_flags(groups[group].add_parser(name, help=verb.text, description=verb.text, epilog=_epilog()), verb)
+        _add_flags(
+            groups[group].add_parser(
+                name, help=verb.text, description=verb.text, epilog=_epilog(verb.codes, verb.examples)
+            ),
+            verb,
+        )
     return top
 
 
-def _epilog() -> str:
-    return "exit codes:\n" + "\n".join(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items())
+def _epilog(codes: Iterable[int] = tuple(EXIT_CODES), examples: Iterable[str] = ()) -> str:
+    lines = ["exit codes:", *(f"  {code:<3} {EXIT_CODES[code]}" for code in codes)]
+    lines += ["An unexpected error (internal) ends any verb with 1, Ctrl-C with 130."]
+    lines += ["", "examples:", *(f"  {example}" for example in examples)] if examples else []
+    return "\n".join(lines).replace("%", "%%")
 
 
 def _add_flags(made: argparse.ArgumentParser, verb: Verb) -> None:
@@ -353,20 +365,55 @@ def _demo(settings: DemoSettings, display: Display) -> int:
 
 GROUPS = {"weights": "fetch | verify | demo: model files"}
 VERBS = (
-    Verb("run", "render what is not done yet", RunSettings, _run),
+    Verb(
+        "run",
+        "render what is not done yet",
+        RunSettings,
+        _run,
+        (0, 1, 2, 3, 130, 143),
+        (
+            "video-lab run manifests/demo.yaml --out out/demo --models .cache/demo-models",
+            "video-lab run s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models --shard 3/16",
+        ),
+    ),
     Verb(
         "validate",
         "check a manifest, and that its inputs exist and open; renders nothing",
         ValidateSettings,
         _validate,
+        (0, 1, 2, 3),
+        (
+            "video-lab validate manifests/demo.yaml",
+            "video-lab validate s3://bucket/night.yaml --deep --models s3://bucket/models",
+        ),
     ),
-    Verb("plan", "print frames, segments, padding and cost of each job; renders nothing", PlanSettings, _plan),
-    Verb("status", "what an output folder holds: done, failed, running", StatusSettings, _status, json_lines="job"),
+    Verb(
+        "plan",
+        "print frames, segments, padding and cost of each job; renders nothing",
+        PlanSettings,
+        _plan,
+        (0, 1, 2, 3),
+        (
+            "video-lab plan manifests/nightly.yaml --gpu 'RTX 5090'",
+            "video-lab plan manifests/batch.jsonl --models models --recipe fp4-distill+fp8",
+        ),
+    ),
+    Verb(
+        "status",
+        "what an output folder holds: done, failed, running",
+        StatusSettings,
+        _status,
+        (0, 1, 2, 3),
+        ("video-lab status out/demo", "video-lab status s3://bucket/out --json"),
+        json_lines="job",
+    ),
     Verb(
         "clean",
         "remove what killed runs left in an output folder: staged files, probes, unfinished uploads",
         CleanSettings,
         _clean,
+        (0, 2, 3),
+        ("video-lab clean out/demo", "video-lab clean s3://bucket/out --older-than 2d --yes"),
         json_lines="leftover",
     ),
     Verb(
@@ -374,22 +421,61 @@ VERBS = (
         "check device, driver, libraries, weights, disk and S3, and say what to do",
         DoctorSettings,
         _doctor,
+        (0, 2),
+        (
+            "video-lab doctor --models models",
+            "video-lab doctor --models s3://bucket/models --out s3://bucket/out --device cuda",
+        ),
     ),
     Verb(
         "preprocess",
         "one video → src_pose.mp4, src_face.mp4, src_ref.png, as official files",
         PreprocessSettings,
         _preprocess,
+        (0, 1, 2, 3),
+        (
+            "video-lab preprocess --reference anna.png --video samba.mp4 --out anna-samba --models models",
+            "video-lab preprocess --reference a.png --video v.mp4 --out a-v --models models --options '{fps: 30}'",
+        ),
     ),
     Verb(
         "quantize",
         "make a recipe's FP4 file from the published weights in the store",
         QuantizeSettings,
         _quantize,
+        (0, 1, 2, 3),
+        (
+            "video-lab quantize --models models",
+            "video-lab quantize --models models --recipe fp4 --format g32 --calibrate manifests/nightly.yaml",
+        ),
     ),
-    Verb("weights fetch", "download the published files of a recipe into the store", FetchSettings, _fetch),
-    Verb("weights verify", "check that model files are there, whole, and the published ones", VerifySettings, _verify),
-    Verb("weights demo", "put the demo's tiny models and its media in place; needs no hub", DemoSettings, _demo),
+    Verb(
+        "weights fetch",
+        "download the published files of a recipe into the store",
+        FetchSettings,
+        _fetch,
+        (0, 2, 3),
+        (
+            "video-lab weights fetch --models models --dry-run",
+            "video-lab weights fetch --models models --recipe fp4-distill --part transformer",
+        ),
+    ),
+    Verb(
+        "weights verify",
+        "check that a recipe's files are in the store, whole, and the published ones",
+        VerifySettings,
+        _verify,
+        (0, 2, 3),
+        ("video-lab weights verify --models models", "video-lab weights verify --models models --plan --format g32"),
+    ),
+    Verb(
+        "weights demo",
+        "put the demo's tiny models and its media in place; needs no hub",
+        DemoSettings,
+        _demo,
+        (0, 2, 3),
+        ("video-lab weights demo", "video-lab weights demo --models .cache/demo-models --media .cache/demo-media"),
+    ),
 )
 
 

@@ -258,7 +258,9 @@ def files_named(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "bench/results.md", "Dockerfile"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/python.md", "bench/results.md", "Dockerfile"]
+)
 def test_documents_name_files_that_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     assert {name for name in files_named(text) if not exists(name)} == set()

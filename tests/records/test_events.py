@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from runner.errors import StorageUnavailable
-from runner.records.events import EventLog, configure_logging
+from runner.records.events import EventLog, configure_logging, default_logging
 
 
 def test_events_are_one_json_object_a_line():
@@ -118,3 +118,42 @@ def test_a_value_changes_no_terminal(capsys):
     text = capsys.readouterr().err
     assert "\\x1b[31m\\u202e" in text
     assert not set(text) & set("\x1b\u202e")
+
+
+@pytest.fixture
+def unconfigured():
+    """structlog as a program has it that never configured it."""
+    before = structlog.get_config() if structlog.is_configured() else None
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+    if before is not None:
+        structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_without_a_configuration_events_go_to_python_s_logging_and_it_stays_unconfigured(caplog, capsys):
+    with caplog.at_level(logging.INFO), default_logging():
+        log = structlog.get_logger()
+        with default_logging():  # another thread's run that ends first
+            pass
+        log.info("fetched", uri="https://u:hush@host/x?sig=hush", job="贝拉")
+        EventLog().emit("job_failed", level="error", job="a")
+    assert not structlog.is_configured()
+    assert [record.levelname for record in caplog.records] == ["INFO", "ERROR"]
+    assert "event='fetched'" in caplog.text and "贝拉" in caplog.text and "hush" not in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_a_program_s_own_configuration_stays(capsys):
+    configure_logging("json")
+    before = structlog.get_config()
+    with default_logging():
+        structlog.get_logger().info("fetched")
+    assert structlog.get_config() == before
+    assert json.loads(capsys.readouterr().err)["event"] == "fetched"
+    structlog.reset_defaults()
+    with default_logging():
+        configure_logging("json")  # the program's, while a run lasts
+    assert structlog.is_configured()

@@ -1,0 +1,179 @@
+"""The command line itself: exact flags, what `--help` of each verb promises, and how results become exit codes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from runner.cli import EXIT_CODES, VERBS, main, parse_command
+from runner.errors import ConfigInvalid, InputNotFound, StorageUnavailable
+from runner.spec.manifest import parse_manifest
+from runner.verbs.clean import CleanRow
+from runner.verbs.doctor import Check
+from runner.verbs.plan import Forecast, RunForecast
+from runner.verbs.settings import flag_name, flags_of
+from runner.verbs.status import StatusRow
+from runner.verbs.validate import Validation
+from runner.verbs.weights import Verification
+from runner.weights.verify import Row, Settled
+from tests.goldens.collect import help_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+BY_NAME = {verb.name: verb for verb in VERBS}
+FLAGS = [
+    (verb.name, flag_name(item)) for verb in VERBS for item, flag in flags_of(verb.settings) if not flag.positional
+]
+FLAGS += [(verb.name, name) for verb in VERBS for name in ("--log-format", "--verbose", "--help")]
+FLAGS += [(verb.name, "--json") for verb in VERBS if verb.json_lines]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """The command line configures logging for its process, which here goes on."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+def refused(capsys, *words: str) -> str:
+    """What is said of a line that cannot be parsed."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("verb", "flag"), FLAGS)
+def test_a_shortened_or_mistyped_flag_is_refused_with_the_one_that_was_meant(verb, flag, capsys):
+    known = {name for found, name in FLAGS if found == verb}
+    for wrong in {flag[:-1], flag + flag[-1], flag.upper()} - known:
+        said = refused(capsys, *verb.split(), wrong, "x")
+        assert said.startswith(f"video-lab {verb}: error: no flag {wrong}; ")
+        if not wrong.isupper():
+            assert re.search(rf"did you mean .*{flag}\b", said)
+
+
+def test_flags_before_the_verb_and_of_other_verbs_are_refused(capsys):
+    assert "no flag --verson; did you mean --version?" in refused(capsys, "--verson")
+    assert "no flag --out" in refused(capsys, "--out", "x", "run", "m.yaml")
+    assert "no flag --cache; see video-lab weights fetch --help" in refused(capsys, "weights", "fetch", "--cache", "x")
+    assert "no flag -v" in refused(capsys, "status", "-v", "out")
+    assert "no flag --retry; did you mean --retry-failed?" in refused(capsys, "run", "m.yaml", "--retry")
+
+
+def test_values_and_words_after_two_dashes_are_no_flags():
+    verb, fields, _ = parse_command(["status", "--", "--out"])
+    assert (verb.name, fields) == ("status", {"out": "--out"})
+    _, fields, _ = parse_command(["run", "-", "--out=-x", "--drain-s", "-5"])
+    assert fields == {"manifest": "-", "out": "-x", "drain_s": "-5"}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_help_ends_with_the_verb_s_codes_and_two_examples_that_can_be_typed(name):
+    verb = BY_NAME[name]
+    text = help_texts()[name]
+    codes = re.findall(r"(?<=\s)(\d+) (?=[a-zA-Z])", text.partition("exit codes:")[2].partition("An unexpected")[0])
+    assert [int(code) for code in codes] == sorted(verb.codes)
+    assert set(verb.codes) <= EXIT_CODES.keys()
+    assert {0, 2} <= set(verb.codes)
+    for code in verb.codes:
+        assert f"{code} {EXIT_CODES[code]}" in text
+    assert text.endswith(" ".join(verb.examples))
+    assert len(verb.examples) == 2
+    for example in verb.examples:
+        first, *words = shlex.split(example)
+        assert first == "video-lab"
+        parsed, fields, _ = parse_command(words)
+        assert parsed is verb
+        settings = verb.settings(**fields)
+        for place in (str(getattr(settings, "manifest", "")), str(getattr(settings, "calibrate", ""))):
+            assert not place.startswith("manifests/") or (ROOT / place).is_file()
+
+
+def test_help_of_weights_has_all_codes_of_what_is_below_it():
+    below = {code for verb in VERBS if verb.name.startswith("weights ") for code in verb.codes}
+    text = help_texts()["weights"]
+    assert all(f"{code} {EXIT_CODES[code]}" in text for code in below)
+    assert text.endswith(f"{BY_NAME['weights fetch'].examples[0]} {BY_NAME['weights verify'].examples[0]}")
+
+
+def test_the_readme_lists_the_same_codes():
+    table = re.findall(r"^\| ([0-9, ]+) \|", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    listed = {int(code) for cell in table for code in cell.split(",") if code.strip()}
+    assert set().union(*(verb.codes for verb in VERBS)) == listed
+
+
+MANIFEST = parse_manifest("version: 1\njobs: [{id: a, reference: r, video: v}]\n", base=".")
+GONE = InputNotFound("no such file", where="r")
+AWAY = StorageUnavailable("does not answer", where="s3://bucket")
+CALLS = {
+    "run": (["m.yaml", "--out", "out"], "runner.verbs.run.run"),
+    "validate": (["m.yaml"], "runner.verbs.validate.validate"),
+    "plan": (["m.yaml"], "runner.verbs.plan.plan"),
+    "status": (["out"], "runner.verbs.status.status"),
+    "clean": (["out"], "runner.verbs.clean.clean"),
+    "doctor": ([], "runner.verbs.doctor.doctor"),
+    "preprocess": (["--reference", "r", "--video", "v", "--out", "o"], "runner.verbs.preprocess.preprocess"),
+    "quantize": ([], "runner.verbs.quantize.quantize"),
+    "weights fetch": ([], "runner.verbs.weights.fetch"),
+    "weights verify": ([], "runner.verbs.weights.verify"),
+    "weights demo": ([], "runner.verbs.weights.demo"),
+}
+
+
+def call(monkeypatch, name: str, result: object) -> int:
+    """The exit code of a verb whose function returns `result`, or raises it."""
+
+    def answer(*_: object) -> object:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    words, function = CALLS[name]
+    monkeypatch.setattr(function, answer)
+    return main([*name.split(), *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "code"),
+    [
+        ("validate", Validation(MANIFEST, ()), 0),
+        ("validate", Validation(MANIFEST, (("a", GONE),)), 1),
+        ("plan", RunForecast((), None), 0),
+        ("plan", RunForecast((Forecast("a", None, GONE),), None), 1),
+        ("status", [StatusRow(id="a", status="running", detail="", attempt=1)], 0),
+        ("status", [StatusRow(id="a", status="failed", detail="", attempt=1)], 1),
+        ("clean", [], 0),
+        ("doctor", [Check("python", "warn", "")], 0),
+        ("doctor", [Check("python", "fail", "")], 2),
+        ("preprocess", {}, 0),
+        ("preprocess", GONE, 1),
+        ("quantize", GONE, 1),
+        ("weights verify", Verification(files=(Row("a", "unknown", 1, None, ""),)), 0),
+        ("weights verify", Verification(files=(Row("a", "corrupt", 1, None, ""),)), 2),
+        ("weights verify", Verification(files=(Row("a", "missing", 0, None, ""),)), 2),
+        ("weights verify", Verification(settled=Settled(Path("f"), "l", (), "nibble=low")), 0),
+        ("weights verify", Verification(settled=Settled(Path("f"), "l", (), None)), 2),
+        *((name, ConfigInvalid("no"), 2) for name in CALLS),
+        *((name, AWAY, 3) for name, verb in BY_NAME.items() if 3 in verb.codes),
+        *((name, KeyboardInterrupt(), 130) for name in CALLS),
+        *((name, ValueError("a bug"), 1) for name in CALLS),
+    ],
+)
+def test_results_and_errors_become_exit_codes(monkeypatch, capsys, name, result, code):
+    assert call(monkeypatch, name, result) == code
+    if not isinstance(result, KeyboardInterrupt | ValueError):
+        assert code in BY_NAME[name].codes
+
+
+def test_what_could_not_be_removed_ends_clean_with_its_code(monkeypatch, capsys):
+    from runner.storage import Leftover
+
+    left = Leftover("out/x", "x", 1, 0.0, "staged file")
+    assert call(monkeypatch, "clean", [CleanRow(left, "failed", "away", 1.0, AWAY)]) == 3
+    assert "failed 1" in capsys.readouterr().out
