@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from runner.batch.loop import Engine
 from runner.batch.shards import Shard
@@ -118,15 +118,15 @@ def test_what_is_wrong_for_all_jobs_is_raised(stub_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_outside_the_main_thread_no_signal_is_listened_to(stub_run, caplog):
+def test_outside_the_main_thread_no_signal_is_listened_to(stub_run):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     outcomes = []
-    with caplog.at_level(logging.INFO):
+    with capture_logs() as events:
         thread = threading.Thread(target=lambda: outcomes.append(run(stub_run("ok"))))
         thread.start()
         thread.join(60)
     assert [outcome.exit_code for outcome in outcomes] == [0]
-    assert "signals_ignored" in caplog.text
+    assert [event["event"] for event in events].count("signals_ignored") == 1
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
