@@ -29,7 +29,6 @@ SETTLE_S = 0.15  # time constant of the velocity estimate: a detector's box trem
 LEAD_S = 0.5  # a person keeps walking for about this long unseen; further out the guess stands still
 GATE = 1.5  # of `_distance`: 0 same place and size; beyond this it is another person
 EXPECTED = 0.5  # overlap of guess and box that finds somebody again even within another's box
-NEAR = 0.6  # box heights between guess and box at which a match needs no overlap
 LOOK_S = 0.35  # half of the span that says how tall a box usually is around a moment
 CUT = 0.65  # a box less tall than this share of its neighbours' median has lost its legs (or head)
 LIKE = (0.4, 2.5)  # how much shorter or taller a person may come back after they were away
@@ -206,12 +205,10 @@ def only_body(boxes: Sequence[Box]) -> Box | None:
 
 
 def _distance(guess: Box, box: Box) -> float:
-    """0 for the same place and size; infinite where it cannot be the same person."""
+    """0 for the same place and size; without any overlap within GATE up to half a box height away."""
     (x0, y0), (x1, y1) = guess.centre, box.centre
     overlap = guess.overlap(box)
     away = math.hypot(x1 - x0, y1 - y0) / max(guess.height, box.height)
-    if overlap <= 0 and away > NEAR:
-        return math.inf
     return (1 - overlap) + away + 0.5 * abs(math.log(box.height / guess.height))
 
 

@@ -151,3 +151,115 @@ def test_a_plan_for_repeated_pictures():
     nothing = plan_faces(np.stack([unseen]), 640, 480).repeated(np.array([0]), np.array([0, 0]))
     assert nothing.sources.tolist() == [-1, -1]
     assert not nothing.seen
+
+
+def test_the_official_box_is_clipped_on_one_side_of_each_axis():
+    """Grown by 7.009 % of the width to each side, 10.51 % of the height upwards and 3.504 % downwards."""
+    assert official_box(face(-500, -400, -380, -300), 640, 480) == (0, -371, 0, -296)
+    assert official_box(face(700, 550, 800, 650), 640, 480) == (692, 640, 539, 480)
+
+
+@pytest.mark.parametrize(("confidence", "seen"), [(0.3, True), (0.299, False)])
+def test_a_point_is_sure_from_three_tenths_on(confidence, seen):
+    assert (face_box(face(100, 100, 200, 200, confidence), 640, 480) is not None) == seen
+
+
+@pytest.mark.parametrize(
+    ("x2", "y2", "box"), [(11, 40, (7, 11, 4, 41)), (10.4, 40, None), (40, 11, (5, 42, 7, 11)), (40, 10.5, None)]
+)
+def test_a_face_is_at_least_four_pixels_wide_and_high(x2, y2, box):
+    """From 8 on; the grown ends are cut to whole pixels: 7.79 to 11.21 are four, 7.83 to 10.57 are three."""
+    assert face_box(face(8, 8, x2, y2), 640, 480) == box
+
+
+def test_a_face_in_the_first_frame_is_seen():
+    plan = plan_faces(face(100, 100, 200, 200)[None], 640, 480)
+    assert plan.seen
+    assert plan.held == 0
+
+
+def test_without_a_face_each_frame_has_an_empty_box():
+    assert plan_faces(np.stack([face(0, 0, 9, 9, 0)] * 3), 640, 480).boxes == [(0, 0, 0, 0)] * 3
+
+
+def test_a_still_face_keeps_its_box_whatever_its_sides_are():
+    """100 wide and 60 high, grown to 114.02 x 68.41, the height by three parts of four upwards."""
+    plan = plan_faces(np.stack([face(300, 200, 400, 260)] * 20), 640, 480, times_s=np.arange(20) / 30)
+    assert set(plan.boxes) == {(293, 407, 194, 262)}
+
+
+def ends_of(plan) -> np.ndarray:
+    return np.array(plan.boxes, float)
+
+
+def wave(hz: float, n: int, fps: float) -> np.ndarray:
+    return np.sin(2 * np.pi * hz * np.arange(n) / fps)
+
+
+def amplitude(values: np.ndarray, hz: float, fps: float) -> float:
+    """Of the sine of that frequency in the middle of `values`, by its Fourier coefficient."""
+    middle = values[len(values) // 4 : len(values) // 4 + len(values) // 2]
+    turn = np.exp(-2j * np.pi * hz * np.arange(len(middle)) / fps)
+    return 2 * abs((middle * turn).mean())
+
+
+def test_centres_are_averaged_over_a_twentieth_of_a_second():
+    """A Gaussian of standard deviation s leaves exp(-2 (pi f s)^2) of a sine: 0.89 of 1.5 Hz for 0.05 s."""
+    centres = 800 + 200 * wave(1.5, 240, 60)
+    faces = np.stack([face(x - 150, 300 + (x - 800) / 2, x + 150, 600 + (x - 800) / 2) for x in centres])
+    box = ends_of(plan_faces(faces, 1600, 900, times_s=np.arange(240) / 60))
+    left = np.exp(-2 * (np.pi * 1.5 * 0.05) ** 2)
+    assert amplitude((box[:, 0] + box[:, 1]) / 2, 1.5, 60) == pytest.approx(200 * left, rel=0.05)
+    assert amplitude((box[:, 2] + box[:, 3]) / 2, 1.5, 60) == pytest.approx(100 * left, rel=0.05)
+
+
+def test_sizes_are_averaged_over_a_quarter_of_a_second():
+    """0.73 of a sine of half a hertz is left for 0.25 s."""
+    sides = 300 + 100 * wave(0.5, 480, 60)
+    faces = np.stack([face(800 - a / 2, 450 - a / 4, 800 + a / 2, 450 + a / 4) for a in sides])
+    box = ends_of(plan_faces(faces, 1600, 900, times_s=np.arange(480) / 60))
+    grown, left = np.sqrt(1.3), np.exp(-2 * (np.pi * 0.5 * 0.25) ** 2)
+    assert amplitude(box[:, 1] - box[:, 0], 0.5, 60) == pytest.approx(100 * grown * left, rel=0.05)
+    assert amplitude(box[:, 3] - box[:, 2], 0.5, 60) == pytest.approx(50 * grown * left, rel=0.05)
+
+
+@pytest.mark.parametrize(("frames", "slip"), [(2, True), (3, False)])
+def test_what_lasts_for_under_a_tenth_of_a_second_is_a_slip(frames, slip):
+    """At 30 frames a second two frames on either side are compared: two of five are outvoted, three are not."""
+    still, tall = face(300, 200, 400, 300), face(300, 200, 400, 400)
+    faces = np.stack([tall if 20 <= i < 20 + frames else still for i in range(40)])
+    box = ends_of(plan_faces(faces, 640, 480, times_s=np.arange(40) / 30))
+    highest = (box[:, 3] - box[:, 2]).max()
+    assert (highest <= 115) == slip  # grown, 114 of the still face
+
+
+@pytest.mark.parametrize(("gap_s", "apart"), [(0.45, False), (0.55, True)])
+def test_after_half_a_second_unseen_a_face_begins_anew(gap_s, apart):
+    """Twice the span that sizes are averaged over: small before, large after."""
+    faces = np.stack([face(300, 200, 400, 300)] * 10 + [face(250, 150, 450, 350)] * 10)
+    times = np.concatenate([np.arange(10) / 30, 9 / 30 + gap_s + np.arange(10) / 30])
+    box = ends_of(plan_faces(faces, 640, 480, times_s=times))
+    sizes = box[:, 1] - box[:, 0]
+    assert (np.ptp(sizes[:10]) <= 1 and np.ptp(sizes[10:]) <= 1) == apart
+
+
+@pytest.mark.parametrize(("step", "apart"), [(110, False), (118, True)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_jump_of_more_than_a_face_is_a_cut(axis, step, apart):
+    """114 pixels wide and high, grown. A step within that is followed smoothly by the frames around it."""
+    place = np.zeros(2)
+    place[axis] = step
+    faces = np.stack([face(200, 200, 300, 300)] * 10 + [face(*(np.array([200, 200]) + place), *(300 + place))] * 10)
+    box = ends_of(plan_faces(faces, 640, 480, times_s=np.arange(20) / 30))
+    centre = (box[:, 2 * axis] + box[:, 2 * axis + 1]) / 2
+    assert (np.ptp(centre[:10]) <= 1 and np.ptp(centre[10:]) <= 1) == apart
+
+
+def test_a_box_that_would_leave_the_frame_by_steadying_stays_as_it_was_seen():
+    """Large and 30 % inside for one frame, between small ones: steadied it would be as small, and outside."""
+    small, large = face(-10, 200, 30, 240), face(-75, 170, 25, 270)
+    faces = np.stack([small] * 6 + [large] + [small] * 6)
+    times = np.arange(13) / 8  # an eighth of a second: each is alone among those that could outvote it
+    loose = plan_faces(faces, 640, 480)
+    assert loose.sources.tolist() == list(range(13))
+    assert plan_faces(faces, 640, 480, times_s=times).boxes[6] == loose.boxes[6]

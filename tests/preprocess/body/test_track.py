@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.preprocess.body.track import choose_subject, follow, whereabouts
+from runner.preprocess.body.track import Person, choose_subject, follow, only_body, whereabouts
 from runner.preprocess.networks.yolov10 import Box
 
 SIZE = (1280, 720)
@@ -171,3 +171,184 @@ def test_someone_else_in_an_unseen_subjects_place_is_doubted():
     assert xs(found.boxes) == [600] * 60
     # 84 of the passer's 120 columns, and more, are shared where they are no further than 84 apart
     assert np.flatnonzero(found.doubtful).tolist() == [i for i in range(25, 36) if abs(passer[i].centre[0] - 600) <= 84]
+
+
+def moved(box: Box, dx: float = 0, dy: float = 0) -> Box:
+    return Box(box.x1 + dx, box.y1 + dy, box.x2 + dx, box.y2 + dy, box.score)
+
+
+START = person(640)  # 120 x 400 pixels
+
+
+def taken(*boxes: Box, start: Box = START) -> Box | None:
+    """Which of the next look's boxes someone at `start` is followed to; all are within reach of one another."""
+    first = follow([[start], boxes], np.array([0.0, 0.1]))[0]
+    return first.boxes[1] if len(first.boxes) > 1 else None
+
+
+def wider(factor: float) -> Box:
+    """At the same place and as tall: 1 - 1 / factor away, as it overlaps by 1 / factor."""
+    return person(640, width=120 * factor)
+
+
+@pytest.mark.parametrize(
+    ("box", "distance"),
+    [
+        # Sideways by 30 of 120 pixels: 90 of 150 columns overlap; 30 / 400 of the height away.
+        (person(670), 1 - 90 / 150 + 30 / 400),
+        # Of other height at the same place: half of the logarithm of the ratio beside the overlap.
+        (person(640, height=480), 1 - 400 / 480 + 0.5 * np.log(480 / 400)),
+        (person(640, height=400 / 1.2), 1 - 1 / 1.2 + 0.5 * np.log(1.2)),
+        # The way between centres counts in heights of the taller of the two boxes.
+        (Box(580, 160, 700, 660, 0.8), 1 - 400 / 500 + 50 / 500 + 0.5 * np.log(500 / 400)),
+        (Box(580, 160, 700, 480, 0.8), 1 - 320 / 400 + 40 / 400 + 0.5 * np.log(400 / 320)),
+    ],
+    ids=["aside", "taller", "shorter", "taller and lower", "shorter and higher"],
+)
+def test_the_nearest_box_by_overlap_way_and_height(box, distance):
+    """Between one box of the distance that is worked out here and one a little nearer or a little further."""
+    nearer, further = wider(1 / (1 - (distance - 0.01))), wider(1 / (1 - (distance + 0.01)))
+    assert taken(box, nearer) == nearer
+    assert taken(box, further) == box
+
+
+def test_someone_is_found_up_to_half_a_height_aside():
+    """Boxes that do not touch are 1 and the way apart, and up to 1.5 it is the same person."""
+    assert taken(moved(START, dx=195)) is not None
+    assert taken(moved(START, dx=200)) is not None
+    assert taken(moved(START, dx=205)) is None
+
+
+def test_a_guess_follows_the_estimated_velocity_for_half_a_second():
+    """Of a steady walk the estimate reaches 1 - exp(-t / 0.15 s) after t: worked out, not followed step by step."""
+    walker = Person()
+    walker.see(0, START, 5.0)  # there is no look before the first
+    assert walker.expected(0.4) == START
+    for i in range(1, 4):
+        walker.see(i, moved(START, 20 * i, -30 * i), 0.1)  # 200 pixels a second to the right, 300 upwards
+    share, last = 1 - np.exp(-0.3 / 0.15), moved(START, 60, -90)
+    for seconds, lead in ((0.1, 0.1), (0.4, 0.4), (0.7, 0.5), (5.0, 0.5)):
+        found, wanted = walker.expected(seconds), moved(last, 200 * share * lead, -300 * share * lead)
+        assert (found.x1, found.y1, found.x2, found.y2) == pytest.approx((wanted.x1, wanted.y1, wanted.x2, wanted.y2))
+    walker.see(4, moved(START, 500), 0.0)  # two looks at one instant tell nothing of a speed
+    assert walker.expected(0.1) == moved(moved(START, 500), 200 * share * 0.1, -300 * share * 0.1)
+
+
+@pytest.mark.parametrize(("away", "people"), [(12, 1), (13, 2)])
+def test_someone_away_for_over_one_and_a_half_seconds_is_someone_new(away, people):
+    seen = [[START], *[[]] * (away - 1), [START]]
+    assert len(follow(seen, at(8, len(seen)))) == people
+
+
+@pytest.mark.parametrize(("dx", "missed", "people"), [(40, 0, 2), (40, 1, 2), (44, 1, 3), (44, 0, 2)])
+def test_within_anothers_box_only_who_is_expected_there(dx, missed, people):
+    """Someone of 120 pixels' width before a wall of a person: 80 of 160 columns overlap where they move by 40, half."""
+    wall = person(640, width=500, height=600)
+    seen = [[START, wall], *[[wall]] * missed, [moved(START, dx), wall]]
+    assert len(follow(seen, at(10, len(seen)))) == people
+
+
+def test_the_centre_counts_in_both_directions():
+    times = at(10, 10)
+    # 100, 300 and 283 pixels from the middle of 1280 x 720.
+    near, low, aside = person(640, y=260, height=200), person(640, y=660, height=100), person(440, y=560, height=150)
+    for boxes in ([near, low], [near, aside], [aside, low], [low, aside]):
+        subject = choose_subject(follow([boxes] * 10, times), "centre", SIZE, times)
+        assert subject.boxes[0] == min(boxes, key=[near, aside, low].index)
+    # 640 x 360 would be the middle of no other size.
+    wide = choose_subject(follow([[person(900, height=300), near]] * 10, times), "centre", (1800, 520), times)
+    assert wide.boxes[0] == person(900, height=300)
+
+
+@pytest.mark.parametrize(("looks", "middle"), [(5, True), (4, False)])
+def test_the_centre_is_of_people_seen_for_a_quarter_of_the_longest(looks, middle):
+    seen = [[person(200)] + ([person(640)] if i < looks else []) for i in range(20)]
+    subject = choose_subject(follow(seen, at(10, 20)), "centre", SIZE, at(10, 20))
+    assert (subject.boxes[0] == person(640)) == middle
+
+
+@pytest.mark.parametrize(("width", "found"), [(1210, False), (1190, True)])
+def test_a_subjects_box_overlaps_by_more_than_a_tenth(width, found):
+    times, box = at(10, 10), person(640, width=width)  # around 120 pixels: 9.9 % and 10.1 %
+    subject = choose_subject(follow([[START]] * 10, times), (box.x1, box.y1, box.x2, box.y2), SIZE, times)
+    assert (subject is not None) == found
+
+
+@pytest.mark.parametrize(("first", "found"), [(8, True), (9, False)])
+def test_a_subjects_box_is_of_the_first_second(first, found):
+    """From when anyone is seen: someone stands elsewhere from the beginning."""
+    seen = [[person(200)] + ([person(900)] if i >= first else []) for i in range(20)]
+    subject = choose_subject(follow(seen, at(8, 20)), (840.0, 160.0, 960.0, 560.0), SIZE, at(8, 20))
+    assert (subject is not None) == found
+
+
+@pytest.mark.parametrize(("height", "same"), [(250, True), (248, False), (1000, True), (1004, False)])
+def test_who_comes_back_is_of_a_like_height(height, same):
+    """From two fifths of the median height to two and a half of it, here of 400 pixels or of 625 before."""
+    before = 625 if height < 600 else 400
+    seen = [
+        [person(300, height=before)] if i < 10 else [person(900, height=height)] if i > 30 else [] for i in range(60)
+    ]
+    subject = choose_subject(follow(seen, at(10, 60)), (240.0, 200.0, 360.0, 500.0), SIZE, at(10, 60))
+    assert (len(subject.looks) == 10 + 29) == same
+
+
+@pytest.mark.parametrize(("inside", "one"), [(84, True), (80, False)])
+def test_two_boxes_are_of_one_body_from_seven_tenths_on(inside, one):
+    """The smaller box, 120 pixels wide, lies with `inside` of them in the larger."""
+    large = person(640, width=300, height=500)
+    small = moved(person(0), large.x2 + 60 - inside, 360)
+    small = Box(small.x1, 160, small.x2, 560, 0.8)
+    assert only_body([small, large]) == (large if one else None)
+    # Followed, the smaller one that is seen for longer is completed by the larger one.
+    seen = [[small, large] if i < 5 else [small] for i in range(30)]
+    subject = choose_subject(follow(seen, at(10, 30)), (small.x1, small.y1, small.x2, small.y2), SIZE, at(10, 30))
+    assert subject.boxes[:5] == [large if one else small] * 5
+    assert subject.boxes[5:] == [small] * 25
+
+
+def test_the_only_body_of_none_and_of_one():
+    assert only_body([]) is None
+    assert only_body([START]) == START
+
+
+def test_looks_that_follow_each_other_are_joined_by_a_line_however_far_apart():
+    frames, looks = at(10, 41), np.array([0, 20, 40])
+    seen = [[person(200)], [person(300)], [person(400)]]
+    subject = Person([0, 1, 2], [boxes[0] for boxes in seen])
+    assert xs(whereabouts(subject, seen, looks, frames).boxes) == pytest.approx(200 + 5 * np.arange(41))
+
+
+@pytest.mark.parametrize(("missed", "line"), [(7, True), (8, False)])
+def test_misses_of_up_to_a_second_are_bridged(missed, line):
+    """At 8 looks a second: from one sighting to the next, 8 looks are a second and 9 are more."""
+    end = missed + 1
+    subject = Person([0, end], [person(100), person(500)])
+    found = whereabouts(subject, [[person(100)], *[[]] * missed, [person(500)]], np.arange(end + 1), at(8, end + 1))
+    held = [100] * (end // 2 + 1) + [500] * (end - end // 2)
+    assert xs(found.boxes) == pytest.approx(np.linspace(100, 500, end + 1) if line else held)
+    assert found.bridged == (missed if line else 0)
+
+
+def test_the_middle_of_a_long_miss_is_the_later_sightings():
+    subject = Person([0, 10], [person(100), person(500)])
+    found = whereabouts(subject, [[]] * 11, np.arange(11), at(8, 11))
+    assert xs(found.boxes) == [100] * 5 + [500] * 6
+
+
+@pytest.mark.parametrize(("height", "short", "cut"), [(255, 3, True), (265, 3, False), (255, 5, False), (255, 2, True)])
+def test_a_box_is_cut_below_two_thirds_of_what_is_around_it(height, short, cut):
+    """65 % of the median of seven looks, three on either side at 10 a second: of a body out of view for half a second
+    most of them are short, and the boxes are believed.
+    """
+    boxes = [Box(580, 160, 700, 160 + (height if 12 <= i < 12 + short else 400), 0.9) for i in range(30)]
+    found = whereabouts(Person([*range(30)], boxes), [[box] for box in boxes], np.arange(30), at(10, 30))
+    assert [box.height for box in found.boxes] == pytest.approx([400] * 30 if cut else [box.height for box in boxes])
+
+
+def test_cuts_are_not_looked_for_at_the_ends_and_among_few():
+    for heights in ([200, 400, 400, 400, 400, 400], [400, 400, 400, 400, 400, 200], [400, 200, 400, 400]):
+        boxes = [Box(580, 160, 700, 160 + height, 0.9) for height in heights]
+        n = len(boxes)
+        found = whereabouts(Person([*range(n)], boxes), [[box] for box in boxes], np.arange(n), at(10, n))
+        assert [box.height for box in found.boxes] == heights
