@@ -290,3 +290,44 @@ def test_silent_channels_are_allowed(fmt):
     assert (
         relative_error(dequantize(quantize(weight, fmt, "activation", importance), fmt)[:, 64:], weight[:, 64:]) < 0.1
     )
+
+
+@BOTH
+@pytest.mark.parametrize("unit", [1e-38, 1e-20, 1e38])
+def test_the_unit_of_the_activations_does_not_matter(fmt, unit):
+    """Not even where a sum of them leaves the range of float32."""
+    weight, importance = gaussian(8, 512), 0.1 + 0.9 * torch.rand(512, generator=torch.Generator().manual_seed(3))
+    plain, scaled = (quantize(weight, fmt, "activation", importance * u) for u in (1.0, unit))
+    for name in plain:
+        differ = (plain[name].float() != scaled[name].float()).float().mean()
+        assert differ < 0.02, name  # equals that the rounding of the unit decides
+
+
+def output_errors(weight: Tensor, tensors: dict[str, Tensor], fmt: Format, importance: Tensor) -> Tensor:
+    """float64 [groups]: each group's part of the squared error of the outputs, summed over the rows."""
+    error = (dequantize(tensors, fmt).double() - weight.double()).square() * importance.double()
+    return error.view(len(weight), -1, fmt.group).sum((0, 2))
+
+
+def test_a_group_is_chosen_by_its_own_channels_however_quiet_they_are():
+    """The mean channel is 1 / 4096 of the loudest; one of a thousandth of the mean decides in a group that is silent."""
+    weight, importance = gaussian(64, 4096, seed=5), torch.zeros(4096)
+    importance[0], importance[70] = 1.0, 1e-3 / 4096
+    error = {
+        name: output_errors(weight, tensors, G32, importance)[2]
+        for name, tensors in (
+            ("plain", quantize(weight, G32, "mse")),
+            ("weighted", quantize(weight, G32, "activation", importance)),
+        )
+    }
+    assert error["weighted"] < 0.25 * error["plain"]
+
+
+def test_a_silent_channel_decides_between_equals_alone():
+    """A millionth of the mean channel: what is silent in calibration is never given up where it costs nothing."""
+    weight = gaussian(64, 64, seed=6)
+    importance = torch.ones(64)
+    importance[32:] = 0
+    found = quantize(weight, G32, "activation", importance)
+    even = quantize(weight, G32, "activation", torch.ones(64))
+    assert torch.equal(found["weight_scale"], even["weight_scale"])
