@@ -65,6 +65,7 @@ KNOWS: dict[str, dict[str, set[str]]] = {
 # Modules that are named in a text and imported when they are first needed: where that is done, and why.
 REGISTRIES = {
     "runner.generation.families": "a model is imported when a recipe names it",
+    "runner.storage.uris": "which backend serves a URI is known when it is read; boto3 takes half a second to import",
     "runner.preprocess.masks.segmenter": "which segmenter a folder holds is known when its config.json is read",
 }
 

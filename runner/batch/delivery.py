@@ -133,14 +133,14 @@ class Delivery:
                     storage, {key + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
                 )
                 identity, nbytes, count = combined_identity(
-                    {name: (info.identity, info.bytes) for name, info in stored.items()}
+                    {name: (storage.identify(info), info.bytes) for name, info in stored.items()}
                 )
             else:
                 key = f"jobs/{job_id}/output.mp4"
                 sha256 = sha256_file(self._folder / "output.mp4")
                 replacing(key)
                 info = storage.publish(self._folder / "output.mp4", key)
-                stored, identity, nbytes, count = {key: info}, info.identity, info.bytes, 1
+                stored, identity, nbytes, count = {key: info}, storage.identify(info), info.bytes, 1
             previews = {f"jobs/{job_id}/{name}": self._folder / name for name in ("pose.mp4", "poster.jpg")}
             stored |= _store_all(storage, {key: path for key, path in previews.items() if path.exists()})
         record = OutputRecord(

@@ -16,8 +16,7 @@ from runner.generation.protocol import Request
 from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
-from runner.storage import fetch_input_with_info, is_remote, local_path, stat_input
-from runner.storage.disk import os_errors
+from runner.storage import fetch_input_with_info, identify_input, is_remote, local_path
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside
 
@@ -33,7 +32,7 @@ class InputIndex:
         self._lock = threading.Lock()
 
     def identify(self, job: Job) -> dict[str, InputRecord]:
-        """Name → what the input holds. Local files are hashed; S3 objects are asked for their ETag and size.
+        """Name → what the input holds. Local files are hashed; an object store is asked for the identity.
 
         Raises InputNotFound, InputUnreadable (also outside `roots`, where there are any), StorageDenied,
         StorageUnavailable.
@@ -54,13 +53,8 @@ class InputIndex:
         return known.result()
 
     def _look(self, uri: str) -> InputRecord:
-        place = check_inside(uri, self._roots)
-        info = stat_input(place)
-        if is_remote(place):
-            return InputRecord(uri=uri, bytes=info.bytes, identity=info.identity)
-        path = local_path(place)
-        with os_errors(path, writing=False):
-            return InputRecord(uri=uri, bytes=info.bytes, identity=f"sha256:{self._hashes.sha256(path)}")
+        info, identity = identify_input(check_inside(uri, self._roots), self._hashes.sha256)
+        return InputRecord(uri=uri, bytes=info.bytes, identity=identity)
 
 
 def _places(job: Job) -> dict[str, str]:
@@ -72,7 +66,7 @@ def _places(job: Job) -> dict[str, str]:
 def fetch_request(
     job: Job, folder: Path, inputs: Mapping[str, InputRecord], roots: Sequence[str] = ()
 ) -> tuple[Request, list[str]]:
-    """Local inputs where they lie, S3 objects copied below `folder`; and a note for each that could not be verified.
+    """Local inputs where they lie, objects copied below `folder`; and a note for each that could not be verified.
 
     `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is
     tried again, for an object that has changed since then; InputNotFound, InputUnreadable, storage.*.

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -70,7 +69,7 @@ class Decision:
 def output_identity(storage: Storage, key: str, hashes: FileHashes | None = None) -> tuple[str, int, int] | None:
     """(identity, bytes, files) of an output as it lies on the storage now; None if nothing is there.
 
-    A key that ends with `/` is a folder of frames. Local files are hashed, S3 objects give their ETag.
+    A key that ends with `/` is a folder of frames. Files on a disk are hashed, an object store gives the identity.
     """
     hashes = hashes or FileHashes()
     if key.endswith("/"):
@@ -88,7 +87,7 @@ def combined_identity(files: Mapping[str, tuple[str, int]]) -> tuple[str, int, i
 
 
 def _content(storage: Storage, info: ObjectInfo, hashes: FileHashes) -> tuple[str, int]:
-    return info.identity or f"sha256:{hashes.sha256(Path(storage.uri(info.key)))}", info.bytes
+    return storage.identify(info, hashes.sha256), info.bytes
 
 
 def _in_short(changes: list[str], most: int = 4) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from runner.batch.ledger import Decision, Listing
 from runner.errors import RunnerError
 from runner.spec.manifest import Job
-from runner.storage import Storage, is_remote
+from runner.storage import Storage
 
 __all__ = ["survey_jobs"]
 
@@ -47,7 +47,7 @@ def survey_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Genera
 
 def _list_outputs(jobs: Sequence[Job], storage: Storage) -> Listing | None:
     """What lies below `jobs/` for these jobs, single frames left out; None where asking for each is as good."""
-    if len(jobs) < LIST_FROM or not is_remote(storage.root):
+    if len(jobs) < LIST_FROM or not storage.lists_identities:
         return None
     wanted = {job.id for job in jobs}
     try:

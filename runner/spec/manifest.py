@@ -1,6 +1,6 @@
 """Manifest: what to render, as a tuple of jobs that are right, or every reason why they are not.
 
-In:   YAML or JSON lines, from a path, an s3:// URI or stdin. Out: `Manifest`; ManifestInvalid tells all problems at
+In:   YAML or JSON lines, from a path, a URI or stdin. Out: `Manifest`; ManifestInvalid tells all problems at
       once, each with its line, its key and, where one is near, what was meant.
 Never: whether the inputs exist (validate.py), which weights a recipe names, what was rendered before.
 """
@@ -28,7 +28,7 @@ MAX_JOBS = 200_000
 
 @dataclass(frozen=True)
 class Job:
-    """One video to render. `reference`, `video` and `mask` are absolute paths or s3:// URIs."""
+    """One video to render. `reference`, `video` and `mask` are absolute paths or URIs."""
 
     id: str
     reference: str
@@ -119,7 +119,7 @@ class Document(Header):
 
 
 def load_manifest(source: str, *, stdin: IO[str] | None = None) -> Manifest:
-    """The manifest at a path, an s3:// URI, or `-` for `stdin` (the process's, unless given).
+    """The manifest at a path, a URI, or `-` for `stdin` (the process's, unless given).
 
     Relative inputs are relative to the manifest's folder or prefix; from stdin, to the working directory. The format is
     told by the name (.yaml, .yml, .jsonl, .ndjson), else by the content. Raises ManifestInvalid with every problem, and
@@ -130,7 +130,7 @@ def load_manifest(source: str, *, stdin: IO[str] | None = None) -> Manifest:
 
 
 def parse_manifest(text: str, *, base: str, source: str = "-") -> Manifest:
-    """What `text` says. `base`: folder or s3:// prefix of its relative inputs; `source`: its name, which may tell its
+    """What `text` says. `base`: folder or URI of its relative inputs; `source`: its name, which may tell its
     format. Raises ManifestInvalid.
     """
     builder = _Builder(base)

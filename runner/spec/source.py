@@ -1,6 +1,6 @@
 """Manifest source: where a manifest comes from, and where what it names lies.
 
-In:   a path, an s3:// URI or a stream; a name in a manifest. Out: text, located values, absolute places.
+In:   a path, a URI or a stream; a name in a manifest. Out: text, located values, absolute places.
 Never: what a job is. Whatever is wrong with the bytes is told as a problem of the manifest.
 """
 
@@ -14,10 +14,11 @@ import re
 from pathlib import Path
 from typing import IO
 
-from runner.errors import ConfigInvalid, ManifestInvalid
+from runner.errors import ConfigInvalid, InputNotFound, ManifestInvalid
 from runner.spec.checks import Problems, shown
 from runner.spec.text import MAX_VALUES, Located, TextInvalid, parse_json_line, parse_yaml
 from runner.storage import is_remote, local_path, open_storage
+from runner.storage.uris import remote_forms, split_object, split_uri
 
 __all__ = ["MAX_BYTES", "decode", "is_json_lines", "read_json_lines", "read_source", "read_yaml", "resolve_place"]
 
@@ -27,14 +28,13 @@ _JOB_KEYS = {"id", "custom_id", "reference", "video"}
 
 
 def read_source(source: str, stdin: IO[str]) -> tuple[str, str]:
-    """(text, folder or s3:// prefix that its relative names start from). Raises ManifestInvalid, storage.*."""
+    """(text, folder or URI that its relative names start from). Raises ManifestInvalid, storage.*."""
     where = "stdin" if source == "-" else source
     try:
         if source == "-":
             return decode(_read_stream(stdin)), os.getcwd()
         if is_remote(source):
-            parent, _, name = source.rpartition("/")
-            return decode(_read_object(parent, name)), parent
+            return decode(_read_object(source)), source.rpartition("/")[0]
         path = local_path(source)
         return decode(_read_file(path)), os.path.abspath(path.parent)
     except TextInvalid as err:
@@ -120,23 +120,23 @@ def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tup
 
 
 def resolve_place(text: str, base: str) -> str:
-    """An input as an absolute path or an s3:// URI; relative names start from `base`. ValueError says what to write."""
+    """An input as an absolute path or a URI; relative names start from `base`. ValueError says what to write."""
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
         raise ValueError("holds a control character; check the quotes around it")
     if text.endswith("/"):
         raise ValueError("names a folder; name one file")
     if is_remote(text):
-        bucket, separator, key = text[len("s3://") :].partition("/")
-        if not bucket or not separator or not key:
-            raise ValueError("must name a bucket and a key: s3://bucket/folder/file")
-        return f"s3://{bucket}/{key}"
+        scheme, bucket, key = split_uri(text)
+        if not bucket or not key:
+            raise ValueError(f"must name a bucket and a key: {scheme}://bucket/folder/file")
+        return f"{scheme}://{bucket}/{key}"
     try:
         path = local_path(text)
     except ConfigInvalid as err:
-        raise ValueError(f"{err.what}; write a path or s3://bucket/key") from err
+        raise ValueError(f"{err.what}; write a path or {remote_forms()}") from err
     if path.is_absolute() or not is_remote(base):
         return str(Path(base, path))
-    bucket, _, prefix = base[len("s3://") :].partition("/")
+    scheme, bucket, prefix = split_uri(base)
     parts = [part for part in prefix.split("/") if part]
     for part in path.parts:
         if part != "..":
@@ -144,8 +144,8 @@ def resolve_place(text: str, base: str) -> str:
         elif parts:
             parts.pop()
         else:
-            raise ValueError("leads out of the manifest's bucket; write the s3:// URI in full")
-    return f"s3://{bucket}/{'/'.join(parts)}"
+            raise ValueError(f"leads out of the manifest's bucket; write the {scheme}:// URI in full")
+    return f"{scheme}://{bucket}/{'/'.join(parts)}"
 
 
 def _lines(text: str) -> list[str]:
@@ -172,10 +172,13 @@ def _read_file(path: Path) -> bytes:
         raise TextInvalid(0, f"cannot be read: {err.strerror or err}; check the file and its owner") from err
 
 
-def _read_object(parent: str, name: str) -> bytes:
-    if parent.count("/") < 2 or not name:
-        raise TextInvalid(0, "names a bucket or a folder; name the manifest in it: s3://bucket/folder/manifest.yaml")
-    storage = open_storage(parent)
+def _read_object(uri: str) -> bytes:
+    try:
+        root, name = split_object(uri)
+    except InputNotFound as err:
+        example = f"{split_uri(uri)[0]}://bucket/folder/manifest.yaml"
+        raise TextInvalid(0, f"names a bucket or a folder; name the manifest in it: {example}") from err
+    storage = open_storage(root)
     info = storage.stat(name)
     if info is None:
         raise TextInvalid(0, "no such object; check the bucket and the key")

@@ -1,15 +1,19 @@
-"""Storage: whole files and small objects by key, on a local disk or in an S3 bucket, behind one small interface.
+"""Storage: whole files and small objects by key, on a local disk or in an object store, behind one small interface.
 
-base.py has the interface; local.py and s3.py fulfil it; uris.py opens one by its URI; sync.py copies a model store;
-disk.py puts a file in place on a disk; disk_cache.py keeps results between runs.
+base.py has the interface; local.py and s3.py fulfil it; uris.py has the backends by scheme and opens one by its URI;
+sync.py copies a model store; disk.py puts a file in place on a disk; disk_cache.py keeps results between runs;
+file_hashes.py remembers the sha256 of files.
 """
 
-from runner.storage.base import Leftover, ObjectInfo, Storage, Versioned, check_key, is_remote, local_path
+from runner.storage.base import Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.local import LocalStorage
 from runner.storage.uris import (
     FetchedInput,
     fetch_input,
     fetch_input_with_info,
+    identify_input,
+    is_remote,
+    local_path,
     open_storage,
     probe_writable,
     stat_input,
@@ -25,6 +29,7 @@ __all__ = [
     "check_key",
     "fetch_input",
     "fetch_input_with_info",
+    "identify_input",
     "is_remote",
     "local_path",
     "open_storage",

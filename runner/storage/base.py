@@ -1,22 +1,20 @@
-"""Storage: the interface over whole files and small objects by key, on a local disk or in an S3 bucket.
+"""Storage: the interface over whole files and small objects by key, on a local disk or in an object store.
 
-In:   a root (`DIR`, `file:///DIR`, `s3://bucket/prefix`) and keys relative to it (`jobs/anna/output.mp4`).
+In:   a root (`DIR`, `file:///DIR`, `s3://bucket/prefix`) and keys relative to it (`anna/dance.mp4`).
 Out:  local files; objects that appear whole or not at all; errors under the storage.* and input.* codes.
 Never: what the bytes mean, which of them belong together, in which order they are written.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-from urllib.parse import unquote, urlsplit
+from typing import Literal, Self
 
-from runner.errors import ConfigInvalid, RunnerError
+from runner.errors import ConfigInvalid, InternalError, RunnerError
+from runner.hashing import sha256_file
 from runner.storage.disk import is_staged
 
 __all__ = [
@@ -26,8 +24,6 @@ __all__ = [
     "Storage",
     "Versioned",
     "check_key",
-    "is_remote",
-    "local_path",
 ]
 
 PROBE_NAME = ".video-lab-probe-"  # how the names of the objects begin that `probe_writable` writes
@@ -40,12 +36,13 @@ class ObjectInfo:
 
     uri: str
     bytes: int
-    identity: str  # "etag:<etag>:<bytes>" on S3; on a disk "sha256:<hex>" of what was published, "" of what is found
+    # "etag:<etag>:<bytes>" on S3, "sha256:<hex>" on a disk. None: not known without reading, see `Storage.identify`.
+    identity: str | None
     modified: float  # seconds since 1970, UTC
     key: str = ""  # relative to the storage's root
     verified: str = field(
         default="", compare=False
-    )  # after `fetch` from S3: the digest that agreed; "": none was there
+    )  # after `fetch` over a network: the name of the digest that agreed; "": the store gave none
 
 
 @dataclass(frozen=True)
@@ -79,25 +76,54 @@ class Storage(ABC):
 
     root: str
 
+    @classmethod
+    def from_uri(cls, uri: str | Path, environ: Mapping[str, str]) -> Self:
+        """The storage at a URI of this backend's scheme, with the settings that the backend reads from `environ`.
+
+        Nothing is asked of the store yet. Raises ConfigInvalid for a URI or a setting that can never work.
+        """
+        return cls(uri)
+
+    @abstractmethod
+    def __init__(self, uri: str | Path) -> None: ...
+
     @property
     @abstractmethod
     def appends(self) -> bool:
         """Does `append_lines` add to one file? Else it writes a new, numbered object each time."""
 
+    @property
     @abstractmethod
-    def fetch(self, key: str, dest: Path) -> ObjectInfo:
-        """Copy the object to the local file `dest`, which appears whole or not at all; say what was read.
+    def lists_identities(self) -> bool:
+        """Does `list` give each object's identity? Then one listing replaces a question for each object."""
 
-        What comes from S3 is compared with a digest that the store gives, if it gives one: see `ObjectInfo.verified`.
+    @abstractmethod
+    def fetch(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
+        """Copy the object to the local file `dest`, which appears whole or not at all. Return what was read.
+
+        `on_bytes` is called with the number of bytes of each piece that has arrived, perhaps from another thread. The
+        sum is the size of the object: after a try that failed it is called with minus what that try had brought.
+        What comes over a network is compared with a digest that the store gives, if any: see `ObjectInfo.verified`.
+        The identity of what is returned is never None.
         Raises InputNotFound if nothing lies under `key`.
         """
+
+    def identify(self, info: ObjectInfo, sha256: Callable[[Path], str] = sha256_file) -> str:
+        """The identity of an object of this storage: what `publish` returns for the same bytes.
+
+        Where the store does not know it, the object's file is hashed by `sha256` (path → hexadecimal digits), which
+        may remember. Raises as `read_bytes` does; InputNotFound for what is gone meanwhile.
+        """
+        if info.identity is None:
+            raise InternalError(f"{type(self).__name__} gave no identity", where=info.uri)
+        return info.identity
 
     @abstractmethod
     def publish(self, local: Path, key: str) -> ObjectInfo:
         """Store the local file under `key`: a reader sees what was there before, then all of it, never a part.
 
         Returns the identity and size of the very bytes that were stored, also where another process has stored other
-        bytes under `key` by then. On a disk the identity is the `sha256:<hex>` of the bytes that were copied.
+        bytes under `key` by then. The identity is never None.
         """
 
     @abstractmethod
@@ -209,45 +235,5 @@ def check_key(key: str) -> str:
         problem = "has a name that is reserved for files being written"
     if problem:
         shown = key if len(key) <= 80 else key[:79] + "…"
-        raise ConfigInvalid(f"the key {shown!r} {problem}", todo="Use a relative path such as jobs/anna/output.mp4")
+        raise ConfigInvalid(f"the key {shown!r} {problem}", todo="Use a relative path such as anna/dance.mp4")
     return key
-
-
-def is_remote(uri: str | Path) -> bool:
-    """Does this name an object store rather than a local path?"""
-    return isinstance(uri, str) and uri.lower().startswith("s3://")
-
-
-def local_path(uri: str | Path) -> Path:
-    """A plain path or a `file:///…` URI (percent-decoded, RFC 8089) as a path. Raises ConfigInvalid for other URIs."""
-    if isinstance(uri, Path):
-        return uri
-    scheme, separator, _ = uri.partition("://")
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
-        if not uri or "\0" in uri:
-            raise ConfigInvalid(f"{uri!r} is not a path", todo="Give a folder or an s3:// URI")
-        try:
-            return _native_path(uri).expanduser()
-        except RuntimeError as err:  # ~name, or ~ of a user without a home
-            what = f"{uri!r} begins with ~, which names no home folder here"
-            raise ConfigInvalid(what, todo="Write the path in full") from err
-    parts = urlsplit(uri)
-    if scheme.lower() != "file":
-        raise ConfigInvalid(f"{scheme}:// is not supported", where=uri, todo="Use a path, file:/// or s3://bucket/key")
-    path = unquote(uri.partition("://")[2][len(parts.netloc) :])
-    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
-        raise ConfigInvalid("a file URI names an absolute path on this machine", where=uri, todo="Write file:///folder")
-    return _native_path(path)
-
-
-def _native_path(text: str) -> Path:
-    """`text` as a path whose bytes are UTF-8, also where Python takes file names for ASCII (LC_ALL=POSIX)."""
-    try:
-        os.fsencode(text)
-        return Path(text)
-    except UnicodeEncodeError:
-        pass
-    try:
-        return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
-    except UnicodeError as err:
-        raise ConfigInvalid(f"{text!r} is not valid Unicode", todo="Give a folder or an s3:// URI") from err

@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import stat as stat_modes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from runner.errors import ConfigInvalid, InputNotFound
-from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, local_path
+from runner.hashing import sha256_file
+from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import (
     ABSENT,
     is_staged,
@@ -26,6 +27,7 @@ from runner.storage.disk import (
     walk_files,
     writer_of,
 )
+from runner.storage.uris import local_path
 
 __all__ = ["LocalStorage"]
 
@@ -33,47 +35,77 @@ _COPY_BYTES = 1 << 20
 
 
 class LocalStorage(Storage):
-    """A folder on a disk that this machine sees; made at the first write. Links inside it are followed."""
+    """A folder on a disk that this machine sees; made at the first write. Links inside it are followed.
 
-    def __init__(self, root: str | Path) -> None:
-        self.path = local_path(root)
-        self.root = str(self.path)
+    `root`: what the URIs of its objects begin with, where the folder stands for a store of another name.
+    """
+
+    def __init__(self, uri: str | Path, *, root: str | None = None) -> None:
+        self.path = local_path(uri)
+        self.root = str(self.path) if root is None else root
+        self._named = root is not None
         with os_errors(self.path, writing=True):
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
 
     def uri(self, key: str) -> str:
-        return str(self.path / check_key(key))
+        return self._uri(check_key(key))
+
+    def _uri(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}" if self._named else str(self.path / key)
+
+    def _path(self, key: str) -> Path:
+        return self.path / check_key(key)
 
     @property
     def appends(self) -> bool:
         return True
 
-    def _info(self, key: str, status: os.stat_result, identity: str = "") -> ObjectInfo:
+    @property
+    def lists_identities(self) -> bool:
+        return False
+
+    def _info(self, key: str, status: os.stat_result, identity: str | None = None) -> ObjectInfo:
         return ObjectInfo(self.uri(key), status.st_size, identity, status.st_mtime, key)
 
-    def fetch(self, key: str, dest: Path) -> ObjectInfo:
-        source = Path(self.uri(key))
-        with os_errors(source, writing=False), source.open("rb") as file:
-            status = os.fstat(file.fileno())
-            with os_errors(dest, writing=True), staged(dest) as out:
-                shutil.copyfileobj(file, out, _COPY_BYTES)
-        return self._info(key, status)
+    def identify(self, info: ObjectInfo, sha256: Callable[[Path], str] = sha256_file) -> str:
+        if info.identity is not None:
+            return info.identity
+        path = self._path(info.key)
+        with os_errors(path, writing=False):
+            return f"sha256:{sha256(path)}"
+
+    def fetch(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
+        source = self._path(key)
+        arrived = 0
+
+        def count(amount: int) -> None:
+            nonlocal arrived
+            arrived += amount
+            if on_bytes is not None:
+                on_bytes(amount)
+
+        try:
+            with os_errors(source, writing=False), source.open("rb") as file:
+                status = os.fstat(file.fileno())
+                with os_errors(dest, writing=True), staged(dest) as out:
+                    identity = _copy(file, out, count)
+        except BaseException:
+            count(-arrived)  # none of it is kept
+            raise
+        return self._info(key, status, identity)
 
     def publish(self, local: Path, key: str) -> ObjectInfo:
-        target = Path(self.uri(key))
+        target = self._path(key)
         with os_errors(local, writing=False), local.open("rb") as file:
             with os_errors(target, writing=True), staged(target) as out:
-                digest = hashlib.sha256()
-                while block := file.read(_COPY_BYTES):
-                    digest.update(block)
-                    out.write(block)
+                identity = _copy(file, out)
                 out.flush()
                 status = os.fstat(out.fileno())  # the target itself may be another process's a moment later
-        return self._info(key, status, f"sha256:{digest.hexdigest()}")
+        return self._info(key, status, identity)
 
     def stat(self, key: str) -> ObjectInfo | None:
-        path = Path(self.uri(key))
+        path = self._path(key)
         with os_errors(path, writing=False):
             try:
                 status = path.stat()
@@ -102,7 +134,7 @@ class LocalStorage(Storage):
                     yield path, key
 
     def read_bytes(self, key: str) -> bytes | None:
-        path = Path(self.uri(key))
+        path = self._path(key)
         try:
             with os_errors(path, writing=False):
                 return path.read_bytes()
@@ -110,7 +142,7 @@ class LocalStorage(Storage):
             return None
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        target = Path(self.uri(key))
+        target = self._path(key)
         with os_errors(target, writing=True), staged(target) as out:
             out.write(data)
 
@@ -119,7 +151,7 @@ class LocalStorage(Storage):
         return None if data is None else Versioned(data, _version(data))
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
-        target = Path(self.uri(key))
+        target = self._path(key)
 
         def place(temporary: Path) -> None:
             if version is None:
@@ -143,7 +175,7 @@ class LocalStorage(Storage):
         return _version(data)
 
     def append_lines(self, key: str, data: bytes) -> None:
-        path = Path(self.uri(key))
+        path = self._path(key)
         with os_errors(path, writing=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab", buffering=0) as file:
@@ -152,7 +184,7 @@ class LocalStorage(Storage):
                     rest = rest[file.write(rest) :]
 
     def delete(self, key: str) -> None:
-        path = Path(self.uri(key))
+        path = self._path(key)
         with os_errors(path, writing=True):
             try:
                 with locked_folder(path.parent):
@@ -170,20 +202,31 @@ class LocalStorage(Storage):
             if status is None:
                 continue
             if is_probe:
-                yield Leftover(str(path), key, status.st_size, status.st_mtime, "write probe")
+                yield Leftover(self._uri(key), key, status.st_size, status.st_mtime, "write probe")
                 continue
             with os_errors(path, writing=True):
                 writer = writer_of(path)
             if not writer:
                 abandoned = writer is False
-                yield Leftover(str(path), key, status.st_size, status.st_mtime, "staged file", abandoned)
+                yield Leftover(self._uri(key), key, status.st_size, status.st_mtime, "staged file", abandoned)
 
     def _unfinished(self, prefix: str) -> Iterator[Leftover]:
         return (leftover for leftover in self.leftovers(prefix) if leftover.abandoned)
 
     def remove_leftover(self, leftover: Leftover) -> bool:
         with os_errors(leftover.uri, writing=True):
-            return remove_unlocked(Path(leftover.uri))
+            return remove_unlocked(self.path / leftover.key)
+
+
+def _copy(source: BinaryIO, out: BinaryIO, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Copy what is left of `source`; the identity of the bytes that were copied."""
+    digest = hashlib.sha256()
+    while block := source.read(_COPY_BYTES):
+        digest.update(block)
+        out.write(block)
+        if on_bytes is not None:
+            on_bytes(len(block))
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _status(path: Path) -> os.stat_result | None:

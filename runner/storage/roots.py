@@ -11,27 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import ConfigInvalid, InputUnreadable
-from runner.storage.base import is_remote, local_path
 from runner.storage.disk import os_errors
 from runner.storage.regular_file import answer_in_time
+from runner.storage.uris import is_remote, local_path, split_uri
 
 __all__ = ["check_inside", "parse_roots"]
 
 
 def parse_roots(named: Sequence[str]) -> tuple[str, ...]:
-    """The roots as `check_inside` takes them: real paths of folders, and s3:// prefixes without a slash at the end.
+    """The roots as `check_inside` takes them: real paths of folders, and URIs without a slash at the end.
 
     Raises ConfigInvalid for a folder that is not there, storage.* for one that cannot be reached.
     """
     roots = []
     for name in named:
         if is_remote(name):
-            bucket, _, prefix = name[len("s3://") :].partition("/")
+            scheme, bucket, prefix = split_uri(name)
             if not bucket or _strays(prefix.rstrip("/")):
-                raise ConfigInvalid(
-                    "names no place in a bucket", where=name, todo="Write --input-root s3://bucket/prefix"
-                )
-            roots.append(f"s3://{bucket}/{prefix}".rstrip("/"))
+                todo = f"Write --input-root {scheme}://bucket/prefix"
+                raise ConfigInvalid("names no place in a bucket", where=name, todo=todo)
+            roots.append(f"{scheme}://{bucket}/{prefix}".rstrip("/"))
             continue
         path = local_path(name)
         with os_errors(path, writing=True):  # a root that is not there is no missing input
@@ -45,13 +44,13 @@ def check_inside(uri: str, roots: Sequence[str]) -> str:
     """Where `uri` really lies, all symlinks followed, if that is below one of `roots`; `uri` itself without roots.
 
     Read what is returned, not `uri`: a symlink that is changed afterwards then leads nowhere else. Raises
-    InputUnreadable for what lies elsewhere; objects need a root of their own, s3://….
+    InputUnreadable for what lies elsewhere; objects need a root of their own, such as s3://bucket/prefix.
     """
     if not roots:
         return uri
     if is_remote(uri):
-        bucket, _, key = uri[len("s3://") :].partition("/")
-        place = f"s3://{bucket}/{key}"
+        scheme, bucket, key = split_uri(uri)
+        place = f"{scheme}://{bucket}/{key}"
         if not _strays(key) and any(place.startswith(f"{root}/") for root in roots if is_remote(root)):
             return place
         raise _outside(uri, roots)

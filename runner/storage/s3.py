@@ -1,6 +1,7 @@
 """S3 storage: the Storage interface over boto3.
 
-In:   `s3://bucket[/prefix]`; the usual AWS environment (`AWS_ENDPOINT_URL_S3`, credentials, `AWS_MAX_ATTEMPTS`, …).
+In:   `s3://bucket[/prefix]`; the usual AWS environment (`AWS_ENDPOINT_URL_S3`, credentials, `AWS_MAX_ATTEMPTS`, …) and
+      VIDEO_LAB_S3_EXTRA.
 Out:  objects stored by one PutObject or one CompleteMultipartUpload, hence whole or not at all; botocore's and boto3's
       errors as ours, see s3_errors.py.
 Never: what the bytes mean.
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 from uuid import uuid4
 
 import boto3
@@ -37,6 +38,7 @@ from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnav
 from runner.hashing import sha256_stream
 from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.disk import os_errors, staged
+from runner.storage.s3_arguments import upload_arguments
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
 from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
@@ -127,13 +129,13 @@ class S3Storage(Storage):
 
     def __init__(
         self,
-        uri: str,
+        uri: str | Path,
         *,
         extra: Mapping[str, Any] | None = None,
         attempts: int = 4,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        scheme, _, rest = uri.partition("://")
+        scheme, _, rest = str(uri).partition("://")
         self.bucket, _, prefix = rest.partition("/")
         if scheme.lower() != "s3" or not _BUCKET.fullmatch(self.bucket):
             raise ConfigInvalid("names no bucket", where=uri, todo="Write s3://bucket or s3://bucket/prefix")
@@ -148,9 +150,17 @@ class S3Storage(Storage):
         self._appended: dict[str, int] = {}  # key → number of its last object
         self._append_lock = threading.Lock()
 
+    @classmethod
+    def from_uri(cls, uri: str | Path, environ: Mapping[str, str]) -> Self:
+        return cls(uri, extra=upload_arguments(environ))
+
     @property
     def appends(self) -> bool:
         return False
+
+    @property
+    def lists_identities(self) -> bool:
+        return True
 
     @property
     def client(self) -> Any:
@@ -236,8 +246,7 @@ class S3Storage(Storage):
         head = self._head(key)
         return None if head is None else self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
 
-    def fetch(self, key: str, dest: Path, *, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
-        """As the interface says. `on_bytes` is told of progress, from another thread."""
+    def fetch(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
         return self._repeated(lambda: self._fetch_once(key, dest, on_bytes), self.uri(key))
 
     def _fetch_once(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None) -> ObjectInfo:

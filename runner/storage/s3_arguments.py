@@ -1,7 +1,7 @@
 """S3 arguments: what a user adds to every upload, such as encryption or a storage class.
 
-In:   VIDEO_LAB_S3_EXTRA (a JSON object) and a call's own arguments. Out: arguments by boto3's names, checked against
-botocore's model of the service. Never: requests.
+In:   VIDEO_LAB_S3_EXTRA (a JSON object). Out: arguments by boto3's names, checked against botocore's model of the
+service. Never: requests.
 """
 
 from __future__ import annotations
@@ -27,31 +27,30 @@ _OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # t
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def upload_arguments(extra: Mapping[str, Any] | None, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments of every upload: those of VIDEO_LAB_S3_EXTRA (a JSON object) under `extra`. Raises ConfigInvalid.
+def upload_arguments(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of every upload: those of VIDEO_LAB_S3_EXTRA, a JSON object. Raises ConfigInvalid.
 
     The names are boto3's (`S3Transfer.ALLOWED_UPLOAD_ARGS`), without those that belong to one file's content.
     """
-    text = environment.get(EXTRA_VARIABLE, "").strip()
+    text = environ.get(EXTRA_VARIABLE, "").strip()
     remedy = 'Write a JSON object such as {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders"}'
     try:
-        said = json.loads(text) if text else {}
+        extra = json.loads(text) if text else {}
     except (ValueError, RecursionError) as err:
         raise ConfigInvalid(f"is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
-    if not isinstance(said, dict):
+    if not isinstance(extra, dict):
         raise ConfigInvalid("is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
-    merged = said | dict(extra or {})
     allowed = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not _OF_ONE_FILE.fullmatch(name)]
-    unknown = sorted(set(merged) - set(allowed))
+    unknown = sorted(set(extra) - set(allowed))
     if unknown:
         raise ConfigInvalid(
             f"no upload argument is called {', '.join(unknown)}",
-            where=EXTRA_VARIABLE if set(unknown) & set(said) else "s3_extra",
+            where=EXTRA_VARIABLE,
             todo=f"Choose from {', '.join(sorted(allowed))}",
         )
-    for name, value in merged.items():
-        _check_type(name, value, EXTRA_VARIABLE if name not in (extra or {}) else "s3_extra")
-    return merged
+    for name, value in extra.items():
+        _check_type(name, value)
+    return extra
 
 
 _NEEDED = {
@@ -63,16 +62,16 @@ _NEEDED = {
 }
 
 
-def _check_type(name: str, value: Any, where: str) -> None:
+def _check_type(name: str, value: Any) -> None:
     """Raise ConfigInvalid if the argument is not of the type that botocore's model of the service gives it. The value
     is not shown: it may be a key."""
     shape = _upload_shapes().get(name)
     if shape is not None and ParamValidator().validate(value, shape).has_errors():
         needed = _NEEDED.get(shape.type_name, f"a {shape.type_name}")
-        raise ConfigInvalid(f"{name} must be {needed}", where=where, todo="Correct its value")
+        raise ConfigInvalid(f"{name} must be {needed}", where=EXTRA_VARIABLE, todo="Correct its value")
     texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [str(value)]
     if name != "SSECustomerKey" and any(_CONTROL.search(text) for text in texts):  # a key may hold any bytes
-        raise ConfigInvalid(f"{name} has a control character", where=where, todo="Correct its value")
+        raise ConfigInvalid(f"{name} has a control character", where=EXTRA_VARIABLE, todo="Correct its value")
 
 
 @functools.cache

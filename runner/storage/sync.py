@@ -1,10 +1,11 @@
 """Sync: a model store in a bucket copied once into a local folder, for every process of the machine.
 
-In:   an s3:// URI, a cache folder, which keys are wanted. Out: a local folder with those files as the bucket has them.
+In:   the URI of an object store, a cache folder, which keys are wanted. Out: a local folder with those files as the
+bucket has them.
 Never: what the files are for.
 
     <cache>/<name>/        the store, each file put in place whole
-    <cache>/<name>.json    the index: key → ETag and size of what was downloaded
+    <cache>/<name>.json    the index: key → identity and size of what was downloaded
     <cache>/<name>.lock    held while comparing and downloading
 """
 
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import InputNotFound, StorageFull, WeightsMissing
-from runner.storage.base import ObjectInfo, Storage, check_key, is_remote, local_path
+from runner.storage.base import ObjectInfo, Storage, check_key
 from runner.storage.disk import is_staged, os_errors, staged, walk_files
-from runner.storage.uris import open_storage
+from runner.storage.uris import is_remote, local_path, open_storage
 
 __all__ = ["cache_name", "sync_models"]
 
@@ -34,9 +35,9 @@ REPORT_EVERY = 0.1  # of all bytes
 def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> Path:
     """The model store at `uri` as a local folder. A local one is returned unchanged.
 
-    Of an s3:// one, the files that `wanted` names (by key below the root) are downloaded unless the cache has them with
-    the same ETag and size. What is downloaded is compared with a digest that the store gives; where it gives none, the
-    event `models.unverified` names the file.
+    Of one in an object store, the files that `wanted` names (by key below the root) are downloaded unless the cache has
+    them with the same identity and size. What is downloaded is compared with a digest that the store gives; where it
+    gives none, the event `models.unverified` names the file.
 
     Processes that share the cache take turns; the second finds the work done. Files that the bucket no longer has are
     removed from the cache. Raises WeightsMissing when there is nothing (wanted) there, StorageFull before a download
@@ -106,10 +107,10 @@ class _Sync:
         begin, progress = time.monotonic(), _Progress(sum(info.bytes for info in missing))
         _log("models.sync", uri=self.storage.root, files=len(missing), gb=round(progress.total / GB, 3))
         for number, info in enumerate(missing, 1):
-            got = self._fetch(info.key, progress)
+            got = self.storage.fetch(info.key, self.folder / info.key, progress.add)
             if not got.verified:
                 _log("models.unverified", level="warning", key=info.key, reason="the store gives no digest of it")
-            self._record(info.key, {"identity": got.identity, "bytes": got.bytes})
+            self._record(info.key, {"identity": self.storage.identify(got), "bytes": got.bytes})
             _log("models.file", key=info.key, bytes=got.bytes, number=number, of=len(missing))
         seconds = round(time.monotonic() - begin, 1)
         _log("models.ready", files=len(there), downloaded=len(missing), seconds=seconds, folder=str(self.folder))
@@ -131,16 +132,9 @@ class _Sync:
 
     def _has(self, info: ObjectInfo) -> bool:
         path = self.folder / info.key
-        recorded = self.index.get(info.key)
-        same = recorded == {"identity": info.identity, "bytes": info.bytes}
-        return same and path.is_file() and path.stat().st_size == info.bytes
-
-    def _fetch(self, key: str, progress: _Progress) -> ObjectInfo:
-        from runner.storage.s3 import S3Storage
-
-        if isinstance(self.storage, S3Storage):
-            return self.storage.fetch(key, self.folder / key, on_bytes=progress.add)
-        return self.storage.fetch(key, self.folder / key)
+        if info.key not in self.index or not path.is_file() or path.stat().st_size != info.bytes:
+            return False
+        return bool(self.index[info.key] == {"identity": self.storage.identify(info), "bytes": info.bytes})
 
     def _require_space(self, missing: list[ObjectInfo]) -> None:
         """Raise StorageFull if even after replacing old files the new ones cannot fit."""

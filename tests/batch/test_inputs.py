@@ -10,7 +10,7 @@ from runner.batch.inputs import InputIndex, fetch_request
 from runner.errors import InputNotFound, InputUnreadable, StorageUnavailable
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
-from runner.storage import open_storage, stat_input
+from runner.storage import identify_input, open_storage
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import parse_roots
 
@@ -88,7 +88,8 @@ def test_each_input_is_looked_at_once(tmp_path, monkeypatch):
         (tmp_path / name).write_text(name)
     asked = []
     monkeypatch.setattr(
-        "runner.batch.inputs.stat_input", lambda uri, original=stat_input: asked.append(uri) or original(uri)
+        "runner.batch.inputs.identify_input",
+        lambda uri, sha256, original=identify_input: asked.append(uri) or original(uri, sha256),
     )
     index = InputIndex(FileHashes())
     with ThreadPoolExecutor(8) as pool:

@@ -56,6 +56,7 @@ class Bucket:
     """Of a store in a bucket, what a survey uses."""
 
     root = "s3://bucket/out"
+    lists_identities = True
 
     def __init__(self, keys, error=None):
         self.keys, self.error, self.listed = keys, error, 0

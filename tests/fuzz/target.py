@@ -301,7 +301,7 @@ def _peft_config(folder: Path, data: bytes) -> None:
 def _s3_extra(folder: Path, data: bytes) -> None:
     from runner.storage.s3_arguments import upload_arguments
 
-    upload_arguments(None, {"VIDEO_LAB_S3_EXTRA": os.fsdecode(data)})
+    upload_arguments({"VIDEO_LAB_S3_EXTRA": os.fsdecode(data)})
 
 
 TARGETS = {

@@ -88,9 +88,11 @@ def test_extra_arguments_reach_every_upload(
 ) -> None:
     bucket = aws_env(moto_s3).make_bucket()
     monkeypatch.setenv(
-        "VIDEO_LAB_S3_EXTRA", '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders", "StorageClass": "X"}'
+        "VIDEO_LAB_S3_EXTRA",
+        '{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders", "StorageClass": "STANDARD_IA",'
+        ' "Metadata": {"run": "7"}}',
     )
-    store = open_storage(f"s3://{bucket}", s3_extra={"StorageClass": "STANDARD_IA", "Metadata": {"run": "7"}})
+    store = open_storage(f"s3://{bucket}")
     contents = {"small.mp4": b"x", "big.mp4": bytes(17 << 20), "result.json": b"{}"}
     for name in ("small.mp4", "big.mp4"):
         (tmp_path / name).write_bytes(contents[name])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 from boto3.s3.transfer import S3Transfer
 
 from runner.errors import ConfigInvalid
-from runner.storage import open_storage, probe_writable
+from runner.storage import open_storage, stat_input
 from runner.storage.s3_arguments import upload_arguments
-from tests.s3_servers import S3Server
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,10 @@ from tests.s3_servers import S3Server
 )
 def test_extra_arguments_are_checked(text: str, said: str) -> None:
     with pytest.raises(ConfigInvalid, match=said) as caught:
-        upload_arguments({}, {"VIDEO_LAB_S3_EXTRA": text})
+        upload_arguments({"VIDEO_LAB_S3_EXTRA": text})
     assert "VIDEO_LAB_S3_EXTRA" in caught.value.message
     with pytest.raises(ConfigInvalid, match="ServerSideEncryption"):  # lists what there is
-        upload_arguments({"Nonsense": "x"}, {})
+        upload_arguments({"VIDEO_LAB_S3_EXTRA": '{"Nonsense": "x"}'})
 
 
 def test_extra_arguments_are_all_of_boto3s_but_those_of_one_file() -> None:
@@ -37,7 +37,7 @@ def test_extra_arguments_are_all_of_boto3s_but_those_of_one_file() -> None:
     for name in S3Transfer.ALLOWED_UPLOAD_ARGS:
         value = other.get(name, "x")
         try:
-            assert upload_arguments({name: value}, {}) == {name: value}
+            assert upload_arguments({"VIDEO_LAB_S3_EXTRA": json.dumps({name: value})}) == {name: value}
         except ConfigInvalid:
             refused.add(name)
     assert {"ChecksumSHA256", "MpuObjectSize"} <= refused
@@ -62,19 +62,18 @@ def test_extra_arguments_are_all_of_boto3s_but_those_of_one_file() -> None:
 )
 def test_types_of_extra_arguments_are_checked(text: str, said: str) -> None:
     with pytest.raises(ConfigInvalid, match=f"VIDEO_LAB_S3_EXTRA: {said}") as caught:
-        upload_arguments({}, {"VIDEO_LAB_S3_EXTRA": text})
+        upload_arguments({"VIDEO_LAB_S3_EXTRA": text})
     assert "top secret" not in caught.value.message
-    with pytest.raises(ConfigInvalid, match="s3_extra: Tagging must be a string"):
-        upload_arguments({"Tagging": {}}, {"VIDEO_LAB_S3_EXTRA": "{}"})
 
 
-def test_flags_go_over_the_environment() -> None:
-    environment = {"VIDEO_LAB_S3_EXTRA": '{"ACL": "private", "Tagging": "a=b"}'}
-    assert upload_arguments({"ACL": "public-read"}, environment) == {"ACL": "public-read", "Tagging": "a=b"}
-    assert upload_arguments(None, {"VIDEO_LAB_S3_EXTRA": "  "}) == {}
+def test_without_the_variable_there_are_none() -> None:
+    assert upload_arguments({}) == upload_arguments({"VIDEO_LAB_S3_EXTRA": "  "}) == {}
 
 
-def test_argument_of_a_wrong_type_is_a_configuration_error(moto_s3: S3Server, aws_env: Callable[..., S3Server]) -> None:
-    bucket = aws_env(moto_s3).make_bucket()
-    with pytest.raises(ConfigInvalid, match="StorageClass"):
-        probe_writable(open_storage(f"s3://{bucket}", s3_extra={"StorageClass": 3}))
+@pytest.mark.parametrize("ask", [open_storage, lambda uri: stat_input(f"{uri}/x.mp4")])
+def test_a_wrong_argument_is_a_configuration_error_and_no_fault_of_an_input(
+    ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDEO_LAB_S3_EXTRA", '{"StorageClass": 3}')
+    with pytest.raises(ConfigInvalid, match="VIDEO_LAB_S3_EXTRA: StorageClass"):
+        ask("s3://bucket")
