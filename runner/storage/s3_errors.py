@@ -1,7 +1,7 @@
 """S3 errors: botocore's, boto3's and s3transfer's failures under our codes.
 
 In:   an exception, where it happened, whether we were reading or writing. Out: the RunnerError that it amounts to.
-Never: requests, retries. Every class and code has one home here; a test holds the table against the libraries.
+Never: requests, retries. A test holds the tables against the libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runner.errors import (
 )
 from runner.storage.disk import os_error
 
-__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "STORAGE_ERRORS", "error_code", "s3_errors", "storage_error"]
+__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "error_code", "s3_errors", "storage_error"]
 
 FOREIGN_ERRORS = (
     BotoCoreError,
@@ -50,43 +50,16 @@ FOREIGN_ERRORS = (
 
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)  # OSErrors that are not of a disk
 
-# By class name, as not every release that we allow has every class.
-_HOMES: dict[type[RunnerError], str] = {
-    StorageUnavailable: """
-        HTTPClientError ConnectionClosedError ReadTimeoutError ResponseStreamingError ConnectionError
-        EndpointConnectionError SSLError ConnectTimeoutError ProxyConnectionError ChecksumError IncompleteReadError
-        MetadataRetrievalError CapacityNotAvailableError AwsChunkedWrapperError FlexibleChecksumError
-        EndpointDiscoveryException EndpointDiscoveryRequired EndpointDiscoveryRefreshFailed RetriesExceededError
-        S3TransferFailedError S3UploadFailedError S3DownloadFailedError S3CopyFailedError S3ValidationError
-        CancelledError FatalError HTTPError HTTPException""",
-    StorageDenied: """
-        NoCredentialsError NoAuthTokenError TokenRetrievalError UnknownTokenProviderError PartialCredentialsError
-        CredentialRetrievalError UnknownCredentialError RefreshWithMFAUnsupportedError SSOError SSOTokenLoadError
-        UnauthorizedSSOTokenError LoginError LoginRefreshRequired LoginInsufficientPermissions LoginTokenLoadError
-        LoginAuthorizationCodeError""",
-    ConfigInvalid: """
-        DataNotFoundError UnknownServiceError UnknownRegionError ApiVersionNotFoundError InvalidIMDSEndpointError
-        InvalidIMDSEndpointModeError UnknownSignatureVersionError ServiceNotInRegionError BaseEndpointResolverError
-        NoRegionError EndpointVariantError UnknownEndpointError UnknownFIPSEndpointError ProfileNotFound
-        ConfigParseError ConfigNotFound MissingParametersError ValidationError UnknownKeyError RangeError
-        UnknownParameterError InvalidRegionError AliasConflictParameterError ParamValidationError UnknownServiceStyle
-        UnsupportedSignatureVersionError InvalidDNSNameError InvalidS3AddressingStyleError UnsupportedS3ArnError
-        UnsupportedS3ControlArnError InvalidHostLabelError UnsupportedOutpostResourceError
-        UnsupportedS3ConfigurationError UnsupportedS3AccesspointConfigurationError
-        InvalidEndpointDiscoveryConfigurationError UnsupportedS3ControlConfigurationError
-        InvalidRetryConfigurationError InvalidMaxRetryAttemptsError InvalidRetryModeError
-        InvalidS3UsEast1RegionalEndpointConfigError InvalidSTSRegionalEndpointsConfigError InvalidConfigError
-        InfiniteLoopConfigError MD5UnavailableError MissingDependencyException InvalidProxiesConfigError
-        InvalidDefaultsMode InvalidEndpointConfigurationError EndpointProviderError EndpointResolutionError
-        UnknownEndpointResolutionBuiltInName InvalidChecksumConfigError UnsupportedServiceProtocolsError
-        InvalidCrtTransferConfigError""",
-    InternalError: """
-        PaginationError OperationNotPageableError UnseekableStreamError WaiterError InvalidExpressionError
-        WaiterConfigError UnknownClientMethodError StubResponseError StubAssertionError UnStubbedResponseError
-        ResourceLoadException NoVersionFound UnknownAPIVersionError ResourceNotExistsError
-        DynamoDBOperationNotSupportedError DynamoDBNeedsConditionError DynamoDBNeedsKeyConditionError""",
-}
-STORAGE_ERRORS = {name: home for home, names in _HOMES.items() for name in names.split()}
+# By class name, as not every release that we allow has every class. A subclass belongs where its base class does;
+# every other error of botocore is of the configuration, and every other one of boto3 is a bug.
+_UNAVAILABLE = """
+    HTTPClientError ConnectionError ChecksumError FlexibleChecksumError AwsChunkedWrapperError IncompleteReadError
+    MetadataRetrievalError RetriesExceededError S3TransferFailedError S3UploadFailedError S3DownloadFailedError
+    S3CopyFailedError S3ValidationError CancelledError HTTPError HTTPException"""
+_DENIED = """
+    NoCredentialsError NoAuthTokenError TokenRetrievalError UnknownTokenProviderError PartialCredentialsError
+    CredentialRetrievalError UnknownCredentialError RefreshWithMFAUnsupportedError SSOError LoginError"""
+UNAVAILABLE, DENIED = frozenset(_UNAVAILABLE.split()), frozenset(_DENIED.split())
 
 # The codes of S3's answers; a HEAD's answer has no body and gives its status instead.
 _CODES: dict[type[RunnerError], str] = {
@@ -155,20 +128,31 @@ def storage_error(error: BaseException, *, where: object, writing: bool, disk: P
         return error
     if isinstance(error, ClientError):
         return _client_error(error, where=where, writing=writing)
-    if isinstance(error, _NETWORK):
-        return StorageUnavailable(f"{type(error).__name__}: {error}", where=where, todo=_REMEDIES[StorageUnavailable])
-    if isinstance(error, OSError):
-        return os_error(error, where=disk or where, writing=writing or disk is not None)
+    text = " ".join(str(error).split()) or type(error).__name__
+    # botocore's errors first: its time-outs and TLS errors are OSErrors as well, by way of requests
+    if not isinstance(error, BotoCoreError):
+        if isinstance(error, _NETWORK):
+            return StorageUnavailable(
+                f"{type(error).__name__}: {text}", where=where, todo=_REMEDIES[StorageUnavailable]
+            )
+        if isinstance(error, OSError):
+            return os_error(error, where=disk or where, writing=writing or disk is not None)
     inner = error.__cause__ or error.__context__ or getattr(error, "last_exception", None)
     if isinstance(error, Boto3Error) and isinstance(inner, FOREIGN_ERRORS):
         return storage_error(inner, where=where, writing=writing, disk=disk)
-    home = next((STORAGE_ERRORS[c.__name__] for c in type(error).__mro__ if c.__name__ in STORAGE_ERRORS), None)
-    text = " ".join(str(error).split()) or type(error).__name__
+    home = _home_of_class(error)
     if home is StorageDenied:
         return _denied(f"no usable credentials: {text}", where=where)
-    if home is None:
-        return InternalError(f"{type(error).__name__}: {text}", where=where, todo=_REMEDIES[InternalError])
     return home(f"{type(error).__name__}: {text}", where=where, todo=_remedy(home, error))
+
+
+def _home_of_class(error: BaseException) -> type[RunnerError]:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & DENIED:
+        return StorageDenied
+    if names & UNAVAILABLE:
+        return StorageUnavailable
+    return ConfigInvalid if isinstance(error, BotoCoreError) else InternalError
 
 
 def _remedy(home: type[RunnerError], error: BaseException) -> str:
