@@ -19,6 +19,7 @@ from runner.batch.ledger import combined_identity
 from runner.errors import InternalError
 from runner.generation.protocol import Conditions, Segment
 from runner.hashing import sha256_file
+from runner.records.output_layout import OUTPUT, POSE, POSTER, PREVIEWS, frames_folder, job_key
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
 from runner.storage import ObjectInfo, Storage
@@ -65,7 +66,7 @@ class Delivery:
         if options.output.format == "png":
             self._main = PngWriter(folder / "frames", width=width, height=height)
         else:
-            path = folder / "output.mp4"
+            path = folder / OUTPUT
             self._main = Mp4Writer(path, width=width, height=height, fps=fps, crf=options.output.crf, audio=audio)
 
     @classmethod
@@ -101,7 +102,7 @@ class Delivery:
             self._count += len(frames)
             if segment.pose is not None:
                 if self._pose is None:
-                    path = self._folder / "pose.mp4"
+                    path = self._folder / POSE
                     self._pose = Mp4Writer(
                         path, width=segment.pose.shape[2], height=segment.pose.shape[1], fps=self._fps, crf=PREVIEW_CRF
                     )
@@ -123,12 +124,12 @@ class Delivery:
             if self._pose is not None:
                 self._pose.close()
             if self._poster is not None:
-                write_jpeg(self._folder / "poster.jpg", self._poster)
+                write_jpeg(self._folder / POSTER, self._poster)
         if isinstance(self._main, Mp4Writer) and self._main.audio_note:
             notes.append(self._main.audio_note)
         with self._timer.stage("publish"):
             if self._options.output.format == "png":
-                key, sha256 = f"jobs/{job_id}/frames/{uuid4().hex[:8]}/", None
+                key, sha256 = frames_folder(job_id, uuid4().hex[:8]), None
                 stored = _store_all(
                     storage, {key + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
                 )
@@ -136,12 +137,12 @@ class Delivery:
                     {name: (storage.identify(info), info.bytes) for name, info in stored.items()}
                 )
             else:
-                key = f"jobs/{job_id}/output.mp4"
-                sha256 = sha256_file(self._folder / "output.mp4")
+                key = job_key(job_id, OUTPUT)
+                sha256 = sha256_file(self._folder / OUTPUT)
                 replacing(key)
-                info = storage.publish(self._folder / "output.mp4", key)
+                info = storage.publish(self._folder / OUTPUT, key)
                 stored, identity, nbytes, count = {key: info}, storage.identify(info), info.bytes, 1
-            previews = {f"jobs/{job_id}/{name}": self._folder / name for name in ("pose.mp4", "poster.jpg")}
+            previews = {job_key(job_id, name): self._folder / name for name in PREVIEWS}
             stored |= _store_all(storage, {key: path for key, path in previews.items() if path.exists()})
         record = OutputRecord(
             uri=storage.uri(key.rstrip("/")),

@@ -1,11 +1,11 @@
 """Ledger: what is done, what was attempted, and what to run and why.
 
 In:   a job's id and fingerprint; the output storage. Out: a `Decision` with its reason; marks and records there.
-Never: how frames are made. All state is in the output folder, readable by any tool:
+Never: how frames are made.
 
-    jobs/<id>/attempt.json   stands while the job runs, and after a failure that kept an older output
-    jobs/<id>/output.mp4     or frames/<token>/000000.png …
-    jobs/<id>/result.json    written last; removed before the file that it names is replaced
+All state is in the output folder, readable by any tool; records/output_layout.py has the names. The mark stands while
+the job runs, and after a failure that kept an older output. The record is written last, and removed before the file
+that it names is replaced.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from runner.errors import (
     StorageDenied,
     counts_as_attempt,
 )
+from runner.records.output_layout import ATTEMPT, PREVIEWS, RESULT, is_output_file, job_folder, job_key
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, Record, ResultRecord
 from runner.storage import ObjectInfo, Storage, check_key
 from runner.storage.file_hashes import FileHashes
@@ -38,8 +39,6 @@ from runner.timing import now
 
 __all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
 
-PREVIEWS = ("pose.mp4", "poster.jpg")
-OUTPUTS = ("output.mp4", *PREVIEWS)
 REPLACES = 5  # tries to put a record in the place of another run's
 LOCKS = 64  # shared among the jobs
 
@@ -193,8 +192,8 @@ class Ledger:
             check_key(output.key.rstrip("/"))
         except ConfigInvalid as error:
             return f"the record names no usable output: {error.what}"
-        if not output.key.startswith(_folder(job_id)):
-            return f"the record names an output outside {_folder(job_id)}"
+        if not output.key.startswith(job_folder(job_id)):
+            return f"the record names an output outside {job_folder(job_id)}"
         if listing is not None and not output.key.endswith("/"):  # of frames, the listing has none
             info = listing.get(output.key)
             found = None if info is None else (*_content(self.storage, info, self.hashes), 1)
@@ -211,7 +210,7 @@ class Ledger:
     def begin(self, job_id: str, decision: Decision, fingerprint: str, run_id: str, *, alone: bool = False) -> None:
         """Mark the job as running, in preparation. `alone`: no other job is under way in this process."""
         with suppress(RunnerError):  # they cost space and nothing else
-            self.storage.remove_leftovers(_folder(job_id))
+            self.storage.remove_leftovers(job_folder(job_id))
         self._put_back(job_id, decision)
         mark = AttemptMark(
             job_id=job_id,
@@ -251,17 +250,17 @@ class Ledger:
         with self._lock(job_id):
             self._open.pop(job_id, None)
         output = record.output.key if record.output is not None else ""
-        for info in list(self.storage.list(_folder(job_id))):
-            name = info.key.removeprefix(_folder(job_id))
+        for info in list(self.storage.list(job_folder(job_id))):
+            name = info.key.removeprefix(job_folder(job_id))
             if published is not None:
                 stale = info.key not in published
             else:
                 stale = info.key != output and not (output.endswith("/") and info.key.startswith(output))
                 stale &= name not in PREVIEWS
-            if stale and (name in OUTPUTS or name.startswith("frames/")):
+            if stale and is_output_file(name):
                 self.storage.delete(info.key)
         with suppress(RunnerError):  # they cost space and nothing else
-            self.storage.remove_leftovers(_folder(job_id))
+            self.storage.remove_leftovers(job_folder(job_id))
         self.abandon(job_id)
 
     @property
@@ -402,9 +401,9 @@ class Ledger:
 
     def _remove_outputs(self, job_id: str) -> bool:
         """Remove the outputs of earlier runs; True if there were some."""
-        keys = [info.key for info in self.storage.list(_folder(job_id))]
-        names = {key: key.removeprefix(_folder(job_id)) for key in keys}
-        found = [key for key, name in names.items() if name in OUTPUTS or name.startswith("frames/")]
+        keys = [info.key for info in self.storage.list(job_folder(job_id))]
+        names = {key: key.removeprefix(job_folder(job_id)) for key in keys}
+        found = [key for key, name in names.items() if is_output_file(name)]
         for key in found:
             self.storage.delete(key)
         return bool(found)
@@ -485,13 +484,9 @@ def _why(before: ResultRecord | None, mark: AttemptMark | None, fingerprint: str
     return "no record yet" if mark is None else "an attempt with other inputs or options never ended"
 
 
-def _folder(job_id: str) -> str:
-    return f"jobs/{job_id}/"
-
-
 def _result_key(job_id: str) -> str:
-    return f"{_folder(job_id)}result.json"
+    return job_key(job_id, RESULT)
 
 
 def _mark_key(job_id: str) -> str:
-    return f"{_folder(job_id)}attempt.json"
+    return job_key(job_id, ATTEMPT)

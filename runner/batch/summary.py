@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from runner.batch.memory_trend import MemoryTrend
 from runner.errors import is_transient
 from runner.records.events import EventLog
+from runner.records.output_layout import METRICS, SUMMARY, run_key
 from runner.records.prometheus import RunMetrics
 from runner.records.record import JobLine, ResultRecord, RunSummary, environment
 from runner.storage import Storage
@@ -129,9 +130,8 @@ class SummaryWriter:
 
     def _write(self, summary: RunSummary) -> None:
         begin = self._clock()
-        base = f"runs/{self.run_id}/{self._shard}"
-        self._storage.write_bytes(f"{base}.summary.json", summary.to_json())
-        self._storage.write_bytes(f"{base}.metrics.prom", self._metrics.text().encode())
+        self._storage.write_bytes(run_key(self.run_id, self._shard, SUMMARY), summary.to_json())
+        self._storage.write_bytes(run_key(self.run_id, self._shard, METRICS), self._metrics.text().encode())
         if self._events is not None:
             self._events.flush()
         end = self._clock()

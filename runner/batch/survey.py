@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from runner.batch.ledger import Decision, Listing
 from runner.errors import RunnerError
+from runner.records.output_layout import JOBS, split_job_key
 from runner.spec.manifest import Job
 from runner.storage import Storage
 
@@ -51,11 +52,8 @@ def _list_outputs(jobs: Sequence[Job], storage: Storage) -> Listing | None:
         return None
     wanted = {job.id for job in jobs}
     try:
-        return {
-            info.key: info
-            for info in storage.list("jobs/")
-            if info.key.count("/") == 2 and info.key.split("/")[1] in wanted
-        }
+        found = ((split_job_key(info.key), info) for info in storage.list(JOBS))
+        return {info.key: info for names, info in found if names and names[0] in wanted and "/" not in names[1]}
     except RunnerError:  # not allowed to list, or the store is away: each job will say so itself
         return None
 

@@ -13,6 +13,7 @@ from typing import Literal
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError
 from runner.records.events import default_logging
+from runner.records.output_layout import ATTEMPT, job_key, split_job_key
 from runner.storage import Leftover, Storage, open_storage
 from runner.verbs.settings import AGE_UNITS, CleanSettings, parse_age
 
@@ -70,11 +71,11 @@ def _found(storage: Storage) -> Iterator[Leftover]:
 def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: float, marks: dict[str, bool]) -> str:
     if age < least:
         return f"younger than {age_text(least)}"
-    folder, _, rest = leftover.key.partition("/")
-    job_id, slash, _ = rest.partition("/")
-    if leftover.abandoned or folder != "jobs" or not slash:
+    names = split_job_key(leftover.key)
+    if leftover.abandoned or names is None:
         return ""
-    mark = f"jobs/{job_id}/attempt.json"
+    job_id, _ = names
+    mark = job_key(job_id, ATTEMPT)
     if job_id not in marks:
         attempt = Ledger(storage).attempt(job_id)
         ended = attempt is not None and attempt.error is not None

@@ -29,6 +29,7 @@ from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import RunnerError, WeightsMissing, as_runner_error
 from runner.records.events import EventLog, default_logging
+from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
 from runner.records.record import JobLine
 from runner.spec.manifest import Job, Manifest
 from runner.storage import open_storage, probe_writable
@@ -88,7 +89,7 @@ def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
     progress = progress or SilentProgress()
     with scratch_folder(settings.cache) as scratch:
         name = f"{shard.index:05d}-of-{shard.count:05d}"
-        write_events = partial(storage.append_lines, f"runs/{run_id}/{name}.events.jsonl")
+        write_events = partial(storage.append_lines, run_key(run_id, name, EVENTS))
         events = EventLog(write_events, at_once=storage.appends)
         hashes = FileHashes(settings.cache / "file-hashes.json")
         summary = SummaryWriter(
@@ -143,8 +144,8 @@ def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
         shard_reason=why,
         counts=MappingProxyType(summary.counts),
         lines=tuple(summary.lines),
-        outputs=f"{storage.root}/jobs/",
-        summary=f"{storage.root}/runs/{run_id}/",
+        outputs=f"{storage.root}/{JOBS}",
+        summary=f"{storage.root}/{run_folder(run_id)}",
         sheet=sheet,
     )
 

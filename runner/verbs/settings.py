@@ -182,11 +182,12 @@ def _is_recipe(flag: str, value: Any) -> str:
 
 
 def _is_run_id(flag: str, value: Any) -> str:
+    from runner.records.output_layout import SUMMARY, run_key
     from runner.storage.base import check_key
 
     run_id = _is_text(flag, value)
     try:
-        check_key(f"runs/{run_id}/summary.json")
+        check_key(run_key(run_id, "shard", SUMMARY))
     except ConfigInvalid as error:
         raise ConfigInvalid(error.what, where=flag, todo="It is a folder's name: write e.g. night-7") from error
     return run_id

@@ -14,6 +14,7 @@ import numpy as np
 
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
+from runner.records.output_layout import OUTPUT, POSE, job_key
 from runner.spec.manifest import Job
 from runner.storage import Storage, fetch_input
 from runner.storage.disk import os_errors, staged
@@ -167,7 +168,7 @@ def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path)
     """Draw every MP4 of `jobs` that is there, whenever it was rendered; where to look, or why there is nothing."""
     rows, without = [], []
     for job in jobs:
-        if storage.exists(f"jobs/{job.id}/output.mp4"):
+        if storage.exists(job_key(job.id, OUTPUT)):
             try:
                 rows.append(_sheet_row(job, storage, scratch / "sheet" / job.id))
             except RunnerError:  # an input or a preview that is gone since
@@ -180,9 +181,9 @@ def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path)
 
 def _sheet_row(job: Job, storage: Storage, folder: Path) -> SheetRow:
     folder.mkdir(parents=True)
-    for name in ("output.mp4", "pose.mp4"):
-        storage.fetch(f"jobs/{job.id}/{name}", folder / name)
+    for name in (OUTPUT, POSE):
+        storage.fetch(job_key(job.id, name), folder / name)
     reference = fetch_input(job.reference, folder / "reference")
     driver = fetch_input(job.video, folder / "driver")
     start_s = job.options.start_s
-    return job_row(job.id, reference, driver, folder / "pose.mp4", folder / "output.mp4", start_s=start_s)
+    return job_row(job.id, reference, driver, folder / POSE, folder / OUTPUT, start_s=start_s)

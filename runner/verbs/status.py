@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid
 from runner.records.events import default_logging
+from runner.records.output_layout import ATTEMPT, JOBS, RESULT, split_job_key
 from runner.storage import Storage, open_storage
 from runner.verbs.settings import StatusSettings
 
@@ -47,8 +48,8 @@ def read_status(storage: Storage) -> list[StatusRow]:
     """
     if next(storage.list(), None) is None:
         raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
-    marks = ("/result.json", "/attempt.json")
-    ids = sorted({info.key.split("/")[1] for info in storage.list("jobs/") if info.key.endswith(marks)})
+    found = (split_job_key(info.key) for info in storage.list(JOBS))
+    ids = sorted({names[0] for names in found if names is not None and names[1] in (RESULT, ATTEMPT)})
     ledger = Ledger(storage)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         rows = pool.map(lambda job_id: _row(ledger, job_id), ids)

@@ -1,0 +1,88 @@
+"""Output layout: the key of everything that a run writes to its output storage.
+
+In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: reading or writing.
+
+    jobs/<id>/result.json                  the record, written last
+    jobs/<id>/attempt.json                 the mark of an attempt under way
+    jobs/<id>/output.mp4                   the output, or its frames: jobs/<id>/frames/<token>/000000.png, …
+    jobs/<id>/pose.mp4, poster.jpg         previews
+    runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
+
+A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ATTEMPT",
+    "EVENTS",
+    "JOBS",
+    "METRICS",
+    "OUTPUT",
+    "POSE",
+    "POSTER",
+    "PREVIEWS",
+    "RESULT",
+    "SUMMARY",
+    "frames_folder",
+    "is_output_file",
+    "job_folder",
+    "job_key",
+    "run_folder",
+    "run_key",
+    "split_job_key",
+]
+
+JOBS, RUNS = "jobs/", "runs/"
+
+# Of a job, below its folder
+RESULT = "result.json"
+ATTEMPT = "attempt.json"
+OUTPUT = "output.mp4"
+FRAMES = "frames/"
+POSE = "pose.mp4"
+POSTER = "poster.jpg"
+
+PREVIEWS = (POSE, POSTER)
+OUTPUT_FILES = (OUTPUT, *PREVIEWS)
+
+# Of a shard of a run, after its name and a dot
+SUMMARY = "summary.json"
+METRICS = "metrics.prom"
+EVENTS = "events.jsonl"
+
+
+def job_folder(job_id: str) -> str:
+    """With a slash at the end: also the prefix of all keys of the job."""
+    return f"{JOBS}{job_id}/"
+
+
+def job_key(job_id: str, name: str) -> str:
+    """`name`: RESULT, OUTPUT, …"""
+    return job_folder(job_id) + name
+
+
+def frames_folder(job_id: str, token: str) -> str:
+    """Where one attempt puts its frames, with a slash at the end; `token` tells the attempts apart."""
+    return f"{job_folder(job_id)}{FRAMES}{token}/"
+
+
+def split_job_key(key: str) -> tuple[str, str] | None:
+    """(job id, name below the job's folder) of a key; None for what does not lie in the folder of a job."""
+    job_id, slash, name = key.removeprefix(JOBS).partition("/")
+    return (job_id, name) if key.startswith(JOBS) and slash else None
+
+
+def is_output_file(name: str) -> bool:
+    """Does a file of this name below a job's folder belong to an output? Records and marks do not."""
+    return name in OUTPUT_FILES or name.startswith(FRAMES)
+
+
+def run_folder(run_id: str) -> str:
+    """With a slash at the end."""
+    return f"{RUNS}{run_id}/"
+
+
+def run_key(run_id: str, shard: str, name: str) -> str:
+    """`name`: SUMMARY, METRICS or EVENTS."""
+    return f"{run_folder(run_id)}{shard}.{name}"
