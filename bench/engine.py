@@ -29,8 +29,9 @@ from _quantization import NOT_MEASURED, Rows, finish, show
 
 from runner.batch.memory_sampler import MemorySampler
 from runner.forecast.flops import PRODUCTION
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, advised
 from runner.forecast.seconds import DEVICES, Build, forecast_seconds
-from runner.generation.runtime.compute import advised, capability_of
+from runner.generation.runtime.compute import capability_of
 from runner.generation.runtime.device import grow_segments
 from runner.generation.runtime.memory_plan import (
     CONTEXT_BYTES,
@@ -72,7 +73,7 @@ def low_bits(engine: Engine, found: dict[str, Spent | str], like: Spent) -> Rows
     """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit. What was
     measured before is in `found`."""
     bench, rows = engine.bench, list[dict[str, object]]()
-    for compute in ("fp8", "int8", "nvfp4"):
+    for compute in [row.name for row in PRECISIONS.values() if row.layout != "exact"]:
         if compute not in found:
             found[compute] = in_fewer_bits(engine, compute, like)
         rows.append(bench.row(f"{bench.recipe.name}+{compute}", found[compute]))
@@ -91,8 +92,8 @@ def linears_of(engine: Engine, ceiling: float) -> Rows:
     """The block's linears alone, exact, and in the 8 bits that are advised here."""
     bench, rows = engine.bench, list[dict[str, object]]()
     tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
-    eight = advised(capability_of(bench.device)) if bench.cuda else "bf16"
-    for compute in dict.fromkeys(("bf16", eight)):
+    eight = advised(capability_of(bench.device)) if bench.cuda else DEFAULT_PRECISION
+    for compute in dict.fromkeys((DEFAULT_PRECISION, eight)):
         recipe: Any = replace(bench.recipe, compute=compute)
         try:
             with engine.as_in(replace(all_on(bench), switches=ALL_OFF), recipe):

@@ -59,11 +59,12 @@ KNOWS: dict[str, dict[str, set[str]]] = {
     "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": set(), "video": set()},
     "weights": {"spec": {"options", "recipes"}, "storage": {"file_hashes"}, "records": set(), "video": set()},
     # tensors, not jobs
-    "quantization": {name: set() for name in ("forecast", "records", "storage", "timing", "video")},
+    "quantization": {"forecast": {"precisions"}} | {name: set() for name in ("records", "storage", "timing", "video")},
 }
 
 # Modules that are named in a text and imported when they are first needed: where that is done, and why.
 REGISTRIES = {
+    "runner.forecast.precisions": "a backend's file loads torch; the table of GEMM precisions is read without it",
     "runner.generation.families": "a model is imported when a recipe names it",
     "runner.storage.uris": "which backend serves a URI is known when it is read; boto3 takes half a second to import",
     "runner.preprocess.masks.segmenter": "which segmenter a folder holds is known when its config.json is read",

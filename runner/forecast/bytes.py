@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runner.forecast.flops import MOTION_CHANNELS, TEXT_TOKENS, TransformerShape, VaeShape
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 
 __all__ = [
     "FP4_BYTES",
@@ -100,18 +101,23 @@ def _tokens(width: int, height: int, frames: int, patch: int) -> int:
     return ((frames - 1) // 4 + 2) * (height // 8 // patch) * (width // 8 // patch)
 
 
-def workspace_bytes(shape: TransformerShape, *, fp4: bool = True, compute: str = "bf16", element: int = 2) -> int:
+def workspace_bytes(
+    shape: TransformerShape, *, fp4: bool = True, compute: str = DEFAULT_PRECISION, element: int = 2
+) -> int:
     """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
-    FP4 is dequantised; of those that see every token the largest in 8-bit codes, and before that rotated."""
+    FP4 is dequantised; of those that see every token the largest in codes, and before that rotated.
+
+    `compute`: the name of a row of `PRECISIONS`.
+    """
+    precision = PRECISIONS[compute]
     dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
-    codes = shape.dim * shape.ffn_dim if compute in ("fp8", "int8") else 0
-    return dense + codes + (codes * element if compute == "int8" else 0)
+    weight = shape.dim * shape.ffn_dim
+    return dense + weight * precision.code_bytes + (weight * element if precision.rotated else 0)
 
 
 def code_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, compute: str) -> int:
-    """The widest activation of a block in 8-bit codes, beside what `step_bytes` counts."""
-    tokens = _tokens(width, height, frames, shape.patch)
-    return tokens * shape.ffn_dim if compute in ("fp8", "int8") else 0
+    """The widest activation of a block in codes, beside what `step_bytes` counts."""
+    return _tokens(width, height, frames, shape.patch) * shape.ffn_dim * PRECISIONS[compute].code_bytes
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:

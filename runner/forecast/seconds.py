@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from runner.forecast.flops import TERA, Costs
+from runner.forecast.precisions import DEFAULT_PRECISION, device_rates
 
 __all__ = ["DEVICES", "Build", "DeviceSpeed", "Seconds", "find_device", "forecast_seconds"]
 
@@ -29,6 +30,7 @@ ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
 VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.16, "bfloat16": 0.27, "bfloat16 compiled": 0.35})
 # The same for the motion encoder's small convolutions, eight faces at a time: an estimate.
 INVARIANT_SHARE = 0.15
+MEASURED = "published measurements"
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,26 @@ class DeviceSpeed:
 
     name: str
     pattern: str  # of the name that the driver gives
-    matmul: Mapping[str, float]  # compute -> TFLOP/s; a compute that is missing does not run there
+    matmul: Mapping[str, float]  # GEMM precision → TFLOP/s, from `PRECISIONS`; one that is missing does not run there
     attention: float  # bfloat16, head_dim 128, the best backend in torch or diffusers
     attention_8bit: float | None  # queries and keys in eight bits, kernel alone
     copy_gb_s: float  # read and written
-    source: str = "published measurements"
+    source: str = MEASURED
+
+
+def _device(
+    name: str, pattern: str, attention: float, attention_8bit: float | None, copy_gb_s: float, source: str = MEASURED
+) -> DeviceSpeed:
+    return DeviceSpeed(name, pattern, device_rates(name), attention, attention_8bit, copy_gb_s, source)
 
 
 DEVICES: tuple[DeviceSpeed, ...] = (
-    DeviceSpeed(
-        "RTX 5090", r"\b5090(?! (D|Laptop))", {"bf16": 240, "fp8": 390, "int8": 580, "nvfp4": 1140}, 214, 554, 1509
-    ),
-    DeviceSpeed(
-        "RTX 4090", r"\b4090(?! (D|Laptop))", {"bf16": 160, "fp8": 300, "int8": 540}, 164, 431, 920, "8 bit: estimates"
-    ),
-    DeviceSpeed("L40S", r"L40S", {"bf16": 270, "fp8": 500, "int8": 500}, 164, 431, 780, "estimates"),
-    DeviceSpeed("A100", r"A100", {"bf16": 267, "int8": 464}, 204, 278, 1700),
-    DeviceSpeed(
-        "H200", r"H200|GH200", {"bf16": 763, "fp8": 1085, "int8": 1160}, 470, 882, 4055, "attention: of an H100"
-    ),
-    DeviceSpeed("H100", r"H100", {"bf16": 763, "fp8": 1085, "int8": 1160}, 470, 882, 2800, "products: of an H200"),
+    _device("RTX 5090", r"\b5090(?! (D|Laptop))", 214, 554, 1509),
+    _device("RTX 4090", r"\b4090(?! (D|Laptop))", 164, 431, 920, "8 bit: estimates"),
+    _device("L40S", r"L40S", 164, 431, 780, "estimates"),
+    _device("A100", r"A100", 204, 278, 1700),
+    _device("H200", r"H200|GH200", 470, 882, 4055, "attention: of an H100"),
+    _device("H100", r"H100", 470, 882, 2800, "products: of an H200"),
 )
 
 
@@ -64,7 +66,7 @@ DEVICES: tuple[DeviceSpeed, ...] = (
 class Build:
     """How the engine is set, as far as it decides seconds; the defaults are the engine's own on a GPU."""
 
-    compute: str = "bf16"  # bf16 | fp8 | int8 | nvfp4
+    compute: str = DEFAULT_PRECISION  # a row of `PRECISIONS`
     fp4: bool = True  # weights are dequantised at every use
     stepwise: bool = False  # by a look-up in steps, as the seed does, instead of one pass
     fused: bool = True  # the block compiled
@@ -122,6 +124,7 @@ def forecast_seconds(
         raise ValueError(f"{device.name} has no {build.compute}; it has {', '.join(device.matmul)}")
     model, calls = costs.transformer, 1 + guided
     window = (*size, segment_frames)
+    exact_rate = device.matmul[DEFAULT_PRECISION]
     attention = model.self_attention_flop(*window)
     invariant = model.invariant_flop(*window)
     large = model.forward_flop(*window) - attention - invariant
@@ -136,14 +139,14 @@ def forecast_seconds(
         "attention": attention / TERA / rate,
         "elementwise": through_memory / device.copy_gb_s / 1e9,
         "dequantise": weights * per_weight / device.copy_gb_s / 1e9 if build.fp4 else 0.0,
-        "shared work again": 0.0 if build.shared else invariant / TERA / device.matmul["bf16"] / INVARIANT_SHARE,
+        "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }
-    vae_rate = device.matmul["bf16"] * VAE_SHARE[build.vae]
+    vae_rate = exact_rate * VAE_SHARE[build.vae]
     encodes = 2 * segments - (0 if build.blank_again else 1)  # poses and scene; the first scene is blank and kept
     fixed = {
         "encode": (encodes * costs.vae.encode_flop(*window) + costs.vae.encode_flop(*size, 1)) / TERA / vae_rate,
         "decode": segments * costs.vae.decode_flop(*window) / TERA / vae_rate,
-        "shared once a window": segments * calls * invariant / TERA / device.matmul["bf16"] / INVARIANT_SHARE
+        "shared once a window": segments * calls * invariant / TERA / exact_rate / INVARIANT_SHARE
         if build.shared
         else 0.0,
     }

@@ -2,7 +2,7 @@
 
 In: activations. Out: activations in their dtype; the weight exists in 16 bits for the length of one matrix product,
 in a workspace that all layers share. LoRAs kept beside the weight are added there, and to the bias, and nowhere else.
-The product is one of 16 bits unless `set_compute` asks for fewer (`low_bit_matmul`).
+The product is one of 16 bits unless `set_compute` asks for fewer (`kernels/low_bit.py`).
 It will never know: names of layers (the caller's rule does), files, LoRA file formats.
 
 For inference: the operator has no gradient, since the weight that a backward pass would need is gone by then.
@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runner.quantization.formats.e2m1 import NVFP4, Format
+from runner.forecast.precisions import PRECISIONS
+from runner.quantization.formats.e2m1 import Format
 from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.kernels.dequantize import dequantize_into
-from runner.quantization.kernels.low_bit import COMPUTES, EXACT, multiply_blocks, multiply_rows, prepare_rows
+from runner.quantization.kernels.low_bit import EXACT, multiply_blocks, multiply_rows, prepare_rows
 from runner.quantization.kernels.nvfp4 import Blocks, quantize_blocks
 from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
@@ -148,12 +149,13 @@ def nvfp4_linear(
     tensor_scale: Tensor,
     bias: Tensor | None,
     bias_delta: Tensor | None,
+    compute: str,
     product: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Both sides in NVFP4, the weight as it is stored: [M, out] in `dtype`."""
+    """Both sides in blocks, NVFP4's, the weight as it is stored: [M, out] in `dtype`."""
     x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
-    return multiply_blocks(x, w, product, _sum_of(bias, bias_delta), dtype)
+    return multiply_blocks(x, w, compute, product, _sum_of(bias, bias_delta), dtype)
 
 
 @nvfp4_linear.register_fake
@@ -166,6 +168,7 @@ def _(
     tensor_scale: Tensor,
     bias: Tensor | None,
     bias_delta: Tensor | None,
+    compute: str,
     product: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -245,7 +248,8 @@ class FP4Linear(nn.Module):
         """x [..., in], float32|bfloat16|float16 → [..., out] of the same dtype."""
         if self.compute != EXACT:
             flat = x.reshape(-1, self.in_features)
-            low = self._in_four_bits(flat) if self.compute == NVFP4.name else self._in_rows(flat)
+            in_blocks = PRECISIONS[self.compute].layout == "blocks"
+            low = self._in_four_bits(flat) if in_blocks else self._in_rows(flat)
             return low.view(*x.shape[:-1], self.out_features)
         result: Tensor = fp4_linear(
             x,
@@ -291,6 +295,7 @@ class FP4Linear(nn.Module):
             self.weight_scale_2,
             self.bias,
             self.bias_delta,
+            self.compute,
             self.product,
             x.dtype,
         )
@@ -300,14 +305,16 @@ class FP4Linear(nn.Module):
         return result + F.linear(F.linear(x, self.lora_down.to(x.dtype)), up)
 
     def set_compute(self, compute: str, product: str = "") -> None:
-        """From now on `compute` by `product` (`low_bit.COMPUTES`, or `reference`); EXACT goes back to 16 bits.
+        """From now on `compute` (a row of `PRECISIONS`) by `product` (one of its backends); EXACT: in 16 bits again.
 
         The stored weight is not touched. ValueError for names that are none, and for nvfp4 where it is stored in g32.
         """
-        if compute != EXACT and (compute not in COMPUTES or product not in (*COMPUTES[compute], "reference")):
-            raise ValueError(f"no product {product!r} of {compute!r}")
-        if compute == NVFP4.name and self.fmt is not NVFP4:
-            raise ValueError(f"a weight in {self.fmt.name} cannot compute as nvfp4")
+        if compute != EXACT:
+            precision = PRECISIONS.get(compute)
+            if precision is None or precision.find_backend(product) is None:
+                raise ValueError(f"no product {product!r} of {compute!r}")
+            if precision.stored_format not in (None, self.fmt.name):
+                raise ValueError(f"a weight in {self.fmt.name} cannot compute as {compute}")
         self.compute, self.product = compute, product
 
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:

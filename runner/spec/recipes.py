@@ -20,10 +20,10 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from runner.errors import ConfigInvalid
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 from runner.spec.field_marks import Introduced, NotHashed
 
 __all__ = [
-    "COMPUTE",
     "DEFAULT_RECIPE",
     "RECIPES",
     "SAMPLER_ROWS",
@@ -33,8 +33,6 @@ __all__ = [
     "count_evaluations",
     "get_recipe",
 ]
-
-Compute = Literal["bf16", "fp8", "int8", "nvfp4"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Recipe:
     summary: Annotated[str, NotHashed()]
     fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
     distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
-    compute: Compute = "bf16"  # of the transformer's matrix products; "bf16": in `dtype`, whatever that is
+    compute: str = DEFAULT_PRECISION  # of the transformer's matrix products; `bf16`: in `dtype`, whatever that is
     attention: Literal["exact", "int8"] = "exact"  # of the transformer's self-attention
     family: Annotated[str, Introduced("wan-animate")] = "wan-animate"  # the model, a row of generation/families.py
 
@@ -120,7 +118,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 DEFAULT_RECIPE = "fp4-distill"
 
 
-COMPUTE: tuple[Compute, ...] = ("bf16", "fp8", "int8", "nvfp4")
 MOST_STEPS = 100  # as a job's own
 MOST_SHIFT = 100.0  # far beyond any use: by then all levels but the last lie above .95
 
@@ -137,7 +134,6 @@ FIXED: Mapping[str, Word] = MappingProxyType(
     {
         word.text: word
         for word in (
-            *(Word("compute", compute, compute) for compute in COMPUTE),
             Word("attention", "int8", "int8-attention"),
             Word("vae_dtype", "bfloat16", "bf16-vae"),
             *(Word("scheduler", sampler, sampler) for sampler in SAMPLER_ROWS),
@@ -146,7 +142,6 @@ FIXED: Mapping[str, Word] = MappingProxyType(
     }
 )
 ORDER = ("compute", "attention", "vae_dtype", "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
-WORDS = f"{', '.join(FIXED)}, stepsN, shiftX"
 
 
 def get_recipe(name: str) -> Recipe:
@@ -157,7 +152,7 @@ def get_recipe(name: str) -> Recipe:
     if base not in RECIPES:
         near = difflib.get_close_matches(base, RECIPES, n=1)
         hint = f"; did you mean {'+'.join([*near, *texts])!r}?" if near else ""
-        raise ConfigInvalid(f"no recipe {name!r}{hint}", todo=f"Recipes: {', '.join(RECIPES)}; after a +: {WORDS}")
+        raise ConfigInvalid(f"no recipe {name!r}{hint}", todo=f"Recipes: {', '.join(RECIPES)}; after a +: {_words()}")
     recipe = RECIPES[base]
     words: dict[str, Word] = {}
     for text in texts:
@@ -176,10 +171,19 @@ def get_recipe(name: str) -> Recipe:
     return replace(changed, name=f"{base}+{said}", summary=f"{recipe.summary}; changed by {said}")
 
 
+def _fixed() -> dict[str, Word]:
+    """Text → word, of those without a number: a GEMM precision each, and `FIXED`."""
+    return {name: Word("compute", name, name) for name in PRECISIONS} | dict(FIXED)
+
+
+def _words() -> str:
+    return f"{', '.join(_fixed())}, stepsN, shiftX"
+
+
 def _word(text: str, name: str) -> Word:
     """What `text` sets. Raises ConfigInvalid for a word that is none, or a number that makes no schedule."""
-    if text in FIXED:
-        return FIXED[text]
+    if (fixed := _fixed().get(text)) is not None:
+        return fixed
     if (found := re.fullmatch(r"steps([0-9]{1,9})", text)) is not None:
         steps = int(found[1])
         if 1 <= steps <= MOST_STEPS:
@@ -192,7 +196,7 @@ def _word(text: str, name: str) -> Word:
         raise ConfigInvalid(f"recipe {name!r}: a shift of {shift:g}", todo=f"Above 0, and {MOST_SHIFT:g} at most")
     near = _meant(text)
     hint = f"; did you mean {near!r}?" if near else ""
-    raise ConfigInvalid(f"recipe {name!r} says {text!r}, which is no word{hint}", todo=f"After a +: {WORDS}")
+    raise ConfigInvalid(f"recipe {name!r} says {text!r}, which is no word{hint}", todo=f"After a +: {_words()}")
 
 
 def _meant(text: str) -> str | None:
@@ -201,7 +205,7 @@ def _meant(text: str) -> str | None:
     if (found := re.fullmatch(r"(\d+(?:\.\d+)?)?(steps?|shift)(\d+(?:\.\d+)?)?", plain)) is not None:
         number = found[1] or found[3] or ("4" if found[2] != "shift" else "3")
         return f"{'shift' if found[2] == 'shift' else 'steps'}{number}"
-    squeezed = {word.replace("-", ""): word for word in FIXED} | {name: f"{name}-grid" for name in SCHEDULE_NAMES}
+    squeezed = {word.replace("-", ""): word for word in _fixed()} | {name: f"{name}-grid" for name in SCHEDULE_NAMES}
     near = difflib.get_close_matches(plain, squeezed, n=1)
     return squeezed[near[0]] if near else None
 
@@ -213,7 +217,7 @@ def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
         fitting = next(other for other, row in SAMPLER_ROWS.items() if grid in row.schedules)
         todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {sampler} and {grid}-grid"
         raise ConfigInvalid(f"recipe {name!r}: {sampler} has no {grid!r} grid", todo=todo)
-    if recipe.dtype == "float32" and "compute" in words and recipe.compute == "bf16":
+    if recipe.dtype == "float32" and "compute" in words and recipe.compute == DEFAULT_PRECISION:
         raise ConfigInvalid(
             f"recipe {name!r} holds the model in float32", todo="Use recipe bf16 to compute in bfloat16"
         )

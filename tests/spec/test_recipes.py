@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import ConfigInvalid
+from runner.forecast.precisions import PRECISIONS
 from runner.generation.sampling import make_sampler
-from runner.spec.recipes import COMPUTE, DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
+from runner.spec.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def test_words_change_what_they_name_and_nothing_else(name, fields_changed, cano
 WORDS = st.fixed_dictionaries(
     {},
     optional={
-        "compute": st.sampled_from(COMPUTE),
+        "compute": st.sampled_from(list(PRECISIONS)),
         "vae_dtype": st.just("bf16-vae"),
         "scheduler": st.sampled_from(["euler", "unipc"]),
         "grid": st.sampled_from(["official-grid", "diffusers-grid"]),

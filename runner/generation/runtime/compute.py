@@ -3,15 +3,12 @@
 In:   a loaded transformer, a recipe, a device. Out: layers that compute so, and an account of it for log and record.
 Never: a quiet change of what was asked for: a compute that this device cannot do, or does wrongly, is an error.
 
-    bf16     exact: weights in 16 bits, the library's product       every device; the default
-    fp8      rows of e4m3                                           sm_89, sm_90, and where its kernel is found right
-    int8     rows of int8, rotated                                  sm_80 to sm_90, sm_120
-    nvfp4    E2M1 on both sides; asked for, never advised           sm_100, sm_103, sm_120, files in NVFP4
+`forecast/precisions.py` lists what there is, and for which devices. On a CPU each runs as the definition of its
+numbers, for tests and demos.
 
-On a CPU each runs as the definition of its numbers, for tests and demos. Only layers that see every token take part: of
-a block the self-attention's four, the cross-attention's query and output, and the feed-forward's two; of a face adapter
-query and output. They are 99 % of the linears' work. Keys and values of text, image and face, embedders, the time's
-layers and the last projection stay exact.
+Only layers that see every token take part: of a block the self-attention's four, the cross-attention's query and
+output, and the feed-forward's two; of a face adapter query and output. They are 99 % of the linears' work. Keys and
+values of text, image and face, embedders, the time's layers and the last projection stay exact.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from runner.errors import ConfigInvalid
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, REFERENCE, Capability, advised
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +30,7 @@ if TYPE_CHECKING:
     from runner.spec.recipes import Recipe
 
 __all__ = [
-    "BOUNDS",
-    "Bound",
-    "Choice",
-    "advised",
+    "GemmChoice",
     "apply_compute",
     "capability_of",
     "decide",
@@ -43,7 +38,6 @@ __all__ = [
     "self_test",
 ]
 
-Capability = tuple[int, int]
 TOKEN_SIDE: Final = re.compile(
     r"blocks\.\d+\.(attn1\.to_[qkv]|attn[12]\.to_out\.0|attn2\.to_q|ffn\.net\.0\.proj|ffn\.net\.2)"
     r"|face_adapter\.\d+\.to_(q|out)"
@@ -53,31 +47,8 @@ OUTLIERS, OUTLIER_SIZE = 0.005, 30.0  # of the channels of the test's activation
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Relative error of a layer's output against its 16-bit result, by operand; gaussian weights and activations.
-
-    Measured with 0.5 % of the channels thirty times as large; see the formats' own tests.
-    """
-
-    activations: float
-    weights: float  # rounding four bits to this format; none where they are used as they are
-
-    @property
-    def limit(self) -> float:
-        """Both errors, independent of each other, and a quarter for other weights than gaussian ones."""
-        return 1.25 * (self.activations**2 + self.weights**2) ** 0.5
-
-
-BOUNDS: Final[Mapping[str, Bound]] = {
-    "fp8": Bound(0.027, 0.0275),
-    "int8": Bound(0.012, 0.0088),
-    "nvfp4": Bound(0.090, 0.0),
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """`product`: the implementation, as quantization.low_bit_matmul names them; empty for the exact product."""
+class GemmChoice:
+    """`compute`: a row of `PRECISIONS`. `product`: the name of one of its backends; empty for the exact product."""
 
     compute: str
     product: str
@@ -93,51 +64,34 @@ def capability_of(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device)
 
 
-def supported(compute: str, capability: Capability) -> bool:
-    """Has the hardware units for these numbers, at a rate that is worth it?"""
-    if compute == "fp8":
-        return capability >= (8, 9)
-    if compute == "int8":
-        return capability >= (8, 0) and capability[0] not in (10, 11)  # of which int8 is a fraction of fp8's rate
-    if compute == "nvfp4":
-        return capability[0] in (10, 12)
-    return compute == "bf16"
-
-
-def advised(capability: Capability | None) -> str:
-    """The compute that is worth asking for on this device; never nvfp4, whose error shows."""
-    if capability is None or capability < (8, 0):
-        return "bf16"
-    # GeForce cards of 8.9 and 12.0 make int8 at twice their rate of fp8; an L40S makes both alike.
-    return "fp8" if capability[0] in (9, 10, 11) else "int8"
-
-
 def decide(
     compute: str, capability: Capability | None, probed: tuple[str | None, str], formats: Iterable[str], device: str
-) -> Choice:
+) -> GemmChoice:
     """What to compute in, and why. Pure.
 
     `capability`: None for a CPU. `probed`: (the product that was found right, or None; why), read for nothing but the
     8- and 4-bit computes. `formats`: of the layers that take part (`g32`, `nvfp4`, or `plain` for 16 and 32 bits).
     Raises ConfigInvalid, with what to do, where the device or the weights cannot do what was asked for.
     """
-    if compute == "bf16":
-        return Choice("bf16", "", "exact: the recipe's own precision")
+    precision = PRECISIONS[compute]
+    if precision.layout == "exact":
+        return GemmChoice(compute, "", "exact: the recipe's own precision")
     instead = f"leave out +{compute}"
     better = advised(capability)
-    if better not in ("bf16", compute):
+    if better not in (DEFAULT_PRECISION, compute):
         instead += f", or ask for +{better}"
-    if capability is not None and not supported(compute, capability):
+    if capability is not None and not precision.runs_on(capability):
         raise ConfigInvalid(
             f"compute {compute!r} was asked for, but {device} (sm_{capability[0]}{capability[1]}) has no fast units "
             "for it",
             todo=f"For this device {instead}",
         )
-    other = sorted(set(formats) - {"nvfp4"})
-    if compute == "nvfp4" and other:
+    stored = precision.stored_format
+    other = sorted(set(formats) - {stored})
+    if stored is not None and other:
         raise ConfigInvalid(
-            f"compute 'nvfp4' needs weights stored as nvfp4; these are {', '.join(other)}",
-            todo=f"Make a file with `video-lab quantize --format nvfp4`, or {instead}",
+            f"compute {compute!r} needs weights stored as {stored}; these are {', '.join(other)}",
+            todo=f"Make a file with `video-lab quantize --format {stored}`, or {instead}",
         )
     product, why = probed
     if product is None:
@@ -145,7 +99,7 @@ def decide(
             f"compute {compute!r} was asked for, but nothing here computes it right on {device}: {why}",
             todo=f"Install comfy-kitchen or a newer torch for CUDA, or {instead}",
         )
-    return Choice(compute, product, why)
+    return GemmChoice(compute, product, why)
 
 
 def sees_every_token(name: str) -> bool:
@@ -162,11 +116,12 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     import torch
     from torch import nn
 
-    from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product, problem_of_shape
+    from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product
     from runner.quantization.linear import FP4Linear
 
     log, compute = structlog.get_logger(), recipe.compute
-    if compute == "bf16":
+    precision = PRECISIONS[compute]
+    if precision.layout == "exact":
         choice = decide(compute, capability_of(device), (None, ""), (), str(device))
         for layer in model.modules():
             if isinstance(layer, FP4Linear | LowBitLinear):
@@ -181,7 +136,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     choice = decide(compute, capability_of(device), pick_product(device, compute), formats, str(device))
     kept: dict[str, str] = {}
     for name, layer in layers.items():
-        problem = problem_of_shape(compute, layer.out_features, layer.in_features)
+        problem = precision.problem_of_shape(layer.out_features, layer.in_features)
         if problem is not None:
             kept[name] = problem
         elif isinstance(layer, FP4Linear | LowBitLinear):
@@ -208,13 +163,13 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     worst = max(entry["error"] for entry in tested.values())
     log.info(
         "compute_chosen", compute=choice.compute, product=choice.product, why=choice.why, layers=len(changed),
-        kept_exact=len(kept), error=worst, limit=round(BOUNDS[compute].limit, 4),
+        kept_exact=len(kept), error=worst, limit=round(precision.error_limit, 4),
     )  # fmt: skip
     return said
 
 
 def self_test(
-    layers: Mapping[str, Any], choice: Choice, device: torch.device, dtype: torch.dtype
+    layers: Mapping[str, Any], choice: GemmChoice, device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """One layer of each shape on activations with channels that stand out: relative errors by the layer's name.
 
@@ -227,7 +182,7 @@ def self_test(
     from runner.quantization.kernels.low_bit import AGREEMENT, EXACT, relative_error
 
     first = {(layer.out_features, layer.in_features): name for name, layer in reversed(list(layers.items()))}
-    limit, found = BOUNDS[choice.compute].limit, dict[str, dict[str, float]]()
+    limit, found = PRECISIONS[choice.compute].error_limit, dict[str, dict[str, float]]()
     for (rows, columns), name in sorted(first.items()):
         layer = layers[name]
         if any(p.device.type != device.type for p in layer.parameters()):
@@ -235,7 +190,7 @@ def self_test(
         x = activations(TEST_TOKENS if device.type == "cuda" else TEST_TOKENS // 4, columns, device, dtype)
         with torch.no_grad():
             exact = _by(layer, x, EXACT, "")
-            defined = _by(layer, x, choice.compute, "reference")
+            defined = _by(layer, x, choice.compute, REFERENCE)
             low = _by(layer, x, choice.compute, choice.product)
         error, off = relative_error(low, exact), relative_error(low, defined)
         found[name] = {"error": round(error, 5), "limit": round(limit, 5), "off_definition": round(off, 5)}

@@ -3,10 +3,8 @@
 In:   activations, a weight in 16 bits or its stored tensors, the name of a compute and of one of its products.
 Out:  x W^T + b. Never: layers' names, recipes, whether an error is small enough for frames (`generation.compute`).
 
-    fp8      rows of e4m3 on both sides                     scaled_mm
-    int8     rows of int8 on both sides, both rotated       comfy_kitchen, int_mm
-    nvfp4    E2M1 with e4m3 scales on both sides            scaled_mm       the weight as it is stored
-    each     the definition in plain arithmetic             reference       any device; slow
+Which computes and products there are, `forecast/precisions.py` says. `reference` is the definition of each in plain
+arithmetic, for any device, and slow.
 
 An activation is quantised in plain arithmetic outside the operators, so that a compiler fuses it with the norm before.
 A weight of 8 bits is made anew in each product, since only its four bits are kept. Bytes a weight: dequantise .56 read,
@@ -17,33 +15,29 @@ step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from runner.forecast.precisions import PRECISIONS, REFERENCE
 from runner.quantization.formats.row_blocks import row_blocks
 from runner.quantization.kernels import nvfp4
 from runner.quantization.kernels.rowwise import (
-    KINDS,
     SMALLEST_SCALE,
     Rows,
-    comfy_kitchen,
-    int_mm,
+    code_dtype,
     quantize_rows,
-    reference,
     rotate_rows,
     rotate_weight_into,
     rotation_of,
-    rowwise,
 )
 from runner.quantization.kernels.workspace import workspace
 
 __all__ = [
     "AGREEMENT",
-    "COMPUTES",
     "EXACT",
     "LowBitLinear",
     "fast_rows",
@@ -51,50 +45,36 @@ __all__ = [
     "multiply_rows",
     "pick_product",
     "prepare_rows",
-    "problem_of_shape",
     "relative_error",
     "weight_rows",
 ]
 
 EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
-# compute -> its products on CUDA, best first; `reference` is understood everywhere
-COMPUTES: Final[Mapping[str, tuple[str, ...]]] = {
-    "fp8": ("scaled_mm",),
-    "int8": ("comfy_kitchen", "int_mm"),
-    "nvfp4": ("scaled_mm",),
-}
-_ROWWISE: Final[Mapping[str, Callable[..., Tensor]]] = {
-    "scaled_mm": rowwise,
-    "int_mm": int_mm,
-    "comfy_kitchen": comfy_kitchen,
-    "reference": reference,
-}
-_BLOCKWISE: Final[Mapping[str, Callable[..., Tensor]]] = {
-    "scaled_mm": nvfp4.block_scaled,
-    "reference": nvfp4.reference,
-}
-_ROUNDS_ITSELF: Final = "comfy_kitchen"  # takes rotated activations that are not quantised
 _NUMBERS_A_BLOCK: Final = 1 << 22
 # How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums of
 # e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them; comfy-kitchen divides activations in
 # bfloat16, .0074. The formats' own errors are .039 and .015.
 AGREEMENT: Final = 0.01
-_COLUMNS: Final = {"fp8": (16, 16), "int8": (16, 16), "nvfp4": (32, 16)}  # multiples of: inputs, outputs
 
 
-def problem_of_shape(compute: str, out_features: int, in_features: int) -> str | None:
-    """Why a layer of this shape cannot compute so; None where it can."""
-    inner, outer = _COLUMNS[compute]
-    if in_features % inner or out_features % outer:
-        return f"[{out_features}, {in_features}] is no multiple of [{outer}, {inner}]"
-    return None
+def run_backend(compute: str, product: str, *operands: Any) -> Tensor:
+    """The product of `operands` by the backend of this name. ValueError where the precision has none of this name;
+    ImportError or AttributeError where its function is not there."""
+    backend = PRECISIONS[compute].find_backend(product)
+    if backend is None:
+        raise ValueError(f"no product {product!r} of {compute!r}")
+    module, _, name = backend.function.partition(":")
+    result: Tensor = getattr(import_module(module), name)(*operands)
+    return result
 
 
 def prepare_rows(x: Tensor, compute: str, product: str) -> tuple[Tensor, Tensor | None]:
     """`x` [M, K] floating as `multiply_rows` wants it: codes and scales, or rotated and no scales."""
-    if KINDS[compute].rotated:
+    precision = PRECISIONS[compute]
+    if precision.rotated:
         x = rotate_rows(x)
-    if product == _ROUNDS_ITSELF:
+    backend = precision.find_backend(product)
+    if backend is not None and backend.quantizes:
         return x, None
     # Inside a graph the plain arithmetic becomes part of the kernel before it.
     return quantize_rows(x, compute) if torch.compiler.is_compiling() else fast_rows(x, compute)
@@ -102,14 +82,14 @@ def prepare_rows(x: Tensor, compute: str, product: str) -> tuple[Tensor, Tensor 
 
 def weight_rows(weight: Tensor, compute: str) -> Rows:
     """A weight [N, K] floating as rows of codes, rotated where the compute is, in memory shared between layers."""
-    fmt = KINDS[compute]
-    if fmt.rotated:
+    rotated_too = PRECISIONS[compute].rotated
+    if rotated_too:
         rotated = workspace("rotated", (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
         rotate_weight_into(weight, rotated)
         weight = rotated
-    codes = workspace("codes", (weight.shape[0], weight.shape[1]), fmt.dtype, weight.device)
+    codes = workspace("codes", (weight.shape[0], weight.shape[1]), code_dtype(compute), weight.device)
     rows = fast_rows(weight, compute, codes)
-    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1])) if fmt.rotated else rows
+    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1])) if rotated_too else rows
 
 
 def multiply_rows(
@@ -123,20 +103,21 @@ def multiply_rows(
 ) -> Tensor:
     """[M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
     w = weight_rows(weight, compute)
-    return _ROWWISE[product](x if x_scale is None else Rows(x, x_scale), w, bias, dtype)
+    return run_backend(compute, product, x if x_scale is None else Rows(x, x_scale), w, bias, dtype)
 
 
-def multiply_blocks(x: nvfp4.Blocks, w: nvfp4.Blocks, product: str, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def multiply_blocks(
+    x: nvfp4.Blocks, w: nvfp4.Blocks, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """[M, N] in `dtype`; the bias is added after the product is rounded: the kernel with two scales takes none."""
-    result = _BLOCKWISE[product](x, w, dtype)
+    result = run_backend(compute, product, x, w, dtype)
     return result if bias is None else result.add_(bias.to(dtype))
 
 
 def fast_rows(x: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
     """`quantize_rows` in one pass where there is a kernel for it, else block by block; into `codes` where given."""
-    fmt = KINDS[compute]
     if codes is None:
-        codes = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
+        codes = torch.empty(x.shape, dtype=code_dtype(compute), device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if x.device.type == "cuda" and pick_rows(x.device, compute)[0] == "triton":
         _launch_rows(x.contiguous(), compute, codes, scale)
@@ -149,7 +130,7 @@ def fast_rows(x: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
 def _launch_rows(x: Tensor, compute: str, codes: Tensor, scale: Tensor) -> None:
     from runner.quantization.kernels.rowwise_triton import launch
 
-    launch(x, KINDS[compute].largest, SMALLEST_SCALE, codes, scale)
+    launch(x, PRECISIONS[compute].largest, SMALLEST_SCALE, codes, scale)
 
 
 @cache
@@ -177,13 +158,16 @@ def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
     Each is tried on a product of [80, 256] by [256, 128], against the reference on the same operands.
     """
     if device.type == "cpu":
-        return "reference", "on a CPU the format's definition runs, slower than 16 bits"
-    refused: list[str] = []
-    for name in COMPUTES[compute]:
-        problem = _problem_of(name, compute, device)
+        problem = _problem_of(REFERENCE, compute, device)
         if problem is None:
-            return name, "; ".join([f"{name} agrees with the definition on {device}", *refused])
-        refused.append(f"{name} refused: {problem}")
+            return REFERENCE, "on a CPU the format's definition runs, slower than 16 bits"
+        return None, f"{REFERENCE} refused: {problem}"
+    refused: list[str] = []
+    for backend in PRECISIONS[compute].backends:
+        problem = _problem_of(backend.name, compute, device)
+        if problem is None:
+            return backend.name, "; ".join([f"{backend.name} agrees with the definition on {device}", *refused])
+        refused.append(f"{backend.name} refused: {problem}")
     return None, "; ".join(refused)
 
 
@@ -195,15 +179,15 @@ def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
     # Whatever a driver, a missing package or an unsupported device raises: the answer is the next product.
     except Exception as err:
         return _said(err)
-    wanted = _tried("reference", compute, x, weight, bias)
+    wanted = _tried(REFERENCE, compute, x, weight, bias)
     off = relative_error(found, wanted)
     return None if off <= AGREEMENT else f"off by {off:.3g} of the definition's result, {AGREEMENT} allowed"
 
 
 def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if compute == "nvfp4":
+    if PRECISIONS[compute].layout == "blocks":
         blocks = nvfp4.quantize_blocks
-        return multiply_blocks(blocks(x), blocks(weight), name, bias, x.dtype)
+        return multiply_blocks(blocks(x), blocks(weight), compute, name, bias, x.dtype)
     return multiply_rows(*prepare_rows(x, compute, name), weight, compute, name, bias, x.dtype)
 
 
@@ -258,7 +242,7 @@ class LowBitLinear(nn.Linear):
     """A linear layer with its weight in 16 or 32 bits, as it was, whose product is made in 8 bits. For inference.
 
     weight [out, in], bias [out] or None: the very parameters of the layer that it stands for, so that what changes them
-    in place (a LoRA) is seen. `compute`: fp8 or int8; `product`: one of its products.
+    in place (a LoRA) is seen. `compute`: a precision of codes in rows; `product`: one of its backends.
     """
 
     def __init__(self, linear: nn.Linear, compute: str, product: str) -> None:
@@ -269,8 +253,10 @@ class LowBitLinear(nn.Linear):
         self.train(linear.training)
 
     def set_compute(self, compute: str, product: str = "") -> None:
-        """As `FP4Linear.set_compute`; nvfp4 needs a weight stored so."""
-        if compute != EXACT and (compute not in KINDS or product not in _ROWWISE):
+        """As `FP4Linear.set_compute`; a precision in blocks needs a weight that is stored so."""
+        precision = PRECISIONS.get(compute)
+        rows = precision is not None and precision.layout == "rows" and precision.find_backend(product) is not None
+        if compute != EXACT and not rows:
             raise ValueError(f"a weight in 16 bits has no product {product!r} of {compute!r}")
         self.compute, self.product = compute, product
 

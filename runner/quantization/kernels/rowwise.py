@@ -1,4 +1,4 @@
-"""Products of 8-bit rows: the number formats `fp8` and `int8`, the rotation that int8 needs, and the kernels for both.
+"""Products of 8-bit rows: the precisions `fp8` and `int8`, the rotation that int8 needs, and the kernels for both.
 
 In:   two matrices that share their inner dimension, one row an output channel or a token. Out: x w^T + bias.
 Never: where a weight comes from, layers, names.
@@ -12,27 +12,25 @@ block: Sylvester's Hadamard matrix of up to 128, entries 1 and -1, whose factor 
 Every entry is exact in any dtype, and sums are made in float32.
 
 `reference` defines both products: float32 sums of codes, times the scales, rounded once. The kernels are compared with
-it before one is used (`low_bit_matmul.pick_product`).
+it before one is used (`low_bit.pick_product`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from runner.forecast.precisions import PRECISIONS
+
 __all__ = [
-    "KINDS",
     "ROTATION",
     "SMALLEST_SCALE",
-    "Kind",
-    "RowFormat",
     "Rows",
+    "code_dtype",
     "comfy_kitchen",
     "dequantize_rows",
     "hadamard",
@@ -45,7 +43,6 @@ __all__ = [
     "rowwise",
 ]
 
-Kind = Literal["fp8", "int8"]
 ROTATION: Final = 128
 SMALLEST_SCALE: Final = 1e-30  # of a row of zeros: any scale will do that does not divide by zero
 _INT_MM_ROWS: Final = 4096  # of a chunk: its int32 sums are 226 MB at 13,824 columns, the whole would be 1.9 GB
@@ -59,40 +56,25 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """What a code is. `rotated`: both operands are rotated before they are rounded."""
-
-    dtype: torch.dtype
-    largest: float
-    rotated: bool
-
-    def round(self, values: Tensor) -> Tensor:
-        """float32 within ±largest to the nearest code, ties to even."""
-        return (values if self.dtype.is_floating_point else values.round()).to(self.dtype)
+def code_dtype(compute: str) -> torch.dtype:
+    """Of the codes of `compute`, a row of `PRECISIONS`."""
+    dtype: torch.dtype = getattr(torch, PRECISIONS[compute].dtype)
+    return dtype
 
 
-KINDS: Final[Mapping[str, RowFormat]] = {
-    "fp8": RowFormat(torch.float8_e4m3fn, 448.0, rotated=False),
-    "int8": RowFormat(torch.int8, 127.0, rotated=True),
-}
-
-# (rows of x, rows of w, bias [N] or None, dtype of the result) -> [M, N]
-Product = Callable[[Rows, Rows, Tensor | None, torch.dtype], Tensor]
-
-
-def quantize_rows(x: Tensor, kind: str) -> Rows:
+def quantize_rows(x: Tensor, compute: str) -> Rows:
     """`x` [M, K] floating, each row by its own largest magnitude; not rotated. Arithmetic that a compiler fuses.
 
     A row with a NaN gets a NaN scale: what comes of it is NaN, never a plausible number.
     """
-    fmt = KINDS[kind]
+    precision, dtype = PRECISIONS[compute], code_dtype(compute)
     # By a tensor on the device: CUDA multiplies by a rounded reciprocal when the divisor is a number, and no kernel
     # that divides would agree with that to the bit.
-    largest = torch.full((), fmt.largest, dtype=torch.float32, device=x.device)
+    largest = torch.full((), precision.largest, dtype=torch.float32, device=x.device)
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / largest).clamp(min=SMALLEST_SCALE)
     # A float32 division may end a bit above the largest, which e4m3 would turn into NaN.
-    return Rows(fmt.round((x.float() / scale).clamp(-fmt.largest, fmt.largest)), scale)
+    values = (x.float() / scale).clamp(-precision.largest, precision.largest)
+    return Rows((values if dtype.is_floating_point else values.round()).to(dtype), scale)
 
 
 def dequantize_rows(rows: Rows) -> Tensor:

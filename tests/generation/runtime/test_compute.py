@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from runner.errors import ConfigInvalid
-from runner.generation.runtime.compute import (
-    BOUNDS,
-    advised,
-    apply_compute,
-    decide,
-    sees_every_token,
-    self_test,
-    supported,
-)
+from runner.forecast.precisions import PRECISIONS, advised
+from runner.generation.runtime.compute import apply_compute, decide, sees_every_token, self_test
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.transformer import Switches
-from runner.quantization.kernels import low_bit
+from runner.quantization.kernels import low_bit, rowwise
 from runner.quantization.kernels.low_bit import EXACT, LowBitLinear
 from runner.quantization.linear import FP4Linear
 from runner.quantization.rules import WAN_ANIMATE_14B, linear_shapes, transformer_on_meta
@@ -51,9 +46,9 @@ DEVICES = {
 @pytest.mark.parametrize("compute", ["fp8", "int8", "nvfp4"])
 def test_the_table(capability, compute):
     can, best = DEVICES[capability]
-    assert supported(compute, capability) == (compute in can)
+    assert PRECISIONS[compute].runs_on(capability) == (compute in can)
     assert advised(capability) == best
-    assert supported("bf16", capability)
+    assert PRECISIONS["bf16"].runs_on(capability)
     if compute in can:
         choice = decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
         assert (choice.compute, choice.product, choice.why) == (compute, *RIGHT)
@@ -117,7 +112,7 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     tested = said["compute_self_test"]
     assert len(tested) == 3  # square, in and out of the feed-forward part
     for numbers in tested.values():
-        assert 0.25 * BOUNDS[compute].activations < numbers["error"] <= numbers["limit"]
+        assert 0.25 * PRECISIONS[compute].activation_error < numbers["error"] <= numbers["limit"]
         assert numbers["off_definition"] == 0
     assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
@@ -141,26 +136,22 @@ def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
 )
 def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatch, wrong, said):
     """It passed the probe, and is wrong all the same."""
-    right = low_bit.reference
-    monkeypatch.setitem(low_bit._ROWWISE, "scaled_mm", lambda *given: wrong(right(*given)))
+    right = rowwise.reference
+    monkeypatch.setattr(rowwise, "rowwise", lambda *given: wrong(right(*given)))
     monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("scaled_mm", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"is not right on cpu: on blocks\.0\.") as caught:
         apply_compute(model, get_recipe("fp32+fp8"), CPU)
     assert said in caught.value.message
 
 
-def test_the_self_test_would_see_a_format_that_is_too_coarse(model):
+def test_the_self_test_would_see_a_format_that_is_too_coarse(model, monkeypatch):
     """The definition itself, but of rows without the rotation that int8's bound supposes."""
     layer = LowBitLinear(model.blocks[0].ffn.net[2], "int8", "reference")
     choice = decide("int8", None, ("reference", ""), {"plain"}, "cpu")
-    assert self_test({"layer": layer}, choice, CPU, torch.float32)["layer"]["error"] < BOUNDS["int8"].limit
-    before = low_bit.KINDS["int8"]
-    object.__setattr__(before, "rotated", False)
-    try:
-        with pytest.raises(ConfigInvalid, match="its error is"):
-            self_test({"layer": layer}, choice, CPU, torch.float32)
-    finally:
-        object.__setattr__(before, "rotated", True)
+    assert self_test({"layer": layer}, choice, CPU, torch.float32)["layer"]["error"] < PRECISIONS["int8"].error_limit
+    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], rotated=False))
+    with pytest.raises(ConfigInvalid, match="its error is"):
+        self_test({"layer": layer}, choice, CPU, torch.float32)
 
 
 def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runner.forecast.precisions import PRECISIONS
 from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, dequantize
 from runner.quantization.kernels import low_bit as module
+from runner.quantization.kernels import rowwise
 from runner.quantization.kernels.low_bit import (
-    COMPUTES,
     EXACT,
     LowBitLinear,
     fast_rows,
     pick_product,
     pick_rows,
-    problem_of_shape,
     relative_error,
 )
 from runner.quantization.kernels.nvfp4 import dequantize_blocks, quantize_blocks
@@ -23,6 +23,7 @@ from runner.quantization.kernels.rowwise import dequantize_rows, quantize_rows, 
 from runner.quantization.linear import FP4Linear
 
 ROWWISE = pytest.mark.parametrize("compute", ["fp8", "int8"])
+COMPUTES = [row.name for row in PRECISIONS.values() if row.layout != "exact"]
 CPU = torch.device("cpu")
 
 
@@ -138,9 +139,9 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
     def kernel(x, w, bias, dtype):
         if broken == "raises":
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
-        return module.reference(x, w, bias, dtype) * (1.02 if broken == "is off" else torch.nan)
+        return rowwise.reference(x, w, bias, dtype) * (1.02 if broken == "is off" else torch.nan)
 
-    monkeypatch.setitem(module._ROWWISE, "scaled_mm", kernel)
+    monkeypatch.setattr(rowwise, "rowwise", kernel)
     problem = module._problem_of("scaled_mm", "fp8", CPU)
     assert problem is not None
     wanted = {"raises": "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED", "is off": "off by 0.02", "is not finite": "inf"}
@@ -149,7 +150,7 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
 
 def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
     """Hopper's fast sums of e4m3 by a model of them, .003; an int8 activation divided in bfloat16, .0074."""
-    monkeypatch.setitem(module._ROWWISE, "scaled_mm", lambda *given: module.reference(*given) * 1.008)
+    monkeypatch.setattr(rowwise, "rowwise", lambda *given: rowwise.reference(*given) * 1.008)
     assert module._problem_of("scaled_mm", "fp8", CPU) is None
 
 
@@ -159,9 +160,9 @@ def test_a_kernel_that_is_right_is_found_right(compute, product):
 
 
 def test_shapes_that_no_kernel_takes():
-    assert problem_of_shape("fp8", 48, 64) is None
-    assert "no multiple of [16, 16]" in (problem_of_shape("int8", 20, 64) or "")
-    assert problem_of_shape("nvfp4", 48, 48) is not None
+    assert PRECISIONS["fp8"].problem_of_shape(48, 64) is None
+    assert "no multiple of [16, 16]" in (PRECISIONS["int8"].problem_of_shape(20, 64) or "")
+    assert PRECISIONS["nvfp4"].problem_of_shape(48, 48) is not None
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runner.forecast.precisions import PRECISIONS
 from runner.quantization.kernels import rowwise as module
 from runner.quantization.kernels.low_bit import AGREEMENT, relative_error
 from runner.quantization.kernels.rowwise import (
-    KINDS,
     Rows,
     dequantize_rows,
     hadamard,
@@ -33,7 +33,8 @@ from runner.quantization.kernels.rowwise import (
 )
 
 ROOT = Path(__file__).resolve().parents[3]
-BOTH = pytest.mark.parametrize("kind", list(KINDS))
+KINDS = [row.name for row in PRECISIONS.values() if row.layout == "rows"]
+BOTH = pytest.mark.parametrize("kind", KINDS)
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 
 
@@ -175,17 +176,19 @@ def test_chunks_of_tokens_do_not_show(tokens, monkeypatch):
 
 TRITON = """
 import contextlib, torch
-from runner.quantization.kernels.rowwise import KINDS, SMALLEST_SCALE, quantize_rows
+from runner.forecast.precisions import PRECISIONS
+from runner.quantization.kernels.rowwise import SMALLEST_SCALE, quantize_rows
 from runner.quantization.kernels.rowwise_triton import launch
 x = torch.randn(9, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 9)[:, None]
 x[3] = 0
 x[5, 9] = float("nan")
 entered = []  # Triton launches on the current device, which need not be the tensors'
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext(entered.append(tensor))
+KINDS = [row.name for row in PRECISIONS.values() if row.layout == "rows"]
 for kind in KINDS:
     wanted = quantize_rows(x, kind)
     codes, scale = torch.empty_like(wanted.codes), torch.empty_like(wanted.scale)
-    launch(x, KINDS[kind].largest, SMALLEST_SCALE, codes, scale)
+    launch(x, PRECISIONS[kind].largest, SMALLEST_SCALE, codes, scale)
     assert torch.equal(scale, wanted.scale) or torch.equal(scale.nan_to_num(-1), wanted.scale.nan_to_num(-1))
     assert bool(scale[5].isnan())
     whole = [0, 1, 2, 3, 4, 6, 7, 8]

@@ -1,0 +1,160 @@
+"""GEMM precisions: what the transformer's large matrix products can be computed in, one row each.
+
+In:   nothing. Out: `PRECISIONS`, and which of them a GPU should use.
+Never: torch, devices, layers: dtypes and backends are names, which `quantization.kernels.low_bit` resolves.
+
+A precision is a word of a recipe (`+fp8`). To add one, write a row here, and its backends in `quantization/kernels/`.
+It is no storage format: weights stored in the format `nvfp4` (`quantization/formats/e2m1.py`) compute in any precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+__all__ = [
+    "DEFAULT_PRECISION",
+    "PRECISIONS",
+    "REFERENCE",
+    "Capability",
+    "GemmBackend",
+    "GemmPrecision",
+    "advised",
+    "device_rates",
+]
+
+Capability = tuple[int, int]  # of CUDA: (9, 0) for an H200
+REFERENCE: Final = "reference"  # the backend that defines a precision's numbers, in plain arithmetic on any device
+DEFAULT_PRECISION: Final = "bf16"
+
+
+@dataclass(frozen=True)
+class GemmBackend:
+    """One implementation of a product. `name` stands in records, `function` is `module:function`."""
+
+    name: str
+    function: str
+    quantizes: bool = False  # takes activations that are not quantised (rotated, where the precision is)
+
+
+@dataclass(frozen=True)
+class GemmPrecision:
+    """One row. Errors are relative, of a layer's output against its 16-bit result, with gaussian weights and
+    activations of which 0.5 % of the channels are thirty times as large; the tests of the kernels measure them.
+
+    `layout` of both operands: `exact`, not quantised; `rows`, codes with a float32 scale a row; `blocks`, the blocks
+    of the format in which the weight is stored.
+    """
+
+    name: str
+    layout: Literal["exact", "rows", "blocks"]
+    dtype: str  # of a code, as torch names it
+    runs_on: Callable[[Capability], bool]  # the GPU has units for these numbers, at a rate that is worth it
+    largest: float = 0.0  # magnitude of a code
+    rotated: bool = False  # both operands are multiplied by an orthogonal matrix before they are rounded
+    multiples: tuple[int, int] = (1, 1)  # of a layer's inputs and outputs
+    stored_format: str | None = None  # the format that the weights must be stored in; None: any
+    reference: GemmBackend | None = None
+    backends: tuple[GemmBackend, ...] = ()  # on CUDA, best first
+    activation_error: float = 0.0
+    weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
+    code_bytes: int = 0  # a code in memory beside the step's peak; 0: none is kept there
+    advised_on: Callable[[Capability], bool] = lambda capability: False
+    rates: Mapping[str, float] = field(default_factory=dict)  # device of `seconds.DEVICES` → TFLOP/s, large products
+
+    @property
+    def error_limit(self) -> float:
+        """Both errors, independent of each other, and a quarter for other weights than gaussian ones."""
+        return 1.25 * (self.activation_error**2 + self.weight_error**2) ** 0.5
+
+    def find_backend(self, name: str) -> GemmBackend | None:
+        """The backend of this name, the reference among them; None if there is none."""
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        return self.reference if name == REFERENCE else None
+
+    def problem_of_shape(self, out_features: int, in_features: int) -> str | None:
+        """Why a layer of this shape cannot compute so; None where it can."""
+        inner, outer = self.multiples
+        if in_features % inner or out_features % outer:
+            return f"[{out_features}, {in_features}] is no multiple of [{outer}, {inner}]"
+        return None
+
+
+_ROWS_REFERENCE: Final = GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:reference")
+
+PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
+    row.name: row
+    for row in (
+        GemmPrecision(
+            "bf16",
+            layout="exact",
+            dtype="bfloat16",
+            runs_on=lambda capability: True,
+            rates={"RTX 5090": 240, "RTX 4090": 160, "L40S": 270, "A100": 267, "H200": 763, "H100": 763},
+        ),
+        GemmPrecision(
+            "fp8",
+            layout="rows",
+            dtype="float8_e4m3fn",
+            largest=448.0,
+            multiples=(16, 16),
+            reference=_ROWS_REFERENCE,
+            backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.rowwise:rowwise"),),
+            activation_error=0.027,
+            weight_error=0.0275,
+            code_bytes=1,
+            runs_on=lambda capability: capability >= (8, 9),
+            # GeForce cards of 8.9 and 12.0 make int8 at twice their rate of fp8; an L40S makes both alike.
+            advised_on=lambda capability: capability[0] in (9, 10, 11),
+            rates={"RTX 5090": 390, "RTX 4090": 300, "L40S": 500, "H200": 1085, "H100": 1085},
+        ),
+        GemmPrecision(
+            "int8",
+            layout="rows",
+            dtype="int8",
+            largest=127.0,
+            rotated=True,
+            multiples=(16, 16),
+            reference=_ROWS_REFERENCE,
+            backends=(
+                GemmBackend("comfy_kitchen", "runner.quantization.kernels.rowwise:comfy_kitchen", quantizes=True),
+                GemmBackend("int_mm", "runner.quantization.kernels.rowwise:int_mm"),
+            ),
+            activation_error=0.012,
+            weight_error=0.0088,
+            code_bytes=1,
+            # On 10.x and 11.x the rate of int8 is a fraction of fp8's.
+            runs_on=lambda capability: capability >= (8, 0) and capability[0] not in (10, 11),
+            advised_on=lambda capability: capability >= (8, 0) and capability[0] not in (9, 10, 11),
+            rates={"RTX 5090": 580, "RTX 4090": 540, "L40S": 500, "A100": 464, "H200": 1160, "H100": 1160},
+        ),
+        GemmPrecision(  # advised nowhere: its error shows
+            "nvfp4",
+            layout="blocks",
+            dtype="float4_e2m1fn_x2",
+            largest=6.0,
+            multiples=(32, 16),
+            stored_format="nvfp4",
+            reference=GemmBackend(REFERENCE, "runner.quantization.kernels.nvfp4:reference"),
+            backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.nvfp4:block_scaled"),),
+            activation_error=0.090,
+            runs_on=lambda capability: capability[0] in (10, 12),
+            rates={"RTX 5090": 1140},
+        ),
+    )
+}
+
+
+def advised(capability: Capability | None) -> str:
+    """The precision that is worth asking for on this GPU; `bf16` where none is, and on a CPU (None)."""
+    if capability is None:
+        return DEFAULT_PRECISION
+    return next((row.name for row in PRECISIONS.values() if row.advised_on(capability)), DEFAULT_PRECISION)
+
+
+def device_rates(device: str) -> dict[str, float]:
+    """Precision → TFLOP/s of large products on a device of `seconds.DEVICES`; a missing one does not run there."""
+    return {row.name: row.rates[device] for row in PRECISIONS.values() if device in row.rates}
