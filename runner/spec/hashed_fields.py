@@ -63,7 +63,7 @@ RECIPE_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
-class Rule:
+class FieldRule:
     """How one field is hashed."""
 
     attribute: str
@@ -126,14 +126,14 @@ def _is_introduced(item: Any, mark: object) -> bool:
 
 
 @cache
-def _rules(cls: type, prefix: str) -> tuple[Rule, ...]:
+def _rules(cls: type, prefix: str) -> tuple[FieldRule, ...]:
     found = []
     for name, (dumped, annotation, metadata) in _fields(cls).items():
         marks = [mark for mark in metadata if isinstance(mark, Introduced | HashedAs | NotHashed)]
         mark = marks[0] if marks else None
         path = mark.key if isinstance(mark, HashedAs) else f"{prefix}{dumped}"
         nested = mark is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        found.append(Rule(name, dumped, path, mark, nested))
+        found.append(FieldRule(name, dumped, path, mark, nested))
     return tuple(found)
 
 
