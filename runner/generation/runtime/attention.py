@@ -26,7 +26,7 @@ from runner.errors import ConfigInvalid
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LIMITS", "Backend", "apply_attention", "available_backends", "candidates", "pick_backend", "trial"]
+__all__ = ["LIMITS", "AttentionBackend", "apply_attention", "available_backends", "candidates", "pick_backend", "trial"]
 
 Capability = tuple[int, int]
 DEFAULT: Final = "native"
@@ -37,7 +37,7 @@ TRIAL_TOKENS: Final = 2 * 1024 + 40  # no multiple of any tile
 
 
 @dataclass(frozen=True)
-class Backend:
+class AttentionBackend:
     """`name` as diffusers' attention dispatch has it, and why this one."""
 
     name: str
@@ -46,7 +46,7 @@ class Backend:
 
 def candidates(
     capability: Capability | None, dtype: str, available: Collection[str], eight_bit: bool = False
-) -> list[Backend]:
+) -> list[AttentionBackend]:
     """What to try, best first; the last one always works. Pure.
 
     `capability`: (9, 0) for an H200, None for a CPU. `available`: names that the library could run here. Raises
@@ -55,21 +55,21 @@ def candidates(
     if eight_bit:
         return [_in_eight_bits(capability, dtype, available)]
     if capability is None:
-        return [Backend(DEFAULT, "a CPU has torch's own")]
-    fallback = Backend(DEFAULT, "torch's own choice")
+        return [AttentionBackend(DEFAULT, "a CPU has torch's own")]
+    fallback = AttentionBackend(DEFAULT, "torch's own choice")
     if dtype not in ("bfloat16", "float16"):
-        return [Backend(DEFAULT, f"no flash kernel takes {dtype}")]
-    wanted = [Backend("_native_flash", f"flash kernels lead on sm_{capability[0]}{capability[1]}")]
+        return [AttentionBackend(DEFAULT, f"no flash kernel takes {dtype}")]
+    wanted = [AttentionBackend("_native_flash", f"flash kernels lead on sm_{capability[0]}{capability[1]}")]
     if capability == (9, 0):
         wanted = [
-            Backend("_flash_3", "FlashAttention 3 is installed, made for sm_90"),
-            Backend("_native_cudnn", "cuDNN leads torch's flash kernels on sm_90"),
-            Backend("_native_flash", "flash kernels"),
+            AttentionBackend("_flash_3", "FlashAttention 3 is installed, made for sm_90"),
+            AttentionBackend("_native_cudnn", "cuDNN leads torch's flash kernels on sm_90"),
+            AttentionBackend("_native_flash", "flash kernels"),
         ]
     return [*(backend for backend in wanted if backend.name in available), fallback]
 
 
-def _in_eight_bits(capability: Capability | None, dtype: str, available: Collection[str]) -> Backend:
+def _in_eight_bits(capability: Capability | None, dtype: str, available: Collection[str]) -> AttentionBackend:
     if capability is None or capability < (8, 0) or dtype not in ("bfloat16", "float16"):
         raise ConfigInvalid(
             "8-bit attention needs a CUDA device of capability 8.0 or later and a model in 16 bits",
@@ -83,7 +83,7 @@ def _in_eight_bits(capability: Capability | None, dtype: str, available: Collect
             todo="Build it from its repository (the package index has 1.0.6 only), or leave it out: "
             "attention is exact then",
         )
-    return Backend(name, "asked for; SageAttention is installed")
+    return AttentionBackend(name, "asked for; SageAttention is installed")
 
 
 def available_backends() -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Memory plan: what lies where while a run lasts, by mode, and a forecast of the bytes that this takes.
 
-In:   shapes, a recipe, a size, free bytes, the mode asked for. Out: a `MemoryPlan` with its reason and its `Forecast`.
+In:   shapes, a recipe, a size, free bytes, the mode asked for.
+Out:  a `MemoryPlan` with its reason and its `MemoryForecast`.
 Never: torch, weights: a plan is data that loading.py, pipeline.py and the preprocessing obey, and a forecast is pure.
 
     resident   everything on the device; the encoders and the preprocessing's models too where they fit
@@ -37,8 +38,8 @@ from runner.spec.recipes import Recipe
 __all__ = [
     "DEVICE_BYTES",
     "MODES",
-    "Forecast",
     "Load",
+    "MemoryForecast",
     "MemoryPlan",
     "Mode",
     "choose_plan",
@@ -93,7 +94,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class MemoryForecast:
     """Bytes on the device: of each part when it is there, and the peak of each stage."""
 
     parts: Mapping[str, int]
@@ -152,7 +153,7 @@ def forecast_memory(
     guided: bool = False,
     load: Load | None = None,
     cuda: bool = True,
-) -> Forecast:
+) -> MemoryForecast:
     """Bytes for windows of `frames` frames. `cuda`: with a context; else the host's own, where nothing is elsewhere."""
     load = load or Load()
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
@@ -203,7 +204,7 @@ def forecast_memory(
         outside = parts["context"] + parts["preprocess"]  # neither is the allocator's
         return round(inside * (1 + SLACK) + outside)
 
-    return Forecast(
+    return MemoryForecast(
         {name: round(size) for name, size in parts.items() if size},
         {name: total(extra) for name, extra in stages.items()},
     )

@@ -111,7 +111,7 @@ class Place(NamedTuple):
         return flat[self.begin : self.end].view(self.home.dtype).view(self.home.shape)
 
 
-class Packed:
+class PackedBuffer:
     """Tensors in one flat buffer of the host, `flat` uint8. Each tensor's data becomes its view of the buffer."""
 
     def __init__(self, tensors: Sequence[Tensor], *, pinned: bool) -> None:
@@ -141,7 +141,7 @@ class Part:
 
     def __init__(self, modules: Sequence[nn.Module], *, pinned: bool) -> None:
         self.modules, self._pinned = modules, pinned
-        self.packed = [Packed(self._tensors(), pinned=pinned)]
+        self.packed = [PackedBuffer(self._tensors(), pinned=pinned)]
 
     def _tensors(self) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -155,14 +155,14 @@ class Part:
         now = {id(tensor): tensor for tensor in self._tensors()}
         base = self.packed[0]
         if not base.holds([tensor for place in base.places if (tensor := now.get(id(place.tensor))) is not None]):
-            self.packed = [Packed(list(now.values()), pinned=self._pinned)]
+            self.packed = [PackedBuffer(list(now.values()), pinned=self._pinned)]
             return
         own = {id(place.tensor) for place in base.places}
         added = [tensor for key, tensor in now.items() if key not in own]
         if not added:
             self.packed = [base]
         elif len(self.packed) == 1 or not self.packed[1].holds(added):
-            self.packed = [base, Packed(added, pinned=self._pinned)]
+            self.packed = [base, PackedBuffer(added, pinned=self._pinned)]
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """bf16 source: a diffusers folder of full-precision weights, headers read and checked, tensors left where they are.
 
 In:   a folder with config.json and `diffusion_pytorch_model` in one safetensors file, or in shards with an index.
-Out:  `Source`: the config, the shards, where each tensor lies. Never: pickles, other layouts, the network.
+Out:  `Bf16Source`: the config, the shards, where each tensor lies. Never: pickles, other layouts, the network.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.quantization.files.file_header import Header, TensorInfo, read_header
+from runner.quantization.files.file_header import SafetensorsHeader, TensorInfo, read_header
 from runner.quantization.files.safetensors_stream import SHARD_NAME
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Bf16Source", "open_source"]
 
 STEM = "diffusion_pytorch_model"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,12 +28,12 @@ AGAIN = "Download it again"
 
 
 @dataclass(frozen=True)
-class Source:
+class Bf16Source:
     """A folder of weights."""
 
     folder: Path
     config: Mapping[str, Any]
-    headers: tuple[Header, ...]  # by name of the file, which is the order they are read in
+    headers: tuple[SafetensorsHeader, ...]  # by name of the file, which is the order they are read in
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -85,14 +85,14 @@ class Source:
             raise as_runner_error(err, where=target) from err
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path) -> Bf16Source:
     """Read config, index and headers of `folder`. Raises WeightsMissing, WeightsCorrupt."""
     config = _read_json(folder / "config.json")
     if "quantization_config" in config:
         raise ConfigInvalid("these weights are quantised already", where=folder, todo="Start from the published ones")
     single, index = folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json"
     if single.is_file():
-        return Source(folder, config, (read_header(single),))
+        return Bf16Source(folder, config, (read_header(single),))
     if not index.is_file():
         raise WeightsMissing(
             f"neither {single.name} nor {index.name}", where=folder, todo="Only safetensors are read, never pickles"
@@ -111,7 +111,7 @@ def open_source(folder: Path) -> Source:
     for name, shard in placed.items():
         if (name, shard) not in held:
             raise WeightsCorrupt(f"{name} is not in {shard}, where the index puts it", where=index, todo=AGAIN)
-    return Source(folder, config, headers)
+    return Bf16Source(folder, config, headers)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import runner
 from runner.errors import ConfigInvalid, WeightsCorrupt
-from runner.quantization.files.bf16_source import Source, open_source
+from runner.quantization.files.bf16_source import Bf16Source, open_source
 from runner.quantization.files.file_header import PLACEHOLDER
 from runner.quantization.files.quantized_header import (
     FORMAT_KEY,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from runner.quantization.lora.apply import Lora
 
 __all__ = [
-    "Progress",
     "Summary",
+    "WriteProgress",
     "keep_none",
     "quantize_store",
 ]
@@ -58,7 +58,7 @@ HASHERS = 2  # sha256 of 1-2 GB/s each keeps up with a fast disk
 
 
 @dataclass(frozen=True)
-class Progress:
+class WriteProgress:
     """After each tensor: how far, in the source's bytes."""
 
     name: str
@@ -158,7 +158,7 @@ def quantize_store(
     loras: Sequence[Lora] = (),
     importance: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "auto",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[WriteProgress], None] | None = None,
     merge: Merge | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
@@ -225,7 +225,7 @@ def _run(
     work: _Work,
     writer: StreamWriter,
     digests: _Digests,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[WriteProgress], None] | None,
     clock: Callable[[], float],
 ) -> None:
     """Three hands: one tensor is read, one is computed, one is written, each at the same time."""
@@ -251,7 +251,7 @@ def _run(
             del outputs
             done += task.bytes
             if progress:
-                progress(Progress(task.param, number, len(tasks), done, total, clock() - began))
+                progress(WriteProgress(task.param, number, len(tasks), done, total, clock() - began))
         if written:
             written.result()
 
@@ -271,7 +271,7 @@ def _fetch(task: _Task, device: torch.device) -> Tensor:
 
 
 def _plan(
-    source: Source,
+    source: Bf16Source,
     shapes: Mapping[str, tuple[int, ...]],
     linears: Mapping[str, tuple[int, int]],
     keep: Callable[[str], bool],

@@ -17,7 +17,7 @@ from runner.errors import WeightsCorrupt, WeightsMissing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PLACEHOLDER", "DtypeRow", "Header", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "PLACEHOLDER", "DtypeRow", "SafetensorsHeader", "TensorInfo", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """A file's header. `tensors` is in the order of the bytes."""
 
     path: Path
@@ -82,7 +82,7 @@ class Header:
     data_start: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """The header of a safetensors file, proven to fit the file's length; takes no tensor from the disk.
 
     Raises WeightsMissing, or WeightsCorrupt for what is empty, truncated, overlong, overlapping or no safetensors.
@@ -119,4 +119,4 @@ def read_header(path: Path) -> Header:
         raise WeightsCorrupt(
             f"truncated or not a safetensors file, {path.stat().st_size} bytes ({err})", where=path, todo=AGAIN
         ) from err
-    return Header(path, tensors, metadata, data_start)
+    return SafetensorsHeader(path, tensors, metadata, data_start)

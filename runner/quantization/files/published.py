@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from runner.errors import WeightsCorrupt
 from runner.quantization.files.assumptions import Assumptions, every_assumption, from_config, group_in_config
 from runner.quantization.files.checkpoint_read import fill
-from runner.quantization.files.file_header import Header, read_header
-from runner.quantization.files.published_names import Piece, as_diffusers
+from runner.quantization.files.file_header import SafetensorsHeader, read_header
+from runner.quantization.files.published_names import PublishedPiece, as_diffusers
 from runner.quantization.formats.e2m1 import G32, dequantize
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype
 
 __all__ = [
     "Comparison",
-    "Published",
+    "PublishedFile",
     "PublishedLayer",
     "PublishedLoaded",
     "compare_layer",
@@ -61,18 +61,18 @@ class PublishedLayer:
 
     owner: str
     shape: tuple[int, int]
-    packed: Piece
-    scale: Piece
+    packed: PublishedPiece
+    scale: PublishedPiece
     group: int
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFile:
     """A published file, recognised. `layers` by owner; `plain`: parameter → where it lies."""
 
-    header: Header
+    header: SafetensorsHeader
     layers: Mapping[str, PublishedLayer]
-    plain: Mapping[str, Piece]
+    plain: Mapping[str, PublishedPiece]
     ignored: tuple[str, ...]
     config: Mapping[str, Any]
     table: tuple[float, ...] | None
@@ -141,7 +141,7 @@ def _translate(packed: Tensor, table: Tensor, step: int = 1 << 22) -> Tensor:
     return result.view(packed.shape)
 
 
-def read_published(path: Path, model: nn.Module, config: Path | None = None) -> Published:
+def read_published(path: Path, model: nn.Module, config: Path | None = None) -> PublishedFile:
     """Recognise `path` as weights of `model` (on the meta device; not changed). Reads headers, and tables of codes.
 
     `config`: quantize_config.json, by default the one beside the file, if any. Raises WeightsMissing, WeightsCorrupt.
@@ -185,7 +185,7 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
             raise WeightsCorrupt(f"{plain[name].key} is {plain[name].dtype}, not {wanted}", where=path)
     if not layers:
         raise WeightsCorrupt("no layer in it is quantised", where=path)
-    return Published(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
+    return PublishedFile(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -199,13 +199,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _sort(
-    pieces: Mapping[str, Piece], params: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece], dict[str, Piece]]:
+    pieces: Mapping[str, PublishedPiece], params: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, dict[str, PublishedPiece]], dict[str, PublishedPiece], dict[str, PublishedPiece]]:
     """(owner → suffix → tensor of what may be quantised, parameters as they are, the rest)."""
     owners = {name.removesuffix(".weight") for name, s in params.items() if name.endswith(".weight") and len(s) == 2}
-    groups: dict[str, dict[str, Piece]] = {}
-    plain: dict[str, Piece] = {}
-    loose: dict[str, Piece] = {}
+    groups: dict[str, dict[str, PublishedPiece]] = {}
+    plain: dict[str, PublishedPiece] = {}
+    loose: dict[str, PublishedPiece] = {}
     for name, piece in pieces.items():
         if name in params and piece.dtype in FLOATS and piece.shape == params[name]:
             plain[name] = piece
@@ -229,11 +229,15 @@ def _owner(name: str, owners: set[str]) -> str | None:
 
 
 def _recognise(
-    owner: str, shape: tuple[int, ...], parts: Mapping[str, Piece], header: Header, loose: dict[str, Piece]
+    owner: str,
+    shape: tuple[int, ...],
+    parts: Mapping[str, PublishedPiece],
+    header: SafetensorsHeader,
+    loose: dict[str, PublishedPiece],
 ) -> PublishedLayer:
     """Codes and scales among a layer's tensors; what is left over goes to `loose`. Raises WeightsCorrupt."""
     out, wide = shape
-    scales: dict[str, tuple[Piece, int]] = {}
+    scales: dict[str, tuple[PublishedPiece, int]] = {}
     for suffix, piece in parts.items():
         fits = [g for g in GROUPS if wide % g == 0 and _is_grid(piece.shape, out, wide // g)]
         if fits and piece.dtype in SCALES:
@@ -332,7 +336,7 @@ class Comparison:
     assumptions: Assumptions = field(compare=False)
 
 
-def compare_layer(published: Published, layer: str, source_weight: Tensor) -> list[Comparison]:
+def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -> list[Comparison]:
     """Every reading of `layer`, the nearest to `source_weight` [out, in] first; its first 256 rows are compared.
 
     Readings that the numbers themselves refuse (a zero that divides) have an infinite error. Raises WeightsCorrupt for

@@ -1,6 +1,6 @@
 """Names of another writer's file, as the library's: prefixes taken off, the original Wan's names translated.
 
-In:   a header. Out: the library's name → `Piece`, a tensor or some rows of one, still on the disk.
+In:   a header. Out: the library's name → `PublishedPiece`, a tensor or some rows of one, still on the disk.
 Never: which of them are quantised, and what they mean.
 """
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.files.file_header import Header
+from runner.quantization.files.file_header import SafetensorsHeader
 from runner.quantization.files.safetensors_stream import read_tensor
 
-__all__ = ["Piece", "as_diffusers"]
+__all__ = ["PublishedPiece", "as_diffusers"]
 
 PREFIXES = ("model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
 ORIGINAL = (".self_attn.", "time_embedding.0.", "face_adapter.fuser_blocks.")  # only the original's names have these
 
 
 @dataclass(frozen=True)
-class Piece:
+class PublishedPiece:
     """A tensor of a file, or its rows `start` to `stop`; it is cut as a tensor is, and read when asked."""
 
     key: str
@@ -37,7 +37,7 @@ class Piece:
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
-    def __getitem__(self, index: slice | tuple[int | slice, ...]) -> Piece:
+    def __getitem__(self, index: slice | tuple[int | slice, ...]) -> PublishedPiece:
         """Rows, or (as the library cuts a bias of [1, n, 1, 1]) the one dimension that is longer than one."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(self.shape[0])
@@ -54,14 +54,14 @@ class Piece:
         return tensor[self.start : self.stop] if self.stop is not None else tensor
 
 
-def as_diffusers(header: Header) -> dict[str, Piece]:
+def as_diffusers(header: SafetensorsHeader) -> dict[str, PublishedPiece]:
     """The library's names → pieces. Raises WeightsCorrupt where two tensors would have one name."""
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, PublishedPiece] = {}
     for key, info in header.tensors.items():
         name = _bare(key)
         if name in pieces:
             raise WeightsCorrupt(f"{key} and {pieces[name].key} are both {name}", where=header.path)
-        pieces[name] = Piece(key, info.dtype, info.shape)
+        pieces[name] = PublishedPiece(key, info.dtype, info.shape)
     if any(mark in f".{name}" for name in pieces for mark in ORIGINAL):
         from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 

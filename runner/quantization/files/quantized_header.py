@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.files.file_header import PLACEHOLDER, Header, read_header
+from runner.quantization.files.file_header import PLACEHOLDER, SafetensorsHeader, read_header
 from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
 
 __all__ = [
@@ -45,7 +45,7 @@ AGAIN = "Make it again with `video-lab quantize`, or fetch it again"
 class QuantizedFile:
     """What the header says. `layers`: quantised linear → (out_features, in_features)."""
 
-    header: Header
+    header: SafetensorsHeader
     layout: Layout
     layers: Mapping[str, tuple[int, int]]
     loras: tuple[dict[str, object], ...]
@@ -84,7 +84,7 @@ def check_file(path: Path) -> QuantizedFile:
     return QuantizedFile(header, layout, _layers(header, layout), loras)
 
 
-def _layers(header: Header, layout: Layout) -> dict[str, tuple[int, int]]:
+def _layers(header: SafetensorsHeader, layout: Layout) -> dict[str, tuple[int, int]]:
     layers: dict[str, tuple[int, int]] = {}
     claimed: set[str] = set()
     for name, info in header.tensors.items():

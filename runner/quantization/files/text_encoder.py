@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.hashing import sha256_file
-from runner.quantization.files.file_header import Header, TensorInfo, read_header
+from runner.quantization.files.file_header import SafetensorsHeader, TensorInfo, read_header
 from runner.quantization.files.safetensors_stream import SHARD_NAME, StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
 
@@ -148,7 +148,7 @@ class TensorFiles:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self.headers: list[Header] = [read_header(path) for path in paths]
+        self.headers: list[SafetensorsHeader] = [read_header(path) for path in paths]
         self.held: dict[str, tuple[Path, TensorInfo]] = {
             name: (header.path, info) for header in self.headers for name, info in header.tensors.items()
         }

@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Part", "Role", "parse_keys", "unsupported"]
+__all__ = ["LoraPart", "Role", "parse_keys", "unsupported"]
 
 Role = Literal["down", "up", "alpha", "diff", "scaled_diff"]
 
 
 @dataclass(frozen=True)
-class Part:
+class LoraPart:
     """What one tensor of a file is for.
 
     param:  the parameter it changes, in the library's naming ("blocks.3.attn1.to_q.weight").
@@ -107,7 +107,7 @@ def unsupported(key: str) -> str | None:
     return match[1] if match else None
 
 
-def parse_keys(keys: Iterable[str]) -> dict[str, Part | None]:
+def parse_keys(keys: Iterable[str]) -> dict[str, LoraPart | None]:
     """Key -> its part; None where the suffix means nothing here. Modules without a translation keep their name.
 
     One file is read as a whole: `blocks.N.norm3` is the cross-attention's norm if any other key is in the original
@@ -153,14 +153,14 @@ def _original(key: str, module: str) -> bool:
     return TOP.get(module, module) != module
 
 
-def _part(module: str, role: Role, leaf: str, original: bool) -> Part:
+def _part(module: str, role: Role, leaf: str, original: bool) -> LoraPart:
     if leaf == TABLE:  # `blocks.N.diff_m` and `head.diff_m` name the module whose table it is
         owner = "" if module == "head" else f"{module}."
-        return Part(f"{owner}{TABLE}", role, f"{owner}{TABLE}")
+        return LoraPart(f"{owner}{TABLE}", role, f"{owner}{TABLE}")
     module = _translate(module, original)
     if module.rsplit(".", 1)[-1] == TABLE:
-        return Part(module, role, module)
-    return Part(f"{module}.{leaf}", role, module)
+        return LoraPart(module, role, module)
+    return LoraPart(f"{module}.{leaf}", role, module)
 
 
 def _translate(module: str, original: bool) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.hashing import sha256_file
-from runner.quantization.lora.keys import Part, parse_keys, unsupported
+from runner.quantization.lora.keys import LoraPart, parse_keys, unsupported
 
 __all__ = ["Delta", "Full", "Lora", "LowRank", "deltas_of", "read_lora"]
 
@@ -200,7 +200,7 @@ def deltas_of(
     return {p: tuple(d) for p, d in deltas.items()}, tuple(key for key in tensors if key not in used)
 
 
-def _by_place(parts: Mapping[str, Part], where: object) -> dict[tuple[str, str], str]:
+def _by_place(parts: Mapping[str, LoraPart], where: object) -> dict[tuple[str, str], str]:
     """(parameter, role) -> key. Two keys for one place are two adapters, or one twice: neither can be meant."""
     places: dict[tuple[str, str], str] = {}
     for key, part in parts.items():

@@ -11,7 +11,7 @@ from runner.errors import ConfigInvalid
 from runner.generation.runtime import attention as module
 from runner.generation.runtime.attention import (
     LIMITS,
-    Backend,
+    AttentionBackend,
     apply_attention,
     available_backends,
     candidates,
@@ -76,7 +76,9 @@ def test_what_raises_or_is_wrong_is_passed_over(monkeypatch):
         return errors[name]
 
     monkeypatch.setattr(module, "trial", tried)
-    monkeypatch.setattr(module, "candidates", lambda *_: [Backend(name, f"{name} is there") for name in errors])
+    monkeypatch.setattr(
+        module, "candidates", lambda *_: [AttentionBackend(name, f"{name} is there") for name in errors]
+    )
     name, why, error = pick_backend(CPU, torch.bfloat16, 2, 16)
     assert (name, error) == ("_native_flash", 0.004)
     assert why == (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from runner.generation.runtime import streaming
-from runner.generation.runtime.streaming import BlockStream, CopyEngine, HostCopies, Packed
+from runner.generation.runtime.streaming import BlockStream, CopyEngine, HostCopies, PackedBuffer
 from runner.quantization.formats.e2m1 import NVFP4
 from runner.quantization.linear import FP4Linear
 from runner.quantization.lora.apply import attach, detach
@@ -265,7 +265,7 @@ def test_host_memory_is_locked_by_whole_pages_for_as_long_as_it_is_there(monkeyp
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     modules = layers(20)
     wanted = [module.weight.clone() for module in modules]
-    packed = [Packed(list(module.parameters()), pinned=True) for module in modules]
+    packed = [PackedBuffer(list(module.parameters()), pinned=True) for module in modules]
     assert [p.pin_failed for p in packed] == [None] * 20
     assert len(runtime.locked) == 20
     assert all(torch.equal(module.weight, weight) for module, weight in zip(modules, wanted, strict=True))
@@ -283,7 +283,7 @@ def test_memory_that_cannot_be_locked_says_so_and_leaves_no_error_behind(monkeyp
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(2))
     monkeypatch.setattr(streaming, "forget_error", lambda: forgotten.append(True))
     (layer,) = layers(1)
-    packed = Packed(list(layer.parameters()), pinned=True)
+    packed = PackedBuffer(list(layer.parameters()), pinned=True)
     assert packed.pin_failed == "cudaHostRegister returned 2"
     assert forgotten == [True]
 

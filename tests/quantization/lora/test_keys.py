@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.quantization.lora.keys import Part, parse_keys, unsupported
+from runner.quantization.lora.keys import LoraPart, parse_keys, unsupported
 
 # Worked by hand from the two implementations' module trees, not from the table under test.
 ORIGINAL_TO_LIBRARY = {
@@ -32,16 +32,16 @@ ORIGINAL_TO_LIBRARY = {
 }
 
 
-def one(key: str) -> Part | None:
+def one(key: str) -> LoraPart | None:
     return parse_keys([key])[key]
 
 
 @pytest.mark.parametrize(("original", "library"), ORIGINAL_TO_LIBRARY.items())
 def test_original_names_become_the_library_s(original: str, library: str) -> None:
     for prefix in ("diffusion_model.", "model.diffusion_model."):
-        assert one(f"{prefix}{original}.diff_b") == Part(f"{library}.bias", "diff", library)
-    assert one(f"diffusion_model.{original}.lora_down.weight") == Part(f"{library}.weight", "down", library)
-    assert one(f"lora_unet_{original.replace('.', '_')}.lora_up.weight") == Part(f"{library}.weight", "up", library)
+        assert one(f"{prefix}{original}.diff_b") == LoraPart(f"{library}.bias", "diff", library)
+    assert one(f"diffusion_model.{original}.lora_down.weight") == LoraPart(f"{library}.weight", "down", library)
+    assert one(f"lora_unet_{original.replace('.', '_')}.lora_up.weight") == LoraPart(f"{library}.weight", "up", library)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_original_names_become_the_library_s(original: str, library: str) -> Non
 )
 @pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
 def test_suffixes(suffix: str, leaf: str, role: str, prefix: str) -> None:
-    assert one(f"{prefix}blocks.0.self_attn.q.{suffix}") == Part(
+    assert one(f"{prefix}blocks.0.self_attn.q.{suffix}") == LoraPart(
         f"blocks.0.attn1.to_q.{leaf}", role, "blocks.0.attn1.to_q"
     )
-    assert one(f"{prefix}blocks.0.attn1.to_q.{suffix}") == Part(
+    assert one(f"{prefix}blocks.0.attn1.to_q.{suffix}") == LoraPart(
         f"blocks.0.attn1.to_q.{leaf}", role, "blocks.0.attn1.to_q"
     )
 
@@ -81,7 +81,7 @@ def test_suffixes(suffix: str, leaf: str, role: str, prefix: str) -> None:
     ],
 )
 def test_modulation_tables_have_no_weight_below_them(key: str, table: str) -> None:
-    assert one(key) == Part(table, "diff", table)
+    assert one(key) == LoraPart(table, "diff", table)
 
 
 def test_the_cross_attention_s_norm_is_the_third_of_one_naming_and_the_second_of_the_other() -> None:
@@ -94,7 +94,7 @@ def test_the_cross_attention_s_norm_is_the_third_of_one_naming_and_the_second_of
 
 
 def test_unknown_modules_keep_their_names_and_unknown_suffixes_mean_nothing() -> None:
-    assert one("transformer.new_module.4.lora_A.weight") == Part("new_module.4.weight", "down", "new_module.4")
+    assert one("transformer.new_module.4.lora_A.weight") == LoraPart("new_module.4.weight", "down", "new_module.4")
     assert one("blocks.0.attn1.to_q.weight") is None
     assert one("diffusion_model.blocks.0.self_attn.q.reshape_weight") is None
 
