@@ -119,6 +119,7 @@ class AnimatePipeline(WanAnimatePipeline):
     def image_encoder(self, model: Any) -> None:
         self._image_encoder = model if isinstance(model, Encoder) else Encoder.of("image_encoder", model)
 
+    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
     def render(
         self,
         source: ConditionSource,
@@ -131,50 +132,13 @@ class AnimatePipeline(WanAnimatePipeline):
     ) -> Iterator[Segment]:
         """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all.
 
-        `new_sampler` is called for each window. `on_step` may raise to abandon the job.
+        `new_sampler` is called for each window. `on_step` may raise to abandon the job. Raises NotFinite before a
+        segment is handed out that NaN or infinity went into.
         """
 
         def to_bytes(pixels: torch.Tensor) -> np.ndarray:
             return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
-        for index, frames, pose in self._segments(source, prompt, options, plan, new_sampler, timer, on_step, to_bytes):
-            yield Segment(index, np.concatenate(frames), pose)
-
-    def decode_segments(
-        self,
-        source: ConditionSource,
-        prompt: str,
-        options: JobOptions,
-        plan: SegmentPlan,
-        new_sampler: NewSampler,
-        timer: StageTimer,
-        on_step: OnStep | None = None,
-    ) -> Iterator[tuple[int, torch.Tensor, np.ndarray]]:
-        """(index, frames [1, 3, n, H, W] in [-1, 1] on the device, skeletons uint8 [n, H, W, 3]) of each segment.
-
-        `scheduler` is the job's own: its history must not outlive it. `on_step` may raise to abandon the job.
-        """
-        for index, pixels, pose in self._segments(
-            source, prompt, options, plan, new_sampler, timer, on_step, _as_it_is
-        ):
-            yield index, torch.cat(pixels, dim=2), pose
-
-    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
-    def _segments(
-        self,
-        source: ConditionSource,
-        prompt: str,
-        options: JobOptions,
-        plan: SegmentPlan,
-        new_sampler: NewSampler,
-        timer: StageTimer,
-        on_step: OnStep | None,
-        convert: Callable[[torch.Tensor], Any],
-    ) -> Iterator[tuple[int, list[Any], np.ndarray]]:
-        """As `decode_segments`, with what `convert` makes of each few frames [1, 3, n, H, W] as they are decoded.
-
-        Raises NotFinite before a segment is handed out that NaN or infinity went into.
-        """
         if self.memory is not None:
             self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
         try:
@@ -215,11 +179,11 @@ class AnimatePipeline(WanAnimatePipeline):
                 )
                 with timer.stage("vae_decode", on_device=True):
                     frames, previous = decode_latents(
-                        self.vae, latents, first, last, plan.overlap_frames, convert, checks, start
+                        self.vae, latents, first, last, plan.overlap_frames, to_bytes, checks, start
                     )
                     checks.read()
                 del latents
-                yield index, frames, drawn.pose[first:last]
+                yield Segment(index, np.concatenate(frames), drawn.pose[first:last])
         except NotFinite:
             self.memos.clear()  # what is kept for later jobs may hold the same values
             raise
@@ -476,7 +440,3 @@ def _check_shared(job: Job) -> None:
         job.checks.add("encode_prompt", "the negative prompt's embedding", job.negative)
     job.checks.add("encode_image", "the reference's CLIP features", job.clip)
     job.checks.add("encode_reference", "the reference's latents", job.reference)
-
-
-def _as_it_is(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels

@@ -161,24 +161,27 @@ def inputs_of(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_frames_equal_the_librarys(case, upstreams, either):
+def test_frames_equal_the_librarys(case, upstreams, either, monkeypatch):
+    """In float32, as they are before they become bytes, and then the bytes."""
     frames, _, solver, windows = CASES[case]
     conditions, options = inputs_of(case)
     plan = make_plan(conditions, options)
     assert plan.segments == windows
     theirs = upstreams(case)
-    decoded, skeletons = [], []
-    for _index, pixels, pose in either.decode_segments(
-        conditions, DEFAULT_PROMPT, options, plan, sampling(solver), StageTimer()
-    ):
-        decoded.append(pixels)
-        skeletons.append(pose)
-    exact = either.video_processor.postprocess_video(torch.cat(decoded, dim=2), output_type="np")[0]
-    assert exact.shape == (frames, conditions.height, conditions.width, 3)
-    assert np.array_equal(exact, theirs)
-    assert np.array_equal(np.concatenate(skeletons), conditions.pose)
-    assert np.array_equal(rendered_here(either, conditions, options, sampling(solver)), as_bytes(theirs))
-    assert exact.std() > 0.05  # a blank picture would prove nothing
+    exact: list[torch.Tensor] = []  # [n, 3, H, W] each
+
+    def noted(pixels: torch.Tensor) -> np.ndarray:
+        exact.append(pixels)
+        return to_uint8(pixels)
+
+    monkeypatch.setattr("runner.generation.wan_animate.pipeline.to_uint8", noted)
+    segments = list(either.render(conditions, DEFAULT_PROMPT, options, plan, sampling(solver), StageTimer()))
+    floats = torch.cat(exact).permute(0, 2, 3, 1).numpy()
+    assert floats.shape == (frames, conditions.height, conditions.width, 3)
+    assert np.array_equal(floats, theirs)
+    assert np.array_equal(np.concatenate([segment.pose for segment in segments]), conditions.pose)
+    assert np.array_equal(np.concatenate([segment.frames for segment in segments]), as_bytes(theirs))
+    assert floats.std() > 0.05  # a blank picture would prove nothing
 
 
 def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
