@@ -29,7 +29,7 @@ from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
-ALL_OFF = Switches(step_invariants=False, memos=False, compile=False)
+ALL_OFF = Switches(memos=False, compile=False)
 COMPILING_S = 60.0  # allowed for, where blocks of a new kind are compiled
 
 
@@ -130,13 +130,12 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Each adds one thing to those before; the second stands beside them."""
-    shared, known = replace(ALL_OFF, step_invariants=True), replace(ALL_OFF, step_invariants=True, memos=True)
+    known = replace(ALL_OFF, memos=True)
     fused = replace(known, compile=True)
     return [
-        Setting("our loop, everything on the device, else the seed's way", ALL_OFF, weights="stepwise"),
+        Setting("our loop, everything on the device, weights dequantised stepwise", ALL_OFF, weights="stepwise"),
         Setting("  the same, weights in bf16", ALL_OFF, weights="dense"),
         Setting("+ weights dequantised in one pass", ALL_OFF),
-        Setting("+ what a window's steps share computed once", shared),
         Setting("+ what jobs share encoded once", known),
         Setting("+ blocks compiled", fused, needs_cuda=True),
         Setting("+ attention by device", fused, True, needs_cuda=True),

@@ -14,7 +14,7 @@ def test_engine(tmp_path):
     tables, printed = run_bench("engine", tmp_path, "--quick")
     rows = {row["what"].strip(): row for row in tables["waterfall"]}
     measured = [row for row in rows.values() if isinstance(row["s a step"], float)]
-    assert "not measured" in printed and len(measured) >= 6  # the rest needs a GPU and says so
+    assert "not measured" in printed and len(measured) >= 5  # the rest needs a GPU and says so
     assert "the same, weights in bf16" in rows
     assert all(row["s a step"] > 0 and row["fixed s a job"] > 0 for row in measured)
     # One operation count for all rows: that of the model, whatever of it was saved.

@@ -19,7 +19,7 @@ import torch
 from diffusers import WanAnimatePipeline
 from PIL import Image
 
-from runner.errors import ConfigInvalid, NotFinite
+from runner.errors import NotFinite
 from runner.generation.protocol import OnStep, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
 from runner.generation.runtime.finite import FiniteChecks
@@ -230,12 +230,10 @@ class AnimatePipeline(WanAnimatePipeline):
     def _contexts(
         self, text: torch.Tensor, negative: torch.Tensor | None, clip: torch.Tensor, timer: StageTimer
     ) -> list[Context]:
-        """What the transformer's embedders make of them, once a job; nothing where every step does it itself.
+        """What the transformer's embedders make of them, once a job.
 
         Not kept between jobs: a job's LoRAs may change the embedders, and they take milliseconds.
         """
-        if not self.switches.step_invariants:
-            return []
         with timer.stage("encode_prompt", on_device=True):
             return embed_context(self.transformer, [text] if negative is None else [text, negative], clip)
 
@@ -346,7 +344,7 @@ class AnimatePipeline(WanAnimatePipeline):
 
     def _predict(self, job: Job, window: Window, invariants: list[StepInvariants], calls: CallTimer) -> Predict:
         """One guided model evaluation of this window: (latents, timestep) -> velocity, both float32."""
-        branches = self._branches(job, window, invariants)
+        branches: list[Branch] = [partial(self._step, shared) for shared in invariants]
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             calls.start()
@@ -359,7 +357,7 @@ class AnimatePipeline(WanAnimatePipeline):
         """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
         step, (frames, height, width) = self.block_step, window.noise.shape[2:]
         grid = (frames, height, width)
-        if step is None or not job.contexts or not step.warms(self.transformer, job.contexts, grid):
+        if step is None or not step.warms(self.transformer, job.contexts, grid):
             return
         with job.timer.stage("warmup", on_device=True):
             blocks = None if self.blocks is None else self.blocks()
@@ -367,29 +365,13 @@ class AnimatePipeline(WanAnimatePipeline):
         job.timer.count("compiled_graphs", made)
 
     def _invariants(self, job: Job, window: Window) -> list[StepInvariants]:
-        """What this window's steps share, for each branch; nothing where every step does it itself."""
-        if not job.contexts:
-            return []
+        """What this window's steps share, for each branch: the second, where guided, is without prompt and face."""
         keep_text = self.memory is None or self.memory.keep_text
         invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces, keep_text=keep_text)
         return [
             invariants,
             *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
         ]
-
-    def _branches(self, job: Job, window: Window, invariants: list[StepInvariants]) -> list[Branch]:
-        """The transformer on this window; guided, a second time without prompt and face."""
-        if invariants:
-            return [partial(self._step, shared) for shared in invariants]
-        if self.blocks is not None:
-            raise ConfigInvalid(
-                "without `step_invariants` the model itself walks through its blocks, which are not on the device",
-                todo="Use memory mode resident",
-            )
-        branches: list[Branch] = [partial(self._whole_forward, job, window, job.text, window.faces)]
-        if job.negative is not None:
-            branches.append(partial(self._whole_forward, job, window, job.negative, no_face(window.faces)))
-        return branches
 
     def _step(self, shared: StepInvariants, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """One branch of one step, on blocks that are there or that come one by one."""
@@ -411,26 +393,6 @@ class AnimatePipeline(WanAnimatePipeline):
         self.blocks.release()
         if self.compute_device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _whole_forward(
-        self,
-        job: Job,
-        window: Window,
-        text: torch.Tensor,
-        faces: torch.Tensor,
-        hidden: torch.Tensor,
-        timestep: torch.Tensor,
-    ) -> torch.Tensor:
-        """The model's own forward pass, which computes everything at every step."""
-        return self.transformer(
-            hidden_states=hidden,
-            timestep=timestep,
-            encoder_hidden_states=text,
-            encoder_hidden_states_image=job.clip,
-            pose_hidden_states=window.pose,
-            face_pixel_values=faces,
-            return_dict=False,
-        )[0]
 
 
 def _check_shared(job: Job) -> None:

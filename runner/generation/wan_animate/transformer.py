@@ -355,8 +355,6 @@ def encode_motion(transformer: Any, faces: Tensor) -> Tensor:
 class Switches:
     """Which optimisations of the engine are on. A benchmark turns them on and off one by one.
 
-    `step_invariants`: work that all steps of a window share is done once a window; exact.
-
     `compile`: blocks run as fused kernels (`compiled.py`): sums in another order, within stated tolerances. None: on
     CUDA, and not on a CPU, whose frames are the library's bit for bit.
     `channels_last`, `fuse_vae_norms`: the autoencoder's convolutions in the layout that CUDA's kernels prefer, and its
@@ -364,7 +362,6 @@ class Switches:
     `memos`: what jobs share is encoded once for all of them (`memos.py`, and `text_cache.py` on disk); exact.
     """
 
-    step_invariants: bool = True
     memos: bool = True
     compile: bool | None = None
     channels_last: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -201,7 +201,7 @@ class Job:
     clip: torch.Tensor  # [1, image tokens, image_dim]
     reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
     checks: FiniteChecks
-    contexts: list[Context] = field(default_factory=list)  # of text and negative, where steps share work
+    contexts: list[Context]  # of text and, where guided, of negative
 
 
 @dataclass(frozen=True)

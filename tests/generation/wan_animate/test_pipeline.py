@@ -18,7 +18,7 @@ from runner.forecast.seconds import find_device
 from runner.generation.sampling import make_sampler, official_sigmas
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
-from runner.generation.wan_animate.pipeline import AnimatePipeline, Switches, to_pixels, to_uint8
+from runner.generation.wan_animate.pipeline import AnimatePipeline, to_pixels, to_uint8
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
 from runner.spec.recipes import SAMPLER_ROWS, get_recipe
 from runner.timing import StageTimer
@@ -60,14 +60,6 @@ def upstream(tiny_store_dir):
     pipe.image_processor.do_center_crop = False
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(params=[True, False], ids=["steps share", "steps share nothing"])
-def either(request, ours):
-    """Our pipeline with and without what steps share."""
-    before, ours.switches = ours.switches, Switches(step_invariants=request.param)
-    yield ours
-    ours.switches = before
 
 
 def load(tiny_store_dir) -> AnimatePipeline:
@@ -161,7 +153,7 @@ def inputs_of(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_frames_equal_the_librarys(case, upstreams, either, monkeypatch):
+def test_frames_equal_the_librarys(case, upstreams, ours, monkeypatch):
     """In float32, as they are before they become bytes, and then the bytes."""
     frames, _, solver, windows = CASES[case]
     conditions, options = inputs_of(case)
@@ -175,7 +167,7 @@ def test_frames_equal_the_librarys(case, upstreams, either, monkeypatch):
         return to_uint8(pixels)
 
     monkeypatch.setattr("runner.generation.wan_animate.pipeline.to_uint8", noted)
-    segments = list(either.render(conditions, DEFAULT_PROMPT, options, plan, sampling(solver), StageTimer()))
+    segments = list(ours.render(conditions, DEFAULT_PROMPT, options, plan, sampling(solver), StageTimer()))
     floats = torch.cat(exact).permute(0, 2, 3, 1).numpy()
     assert floats.shape == (frames, conditions.height, conditions.width, 3)
     assert np.array_equal(floats, theirs)
@@ -280,22 +272,16 @@ def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
         part.register_forward_hook(lambda *_, name=name: calls.update([name]))
     conditions = MemoryConditions(9)  # two windows of five frames: one batch of faces each
     options = job_options(max_segment_frames=5, steps=3, guidance_scale=2.0 if guided else 1.0)
-    frames, seen = {}, {}
-    for shared in (True, False):
-        pipe.switches = Switches(step_invariants=shared)
-        frames[shared] = rendered_here(pipe, conditions, options)
-        seen[shared] = {name: calls[name] for name in ONCE_A_WINDOW + ONCE_A_JOB + EVERY_STEP}
-        assert (pipe.kept_bytes > 0) is shared
-        calls.clear()
+    rendered_here(pipe, conditions, options)
+    assert pipe.kept_bytes > 0
     branches = 1 + guided
     per_window = dict.fromkeys(ONCE_A_WINDOW, 2 * branches)
     if guided:
         per_window |= {"pose_patch_embedding": 2, "blocks.0.attn2.add_k_proj": 2}  # alike with and without a prompt
     per_job = {"condition_embedder.text_embedder": branches, "condition_embedder.image_embedder": 1}
     every_step = dict.fromkeys(EVERY_STEP, 2 * 3 * branches)
-    assert seen[True] == {**per_window, **per_job, **every_step}
-    assert set(seen[False].values()) == {2 * 3 * branches}
-    assert np.array_equal(frames[True], frames[False])
+    counted = {name: calls[name] for name in ONCE_A_WINDOW + ONCE_A_JOB + EVERY_STEP}
+    assert counted == {**per_window, **per_job, **every_step}
 
 
 def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
