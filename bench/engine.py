@@ -30,7 +30,7 @@ from _quantization import NOT_MEASURED, Rows, finish, show
 from runner.batch.memory_sampler import MemorySampler
 from runner.forecast.flops import PRODUCTION
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, advised
-from runner.forecast.seconds import DEVICES, Build, forecast_seconds
+from runner.forecast.seconds import DEVICES, EngineBuild, forecast_seconds
 from runner.generation.runtime.compute import capability_of
 from runner.generation.runtime.device import grow_segments
 from runner.generation.runtime.memory_plan import (
@@ -241,12 +241,12 @@ def in_hd(bench: Bench, engine: Engine, seed: Seed, seed_clip: Spent, like: Spen
 def forecasts() -> Rows:
     """The cost model's seconds for 480x832, 81 frames, 6 steps. Forecasts, not measurements."""
     builds = {
-        "seed's way": Build(stepwise=True, fused=False, shared=False, blank_again=True),
-        "exact": Build(),
-        "exact, bf16 VAE": Build(vae="bfloat16"),
-        "8 bit": Build("int8", vae="bfloat16"),
-        "8 bit, 8-bit attention": Build("int8", attention_8bit=True, vae="bfloat16"),
-        "nvfp4, 8-bit attention": Build("nvfp4", attention_8bit=True, vae="bfloat16"),
+        "seed's way": EngineBuild(stepwise=True, fused=False, shared=False, blank_again=True),
+        "exact": EngineBuild(),
+        "exact, bf16 VAE": EngineBuild(vae="bfloat16"),
+        "8 bit": EngineBuild("int8", vae="bfloat16"),
+        "8 bit, 8-bit attention": EngineBuild("int8", attention_8bit=True, vae="bfloat16"),
+        "nvfp4, 8-bit attention": EngineBuild("nvfp4", attention_8bit=True, vae="bfloat16"),
     }
     rows: Rows = []
     for device in DEVICES:

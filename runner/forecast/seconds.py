@@ -18,7 +18,7 @@ from types import MappingProxyType
 from runner.forecast.flops import TERA, Costs
 from runner.forecast.precisions import DEFAULT_PRECISION, device_rates
 
-__all__ = ["DEVICES", "Build", "DeviceSpeed", "Seconds", "find_device", "forecast_seconds"]
+__all__ = ["DEVICES", "DeviceSpeed", "EngineBuild", "Seconds", "find_device", "forecast_seconds"]
 
 # Bytes that elementwise kernels read and write for each channel of each token in one block: every operation on its
 # own (66 GB a block at 34,320 tokens x 5,120), and fused between the products (0.34 TB in 40 blocks).
@@ -63,7 +63,7 @@ DEVICES: tuple[DeviceSpeed, ...] = (
 
 
 @dataclass(frozen=True)
-class Build:
+class EngineBuild:
     """How the engine is set, as far as it decides seconds; the defaults are the engine's own on a GPU."""
 
     compute: str = DEFAULT_PRECISION  # a row of `PRECISIONS`
@@ -107,7 +107,7 @@ def find_device(name: str | None) -> DeviceSpeed | None:
 def forecast_seconds(
     costs: Costs,
     device: DeviceSpeed,
-    build: Build,
+    build: EngineBuild,
     *,
     size: tuple[int, int],
     segment_frames: int,

@@ -13,7 +13,7 @@ import numpy as np
 
 from runner.errors import ConfigInvalid, InputTooShort
 from runner.forecast.flops import PRODUCTION, Costs
-from runner.forecast.seconds import Build, DeviceSpeed, forecast_seconds
+from runner.forecast.seconds import DeviceSpeed, EngineBuild, forecast_seconds
 from runner.generation.protocol import SegmentPlan
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe, count_evaluations
@@ -108,7 +108,7 @@ def plan_job(
     guided = options.guidance_scale > 1
     seconds = None
     if device is not None and recipe.compute in device.matmul:
-        build = Build(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype)
+        build = EngineBuild(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype)
         seconds = forecast_seconds(
             costs,
             device,

@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from runner.forecast.flops import PRODUCTION
-from runner.forecast.seconds import DEVICES, VAE_SHARE, Build, DeviceSpeed, find_device, forecast_seconds
+from runner.forecast.seconds import DEVICES, VAE_SHARE, DeviceSpeed, EngineBuild, find_device, forecast_seconds
 
 CLIP = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
-SEED = Build(stepwise=True, fused=False, shared=False, blank_again=True)
+SEED = EngineBuild(stepwise=True, fused=False, shared=False, blank_again=True)
 
 
 def forecast(name, build, **changes):
@@ -23,7 +23,7 @@ def test_the_seed_on_its_own_gpu():
 
 def test_parts_by_hand():
     """34,320 tokens: 852.6 TFLOP in products, of which 32 hardly depend on tokens; 964.9 in self-attention."""
-    found = forecast("RTX 5090", Build())
+    found = forecast("RTX 5090", EngineBuild())
     assert found.step["attention"] == pytest.approx(964.9 / 214, rel=1e-3)
     assert found.step["products"] == pytest.approx(852.6 / 240, rel=0.03)
     assert found.step["elementwise"] == pytest.approx(340 / 1509, rel=0.01)
@@ -55,7 +55,7 @@ def test_devices_have_the_published_rates():
 
 
 def test_the_engines_own_build():
-    assert asdict(Build()) == {
+    assert asdict(EngineBuild()) == {
         "compute": "bf16",
         "fp4": True,
         "stepwise": False,
@@ -87,7 +87,7 @@ def on_odd(build, **changes):
 
 def test_a_step_by_hand():
     """Four and a half bits of a weight are read and sixteen written: 2.5625 bytes."""
-    assert on_odd(Build()).step == pytest.approx(
+    assert on_odd(EngineBuild()).step == pytest.approx(
         {
             "products": PRODUCTS / 100,
             "attention": ATTENTION / 50,
@@ -97,7 +97,9 @@ def test_a_step_by_hand():
         },
         rel=1e-9,
     )
-    found = on_odd(Build(compute="int8", attention_8bit=True, fused=False, stepwise=True, shared=False), guided=True)
+    found = on_odd(
+        EngineBuild(compute="int8", attention_8bit=True, fused=False, stepwise=True, shared=False), guided=True
+    )
     assert found.step == pytest.approx(
         {
             "products": 2 * PRODUCTS / 300,
@@ -110,12 +112,12 @@ def test_a_step_by_hand():
         rel=1e-9,
     )
     assert found.fixed["shared once a window"] == 0
-    assert on_odd(Build(fp4=False)).step["dequantise"] == 0
+    assert on_odd(EngineBuild(fp4=False)).step["dequantise"] == 0
 
 
 def test_attention_in_8_bits_where_there_is_none_is_the_other():
     lacking = replace(ODD, attention_8bit=None)
-    found = forecast_seconds(PRODUCTION, lacking, Build(attention_8bit=True), **CLIP)
+    found = forecast_seconds(PRODUCTION, lacking, EngineBuild(attention_8bit=True), **CLIP)
     assert found.step["attention"] == pytest.approx(ATTENTION / 50, rel=1e-9)
 
 
@@ -124,7 +126,7 @@ def test_the_rest_of_a_job_by_hand(vae, share):
     """Three windows: scene and pose of each but the first scene, which is blank and kept, and the reference."""
     encode, decode = VAE.encode_flop(*WINDOW) / 1e12, VAE.decode_flop(*WINDOW) / 1e12
     reference = VAE.encode_flop(832, 480, 1) / 1e12
-    found = on_odd(Build(vae=vae), segments=3, guided=True)
+    found = on_odd(EngineBuild(vae=vae), segments=3, guided=True)
     assert found.fixed == pytest.approx(
         {
             "encode": (5 * encode + reference) / 100 / share,
@@ -133,7 +135,7 @@ def test_the_rest_of_a_job_by_hand(vae, share):
         },
         rel=1e-9,
     )
-    again = on_odd(Build(vae=vae, blank_again=True), segments=3)
+    again = on_odd(EngineBuild(vae=vae, blank_again=True), segments=3)
     assert again.fixed["encode"] == pytest.approx((6 * encode + reference) / 100 / share, rel=1e-9)
     assert found.total_s == pytest.approx(18 * sum(found.step.values()) + sum(found.fixed.values()), rel=1e-9)
 
@@ -151,10 +153,10 @@ def test_each_optimisation_saves_and_none_beats_the_hardware(device):
         replace(SEED, stepwise=False),
         replace(SEED, stepwise=False, shared=True),
         replace(SEED, stepwise=False, shared=True, fused=True),
-        Build(),
-        Build(vae="bfloat16"),
-        Build(vae="bfloat16 compiled"),
-        Build(vae="bfloat16 compiled", attention_8bit=True),
+        EngineBuild(),
+        EngineBuild(vae="bfloat16"),
+        EngineBuild(vae="bfloat16 compiled"),
+        EngineBuild(vae="bfloat16 compiled", attention_8bit=True),
     ]
     builds += [replace(builds[-1], compute=compute) for compute in ("fp8", "nvfp4") if compute in device.matmul]
     seconds = [forecast(device.name, build).total_s for build in builds]
@@ -163,20 +165,20 @@ def test_each_optimisation_saves_and_none_beats_the_hardware(device):
 
 
 def test_windows_steps_and_guidance_multiply():
-    one = forecast("H200", Build(blank_again=True))
-    two = forecast("H200", Build(blank_again=True), segments=2, evaluations=4)
+    one = forecast("H200", EngineBuild(blank_again=True))
+    two = forecast("H200", EngineBuild(blank_again=True), segments=2, evaluations=4)
     assert (one.evaluations, two.evaluations, one.step_s) == (6, 8, two.step_s)
     assert two.fixed["decode"] == pytest.approx(2 * one.fixed["decode"])
-    guided = forecast("H200", Build(blank_again=True), guided=True)
+    guided = forecast("H200", EngineBuild(blank_again=True), guided=True)
     assert guided.step_s == pytest.approx(2 * one.step_s)
     assert guided.total_s < 2 * one.total_s
 
 
 def test_a_compute_that_is_not_there():
     with pytest.raises(ValueError, match="A100 has no fp8; it has bf16, int8"):
-        forecast("A100", Build(compute="fp8"))
+        forecast("A100", EngineBuild(compute="fp8"))
     with pytest.raises(ValueError, match="one of float32"):
-        Build(vae="bf16")
+        EngineBuild(vae="bf16")
 
 
 @pytest.mark.parametrize(
