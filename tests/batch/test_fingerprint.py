@@ -10,16 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
+from runner.batch.hashes import FileHashes
 
 from runner.batch.fingerprint import differences, fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex
 from runner.errors import InputNotFound
 from runner.records.record import InputRecord
-from runner.spec.field_marks import Introduced
+from runner.spec.hashed_fields import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions, MaskOptions, PreprocessOptions
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
-from runner.storage.file_hashes import FileHashes
 
 IDENTITY = {"transformer": "sha256:" + "0" * 64}
 
@@ -129,15 +129,15 @@ def test_a_later_option_that_a_record_lacks_has_its_introduced_default(job, monk
 def test_a_later_recipe_field_that_a_record_lacks_has_its_introduced_default(monkeypatch):
     @dataclass(frozen=True)
     class LaterRecipe(Recipe):
-        teacher: Annotated[str, Introduced("first")] = "first"
+        optics: Annotated[str, Introduced("first")] = "first"
 
     monkeypatch.setattr("runner.batch.fingerprint.Recipe", LaterRecipe)
     plain = get_recipe("bf16")
     given = {field.name: getattr(plain, field.name) for field in fields(plain)}
     assert LaterRecipe(**given).effective() == plain.effective()
-    assert LaterRecipe(**given, teacher="second").effective() == {**plain.effective(), "teacher": "second"}
+    assert LaterRecipe(**given, optics="second").effective() == {**plain.effective(), "optics": "second"}
     old = {"model.recipe.grid": "official"}
-    assert differences(old, {**old, "model.recipe.teacher": "second"}) == ["model.recipe.teacher: first → second"]
+    assert differences(old, {**old, "model.recipe.optics": "second"}) == ["model.recipe.optics: first → second"]
 
 
 boxes = st.tuples(*[st.integers(0, 9)] * 4).map(lambda c: [c[0], c[1], c[0] + c[2] + 1, c[1] + c[3] + 0.5])

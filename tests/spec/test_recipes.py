@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import PRECISIONS
 from runner.generation.sampling import make_sampler
+from runner.spec.hashed_fields import RECIPE_KEYS, introduced_defaults
 from runner.spec.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
 
 CPU = torch.device("cpu")
@@ -153,4 +154,5 @@ def test_the_fingerprint_holds_what_decides_frames_however_it_was_said():
     assert get_recipe("fp4-distill+steps4").effective() == get_recipe("fp4-distill").effective()
     for word in ("fp8", "unipc", "diffusers-grid", "shift3"):
         assert get_recipe(f"fp4-distill+{word}").effective() != get_recipe("fp4-distill").effective()
-    assert set(get_recipe("bf16").as_dict()) - set(get_recipe("bf16").effective()) == {"name", "steps"}
+    later = introduced_defaults(Recipe, RECIPE_KEYS)
+    assert set(get_recipe("bf16").as_dict()) - set(get_recipe("bf16").effective()) == {"name", "steps", *later}
