@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from runner.batch.ledger import Ledger
-from runner.batch.loop import Batch, Engine
+from runner.batch.loop import RETRY_DELAY_S, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import SilentProgress
 from runner.batch.queues import WorkList
@@ -265,6 +265,30 @@ def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(ben
         assert (len(asked), bench.result("a")["attempt"]) == (3 * run, 3 * run)
     monkeypatch.undo()
     assert bench.run(bench.job("a"), run_id="r3") == 0
+
+
+@pytest.mark.parametrize(("max_attempts", "tries"), [(0, 3), (2, 2), (3, 3), (9, 3)])
+def test_a_run_tries_a_job_three_times_at_most_and_waits_twice_as_long_each_time(
+    bench, monkeypatch, max_attempts, tries
+):
+    """However many attempts a job may have in all its runs. Two seconds, then four."""
+    asked, waits, put_back = [], [], WorkList.put_back
+
+    def away(*_):
+        asked.append(1)
+        raise StorageUnavailable("the stub's store is away")
+
+    def at_once(self, item, delay_s=0.0, rank=0):
+        waits.append(delay_s)
+        return put_back(self, item, 0.0, rank)
+
+    monkeypatch.setattr(StubGenerator, "prepare", away)
+    monkeypatch.setattr(WorkList, "put_back", at_once)
+    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", RETRY_DELAY_S)
+    assert bench.run(bench.job("a"), max_attempts=max_attempts) == 3
+    assert len(asked) == tries
+    assert waits == [2.0, 4.0][: tries - 1]
+    assert [event["wait_s"] for event in bench.events if event["event"] == "job_retry"] == waits
 
 
 def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):

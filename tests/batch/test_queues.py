@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,76 @@ def test_put_waits_for_room():
     assert next(reader) == "a"
     assert passed.wait(5)
     thread.join()
+
+
+def waits(queue: ByteQueue, nbytes: int) -> bool:
+    """Whether an item of so many bytes has to wait; what does is let in by closing the queue to it."""
+    passed = threading.Event()
+
+    def put() -> None:
+        with suppress(Closed):
+            queue.put("another", nbytes)
+            passed.set()
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    thread.join(0.1)
+    waited = thread.is_alive()
+    queue.close()
+    thread.join()
+    assert waited is not passed.is_set()
+    return waited
+
+
+@pytest.mark.parametrize(
+    ("held", "nbytes", "must_wait"),
+    [
+        ([60], 40, False),
+        ([60], 41, True),
+        ([30, 30], 40, False),
+        ([30, 30], 41, True),
+        ([], 101, False),
+        ([200], 0, True),
+    ],
+)
+def test_a_hundred_bytes_are_let_in_and_not_one_more(held, nbytes, must_wait):
+    """But for one item alone, however large."""
+    queue: ByteQueue[str] = ByteQueue(100)
+    for size in held:
+        queue.put("held", size)
+    assert waits(queue, nbytes) == must_wait
+
+
+@pytest.mark.parametrize(("held", "must_wait"), [(1, False), (2, True)])
+def test_two_items_are_let_in_and_not_one_more(held, must_wait):
+    queue: ByteQueue[str] = ByteQueue(100, max_items=2)
+    for _ in range(held):
+        queue.put("held", 1)
+    assert waits(queue, 1) == must_wait
+
+
+def test_an_items_bytes_are_free_when_the_next_is_asked_for():
+    """Not while it is in use, and neither more nor less than its own."""
+    queue: ByteQueue[str] = ByteQueue(100)
+    for size in (70, 30):
+        queue.put("held", size)
+    reader = iter(queue)
+    next(reader)
+    passed = [threading.Event(), threading.Event()]
+    threads = [
+        threading.Thread(target=lambda: (queue.put("70", 70), passed[0].set())),
+        threading.Thread(target=lambda: (queue.put("1", 1), passed[1].set())),
+    ]
+    threads[0].start()
+    assert not passed[0].wait(0.1)  # the first item is still in use
+    next(reader)
+    assert passed[0].wait(5)
+    threads[1].start()
+    assert not passed[1].wait(0.1)  # 30 in use and 70 waiting
+    next(reader)
+    assert passed[1].wait(5)
+    for thread in threads:
+        thread.join()
 
 
 def test_close_wakes_a_waiting_put():

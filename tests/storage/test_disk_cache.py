@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from runner.errors import NoPerson
-from runner.storage.disk_cache import DiskCache, key, remembered
+from runner.storage.disk_cache import MAX_BYTES, DiskCache, key, remembered
 from runner.timing import StageTimer
 from tests.storage.cache_worker import LIMIT, make_once, points, same, work
 
@@ -120,6 +120,44 @@ def test_more_than_the_cache_holds_is_not_kept_and_evicts_nothing(cache):
     assert cache.get(key({"clip": 1})) is not None
     nothing = DiskCache(cache.root, 0)
     assert not nothing.put(key({"clip": 3}), points(1))
+
+
+def test_a_cache_holds_exactly_its_bytes(tmp_path):
+    """Three entries where they fit to the byte; with one byte less the oldest goes, and one that large is refused."""
+    clock, keys = ticking(), [key({"clip": i}) for i in range(3)]
+    large = DiskCache(tmp_path / "large")
+    for name in keys:
+        assert large.put(name, points(3))
+    size = large.bytes() // 3
+    assert sorted(path.stat().st_size for path in large.root.glob("*.safetensors")) == [size] * 3
+    for limit, kept in ((3 * size, [True] * 3), (3 * size - 1, [False, True, True]), (size, [False, False, True])):
+        cache = DiskCache(tmp_path / str(limit), limit, clock_ns=lambda: next(clock))
+        assert all(cache.put(name, points(3)) for name in keys)
+        assert [cache.get(name) is not None for name in keys] == kept
+        assert cache.bytes() == size * sum(kept) <= limit
+    assert not DiskCache(tmp_path / "small", size - 1).put(keys[0], points(3))
+    assert not DiskCache(tmp_path / "none", 0).put(keys[0], {})
+    with pytest.raises(ValueError, match="-1"):
+        DiskCache(tmp_path / "negative", -1)
+
+
+def test_a_cache_is_four_gibibytes_unless_said_otherwise(tmp_path):
+    assert DiskCache(tmp_path).max_bytes == MAX_BYTES == 4 * 1024**3
+
+
+def test_room_is_made_by_the_least_recently_used_alone(tmp_path):
+    """One entry of three entries' size: the three oldest of four go, and no more; of the same size, one."""
+    clock, keys = ticking(), [key({"clip": i}) for i in range(5)]
+    probe = DiskCache(tmp_path / "probe")
+    probe.put(keys[0], points(100))
+    probe.put(keys[4], points(300))
+    small, large = (len((probe.root / f"{keys[i]}.safetensors").read_bytes()) for i in (0, 4))
+    cache = DiskCache(tmp_path / "cache", 4 * small, clock_ns=lambda: next(clock))
+    for name in keys[:4]:
+        cache.put(name, points(100))
+    assert 2 * small < large <= 3 * small
+    cache.put(keys[4], points(300))
+    assert [cache.get(name) is not None for name in keys] == [False, False, False, True, True]
 
 
 def test_leftovers_of_a_killed_writer_go(cache):

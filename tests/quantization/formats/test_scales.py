@@ -310,7 +310,7 @@ def output_errors(weight: Tensor, tensors: dict[str, Tensor], fmt: Format, impor
 
 
 def test_a_group_is_chosen_by_its_own_channels_however_quiet_they_are():
-    """The mean channel is 1 / 4096 of the loudest; one of a thousandth of the mean decides in a silent group."""
+    """The mean is 1 / 4096 of the loudest; a channel of a thousandth of that decides in its silent group."""
     weight, importance = gaussian(64, 4096, seed=5), torch.zeros(4096)
     importance[0], importance[70] = 1.0, 1e-3 / 4096
     error = {
