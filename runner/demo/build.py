@@ -36,7 +36,6 @@ __all__ = [
     "PORTRAITS",
     "POSE_FILE",
     "TRAINED",
-    "build_demo",
     "build_demo_media",
     "build_demo_models",
     "build_tiny_fp4",
@@ -110,12 +109,6 @@ DANCER_PORTRAITS = (
     Portrait("otto", "otto", "", 480, 720, "jacks", 0.28),
     Portrait("juno", "juno", "", 480, 720, "step", 1.7),
 )
-
-
-def build_demo(models: Path, media: Path) -> None:
-    """Both of the below."""
-    build_demo_models(models)
-    build_demo_media(media)
 
 
 def build_demo_models(root: Path, weights: Literal["trained", "random"] = "trained") -> None:

@@ -33,7 +33,6 @@ MAX_VALUES = 2_000_000  # with every alias written out; a hundred thousand jobs 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, where the wheel has it
 _TAG = "tag:yaml.org,2002:"
-_MERGE = _TAG + "merge"
 _STR, _INT, _FLOAT, _BOOL, _NULL = (_TAG + name for name in ("str", "int", "float", "bool", "null"))
 _SCALAR_TAGS = {_STR, _INT, _FLOAT, _BOOL, _NULL}
 # A number to YAML 1.2 (its core schema, §10.3.2). PyYAML follows YAML 1.1, to which 1_000 and 1:30 are numbers too, and

@@ -104,10 +104,6 @@ class MemoryForecast:
     def peak(self) -> int:
         return max(self.stages.values())
 
-    @property
-    def peak_stage(self) -> str:
-        return max(self.stages, key=lambda name: self.stages[name])
-
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
         return {"peak": self.peak, "stages": dict(self.stages), "parts": dict(self.parts)}

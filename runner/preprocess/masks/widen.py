@@ -13,10 +13,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["ITERATIONS", "KERNEL", "PARITY_GRID", "augment", "blacken", "dilate", "fill_grid"]
+__all__ = ["ITERATIONS", "KERNEL", "augment", "blacken", "dilate", "fill_grid"]
 
 ITERATIONS, KERNEL = 3, 7  # the official defaults: 9 pixels to every side
-PARITY_GRID = (1, 1)  # the official default: one cell, the bounding rectangle
 
 
 def augment(

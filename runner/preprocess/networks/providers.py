@@ -26,9 +26,7 @@ __all__ = [
     "CUDA",
     "ENGINE_BATCH",
     "OUT_OF_MEMORY",
-    "PRECISIONS",
     "TENSORRT",
-    "TENSORRT_MODES",
     "Choice",
     "NetworkOptions",
     "Precision",
@@ -43,9 +41,7 @@ __all__ = [
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Precision = Literal["fp32", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 TensorrtMode = Literal["off", "auto", "on"]
-TENSORRT_MODES: tuple[TensorrtMode, ...] = ("off", "auto", "on")
 OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda_error_out_of_memory", "bad_alloc")
 ENGINE_BATCH = 8  # an engine is built for the shapes that it is shown; with one batch size only there is one
 

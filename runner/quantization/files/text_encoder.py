@@ -32,7 +32,6 @@ from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Wo
 __all__ = [
     "SavedTextEncoder",
     "load_text_encoder",
-    "memory_bytes",
     "plan_text_encoder",
     "quantize_text_encoder",
 ]
@@ -67,16 +66,6 @@ def plan_text_encoder(config: Mapping[str, Any], dtype: torch.dtype = torch.bflo
     model = _empty_model(config, where="config.json").to(dtype)
     _swap(model, {name: torch.bfloat16 for name, linear in _linears(model) if _fits(linear)})
     return model
-
-
-def memory_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes that a text encoder holds: `int4` (codes, scales, offsets), `embedding`, `other`. Works on meta too."""
-    count = {"int4": 0, "embedding": 0, "other": 0}
-    for name, parameter in model.named_parameters():  # tied parameters come once
-        int4 = name.rpartition(".")[2] in INT4
-        kind = "int4" if int4 else "embedding" if name in (EMBEDDING, EMBEDDING_ALIAS) else "other"
-        count[kind] += parameter.numel() * parameter.element_size()
-    return count
 
 
 def _empty_model(config: Mapping[str, Any], where: object) -> Any:

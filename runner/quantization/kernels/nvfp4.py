@@ -20,7 +20,7 @@ from torch import Tensor
 
 from runner.quantization.formats.e2m1 import LARGEST, NVFP4, dequantize
 
-__all__ = ["Blocks", "block_scaled", "dequantize_blocks", "from_blocked", "quantize_blocks", "reference", "to_blocked"]
+__all__ = ["Blocks", "block_scaled", "dequantize_blocks", "quantize_blocks", "reference", "to_blocked"]
 
 _GROUP: Final = NVFP4.group
 _E4M3: Final = 448.0
@@ -95,13 +95,6 @@ def to_blocked(scale: Tensor) -> Tensor:
     padded[:rows, :columns] = scale
     # row = tile * 128 + quarter * 32 + lane
     return padded.view(down, 4, 32, across, _TILE_COLUMNS).permute(0, 3, 2, 1, 4).flatten()
-
-
-def from_blocked(flat: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `to_blocked`: [rows, columns]."""
-    down, across = -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
-    tiles = flat.view(down, across, 32, 4, _TILE_COLUMNS).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(down * _TILE_ROWS, across * _TILE_COLUMNS)[:rows, :columns].contiguous()
 
 
 def reference(x: Blocks, w: Blocks, dtype: torch.dtype) -> Tensor:

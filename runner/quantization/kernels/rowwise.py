@@ -32,7 +32,6 @@ __all__ = [
     "Rows",
     "code_dtype",
     "comfy_kitchen",
-    "dequantize_rows",
     "hadamard",
     "int_mm",
     "quantize_rows",
@@ -75,11 +74,6 @@ def quantize_rows(x: Tensor, compute: str) -> Rows:
     # A float32 division may end a bit above the largest, which e4m3 would turn into NaN.
     values = (x.float() / scale).clamp(-precision.largest, precision.largest)
     return Rows((values if dtype.is_floating_point else values.round()).to(dtype), scale)
-
-
-def dequantize_rows(rows: Rows) -> Tensor:
-    """The values, float32 [M, K]."""
-    return rows.codes.float() * rows.scale
 
 
 @cache

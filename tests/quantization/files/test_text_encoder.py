@@ -17,12 +17,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.quantization.files import text_encoder
-from runner.quantization.files.text_encoder import load_text_encoder, memory_bytes, plan_text_encoder
+from runner.quantization.files.text_encoder import load_text_encoder, plan_text_encoder
 from runner.quantization.formats.awq import W4Linear, dequantize, quantize, tensors
 
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 SMALL = {"vocab_size": 96, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 LINEARS = 7 * 2
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # of one parameter
 QUERY = "encoder.block.1.layer.0.SelfAttention.q"
 # Of one device bits can be promised, and megabytes measured; a GPU has tests of its own.
 quantize_text_encoder = partial(text_encoder.quantize_text_encoder, device="cpu")
@@ -40,6 +41,16 @@ def build(folder: Path, shard_size: str = "5GB", **changes: object) -> Path:
             torch.nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def memory_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes that a text encoder holds: `int4` (codes, scales, offsets), `embedding`, `other`. Works on meta too."""
+    count = {"int4": 0, "embedding": 0, "other": 0}
+    for name, parameter in model.named_parameters():  # tied parameters come once
+        int4 = name.rpartition(".")[2] in text_encoder.INT4
+        kind = "int4" if int4 else "embedding" if name in EMBEDDING_NAMES else "other"
+        count[kind] += parameter.numel() * parameter.element_size()
+    return count
 
 
 def encode(model: torch.nn.Module) -> torch.Tensor:

@@ -19,8 +19,9 @@ from runner.quantization.kernels.low_bit import (
     relative_error,
 )
 from runner.quantization.kernels.nvfp4 import dequantize_blocks, quantize_blocks
-from runner.quantization.kernels.rowwise import dequantize_rows, quantize_rows, rotate_rows
+from runner.quantization.kernels.rowwise import quantize_rows, rotate_rows
 from runner.quantization.linear import FP4Linear
+from tests.quantization.kernels.test_rowwise import dequantize_rows
 
 ROWWISE = pytest.mark.parametrize("compute", ["fp8", "int8"])
 COMPUTES = [row.name for row in PRECISIONS.values() if row.layout != "exact"]

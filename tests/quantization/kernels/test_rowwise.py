@@ -22,7 +22,6 @@ from runner.quantization.kernels import rowwise as module
 from runner.quantization.kernels.low_bit import AGREEMENT, relative_error
 from runner.quantization.kernels.rowwise import (
     Rows,
-    dequantize_rows,
     hadamard,
     int_mm,
     quantize_rows,
@@ -36,6 +35,11 @@ ROOT = Path(__file__).resolve().parents[3]
 KINDS = [row.name for row in PRECISIONS.values() if row.layout == "rows"]
 BOTH = pytest.mark.parametrize("kind", KINDS)
 NUMBERS = st.floats(-1e6, 1e6, width=32)
+
+
+def dequantize_rows(rows: Rows) -> Tensor:
+    """The values, float32 [M, K]."""
+    return rows.codes.float() * rows.scale
 
 
 def gauss(*shape: int, seed: int = 0) -> Tensor:
