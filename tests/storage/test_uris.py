@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import runner
 from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, StorageDenied
 from runner.storage import (
     LocalStorage,
@@ -18,6 +20,8 @@ from runner.storage import (
     stat_input,
 )
 from tests.s3_servers import FaultyServer, S3Server
+
+RUNNER = Path(runner.__file__).resolve().parent
 
 
 @pytest.mark.parametrize(
@@ -131,3 +135,17 @@ def test_probe_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     with pytest.raises(StorageDenied, match=r"--user") as caught:
         probe_writable(LocalStorage(tmp_path / "out"))
     assert f"{tmp_path} belongs to uid {tmp_path.stat().st_uid}" in caught.value.message
+
+
+def test_no_other_module_means_s3() -> None:
+    """What depends on a scheme asks the registry or the storage itself."""
+    found = []
+    for path in RUNNER.rglob("*.py"):
+        if path.parent.name == "storage" and (path.name == "uris.py" or path.name.startswith("s3")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runner.storage.s3"):
+                found.append(f"{path.name}:{node.lineno} imports {node.module}")
+            if isinstance(node, ast.Constant) and str(node.value).lower() in ("s3", "s3:", "s3:/", "s3://"):
+                found.append(f"{path.name}:{node.lineno} {node.value!r}")
+    assert found == []
