@@ -17,9 +17,11 @@ from runner.storage import LocalStorage, Storage, fetch_input, is_remote, open_s
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
 from runner.storage.uris import BACKENDS
+from runner.verbs.doctor import run_checks
 from tests.faults.stub_runs import run_command
 from tests.storage.test_base import StorageContract
 from tests.stub_generator import StubGenerator
+from tests.verbs.test_doctor import Machine
 
 
 class StubStorage(LocalStorage):
@@ -119,6 +121,15 @@ def test_a_model_store_is_synced(stub: Path, tmp_path: Path, monkeypatch: pytest
     put(stub, "models/v1/Wan/config.json", b"[]")
     assert sync() == files
     assert fetched == ["Wan/config.json"]
+
+
+def test_doctor_asks_there(stub: Path, tmp_path: Path) -> None:
+    put(stub, "models/v1/Wan/config.json", b"{}")
+    checks = run_checks("stub://models/v1", "stub://results/night", tmp_path, "cpu", probes=Machine())
+    assert {c.name: c.status for c in checks if c.name in ("weights", "output")} == {"weights": "ok", "output": "ok"}
+    assert list((stub / "results/night").iterdir()) == []  # the probe object is gone
+    checks = run_checks("stub://models/v2", None, tmp_path, "cpu", probes=Machine())
+    assert {c.name: c.status for c in checks}["weights"] == "fail"
 
 
 def test_a_run_reads_and_writes_there(
