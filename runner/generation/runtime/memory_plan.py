@@ -36,7 +36,6 @@ from runner.forecast.flops import Costs
 from runner.spec.recipes import Recipe
 
 __all__ = [
-    "DEVICE_BYTES",
     "MODES",
     "Load",
     "MemoryForecast",
@@ -57,7 +56,6 @@ CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, works
 SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
 PREPROCESS_EXTRA = 500_000_000  # arena of ONNX Runtime beside its models' weights
 ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
-DEVICE_BYTES = 256 * 2**20  # what jobs share, at most (memos.py), in mode resident
 TILED_ABOVE = 480 * 832  # pixels; by size alone, never by what is free: frames depend on it
 
 
@@ -177,15 +175,12 @@ def forecast_memory(
         "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
         "activations": step_bytes(model, *size, kind=kind, element=element)
         + code_bytes(model, *size, compute=recipe.compute),
-        "memos": DEVICE_BYTES if cuda and plan.mode == "resident" else 0,
         "workspace": workspace_bytes(model, fp4=recipe.fp4, compute=recipe.compute, element=element),
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
         "autoencoder_encode": encode,
         "autoencoder_decode": decode,
     }
-    always = ("blocks", "other_weights", "autoencoder", "encoders", "memos", "workspace") + (
-        ("loras_beside",) * resident
-    )
+    always = ("blocks", "other_weights", "autoencoder", "encoders", "workspace") + (("loras_beside",) * resident)
     stages = {
         "encode_prompt": ("encoder_layer",),
         "encode_conditions": ("window", "autoencoder_encode"),

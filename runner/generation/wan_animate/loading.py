@@ -183,8 +183,6 @@ def plan_memory(models: ResolvedRecipe, device: torch.device, asked: str = "auto
 
 def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
-    from runner.generation.runtime.memory_plan import DEVICE_BYTES
-    from runner.generation.runtime.memos import HOST_BYTES
     from runner.generation.runtime.streaming import BlockStream
 
     pipeline.compute_device, pipeline.memory = device, plan
@@ -196,7 +194,6 @@ def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> 
         pipeline.transformer.to(device)
     pipeline.vae.to(device)
     pipeline.encoders.settle(device, plan.encoders)
-    pipeline.memos.resize(HOST_BYTES, DEVICE_BYTES if plan.mode == "resident" else 0)
     return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
 
 

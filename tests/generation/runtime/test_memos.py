@@ -1,8 +1,10 @@
-"""The memos: what was made comes back, within the budgets, wherever it lay. Values of 4 bytes an element."""
+"""The memos: what was made comes back, within the budget. Values of 4 bytes an element."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,25 +16,12 @@ from runner.timing import StageTimer
 
 
 class Shop:
-    """Memos whose `make` is counted. `device`: values count as the device's until they were moved to the host."""
+    """Memos whose `make` is counted."""
 
-    def __init__(self, host: int, device: int = 0, *, on_device: bool = False, share=None) -> None:
+    def __init__(self, most: int, share=None) -> None:
         self.made: list[str] = []
-        self.moves: list[str] = []
         self.timer = StageTimer()
-        self._lowered: set[int] = set()
-        self.memos = Memos(
-            host,
-            device,
-            share=share,
-            is_host=lambda value: not on_device,
-            to_host=lambda value: self.moved("down", value),
-            to_device=lambda value, _: self.moved("up", value),
-        )
-
-    def moved(self, way: str, value: torch.Tensor) -> torch.Tensor:
-        self.moves.append(way)
-        return value.clone()
+        self.memos = Memos(most, share=share)
 
     def get(self, key: str, name: str = "x", elements: int = 1) -> torch.Tensor:
         def make() -> torch.Tensor:
@@ -45,7 +34,7 @@ class Shop:
 
 
 def test_the_least_recently_used_goes_and_lookups_are_counted():
-    shop = Shop(host=8)
+    shop = Shop(8)
     for key in "abacab":
         shop.get(key)
     assert shop.made == list("abcb")
@@ -55,7 +44,7 @@ def test_the_least_recently_used_goes_and_lookups_are_counted():
 
 
 def test_one_budget_is_shared_by_all_memos():
-    shop = Shop(host=40)
+    shop = Shop(40)
     shop.get("p", "prompt", elements=2)
     shop.get("c", "clip", elements=3)
     shop.get("r", "reference", elements=6)  # 44 bytes: the prompt, unused for longest, makes room
@@ -67,7 +56,7 @@ def test_one_budget_is_shared_by_all_memos():
 
 
 def test_a_long_clip_pushes_out_no_prompt():
-    shop = Shop(host=40, share={"pose": 0.5})
+    shop = Shop(40, share={"pose": 0.5})
     shop.get("p", "prompt", elements=4)
     for key in "abcdefgh":
         shop.get(key, "pose", elements=2)
@@ -79,7 +68,7 @@ def test_a_long_clip_pushes_out_no_prompt():
 
 
 def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept():
-    shop = Shop(host=8)
+    shop = Shop(8)
     shop.get("s")
     shop.get("l", elements=3)
     shop.get("l", elements=3)
@@ -89,55 +78,60 @@ def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept():
 
 
 def test_nothing_is_kept_without_a_budget():
-    shop = Shop(host=0)
+    shop = Shop(0)
     shop.get("a")
     shop.get("a")
     assert shop.made == ["a", "a"]
 
 
-def test_the_device_keeps_what_it_may_and_the_host_the_rest():
-    shop = Shop(host=12, device=8, on_device=True)
-    for key in "abcd":
+def test_all_may_be_forgotten():
+    shop = Shop(100)
+    for key in "abcda":
         shop.get(key)
-    assert (shop.memos.device_bytes, shop.memos.host_bytes) == (8, 8)
-    assert shop.moves == ["down", "down"]
-    shop.get("a")  # on the host: comes back, and stays
-    assert shop.moves == ["down", "down", "up", "down"]
-    shop.get("a")
-    assert len(shop.moves) == 4
-    for key in "efg":
-        shop.get(key)
-    assert (shop.memos.device_bytes, shop.memos.host_bytes) == (8, 12)
-    assert shop.made == list("abcdefg")
-    shop.get("b")  # the first to leave the host
-    assert shop.made == list("abcdefgb")
-
-
-def test_without_a_budget_on_the_device_all_rests_on_the_host():
-    shop = Shop(host=100, device=0, on_device=True)
-    shop.get("a")
-    shop.get("a")
-    assert shop.moves == ["down", "up"]
-    assert shop.made == ["a"]
-    assert (shop.memos.device_bytes, shop.memos.host_bytes) == (0, 4)
-
-
-def test_budgets_may_change_and_all_may_be_forgotten():
-    shop = Shop(host=100, device=16, on_device=True)
-    for key in "abcd":
-        shop.get(key)
-    shop.memos.resize(8, 4)
-    assert (shop.memos.device_bytes, shop.memos.host_bytes) == (4, 8)
     shop.memos.clear()
-    assert (shop.memos.device_bytes, shop.memos.host_bytes) == (0, 0)
+    assert shop.memos.host_bytes == 0
+    assert vars(shop.memos.use["x"]) == {"hits": 1, "misses": 4, "entries": 0, "bytes": 0}
     shop.get("d")
     assert shop.made == list("abcdd")
     with pytest.raises(ValueError, match="negative"):
-        Memos(-1, 0)
+        Memos(-1)
+
+
+def test_a_value_above_its_memos_share_pushes_out_its_own_and_nothing_else():
+    shop = Shop(40, share={"pose": 0.5})
+    shop.get("p", "prompt", elements=4)
+    shop.get("a", "pose", elements=2)  # 24 bytes of 40
+    shop.get("b", "pose", elements=5)  # 20 more: its memo would hold 28 of its 20
+    assert {name: use.bytes for name, use in shop.memos.use.items()} == {"prompt": 16, "pose": 20}
+    shop.get("c", "pose", elements=8)  # not even alone beside the prompt
+    assert {name: use.bytes for name, use in shop.memos.use.items()} == {"prompt": 16, "pose": 0}
+    shop.get("p", "prompt", elements=4)
+    assert shop.made == list("pabc")
+
+
+def test_two_threads_may_ask_for_one_key_at_once():
+    memos, timer, both = Memos(100), StageTimer(), threading.Barrier(2)
+
+    def make() -> torch.Tensor:
+        both.wait(timeout=10)  # each has missed before either has made
+        return torch.ones(2)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: memos.get("x", "a", make, timer), range(2)))
+    assert all(torch.equal(value, torch.ones(2)) for value in found)
+    assert vars(memos.use["x"]) == {"hits": 0, "misses": 2, "entries": 1, "bytes": 8}
+    assert memos.host_bytes == 8
+
+
+def test_a_hit_on_the_host_is_the_value_itself():
+    memos, value = Memos(100), torch.randn(2, 3).T
+    memos.get("x", "a", lambda: value, StageTimer())
+    back = memos.get("x", "a", lambda: torch.zeros(()), StageTimer())
+    assert back.data_ptr() == value.data_ptr() and back.stride() == value.stride()
 
 
 def test_failures_are_not_remembered():
-    memos, timer = Memos(100, 0), StageTimer()
+    memos, timer = Memos(100), StageTimer()
     with pytest.raises(ZeroDivisionError):
         memos.get("x", "a", lambda: torch.tensor(1 // 0), timer)
     assert int(memos.get("x", "a", lambda: torch.tensor(5), timer)) == 5
@@ -146,42 +140,46 @@ def test_failures_are_not_remembered():
 @given(
     st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 6)), max_size=40),
     st.integers(0, 60),
-    st.integers(0, 40),
 )
-def test_budgets_hold_and_one_level_is_a_list_in_order_of_use(asked, host, device):
-    """Of two levels: never more than the budgets. Of one: a hit is exactly what a plain list says."""
-    shop = Shop(host, device, on_device=True)
+def test_the_budget_holds_and_hits_are_those_of_a_list_in_order_of_use(asked, most):
+    """Never more than the budget; a hit is exactly what a plain list says, to the byte."""
+    shop = Shop(most)
     sizes: dict[str, int] = {}
-    for key, size in asked:
-        shop.get(key, elements=sizes.setdefault(key, size))
-        assert shop.memos.device_bytes <= device
-        assert shop.memos.host_bytes <= host
-        held = {k: v for level in (shop.memos._device, shop.memos._host) for (_, k), v in level.held.items()}
-        assert sum(v.nbytes for v in held.values()) == shop.memos.device_bytes + shop.memos.host_bytes
-    single = Shop(host)
     plain: OrderedDict[str, int] = OrderedDict()
-    for key, _ in asked:
-        size, hit = 4 * sizes[key], key in plain
-        before = len(single.made)
-        single.get(key, elements=sizes[key])
-        assert (len(single.made) == before) is hit
-        if size > host:
-            continue
-        plain[key] = size
-        plain.move_to_end(key)
-        while sum(plain.values()) > host:
-            plain.popitem(last=False)
+    for key, elements in asked:
+        size, hit = 4 * sizes.setdefault(key, elements), key in plain
+        before = len(shop.made)
+        shop.get(key, elements=sizes[key])
+        assert (len(shop.made) == before) is hit
+        if size <= most:
+            plain[key] = size
+            plain.move_to_end(key)
+            while sum(plain.values()) > most:
+                plain.popitem(last=False)
+        assert shop.memos.host_bytes == shop.memos.use["x"].bytes == sum(plain.values()) <= most
+        assert shop.memos.use["x"].entries == len(plain)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["pose", "scene", "prompt"]), st.sampled_from("abcd"), st.integers(1, 6))),
+    st.integers(0, 60),
+)
+def test_the_budget_holds_with_shares(asked, most):
+    shop = Shop(most, share={"pose": 0.6, "scene": 0.2})
+    sizes: dict[tuple[str, str], int] = {}
+    for name, key, elements in asked:
+        shop.get(key, name, elements=sizes.setdefault((name, key), elements))
+        assert shop.memos.host_bytes == sum(use.bytes for use in shop.memos.use.values()) <= most
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_values_come_back_from_pinned_memory_as_they_were():
-    memos, timer = Memos(1 << 20, 0), StageTimer()
+def test_values_come_back_to_their_device_as_they_were():
+    memos, timer = Memos(1 << 20), StageTimer()
     made = torch.randn(3, 5, 7, device="cuda").to(torch.bfloat16).permute(2, 0, 1)
     memos.get("x", "a", lambda: made, timer)
-    (held,) = memos._host.held.values()
-    assert held.is_pinned()
+    assert memos.host_bytes == made.nbytes
     back = memos.get("x", "a", lambda: torch.zeros(()), timer)
-    assert back.device == made.device
+    assert back.device == made.device and back.data_ptr() != made.data_ptr()
     assert back.stride() == made.stride()
     assert torch.equal(back, made)

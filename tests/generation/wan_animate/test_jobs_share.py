@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from runner.generation.runtime.memos import Memos
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
@@ -135,7 +136,7 @@ def test_another_autoencoder_setting_is_another_latent(tiny_store_dir):
 def test_without_memory_every_job_stands_alone(tiny_store_dir):
     pipe = load(tiny_store_dir)
     shared = rendered(pipe, 1, 5, 0)
-    pipe.memos.resize(0, 0)
+    pipe.memos = Memos(0)
     timer = StageTimer()
     assert np.array_equal(rendered(pipe, 1, 5, 0, timer=timer), shared)
     assert pipe.memos.host_bytes == 0
