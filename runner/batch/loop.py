@@ -4,7 +4,8 @@
     main thread       prepared ─ generator.generate ─ a segment at a time ─►  frames
     delivery thread   frames ─ encode ─ publish ─ result.json last
 
-In:   jobs, an engine that loads the generator when first needed, the output storage. Out: records, and an exit code.
+In:   a source of jobs, an engine that loads the generator when first needed, the output storage.
+Out:  records, and an exit code.
 Never: skeletons, latents, weights. One bad job never stops the batch; an error that every later job would meet does.
 """
 
@@ -22,13 +23,14 @@ from typing import Any, Protocol
 from runner.batch.delivery import Delivery
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex, fetch_request
+from runner.batch.job_source import JobSource, Todo
 from runner.batch.ledger import Decision, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
-from runner.batch.queues import ByteQueue, Closed, WorkList
+from runner.batch.queues import ByteQueue, Closed
 from runner.batch.stop import PREPARING, Abandoned, Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
-from runner.batch.task import Ended, Piece, Spans, Task, Todo
+from runner.batch.task import Ended, Piece, Spans, Task
 from runner.errors import DeviceLost, InputError, OutOfMemory, RunnerError, as_runner_error
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
@@ -70,11 +72,11 @@ class Progress(Protocol):
 
 
 class Batch:
-    """One run over the jobs of one shard. `run` may be called once, from the main thread."""
+    """One run over the jobs of one source. `run` may be called once."""
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        source: JobSource,
         engine: Engine,
         storage: Storage,
         ledger: Ledger,
@@ -91,8 +93,7 @@ class Batch:
         self._engine, self._storage, self._ledger = engine, storage, ledger
         self._summary, self._events, self._progress = summary, events, progress
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
-        self._jobs, self._input_roots = jobs, input_roots
-        self._todo = WorkList(Todo(job) for job in jobs)
+        self._source, self._input_roots = source, input_roots
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
         self._marking = threading.Lock()
@@ -135,14 +136,14 @@ class Batch:
 
     def _prefetch_all(self) -> None:
         # With --force every job runs, so there is nothing to find out.
-        jobs = () if self._ledger.force else self._jobs
+        jobs = () if self._ledger.force else self._source.jobs
         survey = survey_jobs(jobs, self._storage, self._surveyor())
         try:
-            while (todo := self._todo.take()) is not None:
+            while (todo := self._source.take()) is not None:
                 done = next(survey, None) if todo.decision is None else None
                 if done is not None:
                     self._skip(todo.job, done)
-                    self._todo.settle()
+                    self._source.settle()
                 else:
                     self._prefetch(todo)
         finally:
@@ -157,15 +158,15 @@ class Batch:
                 return
             if task.decision.suspect and todo.decision is None:  # last, when the others are safe
                 self._close(task)
-                self._todo.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
+                self._source.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
                 return
             if task.decision.suspect:
-                self._todo.wait_taken(1)
+                self._source.wait_taken(1)
             self._prepare(task)
             self._prepared.put(task)
             self._marked = None
             if task.decision.suspect:
-                self._todo.wait_taken(0)
+                self._source.wait_taken(0)
         except Closed:
             self._give_back(task)
         except Exception as error:
@@ -387,7 +388,7 @@ class Batch:
             )
             again = self._ledger.another_try(job.id, task.decision, error.code)
             self._close(task)
-            if not self._todo.put_back(Todo(job, again, (*task.tried, error.code)), delay):
+            if not self._source.put_back(Todo(job, again, (*task.tried, error.code)), delay):
                 self._abandon(job.id)  # the run is ending, and nothing else would remove the mark
             return
         self._stop_for(error)
@@ -443,7 +444,7 @@ class Batch:
 
     def _settle(self, task: Task) -> None:
         self._close(task)
-        self._todo.settle()
+        self._source.settle()
 
     def _give_back(self, task: Task) -> None:
         if task.job.id in self._ledger.open_attempts:  # else the mark that stands is that of an earlier attempt
@@ -463,7 +464,7 @@ class Batch:
             self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
 
     def _start_no_more(self) -> None:
-        for todo in self._todo.close():
+        for todo in self._source.close():
             if todo.tried:  # it waited for another try, and its mark with it
                 self._abandon(todo.job.id)
 

@@ -47,7 +47,7 @@ class SummaryWriter:
         self.run_id = run_id
         self._storage, self._events, self._clock = storage, events, clock
         self._shard, self._why, self._manifest, self._recipe = shard, shard_reason, manifest, recipe
-        self._job_ids = list(job_ids)
+        self._job_ids = dict.fromkeys(job_ids)  # in the manifest's order
         self._lines: dict[str, JobLine] = {}
         self._metrics = RunMetrics()
         self._trend = MemoryTrend()
@@ -82,6 +82,7 @@ class SummaryWriter:
         with self._lock:
             if rss_bytes is not None:
                 self._trend.add(rss_bytes)
+            self._job_ids.setdefault(line.id)  # a source may bring jobs that it did not know at the start
             self._lines[line.id] = line
             self._metrics.observe(line, record)
             if self._is_due():

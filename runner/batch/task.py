@@ -20,19 +20,10 @@ from runner.records.record import Efficiency, InputRecord, MemoryRecord, ResultR
 from runner.spec.manifest import Job
 from runner.timing import StageTimer, now
 
-__all__ = ["Ended", "Piece", "Spans", "Task", "Todo"]
+__all__ = ["Ended", "Piece", "Spans", "Task"]
 
 # What the forecast's operations are spent in; waiting for conditions or for the encoder is none of it.
 GENERATION_STAGES = ("encode_prompt", "encode_image", "encode_reference", "encode_conditions", "denoise", "vae_decode")
-
-
-@dataclass
-class Todo:
-    """A job that waits."""
-
-    job: Job
-    decision: Decision | None = None  # taken before: another try in this run, or one put off
-    tried: tuple[str, ...] = ()  # error codes of its attempts in this run
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from runner.batch.job_source import ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine, Progress
 from runner.batch.memory_sampler import MemorySampler
@@ -104,7 +105,7 @@ def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
         )
         stop = Stop(settings.drain_s)
         batch = Batch(
-            jobs,
+            ShardJobs(jobs),
             engine,
             storage,
             Ledger(

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
-from runner.batch.hashes import FileHashes
 
 from runner.batch.fingerprint import differences, fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex
 from runner.errors import InputNotFound
 from runner.records.record import InputRecord
-from runner.spec.hashed_fields import Introduced
+from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions, MaskOptions, PreprocessOptions
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
+from runner.storage.file_hashes import FileHashes
 
 IDENTITY = {"transformer": "sha256:" + "0" * 64}
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import RETRY_DELAY_S, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -58,7 +59,7 @@ class Bench:
     def job(self, name: str, prompt: str = "ok", **options) -> Job:
         return Job(name, str(self.reference), str(self.video), None, prompt, JobOptions(**options), None)
 
-    def run(self, *jobs: Job, run_id: str = "r1", storage=None, **ledger) -> int:
+    def run(self, *jobs: Job, run_id: str = "r1", storage=None, source: JobSource | None = None, **ledger) -> int:
         storage = storage or self.out
 
         def load() -> StubGenerator:
@@ -78,7 +79,7 @@ class Bench:
             events=events,
         )
         batch = Batch(
-            jobs,
+            source or ShardJobs(jobs),
             Engine("stub", self.generator.identity, load, own=self.own),
             storage,
             Ledger(storage, **ledger),

@@ -15,6 +15,7 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 
 from runner.batch.delivery import Delivery
+from runner.batch.job_source import ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import FRAME_BUFFER_ITEMS, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -414,7 +415,7 @@ def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
     faulty_s3.requests.clear()
     ledger = Ledger(storage)
     surveyor = Batch(
-        jobs,
+        ShardJobs(jobs),
         Engine("stub", bench.generator.identity, StubGenerator),
         storage,
         ledger,

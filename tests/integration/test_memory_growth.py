@@ -21,6 +21,7 @@ LIMIT = 300 * 2**20
 SCRIPT = textwrap.dedent("""
     import resource, sys
     from pathlib import Path
+    from runner.batch.job_source import ShardJobs
     from runner.batch.loop import Batch, Engine
     from runner.records.events import EventLog
     from runner.generation.protocol import Segment
@@ -63,7 +64,8 @@ SCRIPT = textwrap.dedent("""
     jobs = load_manifest(str(manifest)).jobs
     out = open_storage(folder / "out")
     summary = SummaryWriter(out, run_id="r", shard="s", shard_reason="", manifest="", recipe="", job_ids=["long"])
-    code = Batch(jobs, Engine("none", {}, Skeletons), out, Ledger(out), summary, EventLog(quiet=True), stop=Stop(),
+    engine, events = Engine("none", {}, Skeletons), EventLog(quiet=True)
+    code = Batch(ShardJobs(jobs), engine, out, Ledger(out), summary, events, stop=Stop(),
                  scratch=folder / "scratch", progress=SilentProgress(), sampler=MemorySampler()).run()
     print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """)

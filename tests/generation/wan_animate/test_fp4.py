@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from runner.batch.job_source import ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
@@ -372,7 +373,7 @@ def run(folder: Path, models: Path, jobs: Mapping[str, dict[str, Any]]) -> dict[
     identity = ResolvedRecipe(store, DISTILLED).digests
     engine = Engine(DISTILLED.name, identity, lambda: load(models), own=lambda job: lora_parts(store, job.options))
     batch = Batch(
-        listed,
+        ShardJobs(listed),
         engine,
         storage,
         Ledger(storage),
