@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runner.errors import InputUnreadable, StorageUnavailable
-from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
+from runner.generation.protocol import ClipInfo, OnStep, Request, Segment, SegmentPlan
 from runner.spec.options import JobOptions
 from runner.timing import StageTimer
 
@@ -27,11 +27,7 @@ WIDTH, HEIGHT = 64, 48
 @dataclass
 class StubConditions:
     request: Request
-    frames: int
-    fps: Fraction = Fraction(8)
-    width: int = WIDTH
-    height: int = HEIGHT
-    start_s: float = 0.0
+    clip: ClipInfo
     report: Mapping[str, Any] = field(default_factory=lambda: {"frames_without_person": 0})
     closed: bool = False
 
@@ -63,7 +59,7 @@ class StubGenerator:
             time.sleep(self.prepare_s)
         if request.prompt == "fail-prepare":
             raise InputUnreadable("not a video", where=request.video, todo="Send a video")
-        conditions = StubConditions(request, self.frames)
+        conditions = StubConditions(request, ClipInfo(self.frames, Fraction(8), WIDTH, HEIGHT, 0.0))
         self.prepared.append(conditions)
         return conditions
 

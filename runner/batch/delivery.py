@@ -17,7 +17,7 @@ import numpy as np
 
 from runner.batch.ledger import combined_identity
 from runner.errors import InternalError
-from runner.generation.protocol import Conditions, Segment
+from runner.generation.protocol import ClipInfo, Segment
 from runner.hashing import sha256_file
 from runner.records.output_layout import OUTPUT, POSE, POSTER, PREVIEWS, frames_folder, job_key
 from runner.records.record import OutputRecord
@@ -71,19 +71,19 @@ class Delivery:
 
     @classmethod
     def of(
-        cls, conditions: Conditions, folder: Path, options: JobOptions, audio_from: Path | None, timer: StageTimer
+        cls, clip: ClipInfo, folder: Path, options: JobOptions, audio_from: Path | None, timer: StageTimer
     ) -> Delivery:
         """For what was prepared; `audio_from`: the driving video, where it has the sound."""
         audio = None
         if options.keep_audio and audio_from is not None:
-            audio = AudioSpan(audio_from, conditions.start_s, float(conditions.frames / conditions.fps))
+            audio = AudioSpan(audio_from, clip.start_s, float(clip.frames / clip.fps))
         return cls(
             folder,
             options,
-            width=conditions.width,
-            height=conditions.height,
-            fps=conditions.fps,
-            frames=conditions.frames,
+            width=clip.width,
+            height=clip.height,
+            fps=clip.fps,
+            frames=clip.frames,
             audio=audio,
             timer=timer,
         )

@@ -241,9 +241,9 @@ class Batch:
             task.notes.extend(notes)
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
-        task.plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job.options)
+        task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._spans.add(task.job.id, "prepare", begin)
-        self._events.emit("job_prepared", job=job.id, frames=conditions.frames, segments=task.plan.segments)
+        self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
 
     def _mark(self, task: Task) -> None:
         """Note that the job is being run; Closed if the run is ending, when nobody might take the mark away again."""
@@ -321,7 +321,9 @@ class Batch:
         task.generating = True
         try:
             # Now, as sound that cannot be read shall fail the job before it costs anything.
-            task.delivery = Delivery.of(task.conditions, task.folder, task.job.options, task.audio_from, task.timer)
+            task.delivery = Delivery.of(
+                task.conditions.clip, task.folder, task.job.options, task.audio_from, task.timer
+            )
             segments = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
             for segment in segments:
                 nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)

@@ -16,7 +16,7 @@ import numpy as np
 from runner.spec.options import JobOptions
 from runner.timing import DeviceProbe, StageTimer
 
-__all__ = ["Conditions", "Generator", "Request", "Segment", "SegmentPlan"]
+__all__ = ["ClipInfo", "Conditions", "Generator", "Request", "Segment", "SegmentPlan"]
 
 OnStep = Callable[[int, int], None]  # model evaluations of the job: (done, in all); may raise to abandon the job
 
@@ -72,21 +72,26 @@ class Segment:
     pose: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB: what drove these frames, for the preview
 
 
+@dataclass(frozen=True)
+class ClipInfo:
+    """The clip that will be rendered."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+    start_s: float  # where it begins in the driving video, for the sound
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
 class Conditions(Protocol):
     """What `prepare` made of a job's inputs. Opaque to the loop but for these; holds no long clip in pixels."""
 
     @property
-    def frames(self) -> int: ...
-    @property
-    def fps(self) -> Fraction: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def start_s(self) -> float:
-        """Where the rendered span begins in the driving video, for the sound."""
-        ...
+    def clip(self) -> ClipInfo: ...
 
     @property
     def report(self) -> Mapping[str, Any]:

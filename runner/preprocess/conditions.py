@@ -42,7 +42,7 @@ class Window:
 
 @dataclass(eq=False)
 class PoseConditions:
-    """One job's conditions; fulfils `generation.protocol.Conditions`."""
+    """One job's conditions: the clip's size and span, and what its windows are made from."""
 
     frames: int
     fps: Fraction

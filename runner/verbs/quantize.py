@@ -159,8 +159,7 @@ def _calibrate(settings: QuantizeSettings, jobs: str | Manifest, root: Path, lor
                 timer = StageTimer()
                 conditions = generator.prepare(request, timer)
                 try:
-                    size = (conditions.width, conditions.height)
-                    plan = generator.plan(conditions.frames, size, job.options)
+                    plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
                     for _ in generator.generate(conditions, plan, timer):
                         pass
                 finally:

@@ -560,7 +560,7 @@ class Read(StubConditions):
 class Reader(StubGenerator):
     def prepare(self, request, timer):
         made = super().prepare(request, timer)
-        self.prepared[-1] = Read(made.request, made.frames)
+        self.prepared[-1] = Read(made.request, made.clip)
         return self.prepared[-1]
 
     def generate(self, conditions, plan, timer, on_step=None):

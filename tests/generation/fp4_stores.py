@@ -106,7 +106,7 @@ def rendered(generator: Any, **options: Any) -> np.ndarray:
     """uint8 [5, 64, 48, 3] of one job."""
     job = JobOptions(**{"steps": 3, "max_segment_frames": 5, **options})
     conditions = generator.prepare(Request(Path("anna.png"), Path("dance.mp4"), "a dance", job), StageTimer())
-    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job)
+    plan = generator.plan(conditions.clip.frames, conditions.clip.size, job)
     return np.concatenate([s.frames for s in generator.generate(conditions, plan, StageTimer())])
 
 

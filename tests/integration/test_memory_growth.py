@@ -24,7 +24,8 @@ SCRIPT = textwrap.dedent("""
     from runner.batch.job_source import ShardJobs
     from runner.batch.loop import Batch, Engine
     from runner.records.events import EventLog
-    from runner.generation.protocol import Segment
+    from runner.generation.protocol import ClipInfo, Segment
+    from runner.generation.wan_animate.generator import AnimateConditions
     from runner.generation.segments import plan_job
     from runner.spec.recipes import get_recipe
     from runner.weights.store import ModelStore
@@ -50,12 +51,14 @@ SCRIPT = textwrap.dedent("""
             return plan_job(frames, size, options, recipe)
 
         def prepare(self, request, timer):
-            return self.preprocessor.prepare(request.reference, request.video, request.options, timer=timer)
+            source = self.preprocessor.prepare(request.reference, request.video, request.options, timer=timer)
+            clip = ClipInfo(source.frames, source.fps, source.width, source.height, source.start_s)
+            return AnimateConditions(source, clip, request.prompt, request.options)
 
         def generate(self, conditions, plan, timer, on_step=None):
             step = plan.segment_frames - plan.overlap_frames
-            for index, start in enumerate(range(0, conditions.frames, step)):
-                window = conditions.window(start, min(start + step, conditions.frames))
+            for index, start in enumerate(range(0, plan.frames, step)):
+                window = conditions.window(start, min(start + step, plan.frames))
                 yield Segment(index, window.pose, window.pose)
 
         def close(self):

@@ -10,7 +10,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from runner.errors import RunnerError, WeightsCorrupt
 from runner.forecast.flops import Costs
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
-from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
+from runner.generation.protocol import ClipInfo, OnStep, Request, Segment, SegmentPlan
 from runner.generation.runtime.device import (
     as_out_of_memory,
     device_name,
@@ -49,29 +48,10 @@ class AnimateConditions:
     """One prepared job: skeletons, faces and scene by the window, and what was asked of them."""
 
     source: Any  # preprocess.conditions.PoseConditions
+    clip: ClipInfo
     prompt: str
     options: JobOptions
     ahead: DrawnAhead | None = None  # the same windows, drawn before they are asked for
-
-    @property
-    def frames(self) -> int:
-        return self.source.frames
-
-    @property
-    def fps(self) -> Fraction:
-        return self.source.fps
-
-    @property
-    def width(self) -> int:
-        return self.source.width
-
-    @property
-    def height(self) -> int:
-        return self.source.height
-
-    @property
-    def start_s(self) -> float:
-        return self.source.start_s
 
     @property
     def report(self) -> Mapping[str, Any]:
@@ -231,8 +211,9 @@ class WanAnimateGenerator:
         from runner.generation.wan_animate.windows import DrawnAhead, spans_of
 
         source = self._source(request, timer)
-        plan = self.plan(source.frames, (source.width, source.height), request.options)
-        return AnimateConditions(source, request.prompt, request.options, DrawnAhead(source, spans_of(plan)))
+        clip = ClipInfo(source.frames, source.fps, source.width, source.height, source.start_s)
+        plan = self.plan(clip.frames, clip.size, request.options)
+        return AnimateConditions(source, clip, request.prompt, request.options, DrawnAhead(source, spans_of(plan)))
 
     def _source(self, request: Request, timer: StageTimer) -> Any:
         """What drives the model, by the window: from the official script's files, or of the video's own people."""

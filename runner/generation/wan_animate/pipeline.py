@@ -165,7 +165,7 @@ class AnimatePipeline(WanAnimatePipeline):
             previous = None
             for index in range(plan.segments):
                 start = index * (plan.segment_frames - plan.overlap_frames)
-                drawn = padded_window(source, start, start + plan.segment_frames, options.mode)
+                drawn = padded_window(source, plan.frames, start, start + plan.segment_frames, options.mode)
                 with timer.stage("encode_conditions", on_device=True):
                     window = self._encode(job, index, drawn, previous, generator)
                 self._warm(job, window)

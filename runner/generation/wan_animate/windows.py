@@ -68,15 +68,11 @@ class ConditionSource(Protocol):
     """A job's conditions, fetched a window at a time."""
 
     @property
-    def frames(self) -> int:
-        """How many there are."""
-
-    @property
     def reference(self) -> Image.Image:
         """The character, RGB."""
 
     def window(self, start: int, stop: int) -> ConditionWindow:
-        """Frames start..stop-1, within what there is."""
+        """Frames start..stop-1 of the plan's."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +85,19 @@ class PaddedWindow:
     mask: np.ndarray | None
 
 
-def padded_window(source: ConditionSource, start: int, stop: int, mode: str) -> PaddedWindow:
-    """Frames start..stop-1, reflected beyond the source's end. One fetch, never longer than the window itself."""
-    indices = reflect_indices(start, stop, source.frames)
-    low, high = span_of(start, stop, source.frames)
+def padded_window(source: ConditionSource, frames: int, start: int, stop: int, mode: str) -> PaddedWindow:
+    """Frames start..stop-1, reflected beyond the end of the source's `frames`. One fetch, never longer than the window
+    itself."""
+    indices = reflect_indices(start, stop, frames)
+    low, high = span_of(start, stop, frames)
     window = source.window(low, high)
 
     def take(name: str) -> np.ndarray:
-        frames = getattr(window, name)
-        if frames is None or len(frames) != high - low:
-            came = "none" if frames is None else str(len(frames))
+        found = getattr(window, name)
+        if found is None or len(found) != high - low:
+            came = "none" if found is None else str(len(found))
             raise ValueError(f"{name}: {high - low} frames were asked for, {came} came")
-        return frames[indices - low]
+        return found[indices - low]
 
     replace = mode == "replace"
     return PaddedWindow(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.errors import ConfigInvalid, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.generation.families import EngineSettings
-from runner.generation.protocol import Request
+from runner.generation.protocol import ClipInfo, Request
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
@@ -73,13 +74,13 @@ def prepared(generator):
 
 
 def rendered(generator, conditions, on_step=None) -> np.ndarray:
-    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), OPTIONS)
+    plan = generator.plan(conditions.clip.frames, conditions.clip.size, OPTIONS)
     return np.concatenate([s.frames for s in generator.generate(conditions, plan, StageTimer(), on_step)])
 
 
 def test_a_request_becomes_frames(generator):
     conditions = prepared(generator)
-    assert (conditions.frames, conditions.width, conditions.height) == (9, 48, 64)
+    assert conditions.clip == ClipInfo(9, Fraction(16), 48, 64, 0.0)
     assert generator.preprocessor.asked == [(Path("anna.png"), Path("dance.mp4"), OPTIONS, None, 32)]
     frames = rendered(generator, conditions)
     assert frames.shape == (9, 64, 48, 3)
@@ -194,7 +195,7 @@ def test_latents_that_go_wrong_are_named_by_step_and_the_segments_before_stand(g
 
     monkeypatch.setattr("runner.generation.wan_animate.generator.make_sampler", poisoned)
     conditions = prepared(generator)
-    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), OPTIONS)
+    plan = generator.plan(conditions.clip.frames, conditions.clip.size, OPTIONS)
     segments = generator.generate(conditions, plan, StageTimer())
     assert len(next(segments).frames) == 5
     with pytest.raises(NotFinite, match=r"denoise: .* after step 2 of 2, segment 2 of 2"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from runner.errors import OutOfMemory
 from runner.generation.families import EngineSettings
-from runner.generation.wan_animate.generator import AnimateConditions, WanAnimateGenerator
+from runner.generation.protocol import Request
+from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
@@ -67,8 +70,8 @@ def test_what_was_chosen_is_described_and_forecast(source):
     blocks = [*generator.pipeline.transformer.blocks, *generator.pipeline.transformer.face_adapter]
     assert said["streamed_bytes"] >= sum(p.nbytes for block in blocks for p in block.parameters())
     job = JobOptions(steps=1, max_segment_frames=5)
-    conditions = generator.preprocessor.prepare()
-    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job)
+    source = generator.preprocessor.prepare()
+    plan = generator.plan(source.frames, (source.width, source.height), job)
     assert set(generator.forecast(plan, job)) == {"encode_prompt", "encode_conditions", "denoise", "vae_decode"}
 
 
@@ -125,7 +128,8 @@ def test_memory_that_runs_out_in_a_streamed_step_leaves_the_next_job_whole(sourc
 def test_the_forecast_goes_to_the_timer(source):
     generator = loaded(source, "fp32", "minimal")
     job, timer = JobOptions(steps=1, max_segment_frames=5), StageTimer()
-    conditions = generator.preprocessor.prepare()
-    plan = generator.plan(conditions.frames, (conditions.width, conditions.height), job)
-    list(generator.generate(AnimateConditions(conditions, "a dance", job), plan, timer))
+    request = Request(Path("anna.png"), Path("dance.mp4"), "a dance", job)
+    conditions = generator.prepare(request, timer)
+    plan = generator.plan(conditions.clip.frames, conditions.clip.size, job)
+    list(generator.generate(conditions, plan, timer))
     assert timer.forecast == dict(generator.forecast(plan, job))
