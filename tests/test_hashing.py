@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.hashing import sha256_file, sha256_stream
+from runner.hashing import combine, sha256_file, sha256_stream
 
 RUNNER = Path(__file__).resolve().parent.parent / "runner"
 
@@ -28,5 +28,12 @@ def test_sha256_stream_begins_at_its_position(tmp_path):
 
 
 def test_files_are_hashed_in_one_module():
-    users = {path.relative_to(RUNNER).as_posix() for path in RUNNER.rglob("*.py") if "file_digest" in path.read_text()}
+    users = {path.relative_to(RUNNER).as_posix() for path in RUNNER.rglob("*.py") if "file_digest(" in path.read_text()}
     assert users == {"hashing.py"}
+
+
+def test_combine_is_the_digest_of_a_sha256sum_listing():
+    assert combine({"a": "1" * 64}) == "1" * 64
+    both = {"b": "2" * 64, "a": "1" * 64}
+    assert combine(both) == hashlib.sha256(f"{'1' * 64}  a\n{'2' * 64}  b\n".encode()).hexdigest()
+    assert combine(both) != combine({"a": "2" * 64, "b": "1" * 64})

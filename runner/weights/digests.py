@@ -9,28 +9,19 @@ the sha256 of a large file), our memory of having hashed this very file (same pa
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from runner.errors import WeightsCorrupt, as_runner_error
 from runner.storage.file_hashes import FileHashes
 
-__all__ = ["MEMORY_FILE", "METADATA_KEY", "FileIdentities", "combine"]
+__all__ = ["MEMORY_FILE", "METADATA_KEY", "FileIdentities"]
 
 METADATA_KEY = "video_lab.sha256"
 MEMORY_FILE = "weight-identities.json"  # in the cache folder
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CLOCK_SLACK_S = 1  # the hub's record may be written within the same second as the file
-
-
-def combine(digests: Mapping[str, str]) -> str:
-    """One digest of several files, by name: that of a sha256sum listing, sorted. A single file keeps its own."""
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 class FileIdentities:

@@ -14,8 +14,8 @@ from typing import Any
 
 from runner.errors import WeightsMissing
 from runner.forecast.flops import Costs
+from runner.hashing import combine
 from runner.spec.recipes import Recipe
-from runner.weights.digests import combine
 from runner.weights.store import (
     COMPONENTS,
     CONFIGS,

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from runner.errors import StorageDenied, WeightsCorrupt
 from runner.storage import file_hashes
 from runner.storage.file_hashes import FileHashes
-from runner.weights.digests import METADATA_KEY, FileIdentities, combine
+from runner.weights.digests import METADATA_KEY, FileIdentities
 
 
 def sha(data: bytes) -> str:
@@ -172,10 +172,3 @@ def test_a_record_in_another_format_is_passed_over(file):
     hub_record(file.parent, file.name, "b" * 64)
     (file.parent / ".cache/huggingface/download/model.onnx.metadata").write_text("nonsense")
     assert one(file) == sha(b"weights")
-
-
-def test_combining():
-    assert combine({"a": "1" * 64}) == "1" * 64
-    both = {"b": "2" * 64, "a": "1" * 64}
-    assert combine(both) == sha(f"{'1' * 64}  a\n{'2' * 64}  b\n".encode())
-    assert combine(both) != combine({"a": "2" * 64, "b": "1" * 64})

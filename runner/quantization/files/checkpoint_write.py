@@ -27,6 +27,7 @@ from torch import Tensor
 
 import runner
 from runner.errors import ConfigInvalid, WeightsCorrupt
+from runner.hashing import combine
 from runner.quantization.files.bf16_source import Bf16Source, open_source
 from runner.quantization.files.file_header import PLACEHOLDER
 from runner.quantization.files.quantized_header import (
@@ -344,10 +345,7 @@ class _Digests:
         for shard in self._shards:
             self.begin(shard)
             digests[shard.name] = self._running[shard].result()
-        if len(digests) == 1:
-            return next(iter(digests.values()))
-        listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return combine(digests)
 
     def _hash(self, shard: Path) -> str:
         sha = hashlib.sha256()

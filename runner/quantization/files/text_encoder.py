@@ -11,7 +11,6 @@ parameters, is published in fp32 (4.20 GB) beside 2.46 GB of INT4; here it is he
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
-from runner.hashing import sha256_file
+from runner.hashing import combine, sha256_file
 from runner.quantization.files.file_header import SafetensorsHeader, TensorInfo, read_header
 from runner.quantization.files.safetensors_stream import SHARD_NAME, StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
@@ -182,11 +181,7 @@ class TensorFiles:
 
     def sha256(self) -> str:
         """Of the one file; of several, that of their sha256sum listing by name."""
-        paths = sorted(header.path for header in self.headers)
-        listing = [(sha256_file(path), path.name) for path in paths]
-        if len(listing) == 1:
-            return listing[0][0]
-        return hashlib.sha256("".join(f"{digest}  {name}\n" for digest, name in listing).encode()).hexdigest()
+        return combine({header.path.name: sha256_file(header.path) for header in self.headers})
 
 
 def _source_files(folder: Path) -> list[Path]:
