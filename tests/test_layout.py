@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("verbs",),
     ("batch", "demo"),
-    ("generation.wan_animate",),
+    ("finishing", "generation.wan_animate"),
     ("generation", "generation.runtime"),
     ("preprocess",),
     ("preprocess.masks",),

@@ -53,11 +53,13 @@ class Delivery:
         height: int,
         fps: Fraction,
         frames: int,
+        pose_fps: Fraction,
         audio: AudioSpan | None,
         timer: StageTimer,
     ) -> None:
         self._folder, self._options, self._timer = folder, options, timer
         self._width, self._height, self._fps, self._expected = width, height, fps, frames
+        self._pose_fps = pose_fps
         self._hash = FrameHash()
         self._count = 0
         self._poster: np.ndarray | None = None
@@ -71,19 +73,26 @@ class Delivery:
 
     @classmethod
     def of(
-        cls, clip: ClipInfo, folder: Path, options: JobOptions, audio_from: Path | None, timer: StageTimer
+        cls,
+        clip: ClipInfo,
+        finished: ClipInfo,
+        folder: Path,
+        options: JobOptions,
+        audio_from: Path | None,
+        timer: StageTimer,
     ) -> Delivery:
-        """For what was prepared; `audio_from`: the driving video, where it has the sound."""
+        """For what was prepared, and what stages make of it; `audio_from`: the driving video, where it has sound."""
         audio = None
         if options.keep_audio and audio_from is not None:
             audio = AudioSpan(audio_from, clip.start_s, float(clip.frames / clip.fps))
         return cls(
             folder,
             options,
-            width=clip.width,
-            height=clip.height,
-            fps=clip.fps,
-            frames=clip.frames,
+            width=finished.width,
+            height=finished.height,
+            fps=finished.fps,
+            frames=finished.frames,
+            pose_fps=clip.fps,
             audio=audio,
             timer=timer,
         )
@@ -102,10 +111,9 @@ class Delivery:
             self._count += len(frames)
             if segment.pose is not None:
                 if self._pose is None:
-                    path = self._folder / POSE
-                    self._pose = Mp4Writer(
-                        path, width=segment.pose.shape[2], height=segment.pose.shape[1], fps=self._fps, crf=PREVIEW_CRF
-                    )
+                    height, width = segment.pose.shape[1:3]
+                    path, fps = self._folder / POSE, self._pose_fps
+                    self._pose = Mp4Writer(path, width=width, height=height, fps=fps, crf=PREVIEW_CRF)
                 self._pose.write(segment.pose)
 
     def publish(self, storage: Storage, job_id: str, replacing: Callable[[str], None]) -> Published:

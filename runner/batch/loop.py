@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
 from runner.batch.task import Ended, Piece, Spans, Task
 from runner.errors import DeviceLost, InputError, OutOfMemory, RunnerError, as_runner_error
+from runner.finishing.stages import SegmentStage, finish_segments, finished_clip
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, InputRecord, JobLine, ResultRecord
@@ -57,6 +58,7 @@ class Engine:
     load: Callable[[], Generator[Any]]
     effective: Callable[[JobOptions], JobOptions] = lambda options: options  # with the recipe's defaults filled in
     own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
+    stages: Callable[[JobOptions], Sequence[SegmentStage]] = lambda options: ()  # of a job's frames, before the encoder
 
 
 class Progress(Protocol):
@@ -321,13 +323,16 @@ class Batch:
         task.generating = True
         try:
             # Now, as sound that cannot be read shall fail the job before it costs anything.
+            clip, options = task.conditions.clip, task.job.options
+            stages = self._engine.stages(options)
             task.delivery = Delivery.of(
-                task.conditions.clip, task.folder, task.job.options, task.audio_from, task.timer
+                clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
             )
-            segments = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
-            for segment in segments:
-                nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
-                self._frames.put(Piece(task, segment), nbytes)
+            generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
+            with closing(finish_segments(generated, stages, task.timer)) as segments:
+                for segment in segments:
+                    nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
+                    self._frames.put(Piece(task, segment), nbytes)
         finally:
             task.conditions.close()
             task.generating = False

@@ -29,6 +29,7 @@ from runner.batch.shards import Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import RunnerError, WeightsMissing, as_runner_error
+from runner.finishing.stages import StageSettings, open_stages
 from runner.records.events import EventLog, default_logging
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
 from runner.records.record import JobLine
@@ -190,13 +191,15 @@ def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
         pose_precision=settings.pose_precision,
         tensorrt=settings.tensorrt,
     )
-    model = family.resolve(local_models(settings, family.wanted(recipe)), recipe, engine)
+    models = local_models(settings, family.wanted(recipe))
+    model = family.resolve(models, recipe, engine)
     return Engine(
         recipe=recipe.name,
         identity={f"recipe.{name}": str(value) for name, value in recipe.effective().items()} | dict(model.identity),
         load=model.load,
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
         own=lambda job: model.job_identity(job.options, has_mask=bool(job.mask or job.official)),
+        stages=partial(open_stages, settings=StageSettings(models, settings.device)),
     )
 
 

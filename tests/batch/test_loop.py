@@ -28,6 +28,7 @@ from runner.batch.queues import WorkList
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
+from runner.finishing.stages import StageSettings, open_stages
 from runner.records.events import EventLog
 from runner.records.record import AttemptMark, schemas
 from runner.spec.field_marks import Introduced
@@ -66,6 +67,7 @@ class Bench:
             self.loads += 1
             return self.generator
 
+        stages = partial(open_stages, settings=StageSettings())
         base = f"runs/{run_id}/0-of-1"
         events = EventLog(partial(storage.append_lines, f"{base}.events.jsonl"), at_once=storage.appends, quiet=True)
         summary = SummaryWriter(
@@ -80,7 +82,7 @@ class Bench:
         )
         batch = Batch(
             source or ShardJobs(jobs),
-            Engine("stub", self.generator.identity, load, own=self.own),
+            Engine("stub", self.generator.identity, load, own=self.own, stages=stages),
             storage,
             Ledger(storage, **ledger),
             summary,
