@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from runner.batch.job_source import ShardJobs
+from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine, Progress
 from runner.batch.memory_sampler import MemorySampler
@@ -64,14 +64,18 @@ class RunOutcome:
 
 
 @default_logging()
-def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
+def run(settings: RunSettings, progress: Progress | None = None, *, source: JobSource | None = None) -> RunOutcome:
     """The verb `run`. What can be wrong for all jobs is found before the first starts, and raised.
+
+    `source`: where jobs come from instead of this shard of the manifest, e.g. a mailbox; the manifest's run keys hold.
 
     Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line; elsewhere no
     signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
     WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
     """
-    manifest, jobs, shard, why = choose_jobs(settings)
+    manifest, chosen, shard, why = choose_jobs(settings)
+    source = source or ShardJobs(chosen)
+    jobs = source.jobs
     run_id = settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
@@ -106,7 +110,7 @@ def run(settings: RunSettings, progress: Progress | None = None) -> RunOutcome:
         )
         stop = Stop(settings.drain_s)
         batch = Batch(
-            ShardJobs(jobs),
+            source,
             engine,
             storage,
             Ledger(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from runner.records.record import JobLine
 from runner.spec.manifest import parse_manifest
 from runner.verbs.run import build_engine, run
 from runner.verbs.settings import RunSettings
+from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,7 @@ import logging, sys
 import runner.verbs.run as verb
 from runner.batch.loop import Engine
 from runner.verbs.settings import RunSettings
+from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 import structlog
 
@@ -164,3 +167,16 @@ def test_a_run_in_another_program_prints_nothing_and_configures_nothing(demo_med
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
+
+
+def test_jobs_may_come_from_a_mailbox(stub_run):
+    """The manifest's run keys hold, and its jobs do not run."""
+    settings = stub_run("ok")
+    mailbox = Mailbox()
+    (job,) = settings.manifest.jobs
+    for name in ("sent-1", "sent-2"):
+        mailbox.send(replace(job, id=name))
+    mailbox.end()
+    outcome = run(settings, source=mailbox)
+    assert [(line.id, line.status) for line in outcome.lines] == [("sent-1", "succeeded"), ("sent-2", "succeeded")]
+    assert outcome.exit_code == 0 and outcome.counts["total"] == 2
