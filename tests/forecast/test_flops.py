@@ -194,9 +194,9 @@ def test_a_job_is_steps_windows_and_the_autoencoders_part():
     encode, decode = PRODUCTION.vae.encode_flop(*window), PRODUCTION.vae.decode_flop(*window)
     reference = PRODUCTION.vae.encode_flop(832, 480, 1)
     wanted = (3 * (7 * step + 2 * encode + decode) + reference) / 1e12
-    assert PRODUCTION.job_tflop(*window, segments=3, evaluations=7) == pytest.approx(wanted, rel=1e-12)
-    assert PRODUCTION.job_tflop(*window, 3, 7, guided=True) == pytest.approx(wanted + 21 * step / 1e12, rel=1e-12)
-    assert PRODUCTION.step_tflop(*window, guided=True) == pytest.approx(2 * step / 1e12, rel=1e-12)
+    assert PRODUCTION.job_tflop(*window, segments=3, evaluations=7) == pytest.approx(wanted, rel=1e-13)
+    assert PRODUCTION.job_tflop(*window, 3, 7, guided=True) == pytest.approx(wanted + 21 * step / 1e12, rel=1e-13)
+    assert PRODUCTION.step_tflop(*window, guided=True) == pytest.approx(2 * step / 1e12, rel=1e-13)
 
 
 def test_a_job_is_its_segments():

@@ -95,7 +95,7 @@ def test_a_step_by_hand():
             "dequantise": STEP_WEIGHTS * (4.5 / 8 + 2) / 1000e9,
             "shared work again": 0,
         },
-        rel=1e-9,
+        rel=1e-12,
     )
     found = on_odd(
         EngineBuild(compute="int8", attention_8bit=True, fused=False, stepwise=True, shared=False), guided=True
@@ -109,7 +109,7 @@ def test_a_step_by_hand():
             # Small convolutions: 15 % of the rate of large products, and in bf16 whatever the products are.
             "shared work again": 2 * SHARED / 100 / 0.15,
         },
-        rel=1e-9,
+        rel=1e-12,
     )
     assert found.fixed["shared once a window"] == 0
     assert on_odd(EngineBuild(fp4=False)).step["dequantise"] == 0
@@ -118,7 +118,7 @@ def test_a_step_by_hand():
 def test_attention_in_8_bits_where_there_is_none_is_the_other():
     lacking = replace(ODD, attention_8bit=None)
     found = forecast_seconds(PRODUCTION, lacking, EngineBuild(attention_8bit=True), **CLIP)
-    assert found.step["attention"] == pytest.approx(ATTENTION / 50, rel=1e-9)
+    assert found.step["attention"] == pytest.approx(ATTENTION / 50, rel=1e-12)
 
 
 @pytest.mark.parametrize(("vae", "share"), [("float32", 0.16), ("bfloat16", 0.27), ("bfloat16 compiled", 0.35)])
@@ -133,11 +133,11 @@ def test_the_rest_of_a_job_by_hand(vae, share):
             "decode": 3 * decode / 100 / share,
             "shared once a window": 2 * 3 * SHARED / 100 / 0.15,
         },
-        rel=1e-9,
+        rel=1e-12,
     )
     again = on_odd(EngineBuild(vae=vae, blank_again=True), segments=3)
-    assert again.fixed["encode"] == pytest.approx((6 * encode + reference) / 100 / share, rel=1e-9)
-    assert found.total_s == pytest.approx(18 * sum(found.step.values()) + sum(found.fixed.values()), rel=1e-9)
+    assert again.fixed["encode"] == pytest.approx((6 * encode + reference) / 100 / share, rel=1e-12)
+    assert found.total_s == pytest.approx(18 * sum(found.step.values()) + sum(found.fixed.values()), rel=1e-12)
 
 
 def test_the_autoencoders_share_is_that_of_published_decoding_times():
