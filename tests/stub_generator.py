@@ -99,5 +99,8 @@ class StubGenerator:
             frames = np.broadcast_to(shade, (count, HEIGHT, width, 3)).copy()
             yield Segment(index, frames, pose=frames[:, ::-1].copy())
 
+    def lower_memory(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed = True

@@ -305,10 +305,10 @@ class Batch:
 
     def _lower_memory(self) -> None:
         """One memory mode down, for the retry and all that follows."""
-        lower = getattr(self._generator, "lower_memory", None)
+        assert self._generator
         try:
-            if lower is not None:
-                self._events.emit("memory_lowered" if lower() else "memory_is_lowest", level="warning")
+            lowered = self._generator.lower_memory()
+            self._events.emit("memory_lowered" if lowered else "memory_is_lowest", level="warning")
         except Exception as error:  # the model is gone, and no later job would fare better
             self._break("engine_failed", error, "loading the model one memory mode lower")
 

@@ -106,11 +106,7 @@ C = TypeVar("C", bound=Conditions)
 
 
 class Generator(Protocol[C]):
-    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once.
-
-    A generator may also have `lower_memory() -> bool`: called after `generate` ran out of memory, in the same thread,
-    to hold less from now on; False where it cannot.
-    """
+    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once."""
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -140,6 +136,10 @@ class Generator(Protocol[C]):
     ) -> Iterator[Segment]:
         """Yield each segment as soon as it is decoded. The same conditions and plan give the same frames."""
         ...
+
+    def lower_memory(self) -> bool:
+        """Hold less from now on, after `generate` ran out of memory, in the same thread; False where it cannot."""
+        return False
 
     def close(self) -> None:
         """Release the model."""

@@ -126,7 +126,6 @@ def _calibrate(settings: QuantizeSettings, jobs: str | Manifest, root: Path, lor
     from runner.generation.protocol import Request
     from runner.generation.wan_animate.generator import WanAnimateGenerator
     from runner.quantization.activations import watching
-    from runner.quantization.lora.apply import attached
     from runner.storage import fetch_input
     from runner.weights.resolved import resolve_recipe
     from runner.weights.store import ModelStore
@@ -143,14 +142,9 @@ def _calibrate(settings: QuantizeSettings, jobs: str | Manifest, root: Path, lor
     models = resolve_recipe(ModelStore(root), recipe)
     generator = WanAnimateGenerator.load(models, EngineSettings(device=settings.device))
     log = structlog.get_logger()
-    assert generator.pipeline is not None
-    # Compiled, blocks would be traced with the hooks in them, a graph for each, and warmed up on noise that they count.
-    generator.pipeline.block_step = None
-    transformer = generator.pipeline.transformer
     begin = time.monotonic()
     try:
-        with attached(transformer, loras), watching(transformer) as moments:
-            generator.loras = None  # only what will be in the file
+        with generator.calibrating(loras) as transformer, watching(transformer) as moments:
             for job in manifest.jobs:
                 scratch = settings.cache / "calibrate" / job.id
                 reference, video = fetch_input(job.reference, scratch), fetch_input(job.video, scratch)

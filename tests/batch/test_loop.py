@@ -29,6 +29,7 @@ from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
 from runner.finishing.stages import StageSettings, open_stages
+from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.records.record import AttemptMark, schemas
 from runner.spec.field_marks import Introduced
@@ -302,6 +303,15 @@ def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
     assert bench.generator.tries == {"oom": 3}
     assert "--max-attempts 0" in bench.summary["jobs"][0]["reason"]
     assert not bench.summary["jobs"][0]["error"]["retryable"]
+
+
+def test_a_generator_that_cannot_hold_less_says_so(bench):
+    class Plain(StubGenerator):
+        lower_memory = Generator.lower_memory  # the protocol's own answer
+
+    bench.generator = Plain()
+    assert bench.run(bench.job("a", "oom")) == 1
+    assert "memory_is_lowest" in [event["event"] for event in bench.events]
 
 
 class Stepping(StubGenerator):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import RunnerError, WeightsCorrupt
+from runner.errors import RunnerError
 from runner.forecast.flops import Costs
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
@@ -39,6 +40,7 @@ from runner.weights.resolved import ResolvedRecipe
 if TYPE_CHECKING:
     from runner.generation.wan_animate.pipeline import AnimatePipeline
     from runner.generation.wan_animate.windows import ConditionWindow, DrawnAhead
+    from runner.quantization.lora.read import Lora
 
 __all__ = ["AnimateConditions", "WanAnimateGenerator"]
 
@@ -192,6 +194,24 @@ class WanAnimateGenerator:
         self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
 
+    @contextmanager
+    def calibrating(self, loras: Sequence[Lora]) -> Iterator[Any]:
+        """The transformer with `loras` attached and no others, while jobs are generated; for hooks on its linears.
+
+        Its blocks run eagerly: compiled, they would be traced with the hooks in them, a graph for each, and warmed up
+        on noise that the hooks see too. Afterwards all is as before.
+        """
+        from runner.quantization.lora.apply import attached
+
+        pipeline = self._loaded
+        before = pipeline.block_step, self.loras
+        pipeline.block_step, self.loras = None, None
+        try:
+            with attached(pipeline.transformer, loras):
+                yield pipeline.transformer
+        finally:
+            pipeline.block_step, self.loras = before
+
     def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
         """Bytes on the device by stage for windows of `plan`; empty where nothing was planned."""
         memory = self._loaded.memory
@@ -238,11 +258,7 @@ class WanAnimateGenerator:
         new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift)
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
-                try:
-                    self.loras.use(conditions.options)
-                except WeightsCorrupt as error:
-                    error.stops_run = False  # this job asked for that LoRA, the others did not
-                    raise
+                self.loras.use(conditions.options)
         try:
             yield from pipeline.render(
                 conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step

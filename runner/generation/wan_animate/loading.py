@@ -185,13 +185,14 @@ def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> 
     """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
     from runner.generation.runtime.streaming import BlockStream
 
-    pipeline.compute_device, pipeline.memory = device, plan
     said: dict[str, Any] = {}
+    blocks = None
     if plan.slots:
-        pipeline.blocks = BlockStream.of(pipeline.transformer, device, slots=plan.slots)
-        said = {"streamed_bytes": pipeline.blocks.host_bytes, "pinned": pipeline.blocks.pinned}
+        blocks = BlockStream.of(pipeline.transformer, device, slots=plan.slots)
+        said = {"streamed_bytes": blocks.host_bytes, "pinned": blocks.pinned}
     else:
         pipeline.transformer.to(device)
+    pipeline.configure(device, plan, blocks)
     pipeline.vae.to(device)
     pipeline.encoders.settle(device, plan.encoders)
     return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}

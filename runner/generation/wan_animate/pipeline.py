@@ -73,7 +73,7 @@ class AnimatePipeline(WanAnimatePipeline):
     `prompts`: embeddings on disk, if somebody has set it.
     `switches`: which optimisations are on; read when a job starts.
     `block_step`: blocks as compiled code, if somebody has set it (`compiled.make_block_step`).
-    `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `loading.place`.
+    `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `configure`.
     `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
     """
 
@@ -95,6 +95,10 @@ class AnimatePipeline(WanAnimatePipeline):
         self.blocks: BlockStream | None = None
         self.memos = Memos(share=MEMO_SHARES)
         self.prompts: PromptCache | None = None
+
+    def configure(self, device: torch.device, memory: MemoryPlan, blocks: BlockStream | None) -> None:
+        """Note where things are: `device` computes, `blocks` brings the blocks there where they do not stay."""
+        self.compute_device, self.memory, self.blocks = device, memory, blocks
 
     # The parent reads and sets its encoders by these names: it finds them loaded, and loading waits until it does.
 

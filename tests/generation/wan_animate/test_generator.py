@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner.errors import ConfigInvalid, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.errors import ConfigInvalid, JobWeightsCorrupt, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import ClipInfo, Request
 from runner.generation.runtime.finite import FiniteChecks
@@ -240,6 +240,37 @@ def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(gener
     assert np.array_equal(frames, unchecked)
     assert in_steps == in_unchecked_steps
     assert in_all - in_all_unchecked == Counter({"tolist": 2})
+
+
+def test_calibrating_is_eager_without_job_loras_and_puts_everything_back(generator):
+    step = generator.pipeline.block_step = CompiledStep(backend="eager")
+    loras = generator.loras
+
+    def calibrate() -> None:
+        with generator.calibrating([]) as transformer:
+            assert transformer is generator.pipeline.transformer
+            assert generator.pipeline.block_step is None and generator.loras is None
+            raise KeyError("while jobs were generated")
+
+    with pytest.raises(KeyError, match="while jobs"):
+        calibrate()
+    assert generator.pipeline.block_step is step and generator.loras is loras
+
+
+@pytest.mark.parametrize("kind", [WeightsCorrupt, JobWeightsCorrupt])
+def test_a_lora_that_does_not_fit_is_the_recipes_or_the_jobs_own_fault(generator, monkeypatch, kind):
+    """What `JobLoras.use` raised stands: the recipe's LoRA stops the run, a job's own stops that job."""
+
+    def use(options):
+        raise kind("does not fit")
+
+    monkeypatch.setattr(generator.loras, "use", use)
+    conditions = prepared(generator)
+    plan = generator.plan(conditions.clip.frames, conditions.clip.size, OPTIONS)
+    with pytest.raises(kind) as caught:
+        next(generator.generate(conditions, plan, StageTimer()))
+    assert caught.value.stops_run is kind.stops_run
+    assert WeightsCorrupt.stops_run and not JobWeightsCorrupt.stops_run
 
 
 def test_a_closed_generator_renders_nothing(generator):
