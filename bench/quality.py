@@ -78,9 +78,9 @@ class Source:
         self.made, self.frames, self.reference = made, frames, Image.fromarray(made.reference)
 
     def window(self, start: int, stop: int) -> Any:
-        from runner.preprocess.conditions import Window
+        from runner.preprocess.conditions import ConditionFrames
 
-        return Window(self.made.pose[start:stop], self.made.face[start:stop])
+        return ConditionFrames(self.made.pose[start:stop], self.made.face[start:stop])
 
 
 class Renderer:

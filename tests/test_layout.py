@@ -215,6 +215,16 @@ def test_a_file_s_name_stands_alone_in_a_traceback():
     assert {name: paths for name, paths in by_name.items() if len(paths) > 1} == {}
 
 
+def test_a_class_s_name_means_one_thing():
+    """One class a name in the whole package."""
+    by_name: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in tree_of(module).body:
+            if isinstance(node, ast.ClassDef):
+                by_name.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in by_name.items() if len(modules) > 1} == {}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_says_what_it_is_and_what_it_offers(module):
     tree = tree_of(module)

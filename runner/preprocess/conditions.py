@@ -1,6 +1,6 @@
 """Conditions: what drives one render, made a window at a time.
 
-In:   the poses and plans of pass 1. Out: `Window`s of skeletons, faces and, in replace mode, backgrounds and masks.
+In:   the poses and plans of pass 1. Out: `ConditionFrames`: skeletons, faces, in replace mode backgrounds and masks.
 Never: networks. Holds about 2 KB a frame; pixels exist only while a window is made (pass 2, a second decode).
 """
 
@@ -25,13 +25,13 @@ from runner.video import VideoReader
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PoseConditions", "Window"]
+__all__ = ["ConditionFrames", "PoseConditions"]
 
 CROPS_KEPT = 4  # faces of frames outside of the window, which the next window is likely to hold too
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class ConditionFrames:
     """Frames [start, stop) of what drives the model."""
 
     pose: np.ndarray  # uint8 [n, H, W, 3] RGB
@@ -64,7 +64,7 @@ class PoseConditions:
     reader: VideoReader | None = field(default=None, repr=False)  # of `video`, where pass 1 has one: files open slowly
     _crops: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def window(self, start: int, stop: int) -> Window:
+    def window(self, start: int, stop: int) -> ConditionFrames:
         """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
         if not 0 <= start < stop <= self.frames:
             raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
@@ -79,7 +79,7 @@ class PoseConditions:
             self._fill(start, stop, face, background)
             if background is not None and masks is not None:
                 background[masks > 0] = 0
-            return Window(pose, face, background, masks)
+            return ConditionFrames(pose, face, background, masks)
 
     def close(self) -> None:
         """Close the files. Idempotent; a later `window` opens the video again."""

@@ -23,7 +23,7 @@ from uuid import uuid4
 import numpy as np
 
 from runner.errors import InputNotFound, InputTooShort, InputUnreadable, as_runner_error
-from runner.preprocess.conditions import Window
+from runner.preprocess.conditions import ConditionFrames
 from runner.preprocess.masks.given import HALF
 from runner.preprocess.pictures.images import load_image
 from runner.preprocess.pictures.sizing import GRID
@@ -61,7 +61,7 @@ class Source(Protocol):
     height: int
     reference: Image.Image
 
-    def window(self, start: int, stop: int) -> Window: ...
+    def window(self, start: int, stop: int) -> ConditionFrames: ...
 
 
 def write_official(source: Source, folder: Path) -> dict[str, Path]:
@@ -199,7 +199,7 @@ class OfficialConditions:
             _readers=readers,
         )
 
-    def window(self, start: int, stop: int) -> Window:
+    def window(self, start: int, stop: int) -> ConditionFrames:
         """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
         if not 0 <= start < stop <= self.frames:
             raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
@@ -209,13 +209,13 @@ class OfficialConditions:
             if face.shape[1] != self.face_size:
                 face = _resized(face, self.face_size)
             if "mask" not in self._readers:
-                return Window(pose, face)
+                return ConditionFrames(pose, face)
             # The official reader takes the grey that lossy coding left for a share of masking; and coding bleeds the
             # scene into the black.
             white = self._readers["mask"].read(indices)[..., 0] >= HALF
             background = self._readers["background"].read(indices)
             background[white] = 0
-            return Window(pose, face, background, white.astype(np.uint8) * np.uint8(255))
+            return ConditionFrames(pose, face, background, white.astype(np.uint8) * np.uint8(255))
 
     def close(self) -> None:
         """Close the files. Idempotent; a later `window` opens them again."""
@@ -223,7 +223,7 @@ class OfficialConditions:
             reader.close()
 
 
-def _parts(window: Window) -> dict[str, np.ndarray]:
+def _parts(window: ConditionFrames) -> dict[str, np.ndarray]:
     """File by file, uint8 [n, H, W, 3]; poses first."""
     parts = {"pose": window.pose, "face": window.face}
     if window.background is not None and window.mask is not None:

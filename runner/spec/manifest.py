@@ -18,6 +18,7 @@ from runner.errors import ManifestInvalid
 from runner.spec.checks import Problems, check, merge, without
 from runner.spec.matrix import ID_PATTERN, check_id, matrix_ids
 from runner.spec.options import DEFAULT_PROMPT, POSE, REFERENCE, Frozen, JobOptions, whole_number
+from runner.spec.recipes import MemoryChoice
 from runner.spec.source import is_json_lines, read_json_lines, read_source, read_yaml, resolve_place
 from runner.spec.text import Located, TextInvalid, join_path
 
@@ -104,9 +105,7 @@ class Header(Frozen):
 
     version: _Version = Field(default=1, description="of this format")
     recipe: str | None = Field(default=None, min_length=1, description="weights, precision and steps of the whole run")
-    memory: Literal["auto", "resident", "stream", "minimal"] | None = Field(
-        default=None, description="where weights live during the run"
-    )
+    memory: MemoryChoice | None = Field(default=None, description="where weights live during the run")
     defaults: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Defaults"})] = None
 
 

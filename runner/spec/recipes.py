@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
@@ -25,14 +25,24 @@ from runner.spec.field_marks import Introduced, NotHashed
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "MEMORY_CHOICES",
+    "MODES",
     "RECIPES",
     "SAMPLER_ROWS",
     "SCHEDULE_NAMES",
+    "MemoryChoice",
+    "Mode",
     "Recipe",
     "SamplerRow",
     "count_evaluations",
     "get_recipe",
 ]
+
+
+Mode = Literal["resident", "stream", "minimal"]  # where weights live during a run; the first needs the most memory
+MODES: tuple[Mode, ...] = get_args(Mode)
+MemoryChoice = Literal["auto", Mode]  # what a run may ask for
+MEMORY_CHOICES: tuple[MemoryChoice, ...] = get_args(MemoryChoice)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class _Sync:
             _log("models.ready", files=len(there), downloaded=0, folder=str(self.folder))
             return
         self._require_space(missing)
-        begin, progress = time.monotonic(), _Progress(sum(info.bytes for info in missing))
+        begin, progress = time.monotonic(), _SyncProgress(sum(info.bytes for info in missing))
         _log("models.sync", uri=self.storage.root, files=len(missing), gb=round(progress.total / GB, 3))
         for number, info in enumerate(missing, 1):
             got = self.storage.fetch(info.key, self.folder / info.key, progress.add)
@@ -171,7 +171,7 @@ class _Sync:
             path.unlink(missing_ok=True)
 
 
-class _Progress:
+class _SyncProgress:
     """Says how far a download is, a tenth at a time."""
 
     def __init__(self, total: int) -> None:

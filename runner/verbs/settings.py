@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from runner.batch.shards import choose_shard
 from runner.errors import ConfigInvalid
-from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
+from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES, get_recipe
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
 
 __all__ = [
-    "MEMORY_MODES",
     "NUMBER_FORMATS",
     "SCALES",
     "CleanSettings",
@@ -62,7 +61,6 @@ ScaleMethod = Literal["mse", "absmax"]
 TensorrtMode = Literal["off", "auto", "on"]
 
 DEVICES = ("auto", "cpu", "cuda")
-MEMORY_MODES = ("auto", "resident", "stream", "minimal")
 NUMBER_FORMATS = ("nvfp4", "g32")
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
 
@@ -393,8 +391,8 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
     memory: str | None = field(
         default=None,
         metadata=_flag(
-            f"where weights live: {', '.join(MEMORY_MODES)}; over the manifest's",
-            partial(_is_one_of, MEMORY_MODES),
+            f"where weights live: {', '.join(MEMORY_CHOICES)}; over the manifest's",
+            partial(_is_one_of, MEMORY_CHOICES),
             "MODE",
         ),
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from runner.errors import StorageFull, WeightsCorrupt, WeightsMissing, as_runner_error
 from runner.spec.recipes import Recipe
 from runner.weights.hub import Hub, Listing, RemoteFile, online, partial_path, read_record, record_path, write_record
-from runner.weights.repositories import Source, sources_of
+from runner.weights.repositories import HubSource, sources_of
 
 __all__ = ["Fetched", "fetch_weights"]
 
@@ -46,7 +46,7 @@ class Fetched:
 class _Item:
     """One file that belongs in the store."""
 
-    source: Source
+    source: HubSource
     listing: Listing
     file: RemoteFile
     base: Path
@@ -124,7 +124,7 @@ def fetch_weights(
 
 
 def _items(
-    models: Path, sources: list[Source], hub: Hub, revisions: Mapping[str, str], say: Callable[[str], None]
+    models: Path, sources: list[HubSource], hub: Hub, revisions: Mapping[str, str], say: Callable[[str], None]
 ) -> list[_Item]:
     """Every wanted file, each announced with its source. Asks the hub once a repository."""
     listings: dict[tuple[str, str], Listing] = {}
@@ -152,7 +152,7 @@ def _items(
     return list(items.values())
 
 
-def _say_source(source: Source, listing: Listing, found: list[RemoteFile], say: Callable[[str], None]) -> None:
+def _say_source(source: HubSource, listing: Listing, found: list[RemoteFile], say: Callable[[str], None]) -> None:
     size = sum(file.bytes for file in found) / GB
     card = f" (the hub's card: {listing.licence})" if listing.licence else ""
     say(f"{source.part}: {source.repo}@{listing.commit[:12]}, {len(found)} files, {size:.2f} GB")
@@ -192,7 +192,7 @@ def _adopt(item: _Item) -> bool:
 def _download(hub: Hub, missing: list[_Item], models: Path) -> int:
     """Fetch all, some at a time; the bytes that came. The first error stops the rest, each at its next block."""
     _require_space(missing, models)
-    progress = _Progress(sum(item.left for item in missing))
+    progress = _FetchProgress(sum(item.left for item in missing))
     _log("weights.fetch", files=len(missing), gb=round(progress.total / GB, 3), folder=str(models))
 
     def fetch(item: _Item) -> None:
@@ -227,7 +227,7 @@ class _Stopped(Exception):
 
 
 @dataclass
-class _Progress:
+class _FetchProgress:
     """Says how far the fetch is, one line for each twentieth."""
 
     total: int

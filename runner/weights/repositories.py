@@ -1,6 +1,6 @@
 """Repositories: where the published files of a recipe come from, where in the store they go, and under which licence.
 
-In:   a recipe's name. Out: the `Source`s it needs, frozen data. Never: the network, the disk.
+In:   a recipe's name. Out: the `HubSource`s it needs, frozen data. Never: the network, the disk.
 
 Only what this table names is ever fetched, and nothing that Python could unpickle: the original repository's .pth, .pt
 and .ckpt files are left where they are.
@@ -17,7 +17,7 @@ from types import MappingProxyType
 from runner.errors import ConfigInvalid
 from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
 
-__all__ = ["FP4_FOLDER", "PARTS", "PICKLED", "SOURCES", "Pin", "Source", "parts_of", "recipe_base", "sources_of"]
+__all__ = ["FP4_FOLDER", "PARTS", "PICKLED", "SOURCES", "HubSource", "Pin", "parts_of", "recipe_base", "sources_of"]
 
 FP4_FOLDER = "Wan2.2-Animate-14B-FP4"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -32,7 +32,7 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSource:
     """Some files of one hub repository, and the folder of the store they belong in."""
 
     part: str
@@ -60,11 +60,11 @@ LORA_REPO = "Kijai/WanVideo_comfy"
 LORA_COMMIT = "8260d429d19fd7a72304cad059160b95d843913f"  # both LoRAs lie there under these names
 SEED_REPO = "treksis/video-lab"
 
-SOURCES: Mapping[str, Source] = MappingProxyType(
+SOURCES: Mapping[str, HubSource] = MappingProxyType(
     {
         source.part: source
         for source in (
-            Source(
+            HubSource(
                 part="components",
                 repo=DIFFUSERS_REPO,
                 files=(
@@ -75,7 +75,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 licence="Apache-2.0",
                 gb=13,
             ),
-            Source(
+            HubSource(
                 part="transformer",
                 repo=DIFFUSERS_REPO,
                 files=("transformer/*.safetensors", "transformer/*.json"),
@@ -83,7 +83,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 licence="Apache-2.0",
                 gb=69.1,
             ),
-            Source(
+            HubSource(
                 part="preprocess",
                 repo="Wan-AI/Wan2.2-Animate-14B",
                 files=("process_checkpoint/det/yolov10m.onnx", "process_checkpoint/pose2d/*"),
@@ -92,7 +92,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 gb=2.6,
                 notice="yolov10m.onnx is under AGPL-3.0: a service that uses it takes on that licence's duties",
             ),
-            Source(
+            HubSource(
                 part="fp4",
                 repo=SEED_REPO,
                 files=("*quantized_transformer.safetensors", "*quantize_config.json"),
@@ -101,7 +101,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 gb=9.9,
                 flat=True,
             ),
-            Source(
+            HubSource(
                 part="fp4-text-encoder",
                 repo=SEED_REPO,
                 files=("*quantized_text_encoder.safetensors",),
@@ -110,7 +110,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 gb=6.7,
                 flat=True,
             ),
-            Source(
+            HubSource(
                 part="distill-lora",
                 repo=LORA_REPO,
                 files=("Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors",),
@@ -125,7 +125,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                     )
                 },
             ),
-            Source(
+            HubSource(
                 part="relight-lora",
                 repo=LORA_REPO,
                 files=("LoRAs/Wan22_relight/WanAnimate_relight_lora_fp16.safetensors",),
@@ -172,7 +172,7 @@ def parts_of(recipe: Recipe | str) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in needed)
 
 
-def sources_of(recipe: Recipe | str, parts: Iterable[str] | None = None) -> list[Source]:
+def sources_of(recipe: Recipe | str, parts: Iterable[str] | None = None) -> list[HubSource]:
     """The sources of a recipe, or those of `parts` instead. Raises ConfigInvalid for a part that is none."""
     wanted = parts_of(recipe) if parts is None else tuple(parts)
     unknown = [part for part in wanted if part not in SOURCES]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from runner.errors import InputError, InputNotFound, InputTooShort, InputUnreadable
-from runner.preprocess.conditions import Window
+from runner.preprocess.conditions import ConditionFrames
 from runner.preprocess.official_files import OfficialConditions, official_files, run_preprocess, write_official
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
@@ -34,11 +34,11 @@ def demo(demo_models) -> Preprocessor:
 
 
 @pytest.fixture(scope="module")
-def made(demo, demo_media, tmp_path_factory) -> Callable[[str], tuple[dict, Window, Path, JobOptions]]:
+def made(demo, demo_media, tmp_path_factory) -> Callable[[str], tuple[dict, ConditionFrames, Path, JobOptions]]:
     """made(mode): a demo dance through `run_preprocess`, and the window that it was made of; once a mode."""
     results = {}
 
-    def make(mode: str) -> tuple[dict, Window, Path, JobOptions]:
+    def make(mode: str) -> tuple[dict, ConditionFrames, Path, JobOptions]:
         if mode not in results:
             options = JobOptions(mode=mode, size="240x160", fps=12.5, start_s=0.5, max_frames=FRAMES)
             folder = tmp_path_factory.mktemp(mode)
@@ -234,12 +234,12 @@ class Numbered:
     reference: Image.Image = field(default_factory=lambda: Image.new("RGB", (8, 8)))
     asked: list[tuple[int, int]] = field(default_factory=list)
 
-    def window(self, start: int, stop: int) -> Window:
+    def window(self, start: int, stop: int) -> ConditionFrames:
         self.asked.append((start, stop))
         if stop > self.breaks:
             raise InputUnreadable("the video is damaged here")
         pose = np.stack([indexed_frame(i, self.width, self.height) for i in range(start, stop)])
-        return Window(pose, np.zeros((stop - start, 64, 64, 3), np.uint8))
+        return ConditionFrames(pose, np.zeros((stop - start, 64, 64, 3), np.uint8))
 
 
 def test_pictures_are_written_some_at_a_time_and_all_of_them(tmp_path):

@@ -15,7 +15,6 @@ from runner.cli import VERBS, main
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.verbs.settings import (
-    MEMORY_MODES,
     NUMBER_FORMATS,
     SCALES,
     CleanSettings,
@@ -151,13 +150,11 @@ def test_defaults_of_the_environment_are_read_when_the_value_is_made(monkeypatch
 
 
 def test_choices_are_those_that_the_code_below_has():
-    from runner.generation.runtime.memory_plan import MODES
     from runner.preprocess.networks.providers import NetworkOptions
     from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.formats.scales import Method
     from runner.quantization.rules import RULES
 
-    assert list(MEMORY_MODES) == ["auto", *MODES]
     assert set(NUMBER_FORMATS) == set(FORMATS)
     assert {*SCALES, "activation"} == set(get_args(Method))
     assert QuantizeSettings().rule in RULES

@@ -453,7 +453,7 @@ def test_an_interrupt_stops_all_workers_and_costs_nothing(
 
 
 def test_a_stopped_worker_leaves_at_its_next_block() -> None:
-    progress = fetch._Progress(100)
+    progress = fetch._FetchProgress(100)
     progress.add(10)
     progress.stopped.set()
     with pytest.raises(fetch._Stopped):

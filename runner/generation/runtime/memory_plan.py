@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import (
@@ -33,22 +33,18 @@ from runner.forecast.bytes import (
     workspace_bytes,
 )
 from runner.forecast.flops import Costs
-from runner.spec.recipes import Recipe
+from runner.spec.recipes import MODES, Mode, Recipe
 
 __all__ = [
-    "MODES",
     "Load",
     "MemoryForecast",
     "MemoryPlan",
-    "Mode",
     "choose_plan",
     "forecast_memory",
     "lower",
     "make_plan",
 ]
 
-Mode = Literal["resident", "stream", "minimal"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 GB = 1e9
 
 # Assumptions, to be held against the measured peaks in the records.
@@ -107,8 +103,8 @@ class MemoryForecast:
         return {"peak": self.peak, "stages": dict(self.stages), "parts": dict(self.parts)}
 
 
-def make_plan(mode: Mode, recipe: Recipe) -> MemoryPlan:
-    """The fullest plan of a mode."""
+def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
+    """The fullest plan of a mode. Raises ConfigInvalid for no such mode."""
     if mode == "resident":
         return MemoryPlan("resident", 0, False, True, True, "device", "device", recipe.vae_dtype, False)
     if mode == "stream":
@@ -221,9 +217,8 @@ def choose_plan(
 
     shape = "x".join(map(str, size))
     if asked != "auto":
-        if asked not in MODES:
-            raise ConfigInvalid(f"no memory mode {asked!r}", todo=f"Modes: auto, {', '.join(MODES)}")
-        fitting = [plan for plan in _plans(recipe) if plan.mode == asked]
+        mode = make_plan(asked, recipe).mode
+        fitting = [plan for plan in _plans(recipe) if plan.mode == mode]
         plan = next((p for p in fitting if free is None or peak(p) <= free), fitting[-1])
         return plan, f"asked for; {peak(plan) / GB:.1f} GB forecast at {shape}, {_of(free)}"
     if free is None:

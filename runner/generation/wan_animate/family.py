@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import SegmentPlan
-from runner.generation.runtime.memory_plan import MODES, choose_plan, forecast_memory
+from runner.generation.runtime.memory_plan import choose_plan, forecast_memory
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loras import check_own, own_parts
 from runner.spec.options import JobOptions
-from runner.spec.recipes import Recipe
+from runner.spec.recipes import MODES, Recipe
 from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore, wanted, wanted_by_jobs
 

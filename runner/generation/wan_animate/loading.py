@@ -28,7 +28,7 @@ __all__ = [
     "find_encoders",
     "load_pipeline",
     "load_transformer",
-    "place",
+    "place_models",
     "plan_memory",
     "see_whole_reference",
     "tune",
@@ -75,7 +75,7 @@ def load_pipeline(
         }
         pipeline = AnimatePipeline(**components)
         see_whole_reference(pipeline.image_processor)
-        said = chosen | {"text_encoder": text_why} | place(pipeline, device, plan)
+        said = chosen | {"text_encoder": text_why} | place_models(pipeline, device, plan)
         return pipeline, said | tune(pipeline, recipe, device)
     except (RuntimeError, MemoryError) as err:
         exhausted = as_out_of_memory(err, device, doing="loading the models")
@@ -181,7 +181,7 @@ def plan_memory(models: ResolvedRecipe, device: torch.device, asked: str = "auto
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
 
 
-def place(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
+def place_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
     from runner.generation.runtime.streaming import BlockStream
 

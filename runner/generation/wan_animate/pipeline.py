@@ -44,8 +44,8 @@ from runner.generation.wan_animate.windows import (
     Branch,
     ConditionSource,
     ConditionWindow,
-    Job,
-    Window,
+    JobTensors,
+    WindowTensors,
     digest_frames,
     digest_image,
     guide,
@@ -151,7 +151,7 @@ class AnimatePipeline(WanAnimatePipeline):
             contexts = self._contexts(text, negative, clip, timer)
             self.kept_bytes = 0
             checks = FiniteChecks()
-            job = Job(
+            job = JobTensors(
                 plan,
                 new_sampler,
                 timer,
@@ -259,8 +259,13 @@ class AnimatePipeline(WanAnimatePipeline):
             return clip, self._shared("reference", lambda: key, encode, timer)
 
     def _encode(
-        self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None, generator: torch.Generator
-    ) -> Window:
+        self,
+        job: JobTensors,
+        index: int,
+        drawn: ConditionWindow,
+        previous: torch.Tensor | None,
+        generator: torch.Generator,
+    ) -> WindowTensors:
         """Noise and conditions of window `index`, on the device. Takes from `generator` what one window needs."""
         plan, device, dtype = job.plan, self.compute_device, self.transformer.dtype
         noise = self.prepare_latents(
@@ -277,14 +282,14 @@ class AnimatePipeline(WanAnimatePipeline):
         segment = f"segment {index + 1} of {plan.segments}"
         job.checks.add("encode_conditions", f"the skeletons' latents, {segment}", pose)
         job.checks.add("encode_conditions", f"the scene's latents, {segment}", scene)
-        return Window(
+        return WindowTensors(
             noise=noise,
             pose=pose,
             scene=torch.cat([job.reference, scene], dim=2),
             faces=to_pixels(drawn.face, device).to(dtype),
         )
 
-    def _pose(self, job: Job, skeletons: np.ndarray) -> torch.Tensor:
+    def _pose(self, job: JobTensors, skeletons: np.ndarray) -> torch.Tensor:
         """Latents of a window's skeletons, in the transformer's type: alike wherever the same dance was drawn alike.
 
         What the transformer makes of the faces is not kept: a job's LoRAs may change that, and it is 0.03 % of a job.
@@ -298,7 +303,9 @@ class AnimatePipeline(WanAnimatePipeline):
             "pose_latents", lambda: (digest_frames(skeletons), dtype, self._vae_key()), encode, job.timer
         )
 
-    def _scene(self, job: Job, index: int, drawn: ConditionWindow, previous: torch.Tensor | None) -> torch.Tensor:
+    def _scene(
+        self, job: JobTensors, index: int, drawn: ConditionWindow, previous: torch.Tensor | None
+    ) -> torch.Tensor:
         """Mask and latents of what stands in the window beforehand: the last one's end, then the scene or nothing.
 
         Without a scene the first window is blank, and the same for every job of its size.
@@ -327,7 +334,7 @@ class AnimatePipeline(WanAnimatePipeline):
             return self._shared("blank", lambda: key, encode, job.timer)
         return self._shared("scene", lambda: (digest_frames(background), digest_frames(mask), *key), encode, job.timer)
 
-    def _denoise(self, job: Job, index: int, window: Window) -> torch.Tensor:
+    def _denoise(self, job: JobTensors, index: int, window: WindowTensors) -> torch.Tensor:
         """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
         plan = job.plan
         sampler = job.new_sampler(plan.steps, self.compute_device)
@@ -346,7 +353,9 @@ class AnimatePipeline(WanAnimatePipeline):
         self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
         return latents
 
-    def _predict(self, job: Job, window: Window, invariants: list[StepInvariants], calls: CallTimer) -> Predict:
+    def _predict(
+        self, job: JobTensors, window: WindowTensors, invariants: list[StepInvariants], calls: CallTimer
+    ) -> Predict:
         """One guided model evaluation of this window: (latents, timestep) -> velocity, both float32."""
         branches: list[Branch] = [partial(self._step, shared) for shared in invariants]
 
@@ -357,7 +366,7 @@ class AnimatePipeline(WanAnimatePipeline):
 
         return predict
 
-    def _warm(self, job: Job, window: Window) -> None:
+    def _warm(self, job: JobTensors, window: WindowTensors) -> None:
         """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
         step, (frames, height, width) = self.block_step, window.noise.shape[2:]
         grid = (frames, height, width)
@@ -368,7 +377,7 @@ class AnimatePipeline(WanAnimatePipeline):
             made = step.warm(self.transformer, job.contexts, grid, blocks)
         job.timer.count("compiled_graphs", made)
 
-    def _invariants(self, job: Job, window: Window) -> list[StepInvariants]:
+    def _invariants(self, job: JobTensors, window: WindowTensors) -> list[StepInvariants]:
         """What this window's steps share, for each branch: the second, where guided, is without prompt and face."""
         keep_text = self.memory is None or self.memory.keep_text
         invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces, keep_text=keep_text)
@@ -399,7 +408,7 @@ class AnimatePipeline(WanAnimatePipeline):
             torch.cuda.empty_cache()
 
 
-def _check_shared(job: Job) -> None:
+def _check_shared(job: JobTensors) -> None:
     """Queue checks of what all windows of a job read."""
     job.checks.add("encode_prompt", "the prompt's embedding", job.text)
     if job.negative is not None:

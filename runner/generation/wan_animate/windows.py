@@ -29,9 +29,9 @@ __all__ = [
     "ConditionSource",
     "ConditionWindow",
     "DrawnAhead",
-    "Job",
+    "JobTensors",
     "PaddedWindow",
-    "Window",
+    "WindowTensors",
     "digest_frames",
     "digest_image",
     "guide",
@@ -185,7 +185,7 @@ Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Job:
+class JobTensors:
     """What stays the same over a job's windows."""
 
     plan: SegmentPlan
@@ -202,7 +202,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Window:
+class WindowTensors:
     """What one window is denoised from. T latent frames, one of them the reference's."""
 
     noise: torch.Tensor  # float32 [1, 16, T, H/8, W/8]

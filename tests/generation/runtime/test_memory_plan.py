@@ -9,13 +9,13 @@ from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import BLOCK_UNITS, VAE_DECODE, VAE_ENCODE, VAE_TILE, step_bytes, vae_bytes, weights_of
 from runner.forecast.flops import PRODUCTION
-from runner.generation.runtime.memory_plan import MODES, Load, choose_plan, forecast_memory, lower, make_plan
+from runner.generation.runtime.memory_plan import Load, choose_plan, forecast_memory, lower, make_plan
 from runner.generation.wan_animate import low_memory, transformer
 from runner.generation.wan_animate.autoencoder import FramewiseVae
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
 from runner.quantization.rules import WAN_ANIMATE_14B, plan_sizes
-from runner.spec.recipes import get_recipe
+from runner.spec.recipes import MODES, get_recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.live_bytes import LiveBytes
