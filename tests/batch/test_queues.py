@@ -133,6 +133,16 @@ def test_an_items_bytes_are_free_when_the_next_is_asked_for():
         thread.join()
 
 
+def test_items_without_bytes_wait_for_none():
+    queue: ByteQueue[int] = ByteQueue(1)
+    thread = threading.Thread(target=lambda: [queue.put(n) for n in range(3)], daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+    queue.close()
+    assert list(queue) == [0, 1, 2]
+
+
 def test_close_wakes_a_waiting_put():
     queue: ByteQueue[str] = ByteQueue(10, max_items=1)
     queue.put("a")

@@ -1,5 +1,6 @@
 """The cache: what was put comes back or nothing does, within its size, among processes, whatever a file suffers."""
 
+import hashlib
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
@@ -61,6 +62,11 @@ def test_the_key_is_all_of_the_parts_and_not_their_order():
     assert len({key(parts), *(key({**parts, name: "other"}) for name in parts), key({**parts, "more": 1})}) == 6
     with pytest.raises(ValueError, match="not JSON compliant"):
         key({"fps": float("nan")})
+
+
+def test_a_key_is_the_same_in_every_release():
+    """Else an update would pose every clip anew."""
+    assert key({"video": "ab", "fps": 8}) == hashlib.sha256(b'{"format":1,"fps":8,"video":"ab"}').hexdigest()
 
 
 @pytest.mark.parametrize("bad", [np.array(["text"]), np.array([object()]), np.array([1j])])
