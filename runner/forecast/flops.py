@@ -66,7 +66,7 @@ class TransformerShape:
         """The part of `forward_flop` that all steps of a window share; `transformer.py` does it once."""
         d, latent_frames, frame_tokens = self.dim, (frames - 1) // 4 + 1, self._frame_tokens(width, height)
         pose = 2 * d * self.patch**2 * latent_frames * frame_tokens * self.latent_channels
-        block = 4 * self._text_tokens * d * d
+        block = 4 * self.text_tokens * d * d
         if self.added_kv_proj_dim is not None:
             block += 4 * self.image_tokens * self.added_kv_proj_dim * d
         adapter = 4 * (latent_frames + 1) * (self.face_encoder_num_heads + 1) * d * d
@@ -83,7 +83,7 @@ class TransformerShape:
         """What `transformer.py` keeps for that until the window ends, in elements of `element` bytes."""
         d, T, frame_tokens = self.dim, (frames - 1) // 4 + 2, self._frame_tokens(width, height)
         faces = T * (self.face_encoder_num_heads + 1) * d
-        branch = 2 * self.num_layers * self._text_tokens * d
+        branch = 2 * self.num_layers * self.text_tokens * d
         branch += faces * (1 + 2 * (self.num_layers // self.inject_face_latents_blocks))
         image = 2 * self.num_layers * self.image_tokens * d if self.added_kv_proj_dim is not None else 0
         angles = T * frame_tokens * self.attention_head_dim * 4  # float32 whatever the model is
@@ -115,7 +115,7 @@ class TransformerShape:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
-    def _text_tokens(self) -> int:
+    def text_tokens(self) -> int:
         """Of the text's keys; the image's are among them where the model has no projection for the image alone."""
         return TEXT_TOKENS + (self.image_tokens if self.added_kv_proj_dim is None else 0)
 
@@ -136,7 +136,7 @@ class TransformerShape:
     def _block(self, tokens: int) -> float:
         d = self.dim
         self_attention = 8 * tokens * d * d + 4 * tokens * tokens * d
-        text = self._text_tokens
+        text = self.text_tokens
         cross = 4 * tokens * d * d + 4 * text * d * d + 4 * tokens * text * d
         if self.added_kv_proj_dim is not None:
             cross += 4 * self.image_tokens * self.added_kv_proj_dim * d + 4 * tokens * self.image_tokens * d

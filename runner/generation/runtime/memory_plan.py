@@ -152,7 +152,7 @@ def forecast_memory(
     encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
     kept = model.invariant_bytes(*size, element=element, guided=guided)
     if not plan.keep_text:
-        branches = (1 + guided) * 512 + (model.image_tokens if model.added_kv_proj_dim is not None else 0)
+        branches = (1 + guided) * model.text_tokens + (model.image_tokens if model.added_kv_proj_dim is not None else 0)
         kept -= 2 * (model.num_layers - 1) * branches * model.dim * element
     kind = "whole" if not plan.lean else "fused" if plan.compiled and cuda else "lean"
     slots = min(plan.slots, model.num_layers)
