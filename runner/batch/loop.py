@@ -27,7 +27,7 @@ from runner.batch.job_source import JobSource, Todo
 from runner.batch.ledger import Decision, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.queues import ByteQueue, Closed
-from runner.batch.stop import PREPARING, Abandoned, Stop
+from runner.batch.stop import Abandoned, PrefetchThread, Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
 from runner.batch.task import Ended, Piece, Spans, Task
@@ -106,7 +106,7 @@ class Batch:
 
     def run(self) -> int:
         """Work through the jobs; the exit code. Raises nothing that a job or a signal can cause."""
-        prefetch = threading.Thread(target=self._guard, args=(self._prefetch_all,), name=PREPARING, daemon=True)
+        prefetch = PrefetchThread(target=self._guard, args=(self._prefetch_all,), name="prefetch", daemon=True)
         deliver = threading.Thread(target=self._guard, args=(self._deliver_all,), name="deliver", daemon=True)
         watch = threading.Thread(target=self._watch_stop, name="stop", daemon=True)
         with self._sampler:

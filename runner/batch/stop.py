@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["PREPARING", "Abandoned", "Stop", "leave"]
+__all__ = ["Abandoned", "PrefetchThread", "Stop", "leave"]
 
-PREPARING = "prefetch"  # name of the thread that a run which was told to stop does not wait for
+
+class PrefetchThread(threading.Thread):
+    """Fetches and prepares. A run that was told to stop does not wait for it; `leave` looks for it."""
 
 
 class Abandoned(Exception):
@@ -81,7 +83,7 @@ def leave(code: int) -> None:
     The interpreter's own end stops such a thread where it comes back from native code (onnxruntime, torch), which C++
     takes for a fault: the process would die of SIGABRT, exit code 134, and look crashed to every scheduler.
     """
-    if any(thread.name == PREPARING for thread in threading.enumerate()):
+    if any(isinstance(thread, PrefetchThread) for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

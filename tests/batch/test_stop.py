@@ -50,7 +50,7 @@ def test_a_process_that_prepares_leaves_with_its_own_code():
         import threading
         import onnxruntime
         from runner.verbs.probes import IDENTITY_GRAPH
-        from runner.batch.stop import PREPARING, leave
+        from runner.batch.stop import PrefetchThread, leave
 
         session = onnxruntime.InferenceSession(IDENTITY_GRAPH, providers=["CPUExecutionProvider"])
         def prepare():
@@ -58,7 +58,7 @@ def test_a_process_that_prepares_leaves_with_its_own_code():
             while True:
                 session.run(None, {"x": [1.0]})
         begun = threading.Event()
-        threading.Thread(target=prepare, name=PREPARING, daemon=True).start()
+        PrefetchThread(target=prepare, daemon=True).start()
         begun.wait()
         print("the table", end="")
         leave(143)
