@@ -50,9 +50,9 @@ def test_every_linear_layer_can_be_quantised(store: Path) -> None:
 def test_the_store_is_complete_for_both_recipes(store: Path) -> None:
     models = ModelStore(store)
     for name in ("fp32", "fp4-distill"):
-        resolve_recipe(models, get_recipe(name))
+        resolved = resolve_recipe(models, get_recipe(name))
         for component in COMPONENTS:
-            assert models.config(get_recipe(name), component)
+            assert resolved.config(component)
     marker = json.loads((store / "demo.json").read_text())
     assert marker["version"].endswith(trained_digest()[:16])
 

@@ -66,7 +66,7 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
     from runner.generation.protocol import SegmentPlan
     from runner.generation.sampling import make_sampler
     from runner.generation.wan_animate.pipeline import AnimatePipeline
-    from runner.preprocess.conditions import Window
+    from runner.preprocess.conditions import ConditionFrames
     from runner.spec.options import JobOptions
     from runner.timing import StageTimer
 
@@ -91,7 +91,7 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
             self.reference = Image.fromarray(made.reference)
 
         def window(self, start, stop):
-            return Window(made.pose[start:stop], made.face[start:stop])
+            return ConditionFrames(made.pose[start:stop], made.face[start:stop])
 
     names = ("tokenizer", "text_encoder", "vae", "image_processor", "image_encoder", "transformer")
     product = Watched(**{name: getattr(pipe, name) for name in names})
