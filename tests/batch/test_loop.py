@@ -409,10 +409,10 @@ def times(events: list[dict], name: str) -> dict[str, str]:
 def test_stages_overlap(bench):
     """Job 2 is prepared before job 1's generation ends; the whole takes what the critical path takes, and 5 %.
 
-    Without the overlap it would take 28 % more. The stages are long enough that opening an encoder, which takes a slow
-    machine 80 ms, is little beside them.
+    The critical path is the first preparation, what the main thread spends on each job (to generate, and to write its
+    marks to the disk: a tenth more at most), and the last delivery. Without the overlap it would take 28 % more.
     """
-    count, prepare_s, generate_s = 4, 1.0, 2.4
+    count, prepare_s, generate_s = 4, 0.5, 1.2
     over = []
     for attempt in range(6):  # other work on the machine can only add: the best of six is the loop's own
         bench.generator = StubGenerator(prepare_s=prepare_s, generate_s=generate_s)
@@ -420,7 +420,9 @@ def test_stages_overlap(bench):
         assert bench.run(*[bench.job(f"j{n}") for n in range(count)], run_id=f"r{attempt}", force=True) == 0
         took = time.monotonic() - begin
         last = bench.result(f"j{count - 1}")["timings_s"]
-        over.append(took / (prepare_s + count * generate_s + last["encode_video"] + last["publish"]) - 1)
+        busy = sum(event["seconds"] for event in bench.events if event["event"] == "job_generated")
+        path = prepare_s + min(busy, 1.1 * count * generate_s) + last["encode_video"] + last["publish"]
+        over.append(took / path - 1)
         prepared, generated = times(bench.events, "job_prepared"), times(bench.events, "job_generated")
         assert all(prepared[f"j{n + 1}"] < generated[f"j{n}"] for n in range(count - 1))
         if over[-1] <= 0.05:
