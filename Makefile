@@ -6,7 +6,6 @@
 # WORKERS        how many tests run at a time                          (one a core, four at most)
 # FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
-# FILE           module that `make mutate` changes                     (none)
 # IMAGE          name of the image                                     (video-lab)
 # IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
 
@@ -36,7 +35,7 @@ define run_each
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak flaky mutate lint image bench bench-gpu clean
+.PHONY: help setup demo test soak flaky lint image bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,9 +65,6 @@ flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS time
 	  $(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 1 $(FLAKY_TESTS) || \
 	    { echo "run $$run of $(FLAKY_RUNS) failed; $$((run - 1)) passed before it"; exit 1; }; \
 	done; echo "$(FLAKY_RUNS) of $(FLAKY_RUNS) runs passed"
-
-mutate: $(STAMP) ## change FILE one number, sign or comparison at a time: which changes does its test not notice?
-	$(BIN)/python tools/mutate.py $(FILE)
 
 lint: $(STAMP) ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check .

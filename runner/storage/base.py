@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -64,6 +65,25 @@ class Leftover:
     kind: Literal["staged file", "write probe", "unfinished upload"]
     abandoned: bool = False  # known to be in no process's hands; else only its age and its job's mark can tell
     upload_id: str = ""  # of an unfinished upload
+
+
+@contextmanager
+def counted(on_bytes: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+    """For `fetch`: a function that passes counts of bytes on to `on_bytes`. What it passed is taken back, as a negative
+    count, if the block raises: none of it is kept then."""
+    arrived = 0
+
+    def count(amount: int) -> None:
+        nonlocal arrived
+        arrived += amount
+        if on_bytes is not None:
+            on_bytes(amount)
+
+    try:
+        yield count
+    except BaseException:
+        count(-arrived)
+        raise
 
 
 class Storage(ABC):

@@ -141,6 +141,6 @@ _SHARED = FileHashes()
 def content_sha256(path: Path) -> str:
     """sha256, hex, of a file's bytes; read once in a process for the same path, size, mtime and inode.
 
-    Raises OSError where it cannot be read: whoever asks has opened it before.
+    Raises OSError where it cannot be read.
     """
     return _SHARED.sha256(Path(path))

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from runner.errors import ConfigInvalid, InputNotFound
 from runner.hashing import sha256_file
-from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
+from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, counted
 from runner.storage.disk import (
     ABSENT,
     is_staged,
@@ -77,22 +77,10 @@ class LocalStorage(Storage):
 
     def fetch(self, key: str, dest: Path, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
         source = self._path(key)
-        arrived = 0
-
-        def count(amount: int) -> None:
-            nonlocal arrived
-            arrived += amount
-            if on_bytes is not None:
-                on_bytes(amount)
-
-        try:
-            with os_errors(source, writing=False), source.open("rb") as file:
-                status = os.fstat(file.fileno())
-                with os_errors(dest, writing=True), staged(dest) as out:
-                    identity = _copy(file, out, count)
-        except BaseException:
-            count(-arrived)  # none of it is kept
-            raise
+        with counted(on_bytes) as count, os_errors(source, writing=False), source.open("rb") as file:
+            status = os.fstat(file.fileno())
+            with os_errors(dest, writing=True), staged(dest) as out:
+                identity = _copy(file, out, count)
         return self._info(key, status, identity)
 
     def publish(self, local: Path, key: str) -> ObjectInfo:

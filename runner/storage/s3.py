@@ -36,7 +36,7 @@ from botocore.exceptions import ClientError
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
 from runner.hashing import sha256_stream
-from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key
+from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, counted
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_arguments import upload_arguments
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
@@ -256,31 +256,18 @@ class S3Storage(Storage):
         info = self._info(key, head["ContentLength"], head["ETag"], head["LastModified"])
         arguments = self._arguments("GetObject")
         bucket = arguments.pop("Bucket")
-        arrived = 0
-
-        def count(amount: int) -> None:
-            nonlocal arrived
-            arrived += amount
-            if on_bytes is not None:
-                on_bytes(amount)
-
-        try:
-            with os_errors(dest, writing=True), staged(dest) as out:
-                with s3_errors(uri, writing=False, disk=dest):
-                    with create_transfer_manager(self.client, TRANSFER) as manager:
-                        watcher = _Download(info.bytes, head["ETag"], count)
-                        manager.download(bucket, self._key(key), out, arguments, [watcher]).result()
-                    out.flush()
-                size = os.fstat(out.fileno()).st_size
-                if size != info.bytes:
-                    raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
-                if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
-                    raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
-                verified = check_digests(expected_digests(head, self.bucket), lambda: _blocks(out), uri)
-        except BaseException:
-            if on_bytes is not None:
-                on_bytes(-arrived)  # none of it is kept
-            raise
+        with counted(on_bytes) as count, os_errors(dest, writing=True), staged(dest) as out:
+            with s3_errors(uri, writing=False, disk=dest):
+                with create_transfer_manager(self.client, TRANSFER) as manager:
+                    watcher = _Download(info.bytes, head["ETag"], count)
+                    manager.download(bucket, self._key(key), out, arguments, [watcher]).result()
+                out.flush()
+            size = os.fstat(out.fileno()).st_size
+            if size != info.bytes:
+                raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
+            if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
+                raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
+            verified = check_digests(expected_digests(head, self.bucket), lambda: _blocks(out), uri)
         return replace(info, verified=verified)
 
     def read_bytes(self, key: str) -> bytes | None:

@@ -17,7 +17,7 @@ from runner.records.events import default_logging
 from runner.spec.manifest import parse_manifest
 from runner.storage import fetch_input
 from runner.storage.roots import check_inside, parse_roots
-from runner.verbs.run import local_models, network_options
+from runner.verbs.run import local_models
 from runner.verbs.settings import PreprocessSettings
 
 __all__ = ["preprocess"]
@@ -30,6 +30,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
     Raises ManifestInvalid for options that are none, ConfigInvalid, weights.*, input.*, storage.*.
     """
     from runner.generation.runtime.device import pick_device
+    from runner.preprocess.networks.providers import NetworkOptions
     from runner.preprocess.official_files import run_preprocess
     from runner.preprocess.prepare import Preprocessor
     from runner.storage.disk_cache import DiskCache
@@ -50,7 +51,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
         dwpose=store.dwpose,
         segmenter=store.segmenter,
         cache=DiskCache(settings.cache / "poses"),
-        networks=network_options(settings),
+        networks=NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache),
     )
     settings.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.cache) as scratch:

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -38,14 +37,11 @@ from runner.storage import open_storage, probe_writable
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
-from runner.verbs.settings import ModelSettings, PlanSettings, PreprocessSettings, RunSettings
+from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.validate import input_places, read_manifest
 
-if TYPE_CHECKING:
-    from runner.preprocess.networks.providers import NetworkOptions
-
-__all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "network_options", "run"]
+__all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
 
 
 @dataclass(frozen=True)
@@ -205,13 +201,6 @@ def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
         own=lambda job: model.job_identity(job.options, has_mask=bool(job.mask or job.official)),
         stages=partial(open_stages, settings=StageSettings(models, settings.device)),
     )
-
-
-def network_options(settings: RunSettings | PreprocessSettings) -> NetworkOptions:
-    """What the settings say about the preprocessing's networks."""
-    from runner.preprocess.networks.providers import NetworkOptions
-
-    return NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache)
 
 
 def local_models(settings: ModelSettings, wanted: Callable[[str], bool]) -> Path:

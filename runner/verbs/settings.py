@@ -1,10 +1,11 @@
-"""Settings: what each verb is told, as one frozen value a verb, checked when it is made.
+"""Settings: one frozen value a verb, checked when it is made.
 
 In:   the values of flags, as text from the command line or as Python values. Out: `RunSettings`, `PlanSettings`, …;
 ConfigInvalid for a value that cannot be meant, which names the flag. Never: files, networks or devices: whether a store
 or a folder is there is found out by the verb.
 
-A field has the name of its flag, with `_` for `-`. The default of a flag stands here and nowhere else.
+A field has the name of its flag, with `_` for `-`. The default of a flag stands here and nowhere else. These are
+dataclasses, because `--help` reads them: importing pydantic would make it slow.
 """
 
 from __future__ import annotations

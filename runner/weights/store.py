@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing
+from runner.quantization.files.file_header import LFS_POINTER, SHARD_NAME
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.weights.digests import FileIdentities
@@ -63,8 +63,6 @@ POSE_GRAPH = "end2end.onnx"  # in the published folder
 DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
 SEGMENTER = "process_checkpoint/sam2"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
-LFS_POINTER = b"version https://git-lfs"
 
 HUB = {
     "weights": "Wan-AI/Wan2.2-Animate-14B-Diffusers on the Hugging Face hub",

@@ -167,7 +167,7 @@ ELSEWHERE = {
         "runner/verbs/",  # the same
         "runner/spec/recipes.py",  # of the attention
         "runner/generation/wan_animate/loading.py",  # the same
-        "runner/quantization/files/file_header.py",  # a dtype in a file
+        "runner/quantization/formats/stored_dtypes.py",  # a dtype in a file
     ),
     "nvfp4": (
         "runner/quantization/formats/",  # the storage format

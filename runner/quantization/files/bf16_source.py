@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.quantization.files.file_header import SafetensorsHeader, TensorInfo, read_header
-from runner.quantization.files.safetensors_stream import SHARD_NAME
+from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
 
 __all__ = ["Bf16Source", "open_source"]
 

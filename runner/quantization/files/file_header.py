@@ -7,45 +7,24 @@ Never: tensors, and what they mean.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import WeightsCorrupt, WeightsMissing
+from runner.quantization.formats.stored_dtypes import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PLACEHOLDER", "DtypeRow", "SafetensorsHeader", "TensorInfo", "read_header"]
+__all__ = ["LFS_POINTER", "PLACEHOLDER", "SHARD_NAME", "SafetensorsHeader", "TensorInfo", "read_header"]
 
-
-@dataclass(frozen=True)
-class DtypeRow:
-    """A dtype as a safetensors header names it: torch's name, bytes an item."""
-
-    torch_name: str
-    bytes: int
-
-
-DTYPES: Mapping[str, DtypeRow] = {
-    "F64": DtypeRow("float64", 8),
-    "F32": DtypeRow("float32", 4),
-    "F16": DtypeRow("float16", 2),
-    "BF16": DtypeRow("bfloat16", 2),
-    "F8_E4M3": DtypeRow("float8_e4m3fn", 1),
-    "F8_E5M2": DtypeRow("float8_e5m2", 1),
-    "F8_E8M0": DtypeRow("float8_e8m0fnu", 1),
-    "I64": DtypeRow("int64", 8),
-    "I32": DtypeRow("int32", 4),
-    "I16": DtypeRow("int16", 2),
-    "I8": DtypeRow("int8", 1),
-    "U8": DtypeRow("uint8", 1),
-    "BOOL": DtypeRow("bool", 1),
-}
 
 MOST_DIMENSIONS, MOST_ITEMS = 8, 2**40  # of a tensor and of one dimension; torch fails beyond 64 and 2**63
 PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
+SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "Download or quantise it again"
 

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +25,10 @@ from torch import Tensor
 
 from runner.errors import ConfigInvalid, as_runner_error
 from runner.hashing import sha256_stream
-from runner.quantization.files.file_header import DTYPES, PLACEHOLDER, TensorInfo
+from runner.quantization.files.file_header import PLACEHOLDER, TensorInfo
+from runner.quantization.formats.stored_dtypes import DTYPES
 
 __all__ = [
-    "SHARD_NAME",
     "StreamWriter",
     "data_sha256",
     "read_tensor",
@@ -39,7 +38,6 @@ NAMES: Mapping[torch.dtype, str] = {getattr(torch, row.torch_name): name for nam
 
 ALIGNMENT = 8
 BLOCK = 1 << 24  # bytes read at a time for a digest
-SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

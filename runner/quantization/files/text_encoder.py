@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.hashing import combine, sha256_file
-from runner.quantization.files.file_header import SafetensorsHeader, TensorInfo, read_header
-from runner.quantization.files.safetensors_stream import SHARD_NAME, StreamWriter, read_tensor
+from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
+from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
 
 __all__ = [

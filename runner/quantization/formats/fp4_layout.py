@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["LAYOUTS", "Layout"]
+from runner.quantization.formats.stored_dtypes import DTYPE_BYTES
 
-DTYPE_BYTES: Final[Mapping[str, int]] = {"uint8": 1, "bfloat16": 2, "float32": 4}
+__all__ = ["LAYOUTS", "Layout"]
 
 
 @dataclass(frozen=True)

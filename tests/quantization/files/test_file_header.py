@@ -5,14 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from runner.errors import WeightsCorrupt, WeightsMissing
-from runner.quantization.files.file_header import DTYPES, read_header
+from runner.quantization.files.file_header import read_header
+from runner.quantization.formats.stored_dtypes import DTYPES
 
 TORCH = {name: getattr(torch, row.torch_name) for name, row in DTYPES.items()}
-
-
-def test_dtypes_are_torch_s_with_their_sizes():
-    assert len(set(TORCH.values())) == len(DTYPES)
-    assert {name: dtype.itemsize for name, dtype in TORCH.items()} == {name: row.bytes for name, row in DTYPES.items()}
 
 
 @pytest.mark.parametrize("dtype", TORCH.values(), ids=TORCH)
