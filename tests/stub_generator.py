@@ -1,7 +1,10 @@
 """A generator of the batch loop's contract without a model: plain frames, chosen delays, chosen failures.
 
 What a job shall do is told by its prompt: `ok`, `fail-prepare`, `fail-generate`, `crash`, `oom`, `flaky` (fails with a
-retryable error until its second try), `wrong-size`, `few` (fewer frames than promised).
+retryable error until its second try), `wrong-size`, `few` (fewer frames than promised). In the middle of a segment,
+counted from 0: `crash-at-N` (the process ends, unless the job was resumed at segment N), `flaky-at-N` (as `flaky`).
+
+A job may be resumed after any of its segments. `resumable=False` makes a generator that cannot do this.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import InputUnreadable, StorageUnavailable
-from runner.generation.protocol import ClipInfo, OnStep, Request, Segment, SegmentPlan
+from runner.errors import InputUnreadable, InternalError, StorageUnavailable
+from runner.generation.protocol import ClipInfo, OnStep, Request, ResumePoint, Segment, SegmentPlan
 from runner.spec.options import JobOptions
 from runner.timing import StageTimer
 
@@ -44,10 +47,17 @@ class StubGenerator:
     identity: Mapping[str, str] = field(default_factory=lambda: {"weights": "stub"})
     description: Mapping[str, Any] = field(default_factory=lambda: {"device": "none"})
     probe: None = None
+    device: str = "stub"
+    resumable: bool = True
     tries: dict[str, int] = field(default_factory=dict)
     prepared: list[StubConditions] = field(default_factory=list)
+    started_at: list[int] = field(default_factory=list)  # the first segment of each call of `generate`
     generating: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
+
+    @property
+    def resume_identity(self) -> Mapping[str, str]:
+        return {"device": self.device} if self.resumable else {}
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
         each = -(-frames // self.segments)
@@ -64,10 +74,18 @@ class StubGenerator:
         return conditions
 
     def generate(
-        self, conditions: StubConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
+        self,
+        conditions: StubConditions,
+        plan: SegmentPlan,
+        timer: StageTimer,
+        on_step: OnStep | None = None,
+        start: ResumePoint | None = None,
     ) -> Iterator[Segment]:
         prompt = conditions.request.prompt
+        word, _, place = prompt.partition("-at-")
+        first = 0 if start is None else start.segment
         self.tries[prompt] = self.tries.get(prompt, 0) + 1
+        self.started_at.append(first)
         self.generating.set()
         if prompt == "crash":
             os._exit(9)
@@ -75,19 +93,26 @@ class StubGenerator:
             raise MemoryError("stub")
         if prompt == "flaky" and self.tries[prompt] < 2:
             raise StorageUnavailable("the stub's store is away")
-        seed = conditions.request.options.seed
-        random = np.random.default_rng(seed)
-        total = plan.segments * plan.steps
+        if first == plan.segments:
+            return
+        random = np.random.default_rng(conditions.request.options.seed)
         left = plan.frames
+        if start is not None:
+            left = _restore(start, random)
+        total = plan.segments * plan.steps
         begin = time.monotonic()
-        for index in range(plan.segments):
+        for index in range(first, plan.segments):
             for step in range(plan.steps):
-                deadline = begin + self.generate_s * (index * plan.steps + step + 1) / total
+                deadline = begin + self.generate_s * ((index - first) * plan.steps + step + 1) / total
                 while time.monotonic() < deadline:
                     time.sleep(min(0.01, self.generate_s / total))
                 timer.step(self.generate_s / total)
                 if on_step is not None:
                     on_step(index * plan.steps + step + 1, total)
+                if place == str(index) and word == "crash" and first != index:
+                    os._exit(9)
+                if place == str(index) and word == "flaky" and self.tries[prompt] < 2:
+                    raise StorageUnavailable("the stub's store is away")
             if prompt == "fail-generate" and index == 1:
                 raise ValueError("the stub broke")
             count = min(plan.segment_frames, left)
@@ -97,10 +122,32 @@ class StubGenerator:
             left -= count
             shade = random.integers(0, 255, (count, 1, 1, 3), np.uint8)
             frames = np.broadcast_to(shade, (count, HEIGHT, width, 3)).copy()
-            yield Segment(index, frames, pose=frames[:, ::-1].copy())
+            resume = _resume_point(index + 1, plan, random, left) if self.resumable else None
+            yield Segment(index, frames, pose=frames[:, ::-1].copy(), resume=resume)
 
     def lower_memory(self) -> bool:
         return False
 
     def close(self) -> None:
         self.closed = True
+
+
+def _resume_point(segment: int, plan: SegmentPlan, random: np.random.Generator, left: int) -> ResumePoint:
+    """The random state as bytes, and how many frames are `left`."""
+    if segment == plan.segments:
+        return ResumePoint(segment, {}, {})
+    state: Any = random.bit_generator.state
+    raw = b"".join(state["state"][name].to_bytes(16, "little") for name in ("state", "inc"))
+    spare = {name: int(state[name]) for name in ("has_uint32", "uinteger")}
+    return ResumePoint(segment, {"random": np.frombuffer(raw, np.uint8)}, {"left": left, **spare})
+
+
+def _restore(start: ResumePoint, random: np.random.Generator) -> int:
+    """Give `random` the state that `start` has; how many frames are left. Raises InternalError where it has none."""
+    if set(start.arrays) != {"random"} or start.arrays["random"].shape != (32,):
+        raise InternalError("the stub's checkpoint has no random state", todo="Run with --checkpoint off")
+    raw = start.arrays["random"].tobytes()
+    state: Any = random.bit_generator.state
+    state["state"] = {"state": int.from_bytes(raw[:16], "little"), "inc": int.from_bytes(raw[16:], "little")}
+    random.bit_generator.state = state | {name: start.values[name] for name in ("has_uint32", "uinteger")}
+    return int(start.values["left"])

@@ -325,11 +325,11 @@ class Stepping(StubGenerator):
             raise WeightsMissing("gone")
         return True
 
-    def generate(self, conditions, plan, timer, on_step=None):
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
         if self.lowered:
             conditions.request = replace(conditions.request, prompt="ok")
         timer.forecast["denoise"] = 7
-        return super().generate(conditions, plan, timer, on_step)
+        return super().generate(conditions, plan, timer, on_step, start)
 
 
 def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
@@ -578,10 +578,10 @@ class Reader(StubGenerator):
         self.prepared[-1] = Read(made.request, made.clip)
         return self.prepared[-1]
 
-    def generate(self, conditions, plan, timer, on_step=None):
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
         conditions.reading = True
         try:
-            yield from super().generate(conditions, plan, timer, on_step)
+            yield from super().generate(conditions, plan, timer, on_step, start)
         finally:
             conditions.reading = False
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.generation.protocol import OnStep, Request, Segment, SegmentPlan
+from runner.generation.protocol import OnStep, Request, ResumePoint, Segment, SegmentPlan
 from runner.timing import StageTimer
 from tests.faults.shared_page import JOBS, SharedPage
 from tests.stub_generator import StubConditions, StubGenerator
@@ -66,12 +66,17 @@ class PageGenerator(StubGenerator):
         return conditions
 
     def generate(
-        self, conditions: StubConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
+        self,
+        conditions: StubConditions,
+        plan: SegmentPlan,
+        timer: StageTimer,
+        on_step: OnStep | None = None,
+        start: ResumePoint | None = None,
     ) -> Iterator[Segment]:
         index = int(conditions.report["index"])
         self._page.set("generating", index + 1)
         self._page.count_generation(index)
-        segments = super().generate(conditions, plan, timer, on_step)
+        segments = super().generate(conditions, plan, timer, on_step, start)
 
         def watched() -> Iterator[Segment]:
             yield from segments

@@ -42,7 +42,7 @@ SCRIPT = textwrap.dedent("""
     store, recipe = ModelStore(models), get_recipe("fp32")
 
     class Skeletons:
-        identity, description, probe = {}, {}, None
+        identity, description, probe, resume_identity = {}, {}, None, {}
 
         def __init__(self):
             self.preprocessor = Preprocessor.load(store.detector, store.pose)
@@ -55,7 +55,7 @@ SCRIPT = textwrap.dedent("""
             clip = ClipInfo(source.frames, source.fps, source.width, source.height, source.start_s)
             return AnimateConditions(source, clip, request.prompt, request.options)
 
-        def generate(self, conditions, plan, timer, on_step=None):
+        def generate(self, conditions, plan, timer, on_step=None, start=None):
             step = plan.segment_frames - plan.overlap_frames
             for index, start in enumerate(range(0, plan.frames, step)):
                 window = conditions.window(start, min(start + step, plan.frames))
