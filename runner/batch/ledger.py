@@ -3,59 +3,62 @@
 In:   a job's id and fingerprint; the output storage. Out: a `Decision` with its reason; marks and records there.
 Never: how frames are made.
 
-All state is in the output folder, readable by any tool; records/output_layout.py has the names. The mark stands while
-the job runs, and after a failure that kept an older output. The record is written last, and removed before the file
-that it names is replaced.
+All state is in the output folder, readable by any tool; records/output_layout.py has the names. The mark of a job is
+the lease of the runner that has it; it stays after a failure that kept an older output. The record is written last, and
+removed before the file that it names is replaced. What is written between is fenced: the store refuses it once another
+runner has the lease.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import socket
-import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from runner.batch.fingerprint import differences
+from runner.batch.lease import LEASE_S, Leases, Sighting
 from runner.errors import (
     ConfigInvalid,
     InputError,
     JobCrashed,
+    LeaseLost,
     RunnerError,
     StorageConflict,
     StorageDenied,
     counts_as_attempt,
 )
-from runner.records.output_layout import ATTEMPT, PREVIEWS, RESULT, is_output_file, job_folder, job_key
-from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, Record, ResultRecord
+from runner.records.output_layout import ATTEMPT, KEPT, RESULT, is_output_file, is_part, job_folder, job_key
+from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord
 from runner.storage import ObjectInfo, Storage, check_key
 from runner.storage.file_hashes import FileHashes
 from runner.timing import now
 
-__all__ = ["Decision", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
+__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
 
-REPLACES = 5  # tries to put a record in the place of another run's
-LOCKS = 64  # shared among the jobs
+REPLACES = 5  # tries to put a record or an output in the place of another run's
 
 Listing = Mapping[str, ObjectInfo]  # key → what lies under it, of a whole output storage
 Stage = Literal["preparing", "generating", "delivering"]
-R = TypeVar("R", bound=Record)
+class JobTaken(Exception):
+    """Another runner took the job, or finished it, between the decision and the lease."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again.
+    """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again. `leased`: another
+    runner has it; look again later.
 
     `suspect`: a process died while the job was under way. Other jobs were under way in that process too, so this one
     runs last and alone, which shows whether it is the cause.
     """
 
-    action: Literal["run", "skip", "exhausted"]
+    action: Literal["run", "skip", "exhausted", "leased"]
     reason: str
     attempt: int = 1
     previous: ResultRecord | None = None
@@ -63,6 +66,8 @@ class Decision:
     counted: int = 0  # attempts before this one that count towards the limit
     version: str | None = None  # of result.json as it was read; None: there was none
     error: ErrorRecord | None = None  # `exhausted`: of the last attempt, where it is known
+    mark_version: str | None = None  # of attempt.json as it was read; None: there was none
+    restore: bool = False  # `previous` was removed by an attempt that was lost, and its output stands
 
 
 def output_identity(storage: Storage, key: str, hashes: FileHashes | None = None) -> tuple[str, int, int] | None:
@@ -99,7 +104,9 @@ class Ledger:
     """The output storage, read as a ledger. Safe from any thread.
 
     `max_attempts` counts the attempts of one fingerprint: those that failed by the job's own fault and those in which
-    the process died while it was generating; 0: no limit. `force`: run all. `retry_failed`: run only what has failed.
+    the process died while it was generating; 0: no limit. An attempt that finished a segment, which is kept, does not
+    count. `force`: run all. `retry_failed`: run only what has failed. `since`: what another runner has failed after this
+    moment (`timing.now`) is not tried again by this one.
     """
 
     def __init__(
@@ -110,16 +117,18 @@ class Ledger:
         force: bool = False,
         retry_failed: bool = False,
         hashes: FileHashes | None = None,
+        since: str | None = None,
+        lease_s: float = LEASE_S,
+        exclusive: bool = True,
     ) -> None:
         self.storage = storage
+        self.leases = Leases(storage, lease_s=lease_s, exclusive=exclusive)
+        self.since = since
         self.max_attempts = max_attempts
         self.force = force
         self.retry_failed = retry_failed
         self.hashes = hashes or FileHashes()
-        self._open: dict[str, AttemptMark] = {}  # of the attempts under way in this process, as they stand
         self._versions: dict[str, str | None] = {}  # of records that this process has removed or put back
-        # A mark is written by one thread at a time. Not one lock for all: a store may take a minute over one request.
-        self._locks = [threading.Lock() for _ in range(LOCKS)]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -129,7 +138,7 @@ class Ledger:
 
     def attempt(self, job_id: str) -> AttemptMark | None:
         """The mark of an attempt: it is running, its process died, or it failed beside an older output that stands."""
-        return self._parse(self._read(_mark_key(job_id))[0], AttemptMark)
+        return self.leases.look(job_id).mark
 
     def decide(
         self, job_id: str, fingerprint: str, parts: Mapping[str, Any], listing: Listing | None = None
@@ -139,14 +148,17 @@ class Ledger:
         `listing` says what lies on the storage, so that only the files that are there are asked for.
         """
         self._versions.pop(job_id, None)
-        mark = self.attempt(job_id) if listing is None or _mark_key(job_id) in listing else None
-        before, version = None, None
+        asked = listing is None or _mark_key(job_id) in listing
+        sighting = self.leases.look(job_id) if asked else Sighting(None, None)
+        mark = sighting.mark
+        before, version, restore = None, None, False
         if listing is None or _result_key(job_id) in listing:
             before, version = self._read_result(job_id)
-        if version is None and mark is not None and mark.replaces is not None:
-            before, version = self._restored(job_id, mark.replaces)
-        decision = self._decide(job_id, fingerprint, parts, before, mark, listing)
-        return replace(decision, version=version)
+        if version is None and sighting.lost and mark is not None and mark.replaces is not None:
+            restore = self._output_wrong(job_id, mark.replaces.output) is None
+            before = mark.replaces if restore else None
+        decision = self._decide(job_id, fingerprint, parts, before, sighting, listing)
+        return replace(decision, version=version, mark_version=sighting.version, restore=restore)
 
     def _decide(
         self,
@@ -154,15 +166,18 @@ class Ledger:
         fingerprint: str,
         parts: Mapping[str, Any],
         before: ResultRecord | None,
-        mark: AttemptMark | None,
+        sighting: Sighting,
         listing: Listing | None,
     ) -> Decision:
+        mark = sighting.mark
         own = mark if mark is not None and mark.fingerprint == fingerprint else None
         same = before is not None and before.fingerprint == fingerprint
         failed = before if before is not None and same and before.status == "failed" else None
         tried = max(failed.attempt if failed else 0, own.attempt if own else 0)
         counted = max(failed.counted if failed else 0, own.counted if own else 0)
         if self.force:
+            if sighting.live:
+                return _leased(sighting, before)
             return Decision("run", "--force", tried + 1, before, counted=counted)
         why = None
         if before is not None and before.status == "succeeded":
@@ -171,16 +186,23 @@ class Ledger:
             if same:
                 why = self._output_wrong(job_id, before.output, listing)
                 if why is None:
-                    return Decision("skip", "done", before.attempt, before, suspect=mark is not None)
+                    left = mark is not None and not sighting.live
+                    return Decision("skip", "done", before.attempt, before, suspect=left)
         elif before is None and mark is None and self.retry_failed:
             return Decision("skip", "never run; --retry-failed runs failures only")
+        if sighting.live:
+            return _leased(sighting, before)
         error = own.error if own is not None and own.error is not None else failed.error if failed else None
+        ended = own.finished_at if own is not None and own.error is not None else failed.finished_at if failed else None
+        if error is not None and self.since is not None and (ended or "") > self.since and not error.retryable:
+            reason = "another runner failed it while this run was under way"
+            return Decision("exhausted", reason, tried, before, counted=counted, error=error)
         crashed = own is not None and own.error is None and own.counts
         if self.max_attempts and counted >= self.max_attempts:
             last = "its process died" if crashed or error is None else error.code
             reason = f"{counted} attempts, the last: {last}; --max-attempts 0 or --force runs it again"
             return Decision("exhausted", reason, tried, before, counted=counted, error=None if crashed else error)
-        died = own is not None and own.error is None and not own.stopping
+        died = own is not None and own.error is None and not own.stopping and not own.progressed
         why = why or _why(before, mark, fingerprint, parts)
         return Decision("run", why, tried + 1, before, suspect=died, counted=counted)
 
@@ -208,65 +230,128 @@ class Ledger:
     # -- an attempt under way -------------------------------------------------------------------------------------
 
     def begin(self, job_id: str, decision: Decision, fingerprint: str, run_id: str, *, alone: bool = False) -> None:
-        """Mark the job as running, in preparation. `alone`: no other job is under way in this process."""
+        """Take the job's lease, in preparation. `alone`: no other job is under way in this process.
+
+        Raises JobTaken if another runner was quicker, or has written a record since the decision; storage.*.
+        """
+        if job_id in self.leases.held:  # another try in this run
+            self._put_back(job_id, decision)
+            self.leases.update(job_id, attempt=decision.attempt, attempts_counted=decision.counted, stage="preparing")
+            return
+        self._take(job_id, decision, fingerprint, run_id, alone=alone)
         with suppress(RunnerError):  # they cost space and nothing else
             self.storage.remove_leftovers(job_folder(job_id))
-        self._put_back(job_id, decision)
+
+    def _take(
+        self, job_id: str, decision: Decision, fingerprint: str, run_id: str = "", *, alone: bool = False
+    ) -> None:
+        """Take the lease over what was there at the decision, and look at the record once more."""
         mark = AttemptMark(
             job_id=job_id,
             attempt=decision.attempt,
             attempts_counted=decision.counted,
             fingerprint=fingerprint,
             run_id=run_id,
-            host=socket.gethostname(),
+            host="",
             started_at=now(),
             stage="preparing",
             alone=alone,
+            replaces=decision.previous if decision.restore else None,  # until it is put back, below
         )
-        with self._lock(job_id):
-            self._write_mark(mark)
+        if not self.leases.take(mark, decision.mark_version):
+            raise JobTaken
+        try:
+            if self._read(_result_key(job_id))[1] != decision.version:
+                raise JobTaken
+            self.leases.note_files(job_id, {info.key: info for info in self.storage.list(job_folder(job_id))})
+            if decision.restore and decision.previous is not None:
+                self._restore(job_id, decision.previous)
+        except BaseException:
+            with suppress(RunnerError):
+                self.leases.release(job_id)
+            raise
 
     def advance(self, job_id: str, stage: Stage) -> None:
-        """Note in the mark which stage the job has reached."""
-        self._update_mark(job_id, stage=stage)
+        """Note in the mark which stage the job has reached. Raises LeaseLost if another runner has the job."""
+        self.leases.update(job_id, stage=stage)
+
+    def confirm(self, job_id: str, decision: Decision) -> None:
+        """Note that the job is being generated. Raises LeaseLost if another runner has it, or has finished it on a store
+        where leases do not exclude each other; storage.*."""
+        self.leases.update(job_id, stage="generating")
+        if not self.leases.exclusive:
+            version = self._versions.get(job_id, decision.version)
+            if self._read(_result_key(job_id))[1] != version:
+                raise LeaseLost("another runner has finished this job meanwhile", where=job_id)
+
+    def note_segments(self, job_id: str, done: int, *, before: bool = False) -> None:
+        """Note in the mark how many segments are finished and kept; `before`: when the attempt began."""
+        self.leases.update(job_id, segments_done=done, **({"segments_before": done} if before else {}))
 
     def note_stopping(self) -> None:
         """Note in every open mark that the process was told to stop: if it is killed now, no attempt counts."""
-        for job_id in list(self._open):
-            self._update_mark(job_id, stopping=True)
+        for job_id in self.leases.held:
+            with suppress(LeaseLost):
+                self.leases.update(job_id, stopping=True)
 
     def abandon(self, job_id: str) -> None:
-        """Remove the job's mark: the attempt was given back unfinished and does not count."""
-        with self._lock(job_id):
-            self.storage.delete(_mark_key(job_id))
-            self._open.pop(job_id, None)
+        """Give the job's lease back: the attempt was given back unfinished and does not count."""
+        self.leases.release(job_id)
 
     def tidy(self, job_id: str, record: ResultRecord, published: Collection[str] | None = None) -> None:
         """Remove from a job that is done what does not belong to its output, and then the mark.
 
         `published`: the keys of all files of the output, where they are known. The mark goes last: while it stands, the
-        next run does this again.
+        next run does this again. Raises LeaseLost if another runner has the job; storage.*.
         """
-        with self._lock(job_id):
-            self._open.pop(job_id, None)
         output = record.output.key if record.output is not None else ""
+        fence = self.leases.fence(job_id)
         for info in list(self.storage.list(job_folder(job_id))):
             name = info.key.removeprefix(job_folder(job_id))
             if published is not None:
                 stale = info.key not in published
             else:
                 stale = info.key != output and not (output.endswith("/") and info.key.startswith(output))
-                stale &= name not in PREVIEWS
-            if stale and is_output_file(name):
-                self.storage.delete(info.key)
+                stale &= name not in KEPT
+            if stale and (is_output_file(name) or is_part(name)):
+                self.storage.delete(info.key, fence=fence)
         with suppress(RunnerError):  # they cost space and nothing else
             self.storage.remove_leftovers(job_folder(job_id))
         self.abandon(job_id)
 
+    def tidy_lost(self, job_id: str, decision: Decision) -> None:
+        """Do what `tidy` does for a job that is done and whose last runner was lost before it had done it.
+
+        Raises JobTaken if another runner has the job; storage.*.
+        """
+        if decision.previous is not None:
+            self._take(job_id, decision, decision.previous.fingerprint)
+            self.tidy(job_id, decision.previous)
+
     @property
     def open_attempts(self) -> list[str]:
-        """Jobs whose marks this process has written and not removed."""
-        return list(self._open)
+        """Jobs whose leases this process holds."""
+        return self.leases.held
+
+    def publish(self, job_id: str, local: Path, key: str) -> ObjectInfo:
+        """Store a file of the output, fenced. The record that names `key` as its output is removed right before.
+
+        Raises LeaseLost if another runner has the job; storage.*.
+        """
+        fence = self.leases.fence(job_id)
+        for _ in range(REPLACES):
+            self.before_replacing(job_id, key)
+            try:
+                return self.storage.publish(local, key, fence=fence, replaces=self.leases.seen(job_id, key))
+            except LeaseLost:
+                # A runner that lost this lease before it was taken here may have stored its file since: it is replaced.
+                self.leases.update(job_id)
+                self.leases.note_file(job_id, key, self.storage.stat(key))
+        raise StorageConflict(
+            "another runner stores this file again and again",
+            where=self.storage.uri(key),
+            todo="Stop the other runner, then run again",
+        )
 
     def before_replacing(self, job_id: str, key: str) -> None:
         """Remove the record that names `key` as its output: it must never stand beside a file that is not its own.
@@ -276,8 +361,8 @@ class Ledger:
         record, version = self._read_result(job_id)
         if version is None or (record is not None and (record.output is None or record.output.key != key)):
             return
-        self._update_mark(job_id, replaces=record)
-        self.storage.delete(_result_key(job_id))
+        self.leases.update(job_id, replaces=record)
+        self.storage.delete(_result_key(job_id), version=version, fence=self.leases.fence(job_id))
         self._versions[job_id] = None
 
     def another_try(self, job_id: str, decision: Decision, code: str) -> Decision:
@@ -302,7 +387,10 @@ class Ledger:
         version = self._versions.get(job_id, decision.version)
         record = record.model_copy(update={"attempts_counted": decision.counted})
         for _ in range(REPLACES):
-            if self.storage.write_if(_result_key(job_id), record.to_json(), version) is not None:
+            written = self.storage.write_if(
+                _result_key(job_id), record.to_json(), version, fence=self.leases.fence(job_id)
+            )
+            if written is not None:
                 self._versions.pop(job_id, None)
                 return record
             self._require_no_folder(job_id)
@@ -322,26 +410,33 @@ class Ledger:
         """Note a failed attempt. `kept`: in the mark alone, beside an older record whose output stands.
 
         Only a failure that blames the job removes an output, and only one of another fingerprint; its record says so.
-        Raises StorageConflict if another run has written a record meanwhile, which stands; storage.*.
+        Raises StorageConflict if another run has written a record meanwhile, which stands, or has the job; storage.*.
         """
         job_id, before = record.job_id, decision.previous
+        if job_id not in self.leases.held:
+            try:
+                self._take(job_id, decision, record.fingerprint, record.run_id)
+            except JobTaken as taken:
+                raise LeaseLost("another runner has taken this job meanwhile", where=job_id) from taken
+        fence, mark = self.leases.fence(job_id), self.leases.mark(job_id)
         counts = record.error is None or counts_as_attempt(record.error.code)
+        counts = counts and not (mark is not None and mark.progressed)
         record = record.model_copy(update={"attempts_counted": decision.counted + counts})
         stale = before is None or before.fingerprint != record.fingerprint
         good = before is not None and before.status == "succeeded" and not (blames_job and stale)
         if good and before is not None and self._output_wrong(job_id, before.output) is None:
             self._put_back(job_id, decision)
-            self._keep_in_mark(record, decision)
+            self.leases.end_with_failure(job_id, record, decision.counted)
             return "kept"
         version = self._versions.pop(job_id, decision.version)
         if blames_job and stale and self._read(_result_key(job_id))[1] == version:
             if version is not None:
-                self.storage.delete(_result_key(job_id))
+                self.storage.delete(_result_key(job_id), version=version, fence=fence)
                 version = None
             if self._remove_outputs(job_id):
                 notes = [*record.notes, "the output of an earlier run was removed"]
                 record = record.model_copy(update={"notes": notes})
-        if self.storage.write_if(_result_key(job_id), record.to_json(), version) is None:
+        if self.storage.write_if(_result_key(job_id), record.to_json(), version, fence=fence) is None:
             self._require_no_folder(job_id)
             raise StorageConflict(
                 "another run has written a record of this job meanwhile, which stands",
@@ -352,10 +447,14 @@ class Ledger:
     def crashed(
         self, job_id: str, parts: Mapping[str, Any], run_id: str, recipe: str, decision: Decision
     ) -> ResultRecord | None:
-        """Turn the mark of a job that died too often into a failure, noted as `fail` does; None if no such mark is."""
+        """Turn the mark of a job that died too often into a failure, noted as `fail` does; None if no such mark is.
+
+        Raises JobTaken if another runner has the job by now; storage.*.
+        """
         mark = self.attempt(job_id)
         if mark is None or mark.error is not None:
             return None
+        self._take(job_id, decision, mark.fingerprint, run_id)
         if not mark.counts:  # the attempts before it are used up, and their failure has its record
             self.abandon(job_id)
             return None
@@ -384,12 +483,15 @@ class Ledger:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _restored(self, job_id: str, record: ResultRecord) -> tuple[ResultRecord | None, str | None]:
-        """(record, version) of a record that a killed attempt had removed, if the output is still as it says."""
-        if self._output_wrong(job_id, record.output) is not None:
-            return None, None
-        version = self.storage.write_if(_result_key(job_id), record.to_json(), None)
-        return (record, version) if version is not None else self._read_result(job_id)
+    def _restore(self, job_id: str, record: ResultRecord) -> None:
+        """Put the record back that a lost attempt had removed. Raises JobTaken where another one stands by now."""
+        version = self.storage.write_if(
+            _result_key(job_id), record.to_json(), None, fence=self.leases.fence(job_id)
+        )
+        if version is None:
+            raise JobTaken
+        self._versions[job_id] = version
+        self.leases.update(job_id, replaces=None)
 
     def _put_back(self, job_id: str, decision: Decision) -> None:
         """Put the older record back that this process has removed, if its output stands."""
@@ -397,7 +499,9 @@ class Ledger:
         if before is None or self._versions.get(job_id, "") is not None:
             return
         if self._output_wrong(job_id, before.output) is None:
-            self._versions[job_id] = self.storage.write_if(_result_key(job_id), before.to_json(), None)
+            self._versions[job_id] = self.storage.write_if(
+                _result_key(job_id), before.to_json(), None, fence=self.leases.fence(job_id)
+            )
 
     def _remove_outputs(self, job_id: str) -> bool:
         """Remove the outputs of earlier runs; True if there were some."""
@@ -405,41 +509,12 @@ class Ledger:
         names = {key: key.removeprefix(job_folder(job_id)) for key in keys}
         found = [key for key, name in names.items() if is_output_file(name)]
         for key in found:
-            self.storage.delete(key)
+            self.storage.delete(key, fence=self.leases.fence(job_id))
         return bool(found)
-
-    def _keep_in_mark(self, record: ResultRecord, decision: Decision) -> None:
-        mark = AttemptMark(
-            job_id=record.job_id,
-            attempt=record.attempt,
-            attempts_counted=decision.counted,
-            fingerprint=record.fingerprint,
-            run_id=record.run_id,
-            host=socket.gethostname(),
-            started_at=record.started_at,
-            finished_at=record.finished_at,
-            error=record.error,
-        )
-        with self._lock(record.job_id):
-            self._write_mark(mark)
-            self._open.pop(record.job_id, None)
-
-    def _lock(self, job_id: str) -> threading.Lock:
-        return self._locks[hash(job_id) % LOCKS]
-
-    def _update_mark(self, job_id: str, **changes: Any) -> None:
-        with self._lock(job_id):
-            mark = self._open.get(job_id)
-            if mark is not None:
-                self._write_mark(mark.model_copy(update=changes))
-
-    def _write_mark(self, mark: AttemptMark) -> None:
-        self.storage.write_bytes(_mark_key(mark.job_id), mark.to_json())
-        self._open[mark.job_id] = mark
 
     def _read_result(self, job_id: str) -> tuple[ResultRecord | None, str | None]:
         data, version = self._read(_result_key(job_id))
-        return self._parse(data, ResultRecord), version
+        return (None if data is None else _parse_record(data)), version
 
     def _read(self, key: str) -> tuple[bytes | None, str | None]:
         """(content, version) of a small object; neither where a folder or something unreadable lies in its place."""
@@ -460,13 +535,18 @@ class Ledger:
                 f"the record cannot be written: {error.what}", where=error.where, todo=remedy
             ) from error
 
-    def _parse(self, data: bytes | None, model: type[R]) -> R | None:
-        if data is None:
-            return None
-        try:
-            return model.model_validate(json.loads(data))
-        except (ValueError, ValidationError, RecursionError):
-            return None
+
+def _parse_record(data: bytes) -> ResultRecord | None:
+    try:
+        return ResultRecord.model_validate(json.loads(data))
+    except (ValueError, ValidationError, RecursionError):
+        return None
+
+
+def _leased(sighting: Sighting, before: ResultRecord | None) -> Decision:
+    assert sighting.mark is not None
+    reason = f"running on {sighting.mark.host}, {sighting.heard}"
+    return Decision("leased", reason, sighting.mark.attempt, before)
 
 
 def _why(before: ResultRecord | None, mark: AttemptMark | None, fingerprint: str, parts: Mapping[str, Any]) -> str:

@@ -23,17 +23,20 @@ from typing import Any, Protocol
 from runner.batch.delivery import Delivery
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex, fetch_request
+from runner.batch.job_checkpoint import Chain, Checkpoints, Found
 from runner.batch.job_source import JobSource, Todo
-from runner.batch.ledger import Decision, Ledger, Listing, Stage
+from runner.batch.lease import LeaseKeeper
+from runner.batch.ledger import Decision, JobTaken, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
+from runner.batch.pace import SegmentPace
 from runner.batch.queues import ByteQueue, Closed
 from runner.batch.stop import Abandoned, PrefetchThread, Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
 from runner.batch.task import Ended, Piece, Spans, Task
-from runner.errors import DeviceLost, InputError, OutOfMemory, RunnerError, as_runner_error
-from runner.finishing.stages import SegmentStage, finish_segments, finished_clip
-from runner.generation.protocol import Generator
+from runner.errors import DeviceLost, InputError, LeaseLost, OutOfMemory, RunnerError, as_runner_error
+from runner.finishing.stages import SegmentStage, finish_segments, finished_clip, split_states
+from runner.generation.protocol import Generator, ResumePoint
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, InputRecord, JobLine, ResultRecord
 from runner.spec.manifest import Job
@@ -47,6 +50,8 @@ FRAME_BUFFER_ITEMS = 16  # the same, as each job among them holds open files
 TRIES_IN_ONE_RUN = 3
 RETRY_DELAY_S = 2.0  # doubled at each further attempt
 STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
+LOOK_AGAIN_S = 5.0  # between two looks at a job that another runner has
+LAST = 10**9  # rank of such jobs: after all others
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,13 @@ class Batch:
         progress: Progress,
         sampler: MemorySampler,
         input_roots: Sequence[str] = (),
+        checkpoints: Checkpoints | None = None,
         frame_buffer_bytes: int = FRAME_BUFFER_BYTES,
     ) -> None:
         self._engine, self._storage, self._ledger = engine, storage, ledger
         self._summary, self._events, self._progress = summary, events, progress
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
-        self._source, self._input_roots = source, input_roots
+        self._source, self._input_roots, self._checkpoints = source, input_roots, checkpoints
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
         self._marking = threading.Lock()
@@ -109,7 +115,7 @@ class Batch:
         prefetch = PrefetchThread(target=self._guard, args=(self._prefetch_all,), name="prefetch", daemon=True)
         deliver = threading.Thread(target=self._guard, args=(self._deliver_all,), name="deliver", daemon=True)
         watch = threading.Thread(target=self._watch_stop, name="stop", daemon=True)
-        with self._sampler:
+        with self._sampler, LeaseKeeper(self._ledger.leases):
             for thread in (prefetch, deliver, watch):
                 thread.start()
             self._guard(self._generate_all)
@@ -118,13 +124,13 @@ class Batch:
             prefetch.join(timeout=None if not self._stop.draining else 1.0)
             if self._stop.draining:
                 watch.join(timeout=STORE_WAIT_S)  # it removes the marks of jobs that waited for another try
-        if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
-            self._unmark()
-        else:
-            if self._generator is not None:
-                self._generator.close()
-            for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
-                self._abandon(job_id)
+            if prefetch.is_alive():  # a long preparation is not waited for, see stop.leave; it was no attempt
+                self._unmark()
+            else:
+                if self._generator is not None:
+                    self._generator.close()
+                for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
+                    self._abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         try:
@@ -142,7 +148,7 @@ class Batch:
         survey = survey_jobs(jobs, self._storage, self._surveyor())
         try:
             while (todo := self._source.take()) is not None:
-                done = next(survey, None) if todo.decision is None else None
+                done = next(survey, None) if todo.decision is None and not todo.looked else None
                 if done is not None:
                     self._skip(todo.job, done)
                     self._source.settle()
@@ -155,7 +161,11 @@ class Batch:
     def _prefetch(self, todo: Todo) -> None:
         task = self._open(todo)
         try:
-            if not self._worth_running(task, todo.decision):
+            action = self._decide(task, todo.decision)
+            if action == "leased":
+                self._look_again(task, None if todo.looked else task.decision.reason)
+                return
+            if action != "run":
                 self._settle(task)
                 return
             if task.decision.suspect and todo.decision is None:  # last, when the others are safe
@@ -171,6 +181,8 @@ class Batch:
                 self._source.wait_taken(0)
         except Closed:
             self._give_back(task)
+        except JobTaken:
+            self._look_again(task, "another runner has just taken it")
         except Exception as error:
             found = as_runner_error(error, where=todo.job.id)
             self._stop_for(found)  # now, or the next job would begin before delivery hears of it
@@ -189,7 +201,8 @@ class Batch:
         effective = replace(job, options=self._engine.effective(job.options))
         return fingerprint_parts(effective, inputs, {**self._engine.identity, **own})
 
-    def _worth_running(self, task: Task, taken: Decision | None) -> bool:
+    def _decide(self, task: Task, taken: Decision | None) -> str:
+        """What to do with the job: the decision's action, after what it asks for short of running was done."""
         job = task.job
         own: Mapping[str, str] = {}
         problem = None
@@ -205,12 +218,19 @@ class Batch:
             raise problem
         decision = task.decision
         if decision.action == "skip":
-            if decision.suspect and decision.previous is not None:  # else it would count as running for ever
-                self._tidy(job.id, decision.previous)
+            if decision.suspect:  # else it would count as lost for ever
+                self._tidy_lost(job.id, decision)
             self._skip(job, decision)
         elif decision.action == "exhausted":
             self._exhausted(task)
-        return decision.action == "run"
+        return decision.action
+
+    def _look_again(self, task: Task, why: str | None) -> None:
+        """Put a job off that another runner has. `why`: said, where it was not said before."""
+        if why is not None:
+            self._events.emit("job_leased", job=task.job.id, reason=why)
+        self._close(task)
+        self._source.put_back(Todo(task.job, tried=task.tried, looked=True), LOOK_AGAIN_S, rank=LAST)
 
     def _exhausted(self, task: Task) -> None:
         """Count a job as failed that has been tried as often as allowed."""
@@ -225,6 +245,14 @@ class Batch:
     def _tidy(self, job_id: str, record: ResultRecord, published: Collection[str] | None = None) -> None:
         try:
             self._ledger.tidy(job_id, record, published)
+        except RunnerError as error:
+            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
+
+    def _tidy_lost(self, job_id: str, decision: Decision) -> None:
+        try:
+            self._ledger.tidy_lost(job_id, decision)
+        except JobTaken:  # by another runner, which does the same
+            return
         except RunnerError as error:
             self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
 
@@ -244,11 +272,25 @@ class Batch:
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
+        self._find_checkpoint(task)
         self._spans.add(task.job.id, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
 
+    def _find_checkpoint(self, task: Task) -> None:
+        """Find what an earlier attempt has finished of the job, and note how much that is."""
+        assert self._generator and task.plan
+        task.chain, task.kept = None, Found()
+        identity = self._generator.resume_identity
+        if self._checkpoints is None or not identity or task.plan.segments < 2:
+            return
+        task.chain = Chain.of(task.job.id, task.fingerprint, identity, task.plan.segments)
+        with task.timer.stage("fetch"):
+            task.kept = self._checkpoints.find(task.chain, task.folder / "kept")
+        done = 0 if task.kept.point is None else task.kept.point.segment
+        self._ledger.note_segments(task.job.id, done, before=True)
+
     def _mark(self, task: Task) -> None:
-        """Note that the job is being run; Closed if the run is ending, when nobody might take the mark away again."""
+        """Take the job's lease; Closed if the run is ending, when nothing might give it back again."""
         with self._marking:
             if self._stop.draining:
                 raise Closed
@@ -285,7 +327,7 @@ class Batch:
                 continue
             begin = time.monotonic()
             try:
-                self._advance(task, "generating")
+                self._confirm(task)
                 self._generate(task)
                 ended = Ended(task)
             except Abandoned:
@@ -316,26 +358,73 @@ class Batch:
         assert self._generator and task.conditions and task.plan
 
         def on_step(done: int, total: int) -> None:
-            if self._stop.abandon or task.settled:
-                raise Abandoned
+            pace.step(done)
+            self._check_going_on(task, pace)
             self._progress.step(task.job.id, done, total)
 
         task.generating = True
         try:
+            start = self._resume(task)
+            pace = SegmentPace(task.plan, 0 if start is None else start.segment)
             # Now, as sound that cannot be read shall fail the job before it costs anything.
             clip, options = task.conditions.clip, task.job.options
             stages = self._engine.stages(options)
             task.delivery = Delivery.of(
                 clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
             )
-            generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step)
-            with closing(finish_segments(generated, stages, task.timer)) as segments:
+            for index, packed in enumerate(task.kept.parts):
+                task.delivery.restore(index, packed)
+            own, states = split_states(start)
+            generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
+            with closing(
+                finish_segments(generated, stages, task.timer, task.plan.segments, states)
+            ) as segments:
                 for segment in segments:
                     nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
-                    self._frames.put(Piece(task, segment), nbytes)
+                    self._frames.put(Piece(task, segment, dict(self._generator.resume_identity)), nbytes)
+                    pace.segment_done()
+                    if segment.index + 1 < task.plan.segments:
+                        self._check_going_on(task, pace)
         finally:
             task.conditions.close()
             task.generating = False
+
+    def _confirm(self, task: Task) -> None:
+        """Note that the job is being generated, which shows that its lease still holds. Raises LeaseLost."""
+        try:
+            self._ledger.confirm(task.job.id, task.decision)
+        except LeaseLost:
+            raise
+        except RunnerError as error:  # the store does not answer now; publishing is fenced
+            self._events.emit("mark_not_written", level="warning", job=task.job.id, message=error.message)
+
+    def _resume(self, task: Task) -> ResumePoint | None:
+        """From where the job is generated; it is noted for the record and told."""
+        assert self._generator and task.plan
+        if task.chain is not None and not task.chain.fits(self._generator.resume_identity):
+            self._find_checkpoint(task)  # the memory mode was lowered meanwhile
+        point, count = task.kept.point, task.plan.segments
+        if point is not None:
+            where = f"at segment {point.segment + 1}/{count}" if point.segment < count else f"after segment {count}/{count}"
+            task.resumed_at = point.segment + 1
+            task.notes.append(f"resumed {where}")
+            self._events.emit("job_resumed", job=task.job.id, segment=point.segment + 1, segments=count)
+        elif task.kept.why:
+            task.notes.append(f"began at segment 1/{count}: {task.kept.why}")
+            self._events.emit("job_not_resumed", job=task.job.id, reason=task.kept.why, segments=count)
+        return point
+
+    def _check_going_on(self, task: Task, pace: SegmentPace) -> None:
+        """Raise LeaseLost if another runner has the job, Abandoned if the time that a signal left is too short."""
+        if task.settled:
+            raise Abandoned
+        if self._ledger.leases.is_lost(task.job.id):
+            raise LeaseLost("another runner has taken this job over", where=task.job.id)
+        if not self._stop.draining:
+            return
+        left = pace.left_in_job() if task.chain is None else pace.left_in_segment()
+        if self._stop.abandon or (left is not None and left + task.part_s > self._stop.seconds_left()):
+            raise Abandoned
 
     # -- delivery thread ------------------------------------------------------------------------------------------
 
@@ -347,7 +436,10 @@ class Batch:
             try:
                 if isinstance(item, Piece):
                     assert task.delivery is not None
+                    begin = time.monotonic()
                     task.delivery.write(item.segment)
+                    self._keep(task, item)
+                    task.part_s = time.monotonic() - begin
                 elif item.given_back:
                     self._give_back(task)
                 elif item.error is not None:
@@ -359,17 +451,43 @@ class Batch:
                     raise
                 self._fail(task, as_runner_error(error, where=task.job.id), "deliver")
 
+    def _keep(self, task: Task, piece: Piece) -> None:
+        """Keep the finished segments for a later attempt. That they cannot be kept now fails no job."""
+        point, chain, job_id = piece.segment.resume, task.chain, task.job.id
+        if self._checkpoints is None or chain is None or point is None or task.delivery is None:
+            return
+        if not chain.fits(piece.identity):  # what was kept before was made in another way
+            task.chain = None
+            return
+        packed = task.folder / "part.tar"
+        try:
+            with task.timer.stage("checkpoint"):
+                for index in range(self._checkpoints.kept(chain), point.segment):
+                    task.delivery.pack_part(index, packed)
+                    self._checkpoints.save_part(chain, packed)
+                self._checkpoints.save_state(chain, point, packed)
+                self._ledger.note_segments(job_id, point.segment)
+        except LeaseLost:
+            raise
+        except RunnerError as error:
+            self._events.emit("segment_not_kept", level="warning", job=job_id, message=error.message)
+
     def _succeed(self, task: Task) -> None:
         begin = time.monotonic()
         job_id = task.job.id
         assert task.delivery is not None  # a plan has at least one segment
-        published = task.delivery.publish(self._storage, job_id, lambda key: self._ledger.before_replacing(job_id, key))
+        published = task.delivery.publish(
+            self._storage, job_id, lambda local, key: self._ledger.publish(job_id, local, key)
+        )
         self._spans.add(job_id, "deliver", begin)
         notes = [*task.notes, *published.notes]
         record = self._record(task, status="succeeded", output=published.output, notes=notes)
         standing = self._ledger.succeed(record, task.decision)
         # The job has succeeded, whatever fails from here on.
         self._tidy(job_id, standing, published.keys if standing.run_id == record.run_id else None)
+        if self._checkpoints is not None and self._checkpoints.storage is not self._storage:
+            with suppress(RunnerError):  # they cost space and nothing else
+                self._checkpoints.remove(job_id)
         self._settle(task)
         self._report(
             JobLine(
@@ -387,6 +505,9 @@ class Batch:
         attempt, job = task.decision.attempt, task.job
         if isinstance(self._fatal, DeviceLost) and stage == "prepare" and not isinstance(error, InputError):
             self._give_back(task)  # the device failed under the job that was generating
+            return
+        if isinstance(error, LeaseLost):
+            self._lose(task)
             return
         if self._worth_another_try(task, error):
             delay = RETRY_DELAY_S * 2 ** len(task.tried)
@@ -408,6 +529,9 @@ class Batch:
                 self._abandon(job.id)
             else:
                 self._events.emit("older_output_kept", level="warning", job=job.id, attempt=attempt)
+        except LeaseLost:
+            self._lose(task)
+            return
         except Exception as second:  # the very storage may be what fails
             unstored = as_runner_error(second)
             self._events.emit(
@@ -424,6 +548,12 @@ class Batch:
             error=found,
         )
         self._report(line, record)
+
+    def _lose(self, task: Task) -> None:
+        """Leave a job to the runner that has taken it over, and look at it again at the end. It was no attempt."""
+        self._events.emit("lease_lost", level="warning", job=task.job.id)
+        self._ledger.leases.forget(task.job.id)
+        self._look_again(task, None)
 
     def _worth_another_try(self, task: Task, error: RunnerError) -> bool:
         """Whether the job shall run again in this run. Out of memory: once, one memory mode lower."""
@@ -461,6 +591,8 @@ class Batch:
     def _advance(self, task: Task, stage: Stage) -> None:
         try:
             self._ledger.advance(task.job.id, stage)
+        except LeaseLost:
+            return  # publishing finds it too
         except RunnerError as error:  # the mark only serves the next run, should this process die
             self._events.emit("mark_not_written", level="warning", job=task.job.id, message=error.message)
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.batch.delivery import Delivery
+from runner.batch.job_checkpoint import Chain, Found
 from runner.batch.ledger import Decision
 from runner.batch.memory_sampler import MemoryWindow
 from runner.errors import RunnerError
@@ -45,7 +47,11 @@ class Task:
     audio_from: Path | None = None
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None
+    chain: Chain | None = None  # under which its finished segments are kept; None: they are not
+    kept: Found = field(default_factory=Found)  # of an earlier attempt
+    resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
     delivery: Delivery | None = None
+    part_s: float = 0.0  # seconds that the last segment took from the decoder to where it is kept
     generating: bool = False  # the main thread is reading its conditions; nobody else may close them
     settled: bool = False  # by the delivery thread; what still comes of it is dropped
 
@@ -73,6 +79,7 @@ class Task:
                 overlapped=overlapped,
             ),
             efficiency=self._efficiency(),
+            resumed_at_segment=self.resumed_at,
             preprocess=dict(self.conditions.report) if self.conditions is not None else {},
             caches=dict(self.timer.counters),
             reuse=reuse_of(self.timer.counters, self.timer.gauges),
@@ -87,17 +94,20 @@ class Task:
         if plan is None:
             return None
         generating = sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
+        generated = plan.segments if self.resumed_at is None else plan.segments - self.resumed_at + 1
+        share = generated / plan.segments
         return Efficiency(
             frames_requested=plan.frames,
             frames_denoised=plan.denoised_frames,
             segments=plan.segments,
+            segments_generated=generated,
             segment_frames=plan.segment_frames,
             padding_fraction=round(plan.padding_frames / plan.denoised_frames, 4),
             overlap_fraction=round(plan.overlap_total / plan.denoised_frames, 4),
             tflop=plan.tflop,
-            tflop_per_s=plan.tflop / generating if generating else None,
+            tflop_per_s=plan.tflop * share / generating if generating and generated else None,
             generation_s=round(generating, 3) if generating else None,
-            forecast_s=None if plan.seconds is None else round(plan.seconds, 3),
+            forecast_s=None if plan.seconds is None else round(plan.seconds * share, 3),
         )
 
 
@@ -107,6 +117,7 @@ class Piece:
 
     task: Task
     segment: Segment
+    identity: Mapping[str, str]  # of the generator when it made the segment, see `Generator.resume_identity`
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/attempt.json                 the mark of an attempt under way
     jobs/<id>/output.mp4                   the output, or its frames: jobs/<id>/frames/<token>/000000.png, …
     jobs/<id>/pose.mp4, poster.jpg         previews
+    jobs/<id>/parts/<chain>/0001.tar, …    the finished segments of a job that is under way, and 0001.state after each
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
 
 A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
@@ -17,6 +18,7 @@ __all__ = [
     "ATTEMPT",
     "EVENTS",
     "JOBS",
+    "KEPT",
     "METRICS",
     "OUTPUT",
     "POSE",
@@ -26,11 +28,16 @@ __all__ = [
     "SUMMARY",
     "frames_folder",
     "is_output_file",
+    "is_part",
     "job_folder",
     "job_key",
+    "part_name",
+    "parts_folder",
     "run_folder",
     "run_key",
+    "segments_of_state",
     "split_job_key",
+    "state_name",
 ]
 
 JOBS, RUNS = "jobs/", "runs/"
@@ -44,7 +51,10 @@ POSE = "pose.mp4"
 POSTER = "poster.jpg"
 
 PREVIEWS = (POSE, POSTER)
+KEPT = PREVIEWS  # of an output of either form
 OUTPUT_FILES = (OUTPUT, *PREVIEWS)
+PARTS = "parts/"
+PART_END, STATE_END = ".tar", ".state"
 
 # Of a shard of a run, after its name and a dot
 SUMMARY = "summary.json"
@@ -76,6 +86,33 @@ def split_job_key(key: str) -> tuple[str, str] | None:
 def is_output_file(name: str) -> bool:
     """Does a file of this name below a job's folder belong to an output? Records and marks do not."""
     return name in OUTPUT_FILES or name.startswith(FRAMES)
+
+
+def parts_folder(job_id: str, chain: str = "") -> str:
+    """Where finished segments are kept, with a slash at the end; `chain` tells apart those that cannot be continued
+    with each other."""
+    return f"{job_folder(job_id)}{PARTS}" + (f"{chain}/" if chain else "")
+
+
+def part_name(segments: int) -> str:
+    """Of the part that is the last of `segments`, below its folder."""
+    return f"{segments:04d}{PART_END}"
+
+
+def state_name(segments: int) -> str:
+    """Of the state after `segments` segments, below its folder."""
+    return f"{segments:04d}{STATE_END}"
+
+
+def segments_of_state(name: str) -> int | None:
+    """How many segments are finished in a state of this name; None for another file."""
+    digits = name.removesuffix(STATE_END)
+    return int(digits) if name.endswith(STATE_END) and digits.isdecimal() and digits.isascii() else None
+
+
+def is_part(name: str) -> bool:
+    """Does a file of this name below a job's folder belong to its finished segments?"""
+    return name.startswith(PARTS)
 
 
 def run_folder(run_id: str) -> str:

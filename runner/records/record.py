@@ -32,6 +32,7 @@ __all__ = [
     "MemoryRecord",
     "MemoryTrendRecord",
     "OutputRecord",
+    "ProcessRecord",
     "ResultRecord",
     "ReuseRecord",
     "RunSummary",
@@ -90,11 +91,14 @@ class Efficiency(Record):
     frames_requested: int
     frames_denoised: int
     segments: int
+    segments_generated: int | None = Field(None, description="by this attempt; null: all of them")
     segment_frames: int
     padding_fraction: float = Field(description="of the frames denoised: beyond the end of the job")
     overlap_fraction: float = Field(description="of the frames denoised: a second time, to join segments")
     tflop: float = Field(description="forecast from the model's shape, 10^12 floating point operations")
-    tflop_per_s: float | None = Field(None, description="tflop over the seconds of generation")
+    tflop_per_s: float | None = Field(
+        None, description="tflop of the segments that this attempt generated, over the seconds of generation"
+    )
     generation_s: float | None = Field(None, description="the seconds of generation, all its stages together")
     forecast_s: float | None = Field(
         None, description="the same as forecast for this GPU before the job; null for one of which nothing is known"
@@ -147,6 +151,9 @@ class ResultRecord(Record):
     )
     memory: MemoryRecord = MemoryRecord()
     efficiency: Efficiency | None = None
+    resumed_at_segment: int | None = Field(
+        None, ge=2, description="the first segment, from 1, that this attempt generated; null: it generated all of them"
+    )
     preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")
     caches: dict[str, int] = Field(
         default={}, description="counters: hits and misses of what is reused across jobs, loads of the encoders"
@@ -166,8 +173,17 @@ class ResultRecord(Record):
         return self.attempt if self.error is None or counts_as_attempt(self.error.code) else 0
 
 
+class ProcessRecord(Record):
+    """A process, so that another one on the same machine can tell whether it still runs."""
+
+    pid: int = Field(description="in its own namespace")
+    start_ticks: int = Field(description="clock ticks after boot, as the system's process table has it")
+    boot_id: str = Field(description="of the running kernel: the same in all containers of a machine, new at each boot")
+    pid_namespace: str = Field(description="process ids can be compared within one namespace only")
+
+
 class AttemptMark(Record):
-    """`jobs/<id>/attempt.json`: stands while a job runs, so that a process that died without a word is noticed.
+    """`jobs/<id>/attempt.json`: the lease of the runner that has the job, renewed while the job is under way.
 
     With an `error` the attempt has ended and failed, and the record beside it is an older one whose output was kept.
     """
@@ -192,10 +208,26 @@ class AttemptMark(Record):
     )
     finished_at: str | None = None
     error: ErrorRecord | None = None
+    token: str = Field("", description="tells this lease from every other")
+    lease_s: float | None = Field(
+        None, ge=0, description="seconds after the last renewal when it is lost; null in marks of version 0.1.0"
+    )
+    renewals: int = Field(0, ge=0, description="counted up at each renewal, so that the content changes")
+    process: ProcessRecord | None = None
+    segments_before: int = Field(0, ge=0, description="segments that were finished when this attempt began")
+    segments_done: int = Field(0, ge=0, description="segments that are finished and kept; a later attempt goes on there")
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a later attempt finds more finished segments than this one found."""
+        return self.segments_done > self.segments_before
 
     @property
     def counts(self) -> bool:
-        """Whether this attempt counts: it failed by the job's own fault, or the process died while it generated."""
+        """Whether this attempt counts: it failed by the job's own fault, or the process died while it generated, and
+        it finished no segment that is kept."""
+        if self.progressed:
+            return False
         if self.error is not None:
             return counts_as_attempt(self.error.code)
         at_work = self.stage == "generating" or (self.alone and self.stage == "preparing")

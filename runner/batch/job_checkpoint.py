@@ -1,0 +1,238 @@
+"""Job checkpoint: the finished segments of a job, kept until it is published, so that a killed job goes on after them.
+
+In:   packed parts and the state after each segment. Out: what an earlier attempt has finished, or why it cannot be used.
+Never: how a segment is generated or encoded; leases.
+
+    jobs/<id>/parts/<chain>/0001.tar     what segment 1 became, encoded
+    jobs/<id>/parts/<chain>/0003.state   from which segment 4 is generated: a safetensors file; the newest is kept
+
+A chain is named by all that decides its bytes: fingerprint, device model, compute, memory mode, versions. So a runner
+that has lost the job, and goes on for a moment, writes the same bytes under the same names or others under other names.
+A state is written after its part and says the digest of every part before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InputError, InternalError, RunnerError
+from runner.generation.protocol import ResumePoint
+from runner.hashing import sha256_file
+from runner.records.output_layout import (
+    part_name,
+    parts_folder,
+    segments_of_state,
+    split_job_key,
+    state_name,
+)
+from runner.records.record import environment
+from runner.storage import Fence, Storage
+
+__all__ = ["Chain", "Checkpoints", "Found"]
+
+FORMAT = "1"  # of parts and states; part of the chain's identity
+HEADER = "video_lab"  # of a state file's metadata
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The finished segments of one job that belong together: all made under the same conditions."""
+
+    job_id: str
+    fingerprint: str
+    identity: Mapping[str, str]  # what must be equal beside the fingerprint, e.g. {"device": "NVIDIA H200"}
+    segments: int  # of the whole job
+
+    @classmethod
+    def of(cls, job_id: str, fingerprint: str, generator: Mapping[str, str], segments: int) -> Chain:
+        """`generator`: its `resume_identity`. Versions of packages and driver are added."""
+        return cls(job_id, fingerprint, _with_versions(generator), segments)
+
+    def fits(self, generator: Mapping[str, str]) -> bool:
+        """Whether segments of a generator of this identity belong to the chain."""
+        return _with_versions(generator) == self.identity
+
+    @property
+    def name(self) -> str:
+        """16 hexadecimal digits."""
+        described = json.dumps([FORMAT, self.fingerprint, sorted(self.identity.items()), self.segments])
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an earlier attempt left. Without a `point` the job starts at its first segment, and `why` says the reason."""
+
+    point: ResumePoint | None = None
+    parts: tuple[Path, ...] = ()  # packed, one a finished segment, in order, in the folder that was named
+    digests: tuple[str, ...] = ()  # sha256 of each
+    why: str = ""  # empty where no attempt has left anything
+
+
+@dataclass
+class Checkpoints:
+    """The kept segments of one run's jobs on one storage. Safe from any thread for different jobs."""
+
+    storage: Storage
+    fence: Callable[[str], Fence | None] = lambda job_id: None  # of the lease of a job, where it lies on this storage
+    _digests: dict[str, list[str]] = field(default_factory=dict)  # job -> sha256 of each part that is kept
+
+    def find(self, chain: Chain, folder: Path) -> Found:
+        """What an earlier attempt has finished of this job, its parts fetched below `folder`.
+
+        The chains that cannot be continued are removed. Raises storage.*.
+        """
+        self._digests.pop(chain.job_id, None)
+        names: dict[str, set[str]] = {}
+        for info in self.storage.list(parts_folder(chain.job_id)):
+            split = split_job_key(info.key)
+            assert split is not None
+            _, _, below = split[1].partition("/")
+            owner, slash, name = below.partition("/")
+            if slash:
+                names.setdefault(owner, set()).add(name)
+        found = Found()
+        if chain.name in names:
+            found = self._load(chain, names[chain.name], folder)
+        elif names:
+            found = Found(why=self._explain(chain, names, folder))
+        keep = {chain.name} if found.point is not None else set()
+        for owner in names.keys() - keep:
+            self._remove(chain.job_id, owner, names[owner])
+        if found.point is not None:
+            self._digests[chain.job_id] = list(found.digests)
+        return found
+
+    def kept(self, chain: Chain) -> int:
+        """How many segments of the job are kept, from the first."""
+        return len(self._digests.get(chain.job_id, ()))
+
+    def save_part(self, chain: Chain, packed: Path) -> None:
+        """Keep what the next segment became. Raises LeaseLost; storage.*."""
+        digests = self._digests.setdefault(chain.job_id, [])
+        key = parts_folder(chain.job_id, chain.name) + part_name(len(digests) + 1)
+        digest = sha256_file(packed)
+        self.storage.publish(packed, key, fence=self.fence(chain.job_id))
+        digests.append(digest)
+
+    def save_state(self, chain: Chain, point: ResumePoint, scratch: Path) -> None:
+        """Keep the state after the last part that was kept. `scratch`: a file to write. Raises LeaseLost; storage.*."""
+        import safetensors.numpy
+
+        folder, count = parts_folder(chain.job_id, chain.name), point.segment
+        digests = self._digests.get(chain.job_id, [])
+        if len(digests) != count:
+            raise InternalError(f"{len(digests)} parts are kept, the state is of {count}", where=chain.job_id)
+        header = {
+            "format": FORMAT,
+            "fingerprint": chain.fingerprint,
+            "identity": dict(chain.identity),
+            "segment": count,
+            "segments": chain.segments,
+            "parts": digests,
+            "values": dict(point.values),
+        }
+        safetensors.numpy.save_file(dict(point.arrays), scratch, {HEADER: json.dumps(header)})
+        self.storage.publish(scratch, folder + state_name(count), fence=self.fence(chain.job_id))
+        if count > 1:
+            with suppress(RunnerError):  # it costs space and nothing else, and goes when the job is published
+                self.storage.delete(folder + state_name(count - 1))
+
+    def remove(self, job_id: str) -> None:
+        """Remove all that is kept of a job. Raises storage.*."""
+        self._digests.pop(job_id, None)
+        for info in list(self.storage.list(parts_folder(job_id))):
+            self.storage.delete(info.key)
+
+    def _load(self, chain: Chain, names: set[str], folder: Path) -> Found:
+        """The newest state of the chain, if all its parts are there and as they were written."""
+        counts = sorted(count for name in names if (count := segments_of_state(name)) is not None)
+        if not counts:
+            return Found(why="the first segment was not finished")
+        count = counts[-1]
+        prefix = parts_folder(chain.job_id, chain.name)
+        try:
+            arrays, header = self._read_state(prefix + state_name(count), folder)
+            digests = tuple(str(digest) for digest in header["parts"])
+            point = ResumePoint(int(header["segment"]), arrays, dict(header["values"]))
+        except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+            return Found(why=f"what was kept after segment {count} cannot be read ({_short(error)})")
+        if point.segment != count or len(digests) != count or not 1 <= count <= chain.segments:
+            return Found(why=f"what was kept after segment {count} is not of that segment")
+        parts = []
+        for number, digest in enumerate(digests, 1):
+            path = folder / part_name(number)
+            try:
+                self.storage.fetch(prefix + part_name(number), path)
+            except InputError:
+                return Found(why=f"the kept segment {number} is gone")
+            if sha256_file(path) != digest:
+                return Found(why=f"the kept segment {number} is damaged")
+            parts.append(path)
+        return Found(point, tuple(parts), digests)
+
+    def _explain(self, chain: Chain, names: Mapping[str, set[str]], folder: Path) -> str:
+        """Why what other chains hold cannot be continued."""
+        for owner, files in names.items():
+            counts = [count for name in files if (count := segments_of_state(name)) is not None]
+            if not counts:
+                continue
+            try:
+                key = parts_folder(chain.job_id, owner) + state_name(max(counts))
+                _, header = self._read_state(key, folder)
+                if header["fingerprint"] != chain.fingerprint:
+                    return "the kept segments are of other inputs or options"
+                before = {str(name): str(value) for name, value in header["identity"].items()}
+            except (RunnerError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            return "; ".join(_changes(before, chain.identity)) or "the kept segments are of another version"
+        return "nothing that was kept can be read"
+
+    def _read_state(self, key: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays, header) of a state. Raises InputError, OSError, ValueError, KeyError."""
+        from safetensors import SafetensorError, safe_open
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "state"
+        self.storage.fetch(key, path)
+        try:
+            with safe_open(path, "numpy") as file:
+                header = json.loads((file.metadata() or {})[HEADER])
+                if not isinstance(header, dict):
+                    raise ValueError("its header is no object")
+                return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _remove(self, job_id: str, owner: str, names: set[str]) -> None:
+        for name in names:
+            with suppress(RunnerError):  # it costs space and nothing else
+                self.storage.delete(parts_folder(job_id, owner) + name)
+
+
+def _with_versions(generator: Mapping[str, str]) -> dict[str, str]:
+    found = environment()
+    versions = {f"version of {name}": str(version) for name, version in found["packages"].items()}
+    return dict(generator) | versions | {"driver": str(found["driver"])}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """`memory: resident → stream`, … of what differs."""
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {before.get(name, 'none')} → {after.get(name, 'none')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
