@@ -1,7 +1,8 @@
-"""Stop: how a signal ends a run without losing what is done.
+"""Stop: how a signal, or a notice that the machine is taken back, ends a run without losing what is done.
 
 The first SIGINT or SIGTERM lets no new job start and gives the running one `drain_s` seconds; the second abandons it at
-once. What is already generated is always encoded and published. An abandoned job leaves no record and runs again.
+once. A notice does what the first signal does, with its own seconds. What is already generated is always encoded and
+published. An abandoned job leaves no record and runs again.
 """
 
 from __future__ import annotations
@@ -27,21 +28,47 @@ class Abandoned(Exception):
 
 
 class Stop:
-    """Whether, and how urgently, the run has been told to stop. `clock` in seconds, monotonic."""
+    """Whether, and how urgently, the run has been told to stop. `clock` in seconds, monotonic. Safe from any thread.
+
+    `signal` decides the exit code: the first signal, or SIGTERM where a notice came before it. `reason` is what the
+    first notice said, None where a signal came before it.
+    """
 
     def __init__(self, drain_s: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.drain_s = drain_s
         self.signal: int | None = None
+        self.reason: str | None = None
         self.requested = threading.Event()
         self._clock = clock
         self._deadline = float("inf")
+        self._signalled = False
+        self._lock = threading.RLock()  # reentrant: the handler of a signal may interrupt a method of this thread
 
     def request(self, signum: int) -> None:
-        """Told once: drain. Told again: now."""
-        again = self.signal is not None
-        self.signal = self.signal or signum
-        self._deadline = self._clock() if again else self._clock() + self.drain_s
+        """Note a signal. The first one: drain. The second: abandon the running job now.
+
+        After a notice the first signal leaves the running job at most `drain_s`, and no more than the notice left.
+        """
+        with self._lock:
+            seconds = 0.0 if self._signalled else self.drain_s
+            self._signalled = True
+            self.signal = self.signal or signum
+            self._shorten(seconds)
         self.requested.set()
+
+    def drain(self, reason: str, seconds: float | None = None) -> None:
+        """Drain, as if SIGTERM had come: a notice says why (`reason`) and the running job has `seconds` (`drain_s`).
+
+        While the run drains already, a notice can only shorten the time that is left.
+        """
+        with self._lock:
+            if self.signal is None:
+                self.signal, self.reason = signal.SIGTERM, reason
+            self._shorten(self.drain_s if seconds is None else max(0.0, seconds))
+        self.requested.set()
+
+    def _shorten(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, self._clock() + seconds)
 
     @property
     def draining(self) -> bool:
@@ -52,14 +79,19 @@ class Stop:
         """Whether the running job's time is up."""
         return self.draining and self._clock() >= self._deadline
 
+    def seconds_left(self) -> float:
+        """Seconds until the running job's time is up, 0 or more; infinity while the run does not drain."""
+        return max(0.0, self._deadline - self._clock())
+
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM."""
+        """130 for SIGINT, 143 for SIGTERM and for a notice."""
         return 128 + (self.signal or 0)
 
     @property
     def name(self) -> str | None:
-        return signal.Signals(self.signal).name if self.signal else None
+        """Why the run stops: the reason that a notice gave, else the first signal's name; None while it does not."""
+        return self.reason or (signal.Signals(self.signal).name if self.signal else None)
 
     @contextmanager
     def listening(self, on_signal: Callable[[], None] = lambda: None) -> Iterator[Stop]:

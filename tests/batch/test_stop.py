@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pytest
 
 from runner.batch.stop import Stop, leave
 
@@ -32,6 +35,100 @@ def test_the_running_job_has_its_drain_time():
     now[0] = 20.0
     assert stop.abandon
     assert stop.exit_code == 130
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_seconds_left_are_those_of_the_running_job(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    assert stop.seconds_left() == math.inf
+    stop.request(signal.SIGTERM)
+    clock.now += 5
+    assert stop.seconds_left() == 15
+    clock.now += 50
+    assert stop.seconds_left() == 0
+
+
+def test_a_notice_drains_with_its_own_seconds(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.drain("the machine is taken back", 100)
+    assert (stop.draining, stop.abandon, stop.seconds_left()) == (True, False, 100)
+    assert (stop.exit_code, stop.name) == (143, "the machine is taken back")
+    clock.now += 100
+    assert stop.abandon
+
+
+def test_a_notice_without_seconds_has_those_of_a_signal(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.drain("a file appeared")
+    assert stop.seconds_left() == 20
+
+
+def test_a_notice_of_a_time_that_is_over_abandons(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.drain("too late", -3)
+    assert stop.abandon
+    assert stop.seconds_left() == 0
+
+
+@pytest.mark.parametrize(("notice_s", "left"), [(100, 20), (12, 2)])
+def test_the_first_signal_after_a_notice_shortens_and_the_second_abandons(clock, notice_s, left):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.drain("notice", notice_s)
+    clock.now += 10
+    stop.request(signal.SIGTERM)
+    assert not stop.abandon
+    assert stop.seconds_left() == left
+    assert (stop.exit_code, stop.name) == (143, "notice")
+    stop.request(signal.SIGINT)
+    assert stop.abandon
+    assert (stop.exit_code, stop.name) == (143, "notice")
+
+
+@pytest.mark.parametrize(("notice_s", "left"), [(100, 15), (4, 4), (None, 15)])
+def test_a_notice_after_a_signal_can_only_shorten(clock, notice_s, left):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.request(signal.SIGINT)
+    clock.now += 5
+    stop.drain("notice", notice_s)
+    assert stop.seconds_left() == left
+    assert (stop.exit_code, stop.name) == (130, "SIGINT")
+
+
+def test_of_two_notices_the_first_gives_the_reason_and_the_shorter_the_seconds(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    stop.drain("maintenance", 45)
+    stop.drain("preempted", 15)
+    assert (stop.name, stop.seconds_left()) == ("maintenance", 15)
+    stop.drain("maintenance", 45)
+    assert stop.seconds_left() == 15
+
+
+def test_a_signal_that_comes_while_a_notice_is_noted(monkeypatch):
+    """The handler runs in the thread that it interrupts, which may hold the lock."""
+    stop = Stop(drain_s=20)
+    shorten = Stop._shorten
+
+    def interrupted(self, seconds):
+        monkeypatch.setattr(Stop, "_shorten", shorten)
+        os.kill(os.getpid(), signal.SIGTERM)
+        shorten(self, seconds)
+
+    monkeypatch.setattr(Stop, "_shorten", interrupted)
+    with stop.listening():
+        stop.drain("notice", 5)
+    assert (stop.name, stop.exit_code) == ("notice", 143)
+    assert stop.seconds_left() <= 5
 
 
 def test_signals_are_heard_inside_and_restored_after():
