@@ -26,6 +26,7 @@ class Todo:
     job: Job
     decision: Decision | None = None  # taken before: another try in this run, or one put off
     tried: tuple[str, ...] = ()  # error codes of its attempts in this run
+    looked: bool = False  # it was decided before and put back, as another runner holds it; the survey knows it no more
 
 
 class JobSource(Protocol):
@@ -61,7 +62,7 @@ class JobSource(Protocol):
 
 
 class ShardJobs(WorkList[Todo]):
-    """The jobs of one shard, in their order. Implements `JobSource`."""
+    """The jobs of one shard, in the order in which they are started. Implements `JobSource`."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         super().__init__(Todo(job) for job in jobs)

@@ -1,20 +1,26 @@
 """Shards: which share of the jobs is this process's, from a flag or from the scheduler that started it.
 
-In:   `--shard`, `--shard-count`, an environment. Out: `Shard` and the reason in words; a run id that all shards share.
-Never: jobs' contents. A share is a pure function of (jobs, index, count), so array jobs need no coordinator.
+In:   `--shard`, `--shard-count`, an environment. Out: `Shard` or `AnyShard` and the reason in words; a run id that all
+shards share.
+Never: jobs' contents. A share is a pure function of (jobs, index, count), so array jobs need no coordinator. `AnyShard`
+is the share of a runner that takes each job that no other runner holds a lease of.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from runner.errors import ConfigInvalid
 
-__all__ = ["Shard", "choose_shard", "run_id_from_env"]
+__all__ = ["AnyShard", "Shard", "choose_shard", "run_id_from_env"]
 
+ANY = "any"
 T = TypeVar("T")
 
 
@@ -38,13 +44,52 @@ class Shard:
         """Every `count`-th job, from the `index`-th: neighbours, which often cost alike, go to different shards."""
         return list(jobs[self.index :: self.count])
 
+    def arrange(self, jobs: Sequence[T]) -> list[T]:
+        """The share's jobs in the order in which they are started: that of the manifest."""
+        return list(jobs)
+
     @property
     def name(self) -> str:
-        """`3-of-10`, for files."""
-        return f"{self.index}-of-{self.count}"
+        """`00003-of-00010`, for files: names of one run sort by index."""
+        return f"{self.index:05d}-of-{self.count:05d}"
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class AnyShard:
+    """All jobs, for one of any number of runners that share them by leases. `runner` is this one's HOST-PID."""
+
+    runner: str
+
+    @classmethod
+    def here(cls) -> AnyShard:
+        """That of this process."""
+        return cls(f"{socket.gethostname()}-{os.getpid()}")
+
+    def take(self, jobs: Sequence[T]) -> list[T]:
+        """Every job, in the manifest's order."""
+        return list(jobs)
+
+    def arrange(self, jobs: Sequence[T]) -> list[T]:
+        """The jobs in the order in which they are started: the manifest's, from a place that the runner's name gives.
+
+        Runners that begin at different places seldom ask for a job at the same time.
+        """
+        if not jobs:
+            return []
+        first = int.from_bytes(hashlib.sha256(self.runner.encode()).digest()[:8], "big") % len(jobs)
+        return [*jobs[first:], *jobs[:first]]
+
+    @property
+    def name(self) -> str:
+        """HOST-PID, for files; a host's other characters than A-Z a-z 0-9 . _ - are replaced."""
+        host, _, pid = self.runner.rpartition("-")
+        return f"{_clean(host)[:64].strip('-.') or 'host'}-{pid}"
+
+    def __str__(self) -> str:
+        return ANY
 
 
 @dataclass(frozen=True)
@@ -57,14 +102,21 @@ class _Told:
     variables: str  # for the reason and for complaints
 
 
-def choose_shard(text: str | None, count: int | None, env: Mapping[str, str]) -> tuple[Shard, str]:
+def choose_shard(text: str | None, count: int | None, env: Mapping[str, str]) -> tuple[Shard | AnyShard, str]:
     """The shard, and why it is this one, in words.
 
-    `text` ("I/N", from 0) goes over everything. Else AWS Batch, Kubernetes, GCP Batch or Slurm arrays say which share
-    this is; `count` says how many there are where the scheduler does not (Kubernetes). Else: all jobs.
+    `text` ("I/N", from 0, or "any") goes over everything. Else AWS Batch, Kubernetes, GCP Batch or Slurm arrays say
+    which share this is; `count` says how many there are where the scheduler does not (Kubernetes). Else: all jobs.
     Raises ConfigInvalid for what is malformed, out of range, incomplete or contradictory: a wrong share would render
     jobs twice, or never.
     """
+    if text is not None and text.strip() == ANY:
+        if count is not None:
+            raise ConfigInvalid(
+                f"--shard any and --shard-count {count} contradict each other",
+                todo="Leave --shard-count out: with `any` the number of runners may change",
+            )
+        return AnyShard.here(), "--shard any"
     if text is not None:
         shard = _parse(text)
         if count is not None and count != shard.count:
@@ -106,16 +158,20 @@ def run_id_from_env(env: Mapping[str, str]) -> str | None:
     """
     aws = env.get("AWS_BATCH_JOB_ID", "").partition(":")[0]  # a child of an array is "parent:index"
     for name in (aws, env.get("SLURM_ARRAY_JOB_ID"), env.get("BATCH_JOB_UID"), env.get("JOB_NAME")):
-        clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name or "").strip("-.")[:128]
+        clean = _clean(name or "")[:128]
         if clean:
             return clean
     return None
 
 
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+
+
 def _parse(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
     if not match:
-        raise ConfigInvalid(f"--shard {text!r} is not I/N", todo="Write for example --shard 0/4, the first of four")
+        raise ConfigInvalid(f"--shard {text!r} is not I/N", todo="Write e.g. --shard 0/4, the first of four, or any")
     return Shard(int(match[1]), int(match[2]))
 
 

@@ -24,7 +24,7 @@ from runner.batch.loop import Batch, Engine, Progress
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import SilentProgress
 from runner.batch.scratch import scratch_folder
-from runner.batch.shards import Shard, choose_shard, run_id_from_env
+from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import RunnerError, WeightsMissing, as_runner_error
@@ -50,7 +50,7 @@ class RunOutcome:
 
     exit_code: int  # 0 all done, 1 some failed, 2 or 3 stopped by an error, 130 or 143 by a signal
     run_id: str
-    shard: Shard
+    shard: Shard | AnyShard
     shard_reason: str
     counts: Mapping[str, int]  # jobs of this shard by status, and their total
     lines: tuple[JobLine, ...]  # one a job of this shard, in the manifest's order
@@ -70,8 +70,8 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
     WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
     """
     manifest, chosen, shard, why = choose_jobs(settings)
-    source = source or ShardJobs(chosen)
-    jobs = source.jobs
+    jobs: Sequence[Job] = chosen if source is None else source.jobs
+    source = source or ShardJobs(shard.arrange(chosen))
     run_id = settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
@@ -86,18 +86,17 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             if found.stops_run:
                 raise
             log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
-    log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard.index}/{shard.count} ({why})", recipe=engine.recipe)
+    log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard} ({why})", recipe=engine.recipe)
 
     progress = progress or SilentProgress()
     with scratch_folder(settings.cache) as scratch:
-        name = f"{shard.index:05d}-of-{shard.count:05d}"
-        write_events = partial(storage.append_lines, run_key(run_id, name, EVENTS))
+        write_events = partial(storage.append_lines, run_key(run_id, shard.name, EVENTS))
         events = EventLog(write_events, at_once=storage.appends)
         hashes = FileHashes(settings.cache / "file-hashes.json")
         summary = SummaryWriter(
             storage,
             run_id=run_id,
-            shard=name,
+            shard=shard.name,
             shard_reason=why,
             manifest=manifest.source,
             recipe=engine.recipe,
@@ -161,8 +160,8 @@ def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
     return True
 
 
-def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard, str]:
-    """The manifest, this shard's jobs of it, the shard, and where the shard came from."""
+def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard | AnyShard, str]:
+    """The manifest, this shard's jobs of it in its order, the shard, and where the shard came from."""
     manifest = read_manifest(settings.manifest)
     shard, why = choose_shard(settings.shard, settings.shard_count, os.environ)
     return manifest, list(shard.take(manifest.jobs)), shard, why

@@ -329,7 +329,12 @@ class ShardSettings(Settings):
 
     shard: str | None = field(
         default=None,
-        metadata=_flag("this share of the jobs; default: from the scheduler's environment", _is_text, "I/N"),
+        metadata=_flag(
+            "this share of the jobs, or any: each job that no other runner holds; default: from the scheduler's "
+            "environment",
+            _is_text,
+            "I/N|any",
+        ),
     )
     shard_count: int | None = field(
         default=None, metadata=_flag("shares in all, where the scheduler tells only I", partial(_is_whole, 1), "N")

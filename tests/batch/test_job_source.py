@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 from runner.batch.job_source import ShardJobs, Todo
 from runner.spec.manifest import Job
@@ -42,6 +43,19 @@ def test_shard_jobs_come_in_order_and_are_known_at_the_start():
     for _ in jobs:
         source.settle()
     assert source.take() is None
+
+
+def test_a_job_that_was_looked_at_comes_back_after_the_others():
+    jobs = [Job(name, "r.png", "v.mp4", None, "", JobOptions(), None) for name in "abc"]
+    source = ShardJobs(jobs)
+    held = source.take()
+    assert not held.looked
+    assert source.put_back(replace(held, looked=True), delay_s=0.01)
+    order = []
+    while (todo := source.take()) is not None:
+        order.append((todo.job.id, todo.looked))
+        source.settle()
+    assert order == [("b", False), ("c", False), ("a", True)]
 
 
 def test_mailbox_feeds_a_running_loop(bench):  # noqa: F811

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.batch.shards import Shard, choose_shard, run_id_from_env
+from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.errors import ConfigInvalid
 
 
@@ -49,6 +52,8 @@ def test_who_says_which_shard(text, count, env, expected, reason):
         ("1-4", None, {}, "not I/N"),
         ("-1/4", None, {}, "not I/N"),
         ("1/4/2", None, {}, "not I/N"),
+        ("anyone", None, {}, "not I/N"),
+        ("any", 4, {}, "contradict"),
         ("١/٤", None, {}, "not I/N"),
         ("1/4", 5, {}, "contradict"),
         (None, 0, {}, "--shard-count 0"),
@@ -89,8 +94,46 @@ def test_every_slurm_array_covers_every_shard_once(count, first, step):
 
 
 def test_names_for_files_and_flags():
-    assert Shard(3, 10).name == "3-of-10"
+    assert Shard(3, 10).name == "00003-of-00010"
     assert choose_shard(str(Shard(3, 10)), None, {})[0] == Shard(3, 10)
+
+
+def test_any_is_this_process_and_goes_over_the_environment():
+    shard, why = choose_shard("any", None, {"BATCH_TASK_INDEX": "1", "BATCH_TASK_COUNT": "2"})
+    assert shard == AnyShard(f"{socket.gethostname()}-{os.getpid()}")
+    assert (str(shard), why) == ("any", "--shard any")
+
+
+@given(st.lists(st.integers()), st.text(min_size=1))
+def test_any_takes_all_jobs_from_a_place_of_its_own_on(jobs, runner):
+    numbered = list(enumerate(jobs))
+    shard = AnyShard(runner)
+    assert shard.take(numbered) == numbered
+    order = shard.arrange(numbered)
+    first = order[0][0] if order else 0
+    assert order == numbered[first:] + numbered[:first]
+    assert shard.arrange(numbered) == order
+
+
+def test_runners_begin_at_different_places():
+    """Of 64 processes of one host over 1000 jobs; the same ones in every process, whatever its hash seed."""
+    firsts = [AnyShard(f"node-{pid}").arrange(range(1000))[0] for pid in range(4000, 4064)]
+    assert len(set(firsts)) > 56
+    assert firsts[:3] == [247, 332, 760]
+
+
+@pytest.mark.parametrize(
+    ("runner", "name"),
+    [
+        ("node-7-4711", "node-7-4711"),
+        ("gpu.example.org-1", "gpu.example.org-1"),
+        ("a/../b c-23", "a-..-b-c-23"),
+        ("贝拉-5", "host-5"),
+        ("n" * 200 + "-5", "n" * 64 + "-5"),
+    ],
+)
+def test_the_name_of_any_is_a_file_s(runner, name):
+    assert AnyShard(runner).name == name
 
 
 @pytest.mark.parametrize(

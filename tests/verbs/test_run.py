@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from runner.batch.loop import Engine
-from runner.batch.shards import Shard
+from runner.batch.shards import AnyShard, Shard
 from runner.errors import ConfigInvalid
 from runner.records.record import JobLine
 from runner.spec.manifest import parse_manifest
@@ -86,6 +86,20 @@ def test_a_second_run_in_one_process_finds_the_first_one_s_work(stub_run, tmp_pa
     assert again.shard_reason == "--shard 0/2"
     assert again.sheet == f"contact sheet: {tmp_path / 'sheet.png'}"
     assert (tmp_path / "sheet.png").is_file()
+
+
+def test_any_runs_all_jobs_and_names_its_files_after_the_process(stub_run, tmp_path):
+    """Lines come in the manifest's order, whatever the order in which the jobs were started."""
+    outcome = run(stub_run(*["ok"] * 5, shard="any", run_id="r1"))
+    assert outcome.exit_code == 0
+    assert [(line.id, line.status) for line in outcome.lines] == [(f"job{n}", "succeeded") for n in range(5)]
+    assert outcome.shard == AnyShard.here()
+    (summary,) = Path(outcome.summary).glob("*.summary.json")
+    assert summary.name == f"{outcome.shard.name}.summary.json"
+    assert json.loads(summary.read_text("utf-8"))["shard"] == outcome.shard.name
+    events = [json.loads(line) for line in summary.with_name(f"{outcome.shard.name}.events.jsonl").open("rb")]
+    started = [event["job"] for event in events if event["event"] == "job_started"]
+    assert started == outcome.shard.arrange([f"job{n}" for n in range(5)])
 
 
 class Watched:
