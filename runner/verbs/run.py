@@ -6,6 +6,7 @@ Never: how any of the pieces works; printing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from types import MappingProxyType
 
 import structlog
 
+from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine, Progress
@@ -33,15 +35,18 @@ from runner.records.events import EventLog, default_logging
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
 from runner.records.record import JobLine
 from runner.spec.manifest import Job, Manifest
-from runner.storage import open_storage, probe_writable
+from runner.storage import Storage, open_storage, probe_conditions, probe_writable
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
+from runner.timing import now
 from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.validate import input_places, read_manifest
 
 __all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
+
+ONE_RUNNER = "Run one manifest at a time into this output folder, or give each run its own --out"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
     signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
     WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
     """
+    begun = now()
     manifest, chosen, shard, why = choose_jobs(settings)
     jobs: Sequence[Job] = chosen if source is None else source.jobs
     source = source or ShardJobs(shard.arrange(chosen))
@@ -76,6 +82,7 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
     probe_writable(storage)
+    not_exclusive = probe_conditions(storage)
     engine = build_engine(settings, manifest)
     log = structlog.get_logger()
     for job in jobs:  # a LoRA that is not there is told now, not in the middle of the night
@@ -104,17 +111,22 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             events=events,
         )
         stop = Stop(settings.drain_s)
+        ledger = Ledger(
+            storage,
+            max_attempts=settings.max_attempts,
+            force=settings.force,
+            retry_failed=settings.retry_failed,
+            hashes=hashes,
+            since=begun,
+            exclusive=not_exclusive is None,
+        )
+        if not_exclusive is not None:
+            events.emit("leases_are_warnings", level="warning", reason=not_exclusive, todo=ONE_RUNNER)
         batch = Batch(
             source,
             engine,
             storage,
-            Ledger(
-                storage,
-                max_attempts=settings.max_attempts,
-                force=settings.force,
-                retry_failed=settings.retry_failed,
-                hashes=hashes,
-            ),
+            ledger,
             summary,
             events,
             stop=stop,
@@ -122,6 +134,7 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             progress=progress,
             sampler=MemorySampler(),
             input_roots=roots,
+            checkpoints=_checkpoints(settings, storage, ledger),
         )
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not in_main_thread:  # Python hands signals to the main thread alone
@@ -149,6 +162,16 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
         summary=f"{storage.root}/{run_folder(run_id)}",
         sheet=sheet,
     )
+
+
+def _checkpoints(settings: RunSettings, storage: Storage, ledger: Ledger) -> Checkpoints | None:
+    """Where finished segments are kept; None: nowhere."""
+    if settings.checkpoint == "off":
+        return None
+    if settings.checkpoint == "out":
+        return Checkpoints(storage, ledger.leases.fence)
+    name = hashlib.sha256(storage.root.encode()).hexdigest()[:16]
+    return Checkpoints(open_storage(settings.cache / "checkpoints" / name))
 
 
 def _lies_inside(job: Job, roots: Sequence[str]) -> bool:

@@ -62,6 +62,7 @@ ScaleMethod = Literal["mse", "absmax"]
 TensorrtMode = Literal["off", "auto", "on"]
 
 DEVICES = ("auto", "cpu", "cuda")
+CHECKPOINTS = ("out", "cache", "off")
 NUMBER_FORMATS = ("nvfp4", "g32")
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
 
@@ -407,6 +408,14 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
     max_attempts: int = field(default=3, metadata=_flag("attempts a job gets; 0: no limit", partial(_is_whole, 0), "N"))
     drain_s: float = field(
         default=20.0, metadata=_flag("seconds the running job gets after a signal", _is_seconds, "S")
+    )
+    checkpoint: str = field(
+        default="out",
+        metadata=_choice(
+            "where the finished segments of a job are kept until it is published, so that a killed job goes on after "
+            "them: below its output folder, below --cache, or nowhere",
+            CHECKPOINTS,
+        ),
     )
     assume: str | None = field(
         default=None,

@@ -27,7 +27,7 @@ class StatusRow(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    status: Literal["succeeded", "failed", "running"]
+    status: Literal["succeeded", "failed", "running", "lost"]
     detail: str
     attempt: int
     seconds: float | None = None
@@ -42,7 +42,8 @@ def status(settings: StatusSettings) -> list[StatusRow]:
 
 
 def read_status(storage: Storage) -> list[StatusRow]:
-    """One row a job, by id. `running` also stands for a job whose process died: only a rerun can tell.
+    """One row a job, by id. `running`: a runner holds its lease. `lost`: its runner is not heard of any more, or its
+    process has ended; a rerun takes the job over.
 
     Raises ConfigInvalid where nothing at all lies: no run has written there, or the path is mistyped; storage.*.
     """
@@ -57,10 +58,16 @@ def read_status(storage: Storage) -> list[StatusRow]:
 
 
 def _row(ledger: Ledger, job_id: str) -> StatusRow | None:
-    mark, record = ledger.attempt(job_id), ledger.result(job_id)
+    sighting, record = ledger.leases.look(job_id), ledger.result(job_id)
+    mark = sighting.mark
     if mark is not None and mark.error is None:
-        detail = f"{mark.stage}: attempt {mark.attempt} on {mark.host} since {mark.started_at}, unless its process died"
-        return StatusRow(id=job_id, status="running", detail=detail, attempt=mark.attempt)
+        kept = f", {mark.segments_done} segments finished" if mark.segments_done else ""
+        if sighting.live:
+            detail = f"running on {mark.host}, {sighting.heard}: {mark.stage} since {mark.started_at}{kept}"
+            return StatusRow(id=job_id, status="running", detail=detail, attempt=mark.attempt)
+        why = "its process has ended" if sighting.gone else f"last {sighting.heard}"
+        detail = f"lost on {mark.host}, {why}: {mark.stage} since {mark.started_at}{kept}; a rerun takes it over"
+        return StatusRow(id=job_id, status="lost", detail=detail, attempt=mark.attempt)
     if mark is not None and mark.error is not None:
         detail = f"{mark.error.code}: {mark.error.message}"
         if record is not None and record.output is not None:

@@ -53,6 +53,7 @@ COLOURS = {
     "skipped": "dim",
     "not_run": "yellow",
     "running": "yellow",
+    "lost": "red",
     "warn": "yellow",
     "failed": "red",
     "fail": "red",
@@ -163,7 +164,8 @@ def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         table.add_row(escape(row.id), _status(row.status), str(row.attempt), seconds, escape(row.detail))
     console.print(table)
-    found = {status: sum(row.status == status for row in rows) for status in ("succeeded", "failed", "running")}
+    names = ("succeeded", "failed", "running", "lost")
+    found = {name: sum(row.status == name for row in rows) for name in names}
     console.print(
         f"{escape(out)}: " + " · ".join(f"{count} {status}" for status, count in found.items()), soft_wrap=True
     )

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from runner.batch.ledger import Decision, Ledger
+from runner.cli import main
 from runner.errors import ConfigInvalid
 from runner.storage import open_storage
 from runner.verbs.status import read_status
@@ -16,9 +25,38 @@ def test_a_folder_that_holds_nothing_is_told_from_one_without_failures(tmp_path)
     assert read_status(open_storage(tmp_path)) == []
 
 
-def test_a_job_under_way_is_running(tmp_path):
+def test_a_job_under_way_is_running_and_says_where_and_when_it_was_heard_of(tmp_path, capsys):
     storage = open_storage(tmp_path)
-    Ledger(storage).begin("a", Decision("run", "", attempt=2), "f", "r")
+    ledger = Ledger(storage)
+    ledger.begin("a", Decision("run", "", attempt=2), "f", "r")
+    ledger.note_segments("a", 3)
     (row,) = read_status(storage)
     assert (row.id, row.status, row.attempt) == ("a", "running", 2)
-    assert "attempt 2" in row.detail
+    assert re.fullmatch(
+        rf"running on {socket.gethostname()}, heard of [01] s ago: preparing since \S+, 3 segments finished", row.detail
+    )
+    main(["status", str(tmp_path)])
+    assert "0 succeeded · 0 failed · 1 running · 0 lost" in capsys.readouterr().out
+
+
+def test_a_job_whose_runner_is_not_heard_of_any_more_is_lost(tmp_path):
+    storage = open_storage(tmp_path)
+    Ledger(storage, lease_s=30).begin("a", Decision("run", ""), "f", "r")
+    long_ago = time.time() - 31
+    os.utime(tmp_path / "jobs/a/attempt.json", (long_ago, long_ago))
+    (row,) = read_status(storage)
+    assert row.status == "lost"
+    assert re.search(r"lost on \S+, last heard of 3[12] s ago: preparing since .*; a rerun takes it over", row.detail)
+
+
+def test_a_job_whose_process_has_ended_is_lost_at_once(tmp_path):
+    begin = f"from tests.verbs.test_status import begin; begin({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", begin], check=True, cwd=Path(__file__).parents[2])
+    (row,) = read_status(open_storage(tmp_path))
+    assert (row.status, "its process has ended" in row.detail) == ("lost", True)
+
+
+def begin(out: str) -> None:
+    """Take a job's lease and end without a word."""
+    Ledger(open_storage(out)).begin("a", Decision("run", ""), "f", "r")
+    os._exit(0)
