@@ -13,6 +13,7 @@
     ├── StorageUnavailable    storage.unavailable        exit 3   retryable
     ├── StorageFull           storage.full               exit 3   stops the run; what is done stays done
     ├── StorageConflict       storage.conflict           exit 1   another run published the same job meanwhile
+    │   └── LeaseLost         storage.conflict           exit 1   another runner has taken this job over
     ├── OutOfMemory           resource.out_of_memory     exit 1   retryable
     ├── DeviceLost            device.lost                exit 3   stops the run; only a new process can go on
     ├── WeightsMissing        weights.missing            exit 2   stops the run
@@ -43,6 +44,7 @@ __all__ = [
     "JobCrashed",
     "JobWeightsCorrupt",
     "JobWeightsMissing",
+    "LeaseLost",
     "ManifestInvalid",
     "NoPerson",
     "NotFinite",
@@ -150,6 +152,10 @@ class StorageConflict(RunnerError):
     """Another run with the same output folder published the same job while this one did, and its output stands."""
 
     code = "storage.conflict"
+
+
+class LeaseLost(StorageConflict):
+    """Another runner has taken this job over: what this one wanted to store or remove was left as it is."""
 
 
 class DeviceLost(RunnerError):

@@ -5,7 +5,7 @@ sync.py copies a model store; disk.py puts a file in place on a disk; disk_cache
 file_hashes.py remembers the sha256 of files.
 """
 
-from runner.storage.base import Leftover, ObjectInfo, Storage, Versioned, check_key
+from runner.storage.base import Fence, Leftover, ObjectInfo, Storage, Versioned, check_key
 from runner.storage.local import LocalStorage
 from runner.storage.uris import (
     FetchedInput,
@@ -15,11 +15,13 @@ from runner.storage.uris import (
     is_remote,
     local_path,
     open_storage,
+    probe_conditions,
     probe_writable,
     stat_input,
 )
 
 __all__ = [
+    "Fence",
     "FetchedInput",
     "Leftover",
     "LocalStorage",
@@ -33,6 +35,7 @@ __all__ = [
     "is_remote",
     "local_path",
     "open_storage",
+    "probe_conditions",
     "probe_writable",
     "stat_input",
 ]

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from runner.errors import ConfigInvalid, InternalError, RunnerError
+from runner.errors import ConfigInvalid, InternalError, LeaseLost, RunnerError
 from runner.hashing import sha256_file
 from runner.storage.disk import is_staged
 
 __all__ = [
     "PROBE_NAME",
+    "Fence",
     "Leftover",
     "ObjectInfo",
+    "Replaces",
     "Storage",
     "Versioned",
     "check_key",
@@ -52,6 +54,29 @@ class Versioned:
 
     data: bytes
     version: str
+    # Seconds since it was written, by the store's own clock. None: not asked for, or the store's clock cannot be read.
+    age_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A lease that must be held at the moment when an object is replaced or removed."""
+
+    key: str  # where the lease lies
+    is_held: Callable[[bytes | None], bool]  # given the content that lies there now (None: nothing)
+
+    def require(self, data: bytes | None, uri: str) -> None:
+        """Raise LeaseLost if `data`, which lies under `uri` now, is not the lease that is held."""
+        if not self.is_held(data):
+            raise lease_lost("another runner has taken this job over", uri)
+
+
+def lease_lost(what: str, uri: str) -> LeaseLost:
+    return LeaseLost(what, where=uri, todo="The other runner's result counts; run the same command to see it")
+
+
+# What an object may replace: what was seen there (None: nothing was), or whatever lies there.
+Replaces = ObjectInfo | None | Literal["anything"]
 
 
 @dataclass(frozen=True)
@@ -139,8 +164,19 @@ class Storage(ABC):
         return info.identity
 
     @abstractmethod
-    def publish(self, local: Path, key: str) -> ObjectInfo:
+    def publish(
+        self, local: Path, key: str, *, fence: Fence | None = None, replaces: Replaces = "anything"
+    ) -> ObjectInfo:
         """Store the local file under `key`: a reader sees what was there before, then all of it, never a part.
+
+        `fence`: the lease is read once more at the last moment. `replaces`: what `stat` returned for `key` when the
+        lease was taken; nothing is replaced if something else, or nothing any more, lies there at the last moment.
+        Raises LeaseLost in both cases; then nothing was changed.
+
+        On a disk, both are checked and the file gets its name while the folders of the lease and of `key` are locked.
+        On S3, the lease is read right before each request that makes the object appear, and that request carries the
+        condition of `replaces`. A store that ignores the condition is asked before (of which another process may take
+        advantage in between).
 
         Returns the identity and size of the very bytes that were stored, also where another process has stored other
         bytes under `key` by then. The identity is never None.
@@ -166,12 +202,19 @@ class Storage(ABC):
         """Store a small object, as whole as `publish` does."""
 
     @abstractmethod
-    def read_versioned(self, key: str) -> Versioned | None:
-        """A small object whole, with its version; None if nothing lies under `key`."""
+    def read_versioned(self, key: str, *, aged: bool = False) -> Versioned | None:
+        """A small object whole, with its version; None if nothing lies under `key`.
+
+        `aged`: with its age in seconds too, by the clock that dated it and never by that of this machine: the store's,
+        or that of the file system, which is a server's on a network mount. On a disk this makes a file beside `key` for
+        a moment; the age is None where that is refused. It is never negative; S3 gives whole seconds.
+        """
 
     @abstractmethod
-    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+    def write_if(self, key: str, data: bytes, version: str | None, *, fence: Fence | None = None) -> str | None:
         """Store a small object if what lies under `key` is still `version`; with None, if nothing lies there.
+
+        `fence` as of `publish`: raises LeaseLost.
 
         Returns the new version, or None if something else lies there: then nothing was written. Of two processes that
         call it with the same version at the same time, at most one succeeds. This does not hold for an S3 store that
@@ -188,8 +231,20 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove the object; nothing there is fine."""
+    def delete(self, key: str, *, version: str | None = None, fence: Fence | None = None) -> bool:
+        """Remove the object; nothing there is fine. Return whether nothing lies there now.
+
+        `version`: only if what lies under `key` is still this version, see `read_versioned`. `fence` as of `publish`:
+        raises LeaseLost.
+        """
+
+    def weak_conditions(self) -> str | None:
+        """What makes `write_if` less than atomic here, in one sentence, as far as is known by now; None if nothing."""
+        return None
+
+    def distrust_conditions(self) -> None:
+        """From now on, compare before each conditional write too: the store was seen to ignore the condition."""
+        return  # a disk compares by itself
 
     @abstractmethod
     def leftovers(self, prefix: str = "") -> Iterator[Leftover]:

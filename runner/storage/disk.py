@@ -10,8 +10,9 @@ import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -27,8 +28,10 @@ from runner.errors import (
 
 __all__ = [
     "ABSENT",
+    "folder_clock",
     "is_staged",
     "locked_folder",
+    "locks_hold",
     "os_error",
     "os_errors",
     "remove_unlocked",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # nothing lies there, or cannot, as a parent is a file
+LOCK_SECONDS = 30.0  # a folder is locked for a rename or two: a holder of half a minute is stopped or its disk hangs
 
 _STAGED = re.compile(r"\.staged-[0-9a-f]{32}\.tmp")
 
@@ -49,13 +53,15 @@ def is_staged(name: str) -> bool:
 
 
 @contextmanager
-def staged(target: Path, *, place: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+def staged(
+    target: Path, *, place: Callable[[Path], None] | None = None, lock_first: Path | None = None
+) -> Iterator[BinaryIO]:
     """A new file that becomes `target` when the block ends well and vanishes when it does not.
 
     It lies beside the target, as a rename cannot cross devices, and is on the disk before it gets its name, as a crash
-    could otherwise leave the name with half the bytes. `place` is called with its path, while the target's folder is
-    locked, and gives it its name or raises; without it, it replaces what is there. The file is locked until then, which
-    tells it from what a killed process left.
+    could otherwise leave the name with half the bytes. `place` is called with its path, while the target's folder (and
+    before it the folder `lock_first`) is locked, and gives it its name or raises; without it, it replaces what is
+    there. The file is locked until then, which tells it from what a killed process left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, opened = _new_staged(target.parent)
@@ -64,7 +70,7 @@ def staged(target: Path, *, place: Callable[[Path], None] | None = None) -> Iter
             yield file
             file.flush()
             os.fsync(file.fileno())
-            with locked_folder(target.parent):
+            with locked_folder(target.parent, lock_first):
                 if place is None:
                     os.replace(temporary, target)
                 else:
@@ -120,16 +126,72 @@ def remove_unlocked(path: Path) -> bool:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other threads and processes out of the same block for the same folder. The system frees the lock when its
-    holder dies. Without effect on a file system that has no locks for folders, as NFS."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+def locked_folder(folder: Path, first: Path | None = None) -> Iterator[None]:
+    """Keep other threads and processes out of the same block for the same folder, and for the folder `first`, which is
+    locked before it. The system frees the locks when their holder dies. Without effect on a file system that has no
+    locks for folders, as NFS.
+
+    Raises StorageUnavailable, which names the folder, where another process holds a lock for LOCK_SECONDS: it may be
+    stopped (SIGSTOP, a frozen container).
+    """
+    with ExitStack() as held:
+        locked = set()
+        for path in (folder,) if first is None else (first, folder):
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, handle)
+            status = os.fstat(handle)
+            if (status.st_dev, status.st_ino) not in locked:  # a second lock of ours would wait for the first
+                locked.add((status.st_dev, status.st_ino))
+                _lock(handle, path)
         yield
+
+
+def _lock(handle: int, folder: Path) -> None:
+    deadline, pause = time.monotonic() + LOCK_SECONDS, 0.001
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as err:
+            if time.monotonic() >= deadline:
+                raise StorageUnavailable(
+                    f"another process has held the lock of this folder for {LOCK_SECONDS:g} s",
+                    where=folder,
+                    todo="Look for a stopped process that writes there (fuser, lsof) and end it; then retry",
+                ) from err
+        except OSError:  # no locks here
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def locks_hold(folder: Path) -> bool:
+    """Whether this file system keeps a second lock of the folder out."""
+    handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for _ in range(2)]
+    try:
+        for handle in handles:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
     finally:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
+    return False
+
+
+def folder_clock(folder: Path) -> float:
+    """Now, in seconds since 1970, by the clock that dates files in this folder: on a network mount, the server's."""
+    temporary, opened = _new_staged(folder)
+    try:
+        with opened as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())  # a network mount may date a file by this machine's clock until it is written
+            return os.fstat(file.fileno()).st_mtime
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,11 +15,24 @@ from typing import BinaryIO
 
 from runner.errors import ConfigInvalid, InputNotFound
 from runner.hashing import sha256_file
-from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, counted
+from runner.storage.base import (
+    PROBE_NAME,
+    Fence,
+    Leftover,
+    ObjectInfo,
+    Replaces,
+    Storage,
+    Versioned,
+    check_key,
+    counted,
+    lease_lost,
+)
 from runner.storage.disk import (
     ABSENT,
+    folder_clock,
     is_staged,
     locked_folder,
+    locks_hold,
     os_errors,
     remove_unlocked,
     staged,
@@ -83,14 +96,46 @@ class LocalStorage(Storage):
                 identity = _copy(file, out, count)
         return self._info(key, status, identity)
 
-    def publish(self, local: Path, key: str) -> ObjectInfo:
+    def publish(
+        self, local: Path, key: str, *, fence: Fence | None = None, replaces: Replaces = "anything"
+    ) -> ObjectInfo:
         target = self._path(key)
-        with os_errors(local, writing=False), local.open("rb") as file:
-            with os_errors(target, writing=True), staged(target) as out:
-                identity = _copy(file, out)
-                out.flush()
-                status = os.fstat(out.fileno())  # the target itself may be another process's a moment later
+
+        def place(temporary: Path) -> None:
+            self._require_lease(fence)
+            if replaces is None:
+                _create(temporary, target)
+                return
+            if isinstance(replaces, ObjectInfo):
+                found = _status(target)
+                if found is None or (found.st_size, found.st_mtime) != (replaces.bytes, replaces.modified):
+                    raise _ChangedError
+            os.replace(temporary, target)
+
+        folder = self._lease_folder(fence)
+        try:
+            with os_errors(local, writing=False), local.open("rb") as file:
+                with os_errors(target, writing=True), staged(target, place=place, lock_first=folder) as out:
+                    identity = _copy(file, out)
+                    out.flush()
+                    status = os.fstat(out.fileno())  # the target itself may be another process's a moment later
+        except _ChangedError as err:
+            raise lease_lost("another runner has changed this object since the job was begun", self.uri(key)) from err
         return self._info(key, status, identity)
+
+    def _require_lease(self, fence: Fence | None) -> None:
+        if fence is not None:
+            fence.require(self.read_bytes(fence.key), self.uri(fence.key))
+
+    def _lease_folder(self, fence: Fence | None) -> Path | None:
+        """The folder of the lease, to be locked before others. Raises LeaseLost before anything is written."""
+        if fence is None:
+            return None
+        self._require_lease(fence)
+        folder = self._path(fence.key).parent
+        with os_errors(folder, writing=True):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
@@ -134,14 +179,20 @@ class LocalStorage(Storage):
         with os_errors(target, writing=True), staged(target) as out:
             out.write(data)
 
-    def read_versioned(self, key: str) -> Versioned | None:
-        data = self.read_bytes(key)
-        return None if data is None else Versioned(data, _version(data))
+    def read_versioned(self, key: str, *, aged: bool = False) -> Versioned | None:
+        path = self._path(key)
+        try:
+            with os_errors(path, writing=False), path.open("rb") as file:
+                written, data = os.fstat(file.fileno()).st_mtime, file.read()
+        except InputNotFound:
+            return None
+        return Versioned(data, _version(data), _seconds_since(written, path.parent) if aged else None)
 
-    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+    def write_if(self, key: str, data: bytes, version: str | None, *, fence: Fence | None = None) -> str | None:
         target = self._path(key)
 
         def place(temporary: Path) -> None:
+            self._require_lease(fence)
             if version is None:
                 _create(temporary, target)
                 return
@@ -155,8 +206,9 @@ class LocalStorage(Storage):
                 raise _ChangedError
             os.replace(temporary, target)
 
+        folder = self._lease_folder(fence)
         try:
-            with os_errors(target, writing=True), staged(target, place=place) as out:
+            with os_errors(target, writing=True), staged(target, place=place, lock_first=folder) as out:
                 out.write(data)
         except _ChangedError:
             return None
@@ -171,17 +223,28 @@ class LocalStorage(Storage):
                 while rest:  # one write, unless the disk is full
                     rest = rest[file.write(rest) :]
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, version: str | None = None, fence: Fence | None = None) -> bool:
         path = self._path(key)
+        folder = self._lease_folder(fence)
         with os_errors(path, writing=True):
             try:
-                with locked_folder(path.parent):
+                with locked_folder(path.parent, folder):
+                    self._require_lease(fence)
+                    if version is not None and _version(path.read_bytes()) != version:
+                        return False
                     path.unlink()
             except OSError as err:
                 if err.errno not in ABSENT:
                     raise
-                return
+                return True
             sync_folder(path.parent)
+        return True
+
+    def weak_conditions(self) -> str | None:
+        with os_errors(self.path, writing=True):
+            if locks_hold(self.path):
+                return None
+        return "the file system has no locks for folders, so that two processes can replace one file at the same time"
 
     def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
         for path, key in self._files(prefix):
@@ -215,6 +278,13 @@ def _copy(source: BinaryIO, out: BinaryIO, on_bytes: Callable[[int], None] | Non
         if on_bytes is not None:
             on_bytes(len(block))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _seconds_since(written: float, folder: Path) -> float | None:
+    try:
+        return max(0.0, folder_clock(folder) - written)
+    except OSError:  # read-only, of another user, or full
+        return None
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 from uuid import uuid4
@@ -36,9 +37,28 @@ from botocore.exceptions import ClientError
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
 from runner.hashing import sha256_stream
-from runner.storage.base import PROBE_NAME, Leftover, ObjectInfo, Storage, Versioned, check_key, counted
+from runner.storage.base import (
+    PROBE_NAME,
+    Fence,
+    Leftover,
+    ObjectInfo,
+    Replaces,
+    Storage,
+    Versioned,
+    check_key,
+    counted,
+)
 from runner.storage.disk import os_errors, staged
 from runner.storage.s3_arguments import upload_arguments
+from runner.storage.s3_conditions import (
+    CHANGED,
+    GONE,
+    UNKNOWN,
+    ConditionalUpload,
+    bare_etag,
+    check_before_sends,
+    checked_sends,
+)
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
 from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
 
@@ -77,32 +97,13 @@ def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
         user_agent_extra=f"video-lab-runner/{__version__}",
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
+        check_before_sends(client)
+        return client
     except ValueError as err:
         raise ConfigInvalid(str(err), where="AWS_ENDPOINT_URL_S3", todo="Write https://host[:port]") from err
     except FOREIGN_ERRORS as err:
         raise storage_error(err, where="the AWS configuration", writing=False) from err
-
-
-class _Upload:
-    """The client of one upload: notes the ETag in the answer that completes it, which s3transfer does not hand on."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self.etag = ""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def put_object(self, **arguments: Any) -> Any:
-        return self._noted(self._client.put_object(**arguments))
-
-    def complete_multipart_upload(self, **arguments: Any) -> Any:
-        return self._noted(self._client.complete_multipart_upload(**arguments))
-
-    def _noted(self, answer: Any) -> Any:
-        self.etag = _bare(answer["ETag"])
-        return answer
 
 
 class _Download:
@@ -237,7 +238,7 @@ class S3Storage(Storage):
         return self._identified(key, size, etag, modified.timestamp())
 
     def _identified(self, key: str, size: int, etag: str, modified: float) -> ObjectInfo:
-        return ObjectInfo(self.uri(key), size, f"etag:{_bare(etag)}:{size}", modified, key)
+        return ObjectInfo(self.uri(key), size, f"etag:{bare_etag(etag)}:{size}", modified, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
         return self._repeated(lambda: self._stat_once(key), self.uri(key))
@@ -274,10 +275,10 @@ class S3Storage(Storage):
         found = self.read_versioned(key)
         return None if found is None else found.data
 
-    def read_versioned(self, key: str) -> Versioned | None:
-        return self._repeated(lambda: self._read_once(key), self.uri(key))
+    def read_versioned(self, key: str, *, aged: bool = False) -> Versioned | None:
+        return self._repeated(lambda: self._read_once(key, aged), self.uri(key))
 
-    def _read_once(self, key: str) -> Versioned | None:
+    def _read_once(self, key: str, aged: bool = False) -> Versioned | None:
         with s3_errors(self.uri(key), writing=False):
             try:
                 answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key)))
@@ -287,7 +288,7 @@ class S3Storage(Storage):
                 raise
             data = bytes(answer["Body"].read())
         check_digests(expected_digests(answer, self.bucket), lambda: [data], self.uri(key))
-        return Versioned(data, _bare(answer["ETag"]))
+        return Versioned(data, bare_etag(answer["ETag"]), _age(answer) if aged else None)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         if prefix:
@@ -315,18 +316,31 @@ class S3Storage(Storage):
 
     # Writing
 
-    def publish(self, local: Path, key: str) -> ObjectInfo:
+    def publish(
+        self, local: Path, key: str, *, fence: Fence | None = None, replaces: Replaces = "anything"
+    ) -> ObjectInfo:
         uri = self.uri(key)
+        mark = {} if replaces == "anything" else {_WRITE_KEY: uuid4().hex}
         with os_errors(local, writing=False), local.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = sha256_stream(file)
 
         def upload() -> ObjectInfo:
-            client = _Upload(self.client)
+            client = ConditionalUpload(
+                self.client,
+                uri,
+                replaces,
+                mark,
+                head=lambda: self._head(key),
+                require_lease=lambda: self._require_lease(fence),
+                knows=self._conditional,
+            )
             arguments = self._extra | self._described(key, digest)
+            arguments["Metadata"] |= mark
             with s3_errors(uri, writing=True, disk=local):
                 with create_transfer_manager(client, TRANSFER) as manager:
                     manager.upload(str(local), self.bucket, self._key(key), arguments).result()
+            self._conditional &= client.knows
             found = self._stat_once(key)
             if found is None:
                 raise StorageUnavailable(f"stored {size} bytes, found nothing", where=uri, todo="Try again")
@@ -347,7 +361,7 @@ class S3Storage(Storage):
         described["Metadata"] |= own.pop("Metadata", {})
         with s3_errors(self.uri(key), writing=True):
             own |= described | {"Key": self._key(key), "Body": data}
-            return _bare(self.client.put_object(**self._arguments("PutObject", **own))["ETag"])
+            return bare_etag(self.client.put_object(**self._arguments("PutObject", **own))["ETag"])
 
     def _described(self, key: str, digest: str) -> dict[str, Any]:
         """What an object says of its content: its digest beside the metadata that the extra arguments give, and the
@@ -357,27 +371,34 @@ class S3Storage(Storage):
         typed = {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
         return {"Metadata": given | {DIGEST_KEY: digest}} | typed
 
-    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+    def write_if(self, key: str, data: bytes, version: str | None, *, fence: Fence | None = None) -> str | None:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
         mark = {"Metadata": {_WRITE_KEY: uuid4().hex}}
 
         def write() -> str | None:
             if not self._conditional:
+                self._require_lease(fence)
                 return self._compare_and_put(key, data, version)
             try:
                 return self._put(key, data, **condition, **mark)
             except RunnerError as error:
                 code = error_code(error.__cause__) if isinstance(error.__cause__, ClientError) else ""
-                if code in ("412", "PreconditionFailed"):
+                if code in CHANGED:
                     return self._version_if_written(key, mark["Metadata"])
-                if code in ("404", "NoSuchKey") and version is not None:
+                if code in GONE and version is not None:
                     return None  # deleted meanwhile
-                if code not in ("501", "NotImplemented"):
+                if code not in UNKNOWN:
                     raise
                 self._conditional = False
                 return self._compare_and_put(key, data, version)
 
-        return self._repeated(write, self.uri(key))
+        with checked_sends(lambda: self._require_lease(fence)):
+            return self._repeated(write, self.uri(key))
+
+    def _require_lease(self, fence: Fence | None) -> None:
+        if fence is not None:
+            found = self.read_versioned(fence.key)
+            fence.require(None if found is None else found.data, self.uri(fence.key))
 
     def _version_if_written(self, key: str, mark: Mapping[str, str]) -> str | None:
         """The version under `key` if the conditional write that carries `mark` made it: a request whose answer was
@@ -385,12 +406,12 @@ class S3Storage(Storage):
         head = self._head(key)
         if head is None or not mark.items() <= head.get("Metadata", {}).items():
             return None
-        return _bare(head["ETag"])
+        return bare_etag(head["ETag"])
 
     def _compare_and_put(self, key: str, data: bytes, version: str | None) -> str | None:
         """For a store that does not know conditional writes."""
         head = self._head(key)
-        found = None if head is None else _bare(head["ETag"])
+        found = None if head is None else bare_etag(head["ETag"])
         return self._put(key, data) if found == version else None
 
     def append_lines(self, key: str, data: bytes) -> None:
@@ -413,12 +434,37 @@ class S3Storage(Storage):
         stem, dot, suffix = name.rpartition(".")
         return (f"{folder}{slash}{stem}", dot, suffix) if stem else (key, "", "")
 
-    def delete(self, key: str) -> None:
-        def remove() -> None:
+    def delete(self, key: str, *, version: str | None = None, fence: Fence | None = None) -> bool:
+        def remove() -> bool:
+            condition = {}
+            if version is not None:
+                self._require_lease(fence)
+                head = self._head(key)  # also where the condition is known: some stores ignore that of a removal alone
+                if head is None:
+                    return True
+                if bare_etag(head["ETag"]) != version:
+                    return False
+                condition = {"IfMatch": f'"{version}"'} if self._conditional else {}
             with s3_errors(self.uri(key), writing=True):
-                self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
+                own = {"Key": self._key(key), **condition}
+                try:
+                    self.client.delete_object(**self._arguments("DeleteObject", **own))
+                except ClientError as err:
+                    if condition and error_code(err) in (*CHANGED, *GONE):
+                        return self._head(key) is None
+                    if not condition or error_code(err) not in UNKNOWN:
+                        raise
+                    self.client.delete_object(**self._arguments("DeleteObject", Key=self._key(key)))
+            return True
 
-        self._repeated(remove, self.uri(key))
+        with checked_sends(lambda: self._require_lease(fence)):
+            return self._repeated(remove, self.uri(key))
+
+    def weak_conditions(self) -> str | None:
+        return None if self._conditional else "the store does not know conditional writes"
+
+    def distrust_conditions(self) -> None:
+        self._conditional = False
 
     # What killed processes left
 
@@ -496,6 +542,10 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-def _bare(etag: str) -> str:
-    """An ETag without the quotation marks that some stores leave out."""
-    return etag.strip('"')
+def _age(answer: Mapping[str, Any]) -> float | None:
+    """Seconds between the times that the store's answer gives for the object and for itself."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+    try:
+        return max(0.0, (parsedate_to_datetime(date) - answer["LastModified"]).total_seconds())
+    except ValueError:  # no date, or none that can be read
+        return None

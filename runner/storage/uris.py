@@ -36,6 +36,7 @@ __all__ = [
     "is_remote",
     "local_path",
     "open_storage",
+    "probe_conditions",
     "probe_writable",
     "remote_forms",
     "split_object",
@@ -165,6 +166,36 @@ def probe_writable(storage: Storage) -> None:
             raise InternalError("what was written does not read back", where=storage.uri(key))
     finally:
         storage.delete(key)
+
+
+def probe_conditions(storage: Storage) -> str | None:
+    """Find out with one small object whether conditional writes hold: None, or one sentence that says what does not.
+
+    Leases rest on them: without them two runners can both believe that a job is theirs. Where the store ignores
+    conditions, `storage` compares by itself before it writes from then on. Raises as `probe_writable` does.
+    """
+    key = f"{PROBE_NAME}{uuid4().hex}"
+    try:
+        problem = _ignored_condition(storage, key)
+        if problem:
+            storage.distrust_conditions()
+        return problem or storage.weak_conditions()
+    finally:
+        storage.delete(key)
+
+
+def _ignored_condition(storage: Storage, key: str) -> str | None:
+    first = storage.write_if(key, b"first", None)
+    if first is None:
+        return "the store refuses to create an object although nothing lies under its key"
+    if storage.write_if(key, b"second", None) is not None:
+        return "the store replaces an object where it was asked to create one only if nothing lies there"
+    third = storage.write_if(key, b"third", first)
+    if third is None:
+        return "the store refuses to replace an object although its version is the expected one"
+    if storage.write_if(key, b"fourth", first) is not None:
+        return "the store replaces an object although its version is not the expected one"
+    return None
 
 
 # Inputs
