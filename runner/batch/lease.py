@@ -225,19 +225,19 @@ class Leases:
         return lost
 
     def _replace(self, held: _Held, mark: AttemptMark) -> str | None:
-        """Write `mark` over what this process wrote last; the new version, or None if another runner has the lease."""
+        """Write `mark` over what this process wrote last; the new version, or None if the lease is lost.
+
+        It is also lost where nothing lies any more: another runner may have taken it over, finished the job and given
+        it back.
+        """
         key = _key(mark.job_id)
-        version: str | None = held.version
-        for _ in range(2):
-            written = self.storage.write_if(key, mark.to_json(), version)
-            if written is not None:
-                return written
-            found = self.look(mark.job_id)
-            if found.mark is not None and found.mark.token != mark.token:
-                return None
-            # Removed by hand, or written by a request of ours whose answer was lost.
-            version = found.version
-        return None
+        written = self.storage.write_if(key, mark.to_json(), held.version)
+        if written is not None:
+            return written
+        found = self.look(mark.job_id)
+        if found.mark is None or found.mark.token != mark.token:
+            return None
+        return self.storage.write_if(key, mark.to_json(), found.version)  # ours, of a request whose answer was lost
 
     def _lock(self, job_id: str) -> threading.RLock:
         return self._locks[hash(job_id) % LOCKS]

@@ -45,6 +45,8 @@ REPLACES = 5  # tries to put a record or an output in the place of another run's
 
 Listing = Mapping[str, ObjectInfo]  # key → what lies under it, of a whole output storage
 Stage = Literal["preparing", "generating", "delivering"]
+
+
 class JobTaken(Exception):
     """Another runner took the job, or finished it, between the decision and the lease."""
 
@@ -485,9 +487,7 @@ class Ledger:
 
     def _restore(self, job_id: str, record: ResultRecord) -> None:
         """Put the record back that a lost attempt had removed. Raises JobTaken where another one stands by now."""
-        version = self.storage.write_if(
-            _result_key(job_id), record.to_json(), None, fence=self.leases.fence(job_id)
-        )
+        version = self.storage.write_if(_result_key(job_id), record.to_json(), None, fence=self.leases.fence(job_id))
         if version is None:
             raise JobTaken
         self._versions[job_id] = version

@@ -129,7 +129,9 @@ class Batch:
             else:
                 if self._generator is not None:
                     self._generator.close()
-                for job_id in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
+                for (
+                    job_id
+                ) in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
                     self._abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
@@ -376,9 +378,7 @@ class Batch:
                 task.delivery.restore(index, packed)
             own, states = split_states(start)
             generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
-            with closing(
-                finish_segments(generated, stages, task.timer, task.plan.segments, states)
-            ) as segments:
+            with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
                 for segment in segments:
                     nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
                     self._frames.put(Piece(task, segment, dict(self._generator.resume_identity)), nbytes)
@@ -405,7 +405,9 @@ class Batch:
             self._find_checkpoint(task)  # the memory mode was lowered meanwhile
         point, count = task.kept.point, task.plan.segments
         if point is not None:
-            where = f"at segment {point.segment + 1}/{count}" if point.segment < count else f"after segment {count}/{count}"
+            where = (
+                f"at segment {point.segment + 1}/{count}" if point.segment < count else f"after segment {count}/{count}"
+            )
             task.resumed_at = point.segment + 1
             task.notes.append(f"resumed {where}")
             self._events.emit("job_resumed", job=task.job.id, segment=point.segment + 1, segments=count)

@@ -215,7 +215,9 @@ class AttemptMark(Record):
     renewals: int = Field(0, ge=0, description="counted up at each renewal, so that the content changes")
     process: ProcessRecord | None = None
     segments_before: int = Field(0, ge=0, description="segments that were finished when this attempt began")
-    segments_done: int = Field(0, ge=0, description="segments that are finished and kept; a later attempt goes on there")
+    segments_done: int = Field(
+        0, ge=0, description="segments that are finished and kept; a later attempt goes on there"
+    )
 
     @property
     def progressed(self) -> bool:

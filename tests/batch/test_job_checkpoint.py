@@ -111,9 +111,14 @@ def test_a_state_that_was_not_removed_after_the_next_one_is_passed_over(store, t
     keep(store, tmp_path, 1)
     (state,) = (tmp_path / "out").rglob("0001.state")
     first = state.read_bytes()
-    keep(store, tmp_path, 2)
+    checkpoints = Checkpoints(store)
+    checkpoints.find(chain(), tmp_path / "kept")
+    (tmp_path / "packed").write_bytes(b"part 2")
+    checkpoints.save_part(chain(), tmp_path / "packed")
+    checkpoints.save_state(chain(), point(2), tmp_path / "scratch")
+    assert not state.exists()
     state.write_bytes(first)
-    found = Checkpoints(store).find(chain(), tmp_path / "kept")
+    found = Checkpoints(store).find(chain(), tmp_path / "more")
     assert found.point is not None
     assert found.point.segment == 2
 
@@ -187,10 +192,9 @@ def test_a_store_that_is_away_is_no_reason_to_begin_again(store, tmp_path, monke
     def away(*_, **__):
         raise StorageUnavailable("away")
 
-    monkeypatch.setattr(type(store), "fetch", away)
-    with pytest.raises(StorageUnavailable):
+    with monkeypatch.context() as patched, pytest.raises(StorageUnavailable):
+        patched.setattr(type(store), "fetch", away)
         Checkpoints(store).find(chain(), tmp_path / "kept")
-    monkeypatch.undo()
     assert Checkpoints(store).find(chain(), tmp_path / "kept").point is not None
 
 

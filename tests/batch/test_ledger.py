@@ -114,11 +114,12 @@ def test_failures_run_again_until_the_limit(storage):
     assert decide(storage, force=True).action == "run"
 
 
-def died(storage, *, parts=PARTS, stage="generating", alone=False) -> None:
-    """As if a process had been killed at this stage of the job."""
-    ledger = Ledger(storage)
+def died(storage, *, parts=PARTS, stage="generating", alone=False, **options) -> Ledger:
+    """As if a process had been killed at this stage of the job, and its lease had run out."""
+    ledger = Ledger(storage, lease_s=0, **options)
     ledger.begin("a", ledger.decide("a", fingerprint(parts), parts), fingerprint(parts), "r", alone=alone)
     ledger.advance("a", stage)
+    return ledger
 
 
 def test_a_store_that_was_away_uses_up_nothing(storage):
@@ -176,7 +177,7 @@ def test_a_process_that_died_preparing_one_job_alone_is_counted(storage):
 
 def test_a_process_that_was_told_to_stop_and_then_killed_is_not_counted(storage):
     for _ in range(4):
-        ledger = Ledger(storage)
+        ledger = Ledger(storage, lease_s=0)
         ledger.begin("a", decide(storage), fingerprint(PARTS), "r")
         ledger.advance("a", "generating")
         ledger.note_stopping()
@@ -192,7 +193,7 @@ def test_a_mark_of_version_0_1_0_counts_as_it_did(storage):
 
 
 def test_a_mark_with_other_parts_does_not_count(storage):
-    ledger = Ledger(storage)
+    ledger = Ledger(storage, lease_s=0)
     ledger.begin("a", decide(storage, OTHER), fingerprint(OTHER), "r")
     decision = decide(storage)
     assert (decision.action, decision.attempt) == ("run", 1)
@@ -289,9 +290,12 @@ def test_a_failure_of_the_infrastructure_keeps_an_older_output_and_its_record(st
 def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     """Killed after it had written its record, before it had removed the frames of the older output."""
     record = result(storage)
-    for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "attempt.json"):
+    died(storage, stage="delivering", force=True)
+    for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "parts/0/0001.tar"):
         storage.write_bytes(f"jobs/a/{key}", b"x")
-    Ledger(storage).tidy("a", record)
+    decision = decide(storage)
+    assert (decision.action, decision.suspect) == ("skip", True)
+    Ledger(storage).tidy_lost("a", decision)
     assert {info.key for info in storage.list("jobs/")} == {
         "jobs/a/output.mp4",
         "jobs/a/pose.mp4",
@@ -314,21 +318,21 @@ def test_the_mark_stands_until_what_does_not_belong_to_the_output_is_removed(sto
     record = result(storage)
     for key in ("frames/0a/000000.png", "poster.jpg"):
         storage.write_bytes(f"jobs/a/{key}", b"x")
-    died(storage, stage="delivering")
+    ledger = died(storage, stage="delivering", force=True)
     delete = type(storage).delete
 
-    def refusing(self, key):
+    def refusing(self, key, **conditions):
         if "frames" in key:
             raise StorageUnavailable("away")
-        delete(self, key)
+        return delete(self, key, **conditions)
 
     monkeypatch.setattr(type(storage), "delete", refusing)
     with pytest.raises(StorageUnavailable):
-        Ledger(storage).tidy("a", record, {"jobs/a/output.mp4"})
+        ledger.tidy("a", record, {"jobs/a/output.mp4"})
     assert storage.exists("jobs/a/attempt.json")
     assert decide(storage).suspect
     monkeypatch.undo()
-    Ledger(storage).tidy("a", record, {"jobs/a/output.mp4"})
+    ledger.tidy("a", record, {"jobs/a/output.mp4"})
     assert {info.key for info in storage.list("jobs/")} == {"jobs/a/output.mp4", "jobs/a/result.json"}
 
 
@@ -351,7 +355,7 @@ def test_a_failure_without_an_older_output_is_recorded(storage):
 def replacing(storage) -> tuple[Ledger, ResultRecord]:
     """An attempt that has removed the older record, and that record."""
     older = result(storage, parts=OTHER)
-    ledger = Ledger(storage)
+    ledger = Ledger(storage, lease_s=0)
     decision = ledger.decide("a", fingerprint(PARTS), PARTS)
     ledger.begin("a", decision, fingerprint(PARTS), "r")
     ledger.advance("a", "delivering")
@@ -362,8 +366,12 @@ def replacing(storage) -> tuple[Ledger, ResultRecord]:
 
 def test_a_record_removed_by_a_killed_attempt_is_put_back_where_its_output_stands(storage):
     _, older = replacing(storage)
-    assert decide(storage, OTHER).reason == "done"
+    decision = decide(storage, OTHER)
+    assert (decision.action, decision.reason) == ("skip", "done")
+    assert Ledger(storage).result("a") is None, "a decision alone changes nothing"
+    Ledger(storage).tidy_lost("a", decision)
     assert Ledger(storage).result("a") == older
+    assert Ledger(storage).attempt("a") is None
 
 
 def test_a_record_removed_by_a_killed_attempt_stays_away_where_the_output_was_replaced(storage):
@@ -474,7 +482,7 @@ def test_a_failure_never_removes_what_another_run_has_published_meanwhile(storag
 def test_a_crash_in_a_forced_rerun_of_what_is_done_is_known(storage):
     result(storage)
     assert not decide(storage).suspect
-    Ledger(storage).begin("a", decide(storage, force=True), fingerprint(PARTS), "r")
+    Ledger(storage, lease_s=0).begin("a", decide(storage, force=True), fingerprint(PARTS), "r")
     decision = decide(storage)
     assert (decision.action, decision.suspect) == ("skip", True)
 
