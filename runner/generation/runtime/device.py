@@ -7,6 +7,7 @@ Never: a quiet fallback: asking for CUDA where there is none is an error.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import traceback
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "device_name",
     "free_bytes",
     "grow_segments",
+    "hardware_model",
     "make_probe",
     "pick_device",
     "release",
@@ -60,6 +62,25 @@ def device_name(device: torch.device) -> str | None:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def hardware_model(device: torch.device) -> str:
+    """What decides the order of sums: the GPU's name; of a CPU its model, its vector instructions and torch's threads.
+
+    "NVIDIA H200"; "Intel(R) Xeon(R) Platinum 8488C, AVX512, 8 threads".
+    """
+    import torch
+
+    name = device_name(device)
+    if name is not None:
+        return name
+    model = platform.processor() or platform.machine()
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = found.group(1).strip() if found else model
+    except OSError:
+        pass  # not Linux: the name that Python knows must do
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def free_bytes(device: torch.device) -> int:

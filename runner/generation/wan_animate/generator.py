@@ -18,11 +18,12 @@ from runner.errors import RunnerError
 from runner.forecast.flops import Costs
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
-from runner.generation.protocol import ClipInfo, OnStep, Request, Segment, SegmentPlan
+from runner.generation.protocol import ClipInfo, OnStep, Request, ResumePoint, Segment, SegmentPlan
 from runner.generation.runtime.device import (
     as_out_of_memory,
     device_name,
     grow_segments,
+    hardware_model,
     make_probe,
     pick_device,
     release,
@@ -66,6 +67,11 @@ class AnimateConditions:
 
     def window(self, start: int, stop: int) -> ConditionWindow:
         return (self.ahead or self.source).window(start, stop)
+
+    def skip_to(self, segment: int) -> None:
+        """Draw no windows before that of `segment`, but for one that is being drawn."""
+        if self.ahead is not None:
+            self.ahead.skip_to(segment)
 
     def close(self) -> None:
         if self.ahead is not None:
@@ -169,6 +175,34 @@ class WanAnimateGenerator:
         return self._description | ({} if step is None else step.description)
 
     @property
+    def resume_identity(self) -> Mapping[str, str]:
+        """See `Generator.resume_identity`; empty once the generator is closed.
+
+        Of the preprocessing, the two networks of every job: a resumed job finds its people anew.
+        """
+        pipeline, said = self.pipeline, self.description
+        if pipeline is None:
+            return {}
+        memory, switches = pipeline.memory, pipeline.switches
+        tiles = pipeline.vae.use_tiling if memory is None else memory.vae_tiles  # as `render` sets it, of any size
+        vae = [str(pipeline.vae.dtype).removeprefix("torch."), "in tiles where large" if tiles else "whole"]
+        vae += [name for name in ("channels_last", "fuse_vae_norms") if getattr(switches, name)]
+        compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
+        step, lean = pipeline.block_step, memory is not None and memory.lean
+        blocks = "eager" if step is None or step.broken else f"compiled by {step.backend}"
+        return {
+            "device": hardware_model(pipeline.compute_device),
+            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+            "compute": ", ".join(compute),
+            "attention": str(said.get("attention", "")),
+            "blocks": f"{blocks}, a few rows at a time" if lean and blocks == "eager" else blocks,
+            "autoencoder": ", ".join(vae),
+            "memory": "" if memory is None else memory.mode,
+            "encoders": "" if memory is None else memory.encoders,
+            "preprocess": _preprocess_identity(said.get("preprocess") or {}),
+        }
+
+    @property
     def memory(self) -> MemoryPlan | None:
         """Where things are; None for a pipeline that was placed by hand."""
         return self._loaded.memory
@@ -251,9 +285,16 @@ class WanAnimateGenerator:
         )
 
     def generate(
-        self, conditions: AnimateConditions, plan: SegmentPlan, timer: StageTimer, on_step: OnStep | None = None
+        self,
+        conditions: AnimateConditions,
+        plan: SegmentPlan,
+        timer: StageTimer,
+        on_step: OnStep | None = None,
+        start: ResumePoint | None = None,
     ) -> Iterator[Segment]:
         pipeline, recipe = self._loaded, self.recipe
+        if start is not None:
+            conditions.skip_to(start.segment)  # now: the window is drawn while LoRAs and texts are made ready
         timer.forecast.update(self.forecast(plan, conditions.options))
         new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift)
         if self.loras is not None:
@@ -261,7 +302,7 @@ class WanAnimateGenerator:
                 self.loras.use(conditions.options)
         try:
             yield from pipeline.render(
-                conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step
+                conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step, start
             )
         except RunnerError:
             raise
@@ -287,3 +328,13 @@ class WanAnimateGenerator:
         if self.pipeline is None:
             raise RuntimeError("the generator was closed")
         return self.pipeline
+
+
+def _preprocess_identity(description: Mapping[str, Any]) -> str:
+    """Where the networks that every job uses run, and in which precision."""
+    parts = [str(description.get("device", ""))]
+    for name in ("detector", "pose"):
+        network = description.get(name)
+        if isinstance(network, Mapping):
+            parts.append(f"{name} on {network.get('provider')} in {network.get('precision')}")
+    return ", ".join(parts)

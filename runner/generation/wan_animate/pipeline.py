@@ -20,7 +20,7 @@ from diffusers import WanAnimatePipeline
 from PIL import Image
 
 from runner.errors import NotFinite
-from runner.generation.protocol import OnStep, Segment, SegmentPlan
+from runner.generation.protocol import OnStep, ResumePoint, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import MemoryPlan
@@ -32,6 +32,7 @@ from runner.generation.segments import output_span
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.low_memory import lean_block, lean_face
+from runner.generation.wan_animate.resume_points import make_resume_point, restore_state
 from runner.generation.wan_animate.transformer import (
     Context,
     StepInvariants,
@@ -133,19 +134,28 @@ class AnimatePipeline(WanAnimatePipeline):
         new_sampler: NewSampler,
         timer: StageTimer,
         on_step: OnStep | None = None,
+        start: ResumePoint | None = None,
     ) -> Iterator[Segment]:
         """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all.
 
-        `new_sampler` is called for each window. `on_step` may raise to abandon the job. Raises NotFinite before a
-        segment is handed out that NaN or infinity went into.
+        `new_sampler` is called for each window. `on_step` may raise to abandon the job. `start`: the segments from
+        there on. Raises NotFinite before a segment is handed out that NaN or infinity went into, and InternalError for
+        a `start` that does not fit.
         """
 
         def to_bytes(pixels: torch.Tensor) -> np.ndarray:
             return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
+        if start is not None and start.segment == plan.segments:
+            return
         if self.memory is not None:
             self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
         try:
+            generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
+            first_index, previous = 0, None
+            if start is not None:  # before anything is encoded: a point that does not fit costs nothing
+                first_index = start.segment
+                previous = restore_state(start, plan, self.vae.dtype, self.compute_device, generator)
             text, negative = self._texts(prompt, options, timer)
             clip, reference = self._reference(source.reference, plan, timer)
             contexts = self._contexts(text, negative, clip, timer)
@@ -165,11 +175,9 @@ class AnimatePipeline(WanAnimatePipeline):
                 contexts,
             )
             _check_shared(job)
-            generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
-            previous = None
-            for index in range(plan.segments):
-                start = index * (plan.segment_frames - plan.overlap_frames)
-                drawn = padded_window(source, plan.frames, start, start + plan.segment_frames, options.mode)
+            for index in range(first_index, plan.segments):
+                begin = index * (plan.segment_frames - plan.overlap_frames)
+                drawn = padded_window(source, plan.frames, begin, begin + plan.segment_frames, options.mode)
                 with timer.stage("encode_conditions", on_device=True):
                     window = self._encode(job, index, drawn, previous, generator)
                 self._warm(job, window)
@@ -179,15 +187,16 @@ class AnimatePipeline(WanAnimatePipeline):
                 self._make_room()
                 del window
                 first, last = (
-                    at - start for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
+                    at - begin for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
                 )
                 with timer.stage("vae_decode", on_device=True):
                     frames, previous = decode_latents(
-                        self.vae, latents, first, last, plan.overlap_frames, to_bytes, checks, start
+                        self.vae, latents, first, last, plan.overlap_frames, to_bytes, checks, begin
                     )
                     checks.read()
+                    resume = make_resume_point(index + 1, plan, previous, generator)
                 del latents
-                yield Segment(index, np.concatenate(frames), drawn.pose[first:last])
+                yield Segment(index, np.concatenate(frames), drawn.pose[first:last], resume)
         except NotFinite:
             self.memos.clear()  # what is kept for later jobs may hold the same values
             raise

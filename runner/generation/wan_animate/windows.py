@@ -153,7 +153,8 @@ class DrawnAhead:
     """Begins with the first span at once: for a job that waits, while the job before it is generated."""
 
     def __init__(self, source: ConditionSource, spans: Iterable[Span]) -> None:
-        self._source, self._spans = source, iter(spans)
+        self._source, self._spans = source, list(spans)
+        self._expected = 0  # the number of the span after the one that is waiting
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "draw")
         self._waiting: tuple[Span, Future[ConditionWindow]] | None = None
         self._begin()
@@ -168,6 +169,18 @@ class DrawnAhead:
         self._begin()
         return drawn
 
+    def skip_to(self, index: int) -> None:
+        """Draw span number `index` next, and those after it. One that is being drawn is drawn to its end and forgotten.
+
+        Does nothing where that span, or a later one, is waiting already. Not while another thread calls `window`.
+        """
+        if self._pool is None or index < self._expected:
+            return
+        if self._waiting is not None:
+            self._waiting[1].cancel()
+        self._expected = index
+        self._begin()
+
     def close(self) -> None:
         """Wait for what is being drawn and forget it. Idempotent."""
         pool, self._pool, self._waiting = self._pool, None, None
@@ -175,8 +188,9 @@ class DrawnAhead:
             pool.shutdown(cancel_futures=True)
 
     def _begin(self) -> None:
-        span = next(self._spans, None)
         assert self._pool is not None
+        span = self._spans[self._expected] if self._expected < len(self._spans) else None
+        self._expected += 1
         self._waiting = None if span is None else (span, self._pool.submit(self._source.window, *span))
 
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from runner.errors import ConfigInvalid, OutOfMemory
-from runner.generation.runtime.device import as_out_of_memory, grow_segments, make_probe, pick_device
+from runner.generation.runtime.device import as_out_of_memory, grow_segments, hardware_model, make_probe, pick_device
 from runner.timing import StageTimer
 
 CPU = torch.device("cpu")
@@ -102,3 +103,15 @@ def test_segments_grow_unless_the_environment_sets_the_allocator(monkeypatch):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert not grow_segments(device)
+
+
+def test_the_hardware_is_the_gpu_or_the_cpu_with_its_instructions_and_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hardware_model(torch.device("cuda", 0)) == "NVIDIA H200"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Some CPU\nmodel name\t: B\n")
+    assert hardware_model(torch.device("cpu")) == "Some CPU, AVX2, 3 threads"
+    monkeypatch.setattr(Path, "read_text", lambda _: "Processor: none that has a name")
+    monkeypatch.setattr("platform.processor", lambda: "aarch64")
+    assert hardware_model(torch.device("cpu")) == "aarch64, AVX2, 3 threads"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.errors import ConfigInvalid, JobWeightsCorrupt, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import ClipInfo, Request
+from runner.generation.runtime.device import hardware_model
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
@@ -116,6 +117,36 @@ def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
     assert generator.description["compile_why"] == "asked for"
     generator.close()
     assert generator.description["device"] == "cpu"
+
+
+def test_what_a_resumed_job_needs_equal_is_read_as_it_is_now(generator, monkeypatch):
+    first = generator.resume_identity
+    assert first == {
+        "device": hardware_model(CPU),
+        "dtype": "float32",
+        "compute": "bf16",
+        "attention": "native",
+        "blocks": "eager",
+        "autoencoder": "float32, whole",
+        "memory": "resident",
+        "encoders": "device",
+        "preprocess": "",
+    }
+    generator.pipeline.block_step = CompiledStep(backend="aot_eager")
+    assert generator.resume_identity["blocks"] == "compiled by aot_eager"
+    generator.pipeline.block_step.broken = "no C compiler"
+    assert generator.resume_identity == first
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert generator.resume_identity["device"].endswith(", 77 threads")
+    generator.close()
+    assert generator.resume_identity == {}
+
+
+def test_the_preprocessing_of_a_resumed_job_must_run_in_the_same_place(generator):
+    network = {"model": "a.onnx", "provider": "CUDAExecutionProvider", "why": "asked for", "precision": "fp32"}
+    generator._description["preprocess"] = {"device": "cuda", "detector": network, "pose": network | {"why": "?"}}
+    said = generator.resume_identity["preprocess"]
+    assert said == "cuda, detector on CUDAExecutionProvider in fp32, pose on CUDAExecutionProvider in fp32"
 
 
 def test_plans_cost_what_these_models_cost(generator):

@@ -75,6 +75,14 @@ def test_what_was_chosen_is_described_and_forecast(source):
     assert set(generator.forecast(plan, job)) == {"encode_prompt", "encode_conditions", "denoise", "vae_decode"}
 
 
+def test_every_mode_has_a_resume_identity_of_its_own(packed):
+    said = {mode: loaded(packed, "fp4-distill", mode).resume_identity for mode in ("resident", "stream", "minimal")}
+    assert [found["memory"] for found in said.values()] == list(said)
+    assert said["minimal"]["autoencoder"] == "bfloat16, in tiles where large"
+    assert said["stream"]["blocks"] == "eager, a few rows at a time"
+    assert "nvfp4" in said["resident"]["compute"]
+
+
 def test_auto_on_a_machine_with_room_keeps_everything(source):
     generator = loaded(source, "fp32", "auto")
     assert generator.description["memory"]["mode"] == "resident"
@@ -104,7 +112,10 @@ def test_a_generator_steps_down_until_nothing_is_below(source):
     generator = loaded(source, "fp32", "resident")
     frames = rendered(generator)
     modes = [generator.description["memory"]["mode"]]
+    before = generator.resume_identity
     while generator.lower_memory():
+        assert generator.resume_identity["memory"] != before["memory"]
+        before = generator.resume_identity
         modes.append(generator.description["memory"]["mode"])
         assert generator.memory.mode == modes[-1]
         assert "memory ran out in mode" in generator.description["memory_why"]

@@ -97,6 +97,42 @@ def test_what_was_not_expected_is_drawn_when_asked_for() -> None:
     assert source.most_inside == 1
 
 
+def test_windows_before_a_resumed_segment_are_not_drawn() -> None:
+    """But for the one that is being drawn; those after it are drawn ahead as ever."""
+    source, spans = Source(), [(9 * index, 9 * index + 10) for index in range(6)]
+    source.let_go.clear()
+    ahead = DrawnAhead(source, spans)
+    assert source.begun.wait(WAIT_S)
+    ahead.skip_to(3)
+    source.let_go.set()
+    end = time.monotonic() + WAIT_S
+    while len(source.asked) < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    assert source.asked == [spans[0], spans[3]]
+    assert [ahead.window(*span).start for span in spans[3:]] == [27, 36, 45]
+    ahead.close()
+    assert source.asked == [spans[0], *spans[3:]]
+    assert source.most_inside == 1
+
+
+def test_a_span_that_waits_is_not_drawn_again_and_one_that_has_not_begun_not_at_all() -> None:
+    source, spans = Source(), [(9 * index, 9 * index + 10) for index in range(6)]
+    source.let_go.clear()
+    ahead = DrawnAhead(source, spans)
+    assert source.begun.wait(WAIT_S)
+    ahead.skip_to(0)
+    ahead.skip_to(2)
+    ahead.skip_to(1)  # a later one waits already
+    ahead.skip_to(4)
+    source.let_go.set()
+    assert ahead.window(*spans[4]).start == 36
+    ahead.skip_to(len(spans))
+    ahead.close()
+    ahead.skip_to(0)
+    assert source.asked[:2] == [spans[0], spans[4]]
+    assert set(source.asked) <= {spans[0], spans[4], spans[5]}
+
+
 def test_an_error_is_told_by_the_window_that_it_belongs_to() -> None:
     source = Source(bad=(9, 19))
     ahead = DrawnAhead(source, [(0, 10), (9, 19)])
