@@ -19,6 +19,7 @@ import numpy as np
 __all__ = [
     "boxes",
     "indexed_frame",
+    "indexed_frames",
     "make_clip",
     "make_vfr",
     "movie_without_samples",
@@ -43,6 +44,11 @@ def indexed_frame(index: int, width: int = 96, height: int = 64) -> np.ndarray:
         rows = slice(row * block_h, (row + 1) * block_h)
         frame[rows, column * block_w : (column + 1) * block_w] = 255 if index >> bit & 1 else 0
     return frame
+
+
+def indexed_frames(first: int, last: int) -> np.ndarray:
+    """uint8 [last - first, 64, 96, 3]: `indexed_frame` of each index."""
+    return np.stack([indexed_frame(index) for index in range(first, last)])
 
 
 def read_index(frame: np.ndarray) -> int:

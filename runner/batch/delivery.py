@@ -1,13 +1,19 @@
-"""Delivery: one job's frames on their way out: encoded as they come, then published, the record last.
+"""Delivery: one job's frames on their way out: encoded segment by segment, put together, published, the record last.
 
-In:   segments of one job, in order. Out: files under `jobs/<id>/` of the output storage and an `OutputRecord`.
-Never: how frames are made, or which jobs there are. Holds one segment at a time.
+In:   segments of one job, in order; or parts that an earlier attempt packed. Out: files under `jobs/<id>/` of the
+      output storage and an `OutputRecord`.
+Never: how frames are made, which jobs there are, where packed parts are kept. Holds one segment at a time in memory.
+
+A segment becomes a part: a folder in scratch with its pictures, previews and digests. The output depends on the parts
+and the sound alone, so that a part written now and one restored from an earlier attempt give the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,15 +22,29 @@ from uuid import uuid4
 import numpy as np
 
 from runner.batch.ledger import combined_identity
-from runner.errors import InternalError
+from runner.batch.part_archive import PNGS, pack_files, unpack_files
+from runner.errors import InternalError, as_runner_error
 from runner.generation.protocol import ClipInfo, Segment
 from runner.hashing import sha256_file
-from runner.records.output_layout import OUTPUT, POSE, POSTER, PREVIEWS, frames_folder, job_key
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSE, POSTER, frames_folder, job_key
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
 from runner.storage import ObjectInfo, Storage
 from runner.timing import StageTimer
-from runner.video import AudioSpan, FrameHash, Mp4Writer, PngWriter, write_jpeg
+from runner.video import (
+    FRAMES_HASH,
+    AudioSpan,
+    Mp4Writer,
+    PngWriter,
+    check_sound,
+    combined_digest,
+    digest_frames,
+    format_digests,
+    join_parts,
+    parse_digests,
+    png_name,
+    write_jpeg,
+)
 
 __all__ = ["Delivery", "Published"]
 
@@ -42,7 +62,10 @@ class Published:
 
 
 class Delivery:
-    """Takes the segments of one job, then publishes them as a whole, or leaves nothing."""
+    """Takes the segments of one job, then publishes them as a whole, or leaves nothing.
+
+    Raises InputUnreadable at once if the sound cannot be decoded.
+    """
 
     def __init__(
         self,
@@ -60,16 +83,17 @@ class Delivery:
         self._folder, self._options, self._timer = folder, options, timer
         self._width, self._height, self._fps, self._expected = width, height, fps, frames
         self._pose_fps = pose_fps
-        self._hash = FrameHash()
-        self._count = 0
-        self._poster: np.ndarray | None = None
-        self._pose: Mp4Writer | None = None
-        self._main: Mp4Writer | PngWriter
-        if options.output.format == "png":
-            self._main = PngWriter(folder / "frames", width=width, height=height)
-        else:
-            path = folder / OUTPUT
-            self._main = Mp4Writer(path, width=width, height=height, fps=fps, crf=options.output.crf, audio=audio)
+        self._is_png = options.output.format == "png"
+        self._audio = None if self._is_png else audio
+        self._parts: list[Path] = []  # their folders
+        self._digests: list[str] = []  # of all frames so far
+        try:
+            shutil.rmtree(self._parts_folder, ignore_errors=True)
+            self._parts_folder.mkdir(parents=True)
+        except OSError as error:
+            raise as_runner_error(error, where=folder) from error
+        if self._audio is not None:
+            check_sound(self._audio)
 
     @classmethod
     def of(
@@ -97,50 +121,81 @@ class Delivery:
             timer=timer,
         )
 
+    @property
+    def parts(self) -> int:
+        """How many segments were written or restored; the index of the next one."""
+        return len(self._parts)
+
     def write(self, segment: Segment) -> None:
-        """Encode one segment; frames uint8 [n, H, W, 3] of the size and in the order promised."""
+        """Encode one segment as a part; frames uint8 [n, H, W, 3] of the size and in the order promised, n may be 0.
+
+        Raises InternalError for other frames or another segment than the next. A part that fails leaves nothing.
+        """
         frames = segment.frames
         if frames.shape[1:] != (self._height, self._width, 3) or frames.dtype != np.uint8:
             raise InternalError(f"segment {segment.index} is {frames.dtype} {frames.shape}")
-        with self._timer.stage("encode_video"):
-            middle = self._expected // 2 - self._count
-            if 0 <= middle < len(frames):
-                self._poster = frames[middle].copy()
-            self._main.write(frames)
-            self._hash.update(frames)
-            self._count += len(frames)
-            if segment.pose is not None:
-                if self._pose is None:
-                    height, width = segment.pose.shape[1:3]
-                    path, fps = self._folder / POSE, self._pose_fps
-                    self._pose = Mp4Writer(path, width=width, height=height, fps=fps, crf=PREVIEW_CRF)
-                self._pose.write(segment.pose)
+        self._check_next(segment.index)
+        folder = self._part_folder(segment.index)
+        with self._timer.stage("encode_video"), _removed_on_failure(folder):
+            folder.mkdir()
+            digests = digest_frames(frames)
+            (folder / FRAME_DIGESTS).write_bytes(format_digests(digests))
+            if len(frames):
+                self._encode(folder, frames)
+            if segment.pose is not None and len(segment.pose):
+                height, width = segment.pose.shape[1:3]
+                with Mp4Writer(folder / POSE, width, height, self._pose_fps, PREVIEW_CRF) as pose:
+                    pose.write(segment.pose)
+            middle = self._poster_at(len(frames))
+            if middle is not None:
+                write_jpeg(folder / POSTER, frames[middle])
+        self._add(folder, digests)
+
+    def pack_part(self, index: int, dest: Path) -> None:
+        """Write all files of part `index` into one file, the same bytes every time; it appears whole.
+
+        Raises IndexError if there is no such part, StorageFull and StorageDenied as the disk does.
+        """
+        folder = self._parts[index]
+        pack_files({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, dest)
+
+    def restore(self, index: int, packed: Path) -> None:
+        """Take part `index` from what `pack_part` wrote in an earlier attempt of the same job, instead of `write`.
+
+        Raises InternalError if the file is damaged or is not this part of this job: the part can then still be written.
+        """
+        self._check_next(index)
+        folder = self._part_folder(index)
+        with self._timer.stage("encode_video"), _removed_on_failure(folder):
+            names = unpack_files(packed, folder)
+            try:
+                digests = parse_digests((folder / FRAME_DIGESTS).read_bytes())
+            except (FileNotFoundError, ValueError) as error:
+                raise InternalError("the packed part has no list of its frames", where=packed) from error
+            if names - {POSE} != self._names(len(digests)):
+                raise InternalError(
+                    f"the packed part is not segment {index} of this job",
+                    where=packed,
+                    todo="Remove it; the job then starts before this segment",
+                )
+        self._add(folder, digests)
 
     def publish(self, storage: Storage, job_id: str, replacing: Callable[[str], None]) -> Published:
-        """Close the files and store them, the output first. `replacing` is called with the key of a file that may
-        replace an older output, right before it does.
+        """Put the parts together and store the files, the output first. `replacing` is called with the key of a file
+        that may replace an older output, right before it does.
 
         The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, so
         that an older output stays whole until the record names the new one. Raises InternalError if the frames are not
         as many as promised; storage.* if they cannot be stored.
         """
-        if self._count != self._expected:
-            raise InternalError(f"{self._count} frames were generated, {self._expected} asked", where=job_id)
-        notes = []
+        if len(self._digests) != self._expected:
+            raise InternalError(f"{len(self._digests)} frames were generated, {self._expected} asked", where=job_id)
         with self._timer.stage("encode_video"):
-            self._main.close()
-            if self._pose is not None:
-                self._pose.close()
-            if self._poster is not None:
-                write_jpeg(self._folder / POSTER, self._poster)
-        if isinstance(self._main, Mp4Writer) and self._main.audio_note:
-            notes.append(self._main.audio_note)
+            note = self._join()
         with self._timer.stage("publish"):
-            if self._options.output.format == "png":
+            if self._is_png:
                 key, sha256 = frames_folder(job_id, uuid4().hex[:8]), None
-                stored = _store_all(
-                    storage, {key + png.name: png for png in sorted((self._folder / "frames").glob("*.png"))}
-                )
+                stored = _store_all(storage, {key + png.name: png for png in self._files(f"{PNGS}/*")})
                 identity, nbytes, count = combined_identity(
                     {name: (storage.identify(info), info.bytes) for name, info in stored.items()}
                 )
@@ -150,8 +205,8 @@ class Delivery:
                 replacing(key)
                 info = storage.publish(self._folder / OUTPUT, key)
                 stored, identity, nbytes, count = {key: info}, storage.identify(info), info.bytes, 1
-            previews = {job_key(job_id, name): self._folder / name for name in PREVIEWS}
-            stored |= _store_all(storage, {key: path for key, path in previews.items() if path.exists()})
+            beside = {name: self._folder / name for name in (POSE, POSTER, FRAME_DIGESTS)}
+            stored |= _store_all(storage, {job_key(job_id, n): path for n, path in beside.items() if path.exists()})
         record = OutputRecord(
             uri=storage.uri(key.rstrip("/")),
             key=key,
@@ -159,19 +214,89 @@ class Delivery:
             files=count,
             identity=identity,
             sha256=sha256,
-            frames=self._count,
+            frames=len(self._digests),
             fps=str(self._fps),
             width=self._width,
             height=self._height,
-            frames_sha256=self._hash.hexdigest(),
+            frames_sha256=combined_digest(self._digests),
+            frames_hash=FRAMES_HASH,
         )
-        return Published(record, frozenset(stored), notes)
+        return Published(record, frozenset(stored), [note] if note else [])
 
     def abort(self) -> None:
         """Leave nothing behind. Idempotent."""
-        self._main.abort()
-        if self._pose is not None:
-            self._pose.abort()
+        shutil.rmtree(self._parts_folder, ignore_errors=True)
+        for name in (OUTPUT, POSE, POSTER, FRAME_DIGESTS):
+            (self._folder / name).unlink(missing_ok=True)
+
+    @property
+    def _parts_folder(self) -> Path:
+        return self._folder / "parts"
+
+    def _part_folder(self, index: int) -> Path:
+        return self._parts_folder / f"{index:05d}"
+
+    def _check_next(self, index: int) -> None:
+        if index != self.parts:
+            raise InternalError(f"segment {index} came where segment {self.parts} was expected")
+
+    def _add(self, folder: Path, digests: list[str]) -> None:
+        self._parts.append(folder)
+        self._digests += digests
+
+    def _encode(self, folder: Path, frames: np.ndarray) -> None:
+        writer: Mp4Writer | PngWriter
+        if self._is_png:
+            writer = PngWriter(folder / PNGS, self._width, self._height, first=len(self._digests))
+        else:
+            writer = Mp4Writer(folder / OUTPUT, self._width, self._height, self._fps, self._options.output.crf)
+        with writer:
+            writer.write(frames)
+
+    def _poster_at(self, frames: int) -> int | None:
+        """The job's middle frame by its index in the next part, if it is among its `frames` frames."""
+        middle = self._expected // 2 - len(self._digests)
+        return middle if 0 <= middle < frames else None
+
+    def _names(self, frames: int) -> set[str]:
+        """The files of the next part, if it has `frames` frames; a preview of the poses may lie beside them."""
+        names, begin = {FRAME_DIGESTS}, len(self._digests)
+        if self._is_png:
+            names |= {f"{PNGS}/{png_name(index)}" for index in range(begin, begin + frames)}
+        elif frames:
+            names.add(OUTPUT)
+        return names if self._poster_at(frames) is None else names | {POSTER}
+
+    def _join(self) -> str | None:
+        """Make the files that are published of those of the parts; what became of the sound, in words."""
+        note = None
+        if not self._is_png:
+            note = join_parts(self._files(OUTPUT), self._folder / OUTPUT, fps=self._fps, audio=self._audio)
+        if poses := self._files(POSE):
+            join_parts(poses, self._folder / POSE, fps=self._pose_fps)
+        try:
+            for poster in self._files(POSTER):
+                shutil.copyfile(poster, self._folder / POSTER)
+            (self._folder / FRAME_DIGESTS).write_bytes(format_digests(self._digests))
+        except OSError as error:
+            raise as_runner_error(error, where=self._folder) from error
+        return note
+
+    def _files(self, pattern: str) -> list[Path]:
+        """Of all parts, in order."""
+        return [path for part in self._parts for path in sorted(part.glob(pattern))]
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove `folder` if what runs inside fails; an error of the disk gets its code."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise as_runner_error(error, where=folder) from error
+        raise
 
 
 def _store_all(storage: Storage, files: Mapping[str, Path]) -> dict[str, ObjectInfo]:

@@ -258,7 +258,7 @@ def _write_portrait(portrait: Portrait, root: Path) -> dict[str, Any]:
 
 def _write_clip(clip: Clip, root: Path) -> dict[str, Any]:
     """Render and encode one clip, and its mask if asked. Returns its ground truth."""
-    from runner.video import AudioSpan, Mp4Writer
+    from runner.video import AudioSpan, Mp4Writer, join_parts
 
     stage, character = stage_for(clip.width, clip.height, clip.character), CHARACTERS[clip.character]
     ground = scene(clip.scene, clip.width, clip.height, seed=1)
@@ -266,14 +266,14 @@ def _write_clip(clip: Clip, root: Path) -> dict[str, Any]:
     covered = np.stack([silhouette(ground.shape[:2], joints, stage.height, character) for joints in dancing])
     pictures = np.stack([draw(ground.copy(), joints, stage.height, character) for joints in dancing])
 
-    fps = Fraction(clip.fps)
-    sound = root / "sound.wav" if clip.audio else None
-    if sound:
-        _write_beat(sound, clip.seconds)
-    span = AudioSpan(sound, 0.0, float(clip.seconds)) if sound else None
-    with Mp4Writer(root / "dances" / f"{clip.name}.mp4", clip.width, clip.height, fps, audio=span) as writer:
+    fps, video = Fraction(clip.fps), root / "dances" / f"{clip.name}.mp4"
+    with Mp4Writer(video, clip.width, clip.height, fps) as writer:
         writer.write(pictures)
-    if sound:
+    if clip.audio:
+        silent, sound = video.rename(root / "silent.mp4"), root / "sound.wav"
+        _write_beat(sound, clip.seconds)
+        join_parts([silent], video, fps=fps, audio=AudioSpan(sound, 0.0, float(clip.seconds)))
+        silent.unlink()
         sound.unlink()
     if clip.mask:
         # Near-lossless: a mask is thresholded when read, and must not move by a pixel at its edge.

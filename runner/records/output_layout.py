@@ -7,6 +7,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/output.mp4                   the output, or its frames: jobs/<id>/frames/<token>/000000.png, …
     jobs/<id>/pose.mp4, poster.jpg         previews
     jobs/<id>/parts/<chain>/0001.tar, …    the finished segments of a job that is under way, and 0001.state after each
+    jobs/<id>/frames.sha256                the digest of each frame, one a line
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
 
 A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
@@ -17,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "ATTEMPT",
     "EVENTS",
+    "FRAME_DIGESTS",
     "JOBS",
     "KEPT",
     "METRICS",
@@ -49,10 +51,11 @@ OUTPUT = "output.mp4"
 FRAMES = "frames/"
 POSE = "pose.mp4"
 POSTER = "poster.jpg"
+FRAME_DIGESTS = "frames.sha256"
 
 PREVIEWS = (POSE, POSTER)
-KEPT = PREVIEWS  # of an output of either form
-OUTPUT_FILES = (OUTPUT, *PREVIEWS)
+KEPT = (*PREVIEWS, FRAME_DIGESTS)  # of an output of either form
+OUTPUT_FILES = (OUTPUT, *KEPT)
 PARTS = "parts/"
 PART_END, STATE_END = ".tar", ".state"
 

@@ -72,7 +72,16 @@ class OutputRecord(Record):
     fps: str = Field(description="exact, e.g. 16 or 30000/1001")
     width: int
     height: int
-    frames_sha256: str = Field(description="of the raw RGB frames before encoding")
+    frames_sha256: str = Field(
+        description="of the raw RGB frames before encoding. With frames_hash 2: the sha256 over the digests of all "
+        "frames, 32 bytes each; a frame's digest is the sha256 over its height, width and channels (little-endian "
+        "uint32) and its bytes"
+    )
+    frames_hash: int | None = Field(
+        None,
+        description="2: how frames_sha256 was made; null in records of older versions, which hashed shapes and bytes "
+        "of all frames in one go",
+    )
 
 
 class MemoryRecord(Record):

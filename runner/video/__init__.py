@@ -1,16 +1,26 @@
-"""Video: clips in (reader.py over decode.py) and out (writer.py), a window of frames at a time."""
+"""Video: clips in (reader.py over decode.py) and out (writer.py, join.py), a window of frames at a time."""
 
+from runner.video.frame_digests import FRAMES_HASH, combined_digest, digest_frames, format_digests, parse_digests
+from runner.video.join import join_parts
 from runner.video.reader import Sampled, VideoInfo, VideoReader, probe, sample_by_time, sample_indices
-from runner.video.writer import AudioSpan, FrameHash, Mp4Writer, PngWriter, write_jpeg
+from runner.video.sound import AudioSpan, check_sound
+from runner.video.writer import Mp4Writer, PngWriter, png_name, write_jpeg
 
 __all__ = [
+    "FRAMES_HASH",
     "AudioSpan",
-    "FrameHash",
     "Mp4Writer",
     "PngWriter",
     "Sampled",
     "VideoInfo",
     "VideoReader",
+    "check_sound",
+    "combined_digest",
+    "digest_frames",
+    "format_digests",
+    "join_parts",
+    "parse_digests",
+    "png_name",
     "probe",
     "sample_by_time",
     "sample_indices",

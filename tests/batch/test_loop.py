@@ -124,7 +124,7 @@ def frames_in(path: Path) -> int:
 def test_every_job_leaves_its_files_and_a_full_record(bench):
     assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
     for name in ("a", "b"):
-        assert bench.files(name) == {"output.mp4", "pose.mp4", "poster.jpg", "result.json"}
+        assert bench.files(name) == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "result.json"}
         record = bench.result(name)
         assert record["status"] == "succeeded"
         assert record["output"]["frames"] == frames_in(bench.folder / f"out/jobs/{name}/output.mp4") == 6
@@ -399,7 +399,7 @@ def test_frames_as_png(bench):
     assert bench.summary["counts"]["skipped"] == 1
     # changing the format leaves nothing of the other one behind
     assert bench.run(bench.job("a"), run_id="r3") == 0
-    assert bench.files("a") == {"output.mp4", "pose.mp4", "poster.jpg", "result.json"}
+    assert bench.files("a") == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "result.json"}
 
 
 def times(events: list[dict], name: str) -> dict[str, str]:
@@ -444,7 +444,7 @@ def test_a_signal_drains(bench, twice, status):
     assert bench.run(*[bench.job(name) for name in "abc"]) == 143
     assert [line["status"] for line in bench.summary["jobs"]] == [status, "not_run", "not_run"]
     assert bench.summary["stopped_by"] == "SIGTERM"
-    left = {"a": 4 if not twice else 0, "b": 0, "c": 0}
+    left = {"a": 5 if not twice else 0, "b": 0, "c": 0}
     assert {name: len(bench.files(name)) for name in "abc"} == left
     bench.stop = Stop()
     assert bench.run(*[bench.job(name) for name in "abc"], run_id="r2") == 0

@@ -1,9 +1,7 @@
-"""Writing: read back through PyAV alone, colours by BT.709's own formulas, sound by when the tone begins."""
+"""Writing: read back through PyAV alone, colours by BT.709's own formulas."""
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -13,21 +11,17 @@ import cv2
 import numpy as np
 import pytest
 
-from runner.errors import InputUnreadable, StorageDenied, StorageFull
-from runner.video import AudioSpan, FrameHash, Mp4Writer, PngWriter, VideoReader, write_jpeg
+from runner.errors import StorageDenied, StorageFull
+from runner.video import Mp4Writer, PngWriter, VideoReader, png_name, write_jpeg
 from runner.video.writer import _same_on_any_processor
-from tests.video_files import boxes, indexed_frame, make_clip, overwrite_middle, read_index, remux, tone
+from tests.video_files import boxes, indexed_frame, indexed_frames, read_index
 
 
-def indexed(first: int, last: int) -> np.ndarray:
-    return np.stack([indexed_frame(i) for i in range(first, last)])
-
-
-def write(path: Path, frames: int = 20, fps: Fraction | int = 30, audio: AudioSpan | None = None) -> Mp4Writer:
-    with Mp4Writer(path, 96, 64, Fraction(fps), audio=audio) as writer:
-        for begin in range(0, frames, 7):  # segments of unlike length
-            writer.write(indexed(begin, min(begin + 7, frames)))
-    return writer
+def write(path: Path, frames: int = 20, fps: Fraction | int = 30) -> Path:
+    with Mp4Writer(path, 96, 64, Fraction(fps)) as writer:
+        for begin in range(0, frames, 7):  # calls of unlike length
+            writer.write(indexed_frames(begin, min(begin + 7, frames)))
+    return path
 
 
 def write_all(writer: Mp4Writer | PngWriter, segments: list[np.ndarray]) -> None:
@@ -39,20 +33,6 @@ def write_all(writer: Mp4Writer | PngWriter, segments: list[np.ndarray]) -> None
 def decoded(path: Path) -> list[av.VideoFrame]:
     with av.open(str(path)) as container:
         return list(container.decode(video=0))
-
-
-def sound_of(path: Path) -> tuple[np.ndarray, int]:
-    """float32 [n] of the first channel, from time 0 on, and its rate."""
-    with av.open(str(path)) as container:
-        rate = container.streams.audio[0].codec_context.sample_rate
-        blocks = [(b.pts * b.time_base, b.to_ndarray()[0]) for b in container.decode(audio=0)]
-    assert blocks[0][0] == 0
-    return np.concatenate([b for _, b in blocks]), rate
-
-
-def onset_s(path: Path) -> float:
-    wave, rate = sound_of(path)
-    return float(np.argmax(np.abs(wave) > 0.1)) / rate
 
 
 # --- pictures ---
@@ -124,11 +104,10 @@ def test_quality_follows_crf(tmp_path: Path) -> None:
 
 
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.mp4", 30, audio=tone(1.0))
     for name in ["a.mp4", "b.mp4"]:
-        write(tmp_path / name, 20, audio=AudioSpan(source, 0, 20 / 30))
-    with Mp4Writer(tmp_path / "c.mp4", 96, 64, Fraction(30), audio=AudioSpan(source, 0, 20 / 30)) as writer:
-        writer.write(indexed(0, 20))  # in one segment
+        write(tmp_path / name, 20)
+    with Mp4Writer(tmp_path / "c.mp4", 96, 64, Fraction(30)) as writer:
+        writer.write(indexed_frames(0, 20))  # in one call
     first = (tmp_path / "a.mp4").read_bytes()
     assert first == (tmp_path / "b.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
 
@@ -152,9 +131,9 @@ def test_wrong_frames_and_sizes_are_refused(tmp_path: Path) -> None:
             writer.write(np.zeros((1, 64, 96, 3), np.float32))
         with pytest.raises(ValueError, match="uint8"):
             writer.write(np.zeros((64, 96, 3), np.uint8))
-        writer.write(indexed(0, 2))
+        writer.write(indexed_frames(0, 2))
     with pytest.raises(ValueError, match="closed"):
-        writer.write(indexed(0, 1))
+        writer.write(indexed_frames(0, 1))
     writer.close()
     writer.abort()
     assert (tmp_path / "x.mp4").exists()
@@ -166,7 +145,7 @@ def test_wrong_frames_and_sizes_are_refused(tmp_path: Path) -> None:
 def test_nothing_has_the_name_before_the_end(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out.mp4"
     writer = Mp4Writer(path, 96, 64, Fraction(30))
-    writer.write(indexed(0, 3))
+    writer.write(indexed_frames(0, 3))
     assert [p.name for p in path.parent.iterdir()] == ["out.mp4.part"]
     writer.close()
     assert [p.name for p in path.parent.iterdir()] == ["out.mp4"]
@@ -176,7 +155,7 @@ def test_an_error_or_abort_leaves_nothing_new(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_bytes(b"an older output")
     with suppress(KeyError), Mp4Writer(path, 96, 64, Fraction(30)) as writer:
-        writer.write(indexed(0, 3))
+        writer.write(indexed_frames(0, 3))
         raise KeyError
     writer = Mp4Writer(path, 96, 64, Fraction(30))
     writer.abort()
@@ -204,85 +183,7 @@ def test_a_closed_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Mp4Writer(tmp_path / "out.mp4", 96, 64, Fraction(30))
 
 
-# --- sound ---
-
-
-@pytest.mark.parametrize(("start_s", "rate"), [(0.0, 44100), (1.0, 44100), (0.7, 48000), (3.5, 22050), (3.5, 11025)])
-def test_sound_starts_with_the_span(tmp_path: Path, start_s: float, rate: int) -> None:
-    """The tone begins at 4.25 s of the source, so at 4.25 - start_s of the output, within one AAC frame."""
-    source = make_clip(tmp_path / "source.mp4", 150, options={"bf": "2"}, audio=tone(5.0, rate, 4.25), audio_rate=rate)
-    path = tmp_path / "out.mp4"
-    writer = write(path, 40, 8, audio=AudioSpan(source, start_s, 5.0))
-    assert writer.audio_note is not None
-    assert "AAC" in writer.audio_note
-    assert abs(onset_s(path) - (4.25 - start_s)) < 1024 / rate
-    wave, own = sound_of(path)
-    assert own == rate
-    assert abs(len(wave) / rate - (5.0 - start_s)) < 2048 / rate  # the source's sound ends at 5 s
-
-
-def test_sound_is_cut_where_the_pictures_end(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.mp4", 90, audio=tone(3.0))
-    for name, span in [("span", AudioSpan(source, 0.5, 1.0)), ("pictures", AudioSpan(source, 0.5, 2.5))]:
-        write(tmp_path / f"{name}.mp4", 30, 30, audio=span)
-        with av.open(str(tmp_path / f"{name}.mp4")) as container:
-            stream = container.streams.audio[0]
-            assert abs(float(stream.duration * stream.time_base) - 1.0) < 1024 / 44100
-        wave, rate = sound_of(tmp_path / f"{name}.mp4")
-        steady = wave[rate // 10 : rate // 2]
-        assert np.sqrt((steady**2).mean()) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
-        crossings = np.count_nonzero(np.diff(np.signbit(steady)))
-        assert crossings / 2 / (len(steady) / rate) == pytest.approx(440, rel=0.02)
-
-
-def test_sound_follows_shifted_pictures(tmp_path: Path) -> None:
-    plain = make_clip(tmp_path / "plain.mp4", 90, options={"bf": "2"}, audio=tone(3.0, start_silence_s=1.25))
-    for shift in [-0.5, 0.5]:  # trimmed by an edit list; pictures that begin after the sound
-        source = remux(plain, tmp_path / "shifted.mp4", video_shift_s=shift)
-        path = tmp_path / "out.mp4"
-        write(path, 20, 10, audio=AudioSpan(source, 0.0, 2.0))
-        assert abs(onset_s(path) - (1.25 - max(shift, 0))) < 1024 / 44100
-
-
-@pytest.mark.parametrize(("codec", "container"), [("libmp3lame", "matroska"), ("opus", "matroska"), ("ac3", "mpegts")])
-def test_sound_of_other_codecs(tmp_path: Path, codec: str, container: str) -> None:
-    rate = 48000
-    sound, path = tone(2.0, rate, 1.0), tmp_path / "source.any"
-    source = make_clip(path, 60, audio=sound, audio_codec=codec, audio_rate=rate, container=container)
-    write(tmp_path / "out.mp4", 60, 30, audio=AudioSpan(source, 0.25, 1.75))
-    assert abs(onset_s(tmp_path / "out.mp4") - 0.75) < 2 * 1024 / rate  # their own frames are longer, and mp3 smears
-
-
-def test_one_channel_stays_one(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.mp4", 30, audio=tone(1.0, 16000, 0.5)[:1], audio_rate=16000)
-    writer = write(tmp_path / "out.mp4", 30, 30, audio=AudioSpan(source, 0.0, 1.0))
-    assert "16000 Hz mono" in (writer.audio_note or "")
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        assert container.streams.audio[0].codec_context.layout.nb_channels == 1
-    assert abs(onset_s(tmp_path / "out.mp4") - 0.5) < 1024 / 16000
-
-
-def test_no_sound_is_no_stream_and_a_note(tmp_path: Path) -> None:
-    silent = make_clip(tmp_path / "silent.mp4", 30)
-    brief = make_clip(tmp_path / "brief.mp4", 90, audio=tone(1.0))
-    for source, start_s, note in [(silent, 0.0, "no sound"), (brief, 2.0, "ends before")]:
-        writer = write(tmp_path / "out.mp4", 10, audio=AudioSpan(source, start_s, 1 / 3))
-        assert note in (writer.audio_note or "")
-        with av.open(str(tmp_path / "out.mp4")) as container:
-            assert not container.streams.audio
-            assert container.streams.video[0].frames == 10
-    assert write(tmp_path / "out.mp4", 10).audio_note is None
-
-
-def test_damaged_sound_fails_in_words(tmp_path: Path) -> None:
-    source = make_clip(tmp_path / "source.mp4", 2, audio=tone(2.0), options={"crf": "40"})
-    bad = overwrite_middle(source, tmp_path / "bad.mp4", 0.4, 0.95, 0xFF)
-    with pytest.raises(InputUnreadable, match="keep_audio"):
-        write(tmp_path / "out.mp4", 60, audio=AudioSpan(bad, 0.0, 2.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.mp4", "source.mp4"]
-
-
-# --- PNG, JPEG, hash ---
+# --- PNG, JPEG ---
 
 
 def test_png_sequence_is_lossless_and_whole(tmp_path: Path) -> None:
@@ -302,9 +203,17 @@ def test_png_sequence_is_lossless_and_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
+def test_png_sequence_may_begin_later(tmp_path: Path) -> None:
+    with PngWriter(tmp_path / "frames", 96, 64, first=41) as writer:
+        writer.write(indexed_frames(0, 1))
+        writer.write(indexed_frames(1, 3))
+    names = sorted(p.name for p in (tmp_path / "frames").iterdir())
+    assert names == [png_name(41), png_name(42), png_name(43)] == ["000041.png", "000042.png", "000043.png"]
+
+
 def test_png_sequence_is_removed_on_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with suppress(KeyError), PngWriter(tmp_path / "frames", 96, 64) as png:
-        png.write(indexed(0, 2))
+        png.write(indexed_frames(0, 2))
         raise KeyError
     with pytest.raises(ValueError, match="no frame"), PngWriter(tmp_path / "frames", 96, 64):
         pass
@@ -314,7 +223,7 @@ def test_png_sequence_is_removed_on_abort(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StorageFull):
-        write_all(PngWriter(tmp_path / "frames", 96, 64), [indexed(0, 2)])
+        write_all(PngWriter(tmp_path / "frames", 96, 64), [indexed_frames(0, 2)])
     with pytest.raises(StorageFull):
         write_jpeg(tmp_path / "poster.jpg", indexed_frame(3))
     assert list(tmp_path.iterdir()) == []
@@ -327,17 +236,3 @@ def test_jpeg(tmp_path: Path) -> None:
     data = np.frombuffer((tmp_path / "poster.jpg").read_bytes(), np.uint8)
     assert np.abs(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1].astype(int) - red).max() < 4
     assert [p.name for p in tmp_path.iterdir()] == ["poster.jpg"]
-
-
-def test_frame_hash() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
-    by_hand = hashlib.sha256(b"".join(struct.pack("<3I", 4, 5, 3) + f.tobytes() for f in frames)).hexdigest()
-    whole, parts, view = FrameHash(), FrameHash(), FrameHash()
-    whole.update(frames)
-    parts.update(frames[:1])
-    parts.update(frames[1:])
-    view.update(np.flip(np.flip(frames, 2).copy(), 2))  # a view that is not contiguous
-    assert whole.hexdigest() == parts.hexdigest() == view.hexdigest() == by_hand
-    other = FrameHash()
-    other.update(frames.reshape(6, 5, 4, 3))
-    assert other.hexdigest() != by_hand

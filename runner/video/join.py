@@ -1,0 +1,138 @@
+"""Join: encoded parts of a video become one MP4, without encoding them again; sound goes along.
+
+In:   MP4 parts of Mp4Writer in order, their rate, optionally a span of a source's sound. Out: one MP4, whole or none.
+Never: frames in pixels, where the parts come from, jobs.
+
+The same parts and sound give the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from runner.errors import InternalError, RunnerError, as_runner_error
+from runner.video.sound import AudioSpan, Sound
+
+__all__ = ["join_parts"]
+
+# Frames that a packet is decoded before it is shown, at most: x264's preset `medium` lets B-frames refer to B-frames,
+# which takes two. One number for the whole file, as x264 itself gives less to a part of one or two frames.
+REORDER_FRAMES = 2
+TRACK_TIMESCALE = 10_000  # ticks a second at least, as FFmpeg's muxer gives a video track
+
+
+def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: AudioSpan | None = None) -> str | None:
+    """Put the pictures of `parts` one behind the other into `dest`, with the sound of `audio`.
+
+    Each frame lasts exactly 1/fps; dts grows by one frame a packet and is never above pts. `dest` appears whole, or not
+    at all. Returns what became of the sound in words, None if none was asked for. Raises InternalError if the parts
+    were not encoded with the same parameters or are damaged, InputUnreadable if the sound cannot be decoded,
+    StorageFull and StorageDenied as the disk does.
+    """
+    import av
+
+    if not parts:
+        raise ValueError(f"{dest}: no part was given")
+    dest, fps = Path(dest), Fraction(fps)
+    unfinished = dest.with_name(dest.name + ".part")
+    container: Any = None
+    sound: Sound | None = None
+    note = None
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        options = {"movflags": "+faststart", "movie_timescale": str(_movie_timescale(fps))}
+        container = av.open(f"file:{unfinished.absolute()}", "w", format="mp4", options=options)
+        with _open_part(parts[0]) as first:
+            template = first.streams.video[0]
+            parameters = _parameters(template)
+            stream = container.add_stream_from_template(template)
+        stream.codec_context.bit_rate = 0  # the first part's; the muxer measures that of the whole
+        if audio is not None:
+            sound, note = Sound.open(audio, container)
+        container.start_encoding()
+        done = 0
+        with closing(_renumbered(parts, parameters, fps)) as packets:
+            for packet in packets:
+                packet.stream = stream
+                container.mux(packet)
+                done += 1
+                if sound is not None:  # in step with the pictures, or the muxer would queue them all
+                    sound.write_until(container, done / fps)
+        if sound is not None:
+            sound.finish(container)
+        container.close()
+        container = None
+        os.replace(unfinished, dest)
+    except BaseException as error:
+        if container is not None:
+            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well
+                container.close()
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, (av.error.FFmpegError, OSError)) and not isinstance(error, RunnerError):
+            raise as_runner_error(error, where=dest) from error
+        raise
+    finally:
+        if sound is not None:
+            sound.close()
+    return note
+
+
+def _renumbered(parts: Sequence[Path], parameters: tuple[Any, ...], fps: Fraction) -> Generator[Any, None, None]:
+    """Yield the packets of all parts in decoding order, their stamps counted in frames from the first part's start."""
+    decoded = begin = 0  # packets of all parts so far; frames of the parts before
+    for path in parts:
+        with _open_part(path) as part:
+            video = part.streams.video[0]
+            if _parameters(video) != parameters:
+                raise InternalError("this part was encoded with other parameters than the first", where=path)
+            shown: set[int] = set()
+            for packet in part.demux(video):
+                if packet.pts is None:  # the end of the file
+                    continue
+                index = packet.pts * packet.time_base * fps
+                if index.denominator != 1 or (not shown and not packet.is_keyframe):
+                    raise InternalError("this part is no run of frames at the video's rate", where=path)
+                shown.add(int(index))
+                packet.time_base = 1 / fps
+                packet.pts, packet.dts, packet.duration = begin + int(index), decoded - REORDER_FRAMES, 1
+                if packet.dts > packet.pts:
+                    raise InternalError("this part decodes its frames in another order than expected", where=path)
+                decoded += 1
+                yield packet
+        if decoded == begin or shown != set(range(decoded - begin)):
+            raise InternalError("this part lacks frames", where=path)
+        begin = decoded
+
+
+def _open_part(path: Path) -> Any:
+    import av
+
+    try:
+        part = av.open(f"file:{Path(path).absolute()}")
+        if part.streams.video:
+            return part
+        part.close()
+    except av.error.InvalidDataError:
+        pass
+    raise InternalError("this part of a video is damaged", where=path)
+
+
+def _parameters(video: Any) -> tuple[Any, ...]:
+    """What must be equal for a decoder to read one part after the other: SPS and PPS above all, size and colours."""
+    context = video.codec_context
+    colours = context.color_range, context.colorspace, context.color_primaries, context.color_trc
+    return context.name, context.extradata, context.width, context.height, context.pix_fmt, *colours
+
+
+def _movie_timescale(fps: Fraction) -> int:
+    """Ticks a second of the movie's clock: those of its video track. FFmpeg's own 1000 round the movie's length."""
+    timescale = fps.numerator
+    while timescale < TRACK_TIMESCALE:
+        timescale *= 2
+    return timescale

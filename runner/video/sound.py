@@ -1,0 +1,166 @@
+"""Sound: a span of a source's sound becomes the AAC track of an MP4 that is being written.
+
+In:   a file with sound, a span of it, an open container. Out: packets in the container.
+Never: pictures, and which job the sound belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import InputUnreadable
+from runner.video.decode import open_container
+
+__all__ = ["AudioSpan", "Sound", "check_sound"]
+
+AAC_RATES = {96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350}
+AAC_BITS_PER_CHANNEL = 96_000
+GAP_S = 0.05  # stamps in whole milliseconds jitter by less; a gap or overlap beyond this moves the sound
+
+
+@dataclass(frozen=True)
+class AudioSpan:
+    """The sound of `path` from `start_s` (seconds after its first video frame) for `duration_s` seconds."""
+
+    path: Path
+    start_s: float
+    duration_s: float
+
+
+class Sound:
+    """A span of sound on its way from a source file into an open container, as AAC."""
+
+    def __init__(self, pieces: Iterator[np.ndarray], source: Any, rate: int, layout: str, container: Any) -> None:
+        self._pieces, self._source, self._rate, self._layout = pieces, source, rate, layout
+        self._done = 0  # samples handed to the encoder
+        self._out = container.add_stream("aac", rate=rate, layout=layout)
+        self._out.codec_context.bit_rate = AAC_BITS_PER_CHANNEL * (1 if layout == "mono" else 2)
+
+    @classmethod
+    def open(cls, span: AudioSpan, container: Any) -> tuple[Sound | None, str]:
+        """The sound, or None where there is none; and what became of it, in words. Call `close` in the end.
+
+        Raises InputUnreadable if the first of it cannot be decoded.
+        """
+        source = open_container(Path(span.path))
+        try:
+            track = _find_track(source)
+            if isinstance(track, str):
+                return None, track
+            pieces = _cut(source, track, span)
+            first = next(pieces, None)
+            if first is None:
+                return None, "the source's sound ends before the rendered span"
+            sound = cls(chain([first], pieces), source, track.rate, track.layout, container)
+            source = None  # the sound closes it from here on
+            return sound, f"cut to the rendered span, encoded as AAC at {track.rate} Hz {track.layout}"
+        finally:
+            if source is not None:
+                source.close()
+
+    def write_until(self, container: Any, seconds: Fraction) -> None:
+        """Encode up to `seconds` of the output, or as far as there is sound."""
+        import av
+
+        target = round(seconds * self._rate)
+        while self._done < target:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return
+            if self._done + piece.shape[1] > target:
+                self._pieces = chain([piece[:, target - self._done :]], self._pieces)
+                piece = np.ascontiguousarray(piece[:, : target - self._done])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=self._layout)
+            frame.sample_rate, frame.pts, frame.time_base = self._rate, self._done, Fraction(1, self._rate)
+            container.mux(self._out.encode(frame))
+            self._done += piece.shape[1]
+
+    def finish(self, container: Any) -> None:
+        """Write what the encoder still holds, and close."""
+        container.mux(self._out.encode(None))
+        self.close()
+
+    def close(self) -> None:
+        """Close the source. Idempotent."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+def check_sound(span: AudioSpan) -> None:
+    """Decode the whole span, so that a job whose sound is damaged fails before it costs anything.
+
+    A source without sound passes. Raises InputUnreadable and what opening the file raises.
+    """
+    source = open_container(Path(span.path))
+    try:
+        track = _find_track(source)
+        if not isinstance(track, str):
+            for _ in _cut(source, track, span):
+                pass
+    finally:
+        source.close()
+
+
+@dataclass(frozen=True)
+class _Track:
+    """A stream of sound that can be decoded, and how it will be encoded."""
+
+    stream: Any
+    rate: int  # samples a second
+    layout: str  # mono | stereo
+
+
+def _find_track(source: Any) -> _Track | str:
+    """The source's sound, or why there is none, in words."""
+    stream = source.streams.best("audio")
+    if stream is None or stream.codec_context is None:
+        return "the source has no sound" if stream is None else "the source's sound has an unknown codec"
+    own, channels = stream.codec_context.sample_rate, stream.codec_context.layout.nb_channels
+    return _Track(stream, own if own in AAC_RATES else 48000, "mono" if channels == 1 else "stereo")
+
+
+def _cut(source: Any, track: _Track, span: AudioSpan) -> Iterator[np.ndarray]:
+    """Yield the span's samples in order, float32 [channels, n] at the track's rate; a gap in the source is silence."""
+    import av
+
+    stream, rate, layout = track.stream, track.rate, track.layout
+    video = source.streams.best("video")
+    origin_s = float((video.start_time or 0) * video.time_base) if video is not None else 0.0
+    begin_s = origin_s + span.start_s
+    total, channels = round(span.duration_s * rate), 1 if layout == "mono" else 2
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    cursor, position = 0, None  # samples yielded; where the next block belongs
+    try:
+        if begin_s > 2:  # a second early: an AAC decoder needs a packet or two to settle after a seek
+            source.seek(int((begin_s - 1) / stream.time_base), stream=stream, backward=True)
+        for decoded in chain(source.decode(stream), [None]):  # None drains the resampler
+            for block in resampler.resample(decoded):
+                if block.pts is not None:
+                    stamped = round((float(block.pts * block.time_base) - begin_s) * rate)
+                    if position is None or abs(stamped - position) > GAP_S * rate:
+                        position = stamped
+                position = position or 0
+                samples = block.to_ndarray()[:, max(0, cursor - position) :]
+                position += block.samples
+                while cursor < min(position - samples.shape[1], total):
+                    silent = min(position - samples.shape[1] - cursor, total - cursor, rate)
+                    yield np.zeros((channels, silent), np.float32)
+                    cursor += silent
+                samples = samples[:, : total - cursor]
+                if samples.shape[1]:
+                    yield np.ascontiguousarray(samples)
+                    cursor += samples.shape[1]
+            if cursor >= total:
+                return
+    except av.error.FFmpegError as error:
+        raise InputUnreadable(
+            f"its sound cannot be decoded ({error.strerror})", where=span.path, todo="Set keep_audio to false"
+        ) from error
