@@ -51,6 +51,8 @@ __all__ = ["Delivery", "Published"]
 UPLOADS_AT_ONCE = 8
 PREVIEW_CRF = 28
 
+Put = Callable[[Path, str], ObjectInfo]  # (local file, key) → what was stored
+
 
 @dataclass(frozen=True)
 class Published:
@@ -180,13 +182,13 @@ class Delivery:
                 )
         self._add(folder, digests)
 
-    def publish(self, storage: Storage, job_id: str, replacing: Callable[[str], None]) -> Published:
-        """Put the parts together and store the files, the output first. `replacing` is called with the key of a file
-        that may replace an older output, right before it does.
+    def publish(self, storage: Storage, job_id: str, put: Put) -> Published:
+        """Put the parts together and store the files, the output first. `put` stores a file under a key that an earlier
+        output may have.
 
         The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, so
         that an older output stays whole until the record names the new one. Raises InternalError if the frames are not
-        as many as promised; storage.* if they cannot be stored.
+        as many as promised; storage.* if they cannot be stored; LeaseLost.
         """
         if len(self._digests) != self._expected:
             raise InternalError(f"{len(self._digests)} frames were generated, {self._expected} asked", where=job_id)
@@ -195,18 +197,17 @@ class Delivery:
         with self._timer.stage("publish"):
             if self._is_png:
                 key, sha256 = frames_folder(job_id, uuid4().hex[:8]), None
-                stored = _store_all(storage, {key + png.name: png for png in self._files(f"{PNGS}/*")})
+                stored = _store_all(storage.publish, {key + png.name: png for png in self._files(f"{PNGS}/*")})
                 identity, nbytes, count = combined_identity(
                     {name: (storage.identify(info), info.bytes) for name, info in stored.items()}
                 )
             else:
                 key = job_key(job_id, OUTPUT)
                 sha256 = sha256_file(self._folder / OUTPUT)
-                replacing(key)
-                info = storage.publish(self._folder / OUTPUT, key)
+                info = put(self._folder / OUTPUT, key)
                 stored, identity, nbytes, count = {key: info}, storage.identify(info), info.bytes, 1
             beside = {name: self._folder / name for name in (POSE, POSTER, FRAME_DIGESTS)}
-            stored |= _store_all(storage, {job_key(job_id, n): path for n, path in beside.items() if path.exists()})
+            stored |= _store_all(put, {job_key(job_id, n): path for n, path in beside.items() if path.exists()})
         record = OutputRecord(
             uri=storage.uri(key.rstrip("/")),
             key=key,
@@ -299,7 +300,7 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _store_all(storage: Storage, files: Mapping[str, Path]) -> dict[str, ObjectInfo]:
+def _store_all(put: Put, files: Mapping[str, Path]) -> dict[str, ObjectInfo]:
     """Key → what was uploaded under it."""
     with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(lambda key: storage.publish(files[key], key), files), strict=True))
+        return dict(zip(files, pool.map(lambda key: put(files[key], key), files), strict=True))

@@ -33,7 +33,7 @@ from runner.errors import (
     StorageDenied,
     counts_as_attempt,
 )
-from runner.records.output_layout import ATTEMPT, KEPT, RESULT, is_output_file, is_part, job_folder, job_key
+from runner.records.output_layout import ATTEMPT, KEPT, OUTPUT, RESULT, is_output_file, is_part, job_folder, job_key
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord
 from runner.storage import ObjectInfo, Storage, check_key
 from runner.storage.file_hashes import FileHashes
@@ -342,9 +342,12 @@ class Ledger:
         """
         fence = self.leases.fence(job_id)
         for _ in range(REPLACES):
-            self.before_replacing(job_id, key)
+            if key == job_key(job_id, OUTPUT):
+                self.before_replacing(job_id, key)
             try:
-                return self.storage.publish(local, key, fence=fence, replaces=self.leases.seen(job_id, key))
+                info = self.storage.publish(local, key, fence=fence, replaces=self.leases.seen(job_id, key))
+                self.leases.note_file(job_id, key, info)
+                return info
             except LeaseLost:
                 # A runner that lost this lease before it was taken here may have stored its file since: it is replaced.
                 self.leases.update(job_id)

@@ -376,7 +376,7 @@ class Batch:
             )
             for index, packed in enumerate(task.kept.parts):
                 task.delivery.restore(index, packed)
-            own, states = split_states(start)
+            own, states = (None, None) if start is None else split_states(start)
             generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
             with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
                 for segment in segments:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from runner.finishing.stages import StageSettings
+from runner.finishing.stages import StageSettings, StageState
 from runner.generation.protocol import ClipInfo, Segment
 from runner.spec.options import JobOptions
 
@@ -25,6 +25,8 @@ class DoubleRate:
 
     def __call__(self, segment: Segment) -> Iterator[Segment]:
         frames = segment.frames if self.last is None else np.concatenate([self.last[None], segment.frames])
+        if not len(frames):
+            return
         self.last = frames[-1]
         means = ((frames[:-1].astype(np.uint16) + frames[1:]) // 2).astype(np.uint8)
         yield replace(segment, frames=np.stack([frames[:-1], means], 1).reshape(-1, *frames.shape[1:]))
@@ -32,6 +34,12 @@ class DoubleRate:
     def flush(self) -> Iterator[Segment]:
         if self.last is not None:
             yield Segment(0, np.stack([self.last, self.last]))
+
+    def state(self) -> StageState:
+        return StageState({} if self.last is None else {"last": self.last}, {})
+
+    def restore(self, state: StageState) -> None:
+        self.last = state.arrays.get("last")
 
     def close(self) -> None:
         self.closed.append(True)
