@@ -175,8 +175,8 @@ class Storage(ABC):
 
         On a disk, both are checked and the file gets its name while the folders of the lease and of `key` are locked.
         On S3, the lease is read right before each request that makes the object appear, and that request carries the
-        condition of `replaces`. A store that ignores the condition is asked before (of which another process may take
-        advantage in between).
+        condition of `replaces`. Where the store ignores the condition, the key is compared right before that request;
+        another process can still change it in between.
 
         Returns the identity and size of the very bytes that were stored, also where another process has stored other
         bytes under `key` by then. The identity is never None.

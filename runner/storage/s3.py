@@ -340,7 +340,8 @@ class S3Storage(Storage):
             with s3_errors(uri, writing=True, disk=local):
                 with create_transfer_manager(client, TRANSFER) as manager:
                     manager.upload(str(local), self.bucket, self._key(key), arguments).result()
-            self._conditional &= client.knows
+            if not client.knows:
+                self._conditional = False
             found = self._stat_once(key)
             if found is None:
                 raise StorageUnavailable(f"stored {size} bytes, found nothing", where=uri, todo="Try again")
@@ -378,7 +379,7 @@ class S3Storage(Storage):
         def write() -> str | None:
             if not self._conditional:
                 self._require_lease(fence)
-                return self._compare_and_put(key, data, version)
+                return self._compare_and_put(key, data, version, mark["Metadata"])
             try:
                 return self._put(key, data, **condition, **mark)
             except RunnerError as error:
@@ -390,7 +391,7 @@ class S3Storage(Storage):
                 if code not in UNKNOWN:
                     raise
                 self._conditional = False
-                return self._compare_and_put(key, data, version)
+                return self._compare_and_put(key, data, version, mark["Metadata"])
 
         with checked_sends(lambda: self._require_lease(fence)):
             return self._repeated(write, self.uri(key))
@@ -408,11 +409,13 @@ class S3Storage(Storage):
             return None
         return bare_etag(head["ETag"])
 
-    def _compare_and_put(self, key: str, data: bytes, version: str | None) -> str | None:
-        """For a store that does not know conditional writes."""
+    def _compare_and_put(self, key: str, data: bytes, version: str | None, mark: Mapping[str, str]) -> str | None:
+        """For a store that does not know conditional writes, or ignores their conditions."""
         head = self._head(key)
         found = None if head is None else bare_etag(head["ETag"])
-        return self._put(key, data) if found == version else None
+        if found == version:
+            return self._put(key, data, Metadata=mark)
+        return found if head is not None and mark.items() <= head.get("Metadata", {}).items() else None
 
     def append_lines(self, key: str, data: bytes) -> None:
         stem, dot, suffix = self._split(key)

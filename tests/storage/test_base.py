@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ from runner.storage import (
 from runner.storage.s3 import S3Storage
 from runner.storage.uris import BACKENDS, backend_class
 from tests.s3_servers import S3Server
+from tests.storage.lease_contract import LeaseContract
 
 KEYS = ["a.txt", "jobs/anna-samba/output.mp4", "dances 中文/跳舞 (1)+&=%20#?.mp4", "é/ü~'!*.bin", "...", "a..b/.c"]
 
@@ -41,7 +43,7 @@ def full_disk(_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class StorageContract:
+class StorageContract(LeaseContract):
     """What every Storage promises. A backend supplies its `scheme` and `store` and inherits the rest."""
 
     scheme: str
@@ -442,6 +444,13 @@ class S3Contract(StorageContract):
     scheme = "s3"
 
     @pytest.fixture
+    def sizes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """One request; an upload of two parts."""
+        config = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20, max_concurrency=2)
+        monkeypatch.setattr("runner.storage.s3.TRANSFER", config)
+        return [1000, (5 << 20) + 1000]
+
+    @pytest.fixture
     def small_pages(self, store: Storage) -> Iterator[None]:
         assert isinstance(store, S3Storage)
         events, pages = store.client.meta.events, []
@@ -479,6 +488,8 @@ class S3Contract(StorageContract):
 
 
 class TestMotoStorage(S3Contract):
+    completes_if_match = False
+
     @pytest.fixture
     def store(self, moto_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
         aws_env(moto_s3)
@@ -486,6 +497,8 @@ class TestMotoStorage(S3Contract):
 
 
 class TestMotoWholeBucket(S3Contract):
+    completes_if_match = False
+
     @pytest.fixture
     def store(self, moto_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
         aws_env(moto_s3)
