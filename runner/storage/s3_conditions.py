@@ -29,7 +29,7 @@ _sending = threading.local()
 def check_before_sends(client: Any) -> None:
     """Make the client call what `checked_sends` gives, before it sends a request that changes what lies under a key."""
     for operation in ("PutObject", "CompleteMultipartUpload", "DeleteObject"):
-        client.meta.events.register_first(f"before-send.s3.{operation}", _check)
+        client.meta.events.register(f"before-send.s3.{operation}", _check)
 
 
 def _check(**_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from runner.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from runner.storage import LocalStorage, fetch_input, open_storage, probe_writable, stat_input
+from runner.storage import Fence, LocalStorage, disk, fetch_input, open_storage, probe_writable, stat_input
 from runner.storage.disk import is_staged, os_error, staged
 from tests.s3_servers import S3Server
 
@@ -218,3 +219,52 @@ def test_an_input_that_is_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> No
     for ask in (stat_input, lambda path: fetch_input(path, tmp_path)):
         with pytest.raises(InputUnreadable, match=r"dance\.mp4: is a pipe"):
             ask(tmp_path / "dance.mp4")
+
+
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from runner.storage.disk import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.2)
+    folder = tmp_path / "jobs/a"
+    folder.mkdir(parents=True)
+    store = LocalStorage(tmp_path)
+    command = [sys.executable, "-c", HOLDER, folder]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"locked\n"
+    for use in (
+        lambda: store.write_bytes("jobs/a/x", b""),
+        lambda: store.write_if("jobs/a/x", b"", None),
+        lambda: store.delete("jobs/a/x"),
+        lambda: store.write_bytes("jobs/a/frames/x", b"") or store.delete("jobs/a/frames/x", fence=NO_LEASE),
+    ):
+        with pytest.raises(StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*stopped process") as caught:
+            use()
+        assert caught.value.retryable
+        assert caught.value.where == str(folder)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [folder / "frames/x"]
+    holder.send_signal(signal.SIGCONT)
+    holder.wait()
+    store.write_bytes("jobs/a/x", b"")
+
+
+NO_LEASE = Fence("jobs/a/attempt.json", lambda data: data is None)
+
+
+def test_one_folder_under_two_names_is_locked_once(tmp_path: Path) -> None:
+    (tmp_path / "jobs/a").mkdir(parents=True)
+    (tmp_path / "jobs/a/frames").symlink_to(tmp_path / "jobs/a")
+    store = LocalStorage(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"frame")
+    store.publish(tmp_path / "1.png", "jobs/a/frames/1.png", fence=NO_LEASE)
+    assert store.read_bytes("jobs/a/1.png") == b"frame"

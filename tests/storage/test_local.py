@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,15 +10,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
-from runner.errors import ConfigInvalid, InputUnreadable, StorageDenied
-from runner.storage import LocalStorage, open_storage, probe_writable
+from runner.errors import ConfigInvalid, InputUnreadable, LeaseLost, StorageDenied
+from runner.storage import LocalStorage, disk, local, open_storage, probe_conditions, probe_writable
 from runner.storage.disk import is_staged
+from tests.storage.lease_contract import FRAME, LEASE, OUTPUT, contents, fence
 
 
 def test_nothing_is_seen_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,3 +355,198 @@ def test_a_publish_tells_of_its_own_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     info = store.publish(tmp_path / "mine", "output.mp4")
     assert (info.identity, info.bytes) == (f"sha256:{hashlib.sha256(mine).hexdigest()}", len(mine))
     assert store.read_bytes("output.mp4") == other
+
+
+# A runner that was stopped and another that has taken its job over
+
+THEIRS = b"another"
+
+
+@pytest.fixture
+def leased(tmp_path: Path) -> LocalStorage:
+    """A storage with a lease of this runner, `me`, and a file to publish."""
+    store = LocalStorage(tmp_path / "out")
+    store.write_if(LEASE, b"me", None)
+    (tmp_path / "mine").write_bytes(b"mine")
+    return store
+
+
+def take_over(store: LocalStorage) -> bool:
+    """The other runner's: whether it has the lease now."""
+    found = store.read_versioned(LEASE)
+    return found is not None and store.write_if(LEASE, THEIRS, found.version) is not None
+
+
+CHANGES: dict[str, tuple[Callable[[LocalStorage, Path], object], str, str]] = {  # the change; how it is made; its key
+    "create": (lambda store, path: store.publish(path, FRAME, fence=fence(b"me"), replaces=None), "link", FRAME),
+    "replace": (
+        lambda store, path: store.publish(path, FRAME, fence=fence(b"me"), replaces=store.stat(FRAME)),
+        "replace",
+        FRAME,
+    ),
+    "publish": (lambda store, path: store.publish(path, OUTPUT, fence=fence(b"me")), "replace", OUTPUT),
+    "write": (
+        lambda store, path: store.write_if("jobs/a/r.json", b"{}", None, fence=fence(b"me")),
+        "link",
+        "jobs/a/r.json",
+    ),
+    "delete": (lambda store, path: store.delete(FRAME, fence=fence(b"me")), "unlink", FRAME),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_takeover_waits_for_a_change_whose_lease_was_read(
+    leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The exact interleaving: this runner has read its lease and has not changed the key yet."""
+    change, call, key = CHANGES[name]
+    if name in ("replace", "delete"):
+        leased.write_bytes(FRAME, b"old")
+    owner = Path if call == "unlink" else os
+    real = getattr(owner, call)
+    seen: list[object] = []
+    took: list[tuple[bool, dict[str, bytes | None]]] = []
+    other = threading.Thread(target=lambda: took.append((take_over(leased), contents(leased))))
+
+    def spy(*arguments: object, **more: object) -> None:
+        if not seen and any(str(leased.path / key) == str(a) for a in arguments):
+            seen.append(arguments)
+            other.start()
+            other.join(0.1)
+            assert leased.read_bytes(LEASE) == b"me"
+            assert other.is_alive()
+        real(*arguments, **more)
+
+    monkeypatch.setattr(owner, call, spy)
+    change(leased, tmp_path / "mine")
+    other.join()
+    monkeypatch.undo()
+    assert len(seen) == 1
+    [(won, found)] = took
+    assert won
+    assert found == contents(leased)  # the change was there when the takeover had come
+    assert leased.exists(key) is (name != "delete")
+    with pytest.raises(LeaseLost):
+        change(leased, tmp_path / "mine")
+    assert contents(leased) == found
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_runner_that_was_stopped_before_it_locks_changes_nothing(
+    leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The exact interleaving: its bytes are staged, and then another runner takes over and publishes."""
+    change, _, key = CHANGES[name]
+    if name in ("replace", "delete"):
+        leased.write_bytes(FRAME, b"old")
+    stops: list[bool] = []
+
+    @contextlib.contextmanager
+    def stopped(folder: Path, first: Path | None = None):
+        if first is not None and not stops:
+            stops.append(take_over(leased))
+            leased.write_bytes(key, THEIRS)
+        with locked(folder, first):
+            yield
+
+    locked = disk.locked_folder
+    monkeypatch.setattr(disk, "locked_folder", stopped)
+    monkeypatch.setattr(local, "locked_folder", stopped)
+    with pytest.raises(LeaseLost):
+        change(leased, tmp_path / "mine")
+    assert stops == [True]
+    assert leased.read_bytes(key) == THEIRS
+    assert not any(is_staged(path.name) for path in leased.path.rglob("*"))
+
+
+def test_a_change_by_one_without_a_lease_is_seen_under_the_lock(
+    leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is still held, and a file of the same size lies there since."""
+    leased.write_bytes(OUTPUT, b"seen")
+    seen = leased.stat(OUTPUT)
+    real = local._copy
+
+    def then_changed(*arguments: Any) -> str:
+        result = real(*arguments)
+        leased.write_bytes(OUTPUT, b"them")
+        return result
+
+    monkeypatch.setattr(local, "_copy", then_changed)
+    with pytest.raises(LeaseLost, match="changed"):
+        leased.publish(tmp_path / "mine", OUTPUT, fence=fence(b"me"), replaces=seen)
+    assert leased.read_bytes(OUTPUT) == b"them"
+
+
+def test_a_lost_lease_makes_no_folder(tmp_path: Path) -> None:
+    store = LocalStorage(tmp_path / "out")
+    (tmp_path / "mine").write_bytes(b"mine")
+    for change, _, _ in CHANGES.values():
+        with pytest.raises(LeaseLost):
+            change(store, tmp_path / "mine")
+    assert not store.path.exists()
+
+
+# Ages, and whether conditions hold
+
+
+@pytest.mark.parametrize("skew", [-86400.0, 0.0, 86400.0])
+def test_an_age_is_a_difference_of_the_file_system_s_own_times(
+    leased: LocalStorage, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    """The file system is a server's, whose clock differs: new files there get times of that clock."""
+    real = disk._new_staged
+
+    def dated(folder: Path) -> tuple[Path, BinaryIO]:
+        path, file = real(folder)
+        monkeypatch.setattr(os, "fsync", lambda handle: os.utime(path, (now + skew, now + skew)))
+        return path, file
+
+    now = (leased.path / LEASE).stat().st_mtime
+    os.utime(leased.path / LEASE, (now + skew - 40, now + skew - 40))
+    monkeypatch.setattr(disk, "_new_staged", dated)
+    found = leased.read_versioned(LEASE, aged=True)
+    assert found is not None
+    assert found.age_s == pytest.approx(40, abs=0.01)
+    assert [path.name for path in (leased.path / "jobs/a").iterdir()] == ["attempt.json"]
+
+
+def test_an_age_is_never_negative(leased: LocalStorage) -> None:
+    later = (leased.path / LEASE).stat().st_mtime + 3600
+    os.utime(leased.path / LEASE, (later, later))
+    found = leased.read_versioned(LEASE, aged=True)
+    assert found is not None
+    assert found.age_s == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_where_no_file_can_be_made_no_age_is_known(
+    leased: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk, "_new_staged", refuse)
+    found = leased.read_versioned(LEASE, aged=True)
+    assert found is not None
+    assert (found.data, found.age_s) == (b"me", None)
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, None], ids=["EBADF", "ENOLCK", "without effect"])
+def test_a_file_system_without_locks_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    def refuse(*_: object) -> None:
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+
+    store = LocalStorage(tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert "no locks for folders" in (probe_conditions(store) or "")
+    assert list(store.path.iterdir()) == []
+
+
+def test_a_folder_that_another_runner_has_locked_just_now_has_locks(tmp_path: Path) -> None:
+    with disk.locked_folder(tmp_path):
+        assert disk.locks_hold(tmp_path)
+    assert disk.locks_hold(tmp_path)
