@@ -77,7 +77,7 @@ def _unpack(archive: tarfile.TarFile, folder: Path) -> set[str]:
     """Raises ValueError for what `pack_files` does not write. The files are copied: no link or device is made."""
     missing = _read_sums(archive)
     names = set(missing)
-    for entry in archive:
+    while (entry := archive.next()) is not None:
         if entry.name not in missing or not entry.isreg():
             raise ValueError(f"an entry {entry.name!r} that it does not list, or a second one")
         path = folder / entry.name
