@@ -250,7 +250,7 @@ class LeaseKeeper:
         self, leases: Leases, on_lost: Callable[[str], None] = lambda job_id: None, every_s: float | None = None
     ) -> None:
         self._leases, self._on_lost = leases, on_lost
-        self._every_s = min(RENEW_S, leases.lease_s / 6) if every_s is None else every_s
+        self._every_s = max(0.1, min(RENEW_S, leases.lease_s / 6)) if every_s is None else every_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
 

@@ -367,7 +367,6 @@ class Batch:
         task.generating = True
         try:
             start = self._resume(task)
-            pace = SegmentPace(task.plan, 0 if start is None else start.segment)
             # Now, as sound that cannot be read shall fail the job before it costs anything.
             clip, options = task.conditions.clip, task.job.options
             stages = self._engine.stages(options)
@@ -377,6 +376,7 @@ class Batch:
             for index, packed in enumerate(task.kept.parts):
                 task.delivery.restore(index, packed)
             own, states = (None, None) if start is None else split_states(start)
+            pace = SegmentPace(task.plan, 0 if start is None else start.segment)
             generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
             with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
                 for segment in segments:
@@ -648,7 +648,8 @@ class Batch:
 
     def _watch_stop(self) -> None:
         self._stop.requested.wait()
-        self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=self._stop.drain_s)
+        left = round(self._stop.seconds_left(), 1)
+        self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=left)
         self._prepared.close()
         self._start_no_more()
         with suppress(RunnerError):  # a process that is killed after its signal died in no job

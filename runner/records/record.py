@@ -286,7 +286,7 @@ class RunSummary(Record):
     seconds: float
     exit_code: int | None = None
     stopped_by: str | None = Field(
-        None, description="a signal's name or an error's message, when the run was cut short"
+        None, description="a signal's name, the reason of a notice or an error's message, when the run was cut short"
     )
     counts: dict[str, int]
     jobs: list[JobLine]

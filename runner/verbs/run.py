@@ -27,6 +27,7 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import SilentProgress
 from runner.batch.scratch import scratch_folder
 from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
+from runner.batch.spot import watch
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.errors import RunnerError, WeightsMissing, as_runner_error
@@ -141,7 +142,7 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             log.info("signals_ignored", why="the run is not in the main thread")
         progress.started(len(jobs))
         try:
-            with stop.listening() if in_main_thread else nullcontext():
+            with stop.listening() if in_main_thread else nullcontext(), watch(settings.spot, stop, events):
                 code = batch.run()
         finally:
             progress.close()

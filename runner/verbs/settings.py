@@ -193,6 +193,14 @@ def _is_run_id(flag: str, value: Any) -> str:
     return run_id
 
 
+def _is_spot(flag: str, value: Any) -> str:
+    from runner.batch.spot import choose_notices
+
+    kind = _is_text(flag, value)
+    _named(flag, lambda: choose_notices(kind))
+    return kind
+
+
 def _is_rule(flag: str, value: Any) -> str:
     name = _is_text(flag, value)
     if name != ALL_LAYERS:  # the other rules are known where torch is
@@ -415,6 +423,14 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
             "where the finished segments of a job are kept until it is published, so that a killed job goes on after "
             "them: below its output folder, below --cache, or nowhere",
             CHECKPOINTS,
+        ),
+    )
+    spot: str | None = field(
+        default=None,
+        metadata=_flag(
+            "stop early when the cloud announces that it takes this machine back, or when the file PATH appears",
+            _is_spot,
+            "aws|gcp|file:PATH",
         ),
     )
     assume: str | None = field(
