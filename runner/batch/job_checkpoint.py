@@ -1,6 +1,6 @@
 """Job checkpoint: the finished segments of a job, kept until it is published, so that a killed job goes on after them.
 
-In:   packed parts and the state after each segment. Out: what an earlier attempt has finished, or why it cannot be used.
+In:   packed parts and the state after each segment. Out: what an earlier attempt has finished, or why it is of no use.
 Never: how a segment is generated or encoded; leases.
 
     jobs/<id>/parts/<chain>/0001.tar     what segment 1 became, encoded
@@ -67,7 +67,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Found:
-    """What an earlier attempt left. Without a `point` the job starts at its first segment, and `why` says the reason."""
+    """What an earlier attempt left. Without a `point` the job starts at its first segment; `why` says the reason."""
 
     point: ResumePoint | None = None
     parts: tuple[Path, ...] = ()  # packed, one a finished segment, in order, in the folder that was named

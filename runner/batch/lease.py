@@ -1,7 +1,7 @@
 """Lease: which runner has a job, as `jobs/<id>/attempt.json` says.
 
-In:   job ids, the output storage. Out: leases that are taken, renewed, lost, given back; what is known of those of other
-runners. Never: what is done or what shall run; the ledger decides that.
+In:   job ids, the output storage. Out: leases that are taken, renewed, lost, given back; what is known of those of
+other runners. Never: what is done or what shall run; the ledger decides that.
 
 A lease is created exclusively or replaces one that is lost. Its holder renews it while the job is under way. Another
 runner calls it lost when the store has not seen a renewal for `lease_s` seconds, or at once where both run on one
@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
-from runner.errors import InputError, LeaseLost, RunnerError
+from runner.errors import InputError, LeaseLost, RunnerError, StorageDenied
 from runner.records.output_layout import ATTEMPT, job_key
 from runner.records.record import AttemptMark, ProcessRecord, ResultRecord
 from runner.storage import Fence, ObjectInfo, Storage
@@ -103,7 +103,8 @@ class Leases:
     def take(self, mark: AttemptMark, over: str | None) -> bool:
         """Take the lease of `mark.job_id`. `over`: the version of what it replaces; None: nothing lies there.
 
-        False if something else lies there by now: another runner was quicker. Raises storage.*.
+        False if something else lies there by now: another runner was quicker. Raises StorageDenied if what lies there
+        can be no lease at all; storage.*.
         """
         job_id = mark.job_id
         mark = mark.model_copy(
@@ -112,6 +113,7 @@ class Leases:
         with self._lock(job_id):
             version = self.storage.write_if(_key(job_id), mark.to_json(), over)
             if version is None:
+                self._require_no_folder(job_id)
                 return False
             self._held[job_id] = _Held(mark, version)
         return True
@@ -238,6 +240,13 @@ class Leases:
         if found.mark is None or found.mark.token != mark.token:
             return None
         return self.storage.write_if(key, mark.to_json(), found.version)  # ours, of a request whose answer was lost
+
+    def _require_no_folder(self, job_id: str) -> None:
+        try:
+            self.storage.read_versioned(_key(job_id))
+        except InputError as error:
+            remedy = "Remove or rename what lies there, then run again"
+            raise StorageDenied(f"no lease can be taken: {error.what}", where=error.where, todo=remedy) from error
 
     def _lock(self, job_id: str) -> threading.RLock:
         return self._locks[hash(job_id) % LOCKS]

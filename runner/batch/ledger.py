@@ -53,8 +53,8 @@ class JobTaken(Exception):
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again. `leased`: another
-    runner has it; look again later.
+    """What to do with a job. `exhausted`: it has failed as often as allowed and counts as failed again. `leased`:
+    another runner has it; look again later.
 
     `suspect`: a process died while the job was under way. Other jobs were under way in that process too, so this one
     runs last and alone, which shows whether it is the cause.
@@ -107,8 +107,8 @@ class Ledger:
 
     `max_attempts` counts the attempts of one fingerprint: those that failed by the job's own fault and those in which
     the process died while it was generating; 0: no limit. An attempt that finished a segment, which is kept, does not
-    count. `force`: run all. `retry_failed`: run only what has failed. `since`: what another runner has failed after this
-    moment (`timing.now`) is not tried again by this one.
+    count. `force`: run all. `retry_failed`: run only what has failed. `since`: what another runner has failed after
+    this moment (`timing.now`) is not tried again by this one.
     """
 
     def __init__(
@@ -278,8 +278,8 @@ class Ledger:
         self.leases.update(job_id, stage=stage)
 
     def confirm(self, job_id: str, decision: Decision) -> None:
-        """Note that the job is being generated. Raises LeaseLost if another runner has it, or has finished it on a store
-        where leases do not exclude each other; storage.*."""
+        """Note that the job is being generated. Raises LeaseLost if another runner has it, or has finished it on a
+        store where leases do not exclude each other; storage.*."""
         self.leases.update(job_id, stage="generating")
         if not self.leases.exclusive:
             version = self._versions.get(job_id, decision.version)

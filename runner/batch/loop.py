@@ -17,26 +17,28 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from runner.batch.delivery import Delivery
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
 from runner.batch.inputs import InputIndex, fetch_request
-from runner.batch.job_checkpoint import Chain, Checkpoints, Found
+from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, Todo
 from runner.batch.lease import LeaseKeeper
 from runner.batch.ledger import Decision, JobTaken, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.pace import SegmentPace
 from runner.batch.queues import ByteQueue, Closed
+from runner.batch.segment_keeper import SegmentKeeper
 from runner.batch.stop import Abandoned, PrefetchThread, Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
 from runner.batch.task import Ended, Piece, Spans, Task
 from runner.errors import DeviceLost, InputError, LeaseLost, OutOfMemory, RunnerError, as_runner_error
 from runner.finishing.stages import SegmentStage, finish_segments, finished_clip, split_states
-from runner.generation.protocol import Generator, ResumePoint
+from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, InputRecord, JobLine, ResultRecord
 from runner.spec.manifest import Job
@@ -101,7 +103,8 @@ class Batch:
         self._engine, self._storage, self._ledger = engine, storage, ledger
         self._summary, self._events, self._progress = summary, events, progress
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
-        self._source, self._input_roots, self._checkpoints = source, input_roots, checkpoints
+        self._source, self._input_roots = source, input_roots
+        self._keeper = SegmentKeeper(checkpoints, ledger, events)
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
         self._marking = threading.Lock()
@@ -274,22 +277,9 @@ class Batch:
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
-        self._find_checkpoint(task)
+        self._keeper.find(task, generator.resume_identity)
         self._spans.add(task.job.id, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
-
-    def _find_checkpoint(self, task: Task) -> None:
-        """Find what an earlier attempt has finished of the job, and note how much that is."""
-        assert self._generator and task.plan
-        task.chain, task.kept = None, Found()
-        identity = self._generator.resume_identity
-        if self._checkpoints is None or not identity or task.plan.segments < 2:
-            return
-        task.chain = Chain.of(task.job.id, task.fingerprint, identity, task.plan.segments)
-        with task.timer.stage("fetch"):
-            task.kept = self._checkpoints.find(task.chain, task.folder / "kept")
-        done = 0 if task.kept.point is None else task.kept.point.segment
-        self._ledger.note_segments(task.job.id, done, before=True)
 
     def _mark(self, task: Task) -> None:
         """Take the job's lease; Closed if the run is ending, when nothing might give it back again."""
@@ -366,15 +356,13 @@ class Batch:
 
         task.generating = True
         try:
-            start = self._resume(task)
             # Now, as sound that cannot be read shall fail the job before it costs anything.
             clip, options = task.conditions.clip, task.job.options
             stages = self._engine.stages(options)
-            task.delivery = Delivery.of(
-                clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
+            make = partial(
+                Delivery.of, clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
             )
-            for index, packed in enumerate(task.kept.parts):
-                task.delivery.restore(index, packed)
+            start = self._keeper.start(task, self._generator.resume_identity, make)
             own, states = (None, None) if start is None else split_states(start)
             pace = SegmentPace(task.plan, 0 if start is None else start.segment)
             generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
@@ -397,24 +385,6 @@ class Batch:
             raise
         except RunnerError as error:  # the store does not answer now; publishing is fenced
             self._events.emit("mark_not_written", level="warning", job=task.job.id, message=error.message)
-
-    def _resume(self, task: Task) -> ResumePoint | None:
-        """From where the job is generated; it is noted for the record and told."""
-        assert self._generator and task.plan
-        if task.chain is not None and not task.chain.fits(self._generator.resume_identity):
-            self._find_checkpoint(task)  # the memory mode was lowered meanwhile
-        point, count = task.kept.point, task.plan.segments
-        if point is not None:
-            where = (
-                f"at segment {point.segment + 1}/{count}" if point.segment < count else f"after segment {count}/{count}"
-            )
-            task.resumed_at = point.segment + 1
-            task.notes.append(f"resumed {where}")
-            self._events.emit("job_resumed", job=task.job.id, segment=point.segment + 1, segments=count)
-        elif task.kept.why:
-            task.notes.append(f"began at segment 1/{count}: {task.kept.why}")
-            self._events.emit("job_not_resumed", job=task.job.id, reason=task.kept.why, segments=count)
-        return point
 
     def _check_going_on(self, task: Task, pace: SegmentPace) -> None:
         """Raise LeaseLost if another runner has the job, Abandoned if the time that a signal left is too short."""
@@ -440,7 +410,7 @@ class Batch:
                     assert task.delivery is not None
                     begin = time.monotonic()
                     task.delivery.write(item.segment)
-                    self._keep(task, item)
+                    self._keeper.keep(task, item)
                     task.part_s = time.monotonic() - begin
                 elif item.given_back:
                     self._give_back(task)
@@ -452,27 +422,6 @@ class Batch:
                 if task.settled:  # its outcome stands; it is the loop itself that broke
                     raise
                 self._fail(task, as_runner_error(error, where=task.job.id), "deliver")
-
-    def _keep(self, task: Task, piece: Piece) -> None:
-        """Keep the finished segments for a later attempt. That they cannot be kept now fails no job."""
-        point, chain, job_id = piece.segment.resume, task.chain, task.job.id
-        if self._checkpoints is None or chain is None or point is None or task.delivery is None:
-            return
-        if not chain.fits(piece.identity):  # what was kept before was made in another way
-            task.chain = None
-            return
-        packed = task.folder / "part.tar"
-        try:
-            with task.timer.stage("checkpoint"):
-                for index in range(self._checkpoints.kept(chain), point.segment):
-                    task.delivery.pack_part(index, packed)
-                    self._checkpoints.save_part(chain, packed)
-                self._checkpoints.save_state(chain, point, packed)
-                self._ledger.note_segments(job_id, point.segment)
-        except LeaseLost:
-            raise
-        except RunnerError as error:
-            self._events.emit("segment_not_kept", level="warning", job=job_id, message=error.message)
 
     def _succeed(self, task: Task) -> None:
         begin = time.monotonic()
@@ -487,9 +436,7 @@ class Batch:
         standing = self._ledger.succeed(record, task.decision)
         # The job has succeeded, whatever fails from here on.
         self._tidy(job_id, standing, published.keys if standing.run_id == record.run_id else None)
-        if self._checkpoints is not None and self._checkpoints.storage is not self._storage:
-            with suppress(RunnerError):  # they cost space and nothing else
-                self._checkpoints.remove(job_id)
+        self._keeper.published(task)
         self._settle(task)
         self._report(
             JobLine(
@@ -521,6 +468,8 @@ class Batch:
             if not self._source.put_back(Todo(job, again, (*task.tried, error.code)), delay):
                 self._abandon(job.id)  # the run is ending, and nothing else would remove the mark
             return
+        if stage == "deliver" and error.blames_job:  # the finished segments themselves may be wrong
+            self._keeper.forget(task)
         self._stop_for(error)
         found = ErrorRecord.of(error, stage)
         record = self._record(task, status="failed", error=found, notes=task.notes)

@@ -192,9 +192,10 @@ def test_a_store_that_is_away_is_no_reason_to_begin_again(store, tmp_path, monke
     def away(*_, **__):
         raise StorageUnavailable("away")
 
-    with monkeypatch.context() as patched, pytest.raises(StorageUnavailable):
+    with monkeypatch.context() as patched:
         patched.setattr(type(store), "fetch", away)
-        Checkpoints(store).find(chain(), tmp_path / "kept")
+        with pytest.raises(StorageUnavailable):
+            Checkpoints(store).find(chain(), tmp_path / "kept")
     assert Checkpoints(store).find(chain(), tmp_path / "kept").point is not None
 
 

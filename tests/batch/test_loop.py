@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import av
 import jsonschema
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import RETRY_DELAY_S, Batch, Engine
@@ -35,7 +36,7 @@ from runner.records.record import AttemptMark, schemas
 from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
-from runner.storage import LocalStorage
+from runner.storage import LocalStorage, Storage
 from runner.verbs.status import read_status
 from tests.stub_generator import HEIGHT, WIDTH, StubConditions, StubGenerator
 
@@ -57,6 +58,9 @@ class Bench:
         self.generator = StubGenerator()
         self.own = lambda job: {}
         self.events: list[dict] = []
+        self.kept: Storage | Literal["off"] | None = (
+            None  # where finished segments are kept; None: on the output storage
+        )
 
     def job(self, name: str, prompt: str = "ok", **options) -> Job:
         return Job(name, str(self.reference), str(self.video), None, prompt, JobOptions(**options), None)
@@ -81,17 +85,19 @@ class Bench:
             job_ids=[job.id for job in jobs],
             events=events,
         )
+        batch_ledger = Ledger(storage, **ledger)
         batch = Batch(
             source or ShardJobs(jobs),
             Engine("stub", self.generator.identity, load, own=self.own, stages=stages),
             storage,
-            Ledger(storage, **ledger),
+            batch_ledger,
             summary,
             events,
             stop=self.stop,
             scratch=self.folder / "scratch",
             progress=SilentProgress(),
             sampler=MemorySampler(0.05),
+            checkpoints=self.checkpoints(storage, batch_ledger),
         )
         code = batch.run()
         written = sorted(info.key for info in storage.list(f"{base}.events"))
@@ -100,19 +106,27 @@ class Bench:
         jsonschema.validate(self.summary, schemas()["summary.v1.schema.json"])
         return code
 
+    def checkpoints(self, storage: Storage, ledger: Ledger) -> Checkpoints | None:
+        if self.kept is None:
+            return Checkpoints(storage, ledger.leases.fence)
+        return None if self.kept == "off" else Checkpoints(self.kept)
+
     def result(self, name: str) -> dict:
         data = json.loads(self.out.read_bytes(f"jobs/{name}/result.json"))
         jsonschema.validate(data, schemas()["result.v1.schema.json"])
         return data
 
-    def files(self, name: str) -> set[str]:
+    def files(self, name: str, *, parts: bool = True) -> set[str]:
+        """`parts`: with the finished segments that are kept."""
         root = self.folder / "out/jobs" / name
-        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        return {name for name in found if parts or not name.startswith("parts/")}
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch) -> Bench:
     monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr("runner.batch.loop.LOOK_AGAIN_S", 0.05)
     return Bench(tmp_path)
 
 
@@ -197,7 +211,7 @@ def test_one_bad_job_never_stops_the_batch(bench, bad):
         "bad": "failed",
         "c": "succeeded",
     }
-    assert bench.files("bad") == {"result.json"}
+    assert bench.files("bad", parts=bad != "fail-generate") == {"result.json"}
     record = bench.result("bad")
     assert record["error"]["code"] == ("input.unreadable" if bad == "fail-prepare" else "internal")
     assert record["error"]["stage"] == {"fail-prepare": "prepare", "fail-generate": "generate"}.get(bad, "deliver")
@@ -228,7 +242,7 @@ def test_a_missing_input_of_a_new_job_is_recorded(bench):
 def test_a_failed_rerun_removes_the_stale_output_and_says_so(bench):
     bench.run(bench.job("a"))
     assert bench.run(bench.job("a", "fail-generate"), run_id="r2") == 1
-    assert bench.files("a") == {"result.json"}
+    assert bench.files("a", parts=False) == {"result.json"}
     assert bench.result("a")["notes"] == ["the output of an earlier run was removed"]
 
 
@@ -361,10 +375,10 @@ def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
 class FullDisk(LocalStorage):
     """Takes the outputs of job `a`, then is full."""
 
-    def publish(self, local, key):
+    def publish(self, local, key, **conditions):
         if "/a/" not in key:
             raise StorageFull("no space left on the device", where=key)
-        return super().publish(local, key)
+        return super().publish(local, key, **conditions)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(bench):
@@ -551,7 +565,7 @@ def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
     (bench.folder / "out/jobs/a/attempt.json").write_bytes(
         AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
     )
-    assert [row.status for row in read_status(bench.out)] == ["running"]
+    assert [row.status for row in read_status(bench.out)] == ["lost"]
     assert bench.run(bench.job("a"), run_id="r2") == 0
     assert [row.status for row in read_status(bench.out)] == ["succeeded"]
 

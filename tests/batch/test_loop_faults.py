@@ -40,8 +40,8 @@ def interrupted(storage):
     class Interrupted(type(storage)):
         then = None
 
-        def publish(self, local, key):
-            info = super().publish(local, key)
+        def publish(self, local, key, **conditions):
+            info = super().publish(local, key, **conditions)
             if self.then is not None and key.endswith("output.mp4"):
                 then, self.then = self.then, None
                 then()
@@ -52,32 +52,38 @@ def interrupted(storage):
 
 @pytest.mark.parametrize("where", ["disk", pytest.param("S3", marks=pytest.mark.s3)])
 def test_an_output_replaced_before_its_record_is_written_is_not_called_done(bench, tmp_path, request, where):
-    """Two runners with other seeds: the second publishes between the first one's upload and its record."""
+    """Two runners with other seeds: the first is stopped past its lease between its upload and its record."""
     other = Bench(tmp_path / "other")
     if where == "S3":
         server = request.getfixturevalue("moto_s3")
         request.getfixturevalue("aws_env")(server)
         bench.out = open_storage(f"s3://{server.make_bucket()}/out")
     other.out = bench.out
-    storage = interrupted(bench.out)
-    storage.then = lambda: other.run(other.job("a", seed=2), run_id="other")
-    assert bench.run(bench.job("a", seed=1), storage=storage) == 1
-    assert bench.summary["jobs"][0]["error"]["code"] == "storage.conflict"
-    assert bench.result("a")["run_id"] == "other"
-    assert bench.run(bench.job("a", seed=2), run_id="r2") == 0
-    assert bench.summary["jobs"][0]["reason"] == "done"
     reference = Bench(tmp_path / "reference")
-    reference.run(reference.job("a", seed=1))
-    assert bench.run(bench.job("a", seed=1), run_id="r3") == 0
-    assert bench.summary["jobs"][0]["status"] == "succeeded"
+    reference.run(reference.job("a", seed=1), reference.job("b", seed=2))
+    storage = interrupted(bench.out)
+    seen = []
+
+    def then() -> None:
+        assert other.run(other.job("a", seed=2), run_id="other") == 0
+        seen.append(bench.result("a"))
+
+    storage.then = then
+    assert bench.run(bench.job("a", seed=1), storage=storage, lease_s=0) == 0
+    assert seen[0]["run_id"] == "other"
+    assert seen[0]["output"]["frames_sha256"] == reference.result("b")["output"]["frames_sha256"]
+    assert "lease_lost" in [event["event"] for event in bench.events]
+    assert bench.result("a")["reason"] == "options.seed: 2 → 1", "it was rendered again, over the record that stood"
     assert bench.result("a")["output"]["frames_sha256"] == reference.result("a")["output"]["frames_sha256"]
+    assert bench.run(bench.job("a", seed=1), run_id="r2") == 0
+    assert bench.summary["jobs"][0]["reason"] == "done"
 
 
 class Swapping(LocalStorage):
     """Another runner stores other bytes under the key of an output right after each upload."""
 
-    def publish(self, local, key):
-        info = super().publish(local, key)
+    def publish(self, local, key, **conditions):
+        info = super().publish(local, key, **conditions)
         if key.endswith("output.mp4"):
             super().write_bytes(key, b"of another seed")
         return info
@@ -95,15 +101,15 @@ def test_the_identity_of_an_output_is_that_of_the_bytes_that_were_uploaded(bench
 
 
 class StuckMark(LocalStorage):
-    def delete(self, key):
+    def delete(self, key, **conditions):
         if key.endswith("attempt.json"):
             raise StorageUnavailable("the mark cannot be removed", where=key)
-        super().delete(key)
+        return super().delete(key, **conditions)
 
 
 def test_a_job_has_succeeded_though_its_mark_cannot_be_removed(bench):
     for run in range(4):
-        assert bench.run(bench.job("a"), run_id=f"r{run}", storage=StuckMark(bench.folder / "out")) == 0
+        assert bench.run(bench.job("a"), run_id=f"r{run}", storage=StuckMark(bench.folder / "out"), lease_s=0) == 0
         assert bench.summary["jobs"][0]["status"] == ("succeeded" if run == 0 else "skipped")
         assert {"output.mp4", "result.json"} <= bench.files("a")
     assert "mark_not_removed" in [event["event"] for event in bench.events]
@@ -119,16 +125,16 @@ class AwayAt(LocalStorage):
         super().__init__(root)
         self.name, self.error, self.failed = name, error, 0
 
-    def publish(self, local, key):
+    def publish(self, local, key, **conditions):
         if key.endswith(self.name):
             self.failed += 1
             raise self.error("the store is away", where=key)
-        return super().publish(local, key)
+        return super().publish(local, key, **conditions)
 
 
 def snapshot(bench, name) -> dict[str, bytes]:
     root = bench.folder / "out/jobs" / name
-    return {key: (root / key).read_bytes() for key in bench.files(name) if key != "attempt.json"}
+    return {key: (root / key).read_bytes() for key in bench.files(name, parts=False) if key != "attempt.json"}
 
 
 @pytest.mark.parametrize(("form", "name"), [("mp4", "output.mp4"), ("png", "000003.png")])

@@ -1,0 +1,115 @@
+"""Segment keeper: where a job's attempts are continued: finds what an earlier one finished, keeps what this one does.
+
+In:   tasks on their way through the loop. Out: where a task's generation starts, its delivery with the segments before
+that, kept segments; events and notes that say so.
+Never: how a segment is stored (job_checkpoint.py) or encoded (delivery.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from runner.batch.delivery import Delivery
+from runner.batch.job_checkpoint import Chain, Checkpoints, Found
+from runner.batch.ledger import Ledger
+from runner.batch.task import Piece, Task
+from runner.errors import InternalError, LeaseLost, RunnerError
+from runner.generation.protocol import ResumePoint
+from runner.records.events import EventLog
+
+__all__ = ["SegmentKeeper"]
+
+
+class SegmentKeeper:
+    """Keeps the finished segments of the jobs of one run. Without `checkpoints` it keeps none, and finds none."""
+
+    def __init__(self, checkpoints: Checkpoints | None, ledger: Ledger, events: EventLog) -> None:
+        self._checkpoints, self._ledger, self._events = checkpoints, ledger, events
+
+    def find(self, task: Task, identity: Mapping[str, str]) -> None:
+        """Find what an earlier attempt finished of the job. `identity`: the generator's `resume_identity`.
+
+        Jobs of one segment and generators that cannot resume keep nothing. Raises LeaseLost; storage.*.
+        """
+        assert task.plan
+        task.chain, task.kept = None, Found()
+        if self._checkpoints is None or not identity or task.plan.segments < 2:
+            return
+        task.chain = Chain.of(task.job.id, task.fingerprint, identity, task.plan.segments)
+        with task.timer.stage("fetch"):
+            task.kept = self._checkpoints.find(task.chain, task.folder / "kept")
+        self._note_begin(task)
+
+    def start(self, task: Task, identity: Mapping[str, str], make: Callable[[], Delivery]) -> ResumePoint | None:
+        """Open the task's delivery with the segments that are finished; where its generation starts.
+
+        `identity` as it is now: the memory mode may have been lowered since the job was prepared. Raises what `make`
+        raises; LeaseLost; storage.*.
+        """
+        assert task.plan
+        if task.chain is not None and not task.chain.fits(identity):
+            self.find(task, identity)
+        task.delivery = make()
+        try:
+            for index, packed in enumerate(task.kept.parts):
+                task.delivery.restore(index, packed)
+        except InternalError as error:
+            self.forget(task)
+            task.kept = Found(why=error.what)
+            self._note_begin(task)
+            task.delivery = make()
+        self._say(task, task.plan.segments)
+        return task.kept.point
+
+    def keep(self, task: Task, piece: Piece) -> None:
+        """Keep a segment that was written to the delivery. That it cannot be kept now fails no job: the next segment
+        brings it along. Raises LeaseLost."""
+        point, chain, delivery = piece.segment.resume, task.chain, task.delivery
+        if self._checkpoints is None or chain is None or point is None or delivery is None:
+            return
+        if not chain.fits(piece.identity):  # a later attempt could not tell which segments were made in which way
+            task.chain = None
+            self.forget(task)
+            return
+        packed = task.folder / "part.tar"
+        try:
+            with task.timer.stage("checkpoint"):
+                for index in range(self._checkpoints.kept(chain), point.segment):
+                    delivery.pack_part(index, packed)
+                    self._checkpoints.save_part(chain, packed)
+                self._checkpoints.save_state(chain, point, packed)
+                self._ledger.note_segments(task.job.id, point.segment)
+        except LeaseLost:
+            raise
+        except RunnerError as error:
+            self._events.emit("segment_not_kept", level="warning", job=task.job.id, message=error.message)
+
+    def published(self, task: Task) -> None:
+        """Remove what is kept of a job whose output is published, where the ledger does not: elsewhere."""
+        if self._checkpoints is not None and self._checkpoints.storage is not self._ledger.storage:
+            self.forget(task)
+
+    def forget(self, task: Task) -> None:
+        """Remove what is kept of a job: it is published, or its segments themselves may be wrong."""
+        if self._checkpoints is not None:
+            with suppress(RunnerError):  # they cost space and nothing else
+                self._checkpoints.remove(task.job.id)
+
+    def _note_begin(self, task: Task) -> None:
+        done = 0 if task.kept.point is None else task.kept.point.segment
+        self._ledger.note_segments(task.job.id, done, before=True)
+
+    def _say(self, task: Task, count: int) -> None:
+        """In the log and in the record."""
+        point, job_id = task.kept.point, task.job.id
+        if point is not None:
+            whole = point.segment >= count
+            task.resumed_at = point.segment + 1
+            task.notes.append(
+                f"resumed after segment {count}/{count}" if whole else f"resumed at segment {point.segment + 1}/{count}"
+            )
+            self._events.emit("job_resumed", job=job_id, segment=point.segment + 1, segments=count)
+        elif task.kept.why:
+            task.notes.append(f"began at segment 1/{count}: {task.kept.why}")
+            self._events.emit("job_not_resumed", job=job_id, reason=task.kept.why, segments=count)

@@ -1,0 +1,285 @@
+"""Jobs that go on in their middle, with the stub generator: frames and files equal those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.errors import StorageFull, StorageUnavailable
+from runner.storage import LocalStorage, open_storage
+from tests.batch.test_loop import SIGTERM, Bench, bench
+from tests.stub_generator import StubGenerator
+
+__all__ = ["bench"]  # the fixture
+
+SEGMENTS = 6
+
+
+def six(bench: Bench, **settings) -> StubGenerator:
+    """The generator of the next run: six segments of three frames."""
+    bench.generator = StubGenerator(frames=18, segments=SEGMENTS, **settings)
+    return bench.generator
+
+
+def output(bench: Bench, name: str) -> dict[str, bytes]:
+    """Every file of a job that is published, but for its record."""
+    root = bench.folder / "out/jobs" / name
+    files = {path for path in root.rglob("*") if path.is_file() and path.name != "result.json"}
+    # The folder of frames has a token of its own in each attempt.
+    return {
+        "/".join(part for part in path.relative_to(root).parts if len(part) != 8 or "." in part): path.read_bytes()
+        for path in files
+    }
+
+
+def undisturbed(bench: Bench, tmp_path: Path, **options) -> dict[str, bytes]:
+    alone = Bench(tmp_path / "alone")
+    six(alone)
+    assert alone.run(alone.job("a", **options)) == 0
+    return output(alone, "a")
+
+
+class StopsAt(StubGenerator):
+    """Told to stop, twice, when it has generated so many segments: the running job is given up at once."""
+
+    def __init__(self, bench: Bench, after: int, *, middle: bool) -> None:
+        super().__init__(frames=18, segments=SEGMENTS)
+        self.bench, self.after, self.middle = bench, after, middle
+
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
+        steps = self.after * plan.steps + (1 if self.middle else 0)
+
+        def step(done: int, total: int) -> None:
+            if done > steps:
+                self.bench.stop.request(SIGTERM)
+                self.bench.stop.request(SIGTERM)
+            if on_step is not None:
+                on_step(done, total)
+
+        return super().generate(conditions, plan, timer, step, start)
+
+
+@pytest.mark.parametrize("format", ["mp4", "png"])
+@pytest.mark.parametrize("middle", [False, True], ids=["after", "in the middle"])
+@pytest.mark.parametrize("done", range(1, SEGMENTS))
+def test_a_job_that_was_stopped_goes_on_and_its_files_are_the_same(bench, tmp_path, done, middle, format):
+    wanted = undisturbed(bench, tmp_path, output={"format": format})
+    bench.generator = StopsAt(bench, done, middle=middle)
+    assert bench.run(bench.job("a", output={"format": format})) == 143
+    kept = {name.rpartition("/")[2] for name in bench.files("a")}
+    assert kept == {f"{n:04d}.tar" for n in range(1, done + 1)} | {f"{done:04d}.state"}
+    bench.stop = type(bench.stop)()
+    generator = six(bench)
+    assert bench.run(bench.job("a", output={"format": format}), run_id="r2") == 0
+    assert generator.started_at == [done]
+    assert output(bench, "a") == wanted
+    record = bench.result("a")
+    assert record["resumed_at_segment"] == done + 1
+    assert f"resumed at segment {done + 1}/6" in record["notes"]
+    assert record["attempt"] == 1
+    assert record["efficiency"]["segments_generated"] == SEGMENTS - done
+    assert len(record["steps_s"]) == 2 * (SEGMENTS - done)
+    (told,) = [event for event in bench.events if event["event"] == "job_resumed"]
+    assert (told["segment"], told["segments"]) == (done + 1, SEGMENTS)
+
+
+def test_a_job_killed_in_its_middle_goes_on(bench, tmp_path):
+    """By a process that ends without a word, several times: no attempt with progress counts."""
+    wanted = undisturbed(bench, tmp_path)
+    script = f"""
+import os, sys
+from pathlib import Path
+from tests.batch.test_loop import Bench
+from tests.stub_generator import StubGenerator
+bench = Bench(Path({str(bench.folder)!r}))
+class Dies(StubGenerator):
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
+        first = 0 if start is None else start.segment
+        for segment in super().generate(conditions, plan, timer, on_step, start):
+            yield segment
+            if segment.index == first + 1:
+                os.environ["STATE"] = str(segment.index)
+                while not list((bench.folder / "out").rglob(f"{{segment.index + 1:04d}}.state")):
+                    pass
+                os._exit(9)
+bench.generator = Dies(frames=18, segments=6)
+bench.run(bench.job("a"), max_attempts=1)
+"""
+    root = Path(__file__).resolve().parents[2]
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode == 9
+    generator = six(bench)
+    assert bench.run(bench.job("a"), run_id="r2", max_attempts=1) == 0
+    assert generator.started_at == [4]
+    assert output(bench, "a") == wanted
+
+
+def test_a_job_killed_between_its_last_segment_and_its_publication_is_only_published(bench, tmp_path):
+    wanted = undisturbed(bench, tmp_path)
+
+    class Away(LocalStorage):
+        def publish(self, local, key, **conditions):
+            if key.endswith("output.mp4"):
+                raise StorageUnavailable("away", where=key)
+            return super().publish(local, key, **conditions)
+
+    six(bench)
+    assert bench.run(bench.job("a"), storage=Away(bench.folder / "out")) == 3
+    generator = six(bench)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert generator.started_at == [SEGMENTS]
+    assert output(bench, "a") == wanted
+    assert "resumed after segment 6/6" in bench.result("a")["notes"]
+
+
+def test_a_retry_within_a_run_goes_on_after_the_last_segment(bench, tmp_path):
+    """A failure that may pass, in the fourth segment."""
+    wanted = undisturbed(bench, tmp_path)
+    generator = six(bench)
+    assert bench.run(bench.job("a", "flaky-at-3")) == 0
+    assert generator.started_at == [0, 3]
+    assert output(bench, "a") == wanted
+
+
+@pytest.mark.parametrize("place", ["cache", "off"])
+def test_segments_can_be_kept_elsewhere_or_not_at_all(bench, tmp_path, place):
+    wanted = undisturbed(bench, tmp_path)
+    bench.kept = open_storage(tmp_path / "cache") if place == "cache" else "off"
+    bench.generator = StopsAt(bench, 3, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    assert bench.files("a") == set()
+    bench.stop = type(bench.stop)()
+    generator = six(bench)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert generator.started_at == [3 if place == "cache" else 0]
+    assert output(bench, "a") == wanted
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()], "nothing is left there"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"), [("device", "device: stub → another"), ("seed", "the kept segments are of other inputs")]
+)
+def test_a_job_begins_again_where_its_segments_do_not_fit_and_says_why(bench, tmp_path, change, why):
+    bench.generator = StopsAt(bench, 3, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    bench.stop = type(bench.stop)()
+    options = {"seed": 7} if change == "seed" else {}
+    wanted = undisturbed(bench, tmp_path, **options)
+    generator = six(bench, device="another" if change == "device" else "stub")
+    assert bench.run(bench.job("a", **options), run_id="r2") == 0
+    assert generator.started_at == [0]
+    assert output(bench, "a") == wanted
+    record = bench.result("a")
+    assert record["resumed_at_segment"] is None
+    assert any(note.startswith(f"began at segment 1/6: {why}") for note in record["notes"]), record["notes"]
+    assert [event["reason"].startswith(why) for event in bench.events if event["event"] == "job_not_resumed"] == [True]
+
+
+def test_a_job_of_one_segment_and_a_generator_that_cannot_resume_keep_nothing(bench):
+    bench.generator = StubGenerator(segments=1)
+    bench.kept = open_storage(bench.folder / "kept")
+    assert bench.run(bench.job("a")) == 0
+    bench.generator = StubGenerator(segments=3, resumable=False)
+    assert bench.run(bench.job("b")) == 0
+    assert list(bench.kept.list()) == []
+
+
+def test_a_damaged_segment_is_never_published(bench, tmp_path):
+    wanted = undisturbed(bench, tmp_path)
+    bench.generator = StopsAt(bench, 3, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    (part,) = (bench.folder / "out").rglob("0002.tar")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    bench.stop = type(bench.stop)()
+    generator = six(bench)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert generator.started_at == [0]
+    assert output(bench, "a") == wanted
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable, StorageFull])
+def test_segments_that_cannot_be_kept_for_a_while_fail_no_job(bench, tmp_path, error):
+    """The next segment brings along what is missing."""
+    wanted = undisturbed(bench, tmp_path)
+
+    class AwayOnce(LocalStorage):
+        failures = 2
+
+        def publish(self, local, key, **conditions):
+            if "/parts/" in key and "0002" in key and self.failures:
+                self.failures -= 1
+                raise error("away", where=key)
+            return super().publish(local, key, **conditions)
+
+    bench.kept = AwayOnce(tmp_path / "kept")
+    bench.generator = StopsAt(bench, 4, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    assert "segment_not_kept" in [event["event"] for event in bench.events]
+    bench.stop = type(bench.stop)()
+    generator = six(bench)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert generator.started_at == [4]
+    assert output(bench, "a") == wanted
+
+
+def test_a_signal_lets_the_running_segment_end_and_no_further_one_begin(bench):
+    """0.3 s a segment; the time that is left fits the running one alone."""
+    bench.stop = type(bench.stop)(drain_s=0.45)
+
+    class Signalled(StubGenerator):
+        def generate(self, conditions, plan, timer, on_step=None, start=None):
+            def step(done: int, total: int) -> None:
+                if done == 2 * 10 + 1:
+                    bench.stop.request(signal.SIGTERM)
+                if on_step is not None:
+                    on_step(done, total)
+
+            return super().generate(conditions, plan, timer, step, start)
+
+    bench.generator = Signalled(frames=18, segments=SEGMENTS, generate_s=0.3 * SEGMENTS)
+    assert bench.run(bench.job("a", steps=10)) == 143
+    assert [name.rpartition("/")[2] for name in bench.files("a") if name.endswith(".state")] == ["0003.state"]
+    assert "attempt.json" not in bench.files("a"), "it was given back"
+
+
+def test_a_segment_that_cannot_end_in_time_is_given_up_at_once(bench):
+    """Nothing waits for the end of the time that is left."""
+    bench.stop = type(bench.stop)(drain_s=30.0)
+    seen = []
+
+    class Signalled(StubGenerator):
+        def generate(self, conditions, plan, timer, on_step=None, start=None):
+            def step(done: int, total: int) -> None:
+                seen.append(done)
+                if done == 4:
+                    bench.stop.request(signal.SIGTERM)
+                if on_step is not None:
+                    on_step(done, total)
+
+            return super().generate(conditions, plan, timer, step, start)
+
+    bench.generator = Signalled(frames=18, segments=2, generate_s=200.0)
+    assert bench.run(bench.job("a", steps=100)) == 143
+    assert len(seen) <= 5, "a segment takes 100 s"
+    assert bench.files("a") == set()
+
+
+def test_a_state_names_what_decided_its_bytes(bench):
+    bench.generator = StopsAt(bench, 2, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    from safetensors import safe_open
+
+    (state,) = (bench.folder / "out").rglob("*.state")
+    with safe_open(state, "numpy") as file:
+        header = json.loads(file.metadata()["video_lab"])
+    assert header["identity"]["device"] == "stub"
+    assert {"version of torch", "version of av", "driver"} <= header["identity"].keys()
+    assert os.path.getsize(state) < 10_000
