@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.generation.stub_conditions import MemoryConditions
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SEGMENTS = 6
+WAIT_S = 10.0
 LONGEST = {1: 5, 5: 13}  # frames of a window, by overlap: the shortest that there are
 # name: recipe, mode, overlap
 CASES = {
@@ -147,15 +149,20 @@ def test_another_process_resumes_from_files(undisturbed, tiny_store_dir, tmp_pat
     assert np.array_equal(frames, np.concatenate([segment.frames for segment in whole[cut:]]))
 
 
-def test_a_resumed_job_draws_no_window_of_the_segments_before(undisturbed, tiny_store_dir):
+def test_a_resumed_job_draws_ahead_from_where_it_begins(undisturbed, tiny_store_dir):
     generator = new_generator(tiny_store_dir, "fp32", 24)
     options = JobOptions(steps=2, seed=7, max_segment_frames=5)
     conditions = generator.prepare(Request(Path("a.png"), Path("b.mp4"), "a dance", options), StageTimer())
     plan = generator.plan(24, conditions.clip.size, options)
-    rest = list(generator.generate(conditions, plan, StageTimer(), start=undisturbed("animate")[3].resume))
+    segments = generator.generate(conditions, plan, StageTimer(), start=undisturbed("animate")[3].resume)
+    assert next(segments).index == 4
+    end = time.monotonic() + WAIT_S
+    while conditions.source.asked[-1] != (20, 24) and time.monotonic() < end:
+        time.sleep(0.001)
+    # The first had begun when the job was prepared; the last one has begun before segment 5 asks for it.
+    assert conditions.source.asked in ([(0, 5), (16, 21), (20, 24)], [(16, 21), (20, 24)])
+    assert [segment.index for segment in segments] == [5]
     conditions.close()
-    assert [segment.index for segment in rest] == [4, 5]
-    assert conditions.source.asked == [(0, 5), (16, 21), (20, 24)]  # the first had begun when it was prepared
 
 
 # -- a point alone ----------------------------------------------------------------------------------------------------
