@@ -39,6 +39,7 @@ class Sound:
 
     def __init__(self, pieces: Iterator[np.ndarray], source: Any, rate: int, layout: str, container: Any) -> None:
         self._pieces, self._source, self._rate, self._layout = pieces, source, rate, layout
+        self._rest: np.ndarray | None = None  # of the last piece, beyond what was asked for
         self._done = 0  # samples handed to the encoder
         self._out = container.add_stream("aac", rate=rate, layout=layout)
         self._out.codec_context.bit_rate = AAC_BITS_PER_CHANNEL * (1 if layout == "mono" else 2)
@@ -71,16 +72,15 @@ class Sound:
 
         target = round(seconds * self._rate)
         while self._done < target:
-            piece = next(self._pieces, None)
+            piece = self._rest if self._rest is not None else next(self._pieces, None)
             if piece is None:
                 return
-            if self._done + piece.shape[1] > target:
-                self._pieces = chain([piece[:, target - self._done :]], self._pieces)
-                piece = np.ascontiguousarray(piece[:, : target - self._done])
-            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=self._layout)
+            now, later = piece[:, : target - self._done], piece[:, target - self._done :]
+            self._rest = later if later.shape[1] else None
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(now), format="fltp", layout=self._layout)
             frame.sample_rate, frame.pts, frame.time_base = self._rate, self._done, Fraction(1, self._rate)
             container.mux(self._out.encode(frame))
-            self._done += piece.shape[1]
+            self._done += now.shape[1]
 
     def finish(self, container: Any) -> None:
         """Write what the encoder still holds, and close."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from runner.errors import InputNotFound, InputUnreadable
 from runner.video import AudioSpan, Mp4Writer, check_sound, join_parts
+from runner.video.sound import Sound
 from tests.video_files import indexed_frames, make_clip, overwrite_middle, remux, tone
 
 
@@ -102,6 +104,28 @@ def test_no_sound_is_no_stream_and_a_note(tmp_path: Path) -> None:
         with av.open(str(tmp_path / "out.mp4")) as container:
             assert not container.streams.audio
             assert container.streams.video[0].frames == 10
+
+
+def test_a_long_video_takes_no_more_memory(tmp_path: Path) -> None:
+    """What is held does not grow with the number of frames that the sound is cut at."""
+    source = make_clip(tmp_path / "source.mp4", 2, audio=tone(20.0, 8000)[:1], audio_rate=8000)
+    held = []
+    with av.open(str(tmp_path / "out.mp4"), "w") as out:
+        sound, _ = Sound.open(AudioSpan(source, 0.0, 20.0), out)
+        assert sound is not None
+        tracemalloc.start()
+        try:
+            for step in range(1, 8001):
+                sound.write_until(out, Fraction(step, 400))
+                if step in (1000, 7000):
+                    held.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+        sound.finish(out)
+    assert held[1] - held[0] < 100_000  # bytes
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        blocks = [block.to_ndarray()[0] for block in container.decode(audio=0)]
+    assert abs(len(np.concatenate(blocks)) / 8000 - 20.0) < 2048 / 8000
 
 
 @pytest.mark.parametrize("start_s", [0.0, 0.3])
