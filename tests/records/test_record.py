@@ -58,6 +58,28 @@ def test_a_record_of_the_wrong_shape_does_not_fit():
             jsonschema.validate(data | wrong, schemas()["result.v1.schema.json"])
 
 
+def test_a_record_of_an_older_version_tells_no_way_of_hashing_frames():
+    output = {
+        "uri": "out/jobs/a/output.mp4",
+        "key": "jobs/a/output.mp4",
+        "bytes": 1,
+        "files": 1,
+        "identity": "sha256:0",
+        "sha256": "0",
+        "frames": 1,
+        "fps": "16",
+        "width": 64,
+        "height": 48,
+        "frames_sha256": "0",
+    }
+    old = ResultRecord.model_validate(json.loads(a_failure().to_json()) | {"status": "succeeded", "output": output})
+    assert old.output.frames_hash is None
+    new = ResultRecord.model_validate(json.loads(old.to_json()) | {"output": output | {"frames_hash": 2}})
+    assert new.output.frames_hash == 2
+    for record in (old, new):
+        jsonschema.validate(json.loads(record.to_json()), schemas()["result.v1.schema.json"])
+
+
 def test_lookups_are_told_by_cache():
     counters = {
         "prompt_cache_hits": 1,
