@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 from runner.records.record import JobLine
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 __all__ = ["BarProgress", "SilentProgress", "choose_progress"]
 
@@ -24,7 +28,10 @@ class SilentProgress:
 
 
 class BarProgress:
-    """Two rich bars on standard error: jobs, and model evaluations of the running job."""
+    """Rich bars on standard error: jobs, and the model evaluations of each running job.
+
+    A row goes to the next job when its job has ended or has done all evaluations: a process needs one row.
+    """
 
     def __init__(self, console: Any) -> None:
         from rich.progress import (
@@ -45,17 +52,33 @@ class BarProgress:
         )
         self._bars = Progress(*columns, console=console, transient=True)
         self._jobs = self._bars.add_task("jobs", total=None)
-        self._steps = self._bars.add_task("steps", total=None, visible=False)
+        self._rows: dict[str, TaskID] = {}  # of jobs that are under way
+        self._free: list[TaskID] = []
+        self._lock = threading.Lock()
 
     def started(self, jobs: int) -> None:
         self._bars.update(self._jobs, total=jobs)
         self._bars.start()
 
     def step(self, job_id: str, done: int, total: int) -> None:
-        self._bars.update(self._steps, description=job_id[:24], completed=done, total=total, visible=True)
+        with self._lock:
+            row = self._rows.get(job_id)
+            if row is None:
+                row = self._free.pop() if self._free else self._bars.add_task(job_id, total=total)
+                self._rows[job_id] = row
+            self._bars.update(row, description=job_id[:24], completed=done, total=total)
+            if done == total:
+                self._give_back(job_id)
 
     def finished(self, line: JobLine) -> None:
+        with self._lock:
+            self._give_back(line.id)
         self._bars.update(self._jobs, advance=1)
+
+    def _give_back(self, job_id: str) -> None:
+        row = self._rows.pop(job_id, None)
+        if row is not None:
+            self._free.append(row)
 
     def close(self) -> None:
         self._bars.stop()
