@@ -45,7 +45,7 @@ from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import Storage
 
-__all__ = ["Batch", "Engine", "Progress"]
+__all__ = ["FRAME_BUFFER_BYTES", "Batch", "Engine", "Progress"]
 
 FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
 FRAME_BUFFER_ITEMS = 16  # the same, as each job among them holds open files
@@ -64,6 +64,7 @@ class Engine:
     identity: Mapping[str, str]  # recipe and weights, for the fingerprint
     load: Callable[[], Generator[Any]]
     effective: Callable[[JobOptions], JobOptions] = lambda options: options  # with the recipe's defaults filled in
+    files: Callable[[], Sequence[Path]] = tuple  # the model's, as `load` will read them
     own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
     stages: Callable[[JobOptions], Sequence[SegmentStage]] = lambda options: ()  # of a job's frames, before the encoder
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from runner.batch.memory_trend import MemoryTrend
 from runner.errors import is_transient
@@ -20,12 +20,20 @@ from runner.records.record import JobLine, ResultRecord, RunSummary, environment
 from runner.storage import Storage
 from runner.timing import now
 
-__all__ = ["SummaryWriter"]
+__all__ = ["SummaryWriter", "exit_code_of_lines"]
 
 WRITING_SHARE = 0.1  # of the time, at most, as the files are rewritten whole and a store may be slow
 SHARE_OF_JOBS = 0.1  # that have ended since the last writing make another one due
 WAIT_S = 60.0  # or the passing of this time, or of WAIT_SHARE of the run's, whichever is longer
 WAIT_SHARE = 0.02
+
+
+def exit_code_of_lines(lines: Iterable[JobLine]) -> int:
+    """Of a run that was not stopped: 0 if no job failed; 3 if a rerun may mend all that failed; else 1."""
+    failed = [line.error for line in lines if line.status == "failed"]
+    if not failed:
+        return 0
+    return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
 
 
 class SummaryWriter:
@@ -97,12 +105,7 @@ class SummaryWriter:
 
     def exit_code(self, stop_code: int | None) -> int:
         """0 all done; 1 some failed; 3 if a rerun may mend all that failed; a stop's own code if one came."""
-        if stop_code is not None:
-            return stop_code
-        failed = [line.error for line in self._lines.values() if line.status == "failed"]
-        if not failed:
-            return 0
-        return 3 if all(error is not None and error.retryable and is_transient(error.code) for error in failed) else 1
+        return exit_code_of_lines(self._lines.values()) if stop_code is None else stop_code
 
     def _is_due(self) -> bool:
         """Whether to write now. Each writing holds all jobs, so that one at every job would be quadratic."""

@@ -8,7 +8,7 @@ starts a run (`run`, `plan`, `validate`, `doctor`) knows a model by these protoc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +41,7 @@ class EngineSettings:
     assume: Mapping[str, str] = field(default_factory=dict)  # how to read a file where it does not say
     pose_precision: Precision = "fp32"
     tensorrt: TensorrtMode = "off"
+    processes: int = 1  # that share this machine: caches in its memory are divided among them
 
 
 class Forecaster(Protocol):
@@ -63,6 +64,11 @@ class ResolvedModel(Protocol):
     @property
     def identity(self) -> Mapping[str, str]:
         """Name → identity of all that decides the frames beside the recipe's fields and the jobs; for fingerprints."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Those that `load` reads."""
         ...
 
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import structlog
 
 from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
-from runner.batch.loop import Batch, Engine, Progress
+from runner.batch.loop import FRAME_BUFFER_BYTES, Batch, Engine, Progress
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import SilentProgress
 from runner.batch.scratch import scratch_folder
@@ -30,61 +31,60 @@ from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.batch.spot import watch
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
-from runner.errors import RunnerError, WeightsMissing, as_runner_error
+from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.finishing.stages import StageSettings, open_stages
+from runner.generation.protocol import Generator
+from runner.generation.runtime.device import free_host_bytes
 from runner.records.events import EventLog, default_logging
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
-from runner.records.record import JobLine
 from runner.spec.manifest import Job, Manifest
 from runner.storage import Storage, open_storage, probe_conditions, probe_writable
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
 from runner.timing import now
+from runner.verbs.gpu_process import MachineShare
+from runner.verbs.gpus import find_gpus, places_for, run_processes
+from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.validate import input_places, read_manifest
+from runner.weights.page_cache import read_into_page_cache
 
 __all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
 
 ONE_RUNNER = "Run one manifest at a time into this output folder, or give each run its own --out"
 
 
-@dataclass(frozen=True)
-class RunOutcome:
-    """What a run came to."""
-
-    exit_code: int  # 0 all done, 1 some failed, 2 or 3 stopped by an error, 130 or 143 by a signal
-    run_id: str
-    shard: Shard | AnyShard
-    shard_reason: str
-    counts: Mapping[str, int]  # jobs of this shard by status, and their total
-    lines: tuple[JobLine, ...]  # one a job of this shard, in the manifest's order
-    outputs: str  # folder or URI below which each job has its own
-    summary: str  # folder or URI of the run's summary, metrics and events
-    sheet: str | None  # where the contact sheet is, or why there is none; None where none was asked for
-
-
 @default_logging()
-def run(settings: RunSettings, progress: Progress | None = None, *, source: JobSource | None = None) -> RunOutcome:
+def run(
+    settings: RunSettings,
+    progress: Progress | None = None,
+    *,
+    source: JobSource | None = None,
+    share: MachineShare | None = None,
+) -> RunOutcome:
     """The verb `run`. What can be wrong for all jobs is found before the first starts, and raised.
 
     `source`: where jobs come from instead of this shard of the manifest, e.g. a mailbox; the manifest's run keys hold.
+    `share`: for one of the processes that `settings.gpus` starts.
 
     Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line; elsewhere no
     signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
     WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
     """
     begun = now()
+    if settings.gpus is not None:
+        return _run_on_gpus(settings, progress or SilentProgress(), source)
     manifest, chosen, shard, why = choose_jobs(settings)
     jobs: Sequence[Job] = chosen if source is None else source.jobs
     source = source or ShardJobs(shard.arrange(chosen))
-    run_id = settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    run_id = _choose_run_id(settings)
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
     probe_writable(storage)
     not_exclusive = probe_conditions(storage)
-    engine = build_engine(settings, manifest)
+    engine = build_engine(settings, manifest) if share is None else _build_shared_engine(settings, manifest, share)
     log = structlog.get_logger()
     for job in jobs:  # a LoRA that is not there is told now, not in the middle of the night
         try:
@@ -111,7 +111,7 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             job_ids=[job.id for job in jobs],
             events=events,
         )
-        stop = Stop(settings.drain_s)
+        stop = Stop(settings.drain_s) if share is None else share.stop
         ledger = Ledger(
             storage,
             max_attempts=settings.max_attempts,
@@ -136,13 +136,15 @@ def run(settings: RunSettings, progress: Progress | None = None, *, source: JobS
             sampler=MemorySampler(),
             input_roots=roots,
             checkpoints=_checkpoints(settings, storage, ledger),
+            frame_buffer_bytes=FRAME_BUFFER_BYTES // (1 if share is None else share.processes),
         )
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread:  # Python hands signals to the main thread alone
+        if not in_main_thread and share is None:  # Python hands signals to the main thread alone
             log.info("signals_ignored", why="the run is not in the main thread")
         progress.started(len(jobs))
         try:
-            with stop.listening() if in_main_thread else nullcontext(), watch(settings.spot, stop, events):
+            listening = stop.listening() if in_main_thread and share is None else nullcontext()
+            with listening, watch(settings.spot, stop, events):
                 code = batch.run()
         finally:
             progress.close()
@@ -175,6 +177,62 @@ def _checkpoints(settings: RunSettings, storage: Storage, ledger: Ledger) -> Che
     return Checkpoints(open_storage(settings.cache / "checkpoints" / name))
 
 
+def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
+    """A process a GPU. What can be wrong for all of them is found here, once."""
+    if source is not None:
+        raise ConfigInvalid(
+            "--gpus takes its jobs from the manifest, not from a source", todo="Call run() in a process a GPU instead"
+        )
+    gpus = find_gpus(str(settings.gpus), os.environ)
+    shared = replace(settings, gpus=None, shard="any", shard_count=None, device="cuda")
+    manifest, jobs, shard, _ = choose_jobs(shared)
+    run_id = _choose_run_id(settings)
+    roots = parse_roots(settings.input_root)
+    storage = open_storage(settings.out)
+    probe_writable(storage)
+    engine = build_engine(shared, manifest)
+    places, stop = places_for(gpus, os.environ), Stop(settings.drain_s)
+    found = run_processes(
+        replace(shared, manifest=manifest, run_id=run_id, sheet=None),
+        places,
+        run,
+        [job.id for job in jobs],
+        progress,
+        stop=stop,
+        read_files=lambda go_on: read_into_page_cache(engine.files(), free_host_bytes(), go_on),
+    )
+    sheet = None
+    if settings.sheet is not None:
+        drawn = [job for job in jobs if _lies_inside(job, roots)]
+        with scratch_folder(settings.cache) as scratch:
+            sheet = try_draw_sheet(drawn, storage, settings.sheet, scratch, stop)
+    return RunOutcome(
+        exit_code=found.exit_code,
+        run_id=run_id,
+        shard=shard,
+        shard_reason=f"--gpus {settings.gpus}: a process on each of {', '.join(place.name for place in places)}",
+        counts=MappingProxyType(counts_of_lines(found.lines)),
+        lines=found.lines,
+        outputs=f"{storage.root}/{JOBS}",
+        summary=f"{storage.root}/{run_folder(run_id)}",
+        sheet=sheet,
+    )
+
+
+def _build_shared_engine(settings: RunSettings, manifest: Manifest, share: MachineShare) -> Engine:
+    engine = build_engine(settings, manifest, share.processes)
+    return replace(engine, load=partial(_load_in_turn, share.before_load, engine.load))
+
+
+def _load_in_turn(before_load: Callable[[], None], load: Callable[[], Generator[Any]]) -> Generator[Any]:
+    before_load()
+    return load()
+
+
+def _choose_run_id(settings: RunSettings) -> str:
+    return settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
 def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
     try:
         for _, uri in input_places(job):
@@ -191,8 +249,10 @@ def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Jo
     return manifest, list(shard.take(manifest.jobs)), shard, why
 
 
-def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
+def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) -> Engine:
     """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
+
+    `processes`: how many run on this machine that share the memory which caches may take.
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
@@ -213,6 +273,7 @@ def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
         assume=assume,
         pose_precision=settings.pose_precision,
         tensorrt=settings.tensorrt,
+        processes=processes,
     )
     models = local_models(settings, family.wanted(recipe))
     model = family.resolve(models, recipe, engine)
@@ -222,6 +283,7 @@ def build_engine(settings: RunSettings, manifest: Manifest) -> Engine:
         load=model.load,
         effective=lambda options: options.model_copy(update={"steps": options.steps or recipe.steps}),
         own=lambda job: model.job_identity(job.options, has_mask=bool(job.mask or job.official)),
+        files=lambda: model.files,
         stages=partial(open_stages, settings=StageSettings(models, settings.device)),
     )
 

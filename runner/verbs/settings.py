@@ -201,6 +201,16 @@ def _is_spot(flag: str, value: Any) -> str:
     return kind
 
 
+def _are_gpus(flag: str, value: Any) -> str:
+    text = _is_text(flag, value).replace(" ", "")
+    numbers = text.split(",")
+    if text != "all" and not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
+        raise _wrong(flag, value, "all, or numbers from 0 with commas between them", f"Write e.g. {flag} all")
+    if len({number if text == "all" else int(number) for number in numbers}) < len(numbers):
+        raise _wrong(flag, value, "numbers of which no two are equal", "Give each GPU once")
+    return text
+
+
 def _is_rule(flag: str, value: Any) -> str:
     name = _is_text(flag, value)
     if name != ALL_LAYERS:  # the other rules are known where torch is
@@ -442,6 +452,26 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
     sheet: Path | None = field(
         default=None, metadata=_flag("also draw a contact sheet of this run's outputs", _is_path, "PNG")
     )
+    gpus: str | None = field(
+        default=None,
+        metadata=_flag(
+            "a process on each of these GPUs of this machine, all or numbers; each runs as with --shard any",
+            _are_gpus,
+            "all|0,1,…",
+        ),
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.gpus is None:
+            return
+        if self.device == "cpu":
+            raise ConfigInvalid("--gpus and --device cpu contradict each other", todo="Leave one of them out")
+        if (self.shard or "any").strip() != "any" or self.shard_count is not None:
+            raise ConfigInvalid(
+                "--gpus shares all jobs among its processes, and --shard I/N or --shard-count asks for a part of them",
+                todo="Leave one of them out; --gpus on several machines shares the manifest too",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

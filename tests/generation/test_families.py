@@ -51,6 +51,10 @@ class EchoModel:
     def identity(self) -> dict[str, str]:
         return {"echo": sha256_file(self.weights)}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.weights,)
+
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:
         ECHO.check_job(self.weights.parent, options, has_mask=has_mask)
         return {}
@@ -201,3 +205,15 @@ for name in ("fp4-distill", "bf16"):
 assert not {"torch", "diffusers", "transformers", "onnxruntime"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code, str(demo_models), str(tmp_path)], check=True)
+
+
+def test_the_files_of_a_run_are_those_of_its_recipe(demo_models):
+    """What is read into the page cache before several processes load it: all of it, and each file once."""
+    recipe = get_recipe("fp32")
+    files = get_family(recipe).resolve(demo_models, recipe, EngineSettings(device="cpu")).files
+    folder = demo_models / recipe.weights
+    weights = {path for path in folder.rglob("*.safetensors") if path.parent.name != "image_processor"}
+    assert weights <= set(files)
+    assert {path.suffix for path in files if folder not in path.parents} == {".onnx"}
+    assert len(set(files)) == len(files)
+    assert all(path.is_file() for path in files)

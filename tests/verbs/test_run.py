@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from runner.batch.loop import Engine
+import runner.verbs.run as run_verb
+from runner.batch.loop import FRAME_BUFFER_BYTES, Engine
 from runner.batch.shards import AnyShard, Shard
+from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
 from runner.records.record import JobLine
 from runner.spec.manifest import parse_manifest
+from runner.verbs.gpu_process import MachineShare
 from runner.verbs.run import build_engine, run
 from runner.verbs.settings import RunSettings
 from tests.batch.test_job_source import Mailbox
@@ -100,6 +103,38 @@ def test_any_runs_all_jobs_and_names_its_files_after_the_process(stub_run, tmp_p
     events = [json.loads(line) for line in summary.with_name(f"{outcome.shard.name}.events.jsonl").open("rb")]
     started = [event["job"] for event in events if event["event"] == "job_started"]
     assert started == outcome.shard.arrange([f"job{n}" for n in range(5)])
+
+
+def test_one_of_several_processes_takes_its_share_of_the_machine(stub_run, monkeypatch):
+    """Caches are divided, the model is loaded when it may be, and `stop` ends the run in place of signals."""
+    order, stop = [], Stop()
+    batch = run_verb.Batch
+
+    def build_engine(settings, manifest, processes):
+        order.append(f"one of {processes}")
+        return Engine("stub", {"weights": "stub"}, lambda: order.append("load") or StubGenerator(generate_s=5.0))
+
+    def watch_batch(*args, frame_buffer_bytes, **more):
+        order.append(FRAME_BUFFER_BYTES // frame_buffer_bytes)
+        return batch(*args, frame_buffer_bytes=frame_buffer_bytes, **more)
+
+    def before_load():
+        order.append("may load")
+        stop.request(signal.SIGTERM)
+
+    settings = stub_run("ok", "ok")
+    monkeypatch.setattr(run_verb, "build_engine", build_engine)
+    monkeypatch.setattr(run_verb, "Batch", watch_batch)
+    monkeypatch.setattr(Stop, "listening", None)  # it is not called
+    outcome = run(settings, share=MachineShare(4, stop, before_load))
+    assert order == ["one of 4", 4, "may load", "load"]
+    assert outcome.exit_code == 143
+
+
+def test_the_engine_knows_how_many_share_the_machine(settings):
+    engine = build_engine(settings(), parse_manifest(MANIFEST, base=".", source="m.yaml"), 3)
+    assert engine.load.__self__.settings.processes == 3
+    assert engine.files() == engine.load.__self__.files
 
 
 class Watched:

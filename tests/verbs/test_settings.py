@@ -54,6 +54,9 @@ WRONG = [
     (RunSettings, RUN, "run_id", "../x", "It is a folder's name: write e.g. night-7"),
     (RunSettings, RUN, "shard", "four", "'four' is not I/N"),
     (RunSettings, RUN, "shard", "4/4", "shard 4 of 4 does not exist"),
+    (RunSettings, RUN, "gpus", "two", "must be all, or numbers from 0 with commas between them, not 'two'"),
+    (RunSettings, RUN, "gpus", "0,", "must be all, or numbers from 0 with commas between them, not '0,'"),
+    (RunSettings, RUN, "gpus", "0,1,00", "must be numbers of which no two are equal, not '0,1,00'"),
     (RunSettings, RUN, "shard_count", "0", "must be a whole number, 1 or more, not '0'"),
     (RunSettings, RUN, "assume", "nibble=up", "'nibble=up' means nothing"),
     (RunSettings, RUN, "pose_precision", "int4", "must be fp32 or int8, not 'int4'; did you mean int8?"),
@@ -122,6 +125,14 @@ def test_a_value_of_a_wrong_type_is_refused(field, value, words):
 def test_fields_that_contradict_each_other_are_refused():
     with pytest.raises(ConfigInvalid, match=r"--shard 0/4 and --shard-count 5 contradict"):
         RunSettings(**RUN, shard="0/4", shard_count=5)
+    with pytest.raises(ConfigInvalid, match=r"--shard any and --shard-count 5 contradict"):
+        RunSettings(**RUN, shard="any", shard_count=5)
+    with pytest.raises(ConfigInvalid, match=r"--gpus and --device cpu contradict"):
+        RunSettings(**RUN, gpus="all", device="cpu")
+    for part in ({"shard": "0/2"}, {"shard_count": 2}):
+        with pytest.raises(ConfigInvalid, match=r"--gpus shares all jobs"):
+            RunSettings(**RUN, gpus="0,1", **part)
+    assert RunSettings(**RUN, gpus="0, 2", shard="any", device="cuda").gpus == "0,2"
     with pytest.raises(ConfigInvalid, match=r"--calibrate chooses the scales itself"):
         QuantizeSettings(calibrate="m.yaml", scales="mse")
 

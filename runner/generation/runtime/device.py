@@ -23,6 +23,7 @@ __all__ = [
     "as_out_of_memory",
     "device_name",
     "free_bytes",
+    "free_host_bytes",
     "grow_segments",
     "hardware_model",
     "make_probe",
@@ -87,8 +88,11 @@ def free_bytes(device: torch.device) -> int:
     """What is free now: of the GPU's memory, or of the host's (a container's limit counts where it is lower)."""
     import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """What is free now of the host's memory, or of a container's limit where that is lower."""
     import psutil
 
     free = [psutil.virtual_memory().available]

@@ -68,6 +68,11 @@ class WanAnimateModel:
             identity["pose_precision"] = self.settings.pose_precision
         return identity
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that decides the frames, a piece after the other."""
+        return tuple(path for files in self.models.files.values() for path in files)
+
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:
         return own_parts(self.models.store, options, has_mask, self.settings.cache)
 

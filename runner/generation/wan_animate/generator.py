@@ -139,6 +139,7 @@ class WanAnimateGenerator:
 
         def make(plan: MemoryPlan) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
             pipeline, placement = load_pipeline(models, picked, settings.assume, plan=plan)
+            pipeline.divide_caches(settings.processes)
             if cache is not None:
                 pipeline.prompts = PromptCache.open(cache / "prompts", models.text_digest, recipe.dtype, picked)
             loras = JobLoras(pipeline.transformer, models)

@@ -24,7 +24,7 @@ from runner.generation.protocol import OnStep, ResumePoint, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import MemoryPlan
-from runner.generation.runtime.memos import Memos
+from runner.generation.runtime.memos import HOST_BYTES, Memos
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.runtime.text_cache import PromptCache
 from runner.generation.sampling import NewSampler, Predict, denoise
@@ -96,6 +96,10 @@ class AnimatePipeline(WanAnimatePipeline):
         self.blocks: BlockStream | None = None
         self.memos = Memos(share=MEMO_SHARES)
         self.prompts: PromptCache | None = None
+
+    def divide_caches(self, processes: int) -> None:
+        """Let the memos hold no more than HOST_BYTES / `processes`; what they hold now is dropped."""
+        self.memos = Memos(HOST_BYTES // processes, share=MEMO_SHARES)
 
     def configure(self, device: torch.device, memory: MemoryPlan, blocks: BlockStream | None) -> None:
         """Note where things are: `device` computes, `blocks` brings the blocks there where they do not stay."""

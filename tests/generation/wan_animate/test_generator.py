@@ -18,6 +18,7 @@ from runner.generation.families import EngineSettings
 from runner.generation.protocol import ClipInfo, Request
 from runner.generation.runtime.device import hardware_model
 from runner.generation.runtime.finite import FiniteChecks
+from runner.generation.runtime.memos import HOST_BYTES
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.generator import WanAnimateGenerator
@@ -323,6 +324,15 @@ def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatc
         frames.append(rendered(run, prepared(run)))
         assert run.pipeline.encoders.text.loads == loads
     assert np.array_equal(*frames)
+
+
+def test_its_caches_are_a_part_of_those_of_the_machine(store, monkeypatch):
+    """Of so many processes that none may keep anything."""
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    settings = EngineSettings(device="cpu", processes=HOST_BYTES)
+    run = WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), settings)
+    rendered(run, prepared(run))
+    assert run.pipeline.memos.host_bytes <= 1
 
 
 def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):

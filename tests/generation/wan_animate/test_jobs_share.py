@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from runner.generation.runtime.memos import Memos
+from runner.generation.runtime.memos import HOST_BYTES, Memos
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
@@ -140,4 +140,16 @@ def test_without_memory_every_job_stands_alone(tiny_store_dir):
     timer = StageTimer()
     assert np.array_equal(rendered(pipe, 1, 5, 0, timer=timer), shared)
     assert pipe.memos.host_bytes == 0
+    assert not [name for name in timer.counters if "hits" in name]
+
+
+def test_processes_of_one_machine_divide_the_memory(tiny_store_dir):
+    """What a process keeps is its part of HOST_BYTES: here of so many that none keeps anything."""
+    pipe = load(tiny_store_dir)
+    shared = rendered(pipe, 1, 5, 0)
+    assert pipe.memos.host_bytes > 1
+    pipe.divide_caches(HOST_BYTES)
+    timer = StageTimer()
+    assert np.array_equal(rendered(pipe, 1, 5, 0, timer=timer), shared)
+    assert pipe.memos.host_bytes <= 1
     assert not [name for name in timer.counters if "hits" in name]

@@ -1,0 +1,340 @@
+"""GPUs: `run --gpus`, a process for each GPU of this machine; all of them share one manifest by leases.
+
+In:   what was asked (`all`, `0,2`), settings of a run. Out: one line a job and an exit code, merged; one view of
+progress and one log.
+Never: how a process renders. A process that dies takes no other with it: its jobs run elsewhere when its leases end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import structlog
+
+from runner.batch.loop import Progress
+from runner.batch.stop import Stop
+from runner.errors import ConfigInvalid, RunnerError
+from runner.preprocess.networks.providers import usable_cpus
+from runner.records.record import JobLine, environment
+from runner.verbs.gpu_process import Assignment
+from runner.verbs.outcome import merge_exit_codes, merge_lines
+from runner.verbs.settings import RunSettings
+
+__all__ = ["GpuPlace", "SharedRun", "find_gpus", "places_for", "run_processes"]
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Read when the libraries are first imported: OpenMP (torch, ONNX Runtime), MKL, OpenBLAS (numpy).
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+END_S = 60.0  # seconds after its time to drain in which a process must have ended, else it is killed; assumed
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from runner.verbs.gpu_process import main; main()"
+
+
+@dataclass(frozen=True)
+class GpuPlace:
+    """Where one process computes: its name in the log, and the variables that its environment has beyond this one's."""
+
+    name: str
+    variables: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """What the processes came to together."""
+
+    exit_code: int
+    lines: tuple[JobLine, ...]  # one a job, in the manifest's order
+
+
+def find_gpus(
+    asked: str, variables: Mapping[str, str], count: Callable[[], int] = lambda: len(environment()["gpus"])
+) -> list[str]:
+    """The GPUs that `asked` (`all`, or numbers from 0) means, each as CUDA_VISIBLE_DEVICES would name it.
+
+    Where that variable is set, the numbers count among the GPUs that it names. Else `count` says how many there are: by
+    the driver, without torch. Raises ConfigInvalid where there is none, or not the one that was asked for.
+    """
+    named = variables.get(VISIBLE)
+    if named is not None:
+        there = []
+        for name in (word.strip() for word in named.split(",")):
+            if not name or name.startswith("-"):  # CUDA ends the list here
+                break
+            there.append(name)
+        source = f"{VISIBLE}={named}"
+    else:
+        there = [str(number) for number in range(count())]
+        source = "the driver"
+    if not there:
+        raise ConfigInvalid(
+            f"{source} names no GPU" if named is not None else "this machine has no GPU that the driver knows",
+            where="--gpus",
+            todo="Check the driver (nvidia-smi) and, in a container, that GPUs are passed on; or leave --gpus out",
+        )
+    if asked == "all":
+        return there
+    numbers = [int(word) for word in asked.split(",")]
+    if missing := [number for number in numbers if number >= len(there)]:
+        raise ConfigInvalid(
+            f"no GPU {missing[0]}: {source} has {len(there)}, counted from 0", where="--gpus", todo="Write --gpus all"
+        )
+    return [there[number] for number in numbers]
+
+
+def places_for(gpus: Sequence[str], variables: Mapping[str, str], cpus: int | None = None) -> list[GpuPlace]:
+    """A place for each of `gpus`, the machine's cores divided among them.
+
+    `cpus`: how many there are; by default those that this process may use. A number of threads that `variables` has
+    already stays: it is meant for each process.
+    """
+    threads = max(1, (cpus or usable_cpus({})) // len(gpus))
+    shared = {name: str(threads) for name in THREAD_VARIABLES if name not in variables}
+    if VISIBLE not in variables:  # the driver's numbers, those of nvidia-smi, are by bus; CUDA's own are by speed
+        shared |= {"CUDA_DEVICE_ORDER": variables.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+    return [GpuPlace(f"GPU {gpu}", shared | {VISIBLE: gpu}) for gpu in gpus]
+
+
+@dataclass
+class _Process:
+    """One process, as the parent knows it."""
+
+    place: GpuPlace
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    stops: int = 0  # signals that were passed on
+    waits_to_load: bool = False
+    ended: int | None = None  # its exit code, from the outcome that it sent
+    error: RunnerError | None = None
+    open: bool = True
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None where it was killed before it could say."""
+        return self.error.exit_code if self.error is not None else self.ended
+
+    def tell(self, message: object) -> None:
+        with suppress(OSError):  # it has died, which is found where its messages are read
+            self.connection.send(message)
+
+
+def run_processes(
+    settings: RunSettings,
+    places: Sequence[GpuPlace],
+    run: Callable[..., Any],
+    job_ids: Sequence[str],
+    progress: Progress,
+    *,
+    stop: Stop,
+    read_files: Callable[[Callable[[], bool]], object] = lambda go_on: None,
+) -> SharedRun:
+    """Run `run(settings, …)` in a process at each of `places`, and wait for all; what they came to together.
+
+    `run` is a function of a module, `verbs.run.run` with its keyword `share`. `progress` hears of each job's end once.
+    `read_files` reads the model into the page cache, before the first process loads it; it ends when its argument
+    returns False.
+
+    `stop` is told of signals. In the main thread SIGINT and SIGTERM are passed on, each once to each process; a process
+    that then does not end is killed. Where this process dies, the others stop as if SIGTERM had come. Raises the
+    RunnerError of a process where none of them began its jobs.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wake() -> None:
+        with suppress(OSError):  # it is full of them: the loop wakes up in any case
+            os.write(writer, b"\0")
+
+    group = _GpuGroup(settings, run, job_ids, progress, stop, read_files, wake)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread:  # Python hands signals to the main thread alone
+        structlog.get_logger().info("signals_ignored", why="the run is not in the main thread")
+    progress.started(len(job_ids))
+    try:
+        with stop.listening(group.count_signal) if in_main_thread else nullcontext():
+            return group.run(places, reader)
+    finally:
+        progress.close()
+        group.end()
+        for descriptor in (reader, writer):
+            os.close(descriptor)
+
+
+class _GpuGroup:
+    """The processes of one command, and what they have said."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        run: Callable[..., Any],
+        job_ids: Sequence[str],
+        progress: Progress,
+        stop: Stop,
+        read_files: Callable[[Callable[[], bool]], object],
+        wake: Callable[[], None],
+    ) -> None:
+        self._settings, self._run, self._job_ids = settings, run, job_ids
+        self._progress, self._stop, self._read_files, self._wake = progress, stop, read_files, wake
+        self._processes: list[_Process] = []
+        self._lines: list[JobLine] = []
+        self._finished: set[str] = set()
+        self._skipped: set[str] = set()
+        self._signals = 0
+        self._kill_at = float("inf")
+        self._reading: threading.Thread | None = None
+        self._have_read = threading.Event()
+        self._log = structlog.get_logger()
+
+    def count_signal(self) -> None:
+        """Called in the signal's handler: only the loop writes to the processes."""
+        self._signals += 1
+        self._wake()
+
+    def run(self, places: Sequence[GpuPlace], wake_descriptor: int) -> SharedRun:
+        for place in places:
+            if self._stop.draining:
+                break
+            self._processes.append(self._start(place, len(places)))
+        while waiting := {process.connection: process for process in self._processes if process.open}:
+            for ready in wait([*waiting, wake_descriptor], timeout=self._seconds_to_kill()):
+                if isinstance(ready, int):
+                    os.read(ready, 4096)
+                elif isinstance(ready, Connection):
+                    self._hear(waiting[ready])
+            self._pass_on_signals()
+            self._let_load()
+        lines = merge_lines(self._job_ids, self._lines)
+        began = any(process.ended is not None for process in self._processes)
+        errors = [process.error for process in self._processes if process.error is not None]
+        if errors and not began and not self._lines:
+            raise errors[0]
+        return SharedRun(merge_exit_codes(lines, [process.code for process in self._processes]), tuple(lines))
+
+    def end(self) -> None:
+        """After an error of this process: the others end as they do when it has died."""
+        for process in self._processes:
+            process.connection.close()
+        deadline = time.monotonic() + self._settings.drain_s + END_S
+        for process in self._processes:
+            try:
+                process.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.process.kill()
+                process.process.wait()
+
+    def _start(self, place: GpuPlace, count: int) -> _Process:
+        ours, theirs = Pipe()
+        try:
+            started = subprocess.Popen(
+                [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(sys.path)],
+                env={**os.environ, **place.variables},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C at the terminal reaches this process alone, which passes it on
+            )
+        finally:
+            theirs.close()
+        process = _Process(place, started, ours)
+        process.tell(Assignment(self._run, self._settings, count))
+        self._log.info("gpu_process_started", gpu=place.name, pid=started.pid)
+        return process
+
+    def _hear(self, process: _Process) -> None:
+        try:
+            what, *more = process.connection.recv()
+        except (EOFError, OSError):
+            self._close(process)
+            return
+        if what == "log":
+            self._write_event(process, *more)
+        elif what == "step":
+            self._progress.step(*more)
+        elif what == "finished":
+            self._finish(*more)
+        elif what == "loading":
+            process.waits_to_load = True
+        elif what == "ended":
+            process.ended, lines = more
+            self._lines.extend(lines)
+        else:
+            (process.error,) = more
+
+    def _close(self, process: _Process) -> None:
+        """The process has closed its end: it ends now, or has been killed."""
+        process.open = False
+        code = process.process.wait()
+        if process.ended is None and process.error is None:
+            self._log.error(
+                "gpu_process_died",
+                gpu=process.place.name,
+                pid=process.process.pid,
+                how=f"exit code {code}" if code >= 0 else signal.strsignal(-code) or f"signal {-code}",
+                todo="The others go on. Killed: look for the out-of-memory killer in the system's log",
+            )
+        elif process.error is not None:
+            error = process.error
+            self._log.error("gpu_process_failed", gpu=process.place.name, code=error.code, message=error.message)
+
+    def _finish(self, line: JobLine) -> None:
+        self._lines.append(line)
+        if line.id not in self._finished:  # a job that one has rendered is skipped by all others
+            self._finished.add(line.id)
+            self._progress.finished(line)
+
+    def _write_event(self, process: _Process, level: str, event: dict[str, Any]) -> None:
+        if event.get("event") == "job_skipped":
+            if event.get("job") in self._skipped:
+                return
+            self._skipped.add(str(event.get("job")))
+        name = event.pop("event", "")
+        getattr(self._log, level)(name, **event, gpu=process.place.name)
+
+    def _pass_on_signals(self) -> None:
+        for process in self._processes:
+            while process.open and process.stops < self._signals:
+                process.stops += 1
+                process.tell(("stop", self._stop.signal))
+        if self._signals and self._seconds_to_kill() == 0:
+            for process in self._processes:
+                if process.open:
+                    self._log.error("gpu_process_killed", gpu=process.place.name, why="it did not end after a signal")
+                    process.process.kill()
+                    process.ended = self._stop.exit_code
+
+    def _seconds_to_kill(self) -> float | None:
+        """Until processes that were told to stop are killed; None where none was told."""
+        if not self._signals:
+            return None
+        drain_s = self._settings.drain_s if self._signals == 1 else 0.0
+        self._kill_at = min(self._kill_at, time.monotonic() + drain_s + END_S)
+        return max(0.0, self._kill_at - time.monotonic())
+
+    def _let_load(self) -> None:
+        """Let those load that wait for it, when the files have been read; the first one starts the reading."""
+        waiting = [process for process in self._processes if process.waits_to_load]
+        if waiting and self._reading is None:
+            self._reading = threading.Thread(target=self._read, name="page cache", daemon=True)
+            self._reading.start()
+        if self._have_read.is_set():
+            for process in waiting:
+                process.waits_to_load = False
+                process.tell(("load",))
+
+    def _read(self) -> None:
+        try:
+            self._read_files(lambda: not self._stop.draining)
+        except Exception as error:  # it only saves time
+            self._log.warning("model_files_not_read", message=str(error))
+        finally:
+            self._have_read.set()
+            self._wake()

@@ -1,0 +1,361 @@
+"""GPUs: several processes on one manifest. They compute nothing, or the stub's frames; the places have no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import runner.verbs.gpus as gpus_module
+import runner.verbs.run as run_verb
+from runner.batch.loop import Engine
+from runner.batch.stop import Stop
+from runner.errors import ConfigInvalid
+from runner.records.record import JobLine
+from runner.spec.manifest import parse_manifest
+from runner.verbs.gpus import GpuPlace, SharedRun, find_gpus, places_for, run_processes
+from runner.verbs.settings import RunSettings
+from tests.batch.test_job_source import Mailbox
+from tests.stub_generator import StubGenerator
+from tests.verbs import gpu_children
+from tests.verbs.gpu_children import MINE
+from tests.verbs.test_run import Watched
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path, demo_media):
+    """settings(ids, **more): of a run whose jobs are the demo's files, rendered by whatever the test says."""
+    place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+
+    def make(ids: str = "a", **more: Any) -> RunSettings:
+        jobs = [{"id": name, **place, "prompt": "ok", "options": {"seed": ord(name)}} for name in ids]
+        manifest = parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=".", source="m.json")
+        common = {"manifest": manifest, "out": str(tmp_path / "out"), "cache": tmp_path / "cache"}
+        return RunSettings(**common | {"run_id": "r1", "shard": "any"} | more)
+
+    return make
+
+
+def start(
+    settings: RunSettings,
+    run: Callable[..., Any],
+    processes: int = 2,
+    progress: Any = None,
+    stop: Stop | None = None,
+    **more: Any,
+) -> tuple[SharedRun, list[dict[str, Any]]]:
+    """What the processes came to, and the log."""
+    places = [GpuPlace(f"GPU {index}", {MINE: str(index)}) for index in range(processes)]
+    ids = [job.id for job in settings.manifest.jobs]
+    stop = stop or Stop(settings.drain_s)
+    with capture_logs() as events:
+        shared = run_processes(settings, places, run, ids, progress or Watched(), stop=stop, **more)
+    return shared, events
+
+
+def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == name]
+
+
+def statuses(lines: tuple[JobLine, ...]) -> dict[str, str]:
+    return {line.id: line.status for line in lines}
+
+
+# -- which GPUs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "count", "expected"),
+    [
+        ("all", {}, 3, ["0", "1", "2"]),
+        ("0,2", {}, 3, ["0", "2"]),
+        ("1", {}, 2, ["1"]),
+        ("all", {"CUDA_VISIBLE_DEVICES": "3,1"}, 8, ["3", "1"]),
+        ("1", {"CUDA_VISIBLE_DEVICES": "3,1"}, 8, ["1"]),
+        ("0", {"CUDA_VISIBLE_DEVICES": "GPU-8f2e, MIG-11"}, 0, ["GPU-8f2e"]),
+        ("all", {"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 4, ["0", "1"]),
+    ],
+)
+def test_which_gpus_are_meant(asked, variables, count, expected):
+    assert find_gpus(asked, variables, lambda: count) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "count", "message"),
+    [
+        ("all", {}, 0, "this machine has no GPU"),
+        ("all", {"CUDA_VISIBLE_DEVICES": ""}, 4, "CUDA_VISIBLE_DEVICES= names no GPU"),
+        ("all", {"CUDA_VISIBLE_DEVICES": "-1"}, 4, "names no GPU"),
+        ("0,3", {}, 3, "no GPU 3: the driver has 3"),
+        ("2", {"CUDA_VISIBLE_DEVICES": "6,7"}, 8, "no GPU 2: CUDA_VISIBLE_DEVICES=6,7 has 2"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(asked, variables, count, message):
+    with pytest.raises(ConfigInvalid, match=r"^--gpus: ") as caught:
+        find_gpus(asked, variables, lambda: count)
+    assert message in caught.value.message
+    assert caught.value.todo
+
+
+def test_a_machine_without_a_gpu_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigInvalid, match="names no GPU"):
+        run_verb.run(RunSettings(manifest="gone.yaml", out=str(tmp_path / "out"), gpus="all"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_a_source_are_not_shared(settings):
+    with pytest.raises(ConfigInvalid, match="not from a source"):
+        run_verb.run(settings(gpus="all"), source=Mailbox())
+
+
+def test_the_cores_are_divided():
+    variables = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
+    places = places_for(["4", "5", "6"], variables, cpus=32)
+    assert [place.name for place in places] == ["GPU 4", "GPU 5", "GPU 6"]
+    threads = {"OMP_NUM_THREADS": "10", "MKL_NUM_THREADS": "10", "OPENBLAS_NUM_THREADS": "10"}
+    assert places[1].variables == threads | {"CUDA_VISIBLE_DEVICES": "5"}
+    assert places_for(["0"] * 8, variables, cpus=4)[0].variables["OMP_NUM_THREADS"] == "1"
+
+
+def test_what_the_environment_says_stays():
+    """A number of threads that a person chose; and CUDA's order of GPUs is the driver's where nothing chose GPUs."""
+    chosen = places_for(["0", "1"], {"OMP_NUM_THREADS": "7"}, cpus=32)[0].variables
+    assert "OMP_NUM_THREADS" not in chosen
+    assert (chosen["MKL_NUM_THREADS"], chosen["CUDA_DEVICE_ORDER"]) == ("16", "PCI_BUS_ID")
+    assert (
+        places_for(["0"], {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})[0].variables["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    )
+
+
+# -- real processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_finish_one_manifest(settings, tmp_path):
+    """One line a job in the manifest's order, one view of progress, a summary a process under one run id."""
+    watched = Watched()
+    shared, events = start(settings("abcdef"), gpu_children.run_stub, progress=watched)
+    assert shared.exit_code == 0
+    assert [(line.id, line.status) for line in shared.lines] == [(name, "succeeded") for name in "abcdef"]
+    records = [json.loads((tmp_path / f"out/jobs/{name}/result.json").read_bytes()) for name in "abcdef"]
+    assert {record["status"] for record in records} == {"succeeded"}
+    assert len(list((tmp_path / "out/runs/r1").glob("*.summary.json"))) == 2
+    assert watched.told[0] == ("started", 6)
+    assert watched.told[-1] == ("close",)
+    finished = [told[1] for told in watched.told if told[0] == "finished"]
+    assert sorted(finished) == list("abcdef")  # each once, though the other process skips it
+    assert {told[1] for told in watched.told if told[0] == "step"} <= set("abcdef")
+    assert {event["gpu"] for event in named(events, "run_finished")} == {"GPU 0", "GPU 1"}
+
+    shared, events = start(settings("abcdef"), gpu_children.run_stub)
+    assert statuses(shared.lines) == dict.fromkeys("abcdef", "skipped")
+    assert shared.exit_code == 0
+    assert sorted(event["job"] for event in named(events, "job_skipped")) == list("abcdef")  # said once, not by each
+    assert not named(events, "stub_loaded")
+
+
+def test_each_process_has_its_place_and_a_session_of_its_own(settings):
+    places = places_for(["0", "7"], {"CUDA_VISIBLE_DEVICES": "0,7"}, cpus=6)
+    with capture_logs() as events:
+        run_processes(settings(), places, gpu_children.tell_environment, ["a"], Watched(), stop=Stop())
+    told = sorted(named(events, "environment"), key=lambda event: event["gpu"])
+    assert [(event["gpu"], event["CUDA_VISIBLE_DEVICES"]) for event in told] == [("GPU 0", "0"), ("GPU 7", "7")]
+    assert {event["OMP_NUM_THREADS"] for event in told} == {event["OPENBLAS_NUM_THREADS"] for event in told} == {"3"}
+    assert [event["session"] for event in told] == [event["pid"] for event in told]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") is None
+
+
+def test_the_verb_starts_them(settings, monkeypatch, tmp_path):
+    """`run` with `gpus`: what it tells the processes, and the outcome; the contact sheet is drawn once, at the end."""
+    verb = run_verb.run
+    monkeypatch.setattr("runner.verbs.run.find_gpus", lambda asked, variables: ["0", "1", "2"])
+    monkeypatch.setattr("runner.verbs.run.build_engine", lambda *_: Engine("stub", {}, StubGenerator))
+    monkeypatch.setattr("runner.verbs.run.run", gpu_children.tell_settings)
+    watched = Watched()
+    with capture_logs() as events:
+        outcome = verb(settings("ab", gpus="all", shard=None, sheet=tmp_path / "sheet.png"), watched)
+    told = named(events, "settings")
+    assert len(told) == 3
+    assert {(e["processes"], e["run_id"], e["shard"], e["gpus"]) for e in told} == {(3, "r1", "any", None)}
+    assert (outcome.exit_code, outcome.run_id, str(outcome.shard)) == (0, "r1", "any")
+    assert outcome.counts == {"total": 2, "succeeded": 2, "skipped": 0, "failed": 0, "not_run": 0}
+    assert outcome.shard_reason == "--gpus all: a process on each of GPU 0, GPU 1, GPU 2"
+    assert outcome.outputs == f"{tmp_path}/out/jobs/"
+    assert outcome.sheet is not None
+
+
+# -- death -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_others_take_the_jobs_of_a_process_that_died_before_it_began_one(settings):
+    shared, events = start(settings("abcd"), partial(gpu_children.run_stub, dies_at="1"))
+    assert statuses(shared.lines) == dict.fromkeys("abcd", "succeeded")
+    assert shared.exit_code == 0
+    (died,) = named(events, "gpu_process_died")
+    assert (died["gpu"], died["how"], died["log_level"]) == ("GPU 1", "Killed", "error")
+
+
+def test_what_a_killed_process_said_counts(settings):
+    """Its job that ended stands; the exit code says that a rerun has something to do."""
+    watched = Watched()
+    shared, _ = start(settings("abcd"), partial(gpu_children.render_some, first="ab", second="c"), 2, watched)
+    assert statuses(shared.lines) == {"a": "succeeded", "b": "succeeded", "c": "succeeded", "d": "not_run"}
+    assert shared.exit_code == 3
+    assert sorted(told[1] for told in watched.told if told[0] == "finished") == list("abc")
+
+
+def test_all_killed_is_worth_a_rerun(settings):
+    shared, events = start(settings("ab"), partial(gpu_children.run_stub, dies_at="0"), processes=1)
+    assert statuses(shared.lines) == {"a": "not_run", "b": "not_run"}
+    assert shared.exit_code == 3
+    assert len(named(events, "gpu_process_died")) == 1
+
+
+def test_an_error_of_all_is_raised(settings):
+    with pytest.raises(ConfigInvalid) as caught:
+        start(settings(), partial(gpu_children.fail, places="0"), 1)
+    assert caught.value.message == "the test: this cannot be. Leave it"
+    assert (caught.value.where, caught.value.todo) == ("the test", "Leave it")
+
+
+def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
+    shared, events = start(settings(), partial(gpu_children.fail, places="1", bug=True))
+    assert (shared.exit_code, statuses(shared.lines)) == (0, {"a": "succeeded"})
+    (failed,) = named(events, "gpu_process_failed")
+    assert (failed["gpu"], failed["code"]) == ("GPU 1", "internal")
+    (broke,) = named(events, "gpu_process_broke")
+    assert "in fail" in broke["exception"] and "a bug of the test's" in broke["exception"]
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+class Signaller:
+    """Progress that does nothing; in another thread it sends a signal when the log has told so often of an event."""
+
+    def __init__(self, *steps: tuple[str, int, int]) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.thread = threading.Thread(target=self._send, args=(steps,))
+        self.thread.start()
+
+    def _send(self, steps: tuple[tuple[str, int, int], ...]) -> None:
+        for event, count, signum in steps:
+            deadline = time.monotonic() + 60
+            while len(named(self.events, event)) < count and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signum)
+
+
+def start_signalled(settings: RunSettings, run: Callable[..., Any], *steps: tuple[str, int, int]) -> Any:
+    places = [GpuPlace(f"GPU {index}", {MINE: str(index)}) for index in range(2)]
+    with capture_logs() as events:
+        signaller = Signaller(*steps)
+        signaller.events = events
+        shared = run_processes(settings, places, run, ["a"], Watched(), stop=Stop(settings.drain_s))
+        signaller.thread.join()
+    return shared, events
+
+
+def test_a_signal_reaches_each_process_once(settings):
+    """Twice would mean "now". One that comes directly, as some schedulers send it to all processes, is not counted."""
+    shared, events = start_signalled(settings(), gpu_children.wait_for_stop, ("ready", 2, signal.SIGTERM))
+    assert [event["direct"] for event in named(events, "ready")] == [False, False]
+    stopped = [(event["name"], event["at_once"]) for event in named(events, "stopped")]
+    assert stopped == [("SIGTERM", False)] * 2
+    assert (shared.exit_code, statuses(shared.lines)) == (143, {"a": "not_run"})
+
+
+def test_a_second_signal_is_passed_on(settings):
+    run = partial(gpu_children.wait_for_stop, at_once="yes")
+    shared, events = start_signalled(settings(), run, ("ready", 2, signal.SIGINT), ("told", 2, signal.SIGTERM))
+    assert [event["at_once"] for event in named(events, "stopped")] == [True, True]
+    assert shared.exit_code == 130
+
+
+def test_a_process_that_does_not_end_is_killed(settings, monkeypatch):
+    monkeypatch.setattr(gpus_module, "END_S", 0.2)
+    begin = time.monotonic()
+    shared, events = start_signalled(settings(drain_s=0.1), gpu_children.never_end, ("ready", 2, signal.SIGTERM))
+    assert time.monotonic() - begin < 60
+    assert {event["gpu"] for event in named(events, "gpu_process_killed")} == {"GPU 0", "GPU 1"}
+    assert shared.exit_code == 143
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Killed by SIGKILL, it can tell nothing: the closed connection does."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from functools import partial
+        from runner.batch.progress import SilentProgress
+        from runner.batch.stop import Stop
+        from runner.verbs.gpus import GpuPlace, run_processes
+        from runner.verbs.settings import RunSettings
+        from tests.verbs.gpu_children import MINE, wait_for_stop
+
+        places = [GpuPlace(f"GPU {n}", {MINE: str(n)}) for n in range(2)]
+        run = partial(wait_for_stop, folder=sys.argv[1])
+        run_processes(RunSettings(manifest="m", out="o"), places, run, ["a"], SilentProgress(), stop=Stop())
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+    notes = [tmp_path / "0", tmp_path / "1"]
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while not all(note.is_file() and note.read_text() == text for note in notes):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    try:
+        wait_for("ready")
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for("SIGTERM False")
+
+
+def test_the_files_are_read_once_before_the_first_process_loads(settings):
+    reads: list[int] = []
+    with capture_logs() as seen:
+
+        def read(go_on: Callable[[], bool]) -> None:
+            assert go_on()
+            reads.append(1)
+            deadline = time.monotonic() + 60
+            while len(named(seen, "before_load")) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)  # a process that did not wait would have loaded by now
+            reads.append(len(named(seen, "loaded")))
+
+        places = [GpuPlace(f"GPU {index}", {}) for index in range(3)]
+        shared = run_processes(
+            settings(), places, gpu_children.load_model, ["a"], Watched(), stop=Stop(), read_files=read
+        )
+    assert reads == [1, 0]
+    assert len(named(seen, "loaded")) == 3
+    assert shared.exit_code == 0
+
+
+def test_files_that_cannot_be_read_keep_no_process_from_loading(settings):
+    def read(go_on: Callable[[], bool]) -> None:
+        raise OSError("the disk is gone")
+
+    shared, events = start(settings(), gpu_children.load_model, 1, read_files=read)
+    assert len(named(events, "loaded")) == 1
+    assert named(events, "model_files_not_read")[0]["message"] == "the disk is gone"
+    assert shared.exit_code == 0
