@@ -348,6 +348,17 @@ class Batch:
             self._break("engine_failed", error, "loading the model one memory mode lower")
 
     def _generate(self, task: Task) -> None:
+        assert task.conditions
+        task.generating = True
+        try:
+            if not self._render(task):
+                self._render(task)  # from its first segment
+        finally:
+            task.conditions.close()
+            task.generating = False
+
+    def _render(self, task: Task) -> bool:
+        """Generate the job, from where an earlier attempt ended; False if it turns out that it must begin anew."""
         assert self._generator and task.conditions and task.plan
 
         def on_step(done: int, total: int) -> None:
@@ -355,28 +366,28 @@ class Batch:
             self._check_going_on(task, pace)
             self._progress.step(task.job.id, done, total)
 
-        task.generating = True
-        try:
-            # Now, as sound that cannot be read shall fail the job before it costs anything.
-            clip, options = task.conditions.clip, task.job.options
-            stages = self._engine.stages(options)
-            make = partial(
-                Delivery.of, clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
-            )
-            start = self._keeper.start(task, self._generator.resume_identity, make)
-            own, states = (None, None) if start is None else split_states(start)
-            pace = SegmentPace(task.plan, 0 if start is None else start.segment)
-            generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
-            with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
-                for segment in segments:
-                    nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
-                    self._frames.put(Piece(task, segment, dict(self._generator.resume_identity)), nbytes)
-                    pace.segment_done()
-                    if segment.index + 1 < task.plan.segments:
-                        self._check_going_on(task, pace)
-        finally:
-            task.conditions.close()
-            task.generating = False
+        # Now, as sound that cannot be read shall fail the job before it costs anything.
+        clip, options = task.conditions.clip, task.job.options
+        stages = self._engine.stages(options)
+        make = partial(
+            Delivery.of, clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
+        )
+        start = self._keeper.start(task, self._generator.resume_identity, make)
+        own, states = (None, None) if start is None else split_states(start)
+        pace = SegmentPace(task.plan, 0 if start is None else start.segment)
+        generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
+        with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
+            for segment in segments:
+                identity = dict(self._generator.resume_identity)
+                if start is not None and task.chain is not None and not task.chain.fits(identity):
+                    self._keeper.begin_anew(task, identity)  # e.g. the blocks could not be compiled this time
+                    return False
+                nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
+                self._frames.put(Piece(task, segment, identity), nbytes)
+                pace.segment_done()
+                if segment.index + 1 < task.plan.segments:
+                    self._check_going_on(task, pace)
+        return True
 
     def _confirm(self, task: Task) -> None:
         """Note that the job is being generated, which shows that its lease still holds. Raises LeaseLost."""

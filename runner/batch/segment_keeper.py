@@ -20,6 +20,8 @@ from runner.records.events import EventLog
 
 __all__ = ["SegmentKeeper"]
 
+RESUMED = "resumed "  # how a note begins
+
 
 class SegmentKeeper:
     """Keeps the finished segments of the jobs of one run. Without `checkpoints` it keeps none, and finds none."""
@@ -61,6 +63,12 @@ class SegmentKeeper:
             task.delivery = make()
         self._say(task, task.plan.segments)
         return task.kept.point
+
+    def begin_anew(self, task: Task, identity: Mapping[str, str]) -> None:
+        """Let the next `start` begin at the first segment: a segment was made in another way than those before it."""
+        task.resumed_at = None
+        task.notes = [note for note in task.notes if not note.startswith(RESUMED)]
+        self.find(task, identity)
 
     def keep(self, task: Task, piece: Piece) -> None:
         """Keep a segment that was written to the delivery. That it cannot be kept now fails no job: the next segment
@@ -107,7 +115,7 @@ class SegmentKeeper:
             whole = point.segment >= count
             task.resumed_at = point.segment + 1
             task.notes.append(
-                f"resumed after segment {count}/{count}" if whole else f"resumed at segment {point.segment + 1}/{count}"
+                RESUMED + (f"after segment {count}/{count}" if whole else f"at segment {point.segment + 1}/{count}")
             )
             self._events.emit("job_resumed", job=job_id, segment=point.segment + 1, segments=count)
         elif task.kept.why:

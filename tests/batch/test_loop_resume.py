@@ -67,7 +67,7 @@ class StopsAt(StubGenerator):
 
 @pytest.mark.parametrize("format", ["mp4", "png"])
 @pytest.mark.parametrize("middle", [False, True], ids=["after", "in the middle"])
-@pytest.mark.parametrize("done", range(1, SEGMENTS))
+@pytest.mark.parametrize("done", [1, 2, 5])
 def test_a_job_that_was_stopped_goes_on_and_its_files_are_the_same(bench, tmp_path, done, middle, format):
     wanted = undisturbed(bench, tmp_path, output={"format": format})
     bench.generator = StopsAt(bench, done, middle=middle)
@@ -179,6 +179,29 @@ def test_a_job_begins_again_where_its_segments_do_not_fit_and_says_why(bench, tm
     assert record["resumed_at_segment"] is None
     assert any(note.startswith(f"began at segment 1/6: {why}") for note in record["notes"]), record["notes"]
     assert [event["reason"].startswith(why) for event in bench.events if event["event"] == "job_not_resumed"] == [True]
+
+
+def test_a_resumed_job_begins_anew_where_the_generator_turns_out_to_be_another(bench, tmp_path):
+    """As where its blocks cannot be compiled this time, which shows in the first segment."""
+    bench.generator = StopsAt(bench, 3, middle=False)
+    assert bench.run(bench.job("a")) == 143
+    bench.stop = type(bench.stop)()
+
+    class Changing(StubGenerator):
+        def generate(self, conditions, plan, timer, on_step=None, start=None):
+            for segment in super().generate(conditions, plan, timer, on_step, start):
+                self.device = "stub, eager"
+                yield segment
+
+    wanted = undisturbed(bench, tmp_path)
+    generator = bench.generator = Changing(frames=18, segments=SEGMENTS)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert generator.started_at == [3, 0]
+    assert output(bench, "a") == wanted
+    record = bench.result("a")
+    assert record["resumed_at_segment"] is None
+    assert record["efficiency"]["segments_generated"] == SEGMENTS
+    assert record["notes"][-1] == "began at segment 1/6: device: stub → stub, eager"
 
 
 def test_a_job_of_one_segment_and_a_generator_that_cannot_resume_keep_nothing(bench):
