@@ -304,7 +304,8 @@ def _clean(settings: CleanSettings, display: Display) -> int:
     from runner.verbs.tables import print_clean
 
     rows = clean(settings)
-    words = ["video-lab", "clean", settings.out, "--older-than", settings.older_than, "--yes"]
+    words = ["video-lab", "clean", settings.out, "--older-than", settings.older_than]
+    words += ["--checkpoints", "--yes"] if settings.checkpoints else ["--yes"]
     print_clean(settings.out, rows, shlex.join(words), as_json=display.json)
     for row in rows:
         if row.error is not None:

@@ -87,7 +87,7 @@ class Leftover:
     key: str  # relative to the storage's root; an upload's is that of the object it was to become
     bytes: int
     modified: float  # seconds since 1970, UTC
-    kind: Literal["staged file", "write probe", "unfinished upload"]
+    kind: Literal["staged file", "write probe", "unfinished upload", "finished segment"]
     abandoned: bool = False  # known to be in no process's hands; else only its age and its job's mark can tell
     upload_id: str = ""  # of an unfinished upload
 

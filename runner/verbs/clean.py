@@ -13,7 +13,7 @@ from typing import Literal
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError
 from runner.records.events import default_logging
-from runner.records.output_layout import ATTEMPT, job_key, split_job_key
+from runner.records.output_layout import ATTEMPT, JOBS, is_part, job_key, split_job_key
 from runner.storage import Leftover, Storage, open_storage
 from runner.verbs.settings import AGE_UNITS, CleanSettings, parse_age
 
@@ -32,25 +32,27 @@ class CleanRow:
 @default_logging()
 def clean(settings: CleanSettings) -> list[CleanRow]:
     """The verb `clean`. A row with an `error` could not be removed. Raises ConfigInvalid, storage.*."""
-    return list(clean_output(open_storage(settings.out), parse_age(settings.older_than), remove=settings.yes))
+    storage, age_s = open_storage(settings.out), parse_age(settings.older_than)
+    return list(clean_output(storage, age_s, remove=settings.yes, checkpoints=settings.checkpoints))
 
 
 def clean_output(
-    storage: Storage, older_than_s: float, *, remove: bool, now: float | None = None
+    storage: Storage, older_than_s: float, *, remove: bool, checkpoints: bool = False, now: float | None = None
 ) -> Iterator[CleanRow]:
     """Each leftover, after it was dealt with. Without `remove` nothing is removed.
 
-    Kept: what is younger, what a process is writing, and what a running job may hold: below `jobs/<id>/` while that
-    job's mark stands, unless the file's lock shows that its process is gone. `now`: seconds since 1970, for tests.
+    Kept: what is younger, what a process is writing, what a running job may hold (below `jobs/<id>/` while a runner
+    has the job's lease, unless the file's lock shows that its process is gone), and without `checkpoints` the finished
+    segments from which a rerun goes on. `now`: seconds since 1970, for tests.
     Raises ConfigInvalid where nothing at all lies: the path is mistyped; storage.*.
     """
     now = time.time() if now is None else now
-    marks: dict[str, bool] = {}
+    jobs = _Jobs(storage)
     count = 0
     for leftover in _found(storage):
         count += 1
         age = now - leftover.modified
-        reason = _reason_to_keep(storage, leftover, age, older_than_s, marks)
+        reason = _reason_to_keep(leftover, age, older_than_s, jobs, checkpoints=checkpoints)
         if reason:
             yield CleanRow(leftover, "kept", reason, age)
         elif not remove:
@@ -61,26 +63,54 @@ def clean_output(
         raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
 
 
+class _Jobs:
+    """What is known of each job, asked once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._ledger = Ledger(storage)
+        self._held: dict[str, bool] = {}
+        self._done: dict[str, bool] = {}
+
+    def is_held(self, job_id: str) -> bool:
+        """Whether a runner may have the job: also one of version 0.1.0, whose mark does not say until when."""
+        if job_id not in self._held:
+            seen = self._ledger.leases.look(job_id)
+            old = seen.mark is not None and seen.mark.error is None and seen.mark.lease_s is None
+            torn = seen.mark is None and seen.version is not None
+            self._held[job_id] = seen.live or old or torn
+        return self._held[job_id]
+
+    def is_done(self, job_id: str) -> bool:
+        """Whether the job has a record of success."""
+        if job_id not in self._done:
+            record = self._ledger.result(job_id)
+            self._done[job_id] = record is not None and record.status == "succeeded"
+        return self._done[job_id]
+
+
 def _found(storage: Storage) -> Iterator[Leftover]:
     try:
         yield from storage.leftovers()
+        for info in storage.list(JOBS):
+            names = split_job_key(info.key)
+            if names is not None and is_part(names[1]):
+                yield Leftover(info.uri, info.key, info.bytes, info.modified, "finished segment")
     except InputNotFound as error:  # the bucket itself
         raise ConfigInvalid(error.what, where=storage.root, todo="Name what was given to --out") from error
 
 
-def _reason_to_keep(storage: Storage, leftover: Leftover, age: float, least: float, marks: dict[str, bool]) -> str:
+def _reason_to_keep(leftover: Leftover, age: float, least: float, jobs: _Jobs, *, checkpoints: bool) -> str:
     if age < least:
         return f"younger than {age_text(least)}"
     names = split_job_key(leftover.key)
     if leftover.abandoned or names is None:
         return ""
     job_id, _ = names
-    mark = job_key(job_id, ATTEMPT)
-    if job_id not in marks:
-        attempt = Ledger(storage).attempt(job_id)
-        ended = attempt is not None and attempt.error is not None
-        marks[job_id] = not ended and storage.exists(mark)
-    return f"its job may be running: {mark} stands" if marks[job_id] else ""
+    if jobs.is_held(job_id):
+        return f"its job may be running: {job_key(job_id, ATTEMPT)} stands"
+    if leftover.kind == "finished segment" and not checkpoints and not jobs.is_done(job_id):
+        return "a rerun goes on from it; --checkpoints removes it"
+    return ""
 
 
 def _removed(storage: Storage, leftover: Leftover, age: float) -> CleanRow:

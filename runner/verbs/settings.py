@@ -512,6 +512,10 @@ class CleanSettings(Settings):
 
     out: str = field(metadata=OUT)
     older_than: str = field(default="1h", metadata=_flag("leave what is younger: 30m, 1h, 2d, 0s", _is_age, "AGE"))
+    checkpoints: bool = field(
+        default=False,
+        metadata=_switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
+    )
     yes: bool = field(default=False, metadata=_switch("remove them; without it they are only listed"))
 
 

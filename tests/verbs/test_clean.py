@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.batch.ledger import Decision, Ledger
 from runner.cli import main
-from runner.records.record import AttemptMark, ErrorRecord
+from runner.records.record import AttemptMark, ErrorRecord, ResultRecord
 from runner.storage import open_storage
 from runner.verbs.clean import age_text
 from runner.verbs.settings import parse_age
@@ -114,6 +115,50 @@ def test_without_locks_the_mark_of_a_job_holds_its_files(out, monkeypatch, capsy
     assert main(["clean", str(out), "--yes"]) == 0
     assert good(out) == GOOD | {f"jobs/b/{STAGED}", "jobs/b/attempt.json"}
     assert "jobs/b/attempt.json stands" in capsys.readouterr().out
+
+
+def keep_segments(out: Path, job: str) -> list[Path]:
+    return [leave(out / "jobs" / job / "parts" / "0123456789abcdef" / name) for name in ("0001.tar", "0001.state")]
+
+
+def test_finished_segments_of_a_job_that_is_done_are_removed(out):
+    """Those of others stay: a rerun goes on from them."""
+    kept, left = keep_segments(out, "b"), keep_segments(out, "a")
+    leave(out / "jobs/a/result.json", done_record())
+    assert main(["clean", str(out), "--yes"]) == 0
+    assert [path.exists() for path in (*kept, *left)] == [True, True, False, False]
+
+
+def test_finished_segments_are_removed_where_that_is_asked_for(out, capsys):
+    kept = keep_segments(out, "b")
+    assert main(["clean", str(out), "--checkpoints"]) == 0
+    printed = capsys.readouterr().out
+    assert "--checkpoints --yes" in printed
+    command = next(line for line in printed.splitlines() if line.startswith("to remove them"))
+    assert main(shlex.split(command.partition(": ")[2])[1:]) == 0
+    assert [path.exists() for path in kept] == [False, False]
+    assert good(out) == GOOD
+
+
+def test_finished_segments_of_a_running_job_stay(out):
+    kept = keep_segments(out, "b")
+    Ledger(open_storage(out)).begin("b", Decision("run", ""), "f", "r")
+    assert main(["clean", str(out), "--checkpoints", "--yes"]) == 0
+    assert [path.exists() for path in kept] == [True, True]
+
+
+def done_record() -> bytes:
+    return ResultRecord(
+        job_id="a",
+        status="succeeded",
+        attempt=1,
+        run_id="r",
+        reason="",
+        started_at="t",
+        finished_at="t",
+        fingerprint="f",
+        fingerprint_parts={},
+    ).to_json()
 
 
 def test_a_folder_of_leftovers_only_is_cleaned(tmp_path, capsys):
