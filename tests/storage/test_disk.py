@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -231,31 +230,37 @@ with locked_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.2)
+@pytest.fixture
+def stopped_holder(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose lock a stopped process holds."""
     folder = tmp_path / "jobs/a"
     folder.mkdir(parents=True)
-    store = LocalStorage(tmp_path)
     command = [sys.executable, "-c", HOLDER, folder]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"locked\n"
+    yield folder
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
+    stopped_holder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.2)
+    store = LocalStorage(tmp_path)
+    store.write_bytes("jobs/a/frames/x", b"")
     for use in (
         lambda: store.write_bytes("jobs/a/x", b""),
         lambda: store.write_if("jobs/a/x", b"", None),
         lambda: store.delete("jobs/a/x"),
-        lambda: store.write_bytes("jobs/a/frames/x", b"") or store.delete("jobs/a/frames/x", fence=NO_LEASE),
+        lambda: store.delete("jobs/a/frames/x", fence=NO_LEASE),
     ):
         with pytest.raises(StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*stopped process") as caught:
             use()
         assert caught.value.retryable
-        assert caught.value.where == str(folder)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [folder / "frames/x"]
-    holder.send_signal(signal.SIGCONT)
-    holder.wait()
-    store.write_bytes("jobs/a/x", b"")
+        assert caught.value.where == str(stopped_holder)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [stopped_holder / "frames/x"]
 
 
 NO_LEASE = Fence("jobs/a/attempt.json", lambda data: data is None)
