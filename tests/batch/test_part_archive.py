@@ -112,7 +112,19 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sh
         (["pngs/../../a.mp4"], [entry("pngs/../../a.mp4")]),
         (["other/a.mp4"], [entry("other/a.mp4")]),
     ],
-    ids=str,
+    ids=[
+        "missing",
+        "not listed",
+        "twice",
+        "symbolic link",
+        "hard link",
+        "pipe",
+        "folder",
+        "above",
+        "absolute",
+        "above, from within",
+        "another folder",
+    ],
 )
 def test_other_archives_are_refused(tmp_path: Path, listed: list[str], entries: list[tarfile.TarInfo]) -> None:
     """Names that lead out of the folder, links, devices, entries that are not listed or are missing."""
