@@ -91,14 +91,14 @@ def _renumbered(parts: Sequence[Path], parameters: tuple[Any, ...], fps: Fractio
             video = part.streams.video[0]
             if _parameters(video) != parameters:
                 raise InternalError("this part was encoded with other parameters than the first", where=path)
-            shown: set[int] = set()
+            shown: set[Fraction] = set()
             for packet in part.demux(video):
                 if packet.pts is None:  # the end of the file
                     continue
+                if not shown and not packet.is_keyframe:
+                    raise InternalError("this part does not begin with a key frame", where=path)
                 index = packet.pts * packet.time_base * fps
-                if index.denominator != 1 or (not shown and not packet.is_keyframe):
-                    raise InternalError("this part is no run of frames at the video's rate", where=path)
-                shown.add(int(index))
+                shown.add(index)
                 packet.time_base = 1 / fps
                 packet.pts, packet.dts, packet.duration = begin + int(index), decoded - REORDER_FRAMES, 1
                 if packet.dts > packet.pts:
@@ -106,7 +106,7 @@ def _renumbered(parts: Sequence[Path], parameters: tuple[Any, ...], fps: Fractio
                 decoded += 1
                 yield packet
         if decoded == begin or shown != set(range(decoded - begin)):
-            raise InternalError("this part lacks frames", where=path)
+            raise InternalError("this part is no whole run of frames at the video's rate", where=path)
         begin = decoded
 
 

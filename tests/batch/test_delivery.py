@@ -21,7 +21,7 @@ from runner.batch.part_archive import pack_files, unpack_files
 from runner.errors import InputUnreadable, InternalError, StorageFull
 from runner.generation.protocol import Segment
 from runner.spec.options import JobOptions
-from runner.storage import LocalStorage
+from runner.storage import LocalStorage, ObjectInfo
 from runner.timing import StageTimer
 from runner.video import AudioSpan, digest_frames
 from tests.video_files import indexed_frame, indexed_frames, make_clip, overwrite_middle, read_index, tone
@@ -48,7 +48,8 @@ def deliver(folder: Path, frames: int, options: JobOptions | None = None, audio:
 
 def publish(delivery: Delivery, folder: Path) -> tuple[Published, dict[str, bytes]]:
     """What it says, and all files by name; the name of a folder of frames is drawn, so that it reads `frames/*`."""
-    published = delivery.publish(LocalStorage(folder / "out"), "a", lambda key: None)
+    storage = LocalStorage(folder / "out")
+    published = delivery.publish(storage, "a", storage.publish)
     root = folder / "out/jobs/a"
     found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert published.keys == {f"jobs/a/{name}" for name in found}
@@ -149,12 +150,17 @@ def test_a_job_without_poses_has_no_preview_of_them(tmp_path: Path) -> None:
     assert "pose.mp4" not in files
 
 
-def test_the_record_is_removed_before_the_output_is_replaced_and_nothing_else_comes_first(tmp_path: Path) -> None:
+def test_the_output_is_stored_before_all_else(tmp_path: Path) -> None:
     storage, delivery = LocalStorage(tmp_path / "out"), deliver(tmp_path, 3)
     delivery.write(segments([3])[0])
-    seen = []
-    delivery.publish(storage, "a", lambda key: seen.append((key, [info.key for info in storage.list("jobs/a/")])))
-    assert seen == [("jobs/a/output.mp4", [])]
+    seen: list[tuple[str, list[str]]] = []
+
+    def put(local: Path, key: str) -> ObjectInfo:
+        seen.append((key, [info.key for info in storage.list("jobs/a/")]))
+        return storage.publish(local, key)
+
+    delivery.publish(storage, "a", put)
+    assert seen[0] == ("jobs/a/output.mp4", [])
 
 
 def test_segments_come_in_order_and_as_many_frames_as_promised(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     """Killed after it had written its record, before it had removed the frames of the older output."""
     record = result(storage)
     died(storage, stage="delivering", force=True)
-    for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "parts/0/0001.tar"):
+    for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "frames.sha256", "parts/0/0001.tar"):
         storage.write_bytes(f"jobs/a/{key}", b"x")
     decision = decide(storage)
     assert (decision.action, decision.suspect) == ("skip", True)
@@ -299,6 +299,7 @@ def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     assert {info.key for info in storage.list("jobs/")} == {
         "jobs/a/output.mp4",
         "jobs/a/pose.mp4",
+        "jobs/a/frames.sha256",
         "jobs/a/result.json",
     }
     assert record.output is not None
@@ -309,6 +310,7 @@ def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     assert {info.key for info in storage.list("jobs/a/")} == {
         "jobs/a/frames/0b/000000.png",
         "jobs/a/pose.mp4",
+        "jobs/a/frames.sha256",
         "jobs/a/result.json",
     }
 

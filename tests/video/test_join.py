@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
@@ -174,11 +176,49 @@ def test_damaged_parts_are_named(tmp_path: Path) -> None:
     for wrong in (truncate(second, tmp_path / "cut.mp4", 0.3), overwrite_middle(second, tmp_path / "head.mp4", 0, 0.3)):
         with pytest.raises(InternalError, match=re.escape(wrong.name)):
             join_parts([first, wrong], tmp_path / "out.mp4", fps=Fraction(30))
-    with pytest.raises(InternalError, match=r"000\.mp4"):
-        join_parts([first, second], tmp_path / "out.mp4", fps=Fraction(29))  # they are of another rate
+    for rate in (15, 29, 31, 60):  # they are of 30
+        with pytest.raises(InternalError, match=r"000\.mp4"):
+            join_parts([first, second], tmp_path / "out.mp4", fps=Fraction(rate))
     with pytest.raises(ValueError, match="no part"):
         join_parts([], tmp_path / "out.mp4", fps=Fraction(30))
     assert not list(tmp_path.glob("out.mp4*"))
+
+
+def copy_packets(source: Path, path: Path, kept: Callable[[int], bool]) -> Path:
+    """A copy of the packets that are `kept`, by their index in decoding order, shown from time 0 on."""
+    with av.open(str(source)) as src, av.open(str(path), "w", format="mp4") as out:
+        stream = out.add_stream_from_template(src.streams.video[0])
+        packets = [packet for packet in src.demux(src.streams.video[0]) if packet.pts is not None]
+        chosen = [packet for index, packet in enumerate(packets) if kept(index)]
+        shift = -min(packet.pts for packet in chosen)
+        for packet in chosen:
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+            out.mux(packet)
+    return path
+
+
+def test_parts_that_are_no_whole_run_of_frames_are_refused(tmp_path: Path) -> None:
+    first, second = encode(tmp_path, [4, 6])
+    for kept, problem in [(lambda i: i != 3, "whole run"), (lambda i: i > 0, "key frame"), (lambda i: True, None)]:
+        other = copy_packets(second, tmp_path / "other.mp4", kept)
+        if problem is None:  # what is refused is the gap, not the copy
+            join_parts([first, other], tmp_path / "out.mp4", fps=Fraction(30))
+        else:
+            with pytest.raises(InternalError, match=problem):
+                join_parts([first, other], tmp_path / "out.mp4", fps=Fraction(30))
+            assert not list(tmp_path.glob("out.mp4*"))
+
+
+def test_the_bit_rate_is_that_of_the_whole(tmp_path: Path) -> None:
+    """Not that of the first part, which takes far more bits a second than the second."""
+    still = np.repeat(indexed_frames(1, 2), 200, axis=0)
+    parts = encode(tmp_path, [1])
+    with Mp4Writer(tmp_path / "still.mp4", 96, 64, Fraction(30)) as writer:
+        writer.write(still)
+    join_parts([*parts, tmp_path / "still.mp4"], tmp_path / "out.mp4", fps=Fraction(30))
+    data = (tmp_path / "out.mp4").read_bytes()
+    _, most, average = struct.unpack_from(">3I", data, data.index(b"btrt") + 4)
+    assert most == average < 20_000
 
 
 def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
