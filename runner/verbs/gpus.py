@@ -102,7 +102,7 @@ def places_for(gpus: Sequence[str], variables: Mapping[str, str], cpus: int | No
     shared = {name: str(threads) for name in THREAD_VARIABLES if name not in variables}
     if VISIBLE not in variables:  # the driver's numbers, those of nvidia-smi, are by bus; CUDA's own are by speed
         shared |= {"CUDA_DEVICE_ORDER": variables.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
-    return [GpuPlace(f"GPU {gpu}", shared | {VISIBLE: gpu}) for gpu in gpus]
+    return [GpuPlace(f"GPU {gpu}" if gpu.isdigit() else gpu, shared | {VISIBLE: gpu}) for gpu in gpus]
 
 
 @dataclass

@@ -127,6 +127,7 @@ def test_the_cores_are_divided():
     variables = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
     places = places_for(["4", "5", "6"], variables, cpus=32)
     assert [place.name for place in places] == ["GPU 4", "GPU 5", "GPU 6"]
+    assert places_for(["GPU-8f2e"], variables)[0].name == "GPU-8f2e"
     threads = {"OMP_NUM_THREADS": "10", "MKL_NUM_THREADS": "10", "OPENBLAS_NUM_THREADS": "10"}
     assert places[1].variables == threads | {"CUDA_VISIBLE_DEVICES": "5"}
     assert places_for(["0"] * 8, variables, cpus=4)[0].variables["OMP_NUM_THREADS"] == "1"
@@ -245,18 +246,19 @@ def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
 
 
 class Signaller:
-    """Progress that does nothing; in another thread it sends a signal when the log has told so often of an event."""
+    """Sends signals to this process from another thread, each when the log has an event so many times."""
 
     def __init__(self, *steps: tuple[str, int, int]) -> None:
         self.events: list[dict[str, Any]] = []
+        self.ended = threading.Event()  # of the processes: a signal would end the tests now
         self.thread = threading.Thread(target=self._send, args=(steps,))
         self.thread.start()
 
     def _send(self, steps: tuple[tuple[str, int, int], ...]) -> None:
         for event, count, signum in steps:
-            deadline = time.monotonic() + 60
-            while len(named(self.events, event)) < count and time.monotonic() < deadline:
-                time.sleep(0.01)
+            while len(named(self.events, event)) < count:
+                if self.ended.wait(0.01):
+                    return
             os.kill(os.getpid(), signum)
 
 
@@ -265,8 +267,11 @@ def start_signalled(settings: RunSettings, run: Callable[..., Any], *steps: tupl
     with capture_logs() as events:
         signaller = Signaller(*steps)
         signaller.events = events
-        shared = run_processes(settings, places, run, ["a"], Watched(), stop=Stop(settings.drain_s))
-        signaller.thread.join()
+        try:
+            shared = run_processes(settings, places, run, ["a"], Watched(), stop=Stop(settings.drain_s))
+        finally:
+            signaller.ended.set()
+            signaller.thread.join()
     return shared, events
 
 

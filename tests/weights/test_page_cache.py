@@ -54,8 +54,8 @@ def test_files_are_read_whole_and_once(cold):
 
 
 def test_what_does_not_fit_is_left_out(cold):
-    """The largest, between two that fit together."""
-    files = [cold("a", 4 * PAGE), cold("b", 64 * PAGE), cold("c", 4 * PAGE)]
+    """The largest, which would fit alone, between two that fit together."""
+    files = [cold("a", 4 * PAGE), cold("b", 6 * PAGE), cold("c", 4 * PAGE)]
     before = resident(files[1])
     with capture_logs() as events:
         assert read_into_page_cache(files, 8 * PAGE) == 8 * PAGE
