@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
+import structlog
 from pydantic import ValidationError
 
 from runner.errors import InputError, LeaseLost, RunnerError, StorageDenied
@@ -272,8 +273,11 @@ class LeaseKeeper:
 
     def _keep(self) -> None:
         while not self._end.wait(self._every_s):
-            for job_id in self._leases.renew_all():
-                self._on_lost(job_id)
+            try:
+                for job_id in self._leases.renew_all():
+                    self._on_lost(job_id)
+            except Exception as error:  # a bug must not end the renewals: other runners would take every job over
+                structlog.get_logger().warning("leases_not_renewed", message=str(error))
 
 
 def parse_mark(data: bytes) -> AttemptMark | None:

@@ -54,6 +54,7 @@ RETRY_DELAY_S = 2.0  # doubled at each further attempt
 STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
 LOOK_AGAIN_S = 5.0  # between two looks at a job that another runner has
 LAST = 10**9  # rank of such jobs: after all others
+TELL_WAITING_S = 60.0  # between two events that say so
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Batch:
         self._generator: Generator[Any] | None = None
         self._fatal: RunnerError | None = None
         self._spans = Spans()
+        self._told_waiting = float("-inf")
 
     def run(self) -> int:
         """Work through the jobs; the exit code. Raises nothing that a job or a signal can cause."""
@@ -235,6 +237,9 @@ class Batch:
         """Put a job off that another runner has. `why`: said, where it was not said before."""
         if why is not None:
             self._events.emit("job_leased", job=task.job.id, reason=why)
+        elif time.monotonic() - self._told_waiting > TELL_WAITING_S:
+            self._told_waiting = time.monotonic()
+            self._events.emit("waiting_for_another_runner", job=task.job.id, reason=task.decision.reason)
         self._close(task)
         self._source.put_back(Todo(task.job, tried=task.tried, looked=True), LOOK_AGAIN_S, rank=LAST)
 

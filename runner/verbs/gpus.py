@@ -38,6 +38,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Read when the libraries are first imported: OpenMP (torch, ONNX Runtime), MKL, OpenBLAS (numpy).
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 END_S = 60.0  # seconds after its time to drain in which a process must have ended, else it is killed; assumed
+SAID_ONCE = ("job_skipped", "leases_are_warnings")  # every process finds them
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from runner.verbs.gpu_process import main; main()"
 
 
@@ -188,7 +189,7 @@ class _GpuGroup:
         self._processes: list[_Process] = []
         self._lines: list[JobLine] = []
         self._finished: set[str] = set()
-        self._skipped: set[str] = set()
+        self._said: set[tuple[str, str]] = set()  # (event, job) of those that are said once
         self._signals = 0
         self._kill_at = float("inf")
         self._reading: threading.Thread | None = None
@@ -292,10 +293,11 @@ class _GpuGroup:
             self._progress.finished(line)
 
     def _write_event(self, process: _Process, level: str, event: dict[str, Any]) -> None:
-        if event.get("event") == "job_skipped":
-            if event.get("job") in self._skipped:
+        if event.get("event") in SAID_ONCE:
+            said = str(event["event"]), str(event.get("job"))
+            if said in self._said:
                 return
-            self._skipped.add(str(event.get("job")))
+            self._said.add(said)
         name = event.pop("event", "")
         getattr(self._log, level)(name, **event, gpu=process.place.name)
 
