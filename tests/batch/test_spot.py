@@ -125,8 +125,8 @@ class Events(EventLog):
         return [line["event"] for line in self.lines]
 
 
-def wait_for(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+def wait_for(true: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -153,7 +153,8 @@ def series_trials(stage: Stage, trials: int, chance: random.Random) -> Row:
             if number % 2:
                 code = stage.wait(pid, chance.uniform(0, seconds))
             else:
-                code = stage.wait(pid, chance.uniform(0, stage.settings["generate_s"]), in_job=ANY_JOB)
+                # In its first half, as a job that goes on after its first segment has no second one.
+                code = stage.wait(pid, chance.uniform(0, stage.settings["generate_s"] / 2), in_job=ANY_JOB)
             row.trials += 1
             at_work = _at_work(stage)
             files = stage.place.files(out)
