@@ -99,6 +99,7 @@ def _serve(listening: socket.socket, alive: int) -> None:
 
     line = _Counting("")
     faulty = faulty_app(line)
+    one_at_a_time = threading.Lock()  # between moto's look at a condition and its writing another write could come
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         if environ["PATH_INFO"] == ORDERS:
@@ -109,7 +110,8 @@ def _serve(listening: socket.socket, alive: int) -> None:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return []
         environ["wsgi.input"] = io.BytesIO(body)
-        return faulty(environ, start_response)
+        with one_at_a_time:
+            return faulty(environ, start_response)
 
     def wait_for_the_end() -> None:
         os.read(alive, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,10 @@ class Place(Protocol):
         """The URI of a new output: empty, or a copy of the output `like`."""
 
     def files(self, uri: str) -> dict[str, bytes]:
-        """Every file or object of an output, hidden ones too, by key."""
+        """Every file or object of an output, hidden ones too, by key. One that is removed meanwhile is left out."""
+
+    def read(self, uri: str, key: str) -> bytes | None:
+        """One file or object of an output; None where nothing lies there."""
 
     def remove(self, uri: str) -> None: ...
 
@@ -52,8 +56,15 @@ class LocalPlace:
         for folder, _, names in os.walk(top):
             for name in names:
                 path = Path(folder, name)
-                found[path.relative_to(top).as_posix()] = path.read_bytes()
+                with suppress(FileNotFoundError):
+                    found[path.relative_to(top).as_posix()] = path.read_bytes()
         return found
+
+    def read(self, uri: str, key: str) -> bytes | None:
+        try:
+            return Path(uri, key).read_bytes()
+        except FileNotFoundError:
+            return None
 
     def remove(self, uri: str) -> None:
         shutil.rmtree(uri, ignore_errors=True)
@@ -82,9 +93,16 @@ class S3Place:
         return f"s3://{self._bucket}/{name}"
 
     def files(self, uri: str) -> dict[str, bytes]:
+        found = {key: self.read(uri, key) for key in self._keys(uri)}
+        return {key: data for key, data in found.items() if data is not None}
+
+    def read(self, uri: str, key: str) -> bytes | None:
         bucket, prefix = self._split(uri)
         client = self._server.client
-        return {key: client.get_object(Bucket=bucket, Key=f"{prefix}/{key}")["Body"].read() for key in self._keys(uri)}
+        try:
+            return bytes(client.get_object(Bucket=bucket, Key=f"{prefix}/{key}")["Body"].read())
+        except client.exceptions.NoSuchKey:
+            return None
 
     def remove(self, uri: str) -> None:
         bucket, prefix = self._split(uri)

@@ -87,17 +87,22 @@ class Row:
 
 
 class Stage:
-    """One place, format and scenario: manifests, the older output to copy, what undisturbed runs make."""
+    """One place, format and scenario: manifests, the older output to copy, what undisturbed runs make.
 
-    def __init__(self, place: Place, folder: Path, format: str, name: str) -> None:
-        jobs = 3 if place.kind == "local" else 2  # a server in Python takes milliseconds a request
+    `jobs`: how many; `settings` of the stub generator, over the usual ones.
+    """
+
+    def __init__(
+        self, place: Place, folder: Path, format: str, name: str, *, jobs: int | None = None, **settings: Any
+    ) -> None:
+        jobs = jobs or (3 if place.kind == "local" else 2)  # a server in Python takes milliseconds a request
         self.place, self.format, self.name, self.scenario = place, format, name, SCENARIOS[name]
         self.folder = Path(tempfile.mkdtemp(prefix="stage-", dir=folder))
         self.page = SharedPage()
         self.points: dict[str, int] = {}  # of an undisturbed run, by kind of point, once counted
         self.requests: list[str] = []  # of an undisturbed run, once they are known
         self._number = count()
-        self.settings: dict[str, Any] = {"prepare_s": 0.004, "generate_s": 0.06, "frames": 4}
+        self.settings: dict[str, Any] = {"prepare_s": 0.004, "generate_s": 0.06, "frames": 4} | settings
         older_format = format if not self.scenario.other_format else FORMATS[1 - FORMATS.index(format)]
         self.manifest, self.jobs = self._manifest("run.jsonl", format, self.scenario.seeds, jobs)
         self.finished: dict[str, Finished] = {}
@@ -107,6 +112,11 @@ class Stage:
             manifest, _ = self._manifest("older.jsonl", older_format, self.scenario.older, jobs)
             self.template, self.older = self._undisturbed(manifest)
         _, self.targets = self._undisturbed(self.manifest)
+
+    def other_manifest(self, seeds: int) -> tuple[Path, dict[str, str]]:
+        """A manifest of the same jobs with another set of seeds, and the fingerprint of each job."""
+        manifest, _ = self._manifest(f"seeds-{seeds}.jsonl", self.format, seeds, len(self.jobs))
+        return manifest, self._undisturbed(manifest)[1]
 
     def _manifest(self, name: str, format: str, seeds: int, jobs: int) -> tuple[Path, list[str]]:
         path = self.folder / name
