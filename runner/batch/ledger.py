@@ -131,6 +131,7 @@ class Ledger:
         self.retry_failed = retry_failed
         self.hashes = hashes or FileHashes()
         self._versions: dict[str, str | None] = {}  # of records that this process has removed or put back
+        self._lost: set[str] = set()  # jobs that another runner has taken over from this process
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -188,7 +189,10 @@ class Ledger:
             if same:
                 why = self._output_wrong(job_id, before.output, listing)
                 if why is None:
-                    left = mark is not None and not sighting.live
+                    lost = job_id in self._lost
+                    if lost and sighting.live:  # that runner may be removing what is left over: look again after it
+                        return _leased(sighting, before)
+                    left = (mark is not None or lost) and not sighting.live
                     return Decision("skip", "done", before.attempt, before, suspect=left)
         elif before is None and mark is None and self.retry_failed:
             return Decision("skip", "never run; --retry-failed runs failures only")
@@ -321,11 +325,21 @@ class Ledger:
             self.storage.remove_leftovers(job_folder(job_id))
         self.abandon(job_id)
 
+    def lose(self, job_id: str) -> None:
+        """Leave the job to the runner that has taken it over.
+
+        What this process had asked the store for may arrive after that runner has tidied: once the job is done,
+        `decide` has it tidied once more.
+        """
+        self.leases.forget(job_id)
+        self._lost.add(job_id)
+
     def tidy_lost(self, job_id: str, decision: Decision) -> None:
-        """Do what `tidy` does for a job that is done and whose last runner was lost before it had done it.
+        """Do what `tidy` does for a job that is done and was taken over, or is yet to be tidied by a runner that died.
 
         Raises JobTaken if another runner has the job; storage.*.
         """
+        self._lost.discard(job_id)
         if decision.previous is not None:
             self._take(job_id, decision, decision.previous.fingerprint)
             self.tidy(job_id, decision.previous)

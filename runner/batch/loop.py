@@ -520,7 +520,7 @@ class Batch:
     def _lose(self, task: Task) -> None:
         """Leave a job to the runner that has taken it over, and look at it again at the end. It was no attempt."""
         self._events.emit("lease_lost", level="warning", job=task.job.id)
-        self._ledger.leases.forget(task.job.id)
+        self._ledger.lose(task.job.id)
         self._look_again(task, None)
 
     def _worth_another_try(self, task: Task, error: RunnerError) -> bool:

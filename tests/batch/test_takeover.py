@@ -67,8 +67,8 @@ class Runner:
         }
         return ResultRecord.model_validate(values | changes)
 
-    def succeed(self) -> ResultRecord:
-        output = OutputRecord(
+    def output(self) -> OutputRecord:
+        return OutputRecord(
             uri=self.info.uri,
             key=OUTPUT,
             bytes=self.info.bytes,
@@ -81,8 +81,9 @@ class Runner:
             height=16,
             frames_sha256="0",
         )
-        record = self.record(output=output)
-        standing = self.ledger.succeed(record, self.decision)
+
+    def succeed(self) -> ResultRecord:
+        standing = self.ledger.succeed(self.record(output=self.output()), self.decision)
         self.ledger.tidy("a", standing, {OUTPUT})
         return standing
 
@@ -222,6 +223,27 @@ def test_a_record_that_a_lost_runner_wrote_at_the_last_moment_is_replaced(store,
     store.write_bytes("jobs/a/result.json", first.record(output=output).to_json())
     second.succeed()
     assert second.is_done()
+
+
+def test_what_a_lost_runner_stored_after_the_other_had_tidied_is_removed(store, tmp_path):
+    """Its request was on its way when it was stopped, and arrives when the job is done."""
+    first, second = Runner(store, tmp_path, lease_s=0), Runner(store, tmp_path)
+    first.begin()
+    second.begin()
+    second.publish()
+    first.ledger.lose("a")
+    second.ledger.succeed(second.record(output=second.output()), second.decision)
+    assert first.decide().action == "leased", "the other may be tidying just now"
+    second.ledger.tidy("a", second.ledger.result("a"), {OUTPUT})
+    late = ["jobs/a/parts/0123456789abcdef/0002.state", "jobs/a/frames/token/000000.png"]
+    for key in late:
+        store.write_bytes(key, b"x")
+    decision = first.decide()
+    assert (decision.action, decision.suspect) == ("skip", True)
+    first.ledger.tidy_lost("a", decision)
+    assert not [key for key in (*late, "jobs/a/attempt.json") if store.exists(key)]
+    assert second.is_done()
+    assert first.decide().suspect is False
 
 
 def test_a_job_that_failed_while_this_run_was_under_way_is_not_tried_again(store, tmp_path):
