@@ -21,7 +21,7 @@ from tests.faults.output_checks import Problem, check_end, look
 from tests.faults.shared_page import SharedPage
 from tests.faults.trial_stage import ANY_JOB, DISTURBED, Row, Stage, last_error, spread
 
-__all__ = ["SERIES", "kills"]
+__all__ = ["SERIES", "WATCHES", "kills"]
 
 MAX_ATTEMPTS = 3  # the command line's default
 SERIES = 6  # kills of one output, one after the other
@@ -52,24 +52,28 @@ class Kill:
         return f"kill at {self.kind} {where}" + ("" if self.job is None else f" of job{self.job}")
 
 
-def watch_operations(page: SharedPage, folders: Sequence[Path], at: int = 0) -> None:
-    """Count the changes of the output folder; die at the one numbered `at`."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch_operations(page: SharedPage, folders: Sequence[Path], at: int = 0, strike: Callable[[], None] = die) -> None:
+    """Count the changes of the output folder; die, or what `strike` does, at the one numbered `at`."""
 
     def meet(name: str, path: str) -> None:
         if page.add("points") == at:
             page.text = f"{name} {path}"
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike()
 
     FileOperations(folders[:1], meet, CHANGES).install()
 
 
-def watch_s3(page: SharedPage, folders: Sequence[Path], at: int = 0) -> None:
-    """Count a point before and one after each request; die at the one numbered `at`."""
+def watch_s3(page: SharedPage, folders: Sequence[Path], at: int = 0, strike: Callable[[], None] = die) -> None:
+    """Count a point before and one after each request; die, or what `strike` does, at the one numbered `at`."""
 
     def meet(phase: str, text: str) -> None:
         if page.add("points") == at:
             page.text = f"{phase} {text}"
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike()
 
     watch_requests(meet)
 

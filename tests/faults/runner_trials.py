@@ -20,6 +20,7 @@ from typing import Any
 
 from runner.generation.protocol import OnStep, ResumePoint, Segment, SegmentPlan
 from runner.timing import StageTimer
+from tests.faults.kill_trials import WATCHES
 from tests.faults.lease_journal import Journal, judge, watch_leases
 from tests.faults.output_checks import Problem, check_end, hidden_files, look
 from tests.faults.shared_page import SharedPage
@@ -30,7 +31,7 @@ from tests.faults.trial_stage import Row, Stage, last_error, pause
 __all__ = ["SCENARIOS", "open_stage", "runners"]
 
 SCENARIOS = ("same seeds", "other seeds")
-LEASE_S = {"local": 1.5, "S3": 3.0}  # S3 dates objects in whole seconds
+LEASE_S = {"local": 1.5, "S3": 2.5}  # S3 dates objects in whole seconds
 CLOCK_S = {"local": 0.05, "S3": 1.0}  # how far the age of a lease may be off
 LONGEST_TRIAL_S = 120.0
 LOOK_AGAIN_S = 0.2
@@ -62,12 +63,13 @@ class JournalGenerator(PageGenerator):
 
 @dataclass
 class Runner:
-    """One runner of a trial, and what shall happen to it."""
+    """One runner of a trial, and what shall happen to it: at a point of its own, or at an instant."""
 
     number: int
     manifest: Path
     late_s: float = 0.0  # begins this long after the first
     fate: str = ""  # "kill" or "suspend"
+    at_point: int = 0  # the number of the change of the output folder, or of the point before or after a request
     wait_for_job: bool = False  # `after_s` counts from its first generation, else from its own begin
     after_s: float = 0.0
     suspend_s: float = 0.0
@@ -83,7 +85,9 @@ class Runner:
         words = [f"runner {self.number}"]
         if self.late_s:
             words.append(f"{self.late_s:.2f} s late")
-        if self.fate:
+        if self.fate and self.at_point:
+            words.append(f"{self.fate} at point {self.at_point} ({self.page.text})")
+        elif self.fate:
             words.append(f"{self.fate} {self.after_s:.3f} s after {'its first job' if self.wait_for_job else 'begin'}")
         return " ".join(words)
 
@@ -117,8 +121,9 @@ class Trial:
         self, stage: Stage, row: Row, chance: random.Random, others: tuple[Path, dict[str, str]] | None
     ) -> None:
         self._stage, self._row, self._chance, self._others = stage, row, chance, others
-        kind = "local" if stage.place.kind == "local" else "S3"
-        self.lease_s, self.clock_s = LEASE_S[kind], CLOCK_S[kind]
+        self._kind = "operation" if stage.place.kind == "local" else "request"
+        store = "local" if stage.place.kind == "local" else "S3"
+        self.lease_s, self.clock_s = LEASE_S[store], CLOCK_S[store]
         self.out = stage.new_output()
         self.journal = Journal(stage.folder / f"{Path(self.out).name}.journal")
         self.runners: list[Runner] = []
@@ -143,10 +148,19 @@ class Trial:
         for runner, fate in zip(chance.sample(self.runners, len(fates)), fates, strict=True):
             runner.fate, runner.wait_for_job = fate, chance.random() < 0.75
             runner.after_s = chance.uniform(0, 0.8 * span if runner.wait_for_job else 0.3)
+            if chance.random() < 0.5:
+                runner.at_point = 1 + int(chance.random() * self._points() / count)
             if fate == "suspend":
                 runner.suspend_s = self.lease_s * chance.uniform(1.1, 1.6) + self.clock_s
         late = chance.choice(self.runners[1:])
         late.late_s = chance.uniform(0.1, 0.8 * span)
+
+    def _points(self) -> int:
+        """Of an undisturbed run of all jobs."""
+        points = self._stage.points
+        if "runner" not in points:
+            points["runner"], _ = self._stage.count_points(WATCHES[self._kind])
+        return points["runner"]
 
     def run(self) -> None:
         """Carry it out, and note in the row what went wrong."""
@@ -187,6 +201,16 @@ class Trial:
         import runner.verbs.run as run_verb
         from runner.batch import lease, ledger, loop
 
+        if runner.fate and runner.at_point:
+            kill = runner.fate == "kill"
+
+            def strike() -> None:
+                runner.page.set("struck", 1)
+                if kill:
+                    self.journal.write(runner.number, "killed")
+                os.kill(os.getpid(), signal.SIGKILL if kill else signal.SIGSTOP)
+
+            WATCHES[self._kind](runner.page, [Path(self.out)], runner.at_point, strike)
         loop.LOOK_AGAIN_S = LOOK_AGAIN_S
         run_verb.Ledger = partial(ledger.Ledger, lease_s=self.lease_s)  # type: ignore[assignment,misc]
         watch_leases(self.journal, runner.number)
@@ -200,11 +224,14 @@ class Trial:
     def _attend(self, runner: Runner) -> None:
         """Note that it has ended; let happen to it what shall."""
         assert runner.pid is not None
-        found, status = os.waitpid(runner.pid, os.WNOHANG)
-        if found:
-            runner.code = os.waitstatus_to_exitcode(status)
-            return
+        found, status = os.waitpid(runner.pid, os.WNOHANG | os.WUNTRACED)
         now = time.monotonic()
+        if found and os.WIFSTOPPED(status):
+            runner.struck, runner.stopped_at = True, now
+        elif found:
+            runner.code = os.waitstatus_to_exitcode(status)
+            runner.struck |= runner.code == -signal.SIGKILL
+            return
         if runner.stopped_at:
             if now - runner.stopped_at >= runner.suspend_s:
                 runner.stopped_at = 0.0
@@ -213,15 +240,12 @@ class Trial:
         if runner.wait_for_job and not runner.generating_at:
             runner.generating_at = now if sum(runner.page.generations()) else 0.0
         begin = runner.generating_at if runner.wait_for_job else runner.begun_at
-        if not runner.fate or runner.struck or not begin or now - begin < runner.after_s:
+        if not runner.fate or runner.at_point or runner.struck or not begin or now - begin < runner.after_s:
             return
         runner.struck = True
         if runner.fate == "kill":
             self.journal.write(runner.number, "killed")
-            os.kill(runner.pid, signal.SIGKILL)
-        else:
-            runner.stopped_at = now
-            os.kill(runner.pid, signal.SIGSTOP)
+        os.kill(runner.pid, signal.SIGKILL if runner.fate == "kill" else signal.SIGSTOP)
 
     def _end_all(self) -> None:
         for runner in self.runners:
@@ -238,18 +262,15 @@ class Trial:
         before its output is replaced, and no two records are equal.
         """
         stage = self._stage
-        keys = {job: f"jobs/{job}/result.json" for job in stage.jobs}
-        before = {job: stage.place.read(self.out, key) for job, key in keys.items()}
-        files = stage.place.files(self.out)
         self.samples += 1
-        for job, key in keys.items():
-            record = before[job]
+        for job in stage.jobs:
+            key = f"jobs/{job}/result.json"
+            record = stage.place.read(self.out, key)
             if record is None:
-                if job in self.done and not self._others:
+                if self.done.pop(job, None) is not None:
                     self.problems.append(Problem("record", f"{job}: its record of success was removed"))
-                    del self.done[job]
                 continue
-            own = {k: data for k, data in files.items() if k.startswith(f"jobs/{job}/")} | {key: record}
+            own = {key: record, **self._output_of(record)}
             if own == self._seen.get(job) or stage.place.read(self.out, key) != record:
                 continue
             self._seen[job] = own
@@ -259,6 +280,16 @@ class Trial:
                 self.done.setdefault(job, time.monotonic())
             if state.record is not None and state.record["status"] == "failed":
                 self.problems.append(Problem("called failed", f"{job}: {state.record['error']}"))
+
+    def _output_of(self, record: bytes) -> dict[str, bytes]:
+        """The files that a record names as its output."""
+        output = json.loads(record)["output"]
+        if output is None:
+            return {}
+        if output["key"].endswith("/"):
+            return self._stage.place.files(self.out, output["key"])
+        data = self._stage.place.read(self.out, output["key"])
+        return {} if data is None else {output["key"]: data}
 
     def _check(self) -> None:
         row, stage, lines = self._row, self._stage, self.journal.lines()

@@ -25,8 +25,9 @@ class Place(Protocol):
     def output(self, name: str, like: str | None = None) -> str:
         """The URI of a new output: empty, or a copy of the output `like`."""
 
-    def files(self, uri: str) -> dict[str, bytes]:
-        """Every file or object of an output, hidden ones too, by key. One that is removed meanwhile is left out."""
+    def files(self, uri: str, below: str = "") -> dict[str, bytes]:
+        """Every file or object of an output, or of a folder in it, hidden ones too, by key. One that is removed
+        meanwhile is left out. `below` ends with a slash."""
 
     def read(self, uri: str, key: str) -> bytes | None:
         """One file or object of an output; None where nothing lies there."""
@@ -51,9 +52,9 @@ class LocalPlace:
             shutil.copytree(like, path)
         return str(path)
 
-    def files(self, uri: str) -> dict[str, bytes]:
+    def files(self, uri: str, below: str = "") -> dict[str, bytes]:
         top, found = Path(uri), {}
-        for folder, _, names in os.walk(top):
+        for folder, _, names in os.walk(top / below):
             for name in names:
                 path = Path(folder, name)
                 with suppress(FileNotFoundError):
@@ -92,8 +93,8 @@ class S3Place:
                 self._server.client.copy_object(Bucket=self._bucket, Key=f"{name}/{key}", CopySource=source)
         return f"s3://{self._bucket}/{name}"
 
-    def files(self, uri: str) -> dict[str, bytes]:
-        found = {key: self.read(uri, key) for key in self._keys(uri)}
+    def files(self, uri: str, below: str = "") -> dict[str, bytes]:
+        found = {key: self.read(uri, key) for key in self._keys(uri, below)}
         return {key: data for key, data in found.items() if data is not None}
 
     def read(self, uri: str, key: str) -> bytes | None:
@@ -109,9 +110,9 @@ class S3Place:
         for key in self._keys(uri):
             self._server.client.delete_object(Bucket=bucket, Key=f"{prefix}/{key}")
 
-    def _keys(self, uri: str) -> list[str]:
+    def _keys(self, uri: str, below: str = "") -> list[str]:
         bucket, prefix = self._split(uri)
-        pages = self._server.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        pages = self._server.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/{below}")
         found: list[Mapping[str, Any]] = [entry for page in pages for entry in page.get("Contents", ())]
         return [str(entry["Key"]).removeprefix(f"{prefix}/") for entry in found]
 
