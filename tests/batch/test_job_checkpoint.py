@@ -204,3 +204,26 @@ def test_remove_leaves_nothing(store, tmp_path):
     store.write_bytes("jobs/b/parts/0/0001.tar", b"x")
     checkpoints.remove("a")
     assert keys(store) == ["jobs/b/parts/0/0001.tar"]
+
+
+@pytest.mark.parametrize("name", ["previous", "random"])
+def test_a_state_in_which_a_bit_has_turned_is_not_continued(store, tmp_path, name):
+    """Frames that are a little wrong could not be told from right ones."""
+    keep(store, tmp_path, 2)
+    (state,) = (tmp_path / "out").rglob("*.state")
+    data, content = state.read_bytes(), point(2).arrays[name].tobytes()
+    at = data.index(content) + len(content) // 2
+    state.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    found = Checkpoints(store).find(chain(), tmp_path / "kept")
+    assert (found.point, found.parts) == (None, ())
+    assert "what was kept after segment 2 cannot be read" in found.why and "checksum" in found.why
+
+
+def test_a_part_is_hashed_once_where_the_storage_does_it(store, tmp_path, monkeypatch):
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} is read once more")
+
+    monkeypatch.setattr("runner.batch.job_checkpoint.sha256_file", refuse)
+    keep(store, tmp_path, 2)
+    found = Checkpoints(store).find(chain(), tmp_path / "kept")
+    assert len(found.parts) == 2
