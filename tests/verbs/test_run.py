@@ -229,3 +229,47 @@ def test_jobs_may_come_from_a_mailbox(stub_run):
     outcome = run(settings, source=mailbox)
     assert [(line.id, line.status) for line in outcome.lines] == [("sent-1", "succeeded"), ("sent-2", "succeeded")]
     assert outcome.exit_code == 0 and outcome.counts["total"] == 2
+
+
+@pytest.mark.parametrize(("place", "below"), [("out", "out/jobs"), ("cache", "cache/checkpoints"), ("off", None)])
+def test_finished_segments_are_kept_where_the_settings_say(stub_run, tmp_path, place, below):
+    """The job fails in its second segment: the first stays."""
+    run(stub_run("fail-generate", checkpoint=place))
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0001.tar")}
+    assert [name.startswith(below) for name in kept] == [True] if below else kept == set()
+
+
+def test_a_store_that_ignores_conditions_is_said_once_and_the_run_goes_on(stub_run, monkeypatch):
+    monkeypatch.setattr(run_verb, "probe_conditions", lambda storage: "the store ignores If-None-Match")
+    with capture_logs() as logs:
+        outcome = run(stub_run("ok", "ok"))
+    assert outcome.exit_code == 0
+    said = [line for line in logs if line["event"] == "leases_are_warnings"]
+    assert [(line["log_level"], line["reason"]) for line in said] == [("warning", "the store ignores If-None-Match")]
+
+
+def test_a_job_that_another_runner_has_is_waited_for(stub_run, monkeypatch, tmp_path):
+    """The run ends when that job is done, with 0."""
+    monkeypatch.setattr("runner.batch.loop.LOOK_AGAIN_S", 0.05)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(StubGenerator):
+        def generate(self, *arguments):
+            begun.set()
+            assert go_on.wait(60)
+            yield from super().generate(*arguments)
+
+    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: Engine("stub", {"weights": "stub"}, Slow))
+    first: list = []
+    thread = threading.Thread(target=lambda: first.append(run(stub_run("ok", run_id="r1"))))
+    thread.start()
+    assert begun.wait(60)
+    threading.Timer(0.5, go_on.set).start()
+    with capture_logs() as logs:
+        second = run(stub_run("ok", run_id="r2"))
+    thread.join()
+    assert (first[0].exit_code, second.exit_code) == (0, 0)
+    assert [line.status for line in second.lines] == ["skipped"]
+    leased = [line for line in logs if line["event"] == "job_leased"]
+    assert len(leased) == 1, "said once, not at every look"
+    assert leased[0]["reason"].startswith("running on ")
