@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runner.errors import StorageFull, StorageUnavailable
+from runner.batch.lease import Leases
+from runner.errors import LeaseLost, StorageFull, StorageUnavailable
 from runner.storage import LocalStorage, open_storage
 from tests.batch.test_loop import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator
@@ -306,3 +310,60 @@ def test_a_state_names_what_decided_its_bytes(bench):
     assert header["identity"]["device"] == "stub"
     assert {"version of torch", "version of av", "driver"} <= header["identity"].keys()
     assert os.path.getsize(state) < 10_000
+
+
+class Suspended(StubGenerator):
+    """In its third segment: another runner takes the job over, finishes it and tidies, all while this one stands still.
+
+    What this one has kept lies there again afterwards, as of requests that arrive late.
+    """
+
+    def __init__(self, bench: Bench, finished: dict[str, bytes]) -> None:
+        super().__init__(frames=18, segments=SEGMENTS)
+        self.bench, self.finished = bench, finished
+
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
+        job = self.bench.folder / "out/jobs/a"
+
+        def step(done: int, total: int) -> None:
+            if done == 2 * plan.steps + 1:
+                wait_until(lambda: list(job.rglob("0001.state")))
+                (job / "attempt.json").unlink()
+                for name, data in self.finished.items():
+                    (job / name).write_bytes(data)
+            if done > 2 * plan.steps:
+                wait_until(lambda: self.bench.lost)
+            on_step(done, total)
+
+        return super().generate(conditions, plan, timer, step, start)
+
+
+def test_what_a_suspended_runner_stored_late_is_removed_when_the_job_is_done(bench, monkeypatch):
+    six(bench)
+    assert bench.run(bench.job("a")) == 0
+    folder = bench.folder / "out/jobs/a"
+    finished = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shutil.rmtree(folder)
+    update, bench.lost = Leases.update, False
+
+    def watched(leases: Leases, job_id: str, **changes) -> bool:
+        try:
+            return update(leases, job_id, **changes)
+        except LeaseLost:
+            bench.lost = True
+            raise
+
+    monkeypatch.setattr(Leases, "update", watched)
+    bench.generator = Suspended(bench, finished)
+    assert bench.run(bench.job("a"), run_id="r2", lease_s=0.6) == 0
+    assert [event["event"] for event in bench.events if event["event"] == "lease_lost"] == ["lease_lost"]
+    assert bench.summary["jobs"][0]["reason"] == "done"
+    assert bench.files("a") == finished.keys()
+    assert bench.result("a")["run_id"] == "r1"
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
