@@ -175,7 +175,7 @@ class Trial:
 
     def _let_run(self) -> None:
         """Begin the runners, let happen to them what shall, look at the output meanwhile, until all have ended."""
-        begin, sampled = time.monotonic(), 0.0
+        begin, sample_at = time.monotonic(), 0.0
         while any(runner.code is None for runner in self.runners):
             now = time.monotonic()
             for runner in self.runners:
@@ -186,9 +186,10 @@ class Trial:
             if now - begin > LONGEST_TRIAL_S:
                 self._end_all()
                 break
-            if now - sampled >= SAMPLE_EVERY_S:
+            if now >= sample_at:
                 self._sample()
-                sampled = time.monotonic()
+                taken = time.monotonic() - now
+                sample_at = now + max(SAMPLE_EVERY_S, 2 * taken)  # the other half of the time is the runners'
             pause(0.002)
 
     def _begin(self, runner: Runner) -> None:
@@ -307,7 +308,8 @@ class Trial:
         found = self.problems + check_end(files, self._targets(files), stage.finished)
         found += judge(lines, self.lease_s, slack_s=self.clock_s, gone_seen=self.one_machine, done=self.done)
         for runner in self.runners:
-            log = self._log(runner).read_text(errors="replace")
+            path = self._log(runner)
+            log = path.read_text(errors="replace") if path.exists() else ""  # it may be killed before it opens its log
             killed = runner.fate == "kill" and runner.struck
             if runner.code not in (0, -signal.SIGABRT) and not (killed and runner.code == -signal.SIGKILL):
                 found.append(Problem("exit code", f"{runner}: {runner.code}: {last_error(log)}"))
