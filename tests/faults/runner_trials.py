@@ -34,7 +34,8 @@ SCENARIOS = ("same seeds", "other seeds")
 LEASE_S = {"local": 1.5, "S3": 2.5}  # S3 dates objects in whole seconds
 CLOCK_S = {"local": 0.05, "S3": 1.0}  # how far the age of a lease may be off
 LONGEST_TRIAL_S = 120.0
-LOOK_AGAIN_S = 0.2
+LOOK_AGAIN_S = {"local": 0.2, "S3": 0.6}
+SAMPLING = {"local": 1 / 2, "S3": 1 / 4}  # of the time; the rest is the runners', and the server's that they share
 SAMPLE_EVERY_S = 0.02
 OTHER_SEEDS = 2
 BROKEN = ("Traceback (most recent call last)", "loop_broken", "leases_are_warnings", "leases_not_renewed")
@@ -122,8 +123,8 @@ class Trial:
     ) -> None:
         self._stage, self._row, self._chance, self._others = stage, row, chance, others
         self._kind = "operation" if stage.place.kind == "local" else "request"
-        store = "local" if stage.place.kind == "local" else "S3"
-        self.lease_s, self.clock_s = LEASE_S[store], CLOCK_S[store]
+        self._store = "local" if stage.place.kind == "local" else "S3"
+        self.lease_s, self.clock_s = LEASE_S[self._store], CLOCK_S[self._store]
         self.out = stage.new_output()
         self.journal = Journal(stage.folder / f"{Path(self.out).name}.journal")
         self.runners: list[Runner] = []
@@ -189,7 +190,7 @@ class Trial:
             if now >= sample_at:
                 self._sample()
                 taken = time.monotonic() - now
-                sample_at = now + max(SAMPLE_EVERY_S, 2 * taken)  # the other half of the time is the runners'
+                sample_at = now + max(SAMPLE_EVERY_S, taken / SAMPLING[self._store])
             pause(0.002)
 
     def _begin(self, runner: Runner) -> None:
@@ -222,7 +223,7 @@ class Trial:
                 os.kill(os.getpid(), signal.SIGKILL if kill else signal.SIGSTOP)
 
             WATCHES[self._kind](runner.page, [Path(self.out)], runner.at_point, strike)
-        loop.LOOK_AGAIN_S = LOOK_AGAIN_S
+        loop.LOOK_AGAIN_S = LOOK_AGAIN_S[self._store]
         run_verb.Ledger = partial(ledger.Ledger, lease_s=self.lease_s)  # type: ignore[assignment,misc]
         watch_leases(self.journal, runner.number)
         if not self.one_machine:

@@ -37,8 +37,8 @@ def check_disturbed(rows: list[dict[str, Any]], at_least: int) -> None:
     assert sum(row["when"]["left to another"] for row in rows) >= at_least, rows
 
 
-def test_three_runners_over_a_local_folder_and_over_s3(tmp_path, capsys):
-    arguments = ("--formats", "mp4", "--scenarios", "same seeds", "--runners", "3", "--trials", "2", "--seed", "7")
+def test_two_runners_over_a_local_folder_and_over_s3(tmp_path, capsys):
+    arguments = ("--formats", "mp4", "--scenarios", "same seeds", "--runners", "2", "--trials", "2", "--seed", "7")
     rows, printed = run_runners(tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
