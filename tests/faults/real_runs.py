@@ -45,8 +45,9 @@ ENGINE = (  # what a run would import for seconds; no more, as ONNX Runtime star
 )
 PUBLISHED = ("published", 0)
 
-# `after`: that many segments are kept. `part`: the same, but for the state. `in`: the segment after that many has had
-# its first evaluation, and all before it are kept. `published`: the output is stored and the record is not.
+# `after`: that many segments are kept and noted in the mark. `part`: the last of them without its state. `in`: the
+# segment after that many has had its first evaluation, and all before it are kept. `published`: the output is stored
+# and the record is not.
 Point = tuple[str, int]
 
 
@@ -61,7 +62,8 @@ def halt_at(point: Point, halt: Callable[[], None]) -> None:
     if kind == "in" and number == 0:
         kept.set()
     save_part, save_state = Checkpoints.save_part, Checkpoints.save_state
-    generate, publish, find = WanAnimateGenerator.generate, Ledger.publish, Checkpoints.find
+    generate, find = WanAnimateGenerator.generate, Checkpoints.find
+    publish, note = Ledger.publish, Ledger.note_segments
 
     def finding(self: Any, chain: Any, folder: Path) -> Any:
         found = find(self, chain, folder)
@@ -78,8 +80,11 @@ def halt_at(point: Point, halt: Callable[[], None]) -> None:
         save_state(self, chain, resume, scratch)
         if resume.segment == number:
             kept.set()
-            if kind == "after":
-                halt()
+
+    def noting(self: Any, job_id: str, done: int, *, before: bool = False) -> None:
+        note(self, job_id, done, before=before)
+        if kind == "after" and done == number and not before:
+            halt()
 
     def generating(
         self: Any, conditions: Any, plan: Any, timer: Any, on_step: Callable[[int, int], None], start: Any = None
@@ -99,7 +104,8 @@ def halt_at(point: Point, halt: Callable[[], None]) -> None:
         return info
 
     Checkpoints.find, Checkpoints.save_part, Checkpoints.save_state = finding, saving_part, saving_state  # type: ignore[method-assign]
-    WanAnimateGenerator.generate, Ledger.publish = generating, publishing  # type: ignore[method-assign]
+    WanAnimateGenerator.generate = generating  # type: ignore[method-assign]
+    Ledger.publish, Ledger.note_segments = publishing, noting  # type: ignore[method-assign]
 
 
 def run_once(words: Sequence[str], log: Path, point: Point | None, device: str | None) -> int:

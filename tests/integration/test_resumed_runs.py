@@ -210,14 +210,15 @@ def test_a_job_killed_at_any_point_has_the_same_files(soak_place, tmp_path, job,
 @pytest.mark.soak
 @pytest.mark.parametrize("job", [*JOBS, *SOAK_JOBS])
 def test_a_job_killed_at_all_points_in_turn_has_the_same_files(soak_place, tmp_path, job):
-    """No attempt that got on counts, so that nineteen kills are not three too many."""
+    """The attempts count that were killed in the very segment with which they began; no attempt that got on does."""
     found = another(soak_place, tmp_path)
-    for point in ALL_POINTS:
-        if point[0] != "part":  # it would be the second in a row without progress, with the one in that segment
-            found.kill(point, job)
-    events = found.run(job)
+    points = [point for point in ALL_POINTS if point[0] != "part"]
+    for point in points:
+        found.kill(point, job, "--max-attempts", "0")
+    events = found.run(job, flags=("--max-attempts", "0"))
     assert_same(found, soak_place, job)
     assert_resumed(found, job, SEGMENTS, events)
+    assert found.record(job)["attempts_counted"] == SEGMENTS
 
 
 @pytest.mark.soak
