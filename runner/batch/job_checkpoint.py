@@ -180,6 +180,7 @@ class Checkpoints:
 
     def _explain(self, chain: Chain, names: Mapping[str, set[str]], folder: Path) -> str:
         """Why what other chains hold cannot be continued."""
+        why = "the first segment was not finished"
         for owner, files in names.items():
             counts = [count for name in files if (count := segments_of_state(name)) is not None]
             if not counts:
@@ -191,9 +192,10 @@ class Checkpoints:
                     return "the kept segments are of other inputs or options"
                 before = {str(name): str(value) for name, value in header["identity"].items()}
             except (RunnerError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                why = "what was kept cannot be read"
                 continue
             return "; ".join(_changes(before, chain.identity)) or "the kept segments are of another version"
-        return "nothing that was kept can be read"
+        return why
 
     def _read_state(self, key: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """(arrays, header) of a state. Raises InputError, OSError, ValueError, KeyError."""
@@ -232,7 +234,7 @@ def _crc32_of(array: Any) -> int:
     """Of the bytes of a numpy array, row by row."""
     import numpy as np
 
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _with_versions(generator: Mapping[str, str]) -> dict[str, str]:
