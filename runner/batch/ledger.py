@@ -106,9 +106,9 @@ class Ledger:
     """The output storage, read as a ledger. Safe from any thread.
 
     `max_attempts` counts the attempts of one fingerprint: those that failed by the job's own fault and those in which
-    the process died while it was generating; 0: no limit. An attempt that finished a segment, which is kept, does not
-    count. `force`: run all. `retry_failed`: run only what has failed. `since`: what another runner has failed after
-    this moment (`timing.now`) is not tried again by this one.
+    the process died while it was generating; 0: no limit. After an attempt that finished a segment, which is kept, they
+    are counted anew. `force`: run all. `retry_failed`: run only what has failed. `since`: what another runner has
+    failed after this moment (`timing.now`) is not tried again by this one.
     """
 
     def __init__(
@@ -389,7 +389,7 @@ class Ledger:
         with suppress(RunnerError):  # the next attempt tries to put the record back once more
             self._put_back(job_id, decision)
             self.advance(job_id, "preparing")  # it waits: a process that dies now did not die in this job
-        counted = decision.counted + counts_as_attempt(code)
+        counted = self._counted(job_id, decision, code)
         return replace(decision, reason=f"retry after {code}", attempt=decision.attempt + 1, counted=counted)
 
     # -- the end of an attempt ------------------------------------------------------------------------------------
@@ -437,10 +437,9 @@ class Ledger:
                 self._take(job_id, decision, record.fingerprint, record.run_id)
             except JobTaken as taken:
                 raise LeaseLost("another runner has taken this job meanwhile", where=job_id) from taken
-        fence, mark = self.leases.fence(job_id), self.leases.mark(job_id)
-        counts = record.error is None or counts_as_attempt(record.error.code)
-        counts = counts and not (mark is not None and mark.progressed)
-        record = record.model_copy(update={"attempts_counted": decision.counted + counts})
+        fence = self.leases.fence(job_id)
+        counted = self._counted(job_id, decision, None if record.error is None else record.error.code)
+        record = record.model_copy(update={"attempts_counted": counted})
         stale = before is None or before.fingerprint != record.fingerprint
         good = before is not None and before.status == "succeeded" and not (blames_job and stale)
         if good and before is not None and self._output_wrong(job_id, before.output) is None:
@@ -501,6 +500,13 @@ class Ledger:
         return record
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _counted(self, job_id: str, decision: Decision, code: str | None) -> int:
+        """Attempts that count towards the limit after one that failed with `code`, which this process has under way."""
+        mark = self.leases.mark(job_id)
+        if mark is not None and mark.progressed:
+            return 0
+        return decision.counted + (code is None or counts_as_attempt(code))
 
     def _restore(self, job_id: str, record: ResultRecord) -> None:
         """Put the record back that a lost attempt had removed. Raises JobTaken where another one stands by now."""

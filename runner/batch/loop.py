@@ -135,9 +135,8 @@ class Batch:
             else:
                 if self._generator is not None:
                     self._generator.close()
-                for (
-                    job_id
-                ) in self._ledger.open_attempts:  # the store did not answer when their marks were to be removed
+                # The store did not answer when these were to be given back.
+                for job_id in self._ledger.open_attempts:
                     self._abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
@@ -171,7 +170,8 @@ class Batch:
         try:
             action = self._decide(task, todo.decision)
             if action == "leased":
-                self._look_again(task, None if todo.looked else task.decision.reason)
+                self._say_leased(todo, task.decision.reason)
+                self._put_off(task)
                 return
             if action != "run":
                 self._settle(task)
@@ -190,7 +190,8 @@ class Batch:
         except Closed:
             self._give_back(task)
         except JobTaken:
-            self._look_again(task, "another runner has just taken it")
+            self._say_leased(todo, "another runner has just taken it")
+            self._put_off(task)
         except Exception as error:
             found = as_runner_error(error, where=todo.job.id)
             self._stop_for(found)  # now, or the next job would begin before delivery hears of it
@@ -233,13 +234,16 @@ class Batch:
             self._exhausted(task)
         return decision.action
 
-    def _look_again(self, task: Task, why: str | None) -> None:
-        """Put a job off that another runner has. `why`: said, where it was not said before."""
-        if why is not None:
-            self._events.emit("job_leased", job=task.job.id, reason=why)
+    def _say_leased(self, todo: Todo, reason: str) -> None:
+        """That another runner has the job: at the first look, and then now and again while this run waits for it."""
+        if not todo.looked:
+            self._events.emit("job_leased", job=todo.job.id, reason=reason)
         elif time.monotonic() - self._told_waiting > TELL_WAITING_S:
             self._told_waiting = time.monotonic()
-            self._events.emit("waiting_for_another_runner", job=task.job.id, reason=task.decision.reason)
+            self._events.emit("waiting_for_another_runner", job=todo.job.id, reason=reason)
+
+    def _put_off(self, task: Task) -> None:
+        """Look at a job again at the end, as another runner has it."""
         self._close(task)
         self._source.put_back(Todo(task.job, tried=task.tried, looked=True), LOOK_AGAIN_S, rank=LAST)
 
@@ -521,7 +525,7 @@ class Batch:
         """Leave a job to the runner that has taken it over, and look at it again at the end. It was no attempt."""
         self._events.emit("lease_lost", level="warning", job=task.job.id)
         self._ledger.lose(task.job.id)
-        self._look_again(task, None)
+        self._put_off(task)
 
     def _worth_another_try(self, task: Task, error: RunnerError) -> bool:
         """Whether the job shall run again in this run. Out of memory: once, one memory mode lower."""

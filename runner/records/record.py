@@ -144,7 +144,8 @@ class ResultRecord(Record):
     attempts_counted: int | None = Field(
         None,
         ge=0,
-        description="attempts with this fingerprint that count towards --max-attempts, this one included",
+        description="attempts with this fingerprint that count towards --max-attempts, this one included; counted anew "
+        "after each that finished a segment which is kept",
     )
     run_id: str
     reason: str = Field(description="why the job ran")
@@ -246,7 +247,9 @@ class AttemptMark(Record):
 
     @property
     def counted(self) -> int:
-        """Attempts that count towards the limit, this one included where it does."""
+        """Attempts that count towards the limit, this one included where it does: none after a segment was finished."""
+        if self.progressed:
+            return 0
         before = self.attempt - 1 if self.attempts_counted is None else self.attempts_counted
         return before + self.counts
 

@@ -263,6 +263,10 @@ def test_attempts_count_only_without_progress(store, tmp_path):
         runner = Runner(store, tmp_path, lease_s=0)
         runner.begin()
         runner.ledger.note_segments("a", done - 1, before=True)
+        assert Runner(store, tmp_path).decide().counted == 1
+        runner = Runner(store, tmp_path, lease_s=0)
+        runner.begin()
+        runner.ledger.note_segments("a", done - 1, before=True)
         runner.ledger.note_segments("a", done)
         decision = Runner(store, tmp_path).decide()
         assert (decision.action, decision.counted, decision.suspect) == ("run", 0, False)
