@@ -55,7 +55,7 @@ demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/
 	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
 
 test: $(STAMP) ## run the tests; VIDEO_LAB_IMAGE_TESTS=1 builds and runs the image too (root, buildah, podman)
-	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP) ## run the long tests
 	$(BIN)/python -m pytest -m soak --timeout 0

@@ -154,25 +154,33 @@ def open_storage(uri: str | Path) -> Storage:
     return backend_class(uri).from_uri(uri, os.environ)
 
 
+PROBE = b"Video Lab runner asks whether it may write here\n" * 100
+
+
 def probe_writable(storage: Storage) -> None:
     """Write, read and delete one small object, so that a run that cannot store its results ends before it begins.
 
     Raises StorageDenied, StorageFull, StorageUnavailable or ConfigInvalid, each with what to do about it.
     """
-    key, data = f"{PROBE_NAME}{uuid4().hex}", b"Video Lab runner asks whether it may write here\n" * 100
-    storage.write_bytes(key, data)
+    key = f"{PROBE_NAME}{uuid4().hex}"
+    storage.write_bytes(key, PROBE)
     try:
-        if storage.read_bytes(key) != data:
-            raise InternalError("what was written does not read back", where=storage.uri(key))
+        _require_probe(storage, key)
     finally:
         storage.delete(key)
+
+
+def _require_probe(storage: Storage, key: str) -> None:
+    if storage.read_bytes(key) != PROBE:
+        raise InternalError("what was written does not read back", where=storage.uri(key))
 
 
 def probe_conditions(storage: Storage) -> str | None:
     """Find out with one small object whether conditional writes hold: None, or one sentence that says what does not.
 
-    Leases rest on them: without them two runners can both believe that a job is theirs. Where the store ignores
-    conditions, `storage` compares by itself before it writes from then on. Raises as `probe_writable` does.
+    It finds out what `probe_writable` does, too, and raises the same. Leases rest on conditional writes: without them
+    two runners can both believe that a job is theirs. Where the store ignores conditions, `storage` compares by itself
+    before it writes from then on.
     """
     key = f"{PROBE_NAME}{uuid4().hex}"
     try:
@@ -185,9 +193,10 @@ def probe_conditions(storage: Storage) -> str | None:
 
 
 def _ignored_condition(storage: Storage, key: str) -> str | None:
-    first = storage.write_if(key, b"first", None)
+    first = storage.write_if(key, PROBE, None)
     if first is None:
         return "the store refuses to create an object although nothing lies under its key"
+    _require_probe(storage, key)
     if storage.write_if(key, b"second", None) is not None:
         return "the store replaces an object where it was asked to create one only if nothing lies there"
     third = storage.write_if(key, b"third", first)

@@ -82,7 +82,6 @@ def run(
     run_id = _choose_run_id(settings)
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
-    probe_writable(storage)
     not_exclusive = probe_conditions(storage)
     engine = build_engine(settings, manifest) if share is None else _build_shared_engine(settings, manifest, share)
     log = structlog.get_logger()

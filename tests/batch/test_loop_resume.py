@@ -327,7 +327,7 @@ class Suspended(StubGenerator):
 
         def step(done: int, total: int) -> None:
             if done == 2 * plan.steps + 1:
-                wait_until(lambda: list(job.rglob("0001.state")))
+                wait_until(lambda: list(job.rglob("0002.state")))
                 (job / "attempt.json").unlink()
                 for name, data in self.finished.items():
                     (job / name).write_bytes(data)

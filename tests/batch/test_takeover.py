@@ -166,8 +166,15 @@ STEPS: dict[str, Step] = {
 }
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("second_is", ["under way", "publishing", "done"])
+@pytest.mark.parametrize(
+    ("store", "second_is", "seed"),
+    [
+        *(("disk", second_is, seed) for second_is in ("under way", "publishing", "done") for seed in (1, 2)),
+        *(pytest.param("moto", second_is, 2, marks=pytest.mark.s3) for second_is in ("under way", "publishing")),
+        *(pytest.param("seaweedfs", "done", seed, marks=pytest.mark.s3) for seed in (1, 2)),
+    ],
+    indirect=["store"],
+)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_runner_that_was_stopped_past_its_lease_changes_nothing(store, tmp_path, step, second_is, seed):
     """It goes on with one step after another runner has taken the job over, of the same or of other settings."""

@@ -134,7 +134,8 @@ class LeaseContract:
                 thread.start()
             for thread in threads:
                 thread.join()
-            assert [store.read_bytes(OUTPUT)] == won
+            assert len(won) == 1, f"{len(won)} of {len(bodies)} have replaced {seen}, {size} bytes each"
+            assert store.read_bytes(OUTPUT) == won[0]
             assert list(store.leftovers()) == []
 
     def test_a_version_is_removed_or_stays(self, store: Storage) -> None:

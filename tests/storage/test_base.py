@@ -507,6 +507,10 @@ class TestMotoWholeBucket(S3Contract):
 
 @pytest.mark.s3
 class TestSeaweedStorage(S3Contract):
+    completes_if_match = (
+        False  # version 4.48 looks and replaces in two steps: two of three won, in about one run of ten
+    )
+
     @pytest.fixture
     def store(self, seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server]) -> Storage:
         aws_env(seaweedfs_s3)
