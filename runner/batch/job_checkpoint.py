@@ -146,10 +146,11 @@ class Checkpoints:
                 self.storage.delete(folder + state_name(count - 1))
 
     def remove(self, job_id: str) -> None:
-        """Remove all that is kept of a job. Raises storage.*."""
+        """Remove all that is kept of a job. Raises LeaseLost; storage.*."""
         self._digests.pop(job_id, None)
+        fence = self.fence(job_id)
         for info in list(self.storage.list(parts_folder(job_id))):
-            self.storage.delete(info.key)
+            self.storage.delete(info.key, fence=fence)
 
     def _load(self, chain: Chain, names: set[str], folder: Path) -> Found:
         """The newest state of the chain, if all its parts are there and as they were written."""

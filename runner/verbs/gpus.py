@@ -153,7 +153,7 @@ def run_processes(
     os.set_blocking(writer, False)
 
     def wake() -> None:
-        with suppress(OSError):  # it is full of them: the loop wakes up in any case
+        with suppress(OSError):  # the pipe is full: the loop wakes up in any case
             os.write(writer, b"\0")
 
     group = _GpuGroup(settings, run, job_ids, progress, stop, read_files, wake)

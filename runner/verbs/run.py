@@ -38,7 +38,7 @@ from runner.generation.runtime.device import free_host_bytes
 from runner.records.events import EventLog, default_logging
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
 from runner.spec.manifest import Job, Manifest
-from runner.storage import Storage, open_storage, probe_conditions, probe_writable
+from runner.storage import Storage, is_remote, open_storage, probe_conditions, probe_writable
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
@@ -172,7 +172,8 @@ def _checkpoints(settings: RunSettings, storage: Storage, ledger: Ledger) -> Che
         return None
     if settings.checkpoint == "out":
         return Checkpoints(storage, ledger.leases.fence)
-    name = hashlib.sha256(storage.root.encode()).hexdigest()[:16]
+    root = storage.root if is_remote(storage.root) else os.path.abspath(storage.root)
+    name = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     return Checkpoints(open_storage(settings.cache / "checkpoints" / name))
 
 
