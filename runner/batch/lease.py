@@ -15,7 +15,6 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -256,10 +255,8 @@ class Leases:
 class LeaseKeeper:
     """A thread that renews leases while its block lasts."""
 
-    def __init__(
-        self, leases: Leases, on_lost: Callable[[str], None] = lambda job_id: None, every_s: float | None = None
-    ) -> None:
-        self._leases, self._on_lost = leases, on_lost
+    def __init__(self, leases: Leases, every_s: float | None = None) -> None:
+        self._leases = leases
         self._every_s = max(0.1, min(RENEW_S, leases.lease_s / 6)) if every_s is None else every_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
@@ -274,8 +271,7 @@ class LeaseKeeper:
     def _keep(self) -> None:
         while not self._end.wait(self._every_s):
             try:
-                for job_id in self._leases.renew_all():
-                    self._on_lost(job_id)
+                self._leases.renew_all()
             except Exception as error:  # a bug must not end the renewals: other runners would take every job over
                 structlog.get_logger().warning("leases_not_renewed", message=str(error))
 

@@ -1,33 +1,12 @@
-"""Runs killed with SIGKILL at file operations, requests and random instants lose nothing; see `tests/faults/trials.py`.
-
-The process that forks the runs must have no threads, so it is a process of its own and not that of the tests.
-"""
+"""Runs killed by SIGKILL, at file operations, requests and random instants, lose nothing: `tests/faults/trials.py`."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.s3_servers import S3Server
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_kills(tmp_path: Path, *arguments: str, server: S3Server | None = None) -> tuple[list[dict[str, Any]], str]:
-    """(rows, what was printed); fails with what went wrong."""
-    target = tmp_path / "rows.json"
-    words = [sys.executable, "-m", "tests.faults.trials", "kills", *arguments, "--json", str(target)]
-    if server is not None:
-        words += ["--server", json.dumps({field.name: getattr(server, field.name) for field in fields(server)})]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return json.loads(target.read_text()), done.stdout
+from tests.faults.trial_process import run_trials
 
 
 def check_landed(rows: list[dict[str, Any]], at_least: int) -> None:
@@ -39,7 +18,7 @@ def check_landed(rows: list[dict[str, Any]], at_least: int) -> None:
 
 def test_twelve_kills_over_a_local_folder(tmp_path, capsys):
     arguments = ("--stores", "local", "--scenarios", "fresh,other seeds", "--trials", "12")
-    rows, printed = run_kills(tmp_path, *arguments)
+    rows, printed = run_trials("kills", tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 11)
@@ -47,7 +26,7 @@ def test_twelve_kills_over_a_local_folder(tmp_path, capsys):
 
 def test_eight_kills_over_s3(tmp_path, capsys):
     arguments = ("--stores", "s3", "--scenarios", "other seeds", "--trials", "8")
-    rows, printed = run_kills(tmp_path, *arguments)
+    rows, printed = run_trials("kills", tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 7)
@@ -56,7 +35,7 @@ def test_eight_kills_over_s3(tmp_path, capsys):
 def test_innocent_jobs_are_not_called_crashed(tmp_path, capsys):
     """Six kills of one output, each in a generation or at a random instant."""
     arguments = ("--stores", "local", "--formats", "mp4", "--scenarios", "fresh", "--trials", "0", "--series", "4")
-    rows, printed = run_kills(tmp_path, *arguments)
+    rows, printed = run_trials("kills", tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
     assert sum(row["when"].get("generating", 0) for row in rows) >= 8, rows
@@ -65,9 +44,8 @@ def test_innocent_jobs_are_not_called_crashed(tmp_path, capsys):
 @pytest.mark.soak
 @pytest.mark.parametrize("format", ["mp4", "png"])
 def test_a_kill_at_every_file_operation_and_at_random_instants(tmp_path, format, capsys):
-    rows, printed = run_kills(
-        tmp_path, "--stores", "local", "--formats", format, "--trials", "200", "--series", "20", "--every-point"
-    )
+    arguments = ("--stores", "local", "--formats", format, "--trials", "200", "--series", "20", "--every-point")
+    rows, printed = run_trials("kills", tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 400)
@@ -77,7 +55,7 @@ def test_a_kill_at_every_file_operation_and_at_random_instants(tmp_path, format,
 @pytest.mark.parametrize("format", ["mp4", "png"])
 def test_a_kill_at_every_request_and_at_random_instants(tmp_path, format, capsys):
     arguments = ("--stores", "s3", "--formats", format, "--scenarios", "fresh,other seeds", "--trials", "60")
-    rows, printed = run_kills(tmp_path, *arguments, "--series", "5", "--every-point")
+    rows, printed = run_trials("kills", tmp_path, *arguments, "--series", "5", "--every-point")
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 200)
@@ -86,7 +64,9 @@ def test_a_kill_at_every_request_and_at_random_instants(tmp_path, format, capsys
 @pytest.mark.soak
 @pytest.mark.s3
 def test_kills_over_a_real_s3_server(tmp_path, seaweedfs_s3, capsys):
-    rows, printed = run_kills(tmp_path, "--stores", "s3", "--trials", "100", "--series", "3", server=seaweedfs_s3)
+    rows, printed = run_trials(
+        "kills", tmp_path, "--stores", "s3", "--trials", "100", "--series", "3", server=seaweedfs_s3
+    )
     with capsys.disabled():
         print(f"\n{printed}")
     check_landed(rows, 70)

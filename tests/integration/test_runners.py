@@ -1,33 +1,12 @@
-"""Several runners of one output at once, one killed, one suspended, one late; see `tests/faults/trials.py`.
-
-The process that forks the runners must have no threads, so it is a process of its own and not that of the tests.
-"""
+"""Several runners of one output at once, one killed, one suspended, one late; see `tests/faults/trials.py`."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.s3_servers import S3Server
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_runners(tmp_path: Path, *arguments: str, server: S3Server | None = None) -> tuple[list[dict[str, Any]], str]:
-    """(rows, what was printed); fails with what went wrong."""
-    target = tmp_path / "rows.json"
-    words = [sys.executable, "-m", "tests.faults.trials", "runners", *arguments, "--json", str(target)]
-    if server is not None:
-        words += ["--server", json.dumps({field.name: getattr(server, field.name) for field in fields(server)})]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return json.loads(target.read_text()), done.stdout
+from tests.faults.trial_process import run_trials
 
 
 def check_disturbed(rows: list[dict[str, Any]], at_least: int) -> None:
@@ -40,7 +19,7 @@ def check_disturbed(rows: list[dict[str, Any]], at_least: int) -> None:
 def test_two_runners_over_a_local_folder(tmp_path, capsys):
     arguments = ("--stores", "local", "--formats", "mp4", "--scenarios", "same seeds", "--runners", "2")
     arguments += ("--trials", "2", "--seed", "7")
-    rows, printed = run_runners(tmp_path, *arguments)
+    rows, printed = run_trials("runners", tmp_path, *arguments)
     with capsys.disabled():
         print(f"\n{printed}")
     assert [row["store"] for row in rows] == ["local"]
@@ -51,7 +30,7 @@ def test_two_runners_over_a_local_folder(tmp_path, capsys):
 @pytest.mark.soak
 @pytest.mark.parametrize("format", ["mp4", "png"])
 def test_two_three_and_five_runners_over_a_local_folder(tmp_path, format, capsys):
-    rows, printed = run_runners(tmp_path, "--stores", "local", "--formats", format, "--trials", "80")
+    rows, printed = run_trials("runners", tmp_path, "--stores", "local", "--formats", format, "--trials", "80")
     with capsys.disabled():
         print(f"\n{printed}")
     check_disturbed(rows, 50)
@@ -59,7 +38,7 @@ def test_two_three_and_five_runners_over_a_local_folder(tmp_path, format, capsys
 
 @pytest.mark.soak
 def test_two_three_and_five_runners_over_s3(tmp_path, capsys):
-    rows, printed = run_runners(tmp_path, "--stores", "s3", "--trials", "60")
+    rows, printed = run_trials("runners", tmp_path, "--stores", "s3", "--trials", "60")
     with capsys.disabled():
         print(f"\n{printed}")
     check_disturbed(rows, 35)
@@ -68,7 +47,7 @@ def test_two_three_and_five_runners_over_s3(tmp_path, capsys):
 @pytest.mark.soak
 @pytest.mark.s3
 def test_two_three_and_five_runners_over_a_real_s3_server(tmp_path, seaweedfs_s3, capsys):
-    rows, printed = run_runners(tmp_path, "--stores", "s3", "--trials", "60", server=seaweedfs_s3)
+    rows, printed = run_trials("runners", tmp_path, "--stores", "s3", "--trials", "60", server=seaweedfs_s3)
     with capsys.disabled():
         print(f"\n{printed}")
     check_disturbed(rows, 35)
