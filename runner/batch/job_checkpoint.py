@@ -35,7 +35,7 @@ from runner.records.output_layout import (
 from runner.records.record import environment
 from runner.storage import Fence, ObjectInfo, Storage
 
-__all__ = ["Chain", "Checkpoints", "Found"]
+__all__ = ["Chain", "Checkpoints", "Found", "with_versions"]
 
 FORMAT = "1"  # of parts and states; part of the chain's identity
 HEADER = "video_lab"  # of a state file's metadata
@@ -53,11 +53,11 @@ class Chain:
     @classmethod
     def of(cls, job_id: str, fingerprint: str, generator: Mapping[str, str], segments: int) -> Chain:
         """`generator`: its `resume_identity`. Versions of packages and driver are added."""
-        return cls(job_id, fingerprint, _with_versions(generator), segments)
+        return cls(job_id, fingerprint, with_versions(generator), segments)
 
     def fits(self, generator: Mapping[str, str]) -> bool:
         """Whether segments of a generator of this identity belong to the chain."""
-        return _with_versions(generator) == self.identity
+        return with_versions(generator) == self.identity
 
     @property
     def name(self) -> str:
@@ -238,7 +238,8 @@ def _crc32_of(array: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _with_versions(generator: Mapping[str, str]) -> dict[str, str]:
+def with_versions(generator: Mapping[str, str]) -> dict[str, str]:
+    """A generator's `resume_identity`, with the versions of packages and of the driver."""
     found = environment()
     versions = {f"version of {name}": str(version) for name, version in found["packages"].items()}
     return dict(generator) | versions | {"driver": str(found["driver"])}

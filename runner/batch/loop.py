@@ -382,12 +382,13 @@ class Batch:
             Delivery.of, clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
         )
         start = self._keeper.start(task, self._generator.resume_identity, make)
+        task.identity = dict(self._generator.resume_identity)
         own, states = (None, None) if start is None else split_states(start)
         pace = SegmentPace(task.plan, 0 if start is None else start.segment)
         generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
         with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
             for segment in segments:
-                identity = dict(self._generator.resume_identity)
+                identity = task.identity = dict(self._generator.resume_identity)
                 if start is not None and task.chain is not None and not task.chain.fits(identity):
                     self._keeper.begin_anew(task, identity)  # e.g. the blocks could not be compiled this time
                     return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.batch.delivery import Delivery
-from runner.batch.job_checkpoint import Chain, Found
+from runner.batch.job_checkpoint import Chain, Found, with_versions
 from runner.batch.ledger import Decision
 from runner.batch.memory_sampler import MemoryWindow
 from runner.errors import RunnerError
@@ -48,6 +48,7 @@ class Task:
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None
     chain: Chain | None = None  # under which its finished segments are kept; None: they are not
+    identity: Mapping[str, str] = field(default_factory=dict)  # of the generator when it made the last segment
     kept: Found = field(default_factory=Found)  # of an earlier attempt
     resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
     delivery: Delivery | None = None
@@ -86,6 +87,7 @@ class Task:
             recipe=recipe,
             engine=engine,
             environment=dict(environment()),
+            computed_by=with_versions(self.identity) if self.identity else {},
             **more,
         )
 

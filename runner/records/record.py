@@ -172,6 +172,11 @@ class ResultRecord(Record):
     recipe: str = ""
     engine: dict[str, Any] = Field(default={}, description="device, precision, and why each was chosen")
     environment: dict[str, Any] = {}
+    computed_by: dict[str, str] = Field(
+        default={},
+        description="what must be equal beside the fingerprint for the frames to be the same bits: device, compute, "
+        "memory mode, versions; of the last segment; empty where the generator does not say, and in older records",
+    )
     error: ErrorRecord | None = None
     notes: list[str] = []
 
