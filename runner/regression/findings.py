@@ -17,7 +17,6 @@ from runner.records.record import SCHEMA_VERSION, Record
 __all__ = [
     "PSNR_OF_EQUAL",
     "Breach",
-    "Comparison",
     "Drift",
     "FrameValues",
     "Identity",
@@ -25,6 +24,7 @@ __all__ = [
     "JointDrift",
     "Measurements",
     "Misalignment",
+    "NightComparison",
     "PerformanceFinding",
     "SegmentDrift",
     "Verdict",
@@ -86,8 +86,8 @@ class SegmentDrift(Record):
 
 class Drift(Record):
     joint_drift: float = Field(ge=0, description="the largest `excess` of a joint; 0 with one segment")
-    joints: list[JointDrift] = []
-    segments: list[SegmentDrift] = []
+    joints: list[JointDrift] = Field(default=[])
+    segments: list[SegmentDrift] = Field(default=[])
 
 
 class Identity(Record):
@@ -122,7 +122,7 @@ class Measurements(Record):
     shift: tuple[float, float] | None = Field(
         None, description="pixels (right, down) by which the worst frame is moved; null where it is not a plain shift"
     )
-    misalignments: list[Misalignment] = []
+    misalignments: list[Misalignment] = Field(default=[])
     drift: Drift | None = None
     identity: Identity | None = None
 
@@ -154,7 +154,7 @@ class JobFinding(Record):
     id: str
     verdict: Verdict
     text: str = Field(description="one sentence: the first thing to know")
-    breaches: list[Breach] = []
+    breaches: list[Breach] = Field(default=[])
     differences: list[str] = Field(default=[], description="settings and environment, e.g. options.seed: 41 → 42")
     exact: bool = Field(
         False, description="device, compute, memory mode and versions are the same: frames must be, too"
@@ -163,7 +163,7 @@ class JobFinding(Record):
     frames_differing: int | None = None
     frames: int | None = None
     measurements: Measurements | None = None
-    performance: list[PerformanceFinding] = []
+    performance: list[PerformanceFinding] = Field(default=[])
     seconds: float | None = None
     seconds_median: float | None = None
     device: str = ""
@@ -174,10 +174,10 @@ class JobFinding(Record):
     approved: str = Field("", description="who approved the baseline, when and why, in one sentence")
     joints: list[int] = Field(default=[], description="the first frame of each segment after the first")
     error: str = Field("", description="of a failed job")
-    notes: list[str] = []
+    notes: list[str] = Field(default=[])
 
 
-class Comparison(Record):
+class NightComparison(Record):
     """The whole: `comparison.json`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
