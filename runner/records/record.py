@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from runner.errors import RunnerError, counts_as_attempt
+from runner.records.people import People
 from runner.redact import redact_tree
 
 __all__ = [
@@ -364,7 +365,12 @@ def _nvidia() -> dict[str, Any]:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """File name → JSON Schema (draft 2020-12) of what a run leaves behind."""
-    models: dict[str, type[BaseModel]] = {"result": ResultRecord, "summary": RunSummary, "attempt": AttemptMark}
+    models: dict[str, type[BaseModel]] = {
+        "result": ResultRecord,
+        "summary": RunSummary,
+        "attempt": AttemptMark,
+        "people": People,
+    }
     return {
         f"{name}.v{SCHEMA_VERSION}.schema.json": m.model_json_schema(mode="serialization") for name, m in models.items()
     }
