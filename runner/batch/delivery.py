@@ -21,7 +21,6 @@ from uuid import uuid4
 
 import numpy as np
 
-from runner.batch.ledger import combined_identity
 from runner.batch.part_archive import PNGS, pack_files, unpack_files
 from runner.errors import InternalError, as_runner_error
 from runner.generation.protocol import ClipInfo, Segment
@@ -29,7 +28,7 @@ from runner.hashing import sha256_file
 from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSE, POSTER, frames_folder, job_key
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
-from runner.storage import ObjectInfo, Storage
+from runner.storage import ObjectInfo, Storage, combined_identity
 from runner.timing import StageTimer
 from runner.video import (
     FRAMES_HASH,

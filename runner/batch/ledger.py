@@ -11,7 +11,6 @@ runner has the lease.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -35,11 +34,11 @@ from runner.errors import (
 )
 from runner.records.output_layout import ATTEMPT, KEPT, OUTPUT, RESULT, is_output_file, is_part, job_folder, job_key
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord
-from runner.storage import ObjectInfo, Storage, check_key
+from runner.storage import ObjectInfo, Storage, check_key, combined_identity
 from runner.storage.file_hashes import FileHashes
 from runner.timing import now
 
-__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "combined_identity", "output_identity"]
+__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "output_identity"]
 
 REPLACES = 5  # tries to put a record or an output in the place of another run's
 
@@ -83,13 +82,6 @@ def output_identity(storage: Storage, key: str, hashes: FileHashes | None = None
         return combined_identity(found) if found else None
     info = storage.stat(key)
     return None if info is None else (*_content(storage, info, hashes), 1)
-
-
-def combined_identity(files: Mapping[str, tuple[str, int]]) -> tuple[str, int, int]:
-    """(identity, bytes, files) of a folder from its files' (identity, bytes) by key."""
-    lines = [f"{key}\t{identity}" for key, (identity, _) in sorted(files.items())]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return f"sha256:{digest}", sum(nbytes for _, nbytes in files.values()), len(files)
 
 
 def _content(storage: Storage, info: ObjectInfo, hashes: FileHashes) -> tuple[str, int]:

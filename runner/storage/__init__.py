@@ -5,7 +5,7 @@ sync.py copies a model store; disk.py puts a file in place on a disk; disk_cache
 file_hashes.py remembers the sha256 of files.
 """
 
-from runner.storage.base import Fence, Leftover, ObjectInfo, Storage, Versioned, check_key
+from runner.storage.base import Fence, Leftover, ObjectInfo, Storage, Versioned, check_key, combined_identity
 from runner.storage.local import LocalStorage
 from runner.storage.uris import (
     FetchedInput,
@@ -29,6 +29,7 @@ __all__ = [
     "Storage",
     "Versioned",
     "check_key",
+    "combined_identity",
     "fetch_input",
     "fetch_input_with_info",
     "identify_input",

@@ -7,6 +7,7 @@ Never: what the bytes mean, which of them belong together, in which order they a
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = [
     "Storage",
     "Versioned",
     "check_key",
+    "combined_identity",
 ]
 
 PROBE_NAME = ".video-lab-probe-"  # how the names of the objects begin that `probe_writable` writes
@@ -193,6 +195,14 @@ class Storage(ABC):
         Nothing there, nothing listed; files still being published are not listed.
         """
 
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        """The names of the folders right below `prefix` (`jobs/`; "": the root), each once, in no promised order.
+
+        What they hold is not listed, so that a store answers this sooner than `list`. On a disk a folder may be empty.
+        """
+        names = (info.key.removeprefix(prefix).partition("/") for info in self.list(prefix))
+        yield from dict.fromkeys(name for name, slash, _ in names if slash)
+
     @abstractmethod
     def read_bytes(self, key: str) -> bytes | None:
         """A small object whole; None if nothing lies under `key`."""
@@ -284,6 +294,13 @@ class Storage(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r})"
+
+
+def combined_identity(files: Mapping[str, tuple[str, int]]) -> tuple[str, int, int]:
+    """(identity, bytes, files) of a folder from its files' (identity, bytes) by key."""
+    lines = [f"{key}\t{identity}" for key, (identity, _) in sorted(files.items())]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"sha256:{digest}", sum(nbytes for _, nbytes in files.values()), len(files)
 
 
 def check_key(key: str) -> str:

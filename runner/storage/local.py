@@ -155,6 +155,20 @@ class LocalStorage(Storage):
                 if status is not None:
                     yield self._info(key, status)
 
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        if prefix:
+            check_key(prefix + "x")
+        top = self.path / prefix
+        with os_errors(top, writing=False):
+            try:
+                with os.scandir(top) as entries:
+                    names = sorted(entry.name for entry in entries if entry.is_dir())
+            except OSError as err:
+                if err.errno not in ABSENT:
+                    raise
+                names = []
+        yield from names
+
     def _files(self, prefix: str) -> Iterator[tuple[Path, str]]:
         """Every file whose key begins with `prefix`, and its key."""
         if prefix:

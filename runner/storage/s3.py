@@ -290,17 +290,29 @@ class S3Storage(Storage):
         check_digests(expected_digests(answer, self.bucket), lambda: [data], self.uri(key))
         return Versioned(data, bare_etag(answer["ETag"]), _age(answer) if aged else None)
 
+    @property
+    def _within(self) -> str:
+        return f"{self.prefix}/" if self.prefix else ""
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if prefix:
-            check_key(prefix + "x")
-        within = f"{self.prefix}/" if self.prefix else ""
-        position: dict[str, str] = {}
-        while True:
-            page = self._repeated(functools.partial(self._page, within + prefix, position), self.root)
+        for page in self._pages(prefix):
             for entry in page.get("Contents", ()):
-                key = entry["Key"][len(within) :]
+                key = entry["Key"][len(self._within) :]
                 if key and not key.endswith("/"):  # consoles make such objects to show an empty folder
                     yield self._listed(key, entry)
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        for page in self._pages(prefix, Delimiter="/"):
+            for entry in page.get("CommonPrefixes", ()):
+                yield entry["Prefix"][len(self._within + prefix) :].rstrip("/")
+
+    def _pages(self, prefix: str, **own: str) -> Iterator[dict[str, Any]]:
+        if prefix:
+            check_key(prefix + "x")
+        position: dict[str, str] = {}
+        while True:
+            page = self._repeated(functools.partial(self._page, self._within + prefix, position | own), self.root)
+            yield page
             if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
                 return
             position = {"ContinuationToken": page["NextContinuationToken"]}
