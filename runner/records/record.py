@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from runner.errors import RunnerError, counts_as_attempt
+from runner.records.approval import Approvals
 from runner.records.people import People
 from runner.redact import redact_tree
 
@@ -370,6 +371,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "summary": RunSummary,
         "attempt": AttemptMark,
         "people": People,
+        "approved": Approvals,
     }
     return {
         f"{name}.v{SCHEMA_VERSION}.schema.json": m.model_json_schema(mode="serialization") for name, m in models.items()
