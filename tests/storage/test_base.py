@@ -311,6 +311,23 @@ class StorageContract(LeaseContract):
             store.write_bytes(key, b"")
         assert sorted(info.key for info in store.list("many/")) == keys
 
+    @pytest.mark.usefixtures("small_pages")
+    def test_every_page_of_folders_is_listed(self, store: Storage) -> None:
+        for i in range(5):
+            for name in ("x", "y", "z/x"):  # what they hold takes no page
+                store.write_bytes(f"many/{i}/{name}", b"")
+        assert sorted(store.folders("many/")) == ["0", "1", "2", "3", "4"]
+
+    def test_folders_are_named_without_what_they_hold(self, store: Storage) -> None:
+        for key in ("top", "a/file", "a/b/1", "a/b/2/3", "a/b/2/4", "a/c/x", "a/中文 1/x", "a/z/y/x", "ab/c/x"):
+            store.write_bytes(key, b"")
+        found = {prefix: list(store.folders(prefix)) for prefix in ("", "a/", "a/b/", "a/c/", "none/")}
+        expected = {"": ["a", "ab"], "a/": ["b", "c", "z", "中文 1"], "a/b/": ["2"], "a/c/": [], "none/": []}
+        assert {prefix: sorted(names) for prefix, names in found.items()} == expected
+        assert {prefix: sorted(Storage.folders(store, prefix)) for prefix in found} == expected  # of any other backend
+        with pytest.raises(ConfigInvalid, match="key"):
+            list(store.folders("../"))
+
     @pytest.mark.parametrize(
         "key", ["", "/etc/passwd", "../x", "a/../../x", "a/..", ".", "./a", "a//b", "a/", "a\nb", "a\0b", "\ud800"]
     )
