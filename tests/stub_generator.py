@@ -3,6 +3,7 @@
 What a job shall do is told by its prompt: `ok`, `fail-prepare`, `fail-generate`, `crash`, `oom`, `flaky` (fails with a
 retryable error until its second try), `wrong-size`, `few` (fewer frames than promised). In the middle of a segment,
 counted from 0: `crash-at-N` (the process ends, unless the job was resumed at segment N), `flaky-at-N` (as `flaky`).
+Of a job `no-people` it is not known where people are.
 
 A job may be resumed after any of its segments. `resumable=False` makes a generator that cannot do this.
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from runner.errors import InputUnreadable, InternalError, StorageUnavailable
 from runner.generation.protocol import ClipInfo, OnStep, Request, ResumePoint, Segment, SegmentPlan
+from runner.records.people import People, make_people
 from runner.spec.options import JobOptions
 from runner.timing import StageTimer
 
@@ -33,6 +35,15 @@ class StubConditions:
     clip: ClipInfo
     report: Mapping[str, Any] = field(default_factory=lambda: {"frames_without_person": 0})
     closed: bool = False
+
+    @property
+    def people(self) -> People | None:
+        """A box that depends on the seed and wanders."""
+        if self.request.prompt == "no-people":
+            return None
+        clip, left = self.clip, np.arange(self.clip.frames) + self.request.options.seed % 16
+        box = np.stack([left, left * 0 + 4, left + 20, left * 0 + 40], 1).astype(float)
+        return make_people(box, np.full_like(box, np.nan), *clip.size, clip.fps)
 
     def close(self) -> None:
         self.closed = True

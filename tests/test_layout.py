@@ -52,11 +52,11 @@ KNOWS: dict[str, dict[str, set[str]]] = {
     "preprocess": {
         "spec": {"options"},
         "storage": {"disk", "disk_cache", "file_hashes"},
-        "records": set(),
+        "records": {"people"},  # the boxes that it knows, as they are kept
         "forecast": set(),
     },
     # a model, not a batch
-    "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": set(), "video": set()},
+    "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": {"people"}, "video": set()},
     "weights": {"spec": {"options", "recipes"}, "storage": {"file_hashes"}, "records": set(), "video": set()},
     # tensors, not jobs
     "quantization": {"forecast": {"precisions"}} | {name: set() for name in ("records", "storage", "timing", "video")},

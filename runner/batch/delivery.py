@@ -25,7 +25,8 @@ from runner.batch.part_archive import PNGS, pack_files, unpack_files
 from runner.errors import InternalError, as_runner_error
 from runner.generation.protocol import ClipInfo, Segment
 from runner.hashing import sha256_file
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSE, POSTER, frames_folder, job_key
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, POSE, POSTER, frames_folder, job_key
+from runner.records.people import People
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
 from runner.storage import ObjectInfo, Storage, combined_identity
@@ -80,10 +81,12 @@ class Delivery:
         pose_fps: Fraction,
         audio: AudioSpan | None,
         timer: StageTimer,
+        people: People | None = None,
     ) -> None:
         self._folder, self._options, self._timer = folder, options, timer
         self._width, self._height, self._fps, self._expected = width, height, fps, frames
         self._pose_fps = pose_fps
+        self._people = people
         self._is_png = options.output.format == "png"
         self._audio = None if self._is_png else audio
         self._parts: list[Path] = []  # their folders
@@ -105,8 +108,12 @@ class Delivery:
         options: JobOptions,
         audio_from: Path | None,
         timer: StageTimer,
+        people: People | None = None,
     ) -> Delivery:
-        """For what was prepared, and what stages make of it; `audio_from`: the driving video, where it has sound."""
+        """For what was prepared, and what stages make of it; `audio_from`: the driving video, where it has sound.
+
+        `people`: where they are in `clip`; their boxes are published at the size of `finished`.
+        """
         audio = None
         if options.keep_audio and audio_from is not None:
             audio = AudioSpan(audio_from, clip.start_s, float(clip.frames / clip.fps))
@@ -120,6 +127,7 @@ class Delivery:
             pose_fps=clip.fps,
             audio=audio,
             timer=timer,
+            people=None if people is None else people.resized(finished.width, finished.height),
         )
 
     @property
@@ -205,7 +213,7 @@ class Delivery:
                 sha256 = sha256_file(self._folder / OUTPUT)
                 info = put(self._folder / OUTPUT, key)
                 stored, identity, nbytes, count = {key: info}, storage.identify(info), info.bytes, 1
-            beside = {name: self._folder / name for name in (POSE, POSTER, FRAME_DIGESTS)}
+            beside = {name: self._folder / name for name in (POSE, POSTER, FRAME_DIGESTS, PEOPLE)}
             stored |= _store_all(put, {job_key(job_id, n): path for n, path in beside.items() if path.exists()})
         record = OutputRecord(
             uri=storage.uri(key.rstrip("/")),
@@ -226,7 +234,7 @@ class Delivery:
     def abort(self) -> None:
         """Leave nothing behind. Idempotent."""
         shutil.rmtree(self._parts_folder, ignore_errors=True)
-        for name in (OUTPUT, POSE, POSTER, FRAME_DIGESTS):
+        for name in (OUTPUT, POSE, POSTER, FRAME_DIGESTS, PEOPLE):
             (self._folder / name).unlink(missing_ok=True)
 
     @property
@@ -278,6 +286,8 @@ class Delivery:
             for poster in self._files(POSTER):
                 shutil.copyfile(poster, self._folder / POSTER)
             (self._folder / FRAME_DIGESTS).write_bytes(format_digests(self._digests))
+            if self._people is not None:
+                (self._folder / PEOPLE).write_bytes(self._people.to_json())
         except OSError as error:
             raise as_runner_error(error, where=self._folder) from error
         return note

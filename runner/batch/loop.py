@@ -378,9 +378,8 @@ class Batch:
         # Now, as sound that cannot be read shall fail the job before it costs anything.
         clip, options = task.conditions.clip, task.job.options
         stages = self._engine.stages(options)
-        make = partial(
-            Delivery.of, clip, finished_clip(clip, stages), task.folder, options, task.audio_from, task.timer
-        )
+        finished, people = finished_clip(clip, stages), task.conditions.people
+        make = partial(Delivery.of, clip, finished, task.folder, options, task.audio_from, task.timer, people)
         start = self._keeper.start(task, self._generator.resume_identity, make)
         task.identity = dict(self._generator.resume_identity)
         own, states = (None, None) if start is None else split_states(start)

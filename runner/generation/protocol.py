@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from runner.records.people import People
 from runner.spec.options import JobOptions
 from runner.timing import DeviceProbe, StageTimer
 
@@ -109,6 +110,11 @@ class Conditions(Protocol):
     @property
     def report(self) -> Mapping[str, Any]:
         """Counts worth recording, e.g. frames_without_person; JSON-able."""
+        ...
+
+    @property
+    def people(self) -> People | None:
+        """Where the people are, at the size and rate of `clip`; None where it is not known. Also after `close`."""
         ...
 
     def close(self) -> None:

@@ -16,9 +16,11 @@ import numpy as np
 
 from runner.preprocess.body.face import FacePlan, crop_face
 from runner.preprocess.body.keypoints import PoseTrack
+from runner.preprocess.body.person_boxes import face_boxes, person_boxes
 from runner.preprocess.geometry import Geometry, frames_at_once
 from runner.preprocess.masks.given import GivenMask
 from runner.preprocess.masks.packed import ClipMasks
+from runner.records.people import People, make_people
 from runner.timing import StageTimer
 from runner.video import VideoReader
 
@@ -80,6 +82,14 @@ class PoseConditions:
             if background is not None and masks is not None:
                 background[masks > 0] = 0
             return ConditionFrames(pose, face, background, masks)
+
+    @property
+    def people(self) -> People:
+        """The boxes of the person that is drawn, and of the face, one entry a frame."""
+        drawn, moved = (self.track, False) if self.retargeted is None else (self.retargeted, True)
+        points = self.geometry.drawn_points(drawn, retargeted=moved)
+        faces = face_boxes(points, self.width, self.height)
+        return make_people(person_boxes(points), faces, self.width, self.height, self.fps)
 
     def close(self) -> None:
         """Close the files. Idempotent; a later `window` opens the video again."""

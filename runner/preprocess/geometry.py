@@ -11,7 +11,7 @@ import numpy as np
 
 from runner.preprocess.body.keypoints import PoseTrack
 from runner.preprocess.body.skeleton import draw_skeleton
-from runner.preprocess.pictures.sizing import Placement, padding_resize, resize_by_area
+from runner.preprocess.pictures.sizing import Placement, official_placement, padding_resize, resize_by_area
 
 __all__ = ["WINDOW_BYTES", "Geometry", "frames_at_once"]
 
@@ -63,6 +63,17 @@ class Geometry:
         drawn = draw_skeleton(pose, track.width, track.height)
         canvas[:] = drawn if self.resize_first is not None else padding_resize(drawn, self.width, self.height)
         return canvas
+
+    def drawn_points(self, track: PoseTrack, *, retargeted: bool = False) -> np.ndarray:
+        """float64 [n, 133, 3]: the points of `track` where `skeleton` draws them, in pixels of the output."""
+        points = track.points.astype(np.float64)
+        if retargeted or (self.parity and self.resize_first is not None):
+            return points
+        placement = self.placement
+        if self.parity:
+            placement = official_placement((track.width, track.height), (self.width, self.height))
+        points[..., :2] = placement.points(points[..., :2])
+        return points
 
 
 def frames_at_once(width: int, height: int, most: int = 16) -> int:

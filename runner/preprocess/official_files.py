@@ -217,6 +217,11 @@ class OfficialConditions:
             background[white] = 0
             return ConditionFrames(pose, face, background, white.astype(np.uint8) * np.uint8(255))
 
+    @property
+    def people(self) -> None:
+        """The files show skeletons, and say nothing of where they lie."""
+        return None
+
     def close(self) -> None:
         """Close the files. Idempotent; a later `window` opens them again."""
         for reader in self._readers.values():

@@ -8,6 +8,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/pose.mp4, poster.jpg         previews
     jobs/<id>/parts/<chain>/0001.tar, …    the finished segments of a job that is under way, and 0001.state after each
     jobs/<id>/frames.sha256                the digest of each frame, one a line
+    jobs/<id>/people.json                  where the people are, frame by frame; not of jobs with official files
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
 
 A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
@@ -23,6 +24,7 @@ __all__ = [
     "KEPT",
     "METRICS",
     "OUTPUT",
+    "PEOPLE",
     "POSE",
     "POSTER",
     "PREVIEWS",
@@ -52,9 +54,10 @@ FRAMES = "frames/"
 POSE = "pose.mp4"
 POSTER = "poster.jpg"
 FRAME_DIGESTS = "frames.sha256"
+PEOPLE = "people.json"
 
 PREVIEWS = (POSE, POSTER)
-KEPT = (*PREVIEWS, FRAME_DIGESTS)  # of an output of either form
+KEPT = (*PREVIEWS, FRAME_DIGESTS, PEOPLE)  # of an output of either form
 OUTPUT_FILES = (OUTPUT, *KEPT)
 PARTS = "parts/"
 PART_END, STATE_END = ".tar", ".state"

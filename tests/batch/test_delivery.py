@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from runner.batch.delivery import Delivery, Published
 from runner.batch.part_archive import pack_files, unpack_files
 from runner.errors import InputUnreadable, InternalError, StorageFull
-from runner.generation.protocol import Segment
+from runner.generation.protocol import ClipInfo, Segment
+from runner.records.people import People, make_people
 from runner.spec.options import JobOptions
 from runner.storage import LocalStorage, ObjectInfo
 from runner.timing import StageTimer
@@ -40,9 +41,13 @@ def segments(lengths: list[int]) -> list[Segment]:
     return found
 
 
+PEOPLE = make_people(np.array([[1.0, 2, 30, 60]] * 3), np.full((3, 4), np.nan), 96, 64, POSE_FPS)
+
+
 def deliver(folder: Path, frames: int, options: JobOptions | None = None, audio: AudioSpan | None = None) -> Delivery:
     options = options or JobOptions()
     more = {"width": 96, "height": 64, "fps": FPS, "frames": frames, "pose_fps": POSE_FPS, "timer": StageTimer()}
+    more["people"] = PEOPLE
     return Delivery(folder / "scratch", options, audio=audio, **more)
 
 
@@ -90,7 +95,7 @@ def test_written_and_restored_parts_give_the_same_bytes(
     source = make_clip(folder / "source.mp4", 3, audio=tone(2.0))
     audio = AudioSpan(source, 0.1, float(sum(lengths) / FPS)) if sound else None
     files = run(folder, lengths, restored, JobOptions(), audio)
-    assert files.keys() == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256"}
+    assert files.keys() == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "people.json"}
     with av.open(str(folder / "resumed/out/jobs/a/output.mp4")) as container:
         assert bool(container.streams.audio) == sound
         shown = [read_index(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -102,7 +107,7 @@ def test_written_and_restored_parts_give_the_same_bytes(
 def test_short_and_empty_parts(tmp_path: Path, lengths: list[int], options: JobOptions) -> None:
     for number, restored in enumerate([set(range(len(lengths))), {0}, set(range(1, len(lengths)))]):
         files = run(tmp_path / str(number), lengths, restored, options, None)
-    names = {"pose.mp4", "poster.jpg", "frames.sha256"}
+    names = {"pose.mp4", "poster.jpg", "frames.sha256", "people.json"}
     if options is PNG:
         names |= {f"frames/*/{index:06d}.png" for index in range(sum(lengths))}
         images = [
@@ -128,6 +133,19 @@ def test_the_record_tells_the_frames(tmp_path: Path) -> None:
     assert (output.frames_hash, output.frames, output.fps, output.files) == (2, 7, "30000/1001", 1)
     assert output.sha256 == hashlib.sha256(files["output.mp4"]).hexdigest()
     assert json.loads(output.to_json())["frames_hash"] == 2
+
+
+def test_boxes_are_published_at_the_size_of_the_finished_clip(tmp_path: Path) -> None:
+    clip = ClipInfo(3, POSE_FPS, 96, 64, 0.0)
+    twice = ClipInfo(5, FPS, 192, 128, 0.0)
+    delivery = Delivery.of(clip, twice, tmp_path / "scratch", JobOptions(), None, StageTimer(), PEOPLE)
+    delivery.write(Segment(0, np.zeros((5, 128, 192, 3), np.uint8)))
+    _, files = publish(delivery, tmp_path)
+    boxes = People.parse(files["people.json"])
+    assert (boxes.width, boxes.height, boxes.fps) == (192, 128, "15")
+    assert boxes.person(0) == (2, 4, 60, 120)
+    delivery.abort()
+    assert not (tmp_path / "scratch/people.json").exists()
 
 
 def test_previews_have_the_poses_rate_and_the_middle_frame(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, Weigh
 from runner.finishing.stages import StageSettings, open_stages
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
+from runner.records.people import People
 from runner.records.record import AttemptMark, schemas
 from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
@@ -123,6 +124,9 @@ class Bench:
         return {name for name in found if parts or not name.startswith("parts/")}
 
 
+FILES = {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "people.json", "result.json"}
+
+
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch) -> Bench:
     monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 0.01)
@@ -138,7 +142,7 @@ def frames_in(path: Path) -> int:
 def test_every_job_leaves_its_files_and_a_full_record(bench):
     assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
     for name in ("a", "b"):
-        assert bench.files(name) == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "result.json"}
+        assert bench.files(name) == FILES
         record = bench.result(name)
         assert record["status"] == "succeeded"
         assert record["output"]["frames"] == frames_in(bench.folder / f"out/jobs/{name}/output.mp4") == 6
@@ -413,7 +417,7 @@ def test_frames_as_png(bench):
     assert bench.summary["counts"]["skipped"] == 1
     # changing the format leaves nothing of the other one behind
     assert bench.run(bench.job("a"), run_id="r3") == 0
-    assert bench.files("a") == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "result.json"}
+    assert bench.files("a") == FILES
 
 
 def times(events: list[dict], name: str) -> dict[str, str]:
@@ -458,7 +462,7 @@ def test_a_signal_drains(bench, twice, status):
     assert bench.run(*[bench.job(name) for name in "abc"]) == 143
     assert [line["status"] for line in bench.summary["jobs"]] == [status, "not_run", "not_run"]
     assert bench.summary["stopped_by"] == "SIGTERM"
-    left = {"a": 5 if not twice else 0, "b": 0, "c": 0}
+    left = {"a": len(FILES) if not twice else 0, "b": 0, "c": 0}
     assert {name: len(bench.files(name)) for name in "abc"} == left
     bench.stop = Stop()
     assert bench.run(*[bench.job(name) for name in "abc"], run_id="r2") == 0
@@ -575,6 +579,19 @@ def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkey
     assert bench.run(bench.job("a"), bench.job("b")) != 0
     assert bench.result("a")["status"] == "succeeded", "what was done was undone"
     assert "output.mp4" in bench.files("a")
+
+
+@pytest.mark.parametrize("format", ["mp4", "png"])
+def test_a_job_s_people_are_published_with_its_output(bench, format):
+    """With the boxes of this run, and none where a later run does not know them."""
+    where = bench.folder / "out/jobs/a/people.json"
+    for seed in (0, 7):
+        assert bench.run(bench.job("a", seed=seed, output={"format": format}), run_id=f"r{seed}") == 0
+        made = People.parse(where.read_bytes())
+        assert [made.person(i) for i in range(made.frames)] == [(i + seed, 4, i + seed + 20, 40) for i in range(6)]
+        assert (made.width, made.height, made.fps) == (WIDTH, HEIGHT, "8")
+    assert bench.run(bench.job("a", "no-people", output={"format": format}), run_id="last") == 0
+    assert not where.exists()
 
 
 @dataclass

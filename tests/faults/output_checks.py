@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 __all__ = ["Finished", "JobState", "Problem", "check_end", "check_meanwhile", "hidden_files", "learn", "look"]
 
 MP4 = "output.mp4"
-PREVIEWS = ("pose.mp4", "poster.jpg", "frames.sha256")
+PREVIEWS = ("pose.mp4", "poster.jpg", "frames.sha256", "people.json")
 
 
 class Problem(NamedTuple):

@@ -40,6 +40,7 @@ class MemoryConditions:
     fps: Fraction = Fraction(16)
     start_s: float = 0.0
     report: dict[str, Any] = field(default_factory=dict)
+    people: None = None
     asked: list[tuple[int, int]] = field(default_factory=list)
     closed: bool = False
 

@@ -13,6 +13,7 @@ from runner.records import output_layout as layout
 
 RUNNER = Path(layout.__file__).resolve().parent.parent
 NAMES = (layout.RESULT, layout.ATTEMPT, layout.OUTPUT, layout.POSE, layout.POSTER, layout.FRAME_DIGESTS)
+NAMES += (layout.PEOPLE,)
 SUFFIXES = (layout.SUMMARY, layout.METRICS, layout.EVENTS)
 SPELLED = re.compile(
     r"\b(jobs|runs|frames)/|(?<![\w-])(" + "|".join(map(re.escape, NAMES)) + ")|" + "|".join(map(re.escape, SUFFIXES))
@@ -22,7 +23,7 @@ SPELLED = re.compile(
 def test_keys_are_those_of_the_contract() -> None:
     assert [layout.job_key("a", name) for name in NAMES] == [
         *("jobs/a/result.json", "jobs/a/attempt.json", "jobs/a/output.mp4", "jobs/a/pose.mp4", "jobs/a/poster.jpg"),
-        "jobs/a/frames.sha256",
+        *("jobs/a/frames.sha256", "jobs/a/people.json"),
     ]
     assert layout.frames_folder("a", "0f") == "jobs/a/frames/0f/"
     assert [layout.run_key("night", "00000-of-00001", name) for name in SUFFIXES] == [
@@ -50,7 +51,7 @@ def test_split_job_key(key: str, found: tuple[str, str] | None) -> None:
 
 def test_records_and_marks_are_no_output() -> None:
     outputs = {name for name in (*NAMES, "frames/0f/000000.png", "frames", "notes.txt") if layout.is_output_file(name)}
-    assert outputs == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "frames/0f/000000.png"}
+    assert outputs == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "people.json", "frames/0f/000000.png"}
 
 
 def texts(tree: ast.Module) -> Iterator[ast.Constant]:

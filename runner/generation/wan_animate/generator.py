@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from runner.generation.wan_animate.pipeline import AnimatePipeline
     from runner.generation.wan_animate.windows import ConditionWindow, DrawnAhead
     from runner.quantization.lora.read import Lora
+    from runner.records.people import People
 
 __all__ = ["AnimateConditions", "WanAnimateGenerator"]
 
@@ -59,6 +60,10 @@ class AnimateConditions:
     @property
     def report(self) -> Mapping[str, Any]:
         return self.source.report
+
+    @property
+    def people(self) -> People | None:
+        return self.source.people
 
     @property
     def reference(self) -> Any:

@@ -15,7 +15,18 @@ import numpy as np
 
 from runner.preprocess.body.smooth import gaussian, median
 
-__all__ = ["FACE_CONFIDENCE", "FaceBox", "FacePlan", "crop_face", "face_box", "official_box", "plan_faces"]
+__all__ = [
+    "FACE_CONFIDENCE",
+    "LEAST_POINTS",
+    "LEAST_SIDE",
+    "LEAST_VISIBLE",
+    "FaceBox",
+    "FacePlan",
+    "crop_face",
+    "face_box",
+    "official_box",
+    "plan_faces",
+]
 
 FaceBox = tuple[int, int, int, int]  # x1, x2, y1, y2: the official order
 

@@ -18,6 +18,7 @@ __all__ = [
     "GRID",
     "Placement",
     "area_size",
+    "official_placement",
     "output_size",
     "padding_resize",
     "place",
@@ -72,18 +73,24 @@ def padding_resize(frame: np.ndarray, width: int, height: int, interpolation: in
     """
     import cv2
 
-    h, w = frame.shape[:2]
-    if h / w > height / width:
-        new_width, new_height = max(1, int(height / h * w)), height
-    else:
-        new_width, new_height = width, max(1, int(width / w * h))
-    left, top = int((width - new_width) / 2), int((height - new_height) / 2)
+    left, top, new_width, new_height = official_placement((frame.shape[1], frame.shape[0]), (width, height)).target
     canvas = np.zeros((height, width, *frame.shape[2:]), np.uint8)
     resized = cv2.resize(
         frame, (new_width, new_height), interpolation=cv2.INTER_LINEAR if interpolation is None else interpolation
     )
     canvas[top : top + new_height, left : left + new_width] = resized
     return canvas
+
+
+def official_placement(frame: tuple[int, int], canvas: tuple[int, int]) -> Placement:
+    """Where `padding_resize` puts a frame of one size on a canvas of another; sizes are (width, height)."""
+    (w, h), (width, height) = frame, canvas
+    if h / w > height / width:
+        new_width, new_height = max(1, int(height / h * w)), height
+    else:
+        new_width, new_height = width, max(1, int(width / w * h))
+    left, top = int((width - new_width) / 2), int((height - new_height) / 2)
+    return Placement((0, 0, w, h), (left, top, new_width, new_height), canvas)
 
 
 @dataclass(frozen=True)
