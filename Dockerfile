@@ -36,7 +36,7 @@ COPY pyproject.toml /build/
 COPY tools/install.py tools/pip_settings.py /build/tools/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
     UV_COMPILE_BYTECODE=1 UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 \
-    python /build/tools/install.py --extras "${EXTRA},demo" --backend "${TORCH_BACKEND}"
+    python /build/tools/install.py --extras "${EXTRA},demo,compare" --backend "${TORCH_BACKEND}"
 
 COPY LICENSE THIRD_PARTY.md entrypoint.py /app/
 COPY manifests /app/manifests

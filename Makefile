@@ -47,14 +47,14 @@ $(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python tools/install.py --editable --extras "$(if $(filter gpu,$(EXTRA)),gpu$(comma)demo,$(EXTRA))" --backend "$(TORCH_BACKEND)"
+	$(BIN)/python tools/install.py --editable --extras "$(if $(filter gpu,$(EXTRA)),gpu$(comma)demo$(comma)compare,$(EXTRA))" --backend "$(TORCH_BACKEND)"
 	touch $@
 
 demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/demo
 	$(BIN)/video-lab weights demo --models $(MODELS) --media $(MEDIA)
 	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
 
-test: $(STAMP) ## run the tests; VIDEO_LAB_IMAGE_TESTS=1 builds and runs the image too (root, buildah, podman)
+test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds the image (root, buildah, podman) and a browser (chromium)
 	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP) ## run the long tests

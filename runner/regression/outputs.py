@@ -31,11 +31,13 @@ class RenderedFrames:
     frames: int
     size: tuple[int, int]
     fps: Fraction | None
+    path: Path | None  # of the MP4; None for PNGs
 
     def __init__(self, paths: Path | Sequence[Path]) -> None:
         self._timeline: Timeline | None = None
         self._pictures: list[Path] = []
         self._single: Frames | None = None
+        self.path = paths if isinstance(paths, Path) else None
         if isinstance(paths, Path):
             self._timeline = read_timeline(paths)
             self.frames, self.fps = self._timeline.frames, self._timeline.fps.limit_denominator(1001)

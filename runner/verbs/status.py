@@ -11,14 +11,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from runner.batch.lease import Sighting
 from runner.batch.ledger import Ledger
 from runner.errors import ConfigInvalid
 from runner.records.events import default_logging
 from runner.records.output_layout import ATTEMPT, JOBS, RESULT, split_job_key
+from runner.records.record import ResultRecord
 from runner.storage import Storage, open_storage
 from runner.verbs.settings import StatusSettings
 
-__all__ = ["StatusRow", "read_status", "status"]
+__all__ = ["StatusRow", "read_jobs", "read_status", "status"]
 
 READS_AT_ONCE = 16
 
@@ -47,18 +49,23 @@ def read_status(storage: Storage) -> list[StatusRow]:
 
     Raises ConfigInvalid where nothing at all lies: no run has written there, or the path is mistyped; storage.*.
     """
+    return [row for row, _ in read_jobs(storage)]
+
+
+def read_jobs(storage: Storage) -> list[tuple[StatusRow, ResultRecord | None]]:
+    """The rows of `read_status`, each with the job's record, where it has one."""
     if next(storage.list(), None) is None:
         raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
     found = (split_job_key(info.key) for info in storage.list(JOBS))
     ids = sorted({names[0] for names in found if names is not None and names[1] in (RESULT, ATTEMPT)})
     ledger = Ledger(storage)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        rows = pool.map(lambda job_id: _row(ledger, job_id), ids)
-        return [row for row in rows if row is not None]
+        found = pool.map(lambda job_id: (ledger.leases.look(job_id), ledger.result(job_id)), ids)
+        rows = [(_row(job_id, *both), both[1]) for job_id, both in zip(ids, found, strict=True)]
+        return [(row, record) for row, record in rows if row is not None]
 
 
-def _row(ledger: Ledger, job_id: str) -> StatusRow | None:
-    sighting, record = ledger.leases.look(job_id), ledger.result(job_id)
+def _row(job_id: str, sighting: Sighting, record: ResultRecord | None) -> StatusRow | None:
     mark = sighting.mark
     if mark is not None and mark.error is None:
         kept = f", {mark.segments_done} segments finished" if mark.segments_done else ""

@@ -1,7 +1,7 @@
 """The image, built and run for real without a docker engine: tools/image.sh, the Dockerfile and entrypoint.py.
 
 Every container here has a read-only root, no network, no capabilities and a user that is not root, unless a test says
-otherwise. Costs minutes and gigabytes, so it runs only when VIDEO_LAB_IMAGE_TESTS=1 asks for it, as CI does. The store
+otherwise. Costs minutes and gigabytes, so it runs only when VIDEO_LAB_SYSTEM_TESTS=1 asks for it, as CI does. The store
 of images (VIDEO_LAB_IMAGE_STORE) is kept from run to run: only the first build is slow.
 """
 
@@ -23,8 +23,8 @@ CONFINED = ("--read-only", "--network", "none", "--cap-drop", "all", "--security
 
 def why_not() -> str:
     """Why the image cannot be tested here; empty if it can."""
-    if os.environ.get("VIDEO_LAB_IMAGE_TESTS") != "1":
-        return "VIDEO_LAB_IMAGE_TESTS=1 is not set"
+    if os.environ.get("VIDEO_LAB_SYSTEM_TESTS") != "1":
+        return "VIDEO_LAB_SYSTEM_TESTS=1 is not set"
     if os.geteuid() != 0:
         return "needs root: the build mounts file systems"
     missing = [tool for tool in ("buildah", "podman", "runc", "mmdebstrap") if shutil.which(tool) is None]

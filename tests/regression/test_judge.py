@@ -1,0 +1,242 @@
+"""The verdict of each kind of difference, and the sentence that tells it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.generation.protocol import SegmentPlan
+from runner.regression.findings import (
+    Drift,
+    FrameValues,
+    Identity,
+    JobFinding,
+    JointDrift,
+    Measurements,
+    PerformanceFinding,
+)
+from runner.regression.judge import (
+    ORDER,
+    differences,
+    digests_differ,
+    environment_changes,
+    exit_code_of_verdicts,
+    is_exact,
+    joints_of,
+    judge,
+    same_picture,
+)
+from runner.spec.regression_limits import RegressionLimits
+from tests.regression.records import ENVIRONMENT, digest_list, in_segments, rendered
+
+NONE = RegressionLimits()
+DEFAULTS = RegressionLimits(same_frames=True, psnr_min=30, ssim_min=0.9, joint_drift_max=1.0)
+NIGHT = rendered(digest_list(1, 2, 3))
+
+
+def series(worst: float, frame: int = 1) -> FrameValues:
+    return FrameValues(mean=worst + 1, p5=worst, worst=worst, worst_frame=frame, values=[worst + 2, worst])
+
+
+def measured(psnr: float = 50.0, ssim: float = 0.99, **more: object) -> Measurements:
+    return Measurements(
+        frames_baseline=3, frames_new=3, frames_compared=3, psnr=series(psnr), ssim=series(ssim), **more
+    )
+
+
+def verdict_of(finding: JobFinding, new=NIGHT, base=NIGHT, given_limits=NONE, calibrated=None) -> JobFinding:
+    return judge(finding, new, base, given=given_limits, calibrated=calibrated)
+
+
+def finding(**more: object) -> JobFinding:
+    return JobFinding(id="a", verdict="identical", text="", frames=3, **more)
+
+
+def differing(**more: object) -> JobFinding:
+    return finding(first_frame=1, frames_differing=2, **more)
+
+
+def test_equal_frames_are_identical_whatever_the_limits_say():
+    for limits in (NONE, DEFAULTS):
+        found = verdict_of(finding(exact=True), given_limits=limits)
+        assert (found.verdict, found.breaches, found.text) == ("identical", [], "all 3 frames are the same")
+
+
+def test_other_frames_of_the_same_environment_are_broken_and_the_first_is_named():
+    found = verdict_of(differing(exact=True, measurements=measured()), calibrated=DEFAULTS)
+    assert found.verdict == "broken"
+    assert [breach.metric for breach in found.breaches] == ["same_frames"] and found.breaches[0].frame == 1
+    assert found.text.startswith("2 of 3 frames differ, frame 1 first, although device, compute")
+
+
+def test_what_was_asked_otherwise_is_said_instead():
+    found = verdict_of(differing(exact=True, differences=["options.seed: 42 → 43"]), calibrated=DEFAULTS)
+    assert found.text == "2 of 3 frames differ, frame 1 first; asked for was options.seed: 42 → 43"
+
+
+def test_another_environment_is_judged_by_metric():
+    found = verdict_of(differing(measurements=measured()), calibrated=DEFAULTS)
+    assert found.verdict == "changed" and found.text == "2 of 3 frames differ, frame 1 first, within the limits"
+
+
+def test_a_manifest_may_allow_other_frames_in_the_same_environment():
+    allow = RegressionLimits(same_frames=False)
+    assert verdict_of(differing(exact=True, measurements=measured()), given_limits=allow).verdict == "changed"
+
+
+def test_a_manifest_with_any_limit_asks_for_the_same_frames():
+    some = RegressionLimits(psnr_min=20)
+    found = verdict_of(differing(exact=True, measurements=measured()), given_limits=some)
+    assert [breach.metric for breach in found.breaches] == ["same_frames"]
+
+
+def test_without_limits_nothing_is_judged():
+    found = verdict_of(differing(exact=True, measurements=measured(psnr=5)))
+    assert found.verdict == "uncalibrated" and "not calibrated" in found.text
+
+
+def test_each_limit_names_its_metric_and_frame():
+    cases = {
+        "psnr_min": measured(psnr=29.9),
+        "ssim_min": measured(ssim=0.5),
+        "max_frame_diff": measured(largest_difference=41, largest_difference_frame=2),
+        "joint_drift_max": measured(
+            drift=Drift(
+                joint_drift=1.5,
+                joints=[
+                    JointDrift(frame=1, step=0.1, excess=0.1, gain=(1, 1, 1), offset=(0, 0, 0)),
+                    JointDrift(frame=2, step=1.6, excess=1.5, gain=(1.02, 1.02, 1.02), offset=(0, 0, 0)),
+                ],
+            )
+        ),
+        "identity_min": measured(identity=Identity(cosine=0.4, cosine_frame=2)),
+    }
+    limits = DEFAULTS.model_copy(update={"max_frame_diff": 40.0, "identity_min": 0.8})
+    good = {"identity": Identity(cosine=0.9)}
+    for metric, values in cases.items():
+        whole = values if metric == "identity_min" else values.model_copy(update=good)
+        found = verdict_of(differing(measurements=whole), given_limits=limits)
+        assert [breach.metric for breach in found.breaches] == [metric]
+        breach = found.breaches[0]
+        assert found.verdict == "broken" and found.text == breach.text and breach.frame in (1, 2)
+        assert breach.value is not None and breach.limit is not None
+        passing = measured(**good)
+        assert verdict_of(differing(measurements=passing), given_limits=limits).verdict == "changed"
+
+
+def test_a_limit_whose_metric_could_not_be_had_is_broken():
+    limits = RegressionLimits(identity_min=0.8)
+    for identity, why in ((None, "give --models"), (Identity(why={"cosine": "no people.json"}), "no people.json")):
+        found = verdict_of(differing(measurements=measured(identity=identity)), given_limits=limits)
+        assert [breach.metric for breach in found.breaches] == ["identity_min"] and why in found.text
+
+
+def test_another_form_needs_no_limit():
+    for update, metric in (
+        ({"width": 80}, "size"),
+        ({"frames": 4}, "frames"),
+        ({"fps": "8"}, "rate"),
+    ):
+        new = rendered(digest_list(1, 2, 3), output=update)
+        assert [breach.metric for breach in verdict_of(finding(), new=new).breaches] == [metric]
+
+
+def test_a_slower_stage_breaks_identical_frames_too():
+    slow = PerformanceFinding(
+        name="seconds: denoise", unit="s", new=9.0, median=2.0, nights=5, ratio=4.5, verdict="slower"
+    )
+    found = verdict_of(finding(performance=[slow]), calibrated=DEFAULTS)
+    assert found.verdict == "broken" and found.breaches[0].metric == "seconds_max"
+    assert found.text == "seconds: denoise took 9 s, 4.50 times the median of 5 nights (2 s)"
+
+
+def test_limits_of_a_job_go_over_the_defaults():
+    loose = RegressionLimits(psnr_min=10)
+    found = verdict_of(differing(measurements=measured(psnr=15, ssim=0.5)), given_limits=loose, calibrated=DEFAULTS)
+    assert [breach.metric for breach in found.breaches] == ["ssim_min"]
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_decides_whether_frames_must_be_equal():
+    assert is_exact(NIGHT, NIGHT)
+    for name in ENVIRONMENT:
+        other = rendered(digest_list(1), computed_by=ENVIRONMENT | {name: "other"})
+        assert not is_exact(other, NIGHT)
+        assert environment_changes(other, NIGHT) == [f"{name}: {ENVIRONMENT[name]} → other"]
+
+
+def test_our_own_version_is_shown_and_not_compared():
+    other = rendered(digest_list(1), computed_by=ENVIRONMENT | {"version of video-lab-runner": "0.2.0"})
+    assert is_exact(other, NIGHT)
+    assert environment_changes(other, NIGHT) == ["version of video-lab-runner: none → 0.2.0"]
+
+
+def test_a_record_that_does_not_say_what_computed_it_is_not_exact():
+    old = rendered(digest_list(1), computed_by={})
+    assert not is_exact(old, old) and not is_exact(NIGHT, old)
+    assert environment_changes(NIGHT, old) == ["one of both records does not say what computed it"]
+
+
+def test_settings_that_changed_are_told_from_the_baseline_to_the_night():
+    new = rendered(digest_list(1), fingerprint_parts={"options.seed": 43, "model.vae": "a" * 64})
+    assert differences(new, NIGHT) == [f"model.vae: none → {'a' * 24}…", "options.seed: 42 → 43"]
+
+
+def test_the_same_frames_at_another_rate_are_another_picture():
+    assert same_picture(NIGHT.output, NIGHT.output) is True
+    assert same_picture(NIGHT.output.model_copy(update={"fps": "8"}), NIGHT.output) is False
+    assert same_picture(NIGHT.output.model_copy(update={"frames_hash": None}), NIGHT.output) is None
+
+
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
+def test_differing_frames_are_counted_from_the_first(new, base):
+    found = digests_differ(digest_list(*new), digest_list(*base))
+    longest = max(len(new), len(base))
+    wrong = [i for i in range(longest) if new[i : i + 1] != base[i : i + 1]]
+    assert (found is None) == (not wrong)
+    if found is not None:
+        assert (found.first, found.count) == (wrong[0], len(wrong))
+
+
+# -- joints ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.sampled_from((5, 9, 13, 17, 41, 77, 81)), st.sampled_from((1, 5)))
+def test_joints_follow_from_the_record_as_the_plan_cut_them(segments, frames, overlap):
+    requested = frames + (segments - 1) * (frames - overlap) if frames > overlap else frames
+    if frames <= overlap:
+        segments = 1
+    plan = SegmentPlan(requested, frames, overlap, segments, 64, 64, 1, 1, 1.0)
+    expected = [frames + k * (frames - overlap) for k in range(segments - 1)]
+    found = joints_of(in_segments(segments, frames, overlap, requested), requested)
+    assert plan.padding_frames == 0 and found == expected
+
+
+def test_joints_move_with_a_stage_that_doubles_the_frames():
+    assert joints_of(in_segments(3, 9, 1, 25), 50) == [18, 34]
+
+
+@pytest.mark.parametrize("efficiency", [None, in_segments(1, 21, 0, 21)])
+def test_one_segment_has_no_joint(efficiency):
+    assert joints_of(efficiency, 21) == []
+
+
+# -- the exit code -----------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_verdict_decides_the_exit_code():
+    assert exit_code_of_verdicts([]) == 0
+    assert {verdict: exit_code_of_verdicts([verdict, "identical"]) for verdict in ORDER} == {
+        "broken": 4,
+        "failed": 1,
+        "new": 4,
+        "missing": 4,
+        "uncalibrated": 0,
+        "changed": 0,
+        "draft": 0,
+        "identical": 0,
+    }
+    assert exit_code_of_verdicts(["failed", "new"]) == 4
