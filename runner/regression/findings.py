@@ -66,6 +66,9 @@ class JointDrift(Record):
     excess: float = Field(ge=0, description="of `step`, what the baseline's joint does not have, in delta E")
     gain: tuple[float, float, float] = Field(description="red, green, blue: factor from before to after")
     offset: tuple[float, float, float] = Field(description="red, green, blue: 8-bit levels, added after the factor")
+    still: float | None = Field(
+        None, description="share of the picture that is still; below 0.05 the whole picture was measured instead"
+    )
 
 
 class SegmentDrift(Record):
@@ -82,6 +85,9 @@ class SegmentDrift(Record):
     laplacian_ratio: float = Field(ge=0, description="of the baseline's; 1: the same texture")
     motion: float = Field(ge=0, description="mean squared difference of neighbouring frames' luma; of the new video")
     motion_ratio: float = Field(ge=0, description="of the baseline's; 1: as much motion")
+    still: float | None = Field(
+        None, description="share of the picture that is still; below 0.05 the whole picture was measured instead"
+    )
 
 
 class Drift(Record):

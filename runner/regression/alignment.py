@@ -1,0 +1,232 @@
+"""Alignment: which frames of a video were dropped, repeated, inserted or moved, compared with the baseline's.
+
+In:   per-frame digests of both videos, or a thumbnail of each frame. Out: `Misalignment`s, in the order of the video.
+Never: pixels of whole frames, files, limits.
+
+Both sequences are aligned as texts are: a frame of one belongs to a frame of the other, or to none at the price of a
+gap. Only alignments near the diagonal are looked at, so that the time grows with the length and not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runner.regression.findings import Misalignment
+
+__all__ = ["align_digests", "align_thumbnails", "make_thumbnail"]
+
+THUMBNAIL_PIXELS = 960  # 24x40, a byte each: 4 MB for 2,000 frames of two videos
+REACH = 16  # frames that one video may lead the other by, beyond the difference of their lengths
+LONGEST = 128  # frames; where the lengths differ by more, they are not aligned
+DIGEST_GAP = 0.75  # of a frame that differs: two gaps cost more than one changed frame, less than two
+THUMBNAIL_NOISE = 0.5  # levels, root mean square; H.264 at crf 18 changes a thumbnail by less
+FIT = 0.5  # of the usual motion; aligned frames that differ by more show other content, and no alignment is told
+STANDS = 0.25  # of the baseline's motion; a frame that moves less than this repeats the one before
+EQUAL = 0.25  # levels; a repeated frame after coding
+
+
+def make_thumbnail(frame: np.ndarray) -> np.ndarray:
+    """uint8 [h, w], grey, about THUMBNAIL_PIXELS pixels, of uint8 [H, W, 3] RGB."""
+    import cv2
+
+    height, width = frame.shape[:2]
+    scale = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    thumbnail: np.ndarray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
+    return thumbnail
+
+
+def align_digests(new: Sequence[str], baseline: Sequence[str]) -> list[Misalignment]:
+    """Align two lists of per-frame digests. Where most frames have no equal in the baseline, nothing can be told."""
+    return _align(_DigestPair(new, baseline))
+
+
+def align_thumbnails(new: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> list[Misalignment]:
+    """Align two lists of thumbnails, uint8 [h, w] of one size. Where the contents differ too much, nothing can be told.
+
+    Frames of a still passage are alike, so that a frame missing there is found by the number of frames alone.
+    """
+    if not new or not baseline:
+        return _by_length(len(new), len(baseline))
+    return _align(_ThumbnailPair(new, baseline))
+
+
+class _DigestPair:
+    """Distances 0 (equal) and 1."""
+
+    def __init__(self, new: Sequence[str], baseline: Sequence[str]) -> None:
+        names = {name: number for number, name in enumerate({*new, *baseline})}
+        self.new, self.baseline = (np.array([names[name] for name in side], np.int64) for side in (new, baseline))
+        self.gap = DIGEST_GAP
+
+    def distances(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return (self.new[i] != self.baseline[j]).astype(np.float64)
+
+    def fits(self, i: np.ndarray, j: np.ndarray) -> bool:
+        return bool(len(i)) and self.distances(i, j).mean() <= FIT
+
+    def repeats(self, i: int, j: int | None) -> bool:
+        """Is frame `i` the one before it, while the baseline's frame `j` is not?"""
+        if i == 0 or self.new[i] != self.new[i - 1]:
+            return False
+        return j is None or (j > 0 and bool(self.baseline[j] != self.baseline[j - 1]))
+
+    def shows(self, i: int, j: int) -> bool:
+        return bool(self.new[i] == self.baseline[j])
+
+
+class _ThumbnailPair:
+    """Distances are root mean squares, in levels."""
+
+    def __init__(self, new: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> None:
+        self.new, self.baseline = (np.stack(side).reshape(len(side), -1) for side in (new, baseline))
+        count = min(len(new), len(baseline))
+        every = np.arange(count)
+        here = self.distances(every, every)
+        for offset in (-1, 1):
+            i = every[max(0, -offset) : count - max(0, offset)]
+            here[i] = np.minimum(here[i], self.distances(i, i + offset))
+        # What frames that belong together differ by: a gap must save several times as much.
+        self.noise = max(THUMBNAIL_NOISE, float(np.median(here)))
+        self.gap = 3 * self.noise
+        self.motion = self._rms(self.baseline[1:], self.baseline[:-1])
+        self.own = self._rms(self.new[1:], self.new[:-1])
+
+    def distances(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return self._rms(self.new[i], self.baseline[j])
+
+    def fits(self, i: np.ndarray, j: np.ndarray) -> bool:
+        moving = self.motion[self.motion > THUMBNAIL_NOISE]
+        if not len(i) or not len(moving):
+            return False
+        return float(np.median(self.distances(i, j))) <= FIT * float(np.median(moving))
+
+    def repeats(self, i: int, j: int | None) -> bool:
+        if i == 0 or self.own[i - 1] > EQUAL:
+            return False
+        return j is None or (j > 0 and bool(self.own[i - 1] < STANDS * self.motion[j - 1]))
+
+    def shows(self, i: int, j: int) -> bool:
+        return float(self._rms(self.new[i], self.baseline[j])) <= 2 * self.noise
+
+    @staticmethod
+    def _rms(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(one.astype(np.float32) - other.astype(np.float32)).mean(axis=-1))
+
+
+@dataclass(frozen=True)
+class _Pairing:
+    """For each frame its partner in the other video, or -1."""
+
+    of_new: np.ndarray
+    of_baseline: np.ndarray
+
+
+def _align(videos: _DigestPair | _ThumbnailPair) -> list[Misalignment]:
+    count_new, count_baseline = len(videos.new), len(videos.baseline)
+    if abs(count_new - count_baseline) > LONGEST:
+        return _by_length(count_new, count_baseline)
+    path = _cheapest_path(videos)
+    matched = np.flatnonzero(path.of_new >= 0)
+    if not videos.fits(matched, path.of_new[matched]):
+        return _by_length(count_new, count_baseline)
+    return _name_gaps(videos, _close_replacements(path))
+
+
+def _by_length(new: int, baseline: int) -> list[Misalignment]:
+    """All that the lengths tell: the longer video goes on where the other ends."""
+    if new == baseline:
+        return []
+    kind, frame = ("inserted", baseline) if new > baseline else ("dropped", new)
+    return [Misalignment(kind=kind, frame=frame, frames=abs(new - baseline))]
+
+
+def _cheapest_path(videos: _DigestPair | _ThumbnailPair) -> _Pairing:
+    """The alignment whose distances and gaps add up to the least; of equal ones the one nearest the diagonal."""
+    new, baseline = len(videos.new), len(videos.baseline)
+    low, high = min(0, baseline - new) - REACH, max(0, baseline - new) + REACH
+    offsets = np.arange(low, high + 1)  # cell (i, offset): `i` new frames and `i + offset` of the baseline are behind
+    match = np.full((new, len(offsets)), np.inf, np.float32)
+    for column, offset in enumerate(offsets.tolist()):
+        frames = np.arange(max(0, -offset), min(new, baseline - offset))
+        if len(frames):
+            match[frames, column] = videos.distances(frames, frames + offset)
+    slope = videos.gap * np.arange(len(offsets))
+    before = np.where((offsets >= 0) & (offsets <= baseline), videos.gap * offsets, np.inf)
+    inserts = np.zeros((new, len(offsets)), bool)  # the new frame has no partner
+    drops = np.zeros((new + 1, len(offsets)), bool)  # the cell is reached from the left: the baseline's has none
+    drops[0] = offsets > 0
+    for i in range(new):
+        matched = before + match[i]
+        inserted = np.append(before[1:], np.inf) + videos.gap
+        inserts[i] = inserted < matched
+        reached = np.minimum(matched, inserted)
+        reached[(offsets + i + 1 < 0) | (offsets + i + 1 > baseline)] = np.inf
+        before = np.minimum.accumulate(reached - slope) + slope
+        before[(offsets + i + 1 < 0) | (offsets + i + 1 > baseline)] = np.inf
+        drops[i + 1] = before < reached - 1e-6
+    of_new, of_baseline = np.full(new, -1), np.full(baseline, -1)
+    i, column = new, int(np.flatnonzero(offsets == baseline - new)[0])
+    while i > 0 or offsets[column] > 0:
+        if drops[i, column]:
+            column -= 1
+        elif inserts[i - 1, column]:
+            i, column = i - 1, column + 1
+        else:
+            i -= 1
+            of_new[i], of_baseline[i + offsets[column]] = i + offsets[column], i
+    return _Pairing(of_new, of_baseline)
+
+
+def _close_replacements(path: _Pairing) -> _Pairing:
+    """Pair frames that both videos have between the same partners: they are changed, neither dropped nor inserted."""
+    of_new, of_baseline = path.of_new.copy(), path.of_baseline.copy()
+    i = j = 0
+    while i < len(of_new) or j < len(of_baseline):
+        end_i, end_j = i, j
+        while end_i < len(of_new) and of_new[end_i] < 0:
+            end_i += 1
+        while end_j < len(of_baseline) and of_baseline[end_j] < 0:
+            end_j += 1
+        if (pairs := min(end_i - i, end_j - j)) > 0:
+            of_new[i : i + pairs] = np.arange(j, j + pairs)
+            of_baseline[j : j + pairs] = np.arange(i, i + pairs)
+        i, j = end_i + 1, end_j + 1
+    return _Pairing(of_new, of_baseline)
+
+
+def _name_gaps(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> list[Misalignment]:
+    named: list[tuple[str, int]] = []  # kind, frame
+    dropped = np.flatnonzero(path.of_baseline < 0).tolist()
+    partners = path.of_new.tolist()
+    for i in range(len(partners) - 1):
+        if partners[i] < 0 <= partners[i + 1] and videos.repeats(i + 1, None):  # of two alike the later one is extra
+            partners[i : i + 2] = partners[i + 1], -1
+    for i, partner in enumerate(partners):
+        j = None if partner < 0 else partner
+        if videos.repeats(i, j):
+            named.append(("repeated", i))
+        elif j is None:
+            moved = next((frame for frame in dropped if videos.shows(i, frame)), None)
+            if moved is None:
+                named.append(("inserted", i))
+            else:
+                dropped.remove(moved)
+                named.append(("moved", moved))
+    named += [("dropped", frame) for frame in dropped]
+    return _join_neighbours(named)
+
+
+def _join_neighbours(named: list[tuple[str, int]]) -> list[Misalignment]:
+    """One `Misalignment` for frames of one kind that follow each other, ordered by the frame."""
+    runs: list[list] = []  # kind, first frame, frames
+    for kind, frame in sorted(named, key=lambda entry: (entry[0], entry[1])):
+        if runs and runs[-1][0] == kind and runs[-1][1] + runs[-1][2] == frame:
+            runs[-1][2] += 1
+        else:
+            runs.append([kind, frame, 1])
+    runs.sort(key=lambda run: run[1])
+    return [Misalignment(kind=kind, frame=frame, frames=frames) for kind, frame, frames in runs]

@@ -1,0 +1,273 @@
+"""Frame metrics: how far a new video is from the baseline's, frame by frame, in one pass over both.
+
+In:   the frames of both outputs, the joints of the segments, boxes of the person. Out: `Measurements`.
+Never: limits, verdicts, identity (see `Measurements.identity`), storage.
+
+Memory is that of a window of frames and of a thumbnail of each frame, whatever the length. SSIM is that of Wang et al.
+(2004), as scikit-image computes it with gaussian_weights, sigma 1.5, use_sample_covariance=False and data_range 255:
+equal to 6 digits, in a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import zip_longest
+from typing import Protocol
+
+import numpy as np
+
+from runner.regression.alignment import align_thumbnails, make_thumbnail
+from runner.regression.findings import PSNR_OF_EQUAL, Drift, FrameValues, JointDrift, Measurements, SegmentDrift
+from runner.regression.outputs import RenderedFrames
+from runner.video.drift import DriftMeter, MeasuredDrift, reduce_picture, to_lab
+
+__all__ = ["PersonBoxes", "find_shift", "measure", "psnr", "ssim"]
+
+WINDOW = 8  # frames of each video in memory
+THREADS = min(4, os.cpu_count() or 1)  # OpenCV and numpy release the interpreter's lock
+SIGMA, RADIUS = 1.5, 5  # of SSIM's Gaussian window: 3.5 sigma, as in scikit-image
+STRIP = 64  # rows for which SSIM's pictures are made at once: they fit in a processor's cache
+COLOUR_PIXELS = 4096  # of a box, for its mean colour
+SHIFT_GAIN_DB = 3.0  # undoing a shift halves the squared error at least, or it is no plain shift
+SHIFT_PIXELS = (0.25, 64.0)  # least and most
+UNDO = 1 | 16  # OpenCV's INTER_LINEAR | WARP_INVERSE_MAP: pixel (x, y) comes from (x + right, y + down)
+
+
+class PersonBoxes(Protocol):
+    """Where the person is in each frame of an output."""
+
+    def person(self, frame: int, fps: Fraction | None = None) -> tuple[int, int, int, int] | None:
+        """(x1, y1, x2, y2) in pixels, x2 and y2 outside, of frame `frame` at `fps`; None where it is not known."""
+
+
+def measure(
+    new: RenderedFrames,
+    baseline: RenderedFrames,
+    *,
+    joints: Sequence[int],
+    people: PersonBoxes | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurements:
+    """All metrics but identity, of the frames that both videos have.
+
+    joints: the first frame of each segment after the first; those beyond the common frames are left out. people: boxes
+    in pixels of `new`. progress: called with frames done and frames in all.
+    Where the sizes differ, PSNR, SSIM and the largest difference are None, and colour and drift are measured against
+    the baseline's frames scaled to the new size. Raises InputUnreadable as the outputs do.
+    """
+    common, total = min(new.frames, baseline.frames), max(new.frames, baseline.frames)
+    same_size = new.size == baseline.size
+    meter = DriftMeter([joint for joint in joints if 0 < joint < common], common)
+    found = _Series()
+    thumbnails: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    with ThreadPoolExecutor(THREADS) as pool:
+        for begin, frames, others in _windows(new, baseline):
+            pairs = min(len(frames), len(others))
+            boxes = [people.person(begin + i, new.fps) if people else None for i in range(pairs)]
+            scaled = others[:pairs] if same_size else _resize(others[:pairs], new.size)
+            compared = pool.map(_compare_frames, frames[:pairs], scaled, boxes, [same_size] * pairs)
+            if pairs:
+                meter.add(frames[:pairs], scaled)
+            for side, window in zip(thumbnails, (frames, others), strict=True):
+                side.extend(make_thumbnail(frame) for frame in window)
+            for index, values in enumerate(compared):
+                found.add(values, frames[index], scaled[index])
+            if progress:
+                progress(min(begin + max(len(frames), len(others)), total), total)
+    same_shape = thumbnails[0][0].shape == thumbnails[1][0].shape
+    return Measurements(
+        frames_baseline=baseline.frames,
+        frames_new=new.frames,
+        frames_compared=common,
+        psnr=_summarise(found.psnr, 3),
+        ssim=_summarise(found.ssim, 6),
+        largest_difference=max(found.largest, default=None),
+        largest_difference_frame=int(np.argmax(found.largest)) if found.largest else None,
+        colour=max(found.colour),
+        colour_frame=int(np.argmax(found.colour)),
+        shift=find_shift(*found.worst) if found.worst else None,
+        misalignments=align_thumbnails(*thumbnails) if same_shape else [],
+        drift=_drift(meter.result()),
+    )
+
+
+@dataclass
+class _Values:
+    colour: float
+    psnr: float | None = None
+    ssim: float | None = None
+    largest: int | None = None
+
+
+@dataclass
+class _Series:
+    """Values of each frame so far, and the pair of frames whose PSNR is the lowest."""
+
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    largest: list[int] = field(default_factory=list)
+    colour: list[float] = field(default_factory=list)
+    worst: tuple[np.ndarray, np.ndarray] | None = None
+
+    def add(self, values: _Values, frame: np.ndarray, other: np.ndarray) -> None:
+        self.colour.append(values.colour)
+        if values.ssim is not None:
+            self.ssim.append(values.ssim)
+        if values.psnr is None or values.largest is None:
+            return
+        if values.psnr < min(self.psnr, default=PSNR_OF_EQUAL):
+            self.worst = frame.copy(), other.copy()
+        self.psnr.append(values.psnr)
+        self.largest.append(values.largest)
+
+
+def _windows(new: RenderedFrames, baseline: RenderedFrames) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(index of the first frame, window, the baseline's window); of the shorter video empty ones at the end."""
+    nothing = np.zeros((0, 0, 0, 3), np.uint8)
+    begin = 0
+    for frames, others in zip_longest(new.windows(WINDOW), baseline.windows(WINDOW), fillvalue=nothing):
+        yield begin, frames, others
+        begin += WINDOW
+
+
+def _resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    import cv2
+
+    scaled = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames]
+    return np.stack(scaled) if scaled else np.zeros((0, size[1], size[0], 3), np.uint8)
+
+
+def _compare_frames(
+    frame: np.ndarray, other: np.ndarray, box: tuple[int, int, int, int] | None, same_size: bool
+) -> _Values:
+    import cv2
+
+    values = _Values(float(np.linalg.norm(_mean_lab(frame, box) - _mean_lab(other, box))))
+    if same_size:
+        values.psnr, values.largest = psnr(frame, other), int(cv2.norm(frame, other, cv2.NORM_INF))
+        values.ssim = ssim(frame, other) if min(frame.shape[:2]) > 2 * RADIUS else None
+    return values
+
+
+def _mean_lab(frame: np.ndarray, box: tuple[int, int, int, int] | None) -> np.ndarray:
+    height, width = frame.shape[:2]
+    if box is not None:
+        x1, y1, x2, y2 = max(0, box[0]), max(0, box[1]), min(width, box[2]), min(height, box[3])
+        if x1 < x2 and y1 < y2:
+            frame = frame[y1:y2, x1:x2]
+    return to_lab(reduce_picture(frame, COLOUR_PIXELS)).mean(axis=(0, 1))
+
+
+def psnr(frame: np.ndarray, other: np.ndarray) -> float:
+    """dB of uint8 [H, W, 3] against another; at most 100, which equal frames have."""
+    import cv2
+
+    squared = cv2.norm(frame, other, cv2.NORM_L2SQR) / frame.size
+    return min(PSNR_OF_EQUAL, 10 * np.log10(255**2 / squared)) if squared else PSNR_OF_EQUAL
+
+
+def ssim(frame: np.ndarray, other: np.ndarray) -> float:
+    """Mean structural similarity of uint8 [H, W, 3], both sides above 10 pixels; 1 for equal frames."""
+    if np.array_equal(frame, other):
+        return 1.0
+    height, width, channels = frame.shape
+    total = 0.0
+    for top in range(RADIUS, height - RADIUS, STRIP):
+        rows = slice(top - RADIUS, min(top + STRIP, height - RADIUS) + RADIUS)
+        total += _ssim_sum(frame[rows].astype(np.float32), other[rows].astype(np.float32))
+    return total / ((height - 2 * RADIUS) * (width - 2 * RADIUS) * channels)
+
+
+def _ssim_sum(x: np.ndarray, y: np.ndarray) -> float:
+    """The sum of the SSIM of all pixels whose window lies inside, of float32 [h, w, 3]."""
+    import cv2
+
+    def blur(picture: np.ndarray) -> np.ndarray:
+        blurred: np.ndarray = cv2.GaussianBlur(picture, (2 * RADIUS + 1,) * 2, SIGMA, borderType=cv2.BORDER_REFLECT)
+        return blurred
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_x, mean_y = blur(x), blur(y)
+    means, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    covariance = blur(x * y) - means
+    variances = blur(x * x + y * y) - squares
+    similar = (2 * means + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+    return float(similar[RADIUS:-RADIUS, RADIUS:-RADIUS].sum(dtype=np.float64))
+
+
+def find_shift(frame: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
+    """By how many pixels (right, down) `frame` is `other` moved; uint8 [H, W, 3]. None where it is not a plain shift.
+
+    Phase correlation finds a candidate; it counts if moving `frame` back brings it nearer to `other` by 3 dB.
+    """
+    import cv2
+
+    grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32) for picture in (other, frame)]
+    window = cv2.createHanningWindow(grey[0].shape[::-1], cv2.CV_32F)
+    exact, _ = cv2.phaseCorrelate(grey[0], grey[1], window)
+    before, height, width = psnr(frame, other), *frame.shape[:2]
+    best: tuple[float, tuple[float, float]] | None = None
+    for right, down in {(float(round(exact[0])), float(round(exact[1]))), exact}:
+        if not SHIFT_PIXELS[0] <= np.hypot(right, down) <= min(SHIFT_PIXELS[1], width / 4, height / 4):
+            continue
+        back = cv2.warpAffine(frame, np.array([[1, 0, right], [0, 1, down]], np.float32), (width, height), flags=UNDO)
+        edge_x, edge_y = int(np.ceil(abs(right))), int(np.ceil(abs(down)))
+        inside = slice(edge_y, height - edge_y), slice(edge_x, width - edge_x)
+        after = psnr(np.ascontiguousarray(back[inside]), np.ascontiguousarray(other[inside]))
+        if after >= before + SHIFT_GAIN_DB and (best is None or after > best[0]):
+            best = after, (round(right, 2), round(down, 2))
+    return best[1] if best else None
+
+
+def _summarise(values: list[float], digits: int) -> FrameValues | None:
+    """Of a metric whose lower values are the worse ones."""
+    if not values:
+        return None
+    at = int(np.argmin(values))
+    return FrameValues(
+        mean=float(np.mean(values)),
+        p5=float(np.percentile(values, 5)),
+        worst=values[at],
+        worst_frame=at,
+        values=[round(value, digits) for value in values],
+    )
+
+
+def _drift(measured: MeasuredDrift) -> Drift:
+    """As findings; every segment was measured against the baseline."""
+    segments = []
+    for number, segment in enumerate(measured.segments, 1):
+        if segment.gain is None or segment.offset is None:
+            raise ValueError(f"segment {number} was measured without a baseline")
+        segments.append(
+            SegmentDrift(
+                segment=number,
+                begin=segment.begin,
+                end=segment.end,
+                gain=segment.gain,
+                offset=segment.offset,
+                delta_e=segment.delta_e or 0.0,
+                within=segment.within,
+                laplacian=segment.laplacian,
+                laplacian_ratio=segment.laplacian_ratio or 0.0,
+                motion=segment.motion,
+                motion_ratio=segment.motion_ratio or 0.0,
+                still=segment.still,
+            )
+        )
+    joints = [
+        JointDrift(
+            frame=joint.frame,
+            step=joint.step,
+            excess=joint.excess,
+            gain=joint.gain,
+            offset=joint.offset,
+            still=joint.still,
+        )
+        for joint in measured.joints
+    ]
+    return Drift(joint_drift=measured.joint_drift, joints=joints, segments=segments)

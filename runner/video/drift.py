@@ -1,0 +1,316 @@
+"""Drift: how the colour of still pixels, the texture and the motion of a video change from segment to segment.
+
+In:   uint8 RGB frames in windows, the first frame of each later segment; perhaps a baseline's frames beside them.
+Out:  delta E, gain and offset at joints and in segments, Laplacian energy, motion energy.
+Never: files, jobs, limits, more than a few reduced pictures in memory.
+
+One forward pass. Colours are read from pictures reduced by area to about 14,000 pixels. A pixel is still in a segment
+when it hardly changes from frame to frame, so that the moving person is left out. Global statistics confuse content
+with colour; pixels compared with themselves do not. Delta E is CIE76 in Lab (D65).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+__all__ = [
+    "ColourFit",
+    "DriftMeter",
+    "MeasuredDrift",
+    "MeasuredJoint",
+    "MeasuredSegment",
+    "fit_colour",
+    "reduce_picture",
+    "to_lab",
+]
+
+REDUCED_PIXELS = 14_400  # 160x90: a person's limb covers pixels, coding noise averages out
+FIT_PIXELS = 4096  # of the still ones, evenly taken: a fit of three channels takes about a millisecond
+NEAR = 4  # frames on each side of a joint
+AROUND = 12  # frames on each side, in which the steps between other frames are measured
+STILL_LEVELS = 1.5  # root mean square of frame-to-frame changes; H.264 at crf 18 stays below 1 on a still background
+STILL_SHARE = 0.05  # of the picture; with less, whatever is still may be a logo or a border
+SPREAD = 8.0  # levels; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
+CLIPPED = 3.0  # levels from black and white, within which a gain may have been cut off
+GAINS = (0.5, 2.0)  # a gain beyond is no drift but other content
+TUKEY = 4.685  # robust standard deviations; 95 % efficient for normal noise
+LEAST_SCALE = 0.05  # levels; a perfect fit has no scale
+ENERGY_FLOOR = 0.01  # levels squared, added to both sides of a ratio of energies: 0 to 0 is 1
+
+# Linear sRGB to XYZ (IEC 61966-2-1), each row divided by the white point D65.
+TO_XYZ = np.array(
+    [
+        [0.412453, 0.357580, 0.180423],
+        [0.212671, 0.715160, 0.072169],
+        [0.019334, 0.119193, 0.950227],
+    ]
+) / np.array([[0.95047], [1.0], [1.08883]])
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ColourFit:
+    """`after` = `gain` * `before` + `offset`, for red, green and blue; offsets in 8-bit levels."""
+
+    gain: Triple
+    offset: Triple
+    delta_e: float  # mean over the pixels of what gain and offset change
+
+
+@dataclass(frozen=True)
+class MeasuredJoint:
+    frame: int  # the first after the joint
+    step: float  # delta E of the still pixels, from NEAR frames before to NEAR frames after
+    usual: float  # the median of such steps between other frames nearby
+    excess: float  # of `step`, above `usual`; with a baseline above the baseline's excess, too
+    gain: Triple
+    offset: Triple
+    still: float  # share of the picture that is still on both sides; below STILL_SHARE all pixels were taken
+
+
+@dataclass(frozen=True)
+class MeasuredSegment:
+    begin: int
+    end: int
+    within: float  # delta E of the still pixels, from the first quarter to the last
+    laplacian: float  # mean squared Laplacian of luma, levels squared
+    motion: float  # mean squared difference of neighbouring frames' luma, levels squared
+    still: float  # share of the picture that is still; below STILL_SHARE all pixels were taken
+    # Against the baseline's segment; None without one.
+    gain: Triple | None = None
+    offset: Triple | None = None
+    delta_e: float | None = None
+    laplacian_ratio: float | None = None
+    motion_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredDrift:
+    joint_drift: float  # the largest excess; 0 without a joint
+    joints: list[MeasuredJoint]
+    segments: list[MeasuredSegment]
+
+
+class DriftMeter:
+    """Measure a video in one pass: `add` its frames in order, then `result`.
+
+    joints: the first frame of each segment after the first, increasing, within 1..frames - 1. frames: of the video.
+    Raises ValueError for joints outside, for windows of another size, and for more or fewer frames than announced.
+    """
+
+    def __init__(self, joints: Sequence[int], frames: int) -> None:
+        self._bounds = [0, *joints, frames]
+        if any(begin >= end for begin, end in zip(self._bounds, self._bounds[1:], strict=False)):
+            raise ValueError(f"joints must increase within 1..{frames - 1}, not {list(joints)}")
+        self._seen = 0
+        self._compares: bool | None = None
+        self._current: list[_SegmentStatistics] = []  # the video's, and the baseline's
+        self._before: list[_SegmentStatistics] = []
+        self._joints: list[MeasuredJoint] = []
+        self._segments: list[MeasuredSegment] = []
+
+    def add(self, frames: np.ndarray, baseline: np.ndarray | None = None) -> None:
+        """Take uint8 [n, H, W, 3]; `baseline` the same frames of the baseline, always or never."""
+        if self._compares is None:
+            self._compares = baseline is not None
+        if self._compares != (baseline is not None):
+            raise ValueError("a baseline's frames come with every window or with none")
+        if baseline is not None and baseline.shape != frames.shape:
+            raise ValueError(f"a window of {frames.shape} has a baseline of {baseline.shape}")
+        if self._seen + len(frames) > self._bounds[-1]:
+            raise ValueError(f"more than {self._bounds[-1]} frames")
+        for index, frame in enumerate(frames):
+            if self._seen in self._bounds:
+                begin, end = self._seen, self._bounds[self._bounds.index(self._seen) + 1]
+                self._current = [_SegmentStatistics(begin, end) for _ in range(1 + self._compares)]
+            self._current[0].add(frame)
+            if baseline is not None:
+                self._current[1].add(baseline[index])
+            self._seen += 1
+            if self._seen == self._current[0].end:
+                self._finish_segment()
+
+    def result(self) -> MeasuredDrift:
+        """What was measured. Raises ValueError before the last frame."""
+        if self._seen != self._bounds[-1]:
+            raise ValueError(f"{self._seen} of {self._bounds[-1]} frames were added")
+        largest = max((joint.excess for joint in self._joints), default=0.0)
+        return MeasuredDrift(largest, self._joints, self._segments)
+
+    def _finish_segment(self) -> None:
+        self._segments.append(_measure_segment(*self._current))
+        if self._before:
+            steps = [_measure_step(*pair) for pair in zip(self._before, self._current, strict=True)]
+            fit, usual, still = steps[0]
+            excess = max(0.0, fit.delta_e - usual)
+            for other, other_usual, _ in steps[1:]:
+                excess = max(0.0, excess - max(0.0, other.delta_e - other_usual))
+            frame = self._current[0].begin
+            self._joints.append(MeasuredJoint(frame, fit.delta_e, usual, excess, fit.gain, fit.offset, still))
+        self._before, self._current = self._current, []
+
+
+@dataclass
+class _SegmentStatistics:
+    """Running statistics of one video over one segment."""
+
+    begin: int
+    end: int
+    count: int = 0
+    sums: list[np.ndarray] = field(default_factory=list)  # float64 [h, w, 3]: of all frames, first, last quarter
+    squared: np.ndarray = field(default_factory=lambda: np.zeros(()))  # float64 [h, w]: of frame-to-frame changes
+    head: list[np.ndarray] = field(default_factory=list)  # float32 [h, w, 3], the first AROUND
+    tail: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=AROUND))
+    grey: np.ndarray | None = None  # uint8 [H, W], of the frame before
+    laplacian: float = 0.0
+    motion: float = 0.0
+
+    @property
+    def quarter(self) -> int:
+        return max(1, (self.end - self.begin) // 4)
+
+    def add(self, frame: np.ndarray) -> None:
+        import cv2
+
+        picture = reduce_picture(frame)
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        self.laplacian += cv2.norm(cv2.Laplacian(grey, cv2.CV_16S), cv2.NORM_L2SQR) / grey.size
+        if self.grey is None:
+            self.sums = [np.zeros(picture.shape, np.float64) for _ in range(3)]
+            self.squared = np.zeros(picture.shape[:2], np.float64)
+        elif self.grey.shape != grey.shape:
+            raise ValueError(f"a frame of {grey.shape} follows frames of {self.grey.shape}")
+        else:
+            self.motion += cv2.norm(grey, self.grey, cv2.NORM_L2SQR) / grey.size
+            self.squared += np.square(picture - self.tail[-1]).mean(axis=2)
+        self.sums[0] += picture
+        if self.count < self.quarter:
+            self.sums[1] += picture
+        if self.count >= self.end - self.begin - self.quarter:
+            self.sums[2] += picture
+        if len(self.head) < AROUND:
+            self.head.append(picture)
+        self.tail.append(picture)
+        self.grey = grey
+        self.count += 1
+
+    def still(self) -> np.ndarray:
+        """bool [h, w]: pixels that hardly change from frame to frame."""
+        return self.squared <= STILL_LEVELS**2 * max(1, self.count - 1)
+
+
+def _measure_segment(video: _SegmentStatistics, baseline: _SegmentStatistics | None = None) -> MeasuredSegment:
+    still, share = _choose(video.still() if baseline is None else video.still() & baseline.still())
+    first, last = (total / video.quarter for total in video.sums[1:])
+    laplacian, motion = video.laplacian / video.count, video.motion / max(1, video.count - 1)
+    alone = MeasuredSegment(
+        begin=video.begin,
+        end=video.end,
+        within=fit_colour(first[still], last[still]).delta_e,
+        laplacian=laplacian,
+        motion=motion,
+        still=share,
+    )
+    if baseline is None:
+        return alone
+    mean, other = (side.sums[0][still] / side.count for side in (video, baseline))
+    fit = fit_colour(other, mean)
+    return replace(
+        alone,
+        gain=fit.gain,
+        offset=fit.offset,
+        delta_e=_mean_delta_e(other, mean),
+        laplacian_ratio=_ratio(laplacian, baseline.laplacian / baseline.count),
+        motion_ratio=_ratio(motion, baseline.motion / max(1, baseline.count - 1)),
+    )
+
+
+def _measure_step(before: _SegmentStatistics, after: _SegmentStatistics) -> tuple[ColourFit, float, float]:
+    """The joint's fit, the median delta E of steps between other frames nearby, and the share of still pixels."""
+    still, share = _choose(before.still() & after.still())
+    pictures = np.stack([picture[still] for picture in (*before.tail, *after.head)]).astype(np.float64)
+    joint = len(before.tail)
+    near = min(NEAR, joint, len(after.head))
+
+    def step(at: int) -> ColourFit:
+        return fit_colour(pictures[at - near : at].mean(axis=0), pictures[at : at + near].mean(axis=0))
+
+    others = [at for at in range(near, len(pictures) - near + 1, 2) if at + near <= joint or at - near >= joint]
+    return step(joint), float(np.median([step(at).delta_e for at in others])) if others else 0.0, share
+
+
+def _choose(still: np.ndarray) -> tuple[np.ndarray, float]:
+    """The pixels to measure by, bool [h, w], and the share that is still."""
+    share = float(still.mean())
+    return (still if share >= STILL_SHARE else np.ones_like(still)), share
+
+
+def fit_colour(before: np.ndarray, after: np.ndarray) -> ColourFit:
+    """Fit gain and offset of each channel from float [n, 3] to float [n, 3], in 8-bit levels; robust to outliers.
+
+    Where a channel's values spread too little to tell a gain, the gain is 1 and the offset says all.
+    """
+    stride = -(-len(before) // FIT_PIXELS)
+    x, y = (np.asarray(side[::stride], np.float64) for side in (before, after))
+    fits = [_fit_channel(x[:, channel], y[:, channel]) for channel in range(3)]
+    gain, offset = ([fit[part] for fit in fits] for part in (0, 1))
+    moved = np.clip(x * gain + offset, 0, 255)
+    return ColourFit((gain[0], gain[1], gain[2]), (offset[0], offset[1], offset[2]), _mean_delta_e(x, moved))
+
+
+def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    inside = (np.minimum(x, y) > CLIPPED) & (np.maximum(x, y) < 255 - CLIPPED)
+    if inside.mean() >= 0.2:
+        x, y = x[inside], y[inside]
+    plain = 1.0, float(np.median(y - x))
+    low, high = np.percentile(x, (5, 95))
+    if (high - low) / 3.29 < SPREAD:  # as many standard deviations lie between the two of a normal distribution
+        return plain
+    gain, offset = plain
+    for _ in range(30):
+        rest = y - gain * x - offset
+        scale = max(LEAST_SCALE, 1.4826 * float(np.median(np.abs(rest))))
+        weights = np.square(1 - np.minimum(1, np.square(rest / (TUKEY * scale))))
+        total = weights.sum()
+        mean_x, mean_y = (weights @ x) / total, (weights @ y) / total
+        variance = (weights @ np.square(x - mean_x)) / total
+        if variance < (SPREAD / 2) ** 2:
+            return plain
+        before, gain = gain, float((weights @ ((x - mean_x) * (y - mean_y))) / total / variance)
+        offset = float(mean_y - gain * mean_x)
+        if abs(gain - before) < 1e-6:
+            break
+    return (gain, offset) if GAINS[0] <= gain <= GAINS[1] else plain
+
+
+def reduce_picture(picture: np.ndarray, pixels: int = REDUCED_PIXELS) -> np.ndarray:
+    """Average uint8 [H, W, 3] by area to float32 [h, w, 3] of about `pixels` pixels, never more than H x W."""
+    import cv2
+
+    height, width = picture.shape[:2]
+    scale = min(1.0, (pixels / (height * width)) ** 0.5)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    reduced: np.ndarray = cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return reduced
+
+
+def to_lab(colours: np.ndarray) -> np.ndarray:
+    """CIE Lab (D65), float64 [..., 3], of sRGB colours in 8-bit levels, [..., 3] of any float or integer type."""
+    share = np.asarray(colours, np.float64) / 255
+    linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
+    xyz = linear @ TO_XYZ.T
+    x, y, z = np.moveaxis(np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def _mean_delta_e(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.linalg.norm(to_lab(one) - to_lab(other), axis=-1).mean())
+
+
+def _ratio(energy: float, other: float) -> float:
+    return (energy + ENERGY_FLOOR) / (other + ENERGY_FLOOR)
