@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from runner.spec.options import JobOptions
+from runner.spec.regression_limits import RegressionLimits
 from runner.spec.text import Located, Problem, join_path, short
 
 __all__ = ["Loc", "Problems", "check", "merge", "shown", "without"]
@@ -190,9 +191,9 @@ def _did_you_mean(value: Any, choices: list[str]) -> str:
 
 
 def _option_places() -> dict[str, str]:
-    """Option -> the path of the mapping that holds it in a job."""
+    """Option or regression limit -> the path of the mapping that holds it in a job."""
     places: dict[str, str] = {}
-    todo: list[tuple[str, type[BaseModel]]] = [("options", JobOptions)]
+    todo: list[tuple[str, type[BaseModel]]] = [("regression", RegressionLimits), ("options", JobOptions)]
     while todo:
         path, model = todo.pop()
         for name in keys_of(model):

@@ -8,7 +8,7 @@ Never: whether the inputs exist (validate.py), which weights a recipe names, wha
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -19,6 +19,7 @@ from runner.spec.checks import Problems, check, merge, without
 from runner.spec.matrix import ID_PATTERN, check_id, matrix_ids
 from runner.spec.options import DEFAULT_PROMPT, POSE, REFERENCE, Frozen, JobOptions, whole_number
 from runner.spec.recipes import MemoryChoice
+from runner.spec.regression_limits import RegressionLimits
 from runner.spec.source import is_json_lines, read_json_lines, read_source, read_yaml, resolve_place
 from runner.spec.text import Located, TextInvalid, join_path
 
@@ -39,6 +40,7 @@ class Job:
     options: JobOptions
     line: int | None  # of the manifest, from 1
     official: str | None = None  # folder of the official script's files; reference and video are then two of them
+    regression: RegressionLimits = field(default=RegressionLimits())  # the job's, and the manifest's where it has none
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Manifest:
 _Words = Annotated[dict[str, Any] | None, WithJsonSchema({"anyOf": [{"refers": "JobOptions"}, {"type": "null"}]})]
 _Id = Annotated[str, AfterValidator(check_id), WithJsonSchema({"type": "string", "pattern": f"^{ID_PATTERN}$"})]
 _Place = Annotated[str, Field(min_length=1)]
+_Limits = Annotated[
+    RegressionLimits | None,
+    Field(description="how far a render may be from its baseline; a job's own go over the manifest's, key by key"),
+]
 
 
 def _known_version(value: Any) -> Any:
@@ -74,7 +80,13 @@ class Defaults(Frozen):
     options: _Words = Field(default=None, description="options; each job's own are merged over them, key by key")
 
 
-class Entry(Defaults):
+class OwnWords(Defaults):
+    """What a job, or a matrix for its jobs, says beside their inputs."""
+
+    regression: _Limits = None
+
+
+class Entry(OwnWords):
     """One job."""
 
     id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
@@ -86,14 +98,14 @@ class Entry(Defaults):
     )
 
 
-class OfficialEntry(Defaults):
+class OfficialEntry(OwnWords):
     """One job whose inputs are the official script's files, in the folder that `preprocess.from` names."""
 
     id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
     custom_id: _Id | None = Field(default=None, description="another name of id")
 
 
-class Matrix(Defaults):
+class Matrix(OwnWords):
     """Every reference with every video."""
 
     references: list[_Place] = Field(min_length=1, description="images of characters")
@@ -107,6 +119,7 @@ class Header(Frozen):
     recipe: str | None = Field(default=None, min_length=1, description="weights, precision and steps of the whole run")
     memory: MemoryChoice | None = Field(default=None, description="where weights live during the run")
     defaults: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Defaults"})] = None
+    regression: _Limits = None
 
 
 class Document(Header):
@@ -188,6 +201,7 @@ class _Builder:
         self.ids: dict[str, tuple[str, str]] = {}  # id in lower case -> as written, and where
         self.prompt = DEFAULT_PROMPT
         self.default_options = Located({}, 0)  # what is right in them
+        self.limits = RegressionLimits()  # the manifest's
 
     def manifest(
         self,
@@ -199,6 +213,8 @@ class _Builder:
     ) -> Manifest:
         """The whole manifest; meaningful only if no problem was found."""
         header, wrong = check(model, root, "", self.problems)
+        if header is not None and header.regression is not None:
+            self.limits = header.regression
         self._defaults(without(root, wrong).get("defaults"))
         for path, node in entries:
             self._job(path, node)
@@ -232,7 +248,8 @@ class _Builder:
 
     def _job(self, path: str, node: Located) -> None:
         folder = self._official(path, node)
-        entry, wrong = check(OfficialEntry if folder else Entry, node, path, self.problems)
+        model: type[OwnWords] = OfficialEntry if folder else Entry
+        entry, wrong = check(model, node, path, self.problems)
         if not isinstance(node.value, dict):
             return
         words = without(node, wrong)
@@ -249,9 +266,11 @@ class _Builder:
                 "is used in mode replace only; drop it, or set options.mode: replace",
             )
         if folder and entry is not None and name is not None:
-            self._add(name, f"{folder}/{REFERENCE}", f"{folder}/{POSE}", None, words, options, node.line, folder)
+            official = (f"{folder}/{REFERENCE}", f"{folder}/{POSE}", None)
+            self._add(name, official, words, options, entry.regression, node.line, folder)
         elif entry is not None and name is not None and places["reference"] and places["video"]:
-            self._add(name, places["reference"], places["video"], places["mask"], words, options, node.line)
+            inputs = (places["reference"], places["video"], places["mask"])
+            self._add(name, inputs, words, options, entry.regression, node.line)
 
     def _official(self, path: str, node: Located) -> str | None:
         """The folder that the job's or the default options name as `preprocess.from`, if they do."""
@@ -270,17 +289,17 @@ class _Builder:
     def _add(
         self,
         name: str,
-        reference: str,
-        video: str,
-        mask: str | None,
+        inputs: tuple[str, str, str | None],
         words: Located,
         options: JobOptions,
+        limits: RegressionLimits | None,
         line: int,
         official: str | None = None,
     ) -> None:
         said = words.get("prompt")
         prompt = self.prompt if said is None else DEFAULT_PROMPT if said.value is None else said.value
-        self.jobs.append(Job(name, reference, video, mask, prompt, options, line, official))
+        limits = self.limits if limits is None else limits.over(self.limits)
+        self.jobs.append(Job(name, *inputs, prompt, options, line, official, limits))
 
     def _id(self, path: str, words: Located, told: bool) -> str | None:
         """The job's id if it has a good one of its own. `told`: a bad one is among the problems already."""
@@ -330,7 +349,8 @@ class _Builder:
             for video, (_, video_place) in columns["videos"].items():
                 name = ids[reference, video]
                 if not self._taken(name, reference_line, f"matrix ({reference} × {video})"):
-                    self._add(name, reference_place, video_place, None, words, options, reference_line)
+                    inputs = (reference_place, video_place, None)
+                    self._add(name, inputs, words, options, matrix.regression, reference_line)
 
     def _column(self, path: str, node: Located | None) -> dict[str, tuple[int, str]]:
         """Name as written -> its line and its place; twice the same place is a problem."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from runner.spec.options import Frozen
 
 __all__ = ["Factor", "RegressionLimits"]
 
-_FACTOR = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,6})?)x")
+_FACTOR = re.compile(r"([1-9][0-9]{0,3}(?:\.[0-9]{1,6})?)x")
 
 
 def _factor(value: Any) -> Any:
@@ -25,14 +25,20 @@ def _factor(value: Any) -> Any:
     if value is None:
         return None
     found = _FACTOR.fullmatch(value) if isinstance(value, str) else None
-    if found is None or float(found[1]) < 1:
+    if found is None:
         raise ValueError("must be a factor of the baseline, 1 or more, e.g. 1.2x")
     return float(found[1])
+
+
+def _as_written(value: float | None) -> str | None:
+    """1.2 as `1.2x`, which `_factor` reads again as the same number."""
+    return None if value is None else f"{value!r}x"
 
 
 Factor = Annotated[
     float | None,
     BeforeValidator(_factor),
+    PlainSerializer(_as_written, when_used="json"),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_FACTOR.pattern}$"}, {"type": "null"}]}),
 ]
 

@@ -19,6 +19,7 @@ from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions, MaskOptions, PreprocessOptions
 from runner.spec.recipes import RECIPES, Recipe, get_recipe
+from runner.spec.regression_limits import RegressionLimits
 from runner.storage.file_hashes import FileHashes
 
 IDENTITY = {"transformer": "sha256:" + "0" * 64}
@@ -45,6 +46,11 @@ def test_moving_or_renaming_an_input_changes_nothing(job, tmp_path):
     moved = tmp_path / "elsewhere.png"
     moved.write_bytes(b"reference")
     assert parts_of(job) == parts_of(replace(job, id="b", reference=str(moved), line=9))
+
+
+def test_regression_limits_change_nothing(job):
+    limits = RegressionLimits.model_validate({"same_frames": False, "psnr_min": 30, "seconds_max": "2x"})
+    assert parts_of(replace(job, regression=limits)) == parts_of(job)
 
 
 def test_every_option_counts(job):

@@ -20,6 +20,7 @@ from runner.errors import ManifestInvalid
 from runner.spec import text as module
 from runner.spec.manifest import Manifest, load_manifest, parse_manifest
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
+from runner.spec.regression_limits import RegressionLimits
 from runner.spec.source import MAX_BYTES, resolve_place
 from runner.spec.text import parse_yaml
 
@@ -238,6 +239,89 @@ def test_sources_that_cannot_be_read(tmp_path):
         assert caught.value.where == str(tmp_path / name)
     with pytest.raises(ManifestInvalid, match="not supported"):
         load_manifest("https://example.com/m.yaml")
+
+
+LIMITED = """\
+version: 1
+regression: {same_frames: true, psnr_min: 40, seconds_max: 1.5x}
+jobs:
+  - {id: plain, reference: r.png, video: v.mp4}
+  - {id: own, reference: r.png, video: v.mp4, regression: {psnr_min: 30, memory_max: 2x, same_frames: null}}
+  - {id: cleared, reference: r.png, video: v.mp4, regression: null}
+matrix:
+  references: [a.png]
+  videos: [b.mp4, c.mp4]
+  regression: {ssim_min: 0.9}
+"""
+
+
+def test_regression_limits_of_a_job_go_over_the_manifest_s():
+    whole = {"same_frames": True, "psnr_min": 40, "seconds_max": "1.5x"}
+    expected = {
+        "plain": whole,
+        "own": whole | {"psnr_min": 30, "memory_max": "2x"},
+        "cleared": whole,
+        "a-b": whole | {"ssim_min": 0.9},
+        "a-c": whole | {"ssim_min": 0.9},
+    }
+    found = {job.id: job.regression for job in parse(LIMITED).jobs}
+    assert found == {name: RegressionLimits.model_validate(words) for name, words in expected.items()}
+
+
+def test_regression_limits_of_a_job_from_official_files():
+    words = {"id": "a", "options": {"preprocess": {"from": "files"}}, "regression": {"same_frames": False}}
+    text = yaml.safe_dump({"version": 1, "regression": {"same_frames": True, "psnr_min": 40}, "jobs": [words]})
+    assert [job.regression for job in parse(text).jobs] == [RegressionLimits(same_frames=False, psnr_min=40)]
+
+
+def test_regression_limits_in_json_lines():
+    text = """\
+        {"regression": {"psnr_min": 40}}
+        {"id": "a", "reference": "r", "video": "v"}
+        {"id": "b", "reference": "r", "video": "v", "regression": {"psnr_min": 30, "memory_max": "1.1x"}}
+        """
+    first, second = (job.regression for job in parse(text, "-").jobs)
+    assert first == RegressionLimits(psnr_min=40)
+    assert second == RegressionLimits.model_validate({"psnr_min": 30, "memory_max": "1.1x"})
+
+
+def test_a_manifest_without_regression_has_no_limits():
+    assert [job.regression for job in parse(job()).jobs] == [RegressionLimits()]
+
+
+def test_wrong_regression_limits_are_told_with_their_lines():
+    text = """\
+        version: 1
+        regression: {psnr_mim: 30, seconds_max: 1.2}
+        jobs:
+          - {id: a, reference: r, video: v, regression: 5}
+          - id: b
+            reference: r
+            video: v
+            psnr_min: 4
+            regression:
+              ssim_min: 2
+              memory_max: 0.5x
+        matrix:
+          references: [r]
+          videos: [w]
+          regression: {same_frames: 1}
+        """
+    keys = ", ".join(RegressionLimits.model_fields)
+    factor = "must be a factor of the baseline, 1 or more, e.g. 1.2x"
+    assert problems(text) == [
+        f"line 2: regression.seconds_max: {factor}",
+        "line 2: regression.psnr_mim: unknown key; did you mean psnr_min?",
+        f"line 4: jobs[0].regression: must be a mapping (keys: {keys}), not the number 5",
+        "line 8: jobs[1].psnr_min: belongs under regression",
+        "line 10: jobs[1].regression.ssim_min: must be at most 1, not 2",
+        f"line 11: jobs[1].regression.memory_max: {factor}",
+        "line 15: matrix.regression.same_frames: must be yes or no, not the number 1",
+    ]
+    lines = '{"regression": {"psnr_min": "x"}}\n{"id": "a", "reference": "r", "video": "v", "regression": []}'
+    first, second = problems(lines, "-")
+    assert first == "line 1: regression.psnr_min: must be a number, not the text 'x'"
+    assert second == f"line 2: regression: must be a mapping (keys: {keys}), not a list"
 
 
 # --- what can be wrong with it ----------------------------------------------------------------------------------------

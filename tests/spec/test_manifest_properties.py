@@ -18,9 +18,11 @@ from runner.errors import ManifestInvalid
 from runner.spec.manifest import manifest_schema, parse_manifest
 from runner.spec.matrix import ID_PATTERN
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
+from runner.spec.regression_limits import RegressionLimits
 from runner.spec.source import decode
 from runner.spec.text import TextInvalid
-from tests.spec.test_manifest import BASE, EXAMPLE, WRONG, job, problems
+from tests.spec.test_manifest import BASE, EXAMPLE, LIMITED, WRONG, job, problems
+from tests.spec.test_regression_limits import LIMITS, said
 
 SCHEMA = manifest_schema()
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -60,7 +62,8 @@ OPTIONS = st.fixed_dictionaries(
 )
 JOBS = st.lists(
     st.fixed_dictionaries(
-        {"id": IDS, "reference": PLACES, "video": PLACES}, optional={"prompt": TEXT, "options": OPTIONS}
+        {"id": IDS, "reference": PLACES, "video": PLACES},
+        optional={"prompt": TEXT, "options": OPTIONS, "regression": st.none() | LIMITS},
     ),
     min_size=1,
     max_size=4,
@@ -78,23 +81,26 @@ def deep(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 @unhurried
-@given(jobs=JOBS, defaults=DEFAULTS, unicode=st.booleans(), flow=st.sampled_from([None, True, False]))
-def test_yaml_and_json_lines_say_the_same(jobs, defaults, unicode, flow):
-    document = {"version": 1, "defaults": defaults, "jobs": jobs}
+@given(jobs=JOBS, defaults=DEFAULTS, limits=LIMITS, unicode=st.booleans(), flow=st.sampled_from([None, True, False]))
+def test_yaml_and_json_lines_say_the_same(jobs, defaults, limits, unicode, flow):
+    document = {"version": 1, "defaults": defaults, "regression": limits, "jobs": jobs}
     as_yaml = yaml.safe_dump(document, allow_unicode=unicode, default_flow_style=flow)
-    as_lines = "\n".join(json.dumps(line, ensure_ascii=not unicode) for line in [{"defaults": defaults}, *jobs])
+    as_lines = "\n".join(
+        json.dumps(line, ensure_ascii=not unicode) for line in [{"defaults": defaults, "regression": limits}, *jobs]
+    )
     expected = [
         (
             words["id"],
             *(p if "://" in (p := words[key]) else str(Path(BASE, p)) for key in ("reference", "video")),
             words.get("prompt", defaults.get("prompt", DEFAULT_PROMPT)),
             JobOptions.model_validate(deep(defaults.get("options", {}), words.get("options", {}))),
+            RegressionLimits.model_validate(limits | said(words.get("regression") or {})),
         )
         for words in jobs
     ]
     for text, source in ((as_yaml, "m.yaml"), (as_yaml, "-"), (as_lines, "m.jsonl"), (as_lines, "-")):
         manifest = parse_manifest(text, base=BASE, source=source)
-        assert [(j.id, j.reference, j.video, j.prompt, j.options) for j in manifest.jobs] == expected
+        assert [(j.id, j.reference, j.video, j.prompt, j.options, j.regression) for j in manifest.jobs] == expected
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
 
 
@@ -146,7 +152,7 @@ def told_or_read(text: str, source: str) -> None:
 
 
 @unhurried
-@given(original=st.sampled_from([EXAMPLE, WRONG, LINES]), edits=EDITS)
+@given(original=st.sampled_from([EXAMPLE, LIMITED, WRONG, LINES]), edits=EDITS)
 def test_mutations_are_told_or_read(original, edits):
     for at, length, put in edits:
         start = at % (len(original) + 1)
@@ -180,8 +186,9 @@ ANYTHING = st.recursive(
     max_leaves=5,
 )
 MANIFEST_KEYS = ("version", "recipe", "memory", "defaults", "jobs", "matrix", "x-a", "references", "videos", "options")
+LIMIT_KEYS = ("regression", *RegressionLimits.model_fields)
 JOB_KEYS = ("id", "custom_id", "reference", "video", "mask", "prompt", "crf", "parity", *JobOptions.model_fields)
-KEYS = st.sampled_from(MANIFEST_KEYS + JOB_KEYS)
+KEYS = st.sampled_from(MANIFEST_KEYS + JOB_KEYS + LIMIT_KEYS)
 SHAPED = st.recursive(
     ANYTHING,
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(KEYS, inner, max_size=4)),
@@ -205,11 +212,15 @@ def test_any_value_under_any_key_is_told_or_read(words):
 def test_the_schema_accepts_the_example_and_refuses_what_the_parser_refuses():
     validator = jsonschema.Draft202012Validator(SCHEMA)
     validator.check_schema(SCHEMA)
-    example_data = yaml.safe_load(EXAMPLE)
-    validator.validate(example_data)
+    for text in (EXAMPLE, LIMITED):
+        validator.validate(yaml.safe_load(text))
     for text in (
         job(zzz=1), job(id="../x"), job(options={"size": "480"}), job(options={"zzz": 1}), job(options={"seed": "5"}),
         job(options={"overlap_frames": 3}), job(options={"output": {"crf": 99}}), job(custom_id="b"), "jobs: []",
+        job(regression=5), job(regression={"psnr": 30}), job(regression={"psnr_min": "30"}),
+        job(regression={"ssim_min": 2}), job(regression={"seconds_max": 1.2}), job(regression={"memory_max": "0.5x"}),
+        job() + "regression: []",
+        job() + "matrix: {references: [r], videos: [v], regression: {same_frames: 1}}",
     ):  # fmt: skip
         problems(text)
         assert not validator.is_valid(yaml.safe_load(text)), text
