@@ -17,7 +17,7 @@ from runner.preprocess.body.person_boxes import face_boxes, person_boxes
 from runner.preprocess.body.skeleton import body_width
 from runner.preprocess.conditions import PoseConditions
 from runner.preprocess.geometry import Geometry
-from runner.preprocess.pictures.sizing import place
+from runner.preprocess.pictures.sizing import official_placement, padding_resize, place
 
 VIDEO, OUTPUT = (300, 200), (240, 320)
 GEOMETRIES = {
@@ -127,3 +127,16 @@ def test_a_face_is_sure_large_and_inside(change, expected) -> None:
     change(points[0, FACE])
     box = face_boxes(points, 200, 300)[0]
     assert np.isnan(box).all() if expected is None else np.allclose(box, expected)
+
+
+@pytest.mark.parametrize("video", [(300, 211), (100, 161), (640, 357)])
+def test_parity_letterboxes_points_as_it_letterboxes_the_drawing(video: tuple[int, int]) -> None:
+    """Where our own placement rounds to another size."""
+    geometry = Geometry(*OUTPUT, place(video, OUTPUT), parity=True)
+    points = np.zeros((1, 133, 3), np.float32)
+    points[0, 0, :2] = video
+    white = padding_resize(np.full((video[1], video[0]), 255, np.uint8), *OUTPUT)
+    rows, columns = np.nonzero(white)
+    found = geometry.drawn_points(PoseTrack(points, *video))[0, :2, :2]
+    assert np.allclose(found, [(columns.max() + 1, rows.max() + 1), (columns.min(), rows.min())])
+    assert geometry.placement.target != official_placement(video, OUTPUT).target
