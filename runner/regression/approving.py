@@ -141,7 +141,7 @@ def approve_render(
                 f"{record.job_id} has a baseline, and a draft replaces none. {standing.sentence()}", standing
             )
         if not replace_newer:
-            if looked_at is not None and parse_time(standing.when) > looked_at:
+            if looked_at is not None and parse_time(standing.when) >= looked_at:
                 return Refused(f"{record.job_id} was approved after {as_of}. {standing.sentence()}", standing)
             if parse_time(standing.finished_at) > finished:
                 later = f"its baseline was rendered later, at {standing.finished_at}"
@@ -203,7 +203,7 @@ def approve_removal(
     standing = before.approvals[0]
     if standing.removed:
         return Approved(standing, unchanged=True)
-    if not replace_newer and looked_at is not None and parse_time(standing.when) > looked_at:
+    if not replace_newer and looked_at is not None and parse_time(standing.when) >= looked_at:
         return Refused(f"{name.job_id} was approved after {as_of}. {standing.sentence()}", standing)
     moment = now()
     approval = Approval(token="", who=who, when=moment, why=why, run_id=run_id, finished_at=moment, removed=True)
@@ -268,13 +268,22 @@ def _copy(
 ) -> tuple[str, int, int] | str:
     """Copy a job's files below `prefix`, its record last: (sha256, bytes, files) of the output, or why it is refused.
 
-    The record is read before and after: it is removed before a file that it speaks of is replaced.
+    The record is read before and after: a run removes it before it replaces a file that it speaks of.
     """
-    key, job_id = job_key(record.job_id, RESULT), record.job_id
-    again = f"{job_id} was rendered again since it was compared; compare again"
+    key = job_key(record.job_id, RESULT)
     found = out.read_versioned(key)
-    if found is None or not _is_same_record(found.data, record):
-        return again
+    if found is not None and _is_same_record(found.data, record):
+        copied = _copy_files(out, record.job_id, output, storage, prefix, scratch)
+        storage.write_bytes(prefix + RESULT, found.data)
+        still = out.read_versioned(key)
+        if still is not None and still.version == found.version:
+            return copied
+    return f"{record.job_id} was rendered again since it was compared; compare again"
+
+
+def _copy_files(
+    out: Storage, job_id: str, output: OutputRecord, storage: Storage, prefix: str, scratch: Path
+) -> tuple[str, int, int] | str:
     files = _fetch_output(out, job_id, output, scratch)
     if isinstance(files, str):
         return files
@@ -298,15 +307,10 @@ def _copy(
         identity = storage.identify(info)
         sha256 = digests.get(name) or sha256_file(path)
         if info.bytes != path.stat().st_size or (identity.startswith("sha256:") and identity != f"sha256:{sha256}"):
-            raise StorageUnavailable(
-                "the copy is not what was copied", where=storage.uri(prefix + name), todo="Try again"
-            )
+            where = storage.uri(prefix + name)
+            raise StorageUnavailable("the copy is not what was copied", where=where, todo="Try again")
 
     in_parallel(store, files, FILES_AT_ONCE)
-    storage.write_bytes(prefix + RESULT, found.data)
-    now_there = out.read_versioned(key)
-    if now_there is None or now_there.version != found.version:
-        return again
     return combine(digests), nbytes, len(digests)
 
 
