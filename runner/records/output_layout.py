@@ -10,6 +10,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/frames.sha256                the digest of each frame, one a line
     jobs/<id>/people.json                  where the people are, frame by frame; not of jobs with official files
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
+    runs/<run-id>/regression.json          how far its jobs may be from their baseline, where the manifest says so
 
 A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
 """
@@ -28,7 +29,9 @@ __all__ = [
     "POSE",
     "POSTER",
     "PREVIEWS",
+    "REGRESSION",
     "RESULT",
+    "RUNS",
     "SUMMARY",
     "frames_folder",
     "is_output_file",
@@ -37,6 +40,7 @@ __all__ = [
     "job_key",
     "part_name",
     "parts_folder",
+    "regression_key",
     "run_folder",
     "run_key",
     "segments_of_state",
@@ -66,6 +70,9 @@ PART_END, STATE_END = ".tar", ".state"
 SUMMARY = "summary.json"
 METRICS = "metrics.prom"
 EVENTS = "events.jsonl"
+
+# Of a run, whatever its shards
+REGRESSION = "regression.json"
 
 
 def job_folder(job_id: str) -> str:
@@ -129,3 +136,8 @@ def run_folder(run_id: str) -> str:
 def run_key(run_id: str, shard: str, name: str) -> str:
     """`name`: SUMMARY, METRICS or EVENTS."""
     return f"{run_folder(run_id)}{shard}.{name}"
+
+
+def regression_key(run_id: str) -> str:
+    """Where a run keeps the regression limits of its manifest's jobs."""
+    return run_folder(run_id) + REGRESSION

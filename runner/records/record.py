@@ -31,6 +31,8 @@ __all__ = [
     "ErrorRecord",
     "InputRecord",
     "JobLine",
+    "LimitsRecord",
+    "LimitsRow",
     "MemoryRecord",
     "MemoryTrendRecord",
     "OutputRecord",
@@ -44,7 +46,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
-COMPARED = frozenset({"job_id", "fingerprint", "identity", "key", "sha256", "frames_sha256"})  # by a later run
+# What a later run compares
+COMPARED = frozenset({"job_id", "job_ids", "fingerprint", "identity", "key", "sha256", "frames_sha256"})
 
 
 class Record(BaseModel):
@@ -304,6 +307,25 @@ class RunSummary(Record):
     environment: dict[str, Any]
 
 
+class LimitsRow(Record):
+    """Jobs with the same regression limits."""
+
+    limits: dict[str, bool | float | str] = Field(
+        description="as a manifest writes them under regression: psnr_min, …, without those that are not given"
+    )
+    job_ids: list[str]
+
+
+class LimitsRecord(Record):
+    """`runs/<run-id>/regression.json`: how far the jobs of a run's manifest may be from their baseline.
+
+    All jobs of the manifest are in it, those of other shards as well.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    rows: list[LimitsRow]
+
+
 def reuse_of(counters: Mapping[str, int], gauges: Mapping[str, int]) -> dict[str, ReuseRecord]:
     """By cache: of the counters NAME_cache_hits and NAME_cache_misses, and of the gauges NAME_cache_bytes."""
     names = {
@@ -372,6 +394,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "attempt": AttemptMark,
         "people": People,
         "approved": Approvals,
+        "regression": LimitsRecord,
     }
     return {
         f"{name}.v{SCHEMA_VERSION}.schema.json": m.model_json_schema(mode="serialization") for name, m in models.items()

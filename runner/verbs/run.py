@@ -37,6 +37,7 @@ from runner.generation.protocol import Generator
 from runner.generation.runtime.device import free_host_bytes
 from runner.records.events import EventLog, default_logging
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
+from runner.regression.kept_limits import keep_limits
 from runner.spec.manifest import Job, Manifest
 from runner.storage import Storage, is_remote, open_storage, probe_conditions, probe_writable
 from runner.storage.file_hashes import FileHashes
@@ -78,6 +79,7 @@ def run(
         return _run_on_gpus(settings, progress or SilentProgress(), source)
     manifest, chosen, shard, why = choose_jobs(settings)
     jobs: Sequence[Job] = chosen if source is None else source.jobs
+    limited = manifest.jobs if source is None else jobs
     source = source or ShardJobs(shard.arrange(chosen))
     run_id = _choose_run_id(settings)
     roots = parse_roots(settings.input_root)
@@ -93,6 +95,7 @@ def run(
             if found.stops_run:
                 raise
             log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
+    keep_limits(storage, run_id, limited)
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard} ({why})", recipe=engine.recipe)
 
     progress = progress or SilentProgress()

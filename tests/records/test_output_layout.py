@@ -16,7 +16,10 @@ NAMES = (layout.RESULT, layout.ATTEMPT, layout.OUTPUT, layout.POSE, layout.POSTE
 NAMES += (layout.PEOPLE,)
 SUFFIXES = (layout.SUMMARY, layout.METRICS, layout.EVENTS)
 SPELLED = re.compile(
-    r"\b(jobs|runs|frames)/|(?<![\w-])(" + "|".join(map(re.escape, NAMES)) + ")|" + "|".join(map(re.escape, SUFFIXES))
+    r"\b(jobs|runs|frames)/|(?<![\w-])("
+    + "|".join(map(re.escape, (*NAMES, layout.REGRESSION)))
+    + ")|"
+    + "|".join(map(re.escape, SUFFIXES))
 )
 
 
@@ -31,6 +34,7 @@ def test_keys_are_those_of_the_contract() -> None:
         "runs/night/00000-of-00001.metrics.prom",
         "runs/night/00000-of-00001.events.jsonl",
     ]
+    assert layout.regression_key("night") == "runs/night/regression.json"
 
 
 @pytest.mark.parametrize(

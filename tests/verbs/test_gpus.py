@@ -24,14 +24,17 @@ from runner.batch.loop import Engine
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
 from runner.records.record import JobLine
+from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
+from runner.spec.regression_limits import RegressionLimits
+from runner.storage import open_storage
 from runner.verbs.gpus import GpuPlace, SharedRun, find_gpus, places_for, run_processes
 from runner.verbs.settings import RunSettings
 from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 from tests.verbs import gpu_children
 from tests.verbs.gpu_children import MINE
-from tests.verbs.test_run import Watched
+from tests.verbs.test_run import Watched, limited
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,8 +152,10 @@ def test_what_the_environment_says_stays():
 def test_two_processes_finish_one_manifest(settings, tmp_path):
     """One line a job in the manifest's order, one view of progress, a summary a process under one run id."""
     watched = Watched()
-    shared, events = start(settings("abcdef"), gpu_children.run_stub, progress=watched)
+    given = limited(settings("abcdef"), *[RegressionLimits(psnr_min=30)] * 6)
+    shared, events = start(given, gpu_children.run_stub, progress=watched)
     assert shared.exit_code == 0
+    assert limits_by_job(open_storage(tmp_path / "out")) == dict.fromkeys("abcdef", RegressionLimits(psnr_min=30))
     assert [(line.id, line.status) for line in shared.lines] == [(name, "succeeded") for name in "abcdef"]
     records = [json.loads((tmp_path / f"out/jobs/{name}/result.json").read_bytes()) for name in "abcdef"]
     assert {record["status"] for record in records} == {"succeeded"}

@@ -19,7 +19,10 @@ from runner.batch.shards import AnyShard, Shard
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
 from runner.records.record import JobLine
+from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
+from runner.spec.regression_limits import RegressionLimits
+from runner.storage import open_storage
 from runner.verbs.gpu_process import MachineShare
 from runner.verbs.run import build_engine, run
 from runner.verbs.settings import RunSettings
@@ -229,6 +232,42 @@ def test_jobs_may_come_from_a_mailbox(stub_run):
     outcome = run(settings, source=mailbox)
     assert [(line.id, line.status) for line in outcome.lines] == [("sent-1", "succeeded"), ("sent-2", "succeeded")]
     assert outcome.exit_code == 0 and outcome.counts["total"] == 2
+
+
+def limited(settings: RunSettings, *limits: RegressionLimits) -> RunSettings:
+    """The same run with these limits, one a job."""
+    jobs = tuple(replace(job, regression=own) for job, own in zip(settings.manifest.jobs, limits, strict=True))
+    return replace(settings, manifest=replace(settings.manifest, jobs=jobs))
+
+
+def test_the_limits_of_the_whole_manifest_are_kept_before_the_first_job_starts(stub_run, tmp_path, monkeypatch):
+    """By a shard too, and where the job fails."""
+    first, second = RegressionLimits(psnr_min=30), RegressionLimits(same_frames=True)
+    settings = limited(stub_run("fail-generate", "ok", run_id="r1", shard="0/2"), first, second)
+    found = {}
+
+    def watch(*args, **more):
+        found.update(limits_by_job(open_storage(tmp_path / "out")))
+        return batch(*args, **more)
+
+    batch = run_verb.Batch
+    monkeypatch.setattr(run_verb, "Batch", watch)
+    outcome = run(settings)
+    assert [line.id for line in outcome.lines] == ["job0"]
+    assert found == {"job0": first, "job1": second}
+    assert Path(outcome.summary, "regression.json").is_file()
+
+
+def test_a_run_without_limits_keeps_none(stub_run):
+    assert not Path(run(stub_run("ok")).summary, "regression.json").exists()
+
+
+def test_limits_change_no_fingerprint(stub_run):
+    """What was rendered before a limit was given stays done."""
+    settings = stub_run("ok")
+    run(settings)
+    again = run(limited(settings, RegressionLimits(psnr_min=30)))
+    assert [line.status for line in again.lines] == ["skipped"]
 
 
 @pytest.mark.parametrize(("place", "below"), [("out", "out/jobs"), ("cache", "cache/checkpoints"), ("off", None)])

@@ -1,0 +1,79 @@
+"""Kept limits: the regression limits of each job, as a run keeps them and as a manifest says them.
+
+In:   jobs of a manifest; an output storage. Out: `runs/<run-id>/regression.json`, and limits by job id.
+Never: defaults, judging.
+
+`compare` needs no manifest: `run` writes the limits of all jobs beside its summaries, once per run. Every shard and
+every process would write the same bytes, so that it does not matter which of them comes first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import pydantic
+
+from runner.errors import InputUnreadable
+from runner.records.output_layout import REGRESSION, RUNS, regression_key
+from runner.records.record import LimitsRecord, LimitsRow
+from runner.spec.manifest import Job, Manifest
+from runner.spec.regression_limits import RegressionLimits
+from runner.storage import Storage
+
+__all__ = ["keep_limits", "limits_by_job", "limits_of_manifest"]
+
+
+def keep_limits(storage: Storage, run_id: str, jobs: Iterable[Job]) -> None:
+    """Write the limits of `jobs`, the whole manifest's, into the folder of the run. Nothing is written where no job has
+    a limit, or where the same limits lie there already: the time of the file says when they were first given.
+
+    Raises storage.*.
+    """
+    ids: dict[RegressionLimits, list[str]] = {}
+    for job in jobs:
+        ids.setdefault(job.regression, []).append(job.id)
+    if not ids.keys() - {RegressionLimits()}:
+        return
+    rows = [
+        LimitsRow(limits=limits.model_dump(mode="json", exclude_none=True), job_ids=found)
+        for limits, found in ids.items()
+    ]
+    key, data = regression_key(run_id), LimitsRecord(rows=rows).to_json()
+    if storage.read_bytes(key) != data:
+        storage.write_bytes(key, data)
+
+
+def limits_by_job(storage: Storage) -> dict[str, RegressionLimits]:
+    """Job id → its limits, of all runs into this output folder. The newest file that names a job counts.
+
+    Files of the same time are taken in the order of their run ids. Raises InputUnreadable for a damaged file, and
+    storage.*.
+    """
+    files = [info for info in storage.list(RUNS) if info.key.count("/") == 2 and info.key.endswith(f"/{REGRESSION}")]
+    limits: dict[str, RegressionLimits] = {}
+    for info in sorted(files, key=lambda info: (info.modified, info.key)):
+        data = storage.read_bytes(info.key)
+        if data is not None:  # a run may be removed meanwhile
+            limits |= _parse(data, info.uri)
+    return limits
+
+
+def limits_of_manifest(manifest: Manifest) -> dict[str, RegressionLimits]:
+    """Job id → its limits, of every job of the manifest."""
+    return {job.id: job.regression for job in manifest.jobs}
+
+
+def _parse(data: bytes, uri: str) -> dict[str, RegressionLimits]:
+    found: dict[str, RegressionLimits] = {}
+    try:
+        for row in LimitsRecord.model_validate(json.loads(data)).rows:
+            found |= dict.fromkeys(row.job_ids, RegressionLimits.model_validate(row.limits))
+    except (ValueError, pydantic.ValidationError) as err:
+        reason = str(err).splitlines()[0]
+        raise InputUnreadable(
+            f"the kept regression limits cannot be read: {reason}",
+            where=uri,
+            todo="Remove the file, or pass the manifest with --manifest",
+        ) from err
+    return found
