@@ -27,7 +27,9 @@ from runner import __version__
 from runner.errors import RunnerError, as_runner_error
 from runner.redact import for_people
 from runner.verbs.settings import (
+    ApproveSettings,
     CleanSettings,
+    CompareSettings,
     DemoSettings,
     DoctorSettings,
     FetchSettings,
@@ -299,6 +301,24 @@ def _status(settings: StatusSettings, display: Display) -> int:
     return 1 if any(row.status == "failed" for row in rows) else 0
 
 
+def _compare(settings: CompareSettings, display: Display) -> int:
+    from runner.verbs.compare import compare
+    from runner.verbs.tables import print_comparison
+
+    found = compare(settings)
+    print_comparison(found, as_json=display.json)
+    return found.comparison.exit_code
+
+
+def _approve(settings: ApproveSettings, display: Display) -> int:
+    from runner.verbs.approve import approve
+    from runner.verbs.tables import print_approved
+
+    rows = approve(settings)
+    print_approved(settings.baseline, rows, as_json=display.json)
+    return 1 if any(row.action == "refused" for row in rows) else 0
+
+
 def _clean(settings: CleanSettings, display: Display) -> int:
     from runner.verbs.clean import clean
     from runner.verbs.tables import print_clean
@@ -406,6 +426,30 @@ VERBS = (
         _status,
         (0, 1, 2, 3),
         ("video-lab status out/demo", "video-lab status s3://bucket/out --json"),
+        json_lines="job",
+    ),
+    Verb(
+        "compare",
+        "compare a night's renders with the approved ones, and report what changed",
+        CompareSettings,
+        _compare,
+        (0, 1, 2, 3, 4),
+        (
+            "video-lab compare out/2026-01-31 --baseline baseline --report out/2026-01-31/report",
+            "video-lab compare s3://bucket/out --baseline s3://bucket/baseline --only 'anna-*' --record",
+        ),
+        json_lines="night",
+    ),
+    Verb(
+        "approve",
+        "accept a night's renders as the baseline of the nights after it",
+        ApproveSettings,
+        _approve,
+        (0, 1, 2, 3),
+        (
+            "video-lab approve out/2026-01-31 --baseline baseline --why 'the first night, looked at'",
+            "video-lab approve s3://bucket/out --baseline s3://bucket/baseline --job 'anna-*' --why 'sharper hands'",
+        ),
         json_lines="job",
     ),
     Verb(

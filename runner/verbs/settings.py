@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "NUMBER_FORMATS",
     "SCALES",
+    "ApproveSettings",
     "CleanSettings",
+    "CompareSettings",
     "DemoSettings",
     "DoctorSettings",
     "FetchSettings",
@@ -65,6 +68,9 @@ DEVICES = ("auto", "cpu", "cuda")
 CHECKPOINTS = ("out", "cache", "off")
 NUMBER_FORMATS = ("nvfp4", "g32")
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
+
+MAX_EMBED_MB = 1024
+MAX_REASON = 2000  # characters
 
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
@@ -140,6 +146,33 @@ def _is_seconds(flag: str, value: Any) -> float:
     if not seconds >= 0:
         raise _wrong(flag, value, "a number of seconds, 0 or more", f"Write e.g. {flag} 20")
     return seconds
+
+
+def _is_megabytes(flag: str, value: Any) -> float:
+    try:
+        size = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        size = math.nan
+    if not 0 <= size <= MAX_EMBED_MB:
+        raise _wrong(flag, value, f"a number of megabytes, 0 to {MAX_EMBED_MB}", f"Write e.g. {flag} 4")
+    return size
+
+
+def _is_reason(flag: str, value: Any) -> str:
+    text = " ".join(_is_text(flag, value).split())
+    if not text or len(text) > MAX_REASON:
+        raise _wrong(flag, value, f"a text of 1 to {MAX_REASON} characters", f"Write e.g. {flag} 'new LoRA, looked at'")
+    return text
+
+
+def _is_time(flag: str, value: Any) -> str:
+    try:
+        found = datetime.fromisoformat(_is_text(flag, value))
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise _wrong(flag, value, "a time with its zone, ISO 8601", f"Write e.g. {flag} 2026-01-31T04:00:00Z")
+    return found.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def _is_age(flag: str, value: Any) -> str:
@@ -298,6 +331,7 @@ def home_folder() -> Path:
 
 MANIFEST = _flag("YAML or JSONL: a path, s3://… or - for standard input", _is_manifest, "MANIFEST", positional=True)
 OUT = _flag("output folder or s3://bucket/prefix", _is_text, "OUT", positional=True)
+BASELINE = _flag("folder or s3://bucket/prefix of the approved renders", _is_text, "URI")
 CACHE = _flag("for synced models and scratch ($VIDEO_LAB_CACHE)", _is_path, "DIR")
 STORE = _flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", _is_text, "URI")
 LOCAL_STORE = _flag("model store: a folder ($VIDEO_LAB_MODELS)", _is_text, "DIR")
@@ -517,6 +551,62 @@ class CleanSettings(Settings):
         metadata=_switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
     )
     yes: bool = field(default=False, metadata=_switch("remove them; without it they are only listed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(Settings):
+    """`video-lab compare`. Without `manifest`: the limits of the manifest that was run into `out`."""
+
+    out: str = field(metadata=OUT)
+    baseline: str = field(metadata=BASELINE)
+    report: str | None = field(
+        default=None,
+        metadata=_flag("write report.html, junit.xml, comparison.json and summary.md there", _is_text, "URI"),
+    )
+    only: tuple[str, ...] = field(
+        default=(), metadata=_flag("only jobs whose id fits; repeatable", _are_texts, "GLOB", repeatable=True)
+    )
+    manifest: str | Manifest | None = field(
+        default=None, metadata=_flag("take the limits from this manifest's regression:", _is_manifest, "MANIFEST")
+    )
+    models: str | None = field(
+        default=None,
+        metadata=_flag("model store: compare the person's identity with its image encoder too", _is_text, "URI"),
+    )
+    bootstrap: bool = field(
+        default=False, metadata=_switch("accept jobs that have no baseline yet as drafts: a first night")
+    )
+    record: bool = field(default=False, metadata=_switch("add this night to the baseline's history"))
+    suggest: bool = field(default=False, metadata=_switch("print limits that follow from the nights in the history"))
+    embed_mb: float = field(
+        default=4.0,
+        metadata=_flag("videos up to this size are put into report.html, larger ones beside it", _is_megabytes, "MB"),
+    )
+    cache: Path = field(default_factory=default_cache, metadata=CACHE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApproveSettings(Settings):
+    """`video-lab approve`. Without `job`: all jobs of `out` that succeeded."""
+
+    out: str = field(metadata=OUT)
+    baseline: str = field(metadata=BASELINE)
+    job: tuple[str, ...] = field(
+        default=(), metadata=_flag("only jobs whose id fits; repeatable", _are_texts, "GLOB", repeatable=True)
+    )
+    why: str = field(metadata=_flag("the reason, which is kept with the baseline", _is_reason, "TEXT"))
+    who: str | None = field(default=None, metadata=_flag("who approves; default: USER@HOST", _is_reason, "NAME"))
+    as_of: str | None = field(
+        default=None,
+        metadata=_flag("leave jobs alone that were approved after this time, UTC", _is_time, "YYYY-MM-DDTHH:MM:SSZ"),
+    )
+    missing: bool = field(
+        default=False, metadata=_switch("jobs of the baseline that are not in OUT leave the baseline, too")
+    )
+    replace_newer: bool = field(
+        default=False, metadata=_switch("replace what was approved of a later night, or after --as-of, too")
+    )
+    cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,13 +56,13 @@ def read_jobs(storage: Storage) -> list[tuple[StatusRow, ResultRecord | None]]:
     """The rows of `read_status`, each with the job's record, where it has one."""
     if next(storage.list(), None) is None:
         raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
-    found = (split_job_key(info.key) for info in storage.list(JOBS))
-    ids = sorted({names[0] for names in found if names is not None and names[1] in (RESULT, ATTEMPT)})
+    keys = (split_job_key(info.key) for info in storage.list(JOBS))
+    ids = sorted({names[0] for names in keys if names is not None and names[1] in (RESULT, ATTEMPT)})
     ledger = Ledger(storage)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = pool.map(lambda job_id: (ledger.leases.look(job_id), ledger.result(job_id)), ids)
         rows = [(_row(job_id, *both), both[1]) for job_id, both in zip(ids, found, strict=True)]
-        return [(row, record) for row, record in rows if row is not None]
+    return [(row, record) for row, record in rows if row is not None]
 
 
 def _row(job_id: str, sighting: Sighting, record: ResultRecord | None) -> StatusRow | None:

@@ -24,7 +24,9 @@ from runner.redact import escape_control, for_people, redact, redact_tree
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
+    from runner.verbs.approve import ApproveRow
     from runner.verbs.clean import CleanRow
+    from runner.verbs.compare import Compared
     from runner.verbs.doctor import Check
     from runner.verbs.plan import Forecast
     from runner.verbs.quantize import Quantized
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from runner.weights.fetch import Fetched
 
 __all__ = [
+    "print_approved",
     "print_checks",
     "print_clean",
+    "print_comparison",
     "print_error",
     "print_fetched",
     "print_json",
@@ -57,6 +61,17 @@ COLOURS = {
     "warn": "yellow",
     "failed": "red",
     "fail": "red",
+    "identical": "green",
+    "approved": "green",
+    "unchanged": "dim",
+    "changed": "yellow",
+    "uncalibrated": "yellow",
+    "draft": "yellow",
+    "removed": "yellow",
+    "new": "red",
+    "missing": "red",
+    "broken": "red",
+    "refused": "red",
 }
 
 
@@ -202,6 +217,51 @@ def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bo
     console.print(f"{escape(out)}: " + (" · ".join(counts) or "no leftovers"), soft_wrap=True)
     if any(row.action == "would remove" for row in rows):
         console.print(f"to remove them: {escape(command)}", soft_wrap=True)
+
+
+def print_comparison(found: Compared, *, as_json: bool) -> None:
+    """The jobs that are not identical, one line each; what differs around them; the command that accepts them."""
+    night = found.comparison
+    if as_json:
+        print_json(night.model_dump(mode="json"))
+        return
+    console = _console()
+    told = [job for job in night.jobs if job.verdict != "identical"]
+    if told:
+        table = _table("job", "verdict", "PSNR", "SSIM", "seconds", "what")
+        for job in told:
+            measured = job.measurements
+            psnr = "" if measured is None or measured.psnr is None else f"{measured.psnr.worst:.1f}"
+            ssim = "" if measured is None or measured.ssim is None else f"{measured.ssim.worst:.3f}"
+            seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
+            sentences = [job.text, *(breach.text for breach in job.breaches[1:])]
+            table.add_row(escape(job.id), _status(job.verdict), psnr, ssim, seconds, escape("; ".join(sentences)))
+        console.print(table)
+    for change in night.environment:
+        console.print(f"environment: {escape(change)}", soft_wrap=True)
+    counts = " · ".join(f"{count} {name}" for name, count in night.counts.items() if name != "total")
+    console.print(f"{escape(night.out)} against {escape(night.baseline)}: {counts}", soft_wrap=True)
+    if found.report is not None:
+        console.print(f"report: {escape(found.report)}", soft_wrap=True)
+    if night.approve:
+        console.print(f"to accept what differs: {escape(night.approve)}", soft_wrap=True)
+    for line in found.suggestions:
+        console.print(escape(line), soft_wrap=True)
+
+
+def print_approved(baseline: str, rows: Sequence[ApproveRow], *, as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print_json(dataclasses.asdict(row))
+        return
+    console = _console()
+    table = _table("job", "action", "what")
+    for row in rows:
+        table.add_row(escape(row.id), _status(row.action), escape("; ".join([row.detail, *row.notes])))
+    console.print(table)
+    found = {name: sum(row.action == name for row in rows) for name in ("approved", "removed", "unchanged", "refused")}
+    counts = " · ".join(f"{count} {name}" for name, count in found.items() if count)
+    console.print(f"{escape(baseline)}: {counts}", soft_wrap=True)
 
 
 def print_quantized(made: Quantized) -> None:

@@ -1,4 +1,4 @@
-"""Night jobs: the renders of one night, as they lie in an output storage.
+"""Night renders: the renders of one night, as they lie in an output storage.
 
 In:   an output storage and a job's record. Out: digests, boxes and files of its output, checked against the record.
 Never: comparing, what is approved.
@@ -18,14 +18,14 @@ from runner.records.record import OutputRecord, ResultRecord
 from runner.regression.approving import check_digest_list
 from runner.storage import Storage
 
-__all__ = ["NightJob"]
+__all__ = ["NightRender"]
 
 FILES_AT_ONCE = 8
 TODO = "Render the job again"
 
 
 @dataclass(frozen=True)
-class NightJob:
+class NightRender:
     """A job that succeeded. All methods raise storage.* beside what they say."""
 
     storage: Storage

@@ -1,0 +1,139 @@
+"""Approve: let a night's renders stand as the baseline of the nights after it.
+
+In:   an output storage, a baseline, a reason. Out: one `ApproveRow` a job. Never: printing; what changed between two
+renders.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from runner.batch.scratch import scratch_folder
+from runner.errors import ConfigInvalid
+from runner.records.events import default_logging
+from runner.records.record import ResultRecord
+from runner.regression.approving import Approved, Refused
+from runner.regression.baseline import Baseline, BaselineJob
+from runner.regression.baseline_layout import JobName, name_job
+from runner.storage import open_storage, probe_writable
+from runner.verbs.settings import ApproveSettings
+from runner.verbs.status import StatusRow, read_jobs
+
+__all__ = ["ApproveRow", "approve", "default_approver", "fits", "missing_jobs"]
+
+COPIES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class ApproveRow:
+    """What became of one job. `detail`: whose approval stands, or why it was refused."""
+
+    id: str
+    action: Literal["approved", "unchanged", "removed", "refused"]
+    detail: str
+    notes: tuple[str, ...] = ()
+
+
+@default_logging()
+def approve(settings: ApproveSettings) -> list[ApproveRow]:
+    """The verb `approve`: one row a job, by id. Raises ConfigInvalid where no job fits; InputUnreadable; storage.*.
+
+    A job of `out` that failed or is under way is refused. With `missing`, a job of the baseline that `out` does not
+    have leaves the baseline.
+    """
+    out, storage = open_storage(settings.out), open_storage(settings.baseline)
+    jobs = read_jobs(out)
+    chosen = [(row, record) for row, record in jobs if fits(row.id, settings.job)]
+    who = settings.who or default_approver()
+    probe_writable(storage)
+    with scratch_folder(settings.cache) as scratch:
+        baseline = Baseline(storage, scratch=scratch)
+        records = [record for _, record in jobs if record is not None]
+        leaving = []
+        if settings.missing:
+            places = [name_job(record) for record in records if record.status == "succeeded"]
+            standing = baseline.find(places)
+            gone = missing_jobs(baseline, places, standing, [row.id for row, _ in jobs])
+            leaving = [job.name for job in gone if fits(job.name.job_id, settings.job)]
+        if not chosen and not leaving:
+            raise ConfigInvalid(
+                f"no job there fits {' or '.join(settings.job) or 'anything'}",
+                where=out.root,
+                todo="`video-lab status` lists the jobs",
+            )
+
+        def accept(item: tuple[StatusRow, ResultRecord | None]) -> ApproveRow:
+            row, record = item
+            if row.status != "succeeded" or record is None:
+                return ApproveRow(row.id, "refused", f"{row.status}: {row.detail}")
+            found = baseline.approve(
+                out,
+                record,
+                who=who,
+                why=settings.why,
+                as_of=settings.as_of,
+                replace_newer=settings.replace_newer,
+            )
+            return _row(row.id, found, "approved")
+
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            rows = list(pool.map(accept, chosen))
+        run_id = max((record.finished_at, record.run_id) for record in records)[1] if records else ""
+        for name in leaving:
+            found = baseline.approve_removal(
+                name,
+                who=who,
+                why=settings.why,
+                run_id=run_id,
+                as_of=settings.as_of,
+                replace_newer=settings.replace_newer,
+            )
+            rows.append(_row(name.job_id, found, "removed"))
+    return sorted(rows, key=lambda row: row.id)
+
+
+def missing_jobs(
+    baseline: Baseline, night: Sequence[JobName], found: Mapping[JobName, BaselineJob], known: Collection[str]
+) -> list[BaselineJob]:
+    """Jobs of the baseline that the night should have and does not: their ids are not among `known`.
+
+    night: the jobs that succeeded; found: what stands for them. The baseline of the night's own device counts, else
+    those of the devices that stand in for it. Raises as `Baseline.jobs` does.
+    """
+    missing: dict[str, BaselineJob] = {}
+    for device, recipe in dict.fromkeys((name.device, name.recipe) for name in night):
+        devices = {job.name.device for job in found.values() if job.name.recipe == recipe}
+        jobs = baseline.jobs(device, recipe, without=known)
+        if not jobs and device not in devices:
+            jobs = [job for other in sorted(devices) for job in baseline.jobs(other, recipe, without=known)]
+        for job in jobs:
+            missing.setdefault(job.name.job_id, job)
+    return list(missing.values())
+
+
+def fits(job_id: str, globs: Sequence[str]) -> bool:
+    """Whether one of the globs names the job, upper and lower case told apart; without globs every job fits."""
+    return not globs or any(fnmatchcase(job_id, glob) for glob in globs)
+
+
+def default_approver() -> str:
+    """USER@HOST; a user without a name by number."""
+    name = str(os.getuid())
+    with suppress(OSError, KeyError):
+        name = getpass.getuser()
+    return f"{name}@{platform.node() or 'unknown'}"
+
+
+def _row(job_id: str, found: Approved | Refused, done: Literal["approved", "removed"]) -> ApproveRow:
+    if isinstance(found, Refused):
+        return ApproveRow(job_id, "refused", found.why)
+    action: Literal["approved", "unchanged", "removed", "refused"] = "unchanged" if found.unchanged else done
+    return ApproveRow(job_id, action, found.approval.sentence(), found.notes)
