@@ -1,0 +1,122 @@
+"""JUnit report: what `compare` found, for the test view of a CI system.
+
+In:   a `NightComparison`. Out: an XML file of one test suite with one test case a job. Never: what a verdict is.
+
+A job that failed is an error; a broken limit, a new and a missing job are failures; all else passes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
+
+from runner.errors import as_runner_error
+from runner.regression.findings import JobFinding, NightComparison
+
+__all__ = ["write_junit"]
+
+SUITE = "video-lab compare"
+FAILURES = ("broken", "new", "missing")
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
+
+
+def write_junit(comparison: NightComparison, dest: Path) -> None:
+    """Write the suite to `dest`, whole or not at all. Raises StorageFull and StorageDenied as the disk does.
+
+    Characters that XML cannot hold are left out.
+    """
+    cases = [_case(job) for job in comparison.jobs]
+    numbers = {
+        "tests": len(cases),
+        "failures": sum(job.verdict in FAILURES for job in comparison.jobs),
+        "errors": sum(job.verdict == "failed" for job in comparison.jobs),
+        "time": _seconds(sum(job.seconds or 0.0 for job in comparison.jobs)),
+    }
+    root = _element("testsuites", **numbers)
+    suite = _element("testsuite", name=SUITE, **numbers, skipped=0, timestamp=comparison.made_at)
+    facts = {"out": comparison.out, "baseline": comparison.baseline, "exit_code": comparison.exit_code}
+    _add_properties(suite, facts | {"approve": comparison.approve})
+    suite.extend(cases)
+    if comparison.environment:
+        SubElement(suite, "system-out").text = _clean("\n".join(["The environment differs:", *comparison.environment]))
+    root.append(suite)
+    indent(root)
+    dest = Path(dest)
+    part = dest.with_name(dest.name + ".part")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            ElementTree(root).write(part, encoding="utf-8", xml_declaration=True)
+            os.replace(part, dest)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        raise as_runner_error(error, where=dest) from error
+
+
+def _case(job: JobFinding) -> Element:
+    case = _element("testcase", classname=job.recipe or SUITE, name=job.id, time=_seconds(job.seconds or 0.0))
+    _add_properties(case, _properties(job))
+    why = "\n".join([*(breach.text for breach in job.breaches), *job.differences, *job.notes])
+    if job.verdict == "failed":
+        _add_outcome(case, "error", job, job.error or why)
+    elif job.verdict in FAILURES:
+        _add_outcome(case, "failure", job, why or job.text)
+    elif job.verdict != "identical":
+        SubElement(case, "system-out").text = _clean("\n".join([job.text, *filter(None, [why])]))
+    return case
+
+
+def _add_outcome(case: Element, kind: str, job: JobFinding, text: str) -> None:
+    outcome = _element(kind, type=job.verdict, message=job.text)
+    outcome.text = _clean(text)
+    case.append(outcome)
+
+
+def _properties(job: JobFinding) -> dict[str, object]:
+    """What is known of the job, by name; what is not known is left out."""
+    found: dict[str, object] = {
+        "verdict": job.verdict,
+        "device": job.device or None,
+        "baseline_device": job.baseline_device or None,
+        "first_frame": job.first_frame,
+        "frames_differing": job.frames_differing,
+        "seconds_median": job.seconds_median,
+    }
+    if (measured := job.measurements) is not None:
+        for name, metric in (("psnr", measured.psnr), ("ssim", measured.ssim)):
+            if metric is not None:
+                found |= {
+                    f"{name}_worst": metric.worst,
+                    f"{name}_worst_frame": metric.worst_frame,
+                    f"{name}_mean": metric.mean,
+                }
+        found |= {"largest_difference": measured.largest_difference, "colour": measured.colour}
+        found["joint_drift"] = measured.drift.joint_drift if measured.drift is not None else None
+        if measured.identity is not None:
+            found |= {
+                name: getattr(measured.identity, name) for name in ("cosine", "lpips", "face_distance", "face_worst")
+            }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _add_properties(parent: Element, values: dict[str, object]) -> None:
+    properties = SubElement(parent, "properties")
+    for name, value in values.items():
+        properties.append(_element("property", name=name, value=f"{value:.6g}" if isinstance(value, float) else value))
+
+
+def _element(tag: str, **attributes: object) -> Element:
+    return Element(tag, {name: _clean(str(value)) for name, value in attributes.items()})
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}"
+
+
+def _clean(text: str) -> str:
+    return NOT_IN_XML.sub("", text)
