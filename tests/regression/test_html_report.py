@@ -128,7 +128,7 @@ def test_a_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
     assert len(page.of("path", class_="joint")) == 2  # one of each curve
     assert len(page.of("path", class_="limit")) == 1
     (psnr, _) = page.of("path", class_="worst")
-    line = page.of("path", class_="line")[0]["d"]
+    line = page.of("path", class_="trace")[0]["d"]
     assert str(psnr["d"]).removesuffix("h0").removeprefix("M") in str(line)  # the mark is on the curve
 
 
@@ -334,7 +334,7 @@ def test_a_long_curve_keeps_its_worst_frame(tmp_path, frames, worst):
         frames_baseline=frames, frames_new=frames, frames_compared=frames, psnr=long_values(frames, worst)
     )
     page = write(make_comparison([make_finding("changed", measurements=measured, joints=[])]), tmp_path)
-    (line,), (mark,) = page.of("path", class_="line"), page.of("path", class_="worst")
+    (line,), (mark,) = page.of("path", class_="trace"), page.of("path", class_="worst")
     points = [tuple(map(float, point.split())) for point in str(line["d"])[1:].split(" L")]
     assert len(points) <= 500
     lowest = max(points, key=lambda point: point[1])
@@ -350,7 +350,7 @@ def test_equal_frames_do_not_flatten_the_curve(tmp_path):
     measured = Measurements(frames_baseline=60, frames_new=60, frames_compared=60, psnr=metric)
     page = write(make_comparison([make_finding("changed", measurements=measured)]), tmp_path)
     assert "60+" in page.text
-    (line,) = page.of("path", class_="line")
+    (line,) = page.of("path", class_="trace")
     assert str(line["d"]).startswith("M0 0 ")
 
 

@@ -270,22 +270,27 @@
     if (job) job.classList.add("current");
   };
 
+  const TOP = 60; // pixels: below the filters, which stay in sight
+  const inSight = (job) => {
+    const box = job.getBoundingClientRect();
+    return box.bottom > TOP && box.top < innerHeight;
+  };
+  const chosen = () => (current && !current.hidden && inSight(current) ? current : null);
+
   /** The job that keys act on: the one used last while it is in sight, else the first in sight. */
   const findCurrent = () => {
-    const inSight = (job) => {
-      const box = job.getBoundingClientRect();
-      return box.bottom > 60 && box.top < innerHeight;
-    };
-    if (current && !current.hidden && inSight(current)) return current;
-    setCurrent(shownJobs().find(inSight) || null);
+    if (!chosen()) setCurrent(shownJobs().find(inSight) || null);
     return current;
   };
 
+  /** To the next or previous job; where none was chosen, to the first that begins below or above the top. */
   const move = (by) => {
     const shown = shownJobs();
-    if (!shown.length) return;
-    const at = current && !current.hidden ? shown.indexOf(current) : -1;
-    const next = shown[at < 0 ? (by > 0 ? 0 : shown.length - 1) : clamp(at + by, 0, shown.length - 1)];
+    const at = shown.indexOf(chosen());
+    const below = (job) => job.getBoundingClientRect().top > TOP;
+    const next = at >= 0 ? shown[clamp(at + by, 0, shown.length - 1)]
+      : by > 0 ? shown.find(below) : shown.findLast((job) => !below(job));
+    if (!next) return;
     setCurrent(next);
     next.focus({ preventScroll: true });
     next.scrollIntoView({ block: "start" });
@@ -361,6 +366,18 @@
   });
 
   // Keys
+  const ofPage = {
+    j: () => move(1), k: () => move(-1),
+    "/": () => { find.focus(); find.select(); },
+    "?": () => one("#help").showModal(),
+  };
+  const ofPlayer = {
+    " ": (player) => player.toggle(),
+    ArrowLeft: (player) => player.step(-1), ArrowRight: (player) => player.step(1),
+    f: (player) => player.setMode("flip"), s: (player) => player.setMode("slider"),
+    d: (player) => player.setMode("difference"), z: (player) => player.zoom(),
+    Escape: (player) => player.stage.dataset.mode !== "side" && player.setMode("side"),
+  };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || one("dialog[open]")) return;
     const target = event.target;
@@ -373,22 +390,12 @@
     if (target.matches("select") && (arrow || key === " " || key.length === 1)) return;
     if (target.matches("input[type=range]") && arrow) return; // it moves by itself
     if (target.closest("button, a") && key === " ") return;
-    const player = players.get(findCurrent());
-    const actions = {
-      j: () => move(1), k: () => move(-1),
-      "/": () => { find.focus(); find.select(); },
-      "?": () => one("#help").showModal(),
-    };
-    if (player) Object.assign(actions, {
-      " ": () => player.toggle(),
-      ArrowLeft: () => player.step(-1), ArrowRight: () => player.step(1),
-      f: () => player.setMode("flip"), s: () => player.setMode("slider"), d: () => player.setMode("difference"),
-      z: () => player.zoom(), Escape: () => player.stage.dataset.mode !== "side" && player.setMode("side"),
-    });
-    const action = actions[key.length === 1 ? key.toLowerCase() : key];
-    if (!action) return;
+    const name = key.length === 1 ? key.toLowerCase() : key;
+    const player = name in ofPlayer ? players.get(findCurrent()) : null;
+    if (!(name in ofPage) && !player) return;
     event.preventDefault();
-    action();
+    if (player) ofPlayer[name](player);
+    else ofPage[name]();
   });
   for (const dialog of all("dialog")) {
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
