@@ -41,6 +41,7 @@ ORDER: tuple[Verdict, ...] = (  # of the jobs in every report
 )
 DIFFERS = frozenset({"broken", "new", "missing"})
 OWN_VERSION = "version of video-lab-runner"
+NIGHTS_NEEDED = 3  # of a median that a limit rests on: one slow night would be half of fewer
 FRAMES_HASH = 2  # the frames_sha256 of older records was made in another way
 
 
@@ -129,7 +130,8 @@ def judge(
         breaches.append(_same_frames(finding))
     if finding.measurements is not None:
         breaches += _of_metrics(finding.measurements, limits)
-    breaches += [_slower(found, limits) for found in finding.performance if found.verdict in ("slower", "larger")]
+    if judged:
+        breaches += [_slower(found, limits) for found in finding.performance if _breaks(found)]
     if breaches:
         verdict: Verdict = "broken"
         text = breaches[0].text
@@ -233,6 +235,10 @@ def _of_identity(found: Measurements, limits: RegressionLimits) -> list[Breach]:
             frame=identity.cosine_frame,
         )
     ]
+
+
+def _breaks(found: PerformanceFinding) -> bool:
+    return found.verdict in ("slower", "larger") and found.nights >= NIGHTS_NEEDED
 
 
 def _slower(found: PerformanceFinding, limits: RegressionLimits) -> Breach:

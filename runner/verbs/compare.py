@@ -257,8 +257,9 @@ class _Night:
         if place not in self._histories:
             self._histories[place] = last_nights(self._store, *place, without=record.run_id)
         limits = given.over(calibrated or RegressionLimits())
-        found = judge_performance(record, self._histories[place], before, limits)
-        return {"performance": found}
+        found = judge_performance(record, self._histories[place], limits, baseline=before)
+        whole = next((one for one in found if one.unit == "s" and one.verdict != "not judged"), None)
+        return {"performance": found, "seconds_median": None if whole is None else whole.median}
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,9 @@ def test_a_slower_stage_breaks_identical_frames_too():
     found = verdict_of(finding(performance=[slow]), calibrated=DEFAULTS)
     assert found.verdict == "broken" and found.breaches[0].metric == "seconds_max"
     assert found.text == "seconds: denoise took 9 s, 4.50 times the median of 5 nights (2 s)"
+    assert verdict_of(finding(performance=[slow])).verdict == "identical"  # nothing is judged without limits
+    few = slow.model_copy(update={"nights": 2})
+    assert verdict_of(finding(performance=[few]), calibrated=DEFAULTS).verdict == "identical"
 
 
 def test_limits_of_a_job_go_over_the_defaults():
