@@ -131,7 +131,7 @@ class BaselineJob:
         return list(paths.values()) if self.is_frames else paths[OUTPUT]
 
     def _damaged(self, what: str, key: str) -> InputUnreadable:
-        todo = "Approve this job again, with --replace-newer"
+        todo = "Approve a newer render of this job"
         return InputUnreadable(what, where=self.storage.uri(key), todo=todo)
 
 

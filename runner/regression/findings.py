@@ -139,8 +139,8 @@ class PerformanceFinding(Record):
     name: str = Field(description="e.g. seconds: denoise; memory: vae_decode allocated")
     unit: Literal["s", "bytes"]
     new: float
-    median: float
-    nights: int = Field(ge=1, description="how many the median is of")
+    median: float = Field(description="the same as `new` where it is not judged")
+    nights: int = Field(ge=0, description="how many the median is of; 0 where it is not judged")
     ratio: float
     verdict: Literal["slower", "larger", "better", "same", "not judged"]
     why: str = Field("", description="why it is not judged")
