@@ -19,13 +19,14 @@ from runner.regression.findings import Misalignment
 __all__ = ["align_digests", "align_thumbnails", "make_thumbnail"]
 
 THUMBNAIL_PIXELS = 960  # 24x40, a byte each: 4 MB for 2,000 frames of two videos
+ROWS = 256  # thumbnails compared at once: 1 MB as float32
 REACH = 16  # frames that one video may lead the other by, beyond the difference of their lengths
 LONGEST = 128  # frames; where the lengths differ by more, they are not aligned
 DIGEST_GAP = 0.75  # of a frame that differs: two gaps cost more than one changed frame, less than two
 THUMBNAIL_NOISE = 0.5  # levels, root mean square; H.264 at crf 18 changes a thumbnail by less
 FIT = 0.5  # of the usual motion; aligned frames that differ by more show other content, and no alignment is told
-STANDS = 0.25  # of the baseline's motion; a frame that moves less than this repeats the one before
-EQUAL = 0.25  # levels; a repeated frame after coding
+STANDS = 0.25  # of the baseline's motion; a frame that moves less repeats the one before
+EQUAL = 0.5  # levels; a repeated frame after coding
 
 
 def make_thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -107,13 +108,17 @@ class _ThumbnailPair:
     def repeats(self, i: int, j: int | None) -> bool:
         if i == 0 or self.own[i - 1] > EQUAL:
             return False
-        return j is None or (j > 0 and bool(self.own[i - 1] < STANDS * self.motion[j - 1]))
+        return j is None or (j > 0 and bool(self.motion[j - 1] > max(THUMBNAIL_NOISE, self.own[i - 1] / STANDS)))
 
     def shows(self, i: int, j: int) -> bool:
         return float(self._rms(self.new[i], self.baseline[j])) <= 2 * self.noise
 
     @staticmethod
     def _rms(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """float32 of uint8 [..., pixels]; some rows at a time, for memory."""
+        if one.ndim > 1 and len(one) > ROWS:
+            spans = [slice(begin, begin + ROWS) for begin in range(0, len(one), ROWS)]
+            return np.concatenate([_ThumbnailPair._rms(one[span], other[span]) for span in spans])
         return np.sqrt(np.square(one.astype(np.float32) - other.astype(np.float32)).mean(axis=-1))
 
 
@@ -133,7 +138,7 @@ def _align(videos: _DigestPair | _ThumbnailPair) -> list[Misalignment]:
     matched = np.flatnonzero(path.of_new >= 0)
     if not videos.fits(matched, path.of_new[matched]):
         return _by_length(count_new, count_baseline)
-    return _name_gaps(videos, _close_replacements(path))
+    return _name_gaps(videos, _close_replacements(_settle_repeats(videos, path)))
 
 
 def _by_length(new: int, baseline: int) -> list[Misalignment]:
@@ -181,6 +186,19 @@ def _cheapest_path(videos: _DigestPair | _ThumbnailPair) -> _Pairing:
     return _Pairing(of_new, of_baseline)
 
 
+def _settle_repeats(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> _Pairing:
+    """Of frames that are alike the first has the partner; a frame that stands where the baseline moves has none."""
+    of_new, of_baseline = path.of_new.copy(), path.of_baseline.copy()
+    for i in range(len(of_new) - 2, -1, -1):
+        if of_new[i] < 0 <= of_new[i + 1] and videos.repeats(i + 1, None):
+            of_new[i], of_new[i + 1] = of_new[i + 1], -1
+            of_baseline[of_new[i]] = i
+    for i, j in enumerate(of_new.tolist()):
+        if j >= 0 and videos.repeats(i, j):
+            of_new[i] = of_baseline[j] = -1
+    return _Pairing(of_new, of_baseline)
+
+
 def _close_replacements(path: _Pairing) -> _Pairing:
     """Pair frames that both videos have between the same partners: they are changed, neither dropped nor inserted."""
     of_new, of_baseline = path.of_new.copy(), path.of_baseline.copy()
@@ -201,11 +219,7 @@ def _close_replacements(path: _Pairing) -> _Pairing:
 def _name_gaps(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> list[Misalignment]:
     named: list[tuple[str, int]] = []  # kind, frame
     dropped = np.flatnonzero(path.of_baseline < 0).tolist()
-    partners = path.of_new.tolist()
-    for i in range(len(partners) - 1):
-        if partners[i] < 0 <= partners[i + 1] and videos.repeats(i + 1, None):  # of two alike the later one is extra
-            partners[i : i + 2] = partners[i + 1], -1
-    for i, partner in enumerate(partners):
+    for i, partner in enumerate(path.of_new.tolist()):
         j = None if partner < 0 else partner
         if videos.repeats(i, j):
             named.append(("repeated", i))

@@ -13,9 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import zip_longest
+from math import ceil, floor
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +35,10 @@ SIGMA, RADIUS = 1.5, 5  # of SSIM's Gaussian window: 3.5 sigma, as in scikit-ima
 STRIP = 64  # rows for which SSIM's pictures are made at once: they fit in a processor's cache
 COLOUR_PIXELS = 4096  # of a box, for its mean colour
 SHIFT_GAIN_DB = 3.0  # undoing a shift halves the squared error at least, or it is no plain shift
+FRACTION_GAIN_DB = 1.0
 SHIFT_PIXELS = (0.25, 64.0)  # least and most
+ECC_STOPS = (1 | 2, 100, 1e-7)  # OpenCV's COUNT | EPS: iterations, least gain of the coefficient
+ECC_BLUR = 5  # pixels
 UNDO = 1 | 16  # OpenCV's INTER_LINEAR | WARP_INVERSE_MAP: pixel (x, y) comes from (x + right, y + down)
 
 
@@ -178,12 +183,13 @@ def ssim(frame: np.ndarray, other: np.ndarray) -> float:
     total = 0.0
     for top in range(RADIUS, height - RADIUS, STRIP):
         rows = slice(top - RADIUS, min(top + STRIP, height - RADIUS) + RADIUS)
-        total += _ssim_sum(frame[rows].astype(np.float32), other[rows].astype(np.float32))
+        # Around the middle level: squares of small numbers keep their digits in float32.
+        total += _ssim_sum(frame[rows].astype(np.float32) - 128, other[rows].astype(np.float32) - 128)
     return total / ((height - 2 * RADIUS) * (width - 2 * RADIUS) * channels)
 
 
 def _ssim_sum(x: np.ndarray, y: np.ndarray) -> float:
-    """The sum of the SSIM of all pixels whose window lies inside, of float32 [h, w, 3]."""
+    """The sum of the SSIM of all pixels whose window lies inside, of float32 [h, w, 3] in levels minus 128."""
     import cv2
 
     def blur(picture: np.ndarray) -> np.ndarray:
@@ -192,35 +198,51 @@ def _ssim_sum(x: np.ndarray, y: np.ndarray) -> float:
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_x, mean_y = blur(x), blur(y)
-    means, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
-    covariance = blur(x * y) - means
-    variances = blur(x * x + y * y) - squares
-    similar = (2 * means + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+    covariance = blur(x * y) - mean_x * mean_y
+    variances = blur(x * x + y * y) - mean_x * mean_x - mean_y * mean_y
+    mean_x += 128
+    mean_y += 128
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    similar = luminance * (2 * covariance + c2) / (variances + c2)
     return float(similar[RADIUS:-RADIUS, RADIUS:-RADIUS].sum(dtype=np.float64))
 
 
 def find_shift(frame: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
     """By how many pixels (right, down) `frame` is `other` moved; uint8 [H, W, 3]. None where it is not a plain shift.
 
-    Phase correlation finds a candidate; it counts if moving `frame` back brings it nearer to `other` by 3 dB.
+    Phase correlation finds large shifts of textured pictures, the correlation coefficient's ascent (ECC) small ones of
+    smooth pictures, too. A candidate counts if moving `frame` back brings it nearer to `other` by 3 dB.
     """
     import cv2
 
     grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32) for picture in (other, frame)]
     window = cv2.createHanningWindow(grey[0].shape[::-1], cv2.CV_32F)
-    exact, _ = cv2.phaseCorrelate(grey[0], grey[1], window)
-    before, height, width = psnr(frame, other), *frame.shape[:2]
-    best: tuple[float, tuple[float, float]] | None = None
-    for right, down in {(float(round(exact[0])), float(round(exact[1]))), exact}:
+    found = {cv2.phaseCorrelate(grey[0], grey[1], window)[0]}
+    for right, down in ((0.0, 0.0), *found):
+        start = np.array([[1, 0, right], [0, 1, down]], np.float32)
+        with suppress(cv2.error):  # pictures that do not correlate, or flat ones
+            moved = cv2.findTransformECC(grey[0], grey[1], start, cv2.MOTION_TRANSLATION, ECC_STOPS, None, ECC_BLUR)[1]
+            found.add((float(moved[0, 2]), float(moved[1, 2])))
+    height, width = frame.shape[:2]
+    whole = {(float(x), float(y)) for right, down in found for x in _around(right) for y in _around(down)}
+    least = psnr(frame, other) + SHIFT_GAIN_DB
+    best: tuple[float, float] | None = None
+    for right, down in (*sorted(whole), *sorted(found)):
         if not SHIFT_PIXELS[0] <= np.hypot(right, down) <= min(SHIFT_PIXELS[1], width / 4, height / 4):
             continue
         back = cv2.warpAffine(frame, np.array([[1, 0, right], [0, 1, down]], np.float32), (width, height), flags=UNDO)
-        edge_x, edge_y = int(np.ceil(abs(right))), int(np.ceil(abs(down)))
+        edge_x, edge_y = ceil(abs(right)), ceil(abs(down))
         inside = slice(edge_y, height - edge_y), slice(edge_x, width - edge_x)
         after = psnr(np.ascontiguousarray(back[inside]), np.ascontiguousarray(other[inside]))
-        if after >= before + SHIFT_GAIN_DB and (best is None or after > best[0]):
-            best = after, (round(right, 2), round(down, 2))
-    return best[1] if best else None
+        # Interpolation smooths coding noise away: a part of a pixel must bring more than that.
+        margin = 0 if (right, down) in whole else FRACTION_GAIN_DB
+        if after >= least + margin:
+            least, best = after, (round(right, 2), round(down, 2))
+    return best
+
+
+def _around(value: float) -> tuple[int, int]:
+    return floor(value), ceil(value)
 
 
 def _summarise(values: list[float], digits: int) -> FrameValues | None:

@@ -32,7 +32,9 @@ REDUCED_PIXELS = 14_400  # 160x90: a person's limb covers pixels, coding noise a
 FIT_PIXELS = 4096  # of the still ones, evenly taken: a fit of three channels takes about a millisecond
 NEAR = 4  # frames on each side of a joint
 AROUND = 12  # frames on each side, in which the steps between other frames are measured
-STILL_LEVELS = 1.5  # root mean square of frame-to-frame changes; H.264 at crf 18 stays below 1 on a still background
+# A still pixel's frame-to-frame changes, root mean square, in levels: H.264 at crf 18 stays below 1 on a still
+# background. A noisy picture may have twice the changes of its quietest tenth, up to the second number.
+STILL_LEVELS = (1.5, 6.0)
 STILL_SHARE = 0.05  # of the picture; with less, whatever is still may be a logo or a border
 SPREAD = 8.0  # levels; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
 CLIPPED = 3.0  # levels from black and white, within which a gain may have been cut off
@@ -201,7 +203,8 @@ class _SegmentStatistics:
 
     def still(self) -> np.ndarray:
         """bool [h, w]: pixels that hardly change from frame to frame."""
-        return self.squared <= STILL_LEVELS**2 * max(1, self.count - 1)
+        changes = np.sqrt(self.squared / max(1, self.count - 1))
+        return changes <= np.clip(2 * np.percentile(changes, 10), *STILL_LEVELS)
 
 
 def _measure_segment(video: _SegmentStatistics, baseline: _SegmentStatistics | None = None) -> MeasuredSegment:

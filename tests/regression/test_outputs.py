@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,27 +10,16 @@ from PIL import Image
 
 from runner.errors import InputNotFound, InputUnreadable
 from runner.regression.outputs import RenderedFrames
-from runner.video.writer import Mp4Writer, PngWriter, png_name
+from runner.video.writer import png_name
+from tests.moving_scene import write_mp4, write_pngs
 from tests.video_files import indexed_frame, read_index, truncate
 
-COUNT = 21
+COUNT, NTSC = 21, Fraction(30000, 1001)
 
 
 @pytest.fixture
 def frames() -> np.ndarray:
     return np.stack([indexed_frame(i) for i in range(COUNT)])
-
-
-def write_mp4(path: Path, frames: np.ndarray) -> Path:
-    with Mp4Writer(path, frames.shape[2], frames.shape[1], Fraction(30000, 1001)) as writer:
-        writer.write(frames)
-    return path
-
-
-def write_pngs(folder: Path, frames: np.ndarray) -> list[Path]:
-    with PngWriter(folder, frames.shape[2], frames.shape[1]) as writer:
-        writer.write(frames)
-    return [folder / png_name(i) for i in range(len(frames))]
 
 
 @pytest.mark.parametrize("n", [1, 8, COUNT, 50])
@@ -44,8 +32,8 @@ def test_windows_of_pngs_are_the_frames(tmp_path, frames, n):
 
 
 def test_an_mp4_gives_each_frame_in_order_and_by_index(tmp_path, frames):
-    with RenderedFrames(write_mp4(tmp_path / "output.mp4", frames)) as opened:
-        assert (opened.frames, opened.fps) == (COUNT, Fraction(30000, 1001))
+    with RenderedFrames(write_mp4(tmp_path / "output.mp4", frames, fps=NTSC)) as opened:
+        assert (opened.frames, opened.fps) == (COUNT, NTSC)
         assert opened.size == (frames.shape[2], frames.shape[1])
         assert [read_index(frame) for window in opened.windows(8) for frame in window] == list(range(COUNT))
         assert [read_index(opened.frame(i)) for i in (20, 3, 4, 0)] == [20, 3, 4, 0]
