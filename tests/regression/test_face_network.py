@@ -1,0 +1,47 @@
+"""The face network on real faces: one person is near, another is far; the box may tremble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runner.errors import WeightsCorrupt
+from runner.regression.face_network import FACE_FILES, SAME_PERSON, FaceNetwork
+from tests.regression.real_faces import ASTRONAUT_BOX, astronaut, face_networks, other_people, resized  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def network(face_networks: Path) -> FaceNetwork:  # noqa: F811
+    return FaceNetwork.open(face_networks)
+
+
+def test_one_person_is_near_and_others_are_far(network: FaceNetwork) -> None:
+    picture, box = astronaut(), ASTRONAUT_BOX
+    own = network.embed(picture, box)
+    assert own.shape == (128,) and np.linalg.norm(own) == pytest.approx(1.4, abs=0.1)
+    small = resized(picture, 0.75)
+    brighter = np.clip(picture.astype(int) + 25, 0, 255).astype(np.uint8)
+    same = (
+        network.embed(small, tuple(end * 0.75 for end in box)),
+        network.embed(picture, (box[0] + 4, box[1] - 4, box[2] + 4, box[3] - 4)),
+        network.embed(brighter, box),
+    )
+    assert max(np.linalg.norm(own - one) for one in same) < 0.2
+    others = [network.embed(*other) for other in other_people(4)]
+    assert min(np.linalg.norm(own - one) for one in others) > SAME_PERSON + 0.1
+
+
+def test_a_face_at_the_edge_of_the_picture_is_embedded(network: FaceNetwork) -> None:
+    x1, y1, x2, y2 = ASTRONAUT_BOX
+    cut = np.ascontiguousarray(astronaut()[y1:, x1:])
+    whole = network.embed(astronaut(), ASTRONAUT_BOX)
+    assert np.linalg.norm(network.embed(cut, (0, 0, x2 - x1, y2 - y1)) - whole) < SAME_PERSON
+
+
+def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:
+    for name in FACE_FILES:
+        (tmp_path / name).write_bytes(b"\x00" * 100)
+    with pytest.raises(WeightsCorrupt, match="convert_faces"):
+        FaceNetwork.open(tmp_path)
