@@ -41,6 +41,12 @@ VERDICTS = {
     "draft": "a first night, accepted as a draft",
     "identical": "the same frames",
 }
+EXIT_CODES = {
+    0: "nothing to approve or mend",
+    1: "a job failed",
+    2: "the baseline cannot be read or has none of these jobs",
+    4: "a job differs, is new or is missing",
+}
 TO_LOOK_AT = ("failed", "broken", "new", "missing")
 ON_ONE_LINE = ("identical", "draft")
 VIDEOS = ("baseline", "new")
@@ -356,6 +362,7 @@ def _head(comparison: NightComparison, page: _Page) -> str:
         policy=policy,
         style=style,
         to_look_at=to_look_at,
+        exit_code_means=EXIT_CODES.get(comparison.exit_code, ""),
         total=total,
         counts=[(verdict, comparison.counts.get(verdict, 0), meaning) for verdict, meaning in VERDICTS.items()],
         slower=sum(any(found.verdict in ("slower", "larger") for found in job.performance) for job in comparison.jobs),

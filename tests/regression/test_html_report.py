@@ -97,7 +97,7 @@ def test_counts_environment_command_and_jobs_in_order(tmp_path):
     assert "4 of 11 jobs need a look" in page.text
     assert "torch: 2.12.0 → 2.13.0" in page.text
     assert comparison.approve in page.text
-    assert "exit code 4" in page.text
+    assert "exit code 4: a job differs" in page.text
     order = [page.text.index(f"{verdict}-job") for verdict in VERDICTS]
     assert order == sorted(order)
     assert Counter(item["data-verdict"] for item in page.of("article")) == dict.fromkeys(list(VERDICTS)[:6], 1)

@@ -3,7 +3,7 @@
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
-  const LOADED = 4; // players that hold their videos: a browser has few decoders
+  const LOADED = 6; // players that hold their videos: a browser has few decoders
   const status = one(".status");
   const players = new Map(); // article -> Player
   const loaded = []; // players with their videos, the one used last at the end
@@ -211,6 +211,11 @@
       status.textContent = mode === "flip" ? `${this.stage.dataset.shown} video` : said[mode];
     }
 
+    reset() {
+      this.stage.classList.remove("zoomed");
+      if (this.stage.dataset.mode !== "side") this.setMode("side");
+    }
+
     zoom() {
       this.stage.classList.toggle("zoomed");
     }
@@ -376,7 +381,7 @@
     ArrowLeft: (player) => player.step(-1), ArrowRight: (player) => player.step(1),
     f: (player) => player.setMode("flip"), s: (player) => player.setMode("slider"),
     d: (player) => player.setMode("difference"), z: (player) => player.zoom(),
-    Escape: (player) => player.stage.dataset.mode !== "side" && player.setMode("side"),
+    Escape: (player) => player.reset(),
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || one("dialog[open]")) return;
