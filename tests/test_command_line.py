@@ -12,8 +12,11 @@ import structlog
 
 from runner.cli import EXIT_CODES, VERBS, main, parse_command
 from runner.errors import ConfigInvalid, InputNotFound, StorageUnavailable
+from runner.regression.findings import NightComparison
 from runner.spec.manifest import parse_manifest
+from runner.verbs.approve import ApproveRow
 from runner.verbs.clean import CleanRow
+from runner.verbs.compare import Compared
 from runner.verbs.doctor import Check
 from runner.verbs.plan import Forecast, RunForecast
 from runner.verbs.settings import flag_name, flags_of
@@ -116,6 +119,8 @@ CALLS = {
     "validate": (["m.yaml"], "runner.verbs.validate.validate"),
     "plan": (["m.yaml"], "runner.verbs.plan.plan"),
     "status": (["out"], "runner.verbs.status.status"),
+    "compare": (["out", "--baseline", "b"], "runner.verbs.compare.compare"),
+    "approve": (["out", "--baseline", "b", "--why", "w"], "runner.verbs.approve.approve"),
     "clean": (["out"], "runner.verbs.clean.clean"),
     "doctor": ([], "runner.verbs.doctor.doctor"),
     "preprocess": (["--reference", "r", "--video", "v", "--out", "o"], "runner.verbs.preprocess.preprocess"),
@@ -124,6 +129,14 @@ CALLS = {
     "weights verify": ([], "runner.verbs.weights.verify"),
     "weights demo": ([], "runner.verbs.weights.demo"),
 }
+
+
+def compared(code: int) -> Compared:
+    return Compared(
+        NightComparison(
+            out="out", baseline="b", made_at="2026-01-01T00:00:00Z", seconds=1, exit_code=code, counts={}, jobs=[]
+        )
+    )
 
 
 def call(monkeypatch, name: str, result: object) -> int:
@@ -148,6 +161,9 @@ def call(monkeypatch, name: str, result: object) -> int:
         ("plan", RunForecast((Forecast("a", None, GONE),), None), 1),
         ("status", [StatusRow(id="a", status="running", detail="", attempt=1)], 0),
         ("status", [StatusRow(id="a", status="failed", detail="", attempt=1)], 1),
+        *(("compare", compared(code), code) for code in (0, 1, 2, 4)),
+        ("approve", [ApproveRow("a", "approved", ""), ApproveRow("b", "unchanged", "")], 0),
+        ("approve", [ApproveRow("a", "approved", ""), ApproveRow("b", "refused", "")], 1),
         ("clean", [], 0),
         ("doctor", [Check("python", "warn", "")], 0),
         ("doctor", [Check("python", "fail", "")], 2),

@@ -43,6 +43,7 @@ __all__ = [
     "environment",
     "reuse_of",
     "schemas",
+    "write_schemas",
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -386,9 +387,10 @@ def _nvidia() -> dict[str, Any]:
         return {}
 
 
-def schemas() -> dict[str, dict[str, Any]]:
-    """File name → JSON Schema (draft 2020-12) of what a run leaves behind."""
-    models: dict[str, type[BaseModel]] = {
+def schemas(models: Mapping[str, type[BaseModel]] | None = None) -> dict[str, dict[str, Any]]:
+    """File name → JSON Schema (draft 2020-12) of each model by its name; without `models` of what a run leaves behind,
+    and of what people approve."""
+    models = models or {
         "result": ResultRecord,
         "summary": RunSummary,
         "attempt": AttemptMark,
@@ -397,12 +399,17 @@ def schemas() -> dict[str, dict[str, Any]]:
         "regression": LimitsRecord,
     }
     return {
-        f"{name}.v{SCHEMA_VERSION}.schema.json": m.model_json_schema(mode="serialization") for name, m in models.items()
+        f"{name}.v{SCHEMA_VERSION}.schema.json": model.model_json_schema(mode="serialization")
+        for name, model in models.items()
     }
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def write_schemas(found: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write what `schemas` returns, one file each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, schema in schemas().items():
+    for file, schema in found.items():
         (folder / file).write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(schemas(), Path(sys.argv[1]))

@@ -27,7 +27,7 @@ from runner.regression.findings import PSNR_OF_EQUAL, Drift, FrameValues, JointD
 from runner.regression.outputs import RenderedFrames
 from runner.video.drift import DriftMeter, MeasuredDrift, reduce_picture, to_lab
 
-__all__ = ["PersonBoxes", "find_shift", "measure", "psnr", "ssim"]
+__all__ = ["LocatedPerson", "find_shift", "measure", "psnr", "ssim"]
 
 WINDOW = 8  # frames of each video in memory
 THREADS = min(4, os.cpu_count() or 1)  # OpenCV and numpy release the interpreter's lock
@@ -42,7 +42,7 @@ ECC_BLUR = 5  # pixels
 UNDO = 1 | 16  # OpenCV's INTER_LINEAR | WARP_INVERSE_MAP: pixel (x, y) comes from (x + right, y + down)
 
 
-class PersonBoxes(Protocol):
+class LocatedPerson(Protocol):
     """Where the person is in each frame of an output."""
 
     def person(self, frame: int, fps: Fraction | None = None) -> tuple[int, int, int, int] | None:
@@ -54,7 +54,7 @@ def measure(
     baseline: RenderedFrames,
     *,
     joints: Sequence[int],
-    people: PersonBoxes | None = None,
+    people: LocatedPerson | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurements:
     """All metrics but identity, of the frames that both videos have.

@@ -164,6 +164,11 @@ class MetricNetworks:
     faces: FaceNetwork | None = None
     why: dict[str, str] = field(default_factory=dict)  # cosine, lpips, face_distance → why there is none
 
+    @staticmethod
+    def wanted(key: str) -> bool:
+        """Whether a model store's file of this key is needed: for syncing one from an object store."""
+        return key.startswith(f"{METRICS}/") or key.split("/")[1:2] in (["image_encoder"], ["image_processor"])
+
     @classmethod
     def open(cls, models: Path | None, device: str = "cpu") -> MetricNetworks:
         """Of a local model store; None: there is none. Raises WeightsCorrupt for files that are there and damaged."""

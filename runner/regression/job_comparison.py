@@ -143,7 +143,7 @@ class JobComparison:
             elif _shows_no_change(found):
                 return finding.model_copy(update={"notes": [*finding.notes, NO_DIGESTS]}), None
             if self.networks is not None:
-                worst = None if found.psnr is None else found.psnr.worst_frame
+                worst = [] if found.psnr is None else [found.psnr.worst_frame]
                 at = frames_to_look_at(found.frames_compared, finding.joints, worst)
                 identity = measure_identity(
                     frames_new, frames_baseline, people_new, people_baseline, networks=self.networks, at=at

@@ -28,7 +28,7 @@ from runner.regression.judge import (
     same_picture,
 )
 from runner.spec.regression_limits import RegressionLimits
-from tests.regression.records import ENVIRONMENT, digest_list, in_segments, rendered
+from tests.regression.night_records import ENVIRONMENT, digest_list, in_segments, rendered
 
 NONE = RegressionLimits()
 DEFAULTS = RegressionLimits(same_frames=True, psnr_min=30, ssim_min=0.9, joint_drift_max=1.0)
