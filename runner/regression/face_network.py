@@ -16,7 +16,7 @@ import numpy as np
 
 from runner.errors import WeightsCorrupt
 
-__all__ = ["FACE_FILES", "SAME_PERSON", "FaceNetwork"]
+__all__ = ["FACE_FILES", "SAME_PERSON", "FaceNetwork", "cut_square"]
 
 FACE_FILES = ("faces-5-points.dat", "faces-resnet.dat")
 SAME_PERSON = 0.6  # Euclidean distance; stated by the network's author

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from runner.cli import main
+from runner.records.people import People
 from runner.video import VideoReader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +80,22 @@ def test_pngs_are_the_raw_frames(small_run):
     frames = sorted((folder / "out/jobs/still/frames").glob("*/*.png"))
     assert len(frames) == 5
     assert np.asarray(Image.open(frames[0])).shape == (96, 64, 3)
+
+
+def test_people_json_holds_the_skeleton_of_every_frame(small_run):
+    folder, _, _ = small_run
+    for job, frames in (("one", 9), ("sound", 19), ("still", 5)):
+        where = People.parse((folder / "out/jobs" / job / "people.json").read_bytes())
+        assert (where.width, where.height, where.frames) == (64, 96, frames)
+        with VideoReader(folder / "out/jobs" / job / "pose.mp4") as reader:
+            drawn = reader.read(np.arange(frames)).max(-1) > 100  # encoding blurs the drawing's edge
+        assert Fraction(where.fps) == reader.info.fps
+        for i in range(frames):
+            x1, y1, x2, y2 = where.person(i)
+            rows, columns = np.nonzero(drawn[i])
+            assert x1 - 2 <= columns.min() and columns.max() <= x2 + 1
+            assert y1 - 2 <= rows.min() and rows.max() <= y2 + 1
+            assert (x2 - x1) * (y2 - y1) < 4 * (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
 
 
 def test_equal_jobs_give_equal_frames_and_share_the_encoders(small_run):

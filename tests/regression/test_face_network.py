@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runner.errors import WeightsCorrupt
-from runner.regression.face_network import FACE_FILES, SAME_PERSON, FaceNetwork
+from runner.regression.face_network import FACE_FILES, SAME_PERSON, FaceNetwork, cut_square
 from tests.regression.real_faces import ASTRONAUT_BOX, astronaut, face_networks, other_people, resized  # noqa: F401
 
 
@@ -38,6 +38,17 @@ def test_a_face_at_the_edge_of_the_picture_is_embedded(network: FaceNetwork) -> 
     cut = np.ascontiguousarray(astronaut()[y1:, x1:])
     whole = network.embed(astronaut(), ASTRONAUT_BOX)
     assert np.linalg.norm(network.embed(cut, (0, 0, x2 - x1, y2 - y1)) - whole) < SAME_PERSON
+
+
+def test_the_face_fills_the_square_and_the_edge_is_repeated() -> None:
+    """A box of 20x10 at the left edge: 1.6 times 20 are 32 pixels around (10, 50), from -6 to 26; red up to 6."""
+    picture = np.zeros((100, 100, 3), np.uint8)
+    picture[:, :6, 0] = 255
+    square = cut_square(picture, (0, 45, 20, 55))
+    assert square.shape == (256, 256, 3)
+    assert (square[:, :88] == (255, 0, 0)).all()
+    assert (square[:, 104:] == 0).all()
+    assert 92 <= (square[:, :, 0] > 127).sum(1).mean() <= 100
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path: Path) -> None:

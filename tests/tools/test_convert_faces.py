@@ -35,3 +35,14 @@ def test_a_damaged_or_missing_network_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsCorrupt, match="its checksum is"):
         copy_networks(source, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
+
+
+def test_the_page_names_the_same_checksums() -> None:
+    from convert_faces import FILES
+    from convert_lpips import CHECKSUM
+
+    page = (Path(__file__).resolve().parents[2] / "docs/metric-networks.md").read_text(encoding="utf-8")
+    for published, (name, checksum) in FILES.items():
+        (row,) = (line for line in page.splitlines() if f"`metrics/{name}` |" in line and published in line)
+        assert checksum in row
+    assert CHECKSUM in page
