@@ -115,12 +115,12 @@ class People(BaseModel):
 def make_people(boxes: np.ndarray, faces: np.ndarray, width: int, height: int, fps: Fraction) -> People:
     """Of one person. boxes, faces: float [n, 4], x1 y1 x2 y2 in pixels of the output, NaN where there is none.
 
-    Boxes grow to whole pixels and are clipped to the picture; one that lies outside becomes null.
+    Boxes grow to whole pixels and are clipped to the picture; one that lies outside or is infinite becomes null.
     """
     person = PersonBoxes(
         number=1,
-        boxes=_whole([None if np.isnan(box).any() else box for box in boxes], width, height),
-        faces=_whole([None if np.isnan(box).any() else box for box in faces], width, height),
+        boxes=_whole([box if np.isfinite(box).all() else None for box in boxes], width, height),
+        faces=_whole([box if np.isfinite(box).all() else None for box in faces], width, height),
     )
     return People(width=width, height=height, fps=str(fps), people=[person])
 

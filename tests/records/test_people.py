@@ -32,6 +32,11 @@ def test_boxes_grow_to_whole_pixels_and_stay_in_the_picture() -> None:
     assert (made.face(0), made.face(1)) == ((3, 3, 4, 4), None)
 
 
+def test_what_is_not_finite_is_no_box() -> None:
+    made = people([[0, 0, np.inf, 5], [-np.inf, 0, 4, 5], [0, np.nan, 4, 5], [0, 0, 4, 5]])
+    assert made.people[0].boxes == [None, None, None, (0, 0, 4, 5)]
+
+
 def test_it_survives_the_round_trip_and_fits_its_schema() -> None:
     made = people([[1, 2, 10, 20], NONE], fps="30000/1001")
     data = made.to_json()
