@@ -4,8 +4,8 @@ In:   a `NightComparison`, the evidence of its jobs. Out: one HTML file. Never: 
 measured, remote storage.
 
 Scripts and styles are inside the page and allowed by their hashes alone (Content-Security-Policy); ids, notes and
-errors are text of strangers and escaped. Videos stand as base64 in data blocks that the page's script turns into
-players when they come into view. The page is written job by job: of the media, one chunk is in memory at a time.
+errors are text of strangers and escaped. Videos stand as base64 in data blocks at the end of the page, which its
+script turns into players when they come into view. It is written job by job: one chunk of a video is in memory.
 """
 
 from __future__ import annotations
@@ -71,23 +71,26 @@ def write_html(comparison: NightComparison, evidence: Iterable[JobEvidence], des
     StorageDenied as the disk does.
     """
     dest = Path(dest)
-    part, body = dest.with_name(dest.name + ".part"), dest.with_name(dest.name + ".body.part")
+    part, body, media = (dest.with_name(f"{dest.name}{end}.part") for end in ("", ".body", ".media"))
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         try:
             # The head names the links' origins and the pictures' shapes, which are known after the last job.
-            with body.open("wb") as out:
-                page = _Page(out, embed_bytes)
+            # The videos' bytes come after all else: the page is read and used while they are still loading.
+            with body.open("wb") as out, media.open("wb") as videos:
+                page = _Page(out, videos, embed_bytes)
                 for number, (job, shown) in enumerate(_paired(comparison.jobs, evidence), start=1):
                     page.add(number, job, shown)
                 page.end_lines()
-            with part.open("wb") as out, body.open("rb") as jobs:
+            with part.open("wb") as out, body.open("rb") as jobs, media.open("rb") as videos:
                 out.write(_head(comparison, page).encode())
                 shutil.copyfileobj(jobs, out, CHUNK)
                 out.write(_render("report_tail.html", script=_text("report.js"), verdicts=VERDICTS).encode())
+                shutil.copyfileobj(videos, out, CHUNK)
+                out.write(b"</body>\n</html>\n")
             part.replace(dest)
         finally:
-            for left in (part, body):
+            for left in (part, body, media):
                 with suppress(OSError):
                     left.unlink(missing_ok=True)
     except OSError as error:
@@ -114,6 +117,7 @@ class _Page:
     """The jobs of the page, written one after the other, and what the head must know of them."""
 
     out: IO[bytes]
+    media: IO[bytes]  # data blocks of the embedded videos
     embed_bytes: int
     embedded: int = 0
     in_lines: bool = False
@@ -189,11 +193,11 @@ class _Page:
         return videos
 
     def _embed(self, media: str, file: Path) -> None:
-        self._write(f'<script type="text/plain" id="{media}">')
+        self.media.write(f'<script type="text/plain" id="{media}">'.encode())
         with suppress(FileNotFoundError), file.open("rb") as source:  # without its bytes, the player says so
             while chunk := source.read(CHUNK):
-                self.out.write(base64.b64encode(chunk))
-        self._write("</script>\n")
+                self.media.write(base64.b64encode(chunk))
+        self.media.write(b"</script>\n")
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,13 @@ def test_base64_written_in_chunks_is_one_text(tmp_path, size):
     assert base64.b64decode(text, validate=True) == data
 
 
+def test_the_page_can_be_used_before_its_videos_have_arrived(tmp_path):
+    findings = [make_finding("broken", f"job-{number}") for number in range(2)]
+    page = write(make_comparison(findings), tmp_path, [indexed_evidence(tmp_path, finding) for finding in findings])
+    kinds = [attributes.get("type", "script") for attributes, text in page.blocks][1:]  # the first is the style
+    assert kinds == ["application/json"] * 2 + ["script"] + ["text/plain"] * 4
+
+
 def test_larger_videos_are_linked_and_the_policy_names_their_origins_alone(tmp_path):
     finding = make_finding("broken")
     made = indexed_evidence(tmp_path, finding)

@@ -9,8 +9,16 @@
   const loaded = []; // players with their videos, the one used last at the end
   let current = null; // the article that keys act on
 
-  const blobUrl = (id) => {
-    const text = atob(document.getElementById(id).textContent);
+  /** Once the block is there: the videos' bytes stand at the end of the page, which may be loading still. */
+  const arrived = async (id) => {
+    for (;;) {
+      const block = document.getElementById(id);
+      if (document.readyState !== "loading" || (block && block.nextElementSibling)) return block;
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+  };
+  const blobUrl = (block) => {
+    const text = atob(block.textContent);
     const bytes = new Uint8Array(text.length);
     for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
     return URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
@@ -74,13 +82,20 @@
       loaded.push(this);
       if (at >= 0) return;
       for (const video of this.videos) {
-        video.src = video.dataset.url || blobUrl(video.dataset.media);
-        video.preload = "auto";
-        video.load();
-        video.playbackRate = this.rate;
-        video.addEventListener("loadedmetadata", () => this.place(video), { once: true });
+        if (video.dataset.url) this.begin(video, video.dataset.url);
+        else arrived(video.dataset.media).then((block) => {
+          if (loaded.includes(this) && !video.hasAttribute("src")) this.begin(video, blobUrl(block));
+        });
       }
       while (loaded.length > LOADED) loaded.shift().unload();
+    }
+
+    begin(video, url) {
+      video.src = url;
+      video.preload = "auto";
+      video.playbackRate = this.rate;
+      video.addEventListener("loadedmetadata", () => this.place(video), { once: true });
+      video.load();
     }
 
     unload() {
