@@ -21,6 +21,7 @@ from runner.errors import InputError, InputNotFound, RunnerError
 from runner.records.people import People
 from runner.records.record import OutputRecord, ResultRecord
 from runner.regression.alignment import align_digests
+from runner.regression.diagnosis import diagnose
 from runner.regression.evidence import JobEvidence, VideoLink, make_pictures, write_preview
 from runner.regression.findings import PSNR_OF_EQUAL, Breach, JobFinding, Measurements
 from runner.regression.frame_metrics import measure
@@ -149,7 +150,7 @@ class JobComparison:
                     frames_new, frames_baseline, people_new, people_baseline, networks=self.networks, at=at
                 )
                 found = found.model_copy(update={"identity": identity})
-            finding = finding.model_copy(update={"measurements": found})
+            finding = finding.model_copy(update={"measurements": found, "notes": [*finding.notes, *diagnose(found)]})
             if self.keep_video is None:
                 return finding, None
             return finding, self._evidence(finding, new.record, frames_new, baseline.record, frames_baseline, scratch)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from runner.records.record import Efficiency, OutputRecord, ResultRecord
-from runner.regression.findings import Breach, JobFinding, Measurements, PerformanceFinding, Verdict
+from runner.regression.diagnosis import SAME_PERSON, name_face, shows_another_face
+from runner.regression.findings import Breach, Identity, JobFinding, Measurements, PerformanceFinding, Verdict
 from runner.spec.regression_limits import RegressionLimits
 
 __all__ = [
@@ -129,7 +130,7 @@ def judge(
     if changed and finding.exact and limits.same_frames and not breaches:
         breaches.append(_same_frames(finding))
     if finding.measurements is not None:
-        breaches += _of_metrics(finding.measurements, limits)
+        breaches += _of_metrics(finding.measurements, limits) if judged else []
     if judged:
         breaches += [_slower(found, limits) for found in finding.performance if _breaks(found)]
     if breaches:
@@ -218,8 +219,15 @@ def _of_drift(found: Measurements, limits: RegressionLimits) -> list[Breach]:
 
 def _of_identity(found: Measurements, limits: RegressionLimits) -> list[Breach]:
     least, identity = limits.identity_min, found.identity
-    if least is None:
-        return []
+    breaches = []
+    if identity is not None and shows_another_face(identity):
+        text, distance = name_face(identity), identity.face_distance
+        frame = identity.face_frame
+        breaches.append(Breach(metric="face_distance", text=text, value=distance, limit=SAME_PERSON, frame=frame))
+    return breaches if least is None else breaches + _of_cosine(identity, least)
+
+
+def _of_cosine(identity: Identity | None, least: float) -> list[Breach]:
     if identity is None or identity.cosine is None:
         why = "give --models" if identity is None else identity.why.get("cosine", "not measured")
         return [Breach(metric="identity_min", text=f"identity_min is set, and identity is not measurable: {why}")]

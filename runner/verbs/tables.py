@@ -234,8 +234,10 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
             psnr = "" if measured is None or measured.psnr is None else f"{measured.psnr.worst:.1f}"
             ssim = "" if measured is None or measured.ssim is None else f"{measured.ssim.worst:.3f}"
             seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
-            sentences = [job.text, *(breach.text for breach in job.breaches[1:])]
-            table.add_row(escape(job.id), _status(job.verdict), psnr, ssim, seconds, escape("; ".join(sentences)))
+            sentences = [job.text, *(breach.text for breach in job.breaches[1:]), *job.notes]
+            table.add_row(
+                escape(job.id), _status(job.verdict), psnr, ssim, seconds, escape("; ".join(dict.fromkeys(sentences)))
+            )
         console.print(table)
     for change in night.environment:
         console.print(f"environment: {escape(change)}", soft_wrap=True)

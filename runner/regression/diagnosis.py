@@ -1,0 +1,94 @@
+"""Diagnosis: what kind of change the metrics show, in sentences for people.
+
+In:   `Measurements`. Out: sentences, the most specific first. Never: verdicts: a sentence breaks no limit.
+
+The bounds say when a value is worth a sentence. They lie well above what coding at another crf or another thread count
+changes in the demo's renders, and are no limits of quality.
+"""
+
+from __future__ import annotations
+
+from runner.regression.findings import Drift, Identity, Measurements, SegmentDrift
+from runner.regression.identity import face_is_gated
+
+__all__ = ["SAME_PERSON", "diagnose", "name_face", "shows_another_face"]
+
+JOINT_STEP = 0.5  # delta E: half of what an eye sees side by side
+GAIN = 0.01  # of a segment's still pixels, against the baseline's
+COLOUR = 4.0  # delta E, of the mean colour of the person or the frame
+BLURRED, SHARPENED = 0.7, 1.4  # of the baseline's Laplacian energy
+STANDING, RESTLESS = 0.3, 3.0  # of the baseline's motion energy
+MOST_SENTENCES = 8
+SAME_PERSON = 0.6  # distance of dlib's face embeddings, by its author
+
+_NAMES = {
+    "dropped": "dropped",
+    "repeated": "the frame before it again",
+    "inserted": "not in the baseline",
+    "moved": "at another place",
+}
+
+
+def diagnose(found: Measurements) -> list[str]:
+    """Empty where nothing stands out."""
+    sentences = [_misaligned(one.kind, one.frame, one.frames) for one in found.misalignments]
+    if found.shift is not None and found.psnr is not None:
+        right, down = found.shift
+        moved = f"moved by {right:g} pixels to the right and {down:g} down"
+        sentences.append(f"frame {found.psnr.worst_frame} is the baseline's, {moved}")
+    if found.identity is not None and shows_another_face(found.identity):
+        sentences.append(name_face(found.identity))
+    if found.drift is not None:
+        sentences += _drifting(found.drift)
+    if found.colour is not None and found.colour >= COLOUR:
+        sentences.append(f"the mean colour of frame {found.colour_frame} differs by {found.colour:.1f} delta E")
+    more = len(sentences) - MOST_SENTENCES
+    return sentences if more <= 0 else [*sentences[:MOST_SENTENCES], f"and {more} more like these"]
+
+
+def shows_another_face(identity: Identity) -> bool:
+    """Whether the faces, where they are large enough for the network, are those of two people."""
+    return face_is_gated(identity) and (identity.face_distance or 0.0) >= SAME_PERSON
+
+
+def name_face(identity: Identity) -> str:
+    """The sentence that says it."""
+    return (
+        f"the face is another person's: its distance is {identity.face_distance:.2f}, one person's below {SAME_PERSON}"
+    )
+
+
+def _misaligned(kind: str, frame: int, frames: int) -> str:
+    which = f"frame {frame} is" if frames == 1 else f"frames {frame} to {frame + frames - 1} are"
+    return f"{which} {_NAMES[kind]}"
+
+
+def _drifting(drift: Drift) -> list[str]:
+    sentences = [
+        f"the colours step by {joint.excess:.1f} delta E at the joint before frame {joint.frame}: {_gain(joint.gain)}"
+        for joint in drift.joints
+        if joint.excess >= JOINT_STEP
+    ]
+    for segment in drift.segments:
+        sentences += [f"segment {segment.segment} {what}" for what in _of_segment(segment)]
+    return sentences
+
+
+def _of_segment(segment: SegmentDrift) -> list[str]:
+    texture, motion = segment.laplacian_ratio, segment.motion_ratio
+    found = []
+    if texture <= BLURRED:
+        found.append(f"is blurred: its texture is {texture:.2f} of the baseline's")
+    elif texture >= SHARPENED:
+        found.append(f"is sharper or noisier: its texture is {texture:.2f} times the baseline's")
+    if motion <= STANDING:
+        found.append(f"nearly stands still: its motion is {motion:.2f} of the baseline's")
+    elif motion >= RESTLESS:
+        found.append(f"is restless: its motion is {motion:.1f} times the baseline's")
+    if max(abs(gain - 1) for gain in segment.gain) >= GAIN:
+        found.append(f"has other colours of still pixels: {_gain(segment.gain)} against the baseline")
+    return found
+
+
+def _gain(gain: tuple[float, float, float]) -> str:
+    return "gain " + "/".join(f"{channel:.3f}" for channel in gain)

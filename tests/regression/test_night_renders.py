@@ -1,0 +1,78 @@
+"""A night's renders as they lie in an output folder: what is missing, damaged or swapped is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.errors import InputNotFound, InputUnreadable
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, job_key
+from runner.regression.night_renders import NightRender
+from runner.storage import open_storage
+from tests.regression.night_stores import write_render
+
+
+@pytest.fixture(params=[False, True], ids=["mp4", "png"])
+def render(request, tmp_path) -> NightRender:
+    out = open_storage(tmp_path / "out")
+    return NightRender(out, write_render(out, tmp_path / "scratch", png=request.param))
+
+
+def test_a_whole_render_is_fetched_and_has_its_digests(render, tmp_path):
+    render.check_there()
+    assert len(render.digests()) == 3 and render.people() is None
+    found = render.fetch(tmp_path / "to")
+    paths = [found] if isinstance(found, Path) else found
+    assert sum(path.stat().st_size for path in paths) == render.output.bytes
+    assert b"".join(path.read_bytes() for path in paths) == b"first 0first 1first 2"
+
+
+def test_boxes_are_read_where_they_lie(render):
+    render.storage.write_bytes(job_key("a", PEOPLE), b"{}")
+    assert render.people() == b"{}"
+
+
+def test_an_output_that_is_gone(render, tmp_path):
+    for info in list(render.storage.list("jobs/a/")):
+        if info.key.startswith(render.output.key):
+            render.storage.delete(info.key)
+    with pytest.raises(InputNotFound, match="gone"):
+        render.check_there()
+    with pytest.raises((InputNotFound, InputUnreadable)):
+        render.fetch(tmp_path / "to")
+
+
+def test_an_output_of_another_size(render):
+    key = render.output.key if render.output.key.endswith(OUTPUT) else f"{render.output.key}000001.png"
+    render.storage.write_bytes(key, b"longer than it was")
+    with pytest.raises(InputUnreadable, match="the record says"):
+        render.check_there()
+
+
+def test_an_mp4_of_the_same_size_that_is_another(tmp_path):
+    out = open_storage(tmp_path / "out")
+    render = NightRender(out, write_render(out, tmp_path / "scratch"))
+    out.write_bytes(render.output.key, b"x" * render.output.bytes)
+    render.check_there()
+    with pytest.raises(InputUnreadable, match="not the file"):
+        render.fetch(tmp_path / "to")
+
+
+def test_a_frame_that_is_missing(tmp_path):
+    out = open_storage(tmp_path / "out")
+    render = NightRender(out, write_render(out, tmp_path / "scratch", png=True))
+    out.delete(f"{render.output.key}000001.png")
+    with pytest.raises(InputNotFound, match="gone"):
+        render.check_there()
+    with pytest.raises(InputUnreadable, match="2 frames lie there; the record says 3"):
+        render.fetch(tmp_path / "to")
+
+
+def test_digests_of_other_frames_are_refused(render):
+    key = job_key("a", FRAME_DIGESTS)
+    render.storage.write_bytes(key, b"0" * 64 + b"\n")
+    with pytest.raises(InputUnreadable, match="1 digests of 3 frames"):
+        render.digests()
+    render.storage.delete(key)
+    assert render.digests() is None
