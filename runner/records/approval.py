@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runner.redact import redact_tree
 
@@ -21,6 +21,20 @@ KEPT_APPROVALS = 5  # of a job: what stood before can be looked at for a while
 _COMPARED = frozenset({"token", "fingerprint", "frames_sha256", "output_sha256"})  # by a later comparison
 
 
+def parse_time(text: str) -> datetime:
+    """`text`, ISO 8601, as a time that can be compared; without an offset it is UTC. Raises ValueError."""
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def _check_time(text: str) -> str:
+    parse_time(text)
+    return text
+
+
+_Time = Annotated[str, AfterValidator(_check_time)]
+
+
 class Approval(BaseModel):
     """One render that was accepted. Its files lie in a folder of its own, named by `token`."""
 
@@ -28,13 +42,13 @@ class Approval(BaseModel):
 
     token: str = Field(description="the folder of its files, beside approved.json; empty where `removed`")
     who: str
-    when: str = Field(description="when it was approved, by the clock of who did")
+    when: _Time = Field(description="when it was approved, by the clock of who did")
     why: str
     run_id: str = Field(description="the run that rendered it")
     out: str = Field("", description="the output folder it was taken from, as the approver named it")
     fingerprint: str = ""
     frames_sha256: str = Field("", description="as in its record")
-    finished_at: str = Field(description="when it was rendered, as in its record; of a removal, when it was approved")
+    finished_at: _Time = Field(description="when it was rendered, as in its record; of a removal, when it was approved")
     draft: bool = Field(False, description="a first render that was accepted unseen")
     removed: bool = Field(False, description="the job is no longer expected; there are no files")
     output_sha256: str = Field(
@@ -71,9 +85,3 @@ class Approvals(BaseModel):
             return cls.model_validate(json.loads(data))
         except (ValidationError, RecursionError) as error:
             raise ValueError(f"not a list of approvals: {error}") from error
-
-
-def parse_time(text: str) -> datetime:
-    """`text`, ISO 8601, as a time that can be compared; without an offset it is UTC. Raises ValueError."""
-    found = datetime.fromisoformat(text)
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

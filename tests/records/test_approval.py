@@ -35,6 +35,13 @@ def test_other_bytes_are_no_approvals(data):
         Approvals.parse(data)
 
 
+@pytest.mark.parametrize("name", ["when", "finished_at"])
+def test_a_time_that_cannot_be_compared_is_refused(name):
+    stored = {"job_id": "a", "approvals": [VALUES | {name: "yesterday"}]}
+    with pytest.raises(ValueError, match="not a list of approvals"):
+        Approvals.parse(json.dumps(stored).encode())
+
+
 def test_secrets_are_masked_and_digests_are_not():
     digest = "0123456789abcdef" * 4
     values = VALUES | {"out": "https://user:secret99@host/out", "frames_sha256": digest, "output_sha256": digest}

@@ -323,9 +323,13 @@ def test_a_job_that_failed_or_names_another_s_output_is_refused(tmp_path, out, b
     record = write_render(out, tmp_path / "s")
     assert "failed" in refusal(baseline, out, record.model_copy(update={"status": "failed"}))
     assert "failed" in refusal(baseline, out, record.model_copy(update={"output": None}))
-    for key in ("jobs/b/output.mp4", "jobs/a/../b/output.mp4", "/etc/passwd"):
+    for key, said in (
+        ("jobs/b/output.mp4", "outside jobs/a/"),
+        ("jobs/a/../b/output.mp4", "cannot be used"),
+        ("/etc/passwd", "cannot be used"),
+    ):
         output = record.output.model_copy(update={"key": key})
-        refusal(baseline, out, record.model_copy(update={"output": output}))
+        assert said in refusal(baseline, out, record.model_copy(update={"output": output}))
     assert "cannot be used" in refusal(baseline, out, record.model_copy(update={"job_id": "../a"}))
     assert "cannot be used" in refusal(baseline, out, record.model_copy(update={"finished_at": "soon"}))
 
@@ -453,6 +457,16 @@ def test_a_process_that_dies_at_any_step_leaves_a_whole_baseline(tmp_path, out):
         assert tokens(baseline.storage, record) == set(named(baseline.storage, record))
         assert [leftover.key for leftover in baseline.storage.leftovers()] == []
     assert seen == {"who 5", "who 6"}
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path, out, baseline):
+    record = write_render(out, tmp_path / "s")
+    folder = baseline.storage.path / job_prefix(name_job(record)) / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / f".staged-{'0' * 32}.tmp").write_bytes(b"half")
+    assert [leftover.abandoned for leftover in baseline.storage.leftovers()] == [True]
+    approve(baseline, out, record)
+    assert list(baseline.storage.leftovers()) == []
 
 
 def run_until(folder: Path, prepared: Path, out: Storage, record: ResultRecord, step: int | None) -> int:
