@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from runner.hashing import sha256_file
 from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSTER, RESULT, frames_folder, job_key
 from runner.records.record import OutputRecord, ResultRecord
 from runner.storage import Storage, combined_identity
-from runner.video import FRAMES_HASH, combined_digest, format_digests
+from runner.video import FRAMES_HASH, combined_digest, digest_frames, format_digests
+from tests.moving_scene import write_mp4
 
-__all__ = ["HookedStorage", "Killed", "make_record", "write_render"]
+__all__ = ["HookedStorage", "Killed", "make_record", "write_render", "write_video"]
 
 
 def make_record(job_id: str = "a", **more: Any) -> ResultRecord:
@@ -105,3 +109,28 @@ class HookedStorage:
             return result
 
         return call
+
+
+def write_video(out: Storage, scratch: Path, job_id: str, frames: np.ndarray, **more: Any) -> ResultRecord:
+    """The same with frames that can be seen: uint8 [n, H, W, 3], coded as the runner codes them."""
+    path = write_mp4(scratch / f"{job_id}.mp4", frames)
+    digests = digest_frames(frames)
+    info = out.publish(path, job_key(job_id, OUTPUT))
+    out.write_bytes(job_key(job_id, FRAME_DIGESTS), format_digests(digests))
+    output = OutputRecord(
+        uri=out.uri(info.key),
+        key=job_key(job_id, OUTPUT),
+        bytes=info.bytes,
+        files=1,
+        identity=out.identify(info),
+        sha256=sha256_file(path),
+        frames=len(frames),
+        fps="16",
+        width=frames.shape[2],
+        height=frames.shape[1],
+        frames_sha256=combined_digest(digests),
+        frames_hash=FRAMES_HASH,
+    )
+    record = make_record(job_id, output=output, **more)
+    out.write_bytes(job_key(job_id, RESULT), record.to_json())
+    return record
