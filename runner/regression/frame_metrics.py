@@ -5,7 +5,7 @@ Never: limits, verdicts, identity (see `Measurements.identity`), storage.
 
 Memory is that of a window of frames and of a thumbnail of each frame, whatever the length. SSIM is that of Wang et al.
 (2004), as scikit-image computes it with gaussian_weights, sigma 1.5, use_sample_covariance=False and data_range 255:
-equal to 6 digits, in a tenth of the time.
+equal to 5 digits, in a sixth of its time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import zip_longest
-from math import ceil, floor
+from math import ceil, floor, log10
 from typing import Protocol
 
 import numpy as np
@@ -172,7 +172,7 @@ def psnr(frame: np.ndarray, other: np.ndarray) -> float:
     import cv2
 
     squared = cv2.norm(frame, other, cv2.NORM_L2SQR) / frame.size
-    return min(PSNR_OF_EQUAL, 10 * np.log10(255**2 / squared)) if squared else PSNR_OF_EQUAL
+    return min(PSNR_OF_EQUAL, 10 * log10(255**2 / squared)) if squared else PSNR_OF_EQUAL
 
 
 def ssim(frame: np.ndarray, other: np.ndarray) -> float:

@@ -36,7 +36,7 @@ AROUND = 12  # frames on each side, in which the steps between other frames are 
 # background. A noisy picture may have twice the changes of its quietest tenth, up to the second number.
 STILL_LEVELS = (1.5, 6.0)
 STILL_SHARE = 0.05  # of the picture; with less, whatever is still may be a logo or a border
-SPREAD = 8.0  # levels; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
+SPREAD = 8.0  # levels, standard deviation; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
 CLIPPED = 3.0  # levels from black and white, within which a gain may have been cut off
 GAINS = (0.5, 2.0)  # a gain beyond is no drift but other content
 TUKEY = 4.685  # robust standard deviations; 95 % efficient for normal noise
@@ -271,9 +271,6 @@ def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if inside.mean() >= 0.2:
         x, y = x[inside], y[inside]
     plain = 1.0, float(np.median(y - x))
-    low, high = np.percentile(x, (5, 95))
-    if (high - low) / 3.29 < SPREAD:  # as many standard deviations lie between the two of a normal distribution
-        return plain
     gain, offset = plain
     for _ in range(30):
         rest = y - gain * x - offset
@@ -282,7 +279,7 @@ def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         total = weights.sum()
         mean_x, mean_y = (weights @ x) / total, (weights @ y) / total
         variance = (weights @ np.square(x - mean_x)) / total
-        if variance < (SPREAD / 2) ** 2:
+        if variance < SPREAD**2:
             return plain
         before, gain = gain, float((weights @ ((x - mean_x) * (y - mean_y))) / total / variance)
         offset = float(mean_y - gain * mean_x)
