@@ -32,7 +32,6 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from segment_cost import REAL_CLIP, made_frames, real_frames  # noqa: E402
-from skimage.metrics import structural_similarity  # noqa: E402
 
 from runner.regression import frame_metrics  # noqa: E402
 from runner.regression.alignment import align_thumbnails, make_thumbnail  # noqa: E402
@@ -46,6 +45,7 @@ WIDTH, HEIGHT, SEGMENT, FPS = 480, 832, 77, Fraction(16)
 PART = 100  # frames that are coded; longer videos repeat them
 CRFS = {"new": 18, "baseline": 16}
 WINDOW = 8
+STRIP = 64  # rows that are blurred at once: they fit in a processor's cache
 
 
 def encode_parts(folder: Path, clip: Path | None, count: int) -> list[Path]:
@@ -116,9 +116,9 @@ def run_filters(paths: tuple[Path, Path], pixels: str | None = None) -> list[dic
 
 
 def blur_four(picture: np.ndarray) -> None:
-    """The blurs of one pair's SSIM, strip by strip as the product does it."""
-    for top in range(0, HEIGHT, frame_metrics.STRIP):
-        rows = picture[top : top + frame_metrics.STRIP + 10].astype(np.float32)
+    """Four of the five blurs that one pair's SSIM needs (one may be of the sum of squares), strip by strip."""
+    for top in range(0, HEIGHT, STRIP):
+        rows = picture[top : top + STRIP + 10].astype(np.float32)
         for _ in range(4):
             cv2.GaussianBlur(rows, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT)
 
@@ -129,11 +129,6 @@ def measure_parts(paths: tuple[Path, Path], frames: int) -> dict[str, float]:
     pairs = list(zip(new, old, strict=True))
     meter = DriftMeter([frames // 2], frames)
     thumbnails: list[list[np.ndarray]] = [[], []]
-
-    def scikit() -> None:
-        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-        for one, other in pairs[:8]:
-            structural_similarity(one, other, channel_axis=2, data_range=255, **options)
 
     def thumbnail() -> None:
         for side, videos in zip(thumbnails, (new, old), strict=True):
@@ -152,7 +147,6 @@ def measure_parts(paths: tuple[Path, Path], frames: int) -> dict[str, float]:
     }
     seconds = {name: cpu_seconds(call) / frames for name, call in parts.items()}
     seconds["shift of the worst frame (once a job)"] = cpu_seconds(lambda: find_shift(new[3], new[2]))
-    seconds["scikit-image's SSIM, not used"] = cpu_seconds(scikit) / min(8, frames)
     return seconds
 
 

@@ -8,10 +8,11 @@ changes in the demo's renders, and are no limits of quality.
 
 from __future__ import annotations
 
+from runner.regression.face_network import SAME_PERSON
 from runner.regression.findings import Drift, Identity, Measurements, SegmentDrift
 from runner.regression.identity import face_is_gated
 
-__all__ = ["SAME_PERSON", "diagnose", "name_face", "shows_another_face"]
+__all__ = ["diagnose", "name_face", "shows_another_face"]
 
 JOINT_STEP = 0.5  # delta E: half of what an eye sees side by side
 GAIN = 0.01  # of a segment's still pixels, against the baseline's
@@ -19,7 +20,6 @@ COLOUR = 4.0  # delta E, of the mean colour of the person or the frame
 BLURRED, SHARPENED = 0.7, 1.4  # of the baseline's Laplacian energy
 STANDING, RESTLESS = 0.3, 3.0  # of the baseline's motion energy
 MOST_SENTENCES = 8
-SAME_PERSON = 0.6  # distance of dlib's face embeddings, by its author
 
 _NAMES = {
     "dropped": "dropped",

@@ -3,9 +3,8 @@
 In:   the frames of both outputs, the joints of the segments, boxes of the person. Out: `Measurements`.
 Never: limits, verdicts, identity (see `Measurements.identity`), storage.
 
-Memory is that of a window of frames and of a thumbnail of each frame, whatever the length. SSIM is that of Wang et al.
-(2004), as scikit-image computes it with gaussian_weights, sigma 1.5, use_sample_covariance=False and data_range 255:
-equal to 5 digits, in a sixth of its time.
+Memory is that of a window of frames and of a thumbnail of each frame, whatever the length. PSNR and SSIM are those of
+scikit-image; SSIM has the parameters of Wang et al. (2004): a Gaussian window, sigma 1.5.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import zip_longest
-from math import ceil, floor, log10
+from math import ceil, floor
 from typing import Protocol
 
 import numpy as np
@@ -30,9 +29,9 @@ from runner.video.drift import DriftMeter, MeasuredDrift, reduce_picture, to_lab
 __all__ = ["LocatedPerson", "find_shift", "measure", "psnr", "ssim"]
 
 WINDOW = 8  # frames of each video in memory
-THREADS = min(4, os.cpu_count() or 1)  # OpenCV and numpy release the interpreter's lock
-SIGMA, RADIUS = 1.5, 5  # of SSIM's Gaussian window: 3.5 sigma, as in scikit-image
-STRIP = 64  # rows for which SSIM's pictures are made at once: they fit in a processor's cache
+THREADS = min(4, os.cpu_count() or 1)  # OpenCV, numpy and scipy release the interpreter's lock
+SIGMA = 1.5  # pixels, of SSIM's window
+WINDOW_SIDE = 11  # pixels: scikit-image cuts the window off at 3.5 sigma
 COLOUR_PIXELS = 4096  # of a box, for its mean colour
 SHIFT_GAIN_DB = 3.0  # undoing a shift halves the squared error at least, or it is no plain shift
 FRACTION_GAIN_DB = 1.0
@@ -154,7 +153,7 @@ def _compare_frames(
     values = _Values(float(np.linalg.norm(_mean_lab(frame, box) - _mean_lab(other, box))))
     if same_size:
         values.psnr, values.largest = psnr(frame, other), int(cv2.norm(frame, other, cv2.NORM_INF))
-        values.ssim = ssim(frame, other) if min(frame.shape[:2]) > 2 * RADIUS else None
+        values.ssim = ssim(frame, other) if min(frame.shape[:2]) >= WINDOW_SIDE else None
     return values
 
 
@@ -169,42 +168,23 @@ def _mean_lab(frame: np.ndarray, box: tuple[int, int, int, int] | None) -> np.nd
 
 def psnr(frame: np.ndarray, other: np.ndarray) -> float:
     """dB of uint8 [H, W, 3] against another; at most 100, which equal frames have."""
-    import cv2
+    from skimage.metrics import peak_signal_noise_ratio
 
-    squared = cv2.norm(frame, other, cv2.NORM_L2SQR) / frame.size
-    return min(PSNR_OF_EQUAL, 10 * log10(255**2 / squared)) if squared else PSNR_OF_EQUAL
+    if np.array_equal(frame, other):
+        return PSNR_OF_EQUAL
+    return min(PSNR_OF_EQUAL, float(peak_signal_noise_ratio(other, frame, data_range=255)))
 
 
 def ssim(frame: np.ndarray, other: np.ndarray) -> float:
-    """Mean structural similarity of uint8 [H, W, 3], both sides above 10 pixels; 1 for equal frames."""
+    """Mean structural similarity of uint8 [H, W, 3], both sides of WINDOW_SIDE pixels or more; 1 for equal frames."""
+    from skimage.metrics import structural_similarity
+
     if np.array_equal(frame, other):
         return 1.0
-    height, width, channels = frame.shape
-    total = 0.0
-    for top in range(RADIUS, height - RADIUS, STRIP):
-        rows = slice(top - RADIUS, min(top + STRIP, height - RADIUS) + RADIUS)
-        # Around the middle level: squares of small numbers keep their digits in float32.
-        total += _ssim_sum(frame[rows].astype(np.float32) - 128, other[rows].astype(np.float32) - 128)
-    return total / ((height - 2 * RADIUS) * (width - 2 * RADIUS) * channels)
-
-
-def _ssim_sum(x: np.ndarray, y: np.ndarray) -> float:
-    """The sum of the SSIM of all pixels whose window lies inside, of float32 [h, w, 3] in levels minus 128."""
-    import cv2
-
-    def blur(picture: np.ndarray) -> np.ndarray:
-        blurred: np.ndarray = cv2.GaussianBlur(picture, (2 * RADIUS + 1,) * 2, SIGMA, borderType=cv2.BORDER_REFLECT)
-        return blurred
-
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_x, mean_y = blur(x), blur(y)
-    covariance = blur(x * y) - mean_x * mean_y
-    variances = blur(x * x + y * y) - mean_x * mean_x - mean_y * mean_y
-    mean_x += 128
-    mean_y += 128
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
-    similar = luminance * (2 * covariance + c2) / (variances + c2)
-    return float(similar[RADIUS:-RADIUS, RADIUS:-RADIUS].sum(dtype=np.float64))
+    found = structural_similarity(
+        frame, other, gaussian_weights=True, sigma=SIGMA, use_sample_covariance=False, data_range=255, channel_axis=2
+    )
+    return float(found)
 
 
 def find_shift(frame: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:

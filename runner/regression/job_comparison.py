@@ -147,7 +147,13 @@ class JobComparison:
                 worst = [] if found.psnr is None else [found.psnr.worst_frame]
                 at = frames_to_look_at(found.frames_compared, finding.joints, worst)
                 identity = measure_identity(
-                    frames_new, frames_baseline, people_new, people_baseline, networks=self.networks, at=at
+                    frames_new,
+                    frames_baseline,
+                    people_new,
+                    people_baseline,
+                    networks=self.networks,
+                    at=at,
+                    fps=(_rate(new.record), _rate(baseline.record)),
                 )
                 found = found.model_copy(update={"identity": identity})
             finding = finding.model_copy(update={"measurements": found, "notes": [*finding.notes, *diagnose(found)]})
@@ -249,6 +255,11 @@ def _with_digests(
     if change is not None:
         finding = finding.model_copy(update={"first_frame": change.first, "frames_differing": change.count})
     return finding, (after, before)
+
+
+def _rate(record: ResultRecord) -> Fraction | None:
+    """Frames a second of the output: PNG frames do not tell it."""
+    return None if record.output is None else Fraction(record.output.fps)
 
 
 def _shows_no_change(found: Measurements) -> bool:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from runner.records.record import Efficiency, OutputRecord, ResultRecord
-from runner.regression.diagnosis import SAME_PERSON, name_face, shows_another_face
+from runner.regression.diagnosis import name_face, shows_another_face
+from runner.regression.face_network import SAME_PERSON
 from runner.regression.findings import Breach, Identity, JobFinding, Measurements, PerformanceFinding, Verdict
 from runner.spec.regression_limits import RegressionLimits
 

@@ -14,7 +14,6 @@ def test_comparing(tmp_path):
     for planes in ("RGB", "YUV"):
         peer = seconds[f"peer: PyAV's psnr and ssim, {planes}"]
         assert found[f"ratio_{planes.lower()}"] == pytest.approx(seconds["measure"] / peer)
-    assert parts["SSIM's four blurs alone"] < parts["SSIM"] < parts["scikit-image's SSIM, not used"]
     assert [row["frames"] for row in found["memory"]] == [10]
     assert 5 < found["memory"][0]["mb"] < 600
     assert "ratio to the peer" in printed
