@@ -20,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "ATTEMPT",
     "EVENTS",
+    "FRAMES",
     "FRAME_DIGESTS",
     "JOBS",
     "KEPT",

@@ -19,7 +19,7 @@ from datetime import UTC
 from typing import NamedTuple
 
 from runner.records.approval import parse_time
-from runner.records.output_layout import JOBS
+from runner.records.output_layout import FRAMES, JOBS
 from runner.records.record import ResultRecord
 from runner.spec.matrix import check_id
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 APPROVALS = "approved.json"
-FRAMES_FOLDER = "frames/"
+FRAMES_FOLDER = FRAMES
 CPU = "cpu"
 _NIGHTS = "nights/"
 _LONGEST = 80  # characters of a device's or recipe's folder
