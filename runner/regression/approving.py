@@ -42,7 +42,6 @@ from runner.timing import now
 __all__ = [
     "ABANDONED_S",
     "FILES_AT_ONCE",
-    "PEOPLE_FILE",
     "Approved",
     "Refused",
     "approve_removal",
@@ -54,8 +53,6 @@ __all__ = [
 
 ABANDONED_S = 24 * 3600.0  # assumed: no copy of one render takes a day
 FILES_AT_ONCE = 8
-PEOPLE_FILE = "people.json"
-_BESIDE = tuple(dict.fromkeys((*KEPT, PEOPLE_FILE)))  # copied where they are there
 _TRIES = 3
 
 T = TypeVar("T")
@@ -291,7 +288,7 @@ def _copy_files(
     nbytes = sum(path.stat().st_size for path in files.values())
     if output.sha256 is not None and (digests.get(OUTPUT), nbytes) != (output.sha256, output.bytes):
         return f"the output of {job_id} is not what its record says: {out.uri(output.key)}"
-    for name in _BESIDE:
+    for name in KEPT:
         with suppress(InputNotFound):
             out.fetch(job_key(job_id, name), scratch / name)
             files[name] = scratch / name

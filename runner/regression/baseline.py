@@ -18,11 +18,10 @@ from pydantic import ValidationError
 from runner.errors import ConfigInvalid, InputUnreadable
 from runner.hashing import combine, sha256_file
 from runner.records.approval import Approval, Approvals, parse_time
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, RESULT
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, RESULT
 from runner.records.record import ResultRecord
 from runner.regression.approving import (
     FILES_AT_ONCE,
-    PEOPLE_FILE,
     Approved,
     Refused,
     approve_removal,
@@ -99,7 +98,7 @@ class BaselineJob:
 
     def people(self) -> bytes | None:
         """The content of people.json; None if the render came without. Raises storage.*."""
-        return self.read(PEOPLE_FILE)
+        return self.read(PEOPLE)
 
     def read(self, name: str) -> bytes | None:
         """A file beside the output (`poster.jpg`) whole; None if the render came without. Raises storage.*."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from runner.errors import WeightsCorrupt
+from runner.records.output_layout import PEOPLE
 from runner.regression.face_network import FACE_FILES, FaceNetwork
 from runner.regression.findings import Identity
 from runner.regression.lpips import LEAST_PICTURE, Lpips
@@ -314,7 +315,7 @@ def _whose_people_are_unknown(new: People | None, baseline: People | None) -> st
     if not unknown:
         return ""
     whose = "neither output has" if len(unknown) == 2 else f"the {unknown[0]} output does not have"
-    return f"{whose} boxes of people (people.json): older runs and official files leave none"
+    return f"{whose} boxes of people ({PEOPLE}): older runs and official files leave none"
 
 
 class _CosineMeter:
