@@ -200,6 +200,30 @@ def test_a_second_run_finds_everything_done(image, workplace, demo):
     assert {path: path.stat().st_mtime_ns for path in demo.glob("jobs/*/output.mp4")} == before
 
 
+def test_nights_are_compared_inside(image, workplace, demo):
+    """The image has what measuring and the report need: one job of the second night shows another dancer."""
+    baseline = ["--baseline", "baseline"]
+    accepted = contain(image, "approve", "out/demo", *baseline, "--why", "seen", options=as_its_owner(workplace))
+    assert accepted.returncode == 0, output_of(accepted)
+    night = workplace / "out" / "night"
+    shutil.copytree(demo / "jobs", night / "jobs")
+    job, other = night / "jobs" / "mira-wave", night / "jobs" / "otto-wave"
+    for name in ("output.mp4", "frames.sha256"):
+        shutil.copyfile(other / name, job / name)
+    record, shown = (json.loads((folder / "result.json").read_text("utf-8")) for folder in (job, other))
+    record["output"] |= {key: shown["output"][key] for key in ("bytes", "identity", "sha256", "frames_sha256")}
+    (job / "result.json").write_text(json.dumps(record), encoding="utf-8")
+    arguments = ["compare", "out/night", *baseline, "--report", "report"]
+    for path in [night, *night.rglob("*")]:
+        os.chown(path, 4321, 4321)
+    done = contain(image, *arguments, options=as_its_owner(workplace))
+    assert done.returncode == 4, output_of(done)
+    found = json.loads((workplace / "report" / "comparison.json").read_text("utf-8"))
+    assert (found["jobs"][0]["id"], found["counts"]["broken"]) == ("mira-wave", 1)
+    assert found["jobs"][0]["measurements"]["ssim"]["worst"] < 1
+    assert (workplace / "report" / "report.html").stat().st_size > 50_000
+
+
 def test_a_bad_manifest_exits_with_2(image, workplace):
     (workplace / "bad.yaml").write_text("version: 1\njobs:\n  - id: ../x\n    reference: a.png\n    video: b.mp4\n")
     done = contain(image, "run", "bad.yaml", "--out", "out/bad", options=as_its_owner(workplace))
