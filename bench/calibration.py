@@ -35,6 +35,8 @@ sys.path[:0] = [str(ROOT)]
 from runner.records.output_layout import OUTPUT, RESULT, job_key  # noqa: E402
 from runner.records.record import ResultRecord  # noqa: E402
 from runner.regression.findings import Measurements  # noqa: E402
+from runner.verbs.run import run  # noqa: E402
+from runner.verbs.settings import RunSettings  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"size": "96x144", "fps": 16, "max_frames": 21, "seed": 42, "steps": 4}
 QUICK = {"max_frames": 5, "steps": 2}
@@ -194,19 +196,20 @@ METRICS = (
 )  # fmt: skip
 
 
-def render(one: Render, jobs: Sequence[BenchJob], models: Path, work: Path) -> Path:
-    """The output folder, rendered unless that is done."""
+def render(one: Render, jobs: Sequence[BenchJob], models: Path, work: Path, *, in_process: bool = False) -> Path:
+    """The output folder, rendered unless that is done; `in_process`: here, without the environment of `one`."""
     folder = work / one.name
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(one.manifest(jobs), indent=1), encoding="utf-8")
     print(f"rendering {one.name}", file=sys.stderr, flush=True)
-    _video_lab(
-        ["run", f"{manifest}", "--out", f"{folder / 'out'}", "--models", f"{models}", "--cache", f"{folder / 'cache'}"],
-        one.environment,
-        RENDER_S,
-    )
-    return folder / "out"
+    out, cache = folder / "out", folder / "cache"
+    if in_process:
+        run(RunSettings(manifest=str(manifest), out=str(out), models=str(models), cache=cache, device="cpu"))
+    else:
+        places = ["--out", f"{out}", "--models", f"{models}", "--cache", f"{cache}"]
+        _video_lab(["run", f"{manifest}", *places], one.environment, RENDER_S)
+    return out
 
 
 def store_with_fp4(models: Path, work: Path) -> Path:
@@ -323,7 +326,9 @@ def show(found: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", choices=("demo", "nightly"), default="demo")
-    parser.add_argument("--quick", action="store_true", help="one short job, two pairs: to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short job, two pairs, one process: to see that it runs"
+    )
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "demo-models", help="the demo's store")
     parser.add_argument("--media", type=Path, default=ROOT / ".cache" / "demo-media", help="the demo's clips")
     parser.add_argument("--work", type=Path, help="where renders are kept; default: a folder that is removed")
@@ -343,19 +348,21 @@ def main() -> None:
             pairs = QUICK_PAIRS
         elif arguments.jobs == "nightly":
             jobs, pairs = nightly_jobs(), NIGHTLY_PAIRS
-        found = calibrate(jobs, pairs, arguments.models.absolute(), work)
+        found = calibrate(jobs, pairs, arguments.models.absolute(), work, in_process=arguments.quick)
     show(found)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def calibrate(jobs: Sequence[BenchJob], pairs: Sequence[Pair], models: Path, work: Path) -> dict[str, Any]:
-    """Render and measure; everything that the tables show."""
+def calibrate(
+    jobs: Sequence[BenchJob], pairs: Sequence[Pair], models: Path, work: Path, *, in_process: bool = False
+) -> dict[str, Any]:
+    """Render and measure; everything that the tables show. `in_process`: as for `render`."""
     if any(pair.new.recipe == "fp4" for pair in pairs):
         models = store_with_fp4(models, work)
     renders = {one.name: one for pair in pairs for one in (pair.baseline, pair.new)}
-    folders = {name: render(one, jobs, models, work) for name, one in renders.items()}
+    folders = {name: render(one, jobs, models, work, in_process=in_process) for name, one in renders.items()}
     names = [job.entry["id"] for job in jobs]
     rows = [
         {
