@@ -7,7 +7,7 @@ jobs of manifests/nightly.yaml. On the CPU; each way to render them is `video-la
 its own, so that preprocessing is computed again, too.
 Pairs that must pass: another number of threads, other CPU instructions, the autoencoder in bfloat16, another crf. Pairs
 that must fail: another seed, one step fewer; of the demo, also another reference, another dance, FP4 weights instead of
-bfloat16 ones.
+bfloat16 ones. One pair is not rendered: the plain frames, multiplied by 1.02 from the second segment on.
 
 Of a pair that must pass, the worst job counts; of one that must fail, the best one. A metric tells a failing pair apart
 if the gap between both is as wide as METRICS says (3 dB of PSNR); the limit is the middle between the worst passing job
@@ -29,6 +29,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
@@ -39,6 +41,7 @@ from runner.verbs.run import run  # noqa: E402
 from runner.verbs.settings import RunSettings  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"size": "96x144", "fps": 16, "max_frames": 21, "seed": 42, "steps": 4}
+GAIN, GAIN_PAIR = 1.02, "2 % brighter from the second segment on"
 QUICK = {"max_frames": 5, "steps": 2}
 TWO_THREADS = {"OMP_NUM_THREADS": "2"}
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -184,10 +187,10 @@ METRICS = (
         "largest difference", "max_frame_diff", lambda found: found.largest_difference,
         False, lambda passing, failing: failing / max(passing, 1), 2.0, "x", 0,
     ),
-    # Half of what an eye can tell apart (delta E of 1).
+    # An amplitude as well: twice, of at least 0.05, below which 8 bits a channel say nothing.
     Metric(
         "joint drift", "joint_drift_max", _joint_drift,
-        False, lambda passing, failing: failing - passing, 0.5, "delta E", 1,
+        False, lambda passing, failing: failing / max(passing, 0.05), 2.0, "x", 2,
     ),
     Metric(
         "colour", None, lambda found: found.colour,
@@ -232,17 +235,50 @@ def _video_lab(arguments: list[str], environment: Mapping[str, str], timeout_s: 
         raise SystemExit(f"{' '.join(arguments[:1])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def compare(new: Path, baseline: Path, job: str) -> dict[str, float | None]:
-    """Metric → its value of one job."""
+def compare(new: Path | Sequence[Path], baseline: Path, joints: Sequence[int]) -> dict[str, float | None]:
+    """Metric → its value of one job's output, an MP4 or PNG frames."""
     from runner.regression.frame_metrics import measure
-    from runner.regression.judge import joints_of
     from runner.regression.outputs import RenderedFrames
 
-    record = ResultRecord.model_validate_json((new / job_key(job, RESULT)).read_bytes())
-    key = job_key(job, OUTPUT)
-    with RenderedFrames(new / key) as frames, RenderedFrames(baseline / key) as others:
-        found = measure(frames, others, joints=joints_of(record.efficiency, frames.frames))
+    with RenderedFrames(new) as frames, RenderedFrames(baseline) as others:
+        found = measure(frames, others, joints=joints)
     return {metric.name: metric.read(found) for metric in METRICS}
+
+
+def joints_in(out: Path, job: str) -> list[int]:
+    from runner.regression.judge import joints_of
+
+    record = ResultRecord.model_validate_json((out / job_key(job, RESULT)).read_bytes())
+    assert record.output is not None
+    return joints_of(record.efficiency, record.output.frames)
+
+
+def write_with_gain(video: Path, first: int, folder: Path) -> list[Path]:
+    """The frames of `video` as PNG files, brighter by GAIN from frame `first` on."""
+    from PIL import Image
+
+    from runner.regression.outputs import RenderedFrames
+
+    files = []
+    with RenderedFrames(video) as frames:
+        for index in range(frames.frames):
+            frame = frames.frame(index)
+            if index >= first:
+                frame = np.clip(np.rint(frame * GAIN), 0, 255).astype(np.uint8)
+            files.append(folder / f"{index:06d}.png")
+            Image.fromarray(frame).save(files[-1])
+    return files
+
+
+def compare_with_gain(out: Path, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Job of several segments → metric → value, of its own frames with GAIN from the second segment on."""
+    found = {}
+    for job in names:
+        video = out / job_key(job, OUTPUT)
+        if joints := joints_in(out, job):
+            with tempfile.TemporaryDirectory() as folder:
+                found[job] = compare(write_with_gain(video, joints[0], Path(folder)), video, joints)
+    return found
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -368,10 +404,19 @@ def calibrate(
         {
             "pair": pair.name,
             "must": pair.must,
-            "jobs": {job: compare(folders[pair.new.name], folders[pair.baseline.name], job) for job in names},
+            "jobs": {
+                job: compare(
+                    folders[pair.new.name] / job_key(job, OUTPUT),
+                    folders[pair.baseline.name] / job_key(job, OUTPUT),
+                    joints_in(folders[pair.new.name], job),
+                )
+                for job in names
+            },
         }
         for pair in pairs
     ]
+    if brighter := compare_with_gain(folders["plain"], names):
+        rows.append({"pair": GAIN_PAIR, "must": "fail", "jobs": brighter})
     judged = judge(rows)
     limits = {m.limit: judged[m.name]["limit"] for m in METRICS if m.limit and m.name in judged}
     return {"rows": rows, "metrics": judged, "limits": limits, "caught": caught(rows, judged)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from runner.demo.build import CLIPS, DANCER_PORTRAITS, PORTRAITS
 from runner.spec.manifest import Manifest, load_manifest
+from runner.spec.regression_limits import RegressionLimits
 
 FOLDER = Path(__file__).resolve().parents[2] / "manifests"
 NAMES = ["demo.yaml", "batch.jsonl", "nightly.yaml"]
@@ -69,6 +71,14 @@ def test_nightly_writes_down_what_could_drift() -> None:
     assert any((job.options.preprocess.detect_every or 1) > 1 for job in manifest.jobs)
     assert any(job.options.guidance_scale > 1 for job in manifest.jobs)
     assert any(job.options.overlap_frames == 5 for job in manifest.jobs)
+
+
+def test_nightly_says_how_far_a_render_may_be() -> None:
+    text = (FOLDER.parent / "bench" / "results.md").read_text(encoding="utf-8")
+    found = re.search(r"Limit of `manifests/nightly\.yaml`: `psnr_min: ([0-9.]+)`", text)
+    assert found
+    limits = RegressionLimits(same_frames=True, psnr_min=float(found[1]), seconds_max="1.2x", memory_max="1.1x")
+    assert {job.regression for job in load("nightly.yaml").jobs} == {limits}
 
 
 def test_batch_uses_what_json_lines_offer() -> None:
