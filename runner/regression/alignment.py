@@ -16,7 +16,7 @@ import numpy as np
 
 from runner.regression.findings import Misalignment
 
-__all__ = ["align_digests", "align_thumbnails", "make_thumbnail"]
+__all__ = ["align_digests", "align_thumbnails", "make_thumbnail", "thumbnail_shape"]
 
 THUMBNAIL_PIXELS = 960  # 24x40, a byte each: 4 MB for 2,000 frames of two videos
 ROWS = 256  # thumbnails compared at once: 1 MB as float32
@@ -29,14 +29,19 @@ STANDS = 0.25  # of the baseline's motion; a frame that moves less repeats the o
 EQUAL = 0.5  # levels; a repeated frame after coding
 
 
+def thumbnail_shape(width: int, height: int) -> tuple[int, int]:
+    """(rows, columns) of the thumbnail of a frame of width x height pixels."""
+    scale = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
 def make_thumbnail(frame: np.ndarray) -> np.ndarray:
-    """uint8 [h, w], grey, about THUMBNAIL_PIXELS pixels, of uint8 [H, W, 3] RGB."""
+    """uint8 [rows, columns], grey, about THUMBNAIL_PIXELS pixels, of uint8 [H, W, 3] RGB."""
     import cv2
 
-    height, width = frame.shape[:2]
-    scale = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    thumbnail: np.ndarray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
+    rows, columns = thumbnail_shape(frame.shape[1], frame.shape[0])
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    thumbnail: np.ndarray = cv2.resize(grey, (columns, rows), interpolation=cv2.INTER_AREA)
     return thumbnail
 
 
@@ -45,12 +50,14 @@ def align_digests(new: Sequence[str], baseline: Sequence[str]) -> list[Misalignm
     return _align(_DigestPair(new, baseline))
 
 
-def align_thumbnails(new: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> list[Misalignment]:
+def align_thumbnails(
+    new: Sequence[np.ndarray] | np.ndarray, baseline: Sequence[np.ndarray] | np.ndarray
+) -> list[Misalignment]:
     """Align two lists of thumbnails, uint8 [h, w] of one size. Where the contents differ too much, nothing can be told.
 
     Frames of a still passage are alike, so that a frame missing there is found by the number of frames alone.
     """
-    if not new or not baseline:
+    if not len(new) or not len(baseline):
         return _by_length(len(new), len(baseline))
     return _align(_ThumbnailPair(new, baseline))
 
@@ -82,8 +89,8 @@ class _DigestPair:
 class _ThumbnailPair:
     """Distances are root mean squares, in levels."""
 
-    def __init__(self, new: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> None:
-        self.new, self.baseline = (np.stack(side).reshape(len(side), -1) for side in (new, baseline))
+    def __init__(self, new: Sequence[np.ndarray] | np.ndarray, baseline: Sequence[np.ndarray] | np.ndarray) -> None:
+        self.new, self.baseline = (np.asarray(side).reshape(len(side), -1) for side in (new, baseline))
         count = min(len(new), len(baseline))
         every = np.arange(count)
         here = self.distances(every, every)

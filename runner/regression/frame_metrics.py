@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runner.regression.alignment import align_thumbnails, make_thumbnail
+from runner.regression.alignment import align_thumbnails, make_thumbnail, thumbnail_shape
 from runner.regression.findings import PSNR_OF_EQUAL, Drift, FrameValues, JointDrift, Measurements, SegmentDrift
 from runner.regression.outputs import RenderedFrames
 from runner.video.drift import DriftMeter, MeasuredDrift, reduce_picture, to_lab
@@ -67,7 +67,8 @@ def measure(
     same_size = new.size == baseline.size
     meter = DriftMeter([joint for joint in joints if 0 < joint < common], common)
     found = _Series()
-    thumbnails: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    # One array each: small arrays that stay between large ones that go would keep the heap from shrinking.
+    thumbnails = [np.empty((side.frames, *thumbnail_shape(*side.size)), np.uint8) for side in (new, baseline)]
     with ThreadPoolExecutor(THREADS) as pool:
         for begin, frames, others in _windows(new, baseline):
             pairs = min(len(frames), len(others))
@@ -77,12 +78,13 @@ def measure(
             if pairs:
                 meter.add(frames[:pairs], scaled)
             for side, window in zip(thumbnails, (frames, others), strict=True):
-                side.extend(make_thumbnail(frame) for frame in window)
+                for index, frame in enumerate(window, begin):
+                    side[index] = make_thumbnail(frame)
             for index, values in enumerate(compared):
                 found.add(values, frames[index], scaled[index])
             if progress:
                 progress(min(begin + max(len(frames), len(others)), total), total)
-    same_shape = thumbnails[0][0].shape == thumbnails[1][0].shape
+    same_shape = thumbnails[0].shape[1:] == thumbnails[1].shape[1:]
     return Measurements(
         frames_baseline=baseline.frames,
         frames_new=new.frames,

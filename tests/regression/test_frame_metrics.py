@@ -31,10 +31,11 @@ class Boxes:
     """Where the dancer of the scene is; not known for some frames."""
 
     def __init__(self, unknown: tuple[int, ...] = ()) -> None:
-        self.unknown, self.rates = unknown, set()
+        self.unknown, self.rates, self.asked = unknown, set(), []
 
     def person(self, frame: int, fps: Fraction | None = None) -> tuple[int, int, int, int] | None:
         self.rates.add(fps)
+        self.asked.append(frame)
         return None if frame in self.unknown else dancer_box(frame, **SIZE)
 
 
@@ -261,6 +262,7 @@ def test_a_frame_without_a_box_is_measured_whole(scene, baseline, tmp_path):
     assert found.colour_frame == 9
     assert found.colour == pytest.approx(change, rel=0.1)
     assert people.rates == {opened.fps}
+    assert people.asked == list(range(COUNT))
 
 
 def test_a_box_outside_the_picture_counts_as_none(scene, tmp_path):
