@@ -63,8 +63,10 @@ class JointDrift(Record):
 
     frame: int = Field(ge=1, description="the first frame after the joint")
     step: float = Field(ge=0, description="delta E from the frames before to the frames after, of the still pixels")
-    excess: float = Field(ge=0, description="of `step`, what the baseline's joint does not have, in delta E")
-    gain: tuple[float, float, float] = Field(description="red, green, blue: factor from before to after")
+    excess: float = Field(ge=0, description="delta E of the step against the baseline, above what is usual nearby")
+    gain: tuple[float, float, float] = Field(
+        description="red, green, blue: factor from before to after, of what the baseline does not have"
+    )
     offset: tuple[float, float, float] = Field(description="red, green, blue: 8-bit levels, added after the factor")
     still: float | None = Field(
         None, description="share of the picture that is still; below 0.05 the whole picture was measured instead"

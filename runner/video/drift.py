@@ -12,7 +12,7 @@ with colour; pixels compared with themselves do not. Delta E is CIE76 in Lab (D6
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -69,9 +69,9 @@ class MeasuredJoint:
     frame: int  # the first after the joint
     step: float  # delta E of the still pixels, from NEAR frames before to NEAR frames after
     usual: float  # the median of such steps between other frames nearby
-    excess: float  # of `step`, above `usual`; with a baseline above the baseline's excess, too
-    gain: Triple
-    offset: Triple
+    excess: float  # of `step`, above `usual`; with a baseline that of the change against the baseline
+    gain: Triple  # from before to after; with a baseline, of what the video has and the baseline has not
+    offset: Triple  # the same, 8-bit levels
     still: float  # share of the picture that is still on both sides; below STILL_SHARE all pixels were taken
 
 
@@ -147,13 +147,7 @@ class DriftMeter:
     def _finish_segment(self) -> None:
         self._segments.append(_measure_segment(*self._current))
         if self._before:
-            steps = [_measure_step(*pair) for pair in zip(self._before, self._current, strict=True)]
-            fit, usual, still = steps[0]
-            excess = max(0.0, fit.delta_e - usual)
-            for other, other_usual, _ in steps[1:]:
-                excess = max(0.0, excess - max(0.0, other.delta_e - other_usual))
-            frame = self._current[0].begin
-            self._joints.append(MeasuredJoint(frame, fit.delta_e, usual, excess, fit.gain, fit.offset, still))
+            self._joints.append(_measure_joint(self._before, self._current))
         self._before, self._current = self._current, []
 
 
@@ -233,18 +227,54 @@ def _measure_segment(video: _SegmentStatistics, baseline: _SegmentStatistics | N
     )
 
 
-def _measure_step(before: _SegmentStatistics, after: _SegmentStatistics) -> tuple[ColourFit, float, float]:
-    """The joint's fit, the median delta E of steps between other frames nearby, and the share of still pixels."""
-    still, share = _choose(before.still() & after.still())
-    pictures = np.stack([picture[still] for picture in (*before.tail, *after.head)]).astype(np.float64)
-    joint = len(before.tail)
-    near = min(NEAR, joint, len(after.head))
+def _measure_joint(before: list[_SegmentStatistics], after: list[_SegmentStatistics]) -> MeasuredJoint:
+    """Of one video, or of a video and its baseline's.
 
-    def step(at: int) -> ColourFit:
-        return fit_colour(pictures[at - near : at].mean(axis=0), pictures[at : at + near].mean(axis=0))
+    With a baseline, the colours of both are compared on each side of the joint, and what changes between the two
+    comparisons is the excess: a change of the scene itself, which both videos show, is none.
+    """
+    masks = [side.still() for side in (*before, *after)]
+    still, share = _choose(np.logical_and.reduce(masks))
+    joint, behind = len(before[0].tail), len(after[0].head)
+    videos = [
+        np.stack([picture[still] for picture in (*one.tail, *other.head)]).astype(np.float64)
+        for one, other in zip(before, after, strict=True)
+    ]
+    near = min(NEAR, joint, behind)
+    others = [at for at in range(near, joint + behind - near + 1, 2) if at + near <= joint or at - near >= joint]
 
-    others = [at for at in range(near, len(pictures) - near + 1, 2) if at + near <= joint or at - near >= joint]
-    return step(joint), float(np.median([step(at).delta_e for at in others])) if others else 0.0, share
+    def means(at: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each video, float64 [pixels, 3] before and from frame `at` on."""
+        return [(video[at - near : at].mean(axis=0), video[at : at + near].mean(axis=0)) for video in videos]
+
+    def usual(step: Callable[[int], float]) -> float:
+        return float(np.median([step(at) for at in others])) if others else 0.0
+
+    own = fit_colour(*means(joint)[0])
+    own_usual = usual(lambda at: fit_colour(*means(at)[0]).delta_e)
+    frame = after[0].begin
+    if len(videos) == 1:
+        excess = max(0.0, own.delta_e - own_usual)
+        return MeasuredJoint(frame, own.delta_e, own_usual, excess, own.gain, own.offset, share)
+    against = _step_against(*means(joint))
+    excess = max(0.0, against.delta_e - usual(lambda at: _step_against(*means(at)).delta_e))
+    return MeasuredJoint(frame, own.delta_e, own_usual, excess, against.gain, against.offset, share)
+
+
+def _step_against(video: tuple[np.ndarray, np.ndarray], baseline: tuple[np.ndarray, np.ndarray]) -> ColourFit:
+    """How the video's colours change, from before to after, relative to the baseline's; means float64 [pixels, 3]."""
+    fits = [fit_colour(other, own) for own, other in zip(video, baseline, strict=True)]
+    (gain, offset), (later_gain, later_offset) = ((np.array(fit.gain), np.array(fit.offset)) for fit in fits)
+    change = later_gain / gain
+    rest = later_offset - change * offset
+    colours = baseline[0][:: -(-len(baseline[0]) // FIT_PIXELS)]
+    one, other = (np.clip(colours * g + o, 0, 255) for g, o in ((gain, offset), (later_gain, later_offset)))
+    return ColourFit(_triple(change), _triple(rest), _mean_delta_e(one, other))
+
+
+def _triple(values: np.ndarray) -> Triple:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _choose(still: np.ndarray) -> tuple[np.ndarray, float]:
