@@ -19,21 +19,22 @@ from runner.records.output_layout import REGRESSION, RUNS, regression_key
 from runner.records.record import LimitsRecord, LimitsRow
 from runner.spec.manifest import Job, Manifest
 from runner.spec.regression_limits import RegressionLimits
-from runner.storage import Storage
+from runner.storage import ObjectInfo, Storage
 
 __all__ = ["keep_limits", "limits_by_job", "limits_of_manifest"]
 
 
 def keep_limits(storage: Storage, run_id: str, jobs: Iterable[Job]) -> None:
     """Write the limits of `jobs`, the whole manifest's, into the folder of the run. Nothing is written where no job has
-    a limit, or where the same limits lie there already: the time of the file says when they were first given.
+    a limit and no earlier run kept any, or where the same limits lie there already: the time of the file says when they
+    were first given.
 
     Raises storage.*.
     """
     ids: dict[RegressionLimits, list[str]] = {}
     for job in jobs:
         ids.setdefault(job.regression, []).append(job.id)
-    if not ids.keys() - {RegressionLimits()}:
+    if not ids.keys() - {RegressionLimits()} and not _kept_files(storage):
         return
     rows = [
         LimitsRow(limits=limits.model_dump(mode="json", exclude_none=True), job_ids=found)
@@ -50,9 +51,8 @@ def limits_by_job(storage: Storage) -> dict[str, RegressionLimits]:
     Files of the same time are taken in the order of their run ids. Raises InputUnreadable for a damaged file, and
     storage.*.
     """
-    files = [info for info in storage.list(RUNS) if info.key.count("/") == 2 and info.key.endswith(f"/{REGRESSION}")]
     limits: dict[str, RegressionLimits] = {}
-    for info in sorted(files, key=lambda info: (info.modified, info.key)):
+    for info in sorted(_kept_files(storage), key=lambda info: (info.modified, info.key)):
         data = storage.read_bytes(info.key)
         if data is not None:  # a run may be removed meanwhile
             limits |= _parse(data, info.uri)
@@ -62,6 +62,10 @@ def limits_by_job(storage: Storage) -> dict[str, RegressionLimits]:
 def limits_of_manifest(manifest: Manifest) -> dict[str, RegressionLimits]:
     """Job id → its limits, of every job of the manifest."""
     return {job.id: job.regression for job in manifest.jobs}
+
+
+def _kept_files(storage: Storage) -> list[ObjectInfo]:
+    return [info for info in storage.list(RUNS) if info.key.count("/") == 2 and info.key.endswith(f"/{REGRESSION}")]
 
 
 def _parse(data: bytes, uri: str) -> dict[str, RegressionLimits]:

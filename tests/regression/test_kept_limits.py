@@ -79,6 +79,12 @@ def test_the_newest_file_that_names_a_job_counts(storage):
     assert limits_by_job(storage) == new | {"a": RegressionLimits(psnr_min=20)}
 
 
+def test_limits_that_a_manifest_says_no_longer_are_gone(storage):
+    keep_limits(storage, "old", manifest_of({"a": {"psnr_min": 20}}).jobs)
+    keep_limits(storage, "z-new", manifest_of({"a": None}).jobs)
+    assert limits_by_job(storage) == {"a": RegressionLimits()}
+
+
 def test_the_same_limits_again_leave_the_file_as_it_is(storage):
     """A shard that is started again later must not make an old run's limits the newest."""
     jobs = manifest_of({"a": {"psnr_min": 20}}).jobs
