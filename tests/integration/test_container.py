@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system_tests import ASKED_FOR, NOT_ASKED_FOR
+
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SH = ROOT / "tools" / "image.sh"
 TAG = "localhost/video-lab:test"
@@ -23,8 +25,8 @@ CONFINED = ("--read-only", "--network", "none", "--cap-drop", "all", "--security
 
 def why_not() -> str:
     """Why the image cannot be tested here; empty if it can."""
-    if os.environ.get("VIDEO_LAB_SYSTEM_TESTS") != "1":
-        return "VIDEO_LAB_SYSTEM_TESTS=1 is not set"
+    if not ASKED_FOR:
+        return NOT_ASKED_FOR
     if os.geteuid() != 0:
         return "needs root: the build mounts file systems"
     missing = [tool for tool in ("buildah", "podman", "runc", "mmdebstrap") if shutil.which(tool) is None]

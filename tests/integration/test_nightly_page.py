@@ -15,6 +15,7 @@ import yaml
 from runner.records.output_layout import RESULT
 from runner.spec.manifest import load_manifest, parse_manifest
 from runner.spec.regression_limits import RegressionLimits
+from tests.system_tests import system_test
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/nightly.md").read_text(encoding="utf-8")
@@ -52,9 +53,7 @@ def sh(folder: Path, models: Path, script: str, **more: str) -> subprocess.Compl
     )
 
 
-@pytest.mark.skipif(
-    os.environ.get("VIDEO_LAB_SYSTEM_TESTS") != "1", reason="VIDEO_LAB_SYSTEM_TESTS=1 is not set: six processes"
-)
+@system_test
 def test_a_whole_night_as_the_page_shows_it(folder, demo_models):
     night = "./nightly.sh"
     first = sh(folder, demo_models, night)

@@ -5,7 +5,6 @@ Frames carry their index in their pixels (tests/video_files.py), so that what is
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 from runner.regression.evidence import VideoLink
 from runner.regression.html_report import write_html
 from tests.regression.report_samples import FPS, FRAMES, HOSTILE, indexed_evidence, make_comparison, make_finding
+from tests.system_tests import ASKED_FOR, NOT_ASKED_FOR
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -39,8 +39,8 @@ def find_chromium() -> str | None:
 
 def why_not() -> str:
     """Why no browser is started here; empty if one is."""
-    if os.environ.get("VIDEO_LAB_SYSTEM_TESTS") != "1":
-        return "VIDEO_LAB_SYSTEM_TESTS=1 is not set"
+    if not ASKED_FOR:
+        return NOT_ASKED_FOR
     return "" if find_chromium() else "no chromium is installed"
 
 
