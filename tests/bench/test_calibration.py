@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench.run_bench import ROOT, run_bench
+from tests.system_tests import system_test
 
 
 @pytest.fixture
@@ -107,6 +108,7 @@ def test_the_nightly_jobs_are_those_of_the_manifest(bench):
             assert getattr(new, name) == getattr(old, name), (old.id, name)
 
 
+@system_test
 def test_calibration(tmp_path, demo_media):
     """One short job: another crf passes, and another dance does not."""
     models = str(tmp_path / "models")

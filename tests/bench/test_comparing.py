@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_comparing(tmp_path):
     """Few frames: every number is there, ratios are those of their numbers, memory is that of each length."""
     arguments = ("--part", "5", "--frames", "10", "--memory-frames", "10")
