@@ -16,7 +16,7 @@ import io
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -357,7 +357,6 @@ def _head(comparison: NightComparison, page: _Page) -> str:
         f"default-src 'none'; script-src {_hash(_text('report.js'))}; style-src {_hash(style)}; img-src data:; "
         f"media-src {media}; base-uri 'none'; form-action 'none'"
     )
-    to_look_at = sum(comparison.counts.get(verdict, 0) for verdict in TO_LOOK_AT)
     total = comparison.counts.get("total", len(comparison.jobs))
     timed = [job for job in comparison.jobs if job.seconds is not None and job.seconds_median is not None]
     return _render(
@@ -365,7 +364,7 @@ def _head(comparison: NightComparison, page: _Page) -> str:
         comparison=comparison,
         policy=policy,
         style=style,
-        to_look_at=to_look_at,
+        headline=_headline(comparison.counts, total),
         exit_code_means=EXIT_CODES.get(comparison.exit_code, ""),
         total=total,
         counts=[(verdict, comparison.counts.get(verdict, 0), meaning) for verdict, meaning in VERDICTS.items()],
@@ -374,6 +373,16 @@ def _head(comparison: NightComparison, page: _Page) -> str:
         seconds=sum(job.seconds or 0.0 for job in timed),
         seconds_median=sum(job.seconds_median or 0.0 for job in timed),
     )
+
+
+def _headline(counts: Mapping[str, int], total: int) -> str:
+    jobs = f"of {total} {'job' if total == 1 else 'jobs'}"
+    if to_look_at := sum(counts.get(verdict, 0) for verdict in TO_LOOK_AT):
+        return f"{to_look_at} {jobs} {'needs' if to_look_at == 1 else 'need'} a look"
+    if differing := counts.get("uncalibrated", 0):
+        verb, whom = ("differs", "it") if differing == 1 else ("differ", "them")
+        return f"{differing} {jobs} {verb}; no limits are known for {whom}"
+    return f"No job of {total} needs a look"
 
 
 def _hash(text: str) -> str:

@@ -171,7 +171,7 @@ def _of_form(new: OutputRecord, baseline: OutputRecord) -> list[Breach]:
 def _same_frames(finding: JobFinding) -> Breach:
     text = f"{_how_many(finding)}, although device, compute, memory mode and versions are the same"
     if finding.differences:
-        text = f"{_how_many(finding)}; asked for was {', '.join(finding.differences[:3])}"
+        text = f"{_how_many(finding)}; the request differs: {', '.join(finding.differences[:3])}"
     return Breach(metric="same_frames", text=text, frame=finding.first_frame)
 
 

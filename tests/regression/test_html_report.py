@@ -139,6 +139,12 @@ def test_a_night_without_changes_says_so(tmp_path):
     assert page.of("article") == []
 
 
+def test_a_night_that_cannot_be_judged_says_so(tmp_path):
+    jobs = [make_finding("uncalibrated", "a"), make_finding("identical", "b")]
+    page = write(make_comparison(jobs, exit_code=0), tmp_path)
+    assert "1 of 2 jobs differs; no limits are known for it" in page.text
+
+
 def test_the_page_names_nothing_outside_itself(tmp_path):
     finding = make_finding("broken")
     page = write(make_comparison([finding]), tmp_path, [indexed_evidence(tmp_path, finding)])

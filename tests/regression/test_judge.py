@@ -72,7 +72,7 @@ def test_other_frames_of_the_same_environment_are_broken_and_the_first_is_named(
 
 def test_what_was_asked_otherwise_is_said_instead():
     found = verdict_of(differing(exact=True, differences=["options.seed: 42 → 43"]), calibrated=DEFAULTS)
-    assert found.text == "2 of 3 frames differ, frame 1 first; asked for was options.seed: 42 → 43"
+    assert found.text == "2 of 3 frames differ, frame 1 first; the request differs: options.seed: 42 → 43"
 
 
 def test_another_environment_is_judged_by_metric():
