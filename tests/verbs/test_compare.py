@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from runner.cli import main, parse_command
 from runner.errors import ConfigInvalid, InputUnreadable
+from runner.records.people import make_people
 from runner.records.record import LimitsRecord, LimitsRow
 from runner.regression import judge
 from runner.regression.nights import last_nights
@@ -22,6 +24,7 @@ from runner.verbs.compare import Compared, compare
 from runner.verbs.settings import ApproveSettings, CompareSettings
 from tests.moving_scene import make_scene
 from tests.regression.night_stores import write_video
+from tests.regression.real_faces import ASTRONAUT_BOX, astronaut, face_networks, other_people  # noqa: F401
 
 FRAMES = 8
 LIMITS = {"same_frames": False, "psnr_min": 30.0}
@@ -255,3 +258,50 @@ def test_scratch_is_left_empty(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     lab.compare(lab.night("nn", limits=LIMITS, a=far), report=str(lab.folder / "report"))
     assert [path for path in (lab.folder / "cache").rglob("*") if path.is_file()] == []
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def portrait(picture: np.ndarray) -> np.ndarray:
+    """Some frames of a still portrait, a pixel of noise in each."""
+    frames = np.repeat(picture[None, :480, :480], 4, axis=0).copy()
+    for index, frame in enumerate(frames):
+        frame[index, index] ^= 255
+    return frames
+
+
+def keep_boxes(out: str, face: tuple[int, int, int, int]) -> None:
+    boxes = np.array([(10, 10, 470, 470)] * 4, np.float64)
+    people = make_people(boxes, np.array([face] * 4, np.float64), 480, 480, Fraction(16))
+    open_storage(out).write_bytes("jobs/a/people.json", people.to_json())
+
+
+def test_another_person_s_face_is_found_and_named(lab, face_networks):  # noqa: F811
+    first, second, third = (
+        lab.night(name, limits={"same_frames": False}, a=portrait(picture))
+        for name, picture in (("n", astronaut()), ("nn", np.roll(astronaut(), 2, axis=1)), ("nnn", other()[0]))
+    )
+    for night, face in ((first, ASTRONAUT_BOX), (second, ASTRONAUT_BOX), (third, other()[1])):
+        keep_boxes(night, face)
+    lab.approve(first)
+    store = str(face_networks.parent)
+    same = lab.compare(second, models=store).comparison
+    assert same.exit_code == 0 and same.jobs[0].measurements.identity.face_distance < 0.3
+    found = lab.compare(third, models=store).comparison
+    assert found.exit_code == 4
+    (breach,) = found.jobs[0].breaches
+    assert breach.metric == "face_distance" and breach.text.startswith("the face is another person's")
+    assert found.jobs[0].measurements.identity.face_pixels >= 64
+
+
+def other() -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    return other_people(1)[0]
+
+
+def test_an_image_encoder_that_is_not_trained_measures_nothing(lab, scene, far, tiny_store_dir):
+    lab.approve(lab.night("n", a=scene))
+    out = lab.night("nn", limits={"identity_min": 0.8, "same_frames": False}, a=far)
+    found = lab.compare(out, models=str(tiny_store_dir)).comparison.jobs[0]
+    assert found.measurements.identity.cosine is None
+    assert found.verdict == "broken" and "identity is not measurable" in found.text
