@@ -330,7 +330,10 @@ def reduce_picture(picture: np.ndarray, pixels: int = REDUCED_PIXELS) -> np.ndar
 
 
 def to_lab(colours: np.ndarray) -> np.ndarray:
-    """CIE Lab (D65), float64 [..., 3], of sRGB colours in 8-bit levels, [..., 3] of any float or integer type."""
+    """CIE Lab (D65), float64 [..., 3], of sRGB colours in 8-bit levels, [..., 3] of any float or integer type.
+
+    Written out here, as OpenCV's conversion was seen to be off by 0.3, and scikit-image is not there where jobs run.
+    """
     share = np.asarray(colours, np.float64) / 255
     linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
     xyz = linear @ TO_XYZ.T
