@@ -34,8 +34,10 @@ class Side:
     boxes: bytes | None = None
     fails: Exception | None = None
     fetched: list[Path] = field(default_factory=list)
+    lists_read: int = 0
 
     def digests(self) -> list[str] | None:
+        self.lists_read += 1
         return self.listed
 
     def people(self) -> bytes | None:
@@ -73,9 +75,10 @@ def compare(new: Side, baseline: Side, scratch: Path, limits: RegressionLimits =
     return JobComparison(**how).compare(finding, new, baseline, scratch / "job", given=limits, calibrated=None)
 
 
-def test_equal_digests_read_no_video(scene, side, tmp_path):
+def test_equal_frames_read_no_video_and_no_list_of_digests(scene, side, tmp_path):
     new, baseline = side(scene, "new"), side(scene, "baseline")
     finding, evidence = compare(new, baseline, tmp_path)
+    assert new.lists_read == baseline.lists_read == 0
     assert finding.verdict == "identical" and finding.exact and evidence is None
     assert new.fetched == baseline.fetched == [] and finding.joints == [JOINT]
 
