@@ -183,9 +183,8 @@ def ssim(frame: np.ndarray, other: np.ndarray) -> float:
 
     if np.array_equal(frame, other):
         return 1.0
-    single = [side.astype(np.float32) for side in (frame, other)]  # the same to 7 digits, in 0.6 of the time
     found = structural_similarity(
-        *single, gaussian_weights=True, sigma=SIGMA, use_sample_covariance=False, data_range=255, channel_axis=2
+        frame, other, gaussian_weights=True, sigma=SIGMA, use_sample_covariance=False, data_range=255, channel_axis=2
     )
     return float(found)
 
