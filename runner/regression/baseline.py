@@ -81,11 +81,6 @@ class BaselineJob:
         """Of the MP4, or of the folder of PNG frames with a slash at the end, in the baseline's storage."""
         return self._prefix + (FRAMES_FOLDER if self.is_frames else OUTPUT)
 
-    @property
-    def output_uri(self) -> str:
-        """Where the MP4 or the folder of frames lies, for people."""
-        return self.storage.uri(self.output_key.rstrip("/"))
-
     def digests(self) -> list[str] | None:
         """Hex sha256 of each frame, in order; None if the render came without. Raises InputUnreadable; storage.*."""
         data, output = self.read(FRAME_DIGESTS), self.record.output

@@ -197,11 +197,6 @@ class MetricNetworks:
                 why["face_distance"] = "dlib is not installed: pip install 'video-lab-runner[faces]'"
         return cls(None if isinstance(encoder, str) else encoder, lpips, faces, why)
 
-    @property
-    def is_empty(self) -> bool:
-        """There is nothing to measure with."""
-        return self.encoder is None and self.lpips is None and self.faces is None
-
 
 def frames_to_look_at(
     frames: int, joints: Iterable[int] = (), worst: Iterable[int] = (), most: int = MOST_FRAMES

@@ -21,7 +21,7 @@ from runner.storage import Storage
 __all__ = ["NightRender"]
 
 FILES_AT_ONCE = 8
-TODO = "Render the job again"
+REMEDY = "Render the job again"
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class NightRender:
             info = self.storage.stat(self.output.key)
             found = None if info is None else info.bytes
         if found is None:
-            raise InputNotFound("the output is gone", where=self._uri, todo=TODO)
+            raise InputNotFound("the output is gone", where=self._uri, todo=REMEDY)
         if found != self.output.bytes:
-            raise InputUnreadable(f"has {found} bytes; the record says {self.output.bytes}", where=self._uri, todo=TODO)
+            raise InputUnreadable(
+                f"has {found} bytes; the record says {self.output.bytes}", where=self._uri, todo=REMEDY
+            )
 
     def digests(self) -> list[str] | None:
         """Hex sha256 of each frame, in order; None if no list lies there. Raises InputUnreadable for another list."""
@@ -59,7 +61,7 @@ class NightRender:
         try:
             return check_digest_list(data, self.output)
         except ValueError as error:
-            raise InputUnreadable(str(error), where=self.storage.uri(key), todo=TODO) from error
+            raise InputUnreadable(str(error), where=self.storage.uri(key), todo=REMEDY) from error
 
     def people(self) -> bytes | None:
         """The content of people.json; None if there is none."""
@@ -71,12 +73,12 @@ class NightRender:
             path = dest / OUTPUT
             self.storage.fetch(self.output.key, path)
             if self.output.sha256 is not None and sha256_file(path) != self.output.sha256:
-                raise InputUnreadable("is not the file that the record tells of", where=self._uri, todo=TODO)
+                raise InputUnreadable("is not the file that the record tells of", where=self._uri, todo=REMEDY)
             return path
         keys = sorted(info.key for info in self.storage.list(self.output.key))
         if len(keys) != self.output.files:
             what = f"{len(keys)} frames lie there; the record says {self.output.files}"
-            raise InputUnreadable(what, where=self._uri, todo=TODO)
+            raise InputUnreadable(what, where=self._uri, todo=REMEDY)
         paths = [dest / key.rpartition("/")[2] for key in keys]
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             list(pool.map(self.storage.fetch, keys, paths))
