@@ -123,19 +123,45 @@ class FaultyServer(S3Server):
 @pytest.fixture(scope="session")
 def moto_s3() -> Iterator[S3Server]:
     """moto in this process: quick, complete, believes any credentials."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield S3Server(f"http://{host}:{port}")
-    server.stop()
+    pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
+    with _serving(moto_app()) as endpoint:
+        yield S3Server(endpoint)
+
+
+@contextmanager
+def _serving(app: Callable[..., Any]) -> Iterator[str]:
+    """Serve a WSGI application on a free port of the loopback, a thread for each request; its endpoint."""
+    from werkzeug.serving import make_server
+
+    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=quiet_handler())
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def moto_app() -> Callable[..., Any]:
+    """moto as a WSGI application, with conditional writes one at a time: moto looks first and writes afterwards, and
+    two threads were seen to create one object. A store that has conditional writes decides them atomically."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        conditional = environ.keys() & {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"}
+        if environ["REQUEST_METHOD"] not in ("PUT", "POST", "DELETE") or not conditional:
+            return moto(environ, start_response)
+        with lock:
+            return list(moto(environ, start_response))
+
+    return app
 
 
 def faulty_app(server: FaultyServer) -> Callable[..., Any]:
     """moto as a WSGI application for werkzeug's server, failing as `server` says of each request."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-    moto = DomainDispatcherApplication(create_backend_app)
+    moto = moto_app()
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         kind = server.note(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"])
@@ -183,16 +209,9 @@ def _flipped(app: Callable[..., Any], environ: dict[str, Any], start_response: C
 @pytest.fixture(scope="session")
 def _faulty_line() -> Iterator[FaultyServer]:
     pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
-    from werkzeug.serving import make_server
-
     server = FaultyServer("")
-    app = faulty_app(server)
-    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=quiet_handler())
-    server.endpoint = f"http://127.0.0.1:{http.server_port}"
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield server
-    http.shutdown()
-    http.server_close()
+    with _serving(faulty_app(server)) as server.endpoint:
+        yield server
 
 
 @pytest.fixture
