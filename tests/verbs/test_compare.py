@@ -17,6 +17,7 @@ from runner.errors import ConfigInvalid, InputUnreadable
 from runner.records.people import make_people
 from runner.records.record import LimitsRecord, LimitsRow
 from runner.regression import judge
+from runner.regression.job_comparison import JobComparison
 from runner.regression.nights import last_nights
 from runner.storage import open_storage
 from runner.verbs.approve import approve
@@ -258,6 +259,20 @@ def test_scratch_is_left_empty(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     lab.compare(lab.night("nn", limits=LIMITS, a=far), report=str(lab.folder / "report"))
     assert [path for path in (lab.folder / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_of_the_files_that_are_compared_one_job_s_are_kept_at_a_time(lab, scene, far, monkeypatch):
+    lab.approve(lab.night("n", a=scene, b=scene, c=scene))
+    others: list[list[str]] = []
+    compare_job = JobComparison.compare
+
+    def watch(self, finding, new, baseline, scratch, **how):
+        others.append([path.name for path in scratch.parent.glob("*") if path != scratch])
+        return compare_job(self, finding, new, baseline, scratch, **how)
+
+    monkeypatch.setattr(JobComparison, "compare", watch)
+    lab.compare(lab.night("nn", limits=LIMITS, a=far, b=far, c=far))
+    assert others == [[], [], []]
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------
