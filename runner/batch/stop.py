@@ -94,17 +94,24 @@ class Stop:
         return self.reason or (signal.Signals(self.signal).name if self.signal else None)
 
     @contextmanager
-    def listening(self, on_signal: Callable[[], None] = lambda: None) -> Iterator[Stop]:
-        """Handle SIGINT and SIGTERM inside; only from the main thread. `on_signal` runs in the handler."""
+    def listening(self, on_signal: Callable[[], None] = lambda: None, wakeup_descriptor: int = -1) -> Iterator[Stop]:
+        """Handle SIGINT and SIGTERM inside; only from the main thread. `on_signal` runs in the handler.
+
+        `wakeup_descriptor`: a pipe that does not block, which the main thread polls. A signal that comes just before
+        the poll, or to another thread, does not interrupt it: the handler would wait for the poll's end. A byte in this
+        pipe ends it (`signal.set_wakeup_fd`).
+        """
 
         def handle(signum: int, frame: FrameType | None) -> None:
             self.request(signum)
             on_signal()
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        descriptor_before = signal.set_wakeup_fd(wakeup_descriptor, warn_on_full_buffer=False)
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(descriptor_before)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 

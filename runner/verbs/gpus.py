@@ -162,7 +162,7 @@ def run_processes(
         structlog.get_logger().info("signals_ignored", why="the run is not in the main thread")
     progress.started(len(job_ids))
     try:
-        with stop.listening(group.count_signal) if in_main_thread else nullcontext():
+        with stop.listening(group.count_signal, writer) if in_main_thread else nullcontext():
             return group.run(places, reader)
     finally:
         progress.close()
@@ -199,7 +199,6 @@ class _GpuGroup:
     def count_signal(self) -> None:
         """Called in the signal's handler: only the loop writes to the processes."""
         self._signals += 1
-        self._wake()
 
     def run(self, places: Sequence[GpuPlace], wake_descriptor: int) -> SharedRun:
         for place in places:

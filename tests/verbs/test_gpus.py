@@ -251,7 +251,11 @@ def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
 
 
 class Signaller:
-    """Sends signals to this process from another thread, each when the log has an event so many times."""
+    """Sends signals to its own thread, each when the log has an event so many times.
+
+    A signal to the process goes to any of its threads, most often to the main one, whose poll it interrupts. One to
+    this thread shows that the poll ends without that.
+    """
 
     def __init__(self, *steps: tuple[str, int, int]) -> None:
         self.events: list[dict[str, Any]] = []
@@ -264,7 +268,7 @@ class Signaller:
             while len(named(self.events, event)) < count:
                 if self.ended.wait(0.01):
                     return
-            os.kill(os.getpid(), signum)
+            signal.pthread_kill(threading.get_ident(), signum)
 
 
 def start_signalled(settings: RunSettings, run: Callable[..., Any], *steps: tuple[str, int, int]) -> Any:
