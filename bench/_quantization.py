@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _json_file import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -133,8 +133,6 @@ def finish(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()
     """The notes on the terminal; everything, with what it was measured on, as JSON at `path`."""
     for note in notes:
         print(note)
-    if path is None:
-        return
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {
         "torch": torch.__version__,
@@ -144,5 +142,4 @@ def finish(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, **tables, "notes": list(notes)}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {"machine": machine, **tables, "notes": list(notes)})

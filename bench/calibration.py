@@ -34,6 +34,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from _json_file import write_json  # noqa: E402
+
 from runner.records.output_layout import OUTPUT, RESULT, job_key  # noqa: E402
 from runner.records.record import ResultRecord  # noqa: E402
 from runner.regression.findings import Measurements  # noqa: E402
@@ -386,9 +388,7 @@ def main() -> None:
             jobs, pairs = nightly_jobs(), NIGHTLY_PAIRS
         found = calibrate(jobs, pairs, arguments.models.absolute(), work, in_process=arguments.quick)
     show(found)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
 
 
 def calibrate(

@@ -8,7 +8,6 @@ Everything is measured in one run; the files come from the page cache, so readin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import threading
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _json_file import write_json
 
 from runner.quantization.files.checkpoint_write import quantize_store
 from runner.quantization.formats.e2m1 import FORMATS
@@ -96,9 +97,7 @@ def main() -> None:
             speed = f"{row['seconds']:6.1f} s, {row['times_reading']:5.0f}x reading, {row['gb_per_s']:.3f} GB/s"
             print(f"{method:>7}: {speed}; 69 GB in {row['minutes_for_69_gb']:.0f} min ({done.device})")
             print(f"         {row['rss_anon_mb']:.0f} MB anonymous at most")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import av  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+from _json_file import write_json  # noqa: E402
 from segment_cost import REAL_CLIP, made_frames, real_frames  # noqa: E402
 
 from runner.regression import frame_metrics  # noqa: E402
@@ -242,9 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = [int(count) for count in arguments.memory_frames.split(",") if count]
     found = bench(arguments.part, arguments.frames, counts, clip)
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

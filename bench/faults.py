@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from _json_file import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 S3_SHARE = 0.3  # of the trials: one over S3 takes three times as long
 COLUMNS = {
@@ -132,9 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     found = bench(arguments.trials, arguments.seed, arguments.stores.split(","))
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 1 if found["problems"] else 0
 
 

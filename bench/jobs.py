@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import _seed_job as seed_job  # noqa: E402
 import numpy as np  # noqa: E402
+from _json_file import write_json  # noqa: E402
 
 STEPS, FACE = 6, 32
 NOT_MEASURED = "not measured"
@@ -230,9 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         found = bench(arguments.jobs, arguments.processes, 4, Shape(21, 64, 96), whole_process=argv is None)
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

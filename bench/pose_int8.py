@@ -11,7 +11,6 @@ convolutions were converted too, which the runner does not do. Joints count wher
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import numpy as np  # noqa: E402
+from _json_file import write_json  # noqa: E402
 
 from runner.preprocess.networks.providers import NetworkOptions  # noqa: E402
 from runner.preprocess.networks.sessions import Network, open_network  # noqa: E402
@@ -201,9 +201,7 @@ def main() -> int:
         if arguments.real:
             found["convolutions"] = bench_convolutions(arguments.real, 24, Path(scratch))
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

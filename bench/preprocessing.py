@@ -11,7 +11,6 @@ found by the demo's tiny networks. `--real DIR`: a real detector, pose network a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -30,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import _official_steps as official  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
+from _json_file import write_json  # noqa: E402
 
 from runner.preprocess import conditions, poses  # noqa: E402
 from runner.preprocess.networks import vitpose, yolov10  # noqa: E402
@@ -353,9 +353,7 @@ def main() -> int:
         parser.error("at least 2 frames are needed")
     found = bench(frames, arguments.real)
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

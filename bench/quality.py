@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "tools"), str(R
 
 import _picture as picture  # noqa: E402
 import numpy as np  # noqa: E402
+from _json_file import write_json  # noqa: E402
 from demo_world import Example, example  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES = 96, 144, 21
@@ -288,9 +289,7 @@ def main() -> None:
         "verdicts": verdicts(rows, QUICK_STEPS if arguments.quick else STEPS),
     }
     show(found)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

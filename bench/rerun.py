@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from _fake_s3 import ENVIRONMENT, FakeS3  # noqa: E402
+from _json_file import write_json  # noqa: E402
 
 from tests.faults.file_operations import FileOperations  # noqa: E402
 from tests.faults.stub_runs import import_all, run_command  # noqa: E402
@@ -244,9 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     found = bench(arguments.jobs, arguments.latency_ms, arguments.stores.split(","))
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

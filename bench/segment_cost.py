@@ -17,7 +17,6 @@ autoencoder and so the state are in float32, and its quickest words with the aut
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -37,6 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from _json_file import write_json  # noqa: E402
 
 from runner.batch.delivery import Delivery  # noqa: E402
 from runner.batch.job_checkpoint import Chain, Checkpoints  # noqa: E402
@@ -334,9 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     clip = arguments.clip or (REAL_CLIP if REAL_CLIP.exists() else None)
     found = bench(arguments.stores.split(","), arguments.formats.split(","), arguments.segments, arguments.frames, clip)
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
     return 0
 
 

@@ -11,13 +11,10 @@ leaves a folder that is not named; a later approval removes it when it is old.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 from uuid import uuid4
 
 from pydantic import ValidationError
@@ -42,12 +39,12 @@ from runner.timing import now
 __all__ = [
     "ABANDONED_S",
     "FILES_AT_ONCE",
+    "ApprovalRequest",
     "Approved",
     "Refused",
     "approve_removal",
     "approve_render",
     "check_digest_list",
-    "in_parallel",
     "read_approvals",
 ]
 
@@ -55,8 +52,38 @@ ABANDONED_S = 24 * 3600.0  # assumed: no copy of one render takes a day
 FILES_AT_ONCE = 8
 _TRIES = 3
 
-T = TypeVar("T")
-R = TypeVar("R")
+
+@dataclass(frozen=True)
+class ApprovalRequest:
+    """Who accepts, why, and what may be replaced by it.
+
+    `run_id`: of the run that rendered, or that no longer renders the job; "" stands for the record's own. `draft`: a
+    first render that is accepted unseen; it replaces nothing. `as_of`: when the baseline was looked at, ISO 8601; what
+    was approved since then, or is of a later render, is not replaced unless `replace_newer`.
+    Raises ConfigInvalid for an `as_of` that is no time.
+    """
+
+    who: str
+    why: str
+    run_id: str = ""
+    draft: bool = False
+    as_of: str | None = None
+    replace_newer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.as_of is not None:
+            try:
+                parse_time(self.as_of)
+            except ValueError as error:
+                raise ConfigInvalid(
+                    f"{self.as_of!r} is no time", todo="Write it as 2026-01-31T06:00:00+00:00"
+                ) from error
+
+    def refuse_newer(self, job_id: str, standing: Approval) -> Refused | None:
+        """The refusal, where `standing` was approved after the baseline was looked at."""
+        if self.replace_newer or self.as_of is None or parse_time(standing.when) < parse_time(self.as_of):
+            return None
+        return Refused(f"{job_id} was approved after {self.as_of}. {standing.sentence()}", standing)
 
 
 @dataclass(frozen=True)
@@ -96,26 +123,17 @@ def approve_render(
     storage: Storage,
     out: Storage,
     record: ResultRecord,
-    *,
-    who: str,
-    why: str,
-    run_id: str = "",
-    draft: bool = False,
-    as_of: str | None = None,
-    replace_newer: bool = False,
+    request: ApprovalRequest,
     scratch: Path | None = None,
 ) -> Approved | Refused:
     """Copy the job of `record` from `out` into the baseline `storage`, and let it stand there.
 
-    `run_id`: "" stands for the record's own. `draft`: a first render that is accepted unseen; it replaces nothing.
-    `as_of`: when the baseline was looked at, ISO 8601. Refused: what was approved after `as_of`, or is of a later
-    render, unless `replace_newer`; always, what is approved while this runs. Refused too: a job that failed, one that
-    was rendered again since `record` was read, and an output that is missing or not the recorded one.
+    Refused: what `request` may not replace, and always what is approved while this runs. Refused too: a job that
+    failed, one that was rendered again since `record` was read, and an output that is missing or not the recorded one.
 
     A render that stands already stays, and its approval too. `scratch`: where files lie in between; None: the system's
-    folder. Raises ConfigInvalid for an `as_of` that is no time; InputUnreadable for damaged approvals; storage.*.
+    folder. Raises InputUnreadable for damaged approvals; storage.*.
     """
-    looked_at = None if as_of is None else _parse_as_of(as_of)
     output = record.output
     if record.status != "succeeded" or output is None:
         return Refused(f"{record.job_id} failed; there is no render to approve")
@@ -131,20 +149,20 @@ def approve_render(
     before, version = read_approvals(storage, name)
     standing = None if before is None else before.approvals[0]
     if standing is not None:
-        if _is_render(standing, record) and draft >= standing.draft and _is_there(storage, name, standing, output):
+        accepted = _is_render(standing, record) and request.draft >= standing.draft
+        if accepted and _is_there(storage, name, standing, output):
             return Approved(standing, unchanged=True)
-        if draft:
+        if request.draft:
             return Refused(
                 f"{record.job_id} has a baseline, and a draft replaces none. {standing.sentence()}", standing
             )
-        if not replace_newer:
-            if looked_at is not None and parse_time(standing.when) >= looked_at:
-                return Refused(f"{record.job_id} was approved after {as_of}. {standing.sentence()}", standing)
-            if parse_time(standing.finished_at) > finished:
-                later = f"its baseline was rendered later, at {standing.finished_at}"
-                return Refused(
-                    f"{record.job_id} was rendered at {record.finished_at}; {later}. {standing.sentence()}", standing
-                )
+        if (refused := request.refuse_newer(record.job_id, standing)) is not None:
+            return refused
+        if not request.replace_newer and parse_time(standing.finished_at) > finished:
+            later = f"its baseline was rendered later, at {standing.finished_at}"
+            return Refused(
+                f"{record.job_id} was rendered at {record.finished_at}; {later}. {standing.sentence()}", standing
+            )
 
     token = uuid4().hex[:16]
     prefix = render_prefix(name, token)
@@ -156,15 +174,15 @@ def approve_render(
             return Refused(copied)
         approval = Approval(
             token=token,
-            who=who,
+            who=request.who,
             when=now(),
-            why=why,
-            run_id=run_id or record.run_id,
+            why=request.why,
+            run_id=request.run_id or record.run_id,
             out=out.root,
             fingerprint=record.fingerprint,
             frames_sha256=output.frames_sha256,
             finished_at=record.finished_at,
-            draft=draft,
+            draft=request.draft,
             output_sha256=copied[0],
             output_bytes=copied[1],
             output_files=copied[2],
@@ -179,44 +197,33 @@ def approve_render(
     return Approved(approval, notes=_tidy(storage, name, before))
 
 
-def approve_removal(
-    storage: Storage,
-    name: JobName,
-    *,
-    who: str,
-    why: str,
-    run_id: str,
-    as_of: str | None = None,
-    replace_newer: bool = False,
-) -> Approved | Refused:
+def approve_removal(storage: Storage, name: JobName, request: ApprovalRequest) -> Approved | Refused:
     """Accept that a job is no longer rendered: from now on it has no baseline, and is not missing.
 
     Refused as by `approve_render`; also if the job has no baseline. Its files are kept as those of other approvals.
     """
-    looked_at = None if as_of is None else _parse_as_of(as_of)
     before, version = read_approvals(storage, name)
     if before is None:
         return Refused(f"{name.job_id} has no baseline")
     standing = before.approvals[0]
     if standing.removed:
         return Approved(standing, unchanged=True)
-    if not replace_newer and looked_at is not None and parse_time(standing.when) >= looked_at:
-        return Refused(f"{name.job_id} was approved after {as_of}. {standing.sentence()}", standing)
+    if (refused := request.refuse_newer(name.job_id, standing)) is not None:
+        return refused
     moment = now()
-    approval = Approval(token="", who=who, when=moment, why=why, run_id=run_id, finished_at=moment, removed=True)
+    approval = Approval(
+        token="",
+        who=request.who,
+        when=moment,
+        why=request.why,
+        run_id=request.run_id,
+        finished_at=moment,
+        removed=True,
+    )
     other = _write(storage, name, approval, before, version)
     if other is not None:
         return Refused(f"another approval of {name.job_id} came meanwhile. {other.sentence()}", other)
     return Approved(approval, notes=_tidy(storage, name, before))
-
-
-def in_parallel(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
-    """`work` of each item, in order. What it raises first is raised, and what has not begun is left out."""
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        return list(pool.map(work, items))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def check_digest_list(data: bytes, output: OutputRecord) -> list[str]:
@@ -229,13 +236,6 @@ def check_digest_list(data: bytes, output: OutputRecord) -> list[str]:
     if output.frames_hash == FRAMES_HASH and combined_digest(digests) != output.frames_sha256:
         raise ValueError("not the digests of the recorded frames")
     return digests
-
-
-def _parse_as_of(text: str) -> datetime:
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise ConfigInvalid(f"{text!r} is no time", todo="Write it as 2026-01-31T06:00:00+00:00") from error
 
 
 def _is_render(approval: Approval, record: ResultRecord) -> bool:
@@ -307,7 +307,8 @@ def _copy_files(
             where = storage.uri(prefix + name)
             raise StorageUnavailable("the copy is not what was copied", where=where, todo="Try again")
 
-    in_parallel(store, files, FILES_AT_ONCE)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(store, files))
     return combine(digests), nbytes, len(digests)
 
 
@@ -337,7 +338,8 @@ def _fetch_output(out: Storage, job_id: str, output: OutputRecord, scratch: Path
     def fetch(key: str) -> ObjectInfo:
         return out.fetch(key, scratch / names[key])
 
-    infos = in_parallel(fetch, keys, FILES_AT_ONCE)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        infos = list(pool.map(fetch, keys))
     identity, nbytes, count = combined_identity({info.key: (out.identify(info), info.bytes) for info in infos})
     if (identity, nbytes, count) != (output.identity, output.bytes, output.files):
         return wrong

@@ -9,6 +9,7 @@ The folder of the job's own device counts; where it has none, the newest approva
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,12 @@ from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, RESULT
 from runner.records.record import ResultRecord
 from runner.regression.approving import (
     FILES_AT_ONCE,
+    ApprovalRequest,
     Approved,
     Refused,
     approve_removal,
     approve_render,
     check_digest_list,
-    in_parallel,
     read_approvals,
 )
 from runner.regression.baseline_layout import FRAMES_FOLDER, JobName, jobs_prefix, render_prefix
@@ -119,7 +120,8 @@ class BaselineJob:
             self.storage.fetch(self._prefix + name, paths[name])
             return sha256_file(paths[name])
 
-        digests = dict(zip(paths, in_parallel(fetch, paths, FILES_AT_ONCE), strict=True))
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            digests = dict(zip(paths, pool.map(fetch, paths), strict=True))
         if combine(digests) != self.approval.output_sha256:
             raise self._damaged("the output is not what was approved", key.rstrip("/"))
         return list(paths.values()) if self.is_frames else paths[OUTPUT]
@@ -183,39 +185,13 @@ class Baseline:
         found = self._read(JobName(device, recipe, job_id) for job_id in ids)
         return [job for job in found.values() if job is not None and not job.approval.removed]
 
-    def approve(
-        self,
-        out: Storage,
-        record: ResultRecord,
-        *,
-        who: str,
-        why: str,
-        run_id: str = "",
-        draft: bool = False,
-        as_of: str | None = None,
-        replace_newer: bool = False,
-    ) -> Approved | Refused:
+    def approve(self, out: Storage, record: ResultRecord, request: ApprovalRequest) -> Approved | Refused:
         """Let the render of `record` in `out` stand for its job: see `approve_render`."""
-        return approve_render(
-            self.storage,
-            out,
-            record,
-            who=who,
-            why=why,
-            run_id=run_id,
-            draft=draft,
-            as_of=as_of,
-            replace_newer=replace_newer,
-            scratch=self._scratch,
-        )
+        return approve_render(self.storage, out, record, request, self._scratch)
 
-    def approve_removal(
-        self, name: JobName, *, who: str, why: str, run_id: str, as_of: str | None = None, replace_newer: bool = False
-    ) -> Approved | Refused:
+    def approve_removal(self, name: JobName, request: ApprovalRequest) -> Approved | Refused:
         """Accept that a job is no longer rendered: see `approving.approve_removal`."""
-        return approve_removal(
-            self.storage, name, who=who, why=why, run_id=run_id, as_of=as_of, replace_newer=replace_newer
-        )
+        return approve_removal(self.storage, name, request)
 
     def _read(self, names: Iterable[JobName]) -> dict[JobName, BaselineJob | None]:
         wanted = list(names)
@@ -224,7 +200,8 @@ class Baseline:
             approvals, _ = read_approvals(self.storage, name)
             return None if approvals is None else BaselineJob(self.storage, name, approvals)
 
-        return dict(zip(wanted, in_parallel(read, wanted, READS_AT_ONCE), strict=True))
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            return dict(zip(wanted, pool.map(read, wanted), strict=True))
 
     def _folders(self, prefix: str) -> list[str]:
         """Names of folders that can be part of a key; other things may lie in a baseline too."""

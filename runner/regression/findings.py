@@ -32,10 +32,10 @@ __all__ = [
 
 PSNR_OF_EQUAL = 100.0
 
-# failed: the night has no output of it. broken: a limit is broken. new: no baseline. missing: in the baseline alone.
-# uncalibrated: it differs, and no limit is known for this model and device. changed: it differs within the limits.
-# draft: a first night, accepted by --bootstrap. identical: the same frames.
-Verdict = Literal["failed", "broken", "new", "missing", "uncalibrated", "changed", "draft", "identical"]
+# In the order of every report. broken: a limit is broken. failed: the night has no output of it. new: no baseline.
+# missing: in the baseline alone. uncalibrated: it differs, and no limit is known for this model and device. changed: it
+# differs within the limits. draft: a first night, accepted by --bootstrap. identical: the same frames.
+Verdict = Literal["broken", "failed", "new", "missing", "uncalibrated", "changed", "draft", "identical"]
 
 
 class FrameValues(Record):

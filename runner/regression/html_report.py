@@ -26,14 +26,14 @@ from urllib.parse import urlsplit
 
 from runner.errors import as_runner_error
 from runner.regression.evidence import AMPLIFIED, PICTURES, JobEvidence, VideoLink
-from runner.regression.findings import FrameValues, JobFinding, NightComparison
+from runner.regression.findings import FrameValues, JobFinding, NightComparison, Verdict
 
 __all__ = ["TOTAL_EMBED_BYTES", "VERDICTS", "write_html"]
 
 # What each verdict means, in the order of the report.
-VERDICTS = {
-    "failed": "the night has no output of it",
+VERDICTS: dict[Verdict, str] = {
     "broken": "a limit is broken",
+    "failed": "the night has no output of it",
     "new": "there is no baseline yet",
     "missing": "only the baseline has it",
     "uncalibrated": "it differs; no limit is known for this model and device",
@@ -47,7 +47,7 @@ EXIT_CODES = {
     2: "the baseline cannot be read or has none of these jobs",
     4: "a job differs, is new or is missing",
 }
-TO_LOOK_AT = ("failed", "broken", "new", "missing")
+TO_LOOK_AT = ("broken", "failed", "new", "missing")
 ON_ONE_LINE = ("identical", "draft")
 VIDEOS = ("baseline", "new")
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import get_args
 
 from runner.records.record import Efficiency, OutputRecord, ResultRecord
 from runner.regression.diagnosis import name_face, shows_another_face
 from runner.regression.face_network import SAME_PERSON
 from runner.regression.findings import Breach, Identity, JobFinding, Measurements, PerformanceFinding, Verdict
 from runner.spec.regression_limits import RegressionLimits
+from runner.video import FRAMES_HASH
 
 __all__ = [
+    "DIFFERS",
     "ORDER",
     "FrameChange",
     "differences",
@@ -31,20 +34,10 @@ __all__ = [
     "same_picture",
 ]
 
-ORDER: tuple[Verdict, ...] = (  # of the jobs in every report
-    "broken",
-    "failed",
-    "new",
-    "missing",
-    "uncalibrated",
-    "changed",
-    "draft",
-    "identical",
-)
+ORDER: tuple[Verdict, ...] = get_args(Verdict)  # of the jobs in every report
 DIFFERS = frozenset({"broken", "new", "missing"})
 OWN_VERSION = "version of video-lab-runner"
 NIGHTS_NEEDED = 3  # of a median that a limit rests on: one slow night would be half of fewer
-FRAMES_HASH = 2  # the frames_sha256 of older records was made in another way
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ def judge(
 
 def exit_code_of_verdicts(verdicts: Sequence[Verdict]) -> int:
     """4: a job differs, is new or missing; 1: a job failed; 0 else; the first of them counts."""
-    if DIFFERS & set(verdicts):
+    if DIFFERS.intersection(verdicts):
         return 4
     return 1 if "failed" in verdicts else 0
 

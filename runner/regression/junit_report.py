@@ -1,37 +1,30 @@
 """JUnit report: what `compare` found, for the test view of a CI system.
 
-In:   a `NightComparison`. Out: an XML file of one test suite with one test case a job. Never: what a verdict is.
+In:   a `NightComparison`. Out: XML of one test suite with one test case a job. Never: what a verdict is.
 
 A job that failed is an error; a broken limit, a new and a missing job are failures; all else passes.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
-from pathlib import Path
-from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from runner.errors import as_runner_error
 from runner.regression.findings import JobFinding, NightComparison
+from runner.regression.judge import DIFFERS
 
-__all__ = ["write_junit"]
+__all__ = ["junit"]
 
 SUITE = "video-lab compare"
-FAILURES = ("broken", "new", "missing")
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 
 
-def write_junit(comparison: NightComparison, dest: Path) -> None:
-    """Write the suite to `dest`, whole or not at all. Raises StorageFull and StorageDenied as the disk does.
-
-    Characters that XML cannot hold are left out.
-    """
+def junit(comparison: NightComparison) -> bytes:
+    """The suite in UTF-8. Characters that XML cannot hold are left out."""
     cases = [_case(job) for job in comparison.jobs]
     numbers = {
         "tests": len(cases),
-        "failures": sum(job.verdict in FAILURES for job in comparison.jobs),
+        "failures": sum(job.verdict in DIFFERS for job in comparison.jobs),
         "errors": sum(job.verdict == "failed" for job in comparison.jobs),
         "time": _seconds(sum(job.seconds or 0.0 for job in comparison.jobs)),
     }
@@ -44,18 +37,7 @@ def write_junit(comparison: NightComparison, dest: Path) -> None:
         SubElement(suite, "system-out").text = _clean("\n".join(["The environment differs:", *comparison.environment]))
     root.append(suite)
     indent(root)
-    dest = Path(dest)
-    part = dest.with_name(dest.name + ".part")
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            ElementTree(root).write(part, encoding="utf-8", xml_declaration=True)
-            os.replace(part, dest)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-    except OSError as error:
-        raise as_runner_error(error, where=dest) from error
+    return bytes(tostring(root, encoding="utf-8", xml_declaration=True))
 
 
 def _case(job: JobFinding) -> Element:
@@ -64,7 +46,7 @@ def _case(job: JobFinding) -> Element:
     why = "\n".join([*(breach.text for breach in job.breaches), *job.differences, *job.notes])
     if job.verdict == "failed":
         _add_outcome(case, "error", job, job.error or why)
-    elif job.verdict in FAILURES:
+    elif job.verdict in DIFFERS:
         _add_outcome(case, "failure", job, why or job.text)
     elif job.verdict != "identical":
         SubElement(case, "system-out").text = _clean("\n".join([job.text, *filter(None, [why])]))

@@ -15,12 +15,11 @@ from runner.errors import InputNotFound, InputUnreadable
 from runner.hashing import sha256_file
 from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, job_key
 from runner.records.record import OutputRecord, ResultRecord
-from runner.regression.approving import check_digest_list
+from runner.regression.approving import FILES_AT_ONCE, check_digest_list
 from runner.storage import Storage
 
 __all__ = ["NightRender"]
 
-FILES_AT_ONCE = 8
 REMEDY = "Render the job again"
 
 

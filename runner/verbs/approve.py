@@ -12,7 +12,7 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -20,7 +20,7 @@ from runner.batch.scratch import scratch_folder
 from runner.errors import ConfigInvalid
 from runner.records.events import default_logging
 from runner.records.record import ResultRecord
-from runner.regression.approving import Approved, Refused
+from runner.regression.approving import ApprovalRequest, Approved, Refused
 from runner.regression.baseline import Baseline, BaselineJob
 from runner.regression.baseline_layout import JobName, name_job
 from runner.storage import open_storage, probe_writable
@@ -52,7 +52,9 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
     out, storage = open_storage(settings.out), open_storage(settings.baseline)
     jobs = read_jobs(out)
     chosen = [(row, record) for row, record in jobs if fits(row.id, settings.job)]
-    who = settings.who or default_approver()
+    request = ApprovalRequest(
+        settings.who or default_approver(), settings.why, as_of=settings.as_of, replace_newer=settings.replace_newer
+    )
     probe_writable(storage)
     with scratch_folder(settings.cache) as scratch:
         baseline = Baseline(storage, scratch=scratch)
@@ -74,29 +76,14 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
             row, record = item
             if row.status != "succeeded" or record is None:
                 return ApproveRow(row.id, "refused", f"{row.status}: {row.detail}")
-            found = baseline.approve(
-                out,
-                record,
-                who=who,
-                why=settings.why,
-                as_of=settings.as_of,
-                replace_newer=settings.replace_newer,
-            )
-            return _row(row.id, found, "approved")
+            return _row(row.id, baseline.approve(out, record, request), "approved")
 
         with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
             rows = list(pool.map(accept, chosen))
         run_id = max((record.finished_at, record.run_id) for record in records)[1] if records else ""
         for name in leaving:
-            found = baseline.approve_removal(
-                name,
-                who=who,
-                why=settings.why,
-                run_id=run_id,
-                as_of=settings.as_of,
-                replace_newer=settings.replace_newer,
-            )
-            rows.append(_row(name.job_id, found, "removed"))
+            removed = baseline.approve_removal(name, replace(request, run_id=run_id))
+            rows.append(_row(name.job_id, removed, "removed"))
     return sorted(rows, key=lambda row: row.id)
 
 

@@ -25,7 +25,7 @@ from runner.batch.scratch import scratch_folder
 from runner.errors import ConfigInvalid, InputError
 from runner.records.events import default_logging
 from runner.records.record import ResultRecord
-from runner.regression.approving import Refused
+from runner.regression.approving import ApprovalRequest, Refused
 from runner.regression.baseline import Baseline, BaselineJob
 from runner.regression.baseline_layout import JobName, name_job
 from runner.regression.defaults import CALIBRATED, is_calibrated
@@ -35,7 +35,7 @@ from runner.regression.html_report import write_html
 from runner.regression.identity import MetricNetworks
 from runner.regression.job_comparison import BASELINE_UNREADABLE, JobComparison
 from runner.regression.judge import ORDER, environment_changes, exit_code_of_verdicts
-from runner.regression.junit_report import write_junit
+from runner.regression.junit_report import junit
 from runner.regression.kept_limits import limits_by_job, limits_of_manifest
 from runner.regression.markdown_report import markdown
 from runner.regression.night_renders import NightRender
@@ -77,20 +77,22 @@ def compare(settings: CompareSettings) -> Compared:
     approvals, storage.*.
     """
     out, store = open_storage(settings.out), open_storage(settings.baseline)
-    for storage in [open_storage(settings.report)] if settings.report is not None else []:
-        probe_writable(storage)
+    report = None if settings.report is None else open_storage(settings.report)
+    if report is not None:
+        probe_writable(report)
     with scratch_folder(settings.cache) as scratch:
-        return _Night(settings, out, store, scratch).compare()
+        return _Night(settings, out, store, report, scratch).compare()
 
 
 class _Night:
     """One comparison under way."""
 
-    def __init__(self, settings: CompareSettings, out: Storage, store: Storage, scratch: Path) -> None:
-        self._settings, self._out, self._scratch = settings, out, scratch
+    def __init__(
+        self, settings: CompareSettings, out: Storage, store: Storage, report: Storage | None, scratch: Path
+    ) -> None:
+        self._settings, self._out, self._report, self._scratch = settings, out, report, scratch
         self._begun, self._made_at = time.monotonic(), now()
         self._baseline = Baseline(store, scratch=scratch)
-        self._report = None if settings.report is None else open_storage(settings.report)
         self._store, self._histories = store, dict[tuple[str, str], list[Night]]()
         self._limits = self._read_limits()
         self._networks = self._open_networks()
@@ -230,9 +232,8 @@ class _Night:
         return comparison.compare(finding, job, standing, folder, given=given, calibrated=calibrated)
 
     def _accept_draft(self, finding: JobFinding, record: ResultRecord) -> JobFinding:
-        accepted = self._baseline.approve(
-            self._out, record, who=default_approver(), why=FIRST_NIGHT, draft=True, as_of=self._made_at
-        )
+        request = ApprovalRequest(default_approver(), FIRST_NIGHT, draft=True, as_of=self._made_at)
+        accepted = self._baseline.approve(self._out, record, request)
         if isinstance(accepted, Refused):
             return finding.model_copy(update={"text": f"it was not accepted as a draft: {accepted.why}"})
         return finding.model_copy(update={"verdict": "draft", "text": "a first night, accepted as a draft"})
@@ -314,15 +315,13 @@ class _Night:
 
     def _write_report(self, report: Storage, comparison: NightComparison) -> None:
         """Four files, the page last: where it is, the others are."""
-        folder = self._scratch / "report"
-        folder.mkdir()
-        (folder / JSON).write_bytes(comparison.to_json())
-        (folder / MARKDOWN).write_text(markdown(comparison), encoding="utf-8")
-        write_junit(comparison, folder / JUNIT)
+        report.write_bytes(JSON, comparison.to_json())
+        report.write_bytes(MARKDOWN, markdown(comparison).encode())
+        report.write_bytes(JUNIT, junit(comparison))
+        page = self._scratch / HTML
         shown = (self._evidence[finding.id] for finding in comparison.jobs if finding.id in self._evidence)
-        write_html(comparison, shown, folder / HTML, embed_bytes=int(self._settings.embed_mb * MB))
-        for name in (JSON, MARKDOWN, JUNIT, HTML):
-            report.publish(folder / name, name)
+        write_html(comparison, shown, page, embed_bytes=int(self._settings.embed_mb * MB))
+        report.publish(page, HTML)
 
 
 def _failed(job_id: str, text: str, error: str, record: ResultRecord | None) -> JobFinding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -41,14 +42,14 @@ def _same_on_any_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, s
     return {"x264-params": "asm=avx2"} if has_avx512 else {}
 
 
-class _Writer:
-    """Verbs that every writer shares: an error inside `with` aborts, else leaving it closes."""
+class _Writer(ABC):
+    """What every writer shares: an error inside `with` aborts, else leaving it closes."""
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
-    def abort(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def abort(self) -> None: ...
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from runner.records.approval import KEPT_APPROVALS, Approvals
 from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSTER, job_key
 from runner.records.record import ResultRecord
 from runner.regression import approving
-from runner.regression.approving import Approved, Refused
+from runner.regression.approving import ApprovalRequest, Approved, Refused
 from runner.regression.baseline import Baseline
 from runner.regression.baseline_layout import approvals_key, job_prefix, name_job
 from runner.storage import LocalStorage, Storage, open_storage
@@ -44,7 +45,7 @@ def named(storage: Storage, record: ResultRecord) -> list[str]:
 def approve(
     baseline: Baseline, out: Storage, record: ResultRecord, who: str = "anna", **more: Any
 ) -> Approved | Refused:
-    return baseline.approve(out, record, who=who, why=f"as {who} wants it", **more)
+    return baseline.approve(out, record, ApprovalRequest(who, f"as {who} wants it", **more))
 
 
 def standing(baseline: Baseline, record: ResultRecord, dest: Path) -> tuple[str, bytes]:
@@ -188,15 +189,15 @@ class BaselineContract:
     def test_a_removal_is_approved_too(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
         record = write_render(out, tmp_path / "s")
         name = name_job(record)
-        reason = {"who": "bea", "why": "the dance is no longer needed", "run_id": "r2"}
-        assert isinstance(baseline.approve_removal(name, **reason), Refused)  # it has no baseline
+        request = ApprovalRequest("bea", "the dance is no longer needed", "r2")
+        assert isinstance(baseline.approve_removal(name, request), Refused)  # it has no baseline
         approve(baseline, out, record)
-        assert isinstance(baseline.approve_removal(name, **reason, as_of="2020-01-01"), Refused)
-        done = baseline.approve_removal(name, **reason)
+        assert isinstance(baseline.approve_removal(name, replace(request, as_of="2020-01-01")), Refused)
+        done = baseline.approve_removal(name, request)
         assert isinstance(done, Approved)
         assert baseline.find([name]) == {}
         assert baseline.jobs("cpu", "fp4-distill") == []
-        assert baseline.approve_removal(name, **reason) == Approved(done.approval, unchanged=True)
+        assert baseline.approve_removal(name, request) == Approved(done.approval, unchanged=True)
         refused = approve(baseline, out, record)  # rendered before it was removed
         assert isinstance(refused, Refused)
         assert "A removal of run r2 was approved by bea" in refused.why
@@ -488,32 +489,23 @@ def run_until(folder: Path, prepared: Path, out: Storage, record: ResultRecord, 
     return len(writes)
 
 
-def test_an_error_leaves_no_files(tmp_path, out, baseline):
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_error_at_the_approval_s_write_leaves_no_files_or_a_whole_render(tmp_path, out, baseline, moment):
+    """Before it: the store is away. After it: the answer is lost."""
     record = write_render(out, tmp_path / "s")
     hooked = HookedStorage(baseline.storage)
 
     def fail(name: str, arguments: Any) -> None:
         if name == "write_if":
-            raise StorageUnavailable("the store is away")
+            raise StorageUnavailable("no answer")
 
-    hooked.before = fail
+    setattr(hooked, moment, fail)
     with pytest.raises(StorageUnavailable):
         approve(Baseline(hooked), out, record)
-    assert list(baseline.storage.list()) == []
-
-
-def test_an_error_after_the_approval_was_written_leaves_it_whole(tmp_path, out, baseline):
-    record = write_render(out, tmp_path / "s")
-    hooked = HookedStorage(baseline.storage)
-
-    def fail(name: str, arguments: Any) -> None:
-        if name == "write_if":
-            raise StorageUnavailable("the answer was lost")
-
-    hooked.after = fail
-    with pytest.raises(StorageUnavailable):
-        approve(Baseline(hooked), out, record)
-    assert standing(baseline, record, tmp_path / "f")[0] == "anna"
+    if moment == "before":
+        assert list(baseline.storage.list()) == []
+    else:
+        assert standing(baseline, record, tmp_path / "f")[0] == "anna"
 
 
 def test_files_that_cannot_be_removed_are_noted(tmp_path, out, baseline):

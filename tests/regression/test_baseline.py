@@ -11,7 +11,7 @@ import pytest
 from runner.errors import InputUnreadable, StorageUnavailable
 from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, RESULT
 from runner.regression import baseline as baseline_module
-from runner.regression.approving import Approved
+from runner.regression.approving import ApprovalRequest, Approved
 from runner.regression.baseline import Baseline
 from runner.regression.baseline_layout import JobName, approvals_key, name_job
 from runner.storage import LocalStorage, Storage, open_storage
@@ -34,7 +34,7 @@ def accept(tmp_path: Path, baseline: Baseline) -> Callable[..., JobName]:
     def work(job_id: str = "a", *, draft: bool = False, **more: Any) -> JobName:
         out = LocalStorage(tmp_path / "out")
         record = write_render(out, tmp_path / "s", job_id, **more)
-        done = baseline.approve(out, record, who="anna", why="good", draft=draft)
+        done = baseline.approve(out, record, ApprovalRequest("anna", "good", draft=draft))
         assert isinstance(done, Approved)
         return name_job(record)
 
@@ -62,7 +62,7 @@ def test_a_draft_of_another_device_counts_where_nothing_better_is(baseline, acce
     gpu = accept(draft=True, **GPU)
     assert baseline.find([unknown])[unknown].name == cpu
     assert baseline.find([gpu])[gpu].approval.draft
-    baseline.approve_removal(cpu, who="bea", why="gone", run_id="r")
+    baseline.approve_removal(cpu, ApprovalRequest("bea", "gone", "r"))
     assert baseline.find([unknown, cpu])[unknown].name == gpu
     assert cpu not in baseline.find([cpu])  # removed here: another device's does not count
 
@@ -157,7 +157,7 @@ def test_a_search_lists_each_recipe_once_and_reads_one_object_a_job(
     names = []
     for number in range(4):
         record = write_render(out, tmp_path / "s", f"job{number}", png=True)
-        local.approve(out, record, who="anna", why="good")
+        local.approve(out, record, ApprovalRequest("anna", "good"))
         names.append(name_job(record))
     for info in local.storage.list():
         storage.publish(local.storage.path / info.key, info.key)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
-
-from runner.errors import StorageDenied
 from runner.regression.findings import NightComparison
 from runner.regression.html_report import VERDICTS
-from runner.regression.junit_report import write_junit
+from runner.regression.junit_report import junit
 from tests.regression.report_samples import HOSTILE, make_comparison, make_finding
 
 # Element -> (attributes that must be there, attributes that may be, children). Properties of a test case: as pytest.
@@ -36,9 +32,8 @@ SCHEMA = {
 OUTCOMES = {"failed": "error", "broken": "failure", "new": "failure", "missing": "failure"}
 
 
-def read(comparison: NightComparison, folder: Path) -> ElementTree.Element:
-    write_junit(comparison, folder / "junit.xml")
-    return ElementTree.parse(folder / "junit.xml").getroot()
+def read(comparison: NightComparison) -> ElementTree.Element:
+    return ElementTree.fromstring(junit(comparison))
 
 
 def check_structure(element: ElementTree.Element) -> None:
@@ -51,8 +46,8 @@ def check_structure(element: ElementTree.Element) -> None:
         check_structure(child)
 
 
-def test_every_job_is_a_test_case_with_the_outcome_of_its_verdict(tmp_path):
-    root = read(make_comparison([make_finding(verdict) for verdict in VERDICTS]), tmp_path)
+def test_every_job_is_a_test_case_with_the_outcome_of_its_verdict():
+    root = read(make_comparison([make_finding(verdict) for verdict in VERDICTS]))
     check_structure(root)
     suite = root.find("testsuite")
     assert {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
@@ -71,9 +66,9 @@ def test_every_job_is_a_test_case_with_the_outcome_of_its_verdict(tmp_path):
     assert found == {verdict: [OUTCOMES[verdict]] if verdict in OUTCOMES else [] for verdict in VERDICTS}
 
 
-def test_a_failure_says_every_reason_and_the_numbers_are_properties(tmp_path):
+def test_a_failure_says_every_reason_and_the_numbers_are_properties():
     job = make_finding("broken")
-    case = read(make_comparison([job]), tmp_path).find("testsuite/testcase")
+    case = read(make_comparison([job])).find("testsuite/testcase")
     assert case.get("time") == "12.340"
     failure = case.find("failure")
     assert failure.get("message") == job.text
@@ -87,27 +82,17 @@ def test_a_failure_says_every_reason_and_the_numbers_are_properties(tmp_path):
     assert "lpips" not in values  # it was not measured
 
 
-def test_an_error_says_what_the_job_said(tmp_path):
+def test_an_error_says_what_the_job_said():
     job = make_finding("failed")
-    assert read(make_comparison([job]), tmp_path).find("testsuite/testcase/error").text == job.error
+    assert read(make_comparison([job])).find("testsuite/testcase/error").text == job.error
 
 
-def test_text_that_xml_cannot_hold_is_cleaned_and_the_rest_stays(tmp_path):
+def test_text_that_xml_cannot_hold_is_cleaned_and_the_rest_stays():
     strange = HOSTILE + "\ufffe\ud800\x0bäöü🙂\r\n"
     job = make_finding("failed", name=strange, error=strange)
-    case = read(make_comparison([job], environment=[strange], out=strange), tmp_path).find("testsuite/testcase")
+    case = read(make_comparison([job], environment=[strange], out=strange)).find("testsuite/testcase")
     # a line end becomes a space in an attribute, as XML says
     assert case.find("error").text.replace("\r\n", "\n") == (
         """</script><script>alert("x")</script> <img src=x onerror=alert(1)> ' " ` | & [31mäöü🙂\n"""
     )
     assert "äöü🙂" in case.get("name")
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "denied")
-
-    monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(StorageDenied):
-        write_junit(make_comparison([]), tmp_path / "junit.xml")
-    assert list(tmp_path.iterdir()) == []

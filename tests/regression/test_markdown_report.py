@@ -31,15 +31,15 @@ def unescape(text: str) -> str:
 def test_counts_environment_command_and_failures_first():
     comparison = make_comparison([make_finding(verdict) for verdict in VERDICTS])
     text = markdown(comparison)
-    assert text.splitlines()[0].startswith("## Night comparison: 8 jobs, 1 failed, 1 broken")
+    assert text.splitlines()[0].startswith("## Night comparison: 8 jobs, 1 broken, 1 failed")
     assert "torch: 2.12.0 → 2.13.0" in unescape(text)
     assert f"```sh\n{comparison.approve}\n```\n" in text
     rows = table(text)
     assert [row[0] for row in rows] == [f"**{verdict}**" for verdict in VERDICTS][:6]  # no draft, no identical
-    broken = rows[1]
+    broken, failed = rows[:2]
     assert [unescape(cell) for cell in broken[3:]] == ["33", "24.6", "0.8612", "12.3 (1.04×)"]
     assert "the limit is 1 ΔE" in unescape(broken[2])
-    assert "INPUT_NOT_FOUND" in unescape(rows[0][2])
+    assert "INPUT_NOT_FOUND" in unescape(failed[2])
 
 
 def test_a_night_without_changes_has_no_table():
