@@ -15,7 +15,8 @@ from runner.errors import ConfigInvalid, InputNotFound, RunnerError
 from runner.records.events import default_logging
 from runner.records.output_layout import ATTEMPT, JOBS, is_part, job_key, split_job_key
 from runner.storage import Leftover, Storage, open_storage
-from runner.verbs.settings import AGE_UNITS, CleanSettings, parse_age
+from runner.verbs.flag_values import AGE_UNITS, parse_age
+from runner.verbs.settings import CleanSettings
 
 __all__ = ["CleanRow", "age_text", "clean", "clean_output"]
 

@@ -11,22 +11,44 @@ dataclasses, because `--help` reads them: importing pydantic would make it slow.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-import math
 import os
-import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from runner.batch.shards import choose_shard
 from runner.errors import ConfigInvalid
-from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES, get_recipe
+from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES
+from runner.verbs.flag_values import (
+    ALL_LAYERS,
+    Check,
+    are_gpus,
+    are_parts,
+    are_revisions,
+    are_texts,
+    check_by,
+    is_age,
+    is_assumptions,
+    is_job_options,
+    is_manifest,
+    is_megabytes,
+    is_one_of,
+    is_path,
+    is_reason,
+    is_recipe,
+    is_rule,
+    is_run_id,
+    is_seconds,
+    is_spot,
+    is_switch,
+    is_text,
+    is_time,
+    is_whole,
+)
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -57,7 +79,6 @@ __all__ = [
     "flag_name",
     "flags_of",
     "home_folder",
-    "parse_age",
 ]
 
 PosePrecision = Literal["fp32", "int8"]
@@ -68,13 +89,6 @@ DEVICES = ("auto", "cpu", "cuda")
 CHECKPOINTS = ("out", "cache", "off")
 NUMBER_FORMATS = ("nvfp4", "g32")
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
-
-MAX_EMBED_MB = 1024
-MAX_REASON = 2000  # characters
-
-AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
-
-Check = Callable[[str, Any], Any]  # (name of the flag, value) -> the value as the field holds it; raises ConfigInvalid
 
 
 @dataclass(frozen=True)
@@ -90,214 +104,6 @@ class Flag:
 
 def _flag(help: str, check: Check, metavar: str | None, **more: bool) -> Mapping[str, Flag]:
     return {"flag": Flag(help, check, metavar, **more)}
-
-
-def _wrong(flag: str, value: object, wanted: str, todo: str) -> ConfigInvalid:
-    return ConfigInvalid(f"must be {wanted}, not {value!r}", where=flag, todo=todo)
-
-
-# -- what a flag may hold ----------------------------------------------------------------------------------------------
-
-
-def _is_text(flag: str, value: Any) -> str:
-    text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(text, str):
-        raise _wrong(flag, value, "text", "Give a str, or a path where a path is meant")
-    return text
-
-
-def _is_path(flag: str, value: Any) -> Path:
-    if not isinstance(value, str | Path):
-        raise _wrong(flag, value, "a path on this machine", "Give a str or a Path")
-    return Path(value)
-
-
-def _is_switch(flag: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(flag, value, "True or False", f"Give True for what {flag} does")
-    return value
-
-
-def _is_one_of(choices: Sequence[str], flag: str, value: Any) -> str:
-    if value not in choices:
-        near = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise ConfigInvalid(
-            f"must be {wanted}, not {value!r}{hint}", where=flag, todo=f"Write e.g. {flag} {choices[0]}"
-        )
-    return str(value)
-
-
-def _is_whole(least: int, flag: str, value: Any) -> int:
-    text = value.strip() if isinstance(value, str) else value
-    if isinstance(text, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        text = int(text)
-    if not isinstance(text, int) or isinstance(text, bool) or text < least:
-        raise _wrong(flag, value, f"a whole number, {least} or more", f"Write e.g. {flag} {least + 3}")
-    return text
-
-
-def _is_seconds(flag: str, value: Any) -> float:
-    try:
-        seconds = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not seconds >= 0:
-        raise _wrong(flag, value, "a number of seconds, 0 or more", f"Write e.g. {flag} 20")
-    return seconds
-
-
-def _is_megabytes(flag: str, value: Any) -> float:
-    try:
-        size = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        size = math.nan
-    if not 0 <= size <= MAX_EMBED_MB:
-        raise _wrong(flag, value, f"a number of megabytes, 0 to {MAX_EMBED_MB}", f"Write e.g. {flag} 4")
-    return size
-
-
-def _is_reason(flag: str, value: Any) -> str:
-    text = " ".join(_is_text(flag, value).split())
-    if not text or len(text) > MAX_REASON:
-        raise _wrong(flag, value, f"a text of 1 to {MAX_REASON} characters", f"Write e.g. {flag} 'new LoRA, looked at'")
-    return text
-
-
-def _is_time(flag: str, value: Any) -> str:
-    try:
-        found = datetime.fromisoformat(_is_text(flag, value))
-    except ValueError:
-        found = None
-    if found is None or found.tzinfo is None:
-        raise _wrong(flag, value, "a time with its zone, ISO 8601", f"Write e.g. {flag} 2026-01-31T04:00:00Z")
-    return found.astimezone(UTC).isoformat(timespec="milliseconds")
-
-
-def _is_age(flag: str, value: Any) -> str:
-    try:
-        parse_age(_is_text(flag, value))
-    except ValueError as error:
-        raise ConfigInvalid(str(error), where=flag, todo=f"Write e.g. {flag} 1h") from error
-    return str(value)
-
-
-def _are_texts(flag: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise _wrong(flag, value, "a list of texts", f"Give a list; on the command line repeat {flag}")
-    return tuple(_is_text(flag, item) for item in value)
-
-
-def _is_manifest(flag: str, value: Any) -> str | Manifest:
-    if isinstance(value, str | os.PathLike):
-        return _is_text(flag, value)
-    from runner.spec.manifest import Manifest
-
-    if not isinstance(value, Manifest):
-        raise _wrong(flag, value, "a path, a URI, - or a Manifest", "Give a path, or what load_manifest returns")
-    return value
-
-
-def _named(flag: str, judge: Callable[[], object]) -> None:
-    """Call `judge`; what it refuses names the flag."""
-    try:
-        judge()
-    except ConfigInvalid as error:
-        where = None if flag in error.what else flag
-        raise ConfigInvalid(error.what, where=where, todo=error.todo) from error
-
-
-def _is_recipe(flag: str, value: Any) -> str:
-    name = _is_text(flag, value)
-    _named(flag, lambda: get_recipe(name))
-    return name
-
-
-def _is_run_id(flag: str, value: Any) -> str:
-    from runner.records.output_layout import SUMMARY, run_key
-    from runner.storage.base import check_key
-
-    run_id = _is_text(flag, value)
-    try:
-        check_key(run_key(run_id, "shard", SUMMARY))
-    except ConfigInvalid as error:
-        raise ConfigInvalid(error.what, where=flag, todo="It is a folder's name: write e.g. night-7") from error
-    return run_id
-
-
-def _is_spot(flag: str, value: Any) -> str:
-    from runner.batch.spot import choose_notices
-
-    kind = _is_text(flag, value)
-    _named(flag, lambda: choose_notices(kind))
-    return kind
-
-
-def _are_gpus(flag: str, value: Any) -> str:
-    text = _is_text(flag, value).replace(" ", "")
-    numbers = text.split(",")
-    if text != "all" and not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
-        raise _wrong(flag, value, "all, or numbers from 0 with commas between them", f"Write e.g. {flag} all")
-    if len({number if text == "all" else int(number) for number in numbers}) < len(numbers):
-        raise _wrong(flag, value, "numbers of which no two are equal", "Give each GPU once")
-    return text
-
-
-def _is_rule(flag: str, value: Any) -> str:
-    name = _is_text(flag, value)
-    if name != ALL_LAYERS:  # the other rules are known where torch is
-        from runner.quantization.rules import get_rule
-
-        _named(flag, lambda: get_rule(name))
-    return name
-
-
-def _is_assumptions(flag: str, value: Any) -> str:
-    from runner.quantization.files.assumptions import parse_assumptions
-
-    text = _is_text(flag, value)
-    _named(flag, lambda: parse_assumptions(text))
-    return text
-
-
-def _are_parts(flag: str, value: Any) -> tuple[str, ...]:
-    from runner.weights.repositories import sources_of
-
-    parts = _are_texts(flag, value)
-    _named(flag, lambda: sources_of(DEFAULT_RECIPE, parts))
-    return parts
-
-
-def _are_revisions(flag: str, value: Any) -> tuple[str, ...]:
-    texts = _are_texts(flag, value)
-    for text in texts:
-        if "=" not in text:
-            raise _wrong(flag, text, "REPO=REVISION", f"Write e.g. {flag} owner/name=main")
-    return texts
-
-
-def _is_job_options(flag: str, value: Any) -> str | Mapping[str, Any]:
-    if isinstance(value, Mapping):
-        return value
-    import yaml
-
-    text = _is_text(flag, value)
-    try:
-        yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigInvalid(
-            f"is no YAML ({error})", where=flag, todo="Write e.g. '{fps: 30, size: 480x832}'"
-        ) from error
-    return text
-
-
-def parse_age(text: str) -> float:
-    """`30m` → 1800.0 seconds; the units are s, m, h and d. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text.strip())
-    if found is None:
-        raise ValueError(f"{text!r} is no age: write 30m, 1h, 2d or 0s")
-    return float(found[1]) * AGE_UNITS[found[2]]
 
 
 # -- defaults that depend on the machine -------------------------------------------------------------------------------
@@ -329,22 +135,21 @@ def home_folder() -> Path:
 
 # -- fields that several verbs have ------------------------------------------------------------------------------------
 
-MANIFEST = _flag("YAML or JSONL: a path, s3://… or - for standard input", _is_manifest, "MANIFEST", positional=True)
-OUT = _flag("output folder or s3://bucket/prefix", _is_text, "OUT", positional=True)
-BASELINE = _flag("folder or s3://bucket/prefix of the approved renders", _is_text, "URI")
-CACHE = _flag("for synced models and scratch ($VIDEO_LAB_CACHE)", _is_path, "DIR")
-STORE = _flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", _is_text, "URI")
-LOCAL_STORE = _flag("model store: a folder ($VIDEO_LAB_MODELS)", _is_text, "DIR")
-RECIPE = _flag("whose files: weights and precision", _is_recipe, "NAME")
-ALL_LAYERS = "all"
+MANIFEST = _flag("YAML or JSONL: a path, s3://… or - for standard input", is_manifest, "MANIFEST", positional=True)
+OUT = _flag("output folder or s3://bucket/prefix", is_text, "OUT", positional=True)
+BASELINE = _flag("folder or s3://bucket/prefix of the approved renders", is_text, "URI")
+CACHE = _flag("for synced models and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR")
+STORE = _flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", is_text, "URI")
+LOCAL_STORE = _flag("model store: a folder ($VIDEO_LAB_MODELS)", is_text, "DIR")
+RECIPE = _flag("whose files: weights and precision", is_recipe, "NAME")
 
 
 def _choice(help: str, choices: Sequence[str]) -> Mapping[str, Flag]:
-    return _flag(help, partial(_is_one_of, choices), "{" + ",".join(choices) + "}")
+    return _flag(help, partial(is_one_of, choices), "{" + ",".join(choices) + "}")
 
 
 def _switch(help: str) -> Mapping[str, Flag]:
-    return _flag(help, _is_switch, None)
+    return _flag(help, is_switch, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +176,7 @@ class ModelSettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=STORE)
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
     recipe: str | None = field(
-        default=None, metadata=_flag("weights, precision and steps; over the manifest's", _is_recipe, "NAME")
+        default=None, metadata=_flag("weights, precision and steps; over the manifest's", is_recipe, "NAME")
     )
     device: str = field(default="auto", metadata=_choice("auto: cuda where there is one", DEVICES))
 
@@ -385,18 +190,18 @@ class ShardSettings(Settings):
         metadata=_flag(
             "this share of the jobs, or any: each job that no other runner holds; default: from the scheduler's "
             "environment",
-            _is_text,
+            is_text,
             "I/N|any",
         ),
     )
     shard_count: int | None = field(
-        default=None, metadata=_flag("shares in all, where the scheduler tells only I", partial(_is_whole, 1), "N")
+        default=None, metadata=_flag("shares in all, where the scheduler tells only I", partial(is_whole, 1), "N")
     )
 
     def check_together(self) -> None:
         super().check_together()
         if self.shard is not None:
-            _named("--shard", lambda: choose_shard(self.shard, self.shard_count, {}))
+            check_by("--shard", lambda: choose_shard(self.shard, self.shard_count, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +212,7 @@ class RootSettings(Settings):
         default=(),
         metadata=_flag(
             "refuse inputs that lie elsewhere, symlinks followed; a folder or s3://bucket/prefix, repeatable",
-            _are_texts,
+            are_texts,
             "DIR",
             repeatable=True,
         ),
@@ -442,25 +247,23 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
     """`video-lab run`. `manifest` may be a path, a URI, `-` for standard input, or a manifest that was read before."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
-    out: str = field(metadata=_flag("output folder or s3://bucket/prefix", _is_text, "URI"))
+    out: str = field(metadata=_flag("output folder or s3://bucket/prefix", is_text, "URI"))
     run_id: str | None = field(
         default=None,
-        metadata=_flag("of the summary; default: the scheduler's job id, else the time", _is_run_id, "ID"),
+        metadata=_flag("of the summary; default: the scheduler's job id, else the time", is_run_id, "ID"),
     )
     memory: str | None = field(
         default=None,
         metadata=_flag(
             f"where weights live: {', '.join(MEMORY_CHOICES)}; over the manifest's",
-            partial(_is_one_of, MEMORY_CHOICES),
+            partial(is_one_of, MEMORY_CHOICES),
             "MODE",
         ),
     )
     force: bool = field(default=False, metadata=_switch("run every job, done or not"))
     retry_failed: bool = field(default=False, metadata=_switch("run only jobs that have failed"))
-    max_attempts: int = field(default=3, metadata=_flag("attempts a job gets; 0: no limit", partial(_is_whole, 0), "N"))
-    drain_s: float = field(
-        default=20.0, metadata=_flag("seconds the running job gets after a signal", _is_seconds, "S")
-    )
+    max_attempts: int = field(default=3, metadata=_flag("attempts a job gets; 0: no limit", partial(is_whole, 0), "N"))
+    drain_s: float = field(default=20.0, metadata=_flag("seconds the running job gets after a signal", is_seconds, "S"))
     checkpoint: str = field(
         default="out",
         metadata=_choice(
@@ -473,24 +276,24 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
         default=None,
         metadata=_flag(
             "stop early when the cloud announces that it takes this machine back, or when the file PATH appears",
-            _is_spot,
+            is_spot,
             "aws|gcp|file:PATH",
         ),
     )
     assume: str | None = field(
         default=None,
         metadata=_flag(
-            "how to read a published FP4 file where it does not say, e.g. nibble=high", _is_assumptions, "K=V,…"
+            "how to read a published FP4 file where it does not say, e.g. nibble=high", is_assumptions, "K=V,…"
         ),
     )
     sheet: Path | None = field(
-        default=None, metadata=_flag("also draw a contact sheet of this run's outputs", _is_path, "PNG")
+        default=None, metadata=_flag("also draw a contact sheet of this run's outputs", is_path, "PNG")
     )
     gpus: str | None = field(
         default=None,
         metadata=_flag(
             "a process on each of these GPUs of this machine, all or numbers; each runs as with --shard any",
-            _are_gpus,
+            are_gpus,
             "all|0,1,…",
         ),
     )
@@ -517,7 +320,7 @@ class ValidateSettings(RootSettings):
     no_inputs: bool = field(default=False, metadata=_switch("check the manifest's text only"))
     models: str | None = field(
         default=None,
-        metadata=_flag("check that this model store has the jobs' LoRAs, and whole", _is_text, "URI"),
+        metadata=_flag("check that this model store has the jobs' LoRAs, and whole", is_text, "URI"),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -529,7 +332,7 @@ class PlanSettings(RootSettings, ShardSettings, ModelSettings):
     manifest: str | Manifest = field(metadata=MANIFEST)
     gpu: str | None = field(
         default=None,
-        metadata=_flag("whose seconds to forecast, e.g. 'RTX 5090'; default: the one here", _is_text, "NAME"),
+        metadata=_flag("whose seconds to forecast, e.g. 'RTX 5090'; default: the one here", is_text, "NAME"),
     )
 
 
@@ -545,7 +348,7 @@ class CleanSettings(Settings):
     """`video-lab clean`."""
 
     out: str = field(metadata=OUT)
-    older_than: str = field(default="1h", metadata=_flag("leave what is younger: 30m, 1h, 2d, 0s", _is_age, "AGE"))
+    older_than: str = field(default="1h", metadata=_flag("leave what is younger: 30m, 1h, 2d, 0s", is_age, "AGE"))
     checkpoints: bool = field(
         default=False,
         metadata=_switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
@@ -561,17 +364,17 @@ class CompareSettings(Settings):
     baseline: str = field(metadata=BASELINE)
     report: str | None = field(
         default=None,
-        metadata=_flag("write report.html, junit.xml, comparison.json and summary.md there", _is_text, "URI"),
+        metadata=_flag("write report.html, junit.xml, comparison.json and summary.md there", is_text, "URI"),
     )
     only: tuple[str, ...] = field(
-        default=(), metadata=_flag("only jobs whose id fits; repeatable", _are_texts, "GLOB", repeatable=True)
+        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
     )
     manifest: str | Manifest | None = field(
-        default=None, metadata=_flag("take the limits from this manifest's regression:", _is_manifest, "MANIFEST")
+        default=None, metadata=_flag("take the limits from this manifest's regression:", is_manifest, "MANIFEST")
     )
     models: str | None = field(
         default=None,
-        metadata=_flag("model store: compare the person's identity with its image encoder too", _is_text, "URI"),
+        metadata=_flag("model store: compare the person's identity with its image encoder too", is_text, "URI"),
     )
     bootstrap: bool = field(
         default=False, metadata=_switch("accept jobs that have no baseline yet as drafts: a first night")
@@ -580,7 +383,7 @@ class CompareSettings(Settings):
     suggest: bool = field(default=False, metadata=_switch("print limits that follow from the nights in the history"))
     embed_mb: float = field(
         default=4.0,
-        metadata=_flag("videos up to this size are put into report.html, larger ones beside it", _is_megabytes, "MB"),
+        metadata=_flag("videos up to this size are put into report.html, larger ones beside it", is_megabytes, "MB"),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -592,13 +395,13 @@ class ApproveSettings(Settings):
     out: str = field(metadata=OUT)
     baseline: str = field(metadata=BASELINE)
     job: tuple[str, ...] = field(
-        default=(), metadata=_flag("only jobs whose id fits; repeatable", _are_texts, "GLOB", repeatable=True)
+        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
     )
-    why: str = field(metadata=_flag("the reason, which is kept with the baseline", _is_reason, "TEXT"))
-    who: str | None = field(default=None, metadata=_flag("who approves; default: USER@HOST", _is_reason, "NAME"))
+    why: str = field(metadata=_flag("the reason, which is kept with the baseline", is_reason, "TEXT"))
+    who: str | None = field(default=None, metadata=_flag("who approves; default: USER@HOST", is_reason, "NAME"))
     as_of: str | None = field(
         default=None,
-        metadata=_flag("leave jobs alone that were approved after this time, UTC", _is_time, "YYYY-MM-DDTHH:MM:SSZ"),
+        metadata=_flag("leave jobs alone that were approved after this time, UTC", is_time, "YYYY-MM-DDTHH:MM:SSZ"),
     )
     missing: bool = field(
         default=False, metadata=_switch("jobs of the baseline that are not in OUT leave the baseline, too")
@@ -613,21 +416,21 @@ class ApproveSettings(Settings):
 class DoctorSettings(ModelSettings):
     """`video-lab doctor`."""
 
-    out: str | None = field(default=None, metadata=_flag("check that this can be written", _is_text, "URI"))
+    out: str | None = field(default=None, metadata=_flag("check that this can be written", is_text, "URI"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(NetworkSettings, ModelSettings, RootSettings):
     """`video-lab preprocess`. `options`: YAML, or a mapping of job options."""
 
-    reference: str = field(metadata=_flag("image of the character", _is_text, "URI"))
-    video: str = field(metadata=_flag("driving video", _is_text, "URI"))
+    reference: str = field(metadata=_flag("image of the character", is_text, "URI"))
+    video: str = field(metadata=_flag("driving video", is_text, "URI"))
     mask: str | None = field(
-        default=None, metadata=_flag("replace mode: white where the character goes; else it is made", _is_text, "URI")
+        default=None, metadata=_flag("replace mode: white where the character goes; else it is made", is_text, "URI")
     )
-    out: Path = field(metadata=_flag("folder for the files", _is_path, "DIR"))
+    out: Path = field(metadata=_flag("folder for the files", is_path, "DIR"))
     options: str | Mapping[str, Any] | None = field(
-        default=None, metadata=_flag("job options, e.g. '{fps: 30, size: 480x832}'", _is_job_options, "YAML")
+        default=None, metadata=_flag("job options, e.g. '{fps: 30, size: 480x832}'", is_job_options, "YAML")
     )
 
 
@@ -642,12 +445,12 @@ class QuantizeSettings(ModelSettings):
     )
     calibrate: str | Manifest | None = field(
         default=None,
-        metadata=_flag("render these jobs first and weight scales by activations", _is_manifest, "MANIFEST"),
+        metadata=_flag("render these jobs first and weight scales by activations", is_manifest, "MANIFEST"),
     )
     lora: tuple[str, ...] = field(
-        default=(), metadata=_flag("merge it too; repeatable", _are_texts, "FILE[:STRENGTH]", repeatable=True)
+        default=(), metadata=_flag("merge it too; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
     )
-    rule: str = field(default=ALL_LAYERS, metadata=_flag("which layers: all, or sensitive ones kept", _is_rule, "NAME"))
+    rule: str = field(default=ALL_LAYERS, metadata=_flag("which layers: all, or sensitive ones kept", is_rule, "NAME"))
     text_encoder: bool = field(default=False, metadata=_switch("make the INT4 text encoder too"))
 
     def check_together(self) -> None:
@@ -663,12 +466,12 @@ class FetchSettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=LOCAL_STORE)
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     part: tuple[str, ...] | None = field(
-        default=None, metadata=_flag("only this part; repeatable", _are_parts, "PART", repeatable=True)
+        default=None, metadata=_flag("only this part; repeatable", are_parts, "PART", repeatable=True)
     )
-    endpoint: str | None = field(default=None, metadata=_flag("the hub ($HF_ENDPOINT)", _is_text, "URL"))
+    endpoint: str | None = field(default=None, metadata=_flag("the hub ($HF_ENDPOINT)", is_text, "URL"))
     revision: tuple[str, ...] = field(
         default=(),
-        metadata=_flag("branch, tag or commit; repeatable", _are_revisions, "REPO=REV", repeatable=True),
+        metadata=_flag("branch, tag or commit; repeatable", are_revisions, "REPO=REV", repeatable=True),
     )
     dry_run: bool = field(default=False, metadata=_switch("show files, sizes and licences only"))
 
@@ -680,15 +483,15 @@ class VerifySettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=LOCAL_STORE)
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     cache: Path = field(
-        default_factory=default_cache, metadata=_flag("where runs remember digests ($VIDEO_LAB_CACHE)", _is_path, "DIR")
+        default_factory=default_cache, metadata=_flag("where runs remember digests ($VIDEO_LAB_CACHE)", is_path, "DIR")
     )
     plan: bool = field(default=False, metadata=_switch("print the quantised file layer by layer; checks nothing"))
     format: str = field(default=NUMBER_FORMATS[0], metadata=_choice("--plan: number format", NUMBER_FORMATS))
-    rule: str = field(default=ALL_LAYERS, metadata=_flag("--plan: which layers", _is_rule, "NAME"))
+    rule: str = field(default=ALL_LAYERS, metadata=_flag("--plan: which layers", is_rule, "NAME"))
     against: Path | None = field(
-        default=None, metadata=_flag("settle how a published FP4 file is read", _is_path, "SOURCE")
+        default=None, metadata=_flag("settle how a published FP4 file is read", is_path, "SOURCE")
     )
-    layer: str | None = field(default=None, metadata=_flag("--against: this layer, not the first", _is_text, "NAME"))
+    layer: str | None = field(default=None, metadata=_flag("--against: this layer, not the first", is_text, "NAME"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -697,9 +500,9 @@ class DemoSettings(Settings):
 
     models: str = field(
         default_factory=default_demo_models,
-        metadata=_flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", _is_text, "DIR"),
+        metadata=_flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", is_text, "DIR"),
     )
-    media: Path = field(default=Path(".cache/demo-media"), metadata=_flag("folder for the media", _is_path, "DIR"))
+    media: Path = field(default=Path(".cache/demo-media"), metadata=_flag("folder for the media", is_path, "DIR"))
 
 
 # -- for the command line ----------------------------------------------------------------------------------------------

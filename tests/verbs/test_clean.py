@@ -16,7 +16,7 @@ from runner.cli import main
 from runner.records.record import AttemptMark, ErrorRecord, ResultRecord
 from runner.storage import open_storage
 from runner.verbs.clean import age_text
-from runner.verbs.settings import parse_age
+from runner.verbs.flag_values import parse_age
 from tests.s3_servers import S3Server
 
 STAGED = f".staged-{'0' * 32}.tmp"

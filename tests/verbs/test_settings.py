@@ -29,7 +29,6 @@ from runner.verbs.settings import (
     default_cache,
     flag_name,
     flags_of,
-    parse_age,
 )
 
 RUN = {"manifest": "m.yaml", "out": "out"}
@@ -175,17 +174,6 @@ def test_choices_are_those_that_the_code_below_has():
     networks = NetworkOptions()
     run = RunSettings(**RUN)
     assert (run.pose_precision, run.tensorrt) == (networks.pose_precision, networks.tensorrt)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h", 3600), ("2d", 172800), ("0s", 0), ("1.5h", 5400)])
-def test_ages(text, seconds):
-    assert parse_age(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
-def test_what_is_no_age(text):
-    with pytest.raises(ValueError, match="write 30m, 1h, 2d or 0s"):
-        parse_age(text)
 
 
 def test_importing_them_is_cheap():

@@ -1,0 +1,58 @@
+"""What flags may hold, asked of the checks themselves; test_settings.py asks through each verb's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.errors import ConfigInvalid
+from runner.verbs.flag_values import are_gpus, check_by, is_one_of, is_path, is_reason, is_time, is_whole, parse_age
+
+
+@pytest.mark.parametrize(
+    ("found", "held"),
+    [
+        (is_whole(0, "--n", " +7 "), 7),
+        (is_path("--p", "a/b"), Path("a/b")),
+        (is_time("--t", "2026-01-31T05:00:00+01:00"), "2026-01-31T04:00:00.000+00:00"),
+        (is_reason("--why", "  a\n reason "), "a reason"),
+        (are_gpus("--gpus", "0, 2"), "0,2"),
+    ],
+)
+def test_a_value_is_returned_as_the_field_holds_it(found, held):
+    assert found == held
+    assert type(found) is type(held)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1.0", "", "1e3", "9" * 19, -1, None])
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(ConfigInvalid) as caught:
+        is_whole(0, "--n", value)
+    assert caught.value.where == "--n"
+
+
+def test_a_near_miss_of_a_choice_is_suggested():
+    with pytest.raises(ConfigInvalid, match="did you mean cuda"):
+        is_one_of(("auto", "cpu", "cuda"), "--device", "cdua")
+
+
+def test_what_another_check_refuses_names_the_flag_once():
+    def refuse(what: str) -> None:
+        raise ConfigInvalid(what, todo="Leave it")
+
+    for what, where in (("no such thing", "--flag"), ("--flag has no such thing", None)):
+        with pytest.raises(ConfigInvalid) as caught:
+            check_by("--flag", lambda what=what: refuse(what))
+        assert (caught.value.where, caught.value.todo) == (where, "Leave it")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h", 3600), ("2d", 172800), ("0s", 0), ("1.5h", 5400)])
+def test_ages(text, seconds):
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
+def test_what_is_no_age(text):
+    with pytest.raises(ValueError, match="write 30m, 1h, 2d or 0s"):
+        parse_age(text)
