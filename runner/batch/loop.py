@@ -11,15 +11,14 @@ Never: skeletons, latents, weights. One bad job never stops the batch; an error 
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from runner.batch.delivery import Delivery
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
@@ -30,30 +29,28 @@ from runner.batch.lease import LeaseKeeper
 from runner.batch.ledger import Decision, JobTaken, Ledger, Listing, Stage
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.pace import SegmentPace
+from runner.batch.progress import Progress
 from runner.batch.queues import ByteQueue, Closed
 from runner.batch.segment_keeper import SegmentKeeper
+from runner.batch.settlement import Settlement
 from runner.batch.stop import Abandoned, PrefetchThread, Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.survey import survey_jobs
-from runner.batch.task import Ended, Piece, Spans, Task
-from runner.errors import DeviceLost, InputError, LeaseLost, OutOfMemory, RunnerError, as_runner_error
+from runner.batch.task import Ended, Piece, Task
+from runner.errors import DeviceLost, LeaseLost, OutOfMemory, RunnerError, as_runner_error
 from runner.finishing.stages import SegmentStage, finish_segments, finished_clip, split_states
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
-from runner.records.record import ErrorRecord, InputRecord, JobLine, ResultRecord
+from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import Storage
 
-__all__ = ["FRAME_BUFFER_BYTES", "Batch", "Engine", "Progress"]
+__all__ = ["FRAME_BUFFER_BYTES", "Batch", "Engine"]
 
 FRAME_BUFFER_BYTES = 512 * 2**20  # decoded segments waiting for the encoder
 FRAME_BUFFER_ITEMS = 16  # the same, as each job among them holds open files
-TRIES_IN_ONE_RUN = 3
-RETRY_DELAY_S = 2.0  # doubled at each further attempt
 STORE_WAIT_S = 5.0  # at the end of a stopped run: for marks to be removed from a store that is slow
-LOOK_AGAIN_S = 5.0  # between two looks at a job that another runner has
-LAST = 10**9  # rank of such jobs: after all others
 TELL_WAITING_S = 60.0  # between two events that say so
 
 
@@ -68,18 +65,6 @@ class Engine:
     files: Callable[[], Sequence[Path]] = tuple  # the model's, as `load` will read them
     own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
     stages: Callable[[JobOptions], Sequence[SegmentStage]] = lambda options: ()  # of a job's frames, before the encoder
-
-
-class Progress(Protocol):
-    """Shows how a run gets on. `Batch` calls `step` and `finished`, from any thread; who made the batch the others."""
-
-    def started(self, jobs: int) -> None: ...
-
-    def step(self, job_id: str, done: int, total: int) -> None: ...
-
-    def finished(self, line: JobLine) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Batch:
@@ -107,13 +92,24 @@ class Batch:
         self._stop, self._scratch, self._sampler = stop, scratch, sampler
         self._source, self._input_roots = source, input_roots
         self._keeper = SegmentKeeper(checkpoints, ledger, events)
+        self._settlement = Settlement(
+            source,
+            storage,
+            ledger,
+            summary,
+            events,
+            recipe=engine.recipe,
+            describe=lambda: self._generator.description if self._generator else {},
+            keeper=self._keeper,
+            progress=progress,
+            sampler=sampler,
+            stop=stop,
+        )
         self._prepared: ByteQueue[Task] = ByteQueue(max_bytes=2**40, max_items=1)
         self._frames: ByteQueue[Piece | Ended] = ByteQueue(frame_buffer_bytes, FRAME_BUFFER_ITEMS)
         self._marking = threading.Lock()
         self._marked: Task | None = None  # being prepared, its mark on the storage
         self._generator: Generator[Any] | None = None
-        self._fatal: RunnerError | None = None
-        self._spans = Spans()
         self._told_waiting = float("-inf")
 
     def run(self) -> int:
@@ -137,11 +133,12 @@ class Batch:
                     self._generator.close()
                 # The store did not answer when these were to be given back.
                 for job_id in self._ledger.open_attempts:
-                    self._abandon(job_id)
+                    self._settlement.abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
         try:
-            self._summary.finish(self._fatal.message if self._fatal else self._stop.name, self._stop_code())
+            fatal = self._settlement.fatal
+            self._summary.finish(fatal.message if fatal else self._stop.name, self._stop_code())
         except RunnerError as error:
             self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
             code = error.exit_code
@@ -157,7 +154,7 @@ class Batch:
             while (todo := self._source.take()) is not None:
                 done = next(survey, None) if todo.decision is None and not todo.looked else None
                 if done is not None:
-                    self._skip(todo.job, done)
+                    self._settlement.skip(todo.job, done)
                     self._source.settle()
                 else:
                     self._prefetch(todo)
@@ -171,13 +168,13 @@ class Batch:
             action = self._decide(task, todo.decision)
             if action == "leased":
                 self._say_leased(todo, task.decision.reason)
-                self._put_off(task)
+                self._settlement.put_off(task)
                 return
             if action != "run":
-                self._settle(task)
+                self._settlement.settle(task)
                 return
             if task.decision.suspect and todo.decision is None:  # last, when the others are safe
-                self._close(task)
+                self._settlement.close(task)
                 self._source.put_back(Todo(todo.job, task.decision), rank=task.decision.attempt)
                 return
             if task.decision.suspect:
@@ -188,13 +185,13 @@ class Batch:
             if task.decision.suspect:
                 self._source.wait_taken(0)
         except Closed:
-            self._give_back(task)
+            self._settlement.give_back(task)
         except JobTaken:
             self._say_leased(todo, "another runner has just taken it")
-            self._put_off(task)
+            self._settlement.put_off(task)
         except Exception as error:
             found = as_runner_error(error, where=todo.job.id)
-            self._stop_for(found)  # now, or the next job would begin before delivery hears of it
+            self._settlement.stop_for(found)  # now, or the next job would begin before delivery hears of it
             self._hand_over(Ended(task, found, "prepare"))
 
     def _surveyor(self) -> Callable[[Job, Listing | None], Decision]:
@@ -228,10 +225,10 @@ class Batch:
         decision = task.decision
         if decision.action == "skip":
             if decision.suspect:  # else it would count as lost for ever
-                self._tidy_lost(job.id, decision)
-            self._skip(job, decision)
+                self._settlement.tidy_lost(job.id, decision)
+            self._settlement.skip(job, decision)
         elif decision.action == "exhausted":
-            self._exhausted(task)
+            self._settlement.exhaust(task)
         return decision.action
 
     def _say_leased(self, todo: Todo, reason: str) -> None:
@@ -241,38 +238,6 @@ class Batch:
         elif time.monotonic() - self._told_waiting > TELL_WAITING_S:
             self._told_waiting = time.monotonic()
             self._events.emit("waiting_for_another_runner", job=todo.job.id, reason=reason)
-
-    def _put_off(self, task: Task) -> None:
-        """Look at a job again at the end, as another runner has it."""
-        self._close(task)
-        self._source.put_back(Todo(task.job, tried=task.tried, looked=True), LOOK_AGAIN_S, rank=LAST)
-
-    def _exhausted(self, task: Task) -> None:
-        """Count a job as failed that has been tried as often as allowed."""
-        job, decision = task.job, task.decision
-        error = decision.error
-        if error is None:
-            record = self._ledger.crashed(job.id, task.parts, self._summary.run_id, self._engine.recipe, decision)
-            error = record.error if record else None
-        error = error and error.model_copy(update={"retryable": False})  # the same command would not try it
-        self._report(JobLine(id=job.id, status="failed", reason=decision.reason, attempt=decision.attempt, error=error))
-
-    def _tidy(self, job_id: str, record: ResultRecord, published: Collection[str] | None = None) -> None:
-        try:
-            self._ledger.tidy(job_id, record, published)
-        except RunnerError as error:
-            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
-
-    def _tidy_lost(self, job_id: str, decision: Decision) -> None:
-        try:
-            self._ledger.tidy_lost(job_id, decision)
-        except JobTaken:  # by another runner, which does the same
-            return
-        except RunnerError as error:
-            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
-
-    def _skip(self, job: Job, decision: Decision) -> None:
-        self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
 
     def _prepare(self, task: Task) -> None:
         job, timer = task.job, task.timer
@@ -288,7 +253,7 @@ class Batch:
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._keeper.find(task, generator.resume_identity)
-        self._spans.add(task.job.id, "prepare", begin)
+        self._settlement.spans.add(task.job.id, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
 
     def _mark(self, task: Task) -> None:
@@ -305,7 +270,7 @@ class Batch:
         # Where the lock is not had in time the store hangs, and nothing can tell whether a mark will get there.
         if self._marking.acquire(timeout=STORE_WAIT_S):
             if self._marked is not None:
-                self._abandon(self._marked.job.id)
+                self._settlement.abandon(self._marked.job.id)
             self._marking.release()
 
     def _load(self) -> Generator[Any]:
@@ -315,7 +280,7 @@ class Batch:
             try:
                 self._generator = self._engine.load()
             except Exception as error:  # no job is at fault, and no other would fare better
-                self._break("engine_failed", error, "loading the model")
+                self._settlement.break_off("engine_failed", error, "loading the model")
                 raise Closed from error
             self._events.emit("engine_loaded", seconds=round(time.monotonic() - begin, 3))
         return self._generator
@@ -324,7 +289,7 @@ class Batch:
 
     def _generate_all(self) -> None:
         for task in self._prepared:
-            if self._stop.draining or self._fatal:
+            if self._stop.draining or self._settlement.fatal:
                 self._hand_over(Ended(task, given_back=True))
                 continue
             begin = time.monotonic()
@@ -337,13 +302,13 @@ class Batch:
             except Exception as error:
                 found = as_runner_error(error, where=task.job.id)
                 if isinstance(found, DeviceLost):  # now, before another thread meets the same and blames its own job
-                    self._stop_for(found)
-                if isinstance(found, OutOfMemory) and self._worth_another_try(task, found):
+                    self._settlement.stop_for(found)
+                if isinstance(found, OutOfMemory) and self._settlement.worth_another_try(task, found):
                     self._lower_memory()
                 ended = Ended(task, found, "generate")
             if ended.error is None and not ended.given_back:
                 self._advance(task, "delivering")  # now, as it may wait for delivery while the next one generates
-            self._spans.add(task.job.id, "generate", begin)
+            self._settlement.spans.add(task.job.id, "generate", begin)
             self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
             self._hand_over(ended)
 
@@ -354,7 +319,7 @@ class Batch:
             lowered = self._generator.lower_memory()
             self._events.emit("memory_lowered" if lowered else "memory_is_lowest", level="warning")
         except Exception as error:  # the model is gone, and no later job would fare better
-            self._break("engine_failed", error, "loading the model one memory mode lower")
+            self._settlement.break_off("engine_failed", error, "loading the model one memory mode lower")
 
     def _generate(self, task: Task) -> None:
         assert task.conditions
@@ -434,107 +399,15 @@ class Batch:
                     self._keeper.keep(task, item)
                     task.part_s = time.monotonic() - begin
                 elif item.given_back:
-                    self._give_back(task)
+                    self._settlement.give_back(task)
                 elif item.error is not None:
-                    self._fail(task, item.error, item.stage)
+                    self._settlement.fail(task, item.error, item.stage)
                 else:
-                    self._succeed(task)
+                    self._settlement.succeed(task)
             except Exception as error:
                 if task.settled:  # its outcome stands; it is the loop itself that broke
                     raise
-                self._fail(task, as_runner_error(error, where=task.job.id), "deliver")
-
-    def _succeed(self, task: Task) -> None:
-        begin = time.monotonic()
-        job_id = task.job.id
-        assert task.delivery is not None  # a plan has at least one segment
-        published = task.delivery.publish(
-            self._storage, job_id, lambda local, key: self._ledger.publish(job_id, local, key)
-        )
-        self._spans.add(job_id, "deliver", begin)
-        notes = [*task.notes, *published.notes]
-        record = self._record(task, status="succeeded", output=published.output, notes=notes)
-        standing = self._ledger.succeed(record, task.decision)
-        # The job has succeeded, whatever fails from here on.
-        self._tidy(job_id, standing, published.keys if standing.run_id == record.run_id else None)
-        self._keeper.published(task)
-        self._settle(task)
-        self._report(
-            JobLine(
-                id=job_id,
-                status="succeeded",
-                reason=task.decision.reason,
-                attempt=task.decision.attempt,
-                output=standing.output.uri if standing.output is not None else None,
-                seconds=round(time.monotonic() - task.begin, 3),
-            ),
-            standing,
-        )
-
-    def _fail(self, task: Task, error: RunnerError, stage: str) -> None:
-        attempt, job = task.decision.attempt, task.job
-        if isinstance(self._fatal, DeviceLost) and stage == "prepare" and not isinstance(error, InputError):
-            self._give_back(task)  # the device failed under the job that was generating
-            return
-        if isinstance(error, LeaseLost):
-            self._lose(task)
-            return
-        if self._worth_another_try(task, error):
-            delay = RETRY_DELAY_S * 2 ** len(task.tried)
-            self._events.emit(
-                "job_retry", level="warning", job=job.id, code=error.code, message=error.message, wait_s=delay
-            )
-            again = self._ledger.another_try(job.id, task.decision, error.code)
-            self._close(task)
-            if not self._source.put_back(Todo(job, again, (*task.tried, error.code)), delay):
-                self._abandon(job.id)  # the run is ending, and nothing else would remove the mark
-            return
-        if stage == "deliver" and error.blames_job:  # the finished segments themselves may be wrong
-            self._keeper.forget(task)
-        self._stop_for(error)
-        found = ErrorRecord.of(error, stage)
-        record = self._record(task, status="failed", error=found, notes=task.notes)
-        try:
-            # Inputs that cannot be read now say nothing against what was made of them before.
-            blames_job = error.blames_job and bool(task.inputs)
-            if self._ledger.fail(record, task.decision, blames_job=blames_job) == "recorded":
-                self._abandon(job.id)
-            else:
-                self._events.emit("older_output_kept", level="warning", job=job.id, attempt=attempt)
-        except LeaseLost:
-            self._lose(task)
-            return
-        except Exception as second:  # the very storage may be what fails
-            unstored = as_runner_error(second)
-            self._events.emit(
-                "record_not_written", level="error", job=job.id, code=unstored.code, message=unstored.message
-            )
-            self._stop_for(unstored)
-        self._settle(task)
-        line = JobLine(
-            id=job.id,
-            status="failed",
-            reason=task.decision.reason,
-            attempt=attempt,
-            seconds=round(time.monotonic() - task.begin, 3),
-            error=found,
-        )
-        self._report(line, record)
-
-    def _lose(self, task: Task) -> None:
-        """Leave a job to the runner that has taken it over, and look at it again at the end. It was no attempt."""
-        self._events.emit("lease_lost", level="warning", job=task.job.id)
-        self._ledger.lose(task.job.id)
-        self._put_off(task)
-
-    def _worth_another_try(self, task: Task, error: RunnerError) -> bool:
-        """Whether the job shall run again in this run. Out of memory: once, one memory mode lower."""
-        limit = 0 if self._ledger.force else self._ledger.max_attempts
-        if not error.retryable or self._stop.draining or self._fatal:
-            return False
-        if isinstance(error, OutOfMemory):
-            return error.code not in task.tried and not 0 < limit <= task.decision.counted + 1
-        return len(task.tried) + 1 < min(TRIES_IN_ONE_RUN, limit or TRIES_IN_ONE_RUN)
+                self._settlement.fail(task, as_runner_error(error, where=task.job.id), "deliver")
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
@@ -542,23 +415,6 @@ class Batch:
         folder = self._scratch / todo.job.id
         folder.mkdir(parents=True, exist_ok=True)
         return Task(todo.job, folder, self._sampler.window(), todo.tried)
-
-    def _close(self, task: Task) -> None:
-        task.settled = True
-        if task.delivery is not None:
-            task.delivery.abort()
-        if task.conditions is not None and not task.generating:
-            task.conditions.close()
-        shutil.rmtree(task.folder, ignore_errors=True)
-
-    def _settle(self, task: Task) -> None:
-        self._close(task)
-        self._source.settle()
-
-    def _give_back(self, task: Task) -> None:
-        if task.job.id in self._ledger.open_attempts:  # else the mark that stands is that of an earlier attempt
-            self._abandon(task.job.id)
-        self._settle(task)
 
     def _advance(self, task: Task, stage: Stage) -> None:
         try:
@@ -568,60 +424,18 @@ class Batch:
         except RunnerError as error:  # the mark only serves the next run, should this process die
             self._events.emit("mark_not_written", level="warning", job=task.job.id, message=error.message)
 
-    def _abandon(self, job_id: str) -> None:
-        try:
-            self._ledger.abandon(job_id)
-        except RunnerError as error:
-            self._events.emit("mark_not_removed", level="warning", job=job_id, message=error.message)
-
-    def _start_no_more(self) -> None:
-        for todo in self._source.close():
-            if todo.tried:  # it waited for another try, and its mark with it
-                self._abandon(todo.job.id)
-
     def _hand_over(self, ended: Ended) -> None:
         try:
             self._frames.put(ended)
         except Closed:  # delivery is over: the run was stopped while this job was being prepared
-            self._give_back(ended.task)
-
-    def _report(self, line: JobLine, record: ResultRecord | None = None) -> None:
-        fields: dict[str, Any] = {"job": line.id}
-        if line.status != "succeeded":  # why it ran was said when it began
-            fields["reason"] = line.reason
-        if line.error is not None:
-            fields |= {"code": line.error.code, "message": line.error.message, "stage": line.error.stage}
-        if line.seconds is not None:
-            fields["seconds"] = line.seconds
-        self._events.emit(f"job_{line.status}", level="error" if line.status == "failed" else "info", **fields)
-        self._progress.finished(line)
-        try:
-            self._summary.add(line, record, None if line.status == "skipped" else self._sampler.rss())
-        except RunnerError as error:
-            self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
-            self._stop_for(error)
-
-    def _stop_for(self, error: RunnerError) -> None:
-        """Start no more jobs if every later one would meet the same error."""
-        if error.stops_run and self._fatal is None:
-            self._fatal = error
-            self._start_no_more()
-
-    def _record(self, task: Task, **more: Any) -> ResultRecord:
-        return task.record(
-            run_id=self._summary.run_id,
-            recipe=self._engine.recipe,
-            engine=dict(self._generator.description) if self._generator else {},
-            overlapped=self._spans.overlapping(task.job.id, "generate"),
-            **more,
-        )
+            self._settlement.give_back(ended.task)
 
     def _watch_stop(self) -> None:
         self._stop.requested.wait()
         left = round(self._stop.seconds_left(), 1)
         self._events.emit("stopping", level="warning", signal=self._stop.name, drain_s=left)
         self._prepared.close()
-        self._start_no_more()
+        self._settlement.start_no_more()
         with suppress(RunnerError):  # a process that is killed after its signal died in no job
             self._ledger.note_stopping()
 
@@ -631,21 +445,15 @@ class Batch:
             stage()
         except Exception as error:
             try:
-                self._break("loop_broken", error, "the batch loop")
+                self._settlement.break_off("loop_broken", error, "the batch loop")
             finally:
                 self._prepared.close()
                 self._frames.close()
 
-    def _break(self, event: str, error: Exception, where: str) -> None:
-        """Start nothing more: what failed is needed by every job."""
-        found = self._fatal = as_runner_error(error, where=where)
-        self._events.emit(event, level="error", code=found.code, message=found.message)
-        self._start_no_more()
-
     def _stop_code(self) -> int | None:
         """What the exit code must be if the run was cut short; None if it ran to its end."""
-        if self._fatal is not None:
-            return self._fatal.exit_code
+        if self._settlement.fatal is not None:
+            return self._settlement.fatal.exit_code
         if self._stop.draining and self._summary.counts["not_run"]:
             return self._stop.exit_code
         return None

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runner.records.record import JobLine
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["BarProgress", "SilentProgress", "choose_progress"]
+__all__ = ["BarProgress", "Progress", "SilentProgress", "choose_progress"]
+
+
+class Progress(Protocol):
+    """Shows how a run gets on. `Batch` calls `step` and `finished`, from any thread; who made the batch the others."""
+
+    def started(self, jobs: int) -> None: ...
+
+    def step(self, job_id: str, done: int, total: int) -> None: ...
+
+    def finished(self, line: JobLine) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class SilentProgress:

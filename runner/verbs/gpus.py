@@ -23,7 +23,7 @@ from typing import Any
 
 import structlog
 
-from runner.batch.loop import Progress
+from runner.batch.progress import Progress
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, RunnerError
 from runner.preprocess.networks.providers import usable_cpus

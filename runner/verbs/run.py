@@ -23,9 +23,9 @@ import structlog
 from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
-from runner.batch.loop import FRAME_BUFFER_BYTES, Batch, Engine, Progress
+from runner.batch.loop import FRAME_BUFFER_BYTES, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
-from runner.batch.progress import SilentProgress
+from runner.batch.progress import Progress, SilentProgress
 from runner.batch.scratch import scratch_folder
 from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.batch.spot import watch

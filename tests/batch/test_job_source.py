@@ -9,7 +9,7 @@ from dataclasses import replace
 from runner.batch.job_source import ShardJobs, Todo
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
-from tests.batch.test_loop import bench  # noqa: F401
+from tests.batch.loop_bench import bench  # noqa: F401
 
 
 class Mailbox(ShardJobs):

@@ -2,136 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import av
-import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
 
-from runner.batch.job_checkpoint import Checkpoints
-from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
-from runner.batch.loop import RETRY_DELAY_S, Batch, Engine
-from runner.batch.memory_sampler import MemorySampler
-from runner.batch.progress import SilentProgress
 from runner.batch.queues import WorkList
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
-from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
-from runner.finishing.stages import StageSettings, open_stages
-from runner.generation.protocol import Generator
 from runner.records.events import EventLog
 from runner.records.people import People
-from runner.records.record import AttemptMark, schemas
 from runner.spec.field_marks import Introduced
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
-from runner.storage import LocalStorage, Storage
-from runner.verbs.status import read_status
+from tests.batch.loop_bench import FILES, SIGTERM, Bench, bench
 from tests.stub_generator import HEIGHT, WIDTH, StubConditions, StubGenerator
 
-SIGTERM = 15
-
-
-class Bench:
-    """One output folder, inputs, and as many runs over them as a test likes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        self.out = LocalStorage(folder / "out")
-        self.reference, self.video = folder / "ref.png", folder / "video.mp4"
-        Image.new("RGB", (8, 8), "red").save(self.reference)
-        self.video.write_bytes(b"not opened by the stub")
-        self.loads = 0
-        self.stop = Stop()
-        self.generator = StubGenerator()
-        self.own = lambda job: {}
-        self.events: list[dict] = []
-        self.kept: Storage | Literal["off"] | None = (
-            None  # where finished segments are kept; None: on the output storage
-        )
-
-    def job(self, name: str, prompt: str = "ok", **options) -> Job:
-        return Job(name, str(self.reference), str(self.video), None, prompt, JobOptions(**options), None)
-
-    def run(self, *jobs: Job, run_id: str = "r1", storage=None, source: JobSource | None = None, **ledger) -> int:
-        storage = storage or self.out
-
-        def load() -> StubGenerator:
-            self.loads += 1
-            return self.generator
-
-        stages = partial(open_stages, settings=StageSettings())
-        base = f"runs/{run_id}/0-of-1"
-        events = EventLog(partial(storage.append_lines, f"{base}.events.jsonl"), at_once=storage.appends, quiet=True)
-        summary = SummaryWriter(
-            storage,
-            run_id=run_id,
-            shard="0-of-1",
-            shard_reason="test",
-            manifest="m.yaml",
-            recipe="stub",
-            job_ids=[job.id for job in jobs],
-            events=events,
-        )
-        batch_ledger = Ledger(storage, **ledger)
-        batch = Batch(
-            source or ShardJobs(jobs),
-            Engine("stub", self.generator.identity, load, own=self.own, stages=stages),
-            storage,
-            batch_ledger,
-            summary,
-            events,
-            stop=self.stop,
-            scratch=self.folder / "scratch",
-            progress=SilentProgress(),
-            sampler=MemorySampler(0.05),
-            checkpoints=self.checkpoints(storage, batch_ledger),
-        )
-        code = batch.run()
-        written = sorted(info.key for info in storage.list(f"{base}.events"))
-        self.events = [json.loads(line) for key in written for line in storage.read_bytes(key).splitlines()]
-        self.summary = json.loads(storage.read_bytes(f"{base}.summary.json"))
-        jsonschema.validate(self.summary, schemas()["summary.v1.schema.json"])
-        return code
-
-    def checkpoints(self, storage: Storage, ledger: Ledger) -> Checkpoints | None:
-        if self.kept is None:
-            return Checkpoints(storage, ledger.leases.fence)
-        return None if self.kept == "off" else Checkpoints(self.kept)
-
-    def result(self, name: str) -> dict:
-        data = json.loads(self.out.read_bytes(f"jobs/{name}/result.json"))
-        jsonschema.validate(data, schemas()["result.v1.schema.json"])
-        return data
-
-    def files(self, name: str, *, parts: bool = True) -> set[str]:
-        """`parts`: with the finished segments that are kept."""
-        root = self.folder / "out/jobs" / name
-        found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-        return {name for name in found if parts or not name.startswith("parts/")}
-
-
-FILES = {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "people.json", "result.json"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch) -> Bench:
-    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr("runner.batch.loop.LOOK_AGAIN_S", 0.05)
-    return Bench(tmp_path)
+__all__ = ["bench"]  # a fixture
 
 
 def frames_in(path: Path) -> int:
@@ -224,185 +118,6 @@ def test_one_bad_job_never_stops_the_batch(bench, bad):
     alone = Bench(bench.folder / "alone")
     alone.run(alone.job("c"))
     assert alone.result("c")["output"]["frames_sha256"] == bench.result("c")["output"]["frames_sha256"]
-
-
-def test_a_missing_input_fails_its_job_and_keeps_an_older_output(bench):
-    bench.run(bench.job("a"), bench.job("b"))
-    bench.video.unlink()
-    assert bench.run(bench.job("a"), run_id="r2") == 1
-    assert bench.summary["jobs"][0]["error"]["code"] == "input.not_found"
-    assert bench.result("a")["status"] == "succeeded"
-    assert "output.mp4" in bench.files("a")
-
-
-def test_a_missing_input_of_a_new_job_is_recorded(bench):
-    bench.video.unlink()
-    assert bench.run(bench.job("a")) == 1
-    assert bench.result("a")["error"]["code"] == "input.not_found"
-    assert "video.mp4" in bench.result("a")["error"]["message"]
-    assert bench.loads == 0
-
-
-def test_a_failed_rerun_removes_the_stale_output_and_says_so(bench):
-    bench.run(bench.job("a"))
-    assert bench.run(bench.job("a", "fail-generate"), run_id="r2") == 1
-    assert bench.files("a", parts=False) == {"result.json"}
-    assert bench.result("a")["notes"] == ["the output of an earlier run was removed"]
-
-
-def test_what_may_pass_is_tried_again(bench):
-    assert bench.run(bench.job("a", "flaky"), bench.job("b")) == 0
-    assert bench.result("a")["attempt"] == 2
-    assert bench.result("a")["reason"] == "retry after storage.unavailable"
-    assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "succeeded"]
-
-
-def test_out_of_memory_is_tried_twice_then_fails(bench):
-    """With 1, not 3: a scheduler that starts the same command again would only pay for the same end."""
-    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 1
-    assert bench.generator.tries["oom"] == 2
-    assert bench.result("a")["error"] == bench.result("a")["error"] | {
-        "code": "resource.out_of_memory",
-        "retryable": True,
-    }
-    assert bench.result("b")["status"] == "succeeded"
-
-
-def test_one_attempt_is_one(bench):
-    assert bench.run(bench.job("a", "oom"), bench.job("b", "flaky"), max_attempts=1) == 1
-    assert bench.generator.tries == {"oom": 1, "flaky": 1}
-
-
-def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(bench, monkeypatch):
-    """Else one outage of minutes would use up every attempt, and the rerun that 3 promises would run nothing."""
-    asked = []
-
-    def away(*_):
-        asked.append(1)
-        raise StorageUnavailable("the stub's store is away")
-
-    monkeypatch.setattr(StubGenerator, "prepare", away)
-    for run in (1, 2):
-        assert bench.run(bench.job("a"), run_id=f"r{run}") == 3
-        assert (len(asked), bench.result("a")["attempt"]) == (3 * run, 3 * run)
-    monkeypatch.undo()
-    assert bench.run(bench.job("a"), run_id="r3") == 0
-
-
-@pytest.mark.parametrize(("max_attempts", "tries"), [(0, 3), (2, 2), (3, 3), (9, 3)])
-def test_a_run_tries_a_job_three_times_at_most_and_waits_twice_as_long_each_time(
-    bench, monkeypatch, max_attempts, tries
-):
-    """However many attempts a job may have in all its runs. Two seconds, then four."""
-    asked, waits, put_back = [], [], WorkList.put_back
-
-    def away(*_):
-        asked.append(1)
-        raise StorageUnavailable("the stub's store is away")
-
-    def at_once(self, item, delay_s=0.0, rank=0):
-        waits.append(delay_s)
-        return put_back(self, item, 0.0, rank)
-
-    monkeypatch.setattr(StubGenerator, "prepare", away)
-    monkeypatch.setattr(WorkList, "put_back", at_once)
-    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", RETRY_DELAY_S)
-    assert bench.run(bench.job("a"), max_attempts=max_attempts) == 3
-    assert len(asked) == tries
-    assert waits == [2.0, 4.0][: tries - 1]
-    assert [event["wait_s"] for event in bench.events if event["event"] == "job_retry"] == waits
-
-
-def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
-    for run in (1, 2):
-        assert bench.run(bench.job("a", "oom"), run_id=f"r{run}") == 1
-    assert bench.generator.tries == {"oom": 3}
-    assert bench.run(bench.job("a", "oom"), run_id="r3") == 1
-    assert bench.generator.tries == {"oom": 3}
-    assert "--max-attempts 0" in bench.summary["jobs"][0]["reason"]
-    assert not bench.summary["jobs"][0]["error"]["retryable"]
-
-
-def test_a_generator_that_cannot_hold_less_says_so(bench):
-    class Plain(StubGenerator):
-        lower_memory = Generator.lower_memory  # the protocol's own answer
-
-    bench.generator = Plain()
-    assert bench.run(bench.job("a", "oom")) == 1
-    assert "memory_is_lowest" in [event["event"] for event in bench.events]
-
-
-class Stepping(StubGenerator):
-    """Has memory for `oom` jobs once it was told to hold less; `broken`: it cannot be loaded that way."""
-
-    lowered, broken = 0, False
-
-    def lower_memory(self) -> bool:
-        self.lowered += 1
-        if self.broken:
-            raise WeightsMissing("gone")
-        return True
-
-    def generate(self, conditions, plan, timer, on_step=None, start=None):
-        if self.lowered:
-            conditions.request = replace(conditions.request, prompt="ok")
-        timer.forecast["denoise"] = 7
-        return super().generate(conditions, plan, timer, on_step, start)
-
-
-def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
-    bench.generator = Stepping()
-    assert bench.run(bench.job("a", "oom"), bench.job("b")) == 0
-    assert bench.generator.lowered == 1
-    assert bench.result("a")["attempt"] == 2
-    assert bench.result("a")["memory"]["forecast"] == {"denoise": 7}
-    assert "memory_lowered" in [event["event"] for event in bench.events]
-
-
-def test_memory_steps_down_for_a_job_that_failed_before(bench):
-    bench.generator = Stepping()
-    assert bench.run(bench.job("a", "oom"), max_attempts=1) == 1
-    assert bench.generator.lowered == 0, "lowered for nothing: there was no try left"
-    assert bench.run(bench.job("a", "oom"), run_id="r2") == 0
-    assert (bench.generator.lowered, bench.result("a")["attempt"]) == (1, 3)
-
-
-def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
-    bench.generator = Stepping(frames=6)
-    bench.generator.broken = True
-    assert bench.run(bench.job("a", "oom"), bench.job("b"), bench.job("c")) == 2
-    assert bench.generator.lowered == 1
-    assert "engine_failed" in [event["event"] for event in bench.events]
-    assert bench.summary["stopped_by"] is not None
-
-
-class FullDisk(LocalStorage):
-    """Takes the outputs of job `a`, then is full."""
-
-    def publish(self, local, key, **conditions):
-        if "/a/" not in key:
-            raise StorageFull("no space left on the device", where=key)
-        return super().publish(local, key, **conditions)
-
-
-def test_a_full_disk_stops_the_run_and_keeps_what_is_done(bench):
-    bench.generator = StubGenerator(generate_s=0.2)
-    jobs = [bench.job(name) for name in "abcde"]
-    assert bench.run(*jobs, storage=FullDisk(bench.folder / "out")) == 3
-    assert bench.result("a")["status"] == "succeeded"
-    assert bench.summary["counts"]["not_run"] >= 1
-    assert bench.summary["stopped_by"]
-    assert bench.run(*jobs, run_id="r2") == 0
-    assert [line["status"] for line in bench.summary["jobs"]] == ["skipped", *["succeeded"] * 4]
-
-
-def test_weights_that_cannot_load_stop_the_run_with_2(bench, monkeypatch):
-    def load():
-        raise WeightsCorrupt("truncated", where="transformer.safetensors")
-
-    monkeypatch.setattr(StubGenerator, "prepare", lambda *_: load())
-    assert bench.run(bench.job("a"), bench.job("b"), bench.job("c")) == 2
-    assert bench.summary["counts"]["not_run"] >= 1
 
 
 def test_frames_as_png(bench):
@@ -498,7 +213,7 @@ def test_a_signal_waits_for_no_preparation_and_leaves_no_mark_of_it(bench, monke
 
 
 def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch):
-    monkeypatch.setattr("runner.batch.loop.RETRY_DELAY_S", 60)
+    monkeypatch.setattr("runner.batch.settlement.RETRY_DELAY_S", 60)
     events = bench.folder / "out/runs/r1/0-of-1.events.jsonl"
 
     def signal() -> None:
@@ -541,37 +256,6 @@ def test_a_stopped_run_ends_after_the_marks_of_waiting_jobs_are_removed(bench, m
 
     monkeypatch.setattr(Ledger, "abandon", slowly)
     test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch)
-
-
-def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, tmp_path):
-    script = textwrap.dedent(f"""
-        import sys
-        from pathlib import Path
-        from tests.batch.test_loop import Bench
-        bench = Bench(Path({str(tmp_path)!r}))
-        bench.run(bench.job("a"), bench.job("bad", "crash"), bench.job("c"), run_id=sys.argv[1])
-    """)
-    for run in ("c1", "c2", "c3"):
-        done = subprocess.run([sys.executable, "-c", script, run], cwd=Path(__file__).parents[2], check=False)
-        assert done.returncode == 9
-    # its neighbours died with it in the first run; from the second on the suspects ran last and alone
-    for name in "ac":
-        assert bench.result(name)["status"] == "succeeded"
-        assert bench.result(name)["attempt"] <= 2
-    assert bench.run(bench.job("a"), bench.job("bad", "crash"), bench.job("c"), run_id="c4") == 1
-    assert bench.result("bad")["error"]["code"] == "job.crashed"
-    assert bench.result("bad")["attempt"] == 3
-    assert bench.summary["counts"]["skipped"] == 2
-
-
-def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
-    bench.run(bench.job("a"))
-    (bench.folder / "out/jobs/a/attempt.json").write_bytes(
-        AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
-    )
-    assert [row.status for row in read_status(bench.out)] == ["lost"]
-    assert bench.run(bench.job("a"), run_id="r2") == 0
-    assert [row.status for row in read_status(bench.out)] == ["succeeded"]
 
 
 def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkeypatch):

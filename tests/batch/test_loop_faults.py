@@ -28,7 +28,7 @@ from runner.spec.manifest import Job
 from runner.storage import LocalStorage, open_storage
 from runner.storage.file_hashes import FileHashes
 from runner.verbs.status import read_status
-from tests.batch.test_loop import SIGTERM, Bench, bench
+from tests.batch.loop_bench import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator
 
 __all__ = ["bench"]  # the fixture

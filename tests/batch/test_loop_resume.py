@@ -17,7 +17,7 @@ import pytest
 from runner.batch.lease import Leases
 from runner.errors import LeaseLost, StorageFull, StorageUnavailable
 from runner.storage import LocalStorage, open_storage
-from tests.batch.test_loop import SIGTERM, Bench, bench
+from tests.batch.loop_bench import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator
 
 __all__ = ["bench"]  # the fixture
@@ -99,7 +99,7 @@ def test_a_job_killed_in_its_middle_goes_on(bench, tmp_path):
     script = f"""
 import os, sys
 from pathlib import Path
-from tests.batch.test_loop import Bench
+from tests.batch.loop_bench import Bench
 from tests.stub_generator import StubGenerator
 bench = Bench(Path({str(bench.folder)!r}))
 class Dies(StubGenerator):

@@ -211,7 +211,7 @@ class Trial:
     def _patch(self, runner: Runner) -> None:
         """In the child: short leases and pauses, and where it is, as `one_machine` says."""
         import runner.verbs.run as run_verb
-        from runner.batch import lease, ledger, loop
+        from runner.batch import lease, ledger, settlement
 
         if runner.fate and runner.at_point:
             kill = runner.fate == "kill"
@@ -223,7 +223,7 @@ class Trial:
                 os.kill(os.getpid(), signal.SIGKILL if kill else signal.SIGSTOP)
 
             WATCHES[self._kind](runner.page, [Path(self.out)], runner.at_point, strike)
-        loop.LOOK_AGAIN_S = LOOK_AGAIN_S[self._store]
+        settlement.LOOK_AGAIN_S = LOOK_AGAIN_S[self._store]
         run_verb.Ledger = partial(ledger.Ledger, lease_s=self.lease_s)  # type: ignore[assignment,misc]
         watch_leases(self.journal, runner.number)
         if not self.one_machine:

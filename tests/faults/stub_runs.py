@@ -118,12 +118,11 @@ def import_all() -> None:
     import runner.cli
     import runner.storage.s3
     import runner.verbs.run  # noqa: F401
-    from runner.batch import loop
+    from runner.batch import settlement
     from runner.records.record import environment
 
     environment()
-    if hasattr(loop, "RETRY_DELAY_S"):
-        loop.RETRY_DELAY_S = LONGEST_WAIT_S
+    settlement.RETRY_DELAY_S = LONGEST_WAIT_S
 
 
 def one_thread() -> bool:

@@ -24,7 +24,7 @@ from runner.finishing.stages import (
 from runner.generation.protocol import ClipInfo, ResumePoint, Segment
 from runner.spec.options import JobOptions
 from runner.timing import StageTimer
-from tests.batch.test_loop import bench  # noqa: F401
+from tests.batch.loop_bench import bench  # noqa: F401
 from tests.finishing.doubling import SEED, DoubleRate
 
 ROW = "tests.finishing.doubling:open_double_rate"

@@ -289,7 +289,7 @@ def test_a_store_that_ignores_conditions_is_said_once_and_the_run_goes_on(stub_r
 
 def test_a_job_that_another_runner_has_is_waited_for(stub_run, monkeypatch, tmp_path):
     """The run ends when that job is done, with 0."""
-    monkeypatch.setattr("runner.batch.loop.LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr("runner.batch.settlement.LOOK_AGAIN_S", 0.05)
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(StubGenerator):
