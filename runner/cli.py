@@ -296,9 +296,9 @@ def _status(settings: StatusSettings, display: Display) -> int:
     from runner.verbs.status import status
     from runner.verbs.tables import print_status
 
-    rows = status(settings)
-    print_status(settings.out, rows, as_json=display.json)
-    return 1 if any(row.status == "failed" for row in rows) else 0
+    found = status(settings)
+    print_status(found, as_json=display.json)
+    return found.exit_code
 
 
 def _compare(settings: CompareSettings, display: Display) -> int:

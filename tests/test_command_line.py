@@ -20,7 +20,7 @@ from runner.verbs.compare import Compared
 from runner.verbs.doctor import Check
 from runner.verbs.plan import Forecast, RunForecast
 from runner.verbs.settings import flag_name, flags_of
-from runner.verbs.status import StatusRow
+from runner.verbs.status import RunStatus, StatusRow
 from runner.verbs.validate import Validation
 from runner.verbs.weights import Verification
 from runner.weights.verify import Row, Settled
@@ -131,6 +131,11 @@ CALLS = {
 }
 
 
+def status_of(*states):
+    rows = [StatusRow(id=str(n), status=state, detail="") for n, state in enumerate(states)]
+    return RunStatus("out", None, None, tuple(rows), {})
+
+
 def compared(code: int) -> Compared:
     return Compared(
         NightComparison(
@@ -159,8 +164,11 @@ def call(monkeypatch, name: str, result: object) -> int:
         ("validate", Validation(MANIFEST, (("a", GONE),)), 1),
         ("plan", RunForecast((), None), 0),
         ("plan", RunForecast((Forecast("a", None, GONE),), None), 1),
-        ("status", [StatusRow(id="a", status="running", detail="", attempt=1)], 0),
-        ("status", [StatusRow(id="a", status="failed", detail="", attempt=1)], 1),
+        ("status", status_of("succeeded"), 0),
+        ("status", status_of("succeeded", "failed"), 1),
+        ("status", status_of("succeeded", "failed", "pending"), 3),
+        ("status", status_of("running"), 3),
+        ("status", status_of("lost"), 3),
         *(("compare", compared(code), code) for code in (0, 1, 2, 4)),
         ("approve", [ApproveRow("a", "approved", ""), ApproveRow("b", "unchanged", "")], 0),
         ("approve", [ApproveRow("a", "approved", ""), ApproveRow("b", "refused", "")], 1),

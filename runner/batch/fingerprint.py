@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner.records.record import InputRecord
-from runner.redact import redact
+from runner.redact import redact, redact_tree
 from runner.spec.hashed_fields import OPTION_KEYS, RECIPE_KEYS, hashed_values, introduced_defaults
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 
-__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts"]
+__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "settings_digest"]
 
 OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
 
@@ -38,6 +38,16 @@ def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Map
 def fingerprint(parts: Mapping[str, Any]) -> str:
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settings_digest(parts: Mapping[str, Any]) -> str:
+    """16 hex digits over `parts` without the inputs' contents: whether a record was made with the settings that a job
+    has now can be told without reading an input.
+
+    Equal for the parts that a job has and for those that its record keeps, where secrets are masked.
+    """
+    settings = {key: value for key, value in parts.items() if not key.startswith("input.")}
+    return fingerprint(redact_tree(settings))[:16]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

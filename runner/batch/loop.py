@@ -66,6 +66,11 @@ class Engine:
     own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
     stages: Callable[[JobOptions], Sequence[SegmentStage]] = lambda options: ()  # of a job's frames, before the encoder
 
+    def parts(self, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]) -> dict[str, Any]:
+        """What decides the job's frames, see `fingerprint_parts`. `own`: what `self.own` said of the job."""
+        effective = replace(job, options=self.effective(job.options))
+        return fingerprint_parts(effective, inputs, {**self.identity, **own})
+
 
 class Batch:
     """One run over the jobs of one source. `run` may be called once."""
@@ -198,14 +203,10 @@ class Batch:
         index = InputIndex(self._ledger.hashes, self._input_roots)
 
         def decide(job: Job, listing: Listing | None) -> Decision:
-            parts = self._parts(job, index.identify(job), self._engine.own(job))
+            parts = self._engine.parts(job, index.identify(job), self._engine.own(job))
             return self._ledger.decide(job.id, fingerprint(parts), parts, listing)
 
         return decide
-
-    def _parts(self, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]) -> dict[str, Any]:
-        effective = replace(job, options=self._engine.effective(job.options))
-        return fingerprint_parts(effective, inputs, {**self._engine.identity, **own})
 
     def _decide(self, task: Task, taken: Decision | None) -> str:
         """What to do with the job: the decision's action, after what it asks for short of running was done."""
@@ -217,7 +218,7 @@ class Batch:
             own = self._engine.own(job)
         except Exception as error:  # the attempt still gets an identity, and its failure the place of an older one
             problem = error
-        task.parts = self._parts(job, task.inputs, own)
+        task.parts = self._engine.parts(job, task.inputs, own)
         task.fingerprint = fingerprint(task.parts)
         task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         if problem is not None:
@@ -243,9 +244,9 @@ class Batch:
         job, timer = task.job, task.timer
         self._mark(task)
         self._events.emit("job_started", job=job.id, attempt=task.decision.attempt, reason=task.decision.reason)
-        begin = time.monotonic()
         generator = self._load()
         timer.probe = generator.probe
+        begin = task.fetch_begin = time.monotonic()
         with timer.stage("fetch"):
             request, notes = fetch_request(job, task.folder, task.inputs, self._input_roots)
             task.notes.extend(notes)
@@ -253,7 +254,7 @@ class Batch:
         conditions = task.conditions = generator.prepare(request, timer)
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._keeper.find(task, generator.resume_identity)
-        self._settlement.spans.add(task.job.id, "prepare", begin)
+        self._settlement.note_span(task, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
 
     def _mark(self, task: Task) -> None:
@@ -282,6 +283,7 @@ class Batch:
             except Exception as error:  # no job is at fault, and no other would fare better
                 self._settlement.break_off("engine_failed", error, "loading the model")
                 raise Closed from error
+            self._summary.note_loading(begin)
             self._events.emit("engine_loaded", seconds=round(time.monotonic() - begin, 3))
         return self._generator
 
@@ -308,15 +310,17 @@ class Batch:
                 ended = Ended(task, found, "generate")
             if ended.error is None and not ended.given_back:
                 self._advance(task, "delivering")  # now, as it may wait for delivery while the next one generates
-            self._settlement.spans.add(task.job.id, "generate", begin)
+            self._settlement.note_span(task, "generate", begin)
             self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
             self._hand_over(ended)
 
     def _lower_memory(self) -> None:
         """One memory mode down, for the retry and all that follows."""
         assert self._generator
+        begin = time.monotonic()
         try:
             lowered = self._generator.lower_memory()
+            self._summary.note_loading(begin)
             self._events.emit("memory_lowered" if lowered else "memory_is_lowest", level="warning")
         except Exception as error:  # the model is gone, and no later job would fare better
             self._settlement.break_off("engine_failed", error, "loading the model one memory mode lower")
@@ -395,6 +399,7 @@ class Batch:
                 if isinstance(item, Piece):
                     assert task.delivery is not None
                     begin = time.monotonic()
+                    task.deliver_begin = task.deliver_begin or begin
                     task.delivery.write(item.segment)
                     self._keeper.keep(task, item)
                     task.part_s = time.monotonic() - begin

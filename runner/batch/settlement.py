@@ -71,6 +71,7 @@ class Settlement:
             self._storage, job_id, lambda local, key: self._ledger.publish(job_id, local, key)
         )
         self.spans.add(job_id, "deliver", begin)
+        task.spans["deliver"] = (task.deliver_begin or begin, time.monotonic())
         notes = [*task.notes, *published.notes]
         record = self._record(task, status="succeeded", output=published.output, notes=notes)
         standing = self._ledger.succeed(record, task.decision)
@@ -86,6 +87,7 @@ class Settlement:
                 attempt=task.decision.attempt,
                 output=standing.output.uri if standing.output is not None else None,
                 seconds=round(time.monotonic() - task.begin, 3),
+                notes=standing.notes,
             ),
             standing,
         )
@@ -138,6 +140,7 @@ class Settlement:
             attempt=attempt,
             seconds=round(time.monotonic() - task.begin, 3),
             error=found,
+            notes=record.notes,
         )
         self._report(line, record)
 
@@ -167,9 +170,16 @@ class Settlement:
             self.abandon(task.job.id)
         self.settle(task)
 
+    def note_span(self, task: Task, stage: str, begin: float) -> None:
+        """Note that a thread had the job for `stage` from `begin`, monotonic, until now."""
+        self.spans.add(task.job.id, stage, begin)
+        task.spans[stage] = (begin, time.monotonic())
+
     def skip(self, job: Job, decision: Decision) -> None:
         """Count a job that is done already."""
-        self._report(JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt))
+        notes = decision.previous.notes if decision.previous is not None else []
+        line = JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt, notes=notes)
+        self._report(line)
 
     def exhaust(self, task: Task) -> None:
         """Count a job as failed that has been tried as often as allowed."""
@@ -203,6 +213,8 @@ class Settlement:
 
     def close(self, task: Task) -> None:
         """Release what the attempt holds; its job may run again."""
+        if not task.settled:
+            self._summary.note_work(task.gpu_s, task.identity.get("device", ""))
         task.settled = True
         if task.delivery is not None:
             task.delivery.abort()
@@ -254,6 +266,7 @@ class Settlement:
     def _record(self, task: Task, **more: Any) -> ResultRecord:
         return task.record(
             run_id=self._summary.run_id,
+            shard=self._summary.shard,
             recipe=self._recipe,
             engine=dict(self._describe()),
             overlapped=self.spans.overlapping(task.job.id, "generate"),

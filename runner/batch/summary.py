@@ -6,17 +6,20 @@ any tool can read while the run goes on; the events that wait; and the exit code
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from runner.batch.lease import host_name
 from runner.batch.memory_trend import MemoryTrend
 from runner.errors import is_transient
 from runner.records.events import EventLog
 from runner.records.output_layout import METRICS, SUMMARY, run_key
 from runner.records.prometheus import RunMetrics
-from runner.records.record import JobLine, ResultRecord, RunSummary, environment
+from runner.records.record import JobLine, ProcessUsage, ResultRecord, RunSummary, SpanRecord, environment
 from runner.storage import Storage
 from runner.timing import now
 
@@ -26,6 +29,7 @@ WRITING_SHARE = 0.1  # of the time, at most, as the files are rewritten whole an
 SHARE_OF_JOBS = 0.1  # that have ended since the last writing make another one due
 WAIT_S = 60.0  # or the passing of this time, or of WAIT_SHARE of the run's, whichever is longer
 WAIT_SHARE = 0.02
+KEEP_PROCESSES = 100  # of those that ran the same shard before
 
 
 def exit_code_of_lines(lines: Iterable[JobLine]) -> int:
@@ -54,12 +58,14 @@ class SummaryWriter:
     ) -> None:
         self.run_id = run_id
         self._storage, self._events, self._clock = storage, events, clock
-        self._shard, self._why, self._manifest, self._recipe = shard, shard_reason, manifest, recipe
+        self.shard, self._why, self._manifest, self._recipe = shard, shard_reason, manifest, recipe
         self._job_ids = dict.fromkeys(job_ids)  # in the manifest's order
         self._lines: dict[str, JobLine] = {}
         self._metrics = RunMetrics()
         self._trend = MemoryTrend()
         self._begin, self._started_at = clock(), now()
+        self._earlier: list[ProcessUsage] | None = None  # processes that ran this shard before; None: not read yet
+        self._device, self._work_s, self._loading = "", 0.0, list[SpanRecord]()
         self._not_before = self._written_at = float("-inf")
         self._written_lines = 0
         self._lock = threading.Lock()
@@ -94,13 +100,26 @@ class SummaryWriter:
             self._lines[line.id] = line
             self._metrics.observe(line, record)
             if self._is_due():
-                self._write(self._build(None, None, None))
+                self._write(None, None, None)
+
+    def note_loading(self, begin: float) -> None:
+        """Note that a model was loaded from `begin`, monotonic, until now."""
+        end = self._clock()
+        span = SpanRecord(begin_s=round(max(0.0, begin - self._begin), 3), end_s=round(end - self._begin, 3))
+        with self._lock:
+            self._loading.append(span)
+
+    def note_work(self, seconds: float, device: str) -> None:
+        """Note what an attempt worked on the device, however it ended. `device`: its name; empty: not known to it."""
+        with self._lock:
+            self._work_s += seconds
+            self._device = device or self._device
 
     def finish(self, stopped_by: str | None, stop_code: int | None) -> int:
         """Write the last summary and return the exit code. Raises storage.*."""
         code = self.exit_code(stop_code)
         with self._lock:
-            self._write(self._build(now(), code, stopped_by if stop_code is not None else None))
+            self._write(now(), code, stopped_by if stop_code is not None else None)
         return code
 
     def exit_code(self, stop_code: int | None) -> int:
@@ -117,7 +136,7 @@ class SummaryWriter:
     def _build(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> RunSummary:
         return RunSummary(
             run_id=self.run_id,
-            shard=self._shard,
+            shard=self.shard,
             shard_reason=self._why,
             manifest=self._manifest,
             recipe=self._recipe,
@@ -129,13 +148,37 @@ class SummaryWriter:
             counts=self.counts,
             jobs=self.lines,
             memory_trend=self._trend.record(),
+            processes=[*(self._earlier or ()), self._usage(finished_at is not None)],
             environment=dict(environment()),
         )
 
-    def _write(self, summary: RunSummary) -> None:
+    def _usage(self, finished: bool) -> ProcessUsage:
+        return ProcessUsage(
+            host=host_name(),
+            pid=os.getpid(),
+            device=self._device,
+            started_at=self._started_at,
+            seconds=round(self._clock() - self._begin, 3),
+            finished=finished,
+            work_s=round(self._work_s, 3),
+            loading=self._loading,
+        )
+
+    def _read_earlier(self) -> list[ProcessUsage]:
+        """What a process did that ran this shard under this run id before: a scheduler has started it anew."""
+        data = self._storage.read_bytes(run_key(self.run_id, self.shard, SUMMARY))
+        try:
+            return [] if data is None else RunSummary.model_validate(json.loads(data)).processes[-KEEP_PROCESSES:]
+        except ValueError:  # torn, or none of ours
+            return []
+
+    def _write(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> None:
         begin = self._clock()
-        self._storage.write_bytes(run_key(self.run_id, self._shard, SUMMARY), summary.to_json())
-        self._storage.write_bytes(run_key(self.run_id, self._shard, METRICS), self._metrics.text().encode())
+        if self._earlier is None:
+            self._earlier = self._read_earlier()
+        summary = self._build(finished_at, exit_code, stopped_by)
+        self._storage.write_bytes(run_key(self.run_id, self.shard, SUMMARY), summary.to_json())
+        self._storage.write_bytes(run_key(self.run_id, self.shard, METRICS), self._metrics.text().encode())
         if self._events is not None:
             self._events.flush()
         end = self._clock()

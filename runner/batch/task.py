@@ -14,11 +14,20 @@ from typing import Any
 
 from runner.batch.delivery import Delivery
 from runner.batch.job_checkpoint import Chain, Found, with_versions
+from runner.batch.lease import host_name
 from runner.batch.ledger import Decision
 from runner.batch.memory_sampler import MemoryWindow
 from runner.errors import RunnerError
 from runner.generation.protocol import Conditions, Segment, SegmentPlan
-from runner.records.record import Efficiency, InputRecord, MemoryRecord, ResultRecord, environment, reuse_of
+from runner.records.record import (
+    Efficiency,
+    InputRecord,
+    MemoryRecord,
+    ResultRecord,
+    SpanRecord,
+    environment,
+    reuse_of,
+)
 from runner.spec.manifest import Job
 from runner.timing import StageTimer, now
 
@@ -52,12 +61,20 @@ class Task:
     kept: Found = field(default_factory=Found)  # of an earlier attempt
     resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
     delivery: Delivery | None = None
+    fetch_begin: float | None = None  # when its inputs were fetched, the model loaded; monotonic, as the next two
+    deliver_begin: float | None = None  # when its first segment was written
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)  # by stage: when a thread had the job
     part_s: float = 0.0  # seconds that the last segment took from the decoder to where it is kept
     generating: bool = False  # the main thread is reading its conditions; nobody else may close them
     settled: bool = False  # by the delivery thread; what still comes of it is dropped
 
+    @property
+    def gpu_s(self) -> float:
+        """Seconds of the device's work, so far."""
+        return sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
+
     def record(
-        self, *, run_id: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
+        self, *, run_id: str, shard: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
     ) -> ResultRecord:
         """The attempt as it stands; `more` says how it ended: status, output, error, notes."""
         return ResultRecord(
@@ -70,6 +87,14 @@ class Task:
             fingerprint=self.fingerprint,
             fingerprint_parts=self.parts,
             inputs=self.inputs,
+            host=host_name(),
+            shard=shard,
+            wall_s=round(time.monotonic() - (self.fetch_begin or self.begin), 3),
+            gpu_s=round(self.gpu_s, 3),
+            spans={
+                name: SpanRecord(begin_s=round(begin - self.begin, 3), end_s=round(end - self.begin, 3))
+                for name, (begin, end) in self.spans.items()
+            },
             timings_s={name: round(s, 6) for name, s in self.timer.seconds.items()},
             steps_s=[round(s, 6) for s in self.timer.steps],
             memory=MemoryRecord(
@@ -95,7 +120,7 @@ class Task:
         plan = self.plan
         if plan is None:
             return None
-        generating = sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
+        generating = self.gpu_s
         generated = plan.segments if self.resumed_at is None else plan.segments - self.resumed_at + 1
         share = generated / plan.segments
         return Efficiency(

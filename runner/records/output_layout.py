@@ -10,7 +10,9 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/frames.sha256                the digest of each frame, one a line
     jobs/<id>/people.json                  where the people are, frame by frame; not of jobs with official files
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
+    runs/<run-id>/jobs.json                the jobs of its manifest
     runs/<run-id>/regression.json          how far its jobs may be from their baseline, where the manifest says so
+    runs/<run-id>/report.html, .json       what `report` has written
 
 A new name is one line here. A file of a job that goes when its output goes belongs into OUTPUT_FILES as well.
 """
@@ -31,8 +33,11 @@ __all__ = [
     "POSTER",
     "PREVIEWS",
     "REGRESSION",
+    "REPORT_HTML",
+    "REPORT_JSON",
     "RESULT",
     "RUNS",
+    "RUN_JOBS",
     "SUMMARY",
     "frames_folder",
     "is_output_file",
@@ -41,11 +46,13 @@ __all__ = [
     "job_key",
     "part_name",
     "parts_folder",
-    "regression_key",
+    "run_file_key",
     "run_folder",
     "run_key",
     "segments_of_state",
+    "shard_of_summary",
     "split_job_key",
+    "split_run_key",
     "state_name",
 ]
 
@@ -73,7 +80,9 @@ METRICS = "metrics.prom"
 EVENTS = "events.jsonl"
 
 # Of a run, whatever its shards
+RUN_JOBS = "jobs.json"
 REGRESSION = "regression.json"
+REPORT_HTML, REPORT_JSON = "report.html", "report.json"
 
 
 def job_folder(job_id: str) -> str:
@@ -139,6 +148,18 @@ def run_key(run_id: str, shard: str, name: str) -> str:
     return f"{run_folder(run_id)}{shard}.{name}"
 
 
-def regression_key(run_id: str) -> str:
-    """Where a run keeps the regression limits of its manifest's jobs."""
-    return run_folder(run_id) + REGRESSION
+def run_file_key(run_id: str, name: str) -> str:
+    """`name`: RUN_JOBS, REGRESSION, REPORT_HTML or REPORT_JSON."""
+    return run_folder(run_id) + name
+
+
+def split_run_key(key: str) -> tuple[str, str] | None:
+    """(run id, name below the run's folder) of a key; None for what does not lie in the folder of a run."""
+    run_id, slash, name = key.removeprefix(RUNS).partition("/")
+    return (run_id, name) if key.startswith(RUNS) and slash else None
+
+
+def shard_of_summary(name: str) -> str | None:
+    """The shard whose summary has this name below the run's folder; None for another file."""
+    shard = name.removesuffix(f".{SUMMARY}")
+    return shard if shard != name and "/" not in name else None

@@ -37,9 +37,12 @@ __all__ = [
     "MemoryTrendRecord",
     "OutputRecord",
     "ProcessRecord",
+    "ProcessUsage",
     "ResultRecord",
     "ReuseRecord",
+    "RunJobsRecord",
     "RunSummary",
+    "SpanRecord",
     "environment",
     "reuse_of",
     "schemas",
@@ -134,10 +137,20 @@ class ErrorRecord(Record):
     message: str
     stage: str
     retryable: bool
+    todo: str | None = Field(None, description="what to do about it, which the message ends with")
 
     @classmethod
     def of(cls, error: RunnerError, stage: str) -> ErrorRecord:
-        return cls(code=error.code, message=error.message, stage=stage, retryable=error.retryable)
+        return cls(
+            code=error.code, message=error.message, stage=stage, retryable=error.retryable, todo=error.todo or None
+        )
+
+
+class SpanRecord(Record):
+    """When something lasted, in seconds after the `started_at` beside it."""
+
+    begin_s: float
+    end_s: float
 
 
 class ResultRecord(Record):
@@ -161,6 +174,21 @@ class ResultRecord(Record):
     fingerprint_parts: dict[str, Any]
     inputs: dict[str, InputRecord] = {}
     output: OutputRecord | None = None
+    host: str = Field("", description="where the attempt ran; empty in older records")
+    shard: str = Field("", description="of the run, as in the name of its summary; empty in older records")
+    wall_s: float | None = Field(
+        None, ge=0, description="from fetch to publish, waiting included; null in older records"
+    )
+    gpu_s: float | None = Field(
+        None,
+        ge=0,
+        description="the device's work: the seconds of all stages of generation, without preparation and waiting; 0 "
+        "for an attempt that failed before; null in older records",
+    )
+    spans: dict[str, SpanRecord] = Field(
+        default={},
+        description="when the job was with each thread: prepare, generate, deliver; empty in older records",
+    )
     timings_s: dict[str, float] = {}
     steps_s: list[float] = Field(
         default=[], description="each model evaluation of the denoising steps, over all segments"
@@ -275,6 +303,30 @@ class JobLine(Record):
     output: str | None = None
     seconds: float | None = Field(None, description="from fetch to publish")
     error: ErrorRecord | None = None
+    notes: list[str] = Field(default=[], description="warnings, as in the record")
+
+
+class ProcessUsage(Record):
+    """What one process of a shard did with its device. `seconds` is work, loading, and for the rest idle time."""
+
+    host: str
+    pid: int
+    device: str = Field("", description="the GPU's name, or the CPU's; empty where no model was loaded")
+    started_at: str
+    seconds: float = Field(ge=0, description="until the summary was last written")
+    finished: bool = Field(description="false: the process still runs, or it was killed")
+    work_s: float = Field(ge=0, description="the gpu_s of all its attempts, those that failed or did not end included")
+    loading: list[SpanRecord] = Field(default=[], description="when models were loaded")
+
+    @property
+    def loading_s(self) -> float:
+        """Seconds."""
+        return sum(span.end_s - span.begin_s for span in self.loading)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds."""
+        return max(0.0, self.seconds - self.work_s - self.loading_s)
 
 
 class MemoryTrendRecord(Record):
@@ -305,7 +357,29 @@ class RunSummary(Record):
     counts: dict[str, int]
     jobs: list[JobLine]
     memory_trend: MemoryTrendRecord | None = Field(None, description="null for runs of a hundred jobs or fewer")
+    processes: list[ProcessUsage] = Field(
+        default=[],
+        description="those that ran this shard under this run id one after the other, the newest last; empty in "
+        "summaries of older versions",
+    )
     environment: dict[str, Any]
+
+
+class RunJobsRecord(Record):
+    """`runs/<run-id>/jobs.json`: the jobs of a run's manifest, in its order, those of other shards as well.
+
+    `status` knows by it what is still to be done.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str
+    manifest: str
+    recipe: str
+    force: bool = Field(description="the run renders every job, done or not")
+    jobs: dict[str, str | None] = Field(
+        description="id → the first 16 digits of a sha256 over what decides its frames, without the inputs' contents; "
+        "null where it could not be found out"
+    )
 
 
 class LimitsRow(Record):
@@ -397,6 +471,7 @@ def schemas(models: Mapping[str, type[BaseModel]] | None = None) -> dict[str, di
         "people": People,
         "approved": Approvals,
         "regression": LimitsRecord,
+        "jobs": RunJobsRecord,
     }
     return {
         f"{name}.v{SCHEMA_VERSION}.schema.json": model.model_json_schema(mode="serialization")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import pydantic
 
 from runner.errors import InputUnreadable
-from runner.records.output_layout import REGRESSION, RUNS, regression_key
+from runner.records.output_layout import REGRESSION, RUNS, run_file_key, split_run_key
 from runner.records.record import LimitsRecord, LimitsRow
 from runner.spec.manifest import Job, Manifest
 from runner.spec.regression_limits import RegressionLimits
@@ -40,7 +40,7 @@ def keep_limits(storage: Storage, run_id: str, jobs: Iterable[Job]) -> None:
         LimitsRow(limits=limits.model_dump(mode="json", exclude_none=True), job_ids=found)
         for limits, found in ids.items()
     ]
-    key, data = regression_key(run_id), LimitsRecord(rows=rows).to_json()
+    key, data = run_file_key(run_id, REGRESSION), LimitsRecord(rows=rows).to_json()
     if storage.read_bytes(key) != data:
         storage.write_bytes(key, data)
 
@@ -65,7 +65,7 @@ def limits_of_manifest(manifest: Manifest) -> dict[str, RegressionLimits]:
 
 
 def _kept_files(storage: Storage) -> list[ObjectInfo]:
-    return [info for info in storage.list(RUNS) if info.key.count("/") == 2 and info.key.endswith(f"/{REGRESSION}")]
+    return [info for info in storage.list(RUNS) if (split_run_key(info.key) or ("", ""))[1] == REGRESSION]
 
 
 def _parse(data: bytes, uri: str) -> dict[str, RegressionLimits]:

@@ -26,6 +26,7 @@ from runner.batch.ledger import Ledger
 from runner.batch.loop import FRAME_BUFFER_BYTES, Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import Progress, SilentProgress
+from runner.batch.run_jobs import keep_run_jobs
 from runner.batch.scratch import scratch_folder
 from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.batch.spot import watch
@@ -79,7 +80,7 @@ def run(
         return _run_on_gpus(settings, progress or SilentProgress(), source)
     manifest, chosen, shard, why = choose_jobs(settings)
     jobs: Sequence[Job] = chosen if source is None else source.jobs
-    limited = manifest.jobs if source is None else jobs
+    every_job = manifest.jobs if source is None else jobs
     source = source or ShardJobs(shard.arrange(chosen))
     run_id = _choose_run_id(settings)
     roots = parse_roots(settings.input_root)
@@ -95,7 +96,7 @@ def run(
             if found.stops_run:
                 raise
             log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
-    keep_limits(storage, run_id, limited)
+    _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard} ({why})", recipe=engine.recipe)
 
     progress = progress or SilentProgress()
@@ -166,6 +167,22 @@ def run(
         outputs=f"{storage.root}/{JOBS}",
         summary=f"{storage.root}/{run_folder(run_id)}",
         sheet=sheet,
+    )
+
+
+def _keep_manifest(
+    storage: Storage, run_id: str, jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, engine: Engine
+) -> None:
+    """Keep with the run what later commands ask of its manifest: its jobs, and how far they may be from a baseline."""
+    keep_limits(storage, run_id, jobs)
+    keep_run_jobs(
+        storage,
+        run_id,
+        jobs,
+        lambda job: engine.parts(job, {}, engine.own(job)),
+        manifest=manifest.source,
+        recipe=engine.recipe,
+        force=settings.force,
     )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from runner.verbs.doctor import Check
     from runner.verbs.plan import Forecast
     from runner.verbs.quantize import Quantized
-    from runner.verbs.status import StatusRow
+    from runner.verbs.status import RunStatus
     from runner.verbs.weights import Verification
     from runner.weights.fetch import Fetched
 
@@ -57,6 +57,7 @@ COLOURS = {
     "skipped": "dim",
     "not_run": "yellow",
     "running": "yellow",
+    "pending": "dim",
     "lost": "red",
     "warn": "yellow",
     "failed": "red",
@@ -168,22 +169,19 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
     )
 
 
-def print_status(out: str, rows: Sequence[StatusRow], *, as_json: bool) -> None:
+def print_status(found: RunStatus, *, as_json: bool) -> None:
     if as_json:
-        for row in rows:
+        for row in found.rows:
             print_json(row.model_dump(mode="json"))
         return
     console = _console()
     table = _table("job", "status", "attempt", "seconds", "detail")
-    for row in rows:
+    for row in found.rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         table.add_row(escape(row.id), _status(row.status), str(row.attempt), seconds, escape(row.detail))
     console.print(table)
-    names = ("succeeded", "failed", "running", "lost")
-    found = {name: sum(row.status == name for row in rows) for name in names}
-    console.print(
-        f"{escape(out)}: " + " · ".join(f"{count} {status}" for status, count in found.items()), soft_wrap=True
-    )
+    counts = " · ".join(f"{count} {name}" for name, count in found.counts.items())
+    console.print(f"{escape(found.out)}: {counts}", soft_wrap=True)
 
 
 def print_checks(checks: Sequence[Check]) -> None:

@@ -27,7 +27,7 @@ from runner.records.record import AttemptMark
 from runner.spec.manifest import Job
 from runner.storage import LocalStorage, open_storage
 from runner.storage.file_hashes import FileHashes
-from runner.verbs.status import read_status
+from runner.verbs.status import read_run_status
 from tests.batch.loop_bench import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator
 
@@ -148,7 +148,7 @@ def test_a_publication_that_fails_keeps_the_older_output_and_its_record(bench, f
     assert away.failed >= 1
     assert before.items() <= snapshot(bench, "a").items()
     assert bench.result("a") == json.loads(before["result.json"])
-    (row,) = read_status(bench.out)
+    (row,) = read_run_status(bench.out).rows
     assert (row.status, "an older output stands" in row.detail) == ("failed", True)
     assert bench.run(bench.job("a", seed=41, output=output), run_id="r3") == 0
     assert bench.summary["jobs"][0]["reason"] == "done"
@@ -285,7 +285,7 @@ def test_what_stands_in_the_way_of_a_job_fails_that_job_alone(bench, place):
     assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "failed", "succeeded"]
     assert bench.summary["jobs"][1]["error"]["code"] == "storage.denied"
     assert "bad" in bench.summary["jobs"][1]["error"]["message"]
-    read_status(bench.out)
+    read_run_status(bench.out)
 
 
 @pytest.mark.parametrize("place", ["loop", "long name", "long path"])

@@ -16,7 +16,7 @@ from runner.errors import StorageFull, StorageUnavailable, WeightsCorrupt, Weigh
 from runner.generation.protocol import Generator
 from runner.records.record import AttemptMark
 from runner.storage import LocalStorage
-from runner.verbs.status import read_status
+from runner.verbs.status import read_run_status
 from tests.batch.loop_bench import bench
 from tests.stub_generator import StubGenerator
 
@@ -228,6 +228,6 @@ def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
     (bench.folder / "out/jobs/a/attempt.json").write_bytes(
         AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
     )
-    assert [row.status for row in read_status(bench.out)] == ["lost"]
+    assert [row.status for row in read_run_status(bench.out).rows] == ["lost"]
     assert bench.run(bench.job("a"), run_id="r2") == 0
-    assert [row.status for row in read_status(bench.out)] == ["succeeded"]
+    assert [row.status for row in read_run_status(bench.out).rows] == ["succeeded"]

@@ -34,7 +34,7 @@ def test_keys_are_those_of_the_contract() -> None:
         "runs/night/00000-of-00001.metrics.prom",
         "runs/night/00000-of-00001.events.jsonl",
     ]
-    assert layout.regression_key("night") == "runs/night/regression.json"
+    assert layout.run_file_key("night", layout.REGRESSION) == "runs/night/regression.json"
 
 
 @pytest.mark.parametrize(

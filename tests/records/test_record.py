@@ -48,6 +48,7 @@ def test_a_record_fits_its_schema_and_survives_the_round_trip():
         "message": "x.mp4: no such file. Check the path",
         "stage": "prepare",
         "retryable": False,
+        "todo": "Check the path",
     }
 
 

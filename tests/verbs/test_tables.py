@@ -12,9 +12,9 @@ from runner.verbs.tables import print_json
 TABLE = "from runner.records.record import JobLine; from runner.verbs.tables import print_run; "
 TABLE += "lines = [JobLine(id=str(n), status='failed', "
 TABLE += "reason='') for n in range(5000)]; print_run(lines, {'total': 5000}, ['here'])"
-ROWS = "from runner.verbs.status import StatusRow; from runner.verbs.tables import print_status; "
-ROWS += "rows = [StatusRow(id=str(n), status='failed', "
-ROWS += "detail='', attempt=1) for n in range(5000)]; print_status('out', rows, as_json=True)"
+ROWS = "from runner.verbs.status import RunStatus, StatusRow; from runner.verbs.tables import print_status; "
+ROWS += "rows = [StatusRow(id=str(n), status='failed', detail='') for n in range(5000)]; "
+ROWS += "print_status(RunStatus('out', None, None, tuple(rows), {}), as_json=True)"
 
 
 @pytest.mark.parametrize("script", [TABLE, ROWS], ids=["run", "status --json"])

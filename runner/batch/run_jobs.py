@@ -1,0 +1,77 @@
+"""Run jobs: the jobs of a run's manifest, kept with the run, so that what is still to be done can be told later.
+
+In:   jobs of a manifest and what decides their frames; an output storage. Out: `runs/<run-id>/jobs.json`.
+Never: what is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from runner.batch.fingerprint import settings_digest
+from runner.errors import InputUnreadable, RunnerError
+from runner.records.output_layout import RUN_JOBS, RUNS, run_file_key, split_run_key
+from runner.records.record import RunJobsRecord
+from runner.spec.manifest import Job
+from runner.storage import Storage
+
+__all__ = ["keep_run_jobs", "newest_run", "read_run_jobs"]
+
+
+def keep_run_jobs(
+    storage: Storage,
+    run_id: str,
+    jobs: Iterable[Job],
+    parts: Callable[[Job], Mapping[str, Any]],
+    *,
+    manifest: str,
+    recipe: str,
+    force: bool = False,
+) -> None:
+    """Write the jobs of the whole manifest into the folder of the run. Every shard writes the same bytes.
+
+    `parts`: what decides a job's frames, its inputs left out, see `fingerprint_parts`. The file is written anew where
+    the same lies there already: the newest file is that of the newest run. Raises storage.*.
+    """
+    kept = {job.id: _digest(job, parts) for job in jobs}
+    if kept:
+        record = RunJobsRecord(run_id=run_id, manifest=manifest, recipe=recipe, force=force, jobs=kept)
+        storage.write_bytes(run_file_key(run_id, RUN_JOBS), record.to_json())
+
+
+def _digest(job: Job, parts: Callable[[Job], Mapping[str, Any]]) -> str | None:
+    try:
+        return settings_digest(parts(job))
+    except (RunnerError, OSError):  # e.g. its LoRA is missing, which its own shard says
+        return None
+
+
+def newest_run(storage: Storage) -> str | None:
+    """The id of the run that began last, None where no run has kept its jobs. Raises storage.*."""
+    kept = [
+        (info.modified, names[0])
+        for info in storage.list(RUNS)
+        if (names := split_run_key(info.key)) is not None and names[1] == RUN_JOBS
+    ]
+    return max(kept)[1] if kept else None
+
+
+def read_run_jobs(storage: Storage, run_id: str) -> RunJobsRecord | None:
+    """What `keep_run_jobs` wrote; None where that run kept none.
+
+    Raises InputUnreadable for a damaged file, storage.*.
+    """
+    key = run_file_key(run_id, RUN_JOBS)
+    data = storage.read_bytes(key)
+    if data is None:
+        return None
+    try:
+        return RunJobsRecord.model_validate(json.loads(data))
+    except ValueError as err:
+        raise InputUnreadable(
+            f"the jobs of run {run_id} cannot be read: {str(err).splitlines()[0]}",
+            where=f"{storage.root.rstrip('/')}/{key}",
+            todo="Remove the file, or run the manifest again",
+        ) from err

@@ -1,0 +1,105 @@
+"""Run report: all that is known of one run, over its shards, as one versioned schema.
+
+In:   plain values from the verb `report`. Out: a model that serialises to JSON and exports its JSON Schema.
+Never: where records are stored, how a report looks. Times are UTC, ISO 8601; sizes bytes; durations seconds; moments
+`…_s` of spans are seconds after the run's `started_at`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from runner.records.record import SCHEMA_VERSION, ErrorRecord, Record, ReuseRecord
+
+__all__ = ["GpuSeconds", "JobReport", "JobState", "ProcessReport", "RunReport", "StageSpan"]
+
+JobState = Literal["succeeded", "failed", "skipped", "running", "lost", "pending"]
+
+
+class StageSpan(Record):
+    """One thread of a process with one job, or loading the model."""
+
+    stage: Literal["load", "prepare", "generate", "deliver"]
+    job_id: str | None = Field(None, description="null: loading")
+    begin_s: float
+    end_s: float
+
+
+class GpuSeconds(Record):
+    """How the seconds of the devices were spent; of all processes together."""
+
+    total: float = Field(ge=0)
+    work: float = Field(ge=0, description="generating")
+    loading: float = Field(ge=0, description="loading models")
+    idle: float = Field(ge=0, description="the rest: starting, preparing, waiting, publishing")
+
+
+class ProcessReport(Record):
+    """One process of one shard, from its start to its end."""
+
+    shard: str
+    host: str
+    pid: int
+    device: str = Field(description="empty where no model was loaded")
+    begin_s: float
+    end_s: float
+    finished: bool = Field(description="false: it still runs or was killed; end_s is when it was last heard of")
+    exit_code: int | None = None
+    stopped_by: str | None = None
+    gpu_seconds: GpuSeconds
+    spans: list[StageSpan] = Field(description="in the order of their begin")
+
+
+class JobReport(Record):
+    """One job of the run's manifest, or one that the run took from elsewhere."""
+
+    id: str
+    status: JobState = Field(description="skipped: it was done before this run")
+    reason: str
+    attempt: int | None = None
+    host: str = ""
+    shard: str = ""
+    wall_s: float | None = Field(None, description="from fetch to publish, waiting included")
+    gpu_s: float | None = Field(None, description="the device's work")
+    forecast_s: float | None = Field(None, description="gpu_s as forecast; null for a device of which nothing is known")
+    device_bytes: int | None = Field(None, description="the most that the process held on the device; null without one")
+    forecast_bytes: int | None = Field(None, description="the same as forecast: the largest stage")
+    host_bytes: int | None = Field(None, description="the most host memory of the process")
+    stages_s: dict[str, float] = Field(default={}, description="seconds by stage, the longest first")
+    frames: int | None = None
+    fps: str | None = None
+    film_s: float | None = Field(None, description="length of the output")
+    width: int | None = None
+    height: int | None = None
+    output: str | None = Field(None, description="where it lies")
+    poster: str | None = Field(None, description="key of its preview picture on the output storage")
+    cost: float | None = Field(None, description="its gpu_s and its share of loading and idle time, at gpu_hour")
+    error: ErrorRecord | None = None
+    notes: list[str] = Field(default=[], description="warnings")
+
+
+class RunReport(Record):
+    """`runs/<run-id>/report.json`: one run, over all its shards."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str
+    out: str
+    manifest: str
+    recipe: str
+    made_at: str
+    started_at: str
+    finished_at: str | None = Field(description="of the last process; null while one runs or was killed")
+    seconds: float = Field(description="from the first process's start to the last one's end")
+    counts: dict[str, int] = Field(description="jobs by status, and their total")
+    gpu_seconds: GpuSeconds
+    film_s: float = Field(description="length of what this run rendered")
+    gpu_hour: float | None = Field(None, description="price of an hour of one device")
+    cost: float | None = Field(None, description="of all GPU seconds, at gpu_hour")
+    cost_per_film_s: float | None = None
+    caches: dict[str, ReuseRecord] = Field(description="hits and misses by cache, over all jobs")
+    stages_s: dict[str, float] = Field(description="seconds by stage over all jobs, the longest first")
+    processes: list[ProcessReport] = Field(description="by host, shard and start")
+    jobs: list[JobReport] = Field(description="in the manifest's order")
+    notes: list[str] = Field(default=[], description="what the report could not find out")
