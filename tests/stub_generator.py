@@ -115,8 +115,9 @@ class StubGenerator:
         for index in range(first, plan.segments):
             for step in range(plan.steps):
                 deadline = begin + self.generate_s * ((index - first) * plan.steps + step + 1) / total
-                while time.monotonic() < deadline:
-                    time.sleep(min(0.01, self.generate_s / total))
+                with timer.stage("denoise"):
+                    while time.monotonic() < deadline:
+                        time.sleep(min(0.01, self.generate_s / total))
                 timer.step(self.generate_s / total)
                 if on_step is not None:
                     on_step(index * plan.steps + step + 1, total)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +58,51 @@ def test_every_job_leaves_its_files_and_a_full_record(bench):
     assert bench.generator.closed
     assert all(conditions.closed for conditions in bench.generator.prepared)
     assert list((bench.folder / "scratch").iterdir()) == []
+
+
+def test_a_record_tells_when_each_thread_had_the_job_and_what_the_device_worked(bench):
+    bench.generator.prepare_s, bench.generator.generate_s = 0.2, 0.4
+    assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
+    begun = {}
+    for name in "ab":
+        record = bench.result(name)
+        assert (record["host"], record["shard"]) == (socket.gethostname(), "0-of-1")
+        assert 0.35 < record["gpu_s"] < 0.6
+        assert record["gpu_s"] == pytest.approx(record["timings_s"]["denoise"], abs=0.001)
+        assert list(record["spans"]) == ["prepare", "generate", "deliver"]
+        spans = {stage: (span["begin_s"], span["end_s"]) for stage, span in record["spans"].items()}
+        assert spans["prepare"][0] >= 0
+        assert spans["prepare"][1] - spans["prepare"][0] >= 0.2
+        assert spans["prepare"][1] <= spans["generate"][0]
+        assert spans["generate"][0] < spans["deliver"][0] < spans["generate"][1]  # its first segment is encoded while
+        assert spans["deliver"][1] - spans["prepare"][0] == pytest.approx(record["wall_s"], abs=0.05)
+        started = datetime.fromisoformat(record["started_at"]).timestamp()
+        begun[name] = {stage: (started + begin, started + end) for stage, (begin, end) in spans.items()}
+    assert begun["b"]["prepare"][1] < begun["a"]["generate"][1]  # while the one before was generated
+    lines = {line["id"]: line for line in bench.summary["jobs"]}
+    assert all(lines[name]["seconds"] >= bench.result(name)["wall_s"] for name in "ab")
+    (process,) = bench.summary["processes"]
+    assert process["work_s"] == pytest.approx(sum(bench.result(name)["gpu_s"] for name in "ab"), abs=0.002)
+    assert (process["device"], len(process["loading"])) == ("stub", 1)
+
+
+def test_work_of_attempts_that_fail_counts_for_the_process(bench):
+    bench.generator.generate_s = 0.2
+    assert bench.run(bench.job("a", prompt="fail-generate"), bench.job("b", prompt="flaky-at-1")) == 1
+    (process,) = bench.summary["processes"]
+    records = [bench.result(name)["gpu_s"] for name in "ab"]
+    assert all(seconds > 0.1 for seconds in records)
+    assert process["work_s"] > sum(records) + 0.1  # the first try of b is in no record
+
+
+def test_warnings_stand_in_the_summary_also_of_jobs_that_were_done_before(bench):
+    bench.generator.resumable = False
+    bench.run(bench.job("a"))
+    notes = bench.result("a")["notes"]
+    data = bench.result("a") | {"notes": [*notes, "the sound was too short"]}
+    bench.out.write_bytes("jobs/a/result.json", json.dumps(data).encode())
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert bench.summary["jobs"][0]["notes"] == [*notes, "the sound was too short"]
 
 
 def test_a_rerun_does_nothing_and_loads_nothing(bench):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from itertools import pairwise
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from runner.batch.summary import SummaryWriter
 from runner.errors import InputNotFound, OutOfMemory, StorageUnavailable
 from runner.records.events import EventLog
-from runner.records.record import ErrorRecord, JobLine
+from runner.records.record import ErrorRecord, JobLine, ProcessUsage
 from runner.storage import LocalStorage, open_storage
 
 OK = {"status": "succeeded", "reason": ""}
@@ -51,6 +53,55 @@ def test_it_can_be_read_while_the_run_goes_on(storage):
         ("b", "succeeded"),
         ("c", "not_run"),
     ]
+
+
+class Clock:
+    """Ticked by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_process_tells_how_its_seconds_were_spent(storage):
+    clock = Clock()
+    summary = writer(storage, clock=clock)
+    clock.now = 130.0
+    summary.note_loading(110.0)
+    summary.note_work(12.5, "NVIDIA H200")
+    summary.note_work(2.5, "")  # an attempt that ended before it generated: the device stays known
+    clock.now = 160.0
+    summary.add(JobLine(id="a", **OK))
+    (process,) = read(storage)["processes"]
+    assert (process["host"], process["pid"]) == (socket.gethostname(), os.getpid())
+    assert (process["device"], process["seconds"], process["finished"]) == ("NVIDIA H200", 60.0, False)
+    assert (process["work_s"], process["loading"]) == (15.0, [{"begin_s": 10.0, "end_s": 30.0}])
+    usage = ProcessUsage.model_validate(process)
+    assert (usage.loading_s, usage.idle_s) == (20.0, 25.0)
+    clock.now = 170.0
+    summary.finish(None, None)
+    (process,) = read(storage)["processes"]
+    assert (process["seconds"], process["finished"]) == (70.0, True)
+
+
+def test_a_shard_that_is_started_anew_keeps_what_its_earlier_processes_did(storage):
+    first = writer(storage)
+    first.note_work(3.0, "GPU")
+    first.add(JobLine(id="a", **OK))  # and then it is killed
+    second = writer(storage)
+    second.note_work(4.0, "GPU")
+    second.add(JobLine(id="a", **OK))
+    second.finish(None, None)
+    found = read(storage)["processes"]
+    assert [(process["work_s"], process["finished"]) for process in found] == [(3.0, False), (4.0, True)]
+
+
+@pytest.mark.parametrize("data", [b"{", b"{}", b"\xff", b"[1]"])
+def test_a_summary_that_cannot_be_read_is_written_anew(storage, data):
+    storage.write_bytes("runs/r/0-of-1.summary.json", data)
+    writer(storage).finish(None, None)
+    assert len(read(storage)["processes"]) == 1
 
 
 @pytest.mark.parametrize(
