@@ -58,8 +58,9 @@ def test_a_whole_run_on_s3(server, aws_env, tmp_path, demo_models, demo_media, c
         out.fetch(f"jobs/{job}/output.mp4", tmp_path / "movie.mp4")
     assert json.loads(out.read_bytes("jobs/gone/result.json"))["error"]["code"] == "input.not_found"
     left = {info.key for info in out.list("runs/r1/")}
-    events = [f"events-{number:04d}.jsonl" for number in range(1, len(left) - 1)]
-    assert left == {f"runs/r1/00000-of-00001.{kind}" for kind in ("summary.json", "metrics.prom", *events)}
+    events = [f"events-{number:04d}.jsonl" for number in range(1, len(left) - 2)]
+    shard = {f"runs/r1/00000-of-00001.{kind}" for kind in ("summary.json", "metrics.prom", *events)}
+    assert left == shard | {"runs/r1/jobs.json"}
     # again: what is done stays done, and no model file is downloaded twice
     capsys.readouterr()
     assert main(command(bucket, tmp_path, "r2")) == 1
