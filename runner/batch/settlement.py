@@ -214,7 +214,8 @@ class Settlement:
     def close(self, task: Task) -> None:
         """Release what the attempt holds; its job may run again."""
         if not task.settled:
-            self._summary.note_work(task.gpu_s, task.identity.get("device", ""))
+            left_device = task.spans["generate"][1] if "generate" in task.spans else None
+            self._summary.note_work(task.gpu_s, task.identity.get("device", ""), left_device)
         task.settled = True
         if task.delivery is not None:
             task.delivery.abort()

@@ -66,6 +66,8 @@ class SummaryWriter:
         self._begin, self._started_at = clock(), now()
         self._earlier: list[ProcessUsage] | None = None  # processes that ran this shard before; None: not read yet
         self._device, self._work_s, self._loading = "", 0.0, list[SpanRecord]()
+        self._worked_until = self._begin  # all work before it is in _work_s
+        self._idle_s = 0.0  # as the metrics were last told it
         self._not_before = self._written_at = float("-inf")
         self._written_lines = 0
         self._lock = threading.Lock()
@@ -109,11 +111,15 @@ class SummaryWriter:
         with self._lock:
             self._loading.append(span)
 
-    def note_work(self, seconds: float, device: str) -> None:
-        """Note what an attempt worked on the device, however it ended. `device`: its name; empty: not known to it."""
+    def note_work(self, seconds: float, device: str, until: float | None = None) -> None:
+        """Note what an attempt worked on the device, however it ended.
+
+        `device`: its name; empty: not known to it. `until`: when it left the device, monotonic; None: not known.
+        """
         with self._lock:
             self._work_s += seconds
             self._device = device or self._device
+            self._worked_until = max(self._worked_until, until or self._worked_until)
 
     def finish(self, stopped_by: str | None, stop_code: int | None) -> int:
         """Write the last summary and return the exit code. Raises storage.*."""
@@ -164,6 +170,20 @@ class SummaryWriter:
             loading=self._loading,
         )
 
+    def _count_idle(self, process: ProcessUsage) -> float:
+        """Idle seconds for a counter, which never decreases.
+
+        Before the end they are those until the last attempt left the device: a later one may be at work, which is noted
+        when it ends.
+        """
+        idle_s = process.idle_s
+        if not process.finished:
+            until = self._worked_until - self._begin
+            loading_s = sum(span.end_s - span.begin_s for span in self._loading if span.end_s <= until)
+            idle_s = round(until - self._work_s - loading_s, 3)
+        self._idle_s = max(self._idle_s, idle_s)
+        return self._idle_s
+
     def _read_earlier(self) -> list[ProcessUsage]:
         """What a process did that ran this shard under this run id before: a scheduler has started it anew."""
         data = self._storage.read_bytes(run_key(self.run_id, self.shard, SUMMARY))
@@ -178,7 +198,8 @@ class SummaryWriter:
             self._earlier = self._read_earlier()
         summary = self._build(finished_at, exit_code, stopped_by)
         self._storage.write_bytes(run_key(self.run_id, self.shard, SUMMARY), summary.to_json())
-        self._storage.write_bytes(run_key(self.run_id, self.shard, METRICS), self._metrics.text().encode())
+        metrics = self._metrics.text(summary, idle_s=self._count_idle(summary.processes[-1]))
+        self._storage.write_bytes(run_key(self.run_id, self.shard, METRICS), metrics.encode())
         if self._events is not None:
             self._events.flush()
         end = self._clock()

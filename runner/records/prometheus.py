@@ -1,17 +1,36 @@
-"""Prometheus: a run's totals as text for a textfile collector.
+"""Prometheus: a shard's totals as text for a textfile collector.
 
-In:   records of ended jobs. Out: Prometheus text. Never: files, clocks.
+In:   records of ended jobs, the shard's summary. Out: Prometheus text. Never: files, clocks.
+`docs/metrics.md` describes the families and their labels.
 """
 
 from __future__ import annotations
 
-from runner.records.record import JobLine, ResultRecord
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, cast
+
+from runner.records.record import JobLine, ResultRecord, RunSummary
+from runner.redact import redact
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+    from prometheus_client.registry import Collector
 
 __all__ = ["RunMetrics"]
 
+# By the value of the label `state`: its key in the counts of a summary.
+STATES = {"succeeded": "succeeded", "failed": "failed", "skipped": "skipped", "pending": "not_run"}
+CACHE_RESULTS = {"_cache_hits": "hit", "_cache_misses": "miss"}  # by how a record's counter ends
+
 
 class RunMetrics:
-    """A run's totals as Prometheus text, for a textfile collector. No label grows with the number of jobs."""
+    """A shard's totals as Prometheus text, for a textfile collector. No label grows with the number of jobs.
+
+    Every sample has the labels run, shard, host, recipe and device, so that files of several shards and runs can lie in
+    one folder.
+    """
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -23,13 +42,13 @@ class RunMetrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"video_lab_{name}", text, labels, registry=self.registry)
 
-        self._jobs = counter("jobs", "jobs by how they ended", ("status",))
         self._failures = counter("job_failures", "failed jobs by error code", ("code",))
         self._stages = counter("stage_seconds", "seconds by stage, over all jobs", ("stage",))
         self._frames = counter("frames", "output frames delivered")
         self._denoised = counter("frames_denoised", "frames denoised, padding and overlap included")
         self._tflop = counter("tflop", "10^12 floating point operations, by the model's shape")
-        self._caches = counter("cache_lookups", "lookups of what is reused across jobs", ("what",))
+        self._caches = counter("cache_lookups", "lookups of what is reused across jobs", ("cache", "result"))
+        self._operations = counter("engine_operations", "encoders loaded, graphs compiled", ("what",))
         self._seconds = Histogram(
             "video_lab_job_seconds", "from fetch to publish", registry=self.registry, buckets=buckets
         )
@@ -39,7 +58,6 @@ class RunMetrics:
 
     def observe(self, line: JobLine, record: ResultRecord | None) -> None:
         """Add one ended job."""
-        self._jobs.labels(line.status).inc()
         if line.error is not None:
             self._failures.labels(line.error.code).inc()
         if record is None:
@@ -48,8 +66,8 @@ class RunMetrics:
             self._seconds.observe(line.seconds)
         for stage, seconds in record.timings_s.items():
             self._stages.labels(stage).inc(seconds)
-        for what, count in record.caches.items():
-            self._caches.labels(what).inc(count)
+        for counter, count in record.caches.items():
+            self._add_counter(counter, count)
         if record.efficiency is not None and record.output is not None:
             self._frames.inc(record.output.frames)
             self._denoised.inc(record.efficiency.frames_denoised)
@@ -60,7 +78,75 @@ class RunMetrics:
                 self._peaks[gauge] = max(peak, self._peaks[gauge])
                 gauge.set(self._peaks[gauge])
 
-    def text(self) -> str:
+    def text(self, summary: RunSummary, *, idle_s: float) -> str:
+        """The file's text.
+
+        `summary`: of the shard, now; its last process is this one.
+        `idle_s`: seconds in which the device did nothing. It must not decrease from one call to the next.
+        """
         from prometheus_client import generate_latest
 
-        return generate_latest(self.registry).decode()
+        process = summary.processes[-1]
+        labels = {
+            "run": summary.run_id,
+            "shard": summary.shard,
+            "host": process.host,
+            "recipe": summary.recipe,
+            "device": process.device,
+        }
+        # A path's bytes that are no UTF-8 are written as escapes, as in a record.
+        public = {name: redact(value).encode(errors="backslashreplace").decode() for name, value in labels.items()}
+        families = (*self.registry.collect(), *_families_of(summary, idle_s))
+        return generate_latest(cast("Collector", _Labelled(families, public))).decode()
+
+    def _add_counter(self, name: str, count: int) -> None:
+        for end, result in CACHE_RESULTS.items():
+            if name.endswith(end):
+                self._caches.labels(name.removesuffix(end), result).inc(count)
+                return
+        self._operations.labels(name).inc(count)
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Families whose samples get `labels` beside their own."""
+
+    families: Iterable[Metric]
+    labels: Mapping[str, str]
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self.families:
+            family.samples = [sample._replace(labels={**self.labels, **sample.labels}) for sample in family.samples]
+            yield family
+
+
+def _families_of(summary: RunSummary, idle_s: float) -> Iterator[Metric]:
+    """What the summary itself tells. The families of a run's end have no sample before it."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    jobs = GaugeMetricFamily("video_lab_jobs", "jobs of the shard by state", labels=("state",))
+    for state, key in STATES.items():
+        jobs.add_metric((state,), summary.counts[key])
+    yield jobs
+
+    process = summary.processes[-1]
+    seconds = CounterMetricFamily(
+        "video_lab_gpu_seconds", "seconds of the process by what its device did", labels=("kind",)
+    )
+    for kind, value in (("work", process.work_s), ("loading", process.loading_s), ("idle", idle_s)):
+        seconds.add_metric((kind,), value)
+    yield seconds
+
+    start = GaugeMetricFamily("video_lab_run_start_time_seconds", "when the process began the shard, Unix time")
+    end = GaugeMetricFamily("video_lab_run_end_time_seconds", "when the shard ended, Unix time; absent before")
+    code = GaugeMetricFamily("video_lab_run_exit_code", "exit code of the shard; absent before its end")
+    start.add_metric((), _unix_time(summary.started_at))
+    if summary.finished_at is not None:
+        end.add_metric((), _unix_time(summary.finished_at))
+    if summary.exit_code is not None:
+        code.add_metric((), summary.exit_code)
+    yield from (start, end, code)
+
+
+def _unix_time(iso: str) -> float:
+    return datetime.fromisoformat(iso).timestamp()

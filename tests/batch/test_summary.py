@@ -7,12 +7,14 @@ import socket
 from itertools import pairwise
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from runner.batch.summary import SummaryWriter
 from runner.errors import InputNotFound, OutOfMemory, StorageUnavailable
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, JobLine, ProcessUsage
 from runner.storage import LocalStorage, open_storage
+from tests.records.test_record import a_failure
 
 OK = {"status": "succeeded", "reason": ""}
 
@@ -187,3 +189,56 @@ def test_events_are_flushed_with_the_summary(storage):
     summary.finish(None, None)
     assert [json.loads(line)["event"] for line in b"".join(written).splitlines()] == ["job_started", "run_finished"]
     assert len(written) == 2
+
+
+def read_families(path) -> list:
+    return list(text_string_to_metric_families(path.read_text(encoding="utf-8")))
+
+
+def test_metrics_of_two_shards_and_two_runs_have_no_series_in_common(tmp_path, storage):
+    for run_id in ("night-1", "night-2"):
+        for shard in ("0-of-2", "1-of-2"):
+            summary = writer(storage, run_id=run_id, shard=shard)
+            summary.add(failed("a", InputNotFound("x")), a_failure(caches={"pose_cache_hits": 1}))
+            if shard == "1-of-2":  # the other one still runs
+                summary.finish(None, None)
+    families = [family for path in tmp_path.glob("runs/*/*.metrics.prom") for family in read_families(path)]
+    series = [(sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples]
+    assert len(series) == len(set(series)) > 4 * 30
+    assert len({(family.name, family.documentation, family.type) for family in families}) == len(families) / 4
+
+
+def test_gpu_seconds_never_decrease_and_add_up_to_the_seconds_of_the_process(tmp_path, storage):
+    """A job that is under way at a writing has worked for some seconds that are not noted yet."""
+    clock = [0.0]
+    summary = writer(storage, clock=lambda: clock[0])
+    seconds = []
+
+    def read_seconds() -> None:
+        (found,) = (
+            family for family in read_families(tmp_path / "runs/r/0-of-1.metrics.prom") if "gpu_s" in family.name
+        )
+        assert {sample.labels["device"] for sample in found.samples} == {"NVIDIA H200"}
+        seconds.append({sample.labels["kind"]: sample.value for sample in found.samples})
+
+    clock[0] = 10.0
+    summary.note_loading(4.0)
+    # (job, seconds of work, when it left the device, when it was published)
+    for name, work_s, until, published in (
+        ("a", 28.0, 40.0, 90.0),
+        ("b", 60.0, 100.0, 200.0),
+        ("c", 99.0, 200.0, 201.0),
+    ):
+        clock[0] = published
+        summary.note_work(work_s, "NVIDIA H200", until)
+        summary.add(JobLine(id=name, **OK))
+        read_seconds()
+    clock[0] = 210.0
+    summary.finish(None, None)
+    read_seconds()
+    assert seconds == [
+        {"work": 28.0, "loading": 6.0, "idle": 6.0},
+        {"work": 88.0, "loading": 6.0, "idle": 6.0},
+        {"work": 187.0, "loading": 6.0, "idle": 7.0},
+        {"work": 187.0, "loading": 6.0, "idle": 17.0},
+    ]
