@@ -14,11 +14,11 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.json_schema import models_json_schema
 
-from runner.errors import ManifestInvalid
+from runner.errors import ConfigInvalid, ManifestInvalid
 from runner.spec.checks import Problems, check, merge, without
 from runner.spec.matrix import ID_PATTERN, check_id, matrix_ids
 from runner.spec.options import DEFAULT_PROMPT, POSE, REFERENCE, Frozen, JobOptions, whole_number
-from runner.spec.recipes import MemoryChoice
+from runner.spec.recipes import MemoryChoice, get_recipe
 from runner.spec.regression_limits import RegressionLimits
 from runner.spec.source import is_json_lines, read_json_lines, read_source, read_yaml, resolve_place
 from runner.spec.text import Located, TextInvalid, join_path
@@ -73,6 +73,19 @@ def _known_version(value: Any) -> Any:
 _Version = Annotated[Literal[1], BeforeValidator(_known_version)]
 
 
+def _known_recipe(name: str) -> str:
+    try:
+        get_recipe(name)
+    except ConfigInvalid as err:
+        end = "" if err.what.endswith("?") else "."
+        raise ValueError(f"{err.what}{end} {err.todo}") from err
+    return name
+
+
+_RUN_KEYS = ("version", "recipe", "memory")  # say nothing about the jobs
+_RecipeName = Annotated[str, Field(min_length=1), AfterValidator(_known_recipe)]
+
+
 class Defaults(Frozen):
     """What every job says unless it says otherwise."""
 
@@ -116,7 +129,7 @@ class Header(Frozen):
     """What a manifest says besides its jobs; in JSON lines, the first line may say it."""
 
     version: _Version = Field(default=1, description="of this format")
-    recipe: str | None = Field(default=None, min_length=1, description="weights, precision and steps of the whole run")
+    recipe: _RecipeName | None = Field(default=None, description="weights, precision and steps of the whole run")
     memory: MemoryChoice | None = Field(default=None, description="where weights live during the run")
     defaults: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Defaults"})] = None
     regression: _Limits = None
@@ -220,7 +233,7 @@ class _Builder:
             self._job(path, node)
         if matrix is not None and isinstance(matrix.value, dict):
             self._matrix(matrix)
-        if not self.problems and not self.jobs:
+        if not self.jobs and not entries and all(problem.path in _RUN_KEYS for problem in self.problems):
             self.problems.say(root.line, "", "has no jobs: list some under jobs: or span them with matrix:")
         version, recipe, memory = (header.version, header.recipe, header.memory) if header else (1, None, None)
         return Manifest(version, recipe, memory, tuple(self.jobs), source)

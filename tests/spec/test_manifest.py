@@ -480,6 +480,9 @@ def test_one_wrong_word_of_a_job(said, message):
         ("version: 1\njobs:\nmatrix:\n", "has no jobs"),
         ("jobs: [{id: a, reference: r, video: v}]", "version: is required"),
         ("version: yes\njobs: [{id: a, reference: r, video: v}]", "version: must be a whole number"),
+        ("version: 1\nrecipe: none\njobs: [{id: a, reference: r, video: v}]", "line 2: recipe: no recipe 'none'."),
+        ("version: 1\nrecipe: fp4+unipc+euler\njobs: [{id: a, reference: r, video: v}]", "both 'unipc' and 'euler'."),
+        ("version: 1\nrecipe: ''\njobs: [{id: a, reference: r, video: v}]", "line 2: recipe: must not be empty"),
         ("version: 1\njobs: a.png", "line 2: jobs: must be a list, not the text 'a.png'"),
         ("version: 1\njobs: [{id: a, reference: r, video: v}", "line 2: not valid YAML"),
         ("version: 1\njobs:\n\t- a", "line 3: not valid YAML"),
@@ -500,6 +503,43 @@ def test_one_wrong_word_of_a_job(said, message):
 )  # fmt: skip
 def test_one_wrong_document(text, message):
     assert message in only_problem(text)
+
+
+JOBS = "jobs: [{id: a, reference: r, video: v, options: {stps: 4}}, {id: b, video: v}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (JOBS, ["version: is required", "options.stps: unknown key", "jobs[1].reference: is required"]),
+        ("defaults: {promt: x}\n" + JOBS, ["version:", "defaults.promt:", "jobs[0].options.stps:", "jobs[1].ref"]),
+        ("memory: strem\n" + JOBS, ["version:", "memory:", "jobs[0].options.stps:", "jobs[1].reference:"]),
+        ("memory: auto", ["version: is required", "has no jobs"]),
+        ("memory: auto\njob: []", ["version: is required", "job: unknown key; did you mean jobs?"]),
+        ("jobs: a.png", ["version: is required", "jobs: must be a list"]),
+        ("matrix: {references: [], videos: [v]}", ["version: is required", "matrix.references: must not be empty"]),
+    ],
+)
+def test_a_missing_version_hides_no_other_problem(text, expected):
+    found = problems(text)
+    assert len(found) == len(expected)
+    for sentence in expected:
+        assert any(sentence in problem for problem in found), (sentence, found)
+
+
+def test_an_unknown_recipe_is_told_with_the_other_problems():
+    """`get_recipe` decides, whether the manifest is YAML or JSON lines."""
+    text = "version: 1\nmemory: strem\nrecipe: fp4-distil+fp8\n" + JOBS
+    known = "Recipes: fp4-distill, fp4, bf16, fp32; after a +: "
+    near = f"recipe: no recipe 'fp4-distil+fp8'; did you mean 'fp4-distill+fp8'? {known}"
+    assert [problem.split(": ")[1] for problem in problems(text)] == [
+        "memory", "recipe", "jobs[0].options.stps", "jobs[1].reference",
+    ]  # fmt: skip
+    assert problems(text)[1].startswith(f"line 3: {near}")
+    lines = '{"recipe": "nonsense"}\n{"id": "a", "reference": "r", "vido": "v"}'
+    assert problems(lines, "m.jsonl")[0].startswith(f"line 1: recipe: no recipe 'nonsense'. {known}")
+    assert len(problems(lines, "m.jsonl")) == 3
+    assert parse(f"recipe: fp4-distill+fp8+steps4\n{job()}").recipe == "fp4-distill+fp8+steps4"
 
 
 def test_broken_json_lines_do_not_hide_each_other():
