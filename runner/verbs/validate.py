@@ -45,6 +45,8 @@ def validate(settings: ValidateSettings) -> Validation:
     if settings.models:
         recipe = get_recipe(manifest.recipe or DEFAULT_RECIPE)
         problems += check_models(manifest.jobs, recipe, settings.models, settings.cache)
+        position = {job.id: number for number, job in enumerate(manifest.jobs)}
+        problems.sort(key=lambda problem: position[problem[0]])  # stable: a job's inputs before its models
     return Validation(manifest, tuple(problems))
 
 

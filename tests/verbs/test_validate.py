@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runner.errors import ManifestInvalid
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.verbs import validate
+from runner.verbs.settings import ValidateSettings
+from runner.verbs.tables import print_problems
 from runner.verbs.validate import check_inputs
 from runner.video.writer import Mp4Writer
 
@@ -167,6 +171,33 @@ def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(med
     assert [name for name, _ in found] == ["j0", "j1", "j1", "j2", "j3", "j3", "j4", "j5", "j5"]
     assert set(seen.values()) == {1}
     assert len(seen) == 3
+
+
+def test_the_closing_line_counts_jobs_not_problems(media, demo_models, tmp_path, capsys):
+    """Seven jobs that share one missing video are seven; one with two bad inputs and a missing LoRA is one more."""
+    files = {"reference": str(media / "a.png"), "video": str(media / "v.mp4")}
+    lacking = {"options": {"loras": [{"name": "gone"}]}}
+    jobs = [{"id": "c", **files, **lacking}, *({"id": f"j{i}", **files, "video": "gone.mp4"} for i in range(7))]
+    jobs += [{"id": "b", "reference": "gone.png", "video": "gone.mp4", **lacking}, {"id": "d", **files}]
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"version": 1, "jobs": jobs}))
+    for models, problems, count in (None, 9, 8), (str(demo_models), 11, 9):
+        found = validate.validate(ValidateSettings(manifest=str(path), models=models, cache=tmp_path / "cache"))
+        order = [name for name, _ in found.problems]
+        assert len(order) == problems and order == sorted(order, key=[job["id"] for job in jobs].index)
+        print_problems(found.manifest, found.problems, checked=True)
+        assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 10 jobs, {count} of them cannot be rendered"
+
+
+def test_an_unknown_recipe_is_refused_also_without_inputs(media, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        f"version: 1\nrecipe: nonsense\njobs: [{{id: a, reference: {media}/a.png, video: {media}/v.mp4}}]\n"
+    )
+    for no_inputs in (False, True):
+        with pytest.raises(ManifestInvalid, match="line 2: recipe: no recipe 'nonsense'") as caught:
+            validate.validate(ValidateSettings(manifest=str(path), no_inputs=no_inputs))
+        assert caught.value.exit_code == 2
 
 
 def test_inputs_on_s3(media, monkeypatch, tmp_path):
