@@ -5,6 +5,7 @@
     ├── ConfigInvalid         config.invalid             exit 2   a flag, recipe or device that cannot work
     ├── InputError            fails its own job only     exit 1
     │   ├── InputNotFound     input.not_found
+    │   │   └── BucketMissing input.not_found            exit 2   outside of jobs: a job's input is InputNotFound
     │   ├── InputUnreadable   input.unreadable
     │   ├── NoPerson          input.no_person
     │   ├── InputTooShort     input.too_short
@@ -33,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "BucketMissing",
     "ConfigInvalid",
     "DeviceLost",
     "InputError",
@@ -110,6 +112,13 @@ class InputError(RunnerError):
 
 class InputNotFound(InputError):
     code = "input.not_found"
+
+
+class BucketMissing(InputNotFound):
+    """Nothing can be read because the bucket itself does not exist. For a job's input, `storage/uris.py` raises
+    InputNotFound instead."""
+
+    exit_code = 2
 
 
 class InputUnreadable(InputError):

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import IO
 
-from runner.errors import ConfigInvalid, InputNotFound, ManifestInvalid
+from runner.errors import BucketMissing, ConfigInvalid, InputNotFound, ManifestInvalid
 from runner.spec.checks import Problems, shown
 from runner.spec.text import MAX_VALUES, Located, TextInvalid, parse_json_line, parse_yaml
 from runner.storage import is_remote, local_path, open_storage
@@ -39,6 +39,8 @@ def read_source(source: str, stdin: IO[str]) -> tuple[str, str]:
         return decode(_read_file(path)), os.path.abspath(path.parent)
     except TextInvalid as err:
         raise ManifestInvalid([str(err.problem)], where=where) from err
+    except BucketMissing as err:
+        raise ManifestInvalid([f"{err.what}. {err.todo}"], where=where) from err
     except ConfigInvalid as err:
         raise ManifestInvalid([err.message], where=where) from err
 

@@ -60,7 +60,7 @@ from runner.storage.s3_conditions import (
     checked_sends,
 )
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
-from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, s3_errors, storage_error
+from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, missing_bucket, s3_errors, storage_error
 
 __all__ = ["S3Storage"]
 
@@ -220,16 +220,14 @@ class S3Storage(Storage):
                 raise
 
     def _require_bucket(self, uri: str) -> None:
-        """Raise InputNotFound if the bucket itself is missing: HEAD's answer has no body to tell the two apart."""
+        """Raise BucketMissing if the bucket itself is missing: HEAD's answer has no body to tell the two apart."""
         if not self._bucket_seen:
             with s3_errors(uri, writing=False):
                 try:
                     self.client.head_bucket(**self._arguments("HeadBucket"))
                 except ClientError as err:
                     if error_code(err) in ("404", "NoSuchBucket"):
-                        raise InputNotFound(
-                            f"the bucket {self.bucket} does not exist", where=uri, todo="Check its name and the region"
-                        ) from err
+                        raise missing_bucket(self.bucket, where=uri, writing=False) from err
                     if error_code(err) not in ("403", "AccessDenied", "Forbidden"):  # refused means that it is there
                         raise
             self._bucket_seen = True

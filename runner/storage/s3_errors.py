@@ -20,6 +20,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from runner.errors import (
+    BucketMissing,
     ConfigInvalid,
     InputNotFound,
     InputUnreadable,
@@ -31,7 +32,7 @@ from runner.errors import (
 )
 from runner.storage.disk import os_error
 
-__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "error_code", "s3_errors", "storage_error"]
+__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "error_code", "missing_bucket", "s3_errors", "storage_error"]
 
 FOREIGN_ERRORS = (
     BotoCoreError,
@@ -166,6 +167,8 @@ def _client_error(error: ClientError, *, where: object, writing: bool) -> Runner
     message = str(error.response.get("Error", {}).get("Message") or "").strip()
     text = f"{operation} was answered {code}" + (f" ({message})" if message and message != code else "")
     home = CLIENT_CODES.get(code) or _home_of_status(status)
+    if code == "NoSuchBucket":
+        return missing_bucket(str(where).partition("://")[2].partition("/")[0], where=where, writing=writing)
     if code in CAUSES:
         return StorageDenied(text, where=where, todo=CAUSES[code])
     if home is StorageDenied:
@@ -173,6 +176,14 @@ def _client_error(error: ClientError, *, where: object, writing: bool) -> Runner
     if home is InputNotFound and writing:  # an object to write need not exist: its bucket must
         return ConfigInvalid(text, where=where, todo="Create the bucket first, or correct its name")
     return home(text, where=where, todo=_REMEDIES[home])
+
+
+def missing_bucket(bucket: str, *, where: object, writing: bool) -> RunnerError:
+    """The error for a bucket that does not exist."""
+    what = f"the bucket {bucket} does not exist"
+    if writing:
+        return ConfigInvalid(what, where=where, todo="Create the bucket first, or correct its name")
+    return BucketMissing(what, where=where, todo="Check its name, the region and AWS_ENDPOINT_URL_S3")
 
 
 def _home_of_status(status: int) -> type[RunnerError]:

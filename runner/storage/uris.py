@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from runner.errors import ConfigInvalid, InputNotFound, InputUnreadable, InternalError
+from runner.errors import BucketMissing, ConfigInvalid, InputNotFound, InputUnreadable, InternalError
 from runner.hashing import sha256_file
 from runner.storage.base import PROBE_NAME, ObjectInfo, Storage, check_key
 from runner.storage.disk import os_errors
@@ -284,10 +284,12 @@ def _open_object(uri: str) -> tuple[Storage, str]:
 
 @contextmanager
 def _one_input(uri: str) -> Iterator[None]:
-    """A store's refusal of one object (its bucket lies in another region, its key is too long) is that input's fault.
-    A fault of the configuration, which names its variable instead of the object, stays one."""
+    """A store's refusal of one object (its bucket does not exist or lies in another region, its key is too long) is
+    that input's fault. A fault of the configuration, which names its variable instead of the object, stays one."""
     try:
         yield
+    except BucketMissing as err:
+        raise InputNotFound(err.what, where=uri, todo=err.todo) from err
     except ConfigInvalid as err:
         if is_remote(err.where or ""):
             raise InputUnreadable(err.what, where=uri, todo=err.todo) from err

@@ -105,3 +105,32 @@ def test_one_input_that_may_not_be_read_fails_its_job_alone(faulty_s3, aws_env, 
     message = json.loads(out.read_bytes("jobs/absolute/result.json"))["error"]["message"]
     assert "贝拉 1.png" in message
     assert "s3:GetObject" in message, "it does not say what to allow"
+
+
+def test_a_missing_bucket_ends_a_command_with_2_as_a_missing_key_does(server, aws_env, tmp_path, demo_models, capsys):
+    aws_env(server)
+    nowhere, empty = "s3://no-such-bucket", f"s3://{server.make_bucket()}"
+    manifest, cache = tmp_path / "m.yaml", ["--cache", str(tmp_path / "cache")]
+    manifest.write_text(f"version: 1\njobs: [{{id: a, reference: {nowhere}/a.png, video: {nowhere}/v.mp4}}]\n")
+    models = ["--models", str(demo_models), *cache]
+    for root in nowhere, empty:
+        commands = [
+            ["validate", f"{root}/m.yaml"],
+            ["plan", f"{root}/m.yaml"],
+            ["run", f"{root}/m.yaml", "--out", str(tmp_path / "out"), *models],
+            ["validate", "--no-inputs", str(manifest), "--models", f"{root}/models", *cache],
+            ["run", str(manifest), "--out", str(tmp_path / "out"), "--models", f"{root}/models", *cache],
+            ["status", f"{root}/out"],
+            ["clean", f"{root}/out"],
+            *([["run", str(manifest), "--out", f"{root}/out", *models]] if root == nowhere else []),
+        ]
+        for words in commands:
+            assert main(words) == 2, words
+            said = capsys.readouterr().err
+            assert root in said and ("the bucket no-such-bucket does not exist. " in said) is (root == nowhere), said
+    assert main(["validate", str(manifest)]) == 1
+    assert "a  input.not_found: s3://no-such-bucket/a.png: the bucket no-such-bucket does" in capsys.readouterr().out
+    # as an input it fails its own job alone
+    assert main(["run", str(manifest), "--out", str(tmp_path / "out"), "--recipe", "fp32", *models]) == 1
+    record = json.loads((tmp_path / "out/jobs/a/result.json").read_text())
+    assert (record["status"], record["error"]["code"]) == ("failed", "input.not_found")

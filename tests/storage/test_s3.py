@@ -12,14 +12,15 @@ import pytest
 import structlog
 
 from runner.errors import (
+    BucketMissing,
     ConfigInvalid,
     InputNotFound,
     StorageDenied,
     StorageUnavailable,
 )
-from runner.storage import Storage, open_storage, probe_writable, stat_input
+from runner.storage import Storage, fetch_input, open_storage, probe_writable, stat_input
 from runner.storage.s3 import S3Storage
-from runner.storage.uris import download_name
+from runner.storage.uris import download_name, identify_input
 from tests.s3_servers import FaultyServer, S3Server
 
 UseServer = Callable[..., S3Server]
@@ -497,22 +498,28 @@ def test_a_missing_bucket(moto_s3: S3Server, aws_env: UseServer, tmp_path: Path)
 
 
 def missing_bucket(store: Storage, tmp_path: Path) -> None:
-    """Reads say that the input is not there, writes that the bucket has to be made."""
+    """Reads say that the bucket is not there, writes that it has to be made; a read of one input fails that input."""
     (tmp_path / "source").write_bytes(b"x")
     for read in (
         lambda: store.stat("x"),
         lambda: store.fetch("x", tmp_path / "x"),
         lambda: store.read_bytes("x"),
         lambda: list(store.list()),
+        lambda: list(store.folders()),
     ):
-        with pytest.raises(InputNotFound, match="ucket"):
+        with pytest.raises(BucketMissing, match=r"the bucket no-such-bucket does not exist\. Check its name") as caught:
             read()
+        assert (caught.value.code, caught.value.exit_code) == ("input.not_found", 2)
+    for ask in (stat_input, identify_input, lambda uri: fetch_input(uri, tmp_path)):
+        with pytest.raises(InputNotFound, match="the bucket no-such-bucket does not exist") as missing:
+            ask(store.uri("x"))
+        assert (missing.value.code, missing.value.exit_code) == ("input.not_found", 1)
     for write in (
         lambda: store.publish(tmp_path / "source", "x"),
         lambda: store.write_bytes("x", b""),
         lambda: probe_writable(store),
     ):
-        with pytest.raises(ConfigInvalid, match="Create the bucket"):
+        with pytest.raises(ConfigInvalid, match=r"the bucket no-such-bucket does not exist\. Create the bucket"):
             write()
 
 

@@ -17,6 +17,7 @@ import s3transfer.exceptions
 from botocore.exceptions import BotoCoreError, ClientError
 
 from runner.errors import (
+    BucketMissing,
     ConfigInvalid,
     InputNotFound,
     InputUnreadable,
@@ -131,7 +132,7 @@ def answer(code: str, status: int, operation: str = "GetObject") -> ClientError:
         ("SomethingNew", 403, StorageDenied, StorageDenied),
         ("404", 404, InputNotFound, ConfigInvalid),
         ("NoSuchKey", 404, InputNotFound, ConfigInvalid),
-        ("NoSuchBucket", 404, InputNotFound, ConfigInvalid),
+        ("NoSuchBucket", 404, BucketMissing, ConfigInvalid),
         ("InvalidObjectState", 403, InputUnreadable, InputUnreadable),
         ("SlowDown", 503, StorageUnavailable, StorageUnavailable),
         ("RequestTimeout", 400, StorageUnavailable, StorageUnavailable),
@@ -154,7 +155,8 @@ def test_answers(code: str, status: int, reading: type[RunnerError], writing: ty
     for is_writing, kind in ((False, reading), (True, writing)):
         error = storage_error(answer(code, status), where="s3://bucket/key", writing=is_writing)
         assert type(error) is kind
-        assert error.message.startswith("s3://bucket/key: GetObject was answered ")
+        what = "the bucket bucket does not exist" if code == "NoSuchBucket" else "GetObject was answered "
+        assert error.message.startswith(f"s3://bucket/key: {what}")
         assert error.todo
 
 
