@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -252,10 +252,17 @@ class Batch:
             task.notes.extend(notes)
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
+        self._warn(task, conditions.report.get("warnings", ()))
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._keeper.find(task, generator.resume_identity)
         self._settlement.note_span(task, "prepare", begin)
         self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
+
+    def _warn(self, task: Task, warnings: Iterable[str]) -> None:
+        for text in warnings:
+            task.notes.append(text)
+            if not task.tried:  # a retry finds the same
+                self._events.emit("job_warning", level="warning", job=task.job.id, message=text)
 
     def _mark(self, task: Task) -> None:
         """Take the job's lease; Closed if the run is ending, when nothing might give it back again."""

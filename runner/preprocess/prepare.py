@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 FACE_SIZE = 512  # the face encoder's
+RATE_TOLERANCE = 1.01  # 30 of a video of 29.97 frames a second is the same rate to a person
 
 
 class Preprocessor:
@@ -165,6 +166,7 @@ class Preprocessor:
         with VideoReader(video) as reader:
             info = reader.info
             sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
+            warnings += _repeats(options, info, sampled)
             given = _mask(options, mask, info, sampled)
             try:
                 size = output_size(options, picture.size, (info.width, info.height))
@@ -244,6 +246,14 @@ class Preprocessor:
                 todo="Give a reference that shows a person, or set preprocess.retarget to off",
             )
         return PoseTrack(backend.pose.points(image[None], [box], bgr=parity), width, height)
+
+
+def _repeats(options: JobOptions, video: VideoInfo, sampled: Sampled) -> list[str]:
+    """A warning where the output has more frames a second than the video, so that frames are repeated."""
+    above = options.fps != "source" and options.fps > float(video.fps) * RATE_TOLERANCE
+    if not above or len(np.unique(sampled.indices)) == len(sampled.indices):
+        return []
+    return [f"fps {options.fps:g} is above the {float(video.fps):.5g} of the driving video: frames are repeated."]
 
 
 def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sampled) -> GivenMask | None:

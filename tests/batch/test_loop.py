@@ -123,6 +123,20 @@ def test_idle_seconds_are_told_while_the_run_goes_on(bench):
     assert last == pytest.approx(ProcessUsage.model_validate(bench.summary["processes"][-1]).idle_s)
 
 
+def test_warnings_of_preprocessing_stand_in_the_notes_and_once_in_the_log(bench, monkeypatch):
+    real, said = bench.generator.prepare, ["fps 32 is above the 16 of the driving video.", "No face was seen."]
+
+    def prepare(request, timer):
+        return replace(real(request, timer), report={"warnings": list(said)})
+
+    monkeypatch.setattr(bench.generator, "prepare", prepare)
+    assert bench.run(bench.job("a"), bench.job("b", prompt="flaky"), bench.job("c", prompt="fail-generate")) == 1
+    for name in ("a", "b", "c"):
+        assert bench.result(name)["notes"] == bench.result(name)["preprocess"]["warnings"] == said
+        events = [event for event in bench.events if event["event"] == "job_warning" and event["job"] == name]
+        assert [(event["level"], event["message"]) for event in events] == [("warning", text) for text in said]
+
+
 def test_a_rerun_does_nothing_and_loads_nothing(bench):
     bench.run(bench.job("a"), bench.job("b"))
     before = {name: (bench.folder / f"out/jobs/{name}/result.json").stat().st_mtime_ns for name in "ab"}

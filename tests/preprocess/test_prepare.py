@@ -46,6 +46,20 @@ def same(a, b) -> bool:
     return (a.pose == b.pose).all() and (a.face == b.face).all()
 
 
+@pytest.mark.parametrize("parity", [False, True])
+def test_a_rate_above_the_videos_is_a_warning(preprocessor, reference, clip, parity):
+    """The clip has 16 frames a second."""
+
+    def warnings(fps) -> list[str]:
+        conditions = preprocessor.prepare(reference, clip, options(fps=fps, preprocess={"parity": parity}))
+        conditions.close()
+        return [text for text in conditions.report["warnings"] if "fps" in text]
+
+    assert warnings(32) == ["fps 32 is above the 16 of the driving video: frames are repeated."]
+    assert warnings(17.5) == ["fps 17.5 is above the 16 of the driving video: frames are repeated."]
+    assert warnings(16.01) == warnings(16) == warnings(8) == warnings("source") == []
+
+
 def test_every_joint_of_every_frame_is_where_it_was_drawn(preprocessor, reference, clip):
     timer = StageTimer()
     conditions = preprocessor.prepare(reference, clip, options(), timer=timer, face_size=64)
