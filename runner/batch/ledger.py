@@ -177,7 +177,11 @@ class Ledger:
         why = None
         if before is not None and before.status == "succeeded":
             if self.retry_failed and (mark is None or mark.error is None):
-                return Decision("skip", "succeeded; --retry-failed runs failures only", before.attempt, before)
+                reason = "succeeded; --retry-failed runs failures only"
+                if not same:
+                    changes = _in_short(differences(before.fingerprint_parts, parts))
+                    reason = f"changed, but not failed ({changes}); a plain run renders it"
+                return Decision("skip", reason, before.attempt, before)
             if same:
                 why = self._output_wrong(job_id, before.output, listing)
                 if why is None:

@@ -138,9 +138,15 @@ def test_a_change_gives_a_failed_job_new_attempts(storage):
 def test_retry_failed_runs_only_failures(storage):
     assert decide(storage, retry_failed=True).action == "skip"
     result(storage)
-    assert decide(storage, parts=OTHER, retry_failed=True).action == "skip"
+    done = decide(storage, retry_failed=True)
+    assert (done.action, done.reason) == ("skip", "succeeded; --retry-failed runs failures only")
+    changed = decide(storage, parts=OTHER, retry_failed=True)
+    assert changed.action == "skip"
+    assert changed.reason == "changed, but not failed (options.seed: 42 → 41); a plain run renders it"
+    assert decide(storage, parts=OTHER).action == "run"
     result(storage, status="failed")
     assert decide(storage, retry_failed=True).action == "run"
+    assert decide(storage, parts=OTHER, retry_failed=True).reason == "options.seed: 42 → 41"
 
 
 def test_a_process_that_died_while_generating_is_counted(storage):
