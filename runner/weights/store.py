@@ -32,7 +32,7 @@ from runner.weights.variant import (
     wanted_fp4,
 )
 
-__all__ = ["COMPONENTS", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
+__all__ = ["COMPONENTS", "DEMO_MARKER", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
@@ -62,6 +62,7 @@ POSE_REPACKED = "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"  # on
 POSE_GRAPH = "end2end.onnx"  # in the published folder
 DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
 SEGMENTER = "process_checkpoint/sam2"
+DEMO_MARKER = "demo.json"  # `weights demo` writes it into each store that it makes
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 HUB = {
@@ -164,7 +165,7 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
             return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
         if fp4(key):
             return True
-        optional = key in DWPOSE or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
+        optional = key in (*DWPOSE, DEMO_MARKER) or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
         return optional or key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
 
     return want

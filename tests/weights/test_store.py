@@ -315,6 +315,7 @@ def test_a_remote_store_is_copied_by_need(root):
         f"{POSE}/end2end.onnx",
         f"{POSE}/onnx__MatMul_1",
         DETECTOR,
+        "demo.json",  # the record names the demo's model
         "process_checkpoint/pose2d/vitpose_h_wholebody_data.bin",
         "loras/style.safetensors",  # a job of any recipe may name it
     ):

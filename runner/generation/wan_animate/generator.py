@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import RunnerError
-from runner.forecast.flops import Costs
+from runner.forecast.flops import PRODUCTION, Costs
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import ClipInfo, OnStep, Request, ResumePoint, Segment, SegmentPlan
@@ -37,6 +37,7 @@ from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.timing import StageTimer
 from runner.weights.resolved import ResolvedRecipe
+from runner.weights.store import DEMO_MARKER
 
 if TYPE_CHECKING:
     from runner.generation.wan_animate.pipeline import AnimatePipeline
@@ -153,7 +154,7 @@ class WanAnimateGenerator:
 
         pipeline, loras, placement = make(memory_plan)
         description = {
-            "model": "Wan2.2-Animate-14B",
+            "model": _model_name(models),
             "recipe": recipe.as_dict(),
             "device": str(picked),
             "device_why": why,
@@ -334,6 +335,17 @@ class WanAnimateGenerator:
         if self.pipeline is None:
             raise RuntimeError("the generator was closed")
         return self.pipeline
+
+
+def _model_name(models: ResolvedRecipe) -> str:
+    """For the record: the published model's name for a transformer of its shape, whatever the folder is called."""
+    shape, published = models.costs.transformer, PRODUCTION.transformer
+    width = shape.num_attention_heads * shape.attention_head_dim
+    wide = published.num_attention_heads * published.attention_head_dim
+    if (shape.num_layers, width, shape.ffn_dim) == (published.num_layers, wide, published.ffn_dim):
+        return "Wan2.2-Animate-14B"
+    name = "Wan2.2-Animate demo" if (models.store.root / DEMO_MARKER).is_file() else "Wan2.2-Animate"
+    return f"{name} ({shape.num_layers} layers of width {width})"
 
 
 def _preprocess_identity(description: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections import Counter
@@ -21,8 +22,9 @@ from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memos import HOST_BYTES
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
-from runner.generation.wan_animate.generator import WanAnimateGenerator
+from runner.generation.wan_animate.generator import WanAnimateGenerator, _model_name
 from runner.generation.wan_animate.loading import load_pipeline
+from runner.quantization.rules import WAN_ANIMATE_14B
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
@@ -100,6 +102,16 @@ def test_what_was_loaded_is_described_and_identified(generator, store):
     assert description["recipe"]["name"] == "fp32"
     assert description["preprocess"] == {"detector": "none"}
     assert description["transformer_bytes"] == sum(p.nbytes for p in generator.pipeline.transformer.parameters())
+
+
+def test_the_record_names_the_model_of_the_store(generator, store, demo_models):
+    assert generator.description["model"] == "Wan2.2-Animate (4 layers of width 64)"
+    recipe = get_recipe("fp32")
+    assert _model_name(ResolvedRecipe(ModelStore(demo_models), recipe)) == "Wan2.2-Animate demo (4 layers of width 64)"
+    path = store.component(recipe, "transformer") / "config.json"
+    for other, name in ({}, "Wan2.2-Animate-14B"), ({"num_layers": 30}, "Wan2.2-Animate (30 layers of width 5120)"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(WAN_ANIMATE_14B) | other))
+        assert _model_name(ResolvedRecipe(store, recipe)) == name
 
 
 def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
