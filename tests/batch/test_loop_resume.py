@@ -258,8 +258,8 @@ def test_segments_that_cannot_be_kept_for_a_while_fail_no_job(bench, tmp_path, e
 
 
 def test_a_signal_lets_the_running_segment_end_and_no_further_one_begin(bench):
-    """0.3 s a segment; the time that is left fits the running one alone."""
-    bench.stop = type(bench.stop)(drain_s=0.45)
+    """0.6 s a segment; the time that is left fits the running one alone, whatever encoding takes of the other 0.5."""
+    bench.stop = type(bench.stop)(drain_s=1.1)
 
     class Signalled(StubGenerator):
         def generate(self, conditions, plan, timer, on_step=None, start=None):
@@ -271,7 +271,7 @@ def test_a_signal_lets_the_running_segment_end_and_no_further_one_begin(bench):
 
             return super().generate(conditions, plan, timer, step, start)
 
-    bench.generator = Signalled(frames=18, segments=SEGMENTS, generate_s=0.3 * SEGMENTS)
+    bench.generator = Signalled(frames=18, segments=SEGMENTS, generate_s=0.6 * SEGMENTS)
     assert bench.run(bench.job("a", steps=10)) == 143
     assert [name.rpartition("/")[2] for name in bench.files("a") if name.endswith(".state")] == ["0003.state"]
     assert "attempt.json" not in bench.files("a"), "it was given back"
