@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from runner.batch.scratch import scratch_folder
@@ -24,10 +23,11 @@ from runner.regression.approving import ApprovalRequest, Approved, Refused
 from runner.regression.baseline import Baseline, BaselineJob
 from runner.regression.baseline_layout import JobName, name_job
 from runner.storage import open_storage, probe_writable
+from runner.verbs.selection import fits
 from runner.verbs.settings import ApproveSettings
 from runner.verbs.status import StatusRow, read_jobs
 
-__all__ = ["ApproveRow", "approve", "default_approver", "fits", "missing_jobs"]
+__all__ = ["ApproveRow", "approve", "default_approver", "missing_jobs"]
 
 COPIES_AT_ONCE = 4
 
@@ -104,11 +104,6 @@ def missing_jobs(
         for job in jobs:
             missing.setdefault(job.name.job_id, job)
     return list(missing.values())
-
-
-def fits(job_id: str, globs: Sequence[str]) -> bool:
-    """Whether one of the globs names the job, upper and lower case told apart; without globs every job fits."""
-    return not globs or any(fnmatchcase(job_id, glob) for glob in globs)
 
 
 def default_approver() -> str:

@@ -45,7 +45,8 @@ from runner.spec.regression_limits import RegressionLimits
 from runner.storage import Storage, open_storage, probe_writable
 from runner.storage.sync import sync_models
 from runner.timing import now
-from runner.verbs.approve import default_approver, fits, missing_jobs
+from runner.verbs.approve import default_approver, missing_jobs
+from runner.verbs.selection import fits
 from runner.verbs.settings import CompareSettings
 from runner.verbs.status import read_jobs
 from runner.verbs.validate import read_manifest

@@ -48,6 +48,7 @@ from runner.timing import now
 from runner.verbs.gpu_process import MachineShare
 from runner.verbs.gpus import find_gpus, places_for, run_processes
 from runner.verbs.outcome import RunOutcome, counts_of_lines
+from runner.verbs.selection import select_jobs
 from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
 from runner.verbs.validate import input_places, read_manifest
@@ -263,10 +264,14 @@ def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
 
 
 def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard | AnyShard, str]:
-    """The manifest, this shard's jobs of it in its order, the shard, and where the shard came from."""
+    """The whole manifest, this shard's jobs in its order, the shard, and where the shard came from.
+
+    The shard is cut from the jobs that `only` and `limit` leave. Raises ManifestInvalid, ConfigInvalid, storage.*.
+    """
     manifest = read_manifest(settings.manifest)
+    jobs = select_jobs(manifest.jobs, settings.only, settings.limit)
     shard, why = choose_shard(settings.shard, settings.shard_count, os.environ)
-    return manifest, list(shard.take(manifest.jobs)), shard, why
+    return manifest, list(shard.take(jobs)), shard, why
 
 
 def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) -> Engine:

@@ -70,6 +70,7 @@ __all__ = [
     "QuantizeSettings",
     "RootSettings",
     "RunSettings",
+    "SelectionSettings",
     "Settings",
     "ShardSettings",
     "StatusSettings",
@@ -205,6 +206,24 @@ class ShardSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectionSettings(Settings):
+    """Which jobs of the manifest. A shard is a share of the jobs that these leave."""
+
+    only: tuple[str, ...] = field(
+        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+    )
+    limit: int | None = field(
+        default=None,
+        metadata=_flag(
+            "the first N jobs of the manifest, of those that --only leaves, whether they are done or not; shards are "
+            "cut afterwards",
+            partial(is_whole, 1),
+            "N",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RootSettings(Settings):
     """Where inputs may lie."""
 
@@ -243,7 +262,7 @@ class NetworkSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
+class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSettings, ModelSettings):
     """`video-lab run`. `manifest` may be a path, a URI, `-` for standard input, or a manifest that was read before."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
@@ -312,7 +331,7 @@ class RunSettings(NetworkSettings, RootSettings, ShardSettings, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateSettings(RootSettings):
+class ValidateSettings(RootSettings, SelectionSettings):
     """`video-lab validate`."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
@@ -326,7 +345,7 @@ class ValidateSettings(RootSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(RootSettings, ShardSettings, ModelSettings):
+class PlanSettings(RootSettings, SelectionSettings, ShardSettings, ModelSettings):
     """`video-lab plan`."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)

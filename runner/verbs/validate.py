@@ -11,7 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.errors import InputUnreadable, RunnerError, as_runner_error
@@ -21,6 +21,7 @@ from runner.spec.options import official_names
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote, stat_input
 from runner.storage.roots import check_inside, parse_roots
+from runner.verbs.selection import select_jobs
 from runner.verbs.settings import ValidateSettings
 
 __all__ = ["Validation", "check_inputs", "check_models", "input_places", "read_manifest", "validate"]
@@ -32,7 +33,7 @@ Problems = Sequence[tuple[str, RunnerError]]  # (job id, error)
 class Validation:
     """A manifest, and what is wrong with what its jobs name. Without problems every job can be rendered."""
 
-    manifest: Manifest
+    manifest: Manifest  # with the jobs that `only` and `limit` leave, and no others
     problems: tuple[tuple[str, RunnerError], ...]  # (job id, error), in the order of the jobs
 
 
@@ -40,6 +41,7 @@ class Validation:
 def validate(settings: ValidateSettings) -> Validation:
     """The verb `validate`. Raises ManifestInvalid, ConfigInvalid, WeightsMissing, storage.*."""
     manifest = read_manifest(settings.manifest)
+    manifest = replace(manifest, jobs=tuple(select_jobs(manifest.jobs, settings.only, settings.limit)))
     roots = parse_roots(settings.input_root)
     problems = [] if settings.no_inputs else check_inputs(manifest.jobs, deep=settings.deep, roots=roots)
     if settings.models:
