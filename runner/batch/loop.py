@@ -15,18 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner.batch.delivery import Delivery
-from runner.batch.fingerprint import fingerprint, fingerprint_parts
+from runner.batch.fingerprint import fingerprint
 from runner.batch.inputs import InputIndex, fetch_request
 from runner.batch.job_checkpoint import Checkpoints
 from runner.batch.job_source import JobSource, Todo
 from runner.batch.lease import LeaseKeeper
-from runner.batch.ledger import Decision, JobTaken, Ledger, Listing, Stage
+from runner.batch.ledger import Decision, JobTaken, Ledger, Stage
 from runner.batch.memory_sampler import MemorySampler
 from runner.batch.pace import SegmentPace
 from runner.batch.progress import Progress
@@ -35,13 +35,12 @@ from runner.batch.segment_keeper import SegmentKeeper
 from runner.batch.settlement import Settlement
 from runner.batch.stop import Abandoned, PrefetchThread, Stop
 from runner.batch.summary import SummaryWriter
-from runner.batch.survey import survey_jobs
+from runner.batch.survey import job_parts, make_surveyor, survey_jobs
 from runner.batch.task import Ended, Piece, Task
 from runner.errors import DeviceLost, LeaseLost, OutOfMemory, RunnerError, as_runner_error
 from runner.finishing.stages import SegmentStage, finish_segments, finished_clip, split_states
 from runner.generation.protocol import Generator
 from runner.records.events import EventLog
-from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.storage import Storage
@@ -65,11 +64,6 @@ class Engine:
     files: Callable[[], Sequence[Path]] = tuple  # the model's, as `load` will read them
     own: Callable[[Job], Mapping[str, str]] = lambda job: {}  # identity of what a job alone adds, e.g. its LoRAs
     stages: Callable[[JobOptions], Sequence[SegmentStage]] = lambda options: ()  # of a job's frames, before the encoder
-
-    def parts(self, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]) -> dict[str, Any]:
-        """What decides the job's frames, see `fingerprint_parts`. `own`: what `self.own` said of the job."""
-        effective = replace(job, options=self.effective(job.options))
-        return fingerprint_parts(effective, inputs, {**self.identity, **own})
 
 
 class Batch:
@@ -154,7 +148,8 @@ class Batch:
     def _prefetch_all(self) -> None:
         # With --force every job runs, so there is nothing to find out.
         jobs = () if self._ledger.force else self._source.jobs
-        survey = survey_jobs(jobs, self._storage, self._surveyor())
+        decide = make_surveyor(self._engine, self._ledger, self._input_roots)
+        survey = survey_jobs(jobs, self._storage, decide)
         try:
             while (todo := self._source.take()) is not None:
                 done = next(survey, None) if todo.decision is None and not todo.looked else None
@@ -199,15 +194,6 @@ class Batch:
             self._settlement.stop_for(found)  # now, or the next job would begin before delivery hears of it
             self._hand_over(Ended(task, found, "prepare"))
 
-    def _surveyor(self) -> Callable[[Job, Listing | None], Decision]:
-        index = InputIndex(self._ledger.hashes, self._input_roots)
-
-        def decide(job: Job, listing: Listing | None) -> Decision:
-            parts = self._engine.parts(job, index.identify(job), self._engine.own(job))
-            return self._ledger.decide(job.id, fingerprint(parts), parts, listing)
-
-        return decide
-
     def _decide(self, task: Task, taken: Decision | None) -> str:
         """What to do with the job: the decision's action, after what it asks for short of running was done."""
         job = task.job
@@ -218,7 +204,7 @@ class Batch:
             own = self._engine.own(job)
         except Exception as error:  # the attempt still gets an identity, and its failure the place of an older one
             problem = error
-        task.parts = self._engine.parts(job, task.inputs, own)
+        task.parts = job_parts(self._engine, job, task.inputs, own)
         task.fingerprint = fingerprint(task.parts)
         task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         if problem is not None:

@@ -1,7 +1,7 @@
-"""Survey: which jobs are done, found for thousands of jobs with few requests, many at a time.
+"""Survey: what to do with each job, found for thousands of jobs with few requests, many at a time.
 
-In:   jobs, the output storage, a function that decides one job. Out: decisions in the order of the jobs.
-Never: running anything. A job that is not simply done is decided again, with fresh eyes, right before it runs.
+In:   jobs, the output storage, an engine's identities. Out: decisions in the order of the jobs.
+Never: running or writing anything. A job that is not simply done is decided again right before it runs.
 
 An object store is listed once for outputs and marks; then a record costs one request and each distinct input one.
 """
@@ -9,16 +9,23 @@ An object store is listed once for outputs and marks; then a record costs one re
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, Protocol
 
-from runner.batch.ledger import Decision, Listing
-from runner.errors import RunnerError
+from runner.batch.fingerprint import fingerprint, fingerprint_parts
+from runner.batch.inputs import InputIndex
+from runner.batch.ledger import Decision, Ledger, Listing
+from runner.errors import RunnerError, as_runner_error
 from runner.records.output_layout import JOBS, split_job_key
+from runner.records.record import InputRecord
 from runner.spec.manifest import Job
+from runner.spec.options import JobOptions
 from runner.storage import Storage
 
-__all__ = ["survey_jobs"]
+__all__ = ["Identified", "decide_jobs", "job_parts", "make_surveyor", "survey_jobs"]
 
 AT_ONCE = 32
 AHEAD = 8 * AT_ONCE  # decisions that wait to be read
@@ -27,23 +34,71 @@ LIST_FROM = 64  # jobs: for fewer, a question a job is cheaper than a list of al
 Decide = Callable[[Job, Listing | None], Decision]
 
 
-def survey_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Generator[Decision | None]:
-    """For each job, in order, its decision if it is to be skipped, else None. Nothing is raised: None stands for it.
+class Identified(Protocol):
+    """What of an engine decides a job's fingerprint."""
 
-    Closing the iterator ends the survey.
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Of the recipe and the weights."""
+        ...
+
+    @property
+    def effective(self) -> Callable[[JobOptions], JobOptions]:
+        """Options → the same with the recipe's defaults filled in."""
+        ...
+
+    @property
+    def own(self) -> Callable[[Job], Mapping[str, str]]:
+        """Job → identity of what it alone adds, e.g. its LoRAs."""
+        ...
+
+
+def job_parts(
+    engine: Identified, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]
+) -> dict[str, Any]:
+    """The parts of the job's fingerprint. `own`: what `engine.own` returns for the job."""
+    effective = replace(job, options=engine.effective(job.options))
+    return fingerprint_parts(effective, inputs, {**engine.identity, **own})
+
+
+def make_surveyor(engine: Identified, ledger: Ledger, input_roots: Sequence[str]) -> Decide:
+    """A function that decides one job as the loop does. It raises what is wrong with the job's inputs; storage.*.
+
+    Each distinct input is looked at once in the function's life. Safe from any thread.
     """
+    index = InputIndex(ledger.hashes, input_roots)
+
+    def decide(job: Job, listing: Listing | None) -> Decision:
+        parts = job_parts(engine, job, index.identify(job), engine.own(job))
+        return ledger.decide(job.id, fingerprint(parts), parts, listing)
+
+    return decide
+
+
+def decide_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Generator[Decision | RunnerError]:
+    """For each job, in order, its decision, or the error that `decide` raised. Closing the iterator ends the survey."""
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="survey")
-    waiting: deque[Future[Decision | None]] = deque()
+    waiting: deque[Future[Decision | RunnerError]] = deque()
     try:
         listing = _list_outputs(jobs, storage)
         for job in jobs:
-            waiting.append(pool.submit(_skipped, job, listing, decide))
+            waiting.append(pool.submit(_decide, job, listing, decide))
             if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def survey_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Generator[Decision | None]:
+    """For each job, in order, its decision if it is to be skipped, else None. Nothing is raised: None stands for it.
+
+    Closing the iterator ends the survey.
+    """
+    with closing(decide_jobs(jobs, storage, decide)) as found:
+        for one in found:  # in place of an error comes None: the job's own turn raises it again, where it is handled
+            yield one if isinstance(one, Decision) and one.action == "skip" and not one.suspect else None
 
 
 def _list_outputs(jobs: Sequence[Job], storage: Storage) -> Listing | None:
@@ -58,9 +113,8 @@ def _list_outputs(jobs: Sequence[Job], storage: Storage) -> Listing | None:
         return None
 
 
-def _skipped(job: Job, listing: Listing | None, decide: Decide) -> Decision | None:
+def _decide(job: Job, listing: Listing | None, decide: Decide) -> Decision | RunnerError:
     try:
-        decision = decide(job, listing)
-    except Exception:  # the job's own turn raises it again, where it is handled
-        return None
-    return decision if decision.action == "skip" and not decision.suspect else None
+        return decide(job, listing)
+    except Exception as error:
+        return as_runner_error(error, where=job.id)

@@ -41,6 +41,7 @@ class EngineSettings:
     assume: Mapping[str, str] = field(default_factory=dict)  # how to read a file where it does not say
     pose_precision: Precision = "fp32"
     tensorrt: TensorrtMode = "off"
+    saves: bool = True  # False: what `cache` keeps is read, and nothing is added to it while the model is resolved
     processes: int = 1  # that share this machine: caches in its memory are divided among them
 
 

@@ -256,6 +256,10 @@ class Storage(ABC):
         """From now on, compare before each conditional write too: the store was seen to ignore the condition."""
         return  # a disk compares by itself
 
+    def use_own_clock(self) -> None:
+        """From now on, ages go by this machine's clock: a disk is asked for its time by writing a file."""
+        return  # an object store dates each of its answers
+
     @abstractmethod
     def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
         """What killed processes left below `prefix` (`jobs/a/`), and what others are writing now, where that cannot be

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import stat as stat_modes
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +58,7 @@ class LocalStorage(Storage):
         self.path = local_path(uri)
         self.root = str(self.path) if root is None else root
         self._named = root is not None
+        self._own_clock = False
         with os_errors(self.path, writing=True):
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
@@ -200,7 +202,16 @@ class LocalStorage(Storage):
                 written, data = os.fstat(file.fileno()).st_mtime, file.read()
         except InputNotFound:
             return None
-        return Versioned(data, _version(data), _seconds_since(written, path.parent) if aged else None)
+        return Versioned(data, _version(data), self._seconds_since(written, path.parent) if aged else None)
+
+    def use_own_clock(self) -> None:
+        self._own_clock = True
+
+    def _seconds_since(self, written: float, folder: Path) -> float | None:
+        try:
+            return max(0.0, (time.time() if self._own_clock else folder_clock(folder)) - written)
+        except OSError:  # read-only, of another user, or full
+            return None
 
     def write_if(self, key: str, data: bytes, version: str | None, *, fence: Fence | None = None) -> str | None:
         target = self._path(key)
@@ -292,13 +303,6 @@ def _copy(source: BinaryIO, out: BinaryIO, on_bytes: Callable[[int], None] | Non
         if on_bytes is not None:
             on_bytes(len(block))
     return f"sha256:{digest.hexdigest()}"
-
-
-def _seconds_since(written: float, folder: Path) -> float | None:
-    try:
-        return max(0.0, folder_clock(folder) - written)
-    except OSError:  # read-only, of another user, or full
-        return None
 
 
 def _status(path: Path) -> os.stat_result | None:

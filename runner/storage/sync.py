@@ -32,7 +32,7 @@ GB = 1e9
 REPORT_EVERY = 0.1  # of all bytes
 
 
-def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> Path:
+def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool], *, download: bool = True) -> Path:
     """The model store at `uri` as a local folder. A local one is returned unchanged.
 
     Of one in an object store, the files that `wanted` names (by key below the root) are downloaded unless the cache has
@@ -42,6 +42,8 @@ def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> 
     Processes that share the cache take turns; the second finds the work done. Files that the bucket no longer has are
     removed from the cache. Raises WeightsMissing when there is nothing (wanted) there, StorageFull before a download
     that cannot fit, StorageDenied, StorageUnavailable.
+
+    Without `download` nothing is changed, and what the cache lacks is WeightsMissing.
     """
     if not is_remote(uri):
         folder = local_path(uri)
@@ -50,6 +52,10 @@ def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool]) -> 
         return folder
     storage = open_storage(uri)
     folder = cache / cache_name(storage.root)
+    if not download:
+        with os_errors(cache, writing=False):
+            _Sync(storage, folder).require_all(wanted)
+        return folder
     with os_errors(cache, writing=True):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):
@@ -114,6 +120,20 @@ class _Sync:
             _log("models.file", key=info.key, bytes=got.bytes, number=number, of=len(missing))
         seconds = round(time.monotonic() - begin, 1)
         _log("models.ready", files=len(there), downloaded=len(missing), seconds=seconds, folder=str(self.folder))
+
+    def require_all(self, wanted: Callable[[str], bool]) -> None:
+        """Raise WeightsMissing unless the folder holds what is wanted as the bucket has it."""
+        there = self._there(wanted)
+        missing = [info for info in there.values() if not self._has(info)]
+        stale = [key for key in self.index if key not in there and wanted(key)]
+        if missing or stale:
+            size = sum(info.bytes for info in missing) / GB
+            raise WeightsMissing(
+                f"the cache does not hold the models of {self.storage.root} as they are now: {len(missing)} files, "
+                f"{size:.1f} GB, would be downloaded",
+                where=self.folder,
+                todo="A dry run downloads nothing: run without --dry-run, or name a local copy with --models",
+            )
 
     def _there(self, wanted: Callable[[str], bool]) -> dict[str, ObjectInfo]:
         """Wanted key → what the bucket has, in order of key."""

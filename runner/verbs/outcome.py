@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from runner.batch.shards import AnyShard, Shard
 from runner.batch.summary import exit_code_of_lines
 from runner.records.record import JobLine
+from runner.verbs.dry_run import Action
 
 __all__ = ["RunOutcome", "counts_of_lines", "merge_exit_codes", "merge_lines"]
 
@@ -33,8 +34,14 @@ class RunOutcome:
     counts: Mapping[str, int]  # jobs of this shard by status, and their total
     lines: tuple[JobLine, ...]  # one a job of this shard, in the manifest's order
     outputs: str  # folder or URI below which each job has its own
-    summary: str  # folder or URI of the run's summary, metrics and events
+    summary: str  # folder or URI of the run's summary, metrics and events; empty after a dry run
     sheet: str | None  # where the contact sheet is, or why there is none; None where none was asked for
+    actions: Mapping[str, Action] | None = None  # of a dry run: job id → what a run would do; None of a run
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing was run, and the lines say what would be."""
+        return self.actions is not None
 
 
 def merge_lines(job_ids: Sequence[str], lines: Iterable[JobLine]) -> list[JobLine]:

@@ -31,7 +31,8 @@ from runner.batch.scratch import scratch_folder
 from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
 from runner.batch.spot import watch
 from runner.batch.stop import Stop
-from runner.batch.summary import SummaryWriter
+from runner.batch.summary import SummaryWriter, exit_code_of_lines
+from runner.batch.survey import job_parts
 from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.finishing.stages import StageSettings, open_stages
 from runner.generation.protocol import Generator
@@ -45,6 +46,7 @@ from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside, parse_roots
 from runner.storage.sync import sync_models
 from runner.timing import now
+from runner.verbs.dry_run import decide_lines
 from runner.verbs.gpu_process import MachineShare
 from runner.verbs.gpus import find_gpus, places_for, run_processes
 from runner.verbs.outcome import RunOutcome, counts_of_lines
@@ -56,6 +58,7 @@ from runner.weights.page_cache import read_into_page_cache
 
 __all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
 
+HASHES = "file-hashes.json"  # of inputs and outputs, in the cache folder
 ONE_RUNNER = "Run one manifest at a time into this output folder, or give each run its own --out"
 
 
@@ -77,6 +80,13 @@ def run(
     WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
     """
     begun = now()
+    if source is not None and (settings.only or settings.limit is not None or settings.dry_run):
+        raise ConfigInvalid(
+            "--only, --limit and --dry-run are about the manifest's jobs, and these jobs come from a source",
+            todo="Leave them out",
+        )
+    if settings.dry_run:
+        return _dry_run(settings, begun)
     if settings.gpus is not None:
         return _run_on_gpus(settings, progress or SilentProgress(), source)
     manifest, chosen, shard, why = choose_jobs(settings)
@@ -89,14 +99,7 @@ def run(
     not_exclusive = probe_conditions(storage)
     engine = build_engine(settings, manifest) if share is None else _build_shared_engine(settings, manifest, share)
     log = structlog.get_logger()
-    for job in jobs:  # a LoRA that is not there is told now, not in the middle of the night
-        try:
-            engine.own(job)
-        except (RunnerError, OSError) as error:
-            found = as_runner_error(error, where=job.id)
-            if found.stops_run:
-                raise
-            log.warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
+    _check_own(engine, jobs)
     _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
     log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard} ({why})", recipe=engine.recipe)
 
@@ -104,7 +107,7 @@ def run(
     with scratch_folder(settings.cache) as scratch:
         write_events = partial(storage.append_lines, run_key(run_id, shard.name, EVENTS))
         events = EventLog(write_events, at_once=storage.appends)
-        hashes = FileHashes(settings.cache / "file-hashes.json")
+        hashes = FileHashes(settings.cache / HASHES)
         summary = SummaryWriter(
             storage,
             run_id=run_id,
@@ -180,10 +183,55 @@ def _keep_manifest(
         storage,
         run_id,
         jobs,
-        lambda job: engine.parts(job, {}, engine.own(job)),
+        lambda job: job_parts(engine, job, {}, engine.own(job)),
         manifest=manifest.source,
         recipe=engine.recipe,
         force=settings.force,
+    )
+
+
+def _check_own(engine: Engine, jobs: Sequence[Job]) -> None:
+    """Warn of each job that asks for weights that are not there: now, not in the middle of the night."""
+    for job in jobs:
+        try:
+            engine.own(job)
+        except (RunnerError, OSError) as error:
+            found = as_runner_error(error, where=job.id)
+            if found.stops_run:
+                raise
+            structlog.get_logger().warning("job_cannot_run", job=job.id, code=found.code, message=found.message)
+
+
+def _dry_run(settings: RunSettings, begun: str) -> RunOutcome:
+    """What a run would do, decided now. No GPU is needed, also for `--gpus`."""
+    reason = ""
+    if settings.gpus is not None:
+        reason = f"--gpus {settings.gpus}: all jobs, shared among its processes"
+        settings = replace(settings, gpus=None, shard="any", shard_count=None)
+    manifest, jobs, shard, why = choose_jobs(settings)
+    roots = parse_roots(settings.input_root)
+    engine = build_engine(settings, manifest)
+    ledger = Ledger(
+        open_storage(settings.out),
+        max_attempts=settings.max_attempts,
+        force=settings.force,
+        retry_failed=settings.retry_failed,
+        hashes=FileHashes(settings.cache / HASHES),
+        since=begun,
+    )
+    found = decide_lines(jobs, engine, ledger, roots)
+    lines = tuple(line for line, _ in found)
+    return RunOutcome(
+        exit_code=exit_code_of_lines(lines),
+        run_id=_choose_run_id(settings),
+        shard=shard,
+        shard_reason=reason or why,
+        counts=MappingProxyType(counts_of_lines(lines)),
+        lines=lines,
+        outputs=f"{ledger.storage.root}/{JOBS}",
+        summary="",
+        sheet=None if settings.sheet is None else "contact sheet: not drawn, this is a dry run",
+        actions=MappingProxyType({line.id: action for line, action in found}),
     )
 
 
@@ -298,9 +346,10 @@ def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) 
         assume=assume,
         pose_precision=settings.pose_precision,
         tensorrt=settings.tensorrt,
+        saves=not settings.dry_run,
         processes=processes,
     )
-    models = local_models(settings, family.wanted(recipe))
+    models = local_models(settings, family.wanted(recipe), download=not settings.dry_run)
     model = family.resolve(models, recipe, engine)
     return Engine(
         recipe=recipe.name,
@@ -313,11 +362,14 @@ def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) 
     )
 
 
-def local_models(settings: ModelSettings, wanted: Callable[[str], bool]) -> Path:
-    """The model store as a local folder, synced from S3 where it is there."""
+def local_models(settings: ModelSettings, wanted: Callable[[str], bool], *, download: bool = True) -> Path:
+    """The model store as a local folder, synced from S3 where it is there; without `download` it must be in the cache.
+
+    Raises WeightsMissing, storage.*.
+    """
     if not settings.models:
         raise WeightsMissing(
             "no model store was named",
             todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
         )
-    return sync_models(settings.models, settings.cache / "models", wanted)
+    return sync_models(settings.models, settings.cache / "models", wanted, download=download)

@@ -308,6 +308,10 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     sheet: Path | None = field(
         default=None, metadata=_flag("also draw a contact sheet of this run's outputs", is_path, "PNG")
     )
+    dry_run: bool = field(
+        default=False,
+        metadata=_switch("say which jobs would run, and why; renders nothing, loads nothing, writes nothing"),
+    )
     gpus: str | None = field(
         default=None,
         metadata=_flag(

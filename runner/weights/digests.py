@@ -27,11 +27,11 @@ CLOCK_SLACK_S = 1  # the hub's record may be written within the same second as t
 class FileIdentities:
     """sha256 by file, hashed once in the life of this object, and once in all where a folder keeps the results.
 
-    Several processes may share the folder.
+    Several processes may share the folder. `saves`: whether results are added to it; else it is only read.
     """
 
-    def __init__(self) -> None:
-        self._hashes = FileHashes()
+    def __init__(self, *, saves: bool = True) -> None:
+        self._hashes, self._saves = FileHashes(), saves
 
     def of(self, files: Iterable[Path], root: Path, folder: Path | None = None) -> dict[Path, str]:
         """Digest of each file. The hub's records are looked for between the file and `root`; `folder` keeps results.
@@ -42,6 +42,8 @@ class FileIdentities:
         if folder is not None:
             self._hashes.use(folder / MEMORY_FILE)
         digests = {file: recorded(file, root) or self._hashes.sha256(file) for file in files}
+        if not self._saves:
+            return digests
         try:
             self._hashes.save()
         except OSError as err:

@@ -15,13 +15,9 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 
 from runner.batch.delivery import Delivery
-from runner.batch.job_source import ShardJobs
 from runner.batch.ledger import Ledger
-from runner.batch.loop import FRAME_BUFFER_ITEMS, Batch, Engine
-from runner.batch.memory_sampler import MemorySampler
-from runner.batch.progress import SilentProgress
-from runner.batch.stop import Stop
-from runner.batch.survey import survey_jobs
+from runner.batch.loop import FRAME_BUFFER_ITEMS, Engine
+from runner.batch.survey import make_surveyor, survey_jobs
 from runner.errors import JobWeightsMissing, StorageDenied, StorageFull, StorageUnavailable
 from runner.records.record import AttemptMark
 from runner.spec.manifest import Job
@@ -420,17 +416,7 @@ def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
     storage.delete("jobs/j8/output.mp4")
     faulty_s3.requests.clear()
     ledger = Ledger(storage)
-    surveyor = Batch(
-        ShardJobs(jobs),
-        Engine("stub", bench.generator.identity, StubGenerator),
-        storage,
-        ledger,
-        *[None] * 2,
-        stop=Stop(),
-        scratch=bench.folder,
-        progress=SilentProgress(),
-        sampler=MemorySampler(),
-    )._surveyor()
+    surveyor = make_surveyor(Engine("stub", bench.generator.identity, StubGenerator), ledger, ())
     decisions = list(survey_jobs(jobs, storage, surveyor))
     assert [n for n, decision in enumerate(decisions) if decision is None] == [7, 8]
     kinds = Counter(method for method, _, _ in faulty_s3.requests)

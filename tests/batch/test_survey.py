@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from runner.batch.ledger import Decision
-from runner.batch.survey import AHEAD, AT_ONCE, LIST_FROM, survey_jobs
+from runner.batch.survey import AHEAD, AT_ONCE, LIST_FROM, decide_jobs, survey_jobs
 from runner.errors import StorageDenied
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
@@ -33,6 +33,20 @@ def test_decisions_come_in_the_order_of_the_jobs_and_only_skips_are_final(tmp_pa
 
     found = list(survey_jobs(jobs(1000), open_storage(tmp_path), decide))
     assert [n for n, decision in enumerate(found) if decision is not None] == list(range(0, 1000, 5))
+
+
+def test_an_error_stands_in_the_place_of_its_job(tmp_path):
+    def decide(job, listing):
+        if job.id == "j1":
+            raise StorageDenied("no")
+        if job.id == "j2":
+            raise ValueError("a bug")
+        return Decision("run", "new")
+
+    first, second, third = decide_jobs(jobs(3), open_storage(tmp_path), decide)
+    assert first == Decision("run", "new")
+    assert (second.code, third.code) == ("storage.denied", "internal")
+    assert third.where == "j2"
 
 
 def test_many_are_asked_at_once_and_few_wait_to_be_read(tmp_path):

@@ -84,6 +84,24 @@ def test_only_what_is_wanted_and_only_once(bucket: Bucket, tmp_path: Path) -> No
     assert tree(folder) == FILES
 
 
+def test_without_a_download_nothing_changes_and_the_cache_must_hold_all(bucket: Bucket, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(WeightsMissing, match=r"4 files, 0\.0 GB, would be downloaded.*dry run"):
+        sync_models(bucket.uri, cache, wanted, download=False)
+    assert not cache.exists()
+    folder = sync_models(bucket.uri, cache, wanted)
+    assert sync_models(bucket.uri, cache, wanted, download=False) == folder
+    before = tree(cache)
+    bucket.put("Wan/config.json", b"{ }")
+    with pytest.raises(WeightsMissing, match="1 files"):
+        sync_models(bucket.uri, cache, wanted, download=False)
+    bucket.put("Wan/config.json", b"{}")
+    bucket.remove("process/det/模型 v10.onnx")
+    with pytest.raises(WeightsMissing, match="0 files"):
+        sync_models(bucket.uri, cache, wanted, download=False)
+    assert tree(cache) == before
+
+
 @pytest.mark.s3
 def test_on_a_real_server(seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server], tmp_path: Path) -> None:
     aws_env(seaweedfs_s3)
