@@ -16,8 +16,8 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +61,9 @@ EXIT_CODES: Mapping[int, str] = MappingProxyType(
 )
 
 
+ONE_OBJECT = "one JSON object on standard output, and nothing else"  # of an error too
+
+
 @dataclass(frozen=True)
 class Verb:
     """One verb, or one of `weights`, as it stands on the command line."""
@@ -71,7 +74,7 @@ class Verb:
     call: Callable[[Any, Display], int]
     codes: tuple[int, ...]  # of EXIT_CODES: what it can end with
     examples: tuple[str, str]
-    json_lines: str = ""  # what --json prints a line for; empty: there is no such flag
+    json_prints: str = ""  # what --json prints, ONE_OBJECT or else; empty: there is no such flag
 
 
 @dataclass(frozen=True)
@@ -103,28 +106,55 @@ def _call(argv: Sequence[str] | None) -> int:
     from runner.records.events import configure_logging
 
     configure_logging(display.log_format, verbose=display.verbose)
+    as_json = display.json and verb.json_prints == ONE_OBJECT
     try:
         return verb.call(verb.settings(**flags), display)
     except BrokenPipeError:  # `video-lab preprocess … | head`; what `run` prints never ends it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if verb.call is _run else 0
     except (RunnerError, OSError) as error:
-        return _say_error(error)
+        return _say_error(error, as_json)
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # a bug of ours: its traceback helps to find it, and may quote a URI
         from runner.verbs.tables import print_error
 
         print_error(traceback.format_exc().rstrip())
-        return _say_error(error)
+        return _say_error(error, as_json)
 
 
-def _say_error(error: Exception) -> int:
-    from runner.verbs.tables import print_error
+def _say_error(error: Exception, as_json: bool) -> int:
+    from runner.verbs.tables import print_error, print_json
 
     found = as_runner_error(error)
+    if as_json:
+        from runner.verbs.json_objects import error_object
+
+        with suppress(OSError):
+            print_json(error_object(found))
     print_error(f"{found.code}: {found.message}")
     return found.exit_code
+
+
+@contextmanager
+def _only_json(display: Display) -> Iterator[None]:
+    """Inside, with --json, what else is written to standard output goes to standard error.
+
+    That of libraries, native ones and processes that a verb starts as well, which write to the descriptor.
+    """
+    if not display.json:
+        yield
+        return
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _open_streams() -> None:
@@ -239,8 +269,8 @@ def _add_flags(made: argparse.ArgumentParser, verb: Verb) -> None:
             elif item.default is not MISSING and item.default is not None:
                 how["help"] += f" ({str(item.default).removesuffix('.0')})"
         made.add_argument(name, dest=item.name, **how)
-    if verb.json_lines:
-        made.add_argument("--json", action="store_true", help=f"one JSON object a {verb.json_lines}")
+    if verb.json_prints:
+        made.add_argument("--json", action="store_true", help=verb.json_prints)
     made.add_argument(
         "--log-format",
         choices=("auto", "console", "json"),
@@ -263,32 +293,47 @@ def parse_command(argv: Sequence[str] | None) -> tuple[Verb, dict[str, Any], Dis
 
 def _run(settings: RunSettings, display: Display) -> int:
     from runner.batch.progress import choose_progress
+    from runner.verbs.json_objects import run_object
     from runner.verbs.run import run
-    from runner.verbs.tables import print_run
+    from runner.verbs.tables import print_error, print_json, print_run
 
-    outcome = run(settings, choose_progress(display.log_format))
-    where = [f"outputs: {outcome.outputs}", f"summary: {outcome.summary}"]
-    where += [outcome.sheet] if outcome.sheet is not None else []
+    with _only_json(display):
+        outcome = run(settings, choose_progress(display.log_format))
     with suppress(OSError):  # a full disk behind standard output changes no job
-        print_run(outcome.lines, outcome.counts, where)
+        if display.json:
+            print_json(run_object(outcome))
+        else:
+            print_run(outcome)
+    if outcome.error is not None:  # the last line, as after an error before the first job
+        print_error(f"{outcome.error.code}: {outcome.error.message}")
     return outcome.exit_code
 
 
 def _validate(settings: ValidateSettings, display: Display) -> int:
-    from runner.verbs.tables import print_problems
+    from runner.verbs.json_objects import validation_object
+    from runner.verbs.tables import print_json, print_problems
     from runner.verbs.validate import validate
 
-    found = validate(settings)
-    print_problems(found.manifest, found.problems, checked=not settings.no_inputs)
+    with _only_json(display):
+        found = validate(settings)
+    if display.json:
+        print_json(validation_object(found, inputs_checked=not settings.no_inputs))
+    else:
+        print_problems(found.manifest, found.problems, checked=not settings.no_inputs)
     return 1 if found.problems else 0
 
 
 def _plan(settings: PlanSettings, display: Display) -> int:
+    from runner.verbs.json_objects import plan_object
     from runner.verbs.plan import plan
-    from runner.verbs.tables import print_plan
+    from runner.verbs.tables import print_json, print_plan
 
-    forecast = plan(settings)
-    print_plan(forecast.jobs, forecast.gpu)
+    with _only_json(display):
+        forecast = plan(settings)
+    if display.json:
+        print_json(plan_object(forecast))
+    else:
+        print_plan(forecast.jobs, forecast.gpu)
     return 1 if any(row.error for row in forecast.jobs) else 0
 
 
@@ -335,10 +380,15 @@ def _clean(settings: CleanSettings, display: Display) -> int:
 
 def _doctor(settings: DoctorSettings, display: Display) -> int:
     from runner.verbs.doctor import doctor
-    from runner.verbs.tables import print_checks
+    from runner.verbs.json_objects import checks_object
+    from runner.verbs.tables import print_checks, print_json
 
-    checks = doctor(settings)
-    print_checks(checks)
+    with _only_json(display):
+        checks = doctor(settings)
+    if display.json:
+        print_json(checks_object(checks))
+    else:
+        print_checks(checks)
     return 2 if any(check.status == "fail" for check in checks) else 0
 
 
@@ -396,6 +446,7 @@ VERBS = (
             "video-lab run manifests/demo.yaml --out out/demo --models .cache/demo-models",
             "video-lab run s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models --shard 3/16",
         ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "validate",
@@ -407,6 +458,7 @@ VERBS = (
             "video-lab validate manifests/demo.yaml",
             "video-lab validate s3://bucket/night.yaml --deep --models s3://bucket/models",
         ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "plan",
@@ -418,6 +470,7 @@ VERBS = (
             "video-lab plan manifests/nightly.yaml --gpu 'RTX 5090'",
             "video-lab plan manifests/batch.jsonl --models models --recipe fp4-distill+fp8",
         ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "status",
@@ -426,7 +479,7 @@ VERBS = (
         _status,
         (0, 1, 2, 3),
         ("video-lab status out/demo", "video-lab status s3://bucket/out --json"),
-        json_lines="job",
+        json_prints="one JSON object a job",
     ),
     Verb(
         "compare",
@@ -438,7 +491,7 @@ VERBS = (
             "video-lab compare out/2026-01-31 --baseline baseline --report out/2026-01-31/report",
             "video-lab compare s3://bucket/out --baseline s3://bucket/baseline --only 'anna-*' --record",
         ),
-        json_lines="night",
+        json_prints="one JSON object a night",
     ),
     Verb(
         "approve",
@@ -450,7 +503,7 @@ VERBS = (
             "video-lab approve out/2026-01-31 --baseline baseline --why 'the first night, looked at'",
             "video-lab approve s3://bucket/out --baseline s3://bucket/baseline --job 'anna-*' --why 'sharper hands'",
         ),
-        json_lines="job",
+        json_prints="one JSON object a job",
     ),
     Verb(
         "clean",
@@ -459,7 +512,7 @@ VERBS = (
         _clean,
         (0, 2, 3),
         ("video-lab clean out/demo", "video-lab clean s3://bucket/out --older-than 2d --yes"),
-        json_lines="leftover",
+        json_prints="one JSON object a leftover",
     ),
     Verb(
         "doctor",
@@ -471,6 +524,7 @@ VERBS = (
             "video-lab doctor --models models",
             "video-lab doctor --models s3://bucket/models --out s3://bucket/out --device cuda",
         ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "preprocess",

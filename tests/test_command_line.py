@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import structlog
 
+from runner.batch.shards import Shard
 from runner.cli import EXIT_CODES, VERBS, main, parse_command
-from runner.errors import ConfigInvalid, InputNotFound, StorageUnavailable
+from runner.errors import ConfigInvalid, DeviceLost, InputNotFound, StorageUnavailable
+from runner.records.record import JobLine
 from runner.regression.findings import NightComparison
 from runner.spec.manifest import parse_manifest
 from runner.verbs.approve import ApproveRow
 from runner.verbs.clean import CleanRow
 from runner.verbs.compare import Compared
 from runner.verbs.doctor import Check
+from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.plan import Forecast, RunForecast
 from runner.verbs.settings import flag_name, flags_of
 from runner.verbs.status import RunStatus, StatusRow
@@ -32,7 +35,7 @@ FLAGS = [
     (verb.name, flag_name(item)) for verb in VERBS for item, flag in flags_of(verb.settings) if not flag.positional
 ]
 FLAGS += [(verb.name, name) for verb in VERBS for name in ("--log-format", "--verbose", "--help")]
-FLAGS += [(verb.name, "--json") for verb in VERBS if verb.json_lines]
+FLAGS += [(verb.name, "--json") for verb in VERBS if verb.json_prints]
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +204,17 @@ def test_what_could_not_be_removed_ends_clean_with_its_code(monkeypatch, capsys)
     left = Leftover("out/x", "x", 1, 0.0, "staged file")
     assert call(monkeypatch, "clean", [CleanRow(left, "failed", "away", 1.0, AWAY)]) == 3
     assert "failed 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_stopped_a_run_is_the_last_line(monkeypatch, capsys, flags):
+    error = DeviceLost("the GPU is lost", todo="Start the same command again")
+    lines = (JobLine(id="a", status="not_run", reason="the run ended before it"),)
+    outcome = RunOutcome(
+        3, "r", Shard(0, 1), "", counts_of_lines(lines), lines, "out/jobs/", "out/runs/r/", None, error
+    )
+    monkeypatch.setattr("runner.verbs.run.run", lambda *_: outcome)
+    assert main(["run", "m.yaml", "--out", "out", *flags]) == 3
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "device.lost: the GPU is lost. Start the same command again"
+    assert ("not run" in said.out) == (not flags)

@@ -110,6 +110,7 @@ class Batch:
         self._marked: Task | None = None  # being prepared, its mark on the storage
         self._generator: Generator[Any] | None = None
         self._told_waiting = float("-inf")
+        self.error: RunnerError | None = None  # what stopped the run; None where it ran to its end, or a signal came
 
     def run(self) -> int:
         """Work through the jobs; the exit code. Raises nothing that a job or a signal can cause."""
@@ -135,12 +136,12 @@ class Batch:
                     self._settlement.abandon(job_id)
         code = self._summary.exit_code(self._stop_code())
         self._events.emit("run_finished", exit_code=code, counts=self._summary.counts)
+        fatal = self.error = self._settlement.fatal
         try:
-            fatal = self._settlement.fatal
             self._summary.finish(fatal.message if fatal else self._stop.name, self._stop_code())
         except RunnerError as error:
             self._events.emit("summary_not_written", level="error", code=error.code, message=error.message)
-            code = error.exit_code
+            code, self.error = error.exit_code, error
         return code
 
     # -- prefetch thread ------------------------------------------------------------------------------------------

@@ -130,5 +130,5 @@ def _work(assignment: Assignment, parent: _Parent) -> int:
 
     share = MachineShare(assignment.processes, stop, before_load)
     outcome = assignment.run(assignment.settings, parent, share=share)
-    parent.tell("ended", outcome.exit_code, outcome.lines)
+    parent.tell("ended", outcome.exit_code, outcome.lines, outcome.error)
     return int(outcome.exit_code)

@@ -56,6 +56,7 @@ class SharedRun:
 
     exit_code: int
     lines: tuple[JobLine, ...]  # one a job, in the manifest's order
+    error: RunnerError | None = None  # what stopped a process and left jobs undone, if the exit code follows from it
 
 
 def find_gpus(
@@ -116,7 +117,8 @@ class _Process:
     stops: int = 0  # signals that were passed on
     waits_to_load: bool = False
     ended: int | None = None  # its exit code, from the outcome that it sent
-    error: RunnerError | None = None
+    error: RunnerError | None = None  # with which it failed, in place of an outcome
+    stopped_by: RunnerError | None = None  # what stopped its run, from the outcome
     open: bool = True
 
     @property
@@ -218,7 +220,11 @@ class _GpuGroup:
         errors = [process.error for process in self._processes if process.error is not None]
         if errors and not began and not self._lines:
             raise errors[0]
-        return SharedRun(merge_exit_codes(lines, [process.code for process in self._processes]), tuple(lines))
+        code = merge_exit_codes(lines, [process.code for process in self._processes])
+        causes = [process.error or process.stopped_by for process in self._processes]
+        undone = any(line.status == "not_run" for line in lines)
+        cause = next((one for one in causes if one is not None and one.exit_code == code), None)
+        return SharedRun(code, tuple(lines), cause if undone else None)
 
     def end(self) -> None:
         """After an error of this process: the others end as they do when it has died."""
@@ -264,7 +270,7 @@ class _GpuGroup:
         elif what == "loading":
             process.waits_to_load = True
         elif what == "ended":
-            process.ended, lines = more
+            process.ended, lines, process.stopped_by = more
             self._lines.extend(lines)
         else:
             (process.error,) = more

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from runner.batch.shards import AnyShard, Shard
 from runner.batch.summary import exit_code_of_lines
+from runner.errors import RunnerError
 from runner.records.record import JobLine
 from runner.verbs.dry_run import Action
 
@@ -36,6 +37,7 @@ class RunOutcome:
     outputs: str  # folder or URI below which each job has its own
     summary: str  # folder or URI of the run's summary, metrics and events; empty after a dry run
     sheet: str | None  # where the contact sheet is, or why there is none; None where none was asked for
+    error: RunnerError | None = None  # what stopped the run; None where it ran to its end, or a signal came
     actions: Mapping[str, Action] | None = None  # of a dry run: job id → what a run would do; None of a run
 
     @property

@@ -171,6 +171,7 @@ def run(
         outputs=f"{storage.root}/{JOBS}",
         summary=f"{storage.root}/{run_folder(run_id)}",
         sheet=sheet,
+        error=batch.error,
     )
 
 
@@ -285,6 +286,7 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
         outputs=f"{storage.root}/{JOBS}",
         summary=f"{storage.root}/{run_folder(run_id)}",
         sheet=sheet,
+        error=found.error,
     )
 
 

@@ -9,18 +9,21 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from runner.errors import RunnerError
 from runner.records.record import JobLine
 from runner.redact import escape_control, for_people, redact, redact_tree
+from runner.verbs.fitted_table import UNLIMITED, Layout, new_table, print_fitted, print_table
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from runner.verbs.clean import CleanRow
     from runner.verbs.compare import Compared
     from runner.verbs.doctor import Check
+    from runner.verbs.dry_run import Action
+    from runner.verbs.outcome import RunOutcome
     from runner.verbs.plan import Forecast
     from runner.verbs.quantize import Quantized
     from runner.verbs.status import RunStatus
@@ -73,7 +78,24 @@ COLOURS = {
     "missing": "red",
     "broken": "red",
     "refused": "red",
+    "would run": "yellow",
+    "leased by another runner": "yellow",
+    "exhausted": "red",
+    "would fail": "red",
 }
+
+
+SPARE_COLUMNS = ("overlap", "padding", "denoised", "PFLOP", "steps", "segments")  # of a plan, the first goes first
+SHORT_REASON = 32  # characters that a column of a narrow table has room for
+ACTIONS: Mapping[Action, str] = MappingProxyType(
+    {
+        "run": "would run",
+        "skip": "skipped",
+        "leased": "leased by another runner",
+        "exhausted": "exhausted",
+        "fail": "would fail",
+    }
+)
 
 
 def print_text(text: str) -> None:
@@ -82,7 +104,13 @@ def print_text(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """The same on standard error. A stream that cannot be written changes no outcome."""
+    """The same on standard error, after what was printed. A stream that cannot be written changes no outcome."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_writing()
+    except (OSError, ValueError):
+        pass
     with suppress(OSError, ValueError):
         print(for_people(text), file=sys.stderr)
 
@@ -106,20 +134,91 @@ def _stop_writing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_run(
-    lines: Sequence[JobLine], counts: Mapping[str, int], where: Sequence[str], console: Console | None = None
-) -> None:
-    """The run's table, its counts, and where to look."""
+def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
+    """The run's table, what its cells have no room for, its counts, and where to look. Of a dry run, what would run."""
     console = console or _console()
-    table = _table("job", "status", "seconds", "why / what")
-    for line in lines:
-        detail = f"{line.error.code}: {line.error.message}" if line.error else line.output or line.reason
-        seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
-        table.add_row(escape(line.id), _status(line.status), seconds, escape(detail))
-    console.print(table)
-    console.print(" · ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count))
-    for place in where:
-        console.print(escape(place), soft_wrap=True)
+    print_fitted(console, _layouts_of_decisions(outcome) if outcome.dry_run else _layouts_of_run(outcome))
+    for line in outcome.lines:
+        if line.error is not None:
+            _print_line(console, line.id, f"[red]{escape(line.error.code)}[/]: {escape(line.error.message)}")
+    for line in outcome.lines:
+        for note in line.notes:
+            _print_line(console, line.id, f"[yellow]![/] {escape(note)}")
+    counts = _counts_of_decisions(outcome) if outcome.dry_run else dict(outcome.counts)
+    counts["with warnings"] = sum(bool(line.notes) for line in outcome.lines)
+    found = " · ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+    console.print(found, soft_wrap=True)
+    console.print(f"outputs: {escape(outcome.outputs)}", soft_wrap=True)
+    if outcome.dry_run:
+        console.print("a dry run: nothing was rendered, and nothing was written", soft_wrap=True)
+    else:
+        console.print(f"summary: {escape(outcome.summary)}", soft_wrap=True)
+    if outcome.sheet is not None:
+        console.print(escape(outcome.sheet), soft_wrap=True)
+
+
+def _print_line(console: Console, job_id: str, markup: str) -> None:
+    console.print(f"{escape(job_id)}: {markup}", soft_wrap=True)
+
+
+def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], Layout]]:
+    """The fullest first: outputs in full, below the outputs' folder, or below the job's; then shorter reasons."""
+    lines = outcome.lines
+    full = [line.output or "" for line in lines]
+    below = [output.removeprefix(outcome.outputs) for output in full]
+    names = [output.removeprefix(f"{line.id}/") for output, line in zip(below, lines, strict=True)]
+
+    def layout(outputs: Sequence[str], longest: int, folds: bool = False) -> Layout:
+        reasons, moved = _split_reasons(lines, longest)
+        if not any(outputs) and any(full):
+            moved.append("left out for want of room: output")
+        seconds = ["" if line.seconds is None else f"{line.seconds:.1f}" for line in lines]
+        more = {"seconds": seconds, "why": [escape(reason) for reason in reasons]}
+        more |= {"output": [escape(output) for output in outputs]}
+        more = {name: cells for name, cells in more.items() if any(cells)}
+        table = new_table("job", "status", *more, whole=("status", *more), gap=1 if folds else 2)
+        for index, line in enumerate(lines):
+            warned = f" [yellow]!{len(line.notes)}[/]" if line.notes else ""
+            cells = [column[index] for column in more.values()]
+            table.add_row(escape(line.id), _status(line.status) + warned, *cells)
+        return Layout(table, moved, folds)
+
+    kinds = [(outputs, longest) for outputs in (full, below, names) for longest in (UNLIMITED, SHORT_REASON)]
+    found = [partial(layout, *kind) for kind in (*kinds, (names, 0))]
+    return [*found, partial(layout, names, 0, folds=True), partial(layout, [""] * len(lines), 0, folds=True)]
+
+
+def _layouts_of_decisions(outcome: RunOutcome) -> list[Callable[[], Layout]]:
+    def layout(longest: int) -> Layout:
+        reasons, moved = _split_reasons(outcome.lines, longest)
+        table = new_table("job", "what", *(["why"] if any(reasons) else []), whole=("what", "why"))
+        for line, reason in zip(outcome.lines, reasons, strict=True):
+            action = ACTIONS[(outcome.actions or {})[line.id]]
+            table.add_row(escape(line.id), _status(action), *([escape(reason)] if any(reasons) else []))
+        return Layout(table, moved)
+
+    return [partial(layout, longest) for longest in (UNLIMITED, SHORT_REASON, 0)]
+
+
+def _counts_of_decisions(outcome: RunOutcome) -> dict[str, int]:
+    found = Counter((outcome.actions or {}).values())
+    return {"total": len(outcome.lines)} | {name: found[action] for action, name in ACTIONS.items()}
+
+
+def _split_reasons(lines: Sequence[JobLine], longest: int) -> tuple[list[str], list[str]]:
+    """The cells of the column `why`, and as lines below the table the reasons that are longer than `longest`.
+
+    A reason that several jobs share is one line, with their number.
+    """
+    cells = [line.reason if len(line.reason) <= longest else "" for line in lines]
+    moved: dict[str, list[str]] = {}
+    for line, cell in zip(lines, cells, strict=True):
+        if line.reason and not cell:
+            moved.setdefault(line.reason, []).append(line.id)
+    found = []
+    for reason, ids in moved.items():
+        found.append(f"{escape(ids[0]) if len(ids) == 1 else f'{len(ids)} jobs'}: {escape(reason)}")
+    return cells, found
 
 
 def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError]], *, checked: bool) -> None:
@@ -132,41 +231,59 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
 
 
 def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
-    """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode."""
+    """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode.
+
+    A narrow terminal lacks some columns, which are named below the table.
+    """
     console = _console()
-    columns = ["frames", "size", "segments", "denoised", "padding", "overlap", "steps", "PFLOP"]
-    modes = next((list(row.memory) for row in rows if row.memory), [])
-    columns += [f"GB {' / '.join(modes)}"] if modes else []
-    columns += [f"s on {gpu}"] if gpu else []
-    table = _table("job", *columns)
-    plans = [row.plan for row in rows if row.plan is not None]
+    cells = {row.job_id: _plan_cells(row, gpu) for row in rows}
+    columns = list(dict.fromkeys(name for found in cells.values() for name in found))
+
+    def layout(left_out: Sequence[str]) -> Layout:
+        kept = [name for name in columns if name not in left_out]
+        table = new_table("job", *kept, whole=kept)
+        for job_id, found in cells.items():
+            table.add_row(escape(job_id), *(found.get(name, "-") for name in kept))
+        return Layout(table, [f"left out for want of room: {', '.join(left_out)}"] if left_out else [])
+
+    spare = [name for name in SPARE_COLUMNS if name in columns]
+    spare += [name for name in columns if name.startswith("GB ")]
+    print_fitted(console, [partial(layout, spare[:count]) for count in range(len(spare) + 1)])
     for row in rows:
-        plan = row.plan
-        if plan is None:
-            table.add_row(escape(row.job_id), f"[red]{escape(str(row.error))}[/]", *[""] * (len(columns) - 1))
-            continue
-        cells = [
-            str(plan.frames),
-            f"{plan.width}x{plan.height}",
-            f"{plan.segments} x {plan.segment_frames}",
-            str(plan.denoised_frames),
-            f"{plan.padding_frames / plan.denoised_frames:.1%}",
-            f"{plan.overlap_total / plan.denoised_frames:.1%}",
-            str(plan.steps),
-            f"{plan.tflop / 1e3:.4g}",
-        ]
-        cells += [" / ".join(f"{row.memory[mode] / 1e9:.3g}" for mode in modes)] if modes else []
-        cells += [f"{plan.seconds:.3g}" if plan.seconds is not None else "?"] if gpu else []
-        table.add_row(escape(row.job_id), *cells)
-    console.print(table)
+        if row.error is not None:
+            _print_line(console, row.job_id, f"[red]{escape(row.error.code)}[/]: {escape(row.error.message)}")
+    plans = [row.plan for row in rows if row.plan is not None]
     total = f"{len(rows)} jobs, {sum(plan.tflop for plan in plans) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:
-        console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds")
+        console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds", soft_wrap=True)
         return
     seconds = sum(plan.seconds or 0.0 for plan in plans)
     console.print(
-        f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts"
+        f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
+        soft_wrap=True,
     )
+
+
+def _plan_cells(row: Forecast, gpu: str | None) -> dict[str, str]:
+    """Column → cell; nothing for a job that cannot be planned."""
+    plan = row.plan
+    if plan is None:
+        return {}
+    cells = {
+        "frames": str(plan.frames),
+        "size": f"{plan.width}x{plan.height}",
+        "segments": f"{plan.segments} x {plan.segment_frames}",
+        "denoised": str(plan.denoised_frames),
+        "padding": f"{plan.padding_frames / plan.denoised_frames:.1%}",
+        "overlap": f"{plan.overlap_total / plan.denoised_frames:.1%}",
+        "steps": str(plan.steps),
+        "PFLOP": f"{plan.tflop / 1e3:.4g}",
+    }
+    if row.memory:
+        cells[f"GB {' / '.join(row.memory)}"] = " / ".join(f"{peak / 1e9:.3g}" for peak in row.memory.values())
+    if gpu:
+        cells[f"s on {gpu}"] = f"{plan.seconds:.3g}" if plan.seconds is not None else "?"
+    return cells
 
 
 def print_status(found: RunStatus, *, as_json: bool) -> None:
@@ -175,7 +292,7 @@ def print_status(found: RunStatus, *, as_json: bool) -> None:
             print_json(row.model_dump(mode="json"))
         return
     console = _console()
-    table = _table("job", "status", "attempt", "seconds", "detail")
+    table = new_table("job", "status", "attempt", "seconds", "detail")
     for row in found.rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         table.add_row(escape(row.id), _status(row.status), str(row.attempt), seconds, escape(row.detail))
@@ -185,11 +302,18 @@ def print_status(found: RunStatus, *, as_json: bool) -> None:
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    console = _console()
-    table = _table("check", "result", "found", "what to do")
-    for check in checks:
-        table.add_row(escape(check.name), _status(check.status), escape(check.found), escape(check.todo or ""))
-    console.print(table)
+    """On a narrow terminal what is to be done stands below the table."""
+
+    def layout(todo_below: bool) -> Layout:
+        columns = ["check", "result", "found"] + ([] if todo_below else ["what to do"])
+        table = new_table(*columns, whole=("check", "result"))
+        for check in checks:
+            cells = [escape(check.name), _status(check.status), escape(check.found)]
+            table.add_row(*cells, *([] if todo_below else [escape(check.todo)]))
+        below = [f"{escape(check.name)}: {escape(check.todo)}" for check in checks if check.todo]
+        return Layout(table, below if todo_below else [])
+
+    print_fitted(_console(), [partial(layout, todo_below) for todo_below in (False, True)])
 
 
 def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bool) -> None:
@@ -201,12 +325,12 @@ def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bo
             print_json({name: value for name, value in told.items() if name not in ("upload_id", "abandoned")})
         return
     if rows:
-        table = _table("what", "bytes", "age", "where", "action")
+        table = new_table("what", "bytes", "age", "where", "action")
         for row in rows:
             left = row.leftover
             action = f"{row.action}: {row.reason}" if row.reason else row.action
             table.add_row(left.kind, str(left.bytes), _age(row.age_s), escape(left.uri), escape(action))
-        console.print(table)
+        print_table(console, table)
     counts = []
     for action in ("would remove", "removed", "kept", "failed"):
         sizes = [row.leftover.bytes for row in rows if row.action == action]
@@ -226,7 +350,7 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
     console = _console()
     told = [job for job in night.jobs if job.verdict != "identical"]
     if told:
-        table = _table("job", "verdict", "PSNR", "SSIM", "seconds", "what")
+        table = new_table("job", "verdict", "PSNR", "SSIM", "seconds", "what")
         for job in told:
             measured = job.measurements
             psnr = "" if measured is None or measured.psnr is None else f"{measured.psnr.worst:.1f}"
@@ -236,7 +360,7 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
             table.add_row(
                 escape(job.id), _status(job.verdict), psnr, ssim, seconds, escape("; ".join(dict.fromkeys(sentences)))
             )
-        console.print(table)
+        print_table(console, table)
     for change in night.environment:
         console.print(f"environment: {escape(change)}", soft_wrap=True)
     counts = " · ".join(f"{count} {name}" for name, count in night.counts.items() if name != "total")
@@ -255,10 +379,10 @@ def print_approved(baseline: str, rows: Sequence[ApproveRow], *, as_json: bool) 
             print_json(dataclasses.asdict(row))
         return
     console = _console()
-    table = _table("job", "action", "what")
+    table = new_table("job", "action", "what")
     for row in rows:
         table.add_row(escape(row.id), _status(row.action), escape("; ".join([row.detail, *row.notes])))
-    console.print(table)
+    print_table(console, table)
     found = {name: sum(row.action == name for row in rows) for name in ("approved", "removed", "unchanged", "refused")}
     counts = " · ".join(f"{count} {name}" for name, count in found.items() if count)
     console.print(f"{escape(baseline)}: {counts}", soft_wrap=True)
@@ -323,14 +447,7 @@ class _Console(Console):
 def _console() -> Console:
     # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
     console = _Console()
-    return console if console.is_terminal else _Console(width=200)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    return console if console.is_terminal else _Console(width=UNLIMITED)
 
 
 def _status(status: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from runner.errors import ConfigInvalid
+from runner.errors import ConfigInvalid, DeviceLost, RunnerError
 from runner.records.record import JobLine
 from runner.verbs.gpu_process import MachineShare
 
@@ -26,6 +26,7 @@ MINE = "VIDEO_LAB_TEST_PLACE"  # names this process's place
 class Ended:
     exit_code: int
     lines: tuple[JobLine, ...] = ()
+    error: RunnerError | None = None
 
 
 def lines(status: Any, names: Sequence[str]) -> tuple[JobLine, ...]:
@@ -121,3 +122,10 @@ def load_model(settings: Any, progress: Any, *, share: MachineShare) -> Ended:
     share.before_load()
     log("loaded")
     return Ended(0, lines("succeeded", ["a"]))
+
+
+def stop_early(settings: Any, progress: Any, *, share: MachineShare, places: str, done: str) -> Ended:
+    """The engine of `places` cannot be loaded; the other process ends `done`."""
+    if os.environ[MINE] in places:
+        return Ended(3, lines("not_run", ["a", "b"]), DeviceLost("the GPU is lost", where=os.environ[MINE]))
+    return Ended(0, lines("succeeded", done))

@@ -247,6 +247,14 @@ def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
     assert "in fail" in broke["exception"] and "a bug of the test's" in broke["exception"]
 
 
+@pytest.mark.parametrize(("places", "done", "cause"), [("0", "ab", None), ("1", "a", "1"), ("01", "", "0")])
+def test_what_stopped_a_process_is_the_cause_where_jobs_are_left_undone(settings, places, done, cause):
+    shared, _ = start(settings("ab"), partial(gpu_children.stop_early, places=places, done=done))
+    assert shared.exit_code == (0 if cause is None else 3)
+    error = shared.error
+    assert error is None if cause is None else (error.code, error.where) == ("device.lost", cause)
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 

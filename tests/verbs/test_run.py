@@ -17,7 +17,7 @@ import runner.verbs.run as run_verb
 from runner.batch.loop import FRAME_BUFFER_BYTES, Engine
 from runner.batch.shards import AnyShard, Shard
 from runner.batch.stop import Stop
-from runner.errors import ConfigInvalid
+from runner.errors import ConfigInvalid, WeightsCorrupt
 from runner.records.record import JobLine
 from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
@@ -83,6 +83,18 @@ def test_the_outcome_says_what_the_run_came_to(stub_run, tmp_path):
         outcome.exit_code = 0
     with pytest.raises(TypeError):
         outcome.counts["failed"] = 0
+
+
+def test_the_outcome_says_what_stopped_the_run(stub_run, monkeypatch):
+    def load():
+        raise WeightsCorrupt("cut short", where="models/x")
+
+    assert run(stub_run("fail-generate")).error is None, "a job that fails stops nothing"
+    engine = Engine("stub", {"weights": "stub"}, load)
+    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    outcome = run(stub_run("ok, anew", "ok, anew"))
+    assert (outcome.exit_code, outcome.error.code, outcome.error.what) == (2, "weights.corrupt", "cut short")
+    assert [line.status for line in outcome.lines] == ["not_run"] * 2
 
 
 def test_a_second_run_in_one_process_finds_the_first_one_s_work(stub_run, tmp_path):

@@ -1,0 +1,107 @@
+"""JSON objects: what `--json` prints of `run`, `validate`, `plan` and `doctor`, and of a verb that ends with an error.
+
+In:   what a verb found. Out: one JSON-able mapping; keys name units as those of records do. Never: printing.
+
+Keys are added and never renamed: programs read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import RunnerError
+
+if TYPE_CHECKING:
+    from runner.verbs.doctor import Check
+    from runner.verbs.outcome import RunOutcome
+    from runner.verbs.plan import Forecast, RunForecast
+    from runner.verbs.validate import Validation
+
+__all__ = ["checks_object", "error_object", "plan_object", "run_object", "validation_object"]
+
+
+def error_object(error: RunnerError) -> dict[str, Any]:
+    """`{"error": {"code", "message", "exit_code"}}`."""
+    return {"error": {"code": error.code, "message": error.message, "exit_code": error.exit_code}}
+
+
+def run_object(outcome: RunOutcome) -> dict[str, Any]:
+    """Of a dry run each job has an `action` as well: run, skip, leased, exhausted or fail."""
+    jobs = [line.model_dump(mode="json") for line in outcome.lines]
+    for job in jobs if outcome.actions is not None else ():
+        job["action"] = (outcome.actions or {})[job["id"]]
+    return {
+        "run_id": outcome.run_id,
+        "exit_code": outcome.exit_code,
+        "dry_run": outcome.dry_run,
+        "shard": {"name": outcome.shard.name, "reason": outcome.shard_reason},
+        "counts": dict(outcome.counts),
+        "jobs": jobs,
+        "outputs": outcome.outputs,
+        "summary": outcome.summary or None,
+        "sheet": outcome.sheet,
+        "error": None if outcome.error is None else error_object(outcome.error)["error"],
+    }
+
+
+def validation_object(found: Validation, *, inputs_checked: bool) -> dict[str, Any]:
+    """`valid` of a job: nothing was found that it could not be rendered with."""
+    wrong = {job_id for job_id, _ in found.problems}
+    return {
+        "manifest": found.manifest.source,
+        "inputs_checked": inputs_checked,
+        "jobs": [{"id": job.id, "valid": job.id not in wrong} for job in found.manifest.jobs],
+        "problems": [{"job": job_id, "code": error.code, "message": error.message} for job_id, error in found.problems],
+    }
+
+
+def plan_object(forecast: RunForecast) -> dict[str, Any]:
+    """`forecast_s` is null without a GPU of which something is known; `memory_bytes` is the device's peak by mode."""
+    plans = [row.plan for row in forecast.jobs if row.plan is not None]
+    seconds = [plan.seconds for plan in plans if plan.seconds is not None]
+    return {
+        "gpu": forecast.gpu,
+        "jobs": [_planned(row) for row in forecast.jobs],
+        "totals": {
+            "jobs": len(forecast.jobs),
+            "failed": sum(row.error is not None for row in forecast.jobs),
+            "frames": sum(plan.frames for plan in plans),
+            "frames_denoised": sum(plan.denoised_frames for plan in plans),
+            "tflop": sum(plan.tflop for plan in plans),
+            "forecast_s": sum(seconds) if forecast.gpu is not None else None,
+        },
+    }
+
+
+def _planned(row: Forecast) -> dict[str, Any]:
+    plan, error = row.plan, row.error
+    found: dict[str, Any] = {"id": row.job_id, "error": None}
+    if error is not None:
+        found["error"] = {"code": error.code, "message": error.message}
+    if plan is not None:
+        found |= {
+            "frames": plan.frames,
+            "width": plan.width,
+            "height": plan.height,
+            "segments": plan.segments,
+            "segment_frames": plan.segment_frames,
+            "frames_denoised": plan.denoised_frames,
+            "padding_frames": plan.padding_frames,
+            "overlap_frames": plan.overlap_total,
+            "steps": plan.steps,
+            "evaluations": plan.evaluations,
+            "tflop": plan.tflop,
+            "forecast_s": plan.seconds,
+            "memory_bytes": dict(row.memory),
+        }
+    return found
+
+
+def checks_object(checks: Sequence[Check]) -> dict[str, Any]:
+    """`ok`: no check failed."""
+    return {
+        "ok": all(check.status != "fail" for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
