@@ -43,7 +43,7 @@ from runner.regression.kept_limits import keep_limits
 from runner.spec.manifest import Job, Manifest
 from runner.storage import Storage, is_remote, open_storage, probe_conditions, probe_writable
 from runner.storage.file_hashes import FileHashes
-from runner.storage.roots import check_inside, parse_roots
+from runner.storage.roots import parse_roots
 from runner.storage.sync import sync_models
 from runner.timing import now
 from runner.verbs.dry_run import decide_lines
@@ -53,7 +53,7 @@ from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.selection import select_jobs
 from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
-from runner.verbs.validate import input_places, read_manifest
+from runner.verbs.validate import read_manifest
 from runner.weights.page_cache import read_into_page_cache
 
 __all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
@@ -159,8 +159,7 @@ def run(
                 hashes.save()
         sheet = None
         if settings.sheet is not None:
-            drawn = [job for job in jobs if _lies_inside(job, roots)]
-            sheet = try_draw_sheet(drawn, storage, settings.sheet, scratch, stop)
+            sheet = try_draw_sheet(jobs, summary.lines, storage, settings.sheet, scratch, stop, roots)
     return RunOutcome(
         exit_code=code,
         run_id=run_id,
@@ -273,9 +272,8 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
     )
     sheet = None
     if settings.sheet is not None:
-        drawn = [job for job in jobs if _lies_inside(job, roots)]
         with scratch_folder(settings.cache) as scratch:
-            sheet = try_draw_sheet(drawn, storage, settings.sheet, scratch, stop)
+            sheet = try_draw_sheet(jobs, found.lines, storage, settings.sheet, scratch, stop, roots)
     return RunOutcome(
         exit_code=found.exit_code,
         run_id=run_id,
@@ -302,15 +300,6 @@ def _load_in_turn(before_load: Callable[[], None], load: Callable[[], Generator[
 
 def _choose_run_id(settings: RunSettings) -> str:
     return settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-
-
-def _lies_inside(job: Job, roots: Sequence[str]) -> bool:
-    try:
-        for _, uri in input_places(job):
-            check_inside(uri, roots)
-    except RunnerError:
-        return False
-    return True
 
 
 def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard | AnyShard, str]:

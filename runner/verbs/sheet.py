@@ -1,23 +1,30 @@
-"""Sheet: one picture of a whole run. A band a job: the reference, then driver, pose and output at the same moments.
+"""Sheet: one picture of a whole run. A row a job: the reference, then driver, pose and output at the same moments.
 
-In:   jobs and the storage that holds their outputs, or pictures and their times. Out: one PNG. Never: records, ledgers.
+In:   jobs, how they ended, the storage that holds their outputs; or pictures and their times. Out: one PNG. Never:
+rendering. A job that failed has its error in the place of pictures, one that was not rendered yet says so.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runner.batch.ledger import Ledger
 from runner.batch.stop import Stop
-from runner.errors import ConfigInvalid, RunnerError, as_runner_error
-from runner.records.output_layout import OUTPUT, POSE, job_key
+from runner.errors import ConfigInvalid, InputNotFound, RunnerError, as_runner_error
+from runner.records.output_layout import FRAMES, OUTPUT, POSE, job_key
+from runner.records.record import JobLine
+from runner.redact import redact
 from runner.spec.manifest import Job
 from runner.storage import Storage, fetch_input
 from runner.storage.disk import os_errors, staged
+from runner.storage.roots import check_inside
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -28,44 +35,72 @@ CELL = (120, 150)  # width and height that a picture is fitted into, pixels
 _GAP, _GROUP_GAP, _MARGIN = 4, 16, 16
 _HEADER, _TITLE, _CAPTION = 34, 24, 18  # heights of the lines of text
 _PAPER, _MAT, _INK, _FAINT = (250, 250, 250), (226, 226, 228), (24, 24, 27), (110, 110, 116)
+_ALARM = (185, 28, 28)
+_LINE = 17  # from one line of a message to the next
+COLUMNS = 4  # moments of a job
 GROUPS = ("reference", "driver", "pose", "output")
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One job. `driver`, `pose` and `output` hold as many pictures as `times_s`; all are RGB uint8 [H, W, 3]."""
+    """One job. `driver`, `pose` and `output` hold as many pictures as `times_s`; all are RGB uint8 [H, W, 3].
+
+    A row without pictures has a `message`: a heading, e.g. an error's code, and a text.
+    """
 
     label: str
-    reference: np.ndarray
-    times_s: Sequence[float]
-    driver: Sequence[np.ndarray]
-    pose: Sequence[np.ndarray]
-    output: Sequence[np.ndarray]
+    reference: np.ndarray | None  # None: it cannot be read
+    times_s: Sequence[float] = ()
+    driver: Sequence[np.ndarray] = ()
+    pose: Sequence[np.ndarray] = ()
+    output: Sequence[np.ndarray] = ()
+    message: tuple[str, str] | None = None
 
 
 def job_row(
-    label: str, reference: Path, driver: Path, pose: Path, output: Path, *, start_s: float = 0.0, columns: int = 4
+    label: str, reference: Path, driver: Path, pose: Path, output: Path, *, start_s: float = 0.0, columns: int = COLUMNS
 ) -> SheetRow:
-    """A row from a job's files: `columns` moments, evenly over the output.
+    """A row from a job's files: `columns` moments, evenly over the output, an MP4.
 
     `start_s`: where in the driving video the output begins, seconds. Errors are those of reading: InputNotFound,
     InputUnreadable.
     """
+    from runner.video import VideoReader
+
+    with VideoReader(output) as rendered:
+        frames = _moments(rendered.info.frames, columns)
+        shown, fps = list(rendered.read(frames)), rendered.info.fps
+    return _row_of_frames(label, reference, driver, pose, frames, shown, fps, start_s)
+
+
+def _moments(frames: int, columns: int) -> np.ndarray:
+    """Numbers of `columns` frames, evenly over all `frames`: int64 [columns]."""
+    return np.linspace(0, frames - 1, columns).round().astype(np.int64)
+
+
+def _row_of_frames(
+    label: str,
+    reference: Path,
+    driver: Path,
+    pose: Path,
+    frames: np.ndarray,
+    shown: Sequence[np.ndarray],
+    fps: Fraction,
+    start_s: float,
+) -> SheetRow:
+    """`shown`: the frames of the output with the numbers `frames`, at `fps` a second."""
     from PIL import Image, ImageOps
 
     from runner.video import VideoReader
 
-    with VideoReader(output) as rendered, VideoReader(pose) as skeleton, VideoReader(driver) as dance:
-        frames = np.linspace(0, rendered.info.frames - 1, columns).round().astype(np.int64)
-        times_s = [float(i / rendered.info.fps) for i in frames]
+    times_s = [float(i / fps) for i in frames]
+    with VideoReader(pose) as skeleton, VideoReader(driver) as dance:
         rate, last = float(dance.info.fps), dance.info.frames - 1
         driving = np.array([min(round((start_s + t) * rate), last) for t in times_s], np.int64)
         with Image.open(reference) as image:
             portrait = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         posed = np.minimum(frames, skeleton.info.frames - 1)
-        return SheetRow(
-            label, portrait, times_s, list(dance.read(driving)), list(skeleton.read(posed)), list(rendered.read(frames))
-        )
+        return SheetRow(label, portrait, times_s, list(dance.read(driving)), list(skeleton.read(posed)), shown)
 
 
 def sheet_size(rows: int, columns: int) -> tuple[int, int]:
@@ -85,13 +120,18 @@ def cell_box(row: int, group: int, column: int, columns: int) -> tuple[int, int,
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
-    """Write the sheet as a PNG. Raises ConfigInvalid without rows, or when rows differ in their number of moments."""
+    """Write the sheet as a PNG. Raises ConfigInvalid without rows, or when rows differ in their number of moments.
+
+    Rows with a message have no moments, and as much room as the others.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     if not rows:
         raise ConfigInvalid("a contact sheet needs at least one job", where=path)
-    columns = len(rows[0].times_s)
+    columns = next((len(row.times_s) for row in rows if row.message is None), COLUMNS)
     for row in rows:
+        if row.message is not None:
+            continue
         counts = {
             "times": len(row.times_s),
             "driver": len(row.driver),
@@ -110,7 +150,12 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
         x, y, _, _ = cell_box(r, 0, 0, columns)
         room = sheet.width - 2 * _MARGIN
         pen.text((x, y - _TITLE + 2), _fitting(pen, printable(row.label, title), title, room), _INK, title)
-        _place(sheet, row.reference, cell_box(r, 0, 0, columns))
+        if row.reference is not None:
+            _place(sheet, row.reference, cell_box(r, 0, 0, columns))
+        else:
+            sheet.paste(_MAT, cell_box(r, 0, 0, columns))
+        if row.message is not None:
+            _write(pen, row.message, cell_box(r, 1, 0, columns), room + _MARGIN, (title, small))
         for group, pictures in enumerate((row.driver, row.pose, row.output), start=1):
             for c, picture in enumerate(pictures):
                 box = cell_box(r, group, c, columns)
@@ -118,6 +163,33 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
                 pen.text((box[0], box[3] + 1), f"{row.times_s[c]:.2f} s", _FAINT, small)
     with staged(path) as file:
         sheet.save(file, format="PNG")
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    message: tuple[str, str],
+    box: tuple[int, int, int, int],
+    right: int,
+    fonts: Sequence[ImageFont.FreeTypeFont | ImageFont.ImageFont],
+) -> None:
+    """A heading and a text in the place of pictures: from the left of `box` to `right`, as many lines as it is high."""
+    heading, text = message
+    x, y, _, bottom = box
+    title, small = fonts
+    failed = bool(text)
+    pen.text((x, y), _fitting(pen, printable(heading, title), title, right - x), _ALARM if failed else _FAINT, title)
+    lines: list[str] = []
+    for word in printable(" ".join(text.split()), small).split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and pen.textlength(longer, small) <= right - x:
+            lines[-1] = longer
+        else:
+            lines.append(_fitting(pen, word, small, right - x))
+    room = (bottom - y - _TITLE) // _LINE
+    if len(lines) > room:
+        lines[room - 1 :] = ["..."]
+    for number, line in enumerate(lines):
+        pen.text((x, y + _TITLE + number * _LINE), line, _INK, small)
 
 
 def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, int]) -> None:
@@ -153,37 +225,97 @@ def _fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
     return shown
 
 
-def try_draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path, stop: Stop) -> str:
+def try_draw_sheet(
+    jobs: Sequence[Job],
+    lines: Sequence[JobLine],
+    storage: Storage,
+    path: Path,
+    scratch: Path,
+    stop: Stop,
+    input_roots: Sequence[str] = (),
+) -> str:
     """Where the sheet is, or why there is none: the jobs are done, and it is no reason to end as if they were not."""
     if stop.draining:
         return "contact sheet: not drawn, the run was stopped"
     try:
         with os_errors(path, writing=True):
-            return draw_sheet(jobs, storage, path, scratch)
+            return draw_sheet(jobs, lines, storage, path, scratch, input_roots)
     except Exception as error:
         return f"contact sheet: not drawn ({as_runner_error(error, where=path).message})"
 
 
-def draw_sheet(jobs: Sequence[Job], storage: Storage, path: Path, scratch: Path) -> str:
-    """Draw every MP4 of `jobs` that is there, whenever it was rendered; where to look, or why there is nothing."""
+def draw_sheet(
+    jobs: Sequence[Job],
+    lines: Sequence[JobLine],
+    storage: Storage,
+    path: Path,
+    scratch: Path,
+    input_roots: Sequence[str] = (),
+) -> str:
+    """Draw a row for each of `jobs`; where to look, or why there is nothing.
+
+    `lines`: how this run ended them. A job that did not fail shows its output, whenever it was rendered. `input_roots`:
+    where inputs must lie, if there are any: no other file is read.
+    """
+    ended = {line.id: line for line in lines}
+    ledger = Ledger(storage)
     rows, without = [], []
     for job in jobs:
-        if storage.exists(job_key(job.id, OUTPUT)):
-            try:
-                rows.append(_sheet_row(job, storage, scratch / "sheet" / job.id))
-            except RunnerError:  # an input or a preview that is gone since
-                without.append(job.id)
+        folder = scratch / "sheet" / job.id
+        folder.mkdir(parents=True)
+        try:
+            rows.append(_sheet_row(job, ended.get(job.id), ledger, folder, input_roots))
+        except RunnerError:  # an input or a preview that is gone since
+            without.append(job.id)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     if not rows:
-        return "contact sheet: no MP4 to draw"
+        return "contact sheet: no job to draw"
     contact_sheet(rows, path)
     return f"contact sheet: {path}" + (f", without {', '.join(without)}: files are missing" if without else "")
 
 
-def _sheet_row(job: Job, storage: Storage, folder: Path) -> SheetRow:
-    folder.mkdir(parents=True)
-    for name in (OUTPUT, POSE):
-        storage.fetch(job_key(job.id, name), folder / name)
-    reference = fetch_input(job.reference, folder / "reference")
-    driver = fetch_input(job.video, folder / "driver")
-    start_s = job.options.start_s
-    return job_row(job.id, reference, driver, folder / POSE, folder / OUTPUT, start_s=start_s)
+def _sheet_row(job: Job, line: JobLine | None, ledger: Ledger, folder: Path, roots: Sequence[str]) -> SheetRow:
+    """Raises InputNotFound, InputUnreadable, storage.* where a picture of a rendered job is not there."""
+    storage, record = ledger.storage, ledger.result(job.id)
+    error = line.error if line is not None and line.status == "failed" else None
+    output = record.output if record is not None and record.status == "succeeded" else None
+    frames = output if output is not None and output.key.startswith(job_key(job.id, FRAMES)) else None
+    if error is None and (frames is not None or storage.exists(job_key(job.id, OUTPUT))):
+        for name in (POSE,) if frames is not None else (OUTPUT, POSE):
+            storage.fetch(job_key(job.id, name), folder / name)
+        reference = fetch_input(check_inside(job.reference, roots), folder / "reference")
+        driver = fetch_input(check_inside(job.video, roots), folder / "driver")
+        start_s = job.options.start_s
+        if frames is None:
+            return job_row(job.id, reference, driver, folder / POSE, folder / OUTPUT, start_s=start_s)
+        numbers, shown = _read_frames(storage, frames.key, folder)
+        fps = Fraction(frames.fps)
+        return _row_of_frames(job.id, reference, driver, folder / POSE, numbers, shown, fps, start_s)
+    error = error or (record.error if record is not None else None)
+    message = ("not rendered yet", "") if error is None else (error.code, redact(error.message))
+    return SheetRow(job.id, _read_reference(job, folder, roots), message=message)
+
+
+def _read_frames(storage: Storage, key: str, folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The numbers of COLUMNS frames of a folder of PNGs, and these frames. Raises InputNotFound where there is none."""
+    from runner.preprocess.pictures.images import load_image
+
+    keys = sorted(info.key for info in storage.list(key))
+    if not keys:
+        raise InputNotFound("no frames there", where=key)
+    numbers = _moments(len(keys), COLUMNS)
+    shown = []
+    for number in numbers:
+        storage.fetch(keys[number], folder / "frame.png")
+        shown.append(np.asarray(load_image(folder / "frame.png")))
+    return numbers, shown
+
+
+def _read_reference(job: Job, folder: Path, roots: Sequence[str]) -> np.ndarray | None:
+    from runner.preprocess.pictures.images import load_image
+
+    try:
+        return np.asarray(load_image(fetch_input(check_inside(job.reference, roots), folder / "reference")))
+    except (RunnerError, OSError):  # it may be what the job failed for
+        return None

@@ -13,11 +13,13 @@ import subprocess
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from runner.cli import main
+from runner.verbs.sheet import cell_box
 from tests.video_files import make_clip, movie_without_samples
 
 SMALL = {"size": "64x96", "fps": 8, "max_frames": 5, "steps": 1}
@@ -230,7 +232,10 @@ def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path,
     capsys.readouterr()
     sheet = tmp_path / "sheet.png"
     assert main(["run", str(manifest), *out, *roots, "--sheet", str(sheet)]) == 1
-    assert "no MP4 to draw" in capsys.readouterr().out and not sheet.exists()
+    assert f"contact sheet: {sheet}" in capsys.readouterr().out
+    left, top, right, bottom = cell_box(0, 0, 0, 4)
+    reference = np.asarray(Image.open(sheet))[top:bottom, left:right]
+    assert (reference == reference[0, 0]).all(), "the reference of `good` lies outside, and is not shown"
     assert (tmp_path / "out/jobs/good/output.mp4").exists()
     files = ["--reference", str(inside / "anna.png"), "--video", str(inside / "link.mp4")]
     assert main(["preprocess", *files, *out, *roots]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+import runner.verbs.run as run_verb
+from runner.batch.loop import Engine
 from runner.errors import ConfigInvalid
-from runner.verbs.sheet import CELL, SheetRow, cell_box, contact_sheet, job_row, printable, sheet_size
+from runner.spec.manifest import parse_manifest
+from runner.storage import open_storage
+from runner.verbs.settings import RunSettings
+from runner.verbs.sheet import CELL, SheetRow, cell_box, contact_sheet, draw_sheet, job_row, printable, sheet_size
 from runner.video import Mp4Writer
+from tests.stub_generator import StubGenerator
 
 
 def flat(colour: tuple[int, int, int], width: int = 96, height: int = 144) -> np.ndarray:
@@ -105,3 +112,80 @@ def test_a_row_from_files_shows_the_same_moments(tmp_path: Path) -> None:
     assert greys(made.driver) == pytest.approx([20 + 2 * (12 + 15 * c) for c in range(4)], abs=3)
     assert greys(made.pose) == pytest.approx([30 + 8 * 5 * c for c in range(4)], abs=3)
     assert greys(made.output) == pytest.approx([220 - 8 * 5 * c for c in range(4)], abs=3)
+
+
+@pytest.mark.parametrize("reference", [flat((200, 30, 0)), None])
+def test_a_message_stands_in_the_place_of_pictures(tmp_path: Path, reference: np.ndarray | None) -> None:
+    text = "a clip of 3 frames, and the job asks for 5. " * 30
+    message = SheetRow("failed", reference, message=("input.too_short", text))
+    contact_sheet([message, row("last", columns=2)], tmp_path / "s.png")
+    sheet = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
+    assert sheet.shape[1::-1] == sheet_size(2, 2)
+    x1, y1, x2, y2 = cell_box(0, 0, 0, 2)
+    shown = (sheet[y1:y2, x1:x2] == (200, 30, 0)).all(axis=2)
+    assert shown.any() == (reference is not None)
+    left, top, _, bottom = cell_box(0, 1, 0, 2)
+    drawn = (sheet[top - 24 : bottom + 18, left - 10 :] != sheet[0, 0]).any(axis=2)
+    rows, columns = np.nonzero(drawn[24:])
+    assert rows.max() < bottom - top, "not into the next row"
+    assert left - 10 + columns.max() < sheet.shape[1] - 10, "not beyond the edge"
+    assert rows.max() > 100, "as many lines as there is room for"
+    red = (sheet[top : top + 20, left:] == (185, 28, 28)).all(axis=2)
+    assert red.any(), "the code"
+
+
+def sheet_of(monkeypatch, demo_media, tmp_path, jobs: dict[str, dict], **given) -> tuple[str, np.ndarray]:
+    """What a run of the stub says of its sheet, and the sheet."""
+    engine = Engine("stub", {"weights": "stub"}, StubGenerator)
+    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+    text = {"version": 1, "jobs": [{"id": name, **place, "prompt": "ok"} | job for name, job in jobs.items()]}
+    manifest = parse_manifest(json.dumps(text), base=str(tmp_path), source="m.json")
+    common = {"manifest": manifest, "out": str(tmp_path / "out"), "cache": tmp_path / "cache"}
+    outcome = run_verb.run(RunSettings(**common, sheet=tmp_path / "sheet.png", **given))
+    return str(outcome.sheet), np.asarray(Image.open(tmp_path / "sheet.png"))
+
+
+def middle(sheet: np.ndarray, row: int, group: int, column: int) -> np.ndarray:
+    x1, y1, x2, y2 = cell_box(row, group, column, 4)
+    return sheet[(y1 + y2) // 2, (x1 + x2) // 2]
+
+
+def test_a_run_s_sheet_has_a_row_for_every_job(monkeypatch, demo_media, tmp_path) -> None:
+    """PNG frames as they are, failures with their error, and a job that is not rendered yet."""
+    png = {"options": {"output": {"format": "png"}, "seed": 3}}
+    jobs = {"mp4": {}, "png": png, "broken": {"prompt": "fail-prepare"}, "gone": {"reference": "none.png"}}
+    said, sheet = sheet_of(monkeypatch, demo_media, tmp_path, jobs)
+    assert said == f"contact sheet: {tmp_path / 'sheet.png'}"
+    assert sheet.shape[1::-1] == sheet_size(4, 4)
+    frames = sorted((tmp_path / "out/jobs/png/frames").glob("*/*.png"))
+    assert len(frames) == 6
+    for column, number in enumerate((0, 2, 3, 5)):
+        frame = np.asarray(Image.open(frames[number]))
+        assert np.abs(middle(sheet, 1, 3, column).astype(int) - frame[24, 32]).max() <= 1
+    portrait = middle(sheet, 0, 0, 0)
+    assert (middle(sheet, 2, 0, 0) == portrait).all(), "a failed job's reference"
+    assert (middle(sheet, 3, 0, 0) == (226, 226, 228)).all(), "which is not there"
+    for number in (2, 3):
+        left, top, _, _ = cell_box(number, 1, 0, 4)
+        assert (sheet[top : top + 20, left:] == (185, 28, 28)).all(axis=2).any()
+
+
+def test_a_job_that_failed_before_shows_its_error_and_one_that_did_not_run_says_so(
+    monkeypatch, demo_media, tmp_path
+) -> None:
+    jobs = {"broken": {"prompt": "fail-prepare"}, "new": {}}
+    _, failed = sheet_of(monkeypatch, demo_media, tmp_path, jobs, only=["broken"])
+    place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
+    manifest = parse_manifest(
+        json.dumps({"version": 1, "jobs": [{"id": name, **place} for name in jobs]}), base=str(tmp_path), source="m"
+    )
+    said = draw_sheet(manifest.jobs, (), open_storage(tmp_path / "out"), tmp_path / "later.png", tmp_path / "scratch")
+    assert said == f"contact sheet: {tmp_path / 'later.png'}"
+    later = np.asarray(Image.open(tmp_path / "later.png"))
+    assert later.shape[1::-1] == sheet_size(2, 4)
+    end = cell_box(0, 0, 0, 4)[3]
+    assert (later[:end] == failed[:end]).all(), "the same error"
+    left, top, _, bottom = cell_box(1, 1, 0, 4)
+    place = later[top:bottom, left:]
+    assert (place != (250, 250, 250)).any() and not (place == (185, 28, 28)).all(axis=2).any()
