@@ -15,14 +15,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["UNLIMITED", "Layout", "new_table", "print_fitted", "print_table"]
+__all__ = ["UNLIMITED", "TableLayout", "new_table", "print_fitted", "print_table"]
 
 LEAST_WIDTH = 12  # columns of a cell that is folded: a job's id is still read as one
 UNLIMITED = 100_000  # columns: the width off a terminal
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """A table, and lines of markup that stand below it. `folds`: long cells of the first column may be folded."""
 
     table: Table
@@ -38,7 +38,7 @@ def new_table(*columns: str, whole: Sequence[str] = (), gap: int = 2) -> Table:
     return table
 
 
-def print_fitted(console: Console, layouts: Sequence[Callable[[], Layout]]) -> None:
+def print_fitted(console: Console, layouts: Sequence[Callable[[], TableLayout]]) -> None:
     """Print the first layout whose lines fit the terminal unfolded, else the last one, folded."""
     chosen = layouts[0]()
     for layout in layouts[1:]:
@@ -61,7 +61,7 @@ def print_table(console: Console, table: Table) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _fits(console: Console, layout: Layout) -> bool:
+def _fits(console: Console, layout: TableLayout) -> bool:
     if not console.is_terminal:
         return True
     width = console.measure(layout.table, options=console.options.update(width=UNLIMITED)).maximum

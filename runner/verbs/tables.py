@@ -23,7 +23,7 @@ from rich.text import Text
 from runner.errors import RunnerError
 from runner.records.record import JobLine
 from runner.redact import escape_control, for_people, redact, redact_tree
-from runner.verbs.fitted_table import UNLIMITED, Layout, new_table, print_fitted, print_table
+from runner.verbs.fitted_table import UNLIMITED, TableLayout, new_table, print_fitted, print_table
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -161,14 +161,14 @@ def _print_line(console: Console, job_id: str, markup: str) -> None:
     console.print(f"{escape(job_id)}: {markup}", soft_wrap=True)
 
 
-def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], Layout]]:
+def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
     """The fullest first: outputs in full, below the outputs' folder, or below the job's; then shorter reasons."""
     lines = outcome.lines
     full = [line.output or "" for line in lines]
     below = [output.removeprefix(outcome.outputs) for output in full]
     names = [output.removeprefix(f"{line.id}/") for output, line in zip(below, lines, strict=True)]
 
-    def layout(outputs: Sequence[str], longest: int, folds: bool = False) -> Layout:
+    def layout(outputs: Sequence[str], longest: int, folds: bool = False) -> TableLayout:
         reasons, moved = _split_reasons(lines, longest)
         if not any(outputs) and any(full):
             moved.append("left out for want of room: output")
@@ -181,21 +181,21 @@ def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], Layout]]:
             warned = f" [yellow]!{len(line.notes)}[/]" if line.notes else ""
             cells = [column[index] for column in more.values()]
             table.add_row(escape(line.id), _status(line.status) + warned, *cells)
-        return Layout(table, moved, folds)
+        return TableLayout(table, moved, folds)
 
     kinds = [(outputs, longest) for outputs in (full, below, names) for longest in (UNLIMITED, SHORT_REASON)]
     found = [partial(layout, *kind) for kind in (*kinds, (names, 0))]
     return [*found, partial(layout, names, 0, folds=True), partial(layout, [""] * len(lines), 0, folds=True)]
 
 
-def _layouts_of_decisions(outcome: RunOutcome) -> list[Callable[[], Layout]]:
-    def layout(longest: int) -> Layout:
+def _layouts_of_decisions(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
+    def layout(longest: int) -> TableLayout:
         reasons, moved = _split_reasons(outcome.lines, longest)
         table = new_table("job", "what", *(["why"] if any(reasons) else []), whole=("what", "why"))
         for line, reason in zip(outcome.lines, reasons, strict=True):
             action = ACTIONS[(outcome.actions or {})[line.id]]
             table.add_row(escape(line.id), _status(action), *([escape(reason)] if any(reasons) else []))
-        return Layout(table, moved)
+        return TableLayout(table, moved)
 
     return [partial(layout, longest) for longest in (UNLIMITED, SHORT_REASON, 0)]
 
@@ -239,12 +239,12 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
     cells = {row.job_id: _plan_cells(row, gpu) for row in rows}
     columns = list(dict.fromkeys(name for found in cells.values() for name in found))
 
-    def layout(left_out: Sequence[str]) -> Layout:
+    def layout(left_out: Sequence[str]) -> TableLayout:
         kept = [name for name in columns if name not in left_out]
         table = new_table("job", *kept, whole=kept)
         for job_id, found in cells.items():
             table.add_row(escape(job_id), *(found.get(name, "-") for name in kept))
-        return Layout(table, [f"left out for want of room: {', '.join(left_out)}"] if left_out else [])
+        return TableLayout(table, [f"left out for want of room: {', '.join(left_out)}"] if left_out else [])
 
     spare = [name for name in SPARE_COLUMNS if name in columns]
     spare += [name for name in columns if name.startswith("GB ")]
@@ -304,14 +304,14 @@ def print_status(found: RunStatus, *, as_json: bool) -> None:
 def print_checks(checks: Sequence[Check]) -> None:
     """On a narrow terminal what is to be done stands below the table."""
 
-    def layout(todo_below: bool) -> Layout:
+    def layout(todo_below: bool) -> TableLayout:
         columns = ["check", "result", "found"] + ([] if todo_below else ["what to do"])
         table = new_table(*columns, whole=("check", "result"))
         for check in checks:
             cells = [escape(check.name), _status(check.status), escape(check.found)]
             table.add_row(*cells, *([] if todo_below else [escape(check.todo)]))
         below = [f"{escape(check.name)}: {escape(check.todo)}" for check in checks if check.todo]
-        return Layout(table, below if todo_below else [])
+        return TableLayout(table, below if todo_below else [])
 
     print_fitted(_console(), [partial(layout, todo_below) for todo_below in (False, True)])
 
