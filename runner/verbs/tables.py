@@ -85,7 +85,7 @@ COLOURS = {
 }
 
 
-SPARE_COLUMNS = ("overlap", "padding", "denoised", "PFLOP", "steps", "segments")  # of a plan, the first goes first
+SPARE_COLUMNS = ("overlap", "padding", "denoised", "GB ", "PFLOP", "steps", "segments")  # of a plan, first to last
 SHORT_REASON = 32  # characters that a column of a narrow table has room for
 ACTIONS: Mapping[Action, str] = MappingProxyType(
     {
@@ -246,8 +246,8 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
             table.add_row(escape(job_id), *(found.get(name, "-") for name in kept))
         return TableLayout(table, [f"left out for want of room: {', '.join(left_out)}"] if left_out else [])
 
-    spare = [name for name in SPARE_COLUMNS if name in columns]
-    spare += [name for name in columns if name.startswith("GB ")]
+    ranked = [next((name for name in columns if name.startswith(start)), None) for start in SPARE_COLUMNS]
+    spare = [name for name in ranked if name is not None]
     print_fitted(console, [partial(layout, spare[:count]) for count in range(len(spare) + 1)])
     for row in rows:
         if row.error is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -82,3 +83,17 @@ def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch,
     assert gpu == "A100" and rows[0].plan.seconds is None and rows[0].plan.tflop > 0
     print_plan(rows, gpu)
     assert "?" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_names_the_columns_that_it_lacks(manifest, monkeypatch, capsys):
+    machine_with(monkeypatch)
+    rows, gpu = forecast_jobs(manifest.jobs, settings(gpu="RTX 5090"), manifest)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard output for a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    print_plan(rows, gpu)
+    head, here, gone, left_out, error, *_ = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert head.split()[:3] == ["job", "frames", "size"] and "s on RTX 5090" in head and "GB" not in head
+    assert here.split()[0] == "here" and gone.split()[:2] == ["gone", "-"]
+    assert max(len(line.rstrip()) for line in (head, here, gone)) <= 80
+    assert left_out.startswith("left out for want of room: overlap, padding, denoised, GB resident")
+    assert error.startswith("gone: input.not_found: ")
