@@ -31,6 +31,7 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.batch.pace import SegmentPace
 from runner.batch.progress import Progress
 from runner.batch.queues import ByteQueue, Closed
+from runner.batch.run_pace import StepCount
 from runner.batch.segment_keeper import SegmentKeeper
 from runner.batch.settlement import Settlement
 from runner.batch.stop import Abandoned, PrefetchThread, Stop
@@ -231,7 +232,10 @@ class Batch:
         job, timer = task.job, task.timer
         self._mark(task)
         self._events.emit("job_started", job=job.id, attempt=task.decision.attempt, reason=task.decision.reason)
+        if self._generator is None:
+            self._progress.phase(job.id, "loading the model")
         generator = self._load()
+        self._progress.phase(job.id, "preparing")
         timer.probe = generator.probe
         begin = task.fetch_begin = time.monotonic()
         with timer.stage("fetch"):
@@ -289,6 +293,7 @@ class Batch:
                 self._hand_over(Ended(task, given_back=True))
                 continue
             begin = time.monotonic()
+            self._progress.phase(task.job.id, "generating")
             try:
                 self._confirm(task)
                 self._generate(task)
@@ -303,7 +308,10 @@ class Batch:
                     self._lower_memory()
                 ended = Ended(task, found, "generate")
             if ended.error is None and not ended.given_back:
+                self._progress.phase(task.job.id, "publishing")
                 self._advance(task, "delivering")  # now, as it may wait for delivery while the next one generates
+            else:
+                self._progress.phase(task.job.id, "waiting")
             self._settlement.note_span(task, "generate", begin)
             self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
             self._hand_over(ended)
@@ -333,10 +341,12 @@ class Batch:
         """Generate the job, from where an earlier attempt ended; False if it turns out that it must begin anew."""
         assert self._generator and task.conditions and task.plan
 
+        plan = task.plan
+
         def on_step(done: int, total: int) -> None:
             pace.step(done)
             self._check_going_on(task, pace)
-            self._progress.step(task.job.id, done, total)
+            self._progress.step(task.job.id, StepCount.of(plan, done, total))
 
         # Now, as sound that cannot be read shall fail the job before it costs anything.
         clip, options = task.conditions.clip, task.job.options

@@ -1,104 +1,209 @@
-"""Progress: a bar for a person at a terminal; elsewhere the event lines say enough."""
+"""Progress: where a run is: bars for a person at a terminal; elsewhere a line every ten seconds.
+
+In:   phases, steps and ends of jobs. Out: bars or lines on standard error. Never: how long a run takes (run_pace.py).
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import structlog
+
+from runner.batch.run_pace import Phase, RunPace, StepCount, describe_place
 from runner.records.record import JobLine
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["BarProgress", "Progress", "SilentProgress", "choose_progress"]
+__all__ = ["BarProgress", "LineProgress", "Progress", "SilentProgress", "choose_progress"]
+
+LINE_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """Shows how a run gets on. `Batch` calls `step` and `finished`, from any thread; who made the batch the others."""
+    """Shows how far a run is. `Batch` calls `phase`, `step` and `finished`, from any thread; its owner the others."""
 
-    def started(self, jobs: int) -> None: ...
+    def started(self, jobs: int) -> None:
+        """The run begins, with this many jobs."""
 
-    def step(self, job_id: str, done: int, total: int) -> None: ...
+    def phase(self, job_id: str, phase: Phase) -> None:
+        """A job enters a phase. `waiting`: it has left the others, and runs again later or in another run."""
 
-    def finished(self, line: JobLine) -> None: ...
+    def step(self, job_id: str, at: StepCount) -> None:
+        """A step of a job has ended."""
 
-    def close(self) -> None: ...
+    def finished(self, line: JobLine) -> None:
+        """A job has ended: it succeeded, failed or was skipped."""
+
+    def close(self) -> None:
+        """The run has ended."""
 
 
 class SilentProgress:
-    def started(self, jobs: int) -> None:
-        """Nothing: the run's first event has said so."""
+    """Shows nothing."""
 
-    def step(self, job_id: str, done: int, total: int) -> None:
-        """Nothing: a line a step would bury the events."""
+    def started(self, jobs: int) -> None:
+        """Nothing."""
+
+    def phase(self, job_id: str, phase: Phase) -> None:
+        """Nothing."""
+
+    def step(self, job_id: str, at: StepCount) -> None:
+        """Nothing."""
 
     def finished(self, line: JobLine) -> None:
-        """Nothing: the event of the job's end has been logged."""
+        """Nothing."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Nothing."""
+
+
+class LineProgress:
+    """A line of the log every `every_s` seconds while a job is under way, the first one after `every_s` seconds.
+
+    as_numbers: an event `progress` with numbers instead of a text.
+    """
+
+    def __init__(
+        self,
+        *,
+        as_numbers: bool = False,
+        every_s: float = LINE_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pace = RunPace(clock)
+        self._as_numbers, self._every_s = as_numbers, every_s
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._write_lines, name="progress", daemon=True)
+
+    def started(self, jobs: int) -> None:
+        self._pace.start(jobs)
+        self._thread.start()
+
+    def phase(self, job_id: str, phase: Phase) -> None:
+        self._pace.enter(job_id, phase)
+
+    def step(self, job_id: str, at: StepCount) -> None:
+        self._pace.step(job_id, at)
+
+    def finished(self, line: JobLine) -> None:
+        self._pace.finish(line.id)
+
+    def close(self) -> None:
+        """Returns when no further line comes."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self._every_s)
+
+    def _write_lines(self) -> None:
+        while not self._closed.wait(self._every_s):
+            self._write_line()
+
+    def _write_line(self) -> None:
+        position = self._pace.position()
+        if position is None:
+            return
+        if self._as_numbers:
+            structlog.get_logger().info("progress", **position.fields)
+        else:
+            structlog.get_logger().info(position.text)
 
 
 class BarProgress:
-    """Rich bars on standard error: jobs, and the model evaluations of each running job.
+    """Rich bars on standard error: all jobs with the ETA, and below a row for each job that is generated.
 
-    A row goes to the next job when its job has ended or has done all evaluations: a process needs one row.
+    Where no job is generated, one row says what the run waits for. Lines of the log appear above the bars.
     """
 
-    def __init__(self, console: Any) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    def __init__(self, console: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.progress import BarColumn, ProgressColumn, TextColumn
+        from rich.progress import Progress as Bars
+        from rich.table import Column
+        from rich.text import Text
 
-        columns = (
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        pace = self._pace = RunPace(clock)
+
+        class PlaceColumn(ProgressColumn):
+            """Drawn anew at each refresh: the ETA changes between two steps."""
+
+            def render(self, task: Any) -> Text:
+                place = task.fields["place"]
+                if place is None:
+                    done, jobs = pace.counts()
+                    position = pace.position()
+                    place = f"{done}/{jobs} done" + (f" · {position.eta}" if position and position.eta else "")
+                return Text(place, no_wrap=True)
+
+        one_line = Column(no_wrap=True, overflow="ellipsis", max_width=24)
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False, table_column=one_line),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            PlaceColumn(table_column=Column(no_wrap=True)),
+            console=console,
+            transient=True,
+            expand=True,
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # results go where they were sent
         )
-        self._bars = Progress(*columns, console=console, transient=True)
-        self._jobs = self._bars.add_task("jobs", total=None)
-        self._rows: dict[str, TaskID] = {}  # of jobs that are under way
-        self._free: list[TaskID] = []
+        self._all = self._bars.add_task("jobs", total=None, place=None)
+        self._rows: list[TaskID] = []
+        self._names: list[str | None] = []  # of the job that each row shows
         self._lock = threading.Lock()
 
     def started(self, jobs: int) -> None:
-        self._bars.update(self._jobs, total=jobs)
+        self._pace.start(jobs)
+        self._bars.update(self._all, total=jobs)
         self._bars.start()
 
-    def step(self, job_id: str, done: int, total: int) -> None:
-        with self._lock:
-            row = self._rows.get(job_id)
-            if row is None:
-                row = self._free.pop() if self._free else self._bars.add_task(job_id, total=total)
-                self._rows[job_id] = row
-            self._bars.update(row, description=job_id[:24], completed=done, total=total)
-            if done == total:
-                self._give_back(job_id)
+    def phase(self, job_id: str, phase: Phase) -> None:
+        self._pace.enter(job_id, phase)
+        self._draw()
+
+    def step(self, job_id: str, at: StepCount) -> None:
+        self._pace.step(job_id, at)
+        self._draw()
 
     def finished(self, line: JobLine) -> None:
-        with self._lock:
-            self._give_back(line.id)
-        self._bars.update(self._jobs, advance=1)
-
-    def _give_back(self, job_id: str) -> None:
-        row = self._rows.pop(job_id, None)
-        if row is not None:
-            self._free.append(row)
+        self._pace.finish(line.id)
+        self._draw()
 
     def close(self) -> None:
         self._bars.stop()
 
+    def _draw(self) -> None:
+        """A job keeps its row; one that is new gets a row that is free."""
+        with self._lock:
+            shown = self._pace.shown()
+            self._bars.update(self._all, completed=self._pace.counts()[0])
+            self._names = [name if name in shown else None for name in self._names]
+            for name in shown:
+                if name not in self._names:
+                    self._give_row(name)
+            for row, shows in zip(self._rows, self._names, strict=True):
+                if shows is None:
+                    self._bars.update(row, visible=False)
+                    continue
+                phase, at = shown[shows]
+                done, total = (at.done, at.total) if at is not None else (0, 1)
+                place = describe_place(phase, at)
+                self._bars.update(row, description=shows, completed=done, total=total, place=place, visible=True)
 
-def choose_progress(log_format: str) -> BarProgress | SilentProgress:
-    """A bar only where standard error is a terminal and the log is for people."""
-    from rich.console import Console
+    def _give_row(self, name: str) -> None:
+        if None not in self._names:
+            self._rows.append(self._bars.add_task(name, total=1, place="", visible=False))
+            self._names.append(None)
+        self._names[self._names.index(None)] = name
 
-    console = Console(stderr=True)
-    return BarProgress(console) if console.is_terminal and log_format != "json" else SilentProgress()
+
+def choose_progress(log_format: str, every_s: float = LINE_EVERY_S) -> BarProgress | LineProgress:
+    """Bars where standard error is a terminal and the log is for people; else a line every `every_s` seconds."""
+    if log_format != "json" and sys.stderr is not None and sys.stderr.isatty():
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_terminal and not console.is_dumb_terminal:
+            return BarProgress(console)
+    return LineProgress(as_numbers=log_format == "json", every_s=every_s)

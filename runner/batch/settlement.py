@@ -108,6 +108,7 @@ class Settlement:
             )
             again = self._ledger.another_try(job.id, task.decision, error.code)
             self.close(task)
+            self._progress.phase(job.id, "waiting")
             if not self._source.put_back(Todo(job, again, (*task.tried, error.code)), delay):
                 self.abandon(job.id)  # the run is ending, and nothing else would remove the mark
             return
@@ -162,12 +163,14 @@ class Settlement:
     def put_off(self, task: Task) -> None:
         """Look at a job again at the end, as another runner has it."""
         self.close(task)
+        self._progress.phase(task.job.id, "waiting")
         self._source.put_back(Todo(task.job, tried=task.tried, looked=True), LOOK_AGAIN_S, rank=LAST)
 
     def give_back(self, task: Task) -> None:
         """Leave a job that did not run to its end to another run. It was no attempt."""
         if task.job.id in self._ledger.open_attempts:  # else the mark that stands is that of an earlier attempt
             self.abandon(task.job.id)
+        self._progress.phase(task.job.id, "waiting")
         self.settle(task)
 
     def note_span(self, task: Task, stage: str, begin: float) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from runner.batch.run_pace import Phase, StepCount
 from runner.batch.stop import Stop, leave
 from runner.errors import as_runner_error
 from runner.records.record import JobLine
@@ -84,8 +85,11 @@ class _Parent:
     def started(self, jobs: int) -> None:
         """Nothing: the parent knows the jobs."""
 
-    def step(self, job_id: str, done: int, total: int) -> None:
-        self.tell("step", job_id, done, total)
+    def phase(self, job_id: str, phase: Phase) -> None:
+        self.tell("phase", job_id, phase)
+
+    def step(self, job_id: str, at: StepCount) -> None:
+        self.tell("step", job_id, at)
 
     def finished(self, line: JobLine) -> None:
         self.tell("finished", line)

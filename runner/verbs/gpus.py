@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import structlog
 
 from runner.batch.progress import Progress
+from runner.batch.run_pace import Phase
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, RunnerError
 from runner.preprocess.networks.providers import usable_cpus
@@ -120,6 +121,7 @@ class _Process:
     error: RunnerError | None = None  # with which it failed, in place of an outcome
     stopped_by: RunnerError | None = None  # what stopped its run, from the outcome
     open: bool = True
+    jobs: set[str] = field(default_factory=set)  # under way in it
 
     @property
     def code(self) -> int | None:
@@ -263,10 +265,12 @@ class _GpuGroup:
             return
         if what == "log":
             self._write_event(process, *more)
+        elif what == "phase":
+            self._enter_phase(process, *more)
         elif what == "step":
             self._progress.step(*more)
         elif what == "finished":
-            self._finish(*more)
+            self._finish(process, *more)
         elif what == "loading":
             process.waits_to_load = True
         elif what == "ended":
@@ -279,6 +283,8 @@ class _GpuGroup:
         """The process has closed its end: it ends now, or has been killed."""
         process.open = False
         code = process.process.wait()
+        for job_id in sorted(process.jobs):
+            self._progress.phase(job_id, "waiting")
         if process.ended is None and process.error is None:
             self._log.error(
                 "gpu_process_died",
@@ -291,7 +297,17 @@ class _GpuGroup:
             error = process.error
             self._log.error("gpu_process_failed", gpu=process.place.name, code=error.code, message=error.message)
 
-    def _finish(self, line: JobLine) -> None:
+    def _enter_phase(self, process: _Process, job_id: str, phase: Phase) -> None:
+        if phase != "waiting":
+            process.jobs.add(job_id)
+        elif job_id in process.jobs:
+            process.jobs.remove(job_id)
+        else:  # it looked at the job, which another process has
+            return
+        self._progress.phase(job_id, phase)
+
+    def _finish(self, process: _Process, line: JobLine) -> None:
+        process.jobs.discard(line.id)
         self._lines.append(line)
         if line.id not in self._finished:  # a job that one has rendered is skipped by all others
             self._finished.add(line.id)

@@ -16,7 +16,7 @@ from runner.batch.job_source import JobSource, ShardJobs
 from runner.batch.ledger import Ledger
 from runner.batch.loop import Batch, Engine
 from runner.batch.memory_sampler import MemorySampler
-from runner.batch.progress import SilentProgress
+from runner.batch.progress import Progress, SilentProgress
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.finishing.stages import StageSettings, open_stages
@@ -42,6 +42,7 @@ class Bench:
         self.video.write_bytes(b"not opened by the stub")
         self.loads = 0
         self.stop = Stop()
+        self.progress: Progress = SilentProgress()
         self.generator = StubGenerator()
         self.own = lambda job: {}
         self.events: list[dict] = []
@@ -82,7 +83,7 @@ class Bench:
             events,
             stop=self.stop,
             scratch=self.folder / "scratch",
-            progress=SilentProgress(),
+            progress=self.progress,
             sampler=MemorySampler(0.05),
             checkpoints=self.checkpoints(storage, batch_ledger),
         )

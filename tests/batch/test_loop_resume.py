@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from runner.batch.lease import Leases
+from runner.batch.progress import SilentProgress
 from runner.errors import LeaseLost, StorageFull, StorageUnavailable
 from runner.storage import LocalStorage, open_storage
 from tests.batch.loop_bench import SIGTERM, Bench, bench
@@ -47,6 +48,19 @@ def undisturbed(bench: Bench, tmp_path: Path, **options) -> dict[str, bytes]:
     six(alone)
     assert alone.run(alone.job("a", **options)) == 0
     return output(alone, "a")
+
+
+class Places(SilentProgress):
+    """Notes where each step was, and the phases."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def phase(self, job_id, phase):
+        self.told.append(phase)
+
+    def step(self, job_id, at):
+        self.told.append(f"{at.segment}/{at.segments} {at.step}/{at.steps}")
 
 
 class StopsAt(StubGenerator):
@@ -91,6 +105,15 @@ def test_a_job_that_was_stopped_goes_on_and_its_files_are_the_same(bench, tmp_pa
     assert len(record["steps_s"]) == 2 * (SEGMENTS - done)
     (told,) = [event for event in bench.events if event["event"] == "job_resumed"]
     assert (told["segment"], told["segments"]) == (done + 1, SEGMENTS)
+
+
+def test_progress_of_a_job_that_resumes_begins_at_its_segment_and_one_tried_again_is_not_under_way(bench):
+    bench.progress = Places()
+    six(bench)
+    assert bench.run(bench.job("a", "flaky-at-4")) == 0
+    steps = [f"{segment}/6 {step}/2" for segment in range(1, 7) for step in (1, 2)]
+    first = ["loading the model", "preparing", "generating", *steps[:9], "waiting", "waiting"]
+    assert bench.progress.told == [*first, "preparing", "generating", *steps[8:], "publishing"]
 
 
 def test_a_job_killed_in_its_middle_goes_on(bench, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from runner.batch.run_pace import StepCount
 from runner.errors import ConfigInvalid, DeviceLost, RunnerError
 from runner.records.record import JobLine
 from runner.verbs.gpu_process import MachineShare
@@ -63,7 +64,7 @@ def tell_environment(settings: Any, progress: Any, *, share: MachineShare) -> En
 
 
 def tell_settings(settings: Any, progress: Any, *, share: MachineShare) -> Ended:
-    progress.step("a", 1, 2)
+    progress.step("a", StepCount(1, 1, 1, 2, 1, 2))
     log("settings", processes=share.processes, run_id=settings.run_id, shard=settings.shard, gpus=settings.gpus)
     return Ended(0, lines("succeeded", [job.id for job in settings.manifest.jobs]))
 
@@ -79,6 +80,16 @@ def render_some(
     if not mine:
         os.kill(os.getpid(), signal.SIGKILL)
     return Ended(0, done)
+
+
+def die_generating(settings: Any, progress: Any, *, share: MachineShare) -> Ended:
+    """Place 0 is killed while it generates job a, which place 1 has only looked at."""
+    if os.environ[MINE] == "0":
+        progress.phase("a", "generating")
+        progress.step("a", StepCount(1, 1, 1, 2, 1, 2))
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress.phase("a", "waiting")
+    return Ended(0)
 
 
 def fail(settings: Any, progress: Any, *, share: MachineShare, places: Sequence[str], bug: bool = False) -> Ended:

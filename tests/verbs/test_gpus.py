@@ -224,6 +224,14 @@ def test_what_a_killed_process_said_counts(settings):
     assert sorted(told[1] for told in watched.told if told[0] == "finished") == list("abc")
 
 
+def test_a_job_is_under_way_until_its_own_process_ends(settings):
+    """Another process that looks at the job and leaves it says nothing of it."""
+    watched = Watched()
+    start(settings("a"), gpu_children.die_generating, 2, watched)
+    assert [told[0] for told in watched.told] == ["started", "phase", "step", "phase", "close"]
+    assert [told[2] for told in watched.told if told[0] == "phase"] == ["generating", "waiting"]
+
+
 def test_all_killed_is_worth_a_rerun(settings):
     shared, events = start(settings("ab"), partial(gpu_children.run_stub, dies_at="0"), processes=1)
     assert statuses(shared.lines) == {"a": "not_run", "b": "not_run"}

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 import runner.verbs.run as run_verb
 from runner.batch.loop import FRAME_BUFFER_BYTES, Engine
+from runner.batch.run_pace import Phase, StepCount
 from runner.batch.shards import AnyShard, Shard
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, WeightsCorrupt
@@ -161,8 +162,11 @@ class Watched:
     def started(self, jobs: int) -> None:
         self.told.append(("started", jobs))
 
-    def step(self, job_id: str, done: int, total: int) -> None:
-        self.told.append(("step", job_id, done, total))
+    def phase(self, job_id: str, phase: Phase) -> None:
+        self.told.append(("phase", job_id, phase))
+
+    def step(self, job_id: str, at: StepCount) -> None:
+        self.told.append(("step", job_id, at))
 
     def finished(self, line: JobLine) -> None:
         self.told.append(("finished", line.id, line.status))
@@ -174,8 +178,12 @@ class Watched:
 def test_progress_is_told_from_the_first_job_to_the_end(stub_run):
     watched = Watched()
     run(stub_run("ok"), watched)
-    steps = [("step", "job0", done, 4) for done in range(1, 5)]
-    assert watched.told == [("started", 1), *steps, ("finished", "job0", "succeeded"), ("close",)]
+    phases = [("phase", "job0", phase) for phase in ("loading the model", "preparing", "generating", "publishing")]
+    places = [(1, 1, 1), (1, 2, 2), (2, 1, 3), (2, 2, 4)]
+    steps = [("step", "job0", StepCount(segment, 2, step, 2, done, 4)) for segment, step, done in places]
+    assert watched.told == [
+        ("started", 1), *phases[:3], *steps, phases[3], ("finished", "job0", "succeeded"), ("close",)
+    ]  # fmt: skip
 
 
 def test_what_is_wrong_for_all_jobs_is_raised(stub_run, tmp_path):
