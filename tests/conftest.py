@@ -15,4 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-pytest_plugins = ["tests.demo_store", "tests.hub_server", "tests.s3_servers", "tests.shared_data", "tests.tiny_store"]
+pytest_plugins = [
+    "tests.demo_store",
+    "tests.hub_server",
+    "tests.logging_state",
+    "tests.s3_servers",
+    "tests.shared_data",
+    "tests.tiny_store",
+]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from runner.batch.shards import Shard
 from runner.cli import EXIT_CODES, VERBS, main, parse_command
@@ -39,11 +37,8 @@ FLAGS += [(verb.name, "--json") for verb in VERBS if verb.json_prints]
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before() -> Iterator[None]:
+def _log_as_before(logging_as_before: None) -> None:
     """The command line configures logging for its process, which here goes on."""
-    before = structlog.get_config()
-    yield
-    structlog.configure(**before)
 
 
 def refused(capsys, *words: str) -> str:

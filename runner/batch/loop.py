@@ -247,7 +247,9 @@ class Batch:
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._keeper.find(task, generator.resume_identity)
         self._settlement.note_span(task, "prepare", begin)
-        self._events.emit("job_prepared", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments)
+        self._events.emit(
+            "job_prepared", level="debug", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments
+        )
 
     def _warn(self, task: Task, warnings: Iterable[str]) -> None:
         for text in warnings:
@@ -313,7 +315,8 @@ class Batch:
             else:
                 self._progress.phase(task.job.id, "waiting")
             self._settlement.note_span(task, "generate", begin)
-            self._events.emit("job_generated", job=task.job.id, seconds=round(time.monotonic() - begin, 3))
+            seconds = round(time.monotonic() - begin, 3)
+            self._events.emit("job_generated", level="debug", job=task.job.id, seconds=seconds)
             self._hand_over(ended)
 
     def _lower_memory(self) -> None:

@@ -76,8 +76,8 @@ class RunPosition:
 
     @property
     def eta(self) -> str:
-        """`ETA 01:12`, `ETA 1:01:12`; empty where it is not known."""
-        if self.eta_s is None:
+        """`ETA 01:12`, `ETA 1:01:12`; empty where it is not known, and where it is past."""
+        if self.eta_s is None or self.eta_s < 0.5:
             return ""
         minutes, seconds = divmod(round(self.eta_s), 60)
         hours, minutes = divmod(minutes, 60)
@@ -124,8 +124,9 @@ class _UnderWay:
         self.before = (at.segment - 1) * (at.total // at.segments)
 
     def left_s(self, now: float, mean_s: float | None) -> float | None:
-        """Until it has been generated; before its first step, by what other jobs took."""
-        if self.at is None:
+        """Until it has been generated. Before its first step, and while its last segment is decoded, by what other jobs
+        took: `mean_s`, None where there were none."""
+        if self.at is None or (mean_s is not None and self.at.done == self.at.total):
             return None if mean_s is None else max(0.0, mean_s - (now - self.began))
         made = self.at.done - self.before
         if made <= 0:

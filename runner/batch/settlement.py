@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from runner.batch.job_source import JobSource, Todo
 from runner.batch.ledger import Decision, JobTaken, Ledger
@@ -31,6 +31,8 @@ TRIES_IN_ONE_RUN = 3
 RETRY_DELAY_S = 2.0  # doubled at each further attempt
 LOOK_AGAIN_S = 5.0  # between two looks at a job that another runner has
 LAST = 10**9  # rank of such jobs: after all others
+# Of the event of a job's end. A rerun of a large manifest would begin with thousands of lines on jobs that are done.
+LEVELS: Mapping[str, Literal["debug", "error"]] = {"skipped": "debug", "failed": "error"}
 
 
 class Settlement:
@@ -259,7 +261,7 @@ class Settlement:
             fields |= {"code": line.error.code, "message": line.error.message, "stage": line.error.stage}
         if line.seconds is not None:
             fields["seconds"] = line.seconds
-        self._events.emit(f"job_{line.status}", level="error" if line.status == "failed" else "info", **fields)
+        self._events.emit(f"job_{line.status}", level=LEVELS.get(line.status, "info"), **fields)
         self._progress.finished(line)
         try:
             self._summary.add(line, record, None if line.status == "skipped" else self._sampler.rss())

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
@@ -17,14 +18,18 @@ from typing import Any, Literal, TextIO, cast
 import structlog
 
 from runner.errors import RunnerError
-from runner.redact import escape_control, redact, redact_tree
+from runner.records.library_messages import capture_library_messages, hide_library_messages
+from runner.redact import escape_control, redact_tree
 from runner.timing import now
 
 __all__ = ["EventLog", "configure_logging", "default_logging"]
 
 
 def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, verbose: bool = False) -> None:
-    """Send structlog to standard error: coloured and aligned for a terminal, plain elsewhere, or JSON."""
+    """Send structlog to standard error: coloured and aligned for a terminal, plain elsewhere, or JSON.
+
+    Messages of libraries become events `library_message`; without `verbose` their errors alone are shown.
+    """
     renderer: Any
     if style == "json":
         renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
@@ -33,6 +38,7 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
         renderer = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=18)
     structlog.configure(
         processors=[
+            *([] if verbose else [hide_library_messages]),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True)
             if style == "json"
@@ -44,8 +50,7 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(file=cast(TextIO, _Stderr())),
     )
-    if logging.lastResort is not None:  # what libraries warn of goes to standard error by this handler
-        logging.lastResort.setFormatter(_RedactingFormatter())
+    capture_library_messages()
 
 
 @contextmanager
@@ -95,11 +100,6 @@ def _escape_event(logger: object, method: str, event: MutableMapping[str, Any]) 
     return {key: escape_control(value) if isinstance(value, str) else value for key, value in public.items()}
 
 
-class _RedactingFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 class _Stderr:
     """Whatever standard error is at the moment of writing: programs and tests may redirect it after set-up.
 
@@ -122,7 +122,8 @@ class _Stderr:
 class EventLog:
     """Writes each event to the log and, as one line of JSON, to `write`. Safe from any thread.
 
-    `at_once`: hand each line over when it comes; else lines wait for `flush`.
+    `at_once`: hand each line over when it comes; else lines wait for `flush`. `write` gets events of every level, the
+    log shows those that it is configured for.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class EventLog:
     ) -> None:
         self._write, self._at_once, self._quiet = write, at_once, quiet
         self._waiting: list[bytes] = []
+        self._noted: deque[bytes] = deque()  # go to the end of `_waiting`
         self._lock = threading.Lock()
         self._log = structlog.get_logger()
 
@@ -141,13 +143,23 @@ class EventLog:
                 getattr(self._log, level)(event, **fields)
             if self._write is None:
                 return
-            line = {"time": now(), "event": event, "level": level, **fields}
-            self._waiting.append(
-                (json.dumps(line, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
-            )
+            self._noted.append(_line(event, level, fields))
             if self._at_once:
                 with suppress(OSError, RunnerError):  # the line is written with a later one
                     self._flush()
+
+    def note(self, event: str, *, level: Literal["debug", "info", "warning", "error"], **fields: Any) -> None:
+        """Note `event` for `write` alone. Never waits: it may be called while this log writes, e.g. by a handler of
+        `logging` that a library calls."""
+        if self._write is None:
+            return
+        self._noted.append(_line(event, level, redact_tree(fields)))
+        if self._at_once and self._lock.acquire(blocking=False):
+            try:
+                with suppress(OSError, RunnerError):  # the line is written with a later one
+                    self._flush()
+            finally:
+                self._lock.release()
 
     def flush(self) -> None:
         """Hand over the lines that wait. Raises what `write` raises; the lines then wait for the next call."""
@@ -155,6 +167,13 @@ class EventLog:
             self._flush()
 
     def _flush(self) -> None:
+        while self._noted:
+            self._waiting.append(self._noted.popleft())
         if self._write is not None and self._waiting:
             self._write(b"".join(self._waiting))
             self._waiting.clear()
+
+
+def _line(event: str, level: str, fields: Mapping[str, Any]) -> bytes:
+    line = {"time": now(), "event": event, "level": level, **fields}
+    return (json.dumps(line, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")

@@ -25,6 +25,7 @@ import structlog
 from runner.batch.run_pace import Phase, StepCount
 from runner.batch.stop import Stop, leave
 from runner.errors import as_runner_error
+from runner.records.library_messages import capture_library_messages
 from runner.records.record import JobLine
 from runner.redact import redact_tree
 from runner.verbs.settings import RunSettings
@@ -110,6 +111,7 @@ def main() -> None:
         wrapper_class=structlog.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    capture_library_messages()
     code = 1
     try:
         assignment: Assignment = connection.recv()

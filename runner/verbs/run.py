@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ from runner.finishing.stages import StageSettings, open_stages
 from runner.generation.protocol import Generator
 from runner.generation.runtime.device import free_host_bytes
 from runner.records.events import EventLog, default_logging
+from runner.records.library_messages import library_messages_in
 from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
 from runner.regression.kept_limits import keep_limits
 from runner.spec.manifest import Job, Manifest
@@ -101,7 +102,7 @@ def run(
     log = structlog.get_logger()
     _check_own(engine, jobs)
     _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
-    log.info("run", id=run_id, jobs=len(jobs), shard=f"{shard} ({why})", recipe=engine.recipe)
+    _say_run(run_id, jobs, engine, storage, {} if shard == Shard(0, 1) else {"shard": f"{shard} ({why})"}, share)
 
     progress = progress or SilentProgress()
     with scratch_folder(settings.cache) as scratch:
@@ -151,7 +152,7 @@ def run(
         progress.started(len(jobs))
         try:
             listening = stop.listening() if in_main_thread and share is None else nullcontext()
-            with listening, watch(settings.spot, stop, events):
+            with listening, watch(settings.spot, stop, events), library_messages_in(events.note):
                 code = batch.run()
         finally:
             progress.close()
@@ -261,6 +262,7 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
     probe_writable(storage)
     engine = build_engine(shared, manifest)
     places, stop = places_for(gpus, os.environ), Stop(settings.drain_s)
+    _say_run(run_id, jobs, engine, storage, {"gpus": [place.name for place in places]})
     found = run_processes(
         replace(shared, manifest=manifest, run_id=run_id, sheet=None),
         places,
@@ -286,6 +288,19 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
         sheet=sheet,
         error=found.error,
     )
+
+
+def _say_run(
+    run_id: str,
+    jobs: Sequence[Job],
+    engine: Engine,
+    storage: Storage,
+    where: Mapping[str, object],
+    share: MachineShare | None = None,
+) -> None:
+    """The first event. It is for debugging where the command that started this process has logged it for all."""
+    say = structlog.get_logger().info if share is None else structlog.get_logger().debug
+    say("run", id=run_id, jobs=len(jobs), recipe=engine.recipe, out=storage.root, **where)
 
 
 def _build_shared_engine(settings: RunSettings, manifest: Manifest, share: MachineShare) -> Engine:

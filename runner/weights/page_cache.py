@@ -42,7 +42,7 @@ def read_into_page_cache(files: Iterable[Path], free_bytes: int, go_on: Callable
         if not go_on():
             break
         read += 1
-    structlog.get_logger().info(
+    structlog.get_logger().debug(
         "model_files_read",
         files=read,
         gb=round(total / 1e9, 3),

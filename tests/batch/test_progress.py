@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -102,10 +103,12 @@ def test_the_bars_say_job_segment_step_and_eta():
 def lines_of(every_s: float = 0.01, *, as_numbers: bool = False, seconds: float = 0.0) -> list[dict]:
     """What is written while a job is generated: until the first line comes, or so many seconds."""
     with capture_logs() as logs:
-        progress = LineProgress(as_numbers=as_numbers, every_s=every_s, clock=lambda: 0.0)
-        progress.started(2)
+        now = [0.0]
+        progress = LineProgress(as_numbers=as_numbers, every_s=every_s, clock=lambda: now[0])
         progress.phase("a", "generating")
-        progress.step("a", at(3))
+        now[0] = 8.0
+        progress.step("a", at(1))
+        progress.started(2)
         deadline = time.monotonic() + (seconds or 30)
         while (seconds or not logs) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -117,12 +120,12 @@ def lines_of(every_s: float = 0.01, *, as_numbers: bool = False, seconds: float 
 
 
 def test_a_line_says_where_the_run_is():
-    assert lines_of()[0] == {"event": "job 1/2 · segment 2/2 · step 1/2 · ETA 00:00", "log_level": "info"}
+    assert lines_of()[0] == {"event": "job 1/2 · segment 1/2 · step 1/2 · ETA 00:56", "log_level": "info"}
 
 
 def test_for_machines_a_line_has_numbers():
-    found = {"jobs_done": 0, "jobs": 2, "job": 1, "running": 1, "phase": "generating", "eta_s": 0.0}
-    found |= {"segment": 2, "segments": 2, "step": 1, "steps": 2}
+    found = {"jobs_done": 0, "jobs": 2, "job": 1, "running": 1, "phase": "generating", "eta_s": 56.0}
+    found |= {"segment": 1, "segments": 2, "step": 1, "steps": 2}
     assert lines_of(as_numbers=True)[0] == {"event": "progress", "log_level": "info", **found}
 
 
@@ -218,9 +221,24 @@ def command(demo_media, tmp_path) -> list[str]:
 def test_off_a_terminal_a_long_run_has_lines_of_progress(command):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"job (\d)/2 · segment (\d)/2 · step (\d)/2 · ETA 00:0\d", done.stderr)
+    found = re.findall(r"job (\d)/2 · segment (\d)/2 · step (\d)/2", done.stderr)
     assert {job for job, _, _ in found} == {"1", "2"}
     assert found == sorted(found)
+    assert re.search(r"job 1/2 · segment 1/2 · step 1/2 · ETA 00:0[12]", done.stderr)
+
+
+def test_the_log_says_what_a_user_can_act_on_and_the_file_of_events_has_the_rest(command, tmp_path):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    shown = re.findall(r"^\d\d:\d\d:\d\d \[info +\] (\w+) ", done.stderr, re.M)
+    assert [event for event in shown if event != "job"] == [
+        "run", "job_started", "engine_loading", "engine_loaded", "job_started", "job_succeeded", "job_succeeded",
+        "run_finished",
+    ]  # fmt: skip
+    (path,) = (tmp_path / "out/runs").glob("*/*.events.jsonl")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"job_prepared", "job_generated"} <= {event["event"] for event in events if event["level"] == "debug"}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert re.findall(r"\] (\w+) ", again.stderr) == ["run", "run_finished"]
 
 
 def test_at_a_terminal_bars_leave_the_lines_of_the_log_whole(command):

@@ -86,6 +86,7 @@ def test_within_a_step_its_number_stays_in_its_segment():
         (1, "generating", None, 3599.4, "job 3/120 · generating · ETA 59:59"),
         (0, "preparing", None, 3599.6, "job 3/120 · preparing · ETA 1:00:00"),
         (0, "loading the model", None, None, "job 3/120 · loading the model"),
+        (1, "generating", StepCount(5, 5, 6, 6, 30, 30), 0.4, "job 3/120 · segment 5/5 · step 6/6"),
         (4, "generating", StepCount(2, 5, 4, 6, 10, 30), 36000, "job 3/120 · 4 running · ETA 10:00:00"),
     ],
 )
@@ -190,6 +191,16 @@ def test_other_jobs_count_the_mean_of_those_that_ran(pace, clock):
     assert eta(pace) == 16 + 2 * 15
     clock.tick(100)  # a step that hangs
     assert eta(pace) == 2 * 15
+
+
+def test_while_the_last_segment_is_decoded_the_mean_counts(pace, clock):
+    pace.start(2)
+    generate(pace, clock, "a", 10)
+    pace.enter("b", "generating")
+    clock.tick(6)
+    pace.step("b", at(10))
+    clock.tick(1)
+    assert eta(pace) == 3
 
 
 def test_a_failed_job_ran(pace, clock):

@@ -5,6 +5,7 @@ Little is imported before a function needs it, so that a process starts soon.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -89,6 +90,12 @@ def die_generating(settings: Any, progress: Any, *, share: MachineShare) -> Ende
         progress.step("a", StepCount(1, 1, 1, 2, 1, 2))
         os.kill(os.getpid(), signal.SIGKILL)
     progress.phase("a", "waiting")
+    return Ended(0)
+
+
+def warn(settings: Any, progress: Any, *, share: MachineShare) -> Ended:
+    """What a library says while the model is loaded."""
+    logging.getLogger("transformers.models").warning("%s is not installed", "torchvision")
     return Ended(0)
 
 

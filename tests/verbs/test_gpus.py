@@ -166,6 +166,7 @@ def test_two_processes_finish_one_manifest(settings, tmp_path):
     assert sorted(finished) == list("abcdef")  # each once, though the other process skips it
     assert {told[1] for told in watched.told if told[0] == "step"} <= set("abcdef")
     assert {event["gpu"] for event in named(events, "run_finished")} == {"GPU 0", "GPU 1"}
+    assert [event["log_level"] for event in named(events, "run")] == ["debug"] * 2  # the command says it once
 
     shared, events = start(settings("abcdef"), gpu_children.run_stub)
     assert statuses(shared.lines) == dict.fromkeys("abcdef", "skipped")
@@ -196,6 +197,8 @@ def test_the_verb_starts_them(settings, monkeypatch, tmp_path):
         outcome = verb(settings("ab", gpus="all", shard=None, sheet=tmp_path / "sheet.png"), watched)
     told = named(events, "settings")
     assert len(told) == 3
+    (first,) = named(events, "run")
+    assert (first["log_level"], first["jobs"], first["gpus"]) == ("info", 2, ["GPU 0", "GPU 1", "GPU 2"])
     assert {(e["processes"], e["run_id"], e["shard"], e["gpus"]) for e in told} == {(3, "r1", "any", None)}
     assert (outcome.exit_code, outcome.run_id, str(outcome.shard)) == (0, "r1", "any")
     assert outcome.counts == {"total": 2, "succeeded": 2, "skipped": 0, "failed": 0, "not_run": 0}
@@ -222,6 +225,14 @@ def test_what_a_killed_process_said_counts(settings):
     assert statuses(shared.lines) == {"a": "succeeded", "b": "succeeded", "c": "succeeded", "d": "not_run"}
     assert shared.exit_code == 3
     assert sorted(told[1] for told in watched.told if told[0] == "finished") == list("abc")
+
+
+def test_what_libraries_say_in_a_process_goes_into_the_log(settings, capfd):
+    _, events = start(settings("a"), gpu_children.warn, 1)
+    (told,) = named(events, "library_message")
+    assert (told["log_level"], told["logger"]) == ("warning", "transformers.models")
+    assert (told["message"], told["gpu"]) == ("torchvision is not installed", "GPU 0")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_job_is_under_way_until_its_own_process_ends(settings):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import structlog
 import torch
 import yaml
 from safetensors import safe_open
@@ -27,11 +25,8 @@ LAYERS = 65  # linears of the tiny transformer
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before() -> Iterator[None]:
+def _log_as_before(logging_as_before: None) -> None:
     """The command line configures logging for its process, which here goes on."""
-    before = structlog.get_config()
-    yield
-    structlog.configure(**before)
 
 
 @pytest.fixture

@@ -192,6 +192,17 @@ def test_what_is_wrong_for_all_jobs_is_raised(stub_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("shard", [None, "0/1", "1/2", "any"])
+def test_the_first_event_says_what_runs_and_where(stub_run, tmp_path, shard):
+    with capture_logs() as events:
+        run(stub_run("ok", "ok", run_id="r1", shard=shard))
+    first = events[0]
+    expected = {"event": "run", "log_level": "info", "id": "r1", "out": str(tmp_path / "out"), "recipe": "stub"}
+    assert first | expected == first
+    assert first["jobs"] == (1 if shard == "1/2" else 2)
+    assert ("shard" in first) is (shard in ("1/2", "any"))
+
+
 def test_outside_the_main_thread_no_signal_is_listened_to(stub_run):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     outcomes = []

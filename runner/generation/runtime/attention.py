@@ -157,5 +157,5 @@ def apply_attention(model: Any, device: torch.device, dtype: torch.dtype, *, eig
     name, why, error = pick_backend(device, dtype, heads, first.inner_dim // heads, eight_bit=eight_bit)
     for block in model.blocks:
         block.attn1.set_attention_backend(name)
-    structlog.get_logger().info("attention_chosen", backend=name, why=why, error=round(error, 5))
+    structlog.get_logger().debug("attention_chosen", backend=name, why=why, error=round(error, 5))
     return {"attention": name, "attention_why": why, "attention_error": round(error, 5)}

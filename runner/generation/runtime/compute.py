@@ -161,7 +161,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         "compute_self_test": tested,
     }
     worst = max(entry["error"] for entry in tested.values())
-    log.info(
+    log.debug(
         "compute_chosen", compute=choice.compute, product=choice.product, why=choice.why, layers=len(changed),
         kept_exact=len(kept), error=worst, limit=round(precision.error_limit, 4),
     )  # fmt: skip

@@ -69,7 +69,7 @@ class Encoder:
             self.loads += 1
             self._uncounted += 1
             self._model = self._settled(model)
-            structlog.get_logger().info("encoder_loaded", encoder=self.name, home=self.home, device=str(self.device))
+            structlog.get_logger().debug("encoder_loaded", encoder=self.name, home=self.home, device=str(self.device))
         return self._model
 
     def settle(self, device: torch.device, home: Home) -> None:

@@ -270,7 +270,7 @@ def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
     if switches.fuse_vae_norms:
         said["vae_fused_norms"] = fuse_norms(vae)
     if said:
-        structlog.get_logger().info("vae_prepared", **said)
+        structlog.get_logger().debug("vae_prepared", **said)
     return said
 
 

@@ -61,7 +61,7 @@ def make_block_step(switches: Switches, device: torch.device, eager: BlockStep =
     `eager`: what runs where compiling fails.
     """
     wanted, why = wants_compile(switches, device)
-    structlog.get_logger().info("compile_chosen", compile=wanted, why=why)
+    structlog.get_logger().debug("compile_chosen", compile=wanted, why=why)
     if not wanted:
         return None
     return CompiledStep(why=why, eager=eager)

@@ -133,7 +133,7 @@ def load_transformer(
                 )
         kernel, why = pick_kernel(device, fmt)
         said |= {"format": fmt.name, "kernel": kernel, "kernel_why": why}
-        structlog.get_logger().info("kernel_chosen", kernel=kernel, format=fmt.name, why=why)
+        structlog.get_logger().debug("kernel_chosen", kernel=kernel, format=fmt.name, why=why)
     said["transformer_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     return model, said
 
@@ -177,7 +177,7 @@ def plan_memory(models: ResolvedRecipe, device: torch.device, asked: str = "auto
     """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only."""
     load, cuda = Load(**models.bytes), device.type == "cuda"
     plan, why = choose_plan(asked, models.recipe, models.costs, free_bytes(device), load=load, cuda=cuda)
-    structlog.get_logger().info("memory_chosen", mode=plan.mode, asked=asked, why=why)
+    structlog.get_logger().info("memory_chosen", device=str(device), mode=plan.mode, asked=asked, why=why)
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
 
 

@@ -101,7 +101,7 @@ class JobLoras:
         self._attached = wanted
         log = structlog.get_logger()
         names = ", ".join(f"{path.stem} x {strength:g}" for path, strength in wanted)
-        log.info("loras_attached", loras=names, tensors=plan.tensors, untargeted=len(plan.untargeted))
+        log.debug("loras_attached", loras=names, tensors=plan.tensors, untargeted=len(plan.untargeted))
         for key in plan.untargeted[:5]:
             log.warning("lora_without_target", tensor=key)
         return {"tensors": plan.tensors, "untargeted": len(plan.untargeted)}
