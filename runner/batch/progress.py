@@ -138,7 +138,8 @@ class BarProgress:
                     place = f"{done}/{jobs} done" + (f" · {position.eta}" if position and position.eta else "")
                 return Text(place, no_wrap=True)
 
-        one_line = Column(no_wrap=True, overflow="ellipsis", max_width=24)
+        width = max(8, min(24, console.width - 40))  # the rest is for the bar and what stands behind it
+        one_line = Column(no_wrap=True, overflow="ellipsis", max_width=width)
         self._bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=one_line),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),

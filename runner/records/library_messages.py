@@ -87,31 +87,30 @@ def _prints(handler: logging.Handler) -> bool:
 
 
 class _LibraryHandler(logging.Handler):
-    """Makes an event of each record. Holds no lock of its own: an upload of events may itself lead to a record, in this
-    thread or in one that this thread waits for."""
+    """Makes an event of each record. Unlike other handlers it takes no lock: an upload of events may itself lead to a
+    record, in this thread or in one that this thread waits for."""
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.local()
-
-    def createLock(self) -> None:
-        self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
         self.emit(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] == OURS or getattr(self._thread, "busy", False):
+        if record.name.partition(".")[0] == OURS:
             return
+        busy = getattr(self._thread, "busy", False)
         self._thread.busy = True
         try:
             with suppress(Exception):  # a message that cannot be shown stops nothing
-                self._tell(record)
+                self._tell(record, show=not busy)
         finally:
-            self._thread.busy = False
+            self._thread.busy = busy
 
-    def _tell(self, record: logging.LogRecord) -> None:
+    def _tell(self, record: logging.LogRecord, *, show: bool) -> None:
+        """`show`: in the log too, which shall not lead to a record that leads to the log again."""
         level = _level(record.levelno)
         try:
             message = _formatter.format(record)
@@ -120,7 +119,8 @@ class _LibraryHandler(logging.Handler):
         fields = {"logger": record.name, "message": message.strip()}
         for note in _notes.copy():
             note(EVENT, level=level, **fields)
-        getattr(structlog.get_logger(), level)(EVENT, **fields)
+        if show:
+            getattr(structlog.get_logger(), level)(EVENT, **fields)
 
 
 def _level(number: int) -> Level:

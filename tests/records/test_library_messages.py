@@ -88,14 +88,14 @@ def test_for_machines_they_are_json(capsys, library):
 
 
 def test_warnings_and_tracebacks_are_messages_too(capsys, library):
+    logging.captureWarnings(False)
     configure_logging("console")
+    captured = warnings.showwarning
     written: list[bytes] = []
     with library_messages_in(EventLog(written.append).note), warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.captureWarnings(False)  # inside catch_warnings, as pytest has its own around each test
-        logging.captureWarnings(True)
+        warnings.showwarning = captured  # pytest has its own around each test
         warnings.warn("soon removed", UserWarning, stacklevel=1)
-        logging.captureWarnings(False)
         try:
             raise OSError("the disk is gone")
         except OSError:
@@ -110,14 +110,15 @@ def test_warnings_and_tracebacks_are_messages_too(capsys, library):
     assert "Logging error" not in capsys.readouterr().err
 
 
-def test_a_message_that_comes_while_events_are_written_waits_for_the_next_line(library):
+@pytest.mark.parametrize("by", ["event", "message"])
+def test_a_message_that_comes_while_events_are_written_waits_for_the_next_line(library, by):
     """urllib3 warns while the events are uploaded, in this thread and in one that the upload waits for."""
     configure_logging("console")
     logger, written = import_library(library), []
 
     def write(data: bytes) -> None:
         written.append(data)
-        if len(written) == 1:
+        if len(written) == 1:  # of what the other thread says nothing is written before this returns
             logger.warning("in this thread")
             other = threading.Thread(target=logger.warning, args=("in another",))
             other.start()
@@ -125,14 +126,18 @@ def test_a_message_that_comes_while_events_are_written_waits_for_the_next_line(l
             assert not other.is_alive()
 
     events = EventLog(write)
-    run = threading.Thread(target=events.emit, args=("job_started",), daemon=True)
+    first = events.emit if by == "event" else logger.warning
+    run = threading.Thread(target=first, args=("first",), daemon=True)
     with library_messages_in(events.note):
         run.start()
         run.join(60)
         assert not run.is_alive()
-        assert messages(written) == []
+        assert len(written) == 1
         events.emit("job_succeeded")
-    assert [message for _, _, message in messages(written)] == ["in this thread", "in another"]
+    told = [json.loads(line) for line in b"".join(written).splitlines()]
+    assert [line.get("message", line["event"]) for line in told] == [
+        "first", "in this thread", "in another", "job_succeeded",
+    ]  # fmt: skip
 
 
 def test_a_log_that_itself_logs_ends(library, capsys):
