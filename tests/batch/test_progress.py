@@ -193,6 +193,7 @@ def test_silence_is_a_progress_too():
 # -- the command line --------------------------------------------------------------------------------------------------
 
 RUN = """
+import logging
 import sys
 from functools import partial
 import runner.batch.progress as progress
@@ -202,7 +203,14 @@ from runner.cli import main
 from tests.stub_generator import StubGenerator
 
 progress.choose_progress = partial(progress.choose_progress, every_s=0.1)
-load = partial(StubGenerator, generate_s=1.2)
+
+def load():
+    library = logging.getLogger("library")  # as transformers does when it is first imported
+    library.addHandler(logging.StreamHandler())
+    library.propagate = False
+    library.warning("torchvision is not installed")
+    return StubGenerator(generate_s=1.2)
+
 verb.build_engine = lambda settings, manifest: Engine("stub", {}, load)
 sys.exit(main(["run", *sys.argv[1:]]))
 """
@@ -238,6 +246,8 @@ def test_the_log_says_what_a_user_can_act_on_and_the_file_of_events_has_the_rest
     (path,) = (tmp_path / "out/runs").glob("*/*.events.jsonl")
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert {"job_prepared", "job_generated"} <= {event["event"] for event in events if event["level"] == "debug"}
+    said = [event["message"] for event in events if event["event"] == "library_message"]
+    assert said == ["torchvision is not installed"] and said[0] not in done.stderr
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert re.findall(r"\] (\w+) ", again.stderr) == ["run", "run_finished"]
 
