@@ -11,10 +11,8 @@ script turns into players when they come into view. It is written job by job: on
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -24,9 +22,17 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from runner.errors import as_runner_error
 from runner.regression.evidence import AMPLIFIED, PICTURES, JobEvidence, VideoLink
 from runner.regression.findings import FrameValues, JobFinding, NightComparison, Verdict
+from runner.regression.html_page import (
+    content_policy,
+    duration,
+    may_be_linked,
+    megabytes,
+    template_environment,
+    template_text,
+    written_whole,
+)
 
 __all__ = ["TOTAL_EMBED_BYTES", "VERDICTS", "write_html"]
 
@@ -54,8 +60,6 @@ VIDEOS = ("baseline", "new")
 # A browser holds the page in memory; beyond this the remaining videos are linked. Assumed: a laptop of 8 GB opens it.
 TOTAL_EMBED_BYTES = 512 * 2**20
 CHUNK = 3 * 2**18  # bytes read at once; a multiple of three, so that base64 needs no padding in between
-LINKED = ("http", "https", "file", "")  # schemes that a browser plays; "": relative to the report
-ORIGIN = re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 
 PLOT_WIDTH, PLOT_HEIGHT = 1000, 100  # units of the SVG, stretched by the page
 PLOT_POINTS = 500  # of one curve, at most: a wide screen shows no more
@@ -70,31 +74,20 @@ def write_html(comparison: NightComparison, evidence: Iterable[JobEvidence], des
     larger one is linked where it has a URL. Raises ValueError for evidence that is out of order, StorageFull and
     StorageDenied as the disk does.
     """
-    dest = Path(dest)
-    part, body, media = (dest.with_name(f"{dest.name}{end}.part") for end in ("", ".body", ".media"))
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # The head names the links' origins and the pictures' shapes, which are known after the last job.
-            # The videos' bytes come after all else: the page is read and used while they are still loading.
-            with body.open("wb") as out, media.open("wb") as videos:
-                page = _Page(out, videos, embed_bytes)
-                for number, (job, shown) in enumerate(_paired(comparison.jobs, evidence), start=1):
-                    page.add(number, job, shown)
-                page.end_lines()
-            with part.open("wb") as out, body.open("rb") as jobs, media.open("rb") as videos:
-                out.write(_head(comparison, page).encode())
-                shutil.copyfileobj(jobs, out, CHUNK)
-                out.write(_render("report_tail.html", script=_text("report.js"), verdicts=VERDICTS).encode())
-                shutil.copyfileobj(videos, out, CHUNK)
-                out.write(b"</body>\n</html>\n")
-            part.replace(dest)
-        finally:
-            for left in (part, body, media):
-                with suppress(OSError):
-                    left.unlink(missing_ok=True)
-    except OSError as error:
-        raise as_runner_error(error, where=dest) from error
+    # The head names the links' origins and the pictures' shapes, which are known after the last job.
+    # The videos' bytes come after all else: the page is read and used while they are still loading.
+    with written_whole(Path(dest), "body", "media") as (part, body, media):
+        with body.open("wb") as out, media.open("wb") as videos:
+            page = _Page(out, videos, embed_bytes)
+            for number, (job, shown) in enumerate(_paired(comparison.jobs, evidence), start=1):
+                page.add(number, job, shown)
+            page.end_lines()
+        with part.open("wb") as out, body.open("rb") as jobs, media.open("rb") as videos:
+            out.write(_head(comparison, page).encode())
+            shutil.copyfileobj(jobs, out, CHUNK)
+            out.write(_render("report_tail.html", script=_text("report.js"), verdicts=VERDICTS).encode())
+            shutil.copyfileobj(videos, out, CHUNK)
+            out.write(b"</body>\n</html>\n")
 
 
 def _paired(
@@ -181,12 +174,12 @@ class _Page:
             if size is not None and size <= self.embed_bytes and self.embedded + size <= TOTAL_EMBED_BYTES:
                 self.embedded += size
                 videos.append(_Video(name, f"media-{number}-{name}", link, file=link.file))
-            elif _may_be_linked(link.url):
+            elif may_be_linked(link.url):
                 self.sources.add(_source(link.url))
                 videos.append(_Video(name, "", link, url=link.url))
             else:
                 left_out[f"{name} video"] = (
-                    "it cannot be read" if size is None else f"it is too large to embed ({_megabytes(size)})"
+                    "it cannot be read" if size is None else f"it is too large to embed ({megabytes(size)})"
                 )
                 continue
             self.shapes.add(link.size)
@@ -226,20 +219,6 @@ def _bytes_of(link: VideoLink) -> int | None:
     with suppress(OSError):
         return link.file.stat().st_size
     return None
-
-
-def _may_be_linked(url: str) -> bool:
-    """Whether a browser may be given this address: no script, no host without a scheme."""
-    if not url or any(ord(sign) <= 32 for sign in url):
-        return False
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return False
-    if parts.scheme in ("http", "https"):
-        return ORIGIN.fullmatch(host) is not None
-    return parts.scheme in LINKED and not host
 
 
 def _source(url: str) -> str:
@@ -349,20 +328,18 @@ def _curve(
 
 
 def _head(comparison: NightComparison, page: _Page) -> str:
-    style = _text("report.css") + "".join(
-        f".{_shape(size)}{{--ratio:{size[0] / size[1]:.5f}}}\n" for size in sorted(page.shapes)
+    style = (
+        _text("page.css")
+        + _text("report.css")
+        + "".join(f".{_shape(size)}{{--ratio:{size[0] / size[1]:.5f}}}\n" for size in sorted(page.shapes))
     )
     media = " ".join(["data:", "blob:", *sorted(page.sources)])
-    policy = (
-        f"default-src 'none'; script-src {_hash(_text('report.js'))}; style-src {_hash(style)}; img-src data:; "
-        f"media-src {media}; base-uri 'none'; form-action 'none'"
-    )
     total = comparison.counts.get("total", len(comparison.jobs))
     timed = [job for job in comparison.jobs if job.seconds is not None and job.seconds_median is not None]
     return _render(
         "report_head.html",
         comparison=comparison,
-        policy=policy,
+        policy=content_policy(_text("report.js"), style, f"media-src {media}"),
         style=style,
         headline=_headline(comparison.counts, total),
         exit_code_means=EXIT_CODES.get(comparison.exit_code, ""),
@@ -385,14 +362,9 @@ def _headline(counts: Mapping[str, int], total: int) -> str:
     return f"No job of {total} needs a look"
 
 
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 def _text(name: str) -> str:
     """A script or style of the templates, as it stands in the page."""
-    source, _, _ = _environment().loader.get_source(_environment(), name)
-    return str(source)
+    return template_text(_environment(), name)
 
 
 def _render(template: str, **values: Any) -> str:
@@ -401,37 +373,13 @@ def _render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("runner.regression", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"duration": _duration, "amount": _amount, "ratio": _ratio, "signed": _signed}
+    environment = template_environment("runner.regression", "templates")
+    environment.filters |= {"amount": _amount, "signed": _signed}
     return environment
 
 
-def _duration(seconds: float) -> str:
-    """12.3 s; 4 min 05 s; 1 h 02 min."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
-
-
 def _amount(value: float, unit: str) -> str:
-    return _duration(value) if unit == "s" else _megabytes(value)
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}×"
+    return duration(value) if unit == "s" else megabytes(value)
 
 
 def _signed(values: Iterable[float], digits: int = 1) -> str:

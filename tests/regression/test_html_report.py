@@ -13,7 +13,6 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
 
@@ -24,66 +23,15 @@ from runner.regression import html_report
 from runner.regression.evidence import JobEvidence, VideoLink
 from runner.regression.findings import FrameValues, Measurements, NightComparison, Verdict
 from runner.regression.html_report import VERDICTS, write_html
+from tests.parsed_html import ParsedPage, policy
 from tests.regression.report_samples import HOSTILE, indexed_evidence, make_comparison, make_finding
 
 ROOT = Path(__file__).resolve().parents[2]
-VOID = {"meta", "link", "img", "input", "br"}
 
 
-class Page(HTMLParser):
-    """Elements with their attributes, texts, and whether every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.blocks: list[tuple[dict[str, str | None], str]] = []  # scripts and styles
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), f"<{tag}> has an attribute twice"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("script", "style"):
-            self.blocks.append((dict(attrs), ""))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("script", "style"):
-            attributes, text = self.blocks[-1]
-            self.blocks[-1] = attributes, text + data
-        else:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def of(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
-        return [
-            attributes
-            for name, attributes in self.elements
-            if name == tag and all(wanted[key] in (attributes.get(key.strip("_")) or "").split() for key in wanted)
-        ]
-
-
-def write(comparison: NightComparison, folder: Path, evidence=(), embed_bytes: int = 10**7) -> Page:
+def write(comparison: NightComparison, folder: Path, evidence=(), embed_bytes: int = 10**7) -> ParsedPage:
     write_html(comparison, evidence, folder / "report.html", embed_bytes=embed_bytes)
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
-
-
-def policy(page: Page) -> dict[str, list[str]]:
-    (found,) = [meta for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    return {words[0]: words[1:] for part in str(found["content"]).split(";") if (words := part.split())}
+    return ParsedPage((folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_every_verdict_is_explained_in_the_order_of_the_findings():
@@ -382,7 +330,7 @@ def test_every_style_that_the_templates_name_is_in_the_sheet_or_the_script():
     for template in folder.glob("*.html"):
         text = re.sub(r"{[{%].*?[%}]}", " ", template.read_text(encoding="utf-8"))
         named |= {word for found in re.findall(r'class="([^"]*)"', text) for word in found.split()}
-    known = (folder / "report.css").read_text(encoding="utf-8") + (folder / "report.js").read_text(encoding="utf-8")
+    known = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.css", "report.css", "report.js"))
     whole = {name for name in named if not name.endswith("-") and name != "n"}  # of v-, p- and n the end is known later
     assert {name for name in whole if not re.search(rf"\.{name}\b", known)} == set()
 
@@ -390,7 +338,7 @@ def test_every_style_that_the_templates_name_is_in_the_sheet_or_the_script():
 def test_the_package_has_its_templates(tmp_path):
     """Built as a wheel is: the files that setuptools copies into the package."""
     names = {path.name for path in (ROOT / "runner/regression/templates").iterdir()}
-    assert {"report.css", "report.js", "report_head.html"} <= names
+    assert {"page.css", "page_top.html", "report.css", "report.js", "report_head.html"} <= names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     script = (
         "import json, sys; from setuptools import Distribution; from setuptools.command.build_py import build_py\n"

@@ -5,10 +5,9 @@ Frames carry their index in their pixels (tests/video_files.py), so that what is
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,16 @@ import pytest
 
 from runner.regression.evidence import VideoLink
 from runner.regression.html_report import write_html
+from tests.chromium import NARROW, WIDE, Seen, contrast, luminances, open_chromium, wait_until, why_not
 from tests.regression.report_samples import FPS, FRAMES, HOSTILE, indexed_evidence, make_comparison, make_finding
-from tests.system_tests import ASKED_FOR, NOT_ASKED_FOR
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
-
-
-def find_chromium() -> str | None:
-    """The system's Chromium."""
-    return next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
-
-
-def why_not() -> str:
-    """Why no browser is started here; empty if one is."""
-    if not ASKED_FOR:
-        return NOT_ASKED_FOR
-    return "" if find_chromium() else "no chromium is installed"
-
 
 pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(120)]
 
 
-@dataclass
-class Seen:
-    """What a page asked for and complained about."""
-
-    requests: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-
-    def watch(self, page: Any) -> Any:
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("console", lambda message: self.messages.append(message.text))
-        page.on("pageerror", lambda error: self.messages.append(str(error)))
-        page.on("requestfailed", lambda request: self.messages.append(f"failed: {request.url[:200]}"))
-        return page
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=find_chromium(), args=ARGUMENTS, viewport=WIDE
-        )
-        context.set_default_timeout(15_000)
+    with open_chromium(tmp_path_factory.mktemp("profile")) as context:
         yield context
-        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +54,7 @@ def seen(report: Path) -> Iterator[Seen]:
     seen = Seen()
     yield seen
     assert seen.messages == []
-    outside = [url for url in seen.requests if not url.startswith(("data:", "blob:")) and url != report.as_uri()]
-    assert outside == []
+    assert seen.outside(report) == []
 
 
 @pytest.fixture
@@ -129,14 +81,6 @@ SHOWN_FRAMES = """() => [...document.querySelectorAll("#job-3 video")].map((vide
     }
     return index;
 })"""
-
-
-def wait_until(page: Any, condition: str) -> None:
-    """Until a JavaScript expression is true. (The page's policy forbids what playwright's own waiting does: eval.)"""
-    deadline = time.monotonic() + 15
-    while not page.evaluate(f"Boolean({condition})"):
-        assert time.monotonic() < deadline, condition
-        page.wait_for_timeout(20)
 
 
 def wait_for_frame(page: Any, index: int) -> None:
@@ -377,36 +321,13 @@ def test_a_picture_is_enlarged_and_closed_again(page):
 
 
 def test_dark_mode_changes_colours_and_both_are_legible(page):
-    def colours(selector: str) -> tuple[list[float], list[float]]:
-        """Text and the nearest background behind it, each [red, green, blue]."""
-        return page.evaluate(
-            """(selector) => {
-                const numbers = (text) => text.match(/[0-9.]+/g).map(Number);
-                const element = document.querySelector(selector);
-                let behind = element;
-                while (behind.parentElement && numbers(getComputedStyle(behind).backgroundColor)[3] === 0)
-                    behind = behind.parentElement;
-                const back = getComputedStyle(behind).backgroundColor;
-                return [numbers(getComputedStyle(element).color).slice(0, 3), numbers(back).slice(0, 3)];
-            }""",
-            selector,
-        )
-
-    def luminance(colour: list[float]) -> float:
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
-        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-    def contrast(selector: str) -> float:
-        high, low = sorted((luminance(colour) for colour in colours(selector)), reverse=True)
-        return (high + 0.05) / (low + 0.05)
-
     texts = ["h1", ".nights dt", ".badge", ".v-new .badge", ".v-changed .badge", ".say", "#job-3 .job-foot", "th"]
     texts += [".line .verdict", ".p-slower td", ".p-better td", ".chip", ".line .say", "#job-3 .legend"]
     behind = {}
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        behind[scheme] = luminance(colours("h1")[1])
-        assert {name: round(contrast(name), 2) for name in texts if contrast(name) < 4.5} == {}
+        _, behind[scheme] = luminances(page, "h1")
+        assert {name: round(found, 2) for name in texts if (found := contrast(page, name)) < 4.5} == {}
     assert behind["light"] > 0.8
     assert behind["dark"] < 0.05
 
