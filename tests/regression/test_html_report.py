@@ -335,14 +335,21 @@ def test_every_style_that_the_templates_name_is_in_the_sheet_or_the_script():
     assert {name for name in whole if not re.search(rf"\.{name}\b", known)} == set()
 
 
-def test_the_package_has_its_templates(tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "some"),
+    [
+        ("runner/regression/templates", {"page.css", "page_top.html", "report.css", "report.js", "report_head.html"}),
+        ("runner/verbs/report_templates", {"run_report.html", "run_report.css", "jobs.js"}),
+    ],
+)
+def test_the_package_has_its_templates(tmp_path, folder, some):
     """Built as a wheel is: the files that setuptools copies into the package."""
-    names = {path.name for path in (ROOT / "runner/regression/templates").iterdir()}
-    assert {"page.css", "page_top.html", "report.css", "report.js", "report_head.html"} <= names
+    names = {path.name for path in (ROOT / folder).iterdir()}
+    assert some <= names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     script = (
         "import json, sys; from setuptools import Distribution; from setuptools.command.build_py import build_py\n"
-        "command = build_py(Distribution({'script_name': 'setup.py', 'packages': ['runner', 'runner.regression'],"
+        "command = build_py(Distribution({'script_name': 'setup.py', 'packages': ['runner', 'runner.regression', 'runner.verbs'],"
         " 'package_data': json.loads(sys.argv[1])}))\n"
         "command.build_lib = sys.argv[2]; command.ensure_finalized(); command.run()"
     )
@@ -351,4 +358,4 @@ def test_the_package_has_its_templates(tmp_path):
         [sys.executable, "-c", script, data, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "runner/regression/templates").iterdir()} == names
+    assert {path.name for path in (tmp_path / folder).iterdir()} == names

@@ -321,7 +321,7 @@ def test_a_picture_is_enlarged_and_closed_again(page):
 
 
 def test_dark_mode_changes_colours_and_both_are_legible(page):
-    texts = ["h1", ".nights dt", ".badge", ".v-new .badge", ".v-changed .badge", ".say", "#job-3 .job-foot", "th"]
+    texts = ["h1", ".about dt", ".badge", ".v-new .badge", ".v-changed .badge", ".say", "#job-3 .job-foot", "th"]
     texts += [".line .verdict", ".p-slower td", ".p-better td", ".chip", ".line .say", "#job-3 .legend"]
     behind = {}
     for scheme in ("light", "dark"):
