@@ -349,7 +349,8 @@ def test_the_package_has_its_templates(tmp_path, folder, some):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     script = (
         "import json, sys; from setuptools import Distribution; from setuptools.command.build_py import build_py\n"
-        "command = build_py(Distribution({'script_name': 'setup.py', 'packages': ['runner', 'runner.regression', 'runner.verbs'],"
+        "command = build_py(Distribution({'script_name': 'setup.py',"
+        " 'packages': ['runner', 'runner.regression', 'runner.verbs'],"
         " 'package_data': json.loads(sys.argv[1])}))\n"
         "command.build_lib = sys.argv[2]; command.ensure_finalized(); command.run()"
     )

@@ -26,7 +26,7 @@ const jobs = (() => {
     { key: "memory_ratio", name: "memory of forecast", title: "of forecast", number: true, value: (job) => job.memory_ratio, order: (job) => job.memory_ratio && away(job.memory_ratio) },
     { key: "cost", name: "cost", title: "Cost", number: true, value: (job) => job.cost },
   ];
-  const COLUMNS = every.filter(({ key, value }) => key === "id" || key === "state" || data.jobs.some((job) => value(job) !== undefined));
+  const COLUMNS = every.filter(({ key, value }) => ["order", "id", "state"].includes(key) || data.jobs.some((job) => value(job) !== undefined));
   const SHOWN = { wall: duration, gpu: duration, ratio, memory: bytes, memory_ratio: ratio, cost: money };
   const titled = COLUMNS.filter(({ title }) => title);
   const WIDTH = titled.length + 3; // columns: picture, the above, output, details

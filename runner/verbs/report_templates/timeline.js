@@ -131,7 +131,7 @@
   const lines = ({ process, lane, first, last }) => {
     const spans = lane.spans.slice(first, last + 1);
     const [stage, job] = spans[0], begin = spans[0][2], end = Math.max(...spans.map((span) => span[3]));
-    const when = Number.isFinite(began) ? ` (${new Date(began + begin * 1000).toISOString().slice(11, 19)} UTC)` : "";
+    const when = Number.isFinite(began) ? ` (${new Date(began + Math.round(begin) * 1000).toISOString().slice(11, 19)} UTC)` : "";
     const where = `${process.host}, shard ${process.shard}`;
     const time = `${clock(begin)} to ${clock(end)}${when}`;
     if (first !== last) {
@@ -263,7 +263,7 @@
       const process = processes.find(({ element }) => element === entry.target);
       process.inView = entry.isIntersecting;
       if (process.inView && process.stale !== false) drawProcess(process);
-      else if (!process.inView) {
+      else if (!process.inView && !process.element.contains(document.activeElement)) {
         for (const { track } of process.lanes) track.replaceChildren();
         process.stale = true;
       }
