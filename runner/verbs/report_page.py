@@ -218,6 +218,7 @@ def _process_data(process: ProcessReport, numbers: dict[str, int], words: _Words
         begin, end = _round(span.begin_s, 3), _round(span.end_s, 3)
         if begin is None or end is None:
             continue
+        begin = max(begin, 0.0)  # of a host whose clock is behind
         row: list[float] = [STAGES.index(span.stage), numbers.get(span.job_id or "", -1), begin, max(begin, end)]
         if span.job_id is not None and row[1] < 0:
             row.append(words.place(span.job_id))

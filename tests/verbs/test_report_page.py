@@ -108,6 +108,14 @@ def test_gpu_seconds_are_one_bar_whose_parts_are_the_numbers(tmp_path):
         assert text in page.text, text
 
 
+def test_gpu_seconds_that_are_not_known_are_no_zeros(tmp_path):
+    nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
+    page = write(make_report([make_job("a")], [], gpu_seconds=nothing), tmp_path)
+    assert "GPU seconds not known: no process has left a summary" in page.text
+    assert "GPU seconds per second" not in page.text
+    assert "Film 4.8 s" in page.text
+
+
 def test_a_run_without_anything_is_a_page_too(tmp_path):
     nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
     page = write(make_report([], [], gpu_seconds=nothing, caches={}, gpu_hour=2.0), tmp_path)
@@ -148,6 +156,18 @@ def test_a_process_that_was_stopped_says_by_what(tmp_path):
     assert "stopped: SIGTERM" in write(make_report([make_job("a")], [process]), tmp_path).text
 
 
+def test_a_process_that_left_no_summary_has_no_number(tmp_path):
+    """Only the records of its jobs tell of it; its host's clock may be behind the first one's."""
+    process = make_process(["a"], begin_s=-20.0, finished=False)
+    page = write(
+        make_report([make_job("a")], [type(process).model_construct(**dict(process) | {"pid": None})]), tmp_path
+    )
+    assert "pid" not in page.text
+    spans = data_of(page)["processes"][0]["spans"]
+    assert min(span[2] for span in spans) == 0
+    assert all(span[2] <= span[3] for span in spans)
+
+
 def test_a_span_of_a_job_that_the_report_does_not_list_keeps_its_name(tmp_path):
     data = data_of(write(make_report([make_job("a")], [make_process(["gone"])]), tmp_path))
     spans = [span for span in data["processes"][0]["spans"] if data["stages"][span[0]] != "load"]
@@ -183,11 +203,12 @@ def test_jobs_that_failed_by_the_same_cause_are_one_group(tmp_path):
 
 def test_a_short_id_is_not_looked_for_in_messages(tmp_path):
     jobs = [
-        make_job(name, "failed", error=make_error("internal", f"a {name} a", "Report it")) for name in ("a", "a-b-c")
+        make_job(name, "failed", error=make_error("internal", f"{name} fell", "Report it"))
+        for name in ("a", "b", "lone")
     ]
     text = section(write(make_report(jobs, []), tmp_path), "Failures", "Forecast and measured")
-    assert "a a a" in text
-    assert "a a-b-c a" in text  # one job alone: its text as it is
+    assert "a fell a b fell b lone fell lone What to do: Report it" in text
+    assert "‹job›" not in text
 
 
 def test_lost_jobs_are_among_the_failures(tmp_path):
