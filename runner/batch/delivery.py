@@ -36,6 +36,7 @@ from runner.video import (
     AudioSpan,
     Mp4Writer,
     PngWriter,
+    SoundNote,
     check_sound,
     combined_digest,
     digest_frames,
@@ -60,7 +61,7 @@ class Published:
 
     output: OutputRecord
     keys: frozenset[str]  # of all files
-    notes: list[str]
+    sound: SoundNote | None  # None: none was asked for
 
 
 class Delivery:
@@ -200,7 +201,7 @@ class Delivery:
         if len(self._digests) != self._expected:
             raise InternalError(f"{len(self._digests)} frames were generated, {self._expected} asked", where=job_id)
         with self._timer.stage("encode_video"):
-            note = self._join()
+            sound = self._join()
         with self._timer.stage("publish"):
             if self._is_png:
                 key, sha256 = frames_folder(job_id, uuid4().hex[:8]), None
@@ -229,7 +230,7 @@ class Delivery:
             frames_sha256=combined_digest(self._digests),
             frames_hash=FRAMES_HASH,
         )
-        return Published(record, frozenset(stored), [note] if note else [])
+        return Published(record, frozenset(stored), sound)
 
     def abort(self) -> None:
         """Leave nothing behind. Idempotent."""
@@ -275,11 +276,11 @@ class Delivery:
             names.add(OUTPUT)
         return names if self._poster_at(frames) is None else names | {POSTER}
 
-    def _join(self) -> str | None:
-        """Make the files that are published of those of the parts; what became of the sound, in words."""
-        note = None
+    def _join(self) -> SoundNote | None:
+        """Make the files that are published of those of the parts; what became of the sound."""
+        sound = None
         if not self._is_png:
-            note = join_parts(self._files(OUTPUT), self._folder / OUTPUT, fps=self._fps, audio=self._audio)
+            sound = join_parts(self._files(OUTPUT), self._folder / OUTPUT, fps=self._fps, audio=self._audio)
         if poses := self._files(POSE):
             join_parts(poses, self._folder / POSE, fps=self._pose_fps)
         try:
@@ -290,7 +291,7 @@ class Delivery:
                 (self._folder / PEOPLE).write_bytes(self._people.to_json())
         except OSError as error:
             raise as_runner_error(error, where=self._folder) from error
-        return note
+        return sound
 
     def _files(self, pattern: str) -> list[Path]:
         """Of all parts, in order."""

@@ -66,12 +66,12 @@ def _places(job: Job) -> dict[str, str]:
 def fetch_request(
     job: Job, folder: Path, inputs: Mapping[str, InputRecord], roots: Sequence[str] = ()
 ) -> tuple[Request, list[str]]:
-    """Local inputs where they lie, objects copied below `folder`; and a note for each that could not be verified.
+    """Local inputs where they lie, objects copied below `folder`; and a warning for each that could not be verified.
 
     `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is
     tried again, for an object that has changed since then; InputNotFound, InputUnreadable, storage.*.
     """
-    notes: list[str] = []
+    warnings: list[str] = []
 
     identified = {record.uri: record for record in inputs.values()}
 
@@ -81,7 +81,7 @@ def fetch_request(
         if is_remote(uri) and known is not None and known.identity != fetched.info.identity:
             raise StorageUnavailable(f"the {name} has changed since the job was begun", where=uri, todo="Run again")
         if fetched.unverified:
-            notes.append(f"unverified transfer: {uri} (the store gives no digest to compare it with)")
+            warnings.append(f"unverified transfer: {uri} (the store gives no digest to compare it with)")
         return fetched.path
 
     official = None
@@ -101,7 +101,7 @@ def fetch_request(
         official=official,
         mask=fetch("mask", job.mask, folder / "mask") if job.mask else None,
     )
-    return request, notes
+    return request, warnings
 
 
 def _made(folder: Path) -> Path:

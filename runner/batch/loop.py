@@ -239,11 +239,10 @@ class Batch:
         timer.probe = generator.probe
         begin = task.fetch_begin = time.monotonic()
         with timer.stage("fetch"):
-            request, notes = fetch_request(job, task.folder, task.inputs, self._input_roots)
-            task.notes.extend(notes)
+            request, unverified = fetch_request(job, task.folder, task.inputs, self._input_roots)
         task.audio_from = request.video
         conditions = task.conditions = generator.prepare(request, timer)
-        self._warn(task, conditions.report.get("warnings", ()))
+        self._warn(task, [*unverified, *conditions.report.get("warnings", ())])
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
         self._keeper.find(task, generator.resume_identity)
         self._settlement.note_span(task, "prepare", begin)
@@ -253,7 +252,7 @@ class Batch:
 
     def _warn(self, task: Task, warnings: Iterable[str]) -> None:
         for text in warnings:
-            task.notes.append(text)
+            task.note(text, warning=True)
             if not task.tried:  # a retry finds the same
                 self._events.emit("job_warning", level="warning", job=task.job.id, message=text)
 

@@ -114,10 +114,10 @@ class SegmentKeeper:
         if point is not None:
             whole = point.segment >= count
             task.resumed_at = point.segment + 1
-            task.notes.append(
+            task.note(
                 RESUMED + (f"after segment {count}/{count}" if whole else f"at segment {point.segment + 1}/{count}")
             )
             self._events.emit("job_resumed", job=job_id, segment=point.segment + 1, segments=count)
         elif task.kept.why:
-            task.notes.append(f"began at segment 1/{count}: {task.kept.why}")
+            task.note(f"began at segment 1/{count}: {task.kept.why}")
             self._events.emit("job_not_resumed", job=job_id, reason=task.kept.why, segments=count)

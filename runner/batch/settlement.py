@@ -74,8 +74,9 @@ class Settlement:
         )
         self.spans.add(job_id, "deliver", begin)
         task.spans["deliver"] = (task.deliver_begin or begin, time.monotonic())
-        notes = [*task.notes, *published.notes]
-        record = self._record(task, status="succeeded", output=published.output, notes=notes)
+        if published.sound is not None:
+            task.note(published.sound.text, warning=published.sound.missing)
+        record = self._record(task, status="succeeded", output=published.output)
         standing = self._ledger.succeed(record, task.decision)
         # The job has succeeded, whatever fails from here on.
         self._tidy(job_id, standing, published.keys if standing.run_id == record.run_id else None)
@@ -89,7 +90,7 @@ class Settlement:
                 attempt=task.decision.attempt,
                 output=standing.output.uri if standing.output is not None else None,
                 seconds=round(time.monotonic() - task.begin, 3),
-                notes=standing.notes,
+                warnings=standing.warnings,
             ),
             standing,
         )
@@ -118,7 +119,7 @@ class Settlement:
             self._keeper.forget(task)
         self.stop_for(error)
         found = ErrorRecord.of(error, stage)
-        record = self._record(task, status="failed", error=found, notes=task.notes)
+        record = self._record(task, status="failed", error=found)
         try:
             # Inputs that cannot be read now say nothing against what was made of them before.
             blames_job = error.blames_job and bool(task.inputs)
@@ -143,7 +144,7 @@ class Settlement:
             attempt=attempt,
             seconds=round(time.monotonic() - task.begin, 3),
             error=found,
-            notes=record.notes,
+            warnings=record.warnings,
         )
         self._report(line, record)
 
@@ -182,8 +183,8 @@ class Settlement:
 
     def skip(self, job: Job, decision: Decision) -> None:
         """Count a job that is done already."""
-        notes = decision.previous.notes if decision.previous is not None else []
-        line = JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt, notes=notes)
+        warnings = decision.previous.warnings if decision.previous is not None else []
+        line = JobLine(id=job.id, status="skipped", reason=decision.reason, attempt=decision.attempt, warnings=warnings)
         self._report(line)
 
     def exhaust(self, task: Task) -> None:

@@ -53,6 +53,7 @@ class Task:
     decision: Decision = field(default_factory=lambda: Decision("run", ""))
     inputs: dict[str, InputRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # for the record
+    warnings: list[str] = field(default_factory=list)  # of the notes, those that a person should look at
     audio_from: Path | None = None
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None
@@ -68,6 +69,12 @@ class Task:
     generating: bool = False  # the main thread is reading its conditions; nobody else may close them
     settled: bool = False  # by the delivery thread; what still comes of it is dropped
 
+    def note(self, text: str, *, warning: bool = False) -> None:
+        """Add to the record's notes, and to its warnings."""
+        self.notes.append(text)
+        if warning:
+            self.warnings.append(text)
+
     @property
     def gpu_s(self) -> float:
         """Seconds of the device's work, so far."""
@@ -76,7 +83,7 @@ class Task:
     def record(
         self, *, run_id: str, shard: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
     ) -> ResultRecord:
-        """The attempt as it stands; `more` says how it ended: status, output, error, notes."""
+        """The attempt as it stands; `more` says how it ended: status, output, error."""
         return ResultRecord(
             job_id=self.job.id,
             attempt=self.decision.attempt,
@@ -113,6 +120,8 @@ class Task:
             engine=engine,
             environment=dict(environment()),
             computed_by=with_versions(self.identity) if self.identity else {},
+            notes=self.notes,
+            warnings=self.warnings,
             **more,
         )
 

@@ -212,7 +212,10 @@ class ResultRecord(Record):
         "memory mode, versions; of the last segment; empty where the generator does not say, and in older records",
     )
     error: ErrorRecord | None = None
-    notes: list[str] = []
+    notes: list[str] = Field(default=[], description="what a reader of the record should know, warnings included")
+    warnings: list[str] = Field(
+        default=[], description="of the notes, those that a person should look at; empty in older records"
+    )
 
     @property
     def counted(self) -> int:
@@ -303,7 +306,7 @@ class JobLine(Record):
     output: str | None = None
     seconds: float | None = Field(None, description="from fetch to publish")
     error: ErrorRecord | None = None
-    notes: list[str] = Field(default=[], description="warnings, as in the record")
+    warnings: list[str] = Field(default=[], description="as in the record")
 
 
 class ProcessUsage(Record):

@@ -172,5 +172,5 @@ def _row(job_id: str, sighting: Sighting, record: ResultRecord | None) -> Status
         seconds=round(sum(record.timings_s.values()), 3),
         output=record.output.uri if record.output else None,
         finished_at=record.finished_at,
-        warnings=tuple(record.notes),
+        warnings=tuple(record.warnings),
     )

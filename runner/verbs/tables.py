@@ -142,10 +142,10 @@ def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
         if line.error is not None:
             _print_line(console, line.id, f"[red]{escape(line.error.code)}[/]: {escape(line.error.message)}")
     for line in outcome.lines:
-        for note in line.notes:
-            _print_line(console, line.id, f"[yellow]![/] {escape(note)}")
+        for warning in line.warnings:
+            _print_line(console, line.id, f"[yellow]![/] {escape(warning)}")
     counts = _counts_of_decisions(outcome) if outcome.dry_run else dict(outcome.counts)
-    counts["with warnings"] = sum(bool(line.notes) for line in outcome.lines)
+    counts["with warnings"] = sum(bool(line.warnings) for line in outcome.lines)
     found = " · ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
     console.print(found, soft_wrap=True)
     console.print(f"outputs: {escape(outcome.outputs)}", soft_wrap=True)
@@ -178,7 +178,7 @@ def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
         more = {name: cells for name, cells in more.items() if any(cells)}
         table = new_table("job", "status", *more, whole=("status", *more), gap=1 if folds else 2)
         for index, line in enumerate(lines):
-            warned = f" [yellow]!{len(line.notes)}[/]" if line.notes else ""
+            warned = f" [yellow]!{len(line.warnings)}[/]" if line.warnings else ""
             cells = [column[index] for column in more.values()]
             table.add_row(escape(line.id), _status(line.status) + warned, *cells)
         return TableLayout(table, moved, folds)

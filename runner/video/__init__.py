@@ -3,7 +3,7 @@
 from runner.video.frame_digests import FRAMES_HASH, combined_digest, digest_frames, format_digests, parse_digests
 from runner.video.join import join_parts
 from runner.video.reader import Sampled, VideoInfo, VideoReader, probe, sample_by_time, sample_indices
-from runner.video.sound import AudioSpan, check_sound
+from runner.video.sound import AudioSpan, SoundNote, check_sound
 from runner.video.writer import Mp4Writer, PngWriter, png_name, write_jpeg
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Mp4Writer",
     "PngWriter",
     "Sampled",
+    "SoundNote",
     "VideoInfo",
     "VideoReader",
     "check_sound",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import InternalError, RunnerError, as_runner_error
-from runner.video.sound import AudioSpan, Sound
+from runner.video.sound import AudioSpan, Sound, SoundNote
 
 __all__ = ["join_parts"]
 
@@ -26,11 +26,11 @@ REORDER_FRAMES = 2
 TRACK_TIMESCALE = 10_000  # ticks a second at least, as FFmpeg's muxer gives a video track
 
 
-def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: AudioSpan | None = None) -> str | None:
+def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: AudioSpan | None = None) -> SoundNote | None:
     """Put the pictures of `parts` one behind the other into `dest`, with the sound of `audio`.
 
     Each frame lasts exactly 1/fps; dts grows by one frame a packet and is never above pts. `dest` appears whole, or not
-    at all. Returns what became of the sound in words, None if none was asked for. Raises InternalError if the parts
+    at all. Returns what became of the sound, None if none was asked for. Raises InternalError if the parts
     were not encoded with the same parameters or are damaged, InputUnreadable if the sound cannot be decoded,
     StorageFull and StorageDenied as the disk does.
     """

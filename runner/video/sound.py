@@ -18,7 +18,7 @@ import numpy as np
 from runner.errors import InputUnreadable
 from runner.video.decode import open_container
 
-__all__ = ["AudioSpan", "Sound", "check_sound"]
+__all__ = ["AudioSpan", "Sound", "SoundNote", "check_sound"]
 
 AAC_RATES = {96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350}
 AAC_BITS_PER_CHANNEL = 96_000
@@ -34,6 +34,14 @@ class AudioSpan:
     duration_s: float
 
 
+@dataclass(frozen=True)
+class SoundNote:
+    """What became of the sound that was asked for, in words. missing: the source has none for the span."""
+
+    text: str
+    missing: bool
+
+
 class Sound:
     """A span of sound on its way from a source file into an open container, as AAC."""
 
@@ -45,8 +53,8 @@ class Sound:
         self._out.codec_context.bit_rate = AAC_BITS_PER_CHANNEL * (1 if layout == "mono" else 2)
 
     @classmethod
-    def open(cls, span: AudioSpan, container: Any) -> tuple[Sound | None, str]:
-        """The sound, or None where there is none; and what became of it, in words. Call `close` in the end.
+    def open(cls, span: AudioSpan, container: Any) -> tuple[Sound | None, SoundNote]:
+        """The sound, or None where there is none; and what became of it. Call `close` in the end.
 
         Raises InputUnreadable if the first of it cannot be decoded.
         """
@@ -54,14 +62,15 @@ class Sound:
         try:
             track = _find_track(source)
             if isinstance(track, str):
-                return None, track
+                return None, SoundNote(track, missing=True)
             pieces = _cut(source, track, span)
             first = next(pieces, None)
             if first is None:
-                return None, "the source's sound ends before the rendered span"
+                return None, SoundNote("the source's sound ends before the rendered span", missing=True)
             sound = cls(chain([first], pieces), source, track.rate, track.layout, container)
             source = None  # the sound closes it from here on
-            return sound, f"cut to the rendered span, encoded as AAC at {track.rate} Hz {track.layout}"
+            text = f"cut to the rendered span, encoded as AAC at {track.rate} Hz {track.layout}"
+            return sound, SoundNote(text, missing=False)
         finally:
             if source is not None:
                 source.close()

@@ -81,7 +81,7 @@ def run(folder: Path, lengths: list[int], restored: set[int], options: JobOption
     )
     assert files.keys() == files_again.keys()
     assert [name for name in files if files[name] != files_again[name]] == []
-    assert (told.output.frames_sha256, told.notes) == (told_again.output.frames_sha256, told_again.notes)
+    assert (told.output.frames_sha256, told.sound) == (told_again.output.frames_sha256, told_again.sound)
     return files
 
 

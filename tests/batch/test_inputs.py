@@ -23,8 +23,8 @@ def job(base: str, **more: str | None) -> Job:
 def test_local_files_stay_where_they_are(tmp_path):
     for name in ("ref.png", "dance.mp4", "mask.mp4"):
         (tmp_path / name).write_text(name)
-    request, notes = fetch_request(job(str(tmp_path)), tmp_path / "scratch", {})
-    assert notes == []
+    request, warnings = fetch_request(job(str(tmp_path)), tmp_path / "scratch", {})
+    assert warnings == []
     places = (request.reference, request.video, request.mask)
     assert places == (tmp_path / "ref.png", tmp_path / "dance.mp4", tmp_path / "mask.mp4")
     assert not (tmp_path / "scratch").exists()
@@ -43,8 +43,8 @@ def test_objects_are_copied(moto_s3, aws_env, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     inputs = InputIndex(FileHashes()).identify(job(base, official=base))
-    request, notes = fetch_request(job(base, official=base), scratch, inputs)
-    assert notes == []
+    request, warnings = fetch_request(job(base, official=base), scratch, inputs)
+    assert warnings == []
     for path, name in ((request.reference, "ref.png"), (request.video, "dance.mp4"), (request.mask, "mask.mp4")):
         assert isinstance(path, Path) and path.is_relative_to(scratch)
         assert path.read_text() == name
@@ -79,8 +79,8 @@ def test_a_transfer_that_cannot_be_verified_is_noted(moto_s3, aws_env, tmp_path)
     config = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
     (tmp_path / "long.mp4").write_bytes(b"v" * (6 * 2**20))
     moto_s3.client.upload_file(str(tmp_path / "long.mp4"), bucket, "in/dance.mp4", Config=config)
-    _, notes = fetch_request(job(f"s3://{bucket}/in"), tmp_path / "scratch", {})
-    assert [note.split(" (")[0] for note in notes] == [f"unverified transfer: s3://{bucket}/in/dance.mp4"]
+    _, warnings = fetch_request(job(f"s3://{bucket}/in"), tmp_path / "scratch", {})
+    assert [text.split(" (")[0] for text in warnings] == [f"unverified transfer: s3://{bucket}/in/dance.mp4"]
 
 
 def test_each_input_is_looked_at_once(tmp_path, monkeypatch):

@@ -100,13 +100,11 @@ def test_work_of_attempts_that_fail_counts_for_the_process(bench):
 
 
 def test_warnings_stand_in_the_summary_also_of_jobs_that_were_done_before(bench):
-    bench.generator.resumable = False
     bench.run(bench.job("a"))
-    notes = bench.result("a")["notes"]
-    data = bench.result("a") | {"notes": [*notes, "the sound was too short"]}
+    data = bench.result("a") | {"warnings": ["the sound was too short"]}
     bench.out.write_bytes("jobs/a/result.json", json.dumps(data).encode())
     assert bench.run(bench.job("a"), run_id="r2") == 0
-    assert bench.summary["jobs"][0]["notes"] == [*notes, "the sound was too short"]
+    assert bench.summary["jobs"][0]["warnings"] == ["the sound was too short"]
 
 
 def test_idle_seconds_are_told_while_the_run_goes_on(bench):
@@ -132,7 +130,8 @@ def test_warnings_of_preprocessing_stand_in_the_notes_and_once_in_the_log(bench,
     monkeypatch.setattr(bench.generator, "prepare", prepare)
     assert bench.run(bench.job("a"), bench.job("b", prompt="flaky"), bench.job("c", prompt="fail-generate")) == 1
     for name in ("a", "b", "c"):
-        assert bench.result(name)["notes"] == bench.result(name)["preprocess"]["warnings"] == said
+        assert bench.result(name)["notes"] == bench.result(name)["warnings"] == said
+        assert {line["id"]: line["warnings"] for line in bench.summary["jobs"]}[name] == said
         events = [event for event in bench.events if event["event"] == "job_warning" and event["job"] == name]
         assert [(event["level"], event["message"]) for event in events] == [("warning", text) for text in said]
 

@@ -30,7 +30,7 @@ def outcome(**more) -> RunOutcome:
     error = ErrorRecord(code="input.not_found", message="r.png: no such file", stage="prepare", retryable=False)
     lines = (
         JobLine(id="a", status="succeeded", reason="no record yet", attempt=1, output="out/jobs/a/output.mp4"),
-        JobLine(id="b", status="failed", reason="no record yet", attempt=2, error=error, notes=["a note"]),
+        JobLine(id="b", status="failed", reason="no record yet", attempt=2, error=error, warnings=["a warning"]),
     )
     counts = MappingProxyType({"total": 2, "succeeded": 1, "skipped": 0, "failed": 1, "not_run": 0})
     return RunOutcome(1, "r1", Shard(0, 1), "no scheduler", counts, lines, "out/jobs/", "out/runs/r1/", None, **more)
@@ -45,7 +45,7 @@ def test_of_a_run():
     assert found["error"] == {"code": "device.lost", "message": "the GPU is lost", "exit_code": 3}
     first, second = found["jobs"]
     assert (first["id"], first["status"], first["output"]) == ("a", "succeeded", "out/jobs/a/output.mp4")
-    assert second["error"]["code"] == "input.not_found" and second["notes"] == ["a note"]
+    assert second["error"]["code"] == "input.not_found" and second["warnings"] == ["a warning"]
     assert "action" not in first and run_object(outcome())["error"] is None
 
 

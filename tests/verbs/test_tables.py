@@ -123,7 +123,7 @@ def test_a_long_id_is_folded_only_where_nothing_else_helps():
 
 
 def test_warnings_are_counted_in_the_row_and_shown_below():
-    noted = LINES[0].model_copy(update={"notes": ["the first [bold]", "the second"]})
+    noted = LINES[0].model_copy(update={"warnings": ["the first [bold]", "the second"]})
     lines = printed(outcome(noted, *LINES[1:]), 80)
     assert "succeeded !2" in rows(lines)["anna"] and "!" not in rows(lines)["bela"]
     assert "anna: ! the first [bold]" in lines and "anna: ! the second" in lines

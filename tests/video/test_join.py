@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import InternalError, StorageFull
-from runner.video import AudioSpan, Mp4Writer, join_parts
+from runner.video import AudioSpan, Mp4Writer, SoundNote, join_parts
 from tests.video_files import boxes, indexed_frames, make_clip, overwrite_middle, read_index, tone, truncate
 
 RATES = [16, 30, Fraction(30000, 1001), Fraction(24000, 1001), Fraction(15, 2), 60]
@@ -123,7 +123,7 @@ def test_sound_lies_beside_its_pictures(tmp_path: Path, lengths: list[int]) -> N
     source = make_clip(tmp_path / "source.mp4", 75, audio=tone(2.5, 44100, 1.25))
     out = tmp_path / "out.mp4"
     note = join_parts(encode(tmp_path, lengths), out, fps=Fraction(30), audio=AudioSpan(source, 0.5, 2.0))
-    assert note == "cut to the rendered span, encoded as AAC at 44100 Hz stereo"
+    assert note == SoundNote("cut to the rendered span, encoded as AAC at 44100 Hz stereo", missing=False)
     check_stamps(out, 60, 30)
     with av.open(str(out)) as container:
         blocks = list(container.decode(audio=0))

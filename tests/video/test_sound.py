@@ -26,7 +26,9 @@ def write(path: Path, frames: int, fps: int, audio: AudioSpan) -> str:
             writer.write(indexed_frames(begin, min(begin + 7, frames)))
     note = join_parts(parts, path, fps=Fraction(fps), audio=audio)
     assert note is not None
-    return note
+    with av.open(str(path)) as container:
+        assert note.missing == (not container.streams.audio)
+    return note.text
 
 
 def sound_of(path: Path) -> tuple[np.ndarray, int]:
