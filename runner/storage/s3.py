@@ -114,10 +114,10 @@ def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
 
 def _parse_time(text: Any) -> datetime:
     """A time of an answer. botocore's own parser takes 75 ms of CPU for the times of one page of a listing (measured on
-    a shared Xeon), and this one 1 ms; what is written in another form than a listing's is left to it."""
+    a shared Xeon), and this one 1 ms. Forms that S3 does not write are left to it."""
     try:
-        found = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
+        found = parsedate_to_datetime(text) if text.endswith(" GMT") else datetime.fromisoformat(text)
+    except (AttributeError, TypeError, ValueError):
         return parse_timestamp(text)
     return found if found.tzinfo is not None else parse_timestamp(text)
 
