@@ -339,10 +339,14 @@ def _plan(settings: PlanSettings, display: Display) -> int:
 
 def _status(settings: StatusSettings, display: Display) -> int:
     from runner.verbs.status import status
-    from runner.verbs.tables import print_status
+    from runner.verbs.tables import StatusWatch, print_status
 
-    found = status(settings)
-    print_status(found, as_json=display.json)
+    if settings.watch and not display.json:
+        with StatusWatch() as watch:
+            found = status(settings, watch.show)
+    else:
+        found = status(settings)
+    print_status(found, as_json=display.json, all_rows=settings.all)
     return found.exit_code
 
 
@@ -474,12 +478,12 @@ VERBS = (
     ),
     Verb(
         "status",
-        "what an output folder holds: done, failed, running",
+        "how far a run has come: done, failed, running, pending; 3 while jobs are left, then 1 or 0",
         StatusSettings,
         _status,
         (0, 1, 2, 3),
-        ("video-lab status out/demo", "video-lab status s3://bucket/out --json"),
-        json_prints="one JSON object a job",
+        ("video-lab status out/demo --watch", "video-lab status s3://bucket/out --run night-7 --wait --timeout 8h"),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "compare",

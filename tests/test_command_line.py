@@ -130,7 +130,7 @@ CALLS = {
 
 
 def status_of(*states):
-    rows = [StatusRow(id=str(n), status=state, detail="") for n, state in enumerate(states)]
+    rows = [StatusRow(id=str(n), status=state) for n, state in enumerate(states)]
     return RunStatus("out", None, None, tuple(rows), {})
 
 

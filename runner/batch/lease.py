@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -58,6 +58,11 @@ class Sighting:
     def lost(self) -> bool:
         """Whether an attempt began and its runner is not heard of any more."""
         return self.mark is not None and self.mark.error is None and not self.live
+
+    def later(self, seconds: float) -> Sighting:
+        """What it is `seconds` later where no runner has renewed it meanwhile."""
+        gone = self.mark is not None and self.mark.process is not None and _is_gone(self.mark.process)
+        return replace(self, age_s=self.age_s + seconds, gone=gone)
 
     @property
     def heard(self) -> str:

@@ -38,7 +38,7 @@ from runner.storage import ObjectInfo, Storage, check_key, combined_identity
 from runner.storage.file_hashes import FileHashes
 from runner.timing import now
 
-__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "output_identity"]
+__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "output_identity", "parse_record"]
 
 REPLACES = 5  # tries to put a record or an output in the place of another run's
 
@@ -533,7 +533,7 @@ class Ledger:
 
     def _read_result(self, job_id: str) -> tuple[ResultRecord | None, str | None]:
         data, version = self._read(_result_key(job_id))
-        return (None if data is None else _parse_record(data)), version
+        return (None if data is None else parse_record(data)), version
 
     def _read(self, key: str) -> tuple[bytes | None, str | None]:
         """(content, version) of a small object; neither where a folder or something unreadable lies in its place."""
@@ -555,7 +555,8 @@ class Ledger:
             ) from error
 
 
-def _parse_record(data: bytes) -> ResultRecord | None:
+def parse_record(data: bytes) -> ResultRecord | None:
+    """The record that `data` holds; None for a torn or foreign file."""
     try:
         return ResultRecord.model_validate(json.loads(data))
     except (ValueError, ValidationError, RecursionError):

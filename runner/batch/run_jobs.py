@@ -15,9 +15,9 @@ from runner.errors import InputUnreadable, RunnerError
 from runner.records.output_layout import RUN_JOBS, RUNS, run_file_key, split_run_key
 from runner.records.record import RunJobsRecord
 from runner.spec.manifest import Job
-from runner.storage import Storage
+from runner.storage import ObjectInfo, Storage
 
-__all__ = ["keep_run_jobs", "newest_run", "read_run_jobs"]
+__all__ = ["keep_run_jobs", "list_runs", "read_run_jobs"]
 
 
 def keep_run_jobs(
@@ -48,14 +48,14 @@ def _digest(job: Job, parts: Callable[[Job], Mapping[str, Any]]) -> str | None:
         return None
 
 
-def newest_run(storage: Storage) -> str | None:
-    """The id of the run that began last, None where no run has kept its jobs. Raises storage.*."""
-    kept = [
-        (info.modified, names[0])
+def list_runs(storage: Storage) -> dict[str, ObjectInfo]:
+    """The runs that have kept their jobs, the one that began last first: run id → the file. Raises storage.*."""
+    kept = {
+        names[0]: info
         for info in storage.list(RUNS)
         if (names := split_run_key(info.key)) is not None and names[1] == RUN_JOBS
-    ]
-    return max(kept)[1] if kept else None
+    }
+    return dict(sorted(kept.items(), key=lambda item: (item[1].modified, item[0]), reverse=True))
 
 
 def read_run_jobs(storage: Storage, run_id: str) -> RunJobsRecord | None:

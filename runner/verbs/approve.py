@@ -75,7 +75,7 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
         def accept(item: tuple[StatusRow, ResultRecord | None]) -> ApproveRow:
             row, record = item
             if row.status != "succeeded" or record is None:
-                return ApproveRow(row.id, "refused", f"{row.status}: {row.detail}")
+                return ApproveRow(row.id, "refused", f"{row.status}: {row.reason}")
             return _row(row.id, baseline.approve(out, record, request), "approved")
 
         with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:

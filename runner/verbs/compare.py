@@ -119,7 +119,7 @@ class _Night:
                 text = f"the night's output cannot be read: {gone[row.id].message}"
                 findings.append(_failed(row.id, text, f"{gone[row.id].code}: {gone[row.id].message}", record))
             elif row.id not in night:
-                findings.append(_failed(row.id, f"the night has no output of it: {row.status}", row.detail, record))
+                findings.append(_failed(row.id, f"the night has no output of it: {row.status}", row.reason, record))
             else:
                 findings.append(self._finding(night[row.id], standing.get(row.id)))
         findings += [_missing(job) for job in missing]

@@ -34,6 +34,7 @@ __all__ = [
     "check_by",
     "is_age",
     "is_assumptions",
+    "is_interval",
     "is_job_options",
     "is_manifest",
     "is_megabytes",
@@ -54,6 +55,7 @@ __all__ = [
 
 ALL_LAYERS = "all"  # the rule that is known without torch
 MAX_EMBED_MB = 1024
+MAX_INTERVAL_S = 86400
 MAX_REASON = 2000  # characters
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
@@ -110,6 +112,13 @@ def is_seconds(flag: str, value: Any) -> float:
         seconds = math.nan
     if not seconds >= 0:
         raise _wrong(flag, value, "a number of seconds, 0 or more", f"Write e.g. {flag} 20")
+    return seconds
+
+
+def is_interval(flag: str, value: Any) -> float:
+    seconds = is_seconds(flag, value)
+    if not 0 < seconds <= MAX_INTERVAL_S:
+        raise _wrong(flag, value, f"a number of seconds, above 0 and up to {MAX_INTERVAL_S}", f"Write e.g. {flag} 20")
     return seconds
 
 

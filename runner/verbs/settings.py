@@ -33,6 +33,7 @@ from runner.verbs.flag_values import (
     check_by,
     is_age,
     is_assumptions,
+    is_interval,
     is_job_options,
     is_manifest,
     is_megabytes,
@@ -361,9 +362,25 @@ class PlanSettings(RootSettings, SelectionSettings, ShardSettings, ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class StatusSettings(Settings):
-    """`video-lab status`."""
+    """`video-lab status`. `wait` and `watch` return when no job of the run is left."""
 
     out: str = field(metadata=OUT)
+    run: str | None = field(default=None, metadata=_flag("of this run; default: the newest one", is_run_id, "ID"))
+    all: bool = field(
+        default=False,
+        metadata=_switch("of more than 50 jobs show those too that are plainly done and those that have not begun"),
+    )
+    wait: bool = field(default=False, metadata=_switch("return when no job is pending, running or lost any more"))
+    watch: bool = field(default=False, metadata=_switch("as --wait, and show each look, with the rate and the ETA"))
+    every: float = field(default=10.0, metadata=_flag("seconds between two looks", is_interval, "S"))
+    timeout: str | None = field(
+        default=None,
+        metadata=_flag("give up waiting after 30m, 2h, …, with exit code 3; default: never", is_age, "AGE"),
+    )
+
+    def check_together(self) -> None:
+        if self.timeout is not None and not (self.wait or self.watch):
+            raise ConfigInvalid("ends a wait, and none was asked for", where="--timeout", todo="Give --wait or --watch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,46 +3,64 @@
 In:   an output storage. Out: a `RunStatus`: one `StatusRow` a job of the run's manifest, which the run keeps beside its
 summaries, and one for each other job that has a record or a mark. Never: inputs, so that a job whose inputs alone have
 changed since it was rendered counts as done until a run reads them.
+
+The output folder is listed once a look. Only records and marks that are listed are read, and at a later look only those
+whose entry has changed.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from runner.batch.fingerprint import settings_digest
-from runner.batch.lease import Sighting
-from runner.batch.ledger import Ledger
-from runner.batch.run_jobs import newest_run, read_run_jobs
-from runner.errors import ConfigInvalid
+from runner.batch.lease import Leases, Sighting
+from runner.batch.ledger import parse_record
+from runner.batch.run_jobs import list_runs, read_run_jobs
+from runner.errors import ConfigInvalid, InputError
 from runner.records.events import default_logging
-from runner.records.output_layout import ATTEMPT, JOBS, RESULT, split_job_key
-from runner.records.record import ResultRecord, RunJobsRecord
-from runner.storage import Storage, open_storage
+from runner.records.output_layout import ATTEMPT, FRAMES, JOBS, OUTPUT, RESULT, job_folder, job_key, split_job_key
+from runner.records.record import ErrorRecord, OutputRecord, ResultRecord, RunJobsRecord
+from runner.storage import ObjectInfo, Storage, check_key, open_storage
+from runner.verbs.flag_values import parse_age
 from runner.verbs.settings import StatusSettings
+from runner.verbs.status_watch import wait_for_end
 
-__all__ = ["RunStatus", "StatusRow", "read_jobs", "read_run_status", "status"]
+__all__ = ["RunStatus", "StatusReader", "StatusRow", "read_jobs", "read_run_status", "status"]
 
 READS_AT_ONCE = 32
 STATES = ("succeeded", "failed", "running", "lost", "pending")
+RATE_JOBS = 50  # the rate is that of so many jobs that ended last: a stall shows after minutes, one slow job does not
+RUNS_NAMED = 10
+NOTHING = Sighting(None, None)  # in the place of a lease
 
 
 class StatusRow(BaseModel):
+    """One job. `output` and `film` tell the output that lies there, also of a job that is to be rendered anew."""
+
     model_config = ConfigDict(frozen=True)
 
     id: str
     status: Literal["succeeded", "failed", "running", "lost", "pending"]
-    detail: str  # why, in words; of a job that is done what its output is
+    reason: str = ""  # why it has this status, in words; empty for a job that is done
+    code: str | None = None  # of the error that it failed with
     attempt: int = 0
     seconds: float | None = None
     output: str | None = None
+    film: str = ""  # `81 frames 480x832 at 16 fps`
+    run_id: str | None = None  # of the run that the record or the mark is from
+    started_at: str | None = None
     finished_at: str | None = None
-    host: str | None = None  # of a job that is running or lost
+    stage: str | None = None  # of a job that is running or lost, as the next two
+    host: str | None = None
     heard_s: float | None = None  # seconds since its runner was last heard of
     warnings: tuple[str, ...] = ()
     listed: bool = True  # whether the run's manifest has the job
@@ -53,7 +71,8 @@ class RunStatus:
     """How far a run has come.
 
     run_id, manifest: of the run whose jobs are counted; None where no run has kept its jobs: then all that are there
-    are. rows: in the manifest's order, then the jobs that it has not. records: of the jobs that have one.
+    are. rows: in the manifest's order, then the jobs that it has not. records: of the jobs that have one. read_at:
+    seconds since 1970.
     """
 
     out: str
@@ -61,116 +80,422 @@ class RunStatus:
     manifest: str | None
     rows: tuple[StatusRow, ...]
     records: Mapping[str, ResultRecord]
+    read_at: float = 0.0
 
     @property
     def counts(self) -> dict[str, int]:
-        """Jobs of the manifest by status, and their total."""
+        """Jobs of the manifest by status, their total, and how many of them have warnings."""
         found = Counter[str](row.status for row in self.rows if row.listed)
-        return {"total": sum(found.values())} | {name: found[name] for name in STATES}
+        warned = sum(bool(row.warnings) for row in self.rows if row.listed)
+        return {"total": sum(found.values())} | {name: found[name] for name in STATES} | {"with_warnings": warned}
+
+    @property
+    def left(self) -> int:
+        """Jobs of the manifest that have not ended."""
+        found = self.counts
+        return found["running"] + found["lost"] + found["pending"]
 
     @property
     def exit_code(self) -> int:
         """3 if a job of the manifest is still to be done, else 1 if one has failed, else 0."""
-        found = self.counts
-        if found["running"] or found["lost"] or found["pending"]:
+        if self.left:
             return 3
-        return 1 if found["failed"] else 0
+        return 1 if self.counts["failed"] else 0
+
+    @property
+    def rate_per_hour(self) -> float | None:
+        """Jobs that ended in this run, on all hosts, an hour: of the RATE_JOBS that ended last, until now.
+
+        Jobs that were done before the run do not count. None where none has ended in it.
+        """
+        ended = sorted(
+            (_seconds_of(row.finished_at), _seconds_of(row.started_at or row.finished_at))
+            for row in self.rows
+            if row.listed and row.finished_at and row.run_id == self.run_id and row.status in ("succeeded", "failed")
+        )
+        if not ended or self.run_id is None:
+            return None
+        last = ended[-RATE_JOBS:]
+        # The time before the first end counts too: from the end of the job before it, else from the run's first start.
+        begin = ended[-RATE_JOBS - 1][0] if len(ended) > RATE_JOBS else min(started for _, started in ended)
+        return 3600 * len(last) / max(1.0, self.read_at - begin)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until all jobs of the manifest have ended, at this rate; None where it has none, or nothing runs."""
+        rate = self.rate_per_hour
+        return 3600 * self.left / rate if rate and self.counts["running"] else None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `status --json` prints."""
+        rate, eta = self.rate_per_hour, self.eta_s
+        return {
+            "out": self.out,
+            "run_id": self.run_id,
+            "manifest": self.manifest,
+            "counts": self.counts,
+            "rate_per_hour": None if rate is None else round(rate, 3),
+            "eta_s": None if eta is None else round(eta, 1),
+            "exit_code": self.exit_code,
+            "jobs": [row.model_dump(mode="json") for row in self.rows],
+        }
 
 
 @default_logging()
-def status(settings: StatusSettings) -> RunStatus:
-    """The verb `status`. Raises ConfigInvalid, storage.*."""
-    return read_run_status(open_storage(settings.out))
+def status(settings: StatusSettings, show: Callable[[RunStatus], None] | None = None) -> RunStatus:
+    """The verb `status`; with `wait` or `watch` it returns when no job is left, or after `timeout`.
+
+    `show` is called with each look's status. Raises ConfigInvalid, storage.*.
+    """
+    reader = StatusReader(open_storage(settings.out), settings.run)
+    if not (settings.wait or settings.watch):
+        return reader.read()
+    timeout_s = None if settings.timeout is None else parse_age(settings.timeout)
+    return wait_for_end(reader.read, every_s=settings.every, timeout_s=timeout_s, show=show)
 
 
 def read_run_status(storage: Storage, run_id: str | None = None) -> RunStatus:
-    """The status of one run, by default of the one that began last.
-
-    `running`: a runner holds the job's lease. `lost`: its runner is not heard of any more, or its process has ended; a
-    rerun takes the job over. `pending`: it has not begun, or its settings have changed since. Raises ConfigInvalid
-    where nothing at all lies, or no such run; storage.*.
-    """
-    found = dict(_read_all(storage))
-    chosen = newest_run(storage) if run_id is None else run_id
-    kept = None if chosen is None else read_run_jobs(storage, chosen)
-    if run_id is not None and kept is None:
-        raise ConfigInvalid(
-            f"no run {run_id} has kept its jobs", where=storage.root, todo="Leave --run out for the newest one"
-        )
-    records = {job_id: record for job_id, (_, record) in found.items() if record is not None}
-    if kept is None:
-        rows = [row for row, _ in found.values()]
-    else:
-        rows = [
-            _listed_row(job_id, digest, kept, *found.get(job_id, (None, None))) for job_id, digest in kept.jobs.items()
-        ]
-        rows += [row.model_copy(update={"listed": False}) for row, _ in found.values() if row.id not in kept.jobs]
-    return RunStatus(storage.root, kept.run_id if kept else None, kept.manifest if kept else None, tuple(rows), records)
+    """One look of a `StatusReader`."""
+    return StatusReader(storage, run_id).read()
 
 
 def read_jobs(storage: Storage) -> list[tuple[StatusRow, ResultRecord | None]]:
-    """What lies there of every job that has a record or a mark, by id, whatever the manifests say: its row and its
-    record, where it has one. Raises as `read_run_status` does."""
-    return [both for _, both in _read_all(storage)]
+    """What lies there of every job that has a record or a mark, by id, whatever the manifests and the outputs say: its
+    row and its record, where it has one. Raises ConfigInvalid where nothing at all lies; storage.*."""
+    found = StatusReader(storage).read_found()
+    rows = ((_row(job_id, job.sighting, job.record), job.record) for job_id, job in sorted(found.items()))
+    return [(row, record) for row, record in rows if row is not None]
 
 
-def _read_all(storage: Storage) -> list[tuple[str, tuple[StatusRow, ResultRecord | None]]]:
-    if next(storage.list(), None) is None:
-        raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
-    keys = (split_job_key(info.key) for info in storage.list(JOBS))
-    ids = sorted({names[0] for names in keys if names is not None and names[1] in (RESULT, ATTEMPT)})
-    ledger = Ledger(storage)
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = pool.map(lambda job_id: (ledger.leases.look(job_id), ledger.result(job_id)), ids)
-        rows = [(_row(job_id, *both), both[1]) for job_id, both in zip(ids, found, strict=True)]
-    return [(row.id, (row, record)) for row, record in rows if row is not None]
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Found:
+    """What lies in the folder of one job."""
+
+    sighting: Sighting = NOTHING
+    record: ResultRecord | None = None
+    digest: str = ""  # of the settings that the record was made with
+    damaged: bool = False  # something lies in the place of the record that is none
+    outputs: dict[str, tuple[int, int, str | None]] = field(default_factory=dict)  # key → (bytes, files, identity)
+
+
+@dataclass
+class _Copy:
+    """What is read of one key since the listing showed `entry` there."""
+
+    entry: tuple[int, float, str | None]
+    read: Future[Any]  # of a _RecordFile or a _MarkFile
+
+    @property
+    def is_read(self) -> bool:
+        return self.read.done() and not self.read.cancelled() and self.read.exception() is None
+
+
+@dataclass(frozen=True)
+class _RecordFile:
+    """A result.json. `there`: whether something lay there when it was read."""
+
+    there: bool
+    record: ResultRecord | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class _MarkFile:
+    """An attempt.json."""
+
+    sighting: Sighting
+    read_at: float  # by the reader's timer
+
+
+class StatusReader:
+    """Reads how far a run has come, at each `read` anew. One thread uses it.
+
+    run_id: None for the run that began last, at each look. clock: seconds since 1970. timer: seconds, never set back.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._storage, self._run_id, self._clock, self._timer = storage, run_id, clock, timer
+        self._leases = Leases(storage)
+        self._copies: dict[str, _Copy] = {}
+        self._run: tuple[ObjectInfo, RunJobsRecord | None] | None = None
+        self._listed_at = 0.0  # by the timer, when the last listing began
+
+    def read(self) -> RunStatus:
+        """The status now.
+
+        `running`: a runner holds the job's lease. `lost`: its runner is not heard of any more, or its process has
+        ended; a rerun takes the job over. `pending`: it has not begun, its settings have changed since, or its output
+        is gone. Raises ConfigInvalid where nothing at all lies, or no such run; storage.*.
+        """
+        with _reading() as pool:
+            run = pool.submit(self._read_run)
+            found = self._read_found(pool)
+            kept = run.result()
+            wrong = {
+                job_id: pool.submit(self._output_wrong, job_id, job.record.output)
+                for job_id, job in found.items()
+                if job.record is not None
+                and job.record.status == "succeeded"
+                and not self._is_listed(job, job.record.output)
+            }
+            problems = {job_id: problem.result() for job_id, problem in wrong.items()}
+        if not found and kept is None:
+            self._require_something()
+        own = {job_id: _row(job_id, job.sighting, job.record, problems.get(job_id)) for job_id, job in found.items()}
+        if kept is None:
+            rows = [row for _, row in sorted(own.items()) if row is not None]
+        else:
+            rows = [_listed_row(job_id, digest, kept, own, found) for job_id, digest in kept.jobs.items()]
+            others = [row for job_id, row in sorted(own.items()) if row is not None and job_id not in kept.jobs]
+            rows += [row.model_copy(update={"listed": False}) for row in others]
+        records = {job_id: job.record for job_id, job in found.items() if job.record is not None}
+        run_id, manifest = (None, None) if kept is None else (kept.run_id, kept.manifest)
+        return RunStatus(self._storage.root, run_id, manifest, tuple(rows), records, self._clock())
+
+    def read_found(self) -> dict[str, _Found]:
+        """What lies there of each job."""
+        with _reading() as pool:
+            found = self._read_found(pool)
+        if not found:
+            self._require_something()
+        return found
+
+    def _require_something(self) -> None:
+        if next(self._storage.list(), None) is None:
+            raise ConfigInvalid(
+                "holds nothing", where=self._storage.root, todo="Name the folder that was given to --out"
+            )
+
+    def _read_run(self) -> RunJobsRecord | None:
+        """The jobs of the run that is looked at; None where no run has kept its jobs."""
+        runs = list_runs(self._storage)
+        chosen = self._run_id if self._run_id is not None else next(iter(runs), None)
+        if chosen is None:
+            return None
+        if chosen not in runs:
+            more = f" and {len(runs) - RUNS_NAMED} more" if len(runs) > RUNS_NAMED else ""
+            names = ", ".join(list(runs)[:RUNS_NAMED]) + more
+            raise ConfigInvalid(
+                f"no run {chosen} has kept its jobs there; the runs that have: {names or 'none'}",
+                where=self._storage.root,
+                todo="Name one of them, or leave --run out for the newest one",
+            )
+        if self._run is None or self._run[0] != runs[chosen]:
+            self._run = runs[chosen], read_run_jobs(self._storage, chosen)
+        return self._run[1]
+
+    def _read_found(self, pool: ThreadPoolExecutor) -> dict[str, _Found]:
+        """List the jobs, and read beside it what has changed since the last look."""
+        self._copies = {key: copy for key, copy in self._copies.items() if copy.is_read}  # else the last look failed
+        self._listed_at = self._timer()
+        found: dict[str, _Found] = {}
+        listed: dict[str, ObjectInfo] = {}
+        for info in self._storage.list(JOBS):
+            names = split_job_key(info.key)
+            if names is None:
+                continue
+            job_id, name = names
+            job = found.get(job_id) or found.setdefault(job_id, _Found())
+            if name in (RESULT, ATTEMPT):
+                listed[info.key] = info
+                self._begin_read(pool, info, name, job_id)
+            elif name == OUTPUT:
+                job.outputs[info.key] = (info.bytes, 1, info.identity)
+            elif name.startswith(FRAMES):  # known together, by their folder
+                folder = info.key[: info.key.rindex("/") + 1]
+                nbytes, files, _ = job.outputs.get(folder, (0, 0, None))
+                job.outputs[folder] = (nbytes + info.bytes, files + 1, None)
+        self._copies = {key: copy for key, copy in self._copies.items() if key in listed}
+        for job_id, job in found.items():
+            self._fill(job_id, job)
+        return found
+
+    def _begin_read(self, pool: ThreadPoolExecutor, info: ObjectInfo, name: str, job_id: str) -> None:
+        entry = (info.bytes, info.modified, info.identity)
+        known = self._copies.get(info.key)
+        if known is None or known.entry != entry:
+            read = pool.submit(self._read_record if name == RESULT else self._read_mark, job_id)
+            self._copies[info.key] = _Copy(entry, read)
+
+    def _fill(self, job_id: str, job: _Found) -> None:
+        mark, record = (self._copies.get(job_key(job_id, name)) for name in (ATTEMPT, RESULT))
+        sighting, file = NOTHING, _RecordFile(False)
+        if mark is not None:
+            seen: _MarkFile = mark.read.result()
+            # The entry in the listing is the same: since the mark was read it was not renewed.
+            sighting = seen.sighting.later(max(0.0, self._listed_at - seen.read_at))
+        if record is not None:
+            file = record.read.result()
+        if (mark is not None and sighting.version is None) or (record is not None and not file.there):
+            # Removed between the listing and the reading: the job went on meanwhile, so both are asked for anew.
+            sighting, file = self._leases.look(job_id), self._read_record(job_id)
+        job.sighting, job.record, job.digest = sighting, file.record, file.digest
+        job.damaged = file.there and file.record is None
+
+    def _read_mark(self, job_id: str) -> _MarkFile:
+        return _MarkFile(self._leases.look(job_id), self._timer())
+
+    def _read_record(self, job_id: str) -> _RecordFile:
+        try:
+            data = self._storage.read_bytes(job_key(job_id, RESULT))
+        except InputError:  # a folder, or something else that cannot be read
+            return _RecordFile(True)
+        if data is None:
+            return _RecordFile(False)
+        record = parse_record(data)
+        return _RecordFile(True, record, "" if record is None else settings_digest(record.fingerprint_parts))
+
+    def _is_listed(self, job: _Found, output: OutputRecord | None) -> bool:
+        """Whether the listing shows the output as the record has it. Files on a disk are not hashed."""
+        if output is None:
+            return False
+        nbytes, files, identity = job.outputs.get(output.key, (-1, 0, None))
+        return (nbytes, files) == (output.bytes, output.files) and identity in (None, output.identity)
+
+    def _output_wrong(self, job_id: str, output: OutputRecord | None) -> str | None:
+        """Why the output is not as its record says, asked of the storage: the record may be newer than the listing."""
+        if output is None:
+            return "the record names no output"
+        try:
+            check_key(output.key.rstrip("/"))
+        except ConfigInvalid as error:
+            return f"the record names no usable output: {error.what}"
+        if not output.key.startswith(job_folder(job_id)):
+            return f"the record names an output outside {job_folder(job_id)}"
+        job = _Found()
+        if output.key.endswith("/"):
+            there = list(self._storage.list(output.key))
+            if there:
+                job.outputs[output.key] = (sum(info.bytes for info in there), len(there), None)
+        elif (info := self._storage.stat(output.key)) is not None:
+            job.outputs[output.key] = (info.bytes, 1, info.identity)
+        if self._is_listed(job, output):
+            return None
+        if not job.outputs:
+            return f"the output is gone: {output.key}"
+        nbytes, files, _ = job.outputs[output.key]
+        if (nbytes, files) == (output.bytes, output.files):
+            return f"the output is not what the record says: {output.key} has another ETag"
+        return (
+            f"the output is not what the record says: {output.key} has {nbytes} bytes in {files} files, "
+            f"recorded were {output.bytes} in {output.files}"
+        )
+
+
+@contextmanager
+def _reading() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read. Where the block raises, what has not begun is not read."""
+    pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="status")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def _listed_row(
-    job_id: str, digest: str | None, run: RunJobsRecord, row: StatusRow | None, record: ResultRecord | None
+    job_id: str,
+    digest: str | None,
+    run: RunJobsRecord,
+    rows: Mapping[str, StatusRow | None],
+    found: Mapping[str, _Found],
 ) -> StatusRow:
     """The row of a job of the run's manifest: what lies there counts if it was made with the settings of the run."""
-    if row is None:
-        return StatusRow(id=job_id, status="pending", detail="not begun")
-    if row.status in ("running", "lost") or record is None:
+    row, job = rows.get(job_id), found.get(job_id)
+    if row is None or job is None:
+        damaged = job is not None and job.damaged
+        return StatusRow(id=job_id, status="pending", reason="its record cannot be read" if damaged else "not begun")
+    mark, record = job.sighting.mark, job.record
+    if row.status not in ("succeeded", "failed") or record is None:
         return row
-    changed = digest is not None and digest != settings_digest(record.fingerprint_parts)
-    if changed or (run.force and record.run_id != run.run_id):
-        why = "its settings have changed since" if changed else f"rendered anew by run {run.run_id}"
-        return StatusRow(id=job_id, status="pending", detail=f"{why}: {row.status} at {row.finished_at}")
+    if mark is not None and mark.error is not None and mark.fingerprint != record.fingerprint:
+        return row  # the failure is of other settings than the older record, perhaps of the run's
+    changed = digest is not None and digest != job.digest
+    if changed or (run.force and row.run_id != run.run_id):
+        why = "its settings have changed since" if changed else f"to be rendered anew by run {run.run_id}"
+        reason = f"{why}: {row.status} at {row.finished_at}"
+        return row.model_copy(update={"status": "pending", "reason": reason, "code": None, "warnings": ()})
     return row
 
 
-def _row(job_id: str, sighting: Sighting, record: ResultRecord | None) -> StatusRow | None:
+def _row(
+    job_id: str, sighting: Sighting, record: ResultRecord | None, output_wrong: str | None = None
+) -> StatusRow | None:
+    """`output_wrong`: why the output of a job that succeeded does not count."""
     mark = sighting.mark
     if mark is not None and mark.error is None:
         kept = f", {mark.segments_done} segments finished" if mark.segments_done else ""
-        where = {"attempt": mark.attempt, "host": mark.host, "heard_s": round(sighting.age_s, 1)}
-        if sighting.live:
-            detail = f"{mark.stage} since {mark.started_at}{kept}"
-            return StatusRow(id=job_id, status="running", detail=detail, **where)
-        why = "its process has ended" if sighting.gone else "its runner is not heard of any more"
-        detail = f"{why}: {mark.stage} since {mark.started_at}{kept}; a rerun takes it over"
-        return StatusRow(id=job_id, status="lost", detail=detail, **where)
+        reason, state = f"{mark.stage} since {mark.started_at}{kept}", "running"
+        if not sighting.live:
+            why = "its process has ended" if sighting.gone else "its runner is not heard of any more"
+            reason, state = f"{why}: {reason}; a rerun takes it over", "lost"
+        return StatusRow(
+            id=job_id,
+            status="running" if state == "running" else "lost",
+            reason=reason,
+            attempt=mark.attempt,
+            run_id=mark.run_id,
+            started_at=mark.started_at,
+            stage=mark.stage,
+            host=mark.host,
+            heard_s=round(sighting.age_s, 1),
+        )
     if mark is not None and mark.error is not None:
-        detail = f"{mark.error.code}: {mark.error.message}"
-        if record is not None and record.output is not None:
-            detail += f"; an older output stands: {record.output.uri}"
-        return StatusRow(id=job_id, status="failed", detail=detail, attempt=mark.attempt, finished_at=mark.finished_at)
+        older = record.output if record is not None else None
+        return StatusRow(
+            id=job_id,
+            status="failed",
+            reason=_sentence(mark.error) + ("; an older output stands" if older else ""),
+            code=mark.error.code,
+            attempt=mark.attempt,
+            output=older.uri if older else None,
+            film=_film(older),
+            run_id=mark.run_id,
+            started_at=mark.started_at,
+            finished_at=mark.finished_at,
+        )
     if record is None:
         return None
-    if record.error is not None:
-        detail = f"{record.error.code}: {record.error.message}"
-    else:
-        output = record.output
-        detail = f"{output.frames} frames {output.width}x{output.height} at {output.fps} fps" if output else ""
+    reason = output_wrong or ("" if record.error is None else _sentence(record.error))
     return StatusRow(
         id=job_id,
-        status=record.status,
-        detail=detail,
+        status="pending" if output_wrong else record.status,
+        reason=reason,
+        code=None if record.error is None else record.error.code,
         attempt=record.attempt,
         seconds=round(sum(record.timings_s.values()), 3),
-        output=record.output.uri if record.output else None,
+        output=record.output.uri if record.output and not output_wrong else None,
+        film="" if output_wrong else _film(record.output),
+        run_id=record.run_id,
+        started_at=record.started_at,
         finished_at=record.finished_at,
-        warnings=tuple(record.warnings),
+        warnings=() if output_wrong else tuple(record.warnings),
     )
+
+
+def _sentence(error: ErrorRecord) -> str:
+    return f"{error.code}: {error.message}"
+
+
+def _film(output: OutputRecord | None) -> str:
+    return "" if output is None else f"{output.frames} frames {output.width}x{output.height} at {output.fps} fps"
+
+
+def _seconds_of(moment: str | None) -> float:
+    """Seconds since 1970 of a time of a record; 0 for one that cannot be read."""
+    try:
+        return datetime.fromisoformat(moment or "").timestamp()
+    except ValueError:
+        return 0.0

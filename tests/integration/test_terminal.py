@@ -110,7 +110,7 @@ def test_an_ascii_terminal_gets_escapes(done, tmp_path, environment):
     assert "\\u6e05\\u5355.yaml" in ended.stdout or "\\udce6\\udcb8\\udc85" in ended.stdout  # 清单
     assert ended.stdout.isascii() and ended.stderr.isascii()
     row = next(line for line in ended.stdout.splitlines() if line.startswith("{"))
-    assert json.loads(row)["id"] == "bela"
+    assert json.loads(row)["jobs"][0]["id"] == "bela"
     assert "'\\u8d1d\\u62c9' may hold only" in ended.stderr
 
 

@@ -1,0 +1,113 @@
+"""Status lines: the sentences that `status` prints about a run.
+
+In:   a `RunStatus`. Out: lines of text. Never: printing, reading.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime, tzinfo
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.verbs.status import RunStatus, StatusRow
+
+__all__ = [
+    "FOLD_FROM",
+    "counts_line",
+    "details",
+    "notable_rows",
+    "others_line",
+    "pace_line",
+    "short_reason",
+    "source_line",
+]
+
+HOSTS_NAMED = 4  # more are told by their number
+STATES = ("succeeded", "failed", "running", "lost", "pending")
+FOLD_FROM = 50  # rows of a table: of longer ones only what a user may have to act on is shown
+
+
+def counts_line(found: RunStatus) -> str:
+    """`312 of 500 done · 3 failed · 2 running (gpu-a heard of 4 s ago, gpu-b heard of 9 s ago) · 183 pending`.
+
+    Jobs that the run's manifest has not are not counted.
+    """
+    counts = found.counts
+    done = f"{counts['succeeded']} of {counts['total']} done" if found.run_id else f"{counts['succeeded']} done"
+    parts = [done, f"{counts['failed']} failed"]
+    for state, heard in (("running", "heard of"), ("lost", "last heard of")):
+        if counts[state]:
+            rows = [row for row in found.rows if row.listed and row.status == state]
+            parts.append(f"{counts[state]} {state} ({_hosts(rows, heard)})")
+    parts += [f"{counts['pending']} pending"] if counts["pending"] else []
+    parts += [f"{counts['with_warnings']} with warnings"] if counts["with_warnings"] else []
+    return " · ".join(parts)
+
+
+def _hosts(rows: Sequence[StatusRow], heard: str) -> str:
+    """Where they run, and when each host was last heard of."""
+    ages: dict[str, float] = {}
+    for row in rows:
+        host, age = row.host or "unknown host", row.heard_s or 0.0
+        ages[host] = min(age, ages.get(host, age))
+    if len(ages) <= HOSTS_NAMED:
+        return ", ".join(f"{host} {heard} {age:.0f} s ago" for host, age in sorted(ages.items()))
+    return f"{len(ages)} hosts {heard} {min(ages.values()):.0f} to {max(ages.values()):.0f} s ago"
+
+
+def source_line(found: RunStatus) -> str:
+    """Which run of which manifest is counted."""
+    if found.run_id is None:
+        return f"{found.out}: no run has kept its manifest there, so that jobs which have not begun are not counted"
+    return f"{found.out}, run {found.run_id} of {found.manifest}:"
+
+
+def others_line(found: RunStatus) -> str | None:
+    """`also there, of other manifests: 3 succeeded · 1 failed`; None where there are no others."""
+    counts = Counter[str](row.status for row in found.rows if not row.listed)
+    parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+    return f"also there, of other manifests: {' · '.join(parts)}" if parts else None
+
+
+def pace_line(found: RunStatus, zone: tzinfo | None = None) -> str:
+    """`12.4 jobs/h · ETA 14:46:40 (in 3:12:00)`. `zone`: of the ETA; None: this machine's."""
+    if not found.left:
+        return "nothing is left"
+    rate, eta = found.rate_per_hour, found.eta_s
+    told = "no job of this run has ended yet" if rate is None else f"{rate:.{1 if rate < 100 else 0}f} jobs/h"
+    if not found.counts["running"]:
+        return f"{told} · nothing is running"
+    if eta is None:
+        return told
+    at, now = (
+        datetime.fromtimestamp(round(moment), UTC).astimezone(zone) for moment in (found.read_at + eta, found.read_at)
+    )
+    day = "" if at.date() == now.date() else f"{at:%Y-%m-%d} "
+    minutes, seconds = divmod(round(eta), 60)
+    return f"{told} · ETA {day}{at:%H:%M:%S} (in {minutes // 60}:{minutes % 60:02d}:{seconds:02d})"
+
+
+def notable_rows(rows: Sequence[StatusRow]) -> list[StatusRow]:
+    """Those that a user may have to act on: without the jobs that are plainly done and those that have not begun."""
+    return [row for row in rows if row.warnings or not (row.status == "succeeded" or row.reason == "not begun")]
+
+
+def short_reason(row: StatusRow) -> str:
+    """What a table has room for: `input.unreadable`, `generating on gpu-a, heard of 4 s ago`, `the output is gone`."""
+    if row.host is not None:
+        stage = row.stage or "under way"
+        last = "last " if row.status == "lost" else ""
+        return f"{stage} on {row.host}, {last}heard of {row.heard_s or 0:.0f} s ago"
+    return row.code or row.reason.partition(":")[0]
+
+
+def details(rows: Sequence[StatusRow]) -> list[tuple[str, str]]:
+    """(job, sentence) of what a table has no room for, in the order of the rows; a warning begins with `!`."""
+    found = []
+    for row in rows:
+        if row.status != "running" and row.reason != short_reason(row):
+            found.append((row.id, row.reason))
+        found += [(row.id, f"! {warning}") for warning in row.warnings]
+    return found

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from runner.errors import StorageDenied, StorageUnavailable
+from runner.verbs.status_watch import wait_for_end
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A status with so many jobs left of ten."""
+
+    left: int
+    run_id: str = "r"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"total": 10, "succeeded": 10 - self.left, "failed": 0, "pending": self.left}
+
+
+class Clock:
+    """Time passes while it sleeps alone."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+        self.pauses: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def wait(looks: list[Any], **how: Any) -> tuple[Seen, Clock, list[Seen], list[dict[str, Any]]]:
+    """Wait with a reader that answers `looks` in turn: what returned, the clock, what was shown, the log."""
+    clock, shown = Clock(), list[Seen]()
+    answers: Iterator[Any] = iter(looks)
+
+    def read() -> Seen:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with capture_logs() as log:
+        how = {"every_s": 10.0} | how
+        found = wait_for_end(read, show=shown.append, sleep=clock.sleep, timer=lambda: clock.now, **how)
+    return found, clock, shown, log
+
+
+def test_it_returns_when_no_job_is_left_and_says_when_the_counts_have_changed():
+    found, clock, shown, log = wait([Seen(3), Seen(3), Seen(1), Seen(0)], every_s=7)
+    assert (found, clock.pauses) == (Seen(0), [7, 7, 7])
+    assert shown == [Seen(3), Seen(3), Seen(1), Seen(0)]
+    assert [(line["event"], line["succeeded"]) for line in log] == [("waiting", 7), ("changed", 9), ("changed", 10)]
+    assert "failed" not in log[0], "what is none is left out"
+
+
+def test_what_is_done_already_is_not_waited_for():
+    _, clock, shown, _ = wait([Seen(0)])
+    assert (clock.pauses, shown) == ([], [Seen(0)])
+
+
+def test_after_the_timeout_the_last_status_returns_with_a_warning():
+    found, clock, shown, log = wait([Seen(3)] * 9, timeout_s=25)
+    assert (found, clock.pauses, len(shown)) == (Seen(3), [10, 10, 5], 4)
+    assert log[-1] == {"event": "gave_up_waiting", "log_level": "warning", "run": "r", "after_s": 25, "left": 3}
+
+
+def test_a_timeout_of_nothing_is_one_look():
+    _, clock, shown, _ = wait([Seen(3)], timeout_s=0)
+    assert (clock.pauses, shown) == ([], [Seen(3)])
+
+
+def test_a_store_that_is_away_for_a_while_ends_no_wait():
+    away = StorageUnavailable("does not answer", where="s3://bucket")
+    found, clock, shown, log = wait([Seen(3), away, away, Seen(0)])
+    assert (found, len(clock.pauses), log[1]["event"]) == (Seen(0), 3, "not_read")
+    assert shown == [Seen(3), Seen(3), Seen(3), Seen(0)]
+
+
+@pytest.mark.parametrize("looks", [[StorageUnavailable("away")], [Seen(3), StorageDenied("no")]])
+def test_the_first_look_and_what_cannot_pass_end_it(looks):
+    with pytest.raises(type(looks[-1])):
+        wait(looks)
