@@ -252,7 +252,7 @@ class S3Storage(Storage):
         return self._identified(key, size, etag, modified.timestamp())
 
     def _identified(self, key: str, size: int, etag: str, modified: float) -> ObjectInfo:
-        return ObjectInfo(self.uri(key), size, f"etag:{bare_etag(etag)}:{size}", modified, key)
+        return ObjectInfo(self.uri(key), size, _identity(etag, size), modified, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
         return self._repeated(lambda: self._stat_once(key), self.uri(key))
@@ -337,8 +337,9 @@ class S3Storage(Storage):
             return dict(self.client.list_objects_v2(**arguments))
 
     def _listed(self, key: str, entry: Mapping[str, Any]) -> ObjectInfo:
-        info = self._info("x", entry["Size"], entry["ETag"], entry["LastModified"])
-        return ObjectInfo(f"{self.root}/{key}", info.bytes, info.identity, info.modified, key)  # even an odd key
+        """Of an odd key too, as other tools make them."""
+        identity = _identity(entry["ETag"], entry["Size"])
+        return ObjectInfo(f"{self.root}/{key}", entry["Size"], identity, entry["LastModified"].timestamp(), key)
 
     # Writing
 
@@ -562,6 +563,10 @@ class S3Storage(Storage):
             return True
 
         return self._repeated(abort, leftover.uri)
+
+
+def _identity(etag: str, size: int) -> str:
+    return f"etag:{bare_etag(etag)}:{size}"
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
