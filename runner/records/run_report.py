@@ -3,17 +3,21 @@
 In:   plain values from the verb `report`. Out: a model that serialises to JSON and exports its JSON Schema.
 Never: where records are stored, how a report looks. Times are UTC, ISO 8601; sizes bytes; durations seconds; moments
 `…_s` of spans are seconds after the run's `started_at`.
+
+    python -m runner.records.run_report schemas/    writes the schema that stands in the repository
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
-from runner.records.record import SCHEMA_VERSION, ErrorRecord, Record, ReuseRecord
+from runner.records.record import SCHEMA_VERSION, ErrorRecord, Record, ReuseRecord, schemas, write_schemas
 
-__all__ = ["GpuSeconds", "JobReport", "JobState", "ProcessReport", "RunReport", "StageSpan"]
+__all__ = ["GpuSeconds", "JobReport", "JobState", "ProcessReport", "RunReport", "StageSpan", "report_schemas"]
 
 JobState = Literal["succeeded", "failed", "skipped", "running", "lost", "pending"]
 
@@ -41,9 +45,9 @@ class ProcessReport(Record):
 
     shard: str
     host: str
-    pid: int
+    pid: int | None = Field(description="null: it was killed before its first summary, and only its records are there")
     device: str = Field(description="empty where no model was loaded")
-    begin_s: float
+    begin_s: float = Field(description="after the run's started_at, by the clock of its host")
     end_s: float
     finished: bool = Field(description="false: it still runs or was killed; end_s is when it was last heard of")
     exit_code: int | None = None
@@ -53,7 +57,11 @@ class ProcessReport(Record):
 
 
 class JobReport(Record):
-    """One job of the run's manifest, or one that the run took from elsewhere."""
+    """One job of the run's manifest, or one that the run took from elsewhere.
+
+    Seconds, bytes, stages and cost are those of the attempt that this run recorded; null where another run did the work
+    or the record does not say.
+    """
 
     id: str
     status: JobState = Field(description="skipped: it was done before this run")
@@ -75,7 +83,9 @@ class JobReport(Record):
     height: int | None = None
     output: str | None = Field(None, description="where it lies")
     poster: str | None = Field(None, description="key of its preview picture on the output storage")
-    cost: float | None = Field(None, description="its gpu_s and its share of loading and idle time, at gpu_hour")
+    cost: float | None = Field(
+        None, description="its gpu_s and its share, by gpu_s, of all other GPU seconds, at gpu_hour"
+    )
     error: ErrorRecord | None = None
     notes: list[str] = Field(default=[], description="warnings")
 
@@ -93,13 +103,24 @@ class RunReport(Record):
     finished_at: str | None = Field(description="of the last process; null while one runs or was killed")
     seconds: float = Field(description="from the first process's start to the last one's end")
     counts: dict[str, int] = Field(description="jobs by status, and their total")
-    gpu_seconds: GpuSeconds
+    gpu_seconds: GpuSeconds = Field(description="of `processes`; not known, and 0, where there are none")
     film_s: float = Field(description="length of what this run rendered")
     gpu_hour: float | None = Field(None, description="price of an hour of one device")
-    cost: float | None = Field(None, description="of all GPU seconds, at gpu_hour")
+    cost: float | None = Field(None, description="of all GPU seconds, at gpu_hour; null where they are not known")
     cost_per_film_s: float | None = None
-    caches: dict[str, ReuseRecord] = Field(description="hits and misses by cache, over all jobs")
+    caches: dict[str, ReuseRecord] = Field(
+        description="hits and misses by cache, over all jobs of this run; bytes: the most that lay there after a job"
+    )
     stages_s: dict[str, float] = Field(description="seconds by stage over all jobs, the longest first")
     processes: list[ProcessReport] = Field(description="by host, shard and start")
     jobs: list[JobReport] = Field(description="in the manifest's order")
     notes: list[str] = Field(default=[], description="what the report could not find out")
+
+
+def report_schemas() -> dict[str, dict[str, Any]]:
+    """File name → JSON Schema (draft 2020-12)."""
+    return schemas({"report": RunReport})
+
+
+if __name__ == "__main__":
+    write_schemas(report_schemas(), Path(sys.argv[1]))
