@@ -36,6 +36,7 @@ from runner.verbs.settings import (
     PlanSettings,
     PreprocessSettings,
     QuantizeSettings,
+    ReportSettings,
     RunSettings,
     Settings,
     StatusSettings,
@@ -350,6 +351,14 @@ def _status(settings: StatusSettings, display: Display) -> int:
     return found.exit_code
 
 
+def _report(settings: ReportSettings, display: Display) -> int:
+    from runner.verbs.report import report
+    from runner.verbs.report_table import print_report
+
+    print_report(report(settings), as_json=display.json)
+    return 0
+
+
 def _compare(settings: CompareSettings, display: Display) -> int:
     from runner.verbs.compare import compare
     from runner.verbs.tables import print_comparison
@@ -483,6 +492,18 @@ VERBS = (
         _status,
         (0, 1, 2, 3),
         ("video-lab status out/demo --watch", "video-lab status s3://bucket/out --run night-7 --wait --timeout 8h"),
+        json_prints=ONE_OBJECT,
+    ),
+    Verb(
+        "report",
+        "one run over all its shards: seconds, memory, cost, failures; 0 once it is made, whatever became of the jobs",
+        ReportSettings,
+        _report,
+        (0, 2, 3),
+        (
+            "video-lab report out/demo",
+            "video-lab report s3://bucket/out --run night-7 --gpu-hour 2.49 --to s3://bucket/reports/night-7",
+        ),
         json_prints=ONE_OBJECT,
     ),
     Verb(

@@ -117,6 +117,7 @@ CALLS = {
     "validate": (["m.yaml"], "runner.verbs.validate.validate"),
     "plan": (["m.yaml"], "runner.verbs.plan.plan"),
     "status": (["out"], "runner.verbs.status.status"),
+    "report": (["out"], "runner.verbs.report.report"),
     "compare": (["out", "--baseline", "b"], "runner.verbs.compare.compare"),
     "approve": (["out", "--baseline", "b", "--why", "w"], "runner.verbs.approve.approve"),
     "clean": (["out"], "runner.verbs.clean.clean"),

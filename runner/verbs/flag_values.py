@@ -40,6 +40,7 @@ __all__ = [
     "is_megabytes",
     "is_one_of",
     "is_path",
+    "is_price",
     "is_reason",
     "is_recipe",
     "is_rule",
@@ -130,6 +131,16 @@ def is_megabytes(flag: str, value: Any) -> float:
     if not 0 <= size <= MAX_EMBED_MB:
         raise _wrong(flag, value, f"a number of megabytes, 0 to {MAX_EMBED_MB}", f"Write e.g. {flag} 4")
     return size
+
+
+def is_price(flag: str, value: Any) -> float:
+    try:
+        price = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise _wrong(flag, value, "a price, 0 or more", f"Write e.g. {flag} 2.49")
+    return price
 
 
 def is_reason(flag: str, value: Any) -> str:

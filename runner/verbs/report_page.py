@@ -206,7 +206,7 @@ def _job_data(job: JobReport, words: _Words, without: str | None, link: Callable
         "cost": _round(job.cost, 6),
         "code": words.place(job.error.code) if job.error else None,
         "error": _error_text(job) or None,
-        "notes": job.notes,
+        "warnings": job.warnings,
     }
     return {name: value for name, value in known.items() if value is not None and value != []}
 
@@ -411,7 +411,7 @@ def _render(report: RunReport, without: dict[int, str], link: Callable[[str], st
     style = "".join(template_text(environment, name) for name in ("page.css", "run_report.css"))
     script = "".join(template_text(environment, name) for name in ("common.js", "timeline.js", "jobs.js"))
     total = report.counts.get("total", len(report.jobs))
-    warnings = [(note, number, job.id) for number, job in enumerate(report.jobs) for note in job.notes]
+    warnings = [(note, number, job.id) for number, job in enumerate(report.jobs) for note in job.warnings]
     stages = [(name, seconds) for name, seconds in report.stages_s.items() if math.isfinite(seconds)]
     return str(
         environment.get_template("run_report.html").render(

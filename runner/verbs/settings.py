@@ -39,6 +39,7 @@ from runner.verbs.flag_values import (
     is_megabytes,
     is_one_of,
     is_path,
+    is_price,
     is_reason,
     is_recipe,
     is_rule,
@@ -69,6 +70,7 @@ __all__ = [
     "PlanSettings",
     "PreprocessSettings",
     "QuantizeSettings",
+    "ReportSettings",
     "RootSettings",
     "RunSettings",
     "SelectionSettings",
@@ -381,6 +383,26 @@ class StatusSettings(Settings):
     def check_together(self) -> None:
         if self.timeout is not None and not (self.wait or self.watch):
             raise ConfigInvalid("ends a wait, and none was asked for", where="--timeout", todo="Give --wait or --watch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(Settings):
+    """`video-lab report`. Without `run`: the run that began last. Without `to`: into the run's own folder."""
+
+    out: str = field(metadata=OUT)
+    run: str | None = field(default=None, metadata=_flag("the run; default: the one that began last", is_run_id, "ID"))
+    gpu_hour: float | None = field(
+        default=None,
+        metadata=_flag("price of an hour of one GPU: tells cost by job and by second of film", is_price, "PRICE"),
+    )
+    to: str | None = field(
+        default=None,
+        metadata=_flag(
+            "folder or s3://bucket/prefix for report.html and report.json; default: the run's folder below OUT",
+            is_text,
+            "URI",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from runner.weights.fetch import Fetched
 
 __all__ = [
+    "COLOURS",
     "StatusWatch",
+    "open_console",
     "print_approved",
     "print_checks",
     "print_clean",
@@ -527,6 +529,11 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         _stop_writing()
+
+
+def open_console() -> Console:
+    """Where tables are printed: as `print_…` of this module do it, for modules that print a table of their own."""
+    return _console()
 
 
 def _console() -> Console:

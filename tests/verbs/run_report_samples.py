@@ -221,7 +221,7 @@ def _night_job(
         "device_bytes": memory if forecast else None,
         "forecast_bytes": round(memory * chance.uniform(0.93, 1.1)) if forecast else None,
         "cost": None if gpu_hour is None else round(seconds * 1.2 * gpu_hour / 3600, 4),
-        "notes": [RESIZED] if number % 7 == 3 else [],
+        "warnings": [RESIZED] if number % 7 == 3 else [],
         "stages_s": {"denoise": seconds * 0.85, "decode": seconds * 0.1, "poses": 5.2, "encode": 3.4, "text": 0.4},
     }
     return make_job(name, **place | more)

@@ -224,7 +224,7 @@ def test_an_output_that_stands_is_no_failure(tmp_path):
 
 
 def test_warnings_are_grouped_by_their_text(tmp_path):
-    jobs = [make_job(f"job-{i}", notes=["same note", f"job-{i}: its own"]) for i in range(3)]
+    jobs = [make_job(f"job-{i}", warnings=["same note", f"job-{i}: its own"]) for i in range(3)]
     text = section(write(make_report(jobs, []), tmp_path), "Warnings", "Forecast and measured")
     assert text.strip() == "Warnings same note job-0 job-1 job-2 ‹job›: its own job-0 job-1 job-2"
 
@@ -270,7 +270,7 @@ def test_caches_show_hits_of_lookups(tmp_path):
 
 
 def test_jobs_carry_what_is_known_of_them(tmp_path):
-    job = make_job("mira", cost=0.0425, notes=["a note"])
+    job = make_job("mira", cost=0.0425, warnings=["a note"])
     page = write(make_report([job], [], gpu_hour=2.5), tmp_path, link=lambda job_id: f"../../jobs/{job_id}/output.mp4")
     data = data_of(page)
     (found,) = data["jobs"]
@@ -296,7 +296,7 @@ def test_jobs_carry_what_is_known_of_them(tmp_path):
         "link": "../../jobs/mira/output.mp4",
         "without": found["without"],
         "cost": 0.0425,
-        "notes": ["a note"],
+        "warnings": ["a note"],
     }
     assert [word(data, found[key]) for key in ("status", "host", "shard")] == ["succeeded", "nova-01", "1-of-2"]
     assert {word(data, name): seconds for name, seconds in found["stages"]} == job.stages_s
@@ -388,7 +388,7 @@ def test_a_preview_that_cannot_be_had_says_why(tmp_path):
 
 def hostile_report() -> RunReport:
     error = make_error(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-    more: dict[str, Any] = {"reason": HOSTILE, "host": HOSTILE, "shard": HOSTILE, "notes": [HOSTILE, HOSTILE[::-1]]}
+    more: dict[str, Any] = {"reason": HOSTILE, "host": HOSTILE, "shard": HOSTILE, "warnings": [HOSTILE, HOSTILE[::-1]]}
     jobs = [make_job(name, "failed", error=error, stages_s={HOSTILE: 1.0}, **more) for name in HOSTILE_IDS]
     jobs.append(make_job("fine", fps=HOSTILE, output=HOSTILE, poster=HOSTILE, stages_s={HOSTILE: 2.0}))
     process = make_process(list(HOSTILE_IDS), host=HOSTILE, shard=HOSTILE, device=HOSTILE)

@@ -349,7 +349,7 @@ def test_a_row_shows_its_picture_numbers_link_and_a_place_holder(page):
     assert numbers[:3] == [f"{job.wall_s:.1f} s", f"{job.gpu_s:.1f} s", f"{job.gpu_s / job.forecast_s:.2f}×"]
     assert numbers[3] == f"{job.device_bytes / 1e9:.2f} GB"
     assert numbers[5] == f"{job.cost:.4f}"
-    assert page.locator("#job-3 .warned").get_attribute("title") == NIGHT.jobs[3].notes[0]
+    assert page.locator("#job-3 .warned").get_attribute("title") == NIGHT.jobs[3].warnings[0]
     assert page.locator("#job-4 .place-holder").inner_text() == "input.not_found"
     assert page.locator("#job-28 .place-holder").inner_text() == "pending"
 
@@ -422,7 +422,7 @@ def test_dark_mode_changes_colours_and_both_are_legible(page):
 def test_nothing_is_cut_off_at_the_side(opened, night, tmp_path, viewport):
     long_id = "a-very-long-id-" + "without-an-end-" * 8 + "0"
     error = make_error("internal", "x" * 300, "Report it: " + "y" * 200)
-    jobs = [make_job(long_id, notes=["z" * 300]), make_job(f"{long_id}1", "failed", error=error)]
+    jobs = [make_job(long_id, warnings=["z" * 300]), make_job(f"{long_id}1", "failed", error=error)]
     long = write(make_report(jobs, [make_process([long_id], host="h" * 120)], out="o" * 300), tmp_path)
     for file in (night, long):
         page = opened(file, viewport)
@@ -484,7 +484,7 @@ def test_keys_reach_every_control_and_focus_is_seen(page):
 def test_hostile_texts_are_shown_as_text(opened, tmp_path):
     error = make_error(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
     jobs = [
-        make_job(HOSTILE, "failed", error=error, notes=[HOSTILE], reason=HOSTILE, host=HOSTILE, shard=HOSTILE),
+        make_job(HOSTILE, "failed", error=error, warnings=[HOSTILE], reason=HOSTILE, host=HOSTILE, shard=HOSTILE),
         make_job("</script><img src=x onerror=alert(1)>", stages_s={HOSTILE: 1.0}, fps=HOSTILE, output=HOSTILE),
     ]
     process = make_process([job.id for job in jobs], host=HOSTILE, shard=HOSTILE)

@@ -7,7 +7,7 @@ const jobs = (() => {
   for (const [place, job] of data.jobs.entries()) {
     job.place = place;
     job.state = word(job.status);
-    job.notes ||= [];
+    job.warnings ||= [];
     job.ratio = part(job.gpu, job.forecast);
     job.memory_ratio = part(job.memory, job.memory_forecast);
     job.text = [job.id, word(job.host), word(job.shard), word(job.code)].join("\n").toLowerCase();
@@ -18,7 +18,7 @@ const jobs = (() => {
     { key: "order", name: "manifest's order", value: (job) => job.place },
     { key: "id", name: "id", title: "Job", value: (job) => job.id },
     { key: "state", name: "status", title: "Status", value: (job) => job.state },
-    { key: "warnings", name: "warnings", title: "!", value: (job) => job.notes.length || undefined },
+    { key: "warnings", name: "warnings", title: "!", value: (job) => job.warnings.length || undefined },
     { key: "wall", name: "wall seconds", title: "Wall", number: true, value: (job) => job.wall },
     { key: "gpu", name: "GPU seconds", title: "GPU", number: true, value: (job) => job.gpu },
     { key: "ratio", name: "GPU seconds of forecast", title: "of forecast", number: true, value: (job) => job.ratio, order: (job) => job.ratio && away(job.ratio) },
@@ -82,11 +82,11 @@ const jobs = (() => {
     const cells = titled.slice(1).map(({ key, title, value, number }) => {
       if (key === "state") return cell("state", "", make("span", `badge s-${job.state}`, job.state));
       if (key === "warnings") {
-        if (!job.notes.length) return cell("warnings empty", "");
-        const sign = make("span", "badge warned", job.notes.length === 1 ? "!" : `! ${job.notes.length}`);
-        sign.title = job.notes.join("\n");
+        if (!job.warnings.length) return cell("warnings empty", "");
+        const sign = make("span", "badge warned", job.warnings.length === 1 ? "!" : `! ${job.warnings.length}`);
+        sign.title = job.warnings.join("\n");
         sign.setAttribute("role", "img");
-        sign.setAttribute("aria-label", counted(job.notes.length, "warning"));
+        sign.setAttribute("aria-label", counted(job.warnings.length, "warning"));
         return cell("warnings", "", sign);
       }
       const known = value(job);
@@ -140,7 +140,7 @@ const jobs = (() => {
     fact(list, "Film", job.film === undefined ? "" : duration(job.film), job.frames === undefined ? "" : `${job.frames} frames`, job.fps === undefined ? "" : `${job.fps} fps`, job.size ? `${job.size[0]} × ${job.size[1]}` : "");
     fact(list, "GPU", job.gpu === undefined ? "" : duration(job.gpu), job.forecast === undefined ? "" : `forecast ${duration(job.forecast)}`);
     fact(list, "Memory", job.memory === undefined ? "" : `device ${bytes(job.memory)}`, job.memory_forecast === undefined ? "" : `forecast ${bytes(job.memory_forecast)}`, job.host_memory === undefined ? "" : `host ${bytes(job.host_memory)}`);
-    job.notes.forEach((note) => fact(list, "Warning", note));
+    job.warnings.forEach((note) => fact(list, "Warning", note));
     if (job.without !== undefined) fact(list, "Preview", `no picture: ${word(job.without)}`);
     box.append(list);
     if (job.stages) {

@@ -1,0 +1,154 @@
+"""Report: one run over all its shards, from what the shards left in the output folder.
+
+In:   `ReportSettings`. Out: a `RunReport`, and the files that show it, beside the run's summaries or where it is asked.
+Never: inputs, models; what a number of the report means: report_building.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from runner.batch.lease import Leases
+from runner.batch.run_jobs import read_run_jobs
+from runner.errors import ConfigInvalid, InputError
+from runner.records.events import default_logging
+from runner.records.output_layout import (
+    REPORT_JSON,
+    RUN_JOBS,
+    RUNS,
+    SUMMARY,
+    run_folder,
+    run_key,
+    shard_of_summary,
+    split_run_key,
+)
+from runner.records.record import ResultRecord, RunJobsRecord, RunSummary
+from runner.records.run_report import RunReport
+from runner.storage import ObjectInfo, Storage, open_storage
+from runner.timing import now
+from runner.verbs.report_building import RunFacts, SeenMark, build_report
+from runner.verbs.settings import ReportSettings
+from runner.verbs.status import StatusRow, read_jobs, read_run_status
+
+__all__ = ["Reported", "report"]
+
+READS_AT_ONCE = 32
+NAMED = 5  # runs that an error names
+
+
+@dataclass(frozen=True)
+class Reported:
+    """report: what was found. files: where it lies, for people."""
+
+    report: RunReport
+    files: tuple[str, ...]
+
+
+@default_logging()
+def report(settings: ReportSettings) -> Reported:
+    """The verb `report`: collect what is known of a run, and write it down. Raises ConfigInvalid, storage.*."""
+    storage = open_storage(settings.out)
+    facts = _collect(storage, settings.run)
+    found = build_report(facts, made_at=now(), gpu_hour=settings.gpu_hour)
+    if settings.to is None:
+        place, folder = storage, run_folder(facts.run_id)
+    else:
+        place, folder = open_storage(settings.to), ""
+    place.write_bytes(folder + REPORT_JSON, found.to_json())
+    return Reported(found, (place.uri(folder + REPORT_JSON),))
+
+
+def _collect(storage: Storage, run_id: str | None) -> RunFacts:
+    """All that the output folder tells of one run, by default of the one that began last."""
+    runs = _list_runs(storage)
+    chosen = _choose(storage, runs, run_id)
+    files = runs[chosen]
+    notes: list[str] = []
+    kept = _read_kept(storage, chosen, notes) if RUN_JOBS in files else None
+    rows, records = _read_rows(storage, chosen if kept else None)
+    shards = [shard for name in sorted(files) if (shard := shard_of_summary(name)) is not None]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        data = pool.map(lambda shard: storage.read_bytes(run_key(chosen, shard, SUMMARY)), shards)
+        summaries = _parse_summaries(zip(shards, data, strict=True), notes)
+        begun = [row.id for row in rows.values() if row.status in ("running", "lost")]
+        leases = Leases(storage)
+        marks = {
+            job_id: SeenMark(sighting.mark, time.time() - sighting.age_s)
+            for job_id, sighting in zip(begun, pool.map(leases.look, begun), strict=True)
+            if sighting.mark is not None
+        }
+    return RunFacts(
+        run_id=chosen,
+        out=storage.root,
+        kept=kept,
+        summaries=summaries,
+        rows=rows,
+        records=records,
+        marks=marks,
+        kept_at=min(info.modified for info in files.values()),
+        notes=notes,
+    )
+
+
+def _list_runs(storage: Storage) -> dict[str, dict[str, ObjectInfo]]:
+    """Run id → its list of jobs and its summaries, by name; of runs that have one of these."""
+    found: dict[str, dict[str, ObjectInfo]] = {}
+    for info in storage.list(RUNS):
+        names = split_run_key(info.key)
+        if names is not None and (names[1] == RUN_JOBS or shard_of_summary(names[1]) is not None):
+            found.setdefault(names[0], {})[names[1]] = info
+    return found
+
+
+def _choose(storage: Storage, runs: dict[str, dict[str, ObjectInfo]], run_id: str | None) -> str:
+    """`run_id`, if there is such a run; else the one that began last: of runs of an older version, that ended last."""
+    if not runs:
+        todo = "Name the folder that was given to --out of a run"
+        raise ConfigInvalid("holds no run", where=storage.root, todo=todo)
+    # The jobs are written when a run begins, the summaries while it lasts.
+    ages = {run: (RUN_JOBS in files, (files.get(RUN_JOBS) or _newest(files)).modified) for run, files in runs.items()}
+    by_age = sorted(runs, key=lambda run: (ages[run], run), reverse=True)
+    if run_id is None:
+        return by_age[0]
+    if run_id not in runs:
+        more = f" and {len(runs) - NAMED} older ones" if len(runs) > NAMED else ""
+        known = f"The newest runs there are {', '.join(by_age[:NAMED])}{more}; leave --run out for the newest"
+        raise ConfigInvalid(f"there is no run {run_id}", where=storage.root, todo=known)
+    return run_id
+
+
+def _newest(files: dict[str, ObjectInfo]) -> ObjectInfo:
+    return max(files.values(), key=lambda info: info.modified)
+
+
+def _read_kept(storage: Storage, run_id: str, notes: list[str]) -> RunJobsRecord | None:
+    try:
+        return read_run_jobs(storage, run_id)
+    except InputError as error:
+        notes.append(f"{error.message}.")
+        return None
+
+
+def _read_rows(storage: Storage, run_id: str | None) -> tuple[dict[str, StatusRow], dict[str, ResultRecord]]:
+    """By job, as `status` finds them. None: the run has kept no jobs, and all that lies there is read."""
+    if run_id is not None:
+        found = read_run_status(storage, run_id)
+        return {row.id: row for row in found.rows}, dict(found.records)
+    both = read_jobs(storage)
+    return {row.id: row for row, _ in both}, {row.id: record for row, record in both if record is not None}
+
+
+def _parse_summaries(read: Iterable[tuple[str, bytes | None]], notes: list[str]) -> dict[str, RunSummary]:
+    found = {}
+    for shard, data in read:
+        if data is None:  # gone since it was listed
+            continue
+        try:
+            found[shard] = RunSummary.model_validate(json.loads(data))
+        except ValueError as error:
+            notes.append(f"The summary of shard {shard} cannot be read: {str(error).splitlines()[0]}.")
+    return found
