@@ -278,6 +278,7 @@ def files_named(text: str) -> set[str]:
         "docs/metric-networks.md",
         "docs/nightly.md",
         "docs/python.md",
+        "docs/status-and-report.md",
         "bench/results.md",
         "Dockerfile",
     ],
