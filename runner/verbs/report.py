@@ -11,12 +11,16 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 from runner.batch.lease import Leases
 from runner.batch.run_jobs import read_run_jobs
 from runner.errors import ConfigInvalid, InputError
 from runner.records.events import default_logging
 from runner.records.output_layout import (
+    REPORT_HTML,
     REPORT_JSON,
     RUN_JOBS,
     RUNS,
@@ -28,9 +32,10 @@ from runner.records.output_layout import (
 )
 from runner.records.record import ResultRecord, RunJobsRecord, RunSummary
 from runner.records.run_report import RunReport
-from runner.storage import ObjectInfo, Storage, open_storage
+from runner.storage import ObjectInfo, Storage, is_remote, local_path, open_storage
 from runner.timing import now
 from runner.verbs.report_building import RunFacts, SeenMark, build_report
+from runner.verbs.report_page import write_page
 from runner.verbs.settings import ReportSettings
 from runner.verbs.status import StatusRow, read_jobs, read_run_status
 
@@ -54,12 +59,25 @@ def report(settings: ReportSettings) -> Reported:
     storage = open_storage(settings.out)
     facts = _collect(storage, settings.run)
     found = build_report(facts, made_at=now(), gpu_hour=settings.gpu_hour)
+    addresses = {job.id: _address(storage, job.output, beside=settings.to is None) for job in found.jobs if job.output}
     if settings.to is None:
         place, folder = storage, run_folder(facts.run_id)
     else:
         place, folder = open_storage(settings.to), ""
-    place.write_bytes(folder + REPORT_JSON, found.to_json())
-    return Reported(found, (place.uri(folder + REPORT_JSON),))
+    with TemporaryDirectory(prefix="video-lab-report-") as scratch:
+        page = Path(scratch) / REPORT_HTML
+        write_page(found, page, posters=storage.read_bytes, link=addresses.get)
+        place.write_bytes(folder + REPORT_JSON, found.to_json())
+        place.publish(page, folder + REPORT_HTML)  # last: where the page is, the other file is
+    return Reported(found, tuple(place.uri(folder + name) for name in (REPORT_HTML, REPORT_JSON)))
+
+
+def _address(storage: Storage, output: str, *, beside: bool) -> str:
+    """Of an output, for a link of the page. `beside`: the page lies in the run's folder, and both may be moved."""
+    root = storage.root.rstrip("/") + "/"
+    if beside and output.startswith(root):
+        return quote("../../" + output.removeprefix(root))
+    return output if is_remote(output) else local_path(output).absolute().as_uri()
 
 
 def _collect(storage: Storage, run_id: str | None) -> RunFacts:

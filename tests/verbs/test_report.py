@@ -29,9 +29,10 @@ def report_of(out: str | Path, **given) -> RunReport:
     data = json.loads(reported.report.to_json())
     jsonschema.validate(data, report_schemas()["report.v1.schema.json"])
     place = open_storage(given.get("to") or out)
-    key = "report.json" if given.get("to") else f"runs/{reported.report.run_id}/report.json"
-    assert json.loads(place.read_bytes(key)) == data
-    assert place.uri(key) in reported.files
+    folder = "" if given.get("to") else f"runs/{reported.report.run_id}/"
+    assert reported.files == (place.uri(f"{folder}report.html"), place.uri(f"{folder}report.json"))
+    assert json.loads(place.read_bytes(f"{folder}report.json")) == data
+    assert place.read_bytes(f"{folder}report.html").rstrip().endswith(b"</html>")
     return reported.report
 
 
@@ -316,6 +317,20 @@ def test_a_damaged_summary_is_told_and_the_rest_is_reported(tmp_path):
     assert "the jobs of run r cannot be read" in said
 
 
+def test_the_page_shows_previews_and_links_to_outputs_wherever_it_lies(out, tmp_path):
+    run_stub(out, tmp_path, {"a": "ok"}, run_id="r")
+    report_of(out)
+    beside = open_storage(out).read_bytes("runs/r/report.html").decode()
+    assert "../../jobs/a/output.mp4" in beside
+    assert "data:image/jpeg;base64," in beside or "/9j/" in beside  # how a JPEG begins
+    report_of(out, to=str(tmp_path / "to"))
+    elsewhere = (tmp_path / "to/report.html").read_text("utf-8")
+    root = open_storage(out).root
+    wanted = root if root.startswith("s3://") else Path(root).absolute().as_uri()
+    assert f"{wanted}/jobs/a/output.mp4" in elsewhere
+    assert "../../jobs" not in elsewhere
+
+
 def test_an_unknown_run_and_an_empty_folder_are_refused(tmp_path, capsys):
     with pytest.raises(ConfigInvalid, match="holds no run"):
         report(ReportSettings(out=str(tmp_path / "nothing")))
@@ -337,6 +352,7 @@ def test_the_command_ends_with_0_whatever_became_of_the_jobs_and_json_is_one_obj
     assert not (out / "runs/r/report.json").exists()
     assert main(["report", str(out)]) == 0
     assert (out / "runs/r/report.json").is_file()
+    assert (out / "runs/r/report.html").is_file()
     assert "input" not in capsys.readouterr().err
 
 
