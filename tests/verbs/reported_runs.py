@@ -6,6 +6,8 @@ In:   an output folder or URI, prompts. Out: what the runs leave there; what its
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +35,10 @@ FORECAST_S, FORECAST_BYTES = 0.25, 5_000_000_000
 
 @dataclass
 class WorkingStub(StubGenerator):
-    """A stub whose segments are timed as denoising, as the real pipeline's are; it forecasts and looks things up."""
+    """A stub whose segments are timed as denoising, as the real pipeline's are; it forecasts and looks things up.
+
+    A job whose prompt is `terminate` sends its process a SIGTERM.
+    """
 
     generate_s: float = 0.04
     crash_after: tuple[str, ...] = ()  # globs: of each a file must be there before a job ends the process
@@ -44,6 +49,8 @@ class WorkingStub(StubGenerator):
     def generate(self, conditions: Any, plan: Any, timer: Any, *more: Any) -> Iterator[Any]:
         timer.count("prompt_cache_hits" if self.tries else "prompt_cache_misses")
         timer.forecast["denoise"] = FORECAST_BYTES
+        if conditions.request.prompt == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         pieces = super().generate(conditions, plan, timer, *more)
         for index in count():
             if index == 1 and conditions.request.prompt == "crash-at-1":

@@ -183,6 +183,17 @@ def test_a_run_that_was_cut_short_tells_what_is_pending(tmp_path):
     assert any("have written no summary: 00001-of-00002" in note for note in found.notes)
 
 
+def test_a_run_that_a_signal_ended_tells_the_signal_and_what_is_pending(tmp_path):
+    out = tmp_path / "out"
+    prompts = {"a": "ok", "b": "terminate"} | dict.fromkeys("cdefg", "ok")
+    assert run_stub(str(out), tmp_path, prompts, run_id="r") == 143
+    found = report_of(out)
+    assert states(found) == dict.fromkeys("ab", "succeeded") | dict.fromkeys("cdefg", "pending")
+    (process,) = found.processes
+    assert (process.finished, process.exit_code, process.stopped_by) == (True, 143, "SIGTERM")
+    assert found.finished_at is not None
+
+
 def test_a_killed_process_is_reported_up_to_its_last_record(tmp_path):
     out = tmp_path / "out"
     run_that_dies(out, tmp_path, {"a": "ok", "b": "ok", "c": "crash-at-1"}, AB_ENDED)
