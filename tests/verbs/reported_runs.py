@@ -41,6 +41,7 @@ class WorkingStub(StubGenerator):
     """
 
     generate_s: float = 0.04
+    keep_ahead: int = 0  # of so many jobs, each but the last waits for the preparation of the next one
     crash_after: tuple[str, ...] = ()  # globs: of each a file must be there before a job ends the process
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
@@ -49,6 +50,8 @@ class WorkingStub(StubGenerator):
     def generate(self, conditions: Any, plan: Any, timer: Any, *more: Any) -> Iterator[Any]:
         timer.count("prompt_cache_hits" if self.tries else "prompt_cache_misses")
         timer.forecast["denoise"] = FORECAST_BYTES
+        begun = len(self.started_at) + 1  # generations, this one included
+        wait_until(lambda: len(self.prepared) >= min(begun + 1, self.keep_ahead))
         if conditions.request.prompt == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
         pieces = super().generate(conditions, plan, timer, *more)
@@ -77,14 +80,14 @@ def run_stub(
     folder: Path,
     prompts: Mapping[str, str],
     *,
-    prepare_s: float = 0.0,
+    keep_ahead: bool = False,
     crash_after: Sequence[str] = (),
     **given: Any,
 ) -> int:
     """One run in this process; the exit code."""
 
     def load() -> WorkingStub:
-        return WorkingStub(prepare_s=prepare_s, crash_after=tuple(crash_after))
+        return WorkingStub(keep_ahead=len(prompts) if keep_ahead else 0, crash_after=tuple(crash_after))
 
     before = run_verb.build_engine
     run_verb.build_engine = lambda *_: Engine("stub", {"weights": "stub"}, load)
