@@ -87,7 +87,7 @@ class JobReport(Record):
         None, description="its gpu_s and its share, by gpu_s, of all other GPU seconds, at gpu_hour"
     )
     error: ErrorRecord | None = None
-    warnings: list[str] = []
+    warnings: list[str] = Field(default=[], description="as in the record")
 
 
 class RunReport(Record):
