@@ -1,4 +1,4 @@
-"""Logging state: what the command line configures for its process, undone after a test in which it ran in this one."""
+"""Logging state: what the command line configures for its process is undone after each test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """Afterwards structlog, `logging` and `warnings` are as they were."""
     root = logging.getLogger()

@@ -36,11 +36,6 @@ FLAGS += [(verb.name, name) for verb in VERBS for name in ("--log-format", "--ve
 FLAGS += [(verb.name, "--json") for verb in VERBS if verb.json_prints]
 
 
-@pytest.fixture(autouse=True)
-def _log_as_before(logging_as_before: None) -> None:
-    """The command line configures logging for its process, which here goes on."""
-
-
 def refused(capsys, *words: str) -> str:
     """What is said of a line that cannot be parsed."""
     with pytest.raises(SystemExit) as caught:

@@ -72,11 +72,11 @@ def others_line(found: RunStatus) -> str | None:
 
 
 def pace_line(found: RunStatus, zone: tzinfo | None = None) -> str:
-    """`12.4 jobs/h · ETA 14:46:40 (in 3:12:00)`. `zone`: of the ETA; None: this machine's."""
+    """`12.4 jobs an hour · ETA 14:46:40 (in 3:12:00)`. `zone`: of the ETA; None: this machine's."""
     if not found.left:
         return "nothing is left"
     rate, eta = found.rate_per_hour, found.eta_s
-    told = "no job of this run has ended yet" if rate is None else f"{rate:.{1 if rate < 100 else 0}f} jobs/h"
+    told = "no job of this run has ended yet" if rate is None else f"{rate:.{1 if rate < 100 else 0}f} jobs an hour"
     if not found.counts["running"]:
         return f"{told} · nothing is running"
     if eta is None:

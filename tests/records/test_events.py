@@ -13,8 +13,6 @@ import structlog
 from runner.errors import StorageUnavailable
 from runner.records.events import EventLog, configure_logging, default_logging
 
-pytestmark = pytest.mark.usefixtures("logging_as_before")
-
 
 def test_events_are_one_json_object_a_line():
     lines: list[bytes] = []

@@ -21,8 +21,6 @@ from runner.records.library_messages import library_messages_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("logging_as_before")
-
 
 @pytest.fixture
 def library() -> str:

@@ -24,11 +24,6 @@ PLAIN = "Wan2.2-Animate-14B-FP4-plain/quantized_transformer.safetensors"
 LAYERS = 65  # linears of the tiny transformer
 
 
-@pytest.fixture(autouse=True)
-def _log_as_before(logging_as_before: None) -> None:
-    """The command line configures logging for its process, which here goes on."""
-
-
 @pytest.fixture
 def models(demo_models: Path, tmp_path: Path) -> Path:
     """The demo's store as if nobody had quantised it, nor fetched a LoRA."""

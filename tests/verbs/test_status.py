@@ -257,7 +257,7 @@ def test_the_run_that_began_last_is_looked_at_unless_another_is_named(bench, cap
 def test_warnings_are_counted_and_shown(bench, capsys):
     keep(bench, bench.job("a"), bench.job("b"))
     bench.run(bench.job("a"), bench.job("b"))
-    record = bench.result("b") | {"notes": ["fps is above the source's"]}
+    record = bench.result("b") | {"warnings": ["fps is above the source's"]}
     bench.out.write_bytes("jobs/b/result.json", json.dumps(record).encode())
     assert read_run_status(bench.out).counts["with_warnings"] == 1
     assert main(["status", str(bench.folder / "out")]) == 0

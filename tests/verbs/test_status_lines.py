@@ -95,10 +95,13 @@ def going_on(done: int, left: int, hours: float) -> RunStatus:
 
 
 def test_the_pace():
-    assert pace_line(going_on(31, 40, 2.5), UTC) == "12.4 jobs/h · ETA 11:13:33 (in 3:13:33)"
-    assert pace_line(going_on(31, 40, 2.5), timezone(timedelta(hours=9))) == "12.4 jobs/h · ETA 20:13:33 (in 3:13:33)"
-    assert pace_line(going_on(2, 40, 1), UTC) == "2.0 jobs/h · ETA 2027-01-16 04:00:00 (in 20:00:00)"
-    assert pace_line(going_on(10, 1, 0.01), UTC).startswith("1000 jobs/h · ")
+    assert pace_line(going_on(31, 40, 2.5), UTC) == "12.4 jobs an hour · ETA 11:13:33 (in 3:13:33)"
+    assert (
+        pace_line(going_on(31, 40, 2.5), timezone(timedelta(hours=9)))
+        == "12.4 jobs an hour · ETA 20:13:33 (in 3:13:33)"
+    )
+    assert pace_line(going_on(2, 40, 1), UTC) == "2.0 jobs an hour · ETA 2027-01-16 04:00:00 (in 20:00:00)"
+    assert pace_line(going_on(10, 1, 0.01), UTC).startswith("1000 jobs an hour · ")
 
 
 @pytest.mark.parametrize(
