@@ -340,7 +340,7 @@ def _plan(settings: PlanSettings, display: Display) -> int:
 
 def _status(settings: StatusSettings, display: Display) -> int:
     from runner.verbs.status import status
-    from runner.verbs.tables import StatusWatch, print_status
+    from runner.verbs.status_table import StatusWatch, print_status
 
     if settings.watch and not display.json:
         with StatusWatch() as watch:

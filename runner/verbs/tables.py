@@ -14,28 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from runner.errors import RunnerError
 from runner.records.record import JobLine
 from runner.redact import escape_control, for_people, redact, redact_tree
 from runner.verbs.fitted_table import UNLIMITED, TableLayout, new_table, print_fitted, print_table
-from runner.verbs.status_lines import (
-    FOLD_FROM,
-    counts_line,
-    details,
-    notable_rows,
-    others_line,
-    pace_line,
-    short_reason,
-    source_line,
-)
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -47,13 +35,12 @@ if TYPE_CHECKING:
     from runner.verbs.outcome import RunOutcome
     from runner.verbs.plan import Forecast
     from runner.verbs.quantize import Quantized
-    from runner.verbs.status import RunStatus, StatusRow
     from runner.verbs.weights import Verification
     from runner.weights.fetch import Fetched
 
 __all__ = [
     "COLOURS",
-    "StatusWatch",
+    "coloured",
     "open_console",
     "print_approved",
     "print_checks",
@@ -66,7 +53,6 @@ __all__ = [
     "print_problems",
     "print_quantized",
     "print_run",
-    "print_status",
     "print_text",
     "print_verification",
 ]
@@ -151,7 +137,7 @@ def _stop_writing() -> None:
 
 def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
     """The run's table, what its cells have no room for, its counts, and where to look. Of a dry run, what would run."""
-    console = console or _console()
+    console = console or open_console()
     print_fitted(console, _layouts_of_decisions(outcome) if outcome.dry_run else _layouts_of_run(outcome))
     for line in outcome.lines:
         if line.error is not None:
@@ -195,7 +181,7 @@ def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
         for index, line in enumerate(lines):
             warned = f" [yellow]!{len(line.warnings)}[/]" if line.warnings else ""
             cells = [column[index] for column in more.values()]
-            table.add_row(escape(line.id), _status(line.status) + warned, *cells)
+            table.add_row(escape(line.id), coloured(line.status) + warned, *cells)
         return TableLayout(table, moved, folds)
 
     kinds = [(outputs, longest) for outputs in (full, below, names) for longest in (UNLIMITED, SHORT_REASON)]
@@ -209,7 +195,7 @@ def _layouts_of_decisions(outcome: RunOutcome) -> list[Callable[[], TableLayout]
         table = new_table("job", "what", *(["why"] if any(reasons) else []), whole=("what", "why"))
         for line, reason in zip(outcome.lines, reasons, strict=True):
             action = ACTIONS[(outcome.actions or {})[line.id]]
-            table.add_row(escape(line.id), _status(action), *([escape(reason)] if any(reasons) else []))
+            table.add_row(escape(line.id), coloured(action), *([escape(reason)] if any(reasons) else []))
         return TableLayout(table, moved)
 
     return [partial(layout, longest) for longest in (UNLIMITED, SHORT_REASON, 0)]
@@ -237,7 +223,7 @@ def _split_reasons(lines: Sequence[JobLine], longest: int) -> tuple[list[str], l
 
 
 def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError]], *, checked: bool) -> None:
-    console = _console()
+    console = open_console()
     for job_id, error in problems:
         console.print(f"[red]{escape(job_id)}[/]  {error.code}: {escape(error.message)}", soft_wrap=True)
     found = f"{len({job_id for job_id, _ in problems})} of them cannot be rendered"
@@ -250,7 +236,7 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
 
     A narrow terminal lacks some columns, which are named below the table.
     """
-    console = _console()
+    console = open_console()
     cells = {row.job_id: _plan_cells(row, gpu) for row in rows}
     columns = list(dict.fromkeys(name for found in cells.values() for name in found))
 
@@ -301,93 +287,6 @@ def _plan_cells(row: Forecast, gpu: str | None) -> dict[str, str]:
     return cells
 
 
-def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> None:
-    """The table, what it has no room for, and the counts. `all_rows`: of many jobs too, each has its row."""
-    if as_json:
-        print_json(found.to_json())
-        return
-    console = _console()
-    rows = list(found.rows)
-    if len(rows) > FOLD_FROM and not all_rows:
-        rows = notable_rows(rows)
-    if rows:
-        print_table(console, _status_table(rows))
-    _print_details(console, details(found.rows))
-    if len(rows) < len(found.rows):
-        console.print(f"{len(found.rows) - len(rows)} jobs that are done or have not begun: --all shows them")
-    if (others := others_line(found)) is not None:
-        console.print(others, soft_wrap=True)
-    console.print(escape(source_line(found)), soft_wrap=True)
-    console.print(escape(counts_line(found)), soft_wrap=True)
-
-
-def _status_table(rows: Sequence[StatusRow], *, one_line: bool = False) -> Table:
-    """What is too long for a column comes below the table. `one_line`: a row has one line, whatever is cut."""
-    table = new_table("job", "status", "attempt", "seconds", "reason", "output")
-    table.expand = one_line
-    for column in table.columns:
-        share = {"job": 2, "reason": 3, "output": 2}.get(str(column.header))  # of what the other columns leave
-        column.no_wrap = one_line or share is None
-        if one_line and share is not None:
-            column.ratio, column.overflow = share, "ellipsis"
-    for row in rows:
-        mark = " [yellow]![/]" if row.warnings else ""
-        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        table.add_row(
-            escape(row.id) + ("" if row.listed else " [dim](other manifest)[/]"),
-            _status(row.status) + mark,
-            str(row.attempt or ""),
-            seconds,
-            escape(short_reason(row)),
-            escape(row.film),
-        )
-    return table
-
-
-def _print_details(console: Console, told: Sequence[tuple[str, str]]) -> None:
-    """`job: sentence`, one a line, below a table that has no room for it."""
-    for job_id, sentence in told:
-        console.print(f"[bold]{escape(job_id)}[/]: {escape(sentence)}", soft_wrap=True)
-
-
-class StatusWatch:
-    """Shows each look of `status --watch`: on a terminal redrawn in place, elsewhere one line a look."""
-
-    def __init__(self) -> None:
-        self._console = _console()
-        self._live: Live | None = None
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            # The log goes above the table where both share the terminal, and stays where it is sent elsewhere.
-            shared = sys.stderr is not None and sys.stderr.isatty()
-            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stderr=shared)
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._live is not None:
-            self._live.transient = kind is None  # after Ctrl-C the last look stays; else the whole table comes next
-            self._live.stop()
-
-    def show(self, found: RunStatus) -> None:
-        if self._live is None:
-            line = f"{counts_line(found)} · {pace_line(found)}"
-            self._console.print(escape(line), soft_wrap=True)
-            return
-        rows = list(found.rows) if len(found.rows) <= FOLD_FROM else notable_rows(found.rows)
-        # What is under way is what changes: it stands above the rest where the screen has no room for all.
-        rows.sort(key=lambda row: row.status not in ("running", "lost"))
-        told = [source_line(found), counts_line(found), pace_line(found)]
-        wrapped = sum(len(line) // self._console.width + 1 for line in told)
-        room = max(1, self._console.height - wrapped - 4)  # a header, a line about the rest, two for words that wrap
-        shown, left_out = rows[:room], len(rows) - room
-        parts: list[Any] = [_status_table(shown, one_line=True)] if shown else []
-        parts += [f"and {left_out} more"] if left_out > 0 else []
-        parts += [self._console.render_str(escape(line)) for line in told]
-        self._live.update(Group(*parts), refresh=True)
-
-
 def print_checks(checks: Sequence[Check]) -> None:
     """On a narrow terminal what is to be done stands below the table."""
 
@@ -395,17 +294,17 @@ def print_checks(checks: Sequence[Check]) -> None:
         columns = ["check", "result", "found"] + ([] if todo_below else ["what to do"])
         table = new_table(*columns, whole=("check", "result"))
         for check in checks:
-            cells = [escape(check.name), _status(check.status), escape(check.found)]
+            cells = [escape(check.name), coloured(check.status), escape(check.found)]
             table.add_row(*cells, *([] if todo_below else [escape(check.todo)]))
         below = [f"{escape(check.name)}: {escape(check.todo)}" for check in checks if check.todo]
         return TableLayout(table, below if todo_below else [])
 
-    print_fitted(_console(), [partial(layout, todo_below) for todo_below in (False, True)])
+    print_fitted(open_console(), [partial(layout, todo_below) for todo_below in (False, True)])
 
 
 def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bool) -> None:
     """`command`: what removes them, shown if there is something that would be removed."""
-    console = _console()
+    console = open_console()
     if as_json:
         for row in rows:
             told = dataclasses.asdict(row.leftover) | {"action": row.action, "reason": row.reason}
@@ -434,7 +333,7 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
     if as_json:
         print_json(night.model_dump(mode="json"))
         return
-    console = _console()
+    console = open_console()
     told = [job for job in night.jobs if job.verdict != "identical"]
     if told:
         table = new_table("job", "verdict", "PSNR", "SSIM", "seconds", "what")
@@ -445,7 +344,7 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
             seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
             sentences = [job.text, *(breach.text for breach in job.breaches[1:]), *job.notes]
             table.add_row(
-                escape(job.id), _status(job.verdict), psnr, ssim, seconds, escape("; ".join(dict.fromkeys(sentences)))
+                escape(job.id), coloured(job.verdict), psnr, ssim, seconds, escape("; ".join(dict.fromkeys(sentences)))
             )
         print_table(console, table)
     for change in night.environment:
@@ -465,10 +364,10 @@ def print_approved(baseline: str, rows: Sequence[ApproveRow], *, as_json: bool) 
         for row in rows:
             print_json(dataclasses.asdict(row))
         return
-    console = _console()
+    console = open_console()
     table = new_table("job", "action", "what")
     for row in rows:
-        table.add_row(escape(row.id), _status(row.action), escape("; ".join([row.detail, *row.notes])))
+        table.add_row(escape(row.id), coloured(row.action), escape("; ".join([row.detail, *row.notes])))
     print_table(console, table)
     found = {name: sum(row.action == name for row in rows) for name in ("approved", "removed", "unchanged", "refused")}
     counts = " · ".join(f"{count} {name}" for name, count in found.items() if count)
@@ -532,15 +431,12 @@ class _Console(Console):
 
 
 def open_console() -> Console:
-    """Where tables are printed: as `print_…` of this module do it, for modules that print a table of their own."""
-    return _console()
-
-
-def _console() -> Console:
+    """Where tables are printed."""
     # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
     console = _Console()
     return console if console.is_terminal else _Console(width=UNLIMITED)
 
 
-def _status(status: str) -> str:
+def coloured(status: str) -> str:
+    """A status as markup."""
     return f"[{COLOURS.get(status, 'default')}]{status.replace('_', ' ')}[/]"

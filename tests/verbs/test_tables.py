@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +11,16 @@ from rich.console import Console
 
 from runner.batch.shards import Shard
 from runner.records.record import ErrorRecord, JobLine
-from runner.verbs import tables
 from runner.verbs.dry_run import Action
 from runner.verbs.fitted_table import UNLIMITED
 from runner.verbs.outcome import RunOutcome, counts_of_lines
-from runner.verbs.status import RunStatus, StatusRow
-from runner.verbs.tables import StatusWatch, print_json, print_run, print_status
+from runner.verbs.tables import print_json, print_run
 
 TABLE = "from runner.batch.shards import Shard; "
 TABLE += "from runner.records.record import JobLine; from runner.verbs.outcome import RunOutcome; "
 TABLE += "from runner.verbs.tables import print_run; lines = [JobLine(id=str(n), status='failed', reason='') "
 TABLE += "for n in range(5000)]; print_run(RunOutcome(1, 'r', Shard(0, 1), '', {'total': 5000}, lines, 'o', 's', None))"
-ROWS = "from runner.verbs.status import RunStatus, StatusRow; from runner.verbs.tables import print_status; "
+ROWS = "from runner.verbs.status import RunStatus, StatusRow; from runner.verbs.status_table import print_status; "
 ROWS += "rows = [StatusRow(id=str(n), status='failed') for n in range(5000)]; "
 ROWS += "print_status(RunStatus('out', None, None, tuple(rows), {}), as_json=True)"
 
@@ -146,36 +143,3 @@ def test_a_dry_run_says_what_would_run_and_why(width):
     assert f"dora: input.not_found: {GONE}" in lines and CHANGED in "\n".join(lines)
     assert "4 total · 1 would run · 1 skipped · 1 leased by another runner · 1 would fail" in lines
     assert not any("summary" in line for line in lines) and "nothing was written" in lines[-1]
-
-
-def test_a_watched_status_fits_the_screen(monkeypatch):
-    """Each row has one line; where there are too many, the counts stay."""
-    rows = [StatusRow(id=f"{'long' * 20}-{n}", status="failed", code="internal", reason="r" * 300) for n in range(40)]
-    rows[30] = StatusRow(id="now", status="running", stage="generating", host="gpu-a", heard_s=3.0)
-    found = RunStatus("out", "r", "m.yaml", tuple(rows), {})
-    console = tables._Console(width=80, height=20, force_terminal=True, color_system=None, file=io.StringIO())
-    monkeypatch.setattr(tables, "_console", lambda: console)
-    with StatusWatch() as watch:
-        watch.show(found)
-        drawn = console.file.getvalue()
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", drawn).rstrip().split("\n")
-    assert 15 < len(lines) <= 20 and max(map(len, lines)) <= 80
-    assert lines[1].split() == ["now", "running", "generating", "on", "gpu-a,…"]
-    assert lines[2].split()[1:] == ["failed", "internal"]
-    assert re.fullmatch(r"and \d+ more", lines[-4].strip())
-    assert lines[-3:] == [
-        "out, run r of m.yaml:",
-        "0 of 40 done · 39 failed · 1 running (gpu-a heard of 3 s ago)",
-        "no job of this run has ended yet",
-    ]
-
-
-def test_a_long_reason_stands_below_the_table_of_a_status(monkeypatch):
-    reason = "input.unreadable: " + "the stream is damaged " * 20
-    row = StatusRow(id="a", status="failed", code="input.unreadable", reason=reason.strip())
-    console = tables._Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
-    monkeypatch.setattr(tables, "_console", lambda: console)
-    print_status(RunStatus("out", "r", "m.yaml", (row,), {}), as_json=False)
-    header, cells, *rest = console.file.getvalue().splitlines()
-    assert max(len(header), len(cells)) <= 80 and "input.unreadable" in cells
-    assert rest[0] == f"a: {row.reason}"
