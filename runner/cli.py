@@ -54,7 +54,7 @@ EXIT_CODES: Mapping[int, str] = MappingProxyType(
         0: "success: every job succeeded or was done before, every check passed",
         1: "some jobs failed, or their inputs cannot be used",
         2: "usage, manifest, weights or credentials: fix, then rerun",
-        3: "infrastructure: rerun the same command",
+        3: "infrastructure, or jobs are left: rerun the same command",
         4: "regression threshold broken",
         130: "SIGINT",
         143: "SIGTERM, drained",

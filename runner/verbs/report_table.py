@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from runner.records.output_layout import JOBS
 from runner.records.run_report import GpuSeconds, JobReport, RunReport
+from runner.verbs.fitted_table import new_table, print_table
 from runner.verbs.report import Reported
-from runner.verbs.tables import COLOURS, open_console, print_json
+from runner.verbs.tables import coloured, open_console, print_json
 
 __all__ = ["print_report"]
 
@@ -102,31 +102,30 @@ def _print_table(console: Console, report: RunReport) -> None:
             break
         columns.remove(last)
         left_out.append(last.name)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
-    for column in columns:
-        fixed = column.rank > 0 or column.name != "job"
-        table.add_column(column.name, justify="right" if column.right else "left", no_wrap=fixed, overflow="fold")
+    names = [column.name for column in columns]
+    table = new_table(*names, whole=[name for name in names if name != "job"], gap=GAP)
+    for made, column in zip(table.columns, columns, strict=True):
+        made.justify = "right" if column.right else "left"
     for job in report.jobs:
         cells = [escape(column.cell(job)) for column in columns]
-        cells[1] = f"[{COLOURS.get(job.status, 'default')}]{cells[1]}[/]"
+        cells[1] = coloured(job.status)
         table.add_row(*cells)
-    if not console.is_terminal:  # rich would fold it into the width that it assumes there
-        console.width = max(console.width, _width(columns, report.jobs, whole=True))
-    console.print(table)
+    print_table(console, table)
     if left_out:
-        names = ", ".join(reversed(left_out))
-        console.print(f"no room here for: {names}; a wider terminal, the page and --json have them", soft_wrap=True)
+        console.print(
+            f"no room here for: {', '.join(reversed(left_out))}; a wider terminal, the page and --json have them",
+            soft_wrap=True,
+        )
     if "output" in left_out:
         console.print(f"outputs lie below {escape(report.out.rstrip('/'))}/{JOBS}", soft_wrap=True)
 
 
-def _width(columns: Sequence[_Column], jobs: Sequence[JobReport], *, whole: bool = False) -> int:
-    """Cells that the table takes; `whole`: with each id on one line."""
+def _width(columns: Sequence[_Column], jobs: Sequence[JobReport]) -> int:
+    """Cells that the table takes, long ids folded."""
     widths = {
         column.name: max([cell_len(column.name), *(cell_len(column.cell(job)) for job in jobs)]) for column in columns
     }
-    if not whole:
-        widths["job"] = min(widths["job"], NARROWEST)
+    widths["job"] = min(widths["job"], NARROWEST)
     return sum(widths.values()) + GAP * (len(widths) - 1)
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from runner.weights.fetch import Fetched
 
 __all__ = [
-    "COLOURS",
     "coloured",
     "open_console",
     "print_approved",

@@ -70,8 +70,18 @@ def test_only_one_job_is_told_rendered_and_then_left_alone(night, capsys):
     assert [path.name for path in (folder / "out/jobs").iterdir()] == ["anna-wave"]
     assert "anna-wave" in shown, "the bar and the log"
 
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
+    assert main(["status", str(folder / "out"), "--json"]) == 3
+    status = json.loads(capsys.readouterr().out)
+    assert [(job["id"], job["status"]) for job in status["jobs"]] == [
+        ("anna-wave", "succeeded"),
+        ("anna-again", "pending"),
+        ("bela", "pending"),
+    ]
+    assert main(["status", str(folder / "out")]) == 3
+    assert "1 of 3 done · 0 failed · 2 pending" in capsys.readouterr().out
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert main(["run", *words, "--dry-run", "--json"]) == 1
     actions = {job["id"]: job["action"] for job in json.loads(capsys.readouterr().out)["jobs"]}
     assert actions == {"anna-wave": "skip", "anna-again": "run", "bela": "fail"}

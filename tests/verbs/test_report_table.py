@@ -11,6 +11,7 @@ from rich.console import Console
 
 from runner.records.record import ErrorRecord, ReuseRecord
 from runner.records.run_report import GpuSeconds, JobReport
+from runner.verbs.fitted_table import UNLIMITED
 from runner.verbs.report import Reported
 from runner.verbs.report_table import print_report
 from tests.records.test_run_report import make_report
@@ -34,7 +35,7 @@ JOBS = [job("a"), job(LONG, warnings=["12 frames without a person"]), job("bad",
 def printed(report, *, width: int | None = 80, files=("out/runs/r/report.html", "out/runs/r/report.json")) -> list[str]:
     """Lines; `width` None: standard output is no terminal."""
     stream = io.StringIO()
-    terminal = {"force_terminal": True, "color_system": None, "width": width} if width else {"width": 80}
+    terminal = {"force_terminal": True, "color_system": None, "width": width} if width else {"width": UNLIMITED}
     print_report(Reported(report, files), as_json=False, console=Console(file=stream, **terminal))
     return stream.getvalue().splitlines()
 
