@@ -1,27 +1,31 @@
-"""Logging state: what the command line configures for its process is undone after each test."""
+"""Logging state: what the command line configures for its process is undone before and after each test."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 
 import pytest
 import structlog
 
+from runner.records import library_messages
+
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Afterwards structlog, `logging` and `warnings` are as they were."""
-    root = logging.getLogger()
-    config, was_configured = structlog.get_config(), structlog.is_configured()
-    handlers, kind, show = root.handlers.copy(), logging.getLoggerClass(), warnings.showwarning
+def logging_as_unconfigured() -> Iterator[None]:
+    """structlog, `logging` and `warnings` as a program has them that has not called the command line.
+
+    Before a test too: fixtures of a module or of the session may have called it.
+    """
+    _undo()
     yield
+    _undo()
+
+
+def _undo() -> None:
     structlog.reset_defaults()
-    if was_configured:
-        structlog.configure(**config)
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if type(one).__module__ == library_messages.__name__]:
         root.removeHandler(handler)
-    logging.setLoggerClass(kind)
+    logging.setLoggerClass(logging.Logger)
     logging.captureWarnings(False)
-    warnings.showwarning = show

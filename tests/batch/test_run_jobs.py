@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from runner.batch.fingerprint import fingerprint_parts, settings_digest
-from runner.batch.run_jobs import keep_run_jobs, newest_run, read_run_jobs
+from runner.batch.run_jobs import keep_run_jobs, list_runs, read_run_jobs
 from runner.errors import InputUnreadable, WeightsMissing
 from runner.records.record import InputRecord, ResultRecord, schemas
 from runner.spec.manifest import Job
@@ -55,19 +55,19 @@ def test_a_job_that_cannot_be_identified_is_kept_without_a_digest(storage):
 
 
 def test_the_run_that_began_last_is_the_newest_whatever_its_id(storage, tmp_path):
-    assert newest_run(storage) is None
+    assert list(list_runs(storage)) == []
     for run_id in ("z", "a"):
         keep(storage, run_id, a_job("a"))
-    assert newest_run(storage) == "a"
+    assert list(list_runs(storage)) == ["a", "z"]
     keep(storage, "z", a_job("a"))  # the same bytes, begun again
-    assert newest_run(storage) == "z"
+    assert list(list_runs(storage)) == ["z", "a"]
     storage.write_bytes("runs/other/0-of-1.summary.json", b"{}")
-    assert newest_run(storage) == "z"
+    assert list(list_runs(storage)) == ["z", "a"]
 
 
 def test_a_source_that_knows_no_job_keeps_nothing(storage):
     keep(storage, "r")
-    assert newest_run(storage) is None
+    assert list_runs(storage) == {}
     assert read_run_jobs(storage, "r") is None
 
 

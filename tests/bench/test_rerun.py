@@ -20,7 +20,7 @@ def test_rerun(tmp_path):
     assert 100 <= requests["GET"] <= 106, requests
     assert 20 <= requests["HEAD"] <= 24, requests
     assert 1 <= requests["LIST"] <= 3, requests
-    assert requests["PUT"] <= 10, requests
+    assert requests["PUT"] <= 11, requests  # one of them the list of jobs, for `status`
     assert 8 <= on_s3["requests_at_once"] <= 40
     assert on_s3["requests_a_job"] == pytest.approx(sum(requests.values()) / 100, abs=0.001)
     assert max(on_s3["bytes_written"], local["bytes_written"]) < 100 * 2000
