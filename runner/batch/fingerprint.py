@@ -18,7 +18,7 @@ from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 
-__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "settings_digest"]
+__all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "public_parts", "settings_digest"]
 
 OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
 
@@ -44,10 +44,15 @@ def settings_digest(parts: Mapping[str, Any]) -> str:
     """16 hex digits over `parts` without the inputs' contents: whether a record was made with the settings that a job
     has now can be told without reading an input.
 
-    Equal for the parts that a job has and for those that its record keeps, where secrets are masked.
+    Of the parts that a record keeps, or of `public_parts` of a job: these are equal.
     """
-    settings = {key: value for key, value in parts.items() if not key.startswith("input.")}
-    return fingerprint(redact_tree(settings))[:16]
+    return fingerprint({key: value for key, value in parts.items() if not key.startswith("input.")})[:16]
+
+
+def public_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts as a record keeps them: secrets are masked."""
+    found: dict[str, Any] = redact_tree(dict(parts))
+    return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from runner.batch.fingerprint import settings_digest
+from runner.batch.fingerprint import public_parts, settings_digest
 from runner.errors import InputUnreadable, RunnerError
 from runner.records.output_layout import RUN_JOBS, RUNS, run_file_key, split_run_key
 from runner.records.record import RunJobsRecord
@@ -43,7 +43,7 @@ def keep_run_jobs(
 
 def _digest(job: Job, parts: Callable[[Job], Mapping[str, Any]]) -> str | None:
     try:
-        return settings_digest(parts(job))
+        return settings_digest(public_parts(parts(job)))
     except (RunnerError, OSError):  # e.g. its LoRA is missing, which its own shard says
         return None
 

@@ -10,6 +10,7 @@ whose entry has changed.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,8 @@ from runner.verbs.status_watch import wait_for_end
 
 __all__ = ["RunStatus", "StatusReader", "StatusRow", "read_jobs", "read_run_status", "status"]
 
-READS_AT_ONCE = 32
+READS_AT_ONCE = 16
+GC_THRESHOLD = 100_000  # objects
 STATES = ("succeeded", "failed", "running", "lost", "pending")
 RATE_JOBS = 50  # the rate is that of so many jobs that ended last: a stall shows after minutes, one slow job does not
 RUNS_NAMED = 10
@@ -394,12 +396,19 @@ class StatusReader:
 
 @contextmanager
 def _reading() -> Iterator[ThreadPoolExecutor]:
-    """Threads that read. Where the block raises, what has not begun is not read."""
+    """Threads that read. Where the block raises, what has not begun is not read.
+
+    Meanwhile Python looks for garbage less often: what is read of many jobs stays, and going through it again and again
+    took a tenth of the CPU time (measured with 10,000 jobs).
+    """
+    threshold = gc.get_threshold()
+    gc.set_threshold(max(GC_THRESHOLD, threshold[0]) if threshold[0] else 0, *threshold[1:])
     pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="status")
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.set_threshold(*threshold)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

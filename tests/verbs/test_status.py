@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -562,3 +563,15 @@ def test_a_listing_and_the_records_of_a_run_read_as_one_state(bench):
     }
     assert sum(found.counts[state] for state in STATES) == found.counts["total"] == 6
     assert replace(found, rows=found.rows[:2]).exit_code == 1
+
+
+def test_garbage_is_looked_for_less_often_while_records_are_read(bench, monkeypatch):
+    keep(bench, bench.job("a"))
+    bench.run(bench.job("a"))
+    seen = []
+    parse = status_verb.parse_record
+    monkeypatch.setattr(status_verb, "parse_record", lambda data: seen.append(gc.get_threshold()[0]) or parse(data))
+    before = gc.get_threshold()
+    assert read_run_status(bench.out).counts["succeeded"] == 1
+    assert seen == [status_verb.GC_THRESHOLD]
+    assert gc.get_threshold() == before
