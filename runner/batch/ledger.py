@@ -38,7 +38,7 @@ from runner.storage import ObjectInfo, Storage, check_key, combined_identity
 from runner.storage.file_hashes import FileHashes
 from runner.timing import now
 
-__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "output_identity", "parse_record"]
+__all__ = ["Decision", "JobTaken", "Ledger", "Listing", "Stage", "output_identity", "output_key_wrong", "parse_record"]
 
 REPLACES = 5  # tries to put a record or an output in the place of another run's
 
@@ -69,6 +69,19 @@ class Decision:
     error: ErrorRecord | None = None  # `exhausted`: of the last attempt, where it is known
     mark_version: str | None = None  # of attempt.json as it was read; None: there was none
     restore: bool = False  # `previous` was removed by an attempt that was lost, and its output stands
+
+
+def output_key_wrong(job_id: str, output: OutputRecord | None) -> str | None:
+    """Why a record names no output that could be the job's, in words; None where it does."""
+    if output is None:
+        return "the record names no output"
+    try:
+        check_key(output.key.rstrip("/"))
+    except ConfigInvalid as error:
+        return f"the record names no usable output: {error.what}"
+    if not output.key.startswith(job_folder(job_id)):
+        return f"the record names an output outside {job_folder(job_id)}"
+    return None
 
 
 def output_identity(storage: Storage, key: str, hashes: FileHashes | None = None) -> tuple[str, int, int] | None:
@@ -210,14 +223,9 @@ class Ledger:
 
     def _output_wrong(self, job_id: str, output: OutputRecord | None, listing: Listing | None = None) -> str | None:
         """Why the recorded output cannot be trusted; None if it is there as recorded."""
-        if output is None:
-            return "the record names no output"
-        try:
-            check_key(output.key.rstrip("/"))
-        except ConfigInvalid as error:
-            return f"the record names no usable output: {error.what}"
-        if not output.key.startswith(job_folder(job_id)):
-            return f"the record names an output outside {job_folder(job_id)}"
+        wrong = output_key_wrong(job_id, output)
+        if output is None or wrong is not None:
+            return wrong
         if listing is not None and not output.key.endswith("/"):  # of frames, the listing has none
             info = listing.get(output.key)
             found = None if info is None else (*_content(self.storage, info, self.hashes), 1)

@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict
 
 from runner.batch.fingerprint import settings_digest
 from runner.batch.lease import Leases, Sighting
-from runner.batch.ledger import parse_record
+from runner.batch.ledger import output_key_wrong, parse_record
 from runner.batch.run_jobs import list_runs, read_run_jobs
 from runner.errors import ConfigInvalid, InputError
 from runner.records.events import default_logging
-from runner.records.output_layout import ATTEMPT, FRAMES, JOBS, OUTPUT, RESULT, job_folder, job_key, split_job_key
+from runner.records.output_layout import ATTEMPT, FRAMES, JOBS, OUTPUT, RESULT, job_key, split_job_key
 from runner.records.record import ErrorRecord, OutputRecord, ResultRecord, RunJobsRecord
-from runner.storage import ObjectInfo, Storage, check_key, open_storage
+from runner.storage import ObjectInfo, Storage, open_storage
 from runner.verbs.flag_values import parse_age
 from runner.verbs.settings import StatusSettings
 from runner.verbs.status_watch import wait_for_end
@@ -366,14 +366,9 @@ class StatusReader:
 
     def _output_wrong(self, job_id: str, output: OutputRecord | None) -> str | None:
         """Why the output is not as its record says, asked of the storage: the record may be newer than the listing."""
-        if output is None:
-            return "the record names no output"
-        try:
-            check_key(output.key.rstrip("/"))
-        except ConfigInvalid as error:
-            return f"the record names no usable output: {error.what}"
-        if not output.key.startswith(job_folder(job_id)):
-            return f"the record names an output outside {job_folder(job_id)}"
+        wrong = output_key_wrong(job_id, output)
+        if output is None or wrong is not None:
+            return wrong
         job = _Found()
         if output.key.endswith("/"):
             there = list(self._storage.list(output.key))
