@@ -92,6 +92,12 @@ class RunStatus:
         return {"total": sum(found.values())} | {name: found[name] for name in STATES} | {"with_warnings": warned}
 
     @property
+    def other_counts(self) -> dict[str, int]:
+        """Jobs that the manifest has not, by status."""
+        found = Counter[str](row.status for row in self.rows if not row.listed)
+        return {name: found[name] for name in STATES}
+
+    @property
     def left(self) -> int:
         """Jobs of the manifest that have not ended."""
         found = self.counts

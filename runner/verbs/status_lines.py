@@ -5,7 +5,6 @@ In:   a `RunStatus`. Out: lines of text. Never: printing, reading.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING
@@ -25,7 +24,6 @@ __all__ = [
 ]
 
 HOSTS_NAMED = 4  # more are told by their number
-STATES = ("succeeded", "failed", "running", "lost", "pending")
 FOLD_FROM = 50  # rows of a table: of longer ones only what a user may have to act on is shown
 
 
@@ -66,8 +64,7 @@ def source_line(found: RunStatus) -> str:
 
 def others_line(found: RunStatus) -> str | None:
     """`also there, of other manifests: 3 succeeded · 1 failed`; None where there are no others."""
-    counts = Counter[str](row.status for row in found.rows if not row.listed)
-    parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+    parts = [f"{count} {state}" for state, count in found.other_counts.items() if count]
     return f"also there, of other manifests: {' · '.join(parts)}" if parts else None
 
 
