@@ -20,11 +20,21 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 RUN = """
-import sys
+import sys, time
+from pathlib import Path
 from tests.faults.stub_runs import run_command
 from tests.stub_generator import StubGenerator
 
-sys.exit(run_command(sys.argv[1:], lambda: StubGenerator(generate_s=0.4), {"weights": "stub"}))
+
+class HeldGenerator(StubGenerator):
+    def generate(self, *given):
+        while len(self.started_at) == 2 and Path(HOLD).exists():  # in the middle of a run, however slow the machine is
+            time.sleep(0.01)
+        yield from super().generate(*given)
+
+
+HOLD = sys.argv.pop(1)
+sys.exit(run_command(sys.argv[1:], lambda: HeldGenerator(generate_s=0.4), {"weights": "stub"}))
 """
 
 
@@ -48,10 +58,13 @@ def write_manifest(folder: Path) -> Path:
 
 @contextmanager
 def begun(folder: Path, manifest: Path, run_id: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A run with the stub under way, in a process of its own."""
+    """A run with the stub under way, in a process of its own; it waits before its third job while `hold` is there."""
+    (folder / "hold").touch()
     words = [str(manifest), "--out", str(folder / "out"), "--cache", str(folder / "cache"), "--run-id", run_id]
     log = (folder / f"{run_id}.log").open("wb")
-    process = subprocess.Popen([sys.executable, "-c", RUN, *words], cwd=ROOT, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder / "hold"), *words], cwd=ROOT, stdout=log, stderr=log
+    )
     try:
         yield process
     finally:
@@ -71,10 +84,10 @@ def test_a_run_that_was_stopped_in_its_middle_is_not_green(tmp_path):
     manifest = write_manifest(tmp_path)
     out = str(tmp_path / "out")
     with begun(tmp_path, manifest, "night") as process:
-        wait_for_records(tmp_path, 1)
-        while_it_runs = status(out, "--json")
         wait_for_records(tmp_path, 2)
+        while_it_runs = status(out, "--json")
         process.send_signal(signal.SIGTERM)
+        (tmp_path / "hold").unlink()
         assert process.wait(60) == 143
     under_way = json.loads(while_it_runs.stdout)
     assert under_way["counts"]["running"] >= 1, under_way
@@ -91,13 +104,16 @@ def test_a_run_that_was_stopped_in_its_middle_is_not_green(tmp_path):
     assert (other.returncode, "the runs that have: night" in other.stderr) == (2, True)
 
     watching = subprocess.Popen(command(out, "--watch", "--every", "0.2"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    looks = (line.rstrip() for line in watching.stdout if " of 7 done" in line)
+    assert next(looks).startswith(f"{done} of 7 done")
     with begun(tmp_path, manifest, "morning") as process:
+        assert any("jobs an hour" in look for look in looks)
+        (tmp_path / "hold").unlink()
         assert process.wait(120) == 0
-    shown, _ = watching.communicate(timeout=60)
-    assert watching.returncode == 0
-    looks = [line for line in shown.splitlines() if " of 7 done" in line]
-    assert looks[0].startswith(f"{done} of 7 done") and looks[-1] == "7 of 7 done · 0 failed"
-    assert any("jobs an hour" in line for line in looks), looks
+        *_, last = looks
+    assert watching.wait(60) == 0
+    assert last == "7 of 7 done · 0 failed"
 
 
 def test_a_terminal_is_redrawn_in_place_and_ctrl_c_ends_it_with_130(tmp_path):
