@@ -20,7 +20,9 @@ __all__ = [
     "Seen",
     "contrast",
     "find_chromium",
+    "focused_names",
     "luminances",
+    "nameless_items",
     "open_chromium",
     "wait_until",
     "why_not",
@@ -89,6 +91,27 @@ def wait_until(page: Any, condition: str) -> None:
     while not page.evaluate(f"Boolean({condition})"):
         assert time.monotonic() < deadline, condition
         page.wait_for_timeout(20)
+
+
+def focused_names(page: Any, count: int) -> list[str]:
+    """The first words of the names of the element that has the focus, and of those that Tab then reaches, `count` in
+    all; each shows that it has the focus."""
+    focused, names = "document.activeElement", list[str]()
+    for _ in range(count):
+        names.append(page.evaluate(f"{focused}.getAttribute('aria-label') || {focused}.innerText"))
+        assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid", names
+        page.keyboard.press("Tab")
+    return [name.split()[0] for name in names]
+
+
+def nameless_items(page: Any, *, inside: str) -> list[str]:
+    """HTML of controls and pictures that a screen reader has no name for. `inside`: what names all that it holds."""
+    return page.evaluate(
+        """(inside) => [...document.querySelectorAll("button, input, select, a, img, video, svg[role=img]")]
+            .filter(item => !(item.getAttribute("aria-label") || item.innerText || item.alt || item.closest(inside)))
+            .map(item => item.outerHTML.slice(0, 80))""",
+        inside,
+    )
 
 
 def luminances(page: Any, selector: str) -> tuple[float, float]:

@@ -5,20 +5,13 @@ import threading
 import pytest
 
 from runner.timing import CallTimer, StageTimer
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.hand_clock import HandClock
 
 
 class Probe:
     """A device whose queued work takes effect when it is waited for."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HandClock) -> None:
         self.clock, self.queued, self.bytes, self.log = clock, 0.0, 0, []
 
     def synchronize(self) -> None:
@@ -35,7 +28,7 @@ class Probe:
 
 
 def test_stages_add_up_by_name():
-    clock = Clock()
+    clock = HandClock()
     timer = StageTimer(clock)
     for seconds in (1.0, 2.5):
         with timer.stage("decode"):
@@ -44,7 +37,7 @@ def test_stages_add_up_by_name():
 
 
 def test_a_stage_that_fails_is_still_timed():
-    clock = Clock()
+    clock = HandClock()
     timer = StageTimer(clock)
 
     def draw() -> None:
@@ -58,7 +51,7 @@ def test_a_stage_that_fails_is_still_timed():
 
 
 def test_work_queued_on_the_device_counts_for_its_own_stage():
-    clock = Clock()
+    clock = HandClock()
     probe = Probe(clock)
     timer = StageTimer(clock, probe)
     with timer.stage("denoise", on_device=True):

@@ -8,37 +8,30 @@ import pytest
 
 from runner.batch.pace import SegmentPace
 from runner.generation.protocol import SegmentPlan
+from tests.hand_clock import HandClock
 
 BEFORE, EVALUATION, AFTER, SET_UP = 3.0, 2.0, 4.0, 50.0
 SEGMENT = BEFORE + 5 * EVALUATION + AFTER
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> HandClock:
+    return HandClock(1000.0)
 
 
 def plan(seconds: float | None = None, evaluations: int = 5) -> SegmentPlan:
     return SegmentPlan(80, 20, 0, 4, 64, 48, 5, evaluations=evaluations, tflop=1.0, seconds=seconds)
 
 
-def go(pace: SegmentPace, clock: Clock, index: int, steps: range = range(1, 6), seconds: float = EVALUATION) -> None:
+def go(
+    pace: SegmentPace, clock: HandClock, index: int, steps: range = range(1, 6), seconds: float = EVALUATION
+) -> None:
     for step in steps:
         clock.tick(seconds)
         pace.step(index * 5 + step)
 
 
-def segment(pace: SegmentPace, clock: Clock, index: int, set_up: float = 0.0) -> None:
+def segment(pace: SegmentPace, clock: HandClock, index: int, set_up: float = 0.0) -> None:
     clock.tick(BEFORE + set_up)
     go(pace, clock, index)
     clock.tick(AFTER)

@@ -6,21 +6,12 @@ import pytest
 
 from runner.batch.run_pace import RunPace, RunPosition, StepCount
 from runner.generation.protocol import SegmentPlan
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
+from tests.hand_clock import HandClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> HandClock:
+    return HandClock(1000.0)
 
 
 @pytest.fixture
@@ -38,7 +29,7 @@ def at(done: int, total: int = 10) -> StepCount:
     return StepCount.of(plan(2, each, each), done, total)
 
 
-def generate(pace: RunPace, clock: Clock, name: str, seconds: float) -> None:
+def generate(pace: RunPace, clock: HandClock, name: str, seconds: float) -> None:
     pace.enter(name, "generating")
     clock.tick(seconds)
     pace.step(name, at(10))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.batch.stop import Stop, leave
+from tests.hand_clock import HandClock
 
 
 def test_the_first_signal_drains_and_the_second_abandons():
@@ -37,16 +38,9 @@ def test_the_running_job_has_its_drain_time():
     assert stop.exit_code == 130
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> HandClock:
+    return HandClock(100.0)
 
 
 def test_seconds_left_are_those_of_the_running_job(clock):

@@ -14,6 +14,7 @@ from runner.errors import InputNotFound, OutOfMemory, StorageUnavailable
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, JobLine, ProcessUsage
 from runner.storage import LocalStorage, open_storage
+from tests.hand_clock import HandClock
 from tests.records.test_record import a_failure
 
 OK = {"status": "succeeded", "reason": ""}
@@ -57,17 +58,8 @@ def test_it_can_be_read_while_the_run_goes_on(storage):
     ]
 
 
-class Clock:
-    """Ticked by hand."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_a_process_tells_how_its_seconds_were_spent(storage):
-    clock = Clock()
+    clock = HandClock(100.0)
     summary = writer(storage, clock=clock)
     clock.now = 130.0
     summary.note_loading(110.0)

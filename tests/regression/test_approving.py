@@ -58,13 +58,9 @@ def standing(baseline: Baseline, record: ResultRecord, dest: Path) -> tuple[str,
 
 
 class BaselineContract:
-    """What a baseline promises on every backend. `make` makes a new, empty storage."""
+    """What a baseline promises on every backend, which supplies the fixture `make`: it makes a new, empty storage."""
 
     steps: tuple[str, ...] = ()  # of an approval that another one comes between; (): all
-
-    @pytest.fixture
-    def make(self) -> Callable[[str], Storage]:
-        raise NotImplementedError
 
     @pytest.fixture
     def out(self, make: Callable[[str], Storage]) -> Storage:

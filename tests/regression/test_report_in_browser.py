@@ -16,7 +16,18 @@ import pytest
 
 from runner.regression.evidence import VideoLink
 from runner.regression.html_report import write_html
-from tests.chromium import NARROW, WIDE, Seen, contrast, luminances, open_chromium, wait_until, why_not
+from tests.chromium import (
+    NARROW,
+    WIDE,
+    Seen,
+    contrast,
+    focused_names,
+    luminances,
+    nameless_items,
+    open_chromium,
+    wait_until,
+    why_not,
+)
 from tests.regression.report_samples import FPS, FRAMES, HOSTILE, indexed_evidence, make_comparison, make_finding
 
 pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(120)]
@@ -334,14 +345,7 @@ def test_dark_mode_changes_colours_and_both_are_legible(page):
 
 def test_keys_reach_every_control_and_focus_is_seen(page):
     page.locator("#job-3 .play").focus()
-    names = []
-    for _ in range(9):
-        names.append(
-            page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
-        )
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", names
-        page.keyboard.press("Tab")
-    assert [name.split()[0] for name in names] == [
+    assert focused_names(page, 9) == [
         "Play",
         "One",
         "One",
@@ -352,12 +356,7 @@ def test_keys_reach_every_control_and_focus_is_seen(page):
         "Difference",
         "Speed",
     ]
-    nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, select, video, img, svg[role=img]")]
-            .filter(item => !(item.getAttribute("aria-label") || item.innerText || item.alt || item.closest("dialog")))
-            .map(item => item.outerHTML.slice(0, 80))"""
-    )
-    assert nameless == []
+    assert nameless_items(page, inside="dialog") == []
 
 
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])

@@ -44,13 +44,9 @@ def full_disk(_: object) -> None:
 
 
 class StorageContract(LeaseContract):
-    """What every Storage promises. A backend supplies its `scheme` and `store` and inherits the rest."""
+    """What every Storage promises. A backend supplies its `scheme` and the fixture `store`, and inherits the rest."""
 
     scheme: str
-
-    @pytest.fixture
-    def store(self) -> Storage:
-        raise NotImplementedError
 
     @pytest.fixture
     def source(self, tmp_path: Path) -> Callable[[bytes], Path]:

@@ -11,7 +11,18 @@ import pytest
 
 from runner.records.run_report import RunReport
 from runner.verbs.report_page import write_page
-from tests.chromium import NARROW, WIDE, Seen, contrast, luminances, open_chromium, wait_until, why_not
+from tests.chromium import (
+    NARROW,
+    WIDE,
+    Seen,
+    contrast,
+    focused_names,
+    luminances,
+    nameless_items,
+    open_chromium,
+    wait_until,
+    why_not,
+)
 from tests.regression.report_samples import HOSTILE
 from tests.verbs.run_report_samples import jpeg_preview, make_error, make_job, make_process, make_report, make_run
 
@@ -455,13 +466,7 @@ def test_narrow_rows_keep_their_numbers_with_their_names(opened, night):
 
 def test_keys_reach_every_control_and_focus_is_seen(page):
     page.locator(".top .chip").first.focus()
-    names = []
-    for _ in range(12):
-        focused = "document.activeElement"
-        names.append(page.evaluate(f"{focused}.getAttribute('aria-label') || {focused}.innerText"))
-        assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid", names
-        page.keyboard.press("Tab")
-    assert [name.split()[0] for name in names[:10]] == [
+    assert focused_names(page, 12)[:10] == [
         "All",
         "succeeded",
         "failed",
@@ -473,12 +478,7 @@ def test_keys_reach_every_control_and_focus_is_seen(page):
         "Fit",
         "Timeline,",
     ]
-    nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, select, a, img")]
-            .filter(item => !(item.getAttribute("aria-label") || item.innerText || item.alt || item.closest("label")))
-            .map(item => item.outerHTML.slice(0, 80))"""
-    )
-    assert nameless == []
+    assert nameless_items(page, inside="label") == []
 
 
 def test_hostile_texts_are_shown_as_text(opened, tmp_path):
