@@ -1,9 +1,10 @@
-"""Command line: verbs only. Flags → settings → the verb's function → printing → exit code.
+"""Command line: flags → settings → the command of a verb → exit code.
 
-In:   the words of a command line. Out: an exit code; tables on standard output, messages on standard error.
-Never: how a verb works, or what a flag's default is: settings.py has the fields that the flags are made from.
+In:   the words of a command line. Out: an exit code; errors on standard error.
+Never: what a verb prints (verbs/commands.py), or what a flag's default is: the flags are made from the fields of
+verbs/settings.py.
 
-`--help` ends before torch, diffusers or transformers are imported: every verb imports what it needs when it runs.
+`--help` ends before torch, diffusers or transformers are imported.
 """
 
 from __future__ import annotations
@@ -13,78 +14,21 @@ import difflib
 import io
 import os
 import re
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import MISSING, dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import MISSING
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from runner import __version__
 from runner.errors import RunnerError, as_runner_error
 from runner.redact import for_people
-from runner.verbs.settings import (
-    ApproveSettings,
-    CleanSettings,
-    CompareSettings,
-    DemoSettings,
-    DoctorSettings,
-    FetchSettings,
-    PlanSettings,
-    PreprocessSettings,
-    QuantizeSettings,
-    ReportSettings,
-    RunSettings,
-    Settings,
-    StatusSettings,
-    ValidateSettings,
-    VerifySettings,
-    flag_name,
-    flags_of,
-    home_folder,
-)
+from runner.verbs.commands import EXIT_CODES, GROUPS, ONE_OBJECT, VERBS, Display, Verb
+from runner.verbs.settings import flag_name, flags_of, home_folder
 
-__all__ = ["EXIT_CODES", "VERBS", "Verb", "main", "parse_command", "parser"]
-
-EXIT_CODES: Mapping[int, str] = MappingProxyType(
-    {
-        0: "success: every job succeeded or was done before, every check passed",
-        1: "some jobs failed, or their inputs cannot be used",
-        2: "usage, manifest, weights or credentials: fix, then rerun",
-        3: "infrastructure, or jobs are left: rerun the same command",
-        4: "regression threshold broken",
-        130: "SIGINT",
-        143: "SIGTERM, drained",
-    }
-)
-
-
-ONE_OBJECT = "one JSON object on standard output, and nothing else"  # of an error too
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb, or one of `weights`, as it stands on the command line."""
-
-    name: str
-    text: str
-    settings: type[Settings]
-    call: Callable[[Any, Display], int]
-    codes: tuple[int, ...]  # of EXIT_CODES: what it can end with
-    examples: tuple[str, str]
-    json_prints: str = ""  # what --json prints, ONE_OBJECT or else; empty: there is no such flag
-
-
-@dataclass(frozen=True)
-class Display:
-    """How results and events are shown: what is said on the command line and is no setting of a verb."""
-
-    log_format: Literal["auto", "console", "json"] = "auto"
-    verbose: bool = False
-    json: bool = False
+__all__ = ["main", "parse_command", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +56,7 @@ def _call(argv: Sequence[str] | None) -> int:
         return verb.call(verb.settings(**flags), display)
     except BrokenPipeError:  # `video-lab preprocess … | head`; what `run` prints never ends it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if verb.call is _run else 0
+        return 1 if verb.name == "run" else 0
     except (RunnerError, OSError) as error:
         return _say_error(error, as_json)
     except KeyboardInterrupt:
@@ -135,27 +79,6 @@ def _say_error(error: Exception, as_json: bool) -> int:
             print_json(error_object(found))
     print_error(f"{found.code}: {found.message}")
     return found.exit_code
-
-
-@contextmanager
-def _only_json(display: Display) -> Iterator[None]:
-    """Inside, with --json, what else is written to standard output goes to standard error.
-
-    That of libraries, native ones and processes that a verb starts as well, which write to the descriptor.
-    """
-    if not display.json:
-        yield
-        return
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _open_streams() -> None:
@@ -287,320 +210,6 @@ def parse_command(argv: Sequence[str] | None) -> tuple[Verb, dict[str, Any], Dis
     verb = flags.pop("verb")
     display = Display(flags.pop("log_format"), flags.pop("verbose"), flags.pop("json", False))
     return verb, flags, display
-
-
-# -- the verbs ---------------------------------------------------------------------------------------------------------
-
-
-def _run(settings: RunSettings, display: Display) -> int:
-    from runner.batch.progress import choose_progress
-    from runner.verbs.json_objects import run_object
-    from runner.verbs.run import run
-    from runner.verbs.tables import print_error, print_json, print_run
-
-    with _only_json(display):
-        outcome = run(settings, choose_progress(display.log_format))
-    with suppress(OSError):  # a full disk behind standard output changes no job
-        if display.json:
-            print_json(run_object(outcome))
-        else:
-            print_run(outcome)
-    if outcome.error is not None:  # the last line, as after an error before the first job
-        print_error(f"{outcome.error.code}: {outcome.error.message}")
-    return outcome.exit_code
-
-
-def _validate(settings: ValidateSettings, display: Display) -> int:
-    from runner.verbs.json_objects import validation_object
-    from runner.verbs.tables import print_json, print_problems
-    from runner.verbs.validate import validate
-
-    with _only_json(display):
-        found = validate(settings)
-    if display.json:
-        print_json(validation_object(found, inputs_checked=not settings.no_inputs))
-    else:
-        print_problems(found.manifest, found.problems, checked=not settings.no_inputs)
-    return 1 if found.problems else 0
-
-
-def _plan(settings: PlanSettings, display: Display) -> int:
-    from runner.verbs.json_objects import plan_object
-    from runner.verbs.plan import plan
-    from runner.verbs.tables import print_json, print_plan
-
-    with _only_json(display):
-        forecast = plan(settings)
-    if display.json:
-        print_json(plan_object(forecast))
-    else:
-        print_plan(forecast.jobs, forecast.gpu)
-    return 1 if any(row.error for row in forecast.jobs) else 0
-
-
-def _status(settings: StatusSettings, display: Display) -> int:
-    from runner.verbs.status import status
-    from runner.verbs.status_table import StatusWatch, print_status
-
-    if settings.watch and not display.json:
-        with StatusWatch() as watch:
-            found = status(settings, watch.show)
-    else:
-        found = status(settings)
-    print_status(found, as_json=display.json, all_rows=settings.all)
-    return found.exit_code
-
-
-def _report(settings: ReportSettings, display: Display) -> int:
-    from runner.verbs.report import report
-    from runner.verbs.report_table import print_report
-
-    print_report(report(settings), as_json=display.json)
-    return 0
-
-
-def _compare(settings: CompareSettings, display: Display) -> int:
-    from runner.verbs.compare import compare
-    from runner.verbs.tables import print_comparison
-
-    found = compare(settings)
-    print_comparison(found, as_json=display.json)
-    return found.comparison.exit_code
-
-
-def _approve(settings: ApproveSettings, display: Display) -> int:
-    from runner.verbs.approve import approve
-    from runner.verbs.tables import print_approved
-
-    rows = approve(settings)
-    print_approved(settings.baseline, rows, as_json=display.json)
-    return 1 if any(row.action == "refused" for row in rows) else 0
-
-
-def _clean(settings: CleanSettings, display: Display) -> int:
-    from runner.verbs.clean import clean
-    from runner.verbs.tables import print_clean
-
-    rows = clean(settings)
-    words = ["video-lab", "clean", settings.out, "--older-than", settings.older_than]
-    words += ["--checkpoints", "--yes"] if settings.checkpoints else ["--yes"]
-    print_clean(settings.out, rows, shlex.join(words), as_json=display.json)
-    for row in rows:
-        if row.error is not None:
-            raise row.error
-    return 0
-
-
-def _doctor(settings: DoctorSettings, display: Display) -> int:
-    from runner.verbs.doctor import doctor
-    from runner.verbs.json_objects import checks_object
-    from runner.verbs.tables import print_checks, print_json
-
-    with _only_json(display):
-        checks = doctor(settings)
-    if display.json:
-        print_json(checks_object(checks))
-    else:
-        print_checks(checks)
-    return 2 if any(check.status == "fail" for check in checks) else 0
-
-
-def _preprocess(settings: PreprocessSettings, display: Display) -> int:
-    from runner.verbs.preprocess import preprocess
-    from runner.verbs.tables import print_json
-
-    print_json(preprocess(settings), indent=2)
-    return 0
-
-
-def _quantize(settings: QuantizeSettings, display: Display) -> int:
-    from runner.verbs.quantize import quantize
-    from runner.verbs.tables import print_quantized
-
-    print_quantized(quantize(settings))
-    return 0
-
-
-def _fetch(settings: FetchSettings, display: Display) -> int:
-    from runner.verbs.tables import print_fetched, print_text
-    from runner.verbs.weights import fetch
-
-    print_fetched(fetch(settings, print_text), dry_run=settings.dry_run)
-    return 0
-
-
-def _verify(settings: VerifySettings, display: Display) -> int:
-    from runner.verbs.tables import print_verification
-    from runner.verbs.weights import verify
-
-    found = verify(settings)
-    print_verification(found)
-    return 0 if found.sound else 2
-
-
-def _demo(settings: DemoSettings, display: Display) -> int:
-    from runner.verbs.tables import print_text
-    from runner.verbs.weights import demo
-
-    folders = demo(settings)
-    print_text(f"models: {folders.models}\nmedia:  {folders.media}")
-    return 0
-
-
-GROUPS = {"weights": "fetch | verify | demo: model files"}
-VERBS = (
-    Verb(
-        "run",
-        "render what is not done yet",
-        RunSettings,
-        _run,
-        (0, 1, 2, 3, 130, 143),
-        (
-            "video-lab run manifests/demo.yaml --out out/demo --models .cache/demo-models",
-            "video-lab run s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models --shard 3/16",
-        ),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "validate",
-        "check a manifest, and that its inputs exist and open; renders nothing",
-        ValidateSettings,
-        _validate,
-        (0, 1, 2, 3),
-        (
-            "video-lab validate manifests/demo.yaml",
-            "video-lab validate s3://bucket/night.yaml --deep --models s3://bucket/models",
-        ),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "plan",
-        "print frames, segments, padding and cost of each job; renders nothing",
-        PlanSettings,
-        _plan,
-        (0, 1, 2, 3),
-        (
-            "video-lab plan manifests/nightly.yaml --gpu 'RTX 5090'",
-            "video-lab plan manifests/batch.jsonl --models models --recipe fp4-distill+fp8",
-        ),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "status",
-        "how far a run has come: done, failed, running, pending; 3 while jobs are left, then 1 or 0",
-        StatusSettings,
-        _status,
-        (0, 1, 2, 3),
-        ("video-lab status out/demo --watch", "video-lab status s3://bucket/out --run night-7 --wait --timeout 8h"),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "report",
-        "one run over all its shards: seconds, memory, cost, failures; 0 once it is made, whatever became of the jobs",
-        ReportSettings,
-        _report,
-        (0, 2, 3),
-        (
-            "video-lab report out/demo",
-            "video-lab report s3://bucket/out --run night-7 --gpu-hour 2.49 --to s3://bucket/reports/night-7",
-        ),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "compare",
-        "compare a night's renders with the approved ones, and report what changed",
-        CompareSettings,
-        _compare,
-        (0, 1, 2, 3, 4),
-        (
-            "video-lab compare out/2026-01-31 --baseline baseline --report out/2026-01-31/report",
-            "video-lab compare s3://bucket/out --baseline s3://bucket/baseline --only 'anna-*' --record",
-        ),
-        json_prints="one JSON object a night",
-    ),
-    Verb(
-        "approve",
-        "accept a night's renders as the baseline of the nights after it",
-        ApproveSettings,
-        _approve,
-        (0, 1, 2, 3),
-        (
-            "video-lab approve out/2026-01-31 --baseline baseline --why 'the first night, looked at'",
-            "video-lab approve s3://bucket/out --baseline s3://bucket/baseline --job 'anna-*' --why 'sharper hands'",
-        ),
-        json_prints="one JSON object a job",
-    ),
-    Verb(
-        "clean",
-        "remove what killed runs left in an output folder: staged files, probes, unfinished uploads",
-        CleanSettings,
-        _clean,
-        (0, 2, 3),
-        ("video-lab clean out/demo", "video-lab clean s3://bucket/out --older-than 2d --yes"),
-        json_prints="one JSON object a leftover",
-    ),
-    Verb(
-        "doctor",
-        "check device, driver, libraries, weights, disk and S3, and say what to do",
-        DoctorSettings,
-        _doctor,
-        (0, 2),
-        (
-            "video-lab doctor --models models",
-            "video-lab doctor --models s3://bucket/models --out s3://bucket/out --device cuda",
-        ),
-        json_prints=ONE_OBJECT,
-    ),
-    Verb(
-        "preprocess",
-        "one video → src_pose.mp4, src_face.mp4, src_ref.png, as official files",
-        PreprocessSettings,
-        _preprocess,
-        (0, 1, 2, 3),
-        (
-            "video-lab preprocess --reference anna.png --video samba.mp4 --out anna-samba --models models",
-            "video-lab preprocess --reference a.png --video v.mp4 --out a-v --models models --options '{fps: 30}'",
-        ),
-    ),
-    Verb(
-        "quantize",
-        "make a recipe's FP4 file from the published weights in the store",
-        QuantizeSettings,
-        _quantize,
-        (0, 1, 2, 3),
-        (
-            "video-lab quantize --models models",
-            "video-lab quantize --models models --recipe fp4 --format g32 --calibrate manifests/nightly.yaml",
-        ),
-    ),
-    Verb(
-        "weights fetch",
-        "download the published files of a recipe into the store",
-        FetchSettings,
-        _fetch,
-        (0, 2, 3),
-        (
-            "video-lab weights fetch --models models --dry-run",
-            "video-lab weights fetch --models models --recipe fp4-distill --part transformer",
-        ),
-    ),
-    Verb(
-        "weights verify",
-        "check that a recipe's files are in the store, whole, and the published ones",
-        VerifySettings,
-        _verify,
-        (0, 2, 3),
-        ("video-lab weights verify --models models", "video-lab weights verify --models models --plan --format g32"),
-    ),
-    Verb(
-        "weights demo",
-        "put the demo's tiny models and its media in place; needs no hub",
-        DemoSettings,
-        _demo,
-        (0, 2, 3),
-        ("video-lab weights demo", "video-lab weights demo --models .cache/demo-models --media .cache/demo-media"),
-    ),
-)
 
 
 if __name__ == "__main__":

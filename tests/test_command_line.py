@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from runner.batch.shards import Shard
-from runner.cli import EXIT_CODES, VERBS, main, parse_command
+from runner.cli import main, parse_command
 from runner.errors import ConfigInvalid, DeviceLost, InputNotFound, StorageUnavailable
 from runner.records.record import JobLine
 from runner.regression.findings import NightComparison
 from runner.spec.manifest import parse_manifest
 from runner.verbs.approve import ApproveRow
 from runner.verbs.clean import CleanRow
+from runner.verbs.commands import EXIT_CODES, VERBS
 from runner.verbs.compare import Compared
 from runner.verbs.doctor import Check
 from runner.verbs.outcome import RunOutcome, counts_of_lines

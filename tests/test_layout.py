@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import VERBS
+from runner.verbs.commands import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "runner"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.cli import VERBS
+from runner.verbs.commands import VERBS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/python.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([\w.]+)` \| `(\w+)` \| (.+) \|$", PAGE, flags=re.MULTILINE)

@@ -11,11 +11,12 @@ from types import MappingProxyType
 import pytest
 
 from runner.batch.shards import Shard
-from runner.cli import ONE_OBJECT, VERBS, main
+from runner.cli import main
 from runner.errors import ConfigInvalid, DeviceLost, InputNotFound
 from runner.generation.protocol import SegmentPlan
 from runner.records.record import ErrorRecord, JobLine
 from runner.spec.manifest import parse_manifest
+from runner.verbs.commands import ONE_OBJECT, VERBS
 from runner.verbs.doctor import Check
 from runner.verbs.json_objects import checks_object, plan_object, run_object, validation_object
 from runner.verbs.outcome import RunOutcome

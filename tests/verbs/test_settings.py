@@ -11,9 +11,10 @@ from typing import get_args
 
 import pytest
 
-from runner.cli import VERBS, main
+from runner.cli import main
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
+from runner.verbs.commands import VERBS
 from runner.verbs.settings import (
     NUMBER_FORMATS,
     SCALES,
