@@ -24,13 +24,14 @@
     ├── NotFinite             output.not_finite          exit 1   NaN or infinity on the way to the frames
     └── InternalError         internal                   exit 1   a bug of ours: please report
 
-A message says what was wrong, where, and what to do. Nothing here imports anything of the project.
+A message says what was wrong, where, and what to do; of many things it names the first few. Nothing here imports
+anything of the project.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "WeightsMissing",
     "as_runner_error",
     "counts_as_attempt",
+    "first_few",
     "is_transient",
     "job_weight_errors",
 ]
@@ -237,6 +239,12 @@ def is_transient(code: str) -> bool:
 def counts_as_attempt(code: str) -> bool:
     """Does a failure with `code` use up one of a job's attempts? What the storage does says nothing about the job."""
     return not code.startswith("storage.")
+
+
+def first_few(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """`a, b and 3 more`: the first `most` of them, and how many are left. Separated by `; `: `a; b; and 3 more`."""
+    more = f"{separator.rstrip(', ')} and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def as_runner_error(error: BaseException, *, where: object = None) -> RunnerError:

@@ -1,4 +1,4 @@
-"""Timing: seconds and device memory by stage, and the time of day as records write it.
+"""Timing: seconds and device memory by stage; the time of day as records write it, and a duration as people read it.
 
 In:   named stages around work. Out: plain numbers (seconds, bytes). Never: jobs, files of a job, what a stage does.
 Nothing here imports torch: a device that computes asynchronously is handed in as a `DeviceProbe`.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-__all__ = ["CallTimer", "DeviceProbe", "StageTimer", "now"]
+__all__ = ["CallTimer", "DeviceProbe", "StageTimer", "hours_and_minutes", "now", "unix_time"]
 
 
 class DeviceProbe(Protocol):
@@ -117,3 +117,18 @@ class CallTimer:
 def now() -> str:
     """UTC, ISO 8601, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def unix_time(text: str) -> float | None:
+    """Seconds since 1970 of a time in ISO 8601, of UTC where it names no zone; None for what is no time."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def hours_and_minutes(seconds: float) -> str:
+    """`0:01:12`, `12:34:56`; rounded to a second."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -13,6 +13,7 @@ from runner.errors import (
     WeightsCorrupt,
     WeightsMissing,
     as_runner_error,
+    first_few,
     is_transient,
     job_weight_errors,
 )
@@ -65,3 +66,10 @@ def test_weights_of_one_job_fail_that_job_alone(kind, its):
     assert caught.value.message == "loras/a: no LoRA. Put it there"
     with pytest.raises(ZeroDivisionError), job_weight_errors():
         _ = 1 / 0
+
+
+def test_of_many_the_first_few_are_named():
+    assert first_few([], 2) == ""
+    assert first_few(["a", "b"], 2) == "a, b"
+    assert first_few(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert first_few(["a", "b", "c"], 2, "; ") == "a; b; and 1 more"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from runner.timing import CallTimer, StageTimer
+from runner.timing import CallTimer, StageTimer, hours_and_minutes, now, unix_time
 from tests.hand_clock import HandClock
 
 
@@ -105,3 +108,27 @@ def test_call_timer_notes_each_evaluation_up_to_the_next_or_the_steps_end(probe)
     calls.end_step()
     assert timer.steps == [1.0, 2.5, 0.25]
     assert probe is None or probe.count == 3
+
+
+@given(st.datetimes(timezones=st.timezones()))
+def test_a_time_of_any_zone_is_the_same_moment(moment):
+    assert unix_time(moment.isoformat()) == moment.timestamp()
+
+
+def test_times_are_read_as_they_are_written():
+    assert unix_time("1970-01-01T00:01:00.250+00:00") == 60.25
+    assert unix_time("1970-01-01T01:01:00+01:00") == 60
+    assert unix_time("1970-01-01T00:01:00") == 60  # of UTC, whatever this machine's zone is
+    assert unix_time(now()) == pytest.approx(time.time(), abs=60)
+    assert [unix_time(text) for text in ("", "yesterday", "2026-13-01T00:00:00+00:00")] == [None] * 3
+
+
+@given(st.integers(0, 10**7))
+def test_a_duration_is_hours_minutes_and_seconds(seconds):
+    hours, minutes, rest = hours_and_minutes(seconds).split(":")
+    assert len(minutes) == len(rest) == 2
+    assert int(hours) * 3600 + int(minutes) * 60 + int(rest) == seconds
+
+
+def test_a_duration_is_rounded_to_seconds():
+    assert [hours_and_minutes(s) for s in (0.4, 59.6, 3599.7, 45296)] == ["0:00:00", "0:01:00", "1:00:00", "12:34:56"]

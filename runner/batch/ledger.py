@@ -31,6 +31,7 @@ from runner.errors import (
     StorageConflict,
     StorageDenied,
     counts_as_attempt,
+    first_few,
 )
 from runner.records.output_layout import ATTEMPT, KEPT, OUTPUT, RESULT, is_output_file, is_part, job_folder, job_key
 from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord
@@ -103,8 +104,7 @@ def _content(storage: Storage, info: ObjectInfo, hashes: FileHashes) -> tuple[st
 
 def _in_short(changes: list[str], most: int = 4) -> str:
     """The first few changes in one line; the record holds all parts."""
-    more = f"; and {len(changes) - most} more" if len(changes) > most else ""
-    return "; ".join(changes[:most]) + more
+    return first_few(changes, most, "; ")
 
 
 class Ledger:

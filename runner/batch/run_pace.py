@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from runner.generation.protocol import SegmentPlan
+from runner.timing import hours_and_minutes
 
 __all__ = ["Phase", "RunPace", "RunPosition", "StepCount"]
 
@@ -79,9 +80,7 @@ class RunPosition:
         """`ETA 01:12`, `ETA 1:01:12`; empty where it is not known, and where it is past."""
         if self.eta_s is None or self.eta_s < 0.5:
             return ""
-        minutes, seconds = divmod(round(self.eta_s), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes:02d}:{seconds:02d}"
+        return f"ETA {hours_and_minutes(self.eta_s).removeprefix('0:')}"
 
     @property
     def fields(self) -> dict[str, Any]:

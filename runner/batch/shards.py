@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from runner.errors import ConfigInvalid
 
@@ -39,6 +39,12 @@ class Shard:
                 f"shard {self.index} of {self.count} does not exist",
                 todo=f"Shards count from 0: 0/{self.count} to {self.count - 1}/{self.count}",
             )
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """The share that has this name; None for another text."""
+        numbers = re.fullmatch(r"(\d+)-of-(\d+)", name)
+        return cls(int(numbers[1]), int(numbers[2])) if numbers and int(numbers[1]) < int(numbers[2]) else None
 
     def take(self, jobs: Sequence[T]) -> list[T]:
         """Every `count`-th job, from the `index`-th: neighbours, which often cost alike, go to different shards."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
 from runner.records.record import JobLine, ResultRecord, RunSummary
 from runner.redact import redact
+from runner.timing import unix_time
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -140,13 +140,10 @@ def _families_of(summary: RunSummary, idle_s: float) -> Iterator[Metric]:
     start = GaugeMetricFamily("video_lab_run_start_time_seconds", "when the process began the shard, Unix time")
     end = GaugeMetricFamily("video_lab_run_end_time_seconds", "when the shard ended, Unix time; absent before")
     code = GaugeMetricFamily("video_lab_run_exit_code", "exit code of the shard; absent before its end")
-    start.add_metric((), _unix_time(summary.started_at))
-    if summary.finished_at is not None:
-        end.add_metric((), _unix_time(summary.finished_at))
+    for family, moment in ((start, summary.started_at), (end, summary.finished_at)):
+        seconds_since_1970 = unix_time(moment or "")
+        if seconds_since_1970 is not None:
+            family.add_metric((), seconds_since_1970)
     if summary.exit_code is not None:
         code.add_metric((), summary.exit_code)
     yield from (start, end, code)
-
-
-def _unix_time(iso: str) -> float:
-    return datetime.fromisoformat(iso).timestamp()

@@ -18,7 +18,6 @@ from typing import Literal
 from runner.batch.scratch import scratch_folder
 from runner.errors import ConfigInvalid
 from runner.records.events import default_logging
-from runner.records.record import ResultRecord
 from runner.regression.approving import ApprovalRequest, Approved, Refused
 from runner.regression.baseline import Baseline, BaselineJob
 from runner.regression.baseline_layout import JobName, name_job
@@ -51,19 +50,19 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
     """
     out, storage = open_storage(settings.out), open_storage(settings.baseline)
     jobs = read_jobs(out)
-    chosen = [(row, record) for row, record in jobs if fits(row.id, settings.job)]
+    chosen = [row for row in jobs.rows if fits(row.id, settings.job)]
     request = ApprovalRequest(
         settings.who or default_approver(), settings.why, as_of=settings.as_of, replace_newer=settings.replace_newer
     )
     probe_writable(storage)
     with scratch_folder(settings.cache) as scratch:
         baseline = Baseline(storage, scratch=scratch)
-        records = [record for _, record in jobs if record is not None]
+        records = jobs.records.values()
         leaving = []
         if settings.missing:
             places = [name_job(record) for record in records if record.status == "succeeded"]
             standing = baseline.find(places)
-            gone = missing_jobs(baseline, places, standing, [row.id for row, _ in jobs])
+            gone = missing_jobs(baseline, places, standing, [row.id for row in jobs.rows])
             leaving = [job.name for job in gone if fits(job.name.job_id, settings.job)]
         if not chosen and not leaving:
             raise ConfigInvalid(
@@ -72,8 +71,8 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
                 todo="`video-lab status` lists the jobs",
             )
 
-        def accept(item: tuple[StatusRow, ResultRecord | None]) -> ApproveRow:
-            row, record = item
+        def accept(row: StatusRow) -> ApproveRow:
+            record = jobs.records.get(row.id)
             if row.status != "succeeded" or record is None:
                 return ApproveRow(row.id, "refused", f"{row.status}: {row.reason}")
             return _row(row.id, baseline.approve(out, record, request), "approved")

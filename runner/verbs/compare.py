@@ -103,12 +103,12 @@ class _Night:
     def compare(self) -> Compared:
         settings = self._settings
         jobs = read_jobs(self._out)
-        chosen = [(row, record) for row, record in jobs if fits(row.id, settings.only)]
+        chosen = [(row, jobs.records.get(row.id)) for row in jobs.rows if fits(row.id, settings.only)]
         done = {row.id: record for row, record in chosen if row.status == "succeeded"}
         night = {job_id: NightRender(self._out, rec) for job_id, rec in done.items() if rec is not None and rec.output}
         names = {job_id: name_job(job.record) for job_id, job in night.items()}
         found = self._baseline.find(names.values())
-        gone_from_night = missing_jobs(self._baseline, list(names.values()), found, {row.id for row, _ in jobs})
+        gone_from_night = missing_jobs(self._baseline, list(names.values()), found, {row.id for row in jobs.rows})
         missing = [job for job in gone_from_night if fits(job.name.job_id, settings.only)]
         self._check_any(chosen, night, found, missing)
         standing = {job_id: found[name] for job_id, name in names.items() if name in found}

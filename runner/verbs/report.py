@@ -7,7 +7,6 @@ Never: inputs, models; what a number of the report means: report_building.py.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
-from runner.batch.lease import Leases
 from runner.batch.run_jobs import read_run_jobs
-from runner.errors import ConfigInvalid, InputError
+from runner.errors import ConfigInvalid, InputError, first_few
 from runner.records.events import default_logging
 from runner.records.output_layout import (
     REPORT_HTML,
@@ -30,14 +28,14 @@ from runner.records.output_layout import (
     shard_of_summary,
     split_run_key,
 )
-from runner.records.record import ResultRecord, RunJobsRecord, RunSummary
+from runner.records.record import RunJobsRecord, RunSummary
 from runner.records.run_report import RunReport
 from runner.storage import ObjectInfo, Storage, is_remote, local_path, open_storage
 from runner.timing import now
-from runner.verbs.report_building import RunFacts, SeenMark, build_report
+from runner.verbs.report_building import RunFacts, build_report
 from runner.verbs.report_page import write_page
 from runner.verbs.settings import ReportSettings
-from runner.verbs.status import StatusRow, read_jobs, read_run_status
+from runner.verbs.status import read_jobs, read_run_status
 
 __all__ = ["Reported", "report"]
 
@@ -87,26 +85,19 @@ def _collect(storage: Storage, run_id: str | None) -> RunFacts:
     files = runs[chosen]
     notes: list[str] = []
     kept = _read_kept(storage, chosen, notes) if RUN_JOBS in files else None
-    rows, records = _read_rows(storage, chosen if kept else None)
+    found = read_run_status(storage, chosen) if kept else read_jobs(storage)
     shards = [shard for name in sorted(files) if (shard := shard_of_summary(name)) is not None]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         data = pool.map(lambda shard: storage.read_bytes(run_key(chosen, shard, SUMMARY)), shards)
         summaries = _parse_summaries(zip(shards, data, strict=True), notes)
-        begun = [row.id for row in rows.values() if row.status in ("running", "lost")]
-        leases = Leases(storage)
-        marks = {
-            job_id: SeenMark(sighting.mark, time.time() - sighting.age_s)
-            for job_id, sighting in zip(begun, pool.map(leases.look, begun), strict=True)
-            if sighting.mark is not None
-        }
     return RunFacts(
         run_id=chosen,
         out=storage.root,
         kept=kept,
         summaries=summaries,
-        rows=rows,
-        records=records,
-        marks=marks,
+        rows={row.id: row for row in found.rows},
+        records=found.records,
+        marks=found.marks,
         kept_at=min(info.modified for info in files.values()),
         notes=notes,
     )
@@ -133,8 +124,7 @@ def _choose(storage: Storage, runs: dict[str, dict[str, ObjectInfo]], run_id: st
     if run_id is None:
         return by_age[0]
     if run_id not in runs:
-        more = f" and {len(runs) - NAMED} older ones" if len(runs) > NAMED else ""
-        known = f"The newest runs there are {', '.join(by_age[:NAMED])}{more}; leave --run out for the newest"
+        known = f"The newest runs there are {first_few(by_age, NAMED)}; leave --run out for the newest"
         raise ConfigInvalid(f"there is no run {run_id}", where=storage.root, todo=known)
     return run_id
 
@@ -149,15 +139,6 @@ def _read_kept(storage: Storage, run_id: str, notes: list[str]) -> RunJobsRecord
     except InputError as error:
         notes.append(f"{error.message}.")
         return None
-
-
-def _read_rows(storage: Storage, run_id: str | None) -> tuple[dict[str, StatusRow], dict[str, ResultRecord]]:
-    """By job, as `status` finds them. None: the run has kept no jobs, and all that lies there is read."""
-    if run_id is not None:
-        found = read_run_status(storage, run_id)
-        return {row.id: row for row in found.rows}, dict(found.records)
-    both = read_jobs(storage)
-    return {row.id: row for row, _ in both}, {row.id: record for row, record in both if record is not None}
 
 
 def _parse_summaries(read: Iterable[tuple[str, bytes | None]], notes: list[str]) -> dict[str, RunSummary]:

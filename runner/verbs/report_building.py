@@ -7,7 +7,6 @@ A host's times are its own: those of two hosts can be compared as far as their c
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, get_args
 
+from runner.batch.shards import Shard
+from runner.errors import first_few
 from runner.records.output_layout import POSTER, job_key
 from runner.records.record import (
     AttemptMark,
@@ -27,20 +28,13 @@ from runner.records.record import (
     RunSummary,
 )
 from runner.records.run_report import GpuSeconds, JobReport, JobState, ProcessReport, RunReport, StageSpan
+from runner.timing import unix_time
 from runner.verbs.outcome import merge_lines
-from runner.verbs.status import StatusRow
+from runner.verbs.status import SeenMark, StatusRow
 
-__all__ = ["RunFacts", "SeenMark", "build_report"]
+__all__ = ["RunFacts", "build_report"]
 
 NAMED = 5  # jobs that a note names
-
-
-@dataclass(frozen=True)
-class SeenMark:
-    """The mark of a job that is running or lost."""
-
-    mark: AttemptMark
-    heard_at: float  # when it was last renewed, seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def _processes(facts: RunFacts) -> list[_ShardProcess]:
     found: list[_ShardProcess] = []
     for shard, summary in facts.summaries.items():
         for usage in summary.processes:
-            begin = _moment(usage.started_at)
+            begin = unix_time(usage.started_at)
             if begin is None:
                 continue
             process = _ShardProcess(shard, usage.host, begin, begin + usage.seconds, usage)
@@ -152,7 +146,7 @@ def _processes(facts: RunFacts) -> list[_ShardProcess]:
                 process.exit_code, process.stopped_by = summary.exit_code, summary.stopped_by
             found.append(process)
     for record in sorted(facts.records.values(), key=lambda record: record.started_at):
-        begin, end = _moment(record.started_at), _moment(record.finished_at)
+        begin, end = unix_time(record.started_at), unix_time(record.finished_at)
         if record.run_id != facts.run_id or not record.host or begin is None or end is None:
             continue
         of_shard = [process for process in found if (process.shard, process.host) == (record.shard, record.host)]
@@ -171,7 +165,7 @@ def _processes(facts: RunFacts) -> list[_ShardProcess]:
 
 
 def _process_of_mark(run_id: str, processes: Iterable[_ShardProcess], mark: AttemptMark) -> _ShardProcess | None:
-    begin = _moment(mark.started_at)
+    begin = unix_time(mark.started_at)
     if mark.run_id != run_id or mark.process is None or begin is None:
         return None
     who = mark.host, mark.process.pid
@@ -189,7 +183,7 @@ def _process_report(process: _ShardProcess, spent: GpuSeconds, run_begin: float)
         begin, end = (process.begin - run_begin + at for at in (span.begin_s, span.end_s))
         spans.append(StageSpan(stage="load", begin_s=round(begin, 3), end_s=round(end, 3)))
     for record in process.records:
-        after = (_moment(record.started_at) or process.begin) - run_begin
+        after = (unix_time(record.started_at) or process.begin) - run_begin
         for stage in ("prepare", "generate", "deliver"):
             lasted = record.spans.get(stage)
             if lasted is not None:
@@ -217,13 +211,13 @@ def _lasting(
     else is known."""
     found = [(process.begin, process.end) for process in processes]
     for summary in facts.summaries.values():
-        begin = _moment(summary.started_at)
+        begin = unix_time(summary.started_at)
         if not summary.processes and begin is not None:
             found.append((begin, begin + summary.seconds))
     if not found:
-        moments = [(_moment(record.started_at), _moment(record.finished_at)) for record in records]
+        moments = [(unix_time(record.started_at), unix_time(record.finished_at)) for record in records]
         moments += [
-            (_moment(seen.mark.started_at), seen.heard_at)
+            (unix_time(seen.mark.started_at), seen.heard_at)
             for seen in facts.marks.values()
             if seen.mark.run_id == facts.run_id
         ]
@@ -467,27 +461,14 @@ def _notes(
 
 def _missing_shards(summaries: Iterable[str]) -> list[str]:
     """Of the shards I-of-N those that none is there of."""
-    numbers = {(int(name[1]), int(name[2])) for shard in summaries if (name := re.fullmatch(r"(\d+)-of-(\d+)", shard))}
-    return [
-        f"{index:05d}-of-{count:05d}"
-        for count in sorted({count for _, count in numbers})
-        for index in range(count)
-        if (index, count) not in numbers
-    ]
+    there = {shard for name in summaries if (shard := Shard.named(name)) is not None}
+    counts = sorted({shard.count for shard in there})
+    wanted = [Shard(index, count) for count in counts for index in range(count)]
+    return [shard.name for shard in wanted if shard not in there]
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _moment(text: str) -> float | None:
-    """Seconds since 1970; None for what is no time."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return first_few(names, NAMED)
 
 
 def _iso(moment: float) -> str:

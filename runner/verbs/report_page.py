@@ -33,6 +33,7 @@ from runner.regression.html_page import (
     template_text,
     written_whole,
 )
+from runner.timing import hours_and_minutes
 
 __all__ = ["PICTURE_BYTES", "STATES", "write_page"]
 
@@ -440,14 +441,14 @@ def _render(report: RunReport, without: dict[int, str], link: Callable[[str], st
 @cache
 def _environment() -> Any:
     environment = template_environment("runner.verbs", "report_templates")
-    environment.filters |= {"clock": _clock, "money": _money, "moment": _moment, "share": _share, "amount": _amount}
+    environment.filters |= {
+        "clock": hours_and_minutes,
+        "money": _money,
+        "moment": _moment,
+        "share": _share,
+        "amount": _amount,
+    }
     return environment
-
-
-def _clock(seconds: float) -> str:
-    """0:00:07; 12:34:56."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _moment(time: str) -> str:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 
+from runner.errors import first_few
 from runner.records.output_layout import JOBS
 from runner.records.run_report import GpuSeconds, JobReport, RunReport
-from runner.verbs.fitted_table import new_table, print_table
+from runner.verbs.fitted_table import TableLayout, new_table, print_fitted
 from runner.verbs.report import Reported
 from runner.verbs.tables import coloured, open_console, print_json
 
 __all__ = ["print_report"]
 
 GAP = 1  # cells between two columns
-NARROWEST = 12  # cells that the column of ids keeps
 NAMED = 3  # jobs that a warning names
 UNKNOWN = "?"
 
@@ -57,8 +57,7 @@ def print_report(found: Reported, *, as_json: bool, console: Console | None = No
     if warnings or report.notes:
         console.print("\n[bold]warnings[/]")
     for note, jobs in warnings.items():
-        named = ", ".join(jobs[:NAMED]) + (f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else "")
-        console.print(f"[yellow]![/] {escape(named)}  {escape(note)}", soft_wrap=True)
+        console.print(f"[yellow]![/] {escape(first_few(jobs, NAMED))}  {escape(note)}", soft_wrap=True)
     for note in report.notes:
         console.print(f"[yellow]![/] {escape(note)}", soft_wrap=True)
     console.print()
@@ -95,38 +94,27 @@ def _spent(spent: GpuSeconds) -> str:
 def _print_table(console: Console, report: RunReport) -> None:
     """Each cell on one line where the terminal has room; the columns that it has no room for are named below."""
     columns = [column for column in _columns(report) if column.rank == 0 or any(map(column.cell, report.jobs))]
-    left_out = []
-    while console.is_terminal and _width(columns, report.jobs) > console.width:
-        last = max(columns, key=lambda column: column.rank)
-        if last.rank == 0:
-            break
-        columns.remove(last)
-        left_out.append(last.name)
-    names = [column.name for column in columns]
-    table = new_table(*names, whole=[name for name in names if name != "job"], gap=GAP)
-    for made, column in zip(table.columns, columns, strict=True):
-        made.justify = "right" if column.right else "left"
-    for job in report.jobs:
-        cells = [escape(column.cell(job)) for column in columns]
-        cells[1] = coloured(job.status)
-        table.add_row(*cells)
-    print_table(console, table)
-    if left_out:
-        console.print(
-            f"no room here for: {', '.join(reversed(left_out))}; a wider terminal, the page and --json have them",
-            soft_wrap=True,
-        )
-    if "output" in left_out:
-        console.print(f"outputs lie below {escape(report.out.rstrip('/'))}/{JOBS}", soft_wrap=True)
+    spare = sorted((column for column in columns if column.rank), key=lambda column: -column.rank)
 
+    def layout(count: int) -> TableLayout:
+        left_out = [column.name for column in reversed(spare[:count])]
+        kept = [column for column in columns if column not in spare[:count]]
+        names = [column.name for column in kept]
+        table = new_table(*names, whole=[name for name in names if name != "job"], gap=GAP)
+        for made, column in zip(table.columns, kept, strict=True):
+            made.justify = "right" if column.right else "left"
+        for job in report.jobs:
+            cells = [escape(column.cell(job)) for column in kept]
+            cells[1] = coloured(job.status)
+            table.add_row(*cells)
+        below = []
+        if left_out:
+            below.append(f"no room here for: {', '.join(left_out)}; a wider terminal, the page and --json have them")
+        if "output" in left_out:
+            below.append(f"outputs lie below {escape(report.out.rstrip('/'))}/{JOBS}")
+        return TableLayout(table, below, folds=True)
 
-def _width(columns: Sequence[_Column], jobs: Sequence[JobReport]) -> int:
-    """Cells that the table takes, long ids folded."""
-    widths = {
-        column.name: max([cell_len(column.name), *(cell_len(column.cell(job)) for job in jobs)]) for column in columns
-    }
-    widths["job"] = min(widths["job"], NARROWEST)
-    return sum(widths.values()) + GAP * (len(widths) - 1)
+    print_fitted(console, [partial(layout, count) for count in range(len(spare) + 1)])
 
 
 def _columns(report: RunReport) -> list[_Column]:

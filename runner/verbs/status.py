@@ -13,11 +13,10 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -26,16 +25,17 @@ from runner.batch.fingerprint import settings_digest
 from runner.batch.lease import Leases, Sighting
 from runner.batch.ledger import output_key_wrong, parse_record
 from runner.batch.run_jobs import list_runs, read_run_jobs
-from runner.errors import ConfigInvalid, InputError
+from runner.errors import ConfigInvalid, InputError, first_few
 from runner.records.events import default_logging
 from runner.records.output_layout import ATTEMPT, FRAMES, JOBS, OUTPUT, RESULT, job_key, split_job_key
-from runner.records.record import ErrorRecord, OutputRecord, ResultRecord, RunJobsRecord
+from runner.records.record import AttemptMark, ErrorRecord, OutputRecord, ResultRecord, RunJobsRecord
 from runner.storage import ObjectInfo, Storage, open_storage
+from runner.timing import unix_time
 from runner.verbs.flag_values import parse_age
 from runner.verbs.settings import StatusSettings
 from runner.verbs.status_watch import wait_for_end
 
-__all__ = ["RunStatus", "StatusReader", "StatusRow", "read_jobs", "read_run_status", "status"]
+__all__ = ["RunStatus", "SeenMark", "StatusReader", "StatusRow", "read_jobs", "read_run_status", "status"]
 
 READS_AT_ONCE = 16
 GC_THRESHOLD = 100_000  # objects
@@ -43,6 +43,14 @@ STATES = ("succeeded", "failed", "running", "lost", "pending")
 RATE_JOBS = 50  # the rate is that of so many jobs that ended last: a stall shows after minutes, one slow job does not
 RUNS_NAMED = 10
 NOTHING = Sighting(None, None)  # in the place of a lease
+
+
+@dataclass(frozen=True)
+class SeenMark:
+    """The mark of a job that is running or lost."""
+
+    mark: AttemptMark
+    heard_at: float  # when it was last renewed, seconds since 1970
 
 
 class StatusRow(BaseModel):
@@ -74,7 +82,7 @@ class RunStatus:
 
     run_id, manifest: of the run whose jobs are counted; None where no run has kept its jobs: then all that are there
     are. rows: in the manifest's order, then the jobs that it has not. records: of the jobs that have one. read_at:
-    seconds since 1970.
+    seconds since 1970. marks: of the jobs that are running or lost.
     """
 
     out: str
@@ -83,6 +91,7 @@ class RunStatus:
     rows: tuple[StatusRow, ...]
     records: Mapping[str, ResultRecord]
     read_at: float = 0.0
+    marks: Mapping[str, SeenMark] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -167,12 +176,12 @@ def read_run_status(storage: Storage, run_id: str | None = None) -> RunStatus:
     return StatusReader(storage, run_id).read()
 
 
-def read_jobs(storage: Storage) -> list[tuple[StatusRow, ResultRecord | None]]:
-    """What lies there of every job that has a record or a mark, by id, whatever the manifests and the outputs say: its
-    row and its record, where it has one. Raises ConfigInvalid where nothing at all lies; storage.*."""
-    found = StatusReader(storage).read_found()
-    rows = ((_row(job_id, job.sighting, job.record), job.record) for job_id, job in sorted(found.items()))
-    return [(row, record) for row, record in rows if row is not None]
+def read_jobs(storage: Storage) -> RunStatus:
+    """What lies there of every job that has a record or a mark, by id, whatever the manifests and the outputs say.
+
+    Raises ConfigInvalid where nothing at all lies; storage.*.
+    """
+    return StatusReader(storage).read_all()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -183,6 +192,7 @@ class _Found:
     """What lies in the folder of one job."""
 
     sighting: Sighting = NOTHING
+    looked_at: float = 0.0  # when the sighting was made, by the reader's timer
     record: ResultRecord | None = None
     digest: str = ""  # of the settings that the record was made with
     damaged: bool = False  # something lies in the place of the record that is none
@@ -266,17 +276,27 @@ class StatusReader:
             rows = [_listed_row(job_id, digest, kept, own, found) for job_id, digest in kept.jobs.items()]
             others = [row for job_id, row in sorted(own.items()) if row is not None and job_id not in kept.jobs]
             rows += [row.model_copy(update={"listed": False}) for row in others]
-        records = {job_id: job.record for job_id, job in found.items() if job.record is not None}
-        run_id, manifest = (None, None) if kept is None else (kept.run_id, kept.manifest)
-        return RunStatus(self._storage.root, run_id, manifest, tuple(rows), records, self._clock())
+        return self._status(kept, rows, found)
 
-    def read_found(self) -> dict[str, _Found]:
-        """What lies there of each job."""
+    def read_all(self) -> RunStatus:
+        """As `read_jobs` says."""
         with _reading() as pool:
             found = self._read_found(pool)
         if not found:
             self._require_something()
-        return found
+        rows = (_row(job_id, job.sighting, job.record) for job_id, job in sorted(found.items()))
+        return self._status(None, [row for row in rows if row is not None], found)
+
+    def _status(self, run: RunJobsRecord | None, rows: Sequence[StatusRow], found: Mapping[str, _Found]) -> RunStatus:
+        now, timer = self._clock(), self._timer()
+        marks = {
+            job_id: SeenMark(job.sighting.mark, now - (timer - job.looked_at) - job.sighting.age_s)
+            for job_id, job in found.items()
+            if job.sighting.mark is not None and job.sighting.mark.error is None
+        }
+        records = {job_id: job.record for job_id, job in found.items() if job.record is not None}
+        run_id, manifest = (None, None) if run is None else (run.run_id, run.manifest)
+        return RunStatus(self._storage.root, run_id, manifest, tuple(rows), records, now, marks)
 
     def _require_something(self) -> None:
         if next(self._storage.list(), None) is None:
@@ -291,8 +311,7 @@ class StatusReader:
         if chosen is None:
             return None
         if chosen not in runs:
-            more = f" and {len(runs) - RUNS_NAMED} more" if len(runs) > RUNS_NAMED else ""
-            names = ", ".join(list(runs)[:RUNS_NAMED]) + more
+            names = first_few(list(runs), RUNS_NAMED)
             raise ConfigInvalid(
                 f"no run {chosen} has kept its jobs there; the runs that have: {names or 'none'}",
                 where=self._storage.root,
@@ -341,12 +360,14 @@ class StatusReader:
         if mark is not None:
             seen: _MarkFile = mark.read.result()
             # The entry in the listing is the same: since the mark was read it was not renewed.
-            sighting = seen.sighting.later(max(0.0, self._listed_at - seen.read_at))
+            job.looked_at = max(self._listed_at, seen.read_at)
+            sighting = seen.sighting.later(job.looked_at - seen.read_at)
         if record is not None:
             file = record.read.result()
         if (mark is not None and sighting.version is None) or (record is not None and not file.there):
             # Removed between the listing and the reading: the job went on meanwhile, so both are asked for anew.
             sighting, file = self._leases.look(job_id), self._read_record(job_id)
+            job.looked_at = self._timer()
         job.sighting, job.record, job.digest = sighting, file.record, file.digest
         job.damaged = file.there and file.record is None
 
@@ -505,7 +526,4 @@ def _film(output: OutputRecord | None) -> str:
 
 def _seconds_of(moment: str | None) -> float:
     """Seconds since 1970 of a time of a record; 0 for one that cannot be read."""
-    try:
-        return datetime.fromisoformat(moment or "").timestamp()
-    except ValueError:
-        return 0.0
+    return unix_time(moment or "") or 0.0

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING
 
+from runner.timing import hours_and_minutes
+
 if TYPE_CHECKING:
     from runner.verbs.status import RunStatus, StatusRow
 
@@ -82,8 +84,7 @@ def pace_line(found: RunStatus, zone: tzinfo | None = None) -> str:
         datetime.fromtimestamp(round(moment), UTC).astimezone(zone) for moment in (found.read_at + eta, found.read_at)
     )
     day = "" if at.date() == now.date() else f"{at:%Y-%m-%d} "
-    minutes, seconds = divmod(round(eta), 60)
-    return f"{told} · ETA {day}{at:%H:%M:%S} (in {minutes // 60}:{minutes % 60:02d}:{seconds:02d})"
+    return f"{told} · ETA {day}{at:%H:%M:%S} (in {hours_and_minutes(eta)})"
 
 
 def notable_rows(rows: Sequence[StatusRow]) -> list[StatusRow]:

@@ -86,6 +86,17 @@ def test_shards_partition_the_jobs(jobs, count):
     assert all(share == sorted(share) for share in shares)
 
 
+@given(st.integers(0, 10**6), st.integers(1, 10**6))
+def test_a_shard_is_found_by_its_name(index, more):
+    shard = Shard(index, index + more)
+    assert Shard.named(shard.name) == shard
+
+
+@pytest.mark.parametrize("name", ["", "gpu-a-7", "1-of-2-of-3", "2-of-2", "0-of-0", "-1-of-2", "a-of-b"])
+def test_other_names_are_no_share_s(name):
+    assert Shard.named(name) is None
+
+
 @given(st.integers(1, 30), st.integers(0, 50), st.integers(1, 9))
 def test_every_slurm_array_covers_every_shard_once(count, first, step):
     tasks = range(first, first + count * step, step)

@@ -21,8 +21,8 @@ from runner.records.record import (
     SpanRecord,
 )
 from runner.records.run_report import RunReport
-from runner.verbs.report_building import RunFacts, SeenMark, build_report
-from runner.verbs.status import StatusRow
+from runner.verbs.report_building import RunFacts, build_report
+from runner.verbs.status import SeenMark, StatusRow
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 ERROR = ErrorRecord(code="job.crashed", message="it crashed. Look at the log", stage="generate", retryable=False)

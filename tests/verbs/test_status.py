@@ -222,8 +222,9 @@ def test_what_lies_there_whatever_the_outputs_say(bench):
     """`compare` and `approve` say themselves what is wrong with an output."""
     bench.run(bench.job("a"))
     (bench.folder / "out/jobs/a/output.mp4").unlink()
-    ((row, record),) = read_jobs(bench.out)
-    assert (row.status, record.job_id) == ("succeeded", "a")
+    found = read_jobs(bench.out)
+    assert [(row.id, row.status) for row in found.rows] == [("a", "succeeded")]
+    assert found.records["a"].job_id == "a"
 
 
 def test_a_record_that_cannot_be_read_is_no_record(bench):
@@ -404,15 +405,20 @@ def test_a_mark_that_is_not_renewed_ages_without_being_read(bench, counting):
     """By the store's clock when it was read, and then by the time between the looks."""
     Ledger(bench.out, lease_s=30).begin("a", Decision("run", ""), "f", "r")
     at = [100.0]
-    reader = StatusReader(counting, timer=lambda: at[0])
-    assert reader.read().rows[0].heard_s < 2
+    reader = StatusReader(counting, clock=lambda: 5000 + at[0], timer=lambda: at[0])
+    first = reader.read()
+    assert first.rows[0].heard_s < 2
     counting.reads.clear()
     at[0] += 20
     (row,) = reader.read().rows
     assert (row.status, 20 <= row.heard_s < 22) == ("running", True)
     at[0] += 10
-    (row,) = reader.read().rows
+    last = reader.read()
+    (row,) = last.rows
     assert (row.status, counting.reads) == ("lost", [])
+    assert first.marks["a"].mark.run_id == "r"
+    assert 5098 < first.marks["a"].heard_at <= 5100
+    assert last.marks["a"].heard_at == pytest.approx(first.marks["a"].heard_at)
 
 
 def test_a_renewed_mark_is_read_again(bench, counting):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from runner import __version__
-from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
+from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, first_few
 from runner.hashing import combine, sha256_file
 from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
 from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
@@ -158,7 +158,7 @@ class TensorFiles:
         if wrong:
             path = self.headers[0].path
             raise WeightsCorrupt(
-                "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
+                first_few(wrong, 3, "; "),
                 where=path if len(self.headers) == 1 else path.parent,
                 todo=f"Take a UMT5 encoder with its own config, as published or in INT4 by groups of {GROUP}",
             )
