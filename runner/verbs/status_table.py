@@ -6,7 +6,8 @@ In:   a `RunStatus`. Out: a table and sentences on standard output. Never: the s
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
@@ -14,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from runner.verbs.fitted_table import new_table, print_table
+from runner.verbs.fitted_table import TableLayout, new_table, print_fitted
 from runner.verbs.status_lines import (
     FOLD_FROM,
     counts_line,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["StatusWatch", "print_status"]
 
+COLUMNS = ("job", "status", "attempt", "seconds", "reason", "output")
+SHARES = {"job": 2, "reason": 3, "output": 2}  # of what the other columns leave; their cells may be folded or cut
+SPARE_COLUMNS = ("attempt", "seconds")  # the first goes first
+
 
 def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> None:
     """The table, what it has no room for, and the counts. `all_rows`: of many jobs too, each has its row."""
@@ -43,7 +48,7 @@ def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> 
     if len(rows) > FOLD_FROM and not all_rows:
         rows = notable_rows(rows)
     if rows:
-        print_table(console, _status_table(rows))
+        print_fitted(console, _layouts(rows))
     _print_details(console, details(found.rows))
     if len(rows) < len(found.rows):
         console.print(f"{len(found.rows) - len(rows)} jobs that are done or have not begun: --all shows them")
@@ -53,27 +58,50 @@ def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> 
     console.print(escape(counts_line(found)), soft_wrap=True)
 
 
-def _status_table(rows: Sequence[StatusRow], *, one_line: bool = False) -> Table:
-    """What is too long for a column comes below the table. `one_line`: a row has one line, whatever is cut."""
-    table = new_table("job", "status", "attempt", "seconds", "reason", "output")
-    table.expand = one_line
-    for column in table.columns:
-        share = {"job": 2, "reason": 3, "output": 2}.get(str(column.header))  # of what the other columns leave
-        column.no_wrap = one_line or share is None
-        if one_line and share is not None:
-            column.ratio, column.overflow = share, "ellipsis"
-    for row in rows:
-        mark = " [yellow]![/]" if row.warnings else ""
-        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        table.add_row(
-            escape(row.id) + ("" if row.listed else " [dim](other manifest)[/]"),
-            coloured(row.status) + mark,
-            str(row.attempt or ""),
-            seconds,
-            escape(short_reason(row)),
-            escape(row.film),
-        )
+def _layouts(rows: Sequence[StatusRow]) -> list[Callable[[], TableLayout]]:
+    """All columns; then without those that have no value, and without those that a reader needs least."""
+    cells = [_cells(row) for row in rows]
+    empty = tuple(name for name in COLUMNS if not any(found[name] for found in cells))
+    spare = tuple(name for name in SPARE_COLUMNS if name not in empty)
+
+    def layout(left_out: Sequence[str]) -> TableLayout:
+        told = [name for name in left_out if name not in empty]
+        below = [f"left out for want of room: {', '.join(told)}"] if told else []
+        return TableLayout(_status_table(cells, [name for name in COLUMNS if name not in left_out]), below)
+
+    fewer = [empty + spare[:count] for count in range(len(spare) + 1)]
+    return [partial(layout, left_out) for left_out in ((), *fewer)]
+
+
+def _status_table(cells: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
+    """What is too long for a column comes below the table."""
+    table = new_table(*columns, whole=[name for name in columns if name not in SHARES])
+    for found in cells:
+        table.add_row(*(found[name] for name in columns))
     return table
+
+
+def _lines_table(rows: Sequence[StatusRow]) -> Table:
+    """The same as wide as the screen, one line a row, whatever is cut."""
+    table = _status_table([_cells(row) for row in rows], COLUMNS)
+    table.expand = True
+    for column in table.columns:
+        column.no_wrap = True
+        if (share := SHARES.get(str(column.header))) is not None:
+            column.ratio, column.overflow = share, "ellipsis"
+    return table
+
+
+def _cells(row: StatusRow) -> dict[str, str]:
+    """Column → markup."""
+    return {
+        "job": escape(row.id) + ("" if row.listed else " [dim](other manifest)[/]"),
+        "status": coloured(row.status) + (" [yellow]![/]" if row.warnings else ""),
+        "attempt": str(row.attempt or ""),
+        "seconds": "" if row.seconds is None else f"{row.seconds:.1f}",
+        "reason": escape(short_reason(row)),
+        "output": escape(row.film),
+    }
 
 
 def _print_details(console: Console, told: Sequence[tuple[str, str]]) -> None:
@@ -114,7 +142,7 @@ class StatusWatch:
         wrapped = sum(len(line) // self._console.width + 1 for line in told)
         room = max(1, self._console.height - wrapped - 4)  # a header, a line about the rest, two for words that wrap
         shown, left_out = rows[:room], len(rows) - room
-        parts: list[Any] = [_status_table(shown, one_line=True)] if shown else []
+        parts: list[Any] = [_lines_table(shown)] if shown else []
         parts += [f"and {left_out} more"] if left_out > 0 else []
         parts += [self._console.render_str(escape(line)) for line in told]
         self._live.update(Group(*parts), refresh=True)

@@ -30,12 +30,38 @@ def test_a_watched_status_fits_the_screen(monkeypatch):
     ]
 
 
+def printed(rows: list[StatusRow], width: int, monkeypatch) -> list[str]:
+    console = tables._Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    monkeypatch.setattr("runner.verbs.status_table.open_console", lambda: console)
+    print_status(RunStatus("out", "r", "m.yaml", tuple(rows), {}), as_json=False)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_a_narrow_terminal_gets_the_columns_that_it_has_room_for(monkeypatch):
+    """No id is folded while a column that has no value, or that is needed less, takes its room."""
+    name, film = "mira-replaces-the-greeter", "21 frames 96x144 at 16 fps"
+    done = [StatusRow(id=name, status="succeeded", attempt=1, seconds=1.6, film=film)]
+    assert printed(done, 89, monkeypatch)[:2] == [
+        "job                        status     attempt  seconds  output",
+        f"{name}  succeeded  1        1.6      {film}",
+    ]
+    assert printed(done, 80, monkeypatch)[:3] == [
+        "job                        status     seconds  output",
+        f"{name}  succeeded  1.6      {film}",
+        "left out for want of room: attempt",
+    ]
+    assert printed(done, 66, monkeypatch)[1:3] == [
+        f"{name}  succeeded  {film}",
+        "left out for want of room: attempt, seconds",
+    ]
+    failed = StatusRow(id="b", status="failed", attempt=3, code="job.crashed", reason="job.crashed: it died")
+    assert printed([*done, failed], 85, monkeypatch)[0].split() == ["job", "status", "reason", "output"]
+    assert printed(done, 200, monkeypatch)[0].split() == ["job", "status", "attempt", "seconds", "reason", "output"]
+
+
 def test_a_long_reason_stands_below_the_table_of_a_status(monkeypatch):
     reason = "input.unreadable: " + "the stream is damaged " * 20
     row = StatusRow(id="a", status="failed", code="input.unreadable", reason=reason.strip())
-    console = tables._Console(width=80, force_terminal=True, color_system=None, file=io.StringIO())
-    monkeypatch.setattr("runner.verbs.status_table.open_console", lambda: console)
-    print_status(RunStatus("out", "r", "m.yaml", (row,), {}), as_json=False)
-    header, cells, *rest = console.file.getvalue().splitlines()
+    header, cells, *rest = printed([row], 80, monkeypatch)
     assert max(len(header), len(cells)) <= 80 and "input.unreadable" in cells
     assert rest[0] == f"a: {row.reason}"
