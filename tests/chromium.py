@@ -21,6 +21,7 @@ __all__ = [
     "contrast",
     "find_chromium",
     "focused_names",
+    "lay_out_all",
     "luminances",
     "nameless_items",
     "open_chromium",
@@ -98,14 +99,25 @@ def focused_names(page: Any, count: int) -> list[str]:
     all; each shows that it has the focus."""
     focused, names = "document.activeElement", list[str]()
     for _ in range(count):
-        names.append(page.evaluate(f"{focused}.getAttribute('aria-label') || {focused}.innerText"))
+        names.append(page.evaluate(f"{focused}.getAttribute('aria-label') || {focused}.textContent"))
         assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid", names
         page.keyboard.press("Tab")
     return [name.split()[0] for name in names]
 
 
+def lay_out_all(page: Any) -> None:
+    """Also what is far from the window, which `content-visibility: auto` leaves out: it has neither size nor innerText,
+    from a moment on that depends on when the browser last drew a frame."""
+    page.evaluate(
+        """[...document.querySelectorAll("*")]
+            .filter(item => getComputedStyle(item).contentVisibility === "auto")
+            .forEach(item => { item.style.contentVisibility = "visible"; })"""
+    )
+
+
 def nameless_items(page: Any, *, inside: str) -> list[str]:
     """HTML of controls and pictures that a screen reader has no name for. `inside`: what names all that it holds."""
+    lay_out_all(page)
     return page.evaluate(
         """(inside) => [...document.querySelectorAll("button, input, select, a, img, video, svg[role=img]")]
             .filter(item => !(item.getAttribute("aria-label") || item.innerText || item.alt || item.closest(inside)))
