@@ -236,10 +236,10 @@ def test_stages_overlap(bench):
         path = prepare_s + min(busy, 1.1 * count * generate_s) + last["encode_video"] + last["publish"]
         over.append(took / path - 1)
         prepared, generated = times(bench.events, "job_prepared"), times(bench.events, "job_generated")
-        assert all(prepared[f"j{n + 1}"] < generated[f"j{n}"] for n in range(count - 1))
-        if over[-1] <= 0.05:
+        if over[-1] <= 0.05 and all(prepared[f"j{n + 1}"] < generated[f"j{n}"] for n in range(count - 1)):
             break
-    assert min(over) <= 0.05, over
+    else:
+        pytest.fail(f"no run of six overlapped within 5 %: {over}")
     assert any(line.startswith("prepare of") for line in bench.result("j1")["memory"]["overlapped"])
 
 
