@@ -31,25 +31,16 @@ def test_stdin_is_relative_to_the_working_directory(tmp_path, monkeypatch):
         assert made.video == f"{tmp_path}/舞.mp4"
 
 
-def test_a_manifest_on_s3(monkeypatch):
-    moto = pytest.importorskip("moto")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    with moto.mock_aws():
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="studio")
-        text = job(reference="../refs/a.png", video="b.mp4")
-        client.put_object(Bucket="studio", Key="nights/1/m.yaml", Body=text.encode())
-        (made,) = load_manifest("s3://studio/nights/1/m.yaml").jobs
-        assert (made.reference, made.video) == ("s3://studio/nights/refs/a.png", "s3://studio/nights/1/b.mp4")
-        with pytest.raises(ManifestInvalid, match="no such object"):
-            load_manifest("s3://studio/nights/2/m.yaml")
-        with pytest.raises(ManifestInvalid, match="folder"):
-            load_manifest("s3://studio/nights/")
+def test_a_manifest_on_s3(moto_s3, aws_env):
+    bucket, client = aws_env(moto_s3).make_bucket(), moto_s3.client
+    text = job(reference="../refs/a.png", video="b.mp4")
+    client.put_object(Bucket=bucket, Key="nights/1/m.yaml", Body=text.encode())
+    (made,) = load_manifest(f"s3://{bucket}/nights/1/m.yaml").jobs
+    assert (made.reference, made.video) == (f"s3://{bucket}/nights/refs/a.png", f"s3://{bucket}/nights/1/b.mp4")
+    with pytest.raises(ManifestInvalid, match="no such object"):
+        load_manifest(f"s3://{bucket}/nights/2/m.yaml")
+    with pytest.raises(ManifestInvalid, match="folder"):
+        load_manifest(f"s3://{bucket}/nights/")
 
 
 @pytest.mark.parametrize(

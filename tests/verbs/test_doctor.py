@@ -199,27 +199,18 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     assert "--user" in check.todo
 
 
-def test_weights_and_output_on_s3(tmp_path, monkeypatch):
-    moto = pytest.importorskip("moto")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    with moto.mock_aws():
-        import boto3
+def test_weights_and_output_on_s3(tmp_path, moto_s3, aws_env):
+    bucket, client = aws_env(moto_s3).make_bucket(), moto_s3.client
 
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="studio")
+    def statuses(models: str, out: str) -> dict[str, str]:
+        checks = run_checks(models, out, tmp_path, "cpu", probes=Machine())
+        assert all(check.todo for check in checks if check.status == "fail")
+        return {check.name: check.status for check in checks if check.name in ("weights", "output")}
 
-        def statuses(models: str, out: str) -> dict[str, str]:
-            checks = run_checks(models, out, tmp_path, "cpu", probes=Machine())
-            assert all(check.todo for check in checks if check.status == "fail")
-            return {check.name: check.status for check in checks if check.name in ("weights", "output")}
-
-        assert statuses("s3://studio/models", "s3://studio/out") == {"weights": "fail", "output": "ok"}
-        client.put_object(Bucket="studio", Key="models/a/config.json", Body=b"{}")
-        assert statuses("s3://studio/models", "s3://nobodys/out") == {"weights": "ok", "output": "fail"}
-        assert client.list_objects_v2(Bucket="studio")["KeyCount"] == 1  # the probe object is gone
+    assert statuses(f"s3://{bucket}/models", f"s3://{bucket}/out") == {"weights": "fail", "output": "ok"}
+    client.put_object(Bucket=bucket, Key="models/a/config.json", Body=b"{}")
+    assert statuses(f"s3://{bucket}/models", "s3://nobodys/out") == {"weights": "ok", "output": "fail"}
+    assert client.list_objects_v2(Bucket=bucket)["KeyCount"] == 1  # the probe object is gone
 
 
 def test_missing_weights_are_listed_with_what_to_do(tmp_path):

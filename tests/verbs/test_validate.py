@@ -200,46 +200,38 @@ def test_an_unknown_recipe_is_refused_also_without_inputs(media, tmp_path):
         assert caught.value.exit_code == 2
 
 
-def test_inputs_on_s3(media, monkeypatch, tmp_path):
-    moto = pytest.importorskip("moto")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    with moto.mock_aws():
-        import boto3
-
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="studio")
-        for name in ("a.png", "v.mp4", "text.mp4", "empty.png"):
-            client.put_object(Bucket="studio", Key=name, Body=(media / name).read_bytes())
-        jobs = [
-            job("s3://studio", "good", "s3://studio/a.png", "s3://studio/v.mp4"),
-            job("s3://studio", "gone", "s3://studio/none.png", "s3://studio/v.mp4"),
-            job("s3://studio", "empty", "s3://studio/empty.png", "s3://studio/v.mp4"),
-            job("s3://studio", "text", "s3://studio/a.png", "s3://studio/text.mp4"),
-        ]
-        for file in official(tmp_path / "made", face={"frames": 19}).iterdir():
-            client.upload_file(str(file), "studio", f"made/{file.name}")
-            client.upload_file(str(media / "official" / file.name), "studio", f"good/{file.name}")
-        jobs += [
-            official_job("s3://studio/good", "files", mode="replace"),
-            official_job("s3://studio/made", "unlike"),
-            official_job("s3://studio/none", "nowhere"),
-            job("s3://studio", "mask", "s3://studio/a.png", "s3://studio/v.mp4", "s3://studio/v.mp4", mode="replace"),
-        ]
-        nowhere = [("nowhere", "input.not_found")] * 3
-        shallow = [("gone", "input.not_found"), ("empty", "input.unreadable")]
-        assert codes(jobs) == [*shallow, *nowhere]
-        unlike = [("unlike", "input.unreadable")]
-        found = check_inputs(jobs, deep=True)
-        assert [(name, error.code) for name, error in found] == [
-            *shallow,
-            ("text", "input.unreadable"),
-            *unlike,
-            *nowhere,
-        ]
-        messages = {name: error.message for name, error in found}
-        assert "s3://studio/text.mp4" in messages["text"]
-        assert "s3://studio/made" in messages["unlike"] and "19 frames" in messages["unlike"]
-        assert not any("video-lab-" in message for message in messages.values())
+def test_inputs_on_s3(media, tmp_path, moto_s3, aws_env):
+    bucket, client = aws_env(moto_s3).make_bucket(), moto_s3.client
+    store = f"s3://{bucket}"
+    for name in ("a.png", "v.mp4", "text.mp4", "empty.png"):
+        client.put_object(Bucket=bucket, Key=name, Body=(media / name).read_bytes())
+    jobs = [
+        job(store, "good", f"{store}/a.png", f"{store}/v.mp4"),
+        job(store, "gone", f"{store}/none.png", f"{store}/v.mp4"),
+        job(store, "empty", f"{store}/empty.png", f"{store}/v.mp4"),
+        job(store, "text", f"{store}/a.png", f"{store}/text.mp4"),
+    ]
+    for file in official(tmp_path / "made", face={"frames": 19}).iterdir():
+        client.upload_file(str(file), bucket, f"made/{file.name}")
+        client.upload_file(str(media / "official" / file.name), bucket, f"good/{file.name}")
+    jobs += [
+        official_job(f"{store}/good", "files", mode="replace"),
+        official_job(f"{store}/made", "unlike"),
+        official_job(f"{store}/none", "nowhere"),
+        job(store, "mask", f"{store}/a.png", f"{store}/v.mp4", f"{store}/v.mp4", mode="replace"),
+    ]
+    nowhere = [("nowhere", "input.not_found")] * 3
+    shallow = [("gone", "input.not_found"), ("empty", "input.unreadable")]
+    assert codes(jobs) == [*shallow, *nowhere]
+    unlike = [("unlike", "input.unreadable")]
+    found = check_inputs(jobs, deep=True)
+    assert [(name, error.code) for name, error in found] == [
+        *shallow,
+        ("text", "input.unreadable"),
+        *unlike,
+        *nowhere,
+    ]
+    messages = {name: error.message for name, error in found}
+    assert f"{store}/text.mp4" in messages["text"]
+    assert f"{store}/made" in messages["unlike"] and "19 frames" in messages["unlike"]
+    assert not any("video-lab-" in message for message in messages.values())
