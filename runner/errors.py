@@ -17,6 +17,8 @@
     │   └── LeaseLost         storage.conflict           exit 1   another runner has taken this job over
     ├── OutOfMemory           resource.out_of_memory     exit 1   retryable
     ├── DeviceLost            device.lost                exit 3   stops the run; only a new process can go on
+    ├── ClusterDenied         cluster.denied             exit 2   a batch platform or Ray cluster refuses the user
+    ├── ClusterUnavailable    cluster.unavailable        exit 3   it cannot be reached, or fails
     ├── WeightsMissing        weights.missing            exit 2   stops the run
     ├── WeightsCorrupt        weights.corrupt            exit 2   stops the run
     │   each has a form for what one job alone asks for, its LoRAs: JobWeightsMissing, JobWeightsCorrupt, exit 1
@@ -36,6 +38,8 @@ from contextlib import contextmanager
 
 __all__ = [
     "BucketMissing",
+    "ClusterDenied",
+    "ClusterUnavailable",
     "ConfigInvalid",
     "DeviceLost",
     "InputError",
@@ -173,6 +177,18 @@ class DeviceLost(RunnerError):
     """The GPU or its driver failed in a way that makes every later call of this process fail too."""
 
     code, retryable, exit_code, stops_run = "device.lost", True, 3, True
+
+
+class ClusterDenied(RunnerError):
+    """A batch platform or a Ray cluster knows this user and allows not what was asked, or does not know the user."""
+
+    code, exit_code, stops_run = "cluster.denied", 2, True
+
+
+class ClusterUnavailable(RunnerError):
+    """A batch platform or a Ray cluster cannot be reached, or failed; the same command may succeed later."""
+
+    code, retryable, exit_code, stops_run = "cluster.unavailable", True, 3, True
 
 
 class OutOfMemory(RunnerError):

@@ -10,6 +10,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/frames.sha256                the digest of each frame, one a line
     jobs/<id>/people.json                  where the people are, frame by frame; not of jobs with official files
     runs/<run-id>/<shard>.summary.json     and .metrics.prom, .events.jsonl
+    runs/<run-id>/manifest.jsonl           of a run that was submitted: the manifest that all its tasks read
     runs/<run-id>/jobs.json                the jobs of its manifest
     runs/<run-id>/regression.json          how far its jobs may be from their baseline, where the manifest says so
     runs/<run-id>/report.html, .json       what `report` has written
@@ -26,6 +27,7 @@ __all__ = [
     "FRAME_DIGESTS",
     "JOBS",
     "KEPT",
+    "MANIFEST",
     "METRICS",
     "OUTPUT",
     "PEOPLE",
@@ -80,6 +82,7 @@ METRICS = "metrics.prom"
 EVENTS = "events.jsonl"
 
 # Of a run, whatever its shards
+MANIFEST = "manifest.jsonl"
 RUN_JOBS = "jobs.json"
 REGRESSION = "regression.json"
 REPORT_HTML, REPORT_JSON = "report.html", "report.json"
@@ -149,7 +152,7 @@ def run_key(run_id: str, shard: str, name: str) -> str:
 
 
 def run_file_key(run_id: str, name: str) -> str:
-    """`name`: RUN_JOBS, REGRESSION, REPORT_HTML or REPORT_JSON."""
+    """`name`: MANIFEST, RUN_JOBS, REGRESSION, REPORT_HTML or REPORT_JSON."""
     return run_folder(run_id) + name
 
 

@@ -1,0 +1,81 @@
+"""Submission: one run as an array of tasks, in words that every batch platform has.
+
+In:   values that were chosen and checked. Out: `Submission`, and the command lines of its tasks.
+Never: a platform's own words; credentials: tasks get them from the platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+__all__ = ["FINAL_CODES", "PASSING_CODES", "Submission", "SubmittedJob", "report_words", "run_words"]
+
+# Exit codes of `run` as a platform's retry rules need them. All others (a crash, a kill, a lost host) are retried:
+# the next attempt skips what is done, and a job that crashes again and again is given up by `--max-attempts`.
+FINAL_CODES = (1, 2)  # a retry would find the same: jobs failed by their own fault, or the configuration is wrong
+PASSING_CODES = (3, 143)  # infrastructure, and a drain after SIGTERM: retried
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One run, cut into tasks. Places are as a task sees them."""
+
+    name: str  # of the array job; the platform checks its letters and length
+    run_id: str  # shared by all tasks
+    manifest: str  # the frozen manifest: URI or path
+    out: str
+    models: str
+    image: str  # with a tag or a digest
+    shards: int  # tasks of the array
+    share: Literal["index", "any"] = "index"  # a task's jobs: every N-th from its index, or any that no other holds
+    gpus_per_task: int = 1  # with more than one a task runs a process a GPU, and jobs are shared as with "any"
+    cpus: int = 8  # of a task
+    memory_gib: int = 60  # of a task
+    disk_gib: int = 100  # of a task, for models and scratch
+    spot: bool = False  # machines that may be taken back
+    attempts: int = 5  # a task is started so often at most
+    drain_s: float = 20.0  # seconds that the running job gets after SIGTERM
+    time_limit_s: int = 24 * 3600  # of one attempt of a task
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # no credentials among it
+    run_flags: tuple[str, ...] = ()  # more flags of `run`, e.g. ("--recipe", "fp4-distill")
+    gpu_hour: float | None = None  # price of a GPU hour, for the report
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """What a platform has accepted: role (`run` or `report`) and the platform's id of it."""
+
+    role: str
+    id: str
+
+
+def run_words(submission: Submission, *, spot: str | None = None) -> list[str]:
+    """The arguments of the container of one task: `run MANIFEST --out …`.
+
+    `spot`: where notices come from that the machine is taken back, see `run --spot`; None: nowhere but from SIGTERM.
+    """
+    words = ["run", submission.manifest, "--out", submission.out, "--models", submission.models]
+    words += ["--run-id", submission.run_id, "--drain-s", f"{submission.drain_s:g}", "--log-format", "json"]
+    if submission.gpus_per_task > 1:
+        words += ["--gpus", "all"]
+    elif submission.share == "any":
+        words += ["--shard", "any"]
+    if spot is not None:
+        words += ["--spot", spot]
+    return [*words, *submission.run_flags]
+
+
+def report_words(submission: Submission, *, wait_s: int | None = None) -> list[str]:
+    """The arguments of the container that closes the run with `report`.
+
+    `wait_s`: wait so many seconds at most until no job is left; None: the platform starts it when the tasks have ended.
+    """
+    words = ["report", submission.out, "--run", submission.run_id, "--log-format", "json"]
+    if submission.gpu_hour is not None:
+        words += ["--gpu-hour", f"{submission.gpu_hour:g}"]
+    if wait_s is not None:
+        words += ["--wait", "--timeout", f"{wait_s}s"]
+    return words
