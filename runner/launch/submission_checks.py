@@ -1,0 +1,40 @@
+"""Checks that every platform makes of a submission before anything is sent.
+
+In:   what was asked for. Out: nothing; ConfigInvalid for what cannot work. Never: questions to a platform or registry.
+"""
+
+from __future__ import annotations
+
+import re
+
+from runner.errors import ConfigInvalid
+
+__all__ = ["check_image"]
+
+# The reference format of the OCI distribution specification: [host[:port]/]path[:tag][@digest].
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+_DIGEST = r"[A-Za-z][A-Za-z0-9]*(?:[+._-][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}"
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?P<tag>:{_TAG})?(?P<digest>@{_DIGEST})?"
+)
+
+
+def check_image(image: str) -> None:
+    """Raise ConfigInvalid for an image reference that is malformed, or has neither a tag nor a digest.
+
+    A tag that is written out passes, whatever it is: which tags move is the registry's affair.
+    """
+    found = _IMAGE.fullmatch(image)
+    if found is None:
+        raise ConfigInvalid(
+            f"{image!r} is not an image reference",
+            where="--image",
+            todo="Write [host[:port]/]name:tag, or name@sha256:… for exact bytes",
+        )
+    if found["tag"] is None and found["digest"] is None:
+        raise ConfigInvalid(
+            f"{image} has no tag: registries read that as `latest`, which moves, so tasks that start later, and "
+            "retries, could run another version than the first ones",
+            where="--image",
+            todo="Write name:tag, or name@sha256:… for exact bytes",
+        )
