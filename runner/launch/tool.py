@@ -1,0 +1,135 @@
+"""Tool: runs a batch platform's own command line tool, such as kubectl, gcloud or sbatch, and maps how it fails.
+
+In:   a command as a list of words, bytes for its standard input. Out: what it printed.
+Never: a shell; which command is run, and what its output means.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+
+from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid, RunnerError
+
+__all__ = ["run_tool"]
+
+LAST_LINES = 3  # of what a tool says when it fails; the cause stands at the end
+# What the tools print, in lower case. The first list goes first: "connection refused" is no refusal of the user.
+_UNAVAILABLE = (
+    "unable to connect to the server",  # kubectl
+    "was refused - did you specify the right host or port",
+    "connection refused",
+    "connection reset",
+    "connection timed out",
+    "i/o timeout",
+    "tls handshake timeout",
+    "no such host",
+    "request timed out",
+    "deadline exceeded",
+    "deadline_exceeded",
+    "service unavailable",
+    "serviceunavailable",
+    "(internalerror)",
+    "too many requests",
+    "toomanyrequests",
+    "unable to handle the request",
+    "status=[503]",  # gcloud
+    "unavailable:",
+    "internal:",
+    "resource_exhausted",
+    "problem connecting",
+    "unable to find the server",
+    "max retries exceeded",
+    "name resolution",
+    "network is unreachable",
+    "could not connect to the endpoint url",  # aws
+    "unable to contact slurm controller",  # sbatch
+    "slurm controller not responding",
+    "socket timed out",
+    "zero bytes were transmitted or received",
+    "munge encode failed",
+)
+_DENIED = (
+    "forbidden",  # kubectl
+    "unauthorized",
+    "you must be logged in",
+    "no configuration has been provided",
+    "provide credentials",
+    "permission denied",  # gcloud
+    "permission_denied",
+    "unauthenticated",
+    "active account",
+    "refreshing your current auth tokens",
+    "reauthentication",
+    "invalid authentication credentials",
+    "does not have permission",
+    "access denied",  # aws
+    "accessdenied",
+    "unable to locate credentials",
+    "expiredtoken",
+    "token has expired",
+    "not authorized",
+    "access/permission denied",  # sbatch
+    "invalid account or account/partition",
+    "not permitted to use this partition",
+    "violates accounting/qos policy",
+)
+
+
+def run_tool(words: Sequence[str], *, stdin: bytes | None = None, timeout_s: float) -> str:
+    """Run `words`, with `stdin` or none, for `timeout_s` seconds at most; what it printed to its standard output.
+
+    Raises ConfigInvalid where the tool is not installed, or says what is wrong with what it was asked; ClusterDenied
+    where the platform refuses the user; ClusterUnavailable where it does not answer. A tool that runs too long is
+    killed with what it has started.
+    """
+    tool = words[0]
+    if shutil.which(tool) is None:
+        todo = f"Install {tool}, or write the job with --render-only and submit it where {tool} is"
+        raise ConfigInvalid(f"{tool} is not installed, or not on the PATH", todo=todo)
+    try:
+        process = subprocess.Popen(
+            list(words),
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,  # no tool waits for an answer
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # gcloud is a script that starts a process: both are killed as a group
+        )
+    except OSError as err:
+        raise ConfigInvalid(f"{tool} cannot be started ({err.strerror})", todo=f"Install {tool} again") from err
+    try:
+        output, errors = process.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired as err:
+        _kill_group(process)
+        what = f"did not end within {timeout_s:g} s"
+        raise ClusterUnavailable(what, where=tool, todo="See what was accepted, then run the same command") from err
+    except BaseException:
+        _kill_group(process)
+        raise
+    if process.returncode:
+        raise _failure(tool, process.returncode, (errors or output).decode("utf-8", errors="replace"))
+    return output.decode("utf-8", errors="replace")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _failure(tool: str, code: int, text: str) -> RunnerError:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = " / ".join(lines[-LAST_LINES:]).rstrip(".") or "it said nothing"
+    what = f"{said} ({'killed by signal' if code < 0 else 'exit code'} {abs(code)})"
+    low = text.lower()
+    if any(phrase in low for phrase in _UNAVAILABLE):
+        return ClusterUnavailable(
+            what, where=tool, todo="Check the network and the platform; then run the same command"
+        )
+    if any(phrase in low for phrase in _DENIED):
+        return ClusterDenied(what, where=tool, todo=f"Log in as {tool} asks, or ask for the right that is missing")
+    return ConfigInvalid(what, where=tool, todo=f"Change the setting that {tool} names")
