@@ -1,21 +1,22 @@
 """Tool: runs a batch platform's own command line tool, such as kubectl, gcloud or sbatch, and maps how it fails.
 
-In:   a command as a list of words, bytes for its standard input. Out: what it printed.
+In:   a command as a list of words, bytes for its standard input. Out: what it printed; a command taken back by another.
 Never: a shell; which command is run, and what its output means.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid, RunnerError
 
-__all__ = ["run_tool"]
+__all__ = ["run_tool", "taken_back"]
 
 LAST_LINES = 3  # of what a tool says when it fails; the cause stands at the end
 # What the tools print, in lower case. The first list goes first: "connection refused" is no refusal of the user.
@@ -113,6 +114,31 @@ def run_tool(words: Sequence[str], *, stdin: bytes | None = None, timeout_s: flo
     if process.returncode:
         raise _failure(tool, process.returncode, (errors or output).decode("utf-8", errors="replace"))
     return output.decode("utf-8", errors="replace")
+
+
+@contextmanager
+def taken_back(
+    job: str,
+    words: Sequence[str],
+    *,
+    timeout_s: float,
+    after: type[BaseException] | tuple[type[BaseException], ...] = BaseException,
+) -> Iterator[None]:
+    """Where what is inside fails with `after`, run `words`, which take `job` back, and raise the failure.
+
+    Where that fails too, the error says that `job` is still there, and how to remove it.
+    """
+    try:
+        yield
+    except after as error:
+        try:
+            run_tool(words, timeout_s=timeout_s)
+        except RunnerError as second:
+            first = error.message if isinstance(error, RunnerError) else type(error).__name__
+            kind = type(error) if isinstance(error, RunnerError) else ClusterUnavailable
+            what = f"{first.rstrip('.')}. What was accepted before could not be taken back: {second.message}"
+            raise kind(what, where=job, todo=f"Run: {shlex.join(words)}") from error
+        raise
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
