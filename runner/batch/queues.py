@@ -71,18 +71,43 @@ class ByteQueue(Generic[T]):
 
 
 class WorkList(Generic[T]):
-    """Items to do, in order. Each one taken must be settled, or put back to be tried again after a while."""
+    """Items to do, in order. Each one taken must be settled, or put back to be tried again after a while.
 
-    def __init__(self, items: Iterable[T], clock: Callable[[], float] = time.monotonic) -> None:
+    `ended`: no items but these will come; else `add` brings more, until `end`.
+    """
+
+    def __init__(
+        self, items: Iterable[T] = (), clock: Callable[[], float] = time.monotonic, *, ended: bool = True
+    ) -> None:
         self._ready: deque[T] = deque(items)
         self._later: list[tuple[int, float, T]] = []  # rank, when due, item
         self._taken = 0
+        self._ended = ended
         self._closed = False
         self._clock = clock
         self._changed = threading.Condition()
 
+    def add(self, item: T) -> bool:
+        """Append an item. False if the list is closed: it keeps nothing then. Raises ValueError after `end`."""
+        with self._changed:
+            if self._ended:
+                raise ValueError("no more items were to come")
+            if not self._closed:
+                self._ready.append(item)
+                self._changed.notify_all()
+            return not self._closed
+
+    def end(self) -> None:
+        """No more items will be added; those put back still come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
     def take(self) -> T | None:
-        """The next item; None when all are settled or the list is closed. Waits for items that may be put back."""
+        """The next item; None when no more will come and all are settled, or the list is closed.
+
+        Waits for items that may be added or put back. One that waits for its delay holds no other up.
+        """
         with self._changed:
             while not self._closed:
                 if not self._ready:
@@ -90,7 +115,7 @@ class WorkList(Generic[T]):
                 if self._ready:
                     self._taken += 1
                     return self._ready.popleft()
-                if not self._taken and not self._later:
+                if self._ended and not self._taken and not self._later:
                     return None
                 soonest = min((due for _, due, _ in self._later), default=None)
                 self._changed.wait(None if soonest is None else max(0.0, soonest - self._clock()))
