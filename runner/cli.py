@@ -26,7 +26,8 @@ from runner import __version__
 from runner.errors import RunnerError, as_runner_error
 from runner.redact import for_people
 from runner.verbs.commands import EXIT_CODES, GROUPS, ONE_OBJECT, VERBS, Display, Verb
-from runner.verbs.settings import flag_name, flags_of, home_folder
+from runner.verbs.flags import flag_name, flags_of
+from runner.verbs.settings import home_folder
 
 __all__ = ["main", "parse_command", "parser"]
 

@@ -19,9 +19,9 @@ from runner.verbs.clean import CleanRow
 from runner.verbs.commands import EXIT_CODES, VERBS
 from runner.verbs.compare import Compared
 from runner.verbs.doctor import Check
+from runner.verbs.flags import flag_name, flags_of
 from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.plan import Forecast, RunForecast
-from runner.verbs.settings import flag_name, flags_of
 from runner.verbs.status import RunStatus, StatusRow
 from runner.verbs.validate import Validation
 from runner.verbs.weights import Verification

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from runner.verbs.flags import Settings
 from runner.verbs.settings import (
     ApproveSettings,
     CleanSettings,
@@ -27,7 +28,6 @@ from runner.verbs.settings import (
     QuantizeSettings,
     ReportSettings,
     RunSettings,
-    Settings,
     StatusSettings,
     ValidateSettings,
     VerifySettings,

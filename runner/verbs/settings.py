@@ -4,17 +4,14 @@ In:   the values of flags, as text from the command line or as Python values. Ou
 ConfigInvalid for a value that cannot be meant, which names the flag. Never: files, networks or devices: whether a store
 or a folder is there is found out by the verb.
 
-A field has the name of its flag, with `_` for `-`. The default of a flag stands here and nowhere else. These are
-dataclasses, because `--help` reads them: importing pydantic would make it slow.
+A field has the name of its flag, with `_` for `-`, see flags.py. The default of a flag stands here and nowhere else.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,6 @@ from runner.errors import ConfigInvalid
 from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES
 from runner.verbs.flag_values import (
     ALL_LAYERS,
-    Check,
     are_gpus,
     are_parts,
     are_revisions,
@@ -46,11 +42,14 @@ from runner.verbs.flag_values import (
     is_run_id,
     is_seconds,
     is_spot,
-    is_switch,
     is_text,
     is_time,
     is_whole,
 )
+from runner.verbs.flags import Settings
+from runner.verbs.flags import choice as _choice
+from runner.verbs.flags import flag as _flag
+from runner.verbs.flags import switch as _switch
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -64,7 +63,6 @@ __all__ = [
     "DemoSettings",
     "DoctorSettings",
     "FetchSettings",
-    "Flag",
     "ModelSettings",
     "NetworkSettings",
     "PlanSettings",
@@ -74,14 +72,11 @@ __all__ = [
     "RootSettings",
     "RunSettings",
     "SelectionSettings",
-    "Settings",
     "ShardSettings",
     "StatusSettings",
     "ValidateSettings",
     "VerifySettings",
     "default_cache",
-    "flag_name",
-    "flags_of",
     "home_folder",
 ]
 
@@ -93,21 +88,6 @@ DEVICES = ("auto", "cpu", "cuda")
 CHECKPOINTS = ("out", "cache", "off")
 NUMBER_FORMATS = ("nvfp4", "g32")
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
-
-
-@dataclass(frozen=True)
-class Flag:
-    """How a field is written on the command line, and what it may hold."""
-
-    help: str
-    check: Check
-    metavar: str | None  # None: a switch, which takes no value
-    positional: bool = False
-    repeatable: bool = False
-
-
-def _flag(help: str, check: Check, metavar: str | None, **more: bool) -> Mapping[str, Flag]:
-    return {"flag": Flag(help, check, metavar, **more)}
 
 
 # -- defaults that depend on the machine -------------------------------------------------------------------------------
@@ -146,31 +126,6 @@ CACHE = _flag("for synced models and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR"
 STORE = _flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", is_text, "URI")
 LOCAL_STORE = _flag("model store: a folder ($VIDEO_LAB_MODELS)", is_text, "DIR")
 RECIPE = _flag("whose files: weights and precision", is_recipe, "NAME")
-
-
-def _choice(help: str, choices: Sequence[str]) -> Mapping[str, Flag]:
-    return _flag(help, partial(is_one_of, choices), "{" + ",".join(choices) + "}")
-
-
-def _switch(help: str) -> Mapping[str, Flag]:
-    return _flag(help, is_switch, None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all settings have in common: each field is checked, and brought to its type, when the value is made."""
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if value is None and str(item.type).endswith("| None"):
-                continue
-            flag: Flag = item.metadata["flag"]
-            object.__setattr__(self, item.name, flag.check(flag_name(item), value))
-        self.check_together()
-
-    def check_together(self) -> None:
-        """Raise ConfigInvalid for fields that are each right and contradict each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,19 +520,3 @@ class DemoSettings(Settings):
         metadata=_flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", is_text, "DIR"),
     )
     media: Path = field(default=Path(".cache/demo-media"), metadata=_flag("folder for the media", is_path, "DIR"))
-
-
-# -- for the command line ----------------------------------------------------------------------------------------------
-
-
-def flag_name(item: dataclasses.Field[Any]) -> str:
-    """As it is typed: `--max-attempts`; of a positional argument its place in the usage: `MANIFEST`."""
-    flag: Flag = item.metadata["flag"]
-    return str(flag.metavar) if flag.positional else "--" + item.name.replace("_", "-")
-
-
-def flags_of(settings: type[Settings]) -> list[tuple[dataclasses.Field[Any], Flag]]:
-    """The fields of a verb's settings, its own before those that it shares with other verbs."""
-    own = inspect.get_annotations(settings)
-    items = sorted(dataclasses.fields(settings), key=lambda item: item.name not in own)
-    return [(item, item.metadata["flag"]) for item in items]

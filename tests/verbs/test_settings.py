@@ -15,6 +15,7 @@ from runner.cli import main
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.verbs.commands import VERBS
+from runner.verbs.flags import flag_name, flags_of
 from runner.verbs.settings import (
     NUMBER_FORMATS,
     SCALES,
@@ -29,8 +30,6 @@ from runner.verbs.settings import (
     RunSettings,
     VerifySettings,
     default_cache,
-    flag_name,
-    flags_of,
 )
 
 RUN = {"manifest": "m.yaml", "out": "out"}
