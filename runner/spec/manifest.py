@@ -8,6 +8,7 @@ Never: whether the inputs exist (validate.py), which weights a recipe names, wha
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import IO, Annotated, Any, Literal
 
@@ -143,22 +144,22 @@ class Document(Header):
     matrix: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Matrix"})] = None
 
 
-def load_manifest(source: str, *, stdin: IO[str] | None = None) -> Manifest:
+def load_manifest(source: str, *, stdin: IO[str] | None = None, foreign: Collection[str] = ()) -> Manifest:
     """The manifest at a path, a URI, or `-` for `stdin` (the process's, unless given).
 
     Relative inputs are relative to the manifest's folder or prefix; from stdin, to the working directory. The format is
-    told by the name (.yaml, .yml, .jsonl, .ndjson), else by the content. Raises ManifestInvalid with every problem, and
-    storage.* where S3 refuses or fails.
+    told by the name (.yaml, .yml, .jsonl, .ndjson), else by the content. `foreign`: as of `parse_manifest`. Raises
+    ManifestInvalid with every problem, and storage.* where S3 refuses or fails.
     """
     text, base = read_source(source, stdin or sys.stdin)
-    return parse_manifest(text, base=base, source=source)
+    return parse_manifest(text, base=base, source=source, foreign=foreign)
 
 
-def parse_manifest(text: str, *, base: str, source: str = "-") -> Manifest:
+def parse_manifest(text: str, *, base: str, source: str = "-", foreign: Collection[str] = ()) -> Manifest:
     """What `text` says. `base`: folder or URI of its relative inputs; `source`: its name, which may tell its
-    format. Raises ManifestInvalid.
+    format; `foreign`: schemes such as `gs` of inputs that other machines read. Raises ManifestInvalid.
     """
-    builder = _Builder(base)
+    builder = _Builder(base, foreign)
     manifest = None
     try:
         if is_json_lines(text, source):
@@ -207,8 +208,8 @@ def _with_references(schema: Any) -> Any:
 class _Builder:
     """Located values to jobs. Goes on after a problem, so that the next run of `validate` has none left to find."""
 
-    def __init__(self, base: str) -> None:
-        self.base = base
+    def __init__(self, base: str, foreign: Collection[str] = ()) -> None:
+        self.base, self.foreign = base, foreign
         self.problems = Problems()
         self.jobs: list[Job] = []
         self.ids: dict[str, tuple[str, str]] = {}  # id in lower case -> as written, and where
@@ -341,7 +342,7 @@ class _Builder:
         if node is None or not isinstance(node.value, str) or node.reported:
             return None
         try:
-            return resolve_place(node.value, self.base)
+            return resolve_place(node.value, self.base, self.foreign)
         except ValueError as err:
             self.problems.say(node.line, join_path(path, key), str(err))
             return None

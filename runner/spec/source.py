@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -121,14 +122,17 @@ def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tup
     return header or Located({}, 1), [entry for entry in entries if not entry[1].reported]
 
 
-def resolve_place(text: str, base: str) -> str:
-    """An input as an absolute path or a URI; relative names start from `base`. ValueError says what to write."""
+def resolve_place(text: str, base: str, foreign: Collection[str] = ()) -> str:
+    """An input as an absolute path or a URI; relative names start from `base`. ValueError says what to write.
+
+    `foreign`: schemes of object stores that this runner does not read itself, and that are taken all the same.
+    """
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
         raise ValueError("holds a control character; check the quotes around it")
     if text.endswith("/"):
         raise ValueError("names a folder; name one file")
-    if is_remote(text):
-        scheme, bucket, key = split_uri(text)
+    scheme, bucket, key = split_uri(text)
+    if is_remote(text) or ("://" in text and scheme in foreign):
         if not bucket or not key:
             raise ValueError(f"must name a bucket and a key: {scheme}://bucket/folder/file")
         return f"{scheme}://{bucket}/{key}"
