@@ -32,10 +32,12 @@ from runner.records.record import RunJobsRecord, RunSummary
 from runner.records.run_report import RunReport
 from runner.storage import ObjectInfo, Storage, is_remote, local_path, open_storage
 from runner.timing import now
+from runner.verbs.flag_values import parse_age
 from runner.verbs.report_building import RunFacts, build_report
 from runner.verbs.report_page import write_page
 from runner.verbs.settings import ReportSettings
-from runner.verbs.status import read_jobs, read_run_status
+from runner.verbs.status import StatusReader, read_jobs, read_run_status
+from runner.verbs.status_watch import wait_for_end
 
 __all__ = ["Reported", "report"]
 
@@ -53,9 +55,13 @@ class Reported:
 
 @default_logging()
 def report(settings: ReportSettings) -> Reported:
-    """The verb `report`: collect what is known of a run, and write it down. Raises ConfigInvalid, storage.*."""
+    """The verb `report`: collect what is known of a run, and write it down; with `wait`, once no job is left.
+
+    After `timeout` the report is made of what there is. Raises ConfigInvalid, also for a run that has not begun by
+    then; storage.*.
+    """
     storage = open_storage(settings.out)
-    facts = _collect(storage, settings.run)
+    facts = _collect(storage, _wait(storage, settings) if settings.wait else settings.run)
     found = build_report(facts, made_at=now(), gpu_hour=settings.gpu_hour)
     addresses = {job.id: _address(storage, job.output, beside=settings.to is None) for job in found.jobs if job.output}
     if settings.to is None:
@@ -68,6 +74,13 @@ def report(settings: ReportSettings) -> Reported:
         place.write_bytes(folder + REPORT_JSON, found.to_json())
         place.publish(page, folder + REPORT_HTML)  # last: where the page is, the other file is
     return Reported(found, tuple(place.uri(folder + name) for name in (REPORT_HTML, REPORT_JSON)))
+
+
+def _wait(storage: Storage, settings: ReportSettings) -> str | None:
+    """Wait until no job of the run is left; its id."""
+    timeout_s = None if settings.timeout is None else parse_age(settings.timeout)
+    read = StatusReader(storage, settings.run).read
+    return wait_for_end(read, every_s=settings.every, timeout_s=timeout_s).run_id
 
 
 def _address(storage: Storage, output: str, *, beside: bool) -> str:

@@ -327,7 +327,12 @@ class StatusSettings(Settings):
         default=False,
         metadata=_switch("of more than 50 jobs show those too that are plainly done and those that have not begun"),
     )
-    wait: bool = field(default=False, metadata=_switch("return when no job is pending, running or lost any more"))
+    wait: bool = field(
+        default=False,
+        metadata=_switch(
+            "return when no job is pending, running or lost any more; with --run a run that has not begun is waited for"
+        ),
+    )
     watch: bool = field(default=False, metadata=_switch("as --wait, and show each look, with the rate and the ETA"))
     every: float = field(default=10.0, metadata=_flag("seconds between two looks", is_interval, "S"))
     timeout: str | None = field(
@@ -358,6 +363,19 @@ class ReportSettings(Settings):
             "URI",
         ),
     )
+    wait: bool = field(
+        default=False,
+        metadata=_switch("first wait until the run has begun, and no job is pending, running or lost any more"),
+    )
+    every: float = field(default=10.0, metadata=_flag("seconds between two looks of --wait", is_interval, "S"))
+    timeout: str | None = field(
+        default=None,
+        metadata=_flag("report what there is after 30m, 2h, … of waiting; default: wait for ever", is_age, "AGE"),
+    )
+
+    def check_together(self) -> None:
+        if self.timeout is not None and not self.wait:
+            raise ConfigInvalid("ends a wait, and none was asked for", where="--timeout", todo="Give --wait")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from runner.storage import ObjectInfo, Storage, open_storage
 from runner.timing import unix_time
 from runner.verbs.flag_values import parse_age
 from runner.verbs.settings import StatusSettings
-from runner.verbs.status_watch import wait_for_end
+from runner.verbs.status_watch import RunUnknown, wait_for_end
 
 __all__ = ["RunStatus", "SeenMark", "StatusReader", "StatusRow", "read_jobs", "read_run_status", "status"]
 
@@ -161,6 +161,8 @@ class RunStatus:
 @default_logging()
 def status(settings: StatusSettings, show: Callable[[RunStatus], None] | None = None) -> RunStatus:
     """The verb `status`; with `wait` or `watch` it returns when no job is left, or after `timeout`.
+
+    A run that was named and has not kept its jobs yet is waited for as well.
 
     `show` is called with each look's status. Raises ConfigInvalid, storage.*.
     """
@@ -312,7 +314,7 @@ class StatusReader:
             return None
         if chosen not in runs:
             names = first_few(list(runs), RUNS_NAMED)
-            raise ConfigInvalid(
+            raise RunUnknown(
                 f"no run {chosen} has kept its jobs there; the runs that have: {names or 'none'}",
                 where=self._storage.root,
                 todo="Name one of them, or leave --run out for the newest one",

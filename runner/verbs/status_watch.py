@@ -1,4 +1,4 @@
-"""Status watch: looks at a run again and again until no job is left, or the time is over.
+"""Status watch: looks at a run again and again until it is there and no job is left, or the time is over.
 
 In:   a function that reads the status. Out: the last status; each look's status, for what shows it.
 Never: how a status is read, printing.
@@ -12,9 +12,13 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from runner.errors import RunnerError
+from runner.errors import ConfigInvalid, RunnerError
 
-__all__ = ["Look", "wait_for_end"]
+__all__ = ["Look", "RunUnknown", "wait_for_end"]
+
+
+class RunUnknown(ConfigInvalid):
+    """The run that was named has not kept its jobs: it has not begun, or there is no such run."""
 
 
 class Look(Protocol):
@@ -45,12 +49,13 @@ def wait_for_end(
     """Look every `every_s` seconds until no job is pending, running or lost; the status at the last look.
 
     After `timeout_s` seconds (None: never) the last status returns as it is, with a warning. The log gets a line at the
-    beginning and whenever the counts have changed. A look that fails with an error that may pass is repeated at the
-    next turn, but for the first one. Raises what `read` raises.
+    beginning and whenever the counts have changed. A run that is not there yet is waited for, too. A look that fails
+    with an error that may pass is repeated at the next turn, but for the first one. Raises what `read` raises;
+    RunUnknown only after `timeout_s`.
     """
     log = structlog.get_logger()
     end = None if timeout_s is None else timer() + timeout_s
-    found = read()
+    found = _first_look(read, every_s, end, sleep, timer)
     log.info("waiting", run=found.run_id, every_s=every_s, timeout_s=timeout_s, **_counts(found))
     counts = _counts(found)
     while True:
@@ -73,6 +78,33 @@ def wait_for_end(
         if _counts(found) != counts:
             counts = _counts(found)
             log.info("changed", run=found.run_id, **counts)
+
+
+def _first_look(
+    read: Callable[[], L],
+    every_s: float,
+    end: float | None,
+    sleep: Callable[[float], None],
+    timer: Callable[[], float],
+) -> L:
+    """What `read` returns once the run is there. `end`: by `timer`, when a run that is not there is an error."""
+    log = structlog.get_logger()
+    seen = False  # whether the store has answered
+    while True:
+        try:
+            return read()
+        except RunUnknown as error:
+            if not seen:
+                log.info("waiting_for_run", reason=error.message, every_s=every_s)
+            seen, failure = True, error
+        except RunnerError as error:
+            if not (seen and error.retryable):
+                raise
+            log.warning("not_read", reason=error.message, again_in_s=every_s)
+        pause = every_s if end is None else min(every_s, end - timer())
+        if pause <= 0:
+            raise failure
+        sleep(pause)
 
 
 def _counts(found: Look) -> dict[str, int]:

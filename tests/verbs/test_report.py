@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +18,8 @@ from runner.records.run_report import RunReport, report_schemas
 from runner.storage import LocalStorage, open_storage
 from runner.verbs.report import report
 from runner.verbs.settings import ReportSettings
+from runner.verbs.status_watch import wait_for_end
+from tests.hand_clock import HandClock
 from tests.verbs.reported_runs import FORECAST_BYTES, FORECAST_S, SUMMARY, read_raw, run_stub, run_that_dies
 
 AB_ENDED = ["jobs/a/result.json", "jobs/b/result.json", "jobs/c/parts/*/*.state", SUMMARY]
@@ -94,6 +97,44 @@ def test_two_shards_with_one_run_id_become_one_report(out, tmp_path):
     assert found.started_at == begun
     assert found.seconds == pytest.approx(lasted, abs=0.002)
     assert seconds_between(begun, found.finished_at) == pytest.approx(lasted, abs=0.002)
+
+
+def test_it_waits_for_a_run_that_has_not_begun_and_for_its_last_job(tmp_path, monkeypatch):
+    """Each pause lets a shard run: the run is not there, is half done, is done."""
+    out, clock, pauses = str(tmp_path / "out"), HandClock(50.0), []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        clock.tick(seconds)
+        if len(pauses) > 1:
+            run_stub(out, tmp_path, FOUR, run_id="r", shard=f"{len(pauses) - 2}/2")
+
+    monkeypatch.setattr("runner.verbs.report.wait_for_end", partial(wait_for_end, sleep=sleep, timer=clock))
+    run_stub(out, tmp_path, {"z": "ok"}, run_id="another")
+    found = report_of(out, run="r", wait=True, every=20, timeout="1h")
+    assert (found.run_id, pauses) == ("r", [20, 20, 20])
+    assert (found.counts["succeeded"], found.counts["failed"], found.counts["pending"]) == (3, 1, 0)
+
+
+def test_after_the_timeout_it_reports_what_there_is(tmp_path, monkeypatch):
+    out, clock = str(tmp_path / "out"), HandClock(50.0)
+    monkeypatch.setattr("runner.verbs.report.wait_for_end", partial(wait_for_end, sleep=clock.tick, timer=clock))
+    run_stub(out, tmp_path, FOUR, run_id="r", shard="0/2")
+    assert main(["report", out, "--wait", "--timeout", "25s"]) == 0
+    assert clock.now == 75.0
+    assert RunReport.model_validate_json((tmp_path / "out/runs/r/report.json").read_bytes()).counts["pending"] == 2
+
+
+def test_a_run_that_has_not_begun_by_the_timeout_is_an_error(tmp_path, monkeypatch, capsys):
+    clock = HandClock(50.0)
+    for verb in ("report", "status"):
+        again = partial(wait_for_end, sleep=clock.tick, timer=clock)
+        monkeypatch.setattr(f"runner.verbs.{verb}.wait_for_end", again)
+        assert main([verb, str(tmp_path / "out"), "--run", "r", "--wait", "--timeout", "25s"]) == 2
+        assert "no run r has kept its jobs there" in capsys.readouterr().err
+    assert clock.now == 100.0
+    assert main(["report", str(tmp_path), "--timeout", "25s"]) == 2
+    assert "--timeout: ends a wait, and none was asked for. Give --wait" in capsys.readouterr().err
 
 
 def test_a_job_s_numbers_are_its_record_s(out, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from runner.errors import StorageDenied, StorageUnavailable
-from runner.verbs.status_watch import wait_for_end
+from runner.verbs.status_watch import RunUnknown, wait_for_end
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,35 @@ def test_a_store_that_is_away_for_a_while_ends_no_wait():
 def test_the_first_look_and_what_cannot_pass_end_it(looks):
     with pytest.raises(type(looks[-1])):
         wait(looks)
+
+
+ABSENT = RunUnknown("no run r has kept its jobs there")
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for():
+    away = StorageUnavailable("does not answer", where="s3://bucket")
+    found, clock, shown, log = wait([ABSENT, ABSENT, away, Seen(3), Seen(0)], every_s=7)
+    assert (found, clock.pauses, shown) == (Seen(0), [7, 7, 7, 7], [Seen(3), Seen(0)])
+    assert [line["event"] for line in log] == ["waiting_for_run", "not_read", "waiting", "changed"]
+
+
+def test_the_timeout_holds_for_both_waits_together():
+    found, clock, _, log = wait([ABSENT, ABSENT, Seen(3), Seen(3)], timeout_s=25)
+    assert (found, clock.pauses, log[-1]["event"]) == (Seen(3), [10, 10, 5], "gave_up_waiting")
+
+
+@pytest.mark.parametrize(("timeout_s", "pauses"), [(25, [10, 10, 5]), (0, [])])
+def test_a_run_that_never_comes_is_an_error_after_the_timeout(timeout_s, pauses):
+    clock = Clock()
+
+    def read() -> Seen:
+        raise ABSENT
+
+    with pytest.raises(RunUnknown):
+        wait_for_end(read, every_s=10, timeout_s=timeout_s, sleep=clock.sleep, timer=lambda: clock.now)
+    assert clock.pauses == pauses
+
+
+def test_what_cannot_pass_ends_the_wait_for_a_run():
+    with pytest.raises(StorageDenied):
+        wait([ABSENT, StorageDenied("no")])
