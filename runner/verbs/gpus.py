@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,22 +24,20 @@ from typing import Any
 import structlog
 
 from runner.batch.progress import Progress
-from runner.batch.run_pace import Phase
+from runner.batch.shared_run import SharedRun, WorkerReport, WorkerReports
 from runner.batch.stop import Stop
-from runner.errors import ConfigInvalid, RunnerError
+from runner.errors import ConfigInvalid
 from runner.preprocess.networks.providers import usable_cpus
-from runner.records.record import JobLine, environment
+from runner.records.record import environment
 from runner.verbs.gpu_process import Assignment
-from runner.verbs.outcome import merge_exit_codes, merge_lines
 from runner.verbs.settings import RunSettings
 
-__all__ = ["GpuPlace", "SharedRun", "find_gpus", "places_for", "run_processes"]
+__all__ = ["GpuPlace", "find_gpus", "places_for", "run_processes"]
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Read when the libraries are first imported: OpenMP (torch, ONNX Runtime), MKL, OpenBLAS (numpy).
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 END_S = 60.0  # seconds after its time to drain in which a process must have ended, else it is killed; assumed
-SAID_ONCE = ("job_skipped", "leases_are_warnings")  # every process finds them
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from runner.verbs.gpu_process import main; main()"
 
 
@@ -49,15 +47,6 @@ class GpuPlace:
 
     name: str
     variables: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class SharedRun:
-    """What the processes came to together."""
-
-    exit_code: int
-    lines: tuple[JobLine, ...]  # one a job, in the manifest's order
-    error: RunnerError | None = None  # what stopped a process and left jobs undone, if the exit code follows from it
 
 
 def find_gpus(
@@ -115,18 +104,10 @@ class _Process:
     place: GpuPlace
     process: subprocess.Popen[bytes]
     connection: Connection
+    report: WorkerReport
     stops: int = 0  # signals that were passed on
     waits_to_load: bool = False
-    ended: int | None = None  # its exit code, from the outcome that it sent
-    error: RunnerError | None = None  # with which it failed, in place of an outcome
-    stopped_by: RunnerError | None = None  # what stopped its run, from the outcome
     open: bool = True
-    jobs: set[str] = field(default_factory=set)  # under way in it
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code; None where it was killed before it could say."""
-        return self.error.exit_code if self.error is not None else self.ended
 
     def tell(self, message: object) -> None:
         with suppress(OSError):  # it has died, which is found where its messages are read
@@ -188,12 +169,10 @@ class _GpuGroup:
         read_files: Callable[[Callable[[], bool]], object],
         wake: Callable[[], None],
     ) -> None:
-        self._settings, self._run, self._job_ids = settings, run, job_ids
-        self._progress, self._stop, self._read_files, self._wake = progress, stop, read_files, wake
+        self._settings, self._run = settings, run
+        self._stop, self._read_files, self._wake = stop, read_files, wake
         self._processes: list[_Process] = []
-        self._lines: list[JobLine] = []
-        self._finished: set[str] = set()
-        self._said: set[tuple[str, str]] = set()  # (event, job) of those that are said once
+        self._reports = WorkerReports(job_ids, progress, "gpu")
         self._signals = 0
         self._kill_at = float("inf")
         self._reading: threading.Thread | None = None
@@ -217,16 +196,7 @@ class _GpuGroup:
                     self._hear(waiting[ready])
             self._pass_on_signals()
             self._let_load()
-        lines = merge_lines(self._job_ids, self._lines)
-        began = any(process.ended is not None for process in self._processes)
-        errors = [process.error for process in self._processes if process.error is not None]
-        if errors and not began and not self._lines:
-            raise errors[0]
-        code = merge_exit_codes(lines, [process.code for process in self._processes])
-        causes = [process.error or process.stopped_by for process in self._processes]
-        undone = any(line.status == "not_run" for line in lines)
-        cause = next((one for one in causes if one is not None and one.exit_code == code), None)
-        return SharedRun(code, tuple(lines), cause if undone else None)
+        return self._reports.merge()
 
     def end(self) -> None:
         """After an error of this process: the others end as they do when it has died."""
@@ -252,7 +222,7 @@ class _GpuGroup:
             )
         finally:
             theirs.close()
-        process = _Process(place, started, ours)
+        process = _Process(place, started, ours, self._reports.open(place.name))
         process.tell(Assignment(self._run, self._settings, count))
         self._log.info("gpu_process_started", gpu=place.name, pid=started.pid)
         return process
@@ -263,29 +233,18 @@ class _GpuGroup:
         except (EOFError, OSError):
             self._close(process)
             return
-        if what == "log":
-            self._write_event(process, *more)
-        elif what == "phase":
-            self._enter_phase(process, *more)
-        elif what == "step":
-            self._progress.step(*more)
-        elif what == "finished":
-            self._finish(process, *more)
-        elif what == "loading":
+        if what == "loading":
             process.waits_to_load = True
-        elif what == "ended":
-            process.ended, lines, process.stopped_by = more
-            self._lines.extend(lines)
         else:
-            (process.error,) = more
+            self._reports.hear(process.report, what, *more)
 
     def _close(self, process: _Process) -> None:
         """The process has closed its end: it ends now, or has been killed."""
         process.open = False
         code = process.process.wait()
-        for job_id in sorted(process.jobs):
-            self._progress.phase(job_id, "waiting")
-        if process.ended is None and process.error is None:
+        report = process.report
+        self._reports.leave(report)
+        if not report.over:
             self._log.error(
                 "gpu_process_died",
                 gpu=process.place.name,
@@ -293,34 +252,9 @@ class _GpuGroup:
                 how=f"exit code {code}" if code >= 0 else signal.strsignal(-code) or f"signal {-code}",
                 todo="The others go on. Killed: look for the out-of-memory killer in the system's log",
             )
-        elif process.error is not None:
-            error = process.error
+        elif report.error is not None:
+            error = report.error
             self._log.error("gpu_process_failed", gpu=process.place.name, code=error.code, message=error.message)
-
-    def _enter_phase(self, process: _Process, job_id: str, phase: Phase) -> None:
-        if phase != "waiting":
-            process.jobs.add(job_id)
-        elif job_id in process.jobs:
-            process.jobs.remove(job_id)
-        else:  # it looked at the job, which another process has
-            return
-        self._progress.phase(job_id, phase)
-
-    def _finish(self, process: _Process, line: JobLine) -> None:
-        process.jobs.discard(line.id)
-        self._lines.append(line)
-        if line.id not in self._finished:  # a job that one has rendered is skipped by all others
-            self._finished.add(line.id)
-            self._progress.finished(line)
-
-    def _write_event(self, process: _Process, level: str, event: dict[str, Any]) -> None:
-        if event.get("event") in SAID_ONCE:
-            said = str(event["event"]), str(event.get("job"))
-            if said in self._said:
-                return
-            self._said.add(said)
-        name = event.pop("event", "")
-        getattr(self._log, level)(name, **event, gpu=process.place.name)
 
     def _pass_on_signals(self) -> None:
         for process in self._processes:
@@ -332,7 +266,7 @@ class _GpuGroup:
                 if process.open:
                     self._log.error("gpu_process_killed", gpu=process.place.name, why="it did not end after a signal")
                     process.process.kill()
-                    process.ended = self._stop.exit_code
+                    process.report.ended = self._stop.exit_code
 
     def _seconds_to_kill(self) -> float | None:
         """Until processes that were told to stop are killed; None where none was told."""

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, get_args
 
 from runner.batch.shards import Shard
+from runner.batch.shared_run import merge_lines
 from runner.errors import first_few
 from runner.records.output_layout import POSTER, job_key
 from runner.records.record import (
@@ -29,7 +30,6 @@ from runner.records.record import (
 )
 from runner.records.run_report import GpuSeconds, JobReport, JobState, ProcessReport, RunReport, StageSpan
 from runner.timing import unix_time
-from runner.verbs.outcome import merge_lines
 from runner.verbs.status import SeenMark, StatusRow
 
 __all__ = ["RunFacts", "build_report"]

@@ -33,6 +33,7 @@ from runner.batch.spot import watch
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter, exit_code_of_lines
 from runner.batch.survey import job_parts
+from runner.batch.worker_link import MachineShare
 from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.finishing.stages import StageSettings, open_stages
 from runner.generation.protocol import Generator
@@ -48,7 +49,6 @@ from runner.storage.roots import parse_roots
 from runner.storage.sync import sync_models
 from runner.timing import now
 from runner.verbs.dry_run import decide_lines
-from runner.verbs.gpu_process import MachineShare
 from runner.verbs.gpus import find_gpus, places_for, run_processes
 from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.selection import select_jobs

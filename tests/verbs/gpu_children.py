@@ -17,9 +17,9 @@ from typing import Any
 import structlog
 
 from runner.batch.run_pace import StepCount
+from runner.batch.worker_link import MachineShare
 from runner.errors import ConfigInvalid, DeviceLost, RunnerError
 from runner.records.record import JobLine
-from runner.verbs.gpu_process import MachineShare
 
 MINE = "VIDEO_LAB_TEST_PLACE"  # names this process's place
 

@@ -21,6 +21,7 @@ from structlog.testing import capture_logs
 import runner.verbs.gpus as gpus_module
 import runner.verbs.run as run_verb
 from runner.batch.loop import Engine
+from runner.batch.shared_run import SharedRun
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
 from runner.records.record import JobLine
@@ -28,7 +29,7 @@ from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
 from runner.spec.regression_limits import RegressionLimits
 from runner.storage import open_storage
-from runner.verbs.gpus import GpuPlace, SharedRun, find_gpus, places_for, run_processes
+from runner.verbs.gpus import GpuPlace, find_gpus, places_for, run_processes
 from runner.verbs.settings import RunSettings
 from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator

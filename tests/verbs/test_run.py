@@ -18,13 +18,13 @@ from runner.batch.loop import FRAME_BUFFER_BYTES, Engine
 from runner.batch.run_pace import Phase, StepCount
 from runner.batch.shards import AnyShard, Shard
 from runner.batch.stop import Stop
+from runner.batch.worker_link import MachineShare
 from runner.errors import ConfigInvalid, WeightsCorrupt
 from runner.records.record import JobLine
 from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
 from runner.spec.regression_limits import RegressionLimits
 from runner.storage import open_storage
-from runner.verbs.gpu_process import MachineShare
 from runner.verbs.run import build_engine, run
 from runner.verbs.settings import RunSettings
 from tests.batch.test_job_source import Mailbox
