@@ -3,6 +3,9 @@
 The first SIGINT or SIGTERM lets no new job start and gives the running one `drain_s` seconds; the second abandons it at
 once. A notice does what the first signal does, with its own seconds. What is already generated is always encoded and
 published. An abandoned job leaves no record and runs again.
+
+A SIGTERM may arrive more than once: Slurm sends it to every process of a step, and Apptainer and tini pass theirs on to
+this one. What follows the first within SAME_SIGNAL_S is the same signal.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["Abandoned", "PrefetchThread", "Stop", "leave"]
+
+SAME_SIGNAL_S = 1.0  # assumed: what is passed on arrives within milliseconds, who sends a second one has waited for it
 
 
 class PrefetchThread(threading.Thread):
@@ -42,6 +47,7 @@ class Stop:
         self._clock = clock
         self._deadline = float("inf")
         self._signalled = False
+        self._terminated_at = float("-inf")  # when a SIGTERM that counted was received
         self._lock = threading.RLock()  # reentrant: the handler of a signal may interrupt a method of this thread
 
     def request(self, signum: int) -> None:
@@ -103,6 +109,10 @@ class Stop:
         """
 
         def handle(signum: int, frame: FrameType | None) -> None:
+            if signum == signal.SIGTERM:
+                if self._clock() - self._terminated_at < SAME_SIGNAL_S:
+                    return
+                self._terminated_at = self._clock()
             self.request(signum)
             on_signal()
 

@@ -135,6 +135,29 @@ def test_signals_are_heard_inside_and_restored_after():
     assert stop.signal == signal.SIGTERM
 
 
+def test_a_sigterm_that_is_passed_on_as_well_counts_once(clock):
+    """Slurm signals every process of a step, and Apptainer and tini pass theirs on: one signal, three times."""
+    stop, wakes = Stop(drain_s=20, clock=clock), []
+    with stop.listening(lambda: wakes.append(clock.now)):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            clock.now += 0.3
+        assert (stop.draining, stop.abandon, stop.seconds_left()) == (True, False, pytest.approx(19.1))
+        assert wakes == [100.0]
+        clock.now += 0.2
+        os.kill(os.getpid(), signal.SIGTERM)  # someone means it
+        assert stop.abandon
+        assert len(wakes) == 2
+
+
+def test_a_sigterm_and_a_ctrl_c_are_two_signals(clock):
+    stop = Stop(drain_s=20, clock=clock)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.abandon
+
+
 def test_a_process_that_prepares_leaves_with_its_own_code():
     """In native code, as a detector is: without `leave` the interpreter's end aborts such a process (134)."""
     script = textwrap.dedent("""
