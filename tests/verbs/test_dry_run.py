@@ -15,12 +15,12 @@ import runner.verbs.run as run_verb
 from runner.batch.loop import Engine
 from runner.batch.survey import AT_ONCE
 from runner.errors import ConfigInvalid, StorageDenied, WeightsMissing
+from runner.launch.mailbox import Mailbox
 from runner.records.record import AttemptMark
 from runner.spec.manifest import parse_manifest
 from runner.storage.local import LocalStorage
 from runner.verbs.run import run
 from runner.verbs.settings import RunSettings
-from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 
 

@@ -24,6 +24,7 @@ from runner.batch.loop import Engine
 from runner.batch.shared_run import SharedRun
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
+from runner.launch.mailbox import Mailbox
 from runner.records.record import JobLine
 from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
@@ -31,7 +32,6 @@ from runner.spec.regression_limits import RegressionLimits
 from runner.storage import open_storage
 from runner.verbs.gpus import GpuPlace, find_gpus, places_for, run_processes
 from runner.verbs.settings import RunSettings
-from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 from tests.verbs import gpu_children
 from tests.verbs.gpu_children import MINE

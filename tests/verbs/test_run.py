@@ -20,6 +20,7 @@ from runner.batch.shards import AnyShard, Shard
 from runner.batch.stop import Stop
 from runner.batch.worker_link import MachineShare
 from runner.errors import ConfigInvalid, WeightsCorrupt
+from runner.launch.mailbox import Mailbox
 from runner.records.record import JobLine
 from runner.regression.kept_limits import limits_by_job
 from runner.spec.manifest import parse_manifest
@@ -27,7 +28,6 @@ from runner.spec.regression_limits import RegressionLimits
 from runner.storage import open_storage
 from runner.verbs.run import build_engine, run
 from runner.verbs.settings import RunSettings
-from tests.batch.test_job_source import Mailbox
 from tests.stub_generator import StubGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ import logging, sys
 import runner.verbs.run as verb
 from runner.batch.loop import Engine
 from runner.verbs.settings import RunSettings
-from tests.batch.test_job_source import Mailbox
+from runner.launch.mailbox import Mailbox
 from tests.stub_generator import StubGenerator
 import structlog
 
