@@ -124,12 +124,12 @@ class FaultyServer(S3Server):
 def moto_s3() -> Iterator[S3Server]:
     """moto in this process: quick, complete, believes any credentials."""
     pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
-    with _serving(moto_app()) as endpoint:
+    with serving(moto_app()) as endpoint:
         yield S3Server(endpoint)
 
 
 @contextmanager
-def _serving(app: Callable[..., Any]) -> Iterator[str]:
+def serving(app: Callable[..., Any]) -> Iterator[str]:
     """Serve a WSGI application on a free port of the loopback, a thread for each request; its endpoint."""
     from werkzeug.serving import make_server
 
@@ -210,7 +210,7 @@ def _flipped(app: Callable[..., Any], environ: dict[str, Any], start_response: C
 def _faulty_line() -> Iterator[FaultyServer]:
     pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
     server = FaultyServer("")
-    with _serving(faulty_app(server)) as server.endpoint:
+    with serving(faulty_app(server)) as server.endpoint:
         yield server
 
 

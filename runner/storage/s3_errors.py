@@ -32,7 +32,17 @@ from runner.errors import (
 )
 from runner.storage.disk import os_error
 
-__all__ = ["CAUSES", "CLIENT_CODES", "FOREIGN_ERRORS", "error_code", "missing_bucket", "s3_errors", "storage_error"]
+__all__ = [
+    "CAUSES",
+    "CLIENT_CODES",
+    "DENIED",
+    "FOREIGN_ERRORS",
+    "UNAVAILABLE",
+    "error_code",
+    "missing_bucket",
+    "s3_errors",
+    "storage_error",
+]
 
 FOREIGN_ERRORS = (
     BotoCoreError,

@@ -1,0 +1,748 @@
+"""AWS Batch: files against botocore's model, requests against moto's Batch, `submit.sh` with a stand-in for `aws`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from runner.batch.shards import Shard, choose_shard, run_id_from_env
+from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid
+from runner.launch import aws_batch
+from runner.launch.aws_batch import AwsBatch
+from runner.launch.aws_batch_files import same_definition
+from runner.launch.submission import Submission, SubmittedJob
+from tests.s3_servers import S3Server, moto_app, serving
+
+ROLE = "arn:aws:iam::123456789012:role/video-lab"
+
+
+def submission(**other: Any) -> Submission:
+    common: dict[str, Any] = {"name": "night-12", "run_id": "r-12", "manifest": "s3://bucket/out/runs/r-12/m.jsonl"}
+    common |= {"out": "s3://bucket/out", "models": "s3://bucket/models", "image": "registry:5000/video-lab:1.2"}
+    return Submission(**common | {"shards": 4} | other)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def problems(operation: str, arguments: dict[str, Any]) -> str:
+    """What botocore's model of the service finds wrong with the arguments."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    model = botocore.session.Session().get_service_model("batch").operation_model(operation)
+    return str(ParamValidator().validate(arguments, model.input_shape).generate_report())
+
+
+FULL = AwsBatch(
+    queue="gpus",
+    report_queue="arn:aws:batch:eu-west-1:123456789012:job-queue/cpus",
+    job_role=ROLE,
+    execution_role=ROLE,
+    region="eu-west-1",
+    log_group="/video-lab",
+    share_identifier="team",
+    cache_folder="/mnt/video-lab",
+)
+
+
+@pytest.mark.parametrize("platform", [AwsBatch(queue="gpus"), FULL], ids=["least", "full"])
+@pytest.mark.parametrize("shards", [1, 2, 10_000])
+def test_the_files_fit_the_service_s_model(platform, shards):
+    made = submission(shards=shards, environment={"B": "2", "A": "1"}, gpu_hour=2.5)
+    platform.check(made)
+    files = platform.render(made)
+    for name, operation in (
+        ("job-definition.json", "RegisterJobDefinition"),
+        ("report-definition.json", "RegisterJobDefinition"),
+        ("run.json", "SubmitJob"),
+        ("report.json", "SubmitJob"),
+    ):
+        arguments = json.loads(files[name])
+        assert problems(operation, arguments) == ""
+        for value in json.dumps(arguments).split('"'):
+            assert "Ref::" not in value
+        if operation == "RegisterJobDefinition":
+            check_rules(arguments["retryStrategy"])
+            assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", arguments["jobDefinitionName"])
+            assert arguments["timeout"]["attemptDurationSeconds"] >= 60
+    assert files == platform.render(replace(made, environment={"A": "1", "B": "2"}))  # the same bytes
+
+
+def check_rules(strategy: dict[str, Any]) -> None:
+    """As the API reference has them: EvaluateOnExit, RetryStrategy."""
+    rules = strategy["evaluateOnExit"]
+    assert 1 <= strategy["attempts"] <= 10
+    assert 1 <= len(rules) <= 5
+    allowed = {"onExitCode": r"[0-9]*\*?", "onReason": r"[A-Za-z0-9.:\s]*\*?", "onStatusReason": r"[A-Za-z0-9.:\s]*\*?"}
+    for rule in rules:
+        assert rule["action"] in ("RETRY", "EXIT")
+        for key, pattern in rule.items():
+            assert key == "action" or (re.fullmatch(allowed[key], pattern) and 0 < len(pattern) <= 512)
+
+
+@pytest.mark.parametrize(
+    ("status_reason", "reason", "code", "action"),
+    [
+        ("Essential container in task exited", "", 0, "RETRY"),  # a job that ends with 0 has succeeded: never asked for
+        ("Essential container in task exited", "", 1, "EXIT"),
+        ("Essential container in task exited", "", 2, "EXIT"),
+        ("Essential container in task exited", "", 3, "RETRY"),
+        ("Essential container in task exited", "", 12, "RETRY"),
+        ("Essential container in task exited", "", 21, "RETRY"),
+        ("Essential container in task exited", "OutOfMemoryError: Container killed", 137, "RETRY"),
+        ("Essential container in task exited", "", 143, "RETRY"),
+        ("Host EC2 (instance i-0b1) terminated.", "", 1, "RETRY"),
+        ("Task failed to start", "CannotPullContainerError: manifest unknown", None, "EXIT"),
+        ("Task failed to start", "DockerTimeoutError: could not create", None, "RETRY"),
+    ],
+)
+def test_what_is_retried(status_reason, reason, code, action):
+    """The rules, read as the user guide says: the first rule all of whose conditions hold."""
+    rules = json.loads(AwsBatch(queue="q").render(submission())["job-definition.json"])["retryStrategy"][
+        "evaluateOnExit"
+    ]
+
+    def fits(pattern: str | None, text: str | None) -> bool:
+        if pattern is None:
+            return True
+        if text is None:
+            return False
+        return text.startswith(pattern[:-1]) if pattern.endswith("*") else text == pattern
+
+    held = [
+        rule["action"]
+        for rule in rules
+        if fits(rule.get("onStatusReason"), status_reason)
+        and fits(rule.get("onReason"), reason)
+        and fits(rule.get("onExitCode"), None if code is None else str(code))
+    ]
+    assert [*held, "RETRY"][0] == action
+
+
+def test_a_definition_knows_no_run():
+    """Another run of the same image and sizes has the same definitions; another image has others."""
+    platform = AwsBatch(queue="q")
+    first, second, third = (
+        platform.render(made)
+        for made in (
+            submission(run_id="r-12", environment={"A": "1"}),
+            submission(run_id="r-13", name="other", manifest="s3://b/m.jsonl", out="s3://b/o", shards=9),
+            submission(image="registry:5000/video-lab:1.3"),
+        )
+    )
+    for name in ("job-definition.json", "report-definition.json"):
+        assert first[name] == second[name] != third[name]
+        assert "r-12" not in first[name]
+        assert json.loads(first[name])["jobDefinitionName"] != json.loads(third[name])["jobDefinitionName"]
+    assert first["run.json"] != second["run.json"]
+
+
+def test_what_the_tasks_get():
+    made = submission(gpus_per_task=2, cpus=16, memory_gib=120, environment={"VIDEO_LAB_S3_EXTRA": "{}"})
+    files = FULL.render(made)
+    container = json.loads(files["job-definition.json"])["containerProperties"]
+    needs = {entry["type"]: entry["value"] for entry in container["resourceRequirements"]}
+    assert needs == {"VCPU": "16", "MEMORY": str(120 * 1024), "GPU": "2"}
+    assert container["volumes"] == [{"name": "cache", "host": {"sourcePath": "/mnt/video-lab"}}]
+    assert container["mountPoints"][0]["containerPath"] == "/cache"
+    assert container["logConfiguration"] == {"logDriver": "awslogs", "options": {"awslogs-group": "/video-lab"}}
+    run, report = json.loads(files["run.json"]), json.loads(files["report.json"])
+    words = run["containerOverrides"]["command"]
+    assert words[:2] == ["run", made.manifest]
+    assert words[words.index("--spot") + 1] == "aws"
+    assert words[words.index("--gpus") + 1] == "all"
+    assert words[words.index("--log-format") + 1] == "json"
+    assert run["containerOverrides"]["environment"] == [{"name": "VIDEO_LAB_S3_EXTRA", "value": "{}"}]
+    assert run["arrayProperties"] == {"size": 4}
+    assert report["jobQueue"].endswith("/cpus")
+    assert "arrayProperties" not in report and "dependsOn" not in report
+    needs = json.loads(files["report-definition.json"])["containerProperties"]["resourceRequirements"]
+    assert {entry["type"] for entry in needs} == {"VCPU", "MEMORY"}
+
+
+def test_the_report_s_time_limit_is_longer_than_its_wait():
+    files = AwsBatch(queue="q").render(submission(time_limit_s=3600))
+    words = json.loads(files["report.json"])["containerOverrides"]["command"]
+    wait = int(words[words.index("--timeout") + 1].removesuffix("s"))
+    assert wait == 7200
+    assert json.loads(files["report-definition.json"])["timeout"]["attemptDurationSeconds"] > wait
+
+
+def test_one_task_is_no_array_and_takes_every_job():
+    request = json.loads(AwsBatch(queue="q").render(submission(shards=1))["run.json"])
+    assert "arrayProperties" not in request
+    env = {"AWS_BATCH_JOB_ID": "5a4e-11", "AWS_BATCH_JOB_ATTEMPT": "1"}  # what a job that is no array has
+    assert choose_shard(None, None, env)[0] == Shard(0, 1)
+    assert run_id_from_env(env) == "5a4e-11"
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"shards": 1},
+        {"shards": 2},
+        {"shards": 10_000},
+        {"attempts": 1},
+        {"attempts": 10},
+        {"name": "a"},
+        {"name": "9_-" + "x" * 118},  # with "-report" 128
+        {"time_limit_s": 60},
+        {"memory_gib": 1, "cpus": 1},
+        {"drain_s": 20.0},
+        {"environment": {"AWS_REGION": "eu-west-1"}},
+        {"image": "video-lab@sha256:" + "ab" * 32},
+    ],
+)
+def test_what_is_taken(good):
+    made = submission(**good)
+    FULL.check(made)
+    for name in ("run.json", "report.json"):
+        assert len(json.loads(FULL.render(made)[name])["jobName"]) <= 128
+
+
+@pytest.mark.parametrize(
+    ("bad", "where", "words"),
+    [
+        ({"shards": 0}, "--shards", "1 to 10000.*2 to 10,000"),
+        ({"shards": 10_001}, "--shards", "1 to 10000"),
+        ({"attempts": 0}, "--attempts", "1 to 10"),
+        ({"attempts": 11}, "--attempts", "1 to 10"),
+        ({"name": ""}, "--name", "letters, digits"),
+        ({"name": "-night"}, "--name", "letter or digit first"),
+        ({"name": "night.12"}, "--name", "letters, digits"),
+        ({"name": "x" * 122}, "--name", "121 at most"),
+        ({"time_limit_s": 59}, "--time-limit", "60 s"),
+        ({"memory_gib": 0}, "--memory-gib", "4 MiB"),
+        ({"cpus": 0}, "--cpus", "1 vCPU"),
+        ({"gpus_per_task": 0}, "--gpus-per-task", "GPUs"),
+        ({"drain_s": 20.5}, "--drain-s", "30 s after SIGTERM.*20 or less"),
+        ({"drain_s": 60.0, "spot": True}, "--drain-s", "Spot notice"),
+        ({"environment": {"AWS_BATCH_X": "1"}}, "--env", "AWS_BATCH_X"),
+        ({"environment": {"LONG": "x" * 31_000}}, "AWS Batch", "30 KiB"),
+        ({"image": "host:5000/video-lab"}, "--image", "no tag"),
+        ({"run_flags": ("--recipe", "")}, "AWS Batch", "empty word"),
+        ({"run_flags": ("--recipe", "Ref::x")}, "AWS Batch", "Ref::x"),
+    ],
+)
+def test_what_is_refused(bad, where, words):
+    with pytest.raises(ConfigInvalid, match=words) as raised:
+        AwsBatch(queue="gpus").check(submission(**bad))
+    assert raised.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"queue": ""}, "--queue"),
+        ({"queue": "s3://gpus"}, "--queue"),
+        ({"queue": "arn:aws:batch:eu-west-1:123456789012:job-definition/x:1"}, "--queue"),
+        ({"report_queue": "a b"}, "--report-queue"),
+        ({"job_role": "video-lab"}, "--job-role"),
+        ({"execution_role": "arn:aws:iam::123456789012:user/x"}, "--execution-role"),
+        ({"cache_folder": "cache"}, "--cache-folder"),
+    ],
+)
+def test_settings_that_are_refused(settings, where):
+    with pytest.raises(ConfigInvalid) as raised:
+        AwsBatch(**{"queue": "gpus"} | settings).check(submission())
+    assert raised.value.where == where
+
+
+def test_tasks_reach_s3_alone(monkeypatch):
+    platform = AwsBatch(queue="q")
+    assert platform.problem_of_place("s3://bucket/x") is None
+    assert "this machine" in str(platform.problem_of_place("/data/x"))
+    monkeypatch.setattr("runner.launch.aws_batch.is_remote", lambda uri: True)  # as if another store were known
+    assert "S3" in str(platform.problem_of_place("gs://bucket/x"))
+
+
+def test_watch_says_what_to_paste():
+    lines = FULL.watch(submission(), (SubmittedJob("run", "j1"), SubmittedJob("report", "j2")))
+    assert lines[0] == "video-lab status s3://bucket/out --run r-12 --watch"
+    assert all(line.endswith("--region eu-west-1") for line in lines[1:])
+    assert [line for line in lines if "describe-jobs --jobs j1 j2" in line]
+    assert [line for line in lines if "logs tail /video-lab" in line]
+    assert len([line for line in lines if "terminate-job" in line]) == 2
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BatchServer(S3Server):
+    """moto's Batch behind a line that refuses what a test asks it to, and keeps what was asked."""
+
+    refusals: list[tuple[str, int, str, str]] = field(default_factory=list)  # operation, status, code, message
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of answers of DescribeJobQueues
+    requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    queue: str = "gpus"
+
+    @functools.cached_property
+    def batch(self) -> Any:
+        """A client of the test's own."""
+        return self.client_of("batch")
+
+    def client_of(self, service: str) -> Any:
+        import boto3
+
+        return boto3.session.Session().client(
+            service,
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=self.region,
+        )
+
+    def asked(self, operation: str) -> list[dict[str, Any]]:
+        return [body for name, body in self.requests if name == operation]
+
+    def job(self, name: str) -> dict[str, Any]:
+        """The one job of this name in the queue."""
+        filters = [{"name": "JOB_NAME", "values": [name]}]
+        found = self.batch.list_jobs(jobQueue=self.queue, filters=filters)["jobSummaryList"]
+        (id_,) = {job["jobId"].partition(":")[0] for job in found}  # moto lists the children of an array too
+        (job,) = self.batch.describe_jobs(jobs=[id_])["jobs"]
+        return dict(job)
+
+
+def batch_app(server: BatchServer) -> Callable[..., Any]:
+    moto = moto_app()
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        operation = environ["PATH_INFO"].removeprefix("/v1/")
+        data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = io.BytesIO(data)
+        if environ["PATH_INFO"].startswith("/v1/"):
+            server.requests.append((operation, json.loads(data or b"{}")))
+        for refusal in server.refusals:
+            if refusal[0] == operation:
+                server.refusals.remove(refusal)
+                _, status, code, message = refusal
+                body = json.dumps({"message": message}).encode()
+                headers = [("Content-Type", "application/json"), ("x-amzn-ErrorType", code)]
+                start_response(f"{status} {code}", headers)
+                return [body]
+        if operation == "describejobqueues" and server.changes:
+            body = json.loads(b"".join(moto(environ, lambda *_: None)))
+            body["jobQueues"] = [queue | server.changes[0] for queue in body["jobQueues"]]
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps(body).encode()]
+        return moto(environ, start_response)
+
+    return app
+
+
+@pytest.fixture(scope="module")
+def _batch_line() -> Iterator[BatchServer]:
+    pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed")
+    server = BatchServer("")
+    with serving(batch_app(server)) as server.endpoint:
+        data = json.dumps({"batch": {"use_docker": False}}).encode()
+        url = f"{server.endpoint}/moto-api/config"
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(url, data, headers, method="POST")).close()
+        make_environments(server)
+        for name, environment, state in (
+            ("gpus", "on-demand", "ENABLED"),
+            ("cpus", "on-demand", "ENABLED"),
+            ("spot", "spot", "ENABLED"),
+            ("off", "on-demand", "DISABLED"),
+        ):
+            order = [{"order": 1, "computeEnvironment": environment}]
+            server.batch.create_job_queue(jobQueueName=name, state=state, priority=1, computeEnvironmentOrder=order)
+        yield server
+
+
+def make_environments(server: BatchServer) -> None:
+    """Two compute environments, `on-demand` and `spot`, and what moto wants for them."""
+    ec2, iam = server.client_of("ec2"), server.client_of("iam")
+    vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.0.1.0/24")["Subnet"]["SubnetId"]
+    group = ec2.create_security_group(VpcId=vpc, GroupName="g", Description="g")["GroupId"]
+    role = iam.create_role(RoleName=f"r-{uuid4().hex}", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
+    profile = iam.create_instance_profile(InstanceProfileName=f"p-{uuid4().hex}")["InstanceProfile"]["Arn"]
+    for name, kind in (("on-demand", "EC2"), ("spot", "SPOT")):
+        resources = {"type": kind, "minvCpus": 0, "maxvCpus": 64, "desiredvCpus": 0, "instanceTypes": ["g5.xlarge"]}
+        resources |= {"subnets": [subnet], "securityGroupIds": [group], "instanceRole": profile}
+        if kind == "SPOT":
+            resources |= {"bidPercentage": 100, "spotIamFleetRole": role}
+        server.batch.create_compute_environment(
+            computeEnvironmentName=name, type="MANAGED", state="ENABLED", computeResources=resources, serviceRole=role
+        )
+
+
+@pytest.fixture
+def server(_batch_line, aws_env) -> BatchServer:
+    """The server; this process asks it, with credentials that it believes."""
+    _batch_line.refusals = []
+    _batch_line.changes.clear()
+    aws_env(_batch_line, AWS_ENDPOINT_URL=_batch_line.endpoint)
+    _batch_line.requests.clear()
+    return _batch_line
+
+
+def fresh(**other: Any) -> Submission:
+    """A submission of an image and a name that no other test has."""
+    word = uuid4().hex[:12]
+    return submission(**{"name": f"night-{word}", "image": f"video-lab:{word}"} | other)
+
+
+def submit(platform: AwsBatch, made: Submission) -> dict[str, str]:
+    platform.check(made)
+    return {job.role: job.id for job in platform.submit(made, platform.render(made))}
+
+
+def test_the_array_and_the_report_are_submitted(server):
+    made, platform = fresh(), AwsBatch(queue="gpus", job_role=ROLE)
+    platform.ask(made)
+    ids = submit(platform, made)
+    run, report = server.job(made.name), server.job(f"{made.name}-report")
+    assert {"run": run["jobId"], "report": report["jobId"]} == ids
+    assert run["arrayProperties"]["size"] == 4
+    children = server.batch.describe_jobs(jobs=[f"{ids['run']}:{i}" for i in range(4)])["jobs"]
+    assert len(children) == 4
+    command = children[3]["container"]["command"]
+    assert command[0] == "run" and "--run-id" in command
+    assert report["container"]["command"][0] == "report"
+    assert {job["jobDefinition"].partition("us-east-1")[0] for job in (run, report)} == {"arn:aws:batch:"}
+
+
+def test_a_second_submission_registers_nothing(server):
+    first, platform = fresh(), AwsBatch(queue="gpus")
+    ids = submit(platform, first)
+    assert len(server.asked("registerjobdefinition")) == 2
+    again = submit(platform, replace(first, name=f"{first.name}-b", run_id="r-13", shards=7))
+    assert len(server.asked("registerjobdefinition")) == 2
+    assert len(server.asked("submitjob")) == 4
+    assert not set(ids.values()) & set(again.values())
+    submit(platform, replace(first, memory_gib=30))  # another size: the report's definition is still good
+    assert len(server.asked("registerjobdefinition")) == 3
+
+
+def test_a_definition_that_somebody_changed_is_not_used(server):
+    """Under the same name another image was registered by hand; then the good revision is taken away."""
+    made, platform = fresh(), AwsBatch(queue="gpus")
+    arguments = json.loads(platform.render(made)["job-definition.json"])
+    name = arguments["jobDefinitionName"]
+    container = arguments["containerProperties"] | {"image": "other:1"}
+    server.batch.register_job_definition(**arguments)
+    server.batch.register_job_definition(**arguments | {"containerProperties": container})
+    submit(platform, made)
+    assert server.asked("submitjob")[0]["jobDefinition"].endswith(f"{name}:1")
+    server.batch.deregister_job_definition(jobDefinition=f"{name}:1")
+    submit(platform, made)
+    assert server.asked("submitjob")[2]["jobDefinition"].endswith(f"{name}:3")
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda d: d | {"revision": 3, "status": "ACTIVE", "tags": {"a": "b"}, "jobDefinitionArn": "arn"}, True),
+        (lambda d: d | {"containerProperties": d["containerProperties"] | {"ulimits": [], "command": []}}, True),
+        (lambda d: d | {"containerProperties": d["containerProperties"] | {"privileged": True}}, False),
+        (lambda d: d | {"containerProperties": d["containerProperties"] | {"environment": [{"name": "A"}]}}, False),
+        (lambda d: d | {"timeout": {"attemptDurationSeconds": 61}}, False),
+        (lambda d: d | {"platformCapabilities": ["FARGATE"]}, False),
+        (lambda d: json.loads(json.dumps(d).replace('"RETRY"', '"retry"').replace('"EXIT"', '"exit"')), True),
+        (lambda d: json.loads(json.dumps(d).replace('"RETRY"', '"exit"')), False),
+        (lambda d: json.loads(json.dumps(d).replace('"host": {}, ', "")), True),
+        (lambda d: {key: value for key, value in d.items() if key != "retryStrategy"}, False),
+    ],
+)
+def test_what_counts_as_the_same_definition(change, same):
+    wanted = json.loads(AwsBatch(queue="q").render(submission())["job-definition.json"])
+    assert same_definition(wanted, change(wanted)) is same
+
+
+def test_an_unknown_queue_names_those_there_are(server):
+    with pytest.raises(ConfigInvalid, match="no queue nowhere in us-east-1; there are cpus, gpus, off, spot") as raised:
+        AwsBatch(queue="nowhere").ask(submission())
+    assert raised.value.where == "--queue"
+    with pytest.raises(ConfigInvalid, match="nowhere") as raised:
+        AwsBatch(queue="gpus", report_queue="nowhere").ask(submission())
+    assert raised.value.where == "--report-queue"
+
+
+def test_a_queue_may_be_an_arn(server):
+    arn = server.batch.describe_job_queues(jobQueues=["gpus"])["jobQueues"][0]["jobQueueArn"]
+    AwsBatch(queue=arn, report_queue="cpus").ask(submission())
+    AwsBatch(queue=arn).check(submission())
+
+
+def test_a_disabled_queue_is_refused(server):
+    with pytest.raises(ConfigInvalid, match="takes no jobs: it is DISABLED"):
+        AwsBatch(queue="off").ask(submission())
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        ({"status": "INVALID", "statusReason": "no role"}, {}, "INVALID: no role"),
+        ({"jobQueueType": "ECS_FARGATE"}, {}, "ECS_FARGATE"),
+        ({"jobQueueType": "EKS"}, {}, "EKS"),
+        ({"schedulingPolicyArn": "arn:aws:batch:x"}, {}, "which needs one"),
+        ({}, {"share_identifier": "team"}, "no scheduling policy"),
+    ],
+)
+def test_queues_that_would_not_run_the_jobs(server, change, settings, words):
+    server.changes.append(change)
+    with pytest.raises(ConfigInvalid, match=words):
+        AwsBatch(queue="gpus", **settings).ask(submission())
+
+
+def test_spot_needs_a_queue_of_spot_machines(server):
+    with pytest.raises(ConfigInvalid, match="no compute environment of Spot") as raised:
+        AwsBatch(queue="gpus").ask(submission(spot=True))
+    assert raised.value.where == "--spot"
+    AwsBatch(queue="spot").ask(submission(spot=True))
+    server.refusals.append(("describecomputeenvironments", 403, "AccessDeniedException", "no"))
+    AwsBatch(queue="gpus").ask(submission(spot=True))  # a user who may not look is believed
+
+
+def test_asking_changes_nothing(server):
+    AwsBatch(queue="gpus").ask(submission())
+    assert {name for name, _ in server.requests} == {"describejobqueues"}
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_user_without_permission_is_told_which(server):
+    server.refusals.append(("describejobqueues", 403, "AccessDeniedException", "no"))
+    with pytest.raises(ClusterDenied, match="allow batch:DescribeJobQueues") as raised:
+        AwsBatch(queue="gpus").ask(submission())
+    assert raised.value.exit_code == 2
+
+
+def test_what_fails_before_the_first_job_leaves_none(server):
+    message = "User: x is not authorized to perform: iam:PassRole on resource: y"
+    server.refusals.append(("registerjobdefinition", 403, "AccessDeniedException", message))
+    with pytest.raises(ClusterDenied, match="allow iam:PassRole"):
+        submit(AwsBatch(queue="gpus", job_role=ROLE), fresh())
+    assert server.asked("submitjob") == []
+
+
+def test_a_busy_service_is_asked_again(server, monkeypatch):
+    server.refusals.append(("describejobqueues", 429, "TooManyRequestsException", "slow"))
+    AwsBatch(queue="gpus").ask(submission())
+    assert len(server.asked("describejobqueues")) == 2
+
+
+def test_without_credentials_it_is_denied(server, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(ClusterDenied, match=r"no usable credentials.*AWS_PROFILE"):
+        AwsBatch(queue="gpus").ask(submission())
+
+
+def test_a_closed_port_is_unreachable(server, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(ClusterUnavailable, match="cannot be reached") as raised:
+        AwsBatch(queue="gpus").ask(submission())
+    assert raised.value.exit_code == 3
+
+
+def test_without_a_region_nothing_is_asked(server, monkeypatch):
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    with pytest.raises(ConfigInvalid, match="region"):
+        AwsBatch(queue="gpus").ask(submission())
+    AwsBatch(queue="gpus", region="us-east-1").ask(submission())
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [(403, "AccessDeniedException", ClusterDenied), (500, "ServerException", ClusterUnavailable)],
+)
+def test_without_the_report_nothing_stays_submitted(server, status, code, error):
+    made, platform = fresh(), AwsBatch(queue="gpus", report_queue="cpus")
+    refuse_second_submission(server, status, code)
+    with pytest.raises(error) as raised:
+        submit(platform, made)
+    (run, report), (ended,) = server.asked("submitjob"), server.asked("terminatejob")
+    assert (run["jobName"], report["jobName"]) == (made.name, f"{made.name}-report")
+    assert ended["jobId"] == server.job(made.name)["jobId"]
+    assert "could not be taken back" not in str(raised.value)
+    if error is ClusterUnavailable:  # it may have been accepted: how to look
+        assert f"list-jobs --job-queue cpus --filters name=JOB_NAME,values={made.name}-report" in str(raised.value)
+
+
+def refuse_second_submission(server: BatchServer, status: int, code: str) -> None:
+    """The first SubmitJob passes, the next is refused."""
+
+    class AfterTheFirst(list[tuple[str, int, str, str]]):
+        def __iter__(self) -> Iterator[tuple[str, int, str, str]]:
+            ready = len(server.asked("submitjob")) >= 2
+            return (entry for entry in list.__iter__(self) if ready or entry[0] != "submitjob")
+
+    server.refusals = AfterTheFirst([("submitjob", status, code, "no")])
+
+
+def test_an_array_that_cannot_be_taken_back_is_named(server):
+    made = fresh()
+    refuse_second_submission(server, 403, "AccessDeniedException")
+    server.refusals.append(("terminatejob", 403, "AccessDeniedException", "no"))
+    with pytest.raises(ClusterDenied, match=r"could not be taken back.*aws batch terminate-job --job-id") as raised:
+        submit(AwsBatch(queue="gpus"), made)
+    assert server.job(made.name)["jobId"] in str(raised.value)
+
+
+def test_an_interrupted_submission_is_taken_back(server, monkeypatch):
+    """Ctrl-C between the two jobs."""
+    first = aws_batch._submit_job
+
+    def interrupted(client: Any, request: Any, definition: str) -> str:
+        if request["jobName"].endswith("-report"):
+            raise KeyboardInterrupt
+        return first(client, request, definition)
+
+    monkeypatch.setattr(aws_batch, "_submit_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(AwsBatch(queue="gpus"), fresh())
+    assert len(server.asked("terminatejob")) == 1
+
+
+def test_a_submission_without_an_answer_is_not_repeated(server):
+    """A job submitted twice would cost twice; SubmitJob has no token to repeat it by."""
+    server.refusals.append(("submitjob", 503, "ServiceUnavailable", "no"))
+    with pytest.raises(ClusterUnavailable, match="may have been accepted"):
+        submit(AwsBatch(queue="gpus"), fresh())
+    assert len(server.asked("submitjob")) == 1
+    assert server.asked("terminatejob") == []
+
+
+# -- submit.sh ---------------------------------------------------------------------------------------------------------
+
+STAND_IN = """\
+#!{python}
+import json, os, sys
+words = sys.argv[1:]
+folder = os.environ["STAND_IN"]
+with open(os.path.join(folder, "calls.jsonl"), "a") as file:
+    file.write(json.dumps([words, os.getcwd(), os.environ.get("AWS_MAX_ATTEMPTS")]) + "\\n")
+text = " ".join(words)
+for part in filter(None, os.environ.get("FAILS", "").split("|")):
+    if part in text:
+        sys.exit("An error occurred")
+if "describe-job-definitions" in words:
+    print("arn:registered" if os.environ.get("REGISTERED") else "None")
+elif "register-job-definition" in words:
+    print("arn:" + json.load(open(words[words.index("--cli-input-json") + 1].removeprefix("file://")))["jobDefinitionName"])
+elif "submit-job" in words:
+    print("id-" + json.load(open(words[words.index("--cli-input-json") + 1].removeprefix("file://")))["jobName"])
+"""
+
+
+@pytest.fixture
+def script(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[list[str]]]]:
+    """script(**environment): runs a rendered submit.sh with a stand-in for `aws`; (what came, the calls of `aws`)."""
+    bin_, folder = tmp_path / "bin", tmp_path / "rendered files"
+    bin_.mkdir()
+    folder.mkdir()
+    (bin_ / "aws").write_text(STAND_IN.format(python=sys.executable), encoding="utf-8")
+    (bin_ / "aws").chmod(0o755)
+    made = submission(manifest="s3://bucket/o'ut $x/m.jsonl")
+    for name, text in FULL.render(made).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "manifest.jsonl").write_text("{}\n", encoding="utf-8")
+
+    def run(**environment: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        calls = tmp_path / "calls.jsonl"
+        calls.unlink(missing_ok=True)
+        env = {"PATH": f"{bin_}:{os.environ['PATH']}", "STAND_IN": str(tmp_path)} | environment
+        command = ["bash", str(folder / "submit.sh")]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        seen = [json.loads(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+        assert {place for _, place, _ in seen} == {str(folder)}
+        assert {attempts for words, _, attempts in seen if "submit-job" in words} <= {"1"}
+        return done, [words for words, _, _ in seen]
+
+    return run
+
+
+def test_the_script_passes_shellcheck(tmp_path):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed")
+    for number, platform in enumerate((AwsBatch(queue="q"), FULL)):
+        path = tmp_path / f"{number}.sh"
+        path.write_text(platform.render(submission())["submit.sh"], encoding="utf-8")
+        done = subprocess.run([str(shellcheck), str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def verbs(calls: list[list[str]]) -> list[str]:
+    return [words[1] for words in calls]
+
+
+def test_the_script_copies_registers_and_submits_in_this_order(script):
+    done, calls = script()
+    assert done.returncode == 0, done.stderr
+    assert verbs(calls) == ["cp"] + ["describe-job-definitions", "register-job-definition"] * 2 + ["submit-job"] * 2
+    assert calls[0] == ["s3", "cp", "manifest.jsonl", "s3://bucket/o'ut $x/m.jsonl"]
+    files = FULL.render(submission())
+    for name, words in (("job-definition.json", calls[5]), ("report-definition.json", calls[6])):
+        wanted = json.loads(files[name])["jobDefinitionName"]
+        assert words[words.index("--job-definition") + 1] == f"arn:{wanted}"
+    assert all(words[-2:] == ["--region", "eu-west-1"] for words in calls[1:])
+    assert done.stdout.splitlines()[-2:] == ["run: id-night-12", "report: id-night-12-report"]
+
+
+def test_the_script_registers_nothing_twice(script):
+    done, calls = script(REGISTERED="1")
+    assert done.returncode == 0, done.stderr
+    assert "register-job-definition" not in verbs(calls)
+    assert all("arn:registered" in words for words in calls if words[1] == "submit-job")
+
+
+@pytest.mark.parametrize(
+    ("fails", "last"),
+    [
+        ("s3 cp", "cp"),
+        ("describe-job-definitions", "describe-job-definitions"),
+        ("register-job-definition", "register-job-definition"),
+        ("file://run.json", "submit-job"),
+    ],
+)
+def test_the_script_stops_at_the_first_failure(script, fails, last):
+    done, calls = script(FAILS=fails)
+    assert done.returncode != 0
+    assert verbs(calls)[-1] == last
+    assert "terminate-job" not in verbs(calls)
+    assert verbs(calls).count("submit-job") == (1 if "run.json" in fails else 0)
+
+
+@pytest.mark.parametrize("fails", ["file://report.json", "file://report.json|terminate-job"])
+def test_the_script_takes_the_run_back(script, fails):
+    done, calls = script(FAILS=fails)
+    assert done.returncode != 0
+    assert verbs(calls)[-3:] == ["submit-job", "submit-job", "terminate-job"]
+    assert calls[-1][calls[-1].index("--job-id") + 1] == "id-night-12"
+    assert "taking back id-night-12" in done.stderr
+    assert "report: " not in done.stdout
+
+
+def test_no_secret_of_this_machine_is_in_a_file(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "not-for-files-1234567890")
+    assert "not-for-files" not in "".join(FULL.render(submission()).values())
