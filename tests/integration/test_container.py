@@ -202,6 +202,25 @@ def test_a_second_run_finds_everything_done(image, workplace, demo):
     assert {path: path.stat().st_mtime_ns for path in demo.glob("jobs/*/output.mp4")} == before
 
 
+def test_children_of_an_aws_array_share_the_jobs(image, workplace, demo):
+    """As AWS Batch starts them, by its variables alone: each takes every second job, and both belong to one run."""
+    arguments = ["run", "manifests/demo.yaml", "--out", "out/array", "--models", ".cache/demo-models", "--limit", "2"]
+    done = []
+    for index in range(2):
+        variables = {"AWS_BATCH_JOB_ID": f"5a4e-11:{index}", "AWS_BATCH_JOB_ATTEMPT": "1"}
+        variables |= {"AWS_BATCH_JOB_ARRAY_INDEX": str(index), "AWS_BATCH_JOB_ARRAY_SIZE": "2"}
+        given = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+        child = contain(image, *arguments, options=(*as_its_owner(workplace), *given))
+        assert child.returncode == 0, output_of(child)
+        done.append({path.parent.name for path in (workplace / "out" / "array").glob("jobs/*/result.json")})
+    first, both = done
+    assert (len(first), len(both)) == (1, 2)
+    (run,) = (workplace / "out" / "array" / "runs").iterdir()
+    assert run.name == "5a4e-11"
+    shards = {path.name.partition(".")[0] for path in run.glob("*-of-*.summary.json")}
+    assert shards == {"00000-of-00002", "00001-of-00002"}
+
+
 def test_nights_are_compared_inside(image, workplace, demo):
     """The image has what measuring and the report need: one job of the second night shows another dancer."""
     baseline = ["--baseline", "baseline"]
