@@ -42,6 +42,7 @@ class Submission:
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # no credentials among it
     run_flags: tuple[str, ...] = ()  # more flags of `run`, e.g. ("--recipe", "fp4-distill")
     gpu_hour: float | None = None  # price of a GPU hour, for the report
+    inputs: tuple[str, ...] = ()  # of the jobs; a platform that mounts buckets finds here which ones
 
 
 @dataclass(frozen=True)
