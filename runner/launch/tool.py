@@ -123,10 +123,12 @@ def taken_back(
     *,
     timeout_s: float,
     after: type[BaseException] | tuple[type[BaseException], ...] = BaseException,
+    gone: str | None = None,
 ) -> Iterator[None]:
     """Where what is inside fails with `after`, run `words`, which take `job` back, and raise the failure.
 
-    Where that fails too, the error says that `job` is still there, and how to remove it.
+    Where that fails too, the error says that `job` is still there, and how to remove it. `gone`: what the tool says of
+    a job that is not there.
     """
     try:
         yield
@@ -134,6 +136,8 @@ def taken_back(
         try:
             run_tool(words, timeout_s=timeout_s)
         except RunnerError as second:
+            if gone is not None and gone in second.what:
+                raise error from None
             first = error.message if isinstance(error, RunnerError) else type(error).__name__
             kind = type(error) if isinstance(error, RunnerError) else ClusterUnavailable
             what = f"{first.rstrip('.')}. What was accepted before could not be taken back: {second.message}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,8 +54,17 @@ class RecordedTools:
     def plan(self, call: int, *, prints: str = "", says: str = "", code: int = 0) -> None:
         """Call number `call`, from 0 and of all tools together, prints, says to its error output, and ends so."""
         printed = f"printf '%s\\n' {shlex.quote(prints)}\n" if prints else ""
-        body = f"{printed}printf '%s\\n' {shlex.quote(says)} >&2\nexit {code}\n"
+        self.plan_script(call, f"{printed}printf '%s\\n' {shlex.quote(says)} >&2\nexit {code}\n")
+
+    def plan_script(self, call: int, body: str) -> None:
+        """What call number `call` does, as lines of sh."""
         (self._plans / str(call)).write_text(body, encoding="utf-8")
+
+    def forget(self) -> None:
+        """Forget all calls and plans; the next call is number 0."""
+        for folder in (self._calls, self._plans):
+            shutil.rmtree(folder)
+            folder.mkdir()
 
     def calls(self) -> list[Call]:
         folders = sorted(self._calls.iterdir(), key=lambda folder: int(folder.name))
