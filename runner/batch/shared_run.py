@@ -18,7 +18,7 @@ from runner.batch.summary import exit_code_of_lines
 from runner.errors import RunnerError
 from runner.records.record import JobLine
 
-__all__ = ["SharedRun", "WorkerReport", "WorkerReports", "merge_exit_codes", "merge_lines"]
+__all__ = ["JoinedReports", "SharedRun", "WorkerReport", "merge_exit_codes", "merge_lines"]
 
 SAID_ONCE = ("job_skipped", "leases_are_warnings")  # every worker finds them
 RANKS = {"not_run": 0, "skipped": 1, "failed": 2, "succeeded": 3}
@@ -59,7 +59,7 @@ class WorkerReport:
         return self.error.exit_code if self.error is not None else self.ended
 
 
-class WorkerReports:
+class JoinedReports:
     """All that the workers of one run have said. `field`: names a worker's place in the log, e.g. `gpu`."""
 
     def __init__(self, job_ids: Sequence[str], progress: Progress, field: str) -> None:

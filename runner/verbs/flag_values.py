@@ -38,6 +38,7 @@ __all__ = [
     "is_job_options",
     "is_manifest",
     "is_megabytes",
+    "is_on",
     "is_one_of",
     "is_path",
     "is_price",
@@ -226,6 +227,14 @@ def are_gpus(flag: str, value: Any) -> str:
         raise _wrong(flag, value, "all, or numbers from 0 with commas between them", f"Write e.g. {flag} all")
     if len({number if text == "all" else int(number) for number in numbers}) < len(numbers):
         raise _wrong(flag, value, "numbers of which no two are equal", "Give each GPU once")
+    return text
+
+
+def is_on(flag: str, value: Any) -> str:
+    from runner.launch.ray_address import parse_on
+
+    text = is_text(flag, value).strip()
+    check_by(flag, lambda: parse_on(text))
     return text
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import structlog
 
 from runner.batch.progress import Progress
-from runner.batch.shared_run import SharedRun, WorkerReport, WorkerReports
+from runner.batch.shared_run import JoinedReports, SharedRun, WorkerReport
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid
 from runner.preprocess.networks.providers import usable_cpus
@@ -172,7 +172,7 @@ class _GpuGroup:
         self._settings, self._run = settings, run
         self._stop, self._read_files, self._wake = stop, read_files, wake
         self._processes: list[_Process] = []
-        self._reports = WorkerReports(job_ids, progress, "gpu")
+        self._reports = JoinedReports(job_ids, progress, "gpu")
         self._signals = 0
         self._kill_at = float("inf")
         self._reading: threading.Thread | None = None

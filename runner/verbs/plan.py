@@ -7,6 +7,7 @@ input cannot be read. Never: weights. Without a model store the published model'
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,14 @@ from runner.spec.manifest import Job, Manifest
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote
 from runner.storage.roots import check_inside, parse_roots
-from runner.verbs.run import choose_jobs
-from runner.verbs.settings import PlanSettings
+from runner.verbs.chosen_jobs import choose_jobs
+from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.validate import input_places
 from runner.video import VideoReader
 
-__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_job", "forecast_jobs", "plan"]
+__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_job", "forecast_jobs", "forecast_seconds", "plan"]
+
+FORECAST_S = 20.0  # seconds that forecasts may take before a run begins
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,37 @@ def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifes
         except RunnerError as error:
             rows.append(Forecast(job.id, None, error))
     return rows, gpu.name if gpu is not None else None
+
+
+def forecast_seconds(
+    jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, within_s: float = FORECAST_S
+) -> dict[str, float]:
+    """Job id → forecast seconds on this machine's first GPU, or its TFLOP where none is known, to compare jobs by.
+
+    No job costs a download here, and all together at most about `within_s`: a job whose inputs lie elsewhere or cannot
+    be read, and those after that time, have none.
+    """
+    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
+    local = settings.models if settings.models and not is_remote(settings.models) else None
+    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
+    gpu = choose_gpu(None, recipe)
+    roots = parse_roots(settings.input_root)
+    deadline = time.monotonic() + within_s
+    found: dict[str, float] = {}
+    for job in jobs:
+        if time.monotonic() > deadline:
+            break
+        places = [uri for _, uri in input_places(job)]
+        if any(is_remote(uri) for uri in places):
+            continue
+        try:
+            for uri in places:
+                check_inside(uri, roots)
+            plan = forecast_job(job, forecaster, gpu)
+        except (RunnerError, OSError):  # the worker that gets the job says so
+            continue
+        found[job.id] = plan.tflop if plan.seconds is None else plan.seconds
+    return found
 
 
 def forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None = None) -> SegmentPlan:

@@ -28,7 +28,7 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import Progress, SilentProgress
 from runner.batch.run_jobs import keep_run_jobs
 from runner.batch.scratch import scratch_folder
-from runner.batch.shards import AnyShard, Shard, choose_shard, run_id_from_env
+from runner.batch.shards import Shard, run_id_from_env
 from runner.batch.spot import watch
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter, exit_code_of_lines
@@ -38,9 +38,13 @@ from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_
 from runner.finishing.stages import StageSettings, open_stages
 from runner.generation.protocol import Generator
 from runner.generation.runtime.device import free_host_bytes
+from runner.launch.ray_address import parse_on
+from runner.launch.ray_cluster import RayCluster
+from runner.launch.ray_driver import RayWork, run_on_ray
+from runner.preprocess.networks.providers import usable_cpus
 from runner.records.events import EventLog, default_logging
 from runner.records.library_messages import library_messages_in
-from runner.records.output_layout import EVENTS, JOBS, run_folder, run_key
+from runner.records.output_layout import EVENTS, JOBS, RUN_JOBS, run_file_key, run_folder, run_key
 from runner.regression.kept_limits import keep_limits
 from runner.spec.manifest import Job, Manifest
 from runner.storage import Storage, is_remote, open_storage, probe_conditions, probe_writable
@@ -48,16 +52,17 @@ from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import parse_roots
 from runner.storage.sync import sync_models
 from runner.timing import now
+from runner.verbs.chosen_jobs import choose_jobs
 from runner.verbs.dry_run import decide_lines
 from runner.verbs.gpus import find_gpus, places_for, run_processes
 from runner.verbs.outcome import RunOutcome, counts_of_lines
-from runner.verbs.selection import select_jobs
-from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
+from runner.verbs.plan import forecast_seconds
+from runner.verbs.ray_machine import find_own_gpus, worker_variables
+from runner.verbs.settings import ModelSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
-from runner.verbs.validate import read_manifest
 from runner.weights.page_cache import read_into_page_cache
 
-__all__ = ["RunOutcome", "build_engine", "choose_jobs", "local_models", "run"]
+__all__ = ["RunOutcome", "build_engine", "local_models", "run"]
 
 HASHES = "file-hashes.json"  # of inputs and outputs, in the cache folder
 ONE_RUNNER = "Run one manifest at a time into this output folder, or give each run its own --out"
@@ -74,7 +79,7 @@ def run(
     """The verb `run`. What can be wrong for all jobs is found before the first starts, and raised.
 
     `source`: where jobs come from instead of this shard of the manifest, e.g. a mailbox; the manifest's run keys hold.
-    `share`: for one of the processes that `settings.gpus` starts.
+    `share`: for one of the processes that `settings.gpus` or `settings.on` starts.
 
     Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line; elsewhere no
     signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
@@ -90,6 +95,8 @@ def run(
         return _dry_run(settings, begun)
     if settings.gpus is not None:
         return _run_on_gpus(settings, progress or SilentProgress(), source)
+    if settings.on is not None:
+        return _run_on_ray(settings, progress or SilentProgress(), source)
     manifest, chosen, shard, why = choose_jobs(settings)
     jobs: Sequence[Job] = chosen if source is None else source.jobs
     every_job = manifest.jobs if source is None else jobs
@@ -101,7 +108,8 @@ def run(
     engine = build_engine(settings, manifest) if share is None else _build_shared_engine(settings, manifest, share)
     log = structlog.get_logger()
     _check_own(engine, jobs)
-    _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
+    if every_job:  # else the driver that fills the source has kept them
+        _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
     _say_run(run_id, jobs, engine, storage, {} if shard == Shard(0, 1) else {"shard": f"{shard} ({why})"}, share)
 
     progress = progress or SilentProgress()
@@ -204,11 +212,14 @@ def _check_own(engine: Engine, jobs: Sequence[Job]) -> None:
 
 
 def _dry_run(settings: RunSettings, begun: str) -> RunOutcome:
-    """What a run would do, decided now. No GPU is needed, also for `--gpus`."""
+    """What a run would do, decided now. No GPU is needed, also for `--gpus`, and no cluster for `--on`."""
     reason = ""
     if settings.gpus is not None:
         reason = f"--gpus {settings.gpus}: all jobs, shared among its processes"
-        settings = replace(settings, gpus=None, shard="any", shard_count=None)
+    elif settings.on is not None:
+        reason = f"--on {settings.on}: all jobs, handed out to its workers"
+    if reason:
+        settings = replace(settings, gpus=None, on=None, workers=None, shard="any", shard_count=None)
     manifest, jobs, shard, why = choose_jobs(settings)
     roots = parse_roots(settings.input_root)
     engine = build_engine(settings, manifest)
@@ -290,6 +301,57 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
     )
 
 
+def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
+    """A worker a GPU, or on CPUs, of a Ray cluster. What can be wrong for all of them is found here, once."""
+    if source is not None:
+        raise ConfigInvalid(
+            "--on takes its jobs from the manifest, not from a source", todo="Call run() in each worker instead"
+        )
+    gpus = find_own_gpus(settings.workers) if parse_on(str(settings.on)) is None else []
+    device = settings.device if settings.workers is None else "cpu"
+    shared = replace(settings, on=None, workers=None, shard="any", shard_count=None, device=device)
+    manifest, jobs, shard, _ = choose_jobs(shared)
+    run_id = _choose_run_id(settings)
+    roots = parse_roots(settings.input_root)
+    storage = open_storage(settings.out)
+    probe_writable(storage)
+    engine = build_engine(shared, manifest)
+    stop = Stop(settings.drain_s)
+    _check_own(engine, jobs)
+    _keep_manifest(storage, run_id, manifest.jobs, settings, manifest, engine)
+    _say_run(run_id, jobs, engine, storage, {"on": settings.on})
+    kept = None if is_remote(storage.root) else storage.read_bytes(run_file_key(run_id, RUN_JOBS))
+    work = RayWork(
+        run,
+        # Each worker is sent its jobs, one at a time.
+        replace(shared, manifest=replace(manifest, jobs=()), run_id=run_id, sheet=None, only=(), limit=None),
+        jobs,
+        forecast_seconds(jobs, shared, manifest),
+        workers=settings.workers,
+        variables=worker_variables,
+        shared_file=None if kept is None else (run_file_key(run_id, RUN_JOBS), kept),
+    )
+    cluster = RayCluster(parse_on(str(settings.on)), cpus=settings.workers or max(1, usable_cpus({})), gpus=len(gpus))
+    found = run_on_ray(cluster, work, progress, stop=stop)
+    sheet = None
+    if settings.sheet is not None:
+        with scratch_folder(settings.cache) as scratch:
+            sheet = try_draw_sheet(jobs, found.lines, storage, settings.sheet, scratch, stop, roots)
+    return RunOutcome(
+        exit_code=found.exit_code,
+        run_id=run_id,
+        shard=shard,
+        shard_reason=f"--on {settings.on}: handed out to {settings.workers or 'a worker on each GPU'}"
+        + (" workers at most" if settings.workers else ""),
+        counts=MappingProxyType(counts_of_lines(found.lines)),
+        lines=found.lines,
+        outputs=f"{storage.root}/{JOBS}",
+        summary=f"{storage.root}/{run_folder(run_id)}",
+        sheet=sheet,
+        error=found.error,
+    )
+
+
 def _say_run(
     run_id: str,
     jobs: Sequence[Job],
@@ -315,17 +377,6 @@ def _load_in_turn(before_load: Callable[[], None], load: Callable[[], Generator[
 
 def _choose_run_id(settings: RunSettings) -> str:
     return settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-
-
-def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard | AnyShard, str]:
-    """The whole manifest, this shard's jobs in its order, the shard, and where the shard came from.
-
-    The shard is cut from the jobs that `only` and `limit` leave. Raises ManifestInvalid, ConfigInvalid, storage.*.
-    """
-    manifest = read_manifest(settings.manifest)
-    jobs = select_jobs(manifest.jobs, settings.only, settings.limit)
-    shard, why = choose_shard(settings.shard, settings.shard_count, os.environ)
-    return manifest, list(shard.take(jobs)), shard, why
 
 
 def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) -> Engine:

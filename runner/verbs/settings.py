@@ -33,6 +33,7 @@ from runner.verbs.flag_values import (
     is_job_options,
     is_manifest,
     is_megabytes,
+    is_on,
     is_one_of,
     is_path,
     is_price,
@@ -278,9 +279,22 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
             "all|0,1,…",
         ),
     )
+    on: str | None = field(
+        default=None,
+        metadata=_flag(
+            "on Ray: a worker on each GPU of this machine, or of the cluster that RAY_ADDRESS names or that runs here "
+            "(ray:auto), or of the one at HOST:PORT; run it on a node of that cluster",
+            is_on,
+            "ray|ray:auto|ray:HOST:PORT",
+        ),
+    )
+    workers: int | None = field(
+        default=None, metadata=_flag("with --on: so many workers, on CPUs", partial(is_whole, 1), "N")
+    )
 
     def check_together(self) -> None:
         super().check_together()
+        self._check_ray()
         if self.gpus is None:
             return
         if self.device == "cpu":
@@ -289,6 +303,31 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
             raise ConfigInvalid(
                 "--gpus shares all jobs among its processes, and --shard I/N or --shard-count asks for a part of them",
                 todo="Leave one of them out; --gpus on several machines shares the manifest too",
+            )
+
+    def _check_ray(self) -> None:
+        if self.on is None:
+            if self.workers is not None:
+                raise ConfigInvalid("--workers says how many workers --on starts", todo="Give --on ray too")
+            return
+        if self.gpus is not None:
+            raise ConfigInvalid(
+                "--on and --gpus contradict each other", todo="Leave --gpus out: --on ray uses all GPUs of this machine"
+            )
+        if self.workers is not None and self.device == "cuda":
+            raise ConfigInvalid(
+                "--workers and --device cuda contradict each other: these workers compute on CPUs",
+                todo="Leave --workers out for a worker on each GPU",
+            )
+        if self.workers is None and self.device == "cpu":
+            raise ConfigInvalid(
+                "--on without --workers starts a worker on each GPU, and --device cpu asks for none",
+                todo="Give --workers N instead of --device cpu",
+            )
+        if (self.shard or "any").strip() != "any" or self.shard_count is not None:
+            raise ConfigInvalid(
+                "--on hands all jobs to its workers, and --shard I/N or --shard-count asks for a part of them",
+                todo="Leave one of them out",
             )
 
 

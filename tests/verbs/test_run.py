@@ -220,7 +220,6 @@ import logging, sys
 import runner.verbs.run as verb
 from runner.batch.loop import Engine
 from runner.verbs.settings import RunSettings
-from runner.launch.mailbox import Mailbox
 from tests.stub_generator import StubGenerator
 import structlog
 

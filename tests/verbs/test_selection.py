@@ -8,8 +8,8 @@ import pytest
 
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
+from runner.verbs.chosen_jobs import choose_jobs
 from runner.verbs.plan import plan
-from runner.verbs.run import choose_jobs
 from runner.verbs.selection import fits, select_jobs
 from runner.verbs.settings import PlanSettings, RunSettings, ValidateSettings
 from runner.verbs.validate import validate

@@ -1,0 +1,44 @@
+"""Ray actor: the class of which Ray makes the worker's process on a node.
+
+In:   calls of the driver. Out: the answers of a RayWorker, which is imported there. Never: Ray; work of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_actor_class"]
+
+
+def make_actor_class() -> type:
+    """The class of the actor. It is sent to the node as it stands here, so that a node without this package, or with
+    another version of it, can say so."""
+
+    class VideoLabWorker:
+        """Forwards to a RayWorker, which is imported where the actor is."""
+
+        def describe(self) -> dict[str, Any]:
+            try:
+                from runner.launch.ray_worker import describe_process
+            except ImportError as error:
+                return {"missing": str(error)}
+            return describe_process()
+
+        def begin(self, order: Any) -> None:
+            from runner.launch.ray_worker import RayWorker
+
+            self._worker = RayWorker(order)
+
+        def send(self, job: Any) -> bool:
+            return self._worker.send(job)
+
+        def end(self) -> None:
+            self._worker.end()
+
+        def stop(self, signum: int) -> None:
+            self._worker.stop(signum)
+
+        def fetch(self, seen: int, wait_s: float) -> Any:
+            return self._worker.fetch(seen, wait_s)
+
+    return VideoLabWorker

@@ -1,0 +1,436 @@
+"""Ray driver: the command's side of `run --on ray`: starts workers, hands out jobs, replaces workers that are lost.
+
+In:   jobs, forecast seconds, a cluster, what a worker runs. Out: a `SharedRun`, events, progress.
+Never: how Ray is called (ray_cluster.py); which job is next (hand_out.py); how a job runs.
+
+One thread decides everything. Answers of workers and of the cluster come to it through one queue, from Ray's threads.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import structlog
+
+from runner.batch.progress import Progress
+from runner.batch.shared_run import JoinedReports, SharedRun, WorkerReport
+from runner.batch.stop import Stop
+from runner.errors import ConfigInvalid, RunnerError, as_runner_error
+from runner.launch.hand_out import HandOut
+from runner.launch.ray_cluster import RayActor, RayNode, RayPlace, WorkerGone, WorkerSilent
+from runner.launch.ray_places import next_places
+from runner.launch.ray_worker import WorkerOrder, describe_code
+from runner.spec.manifest import Job
+
+__all__ = ["END_S", "OpenCluster", "RayWork", "run_on_ray"]
+
+END_S = 60.0  # seconds after its time to drain in which a worker must have ended, else it is killed; assumed
+LOOK_EVERY_S = 2.0  # between two looks at the cluster's nodes
+FETCH_S = 20.0  # that a worker keeps a question for messages open
+SILENT_S = 60.0  # that a worker may be out of reach before it counts as lost
+ASK_AGAIN_S = 1.0
+STARTS = 5  # of workers at one place, one after the other, of which none has finished a job; one more than attempts of
+# a job by default, so that a job that kills its worker each time is given up before the place is
+TELL_PENDING_S = 30.0  # that a worker may wait for its place before an event says so
+
+Clock = Callable[[], float]
+Answer = Callable[[Any, Exception | None], None]  # (what was returned, what went wrong instead)
+
+
+class OpenCluster(Protocol):
+    """A cluster that is open, see RayCluster."""
+
+    def nodes(self) -> list[RayNode]: ...
+
+    def start(self, place: RayPlace, variables: Mapping[str, str]) -> RayActor: ...
+
+
+@dataclass(frozen=True)
+class RayWork:
+    """What all workers do. `run`, `settings`, `shared_file`: see WorkerOrder.
+
+    workers: on CPUs, so many at most; None: one a GPU. variables: place → what its worker's environment has more.
+    """
+
+    run: Callable[..., Any]
+    settings: Any
+    jobs: Sequence[Job]
+    seconds: Mapping[str, float]  # forecast, by job id
+    workers: int | None = None
+    variables: Callable[[RayPlace], Mapping[str, str]] = lambda place: {}
+    shared_file: tuple[str, bytes] | None = None
+
+
+def run_on_ray(
+    opening: AbstractContextManager[OpenCluster], work: RayWork, progress: Progress, *, stop: Stop
+) -> SharedRun:
+    """Open the cluster, run all jobs on it, close it; what its workers came to together.
+
+    `stop` is told of signals. In the main thread SIGINT and SIGTERM are passed on, each once to each worker; a worker
+    that then does not end is killed. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable for the cluster, and the
+    first RunnerError of a worker where none of them began its jobs.
+    """
+    driver = _Driver(work, progress, stop)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread:  # Python hands signals to the main thread alone
+        structlog.get_logger().info("signals_ignored", why="the run is not in the main thread")
+    with stop.listening(driver.count_signal) if in_main_thread else nullcontext():
+        with opening as cluster:
+            progress.started(len(work.jobs))
+            try:
+                return driver.run(cluster)
+            finally:
+                progress.close()
+                driver.end()
+
+
+@dataclass
+class _LiveWorker:
+    """One worker, from its start to its end."""
+
+    name: str  # of the place, and which of its workers this is
+    place: RayPlace
+    actor: RayActor
+    report: WorkerReport
+    started: float
+    stage: str = "starting"  # starting, working, over
+    pid: int | None = None
+    seen: int = 0  # messages
+    silent_since: float | None = None
+    stops: int = 0  # signals that were passed on
+    told_end: bool = False
+    told_pending: bool = False
+
+
+@dataclass
+class _PlaceState:
+    """What became of the workers of a place."""
+
+    place: RayPlace
+    worker: _LiveWorker | None = None
+    starts: int = 0
+    in_vain: int = 0  # the last starts without a finished job
+    closed: bool = False  # it is not used again
+    not_before: float = 0.0
+    names: int = field(default=0)
+
+
+class _Driver:
+    """The workers of one command."""
+
+    def __init__(self, work: RayWork, progress: Progress, stop: Stop, clock: Clock = time.monotonic) -> None:
+        self._work, self._stop, self._clock = work, stop, clock
+        self._reports = JoinedReports([job.id for job in work.jobs], progress, "worker")
+        self._hand_out = HandOut(work.jobs, work.seconds)
+        self._places: dict[tuple[str, int], _PlaceState] = {}
+        self._answers: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._later: list[tuple[float, Callable[[], None]]] = []
+        self._cluster: OpenCluster | None = None
+        self._looking = False
+        self._looked = False
+        self._look_at = 0.0
+        self._signals = 0
+        self._kill_at = float("inf")
+        self._log = structlog.get_logger()
+
+    def count_signal(self) -> None:
+        """Called in the signal's handler; the queue's `put` may interrupt itself."""
+        self._signals += 1
+        self._answers.put(None)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self, cluster: OpenCluster) -> SharedRun:
+        self._cluster = cluster
+        while not self._is_over():
+            self._look_at_nodes()
+            self._start_workers()
+            self._hand_out_jobs()
+            self._pass_on_signals()
+            try:
+                action = self._answers.get(timeout=self._seconds_to_wait())
+            except queue.Empty:
+                action = None
+            if action is not None:
+                action()
+            self._run_later()
+        return self._reports.merge()
+
+    def end(self) -> None:
+        """After an error of this process, or a run that is over: no worker is left."""
+        for worker in self._workers():
+            worker.actor.kill()
+
+    def _is_over(self) -> bool:
+        if self._workers():
+            return self._hand_out.left == 0 and all(worker.stage == "starting" for worker in self._workers())
+        if self._hand_out.left == 0 or self._stop.draining:
+            return True
+        return self._looked and not any(not state.closed for state in self._places.values())
+
+    def _workers(self) -> list[_LiveWorker]:
+        return [state.worker for state in self._places.values() if state.worker is not None]
+
+    def _seconds_to_wait(self) -> float:
+        due = [at for at, _ in self._later]
+        due += [state.not_before for state in self._places.values() if state.worker is None and not state.closed]
+        due += [self._kill_at, self._look_at]
+        return min(LOOK_EVERY_S, max(0.01, min(due) - self._clock()))
+
+    def _run_later(self) -> None:
+        now = self._clock()
+        due = [action for at, action in self._later if at <= now]
+        self._later = [(at, action) for at, action in self._later if at > now]
+        for action in due:
+            action()
+
+    def _ask(
+        self, worker: _LiveWorker, hear: Callable[[Any, Exception | None], None], method: str, *values: Any
+    ) -> None:
+        """Call a method of the worker; this thread calls `hear` with what it returned, unless the worker is over."""
+
+        def answer(value: Any, error: Exception | None) -> None:
+            self._answers.put(lambda: hear(value, error) if worker.stage != "over" else None)
+
+        worker.actor.ask(answer, method, *values)
+
+    # -- nodes and places -----------------------------------------------------------------------------------------
+
+    def _look_at_nodes(self) -> None:
+        """Ask for the nodes in a thread: the question may hang, and signals shall not."""
+        if self._looking or self._clock() < self._look_at:
+            return
+        self._looking, cluster = True, self._cluster
+        assert cluster is not None
+
+        def look() -> None:
+            try:
+                nodes: list[RayNode] | None = cluster.nodes()
+            except Exception:  # the head does not answer now; workers that are lost say so themselves
+                nodes = None
+            self._answers.put(partial(self._see_nodes, nodes))
+
+        threading.Thread(target=look, name="nodes", daemon=True).start()
+
+    def _see_nodes(self, nodes: list[RayNode] | None) -> None:
+        self._looking, self._look_at = False, self._clock() + LOOK_EVERY_S
+        if nodes is None:
+            return
+        living = {node.id for node in nodes}
+        for key, state in list(self._places.items()):
+            if state.place.node.id in living:
+                continue
+            if state.worker is not None:
+                self._lose(state.worker, "its node is gone")
+            del self._places[key]
+        for place in next_places(nodes, [state.place for state in self._places.values()], self._work.workers):
+            self._places[place.node.id, place.slot] = _PlaceState(place)
+            self._log.debug("ray_place", worker=place.name)
+        if not self._looked and not self._places:
+            raise ConfigInvalid(
+                "the Ray cluster has no GPU" if self._work.workers is None else "the Ray cluster has no CPU to work on",
+                where="--on",
+                todo="Add nodes with GPUs, or give --workers N to compute on CPUs",
+            )
+        self._looked = True
+
+    def _start_workers(self) -> None:
+        if self._stop.draining or not self._looked:
+            return
+        busy = len(self._workers())
+        for state in self._places.values():
+            if state.worker is not None or state.closed or self._clock() < state.not_before:
+                continue
+            if busy >= max(1, self._hand_out.left):  # more than jobs are left
+                break
+            busy += 1
+            self._start(state)
+
+    def _start(self, state: _PlaceState) -> None:
+        assert self._cluster is not None
+        place = state.place
+        state.names += 1
+        actor = self._cluster.start(place, self._work.variables(place))
+        name = place.name if state.names == 1 else f"{place.name}+{state.names - 1}"
+        worker = _LiveWorker(name, place, actor, self._reports.open(place.name), self._clock())
+        state.worker = worker
+        self._ask(worker, partial(self._check, worker), "describe")
+        self._later.append((self._clock() + TELL_PENDING_S, partial(self._tell_pending, worker)))
+
+    def _tell_pending(self, worker: _LiveWorker) -> None:
+        if worker.stage == "starting" and worker.pid is None:
+            what = "GPU" if worker.place.gpus else "CPU"
+            self._log.warning(
+                "ray_worker_waits", worker=worker.place.name, why=f"Ray has not given it a {what} of its node yet"
+            )
+
+    # -- one worker -----------------------------------------------------------------------------------------------
+
+    def _check(self, worker: _LiveWorker, facts: Any, error: Exception | None) -> None:
+        """The worker's process has started: may it take jobs?"""
+        if error is not None:
+            self._go_wrong(worker, error, partial(self._ask, worker, partial(self._check, worker), "describe"))
+            return
+        if "missing" in facts or facts["code"] != describe_code():
+            there = f"is not there ({facts['missing']})" if "missing" in facts else f"is {facts['code']}"
+            self._fail(
+                worker,
+                ConfigInvalid(
+                    f"node {worker.place.node.name}: video-lab-runner {there}, here it is {describe_code()}",
+                    where="--on",
+                    todo="Install the same version on all nodes",
+                ),
+            )
+            return
+        worker.pid = facts["pid"]
+        work, place = self._work, worker.place
+        order = WorkerOrder(
+            work.run, work.settings, place.sharing, place.gpus > 0, os.getcwd(), shared_file=work.shared_file
+        )
+        self._ask(worker, partial(self._begin, worker), "begin", order)
+
+    def _begin(self, worker: _LiveWorker, _: Any, error: Exception | None) -> None:
+        if isinstance(error, WorkerSilent):  # it may have begun, and a second beginning is one too many
+            self._lose(worker, str(error))
+        elif error is not None:
+            self._go_wrong(worker, error, lambda: None)
+        else:
+            worker.stage = "working"
+            self._log.info("ray_worker_started", worker=worker.place.name, pid=worker.pid)
+            self._hand_out.join(worker.name)
+            self._fetch(worker)
+
+    def _fetch(self, worker: _LiveWorker) -> None:
+        if worker.stage == "working":
+            self._ask(worker, partial(self._hear, worker), "fetch", worker.seen, FETCH_S)
+
+    def _hear(self, worker: _LiveWorker, answer: Any, error: Exception | None) -> None:
+        if error is not None:
+            self._go_wrong(worker, error, partial(self._fetch, worker))
+            return
+        worker.silent_since = None
+        worker.seen, messages = answer
+        for what, *more in messages:
+            self._reports.hear(worker.report, what, *more)
+            if what == "phase":
+                self._hand_out.note_phase(worker.name, *more)
+            elif what == "finished":
+                self._hand_out.note_end(worker.name, more[0].id)
+        if worker.report.over:
+            self._close(worker)
+        else:
+            self._fetch(worker)
+
+    def _hand_out_jobs(self) -> None:
+        if self._stop.draining:
+            return
+        workers = {worker.name: worker for worker in self._workers()}
+        for name, job in self._hand_out.next_jobs():
+            self._send(workers[name], job)
+        if self._hand_out.left == 0:
+            for worker in workers.values():
+                if worker.stage == "working" and not worker.told_end:
+                    worker.told_end = True
+                    self._ask(worker, lambda *_: None, "end")
+
+    def _send(self, worker: _LiveWorker, job: Job) -> None:
+        def hear(_: Any, error: Exception | None) -> None:
+            if error is not None:  # it takes a job once, so that it may be sent again
+                self._go_wrong(worker, error, partial(self._send, worker, job))
+
+        if worker.stage == "working":
+            self._ask(worker, hear, "send", job)
+
+    def _go_wrong(self, worker: _LiveWorker, error: Exception, again: Callable[[], None]) -> None:
+        """A call has failed: the worker is lost, or out of reach, or has refused what it was asked."""
+        if isinstance(error, WorkerSilent):
+            worker.silent_since = worker.silent_since or self._clock()
+            if self._clock() - worker.silent_since < SILENT_S:
+                self._later.append((self._clock() + ASK_AGAIN_S, lambda: again() if worker.stage != "over" else None))
+                return
+            self._lose(worker, f"it cannot be reached for {SILENT_S:.0f} s")
+        elif isinstance(error, WorkerGone):
+            self._lose(worker, str(error))
+        else:
+            self._fail(worker, as_runner_error(error))
+
+    # -- its end --------------------------------------------------------------------------------------------------
+
+    def _close(self, worker: _LiveWorker) -> None:
+        """The worker has told its outcome, or an error in its place."""
+        error = worker.report.error or worker.report.stopped_by
+        state = self._leave(worker)
+        if error is not None:
+            self._log.error("ray_worker_failed", worker=worker.place.name, code=error.code, message=error.message)
+        if state is not None:
+            # After a lost device a new process may go on. What failed before the first job would fail again.
+            state.closed = error is None or worker.report.finished == 0 or not error.retryable
+            state.in_vain = 0
+
+    def _fail(self, worker: _LiveWorker, error: RunnerError) -> None:
+        """The worker cannot work at its place, and no other could there."""
+        worker.report.error = error
+        self._close(worker)
+
+    def _lose(self, worker: _LiveWorker, how: str) -> None:
+        """The worker has died. What it had goes to others; its place gets a new one, unless that has been in vain."""
+        jobs = sorted(worker.report.jobs)
+        state = self._leave(worker)
+        if self._stop.draining and worker.stops:
+            worker.report.ended = worker.report.ended or self._stop.exit_code
+        self._log.error(
+            "ray_worker_died",
+            worker=worker.place.name,
+            pid=worker.pid,
+            how=how,
+            jobs=jobs,
+            todo="Its jobs go to others. Killed: look for the out-of-memory killer in the node's log",
+        )
+        if state is None:
+            return
+        state.in_vain = 0 if worker.report.finished else state.in_vain + 1
+        state.not_before = self._clock() + LOOK_EVERY_S / 2 * max(1, state.in_vain)  # a node that ends is seen to
+        if state.in_vain >= STARTS:
+            state.closed = True
+            self._log.error("ray_place_given_up", worker=worker.place.name, starts=STARTS)
+
+    def _leave(self, worker: _LiveWorker) -> _PlaceState | None:
+        """It works no more: its jobs wait again, and its process ends."""
+        worker.stage = "over"
+        self._reports.leave(worker.report)
+        self._hand_out.leave(worker.name)
+        worker.actor.kill()
+        state = self._places.get((worker.place.node.id, worker.place.slot))
+        if state is None or state.worker is not worker:
+            return None
+        state.worker = None
+        return state
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _pass_on_signals(self) -> None:
+        if not self._signals:
+            return
+        drain_s = self._work.settings.drain_s if self._signals == 1 else 0.0
+        self._kill_at = min(self._kill_at, self._clock() + drain_s + END_S)
+        for worker in self._workers():
+            if worker.stage == "starting":  # it has no job
+                worker.report.ended = self._stop.exit_code
+                self._leave(worker)
+                continue
+            while worker.stops < self._signals:
+                worker.stops += 1
+                self._ask(worker, lambda *_: None, "stop", self._stop.signal)
+        if self._clock() >= self._kill_at:
+            for worker in self._workers():
+                self._log.error("ray_worker_killed", worker=worker.place.name, why="it did not end after a signal")
+                worker.report.ended = self._stop.exit_code
+                self._leave(worker)
