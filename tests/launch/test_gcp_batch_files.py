@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from runner.batch.shards import Shard, choose_shard
+from runner.cli import parse_command
 from runner.launch.gcp_batch_files import LONGEST_RUN_S, buckets_of, report_job, run_job
 from runner.launch.gcp_machines import choose_machine
 from runner.launch.submission import Submission
+from runner.verbs.settings import RunSettings
 from tests.launch.discovery_schema import problems, schema
 
 API = "batch.v1.json"
@@ -183,11 +185,14 @@ def test_the_shards_of_all_tasks_are_disjoint_and_complete(shards):
     """With what GCP Batch tells a task: its index and the count."""
     job = run_job(replace(SUBMISSION, shards=shards), L4)
     count = group_of(job)["taskCount"]
-    assert not {"--shard", "--shard-count"} & set(container_of(job)["commands"])
+    verb, flags, _ = parse_command(container_of(job)["commands"][3:])
+    assert verb.name == "run"
+    settings = RunSettings(**flags)
     names = [f"job-{number}" for number in range(23)]
     taken = []
     for index in range(int(count)):
-        shard, _ = choose_shard(None, None, {"BATCH_TASK_INDEX": str(index), "BATCH_TASK_COUNT": count})
+        told = {"BATCH_TASK_INDEX": str(index), "BATCH_TASK_COUNT": count}
+        shard, _ = choose_shard(settings.shard, settings.shard_count, told)
         assert shard == Shard(index, shards)
         taken += shard.take(names)
     assert sorted(taken) == sorted(names)

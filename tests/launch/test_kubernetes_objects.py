@@ -9,9 +9,11 @@ from dataclasses import replace
 import kubernetes_validate
 import pytest
 
-from runner.batch.shards import Shard, choose_shard
+from runner.batch.shards import AnyShard, Shard, choose_shard
+from runner.cli import parse_command
 from runner.launch.kubernetes_objects import PodSettings, report_job, run_job
 from runner.launch.submission import Submission
+from runner.verbs.settings import RunSettings
 
 SUBMISSION = Submission(
     name="night",
@@ -155,9 +157,11 @@ def test_what_becomes_of_a_shard_whose_pod_ended(code, disrupted, action):
 
 
 def choose(args: list[str], index: int) -> object:
-    text = args[args.index("--shard") + 1] if "--shard" in args else None
-    count = int(args[args.index("--shard-count") + 1]) if "--shard-count" in args else None
-    return choose_shard(text, count, {"JOB_COMPLETION_INDEX": str(index)})[0]
+    """As the container's command line reads its words, and takes its shard."""
+    verb, flags, _ = parse_command(args)
+    assert verb.name == "run"
+    settings = RunSettings(**flags)
+    return choose_shard(settings.shard, settings.shard_count, {"JOB_COMPLETION_INDEX": str(index)})[0]
 
 
 @pytest.mark.parametrize("shards", [1, 2, 7, 40])
@@ -178,6 +182,7 @@ def test_pods_that_share_by_leases_are_not_told_a_count():
         args = pod_of(jobs(variant)[0])["containers"][0]["args"]
         assert "--shard-count" not in args
         assert args[args.index(flags[0]) + 1] == flags[1]
+    assert isinstance(choose(pod_of(jobs("any")[0])["containers"][0]["args"], 3), AnyShard)
 
 
 def test_the_report_waits_without_a_gpu():
