@@ -92,7 +92,8 @@ class SummarySchedule:
     The time that writing takes, of which the product leaves nine times as much before the next, counts as none.
     """
 
-    def __init__(self, begin: float, jobs: int) -> None:
+    def __init__(self, begin: float, jobs: int | None = None) -> None:
+        """`jobs`: those known at the start; None: it gets to know each when it ends, as under a driver."""
         self.lines: Counter[str] = Counter()
         self._begin, self._jobs = begin, jobs
         self._written_at, self._written_lines = float("-inf"), 0
@@ -100,7 +101,8 @@ class SummarySchedule:
     def note(self, status: str, now: float) -> bool:
         self.lines[status] += 1
         total = self.lines.total()
-        grown = total - self._written_lines >= SHARE_OF_JOBS * self._jobs
+        known = total if self._jobs is None else self._jobs
+        grown = total - self._written_lines >= SHARE_OF_JOBS * known
         waited = now - self._written_at >= max(WAIT_S, WAIT_SHARE * (now - self._begin))
         if grown or waited:
             self._written_at, self._written_lines = now, total
@@ -149,7 +151,6 @@ class Fleet:
         self._ids = [f"job-{index:06d}" for index in range(len(works))]
         self._index = {name: index for index, name in enumerate(self._ids)}
         self._hand_out: HandOut | None = None
-        self._of_driver = SummarySchedule(0.0, len(works))
         if share == "ray":
             jobs = [Job(name, "r.png", "v.mp4", None, "", OPTIONS, None) for name in self._ids]
             forecasts = {name: work.forecast_s for name, work in zip(self._ids, works, strict=True)}
@@ -164,8 +165,6 @@ class Fleet:
             event()
         for runner in list(self._runners.values()):  # the driver ends its workers
             self._end(runner)
-        if self._hand_out is not None:
-            self.outcome.summaries.append((self._of_driver.lines, len(self._works)))
         self.outcome.ended_s, self.outcome.starts = self.now, list(self._starts.values())
         return self.outcome
 
@@ -186,7 +185,9 @@ class Fleet:
             mine = AnyShard(name).arrange(AnyShard(name).take(everything))
         todo = deque(job for job in mine if not self._done[job])
         done = len(mine) - len(todo)
-        runner = _Runner(name, place, self.now, todo, SummarySchedule(self.now, len(mine)), more=self._share == "ray")
+        driven = self._share == "ray"
+        schedule = SummarySchedule(self.now, None if driven else len(mine))
+        runner = _Runner(name, place, self.now, todo, schedule, more=driven)
         self._runners[name] = runner
         self._starts[place] += 1
         self.outcome.runners += 1
@@ -269,10 +270,13 @@ class Fleet:
             runner.alive = False
             del self._runners[runner.name]
             self.outcome.machine_s += self.now - runner.began
-            if final and self._hand_out is None:
+            if final:
                 self.outcome.summaries.append((runner.schedule.lines.copy(), self._jobs_of(runner)))
 
     def _jobs_of(self, runner: _Runner) -> int:
+        """Lines of its summary."""
+        if self._share == "ray":
+            return runner.schedule.lines.total()
         if self._share == "any":
             return len(self._works)
         return len(range(runner.place, len(self._works), self._settings.machines))
@@ -299,10 +303,8 @@ class Fleet:
             self._dispatch()
 
     def _note_line(self, runner: _Runner, status: str) -> None:
-        schedule = runner.schedule if self._hand_out is None else self._of_driver
-        if schedule.note(status, self.now):
-            jobs = self._jobs_of(runner) if self._hand_out is None else len(self._works)
-            self.outcome.summaries.append((schedule.lines.copy(), jobs))
+        if runner.schedule.note(status, self.now):
+            self.outcome.summaries.append((runner.schedule.lines.copy(), self._jobs_of(runner)))
 
     # -- a runner's loop ------------------------------------------------------------------------------------------
 

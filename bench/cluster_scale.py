@@ -100,7 +100,7 @@ def simulate(
     bound_s = max(sum(device_s) / settings.machines, *device_s)
     requests = count_all(outcome, works, counted)
     sizes = [weight.of(lines | {"not_run": jobs - lines.total()}) for lines, jobs in outcome.summaries]
-    files = 1 if share == "ray" else outcome.runners if share == "any" else settings.machines
+    files = settings.machines if share == "static" else outcome.runners
     return {
         "share": share,
         "kills_per_hour": settings.kills_per_hour,
@@ -122,7 +122,6 @@ def simulate(
             "writings": len(sizes),
             "bytes_written": round(sum(sizes)),
             "largest": round(max(sizes)),
-            "bytes_at_the_end": round(files * sizes[-1] if share != "static" else sum(sizes[-files:])),
         },
     }
 
