@@ -56,7 +56,15 @@ class Platform(ABC):
 
     def problem_of_place(self, uri: str) -> str | None:
         """Why a task cannot read or write `uri`, in words that follow it; None where it can."""
-        return None if is_remote(uri) else "lies on this machine; the tasks run elsewhere"
+        if is_remote(uri):
+            return None
+        if "://" in uri:
+            return "lies in a store that the tasks cannot read"
+        return "lies on this machine; the tasks run elsewhere"
+
+    def kept_manifest(self, out: str, key: str) -> bytes | None:
+        """What lies under `key` below `out`, as the user named it; None: nothing. Raises storage.*, ConfigInvalid."""
+        return open_storage(out).read_bytes(key)
 
     def keep_manifest(self, out: str, key: str, data: bytes) -> None:
         """Write the frozen manifest to `key` below `out`, as the user named it. Raises storage.*, ConfigInvalid."""

@@ -1,0 +1,88 @@
+"""Task count: whatever the jobs, no schedule of the chosen number of tasks is longer than the time."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.batch.shards import Shard
+from runner.errors import ConfigInvalid
+from runner.launch.task_count import count_tasks, limit_tasks
+
+SECONDS = st.lists(st.floats(0.5, 3000), min_size=1, max_size=60)
+
+
+def list_schedule(seconds: list[float], gpus: int) -> float:
+    """When the last job ends if each GPU takes the next job as soon as it is free."""
+    free = [0.0] * gpus
+    for job in seconds:
+        heapq.heapreplace(free, free[0] + job)
+    return max(free)
+
+
+@given(SECONDS)
+def test_no_share_by_index_is_longer_than_the_time_and_one_task_less_would_be_too_few(seconds):
+    found = count_tasks(seconds, within_s=3600, startup_s=600).tasks
+    loads = [sum(Shard(index, found).take(seconds)) for index in range(found)]
+    assert max(loads) <= 3000 + 1e-6
+    assert found <= len(seconds)
+    if found > 1:
+        fewer = [sum(Shard(index, found - 1).take(seconds)) for index in range(found - 1)]
+        assert max(fewer) > 3000 - 1e-6
+
+
+@given(SECONDS, st.integers(1, 8), st.randoms(use_true_random=False))
+def test_jobs_that_are_handed_out_end_in_time_in_any_order(seconds, gpus, random):
+    found = count_tasks(seconds, within_s=3600, startup_s=600, gpus_per_task=gpus, share="any").tasks
+    for _ in range(5):
+        random.shuffle(seconds)
+        assert list_schedule(seconds, found * gpus) <= 3000 + 1e-6
+    assert (found - 1) * gpus < len(seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "how", "tasks"),
+    [
+        ([60.0] * 100, {}, 2),  # 6,000 s of work, 3,000 s of room
+        ([60.0] * 101, {}, 3),
+        ([10.0], {}, 1),
+        ([2000.0, 10.0] * 10, {}, 11),  # with 7, 8 or 10 tasks one share would have two long jobs
+        ([3000.0] * 4, {"share": "any"}, 4),
+        ([60.0] * 100, {"gpus_per_task": 2}, 2),
+    ],
+)
+def test_examples_that_can_be_counted_by_hand(seconds, how, tasks):
+    assert count_tasks(seconds, within_s=3600, startup_s=600, **how).tasks == tasks
+
+
+def test_the_reason_has_the_numbers():
+    found = count_tasks([60.0] * 100, within_s=3600, startup_s=600)
+    assert found.reason == (
+        "1.7 h of GPU time in 100 jobs by the forecast; "
+        "the longest task takes 60 min of 60 min, 10 min of them to start"
+    )
+
+
+def test_a_job_that_is_too_long_by_itself_is_named_with_the_time_that_it_needs():
+    with pytest.raises(ConfigInvalid, match=r"^--within: job anna takes 51 min by the forecast") as caught:
+        count_tasks([10, 3060], within_s=3600, startup_s=600, longest="job anna")
+    assert "Give at least --within 61m" in caught.value.message
+    assert count_tasks([10, 3060], within_s=61 * 60, startup_s=600).tasks == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "jobs", "gpus", "tasks", "reason"),
+    [
+        (4, 4, 1, 4, "--shards 4"),
+        (5, 4, 1, 4, "--shards 5, lowered: there are 4 jobs"),
+        (2, 1, 1, 1, "--shards 2, lowered: there is 1 job"),
+        (3, 17, 8, 3, "--shards 3"),
+        (4, 17, 8, 3, "--shards 4, lowered: there are 17 jobs at 8 GPUs a task"),
+    ],
+)
+def test_there_are_no_more_tasks_than_jobs(asked, jobs, gpus, tasks, reason):
+    found = limit_tasks(asked, jobs, gpus)
+    assert (found.tasks, found.reason) == (tasks, reason)
