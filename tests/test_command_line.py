@@ -120,6 +120,10 @@ CALLS = {
     "doctor": ([], "runner.verbs.doctor.doctor"),
     "preprocess": (["--reference", "r", "--video", "v", "--out", "o"], "runner.verbs.preprocess.preprocess"),
     "quantize": ([], "runner.verbs.quantize.quantize"),
+    "submit kubernetes": (
+        ["m.yaml", "--out", "s3://b/out", "--models", "s3://b/models", "--image", "i:1", "--shards", "2"],
+        "runner.verbs.submit.submit_kubernetes",
+    ),
     "weights fetch": ([], "runner.verbs.weights.fetch"),
     "weights verify": ([], "runner.verbs.weights.verify"),
     "weights demo": ([], "runner.verbs.weights.demo"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from runner.verbs.flags import Settings
 from runner.verbs.settings import (
@@ -32,6 +32,10 @@ from runner.verbs.settings import (
     ValidateSettings,
     VerifySettings,
 )
+from runner.verbs.submit_settings import SubmitKubernetesSettings
+
+if TYPE_CHECKING:
+    from runner.verbs.submit import Submitted
 
 __all__ = ["EXIT_CODES", "GROUPS", "ONE_OBJECT", "VERBS", "Display", "Verb"]
 
@@ -51,7 +55,7 @@ ONE_OBJECT = "one JSON object on standard output, and nothing else"  # of an err
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb, or one of `weights`, as it stands on the command line."""
+    """One verb, or one of `weights` or `submit`, as it stands on the command line."""
 
     name: str
     text: str
@@ -221,6 +225,25 @@ def _quantize(settings: QuantizeSettings, display: Display) -> int:
     return 0
 
 
+def _submit_kubernetes(settings: SubmitKubernetesSettings, display: Display) -> int:
+    from runner.verbs.submit import submit_kubernetes
+
+    return _show_submitted(display, lambda: submit_kubernetes(settings))
+
+
+def _show_submitted(display: Display, submit: Callable[[], Submitted]) -> int:
+    from runner.verbs.json_objects import submitted_object
+    from runner.verbs.tables import print_json, print_submitted
+
+    with _only_json(display):
+        found = submit()
+    if display.json:
+        print_json(submitted_object(found))
+    else:
+        print_submitted(found)
+    return 0
+
+
 def _fetch(settings: FetchSettings, display: Display) -> int:
     from runner.verbs.tables import print_fetched, print_text
     from runner.verbs.weights import fetch
@@ -247,7 +270,11 @@ def _demo(settings: DemoSettings, display: Display) -> int:
     return 0
 
 
-GROUPS = {"weights": "fetch | verify | demo: model files"}
+GROUPS = {
+    "submit": "kubernetes: a run on many machines, as an array of tasks",
+    "weights": "fetch | verify | demo: model files",
+}
+SUBMIT_CODES = (0, 1, 2, 3)
 VERBS = (
     Verb(
         "run",
@@ -372,6 +399,20 @@ VERBS = (
             "video-lab quantize --models models",
             "video-lab quantize --models models --recipe fp4 --format g32 --calibrate manifests/nightly.yaml",
         ),
+    ),
+    Verb(
+        "submit kubernetes",
+        "a run as an Indexed Job on a Kubernetes cluster, and a Job that writes its report",
+        SubmitKubernetesSettings,
+        _submit_kubernetes,
+        SUBMIT_CODES,
+        (
+            "video-lab submit kubernetes s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --shards 16 --secret s3-access",
+            "video-lab submit kubernetes night.yaml --out s3://bucket/out --models s3://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --gpu H100 --within 2h --render-only night-job",
+        ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "weights fetch",

@@ -31,6 +31,7 @@ __all__ = [
     "are_parts",
     "are_revisions",
     "are_texts",
+    "are_variables",
     "check_by",
     "is_age",
     "is_assumptions",
@@ -47,7 +48,9 @@ __all__ = [
     "is_rule",
     "is_run_id",
     "is_seconds",
+    "is_shards",
     "is_spot",
+    "is_store",
     "is_switch",
     "is_text",
     "is_time",
@@ -59,6 +62,9 @@ ALL_LAYERS = "all"  # the rule that is known without torch
 MAX_EMBED_MB = 1024
 MAX_INTERVAL_S = 86400
 MAX_REASON = 2000  # characters
+AUTO = "auto"
+# Names of variables whose values open something. Others are told by the words in them, see `are_variables`.
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
 Check = Callable[[str, Any], Any]  # (name of the flag, value) -> the value as the field holds it; raises ConfigInvalid
@@ -105,6 +111,10 @@ def is_whole(least: int, flag: str, value: Any) -> int:
     if not isinstance(text, int) or isinstance(text, bool) or text < least:
         raise _wrong(flag, value, f"a whole number, {least} or more", f"Write e.g. {flag} {least + 3}")
     return text
+
+
+def is_shards(flag: str, value: Any) -> int | str:
+    return AUTO if value == AUTO else is_whole(1, flag, value)
 
 
 def is_seconds(flag: str, value: Any) -> float:
@@ -173,6 +183,39 @@ def are_texts(flag: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise _wrong(flag, value, "a list of texts", f"Give a list; on the command line repeat {flag}")
     return tuple(is_text(flag, item) for item in value)
+
+
+def are_variables(flag: str, value: Any) -> tuple[str, ...]:
+    """NAME=VALUE. Refused is what `redact` would mask: the texts stand in files and in a platform's job definitions."""
+    from runner.redact import redact
+
+    texts = are_texts(flag, value)
+    names = []
+    for text in texts:
+        name, equals, content = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            todo = f"Write e.g. {flag} OMP_NUM_THREADS=8"
+            raise ConfigInvalid(f"must be NAME=VALUE, not {redact(text)!r}", where=flag, todo=todo)
+        probe = f"?{name}=some-value"  # as a parameter of a URL, whose name tells what it holds
+        if name in CREDENTIALS or redact(probe) != probe or redact(text) != text or redact(content) != content:
+            raise ConfigInvalid(
+                f"{name} holds a credential, and what is submitted is written into files and job definitions",
+                where=flag,
+                todo="Give the tasks a role, a service account or a secret of the platform instead",
+            )
+        names.append(name)
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigInvalid(f"{twice[0]} is given twice", where=flag, todo="Give each variable once")
+    return texts
+
+
+def is_store(flag: str, value: Any) -> str:
+    from runner.storage.uris import is_remote, remote_forms
+
+    uri = is_text(flag, value)
+    if not is_remote(uri):
+        raise _wrong(flag, value, "a place in an object store", f"Write {remote_forms()}")
+    return uri.rstrip("/")
 
 
 def is_manifest(flag: str, value: Any) -> str | Manifest:

@@ -1,4 +1,5 @@
-"""JSON objects: what `--json` prints of `run`, `validate`, `plan` and `doctor`, and of a verb that ends with an error.
+"""JSON objects: what `--json` prints of `run`, `validate`, `plan`, `doctor`, `submit`, and of a verb that ends with an
+error.
 
 In:   what a verb found. Out: one JSON-able mapping; keys name units as those of records do. Never: printing.
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from runner.verbs.doctor import Check
     from runner.verbs.outcome import RunOutcome
     from runner.verbs.plan import Forecast, RunForecast
+    from runner.verbs.submit import Submitted
     from runner.verbs.validate import Validation
 
-__all__ = ["checks_object", "error_object", "plan_object", "run_object", "validation_object"]
+__all__ = ["checks_object", "error_object", "plan_object", "run_object", "submitted_object", "validation_object"]
 
 
 def error_object(error: RunnerError) -> dict[str, Any]:
@@ -104,4 +106,23 @@ def checks_object(checks: Sequence[Check]) -> dict[str, Any]:
     return {
         "ok": all(check.status != "fail" for check in checks),
         "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
+def submitted_object(found: Submitted) -> dict[str, Any]:
+    """`folder` is null where the job was submitted; `ids` is empty where it was only written down."""
+    return {
+        "platform": found.platform,
+        "name": found.name,
+        "run_id": found.run_id,
+        "out": found.out,
+        "manifest": found.manifest,
+        "shards": found.tasks.tasks,
+        "shards_reason": found.tasks.reason,
+        "jobs": found.jobs,
+        "uploaded": found.uploaded,
+        "folder": found.folder,
+        "files": list(found.files),
+        "ids": [{"role": job.role, "id": job.id} for job in found.ids],
+        "watch": list(found.watch),
     }

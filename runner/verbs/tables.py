@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from runner.verbs.outcome import RunOutcome
     from runner.verbs.plan import Forecast
     from runner.verbs.quantize import Quantized
+    from runner.verbs.submit import Submitted
     from runner.verbs.weights import Verification
     from runner.weights.fetch import Fetched
 
@@ -52,6 +54,7 @@ __all__ = [
     "print_problems",
     "print_quantized",
     "print_run",
+    "print_submitted",
     "print_text",
     "print_verification",
 ]
@@ -384,6 +387,24 @@ def print_quantized(made: Quantized) -> None:
 def print_fetched(fetched: Fetched, *, dry_run: bool) -> None:
     done = "would be fetched" if dry_run else f"{fetched.downloaded_bytes / 1e9:.2f} GB fetched"
     print_text(f"{fetched.folder}: {fetched.files} files, {fetched.bytes / 1e9:.2f} GB, {done}")
+
+
+def print_submitted(found: Submitted) -> None:
+    """What was submitted and how to watch it; or what was written, and how to submit it."""
+    jobs = "1 job" if found.jobs == 1 else f"{found.jobs} jobs"
+    tasks = "1 task" if found.tasks.tasks == 1 else f"{found.tasks.tasks} tasks"
+    print_text(f"run {found.run_id} on {found.platform}: {jobs} in {tasks} ({found.tasks.reason})")
+    if found.folder is not None:
+        print_text(f"written into {found.folder}: {', '.join(found.files)}; nothing was sent")
+        print_text(f"to submit it, run {Path(found.folder, 'submit.sh')}")
+        return
+    if found.uploaded:
+        print_text(f"input files sent: {found.uploaded}")
+    for job in found.ids:
+        print_text(f"{job.role:<6} {job.id}")
+    print_text("to watch or stop it:")
+    for line in found.watch:
+        print_text(f"  {line}")
 
 
 def print_verification(found: Verification) -> None:

@@ -1,0 +1,317 @@
+"""Submit: brings one run to a batch platform as an array of tasks, with its manifest frozen beside it.
+
+In:   `SubmitSettings` and the platform that they name. Out: a `Submitted`: what the platform has accepted, or the files
+that describe the job. Never: a platform's words (launch/); printing.
+
+What can fail without a trace comes first: the manifest, the places, the platform's ranges, the forecast, then questions
+that change nothing. Then inputs are copied, the manifest is kept, and the job is submitted last.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+import structlog
+
+from runner.errors import ConfigInvalid, InputUnreadable, RunnerError, as_runner_error, first_few
+from runner.launch.input_upload import InputUpload, plan_uploads, send_uploads
+from runner.launch.kubernetes import Kubernetes
+from runner.launch.platform import Platform
+from runner.launch.submission import Submission, SubmittedJob
+from runner.launch.task_count import TaskCount, count_tasks, limit_tasks
+from runner.records.events import default_logging
+from runner.records.output_layout import MANIFEST, run_file_key
+from runner.redact import redact
+from runner.spec.frozen_manifest import freeze_manifest, replace_places
+from runner.spec.manifest import Job, Manifest, load_manifest
+from runner.spec.options import official_names
+from runner.storage import local_path, stat_input
+from runner.verbs.flag_values import AUTO, parse_age
+from runner.verbs.plan import forecast_jobs
+from runner.verbs.selection import select_jobs
+from runner.verbs.settings import PlanSettings
+from runner.verbs.submit_settings import STARTUP, WITHIN, SubmitKubernetesSettings, SubmitSettings
+
+__all__ = ["Submitted", "submit_kubernetes", "submit_to"]
+
+FOREIGN = ("gs",)  # schemes of inputs that a platform may give its tasks, and that the runner does not read
+NAME_LENGTH = 40  # of a name that is made here; every platform takes it
+JOBS_NAMED = 3  # of those that use one place
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that was submitted, or written down.
+
+    out: as the user named it. folder: of the files, where they were written instead of submitted. ids: what the
+    platform has accepted. watch: command lines. uploaded: input files that were sent.
+    """
+
+    platform: str
+    name: str
+    run_id: str
+    out: str
+    manifest: str  # the frozen one, as the tasks name it
+    tasks: TaskCount
+    jobs: int
+    files: tuple[str, ...]
+    folder: str | None = None
+    ids: tuple[SubmittedJob, ...] = ()
+    watch: tuple[str, ...] = ()
+    uploaded: int = 0
+
+
+@default_logging()
+def submit_kubernetes(settings: SubmitKubernetesSettings) -> Submitted:
+    """The verb `submit kubernetes`. Raises as `submit_to` does."""
+    platform = Kubernetes(
+        namespace=settings.namespace or Kubernetes.namespace,
+        service_account=settings.service_account,
+        secret=settings.secret,
+        node_selector=settings.node_selector,
+        tolerations=settings.toleration,
+        context=settings.context,
+    )
+    return submit_to(platform, settings)
+
+
+def submit_to(platform: Platform, settings: SubmitSettings) -> Submitted:
+    """Submit the run, or write it into `render_only`.
+
+    Raises ManifestInvalid, ConfigInvalid, InputUnreadable for jobs that cannot be forecast, ClusterDenied,
+    ClusterUnavailable, storage.*.
+    """
+    manifest = _read_chosen(settings)
+    name = settings.name or _name_after(manifest.source)
+    run_id = settings.run_id or f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    out, models = _absolute(settings.out), _absolute(str(settings.models))
+    key = run_file_key(run_id, MANIFEST)
+    local = _check_places(platform, settings, manifest, {"OUT": out, "the model store": models})
+    draft = _draft(settings, name, run_id, *(platform.place(place) for place in (out, f"{out}/{key}", models)))
+    platform.check(draft)  # before a forecast reads inputs for minutes
+    tasks = _count_tasks(settings, manifest)
+    structlog.get_logger().info("tasks", tasks=tasks.tasks, reason=tasks.reason)
+
+    uploads = _plan_uploads(local, settings.upload_inputs)
+    moved = {upload.place: upload.uri for upload in uploads}
+    seen = replace_places(manifest, lambda place: platform.place(moved.get(place, place)))
+    frozen = freeze_manifest(seen)
+    submission = replace(draft, shards=tasks.tasks)
+    platform.check(submission)
+    files = platform.render(submission)
+    made = Submitted(
+        platform=platform.name,
+        name=name,
+        run_id=run_id,
+        out=out,
+        manifest=submission.manifest,
+        tasks=tasks,
+        jobs=len(manifest.jobs),
+        files=(*files, MANIFEST),
+    )
+    if settings.render_only is not None:
+        _write(settings.render_only, files, frozen)
+        return replace(made, folder=str(settings.render_only))
+
+    platform.ask(submission)
+    _check_run_is_new(platform, out, key, frozen)
+    uploaded = send_uploads(uploads, settings.upload_inputs) if settings.upload_inputs else 0
+    platform.keep_manifest(out, key, frozen)
+    ids = platform.submit(submission, files)
+    return replace(made, ids=ids, watch=platform.watch(submission, ids), uploaded=uploaded)
+
+
+def _draft(settings: SubmitSettings, name: str, run_id: str, out: str, manifest: str, models: str) -> Submission:
+    """The submission, of one task where the number is not known yet. Places are as a task sees them."""
+    return Submission(
+        name=name,
+        run_id=run_id,
+        manifest=manifest,
+        out=out,
+        models=models,
+        image=settings.image,
+        shards=1 if settings.shards == AUTO else int(settings.shards),
+        share=settings.share,
+        gpus_per_task=settings.gpus_per_task,
+        cpus=settings.cpus,
+        memory_gib=settings.memory_gib,
+        disk_gib=settings.disk_gib,
+        spot=settings.spot,
+        attempts=settings.attempts,
+        drain_s=settings.drain_s,
+        time_limit_s=round(parse_age(settings.time_limit)),
+        environment=_environment(settings.env),
+        run_flags=_run_flags(settings),
+        gpu_hour=settings.gpu_hour,
+    )
+
+
+def _read_chosen(settings: SubmitSettings) -> Manifest:
+    """The manifest with the jobs that `only` and `limit` leave."""
+    given = settings.manifest
+    manifest = load_manifest(given, foreign=FOREIGN) if isinstance(given, str) else given
+    return replace(manifest, jobs=tuple(select_jobs(manifest.jobs, settings.only, settings.limit)))
+
+
+def _name_after(source: str) -> str:
+    """`manifests/Night 7.yaml` → `night-7`: letters that every platform takes, a letter first."""
+    stem = "run" if source == "-" else PurePosixPath(source).stem
+    words = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "run"
+    return (words if words[0].isalpha() else f"run-{words}")[:NAME_LENGTH].rstrip("-")
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else os.path.abspath(local_path(uri))
+
+
+def _environment(texts: Iterable[str]) -> Mapping[str, str]:
+    pairs = (text.partition("=") for text in texts)
+    return MappingProxyType({name: value for name, _, value in pairs})
+
+
+def _run_flags(settings: SubmitSettings) -> tuple[str, ...]:
+    flags = (
+        ("--recipe", settings.recipe),
+        ("--memory", settings.memory),
+        ("--max-attempts", settings.max_attempts),
+    )
+    return tuple(word for name, value in flags if value is not None for word in (name, str(value)))
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(jobs: Iterable[Job]) -> dict[tuple[str, str], list[Job]]:
+    """(role, place) → the jobs that read it. Official files go by their folder."""
+    found: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        roles = {"reference": job.reference, "video": job.video, "mask": job.mask}
+        for role, place in roles.items() if job.official is None else [("official files", job.official)]:
+            if place is not None:
+                found.setdefault((role, place), []).append(job)
+    return found
+
+
+def _check_places(
+    platform: Platform, settings: SubmitSettings, manifest: Manifest, common: Mapping[str, str]
+) -> dict[str, set[str]]:
+    """The local inputs that are to be copied, with the names of the files in a folder (of a file: none).
+
+    Raises ConfigInvalid with every place that the tasks cannot use.
+    """
+    problems = []
+    for role, place in common.items():
+        if (problem := _problem(platform, place)) is not None:
+            problems.append(f"{role} {place} {problem}")
+    if settings.upload_inputs is not None and (problem := _problem(platform, settings.upload_inputs)) is not None:
+        problems.append(f"--upload-inputs {settings.upload_inputs} {problem}")
+    local: dict[str, set[str]] = {}
+    refused = 0
+    for (role, place), jobs in _inputs(manifest.jobs).items():
+        if settings.upload_inputs is not None and "://" not in place:
+            names = {name for job in jobs if job.official for name in official_names(job.options.mode).values()}
+            local.setdefault(place, set()).update(names)
+            problem = _problem_of_files(place, names)
+        else:
+            problem = _problem(platform, place)
+            refused += problem is not None
+        if problem is not None:
+            ids = first_few([job.id for job in jobs], JOBS_NAMED)
+            problems.append(f"{role} {place} of {ids} {problem}")
+    if problems:
+        todo = "put them where the tasks read them"
+        todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs" if refused else ""
+        places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}; {todo}{lines}", where=manifest.source)
+    return local
+
+
+def _problem(platform: Platform, place: str) -> str | None:
+    if redact(place) != place:
+        return "holds what looks like a credential, and would be written into files"
+    return platform.problem_of_place(place)
+
+
+def _problem_of_files(place: str, names: Iterable[str]) -> str | None:
+    """Why a local input cannot be copied."""
+    try:
+        for path in [f"{place}/{name}" for name in sorted(names)] or [place]:
+            stat_input(path)
+    except (RunnerError, OSError) as error:
+        found = as_runner_error(error)
+        return f"cannot be copied: {found.what}" if found.where == place else f"cannot be copied: {found.message}"
+    return None
+
+
+def _plan_uploads(local: Mapping[str, Iterable[str]], root: str | None) -> list[InputUpload]:
+    if root is None or not local:
+        return []
+    structlog.get_logger().info("hashing_inputs", inputs=len(local))
+    return plan_uploads(local, root)
+
+
+def _folders(jobs: Iterable[Job]) -> tuple[str, ...]:
+    """The folders and prefixes of the inputs, as a task sees them."""
+    return tuple(sorted({place.rpartition("/")[0] for _, place in _inputs(jobs)}))
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def _count_tasks(settings: SubmitSettings, manifest: Manifest) -> TaskCount:
+    """As many as were asked for, or as the forecast needs. Raises InputUnreadable with every job that has none."""
+    if settings.shards != AUTO:
+        return limit_tasks(int(settings.shards), len(manifest.jobs), settings.gpus_per_task)
+    asked = PlanSettings(manifest=manifest, gpu=settings.gpu, recipe=settings.recipe, models=settings.models)
+    rows, gpu = forecast_jobs(manifest.jobs, asked, manifest)
+    if wrong := [row for row in rows if row.error is not None]:
+        lines = "".join(f"\n  {row.job_id}: {row.error.message}" for row in wrong if row.error is not None)
+        jobs = "1 job" if len(wrong) == 1 else f"{len(wrong)} jobs"
+        raise InputUnreadable(
+            f"nothing was sent: --shards auto forecasts the jobs, and the inputs of {jobs} cannot be read here; "
+            f"name the number of tasks with --shards N, or mend them{lines}",
+            where=manifest.source,
+        )
+    seconds = [row.plan.seconds or 0.0 for row in rows if row.plan is not None]
+    longest = max(range(len(seconds)), key=seconds.__getitem__)
+    found = count_tasks(
+        seconds,
+        within_s=parse_age(settings.within or WITHIN),
+        startup_s=parse_age(settings.startup or STARTUP),
+        gpus_per_task=settings.gpus_per_task,
+        share=settings.share,
+        longest=f"job {rows[longest].job_id}",
+    )
+    return replace(found, reason=f"--shards auto on {gpu}: {found.reason}")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, files: Mapping[str, str], frozen: bytes) -> None:
+    """Write the job's files; other files that lie there stay."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            if name.endswith(".sh"):
+                (folder / name).chmod(0o755)
+        (folder / MANIFEST).write_bytes(frozen)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigInvalid("is no folder", where=folder, todo="Name a folder") from error
+
+
+def _check_run_is_new(platform: Platform, out: str, key: str, frozen: bytes) -> None:
+    """A run that was submitted before with the same manifest may be submitted again: what is done stays done."""
+    kept = platform.kept_manifest(out, key)
+    if kept is not None and kept != frozen:
+        raise ConfigInvalid(
+            "another manifest was submitted with this run id", where=f"{out}/{key}", todo="Give another --run-id"
+        )

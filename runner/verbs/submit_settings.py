@@ -1,0 +1,186 @@
+"""Submit settings: one frozen value a platform of `video-lab submit`, with the flags that all platforms have in common.
+
+In:   the values of flags. Out: `SubmitAwsBatchSettings`, …; ConfigInvalid for a value that cannot be meant, which names
+the flag. Never: ranges and names that a platform checks: these are in launch/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from runner.errors import ConfigInvalid
+from runner.launch.submission import Submission
+from runner.spec.recipes import MEMORY_CHOICES
+from runner.verbs.flag_values import (
+    AUTO,
+    are_texts,
+    are_variables,
+    is_age,
+    is_one_of,
+    is_path,
+    is_price,
+    is_recipe,
+    is_run_id,
+    is_seconds,
+    is_shards,
+    is_store,
+    is_text,
+    is_whole,
+)
+from runner.verbs.flags import choice, flag, switch
+from runner.verbs.settings import MANIFEST, SelectionSettings, default_models
+
+if TYPE_CHECKING:
+    from runner.spec.manifest import Manifest
+
+__all__ = ["STARTUP", "WITHIN", "SubmitKubernetesSettings", "SubmitSettings"]
+
+SHARES = ("index", "any")
+WITHIN = "1h"  # with --shards auto
+# Assumed, not measured: two minutes for a machine and the image, two for 23 GB of weights (fp4-distill with its
+# encoders) from a bucket nearby at 200 MB/s, one to load them.
+STARTUP = "5m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitSettings(SelectionSettings):
+    """What every platform is told: the run, and one task of it. `within`, `startup` and `gpu` are for `shards` auto."""
+
+    manifest: str | Manifest = field(metadata=MANIFEST)
+    out: str = field(metadata=flag("output folder or URI, as this machine names it", is_text, "URI"))
+    image: str = field(metadata=flag("container image of the runner, with a tag or a digest", is_text, "IMAGE"))
+    models: str | None = field(
+        default_factory=default_models,
+        metadata=flag("model store that the tasks read ($VIDEO_LAB_MODELS)", is_text, "URI"),
+    )
+    shards: int | str = field(
+        default=AUTO,
+        metadata=flag("tasks; auto: as few as end --within the time, by the forecast for --gpu", is_shards, "N|auto"),
+    )
+    within: str | None = field(
+        default=None,
+        metadata=flag(
+            f"--shards auto: the time that the tasks may take once they have started ({WITHIN})", is_age, "AGE"
+        ),
+    )
+    startup: str | None = field(
+        default=None,
+        metadata=flag(f"--shards auto: of it, the time until a task's first job begins ({STARTUP})", is_age, "AGE"),
+    )
+    gpu: str | None = field(
+        default=None, metadata=flag("--shards auto: whose seconds to forecast, e.g. H100", is_text, "NAME")
+    )
+    share: Literal["index", "any"] = field(
+        default=Submission.share,
+        metadata=choice(
+            "a task's jobs: every N-th from its index, or any that no other task holds; several GPUs a task: any",
+            SHARES,
+        ),
+    )
+    gpus_per_task: int = field(
+        default=Submission.gpus_per_task,
+        metadata=flag("GPUs of a task; several: a process on each", partial(is_whole, 1), "N"),
+    )
+    cpus: int = field(default=Submission.cpus, metadata=flag("CPUs of a task", partial(is_whole, 1), "N"))
+    memory_gib: int = field(
+        default=Submission.memory_gib, metadata=flag("host memory of a task", partial(is_whole, 1), "GIB")
+    )
+    disk_gib: int = field(
+        default=Submission.disk_gib,
+        metadata=flag("disk of a task, for models and scratch", partial(is_whole, 1), "GIB"),
+    )
+    spot: bool = field(default=False, metadata=switch("on machines that may be taken back"))
+    name: str | None = field(
+        default=None, metadata=flag("of the job; default: from the manifest's name", is_text, "NAME")
+    )
+    run_id: str | None = field(
+        default=None, metadata=flag("of the run; default: the name and the time, UTC", is_run_id, "ID")
+    )
+    recipe: str | None = field(
+        default=None, metadata=flag("weights, precision and steps; over the manifest's", is_recipe, "NAME")
+    )
+    memory: str | None = field(
+        default=None,
+        metadata=flag("where weights live; over the manifest's", partial(is_one_of, MEMORY_CHOICES), "MODE"),
+    )
+    attempts: int = field(
+        default=Submission.attempts, metadata=flag("how often a task is started at most", partial(is_whole, 1), "N")
+    )
+    max_attempts: int | None = field(
+        default=None, metadata=flag("attempts that a job gets, as of run", partial(is_whole, 0), "N")
+    )
+    drain_s: float = field(
+        default=Submission.drain_s, metadata=flag("seconds the running job gets after a signal", is_seconds, "S")
+    )
+    time_limit: str = field(default="24h", metadata=flag("of one attempt of a task", is_age, "AGE"))
+    env: tuple[str, ...] = field(
+        default=(),
+        metadata=flag("variable of the tasks, no credential; repeatable", are_variables, "NAME=VALUE", repeatable=True),
+    )
+    gpu_hour: float | None = field(
+        default=None, metadata=flag("price of an hour of one GPU, for the report", is_price, "PRICE")
+    )
+    upload_inputs: str | None = field(
+        default=None,
+        metadata=flag(
+            "copy local inputs below this prefix, each content once, and let the tasks read them there", is_store, "URI"
+        ),
+    )
+    render_only: Path | None = field(
+        default=None, metadata=flag("write the job into this folder and send nothing", is_path, "DIR")
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if not self.models:
+            raise ConfigInvalid(
+                "no model store was named", where="--models", todo="Give --models URI, or set VIDEO_LAB_MODELS"
+            )
+        if self.render_only is not None and self.upload_inputs is not None:
+            raise ConfigInvalid(
+                "--render-only sends nothing, and --upload-inputs sends the inputs", todo="Leave one of them out"
+            )
+        if self.shards == AUTO and self.gpu is None:
+            raise ConfigInvalid(
+                "--shards auto forecasts the jobs, and for that the GPU must be known",
+                where="--gpu",
+                todo="Give e.g. --gpu H100, or the number of tasks: --shards 8",
+            )
+        if self.shards != AUTO:
+            for name, value in (("--within", self.within), ("--startup", self.startup), ("--gpu", self.gpu)):
+                if value is not None:
+                    raise ConfigInvalid(
+                        f"chooses the number of tasks, and --shards {self.shards} names it",
+                        where=name,
+                        todo="Leave one of them out",
+                    )
+
+
+# -- one value a platform ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitKubernetesSettings(SubmitSettings):
+    """`video-lab submit kubernetes`."""
+
+    namespace: str | None = field(default=None, metadata=flag("where the Jobs are made (default)", is_text, "NAME"))
+    service_account: str | None = field(
+        default=None, metadata=flag("of the pods: what they may read and write", is_text, "NAME")
+    )
+    secret: str | None = field(
+        default=None, metadata=flag("a Secret that exists; its keys become variables of the pods", is_text, "NAME")
+    )
+    node_selector: tuple[str, ...] = field(
+        default=(),
+        metadata=flag(
+            "only nodes with this label, e.g. of a GPU model; repeatable", are_texts, "LABEL=VALUE", repeatable=True
+        ),
+    )
+    toleration: tuple[str, ...] = field(
+        default=(),
+        metadata=flag("also nodes with this taint; repeatable", are_texts, "KEY[=VALUE][:EFFECT]", repeatable=True),
+    )
+    context: str | None = field(default=None, metadata=flag("of kubectl; default: its current one", is_text, "NAME"))
