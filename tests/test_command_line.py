@@ -108,6 +108,7 @@ def test_the_readme_lists_the_same_codes():
 MANIFEST = parse_manifest("version: 1\njobs: [{id: a, reference: r, video: v}]\n", base=".")
 GONE = InputNotFound("no such file", where="r")
 AWAY = StorageUnavailable("does not answer", where="s3://bucket")
+SUBMIT = ["m.yaml", "--out", "s3://b/out", "--models", "s3://b/models", "--image", "i:1", "--shards", "2"]
 CALLS = {
     "run": (["m.yaml", "--out", "out"], "runner.verbs.run.run"),
     "validate": (["m.yaml"], "runner.verbs.validate.validate"),
@@ -120,10 +121,8 @@ CALLS = {
     "doctor": ([], "runner.verbs.doctor.doctor"),
     "preprocess": (["--reference", "r", "--video", "v", "--out", "o"], "runner.verbs.preprocess.preprocess"),
     "quantize": ([], "runner.verbs.quantize.quantize"),
-    "submit kubernetes": (
-        ["m.yaml", "--out", "s3://b/out", "--models", "s3://b/models", "--image", "i:1", "--shards", "2"],
-        "runner.verbs.submit.submit_kubernetes",
-    ),
+    "submit aws-batch": ([*SUBMIT, "--queue", "q"], "runner.verbs.submit.submit_aws_batch"),
+    "submit kubernetes": (SUBMIT, "runner.verbs.submit.submit_kubernetes"),
     "weights fetch": ([], "runner.verbs.weights.fetch"),
     "weights verify": ([], "runner.verbs.weights.verify"),
     "weights demo": ([], "runner.verbs.weights.demo"),

@@ -32,7 +32,7 @@ from runner.verbs.settings import (
     ValidateSettings,
     VerifySettings,
 )
-from runner.verbs.submit_settings import SubmitKubernetesSettings
+from runner.verbs.submit_settings import SubmitAwsBatchSettings, SubmitKubernetesSettings
 
 if TYPE_CHECKING:
     from runner.verbs.submit import Submitted
@@ -225,6 +225,12 @@ def _quantize(settings: QuantizeSettings, display: Display) -> int:
     return 0
 
 
+def _submit_aws_batch(settings: SubmitAwsBatchSettings, display: Display) -> int:
+    from runner.verbs.submit import submit_aws_batch
+
+    return _show_submitted(display, lambda: submit_aws_batch(settings))
+
+
 def _submit_kubernetes(settings: SubmitKubernetesSettings, display: Display) -> int:
     from runner.verbs.submit import submit_kubernetes
 
@@ -271,7 +277,7 @@ def _demo(settings: DemoSettings, display: Display) -> int:
 
 
 GROUPS = {
-    "submit": "kubernetes: a run on many machines, as an array of tasks",
+    "submit": "aws-batch | kubernetes: a run on many machines, as an array of tasks",
     "weights": "fetch | verify | demo: model files",
 }
 SUBMIT_CODES = (0, 1, 2, 3)
@@ -399,6 +405,20 @@ VERBS = (
             "video-lab quantize --models models",
             "video-lab quantize --models models --recipe fp4 --format g32 --calibrate manifests/nightly.yaml",
         ),
+    ),
+    Verb(
+        "submit aws-batch",
+        "a run as an array job on AWS Batch, and a job that writes its report",
+        SubmitAwsBatchSettings,
+        _submit_aws_batch,
+        SUBMIT_CODES,
+        (
+            "video-lab submit aws-batch s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --queue gpus --gpu L40S --within 2h --spot",
+            "video-lab submit aws-batch night.yaml --out s3://bucket/out --models s3://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --queue gpus --shards 16 --render-only night-job",
+        ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "submit kubernetes",

@@ -20,6 +20,7 @@ from types import MappingProxyType
 import structlog
 
 from runner.errors import ConfigInvalid, InputUnreadable, RunnerError, as_runner_error, first_few
+from runner.launch.aws_batch import AwsBatch
 from runner.launch.input_upload import InputUpload, plan_uploads, send_uploads
 from runner.launch.kubernetes import Kubernetes
 from runner.launch.platform import Platform
@@ -36,9 +37,16 @@ from runner.verbs.flag_values import AUTO, parse_age
 from runner.verbs.plan import forecast_jobs
 from runner.verbs.selection import select_jobs
 from runner.verbs.settings import PlanSettings
-from runner.verbs.submit_settings import STARTUP, WITHIN, SubmitKubernetesSettings, SubmitSettings
+from runner.verbs.submit_settings import (
+    STARTUP,
+    WITHIN,
+    SubmitAwsBatchSettings,
+    SubmitKubernetesSettings,
+    SubmitSettings,
+)
+from runner.verbs.validate import input_places
 
-__all__ = ["Submitted", "submit_kubernetes", "submit_to"]
+__all__ = ["Submitted", "submit_aws_batch", "submit_kubernetes", "submit_to"]
 
 FOREIGN = ("gs",)  # schemes of inputs that a platform may give its tasks, and that the runner does not read
 NAME_LENGTH = 40  # of a name that is made here; every platform takes it
@@ -65,6 +73,22 @@ class Submitted:
     ids: tuple[SubmittedJob, ...] = ()
     watch: tuple[str, ...] = ()
     uploaded: int = 0
+
+
+@default_logging()
+def submit_aws_batch(settings: SubmitAwsBatchSettings) -> Submitted:
+    """The verb `submit aws-batch`. Raises as `submit_to` does."""
+    platform = AwsBatch(
+        queue=settings.queue,
+        report_queue=settings.report_queue,
+        job_role=settings.job_role,
+        execution_role=settings.execution_role,
+        region=settings.region,
+        log_group=settings.log_group,
+        share_identifier=settings.share_identifier,
+        cache_folder=settings.cache_folder,
+    )
+    return submit_to(platform, settings)
 
 
 @default_logging()
@@ -102,7 +126,8 @@ def submit_to(platform: Platform, settings: SubmitSettings) -> Submitted:
     moved = {upload.place: upload.uri for upload in uploads}
     seen = replace_places(manifest, lambda place: platform.place(moved.get(place, place)))
     frozen = freeze_manifest(seen)
-    submission = replace(draft, shards=tasks.tasks)
+    inputs = {place for job in seen.jobs for _, place in input_places(job)}
+    submission = replace(draft, shards=tasks.tasks, inputs=tuple(sorted(inputs)))
     platform.check(submission)
     files = platform.render(submission)
     made = Submitted(
@@ -255,11 +280,6 @@ def _plan_uploads(local: Mapping[str, Iterable[str]], root: str | None) -> list[
         return []
     structlog.get_logger().info("hashing_inputs", inputs=len(local))
     return plan_uploads(local, root)
-
-
-def _folders(jobs: Iterable[Job]) -> tuple[str, ...]:
-    """The folders and prefixes of the inputs, as a task sees them."""
-    return tuple(sorted({place.rpartition("/")[0] for _, place in _inputs(jobs)}))
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from runner.verbs.settings import MANIFEST, SelectionSettings, default_models
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
 
-__all__ = ["STARTUP", "WITHIN", "SubmitKubernetesSettings", "SubmitSettings"]
+__all__ = ["STARTUP", "WITHIN", "SubmitAwsBatchSettings", "SubmitKubernetesSettings", "SubmitSettings"]
 
 SHARES = ("index", "any")
 WITHIN = "1h"  # with --shards auto
@@ -160,6 +160,35 @@ class SubmitSettings(SelectionSettings):
 
 
 # -- one value a platform ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitAwsBatchSettings(SubmitSettings):
+    """`video-lab submit aws-batch`."""
+
+    queue: str = field(metadata=flag("job queue: its name or ARN", is_text, "NAME"))
+    report_queue: str | None = field(
+        default=None, metadata=flag("of the job that writes the report; default: the same", is_text, "NAME")
+    )
+    job_role: str | None = field(
+        default=None, metadata=flag("what the tasks may read and write; default: the machine's role", is_text, "ARN")
+    )
+    execution_role: str | None = field(
+        default=None, metadata=flag("what pulls the image; default: the machine's role", is_text, "ARN")
+    )
+    region: str | None = field(default=None, metadata=flag("default: the environment's", is_text, "NAME"))
+    log_group: str | None = field(
+        default=None, metadata=flag("of CloudWatch Logs, which exists; default: /aws/batch/job", is_text, "NAME")
+    )
+    share_identifier: str | None = field(
+        default=None, metadata=flag("where the queue has a scheduling policy", is_text, "NAME")
+    )
+    cache_folder: str | None = field(
+        default=None,
+        metadata=flag(
+            "folder of the machine that keeps models between tasks; its launch template makes it", is_text, "DIR"
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
