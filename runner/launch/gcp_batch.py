@@ -44,6 +44,7 @@ COPY_S = 600.0  # for the manifest; assumed
 MOST_SHARDS = 100_000  # GCP Batch: tasks per task group
 MOST_ATTEMPTS = 10  # ours, as on AWS Batch; GCP Batch takes one more
 BUCKET = "gs://"
+_NO_OBJECT = ("matched no objects or files", "not found: 404")  # gcloud storage cat, of an object that is not there
 _PLACE = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?P<key>(?:/[^/\0\r\n]+)*)/?")
 
 
@@ -131,6 +132,16 @@ class GcpBatch(Platform):
             with suppress(ClusterDenied):  # who may not see a bucket may still submit
                 words = ["gcloud", "storage", "buckets", "describe", f"{BUCKET}{bucket}", "--format", "value(name)"]
                 run_tool([*words, "--quiet"], timeout_s=ASK_S)
+
+    def kept_manifest(self, out: str, key: str) -> bytes | None:
+        """As of Platform, by gcloud; raises ClusterDenied and ClusterUnavailable too."""
+        try:
+            read = run_tool(["gcloud", "storage", "cat", f"{out.rstrip('/')}/{key}", "--quiet"], timeout_s=COPY_S)
+        except ConfigInvalid as error:
+            if any(words in error.what for words in _NO_OBJECT):
+                return None
+            raise
+        return read.encode()
 
     def keep_manifest(self, out: str, key: str, data: bytes) -> None:
         """As of Platform, by gcloud; raises ClusterDenied and ClusterUnavailable too."""

@@ -32,7 +32,12 @@ from runner.verbs.settings import (
     ValidateSettings,
     VerifySettings,
 )
-from runner.verbs.submit_settings import SubmitAwsBatchSettings, SubmitKubernetesSettings
+from runner.verbs.submit_settings import (
+    SubmitAwsBatchSettings,
+    SubmitGcpBatchSettings,
+    SubmitKubernetesSettings,
+    SubmitSlurmSettings,
+)
 
 if TYPE_CHECKING:
     from runner.verbs.submit import Submitted
@@ -231,10 +236,22 @@ def _submit_aws_batch(settings: SubmitAwsBatchSettings, display: Display) -> int
     return _show_submitted(display, lambda: submit_aws_batch(settings))
 
 
+def _submit_gcp_batch(settings: SubmitGcpBatchSettings, display: Display) -> int:
+    from runner.verbs.submit import submit_gcp_batch
+
+    return _show_submitted(display, lambda: submit_gcp_batch(settings))
+
+
 def _submit_kubernetes(settings: SubmitKubernetesSettings, display: Display) -> int:
     from runner.verbs.submit import submit_kubernetes
 
     return _show_submitted(display, lambda: submit_kubernetes(settings))
+
+
+def _submit_slurm(settings: SubmitSlurmSettings, display: Display) -> int:
+    from runner.verbs.submit import submit_slurm
+
+    return _show_submitted(display, lambda: submit_slurm(settings))
 
 
 def _show_submitted(display: Display, submit: Callable[[], Submitted]) -> int:
@@ -277,7 +294,7 @@ def _demo(settings: DemoSettings, display: Display) -> int:
 
 
 GROUPS = {
-    "submit": "aws-batch | kubernetes: a run on many machines, as an array of tasks",
+    "submit": "aws-batch | gcp-batch | kubernetes | slurm: a run on many machines, as an array of tasks",
     "weights": "fetch | verify | demo: model files",
 }
 SUBMIT_CODES = (0, 1, 2, 3)
@@ -421,6 +438,22 @@ VERBS = (
         json_prints=ONE_OBJECT,
     ),
     Verb(
+        "submit gcp-batch",
+        "a run as a job on GCP Batch, a task a shard, and a job that writes its report",
+        SubmitGcpBatchSettings,
+        _submit_gcp_batch,
+        SUBMIT_CODES,
+        (
+            "video-lab submit gcp-batch night.yaml --out gs://bucket/out --models gs://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --location us-central1 --machine-type g2-standard-16 "
+            "--shards 16 --spot",
+            "video-lab submit gcp-batch night.yaml --out gs://bucket/out --models gs://bucket/models "
+            "--image registry.example.com/video-lab:0.1.0 --location us-central1 --machine-type a2-highgpu-1g "
+            "--shards 16 --render-only night-job",
+        ),
+        json_prints=ONE_OBJECT,
+    ),
+    Verb(
         "submit kubernetes",
         "a run as an Indexed Job on a Kubernetes cluster, and a Job that writes its report",
         SubmitKubernetesSettings,
@@ -431,6 +464,20 @@ VERBS = (
             "--image registry.example.com/video-lab:0.1.0 --shards 16 --secret s3-access",
             "video-lab submit kubernetes night.yaml --out s3://bucket/out --models s3://bucket/models "
             "--image registry.example.com/video-lab:0.1.0 --gpu H100 --within 2h --render-only night-job",
+        ),
+        json_prints=ONE_OBJECT,
+    ),
+    Verb(
+        "submit slurm",
+        "a run as an array job of Apptainer containers, and a job that writes its report",
+        SubmitSlurmSettings,
+        _submit_slurm,
+        SUBMIT_CODES,
+        (
+            "video-lab submit slurm /shared/night.yaml --out /shared/out --models /shared/models "
+            "--image /shared/video-lab.sif --partition gpu --gpu H100 --within 2h",
+            "video-lab submit slurm /shared/night.yaml --out /shared/out --models /shared/models "
+            "--image /shared/video-lab.sif --shards 16 --render-only night-job",
         ),
         json_prints=ONE_OBJECT,
     ),

@@ -21,9 +21,11 @@ import structlog
 
 from runner.errors import ConfigInvalid, InputUnreadable, RunnerError, as_runner_error, first_few
 from runner.launch.aws_batch import AwsBatch
+from runner.launch.gcp_batch import GcpBatch
 from runner.launch.input_upload import InputUpload, plan_uploads, send_uploads
 from runner.launch.kubernetes import Kubernetes
 from runner.launch.platform import Platform
+from runner.launch.slurm import Slurm
 from runner.launch.submission import Submission, SubmittedJob
 from runner.launch.task_count import TaskCount, count_tasks, limit_tasks
 from runner.records.events import default_logging
@@ -41,12 +43,14 @@ from runner.verbs.submit_settings import (
     STARTUP,
     WITHIN,
     SubmitAwsBatchSettings,
+    SubmitGcpBatchSettings,
     SubmitKubernetesSettings,
     SubmitSettings,
+    SubmitSlurmSettings,
 )
 from runner.verbs.validate import input_places
 
-__all__ = ["Submitted", "submit_aws_batch", "submit_kubernetes", "submit_to"]
+__all__ = ["Submitted", "submit_aws_batch", "submit_gcp_batch", "submit_kubernetes", "submit_slurm", "submit_to"]
 
 FOREIGN = ("gs",)  # schemes of inputs that a platform may give its tasks, and that the runner does not read
 NAME_LENGTH = 40  # of a name that is made here; every platform takes it
@@ -92,6 +96,19 @@ def submit_aws_batch(settings: SubmitAwsBatchSettings) -> Submitted:
 
 
 @default_logging()
+def submit_gcp_batch(settings: SubmitGcpBatchSettings) -> Submitted:
+    """The verb `submit gcp-batch`. Raises as `submit_to` does."""
+    platform = GcpBatch(
+        location=settings.location,
+        machine_type=settings.machine_type,
+        gpu_type=settings.gpu_type,
+        project=settings.project,
+        service_account=settings.service_account,
+    )
+    return submit_to(platform, settings)
+
+
+@default_logging()
 def submit_kubernetes(settings: SubmitKubernetesSettings) -> Submitted:
     """The verb `submit kubernetes`. Raises as `submit_to` does."""
     platform = Kubernetes(
@@ -101,6 +118,22 @@ def submit_kubernetes(settings: SubmitKubernetesSettings) -> Submitted:
         node_selector=settings.node_selector,
         tolerations=settings.toleration,
         context=settings.context,
+    )
+    return submit_to(platform, settings)
+
+
+@default_logging()
+def submit_slurm(settings: SubmitSlurmSettings) -> Submitted:
+    """The verb `submit slurm`. Raises as `submit_to` does."""
+    platform = Slurm(
+        partition=settings.partition,
+        account=settings.account,
+        qos=settings.qos,
+        constraint=settings.constraint,
+        sbatch_flags=settings.sbatch_flag,
+        bind=settings.bind,
+        cache=settings.cache_folder,
+        report_partition=settings.report_partition,
     )
     return submit_to(platform, settings)
 

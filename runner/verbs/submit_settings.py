@@ -36,7 +36,15 @@ from runner.verbs.settings import MANIFEST, SelectionSettings, default_models
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
 
-__all__ = ["STARTUP", "WITHIN", "SubmitAwsBatchSettings", "SubmitKubernetesSettings", "SubmitSettings"]
+__all__ = [
+    "STARTUP",
+    "WITHIN",
+    "SubmitAwsBatchSettings",
+    "SubmitGcpBatchSettings",
+    "SubmitKubernetesSettings",
+    "SubmitSettings",
+    "SubmitSlurmSettings",
+]
 
 SHARES = ("index", "any")
 WITHIN = "1h"  # with --shards auto
@@ -192,6 +200,21 @@ class SubmitAwsBatchSettings(SubmitSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubmitGcpBatchSettings(SubmitSettings):
+    """`video-lab submit gcp-batch`. Places are gs:// URIs, whose buckets the jobs mount."""
+
+    location: str = field(metadata=flag("region, e.g. us-central1", is_text, "NAME"))
+    machine_type: str | None = field(default=None, metadata=flag("e.g. g2-standard-16", is_text, "NAME"))
+    gpu_type: str | None = field(
+        default=None, metadata=flag("the one GPU model, where the machine type has none of its own", is_text, "NAME")
+    )
+    project: str | None = field(default=None, metadata=flag("default: gcloud's own", is_text, "NAME"))
+    service_account: str | None = field(
+        default=None, metadata=flag("what the tasks may read and write; default: Compute Engine's", is_text, "E-MAIL")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubmitKubernetesSettings(SubmitSettings):
     """`video-lab submit kubernetes`."""
 
@@ -213,3 +236,33 @@ class SubmitKubernetesSettings(SubmitSettings):
         metadata=flag("also nodes with this taint; repeatable", are_texts, "KEY[=VALUE][:EFFECT]", repeatable=True),
     )
     context: str | None = field(default=None, metadata=flag("of kubectl; default: its current one", is_text, "NAME"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitSlurmSettings(SubmitSettings):
+    """`video-lab submit slurm`. Places may be paths that all nodes share, and the image a .sif file."""
+
+    partition: str | None = field(default=None, metadata=flag("of the tasks", is_text, "NAME"))
+    account: str | None = field(default=None, metadata=flag("that is charged", is_text, "NAME"))
+    qos: str | None = field(default=None, metadata=flag("quality of service", is_text, "NAME"))
+    constraint: str | None = field(
+        default=None, metadata=flag("of the tasks' nodes, e.g. a GPU model", is_text, "TEXT")
+    )
+    sbatch_flag: tuple[str, ...] = field(
+        default=(),
+        metadata=flag(
+            "more for sbatch, as --sbatch-flag=--gres=gpu:h100:1; repeatable", are_texts, "--KEY=VALUE", repeatable=True
+        ),
+    )
+    bind: tuple[str, ...] = field(
+        default=(),
+        metadata=flag(
+            "a folder more that tasks see, e.g. where links lead; repeatable", are_texts, "DIR", repeatable=True
+        ),
+    )
+    cache_folder: str | None = field(
+        default=None, metadata=flag("folder of each node that keeps models between tasks", is_text, "DIR")
+    )
+    report_partition: str | None = field(
+        default=None, metadata=flag("of the job that writes the report; default: that of the tasks", is_text, "NAME")
+    )

@@ -201,6 +201,18 @@ def test_the_manifest_goes_to_the_bucket_as_it_is(tools):
     assert call.stdin == b'{"id": "\xc3\xbc"}\n'
 
 
+def test_a_manifest_that_was_kept_is_read_again_and_one_that_is_not_there_is_nothing(tools):
+    missing = "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://renders/out/x"
+    tools.plan(0, prints='{"id": "ü"}')
+    tools.plan(1, says=missing, code=1)
+    tools.plan(2, says="ERROR: (gcloud.storage.cat) HTTPError 403: ann does not have permission to read", code=1)
+    assert PLATFORM.kept_manifest("gs://renders/out/", "x") == '{"id": "ü"}\n'.encode()
+    assert tools.calls()[0].words == ("gcloud", "storage", "cat", "gs://renders/out/x", "--quiet")
+    assert PLATFORM.kept_manifest("gs://renders/out", "x") is None
+    with pytest.raises(ClusterDenied):
+        PLATFORM.kept_manifest("gs://renders/out", "x")
+
+
 def test_the_run_is_submitted_then_its_report_from_the_files(tools, tmp_path):
     """gcloud reads the files when it is called: the stand-in copies them."""
     copy = tmp_path / "copies"
