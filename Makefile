@@ -24,7 +24,7 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 BIN := $(VENV)/bin
 MODELS := .cache/demo-models
 MEDIA := .cache/demo-media
-SHELL_FILES := .ci/run tools/image.sh
+SHELL_FILES := .ci/run tools/image.sh $(wildcard examples/*/*.sh examples/*/*.sbatch)
 BENCHES = $(filter-out bench/_% bench/%_gpu.py,$(wildcard bench/*.py))
 GPU_BENCHES = $(wildcard bench/*_gpu.py) bench/engine.py
 

@@ -2,6 +2,7 @@
 
     python -m tests.goldens.collect help fingerprints           writes help.json, fingerprints.json
     python -m tests.goldens.collect demo --cpu-seconds 66       writes demo.json from what `make demo` rendered
+    python -m tests.goldens.collect examples                    writes the folders of examples/ by its page's commands
 
 A golden file is written again only for a change that is meant, in the commit that makes it.
 """
@@ -9,23 +10,38 @@ A golden file is written again only for a change that is meant, in the commit th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from runner.batch.fingerprint import fingerprint, fingerprint_parts
+from runner.cli import main as main_of_runner
 from runner.cli import parser
 from runner.records.record import InputRecord
 from runner.spec.manifest import load_manifest
 from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
 
-__all__ = ["FOLDER", "MANIFESTS", "demo_frames", "help_texts", "machine", "manifest_fingerprints", "read"]
+__all__ = [
+    "EXAMPLES",
+    "FOLDER",
+    "MANIFESTS",
+    "demo_frames",
+    "example_commands",
+    "help_texts",
+    "machine",
+    "manifest_fingerprints",
+    "read",
+    "write_examples",
+]
 
 FOLDER = Path(__file__).resolve().parent
 MANIFESTS = FOLDER.parents[1] / "manifests"
+EXAMPLES = FOLDER.parents[1] / "examples"
 WIDTH = "120"  # columns that argparse formats for
 NUMERIC_PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "numpy", "opencv-python-headless", "av")
 
@@ -102,6 +118,22 @@ def demo_frames(out: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def example_commands() -> list[list[str]]:
+    """The words of each `video-lab submit` on the page of examples/, without `video-lab`."""
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("video-lab submit ")]
+
+
+def write_examples(folder: Path) -> None:
+    """Type those commands in examples/, writing below `folder` instead."""
+    with contextlib.chdir(EXAMPLES):
+        for words in example_commands():
+            at = words.index("--render-only") + 1
+            words[at] = str(folder / words[at])
+            if main_of_runner(words) != 0:
+                raise SystemExit(f"video-lab {shlex.join(words)} failed")
+
+
 def read(name: str) -> Any:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -113,7 +145,7 @@ def write(name: str, value: Any) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Write golden files.")
-    arguments.add_argument("what", choices=("help", "fingerprints", "demo"), nargs="+")
+    arguments.add_argument("what", choices=("help", "fingerprints", "demo", "examples"), nargs="+")
     arguments.add_argument("--out", type=Path, default=Path("out/demo"), help="demo: the output folder of `make demo`")
     arguments.add_argument("--cpu-seconds", type=float, help="demo: user and system seconds that `make demo` took")
     chosen = arguments.parse_args()
@@ -121,6 +153,8 @@ def main() -> None:
         write("help", help_texts())
     if "fingerprints" in chosen.what:
         write("fingerprints", manifest_fingerprints())
+    if "examples" in chosen.what:
+        write_examples(EXAMPLES)
     if "demo" in chosen.what:
         write("demo", {"machine": machine(), "cpu_seconds": chosen.cpu_seconds, "jobs": demo_frames(chosen.out)})
 
