@@ -6,13 +6,15 @@ input cannot be read. Never: weights. Without a model store the published model'
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
-from runner.errors import ConfigInvalid, RunnerError
+from runner.errors import ConfigInvalid, RunnerError, as_runner_error
 from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
 from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
@@ -21,14 +23,14 @@ from runner.preprocess.pictures.sizing import output_size
 from runner.records.events import default_logging
 from runner.spec.manifest import Job, Manifest
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
-from runner.storage import fetch_input, is_remote
+from runner.storage import fetch_input, is_remote, stat_input
 from runner.storage.roots import check_inside, parse_roots
 from runner.verbs.chosen_jobs import choose_jobs
-from runner.verbs.settings import PlanSettings, RunSettings
+from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.validate import input_places
 from runner.video import VideoReader
 
-__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_job", "forecast_jobs", "forecast_seconds", "plan"]
+__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_jobs", "forecast_seconds", "plan"]
 
 FORECAST_S = 20.0  # seconds that forecasts may take before a run begins
 
@@ -85,22 +87,18 @@ def _first_gpu() -> str | None:
 
 
 def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifest) -> tuple[list[Forecast], str | None]:
-    """One row a job, in order, and the GPU whose seconds they name. S3 inputs are downloaded to be measured."""
-    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
-    local = settings.models if settings.models and not is_remote(settings.models) else None
-    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
+    """One row a job, in order, and the GPU whose seconds they name.
+
+    Inputs on S3 are downloaded to be measured, each once however many jobs read it.
+    """
+    forecaster, recipe = _open_forecaster(settings, manifest)
     gpu = choose_gpu(settings.gpu, recipe)
     roots = parse_roots(settings.input_root)
-    rows = []
-    for job in jobs:
-        try:
-            for _, uri in input_places(job):
-                check_inside(uri, roots)
-            plan = forecast_job(job, forecaster, gpu)
-            rows.append(Forecast(job.id, plan, memory=forecaster.memory(plan, job.options)))
-        except RunnerError as error:
-            rows.append(Forecast(job.id, None, error))
-    return rows, gpu.name if gpu is not None else None
+    rows: list[Forecast | None] = [None] * len(jobs)
+    with _OpenInputs() as inputs:
+        for number in sorted(range(len(jobs)), key=lambda number: jobs[number].video):
+            rows[number] = _forecast_row(jobs[number], forecaster, gpu, roots, inputs)
+    return [row for row in rows if row is not None], gpu.name if gpu is not None else None
 
 
 def forecast_seconds(
@@ -108,44 +106,87 @@ def forecast_seconds(
 ) -> dict[str, float]:
     """Job id → forecast seconds on this machine's first GPU, or its TFLOP where none is known, to compare jobs by.
 
-    No job costs a download here, and all together at most about `within_s`: a job whose inputs lie elsewhere or cannot
-    be read, and those after that time, have none.
+    Inputs in a bucket are fetched to be measured. All together take about `within_s`: a job whose inputs cannot be
+    read, and those after that time, have none.
     """
-    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
-    local = settings.models if settings.models and not is_remote(settings.models) else None
-    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
+    forecaster, recipe = _open_forecaster(settings, manifest)
     gpu = choose_gpu(None, recipe)
     roots = parse_roots(settings.input_root)
     deadline = time.monotonic() + within_s
     found: dict[str, float] = {}
-    for job in jobs:
-        if time.monotonic() > deadline:
-            break
-        places = [uri for _, uri in input_places(job)]
-        if any(is_remote(uri) for uri in places):
-            continue
-        try:
-            for uri in places:
-                check_inside(uri, roots)
-            plan = forecast_job(job, forecaster, gpu)
-        except (RunnerError, OSError):  # the worker that gets the job says so
-            continue
-        found[job.id] = plan.tflop if plan.seconds is None else plan.seconds
+    with _OpenInputs() as inputs:
+        for job in sorted(jobs, key=lambda job: job.video):
+            if time.monotonic() > deadline:
+                break
+            row = _forecast_row(job, forecaster, gpu, roots, inputs)
+            if row.plan is not None:  # else the worker that gets the job says why
+                found[job.id] = row.plan.tflop if row.plan.seconds is None else row.plan.seconds
     return found
 
 
-def forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None = None) -> SegmentPlan:
+def _open_forecaster(settings: ModelSettings, manifest: Manifest) -> tuple[Forecaster, Recipe]:
+    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
+    local = settings.models if settings.models and not is_remote(settings.models) else None
+    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
+    return forecaster, recipe
+
+
+def _forecast_row(
+    job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None, roots: Sequence[str], inputs: _OpenInputs
+) -> Forecast:
+    try:
+        for _, uri in input_places(job):
+            check_inside(uri, roots)
+        plan = _forecast_job(job, forecaster, gpu, inputs)
+        return Forecast(job.id, plan, memory=forecaster.memory(plan, job.options))
+    except (RunnerError, OSError) as error:
+        return Forecast(job.id, None, as_runner_error(error, where=job.id))
+
+
+def _forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None, inputs: _OpenInputs) -> SegmentPlan:
     """The plan that `run` would make. Raises input.* and storage.* as it would."""
     options = job.options
-    with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
-        reference = fetch_input(job.reference, Path(folder) / "reference")
-        with VideoReader(fetch_input(job.video, Path(folder) / "video")) as reader:
-            video_size = (reader.info.width, reader.info.height)
-            if job.official:  # rate and size are the files' own
-                sampled = reader.sample("source", options.start_s, options.max_frames)
-                size = video_size
-            else:
-                parity = options.preprocess.parity
-                sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
-                size = output_size(options, image_size(reference), video_size)
+    if job.official:
+        stat_input(job.reference)
+    reference = None if job.official else inputs.image_size(job.reference)
+    reader = inputs.video(job.video)
+    video_size = (reader.info.width, reader.info.height)
+    if reference is None:  # official files: rate and size are their own
+        sampled = reader.sample("source", options.start_s, options.max_frames)
+        size = video_size
+    else:
+        parity = options.preprocess.parity
+        sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
+        size = output_size(options, reference, video_size)
     return forecaster.plan(len(sampled.indices), size, options, gpu)
+
+
+class _OpenInputs:
+    """Inputs that jobs have in common, each fetched once where their videos come one after the other."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._video: tuple[str, VideoReader] | None = None
+        self._held = ExitStack()  # the video that is open, and its folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def image_size(self, place: str) -> tuple[int, int]:
+        """(width, height)."""
+        if place not in self._sizes:
+            with TemporaryDirectory(prefix="video-lab-") as folder:
+                self._sizes[place] = image_size(fetch_input(place, Path(folder)))
+        return self._sizes[place]
+
+    def video(self, place: str) -> VideoReader:
+        """The video; it stays open until another one is asked for."""
+        if self._video is None or self._video[0] != place:
+            self._held.close()
+            self._video = None
+            folder = self._held.enter_context(TemporaryDirectory(prefix="video-lab-"))
+            self._video = place, self._held.enter_context(VideoReader(fetch_input(place, Path(folder))))
+        return self._video[1]

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 import structlog
 
-from runner.errors import ConfigInvalid, InputUnreadable, RunnerError, as_runner_error, first_few
+from runner.errors import ConfigInvalid, InputUnreadable
 from runner.launch.aws_batch import AwsBatch
 from runner.launch.gcp_batch import GcpBatch
 from runner.launch.input_upload import InputUpload, plan_uploads, send_uploads
@@ -30,11 +30,9 @@ from runner.launch.submission import Submission, SubmittedJob
 from runner.launch.task_count import TaskCount, count_tasks, limit_tasks
 from runner.records.events import default_logging
 from runner.records.output_layout import MANIFEST, run_file_key
-from runner.redact import redact
 from runner.spec.frozen_manifest import freeze_manifest, replace_places
-from runner.spec.manifest import Job, Manifest, load_manifest
-from runner.spec.options import official_names
-from runner.storage import local_path, stat_input
+from runner.spec.manifest import Manifest, load_manifest
+from runner.storage import local_path
 from runner.verbs.flag_values import AUTO, parse_age
 from runner.verbs.plan import forecast_jobs
 from runner.verbs.selection import select_jobs
@@ -48,13 +46,13 @@ from runner.verbs.submit_settings import (
     SubmitSettings,
     SubmitSlurmSettings,
 )
+from runner.verbs.submitted_places import check_places
 from runner.verbs.validate import input_places
 
 __all__ = ["Submitted", "submit_aws_batch", "submit_gcp_batch", "submit_kubernetes", "submit_slurm", "submit_to"]
 
 FOREIGN = ("gs",)  # schemes of inputs that a platform may give its tasks, and that the runner does not read
 NAME_LENGTH = 40  # of a name that is made here; every platform takes it
-JOBS_NAMED = 3  # of those that use one place
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def submit_to(platform: Platform, settings: SubmitSettings) -> Submitted:
     run_id = settings.run_id or f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     out, models = _absolute(settings.out), _absolute(str(settings.models))
     key = run_file_key(run_id, MANIFEST)
-    local = _check_places(platform, settings, manifest, {"OUT": out, "the model store": models})
+    local = check_places(platform, manifest, {"OUT": out, "the model store": models}, settings.upload_inputs)
     draft = _draft(settings, name, run_id, *(platform.place(place) for place in (out, f"{out}/{key}", models)))
     platform.check(draft)  # before a forecast reads inputs for minutes
     tasks = _count_tasks(settings, manifest)
@@ -240,72 +238,6 @@ def _run_flags(settings: SubmitSettings) -> tuple[str, ...]:
         ("--max-attempts", settings.max_attempts),
     )
     return tuple(word for name, value in flags if value is not None for word in (name, str(value)))
-
-
-# -- places ------------------------------------------------------------------------------------------------------------
-
-
-def _inputs(jobs: Iterable[Job]) -> dict[tuple[str, str], list[Job]]:
-    """(role, place) → the jobs that read it. Official files go by their folder."""
-    found: dict[tuple[str, str], list[Job]] = {}
-    for job in jobs:
-        roles = {"reference": job.reference, "video": job.video, "mask": job.mask}
-        for role, place in roles.items() if job.official is None else [("official files", job.official)]:
-            if place is not None:
-                found.setdefault((role, place), []).append(job)
-    return found
-
-
-def _check_places(
-    platform: Platform, settings: SubmitSettings, manifest: Manifest, common: Mapping[str, str]
-) -> dict[str, set[str]]:
-    """The local inputs that are to be copied, with the names of the files in a folder (of a file: none).
-
-    Raises ConfigInvalid with every place that the tasks cannot use.
-    """
-    problems = []
-    for role, place in common.items():
-        if (problem := _problem(platform, place)) is not None:
-            problems.append(f"{role} {place} {problem}")
-    if settings.upload_inputs is not None and (problem := _problem(platform, settings.upload_inputs)) is not None:
-        problems.append(f"--upload-inputs {settings.upload_inputs} {problem}")
-    local: dict[str, set[str]] = {}
-    refused = 0
-    for (role, place), jobs in _inputs(manifest.jobs).items():
-        if settings.upload_inputs is not None and "://" not in place:
-            names = {name for job in jobs if job.official for name in official_names(job.options.mode).values()}
-            local.setdefault(place, set()).update(names)
-            problem = _problem_of_files(place, names)
-        else:
-            problem = _problem(platform, place)
-            refused += problem is not None
-        if problem is not None:
-            ids = first_few([job.id for job in jobs], JOBS_NAMED)
-            problems.append(f"{role} {place} of {ids} {problem}")
-    if problems:
-        todo = "put them where the tasks read them"
-        todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs" if refused else ""
-        places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}; {todo}{lines}", where=manifest.source)
-    return local
-
-
-def _problem(platform: Platform, place: str) -> str | None:
-    if redact(place) != place:
-        return "holds what looks like a credential, and would be written into files"
-    return platform.problem_of_place(place)
-
-
-def _problem_of_files(place: str, names: Iterable[str]) -> str | None:
-    """Why a local input cannot be copied."""
-    try:
-        for path in [f"{place}/{name}" for name in sorted(names)] or [place]:
-            stat_input(path)
-    except (RunnerError, OSError) as error:
-        found = as_runner_error(error)
-        return f"cannot be copied: {found.what}" if found.where == place else f"cannot be copied: {found.message}"
-    return None
 
 
 def _plan_uploads(local: Mapping[str, Iterable[str]], root: str | None) -> list[InputUpload]:

@@ -8,6 +8,7 @@ import pytest
 from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
+from runner.storage import fetch_input
 from runner.verbs.plan import choose_gpu, forecast_jobs
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
 from runner.verbs.settings import PlanSettings
@@ -97,3 +98,27 @@ def test_a_narrow_terminal_names_the_columns_that_it_lacks(manifest, monkeypatch
     assert max(len(line.rstrip()) for line in (head, here, gone)) <= 80
     assert left_out.startswith("left out for want of room: overlap, padding, denoised, GB resident")
     assert error.startswith("gone: input.not_found: ")
+
+
+def test_an_input_on_s3_is_downloaded_once_however_many_jobs_read_it(aws_env, moto_s3, demo_media, monkeypatch):
+    machine_with(monkeypatch)
+    server = aws_env(moto_s3)
+    bucket = server.make_bucket()
+    names = ("references/anna.png", "references/mira.png", "dances/wave.mp4", "dances/jacks.mp4")
+    for name in names:
+        server.client.upload_file(str(demo_media / name), bucket, name)
+    matrix = {"references": names[:2], "videos": names[2:]}
+    text = json.dumps({"version": 1, "matrix": matrix})
+    manifest = parse_manifest(text, base=f"s3://{bucket}", source="m.json")
+    fetched = []
+
+    def fetch(place, folder):
+        fetched.append(place)
+        return fetch_input(place, folder)
+
+    monkeypatch.setattr("runner.verbs.plan.fetch_input", fetch)
+    rows, _ = forecast_jobs(manifest.jobs, settings(), manifest)
+    assert [row.job_id for row in rows] == [job.id for job in manifest.jobs]
+    assert sorted(fetched) == sorted(f"s3://{bucket}/{name}" for name in names)
+    alone = [forecast_jobs([job], settings(), manifest)[0][0] for job in manifest.jobs]
+    assert rows == alone and all(row.plan is not None for row in rows)

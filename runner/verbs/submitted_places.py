@@ -1,0 +1,84 @@
+"""Submitted places: what of a run's places its tasks cannot use, and which local inputs are to be copied for them.
+
+In:   a manifest, OUT and model store, a platform. Out: the local inputs to copy; ConfigInvalid with every place that is
+refused, and its jobs. Never: sending anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from runner.errors import ConfigInvalid, RunnerError, as_runner_error, first_few
+from runner.launch.platform import Platform
+from runner.redact import redact
+from runner.spec.manifest import Job, Manifest
+from runner.spec.options import official_names
+from runner.storage import stat_input
+
+__all__ = ["check_places"]
+
+JOBS_NAMED = 3  # of those that use one place
+
+
+def _inputs(jobs: Iterable[Job]) -> dict[tuple[str, str], list[Job]]:
+    """(role, place) → the jobs that read it. Official files go by their folder."""
+    found: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        roles = {"reference": job.reference, "video": job.video, "mask": job.mask}
+        for role, place in roles.items() if job.official is None else [("official files", job.official)]:
+            if place is not None:
+                found.setdefault((role, place), []).append(job)
+    return found
+
+
+def check_places(
+    platform: Platform, manifest: Manifest, common: Mapping[str, str], upload_inputs: str | None
+) -> dict[str, set[str]]:
+    """The local inputs that are to be copied, with the names of the files in a folder (of a file: none).
+
+    common: places of the whole run, by what they are. upload_inputs: where local inputs go; None: they are refused.
+    Raises ConfigInvalid with every place that the tasks cannot use.
+    """
+    problems = []
+    for role, place in common.items():
+        if (problem := _problem(platform, place)) is not None:
+            problems.append(f"{role} {place} {problem}")
+    if upload_inputs is not None and (problem := _problem(platform, upload_inputs)) is not None:
+        problems.append(f"--upload-inputs {upload_inputs} {problem}")
+    local: dict[str, set[str]] = {}
+    refused = 0
+    for (role, place), jobs in _inputs(manifest.jobs).items():
+        if upload_inputs is not None and "://" not in place:
+            names = {name for job in jobs if job.official for name in official_names(job.options.mode).values()}
+            local.setdefault(place, set()).update(names)
+            problem = _problem_of_files(place, names)
+        else:
+            problem = _problem(platform, place)
+            refused += problem is not None
+        if problem is not None:
+            ids = first_few([job.id for job in jobs], JOBS_NAMED)
+            problems.append(f"{role} {place} of {ids} {problem}")
+    if problems:
+        todo = "put them where the tasks read them"
+        todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs" if refused else ""
+        places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}; {todo}{lines}", where=manifest.source)
+    return local
+
+
+def _problem(platform: Platform, place: str) -> str | None:
+    if redact(place) != place:
+        return "holds what looks like a credential, and would be written into files"
+    return platform.problem_of_place(place)
+
+
+def _problem_of_files(place: str, names: Iterable[str]) -> str | None:
+    """Why a local input cannot be copied."""
+    try:
+        for path in [f"{place}/{name}" for name in sorted(names)] or [place]:
+            stat_input(path)
+    except (RunnerError, OSError) as error:
+        found = as_runner_error(error)
+        return f"cannot be copied: {found.what}" if found.where == place else f"cannot be copied: {found.message}"
+    return None
