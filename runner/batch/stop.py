@@ -108,13 +108,20 @@ class Stop:
         pipe ends it (`signal.set_wakeup_fd`).
         """
 
+        waiting: list[int] = []
+
         def handle(signum: int, frame: FrameType | None) -> None:
             if signum == signal.SIGTERM:
                 if self._clock() - self._terminated_at < SAME_SIGNAL_S:
                     return
                 self._terminated_at = self._clock()
-            self.request(signum)
-            on_signal()
+            waiting.append(signum)
+            if len(waiting) > 1:  # the handler of another signal is interrupted, perhaps within a lock: it goes on
+                return
+            while waiting:
+                self.request(waiting[0])
+                on_signal()
+                waiting.pop(0)
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         descriptor_before = signal.set_wakeup_fd(wakeup_descriptor, warn_on_full_buffer=False)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,30 @@ def test_a_sigterm_that_is_passed_on_as_well_counts_once(clock):
         os.kill(os.getpid(), signal.SIGTERM)  # someone means it
         assert stop.abandon
         assert len(wakes) == 2
+
+
+class InterruptedEvent(threading.Event):
+    """A signal comes the moment its lock is taken, which is not reentrant."""
+
+    def set(self) -> None:
+        with self._cond:
+            if not self._flag:
+                os.kill(os.getpid(), signal.SIGINT)
+            self._flag = True
+            self._cond.notify_all()
+
+
+@pytest.mark.timeout(20)
+def test_a_signal_that_interrupts_the_handler_of_another(clock):
+    """Both count, and neither waits for a lock that the other holds."""
+    stop = Stop(drain_s=20, clock=clock)
+    stop.requested = InterruptedEvent()
+    wakes: list[int | None] = []
+    with stop.listening(lambda: wakes.append(stop.signal)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.abandon
+    assert wakes == [signal.SIGTERM] * 2
+    assert stop.exit_code == 143
 
 
 def test_a_sigterm_and_a_ctrl_c_are_two_signals(clock):
