@@ -85,7 +85,8 @@ class Slurm(SlurmSettings, Platform):
             if _EVALUATED.search(word):
                 raise ConfigInvalid(f"{word!r} holds a character that Apptainer would interpret", todo=_PLAIN)
         for folder in bound_folders(submission, self):
-            if (problem := self.problem_of_place(folder)) is not None:
+            problem = self.problem_of_place(folder) if os.path.isabs(folder) else "is not a full path"
+            if problem is not None:
                 raise ConfigInvalid(problem, where=folder, todo="Name it by its full path, or rename it")
         if submission.spot and self.partition is None and self.qos is None:
             raise ConfigInvalid(

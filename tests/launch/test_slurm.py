@@ -141,6 +141,7 @@ def test_the_defaults_pass():
         ({"image": "registry.example/video-lab:1.2"}, "docker://"),
         ({"image": "video-lab.sif"}, "full path"),
         ({"out": "/lustre/a,b"}, "','"),
+        ({"models": "models"}, "full path"),
         ({"inputs": ("/lustre/a:b/x.mp4",)}, "':'"),
         ({"models": "/lustre/$HOME"}, "interpret"),
         ({"run_flags": ("--recipe", "`id`")}, "interpret"),
