@@ -26,10 +26,11 @@ from runner.batch.shards import AnyShard, Shard
 from runner.batch.spot import RESERVE_S
 from runner.batch.summary import SHARE_OF_JOBS, WAIT_S, WAIT_SHARE
 from runner.launch.hand_out import HandOut
+from runner.launch.task_count import balance_shares
 from runner.spec.manifest import Job
 from runner.spec.options import JobOptions
 
-Share = Literal["static", "any", "ray"]
+Share = Literal["static", "balanced", "any", "ray"]
 OPTIONS = JobOptions()
 
 
@@ -150,6 +151,7 @@ class Fleet:
         self._starts: Counter[int] = Counter()
         self._ids = [f"job-{index:06d}" for index in range(len(works))]
         self._index = {name: index for index, name in enumerate(self._ids)}
+        self._balanced = balance_shares([work.forecast_s for work in works], settings.machines)
         self._hand_out: HandOut | None = None
         if share == "ray":
             jobs = [Job(name, "r.png", "v.mp4", None, "", OPTIONS, None) for name in self._ids]
@@ -181,6 +183,8 @@ class Fleet:
         mine: Sequence[int] = ()
         if self._share == "static":
             mine = Shard(place, self._settings.machines).take(everything)
+        elif self._share == "balanced":
+            mine = Shard(place, self._settings.machines).take(self._balanced)
         elif self._share == "any":
             mine = AnyShard(name).arrange(AnyShard(name).take(everything))
         todo = deque(job for job in mine if not self._done[job])

@@ -2,10 +2,11 @@
 
     python bench/cluster_scale.py [--jobs N] [--gpus N] [--rates R,R,…] [--gpu NAME] [--gpu-hour PRICE] [--json PATH]
 
-It is a simulation (`_fleet.py`) and no measurement. Three ways to share the jobs out are compared: each machine has
-every N-th job (static shards); runners take any job that no other holds a lease of (`--shard any`); a driver hands the
-longest jobs out first (`HandOut`, which the Ray driver uses). What decides is the product's own code. Machines are
-killed at a rate, at once, or two minutes after a notice; another one takes the place of each.
+It is a simulation (`_fleet.py`) and no measurement. Four ways to share the jobs out are compared: each machine has
+every N-th job (static shards), as written or balanced by the forecast (`submit --shards auto`); runners take any job
+that no other holds a lease of (`--shard any`); a driver hands the longest jobs out first (`HandOut`, which the Ray
+driver uses). What decides is the product's own code. Machines are killed at a rate, at once, or two minutes after a
+notice; another one takes the place of each.
 
 Jobs: 480x832, frames log-normal around 120 with a sigma of 0.7, at least 33 and at most 1,200, in random order. Device
 seconds are the product's forecast for `fp4-distill` on one GPU, times a log-normal error with a sigma of 0.1 that no
@@ -41,8 +42,8 @@ from runner.launch.submission import Submission  # noqa: E402
 from runner.spec.options import JobOptions  # noqa: E402
 from runner.spec.recipes import get_recipe  # noqa: E402
 
-SHARES: tuple[Share, ...] = ("static", "any", "ray")
-NAMES = {"static": "static shards", "any": "--shard any", "ray": "Ray driver"}
+SHARES: tuple[Share, ...] = ("static", "balanced", "any", "ray")
+NAMES = {"static": "static shards", "balanced": "balanced shards", "any": "--shard any", "ray": "Ray driver"}
 RECIPE, SIZE = "fp4-distill", (480, 832)
 MEDIAN_FRAMES, SIGMA_FRAMES, LEAST_FRAMES, MOST_FRAMES = 120, 0.7, 33, 1200
 SIGMA_ERROR = 0.1
@@ -100,7 +101,7 @@ def simulate(
     bound_s = max(sum(device_s) / settings.machines, *device_s)
     requests = count_all(outcome, works, counted)
     sizes = [weight.of(lines | {"not_run": jobs - lines.total()}) for lines, jobs in outcome.summaries]
-    files = settings.machines if share == "static" else outcome.runners
+    files = settings.machines if share in ("static", "balanced") else outcome.runners
     return {
         "share": share,
         "kills_per_hour": settings.kills_per_hour,

@@ -31,8 +31,8 @@ take_back() {
 }
 
 aws s3 cp manifest.jsonl s3://your-bucket/out/runs/night-2026-01-31/manifest.jsonl
-run_definition=$(definition video-lab-run-93520b2d56f8e8e6 job-definition.json)
-report_definition=$(definition video-lab-report-2bdfc8f8c084fab2 report-definition.json)
+run_definition=$(definition video-lab-run-d273d77c3f2365e9 job-definition.json)
+report_definition=$(definition video-lab-report-64f5d7ba96de899c report-definition.json)
 
 run=$(submit run.json "$run_definition")
 trap take_back EXIT

@@ -36,7 +36,8 @@ class Submission:
     memory_gib: int = 60  # of a task
     disk_gib: int = 100  # of a task, for models and scratch
     spot: bool = False  # machines that may be taken back
-    attempts: int = 5  # a task is started so often at most
+    # A task is started so often at most; AWS Batch allows no more. A job that crashes is given up by `--max-attempts`.
+    attempts: int = 10
     drain_s: float = 20.0  # seconds that the running job gets after SIGTERM
     time_limit_s: int = 24 * 3600  # of one attempt of a task
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # no credentials among it

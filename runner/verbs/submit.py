@@ -151,6 +151,8 @@ def submit_to(platform: Platform, settings: SubmitSettings) -> Submitted:
     draft = _draft(settings, name, run_id, *(platform.place(place) for place in (out, f"{out}/{key}", models)))
     platform.check(draft)  # before a forecast reads inputs for minutes
     tasks = _count_tasks(settings, manifest)
+    if tasks.order is not None:
+        manifest = replace(manifest, jobs=tuple(manifest.jobs[place] for place in tasks.order))
     structlog.get_logger().info("tasks", tasks=tasks.tasks, reason=tasks.reason)
 
     uploads = _plan_uploads(local, settings.upload_inputs)

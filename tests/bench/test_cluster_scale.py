@@ -56,7 +56,7 @@ def test_any_does_each_job_once_and_ends_when_the_last_one_is_done(fleet):
     assert sum(lines["succeeded"] for lines in finals[-3:]) == len(SECONDS)
 
 
-@pytest.mark.parametrize("share", ["static", "any", "ray"])
+@pytest.mark.parametrize("share", ["static", "balanced", "any", "ray"])
 @pytest.mark.parametrize("notice_s", [0.0, 120.0])
 def test_with_kills_each_job_is_still_done_once(fleet, share, notice_s):
     works = make_works(fleet, SECONDS * 10, segments=5)
@@ -116,13 +116,14 @@ def test_cluster_scale(tmp_path):
     found, printed = run_bench("cluster_scale", tmp_path, "--jobs", "300", "--gpus", "5", "--rates", "0,1")
     assert printed.startswith("SIMULATION") and found["simulation"]
     rows = {(row["kills_per_hour"], row["notice_s"], row["share"]): row for row in found["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 12
     for row in rows.values():
         assert row["ratio"] >= 1
         assert row["gpu_hours"] >= 5 * row["bound_s"] / 3600 * 0.99
         assert row["dollars"] == pytest.approx(row["gpu_hours"])
     plain = [rows[0, 0, share] for share in ("static", "any", "ray")]
     assert plain[2]["ratio"] < plain[0]["ratio"]
+    assert rows[0, 0, "balanced"]["ratio"] < plain[0]["ratio"]
     assert plain[1]["looks"]["taken"] == 300
     counted = found["requests_counted"]
     static = plain[0]["requests"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -44,10 +45,11 @@ def test_its_jobs_are_written_down_as_it_says(words, tmp_path, capsys):
     store = "gs" if "gcp-batch" in words else "s3"
     manifest = tmp_path / Path(words[2]).name
     jobs = [
-        f'{{"id": "{name}", "reference": "{store}://video/{name}.png", "video": "{store}://video/dance.mp4"}}'
-        for name in map(str, range(16))
+        {"id": f"j{number}", "reference": f"{store}://video/{number}.png", "video": f"{store}://video/dance.mp4"}
+        for number in range(16)
     ]
-    manifest.write_text("\n".join(jobs), encoding="utf-8")
+    lines = map(json.dumps, jobs if manifest.suffix == ".jsonl" else [{"version": 1, "jobs": jobs}])
+    manifest.write_text("\n".join(lines), encoding="utf-8")
     code = main([*words[:2], str(manifest), *words[3:], "--render-only", str(tmp_path / "job")])
     assert code == 0, capsys.readouterr().err
     written = {path.name for path in (tmp_path / "job").iterdir()}

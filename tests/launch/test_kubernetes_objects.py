@@ -113,7 +113,7 @@ def test_the_run_is_an_indexed_job_with_a_pod_a_shard(variant):
     spec = run["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == submission.shards
-    assert spec["backoffLimitPerIndex"] == 4
+    assert spec["backoffLimitPerIndex"] == 9
     assert "backoffLimit" not in spec  # with it, the failures of one shard would end the others
     assert "maxFailedIndexes" not in spec
     host_name = f"{run['metadata']['name']}-{submission.shards - 1}"

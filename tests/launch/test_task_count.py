@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner.batch.shards import Shard
 from runner.errors import ConfigInvalid
-from runner.launch.task_count import count_tasks, limit_tasks
+from runner.launch.task_count import balance_shares, count_tasks, limit_tasks
 
 SECONDS = st.lists(st.floats(0.5, 3000), min_size=1, max_size=60)
 
@@ -25,13 +26,36 @@ def list_schedule(seconds: list[float], gpus: int) -> float:
 
 @given(SECONDS)
 def test_no_share_by_index_is_longer_than_the_time_and_one_task_less_would_be_too_few(seconds):
-    found = count_tasks(seconds, within_s=3600, startup_s=600).tasks
-    loads = [sum(Shard(index, found).take(seconds)) for index in range(found)]
+    counted = count_tasks(seconds, within_s=3600, startup_s=600)
+    found, ordered = counted.tasks, [seconds[place] for place in counted.order]
+    loads = [sum(Shard(index, found).take(ordered)) for index in range(found)]
     assert max(loads) <= 3000 + 1e-6
     assert found <= len(seconds)
     if found > 1:
-        fewer = [sum(Shard(index, found - 1).take(seconds)) for index in range(found - 1)]
+        ordered = [seconds[place] for place in balance_shares(seconds, found - 1)]
+        fewer = [sum(Shard(index, found - 1).take(ordered)) for index in range(found - 1)]
         assert max(fewer) > 3000 - 1e-6
+
+
+@given(SECONDS, st.integers(1, 70))
+def test_balanced_shares_have_every_job_once_and_differ_by_the_longest_at_most(seconds, tasks):
+    order = balance_shares(seconds, tasks)
+    assert sorted(order) == list(range(len(seconds)))
+    shares = [Shard(index, tasks).take([seconds[place] for place in order]) for index in range(tasks)]
+    assert max(map(sum, shares)) - min(map(sum, shares)) <= max(seconds) + 1e-6
+    assert all(share == sorted(share, reverse=True) for share in shares)
+
+
+def test_shares_of_unequal_jobs_are_balanced_better_than_in_the_manifest_s_order():
+    """Log-normal jobs, as in bench/cluster_scale.py; the bound is the work divided by the shares."""
+    random = Random(1)
+    seconds = [random.lognormvariate(4.6, 0.7) for _ in range(1000)]
+    bound = sum(seconds) / 50
+    as_written = max(sum(seconds[index::50]) for index in range(50))
+    ordered = [seconds[place] for place in balance_shares(seconds, 50)]
+    balanced = max(sum(ordered[index::50]) for index in range(50))
+    assert as_written > 1.6 * bound
+    assert balanced < 1.05 * bound
 
 
 @given(SECONDS, st.integers(1, 8), st.randoms(use_true_random=False))
@@ -49,7 +73,7 @@ def test_jobs_that_are_handed_out_end_in_time_in_any_order(seconds, gpus, random
         ([60.0] * 100, {}, 2),  # 6,000 s of work, 3,000 s of room
         ([60.0] * 101, {}, 3),
         ([10.0], {}, 1),
-        ([2000.0, 10.0] * 10, {}, 11),  # with 7, 8 or 10 tasks one share would have two long jobs
+        ([2000.0, 10.0] * 10, {}, 10),  # a long job a task
         ([3000.0] * 4, {"share": "any"}, 4),
         ([60.0] * 100, {"gpus_per_task": 2}, 2),
     ],
