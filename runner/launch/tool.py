@@ -50,6 +50,7 @@ _UNAVAILABLE = (
     "could not connect to the endpoint url",  # aws
     "unable to contact slurm controller",  # sbatch
     "slurm controller not responding",
+    "could not establish a configuration source",
     "socket timed out",
     "zero bytes were transmitted or received",
     "munge encode failed",

@@ -60,7 +60,8 @@ def check_places(
             problems.append(f"{role} {place} of {ids} {problem}")
     if problems:
         todo = "put them where the tasks read them"
-        todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs" if refused else ""
+        if refused and platform.problem_of_place("s3://bucket/prefix") is None:
+            todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs"
         places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}; {todo}{lines}", where=manifest.source)
