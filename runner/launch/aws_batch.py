@@ -37,7 +37,6 @@ from runner.launch.aws_batch_files import (
 from runner.launch.platform import Platform
 from runner.launch.submission import Submission, SubmittedJob
 from runner.launch.submission_checks import check_image
-from runner.storage import is_remote
 
 __all__ = ["AwsBatch"]
 
@@ -134,14 +133,6 @@ class AwsBatch(Platform):
     @property
     def _tasks(self) -> TaskSettings:
         return TaskSettings(self.job_role, self.execution_role, self.log_group, self.cache_folder)
-
-    def problem_of_place(self, uri: str) -> str | None:
-        """Why a task cannot read or write `uri`, in words that follow it; None where it can."""
-        if not is_remote(uri):
-            return super().problem_of_place(uri)
-        if uri.partition("://")[0].lower() != "s3":
-            return "does not lie on S3, which is what tasks on AWS Batch have permission for"
-        return None
 
     def render(self, submission: Submission) -> Mapping[str, str]:
         """The definitions and requests as JSON, and `submit.sh`."""

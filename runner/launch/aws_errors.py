@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid, RunnerError, StorageDenied
-from runner.storage.s3_errors import CAUSES, CLIENT_CODES, DENIED, UNAVAILABLE, error_code
+from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid, RunnerError
+from runner.storage.aws_answers import CAUSES, DENIED, DENIED_CODES, UNAVAILABLE, answer_status, error_code
 
 __all__ = ["aws_error", "aws_errors"]
 
 # Codes that the JSON services have beside those of S3.
 _DENIED_CODES = {"IncompleteSignature", "InvalidClientTokenId", "InvalidSignatureException", "OptInRequired"}
 _DENIED_CODES |= {"MissingAuthenticationToken", "MissingAuthenticationTokenException"}
-_DENIED_CODES |= {code for code, home in CLIENT_CODES.items() if home is StorageDenied}
+_DENIED_CODES |= set(DENIED_CODES.split())
 _BUSY = re.compile(r"Throttl|TooManyRequests|RequestLimit|SlowDown|ServiceUnavailable|Internal|Timeout", re.I)
 _ACTION = re.compile(r"not authorized to perform:? ([A-Za-z0-9-]+:[A-Za-z0-9*]+)")  # IAM's sentence
 
@@ -52,8 +52,7 @@ def aws_error(error: Exception, where: str) -> RunnerError:
 
 
 def _answer(error: ClientError, where: str) -> RunnerError:
-    code, operation = error_code(error), error.operation_name
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    code, status, operation = error_code(error), answer_status(error), error.operation_name
     message = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())
     text = f"{operation} was answered {code}" + (f" ({message})" if message else "")
     if code in CAUSES:

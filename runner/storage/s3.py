@@ -40,6 +40,7 @@ from botocore.utils import parse_timestamp
 from runner import __version__
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, StorageUnavailable
 from runner.hashing import sha256_stream
+from runner.storage.aws_answers import CAUSES, error_code
 from runner.storage.base import (
     PROBE_NAME,
     Fence,
@@ -63,7 +64,7 @@ from runner.storage.s3_conditions import (
     checked_sends,
 )
 from runner.storage.s3_digests import DIGEST_KEY, check_digests, expected_digests
-from runner.storage.s3_errors import CAUSES, FOREIGN_ERRORS, error_code, missing_bucket, s3_errors, storage_error
+from runner.storage.s3_errors import FOREIGN_ERRORS, missing_bucket, s3_errors, storage_error
 
 __all__ = ["S3Storage"]
 

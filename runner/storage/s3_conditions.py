@@ -13,8 +13,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from runner.storage.aws_answers import error_code
 from runner.storage.base import ObjectInfo, Replaces, lease_lost
-from runner.storage.s3_errors import error_code
 
 __all__ = ["CHANGED", "GONE", "UNKNOWN", "ConditionalUpload", "bare_etag", "check_before_sends", "checked_sends"]
 

@@ -30,19 +30,10 @@ from runner.errors import (
     StorageFull,
     StorageUnavailable,
 )
+from runner.storage.aws_answers import CAUSES, DENIED, DENIED_CODES, UNAVAILABLE, answer_status, error_code
 from runner.storage.disk import os_error
 
-__all__ = [
-    "CAUSES",
-    "CLIENT_CODES",
-    "DENIED",
-    "FOREIGN_ERRORS",
-    "UNAVAILABLE",
-    "error_code",
-    "missing_bucket",
-    "s3_errors",
-    "storage_error",
-]
+__all__ = ["CLIENT_CODES", "FOREIGN_ERRORS", "missing_bucket", "s3_errors", "storage_error"]
 
 FOREIGN_ERRORS = (
     BotoCoreError,
@@ -61,24 +52,9 @@ FOREIGN_ERRORS = (
 
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)  # OSErrors that are not of a disk
 
-# By class name, as not every release that we allow has every class. A subclass belongs where its base class does;
-# every other error of botocore is of the configuration, and every other one of boto3 is a bug.
-_UNAVAILABLE = """
-    HTTPClientError ConnectionError ChecksumError FlexibleChecksumError AwsChunkedWrapperError IncompleteReadError
-    MetadataRetrievalError RetriesExceededError S3TransferFailedError S3UploadFailedError S3DownloadFailedError
-    S3CopyFailedError S3ValidationError CancelledError HTTPError HTTPException"""
-_DENIED = """
-    NoCredentialsError NoAuthTokenError TokenRetrievalError UnknownTokenProviderError PartialCredentialsError
-    CredentialRetrievalError UnknownCredentialError RefreshWithMFAUnsupportedError SSOError LoginError"""
-UNAVAILABLE, DENIED = frozenset(_UNAVAILABLE.split()), frozenset(_DENIED.split())
-
 # The codes of S3's answers; a HEAD's answer has no body and gives its status instead.
 _CODES: dict[type[RunnerError], str] = {
-    StorageDenied: """
-        401 403 AccessDenied AccessDeniedException AccountProblem AllAccessDisabled AuthorizationHeaderMalformed
-        CrossLocationLoggingProhibited ExpiredToken ExpiredTokenException Forbidden InvalidAccessKeyId InvalidPayer
-        InvalidSecurity InvalidToken KMS.DisabledException NotSignedUp RequestExpired RequestTimeTooSkewed
-        SignatureDoesNotMatch TokenRefreshRequired Unauthorized UnauthorizedAccess UnrecognizedClientException""",
+    StorageDenied: DENIED_CODES,
     InputNotFound: "404 410 NoSuchBucket NoSuchKey NoSuchVersion NotFound",
     InputUnreadable: "InvalidObjectState",
     StorageUnavailable: """
@@ -104,14 +80,6 @@ _REMEDIES: dict[type[RunnerError], str] = {
     ConfigInvalid: "Check the URI, AWS_ENDPOINT_URL_S3, the region and VIDEO_LAB_S3_EXTRA",
     InternalError: "This is a bug; please report it",
 }
-_RENEW = "Renew the credentials (with temporary ones AWS_SESSION_TOKEN too), then run the same command"
-CAUSES = {  # refusals whose cause is known to be another than missing or wrong credentials
-    "RequestTimeTooSkewed": "Set this machine's clock, for example by NTP: it differs too much from the store's",
-    "ExpiredToken": _RENEW,
-    "ExpiredTokenException": _RENEW,
-    "TokenRefreshRequired": _RENEW,
-    "RequestExpired": f"{_RENEW}; check this machine's clock too",
-}
 _PERMISSION = {
     "HeadObject": "s3:GetObject (and s3:ListBucket, without which a missing object is refused too)",
     "GetObject": "s3:GetObject",
@@ -122,15 +90,6 @@ _PERMISSION = {
     "ListParts": "s3:ListMultipartUploadParts",
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
 }
-
-
-def error_code(error: ClientError) -> str:
-    """The code of S3's answer, e.g. `NoSuchKey`; its status, e.g. `404`, where the answer had no body."""
-    return str(error.response.get("Error", {}).get("Code") or _status(error))
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
 def storage_error(error: BaseException, *, where: object, writing: bool, disk: Path | None = None) -> RunnerError:
@@ -173,10 +132,10 @@ def _remedy(home: type[RunnerError], error: BaseException) -> str:
 
 
 def _client_error(error: ClientError, *, where: object, writing: bool) -> RunnerError:
-    code, status, operation = error_code(error), _status(error), error.operation_name
+    code, status, operation = error_code(error), answer_status(error), error.operation_name
     message = str(error.response.get("Error", {}).get("Message") or "").strip()
     text = f"{operation} was answered {code}" + (f" ({message})" if message and message != code else "")
-    home = CLIENT_CODES.get(code) or _home_of_status(status)
+    home = CLIENT_CODES.get(code) or _home_ofanswer_status(status)
     if code == "NoSuchBucket":
         return missing_bucket(str(where).partition("://")[2].partition("/")[0], where=where, writing=writing)
     if code in CAUSES:
@@ -196,7 +155,7 @@ def missing_bucket(bucket: str, *, where: object, writing: bool) -> RunnerError:
     return BucketMissing(what, where=where, todo="Check its name, the region and AWS_ENDPOINT_URL_S3")
 
 
-def _home_of_status(status: int) -> type[RunnerError]:
+def _home_ofanswer_status(status: int) -> type[RunnerError]:
     """Where an unknown code belongs, by the status of its answer."""
     known = CLIENT_CODES.get(str(status))
     if known is not None:
