@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -35,6 +36,9 @@ OPEN_S = 90.0  # seconds until Ray must have been started, or connected to; 9 s 
 PORT_S = 5.0  # seconds that a cluster's port gets to answer
 STORE_BYTES = 128 * 2**20  # of Ray's object store here: settings and messages; frames never pass through Ray
 CALLS_AT_ONCE = 8  # to one worker: a long question for messages, and short ones beside it
+
+# Ray's errors of a call after which the worker is gone, or never comes: its node has ended while it was placed.
+GONE = {"RayActorError", "NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError", "ActorUnschedulableError"}
 
 Answer = Callable[[Any, Exception | None], None]  # (what was returned, what went wrong instead), from any thread
 
@@ -136,6 +140,11 @@ class RayCluster:
         if error is not None:
             self.__exit__()
             raise error
+        if threading.current_thread() is threading.main_thread():
+            # Ray's core has put a handler before Python's, which prints a stack at SIGTERM: once more, in its place.
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if (handler := signal.getsignal(signum)) is not None:
+                    signal.signal(signum, handler)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,6 +220,7 @@ class RayCluster:
             raise ConfigInvalid(
                 "this process is connected to a Ray cluster already", where=FLAG, todo="Call ray.shutdown() before"
             )
+        self._ray = ray  # from here on there is something to shut down
         common = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if self._address is None:
             ray.init(
@@ -225,7 +235,6 @@ class RayCluster:
             if self._address != "auto":
                 _require_access(self._address)
             ray.init(address=self._address, **common)
-        self._ray = ray
 
 
 def _require_ray() -> None:
@@ -294,7 +303,7 @@ def _worker_error(error: BaseException) -> Exception:
     names = {kind.__name__ for kind in type(error).__mro__}
     if "ActorUnavailableError" in names:
         return WorkerSilent(str(error))
-    if names & {"RayActorError", "NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError"}:
+    if names & GONE:
         return WorkerGone(_first_line(error))
     cause = getattr(error, "cause", None)  # of a RayTaskError: what the method raised
     return as_runner_error(cause if isinstance(cause, Exception) else error)

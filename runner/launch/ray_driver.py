@@ -367,6 +367,8 @@ class _Driver:
     def _close(self, worker: _LiveWorker) -> None:
         """The worker has told its outcome, or an error in its place."""
         error = worker.report.error or worker.report.stopped_by
+        if worker.stops and error is None:  # it knows nothing of the jobs that it did not get
+            worker.report.ended = self._stop.exit_code
         state = self._leave(worker)
         if error is not None:
             self._log.error("ray_worker_failed", worker=worker.place.name, code=error.code, message=error.message)

@@ -83,6 +83,10 @@ class RayWorker:
         """Pass on a signal: the first one lets it drain, the second ends it now."""
         self._stop.request(signum)
 
+    def join(self) -> None:
+        """Wait until its run has ended."""
+        self._thread.join()
+
     def fetch(self, seen: int, wait_s: float) -> tuple[int, list[Message]]:
         """The messages after the first `seen` ones, and how many there are with them; waits for one at most `wait_s`.
 

@@ -148,6 +148,13 @@ def test_neither_a_gpu_nor_a_process_is_needed_for_gpus(stub_run, monkeypatch):
     assert outcome.shard_reason.startswith("--gpus all")
 
 
+def test_no_cluster_is_needed_for_ray(stub_run, monkeypatch):
+    monkeypatch.setattr(run_verb, "RayCluster", None)
+    outcome = run(stub_run({"a": "ok", "b": "ok"}, on="ray:auto", workers=2, dry_run=True))
+    assert outcome.actions == {"a": "run", "b": "run"}
+    assert outcome.shard_reason.startswith("--on ray:auto")
+
+
 def test_an_output_folder_that_is_not_there_is_not_made(stub_run, tmp_path):
     before = state(tmp_path)
     assert run(stub_run({"a": "ok"}, dry_run=True)).exit_code == 0

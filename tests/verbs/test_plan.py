@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,9 +10,9 @@ from runner.errors import ConfigInvalid
 from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.storage import fetch_input
-from runner.verbs.plan import choose_gpu, forecast_jobs
+from runner.verbs.plan import choose_gpu, forecast_jobs, forecast_seconds
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
-from runner.verbs.settings import PlanSettings
+from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.tables import print_plan
 
 
@@ -122,3 +123,18 @@ def test_an_input_on_s3_is_downloaded_once_however_many_jobs_read_it(aws_env, mo
     assert sorted(fetched) == sorted(f"s3://{bucket}/{name}" for name in names)
     alone = [forecast_jobs([job], settings(), manifest)[0][0] for job in manifest.jobs]
     assert rows == alone and all(row.plan is not None for row in rows)
+
+
+def test_jobs_are_compared_before_a_run(manifest, aws_env, moto_s3, demo_media, monkeypatch):
+    """By seconds where the GPU is known, else by TFLOP; one that cannot be read, or comes too late, has none."""
+    machine_with(monkeypatch, "NVIDIA L40S")
+    server = aws_env(moto_s3)
+    bucket = server.make_bucket()
+    server.client.upload_file(str(demo_media / "dances/wave.mp4"), bucket, "wave.mp4")
+    away = replace(manifest.jobs[0], id="away", video=f"s3://{bucket}/wave.mp4")
+    jobs, run = (*manifest.jobs, away), RunSettings(manifest="m.json", out="out", models=None)
+    (known,), _ = forecast_jobs(jobs[:1], settings(gpu="L40S"), manifest)
+    assert forecast_seconds(jobs, run, manifest) == {"here": known.plan.seconds, "away": known.plan.seconds}
+    machine_with(monkeypatch)
+    assert forecast_seconds(jobs, run, manifest)["here"] == known.plan.tflop
+    assert forecast_seconds(jobs, run, manifest, within_s=-1) == {}

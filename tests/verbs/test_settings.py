@@ -54,6 +54,8 @@ WRONG = [
     (RunSettings, RUN, "run_id", "../x", "It is a folder's name: write e.g. night-7"),
     (RunSettings, RUN, "shard", "four", "'four' is not I/N"),
     (RunSettings, RUN, "shard", "4/4", "shard 4 of 4 does not exist"),
+    (RunSettings, RUN, "on", "slurm", "must be ray, ray:auto or ray:HOST:PORT, not 'slurm'"),
+    (RunSettings, RUN, "workers", "0", "must be a whole number, 1 or more, not '0'"),
     (RunSettings, RUN, "gpus", "two", "must be all, or numbers from 0 with commas between them, not 'two'"),
     (RunSettings, RUN, "gpus", "0,", "must be all, or numbers from 0 with commas between them, not '0,'"),
     (RunSettings, RUN, "gpus", "0,1,00", "must be numbers of which no two are equal, not '0,1,00'"),
@@ -135,6 +137,17 @@ def test_fields_that_contradict_each_other_are_refused():
         with pytest.raises(ConfigInvalid, match=r"--gpus shares all jobs"):
             RunSettings(**RUN, gpus="0,1", **part)
     assert RunSettings(**RUN, gpus="0, 2", shard="any", device="cuda").gpus == "0,2"
+    for more, text in (
+        ({"workers": 2}, "--workers says how many"),
+        ({"on": "ray", "gpus": "all"}, "--on and --gpus contradict"),
+        ({"on": "ray", "workers": 2, "device": "cuda"}, "--workers and --device cuda contradict"),
+        ({"on": "ray", "device": "cpu"}, "--on without --workers"),
+        ({"on": "ray", "shard": "0/2"}, "--on hands all jobs"),
+        ({"on": "ray", "shard_count": 2}, "--on hands all jobs"),
+    ):
+        with pytest.raises(ConfigInvalid, match=text):
+            RunSettings(**RUN, **more)
+    assert RunSettings(**RUN, on=" ray:auto ", workers="3", shard="any").workers == 3
     with pytest.raises(ConfigInvalid, match=r"--calibrate chooses the scales itself"):
         QuantizeSettings(calibrate="m.yaml", scales="mse")
 
