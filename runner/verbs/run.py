@@ -28,7 +28,8 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.batch.progress import Progress, SilentProgress
 from runner.batch.run_jobs import keep_run_jobs
 from runner.batch.scratch import scratch_folder
-from runner.batch.shards import Shard, run_id_from_env
+from runner.batch.shards import AnyShard, Shard, run_id_from_env
+from runner.batch.shared_run import SharedRun
 from runner.batch.spot import watch
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter, exit_code_of_lines
@@ -268,7 +269,7 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
     shared = replace(settings, gpus=None, shard="any", shard_count=None, device="cuda")
     manifest, jobs, shard, _ = choose_jobs(shared)
     run_id = _choose_run_id(settings)
-    roots = parse_roots(settings.input_root)
+    parse_roots(settings.input_root)  # raises for one that is none
     storage = open_storage(settings.out)
     probe_writable(storage)
     engine = build_engine(shared, manifest)
@@ -283,22 +284,8 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
         stop=stop,
         read_files=lambda go_on: read_into_page_cache(engine.files(), free_host_bytes(), go_on),
     )
-    sheet = None
-    if settings.sheet is not None:
-        with scratch_folder(settings.cache) as scratch:
-            sheet = try_draw_sheet(jobs, found.lines, storage, settings.sheet, scratch, stop, roots)
-    return RunOutcome(
-        exit_code=found.exit_code,
-        run_id=run_id,
-        shard=shard,
-        shard_reason=f"--gpus {settings.gpus}: a process on each of {', '.join(place.name for place in places)}",
-        counts=MappingProxyType(counts_of_lines(found.lines)),
-        lines=found.lines,
-        outputs=f"{storage.root}/{JOBS}",
-        summary=f"{storage.root}/{run_folder(run_id)}",
-        sheet=sheet,
-        error=found.error,
-    )
+    reason = f"--gpus {settings.gpus}: a process on each of {', '.join(place.name for place in places)}"
+    return _shared_outcome(settings, found, (shard, reason), run_id, jobs, storage, stop)
 
 
 def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
@@ -312,7 +299,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     shared = replace(settings, on=None, workers=None, shard="any", shard_count=None, device=device)
     manifest, jobs, shard, _ = choose_jobs(shared)
     run_id = _choose_run_id(settings)
-    roots = parse_roots(settings.input_root)
+    parse_roots(settings.input_root)  # raises for one that is none
     storage = open_storage(settings.out)
     probe_writable(storage)
     engine = build_engine(shared, manifest)
@@ -333,16 +320,31 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     )
     cluster = RayCluster(parse_on(str(settings.on)), cpus=settings.workers or max(1, usable_cpus({})), gpus=len(gpus))
     found = run_on_ray(cluster, work, progress, stop=stop)
+    workers = "a worker on each GPU" if settings.workers is None else f"{settings.workers} workers at most"
+    reason = f"--on {settings.on}: handed out to {workers}"
+    return _shared_outcome(settings, found, (shard, reason), run_id, jobs, storage, stop)
+
+
+def _shared_outcome(
+    settings: RunSettings,
+    found: SharedRun,
+    shard: tuple[Shard | AnyShard, str],
+    run_id: str,
+    jobs: Sequence[Job],
+    storage: Storage,
+    stop: Stop,
+) -> RunOutcome:
+    """The outcome of a run whose workers came to `found`; the contact sheet is drawn here, once. `shard`: and why."""
     sheet = None
     if settings.sheet is not None:
+        roots = parse_roots(settings.input_root)
         with scratch_folder(settings.cache) as scratch:
             sheet = try_draw_sheet(jobs, found.lines, storage, settings.sheet, scratch, stop, roots)
     return RunOutcome(
         exit_code=found.exit_code,
         run_id=run_id,
-        shard=shard,
-        shard_reason=f"--on {settings.on}: handed out to {settings.workers or 'a worker on each GPU'}"
-        + (" workers at most" if settings.workers else ""),
+        shard=shard[0],
+        shard_reason=shard[1],
         counts=MappingProxyType(counts_of_lines(found.lines)),
         lines=found.lines,
         outputs=f"{storage.root}/{JOBS}",
