@@ -123,11 +123,15 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         """Open it. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable."""
-        _require_ray()
         address = None if self._on is None else find_address(self._on, os.environ)
         if address not in (None, "auto"):
             _require_port(str(address))
-        self._prepare_environment()
+        self._prepare_environment()  # before Ray is imported, which reads it then
+        try:
+            _require_ray()
+        except ConfigInvalid:
+            self._restore_environment()
+            raise
         structlog.get_logger().info("ray_opening", cluster=self._on or "here")
         self._address = address
         self._thread.start()
@@ -150,6 +154,9 @@ class RayCluster:
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join(timeout=30.0)
+        self._restore_environment()
+
+    def _restore_environment(self) -> None:
         for name, before in self._environment.items():
             if before is None:
                 os.environ.pop(name, None)

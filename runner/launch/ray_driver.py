@@ -162,6 +162,8 @@ class _Driver:
             if action is not None:
                 action()
             self._run_later()
+        if self._stop.draining:  # the workers know nothing of the jobs that they did not get
+            self._reports.open("the command").ended = self._stop.exit_code
         return self._reports.merge()
 
     def end(self) -> None:
@@ -367,8 +369,6 @@ class _Driver:
     def _close(self, worker: _LiveWorker) -> None:
         """The worker has told its outcome, or an error in its place."""
         error = worker.report.error or worker.report.stopped_by
-        if worker.stops and error is None:  # it knows nothing of the jobs that it did not get
-            worker.report.ended = self._stop.exit_code
         state = self._leave(worker)
         if error is not None:
             self._log.error("ray_worker_failed", worker=worker.place.name, code=error.code, message=error.message)
@@ -386,16 +386,17 @@ class _Driver:
         """The worker has died. What it had goes to others; its place gets a new one, unless that has been in vain."""
         jobs = sorted(worker.report.jobs)
         state = self._leave(worker)
-        if self._stop.draining and worker.stops:
-            worker.report.ended = worker.report.ended or self._stop.exit_code
-        self._log.error(
-            "ray_worker_died",
-            worker=worker.place.name,
-            pid=worker.pid,
-            how=how,
-            jobs=jobs,
-            todo="Its jobs go to others. Killed: look for the out-of-memory killer in the node's log",
-        )
+        if worker.pid is None:  # e.g. its node was just ending
+            self._log.warning("ray_worker_not_started", worker=worker.place.name, why=how)
+        else:
+            self._log.error(
+                "ray_worker_died",
+                worker=worker.place.name,
+                pid=worker.pid,
+                how=how,
+                jobs=jobs,
+                todo="Its jobs go to others. Killed: look for the out-of-memory killer in the node's log",
+            )
         if state is None:
             return
         state.in_vain = 0 if worker.report.finished else state.in_vain + 1
@@ -425,7 +426,6 @@ class _Driver:
         self._kill_at = min(self._kill_at, self._clock() + drain_s + END_S)
         for worker in self._workers():
             if worker.stage == "starting":  # it has no job
-                worker.report.ended = self._stop.exit_code
                 self._leave(worker)
                 continue
             while worker.stops < self._signals:
@@ -434,5 +434,4 @@ class _Driver:
         if self._clock() >= self._kill_at:
             for worker in self._workers():
                 self._log.error("ray_worker_killed", worker=worker.place.name, why="it did not end after a signal")
-                worker.report.ended = self._stop.exit_code
                 self._leave(worker)

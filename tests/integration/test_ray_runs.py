@@ -5,6 +5,7 @@ Everything listens on 127.0.0.1. The cluster asks for a token, as Ray does by de
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from structlog.testing import capture_logs
 
@@ -266,17 +269,37 @@ def test_two_gpus_of_one_machine_render_what_one_process_renders(tmp_path, demo_
     common = [sys.executable, "-m", "runner.cli", "run", str(tmp_path / "m.json"), "--models", str(demo_models)]
     common += ["--cache", str(tmp_path / "cache"), "--log-format", "json"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    for words, more in ((["--out", "alone"], {}), (["--out", "ray", "--on", "ray"], {"CUDA_VISIBLE_DEVICES": "0,1"})):
-        done = subprocess.run(
-            [*common, *words],
-            cwd=tmp_path,
-            env={**env, **more},
-            capture_output=True,
-            text=True,
-            timeout=LONG_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    alone = subprocess.run([*common, "--out", "alone"], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert alone.returncode == 0, alone.stderr
+    log: list[str] = []
+    command = subprocess.Popen(
+        [*common, "--out", "ray", "--on", "ray"],
+        cwd=tmp_path,
+        env=env | {"CUDA_VISIBLE_DEVICES": "0,1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    reader = threading.Thread(target=lambda: log.extend(command.stderr))
+    reader.start()
+    try:
+        wait_until(lambda: any('"ray_worker_started"' in line for line in log) or command.poll() is not None)
+        addresses = listening(command.pid)
+        assert command.wait(LONG_S) == 0, "".join(log)
+    finally:
+        command.kill()
+        command.wait()
+        reader.join()
+    events = [json.loads(line) for line in log if line.startswith("{")]
     assert len({event["pid"] for event in named(events, "ray_worker_started")}) == 2
     assert digests(tmp_path / "ray", "abc") == digests(tmp_path / "alone", "abc")
+    assert addresses and all(ipaddress.ip_address(found.removeprefix("::ffff:")).is_loopback for found in addresses)
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses on which a process and those that it started listen."""
+    found = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with suppress(psutil.Error):
+            found |= {one.laddr.ip for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+    return found

@@ -268,6 +268,13 @@ def test_a_signal_is_passed_on_once(signum, code):
     assert [worker.stops for worker in cluster.started] == [1, 1]
 
 
+def test_a_signal_that_comes_while_the_cluster_is_opened_starts_nothing():
+    stop, cluster = Stop(0.0), StandInCluster(nodes("a"))
+    stop.request(signal.SIGTERM)
+    shared, _ = drive(cluster, "1", stop)
+    assert (shared.exit_code, statuses(shared), cluster.started) == (143, {"1": "not_run"}, [])
+
+
 def test_a_worker_that_does_not_end_after_a_signal_is_killed(monkeypatch):
     monkeypatch.setattr(ray_driver, "END_S", 0.1)
     cluster = StandInCluster(nodes("a"), holds="1", deaf=True)
