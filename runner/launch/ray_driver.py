@@ -39,6 +39,7 @@ SILENT_S = 60.0  # that a worker may be out of reach before it counts as lost
 ASK_AGAIN_S = 1.0
 STARTS = 5  # of workers at one place, one after the other, of which none has finished a job; one more than attempts of
 # a job by default, so that a job that kills its worker each time is given up before the place is
+KEEP_S = 60.0  # that a job is kept for a worker that starts; longer ones wait for room on their node; assumed
 TELL_PENDING_S = 30.0  # that a worker may wait for its place before an event says so
 
 Clock = Callable[[], float]
@@ -106,8 +107,8 @@ class _LiveWorker:
     seen: int = 0  # messages
     silent_since: float | None = None
     stops: int = 0  # signals that were passed on
+    has: set[str] = field(default_factory=set)  # jobs that were handed to it and have not ended
     told_end: bool = False
-    told_pending: bool = False
 
 
 @dataclass
@@ -325,6 +326,7 @@ class _Driver:
             if what == "phase":
                 self._hand_out.note_phase(worker.name, *more)
             elif what == "finished":
+                worker.has.discard(more[0].id)
                 self._hand_out.note_end(worker.name, more[0].id)
         if worker.report.over:
             self._close(worker)
@@ -335,13 +337,23 @@ class _Driver:
         if self._stop.draining:
             return
         workers = {worker.name: worker for worker in self._workers()}
-        for name, job in self._hand_out.next_jobs():
-            self._send(workers[name], job)
+        if not self._keeps_for_starting():
+            for name, job in self._hand_out.next_jobs():
+                workers[name].has.add(job.id)
+                self._send(workers[name], job)
         if self._hand_out.left == 0:
             for worker in workers.values():
                 if worker.stage == "working" and not worker.told_end:
                     worker.told_end = True
                     self._ask(worker, lambda *_: None, "end")
+
+    def _keeps_for_starting(self) -> bool:
+        """Whether the jobs that are left go to workers that start now, sooner than ahead to one that has a job."""
+        workers = self._workers()
+        since = self._clock() - KEEP_S
+        starting = sum(worker.stage == "starting" and worker.started > since for worker in workers)
+        waiting = self._hand_out.left - sum(len(worker.has) for worker in workers)
+        return 0 < waiting <= starting and all(worker.has for worker in workers if worker.stage == "working")
 
     def _send(self, worker: _LiveWorker, job: Job) -> None:
         def hear(_: Any, error: Exception | None) -> None:

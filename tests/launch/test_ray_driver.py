@@ -56,6 +56,9 @@ class StandIn:
         self.cluster.killed += 1
 
     def _describe(self, answer: Reply) -> None:
+        if self.place.node.id in self.cluster.slow_nodes:
+            threading.Timer(0.3, answer, ({"host": "h", "pid": 1, "code": describe_code()}, None)).start()
+            return
         if self.place.node.id in self.cluster.broken_nodes:
             answer({"code": "another"}, None)
             return
@@ -81,6 +84,12 @@ class StandIn:
                 self.question(None, WorkerGone("killed"))
             return
         self.messages.append(("phase", job.id, "generating"))
+        if job.id in self.cluster.frees.values():  # held until another job comes to another worker
+            return
+        if (freed := self.cluster.frees.get(job.id)) is not None:
+            other = next(worker for worker in self.cluster.started if worker is not self)
+            other._finish(freed, "succeeded")
+            other._reply()
         if job.id in self.cluster.holds and [sent for _, sent in self.cluster.sent].count(job.id) == 1:
             self.cluster.holding.release()
             return
@@ -116,11 +125,13 @@ class StandIn:
 @dataclass
 class StandInCluster:
     living: list[RayNode]
+    slow_nodes: set[str] = field(default_factory=set)
     broken_nodes: set[str] = field(default_factory=set)
     stops_for: dict[str, RunnerError] = field(default_factory=dict)  # node → of its next worker
     lost_after: dict[str, RunnerError] = field(default_factory=dict)  # job → what its worker ends with after it
     dies: dict[str, int] = field(default_factory=dict)  # job → how often it kills its worker
     holds: str = ""  # jobs that the first worker that gets them keeps
+    frees: dict[str, str] = field(default_factory=dict)  # job → another one that ends when it is sent
     deaf: bool = False
     silent: int = 0  # calls that do not arrive
     sent: list[tuple[str, str]] = field(default_factory=list)
@@ -175,6 +186,13 @@ def test_each_job_is_sent_once_and_every_worker_ends():
     assert sorted(job for _, job in cluster.sent) == list("123456")
     assert all(worker.dead for worker in cluster.started)
     assert len(named(events, "ray_worker_started")) == len(cluster.started)
+
+
+def test_the_last_job_is_kept_for_a_worker_that_starts():
+    """In place of being prepared by one that generates another job, for as long as that takes."""
+    cluster = StandInCluster(nodes("a", "b"), slow_nodes={"b"}, frees={"2": "1"})
+    shared, _ = drive(cluster, "12")
+    assert (shared.exit_code, cluster.sent) == (0, [("a", "1"), ("b", "2")])
 
 
 def test_a_worker_that_dies_is_replaced_and_its_jobs_go_on():

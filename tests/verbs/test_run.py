@@ -270,6 +270,18 @@ def limited(settings: RunSettings, *limits: RegressionLimits) -> RunSettings:
     return replace(settings, manifest=replace(settings.manifest, jobs=jobs))
 
 
+def test_a_run_that_knows_no_job_at_its_start_leaves_what_its_driver_kept(stub_run, tmp_path):
+    settings = limited(stub_run("ok", run_id="r1"), RegressionLimits(psnr_min=30))
+    run(settings)
+    kept = {name: (tmp_path / "out/runs/r1" / name).read_bytes() for name in ("jobs.json", "regression.json")}
+    mailbox = Mailbox()
+    mailbox.send(settings.manifest.jobs[0])
+    mailbox.end()
+    again = run(replace(settings, manifest=replace(settings.manifest, jobs=())), source=mailbox)
+    assert [line.status for line in again.lines] == ["skipped"]
+    assert {name: (tmp_path / "out/runs/r1" / name).read_bytes() for name in kept} == kept
+
+
 def test_the_limits_of_the_whole_manifest_are_kept_before_the_first_job_starts(stub_run, tmp_path, monkeypatch):
     """By a shard too, and where the job fails."""
     first, second = RegressionLimits(psnr_min=30), RegressionLimits(same_frames=True)
