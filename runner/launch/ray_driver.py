@@ -56,9 +56,11 @@ class OpenCluster(Protocol):
 
 @dataclass(frozen=True)
 class RayWork:
-    """What all workers do. `run`, `settings`, `shared_file`: see WorkerOrder.
+    """What all workers do. `run`, `settings`: see WorkerOrder.
 
     workers: on CPUs, so many at most; None: one a GPU. variables: place → what its worker's environment has more.
+    keep: called once the cluster is open; keeps with the run what later commands ask of it, and returns
+    WorkerOrder.shared_file.
     """
 
     run: Callable[..., Any]
@@ -67,7 +69,7 @@ class RayWork:
     seconds: Mapping[str, float]  # forecast, by job id
     workers: int | None = None
     variables: Callable[[RayPlace], Mapping[str, str]] = lambda place: {}
-    shared_file: tuple[str, bytes] | None = None
+    keep: Callable[[], tuple[str, bytes] | None] = lambda: None
 
 
 def run_on_ray(
@@ -85,6 +87,7 @@ def run_on_ray(
         structlog.get_logger().info("signals_ignored", why="the run is not in the main thread")
     with stop.listening(driver.count_signal) if in_main_thread else nullcontext():
         with opening as cluster:
+            driver.shared_file = work.keep()
             progress.started(len(work.jobs))
             try:
                 return driver.run(cluster)
@@ -129,6 +132,7 @@ class _Driver:
 
     def __init__(self, work: RayWork, progress: Progress, stop: Stop, clock: Clock = time.monotonic) -> None:
         self._work, self._stop, self._clock = work, stop, clock
+        self.shared_file: tuple[str, bytes] | None = None  # what the workers must find in OUT
         self._reports = JoinedReports([job.id for job in work.jobs], progress, "worker")
         self._hand_out = HandOut(work.jobs, work.seconds)
         self._places: dict[tuple[str, int], _PlaceState] = {}
@@ -296,7 +300,7 @@ class _Driver:
         worker.pid = facts["pid"]
         work, place = self._work, worker.place
         order = WorkerOrder(
-            work.run, work.settings, place.sharing, place.gpus > 0, os.getcwd(), shared_file=work.shared_file
+            work.run, work.settings, place.sharing, place.gpus > 0, os.getcwd(), shared_file=self.shared_file
         )
         self._ask(worker, partial(self._begin, worker), "begin", order)
 

@@ -305,9 +305,14 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     engine = build_engine(shared, manifest)
     stop = Stop(settings.drain_s)
     _check_own(engine, jobs)
-    _keep_manifest(storage, run_id, manifest.jobs, settings, manifest, engine)
     _say_run(run_id, jobs, engine, storage, {"on": settings.on})
-    kept = None if is_remote(storage.root) else storage.read_bytes(run_file_key(run_id, RUN_JOBS))
+
+    def keep() -> tuple[str, bytes] | None:
+        _keep_manifest(storage, run_id, manifest.jobs, settings, manifest, engine)
+        key = run_file_key(run_id, RUN_JOBS)
+        kept = None if is_remote(storage.root) else storage.read_bytes(key)
+        return None if kept is None else (key, kept)
+
     work = RayWork(
         run,
         # Each worker is sent its jobs, one at a time.
@@ -316,7 +321,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
         forecast_seconds(jobs, shared, manifest),
         workers=settings.workers,
         variables=worker_variables,
-        shared_file=None if kept is None else (run_file_key(run_id, RUN_JOBS), kept),
+        keep=keep,
     )
     cluster = RayCluster(parse_on(str(settings.on)), cpus=settings.workers or max(1, usable_cpus({})), gpus=len(gpus))
     found = run_on_ray(cluster, work, progress, stop=stop)

@@ -234,11 +234,12 @@ def test_a_cluster_without_what_is_asked_for_is_refused(held, monkeypatch):
         run_verb.run(held("a"))
 
 
-def test_an_address_where_nothing_listens(held):
+def test_an_address_where_nothing_listens(held, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ClusterUnavailable, match="nothing answers"):
             run_verb.run(held("a", on=f"ray:127.0.0.1:{free.getsockname()[1]}"))
+    assert not (tmp_path / "out/runs").exists()  # else `status` would tell of jobs that wait
 
 
 def test_a_wrong_token_is_denied(held, tmp_path, ray_cluster):
