@@ -57,7 +57,6 @@ from runner.verbs.chosen_jobs import choose_jobs
 from runner.verbs.dry_run import decide_lines
 from runner.verbs.gpus import find_gpus, places_for, run_processes
 from runner.verbs.outcome import RunOutcome, counts_of_lines
-from runner.verbs.plan import forecast_seconds
 from runner.verbs.ray_machine import find_own_gpus, worker_variables
 from runner.verbs.settings import ModelSettings, RunSettings
 from runner.verbs.sheet import try_draw_sheet
@@ -290,6 +289,8 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
 
 def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
     """A worker a GPU, or on CPUs, of a Ray cluster. What can be wrong for all of them is found here, once."""
+    from runner.verbs.plan import forecast_seconds  # opens images and videos, which a run with nothing to do does not
+
     if source is not None:
         raise ConfigInvalid(
             "--on takes its jobs from the manifest, not from a source", todo="Call run() in each worker instead"

@@ -52,17 +52,21 @@ while ((code > 128)) && kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?;
 exit "$code"
 """
 
-# The first start of a task takes seconds a job, later ones none.
+# Jobs are generated once the file of the variable GO is there.
 STUB = f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 if sys.argv[1] != "run":
     from runner.cli import main
     sys.exit(main())
 from tests.faults.stub_runs import run_command
 from tests.stub_generator import StubGenerator
-seconds = 0.0 if "SLURM_RESTART_COUNT" in os.environ else 6.0
-sys.exit(run_command(sys.argv[2:], lambda: StubGenerator(generate_s=seconds), {{}}))
+class Held(StubGenerator):
+    def generate(self, *values, **more):
+        while not os.path.exists(os.environ["GO"]):
+            time.sleep(0.05)
+        yield from super().generate(*values, **more)
+sys.exit(run_command(sys.argv[2:], Held, {{}}))
 """
 
 # Task 0 finds no storage, whenever it starts; task 1 is configured wrongly; task 2 is killed at its first start.
@@ -191,6 +195,7 @@ def test_an_array_renders_all_jobs_and_the_report_follows_it(site, demo_models, 
 def test_a_preempted_task_drains_and_runs_again(site, demo_media, monkeypatch):
     """The partition's grace period is used: the running job is finished, the next one is left to the next start."""
     site.use(STUB, monkeypatch)
+    monkeypatch.setenv("GO", str(site.folder / "go"))
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
     options = {"keep_audio": False, "steps": 50}
     site.keep_manifest([{"id": name, **place, "prompt": "ok", "options": options} for name in "abcd"])
@@ -199,12 +204,14 @@ def test_a_preempted_task_drains_and_runs_again(site, demo_media, monkeypatch):
     wait_until(lambda: all(path.exists() and '"job_prepared"' in path.read_text() for path in events), "a job of each")
     urgent = ["sbatch", "--parsable", f"--partition={URGENT}", "--gres=gpu:2", "--mem=1G", "--output=/dev/null"]
     other = site.cluster.run(*urgent, "--wrap=true").strip()
+    wait_until(lambda: all('"stopping"' in site.log(run, task) for task in range(2)), "SIGTERM in both")
+    (site.folder / "go").touch()
     site.cluster.wait_for_end(run, report, other)
 
     assert site.ends(run, 2) == [("COMPLETED", "0:0", "1")] * 2, site.log(run, 0)
     for task in range(2):
         log = site.log(run, task)
-        first, requeue, second = log.partition("exit code 143 at start 1 of 5: requeued")
+        first, requeue, second = log.partition(f"exit code 143 at start 1 of {site.submission.attempts}: requeued")
         assert requeue, log
         drained, then = Shard(task, 2).take("abcd")
         for job, here, there in ((drained, first, second), (then, second, first)):
