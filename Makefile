@@ -54,7 +54,7 @@ demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/
 	$(BIN)/video-lab weights demo --models $(MODELS) --media $(MEDIA)
 	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
 
-test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds the image (root, buildah, podman) and a browser (chromium)
+test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds Ray, whole benchmarks, and where they are installed the image, Slurm, a browser
 	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP) ## run the long tests

@@ -1,4 +1,5 @@
-"""System tests: what needs programs of the system or many processes; they run where VIDEO_LAB_SYSTEM_TESTS=1 is set."""
+"""System tests: what needs programs of the system, many processes or a whole benchmark; they run where
+VIDEO_LAB_SYSTEM_TESTS=1 is set."""
 
 from __future__ import annotations
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.bench.run_bench import ROOT, run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_engine(tmp_path):
     tables, printed = run_bench("engine", tmp_path, "--quick")
     rows = {row["what"].strip(): row for row in tables["waterfall"]}
@@ -35,6 +37,7 @@ def test_engine(tmp_path):
     assert {row["forecast, s a clip"] for row in tables["forecasts"]} >= {"RTX 5090", "H200"}
 
 
+@system_test
 def test_the_engines_benchmark_leaves_out_what_would_end_too_late(tmp_path):
     """The seed's way is measured whatever it takes: the rest is held against it."""
     tables, _ = run_bench("engine", tmp_path, "--quick", "--seconds", "0.001")

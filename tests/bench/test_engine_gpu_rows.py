@@ -10,8 +10,10 @@ import torch
 
 from runner.weights.resolved import ResolvedRecipe
 from tests.bench.run_bench import ROOT
+from tests.system_tests import system_test
 
 
+@system_test
 def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     """All that only a GPU measures, on a CPU that says it is one: in bfloat16, compiled by what fuses nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))

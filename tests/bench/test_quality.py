@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_quality(tmp_path):
     """Two clips and few steps: the measures are in order, and the table holds what it should."""
     found, printed = run_bench("quality", tmp_path, "--quick", "--models", str(tmp_path / "models"))
