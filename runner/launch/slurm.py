@@ -130,7 +130,7 @@ class Slurm(SlurmSettings, Platform):
             f"squeue --jobs={every}",
             f"sacct --jobs={every} --format=JobID,JobName,State,ExitCode,Elapsed,NodeList",
             f"tail -F {shlex.quote(log)}",
-            f"video-lab status {shlex.quote(submission.out)} --run {submission.run_id}",
+            f"video-lab status {shlex.quote(submission.out)} --run {submission.run_id} --watch",
             f"scancel {ids['run']}",
         )
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whose driver takes more of the host's memory than all this
     rows, printed = run_bench("checkpoint", tmp_path, "--gb", "0.08")

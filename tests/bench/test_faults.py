@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_faults(tmp_path):
     """A few trials; that nothing is lost by them is tested in `tests/integration/test_kills.py`, with more."""
     found, printed = run_bench("faults", tmp_path, "--trials", "8", "--stores", "local", "--seed", "3")

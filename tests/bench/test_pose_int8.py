@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_pose_int8(tmp_path):
     found, printed = run_bench("pose_int8", tmp_path, "--blocks", "1", "--crops", "2")
     products = found["products"]

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_preprocessing(tmp_path):
     found, printed = run_bench("preprocessing", tmp_path, "--frames", "6")
     assert found["frames"] == 6

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_quantization(tmp_path):
     found, printed = run_bench("quantization", tmp_path, "--small")
     errors = {(row["format"], row["scales"]): row for row in found["errors"]}

@@ -9,8 +9,10 @@ import pytest
 from runner.errors import InputNotFound
 from runner.storage import open_storage
 from tests.bench.run_bench import ROOT, run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_rerun(tmp_path):
     """One GET a job for its record, one HEAD an input, few requests beside them, many at once; nothing is loaded."""
     found, printed = run_bench("rerun", tmp_path, "--jobs", "100", "--latency-ms", "3")

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_segment_cost(tmp_path):
     """Small windows on this disk: every number is there, and shares are of the forecast that they name."""
     arguments = ("--segments", "2", "--frames", "6", "--stores", "local")

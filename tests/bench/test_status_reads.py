@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from tests.bench.run_bench import run_bench
+from tests.system_tests import system_test
 
 
+@system_test
 def test_status_reads(tmp_path):
     """One GET a job for its record, many at once, and listings; a second look lists alone."""
     found, printed = run_bench("status_reads", tmp_path, "--jobs", "60", "--latency-ms", "3")

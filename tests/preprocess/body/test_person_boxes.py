@@ -66,6 +66,8 @@ def test_a_box_holds_all_that_is_drawn_and_little_more(name: str, seed: int, sur
     drawn, people = made.window(0, 2).pose.any(-1), made.people
     assert (people.width, people.height, people.fps, people.frames) == (*OUTPUT, "16", 2)
     slack = 3 * body_width(*VIDEO) + 2
+    # Drawing rounds to a pixel. With parity it is one of the video, 1.2 of the output, and resizing spreads it.
+    rounding = 2 if name == "parity" else 1
     for i in range(2):
         rows, columns = np.nonzero(drawn[i])
         if not len(rows):
@@ -73,7 +75,7 @@ def test_a_box_holds_all_that_is_drawn_and_little_more(name: str, seed: int, sur
         x1, y1, x2, y2 = people.person(i)
         got = np.array([x1, y1, OUTPUT[0] - x2, OUTPUT[1] - y2])
         tight = np.array([columns.min(), rows.min(), OUTPUT[0] - 1 - columns.max(), OUTPUT[1] - 1 - rows.max()])
-        assert (got <= tight + 1).all()
+        assert (got <= tight + rounding).all()
         if name != "filled":  # there the margin is of a person who is partly outside
             margin = 0.06 * max(np.ptp(rows), np.ptp(columns)) + slack
             assert (got >= np.maximum(tight - margin, 0) - 1).all()
