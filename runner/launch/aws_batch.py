@@ -67,7 +67,7 @@ class AwsBatch(Platform):
     name: ClassVar[str] = "aws-batch"
 
     def check(self, submission: Submission) -> None:
-        """Raise ConfigInvalid for what AWS Batch would refuse, or understand otherwise; asks nobody."""
+        """Raise ConfigInvalid for what AWS Batch would refuse, or read in another way; sends nothing."""
         check_image(submission.image)
         self._check_settings()
         longest = 128 - len(REPORT_SUFFIX)

@@ -23,7 +23,7 @@ class Platform(ABC):
 
     @abstractmethod
     def check(self, submission: Submission) -> None:
-        """Raise ConfigInvalid for what the platform would refuse, or understand otherwise; asks nobody."""
+        """Raise ConfigInvalid for what the platform would refuse, or read in another way; sends nothing."""
 
     @abstractmethod
     def render(self, submission: Submission) -> Mapping[str, str]:
