@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from runner.batch.shards import Shard
+from runner.cli import main
 from runner.errors import ClusterUnavailable, ConfigInvalid
 from runner.launch.slurm import Slurm
 from runner.launch.submission import Submission, SubmittedJob
@@ -192,14 +193,30 @@ def test_an_array_renders_all_jobs_and_the_report_follows_it(site, demo_models, 
     assert (site.run_folder / "report.html").stat().st_size > 0
 
 
-def test_a_preempted_task_drains_and_runs_again(site, demo_media, monkeypatch):
+def submit_by_command(
+    site: Site, jobs: list[dict[str, object]], *flags: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, str]:
+    """`video-lab submit slurm`, as it is typed; the ids of the array and of the report."""
+    manifest = site.folder / "jobs.jsonl"
+    manifest.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
+    asked = site.submission
+    places = ["--out", asked.out, "--models", asked.models, "--image", asked.image]
+    names = ["--name", asked.name, "--run-id", asked.run_id, "--shards", str(asked.shards)]
+    code = main(["submit", "slurm", str(manifest), *places, *names, *flags])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    ids = dict(line.split() for line in said.out.splitlines() if line.startswith(("run  ", "report ")))
+    return ids["run"], ids["report"]
+
+
+def test_a_preempted_task_drains_and_runs_again(site, demo_media, monkeypatch, capsys):
     """The partition's grace period is used: the running job is finished, the next one is left to the next start."""
     site.use(STUB, monkeypatch)
     monkeypatch.setenv("GO", str(site.folder / "go"))
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
     options = {"keep_audio": False, "steps": 50}
-    site.keep_manifest([{"id": name, **place, "prompt": "ok", "options": options} for name in "abcd"])
-    run, report = submit(site, Slurm(partition=RENDER))
+    jobs = [{"id": name, **place, "prompt": "ok", "options": options} for name in "abcd"]
+    run, report = submit_by_command(site, jobs, "--partition", RENDER, capsys=capsys)
     events = [site.run_folder / f"{Shard(index, 2).name}.events.jsonl" for index in range(2)]
     wait_until(lambda: all(path.exists() and '"job_prepared"' in path.read_text() for path in events), "a job of each")
     urgent = ["sbatch", "--parsable", f"--partition={URGENT}", "--gres=gpu:2", "--mem=1G", "--output=/dev/null"]
