@@ -47,10 +47,7 @@ from runner.verbs.flag_values import (
     is_time,
     is_whole,
 )
-from runner.verbs.flags import Settings
-from runner.verbs.flags import choice as _choice
-from runner.verbs.flags import flag as _flag
-from runner.verbs.flags import switch as _switch
+from runner.verbs.flags import Settings, choice, flag, switch
 
 if TYPE_CHECKING:
     from runner.spec.manifest import Manifest
@@ -120,13 +117,13 @@ def home_folder() -> Path:
 
 # -- fields that several verbs have ------------------------------------------------------------------------------------
 
-MANIFEST = _flag("YAML or JSONL: a path, s3://… or - for standard input", is_manifest, "MANIFEST", positional=True)
-OUT = _flag("output folder or s3://bucket/prefix", is_text, "OUT", positional=True)
-BASELINE = _flag("folder or s3://bucket/prefix of the approved renders", is_text, "URI")
-CACHE = _flag("for synced models and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR")
-STORE = _flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", is_text, "URI")
-LOCAL_STORE = _flag("model store: a folder ($VIDEO_LAB_MODELS)", is_text, "DIR")
-RECIPE = _flag("whose files: weights and precision", is_recipe, "NAME")
+MANIFEST = flag("YAML or JSONL: a path, s3://… or - for standard input", is_manifest, "MANIFEST", positional=True)
+OUT = flag("output folder or s3://bucket/prefix", is_text, "OUT", positional=True)
+BASELINE = flag("folder or s3://bucket/prefix of the approved renders", is_text, "URI")
+CACHE = flag("for synced models and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR")
+STORE = flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", is_text, "URI")
+LOCAL_STORE = flag("model store: a folder ($VIDEO_LAB_MODELS)", is_text, "DIR")
+RECIPE = flag("whose files: weights and precision", is_recipe, "NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +133,9 @@ class ModelSettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=STORE)
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
     recipe: str | None = field(
-        default=None, metadata=_flag("weights, precision and steps; over the manifest's", is_recipe, "NAME")
+        default=None, metadata=flag("weights, precision and steps; over the manifest's", is_recipe, "NAME")
     )
-    device: str = field(default="auto", metadata=_choice("auto: cuda where there is one", DEVICES))
+    device: str = field(default="auto", metadata=choice("auto: cuda where there is one", DEVICES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ class ShardSettings(Settings):
 
     shard: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "this share of the jobs, or any: each job that no other runner holds; default: from the scheduler's "
             "environment",
             is_text,
@@ -155,7 +152,7 @@ class ShardSettings(Settings):
         ),
     )
     shard_count: int | None = field(
-        default=None, metadata=_flag("shares in all, where the scheduler tells only I", partial(is_whole, 1), "N")
+        default=None, metadata=flag("shares in all, where the scheduler tells only I", partial(is_whole, 1), "N")
     )
 
     def check_together(self) -> None:
@@ -169,11 +166,11 @@ class SelectionSettings(Settings):
     """Which jobs of the manifest. A shard is a share of the jobs that these leave."""
 
     only: tuple[str, ...] = field(
-        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
     )
     limit: int | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "the first N jobs of the manifest, of those that --only leaves, whether they are done or not; shards are "
             "cut afterwards",
             partial(is_whole, 1),
@@ -188,7 +185,7 @@ class RootSettings(Settings):
 
     input_root: tuple[str, ...] = field(
         default=(),
-        metadata=_flag(
+        metadata=flag(
             "refuse inputs that lie elsewhere, symlinks followed; a folder or s3://bucket/prefix, repeatable",
             are_texts,
             "DIR",
@@ -203,14 +200,14 @@ class NetworkSettings(Settings):
 
     pose_precision: PosePrecision = field(
         default="fp32",
-        metadata=_choice(
+        metadata=choice(
             "int8: the pose network's matrix products in 8 bits, on the CPU only; made once, kept in --cache",
             get_args(PosePrecision),
         ),
     )
     tensorrt: TensorrtMode = field(
         default="off",
-        metadata=_choice(
+        metadata=choice(
             "preprocessing through TensorRT on a GPU, engines kept in --cache; auto: where it is installed",
             get_args(TensorrtMode),
         ),
@@ -225,26 +222,26 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     """`video-lab run`. `manifest` may be a path, a URI, `-` for standard input, or a manifest that was read before."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
-    out: str = field(metadata=_flag("output folder or s3://bucket/prefix", is_text, "URI"))
+    out: str = field(metadata=flag("output folder or s3://bucket/prefix", is_text, "URI"))
     run_id: str | None = field(
         default=None,
-        metadata=_flag("of the summary; default: the scheduler's job id, else the time", is_run_id, "ID"),
+        metadata=flag("of the summary; default: the scheduler's job id, else the time", is_run_id, "ID"),
     )
     memory: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             f"where weights live: {', '.join(MEMORY_CHOICES)}; over the manifest's",
             partial(is_one_of, MEMORY_CHOICES),
             "MODE",
         ),
     )
-    force: bool = field(default=False, metadata=_switch("run every job, done or not"))
-    retry_failed: bool = field(default=False, metadata=_switch("run only jobs that have failed"))
-    max_attempts: int = field(default=3, metadata=_flag("attempts a job gets; 0: no limit", partial(is_whole, 0), "N"))
-    drain_s: float = field(default=20.0, metadata=_flag("seconds the running job gets after a signal", is_seconds, "S"))
+    force: bool = field(default=False, metadata=switch("run every job, done or not"))
+    retry_failed: bool = field(default=False, metadata=switch("run only jobs that have failed"))
+    max_attempts: int = field(default=3, metadata=flag("attempts a job gets; 0: no limit", partial(is_whole, 0), "N"))
+    drain_s: float = field(default=20.0, metadata=flag("seconds the running job gets after a signal", is_seconds, "S"))
     checkpoint: str = field(
         default="out",
-        metadata=_choice(
+        metadata=choice(
             "where the finished segments of a job are kept until it is published, so that a killed job goes on after "
             "them: below its output folder, below --cache, or nowhere",
             CHECKPOINTS,
@@ -252,7 +249,7 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     )
     spot: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "stop early when the cloud announces that it takes this machine back, or when the file PATH appears",
             is_spot,
             "aws|gcp|file:PATH",
@@ -260,20 +257,20 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     )
     assume: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "how to read a published FP4 file where it does not say, e.g. nibble=high", is_assumptions, "K=V,…"
         ),
     )
     sheet: Path | None = field(
-        default=None, metadata=_flag("also draw a contact sheet of this run's outputs", is_path, "PNG")
+        default=None, metadata=flag("also draw a contact sheet of this run's outputs", is_path, "PNG")
     )
     dry_run: bool = field(
         default=False,
-        metadata=_switch("say which jobs would run, and why; renders nothing, loads nothing, writes nothing"),
+        metadata=switch("say which jobs would run, and why; renders nothing, loads nothing, writes nothing"),
     )
     gpus: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "a process on each of these GPUs of this machine, all or numbers; each runs as with --shard any",
             are_gpus,
             "all|0,1,…",
@@ -281,7 +278,7 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     )
     on: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "on Ray: a worker on each GPU of this machine, or of the cluster that RAY_ADDRESS names or that runs here "
             "(ray:auto), or of the one at HOST:PORT; run it on a node of that cluster",
             is_on,
@@ -289,7 +286,7 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
         ),
     )
     workers: int | None = field(
-        default=None, metadata=_flag("with --on: so many workers, on CPUs", partial(is_whole, 1), "N")
+        default=None, metadata=flag("with --on: so many workers, on CPUs", partial(is_whole, 1), "N")
     )
 
     def check_together(self) -> None:
@@ -336,11 +333,11 @@ class ValidateSettings(RootSettings, SelectionSettings):
     """`video-lab validate`."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
-    deep: bool = field(default=False, metadata=_switch("decode images whole, download s3:// inputs and open them too"))
-    no_inputs: bool = field(default=False, metadata=_switch("check the manifest's text only"))
+    deep: bool = field(default=False, metadata=switch("decode images whole, download s3:// inputs and open them too"))
+    no_inputs: bool = field(default=False, metadata=switch("check the manifest's text only"))
     models: str | None = field(
         default=None,
-        metadata=_flag("check that this model store has the jobs' LoRAs, and whole", is_text, "URI"),
+        metadata=flag("check that this model store has the jobs' LoRAs, and whole", is_text, "URI"),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -352,7 +349,7 @@ class PlanSettings(RootSettings, SelectionSettings, ShardSettings, ModelSettings
     manifest: str | Manifest = field(metadata=MANIFEST)
     gpu: str | None = field(
         default=None,
-        metadata=_flag("whose seconds to forecast, e.g. 'RTX 5090'; default: the one here", is_text, "NAME"),
+        metadata=flag("whose seconds to forecast, e.g. 'RTX 5090'; default: the one here", is_text, "NAME"),
     )
 
 
@@ -361,22 +358,22 @@ class StatusSettings(Settings):
     """`video-lab status`. `wait` and `watch` return when no job of the run is left."""
 
     out: str = field(metadata=OUT)
-    run: str | None = field(default=None, metadata=_flag("of this run; default: the newest one", is_run_id, "ID"))
+    run: str | None = field(default=None, metadata=flag("of this run; default: the newest one", is_run_id, "ID"))
     all: bool = field(
         default=False,
-        metadata=_switch("of more than 50 jobs show those too that are plainly done and those that have not begun"),
+        metadata=switch("of more than 50 jobs show those too that are plainly done and those that have not begun"),
     )
     wait: bool = field(
         default=False,
-        metadata=_switch(
+        metadata=switch(
             "return when no job is pending, running or lost any more; with --run a run that has not begun is waited for"
         ),
     )
-    watch: bool = field(default=False, metadata=_switch("as --wait, and show each look, with the rate and the ETA"))
-    every: float = field(default=10.0, metadata=_flag("seconds between two looks", is_interval, "S"))
+    watch: bool = field(default=False, metadata=switch("as --wait, and show each look, with the rate and the ETA"))
+    every: float = field(default=10.0, metadata=flag("seconds between two looks", is_interval, "S"))
     timeout: str | None = field(
         default=None,
-        metadata=_flag("give up waiting after 30m, 2h, …, with exit code 3; default: never", is_age, "AGE"),
+        metadata=flag("give up waiting after 30m, 2h, …, with exit code 3; default: never", is_age, "AGE"),
     )
 
     def check_together(self) -> None:
@@ -389,14 +386,14 @@ class ReportSettings(Settings):
     """`video-lab report`. Without `run`: the run that began last. Without `to`: into the run's own folder."""
 
     out: str = field(metadata=OUT)
-    run: str | None = field(default=None, metadata=_flag("the run; default: the one that began last", is_run_id, "ID"))
+    run: str | None = field(default=None, metadata=flag("the run; default: the one that began last", is_run_id, "ID"))
     gpu_hour: float | None = field(
         default=None,
-        metadata=_flag("price of an hour of one GPU: tells cost by job and by second of film", is_price, "PRICE"),
+        metadata=flag("price of an hour of one GPU: tells cost by job and by second of film", is_price, "PRICE"),
     )
     to: str | None = field(
         default=None,
-        metadata=_flag(
+        metadata=flag(
             "folder or s3://bucket/prefix for report.html and report.json; default: the run's folder below OUT",
             is_text,
             "URI",
@@ -404,12 +401,12 @@ class ReportSettings(Settings):
     )
     wait: bool = field(
         default=False,
-        metadata=_switch("first wait until the run has begun, and no job is pending, running or lost any more"),
+        metadata=switch("first wait until the run has begun, and no job is pending, running or lost any more"),
     )
-    every: float = field(default=10.0, metadata=_flag("seconds between two looks of --wait", is_interval, "S"))
+    every: float = field(default=10.0, metadata=flag("seconds between two looks of --wait", is_interval, "S"))
     timeout: str | None = field(
         default=None,
-        metadata=_flag("report what there is after 30m, 2h, … of waiting; default: wait for ever", is_age, "AGE"),
+        metadata=flag("report what there is after 30m, 2h, … of waiting; default: wait for ever", is_age, "AGE"),
     )
 
     def check_together(self) -> None:
@@ -422,12 +419,12 @@ class CleanSettings(Settings):
     """`video-lab clean`."""
 
     out: str = field(metadata=OUT)
-    older_than: str = field(default="1h", metadata=_flag("leave what is younger: 30m, 1h, 2d, 0s", is_age, "AGE"))
+    older_than: str = field(default="1h", metadata=flag("leave what is younger: 30m, 1h, 2d, 0s", is_age, "AGE"))
     checkpoints: bool = field(
         default=False,
-        metadata=_switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
+        metadata=switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
     )
-    yes: bool = field(default=False, metadata=_switch("remove them; without it they are only listed"))
+    yes: bool = field(default=False, metadata=switch("remove them; without it they are only listed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,26 +435,26 @@ class CompareSettings(Settings):
     baseline: str = field(metadata=BASELINE)
     report: str | None = field(
         default=None,
-        metadata=_flag("write report.html, junit.xml, comparison.json and summary.md there", is_text, "URI"),
+        metadata=flag("write report.html, junit.xml, comparison.json and summary.md there", is_text, "URI"),
     )
     only: tuple[str, ...] = field(
-        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
     )
     manifest: str | Manifest | None = field(
-        default=None, metadata=_flag("take the limits from this manifest's regression:", is_manifest, "MANIFEST")
+        default=None, metadata=flag("take the limits from this manifest's regression:", is_manifest, "MANIFEST")
     )
     models: str | None = field(
         default=None,
-        metadata=_flag("model store: compare the person's identity with its image encoder too", is_text, "URI"),
+        metadata=flag("model store: compare the person's identity with its image encoder too", is_text, "URI"),
     )
     bootstrap: bool = field(
-        default=False, metadata=_switch("accept jobs that have no baseline yet as drafts: a first night")
+        default=False, metadata=switch("accept jobs that have no baseline yet as drafts: a first night")
     )
-    record: bool = field(default=False, metadata=_switch("add this night to the baseline's history"))
-    suggest: bool = field(default=False, metadata=_switch("print limits that follow from the nights in the history"))
+    record: bool = field(default=False, metadata=switch("add this night to the baseline's history"))
+    suggest: bool = field(default=False, metadata=switch("print limits that follow from the nights in the history"))
     embed_mb: float = field(
         default=4.0,
-        metadata=_flag("videos up to this size are put into report.html, larger ones beside it", is_megabytes, "MB"),
+        metadata=flag("videos up to this size are put into report.html, larger ones beside it", is_megabytes, "MB"),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -469,19 +466,19 @@ class ApproveSettings(Settings):
     out: str = field(metadata=OUT)
     baseline: str = field(metadata=BASELINE)
     job: tuple[str, ...] = field(
-        default=(), metadata=_flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
     )
-    why: str = field(metadata=_flag("the reason, which is kept with the baseline", is_reason, "TEXT"))
-    who: str | None = field(default=None, metadata=_flag("who approves; default: USER@HOST", is_reason, "NAME"))
+    why: str = field(metadata=flag("the reason, which is kept with the baseline", is_reason, "TEXT"))
+    who: str | None = field(default=None, metadata=flag("who approves; default: USER@HOST", is_reason, "NAME"))
     as_of: str | None = field(
         default=None,
-        metadata=_flag("leave jobs alone that were approved after this time, UTC", is_time, "YYYY-MM-DDTHH:MM:SSZ"),
+        metadata=flag("leave jobs alone that were approved after this time, UTC", is_time, "YYYY-MM-DDTHH:MM:SSZ"),
     )
     missing: bool = field(
-        default=False, metadata=_switch("jobs of the baseline that are not in OUT leave the baseline, too")
+        default=False, metadata=switch("jobs of the baseline that are not in OUT leave the baseline, too")
     )
     replace_newer: bool = field(
-        default=False, metadata=_switch("replace what was approved of a later night, or after --as-of, too")
+        default=False, metadata=switch("replace what was approved of a later night, or after --as-of, too")
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -490,21 +487,21 @@ class ApproveSettings(Settings):
 class DoctorSettings(ModelSettings):
     """`video-lab doctor`."""
 
-    out: str | None = field(default=None, metadata=_flag("check that this can be written", is_text, "URI"))
+    out: str | None = field(default=None, metadata=flag("check that this can be written", is_text, "URI"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings(NetworkSettings, ModelSettings, RootSettings):
     """`video-lab preprocess`. `options`: YAML, or a mapping of job options."""
 
-    reference: str = field(metadata=_flag("image of the character", is_text, "URI"))
-    video: str = field(metadata=_flag("driving video", is_text, "URI"))
+    reference: str = field(metadata=flag("image of the character", is_text, "URI"))
+    video: str = field(metadata=flag("driving video", is_text, "URI"))
     mask: str | None = field(
-        default=None, metadata=_flag("replace mode: white where the character goes; else it is made", is_text, "URI")
+        default=None, metadata=flag("replace mode: white where the character goes; else it is made", is_text, "URI")
     )
-    out: Path = field(metadata=_flag("folder for the files", is_path, "DIR"))
+    out: Path = field(metadata=flag("folder for the files", is_path, "DIR"))
     options: str | Mapping[str, Any] | None = field(
-        default=None, metadata=_flag("job options, e.g. '{fps: 30, size: 480x832}'", is_job_options, "YAML")
+        default=None, metadata=flag("job options, e.g. '{fps: 30, size: 480x832}'", is_job_options, "YAML")
     )
 
 
@@ -513,19 +510,19 @@ class QuantizeSettings(ModelSettings):
     """`video-lab quantize`."""
 
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
-    format: str = field(default=NUMBER_FORMATS[0], metadata=_choice("number format", NUMBER_FORMATS))
+    format: str = field(default=NUMBER_FORMATS[0], metadata=choice("number format", NUMBER_FORMATS))
     scales: ScaleMethod | None = field(
-        default=None, metadata=_choice(f"how scales are chosen; not with --calibrate ({SCALES[0]})", SCALES)
+        default=None, metadata=choice(f"how scales are chosen; not with --calibrate ({SCALES[0]})", SCALES)
     )
     calibrate: str | Manifest | None = field(
         default=None,
-        metadata=_flag("render these jobs first and weight scales by activations", is_manifest, "MANIFEST"),
+        metadata=flag("render these jobs first and weight scales by activations", is_manifest, "MANIFEST"),
     )
     lora: tuple[str, ...] = field(
-        default=(), metadata=_flag("merge it too; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
+        default=(), metadata=flag("merge it too; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
     )
-    rule: str = field(default=ALL_LAYERS, metadata=_flag("which layers: all, or sensitive ones kept", is_rule, "NAME"))
-    text_encoder: bool = field(default=False, metadata=_switch("make the INT4 text encoder too"))
+    rule: str = field(default=ALL_LAYERS, metadata=flag("which layers: all, or sensitive ones kept", is_rule, "NAME"))
+    text_encoder: bool = field(default=False, metadata=switch("make the INT4 text encoder too"))
 
     def check_together(self) -> None:
         super().check_together()
@@ -540,14 +537,14 @@ class FetchSettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=LOCAL_STORE)
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     part: tuple[str, ...] | None = field(
-        default=None, metadata=_flag("only this part; repeatable", are_parts, "PART", repeatable=True)
+        default=None, metadata=flag("only this part; repeatable", are_parts, "PART", repeatable=True)
     )
-    endpoint: str | None = field(default=None, metadata=_flag("the hub ($HF_ENDPOINT)", is_text, "URL"))
+    endpoint: str | None = field(default=None, metadata=flag("the hub ($HF_ENDPOINT)", is_text, "URL"))
     revision: tuple[str, ...] = field(
         default=(),
-        metadata=_flag("branch, tag or commit; repeatable", are_revisions, "REPO=REV", repeatable=True),
+        metadata=flag("branch, tag or commit; repeatable", are_revisions, "REPO=REV", repeatable=True),
     )
-    dry_run: bool = field(default=False, metadata=_switch("show files, sizes and licences only"))
+    dry_run: bool = field(default=False, metadata=switch("show files, sizes and licences only"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,15 +554,15 @@ class VerifySettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=LOCAL_STORE)
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     cache: Path = field(
-        default_factory=default_cache, metadata=_flag("where runs remember digests ($VIDEO_LAB_CACHE)", is_path, "DIR")
+        default_factory=default_cache, metadata=flag("where runs remember digests ($VIDEO_LAB_CACHE)", is_path, "DIR")
     )
-    plan: bool = field(default=False, metadata=_switch("print the quantised file layer by layer; checks nothing"))
-    format: str = field(default=NUMBER_FORMATS[0], metadata=_choice("--plan: number format", NUMBER_FORMATS))
-    rule: str = field(default=ALL_LAYERS, metadata=_flag("--plan: which layers", is_rule, "NAME"))
+    plan: bool = field(default=False, metadata=switch("print the quantised file layer by layer; checks nothing"))
+    format: str = field(default=NUMBER_FORMATS[0], metadata=choice("--plan: number format", NUMBER_FORMATS))
+    rule: str = field(default=ALL_LAYERS, metadata=flag("--plan: which layers", is_rule, "NAME"))
     against: Path | None = field(
-        default=None, metadata=_flag("settle how a published FP4 file is read", is_path, "SOURCE")
+        default=None, metadata=flag("settle how a published FP4 file is read", is_path, "SOURCE")
     )
-    layer: str | None = field(default=None, metadata=_flag("--against: this layer, not the first", is_text, "NAME"))
+    layer: str | None = field(default=None, metadata=flag("--against: this layer, not the first", is_text, "NAME"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,6 +571,6 @@ class DemoSettings(Settings):
 
     models: str = field(
         default_factory=default_demo_models,
-        metadata=_flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", is_text, "DIR"),
+        metadata=flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", is_text, "DIR"),
     )
-    media: Path = field(default=Path(".cache/demo-media"), metadata=_flag("folder for the media", is_path, "DIR"))
+    media: Path = field(default=Path(".cache/demo-media"), metadata=flag("folder for the media", is_path, "DIR"))
