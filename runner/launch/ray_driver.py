@@ -120,11 +120,10 @@ class _PlaceState:
 
     place: RayPlace
     worker: _LiveWorker | None = None
-    starts: int = 0
     in_vain: int = 0  # the last starts without a finished job
     closed: bool = False  # it is not used again
     not_before: float = 0.0
-    names: int = field(default=0)
+    names: int = 0  # workers that were started here: each has a name of its own
 
 
 class _Driver:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["FINAL_CODES", "PASSING_CODES", "Submission", "SubmittedJob", "report_words", "run_words"]
+__all__ = ["FINAL_CODES", "Submission", "SubmittedJob", "report_words", "run_words"]
 
-# Exit codes of `run` as a platform's retry rules need them. All others (a crash, a kill, a lost host) are retried:
-# the next attempt skips what is done, and a job that crashes again and again is given up by `--max-attempts`.
+# Exit codes of `run` after which a platform shall not start a task again. After all others (3, 143, a crash, a kill, a
+# lost host) it does: the next attempt skips what is done, and a job that crashes again and again is given up by
+# `--max-attempts`.
 FINAL_CODES = (1, 2)  # a retry would find the same: jobs failed by their own fault, or the configuration is wrong
-PASSING_CODES = (3, 143)  # infrastructure, and a drain after SIGTERM: retried
 
 
 @dataclass(frozen=True)
