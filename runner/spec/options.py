@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from runner.spec.field_marks import NotHashed
+from runner.spec.field_marks import Introduced, NotHashed
 
 __all__ = [
     "BACKGROUND",
@@ -72,6 +72,7 @@ class Frozen(BaseModel):
 
 Corner = Annotated[float, Field(ge=0)]
 Subject = Literal["largest", "centre"] | tuple[Corner, Corner, Corner, Corner]
+Colour = Literal["off", "seam", "anchor"]
 Retarget = Literal["off", "robust", "official"]
 
 
@@ -80,6 +81,11 @@ def _retarget(value: Any) -> Any:
     if isinstance(value, bool):
         return "robust" if value else "off"
     return value
+
+
+def _colour(value: Any) -> Any:
+    """`off` is false already to YAML."""
+    return "off" if value is False else value
 
 
 class MaskOptions(Frozen):
@@ -149,6 +155,17 @@ class OutputOptions(Frozen):
         default="mp4", description="mp4 (H.264), or png: frames/<token>/%06d.png, lossless"
     )
     crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
+    interpolate: Annotated[Literal[1, 2], Introduced(1)] = Field(
+        default=1, description="2: twice the frame rate; a network makes a frame between each two"
+    )
+    pad_last: Annotated[bool, Introduced(False)] = Field(
+        default=False, description="with interpolate: repeat the last frame, so that n frames become 2n and not 2n-1"
+    )
+
+    @field_validator("interpolate", mode="before")
+    @classmethod
+    def _interpolate(cls, value: Any) -> Any:
+        return whole_number(value)
 
 
 class LoraOption(Frozen):
@@ -187,6 +204,15 @@ class JobOptions(Frozen):
         default=(), description="LoRAs added for this job alone"
     )
     keep_audio: bool = Field(default=False, description="copy the driving video's sound, cut to the rendered span")
+    face_strength: Annotated[float, Introduced(1.0)] = Field(
+        default=1.0, ge=0, le=2, description="how much the driver's face moves the character's: times its residual"
+    )
+    pose_strength: Annotated[float, Introduced(1.0)] = Field(
+        default=1.0, ge=0, le=2, description="how strictly the skeleton is followed: times its latents"
+    )
+    colour: Annotated[
+        Colour, Introduced("off"), BeforeValidator(_colour), WithJsonSchema({"enum": ["off", "seam", "anchor", False]})
+    ] = Field(default="off", description="correct colours that drift from segment to segment: off, seam or anchor")
     output: OutputOptions = OutputOptions()
     preprocess: PreprocessOptions = PreprocessOptions()
 

@@ -192,6 +192,9 @@ def as_version_0_1_0(options: JobOptions, prompt: str, inputs: dict[str, str], i
     """The fingerprint as version 0.1.0 calculated it, written anew."""
     data = json.loads(options.model_dump_json())
     del data["preprocess"]["from"]
+    for name in ("face_strength", "pose_strength", "colour"):  # later ones
+        del data[name]
+    del data["output"]["interpolate"], data["output"]["pad_last"]
     lines = {"prompt": prompt, "output_version": 2}
 
     def add(value, name: str) -> None:

@@ -26,7 +26,7 @@ class LaterLora(LoraOption):
     from_step: Annotated[int, Introduced(0)] = 0
 
 
-class Colour(Frozen):
+class Tint(Frozen):
     gain: Annotated[float, Introduced(1.0)] = 1.0
     match: Annotated[bool, Introduced(False)] = False
 
@@ -35,8 +35,8 @@ class LaterOptions(JobOptions):
     glow: Annotated[float, Introduced(0)] = Field(default=0.5, ge=0, description="of the light")
     preprocess: LaterPreprocess = LaterPreprocess()
     loras: tuple[LaterLora, ...] = ()
-    colour: Colour = Colour()
-    grain: Annotated[Colour | None, Introduced(None)] = None
+    tint: Tint = Tint()
+    grain: Annotated[Tint | None, Introduced(None)] = None
     note: Annotated[str, NotHashed()] = ""
 
 
@@ -60,9 +60,9 @@ def test_a_later_field_is_hashed_where_it_differs_from_the_default_it_was_introd
     silent = LaterOptions(glow=0, preprocess=LaterPreprocess(mask=LaterMask(soft=0)))
     assert later(hashed_values(silent, OPTION_KEYS)) == {}
     assert list(hashed_values(silent, OPTION_KEYS)) == list(hashed_values(JobOptions(), OPTION_KEYS))
-    changed = silent.model_copy(update={"colour": Colour(gain=2, match=True), "grain": Colour(), "note": "x"})
-    assert later(hashed_values(changed, OPTION_KEYS)) == {"colour.gain": 2.0, "colour.match": True, "grain": {}}
-    changed = silent.model_copy(update={"grain": Colour(gain=3)})
+    changed = silent.model_copy(update={"tint": Tint(gain=2, match=True), "grain": Tint(), "note": "x"})
+    assert later(hashed_values(changed, OPTION_KEYS)) == {"tint.gain": 2.0, "tint.match": True, "grain": {}}
+    changed = silent.model_copy(update={"grain": Tint(gain=3)})
     assert later(hashed_values(changed, OPTION_KEYS)) == {"grain": {"gain": 3.0}}
 
 
@@ -84,10 +84,11 @@ def test_a_later_field_inside_a_list():
 
 def test_what_a_missing_key_means():
     assert introduced_defaults(LaterOptions, OPTION_KEYS) == {
+        **introduced_defaults(JobOptions, OPTION_KEYS),
         "glow": 0,
         "preprocess.mask.soft": 0,
-        "colour.gain": 1.0,
-        "colour.match": False,
+        "tint.gain": 1.0,
+        "tint.match": False,
         "grain": None,
     }
 
