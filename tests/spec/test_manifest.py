@@ -277,7 +277,8 @@ def test_every_problem_is_told_at_once():
         "line 10: jobs[0].video: https:// is not supported; write a path or s3://bucket/key",
         "line 11: jobs[0].seed: belongs under options",
         "line 12: jobs[0].options.max_frames: must be a whole number, not the number 1.5",
-        "line 12: jobs[0].options.output: must be a mapping (keys: format, crf, interpolate, pad_last), not the number 5",
+        "line 12: jobs[0].options.output: must be a mapping (keys: format, crf, interpolate, pad_last), "
+        "not the number 5",
         "line 12: jobs[0].options.preprocess.detect_evry: unknown key; did you mean detect_every?",
         "line 12: jobs[0].options.seed: must be a whole number, not the text '5'; write it without quotes",
         "line 12: jobs[0].options.stps: unknown key; did you mean steps?",
