@@ -42,6 +42,7 @@ __all__ = [
     "pack_poses",
     "segmenter_parts",
     "unpack_poses",
+    "video_parts",
 ]
 
 # Options that change no pose, and no mask, as it is found; a new option counts until it is named here.
@@ -66,6 +67,11 @@ def segmenter_parts(description: Mapping[str, Any], folder: Path) -> dict[str, A
     return {**description, **versions, "sha256": _files_sha256(folder)}
 
 
+def video_parts(reader: VideoReader) -> dict[str, Any]:
+    """What decides anything that is found in a video: its content, and the code and libraries that look at it."""
+    return {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path)}
+
+
 def clip_parts(
     reader: VideoReader,
     sampled: Sampled,
@@ -76,9 +82,7 @@ def clip_parts(
     """All that decides the poses of a clip, for `disk_cache.key`. `networks`: name → `network_parts`."""
     indices = np.ascontiguousarray(sampled.indices, np.int64)
     return {
-        "code": _code_sha256(),
-        "libraries": _versions(),
-        "video": content_sha256(reader.info.path),
+        **video_parts(reader),
         "frames": [len(indices), hashlib.sha256(indices.tobytes()).hexdigest(), str(sampled.fps)],
         "options": options.model_dump(mode="json", exclude=AFTERWARDS),
         "resize_first": geometry.resize_first,

@@ -37,7 +37,7 @@ from runner.spec.options import PreprocessOptions
 from runner.timing import StageTimer
 from runner.video import Sampled, VideoReader
 
-__all__ = ["FoundPoses", "find_poses"]
+__all__ = ["LOOK_S", "ClipPictures", "FoundPoses", "find_poses"]
 
 AHEAD = 2  # windows decoded before they are asked for
 LOOKS_AT_ONCE = 4  # a detector's input is 5 MB a frame, whatever the video's size
@@ -77,15 +77,15 @@ def find_poses(
 
     Raises NoPerson where nobody is found, too little of somebody, or nobody where `subject` points.
     """
-    clip = _Clip(reader, sampled, geometry, timer)
+    clip = ClipPictures(reader, sampled, geometry, timer)
     found = _in_parity if options.parity else _at_full_strength
     return found(clip, options, detector, pose)
 
 
-class _Clip:
-    """The different pictures among the sampled frames, as the networks see them."""
+class ClipPictures:
+    """The different pictures among the sampled frames, as the networks see them; without `geometry` as they are."""
 
-    def __init__(self, reader: VideoReader, sampled: Sampled, geometry: Geometry, timer: StageTimer) -> None:
+    def __init__(self, reader: VideoReader, sampled: Sampled, geometry: Geometry | None, timer: StageTimer) -> None:
         self._reader, self._geometry, self.timer = reader, geometry, timer
         self.path = reader.info.path
         self.size = self._native = reader.info.width, reader.info.height
@@ -108,7 +108,7 @@ class _Clip:
                 log = structlog.get_logger()
                 log.info("preprocessing", video=Path(self.path).name, frames=f"{done}/{len(chosen)}")
             done += len(frames)
-            if self._geometry.resize_first is not None:
+            if self._geometry is not None and self._geometry.resize_first is not None:
                 resized = np.stack([self._geometry.frame(frame) for frame in frames])
                 self.size = resized.shape[2], resized.shape[1]
                 yield resized
@@ -206,7 +206,7 @@ class Posed:
 
 
 def _at_full_strength(
-    clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
+    clip: ClipPictures, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
 ) -> FoundPoses:
     every = options.detect_every or max(1, round(LOOK_S * clip.fps))
     looks = np.arange(0, len(clip), every)
@@ -255,7 +255,7 @@ def _at_full_strength(
 
 
 def _decide(
-    clip: _Clip, options: PreprocessOptions, looks: np.ndarray, seen: list[list[Box]]
+    clip: ClipPictures, options: PreprocessOptions, looks: np.ndarray, seen: list[list[Box]]
 ) -> tuple[list[Person], Whereabouts | None]:
     """Everybody, and where the subject is in every picture; None if there is none."""
     times_s = clip.times_s[looks]
@@ -264,7 +264,7 @@ def _decide(
     return everybody, None if subject is None else whereabouts(subject, seen, looks, clip.times_s)
 
 
-def _unclear(clip: _Clip, looks: np.ndarray, everybody: list[Person], where: Whereabouts | None) -> np.ndarray:
+def _unclear(clip: ClipPictures, looks: np.ndarray, everybody: list[Person], where: Whereabouts | None) -> np.ndarray:
     """Pictures passed over, int64, beside a look that does not say all: the subject was not seen, or was in doubt, or
     somebody else came or went, who may have moved too far to be known again.
 
@@ -285,7 +285,9 @@ def _unclear(clip: _Clip, looks: np.ndarray, everybody: list[Person], where: Whe
     return np.flatnonzero((looks[before] != pictures) & (unclear[before] | unclear[after]))
 
 
-def _in_parity(clip: _Clip, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder) -> FoundPoses:
+def _in_parity(
+    clip: ClipPictures, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
+) -> FoundPoses:
     every = options.detect_every or 1
 
     def held(pictures: np.ndarray, seen: list[Box | None]) -> list[Box | None]:
@@ -308,7 +310,7 @@ def _in_parity(clip: _Clip, options: PreprocessOptions, detector: PersonDetector
 
 
 def _found(
-    clip: _Clip,
+    clip: ClipPictures,
     points: np.ndarray,
     faces: FacePlan,
     report: dict[str, Any],
@@ -339,7 +341,7 @@ def _alone(
     return boxes[pictures[0] - begin : pictures[-1] + 1 - begin]
 
 
-def _check(looked: int, found: int, clip: _Clip, every: int) -> None:
+def _check(looked: int, found: int, clip: ClipPictures, every: int) -> None:
     """NoPerson where there is too little of a person."""
     least = -(-FEW // every)
     todo = "Give a video in which one person is well visible; check start_s"
@@ -353,7 +355,7 @@ def _check(looked: int, found: int, clip: _Clip, every: int) -> None:
         )
 
 
-def _nobody_there(options: PreprocessOptions, seen: list[list[Box]], clip: _Clip) -> NoPerson:
+def _nobody_there(options: PreprocessOptions, seen: list[list[Box]], clip: ClipPictures) -> NoPerson:
     first = next(boxes for boxes in seen if boxes)
     places = ", ".join(f"[{b.x1:.0f}, {b.y1:.0f}, {b.x2:.0f}, {b.y2:.0f}]" for b in first)
     asked = options.subject if isinstance(options.subject, str) else [round(corner) for corner in options.subject]

@@ -176,7 +176,7 @@ def test_one_decode_gives_what_two_give(each, reference, tmp_path, shown, given,
     path = film(tmp_path / "c.mp4", CLIPS[shown])
     once = points(each, reference, path, **given)
     # Without any guess on the way, every picture is posed after all was decided.
-    monkeypatch.setattr("runner.preprocess.poses._Clip.look_and_pose", two_passes)
+    monkeypatch.setattr("runner.preprocess.poses.ClipPictures.look_and_pose", two_passes)
     twice = points(each, reference, path, **given)
     assert np.abs(once - twice).max() < 1e-4
     assert (twice[:, 0, 2] > 0.3).any()

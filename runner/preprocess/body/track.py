@@ -19,7 +19,20 @@ import numpy as np
 
 from runner.preprocess.networks.yolov10 import Box
 
-__all__ = ["BRIDGE_S", "Person", "Subject", "Whereabouts", "choose_subject", "follow", "only_body", "whereabouts"]
+__all__ = [
+    "BRIDGE_S",
+    "LIKE",
+    "Person",
+    "Subject",
+    "Whereabouts",
+    "between",
+    "choose_subject",
+    "follow",
+    "is_within",
+    "join_pieces",
+    "only_body",
+    "whereabouts",
+]
 
 Subject = Literal["largest", "centre"] | tuple[float, float, float, float]  # of a box: x1, y1, x2, y2
 
@@ -105,7 +118,7 @@ def follow(seen: Sequence[Sequence[Box]], times_s: np.ndarray) -> list[Person]:
             if (distance := _distance(guess, box)) <= GATE
             if active[i].looks[-1] == look - 1
             or guess.overlap(box) >= EXPECTED
-            or not any(_within(box, other) for other in boxes)
+            or not any(is_within(box, other) for other in boxes)
         )
         taken: set[int] = set()
         placed: set[int] = set()
@@ -128,9 +141,8 @@ def choose_subject(
 ) -> Person | None:
     """The one that `subject` means, of a clip of (width, height); None: nobody, or nobody near the box asked for.
 
-    Someone who leaves and comes back is two people to `follow`, and so is someone who got two boxes at once. Whoever
-    appears while the subject is away, at about their size, is taken to be them; nobody is who is ever seen beside them,
-    nor is a second box on the body of somebody who was.
+    Someone who leaves and comes back is two people to `follow`, and so is someone who got two boxes at once:
+    `join_pieces` joins them.
     """
     if not people:
         return None
@@ -143,25 +155,40 @@ def choose_subject(
     else:
         x1, y1, x2, y2 = subject
         main = _claimed(people, Box(x1, y1, x2, y2, 1.0), times_s)
-    if main is None:
-        return None
+    return None if main is None else join_pieces(main, people)[0]
+
+
+def join_pieces(
+    main: Person, people: Sequence[Person], strangers: Sequence[Person] = ()
+) -> tuple[Person, list[Person]]:
+    """(`main` with the pieces of theirs, these pieces), of `people`; `strangers` are known to be others.
+
+    Whoever appears while they are away, at about their size, is taken to be them; nobody is who is ever seen beside
+    them, nor is a second box on the body of somebody who was, or of a stranger.
+    """
     course = dict(zip(main.looks, main.boxes, strict=True))
     height = float(np.median([box.height for box in main.boxes]))
-    strangers: dict[int, list[Box]] = {}  # by look
-    for other in sorted((p for p in people if p is not main), key=lambda p: -p.area):
+    pieces = [main]
+    others: dict[int, list[Box]] = {}  # by look
+    for stranger in strangers:
+        for look, box in zip(stranger.looks, stranger.boxes, strict=True):
+            others.setdefault(look, []).append(box)
+    apart = {id(person) for person in (main, *strangers)}
+    for other in sorted((p for p in people if id(p) not in apart), key=lambda p: -p.area):
         likeness = float(np.median([box.height for box in other.boxes])) / height
         theirs = dict(zip(other.looks, other.boxes, strict=True))
         common = course.keys() & theirs.keys()
         alike = LIKE[0] <= likeness <= LIKE[1] and all(_shared(course[look], theirs[look]) >= SAME for look in common)
         if not alike:
             for look, box in theirs.items():
-                strangers.setdefault(look, []).append(box)
+                others.setdefault(look, []).append(box)
             continue
+        pieces.append(other)
         for look, box in theirs.items():
-            if not any(_within(box, stranger) for stranger in strangers.get(look, ())):
+            if not any(is_within(box, another) for another in others.get(look, ())):
                 # Of two boxes around the same body the larger is the whole of it.
                 course[look] = max(box, course.get(look, box), key=lambda b: b.area)
-    return Person(sorted(course), [course[look] for look in sorted(course)], main.velocity)
+    return Person(sorted(course), [course[look] for look in sorted(course)], main.velocity), pieces
 
 
 def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarray, times_s: np.ndarray) -> Whereabouts:
@@ -180,7 +207,7 @@ def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarra
         line = look_b == look_a + 1 or times_s[b] - times_s[a] <= BRIDGE_S
         for i in range(a, b):
             share = float((times_s[i] - times_s[a]) / (times_s[b] - times_s[a]))
-            boxes[i] = _between(first, last, share if line else float(share >= 0.5))
+            boxes[i] = between(first, last, share if line else float(share >= 0.5))
             on_line[i] = line
     head, head_box, _ = marks[0]
     tail, tail_box, _ = marks[-1]
@@ -243,7 +270,8 @@ def _uncut(person: Person, times_s: np.ndarray) -> list[tuple[int, Box]]:
     return kept
 
 
-def _between(a: Box, b: Box, share: float) -> Box:
+def between(a: Box, b: Box, share: float) -> Box:
+    """The box that lies `share` (0…1) of the way from `a` to `b`."""
     if share <= 0 or share >= 1:
         return a if share <= 0 else b
     x1, y1, x2, y2 = ((1 - share) * p + share * q for p, q in zip(_corners(a), _corners(b), strict=True))
@@ -254,7 +282,7 @@ def _corners(box: Box) -> tuple[float, float, float, float]:
     return box.x1, box.y1, box.x2, box.y2
 
 
-def _within(box: Box, other: Box) -> bool:
+def is_within(box: Box, other: Box) -> bool:
     """Whether nearly all of a box lies in a larger one."""
     return box.area < other.area and _shared(box, other) >= SAME
 
