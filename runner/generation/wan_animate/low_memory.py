@@ -109,17 +109,17 @@ def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
         rows.copy_(rows.float() + update[:, run].float() * gate)
 
 
-def lean_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
+def lean_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
     """As `transformer.run_face`, a FaceStep: a latent frame at a time, into `hidden` [1, S, d].
 
     Several clips at once are not split: their tokens do not lie frame by frame.
     """
     frames = read.key.shape[0] // hidden.shape[0]
     if hidden.shape[0] != 1:
-        return attend_face(adapter, hidden, read) + hidden
+        return attend_face(adapter, hidden, read, strength) + hidden
     count = hidden.shape[1] // frames
     for frame in range(frames):
         rows = hidden[:, frame * count : (frame + 1) * count]
         faces = KeyValue(read.key[frame : frame + 1], read.value[frame : frame + 1])
-        rows.copy_(attend_face(adapter, rows, faces) + rows)
+        rows.copy_(attend_face(adapter, rows, faces, strength) + rows)
     return hidden

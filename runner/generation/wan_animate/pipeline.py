@@ -36,6 +36,7 @@ from runner.generation.wan_animate.resume_points import make_resume_point, resto
 from runner.generation.wan_animate.transformer import (
     Context,
     StepInvariants,
+    Strengths,
     Switches,
     denoise_step,
     embed_context,
@@ -171,6 +172,7 @@ class AnimatePipeline(WanAnimatePipeline):
                 timer,
                 on_step,
                 options.guidance_scale,
+                Strengths(options.face_strength, options.pose_strength),
                 text,
                 negative,
                 clip,
@@ -393,7 +395,14 @@ class AnimatePipeline(WanAnimatePipeline):
     def _invariants(self, job: JobTensors, window: WindowTensors) -> list[StepInvariants]:
         """What this window's steps share, for each branch: the second, where guided, is without prompt and face."""
         keep_text = self.memory is None or self.memory.keep_text
-        invariants = StepInvariants(self.transformer, job.contexts[0], window.pose, window.faces, keep_text=keep_text)
+        invariants = StepInvariants(
+            self.transformer,
+            job.contexts[0],
+            window.pose,
+            window.faces,
+            keep_text=keep_text,
+            strengths=job.strengths,
+        )
         return [
             invariants,
             *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),

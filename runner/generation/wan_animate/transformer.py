@@ -41,6 +41,7 @@ __all__ = [
     "KeyValue",
     "Rope",
     "StepInvariants",
+    "Strengths",
     "Switches",
     "attend",
     "attend_face",
@@ -78,8 +79,8 @@ class Rope(NamedTuple):
 
 # (block, hidden [B, S, d], modulation [B, 6, d], rope, what it attends to) -> hidden [B, S, d]
 BlockStep = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
-# (face adapter, hidden [B, S, d], what it reads) -> hidden [B, S, d]
-FaceStep = Callable[[Any, Tensor, KeyValue], Tensor]
+# (face adapter, hidden [B, S, d], what it reads, strength of its residual) -> hidden [B, S, d]
+FaceStep = Callable[[Any, Tensor, KeyValue, float], Tensor]
 
 ROWS = 2048  # at a time where float32 copies are made of them: 42 MB each for the 14B model
 LEAST_ROWS = 8  # products of fewer rows sum in another order
@@ -91,6 +92,18 @@ class Context:
 
     text: Tensor  # [B, 512, d]
     image: Tensor | None  # [B, image tokens, d]; None where the blocks read it together with the text, in front of it
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How much the driver's face and skeleton count. At 1 nothing is multiplied: the flow has the model's own bits.
+
+    `face`: times the residual of every face adapter, in the branch without a face too. `pose`: times the tokens that
+    the pose's patch embedding makes, its bias among them, so that 0 adds nothing.
+    """
+
+    face: float = 1.0
+    pose: float = 1.0
 
 
 def embed_context(transformer: Any, texts: Iterable[Tensor], clip: Tensor) -> list[Context]:
@@ -111,7 +124,14 @@ class StepInvariants:
     """
 
     def __init__(
-        self, transformer: Any, context: Context, pose: Tensor, faces: Tensor, *, keep_text: bool = True
+        self,
+        transformer: Any,
+        context: Context,
+        pose: Tensor,
+        faces: Tensor,
+        *,
+        keep_text: bool = True,
+        strengths: Strengths = Strengths(),
     ) -> None:
         """`pose`: latents [B, 16, T - 1, H/8, W/8] of the skeletons. `faces`: [B, 3, n, F, F] in [-1, 1].
 
@@ -121,8 +141,10 @@ class StepInvariants:
         """
         batch, _, later, height, width = pose.shape
         self.grid = (later + 1, height, width)
-        self.context, self.keep_text = context, keep_text
+        self.context, self.keep_text, self.strengths = context, keep_text, strengths
         self.pose = to_tokens(transformer.pose_patch_embedding(pose))
+        if strengths.pose != 1:
+            self.pose *= strengths.pose  # in place: for the 14B model a copy is 0.34 GB
         self.rope = rope_of(transformer, pose.new_empty((batch, 1, *self.grid)))
         self.motion = encode_motion(transformer, faces)
         self._text: dict[int, KeyValue] = {}
@@ -135,7 +157,7 @@ class StepInvariants:
             raise ValueError("the other context has an image of its own: nothing of this one's could be shared")
         other = object.__new__(StepInvariants)
         other.grid, other.pose, other.rope, other._image = self.grid, self.pose, self.rope, self._image
-        other.keep_text = self.keep_text
+        other.keep_text, other.strengths = self.keep_text, self.strengths
         other.context, other.motion = context, encode_motion(transformer, faces)
         other._text, other._face = {}, {}
         return other
@@ -211,7 +233,8 @@ def denoise_step(
             hidden = step(block, hidden, modulation, invariants.rope, invariants.attended(index, block))
             if index % every == 0:
                 adapter = transformer.face_adapter[index // every]
-                hidden = look(adapter, hidden, invariants.face(index // every, adapter))
+                read = invariants.face(index // every, adapter)
+                hidden = look(adapter, hidden, read, invariants.strengths.face)
     return to_latents(transformer, hidden, level, invariants.grid)
 
 
@@ -230,9 +253,9 @@ def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attend
     return (hidden.float() + block.ffn(normed).float() * ff_gate).type_as(hidden)
 
 
-def run_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
-    """One face adapter on `hidden` [B, S, d]."""
-    return attend_face(adapter, hidden, read) + hidden
+def run_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
+    """One face adapter on `hidden` [B, S, d], its residual times `strength`."""
+    return attend_face(adapter, hidden, read, strength) + hidden
 
 
 def attend_self(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
@@ -249,12 +272,13 @@ def attend_cross(attn: Any, hidden: Tensor, attended: CrossAttended) -> Tensor:
     return project(attn, read)
 
 
-def attend_face(adapter: Any, hidden: Tensor, read: KeyValue) -> Tensor:
-    """Each latent frame of `hidden` [B, S, d] reads the face tokens of its own time."""
+def attend_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
+    """The residual times `strength`: each latent frame of `hidden` [B, S, d] reads the face tokens of its own time."""
     batch = hidden.shape[0]
     query = adapter.norm_q(in_heads(adapter, adapter.to_q(adapter.pre_norm_q(hidden))))
     query = query.unflatten(1, (read.key.shape[0] // batch, -1)).flatten(0, 1)  # [B * T, S / T, heads, head_dim]
-    return adapter.to_out(attend(adapter, query, read).unflatten(0, (batch, -1)).flatten(1, 2))
+    residual: Tensor = adapter.to_out(attend(adapter, query, read).unflatten(0, (batch, -1)).flatten(1, 2))
+    return residual if strength == 1 else residual * strength
 
 
 def attend(attn: Any, query: Tensor, read: KeyValue) -> Tensor:

@@ -21,7 +21,7 @@ from runner.generation.protocol import OnStep, SegmentPlan
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.sampling import NewSampler
 from runner.generation.segments import reflect_indices, span_of
-from runner.generation.wan_animate.transformer import Context
+from runner.generation.wan_animate.transformer import Context, Strengths
 from runner.timing import StageTimer
 
 __all__ = [
@@ -207,6 +207,7 @@ class JobTensors:
     timer: StageTimer
     on_step: OnStep | None
     guidance_scale: float
+    strengths: Strengths
     text: torch.Tensor  # [1, 512, text_dim]
     negative: torch.Tensor | None  # as text; None where unguided
     clip: torch.Tensor  # [1, image tokens, image_dim]

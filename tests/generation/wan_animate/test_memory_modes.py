@@ -45,7 +45,11 @@ def loaded(root, recipe: str, memory: str) -> WanAnimateGenerator:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "mode": "replace"}], ids=["animate", "guided"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 2.0, "mode": "replace"}, {"face_strength": 1.7, "pose_strength": 0.5}],
+    ids=["animate", "guided", "strengths"],
+)
 def test_frames_do_not_depend_on_the_mode_in_float32(source, options):
     frames = {mode: rendered(loaded(source, "fp32", mode), **options) for mode in ("resident", "stream", "minimal")}
     assert frames["resident"].std() > 5

@@ -41,7 +41,9 @@ CASES = {
     "replace, overlap 5, bfloat16": ("bf16", "replace", 5),
     "animate, bfloat16": ("bf16", "animate", 1),
     "animate, bfloat16 autoencoder": ("bf16+bf16-vae", "animate", 1),
+    "animate, strengths": ("fp32", "animate", 1),
 }
+STRENGTHS = {"animate, strengths": {"face_strength": 1.7, "pose_strength": 0.5}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +70,8 @@ def generated(store: Path, case: str, start: ResumePoint | None = None, on_step=
     longest = LONGEST[overlap]
     frames = overlap + SEGMENTS * (longest - overlap) - 1
     generator = new_generator(store, recipe_name, frames)
-    options = JobOptions(steps=2, seed=7, mode=mode, overlap_frames=overlap, max_segment_frames=longest)
+    more = STRENGTHS.get(case, {})
+    options = JobOptions(steps=2, seed=7, mode=mode, overlap_frames=overlap, max_segment_frames=longest, **more)
     conditions = generator.prepare(Request(Path("a.png"), Path("b.mp4"), "a dance", options), StageTimer())
     plan = generator.plan(conditions.clip.frames, conditions.clip.size, options)
     assert plan.segments == SEGMENTS
@@ -114,6 +117,11 @@ def test_a_resumed_job_has_the_same_bits(case, cut, undisturbed, tiny_store_dir)
     assert_equal(rest, whole[cut:])
     assert told == [(done, 2 * SEGMENTS) for done in range(2 * cut + 1, 2 * SEGMENTS + 1)]
     assert np.std([segment.frames.std() for segment in whole]) > 0  # equal segments would hide a wrong index
+
+
+def test_segments_of_other_strengths_are_others(undisturbed):
+    for one, other in zip(undisturbed("animate"), undisturbed("animate, strengths"), strict=True):
+        assert not np.array_equal(one.frames, other.frames)
 
 
 def test_nothing_is_kept_after_the_last_segment(undisturbed):

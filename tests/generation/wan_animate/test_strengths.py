@@ -1,0 +1,173 @@
+"""Strengths of face and pose, against the library's own model with hooks that scale what its modules return.
+
+Every way of running blocks is held to the same bits: eager, lean, compiled and streamed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanAnimatePipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runner.generation.runtime.streaming import BlockStream
+from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.low_memory import lean_block, lean_face
+from runner.generation.wan_animate.transformer import StepInvariants, Strengths, embed_context
+from runner.spec.recipes import get_recipe
+from tests.generation.library_schedulers import library_scheduler
+from tests.generation.stub_conditions import MemoryConditions
+from tests.generation.wan_animate import test_pipeline as pipelines
+from tests.generation.wan_animate.test_transformer import Inputs, load
+
+CPU = torch.device("cpu")
+PAIRS = [(1.0, 1.0), (0.5, 1.7), (1.7, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (2.0, 2.0)]
+SOLVER = "euler"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The order of sums depends on the number of threads: it must be one number on both sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request, tiny_store_dir):
+    with torch.no_grad():
+        return load(tiny_store_dir, getattr(torch, request.param))
+
+
+@contextmanager
+def scaled(model, face: float, pose: float) -> Iterator[None]:
+    """The library's model whose face adapters return `face` times their residual, the pose's embedding `pose` times.
+
+    0 is no product here but a module that is not asked: its place is taken by zeros.
+    """
+
+    def times(strength: float) -> Callable:
+        return lambda _module, _given, out: torch.zeros_like(out) if strength == 0 else out * strength
+
+    hooks = [adapter.register_forward_hook(times(face)) for adapter in model.face_adapter]
+    hooks.append(model.pose_patch_embedding.register_forward_hook(times(pose)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def branches(model, inputs: Inputs, strengths: Strengths) -> list[StepInvariants]:
+    """One with the prompt and the faces, one without."""
+    contexts = embed_context(model, inputs.texts, inputs.clip)
+    first = StepInvariants(model, contexts[0], inputs.pose, inputs.faces[0], strengths=strengths)
+    return [first, first.sharing(model, contexts[1], inputs.faces[1])]
+
+
+def ways(model, compiled: CompiledStep) -> dict[str, Callable[[], dict]]:
+    """What `denoise_step` is given, by the kind of blocks; made anew for each step."""
+    stream = BlockStream.of(model, CPU, slots=1)
+    lean = {"block_step": lean_block, "face_step": lean_face}
+    return {
+        "eager": dict,
+        "lean": lambda: dict(lean),
+        "compiled": lambda: {"block_step": compiled},
+        "streamed": lambda: {"blocks": stream()},
+        "streamed, lean": lambda: {"blocks": stream(), **lean},
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("face", "pose"), PAIRS)
+def test_every_kind_of_block_equals_the_librarys_model_with_scaled_outputs(model, face, pose):
+    torch._dynamo.reset()
+    inputs, compiled = Inputs(model, frames=9), CompiledStep(backend="eager")
+    with scaled(model, face, pose):
+        wanted = [inputs.forward(model, 0, branch) for branch in (0, 1)]
+    before = [inputs.forward(model, 0, branch) for branch in (0, 1)]
+    for kind, way in ways(model, compiled).items():
+        for branch, invariants in enumerate(branches(model, inputs, Strengths(face, pose))):
+            found = inputs.step(model, invariants, 0, **way())
+            assert torch.equal(found, wanted[branch]), (kind, branch)
+            assert torch.equal(found, before[branch]) == (face == pose == 1), (kind, branch)
+    assert compiled.broken == ""
+
+
+@torch.no_grad()
+def test_of_no_strength_nothing_is_left(model):
+    """At 0 the flow is the same whatever the driver does; at another strength it is not."""
+    inputs, other = Inputs(model, frames=9), Inputs(model, frames=9, seed=5)
+
+    def flow(strengths: Strengths, pose: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
+        (context,) = embed_context(model, inputs.texts[:1], inputs.clip)
+        return inputs.step(model, StepInvariants(model, context, pose, faces, strengths=strengths), 0)
+
+    for strengths, changed, same in [
+        (Strengths(face=0), {"faces": other.faces[0]}, True),
+        (Strengths(face=0), {"pose": other.pose}, False),
+        (Strengths(pose=0), {"pose": other.pose}, True),
+        (Strengths(pose=0), {"faces": other.faces[0]}, False),
+    ]:
+        given = {"pose": inputs.pose, "faces": inputs.faces[0]}
+        assert torch.equal(flow(strengths, **given), flow(strengths, **(given | changed))) == same, changed.keys()
+
+
+class Products(TorchDispatchMode):
+    """Counts elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) in ("aten.mul.Tensor", "aten.mul_.Tensor"):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_strength_one_multiplies_nothing(model):
+    """Another strength is one product for the pose of a window, and one for each of the two adapters a step."""
+    inputs, counted = Inputs(model, frames=9), {}
+    for strengths in (Strengths(), Strengths(1, 1), Strengths(face=0.5), Strengths(pose=0.5)):
+        with Products() as products:
+            (context,) = embed_context(model, inputs.texts[:1], inputs.clip)
+            invariants = StepInvariants(model, context, inputs.pose, inputs.faces[0], strengths=strengths)
+            for step in range(2):
+                inputs.step(model, invariants, step)
+        counted[strengths] = products.counts.total()
+    plain = counted[Strengths()]
+    assert counted == {Strengths(): plain, Strengths(face=0.5): plain + 4, Strengths(pose=0.5): plain + 1}
+
+
+@pytest.fixture(scope="module")
+def upstream(tiny_store_dir):
+    pipe = WanAnimatePipeline.from_pretrained(tiny_store_dir / get_recipe("fp32").weights, local_files_only=True)
+    pipe.image_processor.size = {"height": 28, "width": 28}
+    pipe.image_processor.do_center_crop = False
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["unguided", "guided"])
+def test_jobs_of_different_strengths_in_a_row_each_have_their_own_frames(tiny_store_dir, upstream, guidance):
+    """The memos, which know latents by their content, serve all jobs of one dance; none takes another's strength."""
+    pipe, conditions = pipelines.load(tiny_store_dir), MemoryConditions(9, width=32, height=32)
+    seen = []
+    for face, pose in [(1.0, 1.0), (0.0, 1.7), (0.5, 0.0), (1.0, 1.0)]:
+        options = pipelines.job_options(
+            face_strength=face, pose_strength=pose, guidance_scale=guidance, max_segment_frames=5
+        )
+        with scaled(upstream.transformer, face, pose):
+            theirs = pipelines.rendered_upstream(upstream, conditions, options, library_scheduler(SOLVER))
+        here = pipelines.rendered_here(pipe, conditions, options, pipelines.sampling(SOLVER))
+        assert np.array_equal(here, pipelines.as_bytes(theirs)), (face, pose)
+        seen.append(here.tobytes())
+    assert len(set(seen)) == 3
