@@ -96,7 +96,8 @@ class Ours:
 
         options = JobOptions(seed=seed, max_segment_frames=max(5, self.shape.frames))
         plan = plan_job(self.shape.frames, (self.shape.width, self.shape.height), options, self.recipe)
-        new_sampler = partial(make_sampler, self.recipe.scheduler, self.recipe.grid, self.recipe.shift)
+        recipe = self.recipe
+        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift, recipe.steps)
         timer = StageTimer()
         segments = self.pipeline.render(source, prompt, options, plan, new_sampler, timer)
         frames = np.concatenate([segment.frames for segment in segments])

@@ -44,7 +44,7 @@ class SegmentPlan:
     segments: int
     width: int
     height: int
-    steps: int
+    steps: int  # that the sampler takes in one window: fewer than asked for where its schedule is shorter
     evaluations: int  # of the model, in one window: a sampler may need several a step
     tflop: float  # forecast for the whole job, model and autoencoder
     seconds: float | None = None  # forecast on the device that computes; None where nothing is known of it

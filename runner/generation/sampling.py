@@ -1,22 +1,28 @@
 """Sampling: sigma schedules, the samplers that follow them, and the loop that denoises one window.
 
 In:   names of a sampler and a schedule, steps, the shift; then noise, and a model evaluation as a function.
-Out:  sigma schedules as arrays, samplers, denoised latents.
-Never: which model is evaluated, guidance, seeds, files. Schedules need neither torch nor diffusers.
+Out:  sigma schedules as arrays, how often a sampler calls the model, samplers, denoised latents.
+Never: which model is evaluated, guidance, seeds, files. Schedules and counts need neither torch nor diffusers.
 
 The official schedule of Wan shifts n evenly spaced levels once: sigma' = shift·sigma / (1 + (shift - 1)·sigma). Six
 steps at shift 5: 1, .9615, .9091, .8333, .7143, .5, 0. diffusers' FlowMatchEulerDiscreteScheduler shifts its end point
 twice and counts it as a step: 1, .9527, .8832, .7714, .5616, .0244, 0, so its last step does almost nothing
 (huggingface/diffusers issue 13243). The second is kept, by name, to reproduce what was rendered with it.
 
-The arithmetic of each schedule rounds where diffusers' own does, so that all float32 bits are equal.
+`beta57` takes `steps` quantiles of the Beta(.5, .7) distribution and looks them up in a table of 1000 levels that is
+shifted once. Many steps share a level of the table at the ends: such a schedule is shorter than was asked.
+
+The arithmetic of the first two rounds where diffusers' own does, so that all float32 bits are equal; that of `beta57`
+where ComfyUI's table and RES4LYF's scheduler of this name do. docs/samplers.md says when to use which.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,13 +35,19 @@ if TYPE_CHECKING:
 __all__ = [
     "SAMPLERS",
     "SCHEDULES",
+    "DPMSolverSampler",
     "EulerSampler",
     "NewSampler",
     "Predict",
+    "Res2sSampler",
     "Sampler",
+    "SamplingCost",
     "UniPCSampler",
+    "beta57_sigmas",
+    "count_evaluations",
     "denoise",
     "diffusers_sigmas",
+    "end_at_sigma_min",
     "make_sampler",
     "official_sigmas",
     "unipc_sigmas",
@@ -43,7 +55,8 @@ __all__ = [
 
 TRAIN_STEPS = 1000  # the model's timestep is sigma times this
 
-Schedule = Callable[[int, float], np.ndarray]  # (steps, shift) -> sigmas, float64 [steps + 1], falling from 1 to 0
+# (steps, shift) -> sigmas, float64 [steps + 1] or shorter, falling from 1 to 0
+Schedule = Callable[[int, float], np.ndarray]
 # (latents float32, timestep: a scalar on their device) -> velocity, float32, of the latents' shape
 Predict = Callable[["Tensor", "Tensor"], "Tensor"]
 
@@ -65,7 +78,7 @@ class Sampler(Protocol):
         ...
 
 
-NewSampler = Callable[[int, Any], Sampler]  # (steps, torch device) -> a sampler for one window
+NewSampler = Callable[[Any], Sampler]  # torch device -> a sampler for one window
 
 
 def denoise(predict: Predict, latents: Tensor, sampler: Sampler, on_step: Callable[[int, Tensor], None]) -> Tensor:
@@ -96,9 +109,48 @@ def unipc_sigmas(steps: int, shift: float) -> np.ndarray:
     return np.append(_shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift), 0.0)
 
 
+def beta57_sigmas(steps: int, shift: float) -> np.ndarray:
+    """`steps` quantiles of Beta(.5, .7), rounded to levels of the shifted table, then 0: float64 with float32 values.
+
+    Shorter than [steps + 1] where neighbours round to one level: from 97 steps on. The last level before 0 is the
+    table's least one from 57 steps on.
+    """
+    from scipy.special import betaincinv  # the same numbers as scipy.stats.beta.ppf, which takes a second to import
+
+    quantiles = betaincinv(0.5, 0.7, 1 - np.arange(steps) / steps)  # float64: some lie 1e-5 of a level beside a tie
+    levels = np.rint(quantiles * (TRAIN_STEPS - 1)).astype(int)  # half to even
+    kept = levels[np.insert(np.diff(levels) != 0, 0, True)]
+    return np.append(_level_table(shift)[kept].astype(np.float64), 0.0)
+
+
+def _level_table(shift: float) -> np.ndarray:
+    """The levels 1/1000, 2/1000, … 1, shifted once: float32 [1000], rising."""
+    return _shifted(np.arange(1, TRAIN_STEPS + 1, dtype=np.float32) / np.float32(TRAIN_STEPS), shift)
+
+
 def _shifted(levels: np.ndarray, shift: float) -> np.ndarray:
     """In the precision of `levels`."""
     return shift * levels / (1 + (shift - 1) * levels)
+
+
+LEVELS_ALIKE = 1e-4  # sigmas this close to the least level stay as they are
+
+
+def end_at_sigma_min(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """`sigmas` with the least level of the shifted table, sigma_min, as the last before 0; without repetitions.
+
+    A last level below sigma_min becomes sigma_min. One that is more than 1e-4 above it gets sigma_min as its
+    successor. A schedule that does not end at 0 stays as it is. So RES4LYF prepares every schedule.
+    """
+    kept = sigmas[np.insert(np.diff(sigmas) != 0, 0, True)]
+    if kept[-1] != 0:
+        return kept
+    sigma_min = float(_level_table(shift)[0])
+    if kept[-2] < sigma_min:
+        kept[-2] = sigma_min
+    elif kept[-2] - sigma_min > LEVELS_ALIKE:
+        kept = np.insert(kept, -1, sigma_min)
+    return kept
 
 
 class EulerSampler:
@@ -146,26 +198,164 @@ class UniPCSampler:
         return stepped
 
 
+class DPMSolverSampler:
+    """diffusers' DPM-Solver++(2M): second order in log(1 - sigma) - log(sigma), one evaluation a step.
+
+    Its first and last steps are of first order, and so is in effect its second: the one before it begins at sigma 1,
+    where that variable is infinite. The model gets sigma times 1000, not rounded.
+    """
+
+    def __init__(self, sigmas: np.ndarray, device: device) -> None:
+        import torch
+        from diffusers import DPMSolverMultistepScheduler
+
+        self._scheduler: Any = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        self.steps = len(sigmas) - 1
+        self._scheduler.set_timesteps(self.steps, device=device)
+        # The library takes no sigmas from outside, and its own begin at .999. These are shifted already.
+        # Some small shifts round the first to a little above 1, where the library's logarithm is not a number.
+        self._scheduler.sigmas = torch.from_numpy(sigmas).to(torch.float32).clamp(max=1)
+        self._scheduler.timesteps = (self._scheduler.sigmas[:-1] * TRAIN_STEPS).to(device)
+        self._scheduler.set_begin_index(0)
+
+    def evaluations_done(self, i: int) -> int:
+        return i + 1
+
+    def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
+        timestep = self._scheduler.timesteps[i]
+        stepped: Tensor = self._scheduler.step(predict(latents, timestep), timestep, latents, return_dict=False)[0]
+        return stepped
+
+
+class Res2sStep(NamedTuple):
+    """Coefficients of one step from `sigma` to a lower level, calculated in float64."""
+
+    sigma: float
+    middle: float  # the level of the second evaluation: the geometric mean of both ends
+    h: float  # log(sigma / following)
+    a21: float
+    b1: float
+    b2: float
+
+
+def res_2s_step(sigma: float, following: float) -> Res2sStep:
+    """The exponential Runge-Kutta step of two stages, the second in the middle (c2 = 1/2) of the logarithmic step."""
+    h = math.log(sigma / following)
+    b2 = 2 * _phi_2(h)
+    return Res2sStep(sigma, sigma * math.exp(-h / 2), h, _phi_1(h / 2) / 2, _phi_1(h) - b2, b2)
+
+
+SMALL_STEP = 1e-2  # below it, the closed form of the second phi function loses digits
+
+
+def _phi_1(h: float) -> float:
+    """(1 - exp(-h)) / h, for h > 0."""
+    return -math.expm1(-h) / h
+
+
+def _phi_2(h: float) -> float:
+    """(exp(-h) - 1 + h) / h², for h > 0."""
+    if h < SMALL_STEP:
+        return sum((-h) ** k / math.factorial(k + 2) for k in range(8))
+    return (math.expm1(-h) + h) / h**2
+
+
+class Res2sSampler:
+    """`res_2s` without noise (RES4LYF's `res_2s_ode`): second order in log(sigma), two evaluations a step.
+
+    It follows the predicted clean latents. Where the levels end at 0, the last of them costs no evaluation: the step
+    before goes on in its mean direction. Coefficients are float64, the latents and what the model gets float32.
+    """
+
+    def __init__(self, sigmas: np.ndarray, device: device) -> None:
+        import torch
+
+        levels = sigmas.tolist()
+        self._rest = 0.0  # the last level before 0, which the last step leaves behind as well
+        if levels[-1] == 0:
+            self._rest = levels[-2]
+            levels.pop()
+        self._coefficients = [res_2s_step(*ends) for ends in pairwise(levels)]
+        told = [[step.sigma, step.middle] for step in self._coefficients]
+        self._timesteps = torch.tensor(told, dtype=torch.float64).mul(TRAIN_STEPS).to(device, torch.float32)
+        self.steps = len(self._coefficients)
+
+    def evaluations_done(self, i: int) -> int:
+        return 2 * (i + 1)
+
+    def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
+        sigma, middle, h, a21, b1, b2 = self._coefficients[i]
+        first, second = self._timesteps[i]
+        towards = -sigma * predict(latents, first)  # the clean latents that are predicted, less the latents
+        between = latents + h * a21 * towards
+        towards_later = between - middle * predict(between, second) - latents
+        stepped = latents + h * (b1 * towards + b2 * towards_later)
+        if i == self.steps - 1 and self._rest:
+            stepped = stepped - self._rest / (sigma - self._rest) * (latents - stepped)
+        return stepped
+
+
+class SamplingCost(NamedTuple):
+    """What one window costs."""
+
+    steps: int  # that the sampler takes; fewer than asked for where the schedule is shorter
+    evaluations: int  # of the model; guidance doubles the calls, not this
+
+
+def _one_a_step(sigmas: np.ndarray) -> SamplingCost:
+    return SamplingCost(len(sigmas) - 1, len(sigmas) - 1)
+
+
+def _two_a_step(sigmas: np.ndarray) -> SamplingCost:
+    """None for the last level, 0."""
+    return SamplingCost(len(sigmas) - 2, 2 * (len(sigmas) - 2))
+
+
 @dataclass(frozen=True)
 class SamplerKind:
-    """How a sampler is made. `own`: schedules that it calculates in its own way, by name."""
+    """How a sampler is made, and what it costs."""
 
-    make: Callable[[np.ndarray, Any], Sampler]  # (sigmas float64 [steps + 1], torch device)
-    own: Mapping[str, Schedule] = field(default_factory=dict)
+    make: Callable[[np.ndarray, Any], Sampler]  # (its sigmas float64, torch device)
+    cost: Callable[[np.ndarray], SamplingCost] = _one_a_step  # of its sigmas
+    own: Mapping[str, Schedule] = field(default_factory=dict)  # schedules that it calculates in its own way, by name
+    adapt: Callable[[np.ndarray, float], np.ndarray] | None = None  # (sigmas, shift) -> those that it takes
+
+    def sigmas(self, schedule: str, steps: int, shift: float) -> np.ndarray:
+        """Its levels on a schedule that it accepts: float64, falling from 1 to 0."""
+        found = self.own.get(schedule, SCHEDULES[schedule])(steps, shift)
+        return self.adapt(found, shift) if self.adapt else found
 
 
-SCHEDULES: Mapping[str, Schedule] = {"official": official_sigmas, "diffusers": diffusers_sigmas}
+SCHEDULES: Mapping[str, Schedule] = {
+    "official": official_sigmas,
+    "diffusers": diffusers_sigmas,
+    "beta57": beta57_sigmas,
+}
 SAMPLERS: Mapping[str, SamplerKind] = {
     "euler": SamplerKind(EulerSampler),
     "unipc": SamplerKind(UniPCSampler, own={"official": unipc_sigmas}),
+    "dpmpp": SamplerKind(DPMSolverSampler),
+    "res_2s": SamplerKind(Res2sSampler, cost=_two_a_step, adapt=end_at_sigma_min),
 }
 
 
+def count_evaluations(name: str, schedule: str, shift: float, steps: int) -> SamplingCost:
+    """What one window costs where `steps` steps are asked for. Raises ConfigInvalid as `make_sampler` does."""
+    kind = _find_sampler(name, schedule)
+    return kind.cost(kind.sigmas(schedule, steps, shift))
+
+
 def make_sampler(name: str, schedule: str, shift: float, steps: int, device: device) -> Sampler:
-    """A new sampler for one window of `steps` steps. Raises ConfigInvalid for a combination that does not exist."""
+    """A new sampler for one window, where `steps` steps are asked for.
+
+    Raises ConfigInvalid for a combination that does not exist.
+    """
+    kind = _find_sampler(name, schedule)
+    return kind.make(kind.sigmas(schedule, steps, shift), device)
+
+
+def _find_sampler(name: str, schedule: str) -> SamplerKind:
     if name not in SAMPLERS or schedule not in SAMPLER_ROWS[name].schedules:
         known = ", ".join(f"{row} ({', '.join(SAMPLER_ROWS[row].schedules)})" for row in SAMPLERS)
         raise ConfigInvalid(f"no sampler {name!r} on schedule {schedule!r}", todo=f"Samplers (schedules): {known}")
-    kind = SAMPLERS[name]
-    sigmas = kind.own.get(schedule, SCHEDULES[schedule])(steps, shift)
-    return kind.make(sigmas, device)
+    return SAMPLERS[name]

@@ -15,14 +15,16 @@ from runner.errors import ConfigInvalid, InputTooShort
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.forecast.seconds import DeviceSpeed, EngineBuild, forecast_seconds
 from runner.generation.protocol import SegmentPlan
+from runner.generation.sampling import count_evaluations
 from runner.spec.options import JobOptions
-from runner.spec.recipes import Recipe, count_evaluations
+from runner.spec.recipes import Recipe
 
 __all__ = [
     "fit_segments",
     "output_span",
     "plan_job",
     "reflect_indices",
+    "requested_steps",
     "shortest_window",
     "span_of",
 ]
@@ -89,6 +91,11 @@ def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
     return int(indices.min()), int(indices.max()) + 1
 
 
+def requested_steps(options: JobOptions, recipe: Recipe) -> int:
+    """Denoising steps as they are asked for: the job's own, else the recipe's."""
+    return options.steps if options.steps is not None else recipe.steps
+
+
 def plan_job(
     frames: int,
     size: tuple[int, int],
@@ -102,8 +109,8 @@ def plan_job(
     With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute.
     """
     width, height = size
-    steps = options.steps if options.steps is not None else recipe.steps
-    evaluations = count_evaluations(recipe.scheduler, steps)
+    asked = requested_steps(options, recipe)
+    steps, evaluations = count_evaluations(recipe.scheduler, recipe.grid, recipe.shift, asked)
     segment_frames, segments = fit_segments(frames, options.overlap_frames, options.max_segment_frames)
     guided = options.guidance_scale > 1
     seconds = None

@@ -6,15 +6,15 @@ Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it i
     fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
     fp4-distill+int8-attention        8-bit self-attention, where a package for it is installed
     fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding
-    fp4-distill+unipc+steps4          the solver: euler, unipc; denoising steps where the job does not say
-    fp4-distill+diffusers-grid        the noise levels: official-grid, diffusers-grid, and shift3 (or shift2.5)
+    fp4-distill+unipc+steps4          the solver: euler, unipc, dpmpp, res2s; denoising steps where the job does not say
+    fp4-distill+beta57                the noise levels: official-grid, diffusers-grid, beta57, and shift3 (or shift2.5)
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -29,12 +29,11 @@ __all__ = [
     "MODES",
     "RECIPES",
     "SAMPLER_ROWS",
-    "SCHEDULE_NAMES",
+    "SCHEDULE_WORDS",
     "MemoryChoice",
     "Mode",
     "Recipe",
     "SamplerRow",
-    "count_evaluations",
     "get_recipe",
 ]
 
@@ -55,7 +54,7 @@ class Recipe:
     name: Annotated[str, NotHashed()]
     steps: Annotated[int, NotHashed()]  # denoising steps where the job does not say
     scheduler: str  # the sampler: a name in SAMPLER_ROWS
-    grid: str  # the sigma schedule: a name in SCHEDULE_NAMES, one that the sampler accepts
+    grid: str  # the sigma schedule: a name in SCHEDULE_WORDS, one that the sampler accepts
     shift: float  # of the sigma schedule
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
     vae_dtype: Literal["bfloat16", "float32"]
@@ -80,24 +79,26 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SamplerRow:
-    """What a sampler combines with and costs; `generation/sampling.py` has its arithmetic, under the same name."""
+    """How a recipe names a sampler, and what it combines with.
 
+    `generation/sampling.py` has its arithmetic and what it costs, under the same name.
+    """
+
+    word: str  # in a recipe's name
     schedules: tuple[str, ...]  # the sigma schedules that it accepts
-    evaluations: Callable[[int], int]  # steps -> model evaluations of one window; guidance doubles the calls, not this
 
 
-SCHEDULE_NAMES = ("official", "diffusers")
+SCHEDULE_WORDS: Mapping[str, str] = MappingProxyType(  # sigma schedule -> its word in a recipe's name
+    {"official": "official-grid", "diffusers": "diffusers-grid", "beta57": "beta57"}
+)
 SAMPLER_ROWS: Mapping[str, SamplerRow] = MappingProxyType(
     {
-        "euler": SamplerRow(("official", "diffusers"), lambda steps: steps),
-        "unipc": SamplerRow(("official",), lambda steps: steps),
+        "euler": SamplerRow("euler", ("official", "diffusers", "beta57")),
+        "unipc": SamplerRow("unipc", ("official", "beta57")),
+        "dpmpp": SamplerRow("dpmpp", ("official", "beta57")),
+        "res_2s": SamplerRow("res2s", ("official", "beta57")),
     }
 )
-
-
-def count_evaluations(sampler: str, steps: int) -> int:
-    """Model evaluations of one window that is denoised in `steps` steps."""
-    return SAMPLER_ROWS[sampler].evaluations(steps)
 
 
 SOURCE_WEIGHTS = "Wan2.2-Animate-14B-Diffusers"
@@ -146,8 +147,8 @@ FIXED: Mapping[str, Word] = MappingProxyType(
         for word in (
             Word("attention", "int8", "int8-attention"),
             Word("vae_dtype", "bfloat16", "bf16-vae"),
-            *(Word("scheduler", sampler, sampler) for sampler in SAMPLER_ROWS),
-            *(Word("grid", schedule, f"{schedule}-grid") for schedule in SCHEDULE_NAMES),
+            *(Word("scheduler", sampler, row.word) for sampler, row in SAMPLER_ROWS.items()),
+            *(Word("grid", schedule, text) for schedule, text in SCHEDULE_WORDS.items()),
         )
     }
 )
@@ -215,7 +216,7 @@ def _meant(text: str) -> str | None:
     if (found := re.fullmatch(r"(\d+(?:\.\d+)?)?(steps?|shift)(\d+(?:\.\d+)?)?", plain)) is not None:
         number = found[1] or found[3] or ("4" if found[2] != "shift" else "3")
         return f"{'shift' if found[2] == 'shift' else 'steps'}{number}"
-    squeezed = {word.replace("-", ""): word for word in _fixed()} | {name: f"{name}-grid" for name in SCHEDULE_NAMES}
+    squeezed = {word.replace("-", ""): word for word in _fixed()} | dict(SCHEDULE_WORDS)
     near = difflib.get_close_matches(plain, squeezed, n=1)
     return squeezed[near[0]] if near else None
 
@@ -224,8 +225,9 @@ def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
     """Raises ConfigInvalid for words that are each right and make no recipe together."""
     sampler, grid = recipe.scheduler, recipe.grid
     if grid not in SAMPLER_ROWS[sampler].schedules:
-        fitting = next(other for other, row in SAMPLER_ROWS.items() if grid in row.schedules)
-        todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {sampler} and {grid}-grid"
+        fitting = next(row.word for row in SAMPLER_ROWS.values() if grid in row.schedules)
+        told = f"{SAMPLER_ROWS[sampler].word} and {SCHEDULE_WORDS[grid]}"
+        todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {told}"
         raise ConfigInvalid(f"recipe {name!r}: {sampler} has no {grid!r} grid", todo=todo)
     if recipe.dtype == "float32" and "compute" in words and recipe.compute == DEFAULT_PRECISION:
         raise ConfigInvalid(

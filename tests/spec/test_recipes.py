@@ -65,6 +65,9 @@ def changed(name: str) -> dict[str, object]:
         ("fp4-distill+steps4+int8", {"compute": "int8", "steps": 4}, "fp4-distill+int8+steps4"),
         ("fp4-distill+unipc+nvfp4", {"compute": "nvfp4", "scheduler": "unipc"}, "fp4-distill+nvfp4+unipc"),
         ("fp4-distill+diffusers-grid", {"grid": "diffusers"}, "fp4-distill+diffusers-grid"),
+        ("fp4-distill+beta57+res2s", {"scheduler": "res_2s", "grid": "beta57"}, "fp4-distill+res2s+beta57"),
+        ("fp4+shift8+beta57", {"grid": "beta57", "shift": 8.0}, "fp4+beta57+shift8"),
+        ("bf16+dpmpp+steps12", {"scheduler": "dpmpp", "steps": 12}, "bf16+dpmpp+steps12"),
         ("fp4+diffusers-grid+euler", {"grid": "diffusers", "scheduler": "euler"}, "fp4+euler+diffusers-grid"),
         ("bf16+shift3.0+steps006", {"shift": 3.0, "steps": 6}, "bf16+steps6+shift3"),
         ("bf16+shift2.5", {"shift": 2.5}, "bf16+shift2.5"),
@@ -86,8 +89,8 @@ WORDS = st.fixed_dictionaries(
     optional={
         "compute": st.sampled_from(list(PRECISIONS)),
         "vae_dtype": st.just("bf16-vae"),
-        "scheduler": st.sampled_from(["euler", "unipc"]),
-        "grid": st.sampled_from(["official-grid", "diffusers-grid"]),
+        "scheduler": st.sampled_from(["euler", "unipc", "dpmpp", "res2s"]),
+        "grid": st.sampled_from(["official-grid", "diffusers-grid", "beta57"]),
         "steps": st.integers(1, 100).map(lambda n: f"steps{n}"),
         "shift": st.sampled_from(["shift3", "shift5", "shift8", "shift0.5", "shift12.25"]),
     },
@@ -122,17 +125,21 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4+shift-3", "did you mean 'shift3'"),
         ("fp4+eulr", "did you mean 'euler'"),
         ("fp4-distill+diffusers", "did you mean 'diffusers-grid'"),
+        ("fp4+res_2s", "did you mean 'res2s'"),
+        ("fp4+beta-57", "did you mean 'beta57'"),
+        ("fp4+beta57-grid", "did you mean 'beta57'"),
         (
             "fp4+karras",
-            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, official-grid, "
-            "diffusers-grid, stepsN",
+            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, dpmpp, res2s, "
+            "official-grid, diffusers-grid, beta57, stepsN",
         ),
         ("fp4+", "says '', which is no word"),
         ("fp4+fp8+fp8", "says 'fp8' twice"),
         ("fp4+fp8+int8", "says both 'fp8' and 'int8'"),
         ("fp4+steps4+steps6", "says both 'steps4' and 'steps6'"),
         ("fp4+diffusers-grid", "Say fp4[+]diffusers-grid[+]euler"),
-        ("fp4-distill+unipc+diffusers-grid", "Leave out one of"),
+        ("fp4-distill+unipc+diffusers-grid", "Leave out one of unipc and diffusers-grid"),
+        ("fp4-distill+res2s+diffusers-grid", "Leave out one of res2s and diffusers-grid"),
         ("fp32+bf16", "Use recipe bf16"),
         ("bf16+steps0", "steps1 to steps100"),
         ("bf16+steps101", "steps1 to steps100"),
@@ -152,7 +159,7 @@ def test_the_fingerprint_holds_what_decides_frames_however_it_was_said():
     """A job's own steps are among its options, and an alias renders the same frames."""
     assert get_recipe("fp4-distill+euler+shift5").effective() == get_recipe("fp4-distill").effective()
     assert get_recipe("fp4-distill+steps4").effective() == get_recipe("fp4-distill").effective()
-    for word in ("fp8", "unipc", "diffusers-grid", "shift3"):
+    for word in ("fp8", "unipc", "dpmpp", "res2s", "diffusers-grid", "beta57", "shift3"):
         assert get_recipe(f"fp4-distill+{word}").effective() != get_recipe("fp4-distill").effective()
     later = introduced_defaults(Recipe, RECIPE_KEYS)
     assert set(get_recipe("bf16").as_dict()) - set(get_recipe("bf16").effective()) == {"name", "steps", *later}

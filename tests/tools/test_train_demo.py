@@ -96,7 +96,7 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
     names = ("tokenizer", "text_encoder", "vae", "image_processor", "image_encoder", "transformer")
     product = Watched(**{name: getattr(pipe, name) for name in names})
     plan = SegmentPlan(5, 5, 1, 1, WIDTH, HEIGHT, 1, 1, 0.0)
-    new_sampler = partial(make_sampler, "euler", "official", 5.0)
+    new_sampler = partial(make_sampler, "euler", "official", 5.0, 1)
     with pytest.raises(Enough):
         list(product.render(Source(), "a", JobOptions(size=f"{WIDTH}x{HEIGHT}"), plan, new_sampler, StageTimer()))
     ((scene, pose),) = seen

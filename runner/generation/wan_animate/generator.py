@@ -30,7 +30,7 @@ from runner.generation.runtime.device import (
 )
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.sampling import make_sampler
-from runner.generation.segments import plan_job
+from runner.generation.segments import plan_job, requested_steps
 from runner.generation.wan_animate.loading import load_pipeline, plan_memory
 from runner.generation.wan_animate.loras import JobLoras
 from runner.spec.options import JobOptions
@@ -303,7 +303,8 @@ class WanAnimateGenerator:
         if start is not None:
             conditions.skip_to(start.segment)  # now: the window is drawn while LoRAs and texts are made ready
         timer.forecast.update(self.forecast(plan, conditions.options))
-        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift)
+        steps = requested_steps(conditions.options, recipe)
+        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift, steps)
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
                 self.loras.use(conditions.options)

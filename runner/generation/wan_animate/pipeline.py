@@ -352,7 +352,7 @@ class AnimatePipeline(WanAnimatePipeline):
     def _denoise(self, job: JobTensors, index: int, window: WindowTensors) -> torch.Tensor:
         """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
         plan = job.plan
-        sampler = job.new_sampler(plan.steps, self.compute_device)
+        sampler = job.new_sampler(self.compute_device)
         invariants = self._invariants(job, window)
         calls = CallTimer(job.timer)
 

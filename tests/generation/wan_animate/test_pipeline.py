@@ -15,16 +15,15 @@ from PIL import Image
 
 from runner.forecast.flops import PRODUCTION
 from runner.forecast.seconds import find_device
-from runner.generation.sampling import make_sampler, official_sigmas
+from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.pipeline import AnimatePipeline, to_pixels, to_uint8
 from runner.spec.options import DEFAULT_PROMPT, JobOptions
-from runner.spec.recipes import SAMPLER_ROWS, get_recipe
+from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
-from tests.generation.heun import HEUN_ROW, HeunSampler
 from tests.generation.library_schedulers import library_scheduler
 from tests.generation.stub_conditions import MemoryConditions
 
@@ -107,15 +106,16 @@ def rendered_upstream(pipe, conditions, options, scheduler, prompt=DEFAULT_PROMP
     ).frames[0]
 
 
-def sampling(name=RECIPE.scheduler, schedule="official"):
+def sampling(name=RECIPE.scheduler, schedule="official", steps=STEPS):
     """What the pipeline makes a window's sampler with."""
-    return partial(make_sampler, name, schedule, RECIPE.shift)
+    return partial(make_sampler, name, schedule, RECIPE.shift, steps)
 
 
 def rendered_here(pipe, conditions, options, new_sampler=None, prompt=DEFAULT_PROMPT, timer=None, on_step=None):
     """uint8 [n, H, W, 3]: all segments of a job."""
     plan = make_plan(conditions, options)
-    segments = pipe.render(conditions, prompt, options, plan, new_sampler or sampling(), timer or StageTimer(), on_step)
+    new_sampler = new_sampler or sampling(steps=options.steps)
+    segments = pipe.render(conditions, prompt, options, plan, new_sampler, timer or StageTimer(), on_step)
     return np.concatenate([segment.frames for segment in segments])
 
 
@@ -179,9 +179,9 @@ def test_frames_equal_the_librarys(case, upstreams, ours, monkeypatch):
 def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
     conditions, options = MemoryConditions(5), job_options(steps=3)
     theirs = rendered_upstream(upstream, conditions, options, library_scheduler("euler", "diffusers"))
-    here = rendered_here(ours, conditions, options, sampling("euler", "diffusers"))
+    here = rendered_here(ours, conditions, options, sampling("euler", "diffusers", options.steps))
     assert np.array_equal(here, as_bytes(theirs))
-    assert not np.array_equal(here, rendered_here(ours, conditions, options, sampling("euler")))
+    assert not np.array_equal(here, rendered_here(ours, conditions, options, sampling("euler", steps=options.steps)))
 
 
 def test_every_input_reaches_the_frames(ours):
@@ -331,23 +331,24 @@ def test_stages_steps_and_progress_are_reported(ours):
     assert sum(timer.steps) <= timer.seconds["denoise"]
 
 
-def test_model_evaluations_are_counted_not_steps(ours, monkeypatch):
-    """Two windows of three Heun steps, five evaluations each: progress, seconds, TFLOP and forecast count them."""
-    rows = {**SAMPLER_ROWS, "heun": HEUN_ROW}
-    monkeypatch.setattr("runner.spec.recipes.SAMPLER_ROWS", rows)
-    conditions, options = MemoryConditions(9), job_options(max_segment_frames=5, steps=3)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(("name", "calls"), [("res_2s", 2), ("dpmpp", 1)])
+def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
+    """Two windows of three steps, of two evaluations each or one: progress, seconds, TFLOP and forecast count them."""
+    conditions = MemoryConditions(9)
+    options = job_options(max_segment_frames=5, steps=3, guidance_scale=guidance)
     size, gpu = (conditions.width, conditions.height), find_device("H200")
-    heun, euler = (
-        plan_job(conditions.frames, size, options, replace(RECIPE, scheduler=name), device=gpu)
-        for name in ("heun", "euler")
-    )
-    assert (heun.segments, heun.steps, heun.evaluations, euler.evaluations) == (2, 3, 5, 3)
-    more = 2 * 2 * PRODUCTION.step_tflop(*size, heun.segment_frames)  # two evaluations in each of two windows
-    assert heun.tflop - euler.tflop == pytest.approx(more)
-    five = plan_job(
-        conditions.frames, size, options.model_copy(update={"steps": 5}), replace(RECIPE, scheduler="euler"), device=gpu
-    )
-    assert heun.seconds == pytest.approx(five.seconds)
+
+    def planned(name, grid, steps):
+        recipe = replace(RECIPE, scheduler=name, grid=grid)
+        return plan_job(conditions.frames, size, options.model_copy(update={"steps": steps}), recipe, device=gpu)
+
+    plan, euler = planned(name, "beta57", 3), planned("euler", "official", 3)
+    assert (plan.segments, plan.steps, plan.evaluations, euler.evaluations) == (2, 3, 3 * calls, 3)
+    branches = 1 if guidance == 1 else 2
+    more = 2 * 3 * (calls - 1) * branches * PRODUCTION.step_tflop(*size, plan.segment_frames)
+    assert plan.tflop - euler.tflop == pytest.approx(more, abs=1e-6)
+    assert plan.seconds == pytest.approx(planned("euler", "official", 3 * calls).seconds)
 
     timer, told, forwards = StageTimer(), [], []
     hook = ours.transformer.patch_embedding.register_forward_hook(lambda *_: forwards.append(1))
@@ -355,17 +356,40 @@ def test_model_evaluations_are_counted_not_steps(ours, monkeypatch):
         conditions,
         "a dance",
         options,
-        heun,
-        lambda steps, device: HeunSampler(official_sigmas(steps, 5.0), device),
+        plan,
+        sampling(name, "beta57", 3),
         timer,
         lambda done, total: told.append((done, total)),
     )
     frames = np.concatenate([segment.frames for segment in segments])
     hook.remove()
     assert frames.shape == (9, conditions.height, conditions.width, 3)
-    assert told == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
-    assert len(forwards) == len(timer.steps) == 10
+    assert len(np.unique(frames)) > 50
+    assert told == [(calls * n, 6 * calls) for n in range(1, 7)]
+    assert len(forwards) == 6 * calls * branches and len(timer.steps) == 6 * calls
     assert min(timer.steps) > 0 and sum(timer.steps) <= timer.seconds["denoise"]
+
+
+@pytest.mark.parametrize("name", ["res_2s", "dpmpp"])
+def test_a_job_of_these_samplers_goes_on_from_its_second_window(ours, name):
+    """They keep nothing from one window to the next: what is resumed is bit-equal."""
+    conditions, options = MemoryConditions(9), job_options(max_segment_frames=5)
+    plan = make_plan(conditions, options)
+    new_sampler = sampling(name, "beta57", options.steps)
+    first, second = ours.render(conditions, "a dance", options, plan, new_sampler, StageTimer())
+    (again,) = ours.render(conditions, "a dance", options, plan, new_sampler, StageTimer(), None, first.resume)
+    assert np.array_equal(again.frames, second.frames)
+
+
+def test_a_schedule_that_is_shorter_than_asked_is_planned_as_it_is():
+    """beta57 has 99 levels where 100 are asked for, and res_2s leaves its last one without a call."""
+    size, options = (832, 480), job_options(steps=100)
+    plans = [
+        plan_job(13, size, options, replace(RECIPE, scheduler=name, grid="beta57")) for name in ("euler", "res_2s")
+    ]
+    assert [(plan.steps, plan.evaluations) for plan in plans] == [(99, 99), (98, 196)]
+    least, two = (plan.tflop for plan in plans)
+    assert two - least == pytest.approx(97 * PRODUCTION.step_tflop(*size, plans[0].segment_frames))
 
 
 def test_a_window_of_the_wrong_length_is_not_stretched(ours):
