@@ -57,7 +57,12 @@ KNOWS: dict[str, dict[str, set[str]]] = {
         "forecast": set(),
     },
     # a model, not a batch
-    "generation": {"spec": {"options", "recipes"}, "storage": {"disk_cache"}, "records": {"people"}, "video": set()},
+    "generation": {
+        "spec": {"options", "recipes"},
+        "storage": {"disk_cache"},
+        "records": {"drift_record", "people"},
+        "video": {"drift"},  # measures of pictures that are there, no clips
+    },
     "weights": {"spec": {"options", "recipes"}, "storage": {"file_hashes"}, "records": set(), "video": set()},
     # tensors, not jobs
     "quantization": {"forecast": {"precisions"}} | {name: set() for name in ("records", "storage", "timing", "video")},

@@ -37,7 +37,7 @@ from runner.storage import Fence, ObjectInfo, Storage
 
 __all__ = ["Chain", "Checkpoints", "Found", "with_versions"]
 
-FORMAT = "1"  # of parts and states; part of the chain's identity
+FORMAT = "2"  # of parts and states; part of the chain's identity
 HEADER = "video_lab"  # of a state file's metadata
 
 

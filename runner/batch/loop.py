@@ -358,6 +358,7 @@ class Batch:
         start = self._keeper.start(task, self._generator.resume_identity, make)
         task.identity = dict(self._generator.resume_identity)
         own, states = (None, None) if start is None else split_states(start)
+        task.drift = None if start is None else start.drift
         pace = SegmentPace(task.plan, 0 if start is None else start.segment)
         generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
         with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
@@ -366,11 +367,13 @@ class Batch:
                 if start is not None and task.chain is not None and not task.chain.fits(identity):
                     self._keeper.begin_anew(task, identity)  # e.g. the blocks could not be compiled this time
                     return False
+                task.drift = segment.drift or task.drift
                 nbytes = segment.frames.nbytes + (segment.pose.nbytes if segment.pose is not None else 0)
                 self._frames.put(Piece(task, segment, identity), nbytes)
                 pace.segment_done()
                 if segment.index + 1 < task.plan.segments:
                     self._check_going_on(task, pace)
+        self._warn(task, () if task.drift is None else task.drift.warnings)
         return True
 
     def _confirm(self, task: Task) -> None:

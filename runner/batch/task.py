@@ -19,6 +19,7 @@ from runner.batch.ledger import Decision
 from runner.batch.memory_sampler import MemoryWindow
 from runner.errors import RunnerError
 from runner.generation.protocol import Conditions, Segment, SegmentPlan
+from runner.records.drift_record import DriftRecord
 from runner.records.record import (
     Efficiency,
     InputRecord,
@@ -61,6 +62,7 @@ class Task:
     identity: Mapping[str, str] = field(default_factory=dict)  # of the generator when it made the last segment
     kept: Found = field(default_factory=Found)  # of an earlier attempt
     resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
+    drift: DriftRecord | None = None  # of the segments that are finished, those of an earlier attempt included
     delivery: Delivery | None = None
     fetch_begin: float | None = None  # when its inputs were fetched, the model loaded; monotonic, as the next two
     deliver_begin: float | None = None  # when its first segment was written
@@ -113,6 +115,7 @@ class Task:
             ),
             efficiency=self._efficiency(),
             resumed_at_segment=self.resumed_at,
+            drift=self.drift,
             preprocess=dict(self.conditions.report) if self.conditions is not None else {},
             caches=dict(self.timer.counters),
             reuse=reuse_of(self.timer.counters, self.timer.gauges),

@@ -140,7 +140,7 @@ def finish_segments(
             resume = segment.resume
             if resume is not None:
                 resume = add_states(resume, {stage.name: stage.state() for stage in stages})
-            yield Segment(segment.index, _join(made, segment), segment.pose, resume)
+            yield Segment(segment.index, _join(made, segment), segment.pose, resume, segment.drift)
 
 
 def _run(stage: SegmentStage, segments: Iterable[Segment], timer: StageTimer, *, last: bool) -> list[Segment]:

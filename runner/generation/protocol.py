@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
+from runner.records.drift_record import DriftRecord
 from runner.records.people import People
 from runner.spec.options import JobOptions
 from runner.timing import DeviceProbe, StageTimer
 
-__all__ = ["ClipInfo", "Conditions", "Generator", "OnStep", "Request", "ResumePoint", "Segment", "SegmentPlan"]
+__all__ = ["DRIFT", "ClipInfo", "Conditions", "Generator", "OnStep", "Request", "ResumePoint", "Segment", "SegmentPlan"]
+
+DRIFT: Final = "drift"  # of a resume point's `values`: a DriftRecord as JSON
 
 OnStep = Callable[[int, int], None]  # model evaluations of the job: (done, in all); may raise to abandon the job
 
@@ -73,7 +76,13 @@ class ResumePoint:
 
     segment: int  # the first one that is still to be generated; plan.segments where none is left
     arrays: Mapping[str, np.ndarray]  # of standard numpy dtypes; the generator alone knows what they mean
-    values: Mapping[str, Any]  # JSON-able; the generator alone knows what they mean
+    values: Mapping[str, Any]  # JSON-able; the generator alone knows what they mean, but for DRIFT
+
+    @property
+    def drift(self) -> DriftRecord | None:
+        """What was measured of the segments before `segment`; None where the generator does not measure."""
+        found = self.values.get(DRIFT)
+        return None if found is None else DriftRecord.model_validate(found)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Segment:
     frames: np.ndarray  # uint8 [n, H, W, 3] RGB
     pose: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB: what drove these frames, for the preview
     resume: ResumePoint | None = None  # for the segment after this one; None where the generator cannot resume
+    drift: DriftRecord | None = None  # of the job's colours, up to and with this segment; None where none is measured
 
 
 @dataclass(frozen=True)

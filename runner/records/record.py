@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runner.errors import RunnerError, counts_as_attempt
 from runner.records.approval import Approvals
+from runner.records.drift_record import DriftRecord
 from runner.records.people import People
 from runner.redact import redact_tree
 
@@ -197,6 +198,10 @@ class ResultRecord(Record):
     efficiency: Efficiency | None = None
     resumed_at_segment: int | None = Field(
         None, ge=2, description="the first segment, from 1, that this attempt generated; null: it generated all of them"
+    )
+    drift: DriftRecord | None = Field(
+        None,
+        description="how the colours drift from segment to segment; null for jobs of one segment and in older records",
     )
     preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")
     caches: dict[str, int] = Field(

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 __all__ = [
+    "STILL_SHARE",
     "ColourFit",
     "DriftMeter",
     "MeasuredDrift",
     "MeasuredJoint",
     "MeasuredSegment",
+    "SegmentStatistics",
     "fit_colour",
     "reduce_picture",
     "to_lab",
@@ -111,8 +113,8 @@ class DriftMeter:
             raise ValueError(f"joints must increase within 1..{frames - 1}, not {list(joints)}")
         self._seen = 0
         self._compares: bool | None = None
-        self._current: list[_SegmentStatistics] = []  # the video's, and the baseline's
-        self._before: list[_SegmentStatistics] = []
+        self._current: list[SegmentStatistics] = []  # the video's, and the baseline's
+        self._before: list[SegmentStatistics] = []
         self._joints: list[MeasuredJoint] = []
         self._segments: list[MeasuredSegment] = []
 
@@ -129,7 +131,7 @@ class DriftMeter:
         for index, frame in enumerate(frames):
             if self._seen in self._bounds:
                 begin, end = self._seen, self._bounds[self._bounds.index(self._seen) + 1]
-                self._current = [_SegmentStatistics(begin, end) for _ in range(1 + self._compares)]
+                self._current = [SegmentStatistics(begin, end) for _ in range(1 + self._compares)]
             self._current[0].add(frame)
             if baseline is not None:
                 self._current[1].add(baseline[index])
@@ -152,8 +154,8 @@ class DriftMeter:
 
 
 @dataclass
-class _SegmentStatistics:
-    """Running statistics of one video over one segment."""
+class SegmentStatistics:
+    """Running statistics of one video over one segment, of `end` - `begin` frames, which `add` takes in order."""
 
     begin: int
     end: int
@@ -169,6 +171,21 @@ class _SegmentStatistics:
     @property
     def quarter(self) -> int:
         return max(1, (self.end - self.begin) // 4)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 [h, w, 3], 8-bit levels: the mean of the reduced pictures."""
+        return self.sums[0] / self.count
+
+    @property
+    def mean_laplacian(self) -> float:
+        """Mean squared Laplacian of luma, levels squared."""
+        return self.laplacian / self.count
+
+    def within(self, pixels: np.ndarray) -> float:
+        """Delta E of `pixels`, bool [h, w], from the first quarter to the last."""
+        first, last = (total / self.quarter for total in self.sums[1:])
+        return fit_colour(first[pixels], last[pixels]).delta_e
 
     def add(self, frame: np.ndarray) -> None:
         import cv2
@@ -201,33 +218,32 @@ class _SegmentStatistics:
         return changes <= np.clip(2 * np.percentile(changes, 10), *STILL_LEVELS)
 
 
-def _measure_segment(video: _SegmentStatistics, baseline: _SegmentStatistics | None = None) -> MeasuredSegment:
+def _measure_segment(video: SegmentStatistics, baseline: SegmentStatistics | None = None) -> MeasuredSegment:
     still, share = _choose(video.still() if baseline is None else video.still() & baseline.still())
-    first, last = (total / video.quarter for total in video.sums[1:])
-    laplacian, motion = video.laplacian / video.count, video.motion / max(1, video.count - 1)
+    laplacian, motion = video.mean_laplacian, video.motion / max(1, video.count - 1)
     alone = MeasuredSegment(
         begin=video.begin,
         end=video.end,
-        within=fit_colour(first[still], last[still]).delta_e,
+        within=video.within(still),
         laplacian=laplacian,
         motion=motion,
         still=share,
     )
     if baseline is None:
         return alone
-    mean, other = (side.sums[0][still] / side.count for side in (video, baseline))
+    mean, other = video.mean[still], baseline.mean[still]
     fit = fit_colour(other, mean)
     return replace(
         alone,
         gain=fit.gain,
         offset=fit.offset,
         delta_e=_mean_delta_e(other, mean),
-        laplacian_ratio=_ratio(laplacian, baseline.laplacian / baseline.count),
+        laplacian_ratio=_ratio(laplacian, baseline.mean_laplacian),
         motion_ratio=_ratio(motion, baseline.motion / max(1, baseline.count - 1)),
     )
 
 
-def _measure_joint(before: list[_SegmentStatistics], after: list[_SegmentStatistics]) -> MeasuredJoint:
+def _measure_joint(before: list[SegmentStatistics], after: list[SegmentStatistics]) -> MeasuredJoint:
     """Of one video, or of a video and its baseline's.
 
     With a baseline, the colours of both are compared on each side of the joint, and what changes between the two
@@ -319,13 +335,13 @@ def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def reduce_picture(picture: np.ndarray, pixels: int = REDUCED_PIXELS) -> np.ndarray:
-    """Average uint8 [H, W, 3] by area to float32 [h, w, 3] of about `pixels` pixels, never more than H x W."""
+    """Average [H, W, 3], real, by area to float32 [h, w, 3] of about `pixels` pixels, never more than H x W."""
     import cv2
 
     height, width = picture.shape[:2]
     scale = min(1.0, (pixels / (height * width)) ** 0.5)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    reduced: np.ndarray = cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    reduced: np.ndarray = cv2.resize(picture.astype(np.float32, copy=False), size, interpolation=cv2.INTER_AREA)
     return reduced
 
 

@@ -188,11 +188,13 @@ def decode_latents(
     convert: Callable[[torch.Tensor], Any],
     checks: FiniteChecks | None = None,
     offset: int = 0,
+    dropped: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[list[Any], torch.Tensor]:
     """Of a window, whose first latent frame is the reference's: frames first..last-1, each few as `convert` gives
     them, and the pixels [1, 3, overlap, H, W] in [-1, 1] of its last ones. Never are all on the device.
 
     `checks` gets the frames first..last-1 before they are clamped; frame 0 of the window is frame `offset` of the job.
+    `dropped` gets the pixels of the frames before `first`, [1, 3, n, H, W] in [-1, 1], as they come.
     """
     latents, config = latents.to(vae.dtype), vae.config
     mean, deviation = (
@@ -212,6 +214,8 @@ def decode_latents(
     with closing(vae.decode_chunks((latents / (1.0 / deviation) + mean)[:, :, 1:], look)) as chunks:
         for pixels in chunks:
             begin, end, at = max(first - at, 0), last - at, at + pixels.shape[2]
+            if dropped is not None and begin:
+                dropped(pixels[:, :, :begin])
             if begin < min(end, pixels.shape[2]):
                 done.append(convert(pixels[:, :, begin:end]))
             tail = (torch.cat([tail, pixels], dim=2) if tail.numel() else pixels)[:, :, -overlap:]

@@ -20,6 +20,7 @@ from diffusers import WanAnimatePipeline
 from PIL import Image
 
 from runner.errors import NotFinite
+from runner.generation.colour import SegmentColours, TrueBackground, without_colours
 from runner.generation.protocol import OnStep, ResumePoint, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
 from runner.generation.runtime.finite import FiniteChecks
@@ -147,10 +148,6 @@ class AnimatePipeline(WanAnimatePipeline):
         there on. Raises NotFinite before a segment is handed out that NaN or infinity went into, and InternalError for
         a `start` that does not fit.
         """
-
-        def to_bytes(pixels: torch.Tensor) -> np.ndarray:
-            return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
-
         if start is not None and start.segment == plan.segments:
             return
         if self.memory is not None:
@@ -158,9 +155,12 @@ class AnimatePipeline(WanAnimatePipeline):
         try:
             generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
             first_index, previous = 0, None
+            colours = SegmentColours(options.colour, plan.segments, replace=options.mode == "replace")
             if start is not None:  # before anything is encoded: a point that does not fit costs nothing
                 first_index = start.segment
-                previous = restore_state(start, plan, self.vae.dtype, self.compute_device, generator)
+                own = without_colours(start)
+                previous = restore_state(own, plan, self.vae.dtype, self.compute_device, generator)
+                colours.restore(start)
             text, negative = self._texts(prompt, options, timer)
             clip, reference = self._reference(source.reference, plan, timer)
             contexts = self._contexts(text, negative, clip, timer)
@@ -195,14 +195,11 @@ class AnimatePipeline(WanAnimatePipeline):
                 first, last = (
                     at - begin for at in output_span(index, plan.segment_frames, plan.overlap_frames, plan.frames)
                 )
-                with timer.stage("vae_decode", on_device=True):
-                    frames, previous = decode_latents(
-                        self.vae, latents, first, last, plan.overlap_frames, to_bytes, checks, begin
-                    )
-                    checks.read()
-                    resume = make_resume_point(index + 1, plan, previous, generator)
+                frames, previous = self._decode(job, colours, latents, begin, (first, last), drawn, previous)
                 del latents
-                yield Segment(index, np.concatenate(frames), drawn.pose[first:last], resume)
+                with timer.stage("vae_decode", on_device=True):
+                    resume = colours.add_state(make_resume_point(index + 1, plan, previous, generator))
+                yield Segment(index, frames, drawn.pose[first:last], resume, colours.drift)
         except NotFinite:
             self.memos.clear()  # what is kept for later jobs may hold the same values
             raise
@@ -380,6 +377,43 @@ class AnimatePipeline(WanAnimatePipeline):
             return guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
 
         return predict
+
+    def _decode(
+        self,
+        job: JobTensors,
+        colours: SegmentColours,
+        latents: torch.Tensor,
+        begin: int,
+        span: tuple[int, int],
+        drawn: ConditionWindow,
+        previous: torch.Tensor | None,
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """The window's frames `span`, uint8 [n, H, W, 3], and the pixels that the next window begins from.
+
+        `begin`: the window's first frame in the job. `previous`: what the window itself began from.
+        """
+        again: list[torch.Tensor] = []  # the overlap, as this window decodes it
+
+        def to_bytes(pixels: torch.Tensor) -> np.ndarray:
+            return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
+
+        def keep(pixels: torch.Tensor) -> None:
+            again.append(pixels.clone())  # a view would hold all that the decoder made with them
+
+        with job.timer.stage("vae_decode", on_device=True):
+            parts, tail = decode_latents(
+                self.vae, latents, *span, job.plan.overlap_frames, to_bytes, job.checks, begin, keep
+            )
+            job.checks.read()
+        frames = np.concatenate(parts)
+        if not colours.active:
+            return frames, tail
+        truth = None
+        if drawn.background is not None and drawn.mask is not None:
+            truth = TrueBackground(*(shown[slice(*span)] for shown in (drawn.background, drawn.mask)))
+        with job.timer.stage("colour"):
+            decoded = torch.cat(again, dim=2) if again else None
+            return frames, colours.finish(frames, tail, previous, decoded, truth)
 
     def _warm(self, job: JobTensors, window: WindowTensors) -> None:
         """Compile what windows of these shapes need and have not had yet, before the steps are timed."""

@@ -325,6 +325,7 @@ def test_stages_steps_and_progress_are_reported(ours):
         "encode_conditions",
         "denoise",
         "vae_decode",
+        "colour",
     }
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert len(timer.steps) == 4

@@ -33,17 +33,19 @@ CPU = torch.device("cpu")
 SEGMENTS = 6
 WAIT_S = 10.0
 LONGEST = {1: 5, 5: 13}  # frames of a window, by overlap: the shortest that there are
-# name: recipe, mode, overlap
-CASES = {
+# name: recipe, mode, overlap, and colour where it is not off
+CASES: dict[str, tuple[Any, ...]] = {
     "animate": ("fp32", "animate", 1),
     "animate, overlap 5": ("fp32", "animate", 5),
     "replace": ("fp32", "replace", 1),
     "replace, overlap 5, bfloat16": ("bf16", "replace", 5),
     "animate, bfloat16": ("bf16", "animate", 1),
     "animate, bfloat16 autoencoder": ("bf16+bf16-vae", "animate", 1),
-    "animate, strengths": ("fp32", "animate", 1),
+    "animate, strengths": ("fp32", "animate", 1, {"face_strength": 1.7, "pose_strength": 0.5}),
+    "animate, anchor": ("fp32", "animate", 1, {"colour": "anchor"}),
+    "animate, overlap 5, seam, bfloat16 autoencoder": ("bf16+bf16-vae", "animate", 5, {"colour": "seam"}),
+    "replace, overlap 5, anchor": ("fp32", "replace", 5, {"colour": "anchor"}),
 }
-STRENGTHS = {"animate, strengths": {"face_strength": 1.7, "pose_strength": 0.5}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,12 +68,13 @@ def new_generator(store: Path, recipe_name: str, frames: int) -> WanAnimateGener
 
 def generated(store: Path, case: str, start: ResumePoint | None = None, on_step=None) -> list:
     """The segments of the job of `case`, by a new generator; the last one also when its window is padded."""
-    recipe_name, mode, overlap = CASES[case]
+    recipe_name, mode, overlap, *more = CASES[case]
     longest = LONGEST[overlap]
     frames = overlap + SEGMENTS * (longest - overlap) - 1
     generator = new_generator(store, recipe_name, frames)
-    more = STRENGTHS.get(case, {})
-    options = JobOptions(steps=2, seed=7, mode=mode, overlap_frames=overlap, max_segment_frames=longest, **more)
+    options = JobOptions(
+        steps=2, seed=7, mode=mode, overlap_frames=overlap, max_segment_frames=longest, **(more[0] if more else {})
+    )
     conditions = generator.prepare(Request(Path("a.png"), Path("b.mp4"), "a dance", options), StageTimer())
     plan = generator.plan(conditions.clip.frames, conditions.clip.size, options)
     assert plan.segments == SEGMENTS
@@ -93,6 +96,7 @@ def assert_equal(found: list, expected: list) -> None:
         assert np.array_equal(one.frames, other.frames), f"segment {one.index}"
         assert np.array_equal(one.pose, other.pose), f"segment {one.index}"
         assert one.resume.values == other.resume.values
+        assert one.drift == other.drift == one.resume.drift
         for name, array in other.resume.arrays.items():
             assert np.array_equal(one.resume.arrays[name], array), f"{name} after segment {one.index}"
 
@@ -126,7 +130,8 @@ def test_segments_of_other_strengths_are_others(undisturbed):
 
 def test_nothing_is_kept_after_the_last_segment(undisturbed):
     last = undisturbed("animate")[-1].resume
-    assert (last.segment, dict(last.arrays), dict(last.values)) == (SEGMENTS, {}, {})
+    assert (last.segment, dict(last.arrays), set(last.values)) == (SEGMENTS, {}, {"drift"})
+    assert [one.segment for one in last.drift.segments] == list(range(1, SEGMENTS + 1))
 
 
 SCRIPT = """

@@ -1,0 +1,327 @@
+"""Colour: measures how the colours of a job's segments drift, and corrects them where the job asks for it.
+
+In:   each segment's frames as they were decoded, the frames it began from, in replace mode the true background.
+Out:  a DriftRecord; with `seam` or `anchor` corrected frames, and a corrected start of the next segment.
+Never: models, files, more than one segment's frames; of earlier segments a reduced picture and a mask stay.
+
+Two things are compared, pixel by pixel, on pictures reduced to about 14,000 pixels (`video/drift.py`). The overlap: the
+frames that a window began from, as they were published, and as the window decoded them again. Still pixels: those of
+the first segment, and the same of this one; in replace mode the driving video outside the mask, and the same pixels
+here. Both give a gain and an offset for each channel, fitted robustly.
+
+A window continues the colours of the frames that it began from. Those were corrected, so the correction of the segment
+before is in its colours already. What makes its first frame continue the last published one is the overlap's fit
+alone. `anchor` begins there and goes over to the fit of the still pixels within RAMP_FRAMES. `seam` stays there.
+
+Frames are rounded to bytes as they are decoded, and a table of 256 levels for each channel corrects the bytes: which
+pixels are still is known when the last frame is there, and floats of 81 frames at 480x832 would hold 0.4 GB. The second
+rounding adds half a level at most. The frames that the next window begins from are corrected as floats. Gains and
+offsets are rounded as they stand in the record, so that another CPU's last bits do not show in the frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from runner.errors import InternalError
+from runner.generation.protocol import DRIFT, ResumePoint
+from runner.records.drift_record import ColourChange, ColourCorrection, DriftRecord, SegmentDrift
+from runner.spec.options import Colour
+from runner.video.drift import STILL_SHARE, SegmentStatistics, fit_colour, reduce_picture
+
+__all__ = [
+    "GAIN_LIMITS",
+    "OFFSET_LIMIT",
+    "RAMP_FRAMES",
+    "Correction",
+    "SegmentColours",
+    "TrueBackground",
+    "correct_frames",
+    "correct_pixels",
+    "fit_correction",
+    "ramp",
+    "without_colours",
+]
+
+GAIN_LIMITS = (0.9, 1.1)
+OFFSET_LIMIT = 0.04 * 255  # 8-bit levels
+RAMP_FRAMES = 8  # from the overlap's correction to that of still pixels; in a shorter segment all its frames
+SAMPLES = 16  # frames of a segment that are measured, taken evenly
+MASK_MARGIN = 2  # reduced pixels around the mask: the model works in blocks of 16 pixels, 3 reduced ones at 480p
+GAIN_DIGITS, OFFSET_DIGITS = 5, 3  # 1e-5 of 255 levels and 1e-3 levels: far below what rounding to bytes does
+
+PREFIX: Final = "colour."  # of the arrays in a resume point
+MEAN: Final = PREFIX + "mean"  # float32 [h, w, 3]: the first segment's mean picture, 8-bit levels
+STILL: Final = PREFIX + "still"  # uint8 [h, w]: 1 where the first segment is still
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """published = gain * decoded + offset, for red, green and blue; offsets in 8-bit levels."""
+
+    gain: Triple = (1.0, 1.0, 1.0)
+    offset: Triple = (0.0, 0.0, 0.0)
+
+    @property
+    def changes(self) -> bool:
+        return self != Correction()
+
+
+@dataclass(frozen=True)
+class TrueBackground:
+    """What the driving video shows in a segment's frames, and where it does not count."""
+
+    frames: np.ndarray  # uint8 [n, H, W, 3] RGB
+    mask: np.ndarray  # uint8 [n, H, W], above 0 where the character goes
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What `SegmentColours` found of one segment: the same colours here and where they should be, float [n, 3]."""
+
+    found: np.ndarray
+    expected: np.ndarray
+    share: float  # of the picture
+
+    @property
+    def enough(self) -> bool:
+        return self.share >= STILL_SHARE
+
+
+class SegmentColours:
+    """The colours of one job's segments, in order. Inactive for a job in which nothing can be compared.
+
+    replace: whether each segment comes with its true background. Not for two threads at a time.
+    """
+
+    def __init__(self, colour: Colour, segments: int, *, replace: bool) -> None:
+        self.active = segments > 1 or (colour == "anchor" and replace)
+        self._colour, self._segments, self._replace = colour, segments, replace
+        self._mean: np.ndarray | None = None
+        self._still: np.ndarray | None = None
+        self._drifts: list[SegmentDrift] = []
+
+    @property
+    def drift(self) -> DriftRecord | None:
+        """Of the segments so far; None while inactive."""
+        if not self.active:
+            return None
+        return DriftRecord(
+            colour=self._colour,
+            against="driving video" if self._replace else "first segment",
+            segments=list(self._drifts),
+        )
+
+    def finish(
+        self,
+        frames: np.ndarray,
+        tail: torch.Tensor,
+        began: torch.Tensor | None = None,
+        decoded: torch.Tensor | None = None,
+        truth: TrueBackground | None = None,
+    ) -> torch.Tensor:
+        """Measure the next segment and correct `frames` in place; returns `tail`, corrected, with its strides.
+
+        frames: uint8 [n, H, W, 3], without overlap and padding. tail: [1, 3, k, H, W] in [-1, 1], the window's last
+        frames. began, decoded: [1, 3, overlap, H, W] in [-1, 1], what the window began from and what it made of it;
+        None for the first segment. truth: of `frames`; in replace mode alone. With `off`, `tail` itself comes back.
+        """
+        if not self.active:
+            return tail
+        statistics = SegmentStatistics(0, min(SAMPLES, len(frames)))
+        measured = self._compare(frames, statistics, truth)
+        own, own_share = _still_pixels(statistics)
+        overlap, seam = None, Correction()
+        if began is not None and decoded is not None:
+            before, after = (_reduce_pixels(pixels) for pixels in (began, decoded))
+            if np.isfinite(before).all() and np.isfinite(after).all():
+                overlap, seam = _change(before, after), fit_correction(after, before)
+        start, end, method = seam, seam, "seam"
+        if self._colour == "anchor" and measured is not None and measured.enough:
+            end, method = fit_correction(measured.found, measured.expected), "anchor"
+            start = end if began is None else seam
+        if self._colour == "off":
+            start = end = Correction()
+        self._drifts.append(
+            SegmentDrift.model_validate(
+                {
+                    "segment": len(self._drifts) + 1,
+                    "overlap": overlap,
+                    **_still_drift(measured, end),
+                    "share": round(own_share if measured is None else measured.share, 4),
+                    "within": round(statistics.within(own), 3) if own_share >= STILL_SHARE else None,
+                    "laplacian": round(statistics.mean_laplacian, 3),
+                    "correction": _as_record(method, end) if start.changes or end.changes else None,
+                }
+            )
+        )
+        if not (start.changes or end.changes):
+            return tail
+        gains, offsets = ramp(start, end, len(frames))
+        correct_frames(frames, gains, offsets)
+        last = np.arange(len(frames) - tail.shape[2], len(frames)).clip(0)
+        return correct_pixels(tail, gains[last], offsets[last])
+
+    def _compare(
+        self, frames: np.ndarray, statistics: SegmentStatistics, truth: TrueBackground | None
+    ) -> _Measured | None:
+        """Fill `statistics`; the pairs of colours, None where this segment is what others are compared with."""
+        pairs = []
+        for index in np.linspace(0, len(frames) - 1, statistics.end).round().astype(int):
+            statistics.add(frames[index])
+            if truth is not None:
+                pairs.append(_outside_mask(statistics.tail[-1], truth.frames[index], truth.mask[index]))
+        if self._replace:
+            share = float(np.mean([outside.mean() for _, _, outside in pairs]))
+            found, expected = (np.concatenate([pair[side][pair[2]] for pair in pairs]) for side in (0, 1))
+            return _Measured(found, expected, share)
+        mean, still = statistics.mean.astype(np.float32), statistics.still()
+        if self._mean is None or self._still is None:
+            self._mean, self._still = mean, still
+            return None
+        both = still & self._still
+        return _Measured(mean[both], self._mean[both], float(both.mean()))
+
+    def add_state(self, point: ResumePoint) -> ResumePoint:
+        """`point` with what `restore` needs; after the last segment with what was measured alone."""
+        if not self.active:
+            return point
+        arrays, values = dict(point.arrays), dict(point.values)
+        if point.segment < self._segments and self._mean is not None and self._still is not None:
+            arrays |= {MEAN: self._mean, STILL: self._still.astype(np.uint8)}
+        drift = self.drift
+        assert drift is not None
+        values[DRIFT] = drift.model_dump(mode="json")
+        return ResumePoint(point.segment, arrays, values)
+
+    def restore(self, point: ResumePoint) -> None:
+        """Continue after the segments before `point`. Raises InternalError if it is damaged."""
+        if not self.active:
+            return
+        try:
+            drift = point.drift
+            if drift is None or len(drift.segments) != point.segment:
+                raise ValueError("it does not have the drift of each segment")
+            if not self._replace:
+                mean, still = point.arrays[MEAN], point.arrays[STILL]
+                if mean.shape != (*still.shape, 3) or mean.dtype != np.float32 or still.dtype != np.uint8:
+                    raise ValueError(f"its pictures are {mean.dtype} {mean.shape} and {still.dtype} {still.shape}")
+                self._mean, self._still = mean, still.astype(bool)
+        except (ValueError, KeyError) as error:
+            raise InternalError(
+                f"the checkpoint does not fit this job: its colours cannot be read ({error})",
+                todo="Run again with --checkpoint off, and report this",
+            ) from error
+        self._drifts = list(drift.segments)
+
+
+def without_colours(point: ResumePoint) -> ResumePoint:
+    """`point` as it was before `SegmentColours.add_state`."""
+    arrays = {name: array for name, array in point.arrays.items() if not name.startswith(PREFIX)}
+    return ResumePoint(point.segment, arrays, {key: value for key, value in point.values.items() if key != DRIFT})
+
+
+def fit_correction(found: np.ndarray, expected: np.ndarray) -> Correction:
+    """Gain and offset that make float [n, 3] `found` into `expected`, 8-bit levels; robust, limited and rounded.
+
+    Fitted in this direction, and not the inverse of what was measured: what a decoder lost of the detail then leaves
+    the gain at 1. A gain beyond its limits is cut, and the offset fitted anew beside it.
+    """
+    fit = fit_colour(found, expected)
+    gains, offsets = [], []
+    for channel, fitted in enumerate(fit.gain):
+        gain, offset = min(max(fitted, GAIN_LIMITS[0]), GAIN_LIMITS[1]), fit.offset[channel]
+        if gain != fitted:
+            offset = float(np.median(expected[:, channel].astype(np.float64) - gain * found[:, channel]))
+        gains.append(round(gain, GAIN_DIGITS))
+        offsets.append(round(min(max(offset, -OFFSET_LIMIT), OFFSET_LIMIT), OFFSET_DIGITS))
+    return Correction((gains[0], gains[1], gains[2]), (offsets[0], offsets[1], offsets[2]))
+
+
+def ramp(start: Correction, end: Correction, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and offset of each of a segment's frames, float64 [frames, 3] each.
+
+    `start` is that of the frame before the first; `end` is reached after RAMP_FRAMES, or with the last frame.
+    """
+    weight = np.minimum(np.arange(1, frames + 1) / min(RAMP_FRAMES, frames), 1.0)[:, None]
+    gains, offsets = (
+        (1 - weight) * np.array(one) + weight * np.array(other)
+        for one, other in ((start.gain, end.gain), (start.offset, end.offset))
+    )
+    return gains, offsets
+
+
+def correct_frames(frames: np.ndarray, gains: np.ndarray, offsets: np.ndarray) -> None:
+    """Correct uint8 [n, H, W, 3] in place by gain and offset of each frame, float [n, 3]; levels rounded to even."""
+    import cv2
+
+    levels = np.arange(256, dtype=np.float64)[:, None]
+    for index, frame in enumerate(frames):
+        table = np.clip(np.rint(levels * gains[index] + offsets[index]), 0, 255).astype(np.uint8)
+        cv2.LUT(frame, table[None], dst=frame)
+
+
+def correct_pixels(pixels: torch.Tensor, gains: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """[1, 3, n, H, W] in [-1, 1] corrected by gain and offset of each frame, float [n, 3]; dtype and strides stay."""
+    gain, shift = (
+        torch.from_numpy(np.ascontiguousarray(values.T)).to(pixels.device, torch.float32)[None, :, :, None, None]
+        for values in (gains, gains - 1 + offsets / 127.5)
+    )
+    corrected: torch.Tensor = pixels.float().mul(gain).add_(shift).clamp_(-1.0, 1.0).to(pixels.dtype)
+    return corrected
+
+
+def _still_pixels(statistics: SegmentStatistics) -> tuple[np.ndarray, float]:
+    still = statistics.still()
+    return still, float(still.mean())
+
+
+def _outside_mask(
+    picture: np.ndarray, truth: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A reduced picture, float32 [h, w, 3]; the true one, alike; bool [h, w], where they can be compared."""
+    import cv2
+
+    height, width = picture.shape[:2]
+    covered = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) > 0
+    side = 2 * MASK_MARGIN + 1
+    near = cv2.dilate(covered.astype(np.uint8), np.ones((side, side), np.uint8))
+    return picture, reduce_picture(truth), near == 0
+
+
+def _reduce_pixels(pixels: torch.Tensor) -> np.ndarray:
+    """[1, 3, n, H, W] in [-1, 1] to the colours of the reduced frames, float32 [n * h * w, 3] in 8-bit levels."""
+    frames = pixels[0].permute(1, 2, 3, 0).float().cpu().numpy()
+    return np.concatenate([reduce_picture((frame + 1) * 127.5).reshape(-1, 3) for frame in frames])
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> ColourChange:
+    fit = fit_colour(before, after)
+    return ColourChange(
+        gain=_rounded(fit.gain, GAIN_DIGITS), offset=_rounded(fit.offset, OFFSET_DIGITS), delta_e=round(fit.delta_e, 3)
+    )
+
+
+def _still_drift(measured: _Measured | None, correction: Correction) -> Mapping[str, Any]:
+    """`still` and `remaining` of a SegmentDrift."""
+    if measured is None or not measured.enough:
+        return {}
+    corrected = np.clip(measured.found * correction.gain + correction.offset, 0, 255)
+    remaining = fit_colour(measured.expected, corrected).delta_e
+    return {"still": _change(measured.expected, measured.found), "remaining": round(remaining, 3)}
+
+
+def _as_record(method: str, correction: Correction) -> ColourCorrection:
+    return ColourCorrection.model_validate({"method": method, "gain": correction.gain, "offset": correction.offset})
+
+
+def _rounded(values: Sequence[float], digits: int) -> Triple:
+    red, green, blue = (round(value, digits) for value in values)
+    return red, green, blue
