@@ -25,7 +25,7 @@ from runner.batch.part_archive import PNGS, pack_files, unpack_files
 from runner.errors import InternalError, as_runner_error
 from runner.generation.protocol import ClipInfo, Segment
 from runner.hashing import sha256_file
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, POSE, POSTER, frames_folder, job_key
+from runner.records.output_layout import AUDIO, FRAME_DIGESTS, OUTPUT, PEOPLE, POSE, POSTER, frames_folder, job_key
 from runner.records.people import People
 from runner.records.record import OutputRecord
 from runner.spec.options import JobOptions
@@ -45,6 +45,7 @@ from runner.video import (
     parse_digests,
     png_name,
     write_jpeg,
+    write_wav,
 )
 
 __all__ = ["Delivery", "Published"]
@@ -89,7 +90,7 @@ class Delivery:
         self._pose_fps = pose_fps
         self._people = people
         self._is_png = options.output.format == "png"
-        self._audio = None if self._is_png else audio
+        self._audio = audio
         self._parts: list[Path] = []  # their folders
         self._digests: list[str] = []  # of all frames so far
         try:
@@ -194,9 +195,9 @@ class Delivery:
         """Put the parts together and store the files, the output first. `put` stores a file under a key that an earlier
         output may have.
 
-        The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, so
-        that an older output stays whole until the record names the new one. Raises InternalError if the frames are not
-        as many as promised; storage.* if they cannot be stored; LeaseLost.
+        The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, their
+        sound with them, so that an older output stays whole until the record names the new one. Raises InternalError if
+        the frames are not as many as promised; storage.* if they cannot be stored; LeaseLost.
         """
         if len(self._digests) != self._expected:
             raise InternalError(f"{len(self._digests)} frames were generated, {self._expected} asked", where=job_id)
@@ -205,7 +206,10 @@ class Delivery:
         with self._timer.stage("publish"):
             if self._is_png:
                 key, sha256 = frames_folder(job_id, uuid4().hex[:8]), None
-                stored = _store_all(storage.publish, {key + png.name: png for png in self._files(f"{PNGS}/*")})
+                files = self._files(f"{PNGS}/*")
+                if sound is not None and not sound.missing:
+                    files.append(self._folder / AUDIO)
+                stored = _store_all(storage.publish, {key + file.name: file for file in files})
                 identity, nbytes, count = combined_identity(
                     {name: (storage.identify(info), info.bytes) for name, info in stored.items()}
                 )
@@ -235,7 +239,7 @@ class Delivery:
     def abort(self) -> None:
         """Leave nothing behind. Idempotent."""
         shutil.rmtree(self._parts_folder, ignore_errors=True)
-        for name in (OUTPUT, POSE, POSTER, FRAME_DIGESTS, PEOPLE):
+        for name in (OUTPUT, AUDIO, POSE, POSTER, FRAME_DIGESTS, PEOPLE):
             (self._folder / name).unlink(missing_ok=True)
 
     @property
@@ -281,6 +285,8 @@ class Delivery:
         sound = None
         if not self._is_png:
             sound = join_parts(self._files(OUTPUT), self._folder / OUTPUT, fps=self._fps, audio=self._audio)
+        elif self._audio is not None:
+            sound = write_wav(self._audio, self._folder / AUDIO, len(self._digests) / self._fps)
         if poses := self._files(POSE):
             join_parts(poses, self._folder / POSE, fps=self._pose_fps)
         try:

@@ -56,7 +56,7 @@ class Approval(BaseModel):
         description="of the MP4; of PNG frames, the sha256 of their sorted sha256sum listing (of one frame: its own)",
     )
     output_bytes: int = Field(0, ge=0)
-    output_files: int = Field(0, ge=0, description="1 for an MP4, else the number of frames")
+    output_files: int = Field(0, ge=0, description="1 for an MP4, else the number of frames, one more with audio.wav")
 
     def sentence(self) -> str:
         """Who approved it, when, why and from which run, in one sentence."""

@@ -5,6 +5,7 @@ In:   ids of jobs, runs and shards. Out: keys, and what a key names. Never: read
     jobs/<id>/result.json                  the record, written last
     jobs/<id>/attempt.json                 the mark of an attempt under way
     jobs/<id>/output.mp4                   the output, or its frames: jobs/<id>/frames/<token>/000000.png, …
+    jobs/<id>/frames/<token>/audio.wav     their sound, where it was asked for and there is some
     jobs/<id>/pose.mp4, poster.jpg         previews
     jobs/<id>/parts/<chain>/0001.tar, …    the finished segments of a job that is under way, and 0001.state after each
     jobs/<id>/frames.sha256                the digest of each frame, one a line
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 __all__ = [
     "ATTEMPT",
+    "AUDIO",
     "EVENTS",
     "FRAMES",
     "FRAME_DIGESTS",
@@ -42,6 +44,7 @@ __all__ = [
     "RUN_JOBS",
     "SUMMARY",
     "frames_folder",
+    "is_frame",
     "is_output_file",
     "is_part",
     "job_folder",
@@ -65,6 +68,7 @@ RESULT = "result.json"
 ATTEMPT = "attempt.json"
 OUTPUT = "output.mp4"
 FRAMES = "frames/"
+AUDIO = "audio.wav"  # in the folder of the frames
 POSE = "pose.mp4"
 POSTER = "poster.jpg"
 FRAME_DIGESTS = "frames.sha256"
@@ -101,6 +105,11 @@ def job_key(job_id: str, name: str) -> str:
 def frames_folder(job_id: str, token: str) -> str:
     """Where one attempt puts its frames, with a slash at the end; `token` tells the attempts apart."""
     return f"{job_folder(job_id)}{FRAMES}{token}/"
+
+
+def is_frame(key: str) -> bool:
+    """Is an object in a folder of frames one of them? The sound that lies beside them is not."""
+    return key.endswith(".png")
 
 
 def split_job_key(key: str) -> tuple[str, str] | None:

@@ -75,7 +75,7 @@ class OutputRecord(Record):
     uri: str = Field(description="the MP4, or the folder of PNG frames, as this run saw it")
     key: str = Field(description="the same, relative to the output folder, which may be moved")
     bytes: int = Field(ge=0)
-    files: int = Field(ge=1, description="1 for an MP4, else the number of frames")
+    files: int = Field(ge=1, description="1 for an MP4, else the number of frames, one more with audio.wav")
     identity: str = Field(description="sha256:… locally, etag:… on S3; of the sorted list of both for frames")
     sha256: str | None = Field(description="of the MP4 as it was encoded; null for frames")
     frames: int = Field(ge=1)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from runner.errors import ConfigInvalid, InputUnreadable
 from runner.hashing import combine, sha256_file
 from runner.records.approval import Approval, Approvals, parse_time
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, RESULT
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, RESULT, is_frame
 from runner.records.record import ResultRecord
 from runner.regression.approving import (
     FILES_AT_ONCE,
@@ -124,7 +124,7 @@ class BaselineJob:
             digests = dict(zip(paths, pool.map(fetch, paths), strict=True))
         if combine(digests) != self.approval.output_sha256:
             raise self._damaged("the output is not what was approved", key.rstrip("/"))
-        return list(paths.values()) if self.is_frames else paths[OUTPUT]
+        return [path for name, path in paths.items() if is_frame(name)] if self.is_frames else paths[OUTPUT]
 
     def _damaged(self, what: str, key: str) -> InputUnreadable:
         todo = "Approve a newer render of this job"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runner.errors import InputNotFound, InputUnreadable
 from runner.hashing import sha256_file
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, job_key
+from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, PEOPLE, is_frame, job_key
 from runner.records.record import OutputRecord, ResultRecord
 from runner.regression.approving import FILES_AT_ONCE, check_digest_list
 from runner.storage import Storage
@@ -76,8 +76,9 @@ class NightRender:
             return path
         keys = sorted(info.key for info in self.storage.list(self.output.key))
         if len(keys) != self.output.files:
-            what = f"{len(keys)} frames lie there; the record says {self.output.files}"
+            what = f"{len(keys)} files lie there; the record says {self.output.files}"
             raise InputUnreadable(what, where=self._uri, todo=REMEDY)
+        keys = [key for key in keys if is_frame(key)]  # sound is not compared
         paths = [dest / key.rpartition("/")[2] for key in keys]
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             list(pool.map(self.storage.fetch, keys, paths))

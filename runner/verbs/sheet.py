@@ -18,7 +18,7 @@ import numpy as np
 from runner.batch.ledger import Ledger
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, InputNotFound, RunnerError, as_runner_error
-from runner.records.output_layout import FRAMES, OUTPUT, POSE, job_key
+from runner.records.output_layout import FRAMES, OUTPUT, POSE, is_frame, job_key
 from runner.records.record import JobLine
 from runner.redact import redact
 from runner.spec.manifest import Job
@@ -301,7 +301,7 @@ def _read_frames(storage: Storage, key: str, folder: Path) -> tuple[np.ndarray, 
     """The numbers of COLUMNS frames of a folder of PNGs, and these frames. Raises InputNotFound where there is none."""
     from runner.preprocess.pictures.images import load_image
 
-    keys = sorted(info.key for info in storage.list(key))
+    keys = sorted(info.key for info in storage.list(key) if is_frame(info.key))
     if not keys:
         raise InputNotFound("no frames there", where=key)
     numbers = _moments(len(keys), COLUMNS)

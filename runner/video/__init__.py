@@ -3,7 +3,7 @@
 from runner.video.frame_digests import FRAMES_HASH, combined_digest, digest_frames, format_digests, parse_digests
 from runner.video.join import join_parts
 from runner.video.reader import Sampled, VideoInfo, VideoReader, probe, sample_by_time, sample_indices
-from runner.video.sound import AudioSpan, SoundNote, check_sound
+from runner.video.sound import AudioSpan, SoundNote, check_sound, write_wav
 from runner.video.writer import Mp4Writer, PngWriter, png_name, write_jpeg
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "sample_by_time",
     "sample_indices",
     "write_jpeg",
+    "write_wav",
 ]

@@ -1,12 +1,14 @@
-"""Sound: a span of a source's sound becomes the AAC track of an MP4 that is being written.
+"""Sound: a span of a source's sound becomes the AAC track of an MP4 that is being written, or a WAV file.
 
-In:   a file with sound, a span of it, an open container. Out: packets in the container.
+In:   a file with sound, a span of it, an open container or a path. Out: packets in the container, or the file.
 Never: pictures, and which job the sound belongs to.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -15,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import InputUnreadable
+from runner.errors import InputUnreadable, RunnerError, as_runner_error
 from runner.video.decode import open_container
 
-__all__ = ["AudioSpan", "Sound", "SoundNote", "check_sound"]
+__all__ = ["AudioSpan", "Sound", "SoundNote", "check_sound", "write_wav"]
 
 AAC_RATES = {96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350}
 AAC_BITS_PER_CHANNEL = 96_000
+FLOAT, PCM = "fltp", "s16p"  # samples for AAC, for WAV; one plane a channel
+USUAL = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # as FFmpeg assumes
+ENDED = "the source's sound ends before the rendered span"
 GAP_S = 0.05  # stamps in whole milliseconds jitter by less; a gap or overlap beyond this moves the sound
 
 
@@ -60,13 +65,14 @@ class Sound:
         """
         source = open_container(Path(span.path))
         try:
-            track = _find_track(source)
-            if isinstance(track, str):
-                return None, SoundNote(track, missing=True)
+            found = _find_sound(source)
+            if isinstance(found, str):
+                return None, SoundNote(found, missing=True)
+            track = _for_aac(found)
             pieces = _cut(source, track, span)
             first = next(pieces, None)
             if first is None:
-                return None, SoundNote("the source's sound ends before the rendered span", missing=True)
+                return None, SoundNote(ENDED, missing=True)
             sound = cls(chain([first], pieces), source, track.rate, track.layout, container)
             source = None  # the sound closes it from here on
             text = f"cut to the rendered span, encoded as AAC at {track.rate} Hz {track.layout}"
@@ -110,42 +116,111 @@ def check_sound(span: AudioSpan) -> None:
     """
     source = open_container(Path(span.path))
     try:
-        track = _find_track(source)
-        if not isinstance(track, str):
-            for _ in _cut(source, track, span):
+        stream = _find_sound(source)
+        if not isinstance(stream, str):
+            for _ in _cut(source, _for_aac(stream), span):
                 pass
     finally:
         source.close()
 
 
+def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
+    """Write at most the first `seconds` of the span to `dest`: 16-bit PCM at the source's own rate and channels.
+
+    The file ends where the source's sound does, at the latest after round(`seconds` x rate) samples; a gap is silence.
+    The same source gives the same bytes. `dest` appears whole, or not at all: the note says whether there is sound.
+    Raises InputUnreadable if it cannot be decoded, StorageFull and StorageDenied as the disk does.
+    """
+    import av
+
+    dest = Path(dest)
+    unfinished = dest.with_name(dest.name + ".part")
+    container: Any = None
+    try:
+        with closing(open_container(Path(span.path))) as source:
+            stream = _find_sound(source)
+            if isinstance(stream, str):
+                return SoundNote(stream, missing=True)
+            track = _for_pcm(stream)
+            pieces = _cut(source, track, span, seconds)
+            first = next(pieces, None)
+            if first is None:
+                return SoundNote(ENDED, missing=True)
+            # RF64 where a WAV of 4 GiB ends; no name and version of the library that wrote it.
+            options = {"rf64": "auto", "fflags": "+bitexact"}
+            container = av.open(f"file:{unfinished.absolute()}", "w", format="wav", options=options)
+            out = container.add_stream("pcm_s16le", rate=track.rate, layout=track.layout)
+            done = 0
+            for piece in chain([first], pieces):
+                packed = np.ascontiguousarray(piece.T).reshape(1, -1)
+                frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=track.layout)
+                frame.sample_rate, frame.pts, frame.time_base = track.rate, done, Fraction(1, track.rate)
+                container.mux(out.encode(frame))
+                done += piece.shape[1]
+            container.mux(out.encode(None))
+        container.close()
+        container = None
+        os.replace(unfinished, dest)
+    except BaseException as error:
+        if container is not None:
+            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well
+                container.close()
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, (av.error.FFmpegError, OSError)) and not isinstance(error, RunnerError):
+            raise as_runner_error(error, where=dest) from error
+        raise
+    text = f"cut to the rendered span, written to {dest.name} as 16-bit PCM at {track.rate} Hz {track.layout}"
+    return SoundNote(text, missing=False)
+
+
 @dataclass(frozen=True)
 class _Track:
-    """A stream of sound that can be decoded, and how it will be encoded."""
+    """A stream of sound that can be decoded, and as what."""
 
     stream: Any
     rate: int  # samples a second
-    layout: str  # mono | stereo
+    layout: str  # mono | stereo | 5.1 | …
+    format: str  # FLOAT | PCM
 
 
-def _find_track(source: Any) -> _Track | str:
-    """The source's sound, or why there is none, in words."""
+def _find_sound(source: Any) -> Any:
+    """The source's stream of sound, or why there is none, in words (a str)."""
     stream = source.streams.best("audio")
     if stream is None or stream.codec_context is None:
         return "the source has no sound" if stream is None else "the source's sound has an unknown codec"
+    return stream
+
+
+def _for_aac(stream: Any) -> _Track:
+    """At a rate that AAC knows, in one channel or two."""
     own, channels = stream.codec_context.sample_rate, stream.codec_context.layout.nb_channels
-    return _Track(stream, own if own in AAC_RATES else 48000, "mono" if channels == 1 else "stereo")
+    return _Track(stream, own if own in AAC_RATES else 48000, "mono" if channels == 1 else "stereo", FLOAT)
 
 
-def _cut(source: Any, track: _Track, span: AudioSpan) -> Iterator[np.ndarray]:
-    """Yield the span's samples in order, float32 [channels, n] at the track's rate; a gap in the source is silence."""
+def _for_pcm(stream: Any) -> _Track:
+    """At its own rate, in all its channels. Where a file says only how many there are, they have their usual places."""
+    layout = stream.codec_context.layout
+    name = USUAL.get(layout.nb_channels, layout.name) if layout.name.endswith(" channels") else layout.name
+    return _Track(stream, stream.codec_context.sample_rate, name, PCM)
+
+
+def _cut(source: Any, track: _Track, span: AudioSpan, seconds: Fraction | None = None) -> Iterator[np.ndarray]:
+    """Yield the span's samples in order, at most `seconds` of them; a gap in the source is silence.
+
+    [channels, n] at the track's rate: float32 in FLOAT, int16 in PCM.
+    """
     import av
 
     stream, rate, layout = track.stream, track.rate, track.layout
     video = source.streams.best("video")
     origin_s = float((video.start_time or 0) * video.time_base) if video is not None else 0.0
     begin_s = origin_s + span.start_s
-    total, channels = round(span.duration_s * rate), 1 if layout == "mono" else 2
-    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    total, channels = round(span.duration_s * rate), av.AudioLayout(layout).nb_channels
+    if seconds is not None:
+        total = min(total, round(seconds * rate))
+    resampler = av.AudioResampler(format=track.format, layout=layout, rate=rate)
+    kind = np.float32 if track.format == FLOAT else np.int16
     cursor, position = 0, None  # samples yielded; where the next block belongs
     try:
         if begin_s > 2:  # a second early: an AAC decoder needs a packet or two to settle after a seek
@@ -161,7 +236,7 @@ def _cut(source: Any, track: _Track, span: AudioSpan) -> Iterator[np.ndarray]:
                 position += block.samples
                 while cursor < min(position - samples.shape[1], total):
                     silent = min(position - samples.shape[1] - cursor, total - cursor, rate)
-                    yield np.zeros((channels, silent), np.float32)
+                    yield np.zeros((channels, silent), kind)
                     cursor += silent
                 samples = samples[:, : total - cursor]
                 if samples.shape[1]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 import tracemalloc
+import wave
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -17,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.batch.delivery import Delivery, Published
+from runner.batch.ledger import Ledger, output_identity
 from runner.batch.part_archive import pack_files, unpack_files
 from runner.errors import InputUnreadable, InternalError, StorageFull
 from runner.generation.protocol import ClipInfo, Segment
@@ -25,6 +29,7 @@ from runner.spec.options import JobOptions
 from runner.storage import LocalStorage, ObjectInfo
 from runner.timing import StageTimer
 from runner.video import AudioSpan, digest_frames
+from tests.regression.night_stores import make_record
 from tests.video_files import indexed_frame, indexed_frames, make_clip, overwrite_middle, read_index, tone
 
 FPS, POSE_FPS = Fraction(30000, 1001), Fraction(15)
@@ -100,6 +105,74 @@ def test_written_and_restored_parts_give_the_same_bytes(
         assert bool(container.streams.audio) == sound
         shown = [read_index(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     assert shown == list(range(sum(lengths)))
+
+
+def wav_files(found: dict[str, bytes]) -> list[bytes]:
+    return [data for name, data in found.items() if name.endswith(".wav")]
+
+
+@pytest.mark.parametrize("lengths", [[20, 25], [0, 7]], ids=str)
+def test_frames_have_their_sound_beside_them(tmp_path: Path, lengths: list[int]) -> None:
+    """As long as the pictures, to the sample; the record's identity, bytes and files are of frames and sound."""
+    frames = sum(lengths)
+    audio = AudioSpan(make_clip(tmp_path / "source.mp4", 3, audio=tone(2.0)), 0.1, float(frames / FPS))
+    files = run(tmp_path, lengths, {0}, PNG, audio)
+    pngs = {f"frames/*/{index:06d}.png" for index in range(frames)}
+    assert files.keys() == {"pose.mp4", "poster.jpg", "frames.sha256", "people.json", "frames/*/audio.wav"} | pngs
+    (sound,) = wav_files(files)
+    with wave.open(io.BytesIO(sound)) as file:
+        assert (file.getnframes(), file.getframerate(), file.getnchannels()) == (round(frames / FPS * 44100), 44100, 2)
+        assert np.abs(np.frombuffer(file.readframes(44100), "<i2")).max() > 10_000
+
+    storage, delivery = LocalStorage(tmp_path / "again/out"), deliver(tmp_path / "again", frames, PNG, audio)
+    for segment in segments(lengths):
+        delivery.write(segment)
+    published, files = publish(delivery, tmp_path / "again")
+    output = published.output
+    assert published.sound is not None
+    assert "audio.wav as 16-bit PCM at 44100 Hz stereo" in published.sound.text
+    assert (output.files, output.frames) == (frames + 1, frames)
+    assert output_identity(storage, output.key) == (output.identity, output.bytes, output.files)
+    storage.delete(output.key + "audio.wav")
+    assert output_identity(storage, output.key) != (output.identity, output.bytes, output.files)
+
+
+def test_frames_of_a_silent_source_have_no_sound_beside_them(tmp_path: Path) -> None:
+    silent = AudioSpan(make_clip(tmp_path / "silent.mp4", 3), 0.0, 1.0)
+    delivery = deliver(tmp_path, 5, PNG, silent)
+    delivery.write(segments([5])[0])
+    published, files = publish(delivery, tmp_path)
+    assert published.sound is not None
+    assert (published.sound.missing, published.sound.text) == (True, "the source has no sound")
+    assert (wav_files(files), published.output.files) == ([], 5)
+
+
+def test_sound_goes_with_the_output_that_it_belongs_to(tmp_path: Path) -> None:
+    """An older output keeps its own until the newer one is published and the older one tidied away."""
+    source, ledger = make_clip(tmp_path / "source.mp4", 3, audio=tone(2.0)), Ledger(LocalStorage(tmp_path / "out"))
+    job = partial(make_record, "a")
+
+    def names() -> list[str]:
+        return sorted(info.key for info in ledger.storage.list("jobs/a/") if "audio" in info.key)
+
+    def deliver_once(options: JobOptions) -> tuple[Published, list[str]]:
+        delivery = deliver(tmp_path, 5, options, AudioSpan(source, 0.1, float(5 / FPS)))
+        delivery.write(segments([5])[0])
+        published = delivery.publish(ledger.storage, "a", ledger.storage.publish)
+        before = names()
+        ledger.tidy("a", job(output=published.output), published.keys)
+        return published, before
+
+    first, there = deliver_once(PNG)
+    assert there == names() == [f"{first.output.key}audio.wav"]
+    ledger.tidy("a", job(output=first.output))  # by a run that only finds it done
+    assert names() == there
+    second, there = deliver_once(PNG)
+    assert there == sorted(f"{published.output.key}audio.wav" for published in (first, second))
+    assert names() == [f"{second.output.key}audio.wav"]
+    third, there = deliver_once(JobOptions())
+    assert there == [f"{second.output.key}audio.wav"]
+    assert (names(), third.output.key) == ([], "jobs/a/output.mp4")
 
 
 @pytest.mark.parametrize("lengths", [[1], [2], [1, 1, 1], [40, 1], [0, 3], [3, 0], [2, 0, 2]], ids=str)
@@ -259,7 +332,8 @@ def test_damaged_sound_fails_before_any_segment(tmp_path: Path) -> None:
     bad = AudioSpan(overwrite_middle(source, tmp_path / "bad.mp4", 0.4, 0.95, 0xFF), 0.0, 2.0)
     with pytest.raises(InputUnreadable, match="keep_audio"):
         deliver(tmp_path, 60, audio=bad)
-    deliver(tmp_path, 60, PNG, audio=bad)  # frames have no sound
+    with pytest.raises(InputUnreadable, match="keep_audio"):
+        deliver(tmp_path, 60, PNG, audio=bad)
 
 
 def test_abort_leaves_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import wave
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,10 @@ import yaml
 
 from runner.cli import main
 from runner.storage import open_storage
+from runner.video import AudioSpan, join_parts
+from tests.video_files import make_clip, tone
 
+PNG = {"output": {"format": "png"}, "keep_audio": True}
 OPTIONS = {"fps": 8, "size": "96x64", "mode": "replace", "max_frames": 9}
 
 
@@ -45,8 +51,15 @@ def test_jobs_render_from_the_files_and_a_changed_file_reruns_them(made, demo_mo
     jobs = [
         {"id": "animate", "options": {"preprocess": {"from": "pre"}}},
         {"id": "replace", "options": {"mode": "replace", "preprocess": {"from": "pre/"}}},
+        *(
+            {"id": folder, "options": {"preprocess": {"from": folder}, **PNG, "max_frames": 5, "start_s": 0.25}}
+            for folder in ("pre", "heard")
+        ),
         {"id": "gone", "options": {"preprocess": {"from": "nowhere"}}},
     ]
+    shutil.copytree(made / "pre", made / "heard")
+    sound = AudioSpan(make_clip(made / "tone.mp4", 2, audio=tone(2.0)), 0.0, 2.0)
+    join_parts([made / "pre/src_pose.mp4"], made / "heard/src_pose.mp4", fps=Fraction(8), audio=sound)
     assert run(made, demo_models, jobs, "out") == 1
     for job in ("animate", "replace"):
         record = result(made, "out", job)
@@ -55,6 +68,12 @@ def test_jobs_render_from_the_files_and_a_changed_file_reruns_them(made, demo_mo
         assert (record["output"]["width"], record["output"]["height"]) == (96, 64)
     assert set(result(made, "out", "replace")["inputs"]) == {"reference", "pose", "face", "background", "mask"}
     assert result(made, "out", "gone")["error"]["code"] == "input.not_found"
+    silent, heard = result(made, "out", "pre"), result(made, "out", "heard")
+    assert "the source has no sound" in silent["warnings"]
+    assert (silent["output"]["files"], heard["output"]["files"]) == (5, 6)
+    assert any("audio.wav" in note for note in heard["notes"])
+    with wave.open(str(made / "out" / heard["output"]["key"] / "audio.wav")) as file:
+        assert (file.getnframes(), file.getframerate()) == (round(5 / 8 * 44100), 44100)
     # another face video under the same name is another input
     (made / "pre/src_face.mp4").write_bytes((made / "pre/src_face.mp4").read_bytes() + b"\0" * 8)
     capsys.readouterr()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from runner.hashing import sha256_file
-from runner.records.output_layout import FRAME_DIGESTS, OUTPUT, POSTER, RESULT, frames_folder, job_key
+from runner.records.output_layout import AUDIO, FRAME_DIGESTS, OUTPUT, POSTER, RESULT, frames_folder, job_key
 from runner.records.record import OutputRecord, ResultRecord
 from runner.storage import Storage, combined_identity
 from runner.video import FRAMES_HASH, combined_digest, digest_frames, format_digests
@@ -38,9 +38,19 @@ def make_record(job_id: str = "a", **more: Any) -> ResultRecord:
 
 
 def write_render(
-    out: Storage, scratch: Path, job_id: str = "a", *, content: str = "first", png: bool = False, **more: Any
+    out: Storage,
+    scratch: Path,
+    job_id: str = "a",
+    *,
+    content: str = "first",
+    png: bool = False,
+    sound: bytes | None = None,
+    **more: Any,
 ) -> ResultRecord:
-    """Write a job as a run leaves it: output, digests, poster, and the record last; `content` decides the frames."""
+    """Write a job as a run leaves it: output, digests, poster, and the record last; `content` decides the frames.
+
+    `sound`: what lies beside PNG frames as audio.wav.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     frames = [f"{content} {index}".encode() for index in range(3)]
     digests = [hashlib.sha256(frame).hexdigest() for frame in frames]
@@ -55,6 +65,8 @@ def write_render(
     if png:
         key = frames_folder(job_id, hashlib.sha256(content.encode()).hexdigest()[:8])
         stored = dict(put(f"{key}{index:06d}.png", frame) for index, frame in enumerate(frames))
+        if sound is not None:
+            stored |= [put(f"{key}{AUDIO}", sound)]
         (identity, nbytes, files), sha256 = combined_identity(stored), None
     else:
         video = b"".join(frames)

@@ -93,6 +93,20 @@ class BaselineContract:
         assert name_job(record) == ("cpu", "fp4-distill", "a")
         assert not tokens(baseline.storage, record) - {job.approval.token}
 
+    def test_sound_beside_frames_is_kept_and_not_taken_for_one(
+        self, out: Storage, baseline: Baseline, tmp_path: Path
+    ) -> None:
+        record = write_render(out, tmp_path / "s", png=True, sound=b"tone")
+        done = approve(baseline, out, record)
+        assert isinstance(done, Approved)
+        assert approve(baseline, out, record) == Approved(done.approval, unchanged=True)
+        job = baseline.find([name_job(record)])[name_job(record)]
+        assert (job.approval.output_files, job.read("frames/audio.wav")) == (4, b"tone")
+        assert standing(baseline, record, tmp_path / "f") == ("anna", b"first 0first 1first 2")
+        baseline.storage.write_bytes(f"{job.output_key}audio.wav", b"hiss")
+        with pytest.raises(InputUnreadable, match="not what was approved"):
+            job.fetch(tmp_path / "g")
+
     def test_the_same_render_is_approved_once(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
         record = write_render(out, tmp_path / "s")
         first = approve(baseline, out, record)

@@ -28,6 +28,17 @@ def test_a_whole_render_is_fetched_and_has_its_digests(render, tmp_path):
     assert b"".join(path.read_bytes() for path in paths) == b"first 0first 1first 2"
 
 
+def test_sound_beside_frames_is_counted_and_not_taken_for_one(tmp_path):
+    out = open_storage(tmp_path / "out")
+    render = NightRender(out, write_render(out, tmp_path / "scratch", png=True, sound=b"tone"))
+    render.check_there()
+    assert render.output.files == 4
+    assert [path.name for path in render.fetch(tmp_path / "to")] == [f"{index:06d}.png" for index in range(3)]
+    out.delete(f"{render.output.key}audio.wav")
+    with pytest.raises(InputNotFound, match="gone"):
+        render.check_there()
+
+
 def test_boxes_are_read_where_they_lie(render):
     render.storage.write_bytes(job_key("a", PEOPLE), b"{}")
     assert render.people() == b"{}"
@@ -65,7 +76,7 @@ def test_a_frame_that_is_missing(tmp_path):
     out.delete(f"{render.output.key}000001.png")
     with pytest.raises(InputNotFound, match="gone"):
         render.check_there()
-    with pytest.raises(InputUnreadable, match="2 frames lie there; the record says 3"):
+    with pytest.raises(InputUnreadable, match="2 files lie there; the record says 3"):
         render.fetch(tmp_path / "to")
 
 
