@@ -21,6 +21,7 @@ import numpy as np
 
 from runner.preprocess.body.face import FacePlan
 from runner.preprocess.body.keypoints import PoseTrack
+from runner.preprocess.body.people_found import PeopleFound
 from runner.preprocess.geometry import Geometry
 from runner.preprocess.masks.packed import ClipMasks
 from runner.preprocess.networks.backends import Backend, PersonDetector, PointFinder
@@ -100,11 +101,12 @@ def find_poses_once(
     detector: PersonDetector,
     pose: PointFinder,
     timer: StageTimer,
+    everybody: PeopleFound | None = None,
 ) -> FoundPoses:
     """`find_poses`, or what it gave before. Counts pose_cache_hits and pose_cache_misses. Raises as it does."""
 
     def find() -> FoundPoses:
-        return find_poses(reader, sampled, options, geometry, detector, pose, timer)
+        return find_poses(reader, sampled, options, geometry, detector, pose, timer, everybody)
 
     if cache is None:
         return find()

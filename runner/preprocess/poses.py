@@ -27,6 +27,7 @@ import structlog
 from runner.errors import NoPerson
 from runner.preprocess.body.face import FacePlan, plan_faces
 from runner.preprocess.body.keypoints import FACE, PoseTrack, hold_lost_bodies
+from runner.preprocess.body.people_found import PeopleFound, choose_numbered, count_people
 from runner.preprocess.body.repair import body_heights, repair
 from runner.preprocess.body.smooth import smooth_joints
 from runner.preprocess.body.track import Person, Whereabouts, choose_subject, follow, only_body, whereabouts
@@ -72,14 +73,17 @@ def find_poses(
     detector: PersonDetector,
     pose: PointFinder,
     timer: StageTimer,
+    everybody: PeopleFound | None = None,
 ) -> FoundPoses:
     """What is seen in the clip, and what is decided on it. A frame sampled twice is looked at once.
 
+    `everybody`: the people of the whole video, needed where `subject` is a number (in parity it has no effect).
     Raises NoPerson where nobody is found, too little of somebody, or nobody where `subject` points.
     """
     clip = ClipPictures(reader, sampled, geometry, timer)
-    found = _in_parity if options.parity else _at_full_strength
-    return found(clip, options, detector, pose)
+    if options.parity:
+        return _in_parity(clip, options, detector, pose)
+    return _at_full_strength(clip, options, detector, pose, everybody)
 
 
 class ClipPictures:
@@ -206,7 +210,11 @@ class Posed:
 
 
 def _at_full_strength(
-    clip: ClipPictures, options: PreprocessOptions, detector: PersonDetector, pose: PointFinder
+    clip: ClipPictures,
+    options: PreprocessOptions,
+    detector: PersonDetector,
+    pose: PointFinder,
+    numbered: PeopleFound | None,
 ) -> FoundPoses:
     every = options.detect_every or max(1, round(LOOK_S * clip.fps))
     looks = np.arange(0, len(clip), every)
@@ -217,7 +225,7 @@ def _at_full_strength(
         return _alone(pictures, seen, looks, clip.times_s)
 
     seen, posed = clip.look_and_pose(detector, pose, looks, people, guess, bgr=False)
-    everybody, where = _decide(clip, options, looks, seen)
+    everybody, where = _decide(clip, options, looks, seen, numbered)
     for _ in range(CLEARINGS if options.detect_every is None else 0):
         more = _unclear(clip, looks, everybody, where)
         if not len(more):
@@ -225,10 +233,10 @@ def _at_full_strength(
         found = dict(zip([*looks.tolist(), *more.tolist()], seen + clip.look(detector, more, people), strict=True))
         looks, seen = np.array(sorted(found), np.int64), [found[look] for look in sorted(found)]
         every = 1  # wherever it matters
-        everybody, where = _decide(clip, options, looks, seen)
+        everybody, where = _decide(clip, options, looks, seen, numbered)
     if where is None:
         _check(len(looks), sum(bool(boxes) for boxes in seen), clip, every)
-        raise _nobody_there(options, seen, clip)
+        raise _nobody_there(options, seen, clip, numbered)
     _check(where.looked, where.found, clip, every)
     points = clip.pose(posed, pose, where.boxes, bgr=False)
     points[where.doubtful, :, 2] = 0  # whoever stands there, it is not the one
@@ -240,6 +248,7 @@ def _at_full_strength(
     report = {
         "frames_without_person": int(where.unseen[clip.back].sum()),
         "frames_bridged": where.bridged,
+        "people": count_people(everybody, clip.times_s[looks], len(clip) / clip.fps),
         "people_at_once": max(len(boxes) for boxes in seen),
         "joints_repaired": repaired.joints,
         "frames_repaired": repaired.frames,
@@ -255,12 +264,20 @@ def _at_full_strength(
 
 
 def _decide(
-    clip: ClipPictures, options: PreprocessOptions, looks: np.ndarray, seen: list[list[Box]]
+    clip: ClipPictures,
+    options: PreprocessOptions,
+    looks: np.ndarray,
+    seen: list[list[Box]],
+    numbered: PeopleFound | None,
 ) -> tuple[list[Person], Whereabouts | None]:
     """Everybody, and where the subject is in every picture; None if there is none."""
     times_s = clip.times_s[looks]
     everybody = follow(seen, times_s)
-    subject = choose_subject(everybody, options.subject, clip.size, times_s)
+    if isinstance(options.subject, int):
+        assert numbered is not None
+        subject = choose_numbered(everybody, options.subject, numbered, clip.indices[looks])
+    else:
+        subject = choose_subject(everybody, options.subject, clip.size, times_s)
     return everybody, None if subject is None else whereabouts(subject, seen, looks, clip.times_s)
 
 
@@ -355,7 +372,19 @@ def _check(looked: int, found: int, clip: ClipPictures, every: int) -> None:
         )
 
 
-def _nobody_there(options: PreprocessOptions, seen: list[list[Box]], clip: ClipPictures) -> NoPerson:
+def _nobody_there(
+    options: PreprocessOptions, seen: list[list[Box]], clip: ClipPictures, numbered: PeopleFound | None
+) -> NoPerson:
+    if isinstance(options.subject, int):
+        assert numbered is not None
+        person = numbered.people[options.subject - 1]
+        return NoPerson(
+            f"person {person.number} is not on screen in the part of the video that is rendered; they are seen from "
+            f"second {person.begin_s:.1f} to {person.end_s:.1f}",
+            where=clip.path,
+            todo="Check start_s and max_frames, or choose another preprocess.subject: `video-lab inspect VIDEO` shows "
+            "who is where",
+        )
     first = next(boxes for boxes in seen if boxes)
     places = ", ".join(f"[{b.x1:.0f}, {b.y1:.0f}, {b.x2:.0f}, {b.y2:.0f}]" for b in first)
     asked = options.subject if isinstance(options.subject, str) else [round(corner) for corner in options.subject]

@@ -16,9 +16,11 @@ import numpy as np
 
 from runner.errors import JobWeightsMissing, NoPerson, job_weight_errors
 from runner.preprocess.body.keypoints import PoseTrack
+from runner.preprocess.body.people_found import PeopleFound
 from runner.preprocess.body.retarget import retarget_robust
 from runner.preprocess.body.retarget_official import retarget_official
 from runner.preprocess.conditions import PoseConditions
+from runner.preprocess.find_people import find_people_boxes
 from runner.preprocess.geometry import Geometry, frames_at_once
 from runner.preprocess.masks.given import GivenMask
 from runner.preprocess.masks.packed import ClipMasks
@@ -30,9 +32,16 @@ from runner.preprocess.networks.providers import NetworkOptions
 from runner.preprocess.networks.yolov10 import choose_person, choose_person_parity
 from runner.preprocess.pictures.images import load_image
 from runner.preprocess.pictures.sizing import AUTO_AREA, GRID, output_size, place, resize_by_area
-from runner.preprocess.pose_cache import backend_parts, clip_parts, find_poses_once, masks_once, segmenter_parts
+from runner.preprocess.pose_cache import (
+    backend_parts,
+    clip_parts,
+    find_poses_once,
+    masks_once,
+    network_parts,
+    segmenter_parts,
+)
 from runner.preprocess.poses import FoundPoses
-from runner.spec.options import JobOptions
+from runner.spec.options import JobOptions, PreprocessOptions
 from runner.storage.disk_cache import DiskCache
 from runner.timing import StageTimer
 from runner.video import Sampled, VideoInfo, VideoReader
@@ -40,10 +49,7 @@ from runner.video import Sampled, VideoInfo, VideoReader
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "Preprocessor",
-    "segment_driver",
-]
+__all__ = ["Preprocessor", "choice_warnings", "repeat_warnings", "segment_driver"]
 
 FACE_SIZE = 512  # the face encoder's
 RATE_TOLERANCE = 1.01  # 30 of a video of 29.97 frames a second is the same rate to a person
@@ -166,7 +172,7 @@ class Preprocessor:
         with VideoReader(video) as reader:
             info = reader.info
             sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
-            warnings += _repeats(options, info, sampled)
+            warnings += repeat_warnings(options, info, sampled)
             given = _mask(options, mask, info, sampled)
             try:
                 size = output_size(options, picture.size, (info.width, info.height))
@@ -178,8 +184,26 @@ class Preprocessor:
                     with timer.stage("pose"):
                         model = self._pose_of(picture, reference, options, backend)
                 networks = {} if self._cache is None else backend_parts(backend)
+                everybody = None
+                if isinstance(asked.subject, int) and not asked.parity:
+                    # By the default detector, whatever networks the job asks for: a number means one person.
+                    if self._cache is not None:
+                        networks["numbering"] = network_parts(self.detector.network)
+                    everybody = find_people_boxes(
+                        reader, self.detector, cache=self._cache, timer=timer, parts=networks.get("numbering")
+                    )
+                    _check_number(asked.subject, everybody, Path(video))
                 found = find_poses_once(
-                    self._cache, networks, reader, sampled, asked, geometry, backend.detector, backend.pose, timer
+                    self._cache,
+                    networks,
+                    reader,
+                    sampled,
+                    asked,
+                    geometry,
+                    backend.detector,
+                    backend.pose,
+                    timer,
+                    everybody,
                 )
                 masks: GivenMask | ClipMasks | None = given
                 if options.mode == "replace" and given is None:
@@ -194,7 +218,7 @@ class Preprocessor:
             warnings.append(f"{network.path.name} runs in {network.precision}, not int8: {network.precision_why}.")
         retargeted = None
         report: dict[str, Any] = {"source_frames": info.frames, "sampled_frames": len(sampled.indices), **found.report}
-        warnings += found.warnings
+        warnings += found.warnings + choice_warnings(asked, found.report)
         if model is not None:
             retarget = retarget_official if asked.retarget == "official" else retarget_robust
             moved = retarget(found.track, model, canvas=size)
@@ -248,7 +272,32 @@ class Preprocessor:
         return PoseTrack(backend.pose.points(image[None], [box], bgr=parity), width, height)
 
 
-def _repeats(options: JobOptions, video: VideoInfo, sampled: Sampled) -> list[str]:
+def choice_warnings(options: PreprocessOptions, report: Mapping[str, Any]) -> list[str]:
+    """A warning where there are several people and the job does not say whom to follow. `report`: that of the poses."""
+    count = report.get("people", 0)
+    if count < 2 or "subject" in options.model_fields_set:
+        return []
+    return [
+        f"{count} people are on screen and preprocess.subject is not given: the largest is followed. "
+        "`video-lab inspect VIDEO` numbers them; `subject: 2` follows the second, `subject: largest` is as now."
+    ]
+
+
+def _check_number(number: int, everybody: PeopleFound, video: Path) -> None:
+    """NoPerson where the video has fewer people."""
+    count = len(everybody.people)
+    if number <= count:
+        return
+    numbers = "1 and 2" if count == 2 else f"1 to {count}"
+    have = f"{count} people: {numbers}" if count > 1 else "1 person" if count else "nobody in it"
+    raise NoPerson(
+        f"preprocess.subject is {number}; the video has {have}",
+        where=video,
+        todo="`video-lab inspect VIDEO` shows them with their numbers",
+    )
+
+
+def repeat_warnings(options: JobOptions, video: VideoInfo, sampled: Sampled) -> list[str]:
     """A warning where the output has more frames a second than the video, so that frames are repeated."""
     above = options.fps != "source" and options.fps > float(video.fps) * RATE_TOLERANCE
     if not above or len(np.unique(sampled.indices)) == len(sampled.indices):

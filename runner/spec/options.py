@@ -71,7 +71,8 @@ class Frozen(BaseModel):
 
 
 Corner = Annotated[float, Field(ge=0)]
-Subject = Literal["largest", "centre"] | tuple[Corner, Corner, Corner, Corner]
+PersonNumber = Annotated[int, Field(ge=1)]
+Subject = Literal["largest", "centre"] | PersonNumber | tuple[Corner, Corner, Corner, Corner]
 Colour = Literal["off", "seam", "anchor"]
 Retarget = Literal["off", "robust", "official"]
 
@@ -116,8 +117,9 @@ class PreprocessOptions(Frozen):
     )
     subject: Subject = Field(
         default="largest",
-        description="whom to follow: largest or centre (over the whole clip), or [x1, y1, x2, y2] around the person "
-        "when people first appear, pixels of the driving video",
+        description="whom to follow: largest or centre (over the whole clip), the number that video-lab inspect gives "
+        "the person (from 1), or [x1, y1, x2, y2] around the person when people first appear, pixels of the driving "
+        "video",
     )
     pose: Literal["vitpose", "dwpose"] = Field(
         default="vitpose", description="networks: YOLOv10 and ViTPose, or YOLOX and RTMPose (process_checkpoint/dwpose)"
@@ -144,7 +146,9 @@ class PreprocessOptions(Frozen):
         try:
             chosen = handler(corners)
         except ValidationError as err:  # one message, where a union gives one for each of its members
-            raise ValueError("must be largest, centre or a box [x1, y1, x2, y2] in pixels") from err
+            raise ValueError(
+                "must be largest, centre, a person's number from 1, or a box [x1, y1, x2, y2] in pixels"
+            ) from err
         if isinstance(chosen, tuple) and not (chosen[0] < chosen[2] and chosen[1] < chosen[3]):
             raise ValueError("a box is [left, top, right, bottom]: left < right and top < bottom")
         return chosen

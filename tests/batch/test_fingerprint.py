@@ -174,7 +174,7 @@ some_options = st.fixed_dictionaries(
             optional={
                 "parity": st.booleans(),
                 "detect_every": st.none() | st.integers(1, 60),
-                "subject": st.sampled_from(["largest", "centre"]) | boxes,
+                "subject": st.sampled_from(["largest", "centre"]) | st.integers(1, 9) | boxes,
                 "pose": st.sampled_from(["vitpose", "dwpose"]),
                 "mask": st.fixed_dictionaries(
                     {}, optional={"iterations": st.integers(0, 50), "w_len": st.none() | st.integers(1, 9)}

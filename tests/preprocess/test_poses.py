@@ -1,5 +1,6 @@
 """Pass 1 with two bright discs for two people: whom it follows, what it counts, what it refuses, how it retargets."""
 
+from contextlib import closing
 from fractions import Fraction
 
 import cv2
@@ -9,9 +10,12 @@ import pytest
 from runner.errors import NoPerson
 from runner.preprocess.body.retarget import Retargeted
 from runner.preprocess.body.skeleton import draw_skeleton
+from runner.preprocess.networks.backends import Backend
 from runner.preprocess.poses import Posed
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
+from runner.storage.disk_cache import DiskCache
+from runner.timing import StageTimer
 from runner.video import Mp4Writer, VideoReader
 from tests.preprocess.conftest import HEIGHT, WIDTH
 
@@ -80,6 +84,81 @@ def test_nobody_where_subject_points(each, reference, two):
     with pytest.raises(NoPerson, match=r"\[150, 0, 190, 30\].*they are at \[\d+, .*192x128") as raised:
         each.prepare(reference, two, options(subject=[150, 0, 190, 30]))
     assert raised.value.where == str(two)
+
+
+# --- people by number -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guests(tmp_path_factory):
+    """64 frames, 16 a second. 1: large, left; 2: from second 1 to 2 and from 3 on, right; 3: small, from 2.5 on."""
+    discs = [
+        [(30, 64, LARGE)]
+        + ([(160, 40, 17)] if 16 <= i < 32 or i >= 48 else [])
+        + ([(100, 110, SMALL)] if i >= 40 else [])
+        for i in range(64)
+    ]
+    return film(tmp_path_factory.mktemp("guests") / "guests.mp4", discs)
+
+
+@pytest.mark.parametrize("span", [{}, {"start_s": 3, "max_frames": 5}, {"fps": 24, "start_s": 1.2}])
+def test_a_number_means_the_same_person_in_every_part_of_the_video(each, reference, guests, span):
+    for number, x in {1: 30, 2: 160, 3: 100}.items():
+        asked = JobOptions(**{"fps": "source", "size": "240x160", "preprocess": {"subject": number}} | span)
+        conditions = each.prepare(reference, guests, asked)
+        sure = conditions.track.points[:, 0, 2] > 0.3
+        assert sure.any()
+        assert noses(conditions)[sure] == pytest.approx(x, abs=4)
+        conditions.close()
+
+
+def test_a_number_that_nobody_has_or_who_is_elsewhere_is_an_error(each, reference, guests):
+    with pytest.raises(NoPerson, match="subject is 4; the video has 3 people: 1 to 3") as raised:
+        each.prepare(reference, guests, options(subject=4))
+    assert "video-lab inspect" in raised.value.todo
+    with pytest.raises(NoPerson, match=r"person 3 is not on screen .* from second 2\.5 to 3\.9"):
+        each.prepare(reference, guests, JobOptions(max_frames=30, preprocess={"subject": 3}))
+
+
+def test_numbers_are_the_default_detectors_and_known_from_the_cache(each, preprocessor, reference, guests, tmp_path):
+    """The job's own networks see nobody but the large one: 2 is then not there, and not somebody else."""
+    cached = Preprocessor(each.detector, each.pose, cache=DiskCache(tmp_path))
+    cached._backends["dwpose"] = Backend("dwpose", OnlyLarge(preprocessor.detector.network), each.pose)
+    first, again = StageTimer(), StageTimer()
+    cached.prepare(reference, guests, options(subject=2), timer=first).close()
+    assert (first.counters["people_cache_misses"], first.counters["pose_cache_misses"]) == (1, 1)
+    cached.prepare(reference, guests, options(subject=2), timer=again).close()
+    assert again.counters == {"people_cache_hits": 1, "pose_cache_hits": 1}
+    cached.prepare(reference, guests, options(subject=1, pose="dwpose")).close()
+    with pytest.raises(NoPerson, match="person 2 is not on screen"):
+        cached.prepare(reference, guests, options(subject=2, pose="dwpose"))
+
+
+class OnlyLarge(EachDisc):
+    def rows(self, frames) -> np.ndarray:
+        rows = super().rows(frames)
+        rows[rows[..., 2] - rows[..., 0] < 1.9 * LARGE * 640 / WIDTH] = 0
+        return rows
+
+
+def test_several_people_without_a_choice_are_a_warning(each, reference, guests, two, tmp_path):
+    def warnings(path, **asked):
+        with closing(each.prepare(reference, path, JobOptions(**{"fps": "source", "size": "240x160"} | asked))) as made:
+            return made.report["people"], [text for text in made.report["warnings"] if "people are on screen" in text]
+
+    count, (text,) = warnings(guests)
+    assert count == 3
+    assert text.startswith("3 people are on screen and preprocess.subject is not given: the largest is followed.")
+    assert "video-lab inspect" in text and "subject: 2" in text
+    assert warnings(guests, max_frames=16) == (1, [])
+    assert warnings(two)[0] == 2
+    for subject in ("largest", 2):
+        assert warnings(two, preprocess={"subject": subject}) == (2, [])
+    # A child far away, and one who is seen for a third of a second.
+    few = [
+        [(40, 64, LARGE)] + ([(150, 40, 5)] if i % 2 else []) + ([(150, 90, LARGE)] if i < 5 else []) for i in range(64)
+    ]
+    assert warnings(film(tmp_path / "few.mp4", few)) == (1, [])
 
 
 def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):

@@ -19,11 +19,14 @@ import numpy as np
 from runner.preprocess.body.track import BRIDGE_S, Person, between, follow, is_within, join_pieces
 from runner.preprocess.networks.yolov10 import Box
 
-__all__ = ["NumberedPerson", "PeopleFound", "choose_numbered", "group_people", "number_people"]
+__all__ = ["NumberedPerson", "PeopleFound", "choose_numbered", "count_people", "group_people", "number_people"]
 
 LEAST_LOOKS = 5  # seen at fewer, a person is a passer-by or a mistake: half a second at ten looks a second
 LEAST_SHARE_OF_LOOKS = 0.25  # enough in a video of a few looks
 PART = 0.8  # of somebody's looks within one person's box: it is a second box on that body
+LONG_S = 1.0  # on screen for so long, or for LONG of the clip, and not less than TALL of the first person's height,
+LONG = 0.25  # a second person may be the one who was meant
+TALL = 0.3
 CLAIM = 0.1  # mean overlap with a numbered person's box, from which on a way through the video may be theirs
 
 
@@ -111,6 +114,25 @@ def group_people(ways: Sequence[Person], looks: int) -> list[Person]:
     least = min(LEAST_LOOKS, math.ceil(LEAST_SHARE_OF_LOOKS * looks))
     lasting = [person for person in groups if len(person.looks) >= least]
     return lasting[:1] + sorted(lasting[1:], key=lambda p: (-p.area, p.looks[0], p.boxes[0].x1))
+
+
+def count_people(ways: Sequence[Person], times_s: np.ndarray, duration_s: float) -> int:
+    """How many people of a clip somebody may want to follow: large and long enough beside the first.
+
+    `times_s` float64: of each look, increasing, not everywhere equally far apart; `duration_s`: of the clip.
+    """
+    people = group_people(ways, len(times_s))
+    if not people:
+        return 0
+    shown_s = np.diff(times_s, append=duration_s)  # by each look
+    height = float(np.median([box.height for box in people[0].boxes]))
+    others = [
+        person
+        for person in people[1:]
+        if float(shown_s[person.looks].sum()) >= min(LONG_S, LONG * duration_s)
+        and float(np.median([box.height for box in person.boxes])) >= TALL * height
+    ]
+    return 1 + len(others)
 
 
 def choose_numbered(
