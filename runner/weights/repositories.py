@@ -16,8 +16,20 @@ from types import MappingProxyType
 
 from runner.errors import ConfigInvalid
 from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
+from runner.weights.store import RIFE
 
-__all__ = ["FP4_FOLDER", "PARTS", "PICKLED", "SOURCES", "HubSource", "Pin", "parts_of", "recipe_base", "sources_of"]
+__all__ = [
+    "CONVERTED",
+    "FP4_FOLDER",
+    "PARTS",
+    "PICKLED",
+    "SOURCES",
+    "HubSource",
+    "Pin",
+    "parts_of",
+    "recipe_base",
+    "sources_of",
+]
 
 FP4_FOLDER = "Wan2.2-Animate-14B-FP4"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -144,6 +156,11 @@ SOURCES: Mapping[str, HubSource] = MappingProxyType(
     }
 )
 PARTS = tuple(SOURCES)
+
+# Files of the store that a script of tools/ makes of published ones, the same bytes every time.
+CONVERTED: Mapping[str, Pin] = MappingProxyType(
+    {RIFE: Pin(22_674_392, "e4638dde35c5467e3a29df4dfbd3b5972ab5919ecce39f8d9def482f70633368")}
+)
 
 # Recipe, without the suffix that chooses compute → what it cannot run without.
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -8,6 +8,7 @@ Layout: the published folders as they are, so that a download drops in.
     Wan2.2-Animate-14B-Diffusers/{transformer,vae,text_encoder,image_encoder,tokenizer,image_processor}/
     process_checkpoint/det/yolov10m.onnx
     process_checkpoint/pose2d/vitpose_h_wholebody.onnx  (a file, or a folder with end2end.onnx and its weight files)
+    rife/rife-4.25.safetensors  (optional, as the networks below process_checkpoint/ that single jobs ask for)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from runner.weights.variant import (
     wanted_fp4,
 )
 
-__all__ = ["COMPONENTS", "DEMO_MARKER", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
+__all__ = ["COMPONENTS", "DEMO_MARKER", "RIFE", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
@@ -62,8 +63,16 @@ POSE_REPACKED = "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"  # on
 POSE_GRAPH = "end2end.onnx"  # in the published folder
 DWPOSE = ("process_checkpoint/dwpose/yolox_l.onnx", "process_checkpoint/dwpose/dw-ll_ucoco_384.onnx")
 SEGMENTER = "process_checkpoint/sam2"
+RIFE = "rife/rife-4.25.safetensors"  # `tools/convert_rife.py` makes it
 DEMO_MARKER = "demo.json"  # `weights demo` writes it into each store that it makes
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+# Optional model → what to do where it is missing.
+INSTEAD = {
+    "dwpose": "Put them there, or leave preprocess.pose at vitpose",
+    "segmenter": "Put them there, or give replace jobs a `mask:`",
+    "rife": "Make it with tools/convert_rife.py (docs/interpolation.md says of what), or leave output.interpolate at 1",
+}
 
 HUB = {
     "weights": "Wan-AI/Wan2.2-Animate-14B-Diffusers on the Hugging Face hub",
@@ -108,6 +117,11 @@ class ModelStore:
         """Folder of the video segmenter (transformers' layout). Optional: for replace jobs without a mask."""
         return self.root / SEGMENTER
 
+    @property
+    def rife(self) -> Path:
+        """The network between frames. Optional: for `output.interpolate`."""
+        return self.root / RIFE
+
     def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
         """Optional models that one job needs → their files. Raises JobWeightsMissing, which says for what."""
         wanted: dict[str, list[Path]] = {}
@@ -116,16 +130,12 @@ class ModelStore:
         if options.mode == "replace" and not has_mask:
             weights = weight_files(self.segmenter, "model")
             wanted["segmenter"] = [self.segmenter / "config.json", *weights]
+        if options.output.interpolate > 1:
+            wanted["rife"] = [self.rife]
         for what, files in wanted.items():
             missing = [self._name(path) for path in files if not path.is_file()]
             if missing:
-                raise JobWeightsMissing(
-                    f"no {', '.join(missing)}",
-                    where=self.root,
-                    todo="Put them there, or give replace jobs a `mask:`"
-                    if what == "segmenter"
-                    else "Put them there, or leave preprocess.pose at vitpose",
-                )
+                raise JobWeightsMissing(f"no {', '.join(missing)}", where=self.root, todo=INSTEAD[what])
         return wanted
 
     def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
@@ -165,7 +175,9 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
             return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
         if fp4(key):
             return True
-        optional = key in (*DWPOSE, DEMO_MARKER) or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED))
+        optional = key in (*DWPOSE, RIFE, DEMO_MARKER) or (
+            key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED)
+        )
         return optional or key == DETECTOR or key.startswith(POSE.removesuffix(".onnx"))
 
     return want
@@ -178,9 +190,10 @@ def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
     names = {f"{LORA_FOLDER}/{lora.name}.safetensors" for asked in all_options for lora in asked.loras}
     dwpose = any(asked.preprocess.pose == "dwpose" for asked in all_options)
     replace = any(asked.mode == "replace" for asked in all_options)
+    rife = any(asked.output.interpolate > 1 for asked in all_options)
 
     def want(key: str) -> bool:
-        if key in names or key.endswith("/config.json") or (dwpose and key in DWPOSE):
+        if key in names or key.endswith("/config.json") or (dwpose and key in DWPOSE) or (rife and key == RIFE):
             return True
         relight = key.startswith(f"{LORA_FOLDER}/") and RELIGHT in key.lower() and key.endswith(".safetensors")
         return replace and (relight or (key.startswith(f"{SEGMENTER}/") and not key.endswith(PICKLED)))

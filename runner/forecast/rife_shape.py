@@ -1,0 +1,105 @@
+"""RIFE's shape: the tensors of the network that makes frames between two, and what one such frame costs.
+
+In:   channels of the network; width and height of the frames. Out: shapes, FLOPs, bytes.
+Never: torch, weights, which frames are interpolated.
+
+The published network is version 4.25; the tensors of 4.26 have the same names and shapes. "heavy" variants are wider.
+Operations are counted as in flops.py. The bytes of activations are a count of live tensors, which a test repeats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runner.forecast.flops import TERA
+from runner.forecast.precisions import DEFAULT_PRECISION
+from runner.forecast.seconds import VAE_SHARE, DeviceSpeed
+
+__all__ = ["ALIGNMENT", "FEATURES", "RESIDUALS", "SCALES", "RifeShape", "padded"]
+
+SCALES = (16, 8, 4, 2, 1)  # of the blocks: pixels of a frame a side for one pixel that a block sees
+RESIDUALS = 8  # convolutions of a block that keep its size
+FEATURES = 4  # channels that the head makes of each frame
+FLOW, MASK, PASSED = 4, 1, 8  # channels that a block makes: two flows, a mask, what the next block is told
+UNSHUFFLED = 4 * (FLOW + MASK + PASSED)  # before they are laid out at twice the size
+PAIR = 2 * (3 + FEATURES) + 1  # what a block sees of two frames: colours, features, the moment between them
+ALIGNMENT = 64  # pixels: the first block sees 16 times less, and halves it twice
+LIVE_FLOATS = 88  # numbers a pixel that are alive at the peak, in the last block, weights aside
+
+
+@dataclass(frozen=True)
+class RifeShape:
+    """Channels of the head and of the five blocks; the defaults are the published network's."""
+
+    head: int = 16
+    widths: tuple[int, ...] = (192, 128, 96, 64, 32)
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name of each tensor, as published → its shape."""
+        head = self.head
+        found: dict[str, tuple[int, ...]] = {
+            "encode.cnn0.weight": (head, 3, 3, 3),
+            "encode.cnn1.weight": (head, head, 3, 3),
+            "encode.cnn2.weight": (head, head, 3, 3),
+            "encode.cnn3.weight": (head, FEATURES, 4, 4),
+            "encode.cnn0.bias": (head,),
+            "encode.cnn1.bias": (head,),
+            "encode.cnn2.bias": (head,),
+            "encode.cnn3.bias": (FEATURES,),
+        }
+        for number, width in enumerate(self.widths):
+            block, half = f"block{number}", width // 2
+            found |= {
+                f"{block}.conv0.0.0.weight": (half, channels_in(number), 3, 3),
+                f"{block}.conv0.0.0.bias": (half,),
+                f"{block}.conv0.1.0.weight": (width, half, 3, 3),
+                f"{block}.conv0.1.0.bias": (width,),
+                f"{block}.lastconv.0.weight": (width, UNSHUFFLED, 4, 4),
+                f"{block}.lastconv.0.bias": (UNSHUFFLED,),
+            }
+            for each in range(RESIDUALS):
+                found |= {
+                    f"{block}.convblock.{each}.beta": (1, width, 1, 1),
+                    f"{block}.convblock.{each}.conv.weight": (width, width, 3, 3),
+                    f"{block}.convblock.{each}.conv.bias": (width,),
+                }
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """In float32."""
+        return 4 * sum(math.prod(shape) for shape in self.tensors.values())
+
+    def frame_flop(self, width: int, height: int) -> float:
+        """The convolutions of one frame between two of `width` x `height` pixels."""
+        area, head = padded(width) * padded(height), self.head
+        heads = 2 * area / 4 * (2 * 9 * (3 * head + 2 * head * head) + 2 * 16 * head * FEATURES)
+        return heads + sum(
+            self._block_flop(number, area / scale**2) for number, scale in enumerate(SCALES[: len(self.widths)])
+        )
+
+    def _block_flop(self, number: int, area: float) -> float:
+        width, half = self.widths[number], self.widths[number] // 2
+        halved = 2 * 9 * (channels_in(number) * half * area / 4 + half * width * area / 16)
+        return halved + area / 16 * (RESIDUALS * 2 * 9 * width * width + 2 * 16 * width * UNSHUFFLED)
+
+    def peak_bytes(self, width: int, height: int) -> int:
+        """What one frame holds at its peak in float32, beside the weights; scratch memory of kernels is not in it."""
+        return 4 * LIVE_FLOATS * padded(width) * padded(height)
+
+    def frame_seconds(self, width: int, height: int, device: DeviceSpeed) -> float:
+        """On a known GPU, at the share of its rate that the autoencoder's convolutions reach: an estimate."""
+        return self.frame_flop(width, height) / TERA / device.matmul[DEFAULT_PRECISION] / VAE_SHARE["float32"]
+
+
+def channels_in(number: int) -> int:
+    """Of what block `number` sees: later ones also see the mask, what the block before passed on, and the flows."""
+    return PAIR if number == 0 else PAIR + MASK + PASSED + FLOW
+
+
+def padded(side: int) -> int:
+    """`side` pixels, with what is added so that the network can halve them."""
+    return -(-side // ALIGNMENT) * ALIGNMENT
