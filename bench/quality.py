@@ -1,11 +1,15 @@
 """Quality: the demo's trained model on characters and dances it has never seen, against the truth.
 
     python bench/quality.py [--clips N | --quick] [--models DIR] [--workers N] [--json PATH]
+    python bench/quality.py --samplers --clips 12
 
 Every clip is a dancer of random looks and a dance (tools/demo_world.py), 96x144, 21 frames, rendered by the product's
 own pipeline. PSNR and SSIM are over the whole frame and inside the union of the true silhouettes over the clip; `edges`
 is the gradient there, 1 being the truth's; `colour` is the distance (CIE76) between the colours of the dancer's parts
 and what is seen where they belong. The weights are the shipped ones, which are bfloat16; they are computed in float32.
+
+`--samplers` compares the samplers at equal counts of model calls instead: `rms own` (of 255) and `psnr own` are against
+the same seed's clip after 200 Euler steps, which stands for the exact solution of the flow.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ SEED = 9_000_000  # training draws from other seeds
 QUICK_STEPS, STEPS, GRIDS = (1, 2), (1, 2, 4, 6, 20), ("official", "diffusers")
 FOUR_BITS = ("absmax", "mse", "nvfp4")  # as good as they are expected to be, the best last
 SEGMENTS_FRAMES = 17  # a clip that is one window of 17 frames, or two of 9 with one in common
+SHIFT = 5.0
+CALLS, QUICK_CALLS = (4, 6, 8, 12), (4,)  # of the model, the same for each sampler of a comparison
+EXACT_STEPS, QUICK_EXACT_STEPS = 200, 12  # of Euler, on the official schedule
 LEAST_LOSS_DB, LEAST_EDGE_LOSS = 0.5, 0.10  # of many steps' quality: from there on few steps are worse
 
 
@@ -47,6 +54,7 @@ class Trial:
     weights: str  # bf16, bf16+lora, absmax, mse, nvfp4, nvfp4+lora
     steps: int
     grid: str = "official"
+    sampler: str = "euler"
     frames: int = FRAMES
     window: int = FRAMES
     against: str | None = None  # another trial, whose frames this one's are compared with too
@@ -67,6 +75,28 @@ def trials(quick: bool) -> list[Trial]:
     found.append(Trial(f"fp4 nvfp4+lora {n}", "nvfp4+lora", n, against=f"bf16+lora {n} official"))
     found.append(Trial("one window", "bf16", n, frames=SEGMENTS_FRAMES, window=SEGMENTS_FRAMES))
     found.append(Trial("two windows", "bf16", n, frames=SEGMENTS_FRAMES, window=SEGMENTS_FRAMES // 2 + 1))
+    return found
+
+
+def sampler_trials(quick: bool) -> list[Trial]:
+    """The exact solution, Euler with half its steps, then each sampler on each schedule with each count of calls.
+
+    Euler's distance with half the steps is about the error that the exact solution itself has left.
+    """
+    from runner.generation.sampling import SAMPLERS, count_evaluations
+    from runner.spec.recipes import SAMPLER_ROWS
+
+    most = QUICK_EXACT_STEPS if quick else EXACT_STEPS
+    exact = Trial(f"euler official {most}", "bf16", most)
+    found = [exact, Trial(f"euler official {most // 2}", "bf16", most // 2, against=exact.name)]
+    for calls in QUICK_CALLS if quick else CALLS:
+        for grid in ("official", "beta57"):
+            for sampler in SAMPLERS:
+                if grid not in SAMPLER_ROWS[sampler].schedules:
+                    continue
+                a_step = count_evaluations(sampler, grid, SHIFT, 1).evaluations
+                name = f"{sampler} {grid} {calls}"
+                found.append(Trial(name, "bf16", calls // a_step, grid, sampler, against=exact.name))
     return found
 
 
@@ -124,14 +154,16 @@ class Renderer:
     def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
         from runner.generation.protocol import SegmentPlan
-        from runner.generation.sampling import make_sampler
+        from runner.generation.sampling import count_evaluations, make_sampler
         from runner.spec.options import DEFAULT_PROMPT, JobOptions
         from runner.timing import StageTimer
 
         self.pipeline.transformer = self.variants[trial.weights]
         segments = -(-(trial.frames - 1) // (trial.window - 1))
-        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, trial.steps, trial.steps, 0.0)
-        new_sampler = partial(make_sampler, "euler", trial.grid, 5.0)
+        sampling = (trial.sampler, trial.grid, SHIFT, trial.steps)
+        cost = count_evaluations(*sampling)
+        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, *cost, 0.0)
+        new_sampler = partial(make_sampler, *sampling)
         options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=seed)
         source = Source(made, trial.frames)
         parts = self.pipeline.render(source, DEFAULT_PROMPT, options, plan, new_sampler, StageTimer())
@@ -164,6 +196,11 @@ def compare(clip: np.ndarray, made: Example) -> dict[str, float]:
     }
 
 
+def rms(clip: np.ndarray, other: np.ndarray) -> float:
+    """Root of the mean squared difference of two uint8 clips, of 255."""
+    return float(np.sqrt(np.mean((clip.astype(np.float64) - other) ** 2)))
+
+
 def held_out(index: int, face_size: int) -> Example:
     return example(np.random.default_rng([SEED, index]), WIDTH, HEIGHT, FRAMES, face_size)
 
@@ -184,6 +221,7 @@ def measure(task: tuple[Path, Path, list[int], list[Trial], str]) -> list[dict[s
             rows[trial.name] = compare(clip, made)
             if trial.against:
                 inside = made.silhouette.any(axis=0)
+                rows[trial.name]["rms_own"] = rms(clip, clips[trial.against])
                 rows[trial.name]["psnr_own"] = picture.psnr(clip, clips[trial.against])
                 rows[trial.name]["psnr_own_inside"] = picture.psnr(clip, clips[trial.against], inside)
         results.append({"index": index, "rows": rows, "frames": clips[kept]})
@@ -241,7 +279,16 @@ def verdicts(rows: dict[str, dict[str, float]], steps: Iterable[int]) -> dict[st
     return said
 
 
-COLUMNS = ("psnr", "psnr_inside", "ssim", "ssim_inside", "edges", "colour", "psnr_own", "psnr_own_inside")
+def nearest(rows: dict[str, dict[str, float]]) -> dict[str, list[str]]:
+    """Count of calls → the samplers with their schedules, the one nearest to the exact solution first."""
+    found: dict[str, list[str]] = {}
+    for name in sorted((name for name in rows if "rms_own" in rows[name]), key=lambda name: rows[name]["rms_own"]):
+        sampler, _, calls = name.rpartition(" ")
+        found.setdefault(calls, []).append(sampler)
+    return found
+
+
+COLUMNS = ("psnr", "psnr_inside", "ssim", "ssim_inside", "edges", "colour", "rms_own", "psnr_own", "psnr_own_inside")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -249,9 +296,10 @@ def show(found: dict[str, Any]) -> None:
     print(f"{'':<24}" + "".join(f"{name.replace('_', ' '):>16}" for name in COLUMNS))
     for name, row in found["rows"].items():
         print(f"{name:<24}" + "".join(f"{row[c]:>16.3f}" if c in row else f"{'':>16}" for c in COLUMNS))
-    print("\nColour distance of a clip to its own dancer, and where reference or dance is another clip's:")
-    for name, row in found["identity"].items():
-        print(f"{name:<24}" + "   ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    if "identity" in found:
+        print("\nColour distance of a clip to its own dancer, and where reference or dance is another clip's:")
+        for name, row in found["identity"].items():
+            print(f"{name:<24}" + "   ".join(f"{key} {value:.2f}" for key, value in row.items()))
     print("\n" + json.dumps(found["verdicts"], indent=1))
 
 
@@ -259,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="two clips and few trials: to see that it runs")
+    parser.add_argument("--samplers", action="store_true", help="compare the samplers at equal counts of model calls")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "demo-models", help="the demo's store")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the table here too")
@@ -269,8 +318,12 @@ def main() -> None:
     build_demo_models(arguments.models)
     (lora,) = (arguments.models / "distill_lora").glob("*.safetensors")
     clips, workers = (2, 1) if arguments.quick else (arguments.clips, arguments.workers)
-    todo = trials(arguments.quick)
-    kept = f"bf16 {QUICK_STEPS[-1] if arguments.quick else 6} official"
+    if arguments.samplers:
+        todo = sampler_trials(arguments.quick)
+        kept = todo[0].name
+    else:
+        todo = trials(arguments.quick)
+        kept = f"bf16 {QUICK_STEPS[-1] if arguments.quick else 6} official"
     tasks = [(arguments.models, lora, list(range(w, clips, workers)), todo, kept) for w in range(workers)]
     if workers == 1:
         parts = [measure(tasks[0])]
@@ -282,12 +335,12 @@ def main() -> None:
         name: {column: float(np.mean([r["rows"][name][column] for r in results])) for column in row}
         for name, row in results[0]["rows"].items()
     }
-    found = {
-        "clips": clips,
-        "rows": rows,
-        "identity": identity(results, TINY_FACE_SIZE),
-        "verdicts": verdicts(rows, QUICK_STEPS if arguments.quick else STEPS),
-    }
+    found: dict[str, Any] = {"clips": clips, "rows": rows}
+    if arguments.samplers:
+        found["verdicts"] = {"nearest": nearest(rows)}
+    else:
+        found["identity"] = identity(results, TINY_FACE_SIZE)
+        found["verdicts"] = verdicts(rows, QUICK_STEPS if arguments.quick else STEPS)
     show(found)
     write_json(arguments.json, found)
 

@@ -1,9 +1,68 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
+from typing import Any
+
+import numpy as np
 import pytest
 
-from tests.bench.run_bench import run_bench
+from runner.generation.sampling import count_evaluations
+from tests.bench.run_bench import ROOT, run_bench
 from tests.system_tests import system_test
+
+
+@pytest.fixture
+def quality(monkeypatch) -> Any:
+    """The benchmark as a module; what it does to the path and the environment ends with the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    spec = importlib.util.spec_from_file_location("bench_quality", ROOT / "bench" / "quality.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_quality", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_samplers_are_compared_at_equal_counts_of_calls(quality, quick):
+    exact, coarser, *trials = quality.sampler_trials(quick)
+    assert (exact.sampler, exact.steps, exact.against) == ("euler", 12 if quick else 200, None)
+    assert (coarser.sampler, 2 * coarser.steps) == ("euler", exact.steps)
+    for trial in trials:
+        sampler, grid, calls = trial.name.split()
+        cost = count_evaluations(trial.sampler, trial.grid, quality.SHIFT, trial.steps)
+        assert (sampler, grid, int(calls)) == (trial.sampler, trial.grid, cost.evaluations)
+        assert trial.against == exact.name
+    assert len({trial.name for trial in trials}) == len(trials) == 4 * 2 * (1 if quick else 4)
+
+
+def test_the_nearest_to_the_exact_solution_is_named_first(quality):
+    clip = np.full((2, 3, 4, 3), 100, np.uint8)
+    assert quality.rms(clip, clip + np.uint8(3)) == pytest.approx(3.0)
+    assert quality.rms(clip + np.uint8(3), clip) == pytest.approx(3.0)
+    rows = {
+        "euler official 4": {"rms_own": 3.0},
+        "res_2s beta57 4": {"rms_own": 1.0},
+        "euler official 6": {"rms_own": 2.0},
+        "euler official 200": {},
+    }
+    assert quality.nearest(rows) == {"4": ["res_2s beta57", "euler official"], "6": ["euler official"]}
+
+
+@system_test
+def test_quality_of_samplers(tmp_path):
+    """Two clips, four calls: every sampler's clip is near the exact one, and less so than the exact one's own half."""
+    found, printed = run_bench("quality", tmp_path, "--samplers", "--quick", "--models", str(tmp_path / "models"))
+    rows = found["rows"]
+    trials = [name for name in rows if "rms_own" in rows[name]]
+    assert len(trials) == 1 + 4 * 2 and all(name in printed for name in trials)
+    for name in trials:
+        assert 0 < rows[name]["rms_own"] < 30 and rows[name]["psnr"] > rows["copy the reference"]["psnr"], name
+    (coarser,) = [name for name in trials if name.endswith(" 6")]
+    assert rows[coarser]["rms_own"] == min(rows[name]["rms_own"] for name in trials if "official" in name)
+    assert len(found["verdicts"]["nearest"]["4"]) == 8
 
 
 @system_test
