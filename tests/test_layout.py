@@ -285,6 +285,7 @@ def files_named(text: str) -> set[str]:
         "docs/metric-networks.md",
         "docs/nightly.md",
         "docs/python.md",
+        "docs/samplers.md",
         "docs/status-and-report.md",
         "bench/results.md",
         "Dockerfile",
