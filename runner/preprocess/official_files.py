@@ -27,6 +27,7 @@ from runner.preprocess.conditions import ConditionFrames
 from runner.preprocess.masks.given import HALF
 from runner.preprocess.pictures.images import load_image
 from runner.preprocess.pictures.sizing import GRID
+from runner.preprocess.rates import RATE_TOLERANCE
 from runner.spec.options import REFERENCE, JobOptions, official_names
 from runner.timing import StageTimer
 from runner.video import Mp4Writer, VideoInfo, VideoReader
@@ -298,7 +299,11 @@ def _ignored(options: JobOptions, pose: VideoInfo) -> list[str]:
     warnings = []
     asked = options.model_fields_set
     if "fps" in asked and options.fps != "source" and abs(options.fps / float(pose.fps) - 1) > 1e-3:
-        warnings.append(f"fps: {options.fps:g} has no effect with preprocess.from: its files have {float(pose.fps):g}.")
+        above = options.fps > pose.fps * RATE_TOLERANCE and options.output.interpolate == 1
+        more = f" output: {{interpolate: 2}} writes {float(2 * pose.fps):g}." if above else ""
+        warnings.append(
+            f"fps: {options.fps:g} has no effect with preprocess.from: its files have {float(pose.fps):g}.{more}"
+        )
     if "size" in asked and options.size_pixels not in (None, (pose.width, pose.height)):
         warnings.append(
             f"size: {options.size} has no effect with preprocess.from: its files are {pose.width}x{pose.height}."

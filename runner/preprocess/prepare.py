@@ -41,6 +41,7 @@ from runner.preprocess.pose_cache import (
     segmenter_parts,
 )
 from runner.preprocess.poses import FoundPoses
+from runner.preprocess.rates import fps_warning
 from runner.spec.options import JobOptions, PreprocessOptions
 from runner.storage.disk_cache import DiskCache
 from runner.timing import StageTimer
@@ -49,10 +50,9 @@ from runner.video import Sampled, VideoInfo, VideoReader
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Preprocessor", "choice_warnings", "repeat_warnings", "segment_driver"]
+__all__ = ["Preprocessor", "choice_warnings", "segment_driver"]
 
 FACE_SIZE = 512  # the face encoder's
-RATE_TOLERANCE = 1.01  # 30 of a video of 29.97 frames a second is the same rate to a person
 
 
 class Preprocessor:
@@ -172,7 +172,8 @@ class Preprocessor:
         with VideoReader(video) as reader:
             info = reader.info
             sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
-            warnings += repeat_warnings(options, info, sampled)
+            if repeated := fps_warning(options, info, sampled):
+                warnings.append(repeated)
             given = _mask(options, mask, info, sampled)
             try:
                 size = output_size(options, picture.size, (info.width, info.height))
@@ -295,14 +296,6 @@ def _check_number(number: int, everybody: PeopleFound, video: Path) -> None:
         where=video,
         todo="`video-lab inspect VIDEO` shows them with their numbers",
     )
-
-
-def repeat_warnings(options: JobOptions, video: VideoInfo, sampled: Sampled) -> list[str]:
-    """A warning where the output has more frames a second than the video, so that frames are repeated."""
-    above = options.fps != "source" and options.fps > float(video.fps) * RATE_TOLERANCE
-    if not above or len(np.unique(sampled.indices)) == len(sampled.indices):
-        return []
-    return [f"fps {options.fps:g} is above the {float(video.fps):.5g} of the driving video: frames are repeated."]
 
 
 def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sampled) -> GivenMask | None:
