@@ -35,7 +35,9 @@ from runner.timing import StageTimer
 from runner.video import Sampled, VideoReader
 
 __all__ = [
+    "POSES_FOLDER",
     "backend_parts",
+    "cached_notes",
     "clip_parts",
     "find_poses_once",
     "masks_once",
@@ -46,6 +48,7 @@ __all__ = [
     "video_parts",
 ]
 
+POSES_FOLDER = "poses"  # of the cache, below the cache folder of a run
 # Options that change no pose, and no mask, as it is found; a new option counts until it is named here.
 AFTERWARDS = {"mask", "official", "retarget"}
 CODE_FOLDERS = ("preprocess", "video")  # of the package; poses found by other code than theirs are found anew
@@ -111,7 +114,28 @@ def find_poses_once(
     if cache is None:
         return find()
     name = key(clip_parts(reader, sampled, options, geometry, networks))
-    return unpack_poses(remembered(cache, name, lambda: pack_poses(find()), timer))
+    found = unpack_poses(remembered(cache, name, lambda: pack_poses(find()), timer))
+    notes = {"notes": _packed_notes(found)}
+    remembered(cache, _notes_key(reader, sampled, options, geometry), lambda: notes, StageTimer())
+    return found
+
+
+def cached_notes(
+    cache: DiskCache, reader: VideoReader, sampled: Sampled, options: PreprocessOptions, geometry: Geometry
+) -> tuple[dict[str, Any], list[str]] | None:
+    """(report, warnings) of poses that were found before, by whatever networks; None where none are known.
+
+    No network is needed to ask. Raises StorageDenied and the like where the cache cannot be read.
+    """
+    arrays = cache.get(_notes_key(reader, sampled, options, geometry))
+    if arrays is None:
+        return None
+    notes = json.loads(arrays["notes"].tobytes())
+    return notes["report"], notes["warnings"]
+
+
+def _notes_key(reader: VideoReader, sampled: Sampled, options: PreprocessOptions, geometry: Geometry) -> str:
+    return key({"what": "notes on poses", **clip_parts(reader, sampled, options, geometry, {})})
 
 
 def masks_once(
@@ -129,14 +153,18 @@ def masks_once(
 
 def pack_poses(found: FoundPoses) -> dict[str, np.ndarray]:
     """As plain arrays: points float32 [n, 133, 3], boxes int32 [n, 4], sources int64 [n], notes as JSON."""
-    notes = {"size": [found.track.width, found.track.height], "report": found.report, "warnings": found.warnings}
     return {
         "points": found.track.points,
         "boxes": np.array(found.faces.boxes, np.int32).reshape(-1, 4),
         "sources": found.faces.sources,
         "present": found.present,
-        "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
+        "notes": _packed_notes(found),
     }
+
+
+def _packed_notes(found: FoundPoses) -> np.ndarray:
+    notes = {"size": [found.track.width, found.track.height], "report": found.report, "warnings": found.warnings}
+    return np.frombuffer(json.dumps(notes).encode(), np.uint8)
 
 
 def unpack_poses(arrays: Mapping[str, np.ndarray]) -> FoundPoses:

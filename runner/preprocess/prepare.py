@@ -8,13 +8,14 @@ pass 1: no more than a few windows of pixels exist at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runner.errors import JobWeightsMissing, NoPerson, job_weight_errors
+from runner.errors import JobWeightsMissing, NoPerson, RunnerError, job_weight_errors
 from runner.preprocess.body.keypoints import PoseTrack
 from runner.preprocess.body.people_found import PeopleFound
 from runner.preprocess.body.retarget import retarget_robust
@@ -34,6 +35,7 @@ from runner.preprocess.pictures.images import load_image
 from runner.preprocess.pictures.sizing import AUTO_AREA, GRID, output_size, place, resize_by_area
 from runner.preprocess.pose_cache import (
     backend_parts,
+    cached_notes,
     clip_parts,
     find_poses_once,
     masks_once,
@@ -50,7 +52,7 @@ from runner.video import Sampled, VideoInfo, VideoReader
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Preprocessor", "choice_warnings", "segment_driver"]
+__all__ = ["Preprocessor", "choice_warnings", "foreseen_warnings", "segment_driver"]
 
 FACE_SIZE = 512  # the face encoder's
 
@@ -282,6 +284,28 @@ def choice_warnings(options: PreprocessOptions, report: Mapping[str, Any]) -> li
         f"{count} people are on screen and preprocess.subject is not given: the largest is followed. "
         "`video-lab inspect VIDEO` numbers them; `subject: 2` follows the second, `subject: largest` is as now."
     ]
+
+
+def foreseen_warnings(
+    options: JobOptions, reader: VideoReader, sampled: Sampled, size: tuple[int, int], cache: DiskCache | None
+) -> list[str]:
+    """What `prepare` will warn of, as far as it is known without a network: nothing is decoded, no model is loaded.
+
+    `size`: of the output. Warnings of the poses are those of poses that were found before and are in `cache`; its
+    folder is asked only where it exists, and passed by where it cannot be read.
+    """
+    repeated = fps_warning(options, reader.info, sampled)
+    warnings = [] if repeated is None else [repeated]
+    if cache is None or not cache.root.is_dir():
+        return warnings
+    geometry = _geometry(options, (reader.info.width, reader.info.height), size)
+    notes = None
+    with suppress(RunnerError, OSError):
+        notes = cached_notes(cache, reader, sampled, options.preprocess, geometry)
+    if notes is not None:
+        report, found = notes
+        warnings += found + choice_warnings(options.preprocess, report)
+    return warnings
 
 
 def _check_number(number: int, everybody: PeopleFound, video: Path) -> None:

@@ -79,7 +79,7 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
 
 def _planned(row: Forecast) -> dict[str, Any]:
     plan, error = row.plan, row.error
-    found: dict[str, Any] = {"id": row.job_id, "error": None}
+    found: dict[str, Any] = {"id": row.job_id, "error": None, "warnings": list(row.warnings)}
     if error is not None:
         found["error"] = {"code": error.code, "message": error.message}
     if plan is not None:

@@ -20,15 +20,18 @@ from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
 from runner.preprocess.pictures.images import image_size
 from runner.preprocess.pictures.sizing import output_size
+from runner.preprocess.pose_cache import POSES_FOLDER
+from runner.preprocess.prepare import foreseen_warnings
 from runner.records.events import default_logging
 from runner.spec.manifest import Job, Manifest
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote, stat_input
+from runner.storage.disk_cache import DiskCache
 from runner.storage.roots import check_inside, parse_roots
 from runner.verbs.chosen_jobs import choose_jobs
 from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.validate import input_places
-from runner.video import VideoReader
+from runner.video import Sampled, VideoReader
 
 __all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_jobs", "forecast_seconds", "plan"]
 
@@ -41,6 +44,7 @@ class Forecast:
     plan: SegmentPlan | None
     error: RunnerError | None = None
     memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
+    warnings: tuple[str, ...] = ()  # what the job's record will warn of, as far as it is known before
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,11 @@ def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifes
     forecaster, recipe = _open_forecaster(settings, manifest)
     gpu = choose_gpu(settings.gpu, recipe)
     roots = parse_roots(settings.input_root)
+    poses = DiskCache(settings.cache / POSES_FOLDER)
     rows: list[Forecast | None] = [None] * len(jobs)
     with _OpenInputs() as inputs:
         for number in sorted(range(len(jobs)), key=lambda number: jobs[number].video):
-            rows[number] = _forecast_row(jobs[number], forecaster, gpu, roots, inputs)
+            rows[number] = _forecast_row(jobs[number], forecaster, gpu, roots, inputs, poses)
     return [row for row in rows if row is not None], gpu.name if gpu is not None else None
 
 
@@ -132,19 +137,29 @@ def _open_forecaster(settings: ModelSettings, manifest: Manifest) -> tuple[Forec
 
 
 def _forecast_row(
-    job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None, roots: Sequence[str], inputs: _OpenInputs
+    job: Job,
+    forecaster: Forecaster,
+    gpu: DeviceSpeed | None,
+    roots: Sequence[str],
+    inputs: _OpenInputs,
+    poses: DiskCache | None = None,
 ) -> Forecast:
+    """`poses`: where poses are cached, to know what a run will warn of; without it nothing is said of that."""
     try:
         for _, uri in input_places(job):
             check_inside(uri, roots)
-        plan = _forecast_job(job, forecaster, gpu, inputs)
-        return Forecast(job.id, plan, memory=forecaster.memory(plan, job.options))
+        size, reader, sampled = _shape(job, inputs)
+        plan = forecaster.plan(len(sampled.indices), size, job.options, gpu)
+        memory, warnings = forecaster.memory(plan, job.options), list[str]()
+        if poses is not None and not job.official:
+            warnings = foreseen_warnings(job.options, reader, sampled, size, poses)
+        return Forecast(job.id, plan, memory=memory, warnings=tuple(warnings))
     except (RunnerError, OSError) as error:
         return Forecast(job.id, None, as_runner_error(error, where=job.id))
 
 
-def _forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None, inputs: _OpenInputs) -> SegmentPlan:
-    """The plan that `run` would make. Raises input.* and storage.* as it would."""
+def _shape(job: Job, inputs: _OpenInputs) -> tuple[tuple[int, int], VideoReader, Sampled]:
+    """(output's size, video, its sampled frames), as `run` chooses them. Raises input.* and storage.* as it does."""
     options = job.options
     if job.official:
         stat_input(job.reference)
@@ -158,7 +173,7 @@ def _forecast_job(job: Job, forecaster: Forecaster, gpu: DeviceSpeed | None, inp
         parity = options.preprocess.parity
         sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=parity)
         size = output_size(options, reference, video_size)
-    return forecaster.plan(len(sampled.indices), size, options, gpu)
+    return size, reader, sampled
 
 
 class _OpenInputs:

@@ -32,6 +32,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
     from runner.generation.runtime.device import pick_device
     from runner.preprocess.networks.providers import NetworkOptions
     from runner.preprocess.official_files import run_preprocess
+    from runner.preprocess.pose_cache import POSES_FOLDER
     from runner.preprocess.prepare import Preprocessor
     from runner.storage.disk_cache import DiskCache
     from runner.weights.store import ModelStore
@@ -50,7 +51,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
         device=device.type,
         dwpose=store.dwpose,
         segmenter=store.segmenter,
-        cache=DiskCache(settings.cache / "poses"),
+        cache=DiskCache(settings.cache / POSES_FOLDER),
         networks=NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache),
     )
     settings.cache.mkdir(parents=True, exist_ok=True)

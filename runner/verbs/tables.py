@@ -255,6 +255,8 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
     for row in rows:
         if row.error is not None:
             _print_line(console, row.job_id, f"[red]{escape(row.error.code)}[/]: {escape(row.error.message)}")
+        for warning in row.warnings:
+            _print_line(console, row.job_id, f"[yellow]![/] {escape(warning)}")
     plans = [row.plan for row in rows if row.plan is not None]
     total = f"{len(rows)} jobs, {sum(plan.tflop for plan in plans) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:

@@ -91,17 +91,17 @@ def test_nobody_where_subject_points(each, reference, two):
 
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory):
-    """64 frames, 16 a second. 1: large, left; 2: from second 1 to 2 and from 3 on, right; 3: small, from 2.5 on."""
+    """32 frames, 8 a second. 1: large, left; 2: from second 1 to 2 and from 3 on, right; 3: small, from 2.5 on."""
     discs = [
         [(30, 64, LARGE)]
-        + ([(160, 40, 17)] if 16 <= i < 32 or i >= 48 else [])
-        + ([(100, 110, SMALL)] if i >= 40 else [])
-        for i in range(64)
+        + ([(160, 40, 17)] if 8 <= i < 16 or i >= 24 else [])
+        + ([(100, 110, SMALL)] if i >= 20 else [])
+        for i in range(32)
     ]
-    return film(tmp_path_factory.mktemp("guests") / "guests.mp4", discs)
+    return film(tmp_path_factory.mktemp("guests") / "guests.mp4", discs, fps=8)
 
 
-@pytest.mark.parametrize("span", [{}, {"start_s": 3, "max_frames": 5}, {"fps": 24, "start_s": 1.2}])
+@pytest.mark.parametrize("span", [{}, {"start_s": 3, "max_frames": 5}, {"fps": 12, "start_s": 1.2}])
 def test_a_number_means_the_same_person_in_every_part_of_the_video(each, reference, guests, span):
     for number, x in {1: 30, 2: 160, 3: 100}.items():
         asked = JobOptions(**{"fps": "source", "size": "240x160", "preprocess": {"subject": number}} | span)
@@ -150,15 +150,15 @@ def test_several_people_without_a_choice_are_a_warning(each, reference, guests, 
     assert count == 3
     assert text.startswith("3 people are on screen and preprocess.subject is not given: the largest is followed.")
     assert "video-lab inspect" in text and "subject: 2" in text
-    assert warnings(guests, max_frames=16) == (1, [])
+    assert warnings(guests, max_frames=8) == (1, [])
     assert warnings(two)[0] == 2
     for subject in ("largest", 2):
         assert warnings(two, preprocess={"subject": subject}) == (2, [])
-    # A child far away, and one who is seen for a third of a second.
+    # A child far away, and one who is seen for three quarters of a second.
     few = [
-        [(40, 64, LARGE)] + ([(150, 40, 5)] if i % 2 else []) + ([(150, 90, LARGE)] if i < 5 else []) for i in range(64)
+        [(40, 64, LARGE)] + ([(150, 40, 5)] if i % 2 else []) + ([(150, 90, LARGE)] if i < 6 else []) for i in range(32)
     ]
-    assert warnings(film(tmp_path / "few.mp4", few)) == (1, [])
+    assert warnings(film(tmp_path / "few.mp4", few, fps=8)) == (1, [])
 
 
 def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):

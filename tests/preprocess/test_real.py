@@ -9,6 +9,8 @@ import pytest
 
 from runner.preprocess.body.skeleton import THRESHOLD
 from runner.preprocess.body.track import choose_subject, follow, whereabouts
+from runner.preprocess.find_people import find_people
+from runner.preprocess.networks.backends import Backend
 from runner.preprocess.networks.yolov10 import choose_person, people
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
@@ -178,6 +180,29 @@ def test_when_two_cross_the_skeleton_stays_his(real, crossing):
     assert drawn[:8].all() and drawn[-8:].all() and not drawn.all()
     apart = np.abs(his - hers) > 40
     assert (np.abs(x - his) < np.abs(x - hers))[drawn & apart].all()
+    conditions.close()
+
+
+def test_of_two_who_cross_each_has_a_number(real, crossing):
+    """She is larger and has 1; he is seen before and after she hides him, and 2 is his also late in the video."""
+    path, _, his, hers = crossing
+    with VideoReader(path) as reader:
+        found = find_people(reader, Backend("vitpose", real.detector, real.pose))
+    assert len(found.people) == 2
+    for person, true, other in zip(found.people, (hers, his), (his, hers), strict=True):
+        for look, box in zip(person.looks, person.boxes, strict=True):
+            assert abs(true[look] - other[look]) < 100 or abs(box.centre[0] - true[look]) < 60
+        assert 25 < person.face_pixels < 60
+        assert person.feet_inside >= 0.5
+    assert found.people[1].end_s > 3
+    assert found.people[0].sharpness > 100
+    asked = JobOptions(fps="source", start_s=2.9, size="832x480", preprocess={"subject": 2})
+    conditions = real.prepare(REAL / "reference_woman_fullbody.png", path, asked)
+    shoulders = conditions.track.points[:, 5:7]
+    drawn, x = (shoulders[..., 2] >= THRESHOLD).all(1), shoulders[..., 0].mean(1)
+    assert drawn[-3:].all()
+    late = conditions.indices[drawn]
+    assert (np.abs(x[drawn] - his[late]) < np.abs(x[drawn] - hers[late])).all()
     conditions.close()
 
 

@@ -58,7 +58,7 @@ def test_of_a_dry_run():
 
 def test_of_a_plan():
     plan = SegmentPlan(49, 81, 1, 1, 832, 480, 6, evaluations=6, tflop=1500.0, seconds=30.0)
-    rows = (Forecast("a", plan, memory={"stream": 7_000_000_000}), Forecast("b", None, GONE))
+    rows = (Forecast("a", plan, memory={"stream": 7_000_000_000}, warnings=("2 people",)), Forecast("b", None, GONE))
     found = json.loads(json.dumps(plan_object(RunForecast(rows, "RTX 5090"))))
     first, second = found["jobs"]
     assert (first["frames"], first["frames_denoised"], first["padding_frames"], first["overlap_frames"]) == (
@@ -68,7 +68,8 @@ def test_of_a_plan():
         0,
     )
     assert first["memory_bytes"] == {"stream": 7_000_000_000} and first["forecast_s"] == 30.0 and first["error"] is None
-    assert second == {"id": "b", "error": {"code": "input.not_found", "message": GONE.message}}
+    assert first["warnings"] == ["2 people"]
+    assert second == {"id": "b", "error": {"code": "input.not_found", "message": GONE.message}, "warnings": []}
     totals = {"jobs": 2, "failed": 1, "frames": 49, "frames_denoised": 81, "tflop": 1500.0, "forecast_s": 30.0}
     assert (found["gpu"], found["totals"]) == ("RTX 5090", totals)
     assert plan_object(RunForecast(rows, None))["totals"]["forecast_s"] is None

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from runner.errors import ConfigInvalid
+from runner.errors import ConfigInvalid, StorageDenied
+from runner.preprocess.prepare import Preprocessor
 from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.storage import fetch_input
+from runner.storage.disk_cache import DiskCache
 from runner.verbs.plan import choose_gpu, forecast_jobs, forecast_seconds
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
 from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.tables import print_plan
+from tests.preprocess.test_poses import LARGE, SMALL, EachDisc, film
+from tests.preprocess.tiny_networks import build_detector, build_pose
 
 
 def machine_with(monkeypatch, *names):
@@ -138,3 +142,40 @@ def test_jobs_are_compared_before_a_run(manifest, aws_env, moto_s3, demo_media, 
     machine_with(monkeypatch)
     assert forecast_seconds(jobs, run, manifest)["here"] == known.plan.tflop
     assert forecast_seconds(jobs, run, manifest, within_s=-1) == {}
+
+
+def test_what_a_run_will_warn_of_is_known_where_its_poses_are(demo_media, tmp_path, monkeypatch, capsys):
+    """Two people, and a rate above the video's; then the same job with a choice, and with other poses."""
+    machine_with(monkeypatch)
+    film(tmp_path / "two.mp4", [[(40, 64, LARGE), (140, 64, SMALL)]] * 16, fps=8)
+    reference = str(demo_media / "references" / "anna.png")
+    asked = [{"fps": 16}, {"fps": 16, "preprocess": {"subject": "largest"}}, {"fps": "source"}]
+    jobs = [{"id": f"j{i}", "reference": reference, "video": "two.mp4", "options": o} for i, o in enumerate(asked)]
+    manifest = parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=str(tmp_path), source="m.json")
+
+    def forecast():
+        return forecast_jobs(manifest.jobs, settings(cache=tmp_path / "cache"), manifest)[0]
+
+    rate = "fps 16 is above the 8 of the driving video: frames are repeated."
+    assert [row.warnings for row in forecast()] == [(rate,), (rate,), ()]
+    loaded = Preprocessor.load(build_detector(tmp_path / "detector.onnx"), build_pose(tmp_path / "pose.onnx"))
+    preprocessor = Preprocessor(
+        EachDisc(loaded.detector.network), loaded.pose, cache=DiskCache(tmp_path / "cache" / "poses")
+    )
+    job = manifest.jobs[0]
+    conditions = preprocessor.prepare(fetch_input(reference, tmp_path), fetch_input(job.video, tmp_path), job.options)
+    conditions.close()
+    assert len(conditions.report["warnings"]) == 2
+    monkeypatch.setattr("runner.video.reader.Frames", None)  # nothing is decoded
+    first, chosen, other = forecast()
+    assert list(first.warnings) == conditions.report["warnings"]
+    assert "2 people are on screen" in first.warnings[1]
+    assert (chosen.warnings, other.warnings) == ((rate,), ())
+    print_plan([first])
+    assert "j0: ! 2 people are on screen" in capsys.readouterr().out
+
+    def denied(*_):
+        raise StorageDenied("no")
+
+    monkeypatch.setattr(DiskCache, "get", denied)  # a cache that cannot be read fails no plan
+    assert [row.warnings for row in forecast()] == [(rate,), (rate,), ()]

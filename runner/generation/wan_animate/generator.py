@@ -123,6 +123,7 @@ class WanAnimateGenerator:
         from runner.generation.runtime.text_cache import PromptCache
         from runner.generation.wan_animate.compiled import keep_code
         from runner.preprocess.networks.providers import NetworkOptions
+        from runner.preprocess.pose_cache import POSES_FOLDER
         from runner.preprocess.prepare import Preprocessor
         from runner.storage.disk_cache import DiskCache
 
@@ -136,7 +137,7 @@ class WanAnimateGenerator:
             device=picked.type if memory_plan.preprocess == "device" else "cpu",
             dwpose=store.dwpose,
             segmenter=store.segmenter,
-            cache=DiskCache(cache / "poses") if cache is not None else None,
+            cache=DiskCache(cache / POSES_FOLDER) if cache is not None else None,
             networks=NetworkOptions(settings.pose_precision, settings.tensorrt, cache),
         )
         begin = time.monotonic()
