@@ -56,6 +56,7 @@ class Timeline:
     height: int
     has_audio: bool
     counted: bool  # the file has no usable timestamps: frame i is the i-th that the decoder gives
+    rotation: int  # degrees counter-clockwise by which the container turns its frames upright: 0, 90, 180 or 270
 
     @property
     def frames(self) -> int:
@@ -113,7 +114,7 @@ def read_timeline(path: Path) -> Timeline:
             )
         has_audio = bool(container.streams.audio)
         header_fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base or Fraction(1, 90000)
-    first = _first_frame(path)
+    first, rotation = _first_frame(path)
     pts, keyframes, last_duration, counted = _order(packets, first_key)
     if counted:
         time_base = 1 / header_fps if header_fps else Fraction(1, 25)
@@ -123,7 +124,7 @@ def read_timeline(path: Path) -> Timeline:
     end = int(pts[-1]) + max(last_duration, 1)
     fps = _average_fps(header_fps, len(pts), (end - int(pts[0])) * time_base)
     height, width = first.shape[:2]
-    return Timeline(path, pts, keyframes, end, time_base, fps, width, height, has_audio, counted)
+    return Timeline(path, pts, keyframes, end, time_base, fps, width, height, has_audio, counted, rotation)
 
 
 class Frames:
@@ -282,7 +283,8 @@ def _check_size(width: int, height: int, path: Path) -> None:
         )
 
 
-def _first_frame(path: Path) -> np.ndarray:
+def _first_frame(path: Path) -> tuple[np.ndarray, int]:
+    """The frame, upright, and by how many degrees it was turned."""
     import av
 
     with open_container(path) as container:
@@ -294,7 +296,7 @@ def _first_frame(path: Path) -> np.ndarray:
         if frame is None:
             raise InputUnreadable("no frame can be decoded", where=path, todo=REENCODE)
         _check_size(frame.width, frame.height, path)
-        return _upright_rgb(frame)
+        return _upright_rgb(frame), 0 if frame.rotation % 90 else frame.rotation % 360
 
 
 def _upright_rgb(frame: Any) -> np.ndarray:

@@ -42,6 +42,7 @@ class VideoInfo:
     width: int  # pixels, after rotation
     height: int
     has_audio: bool
+    rotation: int = 0  # degrees counter-clockwise by which its frames were turned
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class VideoReader:
         self._timeline = read_timeline(Path(path))
         self._frames: Frames | None = None
         self.info = _info(self._timeline)
+
+    @property
+    def starts_s(self) -> np.ndarray:
+        """float64 [frames]: when each frame appears, seconds after the first one does."""
+        return self._timeline.starts_s
 
     def sample(
         self,
@@ -182,7 +188,9 @@ class VideoReader:
 
 
 def _info(line: Timeline) -> VideoInfo:
-    return VideoInfo(line.path, line.frames, _plain(line.fps), line.duration_s, line.width, line.height, line.has_audio)
+    fps = _plain(line.fps)
+    size = line.width, line.height
+    return VideoInfo(line.path, line.frames, fps, line.duration_s, *size, line.has_audio, line.rotation)
 
 
 def _plain(rate: Fraction) -> Fraction:
