@@ -23,6 +23,7 @@ from runner.verbs.settings import (
     DemoSettings,
     DoctorSettings,
     FetchSettings,
+    InspectSettings,
     PlanSettings,
     PreprocessSettings,
     QuantizeSettings,
@@ -222,6 +223,16 @@ def _preprocess(settings: PreprocessSettings, display: Display) -> int:
     return 0
 
 
+def _inspect(settings: InspectSettings, display: Display) -> int:
+    from runner.verbs.inspect import inspect
+    from runner.verbs.inspection_table import print_inspection
+
+    with _only_json(display):
+        found = inspect(settings)
+    print_inspection(found, as_json=display.json)
+    return 0
+
+
 def _quantize(settings: QuantizeSettings, display: Display) -> int:
     from runner.verbs.quantize import quantize
     from runner.verbs.tables import print_quantized
@@ -411,6 +422,18 @@ VERBS = (
             "video-lab preprocess --reference anna.png --video samba.mp4 --out anna-samba --models models",
             "video-lab preprocess --reference a.png --video v.mp4 --out a-v --models models --options '{fps: 30}'",
         ),
+    ),
+    Verb(
+        "inspect",
+        "look at a driving video: numbered people, cuts, rate, what to mind; renders nothing",
+        InspectSettings,
+        _inspect,
+        (0, 1, 2, 3),
+        (
+            "video-lab inspect samba.mp4 --models models --sheet samba.png",
+            "video-lab inspect s3://bucket/samba.mp4 --models s3://bucket/models --json",
+        ),
+        json_prints=ONE_OBJECT,
     ),
     Verb(
         "quantize",

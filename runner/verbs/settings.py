@@ -61,6 +61,7 @@ __all__ = [
     "DemoSettings",
     "DoctorSettings",
     "FetchSettings",
+    "InspectSettings",
     "ModelSettings",
     "NetworkSettings",
     "PlanSettings",
@@ -503,6 +504,27 @@ class PreprocessSettings(NetworkSettings, ModelSettings, RootSettings):
     options: str | Mapping[str, Any] | None = field(
         default=None, metadata=flag("job options, e.g. '{fps: 30, size: 480x832}'", is_job_options, "YAML")
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(NetworkSettings, RootSettings):
+    """`video-lab inspect`. Without `models` the video is measured, and people are not looked for."""
+
+    video: str = field(metadata=flag("driving video: a path or s3://…", is_text, "VIDEO", positional=True))
+    models: str | None = field(
+        default_factory=default_models,
+        metadata=flag(
+            "model store with the detector and the pose network: shows people ($VIDEO_LAB_MODELS)", is_text, "URI"
+        ),
+    )
+    cache: Path = field(
+        default_factory=default_cache,
+        metadata=flag("for synced models, what was seen and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR"),
+    )
+    sheet: Path | None = field(
+        default=None, metadata=flag("draw frames with numbered boxes, facts and a row a person there", is_path, "PNG")
+    )
+    device: str = field(default="auto", metadata=choice("auto: cuda where there is one", DEVICES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,13 +29,29 @@ from runner.storage.roots import check_inside
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["CELL", "SheetRow", "cell_box", "contact_sheet", "draw_sheet", "job_row", "sheet_size", "try_draw_sheet"]
+__all__ = [
+    "ALARM",
+    "CELL",
+    "FAINT",
+    "INK",
+    "MAT",
+    "PAPER",
+    "SheetRow",
+    "cell_box",
+    "contact_sheet",
+    "draw_sheet",
+    "fitting",
+    "job_row",
+    "printable",
+    "sheet_size",
+    "try_draw_sheet",
+]
 
 CELL = (120, 150)  # width and height that a picture is fitted into, pixels
 _GAP, _GROUP_GAP, _MARGIN = 4, 16, 16
 _HEADER, _TITLE, _CAPTION = 34, 24, 18  # heights of the lines of text
-_PAPER, _MAT, _INK, _FAINT = (250, 250, 250), (226, 226, 228), (24, 24, 27), (110, 110, 116)
-_ALARM = (185, 28, 28)
+PAPER, MAT, INK, FAINT = (250, 250, 250), (226, 226, 228), (24, 24, 27), (110, 110, 116)
+ALARM = (185, 28, 28)
 _LINE = 17  # from one line of a message to the next
 COLUMNS = 4  # moments of a job
 GROUPS = ("reference", "driver", "pose", "output")
@@ -141,26 +157,26 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
         if set(counts.values()) != {columns}:
             raise ConfigInvalid(f"job {row.label}: {counts}, but the sheet has {columns} columns", where=path)
 
-    sheet = Image.new("RGB", sheet_size(len(rows), columns), _PAPER)
+    sheet = Image.new("RGB", sheet_size(len(rows), columns), PAPER)
     pen = ImageDraw.Draw(sheet)
     heading, title, small = (ImageFont.load_default(size) for size in (18, 15, 12))
     for group, name in enumerate(GROUPS):
-        pen.text((cell_box(0, group, 0, columns)[0], _MARGIN), name, _FAINT, heading)
+        pen.text((cell_box(0, group, 0, columns)[0], _MARGIN), name, FAINT, heading)
     for r, row in enumerate(rows):
         x, y, _, _ = cell_box(r, 0, 0, columns)
         room = sheet.width - 2 * _MARGIN
-        pen.text((x, y - _TITLE + 2), _fitting(pen, printable(row.label, title), title, room), _INK, title)
+        pen.text((x, y - _TITLE + 2), fitting(pen, printable(row.label, title), title, room), INK, title)
         if row.reference is not None:
             _place(sheet, row.reference, cell_box(r, 0, 0, columns))
         else:
-            sheet.paste(_MAT, cell_box(r, 0, 0, columns))
+            sheet.paste(MAT, cell_box(r, 0, 0, columns))
         if row.message is not None:
             _write(pen, row.message, cell_box(r, 1, 0, columns), room + _MARGIN, (title, small))
         for group, pictures in enumerate((row.driver, row.pose, row.output), start=1):
             for c, picture in enumerate(pictures):
                 box = cell_box(r, group, c, columns)
                 _place(sheet, picture, box)
-                pen.text((box[0], box[3] + 1), f"{row.times_s[c]:.2f} s", _FAINT, small)
+                pen.text((box[0], box[3] + 1), f"{row.times_s[c]:.2f} s", FAINT, small)
     with staged(path) as file:
         sheet.save(file, format="PNG")
 
@@ -177,19 +193,19 @@ def _write(
     x, y, _, bottom = box
     title, small = fonts
     failed = bool(text)
-    pen.text((x, y), _fitting(pen, printable(heading, title), title, right - x), _ALARM if failed else _FAINT, title)
+    pen.text((x, y), fitting(pen, printable(heading, title), title, right - x), ALARM if failed else FAINT, title)
     lines: list[str] = []
     for word in printable(" ".join(text.split()), small).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and pen.textlength(longer, small) <= right - x:
             lines[-1] = longer
         else:
-            lines.append(_fitting(pen, word, small, right - x))
+            lines.append(fitting(pen, word, small, right - x))
     room = (bottom - y - _TITLE) // _LINE
     if len(lines) > room:
         lines[room - 1 :] = ["..."]
     for number, line in enumerate(lines):
-        pen.text((x, y + _TITLE + number * _LINE), line, _INK, small)
+        pen.text((x, y + _TITLE + number * _LINE), line, INK, small)
 
 
 def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, int]) -> None:
@@ -198,7 +214,7 @@ def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, in
 
     size = (box[2] - box[0], box[3] - box[1])
     fitted = ImageOps.contain(Image.fromarray(picture), size, Image.Resampling.LANCZOS)
-    sheet.paste(_MAT, box)
+    sheet.paste(MAT, box)
     sheet.paste(fitted, (box[0] + (size[0] - fitted.width) // 2, box[1] + (size[1] - fitted.height) // 2))
 
 
@@ -215,7 +231,7 @@ def printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> 
     return "".join(shown(c) for c in text)
 
 
-def _fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+def fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
     """`text`, cut in its middle if it is wider than `room` pixels: the ends of an id tell the most."""
     kept = len(text)
     shown = text
