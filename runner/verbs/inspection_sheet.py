@@ -219,7 +219,8 @@ def _mark_people(
     taken: list[tuple[int, int, int, int]] = []
     for number, x1, y1 in corners:
         width, height = _tag_size(pen, number, font)
-        x, y = min(max(x1, 0), picture.width - width - 1), min(max(y1, 0), picture.height - height - 1)
+        x = max(0, min(x1, picture.width - width - 1))
+        y = y1 - height if y1 >= height else max(0, min(y1, picture.height - height - 1))  # above the box, else in it
         while any(x < right and left < x + width and y < low and high < y + height for left, high, right, low in taken):
             y += height  # two people whose boxes begin at one corner
         taken.append((x, y, x + width, y + height))
