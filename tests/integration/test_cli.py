@@ -43,8 +43,8 @@ def small_run(tmp_path_factory, demo_models, demo_media):
             },
             {
                 "id": "still",
-                **pair(refs, "bela", dances, "twist"),
-                "options": {"max_frames": 5, "output": {"format": "png"}},
+                **pair(refs, "bela", dances, "jacks"),
+                "options": {"max_frames": 5, "keep_audio": True, "output": {"format": "png"}},
             },
         ],
     }
@@ -81,6 +81,8 @@ def test_pngs_are_the_raw_frames(small_run):
     frames = sorted((folder / "out/jobs/still/frames").glob("*/*.png"))
     assert len(frames) == 5
     assert np.asarray(Image.open(frames[0])).shape == (96, 64, 3)
+    assert (frames[0].parent / "audio.wav").exists()
+    assert (result(folder, "still")["output"]["files"], result(folder, "still")["output"]["frames"]) == (6, 5)
 
 
 def test_people_json_holds_the_skeleton_of_every_frame(small_run):

@@ -56,6 +56,8 @@ def test_split_job_key(key: str, found: tuple[str, str] | None) -> None:
 def test_records_and_marks_are_no_output() -> None:
     outputs = {name for name in (*NAMES, "frames/0f/000000.png", "frames", "notes.txt") if layout.is_output_file(name)}
     assert outputs == {"output.mp4", "pose.mp4", "poster.jpg", "frames.sha256", "people.json", "frames/0f/000000.png"}
+    folder = layout.frames_folder("a", "0f")
+    assert [layout.is_frame(folder + name) for name in ("000000.png", layout.AUDIO)] == [True, False]
 
 
 def texts(tree: ast.Module) -> Iterator[ast.Constant]:
