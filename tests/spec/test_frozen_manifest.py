@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ RUN_KEYS = st.fixed_dictionaries(
     {},
     optional={"recipe": st.sampled_from(["bf16", "fp4-distill+euler"]), "memory": st.sampled_from(["auto", "stream"])},
 )
-SUBJECT = st.sampled_from(["centre", [0, 1.5, 20, 30]])
+SUBJECT = st.sampled_from(["centre", 2, [0, 1.5, 20, 30]])
 MASK = st.fixed_dictionaries({}, optional={"iterations": st.integers(0, 50), "w_len": st.none() | st.integers(1, 9)})
 LORAS = st.lists(
     st.fixed_dictionaries({"name": st.sampled_from(["a", "b"])}, optional={"strength": st.floats(-4, 4)}),
@@ -96,6 +97,19 @@ def test_the_text_has_a_line_of_run_keys_and_a_line_a_job_and_no_default():
     }
     assert len(matrix) == 4
     assert all(line["options"] == {"seed": 7, "preprocess": {"detect_every": 3}, "keep_audio": True} for line in matrix)
+
+
+def test_a_choice_of_the_default_stays_a_choice():
+    """Who says `subject: largest` is not warned of several people, also after the manifest was written and read."""
+    inputs = {"reference": "/a.png", "video": "/b.mp4"}
+    jobs = [{"id": "silent", **inputs}, {"id": "chosen", "options": {"preprocess": {"subject": "largest"}}, **inputs}]
+    defaults = {"options": {"preprocess": {"smooth": True}}}
+    document = json.dumps({"version": 1, "defaults": defaults, "jobs": jobs})
+    manifest = parse_manifest(document, base="/", source="m.json")
+    moved = freeze_manifest(replace_places(manifest, str.upper)).decode()
+    again = parse_manifest(moved, base="/", source="frozen.jsonl")
+    for found in (manifest.jobs, again.jobs, pickle.loads(pickle.dumps(again.jobs))):
+        assert ["subject" in job.options.preprocess.model_fields_set for job in found] == [False, True]
 
 
 def test_what_all_jobs_of_a_matrix_have_in_common_is_written_once(monkeypatch):
