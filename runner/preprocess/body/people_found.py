@@ -32,7 +32,7 @@ CLAIM = 0.1  # mean overlap with a numbered person's box, from which on a way th
 
 @dataclass(frozen=True)
 class NumberedPerson:
-    """One person of a video. The measures are None until somebody measures them: see `find_people`."""
+    """One person of a video. The measures are None where `find_people` has not made them."""
 
     number: int  # from 1
     looks: tuple[int, ...]  # frame numbers of the video, increasing: the looks at which they were seen
