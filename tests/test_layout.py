@@ -282,6 +282,7 @@ def files_named(text: str) -> set[str]:
         "README.md",
         "docs/architecture.md",
         "docs/clusters.md",
+        "docs/inspect.md",
         "docs/metric-networks.md",
         "docs/nightly.md",
         "docs/python.md",

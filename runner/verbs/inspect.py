@@ -71,6 +71,7 @@ def _find_people(settings: InspectSettings, reader: VideoReader) -> PeopleFound:
     from runner.preprocess.find_people import find_people
     from runner.preprocess.networks.backends import open_backend
     from runner.preprocess.networks.providers import NetworkOptions
+    from runner.preprocess.pose_cache import POSES_FOLDER
     from runner.storage.disk_cache import DiskCache
     from runner.weights.store import ModelStore
 
@@ -79,7 +80,7 @@ def _find_people(settings: InspectSettings, reader: VideoReader) -> PeopleFound:
     device, _ = pick_device(settings.device)
     networks = NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache)
     backend = open_backend("vitpose", store.detector, store.pose, device.type, networks)
-    return find_people(reader, backend, cache=DiskCache(settings.cache / "poses"))
+    return find_people(reader, backend, cache=DiskCache(settings.cache / POSES_FOLDER))
 
 
 def _progress(video: str, frames: int) -> Callable[[int], None]:
@@ -151,7 +152,7 @@ def _person_records(found: PeopleFound, duration_s: float) -> list[PersonRecord]
             hands_inside=person.hands_inside,
             feet_inside=person.feet_inside,
             looks=[
-                LookRecord(frame=frame, box=(box.x1, box.y1, box.x2, box.y2))
+                LookRecord(frame=frame, box=(round(box.x1, 2), round(box.y1, 2), round(box.x2, 2), round(box.y2, 2)))
                 for frame, box in zip(person.looks, person.boxes, strict=True)
             ],
         )

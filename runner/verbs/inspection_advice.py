@@ -140,12 +140,12 @@ def _partly(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
 
 def _tiny_face(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
     face = person.face_px
-    return None if face is None or face >= NO_EXPRESSION_PX else {"face_px": face, "limit_px": NO_EXPRESSION_PX}
+    return None if face is None or round(face) >= NO_EXPRESSION_PX else {"face_px": face, "limit_px": NO_EXPRESSION_PX}
 
 
 def _small_face(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
     face = person.face_px
-    if face is None or not NO_EXPRESSION_PX <= face < LITTLE_EXPRESSION_PX:
+    if face is None or not NO_EXPRESSION_PX <= round(face) < LITTLE_EXPRESSION_PX:
         return None
     return {"face_px": face, "limit_px": LITTLE_EXPRESSION_PX}
 

@@ -75,9 +75,12 @@ def test_codes_are_unique_and_where_nothing_stands_out_nothing_is_said():
 
 
 def test_limits_are_where_they_are_named():
-    assert set(advice(None, make_person(face_px=23.9))) == {"face.tiny"}
-    assert set(advice(None, make_person(face_px=24.0))) == {"face.small"}
-    assert advice(None, make_person(face_px=64.0)) == {}
+    # A face counts as it is printed, in whole pixels.
+    assert set(advice(None, make_person(face_px=23.4))) == {"face.tiny"}
+    assert (
+        set(advice(None, make_person(face_px=23.6))) == set(advice(None, make_person(face_px=63.4))) == {"face.small"}
+    )
+    assert advice(None, make_person(face_px=63.6)) == {}
     assert advice(None, make_person(seconds=9.0, hands_inside=0.5, feet_inside=0.5, sharpness=30.0)) == {}
     assert advice(None, make_person(hands_inside=None, feet_inside=None, sharpness=None)) == {}
 
