@@ -9,6 +9,7 @@ label beside each box, and again in the person's row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -131,7 +132,8 @@ def draw_inspection_sheet(
 
     video = inspection.video
     looks = found.looks if found is not None else ()
-    counts = [sum(look in person.looks for person in found.people) for look in looks] if found is not None else []
+    seen = Counter(look for person in found.people for look in person.looks) if found is not None else Counter[int]()
+    counts = [seen[look] for look in looks]
     columns, most = GRIDS[video.width > WIDE * video.height]
     moments = choose_moments(video.frames, looks, counts, [cut.frame for cut in video.cuts], most)
     scale = min(((SHEET_WIDTH + GAP) // columns - GAP) / video.width, CELL_HEIGHT / video.height)

@@ -133,7 +133,7 @@ def test_on_film_the_real_clip_and_what_was_made_of_it(tmp_path, real_data):
 
 
 def test_memory_is_that_of_a_window_and_progress_is_told(tmp_path):
-    path = make_clip(tmp_path / "big.mp4", 40, 30, size=(1920, 1080), gop=40)
+    path = make_clip(tmp_path / "big.mp4", 12, 30, size=(1920, 1080))
     windows: list[int] = []
     with VideoReader(path) as reader:
         sizes: list[int] = []
@@ -141,4 +141,4 @@ def test_memory_is_that_of_a_window_and_progress_is_told(tmp_path):
         reader.read = lambda indices: sizes.append(len(indices)) or read(indices)  # type: ignore[method-assign]
         measure_clip(reader, windows.append)
     assert max(sizes) * 1920 * 1080 * 3 <= 32 << 20
-    assert windows[-1] == 40 and len(windows) == len(sizes)
+    assert windows[-1] == 12 and len(windows) == len(sizes)
