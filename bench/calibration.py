@@ -252,7 +252,7 @@ def joints_in(out: Path, job: str) -> list[int]:
 
     record = ResultRecord.model_validate_json((out / job_key(job, RESULT)).read_bytes())
     assert record.output is not None
-    return joints_of(record.efficiency, record.output.frames)
+    return joints_of(record.efficiency, record.output)
 
 
 def write_with_gain(video: Path, first: int, folder: Path) -> list[Path]:

@@ -72,6 +72,7 @@ KNOWS: dict[str, dict[str, set[str]]] = {
 REGISTRIES = {
     "runner.forecast.precisions": "a backend's file loads torch; the table of GEMM precisions is read without it",
     "runner.generation.families": "a model is imported when a recipe names it",
+    "runner.finishing.stages": "a stage is imported when the first job starts; it may load torch",
     "runner.storage.uris": "which backend serves a URI is known when it is read; boto3 takes half a second to import",
     "runner.preprocess.masks.segmenter": "which segmenter a folder holds is known when its config.json is read",
 }

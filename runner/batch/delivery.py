@@ -80,7 +80,7 @@ class Delivery:
         height: int,
         fps: Fraction,
         frames: int,
-        pose_fps: Fraction,
+        pose_fps: Fraction,  # of the frames that were generated
         audio: AudioSpan | None,
         timer: StageTimer,
         people: People | None = None,
@@ -229,6 +229,7 @@ class Delivery:
             sha256=sha256,
             frames=len(self._digests),
             fps=str(self._fps),
+            generated_fps=str(self._pose_fps),
             width=self._width,
             height=self._height,
             frames_sha256=combined_digest(self._digests),

@@ -353,6 +353,7 @@ class Batch:
         # Now, as sound that cannot be read shall fail the job before it costs anything.
         clip, options = task.conditions.clip, task.job.options
         stages = self._engine.stages(options)
+        task.finishing = {stage.name: {} for stage in stages}
         finished, people = finished_clip(clip, stages), task.conditions.people
         make = partial(Delivery.of, clip, finished, task.folder, options, task.audio_from, task.timer, people)
         start = self._keeper.start(task, self._generator.resume_identity, make)
@@ -374,6 +375,7 @@ class Batch:
                 if segment.index + 1 < task.plan.segments:
                     self._check_going_on(task, pace)
         self._warn(task, () if task.drift is None else task.drift.warnings)
+        task.finishing = {stage.name: dict(stage.report) for stage in stages}
         return True
 
     def _confirm(self, task: Task) -> None:

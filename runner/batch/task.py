@@ -63,6 +63,7 @@ class Task:
     kept: Found = field(default_factory=Found)  # of an earlier attempt
     resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
     drift: DriftRecord | None = None  # of the segments that are finished, those of an earlier attempt included
+    finishing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage → its report, once it has ended
     delivery: Delivery | None = None
     fetch_begin: float | None = None  # when its inputs were fetched, the model loaded; monotonic, as the next two
     deliver_begin: float | None = None  # when its first segment was written
@@ -78,9 +79,14 @@ class Task:
             self.warnings.append(text)
 
     @property
-    def gpu_s(self) -> float:
-        """Seconds of the device's work, so far."""
+    def generation_s(self) -> float:
+        """Seconds of generation, so far."""
         return sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
+
+    @property
+    def gpu_s(self) -> float:
+        """Seconds of the device's work, so far: generation, and the stages between decoder and encoder."""
+        return self.generation_s + sum(self.timer.seconds.get(stage, 0.0) for stage in self.finishing)
 
     def record(
         self, *, run_id: str, shard: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
@@ -117,6 +123,7 @@ class Task:
             resumed_at_segment=self.resumed_at,
             drift=self.drift,
             preprocess=dict(self.conditions.report) if self.conditions is not None else {},
+            finishing={name: dict(report) for name, report in self.finishing.items()},
             caches=dict(self.timer.counters),
             reuse=reuse_of(self.timer.counters, self.timer.gauges),
             recipe=recipe,
@@ -132,7 +139,7 @@ class Task:
         plan = self.plan
         if plan is None:
             return None
-        generating = self.gpu_s
+        generating = self.generation_s
         generated = plan.segments if self.resumed_at is None else plan.segments - self.resumed_at + 1
         share = generated / plan.segments
         return Efficiency(

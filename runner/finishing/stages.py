@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -38,7 +38,9 @@ PREFIX: Final = "stage."  # of a stage's keys in a resume point; a generator's o
 
 # Name → "module:function" of (JobOptions, StageSettings) -> SegmentStage, or None where the job does not ask for it.
 # A job's stages run in this order. Imported when the first job starts.
-STAGES: dict[str, str] = {}
+STAGES: dict[str, str] = {
+    "interpolate": "runner.finishing.interpolation:open_interpolation",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class StageSettings:
 
     models: Path | None = None  # the model store
     device: str = "auto"  # auto | cpu | cuda
+    # By stage: what is loaded once for all jobs of the run, e.g. a network. Read and filled in the generating thread.
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,13 @@ class SegmentStage(Protocol):
         """Of its seconds in the record's `timings_s` and of its state in a checkpoint; without dots."""
         ...
 
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """What the record says of it, e.g. counts of frames since the job's first segment; JSON-able."""
+        return {}
+
     def clip_out(self, clip: ClipInfo) -> ClipInfo:
-        """What it makes of a whole clip. `start_s` and the length in seconds stay."""
+        """What it makes of a whole clip. `start_s` stays, and the length in seconds to less than a frame."""
         ...
 
     def __call__(self, segment: Segment) -> Iterable[Segment]:

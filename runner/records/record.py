@@ -80,6 +80,11 @@ class OutputRecord(Record):
     sha256: str | None = Field(description="of the MP4 as it was encoded; null for frames")
     frames: int = Field(ge=1)
     fps: str = Field(description="exact, e.g. 16 or 30000/1001")
+    generated_fps: str | None = Field(
+        None,
+        description="the rate of the frames that the model made; others lie between them where fps is higher; "
+        "null in older records",
+    )
     width: int
     height: int
     frames_sha256: str = Field(
@@ -183,8 +188,8 @@ class ResultRecord(Record):
     gpu_s: float | None = Field(
         None,
         ge=0,
-        description="the device's work: the seconds of all stages of generation, without preparation and waiting; 0 "
-        "for an attempt that failed before; null in older records",
+        description="the device's work: the seconds of all stages of generation and of what is done to the frames "
+        "after it, without preparation and waiting; 0 for an attempt that failed before; null in older records",
     )
     spans: dict[str, SpanRecord] = Field(
         default={},
@@ -204,6 +209,9 @@ class ResultRecord(Record):
         description="how the colours drift from segment to segment; null for jobs of one segment and in older records",
     )
     preprocess: dict[str, Any] = Field(default={}, description="counts of repairs and the models used")
+    finishing: dict[str, dict[str, Any]] = Field(
+        default={}, description="what each stage between decoder and encoder did, e.g. frames that were interpolated"
+    )
     caches: dict[str, int] = Field(
         default={}, description="counters: hits and misses of what is reused across jobs, loads of the encoders"
     )

@@ -96,7 +96,7 @@ class JobComparison:
                 "differences": differences(after, before),
                 "exact": is_exact(after, before),
                 "frames": max(after.output.frames, before.output.frames),
-                "joints": joints_of(after.efficiency, after.output.frames),
+                "joints": joints_of(after.efficiency, after.output),
             }
         )
         evidence = None

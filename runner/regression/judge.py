@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import zip_longest
 from typing import get_args
 
@@ -92,14 +93,20 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:24] + "…"
 
 
-def joints_of(efficiency: Efficiency | None, frames: int) -> list[int]:
-    """The first output frame of each segment after the first; a stage may have changed the number of frames."""
+def joints_of(efficiency: Efficiency | None, output: OutputRecord) -> list[int]:
+    """The output frame that is the first generated one of each segment after the first.
+
+    A stage may have put frames between those that were generated: frame b of these is frame b times the rates' ratio.
+    """
     if efficiency is None or efficiency.segments < 2 or efficiency.frames_requested < 1:
         return []
+    frames, times = output.frames, Fraction(output.frames, efficiency.frames_requested)
+    if output.generated_fps is not None:
+        times = Fraction(output.fps) / Fraction(output.generated_fps)
     overlap = round(efficiency.overlap_fraction * efficiency.frames_denoised / (efficiency.segments - 1))
     step = efficiency.segment_frames - overlap
     begins = (efficiency.segment_frames + k * step for k in range(efficiency.segments - 1))
-    found = {round(begin * frames / efficiency.frames_requested) for begin in begins}
+    found = {round(begin * times) for begin in begins}
     return sorted(begin for begin in found if 0 < begin < frames)
 
 

@@ -6,6 +6,7 @@ rendering. A job that failed has its error in the place of pictures, one that wa
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def _row_of_frames(
         driving = np.array([min(round((start_s + t) * rate), last) for t in times_s], np.int64)
         with Image.open(reference) as image:
             portrait = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        posed = np.minimum(frames, skeleton.info.frames - 1)
+        pose_rate, last_pose = float(skeleton.info.fps), skeleton.info.frames - 1  # of the generated frames
+        posed = np.array([min(math.floor(t * pose_rate + 1e-6), last_pose) for t in times_s], np.int64)
         return SheetRow(label, portrait, times_s, list(dance.read(driving)), list(skeleton.read(posed)), shown)
 
 

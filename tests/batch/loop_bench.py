@@ -45,6 +45,7 @@ class Bench:
         self.progress: Progress = SilentProgress()
         self.generator = StubGenerator()
         self.own = lambda job: {}
+        self.models: Path | None = None  # the model store, as the stages see it
         self.events: list[dict] = []
         self.kept: Storage | Literal["off"] | None = (
             None  # where finished segments are kept; None: on the output storage
@@ -60,7 +61,7 @@ class Bench:
             self.loads += 1
             return self.generator
 
-        stages = partial(open_stages, settings=StageSettings())
+        stages = partial(open_stages, settings=StageSettings(self.models))
         base = f"runs/{run_id}/0-of-1"
         events = EventLog(partial(storage.append_lines, f"{base}.events.jsonl"), at_once=storage.appends, quiet=True)
         summary = SummaryWriter(

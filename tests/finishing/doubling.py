@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class DoubleRate:
     name: str = "double_rate"
     last: np.ndarray | None = None  # of the segments so far
     closed: list[bool] = field(default_factory=list)
+    report = MappingProxyType({"doubled": True})
 
     def clip_out(self, clip: ClipInfo) -> ClipInfo:
         return replace(clip, frames=2 * clip.frames, fps=2 * clip.fps)

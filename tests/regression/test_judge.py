@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.generation.protocol import SegmentPlan
+from runner.records.record import OutputRecord
 from runner.regression.findings import (
     Drift,
     FrameValues,
@@ -204,6 +205,11 @@ def test_differing_frames_are_counted_from_the_first(new, base):
         assert (found.first, found.count) == (wrong[0], len(wrong))
 
 
+def with_frames(frames: int, **more: object) -> OutputRecord:
+    assert NIGHT.output is not None
+    return NIGHT.output.model_copy(update={"frames": frames, **more})
+
+
 # -- joints ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,17 +220,22 @@ def test_joints_follow_from_the_record_as_the_plan_cut_them(segments, frames, ov
         segments = 1
     plan = SegmentPlan(requested, frames, overlap, segments, 64, 64, 1, 1, 1.0)
     expected = [frames + k * (frames - overlap) for k in range(segments - 1)]
-    found = joints_of(in_segments(segments, frames, overlap, requested), requested)
+    found = joints_of(in_segments(segments, frames, overlap, requested), with_frames(requested))
     assert plan.padding_frames == 0 and found == expected
 
 
-def test_joints_move_with_a_stage_that_doubles_the_frames():
-    assert joints_of(in_segments(3, 9, 1, 25), 50) == [18, 34]
+@pytest.mark.parametrize("frames", [49, 50])
+def test_joints_move_with_a_stage_that_doubles_the_frames(frames):
+    """Of 25 generated frames; the ninth and the seventeenth are generated ones too."""
+    efficiency = in_segments(3, 9, 1, 25)
+    assert joints_of(efficiency, with_frames(frames, fps="32", generated_fps="16")) == [18, 34]
+    assert joints_of(efficiency, with_frames(25, generated_fps="16")) == [9, 17]
+    assert joints_of(efficiency, with_frames(25)) == [9, 17]  # as older records are
 
 
 @pytest.mark.parametrize("efficiency", [None, in_segments(1, 21, 0, 21)])
 def test_one_segment_has_no_joint(efficiency):
-    assert joints_of(efficiency, 21) == []
+    assert joints_of(efficiency, with_frames(21)) == []
 
 
 # -- the exit code -----------------------------------------------------------------------------------------------------
