@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runner.errors import WeightsCorrupt
-from runner.finishing.rife import check_rife
+from runner.weights.rife_file import check_rife
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,6 @@ both frames, each drawn along its flow. `tools/convert_rife.py` makes the file; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.errors import InternalError, NotFinite, WeightsCorrupt
+from runner.errors import InternalError, NotFinite
 from runner.forecast.rife_shape import (
     FEATURES,
     FLOW,
@@ -30,14 +29,12 @@ from runner.forecast.rife_shape import (
     padded,
 )
 from runner.generation.runtime.device import as_out_of_memory
-from runner.quantization.files.file_header import read_header
+from runner.weights.rife_file import REMEDY, check_rife_file
 
-__all__ = ["RifeInterpolator", "RifeNetwork", "check_rife", "check_rife_file", "rife_shape", "warp"]
+__all__ = ["RifeInterpolator", "RifeNetwork", "warp"]
 
 SLOPE = 0.2  # of the leaky ReLUs
 MIDDLE = 0.5  # the moment of the frame between: 0 is the first frame's, 1 the second's
-REMEDY = "Make it again: python tools/convert_rife.py"
-FLOATS = ("float32", "float16", "bfloat16")
 
 
 class RifeInterpolator:
@@ -210,40 +207,3 @@ def resize(picture: torch.Tensor, factor: float) -> torch.Tensor:
     if factor == 1:
         return picture
     return F.interpolate(picture, scale_factor=factor, mode="bilinear", align_corners=False)
-
-
-def rife_shape(shapes: Mapping[str, tuple[int, ...]]) -> RifeShape:
-    """The network's widths, by the shapes of its tensors; the published ones where a tensor is missing."""
-    published = RifeShape()
-    widths = []
-    for number, width in enumerate(published.widths):
-        found = shapes.get(f"block{number}.conv0.1.0.bias", ())
-        widths.append(found[0] if found else width)
-    head = shapes.get("encode.cnn0.bias", ())
-    return RifeShape(head[0] if head else published.head, tuple(widths))
-
-
-def check_rife(shapes: Mapping[str, tuple[int, ...]], where: Path | None = None) -> RifeShape:
-    """The network's widths. Raises WeightsCorrupt unless `shapes` are those of its tensors, of all and no others."""
-    shape = rife_shape(shapes)
-    wanted = shape.tensors
-    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-    if wrong:
-        name = wrong[0]
-        if name not in wanted:
-            what = f"tensor {name} is none of the network"
-        elif name not in shapes:
-            what = f"tensor {name} is not there"
-        else:
-            what = f"tensor {name} has shape {shapes[name]}, not {wanted[name]}"
-        raise WeightsCorrupt(what, where=where, todo=REMEDY)
-    return shape
-
-
-def check_rife_file(path: Path) -> RifeShape:
-    """The same of a safetensors file, by its header; its dtypes too. Raises WeightsCorrupt, WeightsMissing."""
-    header = read_header(path).tensors
-    for name, info in header.items():
-        if info.dtype_name not in FLOATS:
-            raise WeightsCorrupt(f"tensor {name} is {info.dtype_name}, not a float", where=path, todo=REMEDY)
-    return check_rife({name: info.shape for name, info in header.items()}, path)

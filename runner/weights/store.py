@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing
+from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing, job_weight_errors
 from runner.quantization.files.file_header import LFS_POINTER, SHARD_NAME
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.weights.digests import FileIdentities
+from runner.weights.rife_file import check_rife_file
 from runner.weights.variant import (
     LORA_FOLDER,
     RELIGHT,
@@ -123,7 +124,8 @@ class ModelStore:
         return self.root / RIFE
 
     def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
-        """Optional models that one job needs → their files. Raises JobWeightsMissing, which says for what."""
+        """Optional models that one job needs → their files. Raises JobWeightsMissing, which says for what, and
+        JobWeightsCorrupt for a header that is damaged or another's."""
         wanted: dict[str, list[Path]] = {}
         if options.preprocess.pose == "dwpose":
             wanted["dwpose"] = list(self.dwpose)
@@ -136,6 +138,9 @@ class ModelStore:
             missing = [self._name(path) for path in files if not path.is_file()]
             if missing:
                 raise JobWeightsMissing(f"no {', '.join(missing)}", where=self.root, todo=INSTEAD[what])
+        if "rife" in wanted:
+            with job_weight_errors():
+                check_rife_file(self.rife)
         return wanted
 
     def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:

@@ -24,7 +24,8 @@ from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
 from runner.storage.file_hashes import FileHashes
 from runner.weights.digests import MEMORY_FILE, METADATA_KEY
 from runner.weights.hub import git_sha1, read_record
-from runner.weights.repositories import FP4_FOLDER, SOURCES, parts_of, recipe_base
+from runner.weights.repositories import CONVERTED, FP4_FOLDER, SOURCES, parts_of, recipe_base
+from runner.weights.rife_file import REMEDY
 from runner.weights.store import (
     COMPONENTS,
     CONFIGS,
@@ -177,6 +178,8 @@ def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
     yield store.detector, FETCH
     yield from ((path, FETCH) for path in _pose_files(store.pose))
     yield from ((path, "") for path in store.dwpose if path.is_file())  # optional, like the next: listed where it is
+    if store.rife.is_file():
+        yield store.rife, ""
     yield from ((path, "") for path in sorted(store.segmenter.glob("*")) if path.suffix in (*PLAIN, ".safetensors"))
 
 
@@ -300,6 +303,11 @@ def _compare(path: Path, models: Path, hashes: FileHashes) -> Row:
     def row(status: Status, note: str) -> Row:
         return Row(name, status, size, found, note)
 
+    made = CONVERTED.get(name)
+    if made is not None:
+        if found == made.sha256:
+            return row("ok", "as the tool makes it of the published file")
+        return row("corrupt", f"{size} bytes; the tool makes {made.bytes}, sha256 {made.sha256}: {REMEDY}")
     pin = next((p for s in SOURCES.values() for n, p in s.pins.items() if name == f"{s.folder}/{n}"), None)
     if pin is not None:
         if found == pin.sha256:

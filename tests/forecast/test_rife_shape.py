@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from runner.finishing.rife import RifeInterpolator, RifeNetwork, check_rife
+from runner.finishing.rife import RifeInterpolator, RifeNetwork
 from runner.forecast.rife_shape import RifeShape, padded
 from runner.forecast.seconds import find_device
+from runner.weights.rife_file import check_rife
 from tests.finishing.tiny_rife import TINY, tiny_network
 from tests.generation.live_bytes import LiveBytes
 

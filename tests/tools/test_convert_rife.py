@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from runner.errors import WeightsCorrupt
-from runner.finishing.rife import check_rife_file
 from runner.hashing import sha256_file
 from runner.weights.repositories import CONVERTED
+from runner.weights.rife_file import check_rife_file
 from runner.weights.store import RIFE
 from tests.finishing.published_rife import rife_wheel  # noqa: F401
 from tests.finishing.tiny_rife import TINY, tiny_network
