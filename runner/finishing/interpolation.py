@@ -13,23 +13,68 @@ come 2n - 1, with `output.pad_last` 2n: the last one is repeated, so that sound 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from runner.errors import InternalError, JobWeightsMissing, job_weight_errors
 from runner.finishing.stages import StageSettings, StageState
-from runner.generation.protocol import ClipInfo, Segment
+from runner.forecast.flops import TERA
+from runner.forecast.rife_shape import RifeShape
+from runner.generation.protocol import ClipInfo, Segment, SegmentPlan
 from runner.spec.options import JobOptions
 from runner.video.cuts import is_cut, thumbnail
 from runner.weights.store import ModelStore
 
-__all__ = ["INTERPOLATE", "BetweenFrames", "Interpolation", "open_interpolation"]
+if TYPE_CHECKING:
+    from runner.forecast.seconds import DeviceSpeed
+
+__all__ = [
+    "INTERPOLATE",
+    "BetweenFrames",
+    "Interpolation",
+    "InterpolationForecast",
+    "forecast_interpolation",
+    "open_interpolation",
+]
 
 INTERPOLATE: Final = "interpolate"  # the stage's name
 TIMES: Final = 2  # of the frame rate
+
+
+@dataclass(frozen=True)
+class InterpolationForecast:
+    """What interpolation makes of a job, and what it costs at most: cuts and equal frames cost nothing."""
+
+    frames: int  # of the output
+    fps: Fraction  # of the output
+    tflop: float
+    seconds: float | None  # an estimate; None without a GPU of which something is known
+    memory_bytes: int  # on the device, of the network and of one frame, beside what the generator keeps there
+
+
+def forecast_interpolation(
+    plan: SegmentPlan, fps: Fraction, options: JobOptions, device: DeviceSpeed | None = None
+) -> InterpolationForecast | None:
+    """For a job of `plan`, generated at `fps`; None where it does not ask for it. Of the published network."""
+    if options.output.interpolate != TIMES:
+        return None
+    shape, made, size = RifeShape(), max(plan.frames - 1, 0), (plan.width, plan.height)
+    return InterpolationForecast(
+        frames=count_frames(plan.frames, pad_last=options.output.pad_last),
+        fps=TIMES * fps,
+        tflop=made * shape.frame_flop(*size) / TERA,
+        seconds=None if device is None else made * shape.frame_seconds(*size, device),
+        memory_bytes=shape.weight_bytes + shape.peak_bytes(*size),
+    )
+
+
+def count_frames(frames: int, *, pad_last: bool) -> int:
+    """How many frames come of `frames`."""
+    return TIMES * frames if pad_last else max(TIMES * frames - (TIMES - 1), 0)
 
 
 class BetweenFrames(Protocol):
@@ -61,8 +106,7 @@ class Interpolation:
         return self._about | self._counts
 
     def clip_out(self, clip: ClipInfo) -> ClipInfo:
-        frames = TIMES * clip.frames - (0 if self._pad_last else TIMES - 1)
-        return replace(clip, frames=max(frames, 0), fps=TIMES * clip.fps)
+        return replace(clip, frames=count_frames(clip.frames, pad_last=self._pad_last), fps=TIMES * clip.fps)
 
     def __call__(self, segment: Segment) -> Iterator[Segment]:
         if not len(segment.frames):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import RunnerError
 
 if TYPE_CHECKING:
+    from runner.finishing.interpolation import InterpolationForecast
     from runner.verbs.doctor import Check
     from runner.verbs.outcome import RunOutcome
     from runner.verbs.plan import Forecast, RunForecast
@@ -60,9 +61,13 @@ def validation_object(found: Validation, *, inputs_checked: bool) -> dict[str, A
 
 
 def plan_object(forecast: RunForecast) -> dict[str, Any]:
-    """`forecast_s` is null without a GPU of which something is known; `memory_bytes` is the device's peak by mode."""
+    """`forecast_s` is null without a GPU of which something is known; `memory_bytes` is the device's peak by mode.
+
+    A job's `frames`, `fps`, `tflop` and `forecast_s` are of generation; `interpolation` has the frames and the rate of
+    the output, and what is added to the cost. The totals' `tflop` and `forecast_s` have both.
+    """
     plans = [row.plan for row in forecast.jobs if row.plan is not None]
-    seconds = [plan.seconds for plan in plans if plan.seconds is not None]
+    seconds = [row.seconds for row in forecast.jobs if row.seconds is not None]
     return {
         "gpu": forecast.gpu,
         "jobs": [_planned(row) for row in forecast.jobs],
@@ -71,14 +76,14 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
             "failed": sum(row.error is not None for row in forecast.jobs),
             "frames": sum(plan.frames for plan in plans),
             "frames_denoised": sum(plan.denoised_frames for plan in plans),
-            "tflop": sum(plan.tflop for plan in plans),
+            "tflop": sum(row.tflop for row in forecast.jobs),
             "forecast_s": sum(seconds) if forecast.gpu is not None else None,
         },
     }
 
 
 def _planned(row: Forecast) -> dict[str, Any]:
-    plan, error = row.plan, row.error
+    plan, error, between = row.plan, row.error, row.interpolation
     found: dict[str, Any] = {"id": row.job_id, "error": None, "warnings": list(row.warnings)}
     if error is not None:
         found["error"] = {"code": error.code, "message": error.message}
@@ -97,8 +102,20 @@ def _planned(row: Forecast) -> dict[str, Any]:
             "tflop": plan.tflop,
             "forecast_s": plan.seconds,
             "memory_bytes": dict(row.memory),
+            "fps": None if row.fps is None else str(row.fps),
+            "interpolation": None if between is None else _interpolated(between),
         }
     return found
+
+
+def _interpolated(between: InterpolationForecast) -> dict[str, Any]:
+    return {
+        "frames": between.frames,
+        "fps": str(between.fps),
+        "tflop": between.tflop,
+        "forecast_s": between.seconds,
+        "memory_bytes": between.memory_bytes,
+    }
 
 
 def checks_object(checks: Sequence[Check]) -> dict[str, Any]:

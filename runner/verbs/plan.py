@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
+from runner.finishing.interpolation import InterpolationForecast, forecast_interpolation
 from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
 from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
@@ -44,7 +46,22 @@ class Forecast:
     plan: SegmentPlan | None
     error: RunnerError | None = None
     memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
+    fps: Fraction | None = None  # of the frames that are generated
+    interpolation: InterpolationForecast | None = None  # None: not asked for
     warnings: tuple[str, ...] = ()  # what the job's record will warn of, as far as it is known before
+
+    @property
+    def tflop(self) -> float:
+        """Of generation and interpolation; 0 for a job that cannot be planned."""
+        between = self.interpolation
+        return (0.0 if self.plan is None else self.plan.tflop) + (0.0 if between is None else between.tflop)
+
+    @property
+    def seconds(self) -> float | None:
+        """The same on the GPU; None where nothing is known of one."""
+        if self.plan is None or self.plan.seconds is None:
+            return None
+        return self.plan.seconds + (0.0 if self.interpolation is None else self.interpolation.seconds or 0.0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ def forecast_seconds(
                 break
             row = _forecast_row(job, forecaster, gpu, roots, inputs)
             if row.plan is not None:  # else the worker that gets the job says why
-                found[job.id] = row.plan.tflop if row.plan.seconds is None else row.plan.seconds
+                found[job.id] = row.tflop if row.seconds is None else row.seconds
     return found
 
 
@@ -150,10 +167,17 @@ def _forecast_row(
             check_inside(uri, roots)
         size, reader, sampled = _shape(job, inputs)
         plan = forecaster.plan(len(sampled.indices), size, job.options, gpu)
-        memory, warnings = forecaster.memory(plan, job.options), list[str]()
+        warnings: list[str] = []
         if poses is not None and not job.official:
             warnings = foreseen_warnings(job.options, reader, sampled, size, poses)
-        return Forecast(job.id, plan, memory=memory, warnings=tuple(warnings))
+        return Forecast(
+            job.id,
+            plan,
+            memory=forecaster.memory(plan, job.options),
+            fps=sampled.fps,
+            interpolation=forecast_interpolation(plan, sampled.fps, job.options, gpu),
+            warnings=tuple(warnings),
+        )
     except (RunnerError, OSError) as error:
         return Forecast(job.id, None, as_runner_error(error, where=job.id))
 

@@ -27,6 +27,7 @@ from runner.redact import escape_control, for_people, redact, redact_tree
 from runner.verbs.fitted_table import UNLIMITED, TableLayout, new_table, print_fitted, print_table
 
 if TYPE_CHECKING:
+    from runner.finishing.interpolation import InterpolationForecast
     from runner.spec.manifest import Manifest
     from runner.verbs.approve import ApproveRow
     from runner.verbs.clean import CleanRow
@@ -255,18 +256,27 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
     for row in rows:
         if row.error is not None:
             _print_line(console, row.job_id, f"[red]{escape(row.error.code)}[/]: {escape(row.error.message)}")
+        if row.interpolation is not None:
+            _print_line(console, row.job_id, _interpolated(row.interpolation, gpu))
         for warning in row.warnings:
             _print_line(console, row.job_id, f"[yellow]![/] {escape(warning)}")
-    plans = [row.plan for row in rows if row.plan is not None]
-    total = f"{len(rows)} jobs, {sum(plan.tflop for plan in plans) / 1e3:.4g} PFLOP by the models' shapes"
+    total = f"{len(rows)} jobs, {sum(row.tflop for row in rows) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:
         console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds", soft_wrap=True)
         return
-    seconds = sum(plan.seconds or 0.0 for plan in plans)
+    seconds = sum(row.seconds or 0.0 for row in rows)
     console.print(
         f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
         soft_wrap=True,
     )
+
+
+def _interpolated(between: InterpolationForecast, gpu: str | None) -> str:
+    rate = f"{float(between.fps):.4g} frames a second"
+    text = f"interpolated to {between.frames} frames, {rate}: {between.tflop:.3g} TFLOP"
+    if gpu is not None and between.seconds is not None:
+        text += f", {between.seconds:.2g} s on {gpu} (an estimate)"
+    return f"{text}, {between.memory_bytes / 1e9:.2g} GB between segments"
 
 
 def _plan_cells(row: Forecast, gpu: str | None) -> dict[str, str]:

@@ -12,7 +12,8 @@ from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.storage import fetch_input
 from runner.storage.disk_cache import DiskCache
-from runner.verbs.plan import choose_gpu, forecast_jobs, forecast_seconds
+from runner.verbs.json_objects import plan_object
+from runner.verbs.plan import RunForecast, choose_gpu, forecast_jobs, forecast_seconds
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
 from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.tables import print_plan
@@ -81,6 +82,35 @@ def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
     print_plan(rows, gpu)
     printed = capsys.readouterr().out
     assert "s on" not in printed and "--gpu NAME" in printed
+
+
+def test_a_job_that_is_interpolated_names_its_frames_rate_and_cost(demo_media, monkeypatch, capsys):
+    machine_with(monkeypatch)
+    job = {"reference": "references/anna.png", "video": "dances/wave.mp4"}
+    doubled = {"interpolate": 2}
+    jobs = [
+        job | {"id": "plain", "options": {"size": "832x480"}},
+        job | {"id": "double", "options": {"size": "832x480", "output": doubled}},
+        job | {"id": "padded", "options": {"size": "832x480", "output": doubled | {"pad_last": True}}},
+    ]
+    manifest = parse_manifest(json.dumps({"version": 1, "jobs": jobs}), base=str(demo_media), source="m.json")
+    (plain, double, padded), gpu = forecast_jobs(manifest.jobs, settings(gpu="RTX 5090"), manifest)
+    assert plain.interpolation is None and (plain.plan.frames, plain.fps) == (48, 16)
+    assert (double.interpolation.frames, padded.interpolation.frames) == (95, 96)
+    assert double.interpolation.fps == padded.interpolation.fps == 32
+    assert double.plan == plain.plan
+    assert double.interpolation.tflop == pytest.approx(47 * 18.929e9 / 1e12, rel=1e-3)  # counted by torch at 832x512
+    assert double.tflop == plain.tflop + double.interpolation.tflop
+    assert plain.seconds < double.seconds < plain.seconds + 1
+    assert double.memory["minimal"] == pytest.approx(plain.memory["minimal"], rel=0.02)
+    found = plan_object(RunForecast((plain, double, padded), gpu))
+    assert found["jobs"][0]["interpolation"] is None and found["jobs"][0]["fps"] == "16"
+    assert (found["jobs"][1]["interpolation"]["frames"], found["jobs"][1]["interpolation"]["fps"]) == (95, "32")
+    assert found["totals"]["tflop"] == sum(row.tflop for row in (plain, double, padded))
+    print_plan([plain, double, padded], gpu)
+    printed = capsys.readouterr().out
+    assert "double: interpolated to 95 frames, 32 frames a second: 0.89 TFLOP" in printed
+    assert "plain: interpolated" not in printed
 
 
 def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch, capsys):
@@ -156,7 +186,10 @@ def test_what_a_run_will_warn_of_is_known_where_its_poses_are(demo_media, tmp_pa
     def forecast():
         return forecast_jobs(manifest.jobs, settings(cache=tmp_path / "cache"), manifest)[0]
 
-    rate = "fps 16 is above the 8 of the driving video: frames are repeated."
+    rate = (
+        "fps 16 is above the 8 of the driving video: frames are repeated. Set fps to 8 at most, or take fps: 8 with "
+        "output: {interpolate: 2}, which writes 16 frames a second."
+    )
     assert [row.warnings for row in forecast()] == [(rate,), (rate,), ()]
     loaded = Preprocessor.load(build_detector(tmp_path / "detector.onnx"), build_pose(tmp_path / "pose.onnx"))
     preprocessor = Preprocessor(

@@ -114,6 +114,21 @@ def test_a_row_from_files_shows_the_same_moments(tmp_path: Path) -> None:
     assert greys(made.output) == pytest.approx([220 - 8 * 5 * c for c in range(4)], abs=3)
 
 
+def test_poses_of_a_doubled_rate_are_those_of_the_moment(tmp_path: Path) -> None:
+    """The output has 16 frames a second, the preview of the poses 8; each frame's grey is its number's."""
+
+    def clip(name: str, count: int, fps: int) -> Path:
+        with Mp4Writer(tmp_path / name, 64, 64, Fraction(fps)) as writer:
+            writer.write(np.stack([flat((20 + 6 * i,) * 3, 64, 64) for i in range(count)]))
+        return tmp_path / name
+
+    Image.fromarray(flat((1, 2, 3), 40, 50)).save(tmp_path / "ref.png")
+    files = (clip("driver.mp4", 24, 8), clip("pose.mp4", 12, 8), clip("output.mp4", 23, 16))
+    made = job_row("job", tmp_path / "ref.png", *files, columns=3)
+    assert made.times_s == [0.0, 11 / 16, 22 / 16]
+    assert [float(p.mean()) for p in made.pose] == pytest.approx([20 + 6 * n for n in (0, 5, 11)], abs=3)
+
+
 @pytest.mark.parametrize("reference", [flat((200, 30, 0)), None])
 def test_a_message_stands_in_the_place_of_pictures(tmp_path: Path, reference: np.ndarray | None) -> None:
     text = "a clip of 3 frames, and the job asks for 5. " * 30

@@ -33,6 +33,7 @@ from runner.forecast.bytes import (
     workspace_bytes,
 )
 from runner.forecast.flops import Costs
+from runner.forecast.rife_shape import RifeShape
 from runner.spec.recipes import MODES, Mode, Recipe
 
 __all__ = [
@@ -141,10 +142,14 @@ def forecast_memory(
     frames: int,
     *,
     guided: bool = False,
+    interpolates: bool = False,
     load: Load | None = None,
     cuda: bool = True,
 ) -> MemoryForecast:
-    """Bytes for windows of `frames` frames. `cuda`: with a context; else the host's own, where nothing is elsewhere."""
+    """Bytes for windows of `frames` frames. `cuda`: with a context; else the host's own, where nothing is elsewhere.
+
+    `interpolates`: a network that makes frames between others lies on the device too, and works between windows.
+    """
     load = load or Load()
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
     element = 2 if recipe.dtype == "bfloat16" else 4
@@ -175,8 +180,11 @@ def forecast_memory(
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
         "autoencoder_encode": encode,
         "autoencoder_decode": decode,
+        "interpolation_weights": RifeShape().weight_bytes if interpolates else 0,
+        "interpolation": RifeShape().peak_bytes(width, height) if interpolates else 0,
     }
-    always = ("blocks", "other_weights", "autoencoder", "encoders", "workspace") + (("loras_beside",) * resident)
+    always: tuple[str, ...] = ("blocks", "other_weights", "autoencoder", "encoders", "workspace")
+    always += ("interpolation_weights",) + (("loras_beside",) * resident)
     stages = {
         "encode_prompt": ("encoder_layer",),
         "encode_conditions": ("window", "autoencoder_encode"),
@@ -185,6 +193,8 @@ def forecast_memory(
         else ("invariants", "window", "activations", *(("slots",) if plan.slots else ())),
         "vae_decode": ("autoencoder_decode",),
     }
+    if interpolates:
+        stages["interpolate"] = ("window", "interpolation")
 
     def total(names: tuple[str, ...]) -> int:
         inside = sum(parts[name] for name in (*always, *names))

@@ -48,8 +48,14 @@ class WanAnimateForecaster:
         peaks: dict[str, int] = {}
         for mode in MODES:
             leanest, _ = choose_plan(mode, self.recipe, self.costs, 0, size=window)
-            guided = options.guidance_scale > 1
-            peaks[mode] = forecast_memory(leanest, self.recipe, self.costs, *window, guided=guided).peak
+            peaks[mode] = forecast_memory(
+                leanest,
+                self.recipe,
+                self.costs,
+                *window,
+                guided=options.guidance_scale > 1,
+                interpolates=options.output.interpolate > 1,
+            ).peak
         return peaks
 
 

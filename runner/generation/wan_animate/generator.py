@@ -261,9 +261,15 @@ class WanAnimateGenerator:
             return {}
         size = plan.width, plan.height, plan.segment_frames
         cuda = self._loaded.compute_device.type == "cuda"
-        guided = options.guidance_scale > 1
         return forecast_memory(
-            memory, self.recipe, self.costs, *size, guided=guided, load=self.load_bytes, cuda=cuda
+            memory,
+            self.recipe,
+            self.costs,
+            *size,
+            guided=options.guidance_scale > 1,
+            interpolates=options.output.interpolate > 1,
+            load=self.load_bytes,
+            cuda=cuda,
         ).stages
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:

@@ -38,6 +38,17 @@ def forecast(mode, size=SIZE, **settings):
     return forecast_memory(make_plan(mode, RECIPE), RECIPE, PRODUCTION, *size, **settings)
 
 
+@pytest.mark.parametrize("mode", ["resident", "stream", "minimal"])
+def test_frames_between_others_are_a_stage_of_their_own(mode):
+    plain, interpolating = forecast(mode), forecast(mode, interpolates=True)
+    assert interpolating.stages.keys() - plain.stages.keys() == {"interpolate"}
+    weights = interpolating.parts["interpolation_weights"]
+    assert weights == 4 * 5_664_776
+    for stage, size in plain.stages.items():
+        assert size < interpolating.stages[stage] < size + 1.1 * weights
+    assert interpolating.stages["interpolate"] < plain.peak
+
+
 def test_weights_are_the_published_sizes():
     packed, plain = weights_of(SHAPE, fp4=True), weights_of(SHAPE, fp4=False)
     assert packed.total == pytest.approx(9.78e9, rel=0.001)
