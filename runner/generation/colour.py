@@ -4,14 +4,18 @@ In:   each segment's frames as they were decoded, the frames it began from, in r
 Out:  a DriftRecord; with `seam` or `anchor` corrected frames, and a corrected start of the next segment.
 Never: models, files, more than one segment's frames; of earlier segments a reduced picture and a mask stay.
 
-Two things are compared, pixel by pixel, on pictures reduced to about 14,000 pixels (`video/drift.py`). The overlap: the
-frames that a window began from, as they were published, and as the window decoded them again. Still pixels: those of
-the first segment, and the same of this one; in replace mode the driving video outside the mask, and the same pixels
-here. Both give a gain and an offset for each channel, fitted robustly.
+Pictures reduced to about 14,000 pixels are compared, pixel by pixel (`video/drift.py`). The overlap: the frames that a
+window began from, as they were published, and as the window decoded them again. The joint: still pixels of the last
+published frames and of the first new ones. Still pixels: those of the first segment and the same of this one; in
+replace mode the driving video outside the mask and the same pixels here. Each pair gives a gain and an offset for each
+channel, fitted robustly.
 
 A window continues the colours of the frames that it began from. Those were corrected, so the correction of the segment
-before is in its colours already. What makes its first frame continue the last published one is the overlap's fit
-alone. `anchor` begins there and goes over to the fit of the still pixels within RAMP_FRAMES. `seam` stays there.
+before is in its colours already, and what makes a segment continue the published frames is a fit at its joint alone.
+`seam` is that fit: the overlap's, which has all pixels before they are rounded, if it leaves no step at the joint, and
+else the joint's. The decoder makes a window's first frame from a latent frame of its own; on the demo model its colours
+are 0.5 delta E from those of the frames after it, and the overlap's fit made a step of 0.4 where none was (measured,
+`bench/colour_drift.py`). `anchor` begins there and goes over to the fit of the still pixels within RAMP_FRAMES.
 
 Frames are rounded to bytes as they are decoded, and a table of 256 levels for each channel corrects the bytes: which
 pixels are still is known when the last frame is there, and floats of 81 frames at 480x832 would hold 0.4 GB. The second
@@ -51,6 +55,9 @@ __all__ = [
 GAIN_LIMITS = (0.9, 1.1)
 OFFSET_LIMIT = 0.04 * 255  # 8-bit levels
 RAMP_FRAMES = 8  # from the overlap's correction to that of still pixels; in a shorter segment all its frames
+NEAR = 4  # frames on each side of a joint: the decoder makes so many at a time
+JOINT_LEFT = 0.3  # delta E that the overlap's fit may leave at a joint; rounding a plain picture to bytes makes as much
+SAME_LEVELS = 10.0  # what a fit may leave of most pixels, 8-bit levels; assumed, other content leaves 30 and more
 SAMPLES = 16  # frames of a segment that are measured, taken evenly
 MASK_MARGIN = 2  # reduced pixels around the mask: the model works in blocks of 16 pixels, 3 reduced ones at 480p
 GAIN_DIGITS, OFFSET_DIGITS = 5, 3  # 1e-5 of 255 levels and 1e-3 levels: far below what rounding to bytes does
@@ -58,6 +65,8 @@ GAIN_DIGITS, OFFSET_DIGITS = 5, 3  # 1e-5 of 255 levels and 1e-3 levels: far bel
 PREFIX: Final = "colour."  # of the arrays in a resume point
 MEAN: Final = PREFIX + "mean"  # float32 [h, w, 3]: the first segment's mean picture, 8-bit levels
 STILL: Final = PREFIX + "still"  # uint8 [h, w]: 1 where the first segment is still
+END: Final = PREFIX + "end"  # as MEAN, of the last published frames
+END_STILL: Final = PREFIX + "end_still"  # as STILL, of the last published segment
 
 Triple = tuple[float, float, float]
 
@@ -95,6 +104,14 @@ class _Measured:
         return self.share >= STILL_SHARE
 
 
+@dataclass(frozen=True)
+class _End:
+    """The end of a segment, as it was published."""
+
+    picture: np.ndarray  # float32 [h, w, 3], 8-bit levels: mean of the last NEAR frames
+    still: np.ndarray  # bool [h, w], of the whole segment
+
+
 class SegmentColours:
     """The colours of one job's segments, in order. Inactive for a job in which nothing can be compared.
 
@@ -106,6 +123,7 @@ class SegmentColours:
         self._colour, self._segments, self._replace = colour, segments, replace
         self._mean: np.ndarray | None = None
         self._still: np.ndarray | None = None
+        self._end: _End | None = None
         self._drifts: list[SegmentDrift] = []
 
     @property
@@ -137,16 +155,23 @@ class SegmentColours:
             return tail
         statistics = SegmentStatistics(0, min(SAMPLES, len(frames)))
         measured = self._compare(frames, statistics, truth)
-        own, own_share = _still_pixels(statistics)
+        own = statistics.still()
         overlap, seam = None, Correction()
         if began is not None and decoded is not None:
             before, after = (_reduce_pixels(pixels) for pixels in (began, decoded))
             if np.isfinite(before).all() and np.isfinite(after).all():
-                overlap, seam = _change(before, after), fit_correction(after, before)
+                overlap, seam = _change(before, after), fit_correction(after, before) or seam
+        joint = None
+        if self._end is not None and (both := own & self._end.still).mean() >= STILL_SHARE:
+            first, last = _mean_picture(frames[:NEAR])[both], self._end.picture[both]
+            if (fitted := fit_correction(first, last)) is not None:
+                joint = _change(last, first)
+                left = fit_colour(last, _corrected(first, seam)).delta_e
+                seam = seam if left <= JOINT_LEFT else fitted
         start, end, method = seam, seam, "seam"
-        if self._colour == "anchor" and measured is not None and measured.enough:
-            end, method = fit_correction(measured.found, measured.expected), "anchor"
-            start = end if began is None else seam
+        target = None if measured is None or not measured.enough else fit_correction(measured.found, measured.expected)
+        if self._colour == "anchor" and target is not None:
+            start, end, method = target if began is None else seam, target, "anchor"
         if self._colour == "off":
             start = end = Correction()
         self._drifts.append(
@@ -154,20 +179,22 @@ class SegmentColours:
                 {
                     "segment": len(self._drifts) + 1,
                     "overlap": overlap,
-                    **_still_drift(measured, end),
-                    "share": round(own_share if measured is None else measured.share, 4),
-                    "within": round(statistics.within(own), 3) if own_share >= STILL_SHARE else None,
+                    "joint": joint,
+                    **({} if measured is None or target is None else _still_drift(measured, end)),
+                    "share": round(float(own.mean()) if measured is None else measured.share, 4),
+                    "within": round(statistics.within(own), 3) if own.mean() >= STILL_SHARE else None,
                     "laplacian": round(statistics.mean_laplacian, 3),
                     "correction": _as_record(method, end) if start.changes or end.changes else None,
                 }
             )
         )
+        gains, offsets = ramp(start, end, len(frames))
+        self._end = _End(_mean_picture(frames[-NEAR:], gains[-NEAR:], offsets[-NEAR:]), own)
         if not (start.changes or end.changes):
             return tail
-        gains, offsets = ramp(start, end, len(frames))
         correct_frames(frames, gains, offsets)
-        last = np.arange(len(frames) - tail.shape[2], len(frames)).clip(0)
-        return correct_pixels(tail, gains[last], offsets[last])
+        at = np.arange(len(frames) - tail.shape[2], len(frames)).clip(0)
+        return correct_pixels(tail, gains[at], offsets[at])
 
     def _compare(
         self, frames: np.ndarray, statistics: SegmentStatistics, truth: TrueBackground | None
@@ -194,12 +221,22 @@ class SegmentColours:
         if not self.active:
             return point
         arrays, values = dict(point.arrays), dict(point.values)
-        if point.segment < self._segments and self._mean is not None and self._still is not None:
-            arrays |= {MEAN: self._mean, STILL: self._still.astype(np.uint8)}
+        if point.segment < self._segments:
+            arrays |= {name: picture for name, picture in self._pictures().items() if picture is not None}
         drift = self.drift
         assert drift is not None
         values[DRIFT] = drift.model_dump(mode="json")
         return ResumePoint(point.segment, arrays, values)
+
+    def _pictures(self) -> dict[str, np.ndarray | None]:
+        """By their names in a resume point, masks as uint8 0 and 1."""
+        end, still = self._end, self._still
+        return {
+            MEAN: self._mean,
+            STILL: None if still is None else still.astype(np.uint8),
+            END: None if end is None else end.picture,
+            END_STILL: None if end is None else end.still.astype(np.uint8),
+        }
 
     def restore(self, point: ResumePoint) -> None:
         """Continue after the segments before `point`. Raises InternalError if it is damaged."""
@@ -209,11 +246,9 @@ class SegmentColours:
             drift = point.drift
             if drift is None or len(drift.segments) != point.segment:
                 raise ValueError("it does not have the drift of each segment")
+            self._end = _End(*_picture_and_mask(point, END, END_STILL))
             if not self._replace:
-                mean, still = point.arrays[MEAN], point.arrays[STILL]
-                if mean.shape != (*still.shape, 3) or mean.dtype != np.float32 or still.dtype != np.uint8:
-                    raise ValueError(f"its pictures are {mean.dtype} {mean.shape} and {still.dtype} {still.shape}")
-                self._mean, self._still = mean, still.astype(bool)
+                self._mean, self._still = _picture_and_mask(point, MEAN, STILL)
         except (ValueError, KeyError) as error:
             raise InternalError(
                 f"the checkpoint does not fit this job: its colours cannot be read ({error})",
@@ -222,27 +257,52 @@ class SegmentColours:
         self._drifts = list(drift.segments)
 
 
+def _picture_and_mask(point: ResumePoint, picture: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [h, w, 3] and bool [h, w]. Raises KeyError, ValueError."""
+    mean, still = point.arrays[picture], point.arrays[mask]
+    if mean.shape != (*still.shape, 3) or mean.dtype != np.float32 or still.dtype != np.uint8:
+        raise ValueError(f"its pictures are {mean.dtype} {mean.shape} and {still.dtype} {still.shape}")
+    return mean, still.astype(bool)
+
+
 def without_colours(point: ResumePoint) -> ResumePoint:
     """`point` as it was before `SegmentColours.add_state`."""
     arrays = {name: array for name, array in point.arrays.items() if not name.startswith(PREFIX)}
     return ResumePoint(point.segment, arrays, {key: value for key, value in point.values.items() if key != DRIFT})
 
 
-def fit_correction(found: np.ndarray, expected: np.ndarray) -> Correction:
+def fit_correction(found: np.ndarray, expected: np.ndarray) -> Correction | None:
     """Gain and offset that make float [n, 3] `found` into `expected`, 8-bit levels; robust, limited and rounded.
 
+    None where most pixels show other things in the two: no gain and offset explain them.
+
     Fitted in this direction, and not the inverse of what was measured: what a decoder lost of the detail then leaves
-    the gain at 1. A gain beyond its limits is cut, and the offset fitted anew beside it.
+    the gain at 1.
     """
     fit = fit_colour(found, expected)
-    gains, offsets = [], []
-    for channel, fitted in enumerate(fit.gain):
-        gain, offset = min(max(fitted, GAIN_LIMITS[0]), GAIN_LIMITS[1]), fit.offset[channel]
-        if gain != fitted:
-            offset = float(np.median(expected[:, channel].astype(np.float64) - gain * found[:, channel]))
-        gains.append(round(gain, GAIN_DIGITS))
-        offsets.append(round(min(max(offset, -OFFSET_LIMIT), OFFSET_LIMIT), OFFSET_DIGITS))
+    rest = np.abs(found * np.array(fit.gain) + fit.offset - expected).max(axis=1)
+    if np.median(rest) > SAME_LEVELS:
+        return None
+    x, y = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    limited = [_limit(x[:, c], y[:, c], fit.gain[c], fit.offset[c]) for c in range(3)]
+    gains, offsets = zip(*limited, strict=True)
     return Correction((gains[0], gains[1], gains[2]), (offsets[0], offsets[1], offsets[2]))
+
+
+def _limit(x: np.ndarray, y: np.ndarray, gain: float, offset: float) -> tuple[float, float]:
+    """Gain and offset from float [n] `x` to `y` within their limits, rounded; none where they would bring x no nearer.
+
+    A gain that is cut gets another offset beside it, and an offset that is cut another gain.
+    """
+    within = min(max(gain, GAIN_LIMITS[0]), GAIN_LIMITS[1])
+    if within != gain:
+        offset = float(np.median(y - within * x))
+    kept = min(max(offset, -OFFSET_LIMIT), OFFSET_LIMIT)
+    if kept != offset:
+        within = min(max(float(np.median((y - kept) / np.maximum(x, 1.0))), GAIN_LIMITS[0]), GAIN_LIMITS[1])
+    within, kept = round(within, GAIN_DIGITS), round(kept, OFFSET_DIGITS)
+    before, after = (float(np.median(np.abs(side - y))) for side in (x, within * x + kept))
+    return (within, kept) if after < before else (1.0, 0.0)
 
 
 def ramp(start: Correction, end: Correction, frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -278,9 +338,12 @@ def correct_pixels(pixels: torch.Tensor, gains: np.ndarray, offsets: np.ndarray)
     return corrected
 
 
-def _still_pixels(statistics: SegmentStatistics) -> tuple[np.ndarray, float]:
-    still = statistics.still()
-    return still, float(still.mean())
+def _mean_picture(frames: np.ndarray, gains: np.ndarray | None = None, offsets: np.ndarray | None = None) -> np.ndarray:
+    """float32 [h, w, 3], 8-bit levels: the mean of the reduced frames, corrected without rounding."""
+    pictures = np.stack([reduce_picture(frame) for frame in frames]).astype(np.float64)
+    if gains is not None and offsets is not None:
+        pictures = np.clip(pictures * gains[:, None, None] + offsets[:, None, None], 0, 255)
+    return pictures.mean(axis=0).astype(np.float32)
 
 
 def _outside_mask(
@@ -309,12 +372,14 @@ def _change(before: np.ndarray, after: np.ndarray) -> ColourChange:
     )
 
 
-def _still_drift(measured: _Measured | None, correction: Correction) -> Mapping[str, Any]:
+def _corrected(colours: np.ndarray, correction: Correction) -> np.ndarray:
+    corrected: np.ndarray = np.clip(colours * correction.gain + correction.offset, 0, 255)
+    return corrected
+
+
+def _still_drift(measured: _Measured, correction: Correction) -> Mapping[str, Any]:
     """`still` and `remaining` of a SegmentDrift."""
-    if measured is None or not measured.enough:
-        return {}
-    corrected = np.clip(measured.found * correction.gain + correction.offset, 0, 255)
-    remaining = fit_colour(measured.expected, corrected).delta_e
+    remaining = fit_colour(measured.expected, _corrected(measured.found, correction)).delta_e
     return {"still": _change(measured.expected, measured.found), "remaining": round(remaining, 3)}
 
 

@@ -46,10 +46,15 @@ class SegmentDrift(_DriftModel):
         description="from the frames that the segment began from, as they were published, to the same frames as the "
         "segment decoded them; null for the first segment",
     )
+    joint: ColourChange | None = Field(
+        None,
+        description="from the last published frames before the segment to its first ones as they were decoded, pixels "
+        "that are still on both sides; null for the first segment, and with less than 5 % of the picture",
+    )
     still: ColourChange | None = Field(
         None,
         description="from `against` to this segment as it was decoded; null for the segment that is compared with, and "
-        "with less than 5 % of the picture",
+        "with less than 5 % of the picture, or other content there",
     )
     share: float = Field(ge=0, le=1, description="of the picture's pixels: still, or in replace outside the mask")
     remaining: float | None = Field(None, ge=0, description="delta E of `still` after the correction; null as `still`")
@@ -85,7 +90,8 @@ class DriftRecord(_DriftModel):
                 f"colours drift: still pixels of segment {worst.segment} of {count} are {worst.remaining:.1f} delta E "
                 f"from those of the {self.against}; {todo}"
             )
-        steps = [(one.overlap.delta_e, one.segment) for one in self.segments if one.overlap and not one.correction]
+        shown = ((one.joint or one.overlap, one) for one in self.segments)
+        steps = [(change.delta_e, one.segment) for change, one in shown if change and not one.correction]
         step, segment = max(steps, default=(0.0, 0))
         if step > DELTA_E_LIMIT:
             found.append(

@@ -41,8 +41,8 @@ STILL_SHARE = 0.05  # of the picture; with less, whatever is still may be a logo
 SPREAD = 8.0  # levels, standard deviation; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
 CLIPPED = 3.0  # levels from black and white, within which a gain may have been cut off
 GAINS = (0.5, 2.0)  # a gain beyond is no drift but other content
-TUKEY = 4.685  # robust standard deviations; 95 % efficient for normal noise
-LEAST_SCALE = 0.05  # levels; a perfect fit has no scale
+HUBER, TUKEY = 1.345, 4.685  # robust standard deviations; each 95 % efficient for normal noise
+LEAST_SCALE = 1.0  # levels: what rounding alone makes of a pixel is no outlier, even where most pixels have none of it
 ENERGY_FLOOR = 0.01  # levels squared, added to both sides of a ratio of energies: 0 to 0 is 1
 
 # Linear sRGB to XYZ (IEC 61966-2-1), each row divided by the white point D65.
@@ -316,22 +316,33 @@ def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     inside = (np.minimum(x, y) > CLIPPED) & (np.maximum(x, y) < 255 - CLIPPED)
     if inside.mean() >= 0.2:
         x, y = x[inside], y[inside]
-    plain = 1.0, float(np.median(y - x))
-    gain, offset = plain
-    for _ in range(30):
-        rest = y - gain * x - offset
-        scale = max(LEAST_SCALE, 1.4826 * float(np.median(np.abs(rest))))
-        weights = np.square(1 - np.minimum(1, np.square(rest / (TUKEY * scale))))
-        total = weights.sum()
-        mean_x, mean_y = (weights @ x) / total, (weights @ y) / total
-        variance = (weights @ np.square(x - mean_x)) / total
-        if variance < SPREAD**2:
-            return plain
-        before, gain = gain, float((weights @ ((x - mean_x) * (y - mean_y))) / total / variance)
-        offset = float(mean_y - gain * mean_x)
-        if abs(gain - before) < 1e-6:
-            break
+    gain, offset = plain = 1.0, float(np.median(y - x))
+    # Huber's weights have one best fit, and Tukey's, which leave outliers out, find theirs from there. Alone they may
+    # stay at another one: levels that were rounded differ by whole numbers, and most of them by the same one.
+    for weigh in (_huber, _tukey):
+        for _ in range(30):
+            rest = y - gain * x - offset
+            scale = max(LEAST_SCALE, 1.4826 * float(np.median(np.abs(rest))))
+            weights = weigh(rest / scale)
+            total = weights.sum()
+            mean_x, mean_y = (weights @ x) / total, (weights @ y) / total
+            variance = (weights @ np.square(x - mean_x)) / total
+            before = gain, offset
+            gain = 1.0
+            if variance >= SPREAD**2:
+                gain = float((weights @ ((x - mean_x) * (y - mean_y))) / total / variance)
+            offset = float(mean_y - gain * mean_x)
+            if abs(gain - before[0]) < 1e-6 and abs(offset - before[1]) < 1e-4:
+                break
     return (gain, offset) if GAINS[0] <= gain <= GAINS[1] else plain
+
+
+def _huber(rest: np.ndarray) -> np.ndarray:
+    return HUBER / np.maximum(np.abs(rest), HUBER)
+
+
+def _tukey(rest: np.ndarray) -> np.ndarray:
+    return np.square(1 - np.minimum(1, np.square(rest / TUKEY)))
 
 
 def reduce_picture(picture: np.ndarray, pixels: int = REDUCED_PIXELS) -> np.ndarray:
