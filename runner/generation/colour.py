@@ -301,7 +301,8 @@ def _limit(x: np.ndarray, y: np.ndarray, gain: float, offset: float) -> tuple[fl
     if kept != offset:
         within = min(max(float(np.median((y - kept) / np.maximum(x, 1.0))), GAIN_LIMITS[0]), GAIN_LIMITS[1])
     within, kept = round(within, GAIN_DIGITS), round(kept, OFFSET_DIGITS)
-    before, after = (float(np.median(np.abs(side - y))) for side in (x, within * x + kept))
+    # A mean, as most levels of two rounded pictures may be equal; outliers count for no more than SAME_LEVELS.
+    before, after = (np.square(np.minimum(np.abs(side - y), SAME_LEVELS)).mean() for side in (x, within * x + kept))
     return (within, kept) if after < before else (1.0, 0.0)
 
 

@@ -310,8 +310,8 @@ def test_corrections_stay_within_their_limits_and_never_make_it_worse(gain, offs
     assert all(GAIN_LIMITS[0] <= value <= GAIN_LIMITS[1] for value in correction.gain)
     assert all(abs(value) <= OFFSET_LIMIT + 1e-3 for value in correction.offset)
     corrected = np.clip(found * correction.gain + correction.offset, 0, 255)
-    before, after = (np.median(np.abs(side - expected), axis=0) for side in (found, corrected))
-    assert (after <= before + 0.5).all()
+    before, after = (np.square(np.minimum(np.abs(side - expected), 10)).mean(axis=0) for side in (found, corrected))
+    assert (after <= before + 1e-9).all()
 
 
 @settings(max_examples=30, deadline=None)
