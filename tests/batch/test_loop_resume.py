@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import pytest
 from runner.batch.lease import Leases
 from runner.batch.progress import SilentProgress
 from runner.errors import LeaseLost, StorageFull, StorageUnavailable
+from runner.generation.protocol import DRIFT, ResumePoint
+from runner.records.drift_record import DriftRecord
 from runner.storage import LocalStorage, open_storage
 from tests.batch.loop_bench import SIGTERM, Bench, bench
 from tests.stub_generator import StubGenerator
@@ -390,3 +393,47 @@ def wait_until(holds: Callable[[], object], seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Drifts(StopsAt):
+    """Says how its segments drift: by one delta E more in each."""
+
+    def generate(self, conditions, plan, timer, on_step=None, start=None):
+        rows = [] if start is None else list(start.values["drift"]["segments"])
+        for segment in super().generate(conditions, plan, timer, on_step, start):
+            rows.append({"segment": segment.index + 1, "remaining": float(segment.index), "share": 0.5, "laplacian": 1})
+            drift = DriftRecord(colour="off", against="first segment", segments=rows)
+            point = segment.resume
+            values = {**point.values, DRIFT: drift.model_dump(mode="json")}
+            yield replace(segment, drift=drift, resume=ResumePoint(point.segment, point.arrays, values))
+
+
+@pytest.mark.parametrize("done", [2, SEGMENTS])
+def test_the_record_of_a_resumed_job_has_the_drift_of_all_segments(bench, done, monkeypatch):
+    """Also where every segment was kept and none is generated any more."""
+    bench.generator = Drifts(bench, min(done, SEGMENTS - 1), middle=done < SEGMENTS)
+    if done == SEGMENTS:  # everything is kept, and the output cannot be published
+        bench.generator = Drifts(bench, SEGMENTS, middle=True)
+        bench.out = FullAtTheEnd(bench.folder / "out")
+        assert bench.run(bench.job("a")) != 0
+        bench.out = LocalStorage(bench.folder / "out")
+    else:
+        assert bench.run(bench.job("a")) == 143
+    bench.stop = type(bench.stop)()
+    bench.generator = Drifts(bench, SEGMENTS, middle=True)
+    assert bench.run(bench.job("a"), run_id="r2") == 0
+    assert bench.generator.started_at == [done]
+    record = bench.result("a")
+    assert [row["segment"] for row in record["drift"]["segments"]] == list(range(1, SEGMENTS + 1))
+    (warning,) = record["warnings"]
+    assert "segment 6 of 6 are 5.0 delta E" in warning
+    assert any(event["event"] == "job_warning" and event["message"] == warning for event in bench.events)
+
+
+class FullAtTheEnd(LocalStorage):
+    """Keeps the segments, but takes no output."""
+
+    def publish(self, path, key, **more):
+        if key.endswith("output.mp4"):
+            raise StorageFull("full", where=key)
+        return super().publish(path, key, **more)
