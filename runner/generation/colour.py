@@ -34,7 +34,7 @@ import torch
 
 from runner.errors import InternalError
 from runner.generation.protocol import DRIFT, ResumePoint
-from runner.records.drift_record import ColourChange, ColourCorrection, DriftRecord, SegmentDrift
+from runner.records.drift_record import ColourChange, ColourCorrection, DriftRecord, SegmentDriftRecord
 from runner.spec.options import Colour
 from runner.video.drift import STILL_SHARE, SegmentStatistics, fit_colour, reduce_picture
 
@@ -124,7 +124,7 @@ class SegmentColours:
         self._mean: np.ndarray | None = None
         self._still: np.ndarray | None = None
         self._end: _End | None = None
-        self._drifts: list[SegmentDrift] = []
+        self._drifts: list[SegmentDriftRecord] = []
 
     @property
     def drift(self) -> DriftRecord | None:
@@ -175,7 +175,7 @@ class SegmentColours:
         if self._colour == "off":
             start = end = Correction()
         self._drifts.append(
-            SegmentDrift.model_validate(
+            SegmentDriftRecord.model_validate(
                 {
                     "segment": len(self._drifts) + 1,
                     "overlap": overlap,
@@ -379,7 +379,7 @@ def _corrected(colours: np.ndarray, correction: Correction) -> np.ndarray:
 
 
 def _still_drift(measured: _Measured, correction: Correction) -> Mapping[str, Any]:
-    """`still` and `remaining` of a SegmentDrift."""
+    """`still` and `remaining` of a SegmentDriftRecord."""
     remaining = fit_colour(measured.expected, _corrected(measured.found, correction)).delta_e
     return {"still": _change(measured.expected, measured.found), "remaining": round(remaining, 3)}
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["DELTA_E_LIMIT", "ColourChange", "ColourCorrection", "DriftRecord", "SegmentDrift"]
+__all__ = ["DELTA_E_LIMIT", "ColourChange", "ColourCorrection", "DriftRecord", "SegmentDriftRecord"]
 
 DELTA_E_LIMIT = 2.0  # beyond it a person sees the difference of two pictures side by side
 
@@ -39,7 +39,7 @@ class ColourCorrection(_DriftModel):
     offset: Triple = Field(description="8-bit levels")
 
 
-class SegmentDrift(_DriftModel):
+class SegmentDriftRecord(_DriftModel):
     segment: int = Field(ge=1)
     overlap: ColourChange | None = Field(
         None,
@@ -76,7 +76,7 @@ class DriftRecord(_DriftModel):
         description="what still pixels are compared with: the first segment's still pixels, or in replace the driving "
         "video outside the mask"
     )
-    segments: list[SegmentDrift]
+    segments: list[SegmentDriftRecord]
 
     @property
     def warnings(self) -> list[str]:

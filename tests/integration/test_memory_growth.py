@@ -121,12 +121,13 @@ def test_a_long_clip_takes_no_more_memory(tmp_path, demo_models, demo_media):
 
 
 @pytest.mark.soak
-def test_a_long_clip_takes_no_more_memory_when_denoised(tmp_path, demo_models, demo_media):
+@pytest.mark.parametrize("colour", ["off", "anchor"])
+def test_a_long_clip_takes_no_more_memory_when_denoised(tmp_path, demo_models, demo_media, colour):
     peaks = {}
     for frames in (200, 2000):
         folder = tmp_path / str(frames)
         folder.mkdir()
-        manifest = manifest_of(folder, demo_media / "references/anna.png", frames, size="64x96", steps=1)
+        manifest = manifest_of(folder, demo_media / "references/anna.png", frames, size="64x96", steps=1, colour=colour)
         script = (
             "import resource, sys; from runner.cli import main; code = main(sys.argv[1:]);"
             "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
@@ -137,5 +138,7 @@ def test_a_long_clip_takes_no_more_memory_when_denoised(tmp_path, demo_models, d
         code, peak = done.stderr.split()[-2:]
         assert int(code) == 0, done.stderr
         peaks[frames] = int(peak)
+        drift = json.loads((folder / "out/jobs/long/result.json").read_text())["drift"]
+        assert (drift["colour"], len(drift["segments"])) == (colour, -(-(frames - 1) // 80))
     print(f"peak RSS: {peaks[200] / 2**20:.0f} MiB for 200 frames, {peaks[2000] / 2**20:.0f} MiB for 2,000")
     assert peaks[2000] - peaks[200] < LIMIT, peaks
