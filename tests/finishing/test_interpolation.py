@@ -71,7 +71,7 @@ def expected(frames: np.ndarray, *, pad_last: bool = False) -> np.ndarray:
     return np.stack(found + ([frames[-1]] if pad_last else []))
 
 
-moments = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50)), min_size=1, max_size=9)
+moments = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 20)), min_size=1, max_size=9)
 
 
 @given(moments, st.lists(st.integers(0, 9), max_size=5), st.booleans())
@@ -94,7 +94,7 @@ def test_no_split_into_segments_changes_a_frame(given_moments, cuts, pad_last):
 def test_equal_frames_and_cuts_need_no_network():
     network = Mean()
     stage = Interpolation(network, about={"network": "mean"})
-    frames = clip_of((1, 0), (1, 0), (2, 0), (2, 30))
+    frames = clip_of((1, 0), (1, 0), (2, 0), (2, 20))
     (out,) = finished(in_segments(frames, []), stage)
     assert stage.report == {"network": "mean", "interpolated": 1, "copied": 1, "cuts": 1}
     assert network.calls == 1
