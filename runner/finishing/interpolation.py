@@ -52,7 +52,7 @@ class InterpolationForecast:
     frames: int  # of the output
     fps: Fraction  # of the output
     tflop: float
-    seconds: float | None  # an estimate; None without a GPU of which something is known
+    seconds: float | None  # at least, by operations; None without a GPU of which something is known
     memory_bytes: int  # on the device, of the network and of one frame, beside what the generator keeps there
 
 

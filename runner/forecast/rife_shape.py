@@ -91,7 +91,7 @@ class RifeShape:
         return 4 * LIVE_FLOATS * padded(width) * padded(height)
 
     def frame_seconds(self, width: int, height: int, device: DeviceSpeed) -> float:
-        """On a known GPU, at the share of its rate that the autoencoder's convolutions reach: an estimate."""
+        """On a known GPU at least: its convolutions alone, at the share of its rate that the autoencoder's reach."""
         return self.frame_flop(width, height) / TERA / device.matmul[DEFAULT_PRECISION] / VAE_SHARE["float32"]
 
 

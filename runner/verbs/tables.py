@@ -275,7 +275,7 @@ def _interpolated(between: InterpolationForecast, gpu: str | None) -> str:
     rate = f"{float(between.fps):.4g} frames a second"
     text = f"interpolated to {between.frames} frames, {rate}: {between.tflop:.3g} TFLOP"
     if gpu is not None and between.seconds is not None:
-        text += f", {between.seconds:.2g} s on {gpu} (an estimate)"
+        text += f", at least {between.seconds:.2g} s on {gpu}"
     return f"{text}, {between.memory_bytes / 1e9:.2g} GB between segments"
 
 
