@@ -2,16 +2,17 @@
 
     python bench/interpolating.py [--rife FILE] [--clip PATH] [--every N] [--json PATH]
 
-Odd frames of a clip are dropped and rebuilt from their neighbours: of every N-th triple. RGB PSNR against the frame that
-was dropped; seconds of the wall a frame, the median. FFmpeg's minterpolate (mci, through PyAV) doubles the rate of the
-even frames in one pass; its seconds are those of the pass, a frame. The floor is the network's convolutions at the rate
-that torch reaches on one large convolution in the same run. FILE: made by tools/convert_rife.py; without one the
+Odd frames of a clip are dropped and rebuilt from their neighbours: of every N-th triple. RGB PSNR against the frame
+that was dropped; seconds of the wall a frame, the median. FFmpeg's minterpolate (mci, through PyAV) doubles the rate of
+the even frames in one pass; its seconds are those of the pass, a frame. The floor is the network's convolutions at the
+rate that torch reaches on one large convolution in the same run. FILE: made by tools/convert_rife.py; without one the
 network has random weights, and no quality is reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
 import av  # noqa: E402
 import cv2  # noqa: E402
@@ -159,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = times(network, frames, rate)
     for row in rows:
         print(
-            f"{row['width']:.0f}x{row['height']:.0f}: rife {row['rife_s']:.3f} s a frame, {row['of_floor']:.1f} times its "
-            f"floor of {row['floor_s']:.3f} s ({row['gflop']:.1f} GFLOP); average {row['average_s'] * 1e3:.2f} ms; "
+            f"{row['width']:.0f}x{row['height']:.0f}: rife {row['rife_s']:.3f} s a frame, {row['of_floor']:.1f} times "
+            f"its floor of {row['floor_s']:.3f} s ({row['gflop']:.1f} GFLOP); average {row['average_s'] * 1e3:.2f} ms; "
             f"minterpolate {row['minterpolate_s']:.3f} s, {row['minterpolate_s'] / row['rife_s']:.2f} times rife's"
         )
     if asked.json:

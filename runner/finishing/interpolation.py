@@ -7,7 +7,8 @@ Every frame of the generator passes unchanged. The frame between two neighbours 
     the network's       as a rule
     the first of both   where both are equal, or where a cut lies between them (video/cuts.py)
 Where one segment ends and the next begins is not seen: how a clip is cut into segments changes no frame. Of n frames
-come 2n - 1, with `output.pad_last` 2n: the last one is repeated, so that sound and picture are equally long.
+come 2n - 1, with `output.pad_last` 2n: the last one is repeated, so that the clip is as long as it
+was; else picture and sound end half a generated frame earlier.
 """
 
 from __future__ import annotations
