@@ -90,7 +90,7 @@ class Renderer:
         self.pipeline.vae.decode_chunks = decode
         plan = SegmentPlan(len(made.pose), WINDOW, 1, segments, WIDTH, HEIGHT, STEPS, STEPS, 0.0)
         options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=42, colour=colour)
-        new_sampler, timer = partial(make_sampler, "euler", "official", 5.0), StageTimer()
+        new_sampler, timer = partial(make_sampler, "euler", "official", 5.0, STEPS), StageTimer()
         begin = time.perf_counter()
         parts = list(self.pipeline.render(Source(), DEFAULT_PROMPT, options, plan, new_sampler, timer))
         seconds = time.perf_counter() - begin
