@@ -6,7 +6,8 @@ SOURCE is one of
 DEST is the file to write, `rife/rife-4.25.safetensors` below the model store.
 
 The pickle is read with weights_only and must have the recorded checksum; --unknown takes another one if it has the same
-tensors. Those that only training needs are left out. The same SOURCE gives the same bytes. See docs/interpolation.md.
+tensors. Those that only training needs are left out. The same SOURCE gives the same bytes. The file holds the sha256 of
+its tensors, by which `weights verify` knows it. See docs/interpolation.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runner.errors import WeightsCorrupt
+from runner.weights.digests import METADATA_KEY
 from runner.weights.rife_file import check_rife
 
 if TYPE_CHECKING:
@@ -80,10 +82,13 @@ def convert(source: Path, dest: Path, *, unknown: bool = False) -> str:
             todo="Take a known one, or pass --unknown if you trust where it comes from",
         )
     try:
-        made = save(read_tensors(data))
+        tensors = read_tensors(data)
     except WeightsCorrupt as error:
         error.where = error.where or source
         raise
+    plain = save(tensors)
+    begin = 8 + int.from_bytes(plain[:8], "little")
+    made = save(tensors, metadata={METADATA_KEY: hashlib.sha256(plain[begin:]).hexdigest()})
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(f".{dest.name}.part")
     part.write_bytes(made)

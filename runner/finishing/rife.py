@@ -116,7 +116,7 @@ class RifeNetwork(nn.Module):
             if scale is not None:
                 x = self._look(warp(first, flows[:, :2]), warp(second, flows[:, 2:]), flows, made, scale)
             if scale == SCALES[-1]:
-                del first, second  # nobody looks at the features again
+                del first, second  # no later block reads the features
         assert flows is not None and made is not None
         return torch.lerp(warp(other, flows[:, 2:]), warp(one, flows[:, :2]), torch.sigmoid(made[:, :1]))
 

@@ -21,7 +21,6 @@ from runner.preprocess.body.people_found import PeopleFound
 from runner.preprocess.body.retarget import retarget_robust
 from runner.preprocess.body.retarget_official import retarget_official
 from runner.preprocess.conditions import PoseConditions
-from runner.preprocess.find_people import find_people_boxes
 from runner.preprocess.geometry import Geometry, frames_at_once
 from runner.preprocess.masks.given import GivenMask
 from runner.preprocess.masks.packed import ClipMasks
@@ -31,6 +30,7 @@ from runner.preprocess.masks.widen import augment
 from runner.preprocess.networks.backends import Backend, PersonDetector, PointFinder, open_backend
 from runner.preprocess.networks.providers import NetworkOptions
 from runner.preprocess.networks.yolov10 import choose_person, choose_person_parity
+from runner.preprocess.people_search import find_people_boxes
 from runner.preprocess.pictures.images import load_image
 from runner.preprocess.pictures.sizing import AUTO_AREA, GRID, output_size, place, resize_by_area
 from runner.preprocess.pose_cache import (

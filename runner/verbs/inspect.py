@@ -68,9 +68,9 @@ def inspect(settings: InspectSettings) -> Inspection:
 
 def _find_people(settings: InspectSettings, reader: VideoReader) -> PeopleFound:
     from runner.generation.runtime.device import pick_device
-    from runner.preprocess.find_people import find_people
     from runner.preprocess.networks.backends import open_backend
     from runner.preprocess.networks.providers import NetworkOptions
+    from runner.preprocess.people_search import find_people
     from runner.preprocess.pose_cache import POSES_FOLDER
     from runner.storage.disk_cache import DiskCache
     from runner.weights.store import ModelStore

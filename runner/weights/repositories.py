@@ -159,7 +159,7 @@ PARTS = tuple(SOURCES)
 
 # Files of the store that a script of tools/ makes of published ones, the same bytes every time.
 CONVERTED: Mapping[str, Pin] = MappingProxyType(
-    {RIFE: Pin(22_674_392, "e4638dde35c5467e3a29df4dfbd3b5972ab5919ecce39f8d9def482f70633368")}
+    {RIFE: Pin(22_674_496, "e8872b7bb84d366c4e63c2066f0033509ea7a5bb73f7a79251b2fe5376c95d89")}
 )
 
 # Recipe, without the suffix that chooses compute → what it cannot run without.

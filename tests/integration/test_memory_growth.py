@@ -8,12 +8,15 @@ would take minutes on a CPU. The long test (`make soak`) denoises.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.finishing.tiny_rife import write_tiny_rife
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300 * 2**20
@@ -121,24 +124,29 @@ def test_a_long_clip_takes_no_more_memory(tmp_path, demo_models, demo_media):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("colour", ["off", "anchor"])
-def test_a_long_clip_takes_no_more_memory_when_denoised(tmp_path, demo_models, demo_media, colour):
-    peaks = {}
+@pytest.mark.parametrize(("colour", "interpolate"), [("off", 1), ("anchor", 2)])
+def test_a_long_clip_takes_no_more_memory_when_denoised(tmp_path, demo_models, demo_media, colour, interpolate):
+    peaks, store = {}, tmp_path / "models"
+    shutil.copytree(demo_models, store)
+    write_tiny_rife(store)
+    options = {"size": "64x96", "steps": 1, "colour": colour, "output": {"interpolate": interpolate}}
     for frames in (200, 2000):
         folder = tmp_path / str(frames)
         folder.mkdir()
-        manifest = manifest_of(folder, demo_media / "references/anna.png", frames, size="64x96", steps=1, colour=colour)
+        manifest = manifest_of(folder, demo_media / "references/anna.png", frames, **options)
         script = (
             "import resource, sys; from runner.cli import main; code = main(sys.argv[1:]);"
             "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
         )
         command = [sys.executable, "-c", script, "run", str(manifest), "--out", str(folder / "out")]
-        command += ["--models", str(demo_models), "--cache", str(folder / "cache"), "--recipe", "fp32"]
+        command += ["--models", str(store), "--cache", str(folder / "cache"), "--recipe", "fp32"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         code, peak = done.stderr.split()[-2:]
         assert int(code) == 0, done.stderr
         peaks[frames] = int(peak)
-        drift = json.loads((folder / "out/jobs/long/result.json").read_text())["drift"]
+        record = json.loads((folder / "out/jobs/long/result.json").read_text())
+        drift, made = record["drift"], record["output"]["frames"]
         assert (drift["colour"], len(drift["segments"])) == (colour, -(-(frames - 1) // 80))
+        assert made == interpolate * frames - (interpolate - 1)
     print(f"peak RSS: {peaks[200] / 2**20:.0f} MiB for 200 frames, {peaks[2000] / 2**20:.0f} MiB for 2,000")
     assert peaks[2000] - peaks[200] < LIMIT, peaks

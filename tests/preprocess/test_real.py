@@ -9,9 +9,9 @@ import pytest
 
 from runner.preprocess.body.skeleton import THRESHOLD
 from runner.preprocess.body.track import choose_subject, follow, whereabouts
-from runner.preprocess.find_people import find_people
 from runner.preprocess.networks.backends import Backend
 from runner.preprocess.networks.yolov10 import choose_person, people
+from runner.preprocess.people_search import find_people
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
 from runner.video import Mp4Writer, VideoReader

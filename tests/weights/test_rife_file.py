@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from runner.weights.repositories import CONVERTED, Pin
 from runner.weights.rife_file import check_rife_file
 from runner.weights.store import RIFE, ModelStore, wanted_by_jobs
 from runner.weights.verify import verify_weights
-from tests.finishing.tiny_rife import TINY, write_tiny_rife
+from tests.finishing.tiny_rife import TINY, tiny_network, write_tiny_rife
 
 ASKED = JobOptions(output={"interpolate": 2})
 
@@ -72,3 +73,20 @@ def test_verify_knows_the_published_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert row().status == "ok"
     save_file({"other": torch.zeros(1)}, path)
     assert row().status == "corrupt"
+
+
+def test_verify_takes_a_file_of_another_source_by_its_own_record(tmp_path: Path):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+    try:
+        from convert_rife import convert
+    finally:
+        sys.path.pop(0)
+    torch.save(tiny_network().state_dict(), tmp_path / "flownet.pkl")
+    convert(tmp_path / "flownet.pkl", tmp_path / RIFE, unknown=True)
+    (found,) = [row for row in verify_weights(tmp_path, "fp4-distill") if row.path.startswith("rife/")]
+    assert (found.status, found.note) == ("ok", "as recorded when it was made")
+    data = bytearray((tmp_path / RIFE).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / RIFE).write_bytes(data)
+    (found,) = [row for row in verify_weights(tmp_path, "fp4-distill") if row.path.startswith("rife/")]
+    assert found.status == "corrupt"

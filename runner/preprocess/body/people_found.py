@@ -23,7 +23,7 @@ __all__ = ["NumberedPerson", "PeopleFound", "choose_numbered", "count_people", "
 
 LEAST_LOOKS = 5  # seen at fewer, a person is a passer-by or a mistake: half a second at ten looks a second
 LEAST_SHARE_OF_LOOKS = 0.25  # enough in a video of a few looks
-PART = 0.8  # of somebody's looks within one person's box: it is a second box on that body
+PART = 0.8  # share of a way's looks within one person's box, from which on it is a second box on that body
 LONG_S = 1.0  # on screen for so long, or for LONG of the clip, and not less than TALL of the first person's height,
 LONG = 0.25  # a second person may be the one who was meant
 TALL = 0.3
@@ -55,7 +55,7 @@ class NumberedPerson:
 class PeopleFound:
     """Everybody in a video of whom more than a glimpse was seen."""
 
-    people: tuple[NumberedPerson, ...]  # in order of their numbers; empty: nobody was seen
+    people: tuple[NumberedPerson, ...]  # in order of their numbers; empty: no person was seen
     size: tuple[int, int]  # width and height of the video, pixels
     looks: tuple[int, ...]  # frame numbers at which the detector looked, increasing
     look_s: float  # usual seconds between two looks
@@ -102,7 +102,7 @@ def number_people(
 def group_people(ways: Sequence[Person], looks: int) -> list[Person]:
     """The people that `follow` followed in a clip of `looks` looks, in order of their numbers, with all their pieces.
 
-    Who is seen at too few looks is not among them, nor is a second box on somebody's body.
+    People who are seen at too few looks are left out, and so are second boxes on one body.
     """
     left = list(ways)
     groups: list[Person] = []
@@ -117,7 +117,7 @@ def group_people(ways: Sequence[Person], looks: int) -> list[Person]:
 
 
 def count_people(ways: Sequence[Person], times_s: np.ndarray, duration_s: float) -> int:
-    """How many people of a clip somebody may want to follow: large and long enough beside the first.
+    """How many people of a clip a job may be meant to follow: large and long enough beside the first.
 
     `times_s` float64: of each look, increasing, not everywhere equally far apart; `duration_s`: of the clip.
     """
@@ -141,7 +141,7 @@ def choose_numbered(
     """Person `number` among the people that `follow` followed in a part of the video; None where they are not in it.
 
     `frames`: the frame of the video at each look of that part. A way through the part is of the person with whose boxes
-    it overlaps most; the ways of nobody with a number are joined to `number`'s as `join_pieces` does.
+    it overlaps most. A way that no number claims is joined to that of `number` as `join_pieces` does.
     """
     claims = [_claim(way, found, frames) for way in ways]
     own = {i: total for i, (who, total) in enumerate(claims) if who == number}

@@ -1,4 +1,4 @@
-"""Find people: numbers everybody in a driving video, and measures how well each of them can be followed.
+"""People search: numbers everybody in a driving video, and measures how well each of them can be followed.
 
 In:   an open video, a detector, a pose network, perhaps a cache. Out: `PeopleFound`. Never: jobs, references, printing.
 

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from runner.preprocess.find_people import MEASURED, find_people, find_people_boxes, sharpness
 from runner.preprocess.networks.backends import Backend
 from runner.preprocess.networks.yolov10 import Box
+from runner.preprocess.people_search import MEASURED, find_people, find_people_boxes, sharpness
 from runner.storage.disk_cache import DiskCache
 from runner.timing import StageTimer
 from runner.video import VideoReader
