@@ -34,9 +34,10 @@ __all__ = ["SHARPNESS_HEIGHT", "find_people", "find_people_boxes", "numbering_pa
 SHORT_S = 1.0  # in a shorter video every frame is looked at
 MEASURED = 8  # looks at which each person is posed: a pose of the large network takes seconds on a CPU
 SHARPNESS_HEIGHT = 256  # pixels that a person's box is scaled to
-HAND_POINTS = 11  # of 21: a hand of which more than half is seen inside the picture
+WRISTS = [9, 10]  # of COCO-WholeBody's 133 points
+FINGER_POINTS = 11  # of the 21 of a hand: more than half of what would be drawn of it
 FOOT_POINTS = 2  # of 3: big toe, small toe, heel
-FEET = (slice(17, 20), slice(20, 23))  # of COCO-WholeBody's 133 points
+FEET = (slice(17, 20), slice(20, 23))
 
 
 def find_people_boxes(
@@ -123,7 +124,7 @@ def _spread(looks: Sequence[int]) -> list[int]:
 def _measure(
     reader: VideoReader, pose: PointFinder, found: PeopleFound, chosen: Sequence[Sequence[int]], timer: StageTimer
 ) -> np.ndarray:
-    """float64 [people, 4]: face's side (NaN: no face), sharpness, share with both hands, with both feet."""
+    """float64 [people, 5]: face's side (NaN: no face), sharpness, share with both hands, their fingers, both feet."""
     boxes = [
         dict(zip(person.looks, person.boxes, strict=True)) for person in found.people
     ]  # of each person, by frame number
@@ -147,33 +148,35 @@ def _measure(
                     points[i] += list(pose.points(pictures, [boxes[i][frame] for frame in seen]))
                 sharp[i] += [sharpness(picture, boxes[i][frame]) for picture, frame in zip(pictures, seen, strict=True)]
     rows = [_row(np.stack(own), sides, found.size) for own, sides in zip(points, sharp, strict=True)]
-    return np.array(rows, np.float64).reshape(-1, 4)
+    return np.array(rows, np.float64).reshape(-1, 5)
 
 
-def _row(points: np.ndarray, sharp: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _row(points: np.ndarray, sharp: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
     """What `_measure` gives, of one person's points [n, 133, 3]."""
     faces = face_boxes(points, *size)
     sides = (faces[:, 2:] - faces[:, :2]).max(1)
     sides = sides[np.isfinite(sides)]
     inside = (points[..., 2] >= THRESHOLD) & ((points[..., :2] >= 0) & (points[..., :2] < size)).all(-1)
-    hands = [inside[:, hand].sum(1) >= HAND_POINTS for hand in (LEFT_HAND, RIGHT_HAND)]
+    fingers = [inside[:, hand].sum(1) >= FINGER_POINTS for hand in (LEFT_HAND, RIGHT_HAND)]
     feet = [inside[:, foot].sum(1) >= FOOT_POINTS for foot in FEET]
     return (
         float(np.median(sides)) if len(sides) else float("nan"),
         float(np.median(sharp)),
-        float((hands[0] & hands[1]).mean()),
+        float(inside[:, WRISTS].all(1).mean()),
+        float((fingers[0] & fingers[1]).mean()),
         float((feet[0] & feet[1]).mean()),
     )
 
 
 def _measured(person: NumberedPerson, looks: Sequence[int], measures: Sequence[float]) -> NumberedPerson:
-    face, sharp, hands, feet = measures
+    face, sharp, hands, fingers, feet = measures
     return replace(
         person,
         measured=tuple(looks),
         face_pixels=None if np.isnan(face) else face,
         sharpness=sharp,
         hands_inside=hands,
+        fingers_seen=fingers,
         feet_inside=feet,
     )
 

@@ -51,9 +51,13 @@ class PersonRecord(Record):
         description="variance of the Laplacian of their box at 256 pixels, grey levels², median"
     )
     hands_inside: float | None = Field(
-        description="share of the looks at which both hands are seen in the picture, 0 to 1"
+        description="share of the looks at which both wrists are seen in the picture, 0 to 1"
     )
-    feet_inside: float | None = Field(description="the same of both feet")
+    fingers_seen: float | None = Field(
+        description="share of the looks at which more than half of the points of each hand are seen; those that are "
+        "not seen are not drawn for the generator"
+    )
+    feet_inside: float | None = Field(description="as hands_inside, of both feet")
     looks: list[LookRecord] = Field(description="in order of time")
 
 

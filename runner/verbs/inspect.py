@@ -150,6 +150,7 @@ def _person_records(found: PeopleFound, duration_s: float) -> list[PersonRecord]
             face_px=person.face_pixels,
             sharpness=person.sharpness,
             hands_inside=person.hands_inside,
+            fingers_seen=person.fingers_seen,
             feet_inside=person.feet_inside,
             looks=[
                 LookRecord(frame=frame, box=(round(box.x1, 2), round(box.y1, 2), round(box.x2, 2), round(box.y2, 2)))

@@ -150,6 +150,13 @@ def _small_face(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
     return {"face_px": face, "limit_px": LITTLE_EXPRESSION_PX}
 
 
+def _unseen_fingers(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
+    hands, fingers = person.hands_inside, person.fingers_seen
+    if hands is None or fingers is None or hands < OFTEN or fingers >= OFTEN:
+        return None
+    return {"fingers_seen": fingers, "limit": OFTEN}
+
+
 def _useful_fps(video: VideoRecord) -> float:
     """What a job would ask for: the default, or the rate of the different pictures where frames repeat or are few."""
     return min(video.fps_measured, DEFAULT_FPS) if video.repeats is None else float(Fraction(video.repeats.fps))
@@ -273,7 +280,13 @@ PERSON_RULES: tuple[PersonRule, ...] = (
             if person.hands_inside is None or person.hands_inside >= OFTEN
             else {"hands_inside": person.hands_inside, "limit": OFTEN}
         ),
-        "both hands are seen in the picture in {hands_inside:.0%} of the looks: expect guessed or missing fingers",
+        "both hands are seen in the picture in {hands_inside:.0%} of the looks: expect guessed or missing hands",
+    ),
+    PersonRule(
+        "fingers.unseen",
+        _unseen_fingers,
+        "fingers of both hands are found in {fingers_seen:.0%} of the looks: the hands are small or blurred; expect "
+        "guessed or missing fingers",
     ),
     PersonRule(
         "feet.outside",

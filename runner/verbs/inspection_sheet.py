@@ -120,6 +120,7 @@ def measures(person: PersonRecord) -> dict[str, str]:
         "face px": "-" if person.face_px is None else f"{person.face_px:.0f}",
         "sharpness": "-" if person.sharpness is None else f"{person.sharpness:.0f}",
         "hands inside": share(person.hands_inside),
+        "fingers seen": share(person.fingers_seen),
         "feet inside": share(person.feet_inside),
     }
 

@@ -45,7 +45,7 @@ def test_everybody_is_numbered_and_measured(backend, three):
     # The tiny network's face is 8 of the 48 columns of a crop, which is a quarter wider than the box.
     assert large.face_pixels == pytest.approx(8 / 48 * 1.25 * 2 * LARGE, rel=0.06)
     assert small.face_pixels == pytest.approx(large.face_pixels * SMALL / LARGE, rel=0.1)
-    assert large.hands_inside == small.hands_inside == 1
+    assert large.hands_inside == small.hands_inside == large.fingers_seen == 1
     assert large.feet_inside == 1
 
 
@@ -60,13 +60,13 @@ def test_hands_and_feet_beyond_the_edge_or_unsure_are_not_inside(backend, three)
 
         def points(self, frames, boxes, *, bgr=False):
             points = np.tile(np.array([WIDTH / 2, HEIGHT / 2, 0.9], np.float32), (len(frames), 133, 1))
-            points[:, [*range(17, 20), *range(91, 112)]] = (self.x, HEIGHT / 2, self.sure)
+            points[:, [9, *range(17, 20), *range(91, 112)]] = (self.x, HEIGHT / 2, self.sure)
             return points
 
     for x, sure, share in ((20, 0.9, 1), (-3, 0.9, 0), (WIDTH + 1, 0.9, 0), (20, 0.2, 0)):
         with VideoReader(three) as reader:
             found = find_people(reader, Backend("vitpose", backend.detector, Placed(x, sure)))
-        assert {(p.hands_inside, p.feet_inside) for p in found.people} == {(share, share)}
+        assert {(p.hands_inside, p.fingers_seen, p.feet_inside) for p in found.people} == {(share, share, share)}
         assert {p.face_pixels for p in found.people} == {None}  # a point has no extent
 
 

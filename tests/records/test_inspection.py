@@ -53,6 +53,7 @@ def make_person(number: int = 1, **more) -> PersonRecord:
         "face_px": 90.0,
         "sharpness": 300.0,
         "hands_inside": 1.0,
+        "fingers_seen": 1.0,
         "feet_inside": 1.0,
         "looks": [LookRecord(frame=0, box=(10.0, 20.0, 110.0, 420.0))],
     }

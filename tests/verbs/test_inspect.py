@@ -127,7 +127,7 @@ def test_two_men_on_film(real_data, tmp_path):
     assert first.face_px is not None and second.face_px is not None
     assert 25 < first.face_px < 45  # the man's face is 33 pixels in the clip
     assert second.face_px == pytest.approx(0.75 * first.face_px, rel=0.25)
-    assert (first.feet_inside, second.feet_inside) == (1, 1)
+    assert (first.hands_inside, second.hands_inside, first.feet_inside, second.feet_inside) == (1, 1, 1, 1)
     assert {"people.several", "face.small"} <= {advice.code for advice in found.advice}
     assert not found.video.cuts
 

@@ -55,6 +55,7 @@ CASES = {
     "face.tiny": (lambda: advice(None, make_person(face_px=18.2)), "face 18 px: expect no expression"),
     "face.small": (lambda: advice(None, make_person(face_px=34.0)), "face 34 px: expect little expression"),
     "hands.outside": (lambda: advice(None, make_person(hands_inside=0.25)), "in 25% of the looks"),
+    "fingers.unseen": (lambda: advice(None, make_person(fingers_seen=0.25)), "found in 25% of the looks"),
     "feet.outside": (lambda: advice(None, make_person(feet_inside=0.0)), "both feet are seen in the picture in 0%"),
     "person.blurred": (lambda: advice(None, make_person(sharpness=12.0)), "sharpness 12"),
 }
@@ -81,8 +82,13 @@ def test_limits_are_where_they_are_named():
         set(advice(None, make_person(face_px=23.6))) == set(advice(None, make_person(face_px=63.4))) == {"face.small"}
     )
     assert advice(None, make_person(face_px=63.6)) == {}
-    assert advice(None, make_person(seconds=9.0, hands_inside=0.5, feet_inside=0.5, sharpness=30.0)) == {}
-    assert advice(None, make_person(hands_inside=None, feet_inside=None, sharpness=None)) == {}
+    assert (
+        advice(None, make_person(seconds=9.0, hands_inside=0.5, fingers_seen=0.5, feet_inside=0.5, sharpness=30.0))
+        == {}
+    )
+    assert advice(None, make_person(hands_inside=None, fingers_seen=None, feet_inside=None, sharpness=None)) == {}
+    both = advice(None, make_person(hands_inside=0.25, fingers_seen=0.0))
+    assert set(both) == {"hands.outside"}  # one sentence says both
 
 
 def test_who_comes_and_goes_has_no_span_of_their_own():

@@ -47,8 +47,9 @@ class NumberedPerson:
     sharpness: float | None = (
         None  # median variance of the Laplacian (grey 0…255) of the box at SHARPNESS_HEIGHT pixels
     )
-    hands_inside: float | None = None  # share of `measured` at which both hands are seen inside the picture, 0…1
-    feet_inside: float | None = None  # the same of both feet
+    hands_inside: float | None = None  # share of `measured` at which both wrists are seen inside the picture, 0…1
+    fingers_seen: float | None = None  # the same of more than half of the points of each hand
+    feet_inside: float | None = None  # the same of two of the three points of each foot
 
 
 @dataclass(frozen=True)
