@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.faults.trial_process import run_trials
+from tests.system_tests import system_test
 
 
 def check_landed(rows: list[dict[str, Any]], at_least: int) -> None:
@@ -24,6 +25,7 @@ def test_twelve_kills_over_a_local_folder(tmp_path, capsys):
     check_landed(rows, 11)
 
 
+@system_test
 def test_eight_kills_over_s3(tmp_path, capsys):
     arguments = ("--stores", "s3", "--scenarios", "other seeds", "--trials", "8")
     rows, printed = run_trials("kills", tmp_path, *arguments)

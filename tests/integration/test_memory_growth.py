@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.finishing.tiny_rife import write_tiny_rife
+from tests.system_tests import system_test
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300 * 2**20
@@ -105,6 +106,7 @@ def manifest_of(folder: Path, reference: Path, frames: int, **options: object) -
     return folder / "m.jsonl"
 
 
+@system_test
 def test_a_long_clip_takes_no_more_memory(tmp_path, demo_models, demo_media):
     peaks = {}
     for frames in (200, 2000):

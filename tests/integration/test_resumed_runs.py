@@ -19,6 +19,7 @@ import pytest
 
 from runner.storage import open_storage
 from tests.faults.real_runs import PUBLISHED, Point, RealRuns
+from tests.system_tests import system_test
 
 SEGMENTS = 6
 SHORT = {"size": "48x80", "fps": 8, "steps": 2, "max_segment_frames": 5}  # 24 frames: the last window is padded
@@ -153,6 +154,7 @@ def kept_at(point: Point) -> int:
     return {"in": number, "part": number - 1, "after": number, "published": SEGMENTS}[kind]
 
 
+@system_test
 def test_jobs_killed_at_a_few_points_have_the_files_of_an_undisturbed_run(place, killed_early, tmp_path):
     """One with sound, four times: in a segment, after one, before and after its output is stored; pictures; a mask."""
     found = another(place, tmp_path, killed_early)

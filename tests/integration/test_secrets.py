@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from runner.cli import main
+from tests.system_tests import system_test
 
 MARK = "hush"  # every planted secret holds it, and nothing else does
 SIGNED = "X-Amz-Credential=AKIA%2Fhush01&X-Amz-Date=20240101&X-Amz-Signature=hush02"
@@ -116,7 +117,7 @@ def test_commands_that_render_nothing_print_no_secret(planted, capfd, style):
     assert leaks(written(out, capfd)) == {}
 
 
-@pytest.mark.parametrize("style", ["console", "json"])
+@pytest.mark.parametrize("style", ["console", pytest.param("json", marks=system_test)])
 def test_what_fails_at_the_start_prints_no_secret(planted, tmp_path, capfd, monkeypatch, style):
     monkeypatch.setattr("runner.weights.hub.FIRST_WAIT_S", 0.01)
     manifest, flags, out = planted

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from runner.cli import main
+from tests.system_tests import system_test
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPE = f'set -o pipefail; {sys.executable} -m runner.cli run "$@" --json | {sys.executable} -m json.tool'
@@ -55,6 +56,7 @@ def run_with_a_terminal(words: Sequence[str]) -> tuple[int, bytes, str]:
     return done.returncode, done.stdout, b"".join(shown).decode(errors="replace")
 
 
+@system_test
 def test_only_one_job_is_told_rendered_and_then_left_alone(night, capsys):
     folder, words = night
     assert main(["run", *words, "--only", "anna-*", "--dry-run"]) == 0

@@ -18,6 +18,7 @@ from runner.demo.scenes import scene
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
 from runner.video import Mp4Writer
+from tests.system_tests import system_test
 
 FPS, WIDTH, HEIGHT = 5, 1920, 1080
 FRAME_BYTES = WIDTH * HEIGHT * 3
@@ -63,6 +64,7 @@ def check_long_clip(models: Path, folder: Path, seconds: int, pieces: int) -> No
     assert apart[sure].max() < 0.5, np.argwhere(sure & (apart >= 0.5))[:10]
 
 
+@system_test
 def test_thirty_seconds(demo_models, tmp_path, monkeypatch):
     monkeypatch.setattr("runner.preprocess.poses.SAY_EVERY_S", 0.2)
     with capture_logs() as lines:

@@ -18,8 +18,10 @@ def test_facts_people_and_advice_are_lines(capsys):
     print_inspection(make_inspection(people=people, advice=advice, sheet="s.png"), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "samba.mp4: 640x480 · 250 frames in 10.00 s · 25 fps · no cuts · blur 0.30 · sound"
-    assert lines[1].startswith("person  seconds  from  to   face px  sharpness  hands inside  feet inside")
-    assert lines[3].split() == ["2", "2.5", "0.0", "9.9", "18", "300", "100%", "100%"]
+    assert lines[1].startswith(
+        "person  seconds  from  to   face px  sharpness  hands inside  fingers seen  feet inside"
+    )
+    assert lines[3].split() == ["2", "2.5", "0.0", "9.9", "18", "300", "100%", "100%", "100%"]
     assert lines[4:] == ["! 2 people: [choose]", "! person 2: face 18 px: expect no expression", "sheet: s.png"]
 
 

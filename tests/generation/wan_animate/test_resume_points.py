@@ -27,6 +27,7 @@ from runner.timing import StageTimer
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.stub_conditions import MemoryConditions
+from tests.system_tests import system_test
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -152,6 +153,7 @@ np.save(Path(folder, "frames.npy"), np.concatenate([segment.frames for segment i
 """
 
 
+@system_test
 def test_another_process_resumes_from_files(undisturbed, tiny_store_dir, tmp_path):
     case, cut = "replace", 3
     whole = undisturbed(case)

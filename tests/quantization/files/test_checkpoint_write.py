@@ -27,6 +27,7 @@ from runner.quantization.formats.scales import quantize
 from runner.quantization.lora.read import read_lora
 from runner.quantization.rules import RULES, linear_shapes, transformer_on_meta
 from tests.quantization.random_stores import TINY, WIDE, inputs, random_weights, write_store
+from tests.system_tests import system_test
 
 NAME = "quantized_transformer.safetensors"
 FP32_PARTS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "motion_synthesis_weight", "rope"}
@@ -258,6 +259,7 @@ def measured_then_killed(tmp_path_factory):
     shutil.rmtree(root)
 
 
+@system_test
 def test_memory_is_that_of_a_tensor(measured_then_killed, record_property):
     found, whole, _ = measured_then_killed
     record_property("anonymous_mb", found["peak"] // 1_000_000)
@@ -266,6 +268,7 @@ def test_memory_is_that_of_a_tensor(measured_then_killed, record_property):
     assert len(check_file(whole).layers) == len(linear_shapes(transformer_on_meta(WIDE)))
 
 
+@system_test
 def test_killed_in_the_middle_leaves_no_file(measured_then_killed):
     _, _, folder = measured_then_killed
     assert [p.name for p in folder.iterdir()] == [f"{NAME}.tmp"]
