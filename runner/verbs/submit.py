@@ -266,7 +266,7 @@ def _count_tasks(settings: SubmitSettings, manifest: Manifest) -> TaskCount:
             f"name the number of tasks with --shards N, or mend them{lines}",
             where=manifest.source,
         )
-    seconds = [row.plan.seconds or 0.0 for row in rows if row.plan is not None]
+    seconds = [row.seconds or 0.0 for row in rows if row.plan is not None]
     longest = max(range(len(seconds)), key=seconds.__getitem__)
     found = count_tasks(
         seconds,
