@@ -171,22 +171,13 @@ class EulerSampler:
         return latents + (self._sigmas[i + 1] - self._sigmas[i]) * velocity
 
 
-class UniPCSampler:
-    """diffusers' UniPC, the hub's own choice for Wan2.2-Animate-14B: second order, one evaluation a step.
+class LibrarySampler:
+    """One of diffusers' schedulers that is ready for its first step: one evaluation a step."""
 
-    It starts a millionth below sigma 1, because it takes the logarithm of 1 - sigma, and gives the model whole
-    timesteps, rounded down.
-    """
-
-    def __init__(self, sigmas: np.ndarray, device: device) -> None:
-        from diffusers import UniPCMultistepScheduler
-
-        # The sigmas are shifted already: the library's own shift stays 1.
-        self._scheduler: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        self._scheduler.set_timesteps(sigmas=sigmas[:-1], device=device)
+    def __init__(self, scheduler: Any, steps: int) -> None:
         # Else the library searches for the first timestep, and of two that are equal it takes the second.
-        self._scheduler.set_begin_index(0)
-        self.steps = len(sigmas) - 1
+        scheduler.set_begin_index(0)
+        self._scheduler, self.steps = scheduler, steps
 
     def evaluations_done(self, i: int) -> int:
         return i + 1
@@ -198,7 +189,23 @@ class UniPCSampler:
         return stepped
 
 
-class DPMSolverSampler:
+class UniPCSampler(LibrarySampler):
+    """diffusers' UniPC, the hub's own choice for Wan2.2-Animate-14B: second order, one evaluation a step.
+
+    It starts a millionth below sigma 1, because it takes the logarithm of 1 - sigma, and gives the model whole
+    timesteps, rounded down.
+    """
+
+    def __init__(self, sigmas: np.ndarray, device: device) -> None:
+        from diffusers import UniPCMultistepScheduler
+
+        # The sigmas are shifted already: the library's own shift stays 1.
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        scheduler.set_timesteps(sigmas=sigmas[:-1], device=device)
+        super().__init__(scheduler, len(sigmas) - 1)
+
+
+class DPMSolverSampler(LibrarySampler):
     """diffusers' DPM-Solver++(2M): second order in log(1 - sigma) - log(sigma), one evaluation a step.
 
     Its first and last steps are of first order, and so is in effect its second: the one before it begins at sigma 1,
@@ -209,22 +216,14 @@ class DPMSolverSampler:
         import torch
         from diffusers import DPMSolverMultistepScheduler
 
-        self._scheduler: Any = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        self.steps = len(sigmas) - 1
-        self._scheduler.set_timesteps(self.steps, device=device)
+        scheduler: Any = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        steps = len(sigmas) - 1
+        scheduler.set_timesteps(steps, device=device)
         # The library takes no sigmas from outside, and its own begin at .999. These are shifted already.
         # Some small shifts round the first to a little above 1, where the library's logarithm is not a number.
-        self._scheduler.sigmas = torch.from_numpy(sigmas).to(torch.float32).clamp(max=1)
-        self._scheduler.timesteps = (self._scheduler.sigmas[:-1] * TRAIN_STEPS).to(device)
-        self._scheduler.set_begin_index(0)
-
-    def evaluations_done(self, i: int) -> int:
-        return i + 1
-
-    def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
-        timestep = self._scheduler.timesteps[i]
-        stepped: Tensor = self._scheduler.step(predict(latents, timestep), timestep, latents, return_dict=False)[0]
-        return stepped
+        scheduler.sigmas = torch.from_numpy(sigmas).to(torch.float32).clamp(max=1)
+        scheduler.timesteps = (scheduler.sigmas[:-1] * TRAIN_STEPS).to(device)
+        super().__init__(scheduler, steps)
 
 
 class Res2sStep(NamedTuple):

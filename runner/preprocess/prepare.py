@@ -314,7 +314,7 @@ def _check_number(number: int, everybody: PeopleFound, video: Path) -> None:
     if number <= count:
         return
     numbers = "1 and 2" if count == 2 else f"1 to {count}"
-    have = f"{count} people: {numbers}" if count > 1 else "1 person" if count else "nobody in it"
+    have = f"{count} people: {numbers}" if count > 1 else "1 person" if count else "no people"
     raise NoPerson(
         f"preprocess.subject is {number}; the video has {have}",
         where=video,

@@ -150,6 +150,16 @@ def _small_face(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
     return {"face_px": face, "limit_px": LITTLE_EXPRESSION_PX}
 
 
+def _below(name: str, limit: float) -> Callable[[InspectedVideo, PersonRecord], Numbers | None]:
+    """The condition that a person's measure `name` is known and less than `limit`."""
+
+    def applies(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
+        value = getattr(person, name)
+        return None if value is None or value >= limit else {name: value, "limit": limit}
+
+    return applies
+
+
 def _unseen_fingers(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
     hands, fingers = person.hands_inside, person.fingers_seen
     if hands is None or fingers is None or hands < OFTEN or fingers >= OFTEN:
@@ -275,11 +285,7 @@ PERSON_RULES: tuple[PersonRule, ...] = (
     ),
     PersonRule(
         "hands.outside",
-        lambda seen, person: (
-            None
-            if person.hands_inside is None or person.hands_inside >= OFTEN
-            else {"hands_inside": person.hands_inside, "limit": OFTEN}
-        ),
+        _below("hands_inside", OFTEN),
         "both hands are seen in the picture in {hands_inside:.0%} of the looks: expect guessed or missing hands",
     ),
     PersonRule(
@@ -290,20 +296,12 @@ PERSON_RULES: tuple[PersonRule, ...] = (
     ),
     PersonRule(
         "feet.outside",
-        lambda seen, person: (
-            None
-            if person.feet_inside is None or person.feet_inside >= OFTEN
-            else {"feet_inside": person.feet_inside, "limit": OFTEN}
-        ),
+        _below("feet_inside", OFTEN),
         "both feet are seen in the picture in {feet_inside:.0%} of the looks: use a reference that is cropped alike",
     ),
     PersonRule(
         "person.blurred",
-        lambda seen, person: (
-            None
-            if person.sharpness is None or person.sharpness >= SOFT_PERSON
-            else {"sharpness": person.sharpness, "limit": SOFT_PERSON}
-        ),
+        _below("sharpness", SOFT_PERSON),
         "blurred (sharpness {sharpness:.0f}, {limit:.0f} or more is usual): joints and face will be less exact",
     ),
 )

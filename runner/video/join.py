@@ -8,15 +8,15 @@ The same parts and sound give the same bytes on any machine.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from runner.errors import InternalError, RunnerError, as_runner_error
+from runner.errors import InternalError
 from runner.video.sound import AudioSpan, Sound, SoundNote
+from runner.video.unfinished import open_unfinished
 
 __all__ = ["join_parts"]
 
@@ -34,49 +34,32 @@ def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: Audio
     were not encoded with the same parameters or are damaged, InputUnreadable if the sound cannot be decoded,
     StorageFull and StorageDenied as the disk does.
     """
-    import av
-
     if not parts:
         raise ValueError(f"{dest}: no part was given")
     dest, fps = Path(dest), Fraction(fps)
-    unfinished = dest.with_name(dest.name + ".part")
-    container: Any = None
     sound: Sound | None = None
     note = None
+    options = {"movflags": "+faststart", "movie_timescale": str(_movie_timescale(fps))}
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        options = {"movflags": "+faststart", "movie_timescale": str(_movie_timescale(fps))}
-        container = av.open(f"file:{unfinished.absolute()}", "w", format="mp4", options=options)
-        with _open_part(parts[0]) as first:
-            template = first.streams.video[0]
-            parameters = _parameters(template)
-            stream = container.add_stream_from_template(template)
-        stream.codec_context.bit_rate = 0  # the first part's; the muxer measures that of the whole
-        if audio is not None:
-            sound, note = Sound.open(audio, container)
-        container.start_encoding()
-        done = 0
-        with closing(_renumbered(parts, parameters, fps)) as packets:
-            for packet in packets:
-                packet.stream = stream
-                container.mux(packet)
-                done += 1
-                if sound is not None:  # in step with the pictures, or the muxer would queue them all
-                    sound.write_until(container, done / fps)
-        if sound is not None:
-            sound.finish(container)
-        container.close()
-        container = None
-        os.replace(unfinished, dest)
-    except BaseException as error:
-        if container is not None:
-            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well
-                container.close()
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        if isinstance(error, (av.error.FFmpegError, OSError)) and not isinstance(error, RunnerError):
-            raise as_runner_error(error, where=dest) from error
-        raise
+        with open_unfinished(dest, "mp4", options) as container:
+            with _open_part(parts[0]) as first:
+                template = first.streams.video[0]
+                parameters = _parameters(template)
+                stream = container.add_stream_from_template(template)
+            stream.codec_context.bit_rate = 0  # the first part's; the muxer measures that of the whole
+            if audio is not None:
+                sound, note = Sound.open(audio, container)
+            container.start_encoding()
+            done = 0
+            with closing(_renumbered(parts, parameters, fps)) as packets:
+                for packet in packets:
+                    packet.stream = stream
+                    container.mux(packet)
+                    done += 1
+                    if sound is not None:  # in step with the pictures, or the muxer would queue them all
+                        sound.write_until(container, done / fps)
+            if sound is not None:
+                sound.finish(container)
     finally:
         if sound is not None:
             sound.close()

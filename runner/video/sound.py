@@ -6,9 +6,8 @@ Never: pictures, and which job the sound belongs to.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -17,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import InputUnreadable, RunnerError, as_runner_error
+from runner.errors import InputUnreadable
 from runner.video.decode import open_container
+from runner.video.unfinished import open_unfinished
 
 __all__ = ["AudioSpan", "Sound", "SoundNote", "check_sound", "write_wav"]
 
@@ -134,21 +134,17 @@ def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
     import av
 
     dest = Path(dest)
-    unfinished = dest.with_name(dest.name + ".part")
-    container: Any = None
-    try:
-        with closing(open_container(Path(span.path))) as source:
-            stream = _find_sound(source)
-            if isinstance(stream, str):
-                return SoundNote(stream, missing=True)
-            track = _for_pcm(stream)
-            pieces = _cut(source, track, span, seconds)
-            first = next(pieces, None)
-            if first is None:
-                return SoundNote(ENDED, missing=True)
-            # RF64 where a WAV of 4 GiB ends; no name and version of the library that wrote it.
-            options = {"rf64": "auto", "fflags": "+bitexact"}
-            container = av.open(f"file:{unfinished.absolute()}", "w", format="wav", options=options)
+    with closing(open_container(Path(span.path))) as source:
+        stream = _find_sound(source)
+        if isinstance(stream, str):
+            return SoundNote(stream, missing=True)
+        track = _for_pcm(stream)
+        pieces = _cut(source, track, span, seconds)
+        first = next(pieces, None)
+        if first is None:
+            return SoundNote(ENDED, missing=True)
+        # RF64 where a WAV of 4 GiB ends; no name and version of the library that wrote it.
+        with open_unfinished(dest, "wav", {"rf64": "auto", "fflags": "+bitexact"}) as container:
             out = container.add_stream("pcm_s16le", rate=track.rate, layout=track.layout)
             done = 0
             for piece in chain([first], pieces):
@@ -158,18 +154,6 @@ def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
                 container.mux(out.encode(frame))
                 done += piece.shape[1]
             container.mux(out.encode(None))
-        container.close()
-        container = None
-        os.replace(unfinished, dest)
-    except BaseException as error:
-        if container is not None:
-            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well
-                container.close()
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        if isinstance(error, (av.error.FFmpegError, OSError)) and not isinstance(error, RunnerError):
-            raise as_runner_error(error, where=dest) from error
-        raise
     text = f"cut to the rendered span, written to {dest.name} as 16-bit PCM at {track.rate} Hz {track.layout}"
     return SoundNote(text, missing=False)
 

@@ -271,7 +271,7 @@ def test_a_wav_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runner.video.sound.os.replace", full)
+    monkeypatch.setattr("runner.video.unfinished.os.replace", full)
     with pytest.raises(StorageFull):
         write_wav(AudioSpan(source, 0.0, 2.0), tmp_path / "audio.wav", Fraction(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.mp4", "source.mp4"]

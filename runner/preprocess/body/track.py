@@ -163,8 +163,8 @@ def join_pieces(
 ) -> tuple[Person, list[Person]]:
     """(`main` with the pieces of theirs, these pieces), of `people`; `strangers` are known to be others.
 
-    Whoever appears while they are away, at about their size, is taken to be them; nobody is who is ever seen beside
-    them, nor is a second box on the body of somebody who was, or of a stranger.
+    A way that is seen while `main` is away, at about their size, is a piece of theirs. A way that is ever seen beside
+    them is not, and neither is a second box on the body of another person or of a stranger.
     """
     course = dict(zip(main.looks, main.boxes, strict=True))
     height = float(np.median([box.height for box in main.boxes]))
