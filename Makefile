@@ -3,6 +3,7 @@
 # PYTHON         the interpreter that makes the environment            (python3)
 # EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
+# GPU_VENV       where `make gpu-env` puts the GPU image's packages        (.venv-gpu)
 # WORKERS        how many tests run at a time                          (one a core, four at most)
 # FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
@@ -22,6 +23,9 @@ IMAGE_EXTRA ?= gpu
 comma := ,
 STAMP := $(VENV)/.installed-$(EXTRA)
 BIN := $(VENV)/bin
+GPU_VENV ?= .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed-gpu
+GPU_BIN := $(GPU_VENV)/bin
 MODELS := .cache/demo-models
 MEDIA := .cache/demo-media
 SHELL_FILES := .ci/run tools/image.sh $(wildcard examples/*/*.sh examples/*/*.sbatch)
@@ -35,7 +39,7 @@ define run_each
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak flaky lint image bench bench-gpu clean
+.PHONY: help setup gpu-env demo test soak flaky lint image bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +52,14 @@ $(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
 	$(BIN)/python tools/install.py --editable --extras "$(if $(filter gpu,$(EXTRA)),gpu$(comma)demo$(comma)compare,$(EXTRA))" --backend "$(TORCH_BACKEND)"
+	touch $@
+
+gpu-env: $(GPU_STAMP) ## make .venv-gpu beside .venv: the GPU image's packages and the test tools; no GPU needed, 6 GB
+
+$(GPU_STAMP): pyproject.toml tools/install.py tools/pip_settings.py
+	test -x $(GPU_BIN)/python || $(PYTHON) -m venv $(GPU_VENV)
+	rm -f $@
+	$(GPU_BIN)/python tools/install.py --editable --extras gpu,demo,compare,test-tools --backend "$(or $(TORCH_BACKEND),index)"
 	touch $@
 
 demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/demo
@@ -86,6 +98,6 @@ bench: $(STAMP) ## run the benchmarks that need no GPU; tables on the terminal, 
 bench-gpu: $(STAMP) ## run the benchmarks that need a GPU
 	$(call run_each,$(GPU_BENCHES))
 
-clean: ## remove outputs, demo models and caches; .venv stays
+clean: ## remove outputs, demo models and caches; the environments stay
 	rm -rf out build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(GPU_VENV)/*' -prune -exec rm -rf {} +
