@@ -230,7 +230,10 @@ def measure(task: tuple[Path, Path, list[int], list[Trial], str]) -> list[dict[s
 
 
 def identity(results: list[dict[str, Any]], face_size: int) -> dict[str, Any]:
-    """Does the colour distance tell a clip's own dancer and dance from every other's? All pairs of clips."""
+    """Does the colour distance tell a clip's own dancer and dance from every other's? All pairs of clips.
+
+    Of a single clip there is no pair: only its distance to its own dancer.
+    """
     made = [held_out(result["index"], face_size) for result in results]
     joints = [one.take.joints() for one in made]
     right = [picture.dancer_colours(one.dancer) for one in made]
@@ -244,6 +247,8 @@ def identity(results: list[dict[str, Any]], face_size: int) -> dict[str, Any]:
             table[1, i, j] = picture.colour_distance(seen, right[i])
     own, others = table[0].diagonal(), ~np.eye(count, dtype=bool)
     found: dict[str, Any] = {"own": {"mean": float(own.mean()), "worst": float(own.max())}}
+    if count == 1:
+        return found
     for name, distances in zip(("wrong reference", "wrong dance"), table, strict=True):
         wrong = distances[others].reshape(count, count - 1)
         found[name] = {
@@ -305,19 +310,22 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="two clips and few trials: to see that it runs")
+    parser.add_argument("--clips", type=int, help="how many, one or more (default: 32, with --quick 2)")
+    parser.add_argument("--quick", action="store_true", help="few clips and trials, one worker: to see that it runs")
     parser.add_argument("--samplers", action="store_true", help="compare the samplers at equal counts of model calls")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "demo-models", help="the demo's store")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the table here too")
     arguments = parser.parse_args()
+    clips = (2 if arguments.quick else 32) if arguments.clips is None else arguments.clips
+    workers = min(1 if arguments.quick else arguments.workers, clips)
+    if workers < 1:
+        parser.error("--clips and --workers must be at least 1")
     from runner.demo.build import build_demo_models
     from runner.demo.tiny_model import TINY_FACE_SIZE
 
     build_demo_models(arguments.models)
     (lora,) = (arguments.models / "distill_lora").glob("*.safetensors")
-    clips, workers = (2, 1) if arguments.quick else (arguments.clips, arguments.workers)
     if arguments.samplers:
         todo = sampler_trials(arguments.quick)
         kept = todo[0].name

@@ -51,6 +51,33 @@ def test_the_nearest_to_the_exact_solution_is_named_first(quality):
     assert quality.nearest(rows) == {"4": ["res_2s beta57", "euler official"], "6": ["euler official"]}
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_single_clip_is_compared_with_its_own_dancer_alone(quality, count):
+    """The truth in place of a rendered clip: nearest to its own dancer, and where there is no other, no pair."""
+    results = [{"index": index, "frames": quality.held_out(index, 64).truth} for index in range(count)]
+    found = quality.identity(results, 64)
+    assert 0 <= found["own"]["mean"] <= found["own"]["worst"] < 10
+    if count == 1:
+        assert list(found) == ["own"]
+    else:
+        assert found["wrong reference"]["nearest"] > found["own"]["worst"]
+
+
+@pytest.mark.parametrize("flags", [("--clips", "0"), ("--clips", "-1"), ("--workers", "0")], ids=" ".join)
+def test_no_clips_or_workers_are_a_usage_error(quality, monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["quality.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        quality.main()
+    assert ended.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+
+
+@system_test
+def test_quality_of_a_single_clip(tmp_path):
+    found, printed = run_bench("quality", tmp_path, "--quick", "--clips", "1", "--models", str(tmp_path / "models"))
+    assert (found["clips"], list(found["identity"])) == (1, ["own"])
+    assert all(name in printed for name in found["rows"])
+
+
 @system_test
 def test_quality_of_samplers(tmp_path):
     """Two clips, four calls: every sampler's clip is near the exact one, and less so than the exact one's own half."""
