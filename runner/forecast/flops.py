@@ -104,6 +104,11 @@ class TransformerShape:
         return self.num_layers * (6 * d * d + 2 * d * self.ffn_dim) + adapters * 2 * d * d
 
     @property
+    def activation_numbers(self) -> int:
+        """Numbers a token that go into a block's linears of `block_weights`, those of query, key and value each."""
+        return 7 * self.dim + self.ffn_dim
+
+    @property
     def invariant_weights(self) -> int:
         """Weights of their keys and values of text, image and face, which are used once a window."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks

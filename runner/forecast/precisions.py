@@ -59,7 +59,16 @@ class GemmPrecision:
     backends: tuple[GemmBackend, ...] = ()  # on CUDA, best first
     activation_error: float = 0.0
     weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
-    code_bytes: int = 0  # a code in memory beside the step's peak; 0: none is kept there
+    code_bytes: int = 0  # a code in memory beside an eager block's peak; 0: none is kept there
+    # Of hidden states [S, d], at 14B shapes: what one compiled block holds at its peak, the input that its caller keeps
+    # included, attention's scratch memory aside. Counted from the code that Inductor writes for the block (torch 2.13),
+    # where no comment says otherwise. Default, an assumption: the feed-forward part's inside twice, 2 + 2 x 2.7.
+    fused_units: float = 7.4
+    # Bytes that go through memory for each number of an activation that becomes codes, beyond the bf16 block's own.
+    activation_traffic: float = 0.0
+    # FP4 weights pass through 16 bits before the product; and bytes a weight that go through memory after that.
+    dequantized: bool = True
+    weight_traffic: float = 0.0
     advised_on: Callable[[Capability], bool] = lambda capability: False
     rates: Mapping[str, float] = field(default_factory=dict)  # device of `seconds.DEVICES` → TFLOP/s, large products
 
@@ -92,6 +101,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             "bf16",
             layout="exact",
             dtype="bfloat16",
+            fused_units=6.0,
             runs_on=lambda capability: True,
             rates={"RTX 5090": 240, "RTX 4090": 160, "L40S": 270, "A100": 267, "H200": 763, "H100": 763},
         ),
@@ -106,6 +116,10 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             activation_error=0.027,
             weight_error=0.0275,
             code_bytes=1,
+            fused_units=6.05,  # 2 of hidden states, 2.7 inside the feed-forward part, 1.35 of its codes
+            # The norm's kernel writes the codes. Counted in generated code: 430 GB a step at 832x480x81, bf16's 400.
+            activation_traffic=0.44,
+            weight_traffic=4.0,  # quantise: 2 read, 1 written; the product reads 1 (kernels/low_bit.py)
             runs_on=lambda capability: capability >= (8, 9),
             # GeForce cards of 8.9 and 12.0 make int8 at twice their rate of fp8; an L40S makes both alike.
             advised_on=lambda capability: capability[0] in (9, 10, 11),
@@ -126,6 +140,10 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             activation_error=0.012,
             weight_error=0.0088,
             code_bytes=1,
+            fused_units=7.4,  # 2 of hidden states, 2.7 inside the feed-forward part, and that rotated
+            # Operators of their own, so no kernel before takes them in. Rotate: 2 read, 2 written; quantise: 2 and 1.
+            activation_traffic=7.0,
+            weight_traffic=8.0,  # rotate: 2 and 2; quantise: 2 and 1; the product reads 1
             # On 10.x and 11.x the rate of int8 is a fraction of fp8's.
             runs_on=lambda capability: capability >= (8, 0) and capability[0] not in (10, 11),
             advised_on=lambda capability: capability >= (8, 0) and capability[0] not in (9, 10, 11),
@@ -141,6 +159,9 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             reference=GemmBackend(REFERENCE, "runner.quantization.kernels.nvfp4:reference"),
             backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.nvfp4:block_scaled"),),
             activation_error=0.090,
+            activation_traffic=0.44,  # an assumption: as fp8, the norm's kernel writes the codes
+            dequantized=False,
+            weight_traffic=0.13,  # its scales in the order that the product wants: read and written
             runs_on=lambda capability: capability[0] in (10, 12),
             rates={"RTX 5090": 1140},
         ),

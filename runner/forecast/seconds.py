@@ -5,7 +5,7 @@ Never: torch, a device. The rates are published measurements of large kernels or
 the forecast beside the seconds that a job took, and `bench/engine.py` beside rates measured in the same run.
 
 One denoising step is matrix products at the rate of their compute, self-attention at its kernel's rate, and what goes
-through memory: elementwise work between them, and weights brought from FP4 to the compute's format.
+through memory: elementwise work between them, activations and weights brought to the compute's format.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from runner.forecast.flops import TERA, Costs
-from runner.forecast.precisions import DEFAULT_PRECISION, device_rates
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, device_rates
 
 __all__ = ["DEVICES", "DeviceSpeed", "EngineBuild", "Seconds", "find_device", "forecast_seconds"]
 
 # Bytes that elementwise kernels read and write for each channel of each token in one block: every operation on its
-# own (66 GB a block at 34,320 tokens x 5,120), and fused between the products (0.34 TB in 40 blocks).
-EAGER_BYTES, FUSED_BYTES = 375, 48
+# own (66 GB a block at 34,320 tokens x 5,120), and fused between the products: 10.0 GB, counted from the eight Triton
+# kernels that Inductor (torch 2.13) writes for the 14B block in bf16. Face adapters, 4 % of that, are not counted.
+EAGER_BYTES, FUSED_BYTES = 375, 57
 # Bytes a weight: four and a half bits read and two bytes written at once; or the look-up in steps, each a tensor.
 ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
 # Of the bf16 product's rate, what the autoencoder's convolutions reach: in float32 (TF32), in bfloat16, compiled.
@@ -129,16 +130,18 @@ def forecast_seconds(
     invariant = model.invariant_flop(*window)
     large = model.forward_flop(*window) - attention - invariant
     rate = device.attention_8bit if build.attention_8bit and device.attention_8bit else device.attention
-    through_memory = (
-        model.num_layers * model.tokens(*window) * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
-    )
-    weights = model.block_weights + (0 if build.shared else model.invariant_weights)
-    per_weight = STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES
+    precision, rows = PRECISIONS[build.compute], model.num_layers * model.tokens(*window)  # rows: tokens of all blocks
+    through_memory = rows * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
+    per_weight = (STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES) if build.fp4 else 0.0
+    weights = model.block_weights * (per_weight * precision.dequantized + precision.weight_traffic)
+    if not build.shared:  # its linears are exact whatever the others compute in
+        weights += model.invariant_weights * per_weight
     step = {
         "products": large / TERA / device.matmul[build.compute],
         "attention": attention / TERA / rate,
         "elementwise": through_memory / device.copy_gb_s / 1e9,
-        "dequantise": weights * per_weight / device.copy_gb_s / 1e9 if build.fp4 else 0.0,
+        "activations to codes": rows * model.activation_numbers * precision.activation_traffic / device.copy_gb_s / 1e9,
+        "weights to the compute": weights / device.copy_gb_s / 1e9,
         "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }
     vae_rate = exact_rate * VAE_SHARE[build.vae]
