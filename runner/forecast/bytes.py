@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runner.forecast.flops import MOTION_CHANNELS, TEXT_TOKENS, TransformerShape, VaeShape
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 
 __all__ = [
     "FP4_BYTES",
+    "PixelBytes",
     "Weights",
     "code_bytes",
     "face_bytes",
@@ -27,15 +29,29 @@ __all__ = [
 ]
 
 FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 32 of them or of 8 bits for 16
-# Of hidden states [S, d]: what one block holds at its peak, attention's own scratch memory aside.
-# "fused", compiled, is an assumption: hidden states and their norm, and twice the feed-forward part's 2.7.
-BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "fused": 7.5, "lean": 5.36}
-# Bytes a pixel at 96 base channels, a picture at a time (autoencoder.py): feature maps that are kept, and the peak
-# beside them.
-VAE_DECODE: Mapping[str, int] = {"float32": 13_060, "bfloat16": 7_420}
-VAE_ENCODE: Mapping[str, int] = {"float32": 8_900, "bfloat16": 4_780}
+# Of hidden states [S, d]: what one eager block holds at its peak, attention's own scratch memory aside, in 16 or 32
+# bits. A compiled one: `GemmPrecision.fused_units`.
+BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "lean": 5.36}
+
+
+class PixelBytes(NamedTuple):
+    """The autoencoder's peak in bytes a pixel at 96 base channels. `tensors`: those that are alive.
+
+    `copies`: with what cuDNN adds in a convolution's workspace where channels are not innermost (the default layout):
+    its input and its output again, transposed to the layout of its kernels. Counted from shapes, on the assumption that
+    cuDNN transposes both; profiles show that it does (pytorch#81940, LightX2V#860). Not measured here. Where they do
+    not fit, torch looks for another kernel, which is slower.
+    """
+
+    tensors: int
+    copies: int
+
+
+# A picture at a time (autoencoder.py): feature maps that are kept, and the peak beside them.
+VAE_DECODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(13_060, 14_840), "bfloat16": PixelBytes(7_420, 7_420)}
+VAE_ENCODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(8_900, 10_460), "bfloat16": PixelBytes(4_780, 5_590)}
 # The library's own walk through a tile, all four pictures of a latent frame at once.
-VAE_TILE: Mapping[str, int] = {"float32": 19_460, "bfloat16": 10_130}
+VAE_TILE: Mapping[str, PixelBytes] = {"float32": PixelBytes(19_460, 22_590), "bfloat16": PixelBytes(10_130, 11_300)}
 TILE = 256  # pixels a side, as the library has it
 
 
@@ -91,10 +107,26 @@ def _motion_encoder(shape: TransformerShape) -> float:
     return count + 16 * here * style + 4 * style * style + (style + shape.motion_encoder_dim) * shape.motion_dim
 
 
-def step_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, kind: str, element: int = 2) -> float:
-    """What one denoising step holds at its peak beside weights and invariants: `kind` whole | fused | lean."""
+def step_bytes(
+    shape: TransformerShape,
+    width: int,
+    height: int,
+    frames: int,
+    *,
+    kind: str,
+    element: int = 2,
+    compute: str = DEFAULT_PRECISION,
+) -> float:
+    """What one denoising step holds at its peak beside weights and invariants: `kind` whole | fused | lean.
+
+    `compute`: the name of a row of `PRECISIONS`; `element`: bytes of a number of the hidden states.
+    """
     hidden = _tokens(width, height, frames, shape.patch) * shape.dim * element
-    return BLOCK_UNITS[kind] * hidden
+    if kind == "fused":
+        return PRECISIONS[compute].fused_units * hidden
+    return BLOCK_UNITS[kind] * hidden + code_bytes(
+        shape, width, height, frames, kind=kind, element=element, compute=compute
+    )
 
 
 def _tokens(width: int, height: int, frames: int, patch: int) -> int:
@@ -115,9 +147,24 @@ def workspace_bytes(
     return dense + weight * precision.code_bytes + (weight * element if precision.rotated else 0)
 
 
-def code_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, compute: str) -> int:
-    """The widest activation of a block in codes, beside what `step_bytes` counts."""
-    return _tokens(width, height, frames, shape.patch) * shape.ffn_dim * PRECISIONS[compute].code_bytes
+def code_bytes(
+    shape: TransformerShape,
+    width: int,
+    height: int,
+    frames: int,
+    *,
+    compute: str,
+    kind: str = "whole",
+    element: int = 2,
+) -> int:
+    """The widest activation of an eager block in codes, and before that rotated, beside its 16 or 32 bits.
+
+    `kind` lean: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
+    """
+    precision, tokens = PRECISIONS[compute], _tokens(width, height, frames, shape.patch)
+    if kind == "lean":
+        return tokens * shape.dim * (precision.code_bytes + (element if precision.rotated else 0))
+    return tokens * shape.ffn_dim * precision.code_bytes
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:
@@ -139,15 +186,22 @@ def vae_bytes(shape: VaeShape, dtype: str) -> int:
 
 
 def vae_peak(
-    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False
+    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False, cudnn: bool = False
 ) -> tuple[float, float]:
-    """(encoding a window, decoding one), beside the weights, with the window's own pixels."""
-    wide, pixel = shape.base_dim / 96, 4 if dtype == "float32" else 2
+    """(encoding a window, decoding one), beside the weights, with the window's own pixels.
+
+    `cudnn`: with what its convolutions copy, see `PixelBytes`; for channels that are not innermost.
+    """
+
+    def at_peak(found: PixelBytes) -> float:
+        return (found.copies if cudnn else found.tensors) * shape.base_dim / 96
+
+    pixel = 4 if dtype == "float32" else 2
     clip = 3 * frames * width * height
     # Encoding: pixels in float32 as they come from bytes, in its dtype, and joined to the last window's end.
     given = clip * (4 + 2 * pixel)
     if not tiled:
-        return given + VAE_ENCODE[dtype] * wide * width * height, VAE_DECODE[dtype] * wide * width * height
-    tile = VAE_TILE[dtype] * wide * min(width, TILE) * min(height, TILE)
+        return given + at_peak(VAE_ENCODE[dtype]) * width * height, at_peak(VAE_DECODE[dtype]) * width * height
+    tile = at_peak(VAE_TILE[dtype]) * min(width, TILE) * min(height, TILE)
     # Decoding: all tiles with their overlap (4/3 a side), the rows they are joined to, and the whole.
     return given + tile, tile + clip * pixel * (16 / 9 + 2)

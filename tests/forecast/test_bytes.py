@@ -87,10 +87,20 @@ def test_all_weights_are_blocks_adapters_and_the_rest():
 
 
 # Hidden states of 34,320 tokens: 351 MB in bfloat16.
-@pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 7.5), ("lean", 5.36)])
+@pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 6), ("lean", 5.36)])
 def test_a_steps_peak_in_units_of_hidden_states(kind, units):
     assert step_bytes(SHAPE, *CLIP, kind=kind) == units * 351_436_800
     assert step_bytes(SHAPE, *CLIP, kind=kind, element=4) == units * 702_873_600
+
+
+@pytest.mark.parametrize(
+    ("compute", "inside"),
+    [("bf16", 2.7), ("fp8", 2.7 + 1.35), ("int8", 2 * 2.7), ("nvfp4", 2 * 2.7)],
+)
+def test_a_compiled_blocks_peak_is_hidden_states_and_the_feed_forward_part(compute, inside):
+    """The caller's hidden states, the block's own and what is inside the feed-forward part, 13824/5120 as wide: its
+    bf16, and beside it codes of one byte or all of it rotated. Six hidden states in attention, where that is less."""
+    assert step_bytes(SHAPE, *CLIP, kind="fused", compute=compute) / 351_436_800 == pytest.approx(max(6, 2 + inside))
 
 
 @pytest.mark.parametrize(("width", "height", "frames", "tokens"), [(64, 96, 1, 48), (80, 48, 13, 75), (72, 56, 9, 48)])
@@ -117,6 +127,9 @@ def test_a_workspace_for_the_largest_product():
 def test_activations_in_codes_of_8_bits():
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("fp8", "int8")] == [TOKENS * FFN] * 2
+    # A few rows at a time: of query, key and value's input, one byte each, and in int8 two more of it rotated.
+    lean = [step_bytes(SHAPE, *CLIP, kind="lean", compute=word) for word in ("bf16", "fp8", "int8")]
+    assert [more - lean[0] for more in lean] == pytest.approx([0, TOKENS * D, 3 * TOKENS * D])
 
 
 @pytest.mark.parametrize("element", [2, 4])
@@ -142,18 +155,23 @@ def test_the_autoencoders_weights_are_its_parameters(base, within):
 
 # Bytes a pixel of the picture at 96 channels: kept and at the peak, encoding and decoding; a tile's.
 @pytest.mark.parametrize(
-    ("dtype", "pixel", "encode", "decode", "tile"),
-    [("float32", 4, 8_900, 13_060, 19_460), ("bfloat16", 2, 4_780, 7_420, 10_130)],
+    ("dtype", "pixel", "cudnn", "encode", "decode", "tile"),
+    [
+        ("float32", 4, False, 8_900, 13_060, 19_460),
+        ("bfloat16", 2, False, 4_780, 7_420, 10_130),
+        ("float32", 4, True, 10_460, 14_840, 22_590),
+        ("bfloat16", 2, True, 5_590, 7_420, 11_300),
+    ],
 )
 @pytest.mark.parametrize("share", [1, 0.5])
-def test_the_autoencoders_peaks_by_hand(dtype, pixel, encode, decode, tile, share):
+def test_the_autoencoders_peaks_by_hand(dtype, pixel, cudnn, encode, decode, tile, share):
     shape, area, clip = VaeShape(base_dim=int(96 * share)), 480 * 832, 3 * 81 * 480 * 832
     given = clip * (4 + 2 * pixel)  # in float32, in its dtype, and joined to the last window's end
-    found = vae_peak(shape, *CLIP, dtype=dtype)
+    found = vae_peak(shape, *CLIP, dtype=dtype, cudnn=cudnn)
     assert found == (given + encode * share * area, decode * share * area)
     # Tiles of 256 pixels a side overlap by a quarter; beside them lie the rows they are joined to and the whole clip.
     joined = clip * pixel * (16 / 9 + 2)
-    found = vae_peak(shape, *CLIP, dtype=dtype, tiled=True)
+    found = vae_peak(shape, *CLIP, dtype=dtype, tiled=True, cudnn=cudnn)
     assert found == pytest.approx((given + tile * share * 256**2, tile * share * 256**2 + joined), rel=1e-12)
 
 

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import (
-    code_bytes,
     face_bytes,
     latent_bytes,
     step_bytes,
@@ -49,7 +48,7 @@ __all__ = [
 GB = 1e9
 
 # Assumptions, to be held against the measured peaks in the records.
-CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, workspaces of cuBLAS and cuDNN
+CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, workspaces of cuBLAS
 SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
 PREPROCESS_EXTRA = 500_000_000  # arena of ONNX Runtime beside its models' weights
 ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
@@ -154,12 +153,15 @@ def forecast_memory(
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
     element = 2 if recipe.dtype == "bfloat16" else 4
     weights = weights_of(model, fp4=recipe.fp4, element=element)
-    encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
+    encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height), cudnn=cuda)
     kept = model.invariant_bytes(*size, element=element, guided=guided)
     if not plan.keep_text:
         branches = (1 + guided) * model.text_tokens + (model.image_tokens if model.added_kv_proj_dim is not None else 0)
         kept -= 2 * (model.num_layers - 1) * branches * model.dim * element
-    kind = "whole" if not plan.lean else "fused" if plan.compiled and cuda else "lean"
+    if cuda:  # where a compiled block fails, and to compare it with, the lean one runs
+        kinds = ("fused", "lean") if plan.compiled else ("lean",)
+    else:
+        kinds = ("lean",) if plan.lean else ("whole",)
     slots = min(plan.slots, model.num_layers)
     resident = not cuda or not slots
     per_part = load.loras / model.num_layers
@@ -174,8 +176,9 @@ def forecast_memory(
         "preprocess": load.preprocess + PREPROCESS_EXTRA if plan.preprocess == "device" or not cuda else 0,
         "invariants": kept,
         "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
-        "activations": step_bytes(model, *size, kind=kind, element=element)
-        + code_bytes(model, *size, compute=recipe.compute),
+        "activations": max(
+            step_bytes(model, *size, kind=kind, element=element, compute=recipe.compute) for kind in kinds
+        ),
         "workspace": workspace_bytes(model, fp4=recipe.fp4, compute=recipe.compute, element=element),
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,
         "autoencoder_encode": encode,
