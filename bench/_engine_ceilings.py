@@ -50,9 +50,10 @@ def products(shapes: list[tuple[str, int, int, int]], device: torch.device, dtyp
     return rows
 
 
-def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, ceiling: float) -> Rows:
+def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, ceiling: float | None) -> Rows:
     """TFLOP/s of a block's linears as they are set now, weights brought to the product's format each time, and their
-    part of `ceiling`. The last row is all of them that see every token, in the block's proportions."""
+    part of `ceiling` (None: not measured). The last row is all of them that see every token, in the block's
+    proportions."""
     layers = {"attention's": (block.attn1.to_q, 6), "feed-forward's first": (block.ffn.net[0].proj, 1)}
     layers["feed-forward's second"] = (block.ffn.net[2], 1)
     rows: Rows = []
@@ -65,7 +66,7 @@ def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, c
         flop_of_all, seconds_of_all = flop_of_all + count * flop, seconds_of_all + count * spent
         del x
     rows.append({"what": "linears of a block", "shape": "", "TFLOP/s": flop_of_all / seconds_of_all / 1e12})
-    return [{**row, "of the best product": row["TFLOP/s"] / ceiling} for row in rows]
+    return [{**row, "of the best product": row["TFLOP/s"] / ceiling if ceiling else None} for row in rows]
 
 
 def attentions(heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Rows:

@@ -31,6 +31,9 @@ from runner.timing import StageTimer
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
+COMPILING = "warmup"  # the stage in which blocks are compiled
+ONCE = ("load_encoders", COMPILING)  # stages that a run has once, not every job
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -103,9 +106,9 @@ def run_ours(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, 
     return Spent.of(timer.steps, timer.clock() - begin, once_of(timer), device, window.gpu_peak)
 
 
-def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> float:
+def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> dict[str, float]:
     """What happens once, so that it is in no job that is measured: a job of the same size up to its first step, and two
-    latent frames decoded. Seconds of loading encoders and compiling."""
+    latent frames decoded. Seconds by stage of ONCE."""
     timer = timer_of(pipeline, _UpToTheSteps)
     with suppress(_AllIsReady):
         for _ in segments(pipeline, recipe, clip, 1, timer):
@@ -115,7 +118,7 @@ def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> float:
     for _ in vae.decode_chunks(latents.to(pipeline.compute_device, vae.dtype)):
         pass
     wait(pipeline.compute_device)
-    return once_of(timer)
+    return {stage: timer.seconds.get(stage, 0.0) for stage in ONCE}
 
 
 class _AllIsReady(Exception):
@@ -135,7 +138,7 @@ def timer_of(pipeline: AnimatePipeline, kind: type[StageTimer]) -> StageTimer:
 
 
 def once_of(timer: StageTimer) -> float:
-    return sum(timer.seconds.get(stage, 0.0) for stage in ("load_encoders", "warmup"))
+    return sum(timer.seconds.get(stage, 0.0) for stage in ONCE)
 
 
 def segments(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, timer: StageTimer) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from _engine_runs import Clip, Spent, get_ready, run_ours
+from _engine_runs import COMPILING, Clip, Spent, get_ready, run_ours
 from _engine_seed import dense, stepwise
 from _engine_store import Scale
 from _quantization import NOT_MEASURED
@@ -30,7 +30,12 @@ from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 ALL_OFF = Switches(memos=False, compile=False)
-COMPILING_S = 60.0  # allowed for, where blocks of a new kind are compiled
+# Seconds allowed for where blocks of a new kind are compiled, until this run has compiled some: an estimate, the upper
+# end of 10 to 25 s for generating the code of one graph and compiling its eight to nine kernels.
+COMPILING_S = 25.0
+
+
+OUT_OF_TIME, NEEDS_GPU = "out of time", "needs a GPU"
 
 
 class NotInTime(Exception):
@@ -50,6 +55,8 @@ class Bench:
     deadline: float
     steps: int = 3  # that are run of a job
     clips: int = 0
+    compiling_s: float = COMPILING_S
+    compiled: bool = False  # whether `compiling_s` was measured in this run
 
     @property
     def cuda(self) -> bool:
@@ -63,21 +70,30 @@ class Bench:
     def measure(self, pipeline: Any, recipe: Recipe | None = None, size: tuple[int, int] | None = None) -> Spent:
         """A job through ours; what happens once (compiling, tuning, encoders) is done before it."""
         recipe = recipe or self.recipe
-        once = get_ready(pipeline, recipe, self.clip(size))
+        stages = get_ready(pipeline, recipe, self.clip(size))
+        self.see_compiling(stages[COMPILING])
+        once = sum(stages.values())
         spent = run_ours(pipeline, recipe, self.clip(size), self.steps, self.sampler)
         notes = [f"{once:.3g} s once"] if once else []
         if pipeline.block_step is not None and pipeline.block_step.broken:
             notes.append(f"NOT COMPILED: {pipeline.block_step.broken:.60}")
         return replace(spent, once_s=once, note="; ".join(notes))
 
+    def see_compiling(self, seconds: float) -> None:
+        """So long compiling took just now; 0: nothing was compiled. The longest of the run stands for the next."""
+        if seconds > 0:
+            self.compiling_s = max(self.compiling_s, seconds) if self.compiled else seconds
+            self.compiled = True
+
     def check(self, seconds: float) -> None:
         """Raises NotInTime if so many from now would be too late."""
         if time.monotonic() + seconds > self.deadline:
-            raise NotInTime("out of time")
+            raise NotInTime(OUT_OF_TIME)
 
-    def takes(self, like: Spent, *, compiling: bool = False) -> float:
-        """Seconds that `measure` will probably take for a job like that one."""
-        return 1.7 * like.fixed_s + self.steps * like.step_s + compiling * COMPILING_S * self.cuda
+    def takes(self, like: Spent | None, *, compiling: bool = False) -> float:
+        """Seconds that `measure` will probably take for a job like that one; None: nothing was measured that is."""
+        job = 0.0 if like is None else 1.7 * like.fixed_s + self.steps * like.step_s
+        return job + compiling * self.compiling_s * self.cuda
 
     def rate(self, step_s: float, size: tuple[int, int] | None = None) -> float:
         """TFLOP/s of a step: the model's operations, whatever of them was saved."""
@@ -197,7 +213,7 @@ class Engine:
 
     def measure(self, setting: Setting, expected: float, recipe: Recipe | None = None) -> Spent | str:
         if setting.needs_cuda and not self.bench.cuda:
-            return "needs a GPU"
+            return NEEDS_GPU
 
         def work() -> Spent:
             self.bench.check(expected)
@@ -210,6 +226,32 @@ class Engine:
             return spent
 
         return attempt(f"{setting.what.strip()}{'' if recipe is None else ', ' + recipe.compute}", work)
+
+
+@dataclass
+class OneEngine:
+    """The engine while it is wanted: loaded when it is first used, and anew after `drop`."""
+
+    bench: Bench
+    loaded: Engine | None = None
+
+    def get(self) -> Engine:
+        if self.loaded is None:
+            self.loaded = Engine.load(self.bench)
+        return self.loaded
+
+    def drop(self) -> None:
+        """Leave the device to what is measured alone on it."""
+        self.loaded = None
+        free(self.bench.device)
+
+    def measure(self, setting: Setting, expected: float, recipe: Recipe | None = None) -> Spent | str:
+        """As `Engine.measure`. Nothing is loaded for what would end too late."""
+        if setting.needs_cuda and not self.bench.cuda:
+            return NEEDS_GPU
+        if time.monotonic() + expected > self.bench.deadline:
+            return OUT_OF_TIME
+        return self.get().measure(setting, expected, recipe)
 
 
 def load_resident(bench: Bench) -> Any:

@@ -115,10 +115,10 @@ def _write_transformer(path: Path, config: Mapping[str, Any], device: torch.devi
     metadata = {FORMAT_KEY: NVFP4.name, METHOD_KEY: "drawn", GROUP_KEY: str(NVFP4.group), SOURCE_KEY: "f" * 64}
     metadata |= {LORAS_KEY: json.dumps([{"name": "none", "sha256": "", "strength": 0.0}]), VERSION_KEY: "0"}
     widths = {layer: columns for layer, (_, columns) in linears.items()}
-    _write(path, specs, metadata, SHA256_KEY, lambda *spec: _draw_four_bits(*spec, widths, device))
+    _write(path, specs, metadata, SHA256_KEY, lambda *spec: draw_four_bits(*spec, widths, device))
 
 
-def _draw_four_bits(
+def draw_four_bits(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, widths: Mapping[str, int], device: torch.device
 ) -> Tensor:
     layer, _, leaf = name.rpartition(".")
@@ -129,10 +129,10 @@ def _draw_four_bits(
     if leaf == "weight_scale_2":  # any code is as likely as any other
         spread = torch.tensor(VALUES).square().mean().sqrt() * widths[layer] ** 0.5
         return (1 / spread).reshape(shape)
-    return _draw(name, shape, dtype, device)
+    return draw_tensor(name, shape, dtype, device)
 
 
-def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def draw_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Norms multiply by one, biases add nothing, all else keeps the size of its input."""
     leaf = name.rpartition(".")[2]
     if leaf == "bias" or len(shape) == 0:
@@ -162,7 +162,7 @@ def _write_text_encoder(path: Path, sizes: Mapping[str, Any], device: torch.devi
         if leaf in ("scales", "scaled_zeros"):
             step = 1 / (4.6 * widths[layer] ** 0.5)  # codes 0 to 15 deviate by 4.6 from their middle
             return torch.full(shape, step if leaf == "scales" else -7.5 * step, dtype=dtype, device=device)
-        return _draw(name, shape, dtype, device)
+        return draw_tensor(name, shape, dtype, device)
 
     _write(path, specs, {"config": json.dumps(config), "format": "pt"}, None, draw)
 

@@ -133,6 +133,11 @@ def finish(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()
     """The notes on the terminal; everything, with what it was measured on, as JSON at `path`."""
     for note in notes:
         print(note)
+    write_tables(tables, path, notes)
+
+
+def write_tables(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()) -> None:
+    """The tables, with what they were measured on, as JSON at `path`."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {
         "torch": torch.__version__,

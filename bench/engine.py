@@ -1,20 +1,26 @@
 """The engine: the seed's way and ours in one run, each optimisation added in turn, beside what the machine can do.
 
-    python bench/engine.py [--json PATH] [--seconds S] [--quick]
+    python bench/engine.py [--json PATH] [--seconds S] [--only PART,...] [--quick]
 
-Full-size random weights on a CUDA device, 480x832, 81 frames; scaled down on a CPU, where seconds are CPU seconds and
-what needs a GPU reads "not measured". A job is always a new reference and a new dance with a known prompt; of its six
-steps a few are run, and a whole one is its fixed part and six at their pace. Work is done in order of its worth, each
-piece only if it is likely to end in time (--seconds, 420 on CUDA): the rest reads "not measured".
+Full-size random weights on a CUDA device, 480x832, 81 frames; scaled down on a CPU, where seconds are CPU seconds of
+one thread on one core, and what needs a GPU reads "not measured". A job is always a new reference and a new dance with
+a known prompt; of its six steps a few are run, and a whole one is its fixed part and six at their pace. Work is done in
+order of its worth, each piece only if it is likely to end in time (--seconds, 420 on CUDA): the rest reads "not
+measured". The JSON file is written again after each table.
+
+`--only` chooses tables. What a table needs of another is measured for it. The original scripts run only where a table
+compares with them: for the waterfall, whatever time they take; for headlines and hd, if they fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +29,10 @@ from typing import Any
 import torch
 from _engine_ceilings import attentions, best, linears, products
 from _engine_runs import Clip, DeviceMemory, Seed, Spent, clock_of, run_ours
-from _engine_settings import ALL_OFF, Bench, Engine, all_on, attempt, free, in_gb, load_resident, settings
+from _engine_settings import ALL_OFF, Bench, NotInTime, OneEngine, all_on, attempt, free, in_gb, load_resident, settings
 from _engine_store import FULL, SMALL, write_store
-from _quantization import NOT_MEASURED, Rows, finish, show
+from _pinned_thread import pin_to_one_thread
+from _quantization import NOT_MEASURED, Rows, finish, show, write_tables
 
 from runner.batch.memory_sampler import MemorySampler
 from runner.forecast.flops import PRODUCTION
@@ -52,9 +59,10 @@ CARDS_GB = (24, 16, 12, 8)
 LEAST_GB = 6  # what mode minimal is to stay below
 HD = (1280, 720)
 SQUARE = 8192  # a side of the product that a GPU's ceiling is read from
+ORIGINALS_S = 110.0  # seconds to load and run the original scripts on an H200: an estimate
 
 
-def waterfall(engine: Engine, seed: Spent, best_of_ours: Spent | str) -> dict[str, Spent | str]:
+def waterfall(engine: OneEngine, seed: Spent | str, best_of_ours: Spent | str) -> dict[str, Spent | str]:
     """What each setting took, in their order. `best_of_ours`: measured already."""
     bench, last = engine.bench, all_on(engine.bench)
     found: dict[str, Spent | str] = {}
@@ -64,12 +72,18 @@ def waterfall(engine: Engine, seed: Spent, best_of_ours: Spent | str) -> dict[st
             continue
         # No row is slower than the seed's; rows with all blocks compiled are much like the last one.
         like = best_of_ours if setting.attention and isinstance(best_of_ours, Spent) else seed
-        expected = bench.takes(like, compiling=setting.switches.compile is True and not setting.attention)
+        expected = bench.takes(
+            spent_or_none(like), compiling=setting.switches.compile is True and not setting.attention
+        )
         found[setting.what] = engine.measure(setting, expected)
     return found
 
 
-def low_bits(engine: Engine, found: dict[str, Spent | str], like: Spent) -> Rows:
+def spent_or_none(found: Spent | str) -> Spent | None:
+    return found if isinstance(found, Spent) else None
+
+
+def low_bits(engine: OneEngine, found: dict[str, Spent | str], like: Spent | None) -> Rows:
     """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit. What was
     measured before is in `found`."""
     bench, rows = engine.bench, list[dict[str, object]]()
@@ -80,7 +94,7 @@ def low_bits(engine: Engine, found: dict[str, Spent | str], like: Spent) -> Rows
     return rows
 
 
-def in_fewer_bits(engine: Engine, compute: Any, like: Spent) -> Spent | str:
+def in_fewer_bits(engine: OneEngine, compute: Any, like: Spent | None) -> Spent | str:
     bench = engine.bench
     if not bench.cuda:
         return "needs a GPU"
@@ -88,9 +102,9 @@ def in_fewer_bits(engine: Engine, compute: Any, like: Spent) -> Spent | str:
     return engine.measure(all_on(bench), expected, replace(bench.recipe, compute=compute))
 
 
-def linears_of(engine: Engine, ceiling: float) -> Rows:
+def linears_of(held: OneEngine, ceiling: float | None) -> Rows:
     """The block's linears alone, exact, and in the 8 bits that are advised here."""
-    bench, rows = engine.bench, list[dict[str, object]]()
+    engine, bench, rows = held.get(), held.bench, list[dict[str, object]]()
     tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
     eight = advised(capability_of(bench.device)) if bench.cuda else DEFAULT_PRECISION
     for compute in dict.fromkeys((DEFAULT_PRECISION, eight)):
@@ -109,26 +123,29 @@ def linears_of(engine: Engine, ceiling: float) -> Rows:
     return rows
 
 
-def headlines(bench: Bench, seed: Seed, seed_clip: Spent, exact: Spent | str, eight: Spent | str, name: str) -> Rows:
+def headlines(
+    seed: Seed | None, seed_clip: Spent | str, exact: Spent | str, eight: Spent | str, name: str, cold: Spent | str
+) -> Rows:
     """One warm clip, and a cold manifest of four jobs: two references, two dances, one prompt."""
 
     def total(spent: Spent | str) -> float | None:
         return spent.clip_s(STEPS) if isinstance(spent, Spent) else None
 
-    theirs = seed_clip.clip_s(STEPS)
-    rows: Rows = [
+    theirs = total(seed_clip)
+    return [
         comparison("a warm clip, exact products", theirs, total(exact)),
         comparison(f"a warm clip, {name} products", theirs, total(eight)),
+        comparison(
+            "a cold manifest of four; the seed: a process a job",
+            None if theirs is None or seed is None else 4 * (seed.load_s + theirs),
+            cold.fixed_s if isinstance(cold, Spent) else None,
+        ),
     ]
-    cold = attempt("a cold manifest of four", lambda: cold_manifest(bench, seed_clip))
-    ours = cold.fixed_s if isinstance(cold, Spent) else None
-    what = "a cold manifest of four; the seed: a process a job"
-    return [*rows, comparison(what, 4 * (seed.load_s + theirs), ours)]
 
 
-def cold_manifest(bench: Bench, like: Spent) -> Spent:
+def cold_manifest(bench: Bench, like: Spent | None) -> Spent:
     """Seconds of it all as `fixed_s`. Compiled code comes from disk, as in every process but a machine's first."""
-    bench.check(30 * bench.cuda + 4 * like.clip_s(bench.steps) * 0.7)
+    bench.check(30 * bench.cuda + (0.0 if like is None else 4 * like.clip_s(bench.steps)))
     first, bench.clips = bench.clips + 1, bench.clips + 2
     torch._dynamo.reset()
     clock = clock_of(bench.device)
@@ -142,10 +159,13 @@ def cold_manifest(bench: Bench, like: Spent) -> Spent:
     return replace(spent, fixed_s=seconds)
 
 
-def comparison(what: str, seed: float, ours: float | None) -> dict[str, object]:
-    if ours is None:
-        return {"what": what, "seed, s": seed, "ours, s": NOT_MEASURED, "ratio": None}
-    return {"what": what, "seed, s": seed, "ours, s": ours, "ratio": seed / ours}
+def comparison(what: str, seed: float | None, ours: float | None) -> dict[str, object]:
+    return {
+        "what": what,
+        "seed, s": NOT_MEASURED if seed is None else seed,
+        "ours, s": NOT_MEASURED if ours is None else ours,
+        "ratio": None if seed is None or ours is None else seed / ours,
+    }
 
 
 def cards() -> dict[str, list[int]]:
@@ -164,7 +184,7 @@ def plan_of(mode: Any, card_gb: int | None, recipe: Recipe) -> MemoryPlan:
     return choose_plan("resident", recipe, PRODUCTION, round(card_gb * 1e9), size=(832, 480, 81))[0]
 
 
-def modes(bench: Bench, like: Spent) -> Rows:
+def modes(bench: Bench, like: Spent | None) -> Rows:
     """Every memory mode, as on the smallest card that `auto` chooses it for: forecast beside the measured peak."""
     rows: dict[str, dict[str, object]] = {}
     production, chosen, size = get_recipe("fp4-distill"), cards(), (*bench.scale.size, bench.scale.frames)
@@ -213,22 +233,25 @@ def capped(bench: Bench, card_gb: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
 
 
-def in_hd(bench: Bench, engine: Engine, seed: Seed, seed_clip: Spent, like: Spent) -> Rows:
+def in_hd(bench: Bench, engine: OneEngine, seed: Seed | None, seed_clip: Spent | str, like: Spent | None) -> Rows:
     """Both at 1280x720, 81 frames."""
     frames, tflop = bench.scale.frames, bench.costs.step_tflop
     per_step = tflop(*HD, frames) / tflop(*bench.scale.size, frames)
     pixels = HD[0] * HD[1] / (bench.scale.size[0] * bench.scale.size[1])
 
-    def larger(spent: Spent) -> Spent:
-        return replace(spent, step_s=spent.step_s * per_step, fixed_s=spent.fixed_s * pixels)
+    def larger(spent: Spent | None) -> Spent | None:
+        return spent and replace(spent, step_s=spent.step_s * per_step, fixed_s=spent.fixed_s * pixels)
 
     def ours() -> Spent:
         bench.check(bench.takes(larger(like), compiling=True))
-        with engine.as_in(all_on(bench)):
-            return bench.measure(engine.pipeline, size=HD)
+        held = engine.get()
+        with held.as_in(all_on(bench)):
+            return bench.measure(held.pipeline, size=HD)
 
     def theirs() -> Spent:
-        bench.check(bench.takes(larger(seed_clip)))
+        if seed is None:
+            raise NotInTime(str(seed_clip))
+        bench.check(bench.takes(larger(spent_or_none(seed_clip))))
         return seed.run(bench.clip(HD), bench.steps, bench.sampler)
 
     rows: Rows = []
@@ -272,65 +295,10 @@ def ceilings(bench: Bench) -> Rows:
     return products(shapes, bench.device, dtype) + attentions(heads, tokens, width, bench.device, dtype)
 
 
-def measure_all(bench: Bench) -> dict[str, Rows]:
-    tables: dict[str, Rows] = {"ceilings": ceilings(bench)}
-    seed = Seed(bench.store, bench.recipe, bench.device)
-    seed.run(bench.clip(frames=5), 1, bench.sampler)  # loads what is loaded once
-    seed_clip = seed.run(bench.clip(), bench.steps, bench.sampler)
-    print(f"  the seed's way: {seed_clip.step_s:.4g} s a step", flush=True)
-    free(bench.device)
-
-    engine = Engine.load(bench)
-    exact = engine.measure(all_on(bench), bench.takes(seed_clip, compiling=True))
-    like = exact if isinstance(exact, Spent) else seed_clip
-    eight = advised(capability_of(bench.device)) if bench.cuda else "8-bit"
-    fewer = {eight: in_fewer_bits(engine, eight, like)}
-    tables["linears"] = linears_of(engine, best(tables["ceilings"], "product") or float("nan"))
-    del engine  # caps and cold starts are for what is alone on the device
-    free(bench.device)
-    tables["modes"] = modes(bench, like)
-    tables["headlines"] = headlines(bench, seed, seed_clip, exact, fewer[eight], eight)
-    free(bench.device)
-
-    engine = Engine.load(bench)
-    rows = [bench.row("the seed's way: library's pipeline, models wait on the host", seed_clip)]
-    rows += [bench.row(what, spent) for what, spent in waterfall(engine, seed_clip, exact).items()]
-    tables["waterfall"] = rows
-    tables["low_bits"] = low_bits(engine, fewer, like)
-    tables["hd"] = in_hd(bench, engine, seed, seed_clip, like)
-    tables["forecasts"] = forecasts()
-    return {name: tables[name] for name in TITLES}
-
-
-def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
-    """How far we are from what the machine does."""
-    found = [row for row in tables["waterfall"] if isinstance(row["TFLOP/s"], float)]
-    fastest = max(found, key=lambda row: row["TFLOP/s"])
-    product, attention = best(tables["ceilings"], "product"), best(tables["ceilings"], "attention")
-    model, window = bench.costs.transformer, (*bench.scale.size, bench.scale.frames)
-    reads = model.self_attention_flop(*window) / 1e12
-    rest = (model.forward_flop(*window) - model.invariant_flop(*window)) / 1e12 - reads
-    lines = [f"{bench.scale.name}; {bench.scale.size[0]}x{bench.scale.size[1]}, {bench.scale.frames} frames"]
-    if product and attention:
-        floor = rest / product + reads / attention
-        lines.append(
-            f"floor of a step, all products and attention at the best rates measured alone: {floor:.4g} s; "
-            f"reached {fastest['s a step']:.4g} s ({fastest['what']}), {floor / fastest['s a step']:.0%} of it"
-        )
-    together = [row for row in tables["linears"] if row["what"] == "linears of a block" and row["of the best product"]]
-    lines += [f"linears, {row['compute']}: {row['of the best product']:.0%} of the best product" for row in together]
-    stream = next(row for row in tables["modes"] if row["mode"] == "stream")
-    alone = next((row["s a step"] for row in tables["modes"] if row["mode"] == "resident"), None)
-    if bench.cuda and isinstance(stream["s a step"], float) and isinstance(alone, float):
-        lines.append(f"a streamed step takes {stream['s a step'] / alone:.3f} of a resident one's time")
-    seconds = "CPU seconds" if not bench.cuda else "seconds"
-    lines.append(f"{seconds}; forecasts come from the cost model and were not measured")
-    return lines
-
-
 TITLES = {
     "ceilings": "What the machine does",
     "linears": "Linears of a block, alone",
+    "exact": "Ours, exact products, everything on",
     "waterfall": "Each optimisation added to those before",
     "low_bits": "Products in fewer bits, all else on",
     "headlines": f"Whole jobs of {STEPS} steps",
@@ -338,6 +306,123 @@ TITLES = {
     "modes": "Memory modes, each on the smallest of the cards that `auto` takes it for at 480x832, 81 frames",
     "forecasts": "Forecast for 480x832, 81 frames, 6 steps (no measurement)",
 }
+NAMES = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines", "waterfall", "hd", "forecasts")
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """The tables that `--only` names."""
+    names = tuple(name.strip() for name in text.split(","))
+    wrong = [name for name in names if name not in NAMES]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"no table {', '.join(map(repr, wrong))}; there are {', '.join(NAMES)}")
+    return names
+
+
+def measure_all(
+    bench: Bench,
+    chosen: Collection[str] = NAMES,
+    report: Callable[[dict[str, Rows]], None] = lambda tables: None,
+) -> dict[str, Rows]:
+    """The chosen tables by name. `report` gets those that are there whenever one is added or grows."""
+    tables: dict[str, Rows] = {}
+
+    def wanted(*names: str) -> bool:
+        return not set(names).isdisjoint(chosen)
+
+    def keep(name: str, rows: Rows) -> None:
+        if name in chosen:
+            tables[name] = rows
+            report(tables)
+
+    if wanted("ceilings"):
+        keep("ceilings", ceilings(bench))
+    engine = OneEngine(bench)
+    exact: Spent | str = "not chosen"
+    if wanted("exact", "headlines", "waterfall"):
+        exact = engine.measure(all_on(bench), bench.takes(None, compiling=True))
+        keep("exact", [bench.row("ours, exact products", exact)])
+    like = spent_or_none(exact)
+    eight = advised(capability_of(bench.device)) if bench.cuda else "8-bit"
+    fewer: dict[str, Spent | str] = {}
+    if wanted("low_bits", "headlines"):
+        fewer[eight] = in_fewer_bits(engine, eight, like)
+        if eight in PRECISIONS:
+            keep("low_bits", [bench.row(f"{bench.recipe.name}+{eight}", fewer[eight])])
+    if wanted("linears"):
+        keep("linears", linears_of(engine, best(tables.get("ceilings", []), "product")))
+    if wanted("modes", "headlines", "waterfall", "hd"):
+        engine.drop()  # caps and cold starts are for what is alone on the device, and so are the original scripts
+    if wanted("modes"):
+        keep("modes", modes(bench, like))
+    cold: Spent | str = "not chosen"
+    if wanted("headlines"):
+        cold = attempt("a cold manifest of four", lambda: cold_manifest(bench, like))
+        free(bench.device)
+        keep("headlines", headlines(None, "not yet", exact, fewer[eight], eight, cold))
+    seed: Seed | None = None
+    seed_clip: Spent | str = "not chosen"
+    if wanted("headlines", "waterfall", "hd"):
+        seed, seed_clip = original_scripts(bench, at_any_time=wanted("waterfall"))
+    if wanted("headlines"):
+        keep("headlines", headlines(seed, seed_clip, exact, fewer[eight], eight, cold))
+    if wanted("waterfall"):
+        rows = [bench.row("the seed's way: library's pipeline, models wait on the host", seed_clip)]
+        rows += [bench.row(what, spent) for what, spent in waterfall(engine, seed_clip, exact).items()]
+        keep("waterfall", rows)
+    if wanted("low_bits"):
+        keep("low_bits", low_bits(engine, fewer, like))
+    if wanted("hd"):
+        keep("hd", in_hd(bench, engine, seed, seed_clip, like))
+    if wanted("forecasts"):
+        keep("forecasts", forecasts())
+    return {name: tables[name] for name in TITLES if name in tables}
+
+
+def original_scripts(bench: Bench, *, at_any_time: bool) -> tuple[Seed | None, Spent | str]:
+    """Them, loaded, and what a clip took; (None, why not) where they do not fit into the time that is left."""
+    loaded: list[Seed] = []
+
+    def work() -> Spent:
+        if not at_any_time:
+            bench.check(ORIGINALS_S * bench.cuda)
+        loaded.append(Seed(bench.store, bench.recipe, bench.device))
+        loaded[0].run(bench.clip(frames=5), 1, bench.sampler)  # loads what is loaded once
+        return loaded[0].run(bench.clip(), bench.steps, bench.sampler)
+
+    found = attempt("the seed's way", work)
+    free(bench.device)
+    return (loaded[0] if loaded and isinstance(found, Spent) else None), found
+
+
+def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
+    """How far we are from what the machine does."""
+    rows = [*tables.get("waterfall", []), *tables.get("exact", [])]
+    found = [row for row in rows if isinstance(row["TFLOP/s"], float)]
+    fastest = max(found, key=lambda row: row["TFLOP/s"], default=None)
+    ceiling = tables.get("ceilings", [])
+    product, attention = best(ceiling, "product"), best(ceiling, "attention")
+    model, window = bench.costs.transformer, (*bench.scale.size, bench.scale.frames)
+    reads = model.self_attention_flop(*window) / 1e12
+    rest = (model.forward_flop(*window) - model.invariant_flop(*window)) / 1e12 - reads
+    lines = [f"{bench.scale.name}; {bench.scale.size[0]}x{bench.scale.size[1]}, {bench.scale.frames} frames"]
+    if product and attention and fastest:
+        floor = rest / product + reads / attention
+        lines.append(
+            f"floor of a step, all products and attention at the best rates measured alone: {floor:.4g} s; "
+            f"reached {fastest['s a step']:.4g} s ({fastest['what']}), {floor / fastest['s a step']:.0%} of it"
+        )
+    linears_alone = tables.get("linears", [])
+    together = [row for row in linears_alone if row["what"] == "linears of a block" and row["of the best product"]]
+    lines += [f"linears, {row['compute']}: {row['of the best product']:.0%} of the best product" for row in together]
+    step = {row["mode"]: row["s a step"] for row in tables.get("modes", [])}
+    stream, alone = step.get("stream"), step.get("resident")
+    if bench.cuda and isinstance(stream, float) and isinstance(alone, float):
+        lines.append(f"a streamed step takes {stream / alone:.3f} of a resident one's time")
+    seconds = "seconds"
+    if not bench.cuda:
+        seconds = f"CPU seconds, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    lines.append(f"{seconds}; forecasts come from the cost model and were not measured")
+    return lines
 
 
 def scratch(device: torch.device) -> str | None:
@@ -347,22 +432,29 @@ def scratch(device: torch.device) -> str | None:
     return str(memory) if plenty else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the tables here too")
-    parser.add_argument("--seconds", type=float, help="leave out what would begin after this many")
-    parser.add_argument("--quick", action="store_true", help="a smaller clip and fewer steps: does it all run?")
-    options = parser.parse_args()
+def run(
+    device: torch.device,
+    *,
+    chosen: Collection[str] = NAMES,
+    seconds: float | None = None,
+    quick: bool = False,
+    report: Callable[[dict[str, Rows]], None] = lambda tables: None,
+) -> tuple[dict[str, Rows], list[str]]:
+    """The chosen tables, and notes on them. To be called before the process has used the device.
+
+    On a CPU the process is left with one thread on one core.
+    """
     began, memory = time.monotonic(), DeviceMemory()  # before this process holds any
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        pin_to_one_thread()
     grow_segments(device)  # as a run does
     scale = FULL if device.type == "cuda" else SMALL
-    if options.quick:
+    if quick:
         scale = replace(SMALL, size=(64, 64), frames=5)
     recipe = get_recipe("fp4-distill")
     if device.type == "cpu":
         recipe = replace(recipe, dtype="float32")  # what a CPU computes in
-    seconds = options.seconds or (420 if device.type == "cuda" else 1e9)
+    seconds = seconds or (420 if device.type == "cuda" else 1e9)
     torch.manual_seed(0)
     with (
         tempfile.TemporaryDirectory(prefix="video-lab-bench-", dir=scratch(device)) as folder,
@@ -372,12 +464,30 @@ def main() -> None:
         write_store(Path(folder), scale, recipe, device)
         store = ModelStore(Path(folder))
         bench = Bench(device, scale, recipe, store, ResolvedRecipe(store, recipe).costs, sampler, began + seconds)
-        if options.quick:
+        if quick:
             bench.steps = 2
-        tables = measure_all(bench)
+        tables = measure_all(bench, chosen, report)
+    return tables, notes(bench, tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the tables here too")
+    parser.add_argument("--seconds", type=float, help="leave out what would begin after this many")
+    parser.add_argument("--only", type=names_of, default=NAMES, metavar="PART,...", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="a smaller clip and fewer steps: does it all run?")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the store of 16 GB is removed then
+    tables, lines = run(
+        torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
+        chosen=options.only,
+        seconds=options.seconds,
+        quick=options.quick,
+        report=lambda tables: write_tables(tables, options.json, ["not finished"]),
+    )
     for name, rows in tables.items():
         show(TITLES[name], rows)
-    finish(tables, options.json, notes(bench, tables))
+    finish(tables, options.json, lines)
 
 
 if __name__ == "__main__":

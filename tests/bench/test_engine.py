@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import os
+import sys
+import time
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from tests.system_tests import system_test
 @system_test
 def test_engine(tmp_path):
     tables, printed = run_bench("engine", tmp_path, "--quick")
+    assert tables["machine"]["threads"] == 1 and "CPU seconds, 1 thread;" in printed
     rows = {row["what"].strip(): row for row in tables["waterfall"]}
     measured = [row for row in rows.values() if isinstance(row["s a step"], float)]
     assert "not measured" in printed and len(measured) >= 5  # the rest needs a GPU and says so
@@ -65,3 +72,114 @@ def test_memory_of_a_gpu_is_read_where_the_driver_names_no_process(monkeypatch):
     assert [read(), read()] == [(5, 30), (5, 0)]
     assert runs.DeviceMemory(lambda: (5, 7), lambda: 100)() == (5, 7)
     assert runs.DeviceMemory(lambda: (5, None), lambda: None)() == (5, None)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The benchmark's module, with a clock that stands and pieces that do nothing but say that they ran."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    module, settings = (importlib.import_module(name) for name in ("engine", "_engine_settings"))
+    runs = importlib.import_module("_engine_runs")
+    ran: list[str] = []
+    spent = runs.Spent(1.0, 2.0, 0.0, None, None)
+
+    def piece(name, result):
+        def run(*_arguments, **_named):
+            ran.append(name)
+            return result
+
+        return run
+
+    monkeypatch.setattr(module, "Seed", lambda *_: SimpleNamespace(run=piece("original scripts", spent), load_s=3.0))
+    monkeypatch.setattr(module, "cold_manifest", piece("cold manifest", spent))
+    monkeypatch.setattr(module, "free", lambda device: None)
+    monkeypatch.setattr(settings, "free", lambda device: None)
+    for name in ("ceilings", "linears_of", "modes", "in_hd", "forecasts"):
+        monkeypatch.setattr(module, name, piece(name, [{"what": name}]))
+    monkeypatch.setattr(settings.Engine, "load", lambda bench: SimpleNamespace(measure=piece("ours", spent)))
+    module.ran = ran
+    yield module
+    del module.ran
+
+
+def bench_of(engine, deadline=float("inf")):
+    recipe = engine.get_recipe("fp4-distill")
+    return engine.Bench(torch.device("cpu"), engine.SMALL, recipe, None, engine.PRODUCTION, None, deadline)
+
+
+@pytest.mark.parametrize(
+    ("only", "runs"),
+    [
+        ("forecasts", {"forecasts"}),
+        ("ceilings,linears", {"ceilings", "linears_of"}),
+        ("linears", {"linears_of"}),
+        ("exact", {"ours"}),
+        ("modes", {"modes"}),
+        ("low_bits", set()),  # on a CPU these rows say what they need
+        ("headlines", {"ours", "cold manifest", "original scripts"}),
+        ("waterfall", {"ours", "original scripts"}),
+        ("hd", {"original scripts", "in_hd"}),
+    ],
+)
+def test_only_what_was_asked_for_and_what_it_needs_is_measured(engine, only, runs):
+    seen = []
+    names = engine.names_of(only)
+    tables = engine.measure_all(bench_of(engine), names, lambda tables: seen.append(set(tables)))
+    assert set(engine.ran) == runs
+    assert set(tables) == set(names) == seen[-1]
+    engine.notes(bench_of(engine), {} if only == "modes" else {name: [] for name in tables})  # needs no table at all
+
+
+def test_all_tables_are_made_without_a_choice_and_told_of_as_they_come(engine):
+    seen = []
+    tables = engine.measure_all(bench_of(engine), report=lambda tables: seen.append(list(tables)))
+    assert set(tables) == set(engine.NAMES) == set(engine.TITLES)
+    assert seen[0] == ["ceilings"] and all(set(a) <= set(b) for a, b in pairwise(seen))
+
+
+def test_the_original_scripts_run_out_of_time_for_headlines_alone(engine):
+    """Theirs is the row that the waterfall is held against; else they only run where they fit."""
+    late = time.monotonic() - 1
+    rows = engine.measure_all(bench_of(engine, late), ("headlines",))["headlines"]
+    assert "original scripts" not in engine.ran
+    assert [(row["seed, s"], row["ratio"]) for row in rows] == [("not measured", None)] * 3
+    assert rows[2]["ours, s"] == 2.0  # the cold manifest, which does not read the clock here
+    (first, *_) = engine.measure_all(bench_of(engine, late), ("waterfall",))["waterfall"]
+    assert first["s a step"] == 1.0 and "original scripts" in engine.ran
+
+
+def test_an_unknown_table_is_a_usage_error_that_lists_those_that_there_are(engine, capsys, monkeypatch):
+    with pytest.raises(argparse.ArgumentTypeError, match="no table 'speed'; there are ceilings, linears, exact"):
+        engine.names_of("ceilings,speed")
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--only", "ceilings,speed"])
+    with pytest.raises(SystemExit) as stopped:
+        engine.main()
+    assert stopped.value.code == 2 and "no table 'speed'" in capsys.readouterr().err
+
+
+def test_the_first_compiling_of_a_run_stands_for_the_next(engine, monkeypatch):
+    bench = bench_of(engine)
+    monkeypatch.setattr(type(bench), "cuda", property(lambda _: True))
+    assert bench.takes(None, compiling=True) == 25  # an estimate until then
+    bench.see_compiling(0.0)  # nothing was compiled
+    assert not bench.compiled
+    for seconds, expected in ((9.0, 9.0), (4.0, 9.0), (12.0, 12.0)):
+        bench.see_compiling(seconds)
+        assert bench.takes(None, compiling=True) == expected
+    assert bench.takes(None) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_one_thread_is_pinned_to_one_core(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")  # as before, afterwards
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(2)
+    try:
+        importlib.import_module("_pinned_thread").pin_to_one_thread()
+        assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+        assert len(os.sched_getaffinity(0)) == 1 and os.sched_getaffinity(0) <= cores
+    finally:
+        torch.set_num_threads(threads)
+        os.sched_setaffinity(0, cores)
