@@ -1,0 +1,139 @@
+"""What the GPU is asked to do, counted without one: the autoencoder's launches and bytes, a traced block's operators.
+
+Ceilings are what was counted with torch 2.13 and diffusers 0.42.1. A change that lowers a count by a tenth fails too:
+then the ceiling comes down with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch._dynamo.backends.common import aot_autograd
+
+from runner.generation.runtime.compute import sees_every_token
+from runner.generation.wan_animate.autoencoder import FramewiseVae
+from runner.generation.wan_animate.compiled import CompiledStep
+from runner.quantization.linear import FP4Linear
+from tests.generation.operator_counts import OperatorCounts
+from tests.generation.wan_animate.test_compiled import Case
+from tests.generation.wan_animate.test_transformer import in_four_bits, load
+from tests.system_tests import system_test
+
+WINDOW = 21  # latent frames of 81 frames, 480x832
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Cost:
+    launches: int
+    gigabytes: float
+
+    def within(self, ceiling: Cost) -> bool:
+        fits = self.launches <= ceiling.launches and self.gigabytes <= ceiling.gigabytes
+        return fits and self.launches > 0.9 * ceiling.launches and self.gigabytes > 0.9 * ceiling.gigabytes
+
+
+# Of a whole window: ours, then the library's walk, four frames at a time.
+CEILINGS = {
+    ("decode", FLOAT): (Cost(19_173, 4_231), Cost(7_992, 3_309)),
+    ("encode", FLOAT): (Cost(13_477, 2_551), Cost(6_016, 2_004)),
+    ("decode", HALF): (Cost(22_344, 2_903), Cost(9_483, 2_443)),
+    ("encode", HALF): (Cost(15_466, 1_685), Cost(7_045, 1_411)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def count(kind: type[AutoencoderKLWan], what: str, dtype: torch.dtype, latent_frames: int) -> Cost:
+    """The published autoencoder at 480x832, on the meta device. Attention is counted as torch's plain products."""
+    with torch.device("meta"):
+        vae = kind().to(dtype)
+        shape = (16, latent_frames, 60, 104) if what == "decode" else (3, 4 * latent_frames - 3, 480, 832)
+        given = torch.empty(1, *shape, dtype=dtype)
+    with OperatorCounts() as counts:
+        vae.decode(given) if what == "decode" else vae.encode(given)
+    return Cost(counts.launches.total(), counts.bytes.total() / 1e9)
+
+
+@pytest.mark.parametrize(("what", "dtype"), [key for key in CEILINGS if key[1] == FLOAT], ids=str)
+def test_a_window_costs_no_more_launches_and_bytes(what, dtype):
+    """Every latent frame from the second on costs the same: two short windows tell a long one's cost."""
+    two, three = (count(FramewiseVae, what, dtype, frames) for frames in (2, 3))
+    later = WINDOW - 3
+    window = Cost(
+        three.launches + later * (three.launches - two.launches),
+        three.gigabytes + later * (three.gigabytes - two.gigabytes),
+    )
+    ceiling, _ = CEILINGS[what, dtype]
+    assert window.within(ceiling), window
+
+
+@system_test
+@pytest.mark.parametrize(("what", "dtype"), CEILINGS, ids=str)
+def test_the_whole_window_beside_the_librarys_walk(what, dtype):
+    """The library's counts must be what they were, else it is torch or diffusers that has changed."""
+    ceiling, theirs = CEILINGS[what, dtype]
+    found = count(AutoencoderKLWan, what, dtype, WINDOW)
+    assert (found.launches, found.gigabytes) == (theirs.launches, pytest.approx(theirs.gigabytes, abs=1)), found
+    assert count(FramewiseVae, what, dtype, WINDOW).within(ceiling)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_counter_against_a_sum_by_hand(device):
+    """Float32 [2, 3, 4, 4]: 96 numbers; its convolution with 5 filters of 3x3 has 5 x 2 x 2 a picture."""
+    pictures = torch.ones(2, 3, 4, 4, device=device)
+    filters, bias = torch.ones(5, 3, 3, 3, device=device), torch.ones(5, device=device)
+    with OperatorCounts() as counts:
+        made = torch.nn.functional.conv2d(pictures, filters, bias)  # reads 96 + 135 + 5, writes 40
+        turned = made.transpose(0, 1)[1:].unsqueeze(0)  # views
+        room = torch.empty(1, 4, 2, 2, 2, device=device).zero_()  # writes 32
+        room.copy_(turned)  # reads 32, writes 32
+        room.add_(1)  # reads 32, writes 32
+        torch.cat([room, room], dim=1)  # reads 64, writes 64
+    assert counts.launches == {f"aten::{name}": 1 for name in ("convolution", "zero_", "copy_", "add_", "cat")}
+    numbers = {"convolution": 276, "zero_": 32, "copy_": 64, "add_": 64, "cat": 128}
+    assert counts.bytes == {f"aten::{name}": 4 * many for name, many in numbers.items()}
+
+
+def operators_of_a_block(model) -> Counter[str]:
+    """Our own operators in the graph that a block becomes, as the compiler's back end gets it: equal ones merged."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = CompiledStep(backend=aot_autograd(fw_compiler=keep, inference_compiler=keep))
+    case = Case(model)
+    assert (case.warm(step), step.broken) == (1, "")
+    (graph,) = graphs
+    names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return Counter(name.split(".")[1] for name in names if name.startswith("video_lab."))
+
+
+@pytest.mark.parametrize(
+    ("compute", "operator", "rotations"),
+    [("", "fp4_linear", 0), ("int8", "fp4_rowwise_linear", 8)],
+    ids=["bf16", "int8"],
+)
+def test_a_block_has_one_fp4_operator_a_layer_and_no_more_rotations(tiny_store_dir, compute, operator, rotations):
+    """Four of self-attention, query and output of cross-attention, two of the feed-forward; all else is computed once
+    for all steps. Query, key and value have one input: six rotations would do."""
+    model = load(tiny_store_dir, torch.bfloat16)
+    in_four_bits(model)
+    for name, layer in model.named_modules():
+        if compute and isinstance(layer, FP4Linear) and sees_every_token(name):
+            layer.set_compute(compute, "reference")
+    found = operators_of_a_block(model)
+    assert {name: many for name, many in found.items() if name.endswith("_linear")} == {operator: 8}
+    assert rotations - 2 <= found["rotate_rows"] <= rotations
