@@ -6,7 +6,7 @@ In:   a function that sends one message, a tuple. Out: messages `log`, `phase`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import structlog
 from runner.batch.run_pace import Phase, StepCount
 from runner.batch.stop import Stop
 from runner.errors import as_runner_error
+from runner.generation.protocol import JobDemand
 from runner.records.library_messages import capture_library_messages
 from runner.records.record import JobLine
 from runner.redact import redact_tree
@@ -27,11 +28,13 @@ class MachineShare:
     """What a run does otherwise that is one of `processes` that one command runs on this machine.
 
     It is stopped by `stop` and listens to no signal. `before_load` returns when this process may load its model.
+    `demands`: of all jobs that the command shares out, where it knows more of them than this process.
     """
 
     processes: int
     stop: Stop
     before_load: Callable[[], None]
+    demands: Sequence[JobDemand] = ()
 
 
 class WorkerLink:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runner.errors import ConfigInvalid
-from runner.generation.protocol import Generator, SegmentPlan
+from runner.generation.protocol import Generator, JobDemand, SegmentPlan
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 
@@ -43,6 +43,8 @@ class EngineSettings:
     tensorrt: TensorrtMode = "off"
     saves: bool = True  # False: what `cache` keeps is read, and nothing is added to it while the model is resolved
     processes: int = 1  # that share this machine: caches in its memory are divided among them
+    # Of the jobs to be ready for, asked when the model is loaded, since it may read inputs; none: nothing is known.
+    demands: Callable[[], Sequence[JobDemand]] = tuple
 
 
 class Forecaster(Protocol):

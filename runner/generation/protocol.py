@@ -18,7 +18,18 @@ from runner.records.people import People
 from runner.spec.options import JobOptions
 from runner.timing import DeviceProbe, StageTimer
 
-__all__ = ["DRIFT", "ClipInfo", "Conditions", "Generator", "OnStep", "Request", "ResumePoint", "Segment", "SegmentPlan"]
+__all__ = [
+    "DRIFT",
+    "ClipInfo",
+    "Conditions",
+    "Generator",
+    "JobDemand",
+    "OnStep",
+    "Request",
+    "ResumePoint",
+    "Segment",
+    "SegmentPlan",
+]
 
 DRIFT: Final = "drift"  # of a resume point's `values`: a DriftRecord as JSON
 
@@ -35,6 +46,18 @@ class Request:
     options: JobOptions
     official: Path | None = None  # folder of the official script's files, instead of preprocessing
     mask: Path | None = None  # replace mode: a video (or image), white where the character goes
+
+
+@dataclass(frozen=True)
+class JobDemand:
+    """What of a job decides how much memory it takes, as far as that is known before its inputs are there."""
+
+    size: tuple[int, int] | None  # (width, height); None: only its inputs tell, and they have not been read
+    frames: int  # of its windows, at most
+    guided: bool = False
+    interpolates: bool = False
+    loras: tuple[tuple[str, float], ...] = ()  # its own: names and strengths
+    replace: bool = False  # the mode
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from runner.spec.recipes import Recipe
 
 __all__ = [
     "fit_segments",
+    "longest_window",
     "output_span",
     "plan_job",
     "reflect_indices",
@@ -60,6 +61,14 @@ def fit_segments(frames: int, overlap: int, longest: int) -> tuple[int, int]:
     segments = max(1, -(-(frames - overlap) // (longest - overlap)))
     new_frames = max(0, -(-(frames - overlap) // segments))  # of each window, beyond its overlap
     return max(least, round_up(overlap + new_frames)), segments
+
+
+def longest_window(options: JobOptions) -> int:
+    """The most frames that a window of such a job has, however long its video is; see `fit_segments`."""
+    if options.max_frames is None:
+        return options.max_segment_frames
+    longest = max(shortest_window(options.overlap_frames), round_up(options.max_frames))
+    return min(options.max_segment_frames, longest)
 
 
 def reflect_indices(start: int, stop: int, frames: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from runner.batch.progress import Progress
 from runner.batch.shared_run import JoinedReports, SharedRun, WorkerReport
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
+from runner.generation.protocol import JobDemand
 from runner.launch.hand_out import HandOut
 from runner.launch.ray_cluster import RayActor, RayNode, RayPlace, WorkerGone, WorkerSilent
 from runner.launch.ray_places import next_places
@@ -60,7 +61,7 @@ class RayWork:
 
     workers: on CPUs, so many at most; None: one a GPU. variables: place → what its worker's environment has more.
     keep: called once the cluster is open; keeps with the run what later commands ask of it, and returns
-    WorkerOrder.shared_file.
+    WorkerOrder.shared_file. demands: of all jobs.
     """
 
     run: Callable[..., Any]
@@ -70,6 +71,7 @@ class RayWork:
     workers: int | None = None
     variables: Callable[[RayPlace], Mapping[str, str]] = lambda place: {}
     keep: Callable[[], tuple[str, bytes] | None] = lambda: None
+    demands: Sequence[JobDemand] = ()
 
 
 def run_on_ray(
@@ -299,7 +301,7 @@ class _Driver:
         worker.pid = facts["pid"]
         work, place = self._work, worker.place
         order = WorkerOrder(
-            work.run, work.settings, place.sharing, place.gpus > 0, os.getcwd(), shared_file=self.shared_file
+            work.run, work.settings, place.sharing, place.gpus > 0, os.getcwd(), self.shared_file, work.demands
         )
         self._ask(worker, partial(self._begin, worker), "begin", order)
 

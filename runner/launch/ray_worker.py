@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +26,7 @@ from runner import __version__
 from runner.batch.stop import Stop
 from runner.batch.worker_link import MachineShare, WorkerLink
 from runner.errors import ConfigInvalid
+from runner.generation.protocol import JobDemand
 from runner.launch.mailbox import Mailbox
 from runner.records.record import environment
 from runner.spec.manifest import Job
@@ -42,7 +43,7 @@ class WorkerOrder:
 
     workers: how many work on its machine. gpu: whether Ray has given it one. folder: the working directory of the
     command, for relative paths. shared_file: a key of OUT and the bytes there, which the worker must find before it
-    takes a job; None: nothing.
+    takes a job; None: nothing. demands: of all jobs that it may get.
     """
 
     run: Callable[..., Any]
@@ -51,6 +52,7 @@ class WorkerOrder:
     gpu: bool
     folder: str
     shared_file: tuple[str, bytes] | None = None
+    demands: Sequence[JobDemand] = ()
 
 
 class RayWorker:
@@ -117,7 +119,7 @@ class RayWorker:
         settings = order.settings
         if order.gpu and settings.device == "auto" and environment()["gpus"]:  # never silently on the CPU instead
             settings = dataclasses.replace(settings, device="cuda")
-        share = MachineShare(order.workers, self._stop, lambda: None)
+        share = MachineShare(order.workers, self._stop, lambda: None, order.demands)
         return order.run(settings, link, source=self._mailbox, share=share)
 
 

@@ -37,7 +37,7 @@ from runner.batch.survey import job_parts
 from runner.batch.worker_link import MachineShare
 from runner.errors import ConfigInvalid, RunnerError, WeightsMissing, as_runner_error
 from runner.finishing.stages import StageSettings, open_stages
-from runner.generation.protocol import Generator
+from runner.generation.protocol import Generator, JobDemand
 from runner.generation.runtime.device import free_host_bytes
 from runner.launch.ray_address import parse_on
 from runner.launch.ray_cluster import RayCluster
@@ -56,6 +56,7 @@ from runner.timing import now
 from runner.verbs.chosen_jobs import choose_jobs
 from runner.verbs.dry_run import decide_lines
 from runner.verbs.gpus import find_gpus, places_for, run_processes
+from runner.verbs.job_demands import find_demands
 from runner.verbs.outcome import RunOutcome, counts_of_lines
 from runner.verbs.ray_machine import find_own_gpus, worker_variables
 from runner.verbs.settings import ModelSettings, RunSettings
@@ -105,7 +106,7 @@ def run(
     roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
     not_exclusive = probe_conditions(storage)
-    engine = build_engine(settings, manifest) if share is None else _build_shared_engine(settings, manifest, share)
+    engine = _build_engine_for(jobs, settings, manifest, roots, share)
     log = structlog.get_logger()
     _check_own(engine, jobs)
     if every_job:  # else the driver that fills the source has kept them
@@ -300,7 +301,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     shared = replace(settings, on=None, workers=None, shard="any", shard_count=None, device=device)
     manifest, jobs, shard, _ = choose_jobs(shared)
     run_id = _choose_run_id(settings)
-    parse_roots(settings.input_root)  # raises for one that is none
+    roots = parse_roots(settings.input_root)
     storage = open_storage(settings.out)
     probe_writable(storage)
     engine = build_engine(shared, manifest)
@@ -320,6 +321,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
         replace(shared, manifest=replace(manifest, jobs=()), run_id=run_id, sheet=None, only=(), limit=None),
         jobs,
         forecast_seconds(jobs, shared, manifest),
+        demands=find_demands(jobs, roots),
         workers=settings.workers,
         variables=worker_variables,
         keep=keep,
@@ -373,8 +375,16 @@ def _say_run(
     say("run", id=run_id, jobs=len(jobs), recipe=engine.recipe, out=storage.root, **where)
 
 
-def _build_shared_engine(settings: RunSettings, manifest: Manifest, share: MachineShare) -> Engine:
-    engine = build_engine(settings, manifest, share.processes)
+def _build_engine_for(
+    jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, roots: Sequence[str], share: MachineShare | None
+) -> Engine:
+    """The engine, ready for all of `jobs`, done ones too: so neither the memory mode nor, with it, whether a job can be
+    resumed depends on how far an earlier run came."""
+    if share is None:
+        return build_engine(settings, manifest, 1, partial(find_demands, jobs, roots))
+    known = share.demands
+    demands = (lambda: known) if known else partial(find_demands, jobs, roots)
+    engine = build_engine(settings, manifest, share.processes, demands)
     return replace(engine, load=partial(_load_in_turn, share.before_load, engine.load))
 
 
@@ -387,10 +397,16 @@ def _choose_run_id(settings: RunSettings) -> str:
     return settings.run_id or run_id_from_env(os.environ) or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
-def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) -> Engine:
+def build_engine(
+    settings: RunSettings,
+    manifest: Manifest,
+    processes: int = 1,
+    demands: Callable[[], Sequence[JobDemand]] = tuple,
+) -> Engine:
     """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
 
-    `processes`: how many run on this machine that share the memory which caches may take.
+    `processes`: how many run on this machine that share the memory which caches may take. `demands`: of the jobs that
+    the model shall be ready for, asked when it is loaded.
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
@@ -413,6 +429,7 @@ def build_engine(settings: RunSettings, manifest: Manifest, processes: int = 1) 
         tensorrt=settings.tensorrt,
         saves=not settings.dry_run,
         processes=processes,
+        demands=demands,
     )
     models = local_models(settings, family.wanted(recipe), download=not settings.dry_run)
     model = family.resolve(models, recipe, engine)

@@ -126,7 +126,7 @@ def test_a_step_by_hand():
 
 
 def test_what_8_bits_cost_beside_their_products():
-    """GB a step of the 14B at 832x480, 81 frames, on a machine of 1000 GB/s: 9.7 hidden states a block, 7 bytes each."""
+    """TB a step of the 14B at 832x480, 81 frames, as 1000 GB/s are: 9.7 hidden states a block, of 7 bytes."""
     every = replace(ODD, matmul=dict.fromkeys(("bf16", "fp8", "int8", "nvfp4"), 100.0))
 
     def step(compute):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import ConfigInvalid, InputTooShort
-from runner.generation.segments import fit_segments, output_span, reflect_indices, shortest_window
+from runner.generation.segments import fit_segments, longest_window, output_span, reflect_indices, shortest_window
+from runner.spec.options import JobOptions
 
 overlaps = st.sampled_from([1, 5])
 counts = st.integers(2, 2000)
@@ -22,6 +23,15 @@ windows = st.integers(13, 241).map(lambda n: n - (n - 1) % 4).filter(lambda n: n
 )
 def test_table(frames, fitted):
     assert fit_segments(frames, 1, 81) == fitted
+
+
+@given(frames=counts, overlap=overlaps, longest=windows, most=st.none() | counts)
+def test_no_window_is_longer_than_the_options_tell(frames, overlap, longest, most):
+    """Whatever the video has, and no less: a video of all that may be rendered has such a window."""
+    options = JobOptions(overlap_frames=overlap, max_segment_frames=longest, max_frames=most)
+    bound = longest_window(options)
+    assert fit_segments(frames if most is None else min(frames, most), overlap, longest)[0] <= bound
+    assert max(fit_segments(n, overlap, longest)[0] for n in range(2, (most or longest) + 1)) == bound
 
 
 def test_161_frames_pad_at_most_two_percent():

@@ -16,6 +16,7 @@ from runner.batch.progress import SilentProgress
 from runner.batch.shared_run import SharedRun
 from runner.batch.stop import Stop
 from runner.errors import ConfigInvalid, DeviceLost, RunnerError, WeightsMissing
+from runner.generation.protocol import JobDemand
 from runner.launch import ray_driver
 from runner.launch.ray_cluster import RayNode, RayPlace, WorkerGone, WorkerSilent
 from runner.launch.ray_driver import RayWork, run_on_ray
@@ -65,6 +66,7 @@ class StandIn:
         answer({"host": "h", "pid": len(self.cluster.started), "code": describe_code()}, None)
 
     def _begin(self, answer: Reply, order: Any) -> None:
+        self.cluster.orders.append(order)
         answer(None, None)
         error = self.cluster.stops_for.pop(self.place.node.id, None)
         if error is not None:
@@ -136,6 +138,7 @@ class StandInCluster:
     silent: int = 0  # calls that do not arrive
     sent: list[tuple[str, str]] = field(default_factory=list)
     started: list[StandIn] = field(default_factory=list)
+    orders: list[Any] = field(default_factory=list)  # what its workers were told at their beginning
     killed: int = 0
     looks: int = 0
     later: list[RayNode] = field(default_factory=list)  # living after the first look
@@ -186,6 +189,12 @@ def test_each_job_is_sent_once_and_every_worker_ends():
     assert sorted(job for _, job in cluster.sent) == list("123456")
     assert all(worker.dead for worker in cluster.started)
     assert len(named(events, "ray_worker_started")) == len(cluster.started)
+
+
+def test_every_worker_is_told_what_all_jobs_ask_for():
+    cluster, demands = StandInCluster(nodes("a", "b")), (JobDemand((1280, 720), 81),)
+    drive(cluster, "12", demands=demands)
+    assert [order.demands for order in cluster.orders] == [demands] * len(cluster.started)
 
 
 def test_the_last_job_is_kept_for_a_worker_that_starts():

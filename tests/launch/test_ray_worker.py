@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from runner.errors import ConfigInvalid
+from runner.generation.protocol import JobDemand
 from runner.launch import ray_worker
 from runner.launch.ray_actor import make_actor_class
 from runner.launch.ray_worker import RayWorker, WorkerOrder, describe_code
@@ -73,6 +74,18 @@ def test_jobs_go_in_and_messages_come_out(tmp_path):
     found = messages_of(worker)
     assert [message[1].id for message in found if message[0] == "finished"] == ["a", "b"]
     assert found[-1] == ("ended", 7, (), None)
+
+
+def test_a_worker_knows_what_all_jobs_ask_for(tmp_path):
+    """The model must be ready for those that it has not been sent yet."""
+    demands = (JobDemand((480, 832), 81), JobDemand((1280, 720), 81))
+
+    def tell(settings: Settings, progress: Any, *, source: Any, share: Any) -> Ended:
+        progress.phase(str(share.demands == demands), "preparing")
+        return Ended(0)
+
+    worker = RayWorker(order(tell, tmp_path, demands=demands))
+    assert messages_of(worker)[0] == ("phase", "True", "preparing")
 
 
 def test_an_answer_that_was_lost_is_given_again(tmp_path):

@@ -49,7 +49,7 @@ def run_stub(settings: Any, progress: Any, *, share: MachineShare, generate_s: f
         log("stub_loaded")
         return StubGenerator(generate_s=generate_s)
 
-    def build_engine(settings: Any, manifest: Any, processes: int) -> Engine:
+    def build_engine(settings: Any, manifest: Any, processes: int, demands: Any) -> Engine:
         if os.environ.get(MINE) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return Engine("stub", {"weights": "stub"}, load)

@@ -32,7 +32,7 @@ def load_nothing() -> StubGenerator:
 def stub_run(monkeypatch, demo_media, tmp_path):
     """stub_run({id: prompt}, **settings): RunSettings of these jobs, rendered by the stub."""
     engine = Engine("stub", {"weights": "stub"}, StubGenerator)
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: engine)
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
 
     def make(prompts: dict[str, str], **given) -> RunSettings:
@@ -79,7 +79,7 @@ def rendered(stub_run, tmp_path, monkeypatch):
     run(stub_run({"done": "ok", "broken": "fail-prepare", "stale": "ok"}, max_attempts=1))
     hold(tmp_path / "out", "held")
     engine = Engine("stub", {"weights": "stub"}, load_nothing)
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: engine)
     return {"gone": "gone", "new": "ok", "stale": "again", "held": "ok", "broken": "fail-prepare", "done": "ok"}
 
 
@@ -184,7 +184,7 @@ def test_what_would_stop_a_run_is_raised(stub_run, monkeypatch):
         raise WeightsMissing("gone meanwhile")
 
     engine = Engine("stub", {}, load_nothing, own=corrupt)
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: engine)
     with pytest.raises(WeightsMissing):
         run(stub_run({"a": "ok"}, dry_run=True))
 

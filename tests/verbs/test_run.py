@@ -57,9 +57,7 @@ def test_poses_of_another_precision_are_another_fingerprint(settings):
 @pytest.fixture
 def stub_run(monkeypatch, demo_media, tmp_path):
     """stub_run(prompt, …, **settings): RunSettings of a run of one job a prompt, rendered by the stub."""
-    monkeypatch.setattr(
-        "runner.verbs.run.build_engine", lambda settings, manifest: Engine("stub", {"weights": "stub"}, StubGenerator)
-    )
+    monkeypatch.setattr("runner.verbs.run.build_engine", lambda *_: Engine("stub", {"weights": "stub"}, StubGenerator))
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
 
     def make(*prompts: str, **given) -> RunSettings:
@@ -92,7 +90,7 @@ def test_the_outcome_says_what_stopped_the_run(stub_run, monkeypatch):
 
     assert run(stub_run("fail-generate")).error is None, "a job that fails stops nothing"
     engine = Engine("stub", {"weights": "stub"}, load)
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: engine)
     outcome = run(stub_run("ok, anew", "ok, anew"))
     assert (outcome.exit_code, outcome.error.code, outcome.error.what) == (2, "weights.corrupt", "cut short")
     assert [line.status for line in outcome.lines] == ["not_run"] * 2
@@ -126,7 +124,7 @@ def test_one_of_several_processes_takes_its_share_of_the_machine(stub_run, monke
     order, stop = [], Stop()
     batch = run_verb.Batch
 
-    def build_engine(settings, manifest, processes):
+    def build_engine(settings, manifest, processes, demands):
         order.append(f"one of {processes}")
         return Engine("stub", {"weights": "stub"}, lambda: order.append("load") or StubGenerator(generate_s=5.0))
 
@@ -223,7 +221,7 @@ from runner.verbs.settings import RunSettings
 from tests.stub_generator import StubGenerator
 import structlog
 
-verb.build_engine = lambda settings, manifest: Engine("stub", {}, StubGenerator)
+verb.build_engine = lambda *_: Engine("stub", {}, StubGenerator)
 manifest, out, cache = sys.argv[1:]
 outcome = verb.run(RunSettings(manifest=manifest, out=out, cache=cache))
 assert outcome.exit_code == 0, outcome
@@ -340,7 +338,7 @@ def test_a_job_that_another_runner_has_is_waited_for(stub_run, monkeypatch, tmp_
             assert go_on.wait(60)
             yield from super().generate(*arguments)
 
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: Engine("stub", {"weights": "stub"}, Slow))
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: Engine("stub", {"weights": "stub"}, Slow))
     first: list = []
     thread = threading.Thread(target=lambda: first.append(run(stub_run("ok", run_id="r1"))))
     thread.start()

@@ -152,7 +152,7 @@ def test_a_message_stands_in_the_place_of_pictures(tmp_path: Path, reference: np
 def sheet_of(monkeypatch, demo_media, tmp_path, jobs: dict[str, dict], **given) -> tuple[str, np.ndarray]:
     """What a run of the stub says of its sheet, and the sheet."""
     engine = Engine("stub", {"weights": "stub"}, StubGenerator)
-    monkeypatch.setattr(run_verb, "build_engine", lambda settings, manifest: engine)
+    monkeypatch.setattr(run_verb, "build_engine", lambda *_: engine)
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
     text = {"version": 1, "jobs": [{"id": name, **place, "prompt": "ok"} | job for name, job in jobs.items()]}
     manifest = parse_manifest(json.dumps(text), base=str(tmp_path), source="m.json")

@@ -17,7 +17,7 @@ round otherwise, and `minimal` by its autoencoder; the mode is part of what equa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ __all__ = [
     "Load",
     "MemoryForecast",
     "MemoryPlan",
+    "Window",
     "choose_plan",
     "forecast_memory",
     "lower",
@@ -85,6 +86,23 @@ class Load:
     encoders: int = 11_360_000_000 + 1_260_000_000  # UMT5-XXL and CLIP ViT-H in bfloat16
     preprocess: int = 2_610_000_000  # ViTPose-H and YOLOv10m, as published
     loras: int = 0  # kept beside the weights
+
+
+@dataclass(frozen=True)
+class Window:
+    """What of a job decides its memory. The defaults are what is planned for where no job is known."""
+
+    width: int = 480
+    height: int = 832
+    frames: int = 81
+    guided: bool = False
+    interpolates: bool = False
+    loras: int = 0  # bytes of the job's own, beside the weights
+
+    def __str__(self) -> str:
+        """`1280x720x81, guided`."""
+        words = {"guided": self.guided, "interpolated": self.interpolates, "with LoRAs": self.loras}
+        return ", ".join([f"{self.width}x{self.height}x{self.frames}", *(word for word, said in words.items() if said)])
 
 
 @dataclass(frozen=True)
@@ -216,24 +234,45 @@ def choose_plan(
     costs: Costs,
     free: int | None,
     *,
-    size: tuple[int, int, int] = (480, 832, 81),
+    size: tuple[int, int, int] | None = None,
+    windows: Sequence[Window] = (),
     load: Load | None = None,
     cuda: bool = True,
 ) -> tuple[MemoryPlan, str]:
     """The plan for `asked` (a mode, or auto) with `free` bytes (None: not known), and why, in words.
 
-    `size`: width, height and frames of the windows to be ready for. Raises ConfigInvalid for no such mode.
+    `windows`: those to be ready for; the one that takes most counts, which may be another one in another plan. `size`:
+    width, height and frames of a single one. Raises ConfigInvalid for no such mode.
     """
+    load = load or Load()
+    windows = windows or (Window() if size is None else Window(*size),)
+
+    def needs(plan: MemoryPlan, window: Window) -> int:
+        return forecast_memory(
+            plan,
+            recipe,
+            costs,
+            window.width,
+            window.height,
+            window.frames,
+            guided=window.guided,
+            interpolates=window.interpolates,
+            load=replace(load, loras=load.loras + window.loras),
+            cuda=cuda,
+        ).peak
 
     def peak(plan: MemoryPlan) -> int:
-        return forecast_memory(plan, recipe, costs, *size, load=load, cuda=cuda).peak
+        return max(needs(plan, window) for window in windows)
 
-    shape = "x".join(map(str, size))
+    def forecast(plan: MemoryPlan) -> str:
+        most = max(windows, key=lambda window: needs(plan, window))
+        return f"{peak(plan) / GB:.1f} GB forecast at {most}"
+
     if asked != "auto":
         mode = make_plan(asked, recipe).mode
         fitting = [plan for plan in _plans(recipe) if plan.mode == mode]
         plan = next((p for p in fitting if free is None or peak(p) <= free), fitting[-1])
-        return plan, f"asked for; {peak(plan) / GB:.1f} GB forecast at {shape}, {_of(free)}"
+        return plan, f"asked for; {forecast(plan)}, {_of(free)}"
     if free is None:
         return make_plan("resident", recipe), "how much is free is not known"
     if not cuda:  # the blocks would be copied from the host to the host
@@ -243,7 +282,7 @@ def choose_plan(
     too_large: dict[str, int] = {}
     for plan in plans:
         if (needed := peak(plan)) <= free:
-            why = f"{needed / GB:.1f} GB forecast at {shape}, {_of(free)}"
+            why = f"{forecast(plan)}, {_of(free)}"
             if plan.mode == "resident" and "device" not in (plan.encoders, plan.preprocess):
                 why += "; encoders and preprocessing on the host, else it would not fit"
             elif plan.mode == "resident" and plan.encoders != "device":
@@ -252,7 +291,7 @@ def choose_plan(
             return plan, "; ".join([why, *refused])
         too_large[plan.mode] = needed
     last = plans[-1]
-    return last, f"the least there is: {peak(last) / GB:.1f} GB forecast at {shape}, {_of(free)}"
+    return last, f"the least there is: {forecast(last)}, {_of(free)}"
 
 
 def _of(free: int | None) -> str:

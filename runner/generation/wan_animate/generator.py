@@ -130,7 +130,7 @@ class WanAnimateGenerator:
         store, recipe, cache = models.store, models.recipe, settings.cache
         picked, why = pick_device(settings.device)
         grow_segments(picked)
-        memory_plan, memory_said = plan_memory(models, picked, settings.memory)
+        memory_plan, memory_said = plan_memory(models, picked, settings.memory, settings.demands())
         preprocessor = Preprocessor.load(
             store.detector,
             store.pose,

@@ -6,17 +6,20 @@ Never: jobs. The transformer comes from the source, from a file of `quantize`, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from runner.errors import WeightsCorrupt
+from runner.errors import RunnerError, WeightsCorrupt
+from runner.generation.protocol import JobDemand
 from runner.generation.runtime.device import as_out_of_memory, free_bytes
-from runner.generation.runtime.memory_plan import Load, MemoryPlan, choose_plan, make_plan
+from runner.generation.runtime.memory_plan import Load, MemoryPlan, Window, choose_plan, make_plan
 from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
+from runner.weights.store import ModelStore
 
 if TYPE_CHECKING:
     import torch
@@ -173,12 +176,30 @@ def see_whole_reference(image_processor: Any) -> None:
     image_processor.do_center_crop = False
 
 
-def plan_memory(models: ResolvedRecipe, device: torch.device, asked: str = "auto") -> tuple[MemoryPlan, dict[str, Any]]:
-    """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only."""
+def plan_memory(
+    models: ResolvedRecipe, device: torch.device, asked: str = "auto", demands: Sequence[JobDemand] = ()
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only.
+
+    `demands`: of the jobs to be ready for.
+    """
     load, cuda = Load(**models.bytes), device.type == "cuda"
-    plan, why = choose_plan(asked, models.recipe, models.costs, free_bytes(device), load=load, cuda=cuda)
+    windows = tuple({_window(demand, models.store): None for demand in demands})
+    plan, why = choose_plan(
+        asked, models.recipe, models.costs, free_bytes(device), windows=windows, load=load, cuda=cuda
+    )
     structlog.get_logger().info("memory_chosen", device=str(device), mode=plan.mode, asked=asked, why=why)
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
+
+
+def _window(demand: JobDemand, store: ModelStore) -> Window:
+    """A size that is not known is taken to be that of most jobs; LoRAs that are not there fail their job later."""
+    width, height = demand.size or (Window.width, Window.height)
+    loras = 0
+    with suppress(RunnerError, OSError):
+        files = store.loras(demand.loras, replace=demand.replace).values() if demand.loras else ()
+        loras = sum(path.stat().st_size for path, _ in files)
+    return Window(width, height, demand.frames, demand.guided, demand.interpolates, loras)
 
 
 def place_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:

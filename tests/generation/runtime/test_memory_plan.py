@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import BLOCK_UNITS, VAE_DECODE, VAE_ENCODE, VAE_TILE, step_bytes, vae_bytes, weights_of
 from runner.forecast.flops import PRODUCTION
-from runner.generation.runtime.memory_plan import Load, choose_plan, forecast_memory, lower, make_plan
+from runner.generation.runtime.memory_plan import Load, Window, choose_plan, forecast_memory, lower, make_plan
 from runner.generation.wan_animate import low_memory, transformer
 from runner.generation.wan_animate.autoencoder import FramewiseVae
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
@@ -304,3 +304,66 @@ def test_forecasts_are_plain_data():
     assert said["peak"] == max(said["stages"].values())
     assert all(isinstance(size, int) for size in (*said["stages"].values(), *said["parts"].values()))
     assert set(make_plan("stream", RECIPE).as_dict()) >= {"mode", "slots", "encoders", "vae_dtype"}
+
+
+# -- the largest job ---------------------------------------------------------------------------------------------------
+
+SMALL, LARGE = Window(480, 832, 81), Window(1280, 720, 81)
+CARD = 24_800_000_000  # bytes free of an idle card of 24 GB
+
+
+def test_auto_plans_for_the_largest_job():
+    """A card with room for 480p stays below `resident` where a job of 720p is to come, which would not fit."""
+    alone, why = choose_plan("auto", RECIPE, PRODUCTION, CARD, windows=[SMALL])
+    assert (alone.mode, "480x832x81" in why) == ("resident", True)
+    assert forecast_memory(alone, RECIPE, PRODUCTION, *HD).peak > CARD
+    for windows in ([SMALL, LARGE], [LARGE, SMALL]):
+        plan, why = choose_plan("auto", RECIPE, PRODUCTION, CARD, windows=windows)
+        assert plan.mode == "stream"
+        assert forecast_memory(plan, RECIPE, PRODUCTION, *HD).peak <= CARD
+        assert "GB forecast at 1280x720x81, 24.8 GB free" in why
+
+
+def test_a_mode_that_is_asked_for_has_its_best_plan_for_the_largest_job():
+    free = 33 * GB
+    assert choose_plan("resident", RECIPE, PRODUCTION, free, windows=[SMALL])[0].preprocess == "device"
+    plan, why = choose_plan("resident", RECIPE, PRODUCTION, free, windows=[SMALL, Window(1600, 896, 81)])
+    assert (plan.encoders, plan.preprocess) == ("host", "host")
+    assert "asked for" in why and "1600x896x81" in why
+
+
+def test_the_largest_is_the_one_that_takes_most_not_that_of_most_pixels():
+    """121 frames of 480p take more than 5 of 720p while blocks run, and less while pixels are decoded."""
+    sixteen = get_recipe("fp4-distill+bf16-vae")
+    long, wide = Window(480, 832, 241), Window(1280, 720, 5)
+    _, why = choose_plan("resident", sixteen, PRODUCTION, None, windows=[wide, long])
+    assert "480x832x241" in why
+    _, why = choose_plan("resident", RECIPE, PRODUCTION, None, windows=[wide, long])
+    assert "1280x720x5" in why
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"guided": True}, "480x832x81, guided"),
+        ({"interpolates": True}, "480x832x81, interpolated"),
+        ({"loras": 738_000_000}, "480x832x81, with LoRAs"),
+    ],
+)
+def test_what_else_a_job_asks_for_counts(more, word):
+    plan = make_plan("resident", get_recipe("fp4-distill+bf16-vae"))
+    kept = {"guided": more.get("guided", False), "interpolates": more.get("interpolates", False)}
+    load = Load(loras=more.get("loras", 0))
+    recipe = get_recipe("fp4-distill+bf16-vae")
+    least = forecast_memory(plan, recipe, PRODUCTION, *SIZE, load=load, **kept).peak
+    assert least > forecast_memory(plan, recipe, PRODUCTION, *SIZE).peak
+    for free, encoders in ((least, "device"), (least - 1, "host")):
+        found, why = choose_plan("auto", recipe, PRODUCTION, free, windows=[SMALL, Window(*SIZE, **more)])
+        assert (found.mode, found.encoders) == ("resident", encoders)
+        assert f"forecast at {word}, " in why
+
+
+def test_where_no_job_is_known_a_window_of_480p_is_planned_for():
+    assert choose_plan("auto", RECIPE, PRODUCTION, CARD) == choose_plan(
+        "auto", RECIPE, PRODUCTION, CARD, windows=[Window(480, 832, 81)]
+    )
