@@ -3,42 +3,173 @@
 In:   a loaded transformer, a device, a dtype. Out: processors that name a backend; what was chosen, and why.
 Never: cross-attention and the faces' attention: they are 2 % of the work and stay on the library's default.
 
-    sm_90            FlashAttention 3 where its package is installed, else cuDNN, which reaches twice the rate of
-                     torch's flash kernels there, and less than theirs elsewhere
-    other CUDA       torch's flash kernels; for float32 the library's default, for no flash kernel takes it
-    CPU              the library's default
+BACKENDS has a row for each implementation, best first. On sm_90 cuDNN reaches twice the rate of torch's flash kernels,
+and less than theirs elsewhere. Self-attention in 8 bits runs where it is asked for: by comfy-kitchen's INT8 kernel,
+which the GPU image holds, else by SageAttention 2.1.1 or later, which must be built. Its error against exact attention
+is measured on a trial of the model's own shape and goes to the record.
 
-8-bit self-attention (`sage`: int8 keys and queries) runs where it is asked for and SageAttention 2.1.1 or later is
-installed. Its error against exact attention is measured on a trial of the model's own shape and goes to the record.
+What a package brings is opaque to torch.compile: one operator stands round its call. Packages call
+`torch.cuda.set_device`, functions under `torch.compiler.disable` or pybind kernels, which no graph can hold, and blocks
+are compiled as one graph or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import structlog
+import torch
+from diffusers.models import attention_dispatch as dispatch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runner.errors import ConfigInvalid
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["LIMITS", "AttentionBackend", "apply_attention", "available_backends", "candidates", "pick_backend", "trial"]
+__all__ = [
+    "BACKENDS",
+    "LIMITS",
+    "AttentionBackend",
+    "apply_attention",
+    "available_backends",
+    "candidates",
+    "pick_backend",
+    "run_attention",
+    "set_backend",
+    "trial",
+]
 
 Capability = tuple[int, int]
-DEFAULT: Final = "native"
-EIGHT_BIT: Final = ("sage", "_sage_qk_int8_pv_fp16_cuda")
 # Relative error of the output against float32 on gaussian input. Two bfloat16 roundings are .003 together.
 LIMITS: Final[Mapping[str, float]] = MappingProxyType({"exact": 0.01, "8 bit": 0.06})
 TRIAL_TOKENS: Final = 2 * 1024 + 40  # no multiple of any tile
+HALVES: Final = frozenset({"bfloat16", "float16"})
+EVERY: Final = HALVES | {"float32"}
+
+
+def by_diffusers(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Through the library's dispatch, by the name that it has there."""
+    return dispatch.dispatch_attention_fn(query, key, value, backend=dispatch.AttentionBackendName(name))
+
+
+def by_cudnn(_: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By torch, from strided views: the library copies query, key and value first. The result has the query's order."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = functional.scaled_dot_product_attention(_heads_first(query), _heads_first(key), _heads_first(value))
+    return _heads_first(out)
+
+
+def by_comfy_kitchen(_: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """INT8 query, key, value and weights, softmax in float32; query and key are rotated before they are rounded.
+
+    It takes [B, heads, S, head_dim] in any strides whose last is 1, head_dim up to 256.
+    """
+    attend = import_module("comfy_kitchen").int8_attention
+    return _heads_first(attend(_heads_first(query), _heads_first(key), _heads_first(value)))
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B, S, heads, head_dim] ↔ [B, heads, S, head_dim], a view."""
+    return x.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One implementation of attention without mask, [B, S, heads, head_dim] → the same.
+
+    `name`: in records and on a processor. `call`: takes the name, query, key and value. `opaque`: torch.compile sees
+    one operator, whatever the call does; False: it traces the library's own call. `capabilities`: of the devices that
+    it is for; None is a CPU. `dtypes`: of query, key and value. `why`: for the record. `package`: what must be
+    installed beside torch, and `install`, how.
+    """
+
+    name: str
+    call: Callable[[str, Tensor, Tensor, Tensor], Tensor]
+    opaque: bool
+    eight_bit: bool
+    capabilities: Callable[[Capability | None], bool]
+    dtypes: frozenset[str]
+    why: str
+    package: str = ""
+    install: str = ""
+
+
+def _within(least: Capability, most: Capability, but: Capability | None = None) -> Callable[[Capability | None], bool]:
+    return lambda capability: capability is not None and least <= capability <= most and capability != but
+
+
+HOPPER: Final = (9, 0)
+LATEST: Final = (99, 9)
+SAGE: Final = partial(
+    BackendRow,
+    call=by_diffusers,
+    opaque=True,
+    eight_bit=True,
+    dtypes=HALVES,
+    why="asked for; SageAttention is installed",
+    package="SageAttention 2.1.1 or later",
+    install="build SageAttention from its repository (the package index has 1.0.6 only)",
+)
+ROWS: Final = (
+    BackendRow(
+        "_flash_3", by_diffusers, True, False, _within(HOPPER, HOPPER), HALVES,
+        "FlashAttention 3 is installed, made for sm_90", "FlashAttention 3",
+    ),
+    # Opaque too: its output's strides, which Inductor would assert, follow from cuDNN's plan.
+    BackendRow(
+        "_native_cudnn", by_cudnn, True, False, _within(HOPPER, HOPPER), HALVES,
+        "cuDNN leads torch's flash kernels on sm_90",
+    ),
+    BackendRow(
+        "_native_flash", by_diffusers, False, False, _within((0, 0), LATEST), HALVES,
+        "torch's flash kernels, which lead but on sm_90",
+    ),
+    BackendRow(
+        "native", by_diffusers, False, False, lambda _: True, EVERY, "torch's own choice for this device and dtype",
+    ),
+    BackendRow(
+        "comfy_int8", by_comfy_kitchen, True, True, _within((7, 5), (12, 9)), HALVES,
+        "asked for; comfy-kitchen has an INT8 kernel for 7.5 to 12.x",
+        "comfy-kitchen 0.2.40 with int8_attention", "install it with pip install 'video-lab-runner[gpu]'",
+    ),
+    # On sm_90 the package's own choice is its fp8 kernel, which has given noise on Wan models.
+    SAGE(name="_sage_qk_int8_pv_fp16_cuda", capabilities=_within(HOPPER, HOPPER)),
+    SAGE(name="sage", capabilities=_within((8, 0), LATEST, but=HOPPER)),
+)  # fmt: skip
+BACKENDS: Final[Mapping[str, BackendRow]] = MappingProxyType({row.name: row for row in ROWS})
+OPAQUE: Final = frozenset(row.name for row in ROWS if row.opaque)
+
+
+def run_attention(query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Tensor:
+    """Attention of `query` [B, S, heads, head_dim] to `key` and `value` [B, T, heads, head_dim], without mask.
+
+    `backend`: as set on a processor; None: the library's default.
+    """
+    if backend in OPAQUE:
+        return opaque_attention(query, key, value, backend)
+    found: Tensor = dispatch.dispatch_attention_fn(query, key, value, backend=backend)
+    return found
+
+
+@torch.library.custom_op("video_lab::attention", mutates_args=())
+def opaque_attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    """As `run_attention`, by a row of BACKENDS; contiguous [B, S, heads, head_dim], whatever the row's call returns."""
+    return BACKENDS[backend].call(backend, query, key, value).contiguous()
+
+
+@opaque_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """`name` as diffusers' attention dispatch has it, and why this one."""
+    """`name`: a row of BACKENDS, and why this one."""
 
     name: str
     why: str
@@ -47,50 +178,43 @@ class AttentionBackend:
 def candidates(
     capability: Capability | None, dtype: str, available: Collection[str], eight_bit: bool = False
 ) -> list[AttentionBackend]:
-    """What to try, best first; the last one always works. Pure.
+    """What to try, best first. Of the exact ones the last always works. Pure.
 
-    `capability`: (9, 0) for an H200, None for a CPU. `available`: names that the library could run here. Raises
-    ConfigInvalid, with what to do, where 8 bits are asked for and nothing here does them.
+    `capability`: (9, 0) for an H200, None for a CPU. `available`: names that could run here as far as packages decide.
+    Raises ConfigInvalid, with what to do, where 8 bits are asked for and nothing here does them.
     """
-    if eight_bit:
-        return [_in_eight_bits(capability, dtype, available)]
-    if capability is None:
-        return [AttentionBackend(DEFAULT, "a CPU has torch's own")]
-    fallback = AttentionBackend(DEFAULT, "torch's own choice")
-    if dtype not in ("bfloat16", "float16"):
-        return [AttentionBackend(DEFAULT, f"no flash kernel takes {dtype}")]
-    wanted = [AttentionBackend("_native_flash", f"flash kernels lead on sm_{capability[0]}{capability[1]}")]
-    if capability == (9, 0):
-        wanted = [
-            AttentionBackend("_flash_3", "FlashAttention 3 is installed, made for sm_90"),
-            AttentionBackend("_native_cudnn", "cuDNN leads torch's flash kernels on sm_90"),
-            AttentionBackend("_native_flash", "flash kernels"),
-        ]
-    return [*(backend for backend in wanted if backend.name in available), fallback]
-
-
-def _in_eight_bits(capability: Capability | None, dtype: str, available: Collection[str]) -> AttentionBackend:
-    if capability is None or capability < (8, 0) or dtype not in ("bfloat16", "float16"):
+    rows = _rows(capability, dtype, eight_bit)
+    found = [AttentionBackend(row.name, row.why) for row in rows if row.name in available]
+    if not found and not rows:
         raise ConfigInvalid(
-            "8-bit attention needs a CUDA device of capability 8.0 or later and a model in 16 bits",
+            "8-bit attention needs a CUDA device of capability 7.5 or later and a model in 16 bits",
             todo="Leave it out: attention is exact then",
         )
-    # On sm_90 the package's own choice is its fp8 kernel, which has given noise on Wan models.
-    name = EIGHT_BIT[1] if capability == (9, 0) else EIGHT_BIT[0]
-    if name not in available:
+    if not found:
         raise ConfigInvalid(
-            "8-bit attention was asked for, but SageAttention 2.1.1 or later is not installed",
-            todo="Build it from its repository (the package index has 1.0.6 only), or leave it out: "
-            "attention is exact then",
+            f"8-bit attention was asked for, but nothing here does it: {'; '.join(_lacking(rows, available))}",
+            todo=_remedy(rows),
         )
-    return AttentionBackend(name, "asked for; SageAttention is installed")
+    return found
+
+
+def _rows(capability: Capability | None, dtype: str, eight_bit: bool) -> list[BackendRow]:
+    return [r for r in ROWS if r.eight_bit == eight_bit and r.capabilities(capability) and dtype in r.dtypes]
+
+
+def _lacking(rows: Collection[BackendRow], available: Collection[str]) -> list[str]:
+    return [f"{row.package} is not installed" for row in rows if row.package and row.name not in available]
+
+
+def _remedy(rows: Collection[BackendRow]) -> str:
+    ways = [*(row.install for row in rows if row.install), "leave it out: attention is exact then"]
+    text = ", or ".join(ways)
+    return text[:1].upper() + text[1:]
 
 
 def available_backends() -> frozenset[str]:
-    """Names that diffusers would run here, as far as packages decide. Those that download (`*_hub`) are none."""
-    from diffusers.models import attention_dispatch as dispatch
-
-    found = {DEFAULT}
+    """Names that could run here, as far as packages decide. Those that diffusers would download (`*_hub`) are none."""
+    found = {"native"}
     for backend in dispatch.AttentionBackendName:
         if backend.value.endswith("_hub"):
             continue
@@ -99,7 +223,17 @@ def available_backends() -> frozenset[str]:
         except RuntimeError:
             continue
         found.add(backend.value)
+    if _has_comfy_int8():
+        found.add("comfy_int8")
     return frozenset(found)
+
+
+def _has_comfy_int8() -> bool:
+    """Whether the function is there. Whether its CUDA extension loads and takes this device is what the trial asks."""
+    try:
+        return hasattr(import_module("comfy_kitchen"), "int8_attention")
+    except (ImportError, OSError, RuntimeError):  # as it fails where torch or CUDA is another than it was built for
+        return False
 
 
 def pick_backend(
@@ -109,12 +243,10 @@ def pick_backend(
 
     Raises ConfigInvalid where 8 bits were asked for and are not there, or miss their limit.
     """
-    import torch
-
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     said = str(dtype).removeprefix("torch.")
-    limit, refused = LIMITS["8 bit" if eight_bit else "exact"], list[str]()
-    for backend in candidates(capability, said, available_backends(), eight_bit):
+    limit, refused, available = LIMITS["8 bit" if eight_bit else "exact"], list[str](), available_backends()
+    for backend in candidates(capability, said, available, eight_bit):
         try:
             error = trial(backend.name, device, dtype, heads, head_dim)
         # Whatever a kernel, a driver or a package raises: the answer is the next candidate, and this reason.
@@ -125,17 +257,19 @@ def pick_backend(
         if error <= limit:
             return backend.name, "; ".join([backend.why, *refused]), error
         refused.append(f"{backend.name} refused: error {error:.4f}, {limit} allowed")
+    rows = _rows(capability, said, eight_bit)
+    if eight_bit:
+        refused += _lacking(rows, available)
     raise ConfigInvalid(
-        f"no attention computes right on {device}: {'; '.join(refused)}",
-        todo="Leave out 8-bit attention" if eight_bit else "Check the driver and the installed torch",
+        f"no {'8-bit ' if eight_bit else ''}attention computes right on {device}: {'; '.join(refused)}",
+        todo=_remedy([r for r in rows if r.name not in available])
+        if eight_bit
+        else "Check the driver and the installed torch",
     )
 
 
 def trial(backend: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> float:
     """Relative error of `backend` against float32 attention, on one seeded input of up to four of the heads."""
-    import torch
-    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-
     from runner.quantization.kernels.low_bit import relative_error
 
     tokens = TRIAL_TOKENS if device.type == "cuda" else 40
@@ -143,11 +277,19 @@ def trial(backend: str, device: torch.device, dtype: torch.dtype, heads: int, he
     shape = (1, tokens, min(heads, 4), head_dim)
     query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     with torch.no_grad():
-        found = dispatch_attention_fn(query, key, value, backend=AttentionBackendName(backend))
+        found = run_attention(query, key, value, backend)
         q, k, v = (x.float().transpose(1, 2) for x in (query, key, value))
         weights = (q @ k.transpose(2, 3) * head_dim**-0.5).softmax(dim=-1)
         wanted = (weights @ v).transpose(1, 2)
     return relative_error(found, wanted)
+
+
+def set_backend(attn: Any, name: str) -> None:
+    """Name the backend on one attention's processor. The library's own names stay members of its enumeration."""
+    if name in OPAQUE:
+        attn.processor._attention_backend = name  # the library knows not all of them
+    else:
+        attn.set_attention_backend(name)
 
 
 def apply_attention(model: Any, device: torch.device, dtype: torch.dtype, *, eight_bit: bool = False) -> dict[str, Any]:
@@ -156,6 +298,6 @@ def apply_attention(model: Any, device: torch.device, dtype: torch.dtype, *, eig
     heads = first.heads
     name, why, error = pick_backend(device, dtype, heads, first.inner_dim // heads, eight_bit=eight_bit)
     for block in model.blocks:
-        block.attn1.set_attention_backend(name)
+        set_backend(block.attn1, name)
     structlog.get_logger().debug("attention_chosen", backend=name, why=why, error=round(error, 5))
     return {"attention": name, "attention_why": why, "attention_error": round(error, 5)}

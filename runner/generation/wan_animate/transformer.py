@@ -7,8 +7,8 @@ Never: schedules, guidance, prompts as words, frames, where weights lie. No weig
 The model's `forward` runs the motion encoder, the text and image embedders and every key and value of the
 cross-attention again at each step, although only latents and noise level differ. Here these are computed once a window
 and kept. The rest is the model's own modules in the model's own order, called and never looked into, so that their
-linear layers may be of any kind. Attention goes through the library's dispatch with the backend that each processor
-names; nothing else of a processor is used. Hooks on submodules run; those on a block, on an attention or on the model
+linear layers may be of any kind. Attention runs on the backend that each processor names (`runtime/attention.py`);
+nothing else of a processor is used. Hooks on submodules run; those on a block, on an attention or on the model
 as a whole do not.
 
 For the 14B model at 832x480, 81 frames, in bfloat16, a window keeps 1.00 GB until it ends:
@@ -30,8 +30,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+
+from runner.generation.runtime.attention import run_attention
 
 __all__ = [
     "BlockStep",
@@ -283,16 +284,7 @@ def attend_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 
 
 def attend(attn: Any, query: Tensor, read: KeyValue) -> Tensor:
     """Attention of `query` [B, S, heads, head_dim], by the backend that is set on `attn`: [B, S, heads * head_dim]."""
-    out = dispatch_attention_fn(
-        query,
-        read.key,
-        read.value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        backend=attn.processor._attention_backend,
-        parallel_config=None,
-    )
+    out = run_attention(query, read.key, read.value, attn.processor._attention_backend)
     return out.flatten(2, 3).type_as(query)
 
 

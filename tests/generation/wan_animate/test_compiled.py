@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 
 import pytest
 import structlog
 import torch
 from torch._dynamo.utils import counters
 
+from runner.generation.runtime.attention import BACKENDS, set_backend
 from runner.generation.wan_animate import compiled as module
 from runner.generation.wan_animate.autoencoder import fuse_norms, prepare_vae, with_channels_last
 from runner.generation.wan_animate.compiled import (
@@ -22,6 +24,7 @@ from runner.generation.wan_animate.compiled import (
     wants_compile,
 )
 from runner.generation.wan_animate.transformer import Switches, embed_context, run_block
+from tests.generation.runtime.test_attention import stub_package
 from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
 
 CPU = torch.device("cpu")
@@ -54,6 +57,12 @@ class Case:
 
     def run(self, step=None, index=0) -> torch.Tensor:
         return self.inputs.step(self.model, self.invariants, index, block_step=step)
+
+
+@pytest.fixture(scope="module")
+def one_block(tiny_store_dir):
+    with torch.no_grad():
+        return Case(load(tiny_store_dir))
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])
@@ -99,6 +108,26 @@ def test_attention_by_name_is_part_of_the_graph(tiny_store_dir):
     assert case.warm(step) == 1, step.broken
     torch.testing.assert_close(case.run(step), case.run(), rtol=1e-4, atol=1e-4)
     assert (graphs(), step.broken) == (1, "")
+
+
+@torch.compiler.disable
+def untraceable() -> None:
+    """What packages of attention do within their calls; each of the three ends a graph."""
+    torch.cuda.set_device(-1)  # which changes nothing, and needs no device
+    zlib.crc32(b"a function in C, as pybind's are")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_attention_backend_leaves_the_compiled_step_unbroken(one_block, monkeypatch, name):
+    """Each stubbed as its package has it. What torch itself brings is traced, and needs no stub."""
+    case, step = one_block, CompiledStep(backend="eager")
+    if BACKENDS[name].opaque:
+        stub_package(monkeypatch, name, untraceable)
+    set_backend(case.model.blocks[0].attn1, name)
+    given = module.dummies(case.model, case.contexts[0], case.grid, case.model.blocks[0])
+    wanted = run_block(case.model.blocks[0], *given)
+    assert torch.equal(step(case.model.blocks[0], *given), wanted)
+    assert step.broken == ""
 
 
 def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(tiny_store_dir):

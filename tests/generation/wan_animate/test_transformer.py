@@ -227,10 +227,8 @@ def test_the_backend_of_each_processor_is_used(tiny_store_dir, monkeypatch):
     model, asked = load(tiny_store_dir), []
     for block in model.blocks:
         block.attn1.processor._attention_backend = "_native_math"
-    dispatch = module.dispatch_attention_fn
-    monkeypatch.setattr(
-        module, "dispatch_attention_fn", lambda *a, **kw: (asked.append(kw["backend"]), dispatch(*a, **kw))[1]
-    )
+    honest = module.run_attention
+    monkeypatch.setattr(module, "run_attention", lambda *given: (asked.append(given[3]), honest(*given))[1])
     assert_equal_steps(model, Inputs(model))
     # A step: four blocks of self-, text and image attention, and two face adapters.
     assert Counter(asked) == {"_native_math": 3 * 4, None: 3 * (4 * 2 + 2)}
