@@ -39,6 +39,7 @@ __all__ = [
     "rotate_rows",
     "rotate_weight_into",
     "rotation_of",
+    "round_to_e4m3",
     "rowwise",
 ]
 
@@ -73,7 +74,25 @@ def quantize_rows(x: Tensor, compute: str) -> Rows:
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / largest).clamp(min=SMALLEST_SCALE)
     # A float32 division may end a bit above the largest, which e4m3 would turn into NaN.
     values = (x.float() / scale).clamp(-precision.largest, precision.largest)
-    return Rows((values if dtype.is_floating_point else values.round()).to(dtype), scale)
+    if dtype is not torch.float8_e4m3fn:
+        values = values.round()
+    elif torch.compiler.is_compiling():
+        # Triton 3.7 converts to e4m3 with a bias for compute capability 8.9 (see `rowwise_triton`), and a compiler uses
+        # that conversion. It keeps values that e4m3 has.
+        values = round_to_e4m3(values)
+    return Rows(values.to(dtype), scale)
+
+
+def round_to_e4m3(values: Tensor) -> Tensor:
+    """The float8_e4m3fn numbers nearest to `values` (float32, at most 448 in magnitude, or NaN), ties to even: float32.
+
+    Bit for bit what a conversion to float8_e4m3fn and back gives, by arithmetic that a compiler fuses.
+    """
+    # The exponents that e4m3 has for normal numbers, -6 to 8. Added to their bits: 1.5 * 2**20 times that power of two,
+    # a number whose last bit is e4m3's step there. A sum with it is rounded to whole steps.
+    exponent = (values.view(torch.int32) & 0x7F800000).clamp(121 << 23, 135 << 23)
+    steps = (exponent + ((20 << 23) | (1 << 22))).view(torch.float32)
+    return torch.copysign((values.abs() + steps) - steps, values)
 
 
 @cache

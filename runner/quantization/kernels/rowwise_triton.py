@@ -2,6 +2,10 @@
 
 In:   a float matrix. Out: 8-bit codes and a float32 scale a row, as `rowwise.quantize_rows` defines them.
 It will never know: rotations, products, what the matrix is.
+
+The codes of float8_e4m3fn are computed as integers, without a conversion instruction. Triton 3.7, which torch 2.13's
+CUDA build brings, has no right one for compute capability 8.9: it converts float32 to float16 rounded towards zero
+(`cvt.rz.f16.f32`), and that to e4m3 rounded to nearest, so that values just above a tie fall to the side of zero.
 """
 
 from __future__ import annotations
@@ -18,12 +22,16 @@ __all__ = ["launch"]
 _LONGEST: Final = 1 << 15  # columns: a row stays in the registers of one program
 # Adding 1.5 * 2**23 to a float32 of less than 2**22 leaves it rounded to an integer, ties to even.
 _TO_INTEGER: Final = tl.constexpr(12582912.0)
+# The exponent of 2**-6, e4m3's smallest normal number, as float32 has it: 127 - 6.
+_E4M3_LOWEST: Final = tl.constexpr(121)
+# Added to the bits of a power of two: 1.5 * 2**20 times that power, in which 2**-3 of the power is the last bit.
+_E4M3_STEPS: Final = tl.constexpr((20 << 23) | (1 << 22))
 
 
 def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scale: Tensor) -> None:
     """Every row of `x` [M, K] float32|bfloat16|float16 by its own largest magnitude, into codes [M, K], scale [M, 1].
 
-    codes int8, or float8_e4m3fn (compute capability 8.9 and later). All contiguous, on one device.
+    codes int8 or float8_e4m3fn. All contiguous, on one device. ValueError for other matrices.
     """
     rows, columns = x.shape
     if columns > _LONGEST:
@@ -35,7 +43,7 @@ def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scal
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors lie
         _quantize[(rows,)](
             x,
-            codes,
+            codes.view(torch.int8),
             scale,
             columns,
             largest,
@@ -43,7 +51,23 @@ def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scal
             INTEGER=codes.dtype is torch.int8,
             BLOCK=block,
             num_warps=min(max(block // 1024, 1), 16),
+            enable_fp_fusion=False,  # torch rounds each operation; Triton's default depends on its release
         )
+
+
+@triton.jit
+def _e4m3_bits(value: tl.tensor) -> tl.tensor:
+    # The nearest e4m3 of |value| < 464, ties to even, or NaN; with the sign of `value`, as torch converts.
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Between powers of two e4m3 has eight even steps, and eight below 2**-6. A number in which one step is the last bit
+    # is added: the sum is rounded to whole steps, and its last bits count them.
+    exponent = tl.maximum(magnitude >> 23, _E4M3_LOWEST)
+    zero_steps = (exponent << 23) + _E4M3_STEPS
+    steps = magnitude.to(tl.float32, bitcast=True) + zero_steps.to(tl.float32, bitcast=True)
+    code = ((exponent - _E4M3_LOWEST) << 3) + (steps.to(tl.int32, bitcast=True) - zero_steps)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return code | ((bits >> 24) & 0x80)
 
 
 @triton.jit
@@ -67,8 +91,10 @@ def _quantize(
     unordered = values != values  # noqa: PLR0124
     scale = tl.where(tl.sum(unordered.to(tl.int32), axis=0) > 0, float("nan"), scale)
     values = tl.div_rn(values, tl.zeros_like(values) + scale)
-    values = tl.minimum(tl.maximum(values, -largest), largest)
     if INTEGER:
-        values = (values + _TO_INTEGER) - _TO_INTEGER
-    tl.store(codes + row * columns + column, values.to(codes.dtype.element_ty), mask=inside)
+        values = tl.minimum(tl.maximum(values, -largest), largest)
+        narrowed = ((values + _TO_INTEGER) - _TO_INTEGER).to(tl.int8)
+    else:  # a quotient is at most a bit above 448, which it is rounded to
+        narrowed = _e4m3_bits(values).to(tl.int8)
+    tl.store(codes + row * columns + column, narrowed, mask=inside)
     tl.store(scales + row, scale)

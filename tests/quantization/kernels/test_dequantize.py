@@ -18,6 +18,14 @@ from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, Format, dequan
 from runner.quantization.formats.scales import quantize
 from runner.quantization.kernels import dequantize as module
 from runner.quantization.kernels.dequantize import KERNELS, dequantize_fp4, pick_kernel
+from tests.quantization.kernels.ahead_of_time import (
+    ARCHITECTURES,
+    EVERY_VARIANT,
+    NEEDS_PINNED_TRITON,
+    Built,
+    Variant,
+    build,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 BOTH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -127,43 +135,50 @@ def test_triton_agrees_with_the_reference_in_the_interpreter(tmp_path):
     assert [case for case, agrees in found.items() if agrees is not True] == []
 
 
-COMPILED = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from runner.quantization.kernels import dequantize_triton
-found = {}
-for capability in (80, 90, 120):
-    for e4m3 in (False, True):
-        signature = {
-            "packed": "*u8", "scale": "*u8" if e4m3 else "*i16", "tensor_scale": "*fp32" if e4m3 else "constexpr",
-            "out": "*i16", "groups": "i32",
-            "GROUP_BYTES": "constexpr", "E4M3": "constexpr", "BF16": "constexpr", "GROUPS": "constexpr",
-        }
-        group = 8 if e4m3 else 16
-        constants = {"GROUP_BYTES": group, "E4M3": e4m3, "BF16": True, "GROUPS": dequantize_triton._BYTES // group}
-        if not e4m3:
-            constants["tensor_scale"] = None
-        aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"}
-        source = ASTSource(dequantize_triton._dequantize, signature, constants, aligned)
-        options = {"num_warps": dequantize_triton._WARPS}
-        assembly = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-        accesses = re.findall(r"((?:ld|st)\\.(?:global|shared)\\S*)", assembly)
-        found[f"sm_{capability} e4m3={e4m3}"] = sorted(accesses)
-print(json.dumps(found))
-"""
+# Each architecture once, each format, each dtype; all of them in the test after.
+SOME_VARIANTS = [
+    Variant("dequantize", "g32", "bfloat16", 5120, 80),
+    Variant("dequantize", "nvfp4", "float16", 5120, 89),
+    Variant("dequantize", "nvfp4", "bfloat16", 5120, 90),
+    Variant("dequantize", "g32", "float32", 5120, 100),
+    Variant("dequantize", "g32", "float16", 5120, 120),
+]
 
 
-@NEEDS_TRITON
-def test_triton_compiles_to_one_wide_store_a_thread_for_every_gpu(tmp_path):
-    """What the interpreter cannot tell: that the compiler takes it, and that values do not go through shared memory."""
-    found = in_a_process_of_its_own(COMPILED, tmp_path, TRITON_INTERPRET="0")
+def check_assembly(variant: Variant, built: Built) -> None:
+    """What the interpreter cannot tell: that the compiler takes it, rounds to nearest, and stores a thread's values at
+    full width, those of 16 bits without a way through shared memory."""
+    built.check()
+    assert "ld.global.b32" in built.instructions  # four packed bytes
+    wide = dtype_size(variant) // 2
+    assert {name: built.instructions[name] for name in built.of("st.global")} == {"st.global.v4.b32": wide}
+    assert built.shared == (4096 if variant.dtype == "float32" else 0)
+    assert (built.of("ld.shared", "st.shared") == set()) == (variant.dtype != "float32")
+    # bfloat16 is rounded by integers.
+    narrowing = {"cvt.rn.f16x2.f32"} if variant.dtype == "float16" else set()
+    assert built.conversions() == {"cvt.f32.f16"} | narrowing
+
+
+def dtype_size(variant: Variant) -> int:
+    return getattr(torch, variant.dtype).itemsize
+
+
+@NEEDS_PINNED_TRITON
+def test_the_compiler_takes_it_for_every_gpu(tmp_path):
+    for variant, built in build(SOME_VARIANTS, tmp_path).items():
+        check_assembly(variant, built)
+
+
+@NEEDS_PINNED_TRITON
+@EVERY_VARIANT
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_every_variant_compiles(capability, tmp_path):
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES.args[1]]
+    variants = [Variant("dequantize", fmt, dtype, 5120, capability) for fmt in FORMATS for dtype in names]
+    found = build(variants, tmp_path)
     assert len(found) == 6
-    for case, accesses in found.items():
-        assert [access for access in accesses if "shared" in access] == [], case
-        assert [access for access in accesses if access.startswith("st.")] == ["st.global.v4.b32"], case
-        assert "ld.global.b32" in accesses, case  # four packed bytes
+    for variant, built in found.items():
+        check_assembly(variant, built)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import ml_dtypes
@@ -28,7 +29,16 @@ from runner.quantization.kernels.rowwise import (
     reference,
     rotate_rows,
     rotation_of,
+    round_to_e4m3,
     rowwise,
+)
+from tests.quantization.kernels.ahead_of_time import (
+    ARCHITECTURES,
+    EVERY_VARIANT,
+    NEEDS_PINNED_TRITON,
+    Built,
+    Variant,
+    build,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -183,31 +193,68 @@ import contextlib, torch
 from runner.forecast.precisions import PRECISIONS
 from runner.quantization.kernels.rowwise import SMALLEST_SCALE, quantize_rows
 from runner.quantization.kernels.rowwise_triton import launch
-x = torch.randn(9, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 9)[:, None]
-x[3] = 0
-x[5, 9] = float("nan")
+from tests.quantization.kernels.test_rowwise import e4m3_edges, floats_of_every_exponent, one_nan
 entered = []  # Triton launches on the current device, which need not be the tensors'
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext(entered.append(tensor))
 KINDS = [row.name for row in PRECISIONS.values() if row.layout == "rows"]
-for kind in KINDS:
+
+def compare(x, kind):
     wanted = quantize_rows(x, kind)
     codes, scale = torch.empty_like(wanted.codes), torch.empty_like(wanted.scale)
     launch(x, PRECISIONS[kind].largest, SMALLEST_SCALE, codes, scale)
-    assert torch.equal(scale, wanted.scale) or torch.equal(scale.nan_to_num(-1), wanted.scale.nan_to_num(-1))
-    assert bool(scale[5].isnan())
-    whole = [0, 1, 2, 3, 4, 6, 7, 8]
-    found, right = codes[whole].float(), wanted.codes[whole].float()
-    if kind == "int8":
-        assert torch.equal(found, right)
-    else:  # the interpreter rounds e4m3 its own way, a step off here and there
-        assert float((found - right).abs().sum() / right.abs().sum()) < 0.02
-assert len(entered) == len(KINDS) and all(tensor is x for tensor in entered)
+    assert entered.pop() is x
+    assert torch.equal(scale.nan_to_num(-1), wanted.scale.nan_to_num(-1)), kind
+    # A scale that is no number says all of a row, whose codes of int8 mean nothing.
+    rows = slice(None) if kind == "fp8" else scale.isfinite().flatten()
+    assert torch.equal(one_nan(codes[rows]), one_nan(wanted.codes[rows])), kind
+    return wanted
+
+x = torch.randn(9, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 9)[:, None]
+x[3] = 0
+x[5, 9], x[6, 10] = float("nan"), float("inf")
+for kind in KINDS:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert bool(compare(x.to(dtype), kind).scale[5].isnan())
+# The largest of these rows is e4m3's own, so that their scale is 1 and each number meets the rounding as it is.
+edges = compare(e4m3_edges().view(1, -1), "fp8")
+assert edges.scale.item() == 1 and len(edges.codes.view(torch.uint8).unique()) == 254
+assert bool((compare(floats_of_every_exponent(), "fp8").scale == 1).all())
 print("equal")
 """
 
 
+def e4m3_edges() -> Tensor:
+    """Float32 [n] where e4m3's rounding changes: its finite numbers, the middle of each two neighbours, and of all of
+    these the float32 numbers next to them on both sides, to ±448."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = codes[codes.isfinite()].unique()
+    points = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, torch.tensor([-0.0])])
+    beside = [torch.nextafter(points, torch.full_like(points, side)) for side in (torch.inf, -torch.inf)]
+    values = torch.cat([points, *beside])
+    return values[values.abs() <= 448]
+
+
+def floats_of_every_exponent() -> Tensor:
+    """Float32 [4, 32768] of random bits up to 448 in magnitude, with subnormal ones; the first of a row is 448."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x43E00001, (4, 32768), generator=generator, dtype=torch.int32)
+    bits[:2] = bits[:2] % (10 << 23) + (121 << 23) - (2 << 23)  # half of them where e4m3 has its steps
+    values = bits.view(torch.float32) * torch.where(torch.arange(32768) % 2 == 0, 1.0, -1.0)
+    values[:, 0] = 448
+    return values.clamp(-448, 448)
+
+
+def one_nan(codes: Tensor) -> Tensor:
+    """Bits of the codes; of e4m3 the two NaN are one: the sign of what 0 / 0 gives depends on the processor."""
+    bits = codes.view(torch.uint8)
+    if codes.dtype is not torch.float8_e4m3fn:
+        return bits
+    return torch.where((bits & 0x7F) == 0x7F, torch.full_like(bits, 0x7F), bits)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_triton_kernel_in_its_interpreter():
+    """Code by code: on e4m3's numbers, ties and their neighbours, on floats of every exponent, on what is no number."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, check=False, timeout=250
@@ -215,32 +262,123 @@ def test_the_triton_kernel_in_its_interpreter():
     assert done.stdout.strip() == "equal", done.stderr
 
 
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from runner.quantization.kernels import rowwise_triton
-for capability in (80, 89, 90, 100, 120):
-    for codes in ("*i8", "*fp8e4nv")[: 1 if capability < 89 else 2]:
-        signature = {"x": "*bf16", "codes": codes, "scales": "*fp32", "columns": "i32", "largest": "fp32"}
-        signature |= {"smallest_scale": "fp32", "INTEGER": "constexpr", "BLOCK": "constexpr"}
-        source = ASTSource(rowwise_triton._quantize, signature, {"INTEGER": codes == "*i8", "BLOCK": 16384})
-        target, options = GPUTarget("cuda", capability, 32), {"num_warps": 16}
-        assembly = triton.compile(source, target=target, options=options).asm["ptx"]
-        assert "div.rn.f32" in assembly and "div.full" not in assembly, (capability, codes)
-        assert codes == "*i8" or "cvt.rn.satfinite.e4m3x2.f32" in assembly, capability
-print("compiled")
-"""
+def converted(values: Tensor) -> np.ndarray:
+    """e4m3 bits of float32 values as ml_dtypes rounds them."""
+    return values.numpy().astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def converted_in_two_steps(values: Tensor) -> np.ndarray:
+    """e4m3 bits as Triton 3.7 makes them for compute capability 8.9: `cvt.rz.f16.f32`, `cvt.rn.satfinite.e4m3x2.f16x2`.
+
+    For magnitudes up to 448, of which neither overflows.
+    """
+    exact = values.numpy()
+    halves = exact.astype(np.float16)  # rounded to nearest
+    too_far = np.abs(halves.astype(np.float32)) > np.abs(exact)
+    halves[too_far] = np.nextafter(halves[too_far], np.float16(0))
+    return halves.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def test_rounding_to_e4m3_is_the_conversion_whichever_follows():
+    for values in (e4m3_edges(), floats_of_every_exponent()):
+        rounded = round_to_e4m3(values)
+        wanted = converted(values)
+        assert np.array_equal(values.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), wanted)
+        for convert in (converted, converted_in_two_steps):
+            assert np.array_equal(convert(rounded), wanted)
+        assert torch.equal(rounded.half().float(), rounded)  # nothing is left that a rounding could take
+    assert bool(round_to_e4m3(torch.tensor([torch.nan, -torch.nan])).isnan().all())
+
+
+def test_two_steps_alone_are_another_conversion():
+    """What the rounding is for: just above a tie the two conversions fall to the side of zero."""
+    values = e4m3_edges()
+    wanted, found = converted(values), converted_in_two_steps(values)
+    wrong = wanted != found
+    assert int(wrong.sum()) > 100
+    assert bool((((wanted & 0x7F) - (found & 0x7F))[wrong] == 1).all())  # each one step too small in magnitude
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-448, 448, width=32), min_size=1, max_size=32))
+def test_rounding_to_e4m3_of_any_numbers(numbers):
+    values = torch.tensor(numbers)
+    assert np.array_equal(converted_in_two_steps(round_to_e4m3(values)), converted(values))
+
+
+class OtherConversion(torch.fx.Interpreter):
+    """Runs a graph with e4m3 conversions as compute capability 8.9 makes them; `met` counts them."""
+
+    met = 0
+
+    def call_method(self, target, args, kwargs):
+        if target == "to" and torch.float8_e4m3fn in args:
+            self.met += 1
+            return torch.from_numpy(converted_in_two_steps(args[0])).view(torch.float8_e4m3fn)
+        return super().call_method(target, args, kwargs)
+
+
+def test_a_compiled_graph_gives_the_same_codes_whichever_conversion_its_compiler_has():
+    """Activations are quantised by the compiler's kernels, which convert as that compiler does."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append((graph, inputs))
+        return graph.forward
+
+    x = torch.cat([e4m3_edges(), torch.tensor([448.0])]).view(1, -1)
+    wanted = quantize_rows(x, "fp8")
+    found = torch.compile(quantize_rows, backend=keep, fullgraph=True)(x, "fp8")
+    assert torch.equal(found.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+    ((graph, inputs),) = graphs
+    runs = OtherConversion(graph)
+    codes, scale = runs.run(*inputs)
+    assert runs.met == 1
+    assert torch.equal(codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+    assert torch.equal(scale, wanted.scale)
+
+
+# Each architecture once, each form and dtype, each length; all of them in the test after.
+SOME_VARIANTS = [
+    Variant("rows", "int8", "bfloat16", 5120, 80),
+    Variant("rows", "float8_e4m3fn", "bfloat16", 5120, 89),
+    Variant("rows", "float8_e4m3fn", "float16", 13824, 90),
+    Variant("rows", "int8", "float32", 160, 100),
+    Variant("rows", "float8_e4m3fn", "bfloat16", 13824, 120),
+]
+
+
+def check_assembly(variant: Variant, built: Built) -> None:
+    """What the interpreter cannot tell: that the compiler takes it, divides and rounds as torch does, and reads and
+    writes at full width."""
+    built.check()
+    assert built.of("div") == {"div.rn.f32"}
+    assert built.of("ld.global") == {"ld.global.v4.b32"}
+    codes = "st.global.v2.b32" if variant.columns == 160 else "st.global.v4.b32"  # 8 of a row's 256 places a thread
+    assert built.of("st.global") == {codes, "st.global.b32"}
+    assert built.instructions["st.global.b32"] == 1  # the scale
+    # e4m3 is made of integers: no conversion to it, whose rounding would be the architecture's.
+    widening = set() if variant.dtype == "float32" else {f"cvt.f32.{variant.dtype.replace('float', 'f')}"}
+    assert built.conversions() == widening | ({"cvt.rzi.s16.f32"} if variant.form == "int8" else set())
+
+
+@NEEDS_PINNED_TRITON
 def test_the_triton_kernel_compiles_for_every_gpu(tmp_path):
-    """What the interpreter cannot tell: that the compiler takes it, divides as torch does, and rounds to nearest."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    for variant, built in build(SOME_VARIANTS, tmp_path).items():
+        check_assembly(variant, built)
+
+
+@NEEDS_PINNED_TRITON
+@EVERY_VARIANT
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_every_variant_compiles(capability, tmp_path):
+    forms = ["int8"] if capability < 89 else ["int8", "float8_e4m3fn"]  # fp8 products begin there
+    dtypes, lengths = ("bfloat16", "float16", "float32"), (5120, 13824, 160)
+    variants = [Variant("rows", *rest, capability) for rest in product(forms, dtypes, lengths)]
+    found = build(variants, tmp_path)
+    assert len(found) == 9 * len(forms)
+    for variant, built in found.items():
+        check_assembly(variant, built)
 
 
 def test_comfy_kitchen_agrees_where_it_is_installed():
