@@ -76,6 +76,16 @@ def keep_code(cache: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
+def fuse_multiply_adds() -> None:
+    """Generated kernels contract a * b + c into one operation, unless the environment says otherwise already.
+
+    As with the Triton releases of torch 2.10 to 2.13, where it is the default. Triton 3.10 turns it off, and results
+    would change in their last bits with the release. Inductor itself asks for it with each kernel that it generates
+    (torch 2.13: `TritonKernel.triton_meta_common`); this holds for kernels with which it passes nothing.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
 def structure_of(block: Any) -> Hashable:
     """What of a block decides its graph beyond shapes: how its layers compute, and what they have beside them.
 
@@ -104,6 +114,7 @@ class CompiledStep:
         self.backend, self.why, self.broken, self.worst = backend, why, "", 0.0
         self._eager = eager
         self._ready: set[Hashable] = set()
+        fuse_multiply_adds()
         # Two models whose blocks differ (a float32 one, a quantised one) would otherwise share one limit of 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         self._compiled: BlockStep = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)

@@ -18,6 +18,7 @@ from runner.generation.wan_animate.compiled import (
     TOLERANCES,
     CompiledStep,
     difference,
+    fuse_multiply_adds,
     keep_code,
     make_block_step,
     structure_of,
@@ -224,6 +225,27 @@ def test_who_compiles(monkeypatch, tmp_path):
     keep_code(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
+def test_multiply_adds_are_fused_whatever_the_default_of_triton_is(monkeypatch):
+    """Triton reads the variable when it compiles a kernel with which no choice is passed."""
+    knobs = pytest.importorskip("triton.knobs", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    step = CompiledStep(backend="eager")
+    assert step.broken == ""
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
+    assert knobs.language.default_fp_fusion is True
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    fuse_multiply_adds()
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "0"
+    assert knobs.language.default_fp_fusion is False  # so that the variable is the one that Triton reads
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="private API, known for torch 2.13")
+def test_inductor_asks_for_fused_multiply_adds_itself():
+    from torch._inductor.codegen.triton import TritonKernel
+
+    assert TritonKernel.triton_meta_common()["enable_fp_fusion"] is True
 
 
 def test_differences():
