@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from runner.errors import as_runner_error
+from runner.generation.runtime.device import cudnn_problem, cudnn_version
 from runner.records.events import default_logging
 from runner.storage import is_remote, local_path, open_storage, probe_writable
 from runner.verbs.probes import ProbeFailed, Probes, TorchInfo
@@ -75,6 +76,7 @@ def run_checks(
         "diffusers": machine.diffusers,
         "driver": machine.driver,
         "gpu": machine.gpu,
+        "cudnn": machine.cudnn,
         "gpu memory": machine.gpu_memory,
         "host memory": machine.host_memory,
         "onnxruntime": machine.onnxruntime,
@@ -180,6 +182,20 @@ class _Machine:
         return Check(
             "gpu", "fail", "torch sees none", "Mend torch and driver above; check CUDA_VISIBLE_DEVICES; or --device cpu"
         )
+
+    def cudnn(self) -> Check:
+        if not self.gpu_wish:
+            return Check("cudnn", "skipped", "the device is cpu")
+        info = self.torch_info
+        if isinstance(info, ProbeFailed) or not info.cuda:
+            return Check("cudnn", "skipped", "no torch built for CUDA")
+        number = _answer(self.probes.cudnn)
+        install = f"pip install -U 'nvidia-cudnn-cu{info.cuda.partition('.')[0]}>=9.15'"
+        if isinstance(number, ProbeFailed) or number is None:
+            return Check("cudnn", self.lacking, str(number) if number else "this torch has none", install)
+        if problem := cudnn_problem(number):
+            return Check("cudnn", "warn", problem, install)
+        return Check("cudnn", "ok", cudnn_version(number))
 
     def gpu_memory(self) -> Check:
         if isinstance(self.driver_info, ProbeFailed):

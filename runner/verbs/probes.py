@@ -78,6 +78,17 @@ class Probes:
         devices = tuple((torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count))
         return TorchInfo(torch.__version__, torch.version.cuda, devices)
 
+    def cudnn(self) -> int | None:
+        """Version number of the cuDNN that torch loads, e.g. 92000 for 9.20.0; None in a build without it."""
+        self.package("torch")
+        import torch
+
+        try:
+            number: int | None = torch.backends.cudnn.version()
+        except (RuntimeError, OSError) as err:  # its libraries do not load, or are older than those it was built with
+            raise ProbeFailed(f"torch cannot load cuDNN ({str(err).splitlines()[0]})") from err
+        return number
+
     def driver(self) -> Driver:
         self.package("pynvml")
         import pynvml

@@ -19,6 +19,9 @@ GIB = 1 << 30
 H200 = Gpu("NVIDIA H200", 141 * GIB, 140 * GIB)
 
 
+PLAIN = ("python_version", "torch", "cudnn", "driver", "host_memory_bytes", "compiler", "python_header", "tensorrt")
+
+
 class Machine(Probes):
     """A healthy GPU box, but for what a test says."""
 
@@ -26,6 +29,7 @@ class Machine(Probes):
         self.said = {
             "python_version": (3, 12, 1),
             "torch": TorchInfo("2.12.0+cu130", "13.0", (("NVIDIA H200", (9, 0)),)),
+            "cudnn": 92000,
             "driver": Driver("580.65.06", (H200,)),
             "host_memory_bytes": 128 * GIB,
             "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -44,7 +48,7 @@ class Machine(Probes):
         return value
 
     def __getattribute__(self, name: str) -> object:
-        if name in ("python_version", "torch", "driver", "host_memory_bytes", "compiler", "python_header", "tensorrt"):
+        if name in PLAIN:
             return lambda: self._say(name)
         if name in ("providers", "encoder"):
             return lambda wanted: self._say(name)
@@ -88,7 +92,17 @@ NO_GPU = {
     [
         ("cuda", {"torch": "fail", "driver": "fail", "gpu": "fail", "providers": "fail"}),
         ("auto", {"torch": "ok", "driver": "warn", "gpu": "warn", "providers": "ok"}),
-        ("cpu", {"torch": "ok", "driver": "skipped", "gpu": "skipped", "providers": "ok", "compiler": "skipped"}),
+        (
+            "cpu",
+            {
+                "torch": "ok",
+                "driver": "skipped",
+                "gpu": "skipped",
+                "cudnn": "skipped",
+                "providers": "ok",
+                "compiler": "skipped",
+            },
+        ),
     ],
 )
 def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, expected):
@@ -114,6 +128,12 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
         ("driver", {"torch": ProbeFailed("no torch")}, "ok", "580"),
         ("gpu", {"torch": TorchInfo("2.12.0+cu130", "13.0", ())}, "fail", "CUDA_VISIBLE_DEVICES"),
         ("gpu", {"torch": ProbeFailed("no torch")}, "fail", "Mend torch"),
+        ("cudnn", {}, "ok", "9.20.0"),
+        ("cudnn", {"cudnn": 91002}, "warn", "cuDNN 9.10.2"),
+        ("cudnn", {"cudnn": 91002}, "warn", "'nvidia-cudnn-cu13>=9.15'"),
+        ("cudnn", {"cudnn": ProbeFailed("torch cannot load cuDNN (no)")}, "fail", "cannot load cuDNN"),
+        ("cudnn", {"cudnn": None}, "fail", "has none"),
+        ("cudnn", {"torch": ProbeFailed("no torch")}, "skipped", "no torch"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 32 * GIB, 1 * GIB),))}, "warn", "nvidia-smi"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 12 * GIB, 12 * GIB),))}, "warn", "minimal"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("4090", 25_757_220_864, 25_000_000_000),))}, "ok", "4090"),

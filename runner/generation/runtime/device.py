@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CudaProbe",
     "as_out_of_memory",
+    "cudnn_problem",
+    "cudnn_version",
     "device_name",
     "free_bytes",
     "free_host_bytes",
@@ -31,6 +33,9 @@ __all__ = [
     "release",
 ]
 
+# cuDNN whose 3D convolutions in 16 bits torch avoids, from 9.8 up to but not with 9.15, as its version numbers are
+# written: their results were wrong (pytorch#163539). ConvParams::use_cudnn of torch 2.9.1 and later.
+AVOIDED_CUDNN = range(90_800, 91_500)
 # What torch, cuBLAS and cuDNN say where the exception's type does not tell.
 EXHAUSTED = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
@@ -56,6 +61,25 @@ def pick_device(requested: str = "auto") -> tuple[torch.device, str]:
     if index >= torch.cuda.device_count():
         raise ConfigInvalid(f"no device {requested!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return torch.device("cuda", index), f"asked for; {torch.cuda.get_device_name(index)}"
+
+
+def cudnn_version(number: int) -> str:
+    """92001 → "9.20.1"; as cuDNN 9 numbers its versions."""
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
+def cudnn_problem(number: int | None) -> str | None:
+    """Why 3D convolutions in 16 bits are slow with this cuDNN; None where they are not, or where there is no cuDNN.
+
+    In our models: the embedding of patches, and the autoencoder with `+bf16-vae` and in mode `minimal`. Measured for
+    one convolution in bfloat16 on an A100 (pytorch#166643): 23 ms and 7.2 GB with 9.10, 8.6 ms and 0.4 GB with 9.15.
+    """
+    if number is None or number not in AVOIDED_CUDNN:
+        return None
+    return (
+        f"torch makes no 3D convolution in 16 bits with cuDNN {cudnn_version(number)} (9.8 to 9.14 make wrong ones); "
+        "its own take several times the time and memory"
+    )
 
 
 def device_name(device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ Never: torch, weights: a plan is data that loading.py, pipeline.py and the prepr
                the host; no float32 copies of activations: blocks compiled, else a few rows at a time (low_memory.py)
     minimal    one block at a time; keys and values of text and image made anew at every step; the autoencoder in
                bfloat16, in tiles above 480p; encoders on disk
-    auto       the first of these, from the top, whose forecast fits into what is free
+    auto       the first of these, from the top, whose forecast for the largest job fits into what is free
 
 In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` differ where products of other shapes
 round otherwise, and `minimal` by its autoencoder; the mode is part of what equal frames are promised for.

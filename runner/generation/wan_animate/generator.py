@@ -31,7 +31,7 @@ from runner.generation.runtime.device import (
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job, requested_steps
-from runner.generation.wan_animate.loading import load_pipeline, plan_memory
+from runner.generation.wan_animate.loading import check_cudnn, load_pipeline, plan_memory
 from runner.generation.wan_animate.loras import JobLoras
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
@@ -160,6 +160,7 @@ class WanAnimateGenerator:
             "device": str(picked),
             "device_why": why,
             **memory_said,
+            **check_cudnn(picked, recipe, memory_plan),
             **placement,
             "load_s": round(time.monotonic() - begin, 3),
             "preprocess": dict(preprocessor.description),

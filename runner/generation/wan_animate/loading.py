@@ -15,7 +15,7 @@ import structlog
 
 from runner.errors import RunnerError, WeightsCorrupt
 from runner.generation.protocol import JobDemand
-from runner.generation.runtime.device import as_out_of_memory, free_bytes
+from runner.generation.runtime.device import as_out_of_memory, cudnn_problem, cudnn_version, free_bytes
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, Window, choose_plan, make_plan
 from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runner.generation.wan_animate.pipeline import AnimatePipeline
 
 __all__ = [
+    "check_cudnn",
     "find_encoders",
     "load_pipeline",
     "load_transformer",
@@ -190,6 +191,22 @@ def plan_memory(
     )
     structlog.get_logger().info("memory_chosen", device=str(device), mode=plan.mode, asked=asked, why=why)
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
+
+
+def check_cudnn(device: torch.device, recipe: Recipe, plan: MemoryPlan) -> dict[str, str]:
+    """The version of cuDNN on a GPU, for the record, and what is wrong with it where convolutions have 16 bits."""
+    import torch
+
+    number = torch.backends.cudnn.version() if device.type == "cuda" else None
+    if number is None:
+        return {}
+    said = {"cudnn": cudnn_version(number)}
+    problem = cudnn_problem(number) if "bfloat16" in (recipe.dtype, plan.vae_dtype) else None
+    if problem is not None:
+        todo = "Install cuDNN 9.15 or newer; `video-lab doctor` says how"
+        structlog.get_logger().warning("cudnn_is_avoided", why=problem, todo=todo)
+        said["cudnn_problem"] = problem
+    return said
 
 
 def _window(demand: JobDemand, store: ModelStore) -> Window:

@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from runner.errors import ConfigInvalid, OutOfMemory
-from runner.generation.runtime.device import as_out_of_memory, grow_segments, hardware_model, make_probe, pick_device
+from runner.generation.runtime.device import (
+    as_out_of_memory,
+    cudnn_problem,
+    cudnn_version,
+    grow_segments,
+    hardware_model,
+    make_probe,
+    pick_device,
+)
+from runner.generation.runtime.memory_plan import make_plan
+from runner.generation.wan_animate.loading import check_cudnn
+from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
 
 CPU = torch.device("cpu")
@@ -32,6 +44,46 @@ def test_cuda_is_never_quietly_the_cpu(asked):
 def test_unknown_devices(asked):
     with pytest.raises(ConfigInvalid, match="auto, cpu, cuda"):
         pick_device(asked)
+
+
+# As torch writes them: 90800 for 9.8.0. torch 2.9 to 2.13 go round those from 9.8 up to 9.14 (Convolution.cpp).
+@pytest.mark.parametrize(
+    ("number", "name", "avoided"),
+    [
+        (90_701, "9.7.1", False),
+        (90_800, "9.8.0", True),
+        (91_002, "9.10.2", True),
+        (91_400, "9.14.0", True),
+        (91_500, "9.15.0", False),
+        (92_000, "9.20.0", False),
+    ],
+)
+def test_a_cudnn_that_torch_avoids_has_a_reason(number, name, avoided):
+    assert cudnn_version(number) == name
+    problem = cudnn_problem(number)
+    assert (problem is not None) == avoided
+    assert not avoided or f"cuDNN {name} " in problem
+
+
+def test_without_cudnn_there_is_nothing_to_say():
+    assert cudnn_problem(None) is None
+
+
+def test_a_model_on_a_gpu_says_which_cudnn_it_has(monkeypatch):
+    """And warns where its convolutions have 16 bits: the patches' embedding always, the autoencoder where asked."""
+    gpu, stream = torch.device("cuda", 0), make_plan("stream", get_recipe("fp4-distill"))
+    for number, recipe, problem in (
+        (91_002, "fp4-distill", True),
+        (91_002, "fp32", False),
+        (92_000, "fp4-distill+bf16-vae", False),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda number=number: number)
+        with capture_logs() as events:
+            said = check_cudnn(gpu, get_recipe(recipe), stream)
+        assert said["cudnn"] == cudnn_version(number)
+        assert said.get("cudnn_problem") == (cudnn_problem(number) if problem else None)
+        assert [event["event"] for event in events] == ["cudnn_is_avoided"] * problem
+    assert check_cudnn(CPU, get_recipe("fp4-distill"), stream) == {}
 
 
 def test_the_cpu_when_asked_for():
