@@ -2,7 +2,7 @@
 
 In:   shapes of a window, the transformer's blocks. Out: a block step that computes what `run_block` computes, within
       the rounding of sums in another order. Never: a failed job: where compiling fails, or its result is off, blocks
-      run eagerly, and the log says why.
+      run eagerly, and the log, the record and the end of the run say why.
 
 Fused are norm with modulation, RMSNorm with rotation, gate with residual, GELU, and what quantises activations: in
 eager mode they move 66 GB a block at 832x480, 81 frames. Products and attention are the same kernels either way, and a
@@ -25,6 +25,9 @@ import torch
 from torch import Tensor
 
 from runner.generation.runtime.device import as_out_of_memory
+from runner.generation.runtime.eager_blocks import eager_by_plan
+from runner.generation.runtime.memory_plan import MemoryPlan
+from runner.generation.wan_animate.low_memory import choose_eager_block
 from runner.generation.wan_animate.transformer import (
     BlockStep,
     Context,
@@ -46,8 +49,10 @@ MOST_GRAPHS: Final = 48  # held at once: a manifest of many sizes must not fill 
 RECOMPILE_LIMIT: Final = 2 * MOST_GRAPHS
 
 
-def wants_compile(switches: Switches, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile, and why. Pure."""
+def wants_compile(switches: Switches, device: torch.device, plan: MemoryPlan | None = None) -> tuple[bool, str]:
+    """Whether to compile, and why. Pure. `plan`: where things are; None for a pipeline that was placed by hand."""
+    if plan is not None and (why := eager_by_plan(plan)):
+        return False, why
     if switches.compile is not None:
         return switches.compile, "asked for" if switches.compile else "switched off"
     if device.type == "cuda":
@@ -55,16 +60,18 @@ def wants_compile(switches: Switches, device: torch.device) -> tuple[bool, str]:
     return False, "on a CPU the eager order of sums is kept: bit for bit the library's"
 
 
-def make_block_step(switches: Switches, device: torch.device, eager: BlockStep = run_block) -> CompiledStep | None:
-    """What stands in for `run_block`, or None where blocks run eagerly. Compiles nothing yet.
+def make_block_step(
+    switches: Switches, device: torch.device, plan: MemoryPlan | None = None
+) -> tuple[CompiledStep | None, str]:
+    """What stands in for `run_block`, or None where blocks run eagerly; and why. Compiles nothing yet.
 
-    `eager`: what runs where compiling fails.
+    Where compiling fails, and to compare with, blocks run as `low_memory.choose_eager_block` has it.
     """
-    wanted, why = wants_compile(switches, device)
+    wanted, why = wants_compile(switches, device, plan)
     structlog.get_logger().debug("compile_chosen", compile=wanted, why=why)
     if not wanted:
-        return None
-    return CompiledStep(why=why, eager=eager)
+        return None, why
+    return CompiledStep(why=why, eager=choose_eager_block(device, plan is not None and plan.lean)), why
 
 
 def keep_code(cache: Path) -> None:
@@ -105,7 +112,7 @@ def structure_of(block: Any) -> Hashable:
 
 
 class CompiledStep:
-    """A BlockStep: `run_block` compiled, or `run_block` itself once that has failed (`broken` says why).
+    """A BlockStep: `run_block` compiled, or `eager` once that has failed (`broken` says why).
 
     `graphs`: how many sets of shapes and structures were made ready. `worst`: the largest difference from eager.
     """
@@ -139,7 +146,7 @@ class CompiledStep:
             # The compiled block overwrites nothing: what it left undone, eager does from the start.
             if as_out_of_memory(err, hidden.device, doing="running a block") is not None:
                 raise
-            self._give_up(_said(err))
+            self._give_up(f"compiling failed: {_said(err)}")
             return self._eager(block, hidden, modulation, rope, attended)
 
     def warms(self, transformer: Any, contexts: Sequence[Context], grid: tuple[int, int, int]) -> bool:

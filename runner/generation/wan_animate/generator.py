@@ -28,6 +28,7 @@ from runner.generation.runtime.device import (
     pick_device,
     release,
 )
+from runner.generation.runtime.eager_blocks import eager_cost, eager_words
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job, requested_steps
@@ -189,6 +190,8 @@ class WanAnimateGenerator:
 
         Of the preprocessing, the two networks of every job: a resumed job finds its people anew.
         """
+        from runner.generation.wan_animate.low_memory import choose_eager_block, lean_block
+
         pipeline, said = self.pipeline, self.description
         if pipeline is None:
             return {}
@@ -198,13 +201,14 @@ class WanAnimateGenerator:
         vae += [name for name in ("channels_last", "fuse_vae_norms") if getattr(switches, name)]
         compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
         step, lean = pipeline.block_step, memory is not None and memory.lean
+        by_rows = choose_eager_block(pipeline.compute_device, lean) is lean_block
         blocks = "eager" if step is None or step.broken else f"compiled by {step.backend}"
         return {
             "device": hardware_model(pipeline.compute_device),
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             "compute": ", ".join(compute),
             "attention": str(said.get("attention", "")),
-            "blocks": f"{blocks}, a few rows at a time" if lean and blocks == "eager" else blocks,
+            "blocks": f"{blocks}, a few rows at a time" if by_rows and blocks == "eager" else blocks,
             "autoencoder": ", ".join(vae),
             "memory": "" if memory is None else memory.mode,
             "encoders": "" if memory is None else memory.encoders,
@@ -272,6 +276,15 @@ class WanAnimateGenerator:
             load=self.load_bytes,
             cuda=cuda,
         ).stages
+
+    def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
+        """Blocks that ran eagerly on a GPU, though they were to be compiled."""
+        pipeline = self._loaded
+        step = pipeline.block_step
+        if step is None or not step.broken or pipeline.compute_device.type != "cuda":
+            return ()
+        size, guided = (plan.width, plan.height), options.guidance_scale > 1
+        return (eager_words(step.broken, eager_cost(self.costs, self.speed, size, plan.segment_frames, guided=guided)),)
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
         return plan_job(frames, size, options, self.recipe, self.costs, self.speed)

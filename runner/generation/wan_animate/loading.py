@@ -270,16 +270,11 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
     from runner.generation.runtime.compute import apply_compute
     from runner.generation.wan_animate.autoencoder import prepare_vae
     from runner.generation.wan_animate.compiled import make_block_step
-    from runner.generation.wan_animate.low_memory import lean_block
-    from runner.generation.wan_animate.transformer import run_block
 
     dtype = getattr(torch, recipe.dtype)
     said = apply_compute(pipeline.transformer, recipe, device)
     said |= apply_attention(pipeline.transformer, device, dtype, eight_bit=recipe.attention == "int8")
     said |= prepare_vae(pipeline.vae, pipeline.switches)
-    memory = pipeline.memory
-    lean = memory is not None and memory.lean
-    pipeline.block_step = None
-    if memory is None or memory.compiled:
-        pipeline.block_step = make_block_step(pipeline.switches, device, lean_block if lean else run_block)
-    return said | {"compile": "eager" if pipeline.block_step is None else pipeline.block_step.backend}
+    pipeline.block_step, why = make_block_step(pipeline.switches, device, pipeline.memory)
+    compiled_by = "eager" if pipeline.block_step is None else pipeline.block_step.backend
+    return said | {"compile": compiled_by, "compile_why": why}

@@ -6,7 +6,7 @@ Never: which mode a run is in, where weights lie.
 Every token's row goes its own way outside attention. Norms, rotations and residuals are done some rows at a time, so
 that no float32 copy of all tokens is ever there; the feed-forward part, whose inside is 2.7 times as wide, in four
 pieces. With u for hidden states [S, d] (0.35 GB for 81 frames of 832x480 in bfloat16), a block peaks at 5.4 u (hidden
-states, their norm, query, key, value) instead of 12; cuDNN's attention adds one, its output in another order.
+states, their norm, query, key, value) instead of 12, an attention package's own copies aside.
 
 A matrix product of fewer rows may sum in another order. On the CPU, in float32, pieces of 8 rows and more have the
 whole's bits, and no piece is smaller; kernels of GPUs may differ in the last bit of bfloat16. Eager: a compiled block
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from runner.generation.wan_animate.transformer import (
     ROWS,
+    BlockStep,
     CrossAttended,
     KeyValue,
     Rope,
@@ -33,11 +34,21 @@ from runner.generation.wan_animate.transformer import (
     pieces,
     project,
     rotate,
+    run_block,
 )
 
-__all__ = ["FFN_PIECES", "lean_block", "lean_face"]
+__all__ = ["FFN_PIECES", "choose_eager_block", "lean_block", "lean_face"]
 
 FFN_PIECES = 4
+
+
+def choose_eager_block(device: torch.device, lean: bool) -> BlockStep:
+    """What a block runs as where it is not compiled, and what a compiled one is compared with.
+
+    On a GPU `lean_block` in every mode, so that the comparison and the fallback take no more memory than the compiled
+    block; on a CPU the mode's own.
+    """
+    return lean_block if lean or device.type == "cuda" else run_block
 
 
 def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None = None) -> Tensor:
@@ -59,9 +70,8 @@ def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, atten
     normed = by_rows(partial(modulated, block.norm1, scale, shift), hidden)
     query = _turned(block.attn1, block.attn1.norm_q, block.attn1.to_q(normed), rope)
     key = _turned(block.attn1, block.attn1.norm_k, block.attn1.to_k(normed), rope)
-    value = block.attn1.to_v(normed)
+    value = in_heads(block.attn1, block.attn1.to_v(normed))
     del normed
-    value = _apart(block.attn1, value).copy_(in_heads(block.attn1, value))
     read = attend(block.attn1, query, KeyValue(key, value))
     del query, key, value
     _add_gated(hidden, project(block.attn1, read), gate)
@@ -85,21 +95,12 @@ def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, atten
 
 
 def _turned(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
-    """`x` [B, S, d] normed and rotated, [B, S, heads, head_dim]; see `_apart`."""
-    out = _apart(attn, x)
+    """`x` [B, S, d] normed and rotated, [B, S, heads, head_dim]."""
+    out = torch.empty_like(in_heads(attn, x))
     for run in pieces(x.shape[1], ROWS):
         angles = Rope(rope.cos[:, run], rope.sin[:, run])
         out[:, run] = rotate(in_heads(attn, norm(x[:, run])), angles)
     return out
-
-
-def _apart(attn: Any, x: Tensor) -> Tensor:
-    """Room for `x` [B, S, d] as [B, S, heads, head_dim], all rows of one head after another.
-
-    So the library gives them to cuDNN, and would hold a copy of query, key and value beside each.
-    """
-    batch, tokens, width = x.shape
-    return x.new_empty(batch, attn.heads, tokens, width // attn.heads).transpose(1, 2)
 
 
 def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:

@@ -32,7 +32,7 @@ from runner.generation.sampling import NewSampler, Predict, denoise
 from runner.generation.segments import output_span
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
-from runner.generation.wan_animate.low_memory import lean_block, lean_face
+from runner.generation.wan_animate.low_memory import choose_eager_block, lean_face
 from runner.generation.wan_animate.resume_points import make_resume_point, restore_state
 from runner.generation.wan_animate.transformer import (
     Context,
@@ -451,7 +451,7 @@ class AnimatePipeline(WanAnimatePipeline):
             hidden,
             timestep,
             blocks=None if self.blocks is None else self.blocks(),
-            block_step=self.block_step or (lean_block if lean else None),
+            block_step=self.block_step or choose_eager_block(self.compute_device, lean),
             face_step=lean_face if lean else None,
         )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections import Counter
@@ -15,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.errors import ConfigInvalid, JobWeightsCorrupt, NotFinite, OutOfMemory, WeightsCorrupt, WeightsMissing
+from runner.forecast.flops import PRODUCTION
+from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
-from runner.generation.protocol import ClipInfo, Request
+from runner.generation.protocol import ClipInfo, Request, SegmentPlan
 from runner.generation.runtime.device import hardware_model
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memos import HOST_BYTES
@@ -118,11 +121,20 @@ def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
     def backend(graph, _inputs):
         raise RuntimeError("Failed to find C compiler")
 
-    assert generator.description["compile"] == "eager"
+    assert (generator.description["compile"], generator.description["compile_why"][:8]) == ("eager", "on a CPU")
+    plan = SegmentPlan(81, 81, 1, 1, 832, 480, 6, evaluations=6, tflop=1.0)
     generator.pipeline.block_step = CompiledStep(backend=backend)
     rendered(generator, prepared(generator))
     assert generator.description["compile"] == "eager"
     assert "C compiler" in generator.description["compile_why"]
+    assert generator.job_warnings(plan, OPTIONS) == ()  # on a CPU nothing is lost
+    generator.costs, generator.speed = PRODUCTION, find_device("RTX 5090")
+    generator.pipeline.compute_device = torch.device("cuda")
+    (warning,) = generator.job_warnings(plan, OPTIONS)
+    assert "C compiler" in warning and re.search(r"1\.\d s more a step on RTX 5090 at 832x480, 81 frames", warning)
+    generator.pipeline.block_step.broken = ""
+    assert generator.job_warnings(plan, OPTIONS) == ()
+    generator.pipeline.compute_device = CPU
     torch._dynamo.reset()
     generator.pipeline.block_step = CompiledStep(backend="eager")
     rendered(generator, prepared(generator))
