@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -60,6 +60,7 @@ class StubGenerator:
     probe: None = None
     device: str = "stub"
     resumable: bool = True
+    warns: tuple[str, ...] = ()  # of each job that it generates
     tries: dict[str, int] = field(default_factory=dict)
     prepared: list[StubConditions] = field(default_factory=list)
     started_at: list[int] = field(default_factory=list)  # the first segment of each call of `generate`
@@ -136,6 +137,9 @@ class StubGenerator:
             frames = np.broadcast_to(shade, (count, HEIGHT, width, 3)).copy()
             resume = _resume_point(index + 1, plan, random, left) if self.resumable else None
             yield Segment(index, frames, pose=frames[:, ::-1].copy(), resume=resume)
+
+    def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
+        return self.warns
 
     def lower_memory(self) -> bool:
         return False

@@ -375,6 +375,7 @@ class Batch:
                 if segment.index + 1 < task.plan.segments:
                     self._check_going_on(task, pace)
         self._warn(task, () if task.drift is None else task.drift.warnings)
+        self._warn(task, self._generator.job_warnings(task.plan, options))
         task.finishing = {stage.name: dict(stage.report) for stage in stages}
         return True
 

@@ -60,6 +60,14 @@ class Forecaster(Protocol):
         """Memory mode → peak bytes on the device while a job of this plan is rendered, in the mode's leanest form."""
         ...
 
+    def why_eager(self, mode: str) -> str:
+        """Why the model's blocks run eagerly on a GPU in memory mode `mode`; empty where they are compiled."""
+        return ""
+
+    def eager_words(self, why: str, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None) -> str:
+        """The sentence that blocks run eagerly on a GPU, because of `why`, with the cost for jobs of this plan."""
+        ...
+
 
 class ResolvedModel(Protocol):
     """A recipe's model, found and checked in one store, not loaded."""

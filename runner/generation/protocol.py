@@ -5,7 +5,7 @@ A second model is one more folder beside this file that fulfils `Generator`, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -207,6 +207,13 @@ class Generator(Protocol[C]):
         counts the evaluations of the earlier segments as done. Raises InternalError where `start` does not fit `plan`.
         """
         ...
+
+    def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
+        """Sentences for the record of the job that was just generated, that a person should look at; called after it.
+
+        E.g. that it took longer than it had to, because blocks could not be compiled.
+        """
+        return ()
 
     def lower_memory(self) -> bool:
         """Hold less from now on, after `generate` ran out of memory, in the same thread; False where it cannot."""

@@ -4,7 +4,7 @@ In:   a name and, after plus signs in any order, words that change it. Out: `Rec
 Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it into one of torch's.
 
     fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
-    fp4-distill+int8-attention        8-bit self-attention, where a package for it is installed
+    fp4-distill+int8-attention        8-bit self-attention on a GPU, by comfy-kitchen or SageAttention
     fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding
     fp4-distill+unipc+steps4          the solver: euler, unipc, dpmpp, res2s; denoising steps where the job does not say
     fp4-distill+beta57                the noise levels: official-grid, diffusers-grid, beta57, and shift3 (or shift2.5)

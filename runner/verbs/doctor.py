@@ -31,6 +31,8 @@ DRIVER_FOR_CUDA = {12: 525, 13: 580}  # CUDA major -> oldest Linux driver branch
 GPU_GIB = 24  # below, the published weights do not fit beside a job and are streamed
 HOST_GIB = 48  # transformer, text and image encoder in bfloat16: 17.3, 5.7 and 0.6 billion parameters
 OUT_GIB, CACHE_GIB = 5, 20
+LEAST_TRITON = (7, 0)  # the oldest compute capability that torch.compile hands to Triton
+USUAL_SIZE, USUAL_FRAMES = (832, 480), 81  # of which costs are named
 PYTHON = ((3, 11), (3, 15))
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 CUDA = "CUDAExecutionProvider"
@@ -171,9 +173,8 @@ class _Machine:
         if not self.gpu_wish:
             return Check("gpu", "skipped", "the device is cpu")
         devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
-        index = int(self.device.partition(":")[2] or 0)
-        if index < len(devices):
-            name, (major, minor) = devices[index]
+        if chosen := self._chosen_gpu():
+            name, (major, minor) = chosen
             return Check("gpu", "ok", f"{name}, compute capability {major}.{minor}")
         if devices:
             return Check("gpu", "fail", f"torch sees {len(devices)}", f"Choose cuda:0 to cuda:{len(devices) - 1}")
@@ -267,13 +268,46 @@ class _Machine:
         return Check("video", "ok", f"PyAV {package} with libx264")
 
     def compiler(self) -> Check:
+        """What Triton and torch.compile need; without it nothing fails, and blocks run eagerly."""
         if not self.gpu_wish:
             return Check("compiler", "skipped", "the device is cpu")
         compiler, header = _answer(self.probes.compiler), _answer(self.probes.python_header)
-        if missing := _failures(compiler, header):
-            todo = "For Triton and torch.compile: apt-get install gcc libc6-dev python3-dev"
-            return Check("compiler", "warn", missing, todo)
-        return Check("compiler", "ok", f"{compiler}, {header}")
+        info = self.torch_info
+        for_cuda = isinstance(info, TorchInfo) and bool(info.cuda)
+        triton = _answer(partial(self.probes.package, "triton")) if for_cuda else None
+        chosen = self._chosen_gpu()
+        old = chosen is not None and chosen[1] < LEAST_TRITON
+        too_old = "{} has compute capability {}.{}".format(chosen[0], *chosen[1]) if chosen and old else ""
+        missing = "; ".join(filter(None, [_failures(compiler, header, triton), too_old]))
+        if not missing:
+            return Check("compiler", "ok", ", ".join(str(part) for part in (compiler, header)))
+        todo = []
+        if _failures(compiler, header):
+            todo.append("For Triton and torch.compile: apt-get install gcc libc6-dev python3-dev")
+        if isinstance(triton, ProbeFailed):
+            todo.append("Reinstall torch's CUDA build, which brings Triton")
+        if old:
+            todo.append("Triton needs a GPU of 7.0 or newer")
+        return Check("compiler", "warn", missing, f"{'; '.join(todo)}. Until then: {self._cost_of_eager()}")
+
+    def _chosen_gpu(self) -> tuple[str, tuple[int, int]] | None:
+        """Name and compute capability of the GPU that the device names, as torch has them."""
+        devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
+        index = int(self.device.partition(":")[2] or 0)
+        return devices[index] if index < len(devices) else None
+
+    def _cost_of_eager(self) -> str:
+        """The sentence that blocks run eagerly, for a window of the usual size on the GPU that is there."""
+        from runner.forecast.seconds import find_device
+        from runner.generation.families import get_family
+        from runner.spec.options import JobOptions
+        from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
+
+        recipe, options, chosen = get_recipe(DEFAULT_RECIPE), JobOptions(), self._chosen_gpu()
+        forecaster = get_family(recipe).forecaster(recipe, None)
+        plan = forecaster.plan(USUAL_FRAMES, USUAL_SIZE, options)
+        gpu = find_device(chosen[0]) if chosen else None
+        return forecaster.eager_words("they cannot be compiled here", plan, options, gpu)
 
 
 def _failures(*answers: object) -> str:

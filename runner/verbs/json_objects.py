@@ -70,6 +70,7 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
     seconds = [row.seconds for row in forecast.jobs if row.seconds is not None]
     return {
         "gpu": forecast.gpu,
+        "warnings": list(forecast.warnings),
         "jobs": [_planned(row) for row in forecast.jobs],
         "totals": {
             "jobs": len(forecast.jobs),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
 from runner.finishing.interpolation import InterpolationForecast, forecast_interpolation
@@ -35,7 +35,10 @@ from runner.verbs.settings import ModelSettings, PlanSettings, RunSettings
 from runner.verbs.validate import input_places
 from runner.video import Sampled, VideoReader
 
-__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_jobs", "forecast_seconds", "plan"]
+if TYPE_CHECKING:
+    from runner.verbs.probes import Gpu
+
+__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_jobs", "forecast_seconds", "foreseen_mode", "plan"]
 
 FORECAST_S = 20.0  # seconds that forecasts may take before a run begins
 
@@ -70,6 +73,7 @@ class RunForecast:
 
     jobs: tuple[Forecast, ...]
     gpu: str | None
+    warnings: tuple[str, ...] = ()  # of the whole run
 
 
 @default_logging()
@@ -77,7 +81,7 @@ def plan(settings: PlanSettings) -> RunForecast:
     """The verb `plan`. Raises ManifestInvalid, ConfigInvalid, storage.* for the manifest itself."""
     manifest, jobs, _, _ = choose_jobs(settings)
     rows, gpu = forecast_jobs(jobs, settings, manifest)
-    return RunForecast(tuple(rows), gpu)
+    return RunForecast(tuple(rows), gpu, tuple(_warn_of_eager_blocks(jobs, rows, settings, manifest)))
 
 
 def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
@@ -85,7 +89,8 @@ def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
 
     Raises ConfigInvalid for one of which nothing is known, or which has not the recipe's compute.
     """
-    gpu = find_device(asked or _first_gpu())
+    here = None if asked else _first_gpu()
+    gpu = find_device(asked or (here.name if here else None))
     if asked and gpu is None:
         raise ConfigInvalid(f"nothing is known of a GPU {asked!r}", todo=f"Known: {', '.join(d.name for d in DEVICES)}")
     if asked and gpu is not None and recipe.compute not in gpu.matmul:
@@ -96,7 +101,7 @@ def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
     return gpu
 
 
-def _first_gpu() -> str | None:
+def _first_gpu() -> Gpu | None:
     """By the driver, which answers without torch."""
     from runner.verbs.probes import ProbeFailed, Probes
 
@@ -104,7 +109,38 @@ def _first_gpu() -> str | None:
         gpus = Probes().driver().gpus
     except ProbeFailed:
         return None
-    return gpus[0].name if gpus else None
+    return gpus[0] if gpus else None
+
+
+def foreseen_mode(asked: str, peaks: Sequence[Mapping[str, int]], free: int | None) -> str | None:
+    """The memory mode of a run: the one asked for; of `auto` the first that fits every job; None where it is not known.
+
+    `peaks`: of each job, mode → bytes, the fullest mode first. `free`: bytes on the GPU; None: not known.
+    """
+    if asked != "auto":
+        return asked
+    if free is None or not peaks:
+        return None
+    most = {mode: max(peak[mode] for peak in peaks) for mode in peaks[0]}
+    return next((mode for mode, peak in most.items() if peak <= free), list(most)[-1])
+
+
+def _warn_of_eager_blocks(
+    jobs: Sequence[Job], rows: Sequence[Forecast], settings: PlanSettings, manifest: Manifest
+) -> list[str]:
+    """At most one sentence, for the largest job: blocks will run eagerly on the GPU. Nothing where there is no GPU."""
+    here = None if settings.gpu else _first_gpu()
+    planned = [(row.plan, job.options) for job, row in zip(jobs, rows, strict=True) if row.plan is not None]
+    if not planned or not (settings.gpu or here):
+        return []
+    forecaster, recipe = _open_forecaster(settings, manifest)
+    peaks = [row.memory for row in rows if row.memory]
+    mode = foreseen_mode(manifest.memory or "auto", peaks, here.free_bytes if here else None)
+    why = forecaster.why_eager(mode) if mode is not None else ""
+    if not why:
+        return []
+    largest = max(planned, key=lambda one: one[0].width * one[0].height * one[0].segment_frames)
+    return [forecaster.eager_words(why, *largest, choose_gpu(settings.gpu, recipe))]
 
 
 def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifest) -> tuple[list[Forecast], str | None]:

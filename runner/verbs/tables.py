@@ -145,9 +145,12 @@ def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
     for line in outcome.lines:
         if line.error is not None:
             _print_line(console, line.id, f"[red]{escape(line.error.code)}[/]: {escape(line.error.message)}")
+    warned: dict[str, list[str]] = {}
     for line in outcome.lines:
         for warning in line.warnings:
-            _print_line(console, line.id, f"[yellow]![/] {escape(warning)}")
+            warned.setdefault(warning, []).append(line.id)
+    for warning, ids in warned.items():  # one that many jobs share is one line
+        _print_line(console, ids[0] if len(ids) == 1 else f"{len(ids)} jobs", f"[yellow]![/] {escape(warning)}")
     counts = _counts_of_decisions(outcome) if outcome.dry_run else dict(outcome.counts)
     counts["with warnings"] = sum(bool(line.warnings) for line in outcome.lines)
     found = " · ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
@@ -234,8 +237,9 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
     console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {found}", soft_wrap=True)
 
 
-def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
+def print_plan(rows: Sequence[Forecast], gpu: str | None = None, warnings: Sequence[str] = ()) -> None:
     """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode.
+    `warnings`: of the whole run.
 
     A narrow terminal lacks some columns, which are named below the table.
     """
@@ -260,6 +264,8 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None) -> None:
             _print_line(console, row.job_id, _interpolated(row.interpolation, gpu))
         for warning in row.warnings:
             _print_line(console, row.job_id, f"[yellow]![/] {escape(warning)}")
+    for warning in warnings:
+        console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
     total = f"{len(rows)} jobs, {sum(row.tflop for row in rows) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:
         console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds", soft_wrap=True)

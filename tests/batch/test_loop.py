@@ -121,6 +121,17 @@ def test_idle_seconds_are_told_while_the_run_goes_on(bench):
     assert last == pytest.approx(ProcessUsage.model_validate(bench.summary["processes"][-1]).idle_s)
 
 
+def test_warnings_of_the_generator_stand_in_the_record_the_summary_and_the_log(bench):
+    bench.generator.warns = ("The transformer's blocks run eagerly on the GPU, not compiled (no compiler).",)
+    assert bench.run(bench.job("a"), bench.job("b")) == 0
+    for name in "ab":
+        assert bench.result(name)["warnings"] == list(bench.generator.warns)
+    assert [line["warnings"] for line in bench.summary["jobs"]] == [list(bench.generator.warns)] * 2
+    assert [event["message"] for event in bench.events if event["event"] == "job_warning"] == [
+        *bench.generator.warns
+    ] * 2
+
+
 def test_warnings_of_preprocessing_stand_in_the_notes_and_once_in_the_log(bench, monkeypatch):
     real, said = bench.generator.prepare, ["fps 32 is above the 16 of the driving video.", "No face was seen."]
 

@@ -18,7 +18,7 @@ from runner.cli import main
 from runner.errors import ConfigInvalid, JobWeightsMissing, WeightsMissing
 from runner.forecast.seconds import DeviceSpeed
 from runner.generation import families
-from runner.generation.families import EngineSettings, get_family
+from runner.generation.families import EngineSettings, Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
 from runner.hashing import sha256_file
 from runner.spec import recipes
@@ -41,6 +41,11 @@ class EchoForecaster:
 
     def memory(self, plan: SegmentPlan, options: JobOptions) -> dict[str, int]:
         return {"resident": self.weights + 3 * plan.width * plan.height}
+
+    why_eager = Forecaster.why_eager  # the protocol's own answer
+
+    def eager_words(self, why: str, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None) -> str:
+        return why
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def test_a_family_is_resolved_without_torch(demo_models, tmp_path):
     code = """
 import sys
 from pathlib import Path
-from runner.generation.families import EngineSettings, get_family
+from runner.generation.families import EngineSettings, Forecaster, get_family
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 for name in ("fp4-distill", "bf16"):

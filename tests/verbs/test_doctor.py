@@ -152,6 +152,14 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
         ("video", {"encoder": ProbeFailed("this build of PyAV has no libx264 encoder")}, "fail", "libx264"),
         ("compiler", {"compiler": ProbeFailed("no C compiler")}, "warn", "gcc"),
         ("compiler", {"python_header": ProbeFailed("no Python.h")}, "warn", "python3-dev"),
+        ("compiler", {"compiler": ProbeFailed("no C compiler")}, "warn", "s more a step on H200 at 832x480, 81 frames"),
+        ("compiler", {"broken": ("triton",)}, "warn", "which brings Triton"),
+        (
+            "compiler",
+            {"torch": TorchInfo("2.12.0+cu130", "13.0", (("Tesla P40", (6, 1)),))},
+            "warn",
+            "Tesla P40 has compute capability 6.1 Triton needs a GPU of 7.0 or newer. Until then: The transformer's",
+        ),
         ("python", {"python_version": RuntimeError("odd")}, "fail", "odd"),
     ],
 )

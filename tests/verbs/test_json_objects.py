@@ -59,7 +59,8 @@ def test_of_a_dry_run():
 def test_of_a_plan():
     plan = SegmentPlan(49, 81, 1, 1, 832, 480, 6, evaluations=6, tflop=1500.0, seconds=30.0)
     rows = (Forecast("a", plan, memory={"stream": 7_000_000_000}, warnings=("2 people",)), Forecast("b", None, GONE))
-    found = json.loads(json.dumps(plan_object(RunForecast(rows, "RTX 5090"))))
+    found = json.loads(json.dumps(plan_object(RunForecast(rows, "RTX 5090", ("blocks run eagerly",)))))
+    assert found["warnings"] == ["blocks run eagerly"] and plan_object(RunForecast(rows, None))["warnings"] == []
     first, second = found["jobs"]
     assert (first["frames"], first["frames_denoised"], first["padding_frames"], first["overlap_frames"]) == (
         49,

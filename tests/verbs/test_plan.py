@@ -13,7 +13,7 @@ from runner.spec.recipes import get_recipe
 from runner.storage import fetch_input
 from runner.storage.disk_cache import DiskCache
 from runner.verbs.json_objects import plan_object
-from runner.verbs.plan import RunForecast, choose_gpu, forecast_jobs, forecast_seconds
+from runner.verbs.plan import RunForecast, choose_gpu, forecast_jobs, forecast_seconds, foreseen_mode, plan
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
 from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.tables import print_plan
@@ -73,6 +73,48 @@ def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert "GB resident / stream / minimal" in printed and f"/ {here.memory['stream'] / 1e9:.3g} /" in printed
     assert "s on RTX 5090" in printed and f"{here.plan.seconds:.3g}" in printed and "a forecast" in printed
+
+
+def test_the_memory_mode_of_a_run_is_the_first_that_fits_every_job():
+    peaks = [{"resident": 30, "stream": 9, "minimal": 5}, {"resident": 20, "stream": 14, "minimal": 7}]
+    assert [foreseen_mode("auto", peaks, free) for free in (30, 29, 14, 13, 1)] == [
+        "resident", "stream", "stream", "minimal", "minimal",
+    ]  # fmt: skip
+    assert foreseen_mode("auto", peaks, None) is None and foreseen_mode("auto", [], 30) is None
+    assert foreseen_mode("stream", [], None) == "stream"
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpu", "free", "warns"),
+    [
+        ("minimal", "RTX 5090", None, "more a step on RTX 5090 at 832x480, 49 frames"),
+        ("minimal", None, 30e9, "more a step on L40S at 832x480"),
+        ("auto", None, 6e9, "memory mode minimal"),
+        ("auto", None, 44e9, ""),
+        ("stream", "RTX 5090", None, ""),
+        ("auto", "RTX 5090", 6e9, ""),  # of another machine's memory nothing is known
+        ("minimal", None, None, ""),  # no GPU
+    ],
+)
+def test_a_plan_warns_of_blocks_that_will_run_eagerly_on_a_gpu(
+    demo_media, tmp_path, monkeypatch, capsys, memory, gpu, free, warns
+):
+    def driver(self):
+        if free is None:
+            raise ProbeFailed("no driver")
+        return Driver("580.65.06", (Gpu("NVIDIA L40S", 48 * 10**9, int(free)),))
+
+    monkeypatch.setattr(Probes, "driver", driver)
+    job = {"reference": "references/anna.png", "video": "dances/wave.mp4"}
+    jobs = [job | {"id": "small"}, job | {"id": "large", "options": {"size": "832x480"}}]
+    path = demo_media / f"eager-{tmp_path.name}.json"
+    path.write_text(json.dumps({"version": 1, "memory": memory, "jobs": jobs}))
+    found = plan(PlanSettings(manifest=str(path), models=None, gpu=gpu, cache=tmp_path))
+    path.unlink()
+    assert len(found.warnings) == bool(warns) and warns in "".join(found.warnings)
+    print_plan(found.jobs, found.gpu, found.warnings)
+    printed = capsys.readouterr().out
+    assert ("! The transformer's blocks run eagerly on the GPU" in printed) == bool(warns)
 
 
 def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):

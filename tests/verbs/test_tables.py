@@ -122,6 +122,13 @@ def test_a_long_id_is_folded_only_where_nothing_else_helps():
     assert max(len(line) for line in narrow[:5]) <= 60
 
 
+def test_a_warning_that_many_jobs_share_is_one_line():
+    lines = [JobLine(id=i, status="succeeded", reason="", warnings=["eager", f"own {i}"]) for i in ("anna", "bela")]
+    found = printed(outcome(*lines), 0)
+    assert [line for line in found if "! " in line] == ["2 jobs: ! eager", "anna: ! own anna", "bela: ! own bela"]
+    assert any("2 with warnings" in line for line in found)
+
+
 def test_warnings_are_counted_in_the_row_and_shown_below():
     noted = LINES[0].model_copy(update={"warnings": ["the first [bold]", "the second"]})
     lines = printed(outcome(noted, *LINES[1:]), 80)

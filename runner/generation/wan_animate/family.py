@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import SegmentPlan
-from runner.generation.runtime.memory_plan import choose_plan, forecast_memory
+from runner.generation.runtime.eager_blocks import eager_by_plan, eager_cost, eager_words
+from runner.generation.runtime.memory_plan import choose_plan, forecast_memory, make_plan
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loras import check_own, own_parts
 from runner.spec.options import JobOptions
@@ -57,6 +58,13 @@ class WanAnimateForecaster:
                 interpolates=options.output.interpolate > 1,
             ).peak
         return peaks
+
+    def why_eager(self, mode: str) -> str:
+        return eager_by_plan(make_plan(mode, self.recipe))
+
+    def eager_words(self, why: str, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None) -> str:
+        size, guided = (plan.width, plan.height), options.guidance_scale > 1
+        return eager_words(why, eager_cost(self.costs, device, size, plan.segment_frames, guided=guided))
 
 
 @dataclass(frozen=True)
