@@ -7,6 +7,7 @@
 # WORKERS        how many tests run at a time                          (one a core, four at most)
 # FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
+# GPU_CHECK      flags of `make gpu-check`, see docs/gpu-check.md      (none)
 # IMAGE          name of the image                                     (video-lab)
 # IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
 
@@ -17,6 +18,7 @@ TORCH_BACKEND ?=
 WORKERS ?= logical
 FLAKY_RUNS ?= 50
 FLAKY_TESTS ?= tests/batch tests/storage tests/integration/test_kills.py
+GPU_CHECK ?=
 IMAGE ?= video-lab
 IMAGE_EXTRA ?= gpu
 
@@ -39,7 +41,7 @@ define run_each
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu-env demo test soak flaky lint image bench bench-gpu clean
+.PHONY: help setup gpu-env demo test soak flaky lint image bench bench-gpu gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +99,9 @@ bench: $(STAMP) ## run the benchmarks that need no GPU; tables on the terminal, 
 
 bench-gpu: $(STAMP) ## run the benchmarks that need a GPU
 	$(call run_each,$(GPU_BENCHES))
+
+gpu-check: $(STAMP) ## look at a GPU in eight minutes: choices, a real block, the autoencoder, the engine, a verdict for each claim; GPU_CHECK=flags
+	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
 
 clean: ## remove outputs, demo models and caches; the environments stay
 	rm -rf out build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -284,6 +284,7 @@ def files_named(text: str) -> set[str]:
         "docs/architecture.md",
         "docs/clusters.md",
         "docs/colour.md",
+        "docs/gpu-check.md",
         "docs/inspect.md",
         "docs/interpolation.md",
         "docs/metric-networks.md",
@@ -389,7 +390,20 @@ def make_targets() -> frozenset[str]:
 
 
 def test_the_fixed_targets_exist():
-    fixed = {"help", "setup", "demo", "test", "lint", "image", "bench", "bench-gpu", "soak", "flaky", "clean"}
+    fixed = {
+        "help",
+        "setup",
+        "demo",
+        "test",
+        "lint",
+        "image",
+        "bench",
+        "bench-gpu",
+        "gpu-check",
+        "soak",
+        "flaky",
+        "clean",
+    }
     assert fixed <= make_targets()
 
 

@@ -1,0 +1,28 @@
+"""Part `engine` of the GPU check: the engine's benchmark on full-size random weights, for the time that is left."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from _gpu_check_record import PartRecord
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
+import engine
+
+CHOSEN = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines")
+TINY = ("ceilings", "exact")
+END_S = 10.0  # left for what is under way when the time is over
+
+
+def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
+    """`part` gets the benchmark's tables as they grow."""
+    tables, lines = engine.run(
+        device,
+        chosen=TINY if tiny else CHOSEN,
+        seconds=max(1.0, part.left() - END_S),
+        quick=tiny,
+        report=part.replace,
+    )
+    part.replace(tables | {"notes": [{"note": line} for line in lines]})
