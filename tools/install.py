@@ -1,6 +1,7 @@
 """Installs the project's dependencies into the interpreter that runs this file, for `make setup` and the image alike.
 
-Enters: pyproject.toml, the extras wanted, pip's settings on this machine. Leaves: an environment, by uv.
+Enters: pyproject.toml, the extras wanted, pip's settings on this machine. Leaves: an environment, by uv; with
+--resolve only the list of what would be in it.
 
 torch is the one package whose right build depends on the machine. In this order:
   1. backend `cpu` and pip's find-links hold a wheel that fits this Python: that very file (works without a network);
@@ -27,6 +28,7 @@ import pip_settings
 
 __all__ = ["choose_backend", "local_torch", "main", "stale", "torch_requirement"]
 
+RESOLVED_PLATFORM = "x86_64-manylinux_2_28"  # of --resolve: glibc 2.28; the image's Debian 12 has 2.36
 CUDA_BACKEND = "cu130"  # the CUDA major of the onnxruntime-gpu wheels too; the two must agree
 
 
@@ -69,10 +71,13 @@ def stale(extras: Sequence[str], backend: str, installed: Mapping[str, str]) -> 
     return gone + ["torch"] * (backend != "cpu" and installed.get("torch", "").endswith("+cpu"))
 
 
-def run_uv(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """One uv command on this interpreter; its failure ends the program with uv's own code and message."""
+def run_uv(*arguments: str, environment: Mapping[str, str] | None = None, text: str | None = None) -> None:
+    """One uv command on this interpreter; its failure ends the program with uv's own code and message.
+
+    `text`: its standard input.
+    """
     command = [sys.executable, "-m", "uv", "pip", arguments[0], "--quiet", "--python", sys.executable, *arguments[1:]]
-    done = subprocess.run(command, env={**(environment or {}), **os.environ}, check=False)
+    done = subprocess.run(command, env={**(environment or {}), **os.environ}, input=text, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -87,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--backend", default="", help="torch build: auto, cpu, cu130, …, or index (default: by the driver)"
     )
     parser.add_argument("--editable", action="store_true", help="install the project itself too, in place")
+    parser.add_argument(
+        "--resolve",
+        metavar="PYTHON",
+        help="install nothing: print name==version of what an empty environment would get with this Python, e.g. 3.11, "
+        "on x86_64 Linux; reads metadata alone",
+    )
     args = parser.parse_args(argv)
 
     pyproject = args.project / "pyproject.toml"
@@ -99,15 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     local = local_torch(torch_requirement(pyproject))
     if local and backend != "cpu":
         environment.pop("UV_FIND_LINKS", None)  # its `+cpu` version would win over the same release with CUDA
+    exact, build = "", []
     if local and backend == "cpu":
-        torch, why = [f"torch=={local}"], f"torch {local} from pip's find-links"
+        exact, why = f"torch=={local}", f"torch {local} from pip's find-links"
     elif backend == "index":
-        torch, why = [], "torch as the package index serves it"
+        why = "torch as the package index serves it"
     else:
-        torch, why = ["--torch-backend", backend], f"torch by uv's --torch-backend {backend}"
+        build, why = ["--torch-backend", backend], f"torch by uv's --torch-backend {backend}"
+    wanted = [*(word for name in extras for word in ("--extra", name)), *build]
+    if args.resolve:
+        target = ["--python-version", args.resolve, "--python-platform", RESOLVED_PLATFORM]
+        plain = ["--no-header", "--no-annotate"]
+        run_uv("compile", str(pyproject), "-", *wanted, *target, *plain, environment=environment, text=exact)
+        return 0
     print(f"installing [{','.join(extras)}]: {why}", flush=True)
-    wanted = [word for name in extras for word in ("--extra", name)]
-    everything = ["-r", str(pyproject), *wanted, *torch]
+    everything = ["-r", str(pyproject), *wanted, *([exact] if exact else [])]
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
     if gone := stale(extras, backend, installed):
         run_uv(

@@ -177,8 +177,8 @@ def uv(monkeypatch):
     class Recorded(list):
         refuse: str | None = None
 
-        def __call__(self, *arguments: str, environment=None) -> None:
-            self.append(" ".join(arguments))
+        def __call__(self, *arguments: str, environment=None, text=None) -> None:
+            self.append(" ".join([*arguments, *([] if text is None else ["<", text])]))
             if self.refuse is not None and self.refuse in self[-1]:
                 raise SystemExit(2)
 
@@ -199,6 +199,19 @@ def test_a_local_wheel_is_named_exactly(uv):
 def test_cuda_never_takes_the_local_cpu_wheel(uv):
     assert install.main(["--extras", "gpu", "--backend", "cu130"]) == 0
     assert uv[-1] == f"install -r {PYPROJECT} --extra gpu --torch-backend cu130"
+
+
+def test_resolving_asks_for_the_same_and_installs_nothing(uv):
+    """Of the very arguments that installing takes, torch's build among them."""
+    target = "--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate"
+    for extra, backend, build, exact in (
+        ("gpu", "cu130", "--torch-backend cu130 ", ""),
+        ("gpu", "index", "", ""),
+        ("cpu", "cpu", "", "torch==2.13.0+cpu"),
+    ):
+        assert install.main(["--extras", extra, "--backend", backend, "--editable", "--resolve", "3.11"]) == 0
+        assert uv == [f"compile {PYPROJECT} - --extra {extra} {build}{target} < {exact}"]
+        uv.clear()
 
 
 def test_nothing_is_removed_before_its_successor_is_found(uv, monkeypatch):
