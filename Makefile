@@ -71,7 +71,7 @@ demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/
 test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds Ray, whole benchmarks, and where they are installed the image, Slurm, a browser
 	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP) ## run the long tests
+soak: $(STAMP) ## run the long tests; where the image can be built, the GPU image too (20 GB of disk)
 	$(BIN)/python -m pytest -m soak --timeout 0
 
 flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS times (50), up to the first red run

@@ -1,8 +1,7 @@
-"""The image, built and run for real without a docker engine: tools/image.sh, the Dockerfile and entrypoint.py.
+"""The image without CUDA, built and run for real: tools/image.sh, the Dockerfile and entrypoint.py.
 
-Every container here has a read-only root, no network, no capabilities and a user that is not root, unless a test says
-otherwise. Costs minutes and gigabytes, so it runs only when VIDEO_LAB_SYSTEM_TESTS=1 asks for it, as CI does. The store
-of images (VIDEO_LAB_IMAGE_STORE) is kept from run to run: only the first build is slow.
+Every container here is confined (tests/container_image.py) unless a test says otherwise. Costs minutes and gigabytes,
+so it runs only when VIDEO_LAB_SYSTEM_TESTS=1 asks for it, as CI does.
 """
 
 from __future__ import annotations
@@ -10,32 +9,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.container_image import (
+    as_its_owner,
+    build,
+    contain,
+    make_demo,
+    make_workplace,
+    missing,
+    output_of,
+    python,
+)
 from tests.system_tests import ASKED_FOR, NOT_ASKED_FOR
 
-ROOT = Path(__file__).resolve().parents[2]
-IMAGE_SH = ROOT / "tools" / "image.sh"
-TAG = "localhost/video-lab:test"
-CONFINED = ("--read-only", "--network", "none", "--cap-drop", "all", "--security-opt", "no-new-privileges")
-
-
-def why_not() -> str:
-    """Why the image cannot be tested here; empty if it can."""
-    if not ASKED_FOR:
-        return NOT_ASKED_FOR
-    if os.geteuid() != 0:
-        return "needs root: the build mounts file systems"
-    missing = [tool for tool in ("buildah", "podman", "runc", "mmdebstrap") if shutil.which(tool) is None]
-    return f"not installed: {' '.join(missing)}" if missing else ""
-
+WHY_NOT = missing() if ASKED_FOR else NOT_ASKED_FOR
 
 pytestmark = [
     pytest.mark.container,
-    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
     pytest.mark.timeout(1800),
 ]
 
@@ -43,41 +37,12 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def image() -> str:
     """The CPU variant of the image, built from this working tree."""
-    build = [str(IMAGE_SH), "build", TAG, "--build-arg", "EXTRA=cpu", "--build-arg", "TORCH_BACKEND=cpu"]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return TAG
-
-
-def contain(image: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """One confined container; its exit code, what it printed."""
-    command = [str(IMAGE_SH), "run", *CONFINED, *options, image, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def python(image: str, code: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """`python -c code` in the image instead of the runner."""
-    return contain(image, "-c", code, options=("--entrypoint", "python", *options))
-
-
-def output_of(done: subprocess.CompletedProcess[str]) -> str:
-    return f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return build("localhost/video-lab:test", "cpu", "cpu")
 
 
 @pytest.fixture(scope="module")
 def workplace(image, tmp_path_factory) -> Path:
-    """A folder like a user's, seen as /data: manifests, and room for models and outputs. Owned by uid 4321."""
-    folder = tmp_path_factory.mktemp("workplace")
-    folder.chmod(0o755)  # pytest makes it for its own user alone; a person's folder can be read by others
-    shutil.copytree(ROOT / "manifests", folder / "manifests")
-    for path in [folder, *folder.rglob("*")]:
-        os.chown(path, 4321, 4321)
-    return folder
-
-
-def as_its_owner(workplace: Path) -> tuple[str, ...]:
-    """What the documentation tells a user to pass: the mounted folder and its owner's uid."""
-    return ("--user", "4321:4321", "--volume", f"{workplace}:/data", "--workdir", "/data")
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 def test_help_comes_from_the_entrypoint(image):
@@ -172,14 +137,7 @@ def test_c_against_python_headers_compiles_as_triton_needs_it(image):
 
 @pytest.fixture(scope="module")
 def demo(image, workplace) -> Path:
-    """The demo, made and rendered inside: models and media, then the manifest. Returns the output folder."""
-    models, media = ".cache/demo-models", ".cache/demo-media"
-    made = contain(image, "weights", "demo", "--models", models, "--media", media, options=as_its_owner(workplace))
-    assert made.returncode == 0, output_of(made)
-    arguments = ["run", "manifests/demo.yaml", "--out", "out/demo", "--models", models, "--sheet", "out/demo/sheet.png"]
-    done = contain(image, *arguments, options=as_its_owner(workplace))
-    assert done.returncode == 0, output_of(done)
-    return workplace / "out" / "demo"
+    return make_demo(image, workplace)
 
 
 def test_the_demo_renders_inside(demo):
