@@ -54,7 +54,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of the ti
 @dataclass(frozen=True)
 class Part:
     """`module`: what `run`s it. `needs_s`: seconds on a fast card until its first rows are there; with less left it is
-    refused. `most_s`: after which it is ended, for it hangs. Both are estimates."""
+    refused. `most_s`: after which it is ended, because it hangs or the next part is worth more than its last rows. Both
+    are estimates."""
 
     name: str
     module: str
@@ -64,8 +65,8 @@ class Part:
 
 PARTS: tuple[Part, ...] = (
     Part("choices", "_gpu_check_choices", 8, 120),
-    Part("block", "_gpu_check_block", 20, 180),
-    Part("autoencoder", "_gpu_check_autoencoder", 12, 120),
+    Part("block", "_gpu_check_block", 20, 150),
+    Part("autoencoder", "_gpu_check_autoencoder", 12, 75),
     Part("engine", "_gpu_check_engine", 60, 3600),
 )
 

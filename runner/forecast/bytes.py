@@ -32,6 +32,9 @@ FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 
 # Of hidden states [S, d]: what one eager block holds at its peak, attention's own scratch memory aside, in 16 or 32
 # bits. A compiled one: `GemmPrecision.fused_units`.
 BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "lean": 5.36}
+# The same while 8-bit attention runs: hidden states, query, key, value and result, and beside them codes of one byte of
+# query, key and value, which comfy-kitchen and SageAttention make before they multiply. Derived.
+EIGHT_BIT_ATTENTION_UNITS = 5 + 3 / 2
 
 
 class PixelBytes(NamedTuple):
@@ -116,6 +119,7 @@ def step_bytes(
     kind: str,
     element: int = 2,
     compute: str = DEFAULT_PRECISION,
+    attention_8bit: bool = False,
 ) -> float:
     """What one denoising step holds at its peak beside weights and invariants: `kind` whole | fused | lean.
 
@@ -123,10 +127,13 @@ def step_bytes(
     """
     hidden = _tokens(width, height, frames, shape.patch) * shape.dim * element
     if kind == "fused":
-        return PRECISIONS[compute].fused_units * hidden
-    return BLOCK_UNITS[kind] * hidden + code_bytes(
-        shape, width, height, frames, kind=kind, element=element, compute=compute
-    )
+        peak = PRECISIONS[compute].fused_units * hidden
+    else:
+        units = BLOCK_UNITS[kind]
+        if PRECISIONS[compute].tensor_scale:  # hidden states, their norm, and the feed-forward part's inside twice
+            units = max(units, 2 + 2 * shape.ffn_dim / shape.dim)
+        peak = units * hidden + code_bytes(shape, width, height, frames, kind=kind, element=element, compute=compute)
+    return max(peak, EIGHT_BIT_ATTENTION_UNITS * hidden) if attention_8bit else peak
 
 
 def _tokens(width: int, height: int, frames: int, patch: int) -> int:

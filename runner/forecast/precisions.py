@@ -59,6 +59,7 @@ class GemmPrecision:
     backends: tuple[GemmBackend, ...] = ()  # on CUDA, best first
     activation_error: float = 0.0
     weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
+    tensor_scale: bool = False  # all rows of an activation share a scale: rows quantised apart have other codes
     code_bytes: int = 0  # a code in memory beside an eager block's peak; 0: none is kept there
     # Of hidden states [S, d], at 14B shapes: what one compiled block holds at its peak, the input that its caller keeps
     # included, attention's scratch memory aside. Counted from the code that Inductor writes for the block (torch 2.13),
@@ -156,6 +157,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             largest=6.0,
             multiples=(32, 16),
             stored_format="nvfp4",
+            tensor_scale=True,
             reference=GemmBackend(REFERENCE, "runner.quantization.kernels.nvfp4:reference"),
             backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.nvfp4:block_scaled"),),
             activation_error=0.090,

@@ -103,6 +103,22 @@ def test_a_compiled_blocks_peak_is_hidden_states_and_the_feed_forward_part(compu
     assert step_bytes(SHAPE, *CLIP, kind="fused", compute=compute) / 351_436_800 == pytest.approx(max(6, 2 + inside))
 
 
+@pytest.mark.parametrize(
+    ("kind", "compute", "units"),
+    [
+        ("fused", "bf16", 6.5),
+        ("lean", "nvfp4", 7.4),
+        ("fused", "int8", 7.4),
+        ("lean", "bf16", 6.5),
+        ("whole", "bf16", 12),
+    ],
+)
+def test_8_bit_attention_holds_codes_beside_what_it_reads(kind, compute, units):
+    """Hidden states, query, key, value and result, of 351 MB each, and half of that for each of three in one byte."""
+    found = step_bytes(SHAPE, *CLIP, kind=kind, compute=compute, attention_8bit=True)
+    assert found == pytest.approx(units * 351_436_800)
+
+
 @pytest.mark.parametrize(("width", "height", "frames", "tokens"), [(64, 96, 1, 48), (80, 48, 13, 75), (72, 56, 9, 48)])
 def test_tokens_of_windows(width, height, frames, tokens):
     """2, 5 and 4 latent frames with the reference's, of 6 x 4, 3 x 5 and 3 x 4 tokens; a half token is cut off."""
@@ -127,6 +143,8 @@ def test_a_workspace_for_the_largest_product():
 def test_activations_in_codes_of_8_bits():
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("fp8", "int8")] == [TOKENS * FFN] * 2
+    # Rows that share a scale stay together: hidden states, their norm, and 2.7 of them twice.
+    assert step_bytes(SHAPE, *CLIP, kind="lean", compute="nvfp4") == pytest.approx((2 + 2 * 2.7) * 2 * TOKENS * D)
     # A few rows at a time: of query, key and value's input, one byte each, and in int8 two more of it rotated.
     lean = [step_bytes(SHAPE, *CLIP, kind="lean", compute=word) for word in ("bf16", "fp8", "int8")]
     assert [more - lean[0] for more in lean] == pytest.approx([0, TOKENS * D, 3 * TOKENS * D])

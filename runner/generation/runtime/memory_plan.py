@@ -195,7 +195,15 @@ def forecast_memory(
         "invariants": kept,
         "window": latent_bytes(model, *size, element=element) + face_bytes(model, frames, element=element),
         "activations": max(
-            step_bytes(model, *size, kind=kind, element=element, compute=recipe.compute) for kind in kinds
+            step_bytes(
+                model,
+                *size,
+                kind=kind,
+                element=element,
+                compute=recipe.compute,
+                attention_8bit=recipe.attention == "int8",
+            )
+            for kind in kinds
         ),
         "workspace": workspace_bytes(model, fp4=recipe.fp4, compute=recipe.compute, element=element),
         "encoder_layer": 0 if plan.encoders == "device" or not cuda else ENCODER_LAYER_BYTES,

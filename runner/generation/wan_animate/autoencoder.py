@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from runner.generation.runtime.device import as_out_of_memory
 from runner.generation.runtime.finite import FiniteChecks
+from runner.generation.wan_animate.compiled import allow_graphs
 from runner.generation.wan_animate.transformer import Switches
 
 __all__ = [
@@ -294,6 +295,7 @@ def fuse_norms(vae: nn.Module, backend: str = "inductor") -> int:
     """Puts a FusedNorm in the place of each of its RMS norms; how many."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
+    allow_graphs()
     names = [name for name, layer in vae.named_modules() if isinstance(layer, WanRMS_norm)]
     for name in names:
         parent, _, attribute = name.rpartition(".")
@@ -303,7 +305,8 @@ def fuse_norms(vae: nn.Module, backend: str = "inductor") -> int:
 
 
 class FusedNorm(nn.Module):
-    """A norm compiled, any size with one graph after the second; the norm itself once that has failed."""
+    """A norm compiled, a graph for each of the shapes that the autoencoder's walk has; the norm itself once that has
+    failed."""
 
     def __init__(self, norm: nn.Module, backend: str) -> None:
         super().__init__()

@@ -39,7 +39,15 @@ from runner.generation.wan_animate.transformer import (
     run_block,
 )
 
-__all__ = ["TOLERANCES", "CompiledStep", "keep_code", "make_block_step", "structure_of", "wants_compile"]
+__all__ = [
+    "TOLERANCES",
+    "CompiledStep",
+    "allow_graphs",
+    "keep_code",
+    "make_block_step",
+    "structure_of",
+    "wants_compile",
+]
 
 # Relative difference between compiled and eager. Sums in another order differ by a few units in the last place; a
 # graph that is wrong differs by far more.
@@ -93,6 +101,14 @@ def fuse_multiply_adds() -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+def allow_graphs() -> None:
+    """Let torch hold RECOMPILE_LIMIT graphs of one function; beyond its own 8, it runs what is new uncompiled.
+
+    Two models whose blocks differ (a float32 one, a quantised one) share a limit, and one decoding has more shapes.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+
+
 def structure_of(block: Any) -> Hashable:
     """What of a block decides its graph beyond shapes: how its layers compute, and what they have beside them.
 
@@ -122,8 +138,7 @@ class CompiledStep:
         self._eager = eager
         self._ready: set[Hashable] = set()
         fuse_multiply_adds()
-        # Two models whose blocks differ (a float32 one, a quantised one) would otherwise share one limit of 8.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        allow_graphs()
         self._compiled: BlockStep = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
 
     @property

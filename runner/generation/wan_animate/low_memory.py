@@ -6,7 +6,8 @@ Never: which mode a run is in, where weights lie.
 Every token's row goes its own way outside attention. Norms, rotations and residuals are done some rows at a time, so
 that no float32 copy of all tokens is ever there; the feed-forward part, whose inside is 2.7 times as wide, in four
 pieces. With u for hidden states [S, d] (0.35 GB for 81 frames of 832x480 in bfloat16), a block peaks at 5.4 u (hidden
-states, their norm, query, key, value) instead of 12, an attention package's own copies aside.
+states, their norm, query, key, value) instead of 12, an attention package's own copies aside. In NVFP4 an activation
+has one scale for all its rows: the feed-forward part stays whole, and the peak is 7.4 u.
 
 A matrix product of fewer rows may sum in another order. On the CPU, in float32, pieces of 8 rows and more have the
 whole's bits, and no piece is smaller; kernels of GPUs may differ in the last bit of bfloat16. Eager: a compiled block
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.forecast.precisions import PRECISIONS
 from runner.generation.wan_animate.transformer import (
     ROWS,
     BlockStep,
@@ -88,10 +90,17 @@ def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, atten
     hidden += project(block.attn2, read)
     del read
 
-    for run in pieces(hidden.shape[1], -(-hidden.shape[1] // FFN_PIECES)):
+    rows = hidden.shape[1] if _share_a_scale(block.ffn) else -(-hidden.shape[1] // FFN_PIECES)
+    for run in pieces(hidden.shape[1], rows):
         piece = hidden[:, run]
         _add_gated(piece, block.ffn(by_rows(partial(modulated, block.norm3, ff_scale, ff_shift), piece)), ff_gate)
     return hidden
+
+
+def _share_a_scale(module: Any) -> bool:
+    """Is there a layer of `module` whose input's rows are quantised by one scale, so that they must stay together?"""
+    computes = (PRECISIONS.get(getattr(layer, "compute", "")) for layer in module.modules())
+    return any(precision is not None and precision.tensor_scale for precision in computes)
 
 
 def _turned(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
@@ -113,10 +122,10 @@ def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
 def lean_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
     """As `transformer.run_face`, a FaceStep: a latent frame at a time, into `hidden` [1, S, d].
 
-    Several clips at once are not split: their tokens do not lie frame by frame.
+    Several clips at once are not split: their tokens do not lie frame by frame. Nor are rows that share a scale.
     """
     frames = read.key.shape[0] // hidden.shape[0]
-    if hidden.shape[0] != 1:
+    if hidden.shape[0] != 1 or _share_a_scale(adapter):
         return attend_face(adapter, hidden, read, strength) + hidden
     count = hidden.shape[1] // frames
     for frame in range(frames):

@@ -58,11 +58,11 @@ def load(tiny_store_dir, dtype=torch.float32, **changed) -> WanAnimateTransforme
     return model.eval()
 
 
-def in_four_bits(model) -> None:
+def in_four_bits(model, fmt=G32) -> None:
     """Every linear layer, the time embedder's included, as one that has no floating weight."""
     for name, layer in [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, FP4Linear.from_linear(layer, G32, "absmax"))
+        setattr(model.get_submodule(parent), attribute, FP4Linear.from_linear(layer, fmt, "absmax"))
 
 
 class Inputs:
