@@ -1,0 +1,106 @@
+"""The compiled 14B block as CUDA code: kernels, copies, memory at the peak, traffic, registers. No GPU is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from runner.forecast.flops import Costs
+from runner.forecast.seconds import FUSED_BYTES
+from runner.generation.runtime.memory_plan import forecast_memory, make_plan
+from runner.quantization.rules import WAN_ANIMATE_14B
+from runner.spec.recipes import get_recipe
+from tests.gpu_env.block_code import CASES, BlockCode, Case, read
+from tests.gpu_env.known_torch import needs_gpu_env, needs_known_torch
+
+pytestmark = [needs_gpu_env, needs_known_torch]
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_KERNELS = {"int_mm": 16}  # by product: torch's int8 product scales its sums with kernels of its own
+CASE = pytest.mark.parametrize("case", CASES, ids=str)
+PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear")
+
+
+@cache
+def block_codes(architecture: str) -> dict[Case, BlockCode]:
+    """All cases of an architecture, generated in one process of its own: torch remembers the device."""
+    words = [case.word for case in CASES if case.architecture == architecture]
+    with tempfile.TemporaryDirectory() as caches:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.gpu_env.block_code", architecture, *words],
+            cwd=ROOT,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-6000:]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    return {Case.parse(architecture, word): read(found) for word, found in printed.items()}
+
+
+def code_of(case: Case) -> BlockCode:
+    return block_codes(case.architecture)[case]
+
+
+@CASE
+def test_one_graph_of_few_kernels(case):
+    """Dynamo would have refused a second graph. A LoRA stands inside the linear's operator: it adds no kernel."""
+    found = code_of(case)
+    names = [launch.name for launch in found.code.triton_launches]
+    assert set(names) == set(found.code.kernels)
+    assert 0 < len(names) <= MOST_KERNELS.get(case.product, 9), names
+    if case.lora:
+        without = Case(case.architecture, case.precision, case.product)
+        assert len(names) == len(code_of(without).code.triton_launches)
+
+
+@CASE
+def test_query_key_and_value_go_to_attention_without_a_copy(case):
+    """Query and key come from the one kernel that norms and rotates both, the value from its product."""
+    code = code_of(case).code
+    attention = next(launch for launch in code.launches if "attention" in launch.name)
+    query, key, value = attention.given[:3]
+    rotating = code.writer(query, attention)
+    assert code.writer(key, attention) == rotating
+    assert rotating.triton
+    angles = [given for given in rotating.given if code.tensors[given].shape == (1, 34_320, 1, 64)]
+    assert len(angles) == 2
+    product = code.writer(value, attention)
+    assert product.name.removeprefix("torch.ops.").removesuffix(".default") in PRODUCTS
+
+
+@CASE
+def test_the_peak_lies_within_the_memory_plan(case):
+    """Activations of the plan in mode resident, the caller's hidden states among them; to three digits."""
+    recipe = get_recipe("fp4" + (f"+{case.precision}" if case.precision != "bf16" else ""))
+    costs = Costs.from_configs(dict(WAN_ANIMATE_14B), {})
+    planned = forecast_memory(make_plan("resident", recipe), recipe, costs, 832, 480, 81).parts["activations"]
+    units = planned / (34_320 * 5120 * 2)
+    assert 5 < code_of(case).peak_units <= units + 0.005
+
+
+@CASE
+def test_traffic_of_the_kernels_is_the_forecasts(case):
+    """In bytes a channel of a token. Beyond it: what fp8 writes and reads as codes, and int_mm's sums."""
+    found = code_of(case).bytes_a_channel
+    if case.precision == "bf16":
+        assert found == pytest.approx(FUSED_BYTES, rel=0.25)
+    else:
+        assert 0.75 * FUSED_BYTES < found < 2 * FUSED_BYTES
+
+
+@CASE
+def test_every_kernel_compiles_without_spills(case):
+    """For each configuration that Inductor would time, with the Triton that users get."""
+    found = code_of(case)
+    assert {kernel.name for kernel in found.kernels} == set(found.code.kernels)
+    assert [kernel for kernel in found.kernels if kernel.stack or kernel.local] == []
+    assert all(8 <= kernel.registers <= 128 for kernel in found.kernels), found.kernels
