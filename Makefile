@@ -3,7 +3,8 @@
 # PYTHON         the interpreter that makes the environment            (python3)
 # EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
-# GPU_VENV       where `make gpu-env` puts the GPU image's packages            (.venv-gpu)
+# GPU_VENV       where `make gpu-env` puts the GPU image's packages        (.venv-gpu)
+# GPU_TESTS      what `make test-gpu-env` runs there                           (tests/gpu_env, and tests of kernels)
 # WORKERS        how many tests run at a time                          (one a core, four at most)
 # FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
@@ -28,6 +29,7 @@ BIN := $(VENV)/bin
 GPU_VENV ?= .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed-gpu
 GPU_BIN := $(GPU_VENV)/bin
+GPU_TESTS ?= tests/gpu_env tests/quantization/kernels tests/generation/runtime/test_attention.py tests/generation/runtime/test_compute.py tests/generation/wan_animate/test_compiled.py
 MODELS := .cache/demo-models
 MEDIA := .cache/demo-media
 SHELL_FILES := .ci/run tools/image.sh $(wildcard examples/*/*.sh examples/*/*.sbatch)
@@ -41,10 +43,10 @@ define run_each
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu-env demo test soak flaky lint image bench bench-gpu gpu-check clean
+.PHONY: help setup gpu-env test-gpu-env demo test soak flaky lint image bench bench-gpu gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv with everything in it; EXTRA=gpu for a GPU machine without the test tools
 
@@ -63,6 +65,9 @@ $(GPU_STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	rm -f $@
 	$(GPU_BIN)/python tools/install.py --editable --extras gpu,demo,compare,test-tools --backend "$(or $(TORCH_BACKEND),index)"
 	touch $@
+
+test-gpu-env: $(STAMP) $(GPU_STAMP) ## run the tests that want the packages that users get, in .venv-gpu; GPU_TESTS="tests/quantization …" for others
+	$(GPU_BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(GPU_TESTS)
 
 demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/demo
 	$(BIN)/video-lab weights demo --models $(MODELS) --media $(MEDIA)
