@@ -205,6 +205,11 @@ def _viewed(value: ast.expr) -> str:
 
 
 def _tensors_in(arguments: Sequence[ast.expr]) -> tuple[str, ...]:
-    """Names of tensors, views reduced to what they view; numbers, texts and None left out."""
-    names = (_viewed(argument) for argument in arguments)
+    """Names of tensors, views reduced to what they view; numbers, texts, None left out. ValueError for other calls."""
+    names = []
+    for argument in arguments:
+        name = _viewed(argument)
+        if not name and isinstance(argument, ast.Call):
+            raise ValueError(f"line {argument.lineno}: which tensor is {ast.unparse(argument)}?")
+        names.append(name)
     return tuple(name for name in names if name)

@@ -98,6 +98,11 @@ def test_what_is_not_understood_is_an_error(line, why):
         _ = replace(CODE, text=NORM + ADD + CALL.replace(line, other, 1)).peak
 
 
+def test_an_argument_that_is_no_tensor_and_no_number_is_an_error():
+    with pytest.raises(ValueError, match="which tensor is other"):
+        _ = replace(CODE, text=NORM + ADD + CALL.replace("reinterpret_tensor(buf2, (4", "other(buf2, (4")).launches
+
+
 def test_two_graphs_are_an_error():
     with pytest.raises(ValueError, match="2 functions"):
         _ = replace(CODE, text=CODE.text + CALL).launches
