@@ -4,7 +4,7 @@
 # EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
 # GPU_VENV       where `make gpu-env` puts the GPU image's packages        (.venv-gpu)
-# GPU_TESTS      what `make test-gpu-env` runs there                           (tests/gpu_env, and tests of kernels)
+# GPU_TESTS      what `make test-gpu-env` runs there                       (tests/gpu_env, tests of kernels)
 # WORKERS        how many tests run at a time                          (one a core, four at most)
 # FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)

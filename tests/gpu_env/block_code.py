@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
-from runner.generation.runtime.attention import available_backends, candidates
+from runner.generation.runtime.attention import available_backends, candidates, set_backend
 from runner.generation.runtime.compute import sees_every_token
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
@@ -167,7 +167,7 @@ def _key_value(tokens: int) -> KeyValue:
 def _prepare(model: Any, case: Case, backend: str) -> None:
     """The first block on the device, its dtypes as a store has them, computing as `case` says."""
     block, fp32 = model.blocks[0], kept_in_fp32(model)
-    block.attn1.set_attention_backend(backend)
+    set_backend(block.attn1, backend)
     for name, layer in model.named_modules():
         if not name.startswith("blocks.0."):
             continue
@@ -240,11 +240,7 @@ def main(architecture: str, words: list[str]) -> dict[str, Any]:
     found = {}
     settings = {"compile_threads": 1, "use_static_cuda_launcher": False}
     with fake_cuda(architecture) as device, inductor.patch(settings):
-        (backend, *_) = (
-            row.name
-            for row in candidates(device.capability, "bfloat16", available)
-            if row.name != "_native_cudnn"  # by the library, which copies query, key and value for it
-        )
+        backend = candidates(device.capability, "bfloat16", available)[0].name
         for word in words:
             generated = _generate(model, Case.parse(architecture, word), backend)
             kernels = _compile_kernels(GeneratedCode(generated["code"], {}))
