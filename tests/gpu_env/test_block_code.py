@@ -90,8 +90,8 @@ def test_the_peak_lies_within_the_memory_plan(case):
 
 @CASE
 def test_traffic_of_the_kernels_is_the_forecasts(case):
-    """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8; int_mm
-    leaves its sums to them, 29 bytes more."""
+    """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8. The
+    sums of int_mm are left to them, 29 bytes more."""
     precision, shape = PRECISIONS[case.precision], PRODUCTION.transformer
     wanted = float(FUSED_BYTES)
     if not precision.rotated:
