@@ -22,11 +22,18 @@ from runner.errors import ConfigInvalid
 from runner.forecast.flops import Costs
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, advised
 from runner.forecast.seconds import EngineBuild, find_device, forecast_seconds
-from runner.generation.runtime.attention import apply_attention, available_backends, candidates, pick_backend, trial
+from runner.generation.runtime.attention import (
+    apply_attention,
+    available_backends,
+    candidates,
+    pick_backend,
+    set_backend,
+    trial,
+)
 from runner.generation.runtime.compute import capability_of, sees_every_token
 from runner.generation.runtime.memory_plan import forecast_memory, make_plan
 from runner.generation.wan_animate.compiled import TOLERANCES, CompiledStep, difference, dummies
-from runner.generation.wan_animate.low_memory import lean_block
+from runner.generation.wan_animate.low_memory import choose_eager_block
 from runner.generation.wan_animate.transformer import Context, KeyValue, attend, run_block
 from runner.quantization.formats.e2m1 import NVFP4
 from runner.quantization.kernels.low_bit import EXACT
@@ -135,7 +142,8 @@ def measure_block(case: BlockCase, backend: str, compute: str, product: str, eig
     torch._dynamo.reset()
     attention = apply_attention(case.model, device, torch.bfloat16, eight_bit=eight_bit)
     case.set_compute(compute, product)
-    step = CompiledStep(backend=backend, eager=run_block)
+    eager = choose_eager_block(device, lean=False)
+    step = CompiledStep(backend=backend, eager=eager)
     begin = time.perf_counter()
     step.warm(case.model, [case.context], case.grid)
     wait(device)
@@ -152,21 +160,20 @@ def measure_block(case: BlockCase, backend: str, compute: str, product: str, eig
         "off_eager": step.worst,
         "limit": TOLERANCES[torch.bfloat16],
         "same_bits_again": torch.equal(first, work()),
-        # The memory plan's eager block. With nvfp4 it lies far off: its pieces have tensor scales of their own.
-        "off_lean": difference(first, lean_block(case.block, given[0].clone(), *given[1:])),
+        "off_whole": difference(first, run_block(case.block, *given)),  # eager, no rows at a time
         "compiling_s": round(compiling, 3),
         "tokens": case.tokens,
     }
     del first
     row["ms"] = milliseconds(work, device)
     row["kernels"] = profile(work, device)
-    row |= memory_of(case, work, compute) if cuda else {"peak_bytes": None}
-    # Overwrites the hidden states: last.
-    row["eager_ms"] = milliseconds(lambda: lean_block(case.block, *given), device, repeats=1)
+    row |= memory_of(case, work, compute, eight_bit) if cuda else {"peak_bytes": None}
+    # May overwrite the hidden states: last.
+    row["eager_ms"] = milliseconds(lambda: eager(case.block, *given), device, repeats=1)
     return row | forecast_of(case, compute, eight_bit, row["ms"])
 
 
-def memory_of(case: BlockCase, work: Any, compute: str) -> dict[str, Any]:
+def memory_of(case: BlockCase, work: Any, compute: str, eight_bit: bool) -> dict[str, Any]:
     """Peak bytes of the compiled block with its hidden states, weights and shared workspace aside; and as planned."""
     device = case.device
     torch.cuda.empty_cache()
@@ -176,7 +183,7 @@ def memory_of(case: BlockCase, work: Any, compute: str) -> dict[str, Any]:
     wait(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     plan = make_plan("stream", get_recipe("fp4-distill"))
-    recipe = replace(get_recipe("fp4-distill"), compute=compute)
+    recipe = replace(get_recipe("fp4-distill"), compute=compute, attention="int8" if eight_bit else "exact")
     planned = forecast_memory(plan, recipe, case.costs, *case.size, case.frames).parts["activations"]
     hidden = case.hidden_bytes
     return {"peak_bytes": peak, "units": peak / hidden, "planned_bytes": planned, "planned_units": planned / hidden}
@@ -236,7 +243,7 @@ def measure_attention(part: PartRecord, case: BlockCase) -> None:
         picked[True] = ""
 
     def measure(name: str) -> dict[str, Any]:
-        case.block.attn1.processor._attention_backend = name  # as `attend` reads it, whoever implements it
+        set_backend(case.block.attn1, name)
         error = trial(name, device, dtype, case.heads, case.head_dim)
         ms = milliseconds(lambda: attend(case.block.attn1, query, KeyValue(key, value)), device)
         return {"trial_error": error, "ms": ms, "tflop_s": flop / ms / 1e9}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
@@ -36,6 +40,22 @@ def fourteen_billion():
 
 def forecast(mode, size=SIZE, **settings):
     return forecast_memory(make_plan(mode, RECIPE), RECIPE, PRODUCTION, *size, **settings)
+
+
+def test_the_readmes_table_of_memory_is_the_forecast():
+    """Of `resident` the leanest form and the fullest. In GB; from ten on without a decimal."""
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(resident|stream|minimal)` \|.*\| ([\d. to]+) GB \| ([\d. to]+) GB \|$", text, re.MULTILINE
+    )
+    assert [mode for mode, *_ in rows] == ["resident", "stream", "minimal"]
+    full = make_plan("resident", RECIPE)
+    plans = {mode: [make_plan(mode, RECIPE)] for mode in ("stream", "minimal")}
+    plans["resident"] = [replace(full, encoders="host", preprocess="host"), full]
+    for mode, *said in rows:
+        for size, words in zip(((832, 480), (1280, 720)), said, strict=True):
+            found = [forecast_memory(plan, RECIPE, PRODUCTION, *size, 81).peak / 1e9 for plan in plans[mode]]
+            assert words == " to ".join(f"{gb:.1f}" if gb < 9.95 else f"{gb:.0f}" for gb in found), (mode, size)
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream", "minimal"])
