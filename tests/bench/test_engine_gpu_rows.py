@@ -53,5 +53,5 @@ def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     assert all("error 0.0" in row["note"] for row in tables["low_bits"])
     assert all(row["ratio"] > 0 for row in tables["headlines"])
     assert {row["compute"] for row in tables["linears"] if row["of the best product"]} == {"bf16", "fp8"}
-    assert [round(gb, 6) for gb in capped] == [7.2, 140, 5.2, 140, 23.2, 140]  # beside a context of 0.8 GB
+    assert [round(gb, 6) for gb in capped] == [11.2, 140, 7.2, 140, 23.2, 140]  # beside a context of 0.8 GB
     assert any("a streamed step takes" in line for line in engine.notes(bench, tables))

@@ -28,7 +28,7 @@ SCRIPT = textwrap.dedent("""
     from runner.batch.job_source import ShardJobs
     from runner.batch.loop import Batch, Engine
     from runner.records.events import EventLog
-    from runner.generation.protocol import ClipInfo, Segment
+    from runner.generation.protocol import ClipInfo, Generator, Segment
     from runner.generation.wan_animate.generator import AnimateConditions
     from runner.generation.segments import plan_job
     from runner.spec.recipes import get_recipe
@@ -45,7 +45,7 @@ SCRIPT = textwrap.dedent("""
     models, manifest, folder = map(Path, sys.argv[1:])
     store, recipe = ModelStore(models), get_recipe("fp32")
 
-    class Skeletons:
+    class Skeletons(Generator):
         identity, description, probe, resume_identity = {}, {}, None, {}
 
         def __init__(self):
