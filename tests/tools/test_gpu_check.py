@@ -363,7 +363,7 @@ def test_the_page_shows_commands_that_there_are_and_every_part():
 
 def test_make_gpu_check_passes_its_flags_on(tmp_path):
     shown = subprocess.run(
-        ["make", "-n", "gpu-check", f"VENV={sys.prefix}", "GPU_CHECK=--only block"],
+        ["make", "--no-print-directory", "-n", "gpu-check", f"VENV={sys.prefix}", "GPU_CHECK=--only block"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert shown.splitlines()[-1].endswith("/bin/python tools/gpu_check.py --only block")

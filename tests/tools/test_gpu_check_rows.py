@@ -44,7 +44,7 @@ def test_a_block_s_peak_counts_its_hidden_states_and_stands_beside_the_plan_s(cu
         case = block.BlockCase(CPU, block.SMALL, (64, 64), 5)
     case.device = GPU
     worked = []
-    row = block.memory_of(case, lambda: worked.append(1), "fp8")
+    row = block.memory_of(case, lambda: worked.append(1), "fp8", eight_bit=False)
     assert case.hidden_bytes == 48 * 256 * 2 and worked
     assert row["peak_bytes"] == 5_000_000 + case.hidden_bytes
     assert row["units"] == row["peak_bytes"] / case.hidden_bytes and 4 < row["planned_units"] < 15
