@@ -105,7 +105,7 @@ bench: $(STAMP) ## run the benchmarks that need no GPU; tables on the terminal, 
 bench-gpu: $(STAMP) ## run the benchmarks that need a GPU
 	$(call run_each,$(GPU_BENCHES))
 
-gpu-check: $(STAMP) ## look at a GPU in eight minutes: choices, a real block, the autoencoder, the engine, a verdict for each claim; GPU_CHECK=flags
+gpu-check: $(STAMP) ## look at a GPU within eight minutes: choices, a real block, the autoencoder, the engine, a verdict for each claim; GPU_CHECK=flags
 	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
 
 clean: ## remove outputs, demo models and caches; the environments stay

@@ -20,7 +20,7 @@ from runner.batch.memory_sampler import MemorySampler
 from runner.forecast.bytes import weights_of
 from runner.forecast.flops import Costs
 from runner.generation.runtime.device import free_bytes
-from runner.generation.runtime.memory_plan import Load, choose_plan
+from runner.generation.runtime.memory_plan import Load, Window, choose_plan
 from runner.generation.wan_animate.autoencoder import fuse_norms, with_channels_last
 from runner.generation.wan_animate.loading import load_pipeline, tune
 from runner.generation.wan_animate.transformer import Switches
@@ -258,7 +258,9 @@ def load_resident(bench: Bench) -> Any:
     """Our pipeline with everything on the device, but for encoders where they do not fit."""
     size, load = (*bench.scale.size, bench.scale.frames), Load(**ResolvedRecipe(bench.store, bench.recipe).bytes)
     free = free_bytes(bench.device)
-    plan, _ = choose_plan("resident", bench.recipe, bench.costs, free, size=size, load=load, cuda=bench.cuda)
+    plan, _ = choose_plan(
+        "resident", bench.recipe, bench.costs, free, windows=[Window(*size)], load=load, cuda=bench.cuda
+    )
     return load_pipeline(ResolvedRecipe(bench.store, bench.recipe), bench.device, plan=plan)[0]
 
 

@@ -45,6 +45,7 @@ from runner.generation.runtime.memory_plan import (
     MODES,
     Load,
     MemoryPlan,
+    Window,
     choose_plan,
     forecast_memory,
     make_plan,
@@ -58,6 +59,7 @@ STEPS = 6  # of a whole job
 CARDS_GB = (24, 16, 12, 8)
 LEAST_GB = 6  # what mode minimal is to stay below
 HD = (1280, 720)
+USUAL = (Window(832, 480, 81),)
 SQUARE = 8192  # a side of the product that a GPU's ceiling is read from
 ORIGINALS_S = 110.0  # seconds to load and run the original scripts on an H200: an estimate
 
@@ -172,7 +174,7 @@ def cards() -> dict[str, list[int]]:
     """Memory mode -> the cards, by GB, for which `auto` chooses it with the 14B model at 480x832, 81 frames."""
     recipe, found = get_recipe("fp4-distill"), dict[str, list[int]]()
     for card in CARDS_GB:
-        plan, _ = choose_plan("auto", recipe, PRODUCTION, round(card * 1e9), size=(832, 480, 81))
+        plan, _ = choose_plan("auto", recipe, PRODUCTION, round(card * 1e9), windows=USUAL)
         found.setdefault(plan.mode, []).append(card)
     return found
 
@@ -181,7 +183,7 @@ def plan_of(mode: Any, card_gb: int | None, recipe: Recipe) -> MemoryPlan:
     """The plan of a mode that `auto` takes on such a card."""
     if card_gb is None or mode != "resident":
         return make_plan(mode, recipe)
-    return choose_plan("resident", recipe, PRODUCTION, round(card_gb * 1e9), size=(832, 480, 81))[0]
+    return choose_plan("resident", recipe, PRODUCTION, round(card_gb * 1e9), windows=USUAL)[0]
 
 
 def modes(bench: Bench, like: Spent | None) -> Rows:

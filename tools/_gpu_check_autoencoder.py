@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _engine_runs import DeviceMemory
 from _gpu_check_kernels import milliseconds, wait
 from _gpu_check_record import PartRecord
 from diffusers.utils import logging as diffusers_logging
@@ -28,9 +27,6 @@ from runner.generation.runtime.memory_plan import forecast_memory, make_plan
 from runner.generation.wan_animate.autoencoder import FramewiseVae, FusedNorm, fuse_norms, with_channels_last
 from runner.generation.wan_animate.compiled import RECOMPILE_LIMIT
 from runner.spec.recipes import get_recipe
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-from _engine_runs import DeviceMemory
 
 SIZE, LATENT_FRAMES = (832, 480), 5
 TINY_SIZE = (64, 64)

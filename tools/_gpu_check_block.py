@@ -6,14 +6,13 @@ adapters, its embedders and its last layers.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from _engine_store import FULL, SMALL, Scale, draw_four_bits, draw_tensor
 from _gpu_check_kernels import copy_gb_s, milliseconds, profile, wait
 from _gpu_check_record import PartRecord, error_text
 from torch import nn
@@ -40,9 +39,6 @@ from runner.quantization.kernels.low_bit import EXACT
 from runner.quantization.linear import swap_linears
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
 from runner.spec.recipes import get_recipe
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-from _engine_store import FULL, SMALL, Scale, draw_four_bits, draw_tensor
 
 # Seconds for a first row on an H200, compiling included: an estimate, until this run has compiled a block.
 COMPILING_S = 25.0

@@ -21,7 +21,7 @@ from runner.forecast.precisions import PRECISIONS
 from runner.generation.runtime.attention import LIMITS, available_backends, pick_backend
 from runner.generation.runtime.compute import capability_of, decide
 from runner.generation.runtime.device import free_bytes
-from runner.generation.runtime.memory_plan import choose_plan
+from runner.generation.runtime.memory_plan import Window, choose_plan
 from runner.generation.runtime.streaming import pin, whole_pages
 from runner.quantization.formats.e2m1 import FORMATS
 from runner.quantization.kernels.dequantize import pick_kernel
@@ -121,7 +121,7 @@ def pinned(device: torch.device) -> dict[str, Any]:
 
 def memory_plan(device: torch.device, size: tuple[int, int, int]) -> dict[str, Any]:
     recipe, free = get_recipe("fp4-distill"), free_bytes(device)
-    plan, why = choose_plan("auto", recipe, PRODUCTION, free, size=size, cuda=device.type == "cuda")
+    plan, why = choose_plan("auto", recipe, PRODUCTION, free, windows=[Window(*size)], cuda=device.type == "cuda")
     return {"free_bytes": free, "mode": plan.mode, "why": why}
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import engine
 import torch
 from _gpu_check_record import PartRecord
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-import engine
 
 CHOSEN = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines")
 TINY = ("ceilings", "exact")

@@ -6,13 +6,13 @@ process that is killed leaves the rows before. Knows nothing of what is measured
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from _json_file import write_json
 
 __all__ = ["NotInTime", "PartRecord", "error_text", "write_whole"]
 
@@ -98,10 +98,7 @@ def row_text(row: Mapping[str, Any]) -> str:
 
 def write_whole(path: Path, found: Any) -> None:
     """`found` as JSON at `path`: the old file or the new one is there, never a part of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(_finite(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    os.replace(unfinished, path)
+    write_json(path, _finite(found))
 
 
 def _finite(value: Any) -> Any:

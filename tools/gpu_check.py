@@ -34,7 +34,8 @@ from types import FrameType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sys.path]
+# The folder of the scripts, the project, and the benchmarks, whose runs, stores and files the parts share.
+sys.path[:0] = [path for path in map(str, (HERE, HERE.parent, HERE.parent / "bench")) if path not in sys.path]
 
 from _gpu_check_claims import verdicts  # noqa: E402
 from _gpu_check_constants import proposals  # noqa: E402

@@ -66,6 +66,10 @@ class Recipe:
     attention: Literal["exact", "int8"] = "exact"  # of the transformer's self-attention
     family: Annotated[str, Introduced("wan-animate")] = "wan-animate"  # the model, a row of generation/families.py
 
+    @property
+    def eight_bit_attention(self) -> bool:
+        return self.attention != "exact"
+
     def as_dict(self) -> dict[str, object]:
         """All of it but the summary, which is prose; for the record."""
         return {key: value for key, value in asdict(self).items() if key != "summary"}

@@ -166,8 +166,6 @@ ELSEWHERE = {
         "runner/cli.py",  # the same
         "runner/verbs/",  # the same
         "runner/spec/recipes.py",  # of the attention
-        "runner/generation/wan_animate/loading.py",  # the same
-        "runner/generation/runtime/memory_plan.py",  # the same
         "runner/quantization/formats/stored_dtypes.py",  # a dtype in a file
     ),
     "nvfp4": (

@@ -10,12 +10,13 @@ The block is the real one (5120 wide, 34,320 tokens: 832x480, 81 frames), FP4 we
 from __future__ import annotations
 
 import json
-import re
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from runner.quantization.rules import WAN_ANIMATE_14B, kept_in_fp32, stored_dtyp
 from tests.gpu_env.fake_cuda import DEVICES, fake_cuda
 from tests.gpu_env.generated_code import GeneratedCode, TensorFacts
 from tests.gpu_env.known_torch import find_private
+from tests.quantization.kernels.ahead_of_time import resources
 
-__all__ = ["CASES", "HIDDEN_BYTES", "TOKENS", "BlockCode", "Case", "CompiledKernel", "read"]
+__all__ = ["CASES", "HIDDEN_BYTES", "TOKENS", "BlockCode", "Case", "CompiledKernel", "block_codes", "print_table"]
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS, WIDTH, HEADS = 34_320, 5120, 40
 HIDDEN_BYTES = TOKENS * WIDTH * 2
 TEXT, IMAGE, LORA_RANK = 512, 257, 64
@@ -119,6 +122,24 @@ def read(printed: Mapping[str, Any]) -> BlockCode:
     code = GeneratedCode(printed["code"], tensors)
     kernels = tuple(CompiledKernel(**kernel) for kernel in printed["kernels"])
     return BlockCode(printed["attention"], code, kernels)
+
+
+@cache
+def block_codes(architecture: str) -> dict[Case, BlockCode]:
+    """All cases of an architecture, generated in one process of its own: torch remembers the device."""
+    words = [case.word for case in CASES if case.architecture == architecture]
+    with tempfile.TemporaryDirectory() as caches:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.gpu_env.block_code", architecture, *words],
+            cwd=ROOT,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-6000:]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    return {Case.parse(architecture, word): read(found) for word, found in printed.items()}
 
 
 class _Written(Exception):
@@ -213,21 +234,8 @@ def _compile_kernels(code: GeneratedCode) -> list[CompiledKernel]:
         kernel.precompile(warm_cache_only=True)
         for result in kernel.compile_results:
             config = ", ".join(f"{key} {value}" for key, value in result.config.all_kwargs().items())
-            found.append(CompiledKernel(name, config, **_resources(result.kernel.asm["cubin"])))
+            found.append(CompiledKernel(name, config, **resources(result.kernel.asm["cubin"])))
     return found
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
-    if match is None:
-        raise ValueError(f"cuobjdump says no resources: {said}")
-    return dict(zip(("registers", "stack", "shared", "local"), map(int, match.groups()), strict=True))
 
 
 def main(architecture: str, words: list[str]) -> dict[str, Any]:
@@ -250,8 +258,6 @@ def main(architecture: str, words: list[str]) -> dict[str, Any]:
 
 def print_table() -> None:
     """All cases, each architecture in a process of its own."""
-    from tests.gpu_env.test_block_code import block_codes
-
     for case in CASES:
         found = block_codes(case.architecture)[case]
         kernels = found.kernels

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
-
 import pytest
 
 from runner.forecast.flops import PRODUCTION, Costs
@@ -18,33 +10,14 @@ from runner.forecast.seconds import FUSED_BYTES
 from runner.generation.runtime.memory_plan import forecast_memory, make_plan
 from runner.quantization.rules import WAN_ANIMATE_14B
 from runner.spec.recipes import get_recipe
-from tests.gpu_env.block_code import CASES, BlockCode, Case, read
+from tests.gpu_env.block_code import CASES, BlockCode, Case, block_codes, print_table
 from tests.gpu_env.known_torch import needs_gpu_env, needs_known_torch
 
 pytestmark = [needs_gpu_env, needs_known_torch]
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_KERNELS = {"int_mm": 16}  # by product: torch's int8 product scales its sums with kernels of its own
 CASE = pytest.mark.parametrize("case", CASES, ids=str)
 PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear")
-
-
-@cache
-def block_codes(architecture: str) -> dict[Case, BlockCode]:
-    """All cases of an architecture, generated in one process of its own: torch remembers the device."""
-    words = [case.word for case in CASES if case.architecture == architecture]
-    with tempfile.TemporaryDirectory() as caches:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.gpu_env.block_code", architecture, *words],
-            cwd=ROOT,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-6000:]
-    printed = json.loads(done.stdout.splitlines()[-1])
-    return {Case.parse(architecture, word): read(found) for word, found in printed.items()}
 
 
 def code_of(case: Case) -> BlockCode:
@@ -107,3 +80,8 @@ def test_every_kernel_compiles_without_spills(case):
     assert {kernel.name for kernel in found.kernels} == set(found.code.kernels)
     assert [kernel for kernel in found.kernels if kernel.stack or kernel.local] == []
     assert all(8 <= kernel.registers <= 128 for kernel in found.kernels), found.kernels
+
+
+def test_the_table_has_a_line_for_each_case(capsys):
+    print_table()
+    assert [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()] == [str(case) for case in CASES]

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / folder) for folder in ("tools", "bench"))
 
 from _gpu_check_record import PartRecord
 from gpu_check import TINY, end_with_parent, parse

@@ -201,7 +201,7 @@ def forecast_memory(
                 kind=kind,
                 element=element,
                 compute=recipe.compute,
-                attention_8bit=recipe.attention == "int8",
+                attention_8bit=recipe.eight_bit_attention,
             )
             for kind in kinds
         ),
@@ -242,18 +242,16 @@ def choose_plan(
     costs: Costs,
     free: int | None,
     *,
-    size: tuple[int, int, int] | None = None,
-    windows: Sequence[Window] = (),
+    windows: Sequence[Window] = (Window(),),
     load: Load | None = None,
     cuda: bool = True,
 ) -> tuple[MemoryPlan, str]:
     """The plan for `asked` (a mode, or auto) with `free` bytes (None: not known), and why, in words.
 
-    `windows`: those to be ready for; the one that takes most counts, which may be another one in another plan. `size`:
-    width, height and frames of a single one. Raises ConfigInvalid for no such mode.
+    `windows`: those to be ready for, one at least; the one that takes most counts, which may be another one in another
+    plan. Raises ConfigInvalid for no such mode.
     """
     load = load or Load()
-    windows = windows or (Window() if size is None else Window(*size),)
 
     def needs(plan: MemoryPlan, window: Window) -> int:
         return forecast_memory(

@@ -16,7 +16,7 @@ from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import SegmentPlan
 from runner.generation.runtime.eager_blocks import eager_by_plan, eager_cost, eager_words
-from runner.generation.runtime.memory_plan import choose_plan, forecast_memory, make_plan
+from runner.generation.runtime.memory_plan import Window, choose_plan, forecast_memory, make_plan
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loras import check_own, own_parts
 from runner.spec.options import JobOptions
@@ -48,7 +48,7 @@ class WanAnimateForecaster:
         window = (plan.width, plan.height, plan.segment_frames)
         peaks: dict[str, int] = {}
         for mode in MODES:
-            leanest, _ = choose_plan(mode, self.recipe, self.costs, 0, size=window)
+            leanest, _ = choose_plan(mode, self.recipe, self.costs, 0, windows=[Window(*window)])
             peaks[mode] = forecast_memory(
                 leanest,
                 self.recipe,

@@ -185,7 +185,7 @@ def plan_memory(
     `demands`: of the jobs to be ready for.
     """
     load, cuda = Load(**models.bytes), device.type == "cuda"
-    windows = tuple({_window(demand, models.store): None for demand in demands})
+    windows = tuple({_window(demand, models.store): None for demand in demands}) or (Window(),)
     plan, why = choose_plan(
         asked, models.recipe, models.costs, free_bytes(device), windows=windows, load=load, cuda=cuda
     )
@@ -273,7 +273,7 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
 
     dtype = getattr(torch, recipe.dtype)
     said = apply_compute(pipeline.transformer, recipe, device)
-    said |= apply_attention(pipeline.transformer, device, dtype, eight_bit=recipe.attention == "int8")
+    said |= apply_attention(pipeline.transformer, device, dtype, eight_bit=recipe.eight_bit_attention)
     said |= prepare_vae(pipeline.vae, pipeline.switches)
     pipeline.block_step, why = make_block_step(pipeline.switches, device, pipeline.memory)
     compiled_by = "eager" if pipeline.block_step is None else pipeline.block_step.backend

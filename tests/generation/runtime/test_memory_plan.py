@@ -284,7 +284,7 @@ def test_loras_beside_the_weights_are_counted_where_they_are():
 )
 def test_auto_takes_the_highest_mode_that_fits(card, size, mode, encoders, preprocess):
     free = card * GIB - 600_000_000
-    plan, why = choose_plan("auto", RECIPE, PRODUCTION, free, size=size)
+    plan, why = choose_plan("auto", RECIPE, PRODUCTION, free, windows=[Window(*size)])
     assert (plan.mode, plan.encoders, plan.preprocess) == (mode, encoders, preprocess)
     assert forecast_memory(plan, RECIPE, PRODUCTION, *size).peak <= free
     assert f"{free / GB:.1f} GB free" in why

@@ -30,6 +30,7 @@ from runner.generation.wan_animate.transformer import Switches, embed_context, r
 from runner.spec.recipes import get_recipe
 from tests.generation.runtime.test_attention import stub_package
 from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
+from tests.gpu_env.known_torch import needs_known_torch
 
 CPU = torch.device("cpu")
 
@@ -245,7 +246,7 @@ def test_multiply_adds_are_fused_whatever_the_default_of_triton_is(monkeypatch):
     assert knobs.language.default_fp_fusion is False  # so that the variable is the one that Triton reads
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="private API, known for torch 2.13")
+@needs_known_torch
 def test_inductor_asks_for_fused_multiply_adds_itself():
     from torch._inductor.codegen.triton import TritonKernel
 

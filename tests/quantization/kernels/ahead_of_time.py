@@ -25,7 +25,16 @@ import torch
 
 from tests.system_tests import ASKED_FOR
 
-__all__ = ["ARCHITECTURES", "EVERY_VARIANT", "NEEDS_PINNED_TRITON", "Built", "Variant", "build", "pinned_triton"]
+__all__ = [
+    "ARCHITECTURES",
+    "EVERY_VARIANT",
+    "NEEDS_PINNED_TRITON",
+    "Built",
+    "Variant",
+    "build",
+    "pinned_triton",
+    "resources",
+]
 
 ROOT = Path(__file__).resolve().parents[3]
 # A100; RTX 40 and L40S; H100 and H200; B200; RTX 50.
@@ -169,17 +178,25 @@ def _launch(variant: Variant) -> None:
     dequantize_triton.launch(stored["weight_packed"], *scales, fmt.group, out)
 
 
-def _read(kernel: Any) -> Built:
+def resources(cubin: bytes) -> dict[str, int]:
+    """What a thread and a block of a compiled kernel take, by the tool of Triton's wheel: see `Built`."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+    if used is None:
+        raise ValueError(f"cuobjdump says no resources: {said}")
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, used.groups()), strict=True))
+
+
+def _read(kernel: Any) -> Built:
+    used = resources(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
     instructions = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w:.]*)\s", kernel.asm["ptx"], re.MULTILINE)
-    return Built(used["REG"], used["STACK"], used["LOCAL"], kernel.metadata.shared, dict(Counter(instructions)))
+    return Built(**used, instructions=dict(Counter(instructions)))
 
 
 def main() -> None:
