@@ -50,11 +50,18 @@ class PixelBytes(NamedTuple):
     copies: int
 
 
+HALVES = ("bfloat16", "float16")
 # A picture at a time (autoencoder.py): feature maps that are kept, and the peak beside them.
-VAE_DECODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(13_060, 14_840), "bfloat16": PixelBytes(7_420, 7_420)}
-VAE_ENCODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(8_900, 10_460), "bfloat16": PixelBytes(4_780, 5_590)}
+VAE_DECODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(13_060, 14_840)} | dict.fromkeys(
+    HALVES, PixelBytes(7_420, 7_420)
+)
+VAE_ENCODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(8_900, 10_460)} | dict.fromkeys(
+    HALVES, PixelBytes(4_780, 5_590)
+)
 # The library's own walk through a tile, all four pictures of a latent frame at once.
-VAE_TILE: Mapping[str, PixelBytes] = {"float32": PixelBytes(19_460, 22_590), "bfloat16": PixelBytes(10_130, 11_300)}
+VAE_TILE: Mapping[str, PixelBytes] = {"float32": PixelBytes(19_460, 22_590)} | dict.fromkeys(
+    HALVES, PixelBytes(10_130, 11_300)
+)
 TILE = 256  # pixels a side, as the library has it
 
 

@@ -28,7 +28,9 @@ EAGER_BYTES, FUSED_BYTES = 375, 57
 ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
 # Of the bf16 product's rate, what the autoencoder's convolutions reach: in float32 (TF32), in bfloat16, compiled.
 # Estimates from published decoding times: 14.5, 8.4 and 6.6 s of the same work.
-VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.16, "bfloat16": 0.27, "bfloat16 compiled": 0.35})
+VAE_SHARE: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.16, "bfloat16": 0.27, "float16": 0.27, "bfloat16 compiled": 0.35}
+)
 # The same for the motion encoder's small convolutions, eight faces at a time: an estimate.
 INVARIANT_SHARE = 0.15
 MEASURED = "published measurements"

@@ -5,7 +5,7 @@ Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it i
 
     fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
     fp4-distill+int8-attention        8-bit self-attention on a GPU, by comfy-kitchen or SageAttention
-    fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding
+    fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding; or fp16-vae
     fp4-distill+unipc+steps4          the solver: euler, unipc, dpmpp, res2s; denoising steps where the job does not say
     fp4-distill+beta57                the noise levels: official-grid, diffusers-grid, beta57, and shift3 (or shift2.5)
 """
@@ -34,6 +34,7 @@ __all__ = [
     "Mode",
     "Recipe",
     "SamplerRow",
+    "VaeDtype",
     "get_recipe",
 ]
 
@@ -42,6 +43,9 @@ Mode = Literal["resident", "stream", "minimal"]  # where weights live during a r
 MODES: tuple[Mode, ...] = get_args(Mode)
 MemoryChoice = Literal["auto", Mode]  # what a run may ask for
 MEMORY_CHOICES: tuple[MemoryChoice, ...] = get_args(MemoryChoice)
+
+
+VaeDtype = Literal["float16", "bfloat16", "float32"]  # of the autoencoder
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Recipe:
     grid: str  # the sigma schedule: a name in SCHEDULE_WORDS, one that the sampler accepts
     shift: float  # of the sigma schedule
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
-    vae_dtype: Literal["bfloat16", "float32"]
+    vae_dtype: VaeDtype
     weights: str  # folder of the components in the model store
     summary: Annotated[str, NotHashed()]
     fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
@@ -151,6 +155,7 @@ FIXED: Mapping[str, Word] = MappingProxyType(
         for word in (
             Word("attention", "int8", "int8-attention"),
             Word("vae_dtype", "bfloat16", "bf16-vae"),
+            Word("vae_dtype", "float16", "fp16-vae"),
             *(Word("scheduler", sampler, row.word) for sampler, row in SAMPLER_ROWS.items()),
             *(Word("grid", schedule, text) for schedule, text in SCHEDULE_WORDS.items()),
         )

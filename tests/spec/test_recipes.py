@@ -130,7 +130,7 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4+beta57-grid", "did you mean 'beta57'"),
         (
             "fp4+karras",
-            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, euler, unipc, dpmpp, res2s, "
+            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, fp16-vae, euler, unipc, dpmpp, res2s, "
             "official-grid, diffusers-grid, beta57, stepsN",
         ),
         ("fp4+", "says '', which is no word"),

@@ -33,7 +33,7 @@ from runner.forecast.bytes import (
 )
 from runner.forecast.flops import Costs
 from runner.forecast.rife_shape import RifeShape
-from runner.spec.recipes import MODES, Mode, Recipe
+from runner.spec.recipes import MODES, Mode, Recipe, VaeDtype
 
 __all__ = [
     "Load",
@@ -67,7 +67,7 @@ class MemoryPlan:
     keep_text: bool  # keys and values of text and image last a window, not a step
     encoders: Literal["device", "host", "disk"]
     preprocess: Literal["device", "host"]
-    vae_dtype: Literal["bfloat16", "float32"]
+    vae_dtype: VaeDtype
     vae_tiles: bool  # above TILED_ABOVE
 
     def tiled(self, width: int, height: int) -> bool:
@@ -129,7 +129,8 @@ def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
         return MemoryPlan("stream", 2, True, True, True, "host", "host", recipe.vae_dtype, False)
     if mode == "minimal":
         # A recipe in float32 is there to be compared: it stays what it is.
-        vae_dtype = "bfloat16" if recipe.dtype == "bfloat16" else recipe.vae_dtype
+        halves = recipe.dtype == "bfloat16" and recipe.vae_dtype == "float32"
+        vae_dtype = "bfloat16" if halves else recipe.vae_dtype
         return MemoryPlan("minimal", 1, True, False, False, "disk", "host", vae_dtype, recipe.dtype == "bfloat16")
     raise ConfigInvalid(f"no memory mode {mode!r}", todo=f"Modes: auto, {', '.join(MODES)}")
 
