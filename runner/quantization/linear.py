@@ -2,7 +2,8 @@
 
 In: activations. Out: activations in their dtype; the weight exists in 16 bits for the length of one matrix product,
 in a workspace that all layers share. LoRAs kept beside the weight are added there, and to the bias, and nowhere else.
-The product is one of 16 bits unless `set_compute` asks for fewer (`kernels/low_bit.py`).
+The product is one of 16 bits unless `set_compute` asks for fewer (`kernels/low_bit.py`); of 8 bits, the layer may keep
+its weight's codes (`kernels/kept_codes.py`).
 It will never know: names of layers (the caller's rule does), files, LoRA file formats.
 
 For inference: the operator has no gradient, since the weight that a backward pass would need is gone by then.
@@ -21,8 +22,18 @@ from runner.forecast.precisions import PRECISIONS
 from runner.quantization.formats.e2m1 import Format
 from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.kernels.dequantize import dequantize_into
-from runner.quantization.kernels.low_bit import EXACT, multiply_blocks, multiply_rows, prepare_rows
+from runner.quantization.kernels.kept_codes import KeepsCodes
+from runner.quantization.kernels.low_bit import (
+    EXACT,
+    kept_rows_linear,
+    multiply_blocks,
+    multiply_rows,
+    prepare_rows,
+    sum_of_biases,
+    weight_rows,
+)
 from runner.quantization.kernels.nvfp4 import Blocks, quantize_blocks
+from runner.quantization.kernels.rowwise import Rows
 from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
 __all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "swap_linears", "workspace_bytes"]
@@ -49,7 +60,7 @@ def fp4_linear(
     workspace at once would meet there. lora_up [out, R] * lora_scale [R] @ lora_down [R, in] is added to the weight.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, x.dtype)
-    bias = _sum_of(bias, bias_delta)
+    bias = sum_of_biases(bias, bias_delta)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -88,12 +99,6 @@ def _dense(
     return weight
 
 
-def _sum_of(bias: Tensor | None, bias_delta: Tensor | None) -> Tensor | None:
-    if bias is not None and bias_delta is not None:
-        return bias.float() + bias_delta
-    return bias_delta if bias is None else bias
-
-
 @torch.library.custom_op("video_lab::fp4_rowwise_linear", mutates_args=())
 def fp4_rowwise_linear(
     x: Tensor,
@@ -116,7 +121,7 @@ def fp4_rowwise_linear(
     The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, dtype)
-    return multiply_rows(x, x_scale, weight, compute, product, _sum_of(bias, bias_delta), dtype)
+    return multiply_rows(x, x_scale, weight, compute, product, sum_of_biases(bias, bias_delta), dtype)
 
 
 @fp4_rowwise_linear.register_fake
@@ -155,7 +160,7 @@ def nvfp4_linear(
 ) -> Tensor:
     """Both sides in blocks, NVFP4's, the weight as it is stored: [M, out] in `dtype`."""
     x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
-    return multiply_blocks(x, w, compute, product, _sum_of(bias, bias_delta), dtype)
+    return multiply_blocks(x, w, compute, product, sum_of_biases(bias, bias_delta), dtype)
 
 
 @nvfp4_linear.register_fake
@@ -175,7 +180,7 @@ def _(
     return x_packed.new_empty(x_packed.shape[0], packed.shape[0], dtype=dtype)
 
 
-class FP4Linear(nn.Module):
+class FP4Linear(KeepsCodes):
     """y = x W^T + b with W in `fmt`. Parameters, none of which takes a gradient:
 
     weight_packed, weight_scale, weight_scale_2    as `Format.tensors` lists them; their dtypes survive `.to(dtype)`
@@ -188,6 +193,7 @@ class FP4Linear(nn.Module):
 
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
+    weight_scale_2: nn.Parameter | None
     bias: nn.Parameter | None
     bias_delta: nn.Parameter | None
     lora_down: nn.Parameter | None
@@ -267,7 +273,12 @@ class FP4Linear(nn.Module):
 
     def _in_rows(self, x: Tensor) -> Tensor:
         codes, scale = prepare_rows(x, self.compute, self.product)
-        result: Tensor = fp4_rowwise_linear(
+        kept, how = self.codes_for(x.dtype), (self.compute, self.product)
+        result: Tensor
+        if kept is not None:
+            result = kept_rows_linear(codes, scale, *kept, *how, self.bias, self.bias_delta, x.dtype)
+            return result
+        result = fp4_rowwise_linear(
             codes,
             scale,
             self.weight_packed,
@@ -279,8 +290,7 @@ class FP4Linear(nn.Module):
             self.lora_down,
             self.lora_up,
             self.lora_scale,
-            self.compute,
-            self.product,
+            *how,
             x.dtype,
         )
         return result
@@ -315,7 +325,22 @@ class FP4Linear(nn.Module):
                 raise ValueError(f"no product {product!r} of {compute!r}")
             if precision.stored_format not in (None, self.fmt.name):
                 raise ValueError(f"a weight in {self.fmt.name} cannot compute as {compute}")
+        if compute != self.compute:
+            self.drop_codes()
         self.compute, self.product = compute, product
+
+    @property
+    def computes_in_rows(self) -> bool:
+        return self.compute != EXACT and PRECISIONS[self.compute].layout == "rows"
+
+    def _code_sources(self) -> Sequence[Tensor | None]:
+        lora = self.lora_down, self.lora_up, self.lora_scale
+        return (self.weight_packed, self.weight_scale, self.weight_scale_2, *lora)
+
+    def _make_codes(self, dtype: torch.dtype, codes: Tensor) -> Rows:
+        stored = self.weight_packed, self.weight_scale, self.weight_scale_2
+        weight = _dense(*stored, self.fmt.name, self.lora_down, self.lora_up, self.lora_scale, dtype)
+        return weight_rows(weight, self.compute, codes)
 
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:
         """Adds every scale * up @ down to the weight from now on, in place of any that were set before; None ends it.
@@ -323,6 +348,7 @@ class FP4Linear(nn.Module):
         The stored weight is not touched: without LoRAs the layer computes the very bits that it did before. ValueError
         for shapes that do not fit; the factors are kept in their dtype, on the layer's device.
         """
+        self.drop_codes()
         if not deltas:
             self.lora_down = self.lora_up = self.lora_scale = None
             self.lora_rank = 0

@@ -112,6 +112,8 @@ def allow_graphs() -> None:
 def structure_of(block: Any) -> Hashable:
     """What of a block decides its graph beyond shapes: how its layers compute, and what they have beside them.
 
+    A LoRA within kept codes changes no graph: torch finds the one that is there, and `warm` compares it once more.
+
     By plain attributes: parameters that wait elsewhere may have no shape at the moment.
     """
     return tuple(
@@ -119,6 +121,7 @@ def structure_of(block: Any) -> Hashable:
             name,
             module.compute,
             module.product,
+            getattr(module, "holds_codes", False),
             getattr(module, "lora_rank", 0),
             getattr(module, "bias_delta", None) is None,
         )

@@ -7,14 +7,15 @@ Which computes and products there are, `forecast/precisions.py` says. `reference
 arithmetic, for any device, and slow.
 
 An activation is quantised in plain arithmetic outside the operators, so that a compiler fuses it with the norm before.
-A weight of 8 bits is made anew in each product, since only its four bits are kept. Bytes a weight: dequantise .56 read,
-2 written; rotate (int8) 2 and 2; quantise 2 and 1; the product reads 1. The 12.4 billion weights that see all tokens
-take 81 GB (fp8) or 131 GB (int8) of traffic a step: .02 and .03 s on an H200, .05 and .09 s on an RTX 5090, where the
-step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
+A weight of 8 bits is made anew in each product, unless its codes are kept (`kept_codes.py`). Bytes a weight: dequantise
+.56 read, 2 written; rotate (int8) 2 and 2; quantise 2 and 1; the product reads 1. The 12.4 billion weights that see all
+tokens take 81 GB (fp8) or 131 GB (int8) of traffic a step, 12.4 GB where codes are kept: .02 and .03 s on an H200, .05
+and .09 s on an RTX 5090, where the step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, Final
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from runner.forecast.precisions import PRECISIONS, REFERENCE
 from runner.quantization.formats.row_blocks import row_blocks
 from runner.quantization.kernels import nvfp4
+from runner.quantization.kernels.kept_codes import KeepsCodes
 from runner.quantization.kernels.rowwise import (
     SMALLEST_SCALE,
     Rows,
@@ -41,11 +43,13 @@ __all__ = [
     "EXACT",
     "LowBitLinear",
     "fast_rows",
+    "kept_rows_linear",
     "multiply_blocks",
     "multiply_rows",
     "pick_product",
     "prepare_rows",
     "relative_error",
+    "sum_of_biases",
     "weight_rows",
 ]
 
@@ -80,14 +84,18 @@ def prepare_rows(x: Tensor, compute: str, product: str) -> tuple[Tensor, Tensor 
     return quantize_rows(x, compute) if torch.compiler.is_compiling() else fast_rows(x, compute)
 
 
-def weight_rows(weight: Tensor, compute: str) -> Rows:
-    """A weight [N, K] floating as rows of codes, rotated where the compute is, in memory shared between layers."""
+def weight_rows(weight: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
+    """A weight [N, K] floating as rows of codes, rotated where the compute is.
+
+    Into `codes` where given, else into memory shared between layers.
+    """
     rotated_too = PRECISIONS[compute].rotated
     if rotated_too:
         rotated = workspace("rotated", (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
         rotate_weight_into(weight, rotated)
         weight = rotated
-    codes = workspace("codes", (weight.shape[0], weight.shape[1]), code_dtype(compute), weight.device)
+    if codes is None:
+        codes = workspace("codes", (weight.shape[0], weight.shape[1]), code_dtype(compute), weight.device)
     rows = fast_rows(weight, compute, codes)
     return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1])) if rotated_too else rows
 
@@ -102,8 +110,21 @@ def multiply_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """[M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
-    w = weight_rows(weight, compute)
+    return multiply_codes(x, x_scale, weight_rows(weight, compute), compute, product, bias, dtype)
+
+
+def multiply_codes(
+    x: Tensor, x_scale: Tensor | None, w: Rows, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[M, K] of `prepare_rows` by the codes of `weight_rows`: [M, N] in `dtype`."""
     return run_backend(compute, product, x if x_scale is None else Rows(x, x_scale), w, bias, dtype)
+
+
+def sum_of_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
+    """A layer's bias and what is added to it, in float32; None where there is neither."""
+    if bias is not None and delta is not None:
+        return bias.float() + delta
+    return delta if bias is None else bias
 
 
 def multiply_blocks(
@@ -238,7 +259,39 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
-class LowBitLinear(nn.Linear):
+@torch.library.custom_op("video_lab::kept_rows_linear", mutates_args=())
+def kept_rows_linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    compute: str,
+    product: str,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x, x_scale as `prepare_rows` gives them, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
+    bias = sum_of_biases(bias, bias_delta)
+    return multiply_codes(x, x_scale, Rows(codes, scale), compute, product, bias, dtype)
+
+
+@kept_rows_linear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    compute: str,
+    product: str,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0], dtype=dtype)
+
+
+class LowBitLinear(KeepsCodes, nn.Linear):
     """A linear layer with its weight in 16 or 32 bits, as it was, whose product is made in 8 bits. For inference.
 
     weight [out, in], bias [out] or None: the very parameters of the layer that it stands for, so that what changes them
@@ -246,9 +299,10 @@ class LowBitLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, compute: str, product: str) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would draw a weight
+        KeepsCodes.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.compute = EXACT
         self.set_compute(compute, product)
         self.train(linear.training)
 
@@ -258,12 +312,29 @@ class LowBitLinear(nn.Linear):
         rows = precision is not None and precision.layout == "rows" and precision.find_backend(product) is not None
         if compute != EXACT and not rows:
             raise ValueError(f"a weight in 16 bits has no product {product!r} of {compute!r}")
+        if compute != self.compute:
+            self.drop_codes()
         self.compute, self.product = compute, product
+
+    @property
+    def computes_in_rows(self) -> bool:
+        return self.compute != EXACT
+
+    def _code_sources(self) -> Sequence[Tensor | None]:
+        return (self.weight,)
+
+    def _make_codes(self, dtype: torch.dtype, codes: Tensor) -> Rows:
+        return weight_rows(self.weight, self.compute, codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of the same dtype."""
         if self.compute == EXACT:
-            return super().forward(x)
+            return nn.Linear.forward(self, x)
         codes, scale = prepare_rows(x.reshape(-1, self.in_features), self.compute, self.product)
-        result: Any = rowwise_linear(codes, scale, self.weight, self.compute, self.product, self.bias, x.dtype)
+        kept, how = self.codes_for(x.dtype), (self.compute, self.product)
+        result: Any
+        if kept is None:
+            result = rowwise_linear(codes, scale, self.weight, *how, self.bias, x.dtype)
+        else:
+            result = kept_rows_linear(codes, scale, *kept, *how, self.bias, None, x.dtype)
         return result.view(*x.shape[:-1], self.out_features)

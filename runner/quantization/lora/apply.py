@@ -30,6 +30,7 @@ __all__ = [
     "Addend",
     "Delta",
     "Full",
+    "HoldsCodes",
     "HoldsLora",
     "Lora",
     "LowRank",
@@ -136,6 +137,14 @@ class HoldsLora(Protocol):
         """(down [r, in], up [out, r], scale) each; they replace what was set before."""
 
 
+@runtime_checkable
+class HoldsCodes(Protocol):
+    """A layer that may hold codes of its plain weight, made before the weight was changed in place."""
+
+    def drop_codes(self) -> None:
+        """Forget them."""
+
+
 @dataclass
 class _Attachment:
     originals: dict[str, Tensor] = field(default_factory=dict)
@@ -168,6 +177,7 @@ def attach(model: nn.Module, loras: Sequence[Lora]) -> MergePlan:
                 target = model.get_parameter(param)
                 state.originals[param] = target.detach().to("cpu", copy=True)
                 target.copy_(merge_param(param, target, plan))
+                _drop_codes(model, param)
     except BaseException:
         detach(model)
         raise
@@ -182,11 +192,19 @@ def detach(model: nn.Module) -> None:
         return
     for name, original in state.originals.items():
         model.get_parameter(name).copy_(original)  # copied back, never subtracted: rounding would stay behind
+        _drop_codes(model, name)
     for name in state.layers:
         layer = model.get_submodule(name)
         assert isinstance(layer, HoldsLora)
         layer.set_lora(None)
     delattr(model, _ATTACHED)
+
+
+def _drop_codes(model: nn.Module, param: str) -> None:
+    owner, _, leaf = param.rpartition(".")
+    layer = model.get_submodule(owner)
+    if leaf == "weight" and isinstance(layer, HoldsCodes):
+        layer.drop_codes()
 
 
 @contextmanager
