@@ -193,12 +193,43 @@ class VaeShape:
         """Pixels a side that one latent stands for."""
         return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
-    def encode_flop(self, width: int, height: int, frames: int) -> float:
-        """`frames` (4k+1) frames of pixels to latents: the first alone, then four at a time."""
+    @property
+    def framewise(self) -> bool:
+        """Whether `autoencoder.py` encodes a picture at a time until time is halved, and reuses outputs that repeat."""
+        plain = not self.is_residual and self.patch_size is None and any(self.temperal_downsample)
+        return plain and self.base_dim % 8 == 0
+
+    def encode_flop(self, width: int, height: int, frames: int, blank_from: int | None = None) -> float:
+        """`frames` (4k+1) frames of pixels to latents: the first alone, then four at a time.
+
+        `blank_from`: from this frame on all pixels are zero, and what repeats is not run; None: no frame repeats.
+        """
         later = (frames - 1) // 4
         chunks = self._encode_chunk(width, height, 1) + later * self._encode_chunk(width, height, 4)
         quant = 2 * (2 * self.z_dim) ** 2 * (later + 1) * (width // self.spatial) * (height // self.spatial)
-        return chunks + quant
+        return chunks + quant - (0 if blank_from is None else self._repeated(width, height, frames, blank_from))
+
+    def _repeated(self, width: int, height: int, frames: int, blank_from: int) -> float:
+        """The part of `encode_flop` that repeats: at each size of pictures, until time is halved.
+
+        A convolution in time sees two frames back: its output repeats two frames after its input. Two frames of zeros
+        go before the first frame, so that a clip that is blank from the first frame on is blank two frames earlier.
+        """
+        if not self.framewise:
+            return 0.0
+        area, here, saved = width * height, self.base_dim, 0.0
+        flop, equal_from = conv3d(self.in_channels, here, 1, area), (blank_from or -2) + 2  # of the first convolution
+        for mult, halves in zip(self.dim_mult, self.temperal_downsample, strict=False):
+            for _ in range(self.num_res_blocks):
+                flop += res_block(here, self.base_dim * mult, 1, area)
+                here, equal_from = self.base_dim * mult, equal_from + 2 * 2
+            area //= 4
+            if not halves:  # the convolution that makes pictures smaller belongs to them
+                flop += 2 * 9 * here * here * area
+            saved, flop = saved + max(0, frames - 1 - equal_from) * flop, 0.0
+            if halves:
+                break
+        return saved
 
     def decode_flop(self, width: int, height: int, frames: int) -> float:
         """Latents to `frames` (4k+1) frames of pixels: one latent frame at a time, the first without time."""

@@ -117,9 +117,11 @@ def forecast_seconds(
     segments: int,
     evaluations: int,
     guided: bool = False,
+    blank_from: int | None = None,
 ) -> Seconds:
     """Seconds of one job on `device`; `size` is (width, height), `evaluations` are the model's in one window.
 
+    `blank_from`: the frame from which the scene of a window behind the first is blank; None: it is not.
     The encoders of text and image, what a first job loads and compiles, and preprocessing, which runs beside, are not
     in it. ValueError for a compute that the device does not have.
     """
@@ -147,9 +149,11 @@ def forecast_seconds(
         "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }
     vae_rate = exact_rate * VAE_SHARE[build.vae]
-    encodes = 2 * segments - (0 if build.blank_again else 1)  # poses and scene; the first scene is blank and kept
+    poses, reference = segments * costs.vae.encode_flop(*window), costs.vae.encode_flop(*size, 1)
+    scenes = (segments - 1) * costs.vae.encode_flop(*window, blank_from)  # the first scene is blank and kept
+    scenes += costs.vae.encode_flop(*window) if build.blank_again else 0.0
     fixed = {
-        "encode": (encodes * costs.vae.encode_flop(*window) + costs.vae.encode_flop(*size, 1)) / TERA / vae_rate,
+        "encode": (poses + scenes + reference) / TERA / vae_rate,
         "decode": segments * costs.vae.decode_flop(*window) / TERA / vae_rate,
         "shared once a window": segments * calls * invariant / TERA / exact_rate / INVARIANT_SHARE
         if build.shared

@@ -134,6 +134,7 @@ def plan_job(
             segments=segments,
             evaluations=evaluations,
             guided=guided,
+            blank_from=options.overlap_frames if options.mode == "animate" else None,
         ).total_s
     return SegmentPlan(
         frames=frames,

@@ -9,8 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import ConfigInvalid, InputTooShort
-from runner.generation.segments import fit_segments, longest_window, output_span, reflect_indices, shortest_window
+from runner.forecast.flops import PRODUCTION
+from runner.forecast.seconds import VAE_SHARE, find_device
+from runner.generation.segments import (
+    fit_segments,
+    longest_window,
+    output_span,
+    plan_job,
+    reflect_indices,
+    shortest_window,
+)
 from runner.spec.options import JobOptions
+from runner.spec.recipes import get_recipe
 
 overlaps = st.sampled_from([1, 5])
 counts = st.integers(2, 2000)
@@ -99,3 +109,20 @@ def test_one_frame_is_too_short():
 def test_windows_too_short_for_the_overlap():
     with pytest.raises(ConfigInvalid, match="at least 13"):
         fit_segments(40, 5, 9)
+
+
+@pytest.mark.parametrize("overlap", [1, 5])
+def test_in_mode_animate_the_blank_frames_of_later_windows_cost_less(overlap):
+    """Three windows: of the second and the third the scene is blank behind the overlap. In mode replace it is not."""
+    gpu = find_device("RTX 5090")
+
+    def planned(mode, frames):
+        options = JobOptions(mode=mode, overlap_frames=overlap)
+        return plan_job(frames, (832, 480), options, get_recipe("fp4-distill"), device=gpu)
+
+    window = (832, 480, planned("animate", 229).segment_frames)
+    full, blank = (PRODUCTION.vae.encode_flop(*window, start) for start in (None, overlap))
+    saved = 2 * (full - blank) / 1e12 / gpu.matmul["bf16"] / VAE_SHARE["float32"]
+    assert planned("replace", 229).seconds - planned("animate", 229).seconds == pytest.approx(saved, rel=1e-9)
+    assert planned("animate", 229).segments == 3 and saved > 4
+    assert planned("replace", 81) == planned("animate", 81)

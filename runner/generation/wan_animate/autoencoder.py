@@ -18,8 +18,10 @@ which are five passes over full-size pictures in eager mode, become one kernel. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import structlog
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from runner.generation.runtime.device import as_out_of_memory
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.compiled import allow_graphs
+from runner.generation.wan_animate.fixed_point import FixedPoints, find_repeats
 from runner.generation.wan_animate.transformer import Switches
 
 __all__ = [
@@ -129,20 +132,22 @@ class FramewiseVae(AutoencoderKLWan):
         try:
             later = x[:, :, 1:].split(4, dim=2) if x.shape[2] > 4 else ()
             whole = [x[:, :, :1], *(chunk for chunk in later if chunk.shape[2] == 4)]  # a shorter rest is left out
-            return self.quant_conv(torch.cat([self._encode_chunk(chunk) for chunk in whole], dim=2))
+            points = FixedPoints(find_repeats(x), partial(_kept_inputs, self._enc_feat_map))
+            return self.quant_conv(torch.cat([self._encode_chunk(chunk, points) for chunk in whole], dim=2))
         finally:
             self.clear_cache()
 
-    def _encode_chunk(self, pixels: Tensor) -> Tensor:
+    def _encode_chunk(self, pixels: Tensor, points: FixedPoints) -> Tensor:
         encoder, cache = self.encoder, self._enc_feat_map
         self._enc_conv_idx = index = [0]
         modes = [getattr(layer, "mode", None) for layer in encoder.down_blocks]
         halving = modes.index("downsample3d") if "downsample3d" in modes else len(modes)
 
-        def begin(picture: Tensor, index: list[int]) -> Tensor:
-            picture = _cached(encoder.conv_in, picture, cache, index)
-            for layer in encoder.down_blocks[:halving]:
-                if isinstance(layer, WanResidualBlock):
+        def run(layers: Sequence[nn.Module], picture: Tensor, index: list[int]) -> Tensor:
+            for layer in layers:
+                if layer is encoder.conv_in:
+                    picture = _cached(layer, picture, cache, index)
+                elif isinstance(layer, WanResidualBlock):
                     picture = _res_block(layer, picture, cache, index)
                 else:
                     picture = (
@@ -150,7 +155,10 @@ class FramewiseVae(AutoencoderKLWan):
                     )
             return picture
 
-        hidden = _by_picture(begin, pixels, index)
+        layers = [encoder.conv_in, *encoder.down_blocks[:halving]]
+        ends = (i + 1 for i, layer in enumerate(layers) if hasattr(layer, "mode"))  # where pictures get smaller
+        groups = [partial(run, layers[a:b]) for a, b in pairwise((0, *ends, len(layers))) if a < b]
+        hidden = _by_picture(partial(points.run, groups), pixels, index)
         for layer in encoder.down_blocks[halving:]:
             hidden = layer(hidden, feat_cache=cache, feat_idx=index)
         hidden = encoder.mid_block(hidden, feat_cache=cache, feat_idx=index)
@@ -265,6 +273,11 @@ def _cached(conv: Any, x: Tensor, cache: list[Any], index: list[int]) -> Tensor:
         kept = x[:, :, -CACHE_T:]
         cache[at] = kept.clone() if before is None else torch.cat([before[:, :, -1:], kept], dim=2)[:, :, -CACHE_T:]
     return out
+
+
+def _kept_inputs(cache: list[Any], at: int) -> Sequence[Tensor]:
+    """The pictures [B, C, 1, H, W] that the convolution at `at` keeps, the one seen last at the end."""
+    return () if cache[at] is None else cache[at].split(1, dim=2)
 
 
 def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
