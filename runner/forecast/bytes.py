@@ -20,6 +20,7 @@ __all__ = [
     "Weights",
     "code_bytes",
     "face_bytes",
+    "kept_code_bytes",
     "latent_bytes",
     "step_bytes",
     "vae_bytes",
@@ -159,6 +160,17 @@ def workspace_bytes(
     dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
     weight = shape.dim * shape.ffn_dim
     return dense + weight * precision.code_bytes + (weight * element if precision.rotated else 0)
+
+
+def kept_code_bytes(shape: TransformerShape, *, compute: str) -> int:
+    """Codes of all weights that see every token, beside the weights, with a float32 scale a row; 0 where a product
+    takes no codes in rows. `compute`: the name of a row of `PRECISIONS`.
+    """
+    precision, adapters = PRECISIONS[compute], shape.num_layers // shape.inject_face_latents_blocks
+    if precision.layout != "rows":
+        return 0
+    rows = shape.num_layers * (7 * shape.dim + shape.ffn_dim) + adapters * 2 * shape.dim
+    return shape.block_weights * precision.code_bytes + 4 * rows
 
 
 def code_bytes(

@@ -60,14 +60,15 @@ class GemmPrecision:
     activation_error: float = 0.0
     weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
     tensor_scale: bool = False  # all rows of an activation share a scale: rows quantised apart have other codes
-    code_bytes: int = 0  # a code in memory beside an eager block's peak; 0: none is kept there
+    code_bytes: int = 0  # a code in rows, in memory: of an activation beside an eager block's peak, of a kept weight
     # Of hidden states [S, d], at 14B shapes: what one compiled block holds at its peak, the input that its caller keeps
     # included, attention's scratch memory aside. Counted from the code that Inductor writes for the block (torch 2.13),
     # where no comment says otherwise. Default, an assumption: the feed-forward part's inside twice, 2 + 2 x 2.7.
     fused_units: float = 7.4
     # Bytes that go through memory for each number of an activation that becomes codes, beyond the bf16 block's own.
     activation_traffic: float = 0.0
-    # FP4 weights pass through 16 bits before the product; and bytes a weight that go through memory after that.
+    # FP4 weights pass through 16 bits before the product; and bytes a weight that go through memory after that, the
+    # `code_bytes` among them that the product reads of codes in rows. Of these, no others remain where codes are kept.
     dequantized: bool = True
     weight_traffic: float = 0.0
     advised_on: Callable[[Capability], bool] = lambda capability: False

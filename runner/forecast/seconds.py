@@ -77,8 +77,11 @@ class EngineBuild:
     attention_8bit: bool = False
     vae: str = "float32"  # a key of VAE_SHARE
     blank_again: bool = False  # the blank first window is encoded for every job
+    codes_kept: bool = False  # the weights' 8-bit codes are kept (memory_plan.py): a product reads them, and no more
 
     def __post_init__(self) -> None:
+        if self.codes_kept and PRECISIONS[self.compute].layout != "rows":
+            raise ValueError(f"no codes are kept of products in {self.compute}")
         if self.vae not in VAE_SHARE:
             raise ValueError(f"vae {self.vae!r}: one of {', '.join(VAE_SHARE)}")
 
@@ -137,7 +140,10 @@ def forecast_seconds(
     precision, rows = PRECISIONS[build.compute], model.num_layers * model.tokens(*window)  # rows: tokens of all blocks
     through_memory = rows * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
     per_weight = (STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES) if build.fp4 else 0.0
-    weights = model.block_weights * (per_weight * precision.dequantized + precision.weight_traffic)
+    if build.codes_kept:
+        weights = model.block_weights * float(precision.code_bytes)
+    else:
+        weights = model.block_weights * (per_weight * precision.dequantized + precision.weight_traffic)
     if not build.shared:  # its linears are exact whatever the others compute in
         weights += model.invariant_weights * per_weight
     step = {

@@ -112,10 +112,13 @@ def plan_job(
     recipe: Recipe,
     costs: Costs = PRODUCTION,
     device: DeviceSpeed | None = None,
+    *,
+    codes_kept: bool = False,
 ) -> SegmentPlan:
     """The segments of `frames` frames at `size` (width, height) pixels. Raises InputTooShort below two frames.
 
     With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute.
+    `codes_kept`: the weights' 8-bit codes are; not known before a model is loaded, for it depends on free memory.
     """
     width, height = size
     asked = requested_steps(options, recipe)
@@ -124,7 +127,7 @@ def plan_job(
     guided = options.guidance_scale > 1
     seconds = None
     if device is not None and recipe.compute in device.matmul:
-        build = EngineBuild(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype)
+        build = EngineBuild(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype, codes_kept=codes_kept)
         seconds = forecast_seconds(
             costs,
             device,

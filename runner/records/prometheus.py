@@ -48,7 +48,9 @@ class RunMetrics:
         self._denoised = counter("frames_denoised", "frames denoised, padding and overlap included")
         self._tflop = counter("tflop", "10^12 floating point operations, by the model's shape")
         self._caches = counter("cache_lookups", "lookups of what is reused across jobs", ("cache", "result"))
-        self._operations = counter("engine_operations", "encoders loaded, graphs compiled", ("what",))
+        self._operations = counter(
+            "engine_operations", "encoders loaded, graphs compiled, codes of weights made", ("what",)
+        )
         self._seconds = Histogram(
             "video_lab_job_seconds", "from fetch to publish", registry=self.registry, buckets=buckets
         )

@@ -17,6 +17,7 @@ from runner.forecast.bytes import (
     Weights,
     code_bytes,
     face_bytes,
+    kept_code_bytes,
     latent_bytes,
     step_bytes,
     vae_bytes,
@@ -25,6 +26,7 @@ from runner.forecast.bytes import (
     workspace_bytes,
 )
 from runner.forecast.flops import Costs, TransformerShape, VaeShape
+from runner.generation.runtime.compute import sees_every_token
 from tests.forecast.meta_models import ODD, on_meta
 
 SHAPE = TransformerShape()
@@ -197,3 +199,14 @@ def test_the_autoencoders_peaks_by_hand(dtype, pixel, cudnn, encode, decode, til
 def test_a_tile_is_no_larger_than_the_picture(width, height, tile):
     encode, _ = vae_peak(VaeShape(), width, height, 1, dtype="bfloat16", tiled=True)
     assert encode == 3 * width * height * 8 + 10_130 * tile
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_kept_codes_are_those_of_the_layers_that_see_every_token(config):
+    """A byte a weight and a float32 a row; tests of the generator compare the bytes that it holds."""
+    model = on_meta(WanAnimateTransformer3DModel, config)
+    layers = [layer for name, layer in model.named_modules() if sees_every_token(name)]
+    wanted = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
+    shape = Costs.from_configs(dict(model.config), {}).transformer
+    assert [kept_code_bytes(shape, compute=word) for word in ("fp8", "int8")] == [wanted] * 2
+    assert [kept_code_bytes(shape, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]

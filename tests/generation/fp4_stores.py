@@ -102,12 +102,12 @@ def source_weights(root: Path) -> dict[str, torch.Tensor]:
     return load_file(root / SOURCE_WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
 
 
-def rendered(generator: Any, **options: Any) -> np.ndarray:
-    """uint8 [5, 64, 48, 3] of one job."""
+def rendered(generator: Any, timer: StageTimer | None = None, **options: Any) -> np.ndarray:
+    """uint8 [5, 64, 48, 3] of one job. `timer`: what generating it is timed by."""
     job = JobOptions(**{"steps": 3, "max_segment_frames": 5, **options})
     conditions = generator.prepare(Request(Path("anna.png"), Path("dance.mp4"), "a dance", job), StageTimer())
     plan = generator.plan(conditions.clip.frames, conditions.clip.size, job)
-    return np.concatenate([s.frames for s in generator.generate(conditions, plan, StageTimer())])
+    return np.concatenate([s.frames for s in generator.generate(conditions, plan, timer or StageTimer())])
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:

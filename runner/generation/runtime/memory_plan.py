@@ -4,7 +4,8 @@ In:   shapes, a recipe, a size, free bytes, the mode asked for.
 Out:  a `MemoryPlan` with its reason and its `MemoryForecast`.
 Never: torch, weights: a plan is data that loading.py, pipeline.py and the preprocessing obey, and a forecast is pure.
 
-    resident   everything on the device; the encoders and the preprocessing's models too where they fit
+    resident   everything on the device; the preprocessing's models, codes of weights that compute in 8 bits, and the
+               encoders too where they fit, in this order
     stream     blocks come from page-locked memory, the next one while the last computes; encoders and preprocessing on
                the host; no float32 copies of activations: blocks compiled, else a few rows at a time (low_memory.py)
     minimal    one block at a time; keys and values of text and image made anew at every step; the autoencoder in
@@ -13,6 +14,12 @@ Never: torch, weights: a plan is data that loading.py, pipeline.py and the prepr
 
 In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` differ where products of other shapes
 round otherwise, and `minimal` by its autoencoder; the mode is part of what equal frames are promised for.
+
+`resident` holds first what is worth most seconds. Preprocessing on the host takes more than a second of CPU a frame
+(ViTPose-H, measured) where an RTX 5090 renders one in 0.4 to 0.8 s (forecast). Codes that are kept (`kept_codes.py`)
+save 0.3 (fp8) or 0.5 s (int8) of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at
+25 GB/s (assumed), where both prompt and reference are new, and of 1.3 GB where the prompt was encoded before. Codes
+change no bits, so that frames do not depend on whether they are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from typing import Any, Literal
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import (
     face_bytes,
+    kept_code_bytes,
     latent_bytes,
     step_bytes,
     vae_bytes,
@@ -32,6 +40,7 @@ from runner.forecast.bytes import (
     workspace_bytes,
 )
 from runner.forecast.flops import Costs
+from runner.forecast.precisions import PRECISIONS
 from runner.forecast.rife_shape import RifeShape
 from runner.spec.recipes import MODES, Mode, Recipe, VaeDtype
 
@@ -69,6 +78,9 @@ class MemoryPlan:
     preprocess: Literal["device", "host"]
     vae_dtype: VaeDtype
     vae_tiles: bool  # above TILED_ABOVE
+    keep_codes: bool = (
+        False  # of weights that compute in 8 bits, beside the weights: the codes are not made at each use
+    )
 
     def tiled(self, width: int, height: int) -> bool:
         """Is the autoencoder tiled at this size?"""
@@ -122,7 +134,8 @@ class MemoryForecast:
 
 
 def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
-    """The fullest plan of a mode. Raises ConfigInvalid for no such mode."""
+    """The fullest plan of a mode, but for kept codes: these want memory that is known to be free. Raises ConfigInvalid
+    for no such mode."""
     if mode == "resident":
         return MemoryPlan("resident", 0, False, True, True, "device", "device", recipe.vae_dtype, False)
     if mode == "stream":
@@ -144,6 +157,9 @@ def lower(mode: Mode) -> Mode | None:
 def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
     """Every plan that `auto` considers, the best first."""
     full = make_plan("resident", recipe)
+    if PRECISIONS[recipe.compute].layout == "rows":
+        yield replace(full, keep_codes=True)
+        yield replace(full, keep_codes=True, encoders="host")
     yield full
     yield replace(full, encoders="host")
     yield replace(full, encoders="host", preprocess="host")
@@ -187,6 +203,7 @@ def forecast_memory(
     parts: dict[str, float] = {
         "context": CONTEXT_BYTES if cuda else 0,
         "blocks": weights.total - weights.rest if resident else 0,
+        "weight_codes": kept_code_bytes(model, compute=recipe.compute) if plan.keep_codes else 0,
         "slots": slots * weights.largest_part,
         "other_weights": weights.rest,
         "loras_beside": load.loras if resident else slots * per_part,
@@ -213,7 +230,7 @@ def forecast_memory(
         "interpolation_weights": RifeShape().weight_bytes if interpolates else 0,
         "interpolation": RifeShape().peak_bytes(width, height) if interpolates else 0,
     }
-    always: tuple[str, ...] = ("blocks", "other_weights", "autoencoder", "encoders", "workspace")
+    always: tuple[str, ...] = ("blocks", "weight_codes", "other_weights", "autoencoder", "encoders", "workspace")
     always += ("interpolation_weights",) + (("loras_beside",) * resident)
     stages = {
         "encode_prompt": ("encoder_layer",),
@@ -278,18 +295,21 @@ def choose_plan(
     if asked != "auto":
         mode = make_plan(asked, recipe).mode
         fitting = [plan for plan in _plans(recipe) if plan.mode == mode]
-        plan = next((p for p in fitting if free is None or peak(p) <= free), fitting[-1])
-        return plan, f"asked for; {forecast(plan)}, {_of(free)}"
+        if free is None:
+            plan = make_plan(mode, recipe)
+        else:
+            plan = next((p for p in fitting if peak(p) <= free), fitting[-1])
+        return plan, f"asked for; {forecast(plan)}, {_of(free)}{_words_of(plan)}"
     if free is None:
         return make_plan("resident", recipe), "how much is free is not known"
     if not cuda:  # the blocks would be copied from the host to the host
-        plans = [make_plan("resident", recipe), make_plan("minimal", recipe)]
+        plans = [p for p in _plans(recipe) if p.mode != "stream" and p.encoders != "host"]
     else:
         plans = list(_plans(recipe))
     too_large: dict[str, int] = {}
     for plan in plans:
         if (needed := peak(plan)) <= free:
-            why = f"{forecast(plan)}, {_of(free)}"
+            why = f"{forecast(plan)}, {_of(free)}{_words_of(plan)}"
             if plan.mode == "resident" and "device" not in (plan.encoders, plan.preprocess):
                 why += "; encoders and preprocessing on the host, else it would not fit"
             elif plan.mode == "resident" and plan.encoders != "device":
@@ -303,3 +323,7 @@ def choose_plan(
 
 def _of(free: int | None) -> str:
     return "free memory not known" if free is None else f"{free / GB:.1f} GB free"
+
+
+def _words_of(plan: MemoryPlan) -> str:
+    return "; the weights' 8-bit codes are kept" if plan.keep_codes else ""

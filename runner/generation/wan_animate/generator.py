@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from runner.generation.runtime.eager_blocks import eager_cost, eager_words
 from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job, requested_steps
-from runner.generation.wan_animate.loading import check_cudnn, load_pipeline, plan_memory
+from runner.generation.wan_animate.loading import check_cudnn, hold_codes, load_pipeline, plan_memory
 from runner.generation.wan_animate.loras import JobLoras
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
@@ -152,7 +152,8 @@ class WanAnimateGenerator:
                 pipeline.prompts = PromptCache.open(cache / "prompts", models.text_digest, recipe.dtype, picked)
             loras = JobLoras(pipeline.transformer, models)
             beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
-            return pipeline, loras, placement | ({"loras_beside": dict(beside)} if beside else {})
+            placement |= {"loras_beside": dict(beside)} if beside else {}
+            return pipeline, loras, placement | hold_codes(pipeline, recipe)
 
         pipeline, loras, placement = make(memory_plan)
         description = {
@@ -221,12 +222,16 @@ class WanAnimateGenerator:
         return self._loaded.memory
 
     def lower_memory(self) -> bool:
-        """Load everything anew, one memory mode lower, and stay there; False where there is none below.
+        """Let go of kept codes, if there are any; else load everything anew, one memory mode lower. Stay there.
 
-        Called between jobs, in the thread that generates. The preprocessing stays where it is: it may be at work.
-        Raises what loading raises; the generator is closed then.
+        False where there is nothing below. Called between jobs, in the thread that generates. Codes change no bits: the
+        resume identity stays. The preprocessing stays where it is: it may be at work. Raises what loading raises; the
+        generator is closed then.
         """
         plan = self._loaded.memory
+        if plan is not None and plan.keep_codes:
+            self._drop_codes(plan)
+            return True
         below = lower(plan.mode) if plan is not None else None
         if plan is None or below is None or self._make is None:
             return False
@@ -240,6 +245,19 @@ class WanAnimateGenerator:
         memory = make_plan(below, self.recipe).as_dict() | {"asked": self._description["memory"]["asked"]}
         self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
+
+    def _drop_codes(self, plan: MemoryPlan) -> None:
+        from runner.quantization.kernels.kept_codes import drop_codes
+
+        pipeline, memory = self._loaded, replace(plan, keep_codes=False)
+        drop_codes(pipeline.transformer)
+        release(pipeline.compute_device)
+        pipeline.configure(pipeline.compute_device, memory, pipeline.blocks)
+        self._description.pop("codes_kept", None)
+        self._description |= {
+            "memory": self._description["memory"] | memory.as_dict(),
+            "memory_why": f"memory ran out in mode {plan.mode} with 8-bit codes kept: they are made at each use now",
+        }
 
     @contextmanager
     def calibrating(self, loras: Sequence[Lora]) -> Iterator[Any]:
@@ -287,7 +305,9 @@ class WanAnimateGenerator:
         return (eager_words(step.broken, eager_cost(self.costs, self.speed, size, plan.segment_frames, guided=guided)),)
 
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
-        return plan_job(frames, size, options, self.recipe, self.costs, self.speed)
+        memory = None if self.pipeline is None else self.pipeline.memory
+        kept = memory is not None and memory.keep_codes
+        return plan_job(frames, size, options, self.recipe, self.costs, self.speed, codes_kept=kept)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
         from runner.generation.wan_animate.windows import DrawnAhead, spans_of
@@ -330,6 +350,9 @@ class WanAnimateGenerator:
             with timer.stage("attach_loras", on_device=True):
                 self.loras.use(conditions.options)
         try:
+            if pipeline.memory is not None and pipeline.memory.keep_codes:
+                with timer.stage("attach_loras", on_device=True):  # of the weights that LoRAs changed
+                    timer.count("codes_made", hold_codes(pipeline, recipe)["codes_kept"]["made"])
             yield from pipeline.render(
                 conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step, start
             )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_cudnn",
     "find_encoders",
+    "hold_codes",
     "load_pipeline",
     "load_transformer",
     "place_models",
@@ -278,3 +279,16 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
     pipeline.block_step, why = make_block_step(pipeline.switches, device, pipeline.memory)
     compiled_by = "eager" if pipeline.block_step is None else pipeline.block_step.backend
     return said | {"compile": compiled_by, "compile_why": why}
+
+
+def hold_codes(pipeline: AnimatePipeline, recipe: Recipe) -> dict[str, Any]:
+    """Keep the weights' 8-bit codes where the memory plan has room; how many layers, their bytes, and how many of them
+    were `made` now: those whose weights or LoRAs have changed since the last call. Raises OutOfMemory's causes.
+    """
+    import torch
+
+    from runner.quantization.kernels.kept_codes import keep_codes
+
+    if pipeline.memory is None or not pipeline.memory.keep_codes:
+        return {}
+    return {"codes_kept": keep_codes(pipeline.transformer, getattr(torch, recipe.dtype))._asdict()}

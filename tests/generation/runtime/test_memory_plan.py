@@ -217,6 +217,20 @@ def test_8_bits_take_room_for_codes_and_int8_for_rotated_weights():
     assert forecast_memory(make_plan("stream", plain), plain, PRODUCTION, *SIZE).parts["workspace"] == 3 * weight
 
 
+def test_kept_codes_are_a_byte_a_weight_beside_the_weights_in_every_stage():
+    """12.4 billion weights, and a float32 scale for each of their rows. What makes codes of LoRAs' weights stays."""
+    weights = 40 * (6 * WIDTH**2 + 2 * WIDTH * 13_824) + 8 * 2 * WIDTH**2
+    rows = 40 * (7 * WIDTH + 13_824) + 8 * 2 * WIDTH
+    for recipe in map(get_recipe, ("fp4-distill+fp8", "fp4-distill+int8")):
+        plain = make_plan("resident", recipe)
+        without = forecast_memory(plain, recipe, PRODUCTION, *SIZE)
+        kept = forecast_memory(replace(plain, keep_codes=True), recipe, PRODUCTION, *SIZE)
+        assert kept.parts == {**without.parts, "weight_codes": weights + 4 * rows}
+        assert weights + 4 * rows == pytest.approx(12.4e9, rel=0.002)
+        for stage, size in without.stages.items():
+            assert kept.stages[stage] - size == pytest.approx(1.08 * (weights + 4 * rows), abs=1)
+
+
 def test_the_targets_at_480p_are_met_on_paper():
     """Of 8 GB for `stream`: by what lives, and by all where the autoencoder is in 16 bits; cuDNN's copies take more."""
     copies = 1.08 * (VAE_DECODE["float32"].copies - VAE_DECODE["float32"].tensors) * 480 * 832
@@ -290,6 +304,60 @@ def test_auto_takes_the_highest_mode_that_fits(card, size, mode, encoders, prepr
     assert f"{free / GB:.1f} GB free" in why
     if mode != "resident":
         assert "resident needs" in why
+
+
+# (card GiB, recipe, size) -> where encoders and preprocessing are, and whether 8-bit codes are kept
+CODES = {
+    (141, "fp4-distill+int8", SIZE): ("resident", "device", "device", True),
+    (80, "fp4-distill+fp8", HD): ("resident", "device", "device", True),
+    (80, "bf16+int8", SIZE): ("resident", "device", "device", True),
+    (48, "fp4-distill+int8", SIZE): ("resident", "device", "device", True),
+    (48, "fp4-distill+int8", HD): ("resident", "host", "device", True),  # codes before the encoders
+    (32, "fp4-distill+int8+fp16-vae", SIZE): ("resident", "host", "device", True),
+    (32, "fp4-distill+int8", SIZE): ("resident", "host", "device", False),  # 35 GB with codes
+    (32, "fp4-distill+int8+fp16-vae", HD): ("resident", "host", "device", False),
+    (24, "fp4-distill+int8+fp16-vae", SIZE): ("resident", "host", "device", False),
+    (20, "fp4-distill+int8", SIZE): ("resident", "host", "host", False),
+    (16, "fp4-distill+int8", SIZE): ("stream", "host", "host", False),
+    (141, "fp4-distill", SIZE): ("resident", "device", "device", False),  # no product is in rows
+    (141, "fp4-distill+nvfp4", SIZE): ("resident", "device", "device", False),
+}
+
+
+@pytest.mark.parametrize(("card", "word", "size"), CODES, ids=str)
+def test_codes_are_kept_where_they_fit(card, word, size):
+    recipe, free = get_recipe(word), card * GIB - 600_000_000
+    for asked in ("auto", CODES[card, word, size][0]):
+        plan, why = choose_plan(asked, recipe, PRODUCTION, free, windows=[Window(*size)])
+        assert (plan.mode, plan.encoders, plan.preprocess, plan.keep_codes) == CODES[card, word, size]
+        assert forecast_memory(plan, recipe, PRODUCTION, *size).peak <= free
+        assert ("8-bit codes are kept" in why) == plan.keep_codes
+
+
+def test_codes_want_memory_that_is_known_to_be_free():
+    recipe = get_recipe("fp4-distill+int8")
+    for asked in ("auto", *MODES):
+        assert not choose_plan(asked, recipe, PRODUCTION, None)[0].keep_codes
+    for asked in ("stream", "minimal"):
+        assert not choose_plan(asked, recipe, PRODUCTION, 140 * GB)[0].keep_codes
+    kept = replace(make_plan("resident", recipe), keep_codes=True, encoders="host")
+    least = forecast_memory(kept, recipe, PRODUCTION, *SIZE).peak
+    for free, keeps in ((least, True), (least - 1, False)):
+        plan, _ = choose_plan("auto", recipe, PRODUCTION, free)
+        assert (plan.mode, plan.keep_codes) == ("resident", keeps)
+    # A LoRA of a job takes memory too.
+    plan, _ = choose_plan("auto", recipe, PRODUCTION, least, windows=[Window(*SIZE, loras=738_000_000)])
+    assert (plan.mode, plan.keep_codes) == ("resident", False)
+
+
+def test_on_a_cpu_codes_are_kept_too():
+    """There a product in 8 bits runs by its definition."""
+    recipe = get_recipe("fp4-distill+int8")
+    plan, _ = choose_plan("auto", recipe, PRODUCTION, 100 * GB, cuda=False)
+    assert (plan.mode, plan.keep_codes) == ("resident", True)
+    without = forecast_memory(replace(plan, keep_codes=False), recipe, PRODUCTION, *SIZE, cuda=False).peak
+    plan, _ = choose_plan("auto", recipe, PRODUCTION, without, cuda=False)
+    assert (plan.mode, plan.keep_codes) == ("resident", False)
 
 
 def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():

@@ -1,0 +1,211 @@
+"""Kept codes on the tiny model: one step and whole jobs with the bits of a model that makes codes at each product."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from runner.forecast.bytes import kept_code_bytes
+from runner.forecast.seconds import find_device
+from runner.generation.families import EngineSettings
+from runner.generation.runtime.compute import apply_compute, sees_every_token
+from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.generator import WanAnimateGenerator
+from runner.quantization.formats.e2m1 import G32, NVFP4
+from runner.quantization.kernels import low_bit
+from runner.quantization.kernels.kept_codes import KeepsCodes, keep_codes
+from runner.spec.options import JobOptions
+from runner.spec.recipes import get_recipe
+from runner.timing import StageTimer
+from runner.weights.resolved import resolve_recipe
+from runner.weights.store import ModelStore
+from tests.generation.fp4_stores import MemoryPreprocessor, rendered, transformer_config, write_own, write_source
+from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
+from tests.quantization.lora_files import write_published
+
+CPU = torch.device("cpu")
+COMPUTES = pytest.mark.parametrize("compute", ["fp8", "int8"])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def styled(tiny_store_dir, tmp_path_factory) -> Path:
+    """A store of FP4 weights in nvfp4 and of two LoRAs for jobs."""
+    source = write_source(tmp_path_factory.mktemp("source") / "models", tiny_store_dir)
+    root = write_own(tmp_path_factory.mktemp("styled") / "models", source)
+    (root / "loras").mkdir()
+    for seed, name in ((5, "style"), (6, "other")):
+        write_published(root / f"loras/{name}.safetensors", transformer_config(source), seed=seed)
+    return root
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Grows by a compute with each weight that is brought to codes."""
+    seen: list[str] = []
+    rows = low_bit.weight_rows
+
+    def counting(weight, compute, *codes):
+        seen.append(compute)
+        return rows(weight, compute, *codes)
+
+    monkeypatch.setattr(low_bit, "weight_rows", counting)
+    monkeypatch.setattr("runner.quantization.linear.weight_rows", counting)
+    return seen
+
+
+def with_loras(*names: str) -> dict[str, object]:
+    return {"loras": [{"name": name, "strength": 0.7} for name in names]}
+
+
+def loaded(root: Path, recipe: str, memory: str = "auto", *, codes: bool = True) -> WanAnimateGenerator:
+    """`codes`: as it comes; else without kept codes, but otherwise the same."""
+    generator = WanAnimateGenerator.load(
+        resolve_recipe(ModelStore(root), get_recipe(recipe)), EngineSettings(device="cpu", memory=memory)
+    )
+    if not codes:
+        assert generator.memory.keep_codes
+        assert generator.lower_memory()
+    return generator
+
+
+@COMPUTES
+@pytest.mark.parametrize("kind", ["g32", "nvfp4", "plain"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, kind, dtype, made):
+    model = load(tiny_store_dir, getattr(torch, dtype))
+    if kind != "plain":
+        in_four_bits(model, {"g32": G32, "nvfp4": NVFP4}[kind])
+    apply_compute(model, get_recipe(f"{'fp32' if dtype == 'float32' else 'bf16'}+{compute}"), CPU)
+    inputs = Inputs(model)
+    (invariants,) = inputs.branches(model)
+    made.clear()
+    wanted = inputs.step(model, invariants, 0)
+    low = [name for name, _ in model.named_modules() if sees_every_token(name)]
+    assert len(made) == len(low)
+    assert keep_codes(model, getattr(torch, dtype)).layers == len(low)
+    made.clear()
+    assert torch.equal(inputs.step(model, invariants, 0), wanted)
+    assert made == []
+
+
+@COMPUTES
+def test_jobs_have_the_frames_of_a_generator_that_keeps_no_codes(styled, compute, made):
+    """A LoRA of one job, other LoRAs, and none again; codes of what they change are made once for each, in no step."""
+    keeping, making = loaded(styled, f"fp4-distill+{compute}"), loaded(styled, f"fp4-distill+{compute}", codes=False)
+    held = keeping.description["codes_kept"]
+    layers = [m for m in keeping.pipeline.transformer.modules() if isinstance(m, KeepsCodes) and m.holds_codes]
+    assert held["layers"] == held["made"] == len(layers) > 0
+    assert held["nbytes"] == sum(m.out_features * (m.in_features + 4) for m in layers)
+    assert held["nbytes"] == kept_code_bytes(keeping.costs.transformer, compute=compute)
+    changed = sum(m.holds_codes for m in keeping.pipeline.transformer.blocks.modules() if isinstance(m, KeepsCodes))
+    assert 0 < changed < len(layers)  # these LoRAs have nothing for the face adapters
+    seen = []
+    for loras, fresh in (((), 0), (("style",), 1), (("style",), 0), (("style", "other"), 1), ((), 1)):
+        made.clear()
+        job = with_loras(*loras) | {"steps": 1}
+        seen.append(rendered(keeping, **job))
+        assert len(made) == fresh * changed, loras
+        assert np.array_equal(seen[-1], rendered(making, **job))
+    assert np.array_equal(seen[0], seen[-1])
+    assert not np.array_equal(seen[0], seen[1])
+
+
+@COMPUTES
+def test_merged_into_plain_weights_a_jobs_lora_is_in_the_codes(styled, tiny_store_dir, tmp_path, compute):
+    root = write_source(tmp_path / "models", tiny_store_dir)
+    (root / "loras").mkdir()
+    write_published(root / "loras/style.safetensors", transformer_config(root), seed=5)
+    keeping, making = (loaded(root, f"bf16+{compute}", codes=codes) for codes in (True, False))
+    for loras in ((), ("style",), ()):
+        job = with_loras(*loras) | {"steps": 1}
+        assert np.array_equal(rendered(keeping, **job), rendered(making, **job))
+    assert sum(m.holds_codes for m in keeping.pipeline.transformer.modules() if isinstance(m, KeepsCodes)) > 0
+
+
+def test_what_was_made_anew_is_counted_and_timed(styled):
+    generator = loaded(styled, "fp4-distill+int8")
+    blocks = generator.pipeline.transformer.blocks
+    changed = sum(layer.holds_codes for layer in blocks.modules() if isinstance(layer, KeepsCodes))
+    for loras, wanted in (((), 0), (("style",), changed), (("style",), 0)):
+        timer = StageTimer()
+        rendered(generator, timer=timer, **with_loras(*loras), steps=1)
+        assert timer.counters["codes_made"] == wanted
+        assert "attach_loras" in timer.seconds
+
+
+def test_memory_that_runs_out_costs_the_codes_first_and_no_bit(styled):
+    generator = loaded(styled, "fp4-distill+int8")
+    frames, identity, model = rendered(generator), generator.resume_identity, generator.pipeline.transformer
+    assert generator.lower_memory()
+    assert generator.pipeline.transformer is model  # nothing is loaded anew
+    assert not any(m.holds_codes for m in model.modules() if isinstance(m, KeepsCodes))
+    assert (generator.memory.mode, generator.memory.keep_codes) == ("resident", False)
+    said = generator.description
+    assert "codes_kept" not in said
+    assert (said["memory"]["keep_codes"], said["memory"]["asked"]) == (False, "auto")
+    assert "8-bit codes" in said["memory_why"]
+    assert generator.resume_identity == identity
+    assert np.array_equal(rendered(generator), frames)
+    assert generator.lower_memory()
+    assert generator.memory.mode == "stream"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "memory"),
+    [
+        ("fp4-distill", "auto"),
+        ("fp4-distill+int8", "stream"),
+        ("fp4-distill+int8", "minimal"),
+        ("fp4-distill+nvfp4", "auto"),
+    ],
+)
+def test_no_codes_are_kept_where_weights_pass_through_or_no_product_is_in_rows(styled, recipe, memory):
+    generator = loaded(styled, recipe, memory)
+    assert not generator.memory.keep_codes
+    assert "codes_kept" not in generator.description
+    rendered(generator, steps=1)
+    assert not any(m.holds_codes for m in generator.pipeline.transformer.modules() if isinstance(m, KeepsCodes))
+
+
+def test_the_forecasts_know_of_kept_codes(styled):
+    generator, job, found = loaded(styled, "fp4-distill+int8"), JobOptions(), []
+    generator.speed = find_device("RTX 5090")
+    held = generator.description["codes_kept"]["nbytes"]
+    for _ in range(2):
+        plan = generator.plan(81, (832, 480), job)
+        found.append((plan.seconds, generator.forecast(plan, job)["denoise"]))
+        generator.lower_memory()
+    (seconds, peak), (seconds_without, peak_without) = found
+    assert seconds < seconds_without
+    assert peak - peak_without == pytest.approx(1.08 * held, abs=1)
+
+
+@COMPUTES
+def test_compiled_blocks_run_on_with_one_graph_while_loras_come_and_go(styled, compute):
+    torch._dynamo.reset()
+    counters.clear()
+    generator = loaded(styled, f"fp4-distill+{compute}")
+    frames = {names: rendered(generator, steps=1, **with_loras(*names)) for names in ((), ("style",))}
+    step = generator.pipeline.block_step = CompiledStep(backend="eager")
+    for names in ((), ("style",), (), ("style",)):
+        assert np.array_equal(rendered(generator, steps=1, **with_loras(*names)), frames[names])
+        assert counters["stats"]["unique_graphs"] == 1
+    generator.lower_memory()
+    assert np.array_equal(rendered(generator, steps=1), frames[()])
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not step.broken
+    torch._dynamo.reset()
