@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from _engine_ceilings import attentions, best, linears, products
 from _engine_runs import Clip, DeviceMemory, Seed, Spent, clock_of, run_ours
+from _engine_scene import NARROW, later_scenes
 from _engine_settings import ALL_OFF, Bench, NotInTime, OneEngine, all_on, attempt, free, in_gb, load_resident, settings
 from _engine_store import FULL, SMALL, write_store
 from _pinned_thread import pin_to_one_thread
@@ -297,6 +298,15 @@ def ceilings(bench: Bench) -> Rows:
     return products(shapes, bench.device, dtype) + attentions(heads, tokens, width, bench.device, dtype)
 
 
+def scenes(bench: Bench) -> Rows:
+    """At full size on a GPU; on a CPU the published autoencoder, narrower, and a window of the same 81 frames."""
+    try:
+        bench.check(20 * bench.cuda)  # four of 3 to 4 s each and four shorter ones on an RTX 5090: a forecast
+        return later_scenes({} if bench.cuda else NARROW, bench.scale.size, bench.device)
+    except Exception as err:  # one piece that fails must not take the others with it
+        return [{"scene of a later window": f"{NOT_MEASURED}: {err!s:.60}"}]
+
+
 TITLES = {
     "ceilings": "What the machine does",
     "linears": "Linears of a block, alone",
@@ -306,9 +316,10 @@ TITLES = {
     "headlines": f"Whole jobs of {STEPS} steps",
     "hd": "1280x720",
     "modes": "Memory modes, each on the smallest of the cards that `auto` takes it for at 480x832, 81 frames",
+    "scenes": "The scene of a later window, encoded",
     "forecasts": "Forecast for 480x832, 81 frames, 6 steps (no measurement)",
 }
-NAMES = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines", "waterfall", "hd", "forecasts")
+NAMES = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines", "waterfall", "hd", "scenes", "forecasts")
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -375,8 +386,9 @@ def measure_all(
         keep("low_bits", low_bits(engine, fewer, like))
     if wanted("hd"):
         keep("hd", in_hd(bench, engine, seed, seed_clip, like))
-    if wanted("forecasts"):
-        keep("forecasts", forecasts())
+    for name, table in (("scenes", lambda: scenes(bench)), ("forecasts", forecasts)):
+        if wanted(name):
+            keep(name, table())
     return {name: tables[name] for name in TITLES if name in tables}
 
 

@@ -2,6 +2,7 @@
 
     python bench/quality.py [--clips N | --quick] [--models DIR] [--workers N] [--json PATH]
     python bench/quality.py --samplers --clips 12
+    python bench/quality.py --fast --clips 8
 
 Every clip is a dancer of random looks and a dance (tools/demo_world.py), 96x144, 21 frames, rendered by the product's
 own pipeline. PSNR and SSIM are over the whole frame and inside the union of the true silhouettes over the clip; `edges`
@@ -19,7 +20,8 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -44,6 +46,8 @@ SHIFT = 5.0
 CALLS, QUICK_CALLS = (4, 6, 8, 12), (4,)  # of the model, the same for each sampler of a comparison
 EXACT_STEPS, QUICK_EXACT_STEPS = 200, 12  # of Euler, on the official schedule
 LEAST_LOSS_DB, LEAST_EDGE_LOSS = 0.5, 0.10  # of many steps' quality: from there on few steps are worse
+EXACT = "fp4-distill"  # the recipe that faster ones are held against
+LEAST_FAST_DB = 35.0  # inside the silhouettes, of all that is faster together
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,31 @@ def sampler_trials(quick: bool) -> list[Trial]:
     return found
 
 
+@dataclass(frozen=True)
+class FastTrial:
+    """A recipe, its self-attention in emulated 8 bits or as the recipe says."""
+
+    name: str
+    recipe: str
+    emulated: bool = False
+    together: bool = False  # all that a device may choose
+
+
+def fast_trials(quick: bool) -> list[FastTrial]:
+    """The exact recipe, each choice alone, and all together for each choice of products.
+
+    Together, the autoencoder is in bfloat16: in float16 this model's overflows.
+    """
+    together = [
+        FastTrial(f"all, {product}", f"{EXACT}+{product}+bf16-vae", emulated=True, together=True)
+        for product in ("fp8", "int8")
+    ]
+    if quick:
+        return [FastTrial(EXACT, EXACT), together[-1]]
+    alone = [FastTrial(word, f"{EXACT}+{word}") for word in ("fp8", "int8", "bf16-vae", "fp16-vae")]
+    return [FastTrial(EXACT, EXACT), *alone, FastTrial("emulated attention", EXACT, emulated=True), *together]
+
+
 class Source:
     """An example as the pipeline takes its conditions."""
 
@@ -153,21 +182,9 @@ class Renderer:
 
     def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
-        from runner.generation.protocol import SegmentPlan
-        from runner.generation.sampling import count_evaluations, make_sampler
-        from runner.spec.options import DEFAULT_PROMPT, JobOptions
-        from runner.timing import StageTimer
-
         self.pipeline.transformer = self.variants[trial.weights]
-        segments = -(-(trial.frames - 1) // (trial.window - 1))
         sampling = (trial.sampler, trial.grid, SHIFT, trial.steps)
-        cost = count_evaluations(*sampling)
-        plan = SegmentPlan(trial.frames, trial.window, 1, segments, WIDTH, HEIGHT, *cost, 0.0)
-        new_sampler = partial(make_sampler, *sampling)
-        options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=seed)
-        source = Source(made, trial.frames)
-        parts = self.pipeline.render(source, DEFAULT_PROMPT, options, plan, new_sampler, StageTimer())
-        return np.concatenate([part.frames for part in parts])
+        return render_clip(self.pipeline, made, sampling, seed, trial.frames, trial.window)
 
     def reconstruct(self, clip: np.ndarray) -> np.ndarray:
         """The clip through the autoencoder and back: nothing the transformer does can be better."""
@@ -178,6 +195,51 @@ class Renderer:
             vae = self.pipeline.vae
             back = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
         return ((back.permute(1, 2, 3, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+class FastRenderer:
+    """A pipeline for each recipe, loaded as a run loads it."""
+
+    def __init__(self, models: Path, names: Iterable[str]) -> None:
+        import torch
+
+        from runner.generation.wan_animate.loading import load_pipeline
+        from runner.spec.recipes import get_recipe
+        from runner.weights.resolved import ResolvedRecipe
+        from runner.weights.store import ModelStore
+
+        torch.set_num_threads(1)
+        self.recipes = {name: get_recipe(name) for name in dict.fromkeys(names)}
+        store, device = ModelStore(models), torch.device("cpu")
+        self.pipelines = {
+            name: load_pipeline(ResolvedRecipe(store, recipe), device)[0] for name, recipe in self.recipes.items()
+        }
+
+    def render(self, made: Example, trial: FastTrial, seed: int) -> np.ndarray:
+        """uint8 [n, H, W, 3]."""
+        from _emulated_attention import emulating
+
+        recipe, pipeline = self.recipes[trial.recipe], self.pipelines[trial.recipe]
+        sampling = (recipe.scheduler, recipe.grid, recipe.shift, recipe.steps)
+        with emulating(pipeline.transformer) if trial.emulated else nullcontext():
+            return render_clip(pipeline, made, sampling, seed, FRAMES, FRAMES)
+
+
+def render_clip(
+    pipeline: Any, made: Example, sampling: tuple[str, str, float, int], seed: int, frames: int, window: int
+) -> np.ndarray:
+    """uint8 [frames, H, W, 3]. `sampling`: sampler, sigma schedule, its shift, steps; `window`: frames of a window."""
+    from runner.generation.protocol import SegmentPlan
+    from runner.generation.sampling import count_evaluations, make_sampler
+    from runner.spec.options import DEFAULT_PROMPT, JobOptions
+    from runner.timing import StageTimer
+
+    segments = -(-(frames - 1) // (window - 1))
+    plan = SegmentPlan(frames, window, 1, segments, WIDTH, HEIGHT, *count_evaluations(*sampling), 0.0)
+    options = JobOptions(size=f"{WIDTH}x{HEIGHT}", seed=seed)
+    source, new_sampler = Source(made, frames), partial(make_sampler, *sampling)
+    parts = pipeline.render(source, DEFAULT_PROMPT, options, plan, new_sampler, StageTimer())
+    return np.concatenate([part.frames for part in parts])
 
 
 def compare(clip: np.ndarray, made: Example) -> dict[str, float]:
@@ -194,6 +256,13 @@ def compare(clip: np.ndarray, made: Example) -> dict[str, float]:
         "edges": picture.edge_energy(clip, inside) / picture.edge_energy(truth, inside),
         "colour": picture.colour_distance(colours, picture.dancer_colours(made.dancer)),
     }
+
+
+def compare_with(clip: np.ndarray, other: np.ndarray, made: Example) -> dict[str, float]:
+    """How near a clip is to another rendering of the same example."""
+    inside = made.silhouette.any(axis=0)
+    own = {"psnr_own": picture.psnr(clip, other), "psnr_own_inside": picture.psnr(clip, other, inside)}
+    return {"rms_own": rms(clip, other)} | own
 
 
 def rms(clip: np.ndarray, other: np.ndarray) -> float:
@@ -220,11 +289,32 @@ def measure(task: tuple[Path, Path, list[int], list[Trial], str]) -> list[dict[s
             clip = clips[trial.name] = renderer.render(made, trial, seed=index)
             rows[trial.name] = compare(clip, made)
             if trial.against:
-                inside = made.silhouette.any(axis=0)
-                rows[trial.name]["rms_own"] = rms(clip, clips[trial.against])
-                rows[trial.name]["psnr_own"] = picture.psnr(clip, clips[trial.against])
-                rows[trial.name]["psnr_own_inside"] = picture.psnr(clip, clips[trial.against], inside)
+                rows[trial.name] |= compare_with(clip, clips[trial.against], made)
         results.append({"index": index, "rows": rows, "frames": clips[kept]})
+        print(f"clip {index} done", file=sys.stderr, flush=True)
+    return results
+
+
+def measure_fast(task: tuple[Path, list[int], list[FastTrial]]) -> list[dict[str, Any]]:
+    """One worker's clips: for each its index and the measures of every trial, none where values were not finite. The
+    first trial's frames are those that the others' are compared with."""
+    models, indices, todo = task
+    from runner.errors import NotFinite
+
+    renderer, results = FastRenderer(models, (trial.recipe for trial in todo)), list[dict[str, Any]]()
+    face_size = renderer.pipelines[EXACT].transformer.config.motion_encoder_size
+    for index in indices:
+        made, rows = held_out(index, face_size), dict[str, dict[str, float]]()
+        exact = renderer.render(made, todo[0], seed=index)
+        rows[todo[0].name] = compare(exact, made)
+        for trial in todo[1:]:
+            try:
+                clip = renderer.render(made, trial, seed=index)
+            except NotFinite:
+                rows[trial.name] = {}
+            else:
+                rows[trial.name] = compare(clip, made) | compare_with(clip, exact, made)
+        results.append({"index": index, "rows": rows})
         print(f"clip {index} done", file=sys.stderr, flush=True)
     return results
 
@@ -293,6 +383,25 @@ def nearest(rows: dict[str, dict[str, float]]) -> dict[str, list[str]]:
     return found
 
 
+def fast_verdicts(results: Sequence[dict[str, Any]], todo: Sequence[FastTrial]) -> dict[str, Any]:
+    """Of all that is faster together: the PSNR inside of the worse choice of products, mean and worst clip. Raises
+    KeyError where that was not finite."""
+    names = [trial.name for trial in todo if trial.together]
+    overflows = {trial.name: sum(not result["rows"][trial.name] for result in results) for trial in todo}
+    inside = {name: [result["rows"][name]["psnr_own_inside"] for result in results] for name in names}
+    means = {name: float(np.mean(values)) for name, values in inside.items()}
+    worst = min(means, key=lambda name: means[name])
+    return {
+        "worst_together": worst,
+        "inside_db": means[worst],
+        "worst_clip_db": min(min(values) for values in inside.values()),
+        "least_db": LEAST_FAST_DB,
+        "reached": means[worst] >= LEAST_FAST_DB,
+        "attention": "emulated in float, not run in 8 bits",
+        "clips_not_finite": {name: count for name, count in overflows.items() if count},
+    }
+
+
 COLUMNS = ("psnr", "psnr_inside", "ssim", "ssim_inside", "edges", "colour", "rms_own", "psnr_own", "psnr_own_inside")
 
 
@@ -312,7 +421,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, help="how many, one or more (default: 32, with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="few clips and trials, one worker: to see that it runs")
-    parser.add_argument("--samplers", action="store_true", help="compare the samplers at equal counts of model calls")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--samplers", action="store_true", help="compare the samplers at equal counts of model calls")
+    kind.add_argument("--fast", action="store_true", help="compare faster choices with the frames of fp4-distill")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "demo-models", help="the demo's store")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the table here too")
@@ -326,31 +437,46 @@ def main() -> None:
 
     build_demo_models(arguments.models)
     (lora,) = (arguments.models / "distill_lora").glob("*.safetensors")
-    if arguments.samplers:
-        todo = sampler_trials(arguments.quick)
-        kept = todo[0].name
+    shares = [list(range(w, clips, workers)) for w in range(workers)]
+    todo: list[Any]
+    if arguments.fast:
+        todo = fast_trials(arguments.quick)
+        results = run_workers(measure_fast, [(arguments.models, share, todo) for share in shares])
     else:
-        todo = trials(arguments.quick)
-        kept = f"bf16 {QUICK_STEPS[-1] if arguments.quick else 6} official"
-    tasks = [(arguments.models, lora, list(range(w, clips, workers)), todo, kept) for w in range(workers)]
-    if workers == 1:
-        parts = [measure(tasks[0])]
-    else:
-        with get_context("spawn").Pool(workers) as pool:
-            parts = pool.map(measure, tasks)
-    results = sorted((result for part in parts for result in part), key=lambda result: result["index"])
-    rows = {
-        name: {column: float(np.mean([r["rows"][name][column] for r in results])) for column in row}
-        for name, row in results[0]["rows"].items()
-    }
+        if arguments.samplers:
+            todo = sampler_trials(arguments.quick)
+            kept = todo[0].name
+        else:
+            todo = trials(arguments.quick)
+            kept = f"bf16 {QUICK_STEPS[-1] if arguments.quick else 6} official"
+        results = run_workers(measure, [(arguments.models, lora, share, todo, kept) for share in shares])
+    rows = {name: means([result["rows"][name] for result in results]) for name in results[0]["rows"]}
     found: dict[str, Any] = {"clips": clips, "rows": rows}
-    if arguments.samplers:
+    if arguments.fast:
+        found["verdicts"] = fast_verdicts(results, todo)
+    elif arguments.samplers:
         found["verdicts"] = {"nearest": nearest(rows)}
     else:
         found["identity"] = identity(results, TINY_FACE_SIZE)
         found["verdicts"] = verdicts(rows, QUICK_STEPS if arguments.quick else STEPS)
     show(found)
     write_json(arguments.json, found)
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of one trial's measures of each clip; a clip without any does not count."""
+    filled = [row for row in rows if row]
+    return {column: float(np.mean([row[column] for row in filled])) for column in (filled[0] if filled else {})}
+
+
+def run_workers(work: Callable[[Any], list[dict[str, Any]]], tasks: Sequence[Any]) -> list[dict[str, Any]]:
+    """The clips' results in order; a process a task where there are several."""
+    if len(tasks) == 1:
+        parts = [work(tasks[0])]
+    else:
+        with get_context("spawn").Pool(len(tasks)) as pool:
+            parts = pool.map(work, tasks)
+    return sorted((result for part in parts for result in part), key=lambda result: result["index"])
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def engine(monkeypatch):
     monkeypatch.setattr(module, "cold_manifest", piece("cold manifest", spent))
     monkeypatch.setattr(module, "free", lambda device: None)
     monkeypatch.setattr(settings, "free", lambda device: None)
-    for name in ("ceilings", "linears_of", "modes", "in_hd", "forecasts"):
+    for name in ("ceilings", "linears_of", "modes", "in_hd", "scenes", "forecasts"):
         monkeypatch.setattr(module, name, piece(name, [{"what": name}]))
     monkeypatch.setattr(settings.Engine, "load", lambda bench: SimpleNamespace(measure=piece("ours", spent)))
     module.ran = ran
@@ -111,6 +111,7 @@ def bench_of(engine, deadline=float("inf")):
     ("only", "runs"),
     [
         ("forecasts", {"forecasts"}),
+        ("scenes", {"scenes"}),
         ("ceilings,linears", {"ceilings", "linears_of"}),
         ("linears", {"linears_of"}),
         ("exact", {"ours"}),
@@ -135,6 +136,15 @@ def test_all_tables_are_made_without_a_choice_and_told_of_as_they_come(engine):
     tables = engine.measure_all(bench_of(engine), report=lambda tables: seen.append(list(tables)))
     assert set(tables) == set(engine.NAMES) == set(engine.TITLES)
     assert seen[0] == ["ceilings"] and all(set(a) <= set(b) for a, b in pairwise(seen))
+
+
+def test_a_later_windows_scene_is_measured_both_ways(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    scene = importlib.import_module("_engine_scene")
+    monkeypatch.setattr(scene, "seconds", lambda work, device, repeats: float(work().shape[2]))
+    every, reused = scene.later_scenes({"base_dim": 8, "num_res_blocks": 1}, (48, 32), torch.device("cpu"), frames=21)
+    assert every["s"] == reused["s"] == 6 and reused["of the first row"] == 1
+    assert 0 < reused["TFLOP"] < every["TFLOP"]
 
 
 def test_the_original_scripts_run_out_of_time_for_headlines_alone(engine):

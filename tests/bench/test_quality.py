@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runner.generation.sampling import count_evaluations
+from runner.spec.recipes import get_recipe
 from tests.bench.run_bench import ROOT, run_bench
 from tests.system_tests import system_test
 
@@ -69,6 +70,42 @@ def test_no_clips_or_workers_are_a_usage_error(quality, monkeypatch, capsys, fla
     with pytest.raises(SystemExit) as ended:
         quality.main()
     assert ended.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_faster_choices_are_words_of_the_recipe_alone_and_together(quality, quick):
+    exact, *others = quality.fast_trials(quick)
+    assert (exact.name, exact.recipe, exact.emulated) == ("fp4-distill", "fp4-distill", False)
+    assert all(get_recipe(trial.recipe).name == trial.recipe for trial in others)
+    together = [trial for trial in others if trial.together]
+    assert together and all(trial.emulated and trial.recipe.count("+") == 2 for trial in together)
+    assert len({(trial.recipe, trial.emulated) for trial in others}) == len(others) == (1 if quick else 7)
+
+
+def test_the_gate_is_the_worse_product_and_overflow_is_named(quality):
+    todo = quality.fast_trials(False)
+
+    def result(fp8, int8):
+        rows = {trial.name: {"psnr_own_inside": 50.0} for trial in todo} | {"fp16-vae": {}}
+        return {"rows": rows | {"all, fp8": {"psnr_own_inside": fp8}, "all, int8": {"psnr_own_inside": int8}}}
+
+    found = quality.fast_verdicts([result(36.0, 40.0), result(35.0, 33.0)], todo)
+    assert (found["worst_together"], found["inside_db"], found["worst_clip_db"]) == ("all, fp8", 35.5, 33.0)
+    assert found["reached"] and found["clips_not_finite"] == {"fp16-vae": 2}
+    assert not quality.fast_verdicts([result(34.9, 40.0)], todo)["reached"]
+
+
+def test_means_are_over_the_clips_that_have_measures(quality):
+    assert quality.means([{"psnr": 1.0}, {}, {"psnr": 4.0}]) == {"psnr": 2.5}
+    assert quality.means([{}, {}]) == {}
+
+
+@system_test
+def test_faster_choices_of_a_single_clip(tmp_path):
+    flags = ("--fast", "--quick", "--clips", "1", "--models", str(tmp_path / "models"))
+    found, printed = run_bench("quality", tmp_path, *flags)
+    assert list(found["rows"]) == ["fp4-distill", "all, int8"] and "emulated in float" in printed
+    assert found["rows"]["all, int8"]["psnr_own_inside"] == found["verdicts"]["inside_db"] > 25
 
 
 @system_test

@@ -1,0 +1,48 @@
+"""The scene of a later window in mode animate, one picture and blank ones: encoded with outputs reused and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from _engine_ceilings import seconds
+from _quantization import Rows
+
+from runner.forecast.flops import TERA, Costs
+from runner.generation.wan_animate import autoencoder
+from runner.generation.wan_animate.autoencoder import FramewiseVae
+
+FRAMES = 81
+NARROW = {"base_dim": 16}  # of the published autoencoder, for a CPU: a sixth of its channels
+
+
+def later_scenes(config: Mapping[str, Any], size: tuple[int, int], device: torch.device, frames: int = FRAMES) -> Rows:
+    """Seconds of each way, for an autoencoder of random weights in float32; raises AssertionError for other bits."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = FramewiseVae(**config).eval()
+        pixels = torch.zeros(1, 3, frames, *reversed(size))
+        pixels[:, :, 0] = torch.rand(3, *reversed(size)) * 2 - 1
+    shape = Costs.from_configs({}, vae.config).vae
+
+    def encode() -> torch.Tensor:
+        found: torch.Tensor = vae.encode(pixels).latent_dist.parameters
+        return found
+
+    rows: Rows = []
+    with torch.no_grad():
+        with mock.patch.object(autoencoder, "find_repeats", lambda pixels: [False] * pixels.shape[2]):
+            whole = encode()
+            rows.append(row("every picture run", seconds(encode, device, repeats=3), shape.encode_flop(*size, frames)))
+        if not torch.equal(encode(), whole):
+            raise AssertionError("the latents with reused outputs have other bits")
+        flop = shape.encode_flop(*size, frames, blank_from=1)
+        rows.append(row("outputs that repeat reused", seconds(encode, device, repeats=3), flop))
+    rows[1]["of the first row"] = rows[1]["s"] / rows[0]["s"]
+    return rows
+
+
+def row(what: str, spent: float, flop: float) -> dict[str, Any]:
+    return {"scene of a later window": what, "s": spent, "TFLOP": flop / TERA, "of the first row": None}
