@@ -244,7 +244,7 @@ class Batch:
         conditions = task.conditions = generator.prepare(request, timer)
         self._warn(task, [*unverified, *conditions.report.get("warnings", ())])
         task.plan = generator.plan(conditions.clip.frames, conditions.clip.size, job.options)
-        self._keeper.find(task, generator.resume_identity)
+        self._keeper.find(task, self._identity(task))
         self._settlement.note_span(task, "prepare", begin)
         self._events.emit(
             "job_prepared", level="debug", job=job.id, frames=conditions.clip.frames, segments=task.plan.segments
@@ -356,15 +356,15 @@ class Batch:
         task.finishing = {stage.name: {} for stage in stages}
         finished, people = finished_clip(clip, stages), task.conditions.people
         make = partial(Delivery.of, clip, finished, task.folder, options, task.audio_from, task.timer, people)
-        start = self._keeper.start(task, self._generator.resume_identity, make)
-        task.identity = dict(self._generator.resume_identity)
+        start = self._keeper.start(task, self._identity(task), make)
+        task.identity = self._identity(task)
         own, states = (None, None) if start is None else split_states(start)
         task.drift = None if start is None else start.drift
         pace = SegmentPace(task.plan, 0 if start is None else start.segment)
         generated = self._generator.generate(task.conditions, task.plan, task.timer, on_step, own)
         with closing(finish_segments(generated, stages, task.timer, task.plan.segments, states)) as segments:
             for segment in segments:
-                identity = task.identity = dict(self._generator.resume_identity)
+                identity = task.identity = self._identity(task)
                 if start is not None and task.chain is not None and not task.chain.fits(identity):
                     self._keeper.begin_anew(task, identity)  # e.g. the blocks could not be compiled this time
                     return False
@@ -378,6 +378,12 @@ class Batch:
         self._warn(task, self._generator.job_warnings(task.plan, options))
         task.finishing = {stage.name: dict(stage.report) for stage in stages}
         return True
+
+    def _identity(self, task: Task) -> dict[str, str]:
+        """The generator's `resume_identity`, and where this job was prepared if that is not where the others are."""
+        assert self._generator and task.conditions
+        identity, elsewhere = dict(self._generator.resume_identity), task.conditions.report.get("prepared_on")
+        return identity | {"preprocess": str(elsewhere)} if identity and elsewhere else identity
 
     def _confirm(self, task: Task) -> None:
         """Note that the job is being generated, which shows that its lease still holds. Raises LeaseLost."""

@@ -142,7 +142,11 @@ class Conditions(Protocol):
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """Counts worth recording, e.g. frames_without_person; JSON-able."""
+        """Counts worth recording, e.g. frames_without_person; JSON-able.
+
+        `prepared_on`: a device, where the job was prepared elsewhere than the generator's others; it is then part of
+        what a resumed job must find equal.
+        """
         ...
 
     @property

@@ -34,6 +34,7 @@ from runner.preprocess.body.track import Person, Whereabouts, choose_subject, fo
 from runner.preprocess.geometry import Geometry, frames_at_once
 from runner.preprocess.networks.backends import PersonDetector, PointFinder
 from runner.preprocess.networks.yolov10 import Box, choose_person_parity, people
+from runner.preprocess.pose_batches import PoseBatches
 from runner.spec.options import PreprocessOptions
 from runner.timing import StageTimer
 from runner.video import Sampled, VideoReader
@@ -41,7 +42,7 @@ from runner.video import Sampled, VideoReader
 __all__ = ["LOOK_S", "ClipPictures", "FoundPoses", "find_poses"]
 
 AHEAD = 2  # windows decoded before they are asked for
-LOOKS_AT_ONCE = 4  # a detector's input is 5 MB a frame, whatever the video's size
+LOOKS_AT_ONCE = 4  # frames decoded together, and inputs of 5 MB held; see DETECTOR_BATCH for how many run together
 LOOK_S = 0.1  # between looks, unless told: a dancer's box is nearly a straight line for so long
 CLEARINGS = 3  # times that what was unclear is looked at again: each look may show something else
 SAY_EVERY_S = 5.0  # how far pass 1 is, while it lasts
@@ -133,15 +134,17 @@ class ClipPictures:
 
     def pose(self, posed: Posed, estimator: PointFinder, boxes: list[Box | None], *, bgr: bool) -> np.ndarray:
         """float32 [n, 133, 3]: the points in each picture's box. Those of `posed` with these boxes are taken over."""
-        points = posed.points
+        batches = PoseBatches(estimator, posed.points, bgr=bgr)
         todo = np.array([i for i, box in enumerate(boxes) if not posed.done[i] or posed.boxes[i] != box], np.int64)
         done = 0
         for frames in self.windows(todo):
             chosen = todo[done : done + len(frames)]
             with self.timer.stage("pose"):
-                points[chosen] = estimator.points(frames, [boxes[i] for i in chosen], bgr=bgr)
+                batches.add(chosen, frames, [boxes[i] for i in chosen])
             done += len(frames)
-        return points
+        with self.timer.stage("pose"):
+            batches.finish()
+        return posed.points
 
     def look_and_pose(
         self,
@@ -159,6 +162,7 @@ class ClipPictures:
         """
         n = len(self)
         seen, posed = list[T](), Posed.nothing(n)
+        batches = PoseBatches(estimator, posed.points, bgr=bgr)
         if np.diff(looks, append=n).max() > 2 * frames_at_once(*self._native):  # too many to hold until the next look
             return self.look(detector, looks, read), posed
         windows = self.windows(np.arange(n))
@@ -176,10 +180,14 @@ class ClipPictures:
                 made, tried = made + (boxes is not None), tried + 1
                 if boxes is not None:
                     with self.timer.stage("pose"):
-                        posed.note(pictures, estimator.points(frames, boxes, bgr=bgr), boxes)
+                        batches.add(pictures, frames, boxes)
+                    posed.note(pictures, boxes)
             if tried >= GUESSES and 2 * made < tried and start < n:
                 windows.close()
-                return seen + self.look(detector, looks[len(seen) :], read), posed
+                seen += self.look(detector, looks[len(seen) :], read)
+                break
+        with self.timer.stage("pose"):
+            batches.finish()
         return seen, posed
 
     def _read(
@@ -204,8 +212,9 @@ class Posed:
     def nothing(cls, n: int) -> Posed:
         return cls(np.zeros((n, 133, 3), np.float32), [None] * n, np.zeros(n, bool))
 
-    def note(self, pictures: np.ndarray, points: np.ndarray, boxes: list[Box | None]) -> None:
-        self.points[pictures], self.done[pictures] = points, True
+    def note(self, pictures: np.ndarray, boxes: list[Box | None]) -> None:
+        """The points of these pictures are found, or will be before anything reads them."""
+        self.done[pictures] = True
         self.boxes[pictures[0] : pictures[-1] + 1] = boxes
 
 

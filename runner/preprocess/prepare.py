@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import structlog
 
-from runner.errors import JobWeightsMissing, NoPerson, RunnerError, job_weight_errors
+from runner.errors import (
+    JobWeightsMissing,
+    NoPerson,
+    OutOfMemory,
+    RunnerError,
+    as_runner_error,
+    job_weight_errors,
+)
 from runner.preprocess.body.keypoints import PoseTrack
 from runner.preprocess.body.people_found import PeopleFound
 from runner.preprocess.body.retarget import retarget_robust
@@ -76,6 +85,7 @@ class Preprocessor:
     ) -> None:
         self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
         self._networks = networks or NetworkOptions()
+        self._host: Preprocessor | None = None  # the same networks on the CPU, once a job did not fit on the device
         self._backends = {"vitpose": Backend("vitpose", detector, pose)}
         self._segmenter: Segmenter | None = None
         self.description: dict[str, Any] = {
@@ -99,10 +109,17 @@ class Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".
 
         `dwpose`: detector and pose network of the other backend; `segmenter`: folder of a SAM 2, for replace jobs
-        without a mask; `networks`: precision and providers. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the
-        device cannot be had.
+        without a mask; `networks`: precision and providers. Where the device has no room for both they are opened on
+        the CPU, and the log says so. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
         """
-        opened = open_backend("vitpose", detector, pose, device, networks)
+        try:
+            opened = open_backend("vitpose", detector, pose, device, networks)
+        except OutOfMemory as error:
+            if device == "cpu":
+                raise
+            structlog.get_logger().warning("preprocessing_on_the_cpu", why=error.message)
+            device, networks = "cpu", _host_options(networks)
+            opened = open_backend("vitpose", detector, pose, device, networks)
         return cls(
             opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache, networks=networks
         )
@@ -162,11 +179,42 @@ class Preprocessor:
     ) -> PoseConditions:
         """Pass 1 over `video`; pass 2 happens in the result's `window`. Stages: decode, detect, pose; then draw.
 
+        A job for which the device's memory does not suffice is prepared on the CPU, which its report says: the job that
+        is being rendered has the memory, and the next job may find more.
         Raises InputNotFound, InputUnreadable, InputTooLarge, InputTooShort (fewer than two frames in the span asked
         for) and NoPerson (nobody in any frame, too little of somebody, nobody where `subject` points, or nobody in a
         reference to retarget to).
         """
         timer = timer or StageTimer()
+        try:
+            return self._prepare(reference, video, options, mask, face_size, timer)
+        except Exception as error:
+            full = as_runner_error(error)
+            if self._device == "cpu" or not isinstance(full, OutOfMemory):
+                raise
+            why = full.what  # alone: the error holds the frames that were in work
+        structlog.get_logger().warning("preparing_on_the_cpu", video=Path(video).name, why=why)
+        if self._host is None:
+            default = self._backends["vitpose"]
+            self._host = Preprocessor.load(
+                default.detector.network.path,
+                default.pose.network.path,
+                dwpose=self._dwpose,
+                segmenter=self._segmenter_folder,
+                cache=self._cache,
+                networks=_host_options(self._networks),
+            )
+        made = self._host._prepare(reference, video, options, mask, face_size, timer)
+        text = f"The job was prepared on the CPU, as memory on {self._device} ran out: {why}. "
+        text += "A lower --memory mode leaves more of it."
+        warnings = [*made.report["warnings"], text]
+        made.report = {**made.report, "prepared_on": "cpu", "warnings": warnings}
+        return made
+
+    def _prepare(
+        self, reference: Path, video: Path, options: JobOptions, mask: Path | None, face_size: int, timer: StageTimer
+    ) -> PoseConditions:
+        """See `prepare`. Raises OutOfMemory, or torch's error of that name, too."""
         asked = options.preprocess
         backend = self._backend(asked.pose)
         picture = load_image(reference, backdrop=None if asked.parity else (255, 255, 255))
@@ -273,6 +321,11 @@ class Preprocessor:
                 todo="Give a reference that shows a person, or set preprocess.retarget to off",
             )
         return PoseTrack(backend.pose.points(image[None], [box], bgr=parity), width, height)
+
+
+def _host_options(networks: NetworkOptions | None) -> NetworkOptions:
+    """The same networks on the CPU."""
+    return replace(networks or NetworkOptions(), tensorrt="off", arena_bytes=None)
 
 
 def choice_warnings(options: PreprocessOptions, report: Mapping[str, Any]) -> list[str]:

@@ -71,15 +71,21 @@ class HasAFrontAndABack:
     """The tiny pose network with a head above the disc; of a head from behind it is unsure, as networks are."""
 
     def __init__(self, estimator) -> None:
-        self.network, self._points = estimator.network, estimator.points
+        self._estimator, self.network, self.input_size = estimator, estimator.network, estimator.input_size
+        self._behind: dict[int, bool] = {}  # id of a crop
 
-    def points(self, frames, boxes, *, bgr=False) -> np.ndarray:
-        found = self._points(frames, boxes, bgr=bgr)
-        for points, frame, box in zip(found, frames, boxes, strict=True):
+    def cut(self, frame, box, *, out, bgr=False):
+        crop = self._estimator.cut(frame, box, out=out, bgr=bgr)
+        x, y = (round(at) for at in box.centre)
+        self._behind[id(crop)] = frame[y, x, 2] < 190
+        return crop
+
+    def decode(self, output, crops) -> np.ndarray:
+        found = self._estimator.decode(output, crops)
+        for points, crop in zip(found, crops, strict=True):
             for joint, off in HEAD.items():
                 points[joint, :2] = points[joint, :2] + off
-            x, y = (round(at) for at in box.centre)
-            if frame[y, x, 2] < 190:
+            if self._behind.pop(id(crop)):
                 points[list(HEAD), 2] *= 0.2
                 points[FACE, 2] *= 0.2
         return found

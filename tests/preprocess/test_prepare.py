@@ -191,10 +191,8 @@ def test_bad_inputs_have_their_codes(preprocessor, reference, clip, tmp_path):
 
 def test_a_repeated_frame_is_looked_at_once(preprocessor, reference, clip, monkeypatch):
     posed = []
-    points = preprocessor.pose.points
-    monkeypatch.setattr(
-        preprocessor.pose, "points", lambda frames, *a, **k: posed.append(len(frames)) or points(frames, *a, **k)
-    )
+    decode = preprocessor.pose.decode
+    monkeypatch.setattr(preprocessor.pose, "decode", lambda out, crops: posed.append(len(crops)) or decode(out, crops))
     conditions = preprocessor.prepare(reference, clip, options(fps=48), face_size=32)
     assert sum(posed) == 30
     assert conditions.frames == 90

@@ -29,7 +29,14 @@ from runner.generation.runtime.device import (
     release,
 )
 from runner.generation.runtime.eager_blocks import eager_cost, eager_words
-from runner.generation.runtime.memory_plan import Load, MemoryPlan, forecast_memory, lower, make_plan
+from runner.generation.runtime.memory_plan import (
+    PREPROCESS_EXTRA,
+    Load,
+    MemoryPlan,
+    forecast_memory,
+    lower,
+    make_plan,
+)
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job, requested_steps
 from runner.generation.wan_animate.loading import check_cudnn, hold_codes, load_pipeline, plan_memory
@@ -132,14 +139,17 @@ class WanAnimateGenerator:
         picked, why = pick_device(settings.device)
         grow_segments(picked)
         memory_plan, memory_said = plan_memory(models, picked, settings.memory, settings.demands())
+        on_device = picked.type != "cpu" and memory_plan.preprocess == "device"
         preprocessor = Preprocessor.load(
             store.detector,
             store.pose,
-            device=picked.type if memory_plan.preprocess == "device" else "cpu",
+            device=picked.type if on_device else "cpu",
             dwpose=store.dwpose,
             segmenter=store.segmenter,
             cache=DiskCache(cache / POSES_FOLDER) if cache is not None else None,
-            networks=NetworkOptions(settings.pose_precision, settings.tensorrt, cache),
+            networks=NetworkOptions(
+                settings.pose_precision, settings.tensorrt, cache, arena_bytes=PREPROCESS_EXTRA if on_device else None
+            ),
         )
         begin = time.monotonic()
         if cache is not None:
@@ -240,9 +250,10 @@ class WanAnimateGenerator:
         self.close()  # first, so that old and new are never there together
         gc.collect()  # the library's models hold references to themselves
         release(device)
-        self.pipeline, self.loras, placement = self._make(make_plan(below, self.recipe))
+        lowered = replace(make_plan(below, self.recipe), preprocess=plan.preprocess)
+        self.pipeline, self.loras, placement = self._make(lowered)
         why = f"memory ran out in mode {plan.mode}"
-        memory = make_plan(below, self.recipe).as_dict() | {"asked": self._description["memory"]["asked"]}
+        memory = lowered.as_dict() | {"asked": self._description["memory"]["asked"]}
         self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
 

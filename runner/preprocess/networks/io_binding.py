@@ -7,12 +7,18 @@ The runtime's `run` allocates on the device for every call and copies through pa
 once more. Here each input has one place on the device, as large as the largest batch so far, as have outputs of known
 shape, and results land in page-locked memory. Who fills its pictures into `host_array` saves the last copy. Buffers are
 torch's: its allocators keep and reuse them, and its statistics count them.
+
+On a GPU all of a run is on one stream, that on which the session was told to compute (`user_compute_stream`), and only
+that stream is waited for. torch's default stream is the one on which another thread denoises: a copy there would stand
+behind what that thread has queued. The binding's own `synchronize_outputs` waits for the whole device, and holds
+Python's lock while it does, so that the other thread could not queue any more.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,11 +31,14 @@ TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.floa
 class BoundSession:
     """Stands for an `InferenceSession`. One run at a time, as the places are shared; results are the caller's own."""
 
-    def __init__(self, session: Any, device: str) -> None:
-        """device: "cuda:N", or "cpu", where the same calls work and gain nothing."""
+    def __init__(self, session: Any, device: str, stream: Any | None = None) -> None:
+        """device: "cuda:N", or "cpu", where the same calls work and gain nothing.
+
+        stream: the torch.cuda.Stream on which the session computes; it is kept, as the session has its address alone.
+        """
         import torch
 
-        self.session, self.device = session, device
+        self.session, self.device, self.stream = session, device, stream
         self._device = torch.device(device)
         self._declared = {output.name: output for output in session.get_outputs()}
         self._inputs = {item.name: item for item in session.get_inputs()}
@@ -49,7 +58,7 @@ class BoundSession:
         """Arrays of the outputs `names`, for C-contiguous `feeds`. The same numbers as the session's own `run`."""
         import torch
 
-        with self._lock:
+        with self._lock, self._on_stream():
             binding = self.session.io_binding()
             where = (self._device.type, self._device.index or 0)
             sizes: dict[str, int] = {}
@@ -63,17 +72,25 @@ class BoundSession:
                 output = self._declared[name]
                 shape, kind = known_shape(output.shape, sizes), TYPES.get(output.type)
                 if shape is None or kind is None:
-                    binding.bind_output(name, *where)  # allocated by the runtime, which alone knows its size
+                    # Allocated by the runtime, which alone knows its size; copied to the host on its stream.
+                    binding.bind_output(name, "cpu")
                     continue
                 bound[name] = self._place(name, shape, np.dtype(kind))
                 binding.bind_output(name, *where, kind, shape, bound[name].data_ptr())
-            if self._device.type == "cuda":
-                # The runtime computes on a stream of its own: inputs must have arrived before it starts.
-                torch.cuda.current_stream(self._device).synchronize()
-            self.session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            others = dict(zip(names, binding.get_outputs(), strict=True))
-            return [self._fetched(bound[name]) if name in bound else others[name].numpy() for name in names]
+            self.session.run_with_iobinding(binding)  # releases Python's lock, and waits for its own stream
+            copies = {name: self._fetched(tensor) for name, tensor in bound.items()}
+            if self.stream is not None:
+                self.stream.synchronize()  # releases Python's lock
+            others = dict(zip(names, binding.get_outputs(), strict=True)) if len(copies) < len(names) else {}
+            return [copies[name] if name in copies else others[name].numpy() for name in names]
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        """A context in which torch copies and allocates on the session's stream."""
+        if self.stream is None:
+            return nullcontext()
+        import torch
+
+        return torch.cuda.stream(self.stream)
 
     def _place(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
         """The tensor [*shape] at the start of this name's place, made larger first if need be."""
@@ -90,7 +107,7 @@ class BoundSession:
         array = host_array(tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")), self.device)
         import torch
 
-        torch.from_numpy(array).copy_(tensor)  # blocking: the array is whole when it is returned
+        torch.from_numpy(array).copy_(tensor, non_blocking=self.stream is not None)
         return array
 
 

@@ -24,7 +24,6 @@ from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMis
 __all__ = [
     "CPU",
     "CUDA",
-    "ENGINE_BATCH",
     "OUT_OF_MEMORY",
     "TENSORRT",
     "Choice",
@@ -42,8 +41,15 @@ __all__ = [
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Precision = Literal["fp32", "int8"]
 TensorrtMode = Literal["off", "auto", "on"]
-OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda_error_out_of_memory", "bad_alloc")
-ENGINE_BATCH = 8  # an engine is built for the shapes that it is shown; with one batch size only there is one
+# Words of the runtime's allocators, of CUDA and of its libraries; the third is that of an arena at its limit.
+OUT_OF_MEMORY = (
+    "failed to allocate memory",
+    "out of memory",
+    "is smaller than requested bytes",
+    "cuda_error_out_of_memory",
+    "status_alloc_failed",
+    "bad_alloc",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class NetworkOptions:
     pose_precision: Precision = "fp32"
     tensorrt: TensorrtMode = "off"
     folder: Path | None = None  # for files made from the models: int8 networks, TensorRT engines
+    arena_bytes: int | None = None  # GPU memory beside the weights, for a pair of networks; None: what they ask for
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,20 @@ class Choice:
 
 
 def choose_providers(
-    device: str, available: Sequence[str], options: NetworkOptions, *, tensorrt_libraries: bool, remedy: str = ""
+    device: str,
+    available: Sequence[str],
+    options: NetworkOptions,
+    *,
+    tensorrt_libraries: bool,
+    remedy: str = "",
+    memory_limit: int | None = None,
+    stream: int | None = None,
 ) -> Choice:
     """Providers for "cpu", "cuda" or "cuda:N".
 
     available: `onnxruntime.get_available_providers()`, which lists what a build could load, whether or not it does;
-    tensorrt_libraries: are TensorRT's own libraries there; remedy: what to install where CUDA is not listed.
+    tensorrt_libraries: are TensorRT's own libraries there; remedy: what to install where CUDA is not listed;
+    memory_limit: GPU bytes that the session may hold, weights included; stream: address of the CUDA stream to use.
     Raises ConfigInvalid where the device, or the TensorRT that was insisted on, cannot be had.
     """
     kind, _, index = device.partition(":")
@@ -94,6 +109,8 @@ def choose_providers(
             "device_id": number,
             "arena_extend_strategy": "kSameAsRequested",  # doubling would take memory that the transformer needs
             "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE picks by stopwatch: other bits on another day
+            **({} if memory_limit is None else {"gpu_mem_limit": memory_limit}),
+            **({} if stream is None else {"user_compute_stream": str(stream)}),
         },
     )
     reason = f"the device asked for is {device}"
@@ -103,7 +120,8 @@ def choose_providers(
     if not lacking:
         assert options.folder is not None
         return Choice(
-            ((TENSORRT, _engine_options(number, options.folder)), cuda), f"{reason}, with TensorRT ({options.tensorrt})"
+            ((TENSORRT, _engine_options(number, options, stream)), cuda),
+            f"{reason}, with TensorRT ({options.tensorrt})",
         )
     if options.tensorrt == "on":
         raise ConfigInvalid(
@@ -122,8 +140,9 @@ def _lacking(available: Sequence[str], folder: Path | None, libraries: bool) -> 
     return "" if folder else "there is no cache folder for its engines, which take minutes to build"
 
 
-def _engine_options(number: int, folder: Path) -> dict[str, Any]:
-    engines = str(folder / "tensorrt")
+def _engine_options(number: int, options: NetworkOptions, stream: int | None) -> dict[str, Any]:
+    assert options.folder is not None
+    engines = str(options.folder / "tensorrt")
     return {
         "device_id": number,
         "trt_engine_cache_enable": True,
@@ -131,6 +150,8 @@ def _engine_options(number: int, folder: Path) -> dict[str, Any]:
         "trt_timing_cache_enable": True,  # what was measured for one network serves the next
         "trt_timing_cache_path": engines,
         "trt_fp16_enable": False,  # half precision would move joints; speed comes from fusing alone
+        **({} if options.arena_bytes is None else {"trt_max_workspace_size": options.arena_bytes}),
+        **({} if stream is None else {"user_compute_stream": str(stream)}),
     }
 
 

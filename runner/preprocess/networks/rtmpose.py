@@ -38,6 +38,8 @@ DRAWN = 0.5  # and this project those of a lower confidence
 class SimccEstimator:
     """Finds 133 points in each crop with an RTMPose network; takes the place of `vitpose.PoseEstimator`."""
 
+    input_size = (3, HEIGHT, WIDTH)
+
     def __init__(self, network: Network) -> None:
         self.network = _with_both_axes(network)
 
@@ -51,13 +53,19 @@ class SimccEstimator:
 
         The network was trained on RGB; `bgr` swaps, for comparisons with callers that do.
         """
-        size = (frames.shape[2], frames.shape[1])
-        crops = [crop_of(box, size) for box in boxes]
-        images = self.network.images(len(frames), (3, HEIGHT, WIDTH))
-        for image, frame, crop in zip(images, frames, crops, strict=True):
-            image[:] = network_input(frame, crop, bgr=bgr)
-        axes = self.network.run(images)
-        return decode_simcc(axes[..., : BINS * WIDTH], axes[..., BINS * WIDTH :], crops)
+        images = self.network.images(len(frames), self.input_size)
+        crops = [self.cut(frame, box, out=out, bgr=bgr) for frame, box, out in zip(frames, boxes, images, strict=True)]
+        return self.decode(self.network.run(images), crops)
+
+    def cut(self, frame: np.ndarray, box: Box | None, *, out: np.ndarray, bgr: bool = False) -> Crop:
+        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 384, 288]; the crop."""
+        crop = crop_of(box, (frame.shape[1], frame.shape[0]))
+        out[:] = network_input(frame, crop, bgr=bgr)
+        return crop
+
+    def decode(self, output: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
+        """The network's output for `crops` → points float32 [n, 133, 3] in pixels of the frames."""
+        return decode_simcc(output[..., : BINS * WIDTH], output[..., BINS * WIDTH :], crops)
 
 
 def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False) -> np.ndarray:

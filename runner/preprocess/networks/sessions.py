@@ -2,22 +2,27 @@
 
 In:   a model file (or the folder of `end2end.onnx` and its weights) and a device. Out: `Network`: names, batch, `run`.
 Never: what the network finds. A CPU session where CUDA was asked for is an error, never a slow surprise.
+
+On a GPU each network has a CUDA stream of its own, from torch's pool. Its work neither waits for that of another
+thread, which denoises, nor makes it wait. The lowest priority that CUDA has is that of torch's default stream, on which
+the denoising runs: a network's stream cannot have a lower one, so both share the GPU as equals.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
-from runner.preprocess.networks.int8 import make_int8
+from runner.preprocess.networks.int8 import make_int8, model_files
 from runner.preprocess.networks.io_binding import BoundSession, host_array
 from runner.preprocess.networks.providers import (
     CPU,
-    ENGINE_BATCH,
+    CUDA,
     OUT_OF_MEMORY,
     TENSORRT,
     Choice,
@@ -40,6 +45,8 @@ __all__ = [
     "open_session",
 ]
 
+# A larger batch is slower on a CPU, and gives the same bits: see bench/results.md, "Pose batches".
+CPU_BATCH = 1
 FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder holding it
 ELEMENTS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
@@ -63,6 +70,7 @@ class Network:
     precision: Precision = "fp32"  # of its matrix products
     precision_why: str = ""  # where int8 was asked for: how it was made, or why it was not
     host_device: str | None = None  # whose page-locked memory `images` gives; None: plain memory
+    at_once: int = 1  # images in one run of a graph that takes any number
 
     @property
     def batch(self) -> int | None:
@@ -77,7 +85,9 @@ class Network:
             "provider": self.provider,
             "why": self.reason,
             "batch": self.batch,
-            "batching": f"the graph takes {self.batch} at a time" if self.batch else "the graph takes any number",
+            "batching": f"the graph takes {self.batch} at a time"
+            if self.batch
+            else f"the graph takes any number, and gets {self.at_once} at a time",
             "precision": self.precision,
         }
         return said | ({"precision_why": self.precision_why} if self.precision_why else {})
@@ -86,21 +96,31 @@ class Network:
         """float32 [count, *size], not yet filled, to be filled and given to `run`: the memory that serves it best."""
         return host_array((count, *size), np.float32, self.host_device)
 
-    def run(self, images: np.ndarray, *, most: int = 16) -> np.ndarray:
-        """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` images at a time.
+    def run(self, images: np.ndarray, *, most: int | None = None) -> np.ndarray:
+        """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` (or `at_once`) images at a time.
 
         A graph of constant batch k is fed k at a time, the last chunk filled up with zeros that are dropped again.
+        Where memory is short a chunk is halved, down to one image: last bits may then differ. Raises OutOfMemory.
         """
-        size = self.batch or most
+        size = self.batch or most or self.at_once
         parts = []
         for start in range(0, len(images), size):
             chunk = images[start : start + size].astype(self.dtype, copy=False)
             missing = size - len(chunk) if self.batch else 0
             if missing:
                 chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), chunk.dtype)])
-            parts.append(self._run_once(np.ascontiguousarray(chunk))[: size - missing])
+            parts.append(self._run_halved(np.ascontiguousarray(chunk))[: size - missing])
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return whole.astype(np.float32, copy=False)
+
+    def _run_halved(self, chunk: np.ndarray) -> np.ndarray:
+        try:
+            return self._run_once(chunk)
+        except OutOfMemory:
+            if self.batch or len(chunk) == 1:
+                raise
+        half = (len(chunk) + 1) // 2
+        return np.concatenate([self._run_halved(chunk[:half]), self._run_halved(chunk[half:])])
 
     def _run_once(self, chunk: np.ndarray) -> np.ndarray:
         try:
@@ -116,10 +136,16 @@ class Network:
 
 
 def open_network(
-    path: Path, device: str = "cpu", options: NetworkOptions | None = None, *, precision: Precision = "fp32"
+    path: Path,
+    device: str = "cpu",
+    options: NetworkOptions | None = None,
+    *,
+    precision: Precision = "fp32",
+    at_once: int = 1,
 ) -> Network:
     """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
 
+    `at_once`: images in one run on a GPU, where the graph takes any number; on the CPU it is CPU_BATCH.
     `precision` int8 is the CPU's: elsewhere it is refused. A network that has little to gain from it stays as it is,
     and says so in its description.
     """
@@ -128,7 +154,9 @@ def open_network(
     if precision == "int8":
         made, why = _int8(file, device, options)
         file, precision = (file, "fp32") if made is None else (model_file(made), "int8")
-    session, reason = open_session(file, device, options)
+    at_once = CPU_BATCH if device == "cpu" else at_once
+    stream = _stream(device)
+    session, reason = open_session(file, device, options, stream=None if stream is None else stream.cuda_stream)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if not inputs or not outputs or inputs[0].type not in ELEMENTS:
         raise WeightsCorrupt(
@@ -136,8 +164,9 @@ def open_network(
         )
     provider, input_shape = session.get_providers()[0], _sizes(inputs[0].shape)
     if provider == TENSORRT and input_shape and input_shape[0] is None:
-        input_shape = (ENGINE_BATCH, *input_shape[1:])  # fewer are filled up: another size is another engine
-    bound = _bound(session, device)
+        # An engine is built for the shapes that it is shown. With one batch size there is one; fewer are filled up.
+        input_shape = (at_once, *input_shape[1:])
+    bound = _bound(session, device, stream)
     return Network(
         session=bound or session,
         path=Path(path),
@@ -151,18 +180,27 @@ def open_network(
         precision=precision,
         precision_why=why,
         host_device=bound.device if bound else None,
+        at_once=at_once,
     )
 
 
-def open_session(path: Path, device: str = "cpu", options: NetworkOptions | None = None) -> tuple[Any, str]:
-    """(onnxruntime session, why it runs there). The session has the provider that was chosen, or this raises."""
+def open_session(
+    path: Path, device: str = "cpu", options: NetworkOptions | None = None, *, stream: int | None = None
+) -> tuple[Any, str]:
+    """(onnxruntime session, why it runs there). The session has the provider that was chosen, or this raises.
+
+    `stream`: address of the CUDA stream on which it computes; None: one that the runtime makes.
+    """
     file = model_file(path)
     import onnxruntime
 
     options = options or NetworkOptions()
-    choice = choose_providers(
-        device,
-        onnxruntime.get_available_providers(),
+    limit = None
+    if options.arena_bytes is not None and device != "cpu":
+        # The arena holds the weights too. The graphs are in float32, as large on the device as in their files.
+        limit = options.arena_bytes + sum(part.stat().st_size for part in model_files(file))
+    choose = partial(choose_providers, device, onnxruntime.get_available_providers(), memory_limit=limit, stream=stream)
+    choice = choose(
         options,
         tensorrt_libraries=options.tensorrt != "off" and has_tensorrt_libraries(),
         remedy=onnxruntime_remedy(),
@@ -171,9 +209,7 @@ def open_session(path: Path, device: str = "cpu", options: NetworkOptions | None
         try:
             return _started(file, device, choice), choice.reason
         except (ConfigInvalid, WeightsCorrupt) as err:
-            plain = choose_providers(
-                device, onnxruntime.get_available_providers(), NetworkOptions(), tensorrt_libraries=False
-            )
+            plain = choose(NetworkOptions(), tensorrt_libraries=False)
             return _started(file, device, plain), f"{plain.reason}; {err.what}"
     return _started(file, device, choice), choice.reason
 
@@ -193,6 +229,9 @@ def _started(file: Path, device: str, choice: Choice) -> Any:
     # also of a container that was given two, and spins there while the generator wants them.
     settings.intra_op_num_threads = usable_cpus() if choice.first == CPU else 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if choice.first != CPU:
+        # A planned run asks its arena for one block as large as all tensors, beside those of the first, unplanned run.
+        settings.enable_mem_pattern = False
     try:
         # Without the fallback, which repeats on the CPU what failed on the GPU, and says so on stdout alone.
         session = onnxruntime.InferenceSession(str(file), settings, providers=list(choice.providers), enable_fallback=0)
@@ -207,7 +246,18 @@ def _started(file: Path, device: str, choice: Choice) -> Any:
     return session
 
 
-def _bound(session: Any, device: str) -> BoundSession | None:
+def _stream(device: str) -> Any | None:
+    """A CUDA stream of torch's for one network; None on the CPU, and where torch has no CUDA."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index.isdigit() or not index):
+        return None  # the CPU, or no device at all, which is refused later
+    import torch
+
+    where = binding_device(CUDA, device, torch_cuda=torch.cuda.is_available())
+    return torch.cuda.Stream(where) if where else None
+
+
+def _bound(session: Any, device: str, stream: Any | None) -> BoundSession | None:
     """The session with its inputs and outputs on the GPU that it runs on; None on the CPU."""
     provider = session.get_providers()[0]
     if provider == CPU:
@@ -215,7 +265,7 @@ def _bound(session: Any, device: str) -> BoundSession | None:
     import torch
 
     where = binding_device(provider, device, torch_cuda=torch.cuda.is_available())
-    return BoundSession(session, where) if where else None
+    return BoundSession(session, where, stream) if where else None
 
 
 def _int8(file: Path, device: str, options: NetworkOptions) -> tuple[Path | None, str]:

@@ -70,6 +70,8 @@ class Crop:
 class PoseEstimator:
     """Finds 133 points in each crop with a ViTPose network."""
 
+    input_size = (3, HEIGHT, WIDTH)
+
     def __init__(self, network: Network) -> None:
         check_shape(network, input_tail=(3, HEIGHT, WIDTH), output_tails=[(JOINTS, MAP_HEIGHT, MAP_WIDTH)])
         self.network = network
@@ -80,12 +82,19 @@ class PoseEstimator:
 
     def points(self, frames: np.ndarray, boxes: Sequence[Box | None], *, bgr: bool = False) -> np.ndarray:
         """uint8 RGB [n, H, W, 3] and a box each (None: look at the whole frame) → float32 [n, 133, 3]."""
-        size = (frames.shape[2], frames.shape[1])
-        crops = [crop_of(box, size) for box in boxes]
-        images = self.network.images(len(crops), (3, HEIGHT, WIDTH))
-        for image, frame, crop in zip(images, frames, crops, strict=True):
-            network_input(frame, crop, bgr=bgr, out=image)
-        return decode_heatmaps(self.network.run(images), crops)
+        images = self.network.images(len(frames), self.input_size)
+        crops = [self.cut(frame, box, out=out, bgr=bgr) for frame, box, out in zip(frames, boxes, images, strict=True)]
+        return self.decode(self.network.run(images), crops)
+
+    def cut(self, frame: np.ndarray, box: Box | None, *, out: np.ndarray, bgr: bool = False) -> Crop:
+        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 256, 192]; the crop."""
+        crop = crop_of(box, (frame.shape[1], frame.shape[0]))
+        network_input(frame, crop, bgr=bgr, out=out)
+        return crop
+
+    def decode(self, output: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
+        """The network's output for `crops` → points float32 [n, 133, 3] in pixels of the frames."""
+        return decode_heatmaps(output, crops)
 
 
 def crop_of(box: Box | None, size: tuple[int, int]) -> Crop:

@@ -1,10 +1,12 @@
 """Bound sessions: the same bits as the session's own `run`, on the CPU here, where binding works and gains nothing."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from runner.preprocess.networks.io_binding import BoundSession, host_array, known_shape
 from runner.preprocess.networks.providers import CUDA
@@ -32,7 +34,7 @@ def pictures(count: int, size: tuple[int, ...] = CROP, seed: int = 0) -> np.ndar
 
 
 def test_the_same_bits_as_run_for_batches_that_grow_and_shrink(pose):
-    there = bound(pose)
+    there = replace(bound(pose), at_once=16)
     for count in (2, 5, 1, 5, 8):  # the place grows twice, and is used in part twice
         images = pictures(count, seed=count)
         np.testing.assert_array_equal(there.run(images), pose.run(images))
@@ -64,6 +66,73 @@ def test_two_outputs_whose_names_and_sizes_are_the_graphs_own(tmp_path, how):
     for got, expected in zip(there.run(names, {"input": images}), session.run(names, {"input": images}), strict=True):
         np.testing.assert_array_equal(got, expected)
     assert ("simcc_x" in there._places) == how.get("declared", True)
+
+
+class FakeStream:
+    """Stands for a torch.cuda.Stream: within `torch.cuda.stream` of it, what is done is noted."""
+
+    def __init__(self):
+        self.done: list[str] = []
+        self.current = False
+
+    @contextmanager
+    def entered(self):
+        self.current = True
+        yield
+        self.current = False
+
+    def synchronize(self):
+        assert self.current
+        self.done.append("wait for the stream")
+
+
+class WatchedSession:
+    """The session's own, on the CPU; notes the run, and fails where the whole device would be waited for."""
+
+    def __init__(self, session, stream):
+        self._session, self._stream = session, stream
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def io_binding(self):
+        binding = self._session.io_binding()
+        binding.synchronize_inputs = binding.synchronize_outputs = not_called
+        return binding
+
+    def run_with_iobinding(self, binding):
+        assert self._stream.current
+        self._session.run_with_iobinding(binding)
+        self._stream.done.append("run")
+
+
+def not_called(*_):
+    pytest.fail("waits for more than the network's own stream")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_on_a_gpu_all_is_on_the_networks_own_stream_and_nothing_else_is_waited_for(tmp_path, monkeypatch, declared):
+    """`declared: False`: the runtime allocates the output, and copies it to the host itself."""
+    stream, copied = FakeStream(), torch.Tensor.copy_
+
+    def copy(tensor, source, non_blocking=False):
+        assert stream.current and non_blocking
+        stream.done.append("copy")
+        return copied(tensor, source)
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda chosen: chosen.entered())
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    for name in ("synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, not_called)
+    session = open_network(build_simcc(tmp_path / "simcc.onnx", declared=declared)).session
+    there = BoundSession(WatchedSession(session, stream), "cpu", stream)
+    feeds = {"input": pictures(2, INPUT)}
+    found = there.run(["simcc_x", "simcc_y"], feeds)
+    copies = ["copy"] * len([name for name in ("simcc_x", "simcc_y") if name in there._places])
+    assert stream.done == ["copy", "run", *copies, "wait for the stream"]
+    assert len(copies) == 2 * declared
+    for got, expected in zip(found, session.run(["simcc_x", "simcc_y"], feeds), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_every_finder_takes_a_bound_session(tmp_path):

@@ -1,13 +1,19 @@
 """Opening networks: the device that was asked for or an error, and damaged files."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from runner.errors import ConfigInvalid, OutOfMemory, WeightsCorrupt, WeightsMissing
 from runner.preprocess.networks import providers, sessions
-from runner.preprocess.networks.providers import ENGINE_BATCH, NetworkOptions
+from runner.preprocess.networks.backends import open_backend
+from runner.preprocess.networks.providers import NetworkOptions
 from runner.preprocess.networks.sessions import open_network, open_session
 from tests.preprocess.tiny_dwpose import build_simcc, build_yolox
 from tests.preprocess.tiny_networks import build_detector, build_pose
@@ -157,18 +163,154 @@ def test_a_tensorrt_that_does_not_start_leaves_cuda_and_says_so(tmp_path, monkey
 
 def test_an_engine_is_shown_one_batch_size_only(tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "_started", lambda *_: onnxruntime.InferenceSession(str(path)))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["TensorrtExecutionProvider"])
     path = build_pose(tmp_path / "n.onnx")
-    assert open_network(path).batch == ENGINE_BATCH
-    images = np.random.default_rng(0).standard_normal((ENGINE_BATCH + 1, 3, 256, 192)).astype(np.float32)
+    images = np.random.default_rng(0).standard_normal((17, 3, 256, 192)).astype(np.float32)
     seen = []
-    network = open_network(path)
+    monkeypatch.setattr(sessions, "_bound", lambda *_: None)
+    network = open_network(path, "cuda", at_once=16)
+    assert network.batch == 16
     real = network.session.run
     monkeypatch.setattr(
         network.session, "run", lambda names, feeds: seen.append(len(feeds["input"])) or real(names, feeds)
     )
-    assert network.run(images).shape[0] == ENGINE_BATCH + 1
-    assert seen == [ENGINE_BATCH, ENGINE_BATCH]
+    assert network.run(images).shape[0] == 17
+    assert seen == [16, 16]
+
+
+class FewAtOnce:
+    """A session that runs out of memory where it is given more than `most` images; `seen`: what it was given."""
+
+    def __init__(self, session, most):
+        self._session, self._most, self.seen = session, most, []
+
+    def run(self, names, feeds):
+        count = len(feeds["input"])
+        self.seen.append(count)
+        if count > self._most:
+            raise RuntimeError("Available memory of 2451456 is smaller than requested bytes of 25165824")
+        return self._session.run(names, feeds)
+
+
+def test_where_memory_is_short_a_batch_is_halved(tmp_path):
+    whole = replace(open_network(build_pose(tmp_path / "n.onnx")), at_once=16)
+    images = np.random.default_rng(0).standard_normal((19, 3, 256, 192)).astype(np.float32)
+    few = FewAtOnce(whole.session, 5)
+    np.testing.assert_array_equal(replace(whole, session=few).run(images), whole.run(images))
+    assert few.seen == [16, 8, 4, 4, 8, 4, 4, 3]
+    with pytest.raises(OutOfMemory):
+        replace(whole, session=FewAtOnce(whole.session, 0)).run(images[:3])
+    fixed = open_network(build_pose(tmp_path / "2.onnx", 2))  # takes two and nothing else
+    with pytest.raises(OutOfMemory):
+        replace(fixed, session=FewAtOnce(fixed.session, 1)).run(images[:3])
+
+
+ARENA = """
+import sys
+import numpy as np, onnxruntime
+from dataclasses import replace
+from onnxruntime.capi import _pybind_state as private
+from pathlib import Path
+from runner.errors import OutOfMemory
+from runner.preprocess.networks.sessions import open_network
+
+place = private.OrtMemoryInfo("Cpu", private.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, private.OrtMemType.DEFAULT)
+limit = {"max_mem": int(sys.argv[2]), "arena_extend_strategy": 1, "initial_chunk_size_bytes": 1 << 20}
+onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(limit))
+network = replace(open_network(Path(sys.argv[1])), at_once=16)
+settings = onnxruntime.SessionOptions()
+settings.log_severity_level, settings.enable_mem_pattern = 4, False
+settings.add_session_config_entry("session.use_env_allocators", "1")
+session = onnxruntime.InferenceSession(sys.argv[1], settings, providers=["CPUExecutionProvider"])
+images = np.random.default_rng(0).standard_normal((16, 3, 256, 192)).astype(np.float32)
+try:
+    same = np.array_equal(replace(network, session=session).run(images), network.run(images))
+    print("same" if same else "other")
+except OutOfMemory as error:
+    print(error)
+try:
+    session.run(None, {"input": images})
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("limit", "words"), [(20_000_000, "same"), (3_000_000, "n.onnx ran out of memory")])
+def test_the_runtimes_own_arena_at_its_limit(tmp_path, limit, words):
+    """The runtime's real exception and its real words, on the CPU: its arena is that of a GPU. In a process of its own,
+    as the allocator that is registered is the process's."""
+    path = build_pose(tmp_path / "n.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", ARENA, str(path), str(limit)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert words in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "Fail"  # a batch of 16 is more than the arena may hold
+
+
+@pytest.mark.parametrize("words", ["CUDNN_STATUS_ALLOC_FAILED", "CUDA failure 2: out of memory ; GPU=0"])
+def test_words_of_cudas_libraries_are_exhausted_memory_too(tmp_path, words):
+    class Full:
+        def run(self, *_):
+            raise RuntimeError(f"Non-zero status code returned while running Conv node. {words}")
+
+    network = open_network(build_detector(tmp_path / "d.onnx"))
+    with pytest.raises(OutOfMemory):
+        replace(network, session=Full()).run(np.zeros((1, 3, 640, 640), np.float32))
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A machine on which CUDA sessions start, on the CPU: (file, choice, session options) of each."""
+    started, real = [], onnxruntime.InferenceSession
+
+    def start(file, settings, providers, **how):
+        session = real(file, settings, providers=["CPUExecutionProvider"], **how)
+        started.append((file, dict(providers), settings))
+        monkeypatch.setattr(session, "get_providers", lambda: [name for name, _ in providers])
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    return started
+
+
+def test_on_a_gpu_a_network_computes_on_a_stream_of_torchs_that_is_kept(tmp_path, on_cuda, monkeypatch):
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(self)
+            self.device, self.cuda_stream = device, 4096 + len(made)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    path = build_pose(tmp_path / "n.onnx")
+    networks = [open_network(path, device) for device in ("cuda", "cuda:1")]
+    assert [stream.device for stream in made] == ["cuda:0", "cuda:1"]
+    for network, stream, (_, chosen, settings) in zip(networks, made, on_cuda, strict=True):
+        assert network.session.stream is stream
+        assert chosen["CUDAExecutionProvider"]["user_compute_stream"] == str(stream.cuda_stream)
+        assert settings.enable_mem_pattern is False
+    open_network(path)
+    assert len(made) == 2
+
+
+def test_both_networks_of_a_pair_stay_within_the_plan_on_a_gpu_and_take_their_batches(tmp_path, on_cuda):
+    detector, pose = build_detector(tmp_path / "d.onnx"), build_pose(tmp_path / "p.onnx")
+    pair = open_backend("vitpose", detector, pose, "cuda", NetworkOptions(arena_bytes=500_000_000))
+    limits = [chosen["CUDAExecutionProvider"]["gpu_mem_limit"] for _, chosen, _ in on_cuda]
+    assert sum(limits) == detector.stat().st_size + pose.stat().st_size + 500_000_000
+    assert limits[1] - pose.stat().st_size == 350_000_000
+    assert (pair.detector.network.at_once, pair.pose.network.at_once) == (1, 16)
+    assert pair.description["pose"]["batching"] == "the graph takes any number, and gets 16 at a time"
+    on_cuda.clear()
+    open_backend("vitpose", detector, pose, "cuda")
+    assert all("gpu_mem_limit" not in chosen["CUDAExecutionProvider"] for _, chosen, _ in on_cuda)
+
+
+def test_on_the_cpu_one_image_goes_at_a_time(tmp_path):
+    assert open_network(build_pose(tmp_path / "n.onnx"), at_once=16).at_once == 1
 
 
 def test_exhausted_memory_has_its_code(tmp_path):
