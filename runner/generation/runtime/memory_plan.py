@@ -6,8 +6,9 @@ Never: torch, weights: a plan is data that loading.py, pipeline.py and the prepr
 
     resident   everything on the device; the preprocessing's models, codes of weights that compute in 8 bits, and the
                encoders too where they fit, in this order
-    stream     blocks come from page-locked memory, the next one while the last computes; encoders and preprocessing on
-               the host; no float32 copies of activations: blocks compiled, else a few rows at a time (low_memory.py)
+    stream     blocks come from page-locked memory, the next one while the last computes; encoders on the host, the
+               preprocessing's models on the device where they fit; no float32 copies of activations: blocks compiled,
+               else a few rows at a time (low_memory.py)
     minimal    one block at a time; keys and values of text and image made anew at every step; the autoencoder in
                bfloat16, in tiles above 480p; encoders on disk
     auto       the first of these, from the top, whose forecast for the largest job fits into what is free
@@ -60,7 +61,7 @@ GB = 1e9
 # Assumptions, to be held against the measured peaks in the records.
 CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, workspaces of cuBLAS
 SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
-PREPROCESS_EXTRA = 500_000_000  # arena of ONNX Runtime beside its models' weights
+PREPROCESS_EXTRA = 500_000_000  # arenas of ONNX Runtime beside its models' weights: the limit that they are given
 ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
 TILED_ABOVE = 480 * 832  # pixels; by size alone, never by what is free: frames depend on it
 
@@ -134,8 +135,8 @@ class MemoryForecast:
 
 
 def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
-    """The fullest plan of a mode, but for kept codes: these want memory that is known to be free. Raises ConfigInvalid
-    for no such mode."""
+    """The plan of a mode: of `resident` the fullest without kept codes, which want memory that is known to be free; of
+    the others the leanest. Raises ConfigInvalid for no such mode."""
     if mode == "resident":
         return MemoryPlan("resident", 0, False, True, True, "device", "device", recipe.vae_dtype, False)
     if mode == "stream":
@@ -163,6 +164,7 @@ def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
     yield full
     yield replace(full, encoders="host")
     yield replace(full, encoders="host", preprocess="host")
+    yield replace(make_plan("stream", recipe), preprocess="device")
     yield make_plan("stream", recipe)
     yield make_plan("minimal", recipe)
 
@@ -314,6 +316,8 @@ def choose_plan(
                 why += "; encoders and preprocessing on the host, else it would not fit"
             elif plan.mode == "resident" and plan.encoders != "device":
                 why += "; encoders on the host, else it would not fit"
+            elif plan.mode == "stream" and plan.preprocess != "device":
+                why += "; preprocessing on the host, else it would not fit"
             refused = [f"{mode} needs {size / GB:.1f} GB" for mode, size in too_large.items() if mode != plan.mode]
             return plan, "; ".join([why, *refused])
         too_large[plan.mode] = needed

@@ -13,7 +13,15 @@ from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
 from runner.errors import ConfigInvalid
 from runner.forecast.bytes import BLOCK_UNITS, VAE_DECODE, VAE_ENCODE, VAE_TILE, step_bytes, vae_bytes, weights_of
 from runner.forecast.flops import PRODUCTION
-from runner.generation.runtime.memory_plan import Load, Window, choose_plan, forecast_memory, lower, make_plan
+from runner.generation.runtime.memory_plan import (
+    PREPROCESS_EXTRA,
+    Load,
+    Window,
+    choose_plan,
+    forecast_memory,
+    lower,
+    make_plan,
+)
 from runner.generation.wan_animate import low_memory, transformer
 from runner.generation.wan_animate.autoencoder import FramewiseVae
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
@@ -283,14 +291,15 @@ def test_loras_beside_the_weights_are_counted_where_they_are():
         (141, SIZE, "resident", "device", "device"),
         (24, SIZE, "resident", "host", "device"),
         (20, SIZE, "resident", "host", "host"),
-        (16, SIZE, "stream", "host", "host"),
-        (12, SIZE, "stream", "host", "host"),
+        (16, SIZE, "stream", "host", "device"),
+        (12, SIZE, "stream", "host", "device"),  # 8.3 GB to stream, and 3.1 for the preprocessing
         (10, SIZE, "stream", "host", "host"),
         (8, SIZE, "minimal", "disk", "host"),  # 8.3 GB to stream, 0.8 of them what cuDNN copies
         (6, SIZE, "minimal", "disk", "host"),
         (32, HD, "resident", "host", "device"),
-        (24, HD, "stream", "host", "host"),
-        (20, HD, "stream", "host", "host"),
+        (24, HD, "stream", "host", "device"),
+        (20, HD, "stream", "host", "device"),
+        (18, HD, "stream", "host", "host"),
         (16, HD, "minimal", "disk", "host"),  # 16.7 GB to stream, 1.8 of them what cuDNN copies
         (12, HD, "minimal", "disk", "host"),
         (8, HD, "minimal", "disk", "host"),
@@ -318,7 +327,7 @@ CODES = {
     (32, "fp4-distill+int8+fp16-vae", HD): ("resident", "host", "device", False),
     (24, "fp4-distill+int8+fp16-vae", SIZE): ("resident", "host", "device", False),
     (20, "fp4-distill+int8", SIZE): ("resident", "host", "host", False),
-    (16, "fp4-distill+int8", SIZE): ("stream", "host", "host", False),
+    (16, "fp4-distill+int8", SIZE): ("stream", "host", "device", False),
     (141, "fp4-distill", SIZE): ("resident", "device", "device", False),  # no product is in rows
     (141, "fp4-distill+nvfp4", SIZE): ("resident", "device", "device", False),
 }
@@ -358,6 +367,27 @@ def test_on_a_cpu_codes_are_kept_too():
     without = forecast_memory(replace(plan, keep_codes=False), recipe, PRODUCTION, *SIZE, cuda=False).peak
     plan, _ = choose_plan("auto", recipe, PRODUCTION, without, cuda=False)
     assert (plan.mode, plan.keep_codes) == ("resident", False)
+
+
+def test_where_streaming_leaves_room_the_preprocessing_is_on_the_device_and_in_every_stage():
+    lean = make_plan("stream", RECIPE)
+    full = replace(lean, preprocess="device")
+    without, with_it = (forecast_memory(plan, RECIPE, PRODUCTION, *SIZE) for plan in (lean, full))
+    networks = Load().preprocess + PREPROCESS_EXTRA
+    assert networks == 2_610_000_000 + 500_000_000 == with_it.parts["preprocess"]
+    for stage, size in without.stages.items():
+        assert with_it.stages[stage] - size == pytest.approx(networks, abs=1)
+    for free, place in ((with_it.peak, "device"), (with_it.peak - 1, "host"), (without.peak, "host")):
+        for asked in ("auto", "stream"):
+            plan, why = choose_plan(asked, RECIPE, PRODUCTION, free)
+            assert (plan.mode, plan.preprocess) == ("stream", place)
+            if asked == "auto":
+                assert ("preprocessing on the host, else it would not fit" in why) == (place == "host")
+    small = replace(Load(), preprocess=1)
+    assert (
+        choose_plan("auto", RECIPE, PRODUCTION, without.peak + PREPROCESS_EXTRA + 2, load=small)[0].preprocess
+        == "device"
+    )
 
 
 def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():
