@@ -45,6 +45,7 @@ TARGET_MS = 6.0  # a frame, outside of the networks and of video decoding
 FPS = 30
 WARM_UP = 24  # frames: until the allocator has learned to keep blocks of a window's size
 WINDOW = 40  # frames of a segment handed to the generator, about
+BATCHES = (1, 4, 16)  # crops at once: the CPU's, those of a window of 1080p, a GPU's
 NOT_OURS = ("decode", "detector network", "pose network")
 NETWORKS = NOT_OURS[1:]
 Name = str | Callable[..., str]
@@ -114,7 +115,7 @@ OURS: list[tuple[Any, str, Name]] = [
     (poses, "follow", "boxes and tracking"),
     (poses, "choose_subject", "boxes and tracking"),
     (poses, "whereabouts", "boxes and tracking"),
-    (vitpose.PoseEstimator, "points", "pose input"),
+    (vitpose.PoseEstimator, "cut", "pose input"),
     (vitpose, "decode_heatmaps", "decode heatmaps"),
     (poses, "body_heights", "repair"),
     (poses, "repair", "repair"),
@@ -222,6 +223,33 @@ def decoding(video: Path, frames: int) -> dict[str, dict[str, float] | None]:
     return results
 
 
+def pose_batches(network: Network, video: Path) -> dict[str, Any]:
+    """CPU milliseconds a crop of the pose network by how many crops it takes at once, on one core; the least of five.
+
+    `differs`: the largest difference of any output from that of one crop at a time. A graph of constant batch has no
+    choice, and no row.
+    """
+    images = np.zeros((max(BATCHES), *vitpose.PoseEstimator.input_size), np.float32)
+    with VideoReader(video) as reader:
+        count = min(len(images), reader.info.frames)
+        for i, (frame,) in enumerate(reader.windows(np.arange(count), 1)):
+            vitpose.network_input(frame, vitpose.crop_of(None, (frame.shape[1], frame.shape[0])), out=images[i])
+    alone = network.run(images, most=1)
+    found: dict[str, Any] = {"ms_a_crop": {}, "differs": 0.0}
+    if network.batch is not None:
+        return found
+    with one_core():
+        for most in BATCHES:
+            times = []
+            for _ in range(5):
+                begin = time.process_time()
+                together = network.run(images, most=most)
+                times.append(time.process_time() - begin)
+            found["ms_a_crop"][str(most)] = round(1e3 * min(times) / len(images), 3)
+            found["differs"] = max(found["differs"], float(np.abs(together - alone).max()))
+    return found
+
+
 def puppet_clip(path: Path, frames: int) -> None:
     """The demo's puppet in 1080p."""
     from runner.demo.build import stage_for
@@ -307,6 +335,7 @@ def bench(frames: int, real: Path | None) -> dict[str, Any]:
             "every_frame": staged(OURS, lambda: ours(preprocessor, reference, clip, frames, 1)),
             "official": staged(OFFICIAL, lambda: plain_loop(networks, clip, frames)),
             "decoding": decoding(clip, frames),
+            "pose_batches": pose_batches(networks[1], clip),
             "decode_differs_px": max(differs),
             "target_ms": TARGET_MS,
         }
@@ -336,6 +365,10 @@ def table(found: dict[str, Any]) -> str:
     for name, times in found["decoding"].items():
         told = "not installed" if times is None else f"{times['cpu_ms']:.2f} CPU, {times['wall_ms']:.2f} wall"
         lines.append(f"decoding once, {name:<8}{told}")
+    batches = found["pose_batches"]
+    if batches["ms_a_crop"]:
+        told = ", ".join(f"{most} at once {ms:.2f}" for most, ms in batches["ms_a_crop"].items())
+        lines.append(f"pose network, CPU ms a crop: {told}; outputs differ by {batches['differs']:.1e}")
     lines.append(f"our heatmap decoding differs from theirs by at most {found['decode_differs_px']:.1e} px")
     return "\n".join([*lines, "what limits it now:", *(f"  {line}" for line in found["limits"])])
 

@@ -38,6 +38,8 @@ TESTS = (
     "tests/generation/runtime/test_memos.py",
     "tests/generation/runtime/test_streaming.py",
     "tests/generation/wan_animate/test_compiled.py",
+    "tests/preprocess/networks/test_io_binding.py",
+    "tests/preprocess/test_pose_batches.py",
 )
 TESTS_S = 15.0  # seconds that they need at least: an estimate
 HEADS, HEAD_DIM = 40, 128  # of the 14B model

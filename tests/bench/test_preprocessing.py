@@ -22,6 +22,10 @@ def test_preprocessing(tmp_path):
         assert side["outside_ms"] == pytest.approx(whole - networks, abs=0.02)
     assert found["outside_ratio"] == pytest.approx(official["outside_ms"] / ours["outside_ms"], abs=0.01)
     assert found["decode_differs_px"] < 1e-3  # two decodings of the same heatmaps
+    assert found["pose_batches"]["ms_a_crop"].keys() == {"1", "4", "16"}
+    assert min(found["pose_batches"]["ms_a_crop"].values()) > 0
+    assert found["pose_batches"]["differs"] == 0  # on the CPU no crop's bits depend on what is beside it
+    assert "pose network, CPU ms a crop: 1 at once" in printed
     assert found["decoding"]["PyAV"]["cpu_ms"] > 0
     for stage, ms in ours["stages_ms"].items():
         assert f"{stage:<22}{ms:>9.2f}" in printed

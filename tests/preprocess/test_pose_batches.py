@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from runner.preprocess import geometry
-from runner.preprocess.networks.backends import POSE_BATCH
+from runner.preprocess.networks.backends import POSE_BATCH, open_backend
+from runner.preprocess.networks.providers import CUDA, NetworkOptions
 from runner.preprocess.networks.rtmpose import SimccEstimator
 from runner.preprocess.networks.sessions import open_network
 from runner.preprocess.networks.vitpose import PoseEstimator
@@ -16,7 +17,7 @@ from runner.preprocess.prepare import Preprocessor
 from runner.spec.options import JobOptions
 from tests.preprocess.conftest import HEIGHT, WIDTH, disc_frame
 from tests.preprocess.tiny_dwpose import build_simcc, coloured_frame
-from tests.preprocess.tiny_networks import build_pose
+from tests.preprocess.tiny_networks import build_detector, build_pose
 
 FRAMES = 50
 PLACES = [(30 + 2 * i, 64) for i in range(FRAMES)]
@@ -86,3 +87,30 @@ def test_points_are_those_of_one_call_and_crops_alone_are_held(tmp_path, backend
 def test_a_graph_of_constant_batch_gets_whole_batches(tmp_path, batch, size):
     estimator = PoseEstimator(open_network(build_pose(tmp_path / "p.onnx", batch)))
     assert PoseBatches(estimator, np.zeros((1, 133, 3), np.float32), bgr=False).size == size
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_give_the_same_points_and_wait_for_no_other_work(tmp_path):
+    """Products are queued on torch's default stream, as a denoising is: the poses are there before they are done."""
+    import onnxruntime
+    import torch
+
+    if not (torch.cuda.is_available() and CUDA in onnxruntime.get_available_providers()):
+        pytest.skip("no CUDA device, or an onnxruntime without CUDA")
+    networks = build_detector(tmp_path / "d.onnx"), build_pose(tmp_path / "p.onnx")
+    estimator = open_backend("vitpose", *networks, "cuda", NetworkOptions(arena_bytes=500_000_000)).pose
+    assert estimator.network.at_once == POSE_BATCH
+    frames, boxes = np.stack([disc_frame(place) for place in PLACES]), [None] * FRAMES
+    alone = PoseEstimator(replace(estimator.network, at_once=1)).points(frames, boxes)
+    np.testing.assert_allclose(estimator.points(frames, boxes), alone, atol=1e-3)
+    one = torch.ones(8192, 8192, device="cuda")
+    one @ one
+    torch.cuda.synchronize()
+    for _ in range(100):  # 1.1 TFLOP each: a second or more in float32
+        one @ one
+    done = torch.cuda.Event()
+    done.record()
+    again = estimator.points(frames, boxes)
+    assert not done.query(), "the poses came only after the products"
+    np.testing.assert_allclose(again, alone, atol=1e-3)
+    torch.cuda.synchronize()

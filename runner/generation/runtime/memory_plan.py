@@ -16,8 +16,8 @@ Never: torch, weights: a plan is data that loading.py, pipeline.py and the prepr
 In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` differ where products of other shapes
 round otherwise, and `minimal` by its autoencoder; the mode is part of what equal frames are promised for.
 
-`resident` holds first what is worth most seconds. Preprocessing on the host takes more than a second of CPU a frame
-(ViTPose-H, measured) where an RTX 5090 renders one in 0.4 to 0.8 s (forecast). Codes that are kept (`kept_codes.py`)
+`resident` holds first what is worth most seconds. Preprocessing on the host takes about 1.2 s of a CPU core a frame
+(ViTPose-H, derived) where an RTX 5090 renders one in 0.4 to 0.8 s (forecast). Codes that are kept (`kept_codes.py`)
 save 0.3 (fp8) or 0.5 s (int8) of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at
 25 GB/s (assumed), where both prompt and reference are new, and of 1.3 GB where the prompt was encoded before. Codes
 change no bits, so that frames do not depend on whether they are kept.
@@ -164,6 +164,7 @@ def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
     yield full
     yield replace(full, encoders="host")
     yield replace(full, encoders="host", preprocess="host")
+    # On a CPU core ViTPose-H takes about 1.2 s a crop (derived, bench/results.md): the device would wait for it.
     yield replace(make_plan("stream", recipe), preprocess="device")
     yield make_plan("stream", recipe)
     yield make_plan("minimal", recipe)

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from runner.generation.families import EngineSettings
 from runner.generation.protocol import ClipInfo, Request, SegmentPlan
 from runner.generation.runtime.device import hardware_model
 from runner.generation.runtime.finite import FiniteChecks
+from runner.generation.runtime.memory_plan import PREPROCESS_EXTRA, make_plan
 from runner.generation.runtime.memos import HOST_BYTES
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledStep
@@ -165,6 +167,31 @@ def test_what_a_resumed_job_needs_equal_is_read_as_it_is_now(generator, monkeypa
     assert generator.resume_identity["device"].endswith(", 77 threads")
     generator.close()
     assert generator.resume_identity == {}
+
+
+@pytest.mark.parametrize(("place", "device", "limit"), [("device", "cuda", PREPROCESS_EXTRA), ("host", "cpu", None)])
+def test_the_networks_are_where_the_plan_has_them_and_within_its_bytes(store, monkeypatch, place, device, limit):
+    asked = {}
+
+    class Stopped(Exception):
+        pass
+
+    class Loading:
+        @classmethod
+        def load(cls, *_paths, **how):
+            asked.update(how)
+            raise Stopped
+
+    models = resolve_recipe(store, get_recipe("fp32"))
+    plan = replace(make_plan("stream", models.recipe), preprocess=place)
+    module = "runner.generation.wan_animate.generator"
+    monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", Loading)
+    monkeypatch.setattr(f"{module}.pick_device", lambda _asked: (torch.device("cuda"), "asked for"))
+    monkeypatch.setattr(f"{module}.grow_segments", lambda _device: None)
+    monkeypatch.setattr(f"{module}.plan_memory", lambda *_: (plan, {}))
+    with pytest.raises(Stopped):
+        WanAnimateGenerator.load(models, EngineSettings(device="cuda"))
+    assert (asked["device"], asked["networks"].arena_bytes) == (device, limit)
 
 
 def test_the_preprocessing_of_a_resumed_job_must_run_in_the_same_place(generator):

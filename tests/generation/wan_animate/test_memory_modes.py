@@ -122,6 +122,7 @@ def test_a_generator_steps_down_until_nothing_is_below(source):
         before = generator.resume_identity
         modes.append(generator.description["memory"]["mode"])
         assert generator.memory.mode == modes[-1]
+        assert generator.memory.preprocess == "device"  # stays where it is
         assert "memory ran out in mode" in generator.description["memory_why"]
         assert np.array_equal(rendered(generator), frames)
     assert modes == ["resident", "stream", "minimal"]
