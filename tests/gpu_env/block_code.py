@@ -28,6 +28,7 @@ from runner.generation.runtime.compute import sees_every_token
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
+from runner.quantization.kernels.rowwise import code_dtype
 from runner.quantization.linear import FP4Linear, swap_linears
 from runner.quantization.rules import WAN_ANIMATE_14B, kept_in_fp32, stored_dtype, transformer_on_meta
 from tests.gpu_env.fake_cuda import DEVICES, fake_cuda
@@ -46,26 +47,29 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Case:
-    """`product`: a backend of the precision, empty for an exact product. `lora`: one of rank 64 beside every weight."""
+    """`product`: a backend of the precision, empty for an exact product. `lora`: one of rank 64 beside every weight.
+    `kept`: the codes of the weights are."""
 
     architecture: str
     precision: str
     product: str = ""
     lora: bool = False
+    kept: bool = False
 
     def __str__(self) -> str:
         return " ".join([self.architecture, self.word])
 
     @property
     def word(self) -> str:
-        """`int8:int_mm+lora`"""
-        return self.precision + (f":{self.product}" if self.product else "") + ("+lora" if self.lora else "")
+        """`int8:int_mm+lora+kept`"""
+        product = f":{self.product}" if self.product else ""
+        return self.precision + product + "+lora" * self.lora + "+kept" * self.kept
 
     @classmethod
     def parse(cls, architecture: str, word: str) -> Case:
-        named, _, lora = word.partition("+")
+        named, *more = word.split("+")
         precision, _, product = named.partition(":")
-        return cls(architecture, precision, product, bool(lora))
+        return cls(architecture, precision, product, "lora" in more, "kept" in more)
 
 
 def _cases() -> list[Case]:
@@ -78,6 +82,7 @@ def _cases() -> list[Case]:
     found.append(Case("sm_89", "fp8", "scaled_mm"))
     found.append(Case("sm_80", "int8", "int_mm"))
     found += [Case("sm_90", "bf16", lora=True), Case("sm_120", "int8", "comfy_kitchen", lora=True)]
+    found += [Case("sm_90", "fp8", "scaled_mm", kept=True), Case("sm_120", "int8", "comfy_kitchen", kept=True)]
     return found
 
 
@@ -202,8 +207,18 @@ def _prepare(model: Any, case: Case, backend: str) -> None:
             down = torch.empty(LORA_RANK, layer.in_features, dtype=torch.bfloat16, device="cuda")
             up = torch.empty(layer.out_features, LORA_RANK, dtype=torch.bfloat16, device="cuda")
             layer.set_lora([(down, up, 1.0)] if case.lora else None)
+            if case.kept and low:
+                _keep_codes(layer)
     table = block.scale_shift_table
     block.scale_shift_table = _on_device(table, stored_dtype("blocks.0.scale_shift_table", fp32))
+
+
+def _keep_codes(layer: FP4Linear) -> None:
+    """As `keep_codes` leaves the layer, but that it has no numbers to make them of."""
+    shape = layer.out_features, layer.in_features
+    layer.kept_codes = torch.empty(shape, dtype=code_dtype(layer.compute), device="cuda")
+    layer.kept_scale = torch.empty(shape[0], 1, device="cuda")
+    layer._codes_dtype = torch.bfloat16
 
 
 def _on_device(parameter: torch.Tensor, dtype: torch.dtype) -> torch.nn.Parameter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from runner.forecast.flops import PRODUCTION, Costs
@@ -17,7 +19,8 @@ pytestmark = [needs_gpu_env, needs_known_torch]
 
 MOST_KERNELS = {"int_mm": 16}  # by product: torch's int8 product scales its sums with kernels of its own
 CASE = pytest.mark.parametrize("case", CASES, ids=str)
-PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear")
+KEPT = "video_lab.kept_rows_linear"
+PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear", KEPT)
 
 
 def code_of(case: Case) -> BlockCode:
@@ -48,7 +51,32 @@ def test_query_key_and_value_go_to_attention_without_a_copy(case):
     angles = [given for given in rotating.given if code.tensors[given].shape == (1, 34_320, 1, 64)]
     assert len(angles) == 2
     product = code.writer(value, attention)
-    assert product.name.removeprefix("torch.ops.").removesuffix(".default") in PRODUCTS
+    assert operator_of(product) in PRODUCTS
+
+
+def operator_of(launch) -> str:
+    return launch.name.removeprefix("torch.ops.").removesuffix(".default")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kept], ids=str)
+def test_kept_codes_change_the_products_and_nothing_else(case):
+    """The same kernels, peak and traffic; each of the eight products has codes [N, K] of a weight, and no other tensor
+    of a weight's size is read or written."""
+    kept, made = code_of(case), code_of(replace(case, kept=False))
+    moved, moved_without = (list(map(one.code.traffic, one.code.triton_launches)) for one in (kept, made))
+    assert moved == moved_without
+    assert (kept.peak_units, kept.bytes_a_channel) == (made.peak_units, made.bytes_a_channel)
+    operators = [operator_of(launch) for launch in kept.code.launches if not launch.triton]
+    assert operators.count(KEPT) == 8
+    assert not {"video_lab.fp4_linear", "video_lab.fp4_rowwise_linear"} & set(operators)
+    assert [
+        KEPT if name == "video_lab.fp4_rowwise_linear" else name
+        for name in (operator_of(launch) for launch in made.code.launches if not launch.triton)
+    ] == operators
+    for launch in kept.code.launches:
+        given = [kept.code.tensors[name].shape for name in launch.given if name in kept.code.tensors]
+        weights = [shape for shape in given if shape in ((5120, 5120), (13_824, 5120), (5120, 13_824))]
+        assert len(weights) == (not launch.triton and operator_of(launch) == KEPT)
 
 
 @CASE
