@@ -25,7 +25,8 @@ from runner.generation.runtime.memory_plan import Window, choose_plan
 from runner.generation.runtime.streaming import pin, whole_pages
 from runner.quantization.formats.e2m1 import FORMATS
 from runner.quantization.kernels.dequantize import pick_kernel
-from runner.quantization.kernels.low_bit import pick_product, pick_rows
+from runner.quantization.kernels.low_bit import pick_product
+from runner.quantization.kernels.row_codes import pick_rotation, pick_rows
 from runner.spec.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,9 @@ def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
     for name, precision in PRECISIONS.items():
         if precision.layout == "rows":
             part.measure("rows", {"precision": name}, lambda name=name: chosen(pick_rows(device, name)))
+        for gelu in (False, True) if precision.rotated else ():
+            what = {"precision": name, "gelu": gelu}
+            part.measure("rotated_rows", what, lambda name=name, gelu=gelu: chosen(pick_rotation(device, name, gelu)))
         if precision.layout != "exact":
             part.measure("products", {"precision": name}, lambda name=name: product(device, name))
     for kind in LIMITS:

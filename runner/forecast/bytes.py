@@ -140,7 +140,7 @@ def step_bytes(
         units = BLOCK_UNITS[kind]
         if PRECISIONS[compute].tensor_scale:  # hidden states, their norm, and the feed-forward part's inside twice
             units = max(units, 2 + 2 * shape.ffn_dim / shape.dim)
-        peak = units * hidden + code_bytes(shape, width, height, frames, kind=kind, element=element, compute=compute)
+        peak = units * hidden + code_bytes(shape, width, height, frames, kind=kind, compute=compute)
     return max(peak, EIGHT_BIT_ATTENTION_UNITS * hidden) if attention_8bit else peak
 
 
@@ -152,14 +152,13 @@ def workspace_bytes(
     shape: TransformerShape, *, fp4: bool = True, compute: str = DEFAULT_PRECISION, element: int = 2
 ) -> int:
     """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
-    FP4 is dequantised; of those that see every token the largest in codes, and before that rotated.
+    FP4 is dequantised; of those that see every token the largest in codes.
 
     `compute`: the name of a row of `PRECISIONS`.
     """
     precision = PRECISIONS[compute]
     dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
-    weight = shape.dim * shape.ffn_dim
-    return dense + weight * precision.code_bytes + (weight * element if precision.rotated else 0)
+    return dense + shape.dim * shape.ffn_dim * precision.code_bytes
 
 
 def kept_code_bytes(shape: TransformerShape, *, compute: str) -> int:
@@ -181,15 +180,14 @@ def code_bytes(
     *,
     compute: str,
     kind: str = "whole",
-    element: int = 2,
 ) -> int:
-    """The widest activation of an eager block in codes, and before that rotated, beside its 16 or 32 bits.
+    """The widest activation of an eager block in codes, beside its 16 or 32 bits.
 
     `kind` lean: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
     """
     precision, tokens = PRECISIONS[compute], _tokens(width, height, frames, shape.patch)
     if kind == "lean":
-        return tokens * shape.dim * (precision.code_bytes + (element if precision.rotated else 0))
+        return tokens * shape.dim * precision.code_bytes
     return tokens * shape.ffn_dim * precision.code_bytes
 
 

@@ -105,8 +105,8 @@ class TransformerShape:
 
     @property
     def activation_numbers(self) -> int:
-        """Numbers a token that go into a block's linears of `block_weights`, those of query, key and value each."""
-        return 7 * self.dim + self.ffn_dim
+        """Numbers a token that go into a block's linears of `block_weights`; query, key and value have one input."""
+        return 5 * self.dim + self.ffn_dim
 
     @property
     def invariant_weights(self) -> int:

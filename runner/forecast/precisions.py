@@ -35,7 +35,6 @@ class GemmBackend:
 
     name: str
     function: str
-    quantizes: bool = False  # takes activations that are not quantised (rotated, where the precision is)
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class GemmPrecision:
     fused_units: float = 7.4
     # Bytes that go through memory for each number of an activation that becomes codes, beyond the bf16 block's own.
     activation_traffic: float = 0.0
+    # What GELU's own pass moves for each number of the feed-forward part's inside, where the codes' kernel makes it.
+    gelu_traffic: float = 0.0
     # FP4 weights pass through 16 bits before the product; and bytes a weight that go through memory after that, the
     # `code_bytes` among them that the product reads of codes in rows. Of these, no others remain where codes are kept.
     dequantized: bool = True
@@ -120,7 +121,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             code_bytes=1,
             fused_units=6.05,  # 2 of hidden states, 2.7 inside the feed-forward part, 1.35 of its codes
             # The norm's kernel writes the codes. Counted in generated code: 430 GB a step at 832x480x81, bf16's 400.
-            activation_traffic=0.44,
+            activation_traffic=0.55,
             weight_traffic=4.0,  # quantise: 2 read, 1 written; the product reads 1 (kernels/low_bit.py)
             runs_on=lambda capability: capability >= (8, 9),
             # GeForce cards of 8.9 and 12.0 make int8 at twice their rate of fp8; an L40S makes both alike.
@@ -136,16 +137,17 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             multiples=(16, 16),
             reference=_ROWS_REFERENCE,
             backends=(
-                GemmBackend("comfy_kitchen", "runner.quantization.kernels.rowwise:comfy_kitchen", quantizes=True),
+                GemmBackend("comfy_kitchen", "runner.quantization.kernels.rowwise:comfy_kitchen"),
                 GemmBackend("int_mm", "runner.quantization.kernels.rowwise:int_mm"),
             ),
             activation_error=0.012,
             weight_error=0.0088,
             code_bytes=1,
-            fused_units=7.4,  # 2 of hidden states, 2.7 inside the feed-forward part, and that rotated
-            # Operators of their own, so no kernel before takes them in. Rotate: 2 read, 2 written; quantise: 2 and 1.
-            activation_traffic=7.0,
-            weight_traffic=8.0,  # rotate: 2 and 2; quantise: 2 and 1; the product reads 1
+            fused_units=6.05,  # 2 of hidden states, 2.7 inside the feed-forward part, 1.35 of its codes
+            # An operator of its own, so no kernel before takes it in. GELU, rotate, quantise: 2 read, 1 written.
+            activation_traffic=3.0,
+            gelu_traffic=4.0,  # 2 read, 2 written
+            weight_traffic=4.0,  # rotate and quantise: 2 read, 1 written; the product reads 1
             # On 10.x and 11.x the rate of int8 is a fraction of fp8's.
             runs_on=lambda capability: capability >= (8, 0) and capability[0] not in (10, 11),
             advised_on=lambda capability: capability >= (8, 0) and capability[0] not in (9, 10, 11),
@@ -162,7 +164,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             reference=GemmBackend(REFERENCE, "runner.quantization.kernels.nvfp4:reference"),
             backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.nvfp4:block_scaled"),),
             activation_error=0.090,
-            activation_traffic=0.44,  # an assumption: as fp8, the norm's kernel writes the codes
+            activation_traffic=0.55,  # an assumption: as fp8, the norm's kernel writes the codes
             dequantized=False,
             weight_traffic=0.13,  # its scales in the order that the product wants: read and written
             runs_on=lambda capability: capability[0] in (10, 12),

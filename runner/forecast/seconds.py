@@ -140,6 +140,7 @@ def forecast_seconds(
     precision, rows = PRECISIONS[build.compute], model.num_layers * model.tokens(*window)  # rows: tokens of all blocks
     through_memory = rows * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
     per_weight = (STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES) if build.fp4 else 0.0
+    codes = model.activation_numbers * precision.activation_traffic - model.ffn_dim * precision.gelu_traffic
     if build.codes_kept:
         weights = model.block_weights * float(precision.code_bytes)
     else:
@@ -150,7 +151,7 @@ def forecast_seconds(
         "products": large / TERA / device.matmul[build.compute],
         "attention": attention / TERA / rate,
         "elementwise": through_memory / device.copy_gb_s / 1e9,
-        "activations to codes": rows * model.activation_numbers * precision.activation_traffic / device.copy_gb_s / 1e9,
+        "activations to codes": rows * codes / device.copy_gb_s / 1e9,
         "weights to the compute": weights / device.copy_gb_s / 1e9,
         "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }

@@ -28,11 +28,11 @@ from runner.quantization.kernels.low_bit import (
     kept_rows_linear,
     multiply_blocks,
     multiply_rows,
-    prepare_rows,
     sum_of_biases,
     weight_rows,
 )
-from runner.quantization.kernels.nvfp4 import Blocks, quantize_blocks
+from runner.quantization.kernels.nvfp4 import Blocks
+from runner.quantization.kernels.prepared import Prepared, prepared_for
 from runner.quantization.kernels.rowwise import Rows
 from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
@@ -102,7 +102,7 @@ def _dense(
 @torch.library.custom_op("video_lab::fp4_rowwise_linear", mutates_args=())
 def fp4_rowwise_linear(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     packed: Tensor,
     scale: Tensor,
     tensor_scale: Tensor | None,
@@ -116,7 +116,7 @@ def fp4_rowwise_linear(
     product: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `fp4_linear`, in 8 bits: x, x_scale as `low_bit.prepare_rows` gives them → [M, out] in `dtype`.
+    """As `fp4_linear`, in 8 bits: x, x_scale as `row_codes.prepare_rows` gives them → [M, out] in `dtype`.
 
     The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
     """
@@ -127,7 +127,7 @@ def fp4_rowwise_linear(
 @fp4_rowwise_linear.register_fake
 def _(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     packed: Tensor,
     scale: Tensor,
     tensor_scale: Tensor | None,
@@ -250,13 +250,16 @@ class FP4Linear(KeepsCodes):
         """The stored tensors by their names in the format; no copies."""
         return {name: self.get_parameter(name) for name in self.fmt.tensors(self.out_features, self.in_features)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in], float32|bfloat16|float16 → [..., out] of the same dtype."""
-        if self.compute != EXACT:
-            flat = x.reshape(-1, self.in_features)
+    def forward(self, x: Tensor | Prepared) -> Tensor:
+        """x [..., in], float32|bfloat16|float16, or what `prepare` made of it → [..., out] of the same dtype.
+
+        ValueError for an input that was prepared for another compute than the layer's.
+        """
+        if self.compute != EXACT or isinstance(x, Prepared):
+            given = prepared_for(self, x)
             in_blocks = PRECISIONS[self.compute].layout == "blocks"
-            low = self._in_four_bits(flat) if in_blocks else self._in_rows(flat)
-            return low.view(*x.shape[:-1], self.out_features)
+            low = self._in_four_bits(given) if in_blocks else self._in_rows(given)
+            return low.view(*given.sizes, self.out_features)
         result: Tensor = fp4_linear(
             x,
             self.weight_packed,
@@ -271,8 +274,8 @@ class FP4Linear(KeepsCodes):
         )
         return result
 
-    def _in_rows(self, x: Tensor) -> Tensor:
-        codes, scale = prepare_rows(x, self.compute, self.product)
+    def _in_rows(self, x: Prepared) -> Tensor:
+        codes, scale = x.operands
         kept, how = self.codes_for(x.dtype), (self.compute, self.product)
         result: Tensor
         if kept is not None:
@@ -295,11 +298,10 @@ class FP4Linear(KeepsCodes):
         )
         return result
 
-    def _in_four_bits(self, x: Tensor) -> Tensor:
+    def _in_four_bits(self, x: Prepared) -> Tensor:
         """LoRAs are a product of their own, in the dtype of `x`: added to four bits they would round away."""
-        blocks = quantize_blocks(x)
         result: Tensor = nvfp4_linear(
-            *blocks,
+            *x.operands,
             self.weight_packed,
             self.weight_scale,
             self.weight_scale_2,
@@ -309,10 +311,10 @@ class FP4Linear(KeepsCodes):
             self.product,
             x.dtype,
         )
-        if self.lora_down is None or self.lora_up is None or self.lora_scale is None:
+        if x.x is None or self.lora_down is None or self.lora_up is None or self.lora_scale is None:
             return result
         up = (self.lora_up.float() * self.lora_scale).to(x.dtype)
-        return result + F.linear(F.linear(x, self.lora_down.to(x.dtype)), up)
+        return result + F.linear(F.linear(x.x, self.lora_down.to(x.dtype)), up)
 
     def set_compute(self, compute: str, product: str = "") -> None:
         """From now on `compute` (a row of `PRECISIONS`) by `product` (one of its backends); EXACT: in 16 bits again.

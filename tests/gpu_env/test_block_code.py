@@ -40,6 +40,17 @@ def test_one_graph_of_few_kernels(case):
 
 
 @CASE
+def test_an_input_is_quantised_once_for_the_layers_that_read_it(case):
+    """Int8 by an operator each, fp8 by the kernels before; query, key and value read the same codes."""
+    code = code_of(case).code
+    products = [launch for launch in code.launches if launch.name.startswith("torch.ops.video_lab.fp4_")]
+    assert len(products) == 8
+    assert len({launch.given[0] for launch in products}) == 6
+    rotated = [launch for launch in code.launches if "rotated_codes" in launch.name]
+    assert len(rotated) == (6 if case.precision == "int8" else 0)
+
+
+@CASE
 def test_query_key_and_value_go_to_attention_without_a_copy(case):
     """Query and key come from the one kernel that norms and rotates both, the value from its product."""
     code = code_of(case).code
@@ -91,10 +102,10 @@ def test_the_peak_lies_within_the_memory_plan(case):
 
 @CASE
 def test_traffic_of_the_kernels_is_the_forecasts(case):
-    """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8. The
-    sums of int_mm are left to them, 29 bytes more."""
+    """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8, and
+    GELU with them. The sums of int_mm are left to them, 29 bytes more."""
     precision, shape = PRECISIONS[case.precision], PRODUCTION.transformer
-    wanted = float(FUSED_BYTES)
+    wanted = FUSED_BYTES - precision.gelu_traffic * shape.ffn_dim / shape.dim
     if not precision.rotated:
         wanted += precision.activation_traffic * shape.activation_numbers / shape.dim
     more = 29 if case.product == "int_mm" else 0

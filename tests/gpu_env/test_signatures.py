@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from runner.quantization.kernels import nvfp4, rowwise
-from runner.quantization.kernels.low_bit import relative_error
 from runner.quantization.kernels.rowwise import Rows
 from tests.gpu_env.known_torch import needs_gpu_env, needs_known_torch
 
@@ -38,29 +37,63 @@ def gauss(*shape: int, seed: int) -> Tensor:
 
 
 @BIAS
-def test_int8_linear_of_comfy_kitchen(monkeypatch, bias):
-    package = import_module("comfy_kitchen")
-    spy = Spy(package.int8_linear, torch.zeros(TOKENS, OUTPUTS, dtype=torch.bfloat16))
-    monkeypatch.setattr(package, "int8_linear", spy)
-    x, w = gauss(TOKENS, COLUMNS, seed=0), rowwise.quantize_rows(gauss(OUTPUTS, COLUMNS, seed=1), "int8")
+def test_the_int8_product_of_comfy_kitchen(monkeypatch, bias):
+    """A function of the package's own, by its parameters' names; it runs on a GPU alone."""
+    package = import_module("comfy_kitchen.backends.cuda")
+    spy = Spy(package._int4_linear_via_int8_values, torch.zeros(TOKENS, OUTPUTS, dtype=torch.bfloat16))
+    monkeypatch.setattr(package, "_int4_linear_via_int8_values", spy)
+    x, w = (rowwise.quantize_rows(gauss(rows, COLUMNS, seed=rows), "int8") for rows in (TOKENS, OUTPUTS))
     added = gauss(OUTPUTS, seed=2).float() if bias else None
     assert rowwise.comfy_kitchen(x, w, added, torch.bfloat16) is spy.answer
     (call,) = spy.calls
-    assert call.arguments["weight"].dtype == torch.int8
-    assert call.arguments["weight_scale"].shape == (OUTPUTS,)
+    for name, rows in (("x", x), ("weight", w)):
+        assert call.arguments[f"{name}_int8"] is rows.codes
+        assert call.arguments[f"{name}_scale"] is rows.scale
     assert call.arguments["out_dtype"] == torch.bfloat16
     assert (call.arguments["bias"] is not None) == bias
 
 
 @BIAS
-def test_the_package_computes_our_product(bias):
-    """On a CPU comfy-kitchen has the same product in plain torch: what our arguments mean to it, in numbers."""
+def test_that_function_runs_the_product_of_the_public_one(monkeypatch, bias):
+    """On calls of the package's compiled module: codes, scales, bias and result in the places where `int8_linear` puts
+    them, whose codes are ours but for a division in bfloat16."""
+    package = import_module("comfy_kitchen.backends.cuda")
+    seen: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def cutlass_int8_dequant(self, *given: Any) -> bool:
+            seen.append(given)
+            return True
+
+        def quantize_int8_rowwise(self, x: Tensor, codes: Tensor, scale: Tensor, *rest: Any) -> None:
+            rows = rowwise.quantize_rows(x, "int8")
+            codes.copy_(rows.codes)
+            scale.copy_(rows.scale)
+
+    stream = type("Stream", (), {"cuda_stream": 0})
+    answers = {
+        "_wrap_for_dlpack": lambda tensor: tensor,
+        "_prefer_turing_fused_int8": lambda *_: False,
+        "_prefer_cublas_int8_fallback": lambda *_: False,
+        "_cuda_device_supports_cutlass_int8_dequant": lambda _: True,
+        "_empty_cuda_tensor": lambda device, dtype: torch.empty(0, dtype=dtype),
+        "_C": Compiled(),
+    }
+    for name, answer in answers.items():
+        assert hasattr(package, name) or name == "_C"
+        monkeypatch.setattr(package, name, answer, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     x, w = gauss(TOKENS, COLUMNS, seed=0), rowwise.quantize_rows(gauss(OUTPUTS, COLUMNS, seed=1), "int8")
     added = gauss(OUTPUTS, seed=2) if bias else None
-    found = rowwise.comfy_kitchen(x, w, added, torch.bfloat16)
-    wanted = rowwise.reference(rowwise.quantize_rows(x, "int8"), w, added, torch.bfloat16)
-    assert found.dtype == torch.bfloat16
-    assert relative_error(found, wanted) < 0.01
+    rowwise.comfy_kitchen(rowwise.quantize_rows(x, "int8"), w, added, torch.bfloat16)
+    package.int8_linear(x, w.codes, w.scale.flatten(), added, torch.bfloat16)
+    ours, theirs = seen
+    assert len(ours) == len(theirs)
+    for found, wanted in zip(ours, theirs, strict=True):
+        if not isinstance(wanted, Tensor):
+            assert found == wanted
+        elif wanted.shape != (TOKENS, OUTPUTS):  # the result is not written here
+            assert torch.equal(found.flatten(), wanted.flatten())
 
 
 def fake_rows(rows: int, columns: int) -> Rows:

@@ -32,12 +32,14 @@ from runner.generation.wan_animate.transformer import (
     Rope,
     attend,
     attend_face,
+    feed_forward,
     in_heads,
     pieces,
     project,
     rotate,
     run_block,
 )
+from runner.quantization.kernels.prepared import prepare
 
 __all__ = ["FFN_PIECES", "choose_eager_block", "lean_block", "lean_face"]
 
@@ -70,10 +72,12 @@ def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, atten
         return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
     normed = by_rows(partial(modulated, block.norm1, scale, shift), hidden)
-    query = _turned(block.attn1, block.attn1.norm_q, block.attn1.to_q(normed), rope)
-    key = _turned(block.attn1, block.attn1.norm_k, block.attn1.to_k(normed), rope)
-    value = in_heads(block.attn1, block.attn1.to_v(normed))
+    given: Any = prepare((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), normed)
     del normed
+    query = _turned(block.attn1, block.attn1.norm_q, block.attn1.to_q(given), rope)
+    key = _turned(block.attn1, block.attn1.norm_k, block.attn1.to_k(given), rope)
+    value = in_heads(block.attn1, block.attn1.to_v(given))
+    del given
     read = attend(block.attn1, query, KeyValue(key, value))
     del query, key, value
     _add_gated(hidden, project(block.attn1, read), gate)
@@ -93,7 +97,9 @@ def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, atten
     rows = hidden.shape[1] if _share_a_scale(block.ffn) else -(-hidden.shape[1] // FFN_PIECES)
     for run in pieces(hidden.shape[1], rows):
         piece = hidden[:, run]
-        _add_gated(piece, block.ffn(by_rows(partial(modulated, block.norm3, ff_scale, ff_shift), piece)), ff_gate)
+        update = feed_forward(block.ffn, by_rows(partial(modulated, block.norm3, ff_scale, ff_shift), piece))
+        _add_gated(piece, update, ff_gate)
+        del update
     return hidden
 
 

@@ -6,11 +6,11 @@ Out:  x W^T + b. Never: layers' names, recipes, whether an error is small enough
 Which computes and products there are, `forecast/precisions.py` says. `reference` is the definition of each in plain
 arithmetic, for any device, and slow.
 
-An activation is quantised in plain arithmetic outside the operators, so that a compiler fuses it with the norm before.
+An activation is quantised before the operators, once for all layers that read it alike (`prepared.py`).
 A weight of 8 bits is made anew in each product, unless its codes are kept (`kept_codes.py`). Bytes a weight: dequantise
-.56 read, 2 written; rotate (int8) 2 and 2; quantise 2 and 1; the product reads 1. The 12.4 billion weights that see all
-tokens take 81 GB (fp8) or 131 GB (int8) of traffic a step, 12.4 GB where codes are kept: .02 and .03 s on an H200, .05
-and .09 s on an RTX 5090, where the step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
+.56 read, 2 written; rotate (int8) and quantise, in one pass, 2 and 1; the product reads 1. The 12.4 billion weights
+that see all tokens take 81 GB of traffic a step, 12.4 GB where codes are kept: .02 s on an H200, .05 s on an RTX 5090,
+where the step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
 """
 
 from __future__ import annotations
@@ -24,40 +24,29 @@ import torch
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS, REFERENCE
-from runner.quantization.formats.row_blocks import row_blocks
 from runner.quantization.kernels import nvfp4
 from runner.quantization.kernels.kept_codes import KeepsCodes
-from runner.quantization.kernels.rowwise import (
-    SMALLEST_SCALE,
-    Rows,
-    code_dtype,
-    quantize_rows,
-    rotate_rows,
-    rotate_weight_into,
-    rotation_of,
-)
+from runner.quantization.kernels.prepared import Prepared, prepared_for
+from runner.quantization.kernels.row_codes import error_text, fast_rotated_rows, fast_rows, prepare_rows, probe_matrix
+from runner.quantization.kernels.rowwise import Rows, code_dtype, rotation_of
 from runner.quantization.kernels.workspace import workspace
 
 __all__ = [
     "AGREEMENT",
     "EXACT",
     "LowBitLinear",
-    "fast_rows",
     "kept_rows_linear",
     "multiply_blocks",
     "multiply_rows",
     "pick_product",
-    "prepare_rows",
     "relative_error",
     "sum_of_biases",
     "weight_rows",
 ]
 
 EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
-_NUMBERS_A_BLOCK: Final = 1 << 22
 # How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums of
-# e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them; comfy-kitchen divides activations in
-# bfloat16, .0074. The formats' own errors are .039 and .015.
+# e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them. The formats' own errors: .039 and .015.
 AGREEMENT: Final = 0.01
 
 
@@ -72,37 +61,22 @@ def run_backend(compute: str, product: str, *operands: Any) -> Tensor:
     return result
 
 
-def prepare_rows(x: Tensor, compute: str, product: str) -> tuple[Tensor, Tensor | None]:
-    """`x` [M, K] floating as `multiply_rows` wants it: codes and scales, or rotated and no scales."""
-    precision = PRECISIONS[compute]
-    if precision.rotated:
-        x = rotate_rows(x)
-    backend = precision.find_backend(product)
-    if backend is not None and backend.quantizes:
-        return x, None
-    # Inside a graph the plain arithmetic becomes part of the kernel before it.
-    return quantize_rows(x, compute) if torch.compiler.is_compiling() else fast_rows(x, compute)
-
-
 def weight_rows(weight: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
     """A weight [N, K] floating as rows of codes, rotated where the compute is.
 
     Into `codes` where given, else into memory shared between layers.
     """
-    rotated_too = PRECISIONS[compute].rotated
-    if rotated_too:
-        rotated = workspace("rotated", (weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
-        rotate_weight_into(weight, rotated)
-        weight = rotated
     if codes is None:
         codes = workspace("codes", (weight.shape[0], weight.shape[1]), code_dtype(compute), weight.device)
-    rows = fast_rows(weight, compute, codes)
-    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1])) if rotated_too else rows
+    if not PRECISIONS[compute].rotated:
+        return fast_rows(weight, compute, codes)
+    rows = fast_rotated_rows(weight, compute, codes)
+    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1]))
 
 
 def multiply_rows(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     weight: Tensor,
     compute: str,
     product: str,
@@ -114,10 +88,10 @@ def multiply_rows(
 
 
 def multiply_codes(
-    x: Tensor, x_scale: Tensor | None, w: Rows, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor, x_scale: Tensor, w: Rows, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """[M, K] of `prepare_rows` by the codes of `weight_rows`: [M, N] in `dtype`."""
-    return run_backend(compute, product, x if x_scale is None else Rows(x, x_scale), w, bias, dtype)
+    return run_backend(compute, product, Rows(x, x_scale), w, bias, dtype)
 
 
 def sum_of_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
@@ -133,43 +107,6 @@ def multiply_blocks(
     """[M, N] in `dtype`; the bias is added after the product is rounded: the kernel with two scales takes none."""
     result = run_backend(compute, product, x, w, dtype)
     return result if bias is None else result.add_(bias.to(dtype))
-
-
-def fast_rows(x: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
-    """`quantize_rows` in one pass where there is a kernel for it, else block by block; into `codes` where given."""
-    if codes is None:
-        codes = torch.empty(x.shape, dtype=code_dtype(compute), device=x.device)
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    if x.device.type == "cuda" and pick_rows(x.device, compute)[0] == "triton":
-        _launch_rows(x.contiguous(), compute, codes, scale)
-        return Rows(codes, scale)
-    for some in row_blocks((x.shape[0], x.shape[1]), _NUMBERS_A_BLOCK):
-        codes[some], scale[some] = quantize_rows(x[some], compute)
-    return Rows(codes, scale)
-
-
-def _launch_rows(x: Tensor, compute: str, codes: Tensor, scale: Tensor) -> None:
-    from runner.quantization.kernels.rowwise_triton import launch
-
-    launch(x, PRECISIONS[compute].largest, SMALLEST_SCALE, codes, scale)
-
-
-@cache
-def pick_rows(device: torch.device, compute: str) -> tuple[str, str]:
-    """("triton" or "torch", why): the kernel is taken where it agrees with `quantize_rows` code by code."""
-    if device.type != "cuda":
-        return "torch", "no CUDA device"
-    x = _probe(33, 160, device)
-    wanted = quantize_rows(x, compute)
-    codes, scale = torch.empty_like(wanted.codes), torch.empty_like(wanted.scale)
-    try:
-        _launch_rows(x, compute, codes, scale)
-    # As in `kernels`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
-    except Exception as err:
-        return "torch", f"triton refused: {_said(err)}"
-    if not torch.equal(codes.view(torch.uint8), wanted.codes.view(torch.uint8)) or not torch.equal(scale, wanted.scale):
-        return "torch", "triton refused: other codes than the definition's"
-    return "triton", f"one pass, equal to the definition on {device}"
 
 
 @cache
@@ -193,13 +130,13 @@ def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
 
 
 def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
-    x, weight = _probe(80, 256, device), _probe(128, 256, device, seed=1)
+    x, weight = probe_matrix(80, 256, device), probe_matrix(128, 256, device, seed=1)
     bias = weight[:, 0].contiguous()
     try:
         found = _tried(name, compute, x, weight, bias)
     # Whatever a driver, a missing package or an unsupported device raises: the answer is the next product.
     except Exception as err:
-        return _said(err)
+        return error_text(err)
     wanted = _tried(REFERENCE, compute, x, weight, bias)
     off = relative_error(found, wanted)
     return None if off <= AGREEMENT else f"off by {off:.3g} of the definition's result, {AGREEMENT} allowed"
@@ -209,7 +146,7 @@ def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> 
     if PRECISIONS[compute].layout == "blocks":
         blocks = nvfp4.quantize_blocks
         return multiply_blocks(blocks(x), blocks(weight), compute, name, bias, x.dtype)
-    return multiply_rows(*prepare_rows(x, compute, name), weight, compute, name, bias, x.dtype)
+    return multiply_rows(*prepare_rows(x, compute), weight, compute, name, bias, x.dtype)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -218,24 +155,10 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(off) if bool(torch.isfinite(off)) else float("inf")
 
 
-def _probe(rows: int, columns: int, device: torch.device, seed: int = 0) -> Tensor:
-    """bfloat16 noise with a channel that stands out, rows of other sizes, and a row of zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 1, rows).unsqueeze(-1)
-    x[:, columns // 3] *= 30
-    x[rows // 2] = 0
-    return x.to(device, torch.bfloat16)
-
-
-def _said(err: Exception) -> str:
-    text = str(err).strip()
-    return f"{type(err).__name__}: {text.splitlines()[0] if text else 'no message'}"
-
-
 @torch.library.custom_op("video_lab::rowwise_linear", mutates_args=())
 def rowwise_linear(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     weight: Tensor,
     compute: str,
     product: str,
@@ -249,7 +172,7 @@ def rowwise_linear(
 @rowwise_linear.register_fake
 def _(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     weight: Tensor,
     compute: str,
     product: str,
@@ -262,7 +185,7 @@ def _(
 @torch.library.custom_op("video_lab::kept_rows_linear", mutates_args=())
 def kept_rows_linear(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
     compute: str,
@@ -271,7 +194,7 @@ def kept_rows_linear(
     bias_delta: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x, x_scale as `prepare_rows` gives them, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
+    """x, x_scale of `prepare_rows`, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
     bias = sum_of_biases(bias, bias_delta)
     return multiply_codes(x, x_scale, Rows(codes, scale), compute, product, bias, dtype)
 
@@ -279,7 +202,7 @@ def kept_rows_linear(
 @kept_rows_linear.register_fake
 def _(
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     codes: Tensor,
     scale: Tensor,
     compute: str,
@@ -326,15 +249,16 @@ class LowBitLinear(KeepsCodes, nn.Linear):
     def _make_codes(self, dtype: torch.dtype, codes: Tensor) -> Rows:
         return weight_rows(self.weight, self.compute, codes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] of the same dtype."""
-        if self.compute == EXACT:
+    def forward(self, x: Tensor | Prepared) -> Tensor:
+        """x [..., in], or what `prepare` made of it → [..., out] of the same dtype."""
+        if self.compute == EXACT and isinstance(x, Tensor):
             return nn.Linear.forward(self, x)
-        codes, scale = prepare_rows(x.reshape(-1, self.in_features), self.compute, self.product)
-        kept, how = self.codes_for(x.dtype), (self.compute, self.product)
+        given = prepared_for(self, x)
+        codes, scale = given.operands
+        kept, how = self.codes_for(given.dtype), (self.compute, self.product)
         result: Any
         if kept is None:
-            result = rowwise_linear(codes, scale, self.weight, *how, self.bias, x.dtype)
+            result = rowwise_linear(codes, scale, self.weight, *how, self.bias, given.dtype)
         else:
-            result = kept_rows_linear(codes, scale, *kept, *how, self.bias, None, x.dtype)
-        return result.view(*x.shape[:-1], self.out_features)
+            result = kept_rows_linear(codes, scale, *kept, *how, self.bias, None, given.dtype)
+        return result.view(*given.sizes, self.out_features)

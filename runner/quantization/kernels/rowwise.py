@@ -37,7 +37,6 @@ __all__ = [
     "quantize_rows",
     "reference",
     "rotate_rows",
-    "rotate_weight_into",
     "rotation_of",
     "round_to_e4m3",
     "rowwise",
@@ -112,32 +111,14 @@ def rotation_of(columns: int) -> int:
     return min(columns & -columns, ROTATION)
 
 
-@torch.library.custom_op("video_lab::rotate_rows", mutates_args=())
 def rotate_rows(x: Tensor) -> Tensor:
     """`x` [M, K] with each block of `rotation_of(K)` columns times H, summed in float32, rounded to its dtype.
 
-    Larger than `x` by the root of the block; the product of two rotated operands is the block's size too large. An
-    operator of its own, so that a compiler meets the matrix neither as a constant nor as something to expand.
+    Larger than `x` by the root of the block; the product of two rotated operands is the block's size too large.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _rotate_into(x, out)
-    return out
-
-
-@rotate_rows.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rotate_into(x: Tensor, out: Tensor) -> None:
     block = rotation_of(x.shape[-1])
-    matrix = hadamard(block, x.dtype, x.device)
-    torch.mm(x.reshape(-1, block), matrix, out=out.view(-1, block))
-
-
-def rotate_weight_into(weight: Tensor, out: Tensor) -> None:
-    """`rotate_rows` into memory of the caller's, contiguous and of the weight's shape and dtype."""
-    _rotate_into(weight, out)
+    rotated = torch.mm(x.reshape(-1, block), hadamard(block, x.dtype, x.device))
+    return rotated.view(x.shape)
 
 
 def reference(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -190,12 +171,14 @@ def int_mm(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def comfy_kitchen(x: Tensor, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """comfy-kitchen's int8 product: it quantises `x` [M, K], rotated, itself, and scales before it writes.
+def comfy_kitchen(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """comfy-kitchen's int8 product, which scales its sums and adds the bias before it writes them.
 
-    ImportError where the package is not installed (0.2.40 and later have it).
+    Its public `int8_linear` takes no codes: it quantises activations in each call, dividing in bfloat16. This is the
+    kernel that it calls then, by a function of the package's own that its INT4 layer uses. ImportError or
+    AttributeError where the installed release has none (0.2.40 has).
     """
-    int8_linear = import_module("comfy_kitchen").int8_linear
+    multiply = import_module("comfy_kitchen.backends.cuda")._int4_linear_via_int8_values
     bias = None if bias is None else bias.to(dtype)
-    result: Tensor = int8_linear(x, w.codes, w.scale.flatten(), bias, out_dtype=dtype)
+    result: Tensor = multiply(x.codes, w.codes, x.scale, w.scale, bias, dtype)
     return result

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch._dynamo.backends.common import aot_autograd
 
+from runner.forecast.precisions import REFERENCE
 from runner.generation.runtime.compute import sees_every_token
 from runner.generation.wan_animate.autoencoder import FramewiseVae
 from runner.generation.wan_animate.compiled import CompiledStep
@@ -105,8 +106,8 @@ def test_the_counter_against_a_sum_by_hand(device):
     assert counts.bytes == {f"aten::{name}": 4 * many for name, many in numbers.items()}
 
 
-def operators_of_a_block(model) -> Counter[str]:
-    """Our own operators in the graph that a block becomes, as the compiler's back end gets it: equal ones merged."""
+def graph_of_a_block(model) -> torch.fx.Graph:
+    """The graph that a block becomes, as the compiler's back end gets it: equal operators merged."""
     graphs = []
 
     def keep(graph, _inputs):
@@ -117,23 +118,32 @@ def operators_of_a_block(model) -> Counter[str]:
     case = Case(model)
     assert (case.warm(step), step.broken) == (1, "")
     (graph,) = graphs
-    names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-    return Counter(name.split(".")[1] for name in names if name.startswith("video_lab."))
+    return graph.graph
+
+
+def operators_in(graph: torch.fx.Graph, library: str) -> Counter[str]:
+    names = (str(node.target) for node in graph.nodes if node.op == "call_function")
+    return Counter(name.split(".")[1] for name in names if name.startswith(f"{library}."))
+
+
+ONCE_A_LAYER = {"fp4_linear": 8}
+IN_ROWS = {"fp4_rowwise_linear": 8}
 
 
 @pytest.mark.parametrize(
-    ("compute", "operator", "rotations"),
-    [("", "fp4_linear", 0), ("int8", "fp4_rowwise_linear", 8)],
-    ids=["bf16", "int8"],
+    ("compute", "wanted"),
+    [("", ONCE_A_LAYER), ("int8", IN_ROWS | {"rotated_codes": 6}), ("fp8", IN_ROWS)],
+    ids=["bf16", "int8", "fp8"],
 )
-def test_a_block_has_one_fp4_operator_a_layer_and_no_more_rotations(tiny_store_dir, compute, operator, rotations):
-    """Four of self-attention, query and output of cross-attention, two of the feed-forward; all else is computed once
-    for all steps. Query, key and value have one input: six rotations would do."""
+def test_a_block_has_one_fp4_operator_a_layer_and_six_inputs(tiny_store_dir, compute, wanted):
+    """Four layers of self-attention, query and output of cross-attention, two of the feed-forward; all else is computed
+    once for all steps. Query, key and value have one input, so that six are rotated and quantised."""
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     for name, layer in model.named_modules():
         if compute and isinstance(layer, FP4Linear) and sees_every_token(name):
-            layer.set_compute(compute, "reference")
-    found = operators_of_a_block(model)
-    assert {name: many for name, many in found.items() if name.endswith("_linear")} == {operator: 8}
-    assert rotations - 2 <= found["rotate_rows"] <= rotations
+            layer.set_compute(compute, REFERENCE)
+    graph = graph_of_a_block(model)
+    assert operators_in(graph, "video_lab") == wanted
+    eight = [node for node in graph.nodes if node.kwargs.get("dtype") == torch.float8_e4m3fn]
+    assert len(eight) == (6 if compute == "fp8" else 0)

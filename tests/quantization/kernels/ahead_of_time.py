@@ -68,9 +68,10 @@ EVERY_VARIANT = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched: `kernel` "rows" or "dequantize", dtypes by torch's names, `columns` of a row.
+    """A kernel as it is launched: `kernel` "rows", "rotated" or "dequantize", dtypes by torch's names.
 
-    `form`: of rows the dtype of the codes, of dequantising the name of the format.
+    `form`: of rows the dtype of the codes, of rotated ones "gelu" or "plain", of dequantising the name of the format.
+    `columns`: of a row.
     """
 
     kernel: str
@@ -95,13 +96,14 @@ class Built:
         """Its instructions that begin with one of these."""
         return {name for name in self.instructions if name.startswith(beginnings)}
 
-    def check(self) -> None:
-        """What holds for every kernel: nothing spilled, and each float operation rounded by itself, as torch rounds."""
+    def check(self, *, approximate: frozenset[str] = frozenset()) -> None:
+        """What holds for every kernel: nothing spilled, and each float operation rounded by itself, as torch rounds;
+        but those named `approximate`."""
         assert self.registers <= MOST_REGISTERS, self
         assert (self.stack, self.local, self.of("ld.local", "st.local")) == (0, 0, set()), self
         # Of `add.f32` the assembler may make a part of a fused multiply-add; of `add.rn.f32` it may not.
         arithmetic = {name for name in self.of("add", "sub", "mul", "fma", "mad", "div") if ".f" in name}
-        fusible = {name for name in arithmetic if ".rn." not in name or name.startswith(("fma", "mad"))}
+        fusible = {name for name in arithmetic - approximate if ".rn." not in name or name.startswith(("fma", "mad"))}
         assert arithmetic and not fusible, fusible
 
     def conversions(self) -> set[str]:
@@ -161,8 +163,8 @@ class Compiled:
 def _launch(variant: Variant) -> None:
     from runner.forecast.precisions import PRECISIONS
     from runner.quantization.formats.e2m1 import FORMATS
-    from runner.quantization.kernels import dequantize_triton, rowwise_triton
-    from runner.quantization.kernels.rowwise import SMALLEST_SCALE
+    from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
+    from runner.quantization.kernels.rowwise import ROTATION, SMALLEST_SCALE
 
     dtype, rows = getattr(torch, variant.dtype), 64
     if variant.kernel == "rows":
@@ -170,6 +172,12 @@ def _launch(variant: Variant) -> None:
         codes = torch.empty(rows, variant.columns, dtype=getattr(torch, variant.form))
         x = torch.empty(rows, variant.columns, dtype=dtype)
         rowwise_triton.launch(x, largest, SMALLEST_SCALE, codes, torch.empty(rows, 1))
+        return
+    if variant.kernel == "rotated":
+        x, matrix = torch.empty(rows, variant.columns, dtype=dtype), torch.empty(ROTATION, ROTATION, dtype=dtype)
+        codes = torch.empty(rows, variant.columns, dtype=torch.int8)
+        gelu = variant.form == "gelu"
+        rotated_rows_triton.launch(x, matrix, gelu, 127.0, SMALLEST_SCALE, codes, torch.empty(rows, 1))
         return
     fmt = FORMATS[variant.form]
     stored = {name: torch.empty(size, dtype=kind) for name, (size, kind) in fmt.tensors(rows, variant.columns).items()}
@@ -203,12 +211,17 @@ def main() -> None:
     """Variants on standard input, what they were compiled to on standard output, both JSON lists."""
     import triton
 
-    from runner.quantization.kernels import dequantize_triton, rowwise_triton
+    from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
 
     gpu = AbsentGpu()
     triton.runtime.driver.set_active(gpu)
-    stand_ins = {"rows": Compiled(rowwise_triton._quantize), "dequantize": Compiled(dequantize_triton._dequantize)}
+    stand_ins = {
+        "rows": Compiled(rowwise_triton._quantize),
+        "rotated": Compiled(rotated_rows_triton._rotate_and_quantize),
+        "dequantize": Compiled(dequantize_triton._dequantize),
+    }
     rowwise_triton._quantize, dequantize_triton._dequantize = stand_ins["rows"], stand_ins["dequantize"]
+    rotated_rows_triton._rotate_and_quantize = stand_ins["rotated"]
     found = []
     for row in json.load(sys.stdin):
         variant = Variant(**row)

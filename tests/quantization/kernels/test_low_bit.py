@@ -13,12 +13,11 @@ from runner.quantization.kernels import rowwise
 from runner.quantization.kernels.low_bit import (
     EXACT,
     LowBitLinear,
-    fast_rows,
     pick_product,
-    pick_rows,
     relative_error,
 )
 from runner.quantization.kernels.nvfp4 import dequantize_blocks, quantize_blocks
+from runner.quantization.kernels.row_codes import pick_rows
 from runner.quantization.kernels.rowwise import quantize_rows, rotate_rows
 from runner.quantization.linear import FP4Linear
 from tests.quantization.kernels.test_rowwise import dequantize_rows
@@ -120,19 +119,9 @@ def test_torchs_kernels_give_a_layer_the_definitions_result(compute, product):
     assert relative_error(layer(x), wanted) < 0.005
 
 
-@ROWWISE
-def test_blocks_of_rows_do_not_show(compute, monkeypatch):
-    x = gauss(37, 64)
-    monkeypatch.setattr(module, "_NUMBERS_A_BLOCK", 5 * 64)
-    found, wanted = fast_rows(x, compute), quantize_rows(x, compute)
-    assert torch.equal(found.codes.float(), wanted.codes.float())
-    assert torch.equal(found.scale, wanted.scale)
-
-
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_a_cpu_gets_the_definition(compute):
     assert pick_product(CPU, compute)[0] == "reference"
-    assert pick_rows(CPU, compute)[0] == "torch"
 
 
 @pytest.mark.parametrize("broken", ["raises", "is off", "is not finite"])
@@ -150,7 +139,7 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
 
 
 def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
-    """Hopper's fast sums of e4m3 by a model of them, .003; an int8 activation divided in bfloat16, .0074."""
+    """Hopper's fast sums of e4m3 by a model of them: .003."""
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: rowwise.reference(*given) * 1.008)
     assert module._problem_of("scaled_mm", "fp8", CPU) is None
 

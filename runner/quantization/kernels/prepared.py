@@ -1,0 +1,80 @@
+"""Prepared inputs: an activation in the codes of a precision, made once for all layers that multiply it alike.
+
+In:   layers, an activation. Out: what these layers take in its place. Never: weights, products, layers' names.
+
+Query, key and value have one input. Each would rotate and quantise it anew; a compiler merges neither operators nor,
+between kernels, arithmetic. So the caller prepares the input and gives the layers that: nothing is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runner.forecast.precisions import PRECISIONS
+from runner.quantization.kernels.nvfp4 import quantize_blocks
+from runner.quantization.kernels.row_codes import prepare_rows
+
+__all__ = ["Prepared", "prepare", "prepare_gelu", "prepared_for", "takes_gelu"]
+
+
+class Prepared(NamedTuple):
+    """An activation [..., in] for layers that compute alike.
+
+    x         [M, in] in its dtype, where the precision's LoRAs read it (`blocks`), else None
+    operands  `rowwise.Rows` or `nvfp4.Blocks`, as a tuple
+    sizes     of the activation, the last left out: M is their product
+    """
+
+    x: Tensor | None
+    operands: tuple[Tensor, ...]
+    compute: str
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
+    """`x` [..., in] as every one of `layers` takes it, by bits what each would make of it.
+
+    `x` itself where a layer computes in 16 bits, or two of them compute in different ways.
+    """
+    compute = _compute_of(layers[0])
+    precision = PRECISIONS.get(compute)
+    if precision is None or precision.layout == "exact" or any(_compute_of(layer) != compute for layer in layers):
+        return x
+    return _prepare(x, compute)
+
+
+def prepare_gelu(layer: Any, x: Tensor) -> Prepared:
+    """GELU (by tanh) of `x` [..., in] as `layer` takes it, where `takes_gelu`."""
+    return _prepare(x, _compute_of(layer), gelu=True)
+
+
+def takes_gelu(layer: Any) -> bool:
+    """Does one operator make this layer's codes, which can take GELU in before them?"""
+    precision = PRECISIONS.get(_compute_of(layer))
+    return precision is not None and precision.rotated
+
+
+def prepared_for(layer: Any, x: Tensor | Prepared) -> Prepared:
+    """What `layer` multiplies: `x` if it is prepared, else made of it. ValueError for what another compute prepared."""
+    compute = _compute_of(layer)
+    if not isinstance(x, Prepared):
+        return _prepare(x, compute)
+    if x.compute != compute:
+        raise ValueError(f"an input prepared for {x.compute}; the layer computes {compute}")
+    return x
+
+
+def _compute_of(layer: Any) -> str:
+    return getattr(layer, "compute", "")
+
+
+def _prepare(x: Tensor, compute: str, *, gelu: bool = False) -> Prepared:
+    flat, sizes = x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1])
+    if PRECISIONS[compute].layout == "blocks":
+        return Prepared(flat, tuple(quantize_blocks(flat)), compute, sizes, x.dtype)
+    return Prepared(None, tuple(prepare_rows(flat, compute, gelu=gelu)), compute, sizes, x.dtype)
