@@ -21,7 +21,6 @@ from runner.forecast.bytes import weights_of
 from runner.forecast.flops import Costs
 from runner.generation.runtime.device import free_bytes
 from runner.generation.runtime.memory_plan import Load, Window, choose_plan
-from runner.generation.wan_animate.autoencoder import fuse_norms, with_channels_last
 from runner.generation.wan_animate.loading import load_pipeline, tune
 from runner.generation.wan_animate.transformer import Switches
 from runner.quantization.linear import release_workspace
@@ -29,7 +28,7 @@ from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
-ALL_OFF = Switches(memos=False, compile=False)
+ALL_OFF = Switches(memos=False, compile=False, channels_last=False)
 # Seconds allowed for where blocks of a new kind are compiled, until this run has compiled some: an estimate, the upper
 # end of 10 to 25 s for generating the code of one graph and compiling its eight to nine kernels.
 COMPILING_S = 25.0
@@ -139,7 +138,7 @@ class Setting:
     what: str
     switches: Switches
     attention: bool = False  # by device
-    vae: str = "float32"  # a key of Engine.autoencoder
+    vae: str = "float32"  # the autoencoder's dtype
     weights: str = ""  # stepwise | dense
     needs_cuda: bool = False
 
@@ -148,6 +147,7 @@ def settings() -> list[Setting]:
     """Each adds one thing to those before; the second stands beside them."""
     known = replace(ALL_OFF, memos=True)
     fused = replace(known, compile=True)
+    innermost = replace(fused, channels_last=True)
     return [
         Setting("our loop, everything on the device, weights dequantised stepwise", ALL_OFF, weights="stepwise"),
         Setting("  the same, weights in bf16", ALL_OFF, weights="dense"),
@@ -155,15 +155,14 @@ def settings() -> list[Setting]:
         Setting("+ what jobs share encoded once", known),
         Setting("+ blocks compiled", fused, needs_cuda=True),
         Setting("+ attention by device", fused, True, needs_cuda=True),
-        Setting("+ autoencoder in bfloat16", fused, True, "bfloat16", needs_cuda=True),
-        Setting("+ autoencoder's layout", fused, True, "channels last", needs_cuda=True),
-        Setting("+ autoencoder's norms fused", fused, True, "fused norms", needs_cuda=True),
+        Setting("+ autoencoder's channels innermost", innermost, True, needs_cuda=True),
+        Setting("+ autoencoder in bfloat16", innermost, True, "bfloat16", needs_cuda=True),
     ]
 
 
 @dataclass
 class Engine:
-    """Our pipeline, everything on the device, and the autoencoder in every way it may be set up."""
+    """Our pipeline, everything on the device, and the autoencoder in every dtype."""
 
     bench: Bench
     pipeline: Any
@@ -176,15 +175,7 @@ class Engine:
 
     def autoencoder(self, name: str) -> Any:
         if name not in self.autoencoders:
-            before = {"bfloat16": "float32", "channels last": "bfloat16", "fused norms": "channels last"}[name]
-            made = copy.deepcopy(self.autoencoder(before))
-            if name == "bfloat16":
-                made.to(torch.bfloat16)
-            elif name == "channels last":
-                with_channels_last(made)
-            else:
-                fuse_norms(made)
-            self.autoencoders[name] = made
+            self.autoencoders[name] = copy.deepcopy(self.autoencoder("float32")).to(getattr(torch, name))
         return self.autoencoders[name]
 
     @contextmanager

@@ -7,11 +7,9 @@ what NVML says of the process, beside the memory plan's forecast.
 from __future__ import annotations
 
 import copy
-import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from _engine_runs import DeviceMemory
@@ -19,14 +17,15 @@ from _gpu_check_kernels import milliseconds, wait
 from _gpu_check_record import PartRecord
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from runner.batch.memory_sampler import MemorySampler
+from runner.forecast.bytes import vae_traffic
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.runtime.memory_plan import forecast_memory, make_plan
-from runner.generation.wan_animate.autoencoder import FramewiseVae, FusedNorm, fuse_norms, with_channels_last
-from runner.generation.wan_animate.compiled import RECOMPILE_LIMIT
-from runner.spec.recipes import get_recipe
+from runner.generation.wan_animate.autoencoder import FramewiseVae, prepare_vae
+from runner.generation.wan_animate.norm_silu import pick_norm
+from runner.generation.wan_animate.transformer import Switches
+from runner.spec.recipes import VaeDtype, get_recipe
 
 SIZE, LATENT_FRAMES = (832, 480), 5
 TINY_SIZE = (64, 64)
@@ -41,25 +40,19 @@ class Setup(NamedTuple):
     dtype: str
     layout: str  # NCDHW | channels_last
     benchmark: bool  # torch.backends.cudnn.benchmark
-    fused: bool  # norms compiled
     walk: str = "ours"
 
 
 def setups() -> Iterator[Setup]:
-    """What runs today in each dtype and the library's beside it, then one change more at a time; compiled norms come
-    last, for a graph is compiled for every number of channels and layout of a picture."""
-    dtypes = ("float32", "bfloat16", "float16")
-    yield from (Setup(dtype, "NCDHW", False, False, walk) for dtype in dtypes for walk in ("ours", "library"))
-    for layout, benchmark, fused in sorted(
-        itertools.product(("NCDHW", "channels_last"), (False, True), (False, True)), key=changes
-    ):
-        if changes((layout, benchmark, fused)) != (False, 0):
-            yield from (Setup(dtype, layout, benchmark, fused) for dtype in dtypes)
-
-
-def changes(setup: tuple[str, bool, bool]) -> tuple[bool, int]:
-    layout, benchmark, fused = setup
-    return fused, (layout != "NCDHW") + benchmark
+    """What runs today in each dtype and the library's beside it, then the other layout and choice of kernels."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        today = Setup(dtype, "channels_last", dtype != "float32")
+        yield from (today, today._replace(walk="library"))
+    for dtype in ("float32", "bfloat16", "float16"):
+        today = Setup(dtype, "channels_last", dtype != "float32")
+        for layout in ("channels_last", "NCDHW"):
+            other = (Setup(dtype, layout, benchmark) for benchmark in (False, True))
+            yield from (setup for setup in other if setup != today)
 
 
 def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
@@ -76,35 +69,28 @@ def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
         pixels = torch.rand(1, 3, 4 * (frames - 1) + 1, height, width, device=device) * 2 - 1
         costs = Costs(PRODUCTION.transformer, PRODUCTION.vae if not tiny else replace(PRODUCTION.vae, base_dim=8))
         exact = {"decode": vae.decode(latents, return_dict=False)[0], "encode": vae._encode(pixels)}
-        backend = "aot_eager" if tiny else "inductor"
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)  # as a run's CompiledStep has it
-        expected = {False: ROW_S * (not tiny), True: ROW_S * (not tiny)}  # by whether norms are compiled
-        for setup in list(setups())[:: 7 if tiny else 1]:
-            made, begin = None, time.monotonic()
+        expected = ROW_S * (not tiny)
+        for setup in list(setups())[:: 4 if tiny else 1]:
+            made = None
             for what in ("decode", "encode"):
 
                 def work(setup: Setup = setup, what: str = what) -> dict[str, Any]:
                     nonlocal made
-                    made = made if made is not None else set_up(vae, setup, backend)
+                    made = made if made is not None else set_up(vae, setup)
                     return measure(
                         made, setup, what, latents if what == "decode" else pixels, exact[what], sampler, costs
                     )
 
-                part.measure("autoencoder", {"what": what} | setup._asdict(), work, expected[setup.fused])
-            made, expected[setup.fused] = None, (time.monotonic() - begin) / 2
+                part.measure("autoencoder", {"what": what} | setup._asdict(), work, expected)
+            made = None
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def set_up(vae: Any, setup: Setup, backend: str) -> Any:
-    torch._dynamo.reset()  # each setup has the graphs of a process of its own
-    counters.clear()
+def set_up(vae: Any, setup: Setup) -> Any:
     made = copy.deepcopy(vae).to(getattr(torch, setup.dtype))
-    if setup.layout == "channels_last":
-        with_channels_last(made)
-    if setup.fused:
-        fuse_norms(made, backend)
+    prepare_vae(made, Switches(channels_last=setup.layout == "channels_last"))
+    made.cudnn_benchmark = setup.benchmark
     if setup.walk == "library":
         made.__class__ = FramewiseVae.__mro__[1]  # the library's own class, same weights
     return made
@@ -122,14 +108,11 @@ def measure(
 
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, setup.benchmark
     try:
-        found = work()  # compiles, and lets cuDNN choose
+        found = work()  # cuDNN chooses its kernels
         wait(device)
         row: dict[str, Any] = compared(found, exact)
         del found
-        if setup.fused:
-            norms = [layer for layer in vae.modules() if isinstance(layer, FusedNorm)]
-            row |= {"norms": len(norms), "norms_broken": sum(bool(norm.broken) for norm in norms)}
-            row |= {"graphs": counters["stats"]["unique_graphs"]}  # of both ways, decoding first
+        row |= {"norms": pick_norm(device, dtype)[0] if setup.walk == "ours" else "library"}
         row |= measured(work, device, sampler)
     finally:
         torch.backends.cudnn.benchmark = before
@@ -159,16 +142,17 @@ def measured(work: Callable[[], Tensor], device: torch.device, sampler: MemorySa
 
 
 def forecast_of(setup: Setup, what: str, given: Tensor, costs: Costs) -> dict[str, Any]:
-    """Of the memory plan: the autoencoder's part, its window's own pixels included. float16 counts as bfloat16."""
-    vae_dtype = "float32" if setup.dtype == "float32" else "bfloat16"
-    recipe = replace(get_recipe("fp4-distill"), vae_dtype=vae_dtype)
+    """Of the memory plan: the autoencoder's part, its window's own pixels included."""
+    recipe = replace(get_recipe("fp4-distill"), vae_dtype=cast("VaeDtype", setup.dtype))
     frames = given.shape[2] if what == "encode" else 4 * (given.shape[2] - 1) + 1
     height, width = (side * (1 if what == "encode" else 8) for side in given.shape[3:])
     parts = forecast_memory(make_plan("resident", recipe), recipe, costs, width, height, frames).parts
+    traffic = vae_traffic(costs.vae, width, height, frames, dtype=setup.dtype, library=setup.walk == "library")
     flop = costs.vae.encode_flop if what == "encode" else costs.vae.decode_flop
     return {
         "forecast_bytes": parts[f"autoencoder_{what}"],
         # The model's decoding drops the reference's latent frame, which this one is given as well.
         "tflop": flop(width, height, frames) / 1e12,
+        "traffic_bytes": traffic[what == "decode"],
         "latent_frames": given.shape[2] if what == "decode" else None,
     }

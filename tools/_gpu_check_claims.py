@@ -171,18 +171,18 @@ def cuda_code_runs(text: str, findings: Findings) -> Verdict:
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "| `resident` | everything on the GPU; encoders and preprocessing on the host where it is short "
-        "| 19 to 35 GB |",
+        "| 18 to 35 GB |",
         "engine.modes[resident]: NVML GB, else peak GB, under the cap of the smallest card that `auto` takes it for",
         partial(peak_of_mode, "resident"),
     ),
     Claim(
         "| `stream` | blocks wait in pinned memory, the next is copied while one computes; activations in few copies "
-        "| 8.3 GB |",
+        "| 7.9 GB |",
         "engine.modes[stream]: NVML GB, else peak GB",
         partial(peak_of_mode, "stream"),
     ),
     Claim(
-        "| `minimal` | one block at a time, autoencoder in bfloat16 (in tiles above 480p), encoders on disk | 5.1 GB |",
+        "| `minimal` | one block at a time, autoencoder in bfloat16 (in tiles above 480p), encoders on disk | 4.9 GB |",
         "engine.modes[minimal]: NVML GB, else peak GB",
         partial(peak_of_mode, "minimal"),
     ),

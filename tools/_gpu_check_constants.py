@@ -79,17 +79,18 @@ def bytes_of_blocks(findings: Findings) -> Iterator[Proposal]:
 
 
 def autoencoder(findings: Findings, name: str) -> Iterator[Proposal]:
-    """Convolutions' rates as shares of the bf16 product's, and bytes beyond the forecast's."""
+    """Convolutions' rates beside their traffic, as shares of the bf16 product's, and bytes beyond the forecast's."""
     device = find_device(name)
-    for dtype in ("float32", "bfloat16"):
-        plain = {"dtype": dtype, "layout": "NCDHW", "benchmark": False, "walk": "ours"}
-        for fused, share in ((False, dtype), (True, f"{dtype} compiled")):
-            row = findings.row("autoencoder", "autoencoder", what="decode", fused=fused, **plain)
-            if device and row and share in VAE_SHARE:
-                new = row["tflop"] / row["ms"] * 1e3 / device.matmul["bf16"]
-                yield f"VAE_SHARE[{share}]", VAE_SHARE[share], new, f"autoencoder[decode {dtype}]: tflop / ms"
+    for dtype in ("float32", "bfloat16", "float16"):
+        today = {"dtype": dtype, "layout": "channels_last", "benchmark": dtype != "float32", "walk": "ours"}
+        row = findings.row("autoencoder", "autoencoder", what="decode", **today)
+        if device and row:
+            moved = row["traffic_bytes"] / device.copy_gb_s / 1e9
+            new = row["tflop"] / (row["ms"] / 1e3 - moved) / device.matmul["bf16"]
+            key = f"autoencoder[decode {dtype}]: tflop / (ms - traffic_bytes at copy_gb_s)"
+            yield f"VAE_SHARE[{dtype}]", VAE_SHARE[dtype], new, key
         for what in ("decode", "encode"):
-            row = findings.row("autoencoder", "autoencoder", what=what, fused=False, **plain)
+            row = findings.row("autoencoder", "autoencoder", what=what, **today)
             if row and number(row.get("allocated_bytes")):
                 yield bytes_of(row, what, dtype)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from runner.forecast.flops import MOTION_CHANNELS, TEXT_TOKENS, TransformerShape, VaeShape
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 
 __all__ = [
     "FP4_BYTES",
-    "PixelBytes",
     "Weights",
     "code_bytes",
     "face_bytes",
@@ -25,6 +23,7 @@ __all__ = [
     "step_bytes",
     "vae_bytes",
     "vae_peak",
+    "vae_traffic",
     "weights_of",
     "workspace_bytes",
 ]
@@ -38,31 +37,25 @@ BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "lean": 5.36}
 EIGHT_BIT_ATTENTION_UNITS = 5 + 3 / 2
 
 
-class PixelBytes(NamedTuple):
-    """The autoencoder's peak in bytes a pixel at 96 base channels. `tensors`: those that are alive.
-
-    `copies`: with what cuDNN adds in a convolution's workspace where channels are not innermost (the default layout):
-    its input and its output again, transposed to the layout of its kernels. Counted from shapes, on the assumption that
-    cuDNN transposes both; profiles show that it does (pytorch#81940, LightX2V#860). Not measured here. Where they do
-    not fit, torch looks for another kernel, which is slower.
-    """
-
-    tensors: int
-    copies: int
-
-
 HALVES = ("bfloat16", "float16")
-# A picture at a time (autoencoder.py): feature maps that are kept, and the peak beside them.
-VAE_DECODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(13_060, 14_840)} | dict.fromkeys(
-    HALVES, PixelBytes(7_420, 7_420)
-)
-VAE_ENCODE: Mapping[str, PixelBytes] = {"float32": PixelBytes(8_900, 10_460)} | dict.fromkeys(
-    HALVES, PixelBytes(4_780, 5_590)
-)
+# The autoencoder's peak in bytes a pixel at 96 base channels: tensors that are alive. What cuDNN takes beside them is
+# not in it: where channels are innermost, as on a GPU by default, a convolution need not transpose what it reads.
+# A picture at a time (autoencoder.py): the slots of causal_slots.py, and the peak beside them.
+VAE_DECODE: Mapping[str, int] = {"float32": 13_890} | dict.fromkeys(HALVES, 7_100)
+VAE_ENCODE: Mapping[str, int] = {"float32": 10_060} | dict.fromkeys(HALVES, 5_100)
 # The library's own walk through a tile, all four pictures of a latent frame at once.
-VAE_TILE: Mapping[str, PixelBytes] = {"float32": PixelBytes(19_460, 22_590)} | dict.fromkeys(
-    HALVES, PixelBytes(10_130, 11_300)
-)
+VAE_TILE: Mapping[str, int] = {"float32": 19_460} | dict.fromkeys(HALVES, 10_130)
+# Bytes that it reads and writes for each pixel of each picture, of 81 pictures of 480x832 at 96 base channels: every
+# operator reads its inputs once and writes its result once, counted on the meta device (test_operator_counts.py).
+VAE_TRAFFIC: Mapping[str, Mapping[str, int]] = {
+    "decode": {"float32": 36_540} | dict.fromkeys(HALVES, 18_710),
+    "encode": {"float32": 24_460} | dict.fromkeys(HALVES, 12_680),
+}
+# The same of the library's own walk.
+LIBRARY_TRAFFIC: Mapping[str, Mapping[str, int]] = {
+    "decode": {"float32": 102_290} | dict.fromkeys(HALVES, 75_520),
+    "encode": {"float32": 61_950} | dict.fromkeys(HALVES, 43_620),
+}
 TILE = 256  # pixels a side, as the library has it
 
 
@@ -209,16 +202,25 @@ def vae_bytes(shape: VaeShape, dtype: str) -> int:
     return int(126.9e6 * (shape.base_dim / 96) ** 2) * (4 if dtype == "float32" else 2)
 
 
-def vae_peak(
-    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False, cudnn: bool = False
+def vae_traffic(
+    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, library: bool = False
 ) -> tuple[float, float]:
-    """(encoding a window, decoding one), beside the weights, with the window's own pixels.
+    """Bytes that encoding `frames` pictures reads and writes, and that decoding them does.
 
-    `cudnn`: with what its convolutions copy, see `PixelBytes`; for channels that are not innermost.
+    `library`: by the library's own walk.
     """
+    rows = LIBRARY_TRAFFIC if library else VAE_TRAFFIC
+    pixels = width * height * frames * shape.base_dim / 96
+    return rows["encode"][dtype] * pixels, rows["decode"][dtype] * pixels
 
-    def at_peak(found: PixelBytes) -> float:
-        return (found.copies if cudnn else found.tensors) * shape.base_dim / 96
+
+def vae_peak(
+    shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False
+) -> tuple[float, float]:
+    """(encoding a window, decoding one), beside the weights, with the window's own pixels."""
+
+    def at_peak(found: int) -> float:
+        return found * shape.base_dim / 96
 
     pixel = 4 if dtype == "float32" else 2
     clip = 3 * frames * width * height

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from runner.forecast.flops import TERA
 from runner.forecast.precisions import DEFAULT_PRECISION
-from runner.forecast.seconds import VAE_SHARE, DeviceSpeed
+from runner.forecast.seconds import DeviceSpeed
 
 __all__ = ["ALIGNMENT", "FEATURES", "RESIDUALS", "SCALES", "RifeShape", "padded"]
 
@@ -26,6 +26,9 @@ FLOW, MASK, PASSED = 4, 1, 8  # channels that a block makes: two flows, a mask, 
 UNSHUFFLED = 4 * (FLOW + MASK + PASSED)  # before they are laid out at twice the size
 PAIR = 2 * (3 + FEATURES) + 1  # what a block sees of two frames: colours, features, the moment between them
 ALIGNMENT = 64  # pixels: the first block sees 16 times less, and halves it twice
+# Of the bf16 product's rate, what convolutions in float32 reach with their memory traffic: an estimate from published
+# decoding times of the autoencoder (seconds.py).
+SHARE = 0.16
 LIVE_FLOATS = 88  # numbers a pixel that are alive at the peak, in the last block, weights aside
 
 
@@ -91,8 +94,8 @@ class RifeShape:
         return 4 * LIVE_FLOATS * padded(width) * padded(height)
 
     def frame_seconds(self, width: int, height: int, device: DeviceSpeed) -> float:
-        """On a known GPU at least: its convolutions alone, at the share of its rate that the autoencoder's reach."""
-        return self.frame_flop(width, height) / TERA / device.matmul[DEFAULT_PRECISION] / VAE_SHARE["float32"]
+        """On a known GPU at least: its convolutions alone, at an estimated share of its rate."""
+        return self.frame_flop(width, height) / TERA / device.matmul[DEFAULT_PRECISION] / SHARE
 
 
 def channels_in(number: int) -> int:

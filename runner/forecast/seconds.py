@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from runner.forecast.bytes import vae_traffic
 from runner.forecast.flops import TERA, Costs
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, device_rates
 
@@ -26,12 +27,12 @@ __all__ = ["DEVICES", "DeviceSpeed", "EngineBuild", "Seconds", "find_device", "f
 EAGER_BYTES, FUSED_BYTES = 375, 57
 # Bytes a weight: four and a half bits read and two bytes written at once; or the look-up in steps, each a tensor.
 ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
-# Of the bf16 product's rate, what the autoencoder's convolutions reach: in float32 (TF32), in bfloat16, compiled.
-# Estimates from published decoding times: 14.5, 8.4 and 6.6 s of the same work.
-VAE_SHARE: Mapping[str, float] = MappingProxyType(
-    {"float32": 0.16, "bfloat16": 0.27, "float16": 0.27, "bfloat16 compiled": 0.35}
-)
-# The same for the motion encoder's small convolutions, eight faces at a time: an estimate.
+# Of the bf16 product's rate, what the autoencoder's convolutions reach beside their memory traffic: in float32 (TF32)
+# and in 16 bits. Derived: published decoding times (14.5 s in float32, 8.4 s in bfloat16, of the same work) are .16 and
+# .27 of that rate with the traffic of the library's walk in them, 3,309 and 2,443 GB a window. Without it, by the rates
+# below, .23 to .25 and .43 to .49 are left (RTX 5090, RTX 4090, A100, H200): the middle.
+VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.24, "bfloat16": 0.46, "float16": 0.46})
+# The same for the motion encoder's small convolutions, their traffic in it, eight faces at a time: an estimate.
 INVARIANT_SHARE = 0.15
 MEASURED = "published measurements"
 
@@ -78,6 +79,7 @@ class EngineBuild:
     vae: str = "float32"  # a key of VAE_SHARE
     blank_again: bool = False  # the blank first window is encoded for every job
     codes_kept: bool = False  # the weights' 8-bit codes are kept (memory_plan.py): a product reads them, and no more
+    library_walk: bool = False  # the autoencoder goes through a clip as the library has it
 
     def __post_init__(self) -> None:
         if self.codes_kept and PRECISIONS[self.compute].layout != "rows":
@@ -155,15 +157,30 @@ def forecast_seconds(
         "weights to the compute": weights / device.copy_gb_s / 1e9,
         "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }
-    vae_rate = exact_rate * VAE_SHARE[build.vae]
-    poses, reference = segments * costs.vae.encode_flop(*window), costs.vae.encode_flop(*size, 1)
-    scenes = (segments - 1) * costs.vae.encode_flop(*window, blank_from)  # the first scene is blank and kept
-    scenes += costs.vae.encode_flop(*window) if build.blank_again else 0.0
+    encoding, decoding = _autoencoder(costs, device, build, window)
+    reference, _ = _autoencoder(costs, device, build, (*size, 1))
+    later, _ = _autoencoder(costs, device, build, window, blank_from)
     fixed = {
-        "encode": (poses + scenes + reference) / TERA / vae_rate,
-        "decode": segments * costs.vae.decode_flop(*window) / TERA / vae_rate,
+        # Poses and scenes; the first scene is blank and kept.
+        "encode": (segments + build.blank_again) * encoding + (segments - 1) * later + reference,
+        "decode": segments * decoding,
         "shared once a window": segments * calls * invariant / TERA / exact_rate / INVARIANT_SHARE
         if build.shared
         else 0.0,
     }
     return Seconds({part: calls * s for part, s in step.items()}, segments * evaluations, fixed)
+
+
+def _autoencoder(
+    costs: Costs, device: DeviceSpeed, build: EngineBuild, window: tuple[int, int, int], blank_from: int | None = None
+) -> tuple[float, float]:
+    """Seconds of encoding a window and of decoding it: its convolutions, and what goes through memory.
+
+    `blank_from`: as `VaeShape.encode_flop` has it. What is not run moves nothing; its share of the bytes is taken to be
+    that of the operations, though at full size it is more.
+    """
+    rate = device.matmul[DEFAULT_PRECISION] * VAE_SHARE[build.vae] * TERA
+    encoding, decoding = vae_traffic(costs.vae, *window, dtype=build.vae, library=build.library_walk)
+    copied, whole = device.copy_gb_s * 1e9, costs.vae.encode_flop(*window)
+    run = whole if build.library_walk else costs.vae.encode_flop(*window, blank_from)
+    return run / rate + encoding / copied * run / whole, costs.vae.decode_flop(*window) / rate + decoding / copied

@@ -71,8 +71,9 @@ def cudnn_version(number: int) -> str:
 def cudnn_problem(number: int | None) -> str | None:
     """Why 3D convolutions in 16 bits are slow with this cuDNN; None where they are not, or where there is no cuDNN.
 
-    In our models: the embedding of patches, and the autoencoder with `+bf16-vae` and in mode `minimal`. Measured for
-    one convolution in bfloat16 on an A100 (pytorch#166643): 23 ms and 7.2 GB with 9.10, 8.6 ms and 0.4 GB with 9.15.
+    In our models: the embedding of patches, and the autoencoder in 16 bits (`+bf16-vae`, `+fp16-vae`, mode `minimal`).
+    Measured for one convolution in bfloat16 on an A100 (pytorch#166643): 23 ms and 7.2 GB with 9.10, 8.6 ms and 0.4 GB
+    with 9.15.
     """
     if number is None or number not in AVOIDED_CUDNN:
         return None

@@ -191,7 +191,7 @@ def forecast_memory(
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
     element = 2 if recipe.dtype == "bfloat16" else 4
     weights = weights_of(model, fp4=recipe.fp4, element=element)
-    encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height), cudnn=cuda)
+    encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
     kept = model.invariant_bytes(*size, element=element, guided=guided)
     if not plan.keep_text:
         branches = (1 + guided) * model.text_tokens + (model.image_tokens if model.added_kv_proj_dim is not None else 0)

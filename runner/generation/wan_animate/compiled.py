@@ -42,7 +42,6 @@ from runner.generation.wan_animate.transformer import (
 __all__ = [
     "TOLERANCES",
     "CompiledStep",
-    "allow_graphs",
     "keep_code",
     "make_block_step",
     "structure_of",
@@ -104,7 +103,7 @@ def fuse_multiply_adds() -> None:
 def allow_graphs() -> None:
     """Let torch hold RECOMPILE_LIMIT graphs of one function; beyond its own 8, it runs what is new uncompiled.
 
-    Two models whose blocks differ (a float32 one, a quantised one) share a limit, and one decoding has more shapes.
+    Two models whose blocks differ (a float32 one, a quantised one) share a limit.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 __all__ = ["FixedPoints", "find_repeats"]
 
-# Runs a group on a picture; the list's one number is where its first convolution's kept inputs are, then its last's.
-Group = Callable[[Tensor, list[int]], Tensor]
-# The pictures that the convolution of this place keeps, the one seen last at the end; none or one at a clip's begin.
-KeptInputs = Callable[[int], Sequence[Tensor]]
+Group = Callable[[Tensor], Tensor]  # runs its layers on a picture
+# The two pictures that each convolution of the group of this number keeps, the older one first. The last convolution
+# comes first: it settles last.
+KeptInputs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 # Equal as numbers is not enough: 0 and -0 differ in bits, and NaN equals nothing.
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -46,9 +46,9 @@ def find_repeats(pixels: Tensor) -> list[bool]:
 class FixedPoints:
     """The groups' outputs for the pictures of one clip, in order, each reused where it repeats.
 
-    `repeats`: of each picture, whether it equals the one before. `kept`: what a convolution keeps now. A group may be
-    given its last output again instead of running, so that a caller must not write into it. Its input must not be
-    written into either.
+    `repeats`: of each picture, whether it equals the one before. `kept`: what a group keeps now. A group may be given
+    its last output again instead of running, so that a caller must not write into it. Its input must not be written
+    into either.
     """
 
     def __init__(self, repeats: Iterable[bool], kept: KeptInputs) -> None:
@@ -56,11 +56,8 @@ class FixedPoints:
         self._kept = kept
         self._states: dict[int, _State] = {}
 
-    def run(self, groups: Sequence[Group], picture: Tensor, index: list[int]) -> Tensor:
-        """What `groups`, one after the other, make of the clip's next picture [B, C, 1, H, W].
-
-        `index`: as in `Group`; moved beyond the last group's last convolution, whether the groups ran or not.
-        """
+    def run(self, groups: Sequence[Group], picture: Tensor) -> Tensor:
+        """What `groups`, one after the other, make of the clip's next picture [B, C, 1, H, W]."""
         repeats = next(self._repeats)
         if not repeats:  # before the first group runs: it needs the most memory
             for state in self._states.values():
@@ -68,24 +65,19 @@ class FixedPoints:
         for number, group in enumerate(groups):
             state = self._states.setdefault(number, _State())
             if repeats and state.output is not None:
-                index[0], picture = state.end, state.output
+                picture = state.output
                 continue
-            begin = index[0]
-            picture = group(picture, index)
-            still = repeats and self._are_still(begin, index[0])
+            picture = group(picture)
+            still = repeats and self._are_still(number)
             # All three inputs of each convolution were equal: what it kept before this picture, and keeps after it.
             state.output = picture if still and state.still else None
-            state.still, state.end = still, index[0]
+            state.still = still
             repeats = False  # the next group's input was computed anew
         return picture
 
-    def _are_still(self, begin: int, end: int) -> bool:
-        """Are, for each convolution of a group, the two pictures that it keeps equal? The last one settles last."""
-        for place in reversed(range(begin, end)):
-            kept = self._kept(place)
-            if len(kept) < 2 or not torch.equal(_as_bits(kept[-2]), _as_bits(kept[-1])):
-                return False
-        return True
+    def _are_still(self, number: int) -> bool:
+        """Are, for each convolution of a group, the two pictures that it keeps equal?"""
+        return all(torch.equal(_as_bits(older), _as_bits(newer)) for older, newer in self._kept(number))
 
 
 class _State:
@@ -94,7 +86,6 @@ class _State:
     def __init__(self) -> None:
         self.still = False
         self.output: Tensor | None = None
-        self.end = 0
 
 
 def _as_bits(pictures: Tensor) -> Tensor:

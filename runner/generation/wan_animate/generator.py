@@ -206,10 +206,12 @@ class WanAnimateGenerator:
         pipeline, said = self.pipeline, self.description
         if pipeline is None:
             return {}
-        memory, switches = pipeline.memory, pipeline.switches
+        memory = pipeline.memory
         tiles = pipeline.vae.use_tiling if memory is None else memory.vae_tiles  # as `render` sets it, of any size
         vae = [str(pipeline.vae.dtype).removeprefix("torch."), "in tiles where large" if tiles else "whole"]
-        vae += [name for name in ("channels_last", "fuse_vae_norms") if getattr(switches, name)]
+        vae += ["channels_last"] if said.get("vae_channels_last") else []
+        vae += ["norms by triton"] if said.get("vae_norms") == "triton" else []
+        vae += ["convolutions chosen by stopwatch"] if said.get("vae_cudnn_benchmark") else []
         compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
         step, lean = pipeline.block_step, memory is not None and memory.lean
         by_rows = choose_eager_block(pipeline.compute_device, lean) is lean_block

@@ -202,7 +202,7 @@ def check_cudnn(device: torch.device, recipe: Recipe, plan: MemoryPlan) -> dict[
     if number is None:
         return {}
     said = {"cudnn": cudnn_version(number)}
-    problem = cudnn_problem(number) if "bfloat16" in (recipe.dtype, plan.vae_dtype) else None
+    problem = cudnn_problem(number) if {recipe.dtype, plan.vae_dtype} != {"float32"} else None
     if problem is not None:
         todo = "Install cuDNN 9.15 or newer; `video-lab doctor` says how"
         structlog.get_logger().warning("cudnn_is_avoided", why=problem, todo=todo)

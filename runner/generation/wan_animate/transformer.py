@@ -385,12 +385,11 @@ class Switches:
 
     `compile`: blocks run as fused kernels (`compiled.py`): sums in another order, within stated tolerances. None: on
     CUDA, and not on a CPU, whose frames are the library's bit for bit.
-    `channels_last`, `fuse_vae_norms`: the autoencoder's convolutions in the layout that CUDA's kernels prefer, and its
-    norms as one kernel each (`autoencoder.py`); sums in another order. Off until a benchmark has shown that they pay.
+    `channels_last`: the autoencoder's convolutions in the layout that CUDA's kernels prefer (`autoencoder.py`): sums in
+    another order. None: as `compile`.
     `memos`: what jobs share is encoded once for all of them (`memos.py`, and `text_cache.py` on disk); exact.
     """
 
     memos: bool = True
     compile: bool | None = None
-    channels_last: bool = False
-    fuse_vae_norms: bool = False
+    channels_last: bool | None = None

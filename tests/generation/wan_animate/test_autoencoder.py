@@ -137,7 +137,7 @@ def test_a_conversion_that_fails_empties_the_cache_at_once():
     with pytest.raises(KeyError) as caught:
         decode_latents(ours, latents, 0, 9, 1, fail)
     assert caught.value.__traceback__ is not None  # holds the frames of the failed call
-    assert all(kept is None for kept in ours._feat_map)
+    assert ours._decoding is None and all(kept is None for kept in ours._feat_map)
 
 
 def test_bfloat16_is_within_what_is_promised():

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from runner.generation.runtime.attention import BACKENDS, set_backend
 from runner.generation.runtime.memory_plan import make_plan
 from runner.generation.wan_animate import compiled as module
-from runner.generation.wan_animate.autoencoder import FusedNorm, fuse_norms, prepare_vae, with_channels_last
+from runner.generation.wan_animate.autoencoder import prepare_vae, with_channels_last
 from runner.generation.wan_animate.compiled import (
     TOLERANCES,
     CompiledStep,
@@ -284,12 +284,9 @@ def test_the_autoencoder_keeps_its_values(tiny_store_dir):
     assert torch.equal(vae.decode(latents, return_dict=False)[0], plain)
     assert with_channels_last(vae) > 10
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
-    # Torch's own limit is 8. A real model's first decoding has more shapes than that, this one's has six.
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        assert fuse_norms(vae, "eager") > 5
-        torch.testing.assert_close(vae.decode(latents, return_dict=False)[0], plain, rtol=1e-3, atol=1e-4)
-    assert graphs() > 2
-    assert not any(layer.broken for layer in vae.modules() if isinstance(layer, FusedNorm))
+    torch.testing.assert_close(vae.decode(latents, return_dict=False)[0], plain, rtol=1e-3, atol=1e-4)
+    assert prepare_vae(vae, Switches(channels_last=False)) == {}
+    assert vae.decoder.conv_in.weight.is_contiguous()
 
 
 @pytest.mark.gpu

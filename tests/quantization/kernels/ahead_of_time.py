@@ -68,10 +68,10 @@ EVERY_VARIANT = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched: `kernel` "rows", "rotated" or "dequantize", dtypes by torch's names.
+    """A kernel as it is launched: `kernel` "rows", "rotated", "dequantize" or "norm_silu", dtypes by torch's names.
 
-    `form`: of rows the dtype of the codes, of rotated ones "gelu" or "plain", of dequantising the name of the format.
-    `columns`: of a row.
+    `form`: of rows the dtype of the codes, of rotated ones "gelu" or "plain", of dequantising the name of the format,
+    of norm and SiLU which dimension is innermost, "channels" or "pixels". `columns`: of a row, or channels of these.
     """
 
     kernel: str
@@ -162,11 +162,20 @@ class Compiled:
 
 def _launch(variant: Variant) -> None:
     from runner.forecast.precisions import PRECISIONS
+    from runner.generation.wan_animate import norm_silu_triton
+    from runner.generation.wan_animate.norm_silu import SMALLEST_LENGTH
     from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
     from runner.quantization.kernels.rowwise import ROTATION, SMALLEST_SCALE
 
     dtype, rows = getattr(torch, variant.dtype), 64
+    if variant.kernel == "norm_silu":
+        layout = torch.channels_last_3d if variant.form == "channels" else torch.contiguous_format
+        x = torch.empty(1, variant.columns, 1, 30, 52, dtype=dtype).contiguous(memory_format=layout)
+        slots = torch.empty(1, variant.columns, 3, 32, 54, dtype=dtype).contiguous(memory_format=layout)
+        gamma = torch.empty(variant.columns, 1, 1, 1, dtype=dtype)
+        norm_silu_triton.launch(x, gamma, None, SMALLEST_LENGTH, slots[:, :, 2:, 1:-1, 1:-1])
+        return
     if variant.kernel == "rows":
         (largest,) = [row.largest for row in PRECISIONS.values() if row.layout == "rows" and row.dtype == variant.form]
         codes = torch.empty(rows, variant.columns, dtype=getattr(torch, variant.form))
@@ -211,6 +220,7 @@ def main() -> None:
     """Variants on standard input, what they were compiled to on standard output, both JSON lists."""
     import triton
 
+    from runner.generation.wan_animate import norm_silu_triton
     from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
 
     gpu = AbsentGpu()
@@ -219,9 +229,11 @@ def main() -> None:
         "rows": Compiled(rowwise_triton._quantize),
         "rotated": Compiled(rotated_rows_triton._rotate_and_quantize),
         "dequantize": Compiled(dequantize_triton._dequantize),
+        "norm_silu": Compiled(norm_silu_triton._norm_silu),
     }
     rowwise_triton._quantize, dequantize_triton._dequantize = stand_ins["rows"], stand_ins["dequantize"]
     rotated_rows_triton._rotate_and_quantize = stand_ins["rotated"]
+    norm_silu_triton._norm_silu = stand_ins["norm_silu"]
     found = []
     for row in json.load(sys.stdin):
         variant = Variant(**row)
