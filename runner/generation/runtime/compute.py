@@ -117,6 +117,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     from torch import nn
 
     from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product
+    from runner.quantization.kernels.row_codes import name_row_kernel
     from runner.quantization.linear import FP4Linear
 
     log, compute = structlog.get_logger(), recipe.compute
@@ -157,6 +158,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         "compute_product": choice.product,
         "compute_why": choice.why,
         "compute_layers": len(changed),
+        "compute_rows": name_row_kernel(device, compute) if precision.layout == "rows" else "",
         "compute_kept_exact": len(kept),
         "compute_self_test": tested,
     }

@@ -35,6 +35,7 @@ __all__ = [
     "error_text",
     "fast_rotated_rows",
     "fast_rows",
+    "name_row_kernel",
     "pick_rotation",
     "pick_rows",
     "prepare_rows",
@@ -164,6 +165,14 @@ def pick_rotation(device: torch.device, compute: str, gelu: bool) -> tuple[str, 
             return "torch", f"triton refused at {columns} columns: {problem}"
         why.append(f"{other:.2g} at {columns} columns")
     return "triton", f"one pass; share of codes a step off the definition's on {device}: {', '.join(why)}"
+
+
+def name_row_kernel(device: torch.device, compute: str) -> str:
+    """For the record: what makes the codes of `compute`, a precision in rows, on `device`, and why."""
+    kinds = {"": pick_rows(device, compute)}
+    if PRECISIONS[compute].rotated:
+        kinds = {gelu: pick_rotation(device, compute, bool(gelu)) for gelu in ("", "behind GELU ")}
+    return "; ".join(f"{kind}{name}: {why}" for kind, (name, why) in kinds.items())
 
 
 def compare_codes(found: Rows, wanted: Rows) -> tuple[str, float]:

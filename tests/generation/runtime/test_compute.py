@@ -109,6 +109,9 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
     assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
     assert said["compute_kept_exact"] == 0
+    kernels = {"fp8": "torch: no CUDA device"}
+    kernels["int8"] = f"{kernels['fp8']}; behind GELU {kernels['fp8']}"
+    assert said["compute_rows"] == kernels[compute]
     tested = said["compute_self_test"]
     assert len(tested) == 3  # square, in and out of the feed-forward part
     for numbers in tested.values():

@@ -11,7 +11,9 @@ import structlog
 import torch
 from torch._dynamo.utils import counters
 
+from runner.forecast.precisions import REFERENCE
 from runner.generation.runtime.attention import BACKENDS, set_backend
+from runner.generation.runtime.compute import sees_every_token
 from runner.generation.runtime.memory_plan import make_plan
 from runner.generation.wan_animate import compiled as module
 from runner.generation.wan_animate.autoencoder import prepare_vae, with_channels_last
@@ -27,6 +29,7 @@ from runner.generation.wan_animate.compiled import (
 )
 from runner.generation.wan_animate.low_memory import lean_block
 from runner.generation.wan_animate.transformer import Switches, embed_context, run_block
+from runner.quantization.linear import FP4Linear
 from runner.spec.recipes import get_recipe
 from tests.generation.runtime.test_attention import stub_package
 from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
@@ -68,6 +71,19 @@ class Case:
 def one_block(tiny_store_dir):
     with torch.no_grad():
         return Case(load(tiny_store_dir))
+
+
+def test_generated_code_in_int8_passes_the_comparison_at_warming(tiny_store_dir):
+    """By Inductor on the CPU: prepared inputs and the operator that makes codes of them are in the one graph."""
+    model = load(tiny_store_dir, torch.bfloat16)
+    in_four_bits(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, FP4Linear) and sees_every_token(name):
+            layer.set_compute("int8", REFERENCE)
+    case, step = Case(model), CompiledStep()
+    assert (case.warm(step), step.broken, graphs()) == (1, "", 1)
+    assert 0 < step.worst <= TOLERANCES[torch.bfloat16]
+    assert difference(case.run(step), case.run()) <= TOLERANCES[torch.bfloat16]
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])

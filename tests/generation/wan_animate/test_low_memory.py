@@ -8,9 +8,11 @@ import torch
 from runner.forecast.precisions import PRECISIONS, REFERENCE
 from runner.generation.runtime.compute import sees_every_token
 from runner.generation.wan_animate.compiled import TOLERANCES, difference, dummies
-from runner.generation.wan_animate.low_memory import choose_eager_block, lean_block, lean_face
-from runner.generation.wan_animate.transformer import embed_context, run_block
-from runner.quantization.formats.e2m1 import NVFP4
+from runner.generation.wan_animate.low_memory import FFN_PIECES, choose_eager_block, lean_block, lean_face
+from runner.generation.wan_animate.transformer import embed_context, feed_forward, run_block
+from runner.quantization.formats.e2m1 import G32, NVFP4
+from runner.quantization.linear import FP4Linear
+from tests.generation.operator_counts import OperatorCounts
 from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, load
 
 
@@ -58,3 +60,61 @@ def test_blocks_by_rows_compute_what_a_compiled_block_is_compared_with(tiny_stor
         found = lean_block(block, given[0].clone(), *given[1:])
         assert found.dtype == wanted.dtype == dtype
         assert difference(found, wanted) <= TOLERANCES[dtype]
+
+
+def low_block(tiny_store_dir, compute: str, dtype: torch.dtype = torch.bfloat16, *, lora: bool = False):
+    """A block whose layers that see every token compute so, and what it is called with."""
+    model = load(tiny_store_dir, dtype)
+    in_four_bits(model, NVFP4 if compute == "nvfp4" else G32)
+    for name, layer in model.named_modules():
+        fits = isinstance(layer, FP4Linear) and sees_every_token(name)
+        if fits and PRECISIONS[compute].problem_of_shape(layer.out_features, layer.in_features) is None:
+            layer.set_compute(compute, REFERENCE)
+            if lora:
+                down, up = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
+                layer.set_lora([(down.to(dtype), up.to(dtype), 0.02)])
+    inputs = Inputs(model)
+    context = embed_context(model, inputs.texts[:1], inputs.clip)[0]
+    return model.blocks[0], dummies(model, context, tuple(inputs.hidden[0].shape[2:]), model.blocks[0])
+
+
+LOW = pytest.mark.parametrize("compute", [row.name for row in PRECISIONS.values() if row.layout != "exact"])
+STEPS = pytest.mark.parametrize("step", [run_block, lean_block])
+
+
+@LOW
+@STEPS
+@pytest.mark.parametrize("lora", [False, True], ids=["no lora", "lora"])
+@torch.no_grad()
+def test_shared_inputs_have_the_bits_of_separate_ones(tiny_store_dir, monkeypatch, compute, step, lora):
+    """Query, key and value each for itself, GELU in a pass of its own: what each layer makes of a plain input."""
+    block, given = low_block(tiny_store_dir, compute, lora=lora)
+    found = step(block, given[0].clone(), *given[1:])
+    for module in ("transformer", "low_memory"):
+        monkeypatch.setattr(f"runner.generation.wan_animate.{module}.prepare", lambda layers, x: x)
+        monkeypatch.setattr(f"runner.generation.wan_animate.{module}.feed_forward", lambda ffn, x: ffn(x))
+    assert torch.equal(found, step(block, given[0].clone(), *given[1:]))
+
+
+@STEPS
+@torch.no_grad()
+def test_an_eager_block_rotates_six_inputs(tiny_store_dir, step):
+    """In pieces the feed-forward part has two inputs a piece."""
+    block, given = low_block(tiny_store_dir, "int8")
+    with OperatorCounts() as counts:
+        step(block, given[0].clone(), *given[1:])
+    runs = 1 if step is run_block else FFN_PIECES
+    assert counts.launches["video_lab::rotated_codes"] == 4 + 2 * runs
+    assert counts.launches["aten::gelu"] == 0  # inside the operator
+
+
+@pytest.mark.parametrize(("compute", "gelu"), [("int8", 0), ("fp8", 1)])
+@torch.no_grad()
+def test_gelu_stands_alone_where_its_layer_does_not_take_it_in(tiny_store_dir, compute, gelu):
+    block, given = low_block(tiny_store_dir, compute)
+    with OperatorCounts() as counts:
+        found = feed_forward(block.ffn, given[0])
+    assert counts.launches["aten::gelu"] == gelu
+    assert torch.equal(found, block.ffn(given[0]))
+    block.ffn.net[0].approximate = "none"  # the operator's GELU is the one by tanh
+    assert torch.equal(feed_forward(block.ffn, given[0]), block.ffn(given[0]))
