@@ -262,10 +262,10 @@ def test_the_kernel_compiles_for_every_gpu(tmp_path):
 @EVERY_VARIANT
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles(capability, tmp_path):
-    forms, dtypes, lengths = ("plain", "gelu"), ("bfloat16", "float16"), (384, 5120, 13824)
+    forms, dtypes, lengths = ("plain", "gelu"), ("bfloat16", "float16"), (5120, 13824)
     variants = [Variant("rotated", *rest, capability) for rest in product(forms, dtypes, lengths)]
     found = build(variants, tmp_path)
-    assert len(found) == 12
+    assert len(found) == 8
     for variant, built in found.items():
         check_assembly(variant, built)
 
