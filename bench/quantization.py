@@ -4,7 +4,8 @@
 
 Errors are relative (L2). "output" is the error of X W^T where one channel of X in two hundred is 20 times as loud;
 the activation method saw other inputs of the same kind. Costs are CPU seconds, which other programs on the machine
-disturb little. torchao and comfy-kitchen are compared where they are installed. GPU: bench/quantization_gpu.py.
+disturb little. "products" are those of one layer in 8 bits, by the definition of its numbers. torchao and comfy-kitchen
+are compared where they are installed. GPU: bench/quantization_gpu.py.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from _quantization import (
 )
 from torch import Tensor
 
-from runner.quantization.formats.e2m1 import FORMATS, G32, Format, dequantize
+from runner.forecast.precisions import PRECISIONS, REFERENCE
+from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, Format, dequantize
 from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.kernels.dequantize import KERNELS, pick_kernel
+from runner.quantization.linear import FP4Linear
 
 MODEL_WEIGHTS = 17.2327e9  # in the 521 linears of Wan2.2-Animate-14B
+TOKENS = 256
 METHODS: tuple[Method, ...] = ("absmax", "mse", "activation")
 
 
@@ -49,6 +53,7 @@ def main() -> None:
         "errors": errors(weight, others, missing),
         "quantize": quantizing(weight, repeats, others, missing),
         "dequantize": dequantizing(weight, repeats, others, missing),
+        "products": multiplying(weight, repeats),
         "gpu": [
             {"gpu": NOT_MEASURED, "why": "this benchmark stays on the CPU; run `make bench-gpu` on a CUDA machine"}
         ],
@@ -57,6 +62,7 @@ def main() -> None:
         "errors": f"Error, {size} x {size} gaussian",
         "quantize": f"Quantising {size} x {size}, {torch.get_num_threads()} threads",
         "dequantize": f"Dequantising {size} x {size}, one thread",
+        "products": f"A layer of {size} x {size} on {TOKENS} tokens in bfloat16, one thread",
         "gpu": "On a GPU",
     }
     for name, rows in tables.items():
@@ -145,6 +151,39 @@ def dequantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict
     columns = list(rows[0])
     rows = [{name: row.get(name) for name in columns} for row in rows]
     return rows + [{"how": name, "out": why, **dict.fromkeys(columns[2:])} for name, why in missing.items()]
+
+
+def multiplying(weight: Tensor, repeats: int) -> Rows:
+    """8-bit products whose weight is brought to codes at each, and those whose codes are kept; on one thread."""
+    threads, rows = torch.get_num_threads(), list[dict[str, object]]()
+    torch.set_num_threads(1)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight
+    layer = FP4Linear.from_linear(linear, NVFP4, "absmax")
+    x = gaussian(TOKENS, weight.shape[1], seed=5).bfloat16()
+    try:
+        with torch.no_grad():
+            for precision in PRECISIONS.values():
+                if precision.layout != "rows":
+                    continue
+                layer.set_compute(precision.name, REFERENCE)
+                made, _ = cpu_seconds(lambda: layer(x), repeats)
+                wanted = layer(x)
+                making, _ = cpu_seconds(lambda: (layer.drop_codes(), layer.keep_codes(x.dtype)), repeats)
+                kept, _ = cpu_seconds(lambda: layer(x), repeats)
+                rows.append(
+                    {
+                        "compute": precision.name,
+                        "codes made each time, CPU s": made,
+                        "kept, CPU s": kept,
+                        "kept, of made": kept / made,
+                        "making them once, CPU s": making,
+                        "same bits": str(torch.equal(layer(x), wanted)),
+                    }
+                )
+    finally:
+        torch.set_num_threads(threads)
+    return rows
 
 
 def _dequantizing(weight: Tensor, dtype: torch.dtype, repeats: int) -> Rows:

@@ -24,5 +24,9 @@ def test_quantization(tmp_path):
         assert row["of the seed's"] < 1  # CPU time; a tenth, on the full size
         assert row["from the reference"] == 0
     assert all(row["CPU s"] > 0 for row in found["quantize"] if row["CPU s"] is not None)
+    assert [row["compute"] for row in found["products"]] == ["fp8", "int8"]
+    for row in found["products"]:
+        assert row["same bits"] == "True"
+        assert row["kept, of made"] < 1
     assert found["gpu"][0]["gpu"] == "not measured"
     assert "kernel on this device: table" in printed

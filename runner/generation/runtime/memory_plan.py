@@ -18,7 +18,7 @@ round otherwise, and `minimal` by its autoencoder; the mode is part of what equa
 
 `resident` holds first what is worth most seconds. Preprocessing on the host takes about 1.2 s of a CPU core a frame
 (ViTPose-H, derived) where an RTX 5090 renders one in 0.4 to 0.8 s (forecast). Codes that are kept (`kept_codes.py`)
-save 0.3 (fp8) or 0.5 s (int8) of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at
+save 0.3 s of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at
 25 GB/s (assumed), where both prompt and reference are new, and of 1.3 GB where the prompt was encoded before. Codes
 change no bits, so that frames do not depend on whether they are kept.
 """

@@ -125,12 +125,18 @@ def test_a_weight_that_changes_in_place_makes_its_codes_stale(compute, kind):
 @ROWWISE
 @KINDS
 def test_another_weight_makes_the_codes_stale(compute, kind):
-    layer, x = make(kind, compute), gauss(7, 64)
+    """Nothing but the tensor itself tells that it is another."""
+    layer, x, name = make(kind, compute), gauss(7, 64), "weight" if kind == "plain" else "weight_packed"
+    first, second = (
+        nn.Parameter(weight.clone(), requires_grad=False) for weight in (layer.weight, layer.weight.flip(0))
+    )
+    assert first._version == second._version
+    setattr(layer, name, first)
     layer.keep_codes(torch.float32)
-    name = "weight" if kind == "plain" else "weight_packed"
-    other = getattr(layer, name).flip(0)
-    layer.load_state_dict({**layer.state_dict(), name: other}, assign=True)
+    before = layer(x)
+    setattr(layer, name, second)
     assert torch.equal(layer(x), made_each_time(layer, x))
+    assert not torch.equal(layer(x), before)
 
 
 @ROWWISE
