@@ -464,9 +464,10 @@ def main() -> None:
 
 
 def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of one trial's measures of each clip; a clip without any does not count."""
-    filled = [row for row in rows if row]
-    return {column: float(np.mean([row[column] for row in filled])) for column in (filled[0] if filled else {})}
+    """Of one trial's measures of each clip; nothing where a clip has none, for the others may be the easier ones."""
+    if not all(rows):
+        return {}
+    return {column: float(np.mean([row[column] for row in rows])) for column in rows[0]}
 
 
 def run_workers(work: Callable[[Any], list[dict[str, Any]]], tasks: Sequence[Any]) -> list[dict[str, Any]]:

@@ -319,7 +319,7 @@ class Costs:
         self, width: int, height: int, segment_frames: int, segments: int, evaluations: int, *, guided: bool = False
     ) -> float:
         """A whole job with nothing cached: per window the pose and the scene are encoded, the model is evaluated
-        `evaluations` times and the frames are decoded.
+        `evaluations` times and the frames are decoded. Blank frames count as others.
 
         Text and image encoders are left out: under 0.1 % of a job, and run once per distinct prompt or reference.
         """

@@ -7,7 +7,8 @@ The library walks through a clip one latent frame (four pictures) at a time, and
 holds several copies of four pictures of 96 channels. Beyond the last doubling in time every layer is causal and keeps
 its last two inputs anyway, so that pictures go through one by one with the same sums; likewise on the way in, before
 time is first halved. At 832x480 in float32 that is 5.5 GB for decoding instead of 7.8 GB, and 4.0 GB for encoding
-instead of 5.6 GB. `decode_chunks` hands out pixels as they are made: a whole clip never lies on the device.
+instead of 5.6 GB. `decode_chunks` hands out pixels as they are made: a whole clip never lies on the device. Pictures
+that repeat are not encoded anew up to there (`fixed_point.py`).
 
 Norm and SiLU are one operation that writes into the padded inputs of the convolution behind it (`causal_slots.py`,
 `norm_silu.py`); sums with the shortcut are made in place. On a GPU convolutions get weights with the channels innermost
