@@ -93,6 +93,17 @@ def test_a_large_token_takes_precision_from_those_of_its_scale_alone(emulation):
     assert off[13] > 20 * off[12] and groups[13] == groups[5]
 
 
+@pytest.mark.parametrize(("score", "kept"), [(7.0, False), (5.0, True)])
+def test_weights_below_half_a_level_of_the_largest_are_lost(emulation, score, kept):
+    """exp(-7) = .0009, exp(-5) = .0067; half a level is .00196. The sum of weights holds the lost ones too."""
+    query, key, value = torch.zeros(1, 300, 1, 64), torch.zeros(1, 300, 1, 64), torch.ones(1, 300, 1, 64)
+    query[..., 0] = key[:, 0, :, 0] = (score * 8) ** 0.5
+    value[:, 0] = 0
+    found, wanted = emulation.emulated_attention(query, key, value), exact(query, key, value)
+    assert wanted.min() > 0.2
+    assert found.eq(0).all() if not kept else found.isclose(wanted, rtol=0.2).all()
+
+
 def test_zeros_stay_zeros(emulation):
     zeros = torch.zeros(1, 300, 2, 64)
     assert emulation.emulated_attention(zeros, zeros, zeros).eq(0).all()
