@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.wan_animate.causal_slots import CausalConvolutions, CausalLayer
 from runner.generation.wan_animate.fixed_point import FixedPoints, find_repeats
+from runner.generation.wan_animate.half_choice import shrink_residuals
 from runner.generation.wan_animate.norm_silu import pick_norm
 from runner.generation.wan_animate.transformer import Switches
 
@@ -95,7 +96,8 @@ class FramewiseVae(AutoencoderKLWan):
             return
         self.clear_cache()
         try:
-            hidden = self.post_quant_conv(latents)
+            with _choosing_kernels(self.cudnn_benchmark):
+                hidden = self.post_quant_conv(latents)
             at = 0
             for i in range(hidden.shape[2]):
                 self._conv_idx = [0]
@@ -379,16 +381,18 @@ def _choosing_kernels(by_stopwatch: bool) -> Iterator[None]:
 
 
 def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
-    """Sets up an autoencoder that is on its device, as the switches ask; on a GPU, what was chosen, for the record.
+    """Sets up an autoencoder that is on its device, as the switches ask; what was chosen, for the record.
 
     On a GPU convolutions have their channels innermost unless a switch says otherwise; on a CPU they never are by
-    default, so that every sum keeps the library's order.
+    default, so that every sum keeps the library's order. In float16 residual sums are kept smaller (`half_choice.py`).
     """
     cuda, chosen = vae.device.type == "cuda", dict[str, Any]()
     if switches.channels_last or (switches.channels_last is None and cuda):
         chosen["vae_channels_last"] = with_channels_last(vae)
     elif switches.channels_last is False:
         with_channels_last(vae, innermost=False)
+    if vae.dtype == torch.float16:
+        chosen["vae_residual_scale"] = shrink_residuals(vae)
     # A kernel chosen by stopwatch may be another one in the next process, with other last bits. Recipes that compute
     # the autoencoder in float32 promise the same frames from process to process; those in 16 bits do not.
     vae.cudnn_benchmark = cuda and vae.dtype != torch.float32

@@ -8,7 +8,9 @@ from diffusers import AutoencoderKLWan
 
 from runner.errors import NotFinite
 from runner.generation.runtime.finite import FiniteChecks
-from runner.generation.wan_animate.autoencoder import FramewiseVae, decode_latents
+from runner.generation.wan_animate import autoencoder
+from runner.generation.wan_animate.autoencoder import FramewiseVae, decode_latents, prepare_vae
+from runner.generation.wan_animate.transformer import Switches
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +149,58 @@ def test_bfloat16_is_within_what_is_promised():
     latents = torch.randn(1, 16, 2, 4, 4)
     off = (exact.decode(latents).sample - rounded.decode(latents.bfloat16()).sample.float()).square().mean()
     assert 10 * torch.log10(4 / off) > 40  # of values from -1 to 1
+
+
+class OnGpu(FramewiseVae):
+    """On the CPU, and says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "switches", "innermost", "stopwatch"),
+    [
+        (torch.float32, Switches(), True, False),
+        (torch.bfloat16, Switches(), True, True),
+        (torch.float16, Switches(), True, True),
+        (torch.bfloat16, Switches(channels_last=False), False, True),
+    ],
+)
+def test_what_a_gpu_is_set_up_with(dtype, switches, innermost, stopwatch, monkeypatch):
+    """In float32 kernels are never chosen by stopwatch: frames are the same in every process."""
+    monkeypatch.setattr(autoencoder, "pick_norm", lambda *_: ("triton", "agrees"))
+    vae = OnGpu(base_dim=8, num_res_blocks=1).eval().to(dtype)
+    chosen = prepare_vae(vae, switches)
+    assert ("vae_channels_last" in chosen) == innermost
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d) == innermost
+    assert chosen["vae_cudnn_benchmark"] is vae.cudnn_benchmark is stopwatch
+    assert (chosen["vae_norms"], chosen["vae_norms_why"]) == ("triton", "agrees")
+
+
+@pytest.mark.parametrize("stopwatch", [False, True])
+def test_the_choice_by_stopwatch_is_the_autoencoders_alone(stopwatch, monkeypatch):
+    """Also between the pieces of a decoding, while others compute."""
+    ours, _ = pair(base_dim=8)
+    ours.cudnn_benchmark = stopwatch
+    seen, convolve = set(), torch.nn.Conv3d.forward
+    monkeypatch.setattr(
+        torch.nn.Conv3d, "forward", lambda *a: (seen.add(torch.backends.cudnn.benchmark), convolve(*a))[1]
+    )
+    pieces = ours.decode_chunks(torch.randn(1, 16, 2, 4, 4))
+    next(pieces)
+    assert torch.backends.cudnn.benchmark is False
+    list(pieces)
+    ours.encode(torch.rand(1, 3, 5, 32, 32))
+    assert (seen, torch.backends.cudnn.benchmark) == ({stopwatch}, False)
+
+
+def test_channels_innermost_give_the_same_within_rounding():
+    ours, theirs = pair(base_dim=8)
+    autoencoder.with_channels_last(ours)
+    latents = torch.randn(1, 16, 4, 6, 4)
+    torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample, rtol=1e-4, atol=1e-5)
+    pixels = torch.rand(1, 3, 9, 48, 32)
+    found, wanted = (vae.encode(pixels).latent_dist.mode() for vae in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "replace, overlap 5, bfloat16": ("bf16", "replace", 5),
     "animate, bfloat16": ("bf16", "animate", 1),
     "animate, bfloat16 autoencoder": ("bf16+bf16-vae", "animate", 1),
+    "animate, float16 autoencoder": ("bf16+fp16-vae", "animate", 1),
     "animate, strengths": ("fp32", "animate", 1, {"face_strength": 1.7, "pose_strength": 0.5}),
     "animate, anchor": ("fp32", "animate", 1, {"colour": "anchor"}),
     "animate, overlap 5, seam, bfloat16 autoencoder": ("bf16+bf16-vae", "animate", 5, {"colour": "seam"}),
