@@ -22,6 +22,7 @@ __all__ = [
     "GemmPrecision",
     "advised",
     "device_rates",
+    "fastest_first",
 ]
 
 Capability = tuple[int, int]  # of CUDA: (9, 0) for an H200
@@ -58,6 +59,7 @@ class GemmPrecision:
     backends: tuple[GemmBackend, ...] = ()  # on CUDA, best first
     activation_error: float = 0.0
     weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
+    visible: bool = False  # its error shows in the frames: asked for by name, never chosen
     tensor_scale: bool = False  # all rows of an activation share a scale: rows quantised apart have other codes
     code_bytes: int = 0  # a code in rows, in memory: of an activation beside an eager block's peak, of a kept weight
     # Of hidden states [S, d], at 14B shapes: what one compiled block holds at its peak, the input that its caller keeps
@@ -153,13 +155,14 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             advised_on=lambda capability: capability >= (8, 0) and capability[0] not in (9, 10, 11),
             rates={"RTX 5090": 580, "RTX 4090": 540, "L40S": 500, "A100": 464, "H200": 1160, "H100": 1160},
         ),
-        GemmPrecision(  # advised nowhere: its error shows
+        GemmPrecision(
             "nvfp4",
             layout="blocks",
             dtype="float4_e2m1fn_x2",
             largest=6.0,
             multiples=(32, 16),
             stored_format="nvfp4",
+            visible=True,
             tensor_scale=True,
             reference=GemmBackend(REFERENCE, "runner.quantization.kernels.nvfp4:reference"),
             backends=(GemmBackend("scaled_mm", "runner.quantization.kernels.nvfp4:block_scaled"),),
@@ -179,6 +182,18 @@ def advised(capability: Capability | None) -> str:
     if capability is None:
         return DEFAULT_PRECISION
     return next((row.name for row in PRECISIONS.values() if row.advised_on(capability)), DEFAULT_PRECISION)
+
+
+def fastest_first(capability: Capability | None) -> tuple[str, ...]:
+    """The precisions to try for speed, the advised one first, then those that the device has units for; `bf16` last.
+
+    None whose error shows. On a CPU (None) nothing is faster than `bf16`, which is the recipe's own precision there.
+    """
+    best = advised(capability)
+    if capability is None or best == DEFAULT_PRECISION:
+        return (DEFAULT_PRECISION,)
+    others = (r.name for r in PRECISIONS.values() if r.layout != "exact" and not r.visible and r.runs_on(capability))
+    return (best, *(name for name in others if name != best), DEFAULT_PRECISION)
 
 
 def device_rates(device: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from runner.forecast.bytes import vae_traffic
 from runner.forecast.flops import TERA, Costs
-from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, device_rates
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, Capability, device_rates
 
 __all__ = ["DEVICES", "DeviceSpeed", "EngineBuild", "Seconds", "find_device", "forecast_seconds"]
 
@@ -45,24 +45,36 @@ class DeviceSpeed:
     pattern: str  # of the name that the driver gives
     matmul: Mapping[str, float]  # GEMM precision → TFLOP/s, from `PRECISIONS`; one that is missing does not run there
     attention: float  # bfloat16, head_dim 128, the best backend in torch or diffusers
-    attention_8bit: float | None  # queries and keys in eight bits, kernel alone
+    attention_8bit: float | None  # queries and keys in eight bits, kernel alone; None: no rate is known
     copy_gb_s: float  # read and written
     source: str = MEASURED
+    capability: Capability | None = None  # None: not known
 
 
 def _device(
-    name: str, pattern: str, attention: float, attention_8bit: float | None, copy_gb_s: float, source: str = MEASURED
+    name: str,
+    pattern: str,
+    capability: Capability,
+    attention: float,
+    attention_8bit: float | None,
+    copy_gb_s: float,
+    source: str = MEASURED,
 ) -> DeviceSpeed:
-    return DeviceSpeed(name, pattern, device_rates(name), attention, attention_8bit, copy_gb_s, source)
+    rates = device_rates(name)
+    return DeviceSpeed(name, pattern, rates, attention, attention_8bit, copy_gb_s, source, capability)
 
 
+# Attention on sm_90 is cuDNN's, which the engine takes there: 595 TFLOP/s on an H100 SXM at 16k tokens, head_dim 128,
+# without mask (FlashAttention-3, arXiv 2407.08608, figure 5; 617 at 2k). The others are read from SageAttention's
+# charts at 32k. Its 882 in 8 bits on an H100 are of an fp8 kernel that the engine does not take, since it has given
+# noise on Wan models; of the 8-bit kernels that it would run on sm_90 no rate is published.
 DEVICES: tuple[DeviceSpeed, ...] = (
-    _device("RTX 5090", r"\b5090(?! (D|Laptop))", 214, 554, 1509),
-    _device("RTX 4090", r"\b4090(?! (D|Laptop))", 164, 431, 920, "8 bit: estimates"),
-    _device("L40S", r"L40S", 164, 431, 780, "estimates"),
-    _device("A100", r"A100", 204, 278, 1700),
-    _device("H200", r"H200|GH200", 470, 882, 4055, "attention: of an H100"),
-    _device("H100", r"H100", 470, 882, 2800, "products: of an H200"),
+    _device("RTX 5090", r"\b5090(?! (D|Laptop))", (12, 0), 214, 554, 1509),
+    _device("RTX 4090", r"\b4090(?! (D|Laptop))", (8, 9), 164, 431, 920, "8 bit: estimates"),
+    _device("L40S", r"L40S", (8, 9), 164, 431, 780, "estimates"),
+    _device("A100", r"A100", (8, 0), 204, 278, 1700),
+    _device("H200", r"H200|GH200", (9, 0), 595, None, 4055, "attention: of an H100"),
+    _device("H100", r"H100", (9, 0), 595, None, 2800, "products: of an H200"),
 )
 
 

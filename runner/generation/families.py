@@ -56,8 +56,11 @@ class Forecaster(Protocol):
         """Segments and cost of `frames` frames at `size` (width, height); with a `device` also its seconds."""
         ...
 
-    def memory(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
-        """Memory mode → peak bytes on the device while a job of this plan is rendered, in the mode's leanest form."""
+    def memory(self, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None = None) -> Mapping[str, int]:
+        """Memory mode → peak bytes on the device while a job of this plan is rendered, in the mode's leanest form.
+
+        What a recipe leaves to the device is as `device` would choose; without one, what takes most.
+        """
         ...
 
     def why_eager(self, mode: str) -> str:

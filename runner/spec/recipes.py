@@ -8,6 +8,9 @@ Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it i
     fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding; or fp16-vae
     fp4-distill+unipc+steps4          the solver: euler, unipc, dpmpp, res2s; denoising steps where the job does not say
     fp4-distill+beta57                the noise levels: official-grid, diffusers-grid, beta57, and shift3 (or shift2.5)
+
+`fp4-fast` leaves the first three to the device: a word for one of them is refused. What is chosen where, and why, is in
+`generation/runtime/fast_choice.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
@@ -25,6 +28,9 @@ from runner.spec.field_marks import Introduced, NotHashed
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "EIGHT_BIT_ATTENTION",
+    "EXACT_ATTENTION",
+    "FAST_RECIPE",
     "MEMORY_CHOICES",
     "MODES",
     "RECIPES",
@@ -45,6 +51,8 @@ MemoryChoice = Literal["auto", Mode]  # what a run may ask for
 MEMORY_CHOICES: tuple[MemoryChoice, ...] = get_args(MemoryChoice)
 
 
+EXACT_ATTENTION: Final = "exact"
+EIGHT_BIT_ATTENTION: Final = "int8"
 VaeDtype = Literal["float16", "bfloat16", "float32"]  # of the autoencoder
 
 
@@ -67,12 +75,15 @@ class Recipe:
     fp4: bool = False  # the transformer's linears in four bits, see variant.py for the file
     distilled: bool = False  # with the step-distillation LoRA, merged into the file or kept beside it
     compute: str = DEFAULT_PRECISION  # of the transformer's matrix products; `bf16`: in `dtype`, whatever that is
-    attention: Literal["exact", "int8"] = "exact"  # of the transformer's self-attention
+    attention: Literal["exact", "int8"] = EXACT_ATTENTION  # of the transformer's self-attention
     family: Annotated[str, Introduced("wan-animate")] = "wan-animate"  # the model, a row of generation/families.py
+    # Who chooses `compute`, `attention` and `vae_dtype`. "": the recipe. "fast": the device where it runs, among what
+    # passes its self-tests there; these three fields are then what is left where nothing faster passes.
+    choice: Annotated[Literal["", "fast"], Introduced("")] = ""
 
     @property
     def eight_bit_attention(self) -> bool:
-        return self.attention != "exact"
+        return self.attention != EXACT_ATTENTION
 
     def as_dict(self) -> dict[str, object]:
         """All of it but the summary, which is prose; for the record."""
@@ -120,6 +131,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 "FP4 weights with the step-distillation LoRA: 6 Euler steps", fp4=True, distilled=True,
             ),
             Recipe(
+                "fp4-fast", 6, "euler", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
+                "as fp4-distill, with the fastest products, attention and autoencoder that pass their tests there",
+                fp4=True, distilled=True, choice="fast",
+            ),
+            Recipe(
                 "fp4", 20, "unipc", "official", 5.0, "bfloat16", "float32", SOURCE_WEIGHTS,
                 "FP4 weights, 20 UniPC steps", fp4=True,
             ),
@@ -135,6 +151,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )  # fmt: skip
 DEFAULT_RECIPE = "fp4-distill"
+FAST_RECIPE = "fp4-fast"
+CHOSEN = ("compute", "attention", "vae_dtype")  # the fields that `choice` leaves to the device
 
 
 MOST_STEPS = 100  # as a job's own
@@ -153,7 +171,7 @@ FIXED: Mapping[str, Word] = MappingProxyType(
     {
         word.text: word
         for word in (
-            Word("attention", "int8", "int8-attention"),
+            Word("attention", EIGHT_BIT_ATTENTION, "int8-attention"),
             Word("vae_dtype", "bfloat16", "bf16-vae"),
             Word("vae_dtype", "float16", "fp16-vae"),
             *(Word("scheduler", sampler, row.word) for sampler, row in SAMPLER_ROWS.items()),
@@ -161,7 +179,7 @@ FIXED: Mapping[str, Word] = MappingProxyType(
         )
     }
 )
-ORDER = ("compute", "attention", "vae_dtype", "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
+ORDER = (*CHOSEN, "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
 
 
 def get_recipe(name: str) -> Recipe:
@@ -233,6 +251,12 @@ def _meant(text: str) -> str | None:
 def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
     """Raises ConfigInvalid for words that are each right and make no recipe together."""
     sampler, grid = recipe.scheduler, recipe.grid
+    pinned = [words[field].text for field in CHOSEN if field in words]
+    if recipe.choice and pinned:
+        said = "+".join([DEFAULT_RECIPE, *(words[field].text for field in ORDER if field in words)])
+        raise ConfigInvalid(
+            f"recipe {name!r} says {pinned[0]!r}, which {recipe.name} leaves to the device", todo=f"Say {said}"
+        )
     if grid not in SAMPLER_ROWS[sampler].schedules:
         fitting = next(row.word for row in SAMPLER_ROWS.values() if grid in row.schedules)
         told = f"{SAMPLER_ROWS[sampler].word} and {SCHEDULE_WORDS[grid]}"

@@ -209,7 +209,7 @@ def _forecast_row(
         return Forecast(
             job.id,
             plan,
-            memory=forecaster.memory(plan, job.options),
+            memory=forecaster.memory(plan, job.options, gpu),
             fps=sampled.fps,
             interpolation=forecast_interpolation(plan, sampled.fps, job.options, gpu),
             warnings=tuple(warnings),

@@ -169,6 +169,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fp32": ("components", "transformer", "preprocess"),
         "fp4": ("components", "fp4", "preprocess"),
         "fp4-distill": ("components", "fp4", "distill-lora", "preprocess"),
+        "fp4-fast": ("components", "fp4", "distill-lora", "preprocess"),
     }
 )
 

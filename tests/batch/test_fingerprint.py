@@ -211,7 +211,10 @@ def as_version_0_1_0(options: JobOptions, prompt: str, inputs: dict[str, str], i
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@given(some_options, st.text(max_size=5), st.sampled_from([*RECIPES, "fp4+euler+int8+shift2.5"]))
+FIRST_RECIPES = sorted(name for name, recipe in RECIPES.items() if not recipe.choice)  # those of version 0.1.0
+
+
+@given(some_options, st.text(max_size=5), st.sampled_from([*FIRST_RECIPES, "fp4+euler+int8+shift2.5"]))
 @example({}, "", "fp4-distill")
 def test_fingerprints_are_those_of_version_0_1_0(given_options, prompt, recipe):
     keys = ("scheduler", "grid", "shift", "dtype", "vae_dtype", "weights", "fp4", "distilled", "compute", "attention")
@@ -222,6 +225,16 @@ def test_fingerprints_are_those_of_version_0_1_0(given_options, prompt, recipe):
     for options in (JobOptions, LaterOptions):
         job = Job("a", "r", "v", None, prompt, options.model_validate(given_options), 1)
         assert fingerprint(fingerprint_parts(job, inputs, named)) == old
+
+
+def test_a_recipe_that_leaves_its_choice_to_the_device_is_hashed_as_asked_for():
+    """`fp4-distill`'s own parts and one more, so that the same job is done on any device and not done again."""
+    distill, fast = get_recipe("fp4-distill").effective(), get_recipe("fp4-fast").effective()
+    assert fast == {**distill, "choice": "fast"}
+    old = {f"model.recipe.{key}": str(value) for key, value in distill.items()}
+    new = {f"model.recipe.{key}": str(value) for key, value in fast.items()}
+    assert differences(old, new) == ["model.recipe.choice:  → fast"]
+    assert fingerprint(old) != fingerprint(new)
 
 
 def test_a_changed_default_of_an_old_option_changes_the_fingerprint(job, monkeypatch):

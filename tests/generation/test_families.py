@@ -39,7 +39,7 @@ class EchoForecaster:
     ) -> SegmentPlan:
         return StubGenerator().plan(frames, size, options)
 
-    def memory(self, plan: SegmentPlan, options: JobOptions) -> dict[str, int]:
+    def memory(self, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None = None) -> dict[str, int]:
         return {"resident": self.weights + 3 * plan.width * plan.height}
 
     why_eager = Forecaster.why_eager  # the protocol's own answer

@@ -439,7 +439,7 @@ def test_a_missing_version_hides_no_other_problem(text, expected):
 def test_an_unknown_recipe_is_told_with_the_other_problems():
     """`get_recipe` decides, whether the manifest is YAML or JSON lines."""
     text = "version: 1\nmemory: strem\nrecipe: fp4-distil+fp8\n" + JOBS
-    known = "Recipes: fp4-distill, fp4, bf16, fp32; after a +: "
+    known = "Recipes: fp4-distill, fp4-fast, fp4, bf16, fp32; after a +: "
     near = f"recipe: no recipe 'fp4-distil+fp8'; did you mean 'fp4-distill+fp8'? {known}"
     assert [problem.split(": ")[1] for problem in problems(text)] == [
         "memory", "recipe", "jobs[0].options.stps", "jobs[1].reference",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from runner.errors import ConfigInvalid
 from runner.forecast.precisions import PRECISIONS
 from runner.generation.sampling import make_sampler
 from runner.spec.hashed_fields import RECIPE_KEYS, introduced_defaults
-from runner.spec.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
+from runner.spec.recipes import DEFAULT_RECIPE, FAST_RECIPE, RECIPES, Recipe, get_recipe
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_prose_does_not_change_the_fingerprint():
 
 
 def test_an_unknown_recipe_gets_a_suggestion_and_the_list():
-    with pytest.raises(ConfigInvalid, match=r"did you mean 'bf16'.*fp4-distill, fp4, bf16, fp32") as caught:
+    with pytest.raises(ConfigInvalid, match=r"did you mean 'bf16'.*fp4-distill, fp4-fast, fp4, bf16, fp32") as caught:
         get_recipe("bf61")
     assert caught.value.exit_code == 2
 
@@ -45,6 +45,13 @@ def test_only_the_distilled_recipe_has_few_steps_and_the_lora():
     assert (plain.steps, plain.scheduler, plain.fp4, plain.distilled) == (20, "unipc", True, False)
     assert not get_recipe("bf16").fp4
     assert distilled.as_dict() != plain.as_dict()
+
+
+def test_the_fast_recipe_is_the_distilled_one_but_for_what_the_device_chooses():
+    distilled, fast = get_recipe("fp4-distill"), get_recipe("fp4-fast")
+    assert fast.name == FAST_RECIPE
+    assert replace(fast, name=distilled.name, summary=distilled.summary, choice="") == distilled
+    assert fast.as_dict()["choice"] == "fast" and distilled.as_dict()["choice"] == ""
 
 
 def changed(name: str) -> dict[str, object]:
@@ -74,6 +81,8 @@ def changed(name: str) -> dict[str, object]:
         ("fp32+int8", {"compute": "int8"}, "fp32+int8"),
         ("fp4-distill+bf16-vae+fp8", {"compute": "fp8", "vae_dtype": "bfloat16"}, "fp4-distill+fp8+bf16-vae"),
         ("fp4-distill+euler+steps6+official-grid+bf16+shift5", {}, "fp4-distill"),
+        ("fp4-fast+steps4+unipc", {"scheduler": "unipc", "steps": 4}, "fp4-fast+unipc+steps4"),
+        ("fp4-fast+beta57+shift3", {"grid": "beta57", "shift": 3.0}, "fp4-fast+beta57+shift3"),
     ],
 )
 def test_words_change_what_they_name_and_nothing_else(name, fields_changed, canonical):
@@ -141,6 +150,14 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4-distill+unipc+diffusers-grid", "Leave out one of unipc and diffusers-grid"),
         ("fp4-distill+res2s+diffusers-grid", "Leave out one of res2s and diffusers-grid"),
         ("fp32+bf16", "Use recipe bf16"),
+        ("fp4-fast+fp8", "says 'fp8', which fp4-fast leaves to the device. Say fp4-distill[+]fp8"),
+        ("fp4-fast+int8", "Say fp4-distill[+]int8"),
+        ("fp4-fast+nvfp4", "Say fp4-distill[+]nvfp4"),
+        ("fp4-fast+bf16", "Say fp4-distill[+]bf16"),
+        ("fp4-fast+int8-attention", "Say fp4-distill[+]int8-attention"),
+        ("fp4-fast+bf16-vae", "Say fp4-distill[+]bf16-vae"),
+        ("fp4-fast+steps4+fp16-vae+unipc", "Say fp4-distill[+]fp16-vae[+]unipc[+]steps4"),
+        ("fp4-fst+steps4", "did you mean 'fp4-fast[+]steps4'"),
         ("bf16+steps0", "steps1 to steps100"),
         ("bf16+steps101", "steps1 to steps100"),
         ("bf16+shift0", "Above 0"),

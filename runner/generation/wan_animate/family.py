@@ -16,11 +16,12 @@ from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import SegmentPlan
 from runner.generation.runtime.eager_blocks import eager_by_plan, eager_cost, eager_words
+from runner.generation.runtime.fast_choice import foresee, foresee_any
 from runner.generation.runtime.memory_plan import Window, choose_plan, forecast_memory, make_plan
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loras import check_own, own_parts
 from runner.spec.options import JobOptions
-from runner.spec.recipes import MODES, Recipe
+from runner.spec.recipes import MODES, Mode, Recipe
 from runner.weights.digests import FileIdentities
 from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore, wanted, wanted_by_jobs
@@ -42,22 +43,23 @@ class WanAnimateForecaster:
     def plan(
         self, frames: int, size: tuple[int, int], options: JobOptions, device: DeviceSpeed | None = None
     ) -> SegmentPlan:
-        return plan_job(frames, size, options, self.recipe, self.costs, device)
+        return plan_job(frames, size, options, foresee(self.recipe, device), self.costs, device)
 
-    def memory(self, plan: SegmentPlan, options: JobOptions) -> dict[str, int]:
+    def memory(self, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None = None) -> dict[str, int]:
+        recipes = foresee_any(self.recipe) if device is None else (foresee(self.recipe, device),)
+        return {mode: max(self._peak(mode, recipe, plan, options) for recipe in recipes) for mode in MODES}
+
+    def _peak(self, mode: Mode, recipe: Recipe, plan: SegmentPlan, options: JobOptions) -> int:
         window = (plan.width, plan.height, plan.segment_frames)
-        peaks: dict[str, int] = {}
-        for mode in MODES:
-            leanest, _ = choose_plan(mode, self.recipe, self.costs, 0, windows=[Window(*window)])
-            peaks[mode] = forecast_memory(
-                leanest,
-                self.recipe,
-                self.costs,
-                *window,
-                guided=options.guidance_scale > 1,
-                interpolates=options.output.interpolate > 1,
-            ).peak
-        return peaks
+        leanest, _ = choose_plan(mode, recipe, self.costs, 0, windows=[Window(*window)])
+        return forecast_memory(
+            leanest,
+            recipe,
+            self.costs,
+            *window,
+            guided=options.guidance_scale > 1,
+            interpolates=options.output.interpolate > 1,
+        ).peak
 
     def why_eager(self, mode: str) -> str:
         return eager_by_plan(make_plan(mode, self.recipe))

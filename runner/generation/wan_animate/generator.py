@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from runner.errors import RunnerError
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.forecast.seconds import find_device
@@ -29,6 +31,7 @@ from runner.generation.runtime.device import (
     release,
 )
 from runner.generation.runtime.eager_blocks import eager_cost, eager_words
+from runner.generation.runtime.fast_choice import FastChoice, probe_choice
 from runner.generation.runtime.memory_plan import (
     PREPROCESS_EXTRA,
     Load,
@@ -106,11 +109,14 @@ class WanAnimateGenerator:
         identity: Mapping[str, str],
         description: Mapping[str, Any],
         loras: JobLoras | None = None,
-        make: Callable[[MemoryPlan], tuple[AnimatePipeline, JobLoras, dict[str, Any]]] | None = None,
+        make: Callable[[MemoryPlan, Recipe], tuple[AnimatePipeline, JobLoras, dict[str, Any]]] | None = None,
         load_bytes: Load | None = None,
+        choice: FastChoice | None = None,
     ) -> None:
+        """`recipe`: as it was asked for. `choice`: what it left to the device, settled."""
         self.pipeline: AnimatePipeline | None = pipeline
         self.recipe = recipe
+        self.choice = choice
         self.preprocessor = preprocessor
         self.costs = costs
         self.identity = dict(identity)
@@ -138,6 +144,11 @@ class WanAnimateGenerator:
         store, recipe, cache = models.store, models.recipe, settings.cache
         picked, why = pick_device(settings.device)
         grow_segments(picked)
+        choice = None
+        if recipe.choice:
+            shape = models.costs.transformer
+            choice = probe_choice(recipe, picked, shape.num_attention_heads, shape.attention_head_dim)
+            models = replace(models, recipe=choice.running)
         memory_plan, memory_said = plan_memory(models, picked, settings.memory, settings.demands())
         on_device = picked.type != "cpu" and memory_plan.preprocess == "device"
         preprocessor = Preprocessor.load(
@@ -155,8 +166,8 @@ class WanAnimateGenerator:
         if cache is not None:
             keep_code(cache)
 
-        def make(plan: MemoryPlan) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
-            pipeline, placement = load_pipeline(models, picked, settings.assume, plan=plan)
+        def make(plan: MemoryPlan, running: Recipe) -> tuple[AnimatePipeline, JobLoras, dict[str, Any]]:
+            pipeline, placement = load_pipeline(replace(models, recipe=running), picked, settings.assume, plan=plan)
             pipeline.divide_caches(settings.processes)
             if cache is not None:
                 pipeline.prompts = PromptCache.open(cache / "prompts", models.text_digest, recipe.dtype, picked)
@@ -165,14 +176,17 @@ class WanAnimateGenerator:
             placement |= {"loras_beside": dict(beside)} if beside else {}
             return pipeline, loras, placement | hold_codes(pipeline, recipe)
 
-        pipeline, loras, placement = make(memory_plan)
+        pipeline, loras, placement = make(memory_plan, models.recipe)
+        if choice is not None:
+            choice = choice.settle(placement.pop("choice"))
+            structlog.get_logger().info("fast_chosen", device=str(picked), **choice.as_dict())
         description = {
             "model": _model_name(models),
             "recipe": recipe.as_dict(),
             "device": str(picked),
             "device_why": why,
             **memory_said,
-            **check_cudnn(picked, recipe, memory_plan),
+            **check_cudnn(picked, models.recipe, memory_plan),
             **placement,
             "load_s": round(time.monotonic() - begin, 3),
             "preprocess": dict(preprocessor.description),
@@ -187,13 +201,20 @@ class WanAnimateGenerator:
             loras=loras,
             make=make,
             load_bytes=Load(**models.bytes),
+            choice=choice,
         )
+
+    @property
+    def running(self) -> Recipe:
+        """The recipe as it computes: what it leaves to the device is chosen. `recipe` is the one that was asked for."""
+        return self.recipe if self.choice is None else self.choice.running
 
     @property
     def description(self) -> Mapping[str, Any]:
         """What was chosen at loading and why; of the blocks, what they run as by now, for compiling may have failed."""
         step = None if self.pipeline is None else self.pipeline.block_step
-        return self._description | ({} if step is None else step.description)
+        chosen = {} if self.choice is None else {"choice": self.choice.as_dict()}
+        return self._description | chosen | ({} if step is None else step.description)
 
     @property
     def resume_identity(self) -> Mapping[str, str]:
@@ -252,8 +273,10 @@ class WanAnimateGenerator:
         self.close()  # first, so that old and new are never there together
         gc.collect()  # the library's models hold references to themselves
         release(device)
-        lowered = replace(make_plan(below, self.recipe), preprocess=plan.preprocess)
-        self.pipeline, self.loras, placement = self._make(lowered)
+        lowered = replace(make_plan(below, self.running), preprocess=plan.preprocess)
+        self.pipeline, self.loras, placement = self._make(lowered, self.running)
+        if self.choice is not None:
+            self.choice = self.choice.settle(placement.pop("choice"))
         why = f"memory ran out in mode {plan.mode}"
         memory = lowered.as_dict() | {"asked": self._description["memory"]["asked"]}
         self._description |= {**placement, "memory": memory, "memory_why": why}
@@ -299,7 +322,7 @@ class WanAnimateGenerator:
         cuda = self._loaded.compute_device.type == "cuda"
         return forecast_memory(
             memory,
-            self.recipe,
+            self.running,
             self.costs,
             *size,
             guided=options.guidance_scale > 1,
@@ -320,7 +343,7 @@ class WanAnimateGenerator:
     def plan(self, frames: int, size: tuple[int, int], options: JobOptions) -> SegmentPlan:
         memory = None if self.pipeline is None else self.pipeline.memory
         kept = memory is not None and memory.keep_codes
-        return plan_job(frames, size, options, self.recipe, self.costs, self.speed, codes_kept=kept)
+        return plan_job(frames, size, options, self.running, self.costs, self.speed, codes_kept=kept)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
         from runner.generation.wan_animate.windows import DrawnAhead, spans_of

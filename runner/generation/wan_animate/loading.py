@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from runner.errors import RunnerError, WeightsCorrupt
+from runner.forecast.flops import Costs
 from runner.generation.protocol import JobDemand
+from runner.generation.runtime.compute import capability_of
 from runner.generation.runtime.device import as_out_of_memory, cudnn_problem, cudnn_version, free_bytes
-from runner.generation.runtime.memory_plan import Load, MemoryPlan, Window, choose_plan, make_plan
+from runner.generation.runtime.fast_choice import attention_fallbacks, fallbacks, try_each
+from runner.generation.runtime.memory_plan import Load, MemoryPlan, Window, choose_plan, forecast_memory, make_plan
 from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
@@ -49,7 +52,8 @@ def load_pipeline(
 ) -> tuple[AnimatePipeline, dict[str, Any]]:
     """The recipe's pipeline on `device`, in its precision, and what was chosen and why. Reads local files only.
 
-    `plan`: where things go, by default everything on the device.
+    `plan`: where things go, by default everything on the device. Of a recipe that leaves its choice to the device, the
+    one with the choice made (`runtime/fast_choice.py`).
     Raises WeightsCorrupt where a file does not hold exactly the model's tensors: a missing one would be filled with
     noise by the library, with a mere warning.
     """
@@ -66,7 +70,8 @@ def load_pipeline(
 
     diffusers_logging.disable_progress_bar()  # the run has its own
     transformers_logging.disable_progress_bar()
-    dtype, vae_dtype = getattr(torch, recipe.dtype), getattr(torch, plan.vae_dtype)
+    dtype = getattr(torch, recipe.dtype)
+    vae_dtype, vae_why = _vae_dtype(recipe, plan)
     try:
         encoders, text_why = find_encoders(models, dtype)
         transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.slots > 0)
@@ -76,17 +81,30 @@ def load_pipeline(
             "text_encoder": encoders.text,
             "image_encoder": encoders.image,
             "transformer": transformer,
-            "vae": _load_whole(FramewiseVae, models, "vae", torch_dtype=vae_dtype),
+            "vae": _load_whole(FramewiseVae, models, "vae", torch_dtype=getattr(torch, vae_dtype)),
         }
         pipeline = AnimatePipeline(**components)
         see_whole_reference(pipeline.image_processor)
         said = chosen | {"text_encoder": text_why} | place_models(pipeline, device, plan)
-        return pipeline, said | tune(pipeline, recipe, device)
+        said |= tune(pipeline, recipe, device)
+        if recipe.choice:
+            said["choice"]["why"]["vae"] = vae_why
+        return pipeline, said
     except (RuntimeError, MemoryError) as err:
         exhausted = as_out_of_memory(err, device, doing="loading the models")
         if exhausted is None:
             raise
         raise exhausted from err
+
+
+def _vae_dtype(recipe: Recipe, plan: MemoryPlan) -> tuple[str, str]:
+    """The autoencoder's dtype; and why, where the device chooses between the two of 16 bits, which take the same bytes.
+
+    The one place that decides between them: bfloat16 until the largest activation is looked at.
+    """
+    if not recipe.choice or plan.vae_dtype == "float32":
+        return plan.vae_dtype, ""
+    return plan.vae_dtype, "bfloat16, whose range is float32's"
 
 
 def load_transformer(
@@ -187,11 +205,20 @@ def plan_memory(
     """
     load, cuda = Load(**models.bytes), device.type == "cuda"
     windows = tuple({_window(demand, models.store): None for demand in demands}) or (Window(),)
-    plan, why = choose_plan(
-        asked, models.recipe, models.costs, free_bytes(device), windows=windows, load=load, cuda=cuda
-    )
+    recipe = _largest(fallbacks(models.recipe, capability_of(device)), models.costs, cuda)
+    plan, why = choose_plan(asked, recipe, models.costs, free_bytes(device), windows=windows, load=load, cuda=cuda)
     structlog.get_logger().info("memory_chosen", device=str(device), mode=plan.mode, asked=asked, why=why)
     return plan, {"memory": plan.as_dict() | {"asked": asked}, "memory_why": why}
+
+
+def _largest(recipes: Sequence[Recipe], costs: Costs, cuda: bool) -> Recipe:
+    """Of recipes that differ in what products compute in, the one that takes most memory in a denoising step."""
+
+    def denoising(recipe: Recipe) -> int:
+        window = Window.width, Window.height, Window.frames
+        return forecast_memory(make_plan("resident", recipe), recipe, costs, *window, cuda=cuda).stages["denoise"]
+
+    return max(recipes, key=denoising)
 
 
 def check_cudnn(device: torch.device, recipe: Recipe, plan: MemoryPlan) -> dict[str, str]:
@@ -263,7 +290,8 @@ def _load_whole(kind: Any, models: ResolvedRecipe, name: str, **settings: Any) -
 def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Choose and set up; what was chosen, for the record. May be called again after `pipeline.switches` has changed.
 
-    Raises ConfigInvalid where the recipe asks for what this device cannot do, or does wrongly.
+    Raises ConfigInvalid where the recipe asks for what this device cannot do, or does wrongly. One that leaves its
+    choice to the device goes on with slower products or exact attention instead; `choice` says what it came to.
     """
     import torch
 
@@ -273,8 +301,20 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
     from runner.generation.wan_animate.compiled import make_block_step
 
     dtype = getattr(torch, recipe.dtype)
-    said = apply_compute(pipeline.transformer, recipe, device)
-    said |= apply_attention(pipeline.transformer, device, dtype, eight_bit=recipe.eight_bit_attention)
+    model, capability = pipeline.transformer, capability_of(device)
+    products = try_each(fallbacks(recipe, capability), lambda r: apply_compute(model, r, device))
+    attention = try_each(
+        attention_fallbacks(recipe),
+        lambda r: apply_attention(model, device, dtype, eight_bit=r.eight_bit_attention),
+    )
+    said = {**products.said, **attention.said}
+    if recipe.choice:
+        said["choice"] = {
+            "compute": products.recipe.compute,
+            "attention": attention.recipe.attention,
+            "vae": str(pipeline.vae.dtype).removeprefix("torch."),
+            "why": {"compute": products.refused, "attention": attention.refused},
+        }
     said |= prepare_vae(pipeline.vae, pipeline.switches)
     pipeline.block_step, why = make_block_step(pipeline.switches, device, pipeline.memory)
     compiled_by = "eager" if pipeline.block_step is None else pipeline.block_step.backend

@@ -1,0 +1,245 @@
+"""Fast choice: what `fp4-fast` computes products, attention and the autoencoder in on a device, and why.
+
+In:   the recipe, a GPU's compute capability, what is known of its speed, what was tried. Out: the recipe as it runs.
+Never: a choice that failed its self-test; a fingerprint, which has the recipe as it was asked for.
+
+Each part is chosen alone, best first, and each falls back alone:
+
+    products       the precision that is advised for the GPU, then the other one of 8 bits, then the recipe's own. The
+                   backend is tried before the memory is planned, the layers when they are loaded
+    attention      in 8 bits where that is faster than the exact backend and passes its trial; else exact
+    autoencoder    in 16 bits, unless cuDNN makes no 3D convolutions in them
+
+Nothing is faster on a CPU: there it runs as fp4-distill does, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from runner.errors import ConfigInvalid
+from runner.forecast.precisions import Capability, fastest_first
+from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
+from runner.spec.recipes import EIGHT_BIT_ATTENTION, EXACT_ATTENTION, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Applied",
+    "FastChoice",
+    "FastOrder",
+    "attention_fallbacks",
+    "choice_words",
+    "choose",
+    "fallbacks",
+    "foresee",
+    "foresee_any",
+    "order_choices",
+    "probe_choice",
+    "try_each",
+]
+
+HALF: Final = "bfloat16"  # of the autoencoder; `loading.py` may take float16 instead, which has as many bytes
+# Major capabilities whose exact kernels are made for them, and on which 8-bit attention would run by kernels of the
+# older instructions (mma.sync), of which no rate is published there.
+EXACT_LEADS = (9, 10, 11)
+LEAST = (8, 0)  # below, neither bfloat16 nor the 8-bit kernels have units of their own
+
+
+@dataclass(frozen=True)
+class FastOrder:
+    """What to try for each part, best first: the recipe with that part changed. The last of each always works.
+
+    `compute`: names of `PRECISIONS`. `eight_bit_attention`: try it. `why`: part → the reason, for the record.
+    """
+
+    recipe: Recipe
+    compute: tuple[str, ...]
+    eight_bit_attention: bool
+    half_vae: bool
+    why: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FastChoice:
+    """`running`: the recipe with what was chosen. `vae_dtype`: of the autoencoder, once it is loaded."""
+
+    running: Recipe
+    why: Mapping[str, str]
+    vae_dtype: str = ""
+
+    def settle(self, loaded: Mapping[str, Any]) -> FastChoice:
+        """The choice after `loading.tune`, which says what the layers' own self-tests left: `compute`, `attention`,
+        `vae` and the reasons of what they refused."""
+        running = replace(self.running, compute=loaded["compute"], attention=loaded["attention"])
+        more = {part: text for part, text in loaded["why"].items() if text and text not in self.why[part]}
+        why = {part: f"{text}; {more[part]}" if part in more else text for part, text in self.why.items()}
+        return FastChoice(running, why, loaded["vae"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record."""
+        vae = self.vae_dtype or self.running.vae_dtype
+        return {
+            "asked": self.running.choice,
+            "compute": self.running.compute,
+            "attention": self.running.attention,
+            "vae": vae,
+            "why": dict(self.why),
+        }
+
+
+def order_choices(
+    recipe: Recipe, capability: Capability | None, speed: DeviceSpeed | None = None, cudnn_problem: str | None = None
+) -> FastOrder:
+    """The candidates on a GPU of this capability (None: a CPU). Pure.
+
+    `speed`: what is known of the GPU. `cudnn_problem`: see `device.cudnn_problem`.
+    """
+    if capability is None:
+        text = "no GPU: nothing is faster here than the recipe's own precision"
+        return FastOrder(recipe, (recipe.compute,), False, False, dict.fromkeys(("compute", "attention", "vae"), text))
+    compute = fastest_first(capability)
+    said = f"sm_{capability[0]}{capability[1]}"
+    eight_bit, attention_why = _attention(capability, speed, said)
+    half, vae_why = _autoencoder(capability, cudnn_problem, said)
+    why = {
+        "compute": f"{compute[0]} is the fastest on {said}" if len(compute) > 1 else f"no 8-bit products on {said}",
+        "attention": attention_why,
+        "vae": vae_why,
+    }
+    return FastOrder(recipe, compute, eight_bit, half, why)
+
+
+def _attention(capability: Capability, speed: DeviceSpeed | None, said: str) -> tuple[bool, str]:
+    if capability < LEAST:
+        return False, f"no 8-bit kernels for {said}"
+    if capability[0] in EXACT_LEADS:
+        return False, f"exact: no 8-bit kernel that runs on {said} is known to be faster than its exact ones"
+    if speed is None:
+        return True, f"8 bits are faster than the exact kernels on GPUs like {said}"
+    eight_bit, exact = speed.attention_8bit, speed.attention
+    if eight_bit is None or eight_bit <= exact:
+        return False, f"exact: nothing in 8 bits is known to be faster on {speed.name}"
+    return True, f"8 bits: {eight_bit:g} TFLOP/s on {speed.name}, exact {exact:g}, both published"
+
+
+def _autoencoder(capability: Capability, cudnn_problem: str | None, said: str) -> tuple[bool, str]:
+    if capability < LEAST:
+        return False, f"float32: no units for bfloat16 on {said}"
+    if cudnn_problem is not None:
+        return False, f"float32: {cudnn_problem}"
+    return True, "16 bits"
+
+
+def choose(
+    order: FastOrder, product_problem: Callable[[str], str | None], attention_problem: Callable[[], str | None]
+) -> FastChoice:
+    """The first of each part that nothing is wrong with, and what was wrong with those before it.
+
+    `product_problem`: precision → why no product of it is right here, or None. `attention_problem`: the same of 8-bit
+    attention. Neither is asked of what always works.
+    """
+    why, refused, compute = dict(order.why), list[str](), order.compute[-1]
+    for name in order.compute[:-1]:
+        problem = product_problem(name)
+        if problem is None:
+            compute = name
+            break
+        refused.append(f"{name} refused: {problem}")
+    why["compute"] = "; ".join([why["compute"], *refused])
+    running = replace(order.recipe, compute=compute)
+    if order.half_vae:
+        running = replace(running, vae_dtype=HALF)
+    if order.eight_bit_attention:
+        problem = attention_problem()
+        if problem is None:
+            running = replace(running, attention=EIGHT_BIT_ATTENTION)
+        else:
+            why["attention"] += f"; refused, exact instead: {problem}"
+    return FastChoice(running, why)
+
+
+def probe_choice(recipe: Recipe, device: torch.device, heads: int, head_dim: int) -> FastChoice:
+    """What passes the tests that need no weights on `device`, for a transformer of `heads` heads."""
+    import torch
+
+    from runner.generation.runtime.attention import pick_backend
+    from runner.generation.runtime.compute import capability_of
+    from runner.generation.runtime.device import cudnn_problem, device_name
+    from runner.quantization.kernels.low_bit import pick_product
+
+    def product_problem(compute: str) -> str | None:
+        name, why = pick_product(device, compute)
+        return why if name is None else None
+
+    def attention_problem() -> str | None:
+        try:
+            pick_backend(device, getattr(torch, recipe.dtype), heads, head_dim, eight_bit=True)
+        except ConfigInvalid as err:
+            return err.what
+        return None
+
+    cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
+    order = order_choices(recipe, capability_of(device), find_device(device_name(device)), cudnn_problem(cudnn))
+    return choose(order, product_problem, attention_problem)
+
+
+def fallbacks(running: Recipe, capability: Capability | None) -> tuple[Recipe, ...]:
+    """`running` and, where a device chose, those with the slower products that follow if its layers fail their test."""
+    if not running.choice:
+        return (running,)
+    names = fastest_first(capability)
+    after = names[names.index(running.compute) :] if running.compute in names else (running.compute,)
+    return tuple(replace(running, compute=name) for name in after)
+
+
+def attention_fallbacks(running: Recipe) -> tuple[Recipe, ...]:
+    """The same of attention: `running`, and where a device chose 8 bits, the one with exact attention."""
+    if not running.choice or not running.eight_bit_attention:
+        return (running,)
+    return running, replace(running, attention=EXACT_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What came of `try_each`. `refused`: why those before `recipe` were not taken; empty where it was the first."""
+
+    recipe: Recipe
+    said: Mapping[str, Any]
+    refused: str
+
+
+def try_each(recipes: Sequence[Recipe], apply: Callable[[Recipe], Mapping[str, Any]]) -> Applied:
+    """The first of `recipes` (one at least) that `apply` takes. Raises what it raises for the last, ConfigInvalid where
+    a device cannot do what was asked for by name."""
+    refused: list[str] = []
+    for recipe in recipes[:-1]:
+        try:
+            return Applied(recipe, apply(recipe), "; ".join(refused))
+        except ConfigInvalid as err:
+            refused.append(f"refused when the model was loaded: {err.what}")
+    return Applied(recipes[-1], apply(recipes[-1]), "; ".join(refused))
+
+
+def foresee(recipe: Recipe, speed: DeviceSpeed | None) -> Recipe:
+    """`recipe` as it would run on a known GPU if all that is to be tried there passes; unchanged where nothing is
+    chosen, and where the GPU is not known. For forecasts."""
+    if not recipe.choice or speed is None:
+        return recipe
+    order = order_choices(recipe, speed.capability, speed)
+    return choose(order, lambda _: None, lambda: None).running
+
+
+def foresee_any(recipe: Recipe) -> tuple[Recipe, ...]:
+    """Every way in which `recipe` would run on the known GPUs, and its own, without repetitions."""
+    return tuple(dict.fromkeys([recipe, *(foresee(recipe, speed) for speed in DEVICES)]))
+
+
+def choice_words(running: Recipe) -> str:
+    """`int8 products, 8-bit attention, autoencoder in 16 bits`."""
+    attention = "8-bit" if running.eight_bit_attention else "exact"
+    vae = "float32" if running.vae_dtype == "float32" else "16 bits"
+    return f"{running.compute} products, {attention} attention, autoencoder in {vae}"
