@@ -41,6 +41,7 @@ from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, advised
 from runner.forecast.seconds import DEVICES, EngineBuild, forecast_seconds
 from runner.generation.runtime.compute import capability_of
 from runner.generation.runtime.device import grow_segments
+from runner.generation.runtime.fast_choice import choice_words, foresee, probe_choice
 from runner.generation.runtime.memory_plan import (
     CONTEXT_BYTES,
     MODES,
@@ -51,8 +52,10 @@ from runner.generation.runtime.memory_plan import (
     forecast_memory,
     make_plan,
 )
+from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
-from runner.spec.recipes import Recipe, get_recipe
+from runner.spec.options import JobOptions
+from runner.spec.recipes import FAST_RECIPE, Recipe, get_recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
@@ -94,7 +97,18 @@ def low_bits(engine: OneEngine, found: dict[str, Spent | str], like: Spent | Non
         if compute not in found:
             found[compute] = in_fewer_bits(engine, compute, like)
         rows.append(bench.row(f"{bench.recipe.name}+{compute}", found[compute]))
-    return rows
+    return [*rows, bench.row(FAST_RECIPE, as_chosen(engine, like))]
+
+
+def as_chosen(engine: OneEngine, like: Spent | None) -> Spent | str:
+    """With the products and attention that the device chooses; in 16 bits the autoencoder is in all settings."""
+    bench, shape = engine.bench, engine.bench.costs.transformer
+    if not bench.cuda:
+        return "needs a GPU"
+    recipe = get_recipe(FAST_RECIPE)
+    running = probe_choice(recipe, bench.device, shape.num_attention_heads, shape.attention_head_dim).running
+    found = engine.measure(all_on(bench), bench.takes(like, compiling=True), running)
+    return found if isinstance(found, str) else replace(found, note=f"{choice_words(running)}; {found.note}")
 
 
 def in_fewer_bits(engine: OneEngine, compute: Any, like: Spent | None) -> Spent | str:
@@ -279,9 +293,12 @@ def forecasts() -> Rows:
         row: dict[str, object] = {"forecast, s a clip": device.name}
         for name, build in builds.items():
             row[name] = None
-            if build.compute in device.matmul:
+            if build.compute in device.matmul and (device.attention_8bit or not build.attention_8bit):
                 clip = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
                 row[name] = forecast_seconds(PRODUCTION, device, build, **clip).total_s
+        fast = foresee(get_recipe(FAST_RECIPE), device)
+        row[FAST_RECIPE] = plan_job(81, (832, 480), JobOptions(), fast, device=device).seconds
+        row["it would choose"] = choice_words(fast)
         rows.append(row)
     return rows
 

@@ -21,13 +21,14 @@ from runner.forecast.precisions import PRECISIONS
 from runner.generation.runtime.attention import LIMITS, available_backends, pick_backend
 from runner.generation.runtime.compute import capability_of, decide
 from runner.generation.runtime.device import free_bytes
+from runner.generation.runtime.fast_choice import probe_choice
 from runner.generation.runtime.memory_plan import Window, choose_plan
 from runner.generation.runtime.streaming import pin, whole_pages
 from runner.quantization.formats.e2m1 import FORMATS
 from runner.quantization.kernels.dequantize import pick_kernel
 from runner.quantization.kernels.low_bit import pick_product
 from runner.quantization.kernels.row_codes import pick_rotation, pick_rows
-from runner.spec.recipes import get_recipe
+from runner.spec.recipes import FAST_RECIPE, get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("diffusers", "transformers", "triton", "comfy-kitchen", "onnxruntime-gpu", "sageattention", "flash_attn_3")
@@ -60,6 +61,7 @@ def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
             part.measure("products", {"precision": name}, lambda name=name: product(device, name))
     for kind in LIMITS:
         part.measure("attention", {"kind": kind}, lambda kind=kind: attention(device, eight_bit=kind == "8 bit"))
+    part.measure("fast", {"recipe": FAST_RECIPE}, lambda: fast(device))
     part.measure("pinned", {}, lambda: pinned(device))
     for size in ((832, 480, 81), (1280, 720, 81)):
         part.measure("memory_plan", {"size": "x".join(map(str, size))}, lambda size=size: memory_plan(device, size))
@@ -115,6 +117,11 @@ def attention(device: torch.device, *, eight_bit: bool) -> dict[str, Any]:
     name, why, error = pick_backend(device, dtype, HEADS, HEAD_DIM, eight_bit=eight_bit)
     limit = LIMITS["8 bit" if eight_bit else "exact"]
     return chosen((name, why)) | {"trial_error": error, "limit": limit, "available": sorted(available_backends())}
+
+
+def fast(device: torch.device) -> dict[str, Any]:
+    """What the recipe that leaves its choice to the device would run as here, before its layers are tested."""
+    return probe_choice(get_recipe(FAST_RECIPE), device, HEADS, HEAD_DIM).as_dict()
 
 
 def pinned(device: torch.device) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def plan_job(
 ) -> SegmentPlan:
     """The segments of `frames` frames at `size` (width, height) pixels. Raises InputTooShort below two frames.
 
-    With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute.
+    With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute. A
+    recipe that leaves its choice to the device stands for itself: `fast_choice.foresee` makes that choice.
     `codes_kept`: the weights' 8-bit codes are; not known before a model is loaded, for it depends on free memory.
     """
     width, height = size
@@ -127,7 +128,13 @@ def plan_job(
     guided = options.guidance_scale > 1
     seconds = None
     if device is not None and recipe.compute in device.matmul:
-        build = EngineBuild(recipe.compute, fp4=recipe.fp4, vae=recipe.vae_dtype, codes_kept=codes_kept)
+        build = EngineBuild(
+            recipe.compute,
+            fp4=recipe.fp4,
+            attention_8bit=recipe.eight_bit_attention,
+            vae=recipe.vae_dtype,
+            codes_kept=codes_kept,
+        )
         seconds = forecast_seconds(
             costs,
             device,

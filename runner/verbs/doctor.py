@@ -175,13 +175,35 @@ class _Machine:
         devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
         if chosen := self._chosen_gpu():
             name, (major, minor) = chosen
-            return Check("gpu", "ok", f"{name}, compute capability {major}.{minor}")
+            return Check("gpu", "ok", f"{name}, compute capability {major}.{minor}{self._forecasts(name)}")
         if devices:
             return Check("gpu", "fail", f"torch sees {len(devices)}", f"Choose cuda:0 to cuda:{len(devices) - 1}")
         if self.lacking == "warn":
             return Check("gpu", "warn", "torch sees none", "Enough for the demo on the CPU; real weights want a GPU")
         return Check(
             "gpu", "fail", "torch sees none", "Mend torch and driver above; check CUDA_VISIBLE_DEVICES; or --device cpu"
+        )
+
+    def _forecasts(self, gpu: str) -> str:
+        """What a usual clip takes on a known GPU with the default recipe, and with the one that the device chooses."""
+        from runner.forecast.seconds import find_device
+        from runner.generation.families import get_family
+        from runner.generation.runtime.fast_choice import choice_words, foresee
+        from runner.spec.options import JobOptions
+        from runner.spec.recipes import DEFAULT_RECIPE, FAST_RECIPE, get_recipe
+
+        speed = find_device(gpu)
+        if speed is None:
+            return ""
+        seconds = []
+        for recipe in map(get_recipe, (DEFAULT_RECIPE, FAST_RECIPE)):
+            plan = get_family(recipe).forecaster(recipe, None).plan(USUAL_FRAMES, USUAL_SIZE, JobOptions(), speed)
+            seconds.append(plan.seconds or 0.0)
+        words = choice_words(foresee(get_recipe(FAST_RECIPE), speed))
+        width, height = USUAL_SIZE
+        return (
+            f"; {FAST_RECIPE}: {seconds[0]:.3g} → {seconds[1]:.3g} s a clip of {width}x{height}, {USUAL_FRAMES} frames "
+            f"({DEFAULT_RECIPE} before, forecasts), by {words}"
         )
 
     def cudnn(self) -> Check:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runner.finishing.interpolation import InterpolationForecast
     from runner.verbs.doctor import Check
     from runner.verbs.outcome import RunOutcome
-    from runner.verbs.plan import Forecast, RunForecast
+    from runner.verbs.plan import FastForecast, Forecast, RunForecast
     from runner.verbs.submit import Submitted
     from runner.verbs.validate import Validation
 
@@ -64,13 +64,16 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
     """`forecast_s` is null without a GPU of which something is known; `memory_bytes` is the device's peak by mode.
 
     A job's `frames`, `fps`, `tflop` and `forecast_s` are of generation; `interpolation` has the frames and the rate of
-    the output, and what is added to the cost. The totals' `tflop` and `forecast_s` have both.
+    the output, and what is added to the cost. The totals' `tflop` and `forecast_s` have both. `fast` has the same
+    seconds with the recipe that leaves its choice to the device, and what it would choose; null where it brings
+    nothing.
     """
     plans = [row.plan for row in forecast.jobs if row.plan is not None]
     seconds = [row.seconds for row in forecast.jobs if row.seconds is not None]
     return {
         "gpu": forecast.gpu,
         "warnings": list(forecast.warnings),
+        "fast": None if forecast.fast is None else _fast(forecast.fast),
         "jobs": [_planned(row) for row in forecast.jobs],
         "totals": {
             "jobs": len(forecast.jobs),
@@ -107,6 +110,18 @@ def _planned(row: Forecast) -> dict[str, Any]:
             "interpolation": None if between is None else _interpolated(between),
         }
     return found
+
+
+def _fast(found: FastForecast) -> dict[str, Any]:
+    running = found.running
+    return {
+        "recipe": running.name,
+        "compute": running.compute,
+        "attention": running.attention,
+        "vae_dtype": running.vae_dtype,
+        "forecast_s": found.forecast_s,
+        "asked_s": found.asked_s,
+    }
 
 
 def _interpolated(between: InterpolationForecast) -> dict[str, Any]:

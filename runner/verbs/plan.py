@@ -20,13 +20,14 @@ from runner.finishing.interpolation import InterpolationForecast, forecast_inter
 from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
 from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
+from runner.generation.runtime.fast_choice import choice_words, foresee
 from runner.preprocess.pictures.images import image_size
 from runner.preprocess.pictures.sizing import output_size
 from runner.preprocess.pose_cache import POSES_FOLDER
 from runner.preprocess.prepare import foreseen_warnings
 from runner.records.events import default_logging
 from runner.spec.manifest import Job, Manifest
-from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from runner.spec.recipes import DEFAULT_RECIPE, FAST_RECIPE, Recipe, get_recipe
 from runner.storage import fetch_input, is_remote, stat_input
 from runner.storage.disk_cache import DiskCache
 from runner.storage.roots import check_inside, parse_roots
@@ -38,8 +39,18 @@ from runner.video import Sampled, VideoReader
 if TYPE_CHECKING:
     from runner.verbs.probes import Gpu
 
-__all__ = ["Forecast", "RunForecast", "choose_gpu", "forecast_jobs", "forecast_seconds", "foreseen_mode", "plan"]
+__all__ = [
+    "FastForecast",
+    "Forecast",
+    "RunForecast",
+    "choose_gpu",
+    "forecast_jobs",
+    "forecast_seconds",
+    "foreseen_mode",
+    "plan",
+]
 
+WORTH_SAYING = 0.05  # of the seconds: below, the forecast is not as exact as the difference
 FORECAST_S = 20.0  # seconds that forecasts may take before a run begins
 
 
@@ -68,12 +79,29 @@ class Forecast:
 
 
 @dataclass(frozen=True)
+class FastForecast:
+    """What FAST_RECIPE computes in on the GPU, and its seconds for all jobs beside those of the run's own recipe.
+
+    `running`: the recipe as it would run there if every self-test passes. `asked_s`: None where it is the run's own.
+    """
+
+    running: Recipe
+    forecast_s: float
+    asked_s: float | None = None
+
+    def __str__(self) -> str:
+        saved = "" if self.asked_s is None else f"{self.asked_s:.3g} → "
+        return f"{self.running.name}: {saved}{self.forecast_s:.3g} s (a forecast), by {choice_words(self.running)}"
+
+
+@dataclass(frozen=True)
 class RunForecast:
     """A row a job of the shard, in order, and the GPU whose seconds they name; None where none is known."""
 
     jobs: tuple[Forecast, ...]
     gpu: str | None
     warnings: tuple[str, ...] = ()  # of the whole run
+    fast: FastForecast | None = None  # None: it would bring nothing, or nothing is known of a GPU
 
 
 @default_logging()
@@ -81,7 +109,31 @@ def plan(settings: PlanSettings) -> RunForecast:
     """The verb `plan`. Raises ManifestInvalid, ConfigInvalid, storage.* for the manifest itself."""
     manifest, jobs, _, _ = choose_jobs(settings)
     rows, gpu = forecast_jobs(jobs, settings, manifest)
-    return RunForecast(tuple(rows), gpu, tuple(_warn_of_eager_blocks(jobs, rows, settings, manifest)))
+    warnings = tuple(_warn_of_eager_blocks(jobs, rows, settings, manifest))
+    recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
+    return RunForecast(tuple(rows), gpu, warnings, _forecast_fast(jobs, rows, recipe, settings, find_device(gpu)))
+
+
+def _forecast_fast(
+    jobs: Sequence[Job], rows: Sequence[Forecast], recipe: Recipe, settings: PlanSettings, gpu: DeviceSpeed | None
+) -> FastForecast | None:
+    """Of the run's own recipe where a device chooses, and of FAST_RECIPE where the run takes the default as it is."""
+    asked = [row.seconds for row in rows if row.seconds is not None]
+    if gpu is None or not asked or (recipe.name != DEFAULT_RECIPE and not recipe.choice):
+        return None
+    if recipe.choice:
+        return FastForecast(foresee(recipe, gpu), sum(asked))
+    fast = get_recipe(FAST_RECIPE)
+    forecaster, found = get_family(fast).forecaster(fast, _local_models(settings)), list[float]()
+    for job, row in zip(jobs, rows, strict=True):
+        if row.plan is None or row.seconds is None:
+            continue
+        between = row.seconds - (row.plan.seconds or 0.0)  # frames between others: no work of the recipe's
+        plan = forecaster.plan(row.plan.frames, (row.plan.width, row.plan.height), job.options, gpu)
+        found.append((plan.seconds or 0.0) + between)
+    if sum(found) > (1 - WORTH_SAYING) * sum(asked):
+        return None
+    return FastForecast(foresee(fast, gpu), sum(found), sum(asked))
 
 
 def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
@@ -184,9 +236,11 @@ def forecast_seconds(
 
 def _open_forecaster(settings: ModelSettings, manifest: Manifest) -> tuple[Forecaster, Recipe]:
     recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
-    local = settings.models if settings.models and not is_remote(settings.models) else None
-    forecaster = get_family(recipe).forecaster(recipe, Path(local) if local else None)
-    return forecaster, recipe
+    return get_family(recipe).forecaster(recipe, _local_models(settings)), recipe
+
+
+def _local_models(settings: ModelSettings) -> Path | None:
+    return Path(settings.models) if settings.models and not is_remote(settings.models) else None
 
 
 def _forecast_row(

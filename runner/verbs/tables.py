@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from runner.verbs.doctor import Check
     from runner.verbs.dry_run import Action
     from runner.verbs.outcome import RunOutcome
-    from runner.verbs.plan import Forecast
+    from runner.verbs.plan import FastForecast, Forecast
     from runner.verbs.quantize import Quantized
     from runner.verbs.submit import Submitted
     from runner.verbs.weights import Verification
@@ -237,9 +237,14 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
     console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {found}", soft_wrap=True)
 
 
-def print_plan(rows: Sequence[Forecast], gpu: str | None = None, warnings: Sequence[str] = ()) -> None:
+def print_plan(
+    rows: Sequence[Forecast],
+    gpu: str | None = None,
+    warnings: Sequence[str] = (),
+    fast: FastForecast | None = None,
+) -> None:
     """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode.
-    `warnings`: of the whole run.
+    `warnings`: of the whole run. `fast`: what the recipe that leaves its choice to the device takes there.
 
     A narrow terminal lacks some columns, which are named below the table.
     """
@@ -275,6 +280,8 @@ def print_plan(rows: Sequence[Forecast], gpu: str | None = None, warnings: Seque
         f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
         soft_wrap=True,
     )
+    if fast is not None:
+        console.print(escape(str(fast)), soft_wrap=True)
 
 
 def _interpolated(between: InterpolationForecast, gpu: str | None) -> str:

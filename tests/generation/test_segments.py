@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import ConfigInvalid, InputTooShort
+from runner.forecast.bytes import vae_traffic
 from runner.forecast.flops import PRODUCTION
-from runner.forecast.seconds import VAE_SHARE, find_device
+from runner.forecast.seconds import VAE_SHARE, EngineBuild, find_device, forecast_seconds
 from runner.generation.segments import (
     fit_segments,
     longest_window,
@@ -122,7 +123,23 @@ def test_in_mode_animate_the_blank_frames_of_later_windows_cost_less(overlap):
 
     window = (832, 480, planned("animate", 229).segment_frames)
     full, blank = (PRODUCTION.vae.encode_flop(*window, start) for start in (None, overlap))
+    through_memory, _ = vae_traffic(PRODUCTION.vae, *window, dtype="float32")
     saved = 2 * (full - blank) / 1e12 / gpu.matmul["bf16"] / VAE_SHARE["float32"]
+    saved += 2 * through_memory * (1 - blank / full) / gpu.copy_gb_s / 1e9
     assert planned("replace", 229).seconds - planned("animate", 229).seconds == pytest.approx(saved, rel=1e-9)
     assert planned("animate", 229).segments == 3 and saved > 4
     assert planned("replace", 81) == planned("animate", 81)
+
+
+def test_seconds_are_those_of_every_word_of_the_recipe():
+    gpu = find_device("RTX 5090")
+    assert gpu is not None
+
+    def seconds(name: str) -> float | None:
+        return plan_job(81, (832, 480), JobOptions(), get_recipe(name), device=gpu).seconds
+
+    window = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}
+    build = EngineBuild("int8", attention_8bit=True, vae="bfloat16")
+    wanted = forecast_seconds(PRODUCTION, gpu, build, **window).total_s
+    assert seconds("fp4-distill+int8+int8-attention+bf16-vae") == wanted
+    assert wanted < min(seconds("fp4-distill+int8+bf16-vae"), seconds("fp4-distill+int8+int8-attention"))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import _gpu_check_autoencoder as autoencoder
 import _gpu_check_block as block
+import _gpu_check_choices as choices
 import pytest
 import torch
 from _gpu_check_record import PartRecord
@@ -37,6 +38,14 @@ def test_an_h200_has_these_variants_the_advised_one_first(cuda):
         ("bf16", "", True),
     ]
     assert [variant[0] for variant in block.variants_on(CPU)] == ["bf16", "fp8", "int8", "nvfp4"]
+
+
+def test_the_fast_recipe_s_choice_is_a_row(monkeypatch):
+    """On a CPU nothing is chosen; with an H200's capability the product is tried, here as the definition."""
+    assert choices.fast(CPU)["compute"] == "bf16"
+    monkeypatch.setattr("runner.generation.runtime.compute.capability_of", lambda _: (9, 0))
+    found = choices.fast(CPU)
+    assert (found["asked"], found["compute"], found["attention"], found["vae"]) == ("fast", "fp8", "exact", "bfloat16")
 
 
 def test_a_block_s_peak_counts_its_hidden_states_and_stands_beside_the_plan_s(cuda):

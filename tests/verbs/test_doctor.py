@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -167,6 +168,16 @@ def test_each_defect_is_found_and_has_a_remedy(tmp_path, name, said, status, wor
     check = ask(name, tmp_path, **said)
     assert check.status == status
     assert words in f"{check.found} {check.todo}"
+
+
+def test_the_gpu_says_what_the_fast_recipe_would_bring(tmp_path):
+    check = ask("gpu", tmp_path)
+    assert check.status == "ok"
+    seconds = re.search(r"; fp4-fast: ([\d.]+) → ([\d.]+) s a clip of 832x480, 81 frames", check.found)
+    assert seconds and float(seconds[2]) < 0.9 * float(seconds[1])
+    assert check.found.endswith("forecasts), by fp8 products, exact attention, autoencoder in 16 bits")
+    old = ask("gpu", tmp_path, torch=TorchInfo("2.12.0+cu130", "13.0", (("Tesla T4", (7, 5)),)))
+    assert old.found == "Tesla T4, compute capability 7.5"  # nothing is known of its speed
 
 
 def test_a_gpu_that_is_not_there(tmp_path):

@@ -75,6 +75,68 @@ def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys)
     assert "s on RTX 5090" in printed and f"{here.plan.seconds:.3g}" in printed and "a forecast" in printed
 
 
+def planned(demo_media, recipe, gpu, tmp_path, capsys):
+    """What `plan` finds for one job of 48 frames, and what it prints."""
+    inputs = {"reference": f"{demo_media}/references/anna.png", "video": f"{demo_media}/dances/wave.mp4"}
+    manifest = {"version": 1, "jobs": [{"id": "a", **inputs, "options": {"size": "832x480"}}]}
+    (tmp_path / "m.json").write_text(json.dumps(manifest | ({"recipe": recipe} if recipe else {})))
+    found = plan(PlanSettings(manifest=str(tmp_path / "m.json"), models=None, gpu=gpu, cache=tmp_path))
+    print_plan(found.jobs, found.gpu, found.warnings, found.fast)
+    return found, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["fp4-distill", None])
+def test_plan_says_what_the_fast_recipe_would_bring(demo_media, recipe, monkeypatch, tmp_path, capsys):
+    machine_with(monkeypatch, "NVIDIA GeForce RTX 5090")
+    found, printed = planned(demo_media, recipe, None, tmp_path, capsys)
+    asked, fast = found.fast.asked_s, found.fast.forecast_s
+    assert asked == found.jobs[0].seconds and fast < 0.6 * asked
+    words = "int8 products, 8-bit attention, autoencoder in 16 bits"
+    assert f"fp4-fast: {asked:.3g} → {fast:.3g} s (a forecast), by {words}\n" in printed
+    assert plan_object(found)["fast"] == {
+        "recipe": "fp4-fast", "compute": "int8", "attention": "int8", "vae_dtype": "bfloat16",
+        "forecast_s": fast, "asked_s": asked,
+    }  # fmt: skip
+    same, _ = planned(demo_media, "fp4-fast", None, tmp_path, capsys)
+    assert same.jobs[0].seconds == same.fast.forecast_s == fast and same.fast.asked_s is None
+
+
+def test_plan_says_what_the_fast_recipe_would_choose(demo_media, monkeypatch, tmp_path, capsys):
+    machine_with(monkeypatch)
+    found, printed = planned(demo_media, "fp4-fast", "H200", tmp_path, capsys)
+    words = "fp8 products, exact attention, autoencoder in 16 bits"
+    assert f"fp4-fast: {found.jobs[0].seconds:.3g} s (a forecast), by {words}" in printed
+    chosen, _ = planned(demo_media, "fp4-distill+fp8+bf16-vae", "H200", tmp_path, capsys)
+    assert (found.jobs[0].seconds, found.jobs[0].memory) == (chosen.jobs[0].seconds, chosen.jobs[0].memory)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu"), [("fp4-distill", None), ("fp4-fast", None), ("fp4-distill+fp8", "H200"), ("fp4", "H200")]
+)
+def test_plan_says_nothing_of_it_without_a_gpu_or_for_other_recipes(
+    demo_media, recipe, gpu, monkeypatch, tmp_path, capsys
+):
+    machine_with(monkeypatch)
+    found, printed = planned(demo_media, recipe, gpu, tmp_path, capsys)
+    assert found.fast is None and "fp4-fast" not in printed and plan_object(found)["fast"] is None
+
+
+def test_plan_says_nothing_of_a_small_gain(demo_media, monkeypatch, tmp_path, capsys):
+    machine_with(monkeypatch)
+    monkeypatch.setattr("runner.generation.wan_animate.family.foresee", lambda recipe, device: recipe)
+    assert planned(demo_media, "fp4-distill", "H200", tmp_path, capsys)[0].fast is None
+
+
+def test_without_a_gpu_memory_is_that_of_whatever_a_device_may_choose(demo_media, monkeypatch, tmp_path, capsys):
+    machine_with(monkeypatch)
+    largest = planned(demo_media, "fp4-fast", None, tmp_path, capsys)[0].jobs[0].memory
+    for gpu in ("RTX 5090", "H200", "A100"):
+        memory = planned(demo_media, "fp4-fast", gpu, tmp_path, capsys)[0].jobs[0].memory
+        assert all(memory[mode] <= largest[mode] for mode in largest)
+    distilled = planned(demo_media, "fp4-distill", None, tmp_path, capsys)[0].jobs[0].memory
+    assert all(distilled[mode] <= largest[mode] for mode in largest)
+
+
 def test_the_memory_mode_of_a_run_is_the_first_that_fits_every_job():
     peaks = [{"resident": 30, "stream": 9, "minimal": 5}, {"resident": 20, "stream": 14, "minimal": 7}]
     assert [foreseen_mode("auto", peaks, free) for free in (30, 29, 14, 13, 1)] == [

@@ -17,6 +17,8 @@ from runner.generation.runtime.fast_choice import (
     order_choices,
     try_each,
 )
+from runner.generation.segments import plan_job
+from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
 
 FAST, DISTILL = get_recipe("fp4-fast"), get_recipe("fp4-distill")
@@ -119,6 +121,19 @@ def test_forecasts_take_what_would_run_there(gpu, words):
     assert foresee(FAST, None) == FAST
     assert foresee(FAST, find_device(gpu)) in foresee_any(FAST) and FAST in foresee_any(FAST)
     assert foresee_any(DISTILL) == (DISTILL,)
+
+
+@pytest.mark.parametrize(("gpu", "most", "gain"), [("RTX 5090", 31, 1.9), ("H200", 18, 1.15), ("RTX 4090", 41, 2)])
+def test_the_forecast_of_a_clip_with_what_would_run(gpu, most, gain):
+    """832x480, 81 frames, six steps: seconds, and how many times as fast as fp4-distill. Forecasts."""
+    speed = find_device(gpu)
+
+    def seconds(recipe) -> float:
+        found = plan_job(81, (832, 480), JobOptions(), recipe, device=speed).seconds
+        assert found is not None
+        return found
+
+    assert seconds(foresee(FAST, speed)) < min(most, seconds(DISTILL) / gain)
 
 
 def test_the_layers_may_fall_back_to_slower_products_and_never_to_faster_ones():
