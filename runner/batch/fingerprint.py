@@ -78,7 +78,7 @@ def _introduced() -> dict[str, Any]:
 
 
 def _short(value: Any, length: int = 24) -> str:
-    text = redact(str(value))  # before it is cut: half a password is not known for one
+    text = redact(str(value)) or "(empty)"  # before it is cut: half a password is not known for one
     if text.startswith("sha256:"):
         text = text[: len("sha256:") + 8]
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -233,7 +233,7 @@ def test_a_recipe_that_leaves_its_choice_to_the_device_is_hashed_as_asked_for():
     assert fast == {**distill, "choice": "fast"}
     old = {f"model.recipe.{key}": str(value) for key, value in distill.items()}
     new = {f"model.recipe.{key}": str(value) for key, value in fast.items()}
-    assert differences(old, new) == ["model.recipe.choice:  → fast"]
+    assert differences(old, new) == ["model.recipe.choice: (empty) → fast"]
     assert fingerprint(old) != fingerprint(new)
 
 

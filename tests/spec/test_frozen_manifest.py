@@ -23,7 +23,10 @@ from tests.spec.test_regression_limits import LIMITS
 
 RUN_KEYS = st.fixed_dictionaries(
     {},
-    optional={"recipe": st.sampled_from(["bf16", "fp4-distill+euler"]), "memory": st.sampled_from(["auto", "stream"])},
+    optional={
+        "recipe": st.sampled_from(["bf16", "fp4-distill+euler", "fp4-fast+steps4"]),
+        "memory": st.sampled_from(["auto", "stream"]),
+    },
 )
 SUBJECT = st.sampled_from(["centre", 2, [0, 1.5, 20, 30]])
 MASK = st.fixed_dictionaries({}, optional={"iterations": st.integers(0, 50), "w_len": st.none() | st.integers(1, 9)})

@@ -119,6 +119,14 @@ def test_two_devices_have_one_identity(store, monkeypatch):
     assert found[0][1:] == found[1][1:] == (plain, get_recipe("fp4-fast").effective())
 
 
+def test_a_job_is_resumed_only_where_the_same_was_chosen(store, monkeypatch):
+    force(monkeypatch, HOPPER)
+    first, again = load(store).resume_identity, load(store).resume_identity
+    force(monkeypatch, BLACKWELL)
+    other = load(store).resume_identity
+    assert first == again and {name for name in first if first[name] != other[name]} == {"compute"}
+
+
 def test_a_product_that_is_not_right_here_gives_way_to_the_next(store, monkeypatch):
     from runner.quantization.kernels import low_bit
 
