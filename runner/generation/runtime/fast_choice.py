@@ -42,7 +42,7 @@ __all__ = [
     "try_each",
 ]
 
-HALF: Final = "bfloat16"  # of the autoencoder; `loading.py` may take float16 instead, which has as many bytes
+HALF: Final = "bfloat16"  # of the autoencoder; loading.py takes float16, of as many bytes, where the weights allow it
 # Major capabilities whose exact kernels are made for them, and on which 8-bit attention would run by kernels of the
 # older instructions (mma.sync), of which no rate is published there.
 EXACT_LEADS = (9, 10, 11)

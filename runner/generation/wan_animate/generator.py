@@ -186,6 +186,7 @@ class WanAnimateGenerator:
             "device": str(picked),
             "device_why": why,
             **memory_said,
+            "memory": memory_said["memory"] | _placed(pipeline),
             **check_cudnn(picked, models.recipe, memory_plan),
             **placement,
             "load_s": round(time.monotonic() - begin, 3),
@@ -278,7 +279,7 @@ class WanAnimateGenerator:
         if self.choice is not None:
             self.choice = self.choice.settle(placement.pop("choice"))
         why = f"memory ran out in mode {plan.mode}"
-        memory = lowered.as_dict() | {"asked": self._description["memory"]["asked"]}
+        memory = self._description["memory"] | _placed(self.pipeline)
         self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
 
@@ -427,6 +428,11 @@ def _model_name(models: ResolvedRecipe) -> str:
         return "Wan2.2-Animate-14B"
     name = "Wan2.2-Animate demo" if (models.store.root / DEMO_MARKER).is_file() else "Wan2.2-Animate"
     return f"{name} ({shape.num_layers} layers of width {width})"
+
+
+def _placed(pipeline: AnimatePipeline) -> dict[str, Any]:
+    """Where things are, as it came out: the plan's dtype of the autoencoder may stand for either of 16 bits."""
+    return {} if pipeline.memory is None else pipeline.memory.as_dict()
 
 
 def _preprocess_identity(description: Mapping[str, Any]) -> str:

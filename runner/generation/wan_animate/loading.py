@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,6 @@ def load_pipeline(
     from transformers import AutoTokenizer, CLIPImageProcessorPil
     from transformers.utils import logging as transformers_logging
 
-    from runner.generation.wan_animate.autoencoder import FramewiseVae
     from runner.generation.wan_animate.pipeline import AnimatePipeline
 
     recipe = models.recipe
@@ -71,20 +71,21 @@ def load_pipeline(
     diffusers_logging.disable_progress_bar()  # the run has its own
     transformers_logging.disable_progress_bar()
     dtype = getattr(torch, recipe.dtype)
-    vae_dtype, vae_why = _vae_dtype(recipe, plan)
     try:
         encoders, text_why = find_encoders(models, dtype)
         transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.slots > 0)
+        vae, vae_why = _load_autoencoder(models, plan, device)
         components = {
             "tokenizer": _load(AutoTokenizer, models, "tokenizer"),
             "image_processor": _load(CLIPImageProcessorPil, models, "image_processor"),
             "text_encoder": encoders.text,
             "image_encoder": encoders.image,
             "transformer": transformer,
-            "vae": _load_whole(FramewiseVae, models, "vae", torch_dtype=getattr(torch, vae_dtype)),
+            "vae": vae,
         }
         pipeline = AnimatePipeline(**components)
         see_whole_reference(pipeline.image_processor)
+        plan = replace(plan, vae_dtype=_name_of(vae.dtype))
         said = chosen | {"text_encoder": text_why} | place_models(pipeline, device, plan)
         said |= tune(pipeline, recipe, device)
         if recipe.choice:
@@ -97,14 +98,22 @@ def load_pipeline(
         raise exhausted from err
 
 
-def _vae_dtype(recipe: Recipe, plan: MemoryPlan) -> tuple[str, str]:
-    """The autoencoder's dtype; and why, where the device chooses between the two of 16 bits, which take the same bytes.
+def _load_autoencoder(models: ResolvedRecipe, plan: MemoryPlan, device: torch.device) -> tuple[Any, str]:
+    """The autoencoder in the plan's dtype; in that of the two of 16 bits which suits its weights, and why, where the
+    recipe leaves the choice open: both take the same bytes."""
+    import torch
 
-    The one place that decides between them: bfloat16 until the largest activation is looked at.
-    """
-    if not recipe.choice or plan.vae_dtype == "float32":
-        return plan.vae_dtype, ""
-    return plan.vae_dtype, "bfloat16, whose range is float32's"
+    from runner.generation.wan_animate.autoencoder import FramewiseVae
+    from runner.generation.wan_animate.half_choice import pick_half
+
+    if not models.recipe.choice or plan.vae_dtype == "float32":
+        return _load_whole(FramewiseVae, models, "vae", torch_dtype=getattr(torch, plan.vae_dtype)), ""
+    dtype, why = pick_half(_load_whole(FramewiseVae, models, "vae", torch_dtype=torch.float32).to(device))
+    return _load_whole(FramewiseVae, models, "vae", torch_dtype=dtype), why
+
+
+def _name_of(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_transformer(
@@ -312,7 +321,7 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
         said["choice"] = {
             "compute": products.recipe.compute,
             "attention": attention.recipe.attention,
-            "vae": str(pipeline.vae.dtype).removeprefix("torch."),
+            "vae": _name_of(pipeline.vae.dtype),
             "why": {"compute": products.refused, "attention": attention.refused},
         }
     said |= prepare_vae(pipeline.vae, pipeline.switches)

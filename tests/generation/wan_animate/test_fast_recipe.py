@@ -15,7 +15,7 @@ from runner.forecast.flops import PRODUCTION
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
 from runner.generation.runtime import attention, compute, fast_choice
-from runner.generation.wan_animate import loading
+from runner.generation.wan_animate import half_choice, loading
 from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.spec.options import JobOptions
 from runner.spec.recipes import get_recipe
@@ -85,12 +85,21 @@ def test_a_forced_choice_renders_and_the_record_names_it(store, distilled, monke
     assert (said["compute"], said["compute_product"]) == ("fp8", "reference")
     chosen = said["choice"]
     assert (chosen["asked"], chosen["compute"], chosen["attention"], chosen["vae"]) == (
-        "fast", "fp8", "exact", "bfloat16",
+        "fast", "fp8", "exact", "float16",
     )  # fmt: skip
     assert chosen["why"]["compute"] == "fp8 is the fastest on sm_90"
-    assert said["memory"]["vae_dtype"] == "bfloat16"
+    assert "a sixteenth of float16's range" in chosen["why"]["vae"]
+    assert said["memory"]["vae_dtype"] == "float16" and generator.memory.vae_dtype == "float16"
     identity = generator.resume_identity
-    assert identity["compute"].startswith("fp8, reference") and identity["autoencoder"].startswith("bfloat16")
+    assert identity["compute"].startswith("fp8, reference") and identity["autoencoder"].startswith("float16")
+
+
+def test_an_autoencoder_beyond_float16_is_bfloat16(store, monkeypatch):
+    force(monkeypatch, HOPPER)
+    monkeypatch.setattr(half_choice, "largest_activation", lambda vae: 70_000.0)
+    said = load(store).description
+    assert said["choice"]["vae"] == said["memory"]["vae_dtype"] == "bfloat16"
+    assert "7e+04, beyond" in said["choice"]["why"]["vae"]
 
 
 def test_the_forecasts_are_those_of_what_was_chosen(store, monkeypatch):
@@ -229,9 +238,10 @@ def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch
         wrong_on_one_layer(patch, "fp8")
         generator = load(store)
     assert generator.running.compute == "int8"
+    assert generator.lower_memory() and generator.memory.mode == "resident"  # without kept codes
     assert generator.lower_memory()
     said = generator.description
-    assert (said["memory"]["mode"], said["memory"]["vae_dtype"]) == ("stream", "bfloat16")
+    assert (said["memory"]["mode"], said["memory"]["vae_dtype"]) == ("stream", "float16")
     assert said["compute"] == said["choice"]["compute"] == generator.running.compute == "int8"
     assert "compute 'fp8'" in said["choice"]["why"]["compute"]
     assert psnr(rendered(generator), distilled) > 30
@@ -240,5 +250,8 @@ def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch
 def test_memory_is_planned_for_what_products_may_fall_back_to(monkeypatch):
     running = fast_choice.foresee(get_recipe("fp4-fast"), find_device("H200"))
     recipes = fast_choice.fallbacks(running, HOPPER)
-    assert loading._largest(recipes, PRODUCTION, True).compute == "int8"  # more than fp8: it rotates first
+    assert [recipe.compute for recipe in recipes] == ["fp8", "int8", "bf16"]
+    # Codes of activations and weights take room, in 8 bits of either kind as much.
+    assert loading._largest(recipes[::-1], PRODUCTION, True).compute == "int8"
+    assert loading._largest(recipes, PRODUCTION, True).compute == "fp8"
     assert loading._largest(recipes[2:], PRODUCTION, True).compute == "bf16"
