@@ -284,14 +284,14 @@ def forecasts() -> Rows:
         "seed's way": EngineBuild(stepwise=True, fused=False, shared=False, blank_again=True, library_walk=True),
         "exact": EngineBuild(),
         "exact, bf16 VAE": EngineBuild(vae="bfloat16"),
-        "8 bit": EngineBuild("int8", vae="bfloat16"),
-        "8 bit, 8-bit attention": EngineBuild("int8", attention_8bit=True, vae="bfloat16"),
         "nvfp4, 8-bit attention": EngineBuild("nvfp4", attention_8bit=True, vae="bfloat16"),
     }
     rows: Rows = []
     for device in DEVICES:
         row: dict[str, object] = {"forecast, s a clip": device.name}
-        for name, build in builds.items():
+        eight = EngineBuild(advised(device.capability), vae="bfloat16")
+        here = {"8 bit": eight, "8 bit, 8-bit attention": replace(eight, attention_8bit=True)}
+        for name, build in (builds | here).items():
             row[name] = None
             if build.compute in device.matmul and (device.attention_8bit or not build.attention_8bit):
                 clip = {"size": (832, 480), "segment_frames": 81, "segments": 1, "evaluations": 6}

@@ -47,7 +47,7 @@ def decided(met: bool, why: str) -> Verdict:
 
 def peak_of_mode(mode: str, text: str, findings: Findings) -> Verdict:
     """The process's peak under the cap of the mode's card; without NVML, the allocator's and nothing of the context."""
-    limit = float(re.findall(r"([\d.]+) GB", text)[0])
+    limit = float(re.findall(r"([\d.]+) GB \|", text)[0])  # in a cell of the table
     row = findings.row("engine", "modes", mode=mode)
     if "OutOfMemory" in str(row.get("note")):
         return "not met", f"under a cap of {row['cap, GB']} GB: {row['note']}"
@@ -170,8 +170,8 @@ def cuda_code_runs(text: str, findings: Findings) -> Verdict:
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        "| `resident` | everything on the GPU; encoders and preprocessing on the host where it is short "
-        "| 18 to 35 GB |",
+        "| `resident` | everything on the GPU; encoders and preprocessing on the host where it is short; "
+        "the weights' 8-bit codes where they fit | 18 to 35 GB |",
         "engine.modes[resident]: NVML GB, else peak GB, under the cap of the smallest card that `auto` takes it for",
         partial(peak_of_mode, "resident"),
     ),

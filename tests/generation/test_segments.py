@@ -127,7 +127,7 @@ def test_in_mode_animate_the_blank_frames_of_later_windows_cost_less(overlap):
     saved = 2 * (full - blank) / 1e12 / gpu.matmul["bf16"] / VAE_SHARE["float32"]
     saved += 2 * through_memory * (1 - blank / full) / gpu.copy_gb_s / 1e9
     assert planned("replace", 229).seconds - planned("animate", 229).seconds == pytest.approx(saved, rel=1e-9)
-    assert planned("animate", 229).segments == 3 and saved > 4
+    assert planned("animate", 229).segments == 3 and saved > 3.5
     assert planned("replace", 81) == planned("animate", 81)
 
 
