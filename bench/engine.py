@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _engine_autoencoder import NARROW, later_scenes, walks
 from _engine_ceilings import attentions, best, linears, products
 from _engine_runs import Clip, DeviceMemory, Seed, Spent, clock_of, run_ours
-from _engine_scene import NARROW, later_scenes
 from _engine_settings import ALL_OFF, Bench, NotInTime, OneEngine, all_on, attempt, free, in_gb, load_resident, settings
 from _engine_store import FULL, SMALL, write_store
 from _pinned_thread import pin_to_one_thread
@@ -315,13 +315,23 @@ def ceilings(bench: Bench) -> Rows:
     return products(shapes, bench.device, dtype) + attentions(heads, tokens, width, bench.device, dtype)
 
 
-def scenes(bench: Bench) -> Rows:
-    """At full size on a GPU; on a CPU the published autoencoder, narrower, and a window of the same 81 frames."""
+def autoencoder_rows(bench: Bench, what: str, seconds: float, measure: Callable[..., Rows], *more: Any) -> Rows:
+    """At full size on a GPU, where it takes about `seconds`; on a CPU the published autoencoder, narrower."""
     try:
-        bench.check(25 * bench.cuda)  # four times 4.3 s and four times 1.7 s on an RTX 5090: a forecast
-        return later_scenes({} if bench.cuda else NARROW, bench.scale.size, bench.device)
+        bench.check(seconds * bench.cuda)
+        return measure({} if bench.cuda else NARROW, bench.scale.size, bench.device, *more)
     except Exception as err:  # one piece that fails must not take the others with it
-        return [{"scene of a later window": f"{NOT_MEASURED}: {err!s:.60}"}]
+        return [{what: f"{NOT_MEASURED}: {err!s:.60}"}]
+
+
+def walks_beside(bench: Bench) -> Rows:
+    """A window by the library's walk, of which a GPU takes 4 to 8 s (a forecast), and by ours."""
+    return autoencoder_rows(bench, "autoencoder", 90, walks, bench.scale.frames)
+
+
+def scenes(bench: Bench) -> Rows:
+    """A window of 81 frames: six of 3 to 4 s each and four shorter ones on an RTX 5090 (a forecast)."""
+    return autoencoder_rows(bench, "scene of a later window", 20, later_scenes)
 
 
 TITLES = {
@@ -333,10 +343,13 @@ TITLES = {
     "headlines": f"Whole jobs of {STEPS} steps",
     "hd": "1280x720",
     "modes": "Memory modes, each on the smallest of the cards that `auto` takes it for at 480x832, 81 frames",
+    "walks": "The autoencoder's walk through a window, alone",
     "scenes": "The scene of a later window, encoded",
     "forecasts": "Forecast for 480x832, 81 frames, 6 steps (no measurement)",
 }
-NAMES = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines", "waterfall", "hd", "scenes", "forecasts")
+NAMES = (
+    "ceilings", "linears", "exact", "low_bits", "modes", "headlines", "waterfall", "hd", "walks", "scenes", "forecasts",
+)  # fmt: skip
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -403,7 +416,8 @@ def measure_all(
         keep("low_bits", low_bits(engine, fewer, like))
     if wanted("hd"):
         keep("hd", in_hd(bench, engine, seed, seed_clip, like))
-    for name, table in (("scenes", lambda: scenes(bench)), ("forecasts", forecasts)):
+    alone: dict[str, Callable[[], Rows]] = {"walks": lambda: walks_beside(bench), "scenes": lambda: scenes(bench)}
+    for name, table in (alone | {"forecasts": forecasts}).items():
         if wanted(name):
             keep(name, table())
     return {name: tables[name] for name in TITLES if name in tables}

@@ -94,7 +94,7 @@ def engine(monkeypatch):
     monkeypatch.setattr(module, "cold_manifest", piece("cold manifest", spent))
     monkeypatch.setattr(module, "free", lambda device: None)
     monkeypatch.setattr(settings, "free", lambda device: None)
-    for name in ("ceilings", "linears_of", "modes", "in_hd", "scenes", "forecasts"):
+    for name in ("ceilings", "linears_of", "modes", "in_hd", "walks_beside", "scenes", "forecasts"):
         monkeypatch.setattr(module, name, piece(name, [{"what": name}]))
     monkeypatch.setattr(settings.Engine, "load", lambda bench: SimpleNamespace(measure=piece("ours", spent)))
     module.ran = ran
@@ -121,6 +121,7 @@ def bench_of(engine, deadline=float("inf")):
     [
         ("forecasts", {"forecasts"}),
         ("scenes", {"scenes"}),
+        ("walks", {"walks_beside"}),
         ("ceilings,linears", {"ceilings", "linears_of"}),
         ("linears", {"linears_of"}),
         ("exact", {"ours"}),
@@ -149,11 +150,27 @@ def test_all_tables_are_made_without_a_choice_and_told_of_as_they_come(engine):
 
 def test_a_later_windows_scene_is_measured_both_ways(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    scene = importlib.import_module("_engine_scene")
-    monkeypatch.setattr(scene, "seconds", lambda work, device, repeats: float(work().shape[2]))
-    every, reused = scene.later_scenes({"base_dim": 8, "num_res_blocks": 1}, (48, 32), torch.device("cpu"), frames=21)
+    alone = importlib.import_module("_engine_autoencoder")
+    monkeypatch.setattr(alone, "seconds", lambda work, device, repeats: float(work().shape[2]))
+    every, reused = alone.later_scenes({"base_dim": 8, "num_res_blocks": 1}, (48, 32), torch.device("cpu"), frames=21)
     assert every["s"] == reused["s"] == 6 and reused["of the first row"] == 1
     assert 0 < reused["TFLOP"] < every["TFLOP"]
+
+
+def test_both_walks_of_the_autoencoder_are_run_on_the_same_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    alone = importlib.import_module("_engine_autoencoder")
+    kinds = []
+
+    def timed(work, device, repeats):
+        kinds.append(type(work.args[0]).__name__)
+        return float(work().shape[2])
+
+    monkeypatch.setattr(alone, "seconds", timed)
+    encode, decode = alone.walks({"base_dim": 16, "num_res_blocks": 1}, (48, 64), torch.device("cpu"), 9)
+    assert kinds == ["AutoencoderKLWan", "FramewiseVae"] * 2
+    assert (encode["ours, s"], decode["the library's walk, s"], decode["ratio"]) == (3, 9, 1)
+    assert encode["off"] == decode["off"] == 0
 
 
 def test_the_original_scripts_run_out_of_time_for_headlines_alone(engine):

@@ -1,21 +1,49 @@
-"""The scene of a later window in mode animate, one picture and blank ones: encoded with outputs reused and without."""
+"""The autoencoder alone: our walk beside the library's, and the scene of a later window with outputs reused."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from _engine_ceilings import seconds
 from _quantization import Rows
+from diffusers import AutoencoderKLWan
 
 from runner.forecast.flops import TERA, Costs
 from runner.generation.wan_animate import autoencoder
-from runner.generation.wan_animate.autoencoder import FramewiseVae
+from runner.generation.wan_animate.autoencoder import FramewiseVae, prepare_vae
+from runner.generation.wan_animate.transformer import Switches
 
 FRAMES = 81
 NARROW = {"base_dim": 16}  # of the published autoencoder, for a CPU: a sixth of its channels
+
+
+def walks(config: Mapping[str, Any], size: tuple[int, int], device: torch.device, frames: int) -> Rows:
+    """Seconds of encoding and decoding a clip by each walk, for the same random weights in float32, and how far the
+    results of ours lie from the library's, relative to the largest."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        theirs, pixels = AutoencoderKLWan(**config).eval(), torch.rand(1, 3, frames, *reversed(size)) * 2 - 1
+    ours = FramewiseVae.from_config(theirs.config).to(device).eval()
+    ours.load_state_dict(theirs.state_dict())
+    prepare_vae(ours, Switches())
+    rows: Rows = []
+    with torch.no_grad():
+        latents = theirs.encode(pixels).latent_dist.mode()
+        works: dict[str, Callable[[Any], torch.Tensor]] = {
+            "encode": lambda vae: vae.encode(pixels).latent_dist.parameters,
+            "decode": lambda vae: vae.decode(latents, return_dict=False)[0],
+        }
+        for what, work in works.items():
+            wanted = work(theirs)
+            off = float((work(ours) - wanted).abs().max() / wanted.abs().max())
+            spent = [seconds(partial(work, vae), device, repeats=2) for vae in (theirs, ours)]
+            row = {"autoencoder": what, "the library's walk, s": spent[0], "ours, s": spent[1]}
+            rows.append(row | {"ratio": spent[0] / spent[1], "off": off})
+    return rows
 
 
 def later_scenes(config: Mapping[str, Any], size: tuple[int, int], device: torch.device, frames: int = FRAMES) -> Rows:
