@@ -233,7 +233,7 @@ def decode_latents(
 
 
 def _encoding_layers(encoder: Any, halving: int) -> Iterator[CausalLayer]:
-    """In the order of `_encode_chunk`, whose chunks have one picture, then four."""
+    """In the order of `_encoding_steps`; chunks have one picture, then four."""
     level, count = 0, 1
     yield CausalLayer(encoder.conv_in, level, count)
     for at, layer in enumerate(encoder.down_blocks):

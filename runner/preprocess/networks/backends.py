@@ -29,8 +29,9 @@ __all__ = ["BACKENDS", "POSE_BATCH", "Backend", "PersonDetector", "PointFinder",
 POSE_BATCH = 16
 DETECTOR_BATCH = 1
 # Of the memory beside the weights. YOLOv10m's largest layers give 48 x 320 x 320 floats, 20 MB, and three such are
-# held; those of ViTPose-H 5,120 x 192 floats a crop, 4 MB: of 16 crops three such are 190 MB (derived from shapes).
-DETECTOR_SHARE = 0.3
+# held, beside a convolution's workspace, up to 90 MB where it is Winograd's: 150 MB. Those of ViTPose-H are 5,120 x 192
+# floats a crop, 4 MB: of 16 crops three such are 190 MB. Derived from shapes; what cuDNN takes is not measured.
+DETECTOR_SHARE = 0.4
 
 
 class PersonDetector(Protocol):

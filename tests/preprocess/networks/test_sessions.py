@@ -301,7 +301,7 @@ def test_both_networks_of_a_pair_stay_within_the_plan_on_a_gpu_and_take_their_ba
     pair = open_backend("vitpose", detector, pose, "cuda", NetworkOptions(arena_bytes=500_000_000))
     limits = [chosen["CUDAExecutionProvider"]["gpu_mem_limit"] for _, chosen, _ in on_cuda]
     assert sum(limits) == detector.stat().st_size + pose.stat().st_size + 500_000_000
-    assert limits[1] - pose.stat().st_size == 350_000_000
+    assert limits[1] - pose.stat().st_size == 300_000_000
     assert (pair.detector.network.at_once, pair.pose.network.at_once) == (1, 16)
     assert pair.description["pose"]["batching"] == "the graph takes any number, and gets 16 at a time"
     on_cuda.clear()
