@@ -95,8 +95,8 @@ def jumps(points: np.ndarray) -> np.ndarray:
 def test_at_the_native_rate_no_joint_jumps_and_good_ones_keep_their_place(real, monkeypatch):
     """The network exchanges his sides in single frames, at full confidence, and misplaces arms in others."""
     raw = []
-    points = real.pose.points
-    monkeypatch.setattr(real.pose, "points", lambda *a, **k: raw.append(points(*a, **k)) or raw[-1])
+    decode = real.pose.decode
+    monkeypatch.setattr(real.pose, "decode", lambda *a: raw.append(decode(*a)) or raw[-1])
     conditions = real.prepare(REAL / "reference_woman_fullbody.png", MAN, JobOptions(fps="source", size="480x480"))
     before, after, report = np.concatenate(raw), conditions.track.points, conditions.report
     assert conditions.frames == 110
