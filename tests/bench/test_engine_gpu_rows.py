@@ -48,9 +48,11 @@ def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     for name in ("waterfall", "low_bits", "hd", "modes"):
         for row in tables[name]:
             assert isinstance(row["s a step"], float) and "NOT COMPILED" not in row["note"], row
-    assert [row["what"].split("+")[1] for row in tables["low_bits"]] == ["fp8", "int8", "nvfp4"]
-    assert all("error 0.0" in row["note"] for row in tables["low_bits"])
+    *computes, fast = tables["low_bits"]
+    assert [row["what"].split("+")[1] for row in computes] == ["fp8", "int8", "nvfp4"]
+    assert all("error 0.0" in row["note"] for row in computes)
+    assert fast["what"] == "fp4-fast" and "products, exact attention" in fast["note"]
     assert all(row["ratio"] > 0 for row in tables["headlines"])
     assert {row["compute"] for row in tables["linears"] if row["of the best product"]} == {"bf16", "fp8"}
-    assert [round(gb, 6) for gb in capped] == [11.2, 140, 7.2, 140, 23.2, 140]  # beside a context of 0.8 GB
+    assert [round(gb, 6) for gb in capped] == [7.2, 140, 5.2, 140, 23.2, 140]  # beside a context of 0.8 GB
     assert any("a streamed step takes" in line for line in engine.notes(bench, tables))

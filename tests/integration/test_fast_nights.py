@@ -59,7 +59,7 @@ def test_records_name_the_recipe_asked_for_and_what_was_chosen(lab):
     assert "model.recipe.choice" not in distilled["fingerprint_parts"]
     assert cpu["recipe"] == hopper["recipe"] == "fp4-fast"
     assert (cpu["engine"]["choice"]["compute"], hopper["engine"]["choice"]["compute"]) == ("bf16", "fp8")
-    assert hopper["engine"]["choice"]["vae"] == "bfloat16" and hopper["engine"]["choice"]["why"]["attention"]
+    assert hopper["engine"]["choice"]["vae"] == "float16" and hopper["engine"]["choice"]["why"]["attention"]
     assert "choice" not in distilled["engine"]
 
 
