@@ -59,6 +59,9 @@ class Spent:
         return self.fixed_s + steps * self.step_s
 
 
+STEPS = 6  # of a whole job
+
+
 class Clip:
     """A reference and a dance, smooth noise of one seed each; fulfils what a pipeline asks of conditions."""
 
