@@ -35,7 +35,7 @@ class KeepsCodes(nn.Module):
     kept_scale   float32 [out, 1]
 
     A tensor of `_code_sources` that changes, in place or for another, makes codes stale: they are not used any more.
-    A compiled graph cannot see that; whoever changes a weight under one calls `drop_codes`, or `keep_codes` again.
+    A compiled graph cannot see that: code that changes a weight under one calls `drop_codes`, or `keep_codes` again.
     """
 
     in_features: int
