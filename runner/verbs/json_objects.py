@@ -118,7 +118,7 @@ def _fast(found: FastForecast) -> dict[str, Any]:
         "recipe": running.name,
         "compute": running.compute,
         "attention": running.attention,
-        "vae_dtype": running.vae_dtype,
+        "vae_bits": 32 if running.vae_dtype == "float32" else 16,  # which type of 16, its weights decide
         "forecast_s": found.forecast_s,
         "asked_s": found.asked_s,
     }

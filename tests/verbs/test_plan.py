@@ -94,7 +94,7 @@ def test_plan_says_what_the_fast_recipe_would_bring(demo_media, recipe, monkeypa
     words = "int8 products, 8-bit attention, autoencoder in 16 bits"
     assert f"fp4-fast: {asked:.3g} → {fast:.3g} s (a forecast), by {words}\n" in printed
     assert plan_object(found)["fast"] == {
-        "recipe": "fp4-fast", "compute": "int8", "attention": "int8", "vae_dtype": "bfloat16",
+        "recipe": "fp4-fast", "compute": "int8", "attention": "int8", "vae_bits": 16,
         "forecast_s": fast, "asked_s": asked,
     }  # fmt: skip
     same, _ = planned(demo_media, "fp4-fast", None, tmp_path, capsys)
