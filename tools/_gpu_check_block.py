@@ -36,7 +36,7 @@ from runner.generation.wan_animate.low_memory import choose_eager_block
 from runner.generation.wan_animate.transformer import Context, KeyValue, attend, run_block
 from runner.quantization.formats.e2m1 import NVFP4
 from runner.quantization.kernels.low_bit import EXACT
-from runner.quantization.linear import swap_linears
+from runner.quantization.packed_layers import swap_linears
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
 from runner.spec.recipes import get_recipe
 

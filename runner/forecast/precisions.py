@@ -44,11 +44,12 @@ class GemmPrecision:
     activations of which 0.5 % of the channels are thirty times as large; the tests of the kernels measure them.
 
     `layout` of both operands: `exact`, not quantised; `rows`, codes with a float32 scale a row; `blocks`, the blocks
-    of the format in which the weight is stored.
+    of the format in which the weight is stored; `svdq`, groups of both sides, and a low-rank part in 16 bits beside
+    them, of a weight that is stored so.
     """
 
     name: str
-    layout: Literal["exact", "rows", "blocks"]
+    layout: Literal["exact", "rows", "blocks", "svdq"]
     dtype: str  # of a code, as torch names it
     runs_on: Callable[[Capability], bool]  # the GPU has units for these numbers, at a rate that is worth it
     largest: float = 0.0  # magnitude of a code
@@ -97,6 +98,7 @@ class GemmPrecision:
         return None
 
 
+_SVDQ_PRODUCTS: Final = "runner.quantization.kernels.svdq_products"
 _ROWS_REFERENCE: Final = GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:reference")
 
 PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
@@ -172,6 +174,41 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             weight_traffic=0.13,  # its scales in the order that the product wants: read and written
             runs_on=lambda capability: capability[0] in (10, 12),
             rates={"RTX 5090": 1140},
+        ),
+        GemmPrecision(
+            "svdq-int4",
+            layout="svdq",
+            dtype="int8",
+            largest=7.0,
+            stored_format="svdq-int4",
+            visible=True,
+            reference=GemmBackend(REFERENCE, f"{_SVDQ_PRODUCTS}:reference"),
+            backends=(
+                GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
+                GemmBackend("comfy_kitchen", f"{_SVDQ_PRODUCTS}:comfy_kitchen"),
+            ),
+            activation_error=0.11,
+            dequantized=False,
+            # Architectures that the kernels were compiled for; Hopper and sm_100 have no units for integers of 4 bits.
+            runs_on=lambda capability: capability in ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1)),
+            rates={"RTX 5090": 79},
+        ),
+        GemmPrecision(
+            "svdq-nvfp4",
+            layout="svdq",
+            dtype="float4_e2m1fn_x2",
+            largest=6.0,
+            stored_format="svdq-nvfp4",
+            visible=True,
+            reference=GemmBackend(REFERENCE, f"{_SVDQ_PRODUCTS}:reference"),
+            backends=(
+                GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
+                GemmBackend("scaled_mm", f"{_SVDQ_PRODUCTS}:scaled_mm"),
+            ),
+            activation_error=0.09,
+            dequantized=False,
+            runs_on=lambda capability: capability in ((12, 0), (12, 1)),
+            rates={"RTX 5090": 800},
         ),
     )
 }

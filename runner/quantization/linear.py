@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays in four bits, and the swap of a model's linears for it.
+"""A linear layer whose weight stays in four bits.
 
 In: activations. Out: activations in their dtype; the weight exists in 16 bits for the length of one matrix product,
 in a workspace that all layers share. LoRAs kept beside the weight are added there, and to the bias, and nowhere else.
@@ -36,7 +36,7 @@ from runner.quantization.kernels.prepared import Prepared, prepared_for
 from runner.quantization.kernels.rowwise import Rows
 from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
-__all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "swap_linears", "workspace_bytes"]
+__all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "workspace_bytes"]
 
 LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank], scale): scale * up @ down on the weight
 
@@ -393,29 +393,6 @@ class FP4Linear(KeepsCodes):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.fmt.name}{lora}" + ("" if self.compute == EXACT else f", compute={self.compute}")
         )
-
-
-def swap_linears(model: nn.Module, fmt: Format, keep: Callable[[str], bool]) -> list[str]:
-    """Puts empty FP4 shells in the place of `model`'s linears, in place; their names, in the model's order.
-
-    Every module that is an `nn.Linear` and no subclass of it (a subclass may compute something else), unless `keep`
-    says of its dotted name that it stays. Shells lie on the meta device and have a bias where the linear had one.
-    ValueError, before anything is changed, for an input width that the format cannot hold.
-    """
-    chosen = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and not keep(name)}
-    for name, module in chosen.items():
-        if not fmt.fits(module.in_features):
-            raise ValueError(
-                f"{name} has {module.in_features} inputs, no multiple of {fmt.name}'s group of {fmt.group}; "
-                "the recipe must keep it in 16 bits"
-            )
-    for name, module in chosen.items():
-        bias = module.bias is not None
-        dtype = module.weight.dtype
-        shell = FP4Linear.empty(module.in_features, module.out_features, bias, fmt, bias_dtype=dtype)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, shell.train(module.training))
-    return list(chosen)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -29,7 +29,8 @@ from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
 from runner.quantization.kernels.rowwise import code_dtype
-from runner.quantization.linear import FP4Linear, swap_linears
+from runner.quantization.linear import FP4Linear
+from runner.quantization.packed_layers import swap_linears
 from runner.quantization.rules import WAN_ANIMATE_14B, kept_in_fp32, stored_dtype, transformer_on_meta
 from tests.gpu_env.fake_cuda import DEVICES, fake_cuda
 from tests.gpu_env.generated_code import GeneratedCode, TensorFacts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from runner.quantization.formats.e2m1 import FORMATS, G32, NVFP4, dequantize
-from runner.quantization.linear import FP4Linear, fp4_linear, release_workspace, swap_linears, workspace_bytes
+from runner.quantization.linear import FP4Linear, fp4_linear, release_workspace, workspace_bytes
 
 BOTH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
@@ -274,33 +274,6 @@ def test_a_gpu_computes_the_same_on_any_stream(fmt):
     half = layer(x.cuda().bfloat16())
     assert half.dtype is torch.bfloat16
     assert float((half.cpu().float() - plain).norm() / plain.norm()) < 0.01
-
-
-def test_swapping_takes_what_the_rule_leaves():
-    class Scaled(nn.Linear):
-        pass
-
-    model = nn.ModuleDict(
-        {"block": Block(), "head": nn.Linear(64, 48), "odd": nn.Linear(24, 8), "scaled": Scaled(64, 64)}
-    )
-    model["bare"] = nn.Linear(64, 16, bias=False)
-    model.eval()
-    names = swap_linears(model, G32, keep=lambda name: name in ("head", "odd"))
-    assert names == [*(f"block.{name}" for name in ("q", "k", "v", "out", "feed.0", "feed.2")), "bare"]
-    for name in names:
-        shell = model.get_submodule(name)
-        assert isinstance(shell, FP4Linear)
-        assert shell.weight_packed.is_meta
-        assert not shell.training
-    assert (model["bare"].bias, type(model["head"]), type(model["scaled"])) == (None, nn.Linear, Scaled)
-    assert model["block"].feed[0].out_features == 128
-
-
-def test_swapping_changes_nothing_where_a_width_does_not_fit():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(24, 8))
-    with pytest.raises(ValueError, match="1 has 24 inputs, no multiple of nvfp4's group of 16"):
-        swap_linears(model, NVFP4, keep=lambda _name: False)
-    assert type(model[0]) is nn.Linear
 
 
 def test_a_layer_shows_what_it_is():

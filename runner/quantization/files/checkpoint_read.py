@@ -98,7 +98,7 @@ def fill(
     device: torch.device | str,
 ) -> None:
     """Swap the linears in `layers`, hand every parameter its tensor without a copy, take buffers to `device`."""
-    from runner.quantization.linear import swap_linears
+    from runner.quantization.packed_layers import swap_linears
 
     stuck = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stuck:

@@ -18,11 +18,15 @@ from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
 
 __all__ = [
     "AGAIN",
+    "CALIBRATION_KEY",
     "FORMAT_KEY",
     "GROUP_KEY",
     "LORAS_KEY",
     "METHOD_KEY",
+    "RANK_KEY",
+    "REFITS_KEY",
     "SHA256_KEY",
+    "SMOOTHING_KEY",
     "SOURCE_KEY",
     "VERSION_KEY",
     "QuantizedFile",
@@ -35,6 +39,10 @@ GROUP_KEY: Final = "video_lab.group"
 SOURCE_KEY: Final = "video_lab.source_sha256"
 LORAS_KEY: Final = "video_lab.loras"
 VERSION_KEY: Final = "video_lab.version"
+RANK_KEY: Final = "video_lab.rank"  # this and the next ones: of SVDQ files
+SMOOTHING_KEY: Final = "video_lab.smoothing"  # `calibrated` | `weights`: what smoothing factors were chosen by
+CALIBRATION_KEY: Final = "video_lab.calibration"  # JSON: what was watched; `{}` without calibration
+REFITS_KEY: Final = "video_lab.refits"  # rounds in which the low-rank part was fitted to what rounding left
 SHA256_KEY: Final = "video_lab.sha256"
 PACKED = ".weight_packed"
 FLOATS: Final = ("bfloat16", "float32")  # of what is not quantised

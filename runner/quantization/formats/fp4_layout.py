@@ -24,9 +24,18 @@ class Layout:
     group: int
     scale: Literal["bf16", "e4m3"]
     tensor_scale: bool  # one more float32 scale for the whole weight
+    packed: str = "weight_packed"  # the tensor that a stored layer is found by
 
     def fits(self, in_features: int) -> bool:
         return in_features > 0 and in_features % self.group == 0
+
+    def padded(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """The shape that is stored: the weight's own."""
+        return out_features, in_features
+
+    def shape_of_packed(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(out_features, in_features) of a weight whose packed codes have this shape."""
+        return shape[0], shape[1] * 2
 
     def tensor_table(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Suffix → (shape, torch's name of the dtype) of each tensor: the names in a file, the parameters of a layer.

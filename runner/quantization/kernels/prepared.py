@@ -43,7 +43,11 @@ def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
     """
     compute = _compute_of(layers[0])
     precision = PRECISIONS.get(compute)
-    if precision is None or precision.layout == "exact" or any(_compute_of(layer) != compute for layer in layers):
+    if (
+        precision is None
+        or precision.layout in ("exact", "svdq")
+        or any(_compute_of(layer) != compute for layer in layers)
+    ):
         return x
     return _prepare(x, compute)
 

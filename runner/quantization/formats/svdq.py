@@ -1,0 +1,274 @@
+"""SVDQ: codes, scales, low-rank factors and vectors of a linear in SVDQuant W4A4, to and from the order of the kernels.
+
+In:   codes, scales, factors, vectors in plain order. Out: the same in the order of one warp's matrix instructions
+      (mma.m16n8k64), and back, byte for byte; the values that stored tensors stand for; the layer's product in floats.
+Never: models, files, names of layers, devices: pure functions. How a weight is split and scaled is chosen elsewhere.
+
+The order is that of nunchaku's kernels, which cache-dit and Nunchaku Lite have too. n is an output channel, k an input
+channel, K the padded inputs, R the rank:
+
+    weight    n = 128 nt + 16 np + 8 ns + nl, k = 64 kt + 32 ks + 8 kl + kr: nibble kr, the lowest first, of the int32
+              word ((((nt (K/64) + kt) 8 + np) 8 + nl) 4 + kl) 4 + 2 ns + ks
+    scales, int4, and vectors (one group)
+              n = 128 t + 16 a + 8 b + 2 c + d: element (((t groups + g) 8 + a) 4 + c) 4 + 2 b + d
+    scales, nvfp4
+              n = 128 t + 32 p + 8 q + l, group 4 kt + gi: byte ((((t (K/64) + kt) 8 + l) 4 + q) 4 + p) 4 + gi
+    factors   tiles of 16 by 16: channel (`up`) or rank (`down`) 8 ns + nl, the other one 8 ks + 2 kl + kr, of the tile
+              (channel // 16, rank // 16): element ((nl 4 + kl) 2 + ns) 4 + 2 ks + kr of the tile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runner.quantization.formats.e2m1 import LARGEST, decode, encode
+from runner.quantization.formats.svdq_layout import RANK_MULTIPLE, TILE, SvdqLayout, SvdqPrecision
+
+__all__ = [
+    "INT4_LARGEST",
+    "dequantize_activations",
+    "dequantize_residual",
+    "effective_weight",
+    "pack_lowrank",
+    "pack_scales",
+    "pack_vector",
+    "pack_weight",
+    "pad",
+    "quantize_activations",
+    "svdq_linear",
+    "torch_table",
+    "unpack_lowrank",
+    "unpack_scales",
+    "unpack_vector",
+    "unpack_weight",
+]
+
+INT4_LARGEST: Final = 7  # of activations and, by absmax, of weights; the code -8 can be stored and is not made
+_SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
+_E4M3_LARGEST: Final = 448.0
+_SMALLEST: Final = 1e-30
+
+
+def torch_table(
+    layout: SvdqLayout, out_features: int, in_features: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """`layout.tensor_table` with torch's dtypes."""
+    table = layout.tensor_table(out_features, in_features)
+    return {suffix: (shape, getattr(torch, dtype)) for suffix, (shape, dtype) in table.items()}
+
+
+def pad(values: Tensor, sizes: tuple[int, ...], fill: float = 0) -> Tensor:
+    """`values` with `fill` behind them in each dimension, up to `sizes`; `values` itself where nothing is missing."""
+    if tuple(values.shape) == sizes:
+        return values
+    result = values.new_full(sizes, fill)
+    result[tuple(slice(0, size) for size in values.shape)] = values
+    return result
+
+
+# The order of the kernels
+
+
+def pack_weight(codes: Tensor, precision: SvdqPrecision) -> Tensor:
+    """Codes [N, K] → int8 [N, K/2]. int4: signed integers of -8..7; nvfp4: E2M1 codes of 0..15.
+
+    ValueError for sides that are no multiples of 128 and for numbers that are no codes.
+    """
+    if codes.ndim != 2 or codes.is_floating_point():
+        raise ValueError(f"codes are integers [N, K], not {codes.dtype} {list(codes.shape)}")
+    rows, columns = codes.shape
+    _check_sides(rows, columns)
+    low, high = (-8, 7) if precision == "int4" else (0, 15)
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+        raise ValueError(f"{precision} has codes of {low} to {high}, not {int(codes.min())} to {int(codes.max())}")
+    nibbles = codes.to(torch.uint8).bitwise_and(15)
+    # (nt, np, ns, nl, kt, ks, kl, byte, half of the byte)
+    nibbles = nibbles.view(rows // 128, 8, 2, 8, columns // 64, 2, 4, 4, 2)
+    pairs = nibbles[..., 0] | nibbles[..., 1] << 4
+    return pairs.permute(0, 4, 1, 3, 6, 2, 5, 7).reshape(rows, columns // 2).view(torch.int8)
+
+
+def unpack_weight(packed: Tensor, precision: SvdqPrecision) -> Tensor:
+    """int8 [N, K/2] → codes [N, K]: int8 of -8..7 (int4), uint8 of 0..15 (nvfp4). The inverse of `pack_weight`."""
+    if packed.ndim != 2 or packed.dtype is not torch.int8:
+        raise ValueError(f"a packed weight is int8 [N, K/2], not {packed.dtype} {list(packed.shape)}")
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    _check_sides(rows, columns)
+    # (nt, kt, np, nl, kl, ns, ks, byte) → (nt, np, ns, nl, kt, ks, kl, byte)
+    pairs = packed.view(torch.uint8).view(rows // 128, columns // 64, 8, 8, 4, 2, 2, 4).permute(0, 2, 5, 3, 1, 6, 4, 7)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).reshape(rows, columns)
+    return codes if precision == "nvfp4" else (codes.view(torch.int8) << 4) >> 4
+
+
+def pack_scales(scales: Tensor, precision: SvdqPrecision) -> Tensor:
+    """Scales [N, groups] → [groups, N] in the same dtype: 16 bits (int4), float8_e4m3fn (nvfp4).
+
+    ValueError where N is no multiple of 128, groups none of 2 (int4) or 8 (nvfp4), or the dtype is another.
+    """
+    _check_scales(scales, precision)
+    rows, groups = scales.shape
+    _check_groups(rows, groups, precision)
+    if precision == "int4":
+        return scales.reshape(rows // 128, 8, 2, 4, 2, groups).permute(0, 5, 1, 3, 2, 4).reshape(groups, rows)
+    plain = scales.view(torch.uint8).reshape(rows // 128, 4, 4, 8, groups // 4, 4)
+    return plain.permute(0, 4, 3, 2, 1, 5).reshape(groups, rows).view(scales.dtype)
+
+
+def unpack_scales(packed: Tensor, precision: SvdqPrecision) -> Tensor:
+    """[groups, N] → scales [N, groups] in the same dtype: the inverse of `pack_scales`."""
+    _check_scales(packed, precision)
+    groups, rows = packed.shape
+    _check_groups(rows, groups, precision)
+    if precision == "int4":
+        return packed.reshape(rows // 128, groups, 8, 4, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(rows, groups)
+    tiles = packed.view(torch.uint8).reshape(rows // 128, groups // 4, 8, 4, 4, 4)
+    return tiles.permute(0, 4, 3, 2, 1, 5).reshape(rows, groups).view(packed.dtype)
+
+
+def pack_vector(vector: Tensor) -> Tensor:
+    """A bias, a smoothing factor or scales of channels, [N] in 16 bits → [N]. ValueError where 128 does not divide N."""
+    _check_vector(vector)
+    return vector.view(-1, 8, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
+
+
+def unpack_vector(packed: Tensor) -> Tensor:
+    """The inverse of `pack_vector`."""
+    _check_vector(packed)
+    return packed.view(-1, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1)
+
+
+def pack_lowrank(factor: Tensor, *, down: bool) -> Tensor:
+    """A factor in 16 bits: `down` [R, K] → [K, R], else `up` [N, R] → [N, R].
+
+    ValueError where the rank is no multiple of 16 or the channels are none.
+    """
+    if factor.ndim != 2:
+        raise ValueError(f"a factor is a matrix, not {list(factor.shape)}")
+    channels, rank = factor.shape[::-1] if down else factor.shape
+    _check_lowrank(channels, rank, factor.dtype)
+    first, second = factor.shape
+    # (tile, ns, nl, tile, ks, kl, kr), the tiles of the channels in front
+    tiles = factor.reshape(first // 16, 2, 8, second // 16, 2, 4, 2)
+    order = (3, 0, 2, 5, 1, 4, 6) if down else (0, 3, 2, 5, 1, 4, 6)
+    return tiles.permute(order).reshape(channels, rank)
+
+
+def unpack_lowrank(packed: Tensor, *, down: bool) -> Tensor:
+    """[K, R] → `down` [R, K], or [N, R] → `up` [N, R]: the inverse of `pack_lowrank`."""
+    if packed.ndim != 2:
+        raise ValueError(f"a packed factor is a matrix, not {list(packed.shape)}")
+    channels, rank = packed.shape
+    _check_lowrank(channels, rank, packed.dtype)
+    # (tile of channels, tile of ranks, nl, kl, ns, ks, kr)
+    tiles = packed.reshape(channels // 16, rank // 16, 8, 4, 2, 2, 2)
+    if down:
+        return tiles.permute(1, 4, 2, 0, 5, 3, 6).reshape(rank, channels)
+    return tiles.permute(0, 4, 2, 1, 5, 3, 6).reshape(channels, rank)
+
+
+def _check_sides(rows: int, columns: int) -> None:
+    if rows < 1 or columns < 1 or rows % TILE or columns % TILE:
+        raise ValueError(f"[{rows}, {columns}]: both sides must be multiples of {TILE}; pad them")
+
+
+def _check_scales(scales: Tensor, precision: SvdqPrecision) -> None:
+    allowed = _SIXTEEN_BITS if precision == "int4" else (torch.float8_e4m3fn,)
+    if scales.ndim != 2 or scales.dtype not in allowed:
+        wanted = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"scales of {precision} are a matrix of {wanted}, not {scales.dtype} {list(scales.shape)}")
+
+
+def _check_groups(rows: int, groups: int, precision: SvdqPrecision) -> None:
+    multiple = 2 if precision == "int4" else 8  # of 128 input channels
+    if rows < 1 or groups < 1 or rows % TILE or groups % multiple:
+        raise ValueError(
+            f"scales of {rows} outputs and {groups} groups: {precision} wants multiples of {TILE} and {multiple}; pad "
+            "them"
+        )
+
+
+def _check_vector(vector: Tensor) -> None:
+    if vector.ndim != 1 or vector.dtype not in _SIXTEEN_BITS or not vector.numel() or vector.numel() % TILE:
+        raise ValueError(
+            f"a vector has 16 bits and a multiple of {TILE} channels, not {vector.dtype} {list(vector.shape)}"
+        )
+
+
+def _check_lowrank(channels: int, rank: int, dtype: torch.dtype) -> None:
+    if dtype not in _SIXTEEN_BITS:
+        raise ValueError(f"factors have 16 bits, not {dtype}")
+    if rank < 1 or rank % RANK_MULTIPLE or channels < 1 or channels % RANK_MULTIPLE:
+        raise ValueError(f"factors of {channels} channels and rank {rank}: both must be multiples of {RANK_MULTIPLE}")
+
+
+# What stored tensors stand for
+
+
+def dequantize_residual(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Tensor:
+    """The residual of the smoothed weight, float32 [N, K] as padded, of stored tensors."""
+    codes = unpack_weight(tensors["qweight"], layout.precision)
+    scales = unpack_scales(tensors["wscales"], layout.precision).float()
+    values = codes.float() if layout.precision == "int4" else decode(codes)
+    rows, columns = values.shape
+    values = (values.view(rows, -1, layout.group) * scales.unsqueeze(-1)).view(rows, columns)
+    if layout.precision == "nvfp4":
+        values = values * unpack_vector(tensors["wcscales"]).float().unsqueeze(1)
+    return values
+
+
+def effective_weight(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Tensor:
+    """The weight that stored tensors stand for, float32 [N, K] as padded: residual / s + up down."""
+    smooth = unpack_vector(tensors["smooth_factor"]).float()
+    up, down = unpack_lowrank(tensors["proj_up"], down=False), unpack_lowrank(tensors["proj_down"], down=True)
+    return torch.addmm(dequantize_residual(tensors, layout) / smooth, up.float(), down.float())
+
+
+def quantize_activations(x: Tensor, precision: SvdqPrecision) -> tuple[Tensor, Tensor]:
+    """Smoothed activations [M, K] by the group: codes [M, K] and scales [M, groups] of a row.
+
+    int4: int8 codes of -7..7, scales of x's dtype, largest magnitude / 7 in 64 columns. nvfp4: E2M1 codes, e4m3 scales,
+    largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0.
+    """
+    group = 64 if precision == "int4" else 16
+    groups = x.reshape(x.shape[0], -1, group).float()
+    peaks = groups.abs().amax(dim=-1)
+    if precision == "int4":
+        scales = (peaks / INT4_LARGEST).to(x.dtype)
+        factor = scales.float().clamp(min=_SMALLEST).unsqueeze(-1)
+        codes = (groups / factor).round().clamp(-INT4_LARGEST, INT4_LARGEST).to(torch.int8)
+    else:
+        scales = (peaks / LARGEST).clamp(max=_E4M3_LARGEST).to(torch.float8_e4m3fn)
+        factor = scales.float().unsqueeze(-1)
+        codes = encode(torch.where(factor > 0, groups / factor.clamp(min=_SMALLEST), torch.zeros_like(groups)))
+    return codes.view(x.shape), scales
+
+
+def dequantize_activations(codes: Tensor, scales: Tensor, precision: SvdqPrecision) -> Tensor:
+    """What `quantize_activations` made, in float32 [M, K]."""
+    values = codes.float() if precision == "int4" else decode(codes)
+    return (values.view(*scales.shape, -1) * scales.float().unsqueeze(-1)).view(codes.shape)
+
+
+def svdq_linear(
+    x: Tensor, tensors: Mapping[str, Tensor], layout: SvdqLayout, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """The definition of the layer's product: x [..., in] → [..., out_features] in x's dtype; any device.
+
+    x / s is rounded to x's dtype, quantised by the group, multiplied with the residual in float32; the low-rank part
+    multiplies x itself. `bias` [out_features] in plain order. Inputs and outputs that were padded are not seen.
+    """
+    columns = tensors["qweight"].shape[1] * 2
+    flat = F.pad(x.reshape(-1, x.shape[-1]), (0, columns - x.shape[-1]))
+    smoothed = flat / unpack_vector(tensors["smooth_factor"]).to(flat.dtype)
+    codes, scales = quantize_activations(smoothed, layout.precision)
+    result = dequantize_activations(codes, scales, layout.precision) @ dequantize_residual(tensors, layout).T
+    down, up = unpack_lowrank(tensors["proj_down"], down=True), unpack_lowrank(tensors["proj_up"], down=False)
+    result = result.addmm_(flat.float() @ down.float().T, up.float().T)[:, :out_features]
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(x.dtype).view(*x.shape[:-1], out_features)
