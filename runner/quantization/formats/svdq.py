@@ -131,7 +131,7 @@ def unpack_scales(packed: Tensor, precision: SvdqPrecision) -> Tensor:
 
 
 def pack_vector(vector: Tensor) -> Tensor:
-    """A bias, a smoothing factor or scales of channels, [N] in 16 bits → [N]. ValueError where 128 does not divide N."""
+    """A bias, a smoothing factor or channel scales, [N] in 16 bits → [N]. ValueError where 128 is no divisor of N."""
     _check_vector(vector)
     return vector.view(-1, 8, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
 
