@@ -232,19 +232,20 @@ def quantize_activations(x: Tensor, precision: SvdqPrecision) -> tuple[Tensor, T
     """Smoothed activations [M, K] by the group: codes [M, K] and scales [M, groups] of a row.
 
     int4: int8 codes of -7..7, scales of x's dtype, largest magnitude / 7 in 64 columns. nvfp4: E2M1 codes, e4m3 scales,
-    largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0.
+    largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0. As nunchaku's kernels do, codes are
+    chosen against the scale before it is rounded. e4m3 loses bits below 1/64 and all of them below 1/1024: a smoothing
+    factor that leaves x / s near 1 and above keeps the scales where they are exact to 1/16.
     """
     group = 64 if precision == "int4" else 16
     groups = x.reshape(x.shape[0], -1, group).float()
     peaks = groups.abs().amax(dim=-1)
+    exact = peaks / INT4_LARGEST if precision == "int4" else (peaks / LARGEST).clamp(max=_E4M3_LARGEST)
+    quotients = groups / exact.clamp(min=_SMALLEST).unsqueeze(-1)
     if precision == "int4":
-        scales = (peaks / INT4_LARGEST).to(x.dtype)
-        factor = scales.float().clamp(min=_SMALLEST).unsqueeze(-1)
-        codes = (groups / factor).round().clamp(-INT4_LARGEST, INT4_LARGEST).to(torch.int8)
+        codes = quotients.round().clamp(-INT4_LARGEST, INT4_LARGEST).to(torch.int8)
+        scales = exact.to(x.dtype)
     else:
-        scales = (peaks / LARGEST).clamp(max=_E4M3_LARGEST).to(torch.float8_e4m3fn)
-        factor = scales.float().unsqueeze(-1)
-        codes = encode(torch.where(factor > 0, groups / factor.clamp(min=_SMALLEST), torch.zeros_like(groups)))
+        codes, scales = encode(quotients), exact.to(torch.float8_e4m3fn)
     return codes.view(x.shape), scales
 
 
