@@ -17,13 +17,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS
-from runner.quantization.formats.svdq import effective_weight, svdq_linear, torch_table
-from runner.quantization.formats.svdq_layout import SvdqLayout
-from runner.quantization.kernels.low_bit import EXACT, sum_of_biases
+from runner.quantization.formats.svdq import torch_table
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
+from runner.quantization.kernels.low_bit import EXACT, multiply_svdq, sum_of_biases
+from runner.quantization.kernels.svdq_order import TILES, Order, reorder
+from runner.quantization.kernels.svdq_products import ORDERS, write_weight
+from runner.quantization.kernels.workspace import workspace
 
-__all__ = ["SvdqLinear"]
+__all__ = ["SvdqLinear", "svdq_linear"]
 
 LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank], scale): scale * up @ down on the weight
+
+
+@torch.library.custom_op("video_lab::svdq_linear", mutates_args=())
+def svdq_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wcscales: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    fmt: str,
+    product: str,
+    out_features: int,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+) -> Tensor:
+    """x [..., in] → [..., out_features] in x's dtype, by stored tensors of a format in SVDQ_LAYOUTS.
+
+    `product`: a backend of the format's row of `PRECISIONS`, in whose order the tensors lie; empty: in 16 bits, with
+    the tensors as in files. One operator for the weight and its product, as `linear.fp4_linear`, and for padding,
+    packing and adding up: a compiler sees none of it, and folds no weight.
+    """
+    stored = {"qweight": qweight, "wscales": wscales, "smooth_factor": smooth_factor, "proj_down": proj_down}
+    stored |= {"proj_up": proj_up} if wcscales is None else {"proj_up": proj_up, "wcscales": wcscales}
+    bias = sum_of_biases(bias, bias_delta)
+    if product:
+        flat = x.reshape(-1, x.shape[-1])
+        result = multiply_svdq(flat, stored, fmt, product, out_features, bias, lora_down, lora_up)
+        return result.view(*x.shape[:-1], out_features)
+    weight = workspace("weight", (out_features, x.shape[-1]), x.dtype, x.device)
+    write_weight(stored, SVDQ_LAYOUTS[fmt], lora_down, lora_up, weight)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@svdq_linear.register_fake
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wcscales: Tensor | None,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    fmt: str,
+    product: str,
+    out_features: int,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+) -> Tensor:
+    torch._check(x.shape[-1] <= qweight.shape[1] * 2)
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class SvdqLinear(nn.Module):
@@ -36,6 +95,10 @@ class SvdqLinear(nn.Module):
     lora_down, lora_up   [R, in], [out, R] in plain order, or None: `set_lora`; R sums the ranks
 
     Parameters and not buffers, because streamed offload brings only parameters back to the host.
+
+    The stored tensors lie as in files (`tiles`), also in the state dict, unless the layer computes by a product that
+    reads another order: then they lie in that one, in the same memory, until `set_compute` asks for another product.
+    State dicts are to be read and loaded while the layer computes EXACT.
     """
 
     qweight: nn.Parameter
@@ -56,6 +119,7 @@ class SvdqLinear(nn.Module):
         super().__init__()
         self.layout, self.in_features, self.out_features = layout, in_features, out_features
         self.compute, self.product = EXACT, ""
+        self.order: Order = TILES
         self.lora_rank = 0
         expected = torch_table(layout, out_features, in_features)
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -98,21 +162,32 @@ class SvdqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of the same dtype."""
-        bias = sum_of_biases(self.bias, self.bias_delta)
-        if self.compute != EXACT:
-            result = svdq_linear(x, self.stored, self.layout, self.out_features, bias)
-            if self.lora_down is None or self.lora_up is None:
-                return result
-            return result + F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
-        weight = effective_weight(self.stored, self.layout)[: self.out_features, : self.in_features]
-        if self.lora_down is not None and self.lora_up is not None:
-            weight = torch.addmm(weight, self.lora_up.float(), self.lora_down.float())
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if x.shape[-1] != self.in_features:  # it would be padded with zeros
+            raise ValueError(f"an input of {x.shape[-1]} channels for a layer of {self.in_features}")
+        result: Tensor = svdq_linear(
+            x,
+            self.qweight,
+            self.wscales,
+            self.wcscales,
+            self.smooth_factor,
+            self.proj_down,
+            self.proj_up,
+            self.layout.name,
+            self.product,
+            self.out_features,
+            self.bias,
+            self.bias_delta,
+            self.lora_down,
+            self.lora_up,
+        )
+        return result
 
     def set_compute(self, compute: str, product: str = "") -> None:
         """From now on `compute` (a row of `PRECISIONS`) by `product` (one of its backends); EXACT: in 16 bits again.
 
-        ValueError for names that are none, and for a compute of another format than the weight's.
+        Stored tensors that the product reads in another order are put into it, in place: a permutation of bytes, which
+        takes a layer's memory once more for a moment. ValueError, before anything is changed, for names that are none,
+        and for a compute of another format than the weight's.
         """
         if compute != EXACT:
             precision = PRECISIONS.get(compute)
@@ -120,12 +195,22 @@ class SvdqLinear(nn.Module):
                 raise ValueError(f"no product {product!r} of {compute!r}")
             if precision.stored_format != self.layout.name:
                 raise ValueError(f"a weight in {self.layout.name} cannot compute as {compute}")
-        self.compute, self.product = compute, product
+        self.compute, self.product = compute, product if compute != EXACT else ""
+        self._put_in(ORDERS[self.product] if self.product else TILES)
+
+    @torch.no_grad()
+    def _put_in(self, order: Order) -> None:
+        if order == self.order:
+            return
+        for name, tensor in self.stored.items():
+            tensor.copy_(reorder(name, tensor, self.layout.precision, order))  # a stream's buffers stay in use
+        self.order = order
 
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:
         """Adds every scale * up @ down to the weight from now on, in place of any that were set before; None ends it.
 
-        ValueError for shapes that do not fit.
+        The stored tensors are not touched: without LoRAs the layer computes the very bits that it did before. The
+        factors are kept in their dtype, `scale` in `up`. ValueError for shapes that do not fit.
         """
         if not deltas:
             self.lora_down = self.lora_up = None
@@ -138,9 +223,10 @@ class SvdqLinear(nn.Module):
                     f"LoRA factors {tuple(down.shape)} and {tuple(up.shape)} do not fit a weight of "
                     f"[{self.out_features}, {self.in_features}]"
                 )
-        device, dtype = self.qweight.device, self.proj_up.dtype
-        self.lora_down = _frozen(torch.cat([down for down, _, _ in deltas], dim=0).to(device, dtype))
-        self.lora_up = _frozen(torch.cat([up.float() * scale for _, up, scale in deltas], dim=1).to(device, dtype))
+        device = self.qweight.device
+        self.lora_down = _frozen(torch.cat([down for down, _, _ in deltas], dim=0).to(device))
+        scaled = [(up.float() * scale).to(up.dtype) for _, up, scale in deltas]
+        self.lora_up = _frozen(torch.cat(scaled, dim=1).to(device))
         self.lora_rank = sum(down.shape[0] for down, _, _ in deltas)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:

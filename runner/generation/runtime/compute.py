@@ -70,7 +70,7 @@ def decide(
     """What to compute in, and why. Pure.
 
     `capability`: None for a CPU. `probed`: (the product that was found right, or None; why), read for nothing but the
-    8- and 4-bit computes. `formats`: of the layers that take part (`g32`, `nvfp4`, or `plain` for 16 and 32 bits).
+    8- and 4-bit computes. `formats`: of the layers that take part: a format's name, or `plain` for 16 and 32 bits.
     Raises ConfigInvalid, with what to do, where the device or the weights cannot do what was asked for.
     """
     precision = PRECISIONS[compute]
@@ -93,11 +93,18 @@ def decide(
             f"compute {compute!r} needs weights stored as {stored}; these are {', '.join(other)}",
             todo=f"Make a file with `video-lab quantize --format {stored}`, or {instead}",
         )
+    bound = sorted(name for name in set(formats) & PRECISIONS.keys() if PRECISIONS[name].layout == "svdq")
+    if stored is None and bound:
+        raise ConfigInvalid(
+            f"compute {compute!r} was asked for, but weights stored as {bound[0]} compute as {bound[0]} or in 16 bits",
+            todo=f"Ask for +{bound[0]}, or leave out +{compute}",
+        )
     product, why = probed
     if product is None:
+        missing = "the extra `svdq`" if precision.layout == "svdq" else "comfy-kitchen or a newer torch for CUDA"
         raise ConfigInvalid(
             f"compute {compute!r} was asked for, but nothing here computes it right on {device}: {why}",
-            todo=f"Install comfy-kitchen or a newer torch for CUDA, or {instead}",
+            todo=f"Install {missing}, or {instead}",
         )
     return GemmChoice(compute, product, why)
 
@@ -119,28 +126,30 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product
     from runner.quantization.kernels.row_codes import name_row_kernel
     from runner.quantization.linear import FP4Linear
+    from runner.quantization.svdq_linear import SvdqLinear
 
     log, compute = structlog.get_logger(), recipe.compute
     precision = PRECISIONS[compute]
     if precision.layout == "exact":
         choice = decide(compute, capability_of(device), (None, ""), (), str(device))
         for layer in model.modules():
-            if isinstance(layer, FP4Linear | LowBitLinear):
+            if isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear):
                 layer.set_compute(EXACT)
         return {"compute": choice.compute, "compute_why": choice.why}
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
-        if sees_every_token(name) and (isinstance(layer, FP4Linear | LowBitLinear) or type(layer) is nn.Linear)
+        if sees_every_token(name)
+        and (isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear) or type(layer) is nn.Linear)
     }
-    formats = {layer.fmt.name if isinstance(layer, FP4Linear) else "plain" for layer in layers.values()}
+    formats = {_format_name(layer) for layer in layers.values()}
     choice = decide(compute, capability_of(device), pick_product(device, compute), formats, str(device))
     kept: dict[str, str] = {}
     for name, layer in layers.items():
         problem = precision.problem_of_shape(layer.out_features, layer.in_features)
         if problem is not None:
             kept[name] = problem
-        elif isinstance(layer, FP4Linear | LowBitLinear):
+        elif isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear):
             layer.set_compute(choice.compute, choice.product)
         else:
             parent, _, attribute = name.rpartition(".")
@@ -170,21 +179,28 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     return said
 
 
+def _format_name(layer: Any) -> str:
+    """Of the format that a layer's weight is stored in; `plain` for 16 and 32 bits."""
+    fmt = getattr(layer, "fmt", None) or getattr(layer, "layout", None)
+    return "plain" if fmt is None else str(fmt.name)
+
+
 def self_test(
     layers: Mapping[str, Any], choice: GemmChoice, device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """One layer of each shape on activations with channels that stand out: relative errors by the layer's name.
 
     error: against the layer's exact product. off_definition: of the kernel against the format's definition, which must
-    lie within `AGREEMENT`. Raises ConfigInvalid with the numbers where either is too large. The
+    lie within the precision's `agreement`. Raises ConfigInvalid with the numbers where either is too large. The
     layers are left computing by `choice`.
     """
     import torch
 
-    from runner.quantization.kernels.low_bit import AGREEMENT, EXACT, relative_error
+    from runner.quantization.kernels.low_bit import EXACT, relative_error
 
     first = {(layer.out_features, layer.in_features): name for name, layer in reversed(list(layers.items()))}
-    limit, found = PRECISIONS[choice.compute].error_limit, dict[str, dict[str, float]]()
+    precision, found = PRECISIONS[choice.compute], dict[str, dict[str, float]]()
+    limit, agreement = precision.error_limit, precision.agreement
     for (rows, columns), name in sorted(first.items()):
         layer = layers[name]
         if any(p.device.type != device.type for p in layer.parameters()):
@@ -196,11 +212,11 @@ def self_test(
             low = _by(layer, x, choice.compute, choice.product)
         error, off = relative_error(low, exact), relative_error(low, defined)
         found[name] = {"error": round(error, 5), "limit": round(limit, 5), "off_definition": round(off, 5)}
-        if not (error <= limit and off <= AGREEMENT):
+        if not (error <= limit and off <= agreement):
             raise ConfigInvalid(
                 f"compute {choice.compute!r} by {choice.product} is not right on {device}: on {name} "
                 f"[{rows}, {columns}] its error is {error:.4f} ({limit:.4f} allowed), {off:.4f} off the format's "
-                f"definition ({AGREEMENT} allowed)",
+                f"definition ({agreement} allowed)",
                 todo=f"Leave out +{choice.compute}; please report this device and its driver",
             )
     return found

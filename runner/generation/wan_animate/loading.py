@@ -137,6 +137,8 @@ def load_transformer(
     else:
         import torch
 
+        from runner.quantization.formats.e2m1 import Format
+        from runner.quantization.formats.svdq_layout import SvdqLayout
         from runner.quantization.kernels.dequantize import pick_kernel
         from runner.quantization.rules import transformer_on_meta
 
@@ -146,7 +148,7 @@ def load_transformer(
             from runner.quantization.files.checkpoint_read import load_quantized
 
             file = load_quantized(model, variant.transformer, home, dtype)
-            fmt = file.format
+            fmt: Format | SvdqLayout = file.format
             said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
             said |= {"fp4_layers": len(file.layers), "unverified": []}
         else:
@@ -163,7 +165,10 @@ def load_transformer(
                     assumed=", ".join(published.assumed),
                     todo="video-lab weights verify --against SOURCE settles it",
                 )
-        kernel, why = pick_kernel(device, fmt)
+        if isinstance(fmt, SvdqLayout):
+            kernel, why = "eager", "weights of layers that compute in 16 bits, some rows at a time"
+        else:
+            kernel, why = pick_kernel(device, fmt)
         said |= {"format": fmt.name, "kernel": kernel, "kernel_why": why}
         structlog.get_logger().debug("kernel_chosen", kernel=kernel, format=fmt.name, why=why)
     said["transformer_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())

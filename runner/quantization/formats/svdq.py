@@ -41,11 +41,13 @@ __all__ = [
     "pad",
     "quantize_activations",
     "svdq_linear",
+    "tile_bytes",
     "torch_table",
     "unpack_lowrank",
     "unpack_scales",
     "unpack_vector",
     "unpack_weight",
+    "untile_bytes",
 ]
 
 INT4_LARGEST: Final = 7  # of activations and, by absmax, of weights; the code -8 can be stored and is not made
@@ -86,23 +88,38 @@ def pack_weight(codes: Tensor, precision: SvdqPrecision) -> Tensor:
     low, high = (-8, 7) if precision == "int4" else (0, 15)
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
         raise ValueError(f"{precision} has codes of {low} to {high}, not {int(codes.min())} to {int(codes.max())}")
-    nibbles = codes.to(torch.uint8).bitwise_and(15)
-    # (nt, np, ns, nl, kt, ks, kl, byte, half of the byte)
-    nibbles = nibbles.view(rows // 128, 8, 2, 8, columns // 64, 2, 4, 4, 2)
-    pairs = nibbles[..., 0] | nibbles[..., 1] << 4
-    return pairs.permute(0, 4, 1, 3, 6, 2, 5, 7).reshape(rows, columns // 2).view(torch.int8)
+    nibbles = codes.to(torch.uint8).bitwise_and(15).view(rows, columns // 2, 2)
+    return tile_bytes((nibbles[..., 0] | nibbles[..., 1] << 4).view(torch.int8))
 
 
 def unpack_weight(packed: Tensor, precision: SvdqPrecision) -> Tensor:
     """int8 [N, K/2] → codes [N, K]: int8 of -8..7 (int4), uint8 of 0..15 (nvfp4). The inverse of `pack_weight`."""
+    pairs = untile_bytes(packed).view(torch.uint8)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+    return codes if precision == "nvfp4" else (codes.view(torch.int8) << 4) >> 4
+
+
+def tile_bytes(pairs: Tensor) -> Tensor:
+    """Two codes a byte, int8 [N, K/2], a row after the other, the even column in the low nibble → a packed weight.
+
+    A word of the kernels holds eight columns in a row, so whole bytes change their places and no nibble does.
+    """
+    rows, half = pairs.shape
+    _check_sides(rows, half * 2)
+    # (nt, np, ns, nl, kt, ks, kl, byte) → (nt, kt, np, nl, kl, ns, ks, byte)
+    tiles = pairs.view(rows // 128, 8, 2, 8, half // 32, 2, 4, 4).permute(0, 4, 1, 3, 6, 2, 5, 7)
+    return tiles.reshape(rows, half)
+
+
+def untile_bytes(packed: Tensor) -> Tensor:
+    """The inverse of `tile_bytes`. ValueError for what is no packed weight."""
     if packed.ndim != 2 or packed.dtype is not torch.int8:
         raise ValueError(f"a packed weight is int8 [N, K/2], not {packed.dtype} {list(packed.shape)}")
-    rows, columns = packed.shape[0], packed.shape[1] * 2
-    _check_sides(rows, columns)
+    rows, half = packed.shape
+    _check_sides(rows, half * 2)
     # (nt, kt, np, nl, kl, ns, ks, byte) → (nt, np, ns, nl, kt, ks, kl, byte)
-    pairs = packed.view(torch.uint8).view(rows // 128, columns // 64, 8, 8, 4, 2, 2, 4).permute(0, 2, 5, 3, 1, 6, 4, 7)
-    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).reshape(rows, columns)
-    return codes if precision == "nvfp4" else (codes.view(torch.int8) << 4) >> 4
+    tiles = packed.view(rows // 128, half // 32, 8, 8, 4, 2, 2, 4).permute(0, 2, 5, 3, 1, 6, 4, 7)
+    return tiles.reshape(rows, half)
 
 
 def pack_scales(scales: Tensor, precision: SvdqPrecision) -> Tensor:

@@ -15,29 +15,33 @@ where the step itself takes seconds. NVFP4 takes .13 byte a weight, for its scal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS, REFERENCE
-from runner.quantization.kernels import nvfp4
+from runner.quantization.formats.svdq import pad
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
+from runner.quantization.kernels import nvfp4, svdq_products
 from runner.quantization.kernels.kept_codes import KeepsCodes
 from runner.quantization.kernels.prepared import Prepared, prepared_for
 from runner.quantization.kernels.row_codes import error_text, fast_rotated_rows, fast_rows, prepare_rows, probe_matrix
 from runner.quantization.kernels.rowwise import Rows, code_dtype, rotation_of
+from runner.quantization.kernels.svdq_order import TILES, join_factors, reorder
 from runner.quantization.kernels.workspace import workspace
 
 __all__ = [
-    "AGREEMENT",
     "EXACT",
     "LowBitLinear",
     "kept_rows_linear",
     "multiply_blocks",
     "multiply_rows",
+    "multiply_svdq",
     "pick_product",
     "relative_error",
     "sum_of_biases",
@@ -45,9 +49,6 @@ __all__ = [
 ]
 
 EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
-# How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums of
-# e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them. The formats' own errors: .039 and .015.
-AGREEMENT: Final = 0.01
 
 
 def run_backend(compute: str, product: str, *operands: Any) -> Tensor:
@@ -109,6 +110,32 @@ def multiply_blocks(
     return result if bias is None else result.add_(bias.to(dtype))
 
 
+def multiply_svdq(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    fmt: str,
+    product: str,
+    out_features: int,
+    bias: Tensor | None,
+    lora_down: Tensor | None = None,
+    lora_up: Tensor | None = None,
+) -> Tensor:
+    """[M, in] by stored tensors in SVDQ `fmt`, in the order that `product` reads: [M, out_features] in x's dtype.
+
+    A LoRA's factors, [R, in] and [out, R] in plain order, join the layer's own; where their rank is more than kernels
+    take, they are two products of their own.
+    """
+    wide = pad(x, (x.shape[0], tensors["qweight"].shape[1] * 2))
+    beside = None
+    if lora_down is not None and lora_up is not None:
+        if lora_down.shape[0] + tensors["proj_down"].shape[1] > svdq_products.MOST_JOINED:
+            beside = F.linear(F.linear(x, lora_down.to(x.dtype)), lora_up.to(x.dtype))
+        else:
+            tensors = join_factors(tensors, svdq_products.ORDERS[product], lora_down, lora_up)
+    result = run_backend(fmt, product, wide, tensors, SVDQ_LAYOUTS[fmt], out_features, bias)
+    return result.contiguous() if beside is None else result + beside
+
+
 @cache
 def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
     """(a product of `compute` that is right on `device`, why that one), or (None, what is wrong with each).
@@ -131,7 +158,7 @@ def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
 
 def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
     x, weight = probe_matrix(80, 256, device), probe_matrix(128, 256, device, seed=1)
-    bias = weight[:, 0].contiguous()
+    bias, allowed = weight[:, 0].contiguous(), PRECISIONS[compute].agreement
     try:
         found = _tried(name, compute, x, weight, bias)
     # Whatever a driver, a missing package or an unsupported device raises: the answer is the next product.
@@ -139,10 +166,16 @@ def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
         return error_text(err)
     wanted = _tried(REFERENCE, compute, x, weight, bias)
     off = relative_error(found, wanted)
-    return None if off <= AGREEMENT else f"off by {off:.3g} of the definition's result, {AGREEMENT} allowed"
+    return None if off <= allowed else f"off by {off:.3g} of the definition's result, {allowed} allowed"
 
 
 def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if PRECISIONS[compute].layout == "svdq":
+        layout, order = SVDQ_LAYOUTS[compute], svdq_products.ORDERS[name]
+        stored = svdq_products.probe_tensors(layout, x.device)
+        if order != TILES:
+            stored = {suffix: reorder(suffix, tensor, layout.precision, order) for suffix, tensor in stored.items()}
+        return multiply_svdq(x, stored, compute, name, weight.shape[0], bias)
     if PRECISIONS[compute].layout == "blocks":
         blocks = nvfp4.quantize_blocks
         return multiply_blocks(blocks(x), blocks(weight), compute, name, bias, x.dtype)

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from runner.quantization.formats.e2m1 import LARGEST, NVFP4, dequantize
 
-__all__ = ["Blocks", "block_scaled", "dequantize_blocks", "quantize_blocks", "reference", "to_blocked"]
+__all__ = [
+    "Blocks",
+    "block_scaled",
+    "dequantize_blocks",
+    "from_blocked",
+    "multiply_blocked",
+    "quantize_blocks",
+    "reference",
+    "to_blocked",
+]
 
 _GROUP: Final = NVFP4.group
 _E4M3: Final = 448.0
@@ -102,18 +111,30 @@ def reference(x: Blocks, w: Blocks, dtype: torch.dtype) -> Tensor:
     return (dequantize_blocks(x) @ dequantize_blocks(w).T).to(dtype)
 
 
+def from_blocked(blocked: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `to_blocked` for scales that fill whole tiles: flat → [rows, columns]."""
+    tiles = blocked.view(rows // _TILE_ROWS, columns // _TILE_COLUMNS, 32, 4, _TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
 def block_scaled(x: Blocks, w: Blocks, dtype: torch.dtype) -> Tensor:
     """cuBLASLt through `torch.nn.functional.scaled_mm` (torch 2.10 and later); compute capability 10.0 and 12.0.
 
     K a multiple of 32, N of 16. The weight's scales are laid out anew each time: a sixteenth of a byte a weight.
     """
+    x, w = (Blocks(blocks.packed, to_blocked(blocks.scale), blocks.tensor_scale) for blocks in (x, w))
+    return multiply_blocked(x, w).to(dtype)
+
+
+def multiply_blocked(x: Blocks, w: Blocks) -> Tensor:
+    """`block_scaled` in bfloat16, of operands whose scales lie as `to_blocked` puts them."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
     recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     swizzle = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
 
     def scales(blocks: Blocks) -> list[Tensor]:
-        return [to_blocked(blocks.scale).view(torch.float8_e4m3fn), blocks.tensor_scale.float().reshape(1)]
+        return [blocks.scale.view(torch.float8_e4m3fn), blocks.tensor_scale.float().reshape(1)]
 
     result: Tensor = scaled_mm(
         x.packed.view(torch.float4_e2m1fn_x2),
@@ -126,4 +147,4 @@ def block_scaled(x: Blocks, w: Blocks, dtype: torch.dtype) -> Tensor:
         swizzle_b=swizzle,
         output_dtype=torch.bfloat16,
     )
-    return result.to(dtype)
+    return result
