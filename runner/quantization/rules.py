@@ -11,7 +11,7 @@ biases stay as they are. What stays has 16 bits, but for the names that the mode
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from runner.errors import ConfigInvalid
-from runner.quantization.formats.e2m1 import Format
+from runner.quantization.formats.fp4_layout import Layout
+from runner.quantization.formats.svdq_layout import SvdqLayout
 
 __all__ = [
     "RULES",
@@ -30,6 +31,7 @@ __all__ = [
     "kept_in_fp32",
     "linear_shapes",
     "plan_sizes",
+    "rule_for",
     "stored_dtype",
     "transformer_on_meta",
 ]
@@ -37,6 +39,9 @@ __all__ = [
 # First and last of the way through the model: few numbers, each of which reaches every pixel.
 SENSITIVE = ("proj_out", "condition_embedder.time_embedder", "face_encoder.out_proj")
 
+
+# 64 outputs of the 14B model: other programs that read SVDQ layers take multiples of 128 and pad nothing.
+NEVER_SVDQ = ("proj_out",)
 
 # config.json of Wan-AI/Wan2.2-Animate-14B-Diffusers: published FP4 files come without one.
 WAN_ANIMATE_14B: Mapping[str, Any] = MappingProxyType(
@@ -107,6 +112,11 @@ def get_rule(name: str) -> Rule:
     return RULES[name]
 
 
+def rule_for(fmt: Layout | SvdqLayout, rule: Rule) -> Rule:
+    """`rule`, with what no rule quantises in this format."""
+    return replace(rule, kept=(*rule.kept, *NEVER_SVDQ)) if isinstance(fmt, SvdqLayout) else rule
+
+
 def transformer_on_meta(config: Mapping[str, Any]) -> nn.Module:
     """A WanAnimateTransformer3DModel of this config: parameters on the meta device, buffers (tables) computed.
 
@@ -144,7 +154,8 @@ def stored_dtype(param: str, fp32: Iterable[str], rest: torch.dtype = torch.bflo
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer or loose parameter: bytes of its codes and scales, bytes of the rest (biases, norms, what is kept)."""
+    """One layer or loose parameter: bytes of its codes, scales and factors, bytes of the rest (biases, norms, what is
+    kept)."""
 
     name: str
     shape: tuple[int, ...]
@@ -152,12 +163,12 @@ class PlanRow:
     other_bytes: int
 
 
-def plan_sizes(config: Mapping[str, Any], fmt: Format, rule: Rule = RULES["all"]) -> list[PlanRow]:
+def plan_sizes(config: Mapping[str, Any], fmt: Layout | SvdqLayout, rule: Rule = RULES["all"]) -> list[PlanRow]:
     """What a quantised file will hold, a row for each nn.Linear and each other parameter, in the model's order.
 
     Quantised are the rows with `packed_bytes`. Raises ValueError for a layer whose inputs do not fit the format.
     """
-    model = transformer_on_meta(config)
+    model, rule = transformer_on_meta(config), rule_for(fmt, rule)
     linears, fp32 = linear_shapes(model), kept_in_fp32(model)
     rows: dict[str, PlanRow] = {}
     for param, tensor in model.named_parameters():

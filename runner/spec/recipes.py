@@ -3,7 +3,8 @@
 In:   a name and, after plus signs in any order, words that change it. Out: `Recipe`, plain data for the record.
 Never: paths, devices, tensors: a dtype is a name until `wan_animate` turns it into one of torch's.
 
-    fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4
+    fp4-distill+fp8                   what the matrix products compute in: bf16, fp8, int8, nvfp4; or svdq-int4,
+                                      svdq-nvfp4, of weights that are stored so
     fp4-distill+int8-attention        8-bit self-attention on a GPU, by comfy-kitchen or SageAttention
     fp4-distill+bf16-vae              the autoencoder in bfloat16, not float32: faster, within rounding; or fp16-vae
     fp4-distill+unipc+steps4          the solver: euler, unipc, dpmpp, res2s; denoising steps where the job does not say
@@ -262,6 +263,12 @@ def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
         told = f"{SAMPLER_ROWS[sampler].word} and {SCHEDULE_WORDS[grid]}"
         todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {told}"
         raise ConfigInvalid(f"recipe {name!r}: {sampler} has no {grid!r} grid", todo=todo)
+    if PRECISIONS[recipe.compute].layout == "svdq" and not recipe.fp4:
+        bases = [base.name for base in RECIPES.values() if base.fp4 and not base.choice]
+        raise ConfigInvalid(
+            f"recipe {name!r} runs the published weights; {recipe.compute} computes with a file of its own format",
+            todo=f"Say {' or '.join(f'{base}+{recipe.compute}' for base in sorted(bases))}",
+        )
     if recipe.dtype == "float32" and "compute" in words and recipe.compute == DEFAULT_PRECISION:
         raise ConfigInvalid(
             f"recipe {name!r} holds the model in float32", todo="Use recipe bf16 to compute in bfloat16"

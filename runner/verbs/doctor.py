@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from runner.errors import as_runner_error
 from runner.generation.runtime.device import cudnn_problem, cudnn_version
@@ -23,6 +23,9 @@ from runner.records.events import default_logging
 from runner.storage import is_remote, local_path, open_storage, probe_writable
 from runner.verbs.probes import ProbeFailed, Probes, TorchInfo
 from runner.verbs.settings import DoctorSettings
+
+if TYPE_CHECKING:
+    from runner.spec.recipes import Recipe
 
 __all__ = ["Check", "doctor", "run_checks"]
 
@@ -350,7 +353,24 @@ def _weights(models: str | None, recipe: str | None) -> Check:
 
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
     get_family(chosen).resolve(local_path(models), chosen, EngineSettings())
-    return Check("weights", "ok", f"all that recipe {chosen.name} needs is in {models}")
+    return Check("weights", "ok", f"all that recipe {chosen.name} needs is in {models}{_quantised(models, chosen)}")
+
+
+def _quantised(models: str, recipe: Recipe) -> str:
+    """Which file of `quantize` the recipe runs, and how that was made; "" where it runs another."""
+    from runner.quantization.files.quantized_header import check_file
+    from runner.weights.variant import choose_variant
+
+    root = local_path(models)
+    variant = choose_variant(root, recipe)
+    if variant.kind != "quantized":
+        return ""
+    file = check_file(variant.transformer)
+    made = f"; it runs {variant.transformer.relative_to(root)}, {len(file.layers)} layers in {file.layout.name}"
+    if file.chosen:
+        by = "calibration" if file.chosen["calibration"] else "the weights alone"
+        made += f", rank {file.chosen['rank']}, smoothed by {by}"
+    return made
 
 
 def _output(out: str | None) -> Check:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from runner.batch.shards import choose_shard
 from runner.errors import ConfigInvalid
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES
 from runner.verbs.flag_values import (
     ALL_LAYERS,
@@ -85,7 +86,7 @@ TensorrtMode = Literal["off", "auto", "on"]
 
 DEVICES = ("auto", "cpu", "cuda")
 CHECKPOINTS = ("out", "cache", "off")
-NUMBER_FORMATS = ("nvfp4", "g32")
+NUMBER_FORMATS = ("nvfp4", "g32", *SVDQ_LAYOUTS)
 SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the default
 
 
@@ -580,6 +581,7 @@ class VerifySettings(Settings):
     )
     plan: bool = field(default=False, metadata=switch("print the quantised file layer by layer; checks nothing"))
     format: str = field(default=NUMBER_FORMATS[0], metadata=choice("--plan: number format", NUMBER_FORMATS))
+    rank: int | None = field(default=None, metadata=flag("--plan: rank, of SVDQ (32)", partial(is_whole, 1), "N"))
     rule: str = field(default=ALL_LAYERS, metadata=flag("--plan: which layers", is_rule, "NAME"))
     against: Path | None = field(
         default=None, metadata=flag("settle how a published FP4 file is read", is_path, "SOURCE")

@@ -75,7 +75,7 @@ def verify(settings: VerifySettings) -> Verification:
 
     folder = _folder(settings.models)
     if settings.plan:
-        return Verification(plan=tuple(plan_rows(folder, fmt=settings.format, rule=settings.rule)))
+        return Verification(plan=tuple(plan_rows(folder, fmt=settings.format, rule=settings.rule, rank=settings.rank)))
     if settings.against:
         return Verification(settled=settle_against(folder, settings.against, layer=settings.layer))
     return Verification(files=tuple(verify_weights(folder, settings.recipe, cache=settings.cache)))

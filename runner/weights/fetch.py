@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.errors import StorageFull, WeightsCorrupt, WeightsMissing, as_runner_error
-from runner.spec.recipes import Recipe
+from runner.spec.recipes import Recipe, get_recipe
 from runner.weights.hub import Hub, Listing, RemoteFile, online, partial_path, read_record, record_path, write_record
-from runner.weights.repositories import HubSource, sources_of
+from runner.weights.repositories import HubSource, parts_of, sources_of
+from runner.weights.variant import TRANSFORMER_FILE, quantize_command, quantized_folder, svdq_format, variant_folders
 
 __all__ = ["Fetched", "fetch_weights"]
 
@@ -89,6 +90,9 @@ def fetch_weights(
     `revisions` maps a repository to the branch, tag or commit to take, over the table's. `say` gets the lines that a
     person should read: what comes from where under which licence. `dry_run` stops after these.
 
+    No file in an SVDQ format is published: for a recipe that runs one, the source is fetched to make it from, unless
+    the store has it.
+
     Raises ConfigInvalid, StorageDenied (gated or private: the message says where to accept terms), WeightsMissing (the
     hub has it no longer), WeightsCorrupt (not the pinned or listed checksum), StorageFull (before the first byte where
     that can be foreseen) and StorageUnavailable, after which the same command goes on.
@@ -96,6 +100,8 @@ def fetch_weights(
     from filelock import FileLock, Timeout
 
     begin = time.monotonic()
+    if parts is None:
+        parts = _missing_parts(models, recipe, say)
     sources, hub = sources_of(recipe, parts), Hub(endpoint, token)
     with online(say):
         items = _items(models, sources, hub, revisions or {}, say)
@@ -121,6 +127,22 @@ def fetch_weights(
     seconds = time.monotonic() - begin
     say(f"{len(items)} files, {total / GB:.2f} GB in {models}; {len(missing)} fetched, {arrived / GB:.2f} GB")
     return Fetched(models, len(items), len(missing), total, arrived, commits, seconds)
+
+
+def _missing_parts(models: Path, recipe: Recipe | str, say: Callable[[str], None]) -> Iterable[str] | None:
+    """The parts to fetch for a recipe whose transformer is not published, which `say` is told; None: all."""
+    chosen = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    fmt, parts = svdq_format(chosen), parts_of(recipe)
+    if fmt is None:
+        return None
+    made = next((name for name in variant_folders(chosen) if (models / name / TRANSFORMER_FILE).is_file()), None)
+    if made is None:
+        say(f"There is no published transformer in {fmt}: its source is fetched. Make the file from it afterwards:")
+        say(f"  {quantize_command(chosen)}")
+        return parts
+    say(f"{made}/{TRANSFORMER_FILE} is there: the source that it was made from is not fetched")
+    unneeded = {"transformer", "distill-lora"} if made == quantized_folder(chosen) else {"transformer"}
+    return [part for part in parts if part not in unneeded]
 
 
 def _items(

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from runner.errors import ConfigInvalid
 from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
 from runner.weights.store import RIFE
+from runner.weights.variant import svdq_format
 
 __all__ = [
     "CONVERTED",
@@ -162,7 +163,7 @@ CONVERTED: Mapping[str, Pin] = MappingProxyType(
     {RIFE: Pin(22_674_496, "e8872b7bb84d366c4e63c2066f0033509ea7a5bb73f7a79251b2fe5376c95d89")}
 )
 
-# Recipe, without the suffix that chooses compute → what it cannot run without.
+# Recipe, without the words behind it → what it cannot run without.
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "bf16": ("components", "transformer", "preprocess"),
@@ -175,7 +176,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def recipe_base(recipe: Recipe | str) -> str:
-    """A recipe's name without the suffix that chooses compute. Raises ConfigInvalid for a name that is none."""
+    """A recipe's name without the words behind it. Raises ConfigInvalid for a name that is none."""
     name = recipe if isinstance(recipe, str) else recipe.name
     base = name.partition("+")[0]
     if base not in NEEDED:
@@ -185,8 +186,13 @@ def recipe_base(recipe: Recipe | str) -> str:
 
 
 def parts_of(recipe: Recipe | str) -> tuple[str, ...]:
-    """The parts that `recipe` needs, in the order of the table."""
-    needed = NEEDED[recipe_base(recipe)]
+    """The parts that `recipe` needs, in the order of the table.
+
+    No file in an SVDQ format is published: of a recipe that runs one, the source to make it from.
+    """
+    needed = set(NEEDED[recipe_base(recipe)])
+    if svdq_format(get_recipe(recipe) if isinstance(recipe, str) else recipe):
+        needed = needed - {"fp4"} | {"transformer"}
     return tuple(part for part in PARTS if part in needed)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing, job_weight_errors
 from runner.quantization.files.file_header import LFS_POINTER, SHARD_NAME
+from runner.quantization.files.file_header import read_header as read_safetensors_header
+from runner.quantization.files.quantized_header import QuantizedFile, check_file, refuse_foreign
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
 from runner.weights.digests import FileIdentities
@@ -30,11 +32,21 @@ from runner.weights.variant import (
     LORA_FOLDER,
     RELIGHT,
     Variant,
+    formats_in,
     lora_files,
     wanted_fp4,
 )
 
-__all__ = ["COMPONENTS", "DEMO_MARKER", "RIFE", "ModelStore", "check_lora", "wanted", "wanted_by_jobs"]
+__all__ = [
+    "COMPONENTS",
+    "DEMO_MARKER",
+    "RIFE",
+    "ModelStore",
+    "check_lora",
+    "check_quantized",
+    "wanted",
+    "wanted_by_jobs",
+]
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
@@ -209,10 +221,9 @@ def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
 def check_variant(variant: Variant) -> None:
     """Headers of the quantised files and of the LoRAs beside them, dtypes included. Raises WeightsCorrupt."""
     if variant.kind == "quantized":
-        from runner.quantization.files.quantized_header import check_file
-
-        check_file(variant.transformer)
+        check_quantized(variant.transformer)
     elif variant.kind == "published":
+        refuse_foreign(read_safetensors_header(variant.transformer))
         for name, (dtype, shape) in read_header(variant.transformer).items():
             if math.prod(shape) > SMALL:
                 check_dtype(variant.transformer, name, dtype, PUBLISHED_DTYPES)
@@ -220,6 +231,18 @@ def check_variant(variant: Variant) -> None:
         check_lora(file)
     if variant.text_encoder:
         check_dtypes(variant.text_encoder, read_header(variant.text_encoder), "int4")
+
+
+def check_quantized(file: Path) -> QuantizedFile:
+    """`check_file` of a file in the store, whose format must also be one of its folder's. Raises WeightsCorrupt."""
+    described, formats = check_file(file), formats_in(file.parent.name)
+    if described.layout.name not in formats:
+        raise WeightsCorrupt(
+            f"its weights are stored in {described.layout.name}; {file.parent.name}/ is for {' or '.join(formats)}",
+            where=file,
+            todo="Put it into the folder of its own format, or make one with `video-lab quantize`",
+        )
+    return described
 
 
 def check_lora(file: Path) -> None:

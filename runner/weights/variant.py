@@ -6,36 +6,45 @@ Never: tensors. A store may hold the source, files of `quantize`, and the publis
     Wan2.2-Animate-14B-FP4-distill/   what `quantize` writes for fp4-distill, the LoRA merged: taken first
     Wan2.2-Animate-14B-FP4-plain/     what `quantize` writes for fp4; for fp4-distill with distill_lora/ beside it
     Wan2.2-Animate-14B-FP4/           as published, no LoRA merged; for fp4-distill with distill_lora/ beside it
+
+A recipe whose products need an SVDQ format (`+svdq-int4`) has folders of its own, which `quantize` alone writes:
+`Wan2.2-Animate-14B-SVDQ-INT4-distill/` and `-plain/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from runner.errors import ConfigInvalid, JobWeightsMissing, WeightsMissing
+from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
+from runner.quantization.formats.fp4_layout import LAYOUTS
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.spec.recipes import Recipe
 
 __all__ = [
     "DISTILL_FOLDER",
     "LORA_FOLDER",
-    "PLAIN_FOLDER",
     "PUBLISHED_FOLDER",
     "TEXT_FILE",
     "TRANSFORMER_FILE",
     "Variant",
     "choose_variant",
+    "formats_in",
     "lora_file",
     "lora_files",
+    "quantize_command",
     "quantized_folder",
+    "svdq_format",
     "text_file",
+    "variant_folders",
     "wanted_fp4",
 ]
 
-PUBLISHED_FOLDER = "Wan2.2-Animate-14B-FP4"
-PLAIN_FOLDER = f"{PUBLISHED_FOLDER}-plain"  # of `quantize`, without the LoRA
+MODEL = "Wan2.2-Animate-14B"
+PUBLISHED_FOLDER = f"{MODEL}-FP4"
 TRANSFORMER_FILE = "quantized_transformer.safetensors"
 TEXT_FILE = "quantized_text_encoder.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -64,9 +73,38 @@ class Variant:
         return (*extra, *self.loras, *((self.text_encoder,) if self.text_encoder else ()))
 
 
-def quantized_folder(recipe: Recipe) -> str:
-    """Folder that `quantize` writes for an FP4 recipe."""
-    return f"{PUBLISHED_FOLDER}-{'distill' if recipe.distilled else 'plain'}"
+def svdq_format(recipe: Recipe) -> str | None:
+    """The SVDQ format that the recipe's products need its weights in; None where they take any other."""
+    row = PRECISIONS[recipe.compute]
+    return row.stored_format if row.layout == "svdq" else None
+
+
+def quantized_folder(recipe: Recipe, fmt: str | None = None) -> str:
+    """Folder that `quantize` writes for an FP4 recipe in the number format `fmt`: by default what the recipe needs."""
+    return f"{_stem(fmt or svdq_format(recipe))}-{'distill' if recipe.distilled else 'plain'}"
+
+
+def variant_folders(recipe: Recipe) -> tuple[str, ...]:
+    """Folders of the store that may hold the recipe's transformer, the best first."""
+    return tuple(folder for _, folder, _ in _places(recipe))
+
+
+def formats_in(folder: str) -> tuple[str, ...]:
+    """The number formats that a file of `quantize` may have in the store's folder of this name."""
+    svdq = next((name for name in SVDQ_LAYOUTS if folder.startswith(f"{_stem(name)}-")), None)
+    return (svdq,) if svdq else tuple(LAYOUTS)
+
+
+def quantize_command(recipe: Recipe) -> str:
+    """The command that makes the recipe's file."""
+    fmt = svdq_format(recipe)
+    base = recipe.name.partition("+")[0] if fmt else recipe.name
+    return f"video-lab quantize --recipe {base}" + (f" --format {fmt}" if fmt else "")
+
+
+def _stem(fmt: str | None) -> str:
+    """A folder's name but for its last word."""
+    return f"{MODEL}-{fmt.upper()}" if fmt is not None and fmt in SVDQ_LAYOUTS else PUBLISHED_FOLDER
 
 
 def choose_variant(root: Path, recipe: Recipe) -> Variant:
@@ -77,7 +115,8 @@ def choose_variant(root: Path, recipe: Recipe) -> Variant:
     text = text_file(root, recipe)
     distill = tuple(sorted((root / DISTILL_FOLDER).glob("*.safetensors")))
     unmerged: Path | None = None  # there, but without the LoRA that this recipe needs beside it
-    for kind, folder, merged in _places(root, recipe):
+    for kind, name, merged in _places(recipe):
+        folder = root / name
         file = folder / TRANSFORMER_FILE
         beside = () if merged or not recipe.distilled else distill
         if not file.is_file():
@@ -89,7 +128,7 @@ def choose_variant(root: Path, recipe: Recipe) -> Variant:
         config = own if own.is_file() else source / "config.json"
         if not config.is_file():
             raise WeightsMissing(
-                "the transformer's config.json is neither beside the FP4 file nor in the source's folder",
+                "the transformer's config.json is neither beside the quantised file nor in the source's folder",
                 where=file,
                 todo=f"Put transformer/config.json of the published model at {source.relative_to(root)}/config.json",
             )
@@ -97,33 +136,51 @@ def choose_variant(root: Path, recipe: Recipe) -> Variant:
         if beside:
             why += f", {', '.join(path.name for path in beside)} kept beside it"
         return Variant(kind, file, config, beside, text, why)
-    lacks = "no FP4 transformer"
+    raise _no_transformer(root, recipe, unmerged)
+
+
+def _no_transformer(root: Path, recipe: Recipe, unmerged: Path | None) -> WeightsMissing:
+    fmt, command = svdq_format(recipe), quantize_command(recipe)
+    lacks = f"no transformer in {fmt}" if fmt else "no FP4 transformer"
     if unmerged is not None:
         lacks = f"{unmerged.relative_to(root)}, but no distill LoRA in {DISTILL_FOLDER}/ to go beside it"
-    raise WeightsMissing(
-        f"recipe {recipe.name!r} has {lacks}",
-        where=root,
-        todo="One of these makes it complete:\n"
-        f"  video-lab quantize --recipe {recipe.name}        from {recipe.weights}/transformer\n"
-        f"  video-lab weights fetch --recipe {recipe.name}   the published files, into {PUBLISHED_FOLDER}/"
-        + (f" and {DISTILL_FOLDER}/" if recipe.distilled else ""),
-    )
+    fetch = f"video-lab weights fetch --recipe {recipe.name}"
+    if fmt is None:
+        todo = (
+            "One of these makes it complete:\n"
+            f"  {command}        from {recipe.weights}/transformer\n"
+            f"  {fetch}   the published files, into {PUBLISHED_FOLDER}/"
+        ) + (f" and {DISTILL_FOLDER}/" if recipe.distilled else "")
+    elif unmerged is not None:
+        todo = f"{fetch}\n  brings the LoRA, into {DISTILL_FOLDER}/"
+    else:
+        todo = (
+            f"There is no published file in {fmt}. This makes one from {recipe.weights}/transformer:\n  {command}\n"
+            f"This brings the source, where the store lacks it:\n  {fetch}"
+        )
+    return WeightsMissing(f"recipe {recipe.name!r} has {lacks}", where=root, todo=todo)
 
 
-def _places(root: Path, recipe: Recipe) -> Iterator[tuple[Literal["quantized", "published"], Path, bool]]:
+def _places(recipe: Recipe) -> Iterator[tuple[Literal["quantized", "published"], str, bool]]:
     """(kind, folder, is the LoRA in the weights), the best first."""
     if recipe.distilled:
-        yield "quantized", root / f"{PUBLISHED_FOLDER}-distill", True
-    yield "quantized", root / PLAIN_FOLDER, False
-    yield "published", root / PUBLISHED_FOLDER, False
+        yield "quantized", quantized_folder(recipe), True
+    yield "quantized", f"{_stem(svdq_format(recipe))}-plain", False
+    if svdq_format(recipe) is None:
+        yield "published", PUBLISHED_FOLDER, False
 
 
 def text_file(root: Path, recipe: Recipe) -> Path | None:
     """The INT4 text encoder that `recipe` takes in place of the plain folder; None where it has none."""
+    return next((path for folder in _text_folders(recipe) if (path := root / folder / TEXT_FILE).is_file()), None)
+
+
+def _text_folders(recipe: Recipe) -> tuple[str, ...]:
+    """The best first. It has one format, whatever the transformer's: the FP4 folders' serves any FP4 recipe."""
     if not recipe.fp4:
-        return None
-    folders = dict.fromkeys((quantized_folder(recipe), PLAIN_FOLDER, PUBLISHED_FOLDER))
-    return next((path for folder in folders if (path := root / folder / TEXT_FILE).is_file()), None)
+        return ()
+    fp4 = replace(recipe, compute=DEFAULT_PRECISION)
+    return tuple(dict.fromkeys((*variant_folders(recipe), *variant_folders(fp4))))
 
 
 def lora_file(root: Path, name: str) -> Path:
@@ -157,12 +214,15 @@ def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: boo
 
 def wanted_fp4(recipe: Recipe) -> Callable[[str], bool]:
     """Keys of a remote store that an FP4 recipe may need beyond the plain components."""
-    folders = {quantized_folder(recipe), PLAIN_FOLDER, PUBLISHED_FOLDER}
+    transformers = set(variant_folders(recipe)) if recipe.fp4 else set()
+    texts = set(_text_folders(recipe))
 
     def want(key: str) -> bool:
         parts = PurePosixPath(key).parts or ("",)
-        if recipe.fp4 and len(parts) == 2 and parts[0] in folders:
+        if len(parts) == 2 and parts[0] in transformers:
             return parts[1] in (TRANSFORMER_FILE, TEXT_FILE, QUANTIZE_CONFIG, "config.json")
+        if len(parts) == 2 and parts[0] in texts:
+            return parts[1] == TEXT_FILE
         folder_ok = parts[0] == LORA_FOLDER or (recipe.distilled and parts[0] == DISTILL_FOLDER)
         return folder_ok and len(parts) == 2 and key.endswith(".safetensors")
 

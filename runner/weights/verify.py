@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.hashing import sha256_file
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
 from runner.spec.recipes import SOURCE_WEIGHTS, Recipe, get_recipe
 from runner.storage.file_hashes import FileHashes
 from runner.weights.digests import MEMORY_FILE, METADATA_KEY
 from runner.weights.hub import git_sha1, read_record
-from runner.weights.repositories import CONVERTED, FP4_FOLDER, SOURCES, parts_of, recipe_base
+from runner.weights.repositories import CONVERTED, FP4_FOLDER, SOURCES, parts_of
 from runner.weights.rife_file import REMEDY
 from runner.weights.store import (
     COMPONENTS,
@@ -32,11 +33,21 @@ from runner.weights.store import (
     WEIGHTS,
     ModelStore,
     check_not_empty,
+    check_quantized,
     check_weights,
     read_json,
     weight_files,
 )
-from runner.weights.variant import PLAIN_FOLDER, TRANSFORMER_FILE, choose_variant, quantized_folder, text_file
+from runner.weights.variant import (
+    MODEL,
+    TRANSFORMER_FILE,
+    choose_variant,
+    quantize_command,
+    quantized_folder,
+    svdq_format,
+    text_file,
+    variant_folders,
+)
 
 if TYPE_CHECKING:
     from runner.quantization.files.published import Comparison
@@ -85,7 +96,8 @@ def verify_weights(
     takes minutes. Damage is a row, not an exception. Raises ConfigInvalid for a recipe that is none, WeightsMissing
     when there is no such folder, StorageDenied for what may not be read.
     """
-    recipe_base(recipe)
+    parts = parts_of(recipe)
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     if not models.is_dir():
         raise WeightsMissing("no such folder of models", where=models, todo="Pass --models DIR")
     hashes = FileHashes(cache / MEMORY_FILE if cache is not None else None)
@@ -96,23 +108,36 @@ def verify_weights(
         if on_row is not None:
             on_row(row)
 
-    for path, note in _expected(models, recipe):
+    for path, note in _expected(models, recipe, parts):
         if path not in rows:
             add(_missing(path, models, note) if not path.is_file() else _examine(path, models, hashes), path)
-    for path, err in _contradictions(models, recipe, rows):
+    for path, err in _contradictions(models, rows):
         if path in rows and rows[path].status != "corrupt":
             add(Row(_name(path, models), "corrupt", rows[path].bytes, rows[path].sha256, err.what), path)
     return list(rows.values())
 
 
-def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all") -> list[PlanRow]:
-    """What a quantised transformer holds, layer by layer, from the config in the store. See quantization/rules.py."""
-    from runner.quantization.formats.e2m1 import FORMATS
+def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all", rank: int | None = None) -> list[PlanRow]:
+    """What a quantised transformer holds, layer by layer, from the config in the store. See quantization/rules.py.
+
+    `rank`: of an SVDQ format's factors, by default the format's. Raises ConfigInvalid for a format, a rule or a rank
+    that is none, WeightsMissing without a config.
+    """
+    from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
     from runner.quantization.rules import get_rule, plan_sizes
 
-    if fmt not in FORMATS:
-        raise ConfigInvalid(f"no format {fmt!r}", todo="Formats: " + ", ".join(FORMATS))
-    return plan_sizes(transformer_config(models), FORMATS[fmt], get_rule(rule))
+    layouts: dict[str, Layout | SvdqLayout] = {**LAYOUTS, **SVDQ_LAYOUTS}
+    layout = layouts.get(fmt)
+    if layout is None:
+        raise ConfigInvalid(f"no format {fmt!r}", todo="Formats: " + ", ".join(layouts))
+    if rank is not None:
+        if not isinstance(layout, SvdqLayout):
+            raise ConfigInvalid(f"{fmt} has no rank", todo=f"--rank is of {' and '.join(SVDQ_LAYOUTS)}")
+        try:
+            layout = layout.with_rank(rank)
+        except ValueError as err:
+            raise ConfigInvalid(str(err), todo="Leave --rank out, or take one of these") from err
+    return plan_sizes(transformer_config(models), layout, get_rule(rule))
 
 
 def settle_against(models: Path, source: Path, *, layer: str | None = None, file: Path | None = None) -> Settled:
@@ -149,6 +174,7 @@ def settle_against(models: Path, source: Path, *, layer: str | None = None, file
 def transformer_config(models: Path) -> dict[str, Any]:
     """The transformer's config, from the first folder of the store that has one. Raises WeightsMissing."""
     folders = [models / SOURCE_WEIGHTS / "transformer", *sorted(models.glob(f"{FP4_FOLDER}*"))]
+    folders += sorted(models.glob(f"{MODEL}-SVDQ-*"))
     path = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
     if path is None:
         raise WeightsMissing(
@@ -160,18 +186,17 @@ def transformer_config(models: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
+def _expected(models: Path, recipe: Recipe, parts: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
     """(file, what to say if it is not there), in the order they are used."""
-    parts, base = parts_of(recipe), recipe_base(recipe)
     for name in COMPONENTS:
-        if name == "text_encoder" and text_file(models, get_recipe(base)):
+        if name == "text_encoder" and text_file(models, recipe):
             yield from ((path, "") for path in sorted((models / SOURCE_WEIGHTS / name).glob("*.safetensors")))
             continue
-        if name == "transformer" and _has_own_config(models, base):
+        if name == "transformer" and _has_own_config(models, recipe):
             continue
-        yield from _component(models, name, weights=name != "transformer" or "transformer" in parts)
-    if "fp4" in parts:
-        yield from _fp4(models, base)
+        yield from _component(models, name, weights=name != "transformer" or not recipe.fp4)
+    if recipe.fp4:
+        yield from _quantised(models, recipe)
     for folder in ("distill_lora", "loras"):
         yield from ((path, "") for path in sorted((models / folder).glob("*.safetensors")))
     store = ModelStore(models)
@@ -183,10 +208,10 @@ def _expected(models: Path, recipe: Recipe | str) -> Iterator[tuple[Path, str]]:
     yield from ((path, "") for path in sorted(store.segmenter.glob("*")) if path.suffix in (*PLAIN, ".safetensors"))
 
 
-def _has_own_config(models: Path, base: str) -> bool:
+def _has_own_config(models: Path, recipe: Recipe) -> bool:
     """Does the recipe run a file that lies beside its own config.json?"""
     try:
-        variant = choose_variant(models, get_recipe(base))
+        variant = choose_variant(models, recipe)
     except WeightsMissing:
         return False
     return variant.kind != "source" and variant.config.parent == variant.transformer.parent
@@ -206,16 +231,21 @@ def _component(models: Path, name: str, *, weights: bool) -> Iterator[tuple[Path
         yield from ((path, FETCH) for path in files or [folder / f"{WEIGHTS[name]}.safetensors"])
 
 
-def _fp4(models: Path, base: str) -> Iterator[tuple[Path, str]]:
+def _quantised(models: Path, recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """Our own file of this recipe, or an unmerged one and, for `fp4-distill`, the LoRA that goes with it."""
-    recipe = get_recipe(base)
-    merged, plain, published = models / quantized_folder(recipe), models / PLAIN_FOLDER, models / FP4_FOLDER
-    for folder in dict.fromkeys((merged, plain, published)):
+    own, fmt = models / quantized_folder(recipe), svdq_format(recipe)
+    folders = [models / name for name in variant_folders(recipe)]
+    for folder in folders:
         yield from ((path, "") for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors"))
-    if recipe.distilled and (merged / TRANSFORMER_FILE).is_file():
+    if (text := text_file(models, recipe)) is not None and text.parent not in folders:
+        yield text, ""
+    if recipe.distilled and (own / TRANSFORMER_FILE).is_file():
         return
-    if not (plain / TRANSFORMER_FILE).is_file():
-        yield published / TRANSFORMER_FILE, f"{FETCH}, or make it: video-lab quantize"
+    if not any((folder / TRANSFORMER_FILE).is_file() for folder in folders):
+        if fmt is None:
+            yield models / FP4_FOLDER / TRANSFORMER_FILE, f"{FETCH}, or make it: video-lab quantize"
+        else:
+            yield own / TRANSFORMER_FILE, f"not published; make it: {quantize_command(recipe)}"
     if recipe.distilled and not list((models / "distill_lora").glob("*.safetensors")):
         yield models / "distill_lora" / next(iter(SOURCES["distill-lora"].pins)), FETCH
 
@@ -229,7 +259,7 @@ def _pose_files(graph: Path) -> list[Path]:
     return sorted({graph, *(p for p in beside if p.is_file() and ".cache" not in p.parts)})
 
 
-def _contradictions(models: Path, recipe: Recipe | str, rows: dict[Path, Row]) -> Iterator[tuple[Path, WeightsCorrupt]]:
+def _contradictions(models: Path, rows: dict[Path, Row]) -> Iterator[tuple[Path, WeightsCorrupt]]:
     """Files that are whole and do not fit together: indexes and shards; a quantised file and its model."""
     for name, stem in WEIGHTS.items():
         folder = models / SOURCE_WEIGHTS / name
@@ -253,17 +283,22 @@ def _check_quantised(path: Path, models: Path) -> None:
     from runner.quantization.files.checkpoint_read import check_model
     from runner.quantization.files.file_header import read_header
     from runner.quantization.files.published import read_published
-    from runner.quantization.files.quantized_header import FORMAT_KEY, check_file
+    from runner.quantization.files.quantized_header import FORMAT_KEY, refuse_foreign
     from runner.quantization.rules import transformer_on_meta
 
+    header = read_header(path)
+    refuse_foreign(header)
+    # Published files lie in one folder alone; a file in any other has to be ours.
+    ours = FORMAT_KEY in header.metadata or path.parent.name != FP4_FOLDER
+    described = check_quantized(path) if ours else None
     own = path.with_name("config.json")
     try:
         config = read_json(own) if own.is_file() else transformer_config(models)
     except WeightsMissing:
         return  # a row of its own says that the config is missing
     model = transformer_on_meta(config)
-    if FORMAT_KEY in read_header(path).metadata:
-        check_model(check_file(path), model)
+    if described is not None:
+        check_model(described, model)
     else:
         read_published(path, model)
 

@@ -182,9 +182,10 @@ def test_choices_are_those_that_the_code_below_has():
     from runner.preprocess.networks.providers import NetworkOptions
     from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.formats.scales import Method
+    from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
     from runner.quantization.rules import RULES
 
-    assert set(NUMBER_FORMATS) == set(FORMATS)
+    assert set(NUMBER_FORMATS) == {*FORMATS, *SVDQ_LAYOUTS}
     assert {*SCALES, "activation"} == set(get_args(Method))
     assert QuantizeSettings().rule in RULES
     networks = NetworkOptions()

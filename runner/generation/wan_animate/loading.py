@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from runner.generation.runtime.encoders import Encoders
     from runner.generation.wan_animate.pipeline import AnimatePipeline
+    from runner.quantization.formats.e2m1 import Format
 
 __all__ = [
     "check_cudnn",
@@ -137,7 +138,6 @@ def load_transformer(
     else:
         import torch
 
-        from runner.quantization.formats.e2m1 import Format
         from runner.quantization.formats.svdq_layout import SvdqLayout
         from runner.quantization.kernels.dequantize import pick_kernel
         from runner.quantization.rules import transformer_on_meta
@@ -150,7 +150,8 @@ def load_transformer(
             file = load_quantized(model, variant.transformer, home, dtype)
             fmt: Format | SvdqLayout = file.format
             said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
-            said |= {"fp4_layers": len(file.layers), "unverified": []}
+            counted = "svdq_layers" if isinstance(fmt, SvdqLayout) else "fp4_layers"
+            said |= {counted: len(file.layers), "unverified": [], **file.chosen}
         else:
             from runner.quantization.files.published import load_published
             from runner.quantization.formats.e2m1 import G32

@@ -7,8 +7,9 @@ Never: recipes, full-precision weights, a repair: what does not add up is refuse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from runner.errors import WeightsCorrupt
 from runner.quantization.files.quantized_header import AGAIN, QuantizedFile, check_file
 from runner.quantization.formats.e2m1 import FORMATS, Format
+from runner.quantization.formats.svdq import check_values
+from runner.quantization.formats.svdq_layout import SvdqLayout
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype
 
 __all__ = ["Loaded", "check_model", "fill", "load_quantized"]
@@ -26,23 +29,27 @@ class Loaded:
     """What a model was filled with."""
 
     path: Path
-    format: Format
+    format: Format | SvdqLayout
     layers: tuple[str, ...]
     bytes: int  # of all parameters, as they lie in memory
     sha256: str
     metadata: Mapping[str, str]
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # as of `QuantizedFile`
 
 
 def check_model(file: QuantizedFile, model: nn.Module) -> None:
-    """Does `file` hold `model`, no more and no less, each tensor in its dtype? Reads nothing. Raises WeightsCorrupt."""
+    """Does `file` hold `model`, no more and no less, each tensor in its dtype? Reads nothing. Raises WeightsCorrupt.
+
+    A linear must have the shape that its layer is stored for: where a format pads, that is the padded shape.
+    """
     linears, fp32, path = linear_shapes(model), kept_in_fp32(model), file.header.path
-    fmt = FORMATS[file.layout.name]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for layer, shape in file.layers.items():
-        if linears.get(layer) != shape:
+        if layer not in linears or file.layout.padded(*linears[layer]) != shape:
             has = f"has {list(linears[layer])}" if layer in linears else "has no linear of that name"
             raise WeightsCorrupt(f"{layer} is quantised as {list(shape)}, the model {has}", where=path)
-        expected |= {f"{layer}.{suffix}": entry for suffix, entry in fmt.tensors(*shape).items()}
+        table = file.layout.tensor_table(*shape)
+        expected |= {f"{layer}.{suffix}": (size, getattr(torch, dtype)) for suffix, (size, dtype) in table.items()}
     for name, param in model.named_parameters():
         layer, _, leaf = name.rpartition(".")
         if leaf != "weight" or layer not in file.layers:
@@ -62,15 +69,16 @@ def load_quantized(
 ) -> Loaded:
     """Fill `model` (as `rules.transformer_on_meta` makes it) from a file of `quantize_store`, in place.
 
-    Linears that the file has quantised become FP4Linear. On the CPU parameters are views of the mapped file. What is
-    stored in bf16 gets `dtype`; scales and what is kept in float32 stay. Raises WeightsMissing, and, before `model` is
-    touched, WeightsCorrupt for what does not agree with it and for scales that are NaN, infinite or negative.
+    Linears that the file has quantised become FP4Linear or SvdqLinear. On the CPU parameters are views of the mapped
+    file. What is stored in bf16 gets `dtype`; scales, factors and what is kept in float32 stay. Raises WeightsMissing,
+    and, before `model` is touched, WeightsCorrupt for what does not agree with it and for scales and factors that are
+    NaN, infinite or, of scales, negative.
     """
     from safetensors import SafetensorError, safe_open
 
     file = check_file(path)
     check_model(file, model)
-    fmt = FORMATS[file.layout.name]
+    fmt = file.layout if isinstance(file.layout, SvdqLayout) else FORMATS[file.layout.name]
     mine = {name for layer in file.layers for name in file.tensors_of(layer).values()}
     tensors: dict[str, Tensor] = {}
     try:
@@ -81,18 +89,22 @@ def load_quantized(
     except SafetensorError as err:
         raise WeightsCorrupt(f"not a whole safetensors file ({err})", where=path, todo=AGAIN) from err
     for layer in file.layers:
+        parts = {suffix: tensors[name] for suffix, name in file.tensors_of(layer).items()}
         try:
-            fmt.check({suffix: tensors[name] for suffix, name in file.tensors_of(layer).items()})
+            if isinstance(fmt, SvdqLayout):
+                check_values(parts)
+            else:
+                fmt.check(parts)
         except ValueError as err:
             raise WeightsCorrupt(f"{layer}: {err}", where=path, todo=AGAIN) from err
     fill(model, fmt, file.layers, tensors, device)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return Loaded(path, fmt, tuple(file.layers), size, file.sha256, file.header.metadata)
+    return Loaded(path, fmt, tuple(file.layers), size, file.sha256, file.header.metadata, file.chosen)
 
 
 def fill(
     model: nn.Module,
-    fmt: Format,
+    fmt: Format | SvdqLayout,
     layers: Mapping[str, tuple[int, int]],
     tensors: Mapping[str, Tensor],
     device: torch.device | str,

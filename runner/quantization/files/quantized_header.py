@@ -7,14 +7,16 @@ Never: tensors, torch, the model that the file is for: a run checks its files be
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.files.file_header import PLACEHOLDER, SafetensorsHeader, read_header
+from runner.quantization.files.file_header import PLACEHOLDER, SafetensorsHeader, TensorInfo, read_header
 from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
 
 __all__ = [
     "AGAIN",
@@ -26,11 +28,13 @@ __all__ = [
     "RANK_KEY",
     "REFITS_KEY",
     "SHA256_KEY",
+    "SMOOTHINGS",
     "SMOOTHING_KEY",
     "SOURCE_KEY",
     "VERSION_KEY",
     "QuantizedFile",
     "check_file",
+    "refuse_foreign",
 ]
 
 FORMAT_KEY: Final = "video_lab.format"
@@ -44,19 +48,34 @@ SMOOTHING_KEY: Final = "video_lab.smoothing"  # `calibrated` | `weights`: what s
 CALIBRATION_KEY: Final = "video_lab.calibration"  # JSON: what was watched; `{}` without calibration
 REFITS_KEY: Final = "video_lab.refits"  # rounds in which the low-rank part was fitted to what rounding left
 SHA256_KEY: Final = "video_lab.sha256"
-PACKED = ".weight_packed"
+SMOOTHINGS: Final = ("calibrated", "weights")
 FLOATS: Final = ("bfloat16", "float32")  # of what is not quantised
 AGAIN = "Make it again with `video-lab quantize`, or fetch it again"
+
+# What belongs to quantised layers alone. Of SVDQ: the tensors of both precisions, and two of other programs' files.
+FP4_PART: Final = re.compile(r"\.weight_")
+SVDQ_SUFFIXES: Final = {suffix for layout in SVDQ_LAYOUTS.values() for suffix in layout.tensor_table(1, 1)}
+SVDQ_PART: Final = re.compile(rf"\.({'|'.join(sorted(SVDQ_SUFFIXES | {'smooth_factor_orig', 'wtscale'}))})$")
+# Other programs' files of SVDQ layers: a key of their metadata → whose they are; without one, by the tensors.
+FOREIGN_KEYS: Final = {
+    "cache_dit_svdq_ptq": "a checkpoint of cache-dit",
+    "quantization_config": "a checkpoint of nunchaku",
+}
+FOREIGN_FACTORS: Final = (".proj_down", ".lora_down")
 
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """What the header says. `layers`: quantised linear → (out_features, in_features)."""
+    """What the header says. `layers`: quantised linear → (out_features, in_features), as padded in an SVDQ file.
+
+    `chosen`, for the record: of an SVDQ file `rank`, `smoothing`, `calibration` and `refits`; else empty.
+    """
 
     header: SafetensorsHeader
-    layout: Layout
+    layout: Layout | SvdqLayout
     layers: Mapping[str, tuple[int, int]]
     loras: tuple[dict[str, object], ...]
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -75,9 +94,11 @@ def check_file(path: Path) -> QuantizedFile:
     """
     header = read_header(path)
     meta = header.metadata
-    layout = LAYOUTS.get(meta.get(FORMAT_KEY, ""))
+    known: Mapping[str, Layout | SvdqLayout] = {**LAYOUTS, **SVDQ_LAYOUTS}
+    layout = known.get(meta.get(FORMAT_KEY, ""))
     if layout is None:
-        said = f"is {meta[FORMAT_KEY]!r}, not one of {', '.join(LAYOUTS)}" if FORMAT_KEY in meta else "is missing"
+        refuse_foreign(header)
+        said = f"is {meta[FORMAT_KEY]!r}, not one of {', '.join(known)}" if FORMAT_KEY in meta else "is missing"
         raise WeightsCorrupt(f"not a file of `quantize`: {FORMAT_KEY} in its metadata {said}", where=path, todo=AGAIN)
     if meta.get(GROUP_KEY) != str(layout.group):
         found = meta.get(GROUP_KEY)
@@ -85,43 +106,124 @@ def check_file(path: Path) -> QuantizedFile:
     for key in (SHA256_KEY, SOURCE_KEY):
         if len(meta.get(key, "")) != len(PLACEHOLDER) or meta[key] == PLACEHOLDER:
             raise WeightsCorrupt(f"{key} was never filled in: the file was not finished", where=path, todo=AGAIN)
+    loras = tuple(_parse_json(header, LORAS_KEY, list))
+    if isinstance(layout, Layout):
+        return QuantizedFile(header, layout, _layers(header, layout), loras)
+    chosen = _read_chosen(header, layout)
+    layout = layout.with_rank(chosen["rank"])
+    return QuantizedFile(header, layout, _layers(header, layout), loras, chosen)
+
+
+def refuse_foreign(header: SafetensorsHeader) -> None:
+    """Raises WeightsCorrupt for SVDQ layers that another program stored; the sentence says which, and what to do."""
+    if FORMAT_KEY in header.metadata or not any(name.endswith(FOREIGN_FACTORS) for name in header.tensors):
+        return
+    codes = {name.rpartition(".")[2]: info.dtype_name for name, info in header.tensors.items()}
+    if "qweight" not in codes:
+        return
+    what = next(
+        (said for key, said in FOREIGN_KEYS.items() if key in header.metadata), "a file in Nunchaku Lite's layout"
+    )
+    scales = codes.get("wscales", "")
+    layout = next(
+        (known for known in SVDQ_LAYOUTS.values() if known.tensor_table(1, 1)["wscales"][1] == scales),
+        next(iter(SVDQ_LAYOUTS.values())),
+    )
+    raise WeightsCorrupt(
+        f"{what}, not a file of `quantize`: it says nothing of source, LoRAs and checksum, and its biases have another "
+        "order",
+        where=header.path,
+        todo=f"Make one from the published weights: video-lab quantize --format {layout.name}",
+    )
+
+
+def _read_chosen(header: SafetensorsHeader, layout: SvdqLayout) -> dict[str, Any]:
+    """What the quantiser of an SVDQ file chose, by its metadata. Raises WeightsCorrupt with the key."""
+    meta, numbers = header.metadata, {}
+    for key in (RANK_KEY, REFITS_KEY):
+        if re.fullmatch(r"[0-9]{1,6}", meta.get(key, ""), re.ASCII) is None:
+            raise _unusable(header, key, f"not a number; {layout.name} needs it")
+        numbers[key] = int(meta[key])
     try:
-        loras = tuple(json.loads(meta[LORAS_KEY]))
+        layout.with_rank(numbers[RANK_KEY])
+    except ValueError as err:
+        raise _unusable(header, RANK_KEY, str(err)) from err
+    if meta.get(SMOOTHING_KEY) not in SMOOTHINGS:
+        raise _unusable(header, SMOOTHING_KEY, f"not {' or '.join(SMOOTHINGS)}")
+    return {
+        "rank": numbers[RANK_KEY],
+        "smoothing": meta[SMOOTHING_KEY],
+        "calibration": _parse_json(header, CALIBRATION_KEY, dict),
+        "refits": numbers[REFITS_KEY],
+    }
+
+
+def _unusable(header: SafetensorsHeader, key: str, why: str) -> WeightsCorrupt:
+    said = f"is {header.metadata[key]!r}, {why}" if key in header.metadata else f"is missing, {why}"
+    return WeightsCorrupt(f"{key} in its metadata {said}", where=header.path, todo=AGAIN)
+
+
+def _parse_json(header: SafetensorsHeader, key: str, kind: type) -> Any:
+    """The value of a key of the metadata: a list or an object. Raises WeightsCorrupt."""
+    what = "list" if kind is list else "JSON object"
+    try:
+        value = json.loads(header.metadata[key])
+        if not isinstance(value, kind):
+            raise TypeError(f"it is {type(value).__name__}")
     except (KeyError, TypeError, ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"{LORAS_KEY} is no list ({err})", where=path, todo=AGAIN) from err
-    return QuantizedFile(header, layout, _layers(header, layout), loras)
+        raise WeightsCorrupt(f"{key} is no {what} ({err})", where=header.path, todo=AGAIN) from err
+    return value
 
 
-def _layers(header: SafetensorsHeader, layout: Layout) -> dict[str, tuple[int, int]]:
+def _layers(header: SafetensorsHeader, layout: Layout | SvdqLayout) -> dict[str, tuple[int, int]]:
     layers: dict[str, tuple[int, int]] = {}
     claimed: set[str] = set()
     for name, info in header.tensors.items():
-        if not name.endswith(PACKED):
+        layer, _, suffix = name.rpartition(".")
+        if suffix != layout.packed or not layer:
             continue
-        layer = name.removesuffix(PACKED)
         if len(info.shape) != 2:
             raise WeightsCorrupt(f"{name} is {list(info.shape)}, not a matrix", where=header.path, todo=AGAIN)
+        shape = layout.shape_of_packed((info.shape[0], info.shape[1]))
         try:
-            table = layout.tensor_table(info.shape[0], info.shape[1] * 2)
+            table = layout.tensor_table(*shape)
         except ValueError as err:
             raise WeightsCorrupt(f"{name}: {err}", where=header.path, todo=AGAIN) from err
-        for suffix, (shape, dtype) in table.items():
+        for suffix, expected in table.items():
             part = header.tensors.get(f"{layer}.{suffix}")
-            if part is None or part.shape != shape or part.dtype_name != dtype:
-                found = f"is torch.{part.dtype_name} {list(part.shape)}" if part else "is missing"
+            if part is None or (part.shape, part.dtype_name) != expected:
                 raise WeightsCorrupt(
-                    f"{layer}.{suffix} {found}, {layout.name} asks for torch.{dtype} {list(shape)}",
-                    where=header.path,
-                    todo=AGAIN,
+                    _difference(f"{layer}.{suffix}", part, expected, layout), where=header.path, todo=AGAIN
                 )
             claimed.add(f"{layer}.{suffix}")
-        layers[layer] = info.shape[0], info.shape[1] * 2
-    stray = [name for name in header.tensors if name not in claimed and ".weight_" in name]
+        layers[layer] = shape
+    mark = SVDQ_PART if isinstance(layout, SvdqLayout) else FP4_PART
+    stray = [name for name in header.tensors if name not in claimed and mark.search(name)]
     if stray or not layers:
         what = f"{stray[0]} belongs to no quantised layer" if stray else "no layer in it is quantised"
+        if stray and stray[0].rpartition(".")[0] in layers:
+            what = f"{stray[0]} is no tensor of {layout.name}"
         raise WeightsCorrupt(what, where=header.path, todo=AGAIN)
     for name, info in header.tensors.items():
         if name not in claimed and info.dtype_name not in FLOATS:
             wanted = " or ".join(f"torch.{dtype}" for dtype in FLOATS)
             raise WeightsCorrupt(f"{name} is torch.{info.dtype_name}, not {wanted}", where=header.path, todo=AGAIN)
     return layers
+
+
+def _difference(
+    name: str, part: TensorInfo | None, expected: tuple[tuple[int, ...], str], layout: Layout | SvdqLayout
+) -> str:
+    """Why a tensor of a layer is not the one that its format asks for; for SVDQ, what it would be right for."""
+    shape, dtype = expected
+    found = f"is torch.{part.dtype_name} {list(part.shape)}" if part else "is missing"
+    said = f"{name} {found}, {layout.name} asks for torch.{dtype} {list(shape)}"
+    if part is None or not isinstance(layout, SvdqLayout):
+        return said
+    suffix = name.rpartition(".")[2]
+    if suffix.startswith("proj_") and part.dtype_name == dtype and len(part.shape) == 2:
+        return f"{said}: factors of rank {part.shape[1]}, and {RANK_KEY} says {layout.rank}"
+    other = next((row for row in SVDQ_LAYOUTS.values() if row.name != layout.name), layout)
+    if suffix == "wscales" and part.dtype_name == other.tensor_table(1, 1)["wscales"][1]:
+        return f"{said}: scales of {other.name}"
+    return said

@@ -31,6 +31,7 @@ from runner.quantization.formats.svdq_layout import RANK_MULTIPLE, TILE, SvdqLay
 
 __all__ = [
     "INT4_LARGEST",
+    "check_values",
     "dequantize_activations",
     "dequantize_residual",
     "effective_weight",
@@ -236,6 +237,28 @@ def dequantize_residual(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Te
     if layout.precision == "nvfp4":
         values = values * unpack_vector(tensors["wcscales"]).float().unsqueeze(1)
     return values
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Are a layer's stored values ones that a quantiser makes? ValueError with the tensor's suffix where they are not.
+
+    Scales and channel scales are finite and not negative, smoothing factors finite and above zero, factors finite. Any
+    code is a valid one. Each tensor's order is that of the kernels or a plain one: it does not matter here.
+    """
+    for suffix, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype is torch.float8_e4m3fn:  # by its bits: it has no infinities, and few operations
+            bits = tensor.view(torch.uint8)
+            infinite, negative = (bits & 127) == 127, bits > 128
+        else:
+            infinite, negative = ~torch.isfinite(tensor), tensor < 0
+        if bool(infinite.any()):
+            raise ValueError(f"{suffix} holds NaN or infinity, {int(infinite.sum())} of {infinite.numel()} numbers")
+        if suffix == "smooth_factor" and not bool((tensor > 0).all()):
+            raise ValueError(f"{suffix} holds numbers of zero or below, {int((tensor <= 0).sum())}; x is divided by it")
+        if suffix in ("wscales", "wcscales") and bool(negative.any()):
+            raise ValueError(f"{suffix} holds negative scales, {int(negative.sum())}")
 
 
 def effective_weight(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Tensor:
