@@ -16,8 +16,11 @@ from runner.quantization.files.checkpoint_write import quantize_store
 from runner.quantization.files.quantized_header import check_file
 from runner.quantization.files.safetensors_stream import data_sha256
 from runner.quantization.formats.e2m1 import FORMATS, dequantize
+from runner.quantization.formats.svdq import effective_weight
 from runner.quantization.rules import linear_shapes, transformer_on_meta
+from runner.quantization.svdq_linear import SvdqLinear
 from tests.quantization.random_stores import TINY, inputs, write_store
+from tests.quantization.svdq_files import LAYOUTS, write_svdq
 from tests.safetensors_headers import first_of, redeclare
 
 NAME = "quantized_transformer.safetensors"
@@ -196,3 +199,100 @@ def test_pickles_and_pointers_are_not_opened(tmp_path):
         check_file(pickle)
     with pytest.raises(WeightsMissing, match="no such file"):
         check_file(tmp_path / "none")
+
+
+# Files in an SVDQ format. Their headers are refused in `test_quantized_header.py`.
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+
+
+@every_layout
+def test_an_svdq_file_fills_the_model(tmp_path, layout):
+    path = write_svdq(tmp_path / NAME, TINY, layout)
+    model = transformer_on_meta(TINY)
+    linears = linear_shapes(model)
+    loaded = load_quantized(model, path)
+    assert loaded.format == layout
+    assert set(loaded.layers) == set(linears) - {"proj_out"}
+    assert (loaded.chosen["rank"], loaded.chosen["smoothing"]) == (16, "calibrated")
+    stored = load_file(path)
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters()} == {
+        n: (t.dtype, tuple(t.shape)) for n, t in stored.items()
+    }
+    assert loaded.bytes == sum(t.nbytes for t in stored.values())
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    for name in loaded.layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SvdqLinear) and (layer.out_features, layer.in_features) == linears[name]
+
+
+@every_layout
+def test_the_model_of_an_svdq_file_computes_what_its_tensors_stand_for(tmp_path, layout):
+    """In float32, against the library's own model with every weight that the tensors stand for, cut to its own width."""
+    from diffusers import WanAnimateTransformer3DModel
+
+    path = write_svdq(tmp_path / NAME, TINY, layout)
+    model = transformer_on_meta(TINY)
+    file = check_file(path)
+    load_quantized(model, path, dtype=torch.float32)
+    plain = WanAnimateTransformer3DModel.from_config(dict(TINY)).eval()
+    stored, state = load_file(path), {}
+    for name, param in plain.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer in file.layers:
+            weight = effective_weight({s: stored[n] for s, n in file.tensors_of(layer).items()}, layout)
+            state[name] = weight[: param.shape[0], : param.shape[1]]
+        else:
+            state[name] = stored[name].float()
+    plain.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        ours, theirs = model(**inputs())[0], plain(**inputs())[0]
+    assert theirs.std() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def spoil(suffix, value):
+    def change(tensors):
+        tensors[f"{Q}.{suffix}"].view(-1)[5] = value
+
+    return change
+
+
+@every_layout
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (spoil("wscales", math.nan), rf"{Q}: wscales holds NaN or infinity, 1 of"),
+        (spoil("wscales", -1.0), rf"{Q}: wscales holds negative scales, 1"),
+        (spoil("smooth_factor", 0.0), rf"{Q}: smooth_factor holds numbers of zero or below, 1"),
+        (spoil("smooth_factor", math.inf), rf"{Q}: smooth_factor holds NaN or infinity"),
+        (spoil("proj_down", math.nan), rf"{Q}: proj_down holds NaN or infinity"),
+        (spoil("proj_up", math.inf), rf"{Q}: proj_up holds NaN or infinity"),
+        (lambda t: t.pop("proj_out.weight"), r"proj_out\.weight is missing"),
+        (lambda t: t.update(more=torch.zeros(2)), "more is torch.float32"),
+        (lambda t: t.update({f"{Q}.bias": torch.zeros(128, dtype=torch.bfloat16)}), rf"{Q}\.bias is .* \[128\]"),
+    ],
+)  # fmt: skip
+def test_svdq_tensors_are_refused_before_the_model_is_touched(tmp_path, layout, change, says):
+    bad = write_svdq(tmp_path / NAME, TINY, layout, change)
+    model = transformer_on_meta(TINY)
+    before = dict(linear_shapes(model))
+    with pytest.raises(WeightsCorrupt, match=says) as caught:
+        load_quantized(model, bad)
+    assert str(bad) in caught.value.message
+    assert linear_shapes(model) == before and all(p.is_meta for p in model.parameters())
+
+
+def test_channel_scales_that_are_none_are_refused(tmp_path):
+    bad = write_svdq(tmp_path / NAME, TINY, LAYOUTS[1], spoil("wcscales", math.inf))
+    with pytest.raises(WeightsCorrupt, match=rf"{Q}: wcscales holds NaN or infinity"):
+        load_quantized(transformer_on_meta(TINY), bad)
+
+
+@every_layout
+def test_an_svdq_file_of_another_model_is_refused(tmp_path, layout):
+    path = write_svdq(tmp_path / NAME, TINY, layout)
+    with pytest.raises(WeightsCorrupt, match=r"ffn\.net\.0\.proj is quantised as \[128, 128\], the model has \[256, 64\]"):
+        load_quantized(transformer_on_meta(dict(TINY) | {"ffn_dim": 256}), path)
+    with pytest.raises(WeightsCorrupt, match="blocks.1.*has no linear of that name"):
+        load_quantized(transformer_on_meta(dict(TINY) | {"num_layers": 1}), path)
