@@ -358,7 +358,7 @@ def _weights(models: str | None, recipe: str | None) -> Check:
 
 def _quantised(models: str, recipe: Recipe) -> str:
     """Which file of `quantize` the recipe runs, and how that was made; "" where it runs another."""
-    from runner.quantization.files.quantized_header import check_file
+    from runner.quantization.files.quantized_header import SMOOTHINGS, check_file
     from runner.weights.variant import choose_variant
 
     root = local_path(models)
@@ -368,7 +368,7 @@ def _quantised(models: str, recipe: Recipe) -> str:
     file = check_file(variant.transformer)
     made = f"; it runs {variant.transformer.relative_to(root)}, {len(file.layers)} layers in {file.layout.name}"
     if file.chosen:
-        by = "calibration" if file.chosen["calibration"] else "the weights alone"
+        by = "calibration" if file.chosen["smoothing"] == SMOOTHINGS[0] else "the weights alone"
         made += f", rank {file.chosen['rank']}, smoothed by {by}"
     return made
 

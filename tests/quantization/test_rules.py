@@ -7,12 +7,14 @@ import torch
 
 from runner.errors import ConfigInvalid
 from runner.quantization.formats.e2m1 import FORMATS
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.rules import (
     RULES,
     WAN_ANIMATE_14B,
     get_rule,
     linear_shapes,
     plan_sizes,
+    rule_for,
     stored_dtype,
     transformer_on_meta,
 )
@@ -50,6 +52,31 @@ def test_the_14b_model_fits(fmt):
     assert sum(p.numel() for p in transformer_on_meta(WAN_ANIMATE_14B).parameters()) == PARAMETERS
     rest = PARAMETERS - WEIGHTS
     assert 2 * rest <= sum(row.other_bytes for row in rows) <= 4 * rest
+
+
+@pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=SVDQ_LAYOUTS)
+def test_svdq_leaves_the_last_projection_as_it_is(layout):
+    rows = plan_sizes(WAN_ANIMATE_14B, layout)
+    packed = {row.name: row for row in rows if row.packed_bytes}
+    assert len(packed) == 520 and "proj_out" not in packed
+    assert next(row.other_bytes for row in rows if row.name == "proj_out") == 2 * (64 * 5120 + 64)
+    weights = WEIGHTS - 64 * 5120
+    assert sum(row.packed_bytes for row in rows) > weights * layout.bits_per_weight / 8
+    factors = sum(2 * 32 * sum(row.shape) for row in packed.values())  # in bf16
+    vectors = sum(2 * (row.shape[1] + (row.shape[0] if layout.group == 16 else 0)) for row in packed.values())
+    assert sum(row.packed_bytes for row in rows) == weights * layout.bits_per_weight / 8 + factors + vectors
+    larger = plan_sizes(WAN_ANIMATE_14B, layout.with_rank(64))
+    assert sum(row.packed_bytes for row in larger) - sum(row.packed_bytes for row in rows) == factors
+    assert [row.other_bytes for row in larger] == [row.other_bytes for row in rows]
+    careful = rule_for(layout, RULES["sensitive"])
+    assert careful.keep("proj_out") and careful.keep("face_encoder.out_proj")
+    assert rule_for(FORMATS["g32"], RULES["all"]) == RULES["all"]
+
+
+def test_svdq_pads_the_tiny_model():
+    rows = {row.name: row for row in plan_sizes(TINY, SVDQ_LAYOUTS["svdq-int4"])}
+    assert rows["blocks.0.attn1.to_q"].shape == (64, 64)
+    assert rows["blocks.0.attn1.to_q"].packed_bytes == SVDQ_LAYOUTS["svdq-int4"].bytes(128, 128)
 
 
 def test_what_keeping_the_sensitive_layers_costs():

@@ -79,6 +79,8 @@ def changed(name: str) -> dict[str, object]:
         ("bf16+shift3.0+steps006", {"shift": 3.0, "steps": 6}, "bf16+steps6+shift3"),
         ("bf16+shift2.5", {"shift": 2.5}, "bf16+shift2.5"),
         ("fp32+int8", {"compute": "int8"}, "fp32+int8"),
+        ("fp4-distill+svdq-nvfp4", {"compute": "svdq-nvfp4"}, "fp4-distill+svdq-nvfp4"),
+        ("fp4+steps8+svdq-int4", {"compute": "svdq-int4", "steps": 8}, "fp4+svdq-int4+steps8"),
         ("fp4-distill+bf16-vae+fp8", {"compute": "fp8", "vae_dtype": "bfloat16"}, "fp4-distill+fp8+bf16-vae"),
         ("fp4-distill+euler+steps6+official-grid+bf16+shift5", {}, "fp4-distill"),
         ("fp4-fast+steps4+unipc", {"scheduler": "unipc", "steps": 4}, "fp4-fast+unipc+steps4"),
@@ -139,8 +141,8 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4+beta57-grid", "did you mean 'beta57'"),
         (
             "fp4+karras",
-            "After a [+]: bf16, fp8, int8, nvfp4, int8-attention, bf16-vae, fp16-vae, euler, unipc, dpmpp, res2s, "
-            "official-grid, diffusers-grid, beta57, stepsN",
+            "After a [+]: bf16, fp8, int8, nvfp4, svdq-int4, svdq-nvfp4, int8-attention, bf16-vae, fp16-vae, euler, "
+            "unipc, dpmpp, res2s, official-grid, diffusers-grid, beta57, stepsN",
         ),
         ("fp4+", "says '', which is no word"),
         ("fp4+fp8+fp8", "says 'fp8' twice"),
@@ -154,6 +156,11 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("fp4-fast+int8", "Say fp4-distill[+]int8"),
         ("fp4-fast+nvfp4", "Say fp4-distill[+]nvfp4"),
         ("fp4-fast+bf16", "Say fp4-distill[+]bf16"),
+        ("fp4-fast+svdq-int4", "says 'svdq-int4', which fp4-fast leaves to the device. Say fp4-distill[+]svdq-int4"),
+        ("bf16+svdq-int4", "runs the published weights; svdq-int4 .* Say fp4[+]svdq-int4 or fp4-distill[+]svdq-int4"),
+        ("fp32+svdq-nvfp4+steps4", "Say fp4[+]svdq-nvfp4 or fp4-distill[+]svdq-nvfp4"),
+        ("fp4+svdq-fp4", "did you mean 'svdq-nvfp4'"),
+        ("fp4-distill+svdq-int4+nvfp4", "says both 'svdq-int4' and 'nvfp4'"),
         ("fp4-fast+int8-attention", "Say fp4-distill[+]int8-attention"),
         ("fp4-fast+bf16-vae", "Say fp4-distill[+]bf16-vae"),
         ("fp4-fast+steps4+fp16-vae+unipc", "Say fp4-distill[+]fp16-vae[+]unipc[+]steps4"),

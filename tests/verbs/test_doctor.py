@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,6 +16,7 @@ import pytest
 from runner.verbs import doctor
 from runner.verbs.doctor import Check, run_checks
 from runner.verbs.probes import IDENTITY_GRAPH, Driver, Gpu, ProbeFailed, Probes, TorchInfo
+from tests.quantization.svdq_files import LAYOUTS, write_svdq
 
 GIB = 1 << 30
 H200 = Gpu("NVIDIA H200", 141 * GIB, 140 * GIB)
@@ -258,6 +260,36 @@ def test_missing_weights_are_listed_with_what_to_do(tmp_path):
     assert "process_checkpoint/det/yolov10m.onnx" in checks["weights"].found
     wrong = {c.name: c for c in run_checks(str(tmp_path), None, tmp_path, "cpu", recipe="bf61", probes=Machine())}
     assert "bf16" in f"{wrong['weights'].found} {wrong['weights'].todo}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+def test_the_file_that_a_recipe_runs_is_named(tmp_path, demo_models, layout):
+    root, recipe = tmp_path / "models", f"fp4-distill+{layout.name}"
+    shutil.copytree(demo_models, root, symlinks=True)
+
+    def weights(name: str = recipe) -> Check:
+        return {c.name: c for c in run_checks(str(root), None, tmp_path, "cpu", recipe=name, probes=Machine())}[
+            "weights"
+        ]
+
+    lacking = weights()
+    assert (lacking.status, f"no transformer in {layout.name}" in lacking.found) == ("fail", True)
+    assert f"video-lab quantize --recipe fp4-distill --format {layout.name}" in lacking.todo
+    name = f"Wan2.2-Animate-14B-{layout.name.upper()}-distill/quantized_transformer.safetensors"
+    config = json.loads((root / "Wan2.2-Animate-14B-Diffusers/transformer/config.json").read_text())
+    write_svdq(root / name, config, layout)
+    assert weights() == Check(
+        "weights",
+        "ok",
+        f"all that recipe {recipe} needs is in {root}; it runs {name}, 64 layers in {layout.name}, rank 16, "
+        "smoothed by calibration",
+    )
+    write_svdq(root / name, config, layout, smoothing="weights", calibration="{}")
+    assert weights().found.endswith("rank 16, smoothed by the weights alone")
+    write_svdq(root / name, config, layout, rank="48")
+    assert (weights().status, "video_lab.rank says 48" in weights().found) == ("fail", True)
+    assert weights("fp4-distill").found.endswith("65 layers in nvfp4")
+    assert weights("bf16").found == f"all that recipe bf16 needs is in {root}"
 
 
 def test_the_identity_graph_is_one_that_onnxruntime_runs():

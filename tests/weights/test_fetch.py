@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from runner.errors import ConfigInvalid, StorageDenied, StorageFull, StorageUnavailable, WeightsCorrupt, WeightsMissing
-from runner.spec.recipes import RECIPES
+from runner.spec.recipes import RECIPES, get_recipe
 from runner.weights import fetch, hub, repositories
 from runner.weights.digests import recorded
 from runner.weights.fetch import fetch_weights
@@ -228,6 +228,8 @@ def test_recipes_name_their_parts() -> None:
     assert "transformer" not in repositories.parts_of("fp4-distill+fp8")
     assert {"fp4", "distill-lora"} <= set(repositories.parts_of("fp4-distill"))
     assert "distill-lora" not in repositories.parts_of("fp4")
+    assert repositories.parts_of("fp4-distill+svdq-int4") == ("components", "transformer", "preprocess", "distill-lora")
+    assert repositories.parts_of(get_recipe("fp4+svdq-nvfp4")) == ("components", "transformer", "preprocess")
     with pytest.raises(ConfigInvalid, match="did you mean 'bf16'"):
         repositories.parts_of("bf61")
     with pytest.raises(ConfigInvalid, match="no part 'lora'"):
@@ -244,6 +246,33 @@ def test_fp4_takes_the_config_but_not_the_source_of_the_transformer(published: H
     run(published, tmp_path, "fp4")
     fp4 = {path: body for path, body in seed.items() if "text_encoder" not in path}
     assert tree(tmp_path) == wanted(published, transformer=False) | fp4
+
+
+def test_an_svdq_recipe_gets_the_source_to_make_its_file_from(
+    published: HubServer, lora_pin: bytes, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    run(published, tmp_path, "fp4-distill+svdq-int4", say=said.append)
+    lora = {f"distill_lora/{Path(LORA).name}": lora_pin}
+    assert tree(tmp_path) == wanted(published) | lora
+    assert "no published transformer in svdq-int4: its source is fetched" in said[0]
+    assert said[1].strip() == "video-lab quantize --recipe fp4-distill --format svdq-int4"
+
+
+@pytest.mark.parametrize(("folder", "needs_lora"), [("distill", False), ("plain", True)])
+def test_a_file_that_is_there_needs_no_source(
+    published: HubServer, lora_pin: bytes, tmp_path: Path, folder: str, needs_lora: bool
+) -> None:
+    name = f"Wan2.2-Animate-14B-SVDQ-INT4-{folder}/quantized_transformer.safetensors"
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"made here")
+    said: list[str] = []
+    run(published, tmp_path, "fp4-distill+svdq-int4", say=said.append)
+    lora = {f"distill_lora/{Path(LORA).name}": lora_pin} if needs_lora else {}
+    assert tree(tmp_path) == wanted(published, transformer=False) | lora | {name: b"made here"}
+    assert said[0] == f"{name} is there: the source that it was made from is not fetched"
+    run(published, tmp_path, "fp4-distill+svdq-int4", parts=["transformer"])  # asked for by name, it comes
+    assert tree(tmp_path) == wanted(published) | lora | {name: b"made here"}
 
 
 @pytest.mark.parametrize("kind", ["503", "drop", "cut"])

@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 
 from runner.errors import ConfigInvalid, WeightsMissing
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.spec.recipes import get_recipe
-from runner.weights.variant import choose_variant, lora_file, lora_files, quantized_folder, text_file, wanted_fp4
+from runner.weights.variant import (
+    choose_variant,
+    formats_in,
+    lora_file,
+    lora_files,
+    quantize_command,
+    quantized_folder,
+    svdq_format,
+    text_file,
+    variant_folders,
+    wanted_fp4,
+)
 
 DISTILLED, PLAIN, SOURCE = (get_recipe(name) for name in ("fp4-distill", "fp4", "bf16"))
 BASE = "Wan2.2-Animate-14B-FP4"
@@ -104,6 +116,12 @@ def test_the_text_encoder_of_the_recipes_own_folder_comes_first(tmp_path):
 def test_where_quantize_writes():
     assert quantized_folder(DISTILLED) == f"{BASE}-distill"
     assert quantized_folder(PLAIN) == f"{BASE}-plain"
+    for fmt, stem in STEMS.items():
+        assert (
+            quantized_folder(DISTILLED, fmt) == quantized_folder(get_recipe(f"fp4-distill+{fmt}")) == f"{stem}-distill"
+        )
+        assert quantized_folder(PLAIN, fmt) == f"{stem}-plain"
+    assert quantized_folder(DISTILLED, "g32") == f"{BASE}-distill"
 
 
 def test_a_jobs_loras_by_name(tmp_path):
@@ -146,3 +164,88 @@ def test_replace_jobs_get_the_relighting_lora_unless_they_name_it(tmp_path):
 )
 def test_what_a_recipe_wants_of_a_remote_store(key, recipes):
     assert {recipe.name for recipe in (DISTILLED, PLAIN, SOURCE) if wanted_fp4(recipe)(key)} == recipes
+
+
+# Recipes that need an SVDQ format
+
+STEMS = {fmt: f"Wan2.2-Animate-14B-{fmt.upper()}" for fmt in SVDQ_LAYOUTS}
+every_format = pytest.mark.parametrize(("fmt", "stem"), STEMS.items(), ids=STEMS)
+
+
+def test_the_folders_are_named_as_the_formats():
+    assert STEMS == {"svdq-int4": "Wan2.2-Animate-14B-SVDQ-INT4", "svdq-nvfp4": "Wan2.2-Animate-14B-SVDQ-NVFP4"}
+    for fmt, stem in STEMS.items():
+        assert formats_in(f"{stem}-distill") == formats_in(f"{stem}-plain") == (fmt,)
+    assert formats_in(BASE) == formats_in(f"{BASE}-distill") == ("g32", "nvfp4")
+
+
+@every_format
+def test_which_recipes_need_an_svdq_format(fmt, stem):
+    assert svdq_format(get_recipe(f"fp4-distill+steps4+{fmt}")) == fmt
+    assert [svdq_format(get_recipe(name)) for name in ("fp4-distill", "fp4+nvfp4", "bf16", "fp4-fast")] == [None] * 4
+    assert variant_folders(get_recipe(f"fp4-distill+{fmt}")) == (f"{stem}-distill", f"{stem}-plain")
+    assert variant_folders(get_recipe(f"fp4+{fmt}")) == (f"{stem}-plain",)
+    assert quantize_command(get_recipe(f"fp4-distill+{fmt}+steps4")) == (
+        f"video-lab quantize --recipe fp4-distill --format {fmt}"
+    )
+
+
+@every_format
+def test_a_file_in_its_own_folder_is_taken_and_no_other(tmp_path, fmt, stem):
+    """With every FP4 file there, and one in the other SVDQ format."""
+    distilled, plain = get_recipe(f"fp4-distill+{fmt}"), get_recipe(f"fp4+{fmt}")
+    other = next(name for name in STEMS.values() if name != stem)
+    hold(tmp_path, CONFIG, *(f"{folder}/{TRANSFORMER}" for folder in (BASE, f"{BASE}-distill", f"{other}-distill")))
+    for recipe, base in ((distilled, "fp4-distill"), (plain, "fp4")):
+        with pytest.raises(WeightsMissing, match=f"has no transformer in {fmt}") as caught:
+            choose_variant(tmp_path, recipe)
+        message = caught.value.message
+        assert f"video-lab quantize --recipe {base} --format {fmt}" in message
+        assert f"There is no published file in {fmt}" in message
+        assert f"video-lab weights fetch --recipe {base}+{fmt}" in message
+    hold(tmp_path, f"{stem}-plain/{TRANSFORMER}")
+    with pytest.raises(WeightsMissing, match=f"has {stem}-plain/{TRANSFORMER}, but no distill LoRA") as caught:
+        choose_variant(tmp_path, distilled)
+    assert "brings the LoRA" in caught.value.message
+    hold(tmp_path, LORA)
+    for recipe, beside in ((plain, ()), (distilled, (tmp_path / LORA,))):
+        variant = choose_variant(tmp_path, recipe)
+        assert (variant.kind, variant.transformer) == ("quantized", tmp_path / f"{stem}-plain" / TRANSFORMER)
+        assert variant.loras == beside
+    hold(tmp_path, f"{stem}-distill/{TRANSFORMER}")
+    variant = choose_variant(tmp_path, distilled)
+    assert (variant.transformer, variant.loras) == (tmp_path / f"{stem}-distill" / TRANSFORMER, ())
+    assert choose_variant(tmp_path, DISTILLED).transformer == tmp_path / f"{BASE}-distill" / TRANSFORMER
+
+
+@every_format
+def test_the_text_encoder_of_an_fp4_folder_serves_an_svdq_recipe(tmp_path, fmt, stem):
+    recipe = get_recipe(f"fp4-distill+{fmt}")
+    assert text_file(tmp_path, recipe) is None
+    for folder in (BASE, f"{BASE}-plain", f"{BASE}-distill", f"{stem}-plain", f"{stem}-distill"):
+        hold(tmp_path, f"{folder}/{TEXT}")
+        assert text_file(tmp_path, recipe) == tmp_path / folder / TEXT
+    assert text_file(tmp_path, DISTILLED) == tmp_path / f"{BASE}-distill" / TEXT
+
+
+@every_format
+@pytest.mark.parametrize(
+    ("key", "recipes"),
+    [
+        ("{stem}-distill/{file}", {"fp4-distill"}),
+        ("{stem}-plain/{file}", {"fp4-distill", "fp4"}),
+        ("{stem}-plain/config.json", {"fp4-distill", "fp4"}),
+        ("{stem}/{file}", set()),
+        ("{base}/{file}", set()),
+        ("{base}-plain/config.json", set()),
+        ("{base}/{text}", {"fp4-distill", "fp4"}),
+        ("{base}-distill/{text}", {"fp4-distill"}),
+        ("{stem}-distill/{text}", {"fp4-distill"}),
+        ("{lora}", {"fp4-distill"}),
+    ],
+)
+def test_what_an_svdq_recipe_wants_of_a_remote_store(fmt, stem, key, recipes):
+    path = key.format(stem=stem, base=BASE, file=TRANSFORMER, text=TEXT, lora=LORA)
+    wants = {base for base in ("fp4-distill", "fp4") if wanted_fp4(get_recipe(f"{base}+{fmt}"))(path)}
+    assert wants == recipes
+    assert not wanted_fp4(DISTILLED)(f"{stem}-distill/{TRANSFORMER}")

@@ -21,10 +21,12 @@ from runner.weights.digests import FileIdentities
 from runner.weights.repositories import FP4_FOLDER, SOURCES
 from runner.weights.verify import Row, plan_rows, settle_against, verify_weights
 from tests.quantization.random_stores import TINY, write_store
+from tests.quantization.svdq_files import LAYOUTS, random_layer, write_svdq
 
 DETECTOR = "process_checkpoint/det/yolov10m.onnx"
 VAE = f"{SOURCE_WEIGHTS}/vae/diffusion_pytorch_model.safetensors"
 QUANTISED = f"{FP4_FOLDER}/quantized_transformer.safetensors"
+INT4_BYTES, NVFP4_BYTES = 9_634_563_304, 10_179_139_304  # the 14B model's file but for its header, at rank 32
 
 
 @pytest.fixture
@@ -293,6 +295,116 @@ def load_shards(models: Path) -> dict[str, torch.Tensor]:
     for shard in (models / SOURCE_WEIGHTS / "transformer").glob("*.safetensors"):
         tensors |= load_file(shard)
     return tensors
+
+
+# Files in an SVDQ format
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+
+
+def svdq_name(layout, folder="distill") -> str:
+    return f"Wan2.2-Animate-14B-{layout.name.upper()}-{folder}/quantized_transformer.safetensors"
+
+
+@every_layout
+def test_an_svdq_file_is_held_to_its_checksum_and_to_its_model(fp4_models: Path, layout) -> None:
+    recipe, name = f"fp4-distill+{layout.name}", svdq_name(layout)
+    path = write_svdq(fp4_models / name, TINY, layout)
+    rows = by_path(verify_weights(fp4_models, recipe))
+    assert (rows[name].status, rows[name].note) == ("ok", "as recorded when it was made")
+    assert rows[name.replace("quantized_transformer.safetensors", "config.json")].status == "unknown"
+    assert not [row for row in rows if row.startswith(("distill_lora", FP4_FOLDER)) or "transformer/diffusion" in row]
+    assert name not in by_path(verify_weights(fp4_models, "fp4-distill"))
+    flip(path, -1)
+    assert by_path(verify_weights(fp4_models, recipe))[name].status == "corrupt"
+    write_svdq(path, TINY, layout)
+    config = path.with_name("config.json")
+    config.write_text(json.dumps(dict(TINY) | {"ffn_dim": 512}))
+    row = by_path(verify_weights(fp4_models, recipe))[name]
+    assert (row.status, "ffn" in row.note and "padded" not in row.note) == ("corrupt", True)
+
+
+@every_layout
+def test_an_svdq_recipe_without_its_file_says_how_it_is_made(fp4_models: Path, layout) -> None:
+    rows = by_path(verify_weights(fp4_models, f"fp4-distill+{layout.name}"))
+    row = rows[svdq_name(layout)]
+    assert row.status == "missing"
+    assert row.note == f"not published; make it: video-lab quantize --recipe fp4-distill --format {layout.name}"
+    assert rows[f"distill_lora/{next(iter(SOURCES['distill-lora'].pins))}"].status == "missing"
+    assert QUANTISED not in rows
+    assert rows[f"{SOURCE_WEIGHTS}/transformer/config.json"].status != "missing"
+    assert not [path for path in rows if "transformer/diffusion" in path]  # the source is no part of the recipe
+    write_svdq(fp4_models / svdq_name(layout, "plain"), TINY, layout)
+    rows = by_path(verify_weights(fp4_models, f"fp4-distill+{layout.name}"))
+    assert rows[svdq_name(layout, "plain")].status == "ok"
+    assert svdq_name(layout) not in rows
+    assert any(row.status == "missing" and path.startswith("distill_lora") for path, row in rows.items())
+    assert not [p for p in by_path(verify_weights(fp4_models, f"fp4+{layout.name}")) if p.startswith("distill_lora")]
+
+
+@every_layout
+def test_a_damaged_or_foreign_svdq_file_is_a_row_with_the_reason(fp4_models: Path, layout) -> None:
+    name, recipe = svdq_name(layout), f"fp4-distill+{layout.name}"
+    path = fp4_models / name
+
+    def note() -> str:
+        row = by_path(verify_weights(fp4_models, recipe))[name]
+        assert row.status == "corrupt"
+        return row.note
+
+    write_svdq(path, TINY, layout, rank="32")
+    assert "factors of rank 16, and video_lab.rank says 32" in note()
+    other = next(one for one in LAYOUTS if one is not layout)
+    write_svdq(path, TINY, other)
+    assert note() == f"its weights are stored in {other.name}; {path.parent.name}/ is for {layout.name}"
+    parts = {f"a.{key}": tensor for key, tensor in random_layer(layout, 8, 8, torch.Generator()).items()}
+    save_file(parts, path, metadata={"cache_dit_svdq_ptq": "{}"})
+    assert "a checkpoint of cache-dit, not a file of `quantize`" in note()
+    save_file({"a.weight_packed": torch.zeros(4, 4, dtype=torch.uint8)}, path)  # as in the folder of published files
+    assert "video_lab.format in its metadata is missing" in note()
+
+
+def test_an_svdq_file_among_fp4_files_is_refused(fp4_models: Path) -> None:
+    name = f"{FP4_FOLDER}-distill/quantized_transformer.safetensors"
+    write_svdq(fp4_models / name, TINY, LAYOUTS[0])
+    row = by_path(verify_weights(fp4_models, "fp4-distill"))[name]
+    assert row.note == f"its weights are stored in svdq-int4; {FP4_FOLDER}-distill/ is for g32 or nvfp4"
+    parts = {f"a.{key}": tensor for key, tensor in random_layer(LAYOUTS[0], 8, 8, torch.Generator()).items()}
+    (fp4_models / QUANTISED).parent.mkdir()
+    save_file(parts, fp4_models / QUANTISED)
+    row = by_path(verify_weights(fp4_models, "fp4"))[QUANTISED]
+    assert (row.status, "a file in Nunchaku Lite's layout" in row.note) == ("corrupt", True)
+
+
+def test_a_text_encoder_beside_fp4_files_is_examined_for_an_svdq_recipe(fp4_models: Path, ours: Path) -> None:
+    text = ours.with_name("quantized_text_encoder.safetensors")
+    text.write_bytes(ours.read_bytes())
+    write_svdq(fp4_models / svdq_name(LAYOUTS[0]), TINY, LAYOUTS[0])
+    rows = by_path(verify_weights(fp4_models, f"fp4-distill+{LAYOUTS[0].name}"))
+    assert rows[text.relative_to(fp4_models).as_posix()].status == "ok"
+    assert ours.relative_to(fp4_models).as_posix() not in rows
+
+
+@every_layout
+def test_the_plan_of_the_14b_model_in_an_svdq_format(tmp_path: Path, layout) -> None:
+    folder = tmp_path / f"Wan2.2-Animate-14B-{layout.name.upper()}-plain"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(WAN_ANIMATE_14B)))  # the only config in the store
+    sizes = [{row.name: row for row in plan_rows(tmp_path, fmt=layout.name, rank=rank)} for rank in (None, 32, 128)]
+    assert sizes[0] == sizes[1]
+    assert len([row for row in sizes[0].values() if row.packed_bytes]) == 520
+    assert not sizes[0]["proj_out"].packed_bytes
+    total = sum(row.packed_bytes + row.other_bytes for row in sizes[0].values())
+    assert total == {"svdq-int4": INT4_BYTES, "svdq-nvfp4": NVFP4_BYTES}[layout.name]
+    more = sizes[2]["blocks.0.attn1.to_q"].packed_bytes - sizes[0]["blocks.0.attn1.to_q"].packed_bytes
+    assert more == 96 * 2 * 5120 * 2
+
+
+def test_ranks_of_a_plan_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"nvfp4 has no rank.*svdq-int4 and svdq-nvfp4"):
+        plan_rows(tmp_path, fmt="nvfp4", rank=32)
+    with pytest.raises(ConfigInvalid, match="a rank of 20: multiples of 16"):
+        plan_rows(tmp_path, fmt="svdq-int4", rank=20)
 
 
 @pytest.mark.parametrize("fmt", ["g32", "nvfp4"])

@@ -228,7 +228,7 @@ def test_an_svdq_file_fills_the_model(tmp_path, layout):
 
 @every_layout
 def test_the_model_of_an_svdq_file_computes_what_its_tensors_stand_for(tmp_path, layout):
-    """In float32, against the library's own model with every weight that the tensors stand for, cut to its own width."""
+    """In float32, against the library's own model with every weight that tensors stand for, cut to its width."""
     from diffusers import WanAnimateTransformer3DModel
 
     path = write_svdq(tmp_path / NAME, TINY, layout)
@@ -292,7 +292,8 @@ def test_channel_scales_that_are_none_are_refused(tmp_path):
 @every_layout
 def test_an_svdq_file_of_another_model_is_refused(tmp_path, layout):
     path = write_svdq(tmp_path / NAME, TINY, layout)
-    with pytest.raises(WeightsCorrupt, match=r"ffn\.net\.0\.proj is quantised as \[128, 128\], the model has \[256, 64\]"):
+    says = r"ffn\.net\.0\.proj is quantised as \[128, 128\], the model has \[256, 64\]"
+    with pytest.raises(WeightsCorrupt, match=says):
         load_quantized(transformer_on_meta(dict(TINY) | {"ffn_dim": 256}), path)
-    with pytest.raises(WeightsCorrupt, match="blocks.1.*has no linear of that name"):
+    with pytest.raises(WeightsCorrupt, match=r"blocks\.1.*has no linear of that name"):
         load_quantized(transformer_on_meta(dict(TINY) | {"num_layers": 1}), path)

@@ -1,4 +1,4 @@
-"""Quantised header, of SVDQ files: what is whole is described; what is damaged or another program's is refused, and why.
+"""Quantised header, of SVDQ files: what is whole is described; what is damaged or foreign is refused, and why.
 
 FP4 files are refused in `test_checkpoint_read.py`.
 """
@@ -23,6 +23,7 @@ from tests.quantization.svdq_files import LAYOUTS, random_layer, write_svdq
 NAME = "quantized_transformer.safetensors"
 Q = "blocks.0.attn1.to_q"
 INT4, NVFP4 = LAYOUTS
+COMMON = ("wscales", "smooth_factor", "proj_down", "proj_up")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 
 
@@ -97,7 +98,7 @@ def put(name, make):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        *((drop(f"{Q}.{s}"), rf"{Q}\.{s} is missing, svdq-") for s in ("wscales", "smooth_factor", "proj_down", "proj_up")),
+        *((drop(f"{Q}.{suffix}"), rf"{Q}\.{suffix} is missing, svdq-") for suffix in COMMON),
         (drop(f"{Q}.qweight"), rf"{Q}\.\w+ belongs to no quantised layer"),
         (put(f"{Q}.qweight", lambda t: t.view(torch.uint8)), rf"{Q}\.qweight is torch\.uint8"),
         (put(f"{Q}.qweight", lambda t: t[:100].clone()), rf"{Q}\.qweight is torch\.int8 \[100, 64\].*int8 \[128, 64\]"),
@@ -203,6 +204,6 @@ def test_the_older_names_of_nunchaku_are_known_too(tmp_path):
 
 def test_what_is_no_quantised_file_at_all_is_not_taken_for_one(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, tmp_path / NAME)
-    with pytest.raises(WeightsCorrupt, match="not a file of `quantize`: video_lab.format in its metadata is missing"):
+    with pytest.raises(WeightsCorrupt, match=r"not a file of `quantize`: video_lab\.format in its metadata is missing"):
         check_file(tmp_path / NAME)
     assert set(SVDQ_LAYOUTS) == {layout.name for layout in LAYOUTS}
