@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runner.quantization.formats.e2m1 import LARGEST, decode, encode
+from runner.quantization.formats.e2m1 import LARGEST, VALUES, encode_finite
 from runner.quantization.formats.svdq_layout import RANK_MULTIPLE, TILE, SvdqLayout, SvdqPrecision
 
 __all__ = [
@@ -66,7 +66,10 @@ def torch_table(
 
 
 def pad(values: Tensor, sizes: tuple[int, ...], fill: float = 0) -> Tensor:
-    """`values` with `fill` behind them in each dimension, up to `sizes`; `values` itself where nothing is missing."""
+    """`values` with `fill` behind them in each dimension, up to `sizes`; `values` itself where nothing is missing.
+
+    Codes, factors, biases and scales are padded with zeros; a smoothing factor with ones, for x is divided by it.
+    """
     if tuple(values.shape) == sizes:
         return values
     result = values.new_full(sizes, fill)
@@ -82,9 +85,10 @@ def pack_weight(codes: Tensor, precision: SvdqPrecision) -> Tensor:
 
     ValueError for sides that are no multiples of 128 and for numbers that are no codes.
     """
-    if codes.ndim != 2 or codes.is_floating_point():
+    if codes.ndim != 2 or codes.dtype is torch.bool or codes.is_floating_point() or codes.is_complex():
         raise ValueError(f"codes are integers [N, K], not {codes.dtype} {list(codes.shape)}")
     rows, columns = codes.shape
+    codes = codes.contiguous()
     _check_sides(rows, columns)
     low, high = (-8, 7) if precision == "int4" else (0, 15)
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
@@ -151,13 +155,13 @@ def unpack_scales(packed: Tensor, precision: SvdqPrecision) -> Tensor:
 def pack_vector(vector: Tensor) -> Tensor:
     """A bias, a smoothing factor or channel scales, [N] in 16 bits → [N]. ValueError where 128 is no divisor of N."""
     _check_vector(vector)
-    return vector.view(-1, 8, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
+    return vector.reshape(-1, 8, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
 
 
 def unpack_vector(packed: Tensor) -> Tensor:
     """The inverse of `pack_vector`."""
     _check_vector(packed)
-    return packed.view(-1, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1)
+    return packed.reshape(-1, 8, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1)
 
 
 def pack_lowrank(factor: Tensor, *, down: bool) -> Tensor:
@@ -231,7 +235,7 @@ def dequantize_residual(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Te
     """The residual of the smoothed weight, float32 [N, K] as padded, of stored tensors."""
     codes = unpack_weight(tensors["qweight"], layout.precision)
     scales = unpack_scales(tensors["wscales"], layout.precision).float()
-    values = codes.float() if layout.precision == "int4" else decode(codes)
+    values = _values(codes, layout.precision)
     rows, columns = values.shape
     values = (values.view(rows, -1, layout.group) * scales.unsqueeze(-1)).view(rows, columns)
     if layout.precision == "nvfp4":
@@ -275,24 +279,36 @@ def quantize_activations(x: Tensor, precision: SvdqPrecision) -> tuple[Tensor, T
     largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0. As nunchaku's kernels do, codes are
     chosen against the scale before it is rounded. e4m3 loses bits below 1/64 and all of them below 1/1024: a smoothing
     factor that leaves x / s near 1 and above keeps the scales where they are exact to 1/16.
+
+    A group with NaN or an infinity has no finite scale, so that its row is not finite: a check of what a model gave
+    finds it there. ValueError where x is no matrix of floats with whole groups.
     """
     group = 64 if precision == "int4" else 16
-    groups = x.reshape(x.shape[0], -1, group).float()
+    if x.ndim != 2 or not x.is_floating_point() or x.shape[1] % group:
+        raise ValueError(f"activations are floats [M, K], K in groups of {group}, not {x.dtype} {list(x.shape)}")
+    groups = x.reshape(x.shape[0], x.shape[1] // group, group).float()
     peaks = groups.abs().amax(dim=-1)
     exact = peaks / INT4_LARGEST if precision == "int4" else (peaks / LARGEST).clamp(max=_E4M3_LARGEST)
-    quotients = groups / exact.clamp(min=_SMALLEST).unsqueeze(-1)
+    exact = torch.where(peaks.isfinite(), exact, torch.nan)
+    quotients = (groups / exact.clamp(min=_SMALLEST).unsqueeze(-1)).nan_to_num(nan=0)
     if precision == "int4":
         codes = quotients.round().clamp(-INT4_LARGEST, INT4_LARGEST).to(torch.int8)
         scales = exact.to(x.dtype)
     else:
-        codes, scales = encode(quotients), exact.to(torch.float8_e4m3fn)
-    return codes.view(x.shape), scales
+        codes, scales = encode_finite(quotients.clamp(-LARGEST, LARGEST)), exact.to(torch.float8_e4m3fn)
+    return codes.reshape(x.shape), scales
 
 
 def dequantize_activations(codes: Tensor, scales: Tensor, precision: SvdqPrecision) -> Tensor:
     """What `quantize_activations` made, in float32 [M, K]."""
-    values = codes.float() if precision == "int4" else decode(codes)
-    return (values.view(*scales.shape, -1) * scales.float().unsqueeze(-1)).view(codes.shape)
+    (rows, columns), groups = codes.shape, scales.shape[1]
+    values = _values(codes, precision).reshape(rows, groups, columns // groups)
+    return (values * scales.float().unsqueeze(-1)).reshape(rows, columns)
+
+
+def _values(codes: Tensor, precision: SvdqPrecision) -> Tensor:
+    # E2M1 by the table itself: `e2m1.decode` asks for the largest code, which waits for the device
+    return codes.float() if precision == "int4" else torch.tensor(VALUES, device=codes.device)[codes.long()]
 
 
 def svdq_linear(
@@ -302,8 +318,16 @@ def svdq_linear(
 
     x / s is rounded to x's dtype, quantised by the group, multiplied with the residual in float32; the low-rank part
     multiplies x itself. `bias` [out_features] in plain order. Inputs and outputs that were padded are not seen.
+    ValueError where x is wider than the weight, or the outputs or the bias do not fit it. Where x / s or the result
+    leaves the range of x's dtype (65504 in float16), the result is not finite.
     """
-    columns = tensors["qweight"].shape[1] * 2
+    rows, columns = tensors["qweight"].shape[0], tensors["qweight"].shape[1] * 2
+    if not x.is_floating_point() or not x.ndim or x.shape[-1] > columns or not 0 < out_features <= rows:
+        raise ValueError(
+            f"{x.dtype} {list(x.shape)} → {out_features} outputs: the weight has [{rows}, {columns}], as padded"
+        )
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"a bias of {list(bias.shape)} does not fit {out_features} outputs")
     flat = F.pad(x.reshape(-1, x.shape[-1]), (0, columns - x.shape[-1]))
     smoothed = flat / unpack_vector(tensors["smooth_factor"]).to(flat.dtype)
     codes, scales = quantize_activations(smoothed, layout.precision)
