@@ -15,12 +15,14 @@ from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 
 __all__ = [
     "FP4_BYTES",
+    "SVDQ_RANK",
     "Weights",
     "code_bytes",
     "face_bytes",
     "kept_code_bytes",
     "latent_bytes",
     "step_bytes",
+    "svdq_bytes",
     "vae_bytes",
     "vae_peak",
     "vae_traffic",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 32 of them or of 8 bits for 16
+# Of low-rank factors, where a file's own is not known: each 16 more add 0.19 GB to the 14B model's.
+SVDQ_RANK = 32
+SVDQ_TILE = 128  # inputs and outputs of a stored weight are padded to multiples
 # Of hidden states [S, d]: what one eager block holds at its peak, attention's own scratch memory aside, in 16 or 32
 # bits. A compiled one: `GemmPrecision.fused_units`.
 BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "lean": 5.36}
@@ -79,24 +84,48 @@ class Weights:
         return self.block + self.adapter
 
 
-def weights_of(shape: TransformerShape, *, fp4: bool, element: int = 2) -> Weights:
-    """As they lie in memory; `fp4`: every nn.Linear packed. What the library keeps in float32 counts as such."""
-    d, linear, other = shape.dim, FP4_BYTES if fp4 else element, element
+def weights_of(
+    shape: TransformerShape, *, fp4: bool, element: int = 2, compute: str = DEFAULT_PRECISION, rank: int = SVDQ_RANK
+) -> Weights:
+    """As they lie in memory, and in a file; `fp4`: every nn.Linear packed. What the library keeps in float32 counts as
+    such.
+
+    `compute`: the name of a row of `PRECISIONS`; where that wants weights in an SVDQuant format, `fp4` ones are, with
+    factors of `rank`, and the last projection stays as it is.
+    """
+    packed = PRECISIONS[compute] if fp4 and PRECISIONS[compute].layout == "svdq" else None
+
+    def linear(out_features: int, in_features: int, plain: int = element) -> float:
+        if packed is not None:
+            return svdq_bytes(out_features, in_features, compute=compute, rank=rank)
+        return out_features * in_features * (FP4_BYTES if fp4 else plain)
+
+    d, ffn, other = shape.dim, shape.ffn_dim, element
     added = shape.added_kv_proj_dim
-    block_linear = 8 * d * d + 2 * d * shape.ffn_dim + (2 * d * added if added else 0)
-    block_other = 8 * d + shape.ffn_dim + d + 4 * d + (3 * d if added else 0)
-    block = block_linear * linear + block_other * other + (2 + 6) * d * 4  # the second norm and the table: float32
-    adapter = 4 * d * d * linear + (4 * d + 2 * shape.attention_head_dim) * other
+    block_linear = 8 * linear(d, d) + linear(ffn, d) + linear(d, ffn) + (2 * linear(d, added) if added else 0)
+    block_other = 8 * d + ffn + d + 4 * d + (3 * d if added else 0)
+    block = block_linear + block_other * other + (2 + 6) * d * 4  # the second norm and the table: float32
+    adapter = 4 * linear(d, d) + (4 * d + 2 * shape.attention_head_dim) * other
 
     image, text = shape.image_dim, shape.text_dim
     heads, hidden = shape.face_encoder_num_heads, shape.face_encoder_hidden_dim
-    rest_linear = 6 * d * d + text * d + d * d + image * image + image * d + hidden * d
-    rest_linear += shape.patch**2 * shape.out_channels * d
-    time = (shape.freq_dim * d + d * d) * (FP4_BYTES if fp4 else 4)
+    rest_linear = linear(6 * d, d) + linear(d, text) + linear(d, d)
+    rest_linear += linear(image, image) + linear(d, image) + linear(d, hidden)
+    last = shape.patch**2 * shape.out_channels
+    rest_linear += linear(last, d) if packed is None else last * d * element
+    time = linear(d, shape.freq_dim, plain=4) + linear(d, d, plain=4)
     patches = d * shape.patch**2 * (shape.in_channels + shape.latent_channels)
     face = 3 * shape.motion_encoder_dim * hidden * heads + 6 * hidden * hidden
-    rest = rest_linear * linear + time + (patches + face + _motion_encoder(shape)) * other
+    rest = rest_linear + time + (patches + face + _motion_encoder(shape)) * other
     return Weights(block, adapter, rest, shape.num_layers, shape.num_layers // shape.inject_face_latents_blocks)
+
+
+def svdq_bytes(out_features: int, in_features: int, *, compute: str, rank: int = SVDQ_RANK) -> int:
+    """One weight in the SVDQuant format that `compute` wants: codes, scales, vectors and low-rank factors; no bias."""
+    precision = PRECISIONS[compute]
+    rows, columns = (-(-side // SVDQ_TILE) * SVDQ_TILE for side in (out_features, in_features))
+    vectors = precision.vectors[0] * columns + precision.vectors[1] * rows
+    return round(rows * columns * (0.5 + precision.group_bytes)) + 2 * (vectors + rank * (rows + columns))
 
 
 def _motion_encoder(shape: TransformerShape) -> float:
@@ -147,10 +176,12 @@ def workspace_bytes(
     """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
     FP4 is dequantised; of those that see every token the largest in codes.
 
-    `compute`: the name of a row of `PRECISIONS`.
+    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no weight that sees every token is dequantised; the others
+    pass through float32, the largest of them, the time's projection, while no block holds activations.
     """
     precision = PRECISIONS[compute]
-    dense = shape.dim * max(shape.ffn_dim, 6 * shape.dim) * element if fp4 else 0
+    widest = 6 * shape.dim if precision.layout == "svdq" else max(shape.ffn_dim, 6 * shape.dim)
+    dense = shape.dim * widest * element if fp4 else 0
     return dense + shape.dim * shape.ffn_dim * precision.code_bytes
 
 
@@ -174,14 +205,13 @@ def code_bytes(
     compute: str,
     kind: str = "whole",
 ) -> int:
-    """The widest activation of an eager block in codes, beside its 16 or 32 bits.
+    """The widest activation of an eager block in codes, beside its 16 or 32 bits; of SVDQuant, with their scales.
 
     `kind` lean: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
     """
     precision, tokens = PRECISIONS[compute], _tokens(width, height, frames, shape.patch)
-    if kind == "lean":
-        return tokens * shape.dim * precision.code_bytes
-    return tokens * shape.ffn_dim * precision.code_bytes
+    each = 0.5 + precision.group_bytes if precision.layout == "svdq" else precision.code_bytes
+    return round(tokens * (shape.dim if kind == "lean" else shape.ffn_dim) * each)
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:

@@ -109,6 +109,17 @@ class TransformerShape:
         return 5 * self.dim + self.ffn_dim
 
     @property
+    def separate_activation_numbers(self) -> int:
+        """The same where query, key and value each make codes of that input."""
+        return self.activation_numbers + 2 * self.dim
+
+    def low_rank_flop(self, width: int, height: int, frames: int, rank: int) -> float:
+        """Products with factors of `rank` beside all weights of `block_weights`; no part of `forward_flop`."""
+        d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
+        sides = self.num_layers * (14 * d + 2 * self.ffn_dim) + adapters * 4 * d  # inputs and outputs of all layers
+        return 2.0 * rank * sides * self.tokens(width, height, frames)
+
+    @property
     def invariant_weights(self) -> int:
         """Weights of their keys and values of text, image and face, which are used once a window."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks

@@ -45,7 +45,7 @@ class GemmPrecision:
 
     `layout` of both operands: `exact`, not quantised; `rows`, codes with a float32 scale a row; `blocks`, the blocks
     of the format in which the weight is stored; `svdq`, groups of both sides, and a low-rank part in 16 bits beside
-    them, of a weight that is stored so.
+    them, of a weight that is stored so: each of these layers has a smoothing factor, and makes codes of its own input.
     """
 
     name: str
@@ -80,6 +80,11 @@ class GemmPrecision:
     weight_traffic: float = 0.0
     advised_on: Callable[[Capability], bool] = lambda capability: False
     rates: Mapping[str, float] = field(default_factory=dict)  # device of `seconds.DEVICES` → TFLOP/s, large products
+    estimated: frozenset[str] = frozenset()  # of these devices: those whose rate is no measurement of this product
+    # Of `svdq`, for weights as for activations: bytes of group scales for each code of half a byte, and numbers of 16
+    # bits beside a weight for each of its inputs and each of its outputs.
+    group_bytes: float = 0.0
+    vectors: tuple[int, int] = (0, 0)
 
     @property
     def error_limit(self) -> float:
@@ -191,10 +196,26 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("comfy_kitchen", f"{_SVDQ_PRODUCTS}:comfy_kitchen"),
             ),
             activation_error=0.11,
+            group_bytes=2 / 64,  # bfloat16
+            vectors=(1, 0),  # the smoothing factor
+            # Derived, while the feed-forward part's second product runs: 2 of hidden states, 2.7 that go in, .72 of
+            # their codes with scales, .01 of the low-rank part, and 1 that comes out; one operator holds all of it.
+            fused_units=6.43,
+            activation_traffic=2.5 + 2 / 64,  # by a kernel of its own: 2 read, half a byte and the scales written
             dequantized=False,
+            weight_traffic=0.5 + 2 / 64,  # the product reads them as they are stored
             # Architectures that the kernels were compiled for; Hopper and sm_100 have no units for integers of 4 bits.
             runs_on=lambda capability: capability in ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1)),
-            rates={"RTX 5090": 79},
+            # RTX 5090: published, of the instruction alone, which is emulated there (main-horse.github.io, "5090 mm
+            # perf"): a bound. The others are estimates, for no rate of these kernels is published.
+            # RTX 4090: FLUX.1's transformer takes 218 ms (nunchaku, issue 66). Of its 59.5 TFLOP in products at 4,608
+            # tokens, 470 TFLOP/s are left if only attention's 91 ms are taken off, 1,040 if this module's elementwise
+            # work and codes are too: the geometric mean. L40S: that, as its int8 is to the RTX 4090's.
+            # A100: its other units turn sums of 4-bit products into floats too slowly. A kernel with groups of 128 has
+            # .45 of the 16-bit rate (arXiv 2606.08761); FLUX.1 in nunchaku takes .91 of bf16's time (its issue 64),
+            # so no more than bf16's rate: the geometric mean of both, 120 and 267.
+            rates={"RTX 5090": 79, "RTX 4090": 700, "L40S": 650, "A100": 180},
+            estimated=frozenset({"RTX 4090", "L40S", "A100"}),
         ),
         GemmPrecision(
             "svdq-nvfp4",
@@ -209,9 +230,18 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("scaled_mm", f"{_SVDQ_PRODUCTS}:scaled_mm"),
             ),
             activation_error=0.09,
+            group_bytes=1 / 16,  # e4m3
+            vectors=(1, 1),  # the smoothing factor, and a factor a row
+            fused_units=6.47,  # as int4's, .76 of codes with scales
+            activation_traffic=2.5 + 1 / 16,
             dequantized=False,
+            weight_traffic=0.5 + 1 / 16,
             runs_on=lambda capability: capability in ((12, 0), (12, 1)),
-            rates={"RTX 5090": 800},
+            # An estimate: nunchaku's kernel, low-rank part and bias in it, measured on an RTX PRO 6000 Blackwell at
+            # four shapes of 4,352 rows in bf16: 708, 988, 1,220 and 1,008 TFLOP/s (ultism/svdquant-kernels); their
+            # mean, by the nominal rates of both cards, 1,676 and 2,000.
+            rates={"RTX 5090": 820},
+            estimated=frozenset({"RTX 5090"}),
         ),
     )
 }

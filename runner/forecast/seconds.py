@@ -5,7 +5,8 @@ Never: torch, a device. The rates are published measurements of large kernels or
 the forecast beside the seconds that a job took, and `bench/engine.py` beside rates measured in the same run.
 
 One denoising step is matrix products at the rate of their compute, self-attention at its kernel's rate, and what goes
-through memory: elementwise work between them, activations and weights brought to the compute's format.
+through memory: elementwise work between them, activations and weights brought to the compute's format. SVDQuant's
+low-rank part is products in 16 bits beside these: nunchaku's kernels read and write nothing more for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from runner.forecast.bytes import vae_traffic
+from runner.forecast.bytes import SVDQ_RANK, vae_traffic
 from runner.forecast.flops import TERA, Costs
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS, Capability, device_rates
 
@@ -34,7 +35,7 @@ ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
 VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.24, "bfloat16": 0.46, "float16": 0.46})
 # The same for the motion encoder's small convolutions, their traffic in it, eight faces at a time: an estimate.
 INVARIANT_SHARE = 0.15
-MEASURED = "published measurements"
+MEASURED, ESTIMATED = "published measurements", "estimates"  # of a device's rates, but for `GemmPrecision.estimated`
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class DeviceSpeed:
     copy_gb_s: float  # read and written
     source: str = MEASURED
     capability: Capability | None = None  # None: not known
+
+    def estimates(self, compute: str) -> bool:
+        """Is the rate of products in `compute`, a row of `PRECISIONS`, an estimate here?"""
+        return self.source == ESTIMATED or self.name in PRECISIONS[compute].estimated
 
 
 def _device(
@@ -71,7 +76,7 @@ def _device(
 DEVICES: tuple[DeviceSpeed, ...] = (
     _device("RTX 5090", r"\b5090(?! (D|Laptop))", (12, 0), 214, 554, 1509),
     _device("RTX 4090", r"\b4090(?! (D|Laptop))", (8, 9), 164, 431, 920, "8 bit: estimates"),
-    _device("L40S", r"L40S", (8, 9), 164, 431, 780, "estimates"),
+    _device("L40S", r"L40S", (8, 9), 164, 431, 780, ESTIMATED),
     _device("A100", r"A100", (8, 0), 204, 278, 1700),
     _device("H200", r"H200|GH200", (9, 0), 595, None, 4055, "attention: of an H100"),
     _device("H100", r"H100", (9, 0), 595, None, 2800, "products: of an H200"),
@@ -154,7 +159,9 @@ def forecast_seconds(
     precision, rows = PRECISIONS[build.compute], model.num_layers * model.tokens(*window)  # rows: tokens of all blocks
     through_memory = rows * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
     per_weight = (STEPWISE_BYTES if build.stepwise else ONE_PASS_BYTES) if build.fp4 else 0.0
-    codes = model.activation_numbers * precision.activation_traffic - model.ffn_dim * precision.gelu_traffic
+    svdq = precision.layout == "svdq"
+    numbers = model.separate_activation_numbers if svdq else model.activation_numbers
+    codes = numbers * precision.activation_traffic - model.ffn_dim * precision.gelu_traffic
     if build.codes_kept:
         weights = model.block_weights * float(precision.code_bytes)
     else:
@@ -169,6 +176,8 @@ def forecast_seconds(
         "weights to the compute": weights / device.copy_gb_s / 1e9,
         "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
     }
+    if svdq:
+        step["low-rank part"] = model.low_rank_flop(*window, rank=SVDQ_RANK) / TERA / exact_rate
     encoding, decoding = _autoencoder(costs, device, build, window)
     reference, _ = _autoencoder(costs, device, build, (*size, 1))
     later, _ = _autoencoder(costs, device, build, window, blank_from)

@@ -27,6 +27,8 @@ from runner.forecast.bytes import (
 )
 from runner.forecast.flops import Costs, TransformerShape, VaeShape
 from runner.generation.runtime.compute import sees_every_token
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
+from runner.quantization.rules import linear_shapes
 from tests.forecast.meta_models import ODD, on_meta
 
 SHAPE = TransformerShape()
@@ -73,6 +75,37 @@ def test_weights_are_the_parameters_of_the_model(name, fp4, element):
     assert found.rest == counted(model, "rest", fp4=fp4, element=element)
 
 
+@pytest.mark.parametrize("compute", SVDQ_LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_svdq_weights_are_the_layouts_bytes_of_every_linear_but_the_last(name, compute):
+    model, layout = on_meta(WanAnimateTransformer3DModel, CONFIGS[name]), SVDQ_LAYOUTS[compute]
+    shapes = {layer: shape for layer, shape in linear_shapes(model).items() if layer != "proj_out"}
+
+    def expected(part: str) -> int:
+        others = counted(model, part, fp4=False, element=2)
+        for layer, shape in shapes.items():
+            inside = layer.startswith(part) if part != "rest" else not layer.startswith(("blocks.", "face_adapter."))
+            if inside:
+                plain = 4 if "time_embedder" in layer.split(".") else 2
+                others += layout.bytes(*shape) - plain * shape[0] * shape[1]
+        return round(others)
+
+    shape = Costs.from_configs({**model.config}, {}).transformer
+    found = weights_of(shape, fp4=True, compute=compute)
+    assert found.block == expected("blocks.1.")
+    assert found.adapter == expected("face_adapter.1.")
+    assert found.rest == expected("rest")
+    assert weights_of(shape, fp4=False, compute=compute) == weights_of(shape, fp4=False)
+
+
+@pytest.mark.parametrize(("compute", "size", "wider"), [("svdq-int4", 9.63e9, 0.193e9), ("svdq-nvfp4", 10.18e9, 0.193e9)])
+def test_the_14b_model_in_svdq(compute, size, wider):
+    """Codes and scales of 17.23 billion weights take 9.16 and 9.69 GB; factors of rank 32 .39."""
+    assert weights_of(SHAPE, fp4=True, compute=compute).total == pytest.approx(size, rel=0.001)
+    more = weights_of(SHAPE, fp4=True, compute=compute, rank=48).total - weights_of(SHAPE, fp4=True, compute=compute).total
+    assert more == pytest.approx(wider, rel=0.01)
+
+
 def test_weights_in_bfloat16_unless_said_otherwise():
     assert weights_of(SHAPE, fp4=False) == weights_of(SHAPE, fp4=False, element=2)
 
@@ -106,6 +139,16 @@ def test_a_compiled_blocks_peak_is_hidden_states_and_the_feed_forward_part(compu
     assert step_bytes(SHAPE, *CLIP, kind="fused", compute=compute) / 351_436_800 == pytest.approx(max(6, 2 + inside))
 
 
+@pytest.mark.parametrize(("compute", "scale"), [("svdq-int4", 2 / 64), ("svdq-nvfp4", 1 / 16)])
+def test_a_compiled_svdq_block_holds_input_codes_and_output_of_its_last_product(compute, scale):
+    """Hidden states, 351 MB, twice; 2.7 of them that go in and their codes of half a byte; rank 32 in float32; and what
+    comes out."""
+    units = 2 + 2.7 * (1 + (0.5 + scale) / 2) + 32 * 4 / (2 * D) + 1
+    assert step_bytes(SHAPE, *CLIP, kind="fused", compute=compute) / 351_436_800 == pytest.approx(units, abs=0.005)
+    lean = step_bytes(SHAPE, *CLIP, kind="lean", compute=compute) - step_bytes(SHAPE, *CLIP, kind="lean")
+    assert lean == pytest.approx(TOKENS * D * (0.5 + scale))
+
+
 @pytest.mark.parametrize(
     ("kind", "compute", "units"),
     [
@@ -136,6 +179,9 @@ def test_a_workspace_for_the_largest_product():
     assert workspace_bytes(SHAPE, element=4) == 4 * time
     wide = replace(SHAPE, ffn_dim=7 * D)
     assert workspace_bytes(wide) == 2 * 7 * D * D
+    # No weight that sees every token is dequantised: not even one that is larger than the time's projection.
+    for word in SVDQ_LAYOUTS:
+        assert workspace_bytes(wide, compute=word) == workspace_bytes(SHAPE, compute=word) == 2 * time
     # Codes of eight bits of the largest weight that sees every token.
     assert workspace_bytes(SHAPE, compute="fp8") == workspace_bytes(SHAPE, compute="int8") == 2 * time + FFN * D
     assert workspace_bytes(SHAPE, fp4=False) == 0
@@ -208,4 +254,5 @@ def test_kept_codes_are_those_of_the_layers_that_see_every_token(config):
     wanted = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
     shape = Costs.from_configs(dict(model.config), {}).transformer
     assert [kept_code_bytes(shape, compute=word) for word in ("fp8", "int8")] == [wanted] * 2
-    assert [kept_code_bytes(shape, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
+    others = ("bf16", "nvfp4", *SVDQ_LAYOUTS)
+    assert [kept_code_bytes(shape, compute=word) for word in others] == [0] * 4

@@ -52,7 +52,7 @@ def stub(monkeypatch) -> GemmPrecision:
 def test_the_rows_are_complete():
     for name, row in PRECISIONS.items():
         assert row.name == name
-        assert row.rates.keys() <= {device.name for device in DEVICES}
+        assert row.estimated <= row.rates.keys() <= {device.name for device in DEVICES}
         if row.layout == "exact":
             assert name == DEFAULT_PRECISION
             assert row.rates.keys() == {device.name for device in DEVICES}
@@ -66,6 +66,23 @@ def test_the_rows_are_complete():
     assert get_recipe(DEFAULT_RECIPE).compute == Recipe.compute == DEFAULT_PRECISION
 
 
+def test_only_svdq_rows_have_groups_of_their_own():
+    """The other format with groups is `FP4_BYTES`."""
+    for row in PRECISIONS.values():
+        assert (row.layout == "svdq") == (row.group_bytes > 0) == (row.vectors != (0, 0))
+        if row.layout == "svdq":
+            assert row.stored_format == row.name and row.visible and not row.dequantized and row.code_bytes == 0
+            # Codes and their scales are written by a kernel that reads 16 bits; a product reads those of a weight.
+            assert row.weight_traffic == 0.5 + row.group_bytes == row.activation_traffic - 2
+
+
+def test_where_svdq_rows_run():
+    """What the kernels were compiled for. No unit of Hopper or of sm_100 multiplies integers of four bits."""
+    known = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+    found = {name: [at for at in known if PRECISIONS[name].runs_on(at)] for name in ("svdq-int4", "svdq-nvfp4")}
+    assert found == {"svdq-int4": [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)], "svdq-nvfp4": [(12, 0), (12, 1)]}
+
+
 @pytest.mark.parametrize(("name", "limit"), [("fp8", 0.0482), ("int8", 0.0186), ("nvfp4", 0.1125)])
 def test_the_limits_of_the_self_test(name, limit):
     assert PRECISIONS[name].error_limit == pytest.approx(limit, abs=1e-4)
@@ -75,10 +92,12 @@ def test_torch_has_the_dtypes_and_the_kernels_the_backends():
     import torch
 
     from runner.quantization.formats.e2m1 import FORMATS
+    from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 
     for row in PRECISIONS.values():
         assert isinstance(getattr(torch, row.dtype), torch.dtype)
-        assert row.stored_format in (None, *FORMATS)
+        assert row.stored_format in (None, *FORMATS, *SVDQ_LAYOUTS)
+        assert (row.layout == "svdq") == (row.stored_format in SVDQ_LAYOUTS)
         if row.layout == "rows":
             dtype = getattr(torch, row.dtype)
             assert row.largest == (torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)).max
@@ -92,10 +111,24 @@ def test_a_storage_format_takes_the_bytes_that_the_forecast_counts():
     assert {fmt.bits_per_weight / 8 for fmt in FORMATS.values()} == {FP4_BYTES}
 
 
+@pytest.mark.parametrize("rank", [16, 32, 128])
+def test_svdq_rows_count_what_the_layout_stores(rank):
+    """Padded sides too: 5120 -> 64, and odd ones of small models."""
+    from runner.forecast.bytes import SVDQ_RANK, SVDQ_TILE, svdq_bytes
+    from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, TILE
+
+    assert SVDQ_TILE == TILE
+    for name, layout in SVDQ_LAYOUTS.items():
+        assert layout.rank == SVDQ_RANK
+        assert layout.bits_per_weight / 8 == 0.5 + PRECISIONS[name].group_bytes
+        for shape in ((5120, 5120), (13_824, 5120), (30_720, 5120), (64, 5120), (40, 72)):
+            assert svdq_bytes(*shape, compute=name, rank=rank) == layout.with_rank(rank).bytes(*shape)
+
+
 def test_one_row_is_a_word_of_recipes(stub):
     recipe = get_recipe("fp4-distill+steps4+stub")
     assert (recipe.compute, recipe.name) == ("stub", "fp4-distill+stub+steps4")
-    with pytest.raises(ConfigInvalid, match=r"did you mean 'stub'.*bf16, fp8, int8, nvfp4, stub, int8-attention"):
+    with pytest.raises(ConfigInvalid, match=r"did you mean 'stub'.*bf16, fp8, int8, nvfp4, svdq-.*, stub, int8-attention"):
         get_recipe("fp4-distill+stubb")
     with pytest.raises(ConfigInvalid, match="says both 'stub' and 'fp8'"):
         get_recipe("fp4-distill+stub+fp8")
@@ -167,6 +200,7 @@ ELSEWHERE = {
         "runner/verbs/",  # the same
         "runner/spec/recipes.py",  # of the attention
         "runner/quantization/formats/stored_dtypes.py",  # a dtype in a file
+        "runner/quantization/formats/svdq_layout.py",  # the same
     ),
     "nvfp4": (
         "runner/quantization/formats/",  # the storage format
@@ -174,6 +208,8 @@ ELSEWHERE = {
         "runner/verbs/",  # the same
         "runner/demo/",  # the same
     ),
+    "svdq-int4": ("runner/quantization/formats/svdq_layout.py",),  # the storage format
+    "svdq-nvfp4": ("runner/quantization/formats/svdq_layout.py",),
 }
 
 

@@ -37,24 +37,49 @@ def test_parts_by_hand():
 
 
 # Published measurements of large kernels; for some GPUs, estimates. TFLOP/s of products (bf16, fp8, int8, nvfp4), of
-# attention, of attention in 8 bits; GB/s of copies.
+# attention, of attention in 8 bits; GB/s of copies. SVDQuant's (int4, nvfp4) are estimates, but for int4 on an RTX 5090.
 PUBLISHED = {
-    "RTX 5090": ((240, 390, 580, 1140), 214, 554, 1509),
-    "RTX 4090": ((160, 300, 540, None), 164, 431, 920),
-    "L40S": ((270, 500, 500, None), 164, 431, 780),
-    "A100": ((267, None, 464, None), 204, 278, 1700),
-    "H200": ((763, 1085, 1160, None), 595, None, 4055),
-    "H100": ((763, 1085, 1160, None), 595, None, 2800),
+    "RTX 5090": ((240, 390, 580, 1140, 79, 820), 214, 554, 1509),
+    "RTX 4090": ((160, 300, 540, None, 700, None), 164, 431, 920),
+    "L40S": ((270, 500, 500, None, 650, None), 164, 431, 780),
+    "A100": ((267, None, 464, None, 180, None), 204, 278, 1700),
+    "H200": ((763, 1085, 1160, None, None, None), 595, None, 4055),
+    "H100": ((763, 1085, 1160, None, None, None), 595, None, 2800),
 }
+COMPUTES = ("bf16", "fp8", "int8", "nvfp4", "svdq-int4", "svdq-nvfp4")
 
 
 def test_devices_have_the_published_rates():
     assert [device.name for device in DEVICES] == list(PUBLISHED)
     for device in DEVICES:
         products, attention, attention_8bit, copies = PUBLISHED[device.name]
-        known = dict(zip(("bf16", "fp8", "int8", "nvfp4"), products, strict=True))
+        known = dict(zip(COMPUTES, products, strict=True))
         assert device.matmul == {name: rate for name, rate in known.items() if rate is not None}
         assert (device.attention, device.attention_8bit, device.copy_gb_s) == (attention, attention_8bit, copies)
+
+
+def test_estimated_rates_are_those_by_the_rules_that_the_table_states():
+    estimates = {device.name: [name for name in device.matmul if device.estimates(name)] for device in DEVICES}
+    every = ["bf16", "fp8", "int8", "svdq-int4"]
+    assert estimates == {
+        "RTX 5090": ["svdq-nvfp4"], "RTX 4090": ["svdq-int4"], "L40S": every, "A100": ["svdq-int4"],
+        "H200": [], "H100": [],
+    }  # fmt: skip
+    rates = {device.name: device.matmul for device in DEVICES}
+    # FLUX.1: 57 blocks of 12 square products of 3,072 and one attention, of 4,608 tokens, in 218 ms on an RTX 4090.
+    products, attention = 57 * 24 * 3072**2 * 4608 / 1e12, 57 * 4 * 4608**2 * 3072 / 1e12
+    hidden = 57 * 4608 * 3072
+    rest = 0.218 - attention / 164
+    through_memory = hidden * (57 + 9 * 2.53) / 920e9  # fused elementwise work; five hidden states and four inside
+    bounds = products / rest, products / (rest - through_memory)
+    assert bounds == pytest.approx((470, 1040), rel=0.01)
+    assert rates["RTX 4090"]["svdq-int4"] == pytest.approx((bounds[0] * bounds[1]) ** 0.5, rel=0.01)
+    ratio = rates["L40S"]["int8"] / rates["RTX 4090"]["int8"]
+    assert rates["L40S"]["svdq-int4"] == pytest.approx(ratio * rates["RTX 4090"]["svdq-int4"], rel=0.01)
+    bf16 = rates["A100"]["bf16"]
+    assert rates["A100"]["svdq-int4"] == pytest.approx((0.45 * bf16 * bf16) ** 0.5, rel=0.01)
+    nunchaku = (708, 988, 1220, 1008)
+    assert rates["RTX 5090"]["svdq-nvfp4"] == pytest.approx(sum(nunchaku) / 4 * 1676 / 2000, rel=0.01)
 
 
 def test_the_engines_own_build():
@@ -146,6 +171,32 @@ def test_what_8_bits_cost_beside_their_products():
     assert fp8["elementwise"] + fp8["activations to codes"] == pytest.approx(0.430, abs=0.002)
     # Used as they are stored: not even dequantised, but for an eighth of a byte a weight.
     assert step("nvfp4")["weights to the compute"] == pytest.approx(STEP_WEIGHTS * 0.13 / 1000e9, rel=1e-12)
+
+
+@pytest.mark.parametrize(("compute", "scale"), [("svdq-int4", 2 / 64), ("svdq-nvfp4", 1 / 16)])
+def test_a_step_in_svdq_by_hand(compute, scale):
+    """Each layer makes codes of its own input, so that the one of query, key and value is read three times. Weights are
+    read as they are stored. The low-rank part of rank 32 is products in bf16 of all inputs and all outputs."""
+    machine = replace(ODD, matmul={"bf16": 100.0, compute: 400.0})
+    sides = 40 * (14 * 5120 + 2 * 13_824) + 8 * 4 * 5120
+    low_rank = 2 * 32 * sides * 34_320 / 1e12
+    found = forecast_seconds(PRODUCTION, machine, EngineBuild(compute), **CLIP)
+    assert found.step == pytest.approx(
+        {
+            "products": PRODUCTS / 400,
+            "attention": ATTENTION / 50,
+            "elementwise": HIDDEN * 57 / 1000e9,
+            "activations to codes": HIDDEN * (INPUTS + 2) * (2 + 0.5 + scale) / 1000e9,
+            "weights to the compute": STEP_WEIGHTS * (0.5 + scale) / 1000e9,
+            "shared work again": 0,
+            "low-rank part": low_rank / 100,
+        },
+        rel=1e-12,
+    )
+    assert low_rank / PRODUCTS == pytest.approx(0.01, abs=0.001)
+    assert found.fixed == forecast_seconds(PRODUCTION, machine, EngineBuild(), **CLIP).fixed
+    guided = forecast_seconds(PRODUCTION, machine, EngineBuild(compute), **CLIP, guided=True)
+    assert guided.step_s == pytest.approx(2 * found.step_s)
 
 
 def test_of_kept_codes_a_product_reads_one_byte_a_weight_and_nothing_else_changes():

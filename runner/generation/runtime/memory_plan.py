@@ -190,7 +190,7 @@ def forecast_memory(
     load = load or Load()
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
     element = 2 if recipe.dtype == "bfloat16" else 4
-    weights = weights_of(model, fp4=recipe.fp4, element=element)
+    weights = weights_of(model, fp4=recipe.fp4, element=element, compute=recipe.compute)
     encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
     kept = model.invariant_bytes(*size, element=element, guided=guided)
     if not plan.keep_text:

@@ -197,6 +197,30 @@ def test_8_bits_take_room_for_codes():
     assert forecast_memory(make_plan("stream", plain), plain, PRODUCTION, *SIZE).parts["workspace"] == weight
 
 
+@pytest.mark.parametrize(("word", "weights", "activations"), [("svdq-int4", 9.63e9, 6.43), ("svdq-nvfp4", 10.18e9, 6.47)])
+def test_svdq_weights_lie_there_as_they_are_stored(word, weights, activations):
+    """No codes are kept of them and none of a product's inputs lasts; the weights that are dequantised are as before."""
+    recipe = get_recipe(f"fp4-distill+{word}")
+    found = forecast_memory(make_plan("resident", recipe), recipe, PRODUCTION, *SIZE).parts
+    exact = forecast("resident").parts
+    assert found["blocks"] + found["other_weights"] == pytest.approx(weights, rel=0.001)
+    assert found["activations"] == pytest.approx(activations * 2 * TOKENS * WIDTH, rel=0.001)
+    same = exact.keys() - {"blocks", "other_weights", "activations"}
+    assert {part: found[part] for part in same} == {part: exact[part] for part in same}
+    assert "weight_codes" not in found
+    large = 200 * GB
+    assert choose_plan("auto", recipe, PRODUCTION, large)[0] == make_plan("resident", recipe)
+
+
+@pytest.mark.parametrize("word", ["svdq-int4", "svdq-nvfp4"])
+@pytest.mark.parametrize(("card", "mode"), [(16, "stream"), (24, "resident"), (32, "resident")])
+def test_the_mode_of_svdq_recipes_on_cards(word, card, mode):
+    """Of what a card is sold with, an engine gets about .95."""
+    recipe = get_recipe(f"fp4-distill+{word}")
+    plan, _ = choose_plan("auto", recipe, PRODUCTION, round(0.95 * card * GIB))
+    assert plan.mode == mode
+
+
 def test_kept_codes_are_a_byte_a_weight_beside_the_weights_in_every_stage():
     """12.4 billion weights, and a float32 scale for each of their rows. What makes codes of LoRAs' weights stays."""
     weights = 40 * (6 * WIDTH**2 + 2 * WIDTH * 13_824) + 8 * 2 * WIDTH**2
