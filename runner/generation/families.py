@@ -63,6 +63,11 @@ class Forecaster(Protocol):
         """
         ...
 
+    def file_bytes(self) -> tuple[int, bool] | None:
+        """Bytes of the file of the model's weights, and whether it lies in a store: else they are forecast from shapes.
+        None where nothing is known of it."""
+        return None
+
     def why_eager(self, mode: str) -> str:
         """Why the model's blocks run eagerly on a GPU in memory mode `mode`; empty where they are compiled."""
         return ""

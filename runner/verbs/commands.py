@@ -144,7 +144,7 @@ def _plan(settings: PlanSettings, display: Display) -> int:
     if display.json:
         print_json(plan_object(forecast))
     else:
-        print_plan(forecast.jobs, forecast.gpu, forecast.warnings, forecast.fast)
+        print_plan(forecast.jobs, forecast.gpu, forecast.warnings, forecast.fast, forecast.svdq)
     return 1 if any(row.error for row in forecast.jobs) else 0
 
 

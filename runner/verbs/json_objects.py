@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runner.finishing.interpolation import InterpolationForecast
     from runner.verbs.doctor import Check
     from runner.verbs.outcome import RunOutcome
-    from runner.verbs.plan import FastForecast, Forecast, RunForecast
+    from runner.verbs.plan import FastForecast, Forecast, RunForecast, SvdqForecast
     from runner.verbs.submit import Submitted
     from runner.verbs.validate import Validation
 
@@ -66,7 +66,8 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
     A job's `frames`, `fps`, `tflop` and `forecast_s` are of generation; `interpolation` has the frames and the rate of
     the output, and what is added to the cost. The totals' `tflop` and `forecast_s` have both. `fast` has the same
     seconds with the recipe that leaves its choice to the device, and what it would choose; null where it brings
-    nothing.
+    nothing. `svdq` has the file of a recipe in an SVDQuant format and its seconds on every GPU that computes it, `rate`
+    of the products there: published or estimate; null for other recipes.
     """
     plans = [row.plan for row in forecast.jobs if row.plan is not None]
     seconds = [row.seconds for row in forecast.jobs if row.seconds is not None]
@@ -74,6 +75,7 @@ def plan_object(forecast: RunForecast) -> dict[str, Any]:
         "gpu": forecast.gpu,
         "warnings": list(forecast.warnings),
         "fast": None if forecast.fast is None else _fast(forecast.fast),
+        "svdq": None if forecast.svdq is None else _svdq(forecast.svdq),
         "jobs": [_planned(row) for row in forecast.jobs],
         "totals": {
             "jobs": len(forecast.jobs),
@@ -121,6 +123,18 @@ def _fast(found: FastForecast) -> dict[str, Any]:
         "vae_bits": 32 if running.vae_dtype == "float32" else 16,  # which type of 16, its weights decide
         "forecast_s": found.forecast_s,
         "asked_s": found.asked_s,
+    }
+
+
+def _svdq(found: SvdqForecast) -> dict[str, Any]:
+    return {
+        "compute": found.compute,
+        "file_bytes": found.file_bytes,
+        "file_in_store": found.stored,
+        "gpus": [
+            {"gpu": gpu, "forecast_s": seconds, "rate": "estimate" if gpu in found.estimated else "published"}
+            for gpu, seconds in found.seconds.items()
+        ],
     }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from runner.errors import ConfigInvalid, RunnerError, as_runner_error
 from runner.finishing.interpolation import InterpolationForecast, forecast_interpolation
+from runner.forecast.precisions import PRECISIONS
 from runner.forecast.seconds import DEVICES, DeviceSpeed, find_device
 from runner.generation.families import Forecaster, get_family
 from runner.generation.protocol import SegmentPlan
@@ -43,6 +44,7 @@ __all__ = [
     "FastForecast",
     "Forecast",
     "RunForecast",
+    "SvdqForecast",
     "choose_gpu",
     "forecast_jobs",
     "forecast_seconds",
@@ -95,6 +97,30 @@ class FastForecast:
 
 
 @dataclass(frozen=True)
+class SvdqForecast:
+    """What a recipe in an SVDQuant format reads, and its seconds for all jobs on every known GPU that computes it.
+
+    `stored`: the size is that of the file in the store; else it is forecast. `seconds`: the name of a GPU → seconds.
+    `estimated`: those of these GPUs whose rate of the products is an estimate.
+    """
+
+    compute: str
+    file_bytes: int
+    stored: bool
+    seconds: Mapping[str, float]
+    estimated: frozenset[str]
+
+    def __str__(self) -> str:
+        whence = "in the store" if self.stored else "forecast"
+        size = f"{self.compute}: {self.file_bytes / 1e9:.3g} GB of weights ({whence})"
+        each = [f"{gpu} {'~' * (gpu in self.estimated)}{s:.3g} s" for gpu, s in self.seconds.items()]
+        if not each:
+            return size
+        marks = "; ~: the products' rate is an estimate" if self.estimated else ""
+        return f"{size}; all jobs, forecasts: {', '.join(each)}{marks}"
+
+
+@dataclass(frozen=True)
 class RunForecast:
     """A row a job of the shard, in order, and the GPU whose seconds they name; None where none is known."""
 
@@ -102,6 +128,7 @@ class RunForecast:
     gpu: str | None
     warnings: tuple[str, ...] = ()  # of the whole run
     fast: FastForecast | None = None  # None: it would bring nothing, or nothing is known of a GPU
+    svdq: SvdqForecast | None = None  # None: the recipe computes in no SVDQuant format
 
 
 @default_logging()
@@ -111,7 +138,31 @@ def plan(settings: PlanSettings) -> RunForecast:
     rows, gpu = forecast_jobs(jobs, settings, manifest)
     warnings = tuple(_warn_of_eager_blocks(jobs, rows, settings, manifest))
     recipe = get_recipe(settings.recipe or manifest.recipe or DEFAULT_RECIPE)
-    return RunForecast(tuple(rows), gpu, warnings, _forecast_fast(jobs, rows, recipe, settings, find_device(gpu)))
+    fast = _forecast_fast(jobs, rows, recipe, settings, find_device(gpu))
+    return RunForecast(tuple(rows), gpu, warnings, fast, _forecast_svdq(jobs, rows, recipe, settings))
+
+
+def _forecast_svdq(
+    jobs: Sequence[Job], rows: Sequence[Forecast], recipe: Recipe, settings: PlanSettings
+) -> SvdqForecast | None:
+    """Jobs that cannot be planned take no seconds; where none can, no GPU is named."""
+    if not recipe.fp4 or PRECISIONS[recipe.compute].layout != "svdq":
+        return None
+    forecaster = get_family(recipe).forecaster(recipe, _local_models(settings))
+    if (file := forecaster.file_bytes()) is None:
+        return None
+    seconds = dict[str, float]()
+    gpus = [gpu for gpu in DEVICES if recipe.compute in gpu.matmul]
+    for job, row in zip(jobs, rows, strict=True):
+        if row.plan is None or row.fps is None:
+            continue
+        for gpu in gpus:
+            plan = forecaster.plan(row.plan.frames, (row.plan.width, row.plan.height), job.options, gpu)
+            between = forecast_interpolation(plan, row.fps, job.options, gpu)
+            taken = (plan.seconds or 0.0) + (0.0 if between is None else between.seconds or 0.0)
+            seconds[gpu.name] = seconds.get(gpu.name, 0.0) + taken
+    estimated = frozenset(gpu.name for gpu in gpus if gpu.name in seconds and gpu.estimates(recipe.compute))
+    return SvdqForecast(recipe.compute, *file, seconds, estimated)
 
 
 def _forecast_fast(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from runner.verbs.doctor import Check
     from runner.verbs.dry_run import Action
     from runner.verbs.outcome import RunOutcome
-    from runner.verbs.plan import FastForecast, Forecast
+    from runner.verbs.plan import FastForecast, Forecast, SvdqForecast
     from runner.verbs.quantize import Quantized
     from runner.verbs.submit import Submitted
     from runner.verbs.weights import Verification
@@ -242,9 +242,11 @@ def print_plan(
     gpu: str | None = None,
     warnings: Sequence[str] = (),
     fast: FastForecast | None = None,
+    svdq: SvdqForecast | None = None,
 ) -> None:
     """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode.
-    `warnings`: of the whole run. `fast`: what the recipe that leaves its choice to the device takes there.
+    `warnings`: of the whole run. `fast`: what the recipe that leaves its choice to the device takes there. `svdq`: of a
+    recipe in an SVDQuant format, its file and its seconds on every GPU that computes it.
 
     A narrow terminal lacks some columns, which are named below the table.
     """
@@ -274,14 +276,15 @@ def print_plan(
     total = f"{len(rows)} jobs, {sum(row.tflop for row in rows) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:
         console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds", soft_wrap=True)
-        return
-    seconds = sum(row.seconds or 0.0 for row in rows)
-    console.print(
-        f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
-        soft_wrap=True,
-    )
-    if fast is not None:
-        console.print(escape(str(fast)), soft_wrap=True)
+    else:
+        seconds = sum(row.seconds or 0.0 for row in rows)
+        console.print(
+            f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
+            soft_wrap=True,
+        )
+    for line in (fast, svdq):
+        if line is not None:
+            console.print(escape(str(line)), soft_wrap=True)
 
 
 def _interpolated(between: InterpolationForecast, gpu: str | None) -> str:

@@ -98,11 +98,15 @@ def test_svdq_weights_are_the_layouts_bytes_of_every_linear_but_the_last(name, c
     assert weights_of(shape, fp4=False, compute=compute) == weights_of(shape, fp4=False)
 
 
-@pytest.mark.parametrize(("compute", "size", "wider"), [("svdq-int4", 9.63e9, 0.193e9), ("svdq-nvfp4", 10.18e9, 0.193e9)])
+@pytest.mark.parametrize(
+    ("compute", "size", "wider"), [("svdq-int4", 9.63e9, 0.193e9), ("svdq-nvfp4", 10.18e9, 0.193e9)]
+)
 def test_the_14b_model_in_svdq(compute, size, wider):
     """Codes and scales of 17.23 billion weights take 9.16 and 9.69 GB; factors of rank 32 .39."""
     assert weights_of(SHAPE, fp4=True, compute=compute).total == pytest.approx(size, rel=0.001)
-    more = weights_of(SHAPE, fp4=True, compute=compute, rank=48).total - weights_of(SHAPE, fp4=True, compute=compute).total
+    more = (
+        weights_of(SHAPE, fp4=True, compute=compute, rank=48).total - weights_of(SHAPE, fp4=True, compute=compute).total
+    )
     assert more == pytest.approx(wider, rel=0.01)
 
 

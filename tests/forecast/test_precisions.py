@@ -128,7 +128,9 @@ def test_svdq_rows_count_what_the_layout_stores(rank):
 def test_one_row_is_a_word_of_recipes(stub):
     recipe = get_recipe("fp4-distill+steps4+stub")
     assert (recipe.compute, recipe.name) == ("stub", "fp4-distill+stub+steps4")
-    with pytest.raises(ConfigInvalid, match=r"did you mean 'stub'.*bf16, fp8, int8, nvfp4, svdq-.*, stub, int8-attention"):
+    with pytest.raises(
+        ConfigInvalid, match=r"did you mean 'stub'.*bf16, fp8, int8, nvfp4, svdq-.*, stub, int8-attention"
+    ):
         get_recipe("fp4-distill+stubb")
     with pytest.raises(ConfigInvalid, match="says both 'stub' and 'fp8'"):
         get_recipe("fp4-distill+stub+fp8")

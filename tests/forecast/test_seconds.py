@@ -37,7 +37,7 @@ def test_parts_by_hand():
 
 
 # Published measurements of large kernels; for some GPUs, estimates. TFLOP/s of products (bf16, fp8, int8, nvfp4), of
-# attention, of attention in 8 bits; GB/s of copies. SVDQuant's (int4, nvfp4) are estimates, but for int4 on an RTX 5090.
+# attention, of attention in 8 bits; GB/s of copies. SVDQuant's are estimates, but for int4 on an RTX 5090.
 PUBLISHED = {
     "RTX 5090": ((240, 390, 580, 1140, 79, 820), 214, 554, 1509),
     "RTX 4090": ((160, 300, 540, None, 700, None), 164, 431, 920),

@@ -7,13 +7,22 @@ from dataclasses import replace
 import pytest
 
 from runner.errors import ConfigInvalid, StorageDenied
+from runner.generation.families import get_family
 from runner.preprocess.prepare import Preprocessor
 from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.storage import fetch_input
 from runner.storage.disk_cache import DiskCache
 from runner.verbs.json_objects import plan_object
-from runner.verbs.plan import RunForecast, choose_gpu, forecast_jobs, forecast_seconds, foreseen_mode, plan
+from runner.verbs.plan import (
+    RunForecast,
+    SvdqForecast,
+    choose_gpu,
+    forecast_jobs,
+    forecast_seconds,
+    foreseen_mode,
+    plan,
+)
 from runner.verbs.probes import Driver, Gpu, ProbeFailed, Probes
 from runner.verbs.settings import PlanSettings, RunSettings
 from runner.verbs.tables import print_plan
@@ -81,7 +90,7 @@ def planned(demo_media, recipe, gpu, tmp_path, capsys):
     manifest = {"version": 1, "jobs": [{"id": "a", **inputs, "options": {"size": "832x480"}}]}
     (tmp_path / "m.json").write_text(json.dumps(manifest | ({"recipe": recipe} if recipe else {})))
     found = plan(PlanSettings(manifest=str(tmp_path / "m.json"), models=None, gpu=gpu, cache=tmp_path))
-    print_plan(found.jobs, found.gpu, found.warnings, found.fast)
+    print_plan(found.jobs, found.gpu, found.warnings, found.fast, found.svdq)
     return found, capsys.readouterr().out
 
 
@@ -119,6 +128,84 @@ def test_plan_says_nothing_of_it_without_a_gpu_or_for_other_recipes(
     machine_with(monkeypatch)
     found, printed = planned(demo_media, recipe, gpu, tmp_path, capsys)
     assert found.fast is None and "fp4-fast" not in printed and plan_object(found)["fast"] is None
+
+
+@pytest.mark.parametrize(
+    ("word", "size", "gpus", "published"),
+    [
+        ("svdq-int4", "9.63", ["RTX 5090", "RTX 4090", "L40S", "A100"], {"RTX 5090"}),
+        ("svdq-nvfp4", "10.2", ["RTX 5090"], set()),
+    ],
+)
+@pytest.mark.parametrize("gpu", [None, "RTX 5090"])
+def test_plan_says_the_file_and_the_seconds_of_svdq_recipes(
+    demo_media, word, size, gpus, published, gpu, monkeypatch, tmp_path, capsys
+):
+    machine_with(monkeypatch)
+    recipe = f"fp4-distill+{word}"
+    found, printed = planned(demo_media, recipe, gpu, tmp_path, capsys)
+    seconds = dict(found.svdq.seconds)
+    assert list(seconds) == gpus
+    for name in gpus:
+        assert planned(demo_media, recipe, name, tmp_path, capsys)[0].jobs[0].seconds == seconds[name]
+    each = ", ".join(f"{name} {'' if name in published else '~'}{seconds[name]:.3g} s" for name in gpus)
+    line = (
+        f"{word}: {size} GB of weights (forecast); all jobs, forecasts: {each}; ~: the products' rate is an estimate\n"
+    )
+    assert printed.endswith(line)
+    told = plan_object(found)["svdq"]
+    assert told == {
+        "compute": word, "file_bytes": found.svdq.file_bytes, "file_in_store": False,
+        "gpus": [
+            {"gpu": name, "forecast_s": seconds[name], "rate": "published" if name in published else "estimate"}
+            for name in gpus
+        ],
+    }  # fmt: skip
+    assert json.dumps(told)
+
+
+def test_svdq_seconds_are_those_of_all_jobs_that_can_be_planned(demo_media, monkeypatch, tmp_path):
+    machine_with(monkeypatch)
+    inputs = {"reference": f"{demo_media}/references/anna.png", "video": f"{demo_media}/dances/wave.mp4"}
+    options = {"size": "832x480", "output": {"interpolate": 2}}
+    jobs = [{"id": "a", **inputs, "options": options}, {"id": "b", **inputs, "options": {"size": "832x480"}}]
+    gone = {"id": "gone", **inputs, "video": f"{demo_media}/dances/none.mp4"}
+    path, recipe = tmp_path / "m.json", {"version": 1, "recipe": "fp4-distill+svdq-nvfp4"}
+
+    def forecast(jobs):
+        path.write_text(json.dumps(recipe | {"jobs": jobs}))
+        return plan(PlanSettings(manifest=str(path), models=None, gpu="5090", cache=tmp_path))
+
+    found = forecast([*jobs, gone])
+    assert found.svdq.seconds == {"RTX 5090": pytest.approx(sum(row.seconds for row in found.jobs[:2]))}
+    assert found.jobs[0].seconds > found.jobs[1].seconds
+    none = forecast([gone]).svdq
+    assert (none.seconds, none.estimated) == ({}, frozenset())
+    assert str(none) == "svdq-nvfp4: 10.2 GB of weights (forecast)"
+
+
+def test_the_size_is_the_files_where_a_store_has_it(tmp_path):
+    file = tmp_path / "quantized_transformer.safetensors"
+    file.write_bytes(bytes(1234))
+    recipe = get_recipe("fp4-distill+svdq-int4")
+    forecaster = get_family(recipe).forecaster(recipe, None)
+    assert replace(forecaster, transformer=file).file_bytes() == (1234, True)
+    size, stored = replace(forecaster, transformer=tmp_path).file_bytes()  # a folder is the source's
+    assert (size, stored) == (pytest.approx(9.63e9, rel=0.001), False)
+    said = str(SvdqForecast(recipe.compute, 9_876_000_000, True, {}, frozenset()))
+    assert said == "svdq-int4: 9.88 GB of weights (in the store)"
+
+
+@pytest.mark.parametrize("recipe", ["fp4-distill", "fp4-fast", "fp4-distill+nvfp4", "bf16+svdq-int4"])
+def test_plan_names_no_svdq_file_for_other_recipes(demo_media, recipe, monkeypatch, tmp_path, capsys):
+    machine_with(monkeypatch)
+    found, printed = planned(demo_media, recipe, None, tmp_path, capsys)
+    assert found.svdq is None and "GB of weights" not in printed and plan_object(found)["svdq"] is None
+
+
+def test_a_gpu_without_units_of_four_bits_is_refused():
+    with pytest.raises(ConfigInvalid, match=r"H200 has no svdq-nvfp4, which recipe .fp4-distill.svdq-nvfp4. asks for"):
+        choose_gpu("H200", get_recipe("fp4-distill+svdq-nvfp4"))
 
 
 def test_plan_says_nothing_of_a_small_gain(demo_media, monkeypatch, tmp_path, capsys):

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.forecast.bytes import weights_of
 from runner.forecast.flops import PRODUCTION, Costs
 from runner.generation.families import EngineSettings
 from runner.generation.protocol import SegmentPlan
@@ -35,10 +36,11 @@ __all__ = ["WAN_ANIMATE", "WanAnimateFamily", "WanAnimateForecaster", "WanAnimat
 
 @dataclass(frozen=True)
 class WanAnimateForecaster:
-    """Implements `families.Forecaster`."""
+    """Implements `families.Forecaster`. `transformer`: its file or folder in a store; None: no store is known."""
 
     recipe: Recipe
     costs: Costs
+    transformer: Path | None = None
 
     def plan(
         self, frames: int, size: tuple[int, int], options: JobOptions, device: DeviceSpeed | None = None
@@ -60,6 +62,12 @@ class WanAnimateForecaster:
             guided=options.guidance_scale > 1,
             interpolates=options.output.interpolate > 1,
         ).peak
+
+    def file_bytes(self) -> tuple[int, bool]:
+        if self.transformer is not None and self.transformer.is_file():
+            return self.transformer.stat().st_size, True
+        shape, recipe = self.costs.transformer, self.recipe
+        return round(weights_of(shape, fp4=recipe.fp4, compute=recipe.compute).total), False
 
     def why_eager(self, mode: str) -> str:
         return eager_by_plan(make_plan(mode, self.recipe))
@@ -117,8 +125,10 @@ class WanAnimateFamily:
         check_own(ModelStore(models), options, has_mask)
 
     def forecaster(self, recipe: Recipe, models: Path | None) -> WanAnimateForecaster:
-        costs = PRODUCTION if models is None else ResolvedRecipe(ModelStore(models), recipe).costs
-        return WanAnimateForecaster(recipe, costs)
+        if models is None:
+            return WanAnimateForecaster(recipe, PRODUCTION)
+        resolved = ResolvedRecipe(ModelStore(models), recipe)
+        return WanAnimateForecaster(recipe, resolved.costs, resolved.variant.transformer)
 
 
 WAN_ANIMATE = WanAnimateFamily()

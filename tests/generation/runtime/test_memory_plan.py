@@ -197,9 +197,11 @@ def test_8_bits_take_room_for_codes():
     assert forecast_memory(make_plan("stream", plain), plain, PRODUCTION, *SIZE).parts["workspace"] == weight
 
 
-@pytest.mark.parametrize(("word", "weights", "activations"), [("svdq-int4", 9.63e9, 6.43), ("svdq-nvfp4", 10.18e9, 6.47)])
+@pytest.mark.parametrize(
+    ("word", "weights", "activations"), [("svdq-int4", 9.63e9, 6.43), ("svdq-nvfp4", 10.18e9, 6.47)]
+)
 def test_svdq_weights_lie_there_as_they_are_stored(word, weights, activations):
-    """No codes are kept of them and none of a product's inputs lasts; the weights that are dequantised are as before."""
+    """No codes are kept of them or of a product's inputs; the workspace of those that are dequantised is as before."""
     recipe = get_recipe(f"fp4-distill+{word}")
     found = forecast_memory(make_plan("resident", recipe), recipe, PRODUCTION, *SIZE).parts
     exact = forecast("resident").parts
