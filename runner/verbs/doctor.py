@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from runner.errors import as_runner_error
+from runner.errors import ConfigInvalid, as_runner_error
+from runner.forecast.precisions import PRECISIONS, GemmPrecision, advised
 from runner.generation.runtime.device import cudnn_problem, cudnn_version
 from runner.records.events import default_logging
 from runner.storage import is_remote, local_path, open_storage, probe_writable
@@ -25,6 +26,7 @@ from runner.verbs.probes import ProbeFailed, Probes, TorchInfo
 from runner.verbs.settings import DoctorSettings
 
 if TYPE_CHECKING:
+    from runner.forecast.seconds import DeviceSpeed
     from runner.spec.recipes import Recipe
 
 __all__ = ["Check", "doctor", "run_checks"]
@@ -39,6 +41,11 @@ USUAL_SIZE, USUAL_FRAMES = (832, 480), 81  # of which costs are named
 PYTHON = ((3, 11), (3, 15))
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 CUDA = "CUDAExecutionProvider"
+# Product of SVDQuant's that a package brings → its distributions, the one with kernels first.
+SVDQ_PACKAGES = {"cache_dit": ("cache-dit-cu13", "cache-dit"), "comfy_kitchen": ("comfy-kitchen",)}
+SVDQ_EXTENSION = "_C_svdquant"
+# Versions of the package index's `nunchaku`, a library of statistics; the engine of this name is 1.0 and later.
+OTHER_NUNCHAKU = "0."
 REINSTALL = "pip install 'video-lab-runner[{extra}]'"
 
 T = TypeVar("T")
@@ -75,6 +82,7 @@ def run_checks(
     fails for cuda, warns for auto and is skipped for cpu. `recipe`: whose weights are looked for; None: the default's.
     """
     machine = _Machine(probes or Probes(), device)
+    svdq = machine.svdq_rows(recipe)
     questions: dict[str, Callable[[], Check]] = {
         "python": machine.python,
         "torch": machine.torch,
@@ -88,6 +96,7 @@ def run_checks(
         "providers": machine.providers,
         "video": machine.video,
         "compiler": machine.compiler,
+        **({"svdq kernels": partial(machine.svdq, *svdq)} if svdq else {}),
         "weights": lambda: _weights(models, recipe),
         "cache": lambda: _folder("cache", cache, CACHE_GIB),
         "output": lambda: _output(out),
@@ -202,12 +211,86 @@ class _Machine:
         for recipe in map(get_recipe, (DEFAULT_RECIPE, FAST_RECIPE)):
             plan = get_family(recipe).forecaster(recipe, None).plan(USUAL_FRAMES, USUAL_SIZE, JobOptions(), speed)
             seconds.append(plan.seconds or 0.0)
-        words = choice_words(foresee(get_recipe(FAST_RECIPE), speed))
+        fast = foresee(get_recipe(FAST_RECIPE), speed)
         width, height = USUAL_SIZE
         return (
             f"; {FAST_RECIPE}: {seconds[0]:.3g} → {seconds[1]:.3g} s a clip of {width}x{height}, {USUAL_FRAMES} frames "
-            f"({DEFAULT_RECIPE} before, forecasts), by {words}"
+            f"({DEFAULT_RECIPE} before, forecasts), by {choice_words(fast)}{_faster_in_svdq(fast, speed, seconds[1])}"
         )
+
+    def svdq_rows(self, recipe: str | None) -> tuple[tuple[GemmPrecision, ...], bool] | None:
+        """What to ask of SVDQuant's kernels: rows of `PRECISIONS`, and whether the recipe asks for one of them.
+
+        None: no recipe asks for any, and no package for them is installed.
+        """
+        from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
+
+        rows = tuple(row for row in PRECISIONS.values() if row.layout == "svdq")
+        try:
+            asked = tuple(row for row in rows if row.name == get_recipe(recipe or DEFAULT_RECIPE).compute)
+        except ConfigInvalid:  # the check of the weights says so
+            asked = ()
+        if asked:
+            return asked, True
+        here = bool(self._installed(*SVDQ_PACKAGES["cache_dit"])) or bool(self._other_nunchaku())
+        return (rows, False) if here else None
+
+    def svdq(self, rows: tuple[GemmPrecision, ...], asked: bool) -> Check:
+        """Which kernels multiply in these formats here; on a CPU it is their definition, without a package."""
+        name, here = "svdq kernels", [f"{n} {v}" for n, v in self._installed(*SVDQ_PACKAGES["cache_dit"]).items()]
+        if other := self._other_nunchaku():
+            found = f"nunchaku {other} is something else, a library of statistics, and hides the engine of this name"
+            return Check(name, "warn", found, "pip uninstall -y nunchaku")
+        if len(here) > 1:
+            remove = f"pip uninstall -y {' '.join(SVDQ_PACKAGES['cache_dit'])} && {REINSTALL.format(extra='svdq')}"
+            return Check(name, "warn", f"{', '.join(here)}: they overwrite each other", remove)
+        chosen = self._chosen_gpu() if self.gpu_wish else None
+        if chosen is None:
+            return Check(name, "ok", "; ".join(["the definition in floats, slow, which a CPU runs", *here]))
+        gpu, capability = chosen
+        fitting = [row for row in rows if row.runs_on(capability)]
+        if not fitting:
+            found = f"{gpu} has no units for {', '.join(row.name for row in rows)}"
+            todo = f"Leave out +{rows[0].name}, or ask for +{advised(capability)}"
+            return Check(name, "fail", found, todo) if asked else Check(name, "skipped", found)
+        problem = self._svdq_problem()
+        products = {row.name: self._svdq_product(row, problem) for row in fitting}
+        found = "; ".join(f"{row} by {product or 'nothing here'}" for row, product in products.items())
+        if problem is None:
+            return Check(name, "ok", found)
+        todo = f"{REINSTALL.format(extra='svdq')}, which wants torch below 2.13"
+        return Check(name, "fail" if asked and not all(products.values()) else "warn", f"{found}; {problem}", todo)
+
+    def _installed(self, *names: str) -> dict[str, str]:
+        return {name: version for name in names if (version := self.probes.distribution(name))}
+
+    def _other_nunchaku(self) -> str:
+        """Version of the package of this name that is no engine; empty where it is not installed."""
+        version = self.probes.distribution("nunchaku") or ""
+        return version if version.startswith(OTHER_NUNCHAKU) else ""
+
+    def _svdq_problem(self) -> str | None:
+        """Why the kernels of cache-dit cannot be taken; None where they can."""
+        installed = self._installed(*SVDQ_PACKAGES["cache_dit"])
+        if not installed:
+            return f"{SVDQ_PACKAGES['cache_dit'][0]} is not installed"
+        answer = _answer(partial(self.probes.extension, next(iter(installed)), SVDQ_EXTENSION))
+        return str(answer) if isinstance(answer, ProbeFailed) else None
+
+    def _svdq_product(self, row: GemmPrecision, problem: str | None) -> str:
+        """The first of the row's products whose package is here, in words; empty: none.
+
+        `problem`: of cache-dit's kernels. Whether a product is right, a run's self-test says.
+        """
+        for backend in row.backends:
+            names = SVDQ_PACKAGES.get(backend.name)
+            if names is None and isinstance(self.torch_info, TorchInfo) and self.torch_info.cuda:
+                return f"torch {self.torch_info.version}"
+            if backend.name == "cache_dit" and problem is not None:
+                continue
+            for name, version in self._installed(*(names or ())).items():
+                return f"{name} {version}"
+        return ""
 
     def cudnn(self) -> Check:
         if not self.gpu_wish:
@@ -333,6 +416,27 @@ class _Machine:
         plan = forecaster.plan(USUAL_FRAMES, USUAL_SIZE, options)
         gpu = find_device(chosen[0]) if chosen else None
         return forecaster.eager_words("they cannot be compiled here", plan, options, gpu)
+
+
+def _faster_in_svdq(fast: Recipe, speed: DeviceSpeed, seconds: float) -> str:
+    """The recipe with SVDQuant's products, and else as `fast` runs on this GPU, if it is forecast to take less than
+    `seconds` for a usual clip; empty where none does."""
+    from runner.generation.families import get_family
+    from runner.spec.options import JobOptions
+    from runner.spec.recipes import CHOSEN, DEFAULT_RECIPE, FIXED, get_recipe
+
+    plain, said = get_recipe(DEFAULT_RECIPE), ""
+    changed = {(name, getattr(fast, name)) for name in CHOSEN if getattr(fast, name) != getattr(plain, name)}
+    others = [word.text for word in FIXED.values() if (word.field, word.value) in changed]
+    for row in PRECISIONS.values():
+        if row.layout != "svdq" or row.name not in speed.matmul:
+            continue
+        recipe = get_recipe("+".join([DEFAULT_RECIPE, row.name, *others]))
+        plan = get_family(recipe).forecaster(recipe, None).plan(USUAL_FRAMES, USUAL_SIZE, JobOptions(), speed)
+        if plan.seconds is not None and plan.seconds < seconds:
+            rate = ", by an estimate of its rate" if speed.estimates(row.name) else ""
+            said, seconds = f"; {recipe.name}: {plan.seconds:.3g} s{rate}", plan.seconds
+    return said
 
 
 def _failures(*answers: object) -> str:

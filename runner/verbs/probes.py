@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 __all__ = ["Driver", "Gpu", "ProbeFailed", "Probes", "TorchInfo"]
@@ -21,6 +23,14 @@ IDENTITY_GRAPH = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02"
     "080142040a00100d"
 )
+# Ends at once where the module loads: nothing of it is torn down.
+LOAD_EXTENSION = """
+import os, sys
+from importlib import util
+import torch
+util.module_from_spec(util.spec_from_file_location(*sys.argv[1:]))
+os._exit(0)
+"""
 
 
 class ProbeFailed(Exception):
@@ -148,6 +158,28 @@ class Probes:
         if not has_tensorrt_libraries():
             raise ProbeFailed("libnvinfer is not installed")
         return TENSORRT
+
+    def extension(self, distribution: str, module: str) -> str:
+        """Version of an installed distribution whose compiled `module` loads beside torch, in a process of its own.
+
+        Its package, which may take ten seconds, is not imported.
+        """
+        names = {f"{module}{suffix}" for suffix in EXTENSION_SUFFIXES}
+        found = [path for path in metadata.files(distribution) or () if path.name in names]
+        name = f"{distribution} {metadata.version(distribution)}"
+        if not found:
+            raise ProbeFailed(f"{name} has no {module}")
+        torch, path = self.package("torch"), str(found[0].locate())
+        try:
+            command = [sys.executable, "-c", LOAD_EXTENSION, module, path]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as err:
+            raise ProbeFailed(f"{module} of {name} could not be tried ({err})") from err
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            reason = last[0].removeprefix("ImportError: ").removeprefix(f"{path}: ")
+            raise ProbeFailed(f"{module} of {name} does not load with torch {torch} ({reason})")
+        return metadata.version(distribution)
 
     def encoder(self, name: str) -> str:
         """Long name of a video encoder that PyAV brings."""

@@ -19,6 +19,7 @@ from runner.forecast.precisions import (
     GemmPrecision,
     advised,
     device_rates,
+    fastest_first,
 )
 from runner.forecast.seconds import DEVICES
 from runner.spec.recipes import DEFAULT_RECIPE, Recipe, get_recipe
@@ -81,6 +82,7 @@ def test_where_svdq_rows_run():
     known = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
     found = {name: [at for at in known if PRECISIONS[name].runs_on(at)] for name in ("svdq-int4", "svdq-nvfp4")}
     assert found == {"svdq-int4": [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)], "svdq-nvfp4": [(12, 0), (12, 1)]}
+    assert not {row for at in known for row in fastest_first(at)} & found.keys()  # asked for by name
 
 
 @pytest.mark.parametrize(("name", "limit"), [("fp8", 0.0482), ("int8", 0.0186), ("nvfp4", 0.1125)])

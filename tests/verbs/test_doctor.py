@@ -40,6 +40,7 @@ class Machine(Probes):
             "compiler": "/usr/bin/gcc",
             "python_header": "/usr/include/python3.12/Python.h",
             "encoder": "x264",
+            "extension": "1.5.0",
             "distributions": {"onnxruntime-gpu": "1.23.0"},
             "broken": (),
         } | said
@@ -55,6 +56,8 @@ class Machine(Probes):
             return lambda: self._say(name)
         if name in ("providers", "encoder"):
             return lambda wanted: self._say(name)
+        if name == "extension":
+            return lambda distribution, module: self._say(name)
         return super().__getattribute__(name)
 
     def distribution(self, name: str) -> str | None:
@@ -180,6 +183,96 @@ def test_the_gpu_says_what_the_fast_recipe_would_bring(tmp_path):
     assert check.found.endswith("forecasts), by fp8 products, exact attention, autoencoder in 16 bits")
     old = ask("gpu", tmp_path, torch=TorchInfo("2.12.0+cu130", "13.0", (("Tesla T4", (7, 5)),)))
     assert old.found == "Tesla T4, compute capability 7.5"  # nothing is known of its speed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "recipe"),
+    [
+        ("NVIDIA GeForce RTX 5090", (12, 0), "fp4-distill+svdq-nvfp4+int8-attention+bf16-vae"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), "fp4-distill+svdq-int4+int8-attention+bf16-vae"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), None),  # no faster there than in 8 bits
+    ],
+)
+def test_the_gpu_names_an_svdq_recipe_where_that_is_forecast_to_be_faster(tmp_path, gpu, capability, recipe):
+    found = ask("gpu", tmp_path, torch=TorchInfo("2.12.0+cu130", "13.0", ((gpu, capability),))).found
+    if recipe is None:
+        assert "svdq" not in found
+        return
+    seconds = re.search(r"→ ([\d.]+) s a clip.*; (\S+): ([\d.]+) s, by an estimate of its rate$", found)
+    assert seconds and seconds[2] == recipe and float(seconds[3]) < float(seconds[1])
+
+
+WHEEL = {"cache-dit-cu13": "1.5.0"}
+NO_SYMBOL = ProbeFailed(
+    "_C_svdquant of cache-dit-cu13 1.5.0 does not load with torch 2.13.0 (undefined symbol: _ZN3c10)"
+)
+
+
+def svdq(tmp_path, recipe, *, gpu=("NVIDIA GeForce RTX 5090", (12, 0)), device="auto", distributions=WHEEL, **said):
+    """The check of the kernels; None where it is not made."""
+    torch = TorchInfo("2.12.1+cu130", "13.0", (gpu,) if gpu else ())
+    machine = Machine(torch=torch, distributions={"onnxruntime-gpu": "1", **distributions}, **said)
+    checks = run_checks(None, None, tmp_path, device, recipe=recipe, probes=machine)
+    assert all(check.todo for check in checks if check.status in ("warn", "fail"))
+    return next((check for check in checks if check.name == "svdq kernels"), None)
+
+
+@pytest.mark.parametrize("recipe", [None, "fp4-fast", "fp4-distill+nvfp4", "no such recipe"])
+def test_no_word_of_svdq_kernels_where_nobody_asks_and_nothing_is_installed(tmp_path, recipe):
+    assert svdq(tmp_path, recipe, distributions={"comfy-kitchen": "0.2.40", "nunchaku": "1.2.0"}) is None
+    assert svdq(tmp_path, recipe) == Check(
+        "svdq kernels", "ok", "svdq-int4 by cache-dit-cu13 1.5.0; svdq-nvfp4 by cache-dit-cu13 1.5.0"
+    )
+
+
+INT4, NVFP4 = "fp4-distill+svdq-int4", "fp4-distill+svdq-nvfp4"
+ADA, HOPPER = ("NVIDIA GeForce RTX 4090", (8, 9)), ("NVIDIA H200", (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "status", "words"),
+    [
+        (INT4, {"gpu": ADA}, "ok", "svdq-int4 by cache-dit-cu13 1.5.0"),
+        (NVFP4, {"gpu": ADA}, "fail", "RTX 4090 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or ask for +int8"),
+        (NVFP4, {"gpu": HOPPER}, "fail", "H200 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or ask for +fp8"),
+        (None, {"gpu": HOPPER}, "skipped", "H200 has no units for svdq-int4, svdq-nvfp4"),
+        (INT4, {"distributions": {}}, "fail", "svdq-int4 by nothing here; cache-dit-cu13 is not installed"),
+        (INT4, {"distributions": {}}, "fail", "video-lab-runner[svdq]', which wants torch below 2.13"),
+        (INT4, {"distributions": {"comfy-kitchen": "0.2.40"}}, "warn", "svdq-int4 by comfy-kitchen 0.2.40; cache-dit"),
+        (NVFP4, {"extension": NO_SYMBOL}, "warn", "svdq-nvfp4 by torch 2.12.1+cu130; _C_svdquant of cache-dit-cu13"),
+        (INT4, {"extension": NO_SYMBOL}, "fail", "undefined symbol: _ZN3c10"),
+        (None, {"extension": NO_SYMBOL}, "warn", "undefined symbol: _ZN3c10"),
+        (INT4, {"distributions": WHEEL | {"cache-dit": "1.5.3"}}, "warn", "they overwrite each other"),
+        (INT4, {"distributions": WHEEL | {"nunchaku": "0.16.1"}}, "warn", "a library of statistics"),
+        (None, {"distributions": {"nunchaku": "0.16.1"}}, "warn", "pip uninstall -y nunchaku"),
+        (INT4, {"distributions": WHEEL | {"nunchaku": "1.2.0+torch2.8"}}, "ok", "svdq-int4 by cache-dit-cu13 1.5.0"),
+        (INT4, {"gpu": None}, "ok", "the definition in floats, slow, which a CPU runs; cache-dit-cu13 1.5.0"),
+        (INT4, {"device": "cpu", "distributions": {}}, "ok", "the definition in floats, slow, which a CPU runs"),
+    ],
+)  # fmt: skip
+def test_svdq_kernels_are_found_or_what_is_to_be_done(tmp_path, recipe, more, status, words):
+    check = svdq(tmp_path, recipe, **more)
+    assert check.status == status
+    assert words in f"{check.found} {check.todo}"
+
+
+def test_an_extension_is_loaded_without_its_package():
+    from importlib.metadata import version
+
+    with pytest.raises(ProbeFailed, match=r"^pytest [\d.]+ has no _C_svdquant$"):
+        Probes().extension("pytest", "_C_svdquant")
+    assert Probes().extension("markupsafe", "_speedups") == version("markupsafe")
+
+
+def test_an_extension_that_does_not_load_says_why(tmp_path, monkeypatch):
+    folder = tmp_path / "broken-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("_C_svdquant.abi3.so,,\n")
+    (tmp_path / "_C_svdquant.abi3.so").write_bytes(b"no library")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ProbeFailed, match=r"_C_svdquant of broken 1.0 does not load with torch \S+ \(.*\)$"):
+        Probes().extension("broken", "_C_svdquant")
 
 
 def test_a_gpu_that_is_not_there(tmp_path):
