@@ -26,7 +26,8 @@ RUN groupadd --gid 10001 video-lab \
  && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# gpu or cpu: which onnxruntime. TORCH_BACKEND: uv's name of a torch build; empty chooses CUDA for gpu, CPU for cpu.
+# gpu or cpu: which onnxruntime. `gpu,svdq` adds the kernels of docs/svdquant.md and takes the older torch that they need.
+# TORCH_BACKEND: uv's name of a torch build; empty chooses CUDA for gpu, CPU for cpu.
 ARG EXTRA=gpu
 ARG TORCH_BACKEND=""
 

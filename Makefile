@@ -1,7 +1,7 @@
 # Video Lab runner. `make help` lists what there is.
 #
 # PYTHON         the interpreter that makes the environment            (python3)
-# EXTRA          extras to install: test, or gpu on a GPU machine      (what is installed, else test)
+# EXTRA          extras to install: test; gpu or gpu,svdq on a GPU machine (what is installed, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
 # GPU_VENV       where `make gpu-env` puts the GPU image's packages        (.venv-gpu)
 # GPU_TESTS      what `make test-gpu-env` runs there                       (tests/gpu_env, tests of kernels)
@@ -10,7 +10,7 @@
 # FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
 # GPU_CHECK      flags of `make gpu-check`, see docs/gpu-check.md      (none)
 # IMAGE          name of the image                                     (video-lab)
-# IMAGE_EXTRA    gpu or cpu: which image                               (gpu)
+# IMAGE_EXTRA    gpu, gpu,svdq or cpu: which image                     (gpu)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +24,7 @@ IMAGE ?= video-lab
 IMAGE_EXTRA ?= gpu
 
 comma := ,
+extras_of = $(if $(filter gpu,$(subst $(comma), ,$(1))),$(1)$(comma)demo$(comma)compare,$(1))
 STAMP := $(VENV)/.installed-$(EXTRA)
 BIN := $(VENV)/bin
 GPU_VENV ?= .venv-gpu
@@ -55,7 +56,7 @@ $(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python tools/install.py --editable --extras "$(if $(filter gpu,$(EXTRA)),gpu$(comma)demo$(comma)compare,$(EXTRA))" --backend "$(TORCH_BACKEND)"
+	$(BIN)/python tools/install.py --editable --extras "$(call extras_of,$(EXTRA))" --backend "$(TORCH_BACKEND)"
 	touch $@
 
 gpu-env: $(GPU_STAMP) ## make .venv-gpu beside .venv: the GPU image's packages and the test tools; no GPU needed, 6 GB

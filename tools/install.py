@@ -26,10 +26,15 @@ from pathlib import Path
 
 import pip_settings
 
-__all__ = ["choose_backend", "local_torch", "main", "stale", "torch_requirement"]
+__all__ = ["choose_backend", "conflict", "expand_extras", "local_torch", "main", "stale", "torch_requirement"]
 
-RESOLVED_PLATFORM = "x86_64-manylinux_2_28"  # of --resolve: glibc 2.28; the image's Debian 12 has 2.36
+RESOLVED_PLATFORM = "x86_64-manylinux_2_36"  # of --resolve: glibc 2.36, that of the image's Debian 12
 CUDA_BACKEND = "cu130"  # the CUDA major of the onnxruntime-gpu wheels too; the two must agree
+# Distributions that own one folder: removing one later would gut the other. Each with the extra that brings it.
+SHARED_FOLDERS = (
+    (("onnxruntime", "cpu"), ("onnxruntime-gpu", "gpu")),
+    (("cache-dit", "test-tools"), ("cache-dit-cu13", "svdq")),
+)
 
 
 def choose_backend(asked: str, extras: Sequence[str], *, has_driver: bool) -> str:
@@ -41,10 +46,36 @@ def choose_backend(asked: str, extras: Sequence[str], *, has_driver: bool) -> st
     return CUDA_BACKEND if "gpu" in extras else "cpu"
 
 
-def torch_requirement(pyproject: Path) -> str:
-    """The project's own bound on torch, e.g. `torch>=2.10,<2.14`."""
-    dependencies = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
-    return next(text for text in dependencies if re.match(r"torch\b(?!-)", text))
+def expand_extras(pyproject: Path, asked: Sequence[str]) -> list[str]:
+    """The extras asked for and those that they name in turn, as `test` names `test-tools`; each once."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    itself = re.compile(re.escape(project["name"]) + r"\[(.*)\]")
+    found, left = list[str](), list(asked)
+    while left:
+        extra = left.pop(0)
+        if extra not in found:
+            found.append(extra)
+            lines = project.get("optional-dependencies", {}).get(extra, [])
+            inner = [match[1] for line in lines if (match := itself.match(line))]
+            left += [name.strip() for names in inner for name in names.split(",")]
+    return found
+
+
+def conflict(extras: Sequence[str]) -> str | None:
+    """Why the expanded `extras` cannot be installed together; None if they can."""
+    for (first, one), (second, other) in SHARED_FOLDERS:
+        if one in extras and other in extras:
+            return f"extras {one} and {other}: {first} and {second} install the same folder; choose one of the two"
+    return None
+
+
+def torch_requirement(pyproject: Path, extras: Sequence[str] = ()) -> str:
+    """The project's bounds on torch and those of its expanded `extras`, e.g. `torch>=2.10,<2.14`."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    of_extras = project.get("optional-dependencies", {})
+    lines = [*project["dependencies"], *(line for extra in extras for line in of_extras.get(extra, []))]
+    bounds = [match[1] for line in lines if (match := re.match(r"torch\b(?!-)\s*([^;]*)", line))]
+    return "torch" + ",".join(bound.strip() for bound in bounds if bound.strip())
 
 
 def local_torch(requirement: str) -> str | None:
@@ -60,14 +91,16 @@ def local_torch(requirement: str) -> str | None:
 
 
 def stale(extras: Sequence[str], backend: str, installed: Mapping[str, str]) -> list[str]:
-    """What of the `installed` versions by name must go first, when an environment changes from one kind to the other.
+    """What of the `installed` versions by name must go first, when an environment changes to the expanded `extras`.
 
-    The two onnxruntime distributions share a module: removing one later would gut the other. A CPU build of torch
-    satisfies any bound, so it would stay where CUDA is asked for.
+    One of the distributions that share a folder goes when the other is wanted; where both are there, both go. A CPU
+    build of torch satisfies any bound, so it would stay where CUDA is asked for.
     """
-    both = ("onnxruntime", "onnxruntime-gpu")
-    unwanted = both[0] if "gpu" in extras else both[1]
-    gone = [name for name in both if name in installed] if unwanted in installed else []
+    gone: list[str] = []
+    for (first, one), (second, other) in SHARED_FOLDERS:
+        unwanted = {first} if other in extras else {second} if one in extras else set[str]()
+        if unwanted & installed.keys():
+            gone += [name for name in (first, second) if name in installed]
     return gone + ["torch"] * (backend != "cpu" and installed.get("torch", "").endswith("+cpu"))
 
 
@@ -102,12 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     pyproject = args.project / "pyproject.toml"
     extras = [name.strip() for name in args.extras.split(",") if name.strip()]
+    expanded = expand_extras(pyproject, extras)
+    if why := conflict(expanded):
+        parser.error(why)
     backend = choose_backend(args.backend, extras, has_driver=shutil.which("nvidia-smi") is not None)
     environment = pip_settings.uv_environment(pip_settings.read())
 
     if importlib.util.find_spec("uv") is None:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv>=0.8,<1"], check=True)
-    local = local_torch(torch_requirement(pyproject))
+    local = local_torch(torch_requirement(pyproject, expanded))
     if local and backend != "cpu":
         environment.pop("UV_FIND_LINKS", None)  # its `+cpu` version would win over the same release with CUDA
     exact, build = "", []
@@ -126,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"installing [{','.join(extras)}]: {why}", flush=True)
     everything = ["-r", str(pyproject), *wanted, *([exact] if exact else [])]
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    if gone := stale(extras, backend, installed):
+    if gone := stale(expanded, backend, installed):
         run_uv(
             "install", "--dry-run", *everything, environment=environment
         )  # nothing goes before its successor is found

@@ -64,6 +64,16 @@ def test_the_gpu_image_resolves_to_cuda_builds(resolved):
     assert "comfy-kitchen" in resolved
 
 
+def test_the_image_with_svdq_s_kernels_gets_a_torch_that_they_load_under():
+    arguments, python = dockerfile_arguments("gpu,svdq")
+    resolved = resolve(*arguments, "--resolve", python)
+    assert "cache-dit-cu13" in resolved and "cache-dit" not in resolved and "nunchaku" not in resolved
+    assert tuple(int(part) for part in resolved["torch"].split(".")[:2]) < (2, 13)
+    assert "+cpu" not in resolved["torch"]
+    assert not [name for name in CUDA_PACKAGES if name not in resolved]
+    assert {"comfy-kitchen", "onnxruntime-gpu"} <= set(resolved)
+
+
 def test_the_tests_pin_the_triton_that_the_image_gets(resolved):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     (pin,) = [line for line in extras["test-tools"] if line.startswith("triton")]

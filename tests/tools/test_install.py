@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import re
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -136,6 +138,46 @@ def test_the_projects_bound_on_torch_is_found():
     requirement = install.torch_requirement(PYPROJECT)
     assert requirement.startswith("torch>=")
     assert "<" in requirement
+    assert install.torch_requirement(PYPROJECT, ["gpu", "demo"]) == requirement
+
+
+def test_an_extra_bounds_torch_too(pip_alone, tmp_path):
+    """The wheel of pip's find-links that the project takes is too new for the kernels of `svdq`."""
+    write_wheel(tmp_path / "wheels", "2.13.0+cpu")
+    pip_alone.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    assert install.local_torch(install.torch_requirement(PYPROJECT)) == "2.13.0+cpu"
+    assert install.local_torch(install.torch_requirement(PYPROJECT, ["cpu", "svdq"])) is None
+    write_wheel(tmp_path / "wheels", "2.12.1+cpu")
+    assert install.local_torch(install.torch_requirement(PYPROJECT, ["cpu", "svdq"])) == "2.12.1+cpu"
+
+
+def test_extras_that_extras_name_are_found():
+    assert install.expand_extras(PYPROJECT, ["gpu", "svdq"]) == ["gpu", "svdq"]
+    assert {"test", "test-tools", "cpu", "compare"} <= set(install.expand_extras(PYPROJECT, ["test"]))
+
+
+@pytest.mark.parametrize(
+    ("extras", "words"),
+    [
+        ("test-tools,svdq", "extras test-tools and svdq: cache-dit and cache-dit-cu13 install the same folder"),
+        ("svdq,test", "test-tools and svdq"),
+        ("cpu,gpu", "extras cpu and gpu: onnxruntime and onnxruntime-gpu install the same folder"),
+    ],
+)
+def test_extras_that_share_a_folder_are_refused(uv, capsys, extras, words):
+    with pytest.raises(SystemExit) as stop:
+        install.main(["--extras", extras])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert uv == []
+
+
+def test_each_shared_folder_names_what_its_extras_bring():
+    """The table of the program against pyproject.toml."""
+    of_extras = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]["optional-dependencies"]
+    for pair in install.SHARED_FOLDERS:
+        for name, extra in pair:
+            assert any(re.match(rf"{re.escape(name)}[<>=]", line) for line in of_extras[extra]), name
 
 
 def test_local_wheel_is_found_by_pip_and_only_within_bounds(pip_alone, tmp_path):
@@ -157,13 +199,21 @@ ORT, GPU, CPU_TORCH = {"onnxruntime": "1.32.0"}, {"onnxruntime-gpu": "1.31.1"}, 
     ("extras", "backend", "installed", "stale"),
     [
         (["gpu"], "cu130", ORT, ["onnxruntime"]),
-        (["test"], "cpu", GPU, ["onnxruntime-gpu"]),
+        (["test", "cpu"], "cpu", GPU, ["onnxruntime-gpu"]),
         # Both at once share one folder: whichever goes, the other is broken, so both go.
         (["gpu"], "auto", ORT | GPU, ["onnxruntime", "onnxruntime-gpu"]),
         (["gpu"], "auto", GPU | {"torch": "2.13.0+cu130"}, []),
         (["test"], "cpu", ORT | CPU_TORCH, []),
         (["gpu"], "cu130", ORT | CPU_TORCH, ["onnxruntime", "torch"]),
         (["test"], "cpu", {}, []),
+        (["gpu", "svdq"], "cu130", {"cache-dit": "1.5.3"}, ["cache-dit"]),
+        (
+            ["gpu", "test-tools"],
+            "index",
+            {"cache-dit": "1.5.3", "cache-dit-cu13": "1.5.0"},
+            ["cache-dit", "cache-dit-cu13"],
+        ),
+        (["gpu"], "index", {"cache-dit-cu13": "1.5.0"}, []),
     ],
 )
 def test_what_cannot_stay_goes_first(extras, backend, installed, stale):
@@ -201,9 +251,17 @@ def test_cuda_never_takes_the_local_cpu_wheel(uv):
     assert uv[-1] == f"install -r {PYPROJECT} --extra gpu --torch-backend cu130"
 
 
+def test_the_bound_of_an_extra_reaches_pip(uv, monkeypatch):
+    asked = []
+    monkeypatch.setattr(install, "local_torch", lambda requirement: asked.append(requirement))
+    assert install.main(["--extras", "gpu,svdq", "--backend", "index"]) == 0
+    assert asked == [install.torch_requirement(PYPROJECT, ["svdq"])]
+    assert uv[-1] == f"install -r {PYPROJECT} --extra gpu --extra svdq"
+
+
 def test_resolving_asks_for_the_same_and_installs_nothing(uv):
     """Of the very arguments that installing takes, torch's build among them."""
-    target = "--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate"
+    target = "--python-version 3.11 --python-platform x86_64-manylinux_2_36 --no-header --no-annotate"
     for extra, backend, build, exact in (
         ("gpu", "cu130", "--torch-backend cu130 ", ""),
         ("gpu", "index", "", ""),
