@@ -193,6 +193,7 @@ def test_without_find_links_there_is_no_local_wheel(pip_alone):
 
 
 ORT, GPU, CPU_TORCH = {"onnxruntime": "1.32.0"}, {"onnxruntime-gpu": "1.31.1"}, {"torch": "2.13.0+cpu"}
+PEER, KERNELS = {"cache-dit": "1.5.3"}, {"cache-dit-cu13": "1.5.0"}
 
 
 @pytest.mark.parametrize(
@@ -206,14 +207,14 @@ ORT, GPU, CPU_TORCH = {"onnxruntime": "1.32.0"}, {"onnxruntime-gpu": "1.31.1"}, 
         (["test"], "cpu", ORT | CPU_TORCH, []),
         (["gpu"], "cu130", ORT | CPU_TORCH, ["onnxruntime", "torch"]),
         (["test"], "cpu", {}, []),
-        (["gpu", "svdq"], "cu130", {"cache-dit": "1.5.3"}, ["cache-dit"]),
+        (["gpu", "svdq"], "cu130", PEER, ["cache-dit"]),
         (
             ["gpu", "test-tools"],
             "index",
             {"cache-dit": "1.5.3", "cache-dit-cu13": "1.5.0"},
             ["cache-dit", "cache-dit-cu13"],
         ),
-        (["gpu"], "index", {"cache-dit-cu13": "1.5.0"}, []),
+        (["gpu"], "index", KERNELS, []),
     ],
 )
 def test_what_cannot_stay_goes_first(extras, backend, installed, stale):
@@ -253,7 +254,7 @@ def test_cuda_never_takes_the_local_cpu_wheel(uv):
 
 def test_the_bound_of_an_extra_reaches_pip(uv, monkeypatch):
     asked = []
-    monkeypatch.setattr(install, "local_torch", lambda requirement: asked.append(requirement))
+    monkeypatch.setattr(install, "local_torch", asked.append)
     assert install.main(["--extras", "gpu,svdq", "--backend", "index"]) == 0
     assert asked == [install.torch_requirement(PYPROJECT, ["svdq"])]
     assert uv[-1] == f"install -r {PYPROJECT} --extra gpu --extra svdq"
