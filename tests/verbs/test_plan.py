@@ -196,7 +196,7 @@ def test_the_size_is_the_files_where_a_store_has_it(tmp_path):
     assert said == "svdq-int4: 9.88 GB of weights (in the store)"
 
 
-@pytest.mark.parametrize("recipe", ["fp4-distill", "fp4-fast", "fp4-distill+nvfp4", "bf16+svdq-int4"])
+@pytest.mark.parametrize("recipe", ["fp4-distill", "fp4-fast", "fp4-distill+nvfp4"])
 def test_plan_names_no_svdq_file_for_other_recipes(demo_media, recipe, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     found, printed = planned(demo_media, recipe, None, tmp_path, capsys)

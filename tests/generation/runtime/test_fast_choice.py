@@ -53,7 +53,7 @@ def test_what_is_tried_on_each_architecture(capability, gpu, compute, eight_bit,
 
 def test_a_precision_whose_error_shows_is_tried_nowhere():
     visible = {row.name for row in PRECISIONS.values() if row.visible}
-    assert visible == {"nvfp4"}
+    assert visible == {"nvfp4", "svdq-int4", "svdq-nvfp4"}
     capabilities = [None, *((major, minor) for major in range(7, 13) for minor in (0, 3, 6, 9))]
     assert not visible & {name for capability in capabilities for name in fastest_first(capability)}
 
