@@ -176,8 +176,7 @@ def workspace_bytes(
     """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
     FP4 is dequantised; of those that see every token the largest in codes.
 
-    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no weight that sees every token is dequantised; the others
-    pass through float32, the largest of them, the time's projection, while no block holds activations.
+    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no weight that sees every token is dequantised.
     """
     precision = PRECISIONS[compute]
     widest = 6 * shape.dim if precision.layout == "svdq" else max(shape.ffn_dim, 6 * shape.dim)

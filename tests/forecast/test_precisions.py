@@ -208,6 +208,7 @@ ELSEWHERE = {
     ),
     "nvfp4": (
         "runner/quantization/formats/",  # the storage format
+        "runner/quantization/kernels/svdq_products.py",  # the numbers of another one, `SvdqLayout.precision`
         "runner/cli.py",  # the same
         "runner/verbs/",  # the same
         "runner/demo/",  # the same
