@@ -72,12 +72,24 @@ WRONG = [
     (CleanSettings, {"out": "out"}, "older_than", "1w", "write 30m, 1h, 2d or 0s"),
     (DoctorSettings, {}, "device", "gpu", "must be auto, cpu or cuda"),
     (PreprocessSettings, PREPROCESS, "options", "{fps: ", "is no YAML"),
-    (QuantizeSettings, {}, "format", "fp4", "must be nvfp4 or g32, not 'fp4'; did you mean nvfp4?"),
+    (
+        QuantizeSettings,
+        {},
+        "format",
+        "fp4",
+        "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'fp4'; did you mean nvfp4?",
+    ),
     (QuantizeSettings, {}, "scales", "best", "must be mse or absmax, not 'best'"),
     (QuantizeSettings, {}, "rule", "none", "no rule 'none'"),
     (FetchSettings, {}, "part", "lora", "no part 'lora' of the published files"),
     (FetchSettings, {}, "revision", "owner/name", "must be REPO=REVISION, not 'owner/name'"),
-    (VerifySettings, {}, "format", "g16", "must be nvfp4 or g32, not 'g16'. Write e.g. --format nvfp4"),
+    (
+        VerifySettings,
+        {},
+        "format",
+        "g16",
+        "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'g16'. Write e.g. --format nvfp4",
+    ),
 ]
 
 
