@@ -107,6 +107,9 @@ class GemmPrecision:
 
 
 _SVDQ_PRODUCTS: Final = "runner.quantization.kernels.svdq_products"
+# Kernels divide by the smoothing factor and by scales in roundings of their own, so that single codes fall to their
+# neighbours: .023 by emulation (x / s in float32; reciprocals in bfloat16). Without the low-rank part it is .3 or more.
+_SVDQ_AGREEMENT: Final = 0.05
 _ROWS_REFERENCE: Final = GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:reference")
 
 PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
@@ -195,7 +198,10 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
                 GemmBackend("comfy_kitchen", f"{_SVDQ_PRODUCTS}:comfy_kitchen"),
             ),
-            activation_error=0.11,
+            # Against 16 bits with the stored weight, [5120, 5120], by the self-test's activations, whose outliers a layer
+            # that was smoothed by its weight alone does not expect: .165 to .171; calibrated on them .06.
+            activation_error=0.17,
+            agreement=_SVDQ_AGREEMENT,
             group_bytes=2 / 64,  # bfloat16
             vectors=(1, 0),  # the smoothing factor
             # Derived, while the feed-forward part's second product runs: 2 of hidden states, 2.7 that go in, .72 of
@@ -229,7 +235,8 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
                 GemmBackend("scaled_mm", f"{_SVDQ_PRODUCTS}:scaled_mm"),
             ),
-            activation_error=0.09,
+            activation_error=0.075,  # as above: .068 to .074; calibrated .04
+            agreement=_SVDQ_AGREEMENT,
             group_bytes=1 / 16,  # e4m3
             vectors=(1, 1),  # the smoothing factor, and a factor a row
             fused_units=6.47,  # as int4's, .76 of codes with scales
