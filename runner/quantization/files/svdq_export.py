@@ -17,7 +17,7 @@ DIFFUSERS_TRUST_REMOTE_KERNELS=true and a GPU, and takes everything to bfloat16 
 
 `cache-dit`: `svdq_PRECISION_rRANK.safetensors` (with `_dq` for a file made without calibration) and `quant_config.json`
 hold the packed layers, `unquantized.safetensors` everything else, merged LoRAs included, and `config.json` the model's
-shape. `load` wants a model with linears to replace; those may lie on the meta device:
+shape. `load` wants a path as a str, and a model with linears to replace; those may lie on the meta device:
 
     import cache_dit
     from accelerate import init_empty_weights
@@ -30,7 +30,7 @@ shape. `load` wants a model with linears to replace; those may lie on the meta d
     model = cache_dit.load(model, folder).eval()
     assert not any(parameter.is_meta for parameter in model.parameters())
 
-Padded layers (sides that are no multiples of 128) are read by cache-dit from 1.5.3 on, not by 1.5.0.
+Padded layers (sides that are no multiples of 128) are read by cache-dit 1.5.3, not by 1.5.0.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _layer_table(layout: SvdqLayout, shape: tuple[int, int], kind: str, has_bias
         table["bias"] = shape[:1], COMPUTE_DTYPE
     if kind == "cache-dit":
         table["smooth_factor_orig"] = table["smooth_factor"]
-    elif layout.precision == "nvfp4":
+    elif "wcscales" in table:  # Lite asks for the scale of the whole tensor beside those of channels
         table["wtscale"] = (1,), COMPUTE_DTYPE
     return table
 
