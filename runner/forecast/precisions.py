@@ -108,7 +108,8 @@ class GemmPrecision:
 
 _SVDQ_PRODUCTS: Final = "runner.quantization.kernels.svdq_products"
 # Kernels divide by the smoothing factor and by scales in roundings of their own, so that single codes fall to their
-# neighbours: .023 by emulation (x / s in float32; reciprocals in bfloat16). Without the low-rank part it is .3 or more.
+# neighbours: .023 by emulation (x / s in float32; reciprocals in bfloat16), as far by comfy-kitchen's arithmetic on a
+# CPU. Without the low-rank part it is .3 or more.
 _SVDQ_AGREEMENT: Final = 0.05
 _ROWS_REFERENCE: Final = GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:reference")
 
@@ -198,8 +199,8 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
                 GemmBackend("comfy_kitchen", f"{_SVDQ_PRODUCTS}:comfy_kitchen"),
             ),
-            # Against 16 bits with the stored weight, [5120, 5120], by the self-test's activations, whose outliers a layer
-            # that was smoothed by its weight alone does not expect: .165 to .171; calibrated on them .06.
+            # Against 16 bits with the stored weight, [5120, 5120], by the self-test's activations, whose outliers a
+            # layer that was smoothed by its weight alone does not expect: .165 to .171; calibrated on them .06.
             activation_error=0.17,
             agreement=_SVDQ_AGREEMENT,
             group_bytes=2 / 64,  # bfloat16

@@ -28,7 +28,9 @@ def quantize_weight(weight: Tensor, layout: SvdqLayout, x: Tensor | None = None)
     smooth = (smooth / smooth.median()).bfloat16()
     smoothed = weight.float() * smooth.float()
     rank = min(layout.rank, *weight.shape)
-    u, s, v = torch.svd_lowrank(smoothed, q=min(rank + 8, *weight.shape))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # it starts from noise
+        u, s, v = torch.svd_lowrank(smoothed, q=min(rank + 8, *weight.shape))
     up, down = (u[:, :rank] * s[:rank]).bfloat16(), (v.T[:rank] / smooth.float()).bfloat16()
     residual = smoothed - up.float() @ (down.float() * smooth.float())
     rows, columns = layout.padded(*weight.shape)

@@ -1,4 +1,4 @@
-"""SvdqLinear: against the definition and the 16-bit weight, LoRAs, orders of its tensors, shapes, streaming, one graph."""
+"""SvdqLinear: the definition, the 16-bit weight, LoRAs, orders of its tensors, shapes, streaming, one graph."""
 
 from __future__ import annotations
 

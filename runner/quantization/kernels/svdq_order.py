@@ -73,9 +73,7 @@ def _scales_to_tiles(scales: Tensor, precision: SvdqPrecision) -> Tensor:
     return pack_scales(plain.view(scales.dtype), precision)
 
 
-def join_factors(
-    tensors: Mapping[str, Tensor], order: Order, lora_down: Tensor, lora_up: Tensor
-) -> dict[str, Tensor]:
+def join_factors(tensors: Mapping[str, Tensor], order: Order, lora_down: Tensor, lora_up: Tensor) -> dict[str, Tensor]:
     """The tensors with the factors of a LoRA behind the layer's own: their rank has grown.
 
     lora_down [R, in], lora_up [out, R] in plain order; rounded to the stored factors' dtype, padded with zeros to the
@@ -94,6 +92,6 @@ def join_factors(
 
 
 def _join_tiles(factor: Tensor, extra: Tensor) -> Tensor:
-    """Packed factors [channels, rank] of the same channels side by side: tiles of 16 by 16 follow each other by rank."""
+    """Packed factors [channels, rank] of the same channels, side by side: tiles of 16 by 16 follow one another."""
     tiles = [packed.view(packed.shape[0] // RANK_MULTIPLE, -1, RANK_MULTIPLE**2) for packed in (factor, extra)]
     return torch.cat(tiles, dim=1).view(factor.shape[0], -1)

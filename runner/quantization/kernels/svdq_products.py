@@ -74,7 +74,7 @@ def reference(
 def cache_dit(
     x: Tensor, tensors: Mapping[str, Tensor], layout: SvdqLayout, out_features: int, bias: Tensor | None
 ) -> Tensor:
-    """As `reference`, by the extension of cache-dit-cu13. ImportError, with the loader's words, where it does not load."""
+    """As `reference`, by the extension of cache-dit-cu13. ImportError, in the loader's words, if it does not load."""
     kernels: Any = import_module("cache_dit.kernels")
     # Without this the package says how to build it from source, and keeps what is wrong to itself.
     problem = kernels.svdq_get_load_error()
@@ -177,7 +177,7 @@ def write_weight(
     lora_up: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The weight that stored tensors stand for, in the order `tiles`, into `out` [out_features, in_features], any float.
+    """The weight that stored tensors (`tiles`) stand for, into `out` [out_features, in_features], of any float dtype.
 
     lora_up @ lora_down is added. Summed in float32 and rounded once; some rows at a time, on all cores of a CPU.
     """

@@ -10,13 +10,18 @@ from torch import nn
 
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import PRECISIONS, advised
-from runner.generation.runtime.compute import apply_compute, decide, sees_every_token, self_test
+from runner.generation.runtime.compute import activations, apply_compute, decide, sees_every_token, self_test
+from runner.generation.runtime.streaming import BlockStream
+from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.loading import load_pipeline
-from runner.generation.wan_animate.transformer import Switches
-from runner.quantization.kernels import low_bit, rowwise
+from runner.generation.wan_animate.low_memory import lean_block
+from runner.generation.wan_animate.transformer import Switches, run_block
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
+from runner.quantization.kernels import low_bit, rowwise, svdq_products
 from runner.quantization.kernels.low_bit import EXACT, LowBitLinear
 from runner.quantization.linear import FP4Linear
 from runner.quantization.rules import WAN_ANIMATE_14B, linear_shapes, transformer_on_meta
+from runner.quantization.svdq_linear import SvdqLinear
 from runner.spec.options import DEFAULT_PROMPT
 from runner.spec.recipes import get_recipe
 from runner.timing import StageTimer
@@ -24,8 +29,10 @@ from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 from tests.generation.fp4_stores import psnr
 from tests.generation.stub_conditions import MemoryConditions
+from tests.generation.wan_animate.test_compiled import Case
 from tests.generation.wan_animate.test_pipeline import job_options, make_plan, rendered_here, sampling
 from tests.generation.wan_animate.test_transformer import in_four_bits, load
+from tests.quantization.svdq_layers import quantize_linear, quantize_weight
 
 RIGHT = ("scaled_mm", "agrees with the definition")
 CPU = torch.device("cpu")
@@ -39,6 +46,12 @@ DEVICES = {
     (9, 0): ({"int8", "fp8"}, "fp8"),
     (10, 0): ({"fp8", "nvfp4"}, "fp8"),
     (12, 0): ({"fp8", "int8", "nvfp4"}, "int8"),
+}
+
+
+SVDQ = {
+    "svdq-int4": {(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)},
+    "svdq-nvfp4": {(12, 0), (12, 1)},
 }
 
 
@@ -57,6 +70,29 @@ def test_the_table(capability, compute):
         decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
     assert f"leave out +{compute}" in caught.value.message
     assert best == "bf16" or f"ask for +{best}" in caught.value.message
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+@pytest.mark.parametrize("capability", [*DEVICES, (10, 3), (12, 1)], ids=str)
+def test_svdq_runs_where_its_kernels_were_compiled_for_and_is_never_chosen(compute, capability):
+    assert PRECISIONS[compute].runs_on(capability) == (capability in SVDQ[compute])
+    if capability in SVDQ[compute]:
+        assert decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0").product == "cache_dit"
+        return
+    with pytest.raises(ConfigInvalid, match=f"sm_{capability[0]}{capability[1]}") as caught:
+        decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0")
+    assert f"leave out +{compute}" in caught.value.message
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+def test_svdq_needs_its_own_weights_and_they_need_it(compute):
+    with pytest.raises(ConfigInvalid, match=f"these are nvfp4.*quantize --format {compute}"):
+        decide(compute, (12, 0), RIGHT, {"nvfp4"}, "cuda:0")
+    with pytest.raises(ConfigInvalid, match=f"stored as {compute} compute as {compute} or in 16 bits.*Ask for"):
+        decide("fp8", (12, 0), RIGHT, {compute}, "cuda:0")
+    with pytest.raises(ConfigInvalid, match=r"undefined symbol: x; .*Install the extra `svdq`"):
+        decide(compute, (12, 0), (None, "cache_dit refused: undefined symbol: x; scaled_mm refused"), {compute}, "cuda")
+    assert decide("bf16", (9, 0), (None, ""), {compute}, "cuda:0").compute == "bf16"
 
 
 def test_bf16_asks_nothing():
@@ -121,6 +157,66 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
 
 
+def in_svdq(model, layout) -> None:
+    """Every linear layer but the last projection, as in a file of `quantize`; smoothed by the weight alone."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n != "proj_out"]:
+        model.set_submodule(name, quantize_linear(layer, layout))
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
+    in_svdq(model, SVDQ_LAYOUTS[compute])
+    said = apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    low = {n for n, m in model.named_modules() if isinstance(m, SvdqLinear) and m.compute == compute}
+    assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
+    assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
+    assert "on a CPU the format's definition runs" in said["compute_why"]
+    assert (said["compute_kept_exact"], said["compute_rows"]) == (0, "")
+    for numbers in said["compute_self_test"].values():
+        assert 0 < numbers["error"] <= numbers["limit"]
+        assert numbers["off_definition"] == 0
+    with pytest.raises(ConfigInvalid, match=f"stored as {compute}"):
+        apply_compute(model, get_recipe("fp32+fp8"), CPU)
+    assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
+    assert all(m.compute == EXACT for m in model.modules() if isinstance(m, SvdqLinear))
+    right = svdq_products.reference
+    monkeypatch.setattr(svdq_products, "cache_dit", lambda *given: right(*given) * 1.06)
+    monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("cache_dit", "the probe passed"))
+    with pytest.raises(ConfigInvalid, match=r"off the format's definition \(0.05 allowed\)"):
+        apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+@pytest.mark.parametrize("calibrated", [False, True], ids=["by weights", "calibrated"])
+def test_the_error_that_the_self_test_allows_svdq(compute, calibrated):
+    """[256, 5120] of noise: honest layers lie below it, noise and a layer without its low-rank part above."""
+    torch.manual_seed(0)
+    weight, layout = torch.randn(256, 5120) / 5120**0.5, SVDQ_LAYOUTS[compute]
+    x = activations(256, 5120, CPU, torch.float32) if calibrated else None
+    layer = SvdqLinear(quantize_weight(weight, layout, x), None, layout, 5120, 256)
+    choice = decide(compute, None, ("reference", ""), {compute}, "cpu")
+    numbers = self_test({"layer": layer}, choice, CPU, torch.bfloat16)["layer"]
+    assert 0.1 * numbers["limit"] < numbers["error"] < 0.85 * numbers["limit"]
+    assert layer.compute == compute
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones(model, compute):
+    """Rows are quantised by themselves: pieces of them have the same codes."""
+    in_svdq(model, SVDQ_LAYOUTS[compute])
+    apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    case = Case(model)
+    whole = case.run(run_block)
+    assert torch.equal(case.run(lean_block), whole)
+    stream = BlockStream.of(model, CPU, slots=2)
+    for block_step in (run_block, lean_block):
+        found = case.inputs.step(model, case.invariants, 0, blocks=stream(), block_step=block_step)
+        assert torch.equal(found, whole)
+    step = CompiledStep(backend="eager")
+    assert (case.warm(step), step.broken) == (1, "")  # one graph for all blocks
+    assert torch.equal(case.run(step), whole)
+
+
 def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
     model.blocks[1].ffn.net[2] = nn.Linear(model.blocks[1].ffn.net[2].in_features, 24)
     said = apply_compute(model, get_recipe("fp32+fp8"), CPU)
@@ -178,8 +274,6 @@ def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
 
 
 def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
-    from runner.generation.wan_animate.compiled import CompiledStep
-
     recipe = get_recipe("fp32")
     pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     assert pipeline.switches == Switches()

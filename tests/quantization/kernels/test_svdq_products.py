@@ -205,24 +205,23 @@ def fake_cache_dit(layout, calls):
     """The package's two functions as plain arithmetic on packed operands; between them goes what the package's go."""
 
     def quantize(input, lora_down, smooth, fuse_glu, fp4, pad_size):
-        calls.append(dict(dtype=input.dtype, fp4=fp4, pad=pad_size, glu=fuse_glu, rank=lora_down.shape[1]))
+        calls.append({"dtype": input.dtype, "fp4": fp4, "pad": pad_size, "glu": fuse_glu, "rank": lora_down.shape[1]})
         rows = -(-input.shape[0] // pad_size) * pad_size
         codes, scales = quantize_activations(input / unpack_vector(smooth), layout.precision)
         low = input.float() @ unpack_lowrank(lora_down, down=True).float().T
         return tuple(pad(t, (rows, t.shape[1])) for t in (codes, scales.float(), low))
 
     def gemm(act, wgt, ascales, wscales, lora_act_in, lora_up, bias, fp4, alpha, wcscales, act_unsigned, output_dtype):
-        calls.append(dict(alpha=alpha, unsigned=act_unsigned, out=output_dtype, rows=act.shape[0]))
+        calls.append({"alpha": alpha, "unsigned": act_unsigned, "out": output_dtype, "rows": act.shape[0]})
         x = (decode(act) if fp4 else act.float()) * ascales.repeat_interleave(layout.group, 1)
         stored = {"qweight": wgt, "wscales": wscales} | ({} if wcscales is None else {"wcscales": wcscales})
         result = x @ dequantize_residual(stored, layout).T
         result += lora_act_in @ unpack_lowrank(lora_up, down=False).float().T
         return (result if bias is None else result + unpack_vector(bias).float()).to(output_dtype)
 
-    module = types.ModuleType("cache_dit.kernels")
-    module.svdq_get_load_error = lambda: None
-    module.svdq_quantize_w4a4_act_fuse_lora, module.svdq_gemm_w4a4 = quantize, gemm
-    return module
+    return types.SimpleNamespace(
+        svdq_get_load_error=lambda: None, svdq_quantize_w4a4_act_fuse_lora=quantize, svdq_gemm_w4a4=gemm
+    )
 
 
 @pytest.fixture
@@ -243,8 +242,14 @@ def test_cache_dit_is_called_as_its_own_layer_calls_it(layout, calls):
     assert found.is_contiguous()
     assert relative_error(found, wanted) < 0.005
     quantized, multiplied = calls
-    assert quantized == dict(dtype=torch.bfloat16, fp4=layout.precision == "nvfp4", pad=256, glu=False, rank=32)
-    assert multiplied == dict(alpha=1.0, unsigned=False, out=torch.bfloat16, rows=256)
+    assert quantized == {
+        "dtype": torch.bfloat16,
+        "fp4": layout.precision == "nvfp4",
+        "pad": 256,
+        "glu": False,
+        "rank": 32,
+    }
+    assert multiplied == {"alpha": 1.0, "unsigned": False, "out": torch.bfloat16, "rows": 256}
     assert low_bit._problem_of("cache_dit", layout.name, CPU) is None
     # float32 activations pass through bfloat16; a LoRA makes the rank grow
     calls.clear()
