@@ -1,4 +1,4 @@
-"""FP4: error of the formats and scale methods, and what quantising and dequantising cost on the CPU; peers beside them.
+"""FP4 and SVDQuant: errors of formats and methods, what quantising and dequantising cost on the CPU; peers beside them.
 
     python bench/quantization.py [--small] [--json PATH]
 
@@ -6,6 +6,11 @@ Errors are relative (L2). "output" is the error of X W^T where one channel of X 
 the activation method saw other inputs of the same kind. Costs are CPU seconds, which other programs on the machine
 disturb little. "products" are those of one layer in 8 bits, by the definition of its numbers. torchao and comfy-kitchen
 are compared where they are installed. GPU: bench/quantization_gpu.py.
+
+"SVDQuant W4A4" has three matrices of 1536 x 1536 and 512 tokens; 256 calibrate, the others measure. "outlier": 15 input
+channels are 20 times as loud, 10 columns of the weight 4 times; "structured": the same plus a part of rank 64 whose
+singular values fall as 1/i. "W4A4": activations in four bits too; "W4A16": they stay as they are. The ratios are of
+W4A4 errors, below 1 the row is better. cache-dit's quantiser is compared where it is installed.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from _quantization import (
     show,
     touched_bytes,
 )
+from _svdq import show_svdquant, splitting, svdquant
 from torch import Tensor
 
 from runner.forecast.precisions import PRECISIONS, REFERENCE
@@ -38,6 +44,7 @@ from runner.quantization.linear import FP4Linear
 
 MODEL_WEIGHTS = 17.2327e9  # in the 521 linears of Wan2.2-Animate-14B
 TOKENS = 256
+SPLIT, SMALL_SPLIT = 1536, 512  # sides of SVDQuant's matrices
 METHODS: tuple[Method, ...] = ("absmax", "mse", "activation")
 
 
@@ -54,6 +61,7 @@ def main() -> None:
         "quantize": quantizing(weight, repeats, others, missing),
         "dequantize": dequantizing(weight, repeats, others, missing),
         "products": multiplying(weight, repeats),
+        "svdquant": svdquant(SMALL_SPLIT if options.small else SPLIT),
         "gpu": [
             {"gpu": NOT_MEASURED, "why": "this benchmark stays on the CPU; run `make bench-gpu` on a CUDA machine"}
         ],
@@ -65,8 +73,9 @@ def main() -> None:
         "products": f"A layer of {size} x {size} on {TOKENS} tokens in bfloat16, one thread",
         "gpu": "On a GPU",
     }
-    for name, rows in tables.items():
-        show(titles[name], rows)
+    for name, title in titles.items():
+        show(title, tables[name])
+    show_svdquant(tables["svdquant"])
     kernel, why = pick_kernel(torch.device("cpu"), G32)
     finish(tables, options.json, [f"kernel on this device: {kernel} ({why})"])
 
@@ -127,6 +136,7 @@ def quantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict[s
             seen = importance if method == "activation" else None
             seconds = cpu_seconds(lambda f=fmt, m=method, s=seen: quantize(weight, f, m, s), repeats)
             rows.append(row(fmt.name, method, seconds))
+    rows += [row(*names, seconds) for names, seconds in splitting(weight).items()]
     for peer in others:
         rows.append(row(peer.name, "its own", cpu_seconds(lambda p=peer: p.quantize(weight), repeats)))
     return rows + [{"format": name, "scales": why, **dict.fromkeys(list(rows[0])[2:])} for name, why in missing.items()]
