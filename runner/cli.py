@@ -188,7 +188,10 @@ def _add_flags(made: argparse.ArgumentParser, verb: Verb) -> None:
             how["action"] = "store_true"
         else:
             required = item.default is MISSING and item.default_factory is MISSING
+            words = flag.metavar.split()
             how |= {"metavar": flag.metavar, "required": required}
+            if len(words) > 1:
+                how |= {"metavar": tuple(words), "nargs": len(words)}
             if flag.repeatable:
                 how["action"] = "append"
             elif item.default is not MISSING and item.default is not None:

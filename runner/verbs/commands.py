@@ -437,7 +437,7 @@ VERBS = (
     ),
     Verb(
         "quantize",
-        "make a recipe's FP4 file from the published weights in the store",
+        "make a recipe's FP4 or SVDQ file from the published weights in the store",
         QuantizeSettings,
         _quantize,
         (0, 1, 2, 3),

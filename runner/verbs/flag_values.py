@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGE_UNITS",
     "ALL_LAYERS",
+    "EXPORTS",
     "Check",
     "are_gpus",
     "are_parts",
@@ -35,6 +36,7 @@ __all__ = [
     "check_by",
     "is_age",
     "is_assumptions",
+    "is_export",
     "is_interval",
     "is_job_options",
     "is_manifest",
@@ -43,6 +45,7 @@ __all__ = [
     "is_one_of",
     "is_path",
     "is_price",
+    "is_rank",
     "is_reason",
     "is_recipe",
     "is_rule",
@@ -59,6 +62,7 @@ __all__ = [
 ]
 
 ALL_LAYERS = "all"  # the rule that is known without torch
+EXPORTS = ("lite", "cache-dit")  # of `quantize`: other programs' layouts, of files/svdq_export.py
 MAX_EMBED_MB = 1024
 MAX_INTERVAL_S = 86400
 MAX_REASON = 2000  # characters
@@ -288,6 +292,25 @@ def is_rule(flag: str, value: Any) -> str:
 
         check_by(flag, lambda: get_rule(name))
     return name
+
+
+def is_rank(flag: str, value: Any) -> int:
+    from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
+
+    rank = is_whole(1, flag, value)
+    try:
+        next(iter(SVDQ_LAYOUTS.values())).with_rank(rank)
+    except ValueError as error:
+        raise ConfigInvalid(str(error), where=flag, todo=f"Write e.g. {flag} 64") from error
+    return rank
+
+
+def is_export(flag: str, value: Any) -> tuple[str, Path]:
+    todo = f"Write e.g. {flag} {EXPORTS[0]} folder"
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise _wrong(flag, value, "a program and a folder", todo)
+    kind, folder = value
+    return is_one_of(EXPORTS, flag, kind), is_path(flag, folder)
 
 
 def is_assumptions(flag: str, value: Any) -> str:

@@ -26,7 +26,7 @@ class Flag:
 
     help: str
     check: Check
-    metavar: str | None  # None: a switch, which takes no value
+    metavar: str | None  # None: a switch, which takes no value; two words: the flag takes two values
     positional: bool = False
     repeatable: bool = False
 

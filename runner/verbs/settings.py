@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from runner.batch.shards import choose_shard
 from runner.errors import ConfigInvalid
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
-from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES
+from runner.spec.recipes import DEFAULT_RECIPE, MEMORY_CHOICES, get_recipe
 from runner.verbs.flag_values import (
     ALL_LAYERS,
     are_gpus,
@@ -30,6 +30,7 @@ from runner.verbs.flag_values import (
     check_by,
     is_age,
     is_assumptions,
+    is_export,
     is_interval,
     is_job_options,
     is_manifest,
@@ -38,6 +39,7 @@ from runner.verbs.flag_values import (
     is_one_of,
     is_path,
     is_price,
+    is_rank,
     is_reason,
     is_recipe,
     is_rule,
@@ -533,24 +535,67 @@ class QuantizeSettings(ModelSettings):
     """`video-lab quantize`."""
 
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
-    format: str = field(default=NUMBER_FORMATS[0], metadata=choice("number format", NUMBER_FORMATS))
+    format: str | None = field(
+        default=None, metadata=choice(f"number format (the recipe's, else {NUMBER_FORMATS[0]})", NUMBER_FORMATS)
+    )
     scales: ScaleMethod | None = field(
-        default=None, metadata=choice(f"how scales are chosen; not with --calibrate ({SCALES[0]})", SCALES)
+        default=None,
+        metadata=choice(f"how scales are chosen; not with --calibrate, not of SVDQ ({SCALES[0]})", SCALES),
     )
     calibrate: str | Manifest | None = field(
         default=None,
-        metadata=flag("render these jobs first and weight scales by activations", is_manifest, "MANIFEST"),
+        metadata=flag("render these jobs first; scales and smoothing go by activations", is_manifest, "MANIFEST"),
     )
     lora: tuple[str, ...] = field(
         default=(), metadata=flag("merge it too; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
     )
     rule: str = field(default=ALL_LAYERS, metadata=flag("which layers: all, or sensitive ones kept", is_rule, "NAME"))
     text_encoder: bool = field(default=False, metadata=switch("make the INT4 text encoder too"))
+    rank: int | None = field(default=None, metadata=flag("of SVDQ: rank of the 16-bit factors (32)", is_rank, "N"))
+    refits: int | None = field(
+        default=None,
+        metadata=flag("of SVDQ: fit the factors N times to what rounding left (0)", partial(is_whole, 0), "N"),
+    )
+    export: tuple[str, Path] | None = field(
+        default=None, metadata=flag("of SVDQ: write it for another program too", is_export, "{lite,cache-dit} DIR")
+    )
+
+    @property
+    def number_format(self) -> str:
+        """`format`, else the one that the recipe's products need."""
+        compute = get_recipe(self.recipe).compute
+        return self.format or (compute if compute in SVDQ_LAYOUTS else NUMBER_FORMATS[0])
+
+    @property
+    def target_recipe(self) -> str:
+        """The recipe that runs the file."""
+        fmt, recipe = self.number_format, get_recipe(self.recipe)
+        return recipe.name if fmt not in SVDQ_LAYOUTS or recipe.compute == fmt else f"{recipe.name}+{fmt}"
 
     def check_together(self) -> None:
         super().check_together()
         if self.calibrate is not None and self.scales is not None:
             raise ConfigInvalid("--calibrate chooses the scales itself", todo="Leave --scales out")
+        compute = get_recipe(self.recipe).compute
+        if compute in SVDQ_LAYOUTS and self.number_format != compute:
+            raise ConfigInvalid(
+                f"--recipe {self.recipe} runs {compute}, and --format {self.format} is another",
+                todo=f"Leave --format out, or write --format {compute}",
+            )
+        svdq = self.number_format in SVDQ_LAYOUTS
+        if svdq:
+            check_by("--format", lambda: get_recipe(self.target_recipe))
+        if svdq and self.scales is not None:
+            raise ConfigInvalid(
+                f"--scales {self.scales} is of FP4, and {self.number_format} always searches its scales",
+                todo="Leave --scales out",
+            )
+        for name in ("rank", "refits", "export"):
+            if not svdq and getattr(self, name) is not None:
+                raise ConfigInvalid(
+                    f"--{name} is of SVDQ, and {self.number_format} has no low-rank factors",
+                    todo=f"Leave it out, or write --format {next(iter(SVDQ_LAYOUTS))}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

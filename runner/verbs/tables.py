@@ -410,6 +410,10 @@ def print_quantized(made: Quantized) -> None:
     if made.text_encoder is not None:
         text = made.text_encoder
         print_text(f"{text.path}: {text.linears} layers in INT4, {text.bytes_written / 1e9:.3f} GB")
+    if made.exported is not None:
+        print_text(f"{made.exported}: the same for another program")
+    for remark in made.remarks:
+        print_text(remark)
 
 
 def print_fetched(fetched: Fetched, *, dry_run: bool) -> None:

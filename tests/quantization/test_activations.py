@@ -1,4 +1,4 @@
-"""Channel moments against numpy; watching leaves the model as it was."""
+"""Channel moments and samples of rows against numpy; watching leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.quantization.activations import ChannelMoments, watching
+from runner.quantization.activations import ChannelMoments, InputSamples, watching
 
 
 class Small(nn.Module):
@@ -43,7 +43,7 @@ def test_sums_hold_more_than_bfloat16_and_float32_could():
 def test_every_linear_is_seen_and_no_hook_stays():
     model, x = Small(), torch.randn(5, 8)
     plain = model(x)
-    with watching(model) as moments:
+    with watching(model, ChannelMoments()) as moments:
         assert torch.equal(model(x), plain)
     means = moments.means()
     assert set(means) == {"first", "second"}
@@ -56,6 +56,55 @@ def test_every_linear_is_seen_and_no_hook_stays():
 
 def test_a_job_that_fails_leaves_no_hook_either():
     model = Small()
-    with pytest.raises(RuntimeError), watching(model):
+    with pytest.raises(RuntimeError), watching(model, ChannelMoments()):
         model(torch.randn(5, 9))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_spans_and_squares_are_over_all_and_rows_are_some_of_them():
+    batches = [torch.randn(2, 300, 8), torch.randn(1000, 8) * 3, torch.randn(8)]
+    samples = InputSamples(rows=64)
+    for batch in batches:
+        samples.see("layer", batch)
+    everything = torch.cat([batch.reshape(-1, 8) for batch in batches])
+    found = samples.inputs()["layer"]
+    assert torch.equal(found.spans, everything.abs().amax(0))
+    torch.testing.assert_close(found.squares, everything.square().mean(0))
+    assert found.rows.shape == (64, 8) and found.rows.dtype == torch.bfloat16
+    whole = {tuple(row) for row in everything.bfloat16().tolist()}
+    assert (
+        len({tuple(row) for row in found.rows.tolist()}) == 64 and {tuple(row) for row in found.rows.tolist()} <= whole
+    )
+
+
+def test_fewer_rows_than_are_kept_are_all_kept():
+    samples = InputSamples(rows=64)
+    for step in range(3):
+        samples.see("embedder", torch.full((1, 4), float(step)))
+    assert sorted(samples.inputs()["embedder"].rows[:, 0].tolist()) == [0, 1, 2]
+
+
+def test_rows_are_drawn_evenly_over_all_steps():
+    samples = InputSamples(rows=600)
+    for step in range(6):
+        samples.see("layer", torch.full((1, 2000, 1), float(step)))
+    counts = torch.bincount(samples.inputs()["layer"].rows[:, 0].long(), minlength=6)
+    assert bool((counts > 60).all()) and bool((counts < 140).all()), counts  # 100 each; five deviations are 46
+
+
+def test_what_is_drawn_depends_on_the_layer_s_name_and_on_no_random_state():
+    x = torch.arange(500.0).view(500, 1)
+
+    def drawn(*layers: str) -> dict[str, torch.Tensor]:
+        samples = InputSamples(rows=8)
+        for layer in layers:
+            for part in x.split(100):
+                samples.see(layer, part)
+        return {layer: seen.rows for layer, seen in samples.inputs().items()}
+
+    torch.manual_seed(1)
+    first = drawn("a", "b")
+    torch.manual_seed(2)
+    second = drawn("b", "a")
+    assert torch.equal(first["a"], second["a"]) and torch.equal(first["b"], second["b"])
+    assert not torch.equal(first["a"], first["b"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from runner.cli import main
-from runner.spec.recipes import SOURCE_WEIGHTS
+from runner.quantization.formats.svdq import effective_weight
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
+from runner.spec.recipes import SOURCE_WEIGHTS, get_recipe
+from runner.weights.variant import TRANSFORMER_FILE, quantized_folder
 from tests.quantization.lora_files import write_published
 
 DISTILL = "distill_lora/distill.safetensors"
@@ -111,24 +115,24 @@ def test_a_file_is_made_verified_and_rendered_from(models, demo_media, tmp_path,
 def test_calibration_by_a_manifest(models, demo_media, tmp_path, monkeypatch):
     """Every layer is watched, with the LoRA active, and eagerly: the compiled step that a GPU has is not used."""
     from runner.quantization import activations
-    from runner.quantization.files import checkpoint_write
+    from runner.quantization.files import schemes
 
     fetch_lora(models)
     norm = "blocks.1.attn1.norm_q.weight"
     source = load_file(models / SOURCE_WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
     seen: dict[str, Any] = {}
 
-    def watching(transformer: Any) -> Any:
+    def watching(transformer: Any, watcher: Any) -> Any:
         seen["changed"] = not torch.equal(transformer.get_parameter(norm).float(), source[norm].float())
-        return honest_watching(transformer)
+        return honest_watching(transformer, watcher)
 
-    def quantize_store(*given: Any) -> Any:
-        seen["importance"] = given[6]
-        return honest_quantize(*given)
+    def quantize_with(fmt: Any, method: str, importance: Any) -> Any:
+        seen["importance"] = importance
+        return honest_scheme(fmt, method, importance)
 
-    honest_watching, honest_quantize = activations.watching, checkpoint_write.quantize_store
+    honest_watching, honest_scheme = activations.watching, schemes.Fp4Scheme
     monkeypatch.setattr(activations, "watching", watching)
-    monkeypatch.setattr(checkpoint_write, "quantize_store", quantize_store)
+    monkeypatch.setattr(schemes, "Fp4Scheme", quantize_with)
     monkeypatch.setattr(
         "runner.generation.wan_animate.compiled.make_block_step", lambda *_: (SimpleNamespace(backend="inductor"), "")
     )
@@ -154,6 +158,67 @@ def test_the_plain_recipe_its_text_encoder_and_a_lora_by_hand(models, tmp_path, 
     assert (models / PLAIN).with_name("quantized_text_encoder.safetensors").is_file()
 
 
+@pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=SVDQ_LAYOUTS)
+def test_svdq_files_without_and_with_calibration(models, demo_media, tmp_path, capsys, layout):
+    """All linears but the last; the LoRA merged first; what was chosen in the metadata and in words."""
+    fetch_lora(models)
+    file = models / quantized_folder(get_recipe(f"fp4-distill+{layout.name}")) / TRANSFORMER_FILE
+    assert quantize(models, "--format", layout.name, "--rank", "16") == 0
+    out, events = capsys.readouterr()
+    assert f"{LAYERS - 1} layers in {layout.name}" in out
+    assert "smoothed by the weights alone" in out and "not_calibrated" in events
+    held = metadata(file)
+    assert held["video_lab.format"] == layout.name
+    assert [lora["name"] for lora in json.loads(held["video_lab.loras"])] == ["distill"]
+    chosen = {key: held[f"video_lab.{key}"] for key in ("group", "rank", "smoothing", "calibration", "refits")}
+    wanted = {"group": str(layout.group), "rank": "16", "smoothing": "weights", "calibration": "{}", "refits": "0"}
+    assert chosen == wanted
+    plain = load_file(file)
+
+    manifest = write_manifest(tmp_path, demo_media, {"id": "calibration", "options": {"steps": 2}})
+    flags = ["--recipe", f"fp4-distill+{layout.name}", "--refits", "1", "--calibrate", str(manifest)]
+    assert quantize(models, *flags) == 0
+    out, events = capsys.readouterr()
+    assert "smoothed by the weights alone" not in out and "layer_not_calibrated" not in events
+    held = metadata(file)
+    assert json.loads(held["video_lab.calibration"]) == {"jobs": 1, "steps": 2, "rows": 128}
+    assert [held[f"video_lab.{key}"] for key in ("rank", "smoothing", "refits")] == ["32", "calibrated", "1"]
+    assert held["video_lab.scale_method"] == "activation"
+
+    tensors = load_file(file)
+    source = load_file(models / SOURCE_WEIGHTS / "transformer/diffusion_pytorch_model.safetensors")
+    layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(layers) == LAYERS - 1 and "proj_out.weight" in tensors
+    layer = "blocks.1.ffn.net.2"
+    rows, columns = source[f"{layer}.weight"].shape
+    for found, rank in ((plain, 16), (tensors, 32)):
+        shaped = layout.with_rank(rank)
+        stored = {suffix: found[f"{layer}.{suffix}"] for suffix in shaped.tensor_table(rows, columns)}
+        weight = effective_weight(stored, shaped)[:rows, :columns]
+        assert (weight - source[f"{layer}.weight"].float()).norm() < 0.5 * weight.norm()  # the LoRA, and rounding
+        assert found[f"{layer}.bias"].shape == (rows,)
+
+
+@pytest.mark.parametrize("kind", ["lite", "cache-dit"])
+def test_an_svdq_file_is_exported(models, tmp_path, monkeypatch, capsys, kind):
+    """Another module writes the folder; the verb says which file, and where its config lies."""
+    given: list[Any] = []
+
+    def export_svdq(*arguments: Any) -> Path:
+        given.extend(arguments)
+        return Path(arguments[2])
+
+    exporter = ModuleType("runner.quantization.files.svdq_export")
+    exporter.export_svdq = export_svdq  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, exporter.__name__, exporter)
+    layout = next(iter(SVDQ_LAYOUTS.values()))
+    folder = tmp_path / "exported"
+    assert quantize(models, "--recipe", "fp4", "--format", layout.name, "--export", kind, str(folder)) == 0
+    target = models / quantized_folder(get_recipe(f"fp4+{layout.name}"))
+    assert given == [target / TRANSFORMER_FILE, kind, folder, target / "config.json"]
+    assert f"{folder}: the same for another program" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -161,6 +226,9 @@ def test_the_plain_recipe_its_text_encoder_and_a_lora_by_hand(models, tmp_path, 
         (["--recipe", "fp4", "--models", "s3://bucket/models"], "local folder"),
         (["--recipe", "fp4", "--lora", "gone.safetensors"], "gone.safetensors"),
         (["--recipe", "fp4", "--rule", "none"], "no rule 'none'"),
+        (["--recipe", "fp4-fast", "--format", "svdq-int4"], "leaves to the device"),
+        (["--format", "svdq-int4", "--export", "torch", "folder"], "must be lite or cache-dit, not 'torch'"),
+        (["--format", "svdq-int4", "--rank", "17"], "multiples of 16"),
     ],
 )
 def test_what_cannot_be_quantised(models, capsys, flags, said):

@@ -13,7 +13,9 @@ import pytest
 
 from runner.cli import main
 from runner.errors import ConfigInvalid
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.spec.manifest import parse_manifest
+from runner.spec.recipes import get_recipe
 from runner.verbs.commands import VERBS
 from runner.verbs.flags import flag_name, flags_of
 from runner.verbs.settings import (
@@ -72,24 +74,15 @@ WRONG = [
     (CleanSettings, {"out": "out"}, "older_than", "1w", "write 30m, 1h, 2d or 0s"),
     (DoctorSettings, {}, "device", "gpu", "must be auto, cpu or cuda"),
     (PreprocessSettings, PREPROCESS, "options", "{fps: ", "is no YAML"),
-    (
-        QuantizeSettings,
-        {},
-        "format",
-        "fp4",
-        "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'fp4'; did you mean nvfp4?",
-    ),
+    (QuantizeSettings, {}, "format", "fp4", "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'fp4'; did you"),
+    (QuantizeSettings, {}, "rank", "24", "a rank of 24: multiples of 16 up to 512 are taken"),
+    (QuantizeSettings, {}, "rank", "many", "must be a whole number, 1 or more, not 'many'"),
+    (QuantizeSettings, {}, "refits", "-1", "must be a whole number, 0 or more, not '-1'"),
     (QuantizeSettings, {}, "scales", "best", "must be mse or absmax, not 'best'"),
     (QuantizeSettings, {}, "rule", "none", "no rule 'none'"),
     (FetchSettings, {}, "part", "lora", "no part 'lora' of the published files"),
     (FetchSettings, {}, "revision", "owner/name", "must be REPO=REVISION, not 'owner/name'"),
-    (
-        VerifySettings,
-        {},
-        "format",
-        "g16",
-        "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'g16'. Write e.g. --format nvfp4",
-    ),
+    (VerifySettings, {}, "format", "g16", "must be nvfp4, g32, svdq-int4 or svdq-nvfp4, not 'g16'"),
 ]
 
 
@@ -162,6 +155,36 @@ def test_fields_that_contradict_each_other_are_refused():
     assert RunSettings(**RUN, on=" ray:auto ", workers="3", shard="any").workers == 3
     with pytest.raises(ConfigInvalid, match=r"--calibrate chooses the scales itself"):
         QuantizeSettings(calibrate="m.yaml", scales="mse")
+
+
+def test_flags_of_svdq_belong_to_svdq_formats():
+    svdq, other = SVDQ_LAYOUTS
+    for more in ({"rank": 32}, {"refits": 0}, {"export": ("lite", "folder")}):
+        with pytest.raises(ConfigInvalid, match=f"--{next(iter(more))} is of SVDQ, and nvfp4 has no low-rank factors"):
+            QuantizeSettings(**more)
+        QuantizeSettings(**more, format=svdq)
+    with pytest.raises(ConfigInvalid, match=f"--scales mse is of FP4, and {svdq} always searches"):
+        QuantizeSettings(format=svdq, scales="mse")
+    with pytest.raises(ConfigInvalid, match=f"runs {svdq}, and --format {other} is another"):
+        QuantizeSettings(recipe=f"fp4-distill+{svdq}", format=other)
+    with pytest.raises(ConfigInvalid, match="leaves to the device"):
+        QuantizeSettings(recipe="fp4-fast", format=svdq)
+    with pytest.raises(ConfigInvalid, match="says both 'fp8' and"):
+        QuantizeSettings(recipe="fp4-distill+fp8", format=svdq)
+    for wrong in ("lite folder", ("lite",), ("lite", "a", "b"), ["torch", "folder"], ("lite", 5)):
+        with pytest.raises(ConfigInvalid, match="--export"):
+            QuantizeSettings(format=svdq, export=wrong)
+    assert QuantizeSettings(format=svdq, export=["cache-dit", "a b"]).export == ("cache-dit", Path("a b"))
+
+
+def test_a_recipe_s_products_decide_the_number_format():
+    svdq = next(iter(SVDQ_LAYOUTS))
+    assert (QuantizeSettings().number_format, QuantizeSettings().target_recipe) == ("nvfp4", "fp4-distill")
+    implied = QuantizeSettings(recipe=f"fp4-distill+{svdq}+steps4")
+    assert implied.number_format == svdq and implied.target_recipe == f"fp4-distill+{svdq}+steps4"
+    told = QuantizeSettings(recipe="fp4-distill+steps4", format=svdq)
+    assert told.number_format == svdq and get_recipe(told.target_recipe) == get_recipe(implied.target_recipe)
+    assert QuantizeSettings(recipe="fp4-distill+fp8", format="g32").target_recipe == "fp4-distill+fp8"
 
 
 def test_values_have_their_types_however_they_were_given(tmp_path):

@@ -1,6 +1,6 @@
 """Checkpoint: a diffusers store's transformer, quantised tensor by tensor into one file. Reading it is beside.
 
-In:   the folder of a transformer (config.json, safetensors in shards or one, float32 or 16 bits), a format, a rule.
+In:   the folder of a transformer (config.json, safetensors in shards or one, float32 or 16 bits), a scheme, a rule.
 Out:  OUT_FILE and config.json beside it. OUT_FILE appears whole or not at all.
 Never: recipes, jobs, more than one tensor (and the next, on its way to a GPU) in memory, however big the model.
 
@@ -16,9 +16,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,17 +31,15 @@ from runner.hashing import combine
 from runner.quantization.files.bf16_source import Bf16Source, open_source
 from runner.quantization.files.file_header import PLACEHOLDER
 from runner.quantization.files.quantized_header import (
-    FORMAT_KEY,
-    GROUP_KEY,
     LORAS_KEY,
-    METHOD_KEY,
     SHA256_KEY,
     SOURCE_KEY,
     VERSION_KEY,
 )
 from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
+from runner.quantization.files.schemes import Fp4Scheme, Scheme
 from runner.quantization.formats.e2m1 import Format
-from runner.quantization.formats.scales import Method, quantize
+from runner.quantization.formats.scales import Method
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype, transformer_on_meta
 
 if TYPE_CHECKING:
@@ -52,6 +50,7 @@ __all__ = [
     "WriteProgress",
     "keep_none",
     "quantize_store",
+    "write_checkpoint",
 ]
 
 Merge = Callable[[str, Tensor], Tensor]
@@ -89,8 +88,8 @@ class Summary:
     method: str
     device: str  # and why
     layers: int
-    kept: tuple[str, ...]  # linears that a rule left in 16 bits
-    uncalibrated: tuple[str, ...]  # quantised by `mse`, since calibration never saw them
+    kept: tuple[str, ...]  # linears that a rule, or the format, left in 16 bits
+    uncalibrated: tuple[str, ...]  # quantised by their weights alone, since calibration never saw them
     source_bytes: int
     bytes: int
     seconds: float  # of reading, computing and writing, hashes included
@@ -98,6 +97,8 @@ class Summary:
     sha256: str
     loras: tuple[dict[str, object], ...]
     untargeted: tuple[str, ...]  # tensors of LoRAs that this model has no place for
+    metadata: Mapping[str, str]  # of the scheme, as the file has it
+    errors: Mapping[str, float]  # layer → relative error of its weight, where the scheme knows it
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,9 @@ class _Task:
 class _Work:
     """How every tensor is treated."""
 
-    fmt: Format
-    method: Method
+    scheme: Scheme
     device: torch.device
     merge: Merge | None
-    importance: Mapping[str, Tensor]
-    uncalibrated: list[str] = field(default_factory=list)
 
     def convert(self, task: _Task, tensor: Tensor) -> dict[str, Tensor]:
         """The tensors to write, on the CPU. Raises WeightsCorrupt for NaN and infinities."""
@@ -132,14 +130,8 @@ class _Work:
                 raise WeightsCorrupt(f"{task.param} holds NaN or infinite values", where=task.shard)
             ((name, (_, dtype)),) = task.outputs.items()
             return {name: tensor.to("cpu", dtype)}
-        method, importance = self.method, None
-        if method == "activation":
-            importance = self.importance.get(task.layer)
-            if importance is None:
-                self.uncalibrated.append(task.layer)
-                method = "mse"
         try:
-            parts = quantize(tensor, self.fmt, method, importance)
+            parts = self.scheme.quantize(task.layer, tensor)
         except ValueError as err:
             raise WeightsCorrupt(f"{task.param}: {err}", where=task.shard) from err
         return {f"{task.layer}.{suffix}": part.cpu() for suffix, part in parts.items()}
@@ -163,17 +155,30 @@ def quantize_store(
     merge: Merge | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
+    """`write_checkpoint` in FP4: see `Fp4Scheme` for `method` and `importance`."""
+    scheme = Fp4Scheme(fmt, method, importance)
+    return write_checkpoint(transformer_dir, out_file, scheme, keep, loras, device, progress, merge, clock)
+
+
+def write_checkpoint(
+    transformer_dir: Path,
+    out_file: Path,
+    scheme: Scheme,
+    keep: Callable[[str], bool] = keep_none,
+    loras: Sequence[Lora] = (),
+    device: torch.device | str = "auto",
+    progress: Callable[[WriteProgress], None] | None = None,
+    merge: Merge | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Summary:
     """Quantise every nn.Linear but those that `keep` names, merge `loras` before, store the rest in bf16 or float32.
 
-    `importance`: layer → mean square of each input channel, for `activation` alone; layers it lacks get `mse` and are
-    listed. `merge`: what to do to every parameter (name, float32 tensor) instead of merging `loras`, which are then
-    recorded only. `device`: "auto" is CUDA where there is one, else all cores.
+    `scheme` is of this file alone. `merge`: what to do to every parameter (name, float32 tensor) instead of merging
+    `loras`, which are then recorded only. `device`: "auto" is CUDA where there is one, else all cores.
 
     Raises WeightsMissing and WeightsCorrupt for the source, ConfigInvalid for what cannot be done, StorageFull.
     """
     where, why = _pick_device(device)
-    if (importance is not None) != (method == "activation"):
-        raise ConfigInvalid(f"scale method {method!r} with{'out' if importance is None else ''} calibration data")
     source = open_source(transformer_dir)
     model = transformer_on_meta(source.config)
     linears = linear_shapes(model)
@@ -181,20 +186,19 @@ def quantize_store(
     untargeted: tuple[str, ...] = ()
     if loras and merge is None:
         merge, untargeted = _merging(loras, shapes)
-    tasks = _plan(source, shapes, linears, keep, fmt, kept_in_fp32(model))
+    kept = {name for name in linears if keep(name) or scheme.keeps(name)}
+    tasks = _plan(source, shapes, linears, kept, scheme, kept_in_fp32(model))
     del model
     applied = tuple({"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in loras)
     metadata = {
         "format": "pt",  # what libraries look for
-        FORMAT_KEY: fmt.name,
-        METHOD_KEY: method,
-        GROUP_KEY: str(fmt.group),
+        **scheme.metadata,
         SOURCE_KEY: PLACEHOLDER,
         LORAS_KEY: json.dumps(applied, ensure_ascii=False),
         VERSION_KEY: runner.__version__,
     }
     began = clock()
-    work = _Work(fmt, method, where, merge, importance or {})
+    work = _Work(scheme, where, merge)
     outputs = [(name, shape, dtype) for task in tasks for name, (shape, dtype) in task.outputs.items()]
     with StreamWriter(out_file, outputs, metadata, digest_key=SHA256_KEY) as writer:
         with _Digests(source.shards) as digests:
@@ -205,12 +209,12 @@ def quantize_store(
     assert writer.digest is not None
     return Summary(
         path=out_file,
-        format=fmt.name,
-        method=method,
+        format=scheme.name,
+        method=scheme.method,
         device=f"{where}: {why}",
         layers=sum(task.layer is not None for task in tasks),
-        kept=tuple(name for name in linears if keep(name)),
-        uncalibrated=tuple(work.uncalibrated),
+        kept=tuple(name for name in linears if name in kept),
+        uncalibrated=tuple(scheme.uncalibrated),
         source_bytes=sum(task.bytes for task in tasks),
         bytes=writer.size,
         seconds=clock() - began,
@@ -218,6 +222,8 @@ def quantize_store(
         sha256=writer.digest,
         loras=applied,
         untargeted=untargeted,
+        metadata=scheme.metadata,
+        errors=scheme.errors,
     )
 
 
@@ -275,8 +281,8 @@ def _plan(
     source: Bf16Source,
     shapes: Mapping[str, tuple[int, ...]],
     linears: Mapping[str, tuple[int, int]],
-    keep: Callable[[str], bool],
-    fmt: Format,
+    kept: Set[str],
+    scheme: Scheme,
     fp32: tuple[str, ...],
 ) -> list[_Task]:
     """A task for each parameter, in the order of the shards' bytes."""
@@ -285,9 +291,9 @@ def _plan(
         if info.name not in shapes:
             continue  # what the model's class says to ignore
         layer, _, leaf = info.name.rpartition(".")
-        if leaf == "weight" and layer in linears and not keep(layer):
+        if leaf == "weight" and layer in linears and layer not in kept:
             try:
-                table = fmt.tensors(*linears[layer])
+                table = scheme.tensors(*linears[layer])
             except ValueError as err:
                 raise ConfigInvalid(f"{layer}: {err}", where=shard, todo="Choose a rule that keeps it") from err
             outputs = {f"{layer}.{suffix}": entry for suffix, entry in table.items()}

@@ -14,6 +14,8 @@ of bf16 in a fine sweep give .0886 and all neighbouring e4m3 codes .0812, so a l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from runner.quantization.formats.e2m1 import LARGEST, Format, encode_finite, pack, round_magnitudes
 from runner.quantization.formats.row_blocks import on_all_cores, row_blocks
 
-__all__ = ["Method", "quantize"]
+__all__ = ["E2M1", "INT4", "Grid", "Method", "choose_scales", "column_weights", "e4m3_factor", "quantize"]
 
 Method = Literal["absmax", "mse", "activation"]
 
@@ -38,6 +40,10 @@ _WIDE_RATIOS: Final = (*_RATIOS, 0.5, 0.58, 0.66, 0.74, 0.78, 0.82, 1.14, 1.18, 
 _STEPS: Final = (0, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8)
 _WIDE_STEPS: Final = (*_STEPS, -8, -7, -6, -5, -4, -3)
 
+# Multiples of absmax/7 for signed integers: their error has one valley. 7/8 is exact for what -8 stands for.
+_INT4_RATIOS: Final = (1.0, *(0.56, 0.6, 0.64, 0.68, 0.72, 0.76, 0.8, 0.84, 0.875, 0.92, 0.96), *(1.04, 1.08, 1.12))
+_WIDE_INT4_RATIOS: Final = (*_INT4_RATIOS, 0.28, 0.33, 0.38, 0.43, 0.48, 0.52, 1.18, 1.24, 1.3)
+
 _E4M3_LARGEST: Final = 448.0
 _E4M3_LARGEST_CODE: Final = 0x7E  # 0x7F is NaN
 _SMALLEST: Final = 2.0**-126  # of bf16's normal numbers: below it a scale loses bits, and GPUs flush it to zero
@@ -46,6 +52,25 @@ _WEIGHTS_ON_A_CORE: Final = (
 )  # 1 MB a float32 buffer: smaller ones cost more Python, larger ones more cache misses
 _WEIGHTS_ON_CUDA: Final = 1 << 24
 _NOT_FINITE: Final = "the weight holds NaN or infinite values"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What values of a group are rounded to, and which multiples of absmax / `largest` are tried as its scale."""
+
+    largest: float
+    mirrored: bool  # negative values are rounded as positive ones are: magnitudes are enough
+    round_values: Callable[[Tensor, Tensor, Tensor], Tensor]  # (values or magnitudes, out, scratch) → out, ties to even
+    ratios: tuple[float, ...]
+    wide_ratios: tuple[float, ...]
+
+
+def _round_integers(values: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    return torch.round(values, out=out).clamp_(-8, 7)
+
+
+E2M1: Final = Grid(LARGEST, True, round_magnitudes, _RATIOS, _WIDE_RATIOS)
+INT4: Final = Grid(7.0, False, _round_integers, _INT4_RATIOS, _WIDE_INT4_RATIOS)
 
 
 def quantize(
@@ -74,7 +99,7 @@ def quantize(
 
     def work(rows: slice) -> None:
         values = weight[rows].float().contiguous().view(-1, in_features // fmt.group, fmt.group)
-        stored, factors = _choose(values, fmt, method, per_column, factor)
+        stored, factors = choose_scales(values, E2M1, method, per_column, factor)
         codes = encode_finite(values / torch.where(factors > 0, factors, 1).unsqueeze(-1))
         result["weight_scale"][rows] = stored
         result["weight_packed"][rows] = pack(codes.view(-1, in_features))
@@ -87,23 +112,28 @@ def quantize(
     return result
 
 
-def _choose(
-    values: Tensor, fmt: Format, method: Method, per_column: Tensor | None, factor: Tensor | None
+def choose_scales(
+    values: Tensor, grid: Grid, method: Method, per_column: Tensor | None, factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """float32 [rows, groups, group] → the scales to store, and what they are worth (float32), both [rows, groups]."""
+    """float32 [rows, groups, group] → the scales to store, and what they are worth (float32), both [rows, groups].
+
+    `per_column` float32 [groups, group]: what a squared error counts, see `column_weights`. `factor`: None for scales
+    in bfloat16; else that of e4m3 scales (stored as uint8), one of the whole weight or [rows, 1]: `e4m3_factor`.
+    Raises ValueError for NaN and infinite values.
+    """
     magnitudes = values.abs()
     peaks = magnitudes.amax(-1)
     if not bool(torch.isfinite(peaks).all()):
         raise ValueError(_NOT_FINITE)
     if factor is None:
-        stored, factors = _bf16_candidates(peaks, method)
+        stored, factors = _bf16_candidates(peaks, method, grid)
     else:
-        stored, factors = _e4m3_candidates(peaks, method, factor)
+        stored, factors = _e4m3_candidates(peaks, method, grid, factor)
     if method == "absmax":
         stored, factors = stored[0], factors[0]
     else:
         # In units of the peak squared: the squares of tiny weights would underflow.
-        errors = _errors(magnitudes, 1 / factors, per_column)
+        errors = _errors(magnitudes if grid.mirrored else values, 1 / factors, per_column, grid)
         errors.mul_((factors / peaks.clamp(min=_SMALLEST)).square_())
         best = errors.argmin(0, keepdim=True)
         stored, factors = stored.gather(0, best)[0], factors.gather(0, best)[0]
@@ -111,34 +141,34 @@ def _choose(
     return stored.masked_fill(empty, 0), factors.masked_fill(empty, 0)
 
 
-def _bf16_candidates(peaks: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+def _bf16_candidates(peaks: Tensor, method: Method, grid: Grid) -> tuple[Tensor, Tensor]:
     """All scales worth a try, as stored and as float32, [candidates, rows, groups]; the first is absmax's."""
-    ratios = {"absmax": _RATIOS[:1], "mse": _RATIOS, "activation": _WIDE_RATIOS}[method]
+    ratios = {"absmax": grid.ratios[:1], "mse": grid.ratios, "activation": grid.wide_ratios}[method]
     ratio = peaks.new_tensor(ratios).view(-1, 1, 1)
-    stored = (peaks * (ratio / peaks.new_tensor(LARGEST))).clamp_(min=_SMALLEST).to(torch.bfloat16)
+    stored = (peaks * (ratio / peaks.new_tensor(grid.largest))).clamp_(min=_SMALLEST).to(torch.bfloat16)
     return stored, stored.float()
 
 
-def _e4m3_candidates(peaks: Tensor, method: Method, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for e4m3 under a tensor scale: the codes around that of absmax/6."""
+def _e4m3_candidates(peaks: Tensor, method: Method, grid: Grid, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for e4m3 under a factor: the codes around that of absmax/6."""
     steps = {"absmax": _STEPS[:1], "mse": _STEPS, "activation": _WIDE_STEPS}[method]
     step = torch.tensor(steps, dtype=torch.int32, device=peaks.device).view(-1, 1, 1)
-    nearest = (peaks / (factor * LARGEST)).clamp_(max=_E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+    nearest = (peaks / (factor * grid.largest)).clamp_(max=_E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = (nearest.int() + step).clamp_(1, _E4M3_LARGEST_CODE)
     every = torch.arange(_E4M3_LARGEST_CODE + 1, dtype=torch.uint8, device=peaks.device)
-    worth = every.view(torch.float8_e4m3fn).float() * factor
-    return codes.to(torch.uint8), worth.index_select(0, codes.view(-1)).view(codes.shape)
+    worth = every.view(torch.float8_e4m3fn).float().index_select(0, codes.view(-1)).view(codes.shape)
+    return codes.to(torch.uint8), worth.mul_(factor)
 
 
-def _errors(magnitudes: Tensor, inverses: Tensor, per_column: Tensor | None) -> Tensor:
+def _errors(values: Tensor, inverses: Tensor, per_column: Tensor | None, grid: Grid) -> Tensor:
     """Squared error of every group under every candidate, in units of the candidate squared."""
-    scaled, rounded, scratch = (torch.empty_like(magnitudes) for _ in range(3))
-    group = magnitudes.shape[-1]
-    ones = magnitudes.new_ones(group)
+    scaled, rounded, scratch = (torch.empty_like(values) for _ in range(3))
+    group = values.shape[-1]
+    ones = values.new_ones(group)
     errors = torch.empty_like(inverses)
     for inverse, error in zip(inverses, errors, strict=True):
-        torch.mul(magnitudes, inverse.unsqueeze(-1), out=scaled)
-        round_magnitudes(scaled, rounded, scratch).sub_(scaled).square_()
+        torch.mul(values, inverse.unsqueeze(-1), out=scaled)
+        grid.round_values(scaled, rounded, scratch).sub_(scaled).square_()
         if per_column is not None:
             rounded.mul_(per_column)
         # A product with ones adds up a short last dimension about twice as fast as sum() does.
@@ -147,21 +177,24 @@ def _errors(magnitudes: Tensor, inverses: Tensor, per_column: Tensor | None) -> 
 
 
 def _tensor_scale(weight: Tensor) -> Tensor:
-    """The float32 factor that puts the largest value of `weight` at 448 * 6, rounded up to a bfloat16.
-
-    With seven mantissa bits the product code * e4m3 * scale is exact in float32, so that every kernel finds the same
-    bits in whatever order it multiplies, and formats that keep this scale in 16 bits lose nothing.
-    """
+    """The `e4m3_factor` of the whole weight."""
     low, high = torch.aminmax(weight)
     peak = torch.maximum(low.abs(), high.abs()).float()
     if not bool(torch.isfinite(peak)):
         raise ValueError(_NOT_FINITE)
-    if float(peak) == 0:
-        return torch.ones_like(peak)
+    return e4m3_factor(peak)
+
+
+def e4m3_factor(peaks: Tensor) -> Tensor:
+    """The factors that put `peaks` (float32, ≥ 0) at 448 * 6, rounded up to a bfloat16, in float32; 1 for zeros.
+
+    With seven mantissa bits the product code * e4m3 * scale is exact in float32, so that every kernel finds the same
+    bits in whatever order it multiplies, and formats that keep this scale in 16 bits lose nothing.
+    """
     # By a tensor: CUDA multiplies by the rounded reciprocal of a number. What was quantised once, whose largest value
     # divides without a rest, might then get the next larger scale.
-    bits = (peak / peak.new_tensor(_E4M3_LARGEST * LARGEST)).clamp(min=_SMALLEST).view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    bits = (peaks / peaks.new_tensor(_E4M3_LARGEST * LARGEST)).clamp(min=_SMALLEST).view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).masked_fill_(peaks == 0, 1)
 
 
 def _column_weights(importance: Tensor | None, method: Method, weight: Tensor, fmt: Format) -> Tensor | None:
@@ -173,7 +206,12 @@ def _column_weights(importance: Tensor | None, method: Method, weight: Tensor, f
         return None
     if tuple(importance.shape) != (weight.shape[1],):
         raise ValueError(f"importance is {tuple(importance.shape)}, the weight has {weight.shape[1]} input channels")
-    values = importance.detach().to(device=weight.device, dtype=torch.float32)
+    return column_weights(importance.detach().to(device=weight.device, dtype=torch.float32), fmt.group)
+
+
+def column_weights(importance: Tensor, group: int) -> Tensor:
+    """float32 [in], ≥ 0 and of any unit → [groups, group] with mean 1. ValueError for other values."""
+    values = importance
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError("importance holds negative, NaN or infinite values")
     peak = values.max()
@@ -182,4 +220,4 @@ def _column_weights(importance: Tensor | None, method: Method, weight: Tensor, f
     else:
         values = values / peak
         values = values / values.mean() + 1e-6  # a silent channel still decides between equals
-    return values.view(-1, fmt.group).contiguous()
+    return values.view(-1, group).contiguous()

@@ -51,7 +51,7 @@ __all__ = [
     "untile_bytes",
 ]
 
-INT4_LARGEST: Final = 7  # of activations and, by absmax, of weights; the code -8 can be stored and is not made
+INT4_LARGEST: Final = 7  # of activations; weights have the code -8 too
 _SIXTEEN_BITS: Final = (torch.bfloat16, torch.float16)
 _E4M3_LARGEST: Final = 448.0
 _SMALLEST: Final = 1e-30

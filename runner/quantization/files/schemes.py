@@ -1,0 +1,125 @@
+"""Schemes: how `checkpoint_write` turns one linear's weight into the tensors of a number format.
+
+In:   a layer's name and its weight, merged. Out: stored tensors; what the file's metadata says of the scheme.
+Never: files, sources, the order of layers.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from runner.errors import ConfigInvalid
+from runner.quantization.activations import LayerInputs
+from runner.quantization.files.quantized_header import (
+    CALIBRATION_KEY,
+    FORMAT_KEY,
+    GROUP_KEY,
+    METHOD_KEY,
+    RANK_KEY,
+    REFITS_KEY,
+    SMOOTHING_KEY,
+)
+from runner.quantization.formats.e2m1 import Format
+from runner.quantization.formats.scales import Method, quantize
+from runner.quantization.formats.svdq import torch_table
+from runner.quantization.formats.svdq_layout import SvdqLayout
+from runner.quantization.low_rank_split import split_weight
+
+__all__ = ["Fp4Scheme", "Scheme", "SvdqScheme"]
+
+Table = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # suffix → (shape, dtype)
+
+LAST_LINEAR: Final = "proj_out"  # 64 outputs of the 14B model: Nunchaku Lite pads nothing, and takes multiples of 128
+
+
+class Scheme(ABC):
+    """A number format and the way to it, for one file: what it chose for the layers stays in it."""
+
+    def __init__(self, name: str, method: Method, metadata: Mapping[str, str]) -> None:
+        """`metadata`: of the file, beside source, LoRAs and version."""
+        self.name, self.method, self.metadata = name, method, metadata
+        self.uncalibrated: list[str] = []  # layers without calibration where others have it
+        self.errors: dict[str, float] = {}  # layer → relative error of its weight, where it is known
+
+    @abstractmethod
+    def tensors(self, out_features: int, in_features: int) -> Table:
+        """The tensors of one linear. ValueError for a shape that cannot be stored."""
+
+    @abstractmethod
+    def quantize(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
+        """Those tensors, by suffix, of `weight` [out, in]. ValueError for NaN and infinite weights."""
+
+    def keeps(self, layer: str) -> bool:
+        """Does this linear stay as it is, whatever the rule says?"""
+        return False
+
+
+class Fp4Scheme(Scheme):
+    """FP4: codes and scales. `importance`: layer → mean square of each input channel, for `activation` alone; layers
+    that it lacks get `mse`."""
+
+    def __init__(self, fmt: Format, method: Method = "mse", importance: Mapping[str, Tensor] | None = None) -> None:
+        """ConfigInvalid where method and importance contradict each other."""
+        if (importance is not None) != (method == "activation"):
+            raise ConfigInvalid(f"scale method {method!r} with{'out' if importance is None else ''} calibration data")
+        super().__init__(fmt.name, method, {FORMAT_KEY: fmt.name, METHOD_KEY: method, GROUP_KEY: str(fmt.group)})
+        self._format, self._importance = fmt, importance
+
+    def tensors(self, out_features: int, in_features: int) -> Table:
+        return self._format.tensors(out_features, in_features)
+
+    def quantize(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
+        if self._importance is None:
+            return quantize(weight, self._format, self.method)
+        importance = self._importance.get(layer)
+        if importance is None:
+            self.uncalibrated.append(layer)
+            return quantize(weight, self._format, "mse")
+        return quantize(weight, self._format, "activation", importance)
+
+
+class SvdqScheme(Scheme):
+    """SVDQuant W4A4. `inputs`: layer → what calibration saw; layers that it lacks, and all without it, are smoothed by
+    their weights alone. `calibration`: what was watched, for the metadata: counts of jobs, steps and rows."""
+
+    def __init__(
+        self,
+        layout: SvdqLayout,
+        refits: int = 0,
+        inputs: Mapping[str, LayerInputs] | None = None,
+        calibration: Mapping[str, int] | None = None,
+    ) -> None:
+        method: Method = "mse" if inputs is None else "activation"
+        metadata = {
+            FORMAT_KEY: layout.name,
+            METHOD_KEY: method,
+            GROUP_KEY: str(layout.group),
+            RANK_KEY: str(layout.rank),
+            SMOOTHING_KEY: "weights" if inputs is None else "calibrated",
+            CALIBRATION_KEY: json.dumps(dict(calibration or {})),
+            REFITS_KEY: str(refits),
+        }
+        super().__init__(layout.name, method, metadata)
+        self._layout, self._refits, self._inputs = layout, refits, inputs
+
+    def tensors(self, out_features: int, in_features: int) -> Table:
+        return torch_table(self._layout, out_features, in_features)
+
+    def keeps(self, layer: str) -> bool:
+        return layer == LAST_LINEAR
+
+    def quantize(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
+        inputs = None
+        if self._inputs is not None:
+            inputs = self._inputs.get(layer)
+            if inputs is None:
+                self.uncalibrated.append(layer)
+        split = split_weight(weight, self._layout, self._refits, inputs)
+        self.errors[layer] = split.error
+        return split.tensors
