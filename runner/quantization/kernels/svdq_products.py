@@ -80,7 +80,7 @@ def cache_dit(
     problem = kernels.svdq_get_load_error()
     if problem is not None:
         raise ImportError(f"cache-dit's kernels do not load with torch {torch.__version__}: {problem}")
-    fp4 = layout.precision == "nvfp4"
+    fp4 = layout.precision != "int4"
     codes, scales, low = kernels.svdq_quantize_w4a4_act_fuse_lora(
         input=x.to(torch.bfloat16).contiguous(),
         lora_down=tensors["proj_down"],
@@ -133,7 +133,7 @@ def scaled_mm(
     x: Tensor, tensors: Mapping[str, Tensor], layout: SvdqLayout, out_features: int, bias: Tensor | None
 ) -> Tensor:
     """As `reference`, nvfp4, by `nvfp4.multiply_blocked`: compute capability 10.0 and 12.0."""
-    if layout.precision != "nvfp4":
+    if layout.precision == "int4":
         raise ValueError(f"torch has no block-scaled product of {layout.precision}")
     x16 = x.to(torch.bfloat16)
     one = torch.ones((), device=x.device)
@@ -193,7 +193,7 @@ def write_weight(
         # A tile of 128 outputs is one piece of every tensor.
         index = untile_bytes(tensors["qweight"][first:last]).view(torch.uint8).flatten().int()
         factors = unpack_scales(scales[first * groups : last * groups].view(groups, -1), layout.precision).float()
-        if layout.precision == "nvfp4":
+        if "wcscales" in tensors:
             factors *= unpack_vector(tensors["wcscales"][first:last]).float().unsqueeze(1)
         values = pairs.index_select(0, index).view(torch.float32).view(last - first, groups, -1)
         weight = values.mul_(factors.unsqueeze(-1)).view(last - first, columns).div_(smooth)
@@ -215,7 +215,7 @@ def write_weight(
 @cache
 def _value_table(precision: SvdqPrecision, device: torch.device) -> Tensor:
     """[256] int64: entry b has the bits of two float32, the values of b's low and high nibble."""
-    values = VALUES if precision == "nvfp4" else tuple(float(code - 16 * (code > 7)) for code in range(16))
+    values = tuple(float(code - 16 * (code > 7)) for code in range(16)) if precision == "int4" else VALUES
     with torch.inference_mode(False):  # it outlives the call, perhaps into code that is not in inference mode
         low, high = torch.tensor(values).repeat(16), torch.tensor(values).repeat_interleave(16)
         return torch.stack([low, high], dim=-1).view(torch.int64).flatten().to(device)

@@ -166,7 +166,7 @@ def in_svdq(model, layout) -> None:
 @pytest.mark.parametrize("compute", SVDQ)
 def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
     in_svdq(model, SVDQ_LAYOUTS[compute])
-    said = apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    said = apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
     low = {n for n, m in model.named_modules() if isinstance(m, SvdqLinear) and m.compute == compute}
     assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
     assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
@@ -183,7 +183,7 @@ def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
     monkeypatch.setattr(svdq_products, "cache_dit", lambda *given: right(*given) * 1.06)
     monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("cache_dit", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"off the format's definition \(0.05 allowed\)"):
-        apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+        apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
 
 
 @pytest.mark.parametrize("compute", SVDQ)
@@ -204,7 +204,7 @@ def test_the_error_that_the_self_test_allows_svdq(compute, calibrated):
 def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones(model, compute):
     """Rows are quantised by themselves: pieces of them have the same codes."""
     in_svdq(model, SVDQ_LAYOUTS[compute])
-    apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
     case = Case(model)
     whole = case.run(run_block)
     assert torch.equal(case.run(lean_block), whole)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS
 from runner.quantization.formats.e2m1 import FORMATS
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.kernels import prepared as module
 from runner.quantization.kernels.low_bit import EXACT, LowBitLinear
 from runner.quantization.kernels.prepared import Prepared, prepare, prepare_gelu, takes_gelu
 from runner.quantization.linear import FP4Linear
 from tests.quantization.kernels.test_low_bit import gauss
+from tests.quantization.svdq_layers import quantize_linear
 
-COMPUTES = [row.name for row in PRECISIONS.values() if row.layout != "exact"]
+COMPUTES = [row.name for row in PRECISIONS.values() if row.layout in ("rows", "blocks")]
 LOW = pytest.mark.parametrize("compute", COMPUTES)
 
 
@@ -149,3 +151,14 @@ def test_a_graph_takes_prepared_inputs(compute):
     model, x = SelfAttention(compute), gauss(2, 5, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=SVDQ_LAYOUTS)
+def test_layers_of_svdq_take_the_input_itself(layout):
+    """Each smooths it by a factor of its own, so no codes are shared."""
+    layers = [quantize_linear(nn.Linear(64, 48), layout) for _ in range(2)]
+    for layer in layers:
+        layer.set_compute(layout.name, "reference")
+    x = gauss(2, 5, 64)
+    assert prepare(layers, x) is x
+    assert not takes_gelu(layers[0])
