@@ -293,6 +293,7 @@ def files_named(text: str) -> set[str]:
         "docs/samplers.md",
         "docs/status-and-report.md",
         "docs/strengths.md",
+        "docs/svdquant.md",
         "bench/results.md",
         "Dockerfile",
     ],

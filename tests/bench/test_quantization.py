@@ -1,4 +1,4 @@
-"""FP4's benchmark runs, in small, and its numbers hang together."""
+"""The benchmark of FP4 and SVDQuant runs, in small, and its numbers hang together."""
 
 from __future__ import annotations
 
@@ -28,5 +28,11 @@ def test_quantization(tmp_path):
     for row in found["products"]:
         assert row["same bits"] == "True"
         assert row["kept, of made"] < 1
+    split = {(row["matrix"], row["format"], row["how"]): row for row in found["svdquant"]}
+    for fmt, least in (("svdq-int4", 0.35), ("svdq-nvfp4", 0.45)):
+        best = split["outlier", fmt, "searched exponent, rank 32"]
+        assert best["of RTN's"] < least
+        assert best["W4A16 error"] < best["W4A4 error"] < split["outlier", fmt, "data-free, rank 32"]["W4A4 error"]
+        assert split["outlier", fmt, "exponent .5, rank 32"]["of cache-dit's"] < 1
     assert found["gpu"][0]["gpu"] == "not measured"
     assert "kernel on this device: table" in printed
