@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 ALL_LAYERS = "all"  # the rule that is known without torch
-EXPORTS = ("lite", "cache-dit")  # of `quantize`: other programs' layouts, of files/svdq_export.py
+EXPORTS = ("lite", "cache-dit")  # other programs' layouts of SVDQ files
 MAX_EMBED_MB = 1024
 MAX_INTERVAL_S = 86400
 MAX_REASON = 2000  # characters
