@@ -94,7 +94,7 @@ def low_bits(engine: OneEngine, found: dict[str, Spent | str], like: Spent | Non
     """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit. What was
     measured before is in `found`."""
     bench, rows = engine.bench, list[dict[str, object]]()
-    for compute in [row.name for row in PRECISIONS.values() if row.layout != "exact"]:
+    for compute in [row.name for row in PRECISIONS.values() if row.layout not in ("exact", "svdq")]:  # of FP4 weights
         if compute not in found:
             found[compute] = in_fewer_bits(engine, compute, like)
         rows.append(bench.row(f"{bench.recipe.name}+{compute}", found[compute]))

@@ -123,7 +123,7 @@ def variants_on(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     """(precision, product, whether attention is in 8 bits), the likeliest first."""
     capability = capability_of(device)
     yield DEFAULT_PRECISION, "", False
-    rows = [row for row in PRECISIONS.values() if row.layout != "exact"]
+    rows = [row for row in PRECISIONS.values() if row.layout != "exact" and row.stored_format in (None, NVFP4.name)]
     for row in sorted(rows, key=lambda row: row.name != advised(capability)):
         if capability is None and row.reference is not None:
             yield row.name, row.reference.name, False

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS
-from runner.quantization.formats.svdq import torch_table
+from runner.quantization.formats.svdq import torch_table, unpack_vector
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
 from runner.quantization.kernels.low_bit import EXACT, multiply_svdq, sum_of_biases
 from runner.quantization.kernels.svdq_order import TILES, Order, reorder
@@ -159,6 +159,12 @@ class SvdqLinear(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by their names in the layout; no copies."""
         return {name: self.get_parameter(name) for name in self.layout.tensor_table(1, 1)}
+
+    @property
+    def smoothing(self) -> Tensor:
+        """The factor that the product divides inputs by, float32 [in] in plain order."""
+        factor = unpack_vector(self.smooth_factor) if self.order == TILES else self.smooth_factor
+        return factor[: self.in_features].float()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of the same dtype."""

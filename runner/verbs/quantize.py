@@ -112,7 +112,6 @@ def quantize(settings: QuantizeSettings) -> Quantized:
 
         kind, folder = settings.export
         exported = export_svdq(summary.path, kind, folder, target / "config.json")
-        log.info("exported", kind=kind, folder=str(exported))
     return Quantized(summary, made, exported, remarks)
 
 

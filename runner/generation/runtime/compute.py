@@ -192,11 +192,13 @@ def self_test(
 
     error: against the layer's exact product. off_definition: of the kernel against the format's definition, which must
     lie within the precision's `agreement`. Raises ConfigInvalid with the numbers where either is too large. The
-    layers are left computing by `choice`.
+    layers are left computing by `choice`. An SVDQ layer gets activations as large in each channel as its smoothing
+    factor, which follows those that calibration saw: it spends no codes on channels that are quiet there.
     """
     import torch
 
     from runner.quantization.kernels.low_bit import EXACT, relative_error
+    from runner.quantization.svdq_linear import SvdqLinear
 
     first = {(layer.out_features, layer.in_features): name for name, layer in reversed(list(layers.items()))}
     precision, found = PRECISIONS[choice.compute], dict[str, dict[str, float]]()
@@ -206,6 +208,8 @@ def self_test(
         if any(p.device.type != device.type for p in layer.parameters()):
             layer = copy.deepcopy(layer).to(device)  # its own stay where they wait
         x = activations(TEST_TOKENS if device.type == "cuda" else TEST_TOKENS // 4, columns, device, dtype)
+        if isinstance(layer, SvdqLinear):
+            x = (x * layer.smoothing).to(dtype)
         with torch.no_grad():
             exact = _by(layer, x, EXACT, "")
             defined = _by(layer, x, choice.compute, REFERENCE)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -30,12 +29,11 @@ from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.formats.svdq import torch_table
 from runner.quantization.formats.svdq_layout import SvdqLayout
 from runner.quantization.low_rank_split import split_weight
+from runner.quantization.rules import NEVER_SVDQ
 
 __all__ = ["Fp4Scheme", "Scheme", "SvdqScheme"]
 
 Table = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # suffix → (shape, dtype)
-
-LAST_LINEAR: Final = "proj_out"  # 64 outputs of the 14B model: Nunchaku Lite pads nothing, and takes multiples of 128
 
 
 class Scheme(ABC):
@@ -112,7 +110,7 @@ class SvdqScheme(Scheme):
         return torch_table(self._layout, out_features, in_features)
 
     def keeps(self, layer: str) -> bool:
-        return layer == LAST_LINEAR
+        return layer in NEVER_SVDQ
 
     def quantize(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
         inputs = None

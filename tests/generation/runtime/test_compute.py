@@ -291,3 +291,20 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
     list(pipeline.render(wide, DEFAULT_PROMPT, options, make_plan(wide, options), sampling(), timer))
     assert timer.counters["compiled_graphs"] == 1  # a second size: one more
     assert not pipeline.block_step.broken
+
+
+@pytest.mark.parametrize("compute", SVDQ)
+def test_an_svdq_layer_is_tested_by_inputs_such_as_it_was_calibrated_for(compute):
+    """Channels of e^±3: by inputs of one size a right layer would be refused, for they are not what it divides."""
+    torch.manual_seed(0)
+    sizes = (1.5 * torch.randn(1024)).exp()
+    weight, layout = torch.randn(256, 1024) / 32, SVDQ_LAYOUTS[compute]
+    layer = SvdqLinear(quantize_weight(weight, layout, torch.randn(512, 1024) * sizes), None, layout, 1024, 256)
+    choice = decide(compute, None, ("reference", ""), {compute}, "cpu")
+    tested = self_test({"layer": layer}, choice, CPU, torch.bfloat16)["layer"]
+    assert 0.01 < tested["error"] < 0.8 * tested["limit"]
+    x = activations(256, 1024, CPU, torch.float32)
+    with torch.no_grad():
+        low = layer(x)
+        layer.set_compute(EXACT)
+        assert low_bit.relative_error(low, layer(x)) > tested["error"]
