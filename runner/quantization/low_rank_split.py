@@ -68,7 +68,17 @@ def split_weight(weight: Tensor, layout: SvdqLayout, refits: int = 0, inputs: La
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"a float matrix is wanted, not {weight.dtype} of {tuple(weight.shape)}")
-    weight = weight.detach()
+    threads = torch.get_num_threads()
+    if weight.numel() > _WEIGHTS_ON_A_CORE or threads == 1:
+        return _split_by(weight.detach(), layout, refits, inputs)
+    torch.set_num_threads(1)  # threads that meet after every small product cost ten times the product
+    try:
+        return _split_by(weight.detach(), layout, refits, inputs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _split_by(weight: Tensor, layout: SvdqLayout, refits: int, inputs: LayerInputs | None) -> Split:
     span_w = _spans(weight)
     if not bool(torch.isfinite(span_w).all()):
         raise ValueError("the weight holds NaN or infinite values")
