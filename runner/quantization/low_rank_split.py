@@ -43,6 +43,7 @@ SEED: Final = 0x5D5
 # calibration is put near 32, so that inputs may grow 14 times and shrink 2000 times.
 LARGEST_INPUT: Final = 32.0 * 6
 _WEIGHTS_ON_A_CORE: Final = 1 << 18
+_WEIGHTS_OF_A_SMALL_LAYER: Final = 1 << 18
 _WEIGHTS_IN_A_PRODUCT: Final = 1 << 22
 _WEIGHTS_ON_CUDA: Final = 1 << 24
 
@@ -69,7 +70,7 @@ def split_weight(weight: Tensor, layout: SvdqLayout, refits: int = 0, inputs: La
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"a float matrix is wanted, not {weight.dtype} of {tuple(weight.shape)}")
     threads = torch.get_num_threads()
-    if weight.numel() > _WEIGHTS_ON_A_CORE or threads == 1:
+    if weight.numel() > _WEIGHTS_OF_A_SMALL_LAYER or threads == 1:
         return _split_by(weight.detach(), layout, refits, inputs)
     torch.set_num_threads(1)  # threads that meet after every small product cost ten times the product
     try:

@@ -186,7 +186,7 @@ def test_factors_are_the_first_singular_vectors():
 
 
 @layouts
-def test_threads_and_blocks_do_not_show(layout, monkeypatch):
+def test_blocks_do_not_show(layout, monkeypatch):
     weight = gaussian(256, 128)
     whole = split_weight(weight, layout)
     monkeypatch.setattr(low_rank_split, "_WEIGHTS_ON_A_CORE", 640)
