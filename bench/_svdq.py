@@ -137,14 +137,14 @@ def split(matrix: Matrix, layout: SvdqLayout, exponents: tuple[float, ...] | Non
     return Stored(found.tensors, layout, matrix.weight.shape[0])
 
 
-def splitting(weight: Tensor) -> dict[tuple[str, str], tuple[float, float]]:
+def splitting(weight: Tensor, repeats: int) -> dict[tuple[str, str], tuple[float, float]]:
     """(format, how) → (CPU, wall) seconds of splitting `weight` with rank 32, without and with calibration."""
     x = gaussian(TOKENS // 2, weight.shape[1], seed=16).bfloat16()
     matrix, found = Matrix("", weight, x, x), dict[tuple[str, str], tuple[float, float]]()
     for layout in SVDQ_LAYOUTS.values():
-        found[layout.name, "data-free"] = cpu_seconds(lambda f=layout: split(matrix, f, None), 1)
+        found[layout.name, "data-free"] = cpu_seconds(lambda f=layout: split(matrix, f, None), repeats)
         searched = low_rank_split.EXPONENTS
-        found[layout.name, "searched exponent"] = cpu_seconds(lambda f=layout, s=searched: split(matrix, f, s), 1)
+        found[layout.name, "searched exponent"] = cpu_seconds(lambda f=layout, s=searched: split(matrix, f, s), repeats)
     return found
 
 

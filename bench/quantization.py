@@ -136,7 +136,7 @@ def quantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict[s
             seen = importance if method == "activation" else None
             seconds = cpu_seconds(lambda f=fmt, m=method, s=seen: quantize(weight, f, m, s), repeats)
             rows.append(row(fmt.name, method, seconds))
-    rows += [row(*names, seconds) for names, seconds in splitting(weight).items()]
+    rows += [row(*names, seconds) for names, seconds in splitting(weight, repeats).items()]
     for peer in others:
         rows.append(row(peer.name, "its own", cpu_seconds(lambda p=peer: p.quantize(weight), repeats)))
     return rows + [{"format": name, "scales": why, **dict.fromkeys(list(rows[0])[2:])} for name, why in missing.items()]
