@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import yaml
 from safetensors import safe_open
@@ -42,6 +44,16 @@ def write_manifest(folder: Path, media: Path, *jobs: dict[str, Any]) -> str:
     defaults = {"prompt": "a person is dancing", "options": options}
     path.write_text(yaml.safe_dump({"version": 1, "defaults": defaults, "jobs": [place | job for job in jobs]}))
     return str(path)
+
+
+def psnr(found: Path, wanted: Path) -> float:
+    """dB, over all frames."""
+    frames = []
+    for path in (found, wanted):
+        with av.open(str(path)) as opened:
+            frames.append(np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]))
+    error = np.mean((frames[0].astype(np.float64) - frames[1]) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 @system_test
@@ -82,11 +94,32 @@ def test_a_calibrated_file_is_made_verified_planned_and_rendered_from(fmt, model
     assert main([*run, "--out", str(tmp_path / "out")]) == 0  # done already: the fingerprint is the same
     assert json.loads(record.read_text()) == result
 
+    assert main([*run, "--out", str(tmp_path / "streamed"), "--memory", "stream"]) == 0
+    streamed = json.loads((tmp_path / "streamed/jobs/a/result.json").read_text())
+    assert (streamed["engine"]["memory"]["mode"], streamed["output"]["frames"]) == ("stream", 5)
+    assert psnr(tmp_path / "streamed/jobs/a/output.mp4", tmp_path / "out/jobs/a/output.mp4") > 40
+
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     assert main(["weights", "verify", *places, "--recipe", recipe]) == 2
     assert "corrupt" in capsys.readouterr().out
+
+
+@system_test
+def test_a_job_s_lora_joins_the_low_rank_part_and_leaves_with_the_job(models, demo_media, tmp_path):
+    own = models / "loras/own.safetensors"
+    own.parent.mkdir()
+    write_published(own, json.loads((models / SOURCE_WEIGHTS / "transformer/config.json").read_text()), seed=7)
+    places = ["--models", str(models), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    assert main(["quantize", *places, "--format", "svdq-nvfp4"]) == 0
+    with_lora = {"options": {"loras": [{"name": "own", "strength": 1.0}]}}
+    manifest = write_manifest(tmp_path, demo_media, {"id": "a"}, {"id": "b"} | with_lora, {"id": "c"})
+    run = ["run", manifest, *places, "--recipe", "fp4-distill+svdq-nvfp4", "--out", str(tmp_path / "out")]
+    assert main(run) == 0
+    a, b, c = (tmp_path / f"out/jobs/{name}/output.mp4" for name in "abc")
+    assert a.read_bytes() == c.read_bytes()
+    assert psnr(a, b) < 40
 
 
 @FORMATS

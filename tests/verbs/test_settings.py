@@ -17,6 +17,7 @@ from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.spec.manifest import parse_manifest
 from runner.spec.recipes import get_recipe
 from runner.verbs.commands import VERBS
+from runner.verbs.flag_values import EXPORTS
 from runner.verbs.flags import flag_name, flags_of
 from runner.verbs.settings import (
     NUMBER_FORMATS,
@@ -215,12 +216,14 @@ def test_defaults_of_the_environment_are_read_when_the_value_is_made(monkeypatch
 
 def test_choices_are_those_that_the_code_below_has():
     from runner.preprocess.networks.providers import NetworkOptions
+    from runner.quantization.files.svdq_export import EXPORT_KINDS
     from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.formats.scales import Method
     from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
     from runner.quantization.rules import RULES
 
     assert set(NUMBER_FORMATS) == {*FORMATS, *SVDQ_LAYOUTS}
+    assert EXPORTS == EXPORT_KINDS
     assert {*SCALES, "activation"} == set(get_args(Method))
     assert QuantizeSettings().rule in RULES
     networks = NetworkOptions()
