@@ -3,8 +3,8 @@
     python -m tests.gpu_env.block_code                  a table of all cases
     python -m tests.gpu_env.block_code sm_90 bf16 …     JSON of these cases, for the tests
 
-The block is the real one (5120 wide, 34,320 tokens: 832x480, 81 frames), FP4 weights without numbers, compiled as
-`CompiledStep` does, through Dynamo, AOTAutograd and Inductor. It stops where the code would be loaded.
+The block is the real one (5120 wide, 34,320 tokens: 832x480, 81 frames), FP4 or SVDQ weights without numbers,
+compiled as `CompiledStep` does, through Dynamo, AOTAutograd and Inductor. It stops where the code would be loaded.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from runner.generation.runtime.compute import sees_every_token
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
+from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.kernels.rowwise import code_dtype
 from runner.quantization.linear import FP4Linear
 from runner.quantization.packed_layers import swap_linears
 from runner.quantization.rules import WAN_ANIMATE_14B, kept_in_fp32, stored_dtype, transformer_on_meta
+from runner.quantization.svdq_linear import SvdqLinear
 from tests.gpu_env.fake_cuda import DEVICES, fake_cuda
 from tests.gpu_env.generated_code import GeneratedCode, TensorFacts
 from tests.gpu_env.known_torch import find_private
@@ -83,6 +85,7 @@ def _cases() -> list[Case]:
     found.append(Case("sm_89", "fp8", "scaled_mm"))
     found.append(Case("sm_80", "int8", "int_mm"))
     found += [Case("sm_90", "bf16", lora=True), Case("sm_120", "int8", "comfy_kitchen", lora=True)]
+    found += [Case("sm_120", "svdq-nvfp4", "cache_dit", lora=True)]
     found += [Case("sm_90", "fp8", "scaled_mm", kept=True), Case("sm_120", "int8", "comfy_kitchen", kept=True)]
     return found
 
@@ -198,11 +201,11 @@ def _prepare(model: Any, case: Case, backend: str) -> None:
     for name, layer in model.named_modules():
         if not name.startswith("blocks.0."):
             continue
-        stored = layer.stored if isinstance(layer, FP4Linear) else {}
+        stored = layer.stored if isinstance(layer, FP4Linear | SvdqLinear) else {}
         for leaf, parameter in list(layer.named_parameters(recurse=False)):
             dtype = parameter.dtype if leaf in stored else stored_dtype(f"{name}.{leaf}", fp32)
             layer.register_parameter(leaf, _on_device(parameter, dtype))
-        if isinstance(layer, FP4Linear):
+        if isinstance(layer, FP4Linear | SvdqLinear):
             low = case.precision != DEFAULT_PRECISION and sees_every_token(name)
             layer.set_compute(*((case.precision, case.product) if low else ("exact",)))
             down = torch.empty(LORA_RANK, layer.in_features, dtype=torch.bfloat16, device="cuda")
@@ -259,14 +262,15 @@ def main(architecture: str, words: list[str]) -> dict[str, Any]:
     import torch._inductor.config as inductor
 
     available = available_backends()
-    model = transformer_on_meta({**WAN_ANIMATE_14B, "num_layers": 1})
-    swap_linears(model, G32, lambda name: not name.startswith("blocks."))
     found = {}
     settings = {"compile_threads": 1, "use_static_cuda_launcher": False}
     with fake_cuda(architecture) as device, inductor.patch(settings):
         backend = candidates(device.capability, "bfloat16", available)[0].name
         for word in words:
-            generated = _generate(model, Case.parse(architecture, word), backend)
+            case = Case.parse(architecture, word)
+            model = transformer_on_meta({**WAN_ANIMATE_14B, "num_layers": 1})
+            swap_linears(model, SVDQ_LAYOUTS.get(case.precision, G32), lambda name: not name.startswith("blocks."))
+            generated = _generate(model, case, backend)
             kernels = _compile_kernels(GeneratedCode(generated["code"], {}))
             found[word] = {**generated, "kernels": [asdict(kernel) for kernel in kernels]}
     return found

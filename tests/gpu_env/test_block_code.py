@@ -19,7 +19,7 @@ pytestmark = [needs_gpu_env, needs_known_torch]
 
 CASE = pytest.mark.parametrize("case", CASES, ids=str)
 KEPT = "video_lab.kept_rows_linear"
-PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear", KEPT)
+PRODUCTS = ("video_lab.fp4_linear", "video_lab.fp4_rowwise_linear", "video_lab.svdq_linear", KEPT)
 
 
 def code_of(case: Case) -> BlockCode:
@@ -102,10 +102,10 @@ def test_the_peak_lies_within_the_memory_plan(case):
 @CASE
 def test_traffic_of_the_kernels_is_the_forecasts(case):
     """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8, and
-    GELU with them."""
+    GELU with them, and those of SVDQuant."""
     precision, shape = PRECISIONS[case.precision], PRODUCTION.transformer
     wanted = FUSED_BYTES - precision.gelu_traffic * shape.ffn_dim / shape.dim
-    if not precision.rotated:
+    if not precision.rotated and precision.layout != "svdq":
         wanted += precision.activation_traffic * shape.activation_numbers / shape.dim
     assert code_of(case).bytes_a_channel == pytest.approx(wanted, rel=0.005)
 
