@@ -17,15 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["launch"]
+__all__ = ["e4m3_bits", "launch", "round_to_code"]
 
 _LONGEST: Final = 1 << 15  # columns: a row stays in the registers of one program
 # Adding 1.5 * 2**23 to a float32 of less than 2**22 leaves it rounded to an integer, ties to even.
 _TO_INTEGER: Final = tl.constexpr(12582912.0)
 # The exponent of 2**-6, e4m3's smallest normal number, as float32 has it: 127 - 6.
 _E4M3_LOWEST: Final = tl.constexpr(121)
-# Added to the bits of a power of two: 1.5 * 2**20 times that power, in which 2**-3 of the power is the last bit.
-_E4M3_STEPS: Final = tl.constexpr((20 << 23) | (1 << 22))
+_E4M3_MANTISSA: Final = tl.constexpr(3)
 
 
 def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scale: Tensor) -> None:
@@ -56,17 +55,27 @@ def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scal
 
 
 @triton.jit
-def _e4m3_bits(value: tl.tensor) -> tl.tensor:
-    # The nearest e4m3 of |value| < 464, ties to even, or NaN; with the sign of `value`, as torch converts.
+def round_to_code(magnitude: tl.tensor, LOWEST: tl.constexpr, MANTISSA: tl.constexpr) -> tl.tensor:
+    """Code, without a sign, of the nearest number to each magnitude (bits of float32, int32), ties to even: int32.
+
+    Of a format with `MANTISSA` bits of mantissa; `LOWEST`: the exponent of its smallest normal number, as float32 has
+    it. Codes beyond the format's largest come out for magnitudes that are rounded beyond it.
+    """
+    # Between powers of two there are 2**MANTISSA even steps, and as many below the smallest normal number. A number in
+    # which one step is the last bit is added, 1.5 * 2**(23 - MANTISSA) times the power of two: the sum is rounded to
+    # whole steps, and its last bits count them.
+    exponent = tl.maximum(magnitude >> 23, LOWEST)
+    zero_steps = (exponent << 23) + (((23 - MANTISSA) << 23) | (1 << 22))
+    steps = magnitude.to(tl.float32, bitcast=True) + zero_steps.to(tl.float32, bitcast=True)
+    return ((exponent - LOWEST) << MANTISSA) + (steps.to(tl.int32, bitcast=True) - zero_steps)
+
+
+@triton.jit
+def e4m3_bits(value: tl.tensor) -> tl.tensor:
+    """The nearest float8_e4m3fn of |value| < 464, ties to even, or NaN; with the sign of `value`, as torch converts."""
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # Between powers of two e4m3 has eight even steps, and eight below 2**-6. A number in which one step is the last bit
-    # is added: the sum is rounded to whole steps, and its last bits count them.
-    exponent = tl.maximum(magnitude >> 23, _E4M3_LOWEST)
-    zero_steps = (exponent << 23) + _E4M3_STEPS
-    steps = magnitude.to(tl.float32, bitcast=True) + zero_steps.to(tl.float32, bitcast=True)
-    code = ((exponent - _E4M3_LOWEST) << 3) + (steps.to(tl.int32, bitcast=True) - zero_steps)
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, round_to_code(magnitude, _E4M3_LOWEST, _E4M3_MANTISSA))
     return code | ((bits >> 24) & 0x80)
 
 
@@ -95,6 +104,6 @@ def _quantize(
         values = tl.minimum(tl.maximum(values, -largest), largest)
         narrowed = ((values + _TO_INTEGER) - _TO_INTEGER).to(tl.int8)
     else:  # a quotient is at most a bit above 448, which it is rounded to
-        narrowed = _e4m3_bits(values).to(tl.int8)
+        narrowed = e4m3_bits(values).to(tl.int8)
     tl.store(codes + row * columns + column, narrowed, mask=inside)
     tl.store(scales + row, scale)
