@@ -6,7 +6,8 @@ Never: names of layers, which product is taken, LoRAs: their factors are among t
     reference      the definition, any device
     cache_dit      nunchaku's kernels as the package cache-dit-cu13 has them: sm_80, 86, 89, 120, 121
     comfy_kitchen  int4: the package's own kernels, sm_80 and later
-    scaled_mm      nvfp4: torch's block-scaled product, and the low-rank part as two products of 16 bits
+    scaled_mm      nvfp4: torch's block-scaled product, behind a quantiser of ours (`e2m1_codes.py`); the low-rank part
+                   as two products of 16 bits
 
 Kernels compute in bfloat16, which the stored factors and scales have: float32 activations are rounded to it. Missing
 packages, and packages that do not fit this torch, raise when a product is called and not before.
@@ -24,7 +25,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from runner.quantization.formats.e2m1 import LARGEST, VALUES, encode_finite, pack
+from runner.quantization.formats.e2m1 import VALUES
 from runner.quantization.formats.row_blocks import on_all_cores, row_blocks
 from runner.quantization.formats.svdq import (
     pack_vector,
@@ -37,7 +38,8 @@ from runner.quantization.formats.svdq import (
     untile_bytes,
 )
 from runner.quantization.formats.svdq_layout import TILE, SvdqLayout, SvdqPrecision
-from runner.quantization.kernels.nvfp4 import Blocks, multiply_blocked, to_blocked
+from runner.quantization.kernels.e2m1_codes import blocked_codes, pick_codes
+from runner.quantization.kernels.nvfp4 import Blocks, multiply_blocked
 from runner.quantization.kernels.svdq_order import ROWS, TILES, Order
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ORDERS",
     "cache_dit",
     "comfy_kitchen",
+    "name_code_kernel",
     "probe_tensors",
     "reference",
     "scaled_mm",
@@ -57,11 +60,8 @@ ORDERS: Final[Mapping[str, Order]] = MappingProxyType(
 """Product → the order in which it reads the stored tensors."""
 MOST_JOINED: Final = 1024  # rank of a layer's and its LoRAs' factors together: nunchaku's kernels take no more
 _PAD_TOKENS: Final = 256  # of both packages' kernels
-_E4M3_LARGEST: Final = 448.0
-_SMALLEST: Final = 1e-30
 _WEIGHTS_A_BLOCK: Final = 1 << 20  # on a core
 _WEIGHTS_A_BLOCK_ON_CUDA: Final = 1 << 24
-_ACTIVATIONS_A_BLOCK: Final = 1 << 24
 
 
 def reference(
@@ -138,29 +138,18 @@ def scaled_mm(
     x16 = x.to(torch.bfloat16)
     one = torch.ones((), device=x.device)
     weight = Blocks(tensors["qweight"].view(torch.uint8), tensors["wscales"].flatten(), one)
-    codes, scales = quantize_to_e2m1(x16, tensors["smooth_factor"])
-    result = multiply_blocked(Blocks(codes, to_blocked(scales), one), weight).mul_(tensors["wcscales"])
+    codes, scales = blocked_codes(x16, tensors["smooth_factor"])
+    result = multiply_blocked(Blocks(codes, scales, one), weight).mul_(tensors["wcscales"])
     result.addmm_(x16 @ tensors["proj_down"], tensors["proj_up"].T)
     if bias is not None:
         result += _padded_bias(bias, tensors)
     return result[:, :out_features].to(x.dtype)
 
 
-def quantize_to_e2m1(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] / smooth [K] by the rule of `svdq.quantize_activations`: bytes [M, K/2], bits of e4m3 [M, K/16], uint8.
-
-    Some rows at a time, so that float32 copies stay small; without a look at the values, for which a GPU would wait.
-    """
-    rows, columns = x.shape
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(rows, columns // 16, dtype=torch.float8_e4m3fn, device=x.device)
-    for block in row_blocks((rows, columns), _ACTIVATIONS_A_BLOCK):
-        groups = (x[block] / smooth).float().view(-1, columns // 16, 16)
-        exact = (groups.abs().amax(dim=-1) / LARGEST).clamp_(max=_E4M3_LARGEST)
-        groups /= exact.clamp(min=_SMALLEST).unsqueeze(-1)
-        codes[block] = pack(encode_finite(groups.clamp_(-LARGEST, LARGEST)).view(-1, columns))
-        scales[block] = exact.to(torch.float8_e4m3fn)
-    return codes, scales.view(torch.uint8)
+def name_code_kernel(device: torch.device, product: str) -> str:
+    """For the record: what makes the codes of activations for `product` on `device`, and why; empty for a product that
+    makes them itself."""
+    return ": ".join(pick_codes(device)) if product == "scaled_mm" else ""
 
 
 def _padded_bias(bias: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

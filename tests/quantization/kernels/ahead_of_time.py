@@ -68,10 +68,12 @@ EVERY_VARIANT = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched: `kernel` "rows", "rotated", "dequantize" or "norm_silu", dtypes by torch's names.
+    """A kernel as it is launched: `kernel` "rows", "rotated", "e2m1", "dequantize" or "norm_silu"; dtypes by torch's
+    names.
 
-    `form`: of rows the dtype of the codes, of rotated ones "gelu" or "plain", of dequantising the name of the format,
-    of norm and SiLU which dimension is innermost, "channels" or "pixels". `columns`: of a row, or channels of these.
+    `form`: of rows the dtype of the codes, of rotated ones "gelu" or "plain", of E2M1 "blocked" (the scales' order), of
+    dequantising the name of the format, of norm and SiLU which dimension is innermost, "channels" or "pixels".
+    `columns`: of a row, or channels of these.
     """
 
     kernel: str
@@ -164,8 +166,8 @@ def _launch(variant: Variant) -> None:
     from runner.forecast.precisions import PRECISIONS
     from runner.generation.wan_animate import norm_silu_triton
     from runner.generation.wan_animate.norm_silu import SMALLEST_LENGTH
-    from runner.quantization.formats.e2m1 import FORMATS
-    from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
+    from runner.quantization.formats.e2m1 import FORMATS, LARGEST
+    from runner.quantization.kernels import dequantize_triton, e2m1_codes_triton, rotated_rows_triton, rowwise_triton
     from runner.quantization.kernels.rowwise import ROTATION, SMALLEST_SCALE
 
     dtype, rows = getattr(torch, variant.dtype), 64
@@ -187,6 +189,12 @@ def _launch(variant: Variant) -> None:
         codes = torch.empty(rows, variant.columns, dtype=torch.int8)
         gelu = variant.form == "gelu"
         rotated_rows_triton.launch(x, matrix, gelu, 127.0, SMALLEST_SCALE, codes, torch.empty(rows, 1))
+        return
+    if variant.kernel == "e2m1":
+        x, smooth = torch.empty(rows, variant.columns, dtype=dtype), torch.empty(variant.columns, dtype=dtype)
+        codes = torch.empty(rows, variant.columns // 2, dtype=torch.uint8)
+        scales = torch.empty(128 * variant.columns // 16, dtype=torch.uint8)
+        e2m1_codes_triton.launch(x, smooth, LARGEST, 448.0, SMALLEST_SCALE, codes, scales)
         return
     fmt = FORMATS[variant.form]
     stored = {name: torch.empty(size, dtype=kind) for name, (size, kind) in fmt.tensors(rows, variant.columns).items()}
@@ -221,19 +229,21 @@ def main() -> None:
     import triton
 
     from runner.generation.wan_animate import norm_silu_triton
-    from runner.quantization.kernels import dequantize_triton, rotated_rows_triton, rowwise_triton
+    from runner.quantization.kernels import dequantize_triton, e2m1_codes_triton, rotated_rows_triton, rowwise_triton
 
     gpu = AbsentGpu()
     triton.runtime.driver.set_active(gpu)
     stand_ins = {
         "rows": Compiled(rowwise_triton._quantize),
         "rotated": Compiled(rotated_rows_triton._rotate_and_quantize),
+        "e2m1": Compiled(e2m1_codes_triton._quantize_groups),
         "dequantize": Compiled(dequantize_triton._dequantize),
         "norm_silu": Compiled(norm_silu_triton._norm_silu),
     }
     rowwise_triton._quantize, dequantize_triton._dequantize = stand_ins["rows"], stand_ins["dequantize"]
     rotated_rows_triton._rotate_and_quantize = stand_ins["rotated"]
     norm_silu_triton._norm_silu = stand_ins["norm_silu"]
+    e2m1_codes_triton._quantize_groups = stand_ins["e2m1"]
     found = []
     for row in json.load(sys.stdin):
         variant = Variant(**row)

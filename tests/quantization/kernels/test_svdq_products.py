@@ -32,7 +32,7 @@ from runner.quantization.kernels import low_bit, nvfp4, svdq_products
 from runner.quantization.kernels.low_bit import multiply_svdq, pick_product, relative_error
 from runner.quantization.kernels.nvfp4 import Blocks, dequantize_blocks, from_blocked
 from runner.quantization.kernels.svdq_order import ROWS, TILES, join_factors, reorder
-from runner.quantization.kernels.svdq_products import ORDERS, probe_tensors, quantize_to_e2m1, write_weight
+from runner.quantization.kernels.svdq_products import ORDERS, probe_tensors, write_weight
 from tests.quantization.svdq_layers import quantize_weight
 
 BOTH = pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=SVDQ_LAYOUTS)
@@ -289,15 +289,6 @@ def test_products_of_one_precision_refuse_the_other():
         svdq_products.comfy_kitchen(x, {}, NVFP4, 128, None)
     with pytest.raises(ValueError, match="no block-scaled product of int4"):
         svdq_products.scaled_mm(x, {}, INT4, 128, None)
-
-
-def test_activations_for_the_block_scaled_product_have_the_definitions_codes(monkeypatch):
-    monkeypatch.setattr(svdq_products, "_ACTIVATIONS_A_BLOCK", 256 * 10)
-    x, smooth = low_bit.probe_matrix(80, 256, CPU), (0.5 * gauss(256)).exp().bfloat16()
-    codes, scales = quantize_activations(x / smooth, "nvfp4")
-    found, found_scales = quantize_to_e2m1(x, smooth)
-    assert torch.equal(unpack(found), codes)
-    assert torch.equal(found_scales, scales.view(torch.uint8))
 
 
 def test_the_block_scaled_product_has_the_definitions_result(monkeypatch):

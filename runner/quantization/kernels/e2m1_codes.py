@@ -1,0 +1,93 @@
+"""E2M1 codes of activations for a block-scaled product, by one kernel where the device has one that agrees.
+
+In:   activations [M, K], the factor that smooths each column. Out: packed codes, and e4m3 scales in cuBLAS's order.
+Never: products, layers.
+
+`quantize_to_e2m1` says which codes and scales. In plain operations it takes about 60 bytes of memory traffic a number,
+by count; on CUDA it is one kernel (`e2m1_codes_triton.py`), 2.56 bytes a number, with the permutation of scales in it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from runner.quantization.formats.e2m1 import LARGEST, encode_finite, pack, unpack
+from runner.quantization.formats.row_blocks import row_blocks
+from runner.quantization.kernels.nvfp4 import to_blocked
+from runner.quantization.kernels.row_codes import MOST_OTHER_CODES, error_text, probe_matrix
+
+__all__ = ["blocked_codes", "pick_codes", "quantize_to_e2m1"]
+
+_E4M3_LARGEST: Final = 448.0
+_SMALLEST: Final = 1e-30
+_NUMBERS_A_BLOCK: Final = 1 << 24
+
+
+def blocked_codes(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] / smooth [K], bfloat16, K a multiple of 64: bytes uint8 [M, K/2], and bits of e4m3, flat.
+
+    As `quantize_to_e2m1`, with scales as `nvfp4.to_blocked` puts them; in one pass where there is a kernel for it,
+    whose codes may differ as MOST_OTHER_CODES says.
+    """
+    if x.device.type == "cuda" and pick_codes(x.device)[0] == "triton":
+        return _launch(x, smooth)
+    codes, scales = quantize_to_e2m1(x, smooth)
+    return codes, to_blocked(scales)
+
+
+def _launch(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    from runner.quantization.kernels.e2m1_codes_triton import launch
+
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(-(-rows // 128) * 128 * columns // 16, dtype=torch.uint8, device=x.device)
+    launch(x.contiguous(), smooth.contiguous(), LARGEST, _E4M3_LARGEST, _SMALLEST, codes, scales)
+    return codes, scales
+
+
+def quantize_to_e2m1(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] / smooth [K] by the rule of `svdq.quantize_activations`: bytes [M, K/2], bits of e4m3 [M, K/16], uint8.
+
+    Some rows at a time, so that float32 copies stay small; without a look at the values, for which a GPU would wait.
+    """
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(rows, columns // 16, dtype=torch.float8_e4m3fn, device=x.device)
+    # By a tensor on the device, as in `rowwise.quantize_rows`: CUDA does not divide by a number.
+    largest = torch.full((), LARGEST, dtype=torch.float32, device=x.device)
+    for block in row_blocks((rows, columns), _NUMBERS_A_BLOCK):
+        groups = (x[block] / smooth).float().view(-1, columns // 16, 16)
+        peaks = groups.abs().amax(dim=-1)
+        exact = torch.where(peaks.isfinite(), (peaks / largest).clamp_(max=_E4M3_LARGEST), torch.nan)
+        groups /= exact.clamp(min=_SMALLEST).unsqueeze(-1)
+        groups.nan_to_num_(nan=0).clamp_(-LARGEST, LARGEST)
+        codes[block] = pack(encode_finite(groups).view(-1, columns))
+        scales[block] = exact.to(torch.float8_e4m3fn)
+    return codes, scales.view(torch.uint8)
+
+
+@cache
+def pick_codes(device: torch.device) -> tuple[str, str]:
+    """("triton" or "torch", why): the kernel is taken where its scales are those of `quantize_to_e2m1`, and its codes
+    but for MOST_OTHER_CODES of them."""
+    if device.type != "cuda":
+        return "torch", "no CUDA device"
+    x = probe_matrix(161, 5120, device)
+    x[3, 9], x[4, 9] = torch.nan, torch.inf
+    smooth = probe_matrix(2, 5120, device, seed=1)[0].abs() + 0.25
+    codes, scales = quantize_to_e2m1(x, smooth)
+    try:
+        found, found_scales = _launch(x, smooth)
+    # As in `row_codes`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
+    except Exception as err:
+        return "torch", f"triton refused: {error_text(err)}"
+    if not torch.equal(found_scales, to_blocked(scales)):
+        return "torch", "triton refused: other scales than the definition's"
+    share = float((unpack(found) != unpack(codes)).double().mean())
+    if share > MOST_OTHER_CODES:
+        return "torch", f"triton refused: {share:.2g} of its codes are others than the definition's"
+    return "triton", f"one pass; share of codes other than the definition's on {device}: {share:.2g}"
