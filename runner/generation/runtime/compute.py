@@ -124,7 +124,6 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     from torch import nn
 
     from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product
-    from runner.quantization.kernels.row_codes import name_row_kernel
     from runner.quantization.linear import FP4Linear
     from runner.quantization.svdq_linear import SvdqLinear
 
@@ -167,7 +166,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         "compute_product": choice.product,
         "compute_why": choice.why,
         "compute_layers": len(changed),
-        "compute_rows": name_row_kernel(device, compute) if precision.layout == "rows" else "",
+        "compute_rows": _name_code_kernel(choice, device),
         "compute_kept_exact": len(kept),
         "compute_self_test": tested,
     }
@@ -177,6 +176,20 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         kept_exact=len(kept), error=worst, limit=round(precision.error_limit, 4),
     )  # fmt: skip
     return said
+
+
+def _name_code_kernel(choice: GemmChoice, device: torch.device) -> str:
+    """Of the kernel that makes activations' codes, and why that one; empty where the product makes them itself."""
+    from runner.quantization.kernels.row_codes import name_row_kernel
+    from runner.quantization.kernels.svdq_products import name_code_kernel
+
+    match PRECISIONS[choice.compute].layout:
+        case "rows":
+            return name_row_kernel(device, choice.compute)
+        case "svdq":
+            return name_code_kernel(device, choice.product)
+        case _:
+            return ""
 
 
 def _format_name(layer: Any) -> str:

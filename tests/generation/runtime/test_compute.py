@@ -10,7 +10,15 @@ from torch import nn
 
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import PRECISIONS, advised
-from runner.generation.runtime.compute import activations, apply_compute, decide, sees_every_token, self_test
+from runner.generation.runtime.compute import (
+    GemmChoice,
+    _name_code_kernel,
+    activations,
+    apply_compute,
+    decide,
+    sees_every_token,
+    self_test,
+)
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.loading import load_pipeline
@@ -155,6 +163,14 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
         assert numbers["off_definition"] == 0
     assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
+
+
+def test_the_record_names_the_kernel_that_makes_codes_where_it_is_ours():
+    for row in PRECISIONS.values():
+        for backend in row.backends:
+            ours = row.layout == "rows" or (row.layout == "svdq" and backend.name == "scaled_mm")
+            name = _name_code_kernel(GemmChoice(row.name, backend.name, ""), CPU)
+            assert name.startswith("torch: no CUDA device") if ours else name == ""
 
 
 def in_svdq(model, layout) -> None:
