@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS
+from runner.quantization.added_deltas import LowRankDelta, check_bias_delta, frozen, join_deltas
 from runner.quantization.formats.e2m1 import Format
 from runner.quantization.formats.scales import Method, quantize
 from runner.quantization.kernels.dequantize import dequantize_into
@@ -36,9 +37,7 @@ from runner.quantization.kernels.prepared import Prepared, prepared_for
 from runner.quantization.kernels.rowwise import Rows
 from runner.quantization.kernels.workspace import release_workspace, workspace, workspace_bytes
 
-__all__ = ["FP4Linear", "LowRankDelta", "fp4_linear", "release_workspace", "workspace_bytes"]
-
-LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank], scale): scale * up @ down on the weight
+__all__ = ["FP4Linear", "fp4_linear", "release_workspace", "workspace_bytes"]
 
 
 @torch.library.custom_op("video_lab::fp4_linear", mutates_args=())
@@ -208,9 +207,9 @@ class FP4Linear(KeepsCodes):
         self.lora_rank = 0
         self.out_features, self.in_features = fmt.shape_of(tensors)
         # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
-        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.register_parameter("bias", None if bias is None else frozen(bias))
         for name in sorted(tensors, key=lambda name: not tensors[name].is_floating_point()):
-            self.register_parameter(name, _frozen(tensors[name]))
+            self.register_parameter(name, frozen(tensors[name]))
         for name in ("weight_scale_2", "bias_delta", "lora_down", "lora_up", "lora_scale"):
             if name not in tensors:
                 self.register_parameter(name, None)
@@ -355,25 +354,14 @@ class FP4Linear(KeepsCodes):
             self.lora_down = self.lora_up = self.lora_scale = None
             self.lora_rank = 0
             return
-        for down, up, _ in deltas:
-            rank = down.shape[0]
-            if tuple(down.shape) != (rank, self.in_features) or tuple(up.shape) != (self.out_features, rank):
-                raise ValueError(
-                    f"LoRA factors {tuple(down.shape)} and {tuple(up.shape)} do not fit a weight of "
-                    f"[{self.out_features}, {self.in_features}]"
-                )
-        device = self.weight_packed.device
-        scales = [torch.full((down.shape[0],), float(scale)) for down, _, scale in deltas]
-        self.lora_down = _frozen(torch.cat([down for down, _, _ in deltas], dim=0).to(device))
-        self.lora_up = _frozen(torch.cat([up for _, up, _ in deltas], dim=1).to(device))
-        self.lora_scale = _frozen(torch.cat(scales).to(device))
-        self.lora_rank = sum(down.shape[0] for down, _, _ in deltas)
+        down, up, scale = join_deltas(deltas, self.in_features, self.out_features, self.weight_packed.device)
+        self.lora_down, self.lora_up, self.lora_scale = frozen(down), frozen(up), frozen(scale)
+        self.lora_rank = len(scale)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:
         """Adds `delta` [out] to the bias (a layer without one gains it) from now on; None ends it."""
-        if delta is not None and tuple(delta.shape) != (self.out_features,):
-            raise ValueError(f"a bias delta of {tuple(delta.shape)} does not fit {self.out_features} outputs")
-        self.bias_delta = None if delta is None else _frozen(delta.to(self.weight_packed.device))
+        check_bias_delta(delta, self.out_features)
+        self.bias_delta = None if delta is None else frozen(delta.to(self.weight_packed.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)` is for arithmetic. A scale cast to float16 would overflow, a tensor scale cast to bfloat16 is
@@ -393,7 +381,3 @@ class FP4Linear(KeepsCodes):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.fmt.name}{lora}" + ("" if self.compute == EXACT else f", compute={self.compute}")
         )
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.forecast.precisions import PRECISIONS
+from runner.quantization.added_deltas import LowRankDelta, check_bias_delta, frozen, join_deltas
 from runner.quantization.formats.svdq import torch_table, unpack_vector
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
 from runner.quantization.kernels.low_bit import EXACT, multiply_svdq, sum_of_biases
@@ -25,8 +26,6 @@ from runner.quantization.kernels.svdq_products import ORDERS, write_weight
 from runner.quantization.kernels.workspace import workspace
 
 __all__ = ["SvdqLinear", "svdq_linear"]
-
-LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank], scale): scale * up @ down on the weight
 
 
 @torch.library.custom_op("video_lab::svdq_linear", mutates_args=())
@@ -126,9 +125,9 @@ class SvdqLinear(nn.Module):
         if found != expected:
             raise ValueError(f"{layout.name} [{out_features}, {in_features}]: {found} instead of {expected}")
         # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
-        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.register_parameter("bias", None if bias is None else frozen(bias))
         for name in ("smooth_factor", "proj_down", "proj_up", "qweight", "wscales", "wcscales"):
-            self.register_parameter(name, _frozen(tensors[name]) if name in tensors else None)
+            self.register_parameter(name, frozen(tensors[name]) if name in tensors else None)
         for name in ("bias_delta", "lora_down", "lora_up"):
             self.register_parameter(name, None)
 
@@ -222,24 +221,14 @@ class SvdqLinear(nn.Module):
             self.lora_down = self.lora_up = None
             self.lora_rank = 0
             return
-        for down, up, _ in deltas:
-            rank = down.shape[0]
-            if tuple(down.shape) != (rank, self.in_features) or tuple(up.shape) != (self.out_features, rank):
-                raise ValueError(
-                    f"LoRA factors {tuple(down.shape)} and {tuple(up.shape)} do not fit a weight of "
-                    f"[{self.out_features}, {self.in_features}]"
-                )
-        device = self.qweight.device
-        self.lora_down = _frozen(torch.cat([down for down, _, _ in deltas], dim=0).to(device))
-        scaled = [(up.float() * scale).to(up.dtype) for _, up, scale in deltas]
-        self.lora_up = _frozen(torch.cat(scaled, dim=1).to(device))
-        self.lora_rank = sum(down.shape[0] for down, _, _ in deltas)
+        down, up, scale = join_deltas(deltas, self.in_features, self.out_features, self.qweight.device)
+        self.lora_down, self.lora_up = frozen(down), frozen((up.float() * scale).to(up.dtype))
+        self.lora_rank = len(scale)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:
         """Adds `delta` [out] to the bias (a layer without one gains it) from now on; None ends it."""
-        if delta is not None and tuple(delta.shape) != (self.out_features,):
-            raise ValueError(f"a bias delta of {tuple(delta.shape)} does not fit {self.out_features} outputs")
-        self.bias_delta = None if delta is None else _frozen(delta.to(self.qweight.device))
+        check_bias_delta(delta, self.out_features)
+        self.bias_delta = None if delta is None else frozen(delta.to(self.qweight.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)` is for arithmetic: what the layout fixes goes back to its dtype, on the new device.
@@ -258,7 +247,3 @@ class SvdqLinear(nn.Module):
             f"format={self.layout.name}, rank={self.layout.rank}{lora}"
             + ("" if self.compute == EXACT else f", compute={self.compute}")
         )
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
