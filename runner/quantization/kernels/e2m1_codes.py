@@ -3,8 +3,9 @@
 In:   activations [M, K], the factor that smooths each column. Out: packed codes, and e4m3 scales in cuBLAS's order.
 Never: products, layers.
 
-`quantize_to_e2m1` says which codes and scales. In plain operations it takes about 60 bytes of memory traffic a number,
-by count; on CUDA it is one kernel (`e2m1_codes_triton.py`), 2.56 bytes a number, with the permutation of scales in it.
+`quantize_to_e2m1` says which codes and scales. In plain operations their operands are about 190 bytes a number, counted
+operation by operation; on CUDA it is one kernel (`e2m1_codes_triton.py`), 2.56 bytes a number, which permutes the
+scales, too.
 """
 
 from __future__ import annotations
