@@ -39,8 +39,8 @@ SAY_EVERY_S = 5.0
 # Measured on 1536 x 1536 random layers with rank 32, 256 tokens that calibration did not see: relative error of the
 # output, weights and activations in four bits; one input channel in a hundred 20 times as loud as the others.
 UNCALIBRATED_COST: Final = (
-    "smoothed by the weights alone: what is loud in the activations stays loud. Of random layers with loud channels "
-    "the output is off by .23 (int4) or .12 (nvfp4), with --calibrate by .07 or .06"
+    "smoothing factors come from the weights alone, which leaves loud activations loud. On random layers with loud "
+    "channels the error of the output is .23 (int4) or .12 (nvfp4); with --calibrate it is .07 or .06"
 )
 
 

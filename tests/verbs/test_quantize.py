@@ -166,7 +166,7 @@ def test_svdq_files_without_and_with_calibration(models, demo_media, tmp_path, c
     assert quantize(models, "--format", layout.name, "--rank", "16") == 0
     out, events = capsys.readouterr()
     assert f"{LAYERS - 1} layers in {layout.name}" in out
-    assert "smoothed by the weights alone" in out and "not_calibrated" in events
+    assert "smoothing factors come from the weights alone" in out and "not_calibrated" in events
     held = metadata(file)
     assert held["video_lab.format"] == layout.name
     assert [lora["name"] for lora in json.loads(held["video_lab.loras"])] == ["distill"]
@@ -179,7 +179,7 @@ def test_svdq_files_without_and_with_calibration(models, demo_media, tmp_path, c
     flags = ["--recipe", f"fp4-distill+{layout.name}", "--refits", "1", "--calibrate", str(manifest)]
     assert quantize(models, *flags) == 0
     out, events = capsys.readouterr()
-    assert "smoothed by the weights alone" not in out and "layer_not_calibrated" not in events
+    assert "smoothing factors come from the weights alone" not in out and "layer_not_calibrated" not in events
     held = metadata(file)
     assert json.loads(held["video_lab.calibration"]) == {"jobs": 1, "steps": 2, "rows": 128}
     assert [held[f"video_lab.{key}"] for key in ("rank", "smoothing", "refits")] == ["32", "calibrated", "1"]
