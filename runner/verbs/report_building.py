@@ -385,7 +385,9 @@ def _with_costs(jobs: Sequence[JobReport], own: Mapping[str, ResultRecord], cost
     if cost is None or not worked:
         return list(jobs)
     total = sum(worked.values())
-    return [job.model_copy(update={"cost": cost * worked[job.id] / total}) if job.id in worked else job for job in jobs]
+    return [
+        job.model_copy(update={"cost": cost * (worked[job.id] / total)}) if job.id in worked else job for job in jobs
+    ]
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------

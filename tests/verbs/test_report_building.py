@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runner.records.record import (
@@ -117,6 +117,7 @@ def mark_of(name: str, *, pid: int = 7, begin: float = 3.0, run_id: str = "r") -
     return AttemptMark(job_id=name, attempt=2, run_id=run_id, host="h", process=process, **text)
 
 
+@example(gpu_s=[5e-324], failed=set(), more_work=0.0, seconds=0.0, loading=1.0, price=1.0)
 @given(
     gpu_s=st.lists(st.floats(0, 1e5), max_size=8),
     failed=st.sets(st.integers(0, 7)),
