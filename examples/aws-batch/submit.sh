@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the run night-2026-01-31 to AWS Batch, by the aws command line tool.
+# Submits the run night-2026-01-31 to AWS Batch with the aws command line tool.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export AWS_PAGER=
@@ -8,8 +8,8 @@ batch() {
   aws batch "$@" --region eu-central-1
 }
 
-# definition NAME FILE: the ARN of the job definition, which is registered where it is not yet. The name holds a digest
-# of what is in the file.
+# definition NAME FILE: prints the ARN of the job definition and registers the definition if it is not registered yet.
+# NAME contains a digest of the file's content.
 definition() {
   local arn
   arn=$(batch describe-job-definitions --job-definition-name "$1" --status ACTIVE --no-paginate \
@@ -20,13 +20,13 @@ definition() {
   echo "$arn"
 }
 
-# submit FILE DEFINITION: the id of the job. Sent once: a request that was repeated could submit two jobs.
+# submit FILE DEFINITION: submits the job and prints its id. Sent only once: a repeated request could submit two jobs.
 submit() {
   AWS_MAX_ATTEMPTS=1 batch submit-job --cli-input-json "file://$1" --job-definition "$2" --query jobId --output text
 }
 
 take_back() {
-  echo "the job that writes the report was not submitted: taking back $run" >&2
+  echo "the job that writes the report was not submitted: terminating $run" >&2
   batch terminate-job --job-id "$run" --reason 'the job that writes the report was not submitted'
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the run night-2026-01-31 to GCP Batch, by gcloud.
+# Submits the run night-2026-01-31 to GCP Batch with gcloud.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -8,7 +8,7 @@ batch() {
 }
 
 take_back() {
-  echo "the job that writes the report was not submitted: taking back night-gs-30116de0" >&2
+  echo "the job that writes the report was not submitted: deleting night-gs-30116de0" >&2
   batch delete night-gs-30116de0
 }
 

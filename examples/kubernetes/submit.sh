@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the run night-2026-01-31 to Kubernetes, by kubectl; the manifest is copied by the aws command line tool.
+# Submits the run night-2026-01-31 to Kubernetes with kubectl, and copies the manifest with the aws command line tool.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,7 +11,7 @@ cluster create --dry-run=server -f job.yaml >/dev/null
 aws s3 cp manifest.jsonl s3://your-bucket/out/runs/night-2026-01-31/manifest.jsonl
 if ! accepted=$(cluster create -f job.yaml -o name); then
   if [[ -n $accepted ]]; then
-    echo "one of the two jobs was not accepted: taking the other back" >&2
+    echo "one of the two jobs was not accepted: deleting the other one" >&2
     mapfile -t names <<<"$accepted"
     cluster delete "${names[@]}"
   fi

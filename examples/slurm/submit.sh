@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Submits run night-2026-01-31: the array of run.sbatch, and report.sbatch, which starts when all tasks have ended.
-# The tasks inherit this shell's environment: set the storage's credentials here, before.
+# The tasks inherit this shell's environment: set the credentials for the storage before you run this script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 mkdir -p /shared/out/runs/night-2026-01-31
 cp manifest.jsonl /shared/out/runs/night-2026-01-31/manifest.jsonl
 run=$(sbatch --parsable run.sbatch)
-run=${run%%;*} # ID;CLUSTER where there are several clusters
+run=${run%%;*} # sbatch prints ID;CLUSTER if there are several clusters
 if ! report=$(sbatch --parsable "--dependency=afterany:$run" report.sbatch); then
-  echo "the report was refused; job $run is taken back" >&2
+  echo "the report job was refused; cancelling job $run" >&2
   scancel "$run"
   exit 1
 fi

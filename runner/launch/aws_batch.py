@@ -3,10 +3,11 @@
 In:   a `Submission`, a queue and roles, the AWS environment. Out: job definitions and jobs, by boto3; their files.
 Never: compute environments, queues, launch templates, roles: they exist.
 
-What the launch template of the machines must give, as no job can ask for it: a disk that holds the image, models and
-scratch (the usual one has 30 GiB); HttpPutResponseHopLimit 2, without which no container sees a Spot notice;
-ECS_ENABLE_SPOT_INSTANCE_DRAINING=true in /etc/ecs/ecs.config, without which a task that has drained is started again on
-the machine that is about to go, and uses up its attempts there.
+The launch template of the machines must set three things that a job cannot request:
+- a disk that is large enough for the image, models and scratch (the default one has 30 GiB);
+- HttpPutResponseHopLimit 2: with a lower limit a container cannot read the Spot notice;
+- ECS_ENABLE_SPOT_INSTANCE_DRAINING=true in /etc/ecs/ecs.config: without it, a task that has drained is started again on
+  the machine that is about to be taken back, and uses up its attempts there.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from runner.launch.submission_checks import check_image
 
 __all__ = ["AwsBatch"]
 
-STOP_S = 30.0  # AWS Batch: SIGKILL comes so long after SIGTERM, at a time limit and at TerminateJob; it cannot be set
-END_S = 10.0  # of these, for encoding and publishing after the running segment; assumed
+STOP_S = 30.0  # AWS Batch: from SIGTERM to SIGKILL, at a time limit and at TerminateJob; it cannot be set
+END_S = 10.0  # part of STOP_S for encoding and publishing after the running segment; assumed
 REPORT_SUFFIX = "-report"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # of a job
 _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}|arn:aws[a-z-]*:batch:[a-z0-9-]+:\d{12}:job-queue/[A-Za-z0-9_-]+")
@@ -51,23 +52,24 @@ _DEFINITION_BYTES, _REQUEST_BYTES = 24 * 1024, 30 * 1024  # AWS Batch's quotas, 
 
 @dataclass(frozen=True)
 class AwsBatch(Platform):
-    """A job queue, and what its jobs may do."""
+    """A job queue, and the roles and settings of its jobs."""
 
     queue: str  # name or ARN
-    report_queue: str | None = None  # a queue of machines without GPUs is cheaper: the job waits; None: the same queue
-    job_role: str | None = None  # ARN: reads manifest, inputs and models, writes OUT; None: that of the machine
-    execution_role: str | None = None  # ARN; None: that of the machine
-    region: str | None = None  # None: the environment's or the profile's
-    log_group: str | None = None  # of CloudWatch Logs, which exists; None: /aws/batch/job
-    share_identifier: str | None = None  # where the queue has a scheduling policy
-    # A folder of the machine for /cache, which all its tasks share, one after the other and at once: models are fetched
-    # once a machine. The launch template makes it (`install -d -m 1777 FOLDER`): the container's user is 10001.
-    cache_folder: str | None = None  # None: a volume of each task's own
+    # The report job mostly waits, so a queue of machines without GPUs is cheaper. None: the same queue.
+    report_queue: str | None = None
+    job_role: str | None = None  # ARN: reads manifest, inputs and models, writes OUT; None: the machine's role
+    execution_role: str | None = None  # ARN; None: the machine's role
+    region: str | None = None  # None: the region of the environment or the profile
+    log_group: str | None = None  # an existing log group of CloudWatch Logs; None: /aws/batch/job
+    share_identifier: str | None = None  # required if the queue has a scheduling policy
+    # A folder of the machine for /cache, shared by all its tasks, so that models are fetched once per machine.
+    # The launch template creates it (`install -d -m 1777 FOLDER`), because the container's user is 10001.
+    cache_folder: str | None = None  # None: each task has its own volume
 
     name: ClassVar[str] = "aws-batch"
 
     def check(self, submission: Submission) -> None:
-        """Raise ConfigInvalid for what AWS Batch would refuse, or read in another way; sends nothing."""
+        """Raise ConfigInvalid for values that AWS Batch would refuse or interpret differently. Sends nothing."""
         check_image(submission.image)
         self._check_settings()
         longest = 128 - len(REPORT_SUFFIX)
@@ -85,47 +87,49 @@ class AwsBatch(Platform):
         _in_range("--time-limit", submission.time_limit_s, 60, None, "AWS Batch's shortest time limit is 60 s")
         if submission.drain_s > STOP_S - END_S:
             raise ConfigInvalid(
-                f"{submission.drain_s:g} s do not fit: AWS Batch kills a container {STOP_S:g} s after SIGTERM, and "
-                f"encoding and publishing need some {END_S:g} s of them",
+                f"{submission.drain_s:g} s are too long: AWS Batch kills a container {STOP_S:g} s after SIGTERM, and "
+                f"encoding and publishing need about {END_S:g} s of them",
                 where="--drain-s",
-                todo=f"Give {STOP_S - END_S:g} or less; with a Spot notice the running job has its two minutes anyway",
+                todo=f"Give {STOP_S - END_S:g} or less; after a Spot notice the running job still has two minutes",
             )
         if reserved := [key for key in submission.environment if key.startswith("AWS_BATCH")]:
             raise ConfigInvalid(
-                f"{reserved[0]}: AWS Batch sets variables of that beginning itself", where="--env", todo="Leave it out"
+                f"{reserved[0]}: AWS Batch sets the variables that begin with AWS_BATCH",
+                where="--env",
+                todo="Leave it out",
             )
         self._check_files(submission)
 
     def _check_settings(self) -> None:
         for flag, queue in (("--queue", self.queue), ("--report-queue", self.report_queue)):
             if queue is not None and not _QUEUE.fullmatch(queue):
-                raise ConfigInvalid(f"{queue!r} is no job queue", where=flag, todo="Write its name or its ARN")
+                raise ConfigInvalid(f"{queue!r} is not a job queue", where=flag, todo="Write its name or its ARN")
         for flag, role in (("--job-role", self.job_role), ("--execution-role", self.execution_role)):
             if role is not None and not _ROLE.fullmatch(role):
                 todo = "Write arn:aws:iam::ACCOUNT:role/NAME"
-                raise ConfigInvalid(f"{role!r} is no ARN of a role", where=flag, todo=todo)
+                raise ConfigInvalid(f"{role!r} is not the ARN of a role", where=flag, todo=todo)
         if self.cache_folder is not None and not self.cache_folder.startswith("/"):
-            todo = "Write its whole path, e.g. /mnt/video-lab"
-            raise ConfigInvalid(f"{self.cache_folder!r} is no folder of a machine", where="--cache-folder", todo=todo)
+            todo = "Write its full path, e.g. /mnt/video-lab"
+            raise ConfigInvalid(f"{self.cache_folder!r} is not a full path", where="--cache-folder", todo=todo)
 
     def _check_files(self, submission: Submission) -> None:
-        """Sizes of the requests, and words that AWS Batch would refuse or replace."""
+        """Check the sizes of the requests, and the arguments that AWS Batch would refuse or replace."""
         for request in (run_request(submission, "", self.queue), report_request(submission, "", self.queue)):
             for word in request["containerOverrides"]["command"]:
                 if not word or "Ref::" in word:  # AWS Batch: Ref::name stands for a parameter of the job
-                    problem = "an empty word" if not word else f"{word!r}, in which AWS Batch replaces Ref::…"
+                    problem = "an empty argument" if not word else f"{word!r}, in which AWS Batch replaces Ref::…"
                     raise ConfigInvalid(
-                        f"the container's command has {problem}", where="AWS Batch", todo="Change that place or flag"
+                        f"the container's command has {problem}", where="AWS Batch", todo="Change that path or flag"
                     )
             if len(json.dumps(request).encode()) + 512 > _REQUEST_BYTES:  # 512: for the ARN of its definition
                 raise ConfigInvalid(
-                    "the job is larger than the 30 KiB that AWS Batch takes",
+                    "the job is larger than the 30 KiB that AWS Batch accepts",
                     where="AWS Batch",
                     todo="Shorten the environment or the flags of run",
                 )
         if len(json.dumps(run_definition(submission, self._tasks)).encode()) > _DEFINITION_BYTES:
             raise ConfigInvalid(
-                "the job definition is larger than the 24 KiB that AWS Batch takes",
+                "the job definition is larger than the 24 KiB that AWS Batch accepts",
                 where="AWS Batch",
                 todo="Shorten the names",
             )
@@ -135,7 +139,7 @@ class AwsBatch(Platform):
         return TaskSettings(self.job_role, self.execution_role, self.log_group, self.cache_folder)
 
     def render(self, submission: Submission) -> Mapping[str, str]:
-        """The definitions and requests as JSON, and `submit.sh`."""
+        """Return the definitions and requests as JSON, and `submit.sh`."""
         run, report = run_definition(submission, self._tasks), report_definition(submission, self._tasks)
         run_name, report_name = run["jobDefinitionName"], report["jobDefinitionName"]
         share = self.share_identifier
@@ -150,15 +154,15 @@ class AwsBatch(Platform):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def ask(self, submission: Submission) -> None:
-        """Ask for the queues; changes nothing.
+        """Check that the queues exist and would run the jobs. Changes nothing.
 
-        Whether this user may register definitions and submit jobs cannot be asked: AWS Batch has no dry run. Raises
-        ConfigInvalid for a queue that is not there or would not run the jobs, ClusterDenied, ClusterUnavailable.
+        AWS Batch has no dry run, so that the rights to register definitions and to submit jobs are not checked. Raises
+        ConfigInvalid for a queue that does not exist or would not run the jobs, ClusterDenied, ClusterUnavailable.
         """
         with _requests():
             client, _ = self._clients()
-            wanted = sorted({self.queue, self.report_queue or self.queue})
-            found = client.describe_job_queues(jobQueues=wanted)["jobQueues"]
+            names = sorted({self.queue, self.report_queue or self.queue})
+            found = client.describe_job_queues(jobQueues=names)["jobQueues"]
         queues = {name: queue for queue in found for name in (queue["jobQueueName"], queue["jobQueueArn"])}
         for flag, name in (("--queue", self.queue), ("--report-queue", self.report_queue)):
             if name is not None:
@@ -169,7 +173,7 @@ class AwsBatch(Platform):
             raise ConfigInvalid(
                 f"{self.queue} has no compute environment of Spot machines",
                 where="--spot",
-                todo="Name a queue that has one, or leave --spot out: on AWS Batch the queue decides",
+                todo="Name a queue that has one, or leave --spot out: on AWS Batch the queue selects the machines",
             )
 
     def _check_queue(self, flag: str, queue: Mapping[str, Any]) -> None:
@@ -177,14 +181,14 @@ class AwsBatch(Platform):
         if queue["state"] != "ENABLED" or status not in ("VALID", "UPDATING", None):
             reason = f": {queue['statusReason']}" if queue.get("statusReason") else ""
             raise ConfigInvalid(
-                f"the queue {name} takes no jobs: it is {queue['state']} and {status}{reason}",
+                f"the queue {name} accepts no jobs: it is {queue['state']} and {status}{reason}",
                 where=flag,
-                todo="Enable or mend it, or name another one",
+                todo="Enable or repair it, or name another one",
             )
         kind = queue.get("jobQueueType", "ECS")
         if kind != "ECS":
             raise ConfigInvalid(
-                f"the queue {name} is of the type {kind}, and the jobs are containers on EC2 machines",
+                f"the queue {name} is of the type {kind}, but the jobs are containers on EC2 machines",
                 where=flag,
                 todo="Name a queue whose compute environment is of the type EC2 or SPOT",
             )
@@ -206,41 +210,43 @@ class AwsBatch(Platform):
         return ConfigInvalid(f"no queue {name} in {region}{there}", where=flag, todo="Check the name and the region")
 
     def _has_spot(self, client: Any, queue: Mapping[str, Any]) -> bool:
-        """Has it a compute environment of Spot machines? True where this user may not look."""
+        """Return whether the queue has a compute environment of Spot machines; True if this user may not list them."""
         names = [entry["computeEnvironment"] for entry in queue["computeEnvironmentOrder"]]
         try:
             with _requests():
                 found = client.describe_compute_environments(computeEnvironments=names)["computeEnvironments"]
         except ClusterDenied:
             return True
-        # A compute environment that its owner manages, type UNMANAGED, has any machines.
+        # A compute environment of type UNMANAGED is managed by its owner and can have any machines.
         return any(entry.get("computeResources", {}).get("type", "SPOT") == "SPOT" for entry in found)
 
     def submit(self, submission: Submission, files: Mapping[str, str]) -> tuple[SubmittedJob, ...]:
-        """Register what is not registered yet, then submit the array and the job that writes the report, or neither."""
+        """Register missing definitions, then submit the array and the job that writes the report, or neither."""
         arguments = {name: json.loads(files[name]) for name in (RUN_DEFINITION, REPORT_DEFINITION, RUN, REPORT)}
         with _requests():
-            client, once = self._clients()
+            client, client_without_retries = self._clients()
             run_arn = _ensure_definition(client, arguments[RUN_DEFINITION])
             report_arn = _ensure_definition(client, arguments[REPORT_DEFINITION])
-        run = _submit_job(once, arguments[RUN], run_arn)
+        run = _submit_job(client_without_retries, arguments[RUN], run_arn)
         try:
-            report = _submit_job(once, arguments[REPORT], report_arn)
+            report = _submit_job(client_without_retries, arguments[REPORT], report_arn)
         except BaseException as error:
             _take_back(client, run, error)
             raise
         return SubmittedJob("run", run), SubmittedJob("report", report)
 
     def _clients(self) -> tuple[Any, Any]:
-        """Two clients of AWS Batch: one that repeats what fails, and one that does not, for SubmitJob: repeated after
-        a lost answer it would submit two jobs."""
+        """Return two clients of AWS Batch: one that retries, and one that does not, for SubmitJob.
+
+        A SubmitJob that is retried after a lost answer would submit two jobs.
+        """
         import boto3
         from botocore.config import Config
 
         from runner import __version__
 
         config = Config(
-            retries={"mode": "standard"},  # the number of attempts stays AWS_MAX_ATTEMPTS's
+            retries={"mode": "standard"},  # AWS_MAX_ATTEMPTS still sets the number of attempts
             connect_timeout=10,
             read_timeout=60,
             user_agent_extra=f"video-lab-runner/{__version__}",
@@ -251,7 +257,7 @@ class AwsBatch(Platform):
         return first, second
 
     def watch(self, submission: Submission, jobs: tuple[SubmittedJob, ...]) -> tuple[str, ...]:
-        """Command lines to paste: how to watch, how to read logs (`aws` of version 2), how to stop the run."""
+        """Return command lines that watch the run, read its logs (`aws` version 2) and stop it."""
         region = ["--region", self.region] if self.region else []
         ids = [job.id for job in jobs]
         query = "jobs[].[jobName,status,arrayProperties.statusSummary]"
@@ -272,7 +278,7 @@ _WHERE = "AWS Batch"
 
 @contextmanager
 def _requests() -> Iterator[None]:
-    """Raise botocore's errors as ours."""
+    """Raise botocore's errors as RunnerErrors."""
     from runner.launch.aws_errors import aws_errors
 
     with aws_errors(_WHERE):
@@ -286,7 +292,7 @@ def _in_range(flag: str, value: int, least: int, most: int | None, why: str) -> 
 
 
 def _ensure_definition(client: Any, definition: Mapping[str, Any]) -> str:
-    """The ARN of a registered definition with this content, registered now where there is none."""
+    """Return the ARN of a registered definition with this content. Register it if there is none."""
     name = definition["jobDefinitionName"]
     registered: list[dict[str, Any]] = []
     for page in client.get_paginator("describe_job_definitions").paginate(jobDefinitionName=name, status="ACTIVE"):
@@ -303,22 +309,22 @@ def _submit_job(client: Any, request: Mapping[str, Any], definition: str) -> str
         with _requests():
             return str(client.submit_job(**{**request, "jobDefinition": definition})["jobId"])
     except ClusterUnavailable as error:
-        # Without an answer it is unknown whether the job was accepted, and SubmitJob has no token to repeat it by.
+        # Without an answer it is unknown whether the job was accepted, and SubmitJob has no token for a safe retry.
         filters = f"name=JOB_NAME,values={request['jobName']}"
         look = shlex.join(["aws", "batch", "list-jobs", "--job-queue", request["jobQueue"], "--filters", filters])
         raise ClusterUnavailable(
-            error.what, where=error.where, todo=f"It may have been accepted all the same: look by `{look}`, then retry"
+            error.what, where=error.where, todo=f"The job may have been accepted: check with `{look}`, then retry"
         ) from error
 
 
 def _take_back(client: Any, job: str, error: BaseException) -> None:
-    """Terminate the job; where that fails too, say so in a note, or in the error's own words."""
+    """Terminate the job. If that fails too, add it to the error's message, or as a note to an error of another type."""
     try:
         with _requests():
             client.terminate_job(jobId=job, reason="the job that writes the report was not submitted")
     except RunnerError as failed:
         line = shlex.join(["aws", "batch", "terminate-job", "--job-id", job, "--reason", "no report job"])
-        text = f"the array job {job} could not be taken back ({failed.what}): run `{line}`"
+        text = f"the array job {job} could not be terminated ({failed.what}): run `{line}`"
         if isinstance(error, RunnerError):
             kind = type(error)
             raise kind(f"{error.what}; and {text}", where=error.where, todo=error.todo) from error

@@ -1,7 +1,9 @@
 """AWS Batch files: a submission as arguments of RegisterJobDefinition and SubmitJob, and the script that sends them.
 
 In:   a `Submission` and the settings of the queue. Out: objects that become JSON, and the text of `submit.sh`.
-Never: requests. Two submissions of one image with the same sizes have the same job definitions.
+Never: requests.
+
+Two submissions of one image with the same sizes have the same job definitions.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ RUN_DEFINITION, RUN = "job-definition.json", "run.json"
 REPORT_DEFINITION, REPORT = "report-definition.json", "report.json"
 
 CACHE = "cache"  # the volume's name
-REPORT_CPUS, REPORT_MIB = 1, 3072  # beside ECS's agent on the smallest usual machines, of 2 vCPU and 4 GiB
-REPORT_WRITES_S = 900  # for the report itself, after its wait; assumed
+REPORT_CPUS, REPORT_MIB = 1, 3072  # leaves room for ECS's agent on the smallest usual machines (2 vCPU, 4 GiB)
+REPORT_WRITES_S = 900  # for writing the report after the wait; assumed
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,21 @@ class TaskSettings:
 
     job_role: str | None = None  # ARN: what the runner in the container may do, e.g. read and write the bucket
     execution_role: str | None = None  # ARN: what ECS's agent may do for the container, e.g. write to a log group
-    log_group: str | None = None  # of CloudWatch Logs, which exists; None: /aws/batch/job
-    cache_folder: str | None = None  # of the instance; None: a volume of the task's own
+    log_group: str | None = None  # an existing log group of CloudWatch Logs; None: /aws/batch/job
+    cache_folder: str | None = None  # a folder of the instance; None: each task has its own volume
 
 
 TASK_SETTINGS = TaskSettings()
 
 
 def run_definition(submission: Submission, settings: TaskSettings = TASK_SETTINGS) -> dict[str, Any]:
-    """Arguments of RegisterJobDefinition for the tasks of the array."""
+    """Return the arguments of RegisterJobDefinition for the tasks of the array."""
     needs = {"VCPU": submission.cpus, "MEMORY": submission.memory_gib * 1024, "GPU": submission.gpus_per_task}
     return _definition("run", submission, settings, needs, submission.time_limit_s)
 
 
 def report_definition(submission: Submission, settings: TaskSettings = TASK_SETTINGS) -> dict[str, Any]:
-    """Arguments of RegisterJobDefinition for the job that closes the run."""
+    """Return the arguments of RegisterJobDefinition for the job that writes the report."""
     needs = {"VCPU": REPORT_CPUS, "MEMORY": REPORT_MIB}
     return _definition("report", submission, settings, needs, _wait_s(submission) + REPORT_WRITES_S)
 
@@ -67,9 +69,10 @@ def report_definition(submission: Submission, settings: TaskSettings = TASK_SETT
 def run_request(
     submission: Submission, definition: str, queue: str, share_identifier: str | None = None
 ) -> dict[str, Any]:
-    """Arguments of SubmitJob for the array, a plain job where the run has one task. `definition`: its name or ARN."""
-    # The queue's compute environment decides whether machines are Spot ones, so the notice is always asked for: on
-    # others the service answers 404. A container reaches it where the launch template has HttpPutResponseHopLimit 2.
+    """Return the arguments of SubmitJob for the array; for one task, of a plain job. `definition`: its name or ARN."""
+    # The queue's compute environment decides whether machines are Spot machines, so the task always polls for the
+    # notice; on other machines the service answers 404. A container reaches the service only if the launch template
+    # has HttpPutResponseHopLimit 2.
     words = run_words(submission, spot="aws")
     request = _request(submission, submission.name, definition, queue, words, share_identifier)
     if submission.shards > 1:  # AWS Batch: an array has 2 to 10,000 jobs
@@ -80,9 +83,10 @@ def run_request(
 def report_request(
     submission: Submission, definition: str, queue: str, share_identifier: str | None = None
 ) -> dict[str, Any]:
-    """Arguments of SubmitJob for the job that closes the run.
+    """Return the arguments of SubmitJob for the job that writes the report.
 
-    It waits by itself: a job that depends on another one fails with it, and a report is wanted then all the more.
+    `report --wait` waits for the run. A job dependency is not used: a dependent job fails together with the run, and a
+    failed run needs its report most.
     """
     words = report_words(submission, wait_s=_wait_s(submission))
     return _request(submission, f"{submission.name}-report", definition, queue, words, share_identifier)
@@ -120,19 +124,22 @@ def _definition(
 
 
 def _cache_volume(settings: TaskSettings) -> dict[str, Any]:
-    """Where /cache lies. Its size is that of the disk which the launch template gives the instance: a job definition
-    cannot ask for disk on EC2.
+    """Return the volume for /cache.
 
-    Without a folder Docker makes a volume for the task, which takes owner and mode of /cache from the image (there
-    it is anyone's, mode 1777), so that the image's user may write. A folder of the instance is made by Docker as root's
-    with mode 755, where it does not exist: the launch template must make it.
+    Its size is that of the instance's disk, which the launch template sets: a job definition cannot request disk on
+    EC2. Without `cache_folder` Docker creates a volume for the task. That volume takes owner and mode of /cache from
+    the image (mode 1777), so that the image's user may write. If `cache_folder` does not exist, Docker creates it for
+    root with mode 755, and the image's user cannot write: the launch template must create it.
     """
     host = {} if settings.cache_folder is None else {"sourcePath": settings.cache_folder}
     return {"name": CACHE, "host": host}
 
 
 def _retry_rules() -> list[dict[str, str]]:
-    """AWS Batch: at most 5 rules, the first one that fits counts, and what fits none is retried."""
+    """Return the retry rules.
+
+    AWS Batch takes at most 5 rules. The first rule that matches counts; a failure that matches none is retried.
+    """
     return [
         {"onStatusReason": "Host EC2*", "action": "RETRY"},  # the machine was taken back or failed
         {"onReason": "CannotPullContainer*", "action": "EXIT"},  # ECS's agent has tried five times by then
@@ -160,17 +167,17 @@ def _request(
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The text of a file."""
+    """Return the value as the JSON text of a file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def same_definition(wanted: Mapping[str, Any], registered: Mapping[str, Any]) -> bool:
-    """Would a job of `registered`, as DescribeJobDefinitions gives it, run as one of `wanted`?
+def same_definition(definition: Mapping[str, Any], registered: Mapping[str, Any]) -> bool:
+    """Return whether `registered`, as DescribeJobDefinitions returns it, has the same effect as `definition`.
 
-    What the service adds to a definition is empty, as `"ulimits": []`. It writes actions of retry rules in small
-    letters.
+    The service adds only empty values to a definition, such as `"ulimits": []`, and writes the actions of retry rules
+    in lower case.
     """
-    return all(_same(value, registered.get(key)) for key, value in wanted.items())
+    return all(_same(value, registered.get(key)) for key, value in definition.items())
 
 
 def _same(wanted: Any, registered: Any) -> bool:
@@ -187,7 +194,7 @@ def _same(wanted: Any, registered: Any) -> bool:
 
 
 def submit_script(submission: Submission, run_name: str, report_name: str, region: str | None) -> str:
-    """`submit.sh`: copies the manifest, registers what is not registered, submits both jobs or none."""
+    """Return `submit.sh`, which copies the manifest, registers missing definitions and submits both jobs or none."""
     flag = f" --region {shlex.quote(region)}" if region else ""
     return _SCRIPT.format(
         run_id=submission.run_id,
@@ -204,7 +211,7 @@ def submit_script(submission: Submission, run_name: str, report_name: str, regio
 
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Submits the run {run_id} to AWS Batch, by the aws command line tool.
+# Submits the run {run_id} to AWS Batch with the aws command line tool.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 export AWS_PAGER=
@@ -213,8 +220,8 @@ batch() {{
   aws batch "$@"{region}
 }}
 
-# definition NAME FILE: the ARN of the job definition, which is registered where it is not yet. The name holds a digest
-# of what is in the file.
+# definition NAME FILE: prints the ARN of the job definition and registers the definition if it is not registered yet.
+# NAME contains a digest of the file's content.
 definition() {{
   local arn
   arn=$(batch describe-job-definitions --job-definition-name "$1" --status ACTIVE --no-paginate \\
@@ -225,13 +232,13 @@ definition() {{
   echo "$arn"
 }}
 
-# submit FILE DEFINITION: the id of the job. Sent once: a request that was repeated could submit two jobs.
+# submit FILE DEFINITION: submits the job and prints its id. Sent only once: a repeated request could submit two jobs.
 submit() {{
   AWS_MAX_ATTEMPTS=1 batch submit-job --cli-input-json "file://$1" --job-definition "$2" --query jobId --output text
 }}
 
 take_back() {{
-  echo "the job that writes the report was not submitted: taking back $run" >&2
+  echo "the job that writes the report was not submitted: terminating $run" >&2
   batch terminate-job --job-id "$run" --reason 'the job that writes the report was not submitted'
 }}
 

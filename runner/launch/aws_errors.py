@@ -1,6 +1,6 @@
-"""AWS errors: what botocore raises when a service other than S3 is asked, under the codes of clusters.
+"""AWS errors: maps errors of botocore, of services other than S3, to the error codes of clusters.
 
-In:   an exception. Out: the RunnerError that it amounts to. Never: requests, retries; S3, see s3_errors.py.
+In:   an exception. Out: the RunnerError that it is mapped to. Never: requests, retries; S3, see s3_errors.py.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _CREDENTIALS = "Give credentials in one of the usual ways: AWS_PROFILE, the AWS_
 
 @contextmanager
 def aws_errors(where: str) -> Iterator[None]:
-    """Raise what botocore raises inside as ClusterDenied, ClusterUnavailable or ConfigInvalid."""
+    """Raise botocore's errors as ClusterDenied, ClusterUnavailable or ConfigInvalid."""
     try:
         yield
     except (BotoCoreError, ClientError, OSError) as error:
         raise aws_error(error, where) from error
-    except ValueError as error:  # botocore of an endpoint that is no URL
+    except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise ConfigInvalid(str(error), where=where, todo="Check AWS_ENDPOINT_URL and the region") from error
 
 
 def aws_error(error: Exception, where: str) -> RunnerError:
-    """`error`, of botocore or the network, as one of ours."""
+    """Return the RunnerError for `error`, which botocore or the network raised."""
     if isinstance(error, ClientError):
         return _answer(error, where)
     names = {kind.__name__ for kind in type(error).__mro__}

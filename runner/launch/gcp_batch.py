@@ -1,9 +1,10 @@
-"""GCP Batch: a run as a job with a task a shard, and a second job that waits for it and writes its report.
+"""GCP Batch: a run as a job with one task per shard, and a second job that waits for it and writes its report.
 
-In:   a `Submission`. Out: `run.json`, `report.json`, `submit.sh`, and two jobs, submitted by gcloud.
+In:   a `Submission`. Out: `run.json`, `report.json`, `submit.sh`, and two jobs, submitted with gcloud.
 Never: credentials: tasks have those of their service account.
 
-The jobs mount buckets as folders. There, leases cannot exclude another runner: what needs them is refused.
+The jobs mount buckets as folders. Leases do not exclude other runners on a mounted bucket, so options that need leases
+are refused.
 """
 
 from __future__ import annotations
@@ -42,24 +43,26 @@ __all__ = ["GcpBatch"]
 ASK_S = 120.0  # for one call of gcloud, which takes seconds to start; assumed
 COPY_S = 600.0  # for the manifest; assumed
 MOST_SHARDS = 100_000  # GCP Batch: tasks per task group
-MOST_ATTEMPTS = 10  # ours, as on AWS Batch; GCP Batch takes one more
+MOST_ATTEMPTS = 10  # the same limit as on AWS Batch; GCP Batch allows one more
 BUCKET = "gs://"
-_NO_OBJECT = ("matched no objects or files", "not found: 404")  # gcloud storage cat, of an object that is not there
+_NO_OBJECT = ("matched no objects or files", "not found: 404")  # gcloud storage cat, for an object that does not exist
 _PLACE = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?P<key>(?:/[^/\0\r\n]+)*)/?")
 
 
 @dataclass(frozen=True)
 class GcpBatch(Platform):
-    """Settings of the jobs. Raises ConfigInvalid for names that Google Cloud does not allow, and for machines that do
-    not have one GPU of one model."""
+    """Settings of the jobs.
+
+    Raises ConfigInvalid for names that Google Cloud does not allow, and for machines without exactly one GPU.
+    """
 
     name: ClassVar[str] = "gcp-batch"
 
     location: str  # a region, e.g. us-central1
     machine_type: str | None = None  # e.g. g2-standard-16
     gpu_type: str | None = None  # e.g. nvidia-tesla-t4, attached to the machine
-    project: str | None = None  # None: gcloud's own
-    service_account: str | None = None  # its e-mail address; None: Compute Engine's default one
+    project: str | None = None  # None: gcloud's current project
+    service_account: str | None = None  # its e-mail address; None: Compute Engine's default account
 
     def __post_init__(self) -> None:
         for flag, value, form, example in (
@@ -70,24 +73,24 @@ class GcpBatch(Platform):
             ("--service-account", self.service_account, r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", "name@project.iam.…"),
         ):
             if value is not None and not re.fullmatch(form, value, re.ASCII):
-                raise ConfigInvalid(f"{value!r} is none that Google Cloud allows", where=flag, todo=f"E.g. {example}")
+                raise ConfigInvalid(f"Google Cloud does not allow {value!r}", where=flag, todo=f"E.g. {example}")
         self._machine()
 
     def _machine(self) -> Machine:
         return choose_machine(self.machine_type, self.gpu_type)
 
     def place(self, uri: str) -> str:
-        """gs://bucket/key as the path below which the jobs mount the bucket."""
+        """Return the path of gs://bucket/key in a job, which mounts the bucket as a folder."""
         return f"{MOUNTS}/{uri.removeprefix(BUCKET).rstrip('/')}" if uri.startswith(BUCKET) else uri
 
     def problem_of_place(self, uri: str) -> str | None:
         if not uri.startswith(BUCKET):
             if "://" in uri and not uri.lower().startswith("file:"):
-                return "lies in another store than Google Cloud Storage; the jobs mount gs:// buckets"
-            return "lies on this machine; the tasks run elsewhere, and mount gs:// buckets"
+                return "is not in Google Cloud Storage; the jobs can only mount gs:// buckets"
+            return "is on this machine; the tasks run on other machines and mount gs:// buckets"
         found = _PLACE.fullmatch(uri)
         if found is None or {".", ".."} & set(found["key"].split("/")):
-            return "is no place in a bucket that can be mounted; write gs://bucket/folder/file"
+            return "is not a path in a bucket that can be mounted; write gs://bucket/folder/file"
         return None
 
     def check(self, submission: Submission) -> None:
@@ -99,25 +102,25 @@ class GcpBatch(Platform):
             ("--time-limit", submission.time_limit_s, LONGEST_RUN_S),
         ):
             if not 1 <= value <= most:
-                raise ConfigInvalid(f"{value} is not from 1 to {most}", where=flag, todo="Give a number within")
+                raise ConfigInvalid(f"{value} is not from 1 to {most}", where=flag, todo="Give a number in this range")
         if submission.gpus_per_task > 1 or submission.share == "any":
-            asked = "--gpus-per-task" if submission.gpus_per_task > 1 else "--share any"
+            flag = "--gpus-per-task" if submission.gpus_per_task > 1 else "--share any"
             raise ConfigInvalid(
-                "jobs would be shared by leases, which do not exclude another runner on a mounted bucket: two could "
-                "render the same job",
-                where=asked,
-                todo="Give a task one GPU and share the jobs by index; more tasks use more GPUs",
+                "it shares the jobs by leases, which do not work on a mounted bucket: two tasks could render the same "
+                "job",
+                where=flag,
+                todo="Give each task one GPU and share the jobs by index; for more GPUs use more tasks",
             )
         machine = self._machine()
-        for what, asked_for, there in (
+        for what, needed, there in (
             ("CPUs", submission.cpus, machine.cpus),
             ("GiB of memory", submission.memory_gib, machine.memory_gib),
         ):
-            if there is not None and asked_for > there:
+            if there is not None and needed > there:
                 raise ConfigInvalid(
-                    f"{machine.type} has {there} {what}, and a task asks for {asked_for}",
+                    f"{machine.type} has {there} {what}, and a task requests {needed}",
                     where="--machine-type",
-                    todo="Choose a larger machine, or ask for less",
+                    todo="Choose a larger machine, or request less",
                 )
 
     def render(self, submission: Submission) -> Mapping[str, str]:
@@ -129,12 +132,12 @@ class GcpBatch(Platform):
     def ask(self, submission: Submission) -> None:
         run_tool(self._batch("list", "--limit", "1", "--format", "value(name)"), timeout_s=ASK_S)
         for bucket in buckets_of(submission):
-            with suppress(ClusterDenied):  # who may not see a bucket may still submit
+            with suppress(ClusterDenied):  # a user without the right to list a bucket may still submit
                 words = ["gcloud", "storage", "buckets", "describe", f"{BUCKET}{bucket}", "--format", "value(name)"]
                 run_tool([*words, "--quiet"], timeout_s=ASK_S)
 
     def kept_manifest(self, out: str, key: str) -> bytes | None:
-        """As of Platform, by gcloud; raises ClusterDenied and ClusterUnavailable too."""
+        """See Platform. Uses gcloud; raises ClusterDenied and ClusterUnavailable too."""
         try:
             read = run_tool(["gcloud", "storage", "cat", f"{out.rstrip('/')}/{key}", "--quiet"], timeout_s=COPY_S)
         except ConfigInvalid as error:
@@ -144,7 +147,7 @@ class GcpBatch(Platform):
         return read.encode()
 
     def keep_manifest(self, out: str, key: str, data: bytes) -> None:
-        """As of Platform, by gcloud; raises ClusterDenied and ClusterUnavailable too."""
+        """See Platform. Uses gcloud; raises ClusterDenied and ClusterUnavailable too."""
         words = ["gcloud", "storage", "cp", "-", f"{out.rstrip('/')}/{key}", "--quiet"]
         run_tool(words, stdin=data, timeout_s=COPY_S)
 
@@ -168,7 +171,7 @@ class GcpBatch(Platform):
 
     def _flags(self) -> list[str]:
         project = [] if self.project is None else ["--project", self.project]
-        return ["--location", self.location, *project, "--quiet"]  # quiet: asks nothing back
+        return ["--location", self.location, *project, "--quiet"]  # --quiet: gcloud does not wait for an answer
 
     def _batch(self, *words: str) -> list[str]:
         return ["gcloud", "batch", "jobs", *words, *self._flags()]
@@ -191,7 +194,7 @@ class GcpBatch(Platform):
 
 
 def _uri(path: str) -> str:
-    """The place in a bucket that a task sees as `path`."""
+    """Return the gs:// URI of a task's `path`."""
     return f"{BUCKET}{path.removeprefix(f'{MOUNTS}/')}"
 
 

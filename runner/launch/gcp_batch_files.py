@@ -1,6 +1,6 @@
 """GCP Batch files: a submission as two jobs of the Batch API, and the script that submits them.
 
-In:   a `Submission` whose places lie below mounted buckets, the machine. Out: objects that become JSON; `submit.sh`.
+In:   a `Submission` whose paths are in mounted buckets, the machine. Out: objects that become JSON; `submit.sh`.
 Never: requests; credentials: tasks have those of their service account.
 """
 
@@ -19,22 +19,22 @@ __all__ = ["LONGEST_RUN_S", "MOUNTS", "REPORT", "RUN", "buckets_of", "report_job
 
 RUN, REPORT = "run.json", "report.json"
 MOUNTS = "/mnt/disks/gcs"  # a bucket is mounted below it under its own name
-USER = 10001  # of the image
+USER = 10001  # user of the image
 MOST_PARALLEL = 5000  # GCP Batch: parallel tasks per job
 LONGEST_RUN_S = 14 * 24 * 3600  # GCP Batch: run time before automatic failure
-RESERVE_S = 90  # after the drain, for publishing; assumed
-IMAGE_GIB = 50  # of the boot disk, for the system and the unpacked image; assumed
-REPORT_MACHINE, REPORT_CPUS, REPORT_GIB = "e2-standard-2", 2, 3  # of its 8 GiB; assumed
+RESERVE_S = 90  # for publishing after the drain; assumed
+IMAGE_GIB = 50  # part of the boot disk for the system and the unpacked image; assumed
+REPORT_MACHINE, REPORT_CPUS, REPORT_GIB = "e2-standard-2", 2, 3  # the machine has 8 GiB; assumed
 REPORT_DISK_GIB = 10
-REPORT_WRITES_S = 900  # for the report itself, after its wait; assumed
-# Where GCP Batch puts the driver's libraries. The image has no other entry of that variable.
+REPORT_WRITES_S = 900  # for writing the report after the wait; assumed
+# GCP Batch puts the driver's libraries here. The image does not set this variable itself.
 DRIVER = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
-# The image's own. On machines with a GPU, GCP Batch has been seen to leave the image's out.
+# The image's entry point, repeated here: on machines with a GPU, GCP Batch sometimes ignored the image's entry point.
 ENTRYPOINT, ENTRY_WORDS = "/usr/bin/tini", ("--", "python", "/app/entrypoint.py")
 
 
 def buckets_of(submission: Submission) -> list[str]:
-    """The buckets that the tasks read or write, sorted."""
+    """Return the buckets that the tasks read or write, sorted."""
     return _buckets(submission.manifest, submission.out, submission.models, *submission.inputs)
 
 
@@ -44,11 +44,11 @@ def _buckets(*places: str) -> list[str]:
 
 
 def run_job(submission: Submission, machine: Machine, service_account: str | None = None) -> dict[str, Any]:
-    """The job of the run: a task for each shard, each on a machine of its own with one GPU."""
+    """Return the job of the run: one task per shard, each on a separate machine with one GPU."""
     words = run_words(submission, spot="gcp" if submission.spot else None)
-    # A volume of Docker takes owner and mode of /cache from the image, where it is anyone's. A folder of the machine
-    # would be root's, and Container-Optimized OS mounts most of its folders so that no library can be loaded from them,
-    # while compiled kernels lie in /cache.
+    # A Docker volume takes owner and mode of /cache from the image, where all users may write. A folder of the machine
+    # would belong to root. Container-Optimized OS also mounts most of its folders noexec, and compiled kernels in
+    # /cache could not be loaded.
     options = ["--mount", "type=volume,source=video-lab-cache,destination=/cache"]
     options += ["--shm-size", f"{-(-submission.memory_gib // 8)}g"]
     options += ["--stop-timeout", str(math.ceil(submission.drain_s) + RESERVE_S)]
@@ -71,7 +71,7 @@ def run_job(submission: Submission, machine: Machine, service_account: str | Non
 
 
 def report_job(submission: Submission, service_account: str | None = None) -> dict[str, Any]:
-    """The job that waits until no job of the run is left, and writes its report. It needs no GPU."""
+    """Return the job that waits until no job of the run is left and then writes its report. It needs no GPU."""
     wait_s = min(2 * submission.time_limit_s, LONGEST_RUN_S - REPORT_WRITES_S)
     words = report_words(submission, wait_s=wait_s)
     resources = (REPORT_CPUS, REPORT_GIB)
@@ -110,13 +110,16 @@ def _task(
         "computeResource": {"cpuMilli": str(cpus * 1000), "memoryMib": str(memory_gib * 1024)},
         "maxRetryCount": submission.attempts - 1,
         "maxRunDuration": f"{time_limit_s}s",
-        # GCP Batch takes one policy. It retries after all other codes, such as its own 50001 of a machine taken back.
+        # GCP Batch takes one policy. It retries after all other codes, such as 50001, its code for a preempted machine.
         "lifecyclePolicies": [{"action": "FAIL_TASK", "actionCondition": {"exitCodes": sorted(FINAL_CODES)}}],
     }
 
 
 def _volume(bucket: str) -> dict[str, Any]:
-    """A bucket, mounted by gcsfuse: as the image's user's, whom root's mount admits by `allow_other` alone."""
+    """Return a volume of a bucket, mounted by gcsfuse with the image's user as owner.
+
+    Root mounts it, so that the user has access only with `allow_other`.
+    """
     options = ["--implicit-dirs", "-o allow_other", f"--uid={USER}", f"--gid={USER}"]
     return {"gcs": {"remotePath": bucket}, "mountPath": f"{MOUNTS}/{bucket}", "mountOptions": options}
 
@@ -142,7 +145,10 @@ def _job(
 
 
 def submit_script(submission: Submission, manifest: str, flags: Sequence[str]) -> str:
-    """`submit.sh`: copies the manifest to `manifest` (gs://…), submits both jobs or none. `flags`: of gcloud batch."""
+    """Return `submit.sh`, which copies the manifest to `manifest` (gs://…) and submits both jobs or none.
+
+    flags: flags of gcloud batch.
+    """
     run, report = job_names(submission)
     return _SCRIPT.format(
         run_id=submission.run_id,
@@ -157,7 +163,7 @@ def submit_script(submission: Submission, manifest: str, flags: Sequence[str]) -
 
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Submits the run {run_id} to GCP Batch, by gcloud.
+# Submits the run {run_id} to GCP Batch with gcloud.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 
@@ -166,7 +172,7 @@ batch() {{
 }}
 
 take_back() {{
-  echo "the job that writes the report was not submitted: taking back {run}" >&2
+  echo "the job that writes the report was not submitted: deleting {run}" >&2
   batch delete {run}
 }}
 

@@ -1,13 +1,13 @@
-"""Hand-out: which job goes to which worker, and when: longest first, and one ahead for a worker that generates.
+"""Hand-out: schedules jobs on workers: the longest job first, and one job ahead for a worker that generates.
 
-In:   jobs and their forecast seconds; which workers come and go, and the phases and ends of their jobs.
-Out:  what to hand out now. Never: how a job reaches a worker, or how it runs.
+In:   jobs and their forecast seconds; the workers that join and leave; the phases and ends of their jobs.
+Out:  the jobs to hand out now. Never: how a job reaches a worker, or how it runs.
 
-The order is that of list scheduling by longest processing time: the longest job that waits goes to the worker that is
-free first. With exact forecasts and workers of equal speed that never leave, the makespan is at most 4/3 - 1/(3 m) of
-the best for m workers (Graham 1969). A job that is handed ahead, so that it is prepared while its worker generates, is
-the one that the worker would get in this order by the forecasts; near the end of a run there may be none, and the job
-waits for a worker that is free sooner.
+The order is list scheduling by longest processing time (LPT): the longest waiting job goes to the worker that is free
+first. With exact forecasts and workers of equal speed that never leave, the makespan is at most 4/3 - 1/(3 m) of the
+optimum for m workers (Graham 1969). A worker that generates gets its next job ahead, so that the job is prepared
+meanwhile. That is the job which the worker would get in the LPT order by the forecasts. Near the end of a run there may
+be none: the remaining job then waits for a worker that is free sooner.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OFF_DEVICE: tuple[Phase, ...] = ("publishing", "waiting")  # the next job may be
 
 @dataclass(frozen=True, order=True)
 class _Waiting:
-    """A job that no worker has. They sort in the order in which they are handed out."""
+    """A job that no worker has. Jobs sort in the order in which they are handed out."""
 
     returned: int  # 0: a worker that had it was lost; 1: never handed out
     minus_s: float  # its forecast seconds, negative: the longest first
@@ -40,7 +40,7 @@ class _Waiting:
 
 @dataclass
 class _Handed:
-    """A job that a worker has. `phase` is None until the worker says one. `since`: when it began, by the clock."""
+    """A job that a worker has. `phase`: None until the worker reports one. `since`: its start, by the clock."""
 
     waiting: _Waiting
     seconds: float
@@ -49,18 +49,18 @@ class _Handed:
 
     @property
     def on_device(self) -> bool:
-        """Whether it is generated, or will be next."""
+        """Whether the job is being generated, or will be generated next."""
         return self.phase not in OFF_DEVICE
 
     def left_s(self, now: float) -> float:
-        """Forecast seconds until the worker's device has done it. A job that was put off is expected back."""
+        """Return forecast seconds until the worker's device has finished it; a postponed job counts too."""
         if self.phase == "publishing":
             return 0.0
         return max(0.0, self.seconds - (now - self.since)) if self.phase == "generating" else self.seconds
 
 
 class _Worker:
-    """One worker and what it has."""
+    """One worker and its jobs."""
 
     def __init__(self, place: int) -> None:
         self.place = place  # in the order of joining
@@ -72,21 +72,21 @@ class _Worker:
 
     @property
     def takes_one(self) -> bool:
-        """Whether it has nothing to generate, or generates one job and prepares none."""
+        """Whether the worker has nothing to generate, or generates one job and prepares none."""
         phases = [one.phase for one in self.handed.values() if one.on_device]
         return phases in ([], ["generating"])
 
     def free_in_s(self, now: float) -> float:
-        """Forecast seconds until it has nothing to generate."""
+        """Return forecast seconds until the worker has nothing to generate."""
         return 0.0 if self.idle else sum(one.left_s(now) for one in self.handed.values())
 
 
 class HandOut:
-    """The jobs of one run and the workers that take them. Not safe from more than one thread.
+    """The jobs of one run and the workers that take them. Not thread-safe.
 
-    `seconds`: job id → forecast seconds on a worker's device. A job without one counts as the median of the others; is
-    there none at all, jobs count as equal and go out in the manifest's order. `clock` in seconds, monotonic. Raises
-    ValueError for two jobs of one id, and for seconds that are negative or not finite.
+    `seconds`: job id → forecast seconds on a worker's device. A job without a forecast counts as the median of the
+    others. Without any forecast all jobs count as equal and are handed out in the manifest's order. `clock`: seconds,
+    monotonic. Raises ValueError for two jobs with one id, and for seconds that are negative or not finite.
     """
 
     def __init__(
@@ -110,16 +110,16 @@ class HandOut:
         return self._left
 
     def join(self, worker: str) -> None:
-        """A worker is ready to take jobs. Raises ValueError if it has joined already and not left."""
+        """Add a worker that is ready to take jobs. Raises ValueError if it has joined already and not left."""
         if worker in self._workers:
             raise ValueError(f"worker {worker} has joined already")
         self._workers[worker] = _Worker(self._joined)
         self._joined += 1
 
     def leave(self, worker: str) -> tuple[Job, ...]:
-        """A worker was lost or has ended: its unfinished jobs wait again, before all others, and are returned.
+        """Remove a worker that was lost or has ended. Return its unfinished jobs, which now wait before all others.
 
-        Empty for a worker that has not joined.
+        Returns () for a worker that has not joined.
         """
         known = self._workers.pop(worker, None)
         if known is None:
@@ -132,10 +132,10 @@ class HandOut:
         return tuple(one.job for one in returned)
 
     def next_jobs(self) -> list[tuple[str, Job]]:
-        """What to hand out now, as (worker, job); it counts as handed out. At most one job a worker.
+        """Return (worker, job) pairs to hand out now, and count them as handed out. At most one job per worker.
 
-        A worker takes one when it has nothing to generate, and one ahead when it generates and prepares none. Each gets
-        the first job that list scheduling gives it by the forecasts, or none.
+        A worker takes a job when it has nothing to generate, and one ahead when it generates and prepares none. Each
+        worker gets the first job that list scheduling assigns to it by the forecasts, or none.
         """
         taking = {name for name, worker in self._workers.items() if worker.takes_one}
         if not taking or not self._waiting:
@@ -160,18 +160,19 @@ class HandOut:
         return found
 
     def note_phase(self, worker: str, job_id: str, phase: Phase) -> None:
-        """A job enters a phase on a worker. `waiting`, e.g. as another runner has it, leaves room for another job.
+        """Record that a job enters a phase on a worker.
 
-        What a worker says of a job that it has not, or no longer, counts for nothing.
+        In phase `waiting`, e.g. because another runner has the job, the worker can take another job. A report about a
+        job that the worker does not have, or no longer has, is ignored.
         """
         handed = self._handed(worker, job_id)
         if handed is not None and handed.phase != phase:
             handed.phase, handed.since = phase, self._clock()
 
     def note_end(self, worker: str, job_id: str) -> None:
-        """A job has ended: it succeeded, failed or was skipped. Of a job that the worker has not: nothing.
+        """Record that a job has ended: it succeeded, failed or was skipped. Ignored if the worker does not have it.
 
-        A worker that was lost may have done a job that waits again by now: the next one finds it done and skips it.
+        A lost worker may have finished a job that waits again by now; the next worker finds it done and skips it.
         """
         if self._handed(worker, job_id) is not None:
             del self._workers[worker].handed[job_id]

@@ -1,10 +1,10 @@
-"""Input upload: local inputs of a run, copied once to an object store where its tasks read them.
+"""Input upload: copies the local inputs of a run to an object store, where its tasks read them.
 
-In:   local files and folders of official files, the URI of a prefix. Out: their places in the store; the copies.
+In:   local files and folders of official files, the URI of a prefix. Out: their URIs in the store; the copies.
 Never: manifests; whether an input can be decoded.
 
-A file's key is the sha256 of its content and its name, so that the same file is sent once, whatever run needs it, and
-another content never takes its place.
+A file's key consists of the sha256 of its content and its name. So the same file is sent only once for all runs, and a
+file with other content never replaces it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class UploadFile:
 
 @dataclass(frozen=True)
 class InputUpload:
-    """A local input and what becomes of it: a file, or a folder of several."""
+    """A local input, its URI in the store and its files: a single file, or a folder of files."""
 
-    place: str  # on this machine
+    place: str  # path on this machine
     uri: str  # in the store
     files: tuple[UploadFile, ...]
 
 
 def plan_uploads(places: Mapping[str, Iterable[str]], root: str) -> list[InputUpload]:
-    """Read and hash local inputs; nothing is sent.
+    """Read and hash local inputs. Sends nothing.
 
     places: path of a file → (), of a folder → the names of the files in it that are needed. root: URI of the prefix.
-    Raises ConfigInvalid for a name that can be no key, OSError for a file that cannot be read.
+    Raises ConfigInvalid for a name that cannot be part of a key, OSError for a file that cannot be read.
     """
     storage = open_storage(root)
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hash") as pool:
@@ -59,10 +59,10 @@ def plan_uploads(places: Mapping[str, Iterable[str]], root: str) -> list[InputUp
 def _plan(place: str, names: list[str], storage: Storage) -> InputUpload:
     if not names:
         path = Path(place)
-        digest, entry = _hashed(path)
+        digest, entry = _hash_file(path)
         file = UploadFile(path, check_key(f"{digest[:HEX]}/{path.name}"), *entry)
         return InputUpload(place, storage.uri(file.key), (file,))
-    hashed = {name: _hashed(Path(place, name)) for name in names}
+    hashed = {name: _hash_file(Path(place, name)) for name in names}
     identity, _, _ = combined_identity({name: (digest, entry[0]) for name, (digest, entry) in hashed.items()})
     folder = f"{identity.removeprefix('sha256:')[:HEX]}/{Path(place).name or 'official'}"
     files = [
@@ -71,21 +71,21 @@ def _plan(place: str, names: list[str], storage: Storage) -> InputUpload:
     return InputUpload(place, storage.uri(folder), tuple(files))
 
 
-def _hashed(path: Path) -> tuple[str, tuple[int, int]]:
-    """(sha256 of the file, (its bytes, when it was last written))."""
-    entry = _entry(path)
+def _hash_file(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return (sha256 of the file, (its size in bytes, its modification time in ns))."""
+    entry = _size_and_time(path)
     return sha256_file(path), entry
 
 
-def _entry(path: Path) -> tuple[int, int]:
+def _size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def send_uploads(uploads: Iterable[InputUpload], root: str) -> int:
-    """Copy what is not there yet; the number of files that were sent. The log tells of each one.
+    """Copy the files that the store does not have yet, log each file, and return the number of copied files.
 
-    Raises StorageUnavailable for a file that has been changed since it was hashed; storage.*, OSError.
+    Raises StorageUnavailable for a file that was changed after it was hashed; storage.*, OSError.
     """
     storage = open_storage(root)
     files = list({file.key: file for upload in uploads for file in upload.files}.values())
@@ -109,9 +109,9 @@ def _sender(storage: Storage) -> Callable[[UploadFile], tuple[UploadFile, bool]]
         if there is not None and there.bytes == file.bytes:
             return file, False
         storage.publish(file.path, file.key)
-        if _entry(file.path) != (file.bytes, file.modified_ns):
-            storage.delete(file.key)  # its name promises another content
-            raise StorageUnavailable("was written to while it was sent", where=file.path, todo="Run the command again")
+        if _size_and_time(file.path) != (file.bytes, file.modified_ns):
+            storage.delete(file.key)  # its content may not match the sha256 in its key
+            raise StorageUnavailable("was changed while it was sent", where=file.path, todo="Run the command again")
         return file, True
 
     return send

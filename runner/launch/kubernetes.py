@@ -1,7 +1,7 @@
 """Kubernetes: a run as an Indexed Job, and a second Job that waits for it and writes its report.
 
-In:   a `Submission`. Out: `job.yaml`, `submit.sh`, and two Jobs on the cluster that kubectl is set up for.
-Never: credentials: pods get them from a service account or from a Secret that exists.
+In:   a `Submission`. Out: `job.yaml`, `submit.sh`, and two Jobs on the cluster of kubectl's context.
+Never: credentials: pods get them from a service account or from an existing Secret.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Kubernetes"]
 
 ASK_S = 60.0  # for one answer of the cluster; assumed
 MOST_SHARDS = 100_000  # Kubernetes: the largest parallelism of an Indexed Job
-MOST_ATTEMPTS = 10  # ours, as on AWS Batch
+MOST_ATTEMPTS = 10  # the same limit as on AWS Batch
 JOB = "job.yaml"
 
 _LABEL = r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"  # RFC 1123
@@ -49,10 +49,10 @@ class Kubernetes(Platform):
 
     namespace: str = "default"
     service_account: str | None = None
-    secret: str | None = None  # a Secret that exists; its keys become environment variables
-    node_selector: tuple[str, ...] = ()  # LABEL=VALUE; which GPU, and with `spot` which machines, is chosen here
-    tolerations: tuple[str, ...] = ()  # KEY, KEY:EFFECT or KEY=VALUE:EFFECT, of taints beyond the usual ones
-    context: str | None = None  # of kubectl; None: its current one
+    secret: str | None = None  # an existing Secret; its keys become environment variables
+    node_selector: tuple[str, ...] = ()  # LABEL=VALUE; selects the GPU model, and with `spot` the machines
+    tolerations: tuple[str, ...] = ()  # KEY, KEY:EFFECT or KEY=VALUE:EFFECT, for taints beyond the usual ones
+    context: str | None = None  # kubectl's context; None: its current one
 
     def __post_init__(self) -> None:
         for flag, value, form in (
@@ -62,7 +62,7 @@ class Kubernetes(Platform):
             ("--context", self.context, r"[^-\s]\S*"),
         ):
             if value is not None and (len(value) > 253 or not re.fullmatch(form, value)):
-                raise ConfigInvalid(f"{value!r} is no name that Kubernetes allows", where=flag, todo="Check the name")
+                raise ConfigInvalid(f"Kubernetes does not allow the name {value!r}", where=flag, todo="Check the name")
         self._settings()
 
     def _settings(self) -> PodSettings:
@@ -70,12 +70,12 @@ class Kubernetes(Platform):
         for text in self.node_selector:
             if not (found := _SELECTOR.fullmatch(text)):
                 todo = "Write LABEL=VALUE, e.g. cloud.google.com/gke-accelerator=nvidia-l4"
-                raise ConfigInvalid(f"{text!r} selects no nodes", where="--node-selector", todo=todo)
+                raise ConfigInvalid(f"{text!r} is not a node selector", where="--node-selector", todo=todo)
             selected.append((found["key"], found["value"]))
         for text in self.tolerations:
             if not (found := _TOLERATION.fullmatch(text)):
                 todo = "Write KEY, KEY:EFFECT or KEY=VALUE:EFFECT, e.g. dedicated=gpu:NoSchedule"
-                raise ConfigInvalid(f"{text!r} is no toleration", where="--toleration", todo=todo)
+                raise ConfigInvalid(f"{text!r} is not a toleration", where="--toleration", todo=todo)
             tolerated.append((found["key"], found["value"], found["effect"]))
         return PodSettings(self.namespace, self.service_account, self.secret, tuple(selected), tuple(tolerated))
 
@@ -87,7 +87,7 @@ class Kubernetes(Platform):
             ("--attempts", submission.attempts, MOST_ATTEMPTS),
         ):
             if not 1 <= value <= most:
-                raise ConfigInvalid(f"{value} is not from 1 to {most}", where=flag, todo="Give a number within")
+                raise ConfigInvalid(f"{value} is not from 1 to {most}", where=flag, todo="Give a number in this range")
 
     def render(self, submission: Submission) -> Mapping[str, str]:
         settings = self._settings()
@@ -99,7 +99,7 @@ class Kubernetes(Platform):
     def ask(self, submission: Submission) -> None:
         for kind, name in (("serviceaccount", self.service_account), ("secret", self.secret)):
             if name is not None:
-                with suppress(ClusterDenied):  # who may create Jobs may not see these
+                with suppress(ClusterDenied):  # a user who may create Jobs may lack the right to read these
                     run_tool(self._kubectl("get", kind, name, "-o", "name"), timeout_s=ASK_S)
         self._create(self.render(submission)[JOB], "--dry-run=server")
 
@@ -109,7 +109,7 @@ class Kubernetes(Platform):
         remove = self._kubectl("delete", "job", run, report, "--ignore-not-found", "--wait=false")
         with taken_back(
             run, remove, timeout_s=ASK_S, after=(ClusterUnavailable, KeyboardInterrupt)
-        ):  # it may have been accepted
+        ):  # in these cases the Job may have been accepted
             self._create(documents[0])
         with taken_back(run, remove, timeout_s=ASK_S):
             self._create(documents[1])
@@ -126,7 +126,7 @@ class Kubernetes(Platform):
     def watch(self, submission: Submission, jobs: tuple[SubmittedJob, ...]) -> tuple[str, ...]:
         chosen = f"app.kubernetes.io/instance={job_names(submission)[0]}"
         shards = f"{chosen},app.kubernetes.io/component=run"
-        most = str(max(5, submission.shards))  # kubectl follows 5 pods, and refuses more, unless it is told
+        most = str(max(5, submission.shards))  # by default kubectl refuses to follow more than 5 pods
         commands = (
             self._kubectl("get", "jobs,pods", "-l", chosen),
             self._kubectl("logs", "-l", shards, "--prefix", "--tail", "20", "--max-log-requests", most, "--follow"),
@@ -146,7 +146,7 @@ class Kubernetes(Platform):
 
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Submits the run {run_id} to Kubernetes, by kubectl; the manifest is copied by the aws command line tool.
+# Submits the run {run_id} to Kubernetes with kubectl, and copies the manifest with the aws command line tool.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 
@@ -158,7 +158,7 @@ cluster create --dry-run=server -f {job} >/dev/null
 aws s3 cp manifest.jsonl {manifest}
 if ! accepted=$(cluster create -f {job} -o name); then
   if [[ -n $accepted ]]; then
-    echo "one of the two jobs was not accepted: taking the other back" >&2
+    echo "one of the two jobs was not accepted: deleting the other one" >&2
     mapfile -t names <<<"$accepted"
     cluster delete "${{names[@]}}"
   fi

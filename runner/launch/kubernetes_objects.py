@@ -1,7 +1,7 @@
-"""Kubernetes objects: a submission as two Jobs of batch/v1, the run's and its report's.
+"""Kubernetes objects: a submission as two Jobs of batch/v1, one for the run and one for its report.
 
-In:   a `Submission`, what the cluster needs beyond it. Out: objects that become YAML.
-Never: requests; credentials: pods get them from a service account or from a Secret that exists.
+In:   a `Submission`, the settings of the cluster. Out: objects that become YAML.
+Never: requests; credentials: pods get them from a service account or from an existing Secret.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from runner.launch.submission import FINAL_CODES, Submission, report_words, run_
 
 __all__ = ["POD_SETTINGS", "PodSettings", "report_job", "run_job"]
 
-USER = 10001  # of the image
+USER = 10001  # user of the image
 CACHE, TEMPORARY, SHARED_MEMORY = "cache", "tmp", "shm"
 RESERVE_S = 90  # after the drain: `run --gpus` gives its processes 60 s more, then writes its summary; assumed
 REPORT_CPUS, REPORT_GIB, REPORT_DISK_GIB = 1, 3, 2  # assumed; the records of 10,000 jobs are 30 MB
-REPORT_WRITES_S = 900  # for the report itself, after its wait; assumed
-KEPT_S = 7 * 24 * 3600  # a week to read what the pods logged; what the run wrote stays in OUT
-GPU = "nvidia.com/gpu"  # as NVIDIA's device plugin names it, and the taint of GPU nodes on GKE
-# Taints of machines that may be taken back: on GKE and AKS the providers', the others customary.
+REPORT_WRITES_S = 900  # for writing the report after the wait; assumed
+KEPT_S = 7 * 24 * 3600  # the pods' logs can be read for a week; the files of the run stay in OUT
+GPU = "nvidia.com/gpu"  # the resource of NVIDIA's device plugin, and the taint of GPU nodes on GKE
+# Taints of spot machines. GKE and AKS set the first two; the others are customary.
 SPOT_TAINTS = (
     "cloud.google.com/gke-spot",
     "kubernetes.azure.com/scalesetpriority",
@@ -31,9 +31,9 @@ SPOT_TAINTS = (
     "karpenter.sh/capacity-type",
 )
 
-# The first rule that fits counts; a failure that fits none uses up an attempt. That of an evicted pod, or of one whose
-# node is taken back, uses up none. Exit code 143 alone has no such rule: it is also that of a pod which has passed its
-# time limit, and a pod that hangs would be started again for ever.
+# The first rule that matches counts; a failure that matches none uses up an attempt. An evicted pod, or a pod whose
+# node is taken back, uses up none. Exit code 143 has no such rule: a pod that reaches its time limit also ends with it,
+# and a pod that hangs would be started again forever.
 DISRUPTED: Mapping[str, Any] = {
     "action": "Ignore",
     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],  # Kubernetes up to 1.34 requires the status
@@ -42,7 +42,7 @@ DISRUPTED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class PodSettings:
-    """What the pods need beyond the submission."""
+    """Settings of the pods that are not part of the submission."""
 
     namespace: str = "default"
     service_account: str | None = None
@@ -55,10 +55,10 @@ POD_SETTINGS = PodSettings()
 
 
 def run_job(submission: Submission, settings: PodSettings = POD_SETTINGS) -> dict[str, Any]:
-    """The Job of the run: a pod for each shard, all at once as far as there are GPUs."""
+    """Return the Job of the run: one pod per shard, all in parallel as far as there are GPUs."""
     words = run_words(submission)
     if submission.gpus_per_task == 1 and submission.share == "index":
-        words += ["--shard-count", str(submission.shards)]  # a pod is told its index and not how many there are
+        words += ["--shard-count", str(submission.shards)]  # Kubernetes gives a pod its index but not the count
     resources = {
         "cpu": str(submission.cpus),
         "memory": f"{submission.memory_gib}Gi",
@@ -66,12 +66,12 @@ def run_job(submission: Submission, settings: PodSettings = POD_SETTINGS) -> dic
         GPU: str(submission.gpus_per_task),
     }
     pod = _pod(submission, settings, "run", words, resources, submission.disk_gib)
-    pod["activeDeadlineSeconds"] = submission.time_limit_s  # of one pod; on the Job it would end all of them
+    pod["activeDeadlineSeconds"] = submission.time_limit_s  # for one pod; on the Job it would end all pods
     pod["terminationGracePeriodSeconds"] = math.ceil(submission.drain_s) + RESERVE_S
     pod["volumes"].append(
         {"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory", "sizeLimit": f"{-(-submission.memory_gib // 8)}Gi"}}
     )
-    pod["containers"][0]["volumeMounts"].append({"name": SHARED_MEMORY, "mountPath": "/dev/shm"})  # else 64 MiB
+    pod["containers"][0]["volumeMounts"].append({"name": SHARED_MEMORY, "mountPath": "/dev/shm"})  # default: 64 MiB
     tolerations = [(GPU, None, "NoSchedule"), *settings.tolerations]
     if submission.spot:
         tolerations += [(key, None, "NoSchedule") for key in SPOT_TAINTS]
@@ -82,7 +82,7 @@ def run_job(submission: Submission, settings: PodSettings = POD_SETTINGS) -> dic
         "completionMode": "Indexed",
         "completions": submission.shards,
         "parallelism": submission.shards,
-        # A shard's failures are its own: maxFailedIndexes, which would end the others, is left out.
+        # maxFailedIndexes is left out: it would end the other shards after some have failed.
         "backoffLimitPerIndex": submission.attempts - 1,
         "podFailurePolicy": {"rules": [DISRUPTED, {"action": "FailIndex", "onExitCodes": _final("run")}]},
     }
@@ -90,7 +90,7 @@ def run_job(submission: Submission, settings: PodSettings = POD_SETTINGS) -> dic
 
 
 def report_job(submission: Submission, settings: PodSettings = POD_SETTINGS) -> dict[str, Any]:
-    """The Job that waits until no job of the run is left, and writes its report. It needs no GPU."""
+    """Return the Job that waits until no job of the run is left and then writes its report. It needs no GPU."""
     wait_s = 2 * submission.time_limit_s
     resources = {
         "cpu": str(REPORT_CPUS),
@@ -131,7 +131,7 @@ def _job(
         return {**more, "labels": labels, "annotations": {"video-lab/run-id": submission.run_id}}
 
     template = metadata()
-    # An autoscaler that moves a pod to save a machine costs the running segment.
+    # If an autoscaler moves a pod to save a machine, the running segment is lost.
     template["annotations"] |= {
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
         "karpenter.sh/do-not-disrupt": "true",
@@ -178,7 +178,7 @@ def _pod(
         "runAsNonRoot": True,
         "runAsUser": USER,
         "runAsGroup": USER,
-        "fsGroup": USER,  # the group of the volumes, so that the user may write
+        "fsGroup": USER,  # group of the volumes, so that the user may write
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     pod["containers"] = [container]
@@ -190,5 +190,5 @@ def _pod(
 
 
 def _literal(text: str) -> str:
-    """Kubernetes replaces $(NAME) in arguments and values by a variable; $$ is a $."""
+    """Escape `$`: Kubernetes replaces $(NAME) in arguments and values by a variable, and $$ by $."""
     return text.replace("$", "$$")

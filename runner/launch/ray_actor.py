@@ -1,6 +1,6 @@
-"""Ray actor: the class of which Ray makes the worker's process on a node.
+"""Ray actor: the class that Ray runs as the worker's process on a node.
 
-In:   calls of the driver. Out: the answers of a RayWorker, which is imported there. Never: Ray; work of its own.
+In:   calls of the driver. Out: the answers of a RayWorker, which the actor imports. Never: Ray; any other work.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ __all__ = ["make_actor_class"]
 
 
 def make_actor_class() -> type:
-    """The class of the actor. It is sent to the node as it stands here, so that a node without this package, or with
-    another version of it, can say so."""
+    """Return the class of the actor.
+
+    Ray sends its source to the node, so that it can also report a node without this package or with another version.
+    """
 
     class VideoLabWorker:
-        """Forwards to a RayWorker, which is imported where the actor is."""
+        """Forwards calls to a RayWorker, which is imported on the actor's node."""
 
         def describe(self) -> dict[str, Any]:
             try:

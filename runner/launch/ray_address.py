@@ -1,6 +1,6 @@
-"""Ray address: which cluster `run --on` means.
+"""Ray address: reads the address of a cluster from `run --on`.
 
-In:   the flag's text, the environment. Out: an address, or that the cluster is one of this machine alone.
+In:   the flag's text, the environment. Out: an address, or None for a cluster on this machine only.
 Never: networks, Ray.
 """
 
@@ -34,20 +34,20 @@ def parse_on(text: str) -> str | None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """`10.0.0.5:6379` → ("10.0.0.5", 6379); ("", 0) for what is no address. IPv6 stands in brackets."""
+    """`10.0.0.5:6379` → ("10.0.0.5", 6379); ("", 0) if it is not an address. IPv6 needs brackets."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", address)
     return (match[1] or match[2], int(match[3])) if match else ("", 0)
 
 
 def find_address(on: str, variables: Mapping[str, str]) -> str:
-    """HOST:PORT, or `auto` where Ray itself looks for a cluster of this machine."""
+    """Return HOST:PORT, or `auto` if Ray itself looks for a cluster on this machine."""
     named = variables.get("RAY_ADDRESS", "").strip() if on == "auto" else on
     if named in ("", "auto"):
         return "auto"
     if not split_address(named)[0]:
         raise ConfigInvalid(
-            f"RAY_ADDRESS={named} is no HOST:PORT",
+            f"RAY_ADDRESS={named} is not HOST:PORT",
             where=FLAG,
-            todo="Name the cluster's own port, 6379 by default; a ray:// address is another protocol",
+            todo="Give the port of the cluster's head, 6379 by default; a ray:// address is another protocol",
         )
     return named

@@ -1,11 +1,11 @@
-"""Ray cluster: opens one, here or elsewhere, and starts workers in it; the one file that calls Ray.
+"""Ray cluster: opens a local or remote cluster and starts workers in it; the only file that calls Ray.
 
-In:   what `run --on` names. Out: a `RayCluster`: its nodes, and workers that can be asked; clear errors in place of
-Ray's. Never: jobs; which worker gets one (hand_out.py), what a worker does (ray_worker.py).
+In:   the address of `run --on`. Out: a `RayCluster` with its nodes and workers; Ray's errors as RunnerErrors.
+Never: jobs; which worker gets a job (hand_out.py), what a worker does (ray_worker.py).
 
-Ray is started, and stopped, in a thread of its own that lives as long as the cluster is open. In the main thread
-`ray.init` would replace the handler of SIGTERM; the processes that it starts end with the thread that started them
-(PR_SET_PDEATHSIG); and a connection that hangs can be given up.
+Ray is started and stopped in a separate thread, which runs as long as the cluster is open. There are three reasons:
+in the main thread `ray.init` would replace the handler of SIGTERM; the processes that Ray starts end with the thread
+that started them (PR_SET_PDEATHSIG); and a connection that hangs can be abandoned.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from runner.launch.ray_address import FLAG, find_address, split_address
 
 __all__ = ["RayActor", "RayCluster", "RayNode", "RayPlace", "WorkerGone", "WorkerSilent"]
 
-OPEN_S = 90.0  # seconds until Ray must have been started, or connected to; 9 s measured on two cores
-PORT_S = 5.0  # seconds that a cluster's port gets to answer
-STORE_BYTES = 128 * 2**20  # of Ray's object store here: settings and messages; frames never pass through Ray
-CALLS_AT_ONCE = 8  # to one worker: a long question for messages, and short ones beside it
+OPEN_S = 90.0  # time limit to start Ray or connect to it; 9 s measured on two cores
+PORT_S = 5.0  # time limit to connect to a cluster's port
+STORE_BYTES = 128 * 2**20  # Ray's local object store, for settings and messages; frames never pass through Ray
+CALLS_AT_ONCE = 8  # to one worker: a long poll for messages, and short calls at the same time
 
-# Ray's errors of a call after which the worker is gone, or never comes: its node has ended while it was placed.
+# Ray's errors after which the worker no longer exists, or never started because its node ended.
 GONE = {"RayActorError", "NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError", "ActorUnschedulableError"}
 
-Answer = Callable[[Any, Exception | None], None]  # (what was returned, what went wrong instead), from any thread
+Answer = Callable[[Any, Exception | None], None]  # (return value, error), called from any thread
 
 
 class WorkerGone(Exception):
@@ -48,12 +48,12 @@ class WorkerGone(Exception):
 
 
 class WorkerSilent(Exception):
-    """The worker cannot be reached now; whether it did what was asked is not known."""
+    """The worker cannot be reached now. It is unknown whether it executed the call."""
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """A living node. `name`: its host and the begin of its id, as hosts may run several."""
+    """A running node. `name`: its host and the beginning of its id, because a host may run several nodes."""
 
     id: str
     name: str
@@ -63,7 +63,7 @@ class RayNode:
 
 @dataclass(frozen=True)
 class RayPlace:
-    """Room for one worker on a node. `cpus` and `gpus` are asked of Ray; `sharing`: workers that share the machine."""
+    """A place for one worker on a node. `cpus`, `gpus`: requested from Ray. `sharing`: workers on this machine."""
 
     node: RayNode
     slot: int
@@ -83,9 +83,9 @@ class RayActor:
         self._ray, self._handle = ray, handle
 
     def ask(self, answer: Answer, method: str, *values: Any) -> None:
-        """Call a method of the worker; `answer` is called when it has returned, from another thread.
+        """Call a method of the worker; call `answer` from another thread when the method has returned.
 
-        Its error is WorkerGone, WorkerSilent, or a RunnerError.
+        The error is WorkerGone, WorkerSilent, or a RunnerError.
         """
 
         def hear(future: Any) -> None:
@@ -100,16 +100,16 @@ class RayActor:
         future.add_done_callback(hear)
 
     def kill(self) -> None:
-        """End its process now."""
-        with suppress(Exception):  # it has ended, or its cluster has
+        """Kill the worker's process now."""
+        with suppress(Exception):  # the worker or its cluster has ended already
             self._ray.kill(self._handle, no_restart=True)
 
 
 class RayCluster:
-    """A cluster that this process uses while the block lasts. Workers that it started end with it.
+    """A cluster that this process uses inside a `with` block. Workers that it started end with the block.
 
-    on: None for a cluster of this machine alone, which is started and shut down; `auto` or HOST:PORT for one that runs.
-    cpus, gpus: what a cluster of this machine alone offers; of another one they count for nothing.
+    on: None for a cluster on this machine only, which is started and shut down; `auto` or HOST:PORT for a running one.
+    cpus, gpus: resources of a cluster on this machine only; ignored for a running cluster.
     """
 
     def __init__(self, on: str | None, *, cpus: int = 1, gpus: int = 0, stop: Stop | None = None) -> None:
@@ -122,11 +122,11 @@ class RayCluster:
         self._environment: dict[str, str | None] = {}  # of this process, as it was before
 
     def __enter__(self) -> Self:
-        """Open it. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable."""
+        """Open the cluster. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable."""
         address = None if self._on is None else find_address(self._on, os.environ)
         if address not in (None, "auto"):
             _require_port(str(address))
-        self._prepare_environment()  # before Ray is imported, which reads it then
+        self._prepare_environment()  # before Ray is imported, because Ray reads it then
         try:
             _require_ray()
         except ConfigInvalid:
@@ -139,13 +139,13 @@ class RayCluster:
             error = self._opened.get(timeout=OPEN_S)
         except queue.Empty:
             error = ClusterUnavailable(
-                f"Ray did not answer within {OPEN_S:.0f} s", where=self._where, todo="Look at `ray status` there"
+                f"Ray did not answer within {OPEN_S:.0f} s", where=self._where, todo="Check `ray status` there"
             )
         if error is not None:
             self.__exit__()
             raise error
         if threading.current_thread() is threading.main_thread():
-            # Ray's core has put a handler before Python's, which prints a stack at SIGTERM: once more, in its place.
+            # Ray's core has installed a handler that prints a stack trace at SIGTERM. Install ours again.
             for signum in (signal.SIGINT, signal.SIGTERM):
                 if (handler := signal.getsignal(signum)) is not None:
                     signal.signal(signum, handler)
@@ -168,7 +168,7 @@ class RayCluster:
         return FLAG if self._on is None else f"{FLAG} ray:{self._on}"
 
     def nodes(self) -> list[RayNode]:
-        """Those that live, in a fixed order. Blocks while the cluster's head does not answer."""
+        """Return the running nodes, in a fixed order. Blocks while the cluster's head does not answer."""
         found = []
         for node in self._ray.nodes():
             if node.get("Alive"):
@@ -179,14 +179,14 @@ class RayCluster:
         return sorted(found, key=lambda node: (node.name, node.id))
 
     def start(self, place: RayPlace, variables: Mapping[str, str]) -> RayActor:
-        """Start a worker at `place`, its environment extended by `variables`. Returns at once."""
+        """Start a worker at `place` with `variables` added to its environment. Returns at once."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {
             "num_cpus": place.cpus,
             "num_gpus": place.gpus,
             "max_concurrency": CALLS_AT_ONCE,
-            "max_restarts": 0,  # the driver knows better where, and with which jobs
+            "max_restarts": 0,  # the driver restarts workers itself, with the right jobs and places
             "max_task_retries": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node.id, soft=False),
             "runtime_env": {"env_vars": dict(variables)},
@@ -194,19 +194,19 @@ class RayCluster:
         return RayActor(self._ray, self._ray.remote(make_actor_class()).options(**options).remote())
 
     def _prepare_environment(self) -> None:
-        """What Ray reads when it is imported, or hands on to the processes that it starts."""
+        """Set the variables that Ray reads at import or passes on to the processes that it starts."""
         chosen = {"RAY_USAGE_STATS_ENABLED": "0"}
         if self._on is None:
-            # Ray then listens on 127.0.0.1 alone, which is all that one machine needs (Ray: ENABLE_RAY_CLUSTER).
+            # Ray then listens on 127.0.0.1 only, which is enough for one machine (Ray: ENABLE_RAY_CLUSTER).
             chosen["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-                chosen["RAY_AUTH_TOKEN"] = _own_token()  # else Ray writes one into the home folder
+                chosen["RAY_AUTH_TOKEN"] = _process_token()  # otherwise Ray writes a token into the home folder
         for name, value in chosen.items():
             self._environment[name] = os.environ.get(name)
             os.environ.setdefault(name, value)
 
     def _hold(self) -> None:
-        """The thread: open, wait, close."""
+        """Open Ray, wait for the end of the block, shut Ray down. Runs in the cluster's thread."""
         error: Exception | None = None
         try:
             self._open()
@@ -220,14 +220,14 @@ class RayCluster:
                 self._ray.shutdown()
 
     def _open(self) -> None:
-        logging.getLogger("ray").setLevel(logging.ERROR)  # what it says of tokens and nodes is said in our words
+        logging.getLogger("ray").setLevel(logging.ERROR)  # our messages replace Ray's about tokens and nodes
         import ray
 
         if ray.is_initialized():
             raise ConfigInvalid(
                 "this process is connected to a Ray cluster already", where=FLAG, todo="Call ray.shutdown() before"
             )
-        self._ray = ray  # from here on there is something to shut down
+        self._ray = ray  # from here on Ray must be shut down
         common = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if self._address is None:
             ray.init(
@@ -254,7 +254,7 @@ def _require_ray() -> None:
 
 
 def _require_port(address: str) -> None:
-    """Raises ClusterUnavailable where nothing listens: Ray itself would try for a minute."""
+    """Raise ClusterUnavailable if nothing listens at the address: Ray itself would try for a minute."""
     try:
         socket.create_connection(split_address(address), timeout=PORT_S).close()
     except OSError as error:
@@ -266,53 +266,53 @@ def _require_port(address: str) -> None:
 
 
 def _require_access(address: str) -> None:
-    """Raises what the cluster says to a first question: `ray.init` repeats a refused one for 20 s and hides why."""
+    """Connect once and raise the cluster's error: `ray.init` would retry for 20 s and hide the reason."""
     import ray._raylet as core
 
     client = getattr(core, "GcsClient", None)
-    if client is not None:  # else it is another version of Ray; `ray.init` asks in any case
+    if client is not None:  # other versions of Ray lack this class; `ray.init` checks access in any case
         client(address=address)
 
 
 def _opening_error(error: Exception, where: str) -> RunnerError:
-    """What kept Ray from being opened, in our words."""
+    """Return the RunnerError for an error that prevented Ray from opening."""
     if isinstance(error, RunnerError):
         return error
     text = " ".join(str(error).split())
     if type(error).__name__ == "AuthenticationError" or "InvalidAuthToken" in text:
         return ClusterDenied(
-            "the Ray cluster asks for its token, and has not got the right one",
+            "the Ray cluster requires its token, and did not get the right one",
             where=where,
             todo="Set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN; "
-            "`ray get-auth-token` on the head node tells it",
+            "`ray get-auth-token` on the head node prints it",
         )
     if "Version mismatch" in text:
         return ConfigInvalid(
-            f"the Ray cluster is of another version: {text.partition('Version mismatch:')[2].strip()}",
+            f"the Ray cluster has another version: {text.partition('Version mismatch:')[2].strip()}",
             where=where,
-            todo="Install the same Ray and Python on all nodes and here",
+            todo="Install the same versions of Ray and Python on this machine and on all nodes",
         )
     if "raylet" in text.lower() or "node_ip_address" in text:
         return ConfigInvalid(
-            f"this machine is no node of the Ray cluster ({text[:300]})",
+            f"this machine is not a node of the Ray cluster ({text[:300]})",
             where=where,
             todo="Run the command on a node of it, e.g. on the head node, or join it: ray start --address=HOST:PORT",
         )
     return ClusterUnavailable(
         f"Ray cannot be opened ({type(error).__name__}: {text[:300] or 'no reason given'})",
         where=where,
-        todo="Start a cluster with `ray start --head`, or look at `ray status` on its head node",
+        todo="Start a cluster with `ray start --head`, or check `ray status` on its head node",
     )
 
 
 def _worker_error(error: BaseException) -> Exception:
-    """What went wrong with a call, in the three ways that a driver tells apart."""
+    """Return the error of a call as WorkerSilent, WorkerGone or a RunnerError, which the driver treats differently."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if "ActorUnavailableError" in names:
         return WorkerSilent(str(error))
     if names & GONE:
         return WorkerGone(_first_line(error))
-    cause = getattr(error, "cause", None)  # of a RayTaskError: what the method raised
+    cause = getattr(error, "cause", None)  # of a RayTaskError: the method's exception
     return as_runner_error(cause if isinstance(cause, Exception) else error)
 
 
@@ -321,6 +321,6 @@ def _first_line(error: BaseException) -> str:
 
 
 @cache
-def _own_token() -> str:
-    """The token of the clusters of this process alone: Ray reads it once in a process."""
+def _process_token() -> str:
+    """Return the token of this process's local clusters. It never changes: Ray reads it once per process."""
     return secrets.token_hex(32)

@@ -1,9 +1,9 @@
-"""Ray driver: the command's side of `run --on ray`: starts workers, hands out jobs, replaces workers that are lost.
+"""Ray driver: the command's side of `run --on ray`: starts workers, hands out jobs, replaces lost workers.
 
-In:   jobs, forecast seconds, a cluster, what a worker runs. Out: a `SharedRun`, events, progress.
+In:   jobs, forecast seconds, a cluster, the function that a worker runs. Out: a `SharedRun`, events, progress.
 Never: how Ray is called (ray_cluster.py); which job is next (hand_out.py); how a job runs.
 
-One thread decides everything. Answers of workers and of the cluster come to it through one queue, from Ray's threads.
+One thread makes all decisions. Ray's threads put the answers of workers and of the cluster into one queue for it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from runner.spec.manifest import Job
 
 __all__ = ["END_S", "OpenCluster", "RayWork", "run_on_ray"]
 
-END_S = 60.0  # seconds after its time to drain in which a worker must have ended, else it is killed; assumed
-LOOK_EVERY_S = 2.0  # between two looks at the cluster's nodes
-FETCH_S = 20.0  # that a worker keeps a question for messages open
-SILENT_S = 60.0  # that a worker may be out of reach before it counts as lost
+END_S = 60.0  # a worker that has not ended so long after its drain time is killed; assumed
+LOOK_EVERY_S = 2.0  # between two requests for the cluster's nodes
+FETCH_S = 20.0  # a worker keeps a request for messages open so long
+SILENT_S = 60.0  # a worker that cannot be reached for so long counts as lost
 ASK_AGAIN_S = 1.0
-STARTS = 5  # of workers at one place, one after the other, of which none has finished a job; one more than attempts of
-# a job by default, so that a job that kills its worker each time is given up before the place is
-KEEP_S = 60.0  # that a job is kept for a worker that starts; longer ones wait for room on their node; assumed
-TELL_PENDING_S = 30.0  # that a worker may wait for its place before an event says so
+# Starts of workers at one place without a finished job, after which the place is closed. One more than the default
+# attempts of a job, so that a job that always kills its worker is given up before the place is closed.
+STARTS = 5
+KEEP_S = 60.0  # a job is kept so long for a starting worker; slower ones wait for resources of their node; assumed
+TELL_PENDING_S = 30.0  # a worker that waits for its place so long is reported by an event
 
 Clock = Callable[[], float]
-Answer = Callable[[Any, Exception | None], None]  # (what was returned, what went wrong instead)
+Answer = Callable[[Any, Exception | None], None]  # (return value, error)
 
 
 class OpenCluster(Protocol):
-    """A cluster that is open, see RayCluster."""
+    """An open cluster, see RayCluster."""
 
     def nodes(self) -> list[RayNode]: ...
 
@@ -57,11 +58,11 @@ class OpenCluster(Protocol):
 
 @dataclass(frozen=True)
 class RayWork:
-    """What all workers do. `run`, `settings`: see WorkerOrder.
+    """The work of all workers. `run`, `settings`: see WorkerOrder.
 
-    workers: on CPUs, so many at most; None: one a GPU. variables: place → what its worker's environment has more.
-    keep: called once the cluster is open; keeps with the run what later commands ask of it, and returns
-    WorkerOrder.shared_file. demands: of all jobs.
+    workers: maximum number of CPU workers; None: one worker per GPU. variables: place → additional environment
+    variables of its worker. keep: called when the cluster is open; stores the run's facts for later commands and
+    returns WorkerOrder.shared_file. demands: of all jobs.
     """
 
     run: Callable[..., Any]
@@ -77,15 +78,15 @@ class RayWork:
 def run_on_ray(
     opening: AbstractContextManager[OpenCluster], work: RayWork, progress: Progress, *, stop: Stop
 ) -> SharedRun:
-    """Open the cluster, run all jobs on it, close it; what its workers came to together.
+    """Open the cluster, run all jobs on it, close it, and return the joint result of its workers.
 
-    `stop` is told of signals. In the main thread SIGINT and SIGTERM are passed on, each once to each worker; a worker
-    that then does not end is killed. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable for the cluster, and the
-    first RunnerError of a worker where none of them began its jobs.
+    `stop` receives signals. In the main thread SIGINT and SIGTERM are passed on, each once to each worker; a worker
+    that does not end then is killed. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable for the cluster, and the
+    first RunnerError of a worker if no worker began its jobs.
     """
     driver = _Driver(work, progress, stop)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread:  # Python hands signals to the main thread alone
+    if not in_main_thread:  # Python delivers signals to the main thread only
         structlog.get_logger().info("signals_ignored", why="the run is not in the main thread")
     with stop.listening(driver.count_signal) if in_main_thread else nullcontext():
         with opening as cluster:
@@ -102,7 +103,7 @@ def run_on_ray(
 class _LiveWorker:
     """One worker, from its start to its end."""
 
-    name: str  # of the place, and which of its workers this is
+    name: str  # the place's name, with a number from its second worker on
     place: RayPlace
     actor: RayActor
     report: WorkerReport
@@ -118,14 +119,14 @@ class _LiveWorker:
 
 @dataclass
 class _PlaceState:
-    """What became of the workers of a place."""
+    """The state of a place and its workers."""
 
     place: RayPlace
     worker: _LiveWorker | None = None
-    in_vain: int = 0  # the last starts without a finished job
-    closed: bool = False  # it is not used again
+    in_vain: int = 0  # consecutive starts without a finished job
+    closed: bool = False  # not used again
     not_before: float = 0.0
-    names: int = 0  # workers that were started here: each has a name of its own
+    names: int = 0  # workers that were started here: each has a different name
 
 
 class _Driver:
@@ -148,7 +149,7 @@ class _Driver:
         self._log = structlog.get_logger()
 
     def count_signal(self) -> None:
-        """Called in the signal's handler; the queue's `put` may interrupt itself."""
+        """Count a signal. Called in the signal handler; SimpleQueue.put is reentrant."""
         self._signals += 1
         self._answers.put(None)
 
@@ -173,7 +174,7 @@ class _Driver:
         return self._reports.merge()
 
     def end(self) -> None:
-        """After an error of this process, or a run that is over: no worker is left."""
+        """Kill all workers that are left, after the run or an error of this process."""
         for worker in self._workers():
             worker.actor.kill()
 
@@ -203,7 +204,7 @@ class _Driver:
     def _ask(
         self, worker: _LiveWorker, hear: Callable[[Any, Exception | None], None], method: str, *values: Any
     ) -> None:
-        """Call a method of the worker; this thread calls `hear` with what it returned, unless the worker is over."""
+        """Call a method of the worker; this thread later calls `hear` with the result, unless the worker is over."""
 
         def answer(value: Any, error: Exception | None) -> None:
             self._answers.put(lambda: hear(value, error) if worker.stage != "over" else None)
@@ -213,7 +214,7 @@ class _Driver:
     # -- nodes and places -----------------------------------------------------------------------------------------
 
     def _look_at_nodes(self) -> None:
-        """Ask for the nodes in a thread: the question may hang, and signals shall not."""
+        """Request the nodes in a thread: the request may hang, and signals must still be handled."""
         if self._looking or self._clock() < self._look_at:
             return
         self._looking, cluster = True, self._cluster
@@ -222,7 +223,7 @@ class _Driver:
         def look() -> None:
             try:
                 nodes: list[RayNode] | None = cluster.nodes()
-            except Exception:  # the head does not answer now; workers that are lost say so themselves
+            except Exception:  # the head does not answer now; lost workers are noticed by their failed calls
                 nodes = None
             self._answers.put(partial(self._see_nodes, nodes))
 
@@ -244,7 +245,9 @@ class _Driver:
             self._log.debug("ray_place", worker=place.name)
         if not self._looked and not self._places:
             raise ConfigInvalid(
-                "the Ray cluster has no GPU" if self._work.workers is None else "the Ray cluster has no CPU to work on",
+                "the Ray cluster has no GPU"
+                if self._work.workers is None
+                else "the Ray cluster has no CPU for workers",
                 where="--on",
                 todo="Add nodes with GPUs, or give --workers N to compute on CPUs",
             )
@@ -257,7 +260,7 @@ class _Driver:
         for state in self._places.values():
             if state.worker is not None or state.closed or self._clock() < state.not_before:
                 continue
-            if busy >= max(1, self._hand_out.left):  # more than jobs are left
+            if busy >= max(1, self._hand_out.left):  # more workers than remaining jobs are useless
                 break
             busy += 1
             self._start(state)
@@ -277,22 +280,22 @@ class _Driver:
         if worker.stage == "starting" and worker.pid is None:
             what = "GPU" if worker.place.gpus else "CPU"
             self._log.warning(
-                "ray_worker_waits", worker=worker.place.name, why=f"Ray has not given it a {what} of its node yet"
+                "ray_worker_waits", worker=worker.place.name, why=f"Ray has not assigned a {what} of its node to it yet"
             )
 
     # -- one worker -----------------------------------------------------------------------------------------------
 
     def _check(self, worker: _LiveWorker, facts: Any, error: Exception | None) -> None:
-        """The worker's process has started: may it take jobs?"""
+        """Check that the started process has the driver's version; then begin its work."""
         if error is not None:
             self._go_wrong(worker, error, partial(self._ask, worker, partial(self._check, worker), "describe"))
             return
         if "missing" in facts or facts["code"] != describe_code():
-            there = f"is not there ({facts['missing']})" if "missing" in facts else f"is {facts['code']}"
+            there = f"is not installed ({facts['missing']})" if "missing" in facts else f"has version {facts['code']}"
             self._fail(
                 worker,
                 ConfigInvalid(
-                    f"node {worker.place.node.name}: video-lab-runner {there}, here it is {describe_code()}",
+                    f"node {worker.place.node.name}: video-lab-runner {there}; this machine has {describe_code()}",
                     where="--on",
                     todo="Install the same version on all nodes",
                 ),
@@ -306,7 +309,7 @@ class _Driver:
         self._ask(worker, partial(self._begin, worker), "begin", order)
 
     def _begin(self, worker: _LiveWorker, _: Any, error: Exception | None) -> None:
-        if isinstance(error, WorkerSilent):  # it may have begun, and a second beginning is one too many
+        if isinstance(error, WorkerSilent):  # it may have begun, and must not begin twice
             self._lose(worker, str(error))
         elif error is not None:
             self._go_wrong(worker, error, lambda: None)
@@ -353,7 +356,7 @@ class _Driver:
                     self._ask(worker, lambda *_: None, "end")
 
     def _keeps_for_starting(self) -> bool:
-        """Whether the jobs that are left go to workers that start now, sooner than ahead to one that has a job."""
+        """Whether to keep the remaining jobs for starting workers instead of giving them ahead to busy ones."""
         workers = self._workers()
         since = self._clock() - KEEP_S
         starting = sum(worker.stage == "starting" and worker.started > since for worker in workers)
@@ -362,14 +365,14 @@ class _Driver:
 
     def _send(self, worker: _LiveWorker, job: Job) -> None:
         def hear(_: Any, error: Exception | None) -> None:
-            if error is not None:  # it takes a job once, so that it may be sent again
+            if error is not None:  # the worker ignores a job that it already has, so a retry is safe
                 self._go_wrong(worker, error, partial(self._send, worker, job))
 
         if worker.stage == "working":
             self._ask(worker, hear, "send", job)
 
     def _go_wrong(self, worker: _LiveWorker, error: Exception, again: Callable[[], None]) -> None:
-        """A call has failed: the worker is lost, or out of reach, or has refused what it was asked."""
+        """Handle a failed call: the worker is lost, or cannot be reached now, or has raised an error."""
         if isinstance(error, WorkerSilent):
             worker.silent_since = worker.silent_since or self._clock()
             if self._clock() - worker.silent_since < SILENT_S:
@@ -384,26 +387,26 @@ class _Driver:
     # -- its end --------------------------------------------------------------------------------------------------
 
     def _close(self, worker: _LiveWorker) -> None:
-        """The worker has told its outcome, or an error in its place."""
+        """Close the worker after it has reported its result or an error."""
         error = worker.report.error or worker.report.stopped_by
         state = self._leave(worker)
         if error is not None:
             self._log.error("ray_worker_failed", worker=worker.place.name, code=error.code, message=error.message)
         if state is not None:
-            # After a lost device a new process may go on. What failed before the first job would fail again.
+            # After a lost device a new process may continue. A failure before the first job would happen again.
             state.closed = error is None or worker.report.finished == 0 or not error.retryable
             state.in_vain = 0
 
     def _fail(self, worker: _LiveWorker, error: RunnerError) -> None:
-        """The worker cannot work at its place, and no other could there."""
+        """Close the worker and its place: no worker can work there."""
         worker.report.error = error
         self._close(worker)
 
     def _lose(self, worker: _LiveWorker, how: str) -> None:
-        """The worker has died. What it had goes to others; its place gets a new one, unless that has been in vain."""
+        """Handle a worker that died. Its jobs go to other workers; a new worker starts at its place, up to STARTS."""
         jobs = sorted(worker.report.jobs)
         state = self._leave(worker)
-        if worker.pid is None:  # e.g. its node was just ending
+        if worker.pid is None:  # e.g. because its node was ending
             self._log.warning("ray_worker_not_started", worker=worker.place.name, why=how)
         else:
             self._log.error(
@@ -412,18 +415,19 @@ class _Driver:
                 pid=worker.pid,
                 how=how,
                 jobs=jobs,
-                todo="Its jobs go to others. Killed: look for the out-of-memory killer in the node's log",
+                todo="Other workers take its jobs. If it was killed, look for the out-of-memory killer in the node's "
+                "log",
             )
         if state is None:
             return
         state.in_vain = 0 if worker.report.finished else state.in_vain + 1
-        state.not_before = self._clock() + LOOK_EVERY_S / 2 * max(1, state.in_vain)  # a node that ends is seen to
+        state.not_before = self._clock() + LOOK_EVERY_S / 2 * max(1, state.in_vain)  # a node that ends is noticed first
         if state.in_vain >= STARTS:
             state.closed = True
             self._log.error("ray_place_given_up", worker=worker.place.name, starts=STARTS)
 
     def _leave(self, worker: _LiveWorker) -> _PlaceState | None:
-        """It works no more: its jobs wait again, and its process ends."""
+        """End the worker: its jobs wait again and its process is killed. Return the state of its place, if any."""
         worker.stage = "over"
         self._reports.leave(worker.report)
         self._hand_out.leave(worker.name)

@@ -1,6 +1,6 @@
-"""Ray places: on which nodes of a cluster workers have room, and how much of its node each may take.
+"""Ray places: the places for workers on the nodes of a cluster, and the resources of each place.
 
-In:   the living nodes, the places that there are. Out: places to add. Never: what works there; Ray.
+In:   the running nodes, the existing places. Out: places to add. Never: workers, Ray.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ __all__ = ["next_places"]
 
 
 def next_places(nodes: Sequence[RayNode], taken: Sequence[RayPlace], workers: int | None) -> list[RayPlace]:
-    """The places that these nodes have beyond those that are `taken`.
+    """Return the places on these nodes that are not in `taken` yet.
 
-    workers: None: one for each GPU. Else places on CPUs: so many at most, as evenly as the nodes' CPUs allow, none with
-    less than one CPU; a place keeps its size when nodes come later.
+    workers: None: one place per GPU. A number: at most so many CPU places, spread as evenly as the nodes' CPUs allow,
+    each with at least one CPU. A place keeps its size when nodes are added later.
     """
     if workers is None:
         known = {(place.node.id, place.slot) for place in taken}
@@ -30,7 +30,7 @@ def next_places(nodes: Sequence[RayNode], taken: Sequence[RayPlace], workers: in
     able = [node for node in nodes if node.cpus > 0]
     while able and len(taken) + len(found) < workers:
         on = {node.id: [place for place in (*taken, *found) if place.node.id == node.id] for node in able}
-        evenly = -(-workers // len(able))  # on each node, if all had CPUs enough
+        evenly = -(-workers // len(able))  # workers per node if all nodes had enough CPUs
         roomy = [node for node in able if _fits(node, on[node.id], evenly)]
         if not roomy:
             break
@@ -43,5 +43,5 @@ def next_places(nodes: Sequence[RayNode], taken: Sequence[RayPlace], workers: in
 
 
 def _fits(node: RayNode, there: Sequence[RayPlace], evenly: int) -> bool:
-    """Whether one more worker, of a node that `evenly` workers share, has room beside those that are there."""
+    """Whether the node has CPUs for one more place, if `evenly` workers share the node."""
     return sum(place.cpus for place in there) + node.cpus // min(evenly, node.cpus) <= node.cpus

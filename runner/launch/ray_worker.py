@@ -1,10 +1,10 @@
 """Ray worker: one process of `run --on ray`; it runs the batch loop on jobs that the driver sends.
 
-In:   what to run, jobs one at a time, signals. Out: messages, which the driver fetches in order.
-Never: which job is next; calling Ray: `ray_actor.py` makes an actor of the class that stands here.
+In:   the function to run, jobs one at a time, signals. Out: messages, which the driver fetches in order.
+Never: which job is next; calls to Ray: `ray_actor.py` makes an actor of this file's class.
 
-Ray calls the methods from several threads. The run has a thread of its own, so that it can be told to stop, and asked,
-while it works.
+Ray calls the methods from several threads. The run has a separate thread, so that the worker can receive signals and
+send messages while it works.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Message = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class WorkerOrder:
-    """What a worker shall do: `run(settings, progress, source=…, share=…)`, `settings` being a RunSettings.
+    """The order for a worker: it calls `run(settings, progress, source=…, share=…)`; `settings` is a RunSettings.
 
-    workers: how many work on its machine. gpu: whether Ray has given it one. folder: the working directory of the
-    command, for relative paths. shared_file: a key of OUT and the bytes there, which the worker must find before it
-    takes a job; None: nothing. demands: of all jobs that it may get.
+    workers: number of workers on its machine. gpu: whether Ray has assigned a GPU to it. folder: the working directory
+    of the command, for relative paths. shared_file: a key of OUT and its content, which the worker checks before it
+    takes a job; None: no check. demands: of all jobs that it may get.
     """
 
     run: Callable[..., Any]
@@ -56,7 +56,7 @@ class WorkerOrder:
 
 
 class RayWorker:
-    """The run of one worker. Safe from any thread."""
+    """The run of one worker. Thread-safe."""
 
     def __init__(self, order: WorkerOrder) -> None:
         self._order = order
@@ -64,13 +64,13 @@ class RayWorker:
         self._mailbox = Mailbox()
         self._sent: set[str] = set()
         self._changed = threading.Condition()
-        self._messages: list[Message] = []  # those that the driver has not said to have
-        self._dropped = 0  # those before them
+        self._messages: list[Message] = []  # messages that the driver has not confirmed
+        self._dropped = 0  # number of confirmed messages before them
         self._thread = threading.Thread(target=self._work, name="run", daemon=True)
         self._thread.start()
 
     def send(self, job: Job) -> bool:
-        """Hand it a job; a second time the same job counts for nothing. False if its loop is stopping."""
+        """Send a job to the loop; a job that was sent before is ignored. Returns False if the loop is stopping."""
         with self._changed:
             if job.id in self._sent:
                 return True
@@ -78,21 +78,21 @@ class RayWorker:
         return self._mailbox.send(job)
 
     def end(self) -> None:
-        """No more jobs will come: the run ends when those that it has are done."""
+        """Announce that no more jobs will come: the run ends when its jobs are done."""
         self._mailbox.end()
 
     def stop(self, signum: int) -> None:
-        """Pass on a signal: the first one lets it drain, the second ends it now."""
+        """Pass on a signal: after the first one the run drains, the second one ends it now."""
         self._stop.request(signum)
 
     def join(self) -> None:
-        """Wait until its run has ended."""
+        """Wait until the run has ended."""
         self._thread.join()
 
     def fetch(self, seen: int, wait_s: float) -> tuple[int, list[Message]]:
-        """The messages after the first `seen` ones, and how many there are with them; waits for one at most `wait_s`.
+        """Return (number of all messages so far, messages after the first `seen`); wait at most `wait_s` for one.
 
-        A question that is asked again, as its answer was lost, gets the same messages.
+        A request that is repeated after a lost answer returns the same messages.
         """
         with self._changed:
             del self._messages[: max(0, seen - self._dropped)]
@@ -112,27 +112,27 @@ class RayWorker:
 
     def _run(self, link: WorkerLink) -> Any:
         order = self._order
-        with suppress(OSError):  # a node that lacks it has no use for relative paths either
+        with suppress(OSError):  # on a node without this folder relative paths do not work in any case
             os.chdir(order.folder)
         if order.shared_file is not None:
             _require_shared(order.settings.out, *order.shared_file)
         settings = order.settings
-        if order.gpu and settings.device == "auto" and environment()["gpus"]:  # never silently on the CPU instead
+        if order.gpu and settings.device == "auto" and environment()["gpus"]:  # never fall back to the CPU silently
             settings = dataclasses.replace(settings, device="cuda")
         share = MachineShare(order.workers, self._stop, lambda: None, order.demands)
         return order.run(settings, link, source=self._mailbox, share=share)
 
 
 def describe_process() -> dict[str, Any]:
-    """This process, for the driver: `host`, `pid`, and `code`, which must be the driver's own."""
+    """Describe this process for the driver: `host`, `pid`, and `code`, which must equal the driver's."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "code": describe_code()}
 
 
 @cache
 def describe_code() -> str:
-    """`0.1.0 (3f9c1a2b, Python 3.11)`: the version of this package, and a digest of what its modules say.
+    """Return e.g. `0.1.0 (3f9c1a2b, Python 3.11)`: the package's version and a digest of its modules' source.
 
-    Settings and jobs travel pickled; between two states of the code they may mean two things.
+    Settings and jobs are sent pickled, so that driver and worker must have the same code.
     """
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent.parent
@@ -143,7 +143,7 @@ def describe_code() -> str:
 
 
 def _require_shared(out: str, key: str, data: bytes) -> None:
-    """Raise ConfigInvalid where OUT is not the folder that the driver has written to: outputs would be scattered."""
+    """Raise ConfigInvalid if OUT is not the driver's folder: outputs would be spread over several folders."""
     if open_storage(out).read_bytes(key) != data:
         raise ConfigInvalid(
             f"OUT is not the same folder on node {socket.gethostname()}: it lacks {key}",

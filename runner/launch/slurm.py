@@ -1,9 +1,9 @@
-"""Slurm: a run as an array job of Apptainer containers, closed by a report that depends on it.
+"""Slurm: a run as an array job of Apptainer containers, and a report job that depends on it.
 
 In:   a `Submission`. Out: batch scripts, or the ids of the jobs that `sbatch` has accepted.
-Never: credentials; what the scripts do when a task ends: they say so themselves.
+Never: credentials; the text of the scripts, see slurm_scripts.py.
 
-Paths of a shared file system are as good as URIs here; a task sees them under the same names.
+Paths of a shared file system can be used like URIs. A task sees them under the same names.
 """
 
 from __future__ import annotations
@@ -34,15 +34,25 @@ from runner.storage import is_remote, local_path
 __all__ = ["Slurm"]
 
 RUN, REPORT, SUBMIT = "run.sbatch", "report.sbatch", "submit.sh"
-ASK_S, SUBMIT_S = 60, 120  # seconds that a tool of Slurm may take; assumed
+ASK_S, SUBMIT_S = 60, 120  # time limits for Slurm's tools; assumed
 MOST_ATTEMPTS = 10  # as on the other platforms
 LONGEST_SIGNAL_S = 65535  # sbatch, --signal
-EARLY_S = 60  # Slurm may send the signal so many seconds earlier (sbatch, --signal)
+EARLY_S = 60  # Slurm may send the signal up to so many seconds earlier (sbatch, --signal)
 DOCKER = "docker://"
 
-# What the scripts set themselves, in a way that they rely on.
-_OWN_FLAGS = ("array", "dependency", "export", "no-requeue", "output", "parsable", "requeue", "signal", "test-only")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes part of a file's name
+# Flags that the scripts set themselves and rely on.
+_RESERVED_FLAGS = (
+    "array",
+    "dependency",
+    "export",
+    "no-requeue",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "test-only",
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # the name becomes part of a file name
 _SETTING = re.compile(r"[^\s'\"\\]+")
 _FLAG = re.compile(r"--([a-z][a-z-]*)(=[^\n\r\0]+)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -54,17 +64,17 @@ _EVALUATED = re.compile(r"[$`\\\"\n\r\0]")
 class Slurm(SlurmSettings, Platform):
     """A cluster that `sbatch` reaches. The image is a .sif file, or docker://registry/name:tag.
 
-    `disk_gib` is not asked of Slurm: most clusters do not count local disks. Where yours does, add --tmp to
-    `sbatch_flags`.
+    `disk_gib` is not requested from Slurm, because most clusters do not manage local disks. If yours does, add --tmp
+    to `sbatch_flags`.
     """
 
     name: ClassVar[str] = "slurm"
 
     def check(self, submission: Submission) -> None:
-        """Raise ConfigInvalid for what Slurm or Apptainer would refuse, or read otherwise."""
+        """Raise ConfigInvalid for values that Slurm or Apptainer would refuse or interpret differently."""
         if not _NAME.fullmatch(submission.name):
             raise ConfigInvalid(
-                f"{submission.name!r} is no name for a job",
+                f"{submission.name!r} cannot be the name of a job",
                 where="--name",
                 todo="Use 1 to 64 letters, digits, dots, dashes and underscores",
             )
@@ -80,17 +90,18 @@ class Slurm(SlurmSettings, Platform):
         self._check_settings()
         for name, value in submission.environment.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value:
-                raise ConfigInvalid(f"{name!r} is no name of a variable", todo="Use letters, digits and underscores")
+                todo = "Use letters, digits and underscores"
+                raise ConfigInvalid(f"{name!r} is not a name of an environment variable", todo=todo)
         for word in (*run_words(submission), submission.image):
             if _EVALUATED.search(word):
-                raise ConfigInvalid(f"{word!r} holds a character that Apptainer would interpret", todo=_PLAIN)
+                raise ConfigInvalid(f"{word!r} contains a character that Apptainer would interpret", todo=_PLAIN)
         for folder in bound_folders(submission, self):
             problem = self.problem_of_place(folder) if os.path.isabs(folder) else "is not a full path"
             if problem is not None:
-                raise ConfigInvalid(problem, where=folder, todo="Name it by its full path, or rename it")
+                raise ConfigInvalid(problem, where=folder, todo="Give its full path, or rename it")
         if submission.spot and self.partition is None and self.qos is None:
             raise ConfigInvalid(
-                "Slurm has no spot machines of its own",
+                "Slurm itself has no spot machines",
                 where="--spot",
                 todo="Name the partition or QOS whose jobs may be preempted, or leave --spot out",
             )
@@ -103,13 +114,13 @@ class Slurm(SlurmSettings, Platform):
         }
 
     def ask(self, submission: Submission) -> None:
-        """Let `sbatch --test-only` judge both scripts."""
+        """Check both scripts with `sbatch --test-only`."""
         files = self.render(submission)
         run_tool(["sbatch", "--version"], timeout_s=ASK_S)
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_tool(["scontrol", "show", "config"], timeout_s=ASK_S), re.M)
         if found is not None and submission.shards > int(found[1]):  # the largest index is one less
             raise ConfigInvalid(
-                f"this cluster takes arrays of {found[1]} tasks at most (MaxArraySize), not {submission.shards}",
+                f"this cluster accepts arrays of at most {found[1]} tasks (MaxArraySize), not {submission.shards}",
                 where="--shards",
                 todo=f"Give --shards {found[1]} or less",
             )
@@ -135,11 +146,11 @@ class Slurm(SlurmSettings, Platform):
         )
 
     def place(self, uri: str) -> str:
-        """Local paths become absolute: the tasks see the shared file system under the same names."""
+        """Return local paths as absolute paths: the tasks see the shared file system under the same names."""
         return uri if is_remote(uri) else os.path.abspath(local_path(uri))
 
     def problem_of_place(self, uri: str) -> str | None:
-        """Only what a bind of Apptainer cannot name."""
+        """Return a problem only for paths that Apptainer cannot bind."""
         if is_remote(uri):
             return None
         try:
@@ -154,14 +165,16 @@ class Slurm(SlurmSettings, Platform):
         before = signal_s(submission)
         if before > LONGEST_SIGNAL_S:
             raise ConfigInvalid(
-                f"a drain of {submission.drain_s:g} s: Slurm sends no signal more than {LONGEST_SIGNAL_S} s ahead",
+                f"{submission.drain_s:g} s are too long: Slurm sends its signal at most {LONGEST_SIGNAL_S} s before "
+                "the time limit",
                 where="--drain-s",
                 todo=f"Give at most {LONGEST_SIGNAL_S - before + int(submission.drain_s)}",
             )
         if submission.time_limit_s < before + 2 * EARLY_S:
             raise ConfigInvalid(
-                f"a time limit of {submission.time_limit_s} s, with SIGTERM up to {before + EARLY_S} s before its end",
-                todo=f"Give at least {before + 2 * EARLY_S} s, or less to drain",
+                f"a time limit of {submission.time_limit_s} s is too short: SIGTERM comes up to {before + EARLY_S} s "
+                "before its end",
+                todo=f"Give at least {before + 2 * EARLY_S} s, or a smaller --drain-s",
             )
 
     def _check_image(self, image: str) -> None:
@@ -169,7 +182,7 @@ class Slurm(SlurmSettings, Platform):
             check_image(image.removeprefix(DOCKER))
         elif not (image.endswith(".sif") and os.path.isabs(image)):
             raise ConfigInvalid(
-                f"{image!r} is no image for Apptainer",
+                f"{image!r} is not an image for Apptainer",
                 where="--image",
                 todo="Write the full path of a .sif file, or docker://registry/name:tag",
             )
@@ -178,26 +191,29 @@ class Slurm(SlurmSettings, Platform):
         for what in ("partition", "account", "qos", "constraint", "report_partition"):
             value = getattr(self, what)
             if value is not None and not _SETTING.fullmatch(value):
-                raise ConfigInvalid(f"{value!r} is no {what.replace('_', ' ')}", todo="Leave out spaces and quotes")
+                kind = what.replace("_", " ")
+                raise ConfigInvalid(f"{value!r} is not a valid {kind}", todo="Leave out spaces and quotes")
         for folder in (*self.bind, *([self.cache] if self.cache is not None else [])):
             if not os.path.isabs(folder) or (problem := self.problem_of_place(folder)) is not None:
                 raise ConfigInvalid(
                     "is not a full path" if not os.path.isabs(folder) else str(problem),
                     where=folder,
-                    todo="Name a folder of the nodes by its full path",
+                    todo="Give the full path of a folder on the nodes",
                 )
         for flag in self.sbatch_flags:
             found = _FLAG.fullmatch(flag)
             if found is None:
-                raise ConfigInvalid(f"{flag!r} is no flag of sbatch", todo="Write --key=value, e.g. --gres=gpu:h100:1")
-            if found[1] in _OWN_FLAGS:
+                raise ConfigInvalid(
+                    f"{flag!r} is not a flag of sbatch", todo="Write --key=value, e.g. --gres=gpu:h100:1"
+                )
+            if found[1] in _RESERVED_FLAGS:
                 raise ConfigInvalid(f"{flag}: --{found[1]} is set by the script itself", todo="Leave it out")
 
 
-_PLAIN = 'Use names without $ ` " \\ and line breaks'
+_PLAIN = 'Use names without $, `, ", \\ and line breaks'
 
 
 def _sbatch(script: str, *flags: str) -> str:
-    """The id of the job that `sbatch` accepts. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable."""
-    said = run_tool(["sbatch", "--parsable", *flags], stdin=script.encode(), timeout_s=SUBMIT_S)
-    return said.strip().partition(";")[0]
+    """Submit a script and return the id of its job. Raises ConfigInvalid, ClusterDenied, ClusterUnavailable."""
+    output = run_tool(["sbatch", "--parsable", *flags], stdin=script.encode(), timeout_s=SUBMIT_S)
+    return output.strip().partition(";")[0]

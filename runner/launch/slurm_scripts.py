@@ -1,7 +1,7 @@
 """Slurm scripts: the text of `run.sbatch`, `report.sbatch` and `submit.sh`.
 
 In:   a checked `Submission` and `SlurmSettings`. Out: text; the same text for the same values.
-Never: the cluster; credentials: tasks inherit the submitter's environment.
+Never: requests to the cluster; credentials: tasks inherit the submitter's environment.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from runner.storage import is_remote
 
 __all__ = ["SlurmSettings", "bound_folders", "log_name", "report_script", "run_script", "signal_s", "submit_script"]
 
-END_S = 60  # seconds that publishing and a requeue get after the drain; assumed
-REPORT_S, REPORT_CPUS, REPORT_GIB = 3600, 2, 8  # of the closing report; assumed
+END_S = 60  # seconds for publishing and a requeue after the drain; assumed
+REPORT_S, REPORT_CPUS, REPORT_GIB = 3600, 2, 8  # resources of the report job; assumed
 
-# What the image sets (Dockerfile, ENV) and what Python reads. Apptainer passes the host's variables on, and prefers
-# them to the image's; these would be meant for other programs.
+# Variables that the image sets (Dockerfile, ENV) and that Python reads. Apptainer passes the host's variables on and
+# prefers them to the image's, but the host's values are meant for other programs.
 IMAGE_VARIABLES = (
     "HF_HOME",
     "PYTHONHOME",
@@ -39,25 +39,27 @@ IMAGE_VARIABLES = (
 
 @dataclass(frozen=True)
 class SlurmSettings:
-    """What a cluster's users choose; all may be left to the cluster."""
+    """Settings that users of a cluster choose. All have defaults of the cluster."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None  # of the render tasks, e.g. a GPU model
     sbatch_flags: tuple[str, ...] = ()  # more `--key=value` of the render tasks, e.g. --gres=gpu:h100:1, --tmp=100G
-    bind: tuple[str, ...] = ()  # more folders that tasks see, e.g. one to which links in the inputs' folders lead
-    cache: str | None = None  # folder of each node that keeps synced models; None: one that ends with the task
-    report_partition: str | None = None  # where the GPU partition takes no jobs without GPUs
+    bind: tuple[str, ...] = ()  # more folders for the tasks, e.g. a folder that links in the inputs' folders point to
+    cache: str | None = (
+        None  # folder of each node that keeps synced models; None: a folder that is removed with the task
+    )
+    report_partition: str | None = None  # needed if the GPU partition refuses jobs without GPUs
 
 
 def signal_s(submission: Submission) -> int:
-    """Seconds before the time limit at which a task gets SIGTERM."""
+    """Return how many seconds before the time limit a task gets SIGTERM."""
     return math.ceil(submission.drain_s) + END_S
 
 
 def log_name(submission: Submission, ids: str) -> str:
-    """The file of a task's output, `ids` in its name: beside the run's other files, or where sbatch is called."""
+    """Return the path of a task's log, with `ids` in its name: in the run's folder, or where sbatch is called."""
     name = f"{submission.name}-{ids}.log"
     if is_remote(submission.out):
         return name
@@ -65,7 +67,7 @@ def log_name(submission: Submission, ids: str) -> str:
 
 
 def bound_folders(submission: Submission, settings: SlurmSettings) -> list[str]:
-    """The local folders that a task reads or writes, none of them within another."""
+    """Return the local folders that a task reads or writes, without folders inside others of them."""
     folders = {PurePosixPath(place) for place in (submission.out, submission.models) if not is_remote(place)}
     folders |= {
         PurePosixPath(place).parent for place in (submission.manifest, *submission.inputs) if not is_remote(place)
@@ -75,7 +77,7 @@ def bound_folders(submission: Submission, settings: SlurmSettings) -> list[str]:
 
 
 def run_script(submission: Submission, settings: SlurmSettings) -> str:
-    """The array job: a task a shard. One shard is an array as well, so that names and variables are the same."""
+    """Return the array job: one task per shard. One shard is an array too, so that names and variables are equal."""
     gpus = f"gpu:{submission.gpus_per_task}"
     directives = {
         **_shared_directives(submission, settings),
@@ -95,14 +97,14 @@ def run_script(submission: Submission, settings: SlurmSettings) -> str:
         f"# Run {submission.run_id}: {submission.shards} tasks, {submission.gpus_per_task} GPU each. submit.sh submits"
         " it, and report.sbatch after it.",
         "#",
-        f"# One task by hand, without Slurm; SCRATCH is a folder with {submission.disk_gib} GB that you may write:",
+        f"# To run one task by hand, without Slurm (SCRATCH: a writable folder with {submission.disk_gib} GB):",
         f"#   {shlex.join([*container, '--bind', 'SCRATCH:/cache', submission.image, *words])}",
     ]
     return _script(
         submission,
         head,
         [*_directive_lines(directives), *(f"#SBATCH {shlex.quote(flag)}" for flag in settings.sbatch_flags)],
-        task="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",  # a job id alone can mean the whole array
+        task="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",  # a job id without the task can mean the whole array
         step=["--cpus-per-task", str(submission.cpus), f"--gres={gpus}"],
         cache=settings.cache,
         container=container,
@@ -111,7 +113,7 @@ def run_script(submission: Submission, settings: SlurmSettings) -> str:
 
 
 def report_script(submission: Submission, settings: SlurmSettings) -> str:
-    """The closing job; submitted with `--dependency=afterany:ID`, which holds also where tasks failed."""
+    """Return the report job. It is submitted with `--dependency=afterany:ID`, so it also runs after failed tasks."""
     directives = {
         **_shared_directives(submission, settings),
         "job-name": f"{submission.name}-report",
@@ -134,7 +136,7 @@ def report_script(submission: Submission, settings: SlurmSettings) -> str:
 
 
 def submit_script(submission: Submission) -> str:
-    """`submit.sh`: puts the manifest in its place and submits both scripts."""
+    """Return `submit.sh`, which copies the manifest and submits both scripts."""
     manifest = shlex.quote(submission.manifest)
     if is_remote(submission.manifest):
         copy = f"aws s3 cp {MANIFEST} {manifest}"
@@ -143,15 +145,15 @@ def submit_script(submission: Submission) -> str:
     return f"""\
 #!/usr/bin/env bash
 # Submits run {submission.run_id}: the array of run.sbatch, and report.sbatch, which starts when all tasks have ended.
-# The tasks inherit this shell's environment: set the storage's credentials here, before.
+# The tasks inherit this shell's environment: set the credentials for the storage before you run this script.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
 
 {copy}
 run=$(sbatch --parsable run.sbatch)
-run=${{run%%;*}} # ID;CLUSTER where there are several clusters
+run=${{run%%;*}} # sbatch prints ID;CLUSTER if there are several clusters
 if ! report=$(sbatch --parsable "--dependency=afterany:$run" report.sbatch); then
-  echo "the report was refused; job $run is taken back" >&2
+  echo "the report job was refused; cancelling job $run" >&2
   scancel "$run"
   exit 1
 fi
@@ -173,7 +175,7 @@ def _shared_directives(submission: Submission, settings: SlurmSettings) -> dict[
 
 
 def _directive_lines(directives: dict[str, object]) -> list[str]:
-    """`#SBATCH` lines; sbatch reads quotes as a shell does. None: none; True: without a value."""
+    """Return `#SBATCH` lines; sbatch reads quotes as a shell does. None: no line; True: a flag without a value."""
     return [
         f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
         for name, value in directives.items()
@@ -182,18 +184,18 @@ def _directive_lines(directives: dict[str, object]) -> list[str]:
 
 
 def _pattern(submission: Submission, ids: str) -> str:
-    """The log's name for `--output`, in which % stands for the job's numbers alone."""
+    """Return the log's path for `--output`, where % introduces only the job's numbers."""
     return log_name(submission, "\0").replace("%", "%%").replace("\0", ids)
 
 
 def _duration(seconds: int) -> str:
-    """In whole minutes, which is what Slurm counts in; rounded down, as the limit is the user's."""
+    """Return whole minutes, Slurm's unit. Rounded down, so that the user's limit is not exceeded."""
     hours, minutes = divmod(seconds // 60, 60)
     return f"{hours}:{minutes:02}:00"
 
 
 def _container(submission: Submission, settings: SlurmSettings, flags: Sequence[str]) -> list[str]:
-    """Apptainer's command up to the image, without the bind of /cache."""
+    """Return Apptainer's command up to the image, without the bind of /cache."""
     command = ["apptainer", "run", *flags]
     for folder in bound_folders(submission, settings):
         command += ["--bind", folder]
@@ -211,11 +213,11 @@ def _script(
     container: Sequence[str],
     words: Sequence[str],
 ) -> str:
-    """A batch script that runs `words` in the container as a step, and decides by its exit code what becomes of `task`.
+    """Return a batch script that runs `words` in the container as a step; the exit code decides if `task` is requeued.
 
     The step gets SIGTERM before the time limit (`--signal` without B:) and when the grace period of a preemption begins
     (slurm.conf, GraceTime: "the job's tasks are immediately sent SIGCONT and SIGTERM", the batch script only at its
-    end). A command without srun would be no step.
+    end). Only a command that srun starts is a step.
     """
     final = " | ".join(str(code) for code in (0, *FINAL_CODES))
     lines = [
@@ -224,20 +226,20 @@ def _script(
         *directives,
         "set -uo pipefail",
         "",
-        "# The task inherits the submitter's environment (--export=ALL), and Apptainer passes it on: so credentials",
-        "# reach the container, and no file has them. Apptainer also mounts the home folder, with ~/.aws.",
+        "# The task inherits the submitter's environment (--export=ALL), and Apptainer passes it on to the container.",
+        "# So no file contains credentials. Apptainer also mounts the home folder with ~/.aws.",
         *_cache_lines(cache),
         "",
-        "# Of these the image's own values hold.",
+        "# For these variables the image's values are used.",
         f"unset {' '.join(IMAGE_VARIABLES)}",
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(submission.environment.items())),
         "",
         f"attempts={submission.attempts}",
         f"task={task}",
-        "export SLURM_EXIT_ERROR=3 # of srun's own failures, which say nothing about the run",
+        "export SLURM_EXIT_ERROR=3 # for failures of srun itself, which are not failures of the run",
         "",
-        "# A step gets SIGTERM when there is time to drain. This script gets it when that time is over, and stays to",
-        "# see the exit code.",
+        "# A step gets SIGTERM when it must drain. This script gets SIGTERM after the drain time, and ignores it to",
+        "# read the step's exit code.",
         "trap : TERM CONT",
         f"srun --ntasks=1 --mpi=none --input=none {shlex.join(step)} \\",
         f'  {shlex.join(container)} --bind "$cache:/cache" \\',
@@ -250,7 +252,7 @@ def _script(
         '  wait "$step" || code=$?',
         "done",
         "",
-        "# Done, failed by the jobs' own fault, or configured wrongly: another start would find the same.",
+        "# Finished, failed because of the jobs themselves, or configured wrongly: a restart would not help.",
         "case $code in",
         f'  {final}) exit "$code" ;;',
         "esac",
@@ -259,7 +261,7 @@ def _script(
         '  echo "exit code $code at start $starts of $attempts: given up" >&2',
         '  exit "$code"',
         "fi",
-        "# A task that was cancelled, or that Slurm itself requeues, has another state.",
+        "# A task that was cancelled, or that Slurm requeues itself, has another state.",
         'if [[ $(squeue --noheader --states=all --jobs="$task" --format=%T) == RUNNING ]]; then',
         '  echo "exit code $code at start $starts of $attempts: requeued" >&2',
         '  scontrol requeue "$task"',
@@ -270,7 +272,7 @@ def _script(
 
 
 def _cache_lines(cache: str | None) -> list[str]:
-    """The container's root is read-only; /cache must be a folder of the node that the user may write."""
+    """Return lines that set $cache, a writable folder of the node: the container's own root is read-only."""
     if cache is not None:
         return [f"cache={shlex.quote(cache)}", 'mkdir -p "$cache" || exit 3']
     return [

@@ -1,6 +1,7 @@
-"""Checks that every platform makes of a submission before anything is sent.
+"""Submission checks: checks of a submission for all platforms, made before anything is sent.
 
-In:   what was asked for. Out: nothing; ConfigInvalid for what cannot work. Never: questions to a platform or registry.
+In:   a value of the submission. Out: ConfigInvalid for a value that cannot work. Never: requests to a platform or
+registry.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _IMAGE = re.compile(
 def check_image(image: str) -> None:
     """Raise ConfigInvalid for an image reference that is malformed, or has neither a tag nor a digest.
 
-    A tag that is written out passes, whatever it is: which tags move is the registry's affair.
+    Every explicit tag passes, also one that may move in the registry.
     """
     found = _IMAGE.fullmatch(image)
     if found is None:
@@ -33,8 +34,8 @@ def check_image(image: str) -> None:
         )
     if found["tag"] is None and found["digest"] is None:
         raise ConfigInvalid(
-            f"{image} has no tag: registries read that as `latest`, which moves, so tasks that start later, and "
-            "retries, could run another version than the first ones",
+            f"{image} has no tag: registries interpret this as `latest`, which changes over time. Tasks that start "
+            "later, and retries, could run another version than the first tasks",
             where="--image",
             todo="Write name:tag, or name@sha256:… for exact bytes",
         )

@@ -1,7 +1,7 @@
-"""Tool: runs a batch platform's own command line tool, such as kubectl, gcloud or sbatch, and maps how it fails.
+"""Tool: runs a batch platform's command line tool, such as kubectl, gcloud or sbatch, and maps its failures to errors.
 
-In:   a command as a list of words, bytes for its standard input. Out: what it printed; a command taken back by another.
-Never: a shell; which command is run, and what its output means.
+In:   a command as a list of arguments, bytes for its standard input. Out: its output; undoing of a command that failed
+halfway. Never: a shell; which command is run, and what its output means.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from runner.errors import ClusterDenied, ClusterUnavailable, ConfigInvalid, Runn
 
 __all__ = ["run_tool", "taken_back"]
 
-LAST_LINES = 3  # of what a tool says when it fails; the cause stands at the end
-# What the tools print, in lower case. The first list goes first: "connection refused" is no refusal of the user.
+LAST_LINES = 3  # lines of a failed tool's output that go into the message; the cause is at the end
+# Phrases of the tools' output, in lower case. _UNAVAILABLE is checked first: "connection refused" is not about rights.
 _UNAVAILABLE = (
     "unable to connect to the server",  # kubectl
     "was refused - did you specify the right host or port",
@@ -83,11 +83,10 @@ _DENIED = (
 
 
 def run_tool(words: Sequence[str], *, stdin: bytes | None = None, timeout_s: float) -> str:
-    """Run `words`, with `stdin` or none, for `timeout_s` seconds at most; what it printed to its standard output.
+    """Run the command `words`, with `stdin` if given, for at most `timeout_s` seconds, and return its standard output.
 
-    Raises ConfigInvalid where the tool is not installed, or says what is wrong with what it was asked; ClusterDenied
-    where the platform refuses the user; ClusterUnavailable where it does not answer. A tool that runs too long is
-    killed with what it has started.
+    Raises ConfigInvalid if the tool is not installed or reports a wrong setting, ClusterDenied if the platform refuses
+    the user, ClusterUnavailable if it does not answer. A tool that runs too long is killed with its child processes.
     """
     tool = words[0]
     if shutil.which(tool) is None:
@@ -96,7 +95,7 @@ def run_tool(words: Sequence[str], *, stdin: bytes | None = None, timeout_s: flo
     try:
         process = subprocess.Popen(
             list(words),
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,  # no tool waits for an answer
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,  # so that no tool waits for an answer
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # gcloud is a script that starts a process: both are killed as a group
@@ -108,7 +107,8 @@ def run_tool(words: Sequence[str], *, stdin: bytes | None = None, timeout_s: flo
     except subprocess.TimeoutExpired as err:
         _kill_group(process)
         what = f"did not end within {timeout_s:g} s"
-        raise ClusterUnavailable(what, where=tool, todo="See what was accepted, then run the same command") from err
+        todo = "Check whether the job was accepted, then run the same command"
+        raise ClusterUnavailable(what, where=tool, todo=todo) from err
     except BaseException:
         _kill_group(process)
         raise
@@ -126,10 +126,10 @@ def taken_back(
     after: type[BaseException] | tuple[type[BaseException], ...] = BaseException,
     gone: str | None = None,
 ) -> Iterator[None]:
-    """Where what is inside fails with `after`, run `words`, which take `job` back, and raise the failure.
+    """If the block fails with an error of `after`, run the command `words`, which removes `job`, and raise the error.
 
-    Where that fails too, the error says that `job` is still there, and how to remove it. `gone`: what the tool says of
-    a job that is not there.
+    If this command fails too, the error's message names `job`, which still exists, and how to remove it. `gone`: a
+    phrase of the tool's output for a job that does not exist.
     """
     try:
         yield
@@ -141,7 +141,7 @@ def taken_back(
                 raise error from None
             first = error.message if isinstance(error, RunnerError) else type(error).__name__
             kind = type(error) if isinstance(error, RunnerError) else ClusterUnavailable
-            what = f"{first.rstrip('.')}. What was accepted before could not be taken back: {second.message}"
+            what = f"{first.rstrip('.')}. The job that was accepted before could not be removed: {second.message}"
             raise kind(what, where=job, todo=f"Run: {shlex.join(words)}") from error
         raise
 
@@ -154,8 +154,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def _failure(tool: str, code: int, text: str) -> RunnerError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = " / ".join(lines[-LAST_LINES:]).rstrip(".") or "it said nothing"
-    what = f"{said} ({'killed by signal' if code < 0 else 'exit code'} {abs(code)})"
+    reason = " / ".join(lines[-LAST_LINES:]).rstrip(".") or "it printed nothing"
+    what = f"{reason} ({'killed by signal' if code < 0 else 'exit code'} {abs(code)})"
     low = text.lower()
     if any(phrase in low for phrase in _UNAVAILABLE):
         return ClusterUnavailable(

@@ -227,10 +227,12 @@ def test_a_cluster_without_what_is_asked_for_is_refused(held, monkeypatch):
     with pytest.raises(ConfigInvalid, match="the Ray cluster has no GPU"):
         run_verb.run(held("a", workers=None))
     monkeypatch.setattr("runner.launch.ray_driver.describe_code", lambda: "9.9 (another)")
-    with pytest.raises(ConfigInvalid, match=r"node .*: video-lab-runner is .* here it is 9\.9 \(another\)"):
+    with pytest.raises(
+        ConfigInvalid, match=r"node .*: video-lab-runner has version .*; this machine has 9\.9 \(another\)"
+    ):
         run_verb.run(held("a"))
     monkeypatch.setattr("ray._private.utils.compute_version_info", lambda: ("2.40.0", "3.12.1"))
-    with pytest.raises(ConfigInvalid, match="of another version"):
+    with pytest.raises(ConfigInvalid, match="has another version"):
         run_verb.run(held("a"))
 
 

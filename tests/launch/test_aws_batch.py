@@ -68,7 +68,7 @@ def test_what_is_taken(good):
         ({"environment": {"AWS_BATCH_X": "1"}}, "--env", "AWS_BATCH_X"),
         ({"environment": {"LONG": "x" * 31_000}}, "AWS Batch", "30 KiB"),
         ({"image": "host:5000/video-lab"}, "--image", "no tag"),
-        ({"run_flags": ("--recipe", "")}, "AWS Batch", "empty word"),
+        ({"run_flags": ("--recipe", "")}, "AWS Batch", "empty argument"),
         ({"run_flags": ("--recipe", "Ref::x")}, "AWS Batch", "Ref::x"),
     ],
 )
@@ -297,7 +297,7 @@ def test_a_queue_may_be_an_arn(server):
 
 
 def test_a_disabled_queue_is_refused(server):
-    with pytest.raises(ConfigInvalid, match="takes no jobs: it is DISABLED"):
+    with pytest.raises(ConfigInvalid, match="accepts no jobs: it is DISABLED"):
         AwsBatch(queue="off").ask(submission())
 
 
@@ -391,7 +391,7 @@ def test_without_the_report_nothing_stays_submitted(server, status, code, error)
     (run, report), (ended,) = server.asked("submitjob"), server.asked("terminatejob")
     assert (run["jobName"], report["jobName"]) == (made.name, f"{made.name}-report")
     assert ended["jobId"] == server.job(made.name)["jobId"]
-    assert "could not be taken back" not in str(raised.value)
+    assert "could not be terminated" not in str(raised.value)
     if error is ClusterUnavailable:  # it may have been accepted: how to look
         assert f"list-jobs --job-queue cpus --filters name=JOB_NAME,values={made.name}-report" in str(raised.value)
 
@@ -411,7 +411,7 @@ def test_an_array_that_cannot_be_taken_back_is_named(server):
     made = fresh()
     refuse_second_submission(server, 403, "AccessDeniedException")
     server.refusals.append(("terminatejob", 403, "AccessDeniedException", "no"))
-    with pytest.raises(ClusterDenied, match=r"could not be taken back.*aws batch terminate-job --job-id") as raised:
+    with pytest.raises(ClusterDenied, match=r"could not be terminated.*aws batch terminate-job --job-id") as raised:
         submit(AwsBatch(queue="gpus"), made)
     assert server.job(made.name)["jobId"] in str(raised.value)
 

@@ -307,7 +307,7 @@ def test_the_script_takes_the_run_back(script, fails):
     assert done.returncode != 0
     assert verbs(calls)[-3:] == ["submit-job", "submit-job", "terminate-job"]
     assert calls[-1][calls[-1].index("--job-id") + 1] == "id-night-12"
-    assert "taking back id-night-12" in done.stderr
+    assert "terminating id-night-12" in done.stderr
     assert "report: " not in done.stdout
 
 

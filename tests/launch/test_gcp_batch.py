@@ -64,13 +64,13 @@ def test_a_place_in_a_bucket_is_a_path_below_its_mount(uri, path):
         ("/data/out", "this machine"),
         ("out", "this machine"),
         ("file:///data/out", "this machine"),
-        ("s3://bucket/out", "another store"),
-        ("https://host/clip.mp4", "another store"),
-        ("gs://", "no place in a bucket"),
-        ("gs://Bucket/out", "no place in a bucket"),
-        ("gs://bucket//out", "no place in a bucket"),
-        ("gs://bucket/../other", "no place in a bucket"),
-        ("gs://bucket/a/./b", "no place in a bucket"),
+        ("s3://bucket/out", "not in Google Cloud Storage"),
+        ("https://host/clip.mp4", "not in Google Cloud Storage"),
+        ("gs://", "not a path in a bucket"),
+        ("gs://Bucket/out", "not a path in a bucket"),
+        ("gs://bucket//out", "not a path in a bucket"),
+        ("gs://bucket/../other", "not a path in a bucket"),
+        ("gs://bucket/a/./b", "not a path in a bucket"),
     ],
 )
 def test_other_places_are_refused_with_the_reason(uri, reason):
@@ -106,7 +106,7 @@ def test_what_gcp_batch_would_refuse_or_understand_otherwise_is_refused_before(c
 
 
 def test_sharing_by_leases_is_refused_with_the_reason():
-    with pytest.raises(ConfigInvalid, match=r"leases.*two could render the same job"):
+    with pytest.raises(ConfigInvalid, match=r"leases.*two tasks could render the same job"):
         PLATFORM.check(replace(SUBMISSION, share="any"))
 
 
@@ -248,7 +248,7 @@ def test_where_nobody_answers_for_the_report_both_are_taken_back(tools, names):
     with pytest.raises(ClusterUnavailable) as caught:
         PLATFORM.submit(SUBMISSION, PLATFORM.render(SUBMISSION))
     assert [call.words[3:5] for call in tools.calls()[2:]] == [("delete", names[1]), ("delete", names[0])]
-    assert "could not be taken back" not in caught.value.message
+    assert "could not be removed" not in caught.value.message
 
 
 def test_a_refused_run_leaves_nothing_to_take_back(tools):
@@ -270,7 +270,7 @@ def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(too
     tools.plan(2, says=UNAVAILABLE, code=1)
     with pytest.raises(ClusterDenied) as caught:
         PLATFORM.submit(SUBMISSION, PLATFORM.render(SUBMISSION))
-    assert "could not be taken back" in caught.value.message
+    assert "could not be removed" in caught.value.message
     assert f"gcloud batch jobs delete {names[0]} --location us-central1" in str(caught.value.todo)
 
 

@@ -71,7 +71,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_left_under_the_old_hash(buc
     (upload,) = plan_uploads({str(path): ()}, root)
     path.write_bytes(b"other")
     os.utime(path, ns=(1, 1))
-    with pytest.raises(StorageUnavailable, match="was written to while it was sent"):
+    with pytest.raises(StorageUnavailable, match="was changed while it was sent"):
         send_uploads([upload], root)
     assert stored(bucket) == {}
 

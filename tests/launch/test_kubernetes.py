@@ -241,7 +241,7 @@ def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(too
     tools.plan(2, says=UNREACHABLE, code=1)
     with pytest.raises(ClusterDenied) as caught:
         Kubernetes().submit(SUBMISSION, Kubernetes().render(SUBMISSION))
-    assert "could not be taken back" in caught.value.message
+    assert "could not be removed" in caught.value.message
     assert UNREACHABLE in caught.value.message and FORBIDDEN in caught.value.message
     assert f"kubectl --namespace default delete job {names()[0]}" in str(caught.value.todo)
 

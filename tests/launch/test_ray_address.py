@@ -39,5 +39,5 @@ def test_auto_asks_the_environment_first():
     assert find_address("auto", {"RAY_ADDRESS": "head:6379"}) == "head:6379"
     assert find_address("auto", {}) == find_address("auto", {"RAY_ADDRESS": "auto"}) == "auto"
     assert find_address("other:1", {"RAY_ADDRESS": "head:6379"}) == "other:1"
-    with pytest.raises(ConfigInvalid, match="RAY_ADDRESS=ray://head:10001 is no HOST:PORT"):
+    with pytest.raises(ConfigInvalid, match="RAY_ADDRESS=ray://head:10001 is not HOST:PORT"):
         find_address("auto", {"RAY_ADDRESS": "ray://head:10001"})

@@ -19,7 +19,7 @@ class AuthenticationError(Exception):
     ("error", "kind", "text"),
     [
         (AuthenticationError("no token"), ClusterDenied, "RAY_AUTH_MODE=token"),
-        (ConnectionError("Unauthenticated: InvalidAuthToken: missing"), ClusterDenied, "asks for its token"),
+        (ConnectionError("Unauthenticated: InvalidAuthToken: missing"), ClusterDenied, "requires its token"),
         (RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.9"), ConfigInvalid, "Ray: 2.9"),
         (RuntimeError("Can't find a `node_ip_address.json` file"), ConfigInvalid, "ray start --address"),
         (ConnectionError("Could not find any running Ray instance."), ClusterUnavailable, "ray start --head"),

@@ -257,8 +257,8 @@ def test_a_node_with_other_code_is_named():
     assert shared.exit_code == 0
     assert {node for node, _ in cluster.sent} == {"b"}
     (failed,) = named(events, "ray_worker_failed")
-    assert "node a: video-lab-runner is another, here it is" in failed["message"]
-    with pytest.raises(ConfigInvalid, match="node a: video-lab-runner is another"):
+    assert "node a: video-lab-runner has version another; this machine has" in failed["message"]
+    with pytest.raises(ConfigInvalid, match="node a: video-lab-runner has version another"):
         drive(StandInCluster(nodes("a"), broken_nodes={"a"}), "12")
 
 

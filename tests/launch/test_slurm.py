@@ -363,7 +363,7 @@ def test_sbatch_judges_both_scripts(tools):
 
 def test_an_array_that_the_cluster_does_not_take(tools):
     tools.plan(1, prints="MaxArraySize            = 2")
-    with pytest.raises(ConfigInvalid, match="2 tasks at most"):
+    with pytest.raises(ConfigInvalid, match="at most 2 tasks"):
         Slurm().ask(SUBMISSION)
     assert len(tools.calls()) == 2
 

@@ -85,13 +85,12 @@ def test_examples_that_can_be_counted_by_hand(seconds, how, tasks):
 def test_the_reason_has_the_numbers():
     found = count_tasks([60.0] * 100, within_s=3600, startup_s=600)
     assert found.reason == (
-        "1.7 h of GPU time in 100 jobs by the forecast; "
-        "the longest task takes 60 min of 60 min, 10 min of them to start"
+        "forecast: 1.7 h of GPU time in 100 jobs; the longest task takes 60 min of 60 min, including 10 min to start"
     )
 
 
 def test_a_job_that_is_too_long_by_itself_is_named_with_the_time_that_it_needs():
-    with pytest.raises(ConfigInvalid, match=r"^--within: job anna takes 51 min by the forecast") as caught:
+    with pytest.raises(ConfigInvalid, match=r"^--within: by the forecast job anna takes 51 min") as caught:
         count_tasks([10, 3060], within_s=3600, startup_s=600, longest="job anna")
     assert "Give at least --within 61m" in caught.value.message
     assert count_tasks([10, 3060], within_s=61 * 60, startup_s=600).tasks == 2

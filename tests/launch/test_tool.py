@@ -86,8 +86,8 @@ def test_of_a_long_complaint_the_end_is_told(bin_folder):
 
 @pytest.mark.parametrize(
     ("body", "what"),
-    [("exit 3", "it said nothing (exit code 3)"), ("echo out; exit 3", "out (exit code 3)"),
-     ("kill -TERM $$", "it said nothing (killed by signal 15)")],
+    [("exit 3", "it printed nothing (exit code 3)"), ("echo out; exit 3", "out (exit code 3)"),
+     ("kill -TERM $$", "it printed nothing (killed by signal 15)")],
 )  # fmt: skip
 def test_a_tool_that_fails_without_a_complaint(bin_folder, body, what):
     write_program(bin_folder, "silent", body)

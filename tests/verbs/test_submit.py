@@ -170,14 +170,14 @@ def test_every_place_that_the_tasks_cannot_use_is_named_with_its_jobs(bench, mon
     head, *lines = said.splitlines()
     assert "nothing was sent: the tasks cannot use 7 places; put them where the tasks read them, or" in head
     assert "--upload-inputs s3://bucket/prefix" in head
-    local = "lies on this machine; the tasks run elsewhere"
+    local = "is on this machine; the tasks run on other machines"
     assert lines == [
         f"  OUT {bench.folder}/out {local}",
         f"  the model store {bench.folder}/models {local}",
         f"  reference {bench.folder}/r.png of j0, j1, j2 and 2 more {local}",
         f"  mask {bench.folder}/m.png of g {local}",
         f"  official files {bench.folder}/official/o of o {local}",
-        "  reference gs://bucket/r.png of gs lies in a store that the tasks cannot read",
+        "  reference gs://bucket/r.png of gs is in a store that the tasks cannot read",
         "  video s3://user:secret-word@bucket/v.mp4 of gs holds what looks like a credential, and would be written "
         "into files",
     ]
@@ -284,7 +284,7 @@ def test_auto_takes_as_many_tasks_as_the_forecast_needs(bench, demo_media):
     assert (found.tasks.tasks, bench.platform.seen[0].shards) == (3, 3)
     assert found.tasks.reason.startswith("--shards auto on H100: ")
     assert bench.submit(manifest=manifest, gpu="H100", within="24h").tasks.tasks == 1
-    with pytest.raises(ConfigInvalid, match=r"--within: job j0 takes .* no number of tasks"):
+    with pytest.raises(ConfigInvalid, match=r"--within: by the forecast job j0 takes .* any number of tasks"):
         bench.submit(manifest=manifest, gpu="H100", within=f"{60 + seconds[0] / 2:.3f}s", startup="60s")
 
 
