@@ -147,7 +147,7 @@ def once_of(timer: StageTimer) -> float:
 def segments(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, timer: StageTimer) -> Iterator[Any]:
     options = JobOptions(steps=steps)
     plan = plan_job(clip.frames, (clip.width, clip.height), options, recipe)
-    new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift, steps)
+    new_sampler = partial(make_sampler, recipe.scheduler, recipe.schedule, recipe.shift, steps)
     return pipeline.render(clip, DEFAULT_PROMPT, options, plan, new_sampler, timer)
 
 

@@ -97,7 +97,7 @@ class Ours:
         options = JobOptions(seed=seed, max_segment_frames=max(5, self.shape.frames))
         plan = plan_job(self.shape.frames, (self.shape.width, self.shape.height), options, self.recipe)
         recipe = self.recipe
-        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift, recipe.steps)
+        new_sampler = partial(make_sampler, recipe.scheduler, recipe.schedule, recipe.shift, recipe.steps)
         timer = StageTimer()
         segments = self.pipeline.render(source, prompt, options, plan, new_sampler, timer)
         frames = np.concatenate([segment.frames for segment in segments])

@@ -39,7 +39,7 @@ from demo_world import Example, example  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES = 96, 144, 21
 SEED = 9_000_000  # training draws from other seeds
-QUICK_STEPS, STEPS, GRIDS = (1, 2), (1, 2, 4, 6, 20), ("official", "diffusers")
+QUICK_STEPS, STEPS, SCHEDULES = (1, 2), (1, 2, 4, 6, 20), ("official", "diffusers")
 FOUR_BITS = ("absmax", "mse", "nvfp4")  # as good as they are expected to be, the best last
 SEGMENTS_FRAMES = 17  # a clip that is one window of 17 frames, or two of 9 with one in common
 SHIFT = 5.0
@@ -58,7 +58,7 @@ class Trial:
     name: str
     weights: str  # bf16, bf16+lora, absmax, mse, nvfp4, nvfp4+lora
     steps: int
-    grid: str = "official"
+    schedule: str = "official"
     sampler: str = "euler"
     frames: int = FRAMES
     window: int = FRAMES
@@ -68,11 +68,11 @@ class Trial:
 def trials(quick: bool) -> list[Trial]:
     steps = QUICK_STEPS if quick else STEPS
     found = [
-        Trial(f"{weights} {n} {grid}", weights, n, grid)
+        Trial(f"{weights} {n} {schedule}", weights, n, schedule)
         for weights in ("bf16", "bf16+lora")
-        for grid in GRIDS
+        for schedule in SCHEDULES
         for n in steps
-        if not (quick and grid == "diffusers")
+        if not (quick and schedule == "diffusers")
     ]
     n = max(k for k in steps if k <= 6)
     for weights in FOUR_BITS:
@@ -95,13 +95,13 @@ def sampler_trials(quick: bool) -> list[Trial]:
     exact = Trial(f"euler official {most}", "bf16", most)
     found = [exact, Trial(f"euler official {most // 2}", "bf16", most // 2, against=exact.name)]
     for calls in QUICK_CALLS if quick else CALLS:
-        for grid in ("official", "beta57"):
+        for schedule in ("official", "beta57"):
             for sampler in SAMPLERS:
-                if grid not in SAMPLER_ROWS[sampler].schedules:
+                if schedule not in SAMPLER_ROWS[sampler].schedules:
                     continue
-                a_step = count_evaluations(sampler, grid, SHIFT, 1).evaluations
-                name = f"{sampler} {grid} {calls}"
-                found.append(Trial(name, "bf16", calls // a_step, grid, sampler, against=exact.name))
+                a_step = count_evaluations(sampler, schedule, SHIFT, 1).evaluations
+                name = f"{sampler} {schedule} {calls}"
+                found.append(Trial(name, "bf16", calls // a_step, schedule, sampler, against=exact.name))
     return found
 
 
@@ -184,7 +184,7 @@ class Renderer:
     def render(self, made: Example, trial: Trial, seed: int) -> np.ndarray:
         """uint8 [n, H, W, 3]."""
         self.pipeline.transformer = self.variants[trial.weights]
-        sampling = (trial.sampler, trial.grid, SHIFT, trial.steps)
+        sampling = (trial.sampler, trial.schedule, SHIFT, trial.steps)
         return render_clip(self.pipeline, made, sampling, seed, trial.frames, trial.window)
 
     def reconstruct(self, clip: np.ndarray) -> np.ndarray:
@@ -221,7 +221,7 @@ class FastRenderer:
         from _emulated_attention import emulating
 
         recipe, pipeline = self.recipes[trial.recipe], self.pipelines[trial.recipe]
-        sampling = (recipe.scheduler, recipe.grid, recipe.shift, recipe.steps)
+        sampling = (recipe.scheduler, recipe.schedule, recipe.shift, recipe.steps)
         with emulating(pipeline.transformer) if trial.emulated else nullcontext():
             return render_clip(pipeline, made, sampling, seed, FRAMES, FRAMES)
 

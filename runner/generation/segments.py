@@ -123,7 +123,7 @@ def plan_job(
     """
     width, height = size
     asked = requested_steps(options, recipe)
-    steps, evaluations = count_evaluations(recipe.scheduler, recipe.grid, recipe.shift, asked)
+    steps, evaluations = count_evaluations(recipe.scheduler, recipe.schedule, recipe.shift, asked)
     segment_frames, segments = fit_segments(frames, options.overlap_frames, options.max_segment_frames)
     guided = options.guidance_scale > 1
     seconds = None

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from runner.errors import ConfigInvalid
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
-from runner.spec.field_marks import Introduced, NotHashed
+from runner.spec.field_marks import HashedAs, Introduced, NotHashed
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -67,7 +67,7 @@ class Recipe:
     name: Annotated[str, NotHashed()]
     steps: Annotated[int, NotHashed()]  # denoising steps where the job does not say
     scheduler: str  # the sampler: a name in SAMPLER_ROWS
-    grid: str  # the sigma schedule: a name in SCHEDULE_WORDS, one that the sampler accepts
+    schedule: Annotated[str, HashedAs("grid")]  # of sigmas: a name in SCHEDULE_WORDS, one that the sampler accepts
     shift: float  # of the sigma schedule
     dtype: Literal["bfloat16", "float32"]  # transformer and encoders
     vae_dtype: VaeDtype
@@ -87,8 +87,10 @@ class Recipe:
         return self.attention != EXACT_ATTENTION
 
     def as_dict(self) -> dict[str, object]:
-        """All of it but the summary, which is prose; for the record."""
-        return {key: value for key, value in asdict(self).items() if key != "summary"}
+        """All fields but the summary, for the record. `schedule` has the key `grid` there, as in version 0.1.0."""
+        fields = {"grid" if key == "schedule" else key: value for key, value in asdict(self).items()}
+        del fields["summary"]
+        return fields
 
     def effective(self) -> dict[str, object]:
         """What decides the frames, for the fingerprint. A job's own steps do, and they are among its options."""
@@ -176,11 +178,11 @@ FIXED: Mapping[str, Word] = MappingProxyType(
             Word("vae_dtype", "bfloat16", "bf16-vae"),
             Word("vae_dtype", "float16", "fp16-vae"),
             *(Word("scheduler", sampler, row.word) for sampler, row in SAMPLER_ROWS.items()),
-            *(Word("grid", schedule, text) for schedule, text in SCHEDULE_WORDS.items()),
+            *(Word("schedule", schedule, text) for schedule, text in SCHEDULE_WORDS.items()),
         )
     }
 )
-ORDER = (*CHOSEN, "scheduler", "grid", "steps", "shift")  # of the words in a recipe's name
+ORDER = (*CHOSEN, "scheduler", "schedule", "steps", "shift")  # of the words in a recipe's name
 
 
 def get_recipe(name: str) -> Recipe:
@@ -251,18 +253,18 @@ def _meant(text: str) -> str | None:
 
 def _check(recipe: Recipe, words: Mapping[str, Word], name: str) -> None:
     """Raises ConfigInvalid for words that are each right and make no recipe together."""
-    sampler, grid = recipe.scheduler, recipe.grid
+    sampler, schedule = recipe.scheduler, recipe.schedule
     pinned = [words[field].text for field in CHOSEN if field in words]
     if recipe.choice and pinned:
         said = "+".join([DEFAULT_RECIPE, *(words[field].text for field in ORDER if field in words)])
         raise ConfigInvalid(
             f"recipe {name!r} says {pinned[0]!r}, which {recipe.name} leaves to the device", todo=f"Say {said}"
         )
-    if grid not in SAMPLER_ROWS[sampler].schedules:
-        fitting = next(row.word for row in SAMPLER_ROWS.values() if grid in row.schedules)
-        told = f"{SAMPLER_ROWS[sampler].word} and {SCHEDULE_WORDS[grid]}"
+    if schedule not in SAMPLER_ROWS[sampler].schedules:
+        fitting = next(row.word for row in SAMPLER_ROWS.values() if schedule in row.schedules)
+        told = f"{SAMPLER_ROWS[sampler].word} and {SCHEDULE_WORDS[schedule]}"
         todo = f"Say {name}+{fitting}" if "scheduler" not in words else f"Leave out one of {told}"
-        raise ConfigInvalid(f"recipe {name!r}: {sampler} has no {grid!r} grid", todo=todo)
+        raise ConfigInvalid(f"recipe {name!r}: {sampler} does not accept the sigma schedule {schedule!r}", todo=todo)
     if PRECISIONS[recipe.compute].layout == "svdq" and not recipe.fp4:
         bases = [base.name for base in RECIPES.values() if base.fp4 and not base.choice]
         raise ConfigInvalid(

@@ -194,7 +194,7 @@ def _calibrate(
     target = get_recipe(settings.recipe)
     # The source's weights under the solver and steps that the file will be run with.
     recipe = replace(
-        get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, grid=target.grid, shift=target.shift
+        get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, schedule=target.schedule, shift=target.shift
     )
     models = resolve_recipe(ModelStore(root), recipe)
     generator = WanAnimateGenerator.load(models, EngineSettings(device=settings.device))

@@ -218,7 +218,9 @@ FIRST_RECIPES = sorted(name for name, recipe in RECIPES.items() if not recipe.ch
 @example({}, "", "fp4-distill")
 def test_fingerprints_are_those_of_version_0_1_0(given_options, prompt, recipe):
     keys = ("scheduler", "grid", "shift", "dtype", "vae_dtype", "weights", "fp4", "distilled", "compute", "attention")
-    identity = {f"recipe.{key}": str(getattr(get_recipe(recipe), key)) for key in keys} | IDENTITY
+    attributes = {"grid": "schedule"}  # renamed since
+    values = {key: getattr(get_recipe(recipe), attributes.get(key, key)) for key in keys}
+    identity = {f"recipe.{key}": str(value) for key, value in values.items()} | IDENTITY
     inputs = {"video": InputRecord(uri="v", bytes=1, identity="sha256:1")}
     old = as_version_0_1_0(JobOptions.model_validate(given_options), prompt, {"video": "sha256:1"}, identity)
     named = {f"recipe.{key}": str(value) for key, value in get_recipe(recipe).effective().items()} | IDENTITY

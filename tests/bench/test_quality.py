@@ -32,9 +32,9 @@ def test_samplers_are_compared_at_equal_counts_of_calls(quality, quick):
     assert (exact.sampler, exact.steps, exact.against) == ("euler", 12 if quick else 200, None)
     assert (coarser.sampler, 2 * coarser.steps) == ("euler", exact.steps)
     for trial in trials:
-        sampler, grid, calls = trial.name.split()
-        cost = count_evaluations(trial.sampler, trial.grid, quality.SHIFT, trial.steps)
-        assert (sampler, grid, int(calls)) == (trial.sampler, trial.grid, cost.evaluations)
+        sampler, schedule, calls = trial.name.split()
+        cost = count_evaluations(trial.sampler, trial.schedule, quality.SHIFT, trial.steps)
+        assert (sampler, schedule, int(calls)) == (trial.sampler, trial.schedule, cost.evaluations)
         assert trial.against == exact.name
     assert len({trial.name for trial in trials}) == len(trials) == 4 * 2 * (1 if quick else 4)
 

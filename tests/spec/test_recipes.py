@@ -24,7 +24,7 @@ def test_the_shipped_recipes():
     assert get_recipe("bf16").vae_dtype == "float32"
     for name, recipe in RECIPES.items():
         assert recipe.name == name
-        assert make_sampler(recipe.scheduler, recipe.grid, recipe.shift, recipe.steps, CPU).steps == recipe.steps
+        assert make_sampler(recipe.scheduler, recipe.schedule, recipe.shift, recipe.steps, CPU).steps == recipe.steps
         json.dumps(recipe.as_dict())
 
 
@@ -71,11 +71,11 @@ def changed(name: str) -> dict[str, object]:
         ("fp4-distill+fp8", {"compute": "fp8"}, "fp4-distill+fp8"),
         ("fp4-distill+steps4+int8", {"compute": "int8", "steps": 4}, "fp4-distill+int8+steps4"),
         ("fp4-distill+unipc+nvfp4", {"compute": "nvfp4", "scheduler": "unipc"}, "fp4-distill+nvfp4+unipc"),
-        ("fp4-distill+diffusers-grid", {"grid": "diffusers"}, "fp4-distill+diffusers-grid"),
-        ("fp4-distill+beta57+res2s", {"scheduler": "res_2s", "grid": "beta57"}, "fp4-distill+res2s+beta57"),
-        ("fp4+shift8+beta57", {"grid": "beta57", "shift": 8.0}, "fp4+beta57+shift8"),
+        ("fp4-distill+diffusers-grid", {"schedule": "diffusers"}, "fp4-distill+diffusers-grid"),
+        ("fp4-distill+beta57+res2s", {"scheduler": "res_2s", "schedule": "beta57"}, "fp4-distill+res2s+beta57"),
+        ("fp4+shift8+beta57", {"schedule": "beta57", "shift": 8.0}, "fp4+beta57+shift8"),
         ("bf16+dpmpp+steps12", {"scheduler": "dpmpp", "steps": 12}, "bf16+dpmpp+steps12"),
-        ("fp4+diffusers-grid+euler", {"grid": "diffusers", "scheduler": "euler"}, "fp4+euler+diffusers-grid"),
+        ("fp4+diffusers-grid+euler", {"schedule": "diffusers", "scheduler": "euler"}, "fp4+euler+diffusers-grid"),
         ("bf16+shift3.0+steps006", {"shift": 3.0, "steps": 6}, "bf16+steps6+shift3"),
         ("bf16+shift2.5", {"shift": 2.5}, "bf16+shift2.5"),
         ("fp32+int8", {"compute": "int8"}, "fp32+int8"),
@@ -84,7 +84,7 @@ def changed(name: str) -> dict[str, object]:
         ("fp4-distill+bf16-vae+fp8", {"compute": "fp8", "vae_dtype": "bfloat16"}, "fp4-distill+fp8+bf16-vae"),
         ("fp4-distill+euler+steps6+official-grid+bf16+shift5", {}, "fp4-distill"),
         ("fp4-fast+steps4+unipc", {"scheduler": "unipc", "steps": 4}, "fp4-fast+unipc+steps4"),
-        ("fp4-fast+beta57+shift3", {"grid": "beta57", "shift": 3.0}, "fp4-fast+beta57+shift3"),
+        ("fp4-fast+beta57+shift3", {"schedule": "beta57", "shift": 3.0}, "fp4-fast+beta57+shift3"),
     ],
 )
 def test_words_change_what_they_name_and_nothing_else(name, fields_changed, canonical):
@@ -92,7 +92,7 @@ def test_words_change_what_they_name_and_nothing_else(name, fields_changed, cano
     assert changed(name) == fields_changed
     assert recipe.name == canonical
     assert get_recipe(canonical) == recipe
-    assert make_sampler(recipe.scheduler, recipe.grid, recipe.shift, recipe.steps, CPU).steps == recipe.steps
+    assert make_sampler(recipe.scheduler, recipe.schedule, recipe.shift, recipe.steps, CPU).steps == recipe.steps
 
 
 WORDS = st.fixed_dictionaries(
@@ -101,11 +101,18 @@ WORDS = st.fixed_dictionaries(
         "compute": st.sampled_from(list(PRECISIONS)),
         "vae_dtype": st.just("bf16-vae"),
         "scheduler": st.sampled_from(["euler", "unipc", "dpmpp", "res2s"]),
-        "grid": st.sampled_from(["official-grid", "diffusers-grid", "beta57"]),
+        "schedule": st.sampled_from(["official-grid", "diffusers-grid", "beta57"]),
         "steps": st.integers(1, 100).map(lambda n: f"steps{n}"),
         "shift": st.sampled_from(["shift3", "shift5", "shift8", "shift0.5", "shift12.25"]),
     },
 )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_record_of_recipe_keeps_keys_of_version_0_1_0(name):
+    recorded = RECIPES[name].as_dict()
+    assert recorded["grid"] == RECIPES[name].schedule
+    assert list(recorded)[:5] == ["name", "steps", "scheduler", "grid", "shift"] and "schedule" not in recorded
 
 
 @given(base=st.sampled_from(sorted(RECIPES)), words=WORDS, data=st.data())

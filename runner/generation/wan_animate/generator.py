@@ -382,7 +382,7 @@ class WanAnimateGenerator:
             conditions.skip_to(start.segment)  # now: the window is drawn while LoRAs and texts are made ready
         timer.forecast.update(self.forecast(plan, conditions.options))
         steps = requested_steps(conditions.options, recipe)
-        new_sampler = partial(make_sampler, recipe.scheduler, recipe.grid, recipe.shift, steps)
+        new_sampler = partial(make_sampler, recipe.scheduler, recipe.schedule, recipe.shift, steps)
         if self.loras is not None:
             with timer.stage("attach_loras", on_device=True):
                 self.loras.use(conditions.options)

@@ -36,7 +36,7 @@ def rendered(pipe, reference: int, dance: int, seed: int, *, timer=None, frames=
     conditions = MemoryConditions(frames, seed=dance, reference_seed=reference, **SIZE)
     options = JobOptions(steps=1, seed=seed, max_segment_frames=5, **settings)
     plan = plan_job(frames, (conditions.width, conditions.height), options, RECIPE)
-    new_sampler = partial(make_sampler, RECIPE.scheduler, RECIPE.grid, RECIPE.shift, options.steps)
+    new_sampler = partial(make_sampler, RECIPE.scheduler, RECIPE.schedule, RECIPE.shift, options.steps)
     segments = pipe.render(conditions, "a dance", options, plan, new_sampler, timer or StageTimer())
     return np.concatenate([segment.frames for segment in segments])
 

@@ -340,8 +340,8 @@ def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
     options = job_options(max_segment_frames=5, steps=3, guidance_scale=guidance)
     size, gpu = (conditions.width, conditions.height), find_device("H200")
 
-    def planned(name, grid, steps):
-        recipe = replace(RECIPE, scheduler=name, grid=grid)
+    def planned(name, schedule, steps):
+        recipe = replace(RECIPE, scheduler=name, schedule=schedule)
         return plan_job(conditions.frames, size, options.model_copy(update={"steps": steps}), recipe, device=gpu)
 
     plan, euler = planned(name, "beta57", 3), planned("euler", "official", 3)
@@ -386,7 +386,7 @@ def test_a_schedule_that_is_shorter_than_asked_is_planned_as_it_is():
     """beta57 has 99 levels where 100 are asked for, and res_2s leaves its last one without a call."""
     size, options = (832, 480), job_options(steps=100)
     plans = [
-        plan_job(13, size, options, replace(RECIPE, scheduler=name, grid="beta57")) for name in ("euler", "res_2s")
+        plan_job(13, size, options, replace(RECIPE, scheduler=name, schedule="beta57")) for name in ("euler", "res_2s")
     ]
     assert [(plan.steps, plan.evaluations) for plan in plans] == [(99, 99), (98, 196)]
     least, two = (plan.tflop for plan in plans)
