@@ -449,7 +449,7 @@ def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
     product, attention = best(ceiling, "product"), best(ceiling, "attention")
     model, window = bench.costs.transformer, (*bench.scale.size, bench.scale.frames)
     reads = model.self_attention_flop(*window) / 1e12
-    rest = (model.forward_flop(*window) - model.invariant_flop(*window)) / 1e12 - reads
+    rest = (model.forward_flop(*window) - model.conditioning_flop(*window)) / 1e12 - reads
     lines = [f"{bench.scale.name}; {bench.scale.size[0]}x{bench.scale.size[1]}, {bench.scale.frames} frames"]
     if product and attention and fastest:
         floor = rest / product + reads / attention

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from _demo_optimiser import Optimiser
 from _demo_stock import Batch, Stock
-from _demo_transformer import SHIFT, Ready, distinct, flow_of
+from _demo_transformer import SHIFT, Ready, distinct, predict_velocity
 from _demo_vae import (
     average_gradients,
     common_clock,
@@ -109,12 +109,12 @@ class Pairs:
         levels = torch.from_numpy(official_sigmas(TEACHER_STEPS, SHIFT)).float().to(noise.device)
         encoder, model.motion_encoder = model.motion_encoder, Ready()
         for level, following in pairwise(levels):
-            x = x + (following - level) * flow_of(model, batch, self.text, self.bias, x, level.expand(COUNT))
+            x = x + (following - level) * predict_velocity(model, batch, self.text, self.bias, x, level.expand(COUNT))
         model.motion_encoder = encoder
         self.held.append((batch, noise, x))
 
     def loss(self) -> torch.Tensor:
-        """How far the model's flow is from the straight line, somewhere on one of the lines.
+        """How far the model's velocity is from the straight line, somewhere on one of the lines.
 
         Half of the time at full noise, where every schedule begins and where one step has nothing else.
         """
@@ -122,8 +122,8 @@ class Pairs:
         some = np.where(self.rng.uniform(size=COUNT) < 0.5, 1.0, self.rng.choice(self.levels, COUNT))
         sigma = torch.from_numpy(some).float().to(noise.device)
         between = made + sigma.view(-1, 1, 1, 1, 1) * (noise - made)
-        flow = flow_of(self.pipe.transformer, batch, self.text, self.bias, between, sigma)
-        return ((flow - (noise - made)).square().mean(dim=1, keepdim=True) * batch.weight).mean()
+        velocity = predict_velocity(self.pipe.transformer, batch, self.text, self.bias, between, sigma)
+        return ((velocity - (noise - made)).square().mean(dim=1, keepdim=True) * batch.weight).mean()
 
 
 class Layers(nn.Module):

@@ -31,7 +31,7 @@ from runner.generation.wan_animate.transformer import (
     Context,
     CrossAttended,
     KeyValue,
-    StepInvariants,
+    ConditioningCache,
     attend_self,
     denoise_step,
     embed_context,
@@ -39,7 +39,7 @@ from runner.generation.wan_animate.transformer import (
     project,
 )
 
-__all__ = ["Ready", "flow_of", "train_transformer"]
+__all__ = ["Ready", "predict_velocity", "train_transformer"]
 
 SHIFT = 5.0
 RATE = 1.5e-3  # peak of AdamW's learning rate
@@ -91,14 +91,14 @@ def run_block_briefly(bias: torch.Tensor) -> Any:
     return step
 
 
-def flow_of(
+def predict_velocity(
     model: Any, batch: Batch, text: torch.Tensor, bias: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """The model's flow [B, 16, T, h, w] at noise levels `sigma` [B]; its motion encoder must be `Ready`."""
+    """The model's velocity [B, 16, T, h, w] at noise levels `sigma` [B]; its motion encoder must be `Ready`."""
     (context,) = embed_context(model, [text], batch.clip)
-    invariants = StepInvariants(model, Context(context.text, context.image), batch.pose, batch.motion)
+    conditioning = ConditioningCache(model, Context(context.text, context.image), batch.pose, batch.motion)
     hidden = torch.cat([noisy, batch.scene], dim=1)
-    return denoise_step(model, invariants, hidden, 1000 * sigma, block_step=run_block_briefly(bias))
+    return denoise_step(model, conditioning, hidden, 1000 * sigma, block_step=run_block_briefly(bias))
 
 
 def _choose(progress: float, rng: np.random.Generator) -> tuple[int, int]:
@@ -115,9 +115,9 @@ def _losses(model: Any, batch: Batch, text: torch.Tensor, bias: torch.Tensor) ->
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
     level, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn_like(batch.clean)
     encoder, model.motion_encoder = model.motion_encoder, Ready()
-    flow = flow_of(model, batch, text, bias, batch.clean + level * (noise - batch.clean), sigma)
+    velocity = predict_velocity(model, batch, text, bias, batch.clean + level * (noise - batch.clean), sigma)
     model.motion_encoder = encoder
-    squared = (flow - (noise - batch.clean)).square().mean(dim=1, keepdim=True)
+    squared = (velocity - (noise - batch.clean)).square().mean(dim=1, keepdim=True)
     return (squared * batch.weight).mean(), float((squared.detach() * level**2)[:, :, 1:].mean())
 
 

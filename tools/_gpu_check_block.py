@@ -203,7 +203,7 @@ def forecast_of(case: BlockCase, compute: str, eight_bit: bool, ms: float) -> di
     )
     model, window = case.costs.transformer, (*case.size, case.frames)
     attention = model.self_attention_flop(*window)
-    products = model.forward_flop(*window) - attention - model.invariant_flop(*window)
+    products = model.forward_flop(*window) - attention - model.conditioning_flop(*window)
     return found | {
         "forecast_step_s": seconds.step_s,
         "forecast_parts_s": dict(seconds.step),

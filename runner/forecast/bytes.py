@@ -151,7 +151,7 @@ def step_bytes(
     compute: str = DEFAULT_PRECISION,
     attention_8bit: bool = False,
 ) -> float:
-    """What one denoising step holds at its peak beside weights and invariants: `kind` whole | fused | lean.
+    """What one denoising step holds at its peak beside weights and cached conditioning: `kind` whole | fused | lean.
 
     `compute`: the name of a row of `PRECISIONS`; `element`: bytes of a number of the hidden states.
     """
@@ -214,7 +214,7 @@ def code_bytes(
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:
-    """Noise, flow and two states of the solver in float32; scene, pose and the model's input."""
+    """Noise, velocity and two states of the sampler in float32; scene, pose and the model's input."""
     cells = ((frames - 1) // 4 + 2) * (height // 8) * (width // 8)
     scene = shape.in_channels - shape.latent_channels
     return cells * (4 * shape.latent_channels * 4 + (scene + shape.in_channels + shape.latent_channels) * element)

@@ -62,7 +62,7 @@ class TransformerShape:
             + self._face_encoder(frames)
         )
 
-    def invariant_flop(self, width: int, height: int, frames: int) -> float:
+    def conditioning_flop(self, width: int, height: int, frames: int) -> float:
         """The part of `forward_flop` that all steps of a window share; `transformer.py` does it once."""
         d, latent_frames, frame_tokens = self.dim, (frames - 1) // 4 + 1, self._frame_tokens(width, height)
         pose = 2 * d * self.patch**2 * latent_frames * frame_tokens * self.latent_channels
@@ -79,15 +79,17 @@ class TransformerShape:
             + self._face_encoder(frames)
         )
 
-    def invariant_bytes(self, width: int, height: int, frames: int, *, element: int = 2, guided: bool = False) -> int:
+    def conditioning_bytes(
+        self, width: int, height: int, frames: int, *, element: int = 2, guided: bool = False
+    ) -> int:
         """What `transformer.py` keeps for that until the window ends, in elements of `element` bytes."""
         d, T, frame_tokens = self.dim, (frames - 1) // 4 + 2, self._frame_tokens(width, height)
         faces = T * (self.face_encoder_num_heads + 1) * d
-        branch = 2 * self.num_layers * self.text_tokens * d
-        branch += faces * (1 + 2 * (self.num_layers // self.inject_face_latents_blocks))
+        per_call = 2 * self.num_layers * self.text_tokens * d
+        per_call += faces * (1 + 2 * (self.num_layers // self.inject_face_latents_blocks))
         image = 2 * self.num_layers * self.image_tokens * d if self.added_kv_proj_dim is not None else 0
         angles = T * frame_tokens * self.attention_head_dim * 4  # float32 whatever the model is
-        return ((1 + guided) * branch + image + (T - 1) * frame_tokens * d) * element + angles
+        return ((1 + guided) * per_call + image + (T - 1) * frame_tokens * d) * element + angles
 
     def self_attention_flop(self, width: int, height: int, frames: int) -> float:
         """The part of `forward_flop` that is every token reading every token, projections aside."""
@@ -120,7 +122,7 @@ class TransformerShape:
         return 2.0 * rank * sides * self.tokens(width, height, frames)
 
     @property
-    def invariant_weights(self) -> int:
+    def conditioning_weights(self) -> int:
         """Weights of their keys and values of text, image and face, which are used once a window."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
         image = 2 * (self.added_kv_proj_dim or 0) * d

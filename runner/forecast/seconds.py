@@ -34,7 +34,7 @@ ONE_PASS_BYTES, STEPWISE_BYTES = 2.5625, 34.0
 # below, .23 to .25 and .43 to .49 are left (RTX 5090, RTX 4090, A100, H200): the middle.
 VAE_SHARE: Mapping[str, float] = MappingProxyType({"float32": 0.24, "bfloat16": 0.46, "float16": 0.46})
 # The same for the motion encoder's small convolutions, their traffic in it, eight faces at a time: an estimate.
-INVARIANT_SHARE = 0.15
+CONDITIONING_SHARE = 0.15
 MEASURED, ESTIMATED = "published measurements", "estimates"  # of a device's rates, but for `GemmPrecision.estimated`
 
 
@@ -153,8 +153,8 @@ def forecast_seconds(
     window = (*size, segment_frames)
     exact_rate = device.matmul[DEFAULT_PRECISION]
     attention = model.self_attention_flop(*window)
-    invariant = model.invariant_flop(*window)
-    large = model.forward_flop(*window) - attention - invariant
+    conditioning = model.conditioning_flop(*window)
+    large = model.forward_flop(*window) - attention - conditioning
     rate = device.attention_8bit if build.attention_8bit and device.attention_8bit else device.attention
     precision, rows = PRECISIONS[build.compute], model.num_layers * model.tokens(*window)  # rows: tokens of all blocks
     through_memory = rows * model.dim * (FUSED_BYTES if build.fused else EAGER_BYTES)
@@ -167,14 +167,14 @@ def forecast_seconds(
     else:
         weights = model.block_weights * (per_weight * precision.dequantized + precision.weight_traffic)
     if not build.shared:  # its linears are exact whatever the others compute in
-        weights += model.invariant_weights * per_weight
+        weights += model.conditioning_weights * per_weight
     step = {
         "products": large / TERA / device.matmul[build.compute],
         "attention": attention / TERA / rate,
         "elementwise": through_memory / device.copy_gb_s / 1e9,
         "activations to codes": rows * codes / device.copy_gb_s / 1e9,
         "weights to the compute": weights / device.copy_gb_s / 1e9,
-        "shared work again": 0.0 if build.shared else invariant / TERA / exact_rate / INVARIANT_SHARE,
+        "shared work again": 0.0 if build.shared else conditioning / TERA / exact_rate / CONDITIONING_SHARE,
     }
     if svdq:
         step["low-rank part"] = model.low_rank_flop(*window, rank=SVDQ_RANK) / TERA / exact_rate
@@ -185,7 +185,7 @@ def forecast_seconds(
         # Poses and scenes; the first scene is blank and kept.
         "encode": (segments + build.blank_again) * encoding + (segments - 1) * later + reference,
         "decode": segments * decoding,
-        "shared once a window": segments * calls * invariant / TERA / exact_rate / INVARIANT_SHARE
+        "shared once a window": segments * calls * conditioning / TERA / exact_rate / CONDITIONING_SHARE
         if build.shared
         else 0.0,
     }

@@ -204,7 +204,7 @@ def test_activations_in_codes_of_8_bits():
 
 @pytest.mark.parametrize("element", [2, 4])
 def test_latents_by_hand(element):
-    """Of 16 channels: noise, flow and two states in float32, the pose; the scene has 20, the model's input 36."""
+    """Of 16 channels: noise, velocity and two states in float32, the pose; the scene has 20, the model's input 36."""
     assert latent_bytes(SHAPE, *CLIP, element=element) == CELLS * (4 * 16 * 4 + (20 + 36 + 16) * element)
     assert latent_bytes(SHAPE, *CLIP) == latent_bytes(SHAPE, *CLIP, element=2)
     assert latent_bytes(SHAPE, 64, 96, 5) == 3 * 12 * 8 * (256 + 144)

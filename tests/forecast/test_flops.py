@@ -111,7 +111,7 @@ ONCE_A_WINDOW = re.compile(
 def test_every_operation_of_a_transformer_is_counted(counted):
     shape, _, window, total, by_module = counted
     assert shape.forward_flop(*window) == total
-    assert shape.invariant_flop(*window) == sum(n for name, n in by_module.items() if ONCE_A_WINDOW.fullmatch(name))
+    assert shape.conditioning_flop(*window) == sum(n for name, n in by_module.items() if ONCE_A_WINDOW.fullmatch(name))
     attention = sum(n for name, n in by_module.items() if re.fullmatch(r"blocks\.\d+\.attn1", name))
     projections = sum(
         n for name, n in by_module.items() if re.fullmatch(r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)", name)
@@ -126,7 +126,7 @@ def test_the_weights_of_a_step_and_of_a_window(counted):
         if isinstance(layer, torch.nn.Linear) and name.startswith(("blocks.", "face_adapter.")):
             shared = ONCE_A_WINDOW.fullmatch(name) is not None
             every, once = every + (not shared) * layer.weight.numel(), once + shared * layer.weight.numel()
-    assert (shape.block_weights, shape.invariant_weights) == (every, once)
+    assert (shape.block_weights, shape.conditioning_weights) == (every, once)
 
 
 def test_what_a_window_keeps_by_hand():
@@ -136,15 +136,15 @@ def test_what_a_window_keeps_by_hand():
     motion, face = 22 * 5 * 5120 * 2, 8 * 22 * 5 * 5120 * 2 * 2
     shape = PRODUCTION.transformer
     assert shape.tokens(832, 480, 81) == 34_320
-    assert shape.invariant_bytes(832, 480, 81) == text + image + pose + motion + face + rope
+    assert shape.conditioning_bytes(832, 480, 81) == text + image + pose + motion + face + rope
     # Guided, another text and another face; the rest is shared.
     twice = 2 * (text + motion + face) + image + pose + rope
-    assert shape.invariant_bytes(832, 480, 81, guided=True) == twice
+    assert shape.conditioning_bytes(832, 480, 81, guided=True) == twice
     # In float32 all is twice as large but the angles, which are float32 already.
-    assert shape.invariant_bytes(832, 480, 81, element=4, guided=True) == 2 * (twice - rope) + rope
+    assert shape.conditioning_bytes(832, 480, 81, element=4, guided=True) == 2 * (twice - rope) + rope
     # Without keys of its own the image stands before the text, and each branch has both.
     joined = replace(shape, added_kv_proj_dim=None)
-    assert joined.invariant_bytes(832, 480, 81, guided=True) == twice + image
+    assert joined.conditioning_bytes(832, 480, 81, guided=True) == twice + image
 
 
 VAES = {

@@ -101,7 +101,7 @@ def test_the_engines_own_build():
 ODD = DeviceSpeed("odd", "odd", {"bf16": 100.0, "int8": 300.0}, 50.0, 70.0, 1000.0)
 MODEL, VAE, WINDOW = PRODUCTION.transformer, PRODUCTION.vae, (832, 480, 81)
 ATTENTION = 4 * 40 * 34_320**2 * 5120 / 1e12  # TFLOP
-SHARED = MODEL.invariant_flop(*WINDOW) / 1e12
+SHARED = MODEL.conditioning_flop(*WINDOW) / 1e12
 PRODUCTS = MODEL.forward_flop(*WINDOW) / 1e12 - ATTENTION - SHARED
 # Elements of hidden states in all blocks; 57 bytes each go through memory in fused kernels, 375 in separate ones.
 HIDDEN = 40 * 34_320 * 5120

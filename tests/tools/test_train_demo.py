@@ -31,7 +31,7 @@ def stock(pipe):
 def test_a_training_step_computes_what_the_model_computes(pipe, stock) -> None:
     """The shortened prompt and the frozen motion encoder change nothing but the time it takes."""
     from _demo_models import embed_prompts
-    from _demo_transformer import Ready, distinct, flow_of
+    from _demo_transformer import Ready, distinct, predict_velocity
 
     model, text = pipe.transformer, embed_prompts(pipe)[0]
     batch = stock.batch(2, 3)
@@ -51,7 +51,7 @@ def test_a_training_step_computes_what_the_model_computes(pipe, stock) -> None:
         encoder, model.motion_encoder = model.motion_encoder, Ready()
         try:
             short, bias = distinct(text)
-            ours = flow_of(model, batch, short, bias, noisy, sigma)
+            ours = predict_velocity(model, batch, short, bias, noisy, sigma)
         finally:
             model.motion_encoder = encoder
     assert short.shape[1] < 40

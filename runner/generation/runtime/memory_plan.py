@@ -192,10 +192,12 @@ def forecast_memory(
     element = 2 if recipe.dtype == "bfloat16" else 4
     weights = weights_of(model, fp4=recipe.fp4, element=element, compute=recipe.compute)
     encode, decode = vae_peak(vae, *size, dtype=plan.vae_dtype, tiled=plan.tiled(width, height))
-    kept = model.invariant_bytes(*size, element=element, guided=guided)
+    kept = model.conditioning_bytes(*size, element=element, guided=guided)
     if not plan.keep_text:
-        branches = (1 + guided) * model.text_tokens + (model.image_tokens if model.added_kv_proj_dim is not None else 0)
-        kept -= 2 * (model.num_layers - 1) * branches * model.dim * element
+        context_tokens = (1 + guided) * model.text_tokens + (
+            model.image_tokens if model.added_kv_proj_dim is not None else 0
+        )
+        kept -= 2 * (model.num_layers - 1) * context_tokens * model.dim * element
     if cuda:  # where a compiled block fails, and to compare it with, the lean one runs
         kinds = ("fused", "lean") if plan.compiled else ("lean",)
     else:

@@ -36,7 +36,7 @@ from runner.generation.wan_animate.low_memory import choose_eager_block, lean_fa
 from runner.generation.wan_animate.resume_points import make_resume_point, restore_state
 from runner.generation.wan_animate.transformer import (
     Context,
-    StepInvariants,
+    ConditioningCache,
     Strengths,
     Switches,
     denoise_step,
@@ -44,14 +44,14 @@ from runner.generation.wan_animate.transformer import (
     held_bytes,
 )
 from runner.generation.wan_animate.windows import (
-    Branch,
+    CfgCall,
     ConditionSource,
     ConditionWindow,
     JobTensors,
     WindowTensors,
     digest_frames,
     digest_image,
-    guide,
+    apply_cfg,
     no_face,
     padded_window,
     to_pixels,
@@ -350,7 +350,7 @@ class AnimatePipeline(WanAnimatePipeline):
         """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
         plan = job.plan
         sampler = job.new_sampler(self.compute_device)
-        invariants = self._invariants(job, window)
+        conditioning = self._cache_conditioning(job, window)
         calls = CallTimer(job.timer)
 
         def on_step(i: int, latents: torch.Tensor) -> None:
@@ -361,20 +361,20 @@ class AnimatePipeline(WanAnimatePipeline):
                 done = index * plan.evaluations + sampler.evaluations_done(i)
                 job.on_step(done, plan.segments * plan.evaluations)
 
-        latents = denoise(self._predict(job, window, invariants, calls), window.noise, sampler, on_step)
-        self.kept_bytes = max(self.kept_bytes, held_bytes(invariants))
+        latents = denoise(self._predict(job, window, conditioning, calls), window.noise, sampler, on_step)
+        self.kept_bytes = max(self.kept_bytes, held_bytes(conditioning))
         return latents
 
     def _predict(
-        self, job: JobTensors, window: WindowTensors, invariants: list[StepInvariants], calls: CallTimer
+        self, job: JobTensors, window: WindowTensors, conditioning: list[ConditioningCache], calls: CallTimer
     ) -> Predict:
         """One guided model evaluation of this window: (latents, timestep) -> velocity, both float32."""
-        branches: list[Branch] = [partial(self._step, shared) for shared in invariants]
+        cfg_calls: list[CfgCall] = [partial(self._step, cached) for cached in conditioning]
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             calls.start()
             hidden = torch.cat([latents, window.scene], dim=1).to(self.transformer.dtype)
-            return guide([branch(hidden, timestep.expand(1)).float() for branch in branches], job.guidance_scale)
+            return apply_cfg([call(hidden, timestep.expand(1)).float() for call in cfg_calls], job.guidance_scale)
 
         return predict
 
@@ -426,10 +426,10 @@ class AnimatePipeline(WanAnimatePipeline):
             made = step.warm(self.transformer, job.contexts, grid, blocks)
         job.timer.count("compiled_graphs", made)
 
-    def _invariants(self, job: JobTensors, window: WindowTensors) -> list[StepInvariants]:
-        """What this window's steps share, for each branch: the second, where guided, is without prompt and face."""
+    def _cache_conditioning(self, job: JobTensors, window: WindowTensors) -> list[ConditioningCache]:
+        """Make what this window's steps share: for the cond call, and with CFG for the uncond call (no prompt, no face)."""
         keep_text = self.memory is None or self.memory.keep_text
-        invariants = StepInvariants(
+        conditioning = ConditioningCache(
             self.transformer,
             job.contexts[0],
             window.pose,
@@ -438,16 +438,16 @@ class AnimatePipeline(WanAnimatePipeline):
             strengths=job.strengths,
         )
         return [
-            invariants,
-            *(invariants.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
+            conditioning,
+            *(conditioning.sharing(self.transformer, other, no_face(window.faces)) for other in job.contexts[1:]),
         ]
 
-    def _step(self, shared: StepInvariants, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """One branch of one step, on blocks that are there or that come one by one."""
+    def _step(self, conditioning: ConditioningCache, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Run the transformer once (cond or uncond) in one step. Blocks are on the device, or are copied one by one."""
         lean = self.memory is not None and self.memory.lean
         return denoise_step(
             self.transformer,
-            shared,
+            conditioning,
             hidden,
             timestep,
             blocks=None if self.blocks is None else self.blocks(),

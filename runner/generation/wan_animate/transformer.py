@@ -1,7 +1,7 @@
 """Transformer: one denoising step of Wan-Animate's transformer, without what is the same at every step.
 
 In:   the library's WanAnimateTransformer3DModel, one window's conditions, then noisy latents and a noise level a step.
-Out:  the flow, bit for bit the one that the model's own `forward` computes from the same inputs.
+Out:  the velocity, bit for bit the one that the model's own `forward` computes from the same inputs.
 Never: schedules, guidance, prompts as words, frames, where weights lie. No weight is copied, no module changed.
 
 The model's `forward` runs the motion encoder, the text and image embedders and every key and value of the
@@ -19,7 +19,7 @@ For the 14B model at 832x480, 81 frames, in bfloat16, a window keeps 1.00 GB unt
     keys and values of the face          8 adapters x 22 x 5 x 5120 x 2 x 2 bytes          0.02 GB
     rotary angles                        2 x 34320 x 64 x 4 bytes                          0.02 GB
 
-Guided, the second branch adds its own text (0.42 GB) and face and shares the rest.
+With CFG, the uncond call adds keys and values of its text (0.42 GB) and face, and shares the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
     "FaceStep",
     "KeyValue",
     "Rope",
-    "StepInvariants",
+    "ConditioningCache",
     "Strengths",
     "Switches",
     "attend",
@@ -100,9 +100,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Strengths:
-    """How much the driver's face and skeleton count. At 1 nothing is multiplied: the flow has the model's own bits.
+    """How much the driver's face and skeleton count. At 1 nothing is multiplied: the velocity has the model's own bits.
 
-    `face`: times the residual of every face adapter, in the branch without a face too. `pose`: times the tokens that
+    `face`: times the residual of every face adapter, in the uncond call (without a face) too. `pose`: times the tokens that
     the pose's patch embedding makes, its bias among them, so that 0 adds nothing.
     """
 
@@ -120,7 +120,7 @@ def embed_context(transformer: Any, texts: Iterable[Tensor], clip: Tensor) -> li
     return [Context(text, image) for text in embedded]
 
 
-class StepInvariants:
+class ConditioningCache:
     """What all steps of one window share. Keys and values appear when their block first asks for them.
 
     Thus a block's weights are needed only while the block runs, and where blocks are brought to the device one by one,
@@ -155,11 +155,11 @@ class StepInvariants:
         self._image: dict[int, KeyValue] = {}
         self._face: dict[int, KeyValue] = {}
 
-    def sharing(self, transformer: Any, context: Context, faces: Tensor) -> StepInvariants:
+    def sharing(self, transformer: Any, context: Context, faces: Tensor) -> ConditioningCache:
         """The same window for another text and other faces; `context` has this one's image. Shares what it can."""
         if context.image is not self.context.image:
             raise ValueError("the other context has an image of its own: nothing of this one's could be shared")
-        other = object.__new__(StepInvariants)
+        other = object.__new__(ConditioningCache)
         other.grid, other.pose, other.rope, other._image = self.grid, self.pose, self.rope, self._image
         other.keep_text, other.strengths = self.keep_text, self.strengths
         other.context, other.motion = context, encode_motion(transformer, faces)
@@ -201,14 +201,14 @@ class StepInvariants:
                 yield from pair
 
 
-def held_bytes(windows: Iterable[StepInvariants]) -> int:
+def held_bytes(windows: Iterable[ConditioningCache]) -> int:
     """Bytes of all that `windows` hold now, what they share counted once."""
     return sum({id(tensor): tensor.nbytes for window in windows for tensor in window.tensors()}.values())
 
 
 def denoise_step(
     transformer: Any,
-    invariants: StepInvariants,
+    conditioning: ConditioningCache,
     hidden_states: Tensor,
     timestep: Tensor,
     *,
@@ -216,30 +216,30 @@ def denoise_step(
     block_step: BlockStep | None = None,
     face_step: FaceStep | None = None,
 ) -> Tensor:
-    """The flow [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
+    """The velocity [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
 
     `blocks`: the transformer's own, in order, each ready to run when it comes out of the iterable; what streams weights
     passes a generator, which is closed when the step ends, however it ends. `block_step`: stands in for `run_block`,
     e.g. `run_block` compiled; `face_step` for `run_face`. Both may overwrite the hidden states that they are given. No
     gradient is wanted: call under `torch.no_grad()`. ValueError for latents of another shape than the window's.
     """
-    if tuple(hidden_states.shape[2:]) != invariants.grid:
-        raise ValueError(f"latents of {tuple(hidden_states.shape[2:])} in a window of {invariants.grid}")
+    if tuple(hidden_states.shape[2:]) != conditioning.grid:
+        raise ValueError(f"latents of {tuple(hidden_states.shape[2:])} in a window of {conditioning.grid}")
     step, look = block_step or run_block, face_step or run_face
     hidden = to_tokens(transformer.patch_embedding(hidden_states))
-    hidden[:, -invariants.pose.shape[1] :] += invariants.pose  # all but the reference's
-    level, modulation = embed_time(transformer, timestep, invariants.context.text.dtype)
+    hidden[:, -conditioning.pose.shape[1] :] += conditioning.pose  # all but the reference's
+    level, modulation = embed_time(transformer, timestep, conditioning.context.text.dtype)
     every = transformer.config.inject_face_latents_blocks
     with ExitStack() as ended:
         if isinstance(blocks, Generator):
             ended.callback(blocks.close)  # at once: an exception would keep it open for as long as it is held
         for index, block in enumerate(transformer.blocks if blocks is None else blocks):
-            hidden = step(block, hidden, modulation, invariants.rope, invariants.attended(index, block))
+            hidden = step(block, hidden, modulation, conditioning.rope, conditioning.attended(index, block))
             if index % every == 0:
                 adapter = transformer.face_adapter[index // every]
-                read = invariants.face(index // every, adapter)
-                hidden = look(adapter, hidden, read, invariants.strengths.face)
-    return to_latents(transformer, hidden, level, invariants.grid)
+                read = conditioning.face(index // every, adapter)
+                hidden = look(adapter, hidden, read, conditioning.strengths.face)
+    return to_latents(transformer, hidden, level, conditioning.grid)
 
 
 def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:

@@ -25,7 +25,7 @@ from runner.generation.wan_animate.transformer import Context, Strengths
 from runner.timing import StageTimer
 
 __all__ = [
-    "Branch",
+    "CfgCall",
     "ConditionSource",
     "ConditionWindow",
     "DrawnAhead",
@@ -34,7 +34,7 @@ __all__ = [
     "WindowTensors",
     "digest_frames",
     "digest_image",
-    "guide",
+    "apply_cfg",
     "no_face",
     "padded_window",
     "spans_of",
@@ -194,8 +194,8 @@ class DrawnAhead:
         self._waiting = None if span is None else (span, self._pool.submit(self._source.window, *span))
 
 
-# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> flow [1, 16, T, H/8, W/8], all else being fixed
-Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> velocity [1, 16, T, H/8, W/8], all else being fixed
+CfgCall = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,12 @@ def no_face(faces: torch.Tensor) -> torch.Tensor:
     return faces * 0 - 1
 
 
-def guide(flows: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """The one flow, or, of one with and one without prompt and face, the first moved away from the second."""
-    if len(flows) == 1:
-        return flows[0]
-    flow, without = flows
-    return without + scale * (flow - without)
+def apply_cfg(velocities: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """Classifier-free guidance: the one velocity, or `uncond + scale * (cond - uncond)` of [cond, uncond].
+
+    `cond` is predicted with prompt and face, `uncond` without.
+    """
+    if len(velocities) == 1:
+        return velocities[0]
+    cond, uncond = velocities
+    return uncond + scale * (cond - uncond)

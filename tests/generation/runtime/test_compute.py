@@ -226,7 +226,7 @@ def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones
     assert torch.equal(case.run(lean_block), whole)
     stream = BlockStream.of(model, CPU, slots=2)
     for block_step in (run_block, lean_block):
-        found = case.inputs.step(model, case.invariants, 0, blocks=stream(), block_step=block_step)
+        found = case.inputs.step(model, case.conditioning, 0, blocks=stream(), block_step=block_step)
         assert torch.equal(found, whole)
     step = CompiledStep(backend="eager")
     assert (case.warm(step), step.broken) == (1, "")  # one graph for all blocks

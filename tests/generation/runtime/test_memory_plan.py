@@ -173,7 +173,7 @@ def test_the_sum_by_hand():
     parts = forecast("stream").parts
     block, adapter = 227_437_568, 59_023_872
     assert parts["slots"] == 2 * (block + adapter)
-    assert parts["invariants"] == SHAPE.invariant_bytes(*SIZE)
+    assert parts["invariants"] == SHAPE.conditioning_bytes(*SIZE)
     assert parts["activations"] == 6 * TOKENS * WIDTH * 2
     assert parts["workspace"] == 30_720 * 5_120 * 2  # the time's projection is the largest weight
     stages = forecast("stream").stages

@@ -172,11 +172,11 @@ def test_steps_of_the_tiny_model_have_the_same_bits(tiny_store_dir, four_bits, d
     if four_bits:
         in_four_bits(model)
     inputs = Inputs(model)
-    branches = inputs.branches(model, guided=True)
-    wanted = [inputs.step(model, branch, i) for i in range(2) for branch in branches]
+    conditionings = inputs.conditionings(model, guided=True)
+    wanted = [inputs.step(model, conditioning, i) for i in range(2) for conditioning in conditionings]
     stream = BlockStream.of(model, CPU, slots=2)
-    fresh = inputs.branches(model, guided=True)
-    found = [inputs.step(model, branch, i, blocks=stream()) for i in range(2) for branch in fresh]
+    fresh = inputs.conditionings(model, guided=True)
+    found = [inputs.step(model, conditioning, i, blocks=stream()) for i in range(2) for conditioning in fresh]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert stream.slot_bytes < stream.host_bytes
 
@@ -184,17 +184,17 @@ def test_steps_of_the_tiny_model_have_the_same_bits(tiny_store_dir, four_bits, d
 def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
     model = load(tiny_store_dir)
     inputs = Inputs(model)
-    (branch,) = inputs.branches(model)
-    wanted = inputs.step(model, branch, 0)
+    (conditioning,) = inputs.conditionings(model)
+    wanted = inputs.step(model, conditioning, 0)
     stream = BlockStream.of(model, CPU, slots=2)
 
     def fail(*_args):
         raise KeyError("half-way")
 
     with pytest.raises(KeyError) as caught:
-        inputs.step(model, branch, 0, blocks=stream(), block_step=fail)
+        inputs.step(model, conditioning, 0, blocks=stream(), block_step=fail)
     assert caught.value.__traceback__ is not None  # still held, and with it the frames of the step
-    assert torch.equal(inputs.step(model, branch, 0, blocks=stream()), wanted)
+    assert torch.equal(inputs.step(model, conditioning, 0, blocks=stream()), wanted)
 
 
 def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
@@ -212,8 +212,8 @@ def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
     stream, inputs = BlockStream.of(passing, CPU, slots=2), Inputs(staying)
 
     def both() -> list[torch.Tensor]:
-        here = inputs.step(staying, inputs.branches(staying)[0], 0)
-        there = inputs.step(passing, inputs.branches(passing)[0], 0, blocks=stream())
+        here = inputs.step(staying, inputs.conditionings(staying)[0], 0)
+        there = inputs.step(passing, inputs.conditionings(passing)[0], 0, blocks=stream())
         assert torch.equal(here, there)
         return [here]
 

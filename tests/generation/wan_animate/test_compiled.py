@@ -57,14 +57,14 @@ class Case:
     def __init__(self, model, **size) -> None:
         self.model, self.inputs = model, Inputs(model, **size)
         self.contexts = embed_context(model, self.inputs.texts[:1], self.inputs.clip)
-        self.invariants = self.inputs.branches(model)[0]
+        self.conditioning = self.inputs.conditionings(model)[0]
         self.grid = tuple(self.inputs.hidden[0].shape[2:])
 
     def warm(self, step, **how) -> int:
         return step.warm(self.model, self.contexts, self.grid, **how)
 
     def run(self, step=None, index=0) -> torch.Tensor:
-        return self.inputs.step(self.model, self.invariants, index, block_step=step)
+        return self.inputs.step(self.model, self.conditioning, index, block_step=step)
 
 
 @pytest.fixture(scope="module")

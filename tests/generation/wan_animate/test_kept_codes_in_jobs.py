@@ -91,14 +91,14 @@ def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, ki
         in_four_bits(model, {"g32": G32, "nvfp4": NVFP4}[kind])
     apply_compute(model, get_recipe(f"{'fp32' if dtype == 'float32' else 'bf16'}+{compute}"), CPU)
     inputs = Inputs(model)
-    (invariants,) = inputs.branches(model)
+    (conditioning,) = inputs.conditionings(model)
     made.clear()
-    wanted = inputs.step(model, invariants, 0)
+    wanted = inputs.step(model, conditioning, 0)
     low = [name for name, _ in model.named_modules() if sees_every_token(name)]
     assert len(made) == len(low)
     assert keep_codes(model, getattr(torch, dtype)).layers == len(low)
     made.clear()
-    assert torch.equal(inputs.step(model, invariants, 0), wanted)
+    assert torch.equal(inputs.step(model, conditioning, 0), wanted)
     assert made == []
 
 

@@ -37,9 +37,10 @@ def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
         ):
             layer.set_compute("nvfp4", REFERENCE)
     inputs = Inputs(model)
-    (invariants,) = inputs.branches(model)
+    (conditioning,) = inputs.conditionings(model)
     whole, lean = (
-        inputs.step(model, invariants, 0, **steps) for steps in ({}, {"block_step": lean_block, "face_step": lean_face})
+        inputs.step(model, conditioning, 0, **steps)
+        for steps in ({}, {"block_step": lean_block, "face_step": lean_face})
     )
     assert torch.equal(whole, lean)
 

@@ -274,12 +274,12 @@ def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
     options = job_options(max_segment_frames=5, steps=3, guidance_scale=2.0 if guided else 1.0)
     rendered_here(pipe, conditions, options)
     assert pipe.kept_bytes > 0
-    branches = 1 + guided
-    per_window = dict.fromkeys(ONCE_A_WINDOW, 2 * branches)
+    cfg_calls = 1 + guided
+    per_window = dict.fromkeys(ONCE_A_WINDOW, 2 * cfg_calls)
     if guided:
         per_window |= {"pose_patch_embedding": 2, "blocks.0.attn2.add_k_proj": 2}  # alike with and without a prompt
-    per_job = {"condition_embedder.text_embedder": branches, "condition_embedder.image_embedder": 1}
-    every_step = dict.fromkeys(EVERY_STEP, 2 * 3 * branches)
+    per_job = {"condition_embedder.text_embedder": cfg_calls, "condition_embedder.image_embedder": 1}
+    every_step = dict.fromkeys(EVERY_STEP, 2 * 3 * cfg_calls)
     counted = {name: calls[name] for name in ONCE_A_WINDOW + ONCE_A_JOB + EVERY_STEP}
     assert counted == {**per_window, **per_job, **every_step}
 
@@ -287,8 +287,8 @@ def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
 def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
     pipe, conditions, options = load(tiny_store_dir), MemoryConditions(9), job_options(max_segment_frames=5)
     kept: list[weakref.ref] = []
-    invariants = pipe._invariants
-    pipe._invariants = lambda *args: (made := invariants(*args), kept.extend(map(weakref.ref, made)))[0]
+    conditioning = pipe._cache_conditioning
+    pipe._cache_conditioning = lambda *args: (made := conditioning(*args), kept.extend(map(weakref.ref, made)))[0]
     alive: list[int] = []
     decode = pipe.vae.decode_chunks
     pipe.vae.decode_chunks = lambda *z: (alive.append(sum(ref() is not None for ref in kept)), decode(*z))[1]
@@ -300,7 +300,7 @@ def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
     assert len(kept) == 2
     assert alive == [0, 0]
     shape = ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE).costs.transformer
-    assert pipe.kept_bytes == shape.invariant_bytes(conditions.width, conditions.height, 5, element=4)
+    assert pipe.kept_bytes == shape.conditioning_bytes(conditions.width, conditions.height, 5, element=4)
 
 
 def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):
@@ -346,8 +346,8 @@ def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
 
     plan, euler = planned(name, "beta57", 3), planned("euler", "official", 3)
     assert (plan.segments, plan.steps, plan.evaluations, euler.evaluations) == (2, 3, 3 * calls, 3)
-    branches = 1 if guidance == 1 else 2
-    more = 2 * 3 * (calls - 1) * branches * PRODUCTION.step_tflop(*size, plan.segment_frames)
+    cfg_calls = 1 if guidance == 1 else 2
+    more = 2 * 3 * (calls - 1) * cfg_calls * PRODUCTION.step_tflop(*size, plan.segment_frames)
     assert plan.tflop - euler.tflop == pytest.approx(more, abs=1e-6)
     assert plan.seconds == pytest.approx(planned("euler", "official", 3 * calls).seconds)
 
@@ -367,7 +367,7 @@ def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
     assert frames.shape == (9, conditions.height, conditions.width, 3)
     assert len(np.unique(frames)) > 50
     assert told == [(calls * n, 6 * calls) for n in range(1, 7)]
-    assert len(forwards) == 6 * calls * branches and len(timer.steps) == 6 * calls
+    assert len(forwards) == 6 * calls * cfg_calls and len(timer.steps) == 6 * calls
     assert min(timer.steps) > 0 and sum(timer.steps) <= timer.seconds["denoise"]
 
 

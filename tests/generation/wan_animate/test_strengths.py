@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.low_memory import lean_block, lean_face
-from runner.generation.wan_animate.transformer import StepInvariants, Strengths, embed_context
+from runner.generation.wan_animate.transformer import ConditioningCache, Strengths, embed_context
 from runner.spec.recipes import get_recipe
 from tests.generation.library_schedulers import library_scheduler
 from tests.generation.stub_conditions import MemoryConditions
@@ -64,10 +64,10 @@ def scaled(model, face: float, pose: float) -> Iterator[None]:
             hook.remove()
 
 
-def branches(model, inputs: Inputs, strengths: Strengths) -> list[StepInvariants]:
+def conditionings(model, inputs: Inputs, strengths: Strengths) -> list[ConditioningCache]:
     """One with the prompt and the faces, one without."""
     contexts = embed_context(model, inputs.texts, inputs.clip)
-    first = StepInvariants(model, contexts[0], inputs.pose, inputs.faces[0], strengths=strengths)
+    first = ConditioningCache(model, contexts[0], inputs.pose, inputs.faces[0], strengths=strengths)
     return [first, first.sharing(model, contexts[1], inputs.faces[1])]
 
 
@@ -90,24 +90,24 @@ def test_every_kind_of_block_equals_the_librarys_model_with_scaled_outputs(model
     torch._dynamo.reset()
     inputs, compiled = Inputs(model, frames=9), CompiledStep(backend="eager")
     with scaled(model, face, pose):
-        wanted = [inputs.forward(model, 0, branch) for branch in (0, 1)]
-    before = [inputs.forward(model, 0, branch) for branch in (0, 1)]
+        wanted = [inputs.forward(model, 0, cfg_index) for cfg_index in (0, 1)]
+    before = [inputs.forward(model, 0, cfg_index) for cfg_index in (0, 1)]
     for kind, way in ways(model, compiled).items():
-        for branch, invariants in enumerate(branches(model, inputs, Strengths(face, pose))):
-            found = inputs.step(model, invariants, 0, **way())
-            assert torch.equal(found, wanted[branch]), (kind, branch)
-            assert torch.equal(found, before[branch]) == (face == pose == 1), (kind, branch)
+        for cfg_index, conditioning in enumerate(conditionings(model, inputs, Strengths(face, pose))):
+            found = inputs.step(model, conditioning, 0, **way())
+            assert torch.equal(found, wanted[cfg_index]), (kind, cfg_index)
+            assert torch.equal(found, before[cfg_index]) == (face == pose == 1), (kind, cfg_index)
     assert compiled.broken == ""
 
 
 @torch.no_grad()
 def test_of_no_strength_nothing_is_left(model):
-    """At 0 the flow is the same whatever the driver does; at another strength it is not."""
+    """At 0 the velocity is the same whatever the driver does; at another strength it is not."""
     inputs, other = Inputs(model, frames=9), Inputs(model, frames=9, seed=5)
 
-    def flow(strengths: Strengths, pose: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
+    def velocity(strengths: Strengths, pose: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
         (context,) = embed_context(model, inputs.texts[:1], inputs.clip)
-        return inputs.step(model, StepInvariants(model, context, pose, faces, strengths=strengths), 0)
+        return inputs.step(model, ConditioningCache(model, context, pose, faces, strengths=strengths), 0)
 
     for strengths, changed, same in [
         (Strengths(face=0), {"faces": other.faces[0]}, True),
@@ -116,7 +116,9 @@ def test_of_no_strength_nothing_is_left(model):
         (Strengths(pose=0), {"faces": other.faces[0]}, False),
     ]:
         given = {"pose": inputs.pose, "faces": inputs.faces[0]}
-        assert torch.equal(flow(strengths, **given), flow(strengths, **(given | changed))) == same, changed.keys()
+        assert torch.equal(velocity(strengths, **given), velocity(strengths, **(given | changed))) == same, (
+            changed.keys()
+        )
 
 
 class Products(TorchDispatchMode):
@@ -139,9 +141,9 @@ def test_strength_one_multiplies_nothing(model):
     for strengths in (Strengths(), Strengths(1, 1), Strengths(face=0.5), Strengths(pose=0.5)):
         with Products() as products:
             (context,) = embed_context(model, inputs.texts[:1], inputs.clip)
-            invariants = StepInvariants(model, context, inputs.pose, inputs.faces[0], strengths=strengths)
+            conditioning = ConditioningCache(model, context, inputs.pose, inputs.faces[0], strengths=strengths)
             for step in range(2):
-                inputs.step(model, invariants, step)
+                inputs.step(model, conditioning, step)
         counted[strengths] = products.counts.total()
     plain = counted[Strengths()]
     assert counted == {Strengths(): plain, Strengths(face=0.5): plain + 4, Strengths(pose=0.5): plain + 1}

@@ -14,7 +14,7 @@ from runner.forecast.flops import PRODUCTION
 from runner.generation.wan_animate import transformer as module
 from runner.generation.wan_animate.transformer import (
     Rope,
-    StepInvariants,
+    ConditioningCache,
     denoise_step,
     embed_context,
     held_bytes,
@@ -84,39 +84,39 @@ class Inputs:
         self.faces = [draw(3, frames, size, size), draw(3, frames, size, size) * 0 - 1]
         self.levels = [torch.full((batch,), level, device=device) for level in LEVELS]
 
-    def forward(self, model, step: int, branch: int = 0) -> torch.Tensor:
-        """The library's flow."""
+    def forward(self, model, step: int, cfg_index: int = 0) -> torch.Tensor:
+        """The library's velocity."""
         return model(
             hidden_states=self.hidden[step].clone(),
             timestep=self.levels[step],
-            encoder_hidden_states=self.texts[branch],
+            encoder_hidden_states=self.texts[cfg_index],
             encoder_hidden_states_image=self.clip,
             pose_hidden_states=self.pose,
-            face_pixel_values=self.faces[branch],
+            face_pixel_values=self.faces[cfg_index],
             return_dict=False,
         )[0]
 
-    def branches(self, model, guided: bool = False) -> list[StepInvariants]:
+    def conditionings(self, model, guided: bool = False) -> list[ConditioningCache]:
         contexts = embed_context(model, self.texts[: 1 + guided], self.clip)
-        first = StepInvariants(model, contexts[0], self.pose, self.faces[0])
+        first = ConditioningCache(model, contexts[0], self.pose, self.faces[0])
         return [first, *(first.sharing(model, context, self.faces[1]) for context in contexts[1:])]
 
-    def step(self, model, invariants: StepInvariants, step: int, **how) -> torch.Tensor:
-        return denoise_step(model, invariants, self.hidden[step], self.levels[step], **how)
+    def step(self, model, conditioning: ConditioningCache, step: int, **how) -> torch.Tensor:
+        return denoise_step(model, conditioning, self.hidden[step], self.levels[step], **how)
 
 
 def assert_equal_steps(model, inputs: Inputs, guided: bool = False, **how) -> None:
-    invariants = inputs.branches(model, guided)
-    flows = []
+    conditioning = inputs.conditionings(model, guided)
+    velocities = []
     for step in range(len(LEVELS)):
-        for branch, shared in enumerate(invariants):
+        for cfg_index, shared in enumerate(conditioning):
             before = inputs.hidden[step].clone()
-            here, theirs = inputs.step(model, shared, step, **how), inputs.forward(model, step, branch)
+            here, theirs = inputs.step(model, shared, step, **how), inputs.forward(model, step, cfg_index)
             assert here.dtype == theirs.dtype
-            assert torch.equal(here, theirs), (step, branch)
+            assert torch.equal(here, theirs), (step, cfg_index)
             assert torch.equal(inputs.hidden[step], before), "the latents were written to"
-            flows.append(here)
-    assert len({float(flow.double().sum()) for flow in flows}) == len(flows)  # every level and branch another flow
+            velocities.append(here)
+    assert len({float(velocity.double().sum()) for velocity in velocities}) == len(velocities)  # each its own
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +171,14 @@ def test_what_steps_share_is_computed_once(tiny_store_dir):
     assert {calls[name] for name in (*ONCE, *cross)} == {3}
     assert calls["motion_encoder"] == 3 * batches
     calls.clear()
-    (invariants,) = inputs.branches(model)
+    (conditioning,) = inputs.conditionings(model)
     for step in range(3):
-        inputs.step(model, invariants, step)
+        inputs.step(model, conditioning, step)
     assert {calls[name] for name in (*ONCE, *cross)} == {1}
     assert calls["motion_encoder"] == batches
     assert {calls[name] for name in ("blocks.3.attn2.to_q", "face_adapter.1.to_q", "blocks.3.attn1.to_k")} == {3}
     calls.clear()
-    for shared in inputs.branches(model, guided=True):
+    for shared in inputs.conditionings(model, guided=True):
         inputs.step(model, shared, 0)
     shared_too = [name for name in cross if "add" in name.rpartition(".")[2]]
     assert {calls[name] for name in ("pose_patch_embedding", "condition_embedder.image_embedder", *shared_too)} == {1}
@@ -188,7 +188,7 @@ def test_what_steps_share_is_computed_once(tiny_store_dir):
 def test_a_block_is_touched_only_while_it_is_out(model):
     """What streams weights hands blocks out one at a time; nothing of another block may run meanwhile."""
     inputs, out = Inputs(model), []
-    (invariants,) = inputs.branches(model)
+    (conditioning,) = inputs.conditionings(model)
     touched: set[tuple[int, int]] = set()
     hooks = [
         part.register_forward_pre_hook(lambda *_, index=index: touched.add((index, out[-1])))
@@ -201,11 +201,11 @@ def test_a_block_is_touched_only_while_it_is_out(model):
             out.append(index)
             yield block
 
-    flow = inputs.step(model, invariants, 0, blocks=hand_out())
+    velocity = inputs.step(model, conditioning, 0, blocks=hand_out())
     for hook in hooks:
         hook.remove()
     assert touched == {(index, index) for index in range(4)}
-    assert torch.equal(flow, inputs.forward(model, 0))
+    assert torch.equal(velocity, inputs.forward(model, 0))
 
 
 def test_blocks_compile_to_one_graph(model):
@@ -261,18 +261,18 @@ def test_rotation_without_strided_writes_has_the_same_bits(dtype):
 
 
 def test_latents_of_another_shape_are_refused(model):
-    (invariants,) = Inputs(model).branches(model)
+    (conditioning,) = Inputs(model).conditionings(model)
     other = Inputs(model, frames=9)
     with pytest.raises(ValueError, match=r"latents of \(4, 8, 6\) in a window of \(5, 8, 6\)"):
-        other.step(model, invariants, 0)
+        other.step(model, conditioning, 0)
 
 
 def test_another_reference_shares_nothing(model):
     inputs, other = Inputs(model), Inputs(model, seed=1)
-    (invariants,) = inputs.branches(model)
+    (conditioning,) = inputs.conditionings(model)
     (context,) = embed_context(model, other.texts[:1], other.clip)
     with pytest.raises(ValueError, match="an image of its own"):
-        invariants.sharing(model, context, other.faces[0])
+        conditioning.sharing(model, context, other.faces[0])
 
 
 def flop_of(call) -> int:
@@ -285,15 +285,15 @@ def flop_of(call) -> int:
 def test_flop_saved_and_bytes_kept_are_as_forecast(tiny_store_dir, model, guided):
     shape = ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")).costs.transformer
     inputs, size = Inputs(model), (WIDTH, HEIGHT, FRAMES)
-    invariants = inputs.branches(model, guided)
+    conditioning = inputs.conditionings(model, guided)
     whole = flop_of(lambda: inputs.forward(model, 0))
-    first = flop_of(lambda: [inputs.step(model, shared, 0) for shared in inputs.branches(model)])
-    for shared in invariants:
+    first = flop_of(lambda: [inputs.step(model, shared, 0) for shared in inputs.conditionings(model)])
+    for shared in conditioning:
         inputs.step(model, shared, 0)
-    later = flop_of(lambda: inputs.step(model, invariants[0], 1))
+    later = flop_of(lambda: inputs.step(model, conditioning[0], 1))
     assert first == whole  # nothing is left out, nothing done twice
-    assert whole - later == shape.invariant_flop(*size)
-    assert held_bytes(invariants) == shape.invariant_bytes(*size, element=4, guided=guided)
+    assert whole - later == shape.conditioning_flop(*size)
+    assert held_bytes(conditioning) == shape.conditioning_bytes(*size, element=4, guided=guided)
 
 
 def test_what_the_14b_model_saves_and_keeps(tiny_store_dir):
@@ -303,16 +303,16 @@ def test_what_the_14b_model_saves_and_keeps(tiny_store_dir):
     model.rope = type(model.rope)(128, (1, 2, 2), 1024)  # its angles are float32 in a loaded model
     model.rope.to("meta")
     inputs = Inputs(model, frames=81, width=832, height=480, device="meta")
-    invariants = inputs.branches(model)
-    inputs.step(model, invariants[0], 0)
+    conditioning = inputs.conditionings(model)
+    inputs.step(model, conditioning[0], 0)
     blocks = 5 * 769 * 5120 * 2 * 2
     adapter, motion = 22 * 5 * 5120 * 2 * 2, 22 * 5 * 5120 * 2
     pose, rope = 21 * 1560 * 5120 * 2, 2 * 34320 * 64 * 4
-    assert held_bytes(invariants) == blocks + adapter + motion + pose + rope
+    assert held_bytes(conditioning) == blocks + adapter + motion + pose + rope
     full = 8 * (blocks + adapter) + motion + pose + rope
-    assert PRODUCTION.transformer.invariant_bytes(832, 480, 81) == full
+    assert PRODUCTION.transformer.conditioning_bytes(832, 480, 81) == full
     assert full == pytest.approx(1.00e9, rel=0.005)
-    saved = PRODUCTION.transformer.invariant_flop(832, 480, 81)
+    saved = PRODUCTION.transformer.conditioning_flop(832, 480, 81)
     key_values, motion_encoder = 3.23e12, 3.2e12  # 40 x 4 x 769 x 5120^2; 81 faces, counted on their own
     assert saved == pytest.approx(key_values + motion_encoder, rel=0.05)  # embedders, adapters and pose are the rest
 
@@ -322,10 +322,10 @@ def test_a_window_leaves_nothing_behind(model):
     gc.collect()
     gc.disable()  # what is freed is freed because nothing names it any more
     try:
-        (invariants,) = inputs.branches(model)
-        inputs.step(model, invariants, 0)
-        assert sum(isinstance(thing, StepInvariants) for thing in gc.get_objects()) == 1
-        del invariants
-        assert not any(isinstance(thing, StepInvariants) for thing in gc.get_objects())
+        (conditioning,) = inputs.conditionings(model)
+        inputs.step(model, conditioning, 0)
+        assert sum(isinstance(thing, ConditioningCache) for thing in gc.get_objects()) == 1
+        del conditioning
+        assert not any(isinstance(thing, ConditioningCache) for thing in gc.get_objects())
     finally:
         gc.enable()
