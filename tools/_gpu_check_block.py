@@ -29,7 +29,7 @@ from runner.generation.runtime.attention import (
     set_backend,
     trial,
 )
-from runner.generation.runtime.compute import capability_of, sees_every_token
+from runner.generation.runtime.compute import capability_of, is_token_wise
 from runner.generation.runtime.memory_plan import forecast_memory, make_plan
 from runner.generation.wan_animate.compiled import TOLERANCES, CompiledStep, difference, dummies
 from runner.generation.wan_animate.low_memory import choose_eager_block
@@ -81,14 +81,12 @@ class BlockCase:
         self.context = Context(tokens(shape.text_tokens), tokens(shape.image_tokens))
         self.grid = ((frames - 1) // 4 + 2, size[1] // 8, size[0] // 8)
         self.tokens = shape.tokens(*size, frames)
-        self.token_side = [
-            layer
-            for name, layer in self.model.named_modules()
-            if sees_every_token(name) and hasattr(layer, "set_compute")
+        self.token_wise = [
+            layer for name, layer in self.model.named_modules() if is_token_wise(name) and hasattr(layer, "set_compute")
         ]
 
     def set_compute(self, compute: str, product: str) -> None:
-        for layer in self.token_side:
+        for layer in self.token_wise:
             layer.set_compute(EXACT if compute == DEFAULT_PRECISION else compute, product)
 
     @property

@@ -174,9 +174,9 @@ def workspace_bytes(
     shape: TransformerShape, *, fp4: bool = True, compute: str = DEFAULT_PRECISION, element: int = 2
 ) -> int:
     """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
-    FP4 is dequantised; of those that see every token the largest in codes.
+    FP4 is dequantised; of the token-wise linears the largest in codes.
 
-    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no weight that sees every token is dequantised.
+    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no token-wise weight is dequantised.
     """
     precision = PRECISIONS[compute]
     widest = 6 * shape.dim if precision.layout == "svdq" else max(shape.ffn_dim, 6 * shape.dim)
@@ -185,7 +185,7 @@ def workspace_bytes(
 
 
 def kept_code_bytes(shape: TransformerShape, *, compute: str) -> int:
-    """Codes of all weights that see every token, beside the weights, with a float32 scale a row; 0 where a product
+    """Codes of all token-wise linears' weights, beside the weights, with a float32 scale a row; 0 where a product
     takes no codes in rows. `compute`: the name of a row of `PRECISIONS`.
     """
     precision, adapters = PRECISIONS[compute], shape.num_layers // shape.inject_face_latents_blocks

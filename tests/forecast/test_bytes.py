@@ -26,7 +26,7 @@ from runner.forecast.bytes import (
     workspace_bytes,
 )
 from runner.forecast.flops import Costs, TransformerShape, VaeShape
-from runner.generation.runtime.compute import sees_every_token
+from runner.generation.runtime.compute import is_token_wise
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.rules import linear_shapes
 from tests.forecast.meta_models import ODD, on_meta
@@ -254,7 +254,7 @@ def test_a_tile_is_no_larger_than_the_picture(width, height, tile):
 def test_kept_codes_are_those_of_the_layers_that_see_every_token(config):
     """A byte a weight and a float32 a row; tests of the generator compare the bytes that it holds."""
     model = on_meta(WanAnimateTransformer3DModel, config)
-    layers = [layer for name, layer in model.named_modules() if sees_every_token(name)]
+    layers = [layer for name, layer in model.named_modules() if is_token_wise(name)]
     wanted = sum(layer.weight.numel() + 4 * layer.out_features for layer in layers)
     shape = Costs.from_configs(dict(model.config), {}).transformer
     assert [kept_code_bytes(shape, compute=word) for word in ("fp8", "int8")] == [wanted] * 2

@@ -24,7 +24,7 @@ import torch
 
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 from runner.generation.runtime.attention import available_backends, candidates, set_backend
-from runner.generation.runtime.compute import sees_every_token
+from runner.generation.runtime.compute import is_token_wise
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
@@ -206,7 +206,7 @@ def _prepare(model: Any, case: Case, backend: str) -> None:
             dtype = parameter.dtype if leaf in stored else stored_dtype(f"{name}.{leaf}", fp32)
             layer.register_parameter(leaf, _on_device(parameter, dtype))
         if isinstance(layer, FP4Linear | SvdqLinear):
-            low = case.precision != DEFAULT_PRECISION and sees_every_token(name)
+            low = case.precision != DEFAULT_PRECISION and is_token_wise(name)
             layer.set_compute(*((case.precision, case.product) if low else ("exact",)))
             down = torch.empty(LORA_RANK, layer.in_features, dtype=torch.bfloat16, device="cuda")
             up = torch.empty(layer.out_features, LORA_RANK, dtype=torch.bfloat16, device="cuda")

@@ -6,9 +6,9 @@ Never: a quiet change of what was asked for: a compute that this device cannot d
 `forecast/precisions.py` lists what there is, and for which devices. On a CPU each runs as the definition of its
 numbers, for tests and demos.
 
-Only layers that see every token take part: of a block the self-attention's four, the cross-attention's query and
-output, and the feed-forward's two; of a face adapter query and output. They are 99 % of the linears' work. Keys and
-values of text, image and face, embedders, the time's layers and the last projection stay exact.
+Only token-wise linears take part, whose inputs are all tokens of the window: of a block the self-attention's four, the
+cross-attention's query and output, and the feed-forward's two; of a face adapter query and output. They are 99 % of the
+linears' work. Keys and values of text, image and face, embedders, the time's layers and the last projection stay exact.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = [
     "apply_compute",
     "capability_of",
     "decide",
-    "sees_every_token",
+    "is_token_wise",
     "self_test",
 ]
 
-TOKEN_SIDE: Final = re.compile(
+TOKEN_WISE: Final = re.compile(
     r"blocks\.\d+\.(attn1\.to_[qkv]|attn[12]\.to_out\.0|attn2\.to_q|ffn\.net\.0\.proj|ffn\.net\.2)"
     r"|face_adapter\.\d+\.to_(q|out)"
 )
@@ -109,13 +109,13 @@ def decide(
     return GemmChoice(compute, product, why)
 
 
-def sees_every_token(name: str) -> bool:
-    """Is the layer of this name one whose inputs are all tokens of the window?"""
-    return TOKEN_SIDE.fullmatch(name) is not None
+def is_token_wise(name: str) -> bool:
+    """Is the layer of this name a token-wise linear, whose inputs are all tokens of the window?"""
+    return TOKEN_WISE.fullmatch(name) is not None
 
 
 def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Set what `model`'s token-side layers compute in; what was chosen, why, and the numbers of the self-test.
+    """Set what `model`'s token-wise linears compute in; what was chosen, why, and the numbers of the self-test.
 
     To be called when the weights are there, wherever they lie; nothing changes for the recipe's `bf16`. Raises
     ConfigInvalid: `decide`, or an error beyond the format's own.
@@ -138,7 +138,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
-        if sees_every_token(name)
+        if is_token_wise(name)
         and (isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear) or type(layer) is nn.Linear)
     }
     formats = {_format_name(layer) for layer in layers.values()}
@@ -156,7 +156,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     changed = {name: model.get_submodule(name) for name in layers if name not in kept}
     if not changed:
         raise ConfigInvalid(
-            f"compute {compute!r} fits none of this model's {len(layers)} token-side layers: "
+            f"compute {compute!r} fits none of this model's {len(layers)} token-wise linears: "
             f"{next(iter(kept.values()), 'it has none')}",
             todo=f"Leave out +{compute}",
         )

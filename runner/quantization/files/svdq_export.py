@@ -1,15 +1,15 @@
-"""SVDQ export: a file of `quantize` in an SVDQ format, written as diffusers' Nunchaku Lite and cache-dit read it.
+"""SVDQ export: write a file of `quantize` in an SVDQ format for diffusers' Nunchaku Lite or for cache-dit.
 
-In:   the path of the file, the model's config.json, a kind, a folder. Out: the folder, filled, or an error and nothing.
+In:   the path of the file, the model's config.json, a kind, a folder. Out: the filled folder; after an error no files.
 Never: quantising anew; other formats; more than one layer in memory. Codes, scales and factors are copied as they are.
 
-Both compute every layer that they find packed with four-bit activations, also those that a run here computes in 16 bits
-(`sees_every_token` says which). Layers in modules that the model's class keeps in float32 (the time embedder) are
-written as the float32 weights that their tensors stand for: the model asks `time_embedder.linear_1.weight` for its
-dtype, and the readers' packed layers have no `weight`.
+Both readers compute every packed layer with four-bit activations. A run here does so for the token-wise linears alone
+(`is_token_wise`) and computes the other layers in 16 bits. Layers in modules that the model's class keeps in float32
+(the time embedder) are written as float32 weights: the model reads the dtype of `time_embedder.linear_1.weight`, and
+the readers' packed layers have no `weight`.
 
-`lite`: a diffusers folder, `config.json` and `diffusion_pytorch_model.safetensors`. It wants the package `kernels`,
-DIFFUSERS_TRUST_REMOTE_KERNELS=true and a GPU, and takes everything to bfloat16 (diffusers 0.42.1):
+`lite`: a diffusers folder, `config.json` and `diffusion_pytorch_model.safetensors`. It needs the package `kernels`,
+DIFFUSERS_TRUST_REMOTE_KERNELS=true and a GPU, and casts everything to bfloat16 (diffusers 0.42.1):
 
     from diffusers import WanAnimateTransformer3DModel
 
@@ -17,7 +17,7 @@ DIFFUSERS_TRUST_REMOTE_KERNELS=true and a GPU, and takes everything to bfloat16 
 
 `cache-dit`: `svdq_PRECISION_rRANK.safetensors` (with `_dq` for a file made without calibration) and `quant_config.json`
 hold the packed layers, `unquantized.safetensors` everything else, merged LoRAs included, and `config.json` the model's
-shape. `load` wants a path as a str, and a model with linears to replace; those may lie on the meta device:
+shape. `load` takes a path as a str, and a model with linears to replace; those may be on the meta device:
 
     import cache_dit
     from accelerate import init_empty_weights
@@ -30,7 +30,7 @@ shape. `load` wants a path as a str, and a model with linears to replace; those 
     model = cache_dit.load(model, folder).eval()
     assert not any(parameter.is_meta for parameter in model.parameters())
 
-Padded layers (sides that are no multiples of 128) are read by cache-dit 1.5.3, not by 1.5.0.
+cache-dit 1.5.3 reads padded layers (sides that are no multiples of 128); 1.5.0 does not.
 """
 
 from __future__ import annotations

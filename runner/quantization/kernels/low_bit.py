@@ -1,16 +1,17 @@
-"""Linear layers that compute in 8 or 4 bits: which products there are, which one a device gets, and the operators.
+"""Linear layers that compute in 8 or 4 bits: the choice of a GEMM backend for a device, and the operators.
 
-In:   activations, a weight in 16 bits or its stored tensors, the name of a compute and of one of its products.
+In:   activations, a weight in 16 bits or its stored tensors, the name of a precision and of one of its GEMM backends.
 Out:  x W^T + b. Never: layers' names, recipes, whether an error is small enough for frames (`generation.compute`).
 
-Which computes and products there are, `forecast/precisions.py` says. `reference` is the definition of each in plain
-arithmetic, for any device, and slow.
+`forecast/precisions.py` lists the precisions and their backends. The backend `reference` is the definition of a
+precision in plain arithmetic, for any device, and slow.
 
 An activation is quantised before the operators, once for all layers that read it alike (`prepared.py`).
-A weight of 8 bits is made anew in each product, unless its codes are kept (`kept_codes.py`). Bytes a weight: dequantise
-.56 read, 2 written; rotate (int8) and quantise, in one pass, 2 and 1; the product reads 1. The 12.4 billion weights
-that see all tokens take 81 GB of traffic a step, 12.4 GB where codes are kept: .02 s on an H200, .05 s on an RTX 5090,
-where the step itself takes seconds. NVFP4 takes .13 byte a weight, for its scales.
+The 8-bit codes of a weight are made again for each product, unless they are kept (`kept_codes.py`). Bytes a weight:
+dequantising reads .56 and writes 2; rotating (int8) and quantising, in one pass, reads 2 and writes 1; the product
+reads 1. The 12.4 billion weights of token-wise linears take 81 GB of memory traffic a step, 12.4 GB where codes are
+kept: .02 s on an H200, .05 s on an RTX 5090, where the step itself takes seconds. NVFP4 takes .13 byte a weight, for
+its scales.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from runner.generation.runtime.compute import (
     activations,
     apply_compute,
     decide,
-    sees_every_token,
+    is_token_wise,
     self_test,
 )
 from runner.generation.runtime.streaming import BlockStream
@@ -121,7 +121,7 @@ def test_what_was_asked_for_is_never_changed_in_silence():
 def test_layers_that_see_every_token():
     """Of the 14B model: 8 in each of 40 blocks, 2 in each of 8 face adapters; 99 % of the linears' work."""
     shapes = linear_shapes(transformer_on_meta(WAN_ANIMATE_14B))
-    chosen = {name: shape for name, shape in shapes.items() if sees_every_token(name)}
+    chosen = {name: shape for name, shape in shapes.items() if is_token_wise(name)}
     assert len(chosen) == 40 * 8 + 8 * 2
     assert sum(rows * columns for rows, columns in chosen.values()) == pytest.approx(12.4e9, rel=0.01)
     for exact in ("blocks.0.attn2.to_k", "blocks.3.attn2.add_v_proj", "face_adapter.0.to_k", "proj_out"):
@@ -150,7 +150,7 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     said = apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
     assert {name: id(p) for name, p in model.named_parameters()} == weights
     low = {n for n, m in model.named_modules() if isinstance(m, FP4Linear | LowBitLinear) and m.compute == compute}
-    assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
+    assert low == {n for n, _ in model.named_modules() if is_token_wise(n)}
     assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
     assert said["compute_kept_exact"] == 0
     kernels = {"fp8": "torch: no CUDA device"}
@@ -184,7 +184,7 @@ def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
     in_svdq(model, SVDQ_LAYOUTS[compute])
     said = apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
     low = {n for n, m in model.named_modules() if isinstance(m, SvdqLinear) and m.compute == compute}
-    assert low == {n for n, _ in model.named_modules() if sees_every_token(n)}
+    assert low == {n for n, _ in model.named_modules() if is_token_wise(n)}
     assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
     assert "on a CPU the format's definition runs" in said["compute_why"]
     assert (said["compute_kept_exact"], said["compute_rows"]) == (0, "")

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from runner.forecast.precisions import REFERENCE
 from runner.generation.runtime.attention import BACKENDS, set_backend
-from runner.generation.runtime.compute import sees_every_token
+from runner.generation.runtime.compute import is_token_wise
 from runner.generation.runtime.memory_plan import make_plan
 from runner.generation.wan_animate import compiled as module
 from runner.generation.wan_animate.autoencoder import prepare_vae, with_channels_last
@@ -78,7 +78,7 @@ def test_generated_code_in_int8_passes_the_comparison_at_warming(tiny_store_dir)
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, FP4Linear) and sees_every_token(name):
+        if isinstance(layer, FP4Linear) and is_token_wise(name):
             layer.set_compute("int8", REFERENCE)
     case, step = Case(model), CompiledStep()
     assert (case.warm(step), step.broken, graphs()) == (1, "", 1)

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from runner.forecast.bytes import kept_code_bytes
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
-from runner.generation.runtime.compute import apply_compute, sees_every_token
+from runner.generation.runtime.compute import apply_compute, is_token_wise
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.quantization.formats.e2m1 import G32, NVFP4
@@ -94,7 +94,7 @@ def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, ki
     (conditioning,) = inputs.conditionings(model)
     made.clear()
     wanted = inputs.step(model, conditioning, 0)
-    low = [name for name, _ in model.named_modules() if sees_every_token(name)]
+    low = [name for name, _ in model.named_modules() if is_token_wise(name)]
     assert len(made) == len(low)
     assert keep_codes(model, getattr(torch, dtype)).layers == len(low)
     made.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runner.forecast.precisions import PRECISIONS, REFERENCE
-from runner.generation.runtime.compute import sees_every_token
+from runner.generation.runtime.compute import is_token_wise
 from runner.generation.wan_animate.compiled import TOLERANCES, difference, dummies
 from runner.generation.wan_animate.low_memory import FFN_PIECES, choose_eager_block, lean_block, lean_face
 from runner.generation.wan_animate.transformer import embed_context, feed_forward, run_block
@@ -31,10 +31,7 @@ def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
     model = load(tiny_store_dir)
     in_four_bits(model, NVFP4)
     for name, layer in model.named_modules():
-        if (
-            sees_every_token(name)
-            and PRECISIONS["nvfp4"].problem_of_shape(layer.out_features, layer.in_features) is None
-        ):
+        if is_token_wise(name) and PRECISIONS["nvfp4"].problem_of_shape(layer.out_features, layer.in_features) is None:
             layer.set_compute("nvfp4", REFERENCE)
     inputs = Inputs(model)
     (conditioning,) = inputs.conditionings(model)
@@ -68,7 +65,7 @@ def low_block(tiny_store_dir, compute: str, dtype: torch.dtype = torch.bfloat16,
     model = load(tiny_store_dir, dtype)
     in_four_bits(model, NVFP4 if compute == "nvfp4" else G32)
     for name, layer in model.named_modules():
-        fits = isinstance(layer, FP4Linear) and sees_every_token(name)
+        fits = isinstance(layer, FP4Linear) and is_token_wise(name)
         if fits and PRECISIONS[compute].problem_of_shape(layer.out_features, layer.in_features) is None:
             layer.set_compute(compute, REFERENCE)
             if lora:

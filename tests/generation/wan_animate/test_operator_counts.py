@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from runner.forecast.bytes import LIBRARY_TRAFFIC, VAE_TRAFFIC
 from runner.forecast.precisions import REFERENCE
-from runner.generation.runtime.compute import sees_every_token
+from runner.generation.runtime.compute import is_token_wise
 from runner.generation.wan_animate.autoencoder import FramewiseVae, with_channels_last
 from runner.generation.wan_animate.compiled import CompiledStep
 from runner.quantization.linear import FP4Linear
@@ -151,7 +151,7 @@ def test_a_block_has_one_fp4_operator_a_layer_and_six_inputs(tiny_store_dir, com
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     for name, layer in model.named_modules():
-        if compute and isinstance(layer, FP4Linear) and sees_every_token(name):
+        if compute and isinstance(layer, FP4Linear) and is_token_wise(name):
             layer.set_compute(compute, REFERENCE)
     graph = graph_of_a_block(model)
     assert operators_in(graph, "video_lab") == wanted
