@@ -26,7 +26,7 @@ from runner.generation.runtime.memory_plan import Window, choose_plan
 from runner.generation.runtime.streaming import pin, whole_pages
 from runner.quantization.formats.e2m1 import FORMATS
 from runner.quantization.kernels.dequantize import pick_kernel
-from runner.quantization.kernels.low_bit import pick_product
+from runner.quantization.kernels.low_bit import pick_gemm_backend
 from runner.quantization.kernels.row_codes import pick_rotation, pick_rows
 from runner.spec.recipes import FAST_RECIPE, get_recipe
 
@@ -104,7 +104,7 @@ def product(device: torch.device, name: str) -> dict[str, Any]:
     """The product that is right here; for a precision that the device does not have, the error that a run would get."""
     capability, formats = capability_of(device), [PRECISIONS[name].stored_format or "nvfp4"]
     has = capability is None or PRECISIONS[name].runs_on(capability)
-    picked = pick_product(device, name) if has else (None, "")
+    picked = pick_gemm_backend(device, name) if has else (None, "")
     try:
         decide(name, capability, picked, formats, str(device))
     except Exception as err:

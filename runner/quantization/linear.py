@@ -112,7 +112,7 @@ def fp4_rowwise_linear(
     lora_up: Tensor | None,
     lora_scale: Tensor | None,
     compute: str,
-    product: str,
+    backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """As `fp4_linear`, in 8 bits: x, x_scale as `row_codes.prepare_rows` gives them → [M, out] in `dtype`.
@@ -120,7 +120,7 @@ def fp4_rowwise_linear(
     The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, dtype)
-    return multiply_rows(x, x_scale, weight, compute, product, sum_of_biases(bias, bias_delta), dtype)
+    return multiply_rows(x, x_scale, weight, compute, backend, sum_of_biases(bias, bias_delta), dtype)
 
 
 @fp4_rowwise_linear.register_fake
@@ -137,7 +137,7 @@ def _(
     lora_up: Tensor | None,
     lora_scale: Tensor | None,
     compute: str,
-    product: str,
+    backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0], dtype=dtype)
@@ -154,12 +154,12 @@ def nvfp4_linear(
     bias: Tensor | None,
     bias_delta: Tensor | None,
     compute: str,
-    product: str,
+    backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """Both sides in blocks, NVFP4's, the weight as it is stored: [M, out] in `dtype`."""
     x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
-    return multiply_blocks(x, w, compute, product, sum_of_biases(bias, bias_delta), dtype)
+    return multiply_blocks(x, w, compute, backend, sum_of_biases(bias, bias_delta), dtype)
 
 
 @nvfp4_linear.register_fake
@@ -173,7 +173,7 @@ def _(
     bias: Tensor | None,
     bias_delta: Tensor | None,
     compute: str,
-    product: str,
+    backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
     return x_packed.new_empty(x_packed.shape[0], packed.shape[0], dtype=dtype)
@@ -203,7 +203,7 @@ class FP4Linear(KeepsCodes):
         """From stored tensors, which are kept and not copied. ValueError where they do not fit the format."""
         super().__init__()
         self.fmt = fmt
-        self.compute, self.product = EXACT, ""
+        self.compute, self.backend = EXACT, ""
         self.lora_rank = 0
         self.out_features, self.in_features = fmt.shape_of(tensors)
         # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
@@ -275,7 +275,7 @@ class FP4Linear(KeepsCodes):
 
     def _in_rows(self, x: Prepared) -> Tensor:
         codes, scale = x.operands
-        kept, how = self.codes_for(x.dtype), (self.compute, self.product)
+        kept, how = self.codes_for(x.dtype), (self.compute, self.backend)
         result: Tensor
         if kept is not None:
             result = kept_rows_linear(codes, scale, *kept, *how, self.bias, self.bias_delta, x.dtype)
@@ -307,7 +307,7 @@ class FP4Linear(KeepsCodes):
             self.bias,
             self.bias_delta,
             self.compute,
-            self.product,
+            self.backend,
             x.dtype,
         )
         if x.x is None or self.lora_down is None or self.lora_up is None or self.lora_scale is None:
@@ -315,20 +315,20 @@ class FP4Linear(KeepsCodes):
         up = (self.lora_up.float() * self.lora_scale).to(x.dtype)
         return result + F.linear(F.linear(x.x, self.lora_down.to(x.dtype)), up)
 
-    def set_compute(self, compute: str, product: str = "") -> None:
-        """From now on `compute` (a row of `PRECISIONS`) by `product` (one of its backends); EXACT: in 16 bits again.
+    def set_compute(self, compute: str, backend: str = "") -> None:
+        """Compute in `compute` (a row of `PRECISIONS`) by `backend` (one of its GEMM backends); EXACT: in 16 bits.
 
-        The stored weight is not touched. ValueError for names that are none, and for nvfp4 where it is stored in g32.
+        The stored weight does not change. Raises ValueError for unknown names, and for nvfp4 where it is stored in g32.
         """
         if compute != EXACT:
             precision = PRECISIONS.get(compute)
-            if precision is None or precision.find_backend(product) is None:
-                raise ValueError(f"no product {product!r} of {compute!r}")
+            if precision is None or precision.find_backend(backend) is None:
+                raise ValueError(f"no backend {backend!r} for {compute!r}")
             if precision.stored_format not in (None, self.fmt.name):
                 raise ValueError(f"a weight in {self.fmt.name} cannot compute as {compute}")
         if compute != self.compute:
             self.drop_codes()
-        self.compute, self.product = compute, product
+        self.compute, self.backend = compute, backend
 
     @property
     def computes_in_rows(self) -> bool:

@@ -1,8 +1,8 @@
 """A linear layer in SVDQuant W4A4: a residual in four bits, a low-rank part in 16, activations in four bits.
 
 In:   activations. Out: activations in their dtype. LoRAs are added to the low-rank factors, and their rank grows.
-The product is one of 16 bits with the weight that the tensors stand for, unless `set_compute` asks for four bits.
-It will never know: names of layers (the caller's rule does), files, LoRA file formats.
+      The layer multiplies in 16 bits with its dequantised weight, or in four bits after `set_compute`.
+Never: names of layers (the caller's rule reads them), files, LoRA file formats.
 
 For inference: the operator has no gradient.
 """
@@ -38,7 +38,7 @@ def svdq_linear(
     proj_down: Tensor,
     proj_up: Tensor,
     fmt: str,
-    product: str,
+    backend: str,
     out_features: int,
     bias: Tensor | None,
     bias_delta: Tensor | None,
@@ -47,16 +47,16 @@ def svdq_linear(
 ) -> Tensor:
     """x [..., in] → [..., out_features] in x's dtype, by stored tensors of a format in SVDQ_LAYOUTS.
 
-    `product`: a backend of the format's row of `PRECISIONS`, in whose order the tensors lie; empty: in 16 bits, with
-    the tensors as in files. One operator for the weight and its product, as `linear.fp4_linear`, and for padding,
-    packing and adding up: a compiler sees none of it, and folds no weight.
+    `backend`: a GEMM backend of the format's row of `PRECISIONS`; the tensors are in the order that it reads. Empty: in
+    16 bits, with the tensors as in files. One operator makes the weight and multiplies, as `linear.fp4_linear`; it also
+    pads, packs and adds the parts. So a compiler cannot fold a weight.
     """
     stored = {"qweight": qweight, "wscales": wscales, "smooth_factor": smooth_factor, "proj_down": proj_down}
     stored |= {"proj_up": proj_up} if wcscales is None else {"proj_up": proj_up, "wcscales": wcscales}
     bias = sum_of_biases(bias, bias_delta)
-    if product:
+    if backend:
         flat = x.reshape(-1, x.shape[-1])
-        result = multiply_svdq(flat, stored, fmt, product, out_features, bias, lora_down, lora_up)
+        result = multiply_svdq(flat, stored, fmt, backend, out_features, bias, lora_down, lora_up)
         return result.view(*x.shape[:-1], out_features)
     weight = workspace("weight", (out_features, x.shape[-1]), x.dtype, x.device)
     write_weight(stored, SVDQ_LAYOUTS[fmt], lora_down, lora_up, weight)
@@ -73,7 +73,7 @@ def _(
     proj_down: Tensor,
     proj_up: Tensor,
     fmt: str,
-    product: str,
+    backend: str,
     out_features: int,
     bias: Tensor | None,
     bias_delta: Tensor | None,
@@ -85,7 +85,7 @@ def _(
 
 
 class SvdqLinear(nn.Module):
-    """y = x W^T + b. Parameters, none of which takes a gradient:
+    """y = x W^T + b. Its parameters take no gradient:
 
     smooth_factor, proj_down, proj_up, qweight, wscales, wcscales
                    as `SvdqLayout.tensor_table` lists them; their dtypes survive `.to(dtype)`
@@ -95,9 +95,9 @@ class SvdqLinear(nn.Module):
 
     Parameters and not buffers, because streamed offload brings only parameters back to the host.
 
-    The stored tensors lie as in files (`tiles`), also in the state dict, unless the layer computes by a product that
-    reads another order: then they lie in that one, in the same memory, until `set_compute` asks for another product.
-    State dicts are to be read and loaded while the layer computes EXACT.
+    The stored tensors are in the files' order (`tiles`), also in the state dict. While the layer computes by a backend
+    that reads another order, they are in that order, in the same memory. Read and load state dicts only while the layer
+    computes EXACT.
     """
 
     qweight: nn.Parameter
@@ -114,17 +114,17 @@ class SvdqLinear(nn.Module):
     def __init__(
         self, tensors: dict[str, Tensor], bias: Tensor | None, layout: SvdqLayout, in_features: int, out_features: int
     ) -> None:
-        """From stored tensors, which are kept and not copied. ValueError where they do not fit the layout."""
+        """Keep stored tensors, without a copy. Raises ValueError where they do not fit the layout."""
         super().__init__()
         self.layout, self.in_features, self.out_features = layout, in_features, out_features
-        self.compute, self.product = EXACT, ""
+        self.compute, self.backend = EXACT, ""
         self.order: Order = TILES
         self.lora_rank = 0
         expected = torch_table(layout, out_features, in_features)
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if found != expected:
             raise ValueError(f"{layout.name} [{out_features}, {in_features}]: {found} instead of {expected}")
-        # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
+        # Floating ones first: models use the dtype of a module's first parameter for arithmetic.
         self.register_parameter("bias", None if bias is None else frozen(bias))
         for name in ("smooth_factor", "proj_down", "proj_up", "qweight", "wscales", "wcscales"):
             self.register_parameter(name, frozen(tensors[name]) if name in tensors else None)
@@ -141,7 +141,7 @@ class SvdqLinear(nn.Module):
         device: torch.device | str = "meta",
         bias_dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        """A shell to load into, `load_state_dict(..., assign=True)`: shapes and dtypes, no values."""
+        """An empty layer for `load_state_dict(..., assign=True)`: shapes and dtypes, no values."""
         tensors = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in torch_table(layout, out_features, in_features).items()
@@ -151,7 +151,7 @@ class SvdqLinear(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The packed weight: what code reads that asks a linear's weight for its device."""
+        """The packed weight, for code that reads the device of a linear's weight."""
         return self.qweight
 
     @property
@@ -161,13 +161,13 @@ class SvdqLinear(nn.Module):
 
     @property
     def smoothing(self) -> Tensor:
-        """The factor that the product divides inputs by, float32 [in] in plain order."""
+        """The factor that inputs are divided by, float32 [in] in plain order."""
         factor = unpack_vector(self.smooth_factor) if self.order == TILES else self.smooth_factor
         return factor[: self.in_features].float()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of the same dtype."""
-        if x.shape[-1] != self.in_features:  # it would be padded with zeros
+        if x.shape[-1] != self.in_features:  # the operator would pad a narrower input with zeros
             raise ValueError(f"an input of {x.shape[-1]} channels for a layer of {self.in_features}")
         result: Tensor = svdq_linear(
             x,
@@ -178,7 +178,7 @@ class SvdqLinear(nn.Module):
             self.proj_down,
             self.proj_up,
             self.layout.name,
-            self.product,
+            self.backend,
             self.out_features,
             self.bias,
             self.bias_delta,
@@ -187,35 +187,35 @@ class SvdqLinear(nn.Module):
         )
         return result
 
-    def set_compute(self, compute: str, product: str = "") -> None:
-        """From now on `compute` (a row of `PRECISIONS`) by `product` (one of its backends); EXACT: in 16 bits again.
+    def set_compute(self, compute: str, backend: str = "") -> None:
+        """Compute in `compute` (a row of `PRECISIONS`) by `backend` (one of its GEMM backends); EXACT: in 16 bits.
 
-        Stored tensors that the product reads in another order are put into it, in place: a permutation of bytes, which
-        takes a layer's memory once more for a moment. ValueError, before anything is changed, for names that are none,
-        and for a compute of another format than the weight's.
+        Stored tensors are permuted in place into the order that the backend reads, which takes the layer's memory once
+        more for a moment. Raises ValueError, before anything changes, for unknown names, and for a compute of another
+        format than the weight's.
         """
         if compute != EXACT:
             precision = PRECISIONS.get(compute)
-            if precision is None or precision.find_backend(product) is None:
-                raise ValueError(f"no product {product!r} of {compute!r}")
+            if precision is None or precision.find_backend(backend) is None:
+                raise ValueError(f"no backend {backend!r} for {compute!r}")
             if precision.stored_format != self.layout.name:
                 raise ValueError(f"a weight in {self.layout.name} cannot compute as {compute}")
-        self.compute, self.product = compute, product if compute != EXACT else ""
-        self._put_in(ORDERS[self.product] if self.product else TILES)
+        self.compute, self.backend = compute, backend if compute != EXACT else ""
+        self._put_in(ORDERS[self.backend] if self.backend else TILES)
 
     @torch.no_grad()
     def _put_in(self, order: Order) -> None:
         if order == self.order:
             return
         for name, tensor in self.stored.items():
-            tensor.copy_(reorder(name, tensor, self.layout.precision, order))  # a stream's buffers stay in use
+            tensor.copy_(reorder(name, tensor, self.layout.precision, order))  # in place: streaming holds this memory
         self.order = order
 
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:
-        """Adds every scale * up @ down to the weight from now on, in place of any that were set before; None ends it.
+        """Add every scale * up @ down to the weight, instead of those set before; None removes them.
 
-        The stored tensors are not touched: without LoRAs the layer computes the very bits that it did before. The
-        factors are kept in their dtype, `scale` in `up`. ValueError for shapes that do not fit.
+        The stored tensors do not change: without LoRAs the layer gives the same bits as before. The factors keep their
+        dtype; `scale` is multiplied into `up`. Raises ValueError for shapes that do not fit.
         """
         if not deltas:
             self.lora_down = self.lora_up = None
@@ -226,12 +226,12 @@ class SvdqLinear(nn.Module):
         self.lora_rank = len(scale)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:
-        """Adds `delta` [out] to the bias (a layer without one gains it) from now on; None ends it."""
+        """Add `delta` [out] to the bias (also in a layer without a bias); None removes it."""
         check_bias_delta(delta, self.out_features)
         self.bias_delta = None if delta is None else frozen(delta.to(self.qweight.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(dtype)` is for arithmetic: what the layout fixes goes back to its dtype, on the new device.
+        # `.to(dtype)` is meant for the dtype of arithmetic: tensors of the layout keep their dtype on the new device.
         before = {name: tensor.data for name, tensor in self.stored.items()}
         super()._apply(fn, recurse)
         for name, data in before.items():

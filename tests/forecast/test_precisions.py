@@ -153,7 +153,7 @@ def test_one_row_decides(stub):
     from runner.generation.runtime.compute import decide
 
     assert advised((5, 0)) == "stub"
-    assert decide("stub", (5, 0), ("stub_mm", "right"), {"g32"}, "cuda:0").product == "stub_mm"
+    assert decide("stub", (5, 0), ("stub_mm", "right"), {"g32"}, "cuda:0").backend == "stub_mm"
     with pytest.raises(
         ConfigInvalid, match=r"compute 'stub' .*sm_90\) has no fast units.*leave out \+stub, or ask for"
     ):
@@ -189,7 +189,7 @@ def test_a_row_whose_backend_is_not_there_says_so(stub, monkeypatch):
     assert problem == "ModuleNotFoundError: No module named 'runner.quantization.kernels.stub_kernel'"
     without = replace(stub, name="bare", reference=GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:gone"))
     monkeypatch.setitem(PRECISIONS, "bare", without)
-    probed = low_bit.pick_product(cpu, "bare")
+    probed = low_bit.pick_gemm_backend(cpu, "bare")
     assert probed[0] is None
     with pytest.raises(ConfigInvalid, match=r"nothing here computes it right on cpu: reference refused: .*'gone'"):
         decide("bare", None, probed, {"g32"}, "cpu")

@@ -50,12 +50,12 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Case:
-    """`product`: a backend of the precision, empty for an exact product. `lora`: one of rank 64 beside every weight.
-    `kept`: the codes of the weights are."""
+    """`backend`: a GEMM backend of the precision, empty for exact products. `lora`: one of rank 64 beside every weight.
+    `kept`: the codes of the weights are kept."""
 
     architecture: str
     precision: str
-    product: str = ""
+    backend: str = ""
     lora: bool = False
     kept: bool = False
 
@@ -65,14 +65,14 @@ class Case:
     @property
     def word(self) -> str:
         """`int8:int_mm+lora+kept`"""
-        product = f":{self.product}" if self.product else ""
-        return self.precision + product + "+lora" * self.lora + "+kept" * self.kept
+        backend = f":{self.backend}" if self.backend else ""
+        return self.precision + backend + "+lora" * self.lora + "+kept" * self.kept
 
     @classmethod
     def parse(cls, architecture: str, word: str) -> Case:
         named, *more = word.split("+")
-        precision, _, product = named.partition(":")
-        return cls(architecture, precision, product, "lora" in more, "kept" in more)
+        precision, _, backend = named.partition(":")
+        return cls(architecture, precision, backend, "lora" in more, "kept" in more)
 
 
 def _cases() -> list[Case]:
@@ -207,7 +207,7 @@ def _prepare(model: Any, case: Case, backend: str) -> None:
             layer.register_parameter(leaf, _on_device(parameter, dtype))
         if isinstance(layer, FP4Linear | SvdqLinear):
             low = case.precision != DEFAULT_PRECISION and is_token_wise(name)
-            layer.set_compute(*((case.precision, case.product) if low else ("exact",)))
+            layer.set_compute(*((case.precision, case.backend) if low else ("exact",)))
             down = torch.empty(LORA_RANK, layer.in_features, dtype=torch.bfloat16, device="cuda")
             up = torch.empty(layer.out_features, LORA_RANK, dtype=torch.bfloat16, device="cuda")
             layer.set_lora([(down, up, 1.0)] if case.lora else None)

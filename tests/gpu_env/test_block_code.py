@@ -34,7 +34,7 @@ def test_one_graph_of_few_kernels(case):
     assert set(names) == set(found.code.kernels)
     assert 0 < len(names) <= 9, names
     if case.lora:
-        without = Case(case.architecture, case.precision, case.product)
+        without = Case(case.architecture, case.precision, case.backend)
         assert len(names) == len(code_of(without).code.triton_launches)
 
 

@@ -110,7 +110,7 @@ def _operands(call):
 @needs_known_torch
 @BOTH
 def test_the_operator_on_a_device_that_is_not_there(layout):
-    """Shapes, dtypes and devices alone, for each product by name: the operator's own fake."""
+    """Shapes, dtypes and devices alone, for each backend by name: the operator's own fake."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from tests.gpu_env.fake_cuda import fake_cuda
@@ -120,8 +120,8 @@ def test_the_operator_on_a_device_that_is_not_there(layout):
         stored = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in table.items()}
         layer = SvdqLinear(stored, torch.empty(OUTPUTS, device="cuda"), layout, COLUMNS, OUTPUTS)
         x = torch.empty(2, TOKENS, COLUMNS, dtype=torch.bfloat16, device="cuda")
-        for product in ("", "cache_dit", "reference"):
-            layer.product = product
+        for backend in ("", "cache_dit", "reference"):
+            layer.backend = backend
             found = layer(x)
             assert (found.shape, found.dtype, found.device.type) == ((2, TOKENS, OUTPUTS), torch.bfloat16, "cuda")
     assert "svdq_linear" in str(svdq_linear._opoverload)

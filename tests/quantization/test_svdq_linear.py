@@ -201,7 +201,7 @@ def test_a_product_finds_the_tensors_in_its_order_and_the_next_one_in_its_own(la
     torch.testing.assert_close(layer(x), wanted)
     layer.set_lora(None)
     layer.set_compute(EXACT)
-    assert (layer.order, layer.product) == (TILES, "")
+    assert (layer.order, layer.backend) == (TILES, "")
     assert torch.equal(layer(x), exact)
     assert {name: t.data_ptr() for name, t in layer.stored.items()} == memory
     assert all(torch.equal(t.view(torch.uint8), values[name]) for name, t in layer.stored.items())
@@ -221,16 +221,16 @@ def test_the_same_product_again_moves_nothing(layout, product_in_rows):
 def test_names_that_are_none_are_refused_and_change_nothing(layout):
     layer = layer_of(layout)
     (other,) = (name for name in SVDQ_LAYOUTS if name != layout.name)
-    for compute, product, problem in (
+    for compute, backend, problem in (
         (other, REFERENCE, f"a weight in {layout.name} cannot compute as {other}"),
         ("fp8", REFERENCE, "cannot compute as fp8"),
-        (layout.name, "int_mm", "no product"),
-        (layout.name, "", "no product"),
-        ("int2", REFERENCE, "no product"),
+        (layout.name, "int_mm", "no backend"),
+        (layout.name, "", "no backend"),
+        ("int2", REFERENCE, "no backend"),
     ):
         with pytest.raises(ValueError, match=problem):
-            layer.set_compute(compute, product)
-    assert (layer.compute, layer.product, layer.order) == (EXACT, "", TILES)
+            layer.set_compute(compute, backend)
+    assert (layer.compute, layer.backend, layer.order) == (EXACT, "", TILES)
 
 
 @BOTH
@@ -339,8 +339,8 @@ def test_the_operator_is_one(layout):
     # That nothing is written to what is given, torch checks by arithmetic that e4m3 has none of.
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     tests = tests if layout.precision == "nvfp4" else ("test_schema", *tests)
-    for product in ("", REFERENCE):
-        how = layout.name, product, 200
+    for backend in ("", REFERENCE):
+        how = layout.name, backend, 200
         full = torch.randn(2, 3, 160), *stored, *how, layer.bias, torch.randn(200), *lora
         torch.library.opcheck(operator, full, test_utils=tests)
         bare = torch.randn(160), *stored, *how, None, None, None, None
@@ -412,18 +412,18 @@ def test_a_layer_shows_what_it_is():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @BOTH
 def test_a_gpu_computes_the_same(layout):
-    from runner.quantization.kernels.low_bit import pick_product
+    from runner.quantization.kernels.low_bit import pick_gemm_backend
 
     layer, x = layer_of(layout, 5120, 5120), torch.randn(1040, 5120)
     wanted = layer(x)
     layer.cuda()
     torch.testing.assert_close(layer(x.cuda()).cpu(), wanted, rtol=1e-3, atol=1e-3)
     device = torch.device("cuda", torch.cuda.current_device())
-    product, why = pick_product(device, layout.name)
-    if product is None:
+    backend, why = pick_gemm_backend(device, layout.name)
+    if backend is None:
         pytest.skip(why)
     layer.set_compute(layout.name, REFERENCE)
     defined = layer(x.cuda().bfloat16())
-    layer.set_compute(layout.name, product)
-    assert isinstance(PRECISIONS[layout.name].find_backend(product), GemmBackend)
+    layer.set_compute(layout.name, backend)
+    assert isinstance(PRECISIONS[layout.name].find_backend(backend), GemmBackend)
     assert relative_error(layer(x.cuda().bfloat16()), defined) < PRECISIONS[layout.name].agreement

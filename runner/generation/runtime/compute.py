@@ -48,10 +48,10 @@ OUTLIERS, OUTLIER_SIZE = 0.005, 30.0  # of the channels of the test's activation
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """`compute`: a row of `PRECISIONS`. `product`: the name of one of its backends; empty for the exact product."""
+    """`compute`: a row of `PRECISIONS`. `backend`: the name of one of its GEMM backends; empty for exact products."""
 
     compute: str
-    product: str
+    backend: str
     why: str
 
 
@@ -69,8 +69,8 @@ def decide(
 ) -> GemmChoice:
     """What to compute in, and why. Pure.
 
-    `capability`: None for a CPU. `probed`: (the product that was found right, or None; why), read for nothing but the
-    8- and 4-bit computes. `formats`: of the layers that take part: a format's name, or `plain` for 16 and 32 bits.
+    `capability`: None for a CPU. `probed`: (the backend that was found right, or None; why), read only for the 8- and
+    4-bit computes. `formats`: of the layers that take part: a format's name, or `plain` for 16 and 32 bits.
     Raises ConfigInvalid, with what to do, where the device or the weights cannot do what was asked for.
     """
     precision = PRECISIONS[compute]
@@ -99,14 +99,14 @@ def decide(
             f"compute {compute!r} was asked for, but weights stored as {bound[0]} compute as {bound[0]} or in 16 bits",
             todo=f"Ask for +{bound[0]}, or leave out +{compute}",
         )
-    product, why = probed
-    if product is None:
+    backend, why = probed
+    if backend is None:
         missing = "the extra `svdq`" if precision.layout == "svdq" else "comfy-kitchen or a newer torch for CUDA"
         raise ConfigInvalid(
             f"compute {compute!r} was asked for, but nothing here computes it right on {device}: {why}",
             todo=f"Install {missing}, or {instead}",
         )
-    return GemmChoice(compute, product, why)
+    return GemmChoice(compute, backend, why)
 
 
 def is_token_wise(name: str) -> bool:
@@ -123,7 +123,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     import torch
     from torch import nn
 
-    from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_product
+    from runner.quantization.kernels.low_bit import EXACT, LowBitLinear, pick_gemm_backend
     from runner.quantization.linear import FP4Linear
     from runner.quantization.svdq_linear import SvdqLinear
 
@@ -142,17 +142,17 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         and (isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear) or type(layer) is nn.Linear)
     }
     formats = {_format_name(layer) for layer in layers.values()}
-    choice = decide(compute, capability_of(device), pick_product(device, compute), formats, str(device))
+    choice = decide(compute, capability_of(device), pick_gemm_backend(device, compute), formats, str(device))
     kept: dict[str, str] = {}
     for name, layer in layers.items():
         problem = precision.problem_of_shape(layer.out_features, layer.in_features)
         if problem is not None:
             kept[name] = problem
         elif isinstance(layer, FP4Linear | LowBitLinear | SvdqLinear):
-            layer.set_compute(choice.compute, choice.product)
+            layer.set_compute(choice.compute, choice.backend)
         else:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, LowBitLinear(layer, choice.compute, choice.product))
+            setattr(model.get_submodule(parent), attribute, LowBitLinear(layer, choice.compute, choice.backend))
     changed = {name: model.get_submodule(name) for name in layers if name not in kept}
     if not changed:
         raise ConfigInvalid(
@@ -163,7 +163,7 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     tested = self_test(changed, choice, device, getattr(torch, recipe.dtype))
     said = {
         "compute": choice.compute,
-        "compute_product": choice.product,
+        "compute_product": choice.backend,
         "compute_why": choice.why,
         "compute_layers": len(changed),
         "compute_rows": _name_code_kernel(choice, device),
@@ -172,14 +172,14 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     }
     worst = max(entry["error"] for entry in tested.values())
     log.debug(
-        "compute_chosen", compute=choice.compute, product=choice.product, why=choice.why, layers=len(changed),
+        "compute_chosen", compute=choice.compute, product=choice.backend, why=choice.why, layers=len(changed),
         kept_exact=len(kept), error=worst, limit=round(precision.error_limit, 4),
     )  # fmt: skip
     return said
 
 
 def _name_code_kernel(choice: GemmChoice, device: torch.device) -> str:
-    """Of the kernel that makes activations' codes, and why that one; empty where the product makes them itself."""
+    """The kernel that makes activations' codes, and why this one; empty where the backend makes them itself."""
     from runner.quantization.kernels.row_codes import name_row_kernel
     from runner.quantization.kernels.svdq_products import name_code_kernel
 
@@ -187,7 +187,7 @@ def _name_code_kernel(choice: GemmChoice, device: torch.device) -> str:
         case "rows":
             return name_row_kernel(device, choice.compute)
         case "svdq":
-            return name_code_kernel(device, choice.product)
+            return name_code_kernel(device, choice.backend)
         case _:
             return ""
 
@@ -226,12 +226,12 @@ def self_test(
         with torch.no_grad():
             exact = _by(layer, x, EXACT, "")
             defined = _by(layer, x, choice.compute, REFERENCE)
-            low = _by(layer, x, choice.compute, choice.product)
+            low = _by(layer, x, choice.compute, choice.backend)
         error, off = relative_error(low, exact), relative_error(low, defined)
         found[name] = {"error": round(error, 5), "limit": round(limit, 5), "off_definition": round(off, 5)}
         if not (error <= limit and off <= agreement):
             raise ConfigInvalid(
-                f"compute {choice.compute!r} by {choice.product} is not right on {device}: on {name} "
+                f"compute {choice.compute!r} by {choice.backend} is not right on {device}: on {name} "
                 f"[{rows}, {columns}] its error is {error:.4f} ({limit:.4f} allowed), {off:.4f} off the format's "
                 f"definition ({agreement} allowed)",
                 todo=f"Leave out +{choice.compute}; please report this device and its driver",
@@ -239,8 +239,8 @@ def self_test(
     return found
 
 
-def _by(layer: Any, x: torch.Tensor, compute: str, product: str) -> torch.Tensor:
-    layer.set_compute(compute, product)
+def _by(layer: Any, x: torch.Tensor, compute: str, backend: str) -> torch.Tensor:
+    layer.set_compute(compute, backend)
     result: torch.Tensor = layer(x)
     return result
 

@@ -135,16 +135,16 @@ def _autoencoder(capability: Capability, cudnn_problem: str | None, said: str) -
 
 
 def choose(
-    order: FastOrder, product_problem: Callable[[str], str | None], attention_problem: Callable[[], str | None]
+    order: FastOrder, gemm_problem: Callable[[str], str | None], attention_problem: Callable[[], str | None]
 ) -> FastChoice:
     """The first of each part that nothing is wrong with, and what was wrong with those before it.
 
-    `product_problem`: precision → why no product of it is right here, or None. `attention_problem`: the same of 8-bit
-    attention. Neither is asked of what always works.
+    `gemm_problem`: precision → why no GEMM backend of it is right here, or None. `attention_problem`: the same for
+    8-bit attention. Neither is called for choices that always work.
     """
     why, refused, compute = dict(order.why), list[str](), order.compute[-1]
     for name in order.compute[:-1]:
-        problem = product_problem(name)
+        problem = gemm_problem(name)
         if problem is None:
             compute = name
             break
@@ -169,10 +169,10 @@ def probe_choice(recipe: Recipe, device: torch.device, heads: int, head_dim: int
     from runner.generation.runtime.attention import pick_backend
     from runner.generation.runtime.compute import capability_of
     from runner.generation.runtime.device import cudnn_problem, device_name
-    from runner.quantization.kernels.low_bit import pick_product
+    from runner.quantization.kernels.low_bit import pick_gemm_backend
 
-    def product_problem(compute: str) -> str | None:
-        name, why = pick_product(device, compute)
+    def gemm_problem(compute: str) -> str | None:
+        name, why = pick_gemm_backend(device, compute)
         return why if name is None else None
 
     def attention_problem() -> str | None:
@@ -184,7 +184,7 @@ def probe_choice(recipe: Recipe, device: torch.device, heads: int, head_dim: int
 
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
     order = order_choices(recipe, capability_of(device), find_device(device_name(device)), cudnn_problem(cudnn))
-    return choose(order, product_problem, attention_problem)
+    return choose(order, gemm_problem, attention_problem)
 
 
 def fallbacks(running: Recipe, capability: Capability | None) -> tuple[Recipe, ...]:

@@ -119,7 +119,7 @@ def structure_of(block: Any) -> Hashable:
         (
             name,
             module.compute,
-            module.product,
+            module.backend,
             getattr(module, "holds_codes", False),
             getattr(module, "lora_rank", 0),
             getattr(module, "bias_delta", None) is None,

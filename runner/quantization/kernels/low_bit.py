@@ -43,7 +43,7 @@ __all__ = [
     "multiply_blocks",
     "multiply_rows",
     "multiply_svdq",
-    "pick_product",
+    "pick_gemm_backend",
     "relative_error",
     "sum_of_biases",
     "weight_rows",
@@ -52,13 +52,16 @@ __all__ = [
 EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
 
 
-def run_backend(compute: str, product: str, *operands: Any) -> Tensor:
-    """The product of `operands` by the backend of this name. ValueError where the precision has none of this name;
-    ImportError or AttributeError where its function is not there."""
-    backend = PRECISIONS[compute].find_backend(product)
-    if backend is None:
-        raise ValueError(f"no product {product!r} of {compute!r}")
-    module, _, name = backend.function.partition(":")
+def run_backend(compute: str, backend: str, *operands: Any) -> Tensor:
+    """Multiply `operands` by the GEMM backend of this name.
+
+    Raises ValueError where the precision has no such backend; ImportError or AttributeError where its function is
+    missing.
+    """
+    row = PRECISIONS[compute].find_backend(backend)
+    if row is None:
+        raise ValueError(f"no backend {backend!r} for {compute!r}")
+    module, _, name = row.function.partition(":")
     result: Tensor = getattr(import_module(module), name)(*operands)
     return result
 
@@ -81,19 +84,19 @@ def multiply_rows(
     x_scale: Tensor,
     weight: Tensor,
     compute: str,
-    product: str,
+    backend: str,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """[M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
-    return multiply_codes(x, x_scale, weight_rows(weight, compute), compute, product, bias, dtype)
+    return multiply_codes(x, x_scale, weight_rows(weight, compute), compute, backend, bias, dtype)
 
 
 def multiply_codes(
-    x: Tensor, x_scale: Tensor, w: Rows, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor, x_scale: Tensor, w: Rows, compute: str, backend: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """[M, K] of `prepare_rows` by the codes of `weight_rows`: [M, N] in `dtype`."""
-    return run_backend(compute, product, Rows(x, x_scale), w, bias, dtype)
+    return run_backend(compute, backend, Rows(x, x_scale), w, bias, dtype)
 
 
 def sum_of_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
@@ -104,10 +107,10 @@ def sum_of_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
 
 
 def multiply_blocks(
-    x: nvfp4.Blocks, w: nvfp4.Blocks, compute: str, product: str, bias: Tensor | None, dtype: torch.dtype
+    x: nvfp4.Blocks, w: nvfp4.Blocks, compute: str, backend: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """[M, N] in `dtype`; the bias is added after the product is rounded: the kernel with two scales takes none."""
-    result = run_backend(compute, product, x, w, dtype)
+    result = run_backend(compute, backend, x, w, dtype)
     return result if bias is None else result.add_(bias.to(dtype))
 
 
@@ -115,13 +118,13 @@ def multiply_svdq(
     x: Tensor,
     tensors: Mapping[str, Tensor],
     fmt: str,
-    product: str,
+    backend: str,
     out_features: int,
     bias: Tensor | None,
     lora_down: Tensor | None = None,
     lora_up: Tensor | None = None,
 ) -> Tensor:
-    """[M, in] by stored tensors in SVDQ `fmt`, in the order that `product` reads: [M, out_features] in x's dtype.
+    """[M, in] by stored tensors in SVDQ `fmt`, in the order that `backend` reads: [M, out_features] in x's dtype.
 
     A LoRA's factors, [R, in] and [out, R] in plain order, join the layer's own; where their rank is more than kernels
     take, they are two products of their own.
@@ -132,16 +135,16 @@ def multiply_svdq(
         if lora_down.shape[0] + tensors["proj_down"].shape[1] > svdq_products.MOST_JOINED:
             beside = F.linear(F.linear(x, lora_down.to(x.dtype)), lora_up.to(x.dtype))
         else:
-            tensors = join_factors(tensors, svdq_products.ORDERS[product], lora_down, lora_up)
-    result = run_backend(fmt, product, wide, tensors, SVDQ_LAYOUTS[fmt], out_features, bias)
+            tensors = join_factors(tensors, svdq_products.ORDERS[backend], lora_down, lora_up)
+    result = run_backend(fmt, backend, wide, tensors, SVDQ_LAYOUTS[fmt], out_features, bias)
     return result.contiguous() if beside is None else result + beside
 
 
 @cache
-def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
-    """(a product of `compute` that is right on `device`, why that one), or (None, what is wrong with each).
+def pick_gemm_backend(device: torch.device, compute: str) -> tuple[str | None, str]:
+    """Return (a GEMM backend of `compute` that is right on `device`, why this one), or (None, the problem of each).
 
-    Each is tried on a product of [80, 256] by [256, 128], against the reference on the same operands.
+    Each backend multiplies [80, 256] by [256, 128] and is compared with the reference on the same operands.
     """
     if device.type == "cpu":
         problem = _problem_of(REFERENCE, compute, device)
@@ -149,11 +152,11 @@ def pick_product(device: torch.device, compute: str) -> tuple[str | None, str]:
             return REFERENCE, "on a CPU the format's definition runs, slower than 16 bits"
         return None, f"{REFERENCE} refused: {problem}"
     refused: list[str] = []
-    for backend in PRECISIONS[compute].backends:
-        problem = _problem_of(backend.name, compute, device)
+    for row in PRECISIONS[compute].backends:
+        problem = _problem_of(row.name, compute, device)
         if problem is None:
-            return backend.name, "; ".join([f"{backend.name} agrees with the definition on {device}", *refused])
-        refused.append(f"{backend.name} refused: {problem}")
+            return row.name, "; ".join([f"{row.name} agrees with the definition on {device}", *refused])
+        refused.append(f"{row.name} refused: {problem}")
     return None, "; ".join(refused)
 
 
@@ -162,7 +165,7 @@ def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
     bias, allowed = weight[:, 0].contiguous(), PRECISIONS[compute].agreement
     try:
         found = _tried(name, compute, x, weight, bias)
-    # Whatever a driver, a missing package or an unsupported device raises: the answer is the next product.
+    # A driver, a missing package or an unsupported device may raise anything: the next backend is tried.
     except Exception as err:
         return error_text(err)
     wanted = _tried(REFERENCE, compute, x, weight, bias)
@@ -195,12 +198,12 @@ def rowwise_linear(
     x_scale: Tensor,
     weight: Tensor,
     compute: str,
-    product: str,
+    backend: str,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """`multiply_rows` as one operator: the weight's codes lie in shared memory only until the product is enqueued."""
-    return multiply_rows(x, x_scale, weight, compute, product, bias, dtype)
+    return multiply_rows(x, x_scale, weight, compute, backend, bias, dtype)
 
 
 @rowwise_linear.register_fake
@@ -209,7 +212,7 @@ def _(
     x_scale: Tensor,
     weight: Tensor,
     compute: str,
-    product: str,
+    backend: str,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -223,14 +226,14 @@ def kept_rows_linear(
     codes: Tensor,
     scale: Tensor,
     compute: str,
-    product: str,
+    backend: str,
     bias: Tensor | None,
     bias_delta: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """x, x_scale of `prepare_rows`, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
     bias = sum_of_biases(bias, bias_delta)
-    return multiply_codes(x, x_scale, Rows(codes, scale), compute, product, bias, dtype)
+    return multiply_codes(x, x_scale, Rows(codes, scale), compute, backend, bias, dtype)
 
 
 @kept_rows_linear.register_fake
@@ -240,7 +243,7 @@ def _(
     codes: Tensor,
     scale: Tensor,
     compute: str,
-    product: str,
+    backend: str,
     bias: Tensor | None,
     bias_delta: Tensor | None,
     dtype: torch.dtype,
@@ -249,29 +252,29 @@ def _(
 
 
 class LowBitLinear(KeepsCodes, nn.Linear):
-    """A linear layer with its weight in 16 or 32 bits, as it was, whose product is made in 8 bits. For inference.
+    """A linear layer that keeps its weight in 16 or 32 bits and multiplies in 8 bits. For inference.
 
-    weight [out, in], bias [out] or None: the very parameters of the layer that it stands for, so that what changes them
-    in place (a LoRA) is seen. `compute`: a precision of codes in rows; `product`: one of its backends.
+    weight [out, in], bias [out] or None: the parameters of the replaced layer themselves, so that changes in place (a
+    LoRA) take effect. `compute`: a precision with one scale per row; `backend`: one of its GEMM backends.
     """
 
-    def __init__(self, linear: nn.Linear, compute: str, product: str) -> None:
+    def __init__(self, linear: nn.Linear, compute: str, backend: str) -> None:
         KeepsCodes.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.compute = EXACT
-        self.set_compute(compute, product)
+        self.set_compute(compute, backend)
         self.train(linear.training)
 
-    def set_compute(self, compute: str, product: str = "") -> None:
+    def set_compute(self, compute: str, backend: str = "") -> None:
         """As `FP4Linear.set_compute`; a precision in blocks needs a weight that is stored so."""
         precision = PRECISIONS.get(compute)
-        rows = precision is not None and precision.layout == "rows" and precision.find_backend(product) is not None
+        rows = precision is not None and precision.layout == "rows" and precision.find_backend(backend) is not None
         if compute != EXACT and not rows:
-            raise ValueError(f"a weight in 16 bits has no product {product!r} of {compute!r}")
+            raise ValueError(f"a weight in 16 bits has no backend {backend!r} for {compute!r}")
         if compute != self.compute:
             self.drop_codes()
-        self.compute, self.product = compute, product
+        self.compute, self.backend = compute, backend
 
     @property
     def computes_in_rows(self) -> bool:
@@ -289,7 +292,7 @@ class LowBitLinear(KeepsCodes, nn.Linear):
             return nn.Linear.forward(self, x)
         given = prepared_for(self, x)
         codes, scale = given.operands
-        kept, how = self.codes_for(given.dtype), (self.compute, self.product)
+        kept, how = self.codes_for(given.dtype), (self.compute, self.backend)
         result: Any
         if kept is None:
             result = rowwise_linear(codes, scale, self.weight, *how, self.bias, given.dtype)

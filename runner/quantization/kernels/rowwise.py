@@ -12,7 +12,7 @@ block: Sylvester's Hadamard matrix of up to 128, entries 1 and -1, whose factor 
 Every entry is exact in any dtype, and sums are made in float32.
 
 `reference` defines both products: float32 sums of codes, times the scales, rounded once. The kernels are compared with
-it before one is used (`low_bit.pick_product`).
+it before one is used (`low_bit.pick_gemm_backend`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Products of a linear in SVDQuant W4A4: the definition, the packages' kernels, and the weight for one of 16 bits.
+"""Matrix products of a linear in SVDQuant W4A4, a function for each GEMM backend, and its weight in 16 bits.
 
-In:   activations [M, K], the layer's stored tensors in the order that the product reads (`ORDERS`). Out: [M, out].
-Never: names of layers, which product is taken, LoRAs: their factors are among the tensors by then.
+In:   activations [M, K], the layer's stored tensors in the order that the backend reads (`ORDERS`). Out: [M, out].
+Never: names of layers, the choice of a backend, LoRAs: their factors are already among the tensors.
 
     reference      the definition, any device
     cache_dit      nunchaku's kernels as the package cache-dit-cu13 has them: sm_80, 86, 89, 120, 121
@@ -9,8 +9,8 @@ Never: names of layers, which product is taken, LoRAs: their factors are among t
     scaled_mm      nvfp4: torch's block-scaled product, behind a quantiser of ours (`e2m1_codes.py`); the low-rank part
                    as two products of 16 bits
 
-Kernels compute in bfloat16, which the stored factors and scales have: float32 activations are rounded to it. Missing
-packages, and packages that do not fit this torch, raise when a product is called and not before.
+Kernels compute in bfloat16, the dtype of stored factors and scales: float32 activations are rounded to it. A missing
+package, or one that does not fit this torch, raises only when its function is called.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 ORDERS: Final[Mapping[str, Order]] = MappingProxyType(
     {"reference": TILES, "cache_dit": TILES, "comfy_kitchen": ROWS, "scaled_mm": ROWS}
 )
-"""Product → the order in which it reads the stored tensors."""
+"""Backend → the order in which it reads the stored tensors."""
 MOST_JOINED: Final = 1024  # rank of a layer's and its LoRAs' factors together: nunchaku's kernels take no more
 _PAD_TOKENS: Final = 256  # of both packages' kernels
 _WEIGHTS_A_BLOCK: Final = 1 << 20  # on a core
@@ -74,9 +74,9 @@ def reference(
 def cache_dit(
     x: Tensor, tensors: Mapping[str, Tensor], layout: SvdqLayout, out_features: int, bias: Tensor | None
 ) -> Tensor:
-    """As `reference`, by the extension of cache-dit-cu13. ImportError, in the loader's words, if it does not load."""
+    """As `reference`, by the extension of cache-dit-cu13. Raises ImportError with the loader's message."""
     kernels: Any = import_module("cache_dit.kernels")
-    # Without this the package says how to build it from source, and keeps what is wrong to itself.
+    # Without this check the package's error explains a build from source and leaves out the loader's message.
     problem = kernels.svdq_get_load_error()
     if problem is not None:
         raise ImportError(f"cache-dit's kernels do not load with torch {torch.__version__}: {problem}")
@@ -111,12 +111,12 @@ def comfy_kitchen(
 ) -> Tensor:
     """As `reference`, int4, by comfy-kitchen: its CUDA backend on a GPU, its plain arithmetic elsewhere.
 
-    The package's dispatcher would take the plain arithmetic on a GPU that its kernels refuse, which unpacks the weight
-    at each product: the backend is named here, and its refusal comes out.
+    On a GPU that its kernels refuse, the package's dispatcher would run the plain arithmetic, which unpacks the weight
+    in each product. So the package's backend is named here, and its refusal is raised.
     """
     if layout.precision != "int4":
         raise ValueError(f"comfy-kitchen has no SVDQuant product of {layout.precision}")
-    # By default the package holds the codes of activations for each number of tokens it has seen, and never frees them.
+    # By default the package keeps the codes of activations for each number of tokens it has met, and never frees them.
     os.environ.setdefault("COMFY_KITCHEN_SVDQUANT_REUSE_WORKSPACE", "0")
     backend: Any = import_module(f"comfy_kitchen.backends.{'cuda' if x.is_cuda else 'eager.svdquant'}")
     codes, scales, low = backend.quantize_svdquant_w4a4(
@@ -146,17 +146,19 @@ def scaled_mm(
     return result[:, :out_features].to(x.dtype)
 
 
-def name_code_kernel(device: torch.device, product: str) -> str:
-    """For the record: what makes the codes of activations for `product` on `device`, and why; empty for a product that
-    makes them itself."""
-    return ": ".join(pick_codes(device)) if product == "scaled_mm" else ""
+def name_code_kernel(device: torch.device, backend: str) -> str:
+    """For the record: the kernel that makes activations' codes for `backend` on `device`, and why.
+
+    Empty for a backend that makes them itself.
+    """
+    return ": ".join(pick_codes(device)) if backend == "scaled_mm" else ""
 
 
 def _padded_bias(bias: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return pad(bias.to(torch.bfloat16), (tensors["qweight"].shape[0],))
 
 
-# The weight, for a product of 16 bits
+# The weight in 16 bits
 
 
 def write_weight(
@@ -166,9 +168,9 @@ def write_weight(
     lora_up: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The weight that stored tensors (`tiles`) stand for, into `out` [out_features, in_features], of any float dtype.
+    """Write the dequantised weight of stored tensors (`tiles`) into `out` [out_features, in_features], a float dtype.
 
-    lora_up @ lora_down is added. Summed in float32 and rounded once; some rows at a time, on all cores of a CPU.
+    lora_up @ lora_down is added. Sums are in float32 and rounded once; on a CPU all cores work on blocks of rows.
     """
     columns, groups = tensors["qweight"].shape[1] * 2, tensors["wscales"].shape[0]
     smooth = unpack_vector(tensors["smooth_factor"]).float()
@@ -179,7 +181,7 @@ def write_weight(
 
     def work(tiles: slice) -> None:
         first, last = tiles.start * TILE, tiles.stop * TILE
-        # A tile of 128 outputs is one piece of every tensor.
+        # A tile of 128 outputs is contiguous in every tensor.
         index = untile_bytes(tensors["qweight"][first:last]).view(torch.uint8).flatten().int()
         factors = unpack_scales(scales[first * groups : last * groups].view(groups, -1), layout.precision).float()
         if "wcscales" in tensors:
@@ -211,10 +213,10 @@ def _value_table(precision: SvdqPrecision, device: torch.device) -> Tensor:
 
 
 def probe_tensors(layout: SvdqLayout, device: torch.device) -> dict[str, Tensor]:
-    """Stored tensors of a layer of 256 inputs and 128 outputs, to try products on, in the order `tiles`.
+    """Stored tensors of a layer of 256 inputs and 128 outputs, in the order `tiles`, for trying backends.
 
-    Every code, and scales, smoothing factors and factors that differ from channel to channel and share the work: what
-    reads one of them in another order, or leaves it out, is far off.
+    They have every code. Scales, smoothing factors and low-rank factors differ from channel to channel, and each has a
+    large part in the result: a backend that reads one of them in another order, or not at all, is far off.
     """
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
@@ -226,6 +228,6 @@ def probe_tensors(layout: SvdqLayout, device: torch.device) -> dict[str, Tensor]
             continue
         noise = torch.randn(shape, generator=generator)
         size = {"wscales": 0.01, "smooth_factor": 1.0, "wcscales": 1.0, "proj_down": 0.1, "proj_up": 0.1}[name]
-        # Vectors and scales are positive, factors are not.
+        # Vectors and scales must be positive; factors may have any sign.
         tensors[name] = (size * (noise if name.startswith("proj") else (0.7 * noise).exp())).to(dtype)
     return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -72,7 +72,7 @@ def test_the_table(capability, compute):
     assert PRECISIONS["bf16"].runs_on(capability)
     if compute in can:
         choice = decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
-        assert (choice.compute, choice.product, choice.why) == (compute, *RIGHT)
+        assert (choice.compute, choice.backend, choice.why) == (compute, *RIGHT)
         return
     with pytest.raises(ConfigInvalid, match=f"sm_{capability[0]}{capability[1]}") as caught:
         decide(compute, capability, RIGHT, {"nvfp4"}, "cuda:0")
@@ -85,7 +85,7 @@ def test_the_table(capability, compute):
 def test_svdq_runs_where_its_kernels_were_compiled_for_and_is_never_chosen(compute, capability):
     assert PRECISIONS[compute].runs_on(capability) == (capability in SVDQ[compute])
     if capability in SVDQ[compute]:
-        assert decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0").product == "cache_dit"
+        assert decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0").backend == "cache_dit"
         return
     with pytest.raises(ConfigInvalid, match=f"sm_{capability[0]}{capability[1]}") as caught:
         decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0")
@@ -104,7 +104,7 @@ def test_svdq_needs_its_own_weights_and_they_need_it(compute):
 
 
 def test_bf16_asks_nothing():
-    assert decide("bf16", None, (None, ""), (), "cpu").product == ""
+    assert decide("bf16", None, (None, ""), (), "cpu").backend == ""
     assert decide("bf16", (7, 0), (None, "broken"), {"g32"}, "cuda:0").compute == "bf16"
     assert advised(None) == "bf16"
 
@@ -197,7 +197,7 @@ def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, SvdqLinear))
     right = svdq_products.reference
     monkeypatch.setattr(svdq_products, "cache_dit", lambda *given: right(*given) * 1.06)
-    monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("cache_dit", "the probe passed"))
+    monkeypatch.setattr(low_bit, "pick_gemm_backend", lambda *_: ("cache_dit", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"off the format's definition \(0.05 allowed\)"):
         apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
 
@@ -253,7 +253,7 @@ def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatc
     """It passed the probe, and is wrong all the same."""
     right = rowwise.reference
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: wrong(right(*given)))
-    monkeypatch.setattr(low_bit, "pick_product", lambda *_: ("scaled_mm", "the probe passed"))
+    monkeypatch.setattr(low_bit, "pick_gemm_backend", lambda *_: ("scaled_mm", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"is not right on cpu: on blocks\.0\.") as caught:
         apply_compute(model, get_recipe("fp32+fp8"), CPU)
     assert said in caught.value.message

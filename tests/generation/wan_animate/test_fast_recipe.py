@@ -140,9 +140,11 @@ def test_a_product_that_is_not_right_here_gives_way_to_the_next(store, monkeypat
     from runner.quantization.kernels import low_bit
 
     force(monkeypatch, HOPPER)
-    pick = low_bit.pick_product
+    pick = low_bit.pick_gemm_backend
     monkeypatch.setattr(
-        low_bit, "pick_product", lambda device, name: (None, "no such kernel") if name == "fp8" else pick(device, name)
+        low_bit,
+        "pick_gemm_backend",
+        lambda device, name: (None, "no such kernel") if name == "fp8" else pick(device, name),
     )
     said = load(store).description
     assert said["compute"] == said["choice"]["compute"] == "int8"

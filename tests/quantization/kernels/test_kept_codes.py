@@ -30,12 +30,12 @@ def _no_gradients():
         yield
 
 
-def make(kind: str, compute: str, product: str = "reference", dtype: torch.dtype = torch.float32) -> KeepsCodes:
+def make(kind: str, compute: str, backend: str = "reference", dtype: torch.dtype = torch.float32) -> KeepsCodes:
     if kind == "plain":
         torch.manual_seed(2)
-        return LowBitLinear(nn.Linear(64, 48).to(dtype), compute, product)
+        return LowBitLinear(nn.Linear(64, 48).to(dtype), compute, backend)
     layer = layer_of(FORMATS[kind]).to(dtype)
-    layer.set_compute(compute, product)
+    layer.set_compute(compute, backend)
     return layer
 
 
@@ -65,8 +65,8 @@ def counted(monkeypatch) -> list[int]:
 @KINDS
 @DTYPES
 def test_a_layer_with_kept_codes_computes_the_same_bits_and_makes_none(compute, kind, dtype, counted):
-    for product in PRODUCTS[compute]:
-        layer, x = make(kind, compute, product, dtype), gauss(3, 20, 64).to(dtype)
+    for backend in PRODUCTS[compute]:
+        layer, x = make(kind, compute, backend, dtype), gauss(3, 20, 64).to(dtype)
         wanted = layer(x)
         assert layer.keep_codes(dtype) and layer.holds_codes
         counted.clear()
@@ -173,8 +173,8 @@ def test_another_compute_has_other_codes():
         assert torch.equal(layer(x), made_each_time(layer, x))
         layer.set_compute(compute, PRODUCTS[compute][1])  # by another product the same
         assert not layer.keep_codes(torch.float32)
-    for compute, product in (("nvfp4", "reference"), (EXACT, "")):
-        layer.set_compute(compute, product)
+    for compute, backend in (("nvfp4", "reference"), (EXACT, "")):
+        layer.set_compute(compute, backend)
         assert not layer.keep_codes(torch.float32)
         assert not layer.holds_codes
 

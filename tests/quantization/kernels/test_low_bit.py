@@ -13,7 +13,7 @@ from runner.quantization.kernels import rowwise
 from runner.quantization.kernels.low_bit import (
     EXACT,
     LowBitLinear,
-    pick_product,
+    pick_gemm_backend,
     relative_error,
 )
 from runner.quantization.kernels.nvfp4 import dequantize_blocks, quantize_blocks
@@ -89,10 +89,10 @@ def test_nvfp4_takes_the_stored_codes_and_adds_a_lora_beside_them():
 def test_names_that_are_none_are_refused():
     with pytest.raises(ValueError, match="g32 cannot compute as nvfp4"):
         layer_of().set_compute("nvfp4", "reference")
-    for compute, product in (("fp8", "int_mm"), ("int4", "reference"), ("fp8", "")):
-        with pytest.raises(ValueError, match="no product"):
-            layer_of().set_compute(compute, product)
-    with pytest.raises(ValueError, match="no product"):
+    for compute, backend in (("fp8", "int_mm"), ("int4", "reference"), ("fp8", "")):
+        with pytest.raises(ValueError, match="no backend"):
+            layer_of().set_compute(compute, backend)
+    with pytest.raises(ValueError, match="no backend"):
         LowBitLinear(nn.Linear(64, 48), "nvfp4", "reference")
 
 
@@ -109,20 +109,20 @@ def test_a_plain_layer_shares_its_parameters(compute):
         assert torch.equal(low(x), linear(x))
 
 
-@pytest.mark.parametrize(("compute", "product"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
-def test_torchs_kernels_give_a_layer_the_definitions_result(compute, product):
+@pytest.mark.parametrize(("compute", "backend"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
+def test_torchs_kernels_give_a_layer_the_definitions_result(compute, backend):
     """torch runs both on a CPU too: an independent implementation of the same numbers."""
     layer, x = layer_of(), gauss(40, 64).bfloat16()
     layer = layer.to(torch.bfloat16)
     layer.set_compute(compute, "reference")
     wanted = layer(x)
-    layer.set_compute(compute, product)
+    layer.set_compute(compute, backend)
     assert relative_error(layer(x), wanted) < 0.005
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_a_cpu_gets_the_definition(compute):
-    assert pick_product(CPU, compute)[0] == "reference"
+    assert pick_gemm_backend(CPU, compute)[0] == "reference"
 
 
 @pytest.mark.parametrize("broken", ["raises", "is off", "is not finite"])
@@ -145,9 +145,9 @@ def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
     assert module._problem_of("scaled_mm", "fp8", CPU) is None
 
 
-@pytest.mark.parametrize(("compute", "product"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
-def test_a_kernel_that_is_right_is_found_right(compute, product):
-    assert module._problem_of(product, compute, CPU) is None
+@pytest.mark.parametrize(("compute", "backend"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
+def test_a_kernel_that_is_right_is_found_right(compute, backend):
+    assert module._problem_of(backend, compute, CPU) is None
 
 
 def test_shapes_that_no_kernel_takes():
@@ -170,12 +170,12 @@ def test_a_compiled_layer_is_one_graph(compute):
 @ROWWISE
 def test_a_layer_on_a_gpu(compute):
     device = torch.device("cuda")
-    product, why = pick_product(torch.device("cuda", 0), compute)
-    if product is None:
+    backend, why = pick_gemm_backend(torch.device("cuda", 0), compute)
+    if backend is None:
         pytest.skip(why)
     assert pick_rows(torch.device("cuda", 0), compute)[0] == "triton"
     layer, x = layer_of(G32, 5120, 5120).to(device, torch.bfloat16), gauss(1040, 5120).to(device, torch.bfloat16)
     layer.set_compute(compute, "reference")
     wanted = layer(x)
-    layer.set_compute(compute, product)
+    layer.set_compute(compute, backend)
     assert relative_error(layer(x), wanted) < 0.005

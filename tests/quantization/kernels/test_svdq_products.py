@@ -29,7 +29,7 @@ from runner.quantization.formats.svdq import (
 )
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.kernels import low_bit, nvfp4, svdq_products
-from runner.quantization.kernels.low_bit import multiply_svdq, pick_product, relative_error
+from runner.quantization.kernels.low_bit import multiply_svdq, pick_gemm_backend, relative_error
 from runner.quantization.kernels.nvfp4 import Blocks, dequantize_blocks, from_blocked
 from runner.quantization.kernels.svdq_order import ROWS, TILES, join_factors, reorder
 from runner.quantization.kernels.svdq_products import ORDERS, probe_tensors, write_weight
@@ -327,7 +327,7 @@ def test_a_lora_of_a_rank_that_no_kernel_takes_is_a_product_of_its_own(layout, c
 
 @BOTH
 def test_a_cpu_gets_the_definition(layout):
-    assert pick_product(CPU, layout.name)[0] == "reference"
+    assert pick_gemm_backend(CPU, layout.name)[0] == "reference"
     linear = nn.Linear(160, 200)
     tensors, x = quantize_weight(linear.weight.detach(), layout), gauss(7, 160)
     found = multiply_svdq(x, tensors, layout.name, "reference", 200, linear.bias.detach())
