@@ -13,16 +13,16 @@ Layout: the published folders as they are, so that a download drops in.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runner.errors import JobWeightsMissing, WeightsCorrupt, WeightsMissing, job_weight_errors
+from runner.errors import JobWeightsMissing, WeightsCorrupt, job_weight_errors
 from runner.quantization.files.file_header import LFS_POINTER, SHARD_NAME
 from runner.quantization.files.file_header import read_header as read_safetensors_header
+from runner.quantization.files.json_object import read_json_object
 from runner.quantization.files.quantized_header import QuantizedFile, check_file, refuse_foreign
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
@@ -339,12 +339,4 @@ def check_not_empty(file: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises WeightsMissing or WeightsCorrupt."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise WeightsMissing("no such file", where=path, todo="Run `video-lab doctor` for what goes where") from err
-    except (ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"not JSON ({err})", where=path, todo="Download it again") from err
-    if not isinstance(value, dict):
-        raise WeightsCorrupt("not a JSON object", where=path, todo="Download it again")
-    return value
+    return read_json_object(path, "Run `video-lab doctor` for what goes where", "Download it again")

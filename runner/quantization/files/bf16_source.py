@@ -6,7 +6,6 @@ Out:  `Bf16Source`: the config, the shards, where each tensor lies. Never: pickl
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +17,14 @@ import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
 from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
+from runner.quantization.files.json_object import read_json_object
 
 __all__ = ["Bf16Source", "open_source"]
 
 STEM = "diffusion_pytorch_model"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 AGAIN = "Download it again"
+FOLDER = "Give the transformer's own folder"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Bf16Source:
 
 def open_source(folder: Path) -> Bf16Source:
     """Read config, index and headers of `folder`. Raises WeightsMissing, WeightsCorrupt."""
-    config = _read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json", FOLDER, AGAIN)
     if "quantization_config" in config:
         raise ConfigInvalid("these weights are quantised already", where=folder, todo="Start from the published ones")
     single, index = folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json"
@@ -96,7 +97,7 @@ def open_source(folder: Path) -> Bf16Source:
         raise WeightsMissing(
             f"neither {single.name} nor {index.name}", where=folder, todo="Only safetensors are read, never pickles"
         )
-    placed = _read_json(index).get("weight_map")
+    placed = read_json_object(index, FOLDER, AGAIN).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
         raise WeightsCorrupt("the index names no shards", where=index, todo=AGAIN)
     strays = sorted({shard for shard in placed.values() if not SHARD_NAME.fullmatch(shard)})
@@ -111,15 +112,3 @@ def open_source(folder: Path) -> Bf16Source:
         if (name, shard) not in held:
             raise WeightsCorrupt(f"{name} is not in {shard}, where the index puts it", where=index, todo=AGAIN)
     return Bf16Source(folder, config, headers)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise WeightsMissing("no such file", where=path, todo="Give the transformer's own folder") from err
-    except (ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"not JSON ({err})", where=path, todo=AGAIN) from err
-    if not isinstance(value, dict):
-        raise WeightsCorrupt("not a JSON object", where=path, todo=AGAIN)
-    return value

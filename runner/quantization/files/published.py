@@ -11,7 +11,6 @@ Matrices that are no nn.Linear (the motion encoder's) read their own `weight` an
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from runner.errors import WeightsCorrupt
 from runner.quantization.files.assumptions import Assumptions, every_assumption, from_config, group_in_config
 from runner.quantization.files.checkpoint_read import fill
 from runner.quantization.files.file_header import SafetensorsHeader, read_header
+from runner.quantization.files.json_object import read_json_object
 from runner.quantization.files.published_names import PublishedPiece, as_diffusers
 from runner.quantization.formats.e2m1 import G32, dequantize
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype
@@ -148,7 +148,7 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
     """
     header = read_header(path)
     config = config or path.with_name("quantize_config.json")
-    settings = _read_config(config) if config.is_file() else {}
+    settings = read_json_object(config, "Download it again", "Download it again") if config.is_file() else {}
     pieces = as_diffusers(header)
     params = {name: tuple(p.shape) for name, p in model.named_parameters()}
     groups, plain, loose = _sort(pieces, params)
@@ -187,15 +187,6 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
         raise WeightsCorrupt("no layer in it is quantised", where=path)
     return PublishedFile(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
 
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"not JSON ({err})", where=path, todo="Download it again") from err
-    if not isinstance(value, dict):
-        raise WeightsCorrupt("not a JSON object", where=path, todo="Download it again")
-    return value
 
 
 def _sort(

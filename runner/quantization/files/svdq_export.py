@@ -47,8 +47,9 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
+from runner.errors import ConfigInvalid, WeightsCorrupt, as_runner_error
 from runner.quantization.files.checkpoint_read import check_model
+from runner.quantization.files.json_object import read_json_object
 from runner.quantization.files.quantized_header import (
     AGAIN,
     CALIBRATION_KEY,
@@ -323,16 +324,11 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """The model's config, without settings of a quantised model."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise WeightsMissing("no such file", where=path, todo="It lies beside the quantised transformer") from err
-    except (ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"not JSON ({err})", where=path) from err
+        settings = read_json_object(path, "It lies beside the quantised transformer")
     except OSError as err:
         raise as_runner_error(err, where=path) from err
-    if not isinstance(settings, dict):
-        raise WeightsCorrupt("not a JSON object", where=path)
     return {key: value for key, value in settings.items() if key != "quantization_config"}
 
 

@@ -25,6 +25,7 @@ from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, first_few
 from runner.hashing import combine, sha256_file
 from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
+from runner.quantization.files.json_object import parse_json_object
 from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
 
@@ -40,6 +41,7 @@ EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same parameter, under its
 INT4 = ("qweight", "scales", "scaled_zeros")
 CHECKED = 1 << 23  # elements checked and cast at once
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+AGAIN = "Download it again"
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _source_files(folder: Path) -> list[Path]:
         raise WeightsMissing(
             "neither model.safetensors nor its index", where=folder, todo="Download text_encoder/ of the model"
         )
-    names = _json_object(index.read_bytes(), index).get("weight_map")
+    names = parse_json_object(index.read_bytes(), index, AGAIN).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
     shards = sorted(set(names.values()))
@@ -201,16 +203,6 @@ def _source_files(folder: Path) -> list[Path]:
         if not SHARD_NAME.fullmatch(shard):
             raise WeightsCorrupt(f"the index names {shard!r}, which is no safetensors file beside it", where=index)
     return [folder / shard for shard in shards]
-
-
-def _json_object(text: str | bytes, where: object) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise WeightsCorrupt(f"not JSON ({err})", where=where, todo="Download it again") from err
-    if not isinstance(value, dict):
-        raise WeightsCorrupt("not a JSON object", where=where, todo="Download it again")
-    return value
 
 
 # Quantise and save
@@ -239,7 +231,7 @@ def quantize_text_encoder(
     config_file = source_dir / "config.json"
     if not config_file.is_file():
         raise WeightsMissing("no config.json", where=source_dir, todo="Download text_encoder/ of the model")
-    config = _json_object(config_file.read_bytes(), config_file)
+    config = parse_json_object(config_file.read_bytes(), config_file, AGAIN)
     model = _empty_model(config, where=config_file)
     shapes = _shapes(model)
     source = TensorFiles(_source_files(source_dir))
@@ -318,7 +310,7 @@ def _described(path: Path, dtype: torch.dtype) -> tuple[TensorFiles, Any, dict[s
     config = file.headers[0].metadata.get("config")
     if config is None:
         raise WeightsCorrupt("no config in the file's metadata", where=path, todo="Download it again")
-    model = _empty_model(_json_object(config, f"{path}, config in the metadata"), where=path)
+    model = _empty_model(parse_json_object(config, f"{path}, config in the metadata", AGAIN), where=path)
     packed = [(name, linear) for name, linear in _linears(model) if f"{name}.qweight" in file.held]
     unfit = [name for name, linear in packed if not _fits(linear)]
     if unfit:
