@@ -35,7 +35,6 @@ __all__ = [
     "are_variables",
     "check_by",
     "is_age",
-    "is_assumptions",
     "is_export",
     "is_interval",
     "is_job_options",
@@ -46,6 +45,7 @@ __all__ = [
     "is_path",
     "is_price",
     "is_rank",
+    "is_read_options",
     "is_reason",
     "is_recipe",
     "is_rule",
@@ -313,11 +313,11 @@ def is_export(flag: str, value: Any) -> tuple[str, Path]:
     return is_one_of(EXPORTS, flag, kind), is_path(flag, folder)
 
 
-def is_assumptions(flag: str, value: Any) -> str:
-    from runner.quantization.files.assumptions import parse_assumptions
+def is_read_options(flag: str, value: Any) -> str:
+    from runner.quantization.files.read_options import parse_read_options
 
     text = is_text(flag, value)
-    check_by(flag, lambda: parse_assumptions(text))
+    check_by(flag, lambda: parse_read_options(text))
     return text
 
 

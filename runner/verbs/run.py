@@ -417,9 +417,9 @@ def build_engine(
     family = get_family(recipe)
     assume: dict[str, str] = {}
     if settings.assume:
-        from runner.quantization.files.assumptions import parse_assumptions
+        from runner.quantization.files.read_options import parse_read_options
 
-        assume = parse_assumptions(settings.assume)
+        assume = parse_read_options(settings.assume)
     engine = EngineSettings(
         device=settings.device,
         memory=settings.memory or manifest.memory or "auto",

@@ -29,7 +29,6 @@ from runner.verbs.flag_values import (
     are_texts,
     check_by,
     is_age,
-    is_assumptions,
     is_export,
     is_interval,
     is_job_options,
@@ -40,6 +39,7 @@ from runner.verbs.flag_values import (
     is_path,
     is_price,
     is_rank,
+    is_read_options,
     is_reason,
     is_recipe,
     is_rule,
@@ -262,7 +262,7 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     assume: str | None = field(
         default=None,
         metadata=flag(
-            "how to read a published FP4 file where it does not say, e.g. nibble=high", is_assumptions, "K=V,…"
+            "how to read a published FP4 file where it does not say, e.g. nibble=high", is_read_options, "K=V,…"
         ),
     )
     sheet: Path | None = field(

@@ -453,7 +453,7 @@ def print_verification(found: Verification) -> None:
     if (settled := found.settled) is not None:
         print_text(f"{settled.file}, layer {settled.layer}: relative error of the weights, by how they are read")
         for comparison in settled.comparisons:
-            print_text(f"  {comparison.error:8.4f}  {comparison.assumptions}")
+            print_text(f"  {comparison.error:8.4f}  {comparison.options}")
         print_text(f"use: --assume {settled.assume}" if settled.assume else "no reading fits: not the same weights?")
 
 

@@ -256,7 +256,7 @@ def _quantize_config(folder: Path, data: bytes) -> None:
     from runner.quantization.files.published import read_published
 
     (folder / "quantize_config.json").write_bytes(data)
-    read_published(_published(), _model(), folder / "quantize_config.json").assumptions()
+    read_published(_published(), _model(), folder / "quantize_config.json").read_options()
 
 
 @cache

@@ -157,7 +157,7 @@ def load_transformer(
             from runner.quantization.formats.e2m1 import G32
 
             published, fmt = load_published(model, variant.transformer, home, dtype, given=assume), G32
-            said |= {"fp4_layers": len(published.layers), "read_as": str(published.assumptions)}
+            said |= {"fp4_layers": len(published.layers), "read_as": str(published.options)}
             said |= {"unverified": list(published.assumed)}
             if published.assumed:
                 structlog.get_logger().warning(

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.files.assumptions import Assumptions, every_assumption, from_config, group_in_config
 from runner.quantization.files.checkpoint_read import fill
 from runner.quantization.files.file_header import SafetensorsHeader, read_header
 from runner.quantization.files.json_object import read_json_object
 from runner.quantization.files.published_names import PublishedPiece, as_diffusers
+from runner.quantization.files.read_options import ReadOptions, all_read_options, group_in_config, options_from_config
 from runner.quantization.formats.e2m1 import G32, dequantize
 from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype
 
@@ -81,12 +81,12 @@ class PublishedFile:
     def path(self) -> Path:
         return self.header.path
 
-    def assumptions(self, given: Mapping[str, str] | None = None) -> tuple[Assumptions, list[str]]:
+    def read_options(self, given: Mapping[str, str] | None = None) -> tuple[ReadOptions, list[str]]:
         """(how it will be read, which choices nobody made: neither the config nor `given`)."""
-        return from_config(self.config, given, self.table)
+        return options_from_config(self.config, given, self.table)
 
     def tensors(
-        self, layer: PublishedLayer, how: Assumptions, rows: int | None = None
+        self, layer: PublishedLayer, how: ReadOptions, rows: int | None = None
     ) -> tuple[dict[str, Tensor], float]:
         """(the layer as g32, its first `rows`; largest relative error of its scales in bf16, 0 for all that fit).
 
@@ -126,7 +126,7 @@ class PublishedLoaded:
     layers: tuple[str, ...]  # quantised, nn.Linear
     dequantised: tuple[str, ...]  # matrices that were quantised in the file and are not in the model
     groups: tuple[int, ...]
-    assumptions: Assumptions
+    options: ReadOptions
     assumed: tuple[str, ...]
     ignored: tuple[str, ...]
     scale_rounding: float  # largest relative error that bf16 scales add; weights have one of about 0.1
@@ -186,7 +186,6 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
     if not layers:
         raise WeightsCorrupt("no layer in it is quantised", where=path)
     return PublishedFile(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
-
 
 
 def _sort(
@@ -286,7 +285,7 @@ def load_published(
     most, beside weights that are rounded by 10 %; the result says by how much. `given`: `--assume`.
     """
     published = read_published(path, model, config)
-    how, assumed = published.assumptions(given)
+    how, assumed = published.read_options(given)
     linears, fp32 = linear_shapes(model), kept_in_fp32(model)
     tensors: dict[str, Tensor] = {}
     worst, back = 0.0, []
@@ -311,7 +310,7 @@ def load_published(
         layers=tuple(quantised),
         dequantised=tuple(back),
         groups=tuple(sorted({layer.group for layer in published.layers.values()})),
-        assumptions=how,
+        options=how,
         assumed=tuple(assumed),
         ignored=published.ignored,
         scale_rounding=worst,
@@ -324,7 +323,7 @@ class Comparison:
     """One reading of a layer, and the relative error (L2) of the weights it gives."""
 
     error: float
-    assumptions: Assumptions = field(compare=False)
+    options: ReadOptions = field(compare=False)
 
 
 def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -> list[Comparison]:
@@ -338,9 +337,9 @@ def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -
         has = f"is {list(found.shape)}" if found else "is not quantised"
         raise WeightsCorrupt(f"{layer} {has}; the source has {list(source_weight.shape)}", where=published.path)
     source = source_weight[:SAMPLE_ROWS].float()
-    how, _ = published.assumptions()
+    how, _ = published.read_options()
     comparisons = []
-    for one in every_assumption(how.table):
+    for one in all_read_options(how.table):
         try:
             parts, _ = published.tensors(found, one, SAMPLE_ROWS)
             error = float((dequantize(parts, G32) - source).norm() / source.norm())
@@ -350,9 +349,9 @@ def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -
     return sorted(comparisons)
 
 
-def settle(comparisons: list[Comparison]) -> Assumptions | None:
+def settle(comparisons: list[Comparison]) -> ReadOptions | None:
     """The reading that is right beyond doubt: its error is a 4-bit rounding's and no other's is near it. Or None."""
     close = [one for one in comparisons if one.error < WRONG]
     if not close or close[0].error > RIGHT or close[-1].error != close[0].error:
         return None  # readings of equal error give equal numbers: a table may spell out the usual order
-    return close[0].assumptions
+    return close[0].options

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
-from runner.quantization.files.assumptions import Assumptions, from_config, parse_assumptions
 from runner.quantization.files.published import compare_layer, load_published, read_published, settle
+from runner.quantization.files.read_options import ReadOptions, options_from_config, parse_read_options
 from runner.quantization.formats.e2m1 import dequantize
 from runner.quantization.rules import linear_shapes, transformer_on_meta
 from tests.quantization.random_stores import TINY, inputs, random_weights
@@ -214,7 +214,7 @@ def test_a_file_in_any_style_gives_the_numbers_it_stands_for(tmp_path, style):
     file, expected = publish(tmp_path, style)
     model = transformer_on_meta(TINY)
     linears = set(linear_shapes(model))
-    loaded = load_published(model, file, dtype=torch.float32, given=parse_assumptions(style.assume))
+    loaded = load_published(model, file, dtype=torch.float32, given=parse_read_options(style.assume))
     assert set(loaded.layers) == linears and set(loaded.dequantised) == set(SQUARE_MOTION)
     assert set(loaded.assumed) == set(style.assumed)
     state = dict(model.named_parameters())
@@ -289,7 +289,7 @@ def test_a_source_settles_what_is_right(tmp_path, style):
         "codes": "table" if style.values is MIXED else "ascending" if style.values is RISING else "e2m1",
     }
     assert right.words() == wanted
-    assert min(c.error for c in comparisons if c.assumptions != right) > 0.5
+    assert min(c.error for c in comparisons if c.options != right) > 0.5
 
 
 def test_another_weight_settles_nothing(tmp_path):
@@ -386,26 +386,26 @@ def test_a_table_beside_the_weights_is_read(tmp_path):
     rewrite(file, lambda t: t.update({"fp4_codebook": torch.tensor(RISING)}))
     model = transformer_on_meta(TINY)
     loaded = load_published(model, file)
-    assert loaded.assumptions.codes == "table" and "codes" not in loaded.assumed
+    assert loaded.options.codes == "table" and "codes" not in loaded.assumed
     layer = model.get_submodule(LAYER)
     assert torch.equal(dequantize(layer.stored, layer.fmt), expected[f"{LAYER}.weight"])
 
 
 def test_words_of_configs_and_of_assume():
-    assert from_config({}) == (Assumptions(), ["nibble", "codes", "scale", "unit"])
+    assert options_from_config({}) == (ReadOptions(), ["nibble", "codes", "scale", "unit"])
     said = {"quantization": {"low_nibble_first": False, "scale_mode": "Divide", "scale_kind": "absmax"}}
-    how, assumed = from_config(said, {"scale": "multiply"})
+    how, assumed = options_from_config(said, {"scale": "multiply"})
     assert (how.words(), assumed) == (
         {"nibble": "high", "codes": "e2m1", "scale": "multiply", "unit": "six"},
         ["codes"],
     )
-    assert from_config({"packing": "none", "scale_unit": "none"})[1] == ["nibble", "codes", "scale", "unit"]
-    assert from_config({"lut": MAGNITUDES})[0].translation()[0] is None  # eight magnitudes: ours, spelt out
+    assert options_from_config({"packing": "none", "scale_unit": "none"})[1] == ["nibble", "codes", "scale", "unit"]
+    assert options_from_config({"lut": MAGNITUDES})[0].translation()[0] is None  # eight magnitudes: ours, spelt out
     with pytest.raises(WeightsCorrupt, match="E2M1"):
-        from_config({"lut": [i / 15 for i in range(16)]})
-    assert parse_assumptions("nibble=high, scale=divide") == {"nibble": "high", "scale": "divide"}
+        options_from_config({"lut": [i / 15 for i in range(16)]})
+    assert parse_read_options("nibble=high, scale=divide") == {"nibble": "high", "scale": "divide"}
     for wrong in ("nibble", "nibble=left", "order=high"):
         with pytest.raises(ConfigInvalid, match="Known are"):
-            parse_assumptions(wrong)
+            parse_read_options(wrong)
     with pytest.raises(ConfigInvalid, match="no table"):
-        Assumptions(codes="table").translation()
+        ReadOptions(codes="table").translation()

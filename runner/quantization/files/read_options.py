@@ -1,6 +1,6 @@
-"""Assumptions: what a published FP4 file does not show in names, shapes or dtypes, and how to read it either way.
+"""ReadOptions: what a published FP4 file does not show in names, shapes or dtypes, and how to read it either way.
 
-In:   quantize_config.json's content, `--assume` words. Out: `Assumptions`, which of them nobody confirmed, and
+In:   quantize_config.json's content, `--assume` words. Out: `ReadOptions`, which of them nobody confirmed, and
       the exact translation of codes and scales into ours. Never: files of tensors, layers' names.
 
     nibble   low | high           which half of a byte holds the even input column
@@ -23,7 +23,7 @@ from torch import Tensor
 from runner.errors import ConfigInvalid, WeightsCorrupt
 from runner.quantization.formats.e2m1 import LARGEST, VALUES
 
-__all__ = ["CHOICES", "Assumptions", "every_assumption", "from_config", "group_in_config", "parse_assumptions"]
+__all__ = ["CHOICES", "ReadOptions", "all_read_options", "group_in_config", "options_from_config", "parse_read_options"]
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "nibble": ("low", "high"),
@@ -51,7 +51,7 @@ ASCENDING: Final = tuple(sorted(VALUES, key=lambda value: (value, str(value)[0] 
 
 
 @dataclass(frozen=True)
-class Assumptions:
+class ReadOptions:
     """How to read codes and scales; the defaults are ours."""
 
     nibble: str = "low"
@@ -110,7 +110,7 @@ def _negative(value: float) -> bool:
     return str(value)[0] == "-"
 
 
-def parse_assumptions(text: str) -> dict[str, str]:
+def parse_read_options(text: str) -> dict[str, str]:
     """`nibble=high,scale=divide` as a mapping. Raises ConfigInvalid for words that mean nothing."""
     given: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -122,9 +122,9 @@ def parse_assumptions(text: str) -> dict[str, str]:
     return given
 
 
-def from_config(
+def options_from_config(
     config: Mapping[str, Any], given: Mapping[str, str] | None = None, table: Sequence[float] | None = None
-) -> tuple[Assumptions, list[str]]:
+) -> tuple[ReadOptions, list[str]]:
     """(how to read, which of CHOICES are mere defaults). `given` (`--assume`) outranks the config.
 
     `table`: sixteen values, or eight magnitudes, found beside the weights. A value of the config that says nothing
@@ -150,7 +150,7 @@ def from_config(
         table = full
     found |= given or {}
     assumed = [key for key in CHOICES if key not in found]
-    return Assumptions(table=tuple(table) if table is not None else None, **found), assumed
+    return ReadOptions(table=tuple(table) if table is not None else None, **found), assumed
 
 
 def group_in_config(config: Mapping[str, Any]) -> int | None:
@@ -159,11 +159,11 @@ def group_in_config(config: Mapping[str, Any]) -> int | None:
     return next((flat[name] for name in GROUPS if isinstance(flat.get(name), int)), None)
 
 
-def every_assumption(table: Sequence[float] | None = None) -> Iterator[Assumptions]:
+def all_read_options(table: Sequence[float] | None = None) -> Iterator[ReadOptions]:
     """All combinations; those with a table only where there is one."""
     for nibble, codes, scale, unit in product(*CHOICES.values()):
         if codes != "table" or table is not None:
-            yield Assumptions(nibble, codes, scale, unit, tuple(table) if table is not None else None)
+            yield ReadOptions(nibble, codes, scale, unit, tuple(table) if table is not None else None)
 
 
 def _is_table(value: object) -> bool:
