@@ -1,10 +1,13 @@
-"""Digests: the sha256 of model files, found without reading 80 GB at every start.
+"""Digests: find the sha256 of model files, without reading 80 GB at every start.
 
-In:   files, and where to remember. Out: hex digests. Never: what is in the files.
+In:   files, a folder that keeps results. Out: hex digests. Never: the meaning of the files' content.
 
-A digest comes from the first of these that has it: the file's own safetensors metadata (`video_lab.sha256`, written
-when we made it), the hub's record beside a download (`.cache/huggingface/download/NAME.metadata`, whose second line is
-the sha256 of a large file), our memory of having hashed this very file (same path, size, mtime and inode), the bytes.
+A digest comes from the first of these sources that has it:
+- the file's own safetensors metadata (`video_lab.sha256`, in files that `quantize` made);
+- the hub's record beside a download (`.cache/huggingface/download/NAME.metadata`, whose second line is the sha256 of a
+  large file);
+- the kept result of an earlier hashing of this file (same path, size, mtime and inode);
+- the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from runner.errors import WeightsCorrupt, as_runner_error
 from runner.storage.file_hashes import FileHashes
 
-__all__ = ["MEMORY_FILE", "METADATA_KEY", "FileIdentities"]
+__all__ = ["MEMORY_FILE", "METADATA_KEY", "FileDigests"]
 
 METADATA_KEY = "video_lab.sha256"
 MEMORY_FILE = "weight-identities.json"  # in the cache folder
@@ -24,8 +27,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 CLOCK_SLACK_S = 1  # the hub's record may be written within the same second as the file
 
 
-class FileIdentities:
-    """sha256 by file, hashed once in the life of this object, and once in all where a folder keeps the results.
+class FileDigests:
+    """sha256 of files. Each file is hashed at most once by this object, and once in all where a folder keeps results.
 
     Several processes may share the folder. `saves`: whether results are added to it; else it is only read.
     """
@@ -33,11 +36,11 @@ class FileIdentities:
     def __init__(self, *, saves: bool = True) -> None:
         self._hashes, self._saves = FileHashes(), saves
 
-    def of(self, files: Iterable[Path], root: Path, folder: Path | None = None) -> dict[Path, str]:
-        """Digest of each file. The hub's records are looked for between the file and `root`; `folder` keeps results.
+    def find(self, files: Iterable[Path], root: Path, folder: Path | None = None) -> dict[Path, str]:
+        """Return the digest of each file. Folders from the file's up to `root` may hold the hub's records.
 
-        Raises WeightsCorrupt for a safetensors file that is not whole, StorageDenied or StorageFull where `folder`
-        cannot be written, OSError for a file that cannot be read.
+        `folder` keeps results. Raises WeightsCorrupt for a truncated safetensors file, StorageDenied or StorageFull
+        where `folder` cannot be written, OSError for a file that cannot be read.
         """
         if folder is not None:
             self._hashes.use(folder / MEMORY_FILE)
@@ -52,11 +55,11 @@ class FileIdentities:
 
 
 def recorded(file: Path, root: Path) -> str | None:
-    """The digest that was written down when `file` was made or downloaded, or None."""
-    return _own_metadata(file) or _hub_record(file, root)
+    """Return the digest that was recorded when `file` was made or downloaded, or None."""
+    return _read_metadata(file) or _read_hub_record(file, root)
 
 
-def _own_metadata(file: Path) -> str | None:
+def _read_metadata(file: Path) -> str | None:
     if file.suffix != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open
@@ -69,7 +72,7 @@ def _own_metadata(file: Path) -> str | None:
     return value if SHA256.fullmatch(value) else None
 
 
-def _hub_record(file: Path, root: Path) -> str | None:
+def _read_hub_record(file: Path, root: Path) -> str | None:
     for base in file.parents:
         if not base.is_relative_to(root):
             return None
@@ -77,10 +80,10 @@ def _hub_record(file: Path, root: Path) -> str | None:
         record = base / ".cache" / "huggingface" / "download" / f"{name}.metadata"
         try:
             _commit, etag, written_s = record.read_text().splitlines()[:3]
-            fits = file.stat().st_mtime <= float(written_s) + CLOCK_SLACK_S
+            unchanged = file.stat().st_mtime <= float(written_s) + CLOCK_SLACK_S
         except FileNotFoundError:
             continue
         except ValueError:
-            return None  # not the hub's format: the bytes will tell
-        return etag if fits and SHA256.fullmatch(etag) else None
+            return None  # not the hub's format: the file is hashed
+        return etag if unchanged and SHA256.fullmatch(etag) else None
     return None

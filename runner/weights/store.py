@@ -26,7 +26,7 @@ from runner.quantization.files.json_object import read_json_object
 from runner.quantization.files.quantized_header import QuantizedFile, check_file, refuse_foreign
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
-from runner.weights.digests import FileIdentities
+from runner.weights.digests import FileDigests
 from runner.weights.rife_file import check_rife_file
 from runner.weights.variant import (
     LORA_FOLDER,
@@ -101,7 +101,7 @@ class ModelStore:
     """A local folder of models. Files are hashed at most once in its life."""
 
     root: Path
-    _hashes: FileIdentities = field(default_factory=FileIdentities, repr=False, compare=False)
+    _hashes: FileDigests = field(default_factory=FileDigests, repr=False, compare=False)
 
     def component(self, recipe: Recipe, name: str) -> Path:
         """Folder of one of COMPONENTS."""
@@ -161,7 +161,7 @@ class ModelStore:
 
     def file_digests(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
         """File → sha256. `cache`: a writable folder that remembers what was hashed between runs."""
-        return self._hashes.of(files, self.root, cache)
+        return self._hashes.find(files, self.root, cache)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from runner.errors import StorageDenied, WeightsCorrupt
 from runner.storage import file_hashes
 from runner.storage.file_hashes import FileHashes
-from runner.weights.digests import METADATA_KEY, FileIdentities
+from runner.weights.digests import METADATA_KEY, FileDigests
 
 
 def sha(data: bytes) -> str:
@@ -42,7 +42,7 @@ def file(tmp_path) -> Path:
 
 
 def one(file: Path, folder: Path | None = None) -> str:
-    return FileIdentities().of([file], file.parent, folder)[file]
+    return FileDigests().find([file], file.parent, folder)[file]
 
 
 def test_the_bytes_are_hashed_once_and_remembered(file, tmp_path, hashed):
@@ -73,8 +73,8 @@ def test_a_changed_file_is_hashed_again(file, tmp_path, hashed, change):
 
 
 def test_without_a_folder_one_object_still_hashes_once(file, hashed):
-    identities = FileIdentities()
-    assert identities.of([file], file.parent) == identities.of([file], file.parent)
+    digests = FileDigests()
+    assert digests.find([file], file.parent) == digests.find([file], file.parent)
     assert hashed == ["model.onnx"]
 
 
@@ -153,7 +153,7 @@ def test_the_hubs_record_beside_a_download(file, hashed, base):
     """The download's own folder may be the file's folder or any above it, up to the store's root."""
     folder = (file.parent / base).resolve()
     hub_record(folder, file.relative_to(folder).as_posix(), "b" * 64)
-    assert FileIdentities().of([file], folder)[file] == "b" * 64
+    assert FileDigests().find([file], folder)[file] == "b" * 64
     assert hashed == []
 
 

@@ -17,7 +17,7 @@ from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.quantization.rules import WAN_ANIMATE_14B
 from runner.spec.recipes import SOURCE_WEIGHTS
 from runner.weights import hub
-from runner.weights.digests import FileIdentities
+from runner.weights.digests import FileDigests
 from runner.weights.repositories import FP4_FOLDER, SOURCES
 from runner.weights.verify import Row, plan_rows, settle_against, verify_weights
 from tests.quantization.random_stores import TINY, write_store
@@ -112,7 +112,7 @@ def test_a_small_file_has_gits_own_id(models: Path) -> None:
 
 def test_what_a_run_remembered_tells_of_a_failing_disk(models: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    FileIdentities().of([models / VAE], models, cache)
+    FileDigests().find([models / VAE], models, cache)
     assert by_path(verify_weights(models, "bf16", cache=cache))[VAE].status == "ok"
     flip(models / VAE, -1)
     row = by_path(verify_weights(models, "bf16", cache=cache))[VAE]

@@ -23,7 +23,7 @@ from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loras import check_own, own_parts
 from runner.spec.options import JobOptions
 from runner.spec.recipes import MODES, Mode, Recipe
-from runner.weights.digests import FileIdentities
+from runner.weights.digests import FileDigests
 from runner.weights.resolved import ResolvedRecipe, resolve_recipe
 from runner.weights.store import ModelStore, wanted, wanted_by_jobs
 
@@ -118,7 +118,7 @@ class WanAnimateFamily:
         return wanted_by_jobs(options)
 
     def resolve(self, models: Path, recipe: Recipe, settings: EngineSettings) -> WanAnimateModel:
-        store = ModelStore(models, FileIdentities(saves=settings.saves))
+        store = ModelStore(models, FileDigests(saves=settings.saves))
         return WanAnimateModel(resolve_recipe(store, recipe, settings.cache), settings)
 
     def check_job(self, models: Path, options: JobOptions, *, has_mask: bool) -> None:
