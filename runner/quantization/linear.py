@@ -26,10 +26,10 @@ from runner.quantization.kernels.dequantize import dequantize_into
 from runner.quantization.kernels.kept_codes import KeepsCodes
 from runner.quantization.kernels.low_bit import (
     EXACT,
+    add_biases,
     kept_rows_linear,
     multiply_blocks,
     multiply_rows,
-    sum_of_biases,
     weight_rows,
 )
 from runner.quantization.kernels.nvfp4 import Blocks
@@ -59,7 +59,7 @@ def fp4_linear(
     workspace at once would meet there. lora_up [out, R] * lora_scale [R] @ lora_down [R, in] is added to the weight.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, x.dtype)
-    bias = sum_of_biases(bias, bias_delta)
+    bias = add_biases(bias, bias_delta)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -120,7 +120,7 @@ def fp4_rowwise_linear(
     The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, dtype)
-    return multiply_rows(x, x_scale, weight, compute, backend, sum_of_biases(bias, bias_delta), dtype)
+    return multiply_rows(x, x_scale, weight, compute, backend, add_biases(bias, bias_delta), dtype)
 
 
 @fp4_rowwise_linear.register_fake
@@ -159,7 +159,7 @@ def nvfp4_linear(
 ) -> Tensor:
     """Both sides in blocks, NVFP4's, the weight as it is stored: [M, out] in `dtype`."""
     x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
-    return multiply_blocks(x, w, compute, backend, sum_of_biases(bias, bias_delta), dtype)
+    return multiply_blocks(x, w, compute, backend, add_biases(bias, bias_delta), dtype)
 
 
 @nvfp4_linear.register_fake
@@ -205,7 +205,7 @@ class FP4Linear(KeepsCodes):
         self.fmt = fmt
         self.compute, self.backend = EXACT, ""
         self.lora_rank = 0
-        self.out_features, self.in_features = fmt.shape_of(tensors)
+        self.out_features, self.in_features = fmt.weight_shape(tensors)
         # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
         self.register_parameter("bias", None if bias is None else frozen(bias))
         for name in sorted(tensors, key=lambda name: not tensors[name].is_floating_point()):

@@ -71,15 +71,15 @@ def split_weight(weight: Tensor, layout: SvdqLayout, refits: int = 0, inputs: La
         raise ValueError(f"a float matrix is wanted, not {weight.dtype} of {tuple(weight.shape)}")
     threads = torch.get_num_threads()
     if weight.numel() > _WEIGHTS_OF_A_SMALL_LAYER or threads == 1:
-        return _split_by(weight.detach(), layout, refits, inputs)
+        return _smooth_and_split(weight.detach(), layout, refits, inputs)
     torch.set_num_threads(1)  # threads that meet after every small product cost ten times the product
     try:
-        return _split_by(weight.detach(), layout, refits, inputs)
+        return _smooth_and_split(weight.detach(), layout, refits, inputs)
     finally:
         torch.set_num_threads(threads)
 
 
-def _split_by(weight: Tensor, layout: SvdqLayout, refits: int, inputs: LayerInputs | None) -> Split:
+def _smooth_and_split(weight: Tensor, layout: SvdqLayout, refits: int, inputs: LayerInputs | None) -> Split:
     span_w = _spans(weight)
     if not bool(torch.isfinite(span_w).all()):
         raise ValueError("the weight holds NaN or infinite values")
@@ -177,7 +177,7 @@ def _split(
         error = _error(weight, smooth, up, down, residual, squares)
         if best is None or error < least:
             best, least = (residual, up, down), error
-        rows = _left_by(weight, smooth, residual)
+        rows = _unexplained_rows(weight, smooth, residual)
     assert best is not None
     residual, up, down = best
     plain = least if squares is None else _error(weight, smooth, up, down, residual, None)
@@ -188,7 +188,7 @@ def _smoothed(weight: Tensor, smooth: Tensor) -> Rows:
     return lambda rows: weight[rows].float() * smooth.float()
 
 
-def _left_by(weight: Tensor, smooth: Tensor, residual: Residual) -> Rows:
+def _unexplained_rows(weight: Tensor, smooth: Tensor, residual: Residual) -> Rows:
     """What the low-rank part would have to be for a residual that is rounded already."""
     columns = weight.shape[1]
     return lambda rows: (weight[rows].float() * smooth.float()).sub_(residual.dequantize_rows(rows)[:, :columns])
@@ -213,7 +213,7 @@ def _residual(
         values = (weight[rows].float() * s).addmm_(up[rows].float(), factor, alpha=-1)
         residual.quantize_rows(rows, F.pad(values, (0, width - values.shape[1])), layout, method, per_column)
 
-    _by_blocks(work, weight)
+    _run_blocks(work, weight)
     return residual
 
 
@@ -243,12 +243,12 @@ def _error(
         sums[0, places[rows.start]] = missed.norm().double().square()
         sums[1, places[rows.start]] = wanted.norm().double().square()
 
-    _by_blocks(work, weight)
+    _run_blocks(work, weight)
     missed, whole = sums.sum(dim=1).tolist()
     return float((missed / whole) ** 0.5) if whole > 0 else 0.0
 
 
-def _by_blocks(work: Callable[[slice], None], weight: Tensor) -> None:
+def _run_blocks(work: Callable[[slice], None], weight: Tensor) -> None:
     if weight.is_cuda:
         for rows in row_blocks(weight.shape, _WEIGHTS_ON_CUDA):
             work(rows)

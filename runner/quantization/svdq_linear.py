@@ -20,7 +20,7 @@ from runner.forecast.precisions import PRECISIONS
 from runner.quantization.added_deltas import LowRankDelta, check_bias_delta, frozen, join_deltas
 from runner.quantization.formats.svdq import torch_table, unpack_vector
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, SvdqLayout
-from runner.quantization.kernels.low_bit import EXACT, multiply_svdq, sum_of_biases
+from runner.quantization.kernels.low_bit import EXACT, add_biases, multiply_svdq
 from runner.quantization.kernels.svdq_order import TILES, Order, reorder
 from runner.quantization.kernels.svdq_products import ORDERS, write_weight
 from runner.quantization.kernels.workspace import workspace
@@ -53,7 +53,7 @@ def svdq_linear(
     """
     stored = {"qweight": qweight, "wscales": wscales, "smooth_factor": smooth_factor, "proj_down": proj_down}
     stored |= {"proj_up": proj_up} if wcscales is None else {"proj_up": proj_up, "wcscales": wcscales}
-    bias = sum_of_biases(bias, bias_delta)
+    bias = add_biases(bias, bias_delta)
     if backend:
         flat = x.reshape(-1, x.shape[-1])
         result = multiply_svdq(flat, stored, fmt, backend, out_features, bias, lora_down, lora_up)

@@ -119,9 +119,9 @@ class ResolvedRecipe:
         text = self.variant.text_encoder or self.component("text_encoder")
         networks = [path.parent if path.name == POSE_GRAPH else path for path in (self.store.detector, self.store.pose)]
         return {
-            "encoders": _bytes_of(text) + _bytes_of(self.component("image_encoder")),
-            "preprocess": sum(_bytes_of(path) for path in networks),
-            "loras": sum(_bytes_of(path) for path in self.variant.loras),
+            "encoders": _total_bytes(text) + _total_bytes(self.component("image_encoder")),
+            "preprocess": sum(_total_bytes(path) for path in networks),
+            "loras": sum(_total_bytes(path) for path in self.variant.loras),
         }
 
     def check(self) -> None:
@@ -193,7 +193,7 @@ class ResolvedRecipe:
         return tuple(sorted({*(p for p in plain if not p.name.startswith(".")), *weights}))
 
 
-def _bytes_of(path: Path) -> int:
+def _total_bytes(path: Path) -> int:
     """Of a file, or of all files in a folder."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

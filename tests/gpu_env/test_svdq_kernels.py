@@ -40,7 +40,7 @@ def in_rows(layout: SvdqLayout) -> dict[str, Tensor]:
 
 def test_the_plain_arithmetic_of_comfy_kitchen_agrees_with_the_definition():
     """An independent reading of int4: quantiser, product, order of codes and scales, low-rank part, a job's LoRA."""
-    assert low_bit._problem_of("comfy_kitchen", INT4.name, torch.device("cpu")) is None
+    assert low_bit._check_backend("comfy_kitchen", INT4.name, torch.device("cpu")) is None
     x, bias = gauss(TOKENS, COLUMNS, seed=0).bfloat16(), gauss(OUTPUTS, seed=2)
     stored = quantize_weight(gauss(OUTPUTS, COLUMNS, seed=1), INT4)
     lora = gauss(5, COLUMNS, seed=3), gauss(OUTPUTS, 5, seed=4)
@@ -53,7 +53,7 @@ def test_the_plain_arithmetic_of_comfy_kitchen_agrees_with_the_definition():
 
 def test_the_plain_arithmetic_of_comfy_kitchen_in_another_order_is_refused(monkeypatch):
     monkeypatch.setattr(svdq_products, "ORDERS", dict.fromkeys(svdq_products.ORDERS, "tiles"))
-    assert "off by" in (low_bit._problem_of("comfy_kitchen", INT4.name, torch.device("cpu")) or "")
+    assert "off by" in (low_bit._check_backend("comfy_kitchen", INT4.name, torch.device("cpu")) or "")
 
 
 def test_the_cuda_functions_of_comfy_kitchen_take_our_calls(monkeypatch):
@@ -136,10 +136,10 @@ def test_cache_dit_without_its_extension_is_refused_with_the_loaders_words(layou
     error = ImportError("_C_svdquant.so: undefined symbol: _ZN3c104impl3cow23materialize_cow_storage")
     monkeypatch.setattr(loader, "_cached_extension_module", None)
     monkeypatch.setattr(loader, "_cached_load_error", error)
-    problem = low_bit._problem_of("cache_dit", layout.name, torch.device("cpu"))
+    problem = low_bit._check_backend("cache_dit", layout.name, torch.device("cpu"))
     assert problem == f"ImportError: cache-dit's kernels do not load with torch {torch.__version__}: {error}"
     monkeypatch.setattr(loader, "_cached_load_error", None)
-    problem = low_bit._problem_of("cache_dit", layout.name, torch.device("cpu"))
+    problem = low_bit._check_backend("cache_dit", layout.name, torch.device("cpu"))
     assert problem is not None
     assert "_C_svdquant" in problem  # the pure-Python package has none
 

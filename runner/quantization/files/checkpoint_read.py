@@ -79,7 +79,7 @@ def load_quantized(
     file = check_file(path)
     check_model(file, model)
     fmt = file.layout if isinstance(file.layout, SvdqLayout) else FORMATS[file.layout.name]
-    mine = {name for layer in file.layers for name in file.tensors_of(layer).values()}
+    mine = {name for layer in file.layers for name in file.tensor_names(layer).values()}
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as opened:
@@ -89,7 +89,7 @@ def load_quantized(
     except SafetensorError as err:
         raise WeightsCorrupt(f"not a whole safetensors file ({err})", where=path, todo=AGAIN) from err
     for layer in file.layers:
-        parts = {suffix: tensors[name] for suffix, name in file.tensors_of(layer).items()}
+        parts = {suffix: tensors[name] for suffix, name in file.tensor_names(layer).items()}
         try:
             if isinstance(fmt, SvdqLayout):
                 check_values(parts)

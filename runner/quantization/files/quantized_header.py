@@ -82,7 +82,7 @@ class QuantizedFile:
         """Of the data section, as recorded when the file was made."""
         return self.header.metadata[SHA256_KEY]
 
-    def tensors_of(self, layer: str) -> dict[str, str]:
+    def tensor_names(self, layer: str) -> dict[str, str]:
         """Suffix → name of a layer's tensors."""
         return {suffix: f"{layer}.{suffix}" for suffix in self.layout.tensor_table(*self.layers[layer])}
 
@@ -184,7 +184,7 @@ def _layers(header: SafetensorsHeader, layout: Layout | SvdqLayout) -> dict[str,
             continue
         if len(info.shape) != 2:
             raise WeightsCorrupt(f"{name} is {list(info.shape)}, not a matrix", where=header.path, todo=AGAIN)
-        shape = layout.shape_of_packed((info.shape[0], info.shape[1]))
+        shape = layout.unpacked_shape((info.shape[0], info.shape[1]))
         try:
             table = layout.tensor_table(*shape)
         except ValueError as err:

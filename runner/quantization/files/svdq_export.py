@@ -145,7 +145,7 @@ def plan_export(file: QuantizedFile, kind: str, model: nn.Module) -> ExportPlan:
         else:
             table = _layer_table(layout, file.layers[layer], kind, has_bias)
             layers |= {f"{layer}.{suffix}": entry for suffix, entry in table.items()}
-    inside = {name for layer in file.layers for name in (*file.tensors_of(layer).values(), f"{layer}.bias")}
+    inside = {name for layer in file.layers for name in (*file.tensor_names(layer).values(), f"{layer}.bias")}
     rest |= {name: (info.shape, info.dtype) for name, info in file.header.tensors.items() if name not in inside}
     about = {"format": "pt", EXPORTED_FROM_KEY: file.sha256}
     about |= {key: file.header.metadata[key] for key in PROVENANCE if key in file.header.metadata}
@@ -240,7 +240,7 @@ def _outputs(file: QuantizedFile, plan: ExportPlan) -> Iterator[tuple[str, str, 
 
 def _layer_tensors(file: QuantizedFile, layer: str) -> dict[str, Tensor]:
     """A layer's tensors as stored, by suffix; `bias` too where it has one."""
-    names = file.tensors_of(layer)
+    names = file.tensor_names(layer)
     if f"{layer}.bias" in file.header.tensors:
         names["bias"] = f"{layer}.bias"
     tensors = _read(file, names.values())

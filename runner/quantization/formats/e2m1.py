@@ -37,7 +37,7 @@ class Format(Layout):
         table = self.tensor_table(out_features, in_features)
         return {suffix: (shape, getattr(torch, dtype)) for suffix, (shape, dtype) in table.items()}
 
-    def shape_of(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    def weight_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """(out_features, in_features) of a stored weight; ValueError where names, shapes or dtypes do not add up."""
         packed = tensors.get("weight_packed")
         if packed is None or packed.ndim != 2:
@@ -60,8 +60,8 @@ class Format(Layout):
         return factors * tensors["weight_scale_2"] if self.tensor_scale else factors
 
     def check(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-        """`shape_of`, and every scale finite and not negative; ValueError otherwise. Any code is a valid one."""
-        shape = self.shape_of(tensors)
+        """`weight_shape`, and every scale finite and not negative; ValueError otherwise. Any code is a valid one."""
+        shape = self.weight_shape(tensors)
         factors = self.group_scales(tensors)
         if not bool(torch.isfinite(factors).all()):
             raise ValueError(f"{self.name}: {int((~torch.isfinite(factors)).sum())} scales are NaN or infinite")
@@ -132,7 +132,7 @@ def dequantize(tensors: Mapping[str, Tensor], fmt: Format, dtype: torch.dtype = 
     One product in float32, code * (weight_scale * weight_scale_2), then one rounding to `dtype`. ValueError where the
     tensors do not fit the format. It takes about 16 bytes a weight on the way; `kernels` has those that take none.
     """
-    out_features, in_features = fmt.shape_of(tensors)
+    out_features, in_features = fmt.weight_shape(tensors)
     codes = decode(unpack(tensors["weight_packed"])).view(out_features, in_features // fmt.group, fmt.group)
     values = codes * fmt.group_scales(tensors).unsqueeze(-1)
     return values.view(out_features, in_features).to(dtype)

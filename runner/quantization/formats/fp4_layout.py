@@ -33,7 +33,7 @@ class Layout:
         """The shape that is stored: the weight's own."""
         return out_features, in_features
 
-    def shape_of_packed(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def unpacked_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(out_features, in_features) of a weight whose packed codes have this shape."""
         return shape[0], shape[1] * 2
 

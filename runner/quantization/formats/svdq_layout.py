@@ -53,7 +53,7 @@ class SvdqLayout:
         """The shape that is stored: both sides rounded up to whole tiles."""
         return -(-out_features // TILE) * TILE, -(-in_features // TILE) * TILE
 
-    def shape_of_packed(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def unpacked_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(out_features, in_features), as padded, of a weight whose packed codes have this shape."""
         return shape[0], shape[1] * 2
 

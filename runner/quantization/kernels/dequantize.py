@@ -108,7 +108,7 @@ def pick_kernel(device: torch.device | str, fmt: Format) -> tuple[str, str]:
 def _pick(device: torch.device, fmt: Format) -> tuple[str, str]:
     refused: list[str] = []
     for name in ("triton", "table") if device.type == "cuda" else ("table",):
-        problem = _problem_of(name, device, fmt)
+        problem = _check_kernel(name, device, fmt)
         if problem is None:
             found = {"triton": "one pass", "table": "one look-up for two weights"}[name]
             return name, "; ".join([f"{found}, equal to the reference on {device}", *refused])
@@ -116,10 +116,10 @@ def _pick(device: torch.device, fmt: Format) -> tuple[str, str]:
     return "eager", "; ".join(refused)
 
 
-def _problem_of(name: str, device: torch.device, fmt: Format) -> str | None:
+def _check_kernel(name: str, device: torch.device, fmt: Format) -> str | None:
     """What keeps a kernel from being used on `device`; None where its values are the reference's, for every dtype."""
     weight = _probe(fmt, device)
-    shape = fmt.shape_of(weight)
+    shape = fmt.weight_shape(weight)
     for dtype in _PAIR:
         out = torch.full(shape, torch.nan, dtype=dtype, device=device)
         try:

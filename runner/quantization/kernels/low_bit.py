@@ -32,20 +32,20 @@ from runner.quantization.kernels import nvfp4, svdq_products
 from runner.quantization.kernels.kept_codes import KeepsCodes
 from runner.quantization.kernels.prepared import Prepared, prepared_for
 from runner.quantization.kernels.row_codes import error_text, fast_rotated_rows, fast_rows, prepare_rows, probe_matrix
-from runner.quantization.kernels.rowwise import Rows, code_dtype, rotation_of
+from runner.quantization.kernels.rowwise import Rows, code_dtype, rotation_size
 from runner.quantization.kernels.svdq_order import TILES, join_factors, reorder
 from runner.quantization.kernels.workspace import workspace
 
 __all__ = [
     "EXACT",
     "LowBitLinear",
+    "add_biases",
     "kept_rows_linear",
     "multiply_blocks",
     "multiply_rows",
     "multiply_svdq",
     "pick_gemm_backend",
     "relative_error",
-    "sum_of_biases",
     "weight_rows",
 ]
 
@@ -76,7 +76,7 @@ def weight_rows(weight: Tensor, compute: str, codes: Tensor | None = None) -> Ro
     if not PRECISIONS[compute].rotated:
         return fast_rows(weight, compute, codes)
     rows = fast_rotated_rows(weight, compute, codes)
-    return Rows(rows.codes, rows.scale / rotation_of(weight.shape[1]))
+    return Rows(rows.codes, rows.scale / rotation_size(weight.shape[1]))
 
 
 def multiply_rows(
@@ -99,7 +99,7 @@ def multiply_codes(
     return run_backend(compute, backend, Rows(x, x_scale), w, bias, dtype)
 
 
-def sum_of_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
+def add_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
     """A layer's bias and what is added to it, in float32; None where there is neither."""
     if bias is not None and delta is not None:
         return bias.float() + delta
@@ -147,20 +147,20 @@ def pick_gemm_backend(device: torch.device, compute: str) -> tuple[str | None, s
     Each backend multiplies [80, 256] by [256, 128] and is compared with the reference on the same operands.
     """
     if device.type == "cpu":
-        problem = _problem_of(REFERENCE, compute, device)
+        problem = _check_backend(REFERENCE, compute, device)
         if problem is None:
             return REFERENCE, "on a CPU the format's definition runs, slower than 16 bits"
         return None, f"{REFERENCE} refused: {problem}"
     refused: list[str] = []
     for row in PRECISIONS[compute].backends:
-        problem = _problem_of(row.name, compute, device)
+        problem = _check_backend(row.name, compute, device)
         if problem is None:
             return row.name, "; ".join([f"{row.name} agrees with the definition on {device}", *refused])
         refused.append(f"{row.name} refused: {problem}")
     return None, "; ".join(refused)
 
 
-def _problem_of(name: str, compute: str, device: torch.device) -> str | None:
+def _check_backend(name: str, compute: str, device: torch.device) -> str | None:
     x, weight = probe_matrix(80, 256, device), probe_matrix(128, 256, device, seed=1)
     bias, allowed = weight[:, 0].contiguous(), PRECISIONS[compute].agreement
     try:
@@ -232,7 +232,7 @@ def kept_rows_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """x, x_scale of `prepare_rows`, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
-    bias = sum_of_biases(bias, bias_delta)
+    bias = add_biases(bias, bias_delta)
     return multiply_codes(x, x_scale, Rows(codes, scale), compute, backend, bias, dtype)
 
 

@@ -56,8 +56,8 @@ def quantize_blocks(x: Tensor) -> Blocks:
     groups = x.reshape(rows, columns // _GROUP, _GROUP).float()
     largest = groups.abs().amax(dim=-1, keepdim=True)
     tensor_scale = (largest.amax() / (LARGEST * _SCALE_HEADROOM)).clamp(min=_SMALLEST_SCALE)
-    six_scale, six, six_loss = _by(groups, largest / LARGEST, tensor_scale)
-    four_scale, four, four_loss = _by(groups, largest / 4.0, tensor_scale)
+    six_scale, six, six_loss = _quantize_groups(groups, largest / LARGEST, tensor_scale)
+    four_scale, four, four_loss = _quantize_groups(groups, largest / 4.0, tensor_scale)
     better = four_loss < six_loss
     codes = torch.where(better, four, six).view(rows, columns)
     scale = torch.where(better, four_scale.view(torch.uint8), six_scale.view(torch.uint8)).squeeze(-1)
@@ -65,7 +65,7 @@ def quantize_blocks(x: Tensor) -> Blocks:
     return Blocks(pairs[..., 0] | (pairs[..., 1] << 4), scale, tensor_scale)
 
 
-def _by(groups: Tensor, wanted: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_groups(groups: Tensor, wanted: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(e4m3 scale [M, G, 1], codes [M, G, 16], squared error [M, G, 1]) with the e4m3 scale nearest to `wanted`."""
     scale = (wanted / tensor_scale).clamp(max=_E4M3).to(torch.float8_e4m3fn)
     factor = scale.float() * tensor_scale

@@ -41,12 +41,12 @@ def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
 
     `x` itself where a layer computes in 16 bits, or two of them compute in different ways.
     """
-    compute = _compute_of(layers[0])
+    compute = _layer_compute(layers[0])
     precision = PRECISIONS.get(compute)
     if (
         precision is None
         or precision.layout in ("exact", "svdq")
-        or any(_compute_of(layer) != compute for layer in layers)
+        or any(_layer_compute(layer) != compute for layer in layers)
     ):
         return x
     return _prepare(x, compute)
@@ -54,18 +54,18 @@ def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
 
 def prepare_gelu(layer: Any, x: Tensor) -> Prepared:
     """GELU (by tanh) of `x` [..., in] as `layer` takes it, where `takes_gelu`."""
-    return _prepare(x, _compute_of(layer), gelu=True)
+    return _prepare(x, _layer_compute(layer), gelu=True)
 
 
 def takes_gelu(layer: Any) -> bool:
     """Does one operator make this layer's codes, which can take GELU in before them?"""
-    precision = PRECISIONS.get(_compute_of(layer))
+    precision = PRECISIONS.get(_layer_compute(layer))
     return precision is not None and precision.rotated
 
 
 def prepared_for(layer: Any, x: Tensor | Prepared) -> Prepared:
     """What `layer` multiplies: `x` if it is prepared, else made of it. ValueError for what another compute prepared."""
-    compute = _compute_of(layer)
+    compute = _layer_compute(layer)
     if not isinstance(x, Prepared):
         return _prepare(x, compute)
     if x.compute != compute:
@@ -73,7 +73,7 @@ def prepared_for(layer: Any, x: Tensor | Prepared) -> Prepared:
     return x
 
 
-def _compute_of(layer: Any) -> str:
+def _layer_compute(layer: Any) -> str:
     return getattr(layer, "compute", "")
 
 

@@ -26,7 +26,7 @@ from runner.quantization.kernels.rowwise import (
     hadamard,
     quantize_rows,
     rotate_rows,
-    rotation_of,
+    rotation_size,
 )
 
 __all__ = [
@@ -91,7 +91,7 @@ def fast_rotated_rows(x: Tensor, compute: str, codes: Tensor | None = None, *, g
 
 def _kernel_holds(x: Tensor) -> bool:
     sixteen_bits = x.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and x.shape[1] <= LONGEST_ROTATED and rotation_of(x.shape[1]) == ROTATION
+    return sixteen_bits and x.shape[1] <= LONGEST_ROTATED and rotation_size(x.shape[1]) == ROTATION
 
 
 def _launch_rotation(x: Tensor, compute: str, gelu: bool, codes: Tensor, scale: Tensor) -> None:

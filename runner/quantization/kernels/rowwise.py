@@ -37,7 +37,7 @@ __all__ = [
     "quantize_rows",
     "reference",
     "rotate_rows",
-    "rotation_of",
+    "rotation_size",
     "round_to_e4m3",
     "rowwise",
 ]
@@ -106,17 +106,17 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return matrix.to(device, dtype)
 
 
-def rotation_of(columns: int) -> int:
+def rotation_size(columns: int) -> int:
     """Size of the blocks in which `columns` are rotated: the largest power of two that divides them, 128 at most."""
     return min(columns & -columns, ROTATION)
 
 
 def rotate_rows(x: Tensor) -> Tensor:
-    """`x` [M, K] with each block of `rotation_of(K)` columns times H, summed in float32, rounded to its dtype.
+    """`x` [M, K] with each block of `rotation_size(K)` columns times H, summed in float32, rounded to its dtype.
 
     Larger than `x` by the root of the block; the product of two rotated operands is the block's size too large.
     """
-    block = rotation_of(x.shape[-1])
+    block = rotation_size(x.shape[-1])
     rotated = torch.mm(x.reshape(-1, block), hadamard(block, x.dtype, x.device))
     return rotated.view(x.shape)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.errors import WeightsCorrupt
-from runner.quantization.lora.read import Delta, Full, Lora, LowRank, deltas_of, read_lora
+from runner.quantization.lora.read import Delta, Full, Lora, LowRank, parse_deltas, read_lora
 
 __all__ = [
     "Addend",
@@ -37,9 +37,9 @@ __all__ = [
     "MergePlan",
     "attach",
     "attached",
-    "deltas_of",
     "detach",
     "merge_param",
+    "parse_deltas",
     "plan_merge",
     "read_lora",
 ]

@@ -21,7 +21,7 @@ from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing
 from runner.hashing import sha256_file
 from runner.quantization.lora.keys import LoraPart, parse_keys, unsupported
 
-__all__ = ["Delta", "Full", "Lora", "LowRank", "deltas_of", "read_lora"]
+__all__ = ["Delta", "Full", "Lora", "LowRank", "parse_deltas", "read_lora"]
 
 CHUNK = 1 << 23  # elements of a change made dense at once: 32 MB in float32, whatever the matrix
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -128,7 +128,7 @@ def read_lora(path: Path, strength: float = 1.0) -> Lora:
     beside = path.with_name(PEFT_FILES[1])
     if path.name == PEFT_FILES[0] and PEFT_METADATA not in metadata and beside.is_file():
         metadata[PEFT_METADATA] = beside.read_text(encoding="utf-8", errors="replace")
-    deltas, unread = deltas_of(tensors, metadata, where=path)
+    deltas, unread = parse_deltas(tensors, metadata, where=path)
     return Lora(path.stem, sha256_file(path), float(strength), deltas, unread)
 
 
@@ -158,7 +158,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def deltas_of(
+def parse_deltas(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: object = None
 ) -> tuple[dict[str, tuple[Delta, ...]], tuple[str, ...]]:
     """(parameter -> its changes, keys not understood), of one file's tensors and its header's metadata.
@@ -179,7 +179,7 @@ def deltas_of(
             where=where,
             todo="A whole checkpoint cannot be used as a LoRA",
         )
-    places = _by_place(parts, where)
+    places = _index_places(parts, where)
     pairs = _pairs(places, tensors, where)
     config = _peft_config((metadata or {}).get(PEFT_METADATA), where)
     scales = {param: _scale(param, down.shape[0], places, tensors, config, where) for param, (down, _) in pairs.items()}
@@ -200,7 +200,7 @@ def deltas_of(
     return {p: tuple(d) for p, d in deltas.items()}, tuple(key for key in tensors if key not in used)
 
 
-def _by_place(parts: Mapping[str, LoraPart], where: object) -> dict[tuple[str, str], str]:
+def _index_places(parts: Mapping[str, LoraPart], where: object) -> dict[tuple[str, str], str]:
     """(parameter, role) -> key. Two keys for one place are two adapters, or one twice: neither can be meant."""
     places: dict[tuple[str, str], str] = {}
     for key, part in parts.items():

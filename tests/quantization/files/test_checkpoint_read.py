@@ -240,7 +240,7 @@ def test_the_model_of_an_svdq_file_computes_what_its_tensors_stand_for(tmp_path,
     for name, param in plain.named_parameters():
         layer = name.removesuffix(".weight")
         if layer in file.layers:
-            weight = effective_weight({s: stored[n] for s, n in file.tensors_of(layer).items()}, layout)
+            weight = effective_weight({s: stored[n] for s, n in file.tensor_names(layer).items()}, layout)
             state[name] = weight[: param.shape[0], : param.shape[1]]
         else:
             state[name] = stored[name].float()

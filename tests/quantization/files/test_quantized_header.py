@@ -34,7 +34,7 @@ def test_a_whole_file_is_described(tmp_path, layout):
     linears = linear_shapes(transformer_on_meta(TINY))
     assert "proj_out" in linears
     assert dict(file.layers) == {name: layout.padded(*shape) for name, shape in linears.items() if name != "proj_out"}
-    assert set(file.tensors_of(Q)) == set(layout.tensor_table(1, 1))
+    assert set(file.tensor_names(Q)) == set(layout.tensor_table(1, 1))
     assert file.chosen == {
         "rank": 16,
         "smoothing": "calibrated",

@@ -148,7 +148,7 @@ def reference_model(file, config):
     model = transformer_on_meta(config)
     shapes = linear_shapes(model)
     for layer in file.layers:
-        names = file.tensors_of(layer)
+        names = file.tensor_names(layer)
         tensors = {suffix: stored.pop(name) for suffix, name in names.items()}
         out_features, in_features = shapes[layer]
         if layer in IN_FLOAT32:
@@ -183,7 +183,7 @@ def check_layer(held, file, stored, layer):
         "proj_down": lambda tensor: unpack_lowrank(tensor, down=True),
         "proj_up": lambda tensor: unpack_lowrank(tensor, down=False),
     }
-    for suffix, name in file.tensors_of(layer).items():
+    for suffix, name in file.tensor_names(layer).items():
         decode = unpack.get(suffix, unpack_vector)
         assert same_bytes(decode(held.pop(suffix)), decode(stored[name])), name
     bias = stored.get(f"{layer}.bias")

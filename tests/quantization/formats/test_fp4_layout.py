@@ -12,4 +12,4 @@ def test_bytes_are_those_of_the_tensors(layout):
         for suffix, (shape, dtype) in FORMATS[layout.name].tensors(6, 5 * layout.group).items()
     }
     assert layout.bytes(6, 5 * layout.group) == sum(tensor.nbytes for tensor in tensors.values())
-    assert FORMATS[layout.name].shape_of(tensors) == (6, 5 * layout.group)
+    assert FORMATS[layout.name].weight_shape(tensors) == (6, 5 * layout.group)

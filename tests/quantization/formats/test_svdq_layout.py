@@ -55,7 +55,7 @@ def test_padding_rounds_up_to_tiles_and_no_further(layout, out, wide):
     assert layout.padded(*padded) == padded
     table = layout.tensor_table(out, wide)
     assert layout.tensor_table(*padded) == table  # a reader has the padded shape alone
-    assert layout.shape_of_packed(table[layout.packed][0]) == padded
+    assert layout.unpacked_shape(table[layout.packed][0]) == padded
     assert layout.fits(wide)
 
 

@@ -231,7 +231,7 @@ def test_a_kernel_that_fails_is_not_taken(fresh_choice, monkeypatch):
 
 
 def test_a_gpu_without_triton_gets_the_next_best_kernel_and_the_reason(fresh_choice, monkeypatch):
-    monkeypatch.setattr(module, "_problem_of", lambda name, *_: "no compiler" if name == "triton" else None)
+    monkeypatch.setattr(module, "_check_kernel", lambda name, *_: "no compiler" if name == "triton" else None)
     name, why = fresh_choice(torch.device("cuda", 0), G32)
     assert name == "table"
     assert "triton refused: no compiler" in why

@@ -133,7 +133,7 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
         return rowwise.reference(x, w, bias, dtype) * (1.02 if broken == "is off" else torch.nan)
 
     monkeypatch.setattr(rowwise, "rowwise", kernel)
-    problem = module._problem_of("scaled_mm", "fp8", CPU)
+    problem = module._check_backend("scaled_mm", "fp8", CPU)
     assert problem is not None
     wanted = {"raises": "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED", "is off": "off by 0.02", "is not finite": "inf"}
     assert wanted[broken] in problem
@@ -142,12 +142,12 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
 def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
     """Hopper's fast sums of e4m3 by a model of them: .003."""
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: rowwise.reference(*given) * 1.008)
-    assert module._problem_of("scaled_mm", "fp8", CPU) is None
+    assert module._check_backend("scaled_mm", "fp8", CPU) is None
 
 
 @pytest.mark.parametrize(("compute", "backend"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
 def test_a_kernel_that_is_right_is_found_right(compute, backend):
-    assert module._problem_of(backend, compute, CPU) is None
+    assert module._check_backend(backend, compute, CPU) is None
 
 
 def test_shapes_that_no_kernel_takes():

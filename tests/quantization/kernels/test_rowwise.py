@@ -28,7 +28,7 @@ from runner.quantization.kernels.rowwise import (
     quantize_rows,
     reference,
     rotate_rows,
-    rotation_of,
+    rotation_size,
     round_to_e4m3,
     rowwise,
 )
@@ -130,7 +130,7 @@ def test_hadamard_of_no_power_of_two():
 
 @pytest.mark.parametrize(("columns", "block"), [(5120, 128), (13824, 128), (64, 64), (96, 32), (48, 16)])
 def test_rotating_both_sides_leaves_the_product(columns, block):
-    assert rotation_of(columns) == block
+    assert rotation_size(columns) == block
     x, w = gauss(8, columns), gauss(6, columns, seed=1)
     turned = rotate_rows(x) @ rotate_rows(w).T / block
     torch.testing.assert_close(turned, x @ w.T, rtol=1e-4, atol=1e-3)

@@ -158,7 +158,7 @@ def test_roundings_of_a_kernels_own_are_let_pass(layout, reciprocal, monkeypatch
         return emulated(*given, reciprocal=reciprocal)
 
     monkeypatch.setattr(svdq_products, "cache_dit", kernel)
-    assert low_bit._problem_of("cache_dit", layout.name, CPU) is None
+    assert low_bit._check_backend("cache_dit", layout.name, CPU) is None
     tensors = probe_tensors(layout, CPU)
     x = low_bit.probe_matrix(80, 256, CPU)
     off = relative_error(kernel(x, tensors, layout, 128, None), svdq_linear(x, tensors, layout, 128))
@@ -186,7 +186,7 @@ def test_a_wrong_order_and_a_missing_part_are_refused(layout, wrong, monkeypatch
         return svdq_linear(x, tensors | WRONG[wrong](tensors), *rest)
 
     monkeypatch.setattr(svdq_products, "cache_dit", kernel)
-    problem = low_bit._problem_of("cache_dit", layout.name, CPU)
+    problem = low_bit._check_backend("cache_dit", layout.name, CPU)
     assert problem is not None
     off = float(problem.removeprefix("off by ").split()[0])
     assert off > 2 * PRECISIONS[layout.name].agreement, problem
@@ -195,7 +195,7 @@ def test_a_wrong_order_and_a_missing_part_are_refused(layout, wrong, monkeypatch
 @BOTH
 def test_a_bias_in_another_order_is_refused(layout, monkeypatch):
     monkeypatch.setattr(svdq_products, "cache_dit", lambda x, t, lay, n, b: svdq_linear(x, t, lay, n, b.flip(0)))
-    assert "off by" in (low_bit._problem_of("cache_dit", layout.name, CPU) or "")
+    assert "off by" in (low_bit._check_backend("cache_dit", layout.name, CPU) or "")
 
 
 # cache-dit's kernels by a stand-in of its module: it computes from what it is given, as the packed order says
@@ -250,7 +250,7 @@ def test_cache_dit_is_called_as_its_own_layer_calls_it(layout, calls):
         "rank": 32,
     }
     assert multiplied == {"alpha": 1.0, "unsigned": False, "out": torch.bfloat16, "rows": 256}
-    assert low_bit._problem_of("cache_dit", layout.name, CPU) is None
+    assert low_bit._check_backend("cache_dit", layout.name, CPU) is None
     # float32 activations pass through bfloat16; a LoRA makes the rank grow
     calls.clear()
     down, up = gauss(4, 160, seed=5), gauss(200, 4, seed=6)
@@ -264,7 +264,7 @@ def test_cache_dit_is_called_as_its_own_layer_calls_it(layout, calls):
 @BOTH
 def test_an_extension_that_does_not_load_is_a_reason(layout, calls):
     sys.modules["cache_dit.kernels"].svdq_get_load_error = lambda: ImportError("_C.so: undefined symbol: _ZN3c10")
-    problem = low_bit._problem_of("cache_dit", layout.name, CPU)
+    problem = low_bit._check_backend("cache_dit", layout.name, CPU)
     assert problem == f"ImportError: cache-dit's kernels do not load with torch {torch.__version__}: " + (
         "_C.so: undefined symbol: _ZN3c10"
     )
@@ -277,7 +277,7 @@ def test_packages_that_are_not_there_are_reasons(layout, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
     for backend in PRECISIONS[layout.name].backends:
-        problem = low_bit._problem_of(backend.name, layout.name, CPU)
+        problem = low_bit._check_backend(backend.name, layout.name, CPU)
         assert problem is not None, backend.name
         if backend.name != "scaled_mm":
             assert problem.startswith("ModuleNotFoundError")
@@ -303,7 +303,7 @@ def test_the_block_scaled_product_has_the_definitions_result(monkeypatch):
         return (plain[0] @ plain[1].T).bfloat16()
 
     monkeypatch.setattr(svdq_products, "multiply_blocked", multiply)
-    assert low_bit._problem_of("scaled_mm", NVFP4.name, CPU) is None
+    assert low_bit._check_backend("scaled_mm", NVFP4.name, CPU) is None
     tensors, x, bias = quantize_weight(gauss(200, 160), NVFP4), gauss(77, 160).bfloat16(), gauss(200, seed=4)
     down, up = gauss(4, 160, seed=5), gauss(200, 4, seed=6)
     found = multiply_svdq(x, in_rows(tensors, NVFP4), NVFP4.name, "scaled_mm", 200, bias, down, up)

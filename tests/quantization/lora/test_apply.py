@@ -17,7 +17,16 @@ from runner.errors import WeightsCorrupt
 from runner.quantization.formats.e2m1 import FORMATS, dequantize
 from runner.quantization.formats.scales import quantize
 from runner.quantization.linear import FP4Linear
-from runner.quantization.lora.apply import Lora, attach, attached, deltas_of, detach, merge_param, plan_merge, read_lora
+from runner.quantization.lora.apply import (
+    Lora,
+    attach,
+    attached,
+    detach,
+    merge_param,
+    parse_deltas,
+    plan_merge,
+    read_lora,
+)
 from tests.quantization.lora_files import (
     CONFIG_14B,
     PREFIX,
@@ -98,7 +107,7 @@ class TestPublishedPattern:
         with torch.device("meta"):
             model = WanAnimateTransformer3DModel(**CONFIG_14B)
             tensors = {key: torch.empty(shape) for key, shape in published_shapes(CONFIG_14B).items()}
-        deltas, unread = deltas_of(tensors)
+        deltas, unread = parse_deltas(tensors)
         plan = plan_merge([Lora("distill", "", 1.0, deltas, unread)], shapes_of(model))
         assert plan.tensors == 1749
         assert plan.untargeted == []
@@ -194,7 +203,7 @@ def test_equals_peft_on_a_file_that_the_library_wrote(tiny: nn.Module, tiny_stor
 
 
 def lora_of(tensors: dict[str, Tensor], name: str = "lora", strength: float = 1.0) -> Lora:
-    deltas, unread = deltas_of(tensors)
+    deltas, unread = parse_deltas(tensors)
     return Lora(name, "", strength, deltas, unread)
 
 
