@@ -75,8 +75,8 @@ class Bench:
         once = sum(stages.values())
         spent = self.cheapest(lambda: run_ours(pipeline, recipe, self.clip(size), self.steps, self.sampler))
         notes = [f"{once:.3g} s once"] if once else []
-        if pipeline.block_step is not None and pipeline.block_step.broken:
-            notes.append(f"NOT COMPILED: {pipeline.block_step.broken:.60}")
+        if pipeline.block_forward is not None and pipeline.block_forward.broken:
+            notes.append(f"NOT COMPILED: {pipeline.block_forward.broken:.60}")
         return replace(spent, once_s=once, note="; ".join(notes))
 
     def cheapest(self, run: Callable[[], Spent]) -> Spent:

@@ -1,4 +1,4 @@
-"""The page of error codes against the classes of `runner/errors.py`: every code, its exit code, a cause and a remedy."""
+"""The page of error codes against the classes of `runner/errors.py`: every code has exit code, cause and remedy."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from runner.generation.wan_animate.transformer import (
+    ConditioningCache,
     Context,
     CrossAttended,
     KeyValue,
-    ConditioningCache,
     attend_self,
     denoise_step,
     embed_context,
@@ -98,7 +98,7 @@ def predict_velocity(
     (context,) = embed_context(model, [text], batch.clip)
     conditioning = ConditioningCache(model, Context(context.text, context.image), batch.pose, batch.motion)
     hidden = torch.cat([noisy, batch.scene], dim=1)
-    return denoise_step(model, conditioning, hidden, 1000 * sigma, block_step=run_block_briefly(bias))
+    return denoise_step(model, conditioning, hidden, 1000 * sigma, block_forward=run_block_briefly(bias))
 
 
 def _choose(progress: float, rng: np.random.Generator) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from runner.generation.runtime.attention import (
 )
 from runner.generation.runtime.compute import capability_of, is_token_wise
 from runner.generation.runtime.memory_plan import forecast_memory, make_plan
-from runner.generation.wan_animate.compiled import TOLERANCES, CompiledStep, difference, dummies
+from runner.generation.wan_animate.compiled import TOLERANCES, CompiledBlocks, difference, dummies
 from runner.generation.wan_animate.low_memory import choose_eager_block
 from runner.generation.wan_animate.transformer import Context, KeyValue, attend, run_block
 from runner.quantization.formats.e2m1 import NVFP4
@@ -137,7 +137,7 @@ def measure_block(case: BlockCase, backend: str, compute: str, product: str, eig
     attention = apply_attention(case.model, device, torch.bfloat16, eight_bit=eight_bit)
     case.set_compute(compute, product)
     eager = choose_eager_block(device, lean=False)
-    step = CompiledStep(backend=backend, eager=eager)
+    step = CompiledBlocks(backend=backend, eager=eager)
     begin = time.perf_counter()
     step.warm(case.model, [case.context], case.grid)
     wait(device)

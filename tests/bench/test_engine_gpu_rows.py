@@ -27,7 +27,7 @@ def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "capability_of", lambda _: (9, 0))
     monkeypatch.setattr(engine, "HD", (96, 64))
     monkeypatch.setattr(engine, "SQUARE", 64)
-    monkeypatch.setattr(compiled, "CompiledStep", partial(compiled.CompiledStep, backend="eager"))
+    monkeypatch.setattr(compiled, "CompiledBlocks", partial(compiled.CompiledBlocks, backend="eager"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100e9, 140e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, _: capped.append(part * 140))
     threads = torch.get_num_threads()

@@ -4,7 +4,7 @@
     python -m tests.gpu_env.block_code sm_90 bf16 …     JSON of these cases, for the tests
 
 The block is the real one (5120 wide, 34,320 tokens: 832x480, 81 frames), FP4 or SVDQ weights without numbers,
-compiled as `CompiledStep` does, through Dynamo, AOTAutograd and Inductor. It stops where the code would be loaded.
+compiled as `CompiledBlocks` does, through Dynamo, AOTAutograd and Inductor. It stops where the code would be loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from runner.forecast.precisions import DEFAULT_PRECISION, PRECISIONS
 from runner.generation.runtime.attention import available_backends, candidates, set_backend
 from runner.generation.runtime.compute import is_token_wise
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.transformer import CrossAttended, KeyValue, Rope
 from runner.quantization.formats.e2m1 import G32
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
@@ -171,7 +171,7 @@ def _generate(model: Any, case: Case, backend: str) -> dict[str, Any]:
     assert owner is GraphLowering
     before = getattr(owner, attribute)
     torch._dynamo.reset()
-    block, step = model.blocks[0], CompiledStep()
+    block, step = model.blocks[0], CompiledBlocks()
     with torch.no_grad(), FakeTensorMode():
         _prepare(model, case, backend)
         hidden = torch.empty(1, TOKENS, WIDTH, dtype=torch.bfloat16, device="cuda")

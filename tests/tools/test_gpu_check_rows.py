@@ -86,8 +86,8 @@ def test_a_block_that_is_not_compiled_right_is_seen(tmp_path, monkeypatch):
     """Compiling that fails is a row with its reason, and the rows after it are measured."""
     monkeypatch.setattr(block, "variants_on", lambda device: iter([("bf16", "", False), ("fp8", "none", False)]))
     monkeypatch.setattr(block, "measure_attention", lambda part, case: part.add("attention", {"kind": "exact"}))
-    real = block.CompiledStep
-    monkeypatch.setattr(block, "CompiledStep", lambda **named: real(**named | {"backend": fails}))
+    real = block.CompiledBlocks
+    monkeypatch.setattr(block, "CompiledBlocks", lambda **named: real(**named | {"backend": fails}))
     part = PartRecord(tmp_path / "block.json", "block", scale="tiny, cpu", seconds=100, show=lambda line: None)
     block.run(part, CPU, tiny=True)
     good, bad = part.tables["blocks"]

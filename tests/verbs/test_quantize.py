@@ -134,7 +134,8 @@ def test_calibration_by_a_manifest(models, demo_media, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "watching", watching)
     monkeypatch.setattr(schemes, "Fp4Scheme", quantize_with)
     monkeypatch.setattr(
-        "runner.generation.wan_animate.compiled.make_block_step", lambda *_: (SimpleNamespace(backend="inductor"), "")
+        "runner.generation.wan_animate.compiled.make_block_forward",
+        lambda *_: (SimpleNamespace(backend="inductor"), ""),
     )
     manifest = write_manifest(tmp_path, demo_media, {"id": "calibration"})
     assert quantize(models, "--calibrate", str(manifest)) == 0

@@ -1,6 +1,6 @@
 """Compiled: `run_block` as fused kernels, one graph for all blocks, made before anything is timed.
 
-In:   shapes of a window, the transformer's blocks. Out: a block step that computes what `run_block` computes, within
+In:   shapes of a window, the transformer's blocks. Out: a block forward that computes what `run_block` computes, within
       the rounding of sums in another order. Never: a failed job: where compiling fails, or its result is off, blocks
       run eagerly, and the log, the record and the end of the run say why.
 
@@ -29,7 +29,7 @@ from runner.generation.runtime.eager_blocks import eager_by_plan
 from runner.generation.runtime.memory_plan import MemoryPlan
 from runner.generation.wan_animate.low_memory import choose_eager_block
 from runner.generation.wan_animate.transformer import (
-    BlockStep,
+    BlockForward,
     Context,
     CrossAttended,
     KeyValue,
@@ -41,9 +41,9 @@ from runner.generation.wan_animate.transformer import (
 
 __all__ = [
     "TOLERANCES",
-    "CompiledStep",
+    "CompiledBlocks",
     "keep_code",
-    "make_block_step",
+    "make_block_forward",
     "structure_of",
     "wants_compile",
 ]
@@ -67,9 +67,9 @@ def wants_compile(switches: Switches, device: torch.device, plan: MemoryPlan | N
     return False, "on a CPU the eager order of sums is kept: bit for bit the library's"
 
 
-def make_block_step(
+def make_block_forward(
     switches: Switches, device: torch.device, plan: MemoryPlan | None = None
-) -> tuple[CompiledStep | None, str]:
+) -> tuple[CompiledBlocks | None, str]:
     """What stands in for `run_block`, or None where blocks run eagerly; and why. Compiles nothing yet.
 
     Where compiling fails, and to compare with, blocks run as `low_memory.choose_eager_block` has it.
@@ -78,7 +78,7 @@ def make_block_step(
     structlog.get_logger().debug("compile_chosen", compile=wanted, why=why)
     if not wanted:
         return None, why
-    return CompiledStep(why=why, eager=choose_eager_block(device, plan is not None and plan.lean)), why
+    return CompiledBlocks(why=why, eager=choose_eager_block(device, plan is not None and plan.lean)), why
 
 
 def keep_code(cache: Path) -> None:
@@ -129,19 +129,19 @@ def structure_of(block: Any) -> Hashable:
     )
 
 
-class CompiledStep:
-    """A BlockStep: `run_block` compiled, or `eager` once that has failed (`broken` says why).
+class CompiledBlocks:
+    """A BlockForward: `run_block` compiled, or `eager` once that has failed (`broken` says why).
 
     `graphs`: how many sets of shapes and structures were made ready. `worst`: the largest difference from eager.
     """
 
-    def __init__(self, *, backend: str = "inductor", why: str = "asked for", eager: BlockStep = run_block) -> None:
+    def __init__(self, *, backend: str = "inductor", why: str = "asked for", eager: BlockForward = run_block) -> None:
         self.backend, self.why, self.broken, self.worst = backend, why, "", 0.0
         self._eager = eager
         self._ready: set[Hashable] = set()
         fuse_multiply_adds()
         allow_graphs()
-        self._compiled: BlockStep = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
+        self._compiled: BlockForward = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
 
     @property
     def graphs(self) -> int:

@@ -213,7 +213,7 @@ class WanAnimateGenerator:
     @property
     def description(self) -> Mapping[str, Any]:
         """What was chosen at loading and why; of the blocks, what they run as by now, for compiling may have failed."""
-        step = None if self.pipeline is None else self.pipeline.block_step
+        step = None if self.pipeline is None else self.pipeline.block_forward
         chosen = {} if self.choice is None else {"choice": self.choice.as_dict()}
         return self._description | chosen | ({} if step is None else step.description)
 
@@ -235,7 +235,7 @@ class WanAnimateGenerator:
         vae += ["norms by triton"] if said.get("vae_norms") == "triton" else []
         vae += ["convolutions chosen by stopwatch"] if said.get("vae_cudnn_benchmark") else []
         compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
-        step, lean = pipeline.block_step, memory is not None and memory.lean
+        step, lean = pipeline.block_forward, memory is not None and memory.lean
         by_rows = choose_eager_block(pipeline.compute_device, lean) is lean_block
         blocks = "eager" if step is None or step.broken else f"compiled by {step.backend}"
         return {
@@ -306,13 +306,13 @@ class WanAnimateGenerator:
         from runner.quantization.lora.apply import attached
 
         pipeline = self._loaded
-        before = pipeline.block_step, self.loras
-        pipeline.block_step, self.loras = None, None
+        before = pipeline.block_forward, self.loras
+        pipeline.block_forward, self.loras = None, None
         try:
             with attached(pipeline.transformer, loras):
                 yield pipeline.transformer
         finally:
-            pipeline.block_step, self.loras = before
+            pipeline.block_forward, self.loras = before
 
     def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
         """Bytes on the device by stage for windows of `plan`; empty where nothing was planned."""
@@ -335,7 +335,7 @@ class WanAnimateGenerator:
     def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
         """Blocks that ran eagerly on a GPU, though they were to be compiled."""
         pipeline = self._loaded
-        step = pipeline.block_step
+        step = pipeline.block_forward
         if step is None or not step.broken or pipeline.compute_device.type != "cuda":
             return ()
         size, guided = (plan.width, plan.height), options.guidance_scale > 1

@@ -313,7 +313,7 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
     from runner.generation.runtime.attention import apply_attention
     from runner.generation.runtime.compute import apply_compute
     from runner.generation.wan_animate.autoencoder import prepare_vae
-    from runner.generation.wan_animate.compiled import make_block_step
+    from runner.generation.wan_animate.compiled import make_block_forward
 
     dtype = getattr(torch, recipe.dtype)
     model, capability = pipeline.transformer, capability_of(device)
@@ -331,8 +331,8 @@ def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dic
             "why": {"compute": products.refused, "attention": attention.refused},
         }
     said |= prepare_vae(pipeline.vae, pipeline.switches)
-    pipeline.block_step, why = make_block_step(pipeline.switches, device, pipeline.memory)
-    compiled_by = "eager" if pipeline.block_step is None else pipeline.block_step.backend
+    pipeline.block_forward, why = make_block_forward(pipeline.switches, device, pipeline.memory)
+    compiled_by = "eager" if pipeline.block_forward is None else pipeline.block_forward.backend
     return said | {"compile": compiled_by, "compile_why": why}
 
 

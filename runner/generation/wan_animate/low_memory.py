@@ -26,7 +26,7 @@ from torch import Tensor
 from runner.forecast.precisions import PRECISIONS
 from runner.generation.wan_animate.transformer import (
     ROWS,
-    BlockStep,
+    BlockForward,
     CrossAttended,
     KeyValue,
     Rope,
@@ -46,7 +46,7 @@ __all__ = ["FFN_PIECES", "choose_eager_block", "lean_block", "lean_face"]
 FFN_PIECES = 4
 
 
-def choose_eager_block(device: torch.device, lean: bool) -> BlockStep:
+def choose_eager_block(device: torch.device, lean: bool) -> BlockForward:
     """What a block runs as where it is not compiled, and what a compiled one is compared with.
 
     On a GPU `lean_block` in every mode, so that the comparison and the fallback take no more memory than the compiled
@@ -64,7 +64,7 @@ def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None =
 
 
 def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
-    """As `transformer.run_block`, a BlockStep; the result lies where `hidden` [B, S, d] lay."""
+    """As `transformer.run_block`, a BlockForward; the result lies where `hidden` [B, S, d] lay."""
     table = block.scale_shift_table + modulation.float()
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
 
@@ -126,7 +126,7 @@ def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
 
 
 def lean_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
-    """As `transformer.run_face`, a FaceStep: a latent frame at a time, into `hidden` [1, S, d].
+    """As `transformer.run_face`, a FaceForward: a latent frame at a time, into `hidden` [1, S, d].
 
     Several clips at once are not split: their tokens do not lie frame by frame. Nor are rows that share a scale.
     """

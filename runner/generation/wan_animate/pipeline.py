@@ -31,12 +31,12 @@ from runner.generation.runtime.text_cache import PromptCache
 from runner.generation.sampling import NewSampler, Predict, denoise
 from runner.generation.segments import output_span
 from runner.generation.wan_animate.autoencoder import decode_latents
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.low_memory import choose_eager_block, lean_face
 from runner.generation.wan_animate.resume_points import make_resume_point, restore_state
 from runner.generation.wan_animate.transformer import (
-    Context,
     ConditioningCache,
+    Context,
     Strengths,
     Switches,
     denoise_step,
@@ -49,9 +49,9 @@ from runner.generation.wan_animate.windows import (
     ConditionWindow,
     JobTensors,
     WindowTensors,
+    apply_cfg,
     digest_frames,
     digest_image,
-    apply_cfg,
     no_face,
     padded_window,
     to_pixels,
@@ -75,7 +75,7 @@ class AnimatePipeline(WanAnimatePipeline):
     `compute_device`: where transformer and autoencoder are, and the encoders while they compute.
     `prompts`: embeddings on disk, if somebody has set it.
     `switches`: which optimisations are on; read when a job starts.
-    `block_step`: blocks as compiled code, if somebody has set it (`compiled.make_block_step`).
+    `block_forward`: blocks as compiled code, if somebody has set it (`compiled.make_block_forward`).
     `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `configure`.
     `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
     """
@@ -92,7 +92,7 @@ class AnimatePipeline(WanAnimatePipeline):
         super().__init__(tokenizer, text_encoder, vae, None, image_processor, image_encoder, transformer)
         self.compute_device = torch.device("cpu")
         self.switches = Switches()
-        self.block_step: CompiledStep | None = None
+        self.block_forward: CompiledBlocks | None = None
         self.kept_bytes = 0
         self.memory: MemoryPlan | None = None
         self.blocks: BlockStream | None = None
@@ -417,7 +417,7 @@ class AnimatePipeline(WanAnimatePipeline):
 
     def _warm(self, job: JobTensors, window: WindowTensors) -> None:
         """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
-        step, (frames, height, width) = self.block_step, window.noise.shape[2:]
+        step, (frames, height, width) = self.block_forward, window.noise.shape[2:]
         grid = (frames, height, width)
         if step is None or not step.warms(self.transformer, job.contexts, grid):
             return
@@ -427,7 +427,7 @@ class AnimatePipeline(WanAnimatePipeline):
         job.timer.count("compiled_graphs", made)
 
     def _cache_conditioning(self, job: JobTensors, window: WindowTensors) -> list[ConditioningCache]:
-        """Make what this window's steps share: for the cond call, and with CFG for the uncond call (no prompt, no face)."""
+        """Make what this window's steps share: for the cond call and, with CFG, for the uncond one (no prompt, no face)."""
         keep_text = self.memory is None or self.memory.keep_text
         conditioning = ConditioningCache(
             self.transformer,
@@ -451,8 +451,8 @@ class AnimatePipeline(WanAnimatePipeline):
             hidden,
             timestep,
             blocks=None if self.blocks is None else self.blocks(),
-            block_step=self.block_step or choose_eager_block(self.compute_device, lean),
-            face_step=lean_face if lean else None,
+            block_forward=self.block_forward or choose_eager_block(self.compute_device, lean),
+            face_forward=lean_face if lean else None,
         )
 
     def _make_room(self) -> None:

@@ -37,13 +37,13 @@ from runner.generation.runtime.attention import run_attention
 from runner.quantization.kernels.prepared import prepare, prepare_gelu, takes_gelu
 
 __all__ = [
-    "BlockStep",
+    "BlockForward",
+    "ConditioningCache",
     "Context",
     "CrossAttended",
-    "FaceStep",
+    "FaceForward",
     "KeyValue",
     "Rope",
-    "ConditioningCache",
     "Strengths",
     "Switches",
     "attend",
@@ -82,9 +82,9 @@ class Rope(NamedTuple):
 
 
 # (block, hidden [B, S, d], modulation [B, 6, d], rope, what it attends to) -> hidden [B, S, d]
-BlockStep = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
+BlockForward = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
 # (face adapter, hidden [B, S, d], what it reads, strength of its residual) -> hidden [B, S, d]
-FaceStep = Callable[[Any, Tensor, KeyValue, float], Tensor]
+FaceForward = Callable[[Any, Tensor, KeyValue, float], Tensor]
 
 ROWS = 2048  # at a time where float32 copies are made of them: 42 MB each for the 14B model
 LEAST_ROWS = 8  # products of fewer rows sum in another order
@@ -102,8 +102,8 @@ class Context:
 class Strengths:
     """How much the driver's face and skeleton count. At 1 nothing is multiplied: the velocity has the model's own bits.
 
-    `face`: times the residual of every face adapter, in the uncond call (without a face) too. `pose`: times the tokens that
-    the pose's patch embedding makes, its bias among them, so that 0 adds nothing.
+    `face` multiplies the residual of every face adapter, also in the uncond call, which has no face. `pose` multiplies
+    the tokens of the pose's patch embedding, its bias included, so that 0 adds nothing.
     """
 
     face: float = 1.0
@@ -213,19 +213,19 @@ def denoise_step(
     timestep: Tensor,
     *,
     blocks: Iterable[Any] | None = None,
-    block_step: BlockStep | None = None,
-    face_step: FaceStep | None = None,
+    block_forward: BlockForward | None = None,
+    face_forward: FaceForward | None = None,
 ) -> Tensor:
     """The velocity [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
 
-    `blocks`: the transformer's own, in order, each ready to run when it comes out of the iterable; what streams weights
-    passes a generator, which is closed when the step ends, however it ends. `block_step`: stands in for `run_block`,
-    e.g. `run_block` compiled; `face_step` for `run_face`. Both may overwrite the hidden states that they are given. No
-    gradient is wanted: call under `torch.no_grad()`. ValueError for latents of another shape than the window's.
+    `blocks`: the transformer's own blocks in order, each ready to run when the iterable yields it. Streamed weights come
+    as a generator, which is closed when the step ends, also by an exception. `block_forward` replaces `run_block`, e.g.
+    by its compiled form; `face_forward` replaces `run_face`. Both may overwrite their hidden states. Call it under
+    `torch.no_grad()`. Raises ValueError for latents of another shape than the window's.
     """
     if tuple(hidden_states.shape[2:]) != conditioning.grid:
         raise ValueError(f"latents of {tuple(hidden_states.shape[2:])} in a window of {conditioning.grid}")
-    step, look = block_step or run_block, face_step or run_face
+    run, run_adapter = block_forward or run_block, face_forward or run_face
     hidden = to_tokens(transformer.patch_embedding(hidden_states))
     hidden[:, -conditioning.pose.shape[1] :] += conditioning.pose  # all but the reference's
     level, modulation = embed_time(transformer, timestep, conditioning.context.text.dtype)
@@ -234,11 +234,11 @@ def denoise_step(
         if isinstance(blocks, Generator):
             ended.callback(blocks.close)  # at once: an exception would keep it open for as long as it is held
         for index, block in enumerate(transformer.blocks if blocks is None else blocks):
-            hidden = step(block, hidden, modulation, conditioning.rope, conditioning.attended(index, block))
+            hidden = run(block, hidden, modulation, conditioning.rope, conditioning.attended(index, block))
             if index % every == 0:
                 adapter = transformer.face_adapter[index // every]
                 read = conditioning.face(index // every, adapter)
-                hidden = look(adapter, hidden, read, conditioning.strengths.face)
+                hidden = run_adapter(adapter, hidden, read, conditioning.strengths.face)
     return to_latents(transformer, hidden, level, conditioning.grid)
 
 

@@ -20,7 +20,7 @@ from runner.generation.runtime.compute import (
     self_test,
 )
 from runner.generation.runtime.streaming import BlockStream
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.generation.wan_animate.low_memory import lean_block
 from runner.generation.wan_animate.transformer import Switches, run_block
@@ -225,10 +225,10 @@ def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones
     whole = case.run(run_block)
     assert torch.equal(case.run(lean_block), whole)
     stream = BlockStream.of(model, CPU, slots=2)
-    for block_step in (run_block, lean_block):
-        found = case.inputs.step(model, case.conditioning, 0, blocks=stream(), block_step=block_step)
+    for block_forward in (run_block, lean_block):
+        found = case.inputs.step(model, case.conditioning, 0, blocks=stream(), block_forward=block_forward)
         assert torch.equal(found, whole)
-    step = CompiledStep(backend="eager")
+    step = CompiledBlocks(backend="eager")
     assert (case.warm(step), step.broken) == (1, "")  # one graph for all blocks
     assert torch.equal(case.run(step), whole)
 
@@ -295,7 +295,7 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
     assert pipeline.switches == Switches()
     conditions, options = MemoryConditions(5), job_options(steps=2, max_segment_frames=5)
     exact = rendered_here(pipeline, conditions, options)
-    pipeline.block_step = CompiledStep(backend="eager")
+    pipeline.block_forward = CompiledBlocks(backend="eager")
     stages = []
     for _ in range(2):
         timer = StageTimer()
@@ -306,7 +306,7 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
     wide = MemoryConditions(5, width=64)
     list(pipeline.render(wide, DEFAULT_PROMPT, options, make_plan(wide, options), sampling(), timer))
     assert timer.counters["compiled_graphs"] == 1  # a second size: one more
-    assert not pipeline.block_step.broken
+    assert not pipeline.block_forward.broken
 
 
 @pytest.mark.parametrize("compute", SVDQ)

@@ -192,7 +192,7 @@ def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
         raise KeyError("half-way")
 
     with pytest.raises(KeyError) as caught:
-        inputs.step(model, conditioning, 0, blocks=stream(), block_step=fail)
+        inputs.step(model, conditioning, 0, blocks=stream(), block_forward=fail)
     assert caught.value.__traceback__ is not None  # still held, and with it the frames of the step
     assert torch.equal(inputs.step(model, conditioning, 0, blocks=stream()), wanted)
 

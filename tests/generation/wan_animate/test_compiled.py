@@ -19,11 +19,11 @@ from runner.generation.wan_animate import compiled as module
 from runner.generation.wan_animate.autoencoder import prepare_vae, with_channels_last
 from runner.generation.wan_animate.compiled import (
     TOLERANCES,
-    CompiledStep,
+    CompiledBlocks,
     difference,
     fuse_multiply_adds,
     keep_code,
-    make_block_step,
+    make_block_forward,
     structure_of,
     wants_compile,
 )
@@ -64,7 +64,7 @@ class Case:
         return step.warm(self.model, self.contexts, self.grid, **how)
 
     def run(self, step=None, index=0) -> torch.Tensor:
-        return self.inputs.step(self.model, self.conditioning, index, block_step=step)
+        return self.inputs.step(self.model, self.conditioning, index, block_forward=step)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_generated_code_in_int8_passes_the_comparison_at_warming(tiny_store_dir)
     for name, layer in model.named_modules():
         if isinstance(layer, FP4Linear) and is_token_wise(name):
             layer.set_compute("int8", REFERENCE)
-    case, step = Case(model), CompiledStep()
+    case, step = Case(model), CompiledBlocks()
     assert (case.warm(step), step.broken, graphs()) == (1, "", 1)
     assert 0 < step.worst <= TOLERANCES[torch.bfloat16]
     assert difference(case.run(step), case.run()) <= TOLERANCES[torch.bfloat16]
@@ -91,7 +91,7 @@ def test_one_graph_for_all_blocks_one_more_for_a_second_size_none_for_a_second_j
     model = load(tiny_store_dir)
     if four_bits:
         in_four_bits(model)
-    case, step = Case(model), CompiledStep(backend="eager")
+    case, step = Case(model), CompiledBlocks(backend="eager")
     assert len(model.blocks) == 4
     assert case.warm(step) == 1
     assert graphs() == 1
@@ -110,7 +110,7 @@ def test_one_graph_for_all_blocks_one_more_for_a_second_size_none_for_a_second_j
 
 def test_weights_that_move_bring_no_graph(tiny_store_dir):
     """Streamed, a block's parameters lie in other memory at every step."""
-    case, step = Case(load(tiny_store_dir)), CompiledStep(backend="eager")
+    case, step = Case(load(tiny_store_dir)), CompiledBlocks(backend="eager")
     case.warm(step)
     wanted = case.run()
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_attention_by_name_is_part_of_the_graph(tiny_store_dir):
     model = load(tiny_store_dir)
     for block in model.blocks:
         block.attn1.set_attention_backend("_native_flash")
-    case, step = Case(model), CompiledStep(backend="aot_eager")
+    case, step = Case(model), CompiledBlocks(backend="aot_eager")
     assert case.warm(step) == 1, step.broken
     torch.testing.assert_close(case.run(step), case.run(), rtol=1e-4, atol=1e-4)
     assert (graphs(), step.broken) == (1, "")
@@ -141,7 +141,7 @@ def untraceable() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_attention_backend_leaves_the_compiled_step_unbroken(one_block, monkeypatch, name):
     """Each stubbed as its package has it. What torch itself brings is traced, and needs no stub."""
-    case, step = one_block, CompiledStep(backend="eager")
+    case, step = one_block, CompiledBlocks(backend="eager")
     if BACKENDS[name].opaque:
         stub_package(monkeypatch, name, untraceable)
     set_backend(case.model.blocks[0].attn1, name)
@@ -152,7 +152,7 @@ def test_every_attention_backend_leaves_the_compiled_step_unbroken(one_block, mo
 
 
 def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(tiny_store_dir):
-    case, step, seen = Case(load(tiny_store_dir)), CompiledStep(backend="eager"), []
+    case, step, seen = Case(load(tiny_store_dir)), CompiledBlocks(backend="eager"), []
 
     def brought():
         try:
@@ -169,7 +169,7 @@ def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(
 def test_a_lora_on_some_blocks_is_a_structure_of_its_own(tiny_store_dir):
     model = load(tiny_store_dir)
     in_four_bits(model)
-    case, step = Case(model), CompiledStep(backend="eager")
+    case, step = Case(model), CompiledBlocks(backend="eager")
     case.warm(step)
     layer = model.blocks[2].attn1.to_q
     layer.set_lora([(torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4), 0.3)])
@@ -185,7 +185,7 @@ def test_a_lora_on_some_blocks_is_a_structure_of_its_own(tiny_store_dir):
 
 def test_few_graphs_are_held_at_once(tiny_store_dir, monkeypatch):
     monkeypatch.setattr(module, "MOST_GRAPHS", 1)
-    model, step = load(tiny_store_dir), CompiledStep(backend="eager")
+    model, step = load(tiny_store_dir), CompiledBlocks(backend="eager")
     first, second = Case(model), Case(model, width=64)
     assert [case.warm(step) for case in (first, second, first)] == [1, 1, 1]
     assert step.graphs == 1
@@ -199,7 +199,7 @@ def test_what_cannot_be_compiled_runs_eagerly(tiny_store_dir, when):
             raise RuntimeError("Failed to find C compiler")
         return lambda *given: tuple(out * 1.01 for out in graph(*given))
 
-    case, step = Case(load(tiny_store_dir)), CompiledStep(backend=backend)
+    case, step = Case(load(tiny_store_dir)), CompiledBlocks(backend=backend)
     with structlog.testing.capture_logs() as logged:
         assert case.warm(step) == 0
     assert [entry["event"] for entry in logged] == ["compile_failed"]
@@ -217,7 +217,7 @@ def test_exhausted_memory_is_no_reason_to_run_eagerly(tiny_store_dir):
 
         return run
 
-    case, step = Case(load(tiny_store_dir)), CompiledStep(backend=backend)
+    case, step = Case(load(tiny_store_dir)), CompiledBlocks(backend=backend)
     with pytest.raises(torch.OutOfMemoryError):
         case.warm(step)
     assert not step.broken
@@ -226,7 +226,7 @@ def test_exhausted_memory_is_no_reason_to_run_eagerly(tiny_store_dir):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
 def test_fused_kernels_compute_the_same(tiny_store_dir):
     """Sums in another order: 1e-4 in float32. The code stays in torch's own cache, so that only a first run pays."""
-    case, step = Case(load(tiny_store_dir)), CompiledStep()
+    case, step = Case(load(tiny_store_dir)), CompiledBlocks()
     assert case.warm(step) == 1, step.broken
     found, wanted = case.run(step), case.run()
     assert 0 < difference(found.flatten(2), wanted.flatten(2)) < TOLERANCES[torch.float32]
@@ -239,8 +239,8 @@ def test_who_compiles(monkeypatch, tmp_path):
     assert not wants_compile(Switches(), CPU)[0]
     assert wants_compile(Switches(compile=True), CPU)[0]
     assert not wants_compile(Switches(compile=False), cuda)[0]
-    assert make_block_step(Switches(), CPU)[0] is None
-    assert isinstance(make_block_step(Switches(compile=True), CPU)[0], CompiledStep)
+    assert make_block_forward(Switches(), CPU)[0] is None
+    assert isinstance(make_block_forward(Switches(compile=True), CPU)[0], CompiledBlocks)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     keep_code(tmp_path)
@@ -252,7 +252,7 @@ def test_multiply_adds_are_fused_whatever_the_default_of_triton_is(monkeypatch):
     """Triton reads the variable when it compiles a kernel with which no choice is passed."""
     knobs = pytest.importorskip("triton.knobs", reason="triton is not installed")
     monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
-    step = CompiledStep(backend="eager")
+    step = CompiledBlocks(backend="eager")
     assert step.broken == ""
     assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
     assert knobs.language.default_fp_fusion is True
@@ -272,14 +272,14 @@ def test_inductor_asks_for_fused_multiply_adds_itself():
 def test_why_blocks_run_eagerly_on_a_gpu_and_what_they_run_as():
     cuda, recipe = torch.device("cuda"), get_recipe("fp4-distill")
     resident, stream, minimal = (make_plan(mode, recipe) for mode in ("resident", "stream", "minimal"))
-    assert make_block_step(Switches(), cuda, minimal) == (None, "memory mode minimal is for the least memory")
-    assert make_block_step(Switches(compile=True), cuda, minimal)[0] is None
-    assert make_block_step(Switches(compile=False), cuda, resident) == (None, "switched off")
+    assert make_block_forward(Switches(), cuda, minimal) == (None, "memory mode minimal is for the least memory")
+    assert make_block_forward(Switches(compile=True), cuda, minimal)[0] is None
+    assert make_block_forward(Switches(compile=False), cuda, resident) == (None, "switched off")
     for plan in (resident, stream, None):
-        step, why = make_block_step(Switches(), cuda, plan)
+        step, why = make_block_forward(Switches(), cuda, plan)
         assert (step.why, step.backend) == (why, "inductor") and "bound by memory" in why
         assert step._eager is lean_block  # its 5.4 u, not 12
-    assert make_block_step(Switches(compile=True), CPU, resident)[0]._eager is run_block
+    assert make_block_forward(Switches(compile=True), CPU, resident)[0]._eager is run_block
 
 
 def test_differences():
@@ -313,10 +313,10 @@ def test_fused_kernels_on_a_gpu(tiny_store_dir):
     model.to("cuda")
     inputs = Inputs(model)
     contexts = embed_context(model, [inputs.texts[0].cuda()], inputs.clip.cuda())
-    step = CompiledStep()
+    step = CompiledBlocks()
     assert step.warm(model, contexts, tuple(inputs.hidden[0].shape[2:])) == 1, step.broken
     assert step.worst <= TOLERANCES[torch.bfloat16]
 
 
 def test_the_step_is_the_blocks_own():
-    assert CompiledStep(backend="eager")._eager is run_block
+    assert CompiledBlocks(backend="eager")._eager is run_block

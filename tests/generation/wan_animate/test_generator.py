@@ -26,7 +26,7 @@ from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import PREPROCESS_EXTRA, make_plan
 from runner.generation.runtime.memos import HOST_BYTES
 from runner.generation.wan_animate.autoencoder import decode_latents
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.generator import WanAnimateGenerator, _model_name
 from runner.generation.wan_animate.loading import load_pipeline
 from runner.quantization.rules import WAN_ANIMATE_14B
@@ -125,7 +125,7 @@ def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
 
     assert (generator.description["compile"], generator.description["compile_why"][:8]) == ("eager", "on a CPU")
     plan = SegmentPlan(81, 81, 1, 1, 832, 480, 6, evaluations=6, tflop=1.0)
-    generator.pipeline.block_step = CompiledStep(backend=backend)
+    generator.pipeline.block_forward = CompiledBlocks(backend=backend)
     rendered(generator, prepared(generator))
     assert generator.description["compile"] == "eager"
     assert "C compiler" in generator.description["compile_why"]
@@ -134,11 +134,11 @@ def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
     generator.pipeline.compute_device = torch.device("cuda")
     (warning,) = generator.job_warnings(plan, OPTIONS)
     assert "C compiler" in warning and re.search(r"1\.\d s more a step on RTX 5090 at 832x480, 81 frames", warning)
-    generator.pipeline.block_step.broken = ""
+    generator.pipeline.block_forward.broken = ""
     assert generator.job_warnings(plan, OPTIONS) == ()
     generator.pipeline.compute_device = CPU
     torch._dynamo.reset()
-    generator.pipeline.block_step = CompiledStep(backend="eager")
+    generator.pipeline.block_forward = CompiledBlocks(backend="eager")
     rendered(generator, prepared(generator))
     assert (generator.description["compile"], generator.description["compile_off_eager"]) == ("eager", 0.0)
     assert generator.description["compile_why"] == "asked for"
@@ -159,9 +159,9 @@ def test_what_a_resumed_job_needs_equal_is_read_as_it_is_now(generator, monkeypa
         "encoders": "device",
         "preprocess": "",
     }
-    generator.pipeline.block_step = CompiledStep(backend="aot_eager")
+    generator.pipeline.block_forward = CompiledBlocks(backend="aot_eager")
     assert generator.resume_identity["blocks"] == "compiled by aot_eager"
-    generator.pipeline.block_step.broken = "no C compiler"
+    generator.pipeline.block_forward.broken = "no C compiler"
     assert generator.resume_identity == first
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert generator.resume_identity["device"].endswith(", 77 threads")
@@ -326,18 +326,18 @@ def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(gener
 
 
 def test_calibrating_is_eager_without_job_loras_and_puts_everything_back(generator):
-    step = generator.pipeline.block_step = CompiledStep(backend="eager")
+    step = generator.pipeline.block_forward = CompiledBlocks(backend="eager")
     loras = generator.loras
 
     def calibrate() -> None:
         with generator.calibrating([]) as transformer:
             assert transformer is generator.pipeline.transformer
-            assert generator.pipeline.block_step is None and generator.loras is None
+            assert generator.pipeline.block_forward is None and generator.loras is None
             raise KeyError("while jobs were generated")
 
     with pytest.raises(KeyError, match="while jobs"):
         calibrate()
-    assert generator.pipeline.block_step is step and generator.loras is loras
+    assert generator.pipeline.block_forward is step and generator.loras is loras
 
 
 @pytest.mark.parametrize("kind", [WeightsCorrupt, JobWeightsCorrupt])

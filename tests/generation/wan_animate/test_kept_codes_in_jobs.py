@@ -13,7 +13,7 @@ from runner.forecast.bytes import kept_code_bytes
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
 from runner.generation.runtime.compute import apply_compute, is_token_wise
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.quantization.formats.e2m1 import G32, NVFP4
 from runner.quantization.kernels import low_bit
@@ -200,7 +200,7 @@ def test_compiled_blocks_run_on_with_one_graph_while_loras_come_and_go(styled, c
     counters.clear()
     generator = loaded(styled, f"fp4-distill+{compute}")
     frames = {names: rendered(generator, steps=1, **with_loras(*names)) for names in ((), ("style",))}
-    step = generator.pipeline.block_step = CompiledStep(backend="eager")
+    step = generator.pipeline.block_forward = CompiledBlocks(backend="eager")
     for names in ((), ("style",), (), ("style",)):
         assert np.array_equal(rendered(generator, steps=1, **with_loras(*names)), frames[names])
         assert counters["stats"]["unique_graphs"] == 1

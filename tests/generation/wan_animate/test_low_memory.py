@@ -37,7 +37,7 @@ def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
     (conditioning,) = inputs.conditionings(model)
     whole, lean = (
         inputs.step(model, conditioning, 0, **steps)
-        for steps in ({}, {"block_step": lean_block, "face_step": lean_face})
+        for steps in ({}, {"block_forward": lean_block, "face_forward": lean_face})
     )
     assert torch.equal(whole, lean)
 

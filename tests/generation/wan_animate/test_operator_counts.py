@@ -18,7 +18,7 @@ from runner.forecast.bytes import LIBRARY_TRAFFIC, VAE_TRAFFIC
 from runner.forecast.precisions import REFERENCE
 from runner.generation.runtime.compute import is_token_wise
 from runner.generation.wan_animate.autoencoder import FramewiseVae, with_channels_last
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.quantization.linear import FP4Linear
 from tests.generation.operator_counts import OperatorCounts
 from tests.generation.wan_animate.test_compiled import Case
@@ -124,7 +124,7 @@ def graph_of_a_block(model) -> torch.fx.Graph:
         graphs.append(graph)
         return graph.forward
 
-    step = CompiledStep(backend=aot_autograd(fw_compiler=keep, inference_compiler=keep))
+    step = CompiledBlocks(backend=aot_autograd(fw_compiler=keep, inference_compiler=keep))
     case = Case(model)
     assert (case.warm(step), step.broken) == (1, "")
     (graph,) = graphs

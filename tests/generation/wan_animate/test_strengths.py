@@ -16,7 +16,7 @@ from diffusers import WanAnimatePipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.generation.runtime.streaming import BlockStream
-from runner.generation.wan_animate.compiled import CompiledStep
+from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.low_memory import lean_block, lean_face
 from runner.generation.wan_animate.transformer import ConditioningCache, Strengths, embed_context
 from runner.spec.recipes import get_recipe
@@ -71,14 +71,14 @@ def conditionings(model, inputs: Inputs, strengths: Strengths) -> list[Condition
     return [first, first.sharing(model, contexts[1], inputs.faces[1])]
 
 
-def ways(model, compiled: CompiledStep) -> dict[str, Callable[[], dict]]:
+def ways(model, compiled: CompiledBlocks) -> dict[str, Callable[[], dict]]:
     """What `denoise_step` is given, by the kind of blocks; made anew for each step."""
     stream = BlockStream.of(model, CPU, slots=1)
-    lean = {"block_step": lean_block, "face_step": lean_face}
+    lean = {"block_forward": lean_block, "face_forward": lean_face}
     return {
         "eager": dict,
         "lean": lambda: dict(lean),
-        "compiled": lambda: {"block_step": compiled},
+        "compiled": lambda: {"block_forward": compiled},
         "streamed": lambda: {"blocks": stream()},
         "streamed, lean": lambda: {"blocks": stream(), **lean},
     }
@@ -88,7 +88,7 @@ def ways(model, compiled: CompiledStep) -> dict[str, Callable[[], dict]]:
 @pytest.mark.parametrize(("face", "pose"), PAIRS)
 def test_every_kind_of_block_equals_the_librarys_model_with_scaled_outputs(model, face, pose):
     torch._dynamo.reset()
-    inputs, compiled = Inputs(model, frames=9), CompiledStep(backend="eager")
+    inputs, compiled = Inputs(model, frames=9), CompiledBlocks(backend="eager")
     with scaled(model, face, pose):
         wanted = [inputs.forward(model, 0, cfg_index) for cfg_index in (0, 1)]
     before = [inputs.forward(model, 0, cfg_index) for cfg_index in (0, 1)]

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from runner.forecast.flops import PRODUCTION
 from runner.generation.wan_animate import transformer as module
 from runner.generation.wan_animate.transformer import (
-    Rope,
     ConditioningCache,
+    Rope,
     denoise_step,
     embed_context,
     held_bytes,
@@ -218,7 +218,7 @@ def test_blocks_compile_to_one_graph(model):
 
     torch._dynamo.reset()
     compiled = torch.compile(run_block, backend=note, fullgraph=True, dynamic=False)
-    assert_equal_steps(model, Inputs(model), block_step=compiled)
+    assert_equal_steps(model, Inputs(model), block_forward=compiled)
     torch._dynamo.reset()
     assert len(graphs) == 1
 
