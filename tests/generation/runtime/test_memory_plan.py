@@ -50,9 +50,9 @@ def forecast(mode, size=SIZE, **settings):
     return forecast_memory(make_plan(mode, RECIPE), RECIPE, PRODUCTION, *size, **settings)
 
 
-def test_the_readmes_table_of_memory_is_the_forecast():
+def test_memory_table_in_docs_is_the_forecast():
     """Of `resident` the leanest form and the fullest. In GB; from ten on without a decimal."""
-    text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[3] / "docs/memory.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| `(resident|stream|minimal)` \|.*\| ([\d. to]+) GB \| ([\d. to]+) GB \|$", text, re.MULTILINE
     )
@@ -169,7 +169,7 @@ def test_the_autoencoders_peaks_are_what_its_tensors_take(dtype):
 
 
 def test_the_sum_by_hand():
-    """stream at 480x832, 81 frames: what README and record promise, part by part."""
+    """stream at 480x832, 81 frames: what the docs and the record promise, part by part."""
     parts = forecast("stream").parts
     block, adapter = 227_437_568, 59_023_872
     assert parts["slots"] == 2 * (block + adapter)
