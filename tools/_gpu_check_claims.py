@@ -1,8 +1,9 @@
-"""The README's claims that a GPU proves or disproves, one row each, and how each is judged.
+"""The claims of the pages that a GPU proves or disproves, one row each, and how each is judged.
 
-Enters: the findings of a check. Leaves: `met`, `not met` or `not measured` for each claim, with the numbers. A claim's
-text stands in README.md word for word, its lines joined, which the tests hold; a limit that the README gives is read
-from the text, never written twice.
+In:   the findings of a check. Out: `met`, `not met` or `not measured` for each claim, with the numbers.
+
+A claim's text is a part of README.md or of a page in docs/, word for word, with its lines joined; the tests check it. A
+limit is read from that text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HIDDEN = 1.1  # of a streamed step's time to a resident one's: copies are hidden
 
 @dataclass(frozen=True)
 class Claim:
-    """`text` as README.md has it; `judged`: how, from which measured keys; `judge`: that, as a function."""
+    """`text`: as the page has it. `judged`: the measured keys and how they decide. `judge`: the same as a function."""
 
     text: str
     judged: str
@@ -33,7 +34,7 @@ class Claim:
 
 
 def verdicts(findings: Findings) -> list[dict[str, str]]:
-    """A row for each claim. At another scale than the full one nothing is measured."""
+    """Return a row for each claim. A check at a smaller scale measures none of them."""
     rows = []
     for claim in CLAIMS:
         verdict, why = claim.judge(claim.text, findings) if findings.full_scale else NOT_MEASURED
@@ -46,7 +47,7 @@ def decided(met: bool, why: str) -> Verdict:
 
 
 def peak_of_mode(mode: str, text: str, findings: Findings) -> Verdict:
-    """The process's peak under the cap of the mode's card; without NVML, the allocator's and nothing of the context."""
+    """Judge the process's peak under the cap of the mode's card. Without NVML: the allocator's, without the context."""
     limit = float(re.findall(r"([\d.]+) GB \|", text)[0])  # in a cell of the table
     row = findings.row("engine", "modes", mode=mode)
     if "OutOfMemory" in str(row.get("note")):
@@ -89,7 +90,7 @@ def leading_attention(text: str, findings: Findings) -> Verdict:
 
 
 def fewer_bits(text: str, findings: Findings) -> Verdict:
-    """Each precision that the device has: a right product, and a whole clip after the self-test on its layers."""
+    """Require of each precision of the device a right product, and a whole clip after the self-test on its layers."""
     rows = findings.rows("choices", "products", device_has_it=True)
     if not rows:
         return NOT_MEASURED
@@ -160,7 +161,7 @@ def same_frames(text: str, findings: Findings) -> Verdict:
 
 
 def cuda_code_runs(text: str, findings: Findings) -> Verdict:
-    """The tests marked `gpu`: met when they pass on a device, after which the README's sentence may go."""
+    """Judge the tests marked `gpu`: met when they pass on a device. Then the sentence may be removed from the page."""
     row = findings.row("choices", "gpu_tests")
     if not row or not row["passed"] + row["failed"]:
         return NOT_MEASURED
@@ -170,50 +171,51 @@ def cuda_code_runs(text: str, findings: Findings) -> Verdict:
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        "| `resident` | everything on the GPU; encoders and preprocessing on the host where it is short; "
-        "the weights' 8-bit codes where they fit | 18 to 35 GB |",
+        "| `resident` | everything on the GPU; where memory is short, encoders and preprocessing on the host; "
+        "where there is room, the weights' 8-bit codes too | 18 to 35 GB |",
         "engine.modes[resident]: NVML GB, else peak GB, under the cap of the smallest card that `auto` takes it for",
         partial(peak_of_mode, "resident"),
     ),
     Claim(
-        "| `stream` | blocks wait in pinned memory, the next is copied while one computes; activations in few copies "
-        "| 7.9 GB |",
+        "| `stream` | the blocks wait in pinned memory, and the next one is copied while one computes; "
+        "activations in few copies | 7.9 GB |",
         "engine.modes[stream]: NVML GB, else peak GB",
         partial(peak_of_mode, "stream"),
     ),
     Claim(
-        "| `minimal` | one block at a time, autoencoder in bfloat16 (in tiles above 480p), encoders on disk | 4.9 GB |",
+        "| `minimal` | one block at a time; the autoencoder in bfloat16 (in tiles above 480p); the encoders on disk "
+        "| 4.9 GB |",
         "engine.modes[minimal]: NVML GB, else peak GB",
         partial(peak_of_mode, "minimal"),
     ),
     Claim(
-        "blocks wait in pinned memory, the next is copied while one computes",
+        "the blocks wait in pinned memory, and the next one is copied while one computes",
         f"choices.pinned, and engine.modes: s a step of stream at most {HIDDEN:g} of resident's",
         copied_while_computing,
     ),
     Claim(
-        "On a GPU the blocks are compiled (`torch.compile`, once for each size, kept in `--cache`; eager where that "
-        "fails)",
+        "On a GPU the blocks are compiled by `torch.compile`, once for each size, and kept in `--cache`. Where "
+        "compiling fails, they run eagerly.",
         "block.blocks: `broken` empty and off_eager within TOLERANCES, in every precision of the device",
         compiled_blocks,
     ),
     Claim(
-        "self-attention runs on the backend that leads on the architecture",
+        "Self-attention runs on the backend that is fastest on the GPU's architecture.",
         f"block.attention: ms of the one picked at most {NOISE:g} of the fastest exact one's",
         leading_attention,
     ),
     Claim(
-        "`+fp8`, `+int8` or `+nvfp4` compute in fewer bits after a self-test on the layers' own weights",
+        "`+fp8`, `+int8` and `+nvfp4` compute in fewer bits after a self-test on the layers' own weights.",
         "choices.products and engine.low_bits, for each precision that the device has",
         fewer_bits,
     ),
     Claim(
-        "A compute that the device does not have is an error, never another compute.",
+        "A precision that the GPU does not have is an error. No other precision is taken in its place.",
         "choices.products: `refused` for each precision that the device does not have",
         no_other_compute,
     ),
     Claim(
-        "self-attention in 8 bits on a GPU: by comfy-kitchen's INT8 kernel (in the GPU image; compute capability "
+        "self-attention in 8 bits on a GPU, by comfy-kitchen's INT8 kernel (in the GPU image; compute capability "
         "7.5 to 12.x)",
         "choices.attention[8 bit], and block.blocks with attention_8bit",
         eight_bit_attention,
@@ -224,9 +226,9 @@ CLAIMS: tuple[Claim, ...] = (
         same_frames,
     ),
     Claim(
-        "CUDA's own code (streamed blocks, compiled blocks, 8- and 4-bit products, bound buffers) has only run as its "
-        "CPU counterpart",
-        "choices.gpu_tests: met means that they pass on a device, and that this sentence can go",
+        "CUDA's own code (streamed blocks, compiled blocks, products in 8 and 4 bits, bound buffers) has only run as "
+        "its CPU counterpart.",
+        "choices.gpu_tests: met means that they pass on a device, and that this sentence can be removed",
         cuda_code_runs,
     ),
 )
