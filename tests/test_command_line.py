@@ -99,12 +99,6 @@ def test_help_of_weights_has_all_codes_of_what_is_below_it():
     assert text.endswith(f"{BY_NAME['weights fetch'].examples[0]} {BY_NAME['weights verify'].examples[0]}")
 
 
-def test_the_readme_lists_the_same_codes():
-    table = re.findall(r"^\| ([0-9, ]+) \|", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE)
-    listed = {int(code) for cell in table for code in cell.split(",") if code.strip()}
-    assert set().union(*(verb.codes for verb in VERBS)) == listed
-
-
 MANIFEST = parse_manifest("version: 1\njobs: [{id: a, reference: r, video: v}]\n", base=".")
 GONE = InputNotFound("no such file", where="r")
 AWAY = StorageUnavailable("does not answer", where="s3://bucket")
