@@ -141,20 +141,7 @@ def test_commands_in_sentences_name_verbs_and_flags_of_these_verbs(name, span):
 
 
 ALL_FLAGS = set().union(*FLAGS.values()) | EVERYWHERE
-FOREIGN_FLAGS = {  # of git, pip, docker, kubectl, Slurm, Ray and of scripts in tools/
-    "--user",
-    "--unknown",
-    "--seconds",
-    "--device",
-    "--format",
-    "--jobs",
-    "--head",
-    "--port",
-    "--address",
-    "--samplers",
-    "--clips",
-    "--requeue",
-}
+FOREIGN_FLAGS = {"--jobs", "--unknown", "--user"}  # of sacct, tools/convert_rife.py and docker
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "THIRD_PARTY.md"])  # that one has FFmpeg's
