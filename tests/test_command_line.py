@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,48 @@ def test_help_ends_with_the_verb_s_codes_and_two_examples_that_can_be_typed(name
         settings = verb.settings(**fields)
         for place in (str(getattr(settings, "manifest", "")), str(getattr(settings, "calibrate", ""))):
             assert not place.startswith("manifests/") or (ROOT / place).is_file()
+
+
+def help_groups(name: str, capsys) -> dict[str, list[str]]:
+    """Heading of each group of a verb's help → its flags, in order; at 80 columns, as a terminal shows it."""
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    groups: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if re.fullmatch(r"[a-z ]+:", line):
+            groups[line.removesuffix(":")] = flags = []
+        elif found := re.match(r"  (?:-h, )?(--[a-z][a-z-]*)", line):
+            flags.append(found.group(1))
+    return {heading: flags for heading, flags in groups.items() if flags}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_help_of_a_verb_shows_common_flags_before_advanced_ones(name, capsys):
+    verb = BY_NAME[name]
+    groups = help_groups(name, capsys)
+    assert sorted(flag for flags in groups.values() for flag in flags) == sorted(f for v, f in FLAGS if v == name)
+    if not verb.common:
+        assert list(groups) == ["flags"]
+        assert len(groups["flags"]) <= 16
+        return
+    assert list(groups) == ["common flags", "advanced"]
+    assert groups["common flags"] == ["--help", *("--" + field.replace("_", "-") for field in verb.common)]
+    assert len(verb.common) <= 9
+    required = {flag_name(item) for item, flag in flags_of(verb.settings) if item.default is MISSING}
+    required &= {flag_name(item) for item, flag in flags_of(verb.settings) if item.default_factory is MISSING}
+    assert {flag for flag in required if flag.startswith("--")} <= set(groups["common flags"])
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_help_of_a_verb_begins_with_usage_and_one_line_of_purpose(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    usage, rest = capsys.readouterr().out.split("\n\n", 1)
+    assert usage.startswith(f"usage: video-lab {name} ")
+    assert usage.endswith("[flags]")
+    assert rest.splitlines()[0] == BY_NAME[name].text
+    assert len(BY_NAME[name].text) <= 100
 
 
 def test_help_of_weights_has_all_codes_of_what_is_below_it():

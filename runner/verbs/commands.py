@@ -1,7 +1,7 @@
-"""Commands: each verb as it stands on the command line: its settings, what it prints, its exit codes, examples.
+"""Commands: one row per verb of the command line: purpose, settings, common flags, exit codes, examples, output.
 
 In:   settings, how results are shown. Out: tables or JSON on standard output, an exit code. Never: parsing; how a verb
-works. Every command imports what it needs when it runs.
+works. A command imports its modules when it runs.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ __all__ = ["EXIT_CODES", "GROUPS", "ONE_OBJECT", "VERBS", "Display", "Verb"]
 
 EXIT_CODES: Mapping[int, str] = MappingProxyType(
     {
-        0: "success: every job succeeded or was done before, every check passed",
+        0: "success: every job is done, every check passed",
         1: "some jobs failed, or their inputs cannot be used",
-        2: "usage, manifest, weights or credentials: fix, then rerun",
-        3: "infrastructure, or jobs are left: rerun the same command",
-        4: "regression threshold broken",
+        2: "wrong usage, manifest, weights or credentials: fix it, then run again",
+        3: "infrastructure failed, or jobs are left: run the same command again",
+        4: "a render differs from its baseline",
         130: "SIGINT",
-        143: "SIGTERM, drained",
+        143: "SIGTERM",
     }
 )
 ONE_OBJECT = "one JSON object on standard output, and nothing else"  # of an error too
@@ -61,20 +61,25 @@ ONE_OBJECT = "one JSON object on standard output, and nothing else"  # of an err
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb, or one of `weights` or `submit`, as it stands on the command line."""
+    """One verb of the command line; `weights` and `submit` have several, with two words.
+
+    text: the purpose, one line. common: fields of the flags that `--help` shows first, in this order; empty: all.
+    codes: keys of EXIT_CODES. json_prints: what --json prints; empty: the verb has no --json.
+    """
 
     name: str
     text: str
     settings: type[Settings]
     call: Callable[[Any, Display], int]
-    codes: tuple[int, ...]  # of EXIT_CODES: what it can end with
+    codes: tuple[int, ...]
     examples: tuple[str, str]
-    json_prints: str = ""  # what --json prints, ONE_OBJECT or else; empty: there is no such flag
+    common: tuple[str, ...] = ()
+    json_prints: str = ""
 
 
 @dataclass(frozen=True)
 class Display:
-    """How results and events are shown: what is said on the command line and is no setting of a verb."""
+    """How results and events are shown: flags of the command line that are not settings of a verb."""
 
     log_format: Literal["auto", "console", "json"] = "auto"
     verbose: bool = False
@@ -305,14 +310,14 @@ def _demo(settings: DemoSettings, display: Display) -> int:
 
 
 GROUPS = {
-    "submit": "aws-batch | gcp-batch | kubernetes | slurm: a run on many machines, as an array of tasks",
-    "weights": "fetch | verify | demo: model files",
+    "submit": "send a run to AWS Batch, GCP Batch, Kubernetes or Slurm, as an array of tasks",
+    "weights": "download, verify or make model files: fetch, verify, demo",
 }
 SUBMIT_CODES = (0, 1, 2, 3)
 VERBS = (
     Verb(
         "run",
-        "render what is not done yet",
+        "render the jobs of a manifest that are not done",
         RunSettings,
         _run,
         (0, 1, 2, 3, 130, 143),
@@ -320,11 +325,12 @@ VERBS = (
             "video-lab run manifests/demo.yaml --out out/demo --models .cache/demo-models",
             "video-lab run s3://bucket/night.yaml --out s3://bucket/out --models s3://bucket/models --shard 3/16",
         ),
+        common=("out", "models", "recipe", "memory", "only", "limit", "dry_run", "retry_failed", "force"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "validate",
-        "check a manifest, and that its inputs exist and open; renders nothing",
+        "check a manifest and open its inputs; renders nothing",
         ValidateSettings,
         _validate,
         (0, 1, 2, 3),
@@ -336,7 +342,7 @@ VERBS = (
     ),
     Verb(
         "plan",
-        "print frames, segments, padding and cost of each job; renders nothing",
+        "forecast frames, memory and seconds of each job; renders nothing",
         PlanSettings,
         _plan,
         (0, 1, 2, 3),
@@ -344,11 +350,12 @@ VERBS = (
             "video-lab plan manifests/nightly.yaml --gpu 'RTX 5090'",
             "video-lab plan manifests/batch.jsonl --models models --recipe fp4-distill+fp8",
         ),
+        common=("models", "recipe", "gpu", "only", "limit"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "status",
-        "how far a run has come: done, failed, running, pending; 3 while jobs are left, then 1 or 0",
+        "show how many jobs of a run are done, failed, running or pending",
         StatusSettings,
         _status,
         (0, 1, 2, 3),
@@ -357,7 +364,7 @@ VERBS = (
     ),
     Verb(
         "report",
-        "one run over all its shards: seconds, memory, cost, failures; 0 once it is made, whatever became of the jobs",
+        "report seconds, memory, cost and failures of a run, over all its shards",
         ReportSettings,
         _report,
         (0, 2, 3),
@@ -369,7 +376,7 @@ VERBS = (
     ),
     Verb(
         "compare",
-        "compare a night's renders with the approved ones, and report what changed",
+        "compare a night's renders with the approved ones, and report the differences",
         CompareSettings,
         _compare,
         (0, 1, 2, 3, 4),
@@ -377,11 +384,12 @@ VERBS = (
             "video-lab compare out/2026-01-31 --baseline baseline --report out/2026-01-31/report",
             "video-lab compare s3://bucket/out --baseline s3://bucket/baseline --only 'anna-*' --record",
         ),
-        json_prints="one JSON object a night",
+        common=("baseline", "report", "only", "models", "record"),
+        json_prints="one JSON object per night",
     ),
     Verb(
         "approve",
-        "accept a night's renders as the baseline of the nights after it",
+        "accept a night's renders as the baseline of later nights",
         ApproveSettings,
         _approve,
         (0, 1, 2, 3),
@@ -389,20 +397,21 @@ VERBS = (
             "video-lab approve out/2026-01-31 --baseline baseline --why 'the first night, looked at'",
             "video-lab approve s3://bucket/out --baseline s3://bucket/baseline --job 'anna-*' --why 'sharper hands'",
         ),
-        json_prints="one JSON object a job",
+        common=("baseline", "why", "job", "who"),
+        json_prints="one JSON object per job",
     ),
     Verb(
         "clean",
-        "remove what killed runs left in an output folder: staged files, probes, unfinished uploads",
+        "list or remove files that killed runs left in an output folder",
         CleanSettings,
         _clean,
         (0, 2, 3),
         ("video-lab clean out/demo", "video-lab clean s3://bucket/out --older-than 2d --yes"),
-        json_prints="one JSON object a leftover",
+        json_prints="one JSON object per file",
     ),
     Verb(
         "doctor",
-        "check device, driver, libraries, weights, disk and S3, and say what to do",
+        "check device, driver, libraries, weights, disk and S3, with remedies",
         DoctorSettings,
         _doctor,
         (0, 2),
@@ -414,7 +423,7 @@ VERBS = (
     ),
     Verb(
         "preprocess",
-        "one video → src_pose.mp4, src_face.mp4, src_ref.png, as official files",
+        "preprocess one video into the official files: src_pose.mp4, src_face.mp4, src_ref.png",
         PreprocessSettings,
         _preprocess,
         (0, 1, 2, 3),
@@ -422,10 +431,11 @@ VERBS = (
             "video-lab preprocess --reference anna.png --video samba.mp4 --out anna-samba --models models",
             "video-lab preprocess --reference a.png --video v.mp4 --out a-v --models models --options '{fps: 30}'",
         ),
+        common=("reference", "video", "out", "models", "mask", "options"),
     ),
     Verb(
         "inspect",
-        "look at a driving video: numbered people, cuts, rate, what to mind; renders nothing",
+        "measure a driving video: numbered people, cuts, frame rate, advice; renders nothing",
         InspectSettings,
         _inspect,
         (0, 1, 2, 3),
@@ -433,11 +443,12 @@ VERBS = (
             "video-lab inspect samba.mp4 --models models --sheet samba.png",
             "video-lab inspect s3://bucket/samba.mp4 --models s3://bucket/models --json",
         ),
+        common=("models", "sheet"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "quantize",
-        "make a recipe's FP4 or SVDQ file from the published weights in the store",
+        "make the FP4 or SVDQ file of a recipe from the published weights",
         QuantizeSettings,
         _quantize,
         (0, 1, 2, 3),
@@ -445,10 +456,11 @@ VERBS = (
             "video-lab quantize --models models",
             "video-lab quantize --models models --recipe fp4 --format g32 --calibrate manifests/nightly.yaml",
         ),
+        common=("models", "recipe", "format", "calibrate"),
     ),
     Verb(
         "submit aws-batch",
-        "a run as an array job on AWS Batch, and a job that writes its report",
+        "send a run to AWS Batch as an array job, with a job that writes the report",
         SubmitAwsBatchSettings,
         _submit_aws_batch,
         SUBMIT_CODES,
@@ -458,11 +470,12 @@ VERBS = (
             "video-lab submit aws-batch night.yaml --out s3://bucket/out --models s3://bucket/models "
             "--image registry.example.com/video-lab:0.1.0 --queue gpus --shards 16 --render-only night-job",
         ),
+        common=("out", "models", "image", "queue", "shards", "gpu", "within", "spot", "render_only"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "submit gcp-batch",
-        "a run as a job on GCP Batch, a task a shard, and a job that writes its report",
+        "send a run to GCP Batch as a job with tasks, with a job that writes the report",
         SubmitGcpBatchSettings,
         _submit_gcp_batch,
         SUBMIT_CODES,
@@ -474,11 +487,12 @@ VERBS = (
             "--image registry.example.com/video-lab:0.1.0 --location us-central1 --machine-type a2-highgpu-1g "
             "--shards 16 --render-only night-job",
         ),
+        common=("out", "models", "image", "location", "machine_type", "shards", "spot", "render_only"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "submit kubernetes",
-        "a run as an Indexed Job on a Kubernetes cluster, and a Job that writes its report",
+        "send a run to Kubernetes as an Indexed Job, with a Job that writes the report",
         SubmitKubernetesSettings,
         _submit_kubernetes,
         SUBMIT_CODES,
@@ -488,11 +502,12 @@ VERBS = (
             "video-lab submit kubernetes night.yaml --out s3://bucket/out --models s3://bucket/models "
             "--image registry.example.com/video-lab:0.1.0 --gpu H100 --within 2h --render-only night-job",
         ),
+        common=("out", "models", "image", "shards", "gpu", "within", "secret", "spot", "render_only"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "submit slurm",
-        "a run as an array job of Apptainer containers, and a job that writes its report",
+        "send a run to Slurm as an array job of Apptainer containers, with a job that writes the report",
         SubmitSlurmSettings,
         _submit_slurm,
         SUBMIT_CODES,
@@ -502,11 +517,12 @@ VERBS = (
             "video-lab submit slurm /shared/night.yaml --out /shared/out --models /shared/models "
             "--image /shared/video-lab.sif --shards 16 --render-only night-job",
         ),
+        common=("out", "models", "image", "shards", "gpu", "within", "partition", "time_limit", "render_only"),
         json_prints=ONE_OBJECT,
     ),
     Verb(
         "weights fetch",
-        "download the published files of a recipe into the store",
+        "download the published files of a recipe into the model store",
         FetchSettings,
         _fetch,
         (0, 2, 3),
@@ -514,18 +530,20 @@ VERBS = (
             "video-lab weights fetch --models models --dry-run",
             "video-lab weights fetch --models models --recipe fp4-distill --part transformer",
         ),
+        common=("models", "recipe", "part", "dry_run"),
     ),
     Verb(
         "weights verify",
-        "check that a recipe's files are in the store, whole, and the published ones",
+        "check that the files of a recipe are complete and have the published checksums",
         VerifySettings,
         _verify,
         (0, 2, 3),
         ("video-lab weights verify --models models", "video-lab weights verify --models models --plan --format g32"),
+        common=("models", "recipe"),
     ),
     Verb(
         "weights demo",
-        "put the demo's tiny models and its media in place; needs no hub",
+        "make the demo's tiny models and its media; needs no network",
         DemoSettings,
         _demo,
         (0, 2, 3),

@@ -1,10 +1,11 @@
-"""Settings: one frozen value a verb, checked when it is made.
+"""Settings: one frozen value per verb, checked when it is created.
 
 In:   the values of flags, as text from the command line or as Python values. Out: `RunSettings`, `PlanSettings`, …;
-ConfigInvalid for a value that cannot be meant, which names the flag. Never: files, networks or devices: whether a store
-or a folder is there is found out by the verb.
+ConfigInvalid for an invalid value; it names the flag. Never: files, networks or devices: the verb checks whether a
+store or a folder exists.
 
-A field has the name of its flag, with `_` for `-`, see flags.py. The default of a flag stands here and nowhere else.
+A field has the name of its flag, with `_` for `-`, see flags.py. The default of a flag is defined here and nowhere
+else. The flags that `--help` shows first are listed in commands.py.
 """
 
 from __future__ import annotations
@@ -96,23 +97,23 @@ SCALES: tuple[ScaleMethod, ...] = get_args(ScaleMethod)  # the first is the defa
 
 
 def default_cache() -> Path:
-    """$VIDEO_LAB_CACHE, else below the home folder."""
+    """Return $VIDEO_LAB_CACHE, or a folder below the home folder."""
     named = os.environ.get("VIDEO_LAB_CACHE")
     return Path(named) if named else home_folder() / ".cache" / "video-lab"
 
 
 def default_models() -> str | None:
-    """$VIDEO_LAB_MODELS."""
+    """Return $VIDEO_LAB_MODELS."""
     return os.environ.get("VIDEO_LAB_MODELS")
 
 
 def default_demo_models() -> str:
-    """$VIDEO_LAB_MODELS, else a folder below the working directory."""
+    """Return $VIDEO_LAB_MODELS, or a folder below the working directory."""
     return default_models() or ".cache/demo-models"
 
 
 def home_folder() -> Path:
-    """The home folder; below the folder for temporary files where the user has none (a container with --user)."""
+    """Return the home folder. A user without one (a container with --user) gets a folder for temporary files."""
     try:
         return Path.home()
     except RuntimeError:
@@ -121,42 +122,44 @@ def home_folder() -> Path:
 
 # -- fields that several verbs have ------------------------------------------------------------------------------------
 
-MANIFEST = flag("YAML or JSONL: a path, s3://… or - for standard input", is_manifest, "MANIFEST", positional=True)
-OUT = flag("output folder or s3://bucket/prefix", is_text, "OUT", positional=True)
-BASELINE = flag("folder or s3://bucket/prefix of the approved renders", is_text, "URI")
-CACHE = flag("for synced models and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR")
-STORE = flag("model store: a folder or s3://… ($VIDEO_LAB_MODELS)", is_text, "URI")
-LOCAL_STORE = flag("model store: a folder ($VIDEO_LAB_MODELS)", is_text, "DIR")
-RECIPE = flag("whose files: weights and precision", is_recipe, "NAME")
+MANIFEST = flag(
+    "manifest in YAML or JSON lines: a path, s3://… or - for standard input", is_manifest, "MANIFEST", positional=True
+)
+OUT = flag("output folder of the run: a path or s3://bucket/prefix", is_text, "OUT", positional=True)
+BASELINE = flag("approved renders: a folder or s3://bucket/prefix", is_text, "URI")
+CACHE = flag("folder for caches, models from a bucket and temporary files (default: $VIDEO_LAB_CACHE)", is_path, "DIR")
+STORE = flag("model store: a folder or s3://… (default: $VIDEO_LAB_MODELS)", is_text, "URI")
+LOCAL_STORE = flag("model store: a folder (default: $VIDEO_LAB_MODELS)", is_text, "DIR")
+RECIPE = flag("recipe: weights, precision and steps", is_recipe, "NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """Which weights, and where they are computed with."""
+    """The weights, and the device that computes with them."""
 
     models: str | None = field(default_factory=default_models, metadata=STORE)
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
     recipe: str | None = field(
-        default=None, metadata=flag("weights, precision and steps; over the manifest's", is_recipe, "NAME")
+        default=None, metadata=flag("weights, precision and steps; replaces the manifest's recipe", is_recipe, "NAME")
     )
-    device: str = field(default="auto", metadata=choice("auto: cuda where there is one", DEVICES))
+    device: str = field(default="auto", metadata=choice("auto: cuda if there is a GPU", DEVICES))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings(Settings):
-    """Which share of the jobs. Without a share the scheduler's environment decides, when the verb starts."""
+    """The share of the jobs. Without one the scheduler's environment decides when the verb starts."""
 
     shard: str | None = field(
         default=None,
         metadata=flag(
-            "this share of the jobs, or any: each job that no other runner holds; default: from the scheduler's "
-            "environment",
+            "share I of N of the jobs; any: each job that no other runner holds (default: from the scheduler's "
+            "environment)",
             is_text,
             "I/N|any",
         ),
     )
     shard_count: int | None = field(
-        default=None, metadata=flag("shares in all, where the scheduler tells only I", partial(is_whole, 1), "N")
+        default=None, metadata=flag("number of shares, if the scheduler gives only I", partial(is_whole, 1), "N")
     )
 
     def check_together(self) -> None:
@@ -167,16 +170,15 @@ class ShardSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings(Settings):
-    """Which jobs of the manifest. A shard is a share of the jobs that these leave."""
+    """The selected jobs of the manifest. A shard is a share of these."""
 
     only: tuple[str, ...] = field(
-        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id matches; repeatable", are_texts, "GLOB", repeatable=True)
     )
     limit: int | None = field(
         default=None,
         metadata=flag(
-            "the first N jobs of the manifest, of those that --only leaves, whether they are done or not; shards are "
-            "cut afterwards",
+            "only the first N jobs, after --only and before --shard; jobs that are done count too",
             partial(is_whole, 1),
             "N",
         ),
@@ -185,12 +187,12 @@ class SelectionSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RootSettings(Settings):
-    """Where inputs may lie."""
+    """The folders that inputs may be in."""
 
     input_root: tuple[str, ...] = field(
         default=(),
         metadata=flag(
-            "refuse inputs that lie elsewhere, symlinks followed; a folder or s3://bucket/prefix, repeatable",
+            "refuse inputs outside this folder or s3://bucket/prefix; symbolic links are followed; repeatable",
             are_texts,
             "DIR",
             repeatable=True,
@@ -200,61 +202,61 @@ class RootSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Settings):
-    """How the preprocessing's networks run."""
+    """How the networks of the preprocessing run."""
 
     pose_precision: PosePrecision = field(
         default="fp32",
         metadata=choice(
-            "int8: the pose network's matrix products in 8 bits, on the CPU only; made once, kept in --cache",
+            "int8: matrix products of the pose network in 8 bits, on a CPU only; made once and kept in --cache",
             get_args(PosePrecision),
         ),
     )
     tensorrt: TensorrtMode = field(
         default="off",
         metadata=choice(
-            "preprocessing through TensorRT on a GPU, engines kept in --cache; auto: where it is installed",
+            "TensorRT for the preprocessing on a GPU; engines are kept in --cache; auto: if it is installed",
             get_args(TensorrtMode),
         ),
     )
 
 
-# -- one value a verb --------------------------------------------------------------------------------------------------
+# -- one value per verb ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSettings, ModelSettings):
-    """`video-lab run`. `manifest` may be a path, a URI, `-` for standard input, or a manifest that was read before."""
+    """`video-lab run`. `manifest` may be a path, a URI, `-` for standard input, or a `Manifest`."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
-    out: str = field(metadata=flag("output folder or s3://bucket/prefix", is_text, "URI"))
+    out: str = field(metadata=flag("output folder: a path or s3://bucket/prefix", is_text, "URI"))
     run_id: str | None = field(
         default=None,
-        metadata=flag("of the summary; default: the scheduler's job id, else the time", is_run_id, "ID"),
+        metadata=flag("name of the run (default: the scheduler's job id, or the time)", is_run_id, "ID"),
     )
     memory: str | None = field(
         default=None,
         metadata=flag(
-            f"where weights live: {', '.join(MEMORY_CHOICES)}; over the manifest's",
+            f"memory mode: {', '.join(MEMORY_CHOICES)}; replaces the manifest's",
             partial(is_one_of, MEMORY_CHOICES),
             "MODE",
         ),
     )
-    force: bool = field(default=False, metadata=switch("run every job, done or not"))
-    retry_failed: bool = field(default=False, metadata=switch("run only jobs that have failed"))
-    max_attempts: int = field(default=3, metadata=flag("attempts a job gets; 0: no limit", partial(is_whole, 0), "N"))
-    drain_s: float = field(default=20.0, metadata=flag("seconds the running job gets after a signal", is_seconds, "S"))
+    force: bool = field(default=False, metadata=switch("render every job again, also jobs that are done"))
+    retry_failed: bool = field(default=False, metadata=switch("render only jobs that have failed"))
+    max_attempts: int = field(default=3, metadata=flag("attempts per job; 0: no limit", partial(is_whole, 0), "N"))
+    drain_s: float = field(default=20.0, metadata=flag("seconds for the running job after a signal", is_seconds, "S"))
     checkpoint: str = field(
         default="out",
         metadata=choice(
-            "where the finished segments of a job are kept until it is published, so that a killed job goes on after "
-            "them: below its output folder, below --cache, or nowhere",
+            "where finished segments are kept until their job is published, so that a killed job can continue: in "
+            "the job's output folder, in --cache, or nowhere",
             CHECKPOINTS,
         ),
     )
     spot: str | None = field(
         default=None,
         metadata=flag(
-            "stop early when the cloud announces that it takes this machine back, or when the file PATH appears",
+            "stop when the cloud announces that it takes this machine back, or when the file PATH appears",
             is_spot,
             "aws|gcp|file:PATH",
         ),
@@ -262,20 +264,20 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     assume: str | None = field(
         default=None,
         metadata=flag(
-            "how to read a published FP4 file where it does not say, e.g. nibble=high", is_read_options, "K=V,…"
+            "how to read a published FP4 file that does not state it, e.g. nibble=high", is_read_options, "K=V,…"
         ),
     )
     sheet: Path | None = field(
-        default=None, metadata=flag("also draw a contact sheet of this run's outputs", is_path, "PNG")
+        default=None, metadata=flag("also write a contact sheet of this run's outputs", is_path, "PNG")
     )
     dry_run: bool = field(
         default=False,
-        metadata=switch("say which jobs would run, and why; renders nothing, loads nothing, writes nothing"),
+        metadata=switch("show which jobs would run, and why; renders and writes nothing"),
     )
     gpus: str | None = field(
         default=None,
         metadata=flag(
-            "a process on each of these GPUs of this machine, all or numbers; each runs as with --shard any",
+            "one process per GPU of this machine: all, or these numbers; they share the jobs as with --shard any",
             are_gpus,
             "all|0,1,…",
         ),
@@ -283,14 +285,14 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
     on: str | None = field(
         default=None,
         metadata=flag(
-            "on Ray: a worker on each GPU of this machine, or of the cluster that RAY_ADDRESS names or that runs here "
-            "(ray:auto), or of the one at HOST:PORT; run it on a node of that cluster",
+            "use Ray, one worker per GPU: of this machine (ray), of the cluster of RAY_ADDRESS or of this machine "
+            "(ray:auto), or of the cluster at HOST:PORT, from one of its nodes",
             is_on,
             "ray|ray:auto|ray:HOST:PORT",
         ),
     )
     workers: int | None = field(
-        default=None, metadata=flag("with --on: so many workers, on CPUs", partial(is_whole, 1), "N")
+        default=None, metadata=flag("with --on: number of workers, on CPUs", partial(is_whole, 1), "N")
     )
 
     def check_together(self) -> None:
@@ -302,14 +304,16 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
             raise ConfigInvalid("--gpus and --device cpu contradict each other", todo="Leave one of them out")
         if (self.shard or "any").strip() != "any" or self.shard_count is not None:
             raise ConfigInvalid(
-                "--gpus shares all jobs among its processes, and --shard I/N or --shard-count asks for a part of them",
+                "--gpus shares all jobs among its processes, but --shard I/N or --shard-count selects a part of them",
                 todo="Leave one of them out; --gpus on several machines shares the manifest too",
             )
 
     def _check_ray(self) -> None:
         if self.on is None:
             if self.workers is not None:
-                raise ConfigInvalid("--workers says how many workers --on starts", todo="Give --on ray too")
+                raise ConfigInvalid(
+                    "--workers needs --on: it is the number of workers that --on starts", todo="Give --on ray too"
+                )
             return
         if self.gpus is not None:
             raise ConfigInvalid(
@@ -322,12 +326,12 @@ class RunSettings(NetworkSettings, RootSettings, SelectionSettings, ShardSetting
             )
         if self.workers is None and self.device == "cpu":
             raise ConfigInvalid(
-                "--on without --workers starts a worker on each GPU, and --device cpu asks for none",
+                "--on without --workers starts a worker on each GPU, which contradicts --device cpu",
                 todo="Give --workers N instead of --device cpu",
             )
         if (self.shard or "any").strip() != "any" or self.shard_count is not None:
             raise ConfigInvalid(
-                "--on hands all jobs to its workers, and --shard I/N or --shard-count asks for a part of them",
+                "--on gives all jobs to its workers, but --shard I/N or --shard-count selects a part of the jobs",
                 todo="Leave one of them out",
             )
 
@@ -337,11 +341,11 @@ class ValidateSettings(RootSettings, SelectionSettings):
     """`video-lab validate`."""
 
     manifest: str | Manifest = field(metadata=MANIFEST)
-    deep: bool = field(default=False, metadata=switch("decode images whole, download s3:// inputs and open them too"))
-    no_inputs: bool = field(default=False, metadata=switch("check the manifest's text only"))
+    deep: bool = field(default=False, metadata=switch("decode images completely; download s3:// inputs and open them"))
+    no_inputs: bool = field(default=False, metadata=switch("check only the text of the manifest"))
     models: str | None = field(
         default=None,
-        metadata=flag("check that this model store has the jobs' LoRAs, and whole", is_text, "URI"),
+        metadata=flag("also check the LoRAs and optional networks of the jobs in this model store", is_text, "URI"),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -353,7 +357,9 @@ class PlanSettings(RootSettings, SelectionSettings, ShardSettings, ModelSettings
     manifest: str | Manifest = field(metadata=MANIFEST)
     gpu: str | None = field(
         default=None,
-        metadata=flag("whose seconds to forecast, e.g. 'RTX 5090'; default: the one here", is_text, "NAME"),
+        metadata=flag(
+            "GPU to forecast the seconds of, e.g. 'RTX 5090' (default: the GPU of this machine)", is_text, "NAME"
+        ),
     )
 
 
@@ -362,27 +368,29 @@ class StatusSettings(Settings):
     """`video-lab status`. `wait` and `watch` return when no job of the run is left."""
 
     out: str = field(metadata=OUT)
-    run: str | None = field(default=None, metadata=flag("of this run; default: the newest one", is_run_id, "ID"))
+    run: str | None = field(default=None, metadata=flag("the run (default: the run that began last)", is_run_id, "ID"))
     all: bool = field(
         default=False,
-        metadata=switch("of more than 50 jobs show those too that are plainly done and those that have not begun"),
+        metadata=switch("show every job, also of a run of more than 50 jobs"),
     )
     wait: bool = field(
         default=False,
-        metadata=switch(
-            "return when no job is pending, running or lost any more; with --run a run that has not begun is waited for"
-        ),
+        metadata=switch("return when no job is pending, running or lost; with --run also wait for the run to begin"),
     )
-    watch: bool = field(default=False, metadata=switch("as --wait, and show each look, with the rate and the ETA"))
-    every: float = field(default=10.0, metadata=flag("seconds between two looks", is_interval, "S"))
+    watch: bool = field(
+        default=False, metadata=switch("wait, and show the status every --every seconds, with rate and ETA")
+    )
+    every: float = field(default=10.0, metadata=flag("seconds between two readings of the status", is_interval, "S"))
     timeout: str | None = field(
         default=None,
-        metadata=flag("give up waiting after 30m, 2h, …, with exit code 3; default: never", is_age, "AGE"),
+        metadata=flag("stop waiting after 30m, 2h, …, with exit code 3 (default: never)", is_age, "AGE"),
     )
 
     def check_together(self) -> None:
         if self.timeout is not None and not (self.wait or self.watch):
-            raise ConfigInvalid("ends a wait, and none was asked for", where="--timeout", todo="Give --wait or --watch")
+            raise ConfigInvalid(
+                "needs --wait or --watch", where="--timeout", todo="Give one of them, or leave --timeout out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,32 +398,36 @@ class ReportSettings(Settings):
     """`video-lab report`. Without `run`: the run that began last. Without `to`: into the run's own folder."""
 
     out: str = field(metadata=OUT)
-    run: str | None = field(default=None, metadata=flag("the run; default: the one that began last", is_run_id, "ID"))
+    run: str | None = field(default=None, metadata=flag("the run (default: the run that began last)", is_run_id, "ID"))
     gpu_hour: float | None = field(
         default=None,
-        metadata=flag("price of an hour of one GPU: tells cost by job and by second of film", is_price, "PRICE"),
+        metadata=flag("price of one hour of one GPU; adds the cost per job and per second of film", is_price, "PRICE"),
     )
     to: str | None = field(
         default=None,
         metadata=flag(
-            "folder or s3://bucket/prefix for report.html and report.json; default: the run's folder below OUT",
+            "folder or s3://bucket/prefix for report.html and report.json (default: the run's folder below OUT)",
             is_text,
             "URI",
         ),
     )
     wait: bool = field(
         default=False,
-        metadata=switch("first wait until the run has begun, and no job is pending, running or lost any more"),
+        metadata=switch("first wait until the run has begun and no job is pending, running or lost"),
     )
-    every: float = field(default=10.0, metadata=flag("seconds between two looks of --wait", is_interval, "S"))
+    every: float = field(
+        default=10.0, metadata=flag("with --wait: seconds between two readings of the status", is_interval, "S")
+    )
     timeout: str | None = field(
         default=None,
-        metadata=flag("report what there is after 30m, 2h, … of waiting; default: wait for ever", is_age, "AGE"),
+        metadata=flag(
+            "with --wait: stop waiting after 30m, 2h, … and report what exists (default: never)", is_age, "AGE"
+        ),
     )
 
     def check_together(self) -> None:
         if self.timeout is not None and not self.wait:
-            raise ConfigInvalid("ends a wait, and none was asked for", where="--timeout", todo="Give --wait")
+            raise ConfigInvalid("needs --wait", where="--timeout", todo="Give --wait, or leave --timeout out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,12 +435,16 @@ class CleanSettings(Settings):
     """`video-lab clean`."""
 
     out: str = field(metadata=OUT)
-    older_than: str = field(default="1h", metadata=flag("leave what is younger: 30m, 1h, 2d, 0s", is_age, "AGE"))
+    older_than: str = field(
+        default="1h", metadata=flag("remove only files older than this: 30m, 1h, 2d, 0s", is_age, "AGE")
+    )
     checkpoints: bool = field(
         default=False,
-        metadata=switch("finished segments of jobs that are not done too: a rerun begins at their first segment then"),
+        metadata=switch(
+            "also remove finished segments of jobs that are not done; these jobs then begin at their first segment"
+        ),
     )
-    yes: bool = field(default=False, metadata=switch("remove them; without it they are only listed"))
+    yes: bool = field(default=False, metadata=switch("remove the files; without this flag they are only listed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,26 +455,30 @@ class CompareSettings(Settings):
     baseline: str = field(metadata=BASELINE)
     report: str | None = field(
         default=None,
-        metadata=flag("write report.html, junit.xml, comparison.json and summary.md there", is_text, "URI"),
+        metadata=flag(
+            "folder or s3://bucket/prefix for report.html, junit.xml, comparison.json and summary.md", is_text, "URI"
+        ),
     )
     only: tuple[str, ...] = field(
-        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id matches; repeatable", are_texts, "GLOB", repeatable=True)
     )
     manifest: str | Manifest | None = field(
-        default=None, metadata=flag("take the limits from this manifest's regression:", is_manifest, "MANIFEST")
+        default=None, metadata=flag("take the limits (`regression:`) from this manifest", is_manifest, "MANIFEST")
     )
     models: str | None = field(
         default=None,
-        metadata=flag("model store: compare the person's identity with its image encoder too", is_text, "URI"),
+        metadata=flag("model store: also compare the identity of the person with its image encoder", is_text, "URI"),
     )
     bootstrap: bool = field(
-        default=False, metadata=switch("accept jobs that have no baseline yet as drafts: a first night")
+        default=False, metadata=switch("accept jobs without a baseline as drafts; for a first night")
     )
-    record: bool = field(default=False, metadata=switch("add this night to the baseline's history"))
-    suggest: bool = field(default=False, metadata=switch("print limits that follow from the nights in the history"))
+    record: bool = field(default=False, metadata=switch("add this night to the history of the baseline"))
+    suggest: bool = field(default=False, metadata=switch("print limits that the nights of the history keep"))
     embed_mb: float = field(
         default=4.0,
-        metadata=flag("videos up to this size are put into report.html, larger ones beside it", is_megabytes, "MB"),
+        metadata=flag(
+            "embed videos up to this size in report.html; larger videos become files beside it", is_megabytes, "MB"
+        ),
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -470,19 +490,17 @@ class ApproveSettings(Settings):
     out: str = field(metadata=OUT)
     baseline: str = field(metadata=BASELINE)
     job: tuple[str, ...] = field(
-        default=(), metadata=flag("only jobs whose id fits; repeatable", are_texts, "GLOB", repeatable=True)
+        default=(), metadata=flag("only jobs whose id matches; repeatable", are_texts, "GLOB", repeatable=True)
     )
-    why: str = field(metadata=flag("the reason, which is kept with the baseline", is_reason, "TEXT"))
-    who: str | None = field(default=None, metadata=flag("who approves; default: USER@HOST", is_reason, "NAME"))
+    why: str = field(metadata=flag("reason of the approval; it is kept with the baseline", is_reason, "TEXT"))
+    who: str | None = field(default=None, metadata=flag("who approves (default: USER@HOST)", is_reason, "NAME"))
     as_of: str | None = field(
         default=None,
-        metadata=flag("leave jobs alone that were approved after this time, UTC", is_time, "YYYY-MM-DDTHH:MM:SSZ"),
+        metadata=flag("refuse jobs that were approved after this time, UTC", is_time, "YYYY-MM-DDTHH:MM:SSZ"),
     )
-    missing: bool = field(
-        default=False, metadata=switch("jobs of the baseline that are not in OUT leave the baseline, too")
-    )
+    missing: bool = field(default=False, metadata=switch("also remove jobs from the baseline that are not in OUT"))
     replace_newer: bool = field(
-        default=False, metadata=switch("replace what was approved of a later night, or after --as-of, too")
+        default=False, metadata=switch("also replace approvals of a later night, and approvals after --as-of")
     )
     cache: Path = field(default_factory=default_cache, metadata=CACHE)
 
@@ -491,7 +509,10 @@ class ApproveSettings(Settings):
 class DoctorSettings(ModelSettings):
     """`video-lab doctor`."""
 
-    out: str | None = field(default=None, metadata=flag("check that this can be written", is_text, "URI"))
+    out: str | None = field(
+        default=None,
+        metadata=flag("also check that this output folder or s3://bucket/prefix can be written", is_text, "URI"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,7 +522,10 @@ class PreprocessSettings(NetworkSettings, ModelSettings, RootSettings):
     reference: str = field(metadata=flag("image of the character", is_text, "URI"))
     video: str = field(metadata=flag("driving video", is_text, "URI"))
     mask: str | None = field(
-        default=None, metadata=flag("replace mode: white where the character goes; else it is made", is_text, "URI")
+        default=None,
+        metadata=flag(
+            "mask video for replace mode: white where the character goes (default: SAM 2 makes it)", is_text, "URI"
+        ),
     )
     out: Path = field(metadata=flag("folder for the files", is_path, "DIR"))
     options: str | Mapping[str, Any] | None = field(
@@ -511,23 +535,28 @@ class PreprocessSettings(NetworkSettings, ModelSettings, RootSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(NetworkSettings, RootSettings):
-    """`video-lab inspect`. Without `models` the video is measured, and people are not looked for."""
+    """`video-lab inspect`. Without `models` the video is measured, and people are not searched for."""
 
     video: str = field(metadata=flag("driving video: a path or s3://…", is_text, "VIDEO", positional=True))
     models: str | None = field(
         default_factory=default_models,
         metadata=flag(
-            "model store with the detector and the pose network: shows people ($VIDEO_LAB_MODELS)", is_text, "URI"
+            "model store with the detector and the pose network, to find people (default: $VIDEO_LAB_MODELS)",
+            is_text,
+            "URI",
         ),
     )
     cache: Path = field(
         default_factory=default_cache,
-        metadata=flag("for synced models, what was seen and scratch ($VIDEO_LAB_CACHE)", is_path, "DIR"),
+        metadata=flag(
+            "folder for caches, models from a bucket and temporary files (default: $VIDEO_LAB_CACHE)", is_path, "DIR"
+        ),
     )
     sheet: Path | None = field(
-        default=None, metadata=flag("draw frames with numbered boxes, facts and a row a person there", is_path, "PNG")
+        default=None,
+        metadata=flag("write a picture: frames with numbered boxes, facts, one row per person", is_path, "PNG"),
     )
-    device: str = field(default="auto", metadata=choice("auto: cuda where there is one", DEVICES))
+    device: str = field(default="auto", metadata=choice("auto: cuda if there is a GPU", DEVICES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,33 +565,43 @@ class QuantizeSettings(ModelSettings):
 
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     format: str | None = field(
-        default=None, metadata=choice(f"number format (the recipe's, else {NUMBER_FORMATS[0]})", NUMBER_FORMATS)
+        default=None, metadata=choice(f"number format (default: the recipe's, or {NUMBER_FORMATS[0]})", NUMBER_FORMATS)
     )
     scales: ScaleMethod | None = field(
         default=None,
-        metadata=choice(f"how scales are chosen; not with --calibrate, not of SVDQ ({SCALES[0]})", SCALES),
+        metadata=choice(f"how scales are chosen; not with --calibrate or SVDQ (default: {SCALES[0]})", SCALES),
     )
     calibrate: str | Manifest | None = field(
         default=None,
-        metadata=flag("render these jobs first; scales and smoothing go by activations", is_manifest, "MANIFEST"),
+        metadata=flag(
+            "first render the jobs of this manifest and choose scales and smoothing by their activations",
+            is_manifest,
+            "MANIFEST",
+        ),
     )
     lora: tuple[str, ...] = field(
-        default=(), metadata=flag("merge it too; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
+        default=(), metadata=flag("also merge this LoRA; repeatable", are_texts, "FILE[:STRENGTH]", repeatable=True)
     )
-    rule: str = field(default=ALL_LAYERS, metadata=flag("which layers: all, or sensitive ones kept", is_rule, "NAME"))
-    text_encoder: bool = field(default=False, metadata=switch("make the INT4 text encoder too"))
-    rank: int | None = field(default=None, metadata=flag("of SVDQ: rank of the 16-bit factors (32)", is_rank, "N"))
+    rule: str = field(
+        default=ALL_LAYERS, metadata=flag("layers to quantise: all, or all but sensitive ones", is_rule, "NAME")
+    )
+    text_encoder: bool = field(default=False, metadata=switch("also make the INT4 text encoder"))
+    rank: int | None = field(
+        default=None, metadata=flag("SVDQ: rank of the 16-bit factors (default: 32)", is_rank, "N")
+    )
     refits: int | None = field(
         default=None,
-        metadata=flag("of SVDQ: fit the factors N times to what rounding left (0)", partial(is_whole, 0), "N"),
+        metadata=flag(
+            "SVDQ: how often the factors are fitted again to the rounding error (default: 0)", partial(is_whole, 0), "N"
+        ),
     )
     export: tuple[str, Path] | None = field(
-        default=None, metadata=flag("of SVDQ: write it for another program too", is_export, "{lite,cache-dit} DIR")
+        default=None, metadata=flag("SVDQ: also write the file for another program", is_export, "{lite,cache-dit} DIR")
     )
 
     @property
     def number_format(self) -> str:
-        """`format`, else the one that the recipe's products need."""
+        """`format`, or the format that the recipe computes in."""
         compute = get_recipe(self.recipe).compute
         return self.format or (compute if compute in SVDQ_LAYOUTS else NUMBER_FORMATS[0])
 
@@ -579,7 +618,7 @@ class QuantizeSettings(ModelSettings):
         compute = get_recipe(self.recipe).compute
         if compute in SVDQ_LAYOUTS and self.number_format != compute:
             raise ConfigInvalid(
-                f"--recipe {self.recipe} runs {compute}, and --format {self.format} is another",
+                f"--recipe {self.recipe} needs the format {compute}, but --format is {self.format}",
                 todo=f"Leave --format out, or write --format {compute}",
             )
         svdq = self.number_format in SVDQ_LAYOUTS
@@ -587,13 +626,13 @@ class QuantizeSettings(ModelSettings):
             check_by("--format", lambda: get_recipe(self.target_recipe))
         if svdq and self.scales is not None:
             raise ConfigInvalid(
-                f"--scales {self.scales} is of FP4, and {self.number_format} always searches its scales",
+                f"--scales {self.scales} is for FP4; {self.number_format} always searches its scales",
                 todo="Leave --scales out",
             )
         for name in ("rank", "refits", "export"):
             if not svdq and getattr(self, name) is not None:
                 raise ConfigInvalid(
-                    f"--{name} is of SVDQ, and {self.number_format} has no low-rank factors",
+                    f"--{name} is for SVDQ; {self.number_format} has no low-rank factors",
                     todo=f"Leave it out, or write --format {next(iter(SVDQ_LAYOUTS))}",
                 )
 
@@ -607,12 +646,14 @@ class FetchSettings(Settings):
     part: tuple[str, ...] | None = field(
         default=None, metadata=flag("only this part; repeatable", are_parts, "PART", repeatable=True)
     )
-    endpoint: str | None = field(default=None, metadata=flag("the hub ($HF_ENDPOINT)", is_text, "URL"))
+    endpoint: str | None = field(
+        default=None, metadata=flag("address of the model hub (default: $HF_ENDPOINT)", is_text, "URL")
+    )
     revision: tuple[str, ...] = field(
         default=(),
         metadata=flag("branch, tag or commit; repeatable", are_revisions, "REPO=REV", repeatable=True),
     )
-    dry_run: bool = field(default=False, metadata=switch("show files, sizes and licences only"))
+    dry_run: bool = field(default=False, metadata=switch("only show files, sizes and licences"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -622,16 +663,22 @@ class VerifySettings(Settings):
     models: str | None = field(default_factory=default_models, metadata=LOCAL_STORE)
     recipe: str = field(default=DEFAULT_RECIPE, metadata=RECIPE)
     cache: Path = field(
-        default_factory=default_cache, metadata=flag("where runs remember digests ($VIDEO_LAB_CACHE)", is_path, "DIR")
+        default_factory=default_cache,
+        metadata=flag("folder where digests of files are kept (default: $VIDEO_LAB_CACHE)", is_path, "DIR"),
     )
-    plan: bool = field(default=False, metadata=switch("print the quantised file layer by layer; checks nothing"))
-    format: str = field(default=NUMBER_FORMATS[0], metadata=choice("--plan: number format", NUMBER_FORMATS))
-    rank: int | None = field(default=None, metadata=flag("--plan: rank, of SVDQ (32)", partial(is_whole, 1), "N"))
-    rule: str = field(default=ALL_LAYERS, metadata=flag("--plan: which layers", is_rule, "NAME"))
+    plan: bool = field(default=False, metadata=switch("print the layers of the quantised file; checks nothing"))
+    format: str = field(default=NUMBER_FORMATS[0], metadata=choice("with --plan: number format", NUMBER_FORMATS))
+    rank: int | None = field(
+        default=None, metadata=flag("with --plan: rank of SVDQ (default: 32)", partial(is_whole, 1), "N")
+    )
+    rule: str = field(default=ALL_LAYERS, metadata=flag("with --plan: layers to quantise", is_rule, "NAME"))
     against: Path | None = field(
-        default=None, metadata=flag("settle how a published FP4 file is read", is_path, "SOURCE")
+        default=None,
+        metadata=flag("find out how to read a published FP4 file, from the weights in SOURCE", is_path, "SOURCE"),
     )
-    layer: str | None = field(default=None, metadata=flag("--against: this layer, not the first", is_text, "NAME"))
+    layer: str | None = field(
+        default=None, metadata=flag("with --against: compare this layer (default: the first)", is_text, "NAME")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,6 +687,6 @@ class DemoSettings(Settings):
 
     models: str = field(
         default_factory=default_demo_models,
-        metadata=flag("folder for the models ($VIDEO_LAB_MODELS, else .cache/demo-models)", is_text, "DIR"),
+        metadata=flag("folder for the models (default: $VIDEO_LAB_MODELS, or .cache/demo-models)", is_text, "DIR"),
     )
     media: Path = field(default=Path(".cache/demo-media"), metadata=flag("folder for the media", is_path, "DIR"))

@@ -134,7 +134,7 @@ def test_a_run_that_has_not_begun_by_the_timeout_is_an_error(tmp_path, monkeypat
         assert "no run r has kept its jobs there" in capsys.readouterr().err
     assert clock.now == 100.0
     assert main(["report", str(tmp_path), "--timeout", "25s"]) == 2
-    assert "--timeout: ends a wait, and none was asked for. Give --wait" in capsys.readouterr().err
+    assert "--timeout: needs --wait. Give --wait, or leave --timeout out" in capsys.readouterr().err
 
 
 def test_a_job_s_numbers_are_its_record_s(out, tmp_path):
