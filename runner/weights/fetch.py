@@ -1,8 +1,8 @@
-"""Fetch: the published files of a recipe copied from their hubs into the model store, checked, and only those.
+"""Fetch: download the published files of a recipe from their hubs into the model store, and check them.
 
-In:   the store's folder, a recipe. Out: the files where the store looks for them, and a summary; or an error.
-Never: pickles (see repositories.py); what is in the files. Nothing is fetched before its licence has been shown and the
-disk has been found large enough; a fetch that was cut off goes on where it stopped.
+In:   the store's folder, a recipe. Out: the files in their places in the store, and a summary; or an error.
+Never: pickles (see repositories.py); the files' content. Before the first download the licences are shown and the free
+space of the disk is checked. A fetch that was cut off resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOCK = ".fetch.lock"
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a fetch did. Counts are of files, sizes in bytes."""
+    """The result of a fetch. Counts are of files, sizes in bytes."""
 
     folder: Path
     files: int
@@ -59,13 +59,13 @@ class _Item:
 
     @property
     def left(self) -> int:
-        """Bytes still to come."""
+        """Bytes that are still missing."""
         part = partial_path(self.base, self.place, self.file)
         return self.file.bytes - (min(part.stat().st_size, self.file.bytes) if part.is_file() else 0)
 
     @property
     def known(self) -> bool:
-        """Is the file there, and untouched since its record was written?"""
+        """Is the file there, and unchanged since its record was written?"""
         if not self.path.is_file() or self.path.stat().st_size != self.file.bytes:
             return False
         record = read_record(self.base, self.place)
@@ -85,17 +85,17 @@ def fetch_weights(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> Fetched:
-    """Bring the store at `models` to what `recipe` needs (or to `parts`, names of repositories.py, instead).
+    """Download what the store at `models` lacks for `recipe`, or for `parts` (names of repositories.py) instead.
 
-    `revisions` maps a repository to the branch, tag or commit to take, over the table's. `say` gets the lines that a
-    person should read: what comes from where under which licence. `dry_run` stops after these.
+    `revisions` maps a repository to the branch, tag or commit to take instead of the table's. `say` gets lines for the
+    user: each source with its files and licence. `dry_run` stops after these lines.
 
-    No file in an SVDQ format is published: for a recipe that runs one, the source is fetched to make it from, unless
-    the store has it.
+    No file in an SVDQ format is published: for a recipe with such a format the source is fetched to make the file from,
+    unless the store already has the file.
 
     Raises ConfigInvalid, StorageDenied (gated or private: the message says where to accept terms), WeightsMissing (the
-    hub has it no longer), WeightsCorrupt (not the pinned or listed checksum), StorageFull (before the first byte where
-    that can be foreseen) and StorageUnavailable, after which the same command goes on.
+    hub no longer has it), WeightsCorrupt (another checksum than pinned or listed), StorageFull (before the first byte
+    if that can be foreseen) and StorageUnavailable, after which the same command resumes.
     """
     from filelock import FileLock, Timeout
 
@@ -115,7 +115,7 @@ def fetch_weights(
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                say(f"Waiting: another process fetches into {models}")
+                say(f"Waiting for another process that fetches into {models}")
                 lock.acquire()
             try:
                 missing = [item for item in items if not _adopt(item)]
@@ -130,14 +130,14 @@ def fetch_weights(
 
 
 def _missing_parts(models: Path, recipe: Recipe | str, say: Callable[[str], None]) -> Iterable[str] | None:
-    """The parts to fetch for a recipe whose transformer is not published, which `say` is told; None: all."""
+    """The parts to fetch for a recipe whose transformer is not published, as `say` reports; None: all parts."""
     chosen = get_recipe(recipe) if isinstance(recipe, str) else recipe
     fmt, parts = svdq_format(chosen), parts_of(recipe)
     if fmt is None:
         return None
     made = next((name for name in variant_folders(chosen) if (models / name / TRANSFORMER_FILE).is_file()), None)
     if made is None:
-        say(f"There is no published transformer in {fmt}: its source is fetched. Make the file from it afterwards:")
+        say(f"There is no published transformer in {fmt}. Its source is fetched; make the file from it afterwards:")
         say(f"  {quantize_command(chosen)}")
         return parts
     say(f"{made}/{TRANSFORMER_FILE} is there: the source that it was made from is not fetched")
@@ -148,7 +148,7 @@ def _missing_parts(models: Path, recipe: Recipe | str, say: Callable[[str], None
 def _items(
     models: Path, sources: list[HubSource], hub: Hub, revisions: Mapping[str, str], say: Callable[[str], None]
 ) -> list[_Item]:
-    """Every wanted file, each announced with its source. Asks the hub once a repository."""
+    """List every file to have, and announce each source. Requests one listing per repository."""
     listings: dict[tuple[str, str], Listing] = {}
     items: dict[Path, _Item] = {}
     for source in sources:
@@ -158,7 +158,7 @@ def _items(
         found = [file for file in listing.files if source.wants(file.path)]
         if not found:
             raise WeightsMissing(
-                f"has no {' or '.join(source.files)}",
+                f"the repository has no {' or '.join(source.files)}",
                 where=f"{hub.endpoint}/{source.repo}@{listing.commit[:12]}",
                 todo=f"Put them into {models / source.folder} by hand, or pass another --revision",
             )
@@ -168,7 +168,7 @@ def _items(
             other = items.get(item.path)
             if other is not None and other.file.path != file.path:
                 raise WeightsCorrupt(
-                    f"holds {file.path} and {other.file.path}, which go to the same place", where=source.repo
+                    f"{file.path} and {other.file.path} would go to the same place in the store", where=source.repo
                 )
             items[item.path] = item
     return list(items.values())
@@ -184,22 +184,22 @@ def _say_source(source: HubSource, listing: Listing, found: list[RemoteFile], sa
 
 
 def _pinned(item: _Item) -> _Item:
-    """`item`, held to its pin where there is one. Raises WeightsCorrupt when the hub lists another file."""
+    """Return `item` with its pinned checksum, if it has one. Raises WeightsCorrupt when the hub lists another file."""
     pin = item.source.pins.get(item.path.name)
     if pin is None:
         return item
     if item.file.bytes != pin.bytes or item.file.sha256 not in (None, pin.sha256):
         raise WeightsCorrupt(
-            f"{item.file.path} is not the known file: {item.file.bytes} bytes, sha256 {item.file.sha256}, "
-            f"where {pin.bytes} and {pin.sha256} are expected",
+            f"{item.file.path} is not the known file: it has {item.file.bytes} bytes, sha256 {item.file.sha256}; "
+            f"expected are {pin.bytes} and {pin.sha256}",
             where=f"{item.listing.repo}@{item.listing.commit[:12]}",
-            todo="Another file has taken its name: fetch it by hand if you trust it",
+            todo="The publisher has replaced it: fetch it by hand if you trust the new file",
         )
     return replace(item, file=replace(item.file, sha256=pin.sha256))
 
 
 def _adopt(item: _Item) -> bool:
-    """Is the file there as listed? One that came some other way is hashed once and gets its record."""
+    """Is the file there as listed? A file without a record is hashed once and gets its record."""
     if item.known:
         return True
     if not item.path.is_file():
@@ -212,7 +212,7 @@ def _adopt(item: _Item) -> bool:
 
 
 def _download(hub: Hub, missing: list[_Item], models: Path) -> int:
-    """Fetch all, some at a time; the bytes that came. The first error stops the rest, each at its next block."""
+    """Download all, WORKERS at a time. Returns the bytes received. After an error all stop at their next block."""
     _require_space(missing, models)
     progress = _FetchProgress(sum(item.left for item in missing))
     _log("weights.fetch", files=len(missing), gb=round(progress.total / GB, 3), folder=str(models))
@@ -226,7 +226,7 @@ def _download(hub: Hub, missing: list[_Item], models: Path) -> int:
         try:
             for one in wait(running, return_when=FIRST_EXCEPTION).done:
                 one.result()
-        except BaseException:  # Ctrl-C among them: nobody wants to wait for 10 GB that are on their way
+        except BaseException:  # Ctrl-C too: it must not wait for 10 GB of running downloads
             progress.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -234,23 +234,23 @@ def _download(hub: Hub, missing: list[_Item], models: Path) -> int:
 
 
 def _require_space(missing: list[_Item], models: Path) -> None:
-    """Raise StorageFull when what is missing cannot fit."""
+    """Raise StorageFull when the missing files are larger than the free space."""
     needed, free = sum(item.left for item in missing), shutil.disk_usage(models).free
     if needed > free:
         raise StorageFull(
-            f"{needed / GB:.1f} GB are to come and {free / GB:.1f} GB are free",
+            f"the files need {needed / GB:.1f} GB, and {free / GB:.1f} GB are free",
             where=models,
-            todo="Free space, or pass --models on a larger disk",
+            todo="Free some space, or pass --models with a folder on a larger disk",
         )
 
 
 class _Stopped(Exception):
-    """This worker's file is given up for now; what came of it stays for the next fetch."""
+    """This worker stops its download; the part that has arrived stays for the next fetch."""
 
 
 @dataclass
 class _FetchProgress:
-    """Says how far the fetch is, one line for each twentieth."""
+    """Logs the progress of the fetch, one line for each twentieth."""
 
     total: int
     done: int = 0

@@ -1,12 +1,12 @@
-"""Hub: one repository of a model hub, listed at one commit, and its files copied to disk, resumed and checked.
+"""Hub: list a repository of a model hub at one commit, and download its files, resumed and checked.
 
-In:   an endpoint, a token, a repository and revision; a file of the listing and where it goes. Out: listings; files
-      that are whole, each with the record beside it that the hub's own client writes (and that digests.py reads).
+In:   an endpoint, a token, a repository and revision; a file of the listing and its place on disk. Out: listings; whole
+      files, each with the record that the hub's own client writes beside it (and that digests.py reads).
 Never: which files a recipe needs.
 
-The client library downloads into a file of a random name and deletes it when anything goes wrong: 10 GB into a shard,
-a dropped line costs 10 GB. Here the part that has arrived stays, under a name that holds the file's checksum, and the
-next call asks for the rest. The library checks sizes only; here every file is hashed before it gets its name.
+The client library downloads into a file of a random name and deletes it after any failure: a connection that breaks
+10 GB into a shard costs 10 GB. Here the part that has arrived stays, under a name with the file's checksum. The next
+call requests the rest. The library checks sizes only; here every file is hashed before it gets its name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "write_record",
 ]
 
-ATTEMPTS = 4  # at a request or a file, resumed; the library itself reconnects within each
+ATTEMPTS = 4  # for a request or a (resumed) file; within each attempt the library reconnects, too
 FIRST_WAIT_S = 1.0
 BUSY = (408, 425, 429)
 BLOCK = 1 << 20
@@ -53,7 +53,7 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub lists it. Large ones have a sha256 (Git LFS), small ones the id that Git gives their bytes."""
+    """A file as the hub lists it. Large files have a sha256 (Git LFS), small ones a Git blob id."""
 
     path: str
     bytes: int
@@ -65,7 +65,7 @@ class RemoteFile:
         return self.sha256 or self.blob
 
     def matches(self, file: Path) -> bool:
-        """Are these its bytes? Reads the whole file, unless its size says no."""
+        """Does `file` have these bytes? Reads the whole file, unless its size differs."""
         if file.stat().st_size != self.bytes:
             return False
         if self.sha256:
@@ -99,7 +99,7 @@ class Hub:
             )
 
     def listing(self, repo: str, revision: str) -> Listing:
-        """All files of `repo` at `revision`, which may be a branch; what is fetched later is of this one commit.
+        """List all files of `repo` at `revision`, which may be a branch; downloads are of the commit in the listing.
 
         Raises StorageDenied, StorageUnavailable, WeightsMissing (no such repository or revision), ConfigInvalid.
         """
@@ -108,11 +108,11 @@ class Hub:
         where = f"{self.endpoint}/{repo}"
         api = HfApi(endpoint=self.endpoint, token=self.token)
 
-        def ask() -> Any:
+        def request() -> Any:
             with self._errors(where):
                 return api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
 
-        info = _retried(ask)
+        info = _retry(request)
         if not info.sha or info.siblings is None:
             raise _no_hub(where, "the answer names no commit or no files")
         return Listing(repo, info.sha, _licence(info), tuple(_remote_file(s, where) for s in info.siblings))
@@ -126,10 +126,10 @@ class Hub:
         *,
         on_bytes: Callable[[int], None],
     ) -> None:
-        """Copy `file` to `base/place`, checked, and write its record. Goes on where an earlier call was cut off.
+        """Download `file` to `base/place`, check it and write its record. Resumes a download that was cut off.
 
-        `on_bytes` gets each number of bytes as it arrives; a negative one when some are dropped to be loaded again.
-        Raises as `listing` does, StorageFull, and WeightsCorrupt when twice in a row the bytes are not the listed ones.
+        `on_bytes` gets the number of bytes of each block; a negative number when bytes are dropped and loaded again.
+        Raises as `listing` does, StorageFull, and WeightsCorrupt after two downloads with another checksum.
         """
         part = partial_path(base, place, file)
         where = f"{self.endpoint}/{listing.repo}/{file.path}"
@@ -137,16 +137,16 @@ class Hub:
             part.parent.mkdir(parents=True, exist_ok=True)
             (base / place).parent.mkdir(parents=True, exist_ok=True)
             for again in (True, False):
-                _retried(lambda: self._append(listing, file, part, where, on_bytes))
+                _retry(lambda: self._append(listing, file, part, where, on_bytes))
                 if file.matches(part):
                     break
                 on_bytes(-part.stat().st_size)
                 part.unlink()
                 if not again:
                     raise WeightsCorrupt(
-                        "arrived twice with a checksum other than the hub's own",
+                        "the file arrived twice with another checksum than the hub lists",
                         where=where,
-                        todo="A proxy or mirror in between may alter it: try another network or --endpoint",
+                        todo="A proxy or mirror may alter it: try another network or --endpoint",
                     )
             os.chmod(part, 0o644)
             os.replace(part, base / place)
@@ -157,7 +157,7 @@ class Hub:
     def _append(
         self, listing: Listing, file: RemoteFile, part: Path, where: str, on_bytes: Callable[[int], None]
     ) -> None:
-        """Bring `part` to the file's full length."""
+        """Download the rest of `part`."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
@@ -185,10 +185,10 @@ class Hub:
 
     @contextmanager
     def _errors(self, where: str) -> Iterator[None]:
-        """Raise what the client library raises inside as one of ours."""
+        """Translate errors of the client library into RunnerErrors."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        # The base class of its HTTP library's errors; which library that is has changed twice.
+        # The base class of its HTTP library's errors; the client has changed its HTTP library twice.
         foreign = cast("type[Exception]", HfHubHTTPError.__bases__[0])
         try:
             yield
@@ -198,7 +198,7 @@ class Hub:
             raise _unreachable(err, where) from err
         except OSError as err:
             found = as_runner_error(err, where=where)
-            # Without an errno of the disk it is the network's: a short body, a refused or broken connection.
+            # An error without a disk's errno is of the network: a short body, a refused or broken connection.
             raise (_unreachable(err, where) if found.code in ("internal", "storage.denied") else found) from err
         except (ValueError, TypeError, KeyError, AttributeError) as err:
             raise _no_hub(where, f"{type(err).__name__}: {err}") from err
@@ -211,9 +211,9 @@ class Hub:
         login = "set HF_TOKEN to a token of an account that may read it"
         if isinstance(err, GatedRepoError):
             return StorageDenied(
-                f"gated: its publisher wants terms accepted first ({status})",
+                f"the repository is gated: its publisher requires that you accept terms first ({status})",
                 where=where,
-                todo=f"Accept them at {page}, then {login}",
+                todo=f"Accept the terms at {page}, then {login}",
             )
         if isinstance(err, RevisionNotFoundError):
             return WeightsMissing("the repository has no such revision", where=where, todo="Check --revision")
@@ -221,31 +221,31 @@ class Hub:
             return WeightsMissing("the repository has no such file", where=where, todo="Run the same command again")
         if status in (401, 403):
             return StorageDenied(
-                f"refused ({status}): private, gated, or no such repository",
+                f"the hub refused access ({status}): the repository is private, gated, or does not exist",
                 where=where,
                 todo=f"Check that {page} can be read, then {login}",
             )
         if status in (404, 410):
-            return WeightsMissing(f"not there ({status})", where=where, todo="Check --endpoint (HF_ENDPOINT)")
+            return WeightsMissing(f"not found ({status})", where=where, todo="Check --endpoint (HF_ENDPOINT)")
         if status in BUSY or status >= 500:
             return StorageUnavailable(
-                f"the hub answered {status}", where=where, todo="Run the same command later: it goes on from here"
+                f"the hub answered {status}", where=where, todo="Run the same command later: it resumes the download"
             )
         return _no_hub(where, f"it answered {status}")
 
 
 def partial_path(base: Path, place: str, file: RemoteFile) -> Path:
-    """What has arrived of a file so far. Its name has the checksum, so that two versions are never joined."""
+    """The file of the part that has arrived. Its name has the checksum, so that two versions are never joined."""
     return _beside(base, place, f"{file.digest or file.bytes}.incomplete")
 
 
 def record_path(base: Path, place: str) -> Path:
-    """Where the hub's client keeps what it knows of `base/place`."""
+    """The path where the hub's client keeps its record of `base/place`."""
     return _beside(base, place, "metadata")
 
 
 def write_record(base: Path, place: str, commit: str, digest: str | None) -> None:
-    """Write down what `base/place` is, in the client's own format: commit, checksum, time. Nothing if it has none."""
+    """Write the record of `base/place` in the client's own format: commit, checksum, time. Nothing without `digest`."""
     if digest is None:
         return
     record = record_path(base, place)
@@ -256,7 +256,7 @@ def write_record(base: Path, place: str, commit: str, digest: str | None) -> Non
 
 
 def read_record(base: Path, place: str) -> tuple[str, str] | None:
-    """(commit, checksum) that were written down for `base/place`, however old; None if nothing readable was."""
+    """Read (commit, checksum) from the record of `base/place`, of any age; None without a readable record."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         commit, digest = record_path(base, place).read_text().splitlines()[:2]
         return commit, digest.strip()
@@ -264,7 +264,7 @@ def read_record(base: Path, place: str) -> tuple[str, str] | None:
 
 
 def git_sha1(file: Path) -> str:
-    """The id that Git gives a file of these bytes: sha1 over `blob SIZE`, a zero byte, and the bytes."""
+    """Compute a file's Git blob id: sha1 over `blob SIZE`, a zero byte, and the bytes."""
     digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):
@@ -276,8 +276,8 @@ def _beside(base: Path, place: str, suffix: str) -> Path:
     return base / ".cache" / "huggingface" / "download" / f"{place}.{suffix}"
 
 
-def _retried(call: Callable[[], Any]) -> Any:
-    """`call()`, again after a pause while the hub is unavailable."""
+def _retry(call: Callable[[], Any]) -> Any:
+    """Return `call()`, repeated after a pause while the hub is unavailable."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
     return Retrying(
@@ -289,7 +289,7 @@ def _retried(call: Callable[[], Any]) -> Any:
 
 
 def _counter(on_bytes: Callable[[int], None]) -> Any:
-    """A progress bar of the library's that draws nothing and passes on what it counts."""
+    """A progress bar class for the library that draws nothing and passes byte counts to `on_bytes`."""
     from huggingface_hub.utils import tqdm
 
     class Counter(tqdm):
@@ -325,13 +325,13 @@ def _unreachable(err: BaseException, where: str) -> StorageUnavailable:
     return StorageUnavailable(
         f"{type(err).__name__}: {text}" if text else type(err).__name__,
         where=where,
-        todo="Check the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; the same command goes on from here",
+        todo="Check the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; the same command resumes the download",
     )
 
 
 def _no_hub(where: str, why: str) -> ConfigInvalid:
     return ConfigInvalid(
-        f"no answer as a model hub gives it ({why})", where=where, todo="Check --endpoint, or HF_ENDPOINT"
+        f"the address does not answer like a model hub ({why})", where=where, todo="Check --endpoint, or HF_ENDPOINT"
     )
 
 
@@ -340,13 +340,13 @@ _offline = threading.Lock()
 
 @contextmanager
 def online(say: Callable[[str], None]) -> Iterator[None]:
-    """Let the client library reach the network within: the image forbids it for renders (HF_HUB_OFFLINE=1)."""
+    """Let the client library use the network inside the block; the image forbids it for renders (HF_HUB_OFFLINE=1)."""
     from huggingface_hub import constants
 
     with _offline:
         before = constants.HF_HUB_OFFLINE
         if before:
-            say("HF_HUB_OFFLINE is set, which is for renders: this command was asked to use the network and does")
+            say("HF_HUB_OFFLINE is set; it applies to renders only. This command uses the network")
         constants.HF_HUB_OFFLINE = False
         try:
             yield

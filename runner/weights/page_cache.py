@@ -1,6 +1,6 @@
-"""Page cache: model files read once, so that several processes that load them do not wait for the disk in turn.
+"""Page cache: read model files once, so that several processes load them without waiting for the disk in turn.
 
-In:   files, a number of bytes. Out: the files' pages in the system's cache. Never: what the files hold.
+In:   files, a number of bytes. Out: the files' pages in the system's cache. Never: the files' content.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def read_into_page_cache(files: Iterable[Path], free_bytes: int, go_on: Callable[[], bool] = lambda: True) -> int:
-    """Read `files` from their beginning to their end, in their order; the bytes that were read.
+    """Read `files` from beginning to end, in their order. Returns the number of bytes read.
 
-    A file that does not fit into what is left of `free_bytes` is left out, as its pages would drive out those that were
-    read before. Ends early where `go_on` returns False. A file that cannot be read is left to the loader, which names
-    the error. The event `model_files_read` says what was done.
+    A file larger than the rest of `free_bytes` is left out: its pages would evict those read before. Reading stops when
+    `go_on` returns False. A file that cannot be read is skipped; the loader raises its error later. The event
+    `model_files_read` reports the result.
     """
     begin, total, read, left_out = time.monotonic(), 0, 0, []
     block = memoryview(bytearray(BLOCK_BYTES))

@@ -1,9 +1,9 @@
-"""Repositories: where the published files of a recipe come from, where in the store they go, and under which licence.
+"""Repositories: the published files of a recipe, their source, their place in the store, and their licence.
 
 In:   a recipe's name. Out: the `HubSource`s it needs, frozen data. Never: the network, the disk.
 
-Only what this table names is ever fetched, and nothing that Python could unpickle: the original repository's .pth, .pt
-and .ckpt files are left where they are.
+Only files of this table are fetched, and never a file that Python could unpickle, such as the .pth, .pt and .ckpt files
+of the original repository.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Pin:
-    """What a file must be, whatever the hub says today: size in bytes, sha256 of the bytes."""
+    """The size in bytes and the sha256 that a file must have, whatever the hub lists today."""
 
     bytes: int
     sha256: str
@@ -46,32 +46,32 @@ class Pin:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Some files of one hub repository, and the folder of the store they belong in."""
+    """Some files of one hub repository, and their folder in the store."""
 
     part: str
     repo: str
     files: tuple[str, ...]  # shell patterns on paths in the repository; `*` crosses folders
     folder: str  # of the store; "" is its root
     licence: str  # as its publisher states it; the hub's card is shown beside it
-    gb: float  # about: to choose a disk by, before the hub has been asked
+    gb: float  # approximate, for the choice of a disk before the hub is read
     revision: str = "main"
     flat: bool = False  # drop the folders that the files have in the repository
-    notice: str = ""  # what a user has to know before using it
+    notice: str = ""  # what a user must know before use
     pins: Mapping[str, Pin] = field(default_factory=dict)  # by name of the file, without folders
 
     def wants(self, path: str) -> bool:
-        """Is this path of the repository one of ours? Never one that may be a pickle."""
+        """Is this path of the repository fetched? Never one that may be a pickle."""
         return not path.lower().endswith(PICKLED) and any(fnmatchcase(path, pattern) for pattern in self.files)
 
     def place(self, path: str) -> str:
-        """Where a path of the repository goes, relative to `folder`."""
+        """The place of a repository's path in the store, relative to `folder`."""
         return PurePosixPath(path).name if self.flat else path
 
 
 DIFFUSERS_REPO = "Wan-AI/Wan2.2-Animate-14B-Diffusers"
 LORA_REPO = "Kijai/WanVideo_comfy"
-LORA_COMMIT = "8260d429d19fd7a72304cad059160b95d843913f"  # both LoRAs lie there under these names
-SEED_REPO = "treksis/video-lab"
+LORA_COMMIT = "8260d429d19fd7a72304cad059160b95d843913f"  # a commit that has both LoRAs under these names
+ORIGINAL_PROJECT_REPO = "treksis/video-lab"
 
 SOURCES: Mapping[str, HubSource] = MappingProxyType(
     {
@@ -103,11 +103,11 @@ SOURCES: Mapping[str, HubSource] = MappingProxyType(
                 folder="",
                 licence="Apache-2.0; the detector AGPL-3.0",
                 gb=2.6,
-                notice="yolov10m.onnx is under AGPL-3.0: a service that uses it takes on that licence's duties",
+                notice="yolov10m.onnx is under AGPL-3.0: a service that uses it must meet that licence's duties",
             ),
             HubSource(
                 part="fp4",
-                repo=SEED_REPO,
+                repo=ORIGINAL_PROJECT_REPO,
                 files=("*quantized_transformer.safetensors", "*quantize_config.json"),
                 folder=FP4_FOLDER,
                 licence="none stated; made from Apache-2.0 weights",
@@ -116,7 +116,7 @@ SOURCES: Mapping[str, HubSource] = MappingProxyType(
             ),
             HubSource(
                 part="fp4-text-encoder",
-                repo=SEED_REPO,
+                repo=ORIGINAL_PROJECT_REPO,
                 files=("*quantized_text_encoder.safetensors",),
                 folder=FP4_FOLDER,
                 licence="none stated; made from Apache-2.0 weights",
@@ -158,12 +158,12 @@ SOURCES: Mapping[str, HubSource] = MappingProxyType(
 )
 PARTS = tuple(SOURCES)
 
-# Files of the store that a script of tools/ makes of published ones, the same bytes every time.
+# Files that a script of tools/ makes from published ones, with the same bytes every time.
 CONVERTED: Mapping[str, Pin] = MappingProxyType(
     {RIFE: Pin(22_674_496, "e8872b7bb84d366c4e63c2066f0033509ea7a5bb73f7a79251b2fe5376c95d89")}
 )
 
-# Recipe, without the words behind it → what it cannot run without.
+# Recipe without modifiers → the parts that it needs.
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "bf16": ("components", "transformer", "preprocess"),
@@ -176,19 +176,19 @@ NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def recipe_base(recipe: Recipe | str) -> str:
-    """A recipe's name without the words behind it. Raises ConfigInvalid for a name that is none."""
+    """Return a recipe's name without its modifiers. Raises ConfigInvalid for an unknown name."""
     name = recipe if isinstance(recipe, str) else recipe.name
     base = name.partition("+")[0]
     if base not in NEEDED:
-        get_recipe(name)  # says what is wrong with the name, where something is
+        get_recipe(name)  # raises for an unknown name
         raise ConfigInvalid(f"recipe {name!r} has no published files to fetch", todo="Recipes: " + ", ".join(NEEDED))
     return base
 
 
 def parts_of(recipe: Recipe | str) -> tuple[str, ...]:
-    """The parts that `recipe` needs, in the order of the table.
+    """List the parts that `recipe` needs, in the order of the table.
 
-    No file in an SVDQ format is published: of a recipe that runs one, the source to make it from.
+    No file in an SVDQ format is published: a recipe with such a format needs the source to make it from.
     """
     needed = set(NEEDED[recipe_base(recipe)])
     if svdq_format(get_recipe(recipe) if isinstance(recipe, str) else recipe):
@@ -197,9 +197,9 @@ def parts_of(recipe: Recipe | str) -> tuple[str, ...]:
 
 
 def sources_of(recipe: Recipe | str, parts: Iterable[str] | None = None) -> list[HubSource]:
-    """The sources of a recipe, or those of `parts` instead. Raises ConfigInvalid for a part that is none."""
-    wanted = parts_of(recipe) if parts is None else tuple(parts)
-    unknown = [part for part in wanted if part not in SOURCES]
+    """List the sources of a recipe, or those of `parts` instead. Raises ConfigInvalid for an unknown part."""
+    names = parts_of(recipe) if parts is None else tuple(parts)
+    unknown = [part for part in names if part not in SOURCES]
     if unknown:
         raise ConfigInvalid(f"no part {unknown[0]!r} of the published files", todo="Parts: " + ", ".join(PARTS))
-    return [SOURCES[part] for part in PARTS if part in wanted]
+    return [SOURCES[part] for part in PARTS if part in names]

@@ -1,7 +1,7 @@
-"""Resolved: a recipe with the files that it uses in one store, asked once a start.
+"""Resolved recipe: the files that a recipe uses in one store, found once per start.
 
 In:   a store and a recipe. Out: variant, files, digests, costs and bytes, or an error that lists what is missing.
-Never: tensors, torch. Headers are read, and bytes only for digests that nothing else knows.
+Never: tensors, torch. Headers are read; whole files only for digests that are recorded nowhere.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = ["ResolvedRecipe", "resolve_recipe"]
 
 
 def resolve_recipe(store: ModelStore, recipe: Recipe, cache: Path | None = None) -> ResolvedRecipe:
-    """`recipe` in `store`, checked: everything it needs is there and whole, as far as headers tell. Milliseconds.
+    """Find and check the files of `recipe` in `store`, by their headers. Takes milliseconds.
 
-    `cache`: a writable folder that remembers digests between runs. Raises WeightsMissing with every missing file at
-    once, else WeightsCorrupt for the first that is damaged.
+    `cache`: a writable folder that keeps digests between runs. Raises WeightsMissing with all missing files at once,
+    else WeightsCorrupt for the first damaged one.
     """
     resolved = ResolvedRecipe(store, recipe, cache)
     resolved.check()
@@ -52,9 +52,9 @@ def resolve_recipe(store: ModelStore, recipe: Recipe, cache: Path | None = None)
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """What a recipe runs with in one store. Each answer is found when it is first asked for, and kept.
+    """The files of a recipe in one store. Each property is computed at its first use and kept.
 
-    `resolve_recipe` makes one that has been checked.
+    `resolve_recipe` makes a checked one.
     """
 
     store: ModelStore
@@ -63,15 +63,15 @@ class ResolvedRecipe:
 
     @cached_property
     def variant(self) -> Variant:
-        """Which files the transformer and the text encoder come from. Raises WeightsMissing."""
+        """The files of the transformer and the text encoder. Raises WeightsMissing."""
         return choose_variant(self.store.root, self.recipe)
 
     @cached_property
     def components(self) -> tuple[str, ...]:
-        """Those of COMPONENTS that come from the plain folders."""
-        instead = {"transformer"} if self.recipe.fp4 else set()
-        instead |= {"text_encoder"} if text_file(self.store.root, self.recipe) else set()
-        return tuple(name for name in COMPONENTS if name not in instead)
+        """Those of COMPONENTS that are read from the plain folders."""
+        quantised = {"transformer"} if self.recipe.fp4 else set()
+        quantised |= {"text_encoder"} if text_file(self.store.root, self.recipe) else set()
+        return tuple(name for name in COMPONENTS if name not in quantised)
 
     def component(self, name: str) -> Path:
         """Folder of one of COMPONENTS."""
@@ -85,29 +85,29 @@ class ResolvedRecipe:
 
     @cached_property
     def costs(self) -> Costs:
-        """What jobs cost with these very models, from their configs."""
+        """The costs of jobs with these models, from their configs."""
         return Costs.from_configs(*(self.config(name) for name in ("transformer", "vae", "image_encoder")))
 
     @cached_property
     def files(self) -> Mapping[str, tuple[Path, ...]]:
-        """Piece → the files that decide its part of the frames, configs included."""
-        pieces = {name: self._component_files(name) for name in self.components}
+        """Model → its files that influence frames, configs included."""
+        models = {name: self._component_files(name) for name in self.components}
         if extra := self.variant.files:
-            pieces["transformer"] = extra
+            models["transformer"] = extra
         detector, pose = onnx_files(self.store.detector), onnx_files(self.store.pose)
-        return pieces | {"detector": tuple(detector), "pose": tuple(pose)}
+        return models | {"detector": tuple(detector), "pose": tuple(pose)}
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """Piece → sha256 of its files, for the fingerprint: an edited config renders other frames.
+        """Model → sha256 of its files, for the fingerprint: an edited config renders other frames.
 
-        A piece of several files has the digest of their sha256sum listing. See digests.py for what is read.
+        A model of several files has the digest of their sha256sum listing. digests.py finds the digests.
         """
         return {name: self._digest(files) for name, files in self.files.items()}
 
     @cached_property
     def text_digest(self) -> str:
-        """Digest of all that makes an embedding of a text: tokenizer and text encoder, whichever file that is."""
+        """Digest of tokenizer and text encoder (plain or INT4), which together decide the embedding of a text."""
         file = self.variant.text_encoder
         return self._digest(
             ((file,) if file else self._component_files("text_encoder")) + self._component_files("tokenizer")
@@ -115,7 +115,7 @@ class ResolvedRecipe:
 
     @cached_property
     def bytes(self) -> Mapping[str, int]:
-        """Bytes of what stands beside the transformer, by the sizes of its files: encoders, preprocess, loras."""
+        """Bytes of the models beside the transformer, by file sizes: encoders, preprocess, loras."""
         text = self.variant.text_encoder or self.component("text_encoder")
         networks = [path.parent if path.name == POSE_GRAPH else path for path in (self.store.detector, self.store.pose)]
         return {
@@ -125,17 +125,17 @@ class ResolvedRecipe:
         }
 
     def check(self) -> None:
-        """Raises WeightsMissing or WeightsCorrupt, see `resolve_recipe`."""
+        """Check all files, see `resolve_recipe`. Raises WeightsMissing or WeightsCorrupt."""
         store, recipe = self.store, self.recipe
         if not store.root.is_dir():
             raise WeightsMissing(
                 "no such folder of models",
                 where=store.root,
-                todo="Pass --models DIR, or make one: video-lab weights demo",
+                todo="Pass --models DIR, or make a folder of tiny models: video-lab weights demo",
             )
         missing = [line for name in self.components for line in self._missing(name)]
         missing += [f"{rel}  (from {HUB['preprocess']})" for rel in self._missing_networks()]
-        todo = "Put each where it belongs, or make tiny models to try the runner with: video-lab weights demo"
+        todo = "Put each file at its place, or make tiny models to try the runner with: video-lab weights demo"
         also = ""
         try:
             variant = self.variant
@@ -169,18 +169,18 @@ class ResolvedRecipe:
     def _missing(self, name: str) -> list[str]:
         folder = self.component(name)
         source = f"(from {name}/ of {HUB['weights']})"
-        wanted = [folder / CONFIGS.get(name, "config.json")]
+        needed = [folder / CONFIGS.get(name, "config.json")]
         lines = []
         if name == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
-            wanted.append(folder / TOKENIZER_FILES[0])
+            needed.append(folder / TOKENIZER_FILES[0])
         if name in WEIGHTS:
             files = weight_files(folder, WEIGHTS[name])
-            wanted += files
+            needed += files
             if not files:
                 pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLED)
                 refused = f"; {pickled[0]} is a pickle, which can run code, and is never read" if pickled else ""
                 lines.append(f"{self._name(folder / WEIGHTS[name])}.safetensors  {source}{refused}")
-        return [f"{self._name(path)}  {source}" for path in wanted if not path.is_file()] + lines
+        return [f"{self._name(path)}  {source}" for path in needed if not path.is_file()] + lines
 
     def _missing_networks(self) -> list[str]:
         lines = [] if self.store.detector.is_file() else [DETECTOR]
@@ -194,7 +194,7 @@ class ResolvedRecipe:
 
 
 def _total_bytes(path: Path) -> int:
-    """Of a file, or of all files in a folder."""
+    """Bytes of a file, or of all files in a folder; 0 for a missing one."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size if path.is_file() else 0

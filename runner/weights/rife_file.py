@@ -1,4 +1,4 @@
-"""RIFE's file: are the tensors of a file those of the network between frames, by its header alone?
+"""RIFE's file: check by its header that a file holds the tensors of the frame interpolation network.
 
 In:   a safetensors file, or names and shapes. Out: the network's widths, or WeightsCorrupt. Never: torch, tensors.
 """
@@ -19,7 +19,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def _widths(shapes: Mapping[str, tuple[int, ...]]) -> RifeShape:
-    """The network's widths, by the shapes of its tensors; the published ones where a tensor is missing."""
+    """Read the network's widths from its tensors' shapes; the published widths where a tensor is missing."""
     published = RifeShape()
     widths = []
     for number, width in enumerate(published.widths):
@@ -30,24 +30,24 @@ def _widths(shapes: Mapping[str, tuple[int, ...]]) -> RifeShape:
 
 
 def check_rife(shapes: Mapping[str, tuple[int, ...]], where: Path | None = None) -> RifeShape:
-    """The network's widths. Raises WeightsCorrupt unless `shapes` are those of its tensors, of all and no others."""
+    """Return the network's widths. Raises WeightsCorrupt unless `shapes` are exactly those of its tensors."""
     shape = _widths(shapes)
-    wanted = shape.tensors
-    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    expected = shape.tensors
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         name = wrong[0]
-        if name not in wanted:
-            what = f"tensor {name} is none of the network"
+        if name not in expected:
+            what = f"tensor {name} does not belong to the network"
         elif name not in shapes:
-            what = f"tensor {name} is not there"
+            what = f"tensor {name} is missing"
         else:
-            what = f"tensor {name} has shape {shapes[name]}, not {wanted[name]}"
+            what = f"tensor {name} has shape {shapes[name]}, not {expected[name]}"
         raise WeightsCorrupt(what, where=where, todo=REMEDY)
     return shape
 
 
 def check_rife_file(path: Path) -> RifeShape:
-    """The same of a safetensors file, by its header; its dtypes too. Raises WeightsCorrupt, WeightsMissing."""
+    """Check a safetensors file by its header, dtypes included. Raises WeightsCorrupt, WeightsMissing."""
     header = read_header(path).tensors
     for name, info in header.items():
         if info.dtype_name not in FLOATS:

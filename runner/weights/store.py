@@ -1,14 +1,14 @@
-"""Store: where models lie in `--models`, and whether single files are whole; `resolved.py` has a recipe's files.
+"""Store: the paths of models in `--models`, and checks of single files; `resolved.py` lists a recipe's files.
 
 In:   the store's root (a local folder). Out: paths, which keys of a remote store a recipe needs, WeightsCorrupt for a
-      file whose header does not add up.
+      file with a wrong header.
 Never: tensors. Files are opened for their headers only; pickled weights (.bin, .pt, .ckpt) are never opened at all.
 
-Layout: the published folders as they are, so that a download drops in.
+Layout: the published folders, unchanged, so that a download can be put there as it is.
     Wan2.2-Animate-14B-Diffusers/{transformer,vae,text_encoder,image_encoder,tokenizer,image_processor}/
     process_checkpoint/det/yolov10m.onnx
     process_checkpoint/pose2d/vitpose_h_wholebody.onnx  (a file, or a folder with end2end.onnx and its weight files)
-    rife/rife-4.25.safetensors  (optional, as the networks below process_checkpoint/ that single jobs ask for)
+    rife/rife-4.25.safetensors  (optional, like the networks below process_checkpoint/ that only some jobs need)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from runner.errors import JobWeightsMissing, WeightsCorrupt, job_weight_errors
 from runner.quantization.files.file_header import LFS_POINTER, SHARD_NAME
 from runner.quantization.files.file_header import read_header as read_safetensors_header
-from runner.quantization.files.json_object import read_json_object
+from runner.quantization.files.json_reading import read_json_object
 from runner.quantization.files.quantized_header import QuantizedFile, check_file, refuse_foreign
 from runner.spec.options import JobOptions
 from runner.spec.recipes import Recipe
@@ -50,23 +50,23 @@ __all__ = [
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "image_processor")
 
-# Component -> name of its weights, as the library that saved it calls them.
+# Component -> name of its weights files, as the library that saved them chose it.
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "image_encoder": "model",
 }
-# Dtypes as a safetensors header names them. Of 8-bit floats the loaders would drop the scales that belong to them.
+# Dtypes as a safetensors header names them. 8-bit floats are not allowed: the loaders would drop their scales.
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Kind of file -> the ending of a tensor's name -> what it may be instead; all other tensors are of FLOATS.
+# Kind of file -> the ending of a tensor's name -> the dtypes that it may have; all other tensors have one of FLOATS.
 INTEGERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "component": {"position_ids": ("I64", "I32"), "num_batches_tracked": ("I64",)},
     "lora": {".alpha": (*FLOATS, "I64")},
     "int4": {".qweight": ("I16",)},
 }
-PUBLISHED_DTYPES = (*FLOATS, "U8", "I8", "F8_E8M0")  # codes and scales of another writer's FP4 file among them
-SMALL = 16  # elements: sizes, flags and tables that layers of such a file carry along, of any dtype
+PUBLISHED_DTYPES = (*FLOATS, "U8", "I8", "F8_E8M0")  # with the codes and scales of published FP4 files
+SMALL = 16  # elements; sizes, flags and tables in such a file are not larger, and may have any dtype
 
 CONFIGS = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -82,9 +82,9 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 # Optional model → what to do where it is missing.
 INSTEAD = {
-    "dwpose": "Put them there, or leave preprocess.pose at vitpose",
-    "segmenter": "Put them there, or give replace jobs a `mask:`",
-    "rife": "Make it with tools/convert_rife.py (docs/interpolation.md says of what), or leave output.interpolate at 1",
+    "dwpose": "Put the files there, or leave preprocess.pose at vitpose",
+    "segmenter": "Put the files there, or give replace jobs a `mask:`",
+    "rife": "Make it with tools/convert_rife.py (see docs/interpolation.md), or leave output.interpolate at 1",
 }
 
 HUB = {
@@ -98,7 +98,7 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, as the fi
 
 @dataclass(frozen=True)
 class ModelStore:
-    """A local folder of models. Files are hashed at most once in its life."""
+    """A local folder of models. Each file is hashed at most once by this object."""
 
     root: Path
     _hashes: FileDigests = field(default_factory=FileDigests, repr=False, compare=False)
@@ -114,7 +114,7 @@ class ModelStore:
 
     @property
     def pose(self) -> Path:
-        """The pose model's ONNX graph, whichever of the three published forms is there."""
+        """The pose model's ONNX graph, in one of the three published forms."""
         for path in (self.root / POSE / POSE_GRAPH, self.root / POSE, self.root / POSE_REPACKED):
             if path.is_file():
                 return path
@@ -132,35 +132,38 @@ class ModelStore:
 
     @property
     def rife(self) -> Path:
-        """The network between frames. Optional: for `output.interpolate`."""
+        """The frame interpolation network. Optional: for `output.interpolate`."""
         return self.root / RIFE
 
     def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
-        """Optional models that one job needs → their files. Raises JobWeightsMissing, which says for what, and
-        JobWeightsCorrupt for a header that is damaged or another's."""
-        wanted: dict[str, list[Path]] = {}
+        """Optional model that one job needs → its files.
+
+        Raises JobWeightsMissing with what to do, and JobWeightsCorrupt for a header that is damaged or of another
+        network.
+        """
+        models: dict[str, list[Path]] = {}
         if options.preprocess.pose == "dwpose":
-            wanted["dwpose"] = list(self.dwpose)
+            models["dwpose"] = list(self.dwpose)
         if options.mode == "replace" and not has_mask:
             weights = weight_files(self.segmenter, "model")
-            wanted["segmenter"] = [self.segmenter / "config.json", *weights]
+            models["segmenter"] = [self.segmenter / "config.json", *weights]
         if options.output.interpolate > 1:
-            wanted["rife"] = [self.rife]
-        for what, files in wanted.items():
+            models["rife"] = [self.rife]
+        for name, files in models.items():
             missing = [self._name(path) for path in files if not path.is_file()]
             if missing:
-                raise JobWeightsMissing(f"no {', '.join(missing)}", where=self.root, todo=INSTEAD[what])
-        if "rife" in wanted:
+                raise JobWeightsMissing(f"no {', '.join(missing)}", where=self.root, todo=INSTEAD[name])
+        if "rife" in models:
             with job_weight_errors():
                 check_rife_file(self.rife)
-        return wanted
+        return models
 
     def loras(self, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
-        """name → (file, strength) of a job's own LoRAs. Raises JobWeightsMissing for a name without a file."""
+        """name → (file, strength) of a job's LoRAs. Raises JobWeightsMissing for a name without a file."""
         return lora_files(self.root, names, replace=replace)
 
     def file_digests(self, files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
-        """File → sha256. `cache`: a writable folder that remembers what was hashed between runs."""
+        """File → sha256. `cache`: a writable folder that keeps digests between runs."""
         return self._hashes.find(files, self.root, cache)
 
     def _name(self, file: Path) -> str:
@@ -168,7 +171,7 @@ class ModelStore:
 
 
 def onnx_files(graph: Path) -> list[Path]:
-    """The graph and the files that hold its weights: its folder's, or its neighbours of the same name."""
+    """The graph and the files of its weights: all of its folder, or those of the same name beside it."""
     if graph.name == POSE_GRAPH:
         beside: Iterable[Path] = graph.parent.rglob("*")
     else:
@@ -178,7 +181,7 @@ def onnx_files(graph: Path) -> list[Path]:
 
 
 def wanted(recipe: Recipe) -> Callable[[str], bool]:
-    """Which keys of a remote store to copy for `recipe`: a predicate on paths relative to the store's root."""
+    """A predicate on keys of a remote store (paths relative to its root): those to copy for `recipe`."""
 
     fp4 = wanted_fp4(recipe)
 
@@ -187,7 +190,7 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
         if not parts or any(part.startswith(".") for part in parts):
             return False
         if parts[0] == recipe.weights and len(parts) > 2 and parts[1] == "transformer" and recipe.fp4:
-            return parts[2] == "config.json"  # the source itself is what FP4 saves fetching
+            return parts[2] == "config.json"  # FP4 recipes do not need the source's weights
         if parts[0] == recipe.weights:
             return len(parts) > 2 and parts[1] in COMPONENTS and not key.endswith(PICKLED)
         if fp4(key):
@@ -201,13 +204,15 @@ def wanted(recipe: Recipe) -> Callable[[str], bool]:
 
 
 def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
-    """Which keys of a remote store jobs ask for beyond the recipe's models; and small files, so that a store without
-    LoRAs is not taken for an empty one."""
+    """A predicate on keys of a remote store: those that jobs need beside the recipe's models.
+
+    It accepts config files too, so that a store without LoRAs is not taken for an empty one.
+    """
     all_options = list(options)
-    names = {f"{LORA_FOLDER}/{lora.name}.safetensors" for asked in all_options for lora in asked.loras}
-    dwpose = any(asked.preprocess.pose == "dwpose" for asked in all_options)
-    replace = any(asked.mode == "replace" for asked in all_options)
-    rife = any(asked.output.interpolate > 1 for asked in all_options)
+    names = {f"{LORA_FOLDER}/{lora.name}.safetensors" for job in all_options for lora in job.loras}
+    dwpose = any(job.preprocess.pose == "dwpose" for job in all_options)
+    replace = any(job.mode == "replace" for job in all_options)
+    rife = any(job.output.interpolate > 1 for job in all_options)
 
     def want(key: str) -> bool:
         if key in names or key.endswith("/config.json") or (dwpose and key in DWPOSE) or (rife and key == RIFE):
@@ -219,7 +224,7 @@ def wanted_by_jobs(options: Iterable[JobOptions]) -> Callable[[str], bool]:
 
 
 def check_variant(variant: Variant) -> None:
-    """Headers of the quantised files and of the LoRAs beside them, dtypes included. Raises WeightsCorrupt."""
+    """Check the headers and dtypes of quantised files and of the LoRAs beside them. Raises WeightsCorrupt."""
     if variant.kind == "quantized":
         check_quantized(variant.transformer)
     elif variant.kind == "published":
@@ -234,41 +239,41 @@ def check_variant(variant: Variant) -> None:
 
 
 def check_quantized(file: Path) -> QuantizedFile:
-    """`check_file` of a file in the store, whose format must also be one of its folder's. Raises WeightsCorrupt."""
-    described, formats = check_file(file), formats_in(file.parent.name)
-    if described.layout.name not in formats:
+    """Check the header of a quantised file, and that its format is one of its folder's. Raises WeightsCorrupt."""
+    quantized, formats = check_file(file), formats_in(file.parent.name)
+    if quantized.layout.name not in formats:
         raise WeightsCorrupt(
-            f"its weights are stored in {described.layout.name}; {file.parent.name}/ is for {' or '.join(formats)}",
+            f"its weights are stored in {quantized.layout.name}; {file.parent.name}/ is for {' or '.join(formats)}",
             where=file,
-            todo="Put it into the folder of its own format, or make one with `video-lab quantize`",
+            todo="Put it into the folder of its own format, or make a file with `video-lab quantize`",
         )
-    return described
+    return quantized
 
 
 def check_lora(file: Path) -> None:
-    """Header and dtypes of a LoRA. Raises WeightsCorrupt."""
+    """Check the header and dtypes of a LoRA. Raises WeightsCorrupt."""
     check_dtypes(file, read_header(file), "lora")
 
 
 def check_dtypes(file: Path, header: Header, kind: str) -> None:
-    """Are the tensors of `file` of the dtypes that its kind, a key of INTEGERS, may have? Raises WeightsCorrupt."""
+    """Check the dtypes of `file`'s tensors against those of its kind, a key of INTEGERS. Raises WeightsCorrupt."""
     for name, (dtype, _) in header.items():
         allowed = next((some for ending, some in INTEGERS[kind].items() if name.endswith(ending)), FLOATS)
         check_dtype(file, name, dtype, allowed)
 
 
 def check_dtype(file: Path, name: str, dtype: str, allowed: tuple[str, ...]) -> None:
-    """Raises WeightsCorrupt for a dtype that is not among those allowed."""
+    """Raise WeightsCorrupt for a dtype that is not among those allowed."""
     if dtype not in allowed:
         raise WeightsCorrupt(
             f"{name} is {dtype}, not {' or '.join(allowed)}",
             where=file,
-            todo="Its header was changed, or it is another kind of file; download it again",
+            todo="Its header was changed, or it is another kind of file: download it again",
         )
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors of a component: `stem.safetensors`, or its index and all shards it names (there or not)."""
+    """The safetensors of a component: `stem.safetensors`, or its index and all shards in it, missing ones too."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     files = [single] if single.is_file() else []
     if index.is_file():
@@ -277,7 +282,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> shard, of an index. Raises WeightsCorrupt."""
+    """Read tensor -> shard from an index. Raises WeightsCorrupt."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
         raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
@@ -288,7 +293,8 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check_weights(folder: Path, stem: str | None) -> None:
-    """Headers of a component's safetensors agree with the files' sizes and with the index, and say floating point.
+    """Check that headers of a component's safetensors agree with the files' sizes and the index, and that all dtypes
+    are floating.
 
     Raises WeightsCorrupt.
     """
@@ -311,7 +317,7 @@ def check_weights(folder: Path, stem: str | None) -> None:
 
 
 def read_header(file: Path) -> Header:
-    """A safetensors header; opening it also proves that the file is as long as the header says."""
+    """Read a safetensors header. Opening the file also checks its length against the header."""
     from safetensors import SafetensorError, safe_open
 
     check_not_empty(file)
@@ -328,7 +334,7 @@ def read_header(file: Path) -> Header:
 
 
 def check_not_empty(file: Path) -> None:
-    """Raises WeightsCorrupt for an empty file and for a Git LFS pointer left in place of one."""
+    """Raise WeightsCorrupt for an empty file and for a Git LFS pointer instead of a file."""
     with file.open("rb") as stream:
         head = stream.read(len(LFS_POINTER))
     if not head:
@@ -338,5 +344,5 @@ def check_not_empty(file: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises WeightsMissing or WeightsCorrupt."""
+    """Read a JSON object. Raises WeightsMissing or WeightsCorrupt."""
     return read_json_object(path, "Run `video-lab doctor` for what goes where", "Download it again")

@@ -1,13 +1,13 @@
-"""Variant: which files a recipe's transformer and text encoder come from, among those that a store may hold.
+"""Variant: choose the files of a recipe's transformer and text encoder among those in a store.
 
-In:   the store's root and a recipe. Out: a `Variant` and why, or WeightsMissing with all the ways.
+In:   the store's root and a recipe. Out: a `Variant` with its reason, or WeightsMissing with all ways to get the files.
 Never: tensors. A store may hold the source, files of `quantize`, and the published FP4 files, all at once.
 
-    Wan2.2-Animate-14B-FP4-distill/   what `quantize` writes for fp4-distill, the LoRA merged: taken first
-    Wan2.2-Animate-14B-FP4-plain/     what `quantize` writes for fp4; for fp4-distill with distill_lora/ beside it
+    Wan2.2-Animate-14B-FP4-distill/   written by `quantize` for fp4-distill, the LoRA merged: taken first
+    Wan2.2-Animate-14B-FP4-plain/     written by `quantize` for fp4; for fp4-distill with distill_lora/ beside it
     Wan2.2-Animate-14B-FP4/           as published, no LoRA merged; for fp4-distill with distill_lora/ beside it
 
-A recipe whose products need an SVDQ format (`+svdq-int4`) has folders of its own, which `quantize` alone writes:
+A recipe whose precision needs an SVDQ format (`+svdq-int4`) uses other folders, which only `quantize` writes:
 `Wan2.2-Animate-14B-SVDQ-INT4-distill/` and `-plain/`.
 """
 
@@ -55,7 +55,8 @@ RELIGHT = "relight"  # in the name of the LoRA that replace jobs get
 
 @dataclass(frozen=True)
 class Variant:
-    """What to load. `source`: a folder of plain weights; `quantized`: a file of ours; `published`: the seed's file."""
+    """The files to load. `source`: a folder of plain weights; `quantized`: a file of `quantize`; `published`: the
+    original project's file."""
 
     kind: Literal["source", "quantized", "published"]
     transformer: Path  # folder or file
@@ -66,7 +67,7 @@ class Variant:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What decides the frames beyond the plain components, for the fingerprint."""
+        """The files beside the plain components that influence frames, for the fingerprint."""
         extra = [] if self.kind == "source" else [self.transformer, self.config]
         if self.kind == "published":
             extra += [path for path in (self.transformer.with_name(QUANTIZE_CONFIG),) if path.is_file()]
@@ -74,13 +75,13 @@ class Variant:
 
 
 def svdq_format(recipe: Recipe) -> str | None:
-    """The SVDQ format that the recipe's products need its weights in; None where they take any other."""
+    """The SVDQ format that the recipe's precision needs its weights in; None where it takes other formats."""
     row = PRECISIONS[recipe.compute]
     return row.stored_format if row.layout == "svdq" else None
 
 
 def quantized_folder(recipe: Recipe, fmt: str | None = None) -> str:
-    """Folder that `quantize` writes for an FP4 recipe in the number format `fmt`: by default what the recipe needs."""
+    """The folder that `quantize` writes for an FP4 recipe in the number format `fmt`; default: the recipe's format."""
     return f"{_stem(fmt or svdq_format(recipe))}-{'distill' if recipe.distilled else 'plain'}"
 
 
@@ -103,18 +104,18 @@ def quantize_command(recipe: Recipe) -> str:
 
 
 def _stem(fmt: str | None) -> str:
-    """A folder's name but for its last word."""
+    """A folder's name without its suffix."""
     return f"{MODEL}-{fmt.upper()}" if fmt is not None and fmt in SVDQ_LAYOUTS else PUBLISHED_FOLDER
 
 
 def choose_variant(root: Path, recipe: Recipe) -> Variant:
-    """The files of `recipe` in the store at `root`. Raises WeightsMissing, which lists every way to have them."""
+    """Choose the files of `recipe` in the store at `root`. Raises WeightsMissing, which lists every way to get them."""
     source = root / recipe.weights / "transformer"
     if not recipe.fp4:
         return Variant("source", source, source / "config.json", (), None, f"recipe {recipe.name} runs the source")
     text = text_file(root, recipe)
     distill = tuple(sorted((root / DISTILL_FOLDER).glob("*.safetensors")))
-    unmerged: Path | None = None  # there, but without the LoRA that this recipe needs beside it
+    unmerged: Path | None = None  # a file that lacks the LoRA that this recipe needs beside it
     for kind, name, merged in _places(recipe):
         folder = root / name
         file = folder / TRANSFORMER_FILE
@@ -143,20 +144,21 @@ def _no_transformer(root: Path, recipe: Recipe, unmerged: Path | None) -> Weight
     fmt, command = svdq_format(recipe), quantize_command(recipe)
     lacks = f"no transformer in {fmt}" if fmt else "no FP4 transformer"
     if unmerged is not None:
-        lacks = f"{unmerged.relative_to(root)}, but no distill LoRA in {DISTILL_FOLDER}/ to go beside it"
+        lacks = f"{unmerged.relative_to(root)}, but no distill LoRA in {DISTILL_FOLDER}/"
     fetch = f"video-lab weights fetch --recipe {recipe.name}"
     if fmt is None:
         todo = (
-            "One of these makes it complete:\n"
-            f"  {command}        from {recipe.weights}/transformer\n"
-            f"  {fetch}   the published files, into {PUBLISHED_FOLDER}/"
+            "One of these commands gets it:\n"
+            f"  {command}        makes it from {recipe.weights}/transformer\n"
+            f"  {fetch}   fetches the published files into {PUBLISHED_FOLDER}/"
         ) + (f" and {DISTILL_FOLDER}/" if recipe.distilled else "")
     elif unmerged is not None:
-        todo = f"{fetch}\n  brings the LoRA, into {DISTILL_FOLDER}/"
+        todo = f"This command fetches the LoRA into {DISTILL_FOLDER}/:\n  {fetch}"
     else:
         todo = (
-            f"There is no published file in {fmt}. This makes one from {recipe.weights}/transformer:\n  {command}\n"
-            f"This brings the source, where the store lacks it:\n  {fetch}"
+            f"There is no published file in {fmt}. This command makes one from {recipe.weights}/transformer:\n"
+            f"  {command}\n"
+            f"If the store lacks the source, this command fetches it:\n  {fetch}"
         )
     return WeightsMissing(f"recipe {recipe.name!r} has {lacks}", where=root, todo=todo)
 
@@ -171,12 +173,12 @@ def _places(recipe: Recipe) -> Iterator[tuple[Literal["quantized", "published"],
 
 
 def text_file(root: Path, recipe: Recipe) -> Path | None:
-    """The INT4 text encoder that `recipe` takes in place of the plain folder; None where it has none."""
+    """The INT4 text encoder that `recipe` uses instead of the plain folder, or None."""
     return next((path for folder in _text_folders(recipe) if (path := root / folder / TEXT_FILE).is_file()), None)
 
 
 def _text_folders(recipe: Recipe) -> tuple[str, ...]:
-    """The best first. It has one format, whatever the transformer's: the FP4 folders' serves any FP4 recipe."""
+    """Folders that may hold it, the best first. It has one format: the FP4 folders' file fits every FP4 recipe."""
     if not recipe.fp4:
         return ()
     fp4 = replace(recipe, compute=DEFAULT_PRECISION)
@@ -184,26 +186,26 @@ def _text_folders(recipe: Recipe) -> tuple[str, ...]:
 
 
 def lora_file(root: Path, name: str) -> Path:
-    """The LoRA that a job calls `name`. Raises JobWeightsMissing with what there is."""
+    """The file of the LoRA `name` of a job. Raises JobWeightsMissing with the names that the store has."""
     path = root / LORA_FOLDER / f"{name}.safetensors"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in (root / LORA_FOLDER).glob("*.safetensors"))) or "none"
         raise JobWeightsMissing(
-            f"no LoRA {name!r}; there: {there}", where=path, todo="Put the file there, or mend the name"
+            f"the store has no LoRA {name!r}; it has: {there}",
+            where=path,
+            todo="Put the file there, or correct the name",
         )
     return path
 
 
 def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: bool) -> dict[str, tuple[Path, float]]:
-    """name → (file, strength) of a job's own LoRAs; a replace job gets the relighting LoRA where the store has one.
+    """name → (file, strength) of a job's LoRAs; a replace job also gets the relighting LoRA if the store has it.
 
-    Raises JobWeightsMissing for a name that has no file, ConfigInvalid for one that is given twice.
+    Raises JobWeightsMissing for a name without a file, ConfigInvalid for one that is given twice.
     """
     twice = next((name for i, (name, _) in enumerate(names) if name in [other for other, _ in names[:i]]), None)
     if twice is not None:
-        raise ConfigInvalid(
-            f"a job names the LoRA {twice!r} twice", todo="Name it once, with the strength it is to have"
-        )
+        raise ConfigInvalid(f"a job names the LoRA {twice!r} twice", todo="Name it once, with its strength")
     found = {name: (lora_file(root, name), strength) for name, strength in names}
     if replace and not any(RELIGHT in name.lower() for name in found):
         for path in sorted((root / LORA_FOLDER).glob("*.safetensors")):
@@ -213,7 +215,7 @@ def lora_files(root: Path, names: tuple[tuple[str, float], ...], *, replace: boo
 
 
 def wanted_fp4(recipe: Recipe) -> Callable[[str], bool]:
-    """Keys of a remote store that an FP4 recipe may need beyond the plain components."""
+    """A predicate on keys of a remote store: those that an FP4 recipe may need beside the plain components."""
     transformers = set(variant_folders(recipe)) if recipe.fp4 else set()
     texts = set(_text_folders(recipe))
 

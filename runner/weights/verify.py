@@ -1,13 +1,15 @@
-"""Verify: are the model files of a recipe there, whole, and the ones that were published? Nothing is loaded.
+"""Verify: check that the model files of a recipe are there, whole, and the published ones. Loads no model.
 
-In:   the store's folder, a recipe. Out: a row for each file: ok, corrupt, missing, or unknown where nobody ever wrote
-      down what it should be. Also the plan of a quantised file, layer by layer, and the comparison that settles how a
-      published FP4 file is to be read.
+In:   the store's folder, a recipe. Out: a row for each file: ok, corrupt, missing, or unknown where no checksum is
+      recorded anywhere. Also the plan of a quantised file, layer by layer, and the comparison of all ways to read a
+      published FP4 file.
 Never: the network, a repair (that is `fetch`), tensors of a whole model.
 
-Every file is hashed in full, however well it is known: that is the point of it. It is compared with the first of these:
-the checksum in its own metadata (files of `quantize`), the pinned one (repositories.py), the hub's record beside it,
-what an earlier run remembered of this very file.
+Every file is hashed in full, even where its digest is kept. The sha256 is compared with the first known reference:
+- the checksum in its own metadata (files of `quantize`);
+- the pinned checksum (repositories.py);
+- the hub's record beside it;
+- the digest that an earlier run kept for this file.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ FETCH = "fetch it: video-lab weights fetch"
 
 @dataclass(frozen=True)
 class Row:
-    """What was found out about one file. `path` is relative to the store."""
+    """The result for one file. `path` is relative to the store."""
 
     path: str
     status: Status
@@ -75,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Settled:
-    """How near each reading of one layer comes to its source. `assume`: the words for `--assume`, if one is right."""
+    """The error of each reading of one layer against its source. `assume`: the words for `--assume`, if one fits."""
 
     file: Path
     layer: str
@@ -90,11 +92,11 @@ def verify_weights(
     cache: Path | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """A row for each file that `recipe` reads, and for each LoRA there is. Reads everything once, a file at a time.
+    """Return a row for each file that `recipe` reads and for each LoRA. Every file is read once, one at a time.
 
-    `cache`: the folder where runs remember what they hashed. `on_row` is called with each row as it is known: a store
-    takes minutes. Damage is a row, not an exception. Raises ConfigInvalid for a recipe that is none, WeightsMissing
-    when there is no such folder, StorageDenied for what may not be read.
+    `cache`: the folder where runs keep digests. `on_row` is called with each row at once: a store takes minutes. A
+    damaged file gives a row, not an exception. Raises ConfigInvalid for an unknown recipe, WeightsMissing for a missing
+    folder, StorageDenied for a file that may not be read.
     """
     parts = parts_of(recipe)
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -118,10 +120,10 @@ def verify_weights(
 
 
 def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all", rank: int | None = None) -> list[PlanRow]:
-    """What a quantised transformer holds, layer by layer, from the config in the store. See quantization/rules.py.
+    """List the layers of a quantised transformer with their bytes, from the config in the store; see rules.py.
 
-    `rank`: of an SVDQ format's factors, by default the format's. Raises ConfigInvalid for a format, a rule or a rank
-    that is none, WeightsMissing without a config.
+    `rank`: of an SVDQ format's factors, by default the format's. Raises ConfigInvalid for an unknown format or rule and
+    for a rank that no kernel takes, WeightsMissing without a config.
     """
     from runner.quantization.formats.fp4_layout import LAYOUTS, Layout
     from runner.quantization.rules import get_rule, plan_sizes
@@ -129,10 +131,10 @@ def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all", rank: int | 
     layouts: dict[str, Layout | SvdqLayout] = {**LAYOUTS, **SVDQ_LAYOUTS}
     layout = layouts.get(fmt)
     if layout is None:
-        raise ConfigInvalid(f"no format {fmt!r}", todo="Formats: " + ", ".join(layouts))
+        raise ConfigInvalid(f"there is no format {fmt!r}", todo="Formats: " + ", ".join(layouts))
     if rank is not None:
         if not isinstance(layout, SvdqLayout):
-            raise ConfigInvalid(f"{fmt} has no rank", todo=f"--rank is of {' and '.join(SVDQ_LAYOUTS)}")
+            raise ConfigInvalid(f"{fmt} has no rank", todo=f"--rank is for {' and '.join(SVDQ_LAYOUTS)}")
         try:
             layout = layout.with_rank(rank)
         except ValueError as err:
@@ -141,10 +143,10 @@ def plan_rows(models: Path, *, fmt: str = "g32", rule: str = "all", rank: int | 
 
 
 def settle_against(models: Path, source: Path, *, layer: str | None = None, file: Path | None = None) -> Settled:
-    """Compare one layer of a published FP4 file with the weights it was made from, in every way that it can be read.
+    """Compare one layer of a published FP4 file, read in every possible way, with its source weights.
 
-    `source`: a folder of the transformer in full precision, or a store with one. `layer`: by default the first that is
-    quantised and lies in the source; a single shard of the source is enough. `file`: by default the store's.
+    `source`: a folder of the transformer in full precision, or a store with one. `layer`: by default the first
+    quantised layer that the source has; a single shard of the source is enough. `file`: by default the store's.
     Raises WeightsMissing, WeightsCorrupt (also when the layer has another shape in the source).
     """
     from runner.quantization.files.file_header import read_header
@@ -156,16 +158,16 @@ def settle_against(models: Path, source: Path, *, layer: str | None = None, file
     published = read_published(file, transformer_on_meta(transformer_config(models)))
     folders = (source, source / "transformer", source / SOURCE_WEIGHTS / "transformer")
     shards = next((found for folder in folders if (found := sorted(folder.glob("*.safetensors")))), [])
-    lies = {name: shard for shard in shards for name in read_header(shard).tensors}
+    shard_with = {name: shard for shard in shards for name in read_header(shard).tensors}
     names = [layer] if layer is not None else list(published.layers)
-    name = next((name for name in names if f"{name}.weight" in lies), None)
+    name = next((name for name in names if f"{name}.weight" in shard_with), None)
     if name is None:
         raise WeightsMissing(
-            f"holds no weights of {layer or 'any quantised layer'}",
+            f"the source holds no weights of {layer or 'any quantised layer'}",
             where=source,
             todo="Give the folder with the transformer's safetensors in bf16 or float32; one shard of them is enough",
         )
-    weight = read_tensor(lies[f"{name}.weight"], f"{name}.weight")
+    weight = read_tensor(shard_with[f"{name}.weight"], f"{name}.weight")
     comparisons = compare_layer(published, name, weight)
     right = settle(comparisons)
     return Settled(file, name, tuple(comparisons), str(right) if right is not None else None)
@@ -178,16 +180,16 @@ def transformer_config(models: Path) -> dict[str, Any]:
     path = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
     if path is None:
         raise WeightsMissing(
-            "holds no config.json of a transformer",
+            "the store holds no config.json of a transformer",
             where=models,
-            todo="It is small: video-lab weights fetch --part components, or copy it to "
+            todo="Fetch the small files: video-lab weights fetch --part components. Or copy it to "
             f"{SOURCE_WEIGHTS}/transformer/config.json",
         )
     return read_json(path)
 
 
 def _expected(models: Path, recipe: Recipe, parts: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """(file, what to say if it is not there), in the order they are used."""
+    """Yield (file, the note for a missing file), in the order of use."""
     for name in COMPONENTS:
         if name == "text_encoder" and text_file(models, recipe):
             yield from ((path, "") for path in sorted((models / SOURCE_WEIGHTS / name).glob("*.safetensors")))
@@ -202,14 +204,14 @@ def _expected(models: Path, recipe: Recipe, parts: tuple[str, ...]) -> Iterator[
     store = ModelStore(models)
     yield store.detector, FETCH
     yield from ((path, FETCH) for path in _pose_files(store.pose))
-    yield from ((path, "") for path in store.dwpose if path.is_file())  # optional, like the next: listed where it is
+    yield from ((path, "") for path in store.dwpose if path.is_file())  # optional models are listed if they are there
     if store.rife.is_file():
         yield store.rife, ""
     yield from ((path, "") for path in sorted(store.segmenter.glob("*")) if path.suffix in (*PLAIN, ".safetensors"))
 
 
 def _has_own_config(models: Path, recipe: Recipe) -> bool:
-    """Does the recipe run a file that lies beside its own config.json?"""
+    """Does the recipe use a quantised file with a config.json in the same folder?"""
     try:
         variant = choose_variant(models, recipe)
     except WeightsMissing:
@@ -227,31 +229,31 @@ def _component(models: Path, name: str, *, weights: bool) -> Iterator[tuple[Path
         try:
             files = weight_files(folder, WEIGHTS[name])
         except WeightsCorrupt:
-            return  # the index is damaged: its row says so, and what it would name nobody knows
+            return  # the index is damaged, as its row says: its shards are unknown
         yield from ((path, FETCH) for path in files or [folder / f"{WEIGHTS[name]}.safetensors"])
 
 
 def _quantised(models: Path, recipe: Recipe) -> Iterator[tuple[Path, str]]:
-    """Our own file of this recipe, or an unmerged one and, for `fp4-distill`, the LoRA that goes with it."""
-    own, fmt = models / quantized_folder(recipe), svdq_format(recipe)
+    """Files of this recipe's quantised transformer, and for distilled recipes the LoRA, if it is not merged."""
+    merged, fmt = models / quantized_folder(recipe), svdq_format(recipe)
     folders = [models / name for name in variant_folders(recipe)]
     for folder in folders:
         yield from ((path, "") for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors"))
     if (text := text_file(models, recipe)) is not None and text.parent not in folders:
         yield text, ""
-    if recipe.distilled and (own / TRANSFORMER_FILE).is_file():
+    if recipe.distilled and (merged / TRANSFORMER_FILE).is_file():
         return
     if not any((folder / TRANSFORMER_FILE).is_file() for folder in folders):
         if fmt is None:
             yield models / FP4_FOLDER / TRANSFORMER_FILE, f"{FETCH}, or make it: video-lab quantize"
         else:
-            yield own / TRANSFORMER_FILE, f"not published; make it: {quantize_command(recipe)}"
+            yield merged / TRANSFORMER_FILE, f"not published; make it: {quantize_command(recipe)}"
     if recipe.distilled and not list((models / "distill_lora").glob("*.safetensors")):
         yield models / "distill_lora" / next(iter(SOURCES["distill-lora"].pins)), FETCH
 
 
 def _pose_files(graph: Path) -> list[Path]:
-    """The graph and the files that hold its weights (see weights/store.py)."""
+    """The graph and the files of its weights (see weights/store.py)."""
     if graph.name == "end2end.onnx":
         beside: Iterable[Path] = graph.parent.rglob("*")
     else:
@@ -260,7 +262,7 @@ def _pose_files(graph: Path) -> list[Path]:
 
 
 def _contradictions(models: Path, rows: dict[Path, Row]) -> Iterator[tuple[Path, WeightsCorrupt]]:
-    """Files that are whole and do not fit together: indexes and shards; a quantised file and its model."""
+    """Yield whole files that contradict each other: indexes and shards; a quantised file and its model."""
     for name, stem in WEIGHTS.items():
         folder = models / SOURCE_WEIGHTS / name
         index = folder / f"{stem}.safetensors.index.json"
@@ -279,7 +281,7 @@ def _contradictions(models: Path, rows: dict[Path, Row]) -> Iterator[tuple[Path,
 
 
 def _check_quantised(path: Path, models: Path) -> None:
-    """Does a quantised file hold the model of its config? Headers only. Raises WeightsCorrupt."""
+    """Check that a quantised file holds the model of its config, by headers. Raises WeightsCorrupt."""
     from runner.quantization.files.checkpoint_read import check_model
     from runner.quantization.files.file_header import read_header
     from runner.quantization.files.published import read_published
@@ -288,23 +290,23 @@ def _check_quantised(path: Path, models: Path) -> None:
 
     header = read_header(path)
     refuse_foreign(header)
-    # Published files lie in one folder alone; a file in any other has to be ours.
-    ours = FORMAT_KEY in header.metadata or path.parent.name != FP4_FOLDER
-    described = check_quantized(path) if ours else None
-    own = path.with_name("config.json")
+    # Published files are in one folder only; a file in another folder must be one of `quantize`.
+    of_quantize = FORMAT_KEY in header.metadata or path.parent.name != FP4_FOLDER
+    quantized = check_quantized(path) if of_quantize else None
+    beside = path.with_name("config.json")
     try:
-        config = read_json(own) if own.is_file() else transformer_config(models)
+        config = read_json(beside) if beside.is_file() else transformer_config(models)
     except WeightsMissing:
-        return  # a row of its own says that the config is missing
+        return  # another row says that the config is missing
     model = transformer_on_meta(config)
-    if described is not None:
-        check_model(described, model)
+    if quantized is not None:
+        check_model(quantized, model)
     else:
         read_published(path, model)
 
 
 def _examine(path: Path, models: Path, hashes: FileHashes) -> Row:
-    """Size, header and checksum of a file that is there."""
+    """Check size, header and checksum of an existing file."""
     size = path.stat().st_size
     try:
         check_not_empty(path)
@@ -323,18 +325,20 @@ def _safetensors(path: Path, models: Path, hashes: FileHashes) -> Row:
 
     pin = CONVERTED.get(_name(path, models))
     if pin is not None and (made := sha256_file(path)) == pin.sha256:
-        return Row(_name(path, models), "ok", pin.bytes, made, "as the tool makes it of the published file")
-    said = read_header(path).metadata.get(METADATA_KEY)
-    if said is None or not SHA256.fullmatch(said):
+        return Row(_name(path, models), "ok", pin.bytes, made, "as the tool makes it from the published file")
+    recorded = read_header(path).metadata.get(METADATA_KEY)
+    if recorded is None or not SHA256.fullmatch(recorded):
         return _compare(path, models, hashes)
     found = data_sha256(path)
-    status: Status = "ok" if found == said else "corrupt"
-    note = "as recorded when it was made" if found == said else f"its own record says {said}: make or fetch it again"
+    status: Status = "ok" if found == recorded else "corrupt"
+    note = "as recorded when it was made"
+    if found != recorded:
+        note = f"its metadata records {recorded}: make or fetch it again"
     return Row(_name(path, models), status, path.stat().st_size, found, note)
 
 
 def _compare(path: Path, models: Path, hashes: FileHashes) -> Row:
-    """The bytes against whoever knows what they should be."""
+    """Compare the file's sha256 with the first known reference."""
     name, size = _name(path, models), path.stat().st_size
     found = sha256_file(path)
 
@@ -348,7 +352,7 @@ def _compare(path: Path, models: Path, hashes: FileHashes) -> Row:
     if pin is not None:
         if found == pin.sha256:
             return row("ok", "the published file")
-        return row("corrupt", f"{size} bytes; published are {pin.bytes}, sha256 {pin.sha256}: {FETCH}")
+        return row("corrupt", f"{size} bytes; the published file has {pin.bytes}, sha256 {pin.sha256}: {FETCH}")
     recorded = _record(path, models)
     if recorded is not None:
         same = found == recorded if SHA256.fullmatch(recorded) else git_sha1(path) == recorded
@@ -356,13 +360,13 @@ def _compare(path: Path, models: Path, hashes: FileHashes) -> Row:
     known = hashes.known(path)
     if known is not None:
         if known == found:
-            return row("ok", "unchanged since it was first used; nobody recorded what was published")
-        return row("corrupt", "its bytes have changed, its size and time have not: suspect the disk")
-    return row("unknown", "whole, as far as can be told; nobody recorded its checksum")
+            return row("ok", "unchanged since its first use; the checksum of the published file is not recorded")
+        return row("corrupt", "its bytes have changed, its size and time have not: the disk may be damaged")
+    return row("unknown", "no damage found; its checksum is not recorded")
 
 
 def _record(path: Path, models: Path) -> str | None:
-    """The checksum in the hub's record of this file, wherever between it and the store's root that lies."""
+    """The checksum in the hub's record of this file, from a folder between it and the store's root, or None."""
     for base in path.parents:
         if not base.is_relative_to(models):
             return None

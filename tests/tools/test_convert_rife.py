@@ -85,7 +85,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     dest, path = tmp_path / "dest", tmp_path / "flownet.pkl"
     wrong = {
         r"block1\.conv0\.0\.0\.bias has shape": {"block1.conv0.0.0.bias": torch.zeros(7)},
-        "contextnet.conv is none of the network": {"contextnet.conv": torch.zeros(7)},
+        "contextnet.conv does not belong to the network": {"contextnet.conv": torch.zeros(7)},
     }
     for message, more in wrong.items():
         with pytest.raises(WeightsCorrupt, match=message):

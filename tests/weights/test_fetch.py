@@ -255,7 +255,7 @@ def test_an_svdq_recipe_gets_the_source_to_make_its_file_from(
     run(published, tmp_path, "fp4-distill+svdq-int4", say=said.append)
     lora = {f"distill_lora/{Path(LORA).name}": lora_pin}
     assert tree(tmp_path) == wanted(published) | lora
-    assert "no published transformer in svdq-int4: its source is fetched" in said[0]
+    assert "no published transformer in svdq-int4. Its source is fetched" in said[0]
     assert said[1].strip() == "video-lab quantize --recipe fp4-distill --format svdq-int4"
 
 
@@ -411,7 +411,7 @@ def test_the_token_comes_from_the_environment(
 
 def test_private_is_denied_and_missing_is_missing(published: HubServer, tmp_path: Path) -> None:
     published.repos[DIFFUSERS].private = True
-    with pytest.raises(StorageDenied, match="private, gated, or no such repository"):
+    with pytest.raises(StorageDenied, match="private, gated, or does not exist"):
         run(published, tmp_path)
     with pytest.raises(WeightsMissing, match="no such revision"):
         run(published, tmp_path, token=published.token, revisions={DIFFUSERS: "v9"})
@@ -428,7 +428,7 @@ def test_a_repository_without_the_files_is_named(published: HubServer, tmp_path:
 
 
 def test_no_network_is_worth_a_retry(tmp_path: Path) -> None:
-    with pytest.raises(StorageUnavailable, match="the same command goes on"):
+    with pytest.raises(StorageUnavailable, match="the same command resumes"):
         fetch_weights(tmp_path, "bf16", endpoint="http://127.0.0.1:9", say=lambda _line: None)
 
 

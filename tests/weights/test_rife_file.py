@@ -26,8 +26,8 @@ def test_another_file_is_refused(tmp_path: Path):
     tensors = load_file(path)
     wrong = {
         r"block2\.conv0\.0\.0\.bias has shape \(5,\), not \(4,\)": tensors | {"block2.conv0.0.0.bias": torch.zeros(5)},
-        r"tensor teacher\.x is none of the network": tensors | {"teacher.x": torch.zeros(1)},
-        r"tensor encode\.cnn3\.bias is not there": {n: t for n, t in tensors.items() if n != "encode.cnn3.bias"},
+        r"tensor teacher\.x does not belong to the network": tensors | {"teacher.x": torch.zeros(1)},
+        r"tensor encode\.cnn3\.bias is missing": {n: t for n, t in tensors.items() if n != "encode.cnn3.bias"},
         r"encode\.cnn3\.bias is int64": tensors | {"encode.cnn3.bias": torch.zeros(4, dtype=torch.int64)},
     }
     for message, changed in wrong.items():

@@ -130,7 +130,7 @@ def test_a_jobs_loras_by_name(tmp_path):
     assert lora_file(tmp_path, "style") == style
     assert lora_files(tmp_path, (("style", 0.5),), replace=True) == {"style": (style, 0.5)}
     for name in ("old", "Style"):
-        with pytest.raises(WeightsMissing, match=f"no LoRA '{name}'; there: style"):
+        with pytest.raises(WeightsMissing, match=f"no LoRA '{name}'; it has: style"):
             lora_file(tmp_path, name)
     with pytest.raises(ConfigInvalid, match="'style' twice"):
         lora_files(tmp_path, (("style", 0.5), ("style", 1.0)), replace=False)
@@ -206,7 +206,7 @@ def test_a_file_in_its_own_folder_is_taken_and_no_other(tmp_path, fmt, stem):
     hold(tmp_path, f"{stem}-plain/{TRANSFORMER}")
     with pytest.raises(WeightsMissing, match=f"has {stem}-plain/{TRANSFORMER}, but no distill LoRA") as caught:
         choose_variant(tmp_path, distilled)
-    assert "brings the LoRA" in caught.value.message
+    assert "fetches the LoRA" in caught.value.message
     hold(tmp_path, LORA)
     for recipe, beside in ((plain, ()), (distilled, (tmp_path / LORA,))):
         variant = choose_variant(tmp_path, recipe)

@@ -17,7 +17,7 @@ import torch
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, as_runner_error
 from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
-from runner.quantization.files.json_object import read_json_object
+from runner.quantization.files.json_reading import read_json_object
 
 __all__ = ["Bf16Source", "open_source"]
 

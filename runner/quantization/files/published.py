@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from runner.errors import WeightsCorrupt
 from runner.quantization.files.checkpoint_read import fill
 from runner.quantization.files.file_header import SafetensorsHeader, read_header
-from runner.quantization.files.json_object import read_json_object
+from runner.quantization.files.json_reading import read_json_object
 from runner.quantization.files.published_names import PublishedPiece, as_diffusers
 from runner.quantization.files.read_options import ReadOptions, all_read_options, group_in_config, options_from_config
 from runner.quantization.formats.e2m1 import G32, dequantize

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from runner.errors import ConfigInvalid, WeightsCorrupt, as_runner_error
 from runner.quantization.files.checkpoint_read import check_model
-from runner.quantization.files.json_object import read_json_object
+from runner.quantization.files.json_reading import read_json_object
 from runner.quantization.files.quantized_header import (
     AGAIN,
     CALIBRATION_KEY,

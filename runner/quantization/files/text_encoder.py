@@ -25,7 +25,7 @@ from runner import __version__
 from runner.errors import ConfigInvalid, WeightsCorrupt, WeightsMissing, first_few
 from runner.hashing import combine, sha256_file
 from runner.quantization.files.file_header import SHARD_NAME, SafetensorsHeader, TensorInfo, read_header
-from runner.quantization.files.json_object import parse_json_object
+from runner.quantization.files.json_reading import parse_json_object
 from runner.quantization.files.safetensors_stream import StreamWriter, read_tensor
 from runner.quantization.formats.awq import GROUP, Method, Tensors, W4Linear, Workspace, fits, quantize, tensors
 

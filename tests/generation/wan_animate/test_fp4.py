@@ -304,7 +304,7 @@ def test_the_lora_of_every_job_stays_beside_those_of_one(source, seed, tmp_path,
 
 def test_a_lora_that_is_not_there(styled):
     generator = load(styled)
-    with pytest.raises(WeightsMissing, match="no LoRA 'gone'; there: WanAnimate_relight_x, style"):
+    with pytest.raises(WeightsMissing, match="no LoRA 'gone'; it has: WanAnimate_relight_x, style"):
         rendered(generator, loras=[{"name": "gone"}])
 
 
