@@ -1,1 +1,1 @@
-"""Quantization: number formats, layers, kernels and files of FP4 and INT4 weights. Knows tensors, not jobs."""
+"""Quantization: number formats, layers, kernels and files of FP4 and INT4 weights. Never: jobs."""

@@ -1,4 +1,4 @@
-"""AWQ: INT4 in groups of 128, in the layout that TinyChat and nunchaku read, and the linear layer that holds it.
+"""AWQ: INT4 in groups of 128, in the layout that TinyChat and nunchaku read, and a linear layer with such a weight.
 
 In:   float weights [out, in]. Out: packed codes, scales and offsets; float weights again; `W4Linear`.
 Never: models, files, prompts, jobs (text_encoder.py puts these layers into a model and into a file).
@@ -24,31 +24,31 @@ __all__ = ["GROUP", "Method", "W4Linear", "Workspace", "dequantize", "fits", "pa
 Method = Literal["absmax", "mse"]
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-GROUP = 128  # columns under one scale; the published kernels for 8 tokens and more know no other
-# Ends of a group's range to try, as (lower, upper, step, count) in parts of that range: each move starts where the best
-# range so far lies. 27 tries come within 1 % of the error that an 81-point grid over both ends leaves.
+GROUP = 128  # columns under one scale; the published kernels for 8 tokens and more take no other
+# Ends of a group's range to try, as (lower, upper, step, count) in parts of that range. Each move starts from the best
+# range so far. 27 tries come within 1 % of the error that an 81-point grid over both ends leaves.
 MOVES = (
-    *((1, 1, 0.04, 5), (1, 0, 0.03, 5), (0, 1, 0.03, 5)),  # in at both ends, at one, at the other
+    *((1, 1, 0.04, 5), (1, 0, 0.03, 5), (0, 1, 0.03, 5)),  # inwards at both ends, at the lower, at the upper
     *((1, 1, 0.01, 3), (-1, -1, 0.01, 3), (1, -1, 0.01, 3), (-1, 1, 0.01, 3)),  # finer: in, out, up, down
 )
 SEARCH_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # weights searched at once: several fp32 temporaries of that size
-UNPACK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # dequantised at once: a core's cache, against launches
+UNPACK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # dequantised at once: fits a core's cache; few launches on CUDA
 
 
 # The layout
 
 
 def fits(out_features: int, in_features: int) -> bool:
-    """Whether the layout holds such a layer: whole groups of 128 columns (so whole runs of 64) and rows by fours."""
+    """Can the layout hold such a layer? It needs whole groups of 128 columns (so runs of 64) and rows by fours."""
     return out_features > 0 and in_features > 0 and out_features % 4 == 0 and in_features % GROUP == 0
 
 
 def tensors(
     out_features: int, in_features: int, scale_dtype: torch.dtype = torch.bfloat16, *, bias: bool = False
 ) -> Tensors:
-    """Suffix -> shape and dtype, for layer, writer and reader alike. Rows of scales come by eights, the last ones zero.
+    """Suffix -> shape and dtype of a layer's tensors. Rows of scales are padded to a multiple of eight with zeros.
 
-    Raises ValueError where the layout holds no such layer.
+    Raises ValueError where the layout cannot hold such a layer.
     """
     if not fits(out_features, in_features):
         raise ValueError(f"INT4 needs rows by 4 and columns by {GROUP}, not {out_features} x {in_features}")
@@ -64,13 +64,13 @@ def tensors(
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 [out, in], each 0..15 → int16 [out/4, in], as the module's docstring lays them out."""
+    """uint8 [out, in], each 0..15 → int16 [out/4, in], in the order of the module's docstring."""
     rows, columns = codes.shape
     tensors(rows, columns)
     # row / 4, run of 64, row % 4, half of the run, word, nibble
     nibbles = codes.to(torch.int32).view(rows // 4, 4, columns // 64, 2, 4, 8).permute(0, 2, 1, 3, 5, 4)
     words = nibbles[..., 0] | nibbles[..., 1] << 4 | nibbles[..., 2] << 8 | nibbles[..., 3] << 12
-    return words.to(torch.int16).reshape(rows // 4, columns)  # wraps where the top bit is set, as it should
+    return words.to(torch.int16).reshape(rows // 4, columns)  # wraps on purpose where the top bit is set
 
 
 def unpack(qweight: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ def unpack_into(qweight: Tensor, out: Tensor) -> None:
 
 
 def quantize(weight: Tensor, method: Method = "mse", scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Float [out, in] → `qweight`, `scales`, `scaled_zeros` on its device. Temporaries are bounded, whatever its size.
+    """Float [out, in] → `qweight`, `scales`, `scaled_zeros` on its device. Temporaries do not grow with its size.
 
-    "absmax" spans each group from its least to its greatest weight; "mse" also tries narrower and shifted spans and
-    keeps what leaves the least squared error. Codes are chosen against the scales as stored, so that their rounding
-    costs next to nothing; the offset need not be a multiple of the scale, for no kernel asks it to be.
+    "absmax": the range of each group is that of its weights. "mse" also tries narrower and shifted ranges and keeps the
+    one with the smallest squared error. Codes are chosen for the scales as stored, so that the rounding of scales costs
+    almost nothing. The offset need not be a multiple of the scale: no kernel needs that.
     Raises ValueError for shapes that do not fit, for NaN and infinity, and for weights too large for `scale_dtype`.
     """
     rows, columns = weight.shape
@@ -123,7 +123,7 @@ def _quantize_groups(values: Tensor, method: Method, scale_dtype: torch.dtype) -
 
     def coded(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = ((high - low) / 15).to(scale_dtype).float()
-        scale = torch.where(scale > 0, scale, 1.0)  # a constant group is its offset alone
+        scale = torch.where(scale > 0, scale, 1.0)  # in a constant group all codes are 0: the offset is the value
         zero = low.to(scale_dtype).float()
         return ((values - zero) / scale).round_().clamp_(0, 15), scale, zero
 
@@ -175,31 +175,31 @@ def dequantize(
 
 
 class Workspace:
-    """One flat buffer into which the layers of a model dequantise in turn; it grows to the largest of them.
+    """One flat buffer for the dequantised weights of a model's layers, one after the other, as large as the largest.
 
-    What `take` returned holds until the next `take`: one model, one thread, no gradients.
+    The result of `take` is valid until the next `take`: one model, one thread, no gradients.
     """
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[rows, columns], uninitialised, overlapping whatever was taken before."""
-        held = self.buffer
-        if held is None or held.dtype != dtype or held.device != device or held.numel() < rows * columns:
-            self.buffer = held = None  # the old one goes before the new one comes
-            self.buffer = held = torch.empty(rows * columns, dtype=dtype, device=device)
-        return held[: rows * columns].view(rows, columns)
+        """[rows, columns], uninitialised, in the same memory as the last result."""
+        buffer = self.buffer
+        if buffer is None or buffer.dtype != dtype or buffer.device != device or buffer.numel() < rows * columns:
+            self.buffer = buffer = None  # free the old buffer before the new one is allocated
+            self.buffer = buffer = torch.empty(rows * columns, dtype=dtype, device=device)
+        return buffer[: rows * columns].view(rows, columns)
 
 
 class W4Linear(nn.Module):
-    """A linear layer in INT4. Parameters, none of which asks for a gradient; there are no buffers:
+    """A linear layer in INT4. It has no buffers; its parameters take no gradient:
 
-    qweight       int16             [out_features / 4, in_features]                  codes, as the module lays them out
+    qweight       int16             [out_features / 4, in_features]                  codes, see the module's docstring
     scales        float16/bfloat16  [in_features / 128 rounded up to 8s, out_features]
     scaled_zeros  float16/bfloat16  as scales                                        w = code * scale + scaled_zero
     bias          any float         [out_features], or None
-    weight        None: UMT5 asks for the dtype of `wo.weight` before it calls the layer, and takes None for an answer
+    weight        None: UMT5 reads the dtype of `wo.weight` before it calls the layer, and accepts None
     """
 
     qweight: nn.Parameter
@@ -234,7 +234,7 @@ class W4Linear(nn.Module):
         scale_dtype: torch.dtype = torch.bfloat16,
         workspace: Workspace | None = None,
     ) -> W4Linear:
-        """The same layer, quantised where it lies. Its bias is kept as it is. Raises ValueError as `quantize` does."""
+        """Quantise `linear` on its device; the bias stays as it is. Raises ValueError as `quantize` does."""
         layer = cls(
             linear.in_features, linear.out_features, scale_dtype=scale_dtype, device="meta", workspace=workspace
         )

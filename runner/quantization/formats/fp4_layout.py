@@ -1,4 +1,4 @@
-"""FP4 layout: the one table of the tensors that a stored 4-bit weight consists of, readable without torch.
+"""FP4 layout: the table of a stored 4-bit weight's tensors. Needs no torch.
 
 In:   the name of a number format, the shape of a weight. Out: names, shapes and dtypes of tensors, bytes.
 Never: values of tensors; e2m1.py encodes and decodes them.
@@ -18,19 +18,19 @@ __all__ = ["LAYOUTS", "Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one weight [out_features, in_features] is stored: E2M1 codes, and a scale for every `group` input columns."""
+    """The storage of one weight [out_features, in_features]: E2M1 codes, a scale for every `group` input columns."""
 
     name: str
     group: int
     scale: Literal["bf16", "e4m3"]
     tensor_scale: bool  # one more float32 scale for the whole weight
-    packed: str = "weight_packed"  # the tensor that a stored layer is found by
+    packed: str = "weight_packed"  # the tensor whose name marks a stored layer
 
     def fits(self, in_features: int) -> bool:
         return in_features > 0 and in_features % self.group == 0
 
     def padded(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """The shape that is stored: the weight's own."""
+        """The stored shape, which is the weight's: nothing is padded."""
         return out_features, in_features
 
     def unpacked_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -44,9 +44,9 @@ class Layout:
         weight_scale    bfloat16 [out, in/group] (g32), or the bits of float8_e4m3fn as uint8 (nvfp4); row-major
         weight_scale_2  float32 [] (nvfp4): w = code * weight_scale * weight_scale_2
 
-        Raises ValueError where `in_features` is no multiple of the group. Padding instead would need a width stored
-        beside the shapes, and no GEMM that reads the format takes such a width; every linear of the models here has one
-        that fits, and a layer that does not stays in 16 bits by the recipe's rule.
+        Raises ValueError where `in_features` is no multiple of the group. Padding would need a width stored beside the
+        shapes, and no GEMM that reads the format takes such a width. The widths of all linears of the models here fit;
+        a rule keeps a layer that does not fit in 16 bits.
         """
         if out_features < 1 or not self.fits(in_features):
             raise ValueError(
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes and group scales; the 32 bits of a tensor scale vanish in any real weight."""
+        """Bits of codes and group scales; the 32 bits of the tensor scale are negligible."""
         return 4 + (16 if self.scale == "bf16" else 8) / self.group
 
 

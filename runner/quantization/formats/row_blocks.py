@@ -1,7 +1,7 @@
-"""Work on a matrix block by block of rows, on all cores.
+"""Row blocks: process a matrix in blocks of rows, on all cores.
 
-In: a function of a slice of rows. Out: nothing; the function writes where it likes, each block somewhere else.
-It will never know: what the rows hold.
+In:   a function of a slice of rows. Out: nothing; the function writes its results, each block to its own place.
+Never: the rows' content.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ __all__ = ["on_all_cores", "row_blocks"]
 
 
 def row_blocks(shape: tuple[int, ...], limit: int) -> list[slice]:
-    """Blocks of whole rows of a matrix [rows, columns], each of at most `limit` elements, or of one row."""
+    """Split a matrix [rows, columns] into blocks of whole rows, each of at most `limit` elements, or of one row."""
     total, columns = shape
     rows = max(1, limit // columns)
     return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
 def on_all_cores(work: Callable[[slice], None], blocks: list[slice]) -> None:
-    """Runs `work` on every block, each on one thread from its first operation to its last; errors come out here.
+    """Run `work` on every block. One thread does all operations of a block; errors are raised to the caller.
 
-    torch's own threads meet after every operation, which on blocks that fit a cache costs as much as the operation.
-    As many threads as torch is set to use; with one, or with one block, the caller's own.
+    torch's own threads synchronise after every operation; on blocks that fit a cache this costs as much as the
+    operation. Uses as many threads as torch is set to; with one thread or one block, the caller's thread.
     """
     threads = min(torch.get_num_threads(), len(blocks))
     if threads <= 1:
@@ -34,13 +34,13 @@ def on_all_cores(work: Callable[[slice], None], blocks: list[slice]) -> None:
         return
     before, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    def in_the_callers_mode(block: slice) -> None:
-        with torch.inference_mode(inference):  # the mode belongs to a thread, and decides who may write a tensor
+    def work_in_mode(block: slice) -> None:
+        with torch.inference_mode(inference):  # each thread has its own mode, which restricts writes to tensors
             work(block)
 
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(in_the_callers_mode, blocks):
+            for _ in pool.map(work_in_mode, blocks):
                 pass
     finally:
-        torch.set_num_threads(before)  # the workers' 1 would otherwise hold for every thread that starts later
+        torch.set_num_threads(before)  # else the workers' 1 would apply to every thread that starts later

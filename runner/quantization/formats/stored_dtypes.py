@@ -1,4 +1,4 @@
-"""Stored dtypes: the dtypes that a safetensors file may hold, by the names in its header. Read without torch.
+"""Stored dtypes: the dtypes of safetensors files by their names in headers. Needs no torch.
 
 In:   a name. Out: torch's name, bytes an item. Never: tensors.
 """

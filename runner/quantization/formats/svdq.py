@@ -1,10 +1,10 @@
-"""SVDQ: codes, scales, low-rank factors and vectors of a linear in SVDQuant W4A4, to and from the order of the kernels.
+"""SVDQ: put codes, scales, factors and vectors of a linear in SVDQuant W4A4 into the order of the kernels, and back.
 
 In:   codes, scales, factors, vectors in plain order. Out: the same in the order of one warp's matrix instructions
-      (mma.m16n8k64), and back, byte for byte; the values that stored tensors stand for; the layer's product in floats.
-Never: models, files, names of layers, devices: pure functions. How a weight is split and scaled is chosen elsewhere.
+      (mma.m16n8k64), and back, byte for byte; dequantised values; the layer's product in floats.
+Never: models, files, names of layers, devices: pure functions. low_rank_split.py splits and scales a weight.
 
-The order is that of nunchaku's kernels, which cache-dit and Nunchaku Lite have too. n is an output channel, k an input
+The order is that of nunchaku's kernels, also used by cache-dit and Nunchaku Lite. n is an output channel, k an input
 channel, K the padded inputs, R the rank:
 
     weight    n = 128 nt + 16 np + 8 ns + nl, k = 64 kt + 32 ks + 8 kl + kr: nibble kr, the lowest first, of the int32
@@ -66,9 +66,9 @@ def torch_table(
 
 
 def pad(values: Tensor, sizes: tuple[int, ...], fill: float = 0) -> Tensor:
-    """`values` with `fill` behind them in each dimension, up to `sizes`; `values` itself where nothing is missing.
+    """Pad `values` with `fill` at the end of each dimension up to `sizes`; return `values` itself if they match.
 
-    Codes, factors, biases and scales are padded with zeros; a smoothing factor with ones, for x is divided by it.
+    Codes, factors, biases and scales are padded with zeros; a smoothing factor with ones, since x is divided by it.
     """
     if tuple(values.shape) == sizes:
         return values
@@ -83,7 +83,7 @@ def pad(values: Tensor, sizes: tuple[int, ...], fill: float = 0) -> Tensor:
 def pack_weight(codes: Tensor, precision: SvdqPrecision) -> Tensor:
     """Codes [N, K] → int8 [N, K/2]. int4: signed integers of -8..7; nvfp4: E2M1 codes of 0..15.
 
-    ValueError for sides that are no multiples of 128 and for numbers that are no codes.
+    Raises ValueError for sides that are no multiples of 128 and for numbers that are no codes.
     """
     if codes.ndim != 2 or codes.dtype is torch.bool or codes.is_floating_point() or codes.is_complex():
         raise ValueError(f"codes are integers [N, K], not {codes.dtype} {list(codes.shape)}")
@@ -105,9 +105,9 @@ def unpack_weight(packed: Tensor, precision: SvdqPrecision) -> Tensor:
 
 
 def tile_bytes(pairs: Tensor) -> Tensor:
-    """Two codes a byte, int8 [N, K/2], a row after the other, the even column in the low nibble → a packed weight.
+    """Two codes a byte, int8 [N, K/2], row-major, the even column in the low nibble → a packed weight.
 
-    A word of the kernels holds eight columns in a row, so whole bytes change their places and no nibble does.
+    A word of the kernels holds eight consecutive columns, so only whole bytes change their places.
     """
     rows, half = pairs.shape
     _check_sides(rows, half * 2)
@@ -117,7 +117,7 @@ def tile_bytes(pairs: Tensor) -> Tensor:
 
 
 def untile_bytes(packed: Tensor) -> Tensor:
-    """The inverse of `tile_bytes`. ValueError for what is no packed weight."""
+    """The inverse of `tile_bytes`. Raises ValueError for tensors that are no packed weight."""
     if packed.ndim != 2 or packed.dtype is not torch.int8:
         raise ValueError(f"a packed weight is int8 [N, K/2], not {packed.dtype} {list(packed.shape)}")
     rows, half = packed.shape
@@ -130,7 +130,7 @@ def untile_bytes(packed: Tensor) -> Tensor:
 def pack_scales(scales: Tensor, precision: SvdqPrecision) -> Tensor:
     """Scales [N, groups] → [groups, N] in the same dtype: 16 bits (int4), float8_e4m3fn (nvfp4).
 
-    ValueError where N is no multiple of 128, groups none of 2 (int4) or 8 (nvfp4), or the dtype is another.
+    Raises ValueError where N is no multiple of 128, groups no multiple of 2 (int4) or 8 (nvfp4), or for another dtype.
     """
     _check_scales(scales, precision)
     rows, groups = scales.shape
@@ -153,7 +153,7 @@ def unpack_scales(packed: Tensor, precision: SvdqPrecision) -> Tensor:
 
 
 def pack_vector(vector: Tensor) -> Tensor:
-    """A bias, a smoothing factor or channel scales, [N] in 16 bits → [N]. ValueError where 128 is no divisor of N."""
+    """A bias, a smoothing factor or channel scales, [N] in 16 bits → [N]. Raises ValueError unless 128 divides N."""
     _check_vector(vector)
     return vector.reshape(-1, 8, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1)
 
@@ -167,14 +167,14 @@ def unpack_vector(packed: Tensor) -> Tensor:
 def pack_lowrank(factor: Tensor, *, down: bool) -> Tensor:
     """A factor in 16 bits: `down` [R, K] → [K, R], else `up` [N, R] → [N, R].
 
-    ValueError where the rank is no multiple of 16 or the channels are none.
+    Raises ValueError where rank or channels are no multiple of 16.
     """
     if factor.ndim != 2:
         raise ValueError(f"a factor is a matrix, not {list(factor.shape)}")
     channels, rank = factor.shape[::-1] if down else factor.shape
     _check_lowrank(channels, rank, factor.dtype)
     first, second = factor.shape
-    # (tile, ns, nl, tile, ks, kl, kr), the tiles of the channels in front
+    # (tile, ns, nl, tile, ks, kl, kr), the tiles of the channels first
     tiles = factor.reshape(first // 16, 2, 8, second // 16, 2, 4, 2)
     order = (3, 0, 2, 5, 1, 4, 6) if down else (0, 3, 2, 5, 1, 4, 6)
     return tiles.permute(order).reshape(channels, rank)
@@ -201,15 +201,15 @@ def _check_sides(rows: int, columns: int) -> None:
 def _check_scales(scales: Tensor, precision: SvdqPrecision) -> None:
     allowed = _SIXTEEN_BITS if precision == "int4" else (torch.float8_e4m3fn,)
     if scales.ndim != 2 or scales.dtype not in allowed:
-        wanted = " or ".join(str(dtype) for dtype in allowed)
-        raise ValueError(f"scales of {precision} are a matrix of {wanted}, not {scales.dtype} {list(scales.shape)}")
+        dtypes = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"scales of {precision} are a matrix of {dtypes}, not {scales.dtype} {list(scales.shape)}")
 
 
 def _check_groups(rows: int, groups: int, precision: SvdqPrecision) -> None:
     multiple = 2 if precision == "int4" else 8  # of 128 input channels
     if rows < 1 or groups < 1 or rows % TILE or groups % multiple:
         raise ValueError(
-            f"scales of {rows} outputs and {groups} groups: {precision} wants multiples of {TILE} and {multiple}; pad "
+            f"scales of {rows} outputs and {groups} groups: {precision} needs multiples of {TILE} and {multiple}; pad "
             "them"
         )
 
@@ -228,11 +228,11 @@ def _check_lowrank(channels: int, rank: int, dtype: torch.dtype) -> None:
         raise ValueError(f"factors of {channels} channels and rank {rank}: both must be multiples of {RANK_MULTIPLE}")
 
 
-# What stored tensors stand for
+# Values of stored tensors
 
 
 def dequantize_residual(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Tensor:
-    """The residual of the smoothed weight, float32 [N, K] as padded, of stored tensors."""
+    """Dequantise the residual of the smoothed weight: float32 [N, K] as padded."""
     codes = unpack_weight(tensors["qweight"], layout.precision)
     scales = unpack_scales(tensors["wscales"], layout.precision).float()
     values = _values(codes, layout.precision)
@@ -244,15 +244,17 @@ def dequantize_residual(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Te
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Are a layer's stored values ones that a quantiser makes? ValueError with the tensor's suffix where they are not.
+    """Check a layer's stored values. Raises ValueError with the suffix of the wrong tensor.
 
-    Scales and channel scales are finite and not negative, smoothing factors finite and above zero, factors finite. Any
-    code is a valid one. Each tensor's order is that of the kernels or a plain one: it does not matter here.
+    Scales and channel scales must be finite and not negative, smoothing factors finite and above zero, factors finite.
+    Any code is valid. The order of the tensors, the kernels' or a plain one, does not matter here.
     """
     for suffix, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        if tensor.dtype is torch.float8_e4m3fn:  # by its bits: it has no infinities, and few operations
+        if (
+            tensor.dtype is torch.float8_e4m3fn
+        ):  # by its bits: the dtype has no infinity, and torch few operations on it
             bits = tensor.view(torch.uint8)
             infinite, negative = (bits & 127) == 127, bits > 128
         else:
@@ -266,22 +268,22 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def effective_weight(tensors: Mapping[str, Tensor], layout: SvdqLayout) -> Tensor:
-    """The weight that stored tensors stand for, float32 [N, K] as padded: residual / s + up down."""
+    """Dequantise the whole weight, float32 [N, K] as padded: residual / s + up down."""
     smooth = unpack_vector(tensors["smooth_factor"]).float()
     up, down = unpack_lowrank(tensors["proj_up"], down=False), unpack_lowrank(tensors["proj_down"], down=True)
     return torch.addmm(dequantize_residual(tensors, layout) / smooth, up.float(), down.float())
 
 
 def quantize_activations(x: Tensor, precision: SvdqPrecision) -> tuple[Tensor, Tensor]:
-    """Smoothed activations [M, K] by the group: codes [M, K] and scales [M, groups] of a row.
+    """Quantise smoothed activations [M, K] by groups: codes [M, K] and scales [M, groups].
 
     int4: int8 codes of -7..7, scales of x's dtype, largest magnitude / 7 in 64 columns. nvfp4: E2M1 codes, e4m3 scales,
-    largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0. As nunchaku's kernels do, codes are
-    chosen against the scale before it is rounded. e4m3 loses bits below 1/64 and all of them below 1/1024: a smoothing
-    factor that leaves x / s near 1 and above keeps the scales where they are exact to 1/16.
+    largest magnitude / 6 in 16 columns, 448 at most. A group of zeros has codes 0. As in nunchaku's kernels, codes are
+    chosen for the scale before it is rounded. e4m3 loses bits below 1/64 and all bits below 1/1024. A smoothing factor
+    that leaves x / s near 1 and above keeps the scales in the range where they are exact to 1/16.
 
-    A group with NaN or an infinity has no finite scale, so that its row is not finite: a check of what a model gave
-    finds it there. ValueError where x is no matrix of floats with whole groups.
+    A group with NaN or an infinity has no finite scale, so that its row is not finite and a check of the model's output
+    finds it. Raises ValueError where x is no matrix of floats with whole groups.
     """
     group = 64 if precision == "int4" else 16
     if x.ndim != 2 or not x.is_floating_point() or x.shape[1] % group:
@@ -300,14 +302,14 @@ def quantize_activations(x: Tensor, precision: SvdqPrecision) -> tuple[Tensor, T
 
 
 def dequantize_activations(codes: Tensor, scales: Tensor, precision: SvdqPrecision) -> Tensor:
-    """What `quantize_activations` made, in float32 [M, K]."""
+    """The inverse of `quantize_activations`: float32 [M, K]."""
     (rows, columns), groups = codes.shape, scales.shape[1]
     values = _values(codes, precision).reshape(rows, groups, columns // groups)
     return (values * scales.float().unsqueeze(-1)).reshape(rows, columns)
 
 
 def _values(codes: Tensor, precision: SvdqPrecision) -> Tensor:
-    # E2M1 by the table itself: `e2m1.decode` asks for the largest code, which waits for the device
+    # E2M1 by the table: `e2m1.decode` reads the largest code, which waits for the device
     return codes.float() if precision == "int4" else torch.tensor(VALUES, device=codes.device)[codes.long()]
 
 
@@ -316,10 +318,10 @@ def svdq_linear(
 ) -> Tensor:
     """The definition of the layer's product: x [..., in] → [..., out_features] in x's dtype; any device.
 
-    x / s is rounded to x's dtype, quantised by the group, multiplied with the residual in float32; the low-rank part
-    multiplies x itself. `bias` [out_features] in plain order. Inputs and outputs that were padded are not seen.
-    ValueError where x is wider than the weight, or the outputs or the bias do not fit it. Where x / s or the result
-    leaves the range of x's dtype (65504 in float16), the result is not finite.
+    x / s is rounded to x's dtype, quantised by groups, and multiplied with the residual in float32; the low-rank part
+    multiplies x itself. `bias` [out_features] in plain order. x and the result are not padded. Raises ValueError where
+    x is wider than the weight, or the outputs or the bias do not fit it. Where x / s or the result leaves the range of
+    x's dtype (65504 in float16), the result is not finite.
     """
     rows, columns = tensors["qweight"].shape[0], tensors["qweight"].shape[1] * 2
     if not x.is_floating_point() or not x.ndim or x.shape[-1] > columns or not 0 < out_features <= rows:

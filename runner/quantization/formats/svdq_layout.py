@@ -1,4 +1,4 @@
-"""SVDQ layout: the one table of the tensors that a linear in SVDQuant W4A4 consists of, readable without torch.
+"""SVDQ layout: the table of a stored linear's tensors in SVDQuant W4A4. Needs no torch.
 
 In:   the name of a number format, the shape of a weight, a rank. Out: names, shapes and dtypes of tensors, bytes.
 Never: values of tensors; svdq.py packs and unpacks them.
@@ -7,8 +7,8 @@ A weight W [out, in] is a low-rank part and a residual in four bits, R, both of 
 
     y = Q(x / s) R^T + (x down^T) up^T + bias        s [in]: the smoothing factor; down [r, in], up [out, r]
 
-`down` is stored as divided by s, so that it multiplies x itself. Names are those of `SVDQW4A4Linear`, nunchaku's linear
-layer (version 1), which diffusers' Nunchaku Lite and cache-dit have too.
+`down` is stored divided by s, so that it multiplies x itself. Names are those of `SVDQW4A4Linear`, nunchaku's linear
+layer (version 1); diffusers' Nunchaku Lite and cache-dit use them, too.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from runner.quantization.formats.stored_dtypes import DTYPE_BYTES
 __all__ = ["MOST_RANK", "RANK_MULTIPLE", "SVDQ_LAYOUTS", "TILE", "SvdqLayout", "SvdqPrecision"]
 
 SvdqPrecision = Literal["int4", "nvfp4"]
-TILE: Final = 128  # outputs and inputs of a weight are padded to multiples: of the kernels' tiles
-RANK_MULTIPLE: Final = 16  # of a tile of the low-rank factors
+TILE: Final = 128  # side of the kernels' tiles; outputs and inputs of a weight are padded to multiples of it
+RANK_MULTIPLE: Final = 16  # side of a tile of the low-rank factors
 MOST_RANK: Final = 512
 
 
 @dataclass(frozen=True)
 class SvdqLayout:
-    """How one linear is stored: four-bit codes, a scale for every `group` input columns, factors of `rank`."""
+    """The storage of one linear: four-bit codes, a scale for every `group` input columns, factors of `rank`."""
 
     name: str  # in files and recipes
     precision: SvdqPrecision  # of weights and activations
     group: int
     rank: int = 32
-    packed: str = "qweight"  # the tensor that a stored layer is found by
+    packed: str = "qweight"  # the tensor whose name marks a stored layer
 
     def with_rank(self, rank: int) -> SvdqLayout:
-        """The same with factors of another rank. ValueError for one that no kernel takes."""
+        """The same layout with factors of another rank. Raises ValueError for a rank that no kernel takes."""
         if rank % RANK_MULTIPLE or not RANK_MULTIPLE <= rank <= MOST_RANK:
             raise ValueError(f"a rank of {rank}: multiples of {RANK_MULTIPLE} up to {MOST_RANK} are taken")
         return replace(self, rank=rank)
 
     def fits(self, in_features: int) -> bool:
-        """Always, for inputs are padded."""
+        """True for every width: inputs are padded."""
         return in_features > 0
 
     def padded(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """The shape that is stored: both sides rounded up to whole tiles."""
+        """The stored shape: both sides rounded up to whole tiles."""
         return -(-out_features // TILE) * TILE, -(-in_features // TILE) * TILE
 
     def unpacked_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -62,12 +62,12 @@ class SvdqLayout:
 
         qweight        int8 [N, K/2]: two codes a byte
         wscales        bfloat16 [K/64, N] (int4) or float8_e4m3fn [K/16, N] (nvfp4)
-        wcscales       bfloat16 [N] (nvfp4): a factor an output channel, the scale of the whole tensor in it
+        wcscales       bfloat16 [N] (nvfp4): a factor per output channel, which includes the tensor's scale
         smooth_factor  bfloat16 [K]: x is divided by it
         proj_down      bfloat16 [K, r]: multiplies x itself
         proj_up        bfloat16 [N, r]
 
-        A bias is no part of the table: it has the layer's own width and order. ValueError for a side below one.
+        The bias is not in the table: it has the layer's width and a plain order. ValueError for a side below one.
         """
         if out_features < 1 or in_features < 1:
             raise ValueError(f"a weight of [{out_features}, {in_features}] cannot be stored as {self.name}")
@@ -91,7 +91,7 @@ class SvdqLayout:
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes and group scales; factors and vectors come beside them, and depend on the shape."""
+        """Bits of codes and group scales, without factors and vectors, whose share depends on the shape."""
         return 4 + (16 if self.precision == "int4" else 8) / self.group
 
 

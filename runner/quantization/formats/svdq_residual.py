@@ -1,12 +1,13 @@
-"""SVDQ residual: codes and scales of what the low-rank part leaves of a smoothed weight, in plain order.
+"""SVDQ residual: codes and scales of a smoothed weight minus its low-rank part, in plain order.
 
-In:   float rows [n, K] as padded, a layout, what each column counts. Out: codes, scales as stored, what they stand for.
+In:   float rows [n, K] as padded, a layout, column weights. Out: codes, scales as stored, dequantised values.
 Never: smoothing, factors, the order of the kernels.
 
     int4      codes of -8..7, a bfloat16 scale for 64 columns
-    nvfp4     E2M1 codes, an e4m3 scale for 16 columns, a bfloat16 factor a row that puts its largest value at 224 * 6
+    nvfp4     E2M1 codes, an e4m3 scale for 16 columns, a bfloat16 factor per row that maps its largest value to 224 * 6
 
-Scales are searched for the least squared error as those of FP4 are, see `scales`; codes are chosen for them as stored.
+Scales are searched for the smallest squared error, like those of FP4 (see `scales`). Codes are chosen for the scales as
+stored.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from runner.quantization.formats.svdq_layout import SvdqLayout
 
 __all__ = ["Residual"]
 
-# The best scale of a group is often 1.5 times that of its largest value, see `scales`. In a row, other than in a whole
-# tensor, many groups come near the largest value: with it at 448 they could not have that scale. Measured on gaussian
-# weights, 1024 x 5120: relative error .0813 with 2, .0817 with 1.
+# The best scale of a group is often 1.5 times that of its largest value, see `scales`. In a row, unlike in a whole
+# tensor, many groups come near the largest value. If that were mapped to 448, they could not have the larger scale.
+# Measured on gaussian weights, 1024 x 5120: relative error .0813 with 2, .0817 with 1.
 HEADROOM: Final = 2.0
 
 
@@ -39,7 +40,7 @@ class Residual:
 
     @classmethod
     def empty(cls, rows: int, columns: int, layout: SvdqLayout, device: torch.device) -> Residual:
-        """Of zeros, to be filled by blocks of rows. Its channels are 1."""
+        """A residual of zeros, to be filled block by block of rows. Its channels are 1."""
         int4 = layout.precision == "int4"
         scales = torch.zeros(rows, columns // layout.group, dtype=torch.bfloat16, device=device)
         return cls(
@@ -51,7 +52,7 @@ class Residual:
     def quantize_rows(
         self, rows: slice, values: Tensor, layout: SvdqLayout, method: Method, per_column: Tensor | None
     ) -> None:
-        """Put float32 `values` [n, K] into these rows. ValueError for NaN and infinite values."""
+        """Quantise float32 `values` [n, K] into these rows. Raises ValueError for NaN and infinite values."""
         groups = values.view(len(values), -1, layout.group)
         if layout.precision == "int4":
             stored, factors = choose_scales(groups, INT4, method, per_column, None)
@@ -68,7 +69,7 @@ class Residual:
         self.codes[rows] = encode_finite(scaled).view(values.shape)
 
     def dequantize_rows(self, rows: slice) -> Tensor:
-        """float32 [n, K]: the values that these rows stand for."""
+        """Dequantise these rows: float32 [n, K]."""
         codes = self.codes[rows]
         values = codes.float() if self.channels is None else decode(codes)
         factors = self.scales[rows].float()

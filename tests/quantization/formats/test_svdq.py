@@ -257,9 +257,9 @@ def test_refused_packed_weights_are_named(packed, complaint):
         (128, 2, torch.float32, "int4", "scales of int4 are a matrix of torch.bfloat16 or torch.float16, not"),
         (128, 8, torch.bfloat16, "nvfp4", r"torch.float8_e4m3fn, not torch.bfloat16"),
         (128, 8, torch.float8_e5m2, "nvfp4", "not torch.float8_e5m2"),
-        (100, 2, torch.bfloat16, "int4", "100 outputs and 2 groups: int4 wants multiples of 128 and 2"),
+        (100, 2, torch.bfloat16, "int4", "100 outputs and 2 groups: int4 needs multiples of 128 and 2"),
         (128, 3, torch.bfloat16, "int4", "128 outputs and 3 groups"),
-        (128, 4, torch.float8_e4m3fn, "nvfp4", "128 outputs and 4 groups: nvfp4 wants multiples of 128 and 8"),
+        (128, 4, torch.float8_e4m3fn, "nvfp4", "128 outputs and 4 groups: nvfp4 needs multiples of 128 and 8"),
         (128, 0, torch.float8_e4m3fn, "nvfp4", "128 outputs and 0 groups"),
     ],
 )
