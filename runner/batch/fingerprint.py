@@ -20,15 +20,21 @@ from runner.spec.recipes import Recipe
 
 __all__ = ["OUTPUT_VERSION", "differences", "fingerprint", "fingerprint_parts", "public_parts", "settings_digest"]
 
+READER = "reader"  # the part of jobs whose driving video decord reads otherwise than PyAV; the others do not have it
 OUTPUT_VERSION = 2  # raise when the same parts would render other frames: every job then runs again
 
 
-def fingerprint_parts(job: Job, inputs: Mapping[str, InputRecord], identity: Mapping[str, str]) -> dict[str, Any]:
+def fingerprint_parts(
+    job: Job, inputs: Mapping[str, InputRecord], identity: Mapping[str, str], reader: str | None = None
+) -> dict[str, Any]:
     """Flat, JSON-able, sorted: `input.video`, `prompt`, `options.seed`, `model.transformer`, …
 
     `identity` is the generator's: recipe and weights. Where an input lies is no part of it, only what it holds.
+    `reader`: of the driving video, as `InputIndex.find_reader` gives it; None, for PyAV, adds no part.
     """
     parts: dict[str, Any] = {"output_version": OUTPUT_VERSION, "prompt": job.prompt}
+    if reader is not None:
+        parts[READER] = reader
     parts |= {f"input.{name}": record.identity for name, record in inputs.items()}
     parts |= {f"options.{key}": value for key, value in hashed_values(job.options, OPTION_KEYS).items()}
     parts |= {f"model.{name}": value for name, value in identity.items()}
@@ -41,12 +47,13 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def settings_digest(parts: Mapping[str, Any]) -> str:
-    """16 hex digits over `parts` without the inputs' contents: whether a record was made with the settings that a job
-    has now can be told without reading an input.
+    """16 hex digits over `parts` without the inputs' contents and the reader that these need.
 
-    Of the parts that a record keeps, or of `public_parts` of a job: these are equal.
+    It shows whether a record was made with the settings that a job has now; no input has to be read for it. `parts`:
+    those that a record keeps, or `public_parts` of a job: these are equal.
     """
-    return fingerprint({key: value for key, value in parts.items() if not key.startswith("input.")})[:16]
+    settings = {key: value for key, value in parts.items() if key != READER and not key.startswith("input.")}
+    return fingerprint(settings)[:16]
 
 
 def public_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def _introduced() -> dict[str, Any]:
     """Part → what it means that a record does not have it."""
     options, recipe = introduced_defaults(JobOptions, OPTION_KEYS), introduced_defaults(Recipe, RECIPE_KEYS)
     found = {f"options.{key}": value for key, value in options.items()}
+    found[READER] = "pyav"
     return found | {f"model.recipe.{key}": str(value) for key, value in recipe.items()}
 
 

@@ -1,26 +1,32 @@
-"""Inputs: what one job's inputs hold, by identity, and the inputs as local files.
+"""Inputs: the identities of a job's inputs, the reader that its driving video needs, and the inputs as local files.
 
-In:   a job, a scratch folder of its own. Out: identities for its fingerprint; a `Request` for the generator.
-Never: what the bytes mean.
+In:   a job, a scratch folder of its own. Out: identities and reader for its fingerprint; a `Request` for the generator.
+Never: models, frames that are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from importlib import metadata
 from pathlib import Path
 
-from runner.errors import StorageUnavailable
+from runner.errors import InputError, StorageUnavailable
 from runner.generation.protocol import Request
 from runner.records.record import InputRecord
 from runner.spec.manifest import Job
 from runner.spec.options import official_names
-from runner.storage import fetch_input_with_info, identify_input, is_remote, local_path
+from runner.storage import fetch_input, fetch_input_with_info, identify_input, is_remote, local_path
 from runner.storage.file_hashes import FileHashes
 from runner.storage.roots import check_inside
 
 __all__ = ["InputIndex", "fetch_request"]
+
+COMPARING = threading.Lock()  # readers are compared one file at a time: each comparison holds up to 300 MB
 
 
 class InputIndex:
@@ -38,6 +44,36 @@ class InputIndex:
         StorageUnavailable.
         """
         return {name: self._record(uri) for name, uri in _places(job).items()}
+
+    def find_reader(self, job: Job, inputs: Mapping[str, InputRecord]) -> str | None:
+        """`decord` for a parity job that decord gives other frames than PyAV; None for every other job.
+
+        `inputs`: those that `identify` returned. Both readers decode the sampled frames. The result is kept with the
+        hashes of files: the next run decodes nothing. An object is fetched for it. None, too, for a video that PyAV
+        refuses: the job fails with that error when it is prepared. Raises StorageDenied, StorageUnavailable,
+        StorageFull; ConfigInvalid where decord is not installed.
+        """
+        options = job.options
+        if not options.preprocess.parity or job.official:
+            return None
+        versions = [metadata.version(name) for name in ("av", "decord2")]
+        sampling = [options.fps, options.start_s, options.max_frames]
+        question = json.dumps(["readers differ", inputs["video"].identity, sampling, versions])
+        name = hashlib.sha256(question.encode()).hexdigest()
+        try:
+            with COMPARING:
+                differ = self._hashes.fact(name, lambda: self._readers_differ(job))
+        except InputError:
+            return None
+        return "decord" if differ else None
+
+    def _readers_differ(self, job: Job) -> bool:
+        from runner.video import readers_differ
+
+        options = job.options
+        with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
+            path = fetch_input(check_inside(job.video, self._roots), Path(folder))
+            return readers_differ(path, options.fps, options.start_s, options.max_frames)
 
     def _record(self, uri: str) -> InputRecord:
         with self._lock:

@@ -200,13 +200,16 @@ class Batch:
         """What to do with the job: the decision's action, after what it asks for short of running was done."""
         job = task.job
         own: Mapping[str, str] = {}
+        reader: str | None = None
         problem = None
         try:
-            task.inputs = InputIndex(self._ledger.hashes, self._input_roots).identify(job)
+            index = InputIndex(self._ledger.hashes, self._input_roots)
+            task.inputs = index.identify(job)
+            reader = index.find_reader(job, task.inputs)
             own = self._engine.own(job)
         except Exception as error:  # the attempt still gets an identity, and its failure the place of an older one
             problem = error
-        task.parts = job_parts(self._engine, job, task.inputs, own)
+        task.parts = job_parts(self._engine, job, task.inputs, own, reader)
         task.fingerprint = fingerprint(task.parts)
         task.decision = taken or self._ledger.decide(job.id, task.fingerprint, task.parts)
         if problem is not None:

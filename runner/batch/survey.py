@@ -54,11 +54,15 @@ class Identified(Protocol):
 
 
 def job_parts(
-    engine: Identified, job: Job, inputs: Mapping[str, InputRecord], own: Mapping[str, str]
+    engine: Identified,
+    job: Job,
+    inputs: Mapping[str, InputRecord],
+    own: Mapping[str, str],
+    reader: str | None = None,
 ) -> dict[str, Any]:
-    """The parts of the job's fingerprint. `own`: what `engine.own` returns for the job."""
+    """The parts of the job's fingerprint. `own`: what `engine.own` returns for the job; `reader`: see `find_reader`."""
     effective = replace(job, options=engine.effective(job.options))
-    return fingerprint_parts(effective, inputs, {**engine.identity, **own})
+    return fingerprint_parts(effective, inputs, {**engine.identity, **own}, reader)
 
 
 def make_surveyor(engine: Identified, ledger: Ledger, input_roots: Sequence[str]) -> Decide:
@@ -69,7 +73,8 @@ def make_surveyor(engine: Identified, ledger: Ledger, input_roots: Sequence[str]
     index = InputIndex(ledger.hashes, input_roots)
 
     def decide(job: Job, listing: Listing | None) -> Decision:
-        parts = job_parts(engine, job, index.identify(job), engine.own(job))
+        inputs = index.identify(job)
+        parts = job_parts(engine, job, inputs, engine.own(job), index.find_reader(job, inputs))
         return ledger.decide(job.id, fingerprint(parts), parts, listing)
 
     return decide

@@ -127,7 +127,7 @@ class PoseConditions:
         if not len(indices):
             return
         if self.reader is None:
-            self.reader = VideoReader(self.video)
+            self.reader = VideoReader(self.video, parity=self.geometry.parity, plan=self.indices)
         info = self.reader.info
         at = iter(indices.tolist())
         for frames in self.reader.windows(indices, frames_at_once(info.width, info.height)):

@@ -73,7 +73,8 @@ def segmenter_parts(description: Mapping[str, Any], folder: Path) -> dict[str, A
 
 def video_parts(reader: VideoReader) -> dict[str, Any]:
     """What decides anything that is found in a video: its content, and the code and libraries that look at it."""
-    return {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path)}
+    official = {"reader": f"decord2 {metadata.version('decord2')}"} if reader.parity else {}
+    return {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path), **official}
 
 
 def clip_parts(

@@ -219,7 +219,7 @@ class Preprocessor:
         backend = self._backend(asked.pose)
         picture = load_image(reference, backdrop=None if asked.parity else (255, 255, 255))
         warnings: list[str] = []
-        with VideoReader(video) as reader:
+        with VideoReader(video, parity=asked.parity) as reader:
             info = reader.info
             sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
             if repeated := fps_warning(options, info, sampled):
@@ -424,9 +424,7 @@ def segment_driver(
     points = found.track.points[first].copy()
     points[~found.present[first], :, 2] = 0
     plan = PromptPlan(points, (found.track.width, found.track.height))
-    with timer.stage("segment"), VideoReader(video) as reader:
-        if geometry.parity:
-            reader.sample("source", parity=True)  # numbers frames as the official reader does, as pass 1 did
+    with timer.stage("segment"), VideoReader(video, parity=geometry.parity, plan=indices) as reader:
         windows = _network_frames(reader, unique, geometry)
         return segment_clip(segmenter, windows, plan, numbers=unique, where=video).taken(back)
 

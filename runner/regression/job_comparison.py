@@ -280,7 +280,7 @@ def _driver(record: ResultRecord, scratch: Path) -> Callable[[int], np.ndarray]:
 
     @cache
     def opened() -> tuple[VideoReader, np.ndarray]:
-        reader = VideoReader(_fetch(record, "video", scratch))
+        reader = VideoReader(_fetch(record, "video", scratch), parity=parts.get("reader") == "decord")
         sampled = reader.sample(
             parts.get("options.fps", "source"),
             parts.get("options.start_s", 0.0),

@@ -2,6 +2,9 @@
 
 In:   paths, and a file that keeps the results between runs. Out: hex digests. Never: what is in the files.
 
+The memory also keeps facts that others find out about contents, by name: whether something is so, e.g. whether two
+readers of a video differ.
+
 Inputs and outputs of jobs (`file-hashes.json`) and weights (`weight-identities.json`) have a memory each in the cache
 folder. The memory names files by the sha256 of their path, as a name may hold a presigned URL's signature.
 """
@@ -13,6 +16,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ class FileHashes:
     def __init__(self, memory: Path | None = None) -> None:
         self._memory: Path | None = None
         self._known: dict[str, tuple[Stamp, str]] = {}
+        self._facts: dict[str, bool] = {}
         self._changed = False
         self._lock = threading.Lock()
         if memory is not None:
@@ -44,6 +49,7 @@ class FileHashes:
         with self._lock:
             if memory != self._memory:
                 self._known |= _read(memory)
+                self._facts |= _read_facts(memory)
                 self._memory = memory
 
     def sha256(self, path: Path) -> str:
@@ -70,28 +76,47 @@ class FileHashes:
             entry = self._known.get(_place(path))
         return entry[1] if entry is not None and entry[0] == _stamp(path.stat()) else None
 
+    def fact(self, name: str, find: Callable[[], bool]) -> bool:
+        """The fact called `name`, found by `find` if it is not known. `name`: a digest of all that decides it.
+
+        Raises what `find` raises; nothing is kept then.
+        """
+        with self._lock:
+            known = self._facts.pop(name, None)
+            if known is not None:
+                self._facts[name] = known  # now the most recently used
+                return known
+        found = find()
+        with self._lock:
+            self._facts[name] = found
+            self._changed = True
+        return found
+
     def save(self) -> None:
         """Add what is known to the memory, if anything is new. What other processes saved stays. Raises OSError."""
         with self._lock:
             if self._memory is None or not self._changed:
                 return
-            memory, known = self._memory, dict(self._known)
+            memory, known, facts = self._memory, dict(self._known), dict(self._facts)
             self._changed = False
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            with staged(memory, place=lambda temporary: _merge(temporary, memory, known)):
+            with staged(memory, place=lambda temporary: _merge(temporary, memory, known, facts)):
                 pass
         except OSError:
             self._changed = True
             raise
 
 
-def _merge(temporary: Path, memory: Path, known: dict[str, tuple[Stamp, str]]) -> None:
+def _merge(temporary: Path, memory: Path, known: dict[str, tuple[Stamp, str]], facts: dict[str, bool]) -> None:
     """Replace `memory` by its content and `known`. The folder is locked, so that no process loses what it added."""
     kept = list((_read(memory) | known).items())[-MOST:]
     files = {place: [*stamp, digest] for place, (stamp, digest) in kept}
+    content: dict[str, Any] = {"version": VERSION, "files": files}
+    if facts := dict(list((_read_facts(memory) | facts).items())[-MOST:]):
+        content["facts"] = facts
     with temporary.open("wb") as out:
-        out.write(json.dumps({"version": VERSION, "files": files}).encode("ascii"))
+        out.write(json.dumps(content).encode("ascii"))
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, memory)
@@ -121,6 +146,15 @@ def _read(memory: Path) -> dict[str, tuple[Stamp, str]]:
             str(place): ((int(size), int(mtime), int(inode)), str(digest))
             for place, (size, mtime, inode, digest) in content["files"].items()
         }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _read_facts(memory: Path) -> dict[str, bool]:
+    """The facts that an earlier run kept; none of a file that is missing or damaged."""
+    try:
+        content: Any = json.loads(memory.read_bytes())
+        return {str(name): bool(found) for name, found in content["facts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 

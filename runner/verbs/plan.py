@@ -329,7 +329,7 @@ def _shape(job: Job, inputs: _OpenInputs) -> tuple[tuple[int, int], VideoReader,
     if job.official:
         stat_input(job.reference)
     reference = None if job.official else inputs.image_size(job.reference)
-    reader = inputs.video(job.video)
+    reader = inputs.video(job.video, parity=options.preprocess.parity and not job.official)
     video_size = (reader.info.width, reader.info.height)
     if reference is None:  # official files: rate and size are their own
         sampled = reader.sample("source", options.start_s, options.max_frames)
@@ -346,7 +346,7 @@ class _OpenInputs:
 
     def __init__(self) -> None:
         self._sizes: dict[str, tuple[int, int]] = {}
-        self._video: tuple[str, VideoReader] | None = None
+        self._video: tuple[tuple[str, bool], VideoReader] | None = None  # (place, parity), the open video
         self._held = ExitStack()  # the video that is open, and its folder
 
     def __enter__(self) -> Self:
@@ -362,11 +362,12 @@ class _OpenInputs:
                 self._sizes[place] = image_size(fetch_input(place, Path(folder)))
         return self._sizes[place]
 
-    def video(self, place: str) -> VideoReader:
+    def video(self, place: str, *, parity: bool) -> VideoReader:
         """The video; it stays open until another one is asked for."""
-        if self._video is None or self._video[0] != place:
+        if self._video is None or self._video[0] != (place, parity):
             self._held.close()
             self._video = None
             folder = self._held.enter_context(TemporaryDirectory(prefix="video-lab-"))
-            self._video = place, self._held.enter_context(VideoReader(fetch_input(place, Path(folder))))
+            reader = VideoReader(fetch_input(place, Path(folder)), parity=parity)
+            self._video = (place, parity), self._held.enter_context(reader)
         return self._video[1]

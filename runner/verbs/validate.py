@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -173,11 +174,17 @@ def _open(item: _Input, path: Path, deep: bool) -> Problems:
     from runner.video import VideoReader
 
     problems = []
-    with VideoReader(path) as reader:
+    with ExitStack() as opened:
+        readers = {False: opened.enter_context(VideoReader(path))}
         for job in item.jobs if item.role == "video" else ():
             options = job.options
+            parity = options.preprocess.parity and not job.official
             try:
-                reader.sample(options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity)
+                if parity not in readers:
+                    readers[parity] = opened.enter_context(VideoReader(path, parity=parity))
+                readers[parity].sample(
+                    options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity
+                )
             except Exception as err:  # this job's alone: others may ask less of the file
                 problems.append((job.id, _named(err, item.uri)))
     return problems
@@ -225,7 +232,7 @@ def _mask_fits(group: _Group, folder: Path, deep: bool) -> Problems:
     for job in group.jobs:
         options = job.options
         try:
-            with VideoReader(video) as reader:
+            with VideoReader(video, parity=options.preprocess.parity) as reader:
                 sampled = reader.sample(
                     options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity
                 )

@@ -3,11 +3,13 @@
 In:   a local file. Out: a `Timeline` (no pixels), or uint8 RGB frames, upright, by index in presentation order.
 Never: sampling rules, output files, jobs.
 
-A frame is known by its timestamp: packets give the timeline, decoded frames are matched to it. So a seek is checked,
-edit lists are obeyed, and damage that a decoder only hides is refused. PyAV reads, not decord, though on plain 8-bit
-files their pixels are equal bit for bit: decord (decord2 3.4) decodes ahead without bound, 1 GB for 200 frames of 1080p
-under a slow consumer, misnumbers frames of trimmed files, transport streams and open groups of pictures, and keeps
-silent about damage.
+A frame is identified by its timestamp: packets give the timeline, and decoded frames are matched to it. So seeks are
+checked, edit lists are obeyed, and damage that a decoder would hide is refused.
+
+PyAV is the default reader. decord (decord2 3.4) is not, although both give the same pixels for most files: decord
+decodes ahead without bound (1 GB for 200 frames of 1080p with a slow consumer), misnumbers frames of trimmed files,
+transport streams and open groups of pictures, and does not report damage. Jobs with `preprocess.parity` read through it
+all the same, as the official script does: see decord_reader.py. This module reads the timeline for them, too.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Timeline:
     has_audio: bool
     counted: bool  # the file has no usable timestamps: frame i is the i-th that the decoder gives
     rotation: int  # degrees counter-clockwise by which the container turns its frames upright: 0, 90, 180 or 270
+    indexed: bool = False  # the container lists its keyframes (MP4, Matroska), so that a seek lands on the one meant
 
     @property
     def frames(self) -> int:
@@ -113,6 +116,7 @@ def read_timeline(path: Path) -> Timeline:
                 "holds no video frames", where=path, todo="Check how it was made, or use another file"
             )
         has_audio = bool(container.streams.audio)
+        listed = any(name in container.format.name for name in ("mp4", "matroska"))
         header_fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base or Fraction(1, 90000)
     first, rotation = _first_frame(path)
     pts, keyframes, last_duration, counted = _order(packets, first_key)
@@ -124,7 +128,8 @@ def read_timeline(path: Path) -> Timeline:
     end = int(pts[-1]) + max(last_duration, 1)
     fps = _average_fps(header_fps, len(pts), (end - int(pts[0])) * time_base)
     height, width = first.shape[:2]
-    return Timeline(path, pts, keyframes, end, time_base, fps, width, height, has_audio, counted, rotation)
+    indexed = listed and not counted
+    return Timeline(path, pts, keyframes, end, time_base, fps, width, height, has_audio, counted, rotation, indexed)
 
 
 class Frames:
@@ -148,7 +153,7 @@ class Frames:
         out = np.empty((len(indices), *size), np.uint8)
         for slot, index in enumerate(int(i) for i in indices):
             if index not in self._recent:
-                image = self._frame(index)
+                image = _upright_rgb(self._frame(index))
                 if image.shape != size:
                     raise InputUnreadable("its frames change size midway", where=self._timeline.path, todo=REENCODE)
                 self._recent[index] = image
@@ -156,6 +161,13 @@ class Frames:
                     del self._recent[next(iter(self._recent))]
             out[slot] = self._recent[index]
         return out
+
+    def check_span(self, first: int, last: int) -> None:
+        """Decode frames `first` to `last` and drop them. Raises InputUnreadable for damage, as `read` does."""
+        self._start(self._keyframe_before(first))
+        self._frame(first)
+        if last > first and self._forward_to(last) is None:
+            raise self._missing(last)
 
     def close(self) -> None:
         """Release the file. Idempotent; reading again opens it again."""
@@ -182,13 +194,16 @@ class Frames:
                 self._next = 0
         self._decoder = self._container.decode(stream)
 
-    def _frame(self, index: int) -> np.ndarray:
-        timeline = self._timeline
-        before = int(np.searchsorted(timeline.keyframes, index, side="right"))
-        keyframe = int(timeline.keyframes[max(0, before - 1)])
-        back = index < self._next
-        if timeline.counted:
-            keyframe = 0
+    def _keyframe_before(self, index: int) -> int:
+        """The last keyframe at or before frame `index`."""
+        if self._timeline.counted:
+            return 0
+        before = int(np.searchsorted(self._timeline.keyframes, index, side="right"))
+        return int(self._timeline.keyframes[max(0, before - 1)])
+
+    def _frame(self, index: int) -> Any:
+        """PyAV's frame `index`. Raises InputUnreadable."""
+        keyframe, back = self._keyframe_before(index), index < self._next
         if self._container is None or back or keyframe > self._next + FAR:
             self._start(keyframe)
         found = self._forward_to(index)
@@ -196,14 +211,17 @@ class Frames:
             self._start(0)
             found = self._forward_to(index)
         if found is None:
-            raise InputUnreadable(
-                f"frame {index} of {timeline.frames} cannot be decoded: the file is truncated or damaged",
-                where=timeline.path,
-                todo="Copy or download it again, or end the job earlier with max_frames",
-            )
+            raise self._missing(index)
         return found
 
-    def _forward_to(self, index: int) -> np.ndarray | None:
+    def _missing(self, index: int) -> InputUnreadable:
+        return InputUnreadable(
+            f"frame {index} of {self._timeline.frames} cannot be decoded: the file is truncated or damaged",
+            where=self._timeline.path,
+            todo="Copy or download it again, or end the job earlier with max_frames",
+        )
+
+    def _forward_to(self, index: int) -> Any:
         """Decode up to frame `index`; None when the decoder passes it by or ends."""
         import av
 
@@ -224,7 +242,7 @@ class Frames:
                 if at > index:
                     return None
                 if at == index:
-                    return _upright_rgb(frame)
+                    return frame
         except av.error.FFmpegError as error:
             raise _unreadable(
                 f"cannot be decoded after frame {max(self._next - 1, 0)}", timeline.path, error
@@ -335,5 +353,5 @@ def _truncated(path: Path) -> InputUnreadable:
 
 def _unreadable(what: str, path: Path, error: Exception) -> InputUnreadable:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = getattr(error, "strerror", None) or lines[0].rsplit("Check failed:", 1)[-1].strip()
+    reason = getattr(error, "strerror", None) or lines[0].strip()
     return InputUnreadable(f"{what} ({reason})", where=path, todo=f"Copy or download it again. {REENCODE}")

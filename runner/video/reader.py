@@ -15,19 +15,22 @@ from typing import Literal
 
 import numpy as np
 
-from runner.errors import InputTooShort
+from runner.errors import InputError, InputTooShort, InputUnreadable
 from runner.video.decode import Frames, Timeline, read_timeline
+from runner.video.decord_reader import DecordClip, DecordFrames
 
 __all__ = [
     "Sampled",
     "VideoInfo",
     "VideoReader",
     "probe",
+    "readers_differ",
     "sample_by_time",
     "sample_indices",
 ]
 
 MIN_FRAMES = 2  # the model moves a picture; one frame has no motion
+WINDOW_BYTES = 24 << 20  # of frames that are compared at a time, for each reader
 STAMP_NOISE_S = 1e-3  # Matroska stores whole milliseconds, QuickTime often 1/600 s: a stamp may lie this far off
 
 
@@ -93,15 +96,34 @@ def sample_by_time(starts_s: np.ndarray, end_s: float, fps: Fraction, start_s: f
 
 
 class VideoReader:
-    """One clip: choose frames with `sample`, then read them in windows. Memory is a window's, whatever the length.
+    """One clip: choose frames with `sample`, then read them in windows. Memory does not grow with the clip's length.
 
     Reading forward decodes each frame once, also across calls. Not for two threads at once.
+
+    With `parity` the frames are counted and read by decord, as the official script does. It gives the frames that were
+    sampled last, or those of `plan` (int64, frame numbers that an earlier reader sampled), or all. PyAV reads the
+    timeline first, and decodes the planned span before decord does: damage raises the same error with both.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, parity: bool = False, plan: np.ndarray | None = None) -> None:
         self._timeline = read_timeline(Path(path))
-        self._frames: Frames | None = None
-        self.info = _info(self._timeline)
+        self._frames: Frames | DecordFrames | None = None
+        self._clip = self._look_with_decord() if parity else None
+        self.info = _info(self._timeline, self._clip)
+        self._plan = np.arange(self.info.frames) if plan is None else np.unique(plan)
+        self._is_checked = False  # PyAV has decoded the planned span
+
+    def _look_with_decord(self) -> DecordClip:
+        try:
+            return DecordClip(self._timeline)
+        except InputUnreadable:
+            self._check_span(0, self._timeline.frames - 1)  # where the file is damaged, PyAV says where
+            raise
+
+    @property
+    def parity(self) -> bool:
+        """Whether decord reads the frames."""
+        return self._clip is not None
 
     @property
     def starts_s(self) -> np.ndarray:
@@ -118,7 +140,8 @@ class VideoReader:
         """Frames for an output of `fps` that begins `start_s` seconds into the clip, at most `max_frames`.
 
         By timestamps, see `sample_by_time`; with `parity` by the official rule, see `sample_indices`, where a `start_s`
-        acts as if the clip began with the frame that is then on screen.
+        acts as if the clip began with the frame that is then on screen. A reader with `parity` takes decord's count,
+        rate and end of the clip, as the official script does.
         Raises InputTooShort when fewer than two frames remain, or when `start_s` lies beyond the end.
         """
         rate = None if fps == "source" else Fraction(fps).limit_denominator(1001)
@@ -133,24 +156,36 @@ class VideoReader:
                 where=line.path,
                 todo="Choose an earlier start_s",
             )
-        out_rate, begin_s = rate or _plain(line.fps), float(start_s)
-        if parity:
-            first = int(np.searchsorted(line.starts_s, start_s + STAMP_NOISE_S, side="right")) - 1
-            begin_s = float(line.starts_s[first])
-            wanted = None if rate is None else float(rate)
-            indices = first + sample_indices(line.frames - first, float(line.fps), line.duration_s - begin_s, wanted)
+        out_rate, begin_s = rate or self.info.fps, float(start_s)
+        if parity or self._clip is not None:
+            indices, begin_s = self._sample_officially(None if rate is None else float(rate), start_s)
         else:
             indices = sample_by_time(line.starts_s, line.duration_s, out_rate, begin_s)
         indices = indices[:max_frames]
         if len(indices) < MIN_FRAMES:
             raise InputTooShort(
                 f"{len(indices)} frame{'' if len(indices) == 1 else 's'} at {float(out_rate):g} fps from second "
-                f"{start_s:g} on, at least {MIN_FRAMES} are needed; the clip has {line.frames} "
+                f"{start_s:g} on, at least {MIN_FRAMES} are needed; the clip has {self.info.frames} "
                 f"in {line.duration_s:.3f} s",
                 where=line.path,
                 todo="Use a longer clip, an earlier start_s or a higher fps",
             )
+        if self._clip is not None:
+            self.close()  # decord's frames depend on the plan
+        self._plan, self._is_checked = np.unique(indices), False
         return Sampled(indices, out_rate, begin_s)
+
+    def _sample_officially(self, fps: float | None, start_s: float) -> tuple[np.ndarray, float]:
+        """Indices by the official rule, int64 [n], and the second at which the first one appears."""
+        line, clip = self._timeline, self._clip
+        starts_s, frames, rate, end_s = line.starts_s, line.frames, float(line.fps), line.duration_s
+        if clip is not None:
+            # decord's times of MPEG program streams are not usable: PyAV's serve where both count the same frames.
+            starts_s = starts_s if clip.frames == frames else clip.starts_s
+            frames, rate, end_s = clip.frames, clip.fps, clip.end_s
+        first = max(0, int(np.searchsorted(starts_s, start_s + STAMP_NOISE_S, side="right")) - 1)
+        begin_s = float(starts_s[first])
+        return first + sample_indices(frames - first, rate, end_s - begin_s, fps), begin_s
 
     def windows(self, indices: np.ndarray, window: int = 32) -> Iterator[np.ndarray]:
         """Yield uint8 [n, H, W, 3] RGB, `window` frames at a time, for non-decreasing `indices` (repeats allowed)."""
@@ -165,12 +200,35 @@ class VideoReader:
         Raises InputUnreadable when the file proves damaged on the way.
         """
         wanted = np.asarray(indices, np.int64)
-        last = self._timeline.frames - 1
+        last = self.info.frames - 1
         if len(wanted) and (wanted[0] < 0 or wanted[-1] > last or (np.diff(wanted) < 0).any()):
             raise ValueError(f"indices must not decrease and must lie in 0..{last}")
         if self._frames is None:
-            self._frames = Frames(self._timeline)
+            self._frames = self._open_frames()
         return self._frames.read(wanted)
+
+    def check_intact(self) -> None:
+        """Let PyAV decode the planned span. Raises InputUnreadable where it is damaged.
+
+        Where decord counts more frames than PyAV, or fewer, the span is that of PyAV's frames with the same numbers.
+        """
+        first, last = (min(int(number), self._timeline.frames - 1) for number in self._plan[[0, -1]])
+        self._check_span(first, last)
+        self._is_checked = True
+
+    def _check_span(self, first: int, last: int) -> None:
+        frames = Frames(self._timeline)
+        try:
+            frames.check_span(first, last)
+        finally:
+            frames.close()
+
+    def _open_frames(self) -> Frames | DecordFrames:
+        if self._clip is None:
+            return Frames(self._timeline)
+        if not self._is_checked:
+            self.check_intact()
+        return DecordFrames(self._clip, self._plan)
 
     def close(self) -> None:
         """Release the file. Idempotent; reading again opens it again."""
@@ -187,10 +245,35 @@ class VideoReader:
         self.close()
 
 
-def _info(line: Timeline) -> VideoInfo:
-    fps = _plain(line.fps)
-    size = line.width, line.height
-    return VideoInfo(line.path, line.frames, fps, line.duration_s, *size, line.has_audio, line.rotation)
+def readers_differ(
+    path: Path | str, fps: float | Fraction | Literal["source"], start_s: float = 0, max_frames: int | None = None
+) -> bool:
+    """Whether decord gives a job with these options other frames than PyAV: others are sampled, or pixels differ.
+
+    Both decode all sampled frames, a window at a time. A file that only decord cannot read differs.
+    Raises what PyAV raises: InputNotFound, InputUnreadable, InputTooLarge, InputTooShort, StorageDenied.
+    """
+    with VideoReader(path) as ours:
+        expected = ours.sample(fps, start_s, max_frames, parity=True)
+        ours.check_intact()
+        window = max(1, min(16, WINDOW_BYTES // (ours.info.width * ours.info.height * 3)))
+        try:
+            with VideoReader(path, parity=True) as official:
+                found = official.sample(fps, start_s, max_frames)
+                official._is_checked = True
+                if not np.array_equal(found.indices, expected.indices) or found.fps != expected.fps:
+                    return True
+                pairs = zip(ours.windows(ours._plan, window), official.windows(ours._plan, window), strict=True)
+                return not all(np.array_equal(a, b) for a, b in pairs)
+        except InputError:
+            return True
+
+
+def _info(line: Timeline, clip: DecordClip | None = None) -> VideoInfo:
+    counted = line if clip is None else clip
+    fps = _plain(Fraction(counted.fps))
+    size = counted.width, counted.height
+    return VideoInfo(line.path, counted.frames, fps, line.duration_s, *size, line.has_audio, line.rotation)
 
 
 def _plain(rate: Fraction) -> Fraction:

@@ -13,7 +13,7 @@ from runner.preprocess.masks.packed import ClipMasks
 from runner.preprocess.networks.vitpose import PoseEstimator
 from runner.preprocess.networks.yolov10 import Detector
 from runner.preprocess.pictures.sizing import place
-from runner.preprocess.pose_cache import find_poses_once, masks_once, network_parts, segmenter_parts
+from runner.preprocess.pose_cache import find_poses_once, masks_once, network_parts, segmenter_parts, video_parts
 from runner.spec.options import JobOptions
 from runner.storage.disk_cache import DiskCache, key
 from runner.timing import StageTimer
@@ -40,7 +40,7 @@ def find(people, tmp_path):
     def run(clip: Path, identity: str | None = None, cached: bool = True, **asked: object):
         options = JobOptions(fps=asked.pop("fps", 16), max_frames=asked.pop("max_frames", None), preprocess=asked)
         timer = StageTimer()
-        with VideoReader(clip) as reader:
+        with VideoReader(clip, parity=options.preprocess.parity) as reader:
             sampled = reader.sample(options.fps, 0, options.max_frames)
             size = reader.info.width, reader.info.height
             geometry = Geometry(64, 96, place(size, (64, 96)))
@@ -89,6 +89,13 @@ def test_what_decides_the_poses_decides_the_key_and_nothing_else_does(find, clip
     assert not hit(other)
     assert not hit(clip, identity="another detector")
     assert hit(clip)
+
+
+def test_reader_is_in_the_key_where_it_is_decord(clip):
+    with VideoReader(clip) as ours, VideoReader(clip, parity=True) as official:
+        parts = video_parts(official)
+        assert parts.pop("reader").startswith("decord2 3.")
+        assert parts == video_parts(ours)
 
 
 def test_masks_come_back_bit_for_bit(tmp_path):

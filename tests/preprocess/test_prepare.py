@@ -21,6 +21,7 @@ from runner.timing import StageTimer
 from runner.video import Mp4Writer, VideoReader
 from tests.preprocess.conftest import DISC, HEIGHT, WIDTH, disc_frame
 from tests.preprocess.tiny_networks import SHIFTS
+from tests.video_files import remux
 
 CENTRES = [(50 + 3 * i, 64 + (i % 5)) for i in range(30)]
 GAPS = {0, 1, 7, 8, 9, 29}
@@ -330,6 +331,27 @@ def test_parity_replace_resizes_frames_first(preprocessor, reference, clip, mask
     assert (np.where(window.mask[0, :, :, None] > 0, 0, expected) == window.background[0]).all()
     assert (window.pose[0] == draw_skeleton(conditions.track.pose(3), 240, 160)).all()
     conditions.close()
+
+
+def test_parity_reads_a_trimmed_video_as_decord_does(preprocessor, reference, clip, tmp_path):
+    """decord shows frames that the edit list hides, so it counts more of them than PyAV."""
+    decord = pytest.importorskip("decord")
+    trimmed = remux(clip, tmp_path / "trimmed.mp4", video_shift_s=-0.3)
+    Image.fromarray(np.repeat(np.uint8([0] * 60 + [255] * 180)[None], 160, 0)).save(tmp_path / "mask.png")
+    chosen = replace(size="240x160", fps="source", preprocess={"parity": True})
+    conditions = preprocessor.prepare(reference, trimmed, chosen, mask=tmp_path / "mask.png", face_size=32)
+    frames = decord.VideoReader(str(trimmed), num_threads=1)
+    with VideoReader(trimmed) as ours:
+        assert ours.info.frames < len(frames)
+    assert conditions.report["source_frames"] == len(frames) == 30
+    assert conditions.frames == 25  # by the official rule: the last frame ends at 1.575 s
+    expected = frames.get_batch(range(25)).asnumpy()
+    for _ in range(2):
+        window = conditions.window(2, 25)
+        for background, mask, frame in zip(window.background, window.mask, expected[2:], strict=True):
+            resized = resize_by_area(frame, 240 * 160)
+            assert (np.where(mask[..., None] > 0, 0, resized) == background).all()
+        conditions.close()  # the second time, the video is opened again
 
 
 def test_masks_that_do_not_belong(preprocessor, reference, clip, masks, tmp_path):

@@ -130,3 +130,25 @@ def test_content_is_hashed_again_only_when_the_file_changed(tmp_path):
     assert content_sha256(path).startswith("ba7816bf")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert not content_sha256(path).startswith("ba7816bf")
+
+
+def test_fact_is_found_once_and_kept_beside_the_hashes(file, tmp_path):
+    memory = tmp_path / "memory.json"
+    hashes = FileHashes(memory)
+    hashes.sha256(file)
+    assert [hashes.fact("yes", lambda: True), hashes.fact("no", lambda: False)] == [True, False]
+    assert hashes.fact("yes", lambda: pytest.fail("found again"))
+    hashes.save()
+    other = FileHashes(memory)
+    assert other.known(file) == digest(b"frames")
+    assert not other.fact("no", lambda: pytest.fail("found again"))
+    other.fact("third", lambda: True)
+    other.save()
+    assert FileHashes(memory).fact("yes", lambda: pytest.fail("lost"))
+
+
+def test_fact_that_cannot_be_found_is_looked_for_again():
+    hashes = FileHashes()
+    with pytest.raises(ZeroDivisionError):
+        hashes.fact("f", lambda: bool(1 / 0))
+    assert hashes.fact("f", lambda: True)
