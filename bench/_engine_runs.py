@@ -208,8 +208,8 @@ class Seed:
         begin = self.clock()
         dtype = getattr(torch, recipe.dtype)
         encoders, _ = find_encoders(ResolvedRecipe(store, recipe), dtype)
-        home = torch.device("cpu")  # where its models wait
-        transformer, _ = load_transformer(ResolvedRecipe(store, recipe), home, dtype)
+        offload_device = torch.device("cpu")  # of its models
+        transformer, _ = load_transformer(ResolvedRecipe(store, recipe), offload_device, dtype)
         dequantise_stepwise(transformer)
         parts = {
             "tokenizer": AutoTokenizer.from_pretrained(store.component(recipe, "tokenizer")),

@@ -28,7 +28,7 @@ from runner.spec.recipes import Recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
-ALL_OFF = Switches(memos=False, compile=False, channels_last=False)
+ALL_OFF = Switches(tensor_cache=False, compile=False, channels_last=False)
 # Seconds allowed for where blocks of a new kind are compiled, until this run has compiled some: an estimate, the upper
 # end of 10 to 25 s for generating the code of one graph and compiling its eight to nine kernels.
 COMPILING_S = 25.0
@@ -150,7 +150,7 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Each adds one thing to those before; the second stands beside them."""
-    known = replace(ALL_OFF, memos=True)
+    known = replace(ALL_OFF, tensor_cache=True)
     fused = replace(known, compile=True)
     innermost = replace(fused, channels_last=True)
     return [

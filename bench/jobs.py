@@ -147,13 +147,13 @@ def bench(jobs: int, processes: int, checked: int, shape: Shape, *, whole_proces
         lookups = dict(ours.lookups)
 
         forgetful = []
-        ours.pipeline.switches = replace(ours.pipeline.switches, memos=False)
+        ours.pipeline.switches = replace(ours.pipeline.switches, tensor_cache=False)
         for seed in range(checked):
             at = time.process_time()
             alike = seed_job.digest(ours.render(sources[seed % 4], DEFAULT_PROMPT, seed)) == digests[seed]
             forgetful.append(time.process_time() - at)
             if not alike:
-                raise RuntimeError(f"job {seed}: other frames without the memos")
+                raise RuntimeError(f"job {seed}: other frames without the tensor cache")
 
         components = store / ours.recipe.weights
         pipe, library = seed_job.load(components), []

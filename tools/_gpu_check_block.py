@@ -136,7 +136,7 @@ def measure_block(case: BlockCase, backend: str, compute: str, product: str, eig
     torch._dynamo.reset()
     attention = apply_attention(case.model, device, torch.bfloat16, eight_bit=eight_bit)
     case.set_compute(compute, product)
-    eager = choose_eager_block(device, lean=False)
+    eager = choose_eager_block(device, chunked=False)
     step = CompiledBlocks(backend=backend, eager=eager)
     begin = time.perf_counter()
     step.warm(case.model, [case.context], case.grid)

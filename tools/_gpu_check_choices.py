@@ -37,7 +37,7 @@ TESTS = (
     "tests/generation/runtime/test_attention.py",
     "tests/generation/runtime/test_device.py",
     "tests/generation/runtime/test_encoders.py",
-    "tests/generation/runtime/test_memos.py",
+    "tests/generation/runtime/test_tensor_cache.py",
     "tests/generation/runtime/test_streaming.py",
     "tests/generation/wan_animate/test_compiled.py",
     "tests/preprocess/networks/test_io_binding.py",

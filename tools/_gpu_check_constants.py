@@ -54,7 +54,7 @@ def speeds(findings: Findings, name: str) -> Iterator[Proposal]:
             eager = number(row.get("eager_ms"))
             if eager:
                 more = (eager - row["ms"]) / 1e3 * copy * GB / row["channels_a_block"]
-                yield "EAGER_BYTES", EAGER_BYTES, moved + more, f"{by}: eager_ms - ms (of the lean block)"
+                yield "EAGER_BYTES", EAGER_BYTES, moved + more, f"{by}: eager_ms - ms (of the chunked block)"
     for kind, field in (("exact", "attention"), ("8 bit", "attention_8bit")):
         rows = [row for row in findings.rows("block", "attention", kind=kind) if number(row.get("tflop_s"))]
         rate = max((float(row["tflop_s"]) for row in rows), default=None)

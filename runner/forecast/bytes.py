@@ -36,7 +36,7 @@ SVDQ_RANK = 32
 SVDQ_TILE = 128  # inputs and outputs of a stored weight are padded to multiples
 # Of hidden states [S, d]: what one eager block holds at its peak, attention's own scratch memory aside, in 16 or 32
 # bits. A compiled one: `GemmPrecision.fused_units`.
-BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "lean": 5.36}
+BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "chunked": 5.36}
 # The same while 8-bit attention runs: hidden states, query, key, value and result, and beside them codes of one byte of
 # query, key and value, which comfy-kitchen and SageAttention make before they multiply. Derived.
 EIGHT_BIT_ATTENTION_UNITS = 5 + 3 / 2
@@ -151,7 +151,7 @@ def step_bytes(
     compute: str = DEFAULT_PRECISION,
     attention_8bit: bool = False,
 ) -> float:
-    """What one denoising step holds at its peak beside weights and cached conditioning: `kind` whole | fused | lean.
+    """What one denoising step holds at its peak beside weights and cached conditioning: `kind` whole | fused | chunked.
 
     `compute`: the name of a row of `PRECISIONS`; `element`: bytes of a number of the hidden states.
     """
@@ -206,11 +206,11 @@ def code_bytes(
 ) -> int:
     """The widest activation of an eager block in codes, beside its 16 or 32 bits; of SVDQuant, with their scales.
 
-    `kind` lean: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
+    `kind` chunked: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
     """
     precision, tokens = PRECISIONS[compute], _tokens(width, height, frames, shape.patch)
     each = 0.5 + precision.group_bytes if precision.layout == "svdq" else precision.code_bytes
-    return round(tokens * (shape.dim if kind == "lean" else shape.ffn_dim) * each)
+    return round(tokens * (shape.dim if kind == "chunked" else shape.ffn_dim) * each)
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:

@@ -126,7 +126,7 @@ def test_all_weights_are_blocks_adapters_and_the_rest():
 
 
 # Hidden states of 34,320 tokens: 351 MB in bfloat16.
-@pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 6), ("lean", 5.36)])
+@pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 6), ("chunked", 5.36)])
 def test_a_steps_peak_in_units_of_hidden_states(kind, units):
     assert step_bytes(SHAPE, *CLIP, kind=kind) == units * 351_436_800
     assert step_bytes(SHAPE, *CLIP, kind=kind, element=4) == units * 702_873_600
@@ -149,17 +149,17 @@ def test_a_compiled_svdq_block_holds_input_codes_and_output_of_its_last_product(
     comes out."""
     units = 2 + 2.7 * (1 + (0.5 + scale) / 2) + 32 * 4 / (2 * D) + 1
     assert step_bytes(SHAPE, *CLIP, kind="fused", compute=compute) / 351_436_800 == pytest.approx(units, abs=0.005)
-    lean = step_bytes(SHAPE, *CLIP, kind="lean", compute=compute) - step_bytes(SHAPE, *CLIP, kind="lean")
-    assert lean == pytest.approx(TOKENS * D * (0.5 + scale))
+    chunked = step_bytes(SHAPE, *CLIP, kind="chunked", compute=compute) - step_bytes(SHAPE, *CLIP, kind="chunked")
+    assert chunked == pytest.approx(TOKENS * D * (0.5 + scale))
 
 
 @pytest.mark.parametrize(
     ("kind", "compute", "units"),
     [
         ("fused", "bf16", 6.5),
-        ("lean", "nvfp4", 7.4),
+        ("chunked", "nvfp4", 7.4),
         ("fused", "int8", 6.5),
-        ("lean", "bf16", 6.5),
+        ("chunked", "bf16", 6.5),
         ("whole", "bf16", 12),
     ],
 )
@@ -196,10 +196,10 @@ def test_activations_in_codes_of_8_bits():
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("fp8", "int8")] == [TOKENS * FFN] * 2
     # Rows that share a scale stay together: hidden states, their norm, and 2.7 of them twice.
-    assert step_bytes(SHAPE, *CLIP, kind="lean", compute="nvfp4") == pytest.approx((2 + 2 * 2.7) * 2 * TOKENS * D)
+    assert step_bytes(SHAPE, *CLIP, kind="chunked", compute="nvfp4") == pytest.approx((2 + 2 * 2.7) * 2 * TOKENS * D)
     # A few rows at a time: of query, key and value's input, one byte each.
-    lean = [step_bytes(SHAPE, *CLIP, kind="lean", compute=word) for word in ("bf16", "fp8", "int8")]
-    assert [more - lean[0] for more in lean] == pytest.approx([0, TOKENS * D, TOKENS * D])
+    chunked = [step_bytes(SHAPE, *CLIP, kind="chunked", compute=word) for word in ("bf16", "fp8", "int8")]
+    assert [more - chunked[0] for more in chunked] == pytest.approx([0, TOKENS * D, TOKENS * D])
 
 
 @pytest.mark.parametrize("element", [2, 4])

@@ -363,7 +363,7 @@ def test_inference_mode_leaves_nothing_that_hurts_later(layout):
 def test_streamed_blocks_have_the_bits_of_resident_ones(layout, low):
     """With a LoRA's factors beside one, without them again, and after another product has moved the tensors."""
     layers = [layer_of(layout, 128, 128, low=low) for _ in range(3)]
-    stream = BlockStream([(layer,) for layer in layers], torch.device("cpu"), slots=2)
+    stream = BlockStream([(layer,) for layer in layers], torch.device("cpu"), buffers=2)
     x = torch.randn(5, 128)
 
     def run(modules) -> Tensor:
@@ -388,7 +388,7 @@ def test_streamed_blocks_have_the_bits_of_resident_ones(layout, low):
 @BOTH
 def test_streamed_blocks_stay_in_their_buffers_when_a_product_wants_another_order(layout, product_in_rows):
     layers = [layer_of(layout, 128, 128) for _ in range(2)]
-    stream, x = BlockStream([(layer,) for layer in layers], torch.device("cpu"), slots=1), torch.randn(5, 128)
+    stream, x = BlockStream([(layer,) for layer in layers], torch.device("cpu"), buffers=1), torch.randn(5, 128)
     buffers = [part.packed[0] for part in stream._parts]
     for layer in layers:
         layer.set_compute(layout.name, product_in_rows)

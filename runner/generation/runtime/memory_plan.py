@@ -71,8 +71,8 @@ class MemoryPlan:
     """Where things are. Plain data."""
 
     mode: Mode
-    slots: int  # buffers on the device that blocks pass through; 0: the blocks are there
-    lean: bool  # blocks run a few rows at a time (low_memory.py) wherever they are not compiled
+    buffers: int  # prefetch buffers on the device that blocks are copied into; 0: all blocks stay on the device
+    chunked: bool  # blocks run a few rows at a time (low_memory.py) wherever they are not compiled
     compiled: bool  # blocks may be compiled: quicker, and their feed-forward part whole
     keep_text: bool  # keys and values of text and image last a window, not a step
     encoders: Literal["device", "host", "disk"]
@@ -88,8 +88,9 @@ class MemoryPlan:
         return self.vae_tiles and width * height > TILED_ABOVE
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record."""
-        return dict(vars(self))
+        """The fields for the record, which calls `buffers` slots and `chunked` lean."""
+        recorded = {"buffers": "slots", "chunked": "lean"}
+        return {recorded.get(name, name): value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -198,20 +199,20 @@ def forecast_memory(
             model.image_tokens if model.added_kv_proj_dim is not None else 0
         )
         kept -= 2 * (model.num_layers - 1) * context_tokens * model.dim * element
-    if cuda:  # where a compiled block fails, and to compare it with, the lean one runs
-        kinds = ("fused", "lean") if plan.compiled else ("lean",)
+    if cuda:  # where a compiled block fails, and to compare it with, the chunked one runs
+        kinds = ("fused", "chunked") if plan.compiled else ("chunked",)
     else:
-        kinds = ("lean",) if plan.lean else ("whole",)
-    slots = min(plan.slots, model.num_layers)
-    resident = not cuda or not slots
+        kinds = ("chunked",) if plan.chunked else ("whole",)
+    buffers = min(plan.buffers, model.num_layers)
+    resident = not cuda or not buffers
     per_part = load.loras / model.num_layers
     parts: dict[str, float] = {
         "context": CONTEXT_BYTES if cuda else 0,
         "blocks": weights.total - weights.rest if resident else 0,
         "weight_codes": kept_code_bytes(model, compute=recipe.compute) if plan.keep_codes else 0,
-        "slots": slots * weights.largest_part,
+        "slots": buffers * weights.largest_part,
         "other_weights": weights.rest,
-        "loras_beside": load.loras if resident else slots * per_part,
+        "loras_beside": load.loras if resident else buffers * per_part,
         "autoencoder": vae_bytes(vae, plan.vae_dtype),
         "encoders": load.encoders if plan.encoders == "device" or not cuda else 0,
         "preprocess": load.preprocess + PREPROCESS_EXTRA if plan.preprocess == "device" or not cuda else 0,
@@ -242,7 +243,7 @@ def forecast_memory(
         "encode_conditions": ("window", "autoencoder_encode"),
         "denoise": ("slots", "loras_beside", "invariants", "window", "activations")
         if not resident
-        else ("invariants", "window", "activations", *(("slots",) if plan.slots else ())),
+        else ("invariants", "window", "activations", *(("slots",) if plan.buffers else ())),
         "vae_decode": ("autoencoder_decode",),
     }
     if interpolates:

@@ -1,18 +1,18 @@
-"""Streaming: the transformer's blocks wait in host memory and pass through a few buffers on the device, in turn.
+"""Streaming: keep the transformer's blocks in host memory and copy them into a few prefetch buffers on the device.
 
-In:   a loaded transformer, a device. Out: its blocks, in order, each ready to run when it comes out of the iterator.
-Never: what a block computes, LoRA files, jobs. Weights are copied as they are: results have the same bits.
+In:   a loaded transformer, a device. Out: its blocks in order, each ready to run when the iterator yields it.
+Never: what a block computes, LoRA files, jobs. Weights are copied unchanged, so results have the same bits.
 
-A part is a block with the face adapter that follows it. Its tensors lie in one flat buffer of the host, page-locked
-where the device is a GPU, and are copied in one piece:
+A part is a block with the face adapter that follows it. Its tensors share one flat host buffer, which is page-locked if
+the device is a GPU, and are copied in one piece:
 
-    compute       | block 0       | block 1       | block 2       |        with two slots, block i + 1 is on its way
+    compute       | block 0       | block 1       | block 2       |        with two buffers, block i + 1 is copied
     copies   | 0  | 1 |           | 2 |           | 3 |                    while block i computes; with one, it waits
 
-A slot is written again only after the work that read it: an event orders the copy behind it, on the device, so that
-the host never waits. Slots live as long as the stream does and belong to no other, which is why no tensor needs
-`record_stream`. Between passes every parameter is at home, on the host: whoever attaches a LoRA or changes a weight
-does it there, and what was added to a block (LoRA factors beside packed weights) is packed beside it before the next
+A buffer is written again only after the work that reads it: an event on the device orders the copy behind that work,
+so the host never waits. The buffers exist as long as the stream and nothing else uses them, so no tensor needs
+`record_stream`. Outside a forward pass all parameters are in host memory. LoRAs are attached and weights are changed
+there. Tensors that were added to a block (LoRA factors beside packed weights) are packed beside it before the next
 pass.
 """
 
@@ -29,86 +29,86 @@ from torch import Tensor, nn
 
 __all__ = ["BlockStream", "CopyEngine", "CudaCopies", "HostCopies", "pin"]
 
-ALIGNED = 256  # bytes; what kernels and copies like best
+ALIGNED = 256  # bytes; alignment of tensors in a buffer, for fast kernels and copies
 PAGE = 4096  # bytes
 
 
 class CopyEngine(Protocol):
-    """Copies between host and slots, and the order of copies and computation."""
+    """Copy from the host to the prefetch buffers, and order copies and computation."""
 
     def begin(self) -> None:
-        """A pass begins; copies come after all work that is queued now."""
+        """Begin a pass: its copies run after all work that is queued now."""
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Queue `source` into `target`, a piece of `slot`, after the work that last used the slot."""
+    def copy(self, buffer: int, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of `source` into `target`, a piece of `buffer`, after the work that last used the buffer."""
 
-    def use(self, slot: int) -> None:
-        """Work queued from now on sees what was copied into `slot`."""
+    def use(self, buffer: int) -> None:
+        """Make work that is queued from now on wait for the copies into `buffer`."""
 
-    def done(self, slot: int) -> None:
-        """All work that reads `slot` is queued; a copy into it may follow behind."""
+    def done(self, buffer: int) -> None:
+        """All work that reads `buffer` is queued: later copies into it run after that work."""
 
     def end(self) -> None:
-        """The host's buffers may be written again: no copy from them is under way."""
+        """Wait for all copies: afterwards the host's buffers may be written again."""
 
 
 class HostCopies:
-    """The host computes: everything is done when the call returns, in the order of the calls."""
+    """Copies where the CPU computes: each is done when its call returns."""
 
     def begin(self) -> None: ...
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
+    def copy(self, buffer: int, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def use(self, slot: int) -> None: ...
+    def use(self, buffer: int) -> None: ...
 
-    def done(self, slot: int) -> None: ...
+    def done(self, buffer: int) -> None: ...
 
     def end(self) -> None: ...
 
 
 class CudaCopies:
-    """A stream of its own for copies, and two events a slot: `ready` after its copy, `free` after its last reader."""
+    """Copies on a separate CUDA stream. A buffer has two events: `ready` after its copy, `free` after its last use."""
 
-    def __init__(self, device: torch.device, slots: int) -> None:
+    def __init__(self, device: torch.device, buffers: int) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
-        self._ready = [torch.cuda.Event() for _ in range(slots)]
-        self._free = [torch.cuda.Event() for _ in range(slots)]
+        self._ready = [torch.cuda.Event() for _ in range(buffers)]
+        self._free = [torch.cuda.Event() for _ in range(buffers)]
 
     def begin(self) -> None:
-        # Slots may be new, in memory that queued work still uses; and every slot is free after that work.
+        # New buffers may lie in memory that queued work still uses. After that work every buffer is free.
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         for event in self._free:
             event.record(torch.cuda.current_stream(self._device))
 
-    def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        self._side.wait_event(self._free[slot])
+    def copy(self, buffer: int, target: Tensor, source: Tensor) -> None:
+        self._side.wait_event(self._free[buffer])
         with torch.cuda.stream(self._side):
             target.copy_(source, non_blocking=True)
-            self._ready[slot].record(self._side)
+            self._ready[buffer].record(self._side)
 
-    def use(self, slot: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+    def use(self, buffer: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._ready[buffer])
 
-    def done(self, slot: int) -> None:
-        self._free[slot].record(torch.cuda.current_stream(self._device))
+    def done(self, buffer: int) -> None:
+        self._free[buffer].record(torch.cuda.current_stream(self._device))
 
     def end(self) -> None:
-        # The last copy ends before the last block computes: the host has that block's time to queue what follows.
+        # The last copy ends before the last block computes. While that block computes, the host queues what follows.
         self._side.synchronize()
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a flat buffer."""
+    """The place of a tensor in a flat buffer."""
 
     tensor: Tensor
-    home: Tensor  # the view of it in the host's buffer
+    host_view: Tensor  # the tensor's view of the host's buffer
     begin: int
     end: int
 
     def view(self, flat: Tensor) -> Tensor:
-        return flat[self.begin : self.end].view(self.home.dtype).view(self.home.shape)
+        return flat[self.begin : self.end].view(self.host_view.dtype).view(self.host_view.shape)
 
 
 class PackedBuffer:
@@ -123,21 +123,21 @@ class PackedBuffer:
         self.pin_failed = pin(self.flat) if pinned and begin else None
         self.places = []
         for tensor, (first, last) in zip(tensors, ends, strict=True):
-            home = self.flat[first:last].view(tensor.dtype).view(tensor.shape)
-            home.copy_(tensor)
-            tensor.data = home
-            self.places.append(Place(tensor, home, first, last))
+            host_view = self.flat[first:last].view(tensor.dtype).view(tensor.shape)
+            host_view.copy_(tensor)
+            tensor.data = host_view
+            self.places.append(Place(tensor, host_view, first, last))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Are these its tensors, and does each still lie where it was put?"""
+        """Return whether the buffer holds exactly `tensors`, each still at its place."""
         return len(tensors) == len(self.places) and all(
-            tensor is place.tensor and tensor.data_ptr() == place.home.data_ptr()
+            tensor is place.tensor and tensor.data_ptr() == place.host_view.data_ptr()
             for tensor, place in zip(tensors, self.places, strict=True)
         )
 
 
 class Part:
-    """Modules that come and go together: what they were built with, and what was added to them since."""
+    """Modules that are copied together: their original tensors, and those that were added since."""
 
     def __init__(self, modules: Sequence[nn.Module], *, pinned: bool) -> None:
         self.modules, self._pinned = modules, pinned
@@ -151,14 +151,14 @@ class Part:
         return list(found.values())
 
     def refresh(self) -> None:
-        """Pack anew what was added, taken away or moved since the last pass; what stayed is not touched."""
+        """Pack again what was added, removed or moved since the last pass; leave the rest as it is."""
         now = {id(tensor): tensor for tensor in self._tensors()}
         base = self.packed[0]
         if not base.holds([tensor for place in base.places if (tensor := now.get(id(place.tensor))) is not None]):
             self.packed = [PackedBuffer(list(now.values()), pinned=self._pinned)]
             return
-        own = {id(place.tensor) for place in base.places}
-        added = [tensor for key, tensor in now.items() if key not in own]
+        packed = {id(place.tensor) for place in base.places}
+        added = [tensor for key, tensor in now.items() if key not in packed]
         if not added:
             self.packed = [base]
         elif len(self.packed) == 1 or not self.packed[1].holds(added):
@@ -168,16 +168,18 @@ class Part:
     def nbytes(self) -> int:
         return sum(packed.flat.numel() for packed in self.packed)
 
-    def go_home(self) -> None:
+    def restore_host_views(self) -> None:
+        """Point every parameter at host memory again."""
         for packed in self.packed:
             for place in packed.places:
-                place.tensor.data = place.home
+                place.tensor.data = place.host_view
 
 
 class BlockStream:
-    """The transformer's blocks by way of `slots` buffers on `device`.
+    """The transformer's blocks, copied one after another into `buffers` prefetch buffers on `device`.
 
-    `host_bytes`, `slot_bytes`: what is held on the host, and on the device while a pass runs. `pinned`: in words.
+    `host_bytes`: bytes on the host. `buffer_bytes`: bytes on the device while a pass runs. `pinned`: in words, whether
+    host memory is page-locked.
     """
 
     def __init__(
@@ -185,17 +187,17 @@ class BlockStream:
         parts: Sequence[Sequence[nn.Module]],
         device: torch.device,
         *,
-        slots: int,
+        buffers: int,
         engine: CopyEngine | None = None,
     ) -> None:
-        """`parts`: modules that come and go together; the first of each is handed out. Takes their tensors over."""
-        if slots < 1 or not parts:
-            raise ValueError(f"{slots} slots for {len(parts)} parts")
+        """`parts`: modules that are copied together; the first of each is yielded. Moves their tensors to the host."""
+        if buffers < 1 or not parts:
+            raise ValueError(f"{buffers} buffers for {len(parts)} parts")
         cuda = device.type == "cuda"
-        self._device, self._count = device, slots
+        self._device, self._count = device, buffers
         self._parts = [Part(modules, pinned=cuda) for modules in parts]
-        self._engine: CopyEngine = engine or (CudaCopies(device, slots) if cuda else HostCopies())
-        self._slots: list[Tensor] = []
+        self._engine: CopyEngine = engine or (CudaCopies(device, buffers) if cuda else HostCopies())
+        self._buffers: list[Tensor] = []
         self._running: Iterator[nn.Module] | None = None
         failed = next((why for part in self._parts for p in part.packed if (why := p.pin_failed)), None)
         self.pinned = "no GPU" if not cuda else "yes" if failed is None else f"no: {failed}"
@@ -203,23 +205,23 @@ class BlockStream:
             structlog.get_logger().warning("host_memory_not_pinned", why=failed, effect="copies wait for the blocks")
 
     @classmethod
-    def of(cls, transformer: Any, device: torch.device, *, slots: int) -> BlockStream:
-        """All blocks of a WanAnimateTransformer3DModel with their face adapters; the rest is moved to `device`."""
+    def of(cls, transformer: Any, device: torch.device, *, buffers: int) -> BlockStream:
+        """Stream all blocks of a WanAnimateTransformer3DModel with their face adapters; move the rest to `device`."""
         every = transformer.config.inject_face_latents_blocks
         adapters = transformer.face_adapter
         parts = [(b, adapters[i // every]) if i % every == 0 else (b,) for i, b in enumerate(transformer.blocks)]
-        stream = cls(parts, device, slots=slots)
+        stream = cls(parts, device, buffers=buffers)
         for name, child in transformer.named_children():
             if name not in ("blocks", "face_adapter"):
                 child.to(device)
-        for own in (*transformer.parameters(recurse=False), *transformer.buffers(recurse=False)):
-            own.data = own.data.to(device)
+        for tensor in (*transformer.parameters(recurse=False), *transformer.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
         return stream
 
     def __call__(self) -> Iterator[nn.Module]:
-        """One pass. The module that came out last may run until the next is asked for or the iterator is closed.
+        """Start one pass. A yielded module may run until the next one is requested or the iterator is closed.
 
-        Under `torch.no_grad()`. One pass at a time: RuntimeError while another is neither finished nor closed.
+        Call it under `torch.no_grad()`. Raises RuntimeError while another pass is neither finished nor closed.
         """
         if self._running is not None:
             raise RuntimeError("a pass over the blocks is still open: close its iterator first")
@@ -243,49 +245,49 @@ class BlockStream:
                 engine.use(i % self._count)
                 self._point(i)
                 yield part.modules[0]
-                part.go_home()
+                part.restore_host_views()
                 engine.done(i % self._count)
                 using = None
         finally:
             if using is not None:
-                parts[using].go_home()
+                parts[using].restore_host_views()
             self._running = None
             engine.end()
 
     def _send(self, i: int) -> None:
-        slot, begin = self._slots[i % self._count], 0
+        buffer, begin = self._buffers[i % self._count], 0
         for packed in self._parts[i].packed:
             end = begin + packed.flat.numel()
-            self._engine.copy(i % self._count, slot[begin:end], packed.flat)
+            self._engine.copy(i % self._count, buffer[begin:end], packed.flat)
             begin = end
 
     def _point(self, i: int) -> None:
-        slot, begin = self._slots[i % self._count], 0
+        buffer, begin = self._buffers[i % self._count], 0
         for packed in self._parts[i].packed:
-            flat = slot[begin : begin + packed.flat.numel()]
+            flat = buffer[begin : begin + packed.flat.numel()]
             for place in packed.places:
                 place.tensor.data = place.view(flat)
             begin += packed.flat.numel()
 
     def _allocate(self) -> None:
         wanted = max(part.nbytes for part in self._parts)
-        if not self._slots or self._slots[0].numel() < wanted:
-            self._slots = []  # first, so that old and new ones are never there together
-            with torch.inference_mode(False):  # else nothing outside inference mode could write to them later
-                self._slots = [
+        if not self._buffers or self._buffers[0].numel() < wanted:
+            self._buffers = []  # first, so that old and new buffers never exist together
+            with torch.inference_mode(False):  # else they could not be written outside inference mode
+                self._buffers = [
                     torch.empty(wanted, dtype=torch.uint8, device=self._device)
                     for _ in range(min(self._count, len(self._parts)))
                 ]
 
     def release(self) -> None:
-        """Give the slots back, e.g. while the autoencoder needs the device; the next pass makes them anew."""
+        """Free the buffers, e.g. while the autoencoder needs the device. The next pass allocates them again."""
         if self._running is not None:
             raise RuntimeError("a pass over the blocks is still open: close its iterator first")
-        self._slots = []
+        self._buffers = []
 
     @property
-    def slot_bytes(self) -> int:
-        return sum(slot.numel() for slot in self._slots)
+    def buffer_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._buffers)
 
     @property
     def host_bytes(self) -> int:
@@ -293,7 +295,7 @@ class BlockStream:
 
 
 def whole_pages(count: int) -> Tensor:
-    """uint8 for `count` bytes, from the beginning of a page to the end of one: locked pages are no other buffer's."""
+    """Return uint8 for `count` bytes, in whole pages: a locked page must not belong to two buffers."""
     size = -(-count // PAGE) * PAGE
     room = torch.empty(size + PAGE, dtype=torch.uint8)
     begin = -room.data_ptr() % PAGE
@@ -301,9 +303,10 @@ def whole_pages(count: int) -> Tensor:
 
 
 def pin(buffer: Tensor) -> str | None:
-    """Page-lock the host memory of `buffer` until it is freed; None, or why it could not be, in words.
+    """Page-lock the host memory of `buffer` until it is freed. Return None, or in words why this failed.
 
-    In place: torch's own allocator for such memory rounds every size up to a power of two, up to twice the bytes.
+    The memory is locked in place: torch's allocator for pinned memory rounds every size up to a power of two, which may
+    take twice the bytes.
     """
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     code = int(runtime.cudaHostRegister(address, buffer.numel() * buffer.element_size(), 0))
@@ -315,6 +318,6 @@ def pin(buffer: Tensor) -> str | None:
 
 
 def forget_error() -> None:
-    """Take back the last error of a call to the runtime: the next kernel's launch would report it as its own."""
+    """Clear the last error of the CUDA runtime: otherwise the launch of the next kernel would report it."""
     with suppress(RuntimeError):
-        torch.ones(1, device="cuda")  # this launch does, and that clears it
+        torch.ones(1, device="cuda")  # this launch reports the error, which clears it

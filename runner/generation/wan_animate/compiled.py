@@ -78,7 +78,7 @@ def make_block_forward(
     structlog.get_logger().debug("compile_chosen", compile=wanted, why=why)
     if not wanted:
         return None, why
-    return CompiledBlocks(why=why, eager=choose_eager_block(device, plan is not None and plan.lean)), why
+    return CompiledBlocks(why=why, eager=choose_eager_block(device, plan is not None and plan.chunked)), why
 
 
 def keep_code(cache: Path) -> None:

@@ -223,7 +223,7 @@ class WanAnimateGenerator:
 
         Of the preprocessing, the two networks of every job: a resumed job finds its people anew.
         """
-        from runner.generation.wan_animate.low_memory import choose_eager_block, lean_block
+        from runner.generation.wan_animate.low_memory import choose_eager_block, chunked_block
 
         pipeline, said = self.pipeline, self.description
         if pipeline is None:
@@ -235,8 +235,8 @@ class WanAnimateGenerator:
         vae += ["norms by triton"] if said.get("vae_norms") == "triton" else []
         vae += ["convolutions chosen by stopwatch"] if said.get("vae_cudnn_benchmark") else []
         compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
-        step, lean = pipeline.block_forward, memory is not None and memory.lean
-        by_rows = choose_eager_block(pipeline.compute_device, lean) is lean_block
+        step, chunked = pipeline.block_forward, memory is not None and memory.chunked
+        by_rows = choose_eager_block(pipeline.compute_device, chunked) is chunked_block
         blocks = "eager" if step is None or step.broken else f"compiled by {step.backend}"
         return {
             "device": hardware_model(pipeline.compute_device),

@@ -74,7 +74,7 @@ def load_pipeline(
     dtype = getattr(torch, recipe.dtype)
     try:
         encoders, text_why = find_encoders(models, dtype)
-        transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.slots > 0)
+        transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.buffers > 0)
         vae, vae_why = _load_autoencoder(models, plan, device)
         components = {
             "tokenizer": _load(AutoTokenizer, models, "tokenizer"),
@@ -142,12 +142,12 @@ def load_transformer(
         from runner.quantization.kernels.dequantize import pick_kernel
         from runner.quantization.rules import transformer_on_meta
 
-        home = torch.device("cpu") if stay else device
+        target = torch.device("cpu") if stay else device
         model = transformer_on_meta(models.config("transformer"))
         if variant.kind == "quantized":
             from runner.quantization.files.checkpoint_read import load_quantized
 
-            file = load_quantized(model, variant.transformer, home, dtype)
+            file = load_quantized(model, variant.transformer, target, dtype)
             fmt: Format | SvdqLayout = file.format
             said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
             counted = "svdq_layers" if isinstance(fmt, SvdqLayout) else "fp4_layers"
@@ -156,7 +156,7 @@ def load_transformer(
             from runner.quantization.files.published import load_published
             from runner.quantization.formats.e2m1 import G32
 
-            published, fmt = load_published(model, variant.transformer, home, dtype, given=assume), G32
+            published, fmt = load_published(model, variant.transformer, target, dtype, given=assume), G32
             said |= {"fp4_layers": len(published.layers), "read_as": str(published.options)}
             said |= {"unverified": list(published.assumed)}
             if published.assumed:
@@ -268,14 +268,14 @@ def place_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPl
 
     said: dict[str, Any] = {}
     blocks = None
-    if plan.slots:
-        blocks = BlockStream.of(pipeline.transformer, device, slots=plan.slots)
+    if plan.buffers:
+        blocks = BlockStream.of(pipeline.transformer, device, buffers=plan.buffers)
         said = {"streamed_bytes": blocks.host_bytes, "pinned": blocks.pinned}
     else:
         pipeline.transformer.to(device)
     pipeline.configure(device, plan, blocks)
     pipeline.vae.to(device)
-    pipeline.encoders.settle(device, plan.encoders)
+    pipeline.encoders.set_offload(device, plan.encoders)
     return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
 
 

@@ -41,18 +41,18 @@ from runner.generation.wan_animate.transformer import (
 )
 from runner.quantization.kernels.prepared import prepare
 
-__all__ = ["FFN_PIECES", "choose_eager_block", "lean_block", "lean_face"]
+__all__ = ["FFN_PIECES", "choose_eager_block", "chunked_block", "chunked_face"]
 
 FFN_PIECES = 4
 
 
-def choose_eager_block(device: torch.device, lean: bool) -> BlockForward:
-    """What a block runs as where it is not compiled, and what a compiled one is compared with.
+def choose_eager_block(device: torch.device, chunked: bool) -> BlockForward:
+    """Return the function that runs a block eagerly: without compiled code, and to compare compiled code with.
 
-    On a GPU `lean_block` in every mode, so that the comparison and the fallback take no more memory than the compiled
-    block; on a CPU the mode's own.
+    On a GPU it is `chunked_block` in every mode, so that comparison and fallback take no more memory than the compiled
+    block. On a CPU `chunked` decides.
     """
-    return lean_block if lean or device.type == "cuda" else run_block
+    return chunked_block if chunked or device.type == "cuda" else run_block
 
 
 def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None =
     return out
 
 
-def lean_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
+def chunked_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
     """As `transformer.run_block`, a BlockForward; the result lies where `hidden` [B, S, d] lay."""
     table = block.scale_shift_table + modulation.float()
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
@@ -125,7 +125,7 @@ def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
         rows.copy_(rows.float() + update[:, run].float() * gate)
 
 
-def lean_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
+def chunked_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
     """As `transformer.run_face`, a FaceForward: a latent frame at a time, into `hidden` [1, S, d].
 
     Several clips at once are not split: their tokens do not lie frame by frame. Nor are rows that share a scale.

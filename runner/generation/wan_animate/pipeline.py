@@ -25,14 +25,14 @@ from runner.generation.protocol import OnStep, ResumePoint, Segment, SegmentPlan
 from runner.generation.runtime.encoders import Encoder, Encoders
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import MemoryPlan
-from runner.generation.runtime.memos import HOST_BYTES, Memos
 from runner.generation.runtime.streaming import BlockStream
+from runner.generation.runtime.tensor_cache import HOST_BYTES, TensorCache
 from runner.generation.runtime.text_cache import PromptCache
 from runner.generation.sampling import NewSampler, Predict, denoise
 from runner.generation.segments import output_span
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledBlocks
-from runner.generation.wan_animate.low_memory import choose_eager_block, lean_face
+from runner.generation.wan_animate.low_memory import choose_eager_block, chunked_face
 from runner.generation.wan_animate.resume_points import make_resume_point, restore_state
 from runner.generation.wan_animate.transformer import (
     ConditioningCache,
@@ -64,12 +64,12 @@ from runner.timing import CallTimer, StageTimer
 __all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Switches", "to_pixels", "to_uint8"]
 
 TEXT_TOKENS = 512  # the attention splits image from text at the last 512; any other count mixes them up
-# Of a memo beyond this part of the memory, its own oldest go first: a clip of an hour pushes out no prompt.
-MEMO_SHARES = {"pose_latents": 0.6, "scene": 0.2}
+# The part of the cache above which values of one name evict their own oldest: a clip of an hour evicts no prompt.
+CACHE_SHARES = {"pose_latents": 0.6, "scene": 0.2}
 
 
 class AnimatePipeline(WanAnimatePipeline):
-    """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps nothing but its memos.
+    """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps its tensor cache and nothing else.
 
     The two encoders may be models, or `Encoder`s, which are loaded when the first job needs them.
     `compute_device`: where transformer and autoencoder are, and the encoders while they compute.
@@ -96,12 +96,12 @@ class AnimatePipeline(WanAnimatePipeline):
         self.kept_bytes = 0
         self.memory: MemoryPlan | None = None
         self.blocks: BlockStream | None = None
-        self.memos = Memos(share=MEMO_SHARES)
+        self.tensor_cache = TensorCache(share=CACHE_SHARES)
         self.prompts: PromptCache | None = None
 
     def divide_caches(self, processes: int) -> None:
-        """Let the memos hold no more than HOST_BYTES / `processes`; what they hold now is dropped."""
-        self.memos = Memos(HOST_BYTES // processes, share=MEMO_SHARES)
+        """Replace the tensor cache by an empty one of at most HOST_BYTES / `processes`."""
+        self.tensor_cache = TensorCache(HOST_BYTES // processes, share=CACHE_SHARES)
 
     def configure(self, device: torch.device, memory: MemoryPlan, blocks: BlockStream | None) -> None:
         """Note where things are: `device` computes, `blocks` brings the blocks there where they do not stay."""
@@ -130,7 +130,7 @@ class AnimatePipeline(WanAnimatePipeline):
     def image_encoder(self, model: Any) -> None:
         self._image_encoder = model if isinstance(model, Encoder) else Encoder.of("image_encoder", model)
 
-    @torch.no_grad()  # as the parent; what the memos keep stays an ordinary tensor
+    @torch.no_grad()  # as the parent; cached values stay ordinary tensors
     def render(
         self,
         source: ConditionSource,
@@ -201,7 +201,7 @@ class AnimatePipeline(WanAnimatePipeline):
                     resume = colours.add_state(make_resume_point(index + 1, plan, previous, generator))
                 yield Segment(index, frames, drawn.pose[first:last], resume, colours.drift)
         except NotFinite:
-            self.memos.clear()  # what is kept for later jobs may hold the same values
+            self.tensor_cache.clear()  # what is kept for later jobs may hold the same values
             raise
         finally:
             self.vae.clear_cache()  # an abandoned encode or decode leaves feature maps of full size behind
@@ -217,7 +217,7 @@ class AnimatePipeline(WanAnimatePipeline):
         dtype = self.transformer.dtype
 
         def encode() -> torch.Tensor:
-            with self._text_encoder.awake(timer), timer.stage("encode_prompt", on_device=True):
+            with self._text_encoder.loaded(timer), timer.stage("encode_prompt", on_device=True):
                 embeds, _negative = self.encode_prompt(
                     text,
                     do_classifier_free_guidance=False,
@@ -237,7 +237,7 @@ class AnimatePipeline(WanAnimatePipeline):
         self, name: str, key: Callable[[], Hashable], make: Callable[[], torch.Tensor], timer: StageTimer
     ) -> torch.Tensor:
         """What `make` returns, made once for all jobs with the same key."""
-        return self.memos.get(name, key(), make, timer) if self.switches.memos else make()
+        return self.tensor_cache.get(name, key(), make, timer) if self.switches.tensor_cache else make()
 
     def _vae_key(self) -> tuple[Hashable, ...]:
         """What the autoencoder's answers depend on beyond its input; its weights are those of this pipeline."""
@@ -258,7 +258,7 @@ class AnimatePipeline(WanAnimatePipeline):
         digest, device, dtype = digest_image(image), self.compute_device, self.transformer.dtype
 
         def look() -> torch.Tensor:
-            with self._image_encoder.awake(timer), timer.stage("encode_image", on_device=True):
+            with self._image_encoder.loaded(timer), timer.stage("encode_image", on_device=True):
                 return self.encode_image(image, device).to(dtype)
 
         def encode() -> torch.Tensor:
@@ -427,7 +427,7 @@ class AnimatePipeline(WanAnimatePipeline):
         job.timer.count("compiled_graphs", made)
 
     def _cache_conditioning(self, job: JobTensors, window: WindowTensors) -> list[ConditioningCache]:
-        """Make what this window's steps share: for the cond call and, with CFG, for the uncond one (no prompt, no face)."""
+        """Make what this window's steps share: for the cond call and, with CFG, for the uncond one."""
         keep_text = self.memory is None or self.memory.keep_text
         conditioning = ConditioningCache(
             self.transformer,
@@ -444,15 +444,15 @@ class AnimatePipeline(WanAnimatePipeline):
 
     def _step(self, conditioning: ConditioningCache, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Run the transformer once (cond or uncond) in one step. Blocks are on the device, or are copied one by one."""
-        lean = self.memory is not None and self.memory.lean
+        chunked = self.memory is not None and self.memory.chunked
         return denoise_step(
             self.transformer,
             conditioning,
             hidden,
             timestep,
             blocks=None if self.blocks is None else self.blocks(),
-            block_forward=self.block_forward or choose_eager_block(self.compute_device, lean),
-            face_forward=lean_face if lean else None,
+            block_forward=self.block_forward or choose_eager_block(self.compute_device, chunked),
+            face_forward=chunked_face if chunked else None,
         )
 
     def _make_room(self) -> None:

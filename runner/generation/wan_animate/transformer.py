@@ -218,7 +218,7 @@ def denoise_step(
 ) -> Tensor:
     """The velocity [B, 16, T, H/8, W/8] in the dtype of `hidden_states` [B, 36, T, H/8, W/8] at `timestep` [B].
 
-    `blocks`: the transformer's own blocks in order, each ready to run when the iterable yields it. Streamed weights come
+    `blocks`: the transformer's own blocks in order, each ready to run when the iterable yields it. Streamed blocks come
     as a generator, which is closed when the step ends, also by an exception. `block_forward` replaces `run_block`, e.g.
     by its compiled form; `face_forward` replaces `run_face`. Both may overwrite their hidden states. Call it under
     `torch.no_grad()`. Raises ValueError for latents of another shape than the window's.
@@ -381,15 +381,15 @@ def encode_motion(transformer: Any, faces: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Switches:
-    """Which optimisations of the engine are on. A benchmark turns them on and off one by one.
+    """Feature flags for optimisations; benchmarks toggle them.
 
-    `compile`: blocks run as fused kernels (`compiled.py`): sums in another order, within stated tolerances. None: on
-    CUDA, and not on a CPU, whose frames are the library's bit for bit.
-    `channels_last`: the autoencoder's convolutions in the layout that CUDA's kernels prefer (`autoencoder.py`): sums in
-    another order. None: as `compile`.
-    `memos`: what jobs share is encoded once for all of them (`memos.py`, and `text_cache.py` on disk); exact.
+    `compile`: run blocks as fused kernels (`compiled.py`), which sum in another order, within stated tolerances. None:
+    yes on CUDA, no on a CPU, where frames equal the library's bit for bit.
+    `channels_last`: run the autoencoder's convolutions in the memory layout that CUDA's kernels prefer
+    (`autoencoder.py`), which sums in another order. None: as `compile`.
+    `tensor_cache`: encode once what several jobs share (`tensor_cache.py`, and `text_cache.py` on disk). Bit for bit.
     """
 
-    memos: bool = True
+    tensor_cache: bool = True
     compile: bool | None = None
     channels_last: bool | None = None

@@ -22,7 +22,7 @@ from runner.generation.runtime.compute import (
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.loading import load_pipeline
-from runner.generation.wan_animate.low_memory import lean_block
+from runner.generation.wan_animate.low_memory import chunked_block
 from runner.generation.wan_animate.transformer import Switches, run_block
 from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS
 from runner.quantization.kernels import low_bit, rowwise, svdq_products
@@ -223,9 +223,9 @@ def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones
     apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
     case = Case(model)
     whole = case.run(run_block)
-    assert torch.equal(case.run(lean_block), whole)
-    stream = BlockStream.of(model, CPU, slots=2)
-    for block_forward in (run_block, lean_block):
+    assert torch.equal(case.run(chunked_block), whole)
+    stream = BlockStream.of(model, CPU, buffers=2)
+    for block_forward in (run_block, chunked_block):
         found = case.inputs.step(model, case.conditioning, 0, blocks=stream(), block_forward=block_forward)
         assert torch.equal(found, whole)
     step = CompiledBlocks(backend="eager")

@@ -1,4 +1,4 @@
-"""The encoders: read when first needed, home when done, and the same frames from every home."""
+"""Encoders: loaded when first needed, offloaded after use, and the same frames with every offload device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from runner.errors import WeightsCorrupt
-from runner.generation.runtime.encoders import Encoder, Encoders, comes_by_layer
+from runner.generation.runtime.encoders import Encoder, Encoders, runs_by_layer
 from runner.generation.runtime.text_cache import PromptCache
 from runner.generation.wan_animate.loading import find_encoders, load_pipeline
 from runner.quantization.files.text_encoder import load_text_encoder, quantize_text_encoder
@@ -38,59 +38,59 @@ class Loader:
 
 @torch.no_grad()
 def asked(encoder: Encoder, timer: StageTimer | None = None) -> torch.Tensor:
-    with encoder.awake(timer or StageTimer()) as model:
+    with encoder.loaded(timer or StageTimer()) as model:
         return model(torch.ones(1, 4))
 
 
-@pytest.mark.parametrize("home", ["device", "host", "disk"])
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
 @pytest.mark.parametrize("layers", [False, True], ids=["whole", "layer by layer"])
-def test_every_home_gives_the_same_and_rests_where_it_says(home, layers):
+def test_encoder_with_any_offload_device_gives_the_same_output(offload, layers):
     load = Loader()
     expected = Loader()()(torch.ones(1, 4))
-    encoder = Encoder("text_encoder", load, by_layer=lambda home, device: layers and home != "device")
-    encoder.settle(CPU, home)
+    encoder = Encoder("text_encoder", load, by_layer=lambda offload, device: layers and offload != "device")
+    encoder.set_offload(CPU, offload)
     assert load.calls == 0  # placed, not read
     timer = StageTimer()
     for _ in range(3):
         assert torch.equal(asked(encoder, timer), expected)
-        assert encoder.is_loaded is (home != "disk")
+        assert encoder.is_loaded is (offload != "disk")
         if encoder.is_loaded:
             away = {parameter.device.type for parameter in encoder.model.parameters()}
-            assert away == ({"meta"} if layers and home != "device" else {"cpu"})
-    loads = 3 if home == "disk" else 1
+            assert away == ({"meta"} if layers and offload != "device" else {"cpu"})
+    loads = 3 if offload == "disk" else 1
     assert load.calls == encoder.loads == loads
     assert timer.counters == {"text_encoder_loads": loads}
     assert set(timer.seconds) == {"load_encoders"}
 
 
-def test_an_encoder_moves_between_homes_and_keeps_its_weights():
+def test_encoder_moved_between_offload_devices_keeps_its_weights():
     load = Loader()
     expected = Loader()()(torch.ones(1, 4))
-    encoder = Encoder("text_encoder", load, by_layer=lambda home, device: home != "device")
-    for home in ("device", "host", "device", "host"):
-        encoder.settle(CPU, home)
+    encoder = Encoder("text_encoder", load, by_layer=lambda offload, device: offload != "device")
+    for offload in ("device", "host", "device", "host"):
+        encoder.set_offload(CPU, offload)
         assert torch.equal(asked(encoder), expected)
     assert load.calls == 1
-    encoder.settle(CPU, "disk")
+    encoder.set_offload(CPU, "disk")
     assert not encoder.is_loaded
-    with pytest.raises(ValueError, match="no home 'cloud'"):
-        encoder.settle(CPU, "cloud")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no offload device 'cloud'"):
+        encoder.set_offload(CPU, "cloud")  # type: ignore[arg-type]
 
 
-def test_a_use_that_fails_sends_it_home_all_the_same():
+def test_encoder_is_offloaded_after_a_failed_use():
     encoder = Encoder("text_encoder", Loader())
-    encoder.settle(CPU, "disk")
-    with pytest.raises(KeyError), encoder.awake(StageTimer()):
+    encoder.set_offload(CPU, "disk")
+    with pytest.raises(KeyError), encoder.loaded(StageTimer()):
         raise KeyError
     assert not encoder.is_loaded
 
 
 @pytest.mark.parametrize(
-    ("home", "device", "expected"),
+    ("offload", "device", "expected"),
     [("device", "cuda", False), ("host", "cuda", True), ("disk", "cuda", True), ("host", "cpu", False)],
 )
-def test_layers_come_one_by_one_where_the_weights_rest_elsewhere(home, device, expected):
-    assert comes_by_layer(home, torch.device(device)) is expected
+def test_layers_are_copied_one_by_one_if_weights_are_offloaded(offload, device, expected):
+    assert runs_by_layer(offload, torch.device(device)) is expected
 
 
 def test_a_load_without_a_job_is_charged_to_the_next():
@@ -143,10 +143,10 @@ def test_real_encoders_have_the_same_bits_layer_by_layer(tiny_store_dir, tmp_pat
     )
     for load, call in cases:
         results = []
-        for home in ("device", "host"):
-            encoder = Encoder("x", load, by_layer=lambda home, device: home != "device")
-            encoder.settle(CPU, home)
-            with encoder.awake(StageTimer()) as model:
+        for offload in ("device", "host"):
+            encoder = Encoder("x", load, by_layer=lambda offload, device: offload != "device")
+            encoder.set_offload(CPU, offload)
+            with encoder.loaded(StageTimer()) as model:
                 results.append(call(model))
         assert torch.equal(*results)
         assert results[0].std() > 0
@@ -210,11 +210,11 @@ def test_an_int4_file_that_lacks_a_tensor_is_found_before_any_job(tmp_path):
 @torch.no_grad()
 def test_all_homes_agree_on_a_gpu_and_give_its_memory_back(tiny_store_dir):
     store, device, made = ModelStore(tiny_store_dir), torch.device("cuda"), []
-    for home in ("device", "host", "disk"):
+    for offload in ("device", "host", "disk"):
         pipeline, _ = load_pipeline(ResolvedRecipe(store, RECIPE), device)
-        pipeline.encoders.settle(device, home)
+        pipeline.encoders.set_offload(device, offload)
         made.append(pipeline.embed("a dance", StageTimer()))
         on_gpu = {p.device.type for p in pipeline.encoders.text.model.parameters()}
-        assert on_gpu == ({"cuda"} if home == "device" else {"meta"})
+        assert on_gpu == ({"cuda"} if offload == "device" else {"meta"})
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])

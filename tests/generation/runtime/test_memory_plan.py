@@ -100,7 +100,7 @@ def test_weights_of_the_tiny_model(tiny_store_dir):
     assert found.total == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["whole", "lean"])
+@pytest.mark.parametrize("kind", ["whole", "chunked"])
 def test_a_blocks_peak_is_what_its_tensors_take(fourteen_billion, monkeypatch, kind):
     """Counted on the meta device; attention's own scratch memory is its kernel's affair."""
 
@@ -121,7 +121,7 @@ def test_a_blocks_peak_is_what_its_tensors_take(fourteen_billion, monkeypatch, k
     faces = KeyValue(empty(22, 5, 40, 128), empty(22, 5, 40, 128))
     run, look = {
         "whole": (transformer.run_block, transformer.run_face),
-        "lean": (low_memory.lean_block, low_memory.lean_face),
+        "chunked": (low_memory.chunked_block, low_memory.chunked_face),
     }[kind]
     unit = TOKENS * WIDTH * 2
     with torch.no_grad(), LiveBytes() as live:
@@ -246,7 +246,7 @@ def test_the_targets_at_480p_are_met_on_paper():
 
 
 def test_on_a_gpu_no_block_runs_whole():
-    """What stands in for a compiled block there is the lean one; on a CPU `resident` has no other than the whole."""
+    """What stands in for a compiled block there is the chunked one; on a CPU `resident` has no other than the whole."""
     unit = 2 * TOKENS * WIDTH
     assert forecast("resident").parts["activations"] == 6 * unit
     assert forecast("resident", cuda=False).parts["activations"] == 12 * unit
@@ -359,9 +359,9 @@ def test_on_a_cpu_codes_are_kept_too():
 
 
 def test_where_streaming_leaves_room_the_preprocessing_is_on_the_device_and_in_every_stage():
-    lean = make_plan("stream", RECIPE)
-    full = replace(lean, preprocess="device")
-    without, with_it = (forecast_memory(plan, RECIPE, PRODUCTION, *SIZE) for plan in (lean, full))
+    chunked = make_plan("stream", RECIPE)
+    full = replace(chunked, preprocess="device")
+    without, with_it = (forecast_memory(plan, RECIPE, PRODUCTION, *SIZE) for plan in (chunked, full))
     networks = Load().preprocess + PREPROCESS_EXTRA
     assert networks == 2_610_000_000 + 500_000_000 == with_it.parts["preprocess"]
     for stage, size in without.stages.items():
@@ -391,7 +391,7 @@ def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():
 
 
 def test_on_a_cpu_nothing_is_streamed_by_itself():
-    """Host to host there is nothing to gain; less memory comes from lean activations and bfloat16 alone."""
+    """Host to host there is nothing to gain; less memory comes from chunked activations and bfloat16 alone."""
     plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 100 * GB, cuda=False)
     assert plan.mode == "resident"
     plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 27 * GB, cuda=False)

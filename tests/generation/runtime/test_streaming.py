@@ -1,4 +1,4 @@
-"""Blocks that pass through slots against blocks that stay: the same bits, the right order, whatever happens between."""
+"""Streamed blocks against blocks that stay on the device: the same bits, in the right order, also after failures."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class Watched(HostCopies):
         self.readers: set[int] = set()
         self.ready: set[int] = set()
 
-    def copy(self, slot, target, source):
-        assert slot not in self.readers, f"slot {slot} is overwritten while it is read"
-        super().copy(slot, target, source)
-        self.ready.add(slot)
-        self.calls.append(("copy", slot))
+    def copy(self, buffer, target, source):
+        assert buffer not in self.readers, f"buffer {buffer} is overwritten while it is read"
+        super().copy(buffer, target, source)
+        self.ready.add(buffer)
+        self.calls.append(("copy", buffer))
 
-    def use(self, slot):
-        assert slot in self.ready, f"slot {slot} is read before anything was copied into it"
-        self.readers.add(slot)
-        self.calls.append(("use", slot))
+    def use(self, buffer):
+        assert buffer in self.ready, f"buffer {buffer} is read before anything was copied into it"
+        self.readers.add(buffer)
+        self.calls.append(("use", buffer))
 
-    def done(self, slot):
-        self.readers.discard(slot)
-        self.ready.discard(slot)
-        self.calls.append(("done", slot))
+    def done(self, buffer):
+        self.readers.discard(buffer)
+        self.ready.discard(buffer)
+        self.calls.append(("done", buffer))
 
     def end(self):
         self.readers.clear()
@@ -69,20 +69,20 @@ def run(modules, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def stream_of(modules, slots: int) -> tuple[BlockStream, Watched]:
+def stream_of(modules, buffers: int) -> tuple[BlockStream, Watched]:
     watched = Watched()
     engine: CopyEngine = watched
-    return BlockStream([(m,) for m in modules], CPU, slots=slots, engine=engine), watched
+    return BlockStream([(m,) for m in modules], CPU, buffers=buffers, engine=engine), watched
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 9])
-def test_results_have_the_same_bits(slots):
+@pytest.mark.parametrize("buffers", [1, 2, 3, 9])
+def test_results_have_the_same_bits(buffers):
     modules, x = layers(), torch.randn(3, 8)
     wanted = run(modules, x)
-    stream, _ = stream_of(modules, slots)
+    stream, _ = stream_of(modules, buffers)
     for _ in range(3):
         assert torch.equal(run(stream(), x), wanted)
-    assert torch.equal(run(modules, x), wanted)  # at home, on the host, between passes
+    assert torch.equal(run(modules, x), wanted)  # outside a pass all parameters are on the host
 
 
 def test_the_next_block_is_on_its_way_while_one_computes():
@@ -102,26 +102,26 @@ def test_with_one_slot_every_block_waits_for_its_own():
     assert watched.calls == [*(("copy", 0), ("use", 0), ("done", 0)) * 3, ("end", -1)]
 
 
-def test_a_block_runs_on_its_slot_and_goes_home():
+def test_block_in_pass_runs_on_its_buffer_and_returns_to_host():
     modules = layers(3)
     stream, _ = stream_of(modules, 2)
-    home = [m.weight.data_ptr() for m in modules]
+    host_pointers = [m.weight.data_ptr() for m in modules]
     for i, module in enumerate(stream()):
-        assert module.weight.data_ptr() != home[i]
-        assert [m.weight.data_ptr() for m in modules[:i]] == home[:i]
-    assert [m.weight.data_ptr() for m in modules] == home
-    assert stream.slot_bytes == 2 * 512  # weight 256 bytes, bias 32 on the next boundary of 256
+        assert module.weight.data_ptr() != host_pointers[i]
+        assert [m.weight.data_ptr() for m in modules[:i]] == host_pointers[:i]
+    assert [m.weight.data_ptr() for m in modules] == host_pointers
+    assert stream.buffer_bytes == 2 * 512  # weight 256 bytes, bias 32 on the next boundary of 256
     assert stream.host_bytes == 3 * 512
     stream.release()
-    assert stream.slot_bytes == 0
-    assert [m.weight.data_ptr() for m in modules] == home
+    assert stream.buffer_bytes == 0
+    assert [m.weight.data_ptr() for m in modules] == host_pointers
 
 
-def test_a_pass_that_is_given_up_leaves_everything_at_home():
+def test_abandoned_pass_leaves_all_parameters_on_host():
     modules, x = layers(), torch.randn(3, 8)
     wanted = run(modules, x)
     stream, watched = stream_of(modules, 2)
-    home = [m.weight.data_ptr() for m in modules]
+    host_pointers = [m.weight.data_ptr() for m in modules]
     passing = stream()
     next(passing)
     next(passing)
@@ -131,7 +131,7 @@ def test_a_pass_that_is_given_up_leaves_everything_at_home():
         stream.release()
     passing.close()
     assert watched.calls[-1] == ("end", -1)
-    assert [m.weight.data_ptr() for m in modules] == home
+    assert [m.weight.data_ptr() for m in modules] == host_pointers
     assert torch.equal(run(stream(), x), wanted)
 
 
@@ -159,10 +159,10 @@ def test_what_changes_between_passes_is_seen():
 
 
 def test_no_slots_or_no_parts_are_refused():
-    with pytest.raises(ValueError, match="0 slots for 1 parts"):
-        BlockStream([(nn.Linear(2, 2),)], CPU, slots=0)
-    with pytest.raises(ValueError, match="2 slots for 0 parts"):
-        BlockStream([], CPU, slots=2)
+    with pytest.raises(ValueError, match="0 buffers for 1 parts"):
+        BlockStream([(nn.Linear(2, 2),)], CPU, buffers=0)
+    with pytest.raises(ValueError, match="2 buffers for 0 parts"):
+        BlockStream([], CPU, buffers=2)
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])
@@ -174,11 +174,11 @@ def test_steps_of_the_tiny_model_have_the_same_bits(tiny_store_dir, four_bits, d
     inputs = Inputs(model)
     conditionings = inputs.conditionings(model, guided=True)
     wanted = [inputs.step(model, conditioning, i) for i in range(2) for conditioning in conditionings]
-    stream = BlockStream.of(model, CPU, slots=2)
+    stream = BlockStream.of(model, CPU, buffers=2)
     fresh = inputs.conditionings(model, guided=True)
     found = [inputs.step(model, conditioning, i, blocks=stream()) for i in range(2) for conditioning in fresh]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert stream.slot_bytes < stream.host_bytes
+    assert stream.buffer_bytes < stream.host_bytes
 
 
 def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
@@ -186,7 +186,7 @@ def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
     inputs = Inputs(model)
     (conditioning,) = inputs.conditionings(model)
     wanted = inputs.step(model, conditioning, 0)
-    stream = BlockStream.of(model, CPU, slots=2)
+    stream = BlockStream.of(model, CPU, buffers=2)
 
     def fail(*_args):
         raise KeyError("half-way")
@@ -198,7 +198,7 @@ def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
 
 
 def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
-    """Factors beside packed weights, merged norms and biases: attached and detached on the host, seen on the slots."""
+    """Factors beside packed weights, merged norms and biases: attached and detached on the host, used on the device."""
     from runner.quantization.lora.apply import read_lora
     from tests.generation.fp4_stores import transformer_config
     from tests.quantization.lora_files import write_published
@@ -209,7 +209,7 @@ def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
     for model in models:
         in_four_bits(model)
     staying, passing = models
-    stream, inputs = BlockStream.of(passing, CPU, slots=2), Inputs(staying)
+    stream, inputs = BlockStream.of(passing, CPU, buffers=2), Inputs(staying)
 
     def both() -> list[torch.Tensor]:
         here = inputs.step(staying, inputs.conditionings(staying)[0], 0)
@@ -295,13 +295,13 @@ class TestOnAGpu:
         torch.manual_seed(0)
         return [nn.Linear(width, width).to(torch.bfloat16) for _ in range(count)]
 
-    @pytest.mark.parametrize("slots", [1, 2])
-    def test_results_have_the_same_bits(self, slots):
+    @pytest.mark.parametrize("buffers", [1, 2])
+    def test_results_have_the_same_bits(self, buffers):
         device = torch.device("cuda", 0)
         x = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16)
         staying = self.blocks()
         wanted = run([m.to(device) for m in staying], x)
-        stream = BlockStream([(m,) for m in self.blocks()], device, slots=slots)
+        stream = BlockStream([(m,) for m in self.blocks()], device, buffers=buffers)
         assert stream.pinned == "yes"
         for _ in range(5):
             assert torch.equal(run(stream(), x), wanted)
@@ -310,13 +310,13 @@ class TestOnAGpu:
         device = torch.device("cuda", 0)
         packed = [FP4Linear.from_linear(m, NVFP4, "absmax") for m in self.blocks()]
         x = torch.randn(512, 2048, device=device, dtype=torch.bfloat16)
-        stream = BlockStream([(m,) for m in packed], device, slots=2)
+        stream = BlockStream([(m,) for m in packed], device, buffers=2)
         found = run(stream(), x)
         assert torch.equal(found, run([m.to(device) for m in packed], x))
 
     def test_only_the_slots_are_on_the_device(self):
         device = torch.device("cuda", 0)
-        stream = BlockStream([(m,) for m in self.blocks(12)], device, slots=2)
+        stream = BlockStream([(m,) for m in self.blocks(12)], device, buffers=2)
         x = torch.randn(8, 2048, device=device, dtype=torch.bfloat16)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -338,7 +338,7 @@ class TestOnAGpu:
     def test_a_pass_given_up_leaves_the_host_free_to_write(self):
         device = torch.device("cuda", 0)
         modules = self.blocks()
-        stream = BlockStream([(m,) for m in modules], device, slots=2)
+        stream = BlockStream([(m,) for m in modules], device, buffers=2)
         x = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16)
         passing = stream()
         next(passing)

@@ -27,7 +27,7 @@ from runner.generation.wan_animate.compiled import (
     structure_of,
     wants_compile,
 )
-from runner.generation.wan_animate.low_memory import lean_block
+from runner.generation.wan_animate.low_memory import chunked_block
 from runner.generation.wan_animate.transformer import Switches, embed_context, run_block
 from runner.quantization.linear import FP4Linear
 from runner.spec.recipes import get_recipe
@@ -278,7 +278,7 @@ def test_why_blocks_run_eagerly_on_a_gpu_and_what_they_run_as():
     for plan in (resident, stream, None):
         step, why = make_block_forward(Switches(), cuda, plan)
         assert (step.why, step.backend) == (why, "inductor") and "bound by memory" in why
-        assert step._eager is lean_block  # its 5.4 u, not 12
+        assert step._eager is chunked_block  # its 5.4 u, not 12
     assert make_block_forward(Switches(compile=True), CPU, resident)[0]._eager is run_block
 
 

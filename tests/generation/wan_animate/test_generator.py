@@ -24,7 +24,7 @@ from runner.generation.protocol import ClipInfo, Request, SegmentPlan
 from runner.generation.runtime.device import hardware_model
 from runner.generation.runtime.finite import FiniteChecks
 from runner.generation.runtime.memory_plan import PREPROCESS_EXTRA, make_plan
-from runner.generation.runtime.memos import HOST_BYTES
+from runner.generation.runtime.tensor_cache import HOST_BYTES
 from runner.generation.wan_animate.autoencoder import decode_latents
 from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.generator import WanAnimateGenerator, _model_name
@@ -249,11 +249,11 @@ def test_one_wrong_weight_fails_the_job_and_names_the_stage(generator, component
     parameter = model.get_parameter(weight)
     whole = parameter.detach().clone()
     parameter.data.view(-1)[0] = bad
-    generator.pipeline.memos.clear()  # of the good weights
+    generator.pipeline.tensor_cache.clear()  # of the good weights
     with pytest.raises(NotFinite, match=said):
         rendered(generator, conditions)
     parameter.data.copy_(whole)
-    assert np.array_equal(rendered(generator, conditions), before)  # no memo of what was wrong
+    assert np.array_equal(rendered(generator, conditions), before)  # nothing of what was wrong was cached
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
@@ -308,7 +308,7 @@ class Waits(TorchDispatchMode):
 def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(generator, monkeypatch):
     """Against the same job without checks: in the steps nothing more, in a segment one list of flags more."""
     conditions = prepared(generator)
-    rendered(generator, conditions)  # encoders loaded, memos full
+    rendered(generator, conditions)  # encoders loaded, caches full
 
     def counted() -> tuple[np.ndarray, list[Counter[str]], Counter[str]]:
         with monkeypatch.context() as patch, Waits(patch) as waits:
@@ -383,7 +383,7 @@ def test_its_caches_are_a_part_of_those_of_the_machine(store, monkeypatch):
     settings = EngineSettings(device="cpu", processes=HOST_BYTES)
     run = WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), settings)
     rendered(run, prepared(run))
-    assert run.pipeline.memos.host_bytes <= 1
+    assert run.pipeline.tensor_cache.host_bytes <= 1
 
 
 def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from runner.generation.runtime.memos import HOST_BYTES, Memos
+from runner.generation.runtime.tensor_cache import HOST_BYTES, TensorCache
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job
 from runner.generation.wan_animate.loading import load_pipeline
@@ -86,9 +86,9 @@ def test_twenty_jobs_encode_each_input_once(tiny_store_dir):
     assert reuse["reference"].bytes == 2 * 4 * 20 * 4 * 4
     assert reuse["blank"].bytes == 4 * 20 * 2 * 4 * 4
     assert reuse["pose_latents"].bytes == 2 * 4 * 16 * 2 * 4 * 4
-    assert sum(use.bytes for use in reuse.values() if use.bytes) == pipe.memos.host_bytes
+    assert sum(use.bytes for use in reuse.values() if use.bytes) == pipe.tensor_cache.host_bytes
 
-    pipe.switches = Switches(memos=False)
+    pipe.switches = Switches(tensor_cache=False)
     for job in jobs[-4:]:
         assert np.array_equal(rendered(pipe, *job), frames[job]), job
     assert len({value.tobytes() for value in frames.values()}) == 20
@@ -105,7 +105,7 @@ def test_replace_jobs_share_the_scene_of_their_first_window(tiny_store_dir):
     assert calls["vae 5"] == 5  # the second window's scene begins with this job's own frames
     assert timer.counters["scene_cache_hits"] == timer.counters["scene_cache_misses"] == 1
     assert not np.array_equal(first, second)
-    pipe.switches = Switches(memos=False)
+    pipe.switches = Switches(tensor_cache=False)
     assert np.array_equal(rendered(pipe, 2, 5, 0, frames=9, mode="replace"), second)
 
 
@@ -119,7 +119,7 @@ def test_nothing_kept_depends_on_the_transformer(tiny_store_dir):
     timer = StageTimer()
     after = rendered(pipe, 1, 5, 0, timer=timer)
     assert not [name for name in timer.counters if "misses" in name]
-    pipe.switches = Switches(memos=False)
+    pipe.switches = Switches(tensor_cache=False)
     assert np.array_equal(rendered(pipe, 1, 5, 0), after)
     assert not np.array_equal(before, after)
 
@@ -136,10 +136,10 @@ def test_another_autoencoder_setting_is_another_latent(tiny_store_dir):
 def test_without_memory_every_job_stands_alone(tiny_store_dir):
     pipe = load(tiny_store_dir)
     shared = rendered(pipe, 1, 5, 0)
-    pipe.memos = Memos(0)
+    pipe.tensor_cache = TensorCache(0)
     timer = StageTimer()
     assert np.array_equal(rendered(pipe, 1, 5, 0, timer=timer), shared)
-    assert pipe.memos.host_bytes == 0
+    assert pipe.tensor_cache.host_bytes == 0
     assert not [name for name in timer.counters if "hits" in name]
 
 
@@ -147,9 +147,9 @@ def test_processes_of_one_machine_divide_the_memory(tiny_store_dir):
     """What a process keeps is its part of HOST_BYTES: here of so many that none keeps anything."""
     pipe = load(tiny_store_dir)
     shared = rendered(pipe, 1, 5, 0)
-    assert pipe.memos.host_bytes > 1
+    assert pipe.tensor_cache.host_bytes > 1
     pipe.divide_caches(HOST_BYTES)
     timer = StageTimer()
     assert np.array_equal(rendered(pipe, 1, 5, 0, timer=timer), shared)
-    assert pipe.memos.host_bytes <= 1
+    assert pipe.tensor_cache.host_bytes <= 1
     assert not [name for name in timer.counters if "hits" in name]

@@ -8,7 +8,7 @@ import torch
 from runner.forecast.precisions import PRECISIONS, REFERENCE
 from runner.generation.runtime.compute import is_token_wise
 from runner.generation.wan_animate.compiled import TOLERANCES, difference, dummies
-from runner.generation.wan_animate.low_memory import FFN_PIECES, choose_eager_block, lean_block, lean_face
+from runner.generation.wan_animate.low_memory import FFN_PIECES, choose_eager_block, chunked_block, chunked_face
 from runner.generation.wan_animate.transformer import embed_context, feed_forward, run_block
 from runner.quantization.formats.e2m1 import G32, NVFP4
 from runner.quantization.linear import FP4Linear
@@ -17,11 +17,16 @@ from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, 
 
 
 @pytest.mark.parametrize(
-    ("device", "lean", "wanted"),
-    [("cpu", False, run_block), ("cpu", True, lean_block), ("cuda", False, lean_block), ("cuda:1", True, lean_block)],
+    ("device", "chunked", "wanted"),
+    [
+        ("cpu", False, run_block),
+        ("cpu", True, chunked_block),
+        ("cuda", False, chunked_block),
+        ("cuda:1", True, chunked_block),
+    ],
 )
-def test_on_a_gpu_every_mode_runs_eager_blocks_by_rows(device, lean, wanted):
-    assert choose_eager_block(torch.device(device), lean) is wanted
+def test_on_a_gpu_every_mode_runs_eager_blocks_by_rows(device, chunked, wanted):
+    assert choose_eager_block(torch.device(device), chunked) is wanted
 
 
 @torch.no_grad()
@@ -35,11 +40,11 @@ def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
             layer.set_compute("nvfp4", REFERENCE)
     inputs = Inputs(model)
     (conditioning,) = inputs.conditionings(model)
-    whole, lean = (
+    whole, chunked = (
         inputs.step(model, conditioning, 0, **steps)
-        for steps in ({}, {"block_forward": lean_block, "face_forward": lean_face})
+        for steps in ({}, {"block_forward": chunked_block, "face_forward": chunked_face})
     )
-    assert torch.equal(whole, lean)
+    assert torch.equal(whole, chunked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -55,7 +60,7 @@ def test_blocks_by_rows_compute_what_a_compiled_block_is_compared_with(tiny_stor
         given = dummies(model, context, tuple(inputs.hidden[0].shape[2:]), block)
         assert given[0].shape[1] > 2 * 16
         wanted = run_block(block, *given)
-        found = lean_block(block, given[0].clone(), *given[1:])
+        found = chunked_block(block, given[0].clone(), *given[1:])
         assert found.dtype == wanted.dtype == dtype
         assert difference(found, wanted) <= TOLERANCES[dtype]
 
@@ -77,7 +82,7 @@ def low_block(tiny_store_dir, compute: str, dtype: torch.dtype = torch.bfloat16,
 
 
 LOW = pytest.mark.parametrize("compute", [row.name for row in PRECISIONS.values() if row.layout in ("rows", "blocks")])
-STEPS = pytest.mark.parametrize("step", [run_block, lean_block])
+STEPS = pytest.mark.parametrize("step", [run_block, chunked_block])
 
 
 @LOW

@@ -98,7 +98,7 @@ def test_the_slots_are_given_back_before_pixels_are_decoded(source):
     generator = loaded(source, "fp32", "stream")
     pipeline, held = generator.pipeline, []
     decode = pipeline.vae.decode_chunks
-    pipeline.vae.decode_chunks = lambda *z: (held.append(pipeline.blocks.slot_bytes), decode(*z))[1]
+    pipeline.vae.decode_chunks = lambda *z: (held.append(pipeline.blocks.buffer_bytes), decode(*z))[1]
     rendered(generator)
     assert held == [0]
 

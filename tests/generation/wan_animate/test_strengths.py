@@ -1,6 +1,6 @@
 """Strengths of face and pose, against the library's own model with hooks that scale what its modules return.
 
-Every way of running blocks is held to the same bits: eager, lean, compiled and streamed.
+Every way of running blocks is held to the same bits: eager, chunked, compiled and streamed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.generation.runtime.streaming import BlockStream
 from runner.generation.wan_animate.compiled import CompiledBlocks
-from runner.generation.wan_animate.low_memory import lean_block, lean_face
+from runner.generation.wan_animate.low_memory import chunked_block, chunked_face
 from runner.generation.wan_animate.transformer import ConditioningCache, Strengths, embed_context
 from runner.spec.recipes import get_recipe
 from tests.generation.library_schedulers import library_scheduler
@@ -73,14 +73,14 @@ def conditionings(model, inputs: Inputs, strengths: Strengths) -> list[Condition
 
 def ways(model, compiled: CompiledBlocks) -> dict[str, Callable[[], dict]]:
     """What `denoise_step` is given, by the kind of blocks; made anew for each step."""
-    stream = BlockStream.of(model, CPU, slots=1)
-    lean = {"block_forward": lean_block, "face_forward": lean_face}
+    stream = BlockStream.of(model, CPU, buffers=1)
+    chunked = {"block_forward": chunked_block, "face_forward": chunked_face}
     return {
         "eager": dict,
-        "lean": lambda: dict(lean),
+        "chunked": lambda: dict(chunked),
         "compiled": lambda: {"block_forward": compiled},
         "streamed": lambda: {"blocks": stream()},
-        "streamed, lean": lambda: {"blocks": stream(), **lean},
+        "streamed, chunked": lambda: {"blocks": stream(), **chunked},
     }
 
 
@@ -160,7 +160,7 @@ def upstream(tiny_store_dir):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["unguided", "guided"])
 def test_jobs_of_different_strengths_in_a_row_each_have_their_own_frames(tiny_store_dir, upstream, guidance):
-    """The memos, which know latents by their content, serve all jobs of one dance; none takes another's strength."""
+    """Latents are cached by content and serve all jobs of one dance; none takes another's strength."""
     pipe, conditions = pipelines.load(tiny_store_dir), MemoryConditions(9, width=32, height=32)
     seen = []
     for face, pose in [(1.0, 1.0), (0.0, 1.7), (0.5, 0.0), (1.0, 1.0)]:

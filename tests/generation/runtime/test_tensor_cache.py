@@ -1,4 +1,4 @@
-"""The memos: what was made comes back, within the budget. Values of 4 bytes an element."""
+"""The tensor cache: what was made comes back, within the budget. Values of 4 bytes an element."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.generation.runtime.memos import Memos
+from runner.generation.runtime.tensor_cache import TensorCache
 from runner.timing import StageTimer
 
 
 class Shop:
-    """Memos whose `make` is counted."""
+    """A tensor cache whose `make` is counted."""
 
     def __init__(self, most: int, share=None) -> None:
         self.made: list[str] = []
         self.timer = StageTimer()
-        self.memos = Memos(most, share=share)
+        self.cache = TensorCache(most, share=share)
 
     def get(self, key: str, name: str = "x", elements: int = 1) -> torch.Tensor:
         def make() -> torch.Tensor:
             self.made.append(key)
             return torch.full((elements,), float(ord(key)))
 
-        value = self.memos.get(name, key, make, self.timer)
+        value = self.cache.get(name, key, make, self.timer)
         assert value.tolist() == [float(ord(key))] * elements
         return value
 
@@ -40,19 +40,19 @@ def test_the_least_recently_used_goes_and_lookups_are_counted():
     assert shop.made == list("abcb")
     assert shop.timer.counters == {"x_cache_misses": 4, "x_cache_hits": 2}
     assert shop.timer.gauges == {"x_cache_bytes": 8}
-    assert vars(shop.memos.use["x"]) == {"hits": 2, "misses": 4, "entries": 2, "bytes": 8}
+    assert vars(shop.cache.use["x"]) == {"hits": 2, "misses": 4, "entries": 2, "bytes": 8}
 
 
-def test_one_budget_is_shared_by_all_memos():
+def test_one_budget_is_shared_by_all_names():
     shop = Shop(40)
     shop.get("p", "prompt", elements=2)
     shop.get("c", "clip", elements=3)
     shop.get("r", "reference", elements=6)  # 44 bytes: the prompt, unused for longest, makes room
-    assert shop.memos.host_bytes == 36
-    assert {name: use.bytes for name, use in shop.memos.use.items()} == {"prompt": 0, "clip": 12, "reference": 24}
+    assert shop.cache.host_bytes == 36
+    assert {name: use.bytes for name, use in shop.cache.use.items()} == {"prompt": 0, "clip": 12, "reference": 24}
     shop.get("c", "clip", elements=3)
     assert shop.made == list("pcr")
-    assert shop.get("c", "prompt") is not shop.get("c", "clip", elements=3)  # a key belongs to its memo
+    assert shop.get("c", "prompt") is not shop.get("c", "clip", elements=3)  # a key belongs to its name
 
 
 def test_a_long_clip_pushes_out_no_prompt():
@@ -63,7 +63,7 @@ def test_a_long_clip_pushes_out_no_prompt():
     shop.get("p", "prompt", elements=4)
     assert shop.made.count("p") == 1
     assert (
-        shop.memos.use["pose"].entries == 3
+        shop.cache.use["pose"].entries == 3
     )  # 24 bytes fit beside the prompt: a share is no limit while there is room
 
 
@@ -74,7 +74,7 @@ def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept():
     shop.get("l", elements=3)
     shop.get("s")
     assert shop.made == list("sll")  # and nothing had to go for it
-    assert shop.memos.host_bytes == 4
+    assert shop.cache.host_bytes == 4
 
 
 def test_nothing_is_kept_without_a_budget():
@@ -88,53 +88,53 @@ def test_all_may_be_forgotten():
     shop = Shop(100)
     for key in "abcda":
         shop.get(key)
-    shop.memos.clear()
-    assert shop.memos.host_bytes == 0
-    assert vars(shop.memos.use["x"]) == {"hits": 1, "misses": 4, "entries": 0, "bytes": 0}
+    shop.cache.clear()
+    assert shop.cache.host_bytes == 0
+    assert vars(shop.cache.use["x"]) == {"hits": 1, "misses": 4, "entries": 0, "bytes": 0}
     shop.get("d")
     assert shop.made == list("abcdd")
     with pytest.raises(ValueError, match="negative"):
-        Memos(-1)
+        TensorCache(-1)
 
 
-def test_a_value_above_its_memos_share_pushes_out_its_own_and_nothing_else():
+def test_a_value_above_its_names_share_pushes_out_its_own_and_nothing_else():
     shop = Shop(40, share={"pose": 0.5})
     shop.get("p", "prompt", elements=4)
     shop.get("a", "pose", elements=2)  # 24 bytes of 40
-    shop.get("b", "pose", elements=5)  # 20 more: its memo would hold 28 of its 20
-    assert {name: use.bytes for name, use in shop.memos.use.items()} == {"prompt": 16, "pose": 20}
+    shop.get("b", "pose", elements=5)  # 20 more: its name would hold 28 of its 20
+    assert {name: use.bytes for name, use in shop.cache.use.items()} == {"prompt": 16, "pose": 20}
     shop.get("c", "pose", elements=8)  # not even alone beside the prompt
-    assert {name: use.bytes for name, use in shop.memos.use.items()} == {"prompt": 16, "pose": 0}
+    assert {name: use.bytes for name, use in shop.cache.use.items()} == {"prompt": 16, "pose": 0}
     shop.get("p", "prompt", elements=4)
     assert shop.made == list("pabc")
 
 
 def test_two_threads_may_ask_for_one_key_at_once():
-    memos, timer, both = Memos(100), StageTimer(), threading.Barrier(2)
+    cache, timer, both = TensorCache(100), StageTimer(), threading.Barrier(2)
 
     def make() -> torch.Tensor:
         both.wait(timeout=10)  # each has missed before either has made
         return torch.ones(2)
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: memos.get("x", "a", make, timer), range(2)))
+        found = list(pool.map(lambda _: cache.get("x", "a", make, timer), range(2)))
     assert all(torch.equal(value, torch.ones(2)) for value in found)
-    assert vars(memos.use["x"]) == {"hits": 0, "misses": 2, "entries": 1, "bytes": 8}
-    assert memos.host_bytes == 8
+    assert vars(cache.use["x"]) == {"hits": 0, "misses": 2, "entries": 1, "bytes": 8}
+    assert cache.host_bytes == 8
 
 
 def test_a_hit_on_the_host_is_the_value_itself():
-    memos, value = Memos(100), torch.randn(2, 3).T
-    memos.get("x", "a", lambda: value, StageTimer())
-    back = memos.get("x", "a", lambda: torch.zeros(()), StageTimer())
+    cache, value = TensorCache(100), torch.randn(2, 3).T
+    cache.get("x", "a", lambda: value, StageTimer())
+    back = cache.get("x", "a", lambda: torch.zeros(()), StageTimer())
     assert back.data_ptr() == value.data_ptr() and back.stride() == value.stride()
 
 
 def test_failures_are_not_remembered():
-    memos, timer = Memos(100), StageTimer()
+    cache, timer = TensorCache(100), StageTimer()
     with pytest.raises(ZeroDivisionError):
-        memos.get("x", "a", lambda: torch.tensor(1 // 0), timer)
-    assert int(memos.get("x", "a", lambda: torch.tensor(5), timer)) == 5
+        cache.get("x", "a", lambda: torch.tensor(1 // 0), timer)
+    assert int(cache.get("x", "a", lambda: torch.tensor(5), timer)) == 5
 
 
 @given(
@@ -156,8 +156,8 @@ def test_the_budget_holds_and_hits_are_those_of_a_list_in_order_of_use(asked, mo
             plain.move_to_end(key)
             while sum(plain.values()) > most:
                 plain.popitem(last=False)
-        assert shop.memos.host_bytes == shop.memos.use["x"].bytes == sum(plain.values()) <= most
-        assert shop.memos.use["x"].entries == len(plain)
+        assert shop.cache.host_bytes == shop.cache.use["x"].bytes == sum(plain.values()) <= most
+        assert shop.cache.use["x"].entries == len(plain)
 
 
 @given(
@@ -169,17 +169,17 @@ def test_the_budget_holds_with_shares(asked, most):
     sizes: dict[tuple[str, str], int] = {}
     for name, key, elements in asked:
         shop.get(key, name, elements=sizes.setdefault((name, key), elements))
-        assert shop.memos.host_bytes == sum(use.bytes for use in shop.memos.use.values()) <= most
+        assert shop.cache.host_bytes == sum(use.bytes for use in shop.cache.use.values()) <= most
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_values_come_back_to_their_device_as_they_were():
-    memos, timer = Memos(1 << 20), StageTimer()
+    cache, timer = TensorCache(1 << 20), StageTimer()
     made = torch.randn(3, 5, 7, device="cuda").to(torch.bfloat16).permute(2, 0, 1)
-    memos.get("x", "a", lambda: made, timer)
-    assert memos.host_bytes == made.nbytes
-    back = memos.get("x", "a", lambda: torch.zeros(()), timer)
+    cache.get("x", "a", lambda: made, timer)
+    assert cache.host_bytes == made.nbytes
+    back = cache.get("x", "a", lambda: torch.zeros(()), timer)
     assert back.device == made.device and back.data_ptr() != made.data_ptr()
     assert back.stride() == made.stride()
     assert torch.equal(back, made)
