@@ -141,7 +141,7 @@ class StubGenerator:
     def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
         return self.warns
 
-    def lower_memory(self) -> bool:
+    def fall_back_memory_mode(self) -> bool:
         return False
 
     def close(self) -> None:

@@ -309,7 +309,7 @@ class Batch:
                 if isinstance(found, DeviceLost):  # now, before another thread meets the same and blames its own job
                     self._settlement.stop_for(found)
                 if isinstance(found, OutOfMemory) and self._settlement.worth_another_try(task, found):
-                    self._lower_memory()
+                    self._fall_back_memory_mode()
                 ended = Ended(task, found, "generate")
             if ended.error is None and not ended.given_back:
                 self._progress.phase(task.job.id, "publishing")
@@ -321,12 +321,12 @@ class Batch:
             self._events.emit("job_generated", level="debug", job=task.job.id, seconds=seconds)
             self._hand_over(ended)
 
-    def _lower_memory(self) -> None:
+    def _fall_back_memory_mode(self) -> None:
         """One memory mode down, for the retry and all that follows."""
         assert self._generator
         begin = time.monotonic()
         try:
-            lowered = self._generator.lower_memory()
+            lowered = self._generator.fall_back_memory_mode()
             self._summary.note_loading(begin)
             self._events.emit("memory_lowered" if lowered else "memory_is_lowest", level="warning")
         except Exception as error:  # the model is gone, and no later job would fare better

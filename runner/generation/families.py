@@ -1,9 +1,9 @@
-"""Families: the model families that a recipe can name, one row each, and what starting a run asks of a family.
+"""Families: list the model families that a recipe can name, and define the interface of a family.
 
-In:   a recipe's `family`. Out: the `Family`, imported when it is first asked for. Never: weights, devices, jobs.
+In:   a recipe's `family`. Out: the `Family`, imported at its first use. Never: weights, devices, jobs.
 
-A second model is one folder beside this file that has a `Family`, a row of FAMILIES, and a recipe that names it. What
-starts a run (`run`, `plan`, `validate`, `doctor`) knows a model by these protocols alone.
+A second model is a folder beside this file with a `Family`, a row of FAMILIES, and a recipe that names it. The verbs
+that start a run (`run`, `plan`, `validate`, `doctor`) use a model only through these protocols.
 """
 
 from __future__ import annotations
@@ -33,81 +33,83 @@ FAMILIES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a run says about the engine, beside the recipe. Of the run, never of a job."""
+    """Settings of the engine for a whole run, beside the recipe."""
 
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     memory: str = "auto"  # a memory mode, or auto
-    cache: Path | None = None  # folder for poses, embeddings, digests, compiled code; None: nothing is kept
-    assume: Mapping[str, str] = field(default_factory=dict)  # how to read a file where it does not say
+    cache: Path | None = None  # folder for poses, embeddings, digests, compiled code; None: nothing is cached
+    assume: Mapping[str, str] = field(default_factory=dict)  # how to read a file that does not define it
     pose_precision: Precision = "fp32"
     tensorrt: TensorrtMode = "off"
-    saves: bool = True  # False: what `cache` keeps is read, and nothing is added to it while the model is resolved
-    processes: int = 1  # that share this machine: caches in its memory are divided among them
-    # Of the jobs to be ready for, asked when the model is loaded, since it may read inputs; none: nothing is known.
+    saves: bool = True  # False: `cache` is read, and nothing is written to it while the model is resolved
+    processes: int = 1  # processes on this machine, which share the memory for caches
+    # Demands of the jobs to come. Called when the model is loaded, as it may read inputs. Empty: not known.
     demands: Callable[[], Sequence[JobDemand]] = tuple
 
 
 class Forecaster(Protocol):
-    """What jobs will cost, from shapes alone: no weights, no torch, no device."""
+    """Forecast what jobs will cost, from shapes alone: without weights, torch or a device."""
 
     def plan(
         self, frames: int, size: tuple[int, int], options: JobOptions, device: DeviceSpeed | None = None
     ) -> SegmentPlan:
-        """Segments and cost of `frames` frames at `size` (width, height); with a `device` also its seconds."""
+        """Return segments and cost of `frames` frames at `size` (width, height), with seconds if `device` is given."""
         ...
 
     def memory(self, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None = None) -> Mapping[str, int]:
-        """Memory mode → peak bytes on the device while a job of this plan is rendered, in the mode's leanest form.
+        """Memory mode → peak bytes on the device while a job of this plan is rendered, with the mode's smallest plan.
 
-        What a recipe leaves to the device is as `device` would choose; without one, what takes most.
+        Choices that a recipe leaves to the device are made for `device`; without one, the largest forecast counts.
         """
         ...
 
     def file_bytes(self) -> tuple[int, bool] | None:
-        """Bytes of the file of the model's weights, and whether it lies in a store: else they are forecast from shapes.
-        None where nothing is known of it."""
+        """Bytes of the weights' file, and whether the file is in a store: else they are forecast from shapes.
+
+        None if nothing is known.
+        """
         return None
 
     def why_eager(self, mode: str) -> str:
-        """Why the model's blocks run eagerly on a GPU in memory mode `mode`; empty where they are compiled."""
+        """Why the model's blocks run eagerly on a GPU in memory mode `mode`; empty if they are compiled."""
         return ""
 
     def eager_words(self, why: str, plan: SegmentPlan, options: JobOptions, device: DeviceSpeed | None) -> str:
-        """The sentence that blocks run eagerly on a GPU, because of `why`, with the cost for jobs of this plan."""
+        """Return the sentence that blocks run eagerly on a GPU, with the reason and the cost for jobs of this plan."""
         ...
 
 
 class ResolvedModel(Protocol):
-    """A recipe's model, found and checked in one store, not loaded."""
+    """A recipe's model, found and checked in one store, but not loaded."""
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Name → identity of all that decides the frames beside the recipe's fields and the jobs; for fingerprints."""
+        """Name → digest of all that decides the frames beside the recipe's fields and the jobs; for fingerprints."""
         ...
 
     @property
     def files(self) -> Sequence[Path]:
-        """Those that `load` reads."""
+        """The files that `load` reads."""
         ...
 
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:
-        """The same of what one job adds, e.g. its LoRAs. Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid."""
+        """The same for a job's extras, e.g. its LoRAs. Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid."""
         ...
 
     def load(self) -> Generator[Any]:
-        """Load it. Raises WeightsCorrupt, ConfigInvalid (a device that is not there), OutOfMemory."""
+        """Load the model. Raises WeightsCorrupt, ConfigInvalid (no such device), OutOfMemory."""
         ...
 
 
 class Family(Protocol):
-    """One model family. Everything but `ResolvedModel.load` works without torch."""
+    """One model family. Everything except `ResolvedModel.load` works without torch."""
 
     def wanted(self, recipe: Recipe) -> Callable[[str], bool]:
-        """Which keys of a remote model store to copy for `recipe`."""
+        """Return a test for the keys of a remote model store that `recipe` needs."""
         ...
 
     def wanted_by_jobs(self, options: Iterable[JobOptions]) -> Callable[[str], bool]:
-        """Which keys of a remote model store to copy to check what jobs ask for beyond their recipe."""
+        """Return a test for the keys of a remote model store that are needed to check the extras of jobs."""
         ...
 
     def resolve(self, models: Path, recipe: Recipe, settings: EngineSettings) -> ResolvedModel:
@@ -115,16 +117,19 @@ class Family(Protocol):
         ...
 
     def check_job(self, models: Path, options: JobOptions, *, has_mask: bool) -> None:
-        """Is there what one job asks for beyond its recipe? Headers only. Raises JobWeightsMissing and the like."""
+        """Check the job's extras by their files' headers. Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid."""
         ...
 
     def forecaster(self, recipe: Recipe, models: Path | None) -> Forecaster:
-        """Of the models in the folder `models`, else of the published ones. Raises WeightsMissing, WeightsCorrupt."""
+        """Return the forecaster of the models in `models`, else of the published ones.
+
+        Raises WeightsMissing, WeightsCorrupt.
+        """
         ...
 
 
 def get_family(recipe: Recipe) -> Family:
-    """The family that `recipe` names. Raises ConfigInvalid for one that is not in FAMILIES."""
+    """Return the family that `recipe` names. Raises ConfigInvalid if it is not in FAMILIES."""
     row = FAMILIES.get(recipe.family)
     if row is None:
         raise ConfigInvalid(

@@ -1,6 +1,6 @@
-"""Protocol: the contract between the batch loop and a model. The loop knows this much of a model, and no more.
+"""Protocol: the interface between the batch loop and a model. The loop uses nothing else of a model.
 
-A second model is one more folder beside this file that fulfils `Generator`, and a recipe.
+A second model is one more folder beside this file that implements `Generator`, and a recipe.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ class Request:
 
 @dataclass(frozen=True)
 class JobDemand:
-    """What of a job decides how much memory it takes, as far as that is known before its inputs are there."""
+    """The properties of a job that decide how much memory it takes, as far as they are known without its inputs."""
 
-    size: tuple[int, int] | None  # (width, height); None: only its inputs tell, and they have not been read
+    size: tuple[int, int] | None  # (width, height); None: it depends on the inputs, which have not been read
     frames: int  # of its windows, at most
     guided: bool = False
     interpolates: bool = False
-    loras: tuple[tuple[str, float], ...] = ()  # its own: names and strengths
-    replace: bool = False  # the mode
+    loras: tuple[tuple[str, float], ...] = ()  # the job's LoRAs: names and strengths
+    replace: bool = False  # whether the mode is replace
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """How a job's frames are cut into windows that the model denoises, and what that costs."""
+    """How a job's frames are divided into windows that the model denoises, and what that costs."""
 
-    frames: int  # asked for
+    frames: int  # frames to render
     segment_frames: int  # length of every window, 4k+1
     overlap_frames: int
     segments: int
     width: int
     height: int
-    steps: int  # that the sampler takes in one window: fewer than asked for where its schedule is shorter
-    evaluations: int  # of the model, in one window: a sampler may need several a step
+    steps: int  # of the sampler in one window: fewer than requested if its schedule is shorter
+    evaluations: int  # of the model in one window: a sampler may need several per step
     tflop: float  # forecast for the whole job, model and autoencoder
-    seconds: float | None = None  # forecast on the device that computes; None where nothing is known of it
+    seconds: float | None = None  # forecast for the device that computes; None if its speed is not known
 
     @property
     def denoised_frames(self) -> int:
@@ -92,18 +92,18 @@ class SegmentPlan:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The state after the segments before `segment`. From it `generate` continues as if it had not been interrupted.
+    """The state before `segment`, from which `generate` continues as if it had not been interrupted.
 
-    The arrays are not changed after they were handed out. A generator reads nothing else of the earlier segments.
+    The arrays are not changed after they were returned. A generator needs nothing else of the earlier segments.
     """
 
-    segment: int  # the first one that is still to be generated; plan.segments where none is left
-    arrays: Mapping[str, np.ndarray]  # of standard numpy dtypes; the generator alone knows what they mean
-    values: Mapping[str, Any]  # JSON-able; the generator alone knows what they mean, but for DRIFT
+    segment: int  # the first one that is still to be generated; plan.segments if none is left
+    arrays: Mapping[str, np.ndarray]  # of standard numpy dtypes; their meaning is private to the generator
+    values: Mapping[str, Any]  # JSON-able; their meaning is private to the generator, except for DRIFT
 
     @property
     def drift(self) -> DriftRecord | None:
-        """What was measured of the segments before `segment`; None where the generator does not measure."""
+        """The measured colour drift of the segments before `segment`; None if the generator does not measure it."""
         found = self.values.get(DRIFT)
         return None if found is None else DriftRecord.model_validate(found)
 
@@ -115,8 +115,8 @@ class Segment:
     index: int
     frames: np.ndarray  # uint8 [n, H, W, 3] RGB
     pose: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB: what drove these frames, for the preview
-    resume: ResumePoint | None = None  # for the segment after this one; None where the generator cannot resume
-    drift: DriftRecord | None = None  # of the job's colours, up to and with this segment; None where none is measured
+    resume: ResumePoint | None = None  # for the segment after this one; None if the generator cannot resume
+    drift: DriftRecord | None = None  # of the job's colours up to and including this segment; None if not measured
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ClipInfo:
 
 
 class Conditions(Protocol):
-    """What `prepare` made of a job's inputs. Opaque to the loop but for these; holds no long clip in pixels."""
+    """What `prepare` made of a job's inputs. The loop uses only these members. It holds no long clip in pixels."""
 
     @property
     def clip(self) -> ClipInfo: ...
@@ -144,14 +144,14 @@ class Conditions(Protocol):
     def report(self) -> Mapping[str, Any]:
         """Counts worth recording, e.g. frames_without_person; JSON-able.
 
-        `prepared_on`: a device, where the job was prepared elsewhere than the generator's others; it is then part of
-        what a resumed job must find equal.
+        `prepared_on`: the device, if the job was prepared on another device than the generator's other jobs. A resumed
+        job must then find the same device.
         """
         ...
 
     @property
     def people(self) -> People | None:
-        """Where the people are, at the size and rate of `clip`; None where it is not known. Also after `close`."""
+        """Where the people are, at the size and frame rate of `clip`; None if not known. May be read after `close`."""
         ...
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ C = TypeVar("C", bound=Conditions)
 
 
 class Generator(Protocol[C]):
-    """Turns jobs into frames. `prepare` runs in one thread, `generate` in another, never two of a kind at once."""
+    """Turn jobs into frames. `prepare` runs in one thread and `generate` in another, each once at a time."""
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -176,15 +176,16 @@ class Generator(Protocol[C]):
 
     @property
     def probe(self) -> DeviceProbe | None:
-        """Of the device that `generate` computes on; None for the CPU."""
+        """The probe of the device that `generate` computes on; None for the CPU."""
         ...
 
     @property
     def resume_identity(self) -> Mapping[str, str]:
         """What must be equal, beside the fingerprint, for a resumed job to have the same bits as an undisturbed one.
 
-        E.g. device model, compute and attention backends, memory mode. Read it anew for each segment: `lower_memory`
-        changes it, and so does a compiler that fails. An empty mapping means that the generator cannot resume.
+        E.g. device model, GEMM and attention backends, memory mode. Read it again for each segment:
+        `fall_back_memory_mode` and a failed compilation change it. An empty mapping means that the generator cannot
+        resume.
         """
         return {}
 
@@ -193,7 +194,7 @@ class Generator(Protocol[C]):
         ...
 
     def prepare(self, request: Request, timer: StageTimer) -> C:
-        """Read the inputs and make what drives the model. Raises InputError for what is wrong with them."""
+        """Read the inputs and make the conditions that drive the model. Raises InputError for wrong inputs."""
         ...
 
     def generate(
@@ -206,21 +207,21 @@ class Generator(Protocol[C]):
     ) -> Iterator[Segment]:
         """Yield each segment as soon as it is decoded. The same conditions and plan give the same frames.
 
-        `start`: the `resume` of a segment of the same job, generated by a generator of the same `resume_identity`.
-        The segments from `start.segment` on are yielded then, with the same indices and the same frames; `on_step`
-        counts the evaluations of the earlier segments as done. Raises InternalError where `start` does not fit `plan`.
+        `start`: the `resume` of a segment of the same job, from a generator with the same `resume_identity`. Only the
+        segments from `start.segment` on are yielded then, with the same indices and the same frames. `on_step` counts
+        the evaluations of the earlier segments as done. Raises InternalError if `start` does not fit `plan`.
         """
         ...
 
     def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
-        """Sentences for the record of the job that was just generated, that a person should look at; called after it.
+        """Return sentences for the record of the job that was just generated, which a person should read.
 
-        E.g. that it took longer than it had to, because blocks could not be compiled.
+        E.g. that it took longer than necessary because blocks could not be compiled.
         """
         return ()
 
-    def lower_memory(self) -> bool:
-        """Hold less from now on, after `generate` ran out of memory, in the same thread; False where it cannot."""
+    def fall_back_memory_mode(self) -> bool:
+        """Use less memory from now on, after `generate` ran out of it. False if impossible. Same thread as `generate`."""
         return False
 
     def close(self) -> None:

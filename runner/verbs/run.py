@@ -108,7 +108,7 @@ def run(
     not_exclusive = probe_conditions(storage)
     engine = _build_engine_for(jobs, settings, manifest, roots, share)
     log = structlog.get_logger()
-    _check_own(engine, jobs)
+    _check_job_extras(engine, jobs)
     if every_job:  # else the driver that fills the source has kept them
         _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
     _say_run(run_id, jobs, engine, storage, {} if shard == Shard(0, 1) else {"shard": f"{shard} ({why})"}, share)
@@ -200,7 +200,7 @@ def _keep_manifest(
     )
 
 
-def _check_own(engine: Engine, jobs: Sequence[Job]) -> None:
+def _check_job_extras(engine: Engine, jobs: Sequence[Job]) -> None:
     """Warn of each job that asks for weights that are not there: now, not in the middle of the night."""
     for job in jobs:
         try:
@@ -306,7 +306,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     probe_writable(storage)
     engine = build_engine(shared, manifest)
     stop = Stop(settings.drain_s)
-    _check_own(engine, jobs)
+    _check_job_extras(engine, jobs)
     _say_run(run_id, jobs, engine, storage, {"on": settings.on})
 
     def keep() -> tuple[str, bytes] | None:

@@ -135,7 +135,7 @@ class ModelStore:
         """The frame interpolation network. Optional: for `output.interpolate`."""
         return self.root / RIFE
 
-    def own_models(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
+    def job_extras(self, options: JobOptions, has_mask: bool) -> dict[str, list[Path]]:
         """Optional model that one job needs → its files.
 
         Raises JobWeightsMissing with what to do, and JobWeightsCorrupt for a header that is damaged or of another

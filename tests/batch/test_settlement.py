@@ -122,7 +122,7 @@ def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
 
 def test_a_generator_that_cannot_hold_less_says_so(bench):
     class Plain(StubGenerator):
-        lower_memory = Generator.lower_memory  # the protocol's own answer
+        fall_back_memory_mode = Generator.fall_back_memory_mode  # the protocol's own answer
 
     bench.generator = Plain()
     assert bench.run(bench.job("a", "oom")) == 1
@@ -134,7 +134,7 @@ class Stepping(StubGenerator):
 
     lowered, broken = 0, False
 
-    def lower_memory(self) -> bool:
+    def fall_back_memory_mode(self) -> bool:
         self.lowered += 1
         if self.broken:
             raise WeightsMissing("gone")

@@ -44,15 +44,15 @@ def test_another_file_is_refused(tmp_path: Path):
 
 def test_a_store_has_it_for_jobs_that_ask(tmp_path: Path):
     store = ModelStore(tmp_path)
-    assert store.own_models(JobOptions(), False) == {}
+    assert store.job_extras(JobOptions(), False) == {}
     with pytest.raises(JobWeightsMissing, match=r"rife/rife-4\.25\.safetensors.*convert_rife\.py"):
-        store.own_models(ASKED, False)
+        store.job_extras(ASKED, False)
     path = write_tiny_rife(tmp_path)
-    assert store.own_models(ASKED, False) == {"rife": [path]}
+    assert store.job_extras(ASKED, False) == {"rife": [path]}
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(JobWeightsCorrupt):
-        store.own_models(ASKED, False)
-    assert store.own_models(JobOptions(), False) == {}
+        store.job_extras(ASKED, False)
+    assert store.job_extras(JobOptions(), False) == {}
 
 
 def test_a_bucket_is_asked_for_it_by_jobs_that_ask():

@@ -52,8 +52,8 @@ __all__ = [
     "Window",
     "choose_plan",
     "forecast_memory",
-    "lower",
     "make_plan",
+    "next_lower_mode",
 ]
 
 GB = 1e9
@@ -150,7 +150,7 @@ def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
     raise ConfigInvalid(f"no memory mode {mode!r}", todo=f"Modes: auto, {', '.join(MODES)}")
 
 
-def lower(mode: Mode) -> Mode | None:
+def next_lower_mode(mode: Mode) -> Mode | None:
     """The next mode down; None below the last."""
     at = MODES.index(mode) + 1
     return MODES[at] if at < len(MODES) else None

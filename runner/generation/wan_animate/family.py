@@ -20,7 +20,7 @@ from runner.generation.runtime.eager_blocks import eager_by_plan, eager_cost, ea
 from runner.generation.runtime.fast_choice import foresee, foresee_any
 from runner.generation.runtime.memory_plan import Window, choose_plan, forecast_memory, make_plan
 from runner.generation.segments import plan_job
-from runner.generation.wan_animate.loras import check_own, own_parts
+from runner.generation.wan_animate.loras import check_job_extras, digest_job_extras
 from runner.spec.options import JobOptions
 from runner.spec.recipes import MODES, Mode, Recipe
 from runner.weights.digests import FileDigests
@@ -99,7 +99,7 @@ class WanAnimateModel:
         return tuple(path for files in self.models.files.values() for path in files)
 
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:
-        return own_parts(self.models.store, options, has_mask, self.settings.cache)
+        return digest_job_extras(self.models.store, options, has_mask, self.settings.cache)
 
     def load(self) -> WanAnimateGenerator:
         from runner.generation.wan_animate.generator import WanAnimateGenerator
@@ -122,7 +122,7 @@ class WanAnimateFamily:
         return WanAnimateModel(resolve_recipe(store, recipe, settings.cache), settings)
 
     def check_job(self, models: Path, options: JobOptions, *, has_mask: bool) -> None:
-        check_own(ModelStore(models), options, has_mask)
+        check_job_extras(ModelStore(models), options, has_mask)
 
     def forecaster(self, recipe: Recipe, models: Path | None) -> WanAnimateForecaster:
         if models is None:

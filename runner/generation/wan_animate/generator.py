@@ -37,8 +37,8 @@ from runner.generation.runtime.memory_plan import (
     Load,
     MemoryPlan,
     forecast_memory,
-    lower,
     make_plan,
+    next_lower_mode,
 )
 from runner.generation.sampling import make_sampler
 from runner.generation.segments import plan_job, requested_steps
@@ -255,7 +255,7 @@ class WanAnimateGenerator:
         """Where things are; None for a pipeline that was placed by hand."""
         return self._loaded.memory
 
-    def lower_memory(self) -> bool:
+    def fall_back_memory_mode(self) -> bool:
         """Let go of kept codes, if there are any; else load everything anew, one memory mode lower. Stay there.
 
         False where there is nothing below. Called between jobs, in the thread that generates. Codes change no bits: the
@@ -266,7 +266,7 @@ class WanAnimateGenerator:
         if plan is not None and plan.keep_codes:
             self._drop_codes(plan)
             return True
-        below = lower(plan.mode) if plan is not None else None
+        below = next_lower_mode(plan.mode) if plan is not None else None
         if plan is None or below is None or self._make is None:
             return False
         device = self._loaded.compute_device

@@ -38,7 +38,7 @@ __all__ = [
     "hold_codes",
     "load_pipeline",
     "load_transformer",
-    "place_models",
+    "move_models",
     "plan_memory",
     "see_whole_reference",
     "tune",
@@ -87,7 +87,7 @@ def load_pipeline(
         pipeline = AnimatePipeline(**components)
         see_whole_reference(pipeline.image_processor)
         plan = replace(plan, vae_dtype=_name_of(vae.dtype))
-        said = chosen | {"text_encoder": text_why} | place_models(pipeline, device, plan)
+        said = chosen | {"text_encoder": text_why} | move_models(pipeline, device, plan)
         said |= tune(pipeline, recipe, device)
         if recipe.choice:
             said["choice"]["why"]["vae"] = vae_why
@@ -262,7 +262,7 @@ def _window(demand: JobDemand, store: ModelStore) -> Window:
     return Window(width, height, demand.frames, demand.guided, demand.interpolates, loras)
 
 
-def place_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
+def move_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
     """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
     from runner.generation.runtime.streaming import BlockStream
 

@@ -1,8 +1,9 @@
-"""LoRAs of jobs: what is added to the transformer for the job at hand, and taken away again for the next.
+"""LoRAs of jobs: attach a job's LoRAs to the transformer, and detach them before the next job.
 
-In:   the loaded transformer, the store, a job's options. Out: the transformer as if the LoRAs were merged; the identity
-of what one job uses beyond the recipe's models, or JobWeightsMissing for what the store lacks.
-Never: the weights' files. Nothing is reloaded or requantised: FP4 layers get the factors beside their weights.
+In:   the loaded transformer, the store, a job's options. Out: a transformer that computes as if the LoRAs were merged;
+digests of the job's extras (files that it needs beyond the recipe's models), or JobWeightsMissing.
+Never: files of the recipe's models. Nothing is reloaded or requantised: FP4 layers keep LoRA factors beside their
+weights.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from runner.weights.store import ModelStore, check_lora
 
 __all__ = [
     "JobLoras",
-    "check_own",
+    "check_job_extras",
+    "digest_job_extras",
     "lora_parts",
-    "own_parts",
 ]
 
-Wanted = tuple[tuple[Path, float], ...]
+FilesAndStrengths = tuple[tuple[Path, float], ...]
 
 
 def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None) -> dict[str, str]:
-    """`lora.<name>` → sha256 and strength of a job's own LoRAs, for its fingerprint.
+    """Return `lora.<name>` → sha256 and strength of a job's LoRAs, for its fingerprint.
 
-    Raises JobWeightsMissing, ConfigInvalid, and JobWeightsCorrupt for a damaged header or a wrong dtype: before the
-    first job, not when its turn comes.
+    Raises JobWeightsMissing, ConfigInvalid, and JobWeightsCorrupt for a damaged header or a wrong dtype. This is called
+    before the first job starts.
     """
     found = _checked_loras(store, options)
     with job_weight_errors():
@@ -41,13 +42,13 @@ def lora_parts(store: ModelStore, options: JobOptions, cache: Path | None = None
     return {f"lora.{name}": f"{digests[path]} x {strength:g}" for name, (path, strength) in found.items()}
 
 
-def check_own(store: ModelStore, options: JobOptions, has_mask: bool) -> None:
-    """Whether what one job asks for beyond the recipe's models is there and whole, as far as headers tell.
+def check_job_extras(store: ModelStore, options: JobOptions, has_mask: bool) -> None:
+    """Check by their headers that the job's extras are in the store and whole. Nothing is hashed.
 
-    Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid. Nothing is hashed.
+    Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid.
     """
     _checked_loras(store, options)
-    store.own_models(options, has_mask)
+    store.job_extras(options, has_mask)
 
 
 def _checked_loras(store: ModelStore, options: JobOptions) -> dict[str, tuple[Path, float]]:
@@ -63,29 +64,29 @@ def _named(options: JobOptions) -> tuple[tuple[str, float], ...]:
 
 
 class JobLoras:
-    """Keeps track of what is attached, so that jobs with the same LoRAs in a row share the work.
+    """Attach LoRAs, and keep them attached while the next job has the same ones.
 
-    Of the files, those in use now and those of every job are held on the host, and no others.
+    The LoRAs in use and those of every job stay in host memory, and no others.
     """
 
     def __init__(self, transformer: Any, models: ResolvedRecipe) -> None:
         self._transformer, self._store = transformer, models.store
-        self._always: Wanted = tuple((path, 1.0) for path in models.variant.loras)
-        self._attached: Wanted = ()
+        self._always: FilesAndStrengths = tuple((path, 1.0) for path in models.variant.loras)
+        self._attached: FilesAndStrengths = ()
         self._read: dict[Path, Any] = {}
 
     def use(self, options: JobOptions) -> Mapping[str, int]:
-        """Attach what this job wants and nothing else. Returns tensors applied, and how many found no target.
+        """Attach this job's LoRAs and no others. Return how many tensors were applied, and how many have no target.
 
-        Raises JobWeightsMissing, JobWeightsCorrupt; WeightsCorrupt where the job has no LoRA of its own. A file that
-        cannot be read changes nothing; one that does not fit leaves the transformer without any LoRA. Either way the
-        next call attaches what its job wants.
+        Raises JobWeightsMissing, JobWeightsCorrupt, or WeightsCorrupt if the job has no LoRAs. A file that cannot be
+        read changes nothing. A file that does not fit leaves the transformer without any LoRA. In both cases the next
+        call attaches the LoRAs of its job.
         """
-        own = self._store.loras(_named(options), replace=options.mode == "replace")
-        with job_weight_errors() if own else nullcontext():
-            return self._use((*self._always, *own.values()))
+        loras = self._store.loras(_named(options), replace=options.mode == "replace")
+        with job_weight_errors() if loras else nullcontext():
+            return self._use((*self._always, *loras.values()))
 
-    def _use(self, wanted: Wanted) -> Mapping[str, int]:
+    def _use(self, wanted: FilesAndStrengths) -> Mapping[str, int]:
         from runner.quantization.lora.apply import attach, detach
 
         if wanted == self._attached:
@@ -116,10 +117,12 @@ class JobLoras:
         return replace(self._read[path], strength=strength)
 
 
-def own_parts(store: ModelStore, options: JobOptions, has_mask: bool, cache: Path | None = None) -> dict[str, str]:
-    """Asked of every job before the first one starts, so that what is missing is known then. Raises as `check_own`."""
+def digest_job_extras(
+    store: ModelStore, options: JobOptions, has_mask: bool, cache: Path | None = None
+) -> dict[str, str]:
+    """Digest the job's extras. Called for every job before the first one starts. Raises as `check_job_extras`."""
     parts = lora_parts(store, options, cache)
-    for name, files in store.own_models(options, has_mask).items():
+    for name, files in store.job_extras(options, has_mask).items():
         with job_weight_errors():
             digests = store.file_digests(files, cache)
         parts[name] = " ".join(digests[path] for path in files)

@@ -19,8 +19,8 @@ from runner.generation.runtime.memory_plan import (
     Window,
     choose_plan,
     forecast_memory,
-    lower,
     make_plan,
+    next_lower_mode,
 )
 from runner.generation.wan_animate import low_memory, transformer
 from runner.generation.wan_animate.autoencoder import FramewiseVae, with_channels_last
@@ -262,7 +262,7 @@ def test_a_lower_mode_takes_less(size):
     peaks = [forecast(mode, size).peak for mode in MODES]
     assert peaks == sorted(peaks, reverse=True)
     assert all(forecast(mode, size, guided=True).peak >= peak for mode, peak in zip(MODES, peaks, strict=True))
-    assert [lower(mode) for mode in MODES] == ["stream", "minimal", None]
+    assert [next_lower_mode(mode) for mode in MODES] == ["stream", "minimal", None]
 
 
 def test_loras_beside_the_weights_are_counted_where_they_are():

@@ -240,8 +240,8 @@ def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch
         wrong_on_one_layer(patch, "fp8")
         generator = load(store)
     assert generator.running.compute == "int8"
-    assert generator.lower_memory() and generator.memory.mode == "resident"  # without kept codes
-    assert generator.lower_memory()
+    assert generator.fall_back_memory_mode() and generator.memory.mode == "resident"  # without kept codes
+    assert generator.fall_back_memory_mode()
     said = generator.description
     assert (said["memory"]["mode"], said["memory"]["vae_dtype"]) == ("stream", "float16")
     assert said["compute"] == said["choice"]["compute"] == generator.running.compute == "int8"

@@ -78,7 +78,7 @@ def loaded(root: Path, recipe: str, memory: str = "auto", *, codes: bool = True)
     )
     if not codes:
         assert generator.memory.keep_codes
-        assert generator.lower_memory()
+        assert generator.fall_back_memory_mode()
     return generator
 
 
@@ -150,7 +150,7 @@ def test_what_was_made_anew_is_counted_and_timed(styled):
 def test_memory_that_runs_out_costs_the_codes_first_and_no_bit(styled):
     generator = loaded(styled, "fp4-distill+int8")
     frames, identity, model = rendered(generator), generator.resume_identity, generator.pipeline.transformer
-    assert generator.lower_memory()
+    assert generator.fall_back_memory_mode()
     assert generator.pipeline.transformer is model  # nothing is loaded anew
     assert not any(m.holds_codes for m in model.modules() if isinstance(m, KeepsCodes))
     assert (generator.memory.mode, generator.memory.keep_codes) == ("resident", False)
@@ -160,7 +160,7 @@ def test_memory_that_runs_out_costs_the_codes_first_and_no_bit(styled):
     assert "8-bit codes" in said["memory_why"]
     assert generator.resume_identity == identity
     assert np.array_equal(rendered(generator), frames)
-    assert generator.lower_memory()
+    assert generator.fall_back_memory_mode()
     assert generator.memory.mode == "stream"
 
 
@@ -188,7 +188,7 @@ def test_the_forecasts_know_of_kept_codes(styled):
     for _ in range(2):
         plan = generator.plan(81, (832, 480), job)
         found.append((plan.seconds, generator.forecast(plan, job)["denoise"]))
-        generator.lower_memory()
+        generator.fall_back_memory_mode()
     (seconds, peak), (seconds_without, peak_without) = found
     assert seconds < seconds_without
     assert peak - peak_without == pytest.approx(1.08 * held, abs=1)
@@ -204,7 +204,7 @@ def test_compiled_blocks_run_on_with_one_graph_while_loras_come_and_go(styled, c
     for names in ((), ("style",), (), ("style",)):
         assert np.array_equal(rendered(generator, steps=1, **with_loras(*names)), frames[names])
         assert counters["stats"]["unique_graphs"] == 1
-    generator.lower_memory()
+    generator.fall_back_memory_mode()
     timer = StageTimer()
     assert np.array_equal(rendered(generator, timer, steps=1), frames[()])
     assert timer.counters["compiled_graphs"] == 1  # made ready before the first step

@@ -117,7 +117,7 @@ def test_a_generator_steps_down_until_nothing_is_below(source):
     frames = rendered(generator)
     modes = [generator.description["memory"]["mode"]]
     before = generator.resume_identity
-    while generator.lower_memory():
+    while generator.fall_back_memory_mode():
         assert generator.resume_identity["memory"] != before["memory"]
         before = generator.resume_identity
         modes.append(generator.description["memory"]["mode"])
