@@ -1,6 +1,6 @@
-"""Manifest checks: a located value against a pydantic model, one clear line for each problem.
+"""Manifest checks: compare a located value with a pydantic model and write one sentence for each problem.
 
-In:   `Located` values and models. Out: instances, problems in words with suggestions. Never: files, what a job is.
+In:   `Located` values and models. Out: instances; problems as sentences with suggestions. Never: files, jobs.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ _KINDS = {
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Field by the key that a manifest writes: a field whose name Python keeps for itself has an alias."""
+    """Key in a manifest -> field. A field whose key is a Python keyword has an alias."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 class Problems(list[Problem]):
-    """What is wrong so far."""
+    """The problems found so far."""
 
-    def say(self, line: int, path: str, what: str) -> None:
-        """Add one."""
+    def add(self, line: int, path: str, what: str) -> None:
+        """Add a problem."""
         self.append(Problem(line, path, what))
 
     def sentences(self) -> list[str]:
-        """All of them, by line."""
+        """All problems as sentences, in the order of their lines."""
         return [str(problem) for problem in sorted(self, key=lambda problem: problem.line)]
 
 
 def check(model: type[M], node: Located, path: str, problems: Problems) -> tuple[M | None, list[Loc]]:
-    """`node` as a `model`, or None, and the places in it that are wrong, which are told in `problems` as `path.…`.
+    """Return `node` as a `model` (None if it is invalid) and the paths of the invalid values in it.
 
-    What the parser has reported already is wrong without another word.
+    Each invalid value is added to `problems` under `path.…`, unless the parser has reported it already.
     """
     if node.reported:
         return None, [()]
     if not isinstance(node.value, dict):
-        problems.say(node.line, path, f"must be a mapping (keys: {_listed(keys_of(model))}), not {shown(node)}")
+        problems.add(node.line, path, f"must be a mapping (keys: {_listed(keys_of(model))}), not {shown(node)}")
         return None, [()]
     try:
         return model.model_validate(node.data), []
@@ -76,39 +76,40 @@ def check(model: type[M], node: Located, path: str, problems: Problems) -> tuple
             at = node.at(loc)
             wrong.append(loc)
             if not at.reported:
-                problems.say(at.line, _dotted(path, loc), _in_words(error, at, model))
+                problems.add(at.line, _dotted(path, loc), _sentence(error, at, model))
         return None, wrong
 
 
 def merge(base: Located | None, over: Located | None, model: type[BaseModel]) -> Located:
-    """`over`'s words on top of `base`'s, at every depth that `model` has. A null clears what `base` said.
+    """Merge the values of `over` over those of `base`, at every depth of `model`. A null in `over` clears the value of
+    `base`.
 
-    No null of a known key is left, so that each such field takes the model's default.
+    No null of a known key remains, so that each such field takes the model's default.
     """
     if over is None:
         over = Located({}, base.line if base else 0)
     if over.value is None and not over.reported:
         return replace(over, value={})
     if not isinstance(over.value, dict):
-        return over  # `check` will say that this is no mapping
+        return over  # `check` reports that this is not a mapping
     under = base.value if base is not None and isinstance(base.value, dict) else {}
     merged: dict[str, Located] = {}
     for key in {**under, **over.value}:
         inner = _submodel(model, key)
-        said = over.value.get(key)
+        item = over.value.get(key)
         if inner is not None:
-            merged[key] = merge(under.get(key), said, inner)
-        elif said is None:
+            merged[key] = merge(under.get(key), item, inner)
+        elif item is None:
             merged[key] = under[key]
-        elif said.value is not None or key not in keys_of(model):
-            merged[key] = said
+        elif item.value is not None or key not in keys_of(model):
+            merged[key] = item
     for key in [key for key, item in merged.items() if item.value is None and key in keys_of(model)]:
         del merged[key]
     return replace(over, value=merged)
 
 
 def without(node: Located, wrong: Iterable[Loc]) -> Located:
-    """`node` less what stands at those places; all of it where the place is `()`."""
+    """Return `node` without the values at the paths `wrong`. The path `()` removes everything."""
     for loc in wrong:
         if not loc:
             return replace(node, value={}, reported=False)
@@ -122,7 +123,7 @@ def without(node: Located, wrong: Iterable[Loc]) -> Located:
 
 
 def shown(node: Located) -> str:
-    """A value in words: the text '5', the number 5, a list."""
+    """Describe a value for a message: the text '5', the number 5, a list."""
     if isinstance(node.value, dict):
         return "a mapping"
     if isinstance(node.value, list):
@@ -135,7 +136,7 @@ def shown(node: Located) -> str:
     return f"the yes/no value {written}" if isinstance(node.value, bool) else f"the number {written}"
 
 
-def _in_words(error: ErrorDetails, at: Located, model: type[BaseModel]) -> str:
+def _sentence(error: ErrorDetails, at: Located, model: type[BaseModel]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown(error["loc"], model)
@@ -163,7 +164,7 @@ def _in_words(error: ErrorDetails, at: Located, model: type[BaseModel]) -> str:
 
 
 def _quotes(kind: str, at: Located) -> str:
-    """Where quotes are what is missing, or what is too much."""
+    """Return advice to add or remove quotes, where they are the cause; else an empty string."""
     if kind == "string_type" and at.text is not None and at.value is not None:
         return f"; put it in quotes: '{at.text[:60]}'"
     is_text = kind in ("int_type", "float_type") and isinstance(at.value, str)
@@ -173,7 +174,7 @@ def _quotes(kind: str, at: Located) -> str:
 
 
 def _unknown(loc: Loc, model: type[BaseModel]) -> str:
-    """An unknown key: the nearest known one, or where it belongs, or what there is."""
+    """Describe an unknown key: with the closest known one, the place where it belongs, or the list of known keys."""
     key = str(loc[-1])
     here = _model_at(model, loc[:-1]) or model
     if close := difflib.get_close_matches(key, keys_of(here), 1):
@@ -204,7 +205,7 @@ def _option_places() -> dict[str, str]:
 
 
 def _submodel(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model of a field that is one, `| None` or not."""
+    """The model of the field `key`, also where the field may be None. None for a field that is not a model."""
     field = keys_of(model).get(key)
     kinds = [field.annotation, *get_args(field.annotation)] if field else []
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -1,14 +1,15 @@
-"""Field marks: how a field of the options or of a recipe is hashed into a fingerprint, said at the field.
+"""Field marks: declare at each field of the options and of a recipe how it is hashed into a fingerprint.
 
-Every field is one of four kinds. The kind is declared at the field, in `Annotated`:
+Every field is one of four kinds. The kind is declared in `Annotated`:
 
-    seed: int = 42                                            a key of version 0.1.0: hashed, whatever its value is
-    sigmas: Annotated[str, HashedAs("grid")] = "official"     the same, renamed since: hashed under the old key
-    glow: Annotated[float, Introduced(0.0)] = 0.5             later: hashed only where it differs from 0.0
+    seed: int = 42                                            a key of version 0.1.0: always hashed
+    sigmas: Annotated[str, HashedAs("grid")] = "official"     such a key, renamed since: hashed under the old key
+    glow: Annotated[float, Introduced(0.0)] = 0.5             later than 0.1.0: hashed only where it differs from 0.0
     summary: Annotated[str, NotHashed()] = ""                 does not change the frames
 
-So a new field leaves every old record done. `Introduced` keeps the first default for ever: a record without the key was
-rendered with that value. A later change of the default is a change of the value, and the job runs again.
+So jobs that were finished before a field was added stay finished. `Introduced` keeps the first default for ever: a
+record without the key was rendered with that value. If the default changes later, the value changes, and the job runs
+again.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ __all__ = ["HashedAs", "Introduced", "NotHashed"]
 
 @dataclass(frozen=True)
 class Introduced:
-    """A field that is later than version 0.1.0, and the default that it was introduced with. Never change `default`."""
+    """Mark of a field later than version 0.1.0, with the default it was introduced with. Never change `default`."""
 
     default: Any
 
 
 @dataclass(frozen=True)
 class HashedAs:
-    """The key of version 0.1.0 that the field had (dotted, from the root), and the old names of renamed values."""
+    """Mark of a renamed field: its key in version 0.1.0 (dotted, from the root), and the old names of its values."""
 
     key: str
     values: Mapping[str, str] = field(default_factory=dict)  # today's value → the value as version 0.1.0 hashed it
@@ -37,4 +38,4 @@ class HashedAs:
 
 @dataclass(frozen=True)
 class NotHashed:
-    """A field that does not change the frames, or a place whose content is hashed elsewhere."""
+    """Mark of a field that does not change the frames, or of a path whose content is hashed elsewhere."""

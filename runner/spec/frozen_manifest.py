@@ -1,10 +1,10 @@
-"""Frozen manifest: a manifest as JSON lines that say the same wherever and whenever they are read.
+"""Frozen manifest: write a manifest as JSON lines that mean the same on every machine and at any time.
 
-In:   a `Manifest`. Out: its text, with absolute places; the same manifest with other places.
-Never: whether the places can be read.
+In:   a `Manifest`. Out: its text, with absolute paths and URIs; the same manifest with other paths.
+Never: opens the inputs.
 
-A first line holds the run keys and what all jobs have in common; then a line a job. An option that no one has set is
-left out, so that a job has the fingerprint that it has when the manifest itself is run.
+The first line has the run keys and what all jobs have in common. Each further line is a job. Options that are not set
+in the manifest are left out, so that a job has the same fingerprint as when the manifest itself is run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["freeze_manifest", "replace_places", "write_manifest"]
 
 
 def freeze_manifest(manifest: Manifest) -> bytes:
-    """What `write_manifest` gives, as UTF-8, after it was read again and found to say the same.
+    """Return the text of `write_manifest` as UTF-8, after reading it again and comparing the jobs.
 
-    Raises ConfigInvalid where it is too large to be read.
+    Raises ConfigInvalid if it is too large to be read.
     """
     data = write_manifest(manifest).encode()
     too_large = ConfigInvalid(
@@ -38,19 +38,21 @@ def freeze_manifest(manifest: Manifest) -> bytes:
     try:
         found = parse_manifest(data.decode(), base="/", source="frozen.jsonl", foreign=_schemes(manifest))
     except ManifestInvalid as error:
-        if "split it" in error.message:  # more values than a manifest may hold
+        if "split it" in error.message:  # more than MAX_VALUES values
             raise too_large from error
         raise InternalError(f"the frozen manifest cannot be read: {error.message}", where=manifest.source) from error
-    said = [replace(job, line=None) for job in found.jobs]
-    wanted = [replace(job, line=None) for job in replace_places(manifest, lambda place: place).jobs]
-    if (said, found.recipe, found.memory) != (wanted, manifest.recipe, manifest.memory):
-        raise InternalError("the frozen manifest says something else", where=manifest.source, todo="Please report it")
+    written = [replace(job, line=None) for job in found.jobs]
+    expected = [replace(job, line=None) for job in replace_places(manifest, lambda place: place).jobs]
+    if (written, found.recipe, found.memory) != (expected, manifest.recipe, manifest.memory):
+        raise InternalError(
+            "the frozen manifest differs from the manifest", where=manifest.source, todo="Please report it"
+        )
     return data
 
 
 def write_manifest(manifest: Manifest) -> str:
-    """The manifest as JSON lines: `parse_manifest` reads equal jobs from it, in the same order."""
-    lines = [_job_words(job) for job in manifest.jobs]
+    """Return the manifest as JSON lines. `parse_manifest` reads equal jobs from them, in the same order."""
+    lines = [_job_line(job) for job in manifest.jobs]
     defaults: dict[str, Any] = {}
     for key in ("prompt", "options"):
         if (common := _common([line.get(key) for line in lines])) is not None:
@@ -69,7 +71,7 @@ def write_manifest(manifest: Manifest) -> str:
 
 
 def replace_places(manifest: Manifest, place: Callable[[str], str]) -> Manifest:
-    """The manifest with `place` of each input: a reference, a video, a mask, or a folder of official files."""
+    """Return the manifest with each input path (reference, video, mask, folder of official files) mapped by `place`."""
     return replace(manifest, jobs=tuple(_replaced(job, place) for job in manifest.jobs))
 
 
@@ -84,31 +86,31 @@ def _replaced(job: Job, place: Callable[[str], str]) -> Job:
     return replace(job, reference=reference, video=video, official=folder, options=options)
 
 
-def _job_words(job: Job) -> dict[str, Any]:
-    words: dict[str, Any] = {"id": job.id}
-    options = _said(job.options.model_dump(mode="json", exclude_unset=True)) or {}
+def _job_line(job: Job) -> dict[str, Any]:
+    line: dict[str, Any] = {"id": job.id}
+    options = _drop_empty(job.options.model_dump(mode="json", exclude_unset=True)) or {}
     if job.official is None:
-        words |= {"reference": job.reference, "video": job.video, "mask": job.mask}
+        line |= {"reference": job.reference, "video": job.video, "mask": job.mask}
     else:
         options["preprocess"] = options.get("preprocess", {}) | {"from": job.official}
-    words["prompt"] = None if job.prompt == DEFAULT_PROMPT else job.prompt
-    words["options"] = options or None
-    words["regression"] = job.regression.model_dump(mode="json", exclude_none=True) or None
-    return words
+    line["prompt"] = None if job.prompt == DEFAULT_PROMPT else job.prompt
+    line["options"] = options or None
+    line["regression"] = job.regression.model_dump(mode="json", exclude_none=True) or None
+    return line
 
 
-def _said(value: Any) -> Any:
-    """`value` without nulls and empty mappings, which say what is said without them."""
+def _drop_empty(value: Any) -> Any:
+    """Return `value` without nulls and empty mappings, which mean the same as a missing key."""
     if not isinstance(value, dict):
         return value
-    found = {key: _said(item) for key, item in value.items()}
+    found = {key: _drop_empty(item) for key, item in value.items()}
     return {key: item for key, item in found.items() if item is not None} or None
 
 
 def _common(values: list[Any]) -> Any:
-    """What all values say alike: the value itself, of mappings the keys that are alike; None: nothing."""
+    """Return what all values have in common: the value if all are equal; of mappings, the equal keys; None: nothing."""
     first = values[0]
-    written = json.dumps(first)  # -0.0 equals 0.0, and has another fingerprint
+    written = json.dumps(first)  # compared as text: -0.0 equals 0.0, but has another fingerprint
     if all(json.dumps(value) == written for value in values[1:]):
         return first
     if not all(isinstance(value, dict) for value in values):
@@ -119,7 +121,7 @@ def _common(values: list[Any]) -> Any:
 
 
 def _without(value: Any, common: Any) -> Any:
-    """`value` less what `common` says; None where nothing is left."""
+    """Return `value` without what is in `common`; None if nothing remains."""
     if common is None or value is None or not isinstance(common, dict):
         return value if common is None else None
     rest = {key: _without(item, common.get(key)) for key, item in value.items()}
@@ -127,6 +129,6 @@ def _without(value: Any, common: Any) -> Any:
 
 
 def _schemes(manifest: Manifest) -> set[str]:
-    """Of the URIs among the inputs."""
+    """The schemes of the URIs among the inputs."""
     places = [place for job in manifest.jobs for place in (job.reference, job.video, job.mask or "")]
     return {place.partition("://")[0] for place in places if "://" in place}

@@ -1,9 +1,9 @@
-"""Hashed fields: which options and recipe fields a fingerprint holds, under which keys, with which values.
+"""Hashed fields: list the options and recipe fields that a fingerprint has, with their keys and values.
 
 In:   a value of a pydantic model or dataclass, and the keys that version 0.1.0 hashed. Out: flat keys and JSON values.
 Never: digests, inputs, weights.
 
-field_marks.py has the marks by which a field says how it is hashed.
+field_marks.py has the marks that declare how a field is hashed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "introduced_defaults",
 ]
 
-# What version 0.1.0 hashed. Frozen: records hold these keys. After `[]`: fields of models inside one hashed value.
+# The keys that version 0.1.0 hashed. Never change them: records have them. After `[]`: fields of models in a list.
 OPTION_KEYS = frozenset(
     {
         "mode",
@@ -67,14 +67,16 @@ class FieldRule:
     """How one field is hashed."""
 
     attribute: str
-    dumped: str  # its key in the JSON of the value that holds it
-    path: str  # dotted, from the root, as the code calls it today; what `HashedAs` says, if it does
+    dumped: str  # its key in the JSON of its model
+    path: str  # its key in the fingerprint, dotted, from the root: that of `HashedAs`, else as the code calls it today
     mark: Introduced | HashedAs | NotHashed | None
-    nested: bool  # a model: not hashed as one value, but each of its fields
+    nested: bool  # a model: each of its fields is hashed on its own
 
 
 def hashed_values(value: Any, known: frozenset[str]) -> dict[str, Any]:
-    """Key → JSON value of all that is hashed of `value`, a pydantic model or dataclass. `known`: the keys of 0.1.0.
+    """Return key → JSON value of each hashed field of `value`, a pydantic model or dataclass.
+
+    known: the keys of version 0.1.0.
 
     Raises TypeError for a class with a field that is neither known nor marked.
     """
@@ -85,7 +87,7 @@ def hashed_values(value: Any, known: frozenset[str]) -> dict[str, Any]:
 
 
 def introduced_defaults(cls: type, known: frozenset[str]) -> dict[str, Any]:
-    """Key → introduced default (JSON) of the fields of `cls` that are later than 0.1.0: what a missing key means."""
+    """Return key → introduced default (JSON) of the fields of `cls` later than 0.1.0: the value of a missing key."""
     _check(cls, known)
     return {
         path: to_jsonable_python(mark.default)
@@ -110,7 +112,7 @@ def _flat(value: Any, dumped: Mapping[str, Any], prefix: str) -> Iterable[tuple[
 
 
 def _pruned(value: Any, dumped: Any, prefix: str) -> Any:
-    """`dumped` without those fields of models in it that are not hashed."""
+    """Return `dumped` without the fields that are not hashed, in models at any depth."""
     if isinstance(value, BaseModel):
         return {path.removeprefix(prefix): item for path, item in _flat(value, dumped, prefix)}
     if isinstance(value, list | tuple):
@@ -122,7 +124,9 @@ def _is_introduced(item: Any, mark: object) -> bool:
     if not isinstance(mark, Introduced):
         return False
     default = to_jsonable_python(mark.default)
-    return bool(item == default and isinstance(item, bool) == isinstance(default, bool))  # 0 is 0.0, and not false
+    return bool(
+        item == default and isinstance(item, bool) == isinstance(default, bool)
+    )  # 0 equals 0.0, but is not false
 
 
 @cache
@@ -138,7 +142,7 @@ def _rules(cls: type, prefix: str) -> tuple[FieldRule, ...]:
 
 
 def _fields(cls: type) -> dict[str, tuple[str, Any, tuple[Any, ...]]]:
-    """Attribute → (its key in JSON, its type, what `Annotated` says of it)."""
+    """Attribute → (its key in JSON, its type, its metadata from `Annotated`)."""
     if issubclass(cls, BaseModel):
         return {
             name: (info.serialization_alias or info.alias or name, info.annotation, tuple(info.metadata))
@@ -148,8 +152,8 @@ def _fields(cls: type) -> dict[str, tuple[str, Any, tuple[Any, ...]]]:
     hints = get_type_hints(cls, include_extras=True)
     for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
         hint = hints[name]
-        said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        found[name] = (name, said[0], said[1:])
+        parts = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        found[name] = (name, parts[0], parts[1:])
     return found
 
 

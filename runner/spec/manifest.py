@@ -1,8 +1,8 @@
-"""Manifest: what to render, as a tuple of jobs that are right, or every reason why they are not.
+"""Manifest: read and check the jobs to render.
 
-In:   YAML or JSON lines, from a path, a URI or stdin. Out: `Manifest`; ManifestInvalid tells all problems at
-      once, each with its line, its key and, where one is near, what was meant.
-Never: whether the inputs exist (validate.py), which weights a recipe names, what was rendered before.
+In:   YAML or JSON lines, from a path, a URI or stdin. Out: `Manifest`, a tuple of valid jobs; or ManifestInvalid with
+      all problems at once, each with its line, its key and, where there is one, a suggestion.
+Never: whether the inputs exist (validate.py), the weights of a recipe, earlier results.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Job:
     mask: str | None
     prompt: str
     options: JobOptions
-    line: int | None  # of the manifest, from 1
+    line: int | None  # in the manifest, from 1
     official: str | None = None  # folder of the official script's files; reference and video are then two of them
-    regression: RegressionLimits = field(default=RegressionLimits())  # the job's, and the manifest's where it has none
+    regression: RegressionLimits = field(default=RegressionLimits())  # the job's, over those of the manifest
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Jobs in the order in which they were written; a matrix's after the listed ones, videos varying fastest."""
+    """A manifest. Its jobs are first the listed ones, in order, then those of the matrix, videos varying fastest."""
 
     version: int
     recipe: str | None
@@ -56,18 +56,20 @@ class Manifest:
 
 
 # The keys of a manifest. Options are validated where they are merged, so here they are any mapping.
-_Words = Annotated[dict[str, Any] | None, WithJsonSchema({"anyOf": [{"refers": "JobOptions"}, {"type": "null"}]})]
+_OptionValues = Annotated[
+    dict[str, Any] | None, WithJsonSchema({"anyOf": [{"refers": "JobOptions"}, {"type": "null"}]})
+]
 _Id = Annotated[str, AfterValidator(check_id), WithJsonSchema({"type": "string", "pattern": f"^{ID_PATTERN}$"})]
 _Place = Annotated[str, Field(min_length=1)]
 _Limits = Annotated[
     RegressionLimits | None,
-    Field(description="how far a render may be from its baseline; a job's own go over the manifest's, key by key"),
+    Field(description="how far a render may differ from its baseline; a job's override the manifest's, key by key"),
 ]
 
 
 def _known_version(value: Any) -> Any:
     if whole_number(value) != 1:
-        raise ValueError(f"{value} is not known here; this runner reads version: 1")
+        raise ValueError(f"{value} is unknown; this runner reads version: 1")
     return value
 
 
@@ -83,24 +85,24 @@ def _known_recipe(name: str) -> str:
     return name
 
 
-_RUN_KEYS = ("version", "recipe", "memory")  # say nothing about the jobs
+_RUN_KEYS = ("version", "recipe", "memory")  # keys of the run, not of its jobs
 _RecipeName = Annotated[str, Field(min_length=1), AfterValidator(_known_recipe)]
 
 
 class Defaults(Frozen):
-    """What every job says unless it says otherwise."""
+    """Values for all jobs that do not set them."""
 
     prompt: str | None = Field(default=None, description="what the character does, in words")
-    options: _Words = Field(default=None, description="options; each job's own are merged over them, key by key")
+    options: _OptionValues = Field(default=None, description="options; each job's are merged over them, key by key")
 
 
-class OwnWords(Defaults):
-    """What a job, or a matrix for its jobs, says beside their inputs."""
+class CommonFields(Defaults):
+    """The fields of a job besides its inputs. A matrix has them for all its jobs."""
 
     regression: _Limits = None
 
 
-class Entry(OwnWords):
+class Entry(CommonFields):
     """One job."""
 
     id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
@@ -108,30 +110,30 @@ class Entry(OwnWords):
     reference: _Place = Field(description="image of the character: a path or s3:// URI")
     video: _Place = Field(description="driving video: a path or s3:// URI")
     mask: _Place | None = Field(
-        default=None, description="replace mode: video or image, white where the character goes; null: it is made"
+        default=None, description="replace mode: video or image, white where the character goes; null: made by SAM 2"
     )
 
 
-class OfficialEntry(OwnWords):
+class OfficialEntry(CommonFields):
     """One job whose inputs are the official script's files, in the folder that `preprocess.from` names."""
 
     id: _Id | None = Field(default=None, description="unique; becomes the folder of the job's output")
     custom_id: _Id | None = Field(default=None, description="another name of id")
 
 
-class Matrix(OwnWords):
-    """Every reference with every video."""
+class Matrix(CommonFields):
+    """One job for each pair of a reference and a video."""
 
     references: list[_Place] = Field(min_length=1, description="images of characters")
     videos: list[_Place] = Field(min_length=1, description="driving videos")
 
 
 class Header(Frozen):
-    """What a manifest says besides its jobs; in JSON lines, the first line may say it."""
+    """The keys of a manifest besides its jobs. In JSON lines, the first line may have them."""
 
     version: _Version = Field(default=1, description="of this format")
     recipe: _RecipeName | None = Field(default=None, description="weights, precision and steps of the whole run")
-    memory: MemoryChoice | None = Field(default=None, description="where weights live during the run")
+    memory: MemoryChoice | None = Field(default=None, description="where weights are kept during the run")
     defaults: Annotated[dict[str, Any] | None, WithJsonSchema({"refers": "Defaults"})] = None
     regression: _Limits = None
 
@@ -145,19 +147,22 @@ class Document(Header):
 
 
 def load_manifest(source: str, *, stdin: IO[str] | None = None, foreign: Collection[str] = ()) -> Manifest:
-    """The manifest at a path, a URI, or `-` for `stdin` (the process's, unless given).
+    """Read the manifest at a path, a URI, or `-` for `stdin` (default: that of the process).
 
-    Relative inputs are relative to the manifest's folder or prefix; from stdin, to the working directory. The format is
-    told by the name (.yaml, .yml, .jsonl, .ndjson), else by the content. `foreign`: as of `parse_manifest`. Raises
-    ManifestInvalid with every problem, and storage.* where S3 refuses or fails.
+    Relative inputs are relative to the manifest's folder or prefix; from stdin, to the working directory. The name
+    (.yaml, .yml, .jsonl, .ndjson) decides the format, else the content. `foreign`: as for `parse_manifest`. Raises
+    ManifestInvalid with all problems, and storage.* where the object store refuses or fails.
     """
     text, base = read_source(source, stdin or sys.stdin)
     return parse_manifest(text, base=base, source=source, foreign=foreign)
 
 
 def parse_manifest(text: str, *, base: str, source: str = "-", foreign: Collection[str] = ()) -> Manifest:
-    """What `text` says. `base`: folder or URI of its relative inputs; `source`: its name, which may tell its
-    format; `foreign`: schemes such as `gs` of inputs that other machines read. Raises ManifestInvalid.
+    """Parse `text` as a manifest. Raises ManifestInvalid with all problems.
+
+    base:    folder or URI that relative inputs start from.
+    source:  the manifest's name, for messages; its ending may decide the format.
+    foreign: schemes, such as `gs`, of inputs that only other machines read.
     """
     builder = _Builder(base, foreign)
     manifest = None
@@ -179,7 +184,8 @@ def parse_manifest(text: str, *, base: str, source: str = "-", foreign: Collecti
 
 
 def manifest_schema() -> dict[str, Any]:
-    """JSON Schema of a YAML manifest; `#/$defs/Entry` is a line of JSON lines. Null stands for an option's default."""
+    """Return the JSON Schema of a YAML manifest. `#/$defs/Entry` is that of a line in JSON lines. Null means an
+    option's default."""
     models = (Document, Entry, Defaults, Matrix, JobOptions)
     _, schema = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
     definitions = schema["$defs"]
@@ -195,7 +201,7 @@ def manifest_schema() -> dict[str, Any]:
 
 
 def _with_references(schema: Any) -> Any:
-    """`refers` to `$ref`: pydantic refuses to be told of a reference that it has not made itself."""
+    """Replace `refers` by `$ref`: pydantic accepts no `$ref` in a field that it did not make itself."""
     if isinstance(schema, list):
         return [_with_references(item) for item in schema]
     if isinstance(schema, dict):
@@ -206,7 +212,7 @@ def _with_references(schema: Any) -> Any:
 
 
 class _Builder:
-    """Located values to jobs. Goes on after a problem, so that the next run of `validate` has none left to find."""
+    """Make jobs from located values. It continues after a problem, so that one run of `validate` finds all of them."""
 
     def __init__(self, base: str, foreign: Collection[str] = ()) -> None:
         self.base, self.foreign = base, foreign
@@ -214,7 +220,7 @@ class _Builder:
         self.jobs: list[Job] = []
         self.ids: dict[str, tuple[str, str]] = {}  # id in lower case -> as written, and where
         self.prompt = DEFAULT_PROMPT
-        self.default_options = Located({}, 0)  # what is right in them
+        self.default_options = Located({}, 0)  # without invalid values
         self.limits = RegressionLimits()  # the manifest's
 
     def manifest(
@@ -225,7 +231,7 @@ class _Builder:
         matrix: Located | None,
         source: str,
     ) -> Manifest:
-        """The whole manifest; meaningful only if no problem was found."""
+        """Make the whole manifest. It is valid only if no problem was found."""
         header, wrong = check(model, root, "", self.problems)
         if header is not None and header.regression is not None:
             self.limits = header.regression
@@ -235,94 +241,95 @@ class _Builder:
         if matrix is not None and isinstance(matrix.value, dict):
             self._matrix(matrix)
         if not self.jobs and not entries and all(problem.path in _RUN_KEYS for problem in self.problems):
-            self.problems.say(root.line, "", "has no jobs: list some under jobs: or span them with matrix:")
+            self.problems.add(root.line, "", "has no jobs: list some under jobs: or span them with matrix:")
         version, recipe, memory = (header.version, header.recipe, header.memory) if header else (1, None, None)
         return Manifest(version, recipe, memory, tuple(self.jobs), source)
 
     def _defaults(self, node: Located | None) -> None:
         if node is None or node.value is None:
             return
-        said, wrong = check(Defaults, node, "defaults", self.problems)
-        if said is not None and said.prompt is not None:
-            self.prompt = said.prompt
-        words = merge(None, without(node, wrong).get("options"), JobOptions)
-        _, self.default_options = self._check_options(words, "defaults.options")
+        defaults, wrong = check(Defaults, node, "defaults", self.problems)
+        if defaults is not None and defaults.prompt is not None:
+            self.prompt = defaults.prompt
+        options = merge(None, without(node, wrong).get("options"), JobOptions)
+        _, self.default_options = self._check_options(options, "defaults.options")
 
-    def _check_options(self, words: Located, path: str) -> tuple[JobOptions | None, Located]:
-        """The options, None if anything is wrong with them; and the words less what is wrong.
+    def _check_options(self, node: Located, path: str) -> tuple[JobOptions | None, Located]:
+        """Return the options (None if any is invalid), and `node` without the invalid values.
 
-        Checked again without what is wrong, because rules between two options wait until each is right by itself.
+        Rules between two options are checked only when each is valid by itself, so `node` is checked again without the
+        invalid values.
         """
-        options, wrong = check(JobOptions, words, path, self.problems)
-        right = options
-        while right is None:
-            words = without(words, wrong)
-            right, wrong = check(JobOptions, words, path, self.problems)
-        return options, words
+        options, wrong = check(JobOptions, node, path, self.problems)
+        valid = options
+        while valid is None:
+            node = without(node, wrong)
+            valid, wrong = check(JobOptions, node, path, self.problems)
+        return options, node
 
     def _job(self, path: str, node: Located) -> None:
         folder = self._official(path, node)
-        model: type[OwnWords] = OfficialEntry if folder else Entry
+        model: type[CommonFields] = OfficialEntry if folder else Entry
         entry, wrong = check(model, node, path, self.problems)
         if not isinstance(node.value, dict):
             return
-        words = without(node, wrong)
-        name = self._id(path, words, any(loc[:1] in (("id",), ("custom_id",)) for loc in wrong))
-        places = {key: self._place(path, key, words.get(key)) for key in ("reference", "video", "mask")}
-        options, _ = self._options(path, words)
+        valid = without(node, wrong)
+        name = self._id(path, valid, any(loc[:1] in (("id",), ("custom_id",)) for loc in wrong))
+        places = {key: self._place(path, key, valid.get(key)) for key in ("reference", "video", "mask")}
+        options, _ = self._options(path, valid)
         if options is None:
             return
-        mask = words.get("mask")
+        mask = valid.get("mask")
         if options.mode == "animate" and mask is not None and mask.value is not None:
-            self.problems.say(
+            self.problems.add(
                 mask.line,
                 join_path(path, "mask"),
                 "is used in mode replace only; drop it, or set options.mode: replace",
             )
         if folder and entry is not None and name is not None:
             official = (f"{folder}/{REFERENCE}", f"{folder}/{POSE}", None)
-            self._add(name, official, words, options, entry.regression, node.line, folder)
+            self._add(name, official, valid, options, entry.regression, node.line, folder)
         elif entry is not None and name is not None and places["reference"] and places["video"]:
             inputs = (places["reference"], places["video"], places["mask"])
-            self._add(name, inputs, words, options, entry.regression, node.line)
+            self._add(name, inputs, valid, options, entry.regression, node.line)
 
     def _official(self, path: str, node: Located) -> str | None:
-        """The folder that the job's or the default options name as `preprocess.from`, if they do."""
+        """Return the folder that the job's or the default options have as `preprocess.from`; None without one."""
         if not isinstance(node.value, dict):
             return None
-        asked = merge(self.default_options, node.get("options"), JobOptions).get("preprocess")
-        place = asked.get("from") if asked is not None and isinstance(asked.value, dict) else None
+        preprocess = merge(self.default_options, node.get("options"), JobOptions).get("preprocess")
+        place = preprocess.get("from") if preprocess is not None and isinstance(preprocess.value, dict) else None
         if place is None or not isinstance(place.value, str):
             return None
         return self._place(join_path(path, "options.preprocess"), "from", replace(place, value=place.value.rstrip("/")))
 
-    def _options(self, path: str, words: Located) -> tuple[JobOptions | None, Located]:
-        merged = merge(self.default_options, words.get("options"), JobOptions)
+    def _options(self, path: str, node: Located) -> tuple[JobOptions | None, Located]:
+        merged = merge(self.default_options, node.get("options"), JobOptions)
         return self._check_options(merged, join_path(path, "options"))
 
     def _add(
         self,
         name: str,
         inputs: tuple[str, str, str | None],
-        words: Located,
+        node: Located,
         options: JobOptions,
         limits: RegressionLimits | None,
         line: int,
         official: str | None = None,
     ) -> None:
-        said = words.get("prompt")
-        prompt = self.prompt if said is None else DEFAULT_PROMPT if said.value is None else said.value
+        entry = node.get("prompt")
+        prompt = self.prompt if entry is None else DEFAULT_PROMPT if entry.value is None else entry.value
         limits = self.limits if limits is None else limits.over(self.limits)
         self.jobs.append(Job(name, *inputs, prompt, options, line, official, limits))
 
-    def _id(self, path: str, words: Located, told: bool) -> str | None:
-        """The job's id if it has a good one of its own. `told`: a bad one is among the problems already."""
-        nodes = [node for key in ("id", "custom_id") if (node := words.get(key)) is not None and node.value is not None]
+    def _id(self, path: str, entry: Located, reported: bool) -> str | None:
+        """Return the job's id if it is valid and unique. `reported`: an invalid id is among the problems already."""
+        nodes = [node for key in ("id", "custom_id") if (node := entry.get(key)) is not None and node.value is not None]
         if len(nodes) == 2:
-            self.problems.say(nodes[1].line, join_path(path, "custom_id"), "is another name of id; give one of the two")
+            self.problems.add(nodes[1].line, join_path(path, "custom_id"), "is another name of id; give one of the two")
         if not nodes:
-            if not told and not any((node := words.get(key)) and node.reported for key in ("id", "custom_id")):
-                self.problems.say(words.line, join_path(path, "id"), "is required: it names the job and its output")
+            if not reported and not any((node := entry.get(key)) and node.reported for key in ("id", "custom_id")):
+                self.problems.add(entry.line, join_path(path, "id"), "is required: it names the job and its output")
             return None
         name, line = nodes[0].value, nodes[0].line
         if self._taken(name, line, join_path(path, "id")):
@@ -335,7 +342,7 @@ class _Builder:
         if other is None:
             return False
         same = "is" if other[0] == name else f"differs only in case from {other[0]}, which is"
-        self.problems.say(line, path, f"{name} {same} taken by {other[1]}; ids are folders, and must be unique")
+        self.problems.add(line, path, f"{name} {same} taken by {other[1]}; ids are folders, and must be unique")
         return True
 
     def _place(self, path: str, key: str, node: Located | None) -> str | None:
@@ -344,19 +351,19 @@ class _Builder:
         try:
             return resolve_place(node.value, self.base, self.foreign)
         except ValueError as err:
-            self.problems.say(node.line, join_path(path, key), str(err))
+            self.problems.add(node.line, join_path(path, key), str(err))
             return None
 
     def _matrix(self, node: Located) -> None:
         matrix, wrong = check(Matrix, node, "matrix", self.problems)
-        words = without(node, wrong)
-        options, _ = self._options("matrix", words)
-        columns = {key: self._column(f"matrix.{key}", words.get(key)) for key in ("references", "videos")}
+        valid = without(node, wrong)
+        options, _ = self._options("matrix", valid)
+        columns = {key: self._column(f"matrix.{key}", valid.get(key)) for key in ("references", "videos")}
         if matrix is None or options is None:
             return
         count = len(columns["references"]) * len(columns["videos"])
         if count > MAX_JOBS:
-            self.problems.say(node.line, "matrix", f"spans {count} jobs; a manifest holds at most {MAX_JOBS}")
+            self.problems.add(node.line, "matrix", f"spans {count} jobs; a manifest holds at most {MAX_JOBS}")
             return
         ids = matrix_ids(list(columns["references"]), list(columns["videos"]))
         for reference, (reference_line, reference_place) in columns["references"].items():
@@ -364,18 +371,18 @@ class _Builder:
                 name = ids[reference, video]
                 if not self._taken(name, reference_line, f"matrix ({reference} × {video})"):
                     inputs = (reference_place, video_place, None)
-                    self._add(name, inputs, words, options, matrix.regression, reference_line)
+                    self._add(name, inputs, valid, options, matrix.regression, reference_line)
 
     def _column(self, path: str, node: Located | None) -> dict[str, tuple[int, str]]:
-        """Name as written -> its line and its place; twice the same place is a problem."""
+        """Return name as written -> (its line, its absolute path or URI). The same file twice is a problem."""
         column: dict[str, tuple[int, str]] = {}
-        lines: dict[str, int] = {}  # place -> line
+        lines: dict[str, int] = {}  # path or URI -> line
         for index, item in enumerate(node.items() if node else ()):
             place = self._place(f"{path}[{index}]", "", item)
             if place is None:
                 continue
             if place in lines:
-                self.problems.say(item.line, f"{path}[{index}]", f"is listed already, on line {lines[place]}")
+                self.problems.add(item.line, f"{path}[{index}]", f"is listed already, on line {lines[place]}")
             else:
                 lines[place] = item.line
                 column[item.value] = (item.line, place)

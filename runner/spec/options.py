@@ -1,8 +1,9 @@
-"""Options: what one job may ask for, as frozen values that are validated once, at the edge.
+"""Options: the settings of one job, as frozen values that are validated once, when the manifest is read.
 
 In:   a mapping from the manifest. Out: `JobOptions`. Never: paths, devices, recipes (those belong to the run).
-The manifest, its JSON Schema and the fingerprint all read these fields; a default stands here and nowhere else.
-A new field says with what default it was introduced: `Annotated[float, Introduced(0.0)]`, see `field_marks.py`.
+The manifest, its JSON Schema and the fingerprint all read these fields. Defaults are defined only here.
+A new field is marked with the default it was introduced with: `Annotated[float, Introduced(0.0)]`, see
+`field_marks.py`.
 """
 
 from __future__ import annotations
@@ -44,28 +45,29 @@ __all__ = [
 
 DEFAULT_PROMPT = "视频中的人在做动作"  # the official default: "the person in the video is moving"
 
-# The pattern is for the exported schema; `_size` below checks it, with a message that says what to write.
+# The pattern is for the exported schema; `_size` below checks it, with a message that gives an example.
 _SIZE = r"(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})"
 Size = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{_SIZE}$"})]
 MAX_SIDE = 4096
 MIN_FPS = 0.01  # a frame in 100 s; rates are kept as fractions with denominators up to 1001
-MAX_START_S = 1e9  # 32 years; whole frames are counted up to there
+MAX_START_S = 1e9  # 32 years; frame numbers are exact up to there
 
 
 def whole_number(value: Any) -> Any:
-    """`value` if it is an int. For choices of numbers: a Literal compares with ==, so it takes 1.0 and true for 1."""
+    """Return `value` if it is an int, else raise ValueError. For a Literal of numbers, which accepts 1.0 and true as
+    1."""
     if type(value) is not int:
         raise ValueError("must be a whole number")
     return value
 
 
 def _as_tuple(value: Any) -> Any:
-    """A list as it comes from YAML or JSON; strict models take no list for a tuple."""
+    """Convert a list from YAML or JSON: strict models accept no list for a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class Frozen(BaseModel):
-    """Strict: "5" is no number, 1.5 no count, 1 no yes; a whole number may stand for a real one (fps: 30)."""
+    """Base of strict models: "5" is not a number, 1.5 not a count, 1 not a yes. A float may be written as 30."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
@@ -78,27 +80,27 @@ Retarget = Literal["off", "robust", "official"]
 
 
 def _retarget(value: Any) -> Any:
-    """true and false in words. `off` is false already to YAML."""
+    """Convert true and false to their names. YAML reads `off` as false."""
     if isinstance(value, bool):
         return "robust" if value else "off"
     return value
 
 
 def _colour(value: Any) -> Any:
-    """`off` is false already to YAML."""
+    """Convert false to `off`: YAML reads `off` as false."""
     return "off" if value is False else value
 
 
 class MaskOptions(Frozen):
-    """How a mask that was made here (not one that was given) is widened, at the output's size."""
+    """How a mask made by SAM 2 is widened, at the output's size. A mask from the manifest is not widened."""
 
-    iterations: int = Field(default=3, ge=0, le=50, description="dilations; 0: the raw mask, no grid either")
+    iterations: int = Field(default=3, ge=0, le=50, description="number of dilations; 0: the raw mask, and no grid")
     kernel: int = Field(default=7, ge=1, le=99, description="side of the dilation's square, pixels")
     w_len: int | None = Field(default=None, ge=1, description="cells across the mask's box; null: no grid (parity: 1)")
     h_len: int | None = Field(default=None, ge=1, description="cells down the mask's box; null: no grid (parity: 1)")
 
     def grid(self, parity: bool) -> tuple[int, int] | None:
-        """(w_len, h_len), or None where no grid is filled."""
+        """Return (w_len, h_len), or None if no grid is filled."""
         if self.w_len is None and self.h_len is None:
             return (1, 1) if parity else None
         return self.w_len or 1, self.h_len or 1
@@ -113,23 +115,23 @@ class PreprocessOptions(Frozen):
         ge=1,
         le=60,
         description="run the person detector on every n-th frame, and track between; "
-        "left out, ten times a second (parity: on every frame)",
+        "null: ten times a second (parity: on every frame)",
     )
     subject: Subject = Field(
         default="largest",
-        description="whom to follow: largest or centre (over the whole clip), the number that video-lab inspect gives "
-        "the person (from 1), or [x1, y1, x2, y2] around the person when people first appear, pixels of the driving "
-        "video",
+        description="the person to follow: largest or centre (over the whole clip), the person's number in video-lab "
+        "inspect (from 1), or a box [x1, y1, x2, y2] around the person in the first frame with people, pixels of the "
+        "driving video",
     )
     pose: Literal["vitpose", "dwpose"] = Field(
         default="vitpose", description="networks: YOLOv10 and ViTPose, or YOLOX and RTMPose (process_checkpoint/dwpose)"
     )
     mask: MaskOptions = MaskOptions()
-    official: Annotated[str | None, NotHashed()] = Field(  # a place; what lies there is hashed among the inputs
+    official: Annotated[str | None, NotHashed()] = Field(  # a path; the files in it are hashed among the inputs
         default=None,
         alias="from",
         min_length=1,
-        description="render from the files in this folder, which the official script made (src_pose.mp4, …)",
+        description="render from the official script's files in this folder (src_pose.mp4, …)",
     )
     smooth: bool = Field(default=False, description="smooth every joint over time (one-euro filter, without lag)")
     retarget: Annotated[
@@ -160,10 +162,10 @@ class OutputOptions(Frozen):
     )
     crf: int = Field(default=18, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
     interpolate: Annotated[Literal[1, 2], Introduced(1)] = Field(
-        default=1, description="2: twice the frame rate; a network makes a frame between each two"
+        default=1, description="2: twice the frame rate; a network makes one frame between each two"
     )
     pad_last: Annotated[bool, Introduced(False)] = Field(
-        default=False, description="with interpolate: repeat the last frame, so that n frames become 2n and not 2n-1"
+        default=False, description="with interpolate: repeat the last frame, so that n frames become 2n, not 2n-1"
     )
 
     @field_validator("interpolate", mode="before")
@@ -173,14 +175,14 @@ class OutputOptions(Frozen):
 
 
 class LoraOption(Frozen):
-    """A LoRA of the store's `loras/` folder, for this job alone."""
+    """A LoRA in the model store's folder `loras/`, for one job."""
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="file name in loras/, without .safetensors")
     strength: float = Field(default=1.0, ge=-4, le=4)
 
 
 class JobOptions(Frozen):
-    """What one job may ask for. Sizes in pixels, times in seconds, counts in frames."""
+    """The options of one job. Sizes in pixels, times in seconds, counts in frames."""
 
     mode: Literal["animate", "replace"] = Field(
         default="animate",
@@ -196,23 +198,25 @@ class JobOptions(Frozen):
         default=0.0, ge=0, le=MAX_START_S, description="where in the driving video to begin, seconds"
     )
     max_frames: int | None = Field(default=None, ge=2, description="at most this many output frames; null: all")
-    seed: int = Field(default=42, ge=0, lt=2**63, description="of the noise; same seed, same frames")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="random seed of the noise; same seed, same frames")
     steps: int | None = Field(default=None, ge=1, le=100, description="denoising steps; null: the recipe's")
-    guidance_scale: float = Field(default=1.0, ge=0, le=20, description="above 1 costs twice the time")
+    guidance_scale: float = Field(default=1.0, ge=0, le=20, description="CFG scale; above 1 takes twice the time")
     negative_prompt: str | None = Field(default=None, description="used only when guidance_scale > 1")
     max_segment_frames: int = Field(
-        default=81, ge=5, le=241, description="longest window denoised at once, 4k+1 frames"
+        default=81, ge=5, le=241, description="longest segment denoised at once, 4k+1 frames"
     )
-    overlap_frames: Literal[1, 5] = Field(default=1, description="frames of a segment that the next one starts from")
+    overlap_frames: Literal[1, 5] = Field(
+        default=1, description="last frames of a segment that the next segment starts from"
+    )
     loras: Annotated[tuple[LoraOption, ...], BeforeValidator(_as_tuple)] = Field(
-        default=(), description="LoRAs added for this job alone"
+        default=(), description="LoRAs for this job only"
     )
-    keep_audio: bool = Field(default=False, description="copy the driving video's sound, cut to the rendered span")
+    keep_audio: bool = Field(default=False, description="copy the driving video's sound, cut to the rendered part")
     face_strength: Annotated[float, Introduced(1.0)] = Field(
-        default=1.0, ge=0, le=2, description="how much the driver's face moves the character's: times its residual"
+        default=1.0, ge=0, le=2, description="how much the driver's face moves the character's: scales its residual"
     )
     pose_strength: Annotated[float, Introduced(1.0)] = Field(
-        default=1.0, ge=0, le=2, description="how strictly the skeleton is followed: times its latents"
+        default=1.0, ge=0, le=2, description="how strictly the skeleton is followed: scales its latents"
     )
     colour: Annotated[
         Colour, Introduced("off"), BeforeValidator(_colour), WithJsonSchema({"enum": ["off", "seam", "anchor", False]})
@@ -248,7 +252,7 @@ class JobOptions(Frozen):
     def _loras(cls, value: tuple[LoraOption, ...]) -> tuple[LoraOption, ...]:
         names = [lora.name for lora in value]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"names {twice!r} twice; name it once, with the strength it is to have")
+            raise ValueError(f"names {twice!r} twice; name it once, with one strength")
         return value
 
     @field_validator("overlap_frames", mode="before")
@@ -277,12 +281,12 @@ class JobOptions(Frozen):
         return (int(match[1]), int(match[2])) if match else None
 
 
-# What the official preprocessing script calls the files that it writes.
+# File names of the official preprocessing script.
 REFERENCE, POSE, FACE = "src_ref.png", "src_pose.mp4", "src_face.mp4"
 BACKGROUND, MASK = "src_bg.mp4", "src_mask.mp4"
 
 
 def official_names(mode: str) -> dict[str, str]:
-    """What `mode` needs → file name."""
+    """Return kind of input → file name, for the inputs that `mode` needs."""
     names = {"reference": REFERENCE, "pose": POSE, "face": FACE}
     return names | ({"background": BACKGROUND, "mask": MASK} if mode == "replace" else {})

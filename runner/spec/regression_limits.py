@@ -1,8 +1,8 @@
-"""Regression limits: how far a night's render may be from its baseline, as a manifest says it.
+"""Regression limits: how far a nightly render may differ from its baseline, as set in a manifest.
 
-In:   the mapping under `regression:`. Out: `RegressionLimits`. Never: a fingerprint, how anything is measured.
+In:   the mapping under `regression:`. Out: `RegressionLimits`. Never: fingerprints, measurements.
 
-Limits of a job go over those of the manifest, key by key; what neither says is `None` here, and the verb `compare` then
+Limits of a job override those of the manifest, key by key. A limit that neither sets is `None`. The verb `compare` then
 takes its calibrated default, or reports the metric without judging it.
 """
 
@@ -21,7 +21,7 @@ _FACTOR = re.compile(r"([1-9][0-9]{0,3}(?:\.[0-9]{1,6})?)x")
 
 
 def _factor(value: Any) -> Any:
-    """`1.2x` as 1.2; a bare number could be taken for seconds or bytes."""
+    """Return `1.2x` as 1.2. A number without the x is refused: it could mean seconds or bytes."""
     if value is None:
         return None
     found = _FACTOR.fullmatch(value) if isinstance(value, str) else None
@@ -31,7 +31,7 @@ def _factor(value: Any) -> Any:
 
 
 def _as_written(value: float | None) -> str | None:
-    """1.2 as `1.2x`, which `_factor` reads again as the same number."""
+    """Return 1.2 as `1.2x`. `_factor` reads the same number from it."""
     return None if value is None else f"{value!r}x"
 
 
@@ -55,17 +55,17 @@ class RegressionLimits(Frozen):
         None, ge=0, le=255, description="largest difference of one channel of a pixel, in 8-bit levels"
     )
     joint_drift_max: float | None = Field(
-        None, ge=0, description="colour step at a joint of segments beyond the baseline's, in CIE76 delta E"
+        None, ge=0, description="colour step where two segments meet, above the baseline's, in CIE76 delta E"
     )
     identity_min: float | None = Field(
         None,
         ge=-1,
         le=1,
-        description="cosine of the person's picture with the baseline's, worst frame of those looked at",
+        description="cosine similarity of the person's picture and the baseline's, worst of the compared frames",
     )
-    seconds_max: Factor = Field(None, description="of the median of the last nights, stage by stage")
-    memory_max: Factor = Field(None, description="of the median of the last nights")
+    seconds_max: Factor = Field(None, description="times the median of the last nights, stage by stage")
+    memory_max: Factor = Field(None, description="times the median of the last nights")
 
     def over(self, below: RegressionLimits) -> RegressionLimits:
-        """These limits, and those of `below` where these say nothing."""
+        """Return these limits, with those of `below` where these are None."""
         return below.model_copy(update=self.model_dump(exclude_none=True))

@@ -1,7 +1,7 @@
-"""Manifest source: where a manifest comes from, and where what it names lies.
+"""Manifest source: read a manifest's text, and resolve the paths in it.
 
-In:   a path, a URI or a stream; a name in a manifest. Out: text, located values, absolute places.
-Never: what a job is. Whatever is wrong with the bytes is told as a problem of the manifest.
+In:   a path, a URI or a stream; a path in a manifest. Out: text, located values, absolute paths and URIs.
+Never: the meaning of a job. Broken bytes are reported as a problem of the manifest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _JOB_KEYS = {"id", "custom_id", "reference", "video"}
 
 
 def read_source(source: str, stdin: IO[str]) -> tuple[str, str]:
-    """(text, folder or URI that its relative names start from). Raises ManifestInvalid, storage.*."""
+    """Return (text, folder or URI that its relative paths start from). Raises ManifestInvalid, storage.*."""
     where = "stdin" if source == "-" else source
     try:
         if source == "-":
@@ -47,7 +47,7 @@ def read_source(source: str, stdin: IO[str]) -> tuple[str, str]:
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 with or without a byte order mark, as text. Raises TextInvalid."""
+    """Decode UTF-8 with or without a byte order mark. Raises TextInvalid for other bytes, zero bytes and too many."""
     if len(raw) > MAX_BYTES:
         raise TextInvalid(0, _TOO_LARGE)
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -58,12 +58,13 @@ def decode(raw: bytes) -> str:
         line = raw.count(b"\n", 0, err.start) + 1
         raise TextInvalid(line, f"is not UTF-8 text (byte 0x{raw[err.start]:02x}); save it as UTF-8") from err
     if "\0" in text:
-        raise TextInvalid(text[: text.index("\0")].count("\n") + 1, "holds a zero byte, so it is not a text file")
+        raise TextInvalid(text[: text.index("\0")].count("\n") + 1, "has a zero byte, so it is not a text file")
     return text
 
 
 def is_json_lines(text: str, source: str) -> bool:
-    """By the name's ending; else a first line that is a JSON object, but not one that holds all the jobs."""
+    """Return True for JSON lines: by the name's ending; else if the first line is a JSON object without the keys `jobs`
+    and `matrix`."""
     suffix = posixpath.splitext(source)[1].lower()
     if suffix in (".jsonl", ".ndjson", ".yaml", ".yml"):
         return suffix in (".jsonl", ".ndjson")
@@ -71,29 +72,33 @@ def is_json_lines(text: str, source: str) -> bool:
     if not re.match(r'\{\s*["}]', first) or not first.endswith("}"):
         return False
     try:
-        said = json.loads(first)
+        parsed = json.loads(first)
     except (ValueError, RecursionError):
-        return True  # its problem is told with its line, and the lines after it are read
-    return not {"jobs", "matrix"} & set(said)
+        return True  # its problem is reported with its line, and the lines after it are read
+    return not {"jobs", "matrix"} & set(parsed)
 
 
 def read_yaml(text: str, problems: Problems) -> Located | None:
-    """The document's mapping less its `x-…` keys, or None, which has been told. Raises TextInvalid."""
+    """Return the document's mapping without its `x-…` keys; None, after adding a problem, for anything else.
+
+    Raises TextInvalid.
+    """
     root, found = parse_yaml(text)
     problems += found
     if root is None or (root.value is None and not root.reported):
-        problems.say(0, "", "is empty; it needs version: 1 and jobs: or matrix:")
+        problems.add(0, "", "is empty; it needs version: 1 and jobs: or matrix:")
         return None
     if not isinstance(root.value, dict):
-        problems.say(root.line, "", f"must be a mapping with version: and jobs: or matrix:, not {shown(root)}")
+        problems.add(root.line, "", f"must be a mapping with version: and jobs: or matrix:, not {shown(root)}")
         return None
     return Located({key: item for key, item in root.value.items() if not key.startswith("x-")}, root.line)
 
 
 def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tuple[Located, list[tuple[str, Located]]]:
-    """(the first line if it is a header, else an empty mapping; each job with an empty path: its line tells which).
+    """Return (the first line if it is a header, else an empty mapping; a list of ("", job)).
 
-    A broken line is a problem, and the others are read all the same. Raises TextInvalid for more than can be held.
+    The path of each job is empty: its line identifies it. A broken line is a problem, and the other lines are still
+    read. Raises TextInvalid for more than MAX_VALUES values.
     """
     header: Located | None = None
     entries: list[tuple[str, Located]] = []
@@ -103,7 +108,7 @@ def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tup
             continue
         values += line.count(",") + line.count(":") + 1
         if values > MAX_VALUES:
-            raise TextInvalid(number, f"the manifest holds more than {MAX_VALUES} values; split it")
+            raise TextInvalid(number, f"the manifest has more than {MAX_VALUES} values; split it")
         try:
             node, found = parse_json_line(line, number)
         except TextInvalid as err:
@@ -114,21 +119,22 @@ def read_json_lines(text: str, problems: Problems, header_keys: set[str]) -> tup
         if is_header and header is None and not entries:
             header = node
         elif is_header:
-            problems.say(number, "", "only the first line may hold defaults and run keys")
+            problems.add(number, "", "only the first line may have defaults and run keys")
         else:
             entries.append(("", node))
     if not entries and not problems:
-        problems.say(0, "", "has no jobs; write one JSON object a line")
+        problems.add(0, "", "has no jobs; write one JSON object per line")
     return header or Located({}, 1), [entry for entry in entries if not entry[1].reported]
 
 
 def resolve_place(text: str, base: str, foreign: Collection[str] = ()) -> str:
-    """An input as an absolute path or a URI; relative names start from `base`. ValueError says what to write.
+    """Return an input as an absolute path or a URI. Relative paths start from `base`.
 
-    `foreign`: schemes of object stores that this runner does not read itself, and that are taken all the same.
+    foreign: schemes of object stores that are accepted although this runner does not read them itself.
+    Raises ValueError with what to write instead.
     """
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
-        raise ValueError("holds a control character; check the quotes around it")
+        raise ValueError("has a control character; check the quotes around it")
     if text.endswith("/"):
         raise ValueError("names a folder; name one file")
     scheme, bucket, key = split_uri(text)
@@ -155,7 +161,7 @@ def resolve_place(text: str, base: str, foreign: Collection[str] = ()) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without the space around them. JSON strings may hold U+2028, so only line feeds count."""
+    """Return the lines, without space at their ends. Only line feeds end a line: JSON strings may have U+2028."""
     return [line.strip() for line in text.split("\n")]
 
 

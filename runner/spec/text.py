@@ -1,7 +1,7 @@
-"""Manifest text: YAML or JSON lines to plain values that know their lines.
+"""Manifest text: parse YAML or JSON lines into plain values with their line numbers.
 
-In:   text. Out: `Located` trees (mappings, lists, text, numbers, yes/no, nothing) and the problems met on the way.
-Never: what the keys mean, files, options. Nothing but plain data is made, and aliases cannot blow it up.
+In:   text. Out: `Located` trees (mappings, lists, text, numbers, yes/no, null) and the problems that were found.
+Never: the meaning of the keys, files, options. Only plain data is made, and the size of expanded aliases is limited.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 MAX_DEPTH = 60
-MAX_VALUES = 2_000_000  # with every alias written out; a hundred thousand jobs stay below
+MAX_VALUES = 2_000_000  # with aliases expanded; a hundred thousand jobs stay below it
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, where the wheel has it
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster; not every wheel has it
 _TAG = "tag:yaml.org,2002:"
 _STR, _INT, _FLOAT, _BOOL, _NULL = (_TAG + name for name in ("str", "int", "float", "bool", "null"))
 _SCALAR_TAGS = {_STR, _INT, _FLOAT, _BOOL, _NULL}
-# A number to YAML 1.2 (its core schema, §10.3.2). PyYAML follows YAML 1.1, to which 1_000 and 1:30 are numbers too, and
-# 010 is eight instead of ten.
+# A number in YAML 1.2 (its core schema, §10.3.2). PyYAML follows YAML 1.1, in which 1_000 and 1:30 are numbers too, and
+# 010 is eight, not ten.
 _NUMBER_1_2 = re.compile(
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|0o[0-7]+|0x[0-9a-fA-F]+|[-+]?\.inf|\.nan", re.I
 )
@@ -45,7 +45,7 @@ _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong, on which line (from 1; 0: the file as a whole), at which key."""
+    """One problem of a manifest: its line (from 1; 0: the whole file), the path of its key, and what is wrong."""
 
     line: int
     path: str
@@ -57,7 +57,7 @@ class Problem:
 
 
 class TextInvalid(Exception):
-    """The text could not be read to its end."""
+    """The text cannot be read to its end."""
 
     def __init__(self, line: int, what: str) -> None:
         self.problem = Problem(line, "", what)
@@ -66,14 +66,14 @@ class TextInvalid(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Located:
-    """A value and where it stands.
+    """A value and its line.
 
     value: dict[str, Located] | list[Located] | str | int | float | bool | None
     line:  of the key for a mapping's values, else of the value itself; from 1.
     text:  the scalar as written, None for a collection.
     plain: a YAML scalar without quotes.
-    size:  values inside, itself included, every alias counted as often as it is used.
-    reported: something is wrong with it that is already among the problems.
+    size:  number of values in it, itself included; an alias counts each time it is used.
+    reported: it is invalid, and the problem has been added already.
     """
 
     value: Any
@@ -85,7 +85,7 @@ class Located:
 
     @property
     def data(self) -> Any:
-        """The bare value: dicts, lists and scalars without their places."""
+        """The bare value: dicts, lists and scalars without lines."""
         if isinstance(self.value, dict):
             return {key: item.data for key, item in self.value.items()}
         if isinstance(self.value, list):
@@ -93,11 +93,11 @@ class Located:
         return self.value
 
     def get(self, key: str) -> Located | None:
-        """The entry of a mapping; None where there is none, or where this is no mapping."""
+        """Return the entry of a mapping; None if it is missing or if this is not a mapping."""
         return self.value.get(key) if isinstance(self.value, dict) else None
 
     def at(self, path: tuple[int | str, ...]) -> Located:
-        """What stands at `path`, or the innermost thing on the way there that exists."""
+        """Return the value at `path`, or the innermost value on the way that exists."""
         node = self
         for step in path:
             inner = node.get(step) if isinstance(step, str) else dict(enumerate(node.items())).get(step)
@@ -107,12 +107,12 @@ class Located:
         return node
 
     def items(self) -> Iterator[Located]:
-        """The items of a list; nothing for anything else."""
+        """The items of a list; none for other values."""
         return iter(self.value if isinstance(self.value, list) else ())
 
 
 def parse_yaml(text: str) -> tuple[Located | None, list[Problem]]:
-    """The one document in `text` (None if it is empty) and what is wrong with it short of syntax.
+    """Return the document in `text` (None if it is empty) and its problems other than broken syntax.
 
     Raises TextInvalid for broken syntax and for text that expands to more than `MAX_VALUES`.
     """
@@ -121,13 +121,13 @@ def parse_yaml(text: str) -> tuple[Located | None, list[Problem]]:
         return composer.document(), composer.problems
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark or err.context_mark
-        last = len(text.rstrip().splitlines())  # what is missing is missed beyond the end
-        if "nesting depth" in (err.problem or ""):  # libyaml's own limit, reached before ours
+        last = len(text.rstrip().splitlines())  # the mark of a missing token is after the last line
+        if "nesting depth" in (err.problem or ""):  # libyaml's limit, which can be lower than MAX_DEPTH
             raise TextInvalid(min(mark.line + 1, last) if mark else 0, f"nested more than {MAX_DEPTH} deep") from err
         begun = f" begun on line {err.context_mark.line + 1}" if err.context_mark else ""
         what = ", ".join(part for part in (f"{err.context}{begun}" if err.context else "", err.problem) if part)
         raise TextInvalid(min(mark.line + 1, last) if mark else 0, f"not valid YAML: {what}") from err
-    except yaml.YAMLError as err:  # a character that no YAML may hold
+    except yaml.YAMLError as err:  # a character that YAML does not allow
         position = getattr(err, "position", None)
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 0
         reason = str(getattr(err, "reason", err)).splitlines()[0]
@@ -135,12 +135,12 @@ def parse_yaml(text: str) -> tuple[Located | None, list[Problem]]:
 
 
 class _Composer:
-    """Events to `Located`: libyaml's events come one by one, so depth and size are bounded before anything grows."""
+    """Compose `Located` values from libyaml's events, one by one. Depth and size are checked while they grow."""
 
     def __init__(self, text: str) -> None:
         self.loader: Any = _LOADER(text)
         self.problems: list[Problem] = []
-        self.anchors: dict[str, Located | None] = {}  # None: still open, so an alias to it would hold itself
+        self.anchors: dict[str, Located | None] = {}  # None: still open; an alias to it would contain itself
         self.values = 0
 
     def document(self) -> Located | None:
@@ -182,7 +182,7 @@ class _Composer:
     def _alias(self, event: Any, line: int, path: str) -> Located:
         node = self.anchors.get(event.anchor)
         if node is None:
-            why = "holds itself" if event.anchor in self.anchors else f"has no anchor &{event.anchor} before it"
+            why = "contains itself" if event.anchor in self.anchors else f"has no anchor &{event.anchor} before it"
             self._problem(event, path, f"the alias *{event.anchor} {why}")
             return Located(None, line, reported=True)
         self._count(node.size, line)
@@ -195,7 +195,7 @@ class _Composer:
 
     def _mapping(self, line: int, depth: int, path: str) -> Located:
         entries: dict[str, Located] = {}
-        own: dict[str, int] = {}  # key -> its line
+        lines: dict[str, int] = {}  # key written in this mapping -> its line
         merged: list[Located] = []
         while not isinstance(event := self.loader.get_event(), yaml.MappingEndEvent):
             key_line = event.start_mark.line + 1
@@ -206,18 +206,18 @@ class _Composer:
                 continue
             if key == "<<" and isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
                 merged += self._merge_sources(value, inside)
-            elif key in own:
-                self.problems.append(Problem(key_line, inside, f"written twice; the first is on line {own[key]}"))
+            elif key in lines:
+                self.problems.append(Problem(key_line, inside, f"written twice; the first is on line {lines[key]}"))
             else:
-                entries[key], own[key] = value, key_line
-        for source in merged:  # the first source wins, and what the mapping says itself wins over all
+                entries[key], lines[key] = value, key_line
+        for source in merged:  # the mapping's keys come before those of the sources, and the first source before others
             self._count(len(source.value), line)
             for key, value in source.value.items():
                 entries.setdefault(key, value)
         return Located(entries, line, size=1 + sum(item.size for item in entries.values()))
 
     def _key(self, event: Any, depth: int, path: str) -> str | None:
-        """A key as written: `yes:` and `1:` are names here, for no key of a manifest is anything else."""
+        """Return a key as written, also `yes:` and `1:`: all keys of a manifest are text. None for other values."""
         line = event.start_mark.line + 1
         if isinstance(event, yaml.ScalarEvent):
             self._check_tag(event, {_STR}, path)
@@ -244,7 +244,7 @@ class _Composer:
         tag = event.tag
         if not tag:
             tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit)
-            if tag not in _SCALAR_TAGS:  # a date, `=` or `<<` as a value: text, as YAML 1.2 has it
+            if tag not in _SCALAR_TAGS:  # a date, `=` or `<<` as a value: text, as in YAML 1.2
                 tag = _STR
             if plain and self._means_two_things(event, tag, path):
                 return Located(text, line, text, plain, reported=True)
@@ -256,7 +256,7 @@ class _Composer:
             return Located(text, line, text, plain)
         try:
             value = self._construct(tag, event)
-        except (ValueError, OverflowError, LookupError):  # `!!int x`, `!!bool maybe`, digits beyond counting
+        except (ValueError, OverflowError, LookupError):  # `!!int x`, `!!bool maybe`, too many digits
             self._problem(event, path, f"{short(text)} is not a valid {tag.removeprefix(_TAG)}")
             return Located(None, line, text, plain, reported=True)
         return Located(value, line, text, plain)
@@ -271,7 +271,7 @@ class _Composer:
         return make(yaml.ScalarNode(tag, event.value, event.start_mark, event.end_mark))
 
     def _means_two_things(self, event: Any, tag: str, path: str) -> bool:
-        """Report a plain scalar that is a number to YAML 1.1 and another one, or text, to YAML 1.2."""
+        """Report a plain scalar that is a number in YAML 1.1 and another number, or text, in YAML 1.2."""
         text = event.value
         leading_zero = _LEADING_ZERO.fullmatch(text) is not None
         if tag not in (_INT, _FLOAT) or (_NUMBER_1_2.fullmatch(text) and not leading_zero):
@@ -282,7 +282,7 @@ class _Composer:
         return True
 
     def _check_tag(self, event: Any, accepted: set[str], path: str) -> bool:
-        """Whether the tag was refused."""
+        """Report a tag that is not accepted. Returns True if it was refused."""
         if not event.tag or event.tag == "!" or event.tag in accepted:
             return False
         tag = event.tag.replace(_TAG, "!!")
@@ -296,18 +296,18 @@ class _Composer:
 
 
 def join_path(path: str, key: str) -> str:
-    """`jobs[0]` and `options` to `jobs[0].options`."""
+    """Join a path and a key: `jobs[0]` and `options` give `jobs[0].options`."""
     return ".".join(part for part in (path, key) if part)
 
 
 def short(text: str) -> str:
-    """`text` in quotes, cut to what fits a message; redacted first, for half a password is not known for one."""
+    """Return `text` in quotes, at most 60 characters. It is redacted first: half a password would not be recognised."""
     text = redact(text)
     return "'" + (text if len(text) <= 60 else text[:57] + "...") + "'"
 
 
 def parse_json_line(text: str, line: int) -> tuple[Located, list[Problem]]:
-    """One line of JSON lines. Raises TextInvalid for what is not JSON, NaN and Infinity included."""
+    """Parse one line of JSON lines. Raises TextInvalid if it is not JSON; NaN and Infinity are refused too."""
     problems: list[Problem] = []
 
     def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def parse_json_line(text: str, line: int) -> tuple[Located, list[Problem]]:
         raise TextInvalid(line, f"not valid JSON: {err.msg} (column {err.colno})") from err
     except RecursionError as err:
         raise TextInvalid(line, f"nested more than {MAX_DEPTH} deep") from err
-    except ValueError as err:  # NaN, or a number of more digits than Python will count
+    except ValueError as err:  # NaN, or a number with more digits than Python converts
         reason = "a number has too many digits" if "digits" in str(err) else str(err)
         raise TextInvalid(line, f"not valid JSON: {reason}") from err
     return _locate(value, line, 0), problems
@@ -351,8 +351,8 @@ def _locate(value: Any, line: int, depth: int) -> Located:
 
 
 def _check_text(text: str, line: int) -> None:
-    """Escapes can spell half a surrogate pair, which no file name, record or terminal can hold."""
+    """Refuse half a surrogate pair: an escape can write it, but no file name, record or terminal can."""
     try:
         text.encode()
     except UnicodeEncodeError as err:
-        raise TextInvalid(line, f"{short(ascii(text)[1:-1])} holds half a character (a lone surrogate)") from err
+        raise TextInvalid(line, f"{short(ascii(text)[1:-1])} has half a character (a lone surrogate)") from err

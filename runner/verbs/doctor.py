@@ -427,7 +427,7 @@ def _faster_in_svdq(fast: Recipe, speed: DeviceSpeed, seconds: float) -> str:
 
     plain, said = get_recipe(DEFAULT_RECIPE), ""
     changed = {(name, getattr(fast, name)) for name in CHOSEN if getattr(fast, name) != getattr(plain, name)}
-    others = [word.text for word in FIXED.values() if (word.field, word.value) in changed]
+    others = [modifier.text for modifier in FIXED.values() if (modifier.field, modifier.value) in changed]
     for row in PRECISIONS.values():
         if row.layout != "svdq" or row.name not in speed.matmul:
             continue

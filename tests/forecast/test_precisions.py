@@ -134,7 +134,7 @@ def test_one_row_is_a_word_of_recipes(stub):
         ConfigInvalid, match=r"did you mean 'stub'.*bf16, fp8, int8, nvfp4, svdq-.*, stub, int8-attention"
     ):
         get_recipe("fp4-distill+stubb")
-    with pytest.raises(ConfigInvalid, match="says both 'stub' and 'fp8'"):
+    with pytest.raises(ConfigInvalid, match="has both 'stub' and 'fp8'"):
         get_recipe("fp4-distill+stub+fp8")
 
 

@@ -28,7 +28,7 @@ from runner.generation.sampling import (
     res_2s_step,
     unipc_sigmas,
 )
-from runner.spec.recipes import SAMPLER_ROWS, SCHEDULE_WORDS
+from runner.spec.recipes import SAMPLER_ROWS, SCHEDULE_MODIFIERS
 from tests.generation.library_schedulers import beta57_indices, library_scheduler
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_res_2s_ends_at_the_least_level_of_the_table(sigmas, shift, expected):
 
 def test_the_tables_hold_the_names_that_a_recipe_may_say():
     assert list(SAMPLERS) == list(SAMPLER_ROWS)
-    assert list(SCHEDULES) == list(SCHEDULE_WORDS)
+    assert list(SCHEDULES) == list(SCHEDULE_MODIFIERS)
     for name, row in SAMPLER_ROWS.items():
         assert set(SAMPLERS[name].own) <= set(row.schedules) <= set(SCHEDULES)
 

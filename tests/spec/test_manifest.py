@@ -263,7 +263,7 @@ matrix:
 
 def test_every_problem_is_told_at_once():
     expected = [
-        "line 1: version: 2 is not known here; this runner reads version: 1",
+        "line 1: version: 2 is unknown; this runner reads version: 1",
         "line 2: recipee: unknown key; did you mean recipe?",
         "line 3: memory: must be auto, resident, stream or minimal, not the text 'strem'; did you mean stream?",
         "line 5: defaults.promt: unknown key; did you mean prompt?",
@@ -397,7 +397,7 @@ def test_one_wrong_word_of_a_job(said, message):
         ("version: 1\njobs:\n\t- a", "line 3: not valid YAML"),
         ("version: 1\n---\nversion: 1", "line 2: a second document"),
         ("version: 1\njobs: [*gone]", "line 2: jobs[0]: the alias *gone has no anchor &gone"),
-        ("version: 1\njobs: &j [*j]", "line 2: jobs[0]: the alias *j holds itself"),
+        ("version: 1\njobs: &j [*j]", "line 2: jobs[0]: the alias *j contains itself"),
         ("version: 1\njobs: [{<<: 5, id: a, reference: r, video: v}]", "jobs[0].<<: must be a mapping"),
         ("version: 1\n? [a]\n: b\njobs: [{id: a, reference: r, video: v}]", "line 2: a key must be text"),
         ("version: 1\njobs: [{id: !!python/name:os.system x, reference: r, video: v}]", "tag !!python/name:os.sys"),
@@ -468,7 +468,7 @@ def test_broken_json_lines_do_not_hide_each_other():
     starts = [
         "line 1: not valid JSON", "line 2: id: written twice", "line 3: not valid JSON: NaN",
         "line 4: vido: unknown key; did you mean video?", "line 4: video: is required",
-        "line 5: only the first line", "line 6: must be a mapping", "line 7: '\\ud800' holds half a character",
+        "line 5: only the first line", "line 6: must be a mapping", "line 7: '\\ud800' has half a character",
         "line 8: id: D differs only in case from d", "line 8: options.stps: unknown key; did you mean steps?",
     ]  # fmt: skip
     assert len(found) == len(starts)

@@ -170,7 +170,7 @@ def test_flags_of_svdq_belong_to_svdq_formats():
         QuantizeSettings(recipe=f"fp4-distill+{svdq}", format=other)
     with pytest.raises(ConfigInvalid, match="leaves to the device"):
         QuantizeSettings(recipe="fp4-fast", format=svdq)
-    with pytest.raises(ConfigInvalid, match="says both 'fp8' and"):
+    with pytest.raises(ConfigInvalid, match="has both 'fp8' and"):
         QuantizeSettings(recipe="fp4-distill+fp8", format=svdq)
     for wrong in ("lite folder", ("lite",), ("lite", "a", "b"), ["torch", "folder"], ("lite", 5)):
         with pytest.raises(ConfigInvalid, match="--export"):
