@@ -1,4 +1,4 @@
-"""Preprocessing: a driving video becomes skeletons and faces, a reference becomes an upright RGB image.
+"""Preprocessing: make skeletons and faces from a driving video, and an upright RGB image from a reference.
 
-`pipeline` strings the steps together; every other file is one step. Knows frames, never manifests, jobs or torch.
+`prepare` calls the steps; every other file is one step. Never: manifests, jobs, torch.
 """

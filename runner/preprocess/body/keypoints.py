@@ -1,7 +1,7 @@
-"""Keypoints: 133 whole-body points as the joints that are drawn and the face that is cropped.
+"""Keypoints: convert 133 whole-body points into the joints that are drawn and the face that is cropped.
 
 In:   points float32 [133, 3] (x, y in pixels, confidence) of COCO-WholeBody. Out: `Pose` of one frame, `PoseTrack` of a
-whole clip (1.6 KB a frame). Never: pictures.
+      clip (1.6 KB per frame). Never: pictures.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ BODY_ROWS = slice(0, 23)
 FACE = slice(23, 91)
 LEFT_HAND = slice(91, 112)
 RIGHT_HAND = slice(112, 133)
-# A body joint is the mean of two points, confidence included; most name one point twice. The neck is between the
-# shoulders, a toe between big and small toe.
+# A body joint is the mean of two points, confidence included; for most joints both are the same point. The neck is
+# between the shoulders, a toe between big and small toe.
 FIRST = [0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20]
 SECOND = [0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 18, 21]
 
@@ -36,13 +36,13 @@ class Pose:
 
     @classmethod
     def from_points(cls, points: np.ndarray) -> Pose:
-        """From whole-body points [133, 3]."""
+        """Make a pose from whole-body points [133, 3]. Raises ValueError for another shape."""
         if points.shape != (133, 3):
             raise ValueError(f"133 points of x, y, confidence are needed, not an array of {points.shape}")
         return cls(body_of(points), points[LEFT_HAND], points[RIGHT_HAND], points[FACE])
 
     def moved(self, transform: Callable[[np.ndarray], np.ndarray]) -> Pose:
-        """The pose with `transform` applied to its coordinates [k, 2]; confidences stay."""
+        """Return the pose with `transform` applied to its coordinates [k, 2]. Confidences stay."""
         parts = (self.body, self.left_hand, self.right_hand, self.face)
         joints = np.concatenate(parts, dtype=np.float64)
         joints[:, :2] = transform(joints[:, :2])
@@ -66,14 +66,15 @@ class PoseTrack:
 
 
 def body_of(points: np.ndarray) -> np.ndarray:
-    """Whole-body points [..., 133, 3] → body joints [..., 20, 3]."""
+    """Return the body joints [..., 20, 3] of whole-body points [..., 133, 3]."""
     return (points[..., FIRST, :] + points[..., SECOND, :]) / 2
 
 
 def hold_lost_bodies(points: np.ndarray) -> np.ndarray:
-    """Official: where every body joint has a negative coordinate, the body of the frame before stays (not hands, face).
+    """Where every body joint has a negative coordinate, keep the body of the frame before, as in the official code.
 
-    points [n, 133, 3] → a copy. In the first frame, where the official code crashes, there is nothing to hold.
+    points [n, 133, 3] → a copy. Hands and face are not kept. The official code crashes if this is so in the first
+    frame; here the first frame stays as it is.
     """
     held = points.copy()
     lost = (body_of(points)[..., :2].min(-1) < 0).all(-1)

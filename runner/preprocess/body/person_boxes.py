@@ -1,7 +1,7 @@
-"""Person boxes: which part of each picture the drawn person and the face take.
+"""Person boxes: the boxes around the drawn person and around the face in each frame.
 
-In:   whole-body points of a clip in pixels of the output. Out: boxes, float64 [n, 4]: x1, y1, x2, y2, NaN where there
-is none. Never: pictures, and who the person is.
+In:   whole-body points of a clip in pixels of the output. Out: boxes, float64 [n, 4]: x1, y1, x2, y2; NaN where there
+      is none. Never: pictures.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from runner.preprocess.body.skeleton import THRESHOLD
 __all__ = ["face_boxes", "person_boxes"]
 
 NOSE, NECK = 0, 1
-# Joints lie inside of the body: shoulders, hips and soles are a few per cent of a standing person's height further out.
-MARGIN = 0.06  # of the longer side; assumed, seen to hold on a dancing man and a portrait
+# Joints are inside the body: shoulders, hips and soles are a few per cent of a standing person's height further out.
+MARGIN = 0.06  # of the longer side; assumed, checked by eye on a dancing man and a portrait
 # From the nose to the crown is less than from the neck to the nose; the rest is hair.
 CROWN = 0.9  # of the way from neck to nose, beyond the nose
 
 
 def person_boxes(points: np.ndarray) -> np.ndarray:
-    """points float [n, 133, 3] (x, y, confidence) → boxes around all joints that are drawn, head and margin included.
+    """Return the boxes around all drawn joints of points float [n, 133, 3] (x, y, confidence), with head and margin.
 
     A frame in which nothing of the body is drawn has none.
     """
@@ -41,10 +41,10 @@ def person_boxes(points: np.ndarray) -> np.ndarray:
 
 
 def face_boxes(points: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The extent of the 68 face points, from brows to chin.
+    """Return the boxes around the 68 face points, from brows to chin.
 
-    A frame has none where fewer than half of the points are sure, where the face is smaller than 4 pixels, and where
-    less than a quarter of it is inside a picture of (width, height).
+    A frame has none if fewer than half of the points are confident, if the face is smaller than 4 pixels, or if less
+    than a quarter of it is inside a picture of (width, height).
     """
     faces = np.asarray(points[:, FACE], np.float64)
     boxes = _extents(faces[..., :2], _sure_faces(faces))
@@ -57,13 +57,13 @@ def face_boxes(points: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _sure_faces(faces: np.ndarray) -> np.ndarray:
-    """bool [n, 68]: points that are sure, of faces that are."""
+    """bool [n, 68]: the confident points, of faces with enough of them."""
     sure = faces[..., 2] >= FACE_CONFIDENCE
     return sure & (sure.sum(1) >= LEAST_POINTS)[:, None]
 
 
 def _extents(xy: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """xy float [n, k, 2], kept bool [n, k] → boxes around those that are kept."""
+    """Return the boxes around the points xy float [n, k, 2] where `kept` bool [n, k] is true."""
     low = np.where(kept[..., None], xy, np.inf).min(1)
     high = np.where(kept[..., None], xy, -np.inf).max(1)
     boxes = np.concatenate([low, high], 1)

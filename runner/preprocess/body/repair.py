@@ -1,11 +1,12 @@
-"""Repair: joints that cannot be right, judged by the frames around them, and what to put in their place.
+"""Repair: find wrong joints by comparing them with the frames around, and replace them.
 
-In:   whole-body points [n, 133, 3] of one person, when each frame was, and how tall the person is there.
-Out:  the points with the wrong ones replaced, and how many those were. Never: pixels, who the person is.
+In:   whole-body points [n, 133, 3] of one person, the time of each frame, the person's height in it.
+Out:  the points with the wrong ones replaced, and how many these were. Never: pixels, choosing a person.
 
-A network is as sure of a leg on the wrong side as of one in place, so confidence decides nothing here but who may be
-an anchor. A joint that needs no repair keeps its bits. Three things are put right, in this order: frames whose left and
-right are exchanged, frames that failed altogether, single joints that jump away and come back.
+A network's confidence is as high for a leg on the wrong side as for a correct one. So confidence is used only to
+choose the anchors that others are compared with. A joint that needs no repair keeps its bits. Three errors are
+repaired, in this order: frames with left and right exchanged, frames that failed as a whole, single joints that jump
+away and come back.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from runner.preprocess.body.keypoints import BODY_ROWS, FACE, LEFT_HAND, RIGHT_H
 
 __all__ = ["SLACK", "SPEED", "SURE", "Repaired", "body_heights", "repair"]
 
-SURE = 0.3  # a point below this is a guess: it neither anchors others nor is worth saving
-# How far a joint gets between two frames, in body heights: 3.75 a second, and 1.5 % for the tremble. Wrists of
-# jumping jacks reach 3.4 a second; at 30 frames a second the bound is 14 % a frame.
+SURE = 0.3  # a point below this is a guess: it is no anchor for others, and is not repaired
+# The farthest that a joint moves between two frames, in body heights: 3.75 a second, and 1.5 % for pose noise. Wrists
+# in jumping jacks reach 3.4 a second; at 30 frames per second the limit is 14 % per frame.
 SPEED = 3.75
 SLACK = 0.015
-REACH_S = 0.5  # further apart, two sightings say nothing about each other
-BREAK_S = 0.3  # what stays away for this long is no slip of the network: a cut, or the truth
-DROPOUT_S = 0.12  # a joint that the network loses for no longer is filled in
-SMOOTH = 0.25  # what a step at the speed limit costs, of a position left out: less than 1/2, or good ones would be
-TURN = 60.0  # body heights a second squared: more than limbs are turned around with
-BLIP = 0.02  # and this much, in body heights, is tremble
-FAILED = 0.4  # share of a frame's sure body joints that are wrong: the frame is
+REACH_S = 0.5  # positions further apart in time are not compared
+BREAK_S = 0.3  # a joint that stays away for this long is no error of the network: a cut, or the true position
+DROPOUT_S = 0.12  # a joint that the network loses for at most this long is filled in
+SMOOTH = 0.25  # cost of a step at the speed limit; leaving out a position costs 1. From 1/2 on good ones are left out
+TURN = 60.0  # body heights a second squared: more than limbs reach when they turn around
+BLIP = 0.02  # body heights: this much is pose noise
+FAILED = 0.4  # share of a frame's confident body joints that are wrong, from which on the frame is wrong as a whole
 LEAST_JOINTS = 5
-COLLAPSED = 0.5  # a body that spans this share of what it does just before and after
-FLIP_GAIN = 0.04  # body heights a joint by which a frame must fit better with its sides exchanged
-FLIP_PRIOR = 0.01  # in doubt, sides are right
-FLIP_STEP_S = 0.13  # frames further apart say nothing about sides
-CUT = 0.2  # body heights by which the middle joint is elsewhere after a cut
-FAR = 0.3  # body heights: beyond this, a joint is as wrong as can be
+COLLAPSED = 0.5  # a body smaller than this share of its size just before and after has collapsed
+FLIP_GAIN = 0.04  # body heights per joint by which a frame must fit better with its sides exchanged
+FLIP_PRIOR = 0.01  # cost of exchanged sides: in doubt, sides are right
+FLIP_STEP_S = 0.13  # frames further apart are not compared for exchanged sides
+CUT = 0.2  # body heights that the median joint moves at a cut
+FAR = 0.3  # body heights: larger distances count as this
 
 PAIRS = np.array([(1, 2), (3, 4), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16), (17, 20), (18, 21), (19, 22)])
 ARMS, LEGS = PAIRS[:5], PAIRS[5:]
@@ -47,24 +48,24 @@ STANDING = 1.12  # body height over nose to ankles
 TORSO = 3.4  # over neck to hips
 SHOULDERS = 4.5  # over shoulder to shoulder
 LEAST_OF_BOX = 0.7
-TALL_S = 1.0  # half of the span over which a height is taken: nobody grows, but they come nearer
-USUAL = 80  # percentile: bent, turned and foreshortened frames make people look smaller, nothing makes them taller
+TALL_S = 1.0  # half of the time over which a height is measured: a person's height changes only with the distance
+USUAL = 80  # percentile: bent, turned and foreshortened people look smaller, but never taller
 
 
 @dataclass(frozen=True)
 class Repaired:
     points: np.ndarray  # float32 [n, 133, 3]
-    joints: int  # body and hand joints put elsewhere or given up, over all frames, but for those in `frames`
-    frames: int  # frames with their sides exchanged back, or interpolated as a whole
-    flipped: int  # the former of these
+    joints: int  # body and hand joints that were moved or given up, in frames that are not counted in `frames`
+    frames: int  # frames whose sides were exchanged back, or that were interpolated as a whole
+    flipped: int  # frames whose sides were exchanged back
 
 
 def repair(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> Repaired:
-    """points float32 [n, 133, 3], times_s float64 [n] increasing, heights float64 [n] body heights in pixels.
+    """Repair points float32 [n, 133, 3] at times_s float64 [n] (increasing), with body heights float64 [n] in pixels.
 
-    Replaced joints lie on the line between their neighbours in time, with the lesser of their confidences; a wrong one
-    without good neighbours within REACH_S keeps its place with a confidence of 0, so that it is not drawn. Nothing is
-    judged or replaced across a cut.
+    A replaced joint lies on the line between its good neighbours in time, with the lower of their confidences. A wrong
+    joint without good neighbours within REACH_S keeps its position with a confidence of 0, so that it is not drawn.
+    Frames on two sides of a cut are not compared.
     """
     points = np.array(points, np.float32)
     ends = [0, *_cuts(points, times_s, heights), len(points)]
@@ -77,7 +78,7 @@ def _repair_shot(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -
     if len(points) < 3:
         return Repaired(points, 0, 0, 0)
     flips = np.zeros(len(points), bool)
-    for half in (ARMS, LEGS):  # apart: where all is exchanged both say so
+    for half in (ARMS, LEGS):  # one by one: the network may exchange only one of them
         here = _flipped(points, half, times_s, heights)
         points[here] = _exchanged(points[here], half)
         flips |= here
@@ -92,15 +93,15 @@ def _repair_shot(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -
     kept &= ~failed[:, None]
     filled, changed = _filled(watched, sure, kept, times_s)
     points[:, WATCHED] = np.where(changed[..., None], filled, points[:, WATCHED])
-    points[failed, FACE, 2] = 0  # the face of another frame will be shown
+    points[failed, FACE, 2] = 0  # so that the face of another frame is shown
     whole = flips | failed
     return Repaired(points, int(changed[~whole].sum()), int(whole.sum()), int(flips.sum()))
 
 
 def body_heights(points: np.ndarray, box_heights: np.ndarray, times_s: np.ndarray) -> np.ndarray:
-    """How tall the person would stand, in pixels, around each frame: float64 [n].
+    """Return the person's standing height in pixels around each frame: float64 [n].
 
-    From what the joints of [n, 133, 3] show of the body; where they show too little, from the box around it.
+    It is measured from the joints of [n, 133, 3]; where too few are seen, from the box around the person.
     """
     body = points[:, BODY_ROWS].astype(np.float64)
     sure = body[..., 2] >= 0.5
@@ -116,8 +117,8 @@ def body_heights(points: np.ndarray, box_heights: np.ndarray, times_s: np.ndarra
     heights = np.empty(len(points))
     firsts, lasts = _around(times_s, TALL_S)
     for i, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True)):
-        # The first measure that half of the frames around allow. A box is as tall as the person, a third taller with
-        # arms raised, or shows only a part of them.
+        # The first measurement that half of the frames around have. A box is as tall as the person, a third taller with
+        # arms raised, or shows only a part of the person.
         heights[i] = LEAST_OF_BOX * _percentile(box_heights[first:last], 50)
         for guess, have in zip(guesses, shown, strict=True):
             if 2 * np.count_nonzero(have[first:last]) >= last - first:
@@ -127,7 +128,7 @@ def body_heights(points: np.ndarray, box_heights: np.ndarray, times_s: np.ndarra
 
 
 def _percentile(values: np.ndarray, percent: float) -> float:
-    """NumPy's, linear between neighbours, without its checks: they cost ten times what the few values do."""
+    """As np.percentile, linear between neighbours. NumPy's checks take ten times as long as these few values."""
     ordered = np.sort(values)
     low, share = divmod((len(ordered) - 1) * percent / 100, 1)
     below, above = ordered[int(low)], ordered[min(int(low) + 1, len(ordered) - 1)]
@@ -135,12 +136,12 @@ def _percentile(values: np.ndarray, percent: float) -> float:
 
 
 def _cuts(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> list[int]:
-    """Frames in which the whole body is elsewhere, and stays away from where it was."""
+    """Return the frames at which the whole body moves to another place and stays there."""
     body = points[:, BODY_ROWS].astype(np.float64)
     sure = body[..., 2] >= SURE
 
     def away(i: int, others: range) -> float:
-        """The least of the middle joint's distances from frame i to the others, body heights."""
+        """Return the smallest of the median joint's distances from frame i to the others, body heights."""
         far = [_length(body[i, both, :2] - body[k, both, :2]) for k in others for both in [sure[i] & sure[k]]]
         return min((float(np.median(d)) / heights[i] for d in far if len(d) >= LEAST_JOINTS), default=0.0)
 
@@ -159,7 +160,7 @@ def _cuts(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> list[
 
 
 def _around(times_s: np.ndarray, reach_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """For each frame, [first, last) of the frames no further away in time than `reach_s`."""
+    """For each frame, [first, last) of the frames within `reach_s` seconds."""
     firsts = np.searchsorted(times_s, times_s - reach_s, side="left")
     return firsts, np.searchsorted(times_s, times_s + reach_s, side="right")
 
@@ -169,7 +170,7 @@ def _length(xy: np.ndarray) -> np.ndarray:
 
 
 def _exchanged(points: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Left as right: the pairs, and with the wrists the hands."""
+    """Exchange left and right of the pairs, and with the arms the hands."""
     out = points.copy()
     out[:, pairs] = points[:, pairs[:, ::-1]]
     if pairs is ARMS:
@@ -180,7 +181,7 @@ def _exchanged(points: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 def _flipped(points: np.ndarray, pairs: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """bool [n]: frames that fit their neighbours on both sides much better with left and right exchanged.
 
-    The cheapest course of two states a frame (Viterbi): as found, exchanged. Runs of BREAK_S and longer are believed.
+    Viterbi over two states per frame: as found, exchanged. Runs of BREAK_S and longer stay as found.
     """
     n = len(points)
     rows = pairs.ravel()
@@ -222,19 +223,19 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _steady(points: np.ndarray, sure: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """bool [n, J]: for each joint, the longest course of sure positions that keeps below the speed limit.
+    """bool [n, J]: for each joint, the longest path of confident positions below the speed limit.
 
-    A position left out costs 1, a jump within the course as much as BREAK_S of them, a fast step a little. The cheapest
-    course is found by dynamic programming, for all joints at once.
+    A position that is left out costs 1. A jump within the path costs as much as the positions in BREAK_S, a fast step a
+    little. Dynamic programming finds the cheapest path, for all joints at once.
     """
     n, joints = sure.shape
     xy = points[..., :2]
     dt = float(np.median(np.diff(times_s)))
     jump = max(2.0, round(BREAK_S / dt))
-    passed = np.cumsum(sure, axis=0)  # sure positions up to and including frame i
+    passed = np.cumsum(sure, axis=0)  # confident positions up to and including frame i
     cost = np.full((n, joints), np.inf)
     parent = np.full((n, joints), -1)
-    far_cost, far_parent = np.full(joints, np.inf), np.full(joints, -1)  # of frames beyond reach, cost less `passed`
+    far_cost, far_parent = np.full(joints, np.inf), np.full(joints, -1)  # of frames beyond REACH_S: cost minus `passed`
     oldest = 0
     for i in range(n):
         while times_s[i] - times_s[oldest] > REACH_S:
@@ -242,18 +243,18 @@ def _steady(points: np.ndarray, sure: np.ndarray, times_s: np.ndarray, heights: 
             nearer = reachable <= far_cost
             far_cost, far_parent = np.where(nearer, reachable, far_cost), np.where(nearer, oldest, far_parent)
             oldest += 1
-        best = passed[i] - 1.0  # this one is the first of its course
+        best = passed[i] - 1.0  # this one is the first of its path
         chosen = np.full(joints, -1)
         far = far_cost + passed[i] - 1
         best, chosen = np.where(far < best, far, best), np.where(far < best, far_parent, chosen)
         if i > oldest:
             away = _length(xy[i] - xy[oldest:i]) / heights[i]
             allowed = SLACK + SPEED * (times_s[i] - times_s[oldest:i])
-            # Where leaving out either of two would do, the one that makes the course smoother stays.
+            # If either of two positions can be left out, the one that makes the path smoother stays.
             pace = away / allowed[:, None]
             link = np.where(pace <= 1, SMOOTH * pace**2, jump)
             near = cost[oldest:i] - passed[oldest:i] + passed[i] - 1 + link
-            k = len(near) - 1 - near[::-1].argmin(0)  # of equals, the latest
+            k = len(near) - 1 - near[::-1].argmin(0)  # of equal costs, the latest
             least = near[k, np.arange(joints)]
             best, chosen = np.where(least <= best, least, best), np.where(least <= best, k + oldest, chosen)
         cost[i] = np.where(sure[i], best, np.inf)
@@ -270,7 +271,7 @@ def _steady(points: np.ndarray, sure: np.ndarray, times_s: np.ndarray, heights: 
 
 
 def _blips(points: np.ndarray, kept: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """bool [n, J]: below the speed limit, but out and back again within one frame, more sharply than limbs turn."""
+    """bool [n, J]: positions below the speed limit that leave and return within one frame, faster than limbs can."""
     xy = points[..., :2]
     out = np.zeros(kept.shape, bool)
     before, after = times_s[1:-1] - times_s[:-2], times_s[2:] - times_s[1:-1]
@@ -287,7 +288,7 @@ def _blips(points: np.ndarray, kept: np.ndarray, times_s: np.ndarray, heights: n
 
 
 def _collapsed(body: np.ndarray, sure: np.ndarray, times_s: np.ndarray) -> np.ndarray:
-    """bool [n]: the body's sure joints lie in a heap, and did not shortly before and after."""
+    """bool [n]: the body's confident joints lie close together, but not shortly before and after."""
     lowest, highest = (
         np.where(sure[..., None], body[..., :2], np.inf),
         np.where(sure[..., None], body[..., :2], -np.inf),
@@ -309,7 +310,7 @@ def _collapsed(body: np.ndarray, sure: np.ndarray, times_s: np.ndarray) -> np.nd
 def _filled(
     points: np.ndarray, sure: np.ndarray, kept: np.ndarray, times_s: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(points with what is not kept replaced where that is known [n, J, 3], bool [n, J] where it was)."""
+    """Return (points [n, J, 3] with those not `kept` replaced or given up, bool [n, J] where this was done)."""
     filled, changed = points.copy(), np.zeros(kept.shape, bool)
     for j in np.flatnonzero(~kept.all(0)):
         anchors = np.flatnonzero(kept[:, j])
@@ -329,7 +330,10 @@ def _filled(
 def _neighbours(
     course: np.ndarray, times_s: np.ndarray, i: int, a: int | None, b: int | None, reach_s: float
 ) -> np.ndarray | None:
-    """What anchors a < i < b of one joint's course [n, 3] say about frame i; an end without one is held for a while."""
+    """Interpolate one joint's path [n, 3] at frame i between the anchors a < i < b.
+
+    With one anchor only, its value is held for up to BREAK_S. None if the anchors are too far away in time.
+    """
     if a is not None and b is not None and times_s[b] - times_s[a] <= reach_s:
         share = (times_s[i] - times_s[a]) / (times_s[b] - times_s[a])
         value = (1 - share) * course[a] + share * course[b]

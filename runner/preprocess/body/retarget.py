@@ -1,8 +1,8 @@
-"""Retarget: a driving person's motion on the body of the reference, standing where the reference stands.
+"""Retarget: apply a driving person's motion to the body of the reference, at the reference's place.
 
 In:   the poses of a clip, the pose of the reference picture. Out: poses in pixels of the output, a report, warnings.
-Never: pictures. The official way is in `retarget_official`; this one measures limbs over the whole clip, believes only
-what was seen, bounds every factor, and keeps planted feet at their height. Directions of limbs are the driver's.
+Never: pictures. The official method is in `retarget_official`. This one measures limbs over the whole clip, uses only
+joints that are seen, bounds every factor, and keeps planted feet at their height. Limbs keep the driver's directions.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ class Retargeted:
 
     track: PoseTrack  # in pixels of the output; confidences are the driver's
     report: dict[str, Any]  # plain numbers, strings, lists and dicts
-    warnings: list[str]  # sentences for whoever asked
+    warnings: list[str]  # sentences for the user
 
 
 def retarget_robust(track: PoseTrack, reference: PoseTrack, *, canvas: tuple[int, int]) -> Retargeted:
-    """The clip `track` on the body of `reference` (one frame), in pixels of an output of `canvas` (width, height).
+    """Put the clip `track` on the body of `reference` (one frame), in pixels of an output of `canvas` (width, height).
 
-    Every limb keeps its direction and takes the factor of `retarget_limbs.compare`: the reference's length over the
-    driver's, left and right alike, bounded. The person starts where the reference stands: pelvis over pelvis and feet
-    on the reference's floor; with a reference cut above the feet pelvis on pelvis, above the hips neck on neck. Ways
-    travelled grow with the legs. A foot near the floor keeps its height over it (times the legs' factor): the whole
-    figure is raised or lowered for it, and what two feet cannot agree on bends their knees. Hands, face and feet follow
-    wrist, nose and ankle, each by a factor of its own. Confidences are not changed.
+    Every limb keeps its direction and is scaled by its factor of `retarget_limbs.compare`: the reference's length over
+    the driver's, the same for left and right, bounded. The person starts where the reference stands: pelvis above
+    pelvis and feet on the reference's floor. If the reference is cut above the feet, pelvis is on pelvis; above the
+    hips, neck on neck. Distances travelled are scaled with the legs. A foot near the floor keeps its height above it
+    (times the legs' factor): the whole figure is raised or lowered for this, and the remaining difference between the
+    feet bends the knees. Hands, face and feet follow wrist, nose and ankle, each with its own factor. Confidences are
+    not changed.
 
-    The face of the result follows the head; faces are cropped by the driving track, not by this one.
-    ValueError for an empty clip or a reference of more than one frame; NoPerson where no limb is seen in both.
+    The face of the result follows the head. Faces are cropped by the driving track, not by this one.
+    Raises ValueError for an empty clip or a reference of more than one frame; NoPerson if no limb is seen in both.
     """
     reference = on_canvas(track, reference, canvas)
-    driver, model = Skeleton.of(track), Skeleton.of(reference).believed(reference.points[..., 2])
+    driver, model = Skeleton.of(track), Skeleton.of(reference).without_guesses(reference.points[..., 2])
     proportions = compare(driver, model)
     framing = framing_of(model)
     body = _Body(driver, proportions)
@@ -71,41 +72,44 @@ def retarget_robust(track: PoseTrack, reference: PoseTrack, *, canvas: tuple[int
 
 
 def on_canvas(track: PoseTrack, reference: PoseTrack, canvas: tuple[int, int]) -> PoseTrack:
-    """The reference's pose in pixels of the output, into which the generator letterboxes the picture."""
+    """Return the reference's pose in pixels of the output, into which the generator letterboxes the picture.
+
+    Raises ValueError for an empty clip or a reference of more than one frame.
+    """
     if not len(track):
         raise ValueError("a clip without frames cannot be retargeted")
     if len(reference) != 1:
-        raise ValueError(f"the reference is one picture, not {len(reference)}")
+        raise ValueError(f"the reference must be one picture, not {len(reference)}")
     if (reference.width, reference.height) == canvas:
         return reference
     points = reference.points.copy()
     points[..., :2] = place((reference.width, reference.height), canvas).points(points[..., :2].astype(np.float64))
-    # A joint outside of the picture would lie within the output's margins: no longer seen to be outside.
+    # A joint outside the picture can be inside the output's margins: mark it as unseen here.
     outside = (reference.points[..., :2] < 0) | (reference.points[..., :2] > (reference.width, reference.height))
     points[..., 2][outside.any(-1)] = 0
     return PoseTrack(points, *canvas)
 
 
 def framing_of(model: Skeleton) -> Framing:
-    """How much of the person a picture shows: with a foot, with hips, or less."""
+    """Return how much of the person a picture shows: down to a foot, down to the hips, or less."""
     if not model.seen[0, PELVIS]:
         return "half"
     return "full" if model.seen[0, ANKLES].any() else "three_quarter"
 
 
 def zoom_warning(framing: Framing, zoom: float) -> str:
-    """Why a reference that is not full-body gives a result framed as closely as it is."""
+    """Return the warning that a reference which is not full-body gives a closely framed result."""
     shown, lost = ("hips", "legs") if framing == "three_quarter" else ("chest", "hips and legs")
     return (
-        f"The reference is not full-body: it shows the person down to the {shown}. The motion is drawn at the size and "
-        f"place that the reference has, so the result is zoomed to {zoom:.1f} times the driving video's framing, and "
-        f"the {lost} fall below the picture. Give a full-body reference, or set preprocess.retarget to off to keep the "
+        f"The reference is not full-body: it shows the person down to the {shown}. The motion is drawn at the "
+        f"reference's size and place, so the result is zoomed to {zoom:.1f} times the driving video's framing, and the "
+        f"{lost} are below the picture. Give a full-body reference, or set preprocess.retarget to off to keep the "
         "driving video's framing"
     )
 
 
 class _Body:
-    """The figure with its new limbs: `xy` [n, 31, 2] (body rows and between), before it is put in its place."""
+    """The figure with its new limbs, before it is moved to its place: `xy` [n, 31, 2], rows as in `Skeleton`."""
 
     def __init__(self, driver: Skeleton, proportions: Proportions) -> None:
         self.driver, self.proportions = driver, proportions
@@ -115,7 +119,7 @@ class _Body:
         self.start = int(np.argmax(known if known.any() else driver.seen[:, 0]))
         self.xy = np.zeros_like(driver.xy)
         motion = proportions.motion if self.from_pelvis else proportions.scale
-        was = self._steadied()
+        was = self._interpolate_hips()
         spine = proportions.factors["spine"] * (was[:, NECK] - was[:, PELVIS])
         if self.from_pelvis:
             self.xy[:, PELVIS] = motion * was[:, PELVIS]
@@ -130,15 +134,15 @@ class _Body:
         head = driver.xy[:, HEAD_POINTS] - driver.xy[:, :1]
         self.xy[:, HEAD_POINTS] = self.xy[:, :1] + proportions.factors["head"] * head
         self.footing = Footing.of(driver, proportions.stature) if self.from_pelvis and self._legs_known() else None
-        self.stretch = self._settle(motion) if self.footing else 0.0
+        self.stretch = self._keep_foot_heights(motion) if self.footing else 0.0
 
     def _legs_known(self) -> bool:
         return {"thigh", "calf"} <= self.proportions.driving.keys()
 
-    def _steadied(self) -> np.ndarray:
-        """The driver's xy; where hips are not seen, under the neck as between the frames in which they are.
+    def _interpolate_hips(self) -> np.ndarray:
+        """Return the driver's xy. Where hips are not seen, their offset from the neck is interpolated over time.
 
-        Hips that the pose model loses for some frames would otherwise throw the whole figure about.
+        Otherwise the whole figure would jump in frames in which the pose model loses the hips.
         """
         xy, seen = self.driver.xy, self.driver.seen
         both = np.flatnonzero(seen[:, PELVIS] & seen[:, NECK])
@@ -147,14 +151,14 @@ class _Body:
             return xy
         torso = xy[both, NECK] - xy[both, PELVIS]
         between = np.stack([np.interp(lost, both, torso[:, axis]) for axis in (0, 1)], 1)
-        steadied = xy.copy()
+        out = xy.copy()
         hips = np.array([PELVIS, 11, 12])
-        steadied[lost[:, None], hips] += (xy[lost, NECK] - between - xy[lost, PELVIS])[:, None]
-        return steadied
+        out[lost[:, None], hips] += (xy[lost, NECK] - between - xy[lost, PELVIS])[:, None]
+        return out
 
-    def _settle(self, factor: float) -> float:
-        """Raise or lower the figure so that feet near the floor keep their height; returns the most that a leg was
-        stretched or bent for it, in statures of the result."""
+    def _keep_foot_heights(self, factor: float) -> float:
+        """Raise or lower the figure so that feet near the floor keep their height. Returns the most that a leg is
+        stretched or bent for this, in statures of the result."""
         assert self.footing is not None
         lacking, weight = self.footing.offsets(soles(self.xy, self.driver.seen), factor), self.footing.weight
         lift = (weight * lacking).sum(1) / np.maximum(weight.sum(1), 1)
@@ -167,7 +171,7 @@ class _Body:
 
 
 def _all_points(track: PoseTrack, driver: Skeleton, xy: np.ndarray, proportions: Proportions) -> np.ndarray:
-    """[n, 133, 3]: the body's joints as given, and what follows them."""
+    """Return [n, 133, 3]: the body's joints as given, and the points that follow them."""
     points = track.points.copy()
 
     def follow(rows: list[int] | slice, joint: int, factor: float) -> None:
@@ -197,7 +201,7 @@ def _report(
         "motion_scale": round(proportions.motion, 4),
         "size_at_start": round(proportions.size_at_start, 4),
         "factors": {name: round(value, 4) for name, value in proportions.factors.items()},
-        "factors_bounded": {name: round(value, 4) for name, value in proportions.held.items()},
+        "factors_bounded": {name: round(value, 4) for name, value in proportions.bounded.items()},
         "joints_outside": round(float((drawn & ~inside.all(-1)).sum() / max(1, drawn.sum())), 4),
     }
     if body.footing:
@@ -224,14 +228,14 @@ def _warnings(
         warnings.append(zoom_warning(framing, proportions.scale * track.width / width))
     elif not body.footing:
         warnings.append(
-            "The driving video shows no feet while the reference is full-body: nothing drives its legs, and it cannot "
-            "be stood on its floor. Give a driving video that shows the whole person"
+            "The driving video shows no feet, but the reference is full-body: nothing drives its legs, and its feet "
+            "cannot be put on the floor. Give a driving video that shows the whole person"
         )
-    if proportions.held:
-        names = ", ".join(f"{name} {value / proportions.scale:.2f}" for name, value in proportions.held.items())
+    if proportions.bounded:
+        names = ", ".join(f"{name} {value / proportions.scale:.2f}" for name, value in proportions.bounded.items())
         warnings.append(
-            f"Some limbs of the reference measure far from the driver's proportions ({names} times the body's scale) "
-            "and were bounded: they probably point at the camera, or the person is turned aside. A reference with "
-            "limbs in plain view gives their true length"
+            f"Some limbs of the reference differ much from the driver's proportions ({names} times the body's scale), "
+            "so their factors were bounded. They probably point at the camera, or the person is turned to the side. A "
+            "reference in which all limbs are well visible gives their true length"
         )
     return warnings

@@ -1,7 +1,7 @@
-"""Feet: when a foot stands on the floor, and how much a figure must move so that it stays there.
+"""Feet: find when a foot stands on the floor, and how much a figure must move so that it stays there.
 
 In:   a driving skeleton, its stature. Out: `Footing`: floor, contact, weights; how far planted feet move.
-Never: proportions. Times are frames: a planted foot is slow at any frame rate in use, a stepping one fast at any.
+Never: proportions. Times are in frames: at all frame rates in use, a planted foot is slow and a stepping foot is fast.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from runner.preprocess.body.retarget_limbs import TOES, Skeleton, median_of_five
 __all__ = ["ANKLES", "Footing", "travel"]
 
 ANKLES = (15, 16)
-# Fractions of stature. A stepping foot covers 0.04–0.16 of it a frame at 30–16 fps, pose noise 0.003.
-SLOW = 0.012  # a frame
-LOW = 0.06  # over the floor; feet apart in depth differ by less than this when seen from eye level
-HELD, FREE = 0.08, 0.20  # a foot lower than HELD keeps its height, higher than FREE none of it, between in part
-LEVEL = 0.015  # what a planted foot's height varies by
+# Fractions of stature. A stepping foot moves by 0.04–0.16 per frame at 30–16 fps, pose noise by 0.003.
+SLOW = 0.012  # per frame
+LOW = 0.06  # above the floor; feet at different depths differ by less than this when seen from eye level
+HELD, FREE = 0.08, 0.20  # a foot lower than HELD keeps all of its height, higher than FREE none, between a part
+LEVEL = 0.015  # by this much the height of a planted foot varies
 SHORTEST = 3  # frames of a contact
-REACH = 15  # frames to each side in which the lowest foot is the floor: a jump is shorter than that
+REACH = 15  # frames to each side in which the lowest foot marks the floor: a jump is shorter
 
 
 @dataclass(frozen=True, eq=False)
 class Footing:
-    """Left foot, right foot of a clip in driving pixels. All arrays are [n] or [n, 2]."""
+    """The left and right foot of a clip, in driving pixels. Arrays are [n, 2] (left, right), unless noted."""
 
     sole: np.ndarray  # y of the lower of ankle and toes
     seen: np.ndarray  # bool
     floor: np.ndarray  # [n] y
-    weight: np.ndarray  # 0…1: how much of its height over the floor a foot must keep; smooth in time
+    weight: np.ndarray  # 0…1: how much of its height above the floor a foot must keep; smooth in time
     planted: np.ndarray  # bool: low and slow, for SHORTEST frames or more
 
     @classmethod
     def of(cls, skeleton: Skeleton, stature: float) -> Footing | None:
-        """None where no foot is ever seen, or there is no body to measure by."""
+        """Find floor and contacts in a clip. None if no foot is ever seen, or if the stature is 0."""
         seen = skeleton.seen[:, ANKLES]
         if not seen.any() or stature <= 0:
             return None
@@ -53,7 +53,7 @@ class Footing:
             speed[:, k] = np.linalg.norm(moves, axis=1) / stature
         planted = seen & (speed < SLOW) & (height < LOW)
         for k in (0, 1):
-            for start, stop in runs(planted[:, k]):  # a foot that slowly leaves the floor stands on it only at first
+            for start, stop in runs(planted[:, k]):  # a foot that leaves the floor slowly is planted only at first
                 planted[start:stop, k] = steady[start:stop, k] > steady[start:stop, k].max() - LEVEL * stature
             for start, stop in runs(planted[:, k]):
                 if stop - start < min(SHORTEST, len(planted)):
@@ -61,10 +61,9 @@ class Footing:
         return cls(sole, seen, floor, weight, planted)
 
     def offsets(self, made: np.ndarray, factor: float) -> np.ndarray:
-        """[n, 2]: what each foot of the figure `made` (its soles, [n, 2]) lacks in height, weighted.
+        """Return how far each foot of the figure must move down, pixels [n, 2]. `made`: the figure's soles [n, 2].
 
-        Its height should be the driving foot's times `factor`. Frames in which a foot is not seen lie between those
-        in which it is.
+        A foot's y should be the driving foot's times `factor`. Frames in which a foot is not seen are interpolated.
         """
         lacking = np.zeros_like(made)
         for k in np.flatnonzero(self.seen.any(0)):
@@ -76,7 +75,7 @@ class Footing:
         return lacking
 
     def floor_at(self, frame: int, stature: float) -> float:
-        """y of the floor at a frame: the lower foot's where it stands, the floor around it in a jump."""
+        """Return the floor's y at a frame: that of the lower foot if it stands, else that of the frames around."""
         low = [self.sole[frame, k] for k in (0, 1) if self.seen[frame, k]]
         if low and self.floor[frame] - max(low) < LOW * stature:
             return float(max(low))
@@ -84,13 +83,13 @@ class Footing:
 
 
 def soles(xy: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """float64 [n, 2]: y of the lower of ankle and toes; of the ankle where the toes are not seen."""
+    """Return float64 [n, 2]: the y of the lower of ankle and toes, or of the ankle if the toes are not seen."""
     ankles, toes = xy[:, ANKLES, 1], xy[:, TOES, 1]
     return np.where(seen[:, TOES], np.maximum(ankles, toes), ankles)
 
 
 def travel(xy: np.ndarray, planted: np.ndarray) -> tuple[float, float]:
-    """(across, down): the farthest that a foot `xy` [n, 2, 2] gets within one contact, pixels; 0 without contact."""
+    """Return (across, down): the farthest that a foot `xy` [n, 2, 2] moves in one contact, pixels; 0 without one."""
     across, down = 0.0, 0.0
     for k in (0, 1):
         for start, stop in runs(planted[:, k]):
@@ -106,7 +105,7 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _bridged(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[n]: linear over frames not seen, single outliers taken out; unchanged where nothing is seen."""
+    """[n]: interpolated over frames without the foot, single outliers removed; unchanged if it is never seen."""
     if not seen.any():
         return values
     at = np.flatnonzero(seen)
@@ -114,7 +113,7 @@ def _bridged(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _floor(low: np.ndarray) -> np.ndarray:
-    """[n]: the largest y within REACH frames, then its mean within REACH, so that it has no steps."""
+    """[n]: the largest y within REACH frames, then averaged over REACH frames, so that it has no steps."""
     width = 2 * REACH + 1
     most = np.lib.stride_tricks.sliding_window_view(np.pad(low, REACH, mode="edge"), width).max(-1)
     return np.lib.stride_tricks.sliding_window_view(np.pad(most, REACH, mode="edge"), width).mean(-1)

@@ -1,8 +1,8 @@
-"""Limbs: how long a person's limbs are in a clip, and by which factor each must grow to become another person's.
+"""Limbs: measure a person's limbs in a clip, and the factor by which each must grow to the length of another person's.
 
-In:   poses of a clip and of one picture. Out: `Proportions`: lengths, one factor a limb, which of them were held back.
-Never: where anybody stands. A limb that points at the camera looks short and never long, so a clip's measure is a high
-percentile, and left and right, which are equally long on a body, are measured as one.
+In:   poses of a clip and of one picture. Out: `Proportions`: lengths, one factor per limb, which of them were bounded.
+Never: places of people. A limb that points at the camera looks short, but never long. So a clip's length is a high
+percentile. Left and right are equally long on a body, so they are measured together.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from runner.preprocess.body.keypoints import PoseTrack
 __all__ = ["HIGH", "LIMBS", "LOW", "NECK", "PELVIS", "TOES", "Proportions", "Skeleton", "compare", "median_of_five"]
 
 SEEN = 0.4  # confidence from which a joint is measured: the official retarget's threshold for a visible joint
-LONGEST = 95  # percentile of a clip's 2D lengths taken for the true one; the twentieth above it is left to noise
-OUTLIER = 0.15  # a length this far from the median of its neighbours, as a part of it, is a joint misplaced
-SHORTEST_PX = 1.0  # a driving limb shorter than this in all of the clip gives no factor
-START = 24  # frames at a clip's start that say how near the person starts, about a second
-NEARER = 1.15  # a size at the start that differs by more than this from the clip's means that the person approached
+LONGEST = 95  # percentile of a clip's 2D lengths that is taken as the true length; the 5 % above it may be noise
+OUTLIER = 0.15  # a length that differs by more than this share from its neighbours' median has a wrong joint
+SHORTEST_PX = 1.0  # a driving limb shorter than this in the whole clip gives no factor
+START = 24  # frames at a clip's start in which the person's size at the start is measured, about a second
+NEARER = 1.15  # from this ratio of the size at the start to that of the clip on, the person has come nearer or gone
 
-# Bounds of a limb's factor against the whole body's. Adults' limbs differ by a sixth; children and figures with large
-# heads or short legs by up to two. What lies beyond is a limb that points at the camera, or a joint misplaced.
+# Bounds of a limb's factor relative to the whole body's. Adults' limbs differ by a sixth; children and figures with
+# large heads or short legs by up to two. Larger differences are limbs that point at the camera, or wrong joints.
 LOW, HIGH = 0.5, 2.0
-# Half widths of shoulders and hips: a person turned aside shows none of them, so little is believed of a narrow one.
+# Half widths of shoulders and hips: they look narrow on a person turned to the side, so their bounds are tighter.
 WIDTHS = {"shoulder": (0.7, 1.5), "hip": (0.7, 1.5)}
-# Upper arm and forearm, thigh and calf: a figure short in one is short in both, while a forearm that points at the
-# camera is short alone. Farther apart than this, the one farther from the body's factor is brought nearer.
+# Upper arm and forearm, thigh and calf: on a figure both are short or none is, but a forearm that points at the camera
+# is short alone. If their factors differ by more than this, the one farther from the body's factor is moved nearer.
 MATES, APART = (("upper_arm", "forearm"), ("thigh", "calf")), 1 / 0.6
-# A foot's or hand's 2D length depends on how it is turned more than on its size: kept near what it hangs on.
+# The 2D length of a foot or hand depends on its direction more than on its size: bounds relative to the limb before it.
 END_LOW, END_HIGH = 0.7, 1.4
 
-# Rows of `Skeleton.xy`: COCO's 23, then points between.
+# Rows of `Skeleton.xy`: COCO's 23, then the means of other points.
 PELVIS, NECK, LEFT_TOE, RIGHT_TOE, LEFT_ROOT, RIGHT_ROOT, LEFT_PALM, RIGHT_PALM = range(23, 31)
 TOES = (LEFT_TOE, RIGHT_TOE)
 BETWEEN = {
@@ -59,7 +59,10 @@ LIMBS: dict[str, tuple[tuple[int, int], ...]] = {
     "foot": ((15, LEFT_TOE), (16, RIGHT_TOE)),
     "hand": ((LEFT_ROOT, LEFT_PALM), (RIGHT_ROOT, RIGHT_PALM)),
 }
-ENDS = {"foot": "calf", "hand": None}  # what a limb of little reach is bounded by; None: the whole body's factor
+ENDS = {
+    "foot": "calf",
+    "hand": None,
+}  # end of a limb -> the limb whose factor bounds its own; None: the whole body's factor
 LEVELS = ([11, 12, PELVIS], [13, 14], [15, 16, LEFT_TOE, RIGHT_TOE, 17, 18, 19, 20, 21, 22])
 BELIEVED, KNEES_ALONE = 0.5, 0.8
 # Any two of nose, eyes and ears: the farthest pair is about a head's width, seen from the front or from the side.
@@ -71,7 +74,7 @@ class Skeleton:
     """A clip's joints that retargeting moves: xy float64 [n, 31, 2] in pixels, seen bool [n, 31]."""
 
     xy: np.ndarray
-    seen: np.ndarray  # confident, and within the picture: what lies outside is a guess whatever its confidence
+    seen: np.ndarray  # confident, and inside the picture: a joint outside is a guess, whatever its confidence
 
     @classmethod
     def of(cls, track: PoseTrack) -> Skeleton:
@@ -85,12 +88,12 @@ class Skeleton:
             np.concatenate(xy, 1), np.concatenate([seen[:, :23], *(seen[:, r].all(1, keepdims=True) for r in rows)], 1)
         )
 
-    def believed(self, confidences: np.ndarray) -> Skeleton:
-        """Without the joints of hips, knees, ankles that are a guess, from `confidences` [n, 133].
+    def without_guesses(self, confidences: np.ndarray) -> Skeleton:
+        """Return the skeleton with guessed hips, knees and ankles marked as unseen, from `confidences` [n, 133].
 
-        A picture cut at the waist still gets legs from the pose model, squeezed into it and here and there confident:
-        knees are believed below hips, ankles below knees, and each where its two sides are so on the average; knees
-        without ankles only where they are certain.
+        For a picture cut at the waist the pose model still gives legs, squeezed into the picture and sometimes
+        confident. So knees count only with hips, and ankles only with knees, each if the mean confidence of its two
+        sides is BELIEVED or more. Knees without ankles count only from KNEES_ALONE on.
         """
         seen, standing = self.seen.copy(), np.ones(len(self.seen), bool)
         for rows in LEVELS:
@@ -102,7 +105,7 @@ class Skeleton:
         return Skeleton(self.xy, seen)
 
     def lengths(self, pair: tuple[int, int], frames: slice = slice(None)) -> np.ndarray:
-        """float64 [m]: the distance of two joints in the frames in which both are seen, single outliers taken out."""
+        """Return float64 [m]: the distance of two joints in the frames where both are seen, single outliers removed."""
         a, b = pair
         both = self.seen[frames, a] & self.seen[frames, b]
         found = np.linalg.norm(self.xy[frames, a] - self.xy[frames, b], axis=-1)[both]
@@ -112,18 +115,18 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Proportions:
-    """How the reference is built, as the driving person sees it."""
+    """The proportions of the reference relative to the driving person."""
 
-    scale: float  # reference pixels a driving pixel, for the body as a whole
+    scale: float  # reference pixels per driving pixel, for the body as a whole
     factors: dict[str, float]  # for every name in LIMBS and "head": reference length over driving length
     driving: dict[str, float]  # lengths in driving pixels; a limb never seen is missing
     reference: dict[str, float]  # lengths in reference pixels, as measured
-    held: dict[str, float]  # measured factors that a bound replaced, as they were
-    size_at_start: float  # the driving person's size at the start over that in the clip; 1 unless well apart
+    bounded: dict[str, float]  # measured factors that were replaced by a bound, before that
+    size_at_start: float  # the driving person's size at the start over that in the clip; 1 unless it differs by NEARER
 
     @property
     def motion(self) -> float:
-        """Factor of the way travelled: the legs', so that a foot on the floor is carried along by none of it."""
+        """Factor of distances travelled: that of the legs, so that a foot on the floor does not slide."""
         thigh, calf = (self.driving.get(name, 0.0) for name in ("thigh", "calf"))
         if not (thigh and calf) or not {"thigh", "calf"} & self.reference.keys():
             return self.scale
@@ -131,14 +134,15 @@ class Proportions:
 
     @property
     def stature(self) -> float:
-        """Nose to ankle of the driving person stretched out, pixels; limbs never seen are not in it."""
+        """Length of the stretched driving person from nose to ankle, pixels. Limbs that are never seen count as 0."""
         return sum(self.driving.get(name, 0.0) for name in ("neck", "spine", "thigh", "calf"))
 
 
 def compare(driving: Skeleton, reference: Skeleton) -> Proportions:
-    """Both measured, factors bounded. What one of them does not show takes its neighbour's factor, or the body's.
+    """Measure both skeletons and return the bounded factors.
 
-    NoPerson where no limb is seen in both.
+    A limb that one of them does not show takes its neighbour's factor, or the body's. Raises NoPerson if no limb is
+    seen in both.
     """
     start = _size_at_start(driving)
     ours = {name: length * start for name, length in _measure(driving).items() if length >= SHORTEST_PX}
@@ -153,14 +157,14 @@ def compare(driving: Skeleton, reference: Skeleton) -> Proportions:
     else:
         raise NoPerson(
             "no limb is seen both in the reference and in the driving video, so their proportions cannot be compared",
-            todo="Give a reference in which a person is well visible, or set preprocess.retarget to off",
+            todo="Give a reference in which the person is well visible, or set preprocess.retarget to off",
         )
     raw |= {name: theirs[name] / ours[name] for name in ENDS if name in ours and name in theirs}
     if head is not None:
         raw["head"] = head
     factors = _bounded(raw, scale)
-    held = {name: value for name, value in raw.items() if not np.isclose(value, factors[name], rtol=1e-9)}
-    return Proportions(float(scale), factors, ours, theirs, held, start)
+    bounded = {name: value for name, value in raw.items() if not np.isclose(value, factors[name], rtol=1e-9)}
+    return Proportions(float(scale), factors, ours, theirs, bounded, start)
 
 
 def _measure(skeleton: Skeleton) -> dict[str, float]:
@@ -173,10 +177,10 @@ def _measure(skeleton: Skeleton) -> dict[str, float]:
 
 
 def _size_at_start(driving: Skeleton) -> float:
-    """The driving person's size while the clip starts, over the size that the clip's lengths stand for.
+    """Return the driving person's size at the start of the clip, over the size that the clip's lengths have.
 
-    The character starts where and as large as the reference shows it. Somebody who walks up to the camera doubles in
-    size; measured by the clip's longest lengths, the character would start at half of the reference's.
+    The character starts at the reference's place and size. A person who walks towards the camera may double in size.
+    Measured by the clip's longest lengths, the character would start at half of the reference's size.
     """
     first = int(np.argmax(driving.seen[:, NECK]))
     sizes = []
@@ -190,7 +194,7 @@ def _size_at_start(driving: Skeleton) -> float:
 
 
 def _head(driving: Skeleton, reference: Skeleton, start: float) -> float | None:
-    """The head's factor, from the pairs of nose, eyes and ears that both show; None where there is none."""
+    """Return the head's factor, from the pairs of nose, eyes and ears that both show; None if there is none."""
     ours, theirs = [], []
     for pair in HEAD:
         mine, other = driving.lengths(pair), reference.lengths(pair)
@@ -226,7 +230,7 @@ def _bounded(raw: dict[str, float], scale: float) -> dict[str, float]:
 
 
 def _weighted_median(values: list[float], weights: list[float]) -> float:
-    """The value that half of the weight lies under; between two where the half falls between them."""
+    """Return the weighted median, interpolated between two values."""
     order = np.argsort(values)
     ordered, heavy = np.asarray(values)[order], np.asarray(weights)[order]
     middle = (np.cumsum(heavy) - heavy / 2) / heavy.sum()
@@ -234,7 +238,7 @@ def _weighted_median(values: list[float], weights: list[float]) -> float:
 
 
 def median_of_five(values: np.ndarray) -> np.ndarray:
-    """Running median over five of the first axis, mirrored at the ends; of fewer than five, the median of all."""
+    """Running median of five along the first axis, mirrored at the ends. Of fewer than five values, their median."""
     if len(values) < 5:
         return np.broadcast_to(np.median(values, 0), values.shape) if len(values) else values
     padded = np.concatenate([values[2:0:-1], values, values[-2:-4:-1]])

@@ -1,11 +1,11 @@
-"""Official retarget: the published preprocessing's own arithmetic, for parity mode; its defects included.
+"""Official retarget: the arithmetic of the official preprocessing, with its defects, for parity mode.
 
 In:   the poses of a clip, the pose of the area-resized reference. Out: poses in the reference's pixels.
-Never: FLUX edits. It measures every limb in the first frame alone, whatever its confidence, and bounds nothing.
+Never: FLUX edits. Every limb is measured in the first frame only, whatever its confidence, and no factor is bounded.
 
-Where the official code divides by zero, this one is defined: a body height of zero counts as not seen, so that the next
-way to a scale is taken; a limb of length zero in the first frame has factor 1; a limb of length zero in any frame stays
-a point.
+Where the official code divides by zero, the result here is defined. A body height of zero counts as not seen, so that
+the scale is found in the next way. A limb of length zero in the first frame has factor 1. A limb of length zero in any
+frame stays a point.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ __all__ = ["forward", "framing_of", "global_scale", "limb_factors", "retarget_of
 NOSE, NECK, RIGHT_WRIST, LEFT_WRIST = 0, 1, 4, 7
 HIPS, ANKLES = [8, 11], [10, 13]
 FEET = [(10, 19), (13, 18)]  # ankle, toe
-HEIGHT_SEEN, SHOWN, HAND_SEEN = 0.5, 0.4, 0.4  # confidences: of a height's ends (above), of framing, of a hand's points
+# Confidences: of the ends of a height (above this), of joints for the framing, of a hand's points (from this on).
+HEIGHT_SEEN, SHOWN, HAND_SEEN = 0.5, 0.4, 0.4
 # Limbs by their number in LIMBS.
 LIKE_LARGER = [(0, 1), (2, 4), (3, 5), (6, 9), (7, 10), (8, 11), (17, 18)]
 LIKE_MEAN = [(13, 15), (14, 16)]
-FOOT_OF_CALF = {18: 8, 17: 11}  # no foot is longer than half of its calf
-# Joint of the twenty → the points it is made of; a toe's two move together.
+FOOT_OF_CALF = {18: 8, 17: 11}  # foot -> calf: a foot is at most half as long as its calf
+# Joint of the twenty → the points whose mean it is; the two points of a toe move together.
 # fmt: off
 POINTS_OF = {
     0: [0], 2: [6], 3: [8], 4: [10], 5: [5], 6: [7], 7: [9], 8: [12], 9: [14], 10: [16], 11: [11], 12: [13],
@@ -42,14 +43,14 @@ HEELS = {19: 13, 22: 10}  # point → the ankle that it follows; neither is draw
 
 
 def retarget_official(track: PoseTrack, reference: PoseTrack, *, canvas: tuple[int, int]) -> Retargeted:
-    """The clip `track` on the body of `reference` (one frame) as the official preprocessing does it, without edits.
+    """Put the clip `track` on the body of `reference` (one frame) as the official preprocessing does, without edits.
 
-    The official canvas is the area-resized reference itself. Body joints are exact to float32; confidences are kept.
-    Hands are whole pixels; points of confidence under 0.4 lie at 0 with confidence 0. As officially, the rows of the
-    left hand hold the person's right one, so that hands are drawn in the official order. The face, which is neither
-    retargeted nor drawn, follows the nose.
+    The official canvas is the area-resized reference. Body joints are exact to float32; confidences are kept. Hands are
+    in whole pixels; their points of confidence under 0.4 are at 0 with confidence 0. As in the official code, the rows
+    of the left hand have the person's right hand, so that hands are drawn in the official order. The face is neither
+    retargeted nor drawn; it follows the nose.
 
-    ValueError for an empty clip or a reference of more than one frame.
+    Raises ValueError for an empty clip or a reference of more than one frame.
     """
     reference = on_canvas(track, reference, canvas)
     bodies = body_of(track.points.astype(np.float64))
@@ -92,10 +93,10 @@ _LEAST: list[Framing] = ["half", "three_quarter", "full"]
 
 
 def global_scale(first: np.ndarray, model: np.ndarray, video: tuple[int, int], picture: tuple[int, int]) -> float:
-    """k: driving pixels a reference pixel, from nose to ankles, else to hips, else from the pictures' areas.
+    """Return the driving pixels per reference pixel: from nose to ankles, else to hips, else from the pictures' areas.
 
-    Bodies [20, 3] of driving frame 0 and of the reference, sizes (width, height). A pair of joints counts where its
-    confidence is above 0.5 in both bodies.
+    first, model: bodies [20, 3] of driving frame 0 and of the reference; video, picture: sizes (width, height). Joints
+    count if their confidence is above 0.5 in both bodies.
     """
     for pair in (ANKLES, HIPS):
         ends = [NOSE, *pair]
@@ -107,7 +108,7 @@ def global_scale(first: np.ndarray, model: np.ndarray, video: tuple[int, int], p
 
 
 def framing_of(body: np.ndarray, height: int) -> Framing:
-    """How much of a body [20, 3] a picture shows; only its lower edge is looked at."""
+    """Return how much of a body [20, 3] a picture shows. Only the lower edge counts."""
     shown = (body[:, 1] / height <= 1) & (body[:, 2] >= SHOWN)
     if not shown[HIPS].all():
         return "half"
@@ -115,14 +116,14 @@ def framing_of(body: np.ndarray, height: int) -> Framing:
 
 
 def limb_factors(scaled: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """float64 [19]: length in the scaled reference over length in driving frame 0, by limb; 1 where that has none."""
+    """Return float64 [19]: each limb's length in the scaled reference over that in driving frame 0 (1 if that is 0)."""
     start, end = np.array(LIMBS).T
     theirs, ours = (np.linalg.norm(b[end, :2] - b[start, :2], axis=-1) for b in (scaled, first))
     return np.divide(theirs, ours, out=np.ones_like(ours), where=ours > 0)
 
 
 def symmetrised(factors: np.ndarray) -> np.ndarray:
-    """Left and right alike: the larger for limbs, the mean for eyes and ears; the neck to the nose has no other."""
+    """Make left and right equal: the larger factor for limbs, the mean for eyes and ears. Neck to nose has no pair."""
     alike = factors.copy()
     for a, b in LIKE_LARGER:
         alike[[a, b]] = max(factors[a], factors[b])
@@ -132,7 +133,7 @@ def symmetrised(factors: np.ndarray) -> np.ndarray:
 
 
 def forward(bodies: np.ndarray, factors: np.ndarray, *, cap_feet: bool = False) -> np.ndarray:
-    """Joints [n, 20, 2] with every limb's length times its factor, from the neck, which stays, outwards."""
+    """Return joints [n, 20, 2] with every limb scaled by its factor, from the neck outwards. The neck stays."""
     made = bodies.copy()
     lengths: dict[int, np.ndarray] = {}
     for limb, (a, b) in enumerate(LIMBS):
@@ -148,7 +149,7 @@ def forward(bodies: np.ndarray, factors: np.ndarray, *, cap_feet: bool = False) 
 
 
 def _anchor(made: np.ndarray, scaled: np.ndarray, framing: Framing) -> np.ndarray:
-    """(dx, dy): what the retargeted first frame is off the scaled reference by."""
+    """Return (dx, dy): the offset of the retargeted first frame from the scaled reference."""
     if framing != "full":
         return made[NECK] - scaled[NECK, :2]
     ground = max(scaled[list(foot), 1].mean() for foot in FEET)
@@ -157,7 +158,7 @@ def _anchor(made: np.ndarray, scaled: np.ndarray, framing: Framing) -> np.ndarra
 
 
 def _hands(track: PoseTrack, bodies: np.ndarray, made: np.ndarray, factor: float, points: np.ndarray) -> int:
-    """Write both hands into `points`; returns in how many frames they were exchanged."""
+    """Write both hands into `points`. Returns the number of frames in which they are exchanged."""
     hands = {"right": track.points[:, RIGHT_HAND].astype(np.float64), "left": track.points[:, LEFT_HAND].astype(float)}
     grown, shift = {}, {}
     for side, wrist in (("right", RIGHT_WRIST), ("left", LEFT_WRIST)):

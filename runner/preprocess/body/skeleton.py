@@ -1,8 +1,8 @@
-"""Skeleton: a pose drawn the way the generator learned to read it.
+"""Skeleton: draw a pose as the generator's training data shows it.
 
-In:   a `Pose` in pixels of the canvas. Out: uint8 RGB [H, W, 3]. Never: where the pose came from.
-Bit-exact to the official drawing: ellipses for limbs, dots for joints, lines for fingers; no face.
-Order, truncation toward zero, widths and the colours' rounding are all part of it.
+In:   a `Pose` in pixels of the canvas. Out: uint8 RGB [H, W, 3]. Never: how the pose was found.
+Bit-exact to the official drawing: ellipses for limbs, dots for joints, lines for fingers; no face. The order of
+drawing, truncation toward zero, widths and the rounding of colours all matter for this.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ FINGERTIP = (0, 0, 255)
 
 
 def body_width(width: int, height: int) -> int:
-    """Half the thickness of limbs and the radius of joints, pixels, on a canvas of this size."""
+    """Return half the thickness of limbs, which is also the radius of joints, in pixels, for a canvas of this size."""
     return max(int(min(width, height) / 200) - 1, 1)
 
 
 def hand_width(width: int, height: int) -> int:
-    """Thickness of fingers and the radius of their joints, pixels."""
+    """Return the thickness of fingers, which is also the radius of their joints, in pixels."""
     return max(body_width(width, height) // 2, 1)
 
 
 def draw_skeleton(pose: Pose, width: int, height: int, out: np.ndarray | None = None) -> np.ndarray:
-    """The pose on black, uint8 RGB [height, width, 3], in `out` (black so far) if given.
+    """Draw the pose on black: uint8 RGB [height, width, 3], into `out` if given (which must be black).
 
-    What lies outside of the canvas is clipped.
+    Parts outside the canvas are clipped.
     """
     canvas = np.zeros((height, width, 3), np.uint8) if out is None else out
     _draw_body(canvas, pose.body, body_width(width, height))
@@ -56,7 +56,7 @@ def draw_skeleton(pose: Pose, width: int, height: int, out: np.ndarray | None = 
 
 
 def _draw_body(canvas: np.ndarray, body: np.ndarray, width: int) -> None:
-    joints = np.asarray(body, np.float64).tolist()  # Python's numbers: the same arithmetic, a tenth of the time
+    joints = np.asarray(body, np.float64).tolist()  # Python floats: the same arithmetic in a tenth of the time
     for (a, b), dark in zip(LIMBS, LIMB_COLOURS, strict=False):
         (xa, ya, sure_a), (xb, yb, sure_b) = joints[a], joints[b]
         if not (sure_a >= THRESHOLD and sure_b >= THRESHOLD):

@@ -1,6 +1,6 @@
-"""Smooth: what moves through a clip, without its tremble and without lag, because the whole clip is known.
+"""Smooth: smooth values over time without lag. No lag is possible because the whole clip is known.
 
-In:   values [n, …] at times_s float64 [n], seconds, increasing. Out: the same, smoother. Never: what they are.
+In:   values [n, …] at times_s float64 [n], seconds, increasing. Out: the same, smoother. Never: their meaning.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 __all__ = ["gaussian", "median", "one_euro", "smooth_joints"]
 
 REACH = 3.0  # standard deviations
-AT_ONCE = 1024  # moments: what is around each of them is laid out side by side, and a clip may be hours long
-# One-euro (Casiez, Roussel, Vogel 2012), for positions in body heights: the cutoff at rest, what a body height a second
-# adds to it, and the cutoff of the speed itself. A standing joint's tremble goes; a fast wrist keeps its way.
+AT_ONCE = 1024  # frames computed at once: the neighbours of each are copied side by side, and a clip may last hours
+# One-euro filter (Casiez, Roussel, Vogel 2012) for positions in body heights: the cutoff at rest, the increase per body
+# height a second, and the cutoff of the speed itself. Noise of a resting joint is removed; a fast wrist keeps its path.
 REST_HZ = 1.5
 PER_SPEED_HZ = 12.0
 SPEED_HZ = 1.0
-SEEN = 0.3  # a joint less sure than this is a guess that others are not drawn towards
-AWAY_S = 0.25  # a joint that was unseen for longer begins anew
+SEEN = 0.3  # a joint of less confidence is a guess and does not influence others
+AWAY_S = 0.25  # after a gap longer than this, the filter of a joint starts anew
 
 
 def median(values: np.ndarray, times_s: np.ndarray, reach_s: float) -> np.ndarray:
-    """The median of [n, k] over what lies within `reach_s` of each moment; equally many on both sides."""
+    """Return the running median of [n, k] over the values within `reach_s` of each time, equally many on both sides."""
     out = np.array(values, np.float64)
     at = np.arange(len(out))
     before = at - np.searchsorted(times_s, times_s - reach_s, side="left")
@@ -36,9 +36,10 @@ def median(values: np.ndarray, times_s: np.ndarray, reach_s: float) -> np.ndarra
 
 
 def gaussian(values: np.ndarray, times_s: np.ndarray, sigma_s: float, jumps: np.ndarray | None = None) -> np.ndarray:
-    """A line fitted around each moment of [n, k] with Gaussian weights, at that moment: steady motion passes unchanged.
+    """Fit a line around each time of [n, k] with Gaussian weights, and return its value at that time.
 
-    `jumps` bool [n]: frame i has nothing to do with frame i - 1 (a cut); no line is fitted across.
+    Steady motion is not changed. jumps: bool [n], true at frame i if it does not continue frame i - 1 (a cut); no line
+    is fitted across.
     """
     values = np.asarray(values, np.float64)
     out = values.copy()
@@ -69,9 +70,9 @@ def one_euro(
     rest_hz: float = REST_HZ,
     per_speed_hz: float = PER_SPEED_HZ,
 ) -> np.ndarray:
-    """The one-euro filter over [n, j, d] forwards in time. `known` bool [n, j]; unknown values pass as they are.
+    """Apply the one-euro filter to [n, j, d], forwards in time. known: bool [n, j]; unknown values are not changed.
 
-    A value unknown for AWAY_S starts the filter anew for itself.
+    After a gap of AWAY_S, the filter of that joint starts anew.
     """
     out = np.array(values, np.float64)
     state, speed = out[0].copy(), np.zeros_like(out[0])
@@ -92,9 +93,10 @@ def one_euro(
 
 
 def smooth_joints(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """One-euro over whole-body points float32 [n, 133, 3], forwards and backwards, their mean: no lag. A copy.
+    """Smooth whole-body points float32 [n, 133, 3] with the one-euro filter. Returns a copy.
 
-    `heights` float64 [n]: body height in pixels, so that the same motion is smoothed alike near and far.
+    The result is the mean of a forward and a backward pass, so that there is no lag.
+    heights: float64 [n], body height in pixels, so that the same motion is smoothed equally near and far.
     """
     out = np.array(points, np.float32)
     if len(points) < 2:
@@ -108,6 +110,6 @@ def smooth_joints(points: np.ndarray, times_s: np.ndarray, heights: np.ndarray) 
 
 
 def _alpha(cutoff_hz: np.ndarray | float, dt: np.ndarray) -> np.ndarray:
-    """The share of a new value in a first-order low pass."""
+    """Return the share of a new value in a first-order low-pass filter."""
     turn = 2 * math.pi * cutoff_hz * dt
     return turn / (turn + 1)

@@ -1,10 +1,11 @@
-"""Track: which of the people in a clip is the one it is about, and where they are in every frame.
+"""Track: choose the person that a clip is about, and find that person's box in every frame.
 
-In:   the boxes of everybody in the frames that the detector looked at, and when those were. Out: one `Box` for every
-frame of the clip, and what is known about it. Never: pixels, networks, joints.
+In:   the boxes of all people in the frames on which the detector ran, and the times of these frames. Out: one `Box`
+      for every frame of the clip, and how each was found. Never: pixels, networks, joints.
 
-All decisions are made on the whole clip: boxes are small, so all are kept (about 100 bytes a person and frame).
-People are told apart by overlap and by where their motion leads, never by how they look.
+A look is a frame on which the detector runs. A tracklet is a piece of a person's track without a gap.
+All decisions are made on the whole clip: boxes are small, so all are kept (about 100 bytes per person and frame).
+People are distinguished by overlap and by their motion, never by appearance.
 """
 
 from __future__ import annotations
@@ -29,32 +30,32 @@ __all__ = [
     "choose_subject",
     "follow",
     "is_within",
-    "join_pieces",
+    "join_tracklets",
     "only_body",
     "whereabouts",
 ]
 
 Subject = Literal["largest", "centre"] | tuple[float, float, float, float]  # of a box: x1, y1, x2, y2
 
-COAST_S = 1.5  # someone unseen for longer is someone new
-BRIDGE_S = 1.0  # across this long a miss a straight line is a fair guess of where the person was
-SETTLE_S = 0.15  # time constant of the velocity estimate: a detector's box trembles from frame to frame
-LEAD_S = 0.5  # a person keeps walking for about this long unseen; further out the guess stands still
-GATE = 1.5  # of `_distance`: 0 same place and size; beyond this it is another person
-EXPECTED = 0.5  # overlap of guess and box that finds somebody again even within another's box
-LOOK_S = 0.35  # half of the span that says how tall a box usually is around a moment
-CUT = 0.65  # a box less tall than this share of its neighbours' median has lost its legs (or head)
-LIKE = (0.4, 2.5)  # how much shorter or taller a person may come back after they were away
-FIRST_S = 1.0  # a `subject` box is compared with people during this long, from when anyone is seen
-CLAIM = 0.1  # least overlap with it
+COAST_S = 1.5  # a person unseen for longer gets a new tracklet
+BRIDGE_S = 1.0  # in gaps up to this long, the box is interpolated on a straight line
+SETTLE_S = 0.15  # time constant of the velocity estimate: a detector's boxes have noise from frame to frame
+LEAD_S = 0.5  # an unseen person is expected to keep walking for this long, and then to stand still
+GATE = 1.5  # limit of `_distance` (0: same place and size): beyond it, a box is of another person
+EXPECTED = 0.5  # overlap with the expected box from which on a person is found again within another person's box
+LOOK_S = 0.35  # half of the time over which the usual height of a box is measured
+CUT = 0.65  # a box lower than this share of its neighbours' median height has lost the legs (or the head)
+LIKE = (0.4, 2.5)  # bounds of a returning person's height, as a factor of the height before
+FIRST_S = 1.0  # a `subject` box is compared with people for this long, from the first look with people
+CLAIM = 0.1  # least overlap with the `subject` box
 LASTING = 0.25  # `centre` considers people who are seen for this share of the longest seen
-SAME = 0.7  # share of the smaller of two boxes that lies in the larger, where both are of one body
-ANOTHER = 0.3  # the same, where someone else stands in an unseen subject's place
+SAME = 0.7  # share of the smaller of two boxes in the larger, from which on both are of one body
+ANOTHER = 0.3  # the same share, from which on another person stands in the place of an unseen subject
 
 
 @dataclass
 class Person:
-    """One person as far as they can be followed: their box at some of the looks, in order."""
+    """One tracklet: a person's box at some of the looks, in order. Also a person whose tracklets were joined."""
 
     looks: list[int] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
@@ -62,17 +63,17 @@ class Person:
 
     @property
     def area(self) -> float:
-        """Summed over the clip: large and long seen."""
+        """Area of the boxes, summed over the looks, pixels. It is large for large people who are seen for long."""
         return sum(box.area for box in self.boxes)
 
     def expected(self, seconds: float) -> Box:
-        """Where they should be `seconds` after they were last seen."""
+        """Return the expected box `seconds` after the last one."""
         last, lead = self.boxes[-1], min(seconds, LEAD_S)
         dx, dy = self.velocity[0] * lead, self.velocity[1] * lead
         return Box(last.x1 + dx, last.y1 + dy, last.x2 + dx, last.y2 + dy, last.score)
 
     def see(self, look: int, box: Box, seconds: float) -> None:
-        """Note them at `look`, `seconds` after the look before (of theirs)."""
+        """Add the box at `look`, `seconds` after the last look of this tracklet."""
         if self.boxes and seconds > 0:
             (x0, y0), (x1, y1) = self.boxes[-1].centre, box.centre
             new = 1 - math.exp(-seconds / SETTLE_S)
@@ -89,20 +90,21 @@ class Person:
 class Whereabouts:
     """The subject in every frame of a clip of n."""
 
-    boxes: list[Box | None]  # n; None only when there is nobody in the whole clip
-    unseen: np.ndarray  # bool [n]: looked at, and the subject was not found
-    bridged: int  # frames of those whose box lies between two sightings
-    doubtful: np.ndarray  # bool [n]: unseen, and someone else stands where the box is
-    looked: int  # frames that the detector looked at
+    boxes: list[Box | None]  # n; None only if there is no person in the whole clip
+    unseen: np.ndarray  # bool [n]: the detector ran, but did not find the subject
+    bridged: int  # number of unseen frames whose box is interpolated
+    doubtful: np.ndarray  # bool [n]: the subject is unseen, and another person stands at the box
+    looked: int  # number of looks
     found: int  # looks at which the subject was found
 
 
 def follow(seen: Sequence[Sequence[Box]], times_s: np.ndarray) -> list[Person]:
-    """Everybody's way through the clip. `seen[i]`: the boxes at look i, at `times_s[i]` seconds (increasing).
+    """Follow all people through the clip. Returns their tracklets.
 
-    Each look's boxes go to the people whose motion leads there, the closest pairs first; the rest are new people. Who
-    was not seen at the look before is found again in a box that lies in a larger one only where they are expected: it
-    may be a second box on the body that hides them.
+    seen[i]: the boxes at look i, at `times_s[i]` seconds (increasing).
+    Each box continues the tracklet whose expected box is closest, the closest pairs first. Other boxes start new
+    tracklets. A box inside a larger one may be a second box on the body in front. So it continues a tracklet that was
+    not seen at the look before only if it overlaps the expected box enough.
     """
     people: list[Person] = []
     active: list[Person] = []
@@ -139,10 +141,11 @@ def follow(seen: Sequence[Sequence[Box]], times_s: np.ndarray) -> list[Person]:
 def choose_subject(
     people: Sequence[Person], subject: Subject, size: tuple[int, int], times_s: np.ndarray
 ) -> Person | None:
-    """The one that `subject` means, of a clip of (width, height); None: nobody, or nobody near the box asked for.
+    """Return the person that `subject` names, in a clip of (width, height). None if there is no person, or none near
+    the `subject` box.
 
-    Someone who leaves and comes back is two people to `follow`, and so is someone who got two boxes at once:
-    `join_pieces` joins them.
+    `follow` gives two tracklets for a person who leaves and comes back, or who has two boxes at once; they are joined
+    here by `join_tracklets`.
     """
     if not people:
         return None
@@ -155,26 +158,27 @@ def choose_subject(
     else:
         x1, y1, x2, y2 = subject
         main = _claimed(people, Box(x1, y1, x2, y2, 1.0), times_s)
-    return None if main is None else join_pieces(main, people)[0]
+    return None if main is None else join_tracklets(main, people)[0]
 
 
-def join_pieces(
+def join_tracklets(
     main: Person, people: Sequence[Person], strangers: Sequence[Person] = ()
 ) -> tuple[Person, list[Person]]:
-    """(`main` with the pieces of theirs, these pieces), of `people`; `strangers` are known to be others.
+    """Join `main` with the tracklets in `people` that are of the same person. Returns (the person, these tracklets).
 
-    A way that is seen while `main` is away, at about their size, is a piece of theirs. A way that is ever seen beside
-    them is not, and neither is a second box on the body of another person or of a stranger.
+    A tracklet that is seen while `main` is not, at about the same size, is of the same person. A tracklet that is ever
+    seen beside `main` is not, and neither is a second box on the body of another person. `strangers` are tracklets that
+    are known to be of other people.
     """
     course = dict(zip(main.looks, main.boxes, strict=True))
     height = float(np.median([box.height for box in main.boxes]))
-    pieces = [main]
+    joined = [main]
     others: dict[int, list[Box]] = {}  # by look
     for stranger in strangers:
         for look, box in zip(stranger.looks, stranger.boxes, strict=True):
             others.setdefault(look, []).append(box)
-    apart = {id(person) for person in (main, *strangers)}
-    for other in sorted((p for p in people if id(p) not in apart), key=lambda p: -p.area):
+    skipped = {id(person) for person in (main, *strangers)}
+    for other in sorted((p for p in people if id(p) not in skipped), key=lambda p: -p.area):
         likeness = float(np.median([box.height for box in other.boxes])) / height
         theirs = dict(zip(other.looks, other.boxes, strict=True))
         common = course.keys() & theirs.keys()
@@ -183,20 +187,20 @@ def join_pieces(
             for look, box in theirs.items():
                 others.setdefault(look, []).append(box)
             continue
-        pieces.append(other)
+        joined.append(other)
         for look, box in theirs.items():
             if not any(is_within(box, another) for another in others.get(look, ())):
-                # Of two boxes around the same body the larger is the whole of it.
+                # Of two boxes around one body, the larger one shows all of it.
                 course[look] = max(box, course.get(look, box), key=lambda b: b.area)
-    return Person(sorted(course), [course[look] for look in sorted(course)], main.velocity), pieces
+    return Person(sorted(course), [course[look] for look in sorted(course)], main.velocity), joined
 
 
 def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarray, times_s: np.ndarray) -> Whereabouts:
-    """Their box in every frame: as seen, else on the line between two sightings, else held.
+    """Return the subject's box in every frame: as seen, else interpolated, else held.
 
-    `looks` int64: the frame of each look; `times_s` float64 [n]: of each frame. A line is drawn between neighbouring
-    looks, however far apart, and across misses of up to BRIDGE_S. In longer ones each half holds the box that is
-    nearer in time; before the first sighting and after the last one, that one is held.
+    looks: int64, the frame of each look; times_s: float64 [n], the time of each frame.
+    Boxes are interpolated between neighbouring looks, however far apart, and in gaps of up to BRIDGE_S. In longer gaps
+    the box that is nearer in time is held; so are the first box before it and the last one after it.
     """
     n = len(times_s)
     found_at = _uncut(subject, times_s[looks])
@@ -220,19 +224,19 @@ def whereabouts(subject: Person, seen: Sequence[Sequence[Box]], looks: np.ndarra
         unseen[frame] = look not in have
         here = boxes[frame]
         if look not in have and here is not None:
-            # What is seen there is someone else: also in the frames up to the next look.
+            # The person seen there is another one, also in the frames up to the next look.
             doubtful[frame:end] = any(_shared(here, other) >= ANOTHER for other in seen[look])
     return Whereabouts(boxes, unseen, int((unseen & on_line).sum()), doubtful, len(looks), len(have))
 
 
 def only_body(boxes: Sequence[Box]) -> Box | None:
-    """The largest box, if the others are of the same body; None where there is nobody, or somebody else too."""
+    """Return the largest box if all others are of the same body. None without boxes, or with another person's box."""
     largest = max(boxes, key=lambda box: box.area, default=None)
     return None if largest is None or any(_shared(largest, box) < SAME for box in boxes) else largest
 
 
 def _distance(guess: Box, box: Box) -> float:
-    """0 for the same place and size; without any overlap within GATE up to half a box height away."""
+    """Return 0 for the same place and size. Boxes without overlap are within GATE up to half a box height apart."""
     (x0, y0), (x1, y1) = guess.centre, box.centre
     overlap = guess.overlap(box)
     away = math.hypot(x1 - x0, y1 - y0) / max(guess.height, box.height)
@@ -240,13 +244,13 @@ def _distance(guess: Box, box: Box) -> float:
 
 
 def _off_centre(person: Person, size: tuple[int, int]) -> float:
-    """Mean distance from the middle of the frame, pixels."""
+    """Return the mean distance from the middle of the frame, pixels."""
     x, y = size[0] / 2, size[1] / 2
     return float(np.mean([math.hypot(box.centre[0] - x, box.centre[1] - y) for box in person.boxes]))
 
 
 def _claimed(people: Sequence[Person], box: Box, times_s: np.ndarray) -> Person | None:
-    """Whom a box drawn around someone at the beginning means."""
+    """Return the person that a `subject` box is around, at the beginning of the clip; None without one."""
     until = min(float(times_s[p.looks[0]]) for p in people) + FIRST_S
     best, most = None, CLAIM
     for person in people:
@@ -258,7 +262,7 @@ def _claimed(people: Sequence[Person], box: Box, times_s: np.ndarray) -> Person 
 
 
 def _uncut(person: Person, times_s: np.ndarray) -> list[tuple[int, Box]]:
-    """(look, box) without boxes that lost a part of the body for a moment; such a look is bridged like a miss."""
+    """Return (look, box) without boxes that lose a part of the body for a short time. Such a look counts as a gap."""
     at = times_s[person.looks]
     heights = np.array([box.height for box in person.boxes])
     kept = []
@@ -271,7 +275,7 @@ def _uncut(person: Person, times_s: np.ndarray) -> list[tuple[int, Box]]:
 
 
 def between(a: Box, b: Box, share: float) -> Box:
-    """The box that lies `share` (0…1) of the way from `a` to `b`."""
+    """Interpolate: return the box at `share` (0…1) between `a` and `b`."""
     if share <= 0 or share >= 1:
         return a if share <= 0 else b
     x1, y1, x2, y2 = ((1 - share) * p + share * q for p, q in zip(_corners(a), _corners(b), strict=True))
@@ -283,12 +287,12 @@ def _corners(box: Box) -> tuple[float, float, float, float]:
 
 
 def is_within(box: Box, other: Box) -> bool:
-    """Whether nearly all of a box lies in a larger one."""
+    """Return True if nearly all of `box` is inside the larger `other`."""
     return box.area < other.area and _shared(box, other) >= SAME
 
 
 def _shared(a: Box, b: Box) -> float:
-    """The share of the smaller box that lies in the larger: detectors put boxes around upper bodies, too."""
+    """Return the share of the smaller box that is in the larger one: detectors also put boxes around upper bodies."""
     width = min(a.x2, b.x2) - max(a.x1, b.x1)
     height = min(a.y2, b.y2) - max(a.y1, b.y1)
     return max(width, 0.0) * max(height, 0.0) / min(a.area, b.area)
