@@ -1,11 +1,11 @@
-"""Dequantising: which implementation runs on a device, why that one, and the operator that torch.compile sees.
+"""Dequantising: choose an implementation for a device, and run it as one operator for torch.compile.
 
-In: the stored tensors of one weight, as `e2m1.Format` lists them. Out: its values, written into a matrix of the caller.
-It will never know: layers, LoRAs, files.
+In:   the stored tensors of one weight, as `e2m1.Format` lists them. Out: its values, written into the caller's matrix.
+Never: layers, LoRAs, files.
 
     triton      one pass, 0.56 bytes read and 2 written a weight; CUDA
-    table       a table of all 256 bytes, each the two values it stands for; any device, all cores of a CPU
-    eager       the reference, `e2m1.dequantize`; any device, 16 bytes a weight of temporary memory
+    table       a look-up table of the two values of each of 256 bytes; any device, all cores of a CPU
+    eager       the reference, `e2m1.dequantize`; any device, 16 bytes of temporary memory a weight
 
 All three compute code * (weight_scale * weight_scale_2) in float32 and round once, so that they agree bit for bit.
 """
@@ -30,7 +30,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor | None, Format, Tensor], None]
 
 _WEIGHTS_A_BLOCK: Final = 1 << 18  # on a core; its index, values and scales then stay in the cache
 _WEIGHTS_A_BLOCK_ON_CUDA: Final = 1 << 24
-# What views a pair of values as one element, so that one look-up serves two weights.
+# The dtype that views a pair of values as one element, so that one look-up gives two weights.
 _PAIR: Final = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
 
@@ -46,10 +46,10 @@ def eager(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: Forma
 
 
 def table(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: Format, out: Tensor) -> None:
-    """Blocks of rows: bytes → pairs of values by one look-up each → times the scale of their group, into `out`."""
+    """In blocks of rows: look up the pair of values of each byte, multiply by the group's scale, write into `out`."""
     factors = fmt.group_scales(stored(packed, scale, tensor_scale))
-    # A product of bfloat16 numbers is rounded once, like the reference's, if the scale itself is one: then pairs of two
-    # bytes do, instead of four. The same holds for no other case.
+    # With scales in bfloat16, a product in bfloat16 is rounded once, like the reference's. Then values of two bytes are
+    # enough instead of four. In other cases they are not.
     exact = fmt.scale == "bf16" and out.dtype is torch.bfloat16
     values = torch.bfloat16 if exact else torch.float32
     pairs = _byte_table(values, packed.device)
@@ -76,7 +76,7 @@ def table(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: Forma
 @cache
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[256] integers: entry b has the bits of the values of b's low and high nibble, in the order of the columns."""
-    with torch.inference_mode(False):  # it outlives the call, perhaps into code that is not in inference mode
+    with torch.inference_mode(False):  # the cached table may later be used outside inference mode
         low = torch.tensor(VALUES, dtype=dtype).repeat(16)
         high = torch.tensor(VALUES, dtype=dtype).repeat_interleave(16)
         return torch.stack([low, high], dim=-1).view(_PAIR[dtype]).flatten().to(device)
@@ -93,10 +93,10 @@ KERNELS: Final[dict[str, Kernel]] = {"triton": triton, "table": table, "eager": 
 
 
 def pick_kernel(device: torch.device | str, fmt: Format) -> tuple[str, str]:
-    """(name in KERNELS, why) for `device`; the same answer for the life of the process, to be logged and recorded.
+    """Choose (name in KERNELS, why) for `device`, for the log and the record; constant within a process.
 
-    A kernel is tried on a small weight first, and is taken only if it agrees with the reference bit for bit: a Triton
-    without a C compiler, and one that miscompiles, come out here and not in a video.
+    A kernel is tried on a small weight and taken only if it agrees with the reference bit for bit. This finds a Triton
+    without a C compiler, and one that miscompiles, before it can damage a video.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -110,21 +110,21 @@ def _pick(device: torch.device, fmt: Format) -> tuple[str, str]:
     for name in ("triton", "table") if device.type == "cuda" else ("table",):
         problem = _check_kernel(name, device, fmt)
         if problem is None:
-            found = {"triton": "one pass", "table": "one look-up for two weights"}[name]
-            return name, "; ".join([f"{found}, equal to the reference on {device}", *refused])
+            method = {"triton": "one pass", "table": "one look-up for two weights"}[name]
+            return name, "; ".join([f"{method}, equal to the reference on {device}", *refused])
         refused.append(f"{name} refused: {problem}")
     return "eager", "; ".join(refused)
 
 
 def _check_kernel(name: str, device: torch.device, fmt: Format) -> str | None:
-    """What keeps a kernel from being used on `device`; None where its values are the reference's, for every dtype."""
+    """Return why a kernel cannot be used on `device`, or None if it gives the reference's values for every dtype."""
     weight = _probe(fmt, device)
     shape = fmt.weight_shape(weight)
     for dtype in _PAIR:
         out = torch.full(shape, torch.nan, dtype=dtype, device=device)
         try:
             KERNELS[name](weight["weight_packed"], weight["weight_scale"], weight.get("weight_scale_2"), fmt, out)
-        # Whatever a compiler, a driver or a missing package raises: the answer is the next kernel, and this reason.
+        # A compiler, a driver or a missing package may raise anything: the next kernel is tried, with this reason.
         except Exception as err:
             return f"{type(err).__name__}: {str(err).strip().splitlines()[0] if str(err).strip() else 'no message'}"
         if not torch.equal(out, dequantize(weight, fmt, dtype)):
@@ -133,7 +133,7 @@ def _check_kernel(name: str, device: torch.device, fmt: Format) -> str | None:
 
 
 def _probe(fmt: Format, device: torch.device) -> dict[str, Tensor]:
-    """A small weight with every byte, many scales, and a size that fills no power of two."""
+    """A small weight with every byte, many scales, and sides that are no powers of two."""
     shape = (33, 7 * fmt.group)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
@@ -150,9 +150,9 @@ def _probe(fmt: Format, device: torch.device) -> dict[str, Tensor]:
 
 @torch.library.custom_op("video_lab::dequantize_fp4", mutates_args=())
 def dequantize_fp4(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] in `dtype`, in memory of its own, by the kernel picked for the device.
+    """Dequantise to a new weight [out, in] in `dtype`, by the kernel chosen for the device.
 
-    `fmt` is a name in FORMATS. Opaque to torch.compile, which therefore neither splits its graph here nor folds
+    `fmt` is a name in FORMATS. torch.compile treats it as one operator: it neither splits its graph here nor folds
     constant weights into 16-bit copies.
     """
     out = torch.empty(packed.shape[0], packed.shape[1] * 2, dtype=dtype, device=packed.device)
@@ -166,7 +166,7 @@ def _(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: str, dtyp
 
 
 def dequantize_into(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, fmt: str, out: Tensor) -> None:
-    """Dequantises into `out` with the kernel picked for its device. ConfigInvalid for dtypes that no kernel writes."""
+    """Dequantise into `out` by the kernel chosen for its device. Raises ConfigInvalid for a dtype without a kernel."""
     if out.dtype not in _PAIR:
         raise ConfigInvalid(f"FP4 weights cannot be computed in {out.dtype}", todo="Use bfloat16, float16 or float32")
     name, _ = pick_kernel(out.device, FORMATS[fmt])

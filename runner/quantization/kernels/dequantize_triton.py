@@ -1,10 +1,10 @@
-"""The dequantisation kernel in Triton, for both formats and three output types. Importing this needs triton.
+"""The dequantisation kernel in Triton, for both formats and three output dtypes. Importing this needs triton.
 
-In: stored tensors of one weight. Out: its values, written once, in order. One program takes _BYTES packed bytes.
-It will never know: rows and columns (a row holds whole groups, so that the matrix is one long run of groups).
+In:   stored tensors of one weight. Out: its values, written once, in order. One program takes _BYTES packed bytes.
+Never: rows and columns (a row holds whole groups, so that the matrix is one sequence of groups).
 
-bfloat16 is read and written as integers, and rounded by hand: Triton's interpreter, in which the tests run this very
-code without a GPU, truncates where a GPU rounds. float8_e4m3fn is decoded by hand too: Triton knows the type only from
+bfloat16 is read and written as integers, and rounded in this code: Triton's interpreter, in which the tests run the
+kernel without a GPU, truncates where a GPU rounds. float8_e4m3fn is decoded here too: Triton has the dtype only from
 compute capability 8.9 on.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 __all__ = ["launch"]
 
-# Four packed bytes a thread: they become eight 16-bit values, one full-width store, and neighbours stay neighbours.
-# With more bytes a thread, Triton sends the values through shared memory to bring them into order.
+# Four packed bytes a thread become eight 16-bit values, one full-width store of adjacent columns. With more bytes a
+# thread, Triton would use shared memory to bring the values into order.
 _BYTES: Final = 512
 _WARPS: Final = 4
 
@@ -55,7 +55,7 @@ def launch(packed: Tensor, scale: Tensor, tensor_scale: Tensor | None, group: in
 
 @triton.jit
 def _value(code: tl.tensor) -> tl.tensor:
-    # Exponent and mantissa of a code, put where float16 has them, are its value times 2**-14; 0.5 becomes a subnormal.
+    # Exponent and mantissa of a code in float16's positions give its value times 2**-14; 0.5 becomes a subnormal.
     bits = ((code & 0x7) << 9) | ((code & 0x8) << 12)
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
@@ -82,7 +82,7 @@ def _dequantize(
     inside = group < groups
     stored = tl.load(scale + group, mask=inside, other=0).to(tl.int32)
     if E4M3:
-        # The same trick: e4m3's bits in float16's places are its value times 2**-8.
+        # In the same way, e4m3's bits in float16's positions give its value times 2**-8.
         bits = ((stored & 0x7F) << 7) | ((stored & 0x80) << 8)
         factor = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * tl.load(tensor_scale)
     else:

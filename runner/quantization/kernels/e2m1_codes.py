@@ -1,11 +1,11 @@
-"""E2M1 codes of activations for a block-scaled product, by one kernel where the device has one that agrees.
+"""E2M1 codes of activations for a block-scaled product, by one kernel if it agrees with the definition.
 
-In:   activations [M, K], the factor that smooths each column. Out: packed codes, and e4m3 scales in cuBLAS's order.
+In:   activations [M, K], the smoothing factor of each column. Out: packed codes, and e4m3 scales in cuBLAS's order.
 Never: products, layers.
 
-`quantize_to_e2m1` says which codes and scales. In plain operations their operands are about 190 bytes a number, counted
-operation by operation; on CUDA it is one kernel (`e2m1_codes_triton.py`), 2.56 bytes a number, which permutes the
-scales, too.
+`quantize_to_e2m1` defines codes and scales. In plain operations their operands are about 190 bytes a number, counted
+operation by operation. On CUDA one kernel (`e2m1_codes_triton.py`) takes 2.56 bytes a number, and permutes the scales,
+too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _NUMBERS_A_BLOCK: Final = 1 << 24
 def blocked_codes(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] / smooth [K], bfloat16, K a multiple of 64: bytes uint8 [M, K/2], and bits of e4m3, flat.
 
-    As `quantize_to_e2m1`, with scales as `nvfp4.to_blocked` puts them; in one pass where there is a kernel for it,
-    whose codes may differ as MOST_OTHER_CODES says.
+    As `quantize_to_e2m1`, with scales in the order of `nvfp4.to_blocked`; in one pass where a kernel was chosen, whose
+    codes may differ by MOST_OTHER_CODES.
     """
     if x.device.type == "cuda" and pick_codes(x.device)[0] == "triton":
         return _launch(x, smooth)
@@ -51,14 +51,14 @@ def _launch(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_to_e2m1(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] / smooth [K] by the rule of `svdq.quantize_activations`: bytes [M, K/2], bits of e4m3 [M, K/16], uint8.
+    """x [M, K] / smooth [K] as `svdq.quantize_activations` defines: bytes [M, K/2], bits of e4m3 [M, K/16], uint8.
 
-    Some rows at a time, so that float32 copies stay small; without a look at the values, for which a GPU would wait.
+    Works on blocks of rows, so that float32 copies stay small. It reads no values on the host, as a GPU would wait.
     """
     rows, columns = x.shape
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows, columns // 16, dtype=torch.float8_e4m3fn, device=x.device)
-    # By a tensor on the device, as in `rowwise.quantize_rows`: CUDA does not divide by a number.
+    # Divide by a tensor on the device, as in `rowwise.quantize_rows`: for a number CUDA multiplies by its reciprocal.
     largest = torch.full((), LARGEST, dtype=torch.float32, device=x.device)
     for block in row_blocks((rows, columns), _NUMBERS_A_BLOCK):
         groups = (x[block] / smooth).float().view(-1, columns // 16, 16)
@@ -73,8 +73,8 @@ def quantize_to_e2m1(x: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def pick_codes(device: torch.device) -> tuple[str, str]:
-    """("triton" or "torch", why): the kernel is taken where its scales are those of `quantize_to_e2m1`, and its codes
-    but for MOST_OTHER_CODES of them."""
+    """Choose ("triton" or "torch", why). The kernel needs the scales of `quantize_to_e2m1`, and its codes except for a
+    share of MOST_OTHER_CODES."""
     if device.type != "cuda":
         return "torch", "no CUDA device"
     x = probe_matrix(161, 5120, device)
@@ -83,12 +83,12 @@ def pick_codes(device: torch.device) -> tuple[str, str]:
     codes, scales = quantize_to_e2m1(x, smooth)
     try:
         found, found_scales = _launch(x, smooth)
-    # As in `row_codes`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
+    # As in `row_codes`: a compiler, a driver or a missing package may raise anything, and torch is used.
     except Exception as err:
         return "torch", f"triton refused: {error_text(err)}"
     if not torch.equal(found_scales, to_blocked(scales)):
-        return "torch", "triton refused: other scales than the definition's"
+        return "torch", "triton refused: its scales differ from the definition's"
     share = float((unpack(found) != unpack(codes)).double().mean())
     if share > MOST_OTHER_CODES:
-        return "torch", f"triton refused: {share:.2g} of its codes are others than the definition's"
-    return "triton", f"one pass; share of codes other than the definition's on {device}: {share:.2g}"
+        return "torch", f"triton refused: {share:.2g} of its codes differ from the definition's"
+    return "triton", f"one pass; share of codes that differ from the definition's on {device}: {share:.2g}"

@@ -1,11 +1,11 @@
 """Smoothing and quantising groups of 16 to E2M1 in one Triton kernel. Importing this needs triton.
 
-In:   a matrix in bfloat16, a factor a column. Out: codes, two a byte, and e4m3 scales in cuBLAS's order, as
-`e2m1_codes.quantize_to_e2m1` and `nvfp4.to_blocked` make them. Two bytes read and .56 written a number, in one pass.
-Never: products, which layer.
+In:   a matrix in bfloat16, a factor per column. Out: codes, two a byte, and e4m3 scales in cuBLAS's order, as
+      `e2m1_codes.quantize_to_e2m1` and `nvfp4.to_blocked` make them. One pass reads 2 and writes .56 bytes a number.
+Never: products, layers.
 
-A program takes 128 rows by 64 columns: their scales are one tile of cuBLAS's order, 512 bytes that lie together. Rows
-beyond the last are read as zeros, and their scales written as zeros.
+A program takes 128 rows by 64 columns: their scales are one tile of cuBLAS's order, 512 contiguous bytes. Rows after
+the last are read as zeros, and their scales are written as zeros.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def launch(
 ) -> None:
     """x [M, K] / smooth [K], both bfloat16, K a multiple of 64, into codes uint8 [M, K/2] and scales uint8, flat.
 
-    `scales`: bits of e4m3, ceil(M / 128) * 128 * K / 16 of them; those of rows beyond M are zeros. `smallest_scale`:
-    what a group is divided by at least. All contiguous, on one device. ValueError for other matrices.
+    `scales`: bits of e4m3, ceil(M / 128) * 128 * K / 16 of them; those of rows after M are zeros. `smallest_scale`: the
+    smallest divisor of a group. All contiguous, on one device. Raises ValueError for other matrices.
     """
     rows, columns = x.shape
     tile_columns = _TILE_GROUPS * _GROUP
@@ -73,14 +73,14 @@ def launch(
 
 @triton.jit
 def _smoothed(x_bits: tl.tensor, smooth_bits: tl.tensor) -> tl.tensor:
-    # Bits of bfloat16 are the upper half of float32's. Divided as torch divides, and rounded as it rounds.
+    # Bits of bfloat16 are the upper half of float32's. Division and rounding are those of torch.
     quotient = tl.div_rn(x_bits.to(tl.float32, bitcast=True), smooth_bits.to(tl.float32, bitcast=True))
     return quotient.to(tl.bfloat16).to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _e2m1_bits(bits: tl.tensor, scale: tl.tensor, largest: tl.tensor) -> tl.tensor:
-    # Without a sign it is divided and rounded to the same code; ties must fall to the same side as torch's.
+    # The sign changes neither division nor rounding; ties must be rounded to the same side as in torch.
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     quotient = tl.minimum(tl.div_rn(magnitude, scale), largest).to(tl.int32, bitcast=True)
     return round_to_code(quotient, _E2M1_LOWEST, _E2M1_MANTISSA) | ((bits >> 28) & 8)
@@ -112,7 +112,7 @@ def _quantize_groups(
     pairs, factors = tl.load(x + place, mask=inside, other=0), tl.load(smooth + word)
     even = _smoothed(pairs << 16, factors << 16)
     odd = _smoothed(pairs & -65536, factors & -65536)
-    # Magnitudes are in the order of their bits, and no number is above NaN.
+    # As integers, the bits of magnitudes have the magnitudes' order, and NaN is the largest.
     peak = tl.max(tl.maximum(even & 0x7FFFFFFF, odd & 0x7FFFFFFF), axis=2)
     finite = peak < _INFINITY
     exact = tl.minimum(tl.div_rn(peak.to(tl.float32, bitcast=True), largest_code), largest_scale)

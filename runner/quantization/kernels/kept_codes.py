@@ -1,10 +1,10 @@
-"""Kept codes: the 8-bit codes of a layer's weight, held from one product to the next.
+"""Kept codes: keep the 8-bit codes of a layer's weight between products.
 
-In:   a layer that makes the codes of its own weight. Out: those codes, or None where there are none that fit.
-Never: how codes are made, layers' names, whether there is memory for them (the memory plan says so).
+In:   a layer that makes the codes of its weight. Out: these codes, or None where none are kept or they are stale.
+Never: how codes are made, layers' names, the choice whether memory is enough (the memory plan makes it).
 
-Codes are made by the function that makes them at each product where none are kept: results have the same bits. The
-weight that they are made of stays beside them, for other LoRAs need it again: one byte a weight more, and four a row.
+The same function makes kept codes and codes for one product, so that results have the same bits. The stored weight
+stays in memory, since other LoRAs need it again: kept codes take one more byte a weight, and four bytes a row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CodesKept", "KeepsCodes", "drop_codes", "keep_codes"]
 
 
 class CodesKept(NamedTuple):
-    """`layers` hold codes of `nbytes` in all; those of `made` layers were made just now."""
+    """`layers` hold codes of `nbytes` in all; for `made` of these layers they were made in this call."""
 
     layers: int
     nbytes: int
@@ -29,13 +29,13 @@ class CodesKept(NamedTuple):
 
 
 class KeepsCodes(nn.Module):
-    """A layer with a weight [out, in] that may hold the weight's codes. Buffers, in no state dict, or None:
+    """A layer with a weight [out, in] that may keep the weight's codes in buffers, which are in no state dict, or None:
 
     kept_codes   [out, in] in the dtype of the precision's codes
-    kept_scale   float32 [out, 1]
+    kept_scale   float32 [out, 1], one scale per row (per output channel)
 
-    A tensor of `_code_sources` that changes, in place or for another, makes codes stale: they are not used any more.
-    A compiled graph cannot see that: code that changes a weight under one calls `drop_codes`, or `keep_codes` again.
+    When a tensor of `_code_sources` changes or is replaced, codes are stale and are no longer used. A compiled graph
+    does not check this: code that changes the weight of a compiled layer calls `drop_codes`, or `keep_codes` again.
     """
 
     in_features: int
@@ -45,7 +45,7 @@ class KeepsCodes(nn.Module):
     kept_scale: Tensor | None
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)  # not that of a subclass's other bases: nn.Linear's own would draw a weight
+        nn.Module.__init__(self)  # not of a subclass's other bases: nn.Linear's would make a random weight
         self.register_buffer("kept_codes", None, persistent=False)
         self.register_buffer("kept_scale", None, persistent=False)
         self._codes_dtype: torch.dtype | None = None
@@ -53,34 +53,34 @@ class KeepsCodes(nn.Module):
 
     @property
     def computes_in_rows(self) -> bool:
-        """Does a product need the weight as rows of codes?"""
+        """Does a product need the weight in codes with one scale per row?"""
         raise NotImplementedError
 
     def _code_sources(self) -> Sequence[Tensor | None]:
-        """Every tensor that the codes are made of, always as many."""
+        """All tensors that the codes are made from, always the same number."""
         raise NotImplementedError
 
     def _make_codes(self, dtype: torch.dtype, codes: Tensor) -> Rows:
-        """The weight's codes for products of `dtype`, written into `codes`, and their scales in memory of their own."""
+        """Write the weight's codes for products of `dtype` into `codes`; return them with new scales."""
         raise NotImplementedError
 
     @property
     def holds_codes(self) -> bool:
-        """Are there codes, be they stale or not?"""
+        """Are codes kept, fresh or stale?"""
         return self.kept_codes is not None
 
     @torch.no_grad()
     def keep_codes(self, dtype: torch.dtype) -> bool:
-        """Hold the codes of the weight as it is now, for products of `dtype`; True where they had to be made.
+        """Keep the codes of the present weight for products of `dtype`. Returns True where they had to be made.
 
-        Does nothing, and holds none, while the layer does not compute in rows.
+        Where the layer needs no codes with one scale per row, it keeps none.
         """
         if not self.computes_in_rows:
             self.drop_codes()
             return False
         if self._codes_dtype is dtype and self._are_fresh():
             return False
-        self.drop_codes()  # first, so that old and new ones are never there together
+        self.drop_codes()  # first, so that old and new codes are never in memory together
         sources = self._code_sources()
         device = next(source.device for source in sources if source is not None)
         codes = torch.empty(self.out_features, self.in_features, dtype=code_dtype(self.compute), device=device)
@@ -90,12 +90,12 @@ class KeepsCodes(nn.Module):
         return True
 
     def drop_codes(self) -> None:
-        """Hold no codes: they are made at each product again."""
+        """Drop kept codes: each product makes them again."""
         self.kept_codes = self.kept_scale = None
         self._codes_dtype, self._made_of = None, ()
 
     def codes_for(self, dtype: torch.dtype) -> Rows | None:
-        """The codes for a product of `dtype`; None where none are held, or where they are stale."""
+        """The codes for a product of `dtype`; None where none are kept, or where they are stale."""
         codes, scale = self.kept_codes, self.kept_scale
         if codes is None or scale is None or self._codes_dtype is not dtype:
             return None
@@ -111,21 +111,21 @@ class KeepsCodes(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A cast changes what the codes were made of, and would cast codes of e4m3 too, which count as floating.
+        # A cast changes the codes' sources, and would also cast e4m3 codes, which have a floating dtype.
         self.drop_codes()
         super()._apply(fn, recurse)
         return self
 
 
 def _version(tensor: Tensor | None) -> int:
-    """It grows with each change in place."""
+    """A counter that grows with each change in place."""
     return -1 if tensor is None else tensor._version
 
 
 def keep_codes(model: nn.Module, dtype: torch.dtype) -> CodesKept:
-    """Let every layer of `model` that computes in rows hold its weight's codes, for products of `dtype`.
+    """Keep the codes of every layer of `model` that computes with one scale per row, for products of `dtype`.
 
-    Only those are made that are missing or stale: after other LoRAs those of the layers that these change.
+    Only missing and stale codes are made: after a change of LoRAs, those of the layers with other LoRAs.
     """
     held, made = list[KeepsCodes](), 0
     for layer in model.modules():
@@ -139,7 +139,7 @@ def keep_codes(model: nn.Module, dtype: torch.dtype) -> CodesKept:
 
 
 def drop_codes(model: nn.Module) -> None:
-    """Let no layer of `model` hold codes."""
+    """Drop the kept codes of all layers of `model`."""
     for layer in model.modules():
         if isinstance(layer, KeepsCodes):
             layer.drop_codes()

@@ -49,7 +49,7 @@ __all__ = [
     "weight_rows",
 ]
 
-EXACT: Final = "exact"  # the weight in 16 bits, or whatever the activations have
+EXACT: Final = "exact"  # the weight in 16 bits, or in the dtype of the activations
 
 
 def run_backend(compute: str, backend: str, *operands: Any) -> Tensor:
@@ -67,9 +67,9 @@ def run_backend(compute: str, backend: str, *operands: Any) -> Tensor:
 
 
 def weight_rows(weight: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
-    """A weight [N, K] floating as rows of codes, rotated where the compute is.
+    """Quantise a floating weight [N, K] with one scale per row (per output channel), rotated where the precision is.
 
-    Into `codes` where given, else into memory shared between layers.
+    Codes are written into `codes` where given, else into memory shared between layers.
     """
     if codes is None:
         codes = workspace("codes", (weight.shape[0], weight.shape[1]), code_dtype(compute), weight.device)
@@ -88,19 +88,19 @@ def multiply_rows(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
+    """Multiply [M, K] of `prepare_rows` by a weight [N, K] in 16 or 32 bits: [M, N] in `dtype`."""
     return multiply_codes(x, x_scale, weight_rows(weight, compute), compute, backend, bias, dtype)
 
 
 def multiply_codes(
     x: Tensor, x_scale: Tensor, w: Rows, compute: str, backend: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[M, K] of `prepare_rows` by the codes of `weight_rows`: [M, N] in `dtype`."""
+    """Multiply [M, K] of `prepare_rows` by the codes of `weight_rows`: [M, N] in `dtype`."""
     return run_backend(compute, backend, Rows(x, x_scale), w, bias, dtype)
 
 
 def add_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
-    """A layer's bias and what is added to it, in float32; None where there is neither."""
+    """The sum of a layer's bias and its delta, in float32 where both exist; None where neither exists."""
     if bias is not None and delta is not None:
         return bias.float() + delta
     return delta if bias is None else bias
@@ -109,7 +109,7 @@ def add_biases(bias: Tensor | None, delta: Tensor | None) -> Tensor | None:
 def multiply_blocks(
     x: nvfp4.Blocks, w: nvfp4.Blocks, compute: str, backend: str, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[M, N] in `dtype`; the bias is added after the product is rounded: the kernel with two scales takes none."""
+    """[M, N] in `dtype`. The bias is added after the product is rounded, as the kernel with two scales takes none."""
     result = run_backend(compute, backend, x, w, dtype)
     return result if bias is None else result.add_(bias.to(dtype))
 
@@ -124,10 +124,10 @@ def multiply_svdq(
     lora_down: Tensor | None = None,
     lora_up: Tensor | None = None,
 ) -> Tensor:
-    """[M, in] by stored tensors in SVDQ `fmt`, in the order that `backend` reads: [M, out_features] in x's dtype.
+    """Multiply [M, in] by stored tensors in SVDQ `fmt`, in the order of `backend`: [M, out_features] in x's dtype.
 
-    A LoRA's factors, [R, in] and [out, R] in plain order, join the layer's own; where their rank is more than kernels
-    take, they are two products of their own.
+    A LoRA's factors, [R, in] and [out, R] in plain order, are joined to the layer's factors. Where the sum of ranks is
+    more than kernels take, two separate products compute the LoRA.
     """
     wide = pad(x, (x.shape[0], tensors["qweight"].shape[1] * 2))
     beside = None
@@ -149,7 +149,7 @@ def pick_gemm_backend(device: torch.device, compute: str) -> tuple[str | None, s
     if device.type == "cpu":
         problem = _check_backend(REFERENCE, compute, device)
         if problem is None:
-            return REFERENCE, "on a CPU the format's definition runs, slower than 16 bits"
+            return REFERENCE, "a CPU runs the format's definition, which is slower than 16 bits"
         return None, f"{REFERENCE} refused: {problem}"
     refused: list[str] = []
     for row in PRECISIONS[compute].backends:
@@ -164,16 +164,16 @@ def _check_backend(name: str, compute: str, device: torch.device) -> str | None:
     x, weight = probe_matrix(80, 256, device), probe_matrix(128, 256, device, seed=1)
     bias, allowed = weight[:, 0].contiguous(), PRECISIONS[compute].agreement
     try:
-        found = _tried(name, compute, x, weight, bias)
+        found = _try_backend(name, compute, x, weight, bias)
     # A driver, a missing package or an unsupported device may raise anything: the next backend is tried.
     except Exception as err:
         return error_text(err)
-    wanted = _tried(REFERENCE, compute, x, weight, bias)
-    off = relative_error(found, wanted)
+    defined = _try_backend(REFERENCE, compute, x, weight, bias)
+    off = relative_error(found, defined)
     return None if off <= allowed else f"off by {off:.3g} of the definition's result, {allowed} allowed"
 
 
-def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _try_backend(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if PRECISIONS[compute].layout == "svdq":
         layout, order = SVDQ_LAYOUTS[compute], svdq_products.ORDERS[name]
         stored = svdq_products.probe_tensors(layout, x.device)
@@ -186,9 +186,9 @@ def _tried(name: str, compute: str, x: Tensor, weight: Tensor, bias: Tensor) -> 
     return multiply_rows(*prepare_rows(x, compute), weight, compute, name, bias, x.dtype)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||; infinite where anything is not finite."""
-    off = (found.double() - wanted.double()).norm() / wanted.double().norm()
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; infinite where anything is not finite."""
+    off = (found.double() - expected.double()).norm() / expected.double().norm()
     return float(off) if bool(torch.isfinite(off)) else float("inf")
 
 
@@ -202,7 +202,7 @@ def rowwise_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`multiply_rows` as one operator: the weight's codes lie in shared memory only until the product is enqueued."""
+    """`multiply_rows` as one operator: the weight's codes are in shared memory only until the product is enqueued."""
     return multiply_rows(x, x_scale, weight, compute, backend, bias, dtype)
 
 
@@ -231,7 +231,7 @@ def kept_rows_linear(
     bias_delta: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x, x_scale of `prepare_rows`, by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
+    """Multiply x, x_scale of `prepare_rows` by a weight's kept codes [N, K] and scales [N, 1]: [M, N] in `dtype`."""
     bias = add_biases(bias, bias_delta)
     return multiply_codes(x, x_scale, Rows(codes, scale), compute, backend, bias, dtype)
 
@@ -267,7 +267,7 @@ class LowBitLinear(KeepsCodes, nn.Linear):
         self.train(linear.training)
 
     def set_compute(self, compute: str, backend: str = "") -> None:
-        """As `FP4Linear.set_compute`; a precision in blocks needs a weight that is stored so."""
+        """As `FP4Linear.set_compute`; a precision in blocks is refused, as it needs a weight stored in blocks."""
         precision = PRECISIONS.get(compute)
         rows = precision is not None and precision.layout == "rows" and precision.find_backend(backend) is not None
         if compute != EXACT and not rows:

@@ -1,14 +1,15 @@
-"""Products of two NVFP4 matrices, weights and activations in four bits: the format of activations, and the kernel.
+"""Products of two NVFP4 matrices, weights and activations in four bits: quantise activations and multiply.
 
 In:   activations, and a stored NVFP4 weight as `e2m1.NVFP4` lists it. Out: x w^T, without a bias.
 Never: layers, names, LoRAs.
 
-An activation is quantised as it comes: E2M1 codes, an e4m3 scale for every 16 columns, one float32 scale for all. The
-scale of a group maps its largest magnitude to 6, or to 4 where that loses less ("four over six"): E2M1 has nothing
-between 4 and 6, so that values just below the largest round by up to a sixth of it. Error .087 instead of .095.
+An activation is quantised when it is used: E2M1 codes, an e4m3 scale for every 16 columns, one float32 scale for all.
+The scale of a group maps its largest magnitude to 6, or to 4 where that gives a smaller error ("four over six"): E2M1
+has no value between 4 and 6, so that values just below the largest are rounded by up to a sixth of it. The error is
+.087 instead of .095.
 
-cuBLAS reads scales in tiles of 128 rows and 4 columns (`to_blocked`), codes with the even column in the low nibble, as
-they are stored here.
+cuBLAS reads scales in tiles of 128 rows and 4 columns (`to_blocked`), and codes with the even column in the low nibble,
+as stored here.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
 
 _GROUP: Final = NVFP4.group
 _E4M3: Final = 448.0
-# Scales may grow by a half where 4 is the better target; e4m3 must still hold the largest.
+# Where 4 is the better target, scales grow by a half; the largest must still fit e4m3.
 _SCALE_HEADROOM: Final = 256.0
 _SMALLEST_SCALE: Final = 1e-30
 _TILE_ROWS, _TILE_COLUMNS = 128, 4
@@ -51,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 def quantize_blocks(x: Tensor) -> Blocks:
-    """`x` [M, K] floating, K a multiple of 16. Plain arithmetic without branches on values, which a compiler fuses."""
+    """Quantise a floating `x` [M, K], K a multiple of 16. It has no branches on values, so a compiler can fuse it."""
     rows, columns = x.shape
     groups = x.reshape(rows, columns // _GROUP, _GROUP).float()
     largest = groups.abs().amax(dim=-1, keepdim=True)
@@ -65,37 +66,37 @@ def quantize_blocks(x: Tensor) -> Blocks:
     return Blocks(pairs[..., 0] | (pairs[..., 1] << 4), scale, tensor_scale)
 
 
-def _quantize_groups(groups: Tensor, wanted: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(e4m3 scale [M, G, 1], codes [M, G, 16], squared error [M, G, 1]) with the e4m3 scale nearest to `wanted`."""
-    scale = (wanted / tensor_scale).clamp(max=_E4M3).to(torch.float8_e4m3fn)
+def _quantize_groups(groups: Tensor, exact: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(e4m3 scale [M, G, 1], codes [M, G, 16], squared error [M, G, 1]) with the e4m3 scale nearest to `exact`."""
+    scale = (exact / tensor_scale).clamp(max=_E4M3).to(torch.float8_e4m3fn)
     factor = scale.float() * tensor_scale
-    # A group far below the tensor's largest has scale 0, and is then 0 itself.
+    # A group far below the tensor's largest gets scale 0, and all its values become 0.
     quotient = torch.where(factor > 0, groups / factor, torch.zeros_like(groups))
     codes, values = _nearest(quotient)
     return scale, codes, (groups - values * factor).square().sum(dim=-1, keepdim=True)
 
 
 def _nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest E2M1 codes uint8, ties to even mantissa, and what they stand for. Beyond ±6 it is ±6."""
+    """The nearest E2M1 codes uint8, ties to even mantissa, and their values. Values beyond ±6 become ±6."""
     magnitude = values.abs().clamp(max=LARGEST)
-    # The grid has steps of 1/2 below 2, of 1 below 4, of 2 up to 6; round() takes ties to even, as the format does.
+    # Steps are 1/2 below 2, 1 below 4, 2 up to 6; round() rounds ties to even, like the format.
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     nearest = (magnitude / step).round() * step
-    codes = torch.minimum(torch.minimum(nearest * 2, nearest + 2), nearest * 0.5 + 4)  # the lowest line is the code
+    codes = torch.minimum(torch.minimum(nearest * 2, nearest + 2), nearest * 0.5 + 4)  # see `e2m1.encode_finite`
     negative = torch.signbit(values)
     return codes.to(torch.uint8) + negative.to(torch.uint8) * 8, torch.where(negative, -nearest, nearest)
 
 
 def dequantize_blocks(blocks: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values [M, K]."""
+    """Dequantise to values [M, K]."""
     tensors = {"weight_packed": blocks.packed, "weight_scale": blocks.scale, "weight_scale_2": blocks.tensor_scale}
     return dequantize(tensors, NVFP4, dtype)
 
 
 def to_blocked(scale: Tensor) -> Tensor:
-    """Scales [rows, columns] as cuBLAS reads them: flat, padded with zeros to 128 rows and 4 columns.
+    """Put scales [rows, columns] into cuBLAS's order: flat, padded with zeros to multiples of 128 rows and 4 columns.
 
-    The scale of (r, c) lies at ((r // 128) * C / 4 + c // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4, with
+    The scale of (r, c) is at ((r // 128) * C / 4 + c // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4, with
     C columns after padding (cuBLAS documentation, "1D block scaling factors layout").
     """
     rows, columns = scale.shape
@@ -120,14 +121,14 @@ def from_blocked(blocked: Tensor, rows: int, columns: int) -> Tensor:
 def block_scaled(x: Blocks, w: Blocks, dtype: torch.dtype) -> Tensor:
     """cuBLASLt through `torch.nn.functional.scaled_mm` (torch 2.10 and later); compute capability 10.0 and 12.0.
 
-    K a multiple of 32, N of 16. The weight's scales are laid out anew each time: a sixteenth of a byte a weight.
+    K a multiple of 32, N of 16. The weight's scales are reordered in each call: a sixteenth of a byte a weight.
     """
     x, w = (Blocks(blocks.packed, to_blocked(blocks.scale), blocks.tensor_scale) for blocks in (x, w))
     return multiply_blocked(x, w).to(dtype)
 
 
 def multiply_blocked(x: Blocks, w: Blocks) -> Tensor:
-    """`block_scaled` in bfloat16, of operands whose scales lie as `to_blocked` puts them."""
+    """`block_scaled` in bfloat16, for operands whose scales are in the order of `to_blocked`."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
     recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]

@@ -1,9 +1,10 @@
-"""Prepared inputs: an activation in the codes of a precision, made once for all layers that multiply it alike.
+"""Prepared inputs: quantise an activation once for all layers that read it in the same precision.
 
-In:   layers, an activation. Out: what these layers take in its place. Never: weights, products, layers' names.
+In:   layers, an activation. Out: the quantised activation for these layers. Never: weights, products, layers' names.
 
-Query, key and value have one input. Each would rotate and quantise it anew; a compiler merges neither operators nor,
-between kernels, arithmetic. So the caller prepares the input and gives the layers that: nothing is remembered.
+Query, key and value have one input. Each layer would rotate and quantise it again, and a compiler merges neither
+operators nor arithmetic of several kernels. So the caller prepares the input and passes it to the layers. Nothing is
+cached.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ __all__ = ["Prepared", "prepare", "prepare_gelu", "prepared_for", "takes_gelu"]
 
 
 class Prepared(NamedTuple):
-    """An activation [..., in] for layers that compute alike.
+    """An activation [..., in] for layers of one precision.
 
     x         [M, in] in its dtype, where the precision's LoRAs read it (`blocks`), else None
     operands  `rowwise.Rows` or `nvfp4.Blocks`, as a tuple
-    sizes     of the activation, the last left out: M is their product
+    sizes     of the activation without the last; M is their product
     """
 
     x: Tensor | None
@@ -37,9 +38,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
-    """`x` [..., in] as every one of `layers` takes it, by bits what each would make of it.
+    """Quantise `x` [..., in] for all of `layers`, with the same bits as each layer would make.
 
-    `x` itself where a layer computes in 16 bits, or two of them compute in different ways.
+    Returns `x` itself where a layer computes in 16 bits, or where the layers' precisions differ.
     """
     compute = _layer_compute(layers[0])
     precision = PRECISIONS.get(compute)
@@ -53,18 +54,18 @@ def prepare(layers: Sequence[Any], x: Tensor) -> Tensor | Prepared:
 
 
 def prepare_gelu(layer: Any, x: Tensor) -> Prepared:
-    """GELU (by tanh) of `x` [..., in] as `layer` takes it, where `takes_gelu`."""
+    """Quantise GELU (by tanh) of `x` [..., in] for a `layer` with `takes_gelu`."""
     return _prepare(x, _layer_compute(layer), gelu=True)
 
 
 def takes_gelu(layer: Any) -> bool:
-    """Does one operator make this layer's codes, which can take GELU in before them?"""
+    """Can the operator that makes this layer's codes also compute GELU before?"""
     precision = PRECISIONS.get(_layer_compute(layer))
     return precision is not None and precision.rotated
 
 
 def prepared_for(layer: Any, x: Tensor | Prepared) -> Prepared:
-    """What `layer` multiplies: `x` if it is prepared, else made of it. ValueError for what another compute prepared."""
+    """Return `x` if it is prepared, else quantise it for `layer`. Raises ValueError if prepared for another compute."""
     compute = _layer_compute(layer)
     if not isinstance(x, Prepared):
         return _prepare(x, compute)

@@ -1,11 +1,11 @@
-"""Rotating and quantising rows in one Triton kernel, behind GELU where it is asked for. Importing this needs triton.
+"""Rotating and quantising rows in one Triton kernel, after GELU if requested. Importing this needs triton.
 
-In:   a matrix in 16 bits. Out: int8 codes and a float32 scale a row: 2 bytes read and 1 written a number, in one pass.
-Never: products, what the matrix is, rotations other than `ROTATION` wide.
+In:   a matrix in 16 bits. Out: int8 codes and one float32 scale per row. One pass reads 2 and writes 1 byte a number.
+Never: products, the meaning of the matrix, rotations other than `ROTATION` wide.
 
-A program takes some rows, one after the other. A row lies in its registers as [blocks, 128] and is multiplied by the
-Hadamard matrix on the tensor cores, whose entries are exact in 16 bits; sums are made in float32 and rounded to the
-matrix's dtype, as `rowwise.rotate_rows` rounds them. Two ways of summing 128 numbers may end on two sides of a tie.
+A program takes some rows, one after the other. A row is in its registers as [blocks, 128] and is multiplied by the
+Hadamard matrix on the tensor cores. The matrix is exact in 16 bits; sums are in float32 and rounded to the matrix's
+dtype, like those of `rowwise.rotate_rows`. Two orders of summing 128 numbers may end on two sides of a tie.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 __all__ = ["launch"]
 
 _LONGEST: Final = 1 << 14  # columns: a row stays in the registers of one program
-_ROWS: Final = 8  # of a program, which reads the Hadamard matrix (32 KB) once for all of them
-_LEAST_BLOCKS: Final = 16  # rows of the smallest product that the tensor cores make
-# Adding 1.5 * 2**23 to a float32 of less than 2**22 leaves it rounded to an integer, ties to even.
+_ROWS: Final = 8  # of a program, which reads the Hadamard matrix (32 KB) once for all of its rows
+_LEAST_BLOCKS: Final = 16  # rows of the smallest product on the tensor cores
+# Adding 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even.
 _TO_INTEGER: Final = tl.constexpr(12582912.0)
 # GELU by tanh, of u = sqrt(2 / pi) * (x + 0.044715 x^3), is x / (1 + exp(-2 u)).
 _MINUS_TWO_ROOTS: Final = tl.constexpr(-1.5957691216057308)
@@ -94,9 +94,9 @@ def _rotate_and_quantize(
         if GELU:
             given = tl.max(_gelu(given.to(tl.float32))[None, :, :], axis=0).to(given.dtype)
         values = tl.dot(given, hadamard).to(given.dtype).to(tl.float32)
-        # Divided as torch divides, correctly rounded: codes that lie on a tie must fall to the same side.
+        # Correctly rounded division, as in torch: ties between codes must be rounded to the same side.
         scale = tl.maximum(tl.div_rn(tl.max(tl.max(tl.abs(values), axis=1), axis=0), largest), smallest_scale)
-        # A maximum passes over NaN; the row must not come out as plausible numbers. A NaN alone differs from itself.
+        # A maximum ignores NaN, but a row with NaN must not give plausible numbers. Only NaN differs from itself.
         unordered = (values != values).to(tl.int32)  # noqa: PLR0124
         scale = tl.where(tl.sum(tl.sum(unordered, axis=1), axis=0) > 0, float("nan"), scale)
         values = tl.div_rn(values, tl.zeros_like(values) + scale)

@@ -1,10 +1,10 @@
-"""Codes of rows: activations and weights in codes, by one kernel where the device has one that agrees with the format.
+"""Row codes: quantise activations per token and weights per channel, by one kernel if it agrees with the definition.
 
-In:   a matrix, the name of a precision of codes in rows. Out: codes and scales. Never: products, layers, recipes.
+In:   a matrix, the name of a precision with one scale per row. Out: codes and scales. Never: products, layers, recipes.
 
-Int8 rotates before it rounds. `rotated_codes` does both, and GELU before them where it is asked for, as one operator: a
-compiler has no kernel for the rotation. On CUDA the operator is one kernel of ours: 2 bytes read and 1 written a
-number, where GELU, rotation and rounding apart take 4, 4 and 3.
+Int8 rotates before it rounds. `rotated_codes` does both, after GELU if requested, as one operator: a compiler has no
+kernel for the rotation. On CUDA the operator is one Triton kernel that reads 2 and writes 1 byte a number; separate
+GELU, rotation and rounding take 4, 4 and 3.
 """
 
 from __future__ import annotations
@@ -44,25 +44,28 @@ __all__ = [
 
 _NUMBERS_A_BLOCK: Final = 1 << 22
 LONGEST_ROTATED: Final = 1 << 14  # columns of a row that `rotated_rows_triton` holds
-# Share of codes that may differ from the definition's, by one step. The rotation's sums are made in another order, and
-# GELU's tanh by another formula: what lies on a tie of the 16 bits may fall to its other side. Counted in Triton's
-# interpreter against torch's CPU, of 0.6 million gaussian numbers none in bfloat16, in float16 behind GELU one in
-# 100,000. An assumption for tensor cores, whose sums keep fewer bits. A thousandth adds .001 to int8's error of .009.
+# Share of codes that may differ from the definition's, by one step. The rotation sums in another order, and GELU's tanh
+# uses another formula, so that ties of the 16 bits may be rounded to the other side. Counted in Triton's interpreter
+# against torch's CPU, of 0.6 million gaussian numbers: none in bfloat16; in float16 after GELU one in 100,000. An
+# assumption for tensor cores, whose sums keep fewer bits. A thousandth adds .001 to int8's error of .009.
 MOST_OTHER_CODES: Final = 0.001
 
 
 def prepare_rows(x: Tensor, compute: str, *, gelu: bool = False) -> Rows:
-    """`x` [M, K] floating, rotated where the compute is, in codes; `gelu`: GELU of `x`, the one by tanh."""
+    """Quantise a floating `x` [M, K] with one scale per row (per token), rotated where the precision is.
+
+    `gelu`: quantise GELU (by tanh) of `x`.
+    """
     if PRECISIONS[compute].rotated:
         return Rows(*rotated_codes(x, compute, gelu))
     x = F.gelu(x, approximate="tanh") if gelu else x
-    # Inside a graph the plain arithmetic becomes part of the kernel before it.
+    # In a compiled graph the plain arithmetic becomes part of the kernel before it.
     return quantize_rows(x, compute) if torch.compiler.is_compiling() else fast_rows(x, compute)
 
 
 @torch.library.custom_op("video_lab::rotated_codes", mutates_args=())
 def rotated_codes(x: Tensor, compute: str, gelu: bool) -> tuple[Tensor, Tensor]:
-    """`fast_rotated_rows` as an operator that a compiler sees: codes [M, K], scale float32 [M, 1]."""
+    """`fast_rotated_rows` as one operator for a compiler: codes [M, K], scale float32 [M, 1]."""
     rows = fast_rotated_rows(x, compute, gelu=gelu)
     return rows.codes, rows.scale
 
@@ -75,7 +78,7 @@ def _(x: Tensor, compute: str, gelu: bool) -> tuple[Tensor, Tensor]:
 def fast_rotated_rows(x: Tensor, compute: str, codes: Tensor | None = None, *, gelu: bool = False) -> Rows:
     """`quantize_rows(rotate_rows(x))` of `x` [M, K], or of its GELU; into `codes` where given.
 
-    In one pass where there is a kernel for it, whose codes may differ as MOST_OTHER_CODES says, else block by block.
+    In one pass where a kernel was chosen, whose codes may differ by MOST_OTHER_CODES, else block by block.
     """
     if codes is None:
         codes = torch.empty(x.shape, dtype=code_dtype(compute), device=x.device)
@@ -102,7 +105,7 @@ def _launch_rotation(x: Tensor, compute: str, gelu: bool, codes: Tensor, scale: 
 
 
 def fast_rows(x: Tensor, compute: str, codes: Tensor | None = None) -> Rows:
-    """`quantize_rows` in one pass where there is a kernel for it, else block by block; into `codes` where given."""
+    """`quantize_rows` in one pass where a kernel was chosen, else block by block; into `codes` where given."""
     if codes is None:
         codes = torch.empty(x.shape, dtype=code_dtype(compute), device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
@@ -122,27 +125,28 @@ def _launch_rows(x: Tensor, compute: str, codes: Tensor, scale: Tensor) -> None:
 
 @cache
 def pick_rows(device: torch.device, compute: str) -> tuple[str, str]:
-    """("triton" or "torch", why): the kernel is taken where it agrees with `quantize_rows` code by code."""
+    """Choose ("triton" or "torch", why). The kernel must agree with `quantize_rows` code by code."""
     if device.type != "cuda":
         return "torch", "no CUDA device"
     x = probe_matrix(33, 160, device)
-    wanted = quantize_rows(x, compute)
-    codes, scale = torch.empty_like(wanted.codes), torch.empty_like(wanted.scale)
+    defined = quantize_rows(x, compute)
+    codes, scale = torch.empty_like(defined.codes), torch.empty_like(defined.scale)
     try:
         _launch_rows(x, compute, codes, scale)
-    # As in `kernels`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
+    # As in `dequantize`: a compiler, a driver or a missing package may raise anything, and torch is used.
     except Exception as err:
         return "torch", f"triton refused: {error_text(err)}"
-    if not torch.equal(codes.view(torch.uint8), wanted.codes.view(torch.uint8)) or not torch.equal(scale, wanted.scale):
-        return "torch", "triton refused: other codes than the definition's"
+    same_codes = torch.equal(codes.view(torch.uint8), defined.codes.view(torch.uint8))
+    if not same_codes or not torch.equal(scale, defined.scale):
+        return "torch", "triton refused: its codes differ from the definition's"
     return "triton", f"one pass, equal to the definition on {device}"
 
 
 @cache
 def pick_rotation(device: torch.device, compute: str, gelu: bool) -> tuple[str, str]:
-    """("triton" or "torch", why): the kernel is taken where its codes are those of the definition, ties aside.
+    """Choose ("triton" or "torch", why). The kernel must give the definition's codes, except at ties.
 
-    At the 14B model's two widths: each is a kernel of its own.
+    It is tried at the 14B model's two widths, each of which compiles to another kernel.
     """
     if device.type != "cuda":
         return "torch", "no CUDA device"
@@ -168,29 +172,29 @@ def pick_rotation(device: torch.device, compute: str, gelu: bool) -> tuple[str, 
 
 
 def name_row_kernel(device: torch.device, compute: str) -> str:
-    """For the record: what makes the codes of `compute`, a precision in rows, on `device`, and why."""
+    """For the record: the kernel that makes the codes of `compute` (one scale per row) on `device`, and why."""
     kinds = {"": pick_rows(device, compute)}
     if PRECISIONS[compute].rotated:
         kinds = {gelu: pick_rotation(device, compute, bool(gelu)) for gelu in ("", "behind GELU ")}
     return "; ".join(f"{kind}{name}: {why}" for kind, (name, why) in kinds.items())
 
 
-def compare_codes(found: Rows, wanted: Rows) -> tuple[str, float]:
-    """What is wrong with `found`, empty if nothing is, and the share of its codes that are others than `wanted`'s.
+def compare_codes(found: Rows, defined: Rows) -> tuple[str, float]:
+    """Return the problem of `found`, empty if there is none, and the share of its codes that differ from `defined`.
 
-    A row's largest number may lie a step of 16 bits off, and its scale with it: 2**-7 of it in bfloat16.
+    A row's largest number may differ by a step of 16 bits, and so its scale: by 2**-7 of it in bfloat16.
     """
-    off = (found.codes.int() - wanted.codes.int()).abs()
+    off = (found.codes.int() - defined.codes.int()).abs()
     share = float((off > 0).double().mean())
-    if not bool(torch.isfinite(found.scale).all()) or float((found.scale / wanted.scale - 1).abs().max()) > 2**-7:
-        return "other scales than the definition's", share
+    if not bool(torch.isfinite(found.scale).all()) or float((found.scale / defined.scale - 1).abs().max()) > 2**-7:
+        return "its scales differ from the definition's", share
     if share > MOST_OTHER_CODES or int(off.max()) > 1:
-        return f"{share:.2g} of its codes are others than the definition's, by up to {int(off.max())}", share
+        return f"{share:.2g} of its codes differ from the definition's, by up to {int(off.max())}", share
     return "", share
 
 
 def probe_matrix(rows: int, columns: int, device: torch.device, seed: int = 0) -> Tensor:
-    """bfloat16 noise with a channel that stands out, rows of other sizes, and a row of zeros."""
+    """bfloat16 noise with one large channel, rows of different magnitudes, and a row of zeros."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 1, rows).unsqueeze(-1)
     x[:, columns // 3] *= 30
@@ -199,6 +203,6 @@ def probe_matrix(rows: int, columns: int, device: torch.device, seed: int = 0) -
 
 
 def error_text(err: Exception) -> str:
-    """Its type and the first line of its message."""
+    """The error's type and the first line of its message."""
     text = str(err).strip()
     return f"{type(err).__name__}: {text.splitlines()[0] if text else 'no message'}"

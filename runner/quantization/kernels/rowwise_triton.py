@@ -1,11 +1,11 @@
-"""Quantising rows in Triton: one pass, two bytes read and one written a number. Importing this needs triton.
+"""Quantising with one scale per row in Triton. One pass reads 2 and writes 1 byte a number. Importing needs triton.
 
-In:   a float matrix. Out: 8-bit codes and a float32 scale a row, as `rowwise.quantize_rows` defines them.
-It will never know: rotations, products, what the matrix is.
+In:   a float matrix. Out: 8-bit codes and one float32 scale per row, as `rowwise.quantize_rows` defines them.
+Never: rotations, products, the meaning of the matrix.
 
-The codes of float8_e4m3fn are computed as integers, without a conversion instruction. Triton 3.7, which torch 2.13's
-CUDA build brings, has no right one for compute capability 8.9: it converts float32 to float16 rounded towards zero
-(`cvt.rz.f16.f32`), and that to e4m3 rounded to nearest, so that values just above a tie fall to the side of zero.
+The codes of float8_e4m3fn are computed as integers, without a conversion instruction. The conversion of Triton 3.7
+(part of torch 2.13's CUDA build) is wrong for compute capability 8.9: it converts float32 to float16 rounded towards
+zero (`cvt.rz.f16.f32`), then to e4m3 rounded to nearest, so that values just above a tie are rounded towards zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["e4m3_bits", "launch", "round_to_code"]
 
 _LONGEST: Final = 1 << 15  # columns: a row stays in the registers of one program
-# Adding 1.5 * 2**23 to a float32 of less than 2**22 leaves it rounded to an integer, ties to even.
+# Adding 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even.
 _TO_INTEGER: Final = tl.constexpr(12582912.0)
 # The exponent of 2**-6, e4m3's smallest normal number, as float32 has it: 127 - 6.
 _E4M3_LOWEST: Final = tl.constexpr(121)
@@ -28,9 +28,9 @@ _E4M3_MANTISSA: Final = tl.constexpr(3)
 
 
 def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scale: Tensor) -> None:
-    """Every row of `x` [M, K] float32|bfloat16|float16 by its own largest magnitude, into codes [M, K], scale [M, 1].
+    """Quantise each row of `x` [M, K] float32|bfloat16|float16 by its largest magnitude: codes [M, K], scale [M, 1].
 
-    codes int8 or float8_e4m3fn. All contiguous, on one device. ValueError for other matrices.
+    codes int8 or float8_e4m3fn. All contiguous, on one device. Raises ValueError for other matrices.
     """
     rows, columns = x.shape
     if columns > _LONGEST:
@@ -56,14 +56,14 @@ def launch(x: Tensor, largest: float, smallest_scale: float, codes: Tensor, scal
 
 @triton.jit
 def round_to_code(magnitude: tl.tensor, LOWEST: tl.constexpr, MANTISSA: tl.constexpr) -> tl.tensor:
-    """Code, without a sign, of the nearest number to each magnitude (bits of float32, int32), ties to even: int32.
+    """Round each magnitude (bits of float32, int32) to the nearest number, ties to even: its code without sign, int32.
 
-    Of a format with `MANTISSA` bits of mantissa; `LOWEST`: the exponent of its smallest normal number, as float32 has
-    it. Codes beyond the format's largest come out for magnitudes that are rounded beyond it.
+    For a format with `MANTISSA` bits of mantissa; `LOWEST`: the biased float32 exponent of its smallest normal number.
+    A magnitude above the format's largest number gets a code above the largest.
     """
-    # Between powers of two there are 2**MANTISSA even steps, and as many below the smallest normal number. A number in
-    # which one step is the last bit is added, 1.5 * 2**(23 - MANTISSA) times the power of two: the sum is rounded to
-    # whole steps, and its last bits count them.
+    # Between powers of two there are 2**MANTISSA even steps, and as many below the smallest normal number. Adding
+    # 1.5 * 2**(23 - MANTISSA) times the power of two, a number whose last bit is one step, rounds the sum to whole
+    # steps; its last bits count them.
     exponent = tl.maximum(magnitude >> 23, LOWEST)
     zero_steps = (exponent << 23) + (((23 - MANTISSA) << 23) | (1 << 22))
     steps = magnitude.to(tl.float32, bitcast=True) + zero_steps.to(tl.float32, bitcast=True)
@@ -94,16 +94,16 @@ def _quantize(
     column = tl.arange(0, BLOCK)
     inside = column < columns
     values = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    # Divided as torch divides, correctly rounded: codes that lie on a tie must fall to the same side.
+    # Correctly rounded division, as in torch: ties between codes must be rounded to the same side.
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), largest), smallest_scale)
-    # A maximum passes over NaN; the row must not come out as plausible numbers. A NaN alone differs from itself.
+    # A maximum ignores NaN, but a row with NaN must not give plausible numbers. Only NaN differs from itself.
     unordered = values != values  # noqa: PLR0124
     scale = tl.where(tl.sum(unordered.to(tl.int32), axis=0) > 0, float("nan"), scale)
     values = tl.div_rn(values, tl.zeros_like(values) + scale)
     if INTEGER:
         values = tl.minimum(tl.maximum(values, -largest), largest)
         narrowed = ((values + _TO_INTEGER) - _TO_INTEGER).to(tl.int8)
-    else:  # a quotient is at most a bit above 448, which it is rounded to
+    else:  # a quotient may be a bit above 448, and is then rounded to 448
         narrowed = e4m3_bits(values).to(tl.int8)
     tl.store(codes + row * columns + column, narrowed, mask=inside)
     tl.store(scales + row, scale)

@@ -1,11 +1,11 @@
-"""SVDQ order: the stored tensors of an SVDQ linear as one product or another reads them, in place of each other.
+"""SVDQ order: reorder the stored tensors of an SVDQ linear for a GEMM backend.
 
-In:   stored tensors in one order. Out: the same bytes in another, shapes and dtypes unchanged; a LoRA's factors beside
-      the layer's own. Never: values, which product runs.
+In:   stored tensors in one order. Out: the same bytes in the other, shapes and dtypes unchanged; the layer's factors
+      joined with a LoRA's. Never: values, the choice of a backend.
 
     tiles   as in files: the order of nunchaku's kernels (`formats/svdq.py`)
-    rows    qweight    [N, K/2], a row after the other, the even column in the low nibble
-            wscales    int4: [K/64, N]; nvfp4: the order of cuBLAS (`nvfp4.to_blocked`), as many bytes
+    rows    qweight    [N, K/2], row-major, the even column in the low nibble
+            wscales    int4: [K/64, N]; nvfp4: the order of cuBLAS (`nvfp4.to_blocked`), the same number of bytes
             proj_down  [K, r], proj_up [N, r], smooth_factor [K], wcscales [N], each in its plain order
 """
 
@@ -39,9 +39,9 @@ ROWS: Final[Order] = "rows"
 
 
 def reorder(name: str, tensor: Tensor, precision: SvdqPrecision, order: Order) -> Tensor:
-    """The stored tensor `name` of a layer, which lies in the other order, in `order`: a copy, contiguous.
+    """Copy the stored tensor `name` of a layer from the other order into `order`; contiguous.
 
-    `reorder` to the one order and back gives the very bytes.
+    Reordering there and back gives the same bytes.
     """
     match name:
         case "qweight":
@@ -74,7 +74,7 @@ def _scales_to_tiles(scales: Tensor, precision: SvdqPrecision) -> Tensor:
 
 
 def join_factors(tensors: Mapping[str, Tensor], order: Order, lora_down: Tensor, lora_up: Tensor) -> dict[str, Tensor]:
-    """The tensors with the factors of a LoRA behind the layer's own: their rank has grown.
+    """Append the factors of a LoRA to the layer's factors, which increases their rank.
 
     lora_down [R, in], lora_up [out, R] in plain order; rounded to the stored factors' dtype, padded with zeros to the
     stored sides and to a rank that is a multiple of 16.

@@ -147,17 +147,17 @@ def test_a_kernel_that_agrees_is_taken(absent_gpu, share):
     absent_gpu.setattr(module, "_launch", kernel_with(lambda codes, _: share and change_share(codes, share)))
     name, why = pick_codes(CUDA)
     assert name == "triton"
-    assert why.startswith("one pass; share of codes other than the definition's on cuda:0: ")
+    assert why.startswith("one pass; share of codes that differ from the definition's on cuda:0: ")
     assert float(why.rpartition(" ")[2]) == pytest.approx(share, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda codes, _: change_share(codes, 1.2 * MOST_OTHER_CODES), "of its codes are others than the definition's"),
-        (lambda _, scales: scales[7:8].add_(1), "other scales than the definition's"),
-        (lambda _, scales: scales.copy_(scales.roll(1)), "other scales than the definition's"),
-        (lambda _, scales: scales.masked_fill_(scales == NAN_BITS, 0x7E), "other scales than the definition's"),
+        (lambda codes, _: change_share(codes, 1.2 * MOST_OTHER_CODES), "of its codes differ from the definition's"),
+        (lambda _, scales: scales[7:8].add_(1), "its scales differ from the definition's"),
+        (lambda _, scales: scales.copy_(scales.roll(1)), "its scales differ from the definition's"),
+        (lambda _, scales: scales.masked_fill_(scales == NAN_BITS, 0x7E), "its scales differ from the definition's"),
     ],
     ids=["too many codes", "a scale", "another order", "a number for none"],
 )
