@@ -1,10 +1,10 @@
-"""Alignment: which frames of a video were dropped, repeated, inserted or moved, compared with the baseline's.
+"""Alignment: finds frames that were dropped, repeated, inserted or moved, compared with the baseline's video.
 
 In:   per-frame digests of both videos, or a thumbnail of each frame. Out: `Misalignment`s, in the order of the video.
 Never: pixels of whole frames, files, limits.
 
-Both sequences are aligned as texts are: a frame of one belongs to a frame of the other, or to none at the price of a
-gap. Only alignments near the diagonal are looked at, so that the time grows with the length and not with its square.
+Both sequences are aligned as texts are (edit distance): each frame has a partner in the other video, or none at the
+cost of a gap. Only alignments near the diagonal are computed, so that the time is linear in the length.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["align_digests", "align_thumbnails", "make_thumbnail", "thumbnail_sha
 
 THUMBNAIL_PIXELS = 960  # 24x40, a byte each: 4 MB for 2,000 frames of two videos
 ROWS = 256  # thumbnails compared at once: 1 MB as float32
-REACH = 16  # frames that one video may lead the other by, beyond the difference of their lengths
-LONGEST = 128  # frames; where the lengths differ by more, they are not aligned
-DIGEST_GAP = 0.75  # of a frame that differs: two gaps cost more than one changed frame, less than two
+REACH = 16  # frames by which one video may lead the other, beyond the difference of their lengths
+LONGEST = 128  # frames; videos whose lengths differ by more are not aligned
+DIGEST_GAP = 0.75  # cost of a gap; a changed frame costs 1: two gaps cost more than one changed frame, less than two
 THUMBNAIL_NOISE = 0.5  # levels, root mean square; H.264 at crf 18 changes a thumbnail by less
-FIT = 0.5  # of the usual motion; aligned frames that differ by more show other content, and no alignment is told
-STANDS = 0.25  # of the baseline's motion; a frame that moves less repeats the one before
-EQUAL = 0.5  # levels; a repeated frame after coding
+FIT = 0.5  # of the usual motion; if aligned frames differ by more, the content differs and no alignment is reported
+STANDS = 0.25  # of the baseline's motion; a frame that moves less repeats the frame before it
+EQUAL = 0.5  # levels; a repeated frame differs by less after coding
 
 
 def thumbnail_shape(width: int, height: int) -> tuple[int, int]:
-    """(rows, columns) of the thumbnail of a frame of width x height pixels."""
+    """Return (rows, columns) of the thumbnail of a frame of width x height pixels."""
     scale = min(1.0, (THUMBNAIL_PIXELS / (height * width)) ** 0.5)
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
 def make_thumbnail(frame: np.ndarray) -> np.ndarray:
-    """uint8 [rows, columns], grey, about THUMBNAIL_PIXELS pixels, of uint8 [H, W, 3] RGB."""
+    """Return the grey thumbnail of uint8 [H, W, 3] RGB: uint8 [rows, columns], about THUMBNAIL_PIXELS pixels."""
     import cv2
 
     rows, columns = thumbnail_shape(frame.shape[1], frame.shape[0])
@@ -46,16 +46,16 @@ def make_thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def align_digests(new: Sequence[str], baseline: Sequence[str]) -> list[Misalignment]:
-    """Align two lists of per-frame digests. Where most frames have no equal in the baseline, nothing can be told."""
+    """Align two lists of per-frame digests. If most frames have no equal in the baseline, compare the lengths only."""
     return _align(_DigestPair(new, baseline))
 
 
 def align_thumbnails(
     new: Sequence[np.ndarray] | np.ndarray, baseline: Sequence[np.ndarray] | np.ndarray
 ) -> list[Misalignment]:
-    """Align two lists of thumbnails, uint8 [h, w] of one size. Where the contents differ too much, nothing can be told.
+    """Align two lists of thumbnails, uint8 [h, w] of one size. If the contents differ too much, compare lengths only.
 
-    Frames of a still passage are alike, so that a frame missing there is found by the number of frames alone.
+    In a still passage all frames look alike, so that a missing frame is found only by the number of frames.
     """
     if not len(new) or not len(baseline):
         return _by_length(len(new), len(baseline))
@@ -63,7 +63,7 @@ def align_thumbnails(
 
 
 class _DigestPair:
-    """Distances 0 (equal) and 1."""
+    """Two lists of digests, with distances 0 (equal) and 1."""
 
     def __init__(self, new: Sequence[str], baseline: Sequence[str]) -> None:
         names = {name: number for number, name in enumerate({*new, *baseline})}
@@ -77,7 +77,7 @@ class _DigestPair:
         return bool(len(i)) and self.distances(i, j).mean() <= FIT
 
     def repeats(self, i: int, j: int | None) -> bool:
-        """Is frame `i` the one before it, while the baseline's frame `j` is not?"""
+        """Return whether frame `i` repeats the frame before it, while the baseline's frame `j` does not."""
         if i == 0 or self.new[i] != self.new[i - 1]:
             return False
         return j is None or (j > 0 and bool(self.baseline[j] != self.baseline[j - 1]))
@@ -87,7 +87,7 @@ class _DigestPair:
 
 
 class _ThumbnailPair:
-    """Distances are root mean squares, in levels."""
+    """Two lists of thumbnails. Distances are root mean squares, in levels."""
 
     def __init__(self, new: Sequence[np.ndarray] | np.ndarray, baseline: Sequence[np.ndarray] | np.ndarray) -> None:
         self.new, self.baseline = (np.asarray(side).reshape(len(side), -1) for side in (new, baseline))
@@ -97,7 +97,7 @@ class _ThumbnailPair:
         for offset in (-1, 1):
             i = every[max(0, -offset) : count - max(0, offset)]
             here[i] = np.minimum(here[i], self.distances(i, i + offset))
-        # What frames that belong together differ by: a gap must save several times as much.
+        # The usual difference of frames that belong together; a gap must save several times as much.
         self.noise = max(THUMBNAIL_NOISE, float(np.median(here)))
         self.gap = 3 * self.noise
         self.motion = self._rms(self.baseline[1:], self.baseline[:-1])
@@ -149,7 +149,7 @@ def _align(videos: _DigestPair | _ThumbnailPair) -> list[Misalignment]:
 
 
 def _by_length(new: int, baseline: int) -> list[Misalignment]:
-    """All that the lengths tell: the longer video goes on where the other ends."""
+    """Compare the lengths only: report the frames of the longer video after the end of the other one."""
     if new == baseline:
         return []
     kind, frame = ("inserted", baseline) if new > baseline else ("dropped", new)
@@ -157,10 +157,10 @@ def _by_length(new: int, baseline: int) -> list[Misalignment]:
 
 
 def _cheapest_path(videos: _DigestPair | _ThumbnailPair) -> _Pairing:
-    """The alignment whose distances and gaps add up to the least; of equal ones the one nearest the diagonal."""
+    """Return the alignment with the smallest sum of distances and gaps; of equal ones the nearest to the diagonal."""
     new, baseline = len(videos.new), len(videos.baseline)
     low, high = min(0, baseline - new) - REACH, max(0, baseline - new) + REACH
-    offsets = np.arange(low, high + 1)  # cell (i, offset): `i` new frames and `i + offset` of the baseline are behind
+    offsets = np.arange(low, high + 1)  # cell (i, offset): `i` new and `i + offset` baseline frames are aligned so far
     match = np.full((new, len(offsets)), np.inf, np.float32)
     for column, offset in enumerate(offsets.tolist()):
         frames = np.arange(max(0, -offset), min(new, baseline - offset))
@@ -169,7 +169,7 @@ def _cheapest_path(videos: _DigestPair | _ThumbnailPair) -> _Pairing:
     slope = videos.gap * np.arange(len(offsets))
     before = np.where((offsets >= 0) & (offsets <= baseline), videos.gap * offsets, np.inf)
     inserts = np.zeros((new, len(offsets)), bool)  # the new frame has no partner
-    drops = np.zeros((new + 1, len(offsets)), bool)  # the cell is reached from the left: the baseline's has none
+    drops = np.zeros((new + 1, len(offsets)), bool)  # the cell is reached from the left: the baseline frame has none
     drops[0] = offsets > 0
     for i in range(new):
         matched = before + match[i]
@@ -194,7 +194,7 @@ def _cheapest_path(videos: _DigestPair | _ThumbnailPair) -> _Pairing:
 
 
 def _settle_repeats(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> _Pairing:
-    """Of frames that are alike the first has the partner; a frame that stands where the baseline moves has none."""
+    """Give the partner to the first of equal frames; remove the partner of a still frame where the baseline moves."""
     of_new, of_baseline = path.of_new.copy(), path.of_baseline.copy()
     for i in range(len(of_new) - 2, -1, -1):
         if of_new[i] < 0 <= of_new[i + 1] and videos.repeats(i + 1, None):
@@ -207,7 +207,7 @@ def _settle_repeats(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> _Pa
 
 
 def _close_replacements(path: _Pairing) -> _Pairing:
-    """Pair frames that both videos have between the same partners: they are changed, neither dropped nor inserted."""
+    """Pair unpaired frames between the same partners: they have changed, and were neither dropped nor inserted."""
     of_new, of_baseline = path.of_new.copy(), path.of_baseline.copy()
     i = j = 0
     while i < len(of_new) or j < len(of_baseline):
@@ -242,7 +242,7 @@ def _name_gaps(videos: _DigestPair | _ThumbnailPair, path: _Pairing) -> list[Mis
 
 
 def _join_neighbours(named: list[tuple[str, int]]) -> list[Misalignment]:
-    """One `Misalignment` for frames of one kind that follow each other, ordered by the frame."""
+    """Return one `Misalignment` for consecutive frames of one kind, ordered by the frame."""
     runs: list[list] = []  # kind, first frame, frames
     for kind, frame in sorted(named, key=lambda entry: (entry[0], entry[1])):
         if runs and runs[-1][0] == kind and runs[-1][1] + runs[-1][2] == frame:

@@ -1,11 +1,11 @@
-"""Approving: copies a render into a baseline and writes who accepted it, when and why; never silently over a newer one.
+"""Approving: copies a render into a baseline and records who accepted it, when and why.
 
 In:   an output storage and the record of a job there; a baseline's storage. Out: files there, `Approved` or `Refused`.
-Never: comparing, deciding what should be approved.
+Never: comparing, deciding what should be approved; replacing a newer render silently.
 
-A render is copied into a folder of its own and counts once `approved.json` names it. That file is written on condition
-that it is still what was read, so that of two approvals at the same time one is refused. A process that dies in between
-leaves a folder that is not named; a later approval removes it when it is old.
+A render is copied into a new folder and becomes valid when `approved.json` names it. That file is written only if it
+has not changed since it was read, so that one of two simultaneous approvals is refused. A process that dies in between
+leaves a folder without a name in `approved.json`; a later approval removes it when it is old.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class ApprovalRequest:
-    """Who accepts, why, and what may be replaced by it.
+    """The person who accepts, the reason, and what the approval may replace.
 
-    `run_id`: of the run that rendered, or that no longer renders the job; "" stands for the record's own. `draft`: a
-    first render that is accepted unseen; it replaces nothing. `as_of`: when the baseline was looked at, ISO 8601; what
-    was approved since then, or is of a later render, is not replaced unless `replace_newer`.
-    Raises ConfigInvalid for an `as_of` that is no time.
+    `run_id`: of the run that rendered the job, or that no longer renders it; "": the record's run. `draft`: a first
+    render that is accepted without being viewed; it replaces nothing. `as_of`: when the baseline was read, ISO 8601.
+    An approval made since then, or one of a later render, is not replaced unless `replace_newer` is set.
+    Raises ConfigInvalid for an `as_of` that is not a time.
     """
 
     who: str
@@ -76,11 +76,11 @@ class ApprovalRequest:
                 parse_time(self.as_of)
             except ValueError as error:
                 raise ConfigInvalid(
-                    f"{self.as_of!r} is no time", todo="Write it as 2026-01-31T06:00:00+00:00"
+                    f"{self.as_of!r} is not a time", todo="Write it as 2026-01-31T06:00:00+00:00"
                 ) from error
 
     def refuse_newer(self, job_id: str, standing: Approval) -> Refused | None:
-        """The refusal, where `standing` was approved after the baseline was looked at."""
+        """Return the refusal if `standing` was approved after the baseline was read, else None."""
         if self.replace_newer or self.as_of is None or parse_time(standing.when) < parse_time(self.as_of):
             return None
         return Refused(f"{job_id} was approved after {self.as_of}. {standing.sentence()}", standing)
@@ -88,7 +88,7 @@ class ApprovalRequest:
 
 @dataclass(frozen=True)
 class Approved:
-    """A render that stands now. `unchanged`: it stood before."""
+    """The render that is valid now. `unchanged`: it was valid before."""
 
     approval: Approval
     unchanged: bool = False
@@ -97,14 +97,14 @@ class Approved:
 
 @dataclass(frozen=True)
 class Refused:
-    """Nothing was changed. `why`: one sentence. `standing`: the approval that stands, where that is the reason."""
+    """Nothing was changed. `why`: one sentence. `standing`: the current approval, if it is the reason."""
 
     why: str
     standing: Approval | None = None
 
 
 def read_approvals(storage: Storage, name: JobName) -> tuple[Approvals | None, str | None]:
-    """The approvals of a job and the version of their file; (None, None) if it has none.
+    """Return the approvals of a job and the version of their file; (None, None) if there are none.
 
     Raises InputUnreadable for a damaged file; storage.*.
     """
@@ -115,8 +115,8 @@ def read_approvals(storage: Storage, name: JobName) -> tuple[Approvals | None, s
     try:
         return Approvals.parse(found.data), found.version
     except ValueError as error:
-        todo = "Restore it, or remove it: then the job has no baseline"
-        raise InputUnreadable("is no list of approvals", where=storage.uri(key), todo=todo) from error
+        todo = "Restore it, or remove it; without it the job has no baseline"
+        raise InputUnreadable("is not a list of approvals", where=storage.uri(key), todo=todo) from error
 
 
 def approve_render(
@@ -126,12 +126,13 @@ def approve_render(
     request: ApprovalRequest,
     scratch: Path | None = None,
 ) -> Approved | Refused:
-    """Copy the job of `record` from `out` into the baseline `storage`, and let it stand there.
+    """Copy the job of `record` from `out` into the baseline `storage`, and make it the valid render there.
 
-    Refused: what `request` may not replace, and always what is approved while this runs. Refused too: a job that
-    failed, one that was rendered again since `record` was read, and an output that is missing or not the recorded one.
+    Refused if `request` may not replace the current approval, or if another approval is made while this runs. Also
+    refused: a job that failed, a job that was rendered again since `record` was read, and an output that is missing or
+    differs from its record.
 
-    A render that stands already stays, and its approval too. `scratch`: where files lie in between; None: the system's
+    A render that is valid already is kept with its approval. `scratch`: folder for temporary files; None: the system's
     folder. Raises InputUnreadable for damaged approvals; storage.*.
     """
     output = record.output
@@ -193,14 +194,14 @@ def approve_render(
         raise
     if other is not None:
         _remove_folder(storage, prefix)
-        return Refused(f"another approval of {record.job_id} came meanwhile. {other.sentence()}", other)
+        return Refused(f"{record.job_id} was approved by another process meanwhile. {other.sentence()}", other)
     return Approved(approval, notes=_tidy(storage, name, before))
 
 
 def approve_removal(storage: Storage, name: JobName, request: ApprovalRequest) -> Approved | Refused:
-    """Accept that a job is no longer rendered: from now on it has no baseline, and is not missing.
+    """Accept that a job is no longer rendered: from now on it has no baseline and is not reported as missing.
 
-    Refused as by `approve_render`; also if the job has no baseline. Its files are kept as those of other approvals.
+    Refused as by `approve_render`; also if the job has no baseline. Its files are kept like those of other approvals.
     """
     before, version = read_approvals(storage, name)
     if before is None:
@@ -222,24 +223,24 @@ def approve_removal(storage: Storage, name: JobName, request: ApprovalRequest) -
     )
     other = _write(storage, name, approval, before, version)
     if other is not None:
-        return Refused(f"another approval of {name.job_id} came meanwhile. {other.sentence()}", other)
+        return Refused(f"{name.job_id} was approved by another process meanwhile. {other.sentence()}", other)
     return Approved(approval, notes=_tidy(storage, name, before))
 
 
 def check_digest_list(data: bytes, output: OutputRecord) -> list[str]:
-    """The digests of a job's frames, as `frames.sha256` lists them. Raises ValueError if they are not the record's."""
+    """Return the digests of a job's frames from `frames.sha256`. Raises ValueError if they do not match the record."""
     from runner.video import FRAMES_HASH, combined_digest, parse_digests  # loads PyAV
 
     digests = parse_digests(data)
     if len(digests) != output.frames:
-        raise ValueError(f"{len(digests)} digests of {output.frames} frames")
+        raise ValueError(f"{len(digests)} digests for {output.frames} frames")
     if output.frames_hash == FRAMES_HASH and combined_digest(digests) != output.frames_sha256:
-        raise ValueError("not the digests of the recorded frames")
+        raise ValueError("the digests do not match the recorded frames")
     return digests
 
 
 def _is_render(approval: Approval, record: ResultRecord) -> bool:
-    """Is this the approval of the very render that `record` tells of?"""
+    """Return whether this is the approval of exactly the render of `record`."""
     output = record.output
     return (
         not approval.removed
@@ -250,7 +251,7 @@ def _is_render(approval: Approval, record: ResultRecord) -> bool:
 
 
 def _is_there(storage: Storage, name: JobName, approval: Approval, output: OutputRecord) -> bool:
-    """Are the record and the output of this approval in the baseline?"""
+    """Return whether the record and the output of this approval are in the baseline."""
     prefix = render_prefix(name, approval.token)
     if not storage.exists(prefix + RESULT):
         return False
@@ -263,9 +264,9 @@ def _is_there(storage: Storage, name: JobName, approval: Approval, output: Outpu
 def _copy(
     out: Storage, record: ResultRecord, output: OutputRecord, storage: Storage, prefix: str, scratch: Path
 ) -> tuple[str, int, int] | str:
-    """Copy a job's files below `prefix`, its record last: (sha256, bytes, files) of the output, or why it is refused.
+    """Copy a job's files below `prefix`, the record last. Return (sha256, bytes, files) of the output, or the refusal.
 
-    The record is read before and after: a run removes it before it replaces a file that it speaks of.
+    The record is read before and after the copy: a run removes the record before it replaces one of its files.
     """
     key = job_key(record.job_id, RESULT)
     found = out.read_versioned(key)
@@ -287,7 +288,7 @@ def _copy_files(
     digests = {name: sha256_file(path) for name, path in files.items()}
     nbytes = sum(path.stat().st_size for path in files.values())
     if output.sha256 is not None and (digests.get(OUTPUT), nbytes) != (output.sha256, output.bytes):
-        return f"the output of {job_id} is not what its record says: {out.uri(output.key)}"
+        return f"the output of {job_id} differs from its record: {out.uri(output.key)}"
     for name in KEPT:
         with suppress(InputNotFound):
             out.fetch(job_key(job_id, name), scratch / name)
@@ -305,7 +306,7 @@ def _copy_files(
         sha256 = digests.get(name) or sha256_file(path)
         if info.bytes != path.stat().st_size or (identity.startswith("sha256:") and identity != f"sha256:{sha256}"):
             where = storage.uri(prefix + name)
-            raise StorageUnavailable("the copy is not what was copied", where=where, todo="Try again")
+            raise StorageUnavailable("the copy differs from the original", where=where, todo="Try again")
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         list(pool.map(store, files))
@@ -321,18 +322,18 @@ def _is_same_record(data: bytes, record: ResultRecord) -> bool:
 
 
 def _fetch_output(out: Storage, job_id: str, output: OutputRecord, scratch: Path) -> dict[str, Path] | str:
-    """The files of a job's output by their names in the baseline, or why they are not what the record says."""
-    wrong = f"the output of {job_id} is not what its record says: {out.uri(output.key.rstrip('/'))}"
+    """Return the files of a job's output by their names in the baseline, or why they differ from the record."""
+    wrong = f"the output of {job_id} differs from its record: {out.uri(output.key.rstrip('/'))}"
     if not output.key.endswith("/"):
         path = scratch / OUTPUT
         try:
             info = out.fetch(output.key, path)
         except InputNotFound:
-            return f"the output of {job_id} is gone: {out.uri(output.key)}"
+            return f"the output of {job_id} is missing: {out.uri(output.key)}"
         return wrong if output.sha256 is None and info.identity != output.identity else {OUTPUT: path}
     keys = sorted(info.key for info in out.list(output.key))
     if not keys:
-        return f"the output of {job_id} is gone: {out.uri(output.key.rstrip('/'))}"
+        return f"the output of {job_id} is missing: {out.uri(output.key.rstrip('/'))}"
     names = {key: FRAMES_FOLDER + key.removeprefix(output.key) for key in keys}
 
     def fetch(key: str) -> ObjectInfo:
@@ -349,12 +350,12 @@ def _fetch_output(out: Storage, job_id: str, output: OutputRecord, scratch: Path
 def _write(
     storage: Storage, name: JobName, approval: Approval, before: Approvals | None, version: str | None
 ) -> Approval | None:
-    """Let `approval` stand, if nothing has changed since `before` was read; else the approval that stands."""
+    """Write `approval` if nothing has changed since `before` was read; otherwise return the current approval."""
     older = [] if before is None else before.approvals
     approvals = Approvals(job_id=name.job_id, approvals=[approval, *older][:KEPT_APPROVALS])
     for _ in range(_TRIES):
         storage.write_if(approvals_key(name), approvals.to_json(), version)
-        # Read once more, written or not: a store may not know conditions, and an answer may be lost.
+        # Always read again: a store may not support conditional writes, and an answer may be lost.
         found, seen = read_approvals(storage, name)
         if found is not None and any(_is_same(one, approval) for one in found.approvals):
             return None
@@ -369,12 +370,12 @@ def _is_same(one: Approval, other: Approval) -> bool:
 
 
 def _tidy(storage: Storage, name: JobName, before: Approvals | None) -> tuple[str, ...]:
-    """Remove the renders that `approved.json` no longer names, and what killed processes left long ago."""
+    """Remove the renders that `approved.json` no longer names, and old files of killed processes."""
     try:
         named = _named(storage, name)
         dropped = {one.token for one in (before.approvals if before is not None else ())} - named
         folders: dict[str, list[ObjectInfo]] = {}
-        prefix, written = job_prefix(name), 0.0  # when approved.json was written, by the clock that dates the others
+        prefix, written = job_prefix(name), 0.0  # modification time of approved.json, by the store's clock
         for info in storage.list(prefix):
             token, slash, _ = info.key.removeprefix(prefix).partition("/")
             if slash:
@@ -390,7 +391,7 @@ def _tidy(storage: Storage, name: JobName, before: Approvals | None) -> tuple[st
             if leftover.abandoned or written - leftover.modified > ABANDONED_S:
                 storage.remove_leftover(leftover)
     except RunnerError as error:
-        return (f"files of older approvals stay: {error.message}",)
+        return (f"files of older approvals were not removed: {error.message}",)
     return ()
 
 
@@ -400,13 +401,13 @@ def _named(storage: Storage, name: JobName) -> set[str]:
 
 
 def _remove_folder(storage: Storage, prefix: str) -> None:
-    with suppress(RunnerError):  # a later approval removes what stays
+    with suppress(RunnerError):  # a later approval removes remaining files
         for info in list(storage.list(prefix)):
             storage.delete(info.key)
 
 
 def _remove_unless_named(storage: Storage, name: JobName, token: str) -> None:
-    """After a failure: the approval may have been written although the answer was lost."""
+    """Remove a copy after a failure, unless it is named: an approval may be written although the answer was lost."""
     with suppress(RunnerError):
         if token not in _named(storage, name):
             _remove_folder(storage, render_prefix(name, token))

@@ -1,9 +1,9 @@
 """Baseline: the approved render of each job, by device and recipe, on a local disk or in an object store.
 
-In:   a storage; names of jobs. Out: the render that stands for each, its record, digests and files.
-Never: comparing; what a key is called, see baseline_layout.py; how a render is approved, see approving.py.
+In:   a storage; names of jobs. Out: the approved render of each job with its record, digests and files.
+Never: comparing; names of keys, see baseline_layout.py; how a render is approved, see approving.py.
 
-The folder of the job's own device counts; where it has none, the newest approval of another device.
+The render of the job's device is used. If there is none, the newest approval of another device is used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from runner.storage import Storage, check_key
 
 __all__ = ["Baseline", "BaselineJob"]
 
-READS_AT_ONCE = 32  # as many as the S3 client has connections; of 20 ms a request, 18 are on the way
+READS_AT_ONCE = 32  # as many as the S3 client has connections; a request of 20 ms waits 18 ms for the network
 
 
 @dataclass(frozen=True)
 class BaselineJob:
-    """The render that stands for one job."""
+    """The approved render of one job."""
 
     storage: Storage
-    name: JobName  # whose baseline it is: the device may be another one than asked for
+    name: JobName  # the device may differ from the requested device
     approvals: Approvals
 
     @property
@@ -65,25 +65,25 @@ class BaselineJob:
         try:
             record = ResultRecord.model_validate_json(data)
         except ValidationError as error:
-            raise self._damaged("is no record of a job", key) from error
+            raise self._damaged("is not the record of a job", key) from error
         frames = "" if record.output is None else record.output.frames_sha256
         if (record.fingerprint, frames) != (self.approval.fingerprint, self.approval.frames_sha256):
-            raise self._damaged("is not the record that was approved", key)
+            raise self._damaged("differs from the record that was approved", key)
         return record
 
     @property
     def is_frames(self) -> bool:
-        """Is the output a folder of PNG frames?"""
+        """Whether the output is a folder of PNG frames."""
         output = self.record.output
         return output is not None and output.key.endswith("/")
 
     @property
     def output_key(self) -> str:
-        """Of the MP4, or of the folder of PNG frames with a slash at the end, in the baseline's storage."""
+        """Key in the baseline's storage of the MP4, or of the folder of PNG frames with a slash at the end."""
         return self._prefix + (FRAMES_FOLDER if self.is_frames else OUTPUT)
 
     def digests(self) -> list[str] | None:
-        """Hex sha256 of each frame, in order; None if the render came without. Raises InputUnreadable; storage.*."""
+        """Return the hex sha256 of each frame, in order; None if there are none. Raises InputUnreadable; storage.*."""
         data, output = self.read(FRAME_DIGESTS), self.record.output
         if data is None or output is None:
             return None
@@ -93,17 +93,17 @@ class BaselineJob:
             raise self._damaged(str(error), self._prefix + FRAME_DIGESTS) from error
 
     def people(self) -> bytes | None:
-        """The content of people.json; None if the render came without. Raises storage.*."""
+        """Return the content of people.json; None if the render has none. Raises storage.*."""
         return self.read(PEOPLE)
 
     def read(self, name: str) -> bytes | None:
-        """A file beside the output (`poster.jpg`) whole; None if the render came without. Raises storage.*."""
+        """Return the content of another file of the render (`poster.jpg`); None if there is none. Raises storage.*."""
         return self.storage.read_bytes(self._prefix + name)
 
     def fetch(self, dest: Path) -> Path | list[Path]:
         """Copy the output into the folder `dest`: the MP4, or the PNG frames in order.
 
-        Raises InputUnreadable if it is missing or not what was approved; storage.*.
+        Raises InputUnreadable if it is missing or differs from the approved one; storage.*.
         """
         key = self.output_key
         if not self.is_frames:
@@ -123,7 +123,7 @@ class BaselineJob:
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             digests = dict(zip(paths, pool.map(fetch, paths), strict=True))
         if combine(digests) != self.approval.output_sha256:
-            raise self._damaged("the output is not what was approved", key.rstrip("/"))
+            raise self._damaged("the output differs from the approved one", key.rstrip("/"))
         return [path for name, path in paths.items() if is_frame(name)] if self.is_frames else paths[OUTPUT]
 
     def _damaged(self, what: str, key: str) -> InputUnreadable:
@@ -132,16 +132,16 @@ class BaselineJob:
 
 
 class Baseline:
-    """The approved renders below one root. Safe from any thread. `scratch`: where files lie while they are copied."""
+    """The approved renders below one root. Thread-safe. `scratch`: folder for files that are being copied."""
 
     def __init__(self, storage: Storage, *, scratch: Path | None = None) -> None:
         self.storage = storage
         self._scratch = scratch
 
     def find(self, names: Iterable[JobName]) -> dict[JobName, BaselineJob]:
-        """The render that stands for each job, by the name asked for; jobs without one are left out.
+        """Return the approved render of each job, by the given name; jobs without one are left out.
 
-        One listing for each thousand jobs of a recipe and device, then one small object a job that has a folder.
+        Makes one listing per thousand jobs of a recipe and device, then reads one small object per job with a folder.
         Raises InputUnreadable for damaged approvals; storage.*.
         """
         wanted = list(dict.fromkeys(names))
@@ -176,9 +176,9 @@ class Baseline:
         return {name: found[name] for name in wanted if name in found and not found[name].approval.removed}
 
     def jobs(self, device: str, recipe: str, *, without: Collection[str] = ()) -> list[BaselineJob]:
-        """The renders that stand for all jobs of a device and recipe but those of the ids `without`, by id.
+        """Return the approved renders of a device and recipe by job id, except those of the ids `without`.
 
-        Raises as `find` does.
+        Raises the same errors as `find`.
         """
         left_out = set(without)
         ids = (job_id for job_id in sorted(self._folders(jobs_prefix(device, recipe))) if job_id not in left_out)
@@ -186,7 +186,7 @@ class Baseline:
         return [job for job in found.values() if job is not None and not job.approval.removed]
 
     def approve(self, out: Storage, record: ResultRecord, request: ApprovalRequest) -> Approved | Refused:
-        """Let the render of `record` in `out` stand for its job: see `approve_render`."""
+        """Approve the render of `record` in `out` for its job: see `approve_render`."""
         return approve_render(self.storage, out, record, request, self._scratch)
 
     def approve_removal(self, name: JobName, request: ApprovalRequest) -> Approved | Refused:
@@ -204,7 +204,7 @@ class Baseline:
             return dict(zip(wanted, pool.map(read, wanted), strict=True))
 
     def _folders(self, prefix: str) -> list[str]:
-        """Names of folders that can be part of a key; other things may lie in a baseline too."""
+        """Return names of folders that can be part of a key; a baseline may contain other folders too."""
         names = []
         for name in self.storage.folders(prefix):
             try:
@@ -216,5 +216,5 @@ class Baseline:
 
 
 def _rank(job: BaselineJob) -> tuple[bool, object]:
-    """Of several devices' approvals: the newest that is no draft, else the newest."""
+    """Return the sort key of several devices' approvals: the newest one that is not a draft wins, else the newest."""
     return not job.approval.draft, parse_time(job.approval.when)

@@ -1,4 +1,4 @@
-"""Baseline layout: the key of everything in a baseline, and which folder a record belongs to.
+"""Baseline layout: the keys of all files in a baseline, and the folder of a record.
 
 In:   records, ids, names of devices and recipes. Out: keys. Never: reading or writing.
 
@@ -8,7 +8,7 @@ In:   records, ids, names of devices and recipes. Out: keys. Never: reading or w
                                         frames.sha256, people.json, pose.mp4, poster.jpg
     <device>/<recipe>/nights/<time>.<run-id>.json      one night of the history
 
-A device is `cpu`, whichever CPU it is, or the name of a GPU.
+A device is `cpu` for every CPU, or the name of a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _RECIPE = re.compile(r"[a-z0-9]+(?:[+.-][a-z0-9]+)*")
 
 
 class JobName(NamedTuple):
-    """Which baseline a job has."""
+    """The name of a job's baseline."""
 
     device: str  # as `device_folder` gives it
     recipe: str  # as `recipe_folder` gives it
@@ -58,14 +58,14 @@ class JobName(NamedTuple):
 
 
 def name_job(record: ResultRecord) -> JobName:
-    """The baseline that belongs to a record. Raises ValueError if the record's job id cannot be a folder's name."""
+    """Return the baseline's name of a record. Raises ValueError if the record's job id cannot be a folder's name."""
     return JobName(device_folder(record), recipe_folder(record.recipe), check_id(record.job_id))
 
 
 def device_folder(record: ResultRecord) -> str:
-    """`cpu`, or the GPU's name as a folder: `NVIDIA H200` is `nvidia-h200`.
+    """Return `cpu`, or the GPU's name as a folder: `NVIDIA H200` becomes `nvidia-h200`.
 
-    Two names have one folder only if they have the same ASCII letters and digits in the same words, in any case.
+    Two names share a folder only if they have the same words of ASCII letters and digits; upper case does not matter.
     """
     engine = str(record.engine.get("device", ""))
     computed = record.computed_by.get("device", "")
@@ -77,12 +77,12 @@ def device_folder(record: ResultRecord) -> str:
 
 
 def recipe_folder(recipe: str) -> str:
-    """A recipe's name as a folder: `fp4-distill+fp8` as it is."""
+    """Return a recipe's name as a folder: `fp4-distill+fp8` stays unchanged."""
     return recipe if _RECIPE.fullmatch(recipe) and len(recipe) <= _LONGEST and _is_id(recipe) else _slug(recipe)
 
 
 def _slug(name: str) -> str:
-    """`name` in lower case with dashes between its words; a hash is added where that leaves out more than spaces."""
+    """Return `name` in lower case with dashes between its words, and with a hash if more than spaces was replaced."""
     slug = "-".join(re.findall("[a-z0-9]+", name.lower() if name.isascii() else ""))
     plain = re.fullmatch("[A-Za-z0-9]+(?:[ -][A-Za-z0-9]+)*", name) is not None
     if plain and slug != CPU and len(slug) <= _LONGEST and _is_id(slug):
@@ -92,7 +92,7 @@ def _slug(name: str) -> str:
 
 
 def _is_id(name: str) -> bool:
-    """Can this be a folder's name on every system? A plus, which recipes have, can be anywhere but at the ends."""
+    """Return whether this can be a folder's name on every system. A plus (as in recipes) is allowed inside it."""
     try:
         check_id(name.replace("+", "-"))
     except ValueError:
@@ -101,12 +101,12 @@ def _is_id(name: str) -> bool:
 
 
 def jobs_prefix(device: str, recipe: str) -> str:
-    """Of all jobs' folders, with a slash at the end."""
+    """Return the prefix of all jobs' folders, with a slash at the end."""
     return f"{device}/{recipe}/{JOBS}"
 
 
 def job_prefix(name: JobName) -> str:
-    """Of one job's folder, with a slash at the end."""
+    """Return the prefix of one job's folder, with a slash at the end."""
     return f"{jobs_prefix(name.device, name.recipe)}{name.job_id}/"
 
 
@@ -115,23 +115,23 @@ def approvals_key(name: JobName) -> str:
 
 
 def render_prefix(name: JobName, token: str) -> str:
-    """Of the folder of one approved render, with a slash at the end."""
+    """Return the prefix of one approved render's folder, with a slash at the end."""
     return f"{job_prefix(name)}{token}/"
 
 
 def nights_prefix(device: str, recipe: str) -> str:
-    """Of all nights, with a slash at the end."""
+    """Return the prefix of all nights, with a slash at the end."""
     return f"{device}/{recipe}/{_NIGHTS}"
 
 
 def night_key(device: str, recipe: str, made_at: str, run_id: str) -> str:
-    """Keys of nights sort by time. `made_at`: ISO 8601. Raises ValueError for another time."""
+    """Return the key of a night; keys sort by time. `made_at`: ISO 8601. Raises ValueError for another format."""
     moment = parse_time(made_at).astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
     return f"{nights_prefix(device, recipe)}{moment}.{_run_name(run_id)}.json"
 
 
 def is_night_of(key: str, run_id: str) -> bool:
-    """Is this the key of a night of `run_id`?"""
+    """Return whether this is the key of a night of `run_id`."""
     return key.rpartition("/")[2].partition(".")[2] == f"{_run_name(run_id)}.json"
 
 

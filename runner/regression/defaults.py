@@ -1,9 +1,10 @@
-"""Default limits: what `compare` judges by where the manifest says nothing, and for which renders that holds.
+"""Default limits: the limits of `compare` for values that the manifest does not limit, and the renders they apply to.
 
-In:   a record. Out: `CALIBRATED`, and whether it holds for that record. Never: measuring, judging.
+In:   a record. Out: `CALIBRATED`, and whether it applies to that record. Never: measuring, judging.
 
-`bench/calibration.py` renders the demo in pairs that must pass and pairs that must fail; a limit is the middle between
-both where the gap is clear. bench/results.md has the table. Another model, or a GPU, has other gaps: no default holds.
+`bench/calibration.py` renders the demo in pairs that must pass and pairs that must fail. A limit is the middle between
+both groups where the gap is clear; bench/results.md has the table. The gaps are different for another model or on a
+GPU, so the defaults do not apply there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from runner.spec.regression_limits import RegressionLimits
 
 __all__ = ["CALIBRATED", "DEMO_AUTOENCODER", "is_calibrated"]
 
-# The part `model.vae` of the fingerprint of whatever the demo's trained autoencoder decoded.
+# The part `model.vae` of the fingerprint of all renders that the demo's trained autoencoder decoded.
 DEMO_AUTOENCODER = "cb10fb0963ed35a6214f842acc0fab15888e8eb6ab0c0f4a4db64946dd987af6"
 
 CALIBRATED = RegressionLimits(

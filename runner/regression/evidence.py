@@ -1,9 +1,9 @@
-"""Evidence: pictures and videos that show what changed in one job, as the HTML report takes them.
+"""Evidence: pictures and videos of the changes in one job, for the HTML report.
 
 In:   both videos' frames, the reference, the driving frames. Out: `JobEvidence`, JPEG pictures, a small MP4 of PNG
 frames. Never: which jobs differ, page layout, remote storage.
 
-Frames are uint8 [H, W, 3] RGB. All pictures of one frame have one height, so that they stand in one row.
+Frames are uint8 [H, W, 3] RGB. All pictures of one frame have one height, so that they fit into one row.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["AMPLIFIED", "PICTURES", "JobEvidence", "VideoFrames", "VideoLink", "make_pictures", "write_preview"]
 
 PICTURES = ("reference", "driver", "baseline", "new", "difference")  # in the order of the report
-AMPLIFIED = 8  # of the difference: one 8-bit level is invisible, eight are seen on black
-HEIGHT = 480  # pixels, at most: five pictures fill a wide screen, and a JPEG of 480x832 stays near 50 KB
+AMPLIFIED = 8  # factor of the difference: one 8-bit level is invisible on black, eight levels are visible
+HEIGHT = 480  # pixels, maximum: five pictures fill a wide screen, and a JPEG of 480x832 has about 50 KB
 QUALITY = 90
 WINDOW = 16  # frames in memory while a preview is written
-PREVIEW_CRF = 18  # as the runner's own MP4s by default
+PREVIEW_CRF = 18  # as in the runner's MP4s by default
 
 
 class VideoFrames(Protocol):
@@ -39,18 +39,18 @@ class VideoFrames(Protocol):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
+        """(width, height) in pixels."""
         ...
 
     @property
     def fps(self) -> Fraction | None: ...
 
     def windows(self, n: int) -> Iterable[np.ndarray]:
-        """uint8 [k, H, W, 3] forward, k at most `n`."""
+        """Yield uint8 [k, H, W, 3] in order, k at most `n`."""
         ...
 
     def frame(self, i: int) -> np.ndarray:
-        """uint8 [H, W, 3] of frame `i`."""
+        """Return uint8 [H, W, 3] of frame `i`."""
         ...
 
 
@@ -58,7 +58,7 @@ class VideoFrames(Protocol):
 class VideoLink:
     """One MP4 of the report.
 
-    The file is embedded where there is one of at most the report's limit; else the page links to `url`: http, https,
+    The file is embedded if it exists and is within the report's limit. Otherwise the page links to `url`: http, https,
     or relative to the report. size: width and height in pixels.
     """
 
@@ -71,10 +71,10 @@ class VideoLink:
 
 @dataclass(frozen=True)
 class JobEvidence:
-    """What the report shows of one job beside its finding.
+    """The pictures and videos of one job in the report.
 
     pictures: JPEG or PNG files by name, of `PICTURES`. picture_frame: the frame that they show, from 0.
-    left_out: name of a picture or video -> why there is none. videos: "baseline" and "new".
+    left_out: name of a picture or video -> why it is missing. videos: "baseline" and "new".
     """
 
     finding: JobFinding
@@ -93,10 +93,10 @@ def make_pictures(
     driver: Callable[[int], np.ndarray] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, bytes]:
-    """JPEG files by name, of frame `frame` (from 0) of both videos, in the order of `PICTURES`.
+    """Return JPEG files by name, of frame `frame` (from 0) of both videos, in the order of `PICTURES`.
 
-    The difference is that of each channel, times `AMPLIFIED`, at most 255; where it is shrunk, single pixels remain.
-    A picture that cannot be had is left out; `left_out` receives its name and the reason. Raises nothing for it.
+    The difference is computed per channel, times `AMPLIFIED`, at most 255. Shrinking it keeps single pixels visible.
+    A picture that cannot be made is left out without an error; `left_out` gets its name and the reason.
     """
     left_out = {} if left_out is None else left_out
     sources: dict[str, Callable[[], np.ndarray] | None] = {
@@ -124,9 +124,9 @@ def make_pictures(
 
 
 def write_preview(video: VideoFrames, dest: Path, fps: Fraction) -> VideoLink:
-    """Write the frames as an MP4 for the browser (PNG frames play in none); odd sizes lose their last row or column.
+    """Write PNG frames as an MP4 that a browser can play. Odd sizes lose their last row or column.
 
-    Bounded memory. Raises StorageFull and StorageDenied as the disk does, InputUnreadable for a damaged frame.
+    Bounded memory. Raises StorageFull, StorageDenied, and InputUnreadable for a damaged frame.
     """
     width, height = (side - side % 2 for side in video.size)
     with Mp4Writer(dest, width, height, fps, crf=PREVIEW_CRF) as writer:
@@ -167,7 +167,7 @@ def _at_height(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def _shrink_difference(image: np.ndarray, height: int) -> np.ndarray:
-    """By the brightest of the pixels that fall together: their mean would hide a single one."""
+    """Shrink a difference by taking the brightest of the merged pixels: the mean would hide a single pixel."""
     import cv2
     import numpy as np
 

@@ -1,10 +1,10 @@
-"""Face network: one face of a picture as 128 numbers, close together for one person.
+"""Face network: computes an embedding of a face, 128 numbers that are close together for one person.
 
 In:   dlib's two networks (five points of a face; its embedding), a picture, the face's box. Out: float64 [128].
-Never: finding faces. The box is that of the pose's 68 face points, from brows to chin: dlib's own detectors miss most
+Never: finding faces. The box comes from the pose's 68 face points, from brows to chin: dlib's detectors miss most
 faces of 480p clips.
 
-dlib comes with the extra `faces`. Two embeddings of one person are less than 0.6 apart, as dlib's author states it.
+dlib comes with the extra `faces`. According to dlib's author, two embeddings of one person are less than 0.6 apart.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["FACE_FILES", "SAME_PERSON", "FaceNetwork", "cut_square"]
 
 FACE_FILES = ("faces-5-points.dat", "faces-resnet.dat")
 SAME_PERSON = 0.6  # Euclidean distance; stated by the network's author
-CHIP = 256  # pixels a side of the picture that the five points are looked for in
+CHIP = 256  # pixels per side of the picture in which the five points are searched
 SURROUNDINGS = 1.6  # side of that picture, in sides of the box
-# The five-point network learned on boxes of dlib's detector. Of 1, 1.23 and 1.6 sides of our box, 1.23 tells a woman
-# from the mean of a man's clip best: 0.49 apart, against 0.45 and 0.42. Measured on two clips with faces of 33 pixels.
+# The five-point network was trained on boxes of dlib's detector. Of 1, 1.23 and 1.6 sides of our box, 1.23 separates a
+# woman from the mean of a man's clip best: 0.49 apart, against 0.45 and 0.42 (two clips with faces of 33 pixels).
 DETECTOR_SIDE = 1.6 / 1.3
 
 
@@ -35,7 +35,7 @@ class FaceNetwork:
 
     @classmethod
     def open(cls, folder: Path) -> FaceNetwork:
-        """Of FACE_FILES in `folder`. Raises ImportError without dlib, WeightsCorrupt for what dlib cannot read."""
+        """Open FACE_FILES in `folder`. Raises ImportError without dlib, WeightsCorrupt for files dlib cannot read."""
         import dlib
 
         points, embedding = (folder / name for name in FACE_FILES)
@@ -49,7 +49,7 @@ class FaceNetwork:
             ) from error
 
     def embed(self, picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-        """float64 [128] of the face in `box` (x1, y1, x2, y2 of its 68 points) of `picture`, uint8 RGB [H, W, 3]."""
+        """Return float64 [128] of a face. `picture`: uint8 RGB [H, W, 3]; `box`: x1, y1, x2, y2 of its 68 points."""
         import dlib
 
         margin = CHIP * (1 - DETECTOR_SIDE / SURROUNDINGS) / 2
@@ -60,7 +60,7 @@ class FaceNetwork:
 
 
 def cut_square(picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """uint8 [256, 256, 3]: the box and its surroundings, aspect kept; the picture's edge is repeated beyond it."""
+    """Return uint8 [256, 256, 3]: the box and its surroundings, with its aspect; beyond the picture, edges repeat."""
     import cv2
 
     x1, y1, x2, y2 = (float(end) for end in box)

@@ -1,8 +1,8 @@
-"""Findings: what `compare` found, as the models behind its JSON, JUnit, Markdown and HTML.
+"""Findings: the models of `compare`'s results, the source of its JSON, JUnit, Markdown and HTML.
 
 In:   plain values. Out: frozen models that serialise to JSON. Never: how anything is measured or judged.
 
-PSNR is in dB and 100 for identical frames, for JSON has no infinity. Colour differences are CIE76 delta E in Lab.
+PSNR is in dB, and 100 for identical frames, because JSON has no infinity. Colour differences are CIE76 delta E in Lab.
 Frames are counted from 0, segments from 1.
 """
 
@@ -32,8 +32,8 @@ __all__ = [
 
 PSNR_OF_EQUAL = 100.0
 
-# In the order of every report. broken: a limit is broken. failed: the night has no output of it. new: no baseline.
-# missing: in the baseline alone. uncalibrated: it differs, and no limit is known for this model and device. changed: it
+# In the order of every report. broken: a limit is broken. failed: the night has no output of the job. new: no baseline.
+# missing: only in the baseline. uncalibrated: it differs, and no limit is known for this model and device. changed: it
 # differs within the limits. draft: a first night, accepted by --bootstrap. identical: the same frames.
 Verdict = Literal["broken", "failed", "new", "missing", "uncalibrated", "changed", "draft", "identical"]
 
@@ -42,30 +42,30 @@ class FrameValues(Record):
     """One metric, frame by frame."""
 
     mean: float
-    p5: float = Field(description="5th percentile: of the worse end, whichever end that is")
+    p5: float = Field(description="5th percentile, counted from the worse end")
     worst: float
     worst_frame: int = Field(ge=0, description="index from 0, in both videos")
     values: list[float] = Field(default=[], description="of each frame, in order")
 
 
 class Misalignment(Record):
-    """Where the frames of both videos stop belonging together one by one."""
+    """A range of frames that do not correspond one to one in both videos."""
 
     kind: Literal["dropped", "repeated", "inserted", "moved"]
     frame: int = Field(
         ge=0, description="index in the baseline's video (of a repeated or inserted frame, in the new one)"
     )
-    frames: int = Field(ge=1, description="how many")
+    frames: int = Field(ge=1, description="number of frames")
 
 
 class JointDrift(Record):
     """The colour step of the still pixels at one joint of segments."""
 
     frame: int = Field(ge=1, description="the first frame after the joint")
-    step: float = Field(ge=0, description="delta E from the frames before to the frames after, of the still pixels")
-    excess: float = Field(ge=0, description="delta E of the step against the baseline, above what is usual nearby")
+    step: float = Field(ge=0, description="delta E of the still pixels from the frames before to the frames after")
+    excess: float = Field(ge=0, description="delta E of the step beyond the baseline's, above the usual value nearby")
     gain: tuple[float, float, float] = Field(
-        description="red, green, blue: factor from before to after, of what the baseline does not have"
+        description="red, green, blue: factor from before to after, without the baseline's own step"
     )
     offset: tuple[float, float, float] = Field(description="red, green, blue: 8-bit levels, added after the factor")
     still: float | None = Field(
@@ -99,11 +99,11 @@ class Drift(Record):
 
 
 class Identity(Record):
-    """How far the person is the same. A value that cannot be had is null, and `why` says the reason by its name."""
+    """How similar the person is. A value that cannot be measured is null, and `why` has the reason by its name."""
 
     cosine: float | None = Field(None, description="of image embeddings of the person's box, worst of the frames")
     cosine_frame: int | None = None
-    lpips: float | None = Field(None, description="LPIPS (AlexNet) of the worst of the frames looked at")
+    lpips: float | None = Field(None, description="LPIPS (AlexNet) of the worst of the examined frames")
     lpips_frame: int | None = None
     face_distance: float | None = Field(
         None, description="of the mean face embeddings of both videos; below 0.6: one person"
@@ -111,7 +111,7 @@ class Identity(Record):
     face_worst: float | None = Field(None, description="of the smoothed worst window of frames")
     face_frame: int | None = None
     face_pixels: float | None = Field(None, description="median side of the face")
-    frames: int = Field(0, ge=0, description="how many frames were looked at")
+    frames: int = Field(0, ge=0, description="number of examined frames")
     why: dict[str, str] = Field(default={}, description="name → why it is not measurable")
 
 
@@ -120,15 +120,15 @@ class Measurements(Record):
 
     frames_baseline: int
     frames_new: int
-    frames_compared: int = Field(ge=0, description="the first of both")
-    psnr: FrameValues | None = Field(None, description="dB; null where the sizes differ")
+    frames_compared: int = Field(ge=0, description="number of frames compared, from the first frame of both videos")
+    psnr: FrameValues | None = Field(None, description="dB; null if the sizes differ")
     ssim: FrameValues | None = None
     largest_difference: int | None = Field(None, description="of one channel of a pixel, 0 to 255")
     largest_difference_frame: int | None = None
-    colour: float | None = Field(None, description="delta E of the mean colours, of the person's box where it is known")
+    colour: float | None = Field(None, description="delta E of the mean colours of the person's box, if it is known")
     colour_frame: int | None = None
     shift: tuple[float, float] | None = Field(
-        None, description="pixels (right, down) by which the worst frame is moved; null where it is not a plain shift"
+        None, description="pixels (right, down) by which the worst frame is moved; null if it is not a plain shift"
     )
     misalignments: list[Misalignment] = Field(default=[])
     drift: Drift | None = None
@@ -141,8 +141,8 @@ class PerformanceFinding(Record):
     name: str = Field(description="e.g. seconds: denoise; memory: vae_decode allocated")
     unit: Literal["s", "bytes"]
     new: float
-    median: float = Field(description="the same as `new` where it is not judged")
-    nights: int = Field(ge=0, description="how many the median is of; 0 where it is not judged")
+    median: float = Field(description="equal to `new` if it is not judged")
+    nights: int = Field(ge=0, description="number of nights of the median; 0 if it is not judged")
     ratio: float
     verdict: Literal["slower", "larger", "better", "same", "not judged"]
     why: str = Field("", description="why it is not judged")
@@ -152,7 +152,7 @@ class Breach(Record):
     """One limit that is broken, or one reason why the job counts as changed."""
 
     metric: str = Field(description="as in the manifest's regression:, or frames, size, rate, output")
-    text: str = Field(description="a whole sentence: the value, the limit, where")
+    text: str = Field(description="a whole sentence with the value, the limit and the frame")
     value: float | None = None
     limit: float | None = None
     frame: int | None = None
@@ -161,11 +161,11 @@ class Breach(Record):
 class JobFinding(Record):
     id: str
     verdict: Verdict
-    text: str = Field(description="one sentence: the first thing to know")
+    text: str = Field(description="one sentence with the most important fact")
     breaches: list[Breach] = Field(default=[])
     differences: list[str] = Field(default=[], description="settings and environment, e.g. options.seed: 41 → 42")
     exact: bool = Field(
-        False, description="device, compute, memory mode and versions are the same: frames must be, too"
+        False, description="device, compute, memory mode and versions are the same, so the frames must be the same too"
     )
     first_frame: int | None = Field(None, description="the first frame whose digest differs")
     frames_differing: int | None = None
@@ -175,7 +175,7 @@ class JobFinding(Record):
     seconds: float | None = None
     seconds_median: float | None = None
     device: str = ""
-    baseline_device: str = Field("", description="whose baseline it was compared with")
+    baseline_device: str = Field("", description="the device of the baseline's render")
     recipe: str = ""
     run_id: str = ""
     baseline_run_id: str = ""
@@ -186,7 +186,7 @@ class JobFinding(Record):
 
 
 class NightComparison(Record):
-    """The whole: `comparison.json`."""
+    """The content of `comparison.json`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     out: str
@@ -195,6 +195,6 @@ class NightComparison(Record):
     seconds: float
     exit_code: int
     counts: dict[str, int] = Field(description="verdict → jobs, and total")
-    environment: list[str] = Field(default=[], description="what differs between the nights' environments")
-    approve: str = Field("", description="the command that accepts what is new or changed; empty where nothing is")
+    environment: list[str] = Field(default=[], description="differences of the nights' environments")
+    approve: str = Field("", description="the command that accepts new and changed renders; empty if there are none")
     jobs: list[JobFinding] = Field(description="failures first")

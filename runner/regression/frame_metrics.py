@@ -1,10 +1,10 @@
-"""Frame metrics: how far a new video is from the baseline's, frame by frame, in one pass over both.
+"""Frame metrics: measures the differences of a new video from the baseline's, frame by frame, in one pass.
 
 In:   the frames of both outputs, the joints of the segments, boxes of the person. Out: `Measurements`.
 Never: limits, verdicts, identity (see `Measurements.identity`), storage.
 
-Memory is that of a window of frames and of a thumbnail of each frame, whatever the length. PSNR and SSIM are those of
-scikit-image; SSIM has the parameters of Wang et al. (2004): a Gaussian window, sigma 1.5.
+Memory holds a window of frames and a thumbnail of each frame. PSNR and SSIM equal those of scikit-image; SSIM has the
+parameters of Wang et al. (2004): a Gaussian window, sigma 1.5.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["LocatedPerson", "find_shift", "measure", "psnr", "ssim"]
 
 WINDOW = 8  # frames of each video in memory
 THREADS = min(4, os.cpu_count() or 1)  # OpenCV, numpy and scipy release the interpreter's lock
-SIGMA = 1.5  # pixels, of SSIM's window
+SIGMA = 1.5  # pixels; of SSIM's window
 WINDOW_SIDE = 11  # pixels: scikit-image cuts the window off at 3.5 sigma
-COLOUR_PIXELS = 4096  # of a box, for its mean colour
-SHIFT_GAIN_DB = 3.0  # undoing a shift halves the squared error at least, or it is no plain shift
+COLOUR_PIXELS = 4096  # pixels of a box that are used for its mean colour
+SHIFT_GAIN_DB = 3.0  # undoing a plain shift at least halves the squared error
 FRACTION_GAIN_DB = 1.0
 SHIFT_PIXELS = (0.25, 64.0)  # least and most
 ECC_STOPS = (1 | 2, 100, 1e-7)  # OpenCV's COUNT | EPS: iterations, least gain of the coefficient
@@ -42,10 +42,10 @@ UNDO = 1 | 16  # OpenCV's INTER_LINEAR | WARP_INVERSE_MAP: pixel (x, y) comes fr
 
 
 class LocatedPerson(Protocol):
-    """Where the person is in each frame of an output."""
+    """The person's box in each frame of an output."""
 
     def person(self, frame: int, fps: Fraction | None = None) -> tuple[int, int, int, int] | None:
-        """(x1, y1, x2, y2) in pixels, x2 and y2 outside, of frame `frame` at `fps`; None where it is not known."""
+        """Return (x1, y1, x2, y2) in pixels of frame `frame` at `fps`, without x2 and y2; None if it is unknown."""
 
 
 def measure(
@@ -56,18 +56,18 @@ def measure(
     people: LocatedPerson | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurements:
-    """All metrics but identity, of the frames that both videos have.
+    """Measure all metrics except identity, on the frames that both videos have.
 
     joints: the first frame of each segment after the first; those beyond the common frames are left out. people: boxes
-    in pixels of `new`. progress: called with frames done and frames in all.
-    Where the sizes differ, PSNR, SSIM and the largest difference are None, and colour and drift are measured against
-    the baseline's frames scaled to the new size. Raises InputUnreadable as the outputs do.
+    in pixels of `new`. progress: called with (frames done, all frames).
+    If the sizes differ, PSNR, SSIM and the largest difference are None, and colour and drift are measured against the
+    baseline's frames scaled to the new size. Raises InputUnreadable for damaged outputs.
     """
     common, total = min(new.frames, baseline.frames), max(new.frames, baseline.frames)
     same_size = new.size == baseline.size
     meter = DriftMeter([joint for joint in joints if 0 < joint < common], common)
     found = _Series()
-    # One array each: small arrays that stay between large ones that go would keep the heap from shrinking.
+    # One array each: many small arrays between freed large ones would keep the heap from shrinking.
     thumbnails = [np.empty((side.frames, *thumbnail_shape(*side.size)), np.uint8) for side in (new, baseline)]
     with ThreadPoolExecutor(THREADS) as pool:
         for begin, frames, others in _windows(new, baseline):
@@ -132,7 +132,7 @@ class _Series:
 
 
 def _windows(new: RenderedFrames, baseline: RenderedFrames) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index of the first frame, window, the baseline's window); of the shorter video empty ones at the end."""
+    """Yield (index of the first frame, window, the baseline's window); after the shorter video its window is empty."""
     nothing = np.zeros((0, 0, 0, 3), np.uint8)
     begin = 0
     for frames, others in zip_longest(new.windows(WINDOW), baseline.windows(WINDOW), fillvalue=nothing):
@@ -169,7 +169,7 @@ def _mean_lab(frame: np.ndarray, box: tuple[int, int, int, int] | None) -> np.nd
 
 
 def psnr(frame: np.ndarray, other: np.ndarray) -> float:
-    """dB of uint8 [H, W, 3] against another; at most 100, which equal frames have."""
+    """Return the PSNR in dB of two uint8 [H, W, 3]; 100 for equal frames, which is the maximum."""
     from skimage.metrics import peak_signal_noise_ratio
 
     if np.array_equal(frame, other):
@@ -178,7 +178,7 @@ def psnr(frame: np.ndarray, other: np.ndarray) -> float:
 
 
 def ssim(frame: np.ndarray, other: np.ndarray) -> float:
-    """Mean structural similarity of uint8 [H, W, 3], both sides of WINDOW_SIDE pixels or more; 1 for equal frames."""
+    """Return the mean SSIM of two uint8 [H, W, 3]; 1 for equal frames. Each side needs at least WINDOW_SIDE pixels."""
     from skimage.metrics import structural_similarity
 
     if np.array_equal(frame, other):
@@ -190,10 +190,10 @@ def ssim(frame: np.ndarray, other: np.ndarray) -> float:
 
 
 def find_shift(frame: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
-    """By how many pixels (right, down) `frame` is `other` moved; uint8 [H, W, 3]. None where it is not a plain shift.
+    """Return the shift (right, down) in pixels from `other` to `frame`, uint8 [H, W, 3]; None if it is no plain shift.
 
-    Phase correlation finds large shifts of textured pictures, the correlation coefficient's ascent (ECC) small ones of
-    smooth pictures, too. A candidate counts if moving `frame` back brings it nearer to `other` by 3 dB.
+    Phase correlation finds large shifts of textured pictures. ECC (ascent of the correlation coefficient) also finds
+    small shifts of smooth pictures. A candidate counts if moving `frame` back increases the PSNR to `other` by 3 dB.
     """
     import cv2
 
@@ -216,7 +216,7 @@ def find_shift(frame: np.ndarray, other: np.ndarray) -> tuple[float, float] | No
         edge_x, edge_y = ceil(abs(right)), ceil(abs(down))
         inside = slice(edge_y, height - edge_y), slice(edge_x, width - edge_x)
         after = psnr(np.ascontiguousarray(back[inside]), np.ascontiguousarray(other[inside]))
-        # Interpolation smooths coding noise away: a part of a pixel must bring more than that.
+        # Interpolation also smooths coding noise, so a shift by a part of a pixel must gain more than that.
         margin = 0 if (right, down) in whole else FRACTION_GAIN_DB
         if after >= least + margin:
             least, best = after, (round(right, 2), round(down, 2))
@@ -228,7 +228,7 @@ def _around(value: float) -> tuple[int, int]:
 
 
 def _summarise(values: list[float], digits: int) -> FrameValues | None:
-    """Of a metric whose lower values are the worse ones."""
+    """Summarise the values of a metric whose lower values are worse."""
     if not values:
         return None
     at = int(np.argmin(values))
@@ -242,7 +242,7 @@ def _summarise(values: list[float], digits: int) -> FrameValues | None:
 
 
 def _drift(measured: MeasuredDrift) -> Drift:
-    """As findings; every segment was measured against the baseline."""
+    """Return the drift as findings. Every segment must have been measured against the baseline."""
     segments = []
     for number, segment in enumerate(measured.segments, 1):
         if segment.gain is None or segment.offset is None:

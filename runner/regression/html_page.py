@@ -1,9 +1,9 @@
-"""HTML page: what the reports that are one HTML file share. Templates, the policy's hashes, units, writing it whole.
+"""HTML page: shared parts of the reports that are one HTML file: templates, the security policy, units, atomic writing.
 
-In:   templates, values, a path. Out: text of a page, a file. Never: what a page says.
+In:   templates, values, a path. Out: text of a page, a file. Never: the content of a report.
 
-A page holds its scripts and styles and allows them by their hashes alone (Content-Security-Policy). All values are
-escaped. `page.css` is the look that the pages share, `page_top.html` their head.
+A page contains its scripts and styles and allows only them, by their hashes (Content-Security-Policy). All values are
+escaped. All pages share the style `page.css` and the head `page_top.html`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ ORIGIN = re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5
 
 
 def template_environment(package: str, folder: str) -> Any:
-    """A jinja2 environment for the templates of `folder` in `package`, and for those that all pages share.
+    """Return a jinja2 environment for the templates of `folder` in `package` and the shared templates.
 
-    It escapes every value and refuses a name that a template does not get. Raises ConfigInvalid without jinja2.
+    It escapes every value and raises an error for undefined names. Raises ConfigInvalid without jinja2.
     """
     try:
         import jinja2
     except ImportError as error:
         raise ConfigInvalid(
-            "an HTML report is made with the package jinja2, which is not installed",
+            "an HTML report needs the package jinja2, which is not installed",
             todo="pip install 'video-lab-runner[compare]'",
         ) from error
     environment = jinja2.Environment(
@@ -60,14 +60,13 @@ def template_environment(package: str, folder: str) -> Any:
 
 
 def template_text(environment: Any, name: str) -> str:
-    """A script or style among the templates, as it stands in the page."""
+    """Return a script or style of the templates, as it appears in the page."""
     source, _, _ = environment.loader.get_source(environment, name)
     return str(source)
 
 
 def content_policy(script: str, style: str, *rules: str) -> str:
-    """A Content-Security-Policy that allows this script, this style, pictures inside the page, what `rules` say, and
-    nothing else."""
+    """Return a Content-Security-Policy that allows only this script, this style, embedded pictures and `rules`."""
     allowed = [
         "default-src 'none'",
         f"script-src {_hash(script)}",
@@ -85,7 +84,7 @@ def _hash(text: str) -> str:
 
 
 def may_be_linked(url: str) -> bool:
-    """Whether a browser may be given this address: no script, no host without a scheme."""
+    """Return whether an address may be a link in the page: no script, no host without a scheme."""
     if not url or any(ord(sign) <= 32 for sign in url):
         return False
     try:
@@ -100,10 +99,9 @@ def may_be_linked(url: str) -> bool:
 
 @contextmanager
 def written_whole(dest: Path, *pieces: str) -> Iterator[tuple[Path, ...]]:
-    """Paths to write to: of the page, which takes the place of `dest` at the end, and of each piece that it is made of.
+    """Yield temporary paths for the page and for each of its `pieces`. At the end the page replaces `dest`.
 
-    After an error `dest` is as it was. None of the paths is left. Raises StorageFull and StorageDenied where the disk
-    is full or refuses.
+    After an error `dest` is unchanged. All temporary paths are removed. Raises StorageFull and StorageDenied.
     """
     paths = tuple(dest.with_name(f"{dest.name}{end}.part") for end in ("", *(f".{piece}" for piece in pieces)))
     try:

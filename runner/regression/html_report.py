@@ -1,11 +1,11 @@
-"""HTML report: one file that shows what changed in a night, without network and without other files.
+"""HTML report: writes one HTML file that shows the changes of a night, without network and without other files.
 
-In:   a `NightComparison`, the evidence of its jobs. Out: one HTML file. Never: what a verdict is, how anything is
+In:   a `NightComparison`, the evidence of its jobs. Out: one HTML file. Never: how a verdict is made, how anything is
 measured, remote storage.
 
-Scripts and styles are inside the page and allowed by their hashes alone (Content-Security-Policy); ids, notes and
-errors are text of strangers and escaped. Videos stand as base64 in data blocks at the end of the page, which its
-script turns into players when they come into view. It is written job by job: one chunk of a video is in memory.
+Scripts and styles are inside the page; only they are allowed, by their hashes (Content-Security-Policy). Ids, notes and
+errors are untrusted text and are escaped. Videos are base64 data blocks at the end of the page. The script makes a
+player of each when it comes into view. The page is written job by job, with one chunk of a video in memory.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from runner.regression.html_page import (
 
 __all__ = ["TOTAL_EMBED_BYTES", "VERDICTS", "write_html"]
 
-# What each verdict means, in the order of the report.
+# The meaning of each verdict, in the order of the report.
 VERDICTS: dict[Verdict, str] = {
     "broken": "a limit is broken",
-    "failed": "the night has no output of it",
-    "new": "there is no baseline yet",
-    "missing": "only the baseline has it",
+    "failed": "the night has no output of the job",
+    "new": "the job has no baseline yet",
+    "missing": "the job is only in the baseline",
     "uncalibrated": "it differs; no limit is known for this model and device",
     "changed": "it differs within the limits",
     "draft": "a first night, accepted as a draft",
     "identical": "the same frames",
 }
 EXIT_CODES = {
-    0: "nothing to approve or mend",
+    0: "nothing to approve or repair",
     1: "a job failed",
     2: "the baseline cannot be read or has none of these jobs",
     4: "a job differs, is new or is missing",
@@ -57,25 +57,24 @@ TO_LOOK_AT = ("broken", "failed", "new", "missing")
 ON_ONE_LINE = ("identical", "draft")
 VIDEOS = ("baseline", "new")
 
-# A browser holds the page in memory; beyond this the remaining videos are linked. Assumed: a laptop of 8 GB opens it.
+# A browser keeps the page in memory; beyond this size the remaining videos are linked. Assumed: 8 GB laptops open it.
 TOTAL_EMBED_BYTES = 512 * 2**20
-CHUNK = 3 * 2**18  # bytes read at once; a multiple of three, so that base64 needs no padding in between
+CHUNK = 3 * 2**18  # bytes read at once; a multiple of three, so that base64 chunks need no padding
 
 PLOT_WIDTH, PLOT_HEIGHT = 1000, 100  # units of the SVG, stretched by the page
-PLOT_POINTS = 500  # of one curve, at most: a wide screen shows no more
-PSNR_TOP = 60.0  # dB: above it a curve says nothing that an eye sees; equal frames (100 dB) would flatten the rest
+PLOT_POINTS = 500  # maximum points of a curve: a wide screen does not show more
+PSNR_TOP = 60.0  # dB: differences above it are invisible, and equal frames (100 dB) would flatten the rest of the curve
 
 
 def write_html(comparison: NightComparison, evidence: Iterable[JobEvidence], dest: Path, *, embed_bytes: int) -> None:
-    """Write the report to `dest`, whole or not at all.
+    """Write the report to `dest`, completely or not at all.
 
-    evidence: in the order of `comparison.jobs`, of those jobs that have some; it is read once, job by job.
-    embed_bytes: a video's file of at most so many bytes is embedded, until the page holds `TOTAL_EMBED_BYTES`; a
-    larger one is linked where it has a URL. Raises ValueError for evidence that is out of order, StorageFull and
-    StorageDenied as the disk does.
+    evidence: of the jobs that have some, in the order of `comparison.jobs`; it is read once, job by job.
+    embed_bytes: a video file of at most this size is embedded, until the page has `TOTAL_EMBED_BYTES`; a larger one is
+    linked if it has a URL. Raises ValueError for evidence in another order, StorageFull and StorageDenied.
     """
-    # The head names the links' origins and the pictures' shapes, which are known after the last job.
-    # The videos' bytes come after all else: the page is read and used while they are still loading.
+    # The head needs the links' origins and the pictures' shapes, which are known only after the last job.
+    # The videos' bytes come last, so that the page can be used while they are still loading.
     with written_whole(Path(dest), "body", "media") as (part, body, media):
         with body.open("wb") as out, media.open("wb") as videos:
             page = _Page(out, videos, embed_bytes)
@@ -107,7 +106,7 @@ def _paired(
 
 @dataclass
 class _Page:
-    """The jobs of the page, written one after the other, and what the head must know of them."""
+    """The jobs of the page, written one after the other, and the facts about them that the head needs."""
 
     out: IO[bytes]
     media: IO[bytes]  # data blocks of the embedded videos
@@ -164,7 +163,7 @@ class _Page:
         self.out.write(text.encode())
 
     def _videos(self, number: int, shown: JobEvidence | None, left_out: dict[str, str]) -> list[_Video]:
-        """The videos of one job in order; in `left_out`, why one cannot be shown."""
+        """Return the videos of one job in order; put the reason for a missing video into `left_out`."""
         videos = []
         for name in VIDEOS:
             link = shown.videos.get(name) if shown else None
@@ -187,7 +186,7 @@ class _Page:
 
     def _embed(self, media: str, file: Path) -> None:
         self.media.write(f'<script type="text/plain" id="{media}">'.encode())
-        with suppress(FileNotFoundError), file.open("rb") as source:  # without its bytes, the player says so
+        with suppress(FileNotFoundError), file.open("rb") as source:  # the player reports a block without bytes
             while chunk := source.read(CHUNK):
                 self.media.write(base64.b64encode(chunk))
         self.media.write(b"</script>\n")
@@ -222,7 +221,7 @@ def _bytes_of(link: VideoLink) -> int | None:
 
 
 def _source(url: str) -> str:
-    """The entry of media-src that lets this address play."""
+    """Return the entry of media-src that allows this address."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         return "file:"
@@ -230,7 +229,7 @@ def _source(url: str) -> str:
 
 
 def _picture_header(data: bytes) -> tuple[tuple[int, int], str]:
-    """Width and height, and the media subtype."""
+    """Return ((width, height), media subtype)."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
@@ -242,7 +241,7 @@ def _shape(size: tuple[int, int]) -> str:
 
 
 def _player_data(job: JobFinding, shown: JobEvidence | None, videos: list[_Video]) -> dict[str, Any]:
-    """What the page's script must know of a job."""
+    """Return a job's data for the page's script."""
     timing = {video.name: {"fps": float(video.link.fps), "frames": video.link.frames} for video in videos}
     measured = job.measurements
     return {
@@ -306,7 +305,7 @@ def _curve(
     def down(value: float) -> float:
         return round((top - value) / (top - bottom) * PLOT_HEIGHT, 1)
 
-    # The worst of each bucket of frames: a mean would hide the one frame that matters.
+    # The worst value of each bucket of frames: a mean would hide a single bad frame.
     step = max(1, math.ceil(frames / PLOT_POINTS))
     chosen = [min(range(at, min(at + step, frames)), key=values.__getitem__) for at in range(0, frames, step)]
     worst = min(metric.worst_frame, frames - 1)
@@ -363,7 +362,7 @@ def _headline(counts: Mapping[str, int], total: int) -> str:
 
 
 def _text(name: str) -> str:
-    """A script or style of the templates, as it stands in the page."""
+    """Return a script or style of the templates, as it appears in the page."""
     return template_text(_environment(), name)
 
 

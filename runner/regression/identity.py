@@ -1,9 +1,9 @@
-"""Identity: is the person in two videos the same, by networks that are not part of the renderer's own judgement.
+"""Identity: measures whether the person in two videos is the same, by networks that are independent of the renderer.
 
-In:   two videos, where the person and the face are in each, the networks that a model store holds, which frames to look
-      at. Out: `findings.Identity`. Never: limits. What cannot be measured is null, and `why` says the reason.
+In:   two videos, the boxes of person and face in each, the networks of a model store, the frames to examine.
+Out:  `findings.Identity`. A value that cannot be measured is null, and `why` has the reason. Never: limits.
 
-cosine         the store's own CLIP image encoder, on the person's box
+cosine         the store's CLIP image encoder, on the person's box
 lpips          of whole frames; file `metrics/lpips-alex.safetensors`
 face_distance  dlib's face network, on the face's box; files `metrics/faces-*.dat` and the extra `faces`
 """
@@ -43,10 +43,10 @@ METRICS = "metrics"  # folder of a model store
 LPIPS_FILE = "lpips-alex.safetensors"
 MOST_FRAMES = 12  # a frame takes about 1 s of a CPU core without an image encoder; assumed to be enough for a mean
 LEAST_PARAMETERS = 20_000_000  # OpenAI's smallest published image encoder has 86 million; a demo's random one 0.02
-# Measured at 33 pixels: single frames of two people are as close as those of one, their means are not. Below 32 nothing
-# was measured. For a limit the face is twice as large, so that no such overlap can break it; assumed.
+# Measured at 33 pixels: single frames of two people can be as close as those of one person, but their means are not.
+# Below 32 pixels nothing was measured. A limit needs faces twice as large; assumed: there is no such overlap then.
 FACE_MEASURED, FACE_GATED = 32, 64
-WINDOW = 3  # looked-at frames that are averaged: single faces of one person differ by up to 0.66
+WINDOW = 3  # examined frames that are averaged: single faces of one person differ by up to 0.66
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -71,10 +71,10 @@ class ComparedFrames(Protocol):
 
 @dataclass(eq=False)
 class ImageEncoder:
-    """A CLIP image encoder of a model store; read from the disk when it is first asked."""
+    """A CLIP image encoder of a model store; it is read from disk at its first use."""
 
     folder: Path
-    side: int  # pixels of the square picture that it takes
+    side: int  # pixels; side of its square input picture
     mean: tuple[float, ...] = OPENAI_MEAN
     std: tuple[float, ...] = OPENAI_STD
     device: str = "cpu"
@@ -82,9 +82,9 @@ class ImageEncoder:
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> ImageEncoder | str:
-        """Of a component's folder; in words why it cannot be used, if it is no trained encoder.
+        """Open a component's folder. Returns the reason as text if it is not a trained encoder.
 
-        Raises WeightsCorrupt where its files cannot be read.
+        Raises WeightsCorrupt if its files cannot be read.
         """
         import torch
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -93,12 +93,12 @@ class ImageEncoder:
             config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in CLIPVisionModel(config).parameters())
-        except Exception as error:  # the library has an error class for each kind of wrong value
+        except Exception as error:  # the library raises many different classes for wrong values
             raise WeightsCorrupt(
                 f"its config.json is not that of a CLIP image encoder: {error}", where=folder
             ) from error
         if parameters < LEAST_PARAMETERS:
-            return f"the image encoder has {parameters:,} parameters: a random one for demos, not trained"
+            return f"the image encoder has only {parameters:,} parameters: it is a random one for demos, not trained"
         statistics = _read_json(folder.parent / "image_processor" / "preprocessor_config.json")
         mean, std = (
             tuple(statistics.get(name, usual))
@@ -107,7 +107,7 @@ class ImageEncoder:
         return cls(folder, int(config.image_size), mean, std, device)
 
     def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [n, D], each of length 1, of pictures uint8 RGB [side, side, 3]."""
+        """Return float32 [n, D] embeddings of length 1. Pictures: uint8 RGB [side, side, 3]."""
         import torch
 
         if self._model is None:
@@ -121,7 +121,7 @@ class ImageEncoder:
         return np.asarray(unit.cpu().numpy(), np.float32)
 
     def cut(self, picture: np.ndarray, box: PixelBox) -> np.ndarray:
-        """uint8 [side, side, 3]: the box in the middle of a square of the mean colour, resized."""
+        """Return uint8 [side, side, 3]: the box in the middle of a square of the mean colour, resized."""
         import cv2
 
         x1, y1, x2, y2 = box
@@ -138,7 +138,7 @@ class ImageEncoder:
         from transformers import CLIPVisionModel
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # the verb has its own
+        transformers_logging.disable_progress_bar()  # `compare` shows its own progress
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         try:
             model, told = CLIPVisionModel.from_pretrained(
@@ -158,26 +158,26 @@ class ImageEncoder:
 
 @dataclass(frozen=True, eq=False)
 class MetricNetworks:
-    """The optional networks that a model store holds."""
+    """The optional networks of a model store."""
 
     encoder: ImageEncoder | None = None
     lpips: Lpips | None = None
     faces: FaceNetwork | None = None
-    why: dict[str, str] = field(default_factory=dict)  # cosine, lpips, face_distance → why there is none
+    why: dict[str, str] = field(default_factory=dict)  # cosine, lpips, face_distance → why it is missing
 
     @staticmethod
     def wanted(key: str) -> bool:
-        """Whether a model store's file of this key is needed: for syncing one from an object store."""
+        """Return whether the file with this key is needed when a model store is synced from an object store."""
         return key.startswith(f"{METRICS}/") or key.split("/")[1:2] in (["image_encoder"], ["image_processor"])
 
     @classmethod
     def open(cls, models: Path | None, device: str = "cpu") -> MetricNetworks:
-        """Of a local model store; None: there is none. Raises WeightsCorrupt for files that are there and damaged."""
+        """Open the networks of a local model store, or of none. Raises WeightsCorrupt for damaged files."""
         names = ("cosine", "lpips", "face_distance")
         if models is None:
             return cls(why=dict.fromkeys(names, "no model store was given: --models"))
         folder, why = models / METRICS, {}
-        encoder: ImageEncoder | str = f"no image encoder lies in {models.name}/"
+        encoder: ImageEncoder | str = f"there is no image encoder in {models.name}/"
         found = sorted(path.parent for path in models.glob("*/image_encoder/config.json"))
         if found:
             encoder = ImageEncoder.open(found[0], device)
@@ -201,9 +201,9 @@ class MetricNetworks:
 def frames_to_look_at(
     frames: int, joints: Iterable[int] = (), worst: Iterable[int] = (), most: int = MOST_FRAMES
 ) -> list[int]:
-    """At most `most` indices of 0…frames-1, ascending: the worst frames, both sides of joints, the rest spread evenly.
+    """Return at most `most` indices of 0…frames-1, ascending: the worst frames, both sides of joints, others spread.
 
-    joints: the first frame of each segment after the first. Of many joints some, spread over all of them.
+    joints: the first frame of each segment after the first. If there are many joints, some of them, spread evenly.
     """
     most = min(most, frames)
     chosen = [i for i in dict.fromkeys(worst) if 0 <= i < frames][: max(1, most // 4)]
@@ -228,18 +228,18 @@ def measure_identity(
     at: Sequence[int],
     fps: tuple[Fraction | None, Fraction | None] = (None, None),
 ) -> Identity:
-    """All that `networks` can tell of the frames `at`, which both videos have.
+    """Measure with all `networks` on those frames `at` that both videos have.
 
-    `fps`: rates of both videos, new first, where the videos do not know their own, as PNG frames do not.
+    `fps`: rates of both videos, new first, for videos without a rate, such as PNG frames.
     """
-    looked = sorted({i for i in at if 0 <= i < min(new.frames, baseline.frames)})
+    examined = sorted({i for i in at if 0 <= i < min(new.frames, baseline.frames)})
     sides = [
         _Side.of(video, people, video.fps or rate)
         for video, people, rate in zip((new, baseline), (people_new, people_baseline), fps, strict=True)
     ]
     why = dict(networks.why)
     meters: list[_Meter] = []
-    unknown = _whose_people_are_unknown(people_new, people_baseline)
+    unknown = _explain_missing_people(people_new, people_baseline)
     if networks.lpips is not None:
         meters.append(_LpipsMeter(networks.lpips))
     if networks.encoder is not None and not unknown:
@@ -248,11 +248,11 @@ def measure_identity(
         meters.append(_FaceMeter(networks.faces))
     if unknown:
         why = {"cosine": unknown, "face_distance": unknown} | why
-    for index in looked:
+    for index in examined:
         one, other = (side.look(index) for side in sides)
         for meter in meters:
             meter.add(index, one, other)
-    found: dict[str, Any] = {"frames": len(looked)}
+    found: dict[str, Any] = {"frames": len(examined)}
     for meter in meters:
         values, reasons = meter.result()
         found |= values
@@ -261,16 +261,16 @@ def measure_identity(
 
 
 def face_is_gated(identity: Identity) -> bool:
-    """Are the faces large enough for a limit on `face_distance`?"""
+    """Return whether the faces are large enough for a limit on `face_distance`."""
     return identity.face_distance is not None and (identity.face_pixels or 0) >= FACE_GATED
 
 
-Told = tuple[dict[str, Any], dict[str, str]]  # fields of Identity; name → why it has no value
+MeterResult = tuple[dict[str, Any], dict[str, str]]  # fields of Identity; name → why it has no value
 
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """One frame of one video, and what lies where in it."""
+    """One frame of one video, with the boxes of person and face."""
 
     picture: np.ndarray
     person: PixelBox | None
@@ -297,20 +297,20 @@ class _Side:
 
 
 class _Meter(Protocol):
-    """One metric, frame by frame; it holds no frame after `add`."""
+    """One metric, measured frame by frame. It keeps no frames."""
 
     def add(self, index: int, new: _Look, baseline: _Look) -> None: ...
 
-    def result(self) -> Told: ...
+    def result(self) -> MeterResult: ...
 
 
-def _whose_people_are_unknown(new: People | None, baseline: People | None) -> str:
-    """In words; empty where both are known."""
+def _explain_missing_people(new: People | None, baseline: People | None) -> str:
+    """Return which outputs have no boxes of people; empty if both have them."""
     unknown = [name for name, people in (("new", new), ("baseline", baseline)) if people is None or not people.people]
     if not unknown:
         return ""
     whose = "neither output has" if len(unknown) == 2 else f"the {unknown[0]} output does not have"
-    return f"{whose} boxes of people ({PEOPLE}): older runs and official files leave none"
+    return f"{whose} boxes of people ({PEOPLE}): older runs and official files do not write them"
 
 
 class _CosineMeter:
@@ -326,9 +326,9 @@ class _CosineMeter:
         )
         self._values[index] = float(np.clip(one @ other, -1, 1))
 
-    def result(self) -> Told:
+    def result(self) -> MeterResult:
         if not self._values:
-            return {}, {"cosine": "no frame that was looked at shows the person in both outputs"}
+            return {}, {"cosine": "no examined frame shows the person in both outputs"}
         worst = min(self._values, key=lambda index: self._values[index])
         return {"cosine": self._values[worst], "cosine_frame": worst}, {}
 
@@ -337,17 +337,17 @@ class _LpipsMeter:
     def __init__(self, network: Lpips) -> None:
         self._network = network
         self._values: dict[int, float] = {}
-        self._why = "no frame was looked at"
+        self._why = "no frame was examined"
 
     def add(self, index: int, new: _Look, baseline: _Look) -> None:
         if new.picture.shape != baseline.picture.shape:
             self._why = "the sizes of the two outputs differ"
         elif min(new.picture.shape[:2]) < LEAST_PICTURE:
-            self._why = f"frames of less than {LEAST_PICTURE} pixels a side are too small for the network"
+            self._why = f"frames with fewer than {LEAST_PICTURE} pixels per side are too small for the network"
         else:
             self._values[index] = self._network.distance(new.picture, baseline.picture)
 
-    def result(self) -> Told:
+    def result(self) -> MeterResult:
         if not self._values:
             return {}, {"lpips": self._why}
         worst = max(self._values, key=lambda index: self._values[index])
@@ -357,8 +357,8 @@ class _LpipsMeter:
 class _FaceMeter:
     def __init__(self, network: FaceNetwork) -> None:
         self._network = network
-        self._sides: list[int] = []  # pixels, of the smaller face of both videos
-        self._frames: list[int] = []  # that have embeddings
+        self._sides: list[int] = []  # pixels; side of the smaller face of both videos
+        self._frames: list[int] = []  # frames that have embeddings
         self._embeddings: list[tuple[np.ndarray, np.ndarray]] = []  # new, baseline
 
     def add(self, index: int, new: _Look, baseline: _Look) -> None:
@@ -370,13 +370,13 @@ class _FaceMeter:
             one = self._network.embed(new.picture, new.face)
             self._embeddings.append((one, self._network.embed(baseline.picture, baseline.face)))
 
-    def result(self) -> Told:
+    def result(self) -> MeterResult:
         if not self._sides:
-            return {}, {"face_distance": "no frame that was looked at shows a sure face in both outputs"}
+            return {}, {"face_distance": "no examined frame shows a face with high confidence in both outputs"}
         pixels = float(np.median(self._sides))
-        said = f"faces are {pixels:g} pixels large (median)"
+        size = f"faces are {pixels:g} pixels large (median)"
         if pixels < FACE_MEASURED:
-            why = f"{said}: below {FACE_MEASURED} people cannot be told apart"
+            why = f"{size}: below {FACE_MEASURED} people cannot be distinguished"
             return {"face_pixels": pixels}, {"face_distance": why}
         new, baseline = (np.stack(side) for side in zip(*self._embeddings, strict=True))
         width = min(WINDOW, len(new))
@@ -391,11 +391,11 @@ class _FaceMeter:
         }
         if pixels >= FACE_GATED:
             return found, {}
-        return found, {"face_gate": f"{said}: below {FACE_GATED} the distance is reported, and no limit holds for it"}
+        return found, {"face_gate": f"{size}: below {FACE_GATED} the distance is reported, but no limit applies to it"}
 
 
 def _distance(new: np.ndarray, baseline: np.ndarray) -> float:
-    """Of the means of embeddings [n, 128]."""
+    """Return the distance of the means of embeddings [n, 128]."""
     return float(np.linalg.norm(new.mean(0) - baseline.mean(0)))
 
 
@@ -404,13 +404,13 @@ def _side(box: PixelBox) -> int:
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """`count` indices of 0…length-1, or all, evenly: in the middles of as many equal parts."""
+    """Return `count` evenly spread indices of 0…length-1 (or all): the middles of equal parts."""
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises WeightsCorrupt."""
+    """Read a JSON file; empty if it does not exist. Raises WeightsCorrupt."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""Job comparison: one job of the night with its baseline: by digests first, by metrics where frames differ.
+"""Job comparison: compares one job of the night with its baseline: first digests, then metrics if frames differ.
 
-In:   both sides' records and files, limits, networks. Out: a `JobFinding`, and the `JobEvidence` that shows it.
+In:   records and files of both sides, limits, networks. Out: a `JobFinding`, and its `JobEvidence`.
 Never: which jobs there are, the report's files.
 
-Where all frames have the digests of the baseline's, no video is read. Else both are read side by side, some frames at
-a time.
+If all frames have the same digests as the baseline's, no video is read. Otherwise both videos are read side by side,
+some frames at a time.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ __all__ = ["BASELINE_UNREADABLE", "JobComparison", "KeepVideo", "RenderedJob"]
 
 BASELINE_UNREADABLE = "baseline"  # metric of a breach: the baseline's video cannot be read
 
-KeepVideo = Callable[[str, str, VideoLink], VideoLink]  # (job id, "new" or "baseline", link with a file) → for the page
+KeepVideo = Callable[[str, str, VideoLink], VideoLink]  # (job id, "new" or "baseline", link to a file) → page's link
 
 
 class RenderedJob(Protocol):
-    """One side: a job that was rendered, and its files."""
+    """One side of the comparison: a rendered job and its files."""
 
     @property
     def record(self) -> ResultRecord:
-        """It has an output."""
+        """The job's record; it has an output."""
         ...
 
     def digests(self) -> list[str] | None:
-        """Of each frame; None where no list is kept."""
+        """Return the digest of each frame; None if there is no list."""
         ...
 
     def people(self) -> bytes | None:
-        """The content of people.json; None where none is kept."""
+        """Return the content of people.json; None if there is none."""
         ...
 
     def fetch(self, dest: Path) -> Path | Sequence[Path]:
-        """The MP4, or the PNG frames in order, below the folder `dest`. Raises InputNotFound, storage.*."""
+        """Copy the MP4, or the PNG frames in order, into the folder `dest`. Raises InputNotFound, storage.*."""
         ...
 
 
 @dataclass(frozen=True)
 class JobComparison:
-    """How jobs are compared. `keep_video`: None where no report is made, and no evidence is kept."""
+    """Settings and steps of a job's comparison. `keep_video`: None if no report and no evidence is made."""
 
     networks: MetricNetworks | None = None
     keep_video: KeepVideo | None = None
@@ -80,10 +80,10 @@ class JobComparison:
         given: RegressionLimits,
         calibrated: RegressionLimits | None,
     ) -> tuple[JobFinding, JobEvidence | None]:
-        """Complete `finding`, which has the job's id, texts and performance. `scratch`: a folder of this job's own.
+        """Complete `finding`, which has the job's id, texts and performance. `scratch`: a folder for this job only.
 
-        A video of the night that cannot be read makes the verdict `failed`; one of the baseline a breach of metric
-        BASELINE_UNREADABLE.
+        If the night's video cannot be read, the verdict is `failed`. If the baseline's video cannot be read, the
+        finding gets a breach of metric BASELINE_UNREADABLE.
         """
         after = new.record
         try:
@@ -111,7 +111,7 @@ class JobComparison:
         return finding, None if evidence is None else JobEvidence(finding, *evidence)
 
     def show_new(self, finding: JobFinding, new: RenderedJob, scratch: Path) -> tuple[JobFinding, JobEvidence | None]:
-        """The evidence of a job without a baseline, so that it can be looked at before it is approved."""
+        """Return the evidence of a job without a baseline, so that it can be viewed before it is approved."""
         output = new.record.output
         assert output is not None
         if self.keep_video is None:
@@ -170,7 +170,7 @@ class JobComparison:
         frames_baseline: RenderedFrames,
         scratch: Path,
     ) -> tuple[Any, ...]:
-        """The fields of `JobEvidence` after its finding."""
+        """Return the fields of `JobEvidence` after its finding."""
         assert self.keep_video is not None and finding.measurements is not None
         assert after.output is not None and before.output is not None
         psnr, left_out = finding.measurements.psnr, dict[str, str]()
@@ -197,11 +197,11 @@ class JobComparison:
         return pictures, frame, videos, left_out
 
 
-NO_DIGESTS = "a record is older than per-frame digests; the decoded videos are equal"
+NO_DIGESTS = "a record is too old to have per-frame digests; the decoded videos are equal"
 
 
 class _Unreadable(Exception):
-    """Carries the finding of a job whose video cannot be read."""
+    """A video cannot be read; has the finding of its job."""
 
     def __init__(self, finding: JobFinding) -> None:
         super().__init__(finding.text)
@@ -229,7 +229,7 @@ def _open(finding: JobFinding, side: RenderedJob, folder: Path, *, mine: bool) -
 
 
 def _people(side: RenderedJob) -> People | None:
-    """None where the file is missing or damaged: nothing is lost by it but the colour and the identity of the box."""
+    """Return None if the file is missing or damaged: then only the box's colour and identity are not measured."""
     data = side.people()
     try:
         return None if data is None else People.parse(data)
@@ -240,7 +240,7 @@ def _people(side: RenderedJob) -> People | None:
 def _with_digests(
     finding: JobFinding, new: RenderedJob, baseline: RenderedJob
 ) -> tuple[JobFinding, tuple[list[str], list[str]] | None]:
-    """The finding with the frames that differ, and both lists of digests; None where one is not kept."""
+    """Return the finding with the differing frames, and both lists of digests; None for a list that does not exist."""
     try:
         after = new.digests()
     except InputError as error:
@@ -258,7 +258,7 @@ def _with_digests(
 
 
 def _rate(record: ResultRecord) -> Fraction | None:
-    """Frames a second of the output: PNG frames do not tell it."""
+    """Return frames per second of the output; PNG frames do not contain their rate."""
     return None if record.output is None else Fraction(record.output.fps)
 
 
@@ -274,7 +274,7 @@ def _fetch(record: ResultRecord, name: str, scratch: Path) -> Path:
 
 
 def _driver(record: ResultRecord, scratch: Path) -> Callable[[int], np.ndarray]:
-    """The driving video's frame that is on screen in an output frame. Raises what reading the video raises."""
+    """Return a function from an output frame to the driving video's frame. Raises the errors of reading the video."""
     parts, output = record.fingerprint_parts, record.output
     assert output is not None
 
@@ -292,7 +292,7 @@ def _driver(record: ResultRecord, scratch: Path) -> Callable[[int], np.ndarray]:
     def frame(index: int) -> np.ndarray:
         reader, indices = opened()
         try:
-            at = index * len(indices) // output.frames  # a stage may have changed the number of frames
+            at = index * len(indices) // output.frames  # because a stage may have changed the number of frames
             picture: np.ndarray = reader.read(indices[at : at + 1])[0]
             return picture
         finally:
@@ -302,7 +302,7 @@ def _driver(record: ResultRecord, scratch: Path) -> Callable[[int], np.ndarray]:
 
 
 def _link(frames: RenderedFrames, output: OutputRecord, dest: Path) -> VideoLink:
-    """The video as a browser plays it; of PNG frames an MP4 is made."""
+    """Return a link to a video that a browser can play; for PNG frames an MP4 is made."""
     fps = Fraction(output.fps)
     if frames.path is not None:
         return VideoLink(fps=fps, frames=frames.frames, size=frames.size, file=frames.path)

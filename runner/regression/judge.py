@@ -1,9 +1,9 @@
-"""Judge: from two records and what was measured to a verdict, with a sentence for each limit that is broken.
+"""Judge: makes the verdict of a job from two records and measurements, with a sentence for each broken limit.
 
 In:   the night's and the baseline's record, digests, measurements, limits. Out: `JobFinding`. Never: files, videos.
 
-Frames must be the same bits where all that decides them is the same: device, compute, memory mode and the versions of
-the packages. The version of this project is shown and not compared, for its changes are what a night looks for.
+Frames must be bit-identical if everything that determines them is the same: device, compute, memory mode and the
+versions of the packages. The version of this project is shown but not compared, because a night tests its changes.
 """
 
 from __future__ import annotations
@@ -38,44 +38,47 @@ __all__ = [
 ORDER: tuple[Verdict, ...] = get_args(Verdict)  # of the jobs in every report
 DIFFERS = frozenset({"broken", "new", "missing"})
 OWN_VERSION = "version of video-lab-runner"
-NIGHTS_NEEDED = 3  # of a median that a limit rests on: one slow night would be half of fewer
+NIGHTS_NEEDED = 3  # for a median with a limit: with fewer nights one slow night has too much weight
 
 
 @dataclass(frozen=True)
 class FrameChange:
-    """Which frames have other digests than the baseline's."""
+    """The frames whose digests differ from the baseline's."""
 
     first: int  # index from 0
     count: int
 
 
 def digests_differ(new: Sequence[str], baseline: Sequence[str]) -> FrameChange | None:
-    """Compare frame by frame; a frame that only one side has differs. None: all are equal."""
+    """Compare digests frame by frame; a frame that only one side has differs. None: all frames are equal."""
     wrong = [i for i, (a, b) in enumerate(zip_longest(new, baseline)) if a != b]
     return FrameChange(wrong[0], len(wrong)) if wrong else None
 
 
 def same_picture(new: OutputRecord, baseline: OutputRecord) -> bool | None:
-    """Whether both outputs have the same frames at the same rate. None: a record is older than per-frame digests."""
+    """Return whether both outputs have the same frames and rate. None: a record is too old for per-frame digests."""
     if new.frames_hash != FRAMES_HASH or baseline.frames_hash != FRAMES_HASH:
         return None
     return (new.frames_sha256, new.fps) == (baseline.frames_sha256, baseline.fps)
 
 
 def is_exact(new: ResultRecord, baseline: ResultRecord) -> bool:
-    """Whether all that decides the bits is the same, beside job and recipe. Older records do not say: False."""
+    """Return whether everything that determines the bits, beside job and recipe, is the same. Old records: False."""
     return bool(new.computed_by) and not environment_changes(new, baseline, own=False)
 
 
 def environment_changes(new: ResultRecord, baseline: ResultRecord, *, own: bool = True) -> list[str]:
-    """`version of torch: 2.12.0 → 2.13.0`, … from the baseline to the night. `own`: this project's version, too."""
+    """Return changes from the baseline to the night: `version of torch: 2.12.0 → 2.13.0`, …
+
+    own: include this project's version.
+    """
     if not new.computed_by or not baseline.computed_by:
-        return [] if new.computed_by == baseline.computed_by else ["one of both records does not say what computed it"]
+        return [] if new.computed_by == baseline.computed_by else ["one of the records does not name its environment"]
     return [change for change in _changes(baseline.computed_by, new.computed_by) if own or OWN_VERSION not in change]
 
 
 def differences(new: ResultRecord, baseline: ResultRecord) -> list[str]:
-    """`options.seed: 41 → 42`, … : what was asked of the job, from the baseline to the night."""
+    """Return changes of the job's request from the baseline to the night: `options.seed: 41 → 42`, …"""
     return _changes(baseline.fingerprint_parts, new.fingerprint_parts)
 
 
@@ -94,9 +97,9 @@ def _shown(value: object) -> str:
 
 
 def joints_of(efficiency: Efficiency | None, output: OutputRecord) -> list[int]:
-    """The output frame that is the first generated one of each segment after the first.
+    """Return the first output frame of each segment after the first.
 
-    A stage may have put frames between those that were generated: frame b of these is frame b times the rates' ratio.
+    If a stage has inserted frames between generated ones, generated frame b is output frame b times the rates' ratio.
     """
     if efficiency is None or efficiency.segments < 2 or efficiency.frames_requested < 1:
         return []
@@ -118,15 +121,15 @@ def judge(
     given: RegressionLimits,
     calibrated: RegressionLimits | None,
 ) -> JobFinding:
-    """The finding with its verdict, breaches and first sentence; measurements and performance are in it already.
+    """Return the finding with its verdict, breaches and first sentence; it has measurements and performance already.
 
-    `given`: the manifest's limits of this job; `calibrated`: the defaults, where they hold for this model and device.
-    What has no limit is not judged. A limit of `given` whose metric could not be measured is broken.
+    `given`: the manifest's limits of this job; `calibrated`: the defaults, if they apply to this model and device.
+    A metric without a limit is not judged. A limit of `given` whose metric could not be measured is broken.
     """
     assert new.output is not None and baseline.output is not None
     judged = calibrated is not None or given != RegressionLimits()
     limits = given.over(calibrated or RegressionLimits(same_frames=True if judged else None))
-    breaches = _of_form(new.output, baseline.output)
+    breaches = _find_format_breaches(new.output, baseline.output)
     changed = finding.frames_differing is not None or finding.measurements is not None
     if changed and finding.exact and limits.same_frames and not breaches:
         breaches.append(_same_frames(finding))
@@ -148,23 +151,23 @@ def judge(
 
 
 def exit_code_of_verdicts(verdicts: Sequence[Verdict]) -> int:
-    """4: a job differs, is new or missing; 1: a job failed; 0 else; the first of them counts."""
+    """Return 4 if a job differs, is new or is missing, else 1 if a job failed, else 0."""
     if DIFFERS.intersection(verdicts):
         return 4
     return 1 if "failed" in verdicts else 0
 
 
-def _of_form(new: OutputRecord, baseline: OutputRecord) -> list[Breach]:
-    """Differences of size, number of frames and rate, which need no limit."""
+def _find_format_breaches(new: OutputRecord, baseline: OutputRecord) -> list[Breach]:
+    """Return breaches of size, number of frames and rate, which need no limit."""
     found = []
     if (new.width, new.height) != (baseline.width, baseline.height):
-        text = f"the size is {new.width}x{new.height}, it was {baseline.width}x{baseline.height}"
+        text = f"the size is {new.width}x{new.height}; it was {baseline.width}x{baseline.height}"
         found.append(Breach(metric="size", text=text))
     if new.frames != baseline.frames:
-        text = f"the video has {new.frames} frames, it had {baseline.frames}"
+        text = f"the video has {new.frames} frames; it had {baseline.frames}"
         found.append(Breach(metric="frames", text=text, value=new.frames, limit=baseline.frames))
     if new.fps != baseline.fps:
-        found.append(Breach(metric="rate", text=f"the rate is {new.fps} frames a second, it was {baseline.fps}"))
+        found.append(Breach(metric="rate", text=f"the rate is {new.fps} frames per second; it was {baseline.fps}"))
     return found
 
 
@@ -179,8 +182,8 @@ def _how_many(finding: JobFinding) -> str:
     if finding.frames_differing is None or finding.first_frame is None:
         return "frames differ"
     if finding.frames_differing == 1:
-        return f"frame {finding.first_frame} differs, no other"
-    return f"{finding.frames_differing} of {finding.frames} frames differ, frame {finding.first_frame} first"
+        return f"only frame {finding.first_frame} differs"
+    return f"{finding.frames_differing} of {finding.frames} frames differ, the first is frame {finding.first_frame}"
 
 
 def _of_metrics(found: Measurements, limits: RegressionLimits) -> list[Breach]:
@@ -189,15 +192,15 @@ def _of_metrics(found: Measurements, limits: RegressionLimits) -> list[Breach]:
         least = getattr(limits, f"{name}_min")
         if least is not None and series is not None and series.worst < least:
             frame, worst = series.worst_frame, series.worst
-            text = f"{name.upper()} of frame {frame} is {worst:.4g}{unit}, at least {least:g} is asked"
+            text = f"{name.upper()} of frame {frame} is {worst:.4g}{unit}; the limit is at least {least:g}"
             breaches.append(Breach(metric=f"{name}_min", text=text, value=worst, limit=least, frame=frame))
     most = limits.max_frame_diff
     if most is not None and found.largest_difference is not None and found.largest_difference > most:
-        text = f"a pixel of frame {found.largest_difference_frame} differs by {found.largest_difference} levels, "
+        text = f"a pixel of frame {found.largest_difference_frame} differs by {found.largest_difference} levels; "
         breaches.append(
             Breach(
                 metric="max_frame_diff",
-                text=f"{text}at most {most:g} are allowed",
+                text=f"{text}the limit is at most {most:g}",
                 value=found.largest_difference,
                 limit=most,
                 frame=found.largest_difference_frame,
@@ -212,8 +215,8 @@ def _of_drift(found: Measurements, limits: RegressionLimits) -> list[Breach]:
         return []
     worst = max(found.drift.joints, key=lambda joint: joint.excess)
     text = (
-        f"the colours step by {worst.excess:.3g} delta E at the joint before frame {worst.frame}, which the baseline "
-        f"does not have; at most {most:g} are allowed"
+        f"the colours step by {worst.excess:.3g} delta E at the joint before frame {worst.frame}, more than in the "
+        f"baseline; the limit is at most {most:g}"
     )
     return [Breach(metric="joint_drift_max", text=text, value=worst.excess, limit=most, frame=worst.frame)]
 
@@ -231,14 +234,14 @@ def _of_identity(found: Measurements, limits: RegressionLimits) -> list[Breach]:
 def _of_cosine(identity: Identity | None, least: float) -> list[Breach]:
     if identity is None or identity.cosine is None:
         why = "give --models" if identity is None else identity.why.get("cosine", "not measured")
-        return [Breach(metric="identity_min", text=f"identity_min is set, and identity is not measurable: {why}")]
+        return [Breach(metric="identity_min", text=f"identity_min is set, but identity cannot be measured: {why}")]
     if identity.cosine >= least:
         return []
-    text = f"the person of frame {identity.cosine_frame} has a cosine of {identity.cosine:.3f} to the baseline's, "
+    text = f"the person of frame {identity.cosine_frame} has a cosine of {identity.cosine:.3f} to the baseline's; "
     return [
         Breach(
             metric="identity_min",
-            text=f"{text}at least {least:g} is asked",
+            text=f"{text}the limit is at least {least:g}",
             value=identity.cosine,
             limit=least,
             frame=identity.cosine_frame,

@@ -1,8 +1,8 @@
-"""JUnit report: what `compare` found, for the test view of a CI system.
+"""JUnit report: the results of `compare`, for the test view of a CI system.
 
-In:   a `NightComparison`. Out: XML of one test suite with one test case a job. Never: what a verdict is.
+In:   a `NightComparison`. Out: XML of one test suite with one test case per job. Never: how a verdict is made.
 
-A job that failed is an error; a broken limit, a new and a missing job are failures; all else passes.
+A failed job is an error. A broken limit, a new job and a missing job are failures. All other jobs pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def junit(comparison: NightComparison) -> bytes:
-    """The suite in UTF-8. Characters that XML cannot hold are left out."""
+    """Return the suite in UTF-8. Characters that XML does not allow are left out."""
     cases = [_case(job) for job in comparison.jobs]
     numbers = {
         "tests": len(cases),
@@ -60,7 +60,7 @@ def _add_outcome(case: Element, kind: str, job: JobFinding, text: str) -> None:
 
 
 def _properties(job: JobFinding) -> dict[str, object]:
-    """What is known of the job, by name; what is not known is left out."""
+    """Return the known facts of the job by name."""
     found: dict[str, object] = {
         "verdict": job.verdict,
         "device": job.device or None,

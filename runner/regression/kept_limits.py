@@ -1,10 +1,10 @@
-"""Kept limits: the regression limits of each job, as a run keeps them and as a manifest says them.
+"""Kept limits: the regression limits of each job, from the files of a run or from a manifest.
 
 In:   jobs of a manifest; an output storage. Out: `runs/<run-id>/regression.json`, and limits by job id.
 Never: defaults, judging.
 
-`compare` needs no manifest: `run` writes the limits of all jobs beside its summaries, once per run. Every shard and
-every process would write the same bytes, so that it does not matter which of them comes first.
+`compare` needs no manifest, because `run` writes the limits of all jobs into the folder of its summaries, once per run.
+All shards and processes would write the same bytes, so it does not matter which of them is first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ __all__ = ["keep_limits", "limits_by_job", "limits_of_manifest"]
 
 
 def keep_limits(storage: Storage, run_id: str, jobs: Iterable[Job]) -> None:
-    """Write the limits of `jobs`, the whole manifest's, into the folder of the run. Nothing is written where no job has
-    a limit and no earlier run kept any, or where the same limits lie there already: the time of the file says when they
-    were first given.
+    """Write the limits of `jobs` (the whole manifest) into the folder of the run.
 
-    Raises storage.*.
+    Writes nothing if no job has a limit and no earlier run kept any. Writes nothing either if the same limits are there
+    already, so that the file's time is the time when they were first given. Raises storage.*.
     """
     ids: dict[RegressionLimits, list[str]] = {}
     for job in jobs:
@@ -46,21 +45,20 @@ def keep_limits(storage: Storage, run_id: str, jobs: Iterable[Job]) -> None:
 
 
 def limits_by_job(storage: Storage) -> dict[str, RegressionLimits]:
-    """Job id → its limits, of all runs into this output folder. The newest file that names a job counts.
+    """Return job id → its limits, from all runs into this output folder. The newest file with the job counts.
 
-    Files of the same time are taken in the order of their run ids. Raises InputUnreadable for a damaged file, and
-    storage.*.
+    Files of the same time are ordered by run id. Raises InputUnreadable for a damaged file; storage.*.
     """
     limits: dict[str, RegressionLimits] = {}
     for info in sorted(_kept_files(storage), key=lambda info: (info.modified, info.key)):
         data = storage.read_bytes(info.key)
-        if data is not None:  # a run may be removed meanwhile
+        if data is not None:  # None: the run was removed meanwhile
             limits |= _parse(data, info.uri)
     return limits
 
 
 def limits_of_manifest(manifest: Manifest) -> dict[str, RegressionLimits]:
-    """Job id → its limits, of every job of the manifest."""
+    """Return job id → its limits, for every job of the manifest."""
     return {job.id: job.regression for job in manifest.jobs}
 
 

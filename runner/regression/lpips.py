@@ -1,10 +1,10 @@
-"""LPIPS: how different two pictures look to a network that was trained on people's judgements.
+"""LPIPS: measures the perceptual distance of two pictures by a network that was trained on people's judgements.
 
 In:   a safetensors file of AlexNet's convolutions and five heads; pairs of pictures.
-Out:  one number a pair, 0 for equal pictures. Never: where the pictures come from, and whether the number is too high.
+Out:  one number per pair, 0 for equal pictures. Never: the source of the pictures, limits.
 
 The metric is LPIPS version 0.1 with AlexNet (Zhang et al., 2018). `tools/convert_lpips.py` makes the file;
-`docs/metric-networks.md` says from what.
+`docs/metric-networks.md` names its sources.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ LPIPS_SHAPES: Mapping[str, tuple[int, ...]] = {
     **{f"conv{i}.bias": (out,) for i, (_, out, _, _, _) in enumerate(CONVOLUTIONS, 1)},
     **{f"head{i}": (out,) for i, (_, out, _, _, _) in enumerate(CONVOLUTIONS, 1)},
 }
-# From pictures of -1 to 1 to ImageNet's statistics, as published with the metric.
+# Converts pictures of -1 to 1 to ImageNet's statistics, as published with the metric.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPSILON = 1e-10
-LEAST_PICTURE = 64  # pixels a side: below, little is left after two poolings; below 31 nothing
+LEAST_PICTURE = 64  # pixels per side: smaller pictures have few values after two poolings; below 31 none
 REMEDY = "Make it again: python tools/convert_lpips.py"
 
 
@@ -47,7 +47,7 @@ class Lpips:
 
     @classmethod
     def open(cls, path: Path) -> Lpips:
-        """Raises WeightsCorrupt for a damaged file or one of other tensors, WeightsMissing where there is none."""
+        """Open the file. Raises WeightsCorrupt for a damaged file or other tensors, WeightsMissing if it is missing."""
         from safetensors.torch import load_file
 
         shapes = {name: info.shape for name, info in read_header(path).tensors.items()}
@@ -55,11 +55,11 @@ class Lpips:
         return cls(load_file(path))
 
     def distance(self, one: np.ndarray, other: np.ndarray) -> float:
-        """Of two pictures uint8 RGB [H, W, 3] of one size. ValueError where sizes differ or a side is below 64."""
+        """Return the distance of two uint8 RGB [H, W, 3] of one size. Raises ValueError for other or small sizes."""
         import torch
 
         if one.shape != other.shape or one.ndim != 3 or min(one.shape[:2]) < LEAST_PICTURE:
-            raise ValueError(f"pictures of {one.shape} and {other.shape}; equal ones of 64 pixels and more are needed")
+            raise ValueError(f"pictures of {one.shape} and {other.shape}; one size of at least 64 pixels is needed")
         with torch.inference_mode():
             pictures = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).float() / 127.5 - 1
             pictures = (pictures - _channels(SHIFT)) / _channels(SCALE)
@@ -71,7 +71,7 @@ class Lpips:
             return float(total)
 
     def _features(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """What each of the five convolutions sees, float32 [2, C, h, w], negative values cut."""
+        """Return the output of each of the five convolutions, float32 [2, C, h, w], negative values cut."""
         from torch.nn.functional import conv2d, max_pool2d, relu
 
         found = []
@@ -85,14 +85,14 @@ class Lpips:
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], where: Path | None = None) -> None:
-    """Raises WeightsCorrupt unless these are the tensors of the metric."""
+    """Raise WeightsCorrupt unless these are the tensors of the metric."""
     wrong = sorted(name for name in shapes.keys() | LPIPS_SHAPES.keys() if shapes.get(name) != LPIPS_SHAPES.get(name))
     if wrong:
         found = shapes.get(wrong[0])
         raise WeightsCorrupt(
             f"tensor {wrong[0]} has shape {found}, not {LPIPS_SHAPES.get(wrong[0])}"
             if found is not None
-            else f"tensor {wrong[0]} is not there",
+            else f"tensor {wrong[0]} is missing",
             where=where,
             todo=REMEDY,
         )

@@ -1,8 +1,8 @@
-"""Markdown report: what `compare` found, as the summary of a CI step.
+"""Markdown report: the results of `compare`, as the summary of a CI step.
 
-In:   a `NightComparison`. Out: GitHub-flavoured Markdown. Never: what a verdict is.
+In:   a `NightComparison`. Out: GitHub-flavoured Markdown. Never: how a verdict is made.
 
-Ids, texts and errors are escaped: none of them becomes a heading, a link, an image, HTML or a table's border.
+Ids, texts and errors are escaped, so that they cannot become a heading, a link, an image, HTML or a table's border.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from runner.regression.findings import FrameValues, JobFinding, NightComparison,
 
 __all__ = ["markdown"]
 
-LIMIT = 1_000_000  # bytes; GitHub takes 1 MiB a step
-CELL = 500  # characters of one cell, at most
+LIMIT = 1_000_000  # bytes; GitHub accepts 1 MiB per step
+CELL = 500  # maximum characters of a cell
 WITHOUT_ROW = ("identical", "draft")
 SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~@$:/<>&-]|(?i:(?<=www))\.)")
-# Anything that is not printed, and every kind of line end.
+# All non-printable characters and all kinds of line ends.
 UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 HEADER = "| Verdict | Job | What | Worst frame | PSNR | SSIM | Seconds |\n|---|---|---|--:|--:|--:|--:|\n"
 
 
 def markdown(comparison: NightComparison, limit: int = LIMIT) -> str:
-    """The summary, of at most `limit` bytes in UTF-8: counts, environment, the approve command, then jobs.
+    """Return the summary, of at most `limit` bytes in UTF-8: counts, environment, the approve command, then jobs.
 
-    Failures come first. Jobs that no longer fit are counted in the last line; a `limit` that does not hold the rest
-    (some hundred bytes and the approve command) is exceeded.
+    Failures come first. The last line counts the jobs that do not fit. The part without jobs (some hundred bytes and
+    the approve command) is never shortened, even if it exceeds `limit`.
     """
     rows = [_row(job) for job in comparison.jobs if job.verdict not in WITHOUT_ROW]
     head = _head(comparison)
@@ -58,9 +58,9 @@ def _head(comparison: NightComparison) -> str:
         lines += ["The environment differs:", "", *(f"- {_escape(line)}" for line in comparison.environment), ""]
     if comparison.approve:
         command = UNPRINTED.sub(" ", comparison.approve)
-        # A fence is longer than any run of backticks within it.
+        # The fence must be longer than any run of backticks within it.
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
-        lines += ["Accept what is new or changed:", "", f"{fence}sh", command, fence, ""]
+        lines += ["To accept new and changed renders:", "", f"{fence}sh", command, fence, ""]
     return "\n".join(lines) + "\n"
 
 
@@ -94,6 +94,6 @@ def _seconds(job: JobFinding) -> str:
 
 
 def _escape(text: str) -> str:
-    """One line of plain text, at most `CELL` characters."""
+    """Return one line of plain text, at most `CELL` characters."""
     line = UNPRINTED.sub(" ", text).strip()
     return SPECIAL.sub(r"\\\1", line if len(line) <= CELL else line[: CELL - 1] + "…")

@@ -1,4 +1,4 @@
-"""Night renders: the renders of one night, as they lie in an output storage.
+"""Night renders: the renders of one night in an output storage.
 
 In:   an output storage and a job's record. Out: digests, boxes and files of its output, checked against the record.
 Never: comparing, what is approved.
@@ -25,7 +25,7 @@ REMEDY = "Render the job again"
 
 @dataclass(frozen=True)
 class NightRender:
-    """A job that succeeded. All methods raise storage.* beside what they say."""
+    """A job that succeeded. All methods also raise storage.*."""
 
     storage: Storage
     record: ResultRecord
@@ -37,7 +37,7 @@ class NightRender:
         return output
 
     def check_there(self) -> None:
-        """Raise InputNotFound or InputUnreadable unless the output lies there with its recorded size; reads nothing."""
+        """Raise InputNotFound or InputUnreadable unless the output exists with its recorded size. Reads no content."""
         if self._is_frames:
             infos = list(self.storage.list(self.output.key))
             found = sum(info.bytes for info in infos) if len(infos) == self.output.files else None
@@ -45,14 +45,14 @@ class NightRender:
             info = self.storage.stat(self.output.key)
             found = None if info is None else info.bytes
         if found is None:
-            raise InputNotFound("the output is gone", where=self._uri, todo=REMEDY)
+            raise InputNotFound("the output is missing", where=self._uri, todo=REMEDY)
         if found != self.output.bytes:
             raise InputUnreadable(
                 f"has {found} bytes; the record says {self.output.bytes}", where=self._uri, todo=REMEDY
             )
 
     def digests(self) -> list[str] | None:
-        """Hex sha256 of each frame, in order; None if no list lies there. Raises InputUnreadable for another list."""
+        """Return the hex sha256 of each frame, in order; None if there is no list. Raises InputUnreadable."""
         key = job_key(self.record.job_id, FRAME_DIGESTS)
         data = self.storage.read_bytes(key)
         if data is None:
@@ -63,20 +63,20 @@ class NightRender:
             raise InputUnreadable(str(error), where=self.storage.uri(key), todo=REMEDY) from error
 
     def people(self) -> bytes | None:
-        """The content of people.json; None if there is none."""
+        """Return the content of people.json; None if there is none."""
         return self.storage.read_bytes(job_key(self.record.job_id, PEOPLE))
 
     def fetch(self, dest: Path) -> Path | Sequence[Path]:
-        """Copy the output into the folder `dest`: the MP4, or the PNG frames in order. Raises as `check_there`."""
+        """Copy the MP4, or the PNG frames in order, into the folder `dest`. Raises the errors of `check_there`."""
         if not self._is_frames:
             path = dest / OUTPUT
             self.storage.fetch(self.output.key, path)
             if self.output.sha256 is not None and sha256_file(path) != self.output.sha256:
-                raise InputUnreadable("is not the file that the record tells of", where=self._uri, todo=REMEDY)
+                raise InputUnreadable("differs from the file in the record", where=self._uri, todo=REMEDY)
             return path
         keys = sorted(info.key for info in self.storage.list(self.output.key))
         if len(keys) != self.output.files:
-            what = f"{len(keys)} files lie there; the record says {self.output.files}"
+            what = f"has {len(keys)} files; the record says {self.output.files}"
             raise InputUnreadable(what, where=self._uri, todo=REMEDY)
         keys = [key for key in keys if is_frame(key)]  # sound is not compared
         paths = [dest / key.rpartition("/")[2] for key in keys]

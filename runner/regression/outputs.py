@@ -1,4 +1,4 @@
-"""Outputs: the frames of a job's output, from an MP4 or from numbered PNGs.
+"""Outputs: reads the frames of a job's output, from an MP4 or from numbered PNGs.
 
 In:   local files. Out: uint8 RGB windows in order, one frame by its index, the size and the rate.
 Never: more than a window of frames in memory, metrics, storage.
@@ -23,8 +23,8 @@ __all__ = ["RenderedFrames"]
 class RenderedFrames:
     """One output: `paths` is an MP4, or the PNG frames of a folder in order.
 
-    frames: how many. size: (width, height) in pixels. fps: exact, None for PNGs. Not for two threads at once; each
-    iterator of `windows` has its own decoder, so that several may be open.
+    frames: number of frames. size: (width, height) in pixels. fps: exact, None for PNGs. Not thread-safe. Each
+    iterator of `windows` has a separate decoder, so that several may be open.
     Raises InputNotFound, InputUnreadable (not a video, truncated, not an 8-bit RGB PNG, no frame), InputTooLarge.
     """
 
@@ -45,15 +45,15 @@ class RenderedFrames:
         else:
             self._pictures = list(paths)
             if not self._pictures:
-                raise InputUnreadable("the output holds no frames", todo="Render the job again with --force")
+                raise InputUnreadable("the output has no frames", todo="Render the job again with --force")
             self.frames, self.fps = len(self._pictures), None
             height, width = _read_png(self._pictures[0]).shape[:2]
             self.size = width, height
 
     def windows(self, n: int) -> Iterator[np.ndarray]:
-        """Yield uint8 [k, H, W, 3] RGB from the first frame to the last; k is `n`, in the last window less.
+        """Yield uint8 [k, H, W, 3] RGB from the first frame to the last; k is `n`, or less in the last window.
 
-        Raises InputUnreadable when the file proves damaged, or when its frames change size.
+        Raises InputUnreadable if the file is damaged or its frames change size.
         """
         if n < 1:
             raise ValueError(f"a window has at least 1 frame, not {n}")
@@ -70,7 +70,7 @@ class RenderedFrames:
             decoder.close()
 
     def frame(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3] RGB of frame `index`, from 0. Raises IndexError, and as `windows` does."""
+        """Return uint8 [H, W, 3] RGB of frame `index`, from 0. Raises IndexError and the errors of `windows`."""
         if not 0 <= index < self.frames:
             raise IndexError(f"frame {index} of {self.frames}")
         if self._timeline is None:
@@ -80,7 +80,7 @@ class RenderedFrames:
         return self._single.read(np.array([index], np.int64))[0]
 
     def close(self) -> None:
-        """Release the file. Idempotent; reading again opens it again."""
+        """Close the file. Idempotent; the next read opens it again."""
         if self._single is not None:
             self._single.close()
             self._single = None
@@ -107,7 +107,7 @@ class RenderedFrames:
 
 
 def _read_png(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] RGB. Pillow reads it: OpenCV returns the upper part of a truncated file without an error."""
+    """Return uint8 [H, W, 3] RGB. Uses Pillow: OpenCV returns the upper part of a truncated file without an error."""
     from PIL import Image, UnidentifiedImageError
 
     todo = "Copy or download it again, or render the job again with --force"
@@ -128,6 +128,6 @@ def _read_png(path: Path) -> np.ndarray:
     except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputUnreadable(f"the PNG file is damaged ({error})", where=path, todo=todo) from error
     except OSError as error:
-        if error.errno is not None:  # the disk's; Pillow's own have no number
+        if error.errno is not None:  # an error of the disk; Pillow's errors have no number
             raise as_runner_error(error, where=path) from error
         raise InputUnreadable(f"the PNG file is damaged ({error})", where=path, todo=todo) from error

@@ -1,9 +1,10 @@
-"""Performance: judges the seconds and the memory of one job against the median of the nights before, stage by stage.
+"""Performance: judges the seconds and the memory of one job against the median of earlier nights, stage by stage.
 
 In:   a record, the last nights, the approved record. Out: findings. Never: frames, storage.
 
-Slower or larger is only what breaks both a factor and an absolute bound: short stages vary by large factors, long ones
-by seconds. A stage is compared with nights in which the same caches helped it, as a hit leaves out most of its work.
+A stage is slower or larger only if it exceeds both a factor and an absolute bound: short stages vary by large factors,
+long ones by seconds. A stage is compared only with nights with the same cache hits, because a hit skips most of its
+work.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ __all__ = [
     "judge_performance",
 ]
 
-SECONDS_MAX, MEMORY_MAX = 1.2, 1.1  # factors of the median, where no limit says another
-BETTER = 0.8  # of the median: an improvement that is reported
-# Assumed: below these a difference costs a night of a hundred jobs less than a minute, or no other memory mode.
+SECONDS_MAX, MEMORY_MAX = 1.2, 1.1  # default factors of the median
+BETTER = 0.8  # of the median: a smaller value is reported as an improvement
+# Assumed: a smaller difference costs a night of a hundred jobs less than a minute, or needs no other memory mode.
 STAGE_BOUND_S = 0.5
 JOB_BOUND_S = 1.0
 MEMORY_BOUND = 256 << 20  # bytes
 WHOLE_JOB = "seconds: all stages"
 
-# Counters that say how much of a stage was left out, by the beginning of their names. A stage that is not here does the
-# same work whatever is in the caches.
+# Prefixes of the counters that show how much of a stage was skipped. A stage that is not here does the same work with
+# every state of the caches.
 _COUNTERS: Mapping[str, tuple[str, ...]] = {
     "decode": ("pose_cache", "mask_cache"),
     "detect": ("pose_cache", "mask_cache"),
@@ -60,12 +61,12 @@ def judge_performance(
     *,
     baseline: ResultRecord | None = None,
 ) -> list[PerformanceFinding]:
-    """Each stage's seconds, those of all stages, and each memory peak: slower, larger, better, same or not judged.
+    """Judge each stage's seconds, their sum, and each memory peak: slower, larger, better, same or not judged.
 
-    `nights`: newest first; the first five of the record's device and recipe that have this job, not resumed, count.
-    Where they are fewer, `baseline`, the approved record, counts as one more if it is of the same device and recipe.
-    Not judged, with the reason: a resumed job; one that no night has, or with other work; a stage whose caches helped
-    otherwise in all nights. Of a whole job that is not judged there is one finding.
+    `nights`: newest first. The first five nights with the record's device and recipe count in which this job was not
+    resumed. If there are fewer, `baseline`, the approved record, counts as one more if it has the same device and
+    recipe. Not judged, with a reason: a resumed job; a job that no night has, or that did other work; a stage whose
+    cache hits differ from all nights. If the whole job is not judged, there is one finding.
     """
     job = summarize_job(record)
     where = device_folder(record), recipe_folder(record.recipe)
@@ -75,16 +76,16 @@ def judge_performance(
     if job.resumed:
         return [_not_judged(WHOLE_JOB, total, "an earlier attempt generated a part of this job")]
     if not history:
-        return [_not_judged(WHOLE_JOB, total, f"no night before this one has this job on {where[0]} with {where[1]}")]
+        return [_not_judged(WHOLE_JOB, total, f"no earlier night has this job on {where[0]} with {where[1]}")]
     if not same:
         return [_not_judged(WHOLE_JOB, total, f"the job did other work: {history[0].work} → {job.work}")]
 
     seconds_max = limits.seconds_max or SECONDS_MAX
     memory_max = limits.memory_max or MEMORY_MAX
     findings = []
-    steady = []  # stages in which the caches helped equally in all nights
+    steady = []  # stages with the same cache hits in all nights
     for stage, seconds in job.seconds.items():
-        alike = [line for line in same if _helped_alike(stage, line, job)]
+        alike = [line for line in same if _same_cache_hits(stage, line, job)]
         if len(alike) == len(same):
             steady.append(stage)
         name = f"seconds: {stage}"
@@ -92,11 +93,11 @@ def judge_performance(
         if before:
             findings.append(_judge(name, "s", seconds, before, seconds_max, STAGE_BOUND_S))
         elif not alike:
-            findings.append(_not_judged(name, seconds, "other caches helped in the nights before"))
+            findings.append(_not_judged(name, seconds, "the earlier nights had other cache hits"))
         else:
-            findings.append(_not_judged(name, seconds, "the nights before do not have this stage"))
+            findings.append(_not_judged(name, seconds, "the earlier nights do not have this stage"))
     gone = {stage for line in same for stage in line.seconds} - job.seconds.keys()
-    steady += [stage for stage in gone if all(_helped_alike(stage, line, job) for line in same)]
+    steady += [stage for stage in gone if all(_same_cache_hits(stage, line, job) for line in same)]
 
     def sum_steady(line: NightJob) -> float:
         return sum(line.seconds.get(stage, 0.0) for stage in steady)
@@ -108,19 +109,19 @@ def judge_performance(
     )
     for peak, nbytes in job.memory.items():
         stage = peak.partition(" ")[0]
-        held = [line.memory[peak] for line in same if peak in line.memory and _helped_alike(stage, line, job)]
+        before = [line.memory[peak] for line in same if peak in line.memory and _same_cache_hits(stage, line, job)]
         name = f"memory: {peak}"
-        if held:
-            findings.append(_judge(name, "bytes", nbytes, held, memory_max, MEMORY_BOUND))
+        if before:
+            findings.append(_judge(name, "bytes", nbytes, before, memory_max, MEMORY_BOUND))
         else:
-            findings.append(_not_judged(name, nbytes, "no night before has it with the same caches", "bytes"))
+            findings.append(_not_judged(name, nbytes, "no earlier night has it with the same cache hits", "bytes"))
     return findings
 
 
 def _history(
     record: ResultRecord, where: tuple[str, str], nights: Sequence[Night], baseline: ResultRecord | None
 ) -> list[NightJob]:
-    """The lines of this job in the last nights before the record's own run, newest first."""
+    """Return the entries of this job in the last nights before the record's run, newest first."""
     lines: list[NightJob] = []
     runs = {record.run_id}
     for night in nights:
@@ -134,8 +135,8 @@ def _history(
     return [line for line in lines if not line.resumed][:LAST_NIGHTS]
 
 
-def _helped_alike(stage: str, one: NightJob, other: NightJob) -> bool:
-    """Have the caches helped this stage equally in both?"""
+def _same_cache_hits(stage: str, one: NightJob, other: NightJob) -> bool:
+    """Return whether this stage had the same cache hits in both."""
     beginnings = _COUNTERS.get(stage, ())
 
     def counts(line: NightJob) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Schemas of what `compare` writes: `comparison.json`, and a night of a baseline's history.
+"""Schemas: JSON Schemas of `comparison.json`, and of a night of a baseline's history.
 
 In:   the models. Out: JSON Schemas by file name. Never: values.
 
-    python -m runner.regression.schemas schemas/        writes the schemas that stand in the repository
+    python -m runner.regression.schemas schemas/        writes the schemas of the repository
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["comparison_schemas"]
 
 
 def comparison_schemas() -> dict[str, dict[str, Any]]:
-    """File name → JSON Schema (draft 2020-12)."""
+    """Return file name → JSON Schema (draft 2020-12)."""
     return schemas({"comparison": NightComparison, "night": Night})
 
 

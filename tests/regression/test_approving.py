@@ -104,7 +104,7 @@ class BaselineContract:
         assert (job.approval.output_files, job.read("frames/audio.wav")) == (4, b"tone")
         assert standing(baseline, record, tmp_path / "f") == ("anna", b"first 0first 1first 2")
         baseline.storage.write_bytes(f"{job.output_key}audio.wav", b"hiss")
-        with pytest.raises(InputUnreadable, match="not what was approved"):
+        with pytest.raises(InputUnreadable, match="differs from the approved one"):
             job.fetch(tmp_path / "g")
 
     def test_the_same_render_is_approved_once(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ def refusal(baseline: Baseline, out: Storage, record: ResultRecord, **more: Any)
 def test_an_output_that_is_not_the_recorded_one_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     out.write_bytes(job_key("a", OUTPUT), b"first 0first 1first X")
-    assert "is not what its record says" in refusal(baseline, out, record)
+    assert "differs from its record" in refusal(baseline, out, record)
     out.delete(job_key("a", OUTPUT))
-    assert "is gone" in refusal(baseline, out, record)
+    assert "is missing" in refusal(baseline, out, record)
 
 
 @pytest.mark.parametrize("wrong", ["changed", "missing", "one more", "all gone"])
@@ -312,14 +312,14 @@ def test_frames_that_are_not_the_recorded_ones_are_refused(tmp_path, out, baseli
         out.delete(key)
     if wrong == "one more":
         out.write_bytes(record.output.key + "000003.png", b"first 3")
-    assert ("is gone" if wrong == "all gone" else "is not what its record says") in refusal(baseline, out, record)
+    assert ("is missing" if wrong == "all gone" else "differs from its record") in refusal(baseline, out, record)
 
 
 def test_digests_that_are_not_the_recorded_ones_are_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     good = out.read_bytes(job_key("a", FRAME_DIGESTS))
     for data, said in (
-        (good[65:], "2 digests of 3 frames"),
+        (good[65:], "2 digests for 3 frames"),
         (good[::-1], "digest"),
         (good[65:] + good[:65], "recorded"),
     ):
@@ -375,7 +375,7 @@ def test_a_later_approval_and_a_later_render_are_not_replaced(tmp_path, out, bas
     assert isinstance(approve(baseline, out, newest, as_of=_later()), Approved)
     assert isinstance(approve(baseline, old_out, old, as_of=looked_at, replace_newer=True), Approved)
     assert standing(baseline, old, tmp_path / "f")[1] == _content("old")
-    with pytest.raises(ConfigInvalid, match="is no time"):
+    with pytest.raises(ConfigInvalid, match="is not a time"):
         approve(baseline, out, newest, as_of="yesterday")
 
 
@@ -391,7 +391,10 @@ def test_an_approval_that_comes_meanwhile_is_not_replaced_by_force(tmp_path, bas
     hooked.before = interrupt
     refused = approve(Baseline(hooked), outs["anna"], records["anna"], replace_newer=True)
     assert isinstance(refused, Refused)
-    assert "another approval of a came meanwhile. A render of run 20260101T000000Z was approved by bea" in refused.why
+    assert (
+        "a was approved by another process meanwhile. A render of run 20260101T000000Z was approved by bea"
+        in refused.why
+    )
     assert standing(baseline, records["bea"], tmp_path / "f")[0] == "bea"
 
 
@@ -417,7 +420,7 @@ def test_damaged_approvals_are_not_replaced(tmp_path, out, baseline):
     key = approvals_key(name_job(record))
     for data in (b"{", b"[]", b'{"job_id": "a", "approvals": []}', b"[" * 100_000):
         baseline.storage.write_bytes(key, data)
-        with pytest.raises(InputUnreadable, match="is no list of approvals"):
+        with pytest.raises(InputUnreadable, match="is not a list of approvals"):
             approve(baseline, out, record)
         assert baseline.storage.read_bytes(key) == data
 
@@ -431,7 +434,7 @@ def test_a_copy_that_is_not_what_was_copied_is_not_approved(tmp_path, out, basel
             arguments[0].write_bytes(b"first 0first 1first X")
 
     hooked.before = damage
-    with pytest.raises(StorageUnavailable, match="not what was copied"):
+    with pytest.raises(StorageUnavailable, match="differs from the original"):
         approve(Baseline(hooked), out, record)
     assert list(baseline.storage.list()) == []
 

@@ -119,7 +119,7 @@ def test_damage_is_seen(tmp_path, baseline, accept, png):
         path.write_bytes(good)
     if png:
         (folder / "frames" / "000003.png").write_bytes(b"one more")
-        with pytest.raises(InputUnreadable, match="not what was approved"):
+        with pytest.raises(InputUnreadable, match="differs from the approved one"):
             look().fetch(tmp_path / "f")
 
 
@@ -133,7 +133,7 @@ def test_frames_come_in_order(tmp_path, baseline, accept):
 def test_an_approval_that_cannot_be_read_stops_the_search(baseline, accept):
     name = accept()
     baseline.storage.write_bytes(approvals_key(name), b"{")
-    with pytest.raises(InputUnreadable, match="no list of approvals"):
+    with pytest.raises(InputUnreadable, match="not a list of approvals"):
         baseline.find([name])
     hooked = HookedStorage(baseline.storage)
 

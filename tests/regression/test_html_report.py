@@ -62,7 +62,7 @@ def test_a_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
         "24.6 dB",
         "0.8612",
         "31 of 60",
-        "1.94 ΔE beyond the baseline's",
+        "1.94 ΔE more than in the baseline",
         "+1.00 pixels right",
         "1 frame at frame 12",
         "not measurable: no face of 32 pixels",
@@ -83,7 +83,7 @@ def test_a_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
 def test_a_night_without_changes_says_so(tmp_path):
     page = write(make_comparison([make_finding("identical")], approve="", environment=[], exit_code=0), tmp_path)
     assert "No job of 1 needs a look" in page.text
-    assert "Accept what is new" not in page.text
+    assert "Accept new and changed" not in page.text
     assert page.of("article") == []
 
 

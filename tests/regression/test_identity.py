@@ -145,7 +145,7 @@ def test_what_is_not_there_is_said(faces: MetricNetworks, tmp_path: Path) -> Non
         assert words in found.why["face_distance"] and "people.json" in found.why["face_distance"]
     no_face = people(video, [NONE], [(0, 0, 50, 50)])
     found = measure_identity(video, video, no_face, where, networks=faces, at=[0])
-    assert "no frame that was looked at shows a sure face" in found.why["face_distance"]
+    assert "no examined frame shows a face with high confidence" in found.why["face_distance"]
 
 
 def test_without_dlib_the_extra_is_named(face_networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -168,7 +168,7 @@ def test_lpips_names_the_worst_of_the_frames_looked_at(tmp_path: Path) -> None:
     baseline = Video([picture] * 6)
     new = Video([cv2.GaussianBlur(picture, (0, 0), sigma) for sigma in (0.3, 2.0, 0.6, 4.0, 0.3)])
     found = measure_identity(new, baseline, None, None, networks=networks, at=[0, 1, 2, 5])
-    assert (found.lpips_frame, found.frames) == (1, 3)  # frame 3 was not looked at, and frame 5 is not in both
+    assert (found.lpips_frame, found.frames) == (1, 3)  # frame 3 was not examined, and frame 5 is not in both
     assert found.lpips == pytest.approx(networks.lpips.distance(new.pictures[1], picture))
     assert "lpips" not in found.why
     other = measure_identity(Video([astronaut()]), baseline, None, None, networks=networks, at=[0])
@@ -238,7 +238,9 @@ def test_the_cosine_is_of_the_person_s_box(encoder: ImageEncoder) -> None:
     expected = torch.nn.functional.cosine_similarity(*(by_the_library(encoder, cut) for cut in cuts), dim=0)
     assert found.cosine == pytest.approx(float(expected), abs=1e-4)
     nowhere = people(baseline, [NONE] * 3, [NONE] * 3)
-    assert "no frame" in measure_identity(new, baseline, where, nowhere, networks=networks, at=[0]).why["cosine"]
+    assert (
+        "no examined frame" in measure_identity(new, baseline, where, nowhere, networks=networks, at=[0]).why["cosine"]
+    )
 
 
 def test_an_image_encoder_with_a_tensor_missing_is_refused(encoder: ImageEncoder, tmp_path: Path) -> None:

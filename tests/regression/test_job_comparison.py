@@ -90,7 +90,7 @@ def test_the_first_frame_that_differs_is_named_by_its_digest(scene, side, tmp_pa
     finding, _ = compare(side(changed, "new"), side(scene, "baseline"), tmp_path, RegressionLimits(same_frames=True))
     assert (finding.first_frame, finding.frames_differing, finding.frames) == (7, 2, FRAMES)
     assert [breach.metric for breach in finding.breaches] == ["same_frames"]
-    assert finding.text.startswith("2 of 24 frames differ, frame 7 first, although device")
+    assert finding.text.startswith("2 of 24 frames differ, the first is frame 7, although device")
 
 
 def shifted(scene: np.ndarray) -> np.ndarray:
@@ -108,12 +108,12 @@ def brightened(scene: np.ndarray) -> np.ndarray:
 
 
 DEFECTS = {
-    "a shift of one pixel": (shifted, {"psnr_min"}, "frame 9 is the baseline's, moved by 1 pixels to the right"),
+    "a shift of one pixel": (shifted, {"psnr_min"}, "frame 9 is the baseline's frame, moved by 1 pixels to the right"),
     "one dropped": (lambda s: np.delete(s, 10, axis=0), {"frames"}, "frame 10 is dropped"),
     "one repeated": (
         lambda s: np.insert(s, 10, s[9], axis=0)[:FRAMES],
         {"psnr_min", "ssim_min"},
-        "frame 10 is the frame before it again",
+        "frame 10 is repeated from the frame before",
     ),
     "a gain": (brightened, {"joint_drift_max"}, "at the joint before frame 12: gain 1.0"),
     "other colours": (recoloured, {"psnr_min"}, "the mean colour of frame"),
@@ -147,7 +147,7 @@ def test_older_records_without_digests_are_compared_as_videos(scene, side, tmp_p
     old = side(scene, "baseline", output={"frames_hash": None, "frames_sha256": "of another kind"})
     old.listed = None
     finding, _ = compare(side(scene, "new"), old, tmp_path)
-    assert finding.verdict == "identical" and "older than per-frame digests" in finding.notes[0]
+    assert finding.verdict == "identical" and "too old to have per-frame digests" in finding.notes[0]
 
 
 def test_png_frames_are_compared_with_an_mp4(scene, side, tmp_path):

@@ -68,17 +68,17 @@ def test_other_frames_of_the_same_environment_are_broken_and_the_first_is_named(
     found = verdict_of(differing(exact=True, measurements=measured()), calibrated=DEFAULTS)
     assert found.verdict == "broken"
     assert [breach.metric for breach in found.breaches] == ["same_frames"] and found.breaches[0].frame == 1
-    assert found.text.startswith("2 of 3 frames differ, frame 1 first, although device, compute")
+    assert found.text.startswith("2 of 3 frames differ, the first is frame 1, although device, compute")
 
 
 def test_what_was_asked_otherwise_is_said_instead():
     found = verdict_of(differing(exact=True, differences=["options.seed: 42 → 43"]), calibrated=DEFAULTS)
-    assert found.text == "2 of 3 frames differ, frame 1 first; the request differs: options.seed: 42 → 43"
+    assert found.text == "2 of 3 frames differ, the first is frame 1; the request differs: options.seed: 42 → 43"
 
 
 def test_another_environment_is_judged_by_metric():
     found = verdict_of(differing(measurements=measured()), calibrated=DEFAULTS)
-    assert found.verdict == "changed" and found.text == "2 of 3 frames differ, frame 1 first, within the limits"
+    assert found.verdict == "changed" and found.text == "2 of 3 frames differ, the first is frame 1, within the limits"
 
 
 def test_a_manifest_may_allow_other_frames_in_the_same_environment():
@@ -181,7 +181,7 @@ def test_our_own_version_is_shown_and_not_compared():
 def test_a_record_that_does_not_say_what_computed_it_is_not_exact():
     old = rendered(digest_list(1), computed_by={})
     assert not is_exact(old, old) and not is_exact(NIGHT, old)
-    assert environment_changes(NIGHT, old) == ["one of both records does not say what computed it"]
+    assert environment_changes(NIGHT, old) == ["one of the records does not name its environment"]
 
 
 def test_settings_that_changed_are_told_from_the_baseline_to_the_night():

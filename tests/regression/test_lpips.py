@@ -95,7 +95,7 @@ def test_another_file_is_refused(weights: dict[str, np.ndarray], tmp_path: Path)
     with pytest.raises(WeightsMissing):
         Lpips.open(path)
     for change, message in (
-        ({"head3": None}, "head3 is not there"),
+        ({"head3": None}, "head3 is missing"),
         ({"conv2.bias": np.zeros(191, np.float32)}, r"conv2.bias has shape \(191,\), not \(192,\)"),
         ({"conv6.bias": np.zeros(3, np.float32)}, "conv6.bias"),
     ):

@@ -35,7 +35,7 @@ def test_sound_beside_frames_is_counted_and_not_taken_for_one(tmp_path):
     assert render.output.files == 4
     assert [path.name for path in render.fetch(tmp_path / "to")] == [f"{index:06d}.png" for index in range(3)]
     out.delete(f"{render.output.key}audio.wav")
-    with pytest.raises(InputNotFound, match="gone"):
+    with pytest.raises(InputNotFound, match="missing"):
         render.check_there()
 
 
@@ -48,7 +48,7 @@ def test_an_output_that_is_gone(render, tmp_path):
     for info in list(render.storage.list("jobs/a/")):
         if info.key.startswith(render.output.key):
             render.storage.delete(info.key)
-    with pytest.raises(InputNotFound, match="gone"):
+    with pytest.raises(InputNotFound, match="missing"):
         render.check_there()
     with pytest.raises((InputNotFound, InputUnreadable)):
         render.fetch(tmp_path / "to")
@@ -66,7 +66,7 @@ def test_an_mp4_of_the_same_size_that_is_another(tmp_path):
     render = NightRender(out, write_render(out, tmp_path / "scratch"))
     out.write_bytes(render.output.key, b"x" * render.output.bytes)
     render.check_there()
-    with pytest.raises(InputUnreadable, match="not the file"):
+    with pytest.raises(InputUnreadable, match="differs from the file"):
         render.fetch(tmp_path / "to")
 
 
@@ -74,16 +74,16 @@ def test_a_frame_that_is_missing(tmp_path):
     out = open_storage(tmp_path / "out")
     render = NightRender(out, write_render(out, tmp_path / "scratch", png=True))
     out.delete(f"{render.output.key}000001.png")
-    with pytest.raises(InputNotFound, match="gone"):
+    with pytest.raises(InputNotFound, match="missing"):
         render.check_there()
-    with pytest.raises(InputUnreadable, match="2 files lie there; the record says 3"):
+    with pytest.raises(InputUnreadable, match="has 2 files; the record says 3"):
         render.fetch(tmp_path / "to")
 
 
 def test_digests_of_other_frames_are_refused(render):
     key = job_key("a", FRAME_DIGESTS)
     render.storage.write_bytes(key, b"0" * 64 + b"\n")
-    with pytest.raises(InputUnreadable, match="1 digests of 3 frames"):
+    with pytest.raises(InputUnreadable, match="1 digests for 3 frames"):
         render.digests()
     render.storage.delete(key)
     assert render.digests() is None

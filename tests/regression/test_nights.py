@@ -209,7 +209,7 @@ def test_limits_have_the_stated_margins():
     assert limits.max_frame_diff == 15  # 14.14
     assert limits.joint_drift_max == 0.71
     assert (limits.same_frames, limits.seconds_max, limits.memory_max) == (None, None, None)
-    assert found.why["psnr_min"] == "the worst of 2 is 40, of a in run run1; 3 dB below it"
+    assert found.why["psnr_min"] == "the worst of 2 values is 40, of a in run run1; 3 dB below it"
     assert set(found.why) == {"psnr_min", "ssim_min", "identity_min", "max_frame_diff", "joint_drift_max"}
 
 

@@ -138,11 +138,11 @@ def test_with_fewer_nights_the_approved_record_is_one_more():
     ("new", "old", "why"),
     [
         ({"resumed_at_segment": 2}, {}, "an earlier attempt generated a part"),
-        ({}, {"resumed_at_segment": 2}, "no night before this one has this job on cpu with fp4-distill"),
-        ({}, {"recipe": "bf16"}, "no night before"),
-        ({}, {"engine": {"device": "cuda"}}, "no night before"),
-        ({}, {"job_id": "b"}, "no night before"),
-        ({"run_id": "run1"}, {}, "no night before"),
+        ({}, {"resumed_at_segment": 2}, "no earlier night has this job on cpu with fp4-distill"),
+        ({}, {"recipe": "bf16"}, "no earlier night"),
+        ({}, {"engine": {"device": "cuda"}}, "no earlier night"),
+        ({}, {"job_id": "b"}, "no earlier night"),
+        ({"run_id": "run1"}, {}, "no earlier night"),
         ({"steps_s": [1.0, 1.0]}, {"steps_s": [1.0]}, "other work: 1 evaluations → 2 evaluations"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_stage_is_compared_with_nights_in_which_the_caches_helped_alike():
     new = render(9, pose=8.0, denoise=10.0, caches=miss)
     found = judge(new, *old)
     assert (found["seconds: pose"].verdict, found["seconds: denoise"].verdict) == ("not judged", "same")
-    assert "caches" in found["seconds: pose"].why
+    assert "cache hits" in found["seconds: pose"].why
     without = found["seconds: all stages without those whose caches differ"]
     assert (without.verdict, without.new, without.nights) == ("same", 10.0, 3)
     found = judge(new, *old, render(4, pose=4.0, denoise=10.0, caches=miss))

@@ -319,4 +319,4 @@ def test_an_image_encoder_that_is_not_trained_measures_nothing(lab, scene, far, 
     out = lab.night("nn", limits={"identity_min": 0.8, "same_frames": False}, a=far)
     found = lab.compare(out, models=str(tiny_store_dir)).comparison.jobs[0]
     assert found.measurements.identity.cosine is None
-    assert found.verdict == "broken" and "identity is not measurable" in found.text
+    assert found.verdict == "broken" and "identity cannot be measured" in found.text

@@ -3,13 +3,13 @@
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
-  const LOADED = 6; // players that hold their videos: a browser has few decoders
+  const LOADED = 6; // players with loaded videos: a browser has few decoders
   const status = one(".status");
   const players = new Map(); // article -> Player
-  const loaded = []; // players with their videos, the one used last at the end
+  const loaded = []; // players with loaded videos, the last used one at the end
   let current = null; // the article that keys act on
 
-  /** Once the block is there: the videos' bytes stand at the end of the page, which may be loading still. */
+  /** Wait for a video's data block: the blocks are at the end of the page, which may still be loading. */
   const arrived = async (id) => {
     for (;;) {
       const block = document.getElementById(id);
@@ -37,7 +37,7 @@
         video.timing = { fps, frames };
         video.addEventListener("error", () => video.hasAttribute("src") && this.tell(video));
       });
-      this.fps = this.videos[this.videos.length - 1].timing.fps; // of the new video, where there is one
+      this.fps = this.videos[this.videos.length - 1].timing.fps; // of the new video, if there is one
       this.frames = this.data.frames;
       this.frame = clamp(this.data.start, 0, Math.max(this.frames - 1, 0));
       this.playing = false;
@@ -108,7 +108,7 @@
     }
 
     place(video) {
-      // The middle of a frame: its edges belong to either neighbour after rounding.
+      // The middle of a frame: after rounding, its edges may belong to a neighbouring frame.
       const last = (video.timing.frames - 0.5) / video.timing.fps;
       video.currentTime = Math.min((this.frame + 0.5) / this.fps, last);
     }
@@ -175,7 +175,7 @@
         if (video === lead || video.ended) continue;
         const ahead = video.currentTime - lead.currentTime;
         if (Math.abs(ahead) > 0.25) video.currentTime = lead.currentTime;
-        // Within a quarter of a frame they are in step; else the follower runs a little slower or faster.
+        // Within a quarter of a frame the videos are in sync. Otherwise the follower plays a little slower or faster.
         const off = Math.abs(ahead) > 0.25 / this.fps;
         video.playbackRate = this.rate * (off ? 1 - clamp(ahead * 3, -0.2, 0.2) : 1);
       }
@@ -211,7 +211,7 @@
       const before = this.stage.dataset.mode;
       if (mode === before && mode !== "flip") mode = "side";
       if (mode === "flip") {
-        // The first press shows the baseline: until then the new one was looked at.
+        // The first press shows the baseline, because the new video was shown until then.
         const next = before === "flip" && this.stage.dataset.shown === "baseline" ? "new" : "baseline";
         this.stage.dataset.shown = next;
         all(".caption", this.captions).forEach((caption) => {
@@ -222,8 +222,8 @@
       all(".modes button", this.root).forEach((button) => {
         button.setAttribute("aria-pressed", String(button.dataset.mode === mode));
       });
-      const said = { side: "side by side", slider: "slider", difference: "difference" };
-      status.textContent = mode === "flip" ? `${this.stage.dataset.shown} video` : said[mode];
+      const names = { side: "side by side", slider: "slider", difference: "difference" };
+      status.textContent = mode === "flip" ? `${this.stage.dataset.shown} video` : names[mode];
     }
 
     reset() {
@@ -267,7 +267,7 @@
     }
   }
 
-  // Players: made for every job with videos, filled with their videos when they come into view.
+  // Every job with videos has a player, which loads its videos when it comes into view.
   const jobs = all(".job");
   const inView = new IntersectionObserver((entries) => {
     for (const entry of entries) {
@@ -290,20 +290,20 @@
     if (job) job.classList.add("current");
   };
 
-  const TOP = 60; // pixels: below the filters, which stay in sight
+  const TOP = 60; // pixels: the filters above stay visible
   const inSight = (job) => {
     const box = job.getBoundingClientRect();
     return box.bottom > TOP && box.top < innerHeight;
   };
   const chosen = () => (current && !current.hidden && inSight(current) ? current : null);
 
-  /** The job that keys act on: the one used last while it is in sight, else the first in sight. */
+  /** The job that keys act on: the last used job if it is visible, else the first visible job. */
   const findCurrent = () => {
     if (!chosen()) setCurrent(shownJobs().find(inSight) || null);
     return current;
   };
 
-  /** To the next or previous job; where none was chosen, to the first that begins below or above the top. */
+  /** Go to the next or previous job; if none is current, to the first that begins below or above the top. */
   const move = (by) => {
     const shown = shownJobs();
     const at = shown.indexOf(chosen());
@@ -408,7 +408,7 @@
     const { key } = event;
     const arrow = key === "ArrowLeft" || key === "ArrowRight";
     if (target.matches("select") && (arrow || key === " " || key.length === 1)) return;
-    if (target.matches("input[type=range]") && arrow) return; // it moves by itself
+    if (target.matches("input[type=range]") && arrow) return; // the browser moves the slider itself
     if (target.closest("button, a") && key === " ") return;
     const name = key.length === 1 ? key.toLowerCase() : key;
     const player = name in ofPlayer ? players.get(findCurrent()) : null;
