@@ -1,7 +1,7 @@
-"""Attention in 8 bits as comfy-kitchen's `int8_attention` rounds it, in plain float arithmetic on any device.
+"""Emulated 8-bit attention: rounds as comfy-kitchen's `int8_attention`, in plain float arithmetic on any device.
 
 In:   query [B, S, heads, head_dim], key and value [B, T, heads, head_dim]. Out: [B, S, heads, head_dim], their dtype.
-Never: int8 units, a measurement of the kernel: its sources are not in the package, and no GPU has been asked.
+Never: int8 units, a measurement of the kernel: its sources are not in the package, and it was not run on a GPU.
 
 From the package's documentation and buffers (comfy_kitchen 0.2.40, sage_attention.py):
 * head_dim is padded with zeros to 64, 128 or 256; the scale of the scores is that of the unpadded width;
@@ -14,8 +14,8 @@ From the package's documentation and buffers (comfy_kitchen 0.2.40, sage_attenti
 Assumed: a scale is the largest magnitude / 127 and rounding is to nearest; which tokens share a scale is as in
 SageAttention (of 32 queries those 8 apart, of a tile's keys neighbouring pairs 8 apart); weights are relative to the
 row's final maximum, where the kernel may take the maximum so far, which is finer; the sum is of unrounded weights; the
-signs. Left out: the key that the kernel may subtract from all keys where that narrows their range. `bits` beyond 8
-shows that nothing but rounding is lost.
+signs. Left out: the key that the kernel may subtract from all keys to narrow their range. Values of `bits` above 8 show
+that only rounding changes the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The autoencoder alone: our walk beside the library's, and the scene of a later window with outputs reused."""
+"""The autoencoder alone: our frame loop beside the library's, and the scene of a later window with reused outputs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ NARROW = {"base_dim": 16}  # of the published autoencoder, for a CPU: a sixth of
 
 
 def walks(config: Mapping[str, Any], size: tuple[int, int], device: torch.device, frames: int) -> Rows:
-    """Seconds of encoding and decoding a clip by each walk, for the same random weights in float32, and how far the
-    results of ours lie from the library's, relative to the largest."""
+    """Measure the seconds of encoding and decoding a clip by each frame loop, with the same random float32 weights.
+
+    Also return the largest difference of our results from the library's, relative to the largest value.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         theirs, pixels = AutoencoderKLWan(**config).eval(), torch.rand(1, 3, frames, *reversed(size)) * 2 - 1
@@ -47,7 +49,7 @@ def walks(config: Mapping[str, Any], size: tuple[int, int], device: torch.device
 
 
 def later_scenes(config: Mapping[str, Any], size: tuple[int, int], device: torch.device, frames: int = FRAMES) -> Rows:
-    """Seconds of each way, for an autoencoder of random weights in float32; raises AssertionError for other bits."""
+    """Measure the seconds of each way with random float32 weights. Raises AssertionError if their bits differ."""
     torch.manual_seed(0)
     with torch.device(device):
         vae = FramewiseVae(**config).eval()

@@ -1,4 +1,4 @@
-"""What the machine does at most, measured in the same run: the best matrix product and the best attention, alone."""
+"""Limits of the machine, measured in the same run: the fastest matrix product and the fastest attention, alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from _quantization import NOT_MEASURED, Rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CPU_S = 0.3  # small products are over in less than a scheduler's tick: one of many is undisturbed
+CPU_S = 0.3  # small products take less than a scheduler's tick, so that at least one of many is undisturbed
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -22,9 +22,9 @@ BACKENDS = {
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median wall seconds on a GPU; on a CPU the least CPU seconds of at least so many, and of all in CPU_S.
+    """Return the median wall seconds on a GPU; on a CPU the least CPU seconds of at least `repeats` runs within CPU_S.
 
-    Two runs before are not counted.
+    Two warm-up runs are not counted.
     """
     on_cpu = device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
@@ -51,9 +51,11 @@ def products(shapes: list[tuple[str, int, int, int]], device: torch.device, dtyp
 
 
 def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, ceiling: float | None) -> Rows:
-    """TFLOP/s of a block's linears as they are set now, weights brought to the product's format each time, and their
-    part of `ceiling` (None: not measured). The last row is all of them that see every token, in the block's
-    proportions."""
+    """Return TFLOP/s of a block's linears in their current setting, with the weights converted for each product.
+
+    Also returns their share of `ceiling` (None: not measured). The last row has all token-wise linears, in the block's
+    proportions.
+    """
     layers = {"attention's": (block.attn1.to_q, 6), "feed-forward's first": (block.ffn.net[0].proj, 1)}
     layers["feed-forward's second"] = (block.ffn.net[2], 1)
     rows: Rows = []
@@ -70,7 +72,7 @@ def linears(block: Any, tokens: int, device: torch.device, dtype: torch.dtype, c
 
 
 def attentions(heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> Rows:
-    """TFLOP/s of each backend that torch has here on [1, heads, tokens, width]; what is not there says why."""
+    """Return TFLOP/s of each attention backend of torch on [1, heads, tokens, width], or why it is not available."""
     query, key, value = (torch.randn(1, heads, tokens, width, device=device).to(dtype) for _ in range(3))
     flop, rows = 4 * heads * tokens**2 * width, []
     for name, backend in BACKENDS.items():
@@ -88,6 +90,6 @@ def attentions(heads: int, tokens: int, width: int, device: torch.device, dtype:
 
 
 def best(rows: Rows, prefix: str) -> float | None:
-    """The highest rate among rows whose name begins so."""
+    """Return the highest rate among rows whose name begins with `prefix`."""
     found = [row["TFLOP/s"] for row in rows if str(row["what"]).startswith(prefix)]
     return max((rate for rate in found if isinstance(rate, float)), default=None)

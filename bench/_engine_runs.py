@@ -1,4 +1,4 @@
-"""Runs of the engine's benchmark: a clip in memory, one job of ours or of the seed's, what it took."""
+"""Runs of the engine's benchmark: a clip in memory, and one job of ours or of the original scripts, measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _engine_seed import dequantise_stepwise, seed_job, seed_pipeline
+from _engine_original import dequantise_stepwise, original_job, original_pipeline
 from _engine_store import Scale
 from PIL import Image
 
@@ -32,14 +32,16 @@ from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
 COMPILING = "warmup"  # the stage in which blocks are compiled
-ONCE = ("load_encoders", COMPILING)  # stages that a run has once, not every job
+ONCE = ("load_encoders", COMPILING)  # stages that happen once per run, not in every job
 
 
 @dataclass(frozen=True)
 class Spent:
-    """One job. `step_s`: median of its denoising steps, the first left out where there are more; `fixed_s`: all that
-    its steps at that pace do not explain; `once_s`: beside both, what happens once in a run, loading encoders and
-    compiling."""
+    """The seconds and memory of one job.
+
+    `step_s`: median of its denoising steps, without the first if there are more. `fixed_s`: the rest of the job's time.
+    `once_s`: in addition, work that happens once per run: loading encoders and compiling.
+    """
 
     step_s: float
     fixed_s: float
@@ -55,7 +57,7 @@ class Spent:
         return cls(step, total - once - len(steps) * step, once, peak, process)
 
     def clip_s(self, steps: int) -> float:
-        """A warm job of so many steps."""
+        """Return the seconds of a warm job with this number of steps."""
         return self.fixed_s + steps * self.step_s
 
 
@@ -63,7 +65,7 @@ STEPS = 6  # of a whole job
 
 
 class Clip:
-    """A reference and a dance, smooth noise of one seed each; fulfils what a pipeline asks of conditions."""
+    """A reference and a dance, smooth noise with one seed each. Implements the conditions of a pipeline."""
 
     def __init__(self, scale: Scale, size: tuple[int, int], frames: int, reference: int, dance: int) -> None:
         self.frames, (self.width, self.height) = frames, size
@@ -82,7 +84,7 @@ def _smooth(frames: int, height: int, width: int, seed: int) -> np.ndarray:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """CPU seconds on a CPU, where other work may run beside; wall seconds, the device waited for, on a GPU."""
+    """Return a clock: CPU seconds on a CPU, because other work may run there; wall seconds after a sync on a GPU."""
     return time.process_time if device.type == "cpu" else time.perf_counter
 
 
@@ -99,7 +101,7 @@ def start_peak(device: torch.device) -> None:
 
 
 def run_ours(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, sampler: MemorySampler) -> Spent:
-    """One job through our pipeline as it is set up now."""
+    """Run one job with our pipeline in its current setting."""
     device, timer = pipeline.compute_device, timer_of(pipeline, StageTimer)
     start_peak(device)
     window, begin = sampler.window(), timer.clock()
@@ -110,8 +112,10 @@ def run_ours(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, 
 
 
 def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> dict[str, float]:
-    """What happens once, so that it is in no job that is measured: a job of the same size up to its first step, and two
-    latent frames decoded. Seconds by stage of ONCE."""
+    """Do the work that happens once per run, so that it is not in a measured job. Return its seconds by stage of ONCE.
+
+    It starts a job of the same size up to its first step, and decodes two latent frames.
+    """
     timer = timer_of(pipeline, _UpToTheSteps)
     with suppress(_AllIsReady):
         for _ in segments(pipeline, recipe, clip, 1, timer):
@@ -125,7 +129,7 @@ def get_ready(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip) -> dict[str
 
 
 class _AllIsReady(Exception):
-    """Not a failure: the job has come to its steps."""
+    """Ends a job before its first step. It is not a failure."""
 
 
 class _UpToTheSteps(StageTimer):
@@ -152,7 +156,7 @@ def segments(pipeline: AnimatePipeline, recipe: Recipe, clip: Clip, steps: int, 
 
 
 class _WaitOnly:
-    """A probe whose stages do not reset the peak: one peak is wanted for the whole job."""
+    """A probe whose stages do not reset the peak, because the peak of the whole job is measured."""
 
     def __init__(self, inner: Any) -> None:
         self.synchronize = inner.synchronize
@@ -162,8 +166,11 @@ class _WaitOnly:
 
 
 class DeviceMemory:
-    """Call for (host RSS, GPU memory), as a MemorySampler reads them: the GPU's by process, or, where the driver tells
-    no process from another (in most containers), what the GPU holds beyond what it held when this object was made."""
+    """Callable that returns (host RSS, GPU memory) for a MemorySampler.
+
+    GPU memory is that of this process. If the driver does not report processes (in most containers), it is the increase
+    of the GPU's used memory since this object was made.
+    """
 
     def __init__(
         self,
@@ -181,7 +188,7 @@ class DeviceMemory:
 
 
 def gpu_used() -> int | None:
-    """Bytes in use on the first GPU that CUDA may see, whoever uses them; None where NVML does not say."""
+    """Return the bytes in use on the first GPU that CUDA may see, by all processes; None if NVML does not report it."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     try:
         import pynvml
@@ -197,8 +204,8 @@ def gpu_used() -> int | None:
         return None
 
 
-class Seed:
-    """The seed's process: loads, then renders clip after clip in its own way."""
+class OriginalScripts:
+    """The process of the original scripts: load the models, then render clip after clip with their own code."""
 
     def __init__(self, store: ModelStore, recipe: Recipe, device: torch.device) -> None:
         from diffusers import AutoencoderKLWan
@@ -219,13 +226,13 @@ class Seed:
             "transformer": transformer,
             "vae": AutoencoderKLWan.from_pretrained(store.component(recipe, "vae"), torch_dtype=torch.float32),
         }
-        self.pipeline = seed_pipeline(parts, device)
+        self.pipeline = original_pipeline(parts, device)
         self.load_s = self.clock() - begin
 
     def run(self, clip: Clip, steps: int, sampler: MemorySampler) -> Spent:
         start_peak(self.device)
         window, begin = sampler.window(), self.clock()
-        began, ended = seed_job(self.pipeline, clip, DEFAULT_PROMPT, steps, self.clock, lambda: wait(self.device))
+        began, ended = original_job(self.pipeline, clip, DEFAULT_PROMPT, steps, self.clock, lambda: wait(self.device))
         wait(self.device)
         total = self.clock() - begin
         taken = [after - before for before, after in zip([began, *ended], ended, strict=False)]

@@ -1,4 +1,4 @@
-"""One run of the engine's benchmark: what it measures with and in what time, and the ways the engine may be set up."""
+"""One run of the engine's benchmark: its device, sizes and time limit, and the settings of the engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from _engine_original import dense, stepwise
 from _engine_runs import COMPILING, STEPS, Clip, Spent, get_ready, run_ours
-from _engine_seed import dense, stepwise
 from _engine_store import Scale
 from _quantization import NOT_MEASURED
 
@@ -38,12 +38,12 @@ OUT_OF_TIME, NEEDS_GPU = "out of time", "needs a GPU"
 
 
 class NotInTime(Exception):
-    """The piece would probably end after the time that there is."""
+    """The measurement would probably not end within the time limit."""
 
 
 @dataclass
 class Bench:
-    """One run: where, at what size, and how much time is left."""
+    """One run: its device, its sizes and its remaining time."""
 
     device: torch.device
     scale: Scale
@@ -63,12 +63,12 @@ class Bench:
         return self.device.type == "cuda"
 
     def clip(self, size: tuple[int, int] | None = None, frames: int | None = None) -> Clip:
-        """One that nothing was computed for yet."""
+        """Return a new clip, for which nothing is cached."""
         self.clips += 1
         return Clip(self.scale, size or self.scale.size, frames or self.scale.frames, self.clips, self.clips)
 
     def measure(self, pipeline: Any, recipe: Recipe | None = None, size: tuple[int, int] | None = None) -> Spent:
-        """A job through ours; what happens once (compiling, tuning, encoders) is done before it."""
+        """Measure a job of our pipeline; work that happens once (compiling, tuning, encoders) is done before it."""
         recipe = recipe or self.recipe
         stages = get_ready(pipeline, recipe, self.clip(size))
         self.see_compiling(stages[COMPILING])
@@ -80,31 +80,31 @@ class Bench:
         return replace(spent, once_s=once, note="; ".join(notes))
 
     def cheapest(self, run: Callable[[], Spent]) -> Spent:
-        """Of as many jobs as the bench runs, each on a new clip, the one that takes least with all its steps."""
+        """Run the bench's number of jobs, each on a new clip, and return the one with the shortest whole job."""
         return min((run() for _ in range(self.jobs)), key=lambda spent: spent.clip_s(STEPS))
 
     def see_compiling(self, seconds: float) -> None:
-        """So long compiling took just now; 0: nothing was compiled. The longest of the run stands for the next."""
+        """Record the seconds of compiling; 0: nothing was compiled. The longest of the run is the next estimate."""
         if seconds > 0:
             self.compiling_s = max(self.compiling_s, seconds) if self.compiled else seconds
             self.compiled = True
 
     def check(self, seconds: float) -> None:
-        """Raises NotInTime if so many from now would be too late."""
+        """Raise NotInTime if fewer than so many seconds are left."""
         if time.monotonic() + seconds > self.deadline:
             raise NotInTime(OUT_OF_TIME)
 
     def takes(self, like: Spent | None, *, compiling: bool = False) -> float:
-        """Seconds that `measure` will probably take for a job like that one; None: nothing was measured that is."""
+        """Return an estimate of the seconds of `measure` for a job like `like`; None: no such job was measured."""
         job = 0.0 if like is None else 1.7 * like.fixed_s + self.steps * like.step_s
         return job + compiling * self.compiling_s * self.cuda
 
     def rate(self, step_s: float, size: tuple[int, int] | None = None) -> float:
-        """TFLOP/s of a step: the model's operations, whatever of them was saved."""
+        """Return the TFLOP/s of a step; all operations of the model count, also those that were skipped."""
         return self.costs.step_tflop(*(size or self.scale.size), self.scale.frames) / step_s
 
     def row(self, what: str, spent: Spent | str, size: tuple[int, int] | None = None) -> dict[str, object]:
-        """A row of what was measured, or of why it was not."""
+        """Return a row with the measurement, or with the reason why there is none."""
         if isinstance(spent, str):
             blank = {"s a step": None, "fixed s a job": None, "TFLOP/s": None, "peak GB": None, "NVML GB": None}
             return {"what": what, **blank, "note": f"{NOT_MEASURED}: {spent:.60}"}
@@ -120,7 +120,7 @@ class Bench:
 
 
 def attempt(what: str, work: Callable[[], Spent]) -> Spent | str:
-    """What `work` measured, or why not: one piece that fails here must not take the others with it."""
+    """Return the measurement of `work`, or the reason of its failure, so that the other measurements still run."""
     try:
         spent = work()
     except Exception as err:
@@ -138,7 +138,7 @@ def in_gb(size: int | None) -> float | None:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the waterfall: how the engine is set up."""
+    """One row of the waterfall: a setting of the engine."""
 
     what: str
     switches: Switches
@@ -149,7 +149,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Each adds one thing to those before; the second stands beside them."""
+    """Return the settings. Each adds one optimisation to those before, except the second, which is a variant."""
     known = replace(ALL_OFF, tensor_cache=True)
     fused = replace(known, compile=True)
     innermost = replace(fused, channels_last=True)
@@ -185,7 +185,7 @@ class Engine:
 
     @contextmanager
     def as_in(self, setting: Setting, recipe: Recipe | None = None) -> Iterator[dict[str, Any]]:
-        """The pipeline set up so; what was chosen for it."""
+        """Set up the pipeline inside a `with` block; yield the choices that were made for it."""
         recipe = recipe or self.bench.recipe
         dtype = getattr(torch, recipe.dtype)
         weights: dict[str, AbstractContextManager[None]] = {
@@ -226,7 +226,7 @@ class Engine:
 
 @dataclass
 class OneEngine:
-    """The engine while it is wanted: loaded when it is first used, and anew after `drop`."""
+    """The engine, loaded at its first use, and again after `drop`."""
 
     bench: Bench
     loaded: Engine | None = None
@@ -237,12 +237,12 @@ class OneEngine:
         return self.loaded
 
     def drop(self) -> None:
-        """Leave the device to what is measured alone on it."""
+        """Free the device for a measurement that needs it alone."""
         self.loaded = None
         free(self.bench.device)
 
     def measure(self, setting: Setting, expected: float, recipe: Recipe | None = None) -> Spent | str:
-        """As `Engine.measure`. Nothing is loaded for what would end too late."""
+        """See `Engine.measure`. Loads nothing for a measurement that would end too late."""
         if setting.needs_cuda and not self.bench.cuda:
             return NEEDS_GPU
         if time.monotonic() + expected > self.bench.deadline:
@@ -251,7 +251,7 @@ class OneEngine:
 
 
 def load_resident(bench: Bench) -> Any:
-    """Our pipeline with everything on the device, but for encoders where they do not fit."""
+    """Load our pipeline with everything on the device, except encoders that do not fit."""
     size, load = (*bench.scale.size, bench.scale.frames), Load(**ResolvedRecipe(bench.store, bench.recipe).bytes)
     free = free_bytes(bench.device)
     plan, _ = choose_plan(

@@ -1,7 +1,7 @@
 """A model store of random weights at the real model's size, or scaled down for a CPU, for the engine's benchmark.
 
-Four bits are drawn directly: nothing is downloaded, nothing quantised. Scales make every layer keep the size of what
-goes through it, so that nothing overflows on the way; what comes out is noise.
+The 4-bit codes are drawn at random: nothing is downloaded or quantised. The scales are chosen so that every layer keeps
+the magnitude of its input and nothing overflows. The output is noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Specs = list[tuple[str, tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the models and of the clip. What a config leaves out is the published model's."""
+    """Sizes of the models and of the clip. Values that a config leaves out are those of the published model."""
 
     name: str
     size: tuple[int, int]  # width, height
@@ -76,7 +76,7 @@ SMALL = Scale(
 
 
 def write_store(root: Path, scale: Scale, recipe: Recipe, device: torch.device) -> None:
-    """`root` in the layout of a model store, as far as `recipe` needs it: about 16 GB at full size."""
+    """Write the parts of a model store that `recipe` needs below `root`: about 16 GB at full size."""
     from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
@@ -133,7 +133,7 @@ def draw_four_bits(
 
 
 def draw_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Norms multiply by one, biases add nothing, all else keeps the size of its input."""
+    """Draw a tensor: norms are one, biases zero, all others keep the magnitude of their input."""
     leaf = name.rpartition(".")[2]
     if leaf == "bias" or len(shape) == 0:
         return torch.zeros(shape, dtype=dtype, device=device)

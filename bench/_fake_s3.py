@@ -1,8 +1,8 @@
-"""An S3 server without a network: botocore's requests are answered in this process, each after a pause, and counted.
+"""A fake S3 server without a network: answers botocore's requests in this process, each after a pause, and counts them.
 
-Everything above the connection is botocore's own, with its cost: signing, checksums, parsing. A pause is paid by each
-request for itself; requests of several threads wait at the same time, as with a distant store. What is answered:
-objects with conditions and ranges, copies, deletes, listings. Not: multipart uploads, signatures.
+Everything above the connection is botocore's code, with its cost: signing, checksums, parsing. Each request waits for
+its own pause; requests of several threads wait in parallel, as with a distant store. Supported: objects with conditions
+and ranges, copies, deletes, listings. Not supported: multipart uploads, signatures.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Answer:
 
 
 class FakeS3:
-    """`objects`: by bucket/key. `latency_s`: of each request. `requests`: by kind. `written`: bytes of bodies put."""
+    """`objects`: by bucket/key. `latency_s`: of each request. `requests`: counted by kind. `written`: bytes of PUTs."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Stored] = {}
@@ -76,7 +76,7 @@ class FakeS3:
         self.written = self.most_at_once = 0
 
     def install(self) -> None:
-        """From now on this process's S3 requests come here. `ENVIRONMENT` must be in the environment."""
+        """Redirect this process's S3 requests to this server. `ENVIRONMENT` must be in the environment."""
         from botocore.awsrequest import AWSResponse
         from botocore.httpsession import URLLib3Session
         from urllib3 import HTTPResponse

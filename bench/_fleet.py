@@ -1,12 +1,12 @@
 """Fleet: many machines render the jobs of one run, as a simulation of discrete events.
 
-In:   jobs with their segments and seconds, how they are shared out, what kills machines. Out: when each job was done,
-what was lost, and what was asked of the store. Never: what a request costs.
+In:   jobs with their segments and seconds, how they are shared, the rate of kills. Out: the end of each job, the lost
+work, and the requests to the store. Never: the price of a request.
 
-A machine does as the batch loop does: it prepares a job while it generates another, one prepared job waits, and the
-encoder works beside both. Which job comes next is decided by the product's own pieces: `Shard.take`,
-`AnyShard.arrange`, `HandOut`; the lease of a killed runner keeps its jobs for LEASE_S, and a runner looks again at a
-job that another one has after LOOK_AGAIN_S, when it has nothing else to do.
+A machine works as the batch loop does: it prepares a job while it generates another, one prepared job waits, and the
+encoder works in parallel. The product's own code decides which job comes next: `Shard.take`, `AnyShard.arrange`,
+`HandOut`. The lease of a killed runner blocks its jobs for LEASE_S. A runner that has nothing else to do looks again at
+a job of another runner after LOOK_AGAIN_S.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONS = JobOptions()
 
 @dataclass(frozen=True)
 class Work:
-    """One job. `segment_s`: what each of its segments takes on the device; `forecast_s`: what was forecast for all."""
+    """One job. `segment_s`: seconds of each segment on the device; `forecast_s`: forecast for all segments."""
 
     segments: int
     segment_s: float
@@ -53,10 +53,10 @@ class Work:
 class FleetSettings:
     machines: int
     kills_per_hour: float = 0.0  # of a machine
-    notice_s: float = 0.0  # between the notice and the end of the machine; 0: it is killed without one
-    load_s: float = 0.0  # of the model
-    replace_s: float = 0.0  # from the end of a machine to the next one in its place
-    detect_s: float = 0.0  # until the Ray driver knows that a machine is gone without a word
+    notice_s: float = 0.0  # between the notice and the end of the machine; 0: it is killed without a notice
+    load_s: float = 0.0  # to load the model
+    replace_s: float = 0.0  # from the end of a machine to the start of its replacement
+    detect_s: float = 0.0  # until the Ray driver notices a machine that was killed without a notice
     look_s: float = 0.0  # to decide one job
     survey_s: float = 0.0  # a job that is done when the runner begins
     seed: int = 1
@@ -64,7 +64,7 @@ class FleetSettings:
 
 @dataclass
 class Outcome:
-    """Seconds; `looks`: decisions by what they found. `summaries`: a row of (lines, jobs) for each writing of one."""
+    """Results, in seconds. `looks`: decisions, counted by result. `summaries`: (lines, jobs) of each written one."""
 
     makespan_s: float = 0.0  # until the last job was done
     ended_s: float = 0.0  # until the last runner ended
@@ -88,13 +88,13 @@ class _Lease:
 
 
 class SummarySchedule:
-    """When a summary is written, by the rules of `SummaryWriter`; `note` returns whether this line makes it due.
+    """Decides when a summary is written, by the rules of `SummaryWriter`; `note` returns whether it is due now.
 
-    The time that writing takes, of which the product leaves nine times as much before the next, counts as none.
+    The product waits nine times the duration of a write before the next one; here a write takes no time.
     """
 
     def __init__(self, begin: float, jobs: int | None = None) -> None:
-        """`jobs`: those known at the start; None: it gets to know each when it ends, as under a driver."""
+        """`jobs`: number of jobs known at the start; None: each job becomes known when it ends, as with a driver."""
         self.lines: Counter[str] = Counter()
         self._begin, self._jobs = begin, jobs
         self._written_at, self._written_lines = float("-inf"), 0
@@ -208,7 +208,7 @@ class Fleet:
         self._after(done * self._settings.survey_s, lambda: self._fetch(runner))
 
     def _kill(self, runner: _Runner) -> None:
-        """The machine is gone; its leases stay until they are lost."""
+        """Kill a machine; its leases stay until they expire."""
         self.outcome.kills += 1
         job = runner.generating
         if job is not None:
@@ -220,7 +220,7 @@ class Fleet:
         self._after(self._settings.replace_s, lambda: self._start(runner.place))
 
     def _notify(self, runner: _Runner) -> None:
-        """The machine will be gone: the segments that fit into the time are generated, the rest is given back."""
+        """Announce the end of a machine: it generates the segments that fit into the time and gives back the rest."""
         self.outcome.kills += 1
         runner.draining = True
         for held in runner.held - {runner.generating}:
@@ -252,7 +252,7 @@ class Fleet:
         self._after(self._settings.replace_s, lambda: self._start(runner.place))
 
     def _keep(self, job: int, runner: _Runner, until: float) -> None:
-        """Of a job that is broken off the finished segments are kept."""
+        """Keep the finished segments of an interrupted job."""
         spent = until - runner.generating_since
         each = self._works[job].segment_s
         made = min(self._works[job].segments - self._kept[job], int(spent / each + 1e-9))
@@ -297,7 +297,7 @@ class Fleet:
             return
         for name, job in self._hand_out.next_jobs():
             runner = self._runners.get(name)
-            if runner is not None:  # else the driver does not know yet that it is gone
+            if runner is not None:  # None: the driver has not noticed yet that it was killed
                 runner.todo.append(self._index[job.id])
                 self._fetch(runner)
 
@@ -313,7 +313,7 @@ class Fleet:
     # -- a runner's loop ------------------------------------------------------------------------------------------
 
     def _fetch(self, runner: _Runner) -> None:
-        """The prefetch thread takes a job, waits for one, or finds that no more will come."""
+        """Let the prefetch thread take a job, wait for one, or stop because no more will come."""
         if not runner.alive or runner.draining or runner.fetching or runner.blocked is not None:
             return
         if runner.todo:

@@ -1,4 +1,4 @@
-"""JSON file: the numbers of a benchmark, for another program or a later look."""
+"""JSON file: writes the numbers of a benchmark for other programs and for later use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def write_json(path: Path | None, found: Any) -> None:
-    """Write `found` to `path`, folders included; None: the benchmark was not asked for a file.
+    """Write `found` to `path` and create its folders. None: writes nothing.
 
-    The file is replaced as a whole: a benchmark that writes again and is killed leaves its last numbers readable.
+    The file is replaced atomically, so that a benchmark that is killed leaves its last complete numbers.
     """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

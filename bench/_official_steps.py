@@ -1,9 +1,10 @@
-"""The official preprocessing steps, plainly: one frame at a time, as its description reads, in NumPy and OpenCV.
+"""The official preprocessing steps in NumPy and OpenCV, one frame at a time, as the peer of `preprocessing.py`.
 
-In:   uint8 RGB frames and the two networks. Out: skeletons, faces, points. The peer that `preprocess.py` is measured
-against in the same run: written from the description of what each step computes and how (strided colour swaps, float64
-images, one map after the other), without tricks, and without slowing anything down on purpose.
-Left out in its favour: whole clips held in memory, and the colour swap before the pose network.
+In:   uint8 RGB frames and the two networks. Out: skeletons, faces, points.
+
+Written from the description of each step (strided colour swaps, float64 images, one map after the other), without
+optimisations and without slowing anything down on purpose. Left out in its favour: keeping whole clips in memory, and
+the colour swap before the pose network.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 @dataclass(frozen=True)
 class Person:
-    """Centre and size of what the pose network looks at, pixels."""
+    """Centre and size of the pose network's input region, in pixels."""
 
     cx: float
     cy: float

@@ -1,4 +1,4 @@
-"""How much alike two clips are, for bench/quality.py; and whose colours a clip shows."""
+"""Picture measures for bench/quality.py: the similarity of two clips, and the colours of the dancer in a clip."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PARTS = ("torso", "arms", "legs", "face")
 
 
 def psnr(clip: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Decibels of uint8 [n, H, W, 3] against the truth; `where`: bool [H, W], the pixels that count."""
+    """Return the PSNR in dB of uint8 [n, H, W, 3] against the truth; `where`: bool [H, W], the pixels that count."""
     squared = np.square(clip.astype(np.float64) - truth).mean(axis=3)
     error = squared.mean() if where is None else squared[:, where].mean()
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 def ssim(clip: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Mean structural similarity of the grey pictures, Gaussian windows of sigma 1.5 (Wang et al., 2004)."""
+    """Return the mean SSIM of the grey pictures, Gaussian windows of sigma 1.5 (Wang et al., 2004)."""
 
     def blurred(picture: np.ndarray) -> np.ndarray:
         return cv2.GaussianBlur(picture, (11, 11), 1.5)
@@ -35,7 +35,7 @@ def ssim(clip: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -
 
 
 def edge_energy(clip: np.ndarray, where: np.ndarray) -> float:
-    """Mean length of the grey picture's gradient inside `where`: what blur takes away."""
+    """Return the mean gradient of the grey pictures inside `where`; blur reduces it."""
     total = 0.0
     for picture in clip:
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -63,9 +63,9 @@ def _places(joints: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def part_colours(clip: np.ndarray, joints: np.ndarray) -> np.ndarray:
-    """CIE Lab [4, 3] of PARTS: the median of what `clip` shows where dancers with `joints` [n, 23, 2] have them.
+    """Return the CIE Lab colours [4, 3] of PARTS in `clip`: medians at the parts' places by `joints` [n, 23, 2].
 
-    Medians: an arm in front of the torso is some points of many.
+    A median ignores an arm in front of the torso, which covers only some of the points.
     """
     seen: dict[str, list[np.ndarray]] = {name: [] for name in PARTS}
     height, width = clip.shape[1:3]
@@ -86,5 +86,5 @@ def _lab(colours: np.ndarray) -> np.ndarray:
 
 
 def colour_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean over PARTS of CIE76's delta E: 2.3 is just noticeable, two dancers lie 50 and more apart."""
+    """Return the mean CIE76 delta E over PARTS: 2.3 is just noticeable; two dancers differ by 50 and more."""
     return float(np.linalg.norm(one - other, axis=1).mean())

@@ -1,4 +1,4 @@
-"""One thread on one core, for what counts CPU seconds: threads that wait for each other spin, and are counted too."""
+"""Pins a benchmark to one thread on one core, because threads that wait for each other spin and use CPU seconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def pin_to_one_thread() -> None:
-    """From now on this process computes in one thread, on the core that is least busy now, and so do its children.
+    """Restrict this process and its children to one thread, on the core that is least busy now.
 
-    Unpinned, on a machine with other work, the ratio of two ways of the engine's benchmark read 1.15 where it is 1.95.
+    Without it, on a machine with other work, a ratio in the engine's benchmark was measured as 1.15 instead of 1.95.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"  # of libraries that are loaded later

@@ -1,4 +1,4 @@
-"""What the two quantisation benchmarks share: the baseline, the peers, tables, clocks."""
+"""Shared parts of the two quantisation benchmarks: the baseline, the peers, tables, clocks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NOT_MEASURED = "not measured"
 Rows = list[dict[str, object]]
 
 
-def seed_dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype, group: int = 32) -> Tensor:
-    """The way this project started from: unpack, stack, int64 look-up, scale, cast; each step a tensor of its own."""
+def original_dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype, group: int = 32) -> Tensor:
+    """Dequantise as the original scripts do: unpack, stack, int64 look-up, scale, cast, each step in a new tensor."""
     table = torch.tensor(VALUES, dtype=dtype, device=packed.device)
     codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).long()
     values = table[codes].view(codes.shape[0], -1, group) * scale.to(dtype).unsqueeze(-1)
@@ -31,7 +31,7 @@ def seed_dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype, group: in
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's 4-bit format: `quantize` float32 to whatever it keeps, `dequantize` that to float32."""
+    """Another library's 4-bit format: `quantize` from float32 to its own object, `dequantize` back to float32."""
 
     name: str
     bits_per_weight: float
@@ -40,7 +40,7 @@ class Peer:
 
 
 def peers() -> tuple[list[Peer], dict[str, str]]:
-    """(those that import and run here, name → why not for the rest)."""
+    """Return (peers that import and run here, name → reason for the others)."""
     found: list[Peer] = []
     missing: dict[str, str] = {}
     for names, make in (
@@ -51,7 +51,7 @@ def peers() -> tuple[list[Peer], dict[str, str]]:
             for peer in make():
                 peer.dequantize(peer.quantize(torch.ones(128, 128)))
                 found.append(peer)
-        # A wheel for another platform raises what it likes; the table says what.
+        # A wheel for another platform may raise any error; the table shows it.
         except Exception as err:
             text = str(err).strip().splitlines()
             missing.update(dict.fromkeys(names, f"not available: {type(err).__name__}: {text[0] if text else ''}"))
@@ -97,7 +97,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """(CPU, wall) seconds of the cheapest of `repeats` runs, after one that is not counted."""
+    """Return (CPU, wall) seconds of the cheapest of `repeats` runs, after a warm-up run."""
     best = (float("inf"), float("inf"))
     for run in range(-1, repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -109,12 +109,12 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> tuple[float, float]
 
 
 def touched_bytes(fmt: Format, rows: int, columns: int, dtype: torch.dtype) -> int:
-    """What a dequantisation must read and write at least."""
+    """Return the bytes that a dequantisation must at least read and write."""
     return fmt.bytes(rows, columns) + rows * columns * dtype.itemsize
 
 
 def show(title: str, rows: Rows) -> None:
-    """One table on the terminal; floats with four digits, None as a dash."""
+    """Print one table; floats with four digits, None as a dash."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for at, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if at else "left", no_wrap=True)
@@ -130,14 +130,14 @@ def _cell(value: object) -> str:
 
 
 def finish(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()) -> None:
-    """The notes on the terminal; everything, with what it was measured on, as JSON at `path`."""
+    """Print the notes, and write everything with the machine's description as JSON to `path`."""
     for note in notes:
         print(note)
     write_tables(tables, path, notes)
 
 
 def write_tables(tables: dict[str, Rows], path: Path | None, notes: Sequence[str] = ()) -> None:
-    """The tables, with what they were measured on, as JSON at `path`."""
+    """Write the tables with the machine's description as JSON to `path`."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {
         "torch": torch.__version__,

@@ -1,9 +1,9 @@
-"""Sleeping stages: `video-lab run` with a stub whose stages sleep, for `makespan.py`; also what a Ray worker runs.
+"""Sleeping stages: `video-lab run` with a stub whose stages sleep, for `makespan.py`; Ray workers run it too.
 
     python bench/_sleeping_stages.py GATE run-words…
 
-A job's prompt is its seconds of generation. A process that has its first job says so by a file in the folder GATE, and
-waits until the file `open` is there: what starting a process takes is not measured.
+A job's prompt is its seconds of generation. A process that has its first job writes a file into the folder GATE and
+waits until the file `open` exists, so that the start of processes is not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GATE_S = 300.0  # until the other processes have started
 
 
 class SleepingGenerator(StubGenerator):
-    """Generates a job for as many seconds as its prompt says."""
+    """Generates a job for the seconds in its prompt."""
 
     def generate(
         self,
@@ -55,7 +55,7 @@ def load(gate: str) -> SleepingGenerator:
 
 
 def put_in_place(gate: str) -> Any:
-    """Replace the engine in this process; the module of the verb `run`."""
+    """Replace the engine in this process and return the module of the verb `run`."""
     import runner.verbs.run as run_verb
     from runner.batch.loop import Engine
 
@@ -64,7 +64,7 @@ def put_in_place(gate: str) -> Any:
 
 
 def run_in_worker(gate: str, *arguments: Any, **named: Any) -> Any:
-    """What a Ray worker does in the place of the verb `run`."""
+    """Run in a Ray worker in place of the verb `run`."""
     return put_in_place(gate).run(*arguments, **named)
 
 
@@ -79,7 +79,7 @@ def main() -> int:
     run_verb.RayWork = lambda run, *more, **named: ray_work(
         partial(_sleeping_stages.run_in_worker, gate), *more, **named
     )
-    # Nothing is known of this machine's CPUs: the driver is told what the stages will take.
+    # There is no forecast for this machine's CPUs, so the driver gets the seconds of the stages.
     run_verb.forecast_seconds = lambda jobs, *_: {job.id: float(job.prompt) for job in jobs}
     return command(["run", *words])
 

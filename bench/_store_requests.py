@@ -1,8 +1,8 @@
-"""Store requests: what the product asks of an object store for a job, and what its summaries weigh, counted.
+"""Store requests: counts the product's requests to an object store for a job, and the bytes of its summaries.
 
-The real batch loop with the stub generator, botocore, and the fake server of `_fake_s3.py` in this process; inputs and
-output lie on it. Of two runs that differ in one thing the difference is what that thing costs. Requests for the files
-of the run itself (`runs/`) are left out here: how often they are written is a matter of time, see `_fleet.py`.
+It runs the real batch loop with the stub generator, botocore, and the fake server of `_fake_s3.py` in this process,
+which has inputs and output. The cost of one thing is the difference of two runs that differ only in this thing.
+Requests for the files of the run itself (`runs/`) are left out, because their number depends on time, see `_fleet.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LINES = 400  # of the summaries that are weighed
 
 
 class JobsS3(FakeS3):
-    """Counts by kind what is asked of inputs and of jobs. LIST: of objects or of unfinished uploads."""
+    """Counts the requests for inputs and jobs by kind. LIST: of objects or of unfinished uploads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class JobsS3(FakeS3):
 
 @dataclass(frozen=True)
 class JobRequests:
-    """Requests by kind. Each but `renewal` is one job's. `files`: objects that a done job leaves below jobs/."""
+    """Requests by kind, per job except `renewal`. `files`: objects of a finished job below jobs/."""
 
     rendered: Mapping[str, int]  # decided, taken, rendered in one segment, published
     segment: Mapping[str, int]  # each further one
@@ -106,7 +106,7 @@ def _share(counted: Counter[str], of: int = 1) -> dict[str, int]:
 
 
 class _Scales:
-    """In the place of a storage: the bytes of what is written, and how often."""
+    """A storage that only counts writes and their bytes."""
 
     def __init__(self) -> None:
         self.bytes = self.writings = 0
@@ -135,7 +135,7 @@ class SummaryWeight:
 
 
 def weigh_summaries() -> SummaryWeight:
-    """Write real summaries of LINES jobs that are not run, succeeded and skipped, and of none."""
+    """Write real summaries of LINES jobs that were not run, succeeded or skipped, and one without jobs."""
     names = [f"job-{index:06d}" for index in range(LINES)]
 
     def weigh(jobs: Sequence[str], status: Any) -> tuple[int, float]:

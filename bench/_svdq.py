@@ -35,7 +35,7 @@ POWER_LAW_RANK = 64
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [size, size], inputs to calibrate with and others to measure with, both [TOKENS / 2, size] bfloat16."""
+    """A weight [size, size], and inputs for calibration and for measuring, each [TOKENS / 2, size] bfloat16."""
 
     name: str
     weight: Tensor
@@ -44,7 +44,7 @@ class Matrix:
 
 
 def matrices(size: int) -> list[Matrix]:
-    """Gaussian; the same with loud inputs and columns; the same plus a part of low rank."""
+    """Return three matrices: gaussian; the same with outlier inputs and columns; the same plus a low-rank part."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(11))
     inputs, columns = order[: max(1, size * LOUD_INPUTS // 1536)], order[-max(1, size * LOUD_COLUMNS // 1536) :]
     weight, x = gaussian(size, size, seed=12), gaussian(TOKENS, size, seed=13)
@@ -71,13 +71,13 @@ def power_law(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer whose weight is rounded as it is, and whose activations are rounded by the group."""
+    """A layer whose weight is rounded directly, and whose activations are rounded per group."""
 
     weight: Tensor
     layout: SvdqLayout
 
     def found(self) -> Tensor:
-        """The weight that the layer stands for, float32."""
+        """Return the layer's effective weight, float32."""
         return self.weight
 
     def output(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer of stored tensors: the same two questions."""
+    """A layer of stored tensors, with the same two methods."""
 
     tensors: Mapping[str, Tensor]
     layout: SvdqLayout
@@ -103,7 +103,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Way:
-    """A row: what makes the layer, and what it takes in bits a weight."""
+    """A row: a function that makes the layer, and its bits per weight."""
 
     name: str
     bits: float
@@ -169,12 +169,12 @@ def peer_split(matrix: Matrix, layout: SvdqLayout, refits: int) -> Stored:
 
 
 def peer_missing() -> str | None:
-    """Why cache-dit's quantiser is not there; None if it is. The import takes ten seconds."""
+    """Return why cache-dit's quantiser is missing; None if it is there. The import takes ten seconds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from cache_dit.quantization.svdquant import quantizer  # noqa: F401
-    # A wheel for another torch raises what it likes; the table says what.
+    # A wheel for another torch may raise any error; the table shows it.
     except Exception as err:
         text = str(err).strip().splitlines()
         return f"not available: {type(err).__name__}: {text[0] if text else ''}"

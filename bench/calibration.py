@@ -1,18 +1,18 @@
-"""Calibration: how far two renders of the demo are apart, where that must count as the same and where it must not.
+"""Calibration: measures how far apart two renders of the demo are, for pairs that must pass and pairs that must fail.
 
     python bench/calibration.py [--jobs demo|nightly] [--quick] [--models DIR] [--media DIR] [--work DIR] [--json PATH]
 
 `demo`: five jobs of 96x144 (one segment, two, four with an overlap of 5, guided, replacing), 4 steps. `nightly`: the
-jobs of manifests/nightly.yaml. On the CPU; each way to render them is `video-lab run` in a new process with a cache of
-its own, so that preprocessing is computed again, too.
+jobs of manifests/nightly.yaml. Everything runs on the CPU. Each variant is rendered by `video-lab run` in a new process
+with a separate cache, so that preprocessing is computed again too.
 Pairs that must pass: another number of threads, other CPU instructions, the autoencoder in bfloat16, another crf. Pairs
-that must fail: another seed, one step fewer; of the demo, also another reference, another dance, FP4 weights instead of
+that must fail: another seed, one step fewer; for the demo also another reference, another dance, FP4 weights instead of
 bfloat16 ones. One pair is not rendered: the plain frames, multiplied by 1.02 from the second segment on.
 
-Of a pair that must pass, the worst job counts; of one that must fail, the best one. A metric tells a failing pair apart
-if the gap between both is as wide as METRICS says (3 dB of PSNR); the limit is the middle between the worst passing job
-and the nearest pair that it tells apart. A failing pair that no metric tells apart is no gate. Renders stay in `--work`
-and are not made again.
+For a pair that must pass the worst job counts; for a pair that must fail the best one. A metric separates a failing
+pair if the gap between both is at least that of METRICS (3 dB of PSNR). The limit is the middle between the worst
+passing job and the nearest separated pair. A failing pair that no metric separates is not a gate. Renders are kept in
+`--work` and are not made again.
 """
 
 from __future__ import annotations

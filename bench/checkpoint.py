@@ -1,4 +1,4 @@
-"""The streaming quantiser over a synthetic float32 store in shards: speed beside reading the same files, memory.
+"""The streaming quantiser on a synthetic float32 store in shards: its speed beside plain reading, and its memory.
 
     python bench/checkpoint.py [--gb 4] [--json PATH]
 
@@ -34,7 +34,7 @@ CONFIG = {
 
 
 class AnonymousMemory:
-    """Highest RssAnon of this process inside the block, bytes: what is not a page of a mapped file."""
+    """Measures the highest RssAnon of this process inside a block, in bytes: memory without mapped files."""
 
     def __enter__(self) -> AnonymousMemory:
         self.peak, self._stop = 0, threading.Event()

@@ -2,19 +2,19 @@
 
     python bench/cluster_scale.py [--jobs N] [--gpus N] [--rates R,R,…] [--gpu NAME] [--gpu-hour PRICE] [--json PATH]
 
-It is a simulation (`_fleet.py`) and no measurement. Four ways to share the jobs out are compared: each machine has
-every N-th job (static shards), as written or balanced by the forecast (`submit --shards auto`); runners take any job
-that no other holds a lease of (`--shard any`); a driver hands the longest jobs out first (`HandOut`, which the Ray
-driver uses). What decides is the product's own code. Machines are killed at a rate, at once, or two minutes after a
-notice; another one takes the place of each.
+It is a simulation (`_fleet.py`), not a measurement. It compares four ways to share the jobs. Static shards: each
+machine has every N-th job, in the written order or balanced by the forecast (`submit --shards auto`). `--shard any`:
+runners take any job that no other runner has leased. Ray driver: a driver hands the longest jobs out first (`HandOut`).
+The product's own code makes the decisions. Machines are killed at a given rate, at once or two minutes after a notice,
+and each one is replaced.
 
 Jobs: 480x832, frames log-normal around 120 with a sigma of 0.7, at least 33 and at most 1,200, in random order. Device
-seconds are the product's forecast for `fp4-distill` on one GPU, times a log-normal error with a sigma of 0.1 that no
-forecast knows. Preparing takes 0.048 s a frame: a person detector at 76 and a pose network at 29 frames a second, as
-published. Delivering: 0.17 s a segment to keep it on S3 (`bench/segment_cost.py`), and 1 s, assumed. The model is
-loaded in 90 s, a new machine is there after 180 s, the driver hears of a killed machine after 30 s, and a request takes
-20 ms: assumed. Requests are counted with the real loop (`_store_requests.py`), the bytes of summaries with the real
-writer, how often it writes by its own rules.
+seconds are the product's forecast for `fp4-distill` on one GPU, times a log-normal error with a sigma of 0.1, which the
+forecast does not contain. Preparing takes 0.048 s a frame: a person detector at 76 and a pose network at 29 frames a
+second, as published. Delivering: 0.17 s a segment to keep it on S3 (`bench/segment_cost.py`), and 1 s, assumed. The
+model is loaded in 90 s, a new machine is ready after 180 s, the driver notices a killed machine after 30 s, and a
+request takes 20 ms: assumed. Requests are counted with the real loop (`_store_requests.py`), the bytes of summaries
+with the real writer, how often it writes by its own rules.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def simulate(
 def bench(jobs: int, gpus: int, rates: list[float], gpu_name: str, price: float, seed: int) -> dict[str, Any]:
     gpu = find_device(gpu_name)
     if gpu is None:
-        raise SystemExit(f"nothing is known of a GPU {gpu_name!r}")
+        raise SystemExit(f"there is no forecast for a GPU {gpu_name!r}")
     works = make_works(jobs, gpu, seed)
     counted, weight = count_requests(), weigh_summaries()
     look_s = sum(counted.done.values()) * LATENCY_S

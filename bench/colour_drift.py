@@ -1,16 +1,16 @@
-"""Colour drift: what the options `colour: seam` and `anchor` do to a long clip of the demo model, beside Reinhard's.
+"""Colour drift: effect of the options `colour: seam` and `anchor` on a long clip of the demo model, beside Reinhard's.
 
     python bench/colour_drift.py [--segments N,N] [--clips N] [--models DIR] [--strip PNG] [--json PATH]
 
 Dancers of random looks (tools/demo_world.py), 96x144, windows of 21 frames with one in common, 4 steps; 8 and 16
-segments. Each clip is rendered by the product's own pipeline with each option: as the model drifts by itself, and with
-a drift that is put into what the autoencoder decodes, 1.5 % more gain in each segment and an offset in each channel.
+segments. Each clip is rendered by the product's own pipeline with each option: with the model's own drift, and with an
+added drift of the decoded frames, 1.5 % more gain in each segment and an offset in each channel.
 
-The measures know the scene: they take pixels that the true dancer never covers. `last` is delta E of the last segment's
+The measures use only pixels that the true dancer never covers. `last` is delta E of the last segment's
 mean picture against the first's, `mean` that of all segments; `truth` is that of the last segment against the true
 room, which the model does not meet exactly in its first segment either (`truth 1`). `step` is the mean step at the
 joints beyond the usual one, `flicker` the change of the mean colour from frame to frame, both in delta E. `texture` is
-the Laplacian energy of the last segment over the first's. `ms` are of the measures and the correction, a segment.
+the Laplacian energy of the last segment over the first's. `ms`: time of the measures and the correction per segment.
 
 The peer is Reinhard's transfer, each frame to the first one: mean and deviation of each channel in Lab, applied to the
 frames of `off`. Ratios are to `off`.

@@ -1,13 +1,13 @@
-"""Comparing: what measuring a new video against the baseline's takes, part by part, beside FFmpeg's filters.
+"""Comparing: the time of measuring a new video against the baseline's, part by part, beside FFmpeg's filters.
 
     python bench/comparing.py [--frames N] [--memory-frames N,N] [--clip PATH] [--json PATH]
 
 480x832, MP4s of the product's own writer at crf 18 and 16: the real clip beside the repository, enlarged, or noise over
-gradients; longer videos repeat its first 100 frames. CPU seconds of the process, all threads, a frame. The peer decodes
+gradients; longer videos repeat its first 100 frames. CPU seconds per frame, of all threads. The peer decodes
 the same two files and runs FFmpeg's psnr and ssim filters through PyAV; its ssim has windows of 8x8 on planes of YUV or
 RGB, ours is that of scikit-image. The floors: decoding both files to RGB, and the four blurs that an SSIM needs.
 
-Memory is the largest resident set of a process of its own for each length, above what it has after the imports.
+Memory is the largest resident set of a separate process for each length, minus its size after the imports.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""The engine: the seed's way and ours in one run, each optimisation added in turn, beside what the machine can do.
+"""The engine: measures the original scripts and our engine in one run, with each optimisation added in turn.
 
     python bench/engine.py [--json PATH] [--seconds S] [--only PART,...] [--quick]
 
-Full-size random weights on a CUDA device, 480x832, 81 frames; scaled down on a CPU, where seconds are CPU seconds of
-one thread on one core, and what needs a GPU reads "not measured". A job is always a new reference and a new dance with
-a known prompt; of its six steps a few are run, and a whole one is its fixed part and six at their pace. Work is done in
-order of its worth, each piece only if it is likely to end in time (--seconds, 420 on CUDA): the rest reads "not
-measured". On a CPU each number is that of the cheapest of three jobs, the original scripts' too. The JSON file is
-written again after each table.
+On a CUDA device: full-size random weights, 480x832, 81 frames, beside the machine's measured limits. On a CPU: a small
+model; seconds are CPU seconds of one thread on one core, and rows that need a GPU read "not measured". Each job has
+a new reference and a new dance, and a known prompt. Only a few of its six steps are run; the time of a whole job is its
+fixed part plus six steps. The most important tables come first. A measurement is left out ("not measured") if it would
+probably not end in time (--seconds, 420 on CUDA). On a CPU each number is that of the cheapest of three jobs, also for
+the original scripts. The JSON file is written again after each table.
 
-`--only` chooses tables. What a table needs of another is measured for it. The original scripts run only where a table
-compares with them: for the waterfall, whatever time they take; for headlines and hd, if they fit.
+`--only` chooses tables. If a table needs values of another one, they are measured too. The original scripts run only
+for tables that compare with them: for the waterfall in any case, for headlines and hd if there is time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from _engine_autoencoder import NARROW, later_scenes, walks
 from _engine_ceilings import attentions, best, linears, products
-from _engine_runs import STEPS, Clip, DeviceMemory, Seed, Spent, clock_of, run_ours
+from _engine_runs import STEPS, Clip, DeviceMemory, OriginalScripts, Spent, clock_of, run_ours
 from _engine_settings import ALL_OFF, Bench, NotInTime, OneEngine, all_on, attempt, free, in_gb, load_resident, settings
 from _engine_store import FULL, SMALL, write_store
 from _pinned_thread import pin_to_one_thread
@@ -60,25 +60,25 @@ from runner.spec.recipes import FAST_RECIPE, Recipe, get_recipe
 from runner.weights.resolved import ResolvedRecipe
 from runner.weights.store import ModelStore
 
-JOBS_ON_A_CPU = 3  # seconds there differ by a fifth from job to job
+JOBS_ON_A_CPU = 3  # on a CPU the seconds differ by a fifth from job to job
 CARDS_GB = (24, 16, 12, 8)
-LEAST_GB = 6  # what mode minimal is to stay below
+LEAST_GB = 6  # mode minimal must stay below it
 HD = (1280, 720)
 USUAL = (Window(832, 480, 81),)
 SQUARE = 8192  # a side of the product that a GPU's ceiling is read from
 ORIGINALS_S = 110.0  # seconds to load and run the original scripts on an H200: an estimate
 
 
-def waterfall(engine: OneEngine, seed: Spent | str, best_of_ours: Spent | str) -> dict[str, Spent | str]:
-    """What each setting took, in their order. `best_of_ours`: measured already."""
+def waterfall(engine: OneEngine, original: Spent | str, best_of_ours: Spent | str) -> dict[str, Spent | str]:
+    """Return the measurement of each setting in order. `best_of_ours`: measured already."""
     bench, last = engine.bench, all_on(engine.bench)
     found: dict[str, Spent | str] = {}
     for setting in settings():
         if setting == last:
             found[setting.what] = best_of_ours
             continue
-        # No row is slower than the seed's; rows with all blocks compiled are much like the last one.
-        like = best_of_ours if setting.attention and isinstance(best_of_ours, Spent) else seed
+        # No row is slower than the original scripts; rows with all blocks compiled are similar to the last one.
+        like = best_of_ours if setting.attention and isinstance(best_of_ours, Spent) else original
         expected = bench.takes(
             spent_or_none(like), compiling=setting.switches.compile is True and not setting.attention
         )
@@ -91,8 +91,7 @@ def spent_or_none(found: Spent | str) -> Spent | None:
 
 
 def low_bits(engine: OneEngine, found: dict[str, Spent | str], like: Spent | None) -> Rows:
-    """The computes that this device has, beyond the exact one; not exact, each within its self-test's limit. What was
-    measured before is in `found`."""
+    """Measure the device's GEMM precisions other than exact; each passes its self-test. `found`: earlier results."""
     bench, rows = engine.bench, list[dict[str, object]]()
     for compute in [row.name for row in PRECISIONS.values() if row.layout not in ("exact", "svdq")]:  # of FP4 weights
         if compute not in found:
@@ -102,7 +101,7 @@ def low_bits(engine: OneEngine, found: dict[str, Spent | str], like: Spent | Non
 
 
 def as_chosen(engine: OneEngine, like: Spent | None) -> Spent | str:
-    """With the products and attention that the device chooses; in 16 bits the autoencoder is in all settings."""
+    """Measure with the GEMM precision and attention that the device chooses; the autoencoder is always in 16 bits."""
     bench, shape = engine.bench, engine.bench.costs.transformer
     if not bench.cuda:
         return "needs a GPU"
@@ -121,7 +120,7 @@ def in_fewer_bits(engine: OneEngine, compute: Any, like: Spent | None) -> Spent 
 
 
 def linears_of(held: OneEngine, ceiling: float | None) -> Rows:
-    """The block's linears alone, exact, and in the 8 bits that are advised here."""
+    """Measure the block's linears alone, exact and in the recommended 8-bit precision."""
     engine, bench, rows = held.get(), held.bench, list[dict[str, object]]()
     tokens = bench.costs.transformer.tokens(*bench.scale.size, bench.scale.frames)
     eight = advised(capability_of(bench.device)) if bench.cuda else DEFAULT_PRECISION
@@ -142,27 +141,32 @@ def linears_of(held: OneEngine, ceiling: float | None) -> Rows:
 
 
 def headlines(
-    seed: Seed | None, seed_clip: Spent | str, exact: Spent | str, eight: Spent | str, name: str, cold: Spent | str
+    original: OriginalScripts | None,
+    original_clip: Spent | str,
+    exact: Spent | str,
+    eight: Spent | str,
+    name: str,
+    cold: Spent | str,
 ) -> Rows:
-    """One warm clip, and a cold manifest of four jobs: two references, two dances, one prompt."""
+    """Return rows of one warm clip, and of a cold manifest of four jobs: two references, two dances, one prompt."""
 
     def total(spent: Spent | str) -> float | None:
         return spent.clip_s(STEPS) if isinstance(spent, Spent) else None
 
-    theirs = total(seed_clip)
+    theirs = total(original_clip)
     return [
         comparison("a warm clip, exact products", theirs, total(exact)),
         comparison(f"a warm clip, {name} products", theirs, total(eight)),
         comparison(
-            "a cold manifest of four; the seed: a process a job",
-            None if theirs is None or seed is None else 4 * (seed.load_s + theirs),
+            "a cold manifest of four; original scripts: one process per job",
+            None if theirs is None or original is None else 4 * (original.load_s + theirs),
             cold.fixed_s if isinstance(cold, Spent) else None,
         ),
     ]
 
 
 def cold_manifest(bench: Bench, like: Spent | None) -> Spent:
-    """Seconds of it all as `fixed_s`. Compiled code comes from disk, as in every process but a machine's first."""
+    """Return the total seconds as `fixed_s`. Compiled code comes from disk, as after a machine's first process."""
     bench.check(30 * bench.cuda + (0.0 if like is None else 4 * like.clip_s(bench.steps)))
     first, bench.clips = bench.clips + 1, bench.clips + 2
     torch._dynamo.reset()
@@ -177,17 +181,17 @@ def cold_manifest(bench: Bench, like: Spent | None) -> Spent:
     return replace(spent, fixed_s=seconds)
 
 
-def comparison(what: str, seed: float | None, ours: float | None) -> dict[str, object]:
+def comparison(what: str, original: float | None, ours: float | None) -> dict[str, object]:
     return {
         "what": what,
-        "seed, s": NOT_MEASURED if seed is None else seed,
+        "original, s": NOT_MEASURED if original is None else original,
         "ours, s": NOT_MEASURED if ours is None else ours,
-        "ratio": None if seed is None or ours is None else seed / ours,
+        "ratio": None if original is None or ours is None else original / ours,
     }
 
 
 def cards() -> dict[str, list[int]]:
-    """Memory mode -> the cards, by GB, for which `auto` chooses it with the 14B model at 480x832, 81 frames."""
+    """Return memory mode -> cards, in GB, for which `auto` chooses it with the 14B model at 480x832, 81 frames."""
     recipe, found = get_recipe("fp4-distill"), dict[str, list[int]]()
     for card in CARDS_GB:
         plan, _ = choose_plan("auto", recipe, PRODUCTION, round(card * 1e9), windows=USUAL)
@@ -196,14 +200,14 @@ def cards() -> dict[str, list[int]]:
 
 
 def plan_of(mode: Any, card_gb: int | None, recipe: Recipe) -> MemoryPlan:
-    """The plan of a mode that `auto` takes on such a card."""
+    """Return the plan of a mode that `auto` takes on a card of this size."""
     if card_gb is None or mode != "resident":
         return make_plan(mode, recipe)
     return choose_plan("resident", recipe, PRODUCTION, round(card_gb * 1e9), windows=USUAL)[0]
 
 
 def modes(bench: Bench, like: Spent | None) -> Rows:
-    """Every memory mode, as on the smallest card that `auto` chooses it for: forecast beside the measured peak."""
+    """Measure every memory mode under the cap of the smallest card that `auto` chooses it for, with its forecast."""
     rows: dict[str, dict[str, object]] = {}
     production, chosen, size = get_recipe("fp4-distill"), cards(), (*bench.scale.size, bench.scale.frames)
     for mode in ("stream", "minimal", "resident"):
@@ -213,7 +217,7 @@ def modes(bench: Bench, like: Spent | None) -> Rows:
         full = forecast_memory(plan_of(mode, card, production), production, PRODUCTION, 832, 480, 81)
 
         def work(plan: MemoryPlan = plan, card: int = card) -> Spent:
-            # Resident is much like what was measured; less memory takes longer, without compiled blocks much longer.
+            # Resident takes as long as the job before. Less memory takes longer, uncompiled blocks much longer.
             bench.check(15 * bench.cuda + bench.takes(like) * (1.2 if plan.compiled else 3))
             with capped(bench, card):
                 pipeline, _ = load_pipeline(ResolvedRecipe(bench.store, bench.recipe), bench.device, plan=plan)
@@ -239,7 +243,7 @@ def modes(bench: Bench, like: Spent | None) -> Rows:
 
 @contextmanager
 def capped(bench: Bench, card_gb: int) -> Iterator[None]:
-    """On CUDA: torch's allocator may not exceed what such a card has beside the context."""
+    """On CUDA: limit torch's allocator to the memory of a card of this size without the context."""
     if not bench.cuda:
         yield
         return
@@ -251,8 +255,10 @@ def capped(bench: Bench, card_gb: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
 
 
-def in_hd(bench: Bench, engine: OneEngine, seed: Seed | None, seed_clip: Spent | str, like: Spent | None) -> Rows:
-    """Both at 1280x720, 81 frames."""
+def in_hd(
+    bench: Bench, engine: OneEngine, original: OriginalScripts | None, original_clip: Spent | str, like: Spent | None
+) -> Rows:
+    """Measure both at 1280x720, 81 frames."""
     frames, tflop = bench.scale.frames, bench.costs.step_tflop
     per_step = tflop(*HD, frames) / tflop(*bench.scale.size, frames)
     pixels = HD[0] * HD[1] / (bench.scale.size[0] * bench.scale.size[1])
@@ -267,22 +273,22 @@ def in_hd(bench: Bench, engine: OneEngine, seed: Seed | None, seed_clip: Spent |
             return bench.measure(held.pipeline, size=HD)
 
     def theirs() -> Spent:
-        if seed is None:
-            raise NotInTime(str(seed_clip))
-        bench.check(bench.takes(larger(spent_or_none(seed_clip))))
-        return seed.run(bench.clip(HD), bench.steps, bench.sampler)
+        if original is None:
+            raise NotInTime(str(original_clip))
+        bench.check(bench.takes(larger(spent_or_none(original_clip))))
+        return original.run(bench.clip(HD), bench.steps, bench.sampler)
 
     rows: Rows = []
-    for name, work in (("ours", ours), ("the seed's way", theirs)):
+    for name, work in (("ours", ours), ("the original scripts", theirs)):
         what = f"{name}, 1280x720"
         rows.append(bench.row(what, attempt(what, work) if bench.cuda else "needs a GPU", HD))
     return rows
 
 
 def forecasts() -> Rows:
-    """The cost model's seconds for 480x832, 81 frames, 6 steps. Forecasts, not measurements."""
+    """Return the cost model's seconds for 480x832, 81 frames, 6 steps. They are forecasts, not measurements."""
     builds = {
-        "seed's way": EngineBuild(stepwise=True, fused=False, shared=False, blank_again=True, library_walk=True),
+        "original scripts": EngineBuild(stepwise=True, fused=False, shared=False, blank_again=True, library_walk=True),
         "exact": EngineBuild(),
         "exact, bf16 VAE": EngineBuild(vae="bfloat16"),
         "nvfp4, 8-bit attention": EngineBuild("nvfp4", attention_8bit=True, vae="bfloat16"),
@@ -317,21 +323,21 @@ def ceilings(bench: Bench) -> Rows:
 
 
 def autoencoder_rows(bench: Bench, what: str, seconds: float, measure: Callable[..., Rows], *more: Any) -> Rows:
-    """At full size on a GPU, where it takes about `seconds`; on a CPU the published autoencoder, narrower."""
+    """Measure at full size on a GPU, where it takes about `seconds`; on a CPU with a narrower autoencoder."""
     try:
         bench.check(seconds * bench.cuda)
         return measure({} if bench.cuda else NARROW, bench.scale.size, bench.device, *more)
-    except Exception as err:  # one piece that fails must not take the others with it
+    except Exception as err:  # a measurement that fails must not stop the others
         return [{what: f"{NOT_MEASURED}: {err!s:.60}"}]
 
 
 def walks_beside(bench: Bench) -> Rows:
-    """A window by the library's walk, of which a GPU takes 4 to 8 s (a forecast), and by ours."""
+    """Measure a window by the library's frame loop (4 to 8 s on a GPU, a forecast) and by ours."""
     return autoencoder_rows(bench, "autoencoder", 90, walks, bench.scale.frames)
 
 
 def scenes(bench: Bench) -> Rows:
-    """A window of 81 frames: six of 3 to 4 s each and four shorter ones on an RTX 5090 (a forecast)."""
+    """Measure a window of 81 frames: six runs of 3 to 4 s and four shorter ones on an RTX 5090 (a forecast)."""
     return autoencoder_rows(bench, "scene of a later window", 20, later_scenes)
 
 
@@ -354,7 +360,7 @@ NAMES = (
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """The tables that `--only` names."""
+    """Return the tables that `--only` names."""
     names = tuple(name.strip() for name in text.split(","))
     wrong = [name for name in names if name not in NAMES]
     if wrong:
@@ -367,7 +373,7 @@ def measure_all(
     chosen: Collection[str] = NAMES,
     report: Callable[[dict[str, Rows]], None] = lambda tables: None,
 ) -> dict[str, Rows]:
-    """The chosen tables by name. `report` gets those that are there whenever one is added or grows."""
+    """Measure the chosen tables. `report` gets all tables so far whenever one is added or grows."""
     tables: dict[str, Rows] = {}
 
     def wanted(*names: str) -> bool:
@@ -395,7 +401,7 @@ def measure_all(
     if wanted("linears"):
         keep("linears", linears_of(engine, best(tables.get("ceilings", []), "product")))
     if wanted("modes", "headlines", "waterfall", "hd"):
-        engine.drop()  # caps and cold starts are for what is alone on the device, and so are the original scripts
+        engine.drop()  # caps, cold starts and the original scripts need the device for themselves
     if wanted("modes"):
         keep("modes", modes(bench, like))
     cold: Spent | str = "not chosen"
@@ -403,20 +409,20 @@ def measure_all(
         cold = attempt("a cold manifest of four", lambda: bench.cheapest(lambda: cold_manifest(bench, like)))
         free(bench.device)
         keep("headlines", headlines(None, "not yet", exact, fewer[eight], eight, cold))
-    seed: Seed | None = None
-    seed_clip: Spent | str = "not chosen"
+    original: OriginalScripts | None = None
+    original_clip: Spent | str = "not chosen"
     if wanted("headlines", "waterfall", "hd"):
-        seed, seed_clip = original_scripts(bench, at_any_time=wanted("waterfall"))
+        original, original_clip = original_scripts(bench, at_any_time=wanted("waterfall"))
     if wanted("headlines"):
-        keep("headlines", headlines(seed, seed_clip, exact, fewer[eight], eight, cold))
+        keep("headlines", headlines(original, original_clip, exact, fewer[eight], eight, cold))
     if wanted("waterfall"):
-        rows = [bench.row("the seed's way: library's pipeline, models wait on the host", seed_clip)]
-        rows += [bench.row(what, spent) for what, spent in waterfall(engine, seed_clip, exact).items()]
+        rows = [bench.row("the original scripts: library's pipeline, models wait on the host", original_clip)]
+        rows += [bench.row(what, spent) for what, spent in waterfall(engine, original_clip, exact).items()]
         keep("waterfall", rows)
     if wanted("low_bits"):
         keep("low_bits", low_bits(engine, fewer, like))
     if wanted("hd"):
-        keep("hd", in_hd(bench, engine, seed, seed_clip, like))
+        keep("hd", in_hd(bench, engine, original, original_clip, like))
     alone: dict[str, Callable[[], Rows]] = {"walks": lambda: walks_beside(bench), "scenes": lambda: scenes(bench)}
     for name, table in (alone | {"forecasts": forecasts}).items():
         if wanted(name):
@@ -424,24 +430,24 @@ def measure_all(
     return {name: tables[name] for name in TITLES if name in tables}
 
 
-def original_scripts(bench: Bench, *, at_any_time: bool) -> tuple[Seed | None, Spent | str]:
-    """Them, loaded, and what a clip took; (None, why not) where they do not fit into the time that is left."""
-    loaded: list[Seed] = []
+def original_scripts(bench: Bench, *, at_any_time: bool) -> tuple[OriginalScripts | None, Spent | str]:
+    """Load the original scripts and measure a clip; return (None, reason) if there is not enough time left."""
+    loaded: list[OriginalScripts] = []
 
     def work() -> Spent:
         if not at_any_time:
             bench.check(ORIGINALS_S * bench.cuda)
-        loaded.append(Seed(bench.store, bench.recipe, bench.device))
-        loaded[0].run(bench.clip(frames=5), 1, bench.sampler)  # loads what is loaded once
+        loaded.append(OriginalScripts(bench.store, bench.recipe, bench.device))
+        loaded[0].run(bench.clip(frames=5), 1, bench.sampler)  # warm-up: some parts are loaded at the first run
         return bench.cheapest(lambda: loaded[0].run(bench.clip(), bench.steps, bench.sampler))
 
-    found = attempt("the seed's way", work)
+    found = attempt("the original scripts", work)
     free(bench.device)
     return (loaded[0] if loaded and isinstance(found, Spent) else None), found
 
 
 def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
-    """How far we are from what the machine does."""
+    """Return notes that compare the results with the machine's limits."""
     rows = [*tables.get("waterfall", []), *tables.get("exact", [])]
     found = [row for row in rows if isinstance(row["TFLOP/s"], float)]
     fastest = max(found, key=lambda row: row["TFLOP/s"], default=None)
@@ -472,7 +478,7 @@ def notes(bench: Bench, tables: dict[str, Rows]) -> list[str]:
 
 
 def scratch(device: torch.device) -> str | None:
-    """Where the store of 16 GB is written: in memory where there is plenty of it, for a disk may take a minute."""
+    """Return the folder for the store of 16 GB: in memory if there is enough, because a disk may take a minute."""
     memory = Path("/dev/shm")
     plenty = device.type == "cuda" and memory.is_dir() and shutil.disk_usage(memory).free > 50e9
     return str(memory) if plenty else None
@@ -486,11 +492,11 @@ def run(
     quick: bool = False,
     report: Callable[[dict[str, Rows]], None] = lambda tables: None,
 ) -> tuple[dict[str, Rows], list[str]]:
-    """The chosen tables, and notes on them. To be called before the process has used the device.
+    """Return the chosen tables and notes on them. Must be called before the process has used the device.
 
-    On a CPU the process is left with one thread on one core.
+    On a CPU the process is restricted to one thread on one core.
     """
-    began, memory = time.monotonic(), DeviceMemory()  # before this process holds any
+    began, memory = time.monotonic(), DeviceMemory()  # before this process uses any
     if device.type == "cpu":
         pin_to_one_thread()
     grow_segments(device)  # as a run does
@@ -521,9 +527,9 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the tables here too")
-    parser.add_argument("--seconds", type=float, help="leave out what would begin after this many")
-    parser.add_argument("--only", type=names_of, default=NAMES, metavar="PART,...", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--quick", action="store_true", help="a smaller clip and fewer steps: does it all run?")
+    parser.add_argument("--seconds", type=float, help="leave out measurements that would begin after so many seconds")
+    parser.add_argument("--only", type=names_of, default=NAMES, metavar="PART,...", help=f"tables: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="a smaller clip and fewer steps, to test that it runs")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the store of 16 GB is removed then
     tables, lines = run(

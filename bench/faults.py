@@ -1,12 +1,12 @@
-"""Faults: runs that are killed or whose disk or S3 server fails, and what was lost by it: nothing.
+"""Faults: kills runs, or lets their disk or S3 server fail, and checks that nothing is lost.
 
     python bench/faults.py [--trials N] [--seed N] [--json PATH]
 
-Each trial is a whole `video-lab run` of two or three jobs with a stub for the model, everything else as in production:
-killed with SIGKILL at a change of the output folder, before or after a request, or at a random instant; or with one
-file operation or request that fails, or all that follow. Then the output is looked at from outside, the same command is
-given again without a fault, and every job must be done with the frames of an undisturbed run. Local trials and those
-over S3 (moto behind a line that fails on demand) run beside each other, a process each; see `tests/faults/trials.py`.
+Each trial is a whole `video-lab run` of two or three jobs. Only the model is a stub. The run is killed with SIGKILL at
+a change of the output folder, before or after a request, or at a random time. Or one file operation or request fails,
+or all later ones too. Then the output is checked from outside, the same command runs again without a fault, and every
+job must be done with the frames of an undisturbed run. Local trials and S3 trials (moto behind a connection that fails
+on demand) run in parallel in two processes; see `tests/faults/trials.py`.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python bench/half_autoencoder.py [--clips N] [--models DIR] [--json PATH]
 
-The frames that the product's own pipeline gives (uint8, 96x144, windows of 9 frames with one in common, so that each
-segment but the first begins with the decoded end of the one before), with the autoencoder in bfloat16 and in float16,
-beside the same with float32; all else in float32. `autoencoder alone`: a clip that is encoded and decoded, window by
-window in the same chain. PSNR in dB over all frames, and over those of the last segment.
+It compares frames of the product's own pipeline (uint8, 96x144, windows of 9 frames with one in common) with the
+autoencoder in bfloat16 and in float16 against float32; everything else is in float32. Each segment after the first
+begins with the decoded end of the one before. `autoencoder alone`: a clip that is encoded and decoded, window by window
+in the same chain. PSNR in dB over all frames, and over those of the last segment.
 """
 
 from __future__ import annotations

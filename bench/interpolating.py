@@ -2,11 +2,11 @@
 
     python bench/interpolating.py [--rife FILE] [--clip PATH] [--every N] [--json PATH]
 
-Odd frames of a clip are dropped and rebuilt from their neighbours: of every N-th triple. RGB PSNR against the frame
-that was dropped; seconds of the wall a frame, the median. FFmpeg's minterpolate (mci, through PyAV) doubles the rate of
-the even frames in one pass; its seconds are those of the pass, a frame. The floor is the network's convolutions at the
-rate that torch reaches on one large convolution in the same run. FILE: made by tools/convert_rife.py; without one the
-network has random weights, and no quality is reported.
+Odd frames of a clip are dropped and rebuilt from their neighbours, in every N-th triple. Reported are the RGB PSNR
+against the dropped frame, and the median wall seconds per frame. FFmpeg's minterpolate (mci, through PyAV) doubles the
+rate of the even frames in one pass; its seconds are those of the pass per frame. The floor is the time of the network's
+convolutions at the rate of one large convolution of torch in the same run. FILE: made by tools/convert_rife.py; without
+it the network has random weights, and no quality is reported.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Jobs: CPU time of a job among twenty that share prompt, references and dances, beside a process a job, in one run.
+"""Jobs: CPU time of a job among twenty that share prompt, references and dances, beside one process per job.
 
     python bench/jobs.py [--jobs N] [--processes N] [--quick] [--json PATH]
 
-Twenty jobs of one prompt, two references and two dances, with the tiny demo models in float32 on one thread: rendered
-by one process that keeps what jobs share, by the same without keeping it, and the seed's way, a fresh process for each
-job with the library's own pipeline (`_seed_job.py`). Same schedule and seeds; the frames must be the same to the bit.
-Preprocessing and writing are outside of all of them. Tiny models import and load for longer than they render; for the
-14B model the parts weigh otherwise, so that every part has a row. `--quick`: few small jobs and no other process.
+Twenty jobs of one prompt, two references and two dances, with the tiny demo models in float32 on one thread. They are
+rendered three ways: by one process that caches what jobs share; by the same process without caches; and by the original
+scripts, one new process per job with the library's pipeline (`_original_job.py`). Schedule and seeds are equal, and the
+frames must be bit-identical. Preprocessing and writing are not included. Tiny models import and load for longer than
+they render; the shares are different for the 14B model, so that every part has a row. `--quick`: few small jobs and no
+other process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import _seed_job as seed_job  # noqa: E402
+import _original_job as original_job  # noqa: E402
 import numpy as np  # noqa: E402
 from _json_file import write_json  # noqa: E402
 
@@ -41,7 +42,7 @@ SHARED = ("prompt", "clip", "reference", "blank", "pose_latents")
 
 @dataclass(frozen=True)
 class Shape:
-    """What is rendered: frames of width x height, all in one window."""
+    """The size of the clip: frames of width x height, all in one window."""
 
     frames: int
     width: int
@@ -106,13 +107,13 @@ class Ours:
 
 
 def a_process(store: Path, source: Source, prompt: str, seed: int, scratch: Path) -> dict[str, Any]:
-    """One job the seed's way: CPU seconds by part, and the digest of its frames."""
+    """Render one job with the original scripts: CPU seconds by part, and the digest of its frames."""
     inputs = scratch / "inputs.npz"
     np.savez(inputs, reference=source.picture, pose=source.pose, face=source.face, prompt=np.array(prompt))
-    command = [sys.executable, str(HERE / "_seed_job.py"), str(store), str(inputs), str(STEPS), str(seed)]
+    command = [sys.executable, str(HERE / "_original_job.py"), str(store), str(inputs), str(STEPS), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the seed's way failed:\n{done.stderr}")
+        raise RuntimeError(f"the original scripts failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -142,7 +143,7 @@ def bench(jobs: int, processes: int, checked: int, shape: Shape, *, whole_proces
         ours, cpu, digests = Ours(store, shape), [], {}
         for seed in range(jobs):
             frames = ours.render(sources[seed % 4], DEFAULT_PROMPT, seed)
-            digests[seed] = seed_job.digest(frames)
+            digests[seed] = original_job.digest(frames)
             cpu.append(time.process_time() - begin - sum(cpu))
         lookups = dict(ours.lookups)
 
@@ -150,25 +151,25 @@ def bench(jobs: int, processes: int, checked: int, shape: Shape, *, whole_proces
         ours.pipeline.switches = replace(ours.pipeline.switches, tensor_cache=False)
         for seed in range(checked):
             at = time.process_time()
-            alike = seed_job.digest(ours.render(sources[seed % 4], DEFAULT_PROMPT, seed)) == digests[seed]
+            alike = original_job.digest(ours.render(sources[seed % 4], DEFAULT_PROMPT, seed)) == digests[seed]
             forgetful.append(time.process_time() - at)
             if not alike:
                 raise RuntimeError(f"job {seed}: other frames without the tensor cache")
 
         components = store / ours.recipe.weights
-        pipe, library = seed_job.load(components), []
+        pipe, library = original_job.load(components), []
         for seed in range(checked):  # the first is the warm-up
             inputs = {"reference": sources[seed].picture, "pose": sources[seed].pose, "face": sources[seed].face}
             at = time.process_time()
-            frames = seed_job.render(pipe, inputs, DEFAULT_PROMPT, STEPS, seed)
+            frames = original_job.render(pipe, inputs, DEFAULT_PROMPT, STEPS, seed)
             library.append(time.process_time() - at)
-            if seed_job.digest(frames) != digests[seed]:
+            if original_job.digest(frames) != digests[seed]:
                 raise RuntimeError(f"job {seed}: the library renders other frames")
 
-        seeds = [
+        originals = [
             a_process(components, sources[i % 4], DEFAULT_PROMPT, i % jobs, Path(folder)) for i in range(processes)
         ]
-        if any(done["frames_sha256"] != digests[i % jobs] for i, done in enumerate(seeds)):
+        if any(done["frames_sha256"] != digests[i % jobs] for i, done in enumerate(originals)):
             raise RuntimeError("a process of its own renders other frames")
 
     found: dict[str, Any] = {
@@ -189,15 +190,15 @@ def bench(jobs: int, processes: int, checked: int, shape: Shape, *, whole_proces
     }
     found["memos_ratio"] = round(found["without_memos_s"] / found["after_s"], 2)
     found["library_ratio"] = round(found["library_s"] / found["after_s"], 2)
-    if seeds:
+    if originals:
         parts = ("import_s", "load_s", "render_s", "cpu_s")
-        found["process_a_job"] = {part: mean([done[part] for done in seeds]) for part in parts}
+        found["process_a_job"] = {part: mean([done[part] for done in originals]) for part in parts}
         found["ratio"] = round(found["process_a_job"]["cpu_s"] / found["after_s"], 1)
     return found
 
 
 def table(found: dict[str, Any]) -> str:
-    seeds, ratio = found["process_a_job"], found["ratio"]
+    originals, ratio = found["process_a_job"], found["ratio"]
 
     def row(label: str, value: float | None, more: str = "") -> str:
         return f"{label:<58}{NOT_MEASURED if value is None else f'{value:.3f}':>13}  {more}".rstrip()
@@ -206,12 +207,16 @@ def table(found: dict[str, Any]) -> str:
         f"{found['jobs']} jobs of one prompt, two references, two dances; {found['shape']}; CPU seconds",
         row("our first job, with imports and loading", found["first_s"]),
         row("each of ours after it", found["after_s"]),
-        row("the same, nothing kept between jobs", found["without_memos_s"], f"{found['memos_ratio']:.2f}x"),
+        row("the same, without caches between jobs", found["without_memos_s"], f"{found['memos_ratio']:.2f}x"),
         row("the library's pipeline, warm, in one process", found["library_s"], f"{found['library_ratio']:.2f}x"),
-        row("a process a job, the seed's way", seeds and seeds["cpu_s"], f"{ratio:.1f}x" if ratio else ""),
+        row(
+            "the original scripts, a process per job",
+            originals and originals["cpu_s"],
+            f"{ratio:.1f}x" if ratio else "",
+        ),
     ]
     for part in ("import", "load", "render"):
-        lines.append(row(f"  of which {part}", seeds and seeds[f"{part}_s"]))
+        lines.append(row(f"  of which {part}", originals and originals[f"{part}_s"]))
     lines.append("frames equal to the bit in all of them; encoded, of lookups:")
     for name in SHARED:
         lines.append(f"  {name:<20}{found['encoded'][name]:>4} of {found['looked_up'][name]}")
@@ -221,7 +226,7 @@ def table(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=20, metavar="N", help="in one process (20; 4 at least)")
-    parser.add_argument("--processes", type=int, default=3, metavar="N", help="jobs rendered the seed's way (3)")
+    parser.add_argument("--processes", type=int, default=3, metavar="N", help="jobs of the original scripts (3)")
     parser.add_argument("--quick", action="store_true", help="few small jobs, no other process")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     arguments = parser.parse_args(argv)

@@ -2,14 +2,14 @@
 
     python bench/makespan.py [--jobs N] [--workers N] [--mean-s S] [--shares NAMES] [--json PATH]
 
-Real runs in real time: the command line, loop, leases, Ray and its driver are the product's, on a local folder; the
-stages of the model sleep (`_sleeping_stages.py`). Generation takes log-normal seconds (sigma 0.8) around the mean, in
-random order; preparing 0.2 s. Seconds count from the moment at which every worker has its first job, so that starting
-processes and Ray is left out, to the end of the last job by the records. The driver is told the true seconds as its
-forecast; the other two need none.
+These are real runs in real time on a local folder: the command line, loop, leases, Ray and its driver are the
+product's. Only the stages of the model sleep (`_sleeping_stages.py`). Generation takes log-normal seconds (sigma 0.8)
+around the mean, in random order; preparing takes 0.2 s. Time is measured from the moment when every worker has its
+first job (so the start of processes and Ray is left out) to the end of the last job in the records. The driver gets the
+true seconds as its forecast; the other two ways need no forecast.
 
-The bound is the seconds of all jobs over the workers, or the longest job. Beside it stands what static shards take by
-addition, and the list schedule that begins with the longest.
+The bound is the larger of the seconds of all jobs over the workers, and the longest job. Beside it are the computed
+time of static shards, and the list schedule that begins with the longest job.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Int8 on the CPU: what 8-bit matrix products gain and cost, and why networks of convolutions stay in float32.
+"""Int8 on the CPU: gain and cost of 8-bit matrix products, and the reason why convolutional networks stay in float32.
 
     python bench/pose_int8.py [--blocks N] [--crops N] [--real DIR] [--json PATH]
 
 A network of ViT-H's width with N of its 32 blocks and random weights is converted as `--pose-precision int8` does it.
-Times are CPU times a crop, one thread, batch 1, the two sides in turn, the fastest of all repeats. `--real DIR`: a real
-pose network and clip (wholebody_pose_*.onnx, person_detector.onnx, *.mp4): what would become of its joints if its
-convolutions were converted too, which the runner does not do. Joints count where float32 is sure of them (0.5).
+Times are CPU times per crop, one thread, batch 1, both sides in turn, the fastest of all repeats. `--real DIR`: a real
+pose network and clip (wholebody_pose_*.onnx, person_detector.onnx, *.mp4). It shows how its joints would change if its
+convolutions were converted too; the runner does not convert them. Joints count if their float32 confidence is above
+0.5.
 """
 
 from __future__ import annotations

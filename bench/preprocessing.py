@@ -1,10 +1,10 @@
-"""Preprocessing: CPU time a frame by stage, 1080p to 480x832, beside the official steps and a plain loop in one run.
+"""Preprocessing: CPU time per frame by stage, 1080p to 480x832, beside the official steps and a plain loop in one run.
 
     python bench/preprocessing.py [--frames N | --seconds S] [--real DIR] [--json PATH]
 
-Stages are CPU times on one core, where no library starts helpers that would hide their cost from the thread that is
-timed; whole pipelines run on all of them. Warm-up is excluded. The clip is made here: the demo's puppet in 1080x1920,
-found by the demo's tiny networks. `--real DIR`: a real detector, pose network and clip
+Stages are CPU times on one core: there no library starts helper threads, whose cost would not be measured. Whole
+pipelines run on all cores. Warm-up is excluded. The clip is made here: the demo's puppet in 1080x1920, found by the
+demo's tiny networks. `--real DIR`: a real detector, pose network and clip
 (person_detector.onnx, wholebody_pose_*.onnx, *.mp4; the clip is enlarged to 1080p).
 """
 
@@ -43,7 +43,7 @@ from runner.video import reader as reader_module  # noqa: E402
 SOURCE, TARGET = (1080, 1920), (480, 832)
 TARGET_MS = 6.0  # a frame, outside of the networks and of video decoding
 FPS = 30
-WARM_UP = 24  # frames: until the allocator has learned to keep blocks of a window's size
+WARM_UP = 24  # frames, after which the allocator keeps blocks of a window's size
 WINDOW = 40  # frames of a segment handed to the generator, about
 BATCHES = (1, 4, 16)  # crops at once: the CPU's, those of a window of 1080p, a GPU's
 NOT_OURS = ("decode", "detector network", "pose network")
@@ -52,7 +52,7 @@ Name = str | Callable[..., str]
 
 
 class Meter:
-    """CPU seconds of named functions, each without those it calls that are named too; in every thread."""
+    """Measures CPU seconds of named functions in every thread, each without the named functions that it calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Meter:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """All on one core: decoder, scaler and the like count the cores that they may use, and start no helpers."""
+    """Restrict the process to one core: decoder and scaler then start no helper threads."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -294,7 +294,7 @@ def materials(folder: Path, real: Path | None, frames: int) -> tuple[Path, Path,
 
 
 def limits(found: dict[str, Any]) -> list[str]:
-    """What bounds the speed now, in words, out of the numbers."""
+    """Return sentences about the current limits of the speed, from the numbers."""
     mine = found["ours"]
     stages = mine["stages_ms"]
     all_ms = sum(stages.values())
@@ -304,11 +304,11 @@ def limits(found: dict[str, Any]) -> list[str]:
     networks = sum(stages[name] for name in NETWORKS)
     return [
         f"{first} takes most: {stages[first]:.1f} of {all_ms:.1f} ms CPU a frame ({stages[first] / all_ms:.0%}).",
-        f"Outside of networks and decoding it is {most}: {own[most]:.2f} of {mine['outside_ms']:.2f} ms.",
-        f"With networks that cost nothing, one core would do {1e3 / (all_ms - networks):.0f} frames/s, bound by "
+        f"Without networks and decoding, {most} takes most: {own[most]:.2f} of {mine['outside_ms']:.2f} ms.",
+        f"If the networks took no time, one core would do {1e3 / (all_ms - networks):.0f} frames/s, limited by "
         f"{'decoding' if stages['decode'] > mine['outside_ms'] else 'the stages between'} "
         f"({max(stages['decode'], mine['outside_ms']):.1f} ms; a frame is decoded twice: for both networks, and for "
-        "the face, whose box is known when the whole clip is).",
+        "the face, whose box is known only after the whole clip).",
         f"Detecting in every frame would cost {found['every_frame']['cpu_ms'] - mine['cpu_ms']:.1f} ms CPU more.",
     ]
 
@@ -363,12 +363,12 @@ def table(found: dict[str, Any]) -> str:
     met = "met" if found["target_met"] else "MISSED"
     lines.append(f"target outside of networks and decoding: {TARGET_MS:g} ms, {met}")
     for name, times in found["decoding"].items():
-        told = "not installed" if times is None else f"{times['cpu_ms']:.2f} CPU, {times['wall_ms']:.2f} wall"
-        lines.append(f"decoding once, {name:<8}{told}")
+        text = "not installed" if times is None else f"{times['cpu_ms']:.2f} CPU, {times['wall_ms']:.2f} wall"
+        lines.append(f"decoding once, {name:<8}{text}")
     batches = found["pose_batches"]
     if batches["ms_a_crop"]:
-        told = ", ".join(f"{most} at once {ms:.2f}" for most, ms in batches["ms_a_crop"].items())
-        lines.append(f"pose network, CPU ms a crop: {told}; outputs differ by {batches['differs']:.1e}")
+        text = ", ".join(f"{most} at once {ms:.2f}" for most, ms in batches["ms_a_crop"].items())
+        lines.append(f"pose network, CPU ms a crop: {text}; outputs differ by {batches['differs']:.1e}")
     lines.append(f"our heatmap decoding differs from theirs by at most {found['decode_differs_px']:.1e} px")
     return "\n".join([*lines, "what limits it now:", *(f"  {line}" for line in found["limits"])])
 

@@ -1,4 +1,4 @@
-"""Quality: the demo's trained model on characters and dances it has never seen, against the truth.
+"""Quality: the demo's trained model on characters and dances that were not in its training, against the truth.
 
     python bench/quality.py [--clips N | --quick] [--models DIR] [--workers N] [--json PATH]
     python bench/quality.py --samplers --clips 12
@@ -6,11 +6,11 @@
 
 Every clip is a dancer of random looks and a dance (tools/demo_world.py), 96x144, 21 frames, rendered by the product's
 own pipeline. PSNR and SSIM are over the whole frame and inside the union of the true silhouettes over the clip; `edges`
-is the gradient there, 1 being the truth's; `colour` is the distance (CIE76) between the colours of the dancer's parts
-and what is seen where they belong. The weights are the shipped ones, which are bfloat16; they are computed in float32.
+is the gradient there relative to the truth's; `colour` is the distance (CIE76) of the true colours of the dancer's
+parts and the rendered colours there. The weights are the shipped bfloat16 ones; computation is in float32.
 
 `--samplers` compares the samplers at equal counts of model calls instead: `rms own` (of 255) and `psnr own` are against
-the same seed's clip after 200 Euler steps, which stands for the exact solution of the flow.
+the clip of the same random seed after 200 Euler steps, which is taken as the exact solution of the flow.
 """
 
 from __future__ import annotations
@@ -321,9 +321,9 @@ def measure_fast(task: tuple[Path, list[int], list[FastTrial]]) -> list[dict[str
 
 
 def identity(results: list[dict[str, Any]], face_size: int) -> dict[str, Any]:
-    """Does the colour distance tell a clip's own dancer and dance from every other's? All pairs of clips.
+    """Check that the colour distance separates a clip's dancer and dance from all others, over all pairs of clips.
 
-    Of a single clip there is no pair: only its distance to its own dancer.
+    For a single clip there is no pair, only its distance to its own dancer.
     """
     made = [held_out(result["index"], face_size) for result in results]
     joints = [one.take.joints() for one in made]
@@ -352,7 +352,7 @@ def identity(results: list[dict[str, Any]], face_size: int) -> dict[str, Any]:
 
 
 def verdicts(rows: dict[str, dict[str, float]], steps: Iterable[int]) -> dict[str, Any]:
-    """What the table says of what the demo promises."""
+    """Return whether the table meets the demo's claims."""
     named = {n: (rows[f"bf16 {n} official"], rows[f"bf16+lora {n} official"]) for n in steps}
     many = max(named)
     best, floor = named[many][0], rows["copy the reference"]

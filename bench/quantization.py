@@ -1,16 +1,16 @@
-"""FP4 and SVDQuant: errors of formats and methods, what quantising and dequantising cost on the CPU; peers beside them.
+"""FP4 and SVDQuant: errors of formats and methods, CPU cost of quantising and dequantising, beside other libraries.
 
     python bench/quantization.py [--small] [--json PATH]
 
-Errors are relative (L2). "output" is the error of X W^T where one channel of X in two hundred is 20 times as loud;
-the activation method saw other inputs of the same kind. Costs are CPU seconds, which other programs on the machine
-disturb little. "products" are those of one layer in 8 bits, by the definition of its numbers. torchao and comfy-kitchen
-are compared where they are installed. GPU: bench/quantization_gpu.py.
+Errors are relative (L2). "output" is the error of X W^T, where one channel of X in two hundred is 20 times as large;
+the activation method was calibrated on other inputs of the same kind. Costs are CPU seconds, because other programs on
+the machine affect them little. "products" are those of one layer in 8 bits, by the definition of its numbers. torchao
+and comfy-kitchen are compared if they are installed. GPU: bench/quantization_gpu.py.
 
 "SVDQuant W4A4" has three matrices of 1536 x 1536 and 512 tokens; 256 calibrate, the others measure. "outlier": 15 input
-channels are 20 times as loud, 10 columns of the weight 4 times; "structured": the same plus a part of rank 64 whose
-singular values fall as 1/i. "W4A4": activations in four bits too; "W4A16": they stay as they are. The ratios are of
-W4A4 errors, below 1 the row is better. cache-dit's quantiser is compared where it is installed.
+channels are 20 times as large, 10 columns of the weight 4 times; "structured": the same plus a part of rank 64 whose
+singular values fall as 1/i. "W4A4": activations in four bits too; "W4A16": activations unchanged. The ratios are of
+W4A4 errors; a row is better if its ratio is below 1. cache-dit's quantiser is compared if it is installed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from _quantization import (
     cpu_seconds,
     finish,
     gaussian,
+    original_dequantize,
     peers,
     relative_error,
-    seed_dequantize,
     show,
     touched_bytes,
 )
@@ -143,19 +143,19 @@ def quantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict[s
 
 
 def dequantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict[str, str]) -> Rows:
-    """On one thread, so that CPU time is the work and nothing but it."""
+    """Measure on one thread, so that CPU time contains only the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rows: Rows = []
         for dtype in (torch.bfloat16, torch.float32):
             rows += [*_dequantizing(weight, dtype, repeats)]
-        seed = next(row["ns/weight"] for row in rows if row["out"] == "float32")
+        original = next(row["ns/weight"] for row in rows if row["out"] == "float32")
         for peer in others:
             stored = peer.quantize(weight)
             cpu, _ = cpu_seconds(lambda p=peer, s=stored: p.dequantize(s), repeats)
             each = cpu / weight.numel() * 1e9
-            rows.append({"how": peer.name, "out": "float32", "ns/weight": each, "of the seed's": each / seed})
+            rows.append({"how": peer.name, "out": "float32", "ns/weight": each, "of the original's": each / original})
     finally:
         torch.set_num_threads(threads)
     columns = list(rows[0])
@@ -164,7 +164,7 @@ def dequantizing(weight: Tensor, repeats: int, others: list[Peer], missing: dict
 
 
 def multiplying(weight: Tensor, repeats: int) -> Rows:
-    """8-bit products whose weight is brought to codes at each, and those whose codes are kept; on one thread."""
+    """Measure 8-bit products that make the weight's codes each time, and with cached codes; on one thread."""
     threads, rows = torch.get_num_threads(), list[dict[str, object]]()
     torch.set_num_threads(1)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -203,7 +203,7 @@ def _dequantizing(weight: Tensor, dtype: torch.dtype, repeats: int) -> Rows:
     ceiling = out.nbytes / copied
     name = str(dtype).removeprefix("torch.")
     g32 = quantize(weight, G32, "absmax")
-    seed, _ = cpu_seconds(lambda: seed_dequantize(g32["weight_packed"], g32["weight_scale"], dtype), repeats)
+    original, _ = cpu_seconds(lambda: original_dequantize(g32["weight_packed"], g32["weight_scale"], dtype), repeats)
 
     def row(how: str, fmt: Format, cpu: float, wrong: float) -> dict[str, object]:
         speed = touched_bytes(fmt, *weight.shape, dtype) / cpu
@@ -211,15 +211,17 @@ def _dequantizing(weight: Tensor, dtype: torch.dtype, repeats: int) -> Rows:
             "how": how,
             "out": name,
             "ns/weight": cpu / weight.numel() * 1e9,
-            "of the seed's": cpu / seed,
+            "of the original's": cpu / original,
             "GB/s": speed / 1e9,
             "of a copy's": speed / ceiling,
             "from the reference": wrong,
         }
 
     reference = dequantize(g32, G32, dtype)
-    found = seed_dequantize(g32["weight_packed"], g32["weight_scale"], dtype)
-    rows: Rows = [row("g32, the seed's eager look-up", G32, seed, relative_error(found.float(), reference.float()))]
+    found = original_dequantize(g32["weight_packed"], g32["weight_scale"], dtype)
+    rows: Rows = [
+        row("g32, the original eager look-up", G32, original, relative_error(found.float(), reference.float()))
+    ]
     for fmt in FORMATS.values():
         stored = quantize(weight, fmt, "absmax")
         arguments = stored["weight_packed"], stored["weight_scale"], stored.get("weight_scale_2")

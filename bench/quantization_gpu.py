@@ -1,10 +1,10 @@
-"""FP4 on a GPU: dequantising full-size layers, the seed's eager way against ours, beside what the machine can do.
+"""FP4 on a GPU: dequantising full-size layers, the original eager look-up against ours, beside the machine's limits.
 
     python bench/quantization_gpu.py [--json PATH]
 
-Each row: milliseconds (median of CUDA events), GB/s of the bytes that must move, its part of a measured copy, its part
-of the layer's own bf16 product at 34,320 tokens (one 81-frame segment of 480 x 832), and the error against the
-reference on the CPU. Without a CUDA device every row reads "not measured".
+Each row: milliseconds (median of CUDA events), GB/s of the necessary bytes, its share of a measured copy's rate, its
+share of the time of the layer's bf16 product at 34,320 tokens (one 81-frame segment of 480 x 832), and the error
+against the reference on the CPU. Without a CUDA device every row reads "not measured".
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from _quantization import (
     Rows,
     finish,
     gaussian,
+    original_dequantize,
     relative_error,
-    seed_dequantize,
     show,
     touched_bytes,
 )
@@ -36,7 +36,7 @@ DEVICE = "cuda"
 SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))  # [out, in] of the 14B model's large linears
 TOKENS = 34_320
 LORA_RANK = 64
-HOWS = ("the seed's eager look-up", "eager", "table", "triton")
+HOWS = ("the original eager look-up", "eager", "table", "triton")
 
 
 def main() -> None:
@@ -137,17 +137,19 @@ def dequantizing(weight: Tensor, fmt: Format, product: float, copy: float) -> Ro
         name: lambda kernel=KERNELS[name]: kernel(packed, scale, factor, fmt, out) for name in HOWS[1:]
     }
     if fmt is G32:
-        ways = {HOWS[0]: lambda: seed_dequantize(packed, scale, torch.bfloat16), **ways}
+        ways = {HOWS[0]: lambda: original_dequantize(packed, scale, torch.bfloat16), **ways}
     rows: Rows = []
     for how, work in ways.items():
         out.fill_(torch.nan)
         try:
             made = work()
-            found = made if isinstance(made, Tensor) else out  # the seed's way makes a matrix, ours write into one
+            found = (
+                made if isinstance(made, Tensor) else out
+            )  # the original makes a new matrix, ours write into an existing one
             wrong = relative_error(found.float().cpu(), reference)
             del made, found
             spent = milliseconds(work)
-        # No triton, no compiler, too little memory: this row says why, the others stand.
+        # E.g. no triton, no compiler, too little memory: this row shows the error, the other rows are kept.
         except Exception as err:
             rows.append(row(weight, fmt, how, f"{NOT_MEASURED}: {str(err).splitlines()[0]}"))
             continue

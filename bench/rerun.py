@@ -1,11 +1,11 @@
-"""Rerun: what a run costs in which every job is done already: seconds, requests and bytes written.
+"""Rerun: the cost of a run in which every job is done already: seconds, requests and written bytes.
 
     python bench/rerun.py [--jobs N] [--latency-ms MS] [--stores NAMES] [--json PATH]
 
-One job is rendered by the stub generator and its folder copied under the names of N jobs; their inputs are as many
-references times videos as a matrix of N jobs has, all of one content. Then `video-lab run` is given the manifest of all
-N, with an engine that must not be loaded. On S3 the server is a fake in this process (`_fake_s3.py`): botocore is the
-real one, each request waits for the latency, requests of several threads at the same time.
+One job is rendered by the stub generator, and its folder is copied under the names of N jobs. Their inputs are those of
+a matrix of references times videos with N jobs, all with one content. Then `video-lab run` gets the manifest of all N,
+with an engine that must not be loaded. The S3 server is a fake in this process (`_fake_s3.py`) with the real botocore;
+each request waits for the latency, and requests of several threads wait in parallel.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ Output = LocalOutput | S3Output
 
 
 def run(folder: Path, output: Output, lines: list[str], run_id: str, load: Callable[[], Any]) -> int:
-    """`video-lab run` in this process, what it says in a file; the exit code."""
+    """Run `video-lab run` in this process with its output in a file, and return the exit code."""
     (folder / "m.jsonl").write_text("".join(lines), encoding="utf-8")
     words = [str(folder / "m.jsonl"), "--out", output.out, "--cache", str(folder / "cache"), "--run-id", run_id]
     sys.stdout.flush()

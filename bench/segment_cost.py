@@ -1,17 +1,17 @@
-"""Segment cost: what keeping each finished segment takes, so that a killed job goes on after it.
+"""Segment cost: the time to keep each finished segment, so that a killed job can continue after it.
 
     python bench/segment_cost.py [--segments N] [--frames N] [--stores NAMES] [--formats NAMES] [--clip PATH]
                                  [--json PATH]
 
 480x832, windows of 77 frames, overlap 1 and 5. The product's own delivery encodes each segment; then its segment keeper
 packs the part, stores it and the state after it, and renews the lease: on this disk and on a local S3 server
-(SeaweedFS). Beside it the floor: the same bytes copied to the same place, a file or an object for each of the two. The
-frames are those of `--clip`, the real one beside the repository, or noise over gradients.
+(SeaweedFS). The floor is a copy of the same bytes to the same store, one file or object for each of the two. The frames
+are those of `--clip`, of the real clip beside the repository, or noise over gradients.
 
-The main thread takes the state from the device: a copy of the frames and of the random state. The rest is the delivery
-thread's, while the next segment is generated. Seconds are the least of the segments, as other work disturbs them.
-Percent are of a segment's forecast on the fastest device that `runner/forecast` knows: `fp4-distill` as it is, whose
-autoencoder and so the state are in float32, and its quickest words with the autoencoder in bfloat16.
+The main thread copies the state (frames and random state) from the device. The delivery thread does the rest while the
+next segment is generated. Seconds are the least of all segments, because other work disturbs them. Percent are shares
+of a segment's forecast on the fastest device of `runner/forecast`: for `fp4-distill` unchanged, whose autoencoder and
+state are in float32, and for its fastest modifiers with the autoencoder in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Status reads: what it costs to look at a run of many jobs on S3: seconds, CPU seconds and requests.
+"""Status reads: the cost of `status` for a run of many jobs on S3: seconds, CPU seconds and requests.
 
     python bench/status_reads.py [--jobs N] [--latency-ms MS] [--json PATH]
 
-One job is rendered by the stub generator and its files are copied under the names of N jobs of one run. The server is a
-fake in a process of its own (`_fake_s3.py` behind real sockets): botocore and its connections are the real ones, and
-each request waits for the latency, requests of several connections at the same time. Measured are a first look, and a
-second one of the same reader. The peers, in the same process: two requests a job, its mark and its record, without a
-listing, as `status` did before it listed; and boto3 reading the records alone, on as many threads, without parsing.
+One job is rendered by the stub generator, and its files are copied under the names of N jobs of one run. The server is
+a fake in a separate process (`_fake_s3.py` behind real sockets) with the real botocore and its connections. Each
+request waits for the latency; requests of several connections wait in parallel. Measured are a first read, and a second
+read of the same reader. The peers, in the same process: two requests per job, for its mark and its record, without a
+listing (as `status` did before it used listings); and boto3 reading only the records, on as many threads, without
+parsing.
 """
 
 from __future__ import annotations

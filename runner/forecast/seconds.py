@@ -89,7 +89,7 @@ class EngineBuild:
 
     compute: str = DEFAULT_PRECISION  # a row of `PRECISIONS`
     fp4: bool = True  # weights are dequantised at every use
-    stepwise: bool = False  # by a look-up in steps, as the seed does, instead of one pass
+    stepwise: bool = False  # by a look-up in steps, as in the original scripts, instead of one pass
     fused: bool = True  # the block compiled
     shared: bool = True  # what a window's steps share is computed once (transformer.py)
     attention_8bit: bool = False

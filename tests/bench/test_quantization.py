@@ -21,7 +21,7 @@ def test_quantization(tmp_path):
     ours = [row for row in found["dequantize"] if row["how"] in ("g32, table", "nvfp4, table")]
     assert len(ours) == 4  # both formats, to bfloat16 and to float32
     for row in ours:
-        assert row["of the seed's"] < 1  # CPU time; a tenth, on the full size
+        assert row["of the original's"] < 1  # CPU time; a tenth, on the full size
         assert row["from the reference"] == 0
     assert all(row["CPU s"] > 0 for row in found["quantize"] if row["CPU s"] is not None)
     assert [row["compute"] for row in found["products"]] == ["fp8", "int8"]

@@ -1,7 +1,7 @@
-"""The way this project started from: the library's pipeline as it is, and a weight dequantised step by step.
+"""The original scripts, as a baseline: the library's unchanged pipeline, with weights dequantised in single steps.
 
-Everything is computed again at every step and for every job, models wait on the host until they are called, the
-autoencoder is in float32, noise levels are those of the library's own scheduler.
+Everything is computed again at every step and for every job. Models stay on the host until they are called. The
+autoencoder is in float32. The sigma schedule is that of the library's scheduler.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from runner.quantization.kernels.dequantize import dequantize_fp4
 from runner.quantization.linear import FP4Linear
 
 
-class SeedLinear(nn.Module):
-    """An FP4Linear's stored tensors, brought to 16 bits by 64-bit indices into a table, step by step."""
+class StepwiseLinear(nn.Module):
+    """An FP4Linear that is dequantised to 16 bits as in the original scripts: by 64-bit indices into a table."""
 
     def __init__(self, layer: FP4Linear) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class SeedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the library asks for device and dtype; it skips what is not floating."""
+        """The tensor from which the library reads device and dtype; it skips tensors that are not floating point."""
         return self.packed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,23 +44,25 @@ class SeedLinear(nn.Module):
 
 
 def dequantise_stepwise(transformer: nn.Module) -> None:
-    """Put a SeedLinear in the place of every FP4Linear, in place."""
+    """Replace every FP4Linear by a StepwiseLinear, in place."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, FP4Linear):
-            transformer.set_submodule(name, SeedLinear(layer))
+            transformer.set_submodule(name, StepwiseLinear(layer))
 
 
 @contextmanager
 def stepwise(transformer: nn.Module) -> Iterator[None]:
-    """The same for as long as the context lasts."""
-    with replaced(transformer, SeedLinear):
+    """Do the same inside a `with` block."""
+    with replaced(transformer, StepwiseLinear):
         yield
 
 
 @contextmanager
 def dense(transformer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For as long as the context lasts every FP4Linear is a linear with its weight in `dtype`: 34.5 GB of the 14B
-    model's in 16 bits, beside the four that wait."""
+    """Replace every FP4Linear by a linear with its weight in `dtype`, inside a `with` block.
+
+    For the 14B model in 16 bits these weights have 34.5 GB, in addition to the 4-bit weights.
+    """
     with replaced(transformer, lambda layer: _dense_linear(layer, dtype)):
         yield
 
@@ -86,8 +88,8 @@ def _dense_linear(layer: FP4Linear, dtype: torch.dtype) -> nn.Linear:
     return linear
 
 
-def seed_pipeline(parts: dict[str, Any], device: torch.device) -> WanAnimatePipeline:
-    """The unmodified pipeline of these models, its weights waiting on the host where `device` is a GPU."""
+def original_pipeline(parts: dict[str, Any], device: torch.device) -> WanAnimatePipeline:
+    """Return the unmodified pipeline of these models. If `device` is a GPU, its weights are offloaded to the host."""
     pipeline = WanAnimatePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), **parts)
     if device.type == "cuda":
         pipeline.enable_model_cpu_offload(device=device)
@@ -95,7 +97,7 @@ def seed_pipeline(parts: dict[str, Any], device: torch.device) -> WanAnimatePipe
     return pipeline
 
 
-def seed_job(
+def original_job(
     pipeline: WanAnimatePipeline,
     source: Any,
     prompt: str,
@@ -103,7 +105,7 @@ def seed_job(
     clock: Callable[[], float],
     wait: Callable[[], None],
 ) -> tuple[float, list[float]]:
-    """One whole clip in one window: when its first denoising step began, and when each of them ended, by `clock`."""
+    """Render a clip in one window. Return the start of its first denoising step and the end of each, by `clock`."""
     began: list[float] = []
     ended: list[float] = []
 

@@ -1,9 +1,9 @@
-"""One job the seed's way: a process of its own that imports, loads, renders with the library's own pipeline, and ends.
+"""One job of the original scripts: a process that imports, loads, renders with the library's pipeline, and ends.
 
-    python bench/_seed_job.py COMPONENTS INPUTS.npz STEPS SEED
+    python bench/_original_job.py COMPONENTS INPUTS.npz STEPS SEED
 
-Prints CPU seconds by part as JSON, and the digest of the frames. `render` computes at every step what steps share, and
-encodes what jobs share. Nothing of the library is changed but a setting: CLIP sees the whole reference.
+Prints CPU seconds by part as JSON, and the digest of the frames. `render` shares nothing between steps and encodes
+everything again for each job. The library is unchanged, except for one setting: CLIP gets the whole reference.
 """
 
 from __future__ import annotations
