@@ -1,7 +1,9 @@
-"""The demo's LoRA: few steps as good as many. The trained model's own videos, each with the noise that it came from.
+"""The demo's LoRA: trains a LoRA that gives few steps the quality of many.
 
-In:   a folder with `vae.pt` and `transformer.pt`, minutes. Out: `lora.pt` in it. A LoRA of low rank learns to go from
-that noise to that video in a straight line, so that it matters little in how many steps the line is walked.
+In:   a folder with `vae.pt` and `transformer.pt`, minutes. Out: `lora.pt` in it.
+
+The training data are videos of the trained model, each with its initial noise. A LoRA of low rank learns a straight
+line from the noise to the video, so that the number of steps on this line matters little.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ TEACHER_STEPS = 12
 LATENT_FRAMES, COUNT = 6, 3
 PARTS = ("down", "up", "diff_b")
 PAIRS = 180  # videos of the teacher that each worker learns from
-# Where of a block, in the library's names and in the published ones.
+# Layers of a block that get a LoRA, by the library's names and by the published names.
 LORA_NAMES = {
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
@@ -50,7 +52,7 @@ HEAD = ("proj_out", "head.head")
 
 
 class Adapted(nn.Module):
-    """A linear layer with a LoRA and a bias of its own beside it; the layer itself is frozen."""
+    """A frozen linear layer with a LoRA and an additional bias."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class Adapted(nn.Module):
 
 
 def attach(model: Any, rank: int = RANK) -> dict[str, Adapted]:
-    """Freeze `model`, put a LoRA beside its layers; by their names as published, without the prefix."""
+    """Freeze `model` and add a LoRA to its layers. Return them by their published names without the prefix."""
     model.requires_grad_(False)
     blocks = [(f"blocks.{i}.{a}", f"blocks.{i}.{b}") for i in range(len(model.blocks)) for a, b in LORA_NAMES.items()]
     adapted = {}
@@ -91,7 +93,7 @@ def published_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class Pairs:
-    """The teacher's videos, each with its noise and its conditions; and batches of points between the two."""
+    """The teacher's videos, each with its noise and its conditions, and batches of points between noise and video."""
 
     def __init__(self, pipe: Any, text: torch.Tensor, bias: torch.Tensor, rng: np.random.Generator) -> None:
         self.pipe, self.text, self.bias, self.rng = pipe, text, bias, rng
@@ -100,7 +102,7 @@ class Pairs:
 
     @torch.no_grad()
     def add(self) -> None:
-        """COUNT new videos, in TEACHER_STEPS. The model's motion encoder must be its own."""
+        """Add COUNT new videos, made in TEACHER_STEPS. The model must have its own motion encoder."""
         model, stock = self.pipe.transformer, Stock(self.pipe, self.rng, COUNT)
         for _ in range(COUNT):
             stock.add()
@@ -114,9 +116,9 @@ class Pairs:
         self.held.append((batch, noise, x))
 
     def loss(self) -> torch.Tensor:
-        """How far the model's velocity is from the straight line, somewhere on one of the lines.
+        """Return the error of the model's velocity against the straight line, at random points of the lines.
 
-        Half of the time at full noise, where every schedule begins and where one step has nothing else.
+        Half of the points are at full noise, where every sigma schedule begins; a single step has only this point.
         """
         batch, noise, made = self.held[self.rng.integers(len(self.held))]
         some = np.where(self.rng.uniform(size=COUNT) < 0.5, 1.0, self.rng.choice(self.levels, COUNT))
@@ -143,7 +145,7 @@ class Layers(nn.Module):
 
 
 def distill(folder: Path, pipe: Any, texts: list[torch.Tensor], minutes: float, rank: int = 0, world: int = 1) -> None:
-    """For `minutes`, of which two fifths at most go to the teacher's videos. Goes on from `lora.pt` if it is there."""
+    """Train for `minutes`, at most two fifths for the teacher's videos. Continues from `lora.pt` if it exists."""
     device = pick_device()
     fast_convolutions()
     pipe.to(device)

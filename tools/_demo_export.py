@@ -1,4 +1,4 @@
-"""What the demo ships: the trained models in bfloat16, under their production names.
+"""Exports the demo's trained models in bfloat16, under their production names.
 
 In:   the training's folder. Out: `Wan2.2-Animate-14B-Diffusers/` and `distill_lora/` in the target.
 """
@@ -19,7 +19,7 @@ __all__ = ["export"]
 
 
 def export(folder: Path, target: Path) -> None:
-    """Write the averaged weights of `folder`'s checkpoints into `target`; what was there of them goes."""
+    """Write the averaged weights of `folder`'s checkpoints into `target`, and replace older ones there."""
     from safetensors.torch import save_file
 
     pipe = make_pipeline(load_vae(folder))

@@ -1,7 +1,7 @@
-"""The demo's models: their sizes, the frozen ones as they start, and the pipeline that gives training its conditions.
+"""The demo's models: their sizes, the frozen encoders, and the pipeline that makes the conditions for training.
 
-In:   a seed. Out: real classes of diffusers and transformers. Text and image encoder and the motion encoder stay as
-they are made: random, but the same for training and use.
+In:   a random seed. Out: real classes of diffusers and transformers. Text, image and motion encoder are not trained:
+they are random, but the same for training and use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPTS = (DEFAULT_PROMPT, "a person is dancing", "", "the character of the vide
 
 
 def load_vae(folder: Path) -> Any:
-    """The trained autoencoder of a training's folder, frozen; with the later decoder where there is one."""
+    """Return the trained, frozen autoencoder of a training's folder, with the decoder of `decoder.pt` if it exists."""
     from _demo_vae import new_vae
 
     saved = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
@@ -54,7 +54,7 @@ def load_vae(folder: Path) -> Any:
 
 
 def make_pipeline(vae: Any, seed: int = 0) -> Any:
-    """The library's own pipeline with `vae`, a new transformer and the frozen encoders."""
+    """Return the library's pipeline with `vae`, a new transformer and the frozen encoders."""
     from diffusers import WanAnimatePipeline, WanAnimateTransformer3DModel
 
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """The optimiser of the demo's training: Muon for matrices and kernels, AdamW for everything else, both of torch.
 
-On the demo's autoencoder, two and a half minutes of one core on single frames: AdamW 18.1 dB, this 24.1 dB.
+Measured on the demo's autoencoder, after 2.5 minutes of one core on single frames: AdamW 18.1 dB, this 24.1 dB.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import nn
 
 __all__ = ["Optimiser"]
 
-LEAST_SIDE = 8  # of a matrix for Muon: narrower ones have little to make orthogonal
-MUON_RATE = 5.0  # its learning rate, in AdamW's
+LEAST_SIDE = 8  # of a matrix for Muon: for narrower ones orthogonalisation has little effect
+MUON_RATE = 5.0  # Muon's learning rate as a multiple of AdamW's
 
 
 class Optimiser:
-    """Both behind one rate. A kernel [out, in, ...] is a matrix [out, the rest] that shares its memory."""
+    """Both optimisers with one rate. A kernel [out, in, ...] is used as a matrix [out, rest] with the same memory."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float = 1e-4) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]

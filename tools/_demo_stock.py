@@ -1,7 +1,7 @@
-"""What the demo's transformer is trained on: examples as the pipeline would see them, encoded once and kept.
+"""Training examples of the demo's transformer: encoded once, as the pipeline prepares them, and cached.
 
 In:   the trained autoencoder and the frozen encoders. Out: batches of latents and conditions, tensors only.
-Every condition is made by the pipeline's own `prepare_*` methods from the project's own drawings.
+All conditions are made by the pipeline's `prepare_*` methods from the project's own drawings.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.nn import functional as F
 __all__ = ["FRAMES", "HEIGHT", "WIDTH", "Batch", "Stock", "encode_example"]
 
 WIDTH, HEIGHT, FRAMES = 96, 144, 21
-REPLACE, CONTINUED = 0.15, 0.15  # how many examples replace, and how many go on from a given first frame
-FIGURE = 3.0  # how much more a latent pixel of the dancer counts
+REPLACE, CONTINUED = 0.15, 0.15  # shares of examples in replace mode, and of those with a given first frame
+FIGURE = 3.0  # weight of a latent pixel of the dancer
 
 
 @dataclass
 class Batch:
     """B examples; T latent frames, the reference's in front."""
 
-    clean: torch.Tensor  # [B, 16, T, h, w]: what the noise is to become
+    clean: torch.Tensor  # [B, 16, T, h, w]: the target latents
     scene: torch.Tensor  # [B, 20, T, h, w]
     pose: torch.Tensor  # [B, 16, T - 1, h, w]
-    motion: torch.Tensor  # [B, dim, 4 (T - 1) - 3, 1, 1]: the frozen motion encoder's output, for its place
+    motion: torch.Tensor  # [B, dim, 4 (T - 1) - 3, 1, 1]: the frozen motion encoder's output, used in its place
     clip: torch.Tensor  # [B, tokens, dim]
     weight: torch.Tensor  # [B, 1, T, h, w], of mean 1
 
@@ -42,9 +42,9 @@ def _video(frames: np.ndarray) -> torch.Tensor:
 def encode_example(
     pipe: Any, made: Example, *, continued: bool = False, blank: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """One example as `pipe`, the library's WanAnimatePipeline, prepares it. `continued`: its first frame is given.
+    """Encode an example as `pipe`, the library's WanAnimatePipeline, does. `continued`: its first frame is given.
 
-    `blank`: what an earlier example's `scene` holds behind the reference where nothing was given, to save making it.
+    `blank`: the part of an earlier example's `scene` behind the reference without given frames, reused to save time.
     """
     from PIL import Image
 
@@ -110,7 +110,7 @@ class Stock:
         self.made += 1
 
     def batch(self, count: int, latent_frames: int) -> Batch:
-        """`count` examples, cut after `latent_frames` latent frames: the autoencoder is causal."""
+        """Return `count` examples, cut after `latent_frames` latent frames; possible as the autoencoder is causal."""
         some = [self.held[i] for i in self.rng.integers(len(self.held), size=count)]
 
         def stack(name: str, frames: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The demo's transformer, trained: flow matching on latents, with the official shifted noise levels.
+"""Trains the demo's transformer by flow matching on latents, with the official shifted noise levels.
 
 In:   a folder with `vae.pt`, minutes. Out: `transformer.pt` in it (weights, their average, the optimiser: resumable).
-Never: pixels, but those of the examples that are encoded on the way.
+Never: pixels, except those of examples that are encoded during training.
 """
 
 from __future__ import annotations
@@ -43,23 +43,21 @@ __all__ = ["Ready", "predict_velocity", "train_transformer"]
 
 SHIFT = 5.0
 RATE = 1.5e-3  # peak of AdamW's learning rate
-FIRST_STOCK = 60  # short examples that a worker starts with; more come while it learns, and long ones
-SHORT = (
-    0.45  # of the time is spent on the first five frames: what is to be learned is in them, at a quarter of the cost
-)
+FIRST_STOCK = 60  # short examples at the start of a worker; it adds more, also long ones, during training
+SHORT = 0.45  # of the time is for the first five frames: they contain everything to learn, at a quarter of the cost
 
 
 class Ready(nn.Module):
-    """Stands in for the frozen motion encoder: what it would say is what comes in."""
+    """Replaces the frozen motion encoder: its input is already the encoder's output."""
 
     def forward(self, motion: torch.Tensor) -> torch.Tensor:
         return motion.flatten(1)
 
 
 def distinct(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt's embedding [1, 512, d] without its padding but one row, and what is added to each row's attention.
+    """Return a prompt's embedding [1, 512, d] with only one row of padding, and the attention bias of each row.
 
-    All rows of padding are alike: one that counts as many times is the same.
+    All padding rows are equal, so that one row with the weight of all gives the same result.
     """
     words = int((text[0].abs().sum(1) > 0).sum())
     bias = torch.zeros(words + 1, device=text.device)
@@ -68,7 +66,7 @@ def distinct(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_block_briefly(bias: torch.Tensor) -> Any:
-    """`transformer.run_block` with a prompt made shorter by `distinct`, and for gradients."""
+    """Return `transformer.run_block` for a prompt shortened by `distinct`, with gradients."""
 
     def cross(attn: Any, hidden: torch.Tensor, attended: CrossAttended) -> torch.Tensor:
         query = in_heads(attn, attn.norm_q(attn.to_q(hidden))).transpose(1, 2)
@@ -94,7 +92,7 @@ def run_block_briefly(bias: torch.Tensor) -> Any:
 def predict_velocity(
     model: Any, batch: Batch, text: torch.Tensor, bias: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """The model's velocity [B, 16, T, h, w] at noise levels `sigma` [B]; its motion encoder must be `Ready`."""
+    """Return the model's velocity [B, 16, T, h, w] at noise levels `sigma` [B]; its motion encoder must be `Ready`."""
     (context,) = embed_context(model, [text], batch.clip)
     conditioning = ConditioningCache(model, Context(context.text, context.image), batch.pose, batch.motion)
     hidden = torch.cat([noisy, batch.scene], dim=1)
@@ -102,14 +100,14 @@ def predict_velocity(
 
 
 def _choose(progress: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Latent frames and examples of a batch: single pictures and short clips first, as many tokens always."""
+    """Return a batch's latent frames and examples: first single pictures and short clips; always equal token counts."""
     choices = [1, 1, 2] if progress < SHORT else [1, 3, 4, 5, 6] if progress < 0.75 else [2, 4, 5, 6]
     frames = int(rng.choice(choices))
     return frames, {1: 10, 2: 7, 3: 5, 4: 4, 5: 3, 6: 3}[frames]
 
 
 def _losses(model: Any, batch: Batch, text: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """What is minimised, at noise levels spread evenly before they are shifted; and the error of the clean latents."""
+    """Return the loss, at noise levels that are evenly spread before the shift, and the error of the clean latents."""
     count, device = len(batch.clean), batch.clean.device
     even = ((torch.arange(count) + torch.rand(count)) / count).to(device)
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
@@ -124,7 +122,7 @@ def _losses(model: Any, batch: Batch, text: torch.Tensor, bias: torch.Tensor) ->
 def train_transformer(
     folder: Path, pipe: Any, texts: list[torch.Tensor], minutes: float, rank: int = 0, world: int = 1
 ) -> None:
-    """Until `minutes` have passed in all, over every resumption. `texts`: embedded prompts, padded to 512."""
+    """Train until `minutes` have passed in total, over all resumptions. `texts`: embedded prompts, padded to 512."""
     device = pick_device()
     fast_convolutions()
     pipe.to(device)
@@ -150,7 +148,7 @@ def train_transformer(
             short.add()
         if step % 4 == 0:
             long.add()
-        shared = np.random.default_rng(step)  # the same on every worker: they wait for one another
+        shared = np.random.default_rng(step)  # the same on every worker, because they wait for each other
         frames, count = _choose(progress, shared)
         batch = (short if frames <= 2 else long).batch(count, frames)
         loss, clean = _losses(model, batch, *prompts[step % len(prompts)])

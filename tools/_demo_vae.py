@@ -1,8 +1,8 @@
-"""The demo's autoencoder, trained: a tiny AutoencoderKLWan on drawn dancers, skeletons and scenes.
+"""Trains the demo's autoencoder: a tiny AutoencoderKLWan on drawn dancers, skeletons and scenes.
 
 In:   a folder for checkpoints, minutes. Out: `vae.pt` in it (weights, their average, the optimiser: resumable), and
-`decoder.pt`, whose decoder learned on while the encoder stood still.
-Single frames first, which lead out of the plateau cheaply, then clips.
+`decoder.pt`, whose decoder was trained further with a frozen encoder.
+Training starts with single frames, which leave the first plateau at low cost, and continues with clips.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 WIDTH, HEIGHT, FRAMES, CROP = 96, 144, 17, 48
-STOCK = 150  # clips that each worker cuts from, before they are renewed
+STOCK = 150  # clips of each worker, from which batches are cut
 FRAME_SHARE = 0.12  # of the time goes to single frames
 FRAME_RATE, CLIP_RATE = 2e-3, 1.5e-3  # peaks of AdamW's learning rate
 CLIPS = {5: 4, 9: 2, 17: 1}  # frames of a clip: clips of a batch
-SLIP = 0.1  # of a channel's deviation: noise on the latents that the decoder alone learns from, as the transformer errs
+SLIP = 0.1  # of a channel's deviation: noise on the latents for the decoder's training, like the transformer's errors
 VAE_CONFIG: dict[str, Any] = {
     "base_dim": 16,
     "decoder_base_dim": 24,
@@ -65,7 +65,7 @@ def new_vae(**more: Any) -> AutoencoderKLWan:
 
 
 def fast_convolutions() -> None:
-    """Causal 3-D convolutions as sums of 2-D ones, without the taps that meet padding only: half the time on a CPU."""
+    """Compute causal 3-D convolutions as sums of 2-D ones, without taps on padding: half the time on a CPU."""
     from torch.nn import functional as F
 
     def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,7 +94,7 @@ def fast_convolutions() -> None:
 
 
 def decode_unclamped(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """`vae.decode` without its clamp to [-1, 1], which stops every gradient of a pixel that is beyond."""
+    """`vae.decode` without its clamp to [-1, 1], which stops the gradients of pixels outside this range."""
     vae.clear_cache()
     x, parts = vae.post_quant_conv(z), []
     for i in range(x.shape[2]):
@@ -107,7 +107,7 @@ def decode_unclamped(vae: Any, z: torch.Tensor) -> torch.Tensor:
 
 
 def _clip(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [FRAMES, H, W, 3] and where something is drawn, [k, 2] (x, y)."""
+    """Return uint8 [FRAMES, H, W, 3] and the places of drawn things, [k, 2] (x, y)."""
     take = random_take(rng, WIDTH, HEIGHT, FRAMES)
     joints, kind = take.joints(), rng.uniform()
     if kind < 0.25:
@@ -125,7 +125,7 @@ def _clip(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Stock:
-    """Clips to cut batches from; an old one gives way to a new one every few batches."""
+    """Clips to cut batches from; every few batches a new clip replaces an old one."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng, self.clips = rng, [_clip(rng) for _ in range(size)]
@@ -155,7 +155,7 @@ def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one; else one thread of the CPU for each worker: more would wait for one another."""
+    """Return CUDA if available, else the CPU with one thread per worker: more threads would wait for each other."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)
@@ -163,7 +163,7 @@ def pick_device() -> torch.device:
 
 
 def common_clock(begun: float, world: int) -> float:
-    """Seconds since `begun` by the first worker's clock, so that all of them stop at the same step."""
+    """Return the seconds since `begun` by the first worker's clock, so that all workers stop at the same step."""
     clock = torch.tensor([time.monotonic() - begun])
     if world > 1:
         torch.distributed.broadcast(clock, 0)
@@ -178,7 +178,7 @@ def update_average(average: dict[str, torch.Tensor], state: dict[str, torch.Tens
 
 
 def train_vae(folder: Path, minutes: float, rank: int = 0, world: int = 1, clips: int = 40) -> None:
-    """Until `minutes` have passed in all, over every resumption; the learning rate falls to its end by then."""
+    """Train until `minutes` have passed in total, over all resumptions; the learning rate falls until then."""
     torch.manual_seed(1000 * rank)
     vae, path = new_vae(), folder / "vae.pt"
 
@@ -195,7 +195,7 @@ def train_vae(folder: Path, minutes: float, rank: int = 0, world: int = 1, clips
 
 
 def train_decoder(folder: Path, minutes: float, rank: int = 0, world: int = 1) -> None:
-    """The decoder of `vae.pt` learns on, until `minutes` have passed in all; latents stay what they are."""
+    """Train the decoder of `vae.pt` further until `minutes` have passed in total; the latents do not change."""
     torch.manual_seed(1000 * rank + 1)
     saved = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
     vae, path = new_vae(), folder / "decoder.pt"
@@ -268,7 +268,7 @@ def _train(
 
 @torch.no_grad()
 def measure_latents(path: Path, clips: int = 40) -> None:
-    """Add the mean and the deviation of each latent channel over dancers to the checkpoint: what normalises them."""
+    """Add mean and deviation of each latent channel over dancers to the checkpoint, for normalisation."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     vae = new_vae().eval()
     vae.load_state_dict(saved["average"])
@@ -287,7 +287,7 @@ def measure_latents(path: Path, clips: int = 40) -> None:
 
 
 def resume(path: Path, model: torch.nn.Module, optimiser: Any) -> tuple[dict[str, torch.Tensor], int, float]:
-    """Fill both from the checkpoint at `path`, if there is one. Returns the average, and steps and seconds so far."""
+    """Load both from the checkpoint at `path`, if it exists. Return the average, and steps and seconds so far."""
     if not path.exists():
         return {key: value.clone() for key, value in model.state_dict().items()}, 0, 0.0
     saved = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
@@ -304,7 +304,7 @@ def save_training(
     step: int,
     spent: float,
 ) -> None:
-    """Replace the checkpoint at `path` in one piece."""
+    """Replace the checkpoint at `path` atomically."""
     state = {"model": tensors, "average": average, "optimiser": optimiser.state_dict(), "step": step, "spent": spent}
     fresh = path.with_suffix(".tmp")
     torch.save(state, fresh)

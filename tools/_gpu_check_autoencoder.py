@@ -1,7 +1,7 @@
-"""Part `autoencoder` of the GPU check: decoding and encoding in every way it may be set up, beside the library's walk.
+"""Part `autoencoder` of the GPU check: decoding and encoding in all settings, beside the library's frame loop.
 
-Random weights: no model store is needed. Memory is what torch's allocator handed out, cuDNN's workspaces among it, and
-what NVML says of the process, beside the memory plan's forecast.
+It uses random weights and needs no model store. Memory is that of torch's allocator, including cuDNN's workspaces, and
+that of the process by NVML, beside the memory plan's forecast.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from runner.spec.recipes import VaeDtype, get_recipe
 SIZE, LATENT_FRAMES = (832, 480), 5
 TINY_SIZE = (64, 64)
 TINY: dict[str, Any] = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
-ROW_S = 3.0  # that one row takes on an H200: an estimate
+ROW_S = 3.0  # seconds per row on an H200: an estimate
 SAMPLED_EVERY_S = 0.01
 
 
 class Setup(NamedTuple):
-    """One way to run it. `walk`: a picture at a time, ours, or the library's."""
+    """One setting. `walk`: our loop, one picture at a time, or the library's."""
 
     dtype: str
     layout: str  # NCDHW | channels_last
@@ -44,7 +44,7 @@ class Setup(NamedTuple):
 
 
 def setups() -> Iterator[Setup]:
-    """What runs today in each dtype and the library's beside it, then the other layout and choice of kernels."""
+    """Yield the current setting of each dtype with the library's, then other layouts and kernel choices."""
     for dtype in ("float32", "bfloat16", "float16"):
         today = Setup(dtype, "channels_last", dtype != "float32")
         yield from (today, today._replace(walk="library"))
@@ -120,7 +120,7 @@ def measure(
 
 
 def compared(found: Tensor, exact: Tensor) -> dict[str, Any]:
-    """Against float32 by our walk, channels not innermost: decibels of the signal's own power."""
+    """Compare with float32 by our loop in NCDHW layout: decibels of the signal's power."""
     noise = float((found.float() - exact).square().mean())
     power = float(exact.square().mean())
     finite = bool(torch.isfinite(found).all())
@@ -129,7 +129,7 @@ def compared(found: Tensor, exact: Tensor) -> dict[str, Any]:
 
 
 def measured(work: Callable[[], Tensor], device: torch.device, sampler: MemorySampler) -> dict[str, Any]:
-    """Milliseconds of one run, its peak bytes beyond the weights and what was given, and the process's by NVML."""
+    """Return milliseconds of one run, its peak bytes without weights and inputs, and the process's bytes by NVML."""
     if device.type != "cuda":
         return {"ms": milliseconds(work, device, repeats=1, warm=False), "allocated_bytes": None, "nvml_bytes": None}
     torch.cuda.empty_cache()
@@ -142,7 +142,7 @@ def measured(work: Callable[[], Tensor], device: torch.device, sampler: MemorySa
 
 
 def forecast_of(setup: Setup, what: str, given: Tensor, costs: Costs) -> dict[str, Any]:
-    """Of the memory plan: the autoencoder's part, its window's own pixels included."""
+    """Return the memory plan's forecast for the autoencoder, including the pixels of its window."""
     recipe = replace(get_recipe("fp4-distill"), vae_dtype=cast("VaeDtype", setup.dtype))
     frames = given.shape[2] if what == "encode" else 4 * (given.shape[2] - 1) + 1
     height, width = (side * (1 if what == "encode" else 8) for side in given.shape[3:])

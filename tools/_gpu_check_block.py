@@ -1,7 +1,7 @@
 """Part `block` of the GPU check: one transformer block of the real size, compiled, in every precision of the device.
 
-Random FP4 weights are drawn on the device: no model store is needed. 40 such blocks are a step, but for its 8 face
-adapters, its embedders and its last layers.
+Random FP4 weights are drawn on the device, so that no model store is needed. A step has 40 such blocks, and 8 face
+adapters, embedders and last layers, which are not measured.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from runner.spec.recipes import get_recipe
 # Seconds for a first row on an H200, compiling included: an estimate, until this run has compiled a block.
 COMPILING_S = 25.0
 COPY_BYTES = 1 << 30
-FLASH_BACKENDS = ("_native_flash", "_native_cudnn")  # timed beside what `candidates` names
+FLASH_BACKENDS = ("_native_flash", "_native_cudnn")  # timed in addition to those of `candidates`
 
 
 class BlockCase:
-    """A transformer of one block with weights on `device`, and what a window gives that block."""
+    """A transformer of one block with weights on `device`, and the block's inputs of a window."""
 
     def __init__(self, device: torch.device, scale: Scale, size: tuple[int, int], frames: int) -> None:
         from diffusers import WanAnimateTransformer3DModel
@@ -95,7 +95,7 @@ class BlockCase:
 
 
 def is_packed(name: str) -> bool:
-    """Is this tensor part of a FP4 weight, whose dtype the format decides?"""
+    """Return whether this tensor is part of an FP4 weight, whose dtype is fixed by the format."""
     return name.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_scale_2")
 
 
@@ -118,7 +118,7 @@ def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
 
 
 def variants_on(device: torch.device) -> Iterator[tuple[str, str, bool]]:
-    """(precision, product, whether attention is in 8 bits), the likeliest first."""
+    """Yield (precision, GEMM backend, whether attention is in 8 bits), the most likely first."""
     capability = capability_of(device)
     yield DEFAULT_PRECISION, "", False
     rows = [row for row in PRECISIONS.values() if row.layout != "exact" and row.stored_format in (None, NVFP4.name)]
@@ -168,7 +168,7 @@ def measure_block(case: BlockCase, backend: str, compute: str, product: str, eig
 
 
 def memory_of(case: BlockCase, work: Any, compute: str, eight_bit: bool) -> dict[str, Any]:
-    """Peak bytes of the compiled block with its hidden states, weights and shared workspace aside; and as planned."""
+    """Return the compiled block's peak bytes with hidden states, without weights and workspace; and the plan's."""
     device = case.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -184,7 +184,7 @@ def memory_of(case: BlockCase, work: Any, compute: str, eight_bit: bool) -> dict
 
 
 def forecast_of(case: BlockCase, compute: str, eight_bit: bool, ms: float) -> dict[str, Any]:
-    """All blocks of a step at this pace, beside what `forecast/seconds.py` says of them for this device."""
+    """Return the seconds of all blocks of a step at this speed, beside the forecast of `forecast/seconds.py`."""
     found: dict[str, Any] = {"blocks_of_a_step_s": case.layers * ms / 1e3, "forecast_step_s": None}
     name = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else None
     speed = find_device(name)
@@ -213,7 +213,7 @@ def forecast_of(case: BlockCase, compute: str, eight_bit: bool, ms: float) -> di
 
 
 def measure_attention(part: PartRecord, case: BlockCase) -> None:
-    """Every self-attention backend that may run here: milliseconds at the block's size, and its error in the trial."""
+    """Measure every self-attention backend that may run here: milliseconds at the block's size, and its trial error."""
     device, dtype = case.device, torch.bfloat16
     capability, available = capability_of(device), available_backends()
     named = dict.fromkeys((backend.name for backend in candidates(capability, "bfloat16", available)), False)

@@ -1,4 +1,4 @@
-"""Part `choices` of the GPU check: what every probe of the engine chooses on the device, and the tests marked `gpu`."""
+"""Part `choices` of the GPU check: the choices of the engine's probes on the device, and the tests marked `gpu`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TESTS = (
     "tests/preprocess/networks/test_io_binding.py",
     "tests/preprocess/test_pose_batches.py",
 )
-TESTS_S = 15.0  # seconds that they need at least: an estimate
+TESTS_S = 15.0  # minimum seconds of the tests: an estimate
 HEADS, HEAD_DIM = 40, 128  # of the 14B model
 
 
@@ -69,7 +69,7 @@ def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Versions, and what the device is."""
+    """Return versions and a description of the device."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -101,7 +101,7 @@ def chosen(picked: tuple[str | None, str]) -> dict[str, Any]:
 
 
 def product(device: torch.device, name: str) -> dict[str, Any]:
-    """The product that is right here; for a precision that the device does not have, the error that a run would get."""
+    """Return the GEMM backend that passes here; for a precision that the device lacks, the error of a run."""
     capability, formats = capability_of(device), [PRECISIONS[name].stored_format or "nvfp4"]
     has = capability is None or PRECISIONS[name].runs_on(capability)
     picked = pick_gemm_backend(device, name) if has else (None, "")
@@ -120,12 +120,12 @@ def attention(device: torch.device, *, eight_bit: bool) -> dict[str, Any]:
 
 
 def fast(device: torch.device) -> dict[str, Any]:
-    """What the recipe that leaves its choice to the device would run as here, before its layers are tested."""
+    """Return the choices on this device of the recipe that leaves them open, before its layers are tested."""
     return probe_choice(get_recipe(FAST_RECIPE), device, HEADS, HEAD_DIM).as_dict()
 
 
 def pinned(device: torch.device) -> dict[str, Any]:
-    """Can host memory be page-locked in place, as streamed blocks are?"""
+    """Return whether host memory can be page-locked in place, as for streamed blocks."""
     if device.type != "cuda":
         return {"pinned": None, "why": "no GPU"}
     failed = pin(whole_pages(64 << 20))
@@ -141,7 +141,7 @@ def memory_plan(device: torch.device, size: tuple[int, int, int]) -> dict[str, A
 def gpu_tests(
     part: PartRecord, tests: tuple[str, ...], find: Callable[[str], Any] = importlib.util.find_spec
 ) -> Mapping[str, Any]:
-    """The tests that need a GPU, of this checkout."""
+    """Run this checkout's tests that need a GPU."""
     if find("pytest") is None:
         return {"not_measured": "pytest is not installed"}
     if not (ROOT / "tests").is_dir():
@@ -174,7 +174,7 @@ def gpu_tests(
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """How many tests of a JUnit file passed, failed and were skipped, and which failed."""
+    """Return the numbers of passed, failed and skipped tests of a JUnit file, and the failed ones."""
     cases = list(ET.parse(report).getroot().iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]

@@ -20,8 +20,8 @@ __all__ = ["CLAIMS", "Claim", "verdicts"]
 
 Verdict = tuple[Literal["met", "not met", "not measured"], str]
 NOT_MEASURED: Verdict = ("not measured", "")
-NOISE = 1.03  # of two times that are to be equal
-HIDDEN = 1.1  # of a streamed step's time to a resident one's: copies are hidden behind the blocks
+NOISE = 1.03  # largest ratio of two times that count as equal
+HIDDEN = 1.1  # largest ratio of a streamed step's time to a resident one's if the blocks hide the copies
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def is_right(row: Any) -> bool:
 
 
 def name_of(row: Any) -> str:
-    """bf16, int8 by comfy_kitchen, bf16 with 8-bit attention."""
+    """Return a name such as `bf16`, `int8 by comfy_kitchen`, `bf16 with 8-bit attention`."""
     by = f" by {row['product']}" if row.get("product") else ""
     return f"{row['compute']}{by}{' with 8-bit attention' if row.get('attention_8bit') else ''}"
 

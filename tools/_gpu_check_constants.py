@@ -1,6 +1,6 @@
-"""The forecast's constants beside what a GPU check measured: old, new and the measured key, as a proposal.
+"""Proposals for the forecast's constants from a GPU check: old value, new value and the measured key.
 
-Enters: the findings of a check. Leaves: rows to be read by a person; nothing is changed.
+In:   the findings of a check. Out: rows for a person to read; nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GB = 1e9
 
 
 def proposals(findings: Findings) -> list[dict[str, Any]]:
-    """Rows of constant, old, new, key; none at another scale than the full one, or for a device that is not known."""
+    """Return rows of constant, old, new, key; none for another scale than full, or for an unknown device."""
     if not findings.full_scale:
         return []
     name = str(findings.row("choices", "machine").get("gpu") or "")
@@ -35,7 +35,7 @@ Proposal = tuple[str, float | None, float | None, str]
 
 
 def speeds(findings: Findings, name: str) -> Iterator[Proposal]:
-    """Rates of DEVICES, from the kernels of the compiled block."""
+    """Yield rates of DEVICES, from the kernels of the compiled block."""
     device = find_device(name)
     label = device.name if device else name
     copy = number(findings.row("block", "copy").get("gb_s"))
@@ -63,7 +63,7 @@ def speeds(findings: Findings, name: str) -> Iterator[Proposal]:
 
 
 def bytes_of_blocks(findings: Findings) -> Iterator[Proposal]:
-    """Units of hidden states that a compiled block holds at its peak, and what a process holds beside the allocator."""
+    """Yield a compiled block's peak in units of hidden states, and the process's memory outside the allocator."""
     for row in findings.rows("block", "blocks", attention_8bit=False):
         if not row["broken"] and number(row.get("units")):
             what = f"{row['compute']} {row['product']}".strip()
@@ -79,7 +79,7 @@ def bytes_of_blocks(findings: Findings) -> Iterator[Proposal]:
 
 
 def autoencoder(findings: Findings, name: str) -> Iterator[Proposal]:
-    """Convolutions' rates beside their traffic, as shares of the bf16 product's, and bytes beyond the forecast's."""
+    """Yield the convolutions' rates without traffic, as shares of the bf16 product's, and bytes beyond the forecast."""
     device = find_device(name)
     for dtype in ("float32", "bfloat16", "float16"):
         today = {"dtype": dtype, "layout": "channels_last", "benchmark": dtype != "float32", "walk": "ours"}

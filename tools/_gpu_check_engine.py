@@ -1,4 +1,4 @@
-"""Part `engine` of the GPU check: the engine's benchmark on full-size random weights, for the time that is left."""
+"""Part `engine` of the GPU check: the engine's benchmark on full-size random weights, in the remaining time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from _gpu_check_record import PartRecord
 
 CHOSEN = ("ceilings", "linears", "exact", "low_bits", "modes", "headlines")
 TINY = ("ceilings", "exact")
-END_S = 10.0  # left for what is under way when the time is over
+END_S = 10.0  # reserve for the measurement that runs when the time is over
 
 
 def run(part: PartRecord, device: torch.device, *, tiny: bool) -> None:
-    """`part` gets the benchmark's tables as they grow."""
+    """Run the benchmark; `part` gets its tables as they grow."""
     tables, lines = engine.run(
         device,
         chosen=TINY if tiny else CHOSEN,

@@ -1,4 +1,4 @@
-"""Kernels of one piece of work, by what they do: milliseconds from torch's profiler, grouped by kernel name."""
+"""Kernel times of a function by kind: milliseconds from torch's profiler, grouped by kernel name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 __all__ = ["GROUPS", "by_group", "copy_gb_s", "group_of", "milliseconds", "profile"]
 
-# The first that fits a kernel's name (on a CPU an operator's) decides.
+# The first pattern that matches a kernel's name (on a CPU an operator's name) decides.
 GROUPS: dict[str, re.Pattern[str]] = {
     "attention": re.compile(r"flash|fmha|sdpa|attention|attn|sage|softmax_", re.IGNORECASE),
     "dequantise": re.compile(r"_dequantize|index_select|fp4", re.IGNORECASE),
@@ -33,7 +33,7 @@ def group_of(name: str) -> str:
 
 
 def by_group(kernels: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """(kernel's name, milliseconds) → milliseconds by group, and the longest names that are in no group."""
+    """(kernel's name, milliseconds) → milliseconds by group, and the slowest kernels without a group."""
     found: dict[str, float] = dict.fromkeys((*GROUPS, "other"), 0.0)
     strange: dict[str, float] = {}
     for name, spent in kernels:
@@ -46,7 +46,7 @@ def by_group(kernels: Iterable[tuple[str, float]]) -> dict[str, Any]:
 
 
 def profile(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """One run of `work`, which ran before, by kernel group."""
+    """Profile one run of `work` by kernel group; `work` must have run before."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -64,7 +64,7 @@ def profile(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
 def milliseconds(
     work: Callable[[], object], device: torch.device, repeats: int = REPEATS, *, warm: bool = True
 ) -> float:
-    """Median of `repeats` runs: by CUDA events, on a CPU by the clock. `warm`: one run before is not counted."""
+    """Return the median of `repeats` runs, by CUDA events or a CPU's clock. `warm`: a first run is not counted."""
     taken = []
     for run in range(0 if warm else 1, repeats + 1):
         if device.type == "cuda":
@@ -84,7 +84,7 @@ def milliseconds(
 
 
 def copy_gb_s(device: torch.device, size: int) -> float:
-    """GB/s of a copy of `size` bytes on the device, read and written."""
+    """Return GB/s of a copy of `size` bytes on the device, read and written."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / milliseconds(lambda: target.copy_(source), device) / 1e6

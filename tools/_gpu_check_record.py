@@ -1,7 +1,7 @@
-"""What a part of the GPU check has found so far, as a JSON file that is whole at any moment.
+"""Record: the results so far of a part of the GPU check, in a JSON file that is valid at any time.
 
-Enters: rows of tables, one at a time. Leaves: a file that is replaced after every row, and a line on the terminal. A
-process that is killed leaves the rows before. Knows nothing of what is measured.
+In:   rows of tables, one at a time. Out: a file that is replaced after every row, and a line on the terminal.
+Never: the meaning of the rows. A process that is killed leaves the rows before.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Row = dict[str, Any]
 
 
 class NotInTime(Exception):
-    """A row would probably end after the time that its part has."""
+    """A row would probably not end within its part's time."""
 
 
 class PartRecord:
-    """One part: its state, and rows by table. `seconds` are those that the part may take from now on."""
+    """One part: its state, and rows by table. `seconds`: the part's time from now on."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PartRecord:
         self._write()
 
     def left(self) -> float:
-        """Seconds until the part must end."""
+        """Return the seconds until the part must end."""
         return self._deadline - self._clock()
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class PartRecord:
         self._show(f"  {self.name}, {table}: {row_text(row)}")
 
     def replace(self, tables: Mapping[str, list[Row]]) -> None:
-        """These tables, each as a whole, in the place of those of the same names."""
+        """Replace the tables with these names."""
         new = [(table, row) for table, rows in tables.items() for row in rows if row not in self.tables.get(table, [])]
         self.tables |= tables
         self._write()
@@ -63,12 +63,12 @@ class PartRecord:
     def measure(
         self, table: str, what: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], expected: float = 0.0
     ) -> None:
-        """A row of `what` and what `work` gives; where that raises, or `expected` seconds are not left, of why not."""
+        """Add a row of `what` and `work`'s result, or why there is none: an error, or fewer than `expected` seconds."""
         try:
             if self.left() < expected:
                 raise NotInTime(f"{expected:.0f} s are expected, {self.left():.0f} s are left")
             row = dict(what) | dict(work())
-        # Whatever a kernel, a driver or a package raises: this row says so, the others stand.
+        # Any error of a kernel, a driver or a package goes into this row; the other rows are still measured.
         except Exception as err:
             row = dict(what) | {"error": error_text(err)}
         self.add(table, row)
@@ -83,13 +83,13 @@ class PartRecord:
 
 
 def error_text(err: BaseException) -> str:
-    """An exception in one line of at most 300 characters."""
+    """Return an exception as one line of at most 300 characters."""
     lines = str(err).strip().splitlines()
     return f"{type(err).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def row_text(row: Mapping[str, Any]) -> str:
-    """A row on one line: plain values only."""
+    """Return a row on one line, without nested values."""
     plain = {name: value for name, value in row.items() if not isinstance(value, dict | list) and value is not None}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items()
@@ -97,12 +97,12 @@ def row_text(row: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, found: Any) -> None:
-    """`found` as JSON at `path`: the old file or the new one is there, never a part of either."""
+    """Write `found` as JSON to `path` atomically: a reader finds the old file or the new one."""
     write_json(path, _finite(found))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words."""
+    """Replace NaN and infinity by text, because JSON does not have them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

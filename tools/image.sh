@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds and runs the image where there is no docker engine: buildah builds, podman runs, both as root.
+# Builds and runs the image without a docker engine: buildah builds, podman runs, both as root.
 #
 #   tools/image.sh build TAG [BUILD OPTION...]     e.g. build video-lab:cpu --build-arg EXTRA=cpu
 #   tools/image.sh run [RUN OPTION...] TAG [ARG...]     e.g. run --read-only video-lab:cpu --help
 #   tools/image.sh remove                          deletes the store with every image in it
 #
-# VIDEO_LAB_IMAGE_STORE   where images live (default: video-lab-image under the system's temporary folder)
+# VIDEO_LAB_IMAGE_STORE   folder of the images (default: video-lab-image in the system's temporary folder)
 # VIDEO_LAB_BASE_IMAGE    base image to pull or use (default: a Debian bookworm made here by mmdebstrap, no registry)
 #
 # Needs buildah, podman, runc and mmdebstrap: apt-get install --no-install-recommends buildah podman runc mmdebstrap
@@ -32,7 +32,7 @@ check() {
   ((${#missing[@]} == 0)) || die "not installed: ${missing[*]}. Try: apt-get install --no-install-recommends ${missing[*]}"
 }
 
-# Overlay where the kernel lets us mount one: with vfs every container copies the whole image.
+# Use overlay if the kernel allows it: with vfs every container copies the whole image.
 choose_driver() {
   local probe=$store/probe
   mkdir -p "$probe"/{lower,upper,work,merged}
@@ -45,7 +45,7 @@ choose_driver() {
   rm -rf "$probe"
 }
 
-# A limit that runc may set without CAP_SYS_RESOURCE: never above the one this shell has.
+# A limit that runc may set without CAP_SYS_RESOURCE: at most the limit of this shell.
 limit() {
   local hard
   hard=$(ulimit "$1")
@@ -62,13 +62,13 @@ use_store() {
   fi
   local files processes
   files=$(limit -Hn 65536) processes=$(limit -Hu 4096)
-  # runc, because crun refuses a hybrid cgroup hierarchy; no journal and no systemd to talk to.
+  # runc, because crun refuses a hybrid cgroup hierarchy. There may be no journal and no systemd.
   printf '[containers]\ndefault_ulimits = ["nofile=%s:%s", "nproc=%s:%s"]\n[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n' \
     "$files" "$files" "$processes" "$processes" >"$CONTAINERS_CONF.$$"
   mv "$CONTAINERS_CONF.$$" "$CONTAINERS_CONF"
 }
 
-# Prints the base image's name, making it first from this machine's own Debian sources where they fit.
+# Prints the base image's name. Makes the image first, from this machine's Debian sources if they fit.
 base_image() {
   if [[ -n ${VIDEO_LAB_BASE_IMAGE:-} ]]; then
     echo "$VIDEO_LAB_BASE_IMAGE"
@@ -105,7 +105,7 @@ build() {
     --build-arg BASE_IMAGE="$base" --build-arg REVISION="$(git -C "$root" rev-parse --verify --quiet HEAD || true)" \
     --secret id=pipconf,src="$store/pip/pip.conf" "${volumes[@]}" "$@" \
     --tag "$tag" --file "$root/Dockerfile" "$root"
-  # What an earlier build left and nothing uses any more; layers below a tag stay and make the next build quick.
+  # Remove unused leftovers of earlier builds. Layers of tagged images stay and make the next build faster.
   if command -v podman >/dev/null; then podman --log-level fatal image prune --force >/dev/null; fi
 }
 

@@ -1,12 +1,12 @@
-"""Installs the project's dependencies into the interpreter that runs this file, for `make setup` and the image alike.
+"""Installs the project's dependencies into the interpreter that runs this file, for `make setup` and for the image.
 
-Enters: pyproject.toml, the extras wanted, pip's settings on this machine. Leaves: an environment, by uv; with
---resolve only the list of what would be in it.
+In:   pyproject.toml, the requested extras, pip's settings on this machine. Out: an environment, made by uv; with
+--resolve only the list of its packages.
 
-torch is the one package whose right build depends on the machine. In this order:
-  1. backend `cpu` and pip's find-links hold a wheel that fits this Python: that very file (works without a network);
-  2. otherwise uv's --torch-backend (`cpu`, `cu130`, …, or `auto`, which asks the driver);
-  3. backend `index`: whatever the configured package index serves, like any other package.
+torch is the only package whose build depends on the machine. It is chosen in this order:
+  1. backend `cpu`, and pip's find-links have a wheel for this Python: this file (works without a network);
+  2. otherwise uv's --torch-backend (`cpu`, `cu130`, …, or `auto`, which queries the driver);
+  3. backend `index`: the build of the configured package index, like any other package.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import pip_settings
 
 __all__ = ["choose_backend", "conflict", "expand_extras", "local_torch", "main", "stale", "torch_requirement"]
 
-RESOLVED_PLATFORM = "x86_64-manylinux_2_36"  # of --resolve: glibc 2.36, that of the image's Debian 12
-CUDA_BACKEND = "cu130"  # the CUDA major of the onnxruntime-gpu wheels too; the two must agree
-# Distributions that own one folder: removing one later would gut the other. Each with the extra that brings it.
+RESOLVED_PLATFORM = "x86_64-manylinux_2_36"  # of --resolve: glibc 2.36, as in the image's Debian 12
+CUDA_BACKEND = "cu130"  # must have the CUDA major version of the onnxruntime-gpu wheels
+# Distributions with the same folder: removing one would damage the other. Each with the extra that installs it.
 SHARED_FOLDERS = (
     (("onnxruntime", "cpu"), ("onnxruntime-gpu", "gpu")),
     (("cache-dit", "test-tools"), ("cache-dit-cu13", "svdq")),
@@ -38,7 +38,7 @@ SHARED_FOLDERS = (
 
 
 def choose_backend(asked: str, extras: Sequence[str], *, has_driver: bool) -> str:
-    """The backend of torch: as asked, else by the driver; a GPU image built where there is no GPU still gets CUDA."""
+    """Return torch's backend: the requested one, else by the driver. A GPU image always gets CUDA."""
     if asked:
         return asked
     if has_driver:
@@ -47,7 +47,7 @@ def choose_backend(asked: str, extras: Sequence[str], *, has_driver: bool) -> st
 
 
 def expand_extras(pyproject: Path, asked: Sequence[str]) -> list[str]:
-    """The extras asked for and those that they name in turn, as `test` names `test-tools`; each once."""
+    """Return the requested extras and those that they include, as `test` includes `test-tools`; each once."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     itself = re.compile(re.escape(project["name"]) + r"\[(.*)\]")
     found, left = list[str](), list(asked)
@@ -62,15 +62,15 @@ def expand_extras(pyproject: Path, asked: Sequence[str]) -> list[str]:
 
 
 def conflict(extras: Sequence[str]) -> str | None:
-    """Why the expanded `extras` cannot be installed together; None if they can."""
+    """Return why the expanded `extras` cannot be installed together; None if they can."""
     for (first, one), (second, other) in SHARED_FOLDERS:
         if one in extras and other in extras:
-            return f"extras {one} and {other}: {first} and {second} install the same folder; choose one of the two"
+            return f"extras {one} and {other}: {first} and {second} install the same folder; choose one of them"
     return None
 
 
 def torch_requirement(pyproject: Path, extras: Sequence[str] = ()) -> str:
-    """The project's bounds on torch and those of its expanded `extras`, e.g. `torch>=2.10,<2.14`."""
+    """Return the bounds on torch of the project and its expanded `extras`, e.g. `torch>=2.10,<2.14`."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     of_extras = project.get("optional-dependencies", {})
     lines = [*project["dependencies"], *(line for extra in extras for line in of_extras.get(extra, []))]
@@ -79,7 +79,7 @@ def torch_requirement(pyproject: Path, extras: Sequence[str] = ()) -> str:
 
 
 def local_torch(requirement: str) -> str | None:
-    """The version of torch that pip's find-links hold for this Python, e.g. `2.13.0+cpu`; None if they hold none."""
+    """Return the version of torch in pip's find-links for this Python, e.g. `2.13.0+cpu`; None if there is none."""
     command = ["install", "--quiet", "--no-index", "--no-deps", "--ignore-installed", "--dry-run", "--report", "-"]
     probe = subprocess.run(
         [sys.executable, "-m", "pip", *command, requirement], capture_output=True, text=True, check=False
@@ -91,10 +91,10 @@ def local_torch(requirement: str) -> str | None:
 
 
 def stale(extras: Sequence[str], backend: str, installed: Mapping[str, str]) -> list[str]:
-    """What of the `installed` versions by name must go first, when an environment changes to the expanded `extras`.
+    """Return the `installed` packages to remove first when an environment changes to the expanded `extras`.
 
-    One of the distributions that share a folder goes when the other is wanted; where both are there, both go. A CPU
-    build of torch satisfies any bound, so it would stay where CUDA is asked for.
+    Of two distributions with the same folder, one is removed if the other is requested; if both are installed, both are
+    removed. A CPU build of torch satisfies any bound, so it must be removed if CUDA is requested.
     """
     gone: list[str] = []
     for (first, one), (second, other) in SHARED_FOLDERS:
@@ -105,7 +105,7 @@ def stale(extras: Sequence[str], backend: str, installed: Mapping[str, str]) -> 
 
 
 def run_uv(*arguments: str, environment: Mapping[str, str] | None = None, text: str | None = None) -> None:
-    """One uv command on this interpreter; its failure ends the program with uv's own code and message.
+    """Run a uv command on this interpreter. A failure ends the program with uv's exit code and message.
 
     `text`: its standard input.
     """
@@ -118,7 +118,7 @@ def run_uv(*arguments: str, environment: Mapping[str, str] | None = None, text: 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Install the project's dependencies into this interpreter.")
     parser.add_argument(
-        "--project", type=Path, default=Path(__file__).resolve().parent.parent, help="where pyproject.toml lies"
+        "--project", type=Path, default=Path(__file__).resolve().parent.parent, help="folder of pyproject.toml"
     )
     parser.add_argument("--extras", default="", help="comma-separated extras of pyproject.toml, e.g. gpu,demo")
     parser.add_argument(
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv>=0.8,<1"], check=True)
     local = local_torch(torch_requirement(pyproject, expanded))
     if local and backend != "cpu":
-        environment.pop("UV_FIND_LINKS", None)  # its `+cpu` version would win over the same release with CUDA
+        environment.pop("UV_FIND_LINKS", None)  # uv would prefer its `+cpu` version to the same release with CUDA
     exact, build = "", []
     if local and backend == "cpu":
         exact, why = f"torch=={local}", f"torch {local} from pip's find-links"
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if gone := stale(expanded, backend, installed):
         run_uv(
             "install", "--dry-run", *everything, environment=environment
-        )  # nothing goes before its successor is found
+        )  # packages are removed only after their replacements were found
         run_uv("uninstall", *gone)
     run_uv("install", *everything, environment=environment)
     if args.editable:

@@ -1,9 +1,9 @@
-"""Where packages come from on this machine: pip's own settings, for tools that do not read them (uv, an image build).
+"""pip's settings on this machine (package sources), for tools that do not read them: uv, an image build.
 
-Enters: what `pip config list` says, environment and files alike. Leaves: a mapping, the environment that makes uv look
-in the same places, or a folder that carries the settings into an image build. Knows nothing of the project.
+In:   the output of `pip config list` (environment and files). Out: a mapping, environment variables that give uv the
+same sources, or a folder with the settings for an image build. Never: the project.
 
-    pip_settings.py FOLDER     writes FOLDER/pip.conf and FOLDER/ca.crt, prints the build's volumes, one a line
+    pip_settings.py FOLDER     writes FOLDER/pip.conf and FOLDER/ca.crt, prints the build's volumes, one per line
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["carry", "local_path", "parse", "read", "uv_environment"]
 
-MOUNT = "/mnt"  # where the carried folder appears in a build: present in every base, so nothing is left behind
+MOUNT = "/mnt"  # mount point of the folder in a build; it exists in every base image, so the image does not change
 
 
 def read() -> dict[str, str]:
-    """The settings of the pip that belongs to this interpreter, by bare key: `find-links`, `index-url`, `cert`, …"""
+    """Return the settings of this interpreter's pip, by key without section: `find-links`, `index-url`, `cert`, …"""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -31,9 +31,9 @@ def read() -> dict[str, str]:
 
 
 def parse(listing: str) -> dict[str, str]:
-    """`pip config list` → values by bare key. An environment variable (`:env:.cert`) wins over a file, as in pip.
+    """`pip config list` → values by key without section. An environment variable (`:env:.cert`) overrides a file.
 
-    A section of one command (`install.find-links`) wins over `global`; lists keep pip's white-space separation.
+    A section of one command (`install.find-links`) overrides `global`. Lists stay separated by white space.
     """
     ranked: dict[str, tuple[int, str]] = {}
     for line in listing.splitlines():
@@ -49,7 +49,7 @@ def parse(listing: str) -> dict[str, str]:
 
 
 def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """uv's names for pip's settings. Indexes are merged as pip merges them: the best version wins wherever it lies."""
+    """Return uv's variables for pip's settings. As with pip, the best version of all indexes is used."""
     names = {
         "find-links": "UV_FIND_LINKS",
         "index-url": "UV_DEFAULT_INDEX",
@@ -67,7 +67,7 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_path(location: str) -> Path | None:
-    """What lies behind a path or a file: URL; None for anything on a network or that does not exist."""
+    """Return the local path of a path or file: URL; None if it is on a network or does not exist."""
     parts = urlsplit(location)
     if parts.scheme not in ("", "file"):
         return None
@@ -76,12 +76,12 @@ def local_path(location: str) -> Path | None:
 
 
 def carry(settings: Mapping[str, str], folder: Path) -> list[str]:
-    """Writes `settings` as folder/pip.conf for a build that mounts `folder` at MOUNT; returns the build's volumes.
+    """Write `settings` as folder/pip.conf for a build that mounts `folder` at MOUNT; return the build's volumes.
 
     A volume is `host:container:ro`.
 
-    The certificate bundle and constraints are copied, local package folders are mounted where they already are. A
-    simple index refers to files beside itself (`../files/…`), so it is the folder above it that is mounted.
+    The certificate bundle and constraints are copied. Local package folders are mounted under the same paths. A simple
+    index refers to files outside its folder (`../files/…`), so its parent folder is mounted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = dict(settings)

@@ -1,14 +1,14 @@
 """Train the demo's model: python tools/train_demo.py STAGE --out FOLDER [--minutes M] [--workers N]
 
     vae          the autoencoder, on drawn dancers, skeletons and scenes: frames first, then clips
-    decoder      its decoder alone goes on, while the transformer learns from its latents
-    transformer  flow matching on the autoencoder's latents, by the official shifted noise levels
+    decoder      trains only the autoencoder's decoder further, while the transformer learns from its latents
+    transformer  flow matching on the autoencoder's latents, with the official shifted noise levels
     distill      a LoRA that gives few steps the quality of many
     export       all of it in bfloat16, in the store's layout: runner/demo/weights
 
-Every stage resumes where FOLDER's checkpoint ended and stops after M minutes in all. On a machine with CUDA it runs on
-the first GPU; on a CPU each worker is one thread, and their gradients are averaged. `--rank R` runs one worker only:
-start the others by hand, in sessions of their own.
+Every stage resumes from FOLDER's checkpoint and stops after M minutes in total. With CUDA it runs on the first GPU. On
+a CPU each worker is one thread, and their gradients are averaged. `--rank R` runs only one worker: start the other
+workers yourself, in separate sessions.
 """
 
 from __future__ import annotations
