@@ -1,24 +1,24 @@
-# Video Lab runner. The wheels bring CUDA, so a slim base serves GPU machines too; a compiler and Python's headers are
-# in the image because Triton and torch.compile build kernels at run time.
+# Video Lab runner. The wheels contain CUDA, so a slim base image is enough for GPU machines too. A compiler and
+# Python's headers are in the image because Triton and torch.compile build kernels at run time.
 #
 #   docker build -t video-lab .                                  # for NVIDIA GPUs
 #   docker build -t video-lab:cpu --build-arg EXTRA=cpu .        # without CUDA
-#   tools/image.sh build video-lab:cpu --build-arg EXTRA=cpu     # where there is no docker engine
+#   tools/image.sh build video-lab:cpu --build-arg EXTRA=cpu     # without a docker engine
 #
-# Kept to what buildah 1.28 parses as well: no heredocs, no COPY --link.
+# Only syntax that buildah 1.28 supports too: no heredocs, no COPY --link.
 ARG BASE_IMAGE=debian:bookworm-slim
 FROM ${BASE_IMAGE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Versions come with the base's release; pinning them would break the build at each security update.
+# The base image's release determines the versions; pinned versions would break the build at each security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       ca-certificates g++ gcc libc6-dev python3 python3-dev python3-venv tini \
  && rm -rf /var/lib/apt/lists/*
 
-# /cache and /out are anyone's, so that `--user` may name any uid. Caches of every library lie under /cache.
+# All users may write to /cache and /out, so that `--user` may be any uid. The caches of all libraries are in /cache.
 RUN groupadd --gid 10001 video-lab \
  && useradd --uid 10001 --gid 10001 --home-dir /cache --no-create-home --shell /usr/sbin/nologin video-lab \
  && install -d -m 1777 /cache /out \
@@ -26,15 +26,15 @@ RUN groupadd --gid 10001 video-lab \
  && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# gpu or cpu: which onnxruntime. `gpu,svdq` adds the kernels of docs/svdquant.md and takes the older torch that they need.
-# TORCH_BACKEND: uv's name of a torch build; empty chooses CUDA for gpu, CPU for cpu.
+# EXTRA: gpu or cpu selects the onnxruntime. `gpu,svdq` adds the kernels of docs/svdquant.md and their older torch.
+# TORCH_BACKEND: uv's name of a torch build; empty: CUDA for gpu, CPU for cpu.
 ARG EXTRA=gpu
 ARG TORCH_BACKEND=""
 
-# Dependencies before sources: a changed source file costs seconds. A pip.conf may come as a build secret (a mirror, a
-# certificate, local wheels); nothing of it stays in the image. 242 MB of the GPU image are left out because nothing opens
-# them: comfy-kitchen imports its kernels for AMD under torch's ROCm build only, and static archives (most of it CUPTI,
-# from Triton's wheel) are for linking other programs.
+# Dependencies come before sources, so that a build after a changed source file takes seconds. A pip.conf may be passed
+# as a build secret (a mirror, a certificate, local wheels); it does not stay in the image. 242 MB of unused files are
+# removed from the GPU image: comfy-kitchen imports its kernels for AMD only with torch's ROCm build, and static
+# archives (most of them CUPTI, from Triton's wheel) are only needed to link other programs.
 COPY pyproject.toml /build/
 COPY tools/install.py tools/pip_settings.py /build/tools/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
@@ -48,7 +48,7 @@ COPY manifests /app/manifests
 COPY runner /app/runner
 RUN python -m compileall -q /app/runner /app/entrypoint.py
 
-# USER names an account even where --user gives a uid that has none: torch asks for the name of the user.
+# USER is set because torch reads the user's name, and the uid of --user may have no account.
 ENV HOME=/cache \
     USER=video-lab \
     TMPDIR=/cache/tmp \

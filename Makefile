@@ -1,16 +1,16 @@
-# Video Lab runner. `make help` lists what there is.
+# Video Lab runner. `make help` lists the targets.
 #
 # PYTHON         the interpreter that makes the environment            (python3)
-# EXTRA          extras to install: test; gpu or gpu,svdq on a GPU machine (what is installed, else test)
+# EXTRA          extras to install: test; gpu or gpu,svdq on a GPU machine (the installed ones, else test)
 # TORCH_BACKEND  build of torch: auto, cpu, cu130, …, index            (by the driver; see tools/install.py)
-# GPU_VENV       where `make gpu-env` puts the GPU image's packages        (.venv-gpu)
-# GPU_TESTS      what `make test-gpu-env` runs there                       (tests/gpu_env, tests of kernels)
-# WORKERS        how many tests run at a time                          (one a core, four at most)
-# FLAKY_RUNS     how often `make flaky` runs its tests                 (50)
-# FLAKY_TESTS    which tests these are                                 (of threads, signals and storage)
+# GPU_VENV       folder of `make gpu-env` for the GPU image's packages     (.venv-gpu)
+# GPU_TESTS      tests of `make test-gpu-env`                              (tests/gpu_env, tests of kernels)
+# WORKERS        number of parallel test processes                     (one per core, at most four)
+# FLAKY_RUNS     number of runs of `make flaky`                        (50)
+# FLAKY_TESTS    tests of `make flaky`                                 (tests of threads, signals and storage)
 # GPU_CHECK      flags of `make gpu-check`, see docs/gpu-check.md      (none)
 # IMAGE          name of the image                                     (video-lab)
-# IMAGE_EXTRA    gpu, gpu,svdq or cpu: which image                     (gpu)
+# IMAGE_EXTRA    kind of image: gpu, gpu,svdq or cpu                   (gpu)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,7 +51,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything in it; EXTRA=gpu for a GPU machine without the test tools
 
-# One environment holds one choice of extras: choosing another replaces the stamp.
+# An environment has one choice of extras; another choice replaces the stamp.
 $(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	$(BIN)/python tools/install.py --editable --extras "$(call extras_of,$(EXTRA))" --backend "$(TORCH_BACKEND)"
 	touch $@
 
-gpu-env: $(GPU_STAMP) ## make .venv-gpu beside .venv: the GPU image's packages and the test tools; no GPU needed, 6 GB
+gpu-env: $(GPU_STAMP) ## make .venv-gpu with the GPU image's packages and the test tools; needs 6 GB, no GPU
 
 $(GPU_STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	test -x $(GPU_BIN)/python || $(PYTHON) -m venv $(GPU_VENV)
@@ -67,20 +67,20 @@ $(GPU_STAMP): pyproject.toml tools/install.py tools/pip_settings.py
 	$(GPU_BIN)/python tools/install.py --editable --extras gpu,demo,compare,test-tools --backend "$(or $(TORCH_BACKEND),index)"
 	touch $@
 
-test-gpu-env: $(STAMP) $(GPU_STAMP) ## run the tests that want the packages that users get, in .venv-gpu; GPU_TESTS="tests/quantization …" for others
+test-gpu-env: $(STAMP) $(GPU_STAMP) ## run the tests that need the GPU image's packages, in .venv-gpu; GPU_TESTS="tests/quantization …" for others
 	$(GPU_BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(GPU_TESTS)
 
 demo: $(STAMP) ## render the demo manifest with tiny models, no GPU needed: out/demo
 	$(BIN)/video-lab weights demo --models $(MODELS) --media $(MEDIA)
 	$(BIN)/video-lab run manifests/demo.yaml --out out/demo --models $(MODELS) --sheet out/demo/contact-sheet.png
 
-test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds Ray, whole benchmarks, and where they are installed the image, Slurm, a browser
+test: $(STAMP) ## run the tests; VIDEO_LAB_SYSTEM_TESTS=1 adds Ray, whole benchmarks and, if installed, the image, Slurm, a browser
 	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP) ## run the long tests; where the image can be built, the GPU image too (20 GB of disk)
+soak: $(STAMP) ## run the long tests; also build the GPU image if possible (20 GB of disk)
 	$(BIN)/python -m pytest -m soak --timeout 0
 
-flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS times (50), up to the first red run
+flaky: $(STAMP) ## run the tests of threads, signals and storage FLAKY_RUNS times (50), until one fails
 	@for run in $$(seq $(FLAKY_RUNS)); do \
 	  $(BIN)/python -m pytest -q -m "not soak" -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 1 $(FLAKY_TESTS) || \
 	    { echo "run $$run of $(FLAKY_RUNS) failed; $$((run - 1)) passed before it"; exit 1; }; \
@@ -93,22 +93,22 @@ lint: $(STAMP) ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/hadolint Dockerfile
 
-image: ## build the container image with docker, or without an engine where there is none; IMAGE_EXTRA=cpu
+image: ## build the container image with docker, or with buildah if there is no docker; IMAGE_EXTRA=cpu for the CPU image
 	@if docker info >/dev/null 2>&1; then \
 	  set -x; docker build --tag $(IMAGE) --build-arg EXTRA=$(IMAGE_EXTRA) --build-arg TORCH_BACKEND=$(TORCH_BACKEND) .; \
 	else \
 	  set -x; tools/image.sh build $(IMAGE) --build-arg EXTRA=$(IMAGE_EXTRA) --build-arg TORCH_BACKEND=$(TORCH_BACKEND); \
 	fi
 
-bench: $(STAMP) ## run the benchmarks that need no GPU; tables on the terminal, JSON in out/bench
+bench: $(STAMP) ## run the benchmarks that need no GPU; print tables, write JSON to out/bench
 	$(call run_each,$(BENCHES))
 
 bench-gpu: $(STAMP) ## run the benchmarks that need a GPU
 	$(call run_each,$(GPU_BENCHES))
 
-gpu-check: $(STAMP) ## look at a GPU within eight minutes: choices, a real block, the autoencoder, the engine, a verdict for each claim; GPU_CHECK=flags
+gpu-check: $(STAMP) ## test a GPU in eight minutes: choices, a real block, the autoencoder, the engine, the README's claims; GPU_CHECK=flags
 	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
 
-clean: ## remove outputs, demo models and caches; the environments stay
+clean: ## remove outputs, demo models and caches, but not the environments
 	rm -rf out build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(GPU_VENV)/*' -prune -exec rm -rf {} +
