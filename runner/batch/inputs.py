@@ -56,7 +56,7 @@ class InputIndex:
         options = job.options
         if not options.preprocess.parity or job.official:
             return None
-        versions = [metadata.version(name) for name in ("av", "decord2")]
+        versions = [_version(name) for name in ("av", "decord2")]
         sampling = [options.fps, options.start_s, options.max_frames]
         question = json.dumps(["readers differ", inputs["video"].identity, sampling, versions])
         name = hashlib.sha256(question.encode()).hexdigest()
@@ -91,6 +91,14 @@ class InputIndex:
     def _look(self, uri: str) -> InputRecord:
         info, identity = identify_input(check_inside(uri, self._roots), self._hashes.sha256)
         return InputRecord(uri=uri, bytes=info.bytes, identity=identity)
+
+
+def _version(distribution: str) -> str | None:
+    """Return the installed version; None where there is none. Nothing is imported, so a done job starts fast."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _places(job: Job) -> dict[str, str]:

@@ -73,8 +73,12 @@ def segmenter_parts(description: Mapping[str, Any], folder: Path) -> dict[str, A
 
 def video_parts(reader: VideoReader) -> dict[str, Any]:
     """What decides anything that is found in a video: its content, and the code and libraries that look at it."""
-    official = {"reader": f"decord2 {metadata.version('decord2')}"} if reader.parity else {}
-    return {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path), **official}
+    parts = {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path)}
+    if reader.parity:
+        import decord
+
+        parts["reader"] = f"decord {decord.__version__}"
+    return parts
 
 
 def clip_parts(

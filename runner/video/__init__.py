@@ -1,4 +1,4 @@
-"""Video: clips in (reader.py over decode.py) and out (writer.py, join.py), a window of frames at a time."""
+"""Video: read clips (reader.py, over decode.py and decord_reader.py) and write them (writer.py, join.py)."""
 
 from runner.video.frame_digests import FRAMES_HASH, combined_digest, digest_frames, format_digests, parse_digests
 from runner.video.join import join_parts

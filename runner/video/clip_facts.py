@@ -1,17 +1,17 @@
-"""Clip facts: what can be said of a video without any network.
+"""Clip facts: length, rate, cuts, repeated pictures and blur of a video, measured without a network.
 
 In:   an open video. Out: `ClipFacts`: length, rate, size, cuts, pictures that repeat, blur.
 Never: people, jobs, advice, more than a window of frames in memory.
 
-One decode. Neighbouring frames are compared as reduced pictures: cuts.py says what a cut is. A picture repeats where no
-pixel of the luma, reduced by area to 64 pixels on the long side, changes by more than SAME_LEVELS. That is an absolute
-limit. On a real clip in which every frame stood twice, encoded by x264 at crf 18, 23 and 28 and by MPEG-4 Part 2, the
-largest change between equal pictures was 8 levels, and the smallest between different ones 49; in the clip itself
-neighbours are 29 or more apart. At crf 35 coding noise reaches 28 levels: repeats of strongly compressed or noisy
-videos are not seen.
+The video is decoded once. Neighbouring frames are compared as reduced pictures; cuts.py defines a cut. A picture
+repeats where no pixel of the luma, reduced by area to 64 pixels on the long side, changes by more than SAME_LEVELS.
+This limit is absolute. It was measured on a real clip in which every frame appears twice, encoded by x264 at crf 18, 23
+and 28 and by MPEG-4 Part 2: equal pictures changed by 8 levels at most, different ones by 49 at least. In the clip
+itself neighbours differ by 29 levels or more. At crf 35 coding noise reaches 28 levels, so repeats in strongly
+compressed or noisy videos are not found.
 
-Blur is the measure of Crete et al. 2007: 0 for a sharp picture, 1 for one without edges. It compares a picture with
-itself, blurred again, so that it depends little on what the picture shows.
+Blur is the measure of Crete et al. 2007: 0 for a sharp picture, 1 for one without edges. It compares a picture with a
+blurred copy of itself, so it depends little on the content.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ SAME_LEVELS = 10.0  # 8-bit luma
 SAME_SIDE = 64  # pixels
 WINDOW_BYTES = 32 << 20  # of decoded frames held at once
 BLUR_FRAMES = 12  # evenly over the clip
-BLUR_AREA = 832 * 480  # pixels; of a larger picture the model sees no more
+BLUR_AREA = 832 * 480  # pixels; a larger picture is scaled down for the model
 BLUR_WINDOW = 11  # pixels, by the measure's authors
-STILL_S = 1.0  # a picture that stays this long stands still on purpose
-UNEVEN = 0.1  # of the usual frame time: what a frame may last more or less in a video of constant rate
-FEW_PICTURES = 8  # with fewer in motion no rule can be seen
+STILL_S = 1.0  # a picture that stays this long is assumed to be a still on purpose
+UNEVEN = 0.1  # of the usual frame time: allowed deviation of a frame in a video of constant rate
+FEW_PICTURES = 8  # with fewer moving pictures no rule is looked for
 RULE_BLOCK = 20  # pictures, at least, over which their starts are compared with an even spacing
-RULE_REPEATS = 4  # in a block, at least, where fewer than all pictures repeat: drops by chance are not even
+RULE_REPEATS = 4  # in a block, at least, where not all pictures repeat: frames dropped by chance are not evenly spaced
 RULE_SHARE = 0.9  # of the blocks
-# A start may lie less than a frame from an even spacing; the rest is for the spacing itself, a mean over the video.
+# A start may deviate by less than a frame from an even spacing. The rest allows for the spacing, a mean over the video.
 RULE_FRAMES = 1.35
 PHASES = 6  # frames at the beginning, each tried as the first one to sample
-PHASE_GAIN = 0.02  # of the pictures: a later start that shows fewer more is not worth its frames
+PHASE_GAIN = 0.02  # of the pictures: a later start that shows fewer additional ones is not chosen
 LEAST_REPEAT = 1.02  # frames a picture: one frame in 50 repeats
 COMMON_RATES = tuple(
     Fraction(rate)
@@ -65,7 +65,7 @@ COMMON_RATES = tuple(
         "60",
     )
 )
-NEAR_RATE = 0.006  # relative: in 8 s the share of repeats is known no better
+NEAR_RATE = 0.006  # relative: the accuracy to which 8 s give the share of repeats
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ClipFacts:
     measured_fps: float  # from the timestamps
     shortest_s: float  # from one frame to the next
     longest_s: float
-    variable: bool  # frames last differently long
+    variable: bool  # the durations of frames differ
     cuts: tuple[Cut, ...]
     repeated_frames: int  # that show the picture of the frame before them
     repeats: Repeats | None
@@ -117,7 +117,7 @@ def measure_clip(reader: VideoReader, progress: Callable[[int], None] | None = N
     asked_blur = set(np.linspace(0, info.frames - 1, BLUR_FRAMES).round().astype(int).tolist())
     scenes, blurs = _SceneWatch(), []
     changes: list[int] = [0]  # numbers of the frames that show another picture than the frame before
-    spans: list[int] = [0]  # the same, against the first frame of the span: a slow fade moves no two neighbours apart
+    spans: list[int] = [0]  # the same, against the first frame of the span: in a slow fade neighbours hardly differ
     small = first = np.zeros((0, 0), np.float32)
     done = 0
     for frames in reader.windows(np.arange(info.frames), window):
@@ -156,9 +156,9 @@ def measure_clip(reader: VideoReader, progress: Callable[[int], None] | None = N
 
 
 def blur_effect(frame: np.ndarray) -> float:
-    """How blurred a picture uint8 [H, W, 3] is: 0 sharp, 1 without edges (Crete et al. 2007).
+    """Return how blurred a picture uint8 [H, W, 3] is: 0 sharp, 1 without edges (Crete et al. 2007).
 
-    A picture larger than the model sees is reduced by area first.
+    A picture of more than BLUR_AREA pixels is reduced by area first.
     """
     import cv2
 
@@ -202,7 +202,10 @@ def _reduced(frame: np.ndarray) -> np.ndarray:
 
 
 class _SceneWatch:
-    """Cuts from thumbnails in order. Neighbouring cuts are one; where the scene before comes back, it was a flash."""
+    """Find cuts in thumbnails, taken in order.
+
+    Cuts at neighbouring frames are one cut. Where the scene before them returns, they were a flash, and are no cut.
+    """
 
     def __init__(self) -> None:
         self._frame = -1
@@ -234,10 +237,13 @@ class _SceneWatch:
 
 
 def _repeats(starts: np.ndarray, times_s: np.ndarray, info: VideoInfo) -> Repeats | None:
-    """starts int64 [n]: the first frame of each different picture. times_s: of each frame, and of the video's end."""
+    """Return the rule by which frames repeat, or None.
+
+    starts: int64 [n], the first frame of each different picture. times_s: of each frame, and of the video's end.
+    """
     ends = np.append(starts[1:], info.frames)
     lengths = ends - starts
-    # The first and the last picture may be cut off, and so may one beside a picture that stands still.
+    # The first and the last picture may be cut off, and so may one beside a still picture.
     moving = times_s[ends] - times_s[starts] < STILL_S
     moving[[0, -1]] = False
     if moving.sum() < FEW_PICTURES:
@@ -269,6 +275,6 @@ def _follows_rule(starts: np.ndarray, usual: float) -> bool:
 
 
 def _plain_rate(rate: float) -> Fraction:
-    """The common rate that is meant, else the nearest hundredth."""
+    """Return the nearest common rate within NEAR_RATE, else `rate` rounded to hundredths."""
     nearest = min(COMMON_RATES, key=lambda common: abs(float(common) - rate))
     return nearest if abs(float(nearest) / rate - 1) < NEAR_RATE else Fraction(round(rate * 100), 100)

@@ -1,16 +1,16 @@
-"""Cuts: whether one scene ends and another begins between two neighbouring frames.
+"""Cuts: decide whether a scene ends between two neighbouring frames.
 
-In:   uint8 RGB frames. Out: how alike two frames are, and whether that is a cut.
+In:   uint8 RGB frames. Out: the similarity of two frames, and whether there is a cut between them.
 Never: files, windows, more than two reduced pictures.
 
 Pictures are reduced by area to the luma of 32x32 pixels. Two signs make a cut. One is a low structural similarity
-(SSIM, Wang et al. 2004, uniform windows of 7x7). The other is a large mean difference: two scenes on plain backgrounds
-are alike in structure. Measured on a real clip of 30 frames a second and on four drawn dances of 24: the similarity of
-neighbours is .85 or more and their difference 5.6 levels or less, of frames 6 apart .57 and 14 levels; across hard cuts
-between these clips the similarity is -.11 to .36 and the difference 30 levels or more.
+(SSIM, Wang et al. 2004, uniform windows of 7x7). The other is a large mean difference, as two scenes on plain
+backgrounds have a similar structure. Measured on a real clip of 30 frames a second and on four drawn dances of 24:
+neighbours have a similarity of .85 or more and a difference of 5.6 levels or less, frames 6 apart .57 and 14 levels.
+Across hard cuts between these clips the similarity is -.11 to .36, and the difference 30 levels or more.
 
-A cut between two pictures of one scene (a jump cut) is not seen where most of the picture stays. Below about 5 frames a
-second a fast dance may look like cuts.
+A cut between two pictures of one scene (a jump cut) is not found where most of the picture stays the same. Below about
+5 frames a second a fast dance may be taken for cuts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["CUT_ABOVE_LEVELS", "CUT_BELOW", "is_cut", "similarity", "thumbnail"]
 
 CUT_BELOW = 0.5  # similarity
 CUT_ABOVE_LEVELS = 24.0  # mean absolute difference of luma
-# At a smaller difference there is no cut, whatever the similarity, which is low between a nearly black picture and a
-# black one: the last steps of a fade. So a cut between two night scenes may be missed.
+# At a smaller difference there is no cut, even at a low similarity: the last steps of a fade to black have one. So a
+# cut between two night scenes may be missed.
 LEAST_LEVELS = 8.0
 SIDE = 32  # pixels
 WINDOW = 7  # pixels, of SSIM
@@ -30,7 +30,7 @@ LEVELS = 255.0
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] as the luma float32 [32, 32] that `similarity` compares, in 8-bit levels."""
+    """Reduce a frame uint8 [H, W, 3] to the luma that `similarity` compares: float32 [32, 32], 8-bit levels."""
     import cv2
 
     small = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
@@ -39,7 +39,7 @@ def thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean SSIM of two thumbnails: 1 for equal ones, about 0 for pictures that have nothing in common."""
+    """Return the mean SSIM of two thumbnails: 1 for equal ones, about 0 for unrelated pictures."""
     import cv2
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def is_cut(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two thumbnails of neighbouring frames show different scenes."""
+    """Return whether two thumbnails of neighbouring frames show different scenes."""
     difference = float(np.abs(one - other).mean())
     if difference <= LEAST_LEVELS:
         return False

@@ -1,4 +1,4 @@
-"""Decode: what frames a video file holds, when each is on screen, and their pixels by index.
+"""Decode: read which frames a video file holds, when each is on screen, and their pixels by index.
 
 In:   a local file. Out: a `Timeline` (no pixels), or uint8 RGB frames, upright, by index in presentation order.
 Never: sampling rules, output files, jobs.
@@ -36,17 +36,17 @@ __all__ = [
 MAX_SIDE = 8192  # pixels
 MAX_PIXELS = 64_000_000  # one RGB frame of this size is 192 MB
 MAX_ASPECT = 20  # long side to short side, as for images
-THREADS = min(4, os.cpu_count() or 1)  # beyond this a decoder only holds more frames in memory
-RECENT, RECENT_BYTES = 8, 64 << 20  # frames, and their bytes, kept for the next call: segments overlap by 5
+THREADS = min(4, os.cpu_count() or 1)  # with more threads a decoder mainly holds more frames in memory
+RECENT, RECENT_BYTES = 8, 64 << 20  # limits of the frames that are kept for the next call: segments overlap by 5
 FAR = 150  # frames; skipping fewer is about as cheap to decode through as to seek over
 REENCODE = "Convert it, for example: ffmpeg -i INPUT -c:v libx264 -pix_fmt yuv420p OUTPUT.mp4"
-# A text file may be a playlist for FFmpeg; without this it could make us fetch what it names.
+# FFmpeg takes some text files for playlists. Without this it would fetch the addresses in them.
 OPEN_OPTIONS = {"protocol_whitelist": "file"}
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A video stream's frames in presentation order, from its packets; the first frame was decoded, no other."""
+    """The frames of a video stream in presentation order, from its packets. Only the first frame was decoded."""
 
     path: Path
     pts: np.ndarray = field(repr=False)  # int64 [n], increasing, units of time_base
@@ -59,7 +59,7 @@ class Timeline:
     has_audio: bool
     counted: bool  # the file has no usable timestamps: frame i is the i-th that the decoder gives
     rotation: int  # degrees counter-clockwise by which the container turns its frames upright: 0, 90, 180 or 270
-    indexed: bool = False  # the container lists its keyframes (MP4, Matroska), so that a seek lands on the one meant
+    indexed: bool = False  # the container lists its keyframes (MP4, Matroska), so that a seek lands exactly
 
     @property
     def frames(self) -> int:
@@ -133,14 +133,14 @@ def read_timeline(path: Path) -> Timeline:
 
 
 class Frames:
-    """Pixels by index. Going forward decodes on; going back, or far, seeks. One thread at a time.
+    """Reads pixels by index: forward by decoding on, backward or far ahead by a seek. One thread at a time.
 
-    Beside what it returns it holds a few frames, see RECENT, and the decoder's own.
+    It holds a few frames, see RECENT, and those in the decoder.
     """
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
-        # Calls may share their border: an index that repeats, or the few frames by which two segments overlap.
+        # Two calls may need the same frames: an index that repeats, or the frames by which two segments overlap.
         self._recent: dict[int, np.ndarray] = {}
         self._keep = max(1, min(RECENT, RECENT_BYTES // (timeline.height * timeline.width * 3)))
         self._container: Any = None
@@ -148,7 +148,7 @@ class Frames:
         self._start(0)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [n, H, W, 3] RGB for int64 [n] non-decreasing indices. Raises InputUnreadable for damage on the way."""
+        """Return uint8 [n, H, W, 3] RGB for int64 [n] non-decreasing indices. Raises InputUnreadable for damage."""
         size = (self._timeline.height, self._timeline.width, 3)
         out = np.empty((len(indices), *size), np.uint8)
         for slot, index in enumerate(int(i) for i in indices):
@@ -179,7 +179,7 @@ class Frames:
             self._container = None
 
     def _start(self, keyframe: int) -> None:
-        """Make `keyframe` the next frame to come, by a seek that `_frame` checks, or from the file's beginning (0)."""
+        """Seek to `keyframe`, or open the file at its beginning for 0. `_frame` checks where the seek landed."""
         import av
 
         self.close()
@@ -190,7 +190,7 @@ class Frames:
         if keyframe:
             try:
                 self._container.seek(int(self._timeline.pts[keyframe]), stream=stream, backward=True)
-            except av.error.FFmpegError:  # a container that cannot seek: `_frame` sees that too early a frame comes
+            except av.error.FFmpegError:  # a container that cannot seek: decoding begins at frame 0
                 self._next = 0
         self._decoder = self._container.decode(stream)
 
@@ -232,7 +232,7 @@ class Frames:
                 if at is None:
                     continue
                 self._next = at + 1
-                # After a seek, frames before the keyframe lean on pictures never decoded: not the file's fault.
+                # After a seek, frames before the keyframe refer to pictures that were not decoded: no damage.
                 if frame.is_corrupt and at >= self._trusted_from:
                     raise InputUnreadable(
                         f"frame {at} of {timeline.frames} is damaged",
@@ -257,7 +257,7 @@ class Frames:
 
 
 def open_container(path: Path) -> Any:
-    """PyAV's container for a local file. Raises InputNotFound, InputUnreadable, StorageDenied."""
+    """Open a local file with PyAV. Raises InputNotFound, InputUnreadable, StorageDenied."""
     import av
 
     if not path.exists():
@@ -265,7 +265,7 @@ def open_container(path: Path) -> Any:
     if path.is_file() and not path.stat().st_size:
         raise InputUnreadable("the file is empty", where=path, todo="Copy or download it again")
     try:
-        # `file:` and an absolute path, for a name such as "a:b.mp4" would else be read as a protocol.
+        # `file:` and an absolute path: otherwise a name such as "a:b.mp4" would be taken for a protocol.
         return av.open(f"file:{path.absolute()}", options=OPEN_OPTIONS, metadata_errors="replace")
     except PermissionError as error:
         raise as_runner_error(error, where=path) from error
@@ -278,7 +278,7 @@ def _video_stream(container: Any, path: Path) -> Any:
 
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
-        raise InputUnreadable("holds no video stream", where=path, todo="Give a file with pictures in it")
+        raise InputUnreadable("holds no video stream", where=path, todo="Give a file that holds a video")
     stream = container.streams.best("video")
     stream = stream if stream in streams else streams[0]
     if stream.codec_context is None:
@@ -289,20 +289,21 @@ def _video_stream(container: Any, path: Path) -> Any:
 def _check_size(width: int, height: int, path: Path) -> None:
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise InputTooLarge(
-            f"frames of {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS // 10**6} megapixels can be",
+            f"its frames have {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_PIXELS // 10**6} megapixels "
+            "are allowed",
             where=path,
-            todo="Scale it down first: the model sees far fewer pixels",
+            todo="Scale it down first: the model uses far fewer pixels",
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InputUnreadable(
-            f"its frames are strips of {width}x{height} pixels; one side may be {MAX_ASPECT} times the other at most",
+            f"its frames are strips of {width}x{height} pixels; one side may be at most {MAX_ASPECT} times the other",
             where=path,
             todo="Crop it to the person",
         )
 
 
 def _first_frame(path: Path) -> tuple[np.ndarray, int]:
-    """The frame, upright, and by how many degrees it was turned."""
+    """Return the first frame, upright, and the degrees by which it was turned."""
     import av
 
     with open_container(path) as container:
@@ -318,7 +319,7 @@ def _first_frame(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _upright_rgb(frame: Any) -> np.ndarray:
-    """uint8 [H, W, 3] RGB in the colours that the stream's tags say, turned as its rotation tag says."""
+    """Return uint8 [H, W, 3] RGB, converted by the stream's colour tags and turned by its rotation tag."""
     image = frame.to_ndarray(format="rgb24")
     if frame.rotation % 90 == 0 and frame.rotation % 360:
         image = np.rot90(image, frame.rotation // 90)
@@ -328,11 +329,11 @@ def _upright_rgb(frame: Any) -> np.ndarray:
 def _order(
     packets: list[tuple[int | None, int, bool]], first_key: int | None
 ) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """Packets in file order → (pts in presentation order, keyframe indices, the last frame's duration, counted)."""
+    """Return (pts in presentation order, keyframe indices, last frame's duration, counted) of packets in file order."""
     stamps = [pts for pts, _, _ in packets if pts is not None]
     if len(set(stamps)) != len(packets):
         return np.arange(len(packets)), np.zeros(1, np.int64), 0, True
-    # A recording cut out of a broadcast starts between keyframes: what comes before the first cannot be decoded.
+    # A recording cut out of a broadcast starts between keyframes: frames before the first one cannot be decoded.
     stamped = ((pts, duration, key) for pts, duration, key in packets if pts is not None)
     shown = sorted(entry for entry in stamped if first_key is None or entry[0] >= first_key)
     keyframes = np.array([i for i, (_, _, key) in enumerate(shown) if key] or [0], np.int64)
@@ -340,7 +341,7 @@ def _order(
 
 
 def _average_fps(header: Fraction | None, frames: int, duration_s: Fraction) -> Fraction:
-    """The header's rate where the frames bear it out, else theirs."""
+    """Return the header's rate if the measured one is within 2 % of it, else the measured one."""
     measured = frames / duration_s
     if header and abs(header / measured - 1) < Fraction(2, 100):
         measured = Fraction(header)

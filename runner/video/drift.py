@@ -1,12 +1,13 @@
-"""Drift: how the colour of still pixels, the texture and the motion of a video change from segment to segment.
+"""Drift: measure how colour, texture and motion of a video change from segment to segment.
 
-In:   uint8 RGB frames in windows, the first frame of each later segment; perhaps a baseline's frames beside them.
+In:   uint8 RGB frames in windows, the first frame of each later segment; optionally the same frames of a baseline.
 Out:  delta E, gain and offset at joints and in segments, Laplacian energy, motion energy.
 Never: files, jobs, limits, more than a few reduced pictures in memory.
 
-One forward pass. Colours are read from pictures reduced by area to about 14,000 pixels. A pixel is still in a segment
-when it hardly changes from frame to frame, so that the moving person is left out. Global statistics confuse content
-with colour; pixels compared with themselves do not. Delta E is CIE76 in Lab (D65).
+The frames are read once, in order. Colours are measured on pictures reduced by area to about 14,000 pixels, and on
+still pixels only: those that hardly change from frame to frame in a segment. So the moving person is left out. A
+comparison of each pixel with itself separates colour from content, which global statistics do not. Delta E is CIE76 in
+Lab (D65).
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ __all__ = [
     "to_lab",
 ]
 
-REDUCED_PIXELS = 14_400  # 160x90: a person's limb covers pixels, coding noise averages out
-FIT_PIXELS = 4096  # of the still ones, evenly taken: a fit of three channels takes about a millisecond
+REDUCED_PIXELS = 14_400  # 160x90: a limb still covers several pixels, and coding noise averages out
+FIT_PIXELS = 4096  # still pixels used for a fit, evenly spaced: a fit of three channels takes about a millisecond
 NEAR = 4  # frames on each side of a joint
 AROUND = 12  # frames on each side, in which the steps between other frames are measured
 # A still pixel's frame-to-frame changes, root mean square, in levels: H.264 at crf 18 stays below 1 on a still
 # background. A noisy picture may have twice the changes of its quietest tenth, up to the second number.
 STILL_LEVELS = (1.5, 6.0)
-STILL_SHARE = 0.05  # of the picture; with less, whatever is still may be a logo or a border
+STILL_SHARE = 0.05  # of the picture; a smaller still area may be a logo or a border
 SPREAD = 8.0  # levels, standard deviation; on a plainer background noise of 0.5 levels would bias a gain by 0.4 %
 CLIPPED = 3.0  # levels from black and white, within which a gain may have been cut off
-GAINS = (0.5, 2.0)  # a gain beyond is no drift but other content
+GAINS = (0.5, 2.0)  # a gain outside is taken for other content, not for drift
 HUBER, TUKEY = 1.345, 4.685  # robust standard deviations; each 95 % efficient for normal noise
-LEAST_SCALE = 1.0  # levels: what rounding alone makes of a pixel is no outlier, even where most pixels have none of it
-ENERGY_FLOOR = 0.01  # levels squared, added to both sides of a ratio of energies: 0 to 0 is 1
+LEAST_SCALE = 1.0  # levels: rounding alone must not make an outlier, even where most pixels do not change
+ENERGY_FLOOR = 0.01  # levels squared, added to both energies of a ratio: 0 to 0 gives 1
 
 # Linear sRGB to XYZ (IEC 61966-2-1), each row divided by the white point D65.
 TO_XYZ = np.array(
@@ -63,7 +64,7 @@ class ColourFit:
 
     gain: Triple
     offset: Triple
-    delta_e: float  # mean over the pixels of what gain and offset change
+    delta_e: float  # mean change over the pixels by gain and offset
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class MeasuredJoint:
     step: float  # delta E of the still pixels, from NEAR frames before to NEAR frames after
     usual: float  # the median of such steps between other frames nearby
     excess: float  # of `step`, above `usual`; with a baseline that of the change against the baseline
-    gain: Triple  # from before to after; with a baseline, of what the video has and the baseline has not
+    gain: Triple  # from before to after; with a baseline, relative to the change in the baseline
     offset: Triple  # the same, 8-bit levels
     still: float  # share of the picture that is still on both sides; below STILL_SHARE all pixels were taken
 
@@ -104,7 +105,7 @@ class DriftMeter:
     """Measure a video in one pass: `add` its frames in order, then `result`.
 
     joints: the first frame of each segment after the first, increasing, within 1..frames - 1. frames: of the video.
-    Raises ValueError for joints outside, for windows of another size, and for more or fewer frames than announced.
+    Raises ValueError for joints outside this range, windows of another size, and more or fewer frames than `frames`.
     """
 
     def __init__(self, joints: Sequence[int], frames: int) -> None:
@@ -119,7 +120,7 @@ class DriftMeter:
         self._segments: list[MeasuredSegment] = []
 
     def add(self, frames: np.ndarray, baseline: np.ndarray | None = None) -> None:
-        """Take uint8 [n, H, W, 3]; `baseline` the same frames of the baseline, always or never."""
+        """Add frames uint8 [n, H, W, 3]. `baseline`: the same frames of the baseline, in every call or in none."""
         if self._compares is None:
             self._compares = baseline is not None
         if self._compares != (baseline is not None):
@@ -140,7 +141,7 @@ class DriftMeter:
                 self._finish_segment()
 
     def result(self) -> MeasuredDrift:
-        """What was measured. Raises ValueError before the last frame."""
+        """Return the measurements. Raises ValueError before the last frame was added."""
         if self._seen != self._bounds[-1]:
             raise ValueError(f"{self._seen} of {self._bounds[-1]} frames were added")
         largest = max((joint.excess for joint in self._joints), default=0.0)
@@ -155,7 +156,7 @@ class DriftMeter:
 
 @dataclass
 class SegmentStatistics:
-    """Running statistics of one video over one segment, of `end` - `begin` frames, which `add` takes in order."""
+    """Running statistics of one video over one segment of `end` - `begin` frames; `add` takes them in order."""
 
     begin: int
     end: int
@@ -183,7 +184,7 @@ class SegmentStatistics:
         return self.laplacian / self.count
 
     def within(self, pixels: np.ndarray) -> float:
-        """Delta E of `pixels`, bool [h, w], from the first quarter to the last."""
+        """Return delta E of `pixels`, bool [h, w], from the first quarter of the segment to the last."""
         first, last = (total / self.quarter for total in self.sums[1:])
         return fit_colour(first[pixels], last[pixels]).delta_e
 
@@ -213,7 +214,7 @@ class SegmentStatistics:
         self.count += 1
 
     def still(self) -> np.ndarray:
-        """bool [h, w]: pixels that hardly change from frame to frame."""
+        """Return the pixels that hardly change from frame to frame, bool [h, w]."""
         changes = np.sqrt(self.squared / max(1, self.count - 1))
         return changes <= np.clip(2 * np.percentile(changes, 10), *STILL_LEVELS)
 
@@ -244,10 +245,10 @@ def _measure_segment(video: SegmentStatistics, baseline: SegmentStatistics | Non
 
 
 def _measure_joint(before: list[SegmentStatistics], after: list[SegmentStatistics]) -> MeasuredJoint:
-    """Of one video, or of a video and its baseline's.
+    """Measure the joint between two segments of one video, or of a video and its baseline.
 
-    With a baseline, the colours of both are compared on each side of the joint, and what changes between the two
-    comparisons is the excess: a change of the scene itself, which both videos show, is none.
+    With a baseline, the colours of both videos are compared on each side of the joint. The excess is the change between
+    the two comparisons. So a change of the scene, which both videos show, does not count.
     """
     masks = [side.still() for side in (*before, *after)]
     still, share = _choose(np.logical_and.reduce(masks))
@@ -260,7 +261,7 @@ def _measure_joint(before: list[SegmentStatistics], after: list[SegmentStatistic
     others = [at for at in range(near, joint + behind - near + 1, 2) if at + near <= joint or at - near >= joint]
 
     def means(at: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each video, float64 [pixels, 3] before and from frame `at` on."""
+        """Return the mean colours of each video before frame `at` and from it on, float64 [pixels, 3] each."""
         return [(video[at - near : at].mean(axis=0), video[at : at + near].mean(axis=0)) for video in videos]
 
     def usual(step: Callable[[int], float]) -> float:
@@ -278,7 +279,7 @@ def _measure_joint(before: list[SegmentStatistics], after: list[SegmentStatistic
 
 
 def _step_against(video: tuple[np.ndarray, np.ndarray], baseline: tuple[np.ndarray, np.ndarray]) -> ColourFit:
-    """How the video's colours change, from before to after, relative to the baseline's; means float64 [pixels, 3]."""
+    """Fit how the video's colours change relative to the baseline's. Pairs are (before, after), float64 [pixels, 3]."""
     fits = [fit_colour(other, own) for own, other in zip(video, baseline, strict=True)]
     (gain, offset), (later_gain, later_offset) = ((np.array(fit.gain), np.array(fit.offset)) for fit in fits)
     change = later_gain / gain
@@ -294,7 +295,7 @@ def _triple(values: np.ndarray) -> Triple:
 
 
 def _choose(still: np.ndarray) -> tuple[np.ndarray, float]:
-    """The pixels to measure by, bool [h, w], and the share that is still."""
+    """Return the pixels to measure on, bool [h, w], and the share of still pixels."""
     share = float(still.mean())
     return (still if share >= STILL_SHARE else np.ones_like(still)), share
 
@@ -302,7 +303,7 @@ def _choose(still: np.ndarray) -> tuple[np.ndarray, float]:
 def fit_colour(before: np.ndarray, after: np.ndarray) -> ColourFit:
     """Fit gain and offset of each channel from float [n, 3] to float [n, 3], in 8-bit levels; robust to outliers.
 
-    Where a channel's values spread too little to tell a gain, the gain is 1 and the offset says all.
+    Where a channel's values spread too little to determine a gain, the gain is 1 and only the offset is fitted.
     """
     stride = -(-len(before) // FIT_PIXELS)
     x, y = (np.asarray(side[::stride], np.float64) for side in (before, after))
@@ -317,8 +318,8 @@ def _fit_channel(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if inside.mean() >= 0.2:
         x, y = x[inside], y[inside]
     gain, offset = plain = 1.0, float(np.median(y - x))
-    # Huber's weights have one best fit, and Tukey's, which leave outliers out, find theirs from there. Alone they may
-    # stay at another one: levels that were rounded differ by whole numbers, and most of them by the same one.
+    # Huber's weights have a single best fit. Tukey's, which ignore outliers, start from it: alone they may end in
+    # another minimum, as rounded levels differ by whole numbers, and most of them by the same one.
     for weigh in (_huber, _tukey):
         for _ in range(30):
             rest = y - gain * x - offset
@@ -359,7 +360,8 @@ def reduce_picture(picture: np.ndarray, pixels: int = REDUCED_PIXELS) -> np.ndar
 def to_lab(colours: np.ndarray) -> np.ndarray:
     """CIE Lab (D65), float64 [..., 3], of sRGB colours in 8-bit levels, [..., 3] of any float or integer type.
 
-    Written out here, as OpenCV's conversion was seen to be off by 0.3, and scikit-image is not there where jobs run.
+    Implemented here because OpenCV's conversion was measured to be off by 0.3, and scikit-image is not a dependency of
+    jobs.
     """
     share = np.asarray(colours, np.float64) / 255
     linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)

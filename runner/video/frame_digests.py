@@ -1,8 +1,8 @@
-"""Frame digests: a sha256 of each frame, and one of all of them.
+"""Frame digests: compute a sha256 of each frame, and one of all of them.
 
 In:   uint8 RGB frames. Out: hex digests, and the text of a file that lists them. Never: encoded video, jobs.
 
-Records that say `frames_hash: 2` hold `combined_digest`; a list of the frames' own digests tells which frames differ.
+Records with `frames_hash: 2` hold `combined_digest`. A list of the digests of single frames shows which frames differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def digest_of(frame: np.ndarray) -> str:
-    """Hex sha256 of the shape of uint8 [H, W, 3] (three little-endian uint32) and its bytes, row by row."""
+    """Return the hex sha256 of a frame uint8 [H, W, 3]: of its shape (three little-endian uint32) and its bytes."""
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f"a frame must be uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
     digest = hashlib.sha256(np.array(frame.shape, "<u4").tobytes())
@@ -29,22 +29,22 @@ def digest_of(frame: np.ndarray) -> str:
 
 
 def digest_frames(frames: np.ndarray) -> list[str]:
-    """`digest_of` of each frame of uint8 [n, H, W, 3]."""
+    """Return `digest_of` of each frame of uint8 [n, H, W, 3]."""
     return [digest_of(frame) for frame in frames]
 
 
 def combined_digest(digests: Iterable[str]) -> str:
-    """Hex sha256 of the digests as 32 bytes each, in order."""
+    """Return the hex sha256 of the digests, 32 bytes each, in order."""
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def format_digests(digests: Sequence[str]) -> bytes:
-    """One digest a line, each line ended."""
+    """Return a text with one digest a line; every line ends with a newline."""
     return "".join(f"{digest}\n" for digest in digests).encode()
 
 
 def parse_digests(data: bytes) -> list[str]:
-    """The digests of a list that `format_digests` made. Raises ValueError for anything else."""
+    """Return the digests in a text of `format_digests`. Raises ValueError for any other text."""
     lines = data.decode("ascii").split("\n")
     if lines.pop() or not all(map(_DIGEST.fullmatch, lines)):
         raise ValueError("not a list of hex sha256 digests, one a line")

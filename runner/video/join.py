@@ -1,6 +1,6 @@
-"""Join: encoded parts of a video become one MP4, without encoding them again; sound goes along.
+"""Join: put encoded parts of a video into one MP4 without encoding them again, with sound if wanted.
 
-In:   MP4 parts of Mp4Writer in order, their rate, optionally a span of a source's sound. Out: one MP4, whole or none.
+In:   MP4 parts of Mp4Writer in order, their rate, optionally a span of a source's sound. Out: a complete MP4, or none.
 Never: frames in pixels, where the parts come from, jobs.
 
 The same parts and sound give the same bytes on any machine.
@@ -20,19 +20,19 @@ from runner.video.unfinished import open_unfinished
 
 __all__ = ["join_parts"]
 
-# Frames that a packet is decoded before it is shown, at most: x264's preset `medium` lets B-frames refer to B-frames,
-# which takes two. One number for the whole file, as x264 itself gives less to a part of one or two frames.
+# By how many frames a packet is decoded before it is shown, at most: two, as x264's preset `medium` lets B-frames refer
+# to B-frames. The number is fixed for the whole file because x264 uses a smaller one in a part of one or two frames.
 REORDER_FRAMES = 2
 TRACK_TIMESCALE = 10_000  # ticks a second at least, as FFmpeg's muxer gives a video track
 
 
 def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: AudioSpan | None = None) -> SoundNote | None:
-    """Put the pictures of `parts` one behind the other into `dest`, with the sound of `audio`.
+    """Write the pictures of `parts` one after the other to `dest`, with the sound of `audio`.
 
-    Each frame lasts exactly 1/fps; dts grows by one frame a packet and is never above pts. `dest` appears whole, or not
-    at all. Returns what became of the sound, None if none was asked for. Raises InternalError if the parts
-    were not encoded with the same parameters or are damaged, InputUnreadable if the sound cannot be decoded,
-    StorageFull and StorageDenied as the disk does.
+    Each frame lasts exactly 1/fps; dts grows by one frame a packet and is never above pts. `dest` appears complete, or
+    not at all. Returns a note on the sound, None without `audio`. Raises InternalError if the parts were encoded with
+    different parameters or are damaged, InputUnreadable if the sound cannot be decoded, StorageFull and StorageDenied
+    for errors of the disk.
     """
     if not parts:
         raise ValueError(f"{dest}: no part was given")
@@ -56,7 +56,7 @@ def join_parts(parts: Sequence[Path], dest: Path, *, fps: Fraction, audio: Audio
                     packet.stream = stream
                     container.mux(packet)
                     done += 1
-                    if sound is not None:  # in step with the pictures, or the muxer would queue them all
+                    if sound is not None:  # alternating with the pictures, or the muxer would queue all of them
                         sound.write_until(container, done / fps)
             if sound is not None:
                 sound.finish(container)
@@ -107,14 +107,17 @@ def _open_part(path: Path) -> Any:
 
 
 def _parameters(video: Any) -> tuple[Any, ...]:
-    """What must be equal for a decoder to read one part after the other: SPS and PPS above all, size and colours."""
+    """Return the parameters that must be equal in all parts, so that one decoder reads them: SPS, PPS, size, colour."""
     context = video.codec_context
     colours = context.color_range, context.colorspace, context.color_primaries, context.color_trc
     return context.name, context.extradata, context.width, context.height, context.pix_fmt, *colours
 
 
 def _movie_timescale(fps: Fraction) -> int:
-    """Ticks a second of the movie's clock: those of its video track. FFmpeg's own 1000 round the movie's length."""
+    """Return the ticks a second of the movie's clock: those of its video track.
+
+    FFmpeg's default of 1000 would round the movie's length.
+    """
     timescale = fps.numerator
     while timescale < TRACK_TIMESCALE:
         timescale *= 2

@@ -1,7 +1,7 @@
-"""Reader: which frames of a clip a job sees, and their pixels a window at a time. (writer.py is the way out.)
+"""Reader: choose the frames of a clip that a job uses, and read their pixels a window at a time.
 
-In:   a local file; the frames a second asked for. Out: frame indices, uint8 RGB windows.
-Never: people, models, jobs; nothing here holds a whole clip.
+In:   a local file; the wanted frames a second. Out: frame indices, uint8 RGB windows.
+Never: people, models, jobs, a whole clip in memory. writer.py writes clips.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = [
     "sample_indices",
 ]
 
-MIN_FRAMES = 2  # the model moves a picture; one frame has no motion
+MIN_FRAMES = 2  # one frame has no motion
 WINDOW_BYTES = 24 << 20  # of frames that are compared at a time, for each reader
-STAMP_NOISE_S = 1e-3  # Matroska stores whole milliseconds, QuickTime often 1/600 s: a stamp may lie this far off
+STAMP_NOISE_S = 1e-3  # Matroska stores whole milliseconds, QuickTime often 1/600 s: a timestamp may deviate by this
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A clip as it is shown: trimmed and turned as its container says."""
+    """A clip as a player shows it: trimmed and turned by the container's tags. With `parity`, as decord counts it."""
 
     path: Path
     frames: int
@@ -58,7 +58,7 @@ class Sampled:
 
 
 def probe(path: Path | str) -> VideoInfo:
-    """Length, rate and size of a clip, without decoding more than its first frame.
+    """Return length, rate and size of a clip. Only the first frame is decoded.
 
     Raises InputNotFound, InputUnreadable (empty, truncated, no frames, not a video), InputTooLarge.
     """
@@ -66,11 +66,12 @@ def probe(path: Path | str) -> VideoInfo:
 
 
 def sample_indices(info_frames: int, video_fps: float, duration_s: float, fps: float | None) -> np.ndarray:
-    """The official frame indices, int64 [n]; n can be 0. Pure.
+    """Return the official frame indices, int64 [n]; n can be 0. Pure.
 
     `duration_s` is when the last frame ends; `fps` None keeps the source's rate. Source: the preprocessing of
     Wan2.2-Animate at commit 42bf4cf. The length is truncated, so that 123 frames at 30 fps sampled at 30 fps lose one;
-    positions round half to even; a frame count more than a tenth away from the duration's gives way to it.
+    positions round half to even. Where the frame count differs by more than a tenth from duration times rate, the
+    latter counts.
     """
     expected = int(duration_s * video_fps + 0.5)
     frames = expected if abs((info_frames - expected) / info_frames) > 0.1 else info_frames
@@ -82,10 +83,10 @@ def sample_indices(info_frames: int, video_fps: float, duration_s: float, fps: f
 
 
 def sample_by_time(starts_s: np.ndarray, end_s: float, fps: Fraction, start_s: float = 0.0) -> np.ndarray:
-    """int64 [n]: frame i is the one on screen at `start_s + i / fps`; n is how many frame periods fit, rounded. Pure.
+    """Return int64 [n]: frame i is on screen at `start_s + i / fps`; n is the number of frame periods, rounded. Pure.
 
-    `starts_s`: float64, increasing, when each source frame appears; the last stays until `end_s`. A stamp that is late
-    by rounding (1 ms, or a quarter of the usual frame where that is less) counts as in time.
+    `starts_s`: float64, increasing, when each source frame appears; the last stays until `end_s`. A timestamp
+    that is late by rounding (1 ms, or a quarter of the usual frame where that is less) counts as in time.
     """
     length = int(np.floor((end_s - start_s) * float(fps) + 0.5))
     if length < 1:
@@ -137,7 +138,7 @@ class VideoReader:
         max_frames: int | None = None,
         parity: bool = False,
     ) -> Sampled:
-        """Frames for an output of `fps` that begins `start_s` seconds into the clip, at most `max_frames`.
+        """Return the frames for an output of `fps` that begins `start_s` seconds into the clip, at most `max_frames`.
 
         By timestamps, see `sample_by_time`; with `parity` by the official rule, see `sample_indices`, where a `start_s`
         acts as if the clip began with the frame that is then on screen. A reader with `parity` takes decord's count,
@@ -195,9 +196,9 @@ class VideoReader:
             yield self.read(indices[begin : begin + window])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [n, H, W, 3] RGB, upright, for non-decreasing `indices`; fastest when calls go forward, too.
+        """Return uint8 [n, H, W, 3] RGB, upright, for non-decreasing `indices`; fastest when calls go forward, too.
 
-        Raises InputUnreadable when the file proves damaged on the way.
+        Raises InputUnreadable where the file is damaged.
         """
         wanted = np.asarray(indices, np.int64)
         last = self.info.frames - 1
@@ -277,5 +278,5 @@ def _info(line: Timeline, clip: DecordClip | None = None) -> VideoInfo:
 
 
 def _plain(rate: Fraction) -> Fraction:
-    """A rate that a container can hold; NTSC's denominator is 1001. Frames further apart than 1001 s count as that."""
+    """Return the nearest rate that a container can hold (NTSC: denominator 1001), at least one frame in 1001 s."""
     return max(rate.limit_denominator(1001), Fraction(1, 1001))

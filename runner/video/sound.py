@@ -1,4 +1,4 @@
-"""Sound: a span of a source's sound becomes the AAC track of an MP4 that is being written, or a WAV file.
+"""Sound: write a span of a source's sound as the AAC track of an open MP4, or as a WAV file.
 
 In:   a file with sound, a span of it, an open container or a path. Out: packets in the container, or the file.
 Never: pictures, and which job the sound belongs to.
@@ -27,7 +27,7 @@ AAC_BITS_PER_CHANNEL = 96_000
 FLOAT, PCM = "fltp", "s16p"  # samples for AAC, for WAV; one plane a channel
 USUAL = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # as FFmpeg assumes
 ENDED = "the source's sound ends before the rendered span"
-GAP_S = 0.05  # stamps in whole milliseconds jitter by less; a gap or overlap beyond this moves the sound
+GAP_S = 0.05  # timestamps in whole milliseconds jitter by less; a larger gap or overlap moves the sound
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class AudioSpan:
 
 @dataclass(frozen=True)
 class SoundNote:
-    """What became of the sound that was asked for, in words. missing: the source has none for the span."""
+    """What was done with the sound, as text. missing: the source has no sound in the span."""
 
     text: str
     missing: bool
 
 
 class Sound:
-    """A span of sound on its way from a source file into an open container, as AAC."""
+    """Copies a span of sound from a source file into an open container, as AAC."""
 
     def __init__(self, pieces: Iterator[np.ndarray], source: Any, rate: int, layout: str, container: Any) -> None:
         self._pieces, self._source, self._rate, self._layout = pieces, source, rate, layout
-        self._rest: np.ndarray | None = None  # of the last piece, beyond what was asked for
+        self._rest: np.ndarray | None = None  # of the last piece, after the time that was written last
         self._done = 0  # samples handed to the encoder
         self._out = container.add_stream("aac", rate=rate, layout=layout)
         self._out.codec_context.bit_rate = AAC_BITS_PER_CHANNEL * (1 if layout == "mono" else 2)
 
     @classmethod
     def open(cls, span: AudioSpan, container: Any) -> tuple[Sound | None, SoundNote]:
-        """The sound, or None where there is none; and what became of it. Call `close` in the end.
+        """Return the sound, or None where there is none, and a note on it. The caller calls `close` in the end.
 
-        Raises InputUnreadable if the first of it cannot be decoded.
+        Raises InputUnreadable if its first samples cannot be decoded.
         """
         source = open_container(Path(span.path))
         try:
@@ -82,7 +82,7 @@ class Sound:
                 source.close()
 
     def write_until(self, container: Any, seconds: Fraction) -> None:
-        """Encode up to `seconds` of the output, or as far as there is sound."""
+        """Encode the sound up to `seconds` of the output, or up to its end."""
         import av
 
         target = round(seconds * self._rate)
@@ -98,7 +98,7 @@ class Sound:
             self._done += now.shape[1]
 
     def finish(self, container: Any) -> None:
-        """Write what the encoder still holds, and close."""
+        """Write the packets that are left in the encoder, and close the source."""
         container.mux(self._out.encode(None))
         self.close()
 
@@ -127,9 +127,9 @@ def check_sound(span: AudioSpan) -> None:
 def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
     """Write at most the first `seconds` of the span to `dest`: 16-bit PCM at the source's own rate and channels.
 
-    The file ends where the source's sound does, at the latest after round(`seconds` x rate) samples; a gap is silence.
-    The same source gives the same bytes. `dest` appears whole, or not at all: the note says whether there is sound.
-    Raises InputUnreadable if it cannot be decoded, StorageFull and StorageDenied as the disk does.
+    The file ends with the source's sound, or after round(`seconds` x rate) samples if that is earlier. Gaps become
+    silence. The same source gives the same bytes. `dest` appears complete, or not at all: the note says whether there
+    is sound. Raises InputUnreadable if it cannot be decoded, StorageFull and StorageDenied for errors of the disk.
     """
     import av
 
@@ -143,7 +143,7 @@ def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
         first = next(pieces, None)
         if first is None:
             return SoundNote(ENDED, missing=True)
-        # RF64 where a WAV of 4 GiB ends; no name and version of the library that wrote it.
+        # RF64 for sound of more than 4 GiB, the limit of WAV. bitexact: without name and version of the library.
         with open_unfinished(dest, "wav", {"rf64": "auto", "fflags": "+bitexact"}) as container:
             out = container.add_stream("pcm_s16le", rate=track.rate, layout=track.layout)
             done = 0
@@ -160,7 +160,7 @@ def write_wav(span: AudioSpan, dest: Path, seconds: Fraction) -> SoundNote:
 
 @dataclass(frozen=True)
 class _Track:
-    """A stream of sound that can be decoded, and as what."""
+    """A stream of sound, and the rate, layout and sample format to decode it to."""
 
     stream: Any
     rate: int  # samples a second
@@ -169,7 +169,7 @@ class _Track:
 
 
 def _find_sound(source: Any) -> Any:
-    """The source's stream of sound, or why there is none, in words (a str)."""
+    """Return the source's stream of sound, or a str that says why there is none."""
     stream = source.streams.best("audio")
     if stream is None or stream.codec_context is None:
         return "the source has no sound" if stream is None else "the source's sound has an unknown codec"
@@ -177,20 +177,23 @@ def _find_sound(source: Any) -> Any:
 
 
 def _for_aac(stream: Any) -> _Track:
-    """At a rate that AAC knows, in one channel or two."""
+    """Return the track for AAC: at a rate that AAC has, with one channel or two."""
     own, channels = stream.codec_context.sample_rate, stream.codec_context.layout.nb_channels
     return _Track(stream, own if own in AAC_RATES else 48000, "mono" if channels == 1 else "stereo", FLOAT)
 
 
 def _for_pcm(stream: Any) -> _Track:
-    """At its own rate, in all its channels. Where a file says only how many there are, they have their usual places."""
+    """Return the track for PCM: at the source's rate, with all its channels.
+
+    Where the file gives only the number of channels, they get their usual positions.
+    """
     layout = stream.codec_context.layout
     name = USUAL.get(layout.nb_channels, layout.name) if layout.name.endswith(" channels") else layout.name
     return _Track(stream, stream.codec_context.sample_rate, name, PCM)
 
 
 def _cut(source: Any, track: _Track, span: AudioSpan, seconds: Fraction | None = None) -> Iterator[np.ndarray]:
-    """Yield the span's samples in order, at most `seconds` of them; a gap in the source is silence.
+    """Yield the span's samples in order, at most `seconds` of them. Gaps in the source become silence.
 
     [channels, n] at the track's rate: float32 in FLOAT, int16 in PCM.
     """
@@ -207,7 +210,7 @@ def _cut(source: Any, track: _Track, span: AudioSpan, seconds: Fraction | None =
     kind = np.float32 if track.format == FLOAT else np.int16
     cursor, position = 0, None  # samples yielded; where the next block belongs
     try:
-        if begin_s > 2:  # a second early: an AAC decoder needs a packet or two to settle after a seek
+        if begin_s > 2:  # a second early: after a seek an AAC decoder needs a packet or two before its output is right
             source.seek(int((begin_s - 1) / stream.time_base), stream=stream, backward=True)
         for decoded in chain(source.decode(stream), [None]):  # None drains the resampler
             for block in resampler.resample(decoded):

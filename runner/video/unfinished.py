@@ -1,6 +1,6 @@
-"""Unfinished: a media file that is written beside its place and gets its name when it is whole.
+"""Unfinished: write a media file under a temporary name, and rename it when it is complete.
 
-In:   where the file is to be, its container format. Out: an open container to write to. Never: what is in it.
+In:   the path of the file, its container format. Out: an open container to write to. Never: the content.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ __all__ = ["open_unfinished"]
 
 @contextmanager
 def open_unfinished(dest: Path, format: str, options: Mapping[str, str]) -> Iterator[Any]:
-    """A container of FFmpeg's `format` as `NAME.part`. It becomes `dest` at the end; after an error nothing is left.
+    """Open a container of FFmpeg's `format` as `NAME.part`. It becomes `dest` at the end; after an error it is removed.
 
-    Raises StorageFull and StorageDenied as the disk does, and what is raised inside; an error of FFmpeg gets a code.
+    Raises StorageFull and StorageDenied for errors of the disk, and whatever is raised inside the `with` block; errors
+    of FFmpeg become RunnerErrors.
     """
     import av
 
@@ -35,7 +36,7 @@ def open_unfinished(dest: Path, format: str, options: Mapping[str, str]) -> Iter
         os.replace(unfinished, dest)
     except BaseException as error:
         if container is not None:
-            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well
+            with suppress(av.error.FFmpegError, OSError):  # on a full disk closing fails as well
                 container.close()
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)

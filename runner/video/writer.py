@@ -1,6 +1,6 @@
-"""Writer: frames become an MP4 or a folder of PNGs.
+"""Writer: write frames as an MP4 or as a folder of PNGs.
 
-In:   uint8 RGB frames in order; a rate. Out: a file or folder, whole or none.
+In:   uint8 RGB frames in order; a rate. Out: a complete file or folder, or none.
 Never: sound (see join.py), where the frames come from, jobs, remote storage.
 
 H.264 4:2:0, limited range, converted to BT.709 and tagged so. The same frames give the same bytes on any machine.
@@ -23,17 +23,17 @@ from runner.errors import RunnerError, as_runner_error
 
 __all__ = ["Mp4Writer", "PngWriter", "png_name", "write_jpeg"]
 
-PRESET = "medium"  # encoding runs beside minutes of denoising: better pictures at the same CRF cost nothing there
-THREADS = 4  # x264's bytes depend on its thread count, so that it must not follow the machine
+PRESET = "medium"  # better pictures at the same CRF; its time does not matter beside minutes of denoising
+THREADS = 4  # fixed on every machine, because x264's bytes depend on its thread count
 BT709 = 1  # the number of BT.709 in H.273: primaries, transfer and matrix alike
 LIMITED, FULL = 1, 2  # FFmpeg's colour ranges
 
 
 def _same_on_any_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """Options of libx264 for this machine.
+    """Return the options with which libx264 gives the same bytes on this machine as on others.
 
-    Its AVX-512 code for macroblock trees (x264 165, in PyAV 18) reads memory that nobody wrote: the same frames gave
-    seven files in eight runs. Without that code they give what other processors make of them.
+    Its AVX-512 code for macroblock trees (x264 165, in PyAV 18) reads uninitialised memory: the same frames gave seven
+    different files in eight runs. Without that code the bytes are those of other processors.
     """
     try:
         has_avx512 = "avx512f" in cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -43,7 +43,7 @@ def _same_on_any_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, s
 
 
 class _Writer(ABC):
-    """What every writer shares: an error inside `with` aborts, else leaving it closes."""
+    """Common part of the writers: leaving a `with` block closes the writer, or aborts it after an error."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -64,11 +64,11 @@ class _Writer(ABC):
 
 
 class Mp4Writer(_Writer):
-    """Write `path` through `path`.part; `close` makes it appear whole, `abort` or a failure leaves nothing.
+    """Writes `path` as `path`.part, which `close` renames; `abort` or a failure removes it.
 
     width, height: pixels, even (4:2:0 halves them). fps: exact. crf: 0..51. Each frame lasts exactly 1/fps.
-    The file begins with a key frame and refers to nothing outside itself: join.py can put several together.
-    Raises StorageFull and StorageDenied as the disk does.
+    The file begins with a key frame and can be decoded on its own, so join.py can put several together.
+    Raises StorageFull and StorageDenied for errors of the disk.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: Fraction, crf: int = 18) -> None:
@@ -94,7 +94,8 @@ class Mp4Writer(_Writer):
             context.time_base, context.thread_count = 1 / self._fps, THREADS
             context.color_primaries = context.color_trc = context.colorspace = BT709
             context.color_range = LIMITED
-            self._container.start_encoding()  # else the first packet does, long after a closed folder or full disk
+            # Otherwise the first packet does, long after a read-only folder or a full disk could be found.
+            self._container.start_encoding()
         except (av.error.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 
@@ -112,7 +113,7 @@ class Mp4Writer(_Writer):
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Finish the file and give it its name. Raises ValueError if it has no frame. A second call does nothing."""
+        """Finish the file and rename it. Raises ValueError if it has no frame. A second call does nothing."""
         import av
 
         if self._container is None:
@@ -129,12 +130,14 @@ class Mp4Writer(_Writer):
             raise self._failed(error) from error
 
     def abort(self) -> None:
-        """Give up: remove what was written. Idempotent; after `close` it does nothing."""
+        """Remove the unfinished file. Idempotent; after `close` it does nothing."""
         import av
 
         if self._container is not None:
             container, self._container = self._container, None
-            with suppress(av.error.FFmpegError, OSError):  # a full disk refuses the tail as well; the file goes anyway
+            with suppress(
+                av.error.FFmpegError, OSError
+            ):  # on a full disk closing fails as well; the file is removed anyway
                 container.close()
             self._part.unlink(missing_ok=True)
 
@@ -165,10 +168,10 @@ class Mp4Writer(_Writer):
 
 
 class PngWriter(_Writer):
-    """Write `folder`/000000.png, 000001.png, … through a folder beside it; `close` puts it in place of `folder`.
+    """Writes `folder`/000000.png, 000001.png, … into `folder`.part; `close` replaces `folder` by it.
 
     width, height: pixels. first: the number of the first frame. Lossless, 8-bit RGB. Raises StorageFull and
-    StorageDenied as the disk does.
+    StorageDenied for errors of the disk.
     """
 
     def __init__(self, folder: Path, width: int, height: int, first: int = 0) -> None:
@@ -197,7 +200,7 @@ class PngWriter(_Writer):
             raise as_runner_error(error, where=self.path) from error
 
     def close(self) -> None:
-        """Give the folder its name; one of that name is replaced. Raises ValueError if it has no frame."""
+        """Rename the folder; an older one of that name is replaced. Raises ValueError if it has no frame."""
         if not self._open:
             return
         if not self.frames:
@@ -213,19 +216,19 @@ class PngWriter(_Writer):
             raise as_runner_error(error, where=self.path) from error
 
     def abort(self) -> None:
-        """Give up: remove what was written. Idempotent; after `close` it does nothing."""
+        """Remove the unfinished folder. Idempotent; after `close` it does nothing."""
         if self._open:
             self._open = False
             shutil.rmtree(self._part, ignore_errors=True)
 
 
 def png_name(index: int) -> str:
-    """The file name of frame `index`."""
+    """Return the file name of frame `index`."""
     return f"{index:06d}.png"
 
 
 def write_jpeg(path: Path, frame: np.ndarray, quality: int = 90) -> None:
-    """Write uint8 [H, W, 3] RGB as a JPEG that appears whole. Raises StorageFull and StorageDenied as the disk does."""
+    """Write uint8 [H, W, 3] RGB as a JPEG, complete or not at all. Raises StorageFull, StorageDenied."""
     _check_frames(frame[None])
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -240,7 +243,7 @@ def write_jpeg(path: Path, frame: np.ndarray, quality: int = 90) -> None:
 def _encode(suffix: str, image: np.ndarray, quality: int = 90) -> bytes:
     import cv2
 
-    # PNG level 3: x264-grade frames shrink hardly more at 9, and take several times as long.
+    # PNG level 3: level 9 makes rendered frames hardly smaller and takes several times as long.
     settings = [cv2.IMWRITE_PNG_COMPRESSION, 3] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, quality]
     done, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), settings)
     assert done, f"OpenCV cannot encode {suffix}"
