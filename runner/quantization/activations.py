@@ -1,8 +1,8 @@
-"""Activations: what each linear of the transformer is fed while jobs render, for scales that matter where it counts.
+"""Activations: record statistics of the inputs of the transformer's linears while jobs render, for calibration.
 
-In:   a loaded generator and jobs. Out: layer → mean square of each input channel, its largest magnitude, some rows; on
-      the host.
-Never: quantisation itself. Run it with the LoRA active that will be in the file: activations are the distilled model's.
+In:   a loaded generator and jobs. Out: layer → mean square of each input channel, its largest magnitude, sampled rows;
+      on the host.
+Never: quantisation itself. The LoRA that the file will contain must be active, since activations depend on it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 __all__ = ["SAMPLED_ROWS", "ChannelMoments", "InputSamples", "LayerInputs", "Watcher", "watching"]
 
 SAMPLED_ROWS: Final = 128  # of each linear, in bfloat16: 0.78 GB of host memory for the 521 of the 14B model
-BLOCK: Final = 4096  # rows that are looked at at once
+BLOCK: Final = 4096  # rows that are processed at once
 
 
 class Watcher(Protocol):
-    """What is told of every input."""
+    """Receives every input of a linear."""
 
     def see(self, layer: str, x: Tensor) -> None:
-        """Activations [..., in], on their way into a linear."""
+        """Process activations [..., in], the input of `layer`."""
 
 
 W = TypeVar("W", bound=Watcher)
@@ -55,7 +55,7 @@ class ChannelMoments:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one linear was fed: `spans` and `squares` are over all of it, `rows` a sample. On the host."""
+    """Statistics of one linear's inputs: `spans` and `squares` are of all inputs, `rows` are a sample. On the host."""
 
     spans: Tensor  # float32 [in], the largest magnitude of each channel
     squares: Tensor  # float32 [in], its mean square
@@ -63,10 +63,10 @@ class LayerInputs:
 
 
 class InputSamples:
-    """`LayerInputs` of every layer: spans, moments, and rows that are drawn evenly from all that are seen.
+    """Collects `LayerInputs` of every layer: spans, moments, and a uniform sample of all rows.
 
-    Each row gets a random number, and those with the largest are kept: any row of any step is as likely as any other.
-    The numbers of a layer depend on its name and on nothing else.
+    Each row gets a random number, and the rows with the largest numbers are kept, so that all rows of all steps are
+    equally likely. The random numbers of a layer depend only on its name.
     """
 
     def __init__(self, rows: int = SAMPLED_ROWS) -> None:
@@ -89,7 +89,7 @@ class InputSamples:
         self._draw(layer, flat)
 
     def inputs(self) -> dict[str, LayerInputs]:
-        """Layer → what was seen."""
+        """Layer → its statistics so far."""
         means = self._moments.means()
         return {name: LayerInputs(spans.cpu(), means[name], self._kept[name]) for name, spans in self._spans.items()}
 
@@ -115,7 +115,7 @@ class InputSamples:
 
 @contextmanager
 def watching(model: nn.Module, watcher: W) -> Iterator[W]:
-    """Tell `watcher` of the inputs of every nn.Linear of `model` inside the block."""
+    """Pass the inputs of every nn.Linear of `model` to `watcher` inside the block."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: watcher.see(name, args[0])

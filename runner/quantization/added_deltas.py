@@ -1,7 +1,7 @@
-"""Added deltas: what a layer with a packed weight adds to it and to its bias, checked and joined.
+"""Added deltas: check and join the deltas that a layer with a packed weight adds to its weight and bias.
 
-In:   factors and vectors of LoRAs, a layer's widths. Out: tensors that fit it, or ValueError.
-Never: which LoRA they are of, how a layer adds them.
+In:   factors and vectors of LoRAs, a layer's widths. Out: tensors that fit the layer, or ValueError.
+Never: names of LoRAs, how a layer adds the deltas.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ LowRankDelta = tuple[Tensor, Tensor, float]  # (down [rank, in], up [out, rank],
 def join_deltas(
     deltas: Sequence[LowRankDelta], in_features: int, out_features: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pair of factors for all `deltas`, in their dtype: down [R, in], up [out, R], scale float32 [R], on `device`.
+    """Join all `deltas` into one pair of factors on `device`: down [R, in], up [out, R], scale float32 [R].
 
-    R sums the ranks. ValueError for factors that do not fit a weight of [out_features, in_features].
+    The factors keep their dtype; R is the sum of the ranks. Raises ValueError for factors that do not fit a weight of
+    [out_features, in_features].
     """
     for down, up, _ in deltas:
         rank = down.shape[0]
@@ -39,11 +40,11 @@ def join_deltas(
 
 
 def check_bias_delta(delta: Tensor | None, out_features: int) -> None:
-    """ValueError for one that has another width than the layer's outputs."""
+    """Raise ValueError for a delta with another width than the layer's outputs."""
     if delta is not None and tuple(delta.shape) != (out_features,):
         raise ValueError(f"a bias delta of {tuple(delta.shape)} does not fit {out_features} outputs")
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that takes no gradient, of the same memory."""
+    """A parameter without a gradient, in the same memory."""
     return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -1,12 +1,12 @@
 """A linear layer whose weight stays in four bits.
 
-In: activations. Out: activations in their dtype; the weight exists in 16 bits for the length of one matrix product,
-in a workspace that all layers share. LoRAs kept beside the weight are added there, and to the bias, and nowhere else.
-The product is one of 16 bits unless `set_compute` asks for fewer (`kernels/low_bit.py`); of 8 bits, the layer may keep
-its weight's codes (`kernels/kept_codes.py`).
-It will never know: names of layers (the caller's rule does), files, LoRA file formats.
+In:   activations. Out: activations in their dtype. The weight exists in 16 bits only during one matrix product, in a
+      workspace that all layers share. LoRAs are kept beside the weight, and added to its 16-bit copy and to the bias.
+      The layer multiplies in 16 bits, or in fewer after `set_compute` (`kernels/low_bit.py`). In 8 bits it may keep its
+      weight's codes (`kernels/kept_codes.py`).
+Never: names of layers (the caller's rule reads them), files, LoRA file formats.
 
-For inference: the operator has no gradient, since the weight that a backward pass would need is gone by then.
+For inference: the operator has no gradient, since the 16-bit weight no longer exists in a backward pass.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def fp4_linear(
 ) -> Tensor:
     """x [..., in] → [..., out] in x's dtype, by the weight in `packed` and its scales, a format in FORMATS.
 
-    One operator for the weight and its product: a compiler may move two operators apart, and two weights that want the
-    workspace at once would meet there. lora_up [out, R] * lora_scale [R] @ lora_down [R, in] is added to the weight.
+    One operator makes the weight and multiplies: a compiler may move two operators apart, and two weights would then
+    need the workspace at once. lora_up [out, R] * lora_scale [R] @ lora_down [R, in] is added to the weight.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, x.dtype)
     bias = add_biases(bias, bias_delta)
@@ -90,7 +90,7 @@ def _dense(
     lora_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight [out, in] in `dtype` with its LoRAs, in the workspace."""
+    """Write the weight [out, in] in `dtype` with its LoRAs into the workspace."""
     weight = workspace("weight", (packed.shape[0], packed.shape[1] * 2), dtype, packed.device)
     dequantize_into(packed, scale, tensor_scale, fmt, weight)
     if lora_down is not None and lora_up is not None and lora_scale is not None:
@@ -115,9 +115,9 @@ def fp4_rowwise_linear(
     backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `fp4_linear`, in 8 bits: x, x_scale as `row_codes.prepare_rows` gives them → [M, out] in `dtype`.
+    """As `fp4_linear`, in 8 bits: x, x_scale of `row_codes.prepare_rows` → [M, out] in `dtype`.
 
-    The weight and its LoRAs are summed in 16 bits, and that sum is rounded to 8.
+    The weight and its LoRAs are summed in 16 bits, and the sum is rounded to 8.
     """
     weight = _dense(packed, scale, tensor_scale, fmt, lora_down, lora_up, lora_scale, dtype)
     return multiply_rows(x, x_scale, weight, compute, backend, add_biases(bias, bias_delta), dtype)
@@ -157,7 +157,7 @@ def nvfp4_linear(
     backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Both sides in blocks, NVFP4's, the weight as it is stored: [M, out] in `dtype`."""
+    """Multiply two operands in NVFP4's blocks, the weight as stored: [M, out] in `dtype`."""
     x, w = Blocks(x_packed, x_scale, x_tensor_scale), Blocks(packed, scale, tensor_scale)
     return multiply_blocks(x, w, compute, backend, add_biases(bias, bias_delta), dtype)
 
@@ -180,7 +180,7 @@ def _(
 
 
 class FP4Linear(KeepsCodes):
-    """y = x W^T + b with W in `fmt`. Parameters, none of which takes a gradient:
+    """y = x W^T + b with W in `fmt`. Its parameters take no gradient:
 
     weight_packed, weight_scale, weight_scale_2    as `Format.tensors` lists them; their dtypes survive `.to(dtype)`
     bias                                           float [out], or None
@@ -200,13 +200,13 @@ class FP4Linear(KeepsCodes):
     lora_scale: nn.Parameter | None
 
     def __init__(self, tensors: dict[str, Tensor], bias: Tensor | None, fmt: Format) -> None:
-        """From stored tensors, which are kept and not copied. ValueError where they do not fit the format."""
+        """Keep stored tensors, without a copy. Raises ValueError where they do not fit the format."""
         super().__init__()
         self.fmt = fmt
         self.compute, self.backend = EXACT, ""
         self.lora_rank = 0
         self.out_features, self.in_features = fmt.weight_shape(tensors)
-        # Floating ones first: models take the dtype of a module's first parameter for that of its arithmetic.
+        # Floating ones first: models use the dtype of a module's first parameter for arithmetic.
         self.register_parameter("bias", None if bias is None else frozen(bias))
         for name in sorted(tensors, key=lambda name: not tensors[name].is_floating_point()):
             self.register_parameter(name, frozen(tensors[name]))
@@ -218,7 +218,7 @@ class FP4Linear(KeepsCodes):
     def from_linear(
         cls, linear: nn.Linear, fmt: Format, method: Method = "mse", importance: Tensor | None = None
     ) -> Self:
-        """`linear` quantised, on its device; see `scales.quantize`. The bias is copied as it is."""
+        """Quantise `linear` on its device; see `scales.quantize`. The bias is copied unchanged."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(quantize(linear.weight, fmt, method, importance), bias, fmt)
 
@@ -232,7 +232,7 @@ class FP4Linear(KeepsCodes):
         device: torch.device | str = "meta",
         bias_dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        """A shell to load into, `load_state_dict(..., assign=True)`: shapes and dtypes, no values."""
+        """An empty layer for `load_state_dict(..., assign=True)`: shapes and dtypes, no values."""
         tensors = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in fmt.tensors(out_features, in_features).items()
@@ -241,7 +241,7 @@ class FP4Linear(KeepsCodes):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The packed weight: what code reads that asks a linear's weight for its device, or whether it is floating."""
+        """The packed weight, for code that reads the device of a linear's weight, or whether it is floating."""
         return self.weight_packed
 
     @property
@@ -250,15 +250,15 @@ class FP4Linear(KeepsCodes):
         return {name: self.get_parameter(name) for name in self.fmt.tensors(self.out_features, self.in_features)}
 
     def forward(self, x: Tensor | Prepared) -> Tensor:
-        """x [..., in], float32|bfloat16|float16, or what `prepare` made of it → [..., out] of the same dtype.
+        """x [..., in], float32|bfloat16|float16, or the result of `prepare` → [..., out] of the same dtype.
 
-        ValueError for an input that was prepared for another compute than the layer's.
+        Raises ValueError for an input that was prepared for another compute than the layer's.
         """
         if self.compute != EXACT or isinstance(x, Prepared):
-            given = prepared_for(self, x)
+            prepared = prepared_for(self, x)
             in_blocks = PRECISIONS[self.compute].layout == "blocks"
-            low = self._in_four_bits(given) if in_blocks else self._in_rows(given)
-            return low.view(*given.sizes, self.out_features)
+            low = self._multiply_blocks(prepared) if in_blocks else self._multiply_rows(prepared)
+            return low.view(*prepared.sizes, self.out_features)
         result: Tensor = fp4_linear(
             x,
             self.weight_packed,
@@ -273,7 +273,8 @@ class FP4Linear(KeepsCodes):
         )
         return result
 
-    def _in_rows(self, x: Prepared) -> Tensor:
+    def _multiply_rows(self, x: Prepared) -> Tensor:
+        """Multiply in 8 bits, with one scale per row (per token and per output channel)."""
         codes, scale = x.operands
         kept, how = self.codes_for(x.dtype), (self.compute, self.backend)
         result: Tensor
@@ -297,8 +298,8 @@ class FP4Linear(KeepsCodes):
         )
         return result
 
-    def _in_four_bits(self, x: Prepared) -> Tensor:
-        """LoRAs are a product of their own, in the dtype of `x`: added to four bits they would round away."""
+    def _multiply_blocks(self, x: Prepared) -> Tensor:
+        """Multiply in NVFP4. LoRAs are computed apart, in the dtype of `x`: added to four bits they would be lost."""
         result: Tensor = nvfp4_linear(
             *x.operands,
             self.weight_packed,
@@ -344,10 +345,10 @@ class FP4Linear(KeepsCodes):
         return weight_rows(weight, self.compute, codes)
 
     def set_lora(self, deltas: Sequence[LowRankDelta] | None) -> None:
-        """Adds every scale * up @ down to the weight from now on, in place of any that were set before; None ends it.
+        """Add every scale * up @ down to the weight, instead of those set before; None removes them.
 
-        The stored weight is not touched: without LoRAs the layer computes the very bits that it did before. ValueError
-        for shapes that do not fit; the factors are kept in their dtype, on the layer's device.
+        The stored weight does not change: without LoRAs the layer gives the same bits as before. The factors keep their
+        dtype and move to the layer's device. Raises ValueError for shapes that do not fit.
         """
         self.drop_codes()
         if not deltas:
@@ -359,13 +360,13 @@ class FP4Linear(KeepsCodes):
         self.lora_rank = len(scale)
 
     def set_bias_delta(self, delta: Tensor | None) -> None:
-        """Adds `delta` [out] to the bias (a layer without one gains it) from now on; None ends it."""
+        """Add `delta` [out] to the bias (also in a layer without a bias); None removes it."""
         check_bias_delta(delta, self.out_features)
         self.bias_delta = None if delta is None else frozen(delta.to(self.weight_packed.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(dtype)` is for arithmetic. A scale cast to float16 would overflow, a tensor scale cast to bfloat16 is
-        # another scale: what the format fixes goes back to what it was, on the new device.
+        # `.to(dtype)` is meant for the dtype of arithmetic. A scale cast to float16 would overflow, and a tensor scale
+        # cast to bfloat16 would change: tensors of the format keep their dtype on the new device.
         fixed = [*self.fmt.tensors(self.out_features, self.in_features), "lora_scale"]
         before = {name: parameter.data for name in fixed if (parameter := self._parameters[name]) is not None}
         super()._apply(fn, recurse)

@@ -1,17 +1,17 @@
-"""Low-rank split: one weight as a smoothing factor, a low-rank part and a residual in four bits: SVDQuant.
+"""Low-rank split (SVDQuant): split a weight into a smoothing factor, a low-rank part and a residual in four bits.
 
-In:   a float weight [out, in], a layout, what calibration saw of the layer's inputs. Out: the stored tensors.
+In:   a float weight [out, in], a layout, calibration statistics of the layer's inputs. Out: the stored tensors.
 Never: names of layers, files, models: pure tensors, on any device.
 
 With s the smoothing factor, W the weight:
 
     s = span_x^a / span_w^(1-a)      spans: the largest magnitude of a channel, in x over all of calibration, in W over
-                                     all rows; a in EXPONENTS, the one with the smallest error of the output
+                                     all rows; a: the one of EXPONENTS with the smallest error of the output
     up, down = the first r singular vectors of W s, up times the singular values
-    R = W s - up (down / s) s        as the factors are stored, so that R makes up for their rounding
+    R = W s - up (down / s) s        with the factors as stored, so that R contains their rounding error
     y = Q(x / s) Q(R)^T + (x (down / s)^T) up^T
 
-Without calibration s = span_w^-.5: what is loud in x is then unknown, and stays loud.
+Without calibration s = span_w^-.5: large channels of x are then unknown, and stay large.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ __all__ = ["EXPONENTS", "Split", "low_rank_factors", "smoothing_factor", "split_
 
 EXPONENTS: Final = (0.5, 0.6, 0.7, 0.8)
 WEIGHT_EXPONENT: Final = 0.5  # of the weight's spans, without calibration
-SEARCH_ROWS: Final = 1024  # outputs, evenly spread, by which exponents are compared
+SEARCH_ROWS: Final = 1024  # outputs, evenly spread, on which exponents are compared
 OVERSAMPLING: Final = 10
 POWER_ITERATIONS: Final = 4
 SEED: Final = 0x5D5
-# An e4m3 scale of activations has no factor beside it: it is normal from 2^-6 on and ends at 448. The largest one of
-# calibration is put near 32, so that inputs may grow 14 times and shrink 2000 times.
+# An e4m3 scale of activations has no other factor: its normal numbers are 2^-6 to 448. The largest scale of calibration
+# is put near 32, so that inputs may grow 14 times and shrink 2000 times.
 LARGEST_INPUT: Final = 32.0 * 6
 _WEIGHTS_ON_A_CORE: Final = 1 << 18
 _WEIGHTS_OF_A_SMALL_LAYER: Final = 1 << 18
 _WEIGHTS_IN_A_PRODUCT: Final = 1 << 22
 _WEIGHTS_ON_CUDA: Final = 1 << 24
 
-Rows = Callable[[slice], Tensor]  # rows of a matrix, made when they are asked for: float32 [n, columns]
+Rows = Callable[[slice], Tensor]  # computes rows of a matrix on demand: float32 [n, columns]
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class Split:
 
 
 def split_weight(weight: Tensor, layout: SvdqLayout, refits: int = 0, inputs: LayerInputs | None = None) -> Split:
-    """`weight` [out, in] (any float dtype, any device) as the tensors of `layout`, on the same device.
+    """Quantise `weight` [out, in] (any float dtype, any device) to the tensors of `layout`, on the same device.
 
-    `inputs` are what calibration saw; None: smoothing by the weight alone. `refits`: rounds in which the factors are
-    fitted again to what rounding left; the best one is kept. The same weight gives the same bytes, whatever state
-    torch's random numbers have. Beside weight and result it takes a byte a weight and blocks of rows, with refits two
-    bytes. Raises ValueError for NaN and infinite weights, and where shapes do not fit.
+    `inputs`: calibration statistics; None: smoothing by the weight alone. `refits`: rounds in which the factors are
+    fitted again to the weight minus the rounded residual; the best round is kept. The same weight gives the same bytes,
+    whatever the state of torch's random numbers. Beside weight and result it needs a byte a weight and blocks of rows,
+    with refits two bytes. Raises ValueError for NaN and infinite weights, and where shapes do not fit.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"a float matrix is wanted, not {weight.dtype} of {tuple(weight.shape)}")
+        raise ValueError(f"a float matrix is needed, not {weight.dtype} of {tuple(weight.shape)}")
     threads = torch.get_num_threads()
     if weight.numel() > _WEIGHTS_OF_A_SMALL_LAYER or threads == 1:
         return _smooth_and_split(weight.detach(), layout, refits, inputs)
-    torch.set_num_threads(1)  # threads that meet after every small product cost ten times the product
+    torch.set_num_threads(1)  # synchronising threads after each small product costs ten times the product
     try:
         return _smooth_and_split(weight.detach(), layout, refits, inputs)
     finally:
@@ -96,7 +96,7 @@ def _smooth_and_split(weight: Tensor, layout: SvdqLayout, refits: int, inputs: L
 def smoothing_factor(span_x: Tensor | None, span_w: Tensor, exponent: float) -> Tensor:
     """bfloat16 [in], positive and finite: span_x^a / span_w^(1-a), times a power of two, see LARGEST_INPUT.
 
-    Without `span_x` it is span_w^-a with a geometric mean of 1. A channel whose spans give no number, or zero, gets 1
+    Without `span_x` it is span_w^-a with a geometric mean of 1. A channel whose spans give NaN, infinity or zero gets 1
     before the power of two.
     """
     if span_x is None:
@@ -116,10 +116,10 @@ def smoothing_factor(span_x: Tensor | None, span_w: Tensor, exponent: float) -> 
 
 
 def low_rank_factors(rows: Rows, shape: tuple[int, int], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of a matrix of `shape`: up [n, r] times the singular values, down [r, columns], float32: U S and V^T.
+    """Factor a matrix of `shape`: up [n, r] times the singular values, down [r, columns], float32: U S and V^T.
 
-    A randomised SVD with power iterations (Halko, Martinsson, Tropp, 2011), from random numbers of its own. Ranks that
-    the matrix does not have are zeros.
+    A randomised SVD with power iterations (Halko, Martinsson, Tropp, 2011), with a random generator of its own. Where
+    the matrix has a smaller rank, the other columns and rows are zeros.
     """
     count = min(rank + OVERSAMPLING, *shape)
     generator = torch.Generator().manual_seed(SEED)  # on the host: a GPU starts from the same numbers
@@ -154,14 +154,14 @@ def _spans(weight: Tensor) -> Tensor:
 def _best_exponent(
     weight: Tensor, span_x: Tensor, span_w: Tensor, squares: Tensor, x: Tensor, layout: SvdqLayout
 ) -> float:
-    """By the error of the layer's output in four bits, of `x` and of some of the outputs, which are split alone."""
-    some = torch.linspace(0, len(weight) - 1, min(len(weight), SEARCH_ROWS), device=weight.device).round().long()
-    part = weight[some].float()
-    wanted = x.float() @ part.T
+    """The exponent with the smallest error of the output in four bits, on `x` and a sample of outputs, split alone."""
+    sample = torch.linspace(0, len(weight) - 1, min(len(weight), SEARCH_ROWS), device=weight.device).round().long()
+    part = weight[sample].float()
+    exact = x.float() @ part.T
     errors = {}
     for exponent in EXPONENTS:
         split = _split(part, smoothing_factor(span_x, span_w, exponent), layout, 0, squares, exponent)
-        errors[exponent] = float((svdq_linear(x, split.tensors, layout, len(part)).float() - wanted).norm())
+        errors[exponent] = float((svdq_linear(x, split.tensors, layout, len(part)).float() - exact).norm())
     return min(errors, key=errors.__getitem__)
 
 
@@ -189,7 +189,7 @@ def _smoothed(weight: Tensor, smooth: Tensor) -> Rows:
 
 
 def _unexplained_rows(weight: Tensor, smooth: Tensor, residual: Residual) -> Rows:
-    """What the low-rank part would have to be for a residual that is rounded already."""
+    """The smoothed weight minus its rounded residual: the target of a low-rank part that is fitted again."""
     columns = weight.shape[1]
     return lambda rows: (weight[rows].float() * smooth.float()).sub_(residual.dequantize_rows(rows)[:, :columns])
 
@@ -218,7 +218,7 @@ def _residual(
 
 
 def _column_weights(smooth: Tensor, squares: Tensor | None, width: int, group: int) -> Tensor | None:
-    """What an error in a smoothed column counts in the output: the mean square of x / s."""
+    """The weight of an error in a smoothed column: the mean square of x / s."""
     if squares is None:
         return None
     return column_weights(pad((squares.double() / smooth.double().square()).float(), (width,)), group)
@@ -227,7 +227,7 @@ def _column_weights(smooth: Tensor, squares: Tensor | None, width: int, group: i
 def _error(
     weight: Tensor, smooth: Tensor, up: Tensor, down: Tensor, residual: Residual, squares: Tensor | None
 ) -> float:
-    """Relative error of the weight, each column counted by the mean square of its input where that is known."""
+    """Relative error of the weight, each column weighted by the mean square of its input where that is known."""
     blocks = row_blocks(weight.shape, _WEIGHTS_ON_CUDA if weight.is_cuda else _WEIGHTS_ON_A_CORE)
     sums = torch.zeros(2, len(blocks), dtype=torch.float64, device=weight.device)
     places = {block.start: number for number, block in enumerate(blocks)}
@@ -235,17 +235,17 @@ def _error(
     counts = None if squares is None else squares.sqrt()
 
     def work(rows: slice) -> None:
-        wanted = weight[rows].float()
-        missed = (residual.dequantize_rows(rows)[:, :columns] / smooth.float()).addmm_(up[rows].float(), down.float())
-        missed.sub_(wanted)
+        exact = weight[rows].float()
+        off = (residual.dequantize_rows(rows)[:, :columns] / smooth.float()).addmm_(up[rows].float(), down.float())
+        off.sub_(exact)
         if counts is not None:
-            missed, wanted = missed * counts, wanted * counts
-        sums[0, places[rows.start]] = missed.norm().double().square()
-        sums[1, places[rows.start]] = wanted.norm().double().square()
+            off, exact = off * counts, exact * counts
+        sums[0, places[rows.start]] = off.norm().double().square()
+        sums[1, places[rows.start]] = exact.norm().double().square()
 
     _run_blocks(work, weight)
-    missed, whole = sums.sum(dim=1).tolist()
-    return float((missed / whole) ** 0.5) if whole > 0 else 0.0
+    off, whole = sums.sum(dim=1).tolist()
+    return float((off / whole) ** 0.5) if whole > 0 else 0.0
 
 
 def _run_blocks(work: Callable[[slice], None], weight: Tensor) -> None:
@@ -257,7 +257,7 @@ def _run_blocks(work: Callable[[slice], None], weight: Tensor) -> None:
 
 
 def _packed(residual: Residual, smooth: Tensor, up: Tensor, down: Tensor, layout: SvdqLayout) -> dict[str, Tensor]:
-    """The tensors of `layout`, in kernel order. Padded inputs have factor 1: x is divided by it."""
+    """The tensors of `layout`, in kernel order. Padded inputs have smoothing factor 1, as x is divided by it."""
     height, width = residual.codes.shape
     tensors = {
         "qweight": pack_weight(residual.codes, layout.precision),

@@ -1,6 +1,6 @@
-"""Packed layers: puts empty layers of a number format in the place of a model's linears.
+"""Packed layers: replace a model's linears by empty layers of a number format.
 
-In:   a model, a format, a rule on names. Out: the model with shells on the meta device, and their names.
+In:   a model, a format, a rule on names. Out: the model with empty layers on the meta device, and their names.
 Never: values of tensors, files.
 """
 
@@ -19,11 +19,11 @@ __all__ = ["swap_linears"]
 
 
 def swap_linears(model: nn.Module, fmt: Format | SvdqLayout, keep: Callable[[str], bool]) -> list[str]:
-    """Puts empty shells of `fmt` in the place of `model`'s linears, in place; their names, in the model's order.
+    """Replace `model`'s linears by empty layers of `fmt`, in place; returns their names, in the model's order.
 
-    Every module that is an `nn.Linear` and no subclass of it (a subclass may compute something else), unless `keep`
-    says of its dotted name that it stays. Shells lie on the meta device and have a bias where the linear had one.
-    ValueError, before anything is changed, for an input width that the format cannot hold.
+    Replaced is every `nn.Linear`, but no subclass of it (a subclass may compute something else), unless `keep` is true
+    for its dotted name. Empty layers are on the meta device and have a bias where the linear had one. Raises
+    ValueError, before any change, for an input width that the format cannot hold.
     """
     chosen = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and not keep(name)}
     for name, module in chosen.items():

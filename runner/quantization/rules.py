@@ -1,11 +1,11 @@
-"""Rules: which layers of the transformer are quantised, in what dtype the rest is kept, and what that weighs.
+"""Rules: the choice of layers to quantise, the dtypes of all other parameters, and the sizes in bytes.
 
 In:   the transformer's config, or the model on the meta device; a rule's name. Out: predicates on names; sizes.
 Never: weights, files, jobs.
 
-Quantised are `nn.Linear` modules: 521 of the 14B model, 17.2327 of its 17.2748 billion numbers. Its other matrices are
-five `MotionLinear`s of the motion encoder, 2 MB in all, which read `weight` themselves; convolutions, norms, tables and
-biases stay as they are. What stays has 16 bits, but for the names that the model's class asks to keep in float32.
+`nn.Linear` modules are quantised: 521 of the 14B model, 17.2327 of its 17.2748 billion numbers. Its other matrices are
+five `MotionLinear`s of the motion encoder, 2 MB in all, which read `weight` themselves. They, convolutions, norms,
+tables and biases are not quantised. They have 16 bits, except the names that the model's class keeps in float32.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = [
     "transformer_on_meta",
 ]
 
-# First and last of the way through the model: few numbers, each of which reaches every pixel.
+# The first and last layers of the model: few numbers, each with an effect on every pixel.
 SENSITIVE = ("proj_out", "condition_embedder.time_embedder", "face_encoder.out_proj")
 
 
-# 64 outputs of the 14B model: other programs that read SVDQ layers take multiples of 128 and pad nothing.
+# It has 64 outputs in the 14B model; other programs that read SVDQ layers need multiples of 128 and do not pad.
 NEVER_SVDQ = ("proj_out",)
 
-# config.json of Wan-AI/Wan2.2-Animate-14B-Diffusers: published FP4 files come without one.
+# config.json of Wan-AI/Wan2.2-Animate-14B-Diffusers, for published FP4 files, which have none.
 WAN_ANIMATE_14B: Mapping[str, Any] = MappingProxyType(
     {
         "_class_name": "WanAnimateTransformer3DModel",
@@ -78,14 +78,14 @@ WAN_ANIMATE_14B: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Rule:
-    """Which `nn.Linear`s are not quantised: those whose name is one of `kept`, or begins with one and a dot."""
+    """The `nn.Linear`s that are not quantised: those whose name is one of `kept`, or begins with one and a dot."""
 
     name: str
     kept: tuple[str, ...]
     summary: str
 
     def keep(self, layer: str) -> bool:
-        """Does the layer of this name stay as it is?"""
+        """Is the layer of this name not quantised?"""
         return any(layer == name or layer.startswith(f"{name}.") for name in self.kept)
 
 
@@ -106,21 +106,21 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def get_rule(name: str) -> Rule:
-    """The rule called `name`. Raises ConfigInvalid with the list."""
+    """Return the rule `name`. Raises ConfigInvalid with the list of rules."""
     if name not in RULES:
         raise ConfigInvalid(f"no rule {name!r}", todo="Rules: " + ", ".join(RULES))
     return RULES[name]
 
 
 def rule_for(fmt: Layout | SvdqLayout, rule: Rule) -> Rule:
-    """`rule`, with what no rule quantises in this format."""
+    """`rule`, which also keeps the layers that are never quantised in this format."""
     return replace(rule, kept=(*rule.kept, *NEVER_SVDQ)) if isinstance(fmt, SvdqLayout) else rule
 
 
 def transformer_on_meta(config: Mapping[str, Any]) -> nn.Module:
-    """A WanAnimateTransformer3DModel of this config: parameters on the meta device, buffers (tables) computed.
+    """Make a WanAnimateTransformer3DModel of this config: parameters on the meta device, buffers (tables) computed.
 
-    `config` is the parsed config.json. Takes a second and no memory to speak of, whatever the size.
+    `config` is the parsed config.json. Takes a second and almost no memory, for every size.
     """
     from accelerate import init_empty_weights
     from diffusers import WanAnimateTransformer3DModel
@@ -131,7 +131,7 @@ def transformer_on_meta(config: Mapping[str, Any]) -> nn.Module:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name → (out_features, in_features) of every nn.Linear, in order. A subclass may compute otherwise: not these."""
+    """Name → (out_features, in_features) of every nn.Linear, in order; no subclasses, which may compute otherwise."""
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -140,7 +140,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
-    """Names that the model's class wants in float32 whatever the rest has (diffusers' `_keep_in_fp32_modules`)."""
+    """Names that the model's class always keeps in float32 (diffusers' `_keep_in_fp32_modules`)."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
@@ -154,8 +154,8 @@ def stored_dtype(param: str, fp32: Iterable[str], rest: torch.dtype = torch.bflo
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer or loose parameter: bytes of its codes, scales and factors, bytes of the rest (biases, norms, what is
-    kept)."""
+    """A layer or another parameter: bytes of its codes, scales and factors, and bytes of all others (biases, norms,
+    kept weights)."""
 
     name: str
     shape: tuple[int, ...]
@@ -164,9 +164,9 @@ class PlanRow:
 
 
 def plan_sizes(config: Mapping[str, Any], fmt: Layout | SvdqLayout, rule: Rule = RULES["all"]) -> list[PlanRow]:
-    """What a quantised file will hold, a row for each nn.Linear and each other parameter, in the model's order.
+    """List the content of a quantised file: a row for each nn.Linear and each other parameter, in the model's order.
 
-    Quantised are the rows with `packed_bytes`. Raises ValueError for a layer whose inputs do not fit the format.
+    Rows with `packed_bytes` are quantised. Raises ValueError for a layer whose inputs do not fit the format.
     """
     model, rule = transformer_on_meta(config), rule_for(fmt, rule)
     linears, fp32 = linear_shapes(model), kept_in_fp32(model)

@@ -1,16 +1,16 @@
-"""LoRA: small changes to a transformer's parameters, merged before quantising or kept beside quantised weights.
+"""LoRA: merge LoRAs into a transformer's parameters before quantising, or keep them beside quantised weights.
 
-In:   LoRAs as read.py reads them, and a model or its parameters. Out: which change applies to which parameter
-      (`plan_merge`), a merged parameter (`merge_param`), or a model that acts as if merged, and is exactly its former
-      self afterwards (`attach`, `detach`, `attached`).
+In:   LoRAs as read.py reads them, and a model or its parameters. Out: the changes of each parameter (`plan_merge`), a
+      merged parameter (`merge_param`), or a model that computes as if merged (`attach`, `attached`) and has its former
+      bits again afterwards (`detach`).
 Never: files, jobs, the names of recipes.
 
     weight += strength * alpha / rank * up @ down      (1 for alpha / rank where the file has no alpha)
     weight, bias, table += strength * diff
 
-Every tensor of a file is applied, norms and biases included. What has no target in the model is listed, not dropped in
-silence; a shape that contradicts the model is an error. Never merge into quantised weights: most of the change is
-smaller than their step and would round away.
+Every tensor of a file is applied, norms and biases included. Tensors without a target in the model are listed; a shape
+that contradicts the model is an error. Never merge into quantised weights: most of the change is smaller than their
+step and would be lost in rounding.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ class Addend:
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """applied: parameter -> what is added to it, in the order of the LoRAs. untargeted: "LoRA: key", sorted."""
+    """applied: parameter -> its addends, in the order of the LoRAs. untargeted: "LoRA: key", sorted."""
 
     applied: Mapping[str, tuple[Addend, ...]] = field(default_factory=dict)
     untargeted: list[str] = field(default_factory=list)
 
     @property
     def tensors(self) -> int:
-        """How many tensors of the files are applied."""
+        """The number of the files' tensors that are applied."""
         return sum(len(addend.delta.keys) for addends in self.applied.values() for addend in addends)
 
 
 def plan_merge(loras: Sequence[Lora], shapes: Mapping[str, Sequence[int]]) -> MergePlan:
-    """What each parameter of a model gets. `shapes`: its parameters' names (the library's) -> shapes.
+    """Assign the changes of `loras` to a model's parameters. `shapes`: its parameters' names (the library's) -> shapes.
 
-    Raises WeightsCorrupt for a shape that contradicts the model's, and for a LoRA of which nothing applies.
+    Raises WeightsCorrupt for a shape that contradicts the model's, and for a LoRA without any target.
     """
     applied: dict[str, list[Addend]] = {}
     untargeted: list[str] = []
@@ -112,9 +112,9 @@ def _file(lora: str) -> str:
 
 @torch.no_grad()
 def merge_param(name: str, weight: Tensor, plan: MergePlan) -> Tensor:
-    """`weight` in float32 with everything that `plan` adds to it, on its own device; the input is left as it was.
+    """Return `weight` in float32 with all addends of `plan`, on its device; the input does not change.
 
-    Where the plan adds nothing, the result may be the input itself. Beyond the result, memory is 32 MB and the factors.
+    Where the plan adds nothing, the result may be the input itself. Beside the result it needs 32 MB and the factors.
     """
     addends = plan.applied.get(name, ())
     if not addends:
@@ -128,21 +128,21 @@ def merge_param(name: str, weight: Tensor, plan: MergePlan) -> Tensor:
 
 @runtime_checkable
 class HoldsLora(Protocol):
-    """A layer with quantised weights that adds LoRAs where it dequantises, and forgets them on `set_lora(None)`."""
+    """A layer with quantised weights that adds LoRAs when it dequantises; `set_lora(None)` removes them."""
 
     in_features: int
     out_features: int
 
     def set_lora(self, deltas: Sequence[tuple[Tensor, Tensor, float]] | None, /) -> None:
-        """(down [r, in], up [out, r], scale) each; they replace what was set before."""
+        """Set (down [r, in], up [out, r], scale) of each delta, instead of those set before."""
 
 
 @runtime_checkable
 class HoldsCodes(Protocol):
-    """A layer that may hold codes of its plain weight, made before the weight was changed in place."""
+    """A layer that may keep codes of its plain weight, which are stale after a change of the weight in place."""
 
     def drop_codes(self) -> None:
-        """Forget them."""
+        """Drop the codes."""
 
 
 @dataclass
@@ -153,11 +153,11 @@ class _Attachment:
 
 @torch.no_grad()
 def attach(model: nn.Module, loras: Sequence[Lora]) -> MergePlan:
-    """Make `model` act as if `loras` were merged; what was attached before is detached first. Returns what was done.
+    """Make `model` compute as if `loras` were merged, after detaching former ones. Returns the plan.
 
-    Quantised layers get the factors beside their weights. Plain parameters (norms, biases, tables, layers left in 16
-    bits) are merged in float32 and rounded to their own dtype, in place, so that offloading and compiled graphs keep
-    their references; their former bits wait in host memory for `detach`. A failure leaves the model as it was.
+    Quantised layers get the factors beside their weights. Plain parameters (norms, biases, tables, layers in 16 bits)
+    are merged in float32 and rounded to their own dtype, in place, so that references of offloading and compiled graphs
+    stay valid. Their former bits are kept in host memory for `detach`. After a failure the model is unchanged.
     """
     detach(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, HoldsLora)}
@@ -191,7 +191,7 @@ def detach(model: nn.Module) -> None:
     if state is None:
         return
     for name, original in state.originals.items():
-        model.get_parameter(name).copy_(original)  # copied back, never subtracted: rounding would stay behind
+        model.get_parameter(name).copy_(original)  # a subtraction would leave rounding errors
         _drop_codes(model, name)
     for name in state.layers:
         layer = model.get_submodule(name)
@@ -209,7 +209,7 @@ def _drop_codes(model: nn.Module, param: str) -> None:
 
 @contextmanager
 def attached(model: nn.Module, loras: Sequence[Lora]) -> Iterator[MergePlan]:
-    """`attach` for the length of a block, `detach` however it ends."""
+    """`attach` inside the block, and `detach` after it, also after an exception."""
     plan = attach(model, loras)
     try:
         yield plan
@@ -218,7 +218,7 @@ def attached(model: nn.Module, loras: Sequence[Lora]) -> Iterator[MergePlan]:
 
 
 def _factors(addend: Addend, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """(down, up, scale) of any delta of a matrix. A full one is itself times an identity, which adds no rounding."""
+    """(down, up, scale) of a matrix's delta. A full delta is multiplied by an identity, which adds no rounding."""
     delta, scale = addend.delta, addend.strength * addend.delta.scale
     if isinstance(delta, LowRank):
         return delta.down.to(device), delta.up.to(device), scale

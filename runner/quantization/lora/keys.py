@@ -1,9 +1,9 @@
-"""LoRA keys: what a tensor's name in a LoRA file says about the parameter it changes, and how.
+"""LoRA keys: translate the tensor names of a LoRA file to the parameters that they change.
 
-In:   the keys of one file, in any of the styles that circulate for Wan. Out: for each, the parameter it changes in the
-      library's naming, and the part it plays there. Never: tensors, shapes, models.
+In:   the keys of one file, in any style in use for Wan. Out: for each key the parameter in the library's naming, and
+      the key's role. Never: tensors, shapes, models.
 
-Styles, mixed or not (N is a block, X a module):
+Styles, mixed or not (N is a block):
     ComfyUI, LightX2V   diffusion_model.blocks.N.self_attn.q.{lora_down.weight,lora_up.weight,diff,diff_b}, .diff_m
     Wan2.2-Lightning    the same with .alpha, or with lora_A, lora_B for lora_down, lora_up; with or without the prefix
     diffusers, PEFT     transformer.blocks.N.attn1.to_q.{lora_A,lora_B}[.default].weight, with or without the prefix
@@ -25,12 +25,12 @@ Role = Literal["down", "up", "alpha", "diff", "scaled_diff"]
 
 @dataclass(frozen=True)
 class LoraPart:
-    """What one tensor of a file is for.
+    """The use of one tensor of a file.
 
     param:  the parameter it changes, in the library's naming ("blocks.3.attn1.to_q.weight").
-    role:   "down" and "up" are the two factors of a low-rank change and "alpha" its numerator; "diff" is added as it
-            is; "scaled_diff" is added times alpha / rank of its layer (PEFT's `lora_bias`).
-    module: the layer, whose alpha counts for all of its parameters.
+    role:   "down" and "up" are the two factors of a low-rank change and "alpha" its numerator; "diff" is added
+            unscaled; "scaled_diff" is added times alpha / rank of its layer (PEFT's `lora_bias`).
+    module: the layer, whose alpha applies to all of its parameters.
     """
 
     param: str
@@ -38,8 +38,8 @@ class LoraPart:
     module: str
 
 
-# Original name inside a block -> the library's. The original runs norm1, norm3, norm2, and only norm3 has weights; the
-# library counts them in the order they run, so that its norm2 is the original's norm3.
+# Original name inside a block -> the library's. The original code runs norm1, norm3, norm2, and only norm3 has weights;
+# the library numbers them in the order of execution, so that its norm2 is the original's norm3.
 BLOCK = {
     **{f"self_attn.{a}": f"attn1.{b}" for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))},
     **{f"cross_attn.{a}": f"attn2.{b}" for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))},
@@ -71,14 +71,14 @@ TOP = {
     "patch_embedding": "patch_embedding",
     "pose_patch_embedding": "pose_patch_embedding",
 }
-# Inside a block these two mean one thing in the original naming and another in the library's.
+# Inside a block these two names have different meanings in the original naming and in the library's.
 AMBIGUOUS = {"norm2", "norm3"}
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 LIBRARY_PREFIX = "transformer."
 PEFT_PREFIX = "base_model.model."
 UNDERSCORE_PREFIX = "lora_unet_"
 UNDERSCORED = {name.replace(".", "_"): name for name in (*BLOCK, *TOP)}
-TABLE = "scale_shift_table"  # a parameter of the model itself: it has no `.weight` below it
+TABLE = "scale_shift_table"  # a parameter of the model itself, without a `.weight` suffix
 
 _ADAPTER = r"(?:\.[A-Za-z0-9_-]+)?"  # PEFT writes the adapter's name between lora_A and weight: `.default`
 _SUFFIXES: tuple[tuple[re.Pattern[str], Role, str], ...] = tuple(
@@ -95,23 +95,23 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], Role, str], ...] = tuple(
         (r"diff_m", "diff", TABLE),
     )
 )
-# Parts of other adapter kinds. The low-rank pair beside them means something else than W += up @ down.
+# Parts of other adapter kinds. With them a low-rank pair is not W += up @ down.
 _UNSUPPORTED = re.compile(
     r".*\.(dora_scale|lora_magnitude_vector(\..+)?|lora_mid\.weight|hada_[wt].*|lokr_[wt].*|b?oft_.*|set_weight)"
 )
 
 
 def unsupported(key: str) -> str | None:
-    """Name of the adapter part that makes this key's file something else than a LoRA (DoRA, LoHa, LoKr…), or None."""
+    """The part in this key of another kind of adapter (DoRA, LoHa, LoKr…), or None for a LoRA's key."""
     match = _UNSUPPORTED.fullmatch(key)
     return match[1] if match else None
 
 
 def parse_keys(keys: Iterable[str]) -> dict[str, LoraPart | None]:
-    """Key -> its part; None where the suffix means nothing here. Modules without a translation keep their name.
+    """Key -> its part; None for an unknown suffix. Modules without a translation keep their name.
 
-    One file is read as a whole: `blocks.N.norm3` is the cross-attention's norm if any other key is in the original
-    naming, and the library's third norm otherwise.
+    All keys of a file decide together: `blocks.N.norm3` is the cross-attention's norm if any other key is in the
+    original naming, and the library's third norm otherwise.
     """
     split = {key: _split(key) for key in keys}
     original = any(_original(key, parts[0]) for key, parts in split.items() if parts)
@@ -119,7 +119,7 @@ def parse_keys(keys: Iterable[str]) -> dict[str, LoraPart | None]:
 
 
 def _split(key: str) -> tuple[str, Role, str] | None:
-    """(module as the file names it, without prefix; role; leaf)."""
+    """(module in the file's naming, without prefix; role; leaf)."""
     for pattern, role, leaf in _SUFFIXES:
         if match := pattern.fullmatch(key):
             return _strip(match[1]), role, leaf
@@ -137,7 +137,7 @@ def _strip(module: str) -> str:
 
 
 def _dotted(module: str) -> str:
-    """ "blocks_3_self_attn_q" -> "blocks.3.self_attn.q"; what is no such name comes back as it is."""
+    """ "blocks_3_self_attn_q" -> "blocks.3.self_attn.q"; other names are returned unchanged."""
     if match := re.fullmatch(r"blocks_(\d+)_(.+)", module):
         return f"blocks.{match[1]}.{UNDERSCORED.get(match[2], match[2])}"
     return UNDERSCORED.get(module, module)
@@ -154,7 +154,7 @@ def _original(key: str, module: str) -> bool:
 
 
 def _part(module: str, role: Role, leaf: str, original: bool) -> LoraPart:
-    if leaf == TABLE:  # `blocks.N.diff_m` and `head.diff_m` name the module whose table it is
+    if leaf == TABLE:  # `blocks.N.diff_m` and `head.diff_m` name the module of the table
         owner = "" if module == "head" else f"{module}."
         return LoraPart(f"{owner}{TABLE}", role, f"{owner}{TABLE}")
     module = _translate(module, original)

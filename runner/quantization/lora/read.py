@@ -1,8 +1,8 @@
-"""LoRA files: what one of them adds to which parameter.
+"""LoRA files: read the changes of parameters from one file.
 
 In:   a safetensors file in any style of keys.py, or its tensors. Out: `Lora`: name, sha256, strength, and for each
       parameter, in the library's naming, the changes to it.
-Never: pickles, and the model: whether it has those parameters, and in those shapes, is for apply.py to find out.
+Never: pickles, the model: apply.py checks that it has these parameters in these shapes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from runner.quantization.lora.keys import LoraPart, parse_keys, unsupported
 
 __all__ = ["Delta", "Full", "Lora", "LowRank", "parse_deltas", "read_lora"]
 
-CHUNK = 1 << 23  # elements of a change made dense at once: 32 MB in float32, whatever the matrix
+CHUNK = 1 << 23  # elements of a change computed at once: 32 MB in float32, for every size of matrix
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-REPEATS = 3  # in a pattern of a file: each more makes a match up to a hundred times as long
-PEFT_METADATA = "lora_adapter_metadata"  # where the library keeps PEFT's config, alpha included, in a file's header
+REPEATS = 3  # in a pattern of a file: each further repetition can make matching a hundred times slower
+PEFT_METADATA = "lora_adapter_metadata"  # the key of PEFT's config, alpha included, in headers that diffusers writes
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # PEFT itself keeps the config beside the tensors
 
 
@@ -59,7 +59,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Full:
-    """A change in full: a tensor of the parameter's shape (of a norm, a bias, a table, a convolution), times scale."""
+    """A full change: a tensor of the parameter's shape (of a norm, a bias, a table, a convolution), times scale."""
 
     diff: Tensor
     keys: tuple[str, ...]
@@ -89,10 +89,10 @@ def _dense(delta: Delta) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One file. `dataclasses.replace(lora, strength=0.5)` is the same LoRA, weaker, without reading again.
+    """One file. `dataclasses.replace(lora, strength=0.5)` is the same LoRA with another strength, not read again.
 
-    deltas: parameter in the library's naming -> what is added to it (a file may hold a pair and a diff for one).
-    unread: keys whose suffix means nothing here. The tensors are views of the mapped file: leave it in its place.
+    deltas: parameter in the library's naming -> its changes (a file may hold a pair and a diff for one parameter).
+    unread: keys with an unknown suffix. The tensors are views of the mapped file, which must stay in its place.
     """
 
     name: str
@@ -105,10 +105,10 @@ class Lora:
 def read_lora(path: Path, strength: float = 1.0) -> Lora:
     """Read a LoRA of any style in keys.py. Its tensors are mapped, not copied; the file is read once, for sha256.
 
-    The alpha of a folder that PEFT saved is that of its `adapter_config.json`.
+    For a folder that PEFT saved, alpha is read from its `adapter_config.json`.
 
-    Raises WeightsMissing; WeightsCorrupt for what is no safetensors file (pickles are never opened), a damaged one, NaN
-    or Inf, a factor without its partner, factors that do not fit, another kind of adapter, or no LoRA at all;
+    Raises WeightsMissing; WeightsCorrupt for other files than safetensors (pickles are never opened), a damaged one,
+    NaN or Inf, a factor without its partner, factors that do not fit, another kind of adapter, or a file without LoRA;
     ConfigInvalid for a strength that is no finite number.
     """
     path = Path(path)
@@ -140,7 +140,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
             metadata = file.metadata() or {}
         finite = {key: bool(torch.isfinite(tensor.float()).all()) for key, tensor in tensors.items()}
-    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as err:  # torch, for shapes beyond its own
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as err:  # torch, for impossible shapes
         raise WeightsCorrupt(
             f"not a whole safetensors file ({str(err).splitlines()[0][:200]})",
             where=path,
@@ -154,14 +154,14 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 todo="Quantised LoRAs are not supported: get the 16-bit one",
             )
         if not finite[key]:
-            raise WeightsCorrupt(f"{key} holds NaN or Inf", where=path, todo="Fetch it again, or ask who trained it")
+            raise WeightsCorrupt(f"{key} holds NaN or Inf", where=path, todo="Fetch it again, or use another LoRA")
     return tensors, metadata
 
 
 def parse_deltas(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, where: object = None
 ) -> tuple[dict[str, tuple[Delta, ...]], tuple[str, ...]]:
-    """(parameter -> its changes, keys not understood), of one file's tensors and its header's metadata.
+    """Return (parameter -> its changes, unread keys) of one file's tensors and its header's metadata.
 
     Raises WeightsCorrupt, which names `where`.
     """
@@ -201,7 +201,7 @@ def parse_deltas(
 
 
 def _index_places(parts: Mapping[str, LoraPart], where: object) -> dict[tuple[str, str], str]:
-    """(parameter, role) -> key. Two keys for one place are two adapters, or one twice: neither can be meant."""
+    """(parameter, role) -> key. Raises WeightsCorrupt for two keys in one place: two adapters, or one of them twice."""
     places: dict[tuple[str, str], str] = {}
     for key, part in parts.items():
         other = places.setdefault((part.param, part.role), key)
@@ -243,7 +243,7 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """What PEFT's config says of scales. Patterns match the end of a layer's name, the first that matches counts."""
+    """The scales in PEFT's config. Patterns match the end of a layer's name; the first match applies."""
 
     alpha: float | None = None
     patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
@@ -255,9 +255,9 @@ class _PeftConfig:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """A layer's name as PEFT matches it; ValueError for a pattern whose match may take longer than a second."""
+    """Compile a pattern as PEFT matches layers' names. ValueError for one that may take longer than a second."""
     if len(re.findall(r"[*+?{]", text)) > REPEATS or re.search(r"\)[*+{]", text):
-        raise ValueError(f"the pattern {text[:60]!r} repeats a group, or more than {REPEATS} things")
+        raise ValueError(f"the pattern {text[:60]!r} repeats a group, or has more than {REPEATS} repetitions")
     return re.compile(rf"(.*\.)?({text})$")
 
 
@@ -286,7 +286,7 @@ def _scale(
     config: _PeftConfig,
     where: object,
 ) -> float:
-    """alpha / rank: from the `.alpha` tensor, else from PEFT's config, else 1."""
+    """alpha / rank, by the `.alpha` tensor, else by PEFT's config; 1 without both."""
     key = places.get((param, "alpha"))
     if key is None:
         return config.scale(param.removesuffix(".weight"), rank)

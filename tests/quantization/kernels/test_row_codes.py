@@ -133,9 +133,9 @@ def too_many(codes, scale):
     ("change", "problem"),
     [
         (off_by_two, "by up to 2"),
-        (too_many, "of its codes are others"),
-        (lambda codes, scale: scale.mul_(1.01), "other scales"),
-        (lambda codes, scale: scale[0].fill_(torch.nan), "other scales"),
+        (too_many, "of its codes differ"),
+        (lambda codes, scale: scale.mul_(1.01), "scales differ"),
+        (lambda codes, scale: scale[0].fill_(torch.nan), "scales differ"),
     ],
     ids=["two steps", "too many codes", "scales", "no number"],
 )

@@ -179,7 +179,7 @@ class TestPeftConfig:
         path = tmp_path / "slow.safetensors"
         config = json.dumps({"lora_alpha": 1, "alpha_pattern": {pattern: 2}})
         save_file(tensors, path, metadata={"lora_adapter_metadata": config})
-        with pytest.raises(WeightsCorrupt, match="repeats a group, or more than 3 things"):
+        with pytest.raises(WeightsCorrupt, match="repeats a group, or has more than 3 repetitions"):
             read_lora(path)
 
     def scale(self, tmp_path: Path, config: Any) -> float:
