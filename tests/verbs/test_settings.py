@@ -63,7 +63,7 @@ WRONG = [
     (RunSettings, RUN, "gpus", "0,", "must be all, or numbers from 0 with commas between them, not '0,'"),
     (RunSettings, RUN, "gpus", "0,1,00", "must be numbers of which no two are equal, not '0,1,00'"),
     (RunSettings, RUN, "shard_count", "0", "must be a whole number, 1 or more, not '0'"),
-    (RunSettings, RUN, "assume", "nibble=up", "'nibble=up' means nothing"),
+    (RunSettings, RUN, "assume", "nibble=up", "'nibble=up' is unknown"),
     (RunSettings, RUN, "pose_precision", "int4", "must be fp32 or int8, not 'int4'; did you mean int8?"),
     (RunSettings, RUN, "tensorrt", "yes", "must be off, auto or on, not 'yes'"),
     (RunSettings, RUN, "spot", "azure", "must be aws, gcp or file:PATH, not 'azure'"),

@@ -1,7 +1,7 @@
-"""bf16 source: a diffusers folder of full-precision weights, headers read and checked, tensors left where they are.
+"""bf16 source: read and check the headers of a diffusers folder of full-precision weights; no tensors are loaded.
 
 In:   a folder with config.json and `diffusion_pytorch_model` in one safetensors file, or in shards with an index.
-Out:  `Bf16Source`: the config, the shards, where each tensor lies. Never: pickles, other layouts, the network.
+Out:  `Bf16Source`: the config, the shards, the place of each tensor. Never: pickles, other layouts, the network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Bf16Source:
 
     folder: Path
     config: Mapping[str, Any]
-    headers: tuple[SafetensorsHeader, ...]  # by name of the file, which is the order they are read in
+    headers: tuple[SafetensorsHeader, ...]  # by name of the file, in the order of reading
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -48,9 +48,9 @@ class Bf16Source:
     def check_against(
         self, shapes: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()
     ) -> dict[str, tuple[int, ...]]:
-        """The model's `shapes`, if this holds exactly its parameters, in float32, bf16 or fp16.
+        """Check that the folder holds exactly the parameters in `shapes`, in float32, bf16 or fp16; returns `shapes`.
 
-        Tensors that match one of the patterns `ignored` are passed over. Raises WeightsCorrupt with the first name.
+        Tensors that match one of the patterns `ignored` are skipped. Raises WeightsCorrupt with the first name.
         """
         found: dict[str, TensorInfo] = {}
         for path, info in self.tensors():
@@ -59,10 +59,12 @@ class Bf16Source:
                     continue
                 raise WeightsCorrupt(f"{info.name} is not part of the model that config.json describes", where=path)
             if info.shape != tuple(shapes[info.name]):
-                wanted = list(shapes[info.name])
-                raise WeightsCorrupt(f"{info.name} is {list(info.shape)}, config.json asks for {wanted}", where=path)
+                expected = list(shapes[info.name])
+                raise WeightsCorrupt(
+                    f"{info.name} has shape {list(info.shape)}, config.json asks for {expected}", where=path
+                )
             if info.dtype not in FLOATS:
-                raise WeightsCorrupt(f"{info.name} is {info.dtype}, not the weights in full precision", where=path)
+                raise WeightsCorrupt(f"{info.name} is {info.dtype}, not a dtype of full-precision weights", where=path)
             found[info.name] = info
         missing = [name for name in shapes if name not in found]
         if missing:
@@ -74,7 +76,7 @@ class Bf16Source:
         return {name: tuple(shape) for name, shape in shapes.items()}
 
     def copy_config(self, folder: Path) -> None:
-        """config.json as it is, into `folder`, whole or not at all."""
+        """Copy config.json unchanged into `folder`, atomically."""
         target = folder / "config.json"
         staged = folder / f".config.json.{os.getpid()}.tmp"
         try:
@@ -89,13 +91,15 @@ def open_source(folder: Path) -> Bf16Source:
     """Read config, index and headers of `folder`. Raises WeightsMissing, WeightsCorrupt."""
     config = read_json_object(folder / "config.json", FOLDER, AGAIN)
     if "quantization_config" in config:
-        raise ConfigInvalid("these weights are quantised already", where=folder, todo="Start from the published ones")
+        raise ConfigInvalid("these weights are quantised already", where=folder, todo="Use the published weights")
     single, index = folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json"
     if single.is_file():
         return Bf16Source(folder, config, (read_header(single),))
     if not index.is_file():
         raise WeightsMissing(
-            f"neither {single.name} nor {index.name}", where=folder, todo="Only safetensors are read, never pickles"
+            f"the folder has neither {single.name} nor {index.name}",
+            where=folder,
+            todo="Put the safetensors there; pickles are never read",
         )
     placed = read_json_object(index, FOLDER, AGAIN).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
@@ -107,7 +111,7 @@ def open_source(folder: Path) -> Bf16Source:
     held = {(name, header.path.name) for header in headers for name in header.tensors}
     if len({name for name, _ in held}) != len(held):
         twice = next(name for name, shard in sorted(held) if placed.get(name) != shard)
-        raise WeightsCorrupt(f"{twice} lies in two shards", where=folder, todo=AGAIN)
+        raise WeightsCorrupt(f"{twice} is in two shards", where=folder, todo=AGAIN)
     for name, shard in placed.items():
         if (name, shard) not in held:
             raise WeightsCorrupt(f"{name} is not in {shard}, where the index puts it", where=index, todo=AGAIN)

@@ -1,7 +1,7 @@
-"""Checkpoint, reading: does a file of `quantize` fit its model, and a model on the meta device filled from it.
+"""Checkpoint, reading: check that a file of `quantize` fits its model, and fill a model on the meta device from it.
 
 In:   the path of a quantised transformer; the model on the meta device. Out: the model, ready.
-Never: recipes, full-precision weights, a repair: what does not add up is refused, with the tensor's name.
+Never: recipes, full-precision weights, repairs: a file that does not fit is refused, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ __all__ = ["Loaded", "check_model", "fill", "load_quantized"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model was filled with."""
+    """The source of a filled model."""
 
     path: Path
     format: Format | SvdqLayout
     layers: tuple[str, ...]
-    bytes: int  # of all parameters, as they lie in memory
+    bytes: int  # of all parameters in memory
     sha256: str
     metadata: Mapping[str, str]
     chosen: Mapping[str, Any] = field(default_factory=dict)  # as of `QuantizedFile`
 
 
 def check_model(file: QuantizedFile, model: nn.Module) -> None:
-    """Does `file` hold `model`, no more and no less, each tensor in its dtype? Reads nothing. Raises WeightsCorrupt.
+    """Check that `file` holds exactly the tensors of `model`, with their dtypes. Reads nothing. Raises WeightsCorrupt.
 
-    A linear must have the shape that its layer is stored for: where a format pads, that is the padded shape.
+    The stored shape of a layer must be its linear's shape; where a format pads, the padded shape.
     """
     linears, fp32, path = linear_shapes(model), kept_in_fp32(model), file.header.path
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -59,8 +59,8 @@ def check_model(file: QuantizedFile, model: nn.Module) -> None:
         found = (info.shape, info.dtype) if info else None
         if found != expected.get(name):
             has = f"{found[1]} {list(found[0])}" if found else "missing"
-            wants = f"{expected[name][1]} {list(expected[name][0])}" if name in expected else "no such tensor"
-            raise WeightsCorrupt(f"{name} is {has}, the model asks for {wants}", where=path, todo=AGAIN)
+            needs = f"{expected[name][1]} {list(expected[name][0])}" if name in expected else "no such tensor"
+            raise WeightsCorrupt(f"{name} is {has}, the model asks for {needs}", where=path, todo=AGAIN)
 
 
 @torch.no_grad()
@@ -69,23 +69,23 @@ def load_quantized(
 ) -> Loaded:
     """Fill `model` (as `rules.transformer_on_meta` makes it) from a file of `quantize_store`, in place.
 
-    Linears that the file has quantised become FP4Linear or SvdqLinear. On the CPU parameters are views of the mapped
-    file. What is stored in bf16 gets `dtype`; scales, factors and what is kept in float32 stay. Raises WeightsMissing,
-    and, before `model` is touched, WeightsCorrupt for what does not agree with it and for scales and factors that are
-    NaN, infinite or, of scales, negative.
+    Linears that are quantised in the file become FP4Linear or SvdqLinear. On the CPU parameters are views of the mapped
+    file. Parameters stored in bf16 get `dtype`; scales, factors and float32 parameters keep theirs. Raises
+    WeightsMissing, and, before `model` changes, WeightsCorrupt for tensors that do not fit it, for scales and factors
+    that are NaN or infinite, and for negative scales.
     """
     from safetensors import SafetensorError, safe_open
 
     file = check_file(path)
     check_model(file, model)
     fmt = file.layout if isinstance(file.layout, SvdqLayout) else FORMATS[file.layout.name]
-    mine = {name for layer in file.layers for name in file.tensor_names(layer).values()}
+    packed = {name for layer in file.layers for name in file.tensor_names(layer).values()}
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as opened:
             for name, info in file.header.tensors.items():
                 tensor = opened.get_tensor(name)
-                tensors[name] = tensor.to(dtype) if name not in mine and info.dtype == torch.bfloat16 else tensor
+                tensors[name] = tensor.to(dtype) if name not in packed and info.dtype == torch.bfloat16 else tensor
     except SafetensorError as err:
         raise WeightsCorrupt(f"not a whole safetensors file ({err})", where=path, todo=AGAIN) from err
     for layer in file.layers:
@@ -109,7 +109,7 @@ def fill(
     tensors: Mapping[str, Tensor],
     device: torch.device | str,
 ) -> None:
-    """Swap the linears in `layers`, hand every parameter its tensor without a copy, take buffers to `device`."""
+    """Replace the linears in `layers`, assign every parameter its tensor without a copy, move buffers to `device`."""
     from runner.quantization.packed_layers import swap_linears
 
     stuck = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -118,4 +118,4 @@ def fill(
     model.requires_grad_(False)
     swap_linears(model, fmt, lambda name: name not in layers)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-    model.to(device)  # buffers; parameters are there already
+    model.to(device)  # moves buffers; parameters are on the device already

@@ -1,11 +1,11 @@
-"""Checkpoint: a diffusers store's transformer, quantised tensor by tensor into one file. Reading it is beside.
+"""Checkpoint, writing: quantise a diffusers store's transformer, tensor by tensor, into one file.
 
 In:   the folder of a transformer (config.json, safetensors in shards or one, float32 or 16 bits), a scheme, a rule.
-Out:  OUT_FILE and config.json beside it. OUT_FILE appears whole or not at all.
-Never: recipes, jobs, more than one tensor (and the next, on its way to a GPU) in memory, however big the model.
+Out:  the file, which is written whole or not at all, and config.json beside it.
+Never: recipes, jobs, more than one tensor (and the next, on its way to a GPU) in memory, for models of any size.
 
-The header knows every shape before the first weight is read, so the file is written header first, in the order in which
-the source is read. Shards are hashed by other threads while they are quantised, from the same pages.
+All shapes are known before the first weight is read. So the header is written first; the tensors follow in the order
+of reading. Other threads hash the shards while they are quantised, from the same pages of the page cache.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ __all__ = [
 ]
 
 Merge = Callable[[str, Tensor], Tensor]
-HASHERS = 2  # sha256 of 1-2 GB/s each keeps up with a fast disk
+HASHERS = 2  # threads; sha256 of 1-2 GB/s in each is as fast as a fast disk
 
 
 @dataclass(frozen=True)
 class WriteProgress:
-    """After each tensor: how far, in the source's bytes."""
+    """The progress after a tensor, in the source's bytes."""
 
     name: str
     tensors: int
@@ -75,35 +75,35 @@ class WriteProgress:
 
     @property
     def seconds_left(self) -> float:
-        """At the pace so far."""
+        """Seconds left at the present average speed."""
         return self.seconds * (self.of_bytes - self.bytes) / self.bytes if self.bytes else float("inf")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made. Digests are of the source's shards, and of the new file's data."""
+    """The result of quantising. Digests are of the source's shards, and of the new file's data."""
 
     path: Path
     format: str
     method: str
-    device: str  # and why
+    device: str  # and the reason of the choice
     layers: int
     kept: tuple[str, ...]  # linears that a rule, or the format, left in 16 bits
-    uncalibrated: tuple[str, ...]  # quantised by their weights alone, since calibration never saw them
+    uncalibrated: tuple[str, ...]  # quantised by their weights alone, since calibration has no inputs of them
     source_bytes: int
     bytes: int
     seconds: float  # of reading, computing and writing, hashes included
     source_sha256: str
     sha256: str
     loras: tuple[dict[str, object], ...]
-    untargeted: tuple[str, ...]  # tensors of LoRAs that this model has no place for
-    metadata: Mapping[str, str]  # of the scheme, as the file has it
-    errors: Mapping[str, float]  # layer → relative error of its weight, where the scheme knows it
+    untargeted: tuple[str, ...]  # tensors of LoRAs without a target in this model
+    metadata: Mapping[str, str]  # of the scheme, as in the file
+    errors: Mapping[str, float]  # layer → relative error of its weight, where the scheme computes it
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One tensor of the source: `layer` is set where it is quantised, and then `outputs` are the format's."""
+    """One tensor of the source. `layer` is set for a quantised one, whose `outputs` are the format's tensors."""
 
     param: str
     shard: Path
@@ -115,7 +115,7 @@ class _Task:
 
 @dataclass
 class _Work:
-    """How every tensor is treated."""
+    """How every tensor is converted."""
 
     scheme: Scheme
     device: torch.device
@@ -171,12 +171,12 @@ def write_checkpoint(
     merge: Merge | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
-    """Quantise every nn.Linear but those that `keep` names, merge `loras` before, store the rest in bf16 or float32.
+    """Merge `loras`, quantise every nn.Linear except those of `keep`, and store the rest in bf16 or float32.
 
-    `scheme` is of this file alone. `merge`: what to do to every parameter (name, float32 tensor) instead of merging
-    `loras`, which are then recorded only. `device`: "auto" is CUDA where there is one, else all cores.
+    `scheme`: a new one for each file. `merge`: a function of every parameter (name, float32 tensor) instead of merging
+    `loras`, which are then only recorded. `device`: "auto" is CUDA if there is one, else all cores.
 
-    Raises WeightsMissing and WeightsCorrupt for the source, ConfigInvalid for what cannot be done, StorageFull.
+    Raises WeightsMissing and WeightsCorrupt for the source, ConfigInvalid for impossible choices, StorageFull.
     """
     where, why = _pick_device(device)
     source = open_source(transformer_dir)
@@ -191,7 +191,7 @@ def write_checkpoint(
     del model
     applied = tuple({"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in loras)
     metadata = {
-        "format": "pt",  # what libraries look for
+        "format": "pt",  # libraries check this key
         **scheme.metadata,
         SOURCE_KEY: PLACEHOLDER,
         LORAS_KEY: json.dumps(applied, ensure_ascii=False),
@@ -235,7 +235,7 @@ def _run(
     progress: Callable[[WriteProgress], None] | None,
     clock: Callable[[], float],
 ) -> None:
-    """Three hands: one tensor is read, one is computed, one is written, each at the same time."""
+    """Read one tensor, compute another and write a third at the same time."""
     began, done, total = clock(), 0, sum(task.bytes for task in tasks)
 
     def put(tensors: Mapping[str, Tensor]) -> None:
@@ -264,7 +264,7 @@ def _run(
 
 
 def _fetch(task: _Task, device: torch.device) -> Tensor:
-    """The source's tensor: on a CPU mapped, its pages asked for ahead; on CUDA copied there through pinned memory."""
+    """Read a tensor of the source: on a CPU mapped, with read-ahead of its pages; on CUDA copied by pinned memory."""
     tensor = read_tensor(task.shard, task.param)
     if device.type == "cuda":
         return tensor.pin_memory().to(device)
@@ -289,13 +289,13 @@ def _plan(
     tasks = []
     for shard, info in source.tensors():
         if info.name not in shapes:
-            continue  # what the model's class says to ignore
+            continue  # the model's class ignores it
         layer, _, leaf = info.name.rpartition(".")
         if leaf == "weight" and layer in linears and layer not in kept:
             try:
                 table = scheme.tensors(*linears[layer])
             except ValueError as err:
-                raise ConfigInvalid(f"{layer}: {err}", where=shard, todo="Choose a rule that keeps it") from err
+                raise ConfigInvalid(f"{layer}: {err}", where=shard, todo="Choose a rule that keeps this layer") from err
             outputs = {f"{layer}.{suffix}": entry for suffix, entry in table.items()}
             tasks.append(_Task(info.name, shard, info.start, info.bytes, layer, outputs))
         else:
@@ -326,7 +326,7 @@ def _pick_device(device: torch.device | str) -> tuple[torch.device, str]:
 
 
 class _Digests:
-    """sha256 of shards, each hashed in the background from the moment its first tensor is wanted."""
+    """sha256 of shards, each hashed in the background when its first tensor is read."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = shards
@@ -346,7 +346,7 @@ class _Digests:
             self._running[shard] = self._pool.submit(self._hash, shard)
 
     def combined(self) -> str:
-        """One file's digest, or that of a sha256sum listing of all of them, by name."""
+        """The digest of one shard, or of the sha256sum listing of several, by name."""
         digests = {}
         for shard in self._shards:
             self.begin(shard)

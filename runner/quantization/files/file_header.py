@@ -1,7 +1,7 @@
-"""Safetensors headers: what a file says it holds, proven against the file's length, without its tensors or torch.
+"""Safetensors headers: read a file's header and check it against the file's length. Needs no torch.
 
 In:   the path of a safetensors file. Out: names, shapes, dtypes, places, metadata; or WeightsCorrupt.
-Never: tensors, and what they mean.
+Never: tensors and their meaning.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["LFS_POINTER", "PLACEHOLDER", "SHARD_NAME", "SafetensorsHeader", "Ten
 
 
 MOST_DIMENSIONS, MOST_ITEMS = 8, 2**40  # of a tensor and of one dimension; torch fails beyond 64 and 2**63
-PLACEHOLDER = "0" * 64  # where a sha256 will stand: known only after the data, in a header written before it
-SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # what an index may name: a file beside it
+PLACEHOLDER = "0" * 64  # for a sha256 in a header that is written before the data
+SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # an index may only name files beside it
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "Download or quantise it again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `start` and `stop` are bytes from the beginning of the file."""
+    """The header's entry of one tensor; `start` and `stop` are bytes from the beginning of the file."""
 
     name: str
     dtype_name: str  # torch's, e.g. bfloat16
@@ -62,9 +62,10 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """The header of a safetensors file, proven to fit the file's length; takes no tensor from the disk.
+    """Read the header of a safetensors file and check it against the file's length; reads no tensor.
 
-    Raises WeightsMissing, or WeightsCorrupt for what is empty, truncated, overlong, overlapping or no safetensors.
+    Raises WeightsMissing, or WeightsCorrupt for a file that is empty, truncated, too long or no safetensors, or has
+    overlapping tensors.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -86,14 +87,14 @@ def read_header(path: Path) -> SafetensorsHeader:
                 slice_ = opened.get_slice(name)
                 dtype, shape = DTYPES.get(slice_.get_dtype()), tuple(slice_.get_shape())
                 if dtype is None:
-                    raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not read here", where=path)
+                    raise WeightsCorrupt(f"{name} is {slice_.get_dtype()}, which is not supported", where=path)
                 if len(shape) > MOST_DIMENSIONS or any(length > MOST_ITEMS for length in shape):
                     raise WeightsCorrupt(
                         f"{name} has a shape that no weight has: {shape[:MOST_DIMENSIONS]}", where=path
                     )
                 stop = start + math.prod(shape) * dtype.bytes
                 tensors[name] = TensorInfo(name, dtype.torch_name, shape, start, stop)
-                start = stop  # the library has checked that there are no holes
+                start = stop  # the library has checked that there are no gaps
     except SafetensorError as err:
         raise WeightsCorrupt(
             f"truncated or not a safetensors file, {path.stat().st_size} bytes ({err})", where=path, todo=AGAIN

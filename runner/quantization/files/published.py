@@ -1,12 +1,12 @@
-"""Published FP4 files: another writer's `quantized_transformer.safetensors`, recognised by shapes and read as g32.
+"""Published FP4 files: read another project's `quantized_transformer.safetensors` as g32, recognised by its shapes.
 
-In:   the file, quantize_config.json where there is one, the model on the meta device, `--assume` words.
-Out:  the model filled, with what was found and what was only assumed; or the error of each reading of one layer.
-Never: a guess about sizes: what does not add up to the model is refused, with the tensor's name.
+In:   the file, quantize_config.json if there is one, the model on the meta device, `--assume` words.
+Out:  the filled model, with the found and the assumed read options; or the error of each reading of one layer.
+Never: guesses about sizes: a file that does not fit the model is refused, with the tensor's name.
 
-A quantised layer is what has, under the layer's name and any suffix, two codes a byte for every weight and one scale
-for every 32 (64, 128) of them. Names may carry a prefix (`transformer.`, `model.`) and may be the original Wan's.
-Matrices that are no nn.Linear (the motion encoder's) read their own `weight` and get it back dequantised.
+A quantised layer has, under its name and any suffix, a tensor with two codes a byte for every weight and a tensor with
+one scale for every 32 (64, 128) weights. Names may have a prefix (`transformer.`, `model.`) and may be the original
+Wan's. Matrices that are no nn.Linear (the motion encoder's) are dequantised, since their modules read `weight`.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ __all__ = [
     "settle",
 ]
 
-GROUPS: Final = (32, 64, 128)  # all of which g32 holds exactly
+GROUPS: Final = (32, 64, 128)  # g32 can represent each of them exactly
 FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 CODES: Final = (torch.uint8, torch.int8)
 SCALES: Final = (*FLOATS, torch.float8_e8m0fnu, torch.uint8)
-# Where shapes leave a choice, the usual names decide.
+# Where several shapes fit, the usual names decide.
 PACKED_NAMES: Final = ("weight_packed", "qweight", "packed", "packed_weight", "weight_q", "weight_fp4", "weight")
 SCALE_NAMES: Final = ("weight_scale", "weight_scales", "scales", "scale", "absmax", "weight_absmax", "wscales")
 TABLE_NAME: Final = re.compile(r"(codebook|lut|table|quant_map|fp4_values|code)$")
-SMALL: Final = 16  # elements: sizes, flags and tables of codes, that layers carry along
+SMALL: Final = 16  # elements; layers' sizes, flags and tables of codes are not larger
 SAMPLE_ROWS: Final = 256
-# Relative error of a layer: 4-bit rounding gives 0.1, any wrong reading 0.8 and more.
+# Relative error of a layer: 4-bit rounding gives 0.1, wrong readings give 0.8 and more.
 RIGHT: Final = 0.25
 WRONG: Final = 0.5
 
 
 @dataclass(frozen=True)
 class PublishedLayer:
-    """One quantised matrix: `owner`.weight of [out, in]."""
+    """One quantised matrix: `owner`.weight [out, in]."""
 
     owner: str
     shape: tuple[int, int]
@@ -68,7 +68,7 @@ class PublishedLayer:
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A published file, recognised. `layers` by owner; `plain`: parameter → where it lies."""
+    """A recognised published file. `layers` by owner; `plain`: parameter → its tensor."""
 
     header: SafetensorsHeader
     layers: Mapping[str, PublishedLayer]
@@ -82,13 +82,13 @@ class PublishedFile:
         return self.header.path
 
     def read_options(self, given: Mapping[str, str] | None = None) -> tuple[ReadOptions, list[str]]:
-        """(how it will be read, which choices nobody made: neither the config nor `given`)."""
+        """Return (the read options, the choices that neither the config nor `given` makes)."""
         return options_from_config(self.config, given, self.table)
 
     def tensors(
         self, layer: PublishedLayer, how: ReadOptions, rows: int | None = None
     ) -> tuple[dict[str, Tensor], float]:
-        """(the layer as g32, its first `rows`; largest relative error of its scales in bf16, 0 for all that fit).
+        """Return (the first `rows` of a layer as g32, the largest relative rounding error of its scales in bf16).
 
         Raises WeightsCorrupt for scales that are NaN, infinite, negative, or zero where they divide.
         """
@@ -104,12 +104,14 @@ class PublishedFile:
             raise WeightsCorrupt(f"{layer.scale.key} holds scales that are NaN, infinite or negative", where=self.path)
         if how.scale == "divide":
             if bool((exact == 0).any()):
-                raise WeightsCorrupt(f"{layer.scale.key} holds zeros, and is to divide", where=self.path)
+                raise WeightsCorrupt(
+                    f"{layer.scale.key} holds zeros, and scale=divide would divide by them", where=self.path
+                )
             exact = 1 / exact
         exact = exact * factor
         stored = exact.to(torch.bfloat16)
         if not bool(torch.isfinite(stored).all()):
-            raise WeightsCorrupt(f"{layer.scale.key} holds scales beyond bfloat16", where=self.path)
+            raise WeightsCorrupt(f"{layer.scale.key} holds scales too large for bfloat16", where=self.path)
         rounding = float(((stored.float() - exact).abs() / exact.clamp(min=2.0**-126)).max())
         if layer.group != G32.group:
             stored = stored.repeat_interleave(layer.group // G32.group, dim=1)
@@ -120,21 +122,21 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class PublishedLoaded:
-    """What a model was filled with, and on whose word. `assumed` empty: nothing was left to a default."""
+    """The source of a filled model, and how it was read. `assumed`: the options that are only defaults."""
 
     path: Path
     layers: tuple[str, ...]  # quantised, nn.Linear
-    dequantised: tuple[str, ...]  # matrices that were quantised in the file and are not in the model
+    dequantised: tuple[str, ...]  # matrices that are quantised in the file and not in the model
     groups: tuple[int, ...]
     options: ReadOptions
     assumed: tuple[str, ...]
     ignored: tuple[str, ...]
-    scale_rounding: float  # largest relative error that bf16 scales add; weights have one of about 0.1
+    scale_rounding: float  # largest relative error of scales in bf16; that of weights is about 0.1
     bytes: int
 
 
 def _translate(packed: Tensor, table: Tensor, step: int = 1 << 22) -> Tensor:
-    """Each byte through a table of 256, a block at a time: indices take four bytes each."""
+    """Translate each byte by a table of 256, block by block, since indices take four bytes each."""
     flat, result = packed.reshape(-1), torch.empty(packed.numel(), dtype=torch.uint8)
     for start in range(0, flat.numel(), step):
         result[start : start + step] = table.index_select(0, flat[start : start + step].int())
@@ -142,7 +144,7 @@ def _translate(packed: Tensor, table: Tensor, step: int = 1 << 22) -> Tensor:
 
 
 def read_published(path: Path, model: nn.Module, config: Path | None = None) -> PublishedFile:
-    """Recognise `path` as weights of `model` (on the meta device; not changed). Reads headers, and tables of codes.
+    """Recognise `path` as weights of `model` (on the meta device, unchanged). Reads the header and tables of codes.
 
     `config`: quantize_config.json, by default the one beside the file, if any. Raises WeightsMissing, WeightsCorrupt.
     """
@@ -171,18 +173,20 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
     for key, piece in loose.items():
         scales = piece.dtype.is_floating_point and "scale" in key
         if piece.numel > SMALL or scales or "zero" in key:
-            raise WeightsCorrupt(f"{key} ({piece.dtype} {list(piece.shape)}) belongs to nothing known", where=path)
+            raise WeightsCorrupt(f"{key} ({piece.dtype} {list(piece.shape)}) belongs to no known layer", where=path)
     for name, shape in params.items():
         owner = name.rpartition(".")[0]
         if name not in plain and not (name.endswith(".weight") and owner in layers):
-            raise WeightsCorrupt(f"no tensor for {name} {list(shape)}", where=path, todo="Is it this model's file?")
+            raise WeightsCorrupt(
+                f"no tensor for {name} {list(shape)}", where=path, todo="Check that the file is of this model"
+            )
         if name in plain and plain[name].shape != shape:
             raise WeightsCorrupt(
                 f"{plain[name].key} is {list(plain[name].shape)}, the model asks for {list(shape)}", where=path
             )
         if name in plain and plain[name].dtype not in FLOATS:
-            wanted = " or ".join(str(dtype) for dtype in FLOATS)
-            raise WeightsCorrupt(f"{plain[name].key} is {plain[name].dtype}, not {wanted}", where=path)
+            dtypes = " or ".join(str(dtype) for dtype in FLOATS)
+            raise WeightsCorrupt(f"{plain[name].key} is {plain[name].dtype}, not {dtypes}", where=path)
     if not layers:
         raise WeightsCorrupt("no layer in it is quantised", where=path)
     return PublishedFile(header, layers, plain, tuple(sorted(loose)), settings, next(iter(tables.values()), None))
@@ -191,7 +195,7 @@ def read_published(path: Path, model: nn.Module, config: Path | None = None) -> 
 def _sort(
     pieces: Mapping[str, PublishedPiece], params: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, dict[str, PublishedPiece]], dict[str, PublishedPiece], dict[str, PublishedPiece]]:
-    """(owner → suffix → tensor of what may be quantised, parameters as they are, the rest)."""
+    """(owner → suffix → tensor of layers that may be quantised, plain parameters, other tensors)."""
     owners = {name.removesuffix(".weight") for name, s in params.items() if name.endswith(".weight") and len(s) == 2}
     groups: dict[str, dict[str, PublishedPiece]] = {}
     plain: dict[str, PublishedPiece] = {}
@@ -204,7 +208,7 @@ def _sort(
         if owner:
             groups.setdefault(owner, {})[name[len(owner) + 1 :]] = piece
         elif name in params:
-            plain[name] = piece  # of a wrong shape or dtype: said by whoever checks
+            plain[name] = piece  # of a wrong shape or dtype, which the caller refuses
         else:
             loose[name] = piece
     for owner in [owner for owner in groups if f"{owner}.weight" in plain]:
@@ -213,7 +217,7 @@ def _sort(
 
 
 def _owner(name: str, owners: set[str]) -> str | None:
-    """The layer whose name, with a dot or an underscore behind it, begins `name`; the longest."""
+    """The longest of `owners` that, followed by a dot or an underscore, begins `name`; or None."""
     ends = [i for i, letter in enumerate(name) if letter in "._"]
     return next((name[:end] for end in reversed(ends) if name[:end] in owners), None)
 
@@ -225,7 +229,7 @@ def _recognise(
     header: SafetensorsHeader,
     loose: dict[str, PublishedPiece],
 ) -> PublishedLayer:
-    """Codes and scales among a layer's tensors; what is left over goes to `loose`. Raises WeightsCorrupt."""
+    """Find codes and scales among a layer's tensors; the others go to `loose`. Raises WeightsCorrupt."""
     out, wide = shape
     scales: dict[str, tuple[PublishedPiece, int]] = {}
     for suffix, piece in parts.items():
@@ -243,27 +247,27 @@ def _recognise(
             f"{owner} [{out}, {wide}]: no {what} that add up (two codes a byte, a scale for every "
             f"{', '.join(map(str, GROUPS))}); it has {seen}",
             where=header.path,
-            todo="Only E2M1 in groups along the input is read; quantise from the full weights instead",
+            todo="Only E2M1 in groups along the input is supported: quantise from the full weights instead",
         )
     loose |= {part.key: part for suffix, part in parts.items() if suffix not in (packed, scale)}
     return PublishedLayer(owner, (out, wide), codes[packed], scales[scale][0], group)
 
 
 def _holds_codes(shape: tuple[int, ...], out: int, wide: int, group: int) -> bool:
-    """[out, in/2], or flat, or by groups: shapes whose row-major order is the weight's."""
+    """Is it a shape of codes in the weight's row-major order: [out, in/2], flat, or by groups?"""
     groups = wide // group
     by_groups = ((out, groups, group // 2), (out * groups, group // 2))
     return _is_grid(shape, out, wide // 2) or shape in by_groups
 
 
 def _is_grid(shape: tuple[int, ...], rows: int, columns: int) -> bool:
-    """[rows, columns], or the same numbers in one line; dimensions of one do not count."""
+    """Is it [rows, columns], or flat? Dimensions of one do not count."""
     real = tuple(n for n in shape if n != 1)
     return real in (tuple(n for n in (rows, columns) if n != 1), (rows * columns,))
 
 
 def _choose(candidates: Mapping[str, object], names: tuple[str, ...]) -> str | None:
-    """The only candidate, or the only one of a usual name, or None."""
+    """The only candidate, or the only one with a usual name, or None."""
     if len(candidates) > 1:
         usual = [suffix for suffix in candidates if suffix.replace(".", "_").strip("_") in names]
         return usual[0] if len(usual) == 1 else None
@@ -281,8 +285,8 @@ def load_published(
 ) -> PublishedLoaded:
     """Fill `model` (as `rules.transformer_on_meta` makes it) from a published file, in place: FP4Linear in g32.
 
-    Codes are rearranged where they differ from ours, exactly. Scales become bf16: other ones are rounded by 0.4 % at
-    most, beside weights that are rounded by 10 %; the result says by how much. `given`: `--assume`.
+    Codes in another order are translated exactly. Scales become bf16, with a rounding error of at most 0.4 %, beside
+    10 % of the weights; the result has the error. `given`: the words of `--assume`.
     """
     published = read_published(path, model, config)
     how, assumed = published.read_options(given)
@@ -320,17 +324,17 @@ def load_published(
 
 @dataclass(frozen=True, order=True)
 class Comparison:
-    """One reading of a layer, and the relative error (L2) of the weights it gives."""
+    """One reading of a layer, and the relative error (L2) of its weights."""
 
     error: float
     options: ReadOptions = field(compare=False)
 
 
 def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -> list[Comparison]:
-    """Every reading of `layer`, the nearest to `source_weight` [out, in] first; its first 256 rows are compared.
+    """Compare every reading of `layer` with `source_weight` [out, in], on the first 256 rows; smallest error first.
 
-    Readings that the numbers themselves refuse (a zero that divides) have an infinite error. Raises WeightsCorrupt for
-    a layer that is not there or has another shape.
+    Impossible readings (a division by zero) have an infinite error. Raises WeightsCorrupt for a layer that is missing
+    or has another shape.
     """
     found = published.layers.get(layer)
     if found is None or found.shape != tuple(source_weight.shape):
@@ -350,8 +354,8 @@ def compare_layer(published: PublishedFile, layer: str, source_weight: Tensor) -
 
 
 def settle(comparisons: list[Comparison]) -> ReadOptions | None:
-    """The reading that is right beyond doubt: its error is a 4-bit rounding's and no other's is near it. Or None."""
+    """Return the reading with the error of 4-bit rounding, or None if a reading with another error is near it."""
     close = [one for one in comparisons if one.error < WRONG]
     if not close or close[0].error > RIGHT or close[-1].error != close[0].error:
-        return None  # readings of equal error give equal numbers: a table may spell out the usual order
+        return None  # equal errors are allowed: those readings give equal numbers (a table may hold the usual order)
     return close[0].options

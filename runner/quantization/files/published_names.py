@@ -1,7 +1,7 @@
-"""Names of another writer's file, as the library's: prefixes taken off, the original Wan's names translated.
+"""Published names: translate the names of a published file to the library's, by prefixes and the original Wan's names.
 
 In:   a header. Out: the library's name → `PublishedPiece`, a tensor or some rows of one, still on the disk.
-Never: which of them are quantised, and what they mean.
+Never: which of them are quantised, and their meaning.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from runner.quantization.files.safetensors_stream import read_tensor
 __all__ = ["PublishedPiece", "as_diffusers"]
 
 PREFIXES = ("model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
-ORIGINAL = (".self_attn.", "time_embedding.0.", "face_adapter.fuser_blocks.")  # only the original's names have these
+ORIGINAL = (".self_attn.", "time_embedding.0.", "face_adapter.fuser_blocks.")  # parts of the original's names only
 
 
 @dataclass(frozen=True)
 class PublishedPiece:
-    """A tensor of a file, or its rows `start` to `stop`; it is cut as a tensor is, and read when asked."""
+    """A tensor of a file, or its rows `start` to `stop`. It can be sliced like a tensor; `read` reads it."""
 
     key: str
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class PublishedPiece:
         return torch.Size(self.shape).numel()
 
     def __getitem__(self, index: slice | tuple[int | slice, ...]) -> PublishedPiece:
-        """Rows, or (as the library cuts a bias of [1, n, 1, 1]) the one dimension that is longer than one."""
+        """Slice rows, or (as the library slices a bias of [1, n, 1, 1]) the one dimension longer than one."""
         if isinstance(index, slice):
             start, stop, _ = index.indices(self.shape[0])
             return replace(
@@ -47,7 +47,7 @@ class PublishedPiece:
         return replace(self, shape=(max(self.shape),), flat=True)
 
     def read(self, path: Path) -> Tensor:
-        """Its numbers, on the CPU, mapped."""
+        """Read the numbers: on the CPU, mapped."""
         tensor = read_tensor(path, self.key)
         if self.flat:
             tensor = tensor.reshape(-1)
@@ -55,7 +55,7 @@ class PublishedPiece:
 
 
 def as_diffusers(header: SafetensorsHeader) -> dict[str, PublishedPiece]:
-    """The library's names → pieces. Raises WeightsCorrupt where two tensors would have one name."""
+    """The library's names → pieces. Raises WeightsCorrupt where two tensors get one name."""
     pieces: dict[str, PublishedPiece] = {}
     for key, info in header.tensors.items():
         name = _bare(key)
@@ -69,7 +69,7 @@ def as_diffusers(header: SafetensorsHeader) -> dict[str, PublishedPiece]:
             pieces = convert_wan_transformer_to_diffusers(pieces)
         except (IndexError, KeyError, TypeError) as err:
             raise WeightsCorrupt(
-                f"its names look like the original Wan's but are not ({err})", where=header.path
+                f"its names look like the original Wan's, but cannot be translated ({err})", where=header.path
             ) from err
     return pieces
 

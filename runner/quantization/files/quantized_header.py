@@ -1,7 +1,7 @@
-"""Quantised header: what a file of `quantize` says it holds, and whether names, shapes and dtypes add up.
+"""Quantised header: read the header of a file of `quantize` and check its names, shapes and dtypes.
 
 In:   the path of a quantised transformer. Out: its description, or WeightsCorrupt with the tensor's name.
-Never: tensors, torch, the model that the file is for: a run checks its files before it imports either.
+Never: tensors, torch, the file's model: a run checks its files before it imports torch.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ SOURCE_KEY: Final = "video_lab.source_sha256"
 LORAS_KEY: Final = "video_lab.loras"
 VERSION_KEY: Final = "video_lab.version"
 RANK_KEY: Final = "video_lab.rank"  # this and the next ones: of SVDQ files
-SMOOTHING_KEY: Final = "video_lab.smoothing"  # `calibrated` | `weights`: what smoothing factors were chosen by
-CALIBRATION_KEY: Final = "video_lab.calibration"  # JSON: what was watched; `{}` without calibration
-REFITS_KEY: Final = "video_lab.refits"  # rounds in which the low-rank part was fitted to what rounding left
+SMOOTHING_KEY: Final = "video_lab.smoothing"  # `calibrated` | `weights`: the source of smoothing factors
+CALIBRATION_KEY: Final = "video_lab.calibration"  # JSON: counts of jobs, steps and rows; `{}` without calibration
+REFITS_KEY: Final = "video_lab.refits"  # rounds in which the low-rank part was fitted again after rounding
 SHA256_KEY: Final = "video_lab.sha256"
 SMOOTHINGS: Final = ("calibrated", "weights")
-FLOATS: Final = ("bfloat16", "float32")  # of what is not quantised
+FLOATS: Final = ("bfloat16", "float32")  # dtypes of tensors that are not quantised
 AGAIN = "Make it again with `video-lab quantize`, or fetch it again"
 
-# What belongs to quantised layers alone. Of SVDQ: the tensors of both precisions, and two of other programs' files.
+# Names of tensors that only quantised layers have. SVDQ: those of both precisions, and two of other programs' files.
 FP4_PART: Final = re.compile(r"\.weight_")
 SVDQ_SUFFIXES: Final = {suffix for layout in SVDQ_LAYOUTS.values() for suffix in layout.tensor_table(1, 1)}
 SVDQ_PART: Final = re.compile(rf"\.({'|'.join(sorted(SVDQ_SUFFIXES | {'smooth_factor_orig', 'wtscale'}))})$")
-# Other programs' files of SVDQ layers: a key of their metadata → whose they are; without one, by the tensors.
+# Other programs' files of SVDQ layers: a key of their metadata → the program; files without such a key: by tensors.
 FOREIGN_KEYS: Final = {
     "cache_dit_svdq_ptq": "a checkpoint of cache-dit",
     "quantization_config": "a checkpoint of nunchaku",
@@ -66,9 +66,9 @@ FOREIGN_FACTORS: Final = (".proj_down", ".lora_down")
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """What the header says. `layers`: quantised linear → (out_features, in_features), as padded in an SVDQ file.
+    """A checked header. `layers`: quantised linear → (out_features, in_features), as padded in an SVDQ file.
 
-    `chosen`, for the record: of an SVDQ file `rank`, `smoothing`, `calibration` and `refits`; else empty.
+    `chosen`, for the record: `rank`, `smoothing`, `calibration` and `refits` of an SVDQ file; else empty.
     """
 
     header: SafetensorsHeader
@@ -79,7 +79,7 @@ class QuantizedFile:
 
     @property
     def sha256(self) -> str:
-        """Of the data section, as recorded when the file was made."""
+        """sha256 of the data section, as recorded when the file was made."""
         return self.header.metadata[SHA256_KEY]
 
     def tensor_names(self, layer: str) -> dict[str, str]:
@@ -88,9 +88,9 @@ class QuantizedFile:
 
 
 def check_file(path: Path) -> QuantizedFile:
-    """Is `path` one of our files, and do names, shapes and dtypes in it agree with its format? Reads the header alone.
+    """Check that `path` is a file of `quantize` whose names, shapes and dtypes agree with its format. Reads its header.
 
-    Raises WeightsMissing; WeightsCorrupt with the name of the tensor, or with what the metadata lacks.
+    Raises WeightsMissing; WeightsCorrupt with the name of the tensor, or with the wrong key of the metadata.
     """
     header = read_header(path)
     meta = header.metadata
@@ -98,8 +98,10 @@ def check_file(path: Path) -> QuantizedFile:
     layout = known.get(meta.get(FORMAT_KEY, ""))
     if layout is None:
         refuse_foreign(header)
-        said = f"is {meta[FORMAT_KEY]!r}, not one of {', '.join(known)}" if FORMAT_KEY in meta else "is missing"
-        raise WeightsCorrupt(f"not a file of `quantize`: {FORMAT_KEY} in its metadata {said}", where=path, todo=AGAIN)
+        problem = f"is {meta[FORMAT_KEY]!r}, not one of {', '.join(known)}" if FORMAT_KEY in meta else "is missing"
+        raise WeightsCorrupt(
+            f"not a file of `quantize`: {FORMAT_KEY} in its metadata {problem}", where=path, todo=AGAIN
+        )
     if meta.get(GROUP_KEY) != str(layout.group):
         found = meta.get(GROUP_KEY)
         raise WeightsCorrupt(f"{GROUP_KEY} is {found!r}; {layout.name} has {layout.group}", where=path, todo=AGAIN)
@@ -115,14 +117,14 @@ def check_file(path: Path) -> QuantizedFile:
 
 
 def refuse_foreign(header: SafetensorsHeader) -> None:
-    """Raises WeightsCorrupt for SVDQ layers that another program stored; the sentence says which, and what to do."""
+    """Raise WeightsCorrupt for SVDQ layers that another program stored, with its name and what to do."""
     if FORMAT_KEY in header.metadata or not any(name.endswith(FOREIGN_FACTORS) for name in header.tensors):
         return
     codes = {name.rpartition(".")[2]: info.dtype_name for name, info in header.tensors.items()}
     if "qweight" not in codes:
         return
     what = next(
-        (said for key, said in FOREIGN_KEYS.items() if key in header.metadata), "a file in Nunchaku Lite's layout"
+        (kind for key, kind in FOREIGN_KEYS.items() if key in header.metadata), "a file in Nunchaku Lite's layout"
     )
     scales = codes.get("wscales", "")
     layout = next(
@@ -130,7 +132,7 @@ def refuse_foreign(header: SafetensorsHeader) -> None:
         next(iter(SVDQ_LAYOUTS.values())),
     )
     raise WeightsCorrupt(
-        f"{what}, not a file of `quantize`: it says nothing of source, LoRAs and checksum, and its biases have another "
+        f"{what}, not a file of `quantize`: it records no source, LoRAs and checksum, and its biases have another "
         "order",
         where=header.path,
         todo=f"Make one from the published weights: video-lab quantize --format {layout.name}",
@@ -138,7 +140,7 @@ def refuse_foreign(header: SafetensorsHeader) -> None:
 
 
 def _read_chosen(header: SafetensorsHeader, layout: SvdqLayout) -> dict[str, Any]:
-    """What the quantiser of an SVDQ file chose, by its metadata. Raises WeightsCorrupt with the key."""
+    """Read the choices of an SVDQ file's quantiser from its metadata. Raises WeightsCorrupt with the key."""
     meta, numbers = header.metadata, {}
     for key in (RANK_KEY, REFITS_KEY):
         if re.fullmatch(r"[0-9]{1,6}", meta.get(key, ""), re.ASCII) is None:
@@ -159,12 +161,12 @@ def _read_chosen(header: SafetensorsHeader, layout: SvdqLayout) -> dict[str, Any
 
 
 def _unusable(header: SafetensorsHeader, key: str, why: str) -> WeightsCorrupt:
-    said = f"is {header.metadata[key]!r}, {why}" if key in header.metadata else f"is missing, {why}"
-    return WeightsCorrupt(f"{key} in its metadata {said}", where=header.path, todo=AGAIN)
+    problem = f"is {header.metadata[key]!r}, {why}" if key in header.metadata else f"is missing, {why}"
+    return WeightsCorrupt(f"{key} in its metadata {problem}", where=header.path, todo=AGAIN)
 
 
 def _parse_json(header: SafetensorsHeader, key: str, kind: type) -> Any:
-    """The value of a key of the metadata: a list or an object. Raises WeightsCorrupt."""
+    """Parse the value of a metadata key, a list or an object. Raises WeightsCorrupt."""
     what = "list" if kind is list else "JSON object"
     try:
         value = json.loads(header.metadata[key])
@@ -214,16 +216,16 @@ def _layers(header: SafetensorsHeader, layout: Layout | SvdqLayout) -> dict[str,
 def _difference(
     name: str, part: TensorInfo | None, expected: tuple[tuple[int, ...], str], layout: Layout | SvdqLayout
 ) -> str:
-    """Why a tensor of a layer is not the one that its format asks for; for SVDQ, what it would be right for."""
+    """Say how a layer's tensor differs from its format; for SVDQ, also which format or rank it would fit."""
     shape, dtype = expected
     found = f"is torch.{part.dtype_name} {list(part.shape)}" if part else "is missing"
-    said = f"{name} {found}, {layout.name} asks for torch.{dtype} {list(shape)}"
+    problem = f"{name} {found}, {layout.name} asks for torch.{dtype} {list(shape)}"
     if part is None or not isinstance(layout, SvdqLayout):
-        return said
+        return problem
     suffix = name.rpartition(".")[2]
     if suffix.startswith("proj_") and part.dtype_name == dtype and len(part.shape) == 2:
-        return f"{said}: factors of rank {part.shape[1]}, and {RANK_KEY} says {layout.rank}"
+        return f"{problem}: factors of rank {part.shape[1]}, and {RANK_KEY} says {layout.rank}"
     other = next((row for row in SVDQ_LAYOUTS.values() if row.name != layout.name), layout)
     if suffix == "wscales" and part.dtype_name == other.tensor_table(1, 1)["wscales"][1]:
-        return f"{said}: scales of {other.name}"
-    return said
+        return f"{problem}: scales of {other.name}"
+    return problem

@@ -1,7 +1,7 @@
-"""ReadOptions: what a published FP4 file does not show in names, shapes or dtypes, and how to read it either way.
+"""Read options: the properties of a published FP4 file that names, shapes and dtypes do not show.
 
-In:   quantize_config.json's content, `--assume` words. Out: `ReadOptions`, which of them nobody confirmed, and
-      the exact translation of codes and scales into ours. Never: files of tensors, layers' names.
+In:   quantize_config.json's content, `--assume` words. Out: `ReadOptions`, the list of options that are only defaults,
+      the exact translation of codes and scales into this project's format. Never: files of tensors, layers' names.
 
     nibble   low | high           which half of a byte holds the even input column
     codes    e2m1 | ascending | table   0..7 are 0..6, bit 3 the sign; or -6..6 in order; or by the config's table
@@ -31,7 +31,7 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "scale": ("multiply", "divide"),
     "unit": ("one", "six"),
 }
-# Keys of a config that say it, and beginnings of words in the value that decide.
+# Keys of a config that may state an option, and below, beginnings of words in their values for each choice.
 KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "nibble": ("nibble", "nibble_order", "packing_order", "pack_order", "packing"),
     "codes": ("codes", "code_order"),
@@ -52,7 +52,7 @@ ASCENDING: Final = tuple(sorted(VALUES, key=lambda value: (value, str(value)[0] 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read codes and scales; the defaults are ours."""
+    """How to read codes and scales; the defaults are this project's format."""
 
     nibble: str = "low"
     codes: str = "e2m1"
@@ -61,14 +61,14 @@ class ReadOptions:
     table: tuple[float, ...] | None = None  # sixteen values in code order, for codes="table"
 
     def words(self) -> dict[str, str]:
-        """key → choice, as `--assume` takes them."""
+        """key → choice, in the words of `--assume`."""
         return {key: getattr(self, key) for key in CHOICES}
 
     def __str__(self) -> str:
         return ",".join(f"{key}={value}" for key, value in self.words().items())
 
     def translation(self) -> tuple[Tensor | None, float]:
-        """(uint8 [256] from their bytes to ours, or None where they are the same; what our code's unit is worth)."""
+        """(uint8 [256] from the file's bytes to E2M1 bytes, or None where they are the same; the factor of scales)."""
         values: Sequence[float] = VALUES
         if self.codes == "ascending":
             values = ASCENDING
@@ -86,7 +86,7 @@ class ReadOptions:
 
 
 def _to_e2m1(values: Sequence[float]) -> tuple[Tensor, float]:
-    """(our code of each of sixteen values, the common factor). Raises WeightsCorrupt where they are not E2M1's."""
+    """(the E2M1 code of each of sixteen values, their common factor). Raises WeightsCorrupt for other values."""
     factor = max(abs(value) for value in values) / LARGEST
     codes = []
     for value in values:
@@ -101,7 +101,7 @@ def _to_e2m1(values: Sequence[float]) -> tuple[Tensor, float]:
     if len(values) != 16 or {VALUES[c] for c in codes if c < 16} != set(VALUES) or 16 in codes:
         raise WeightsCorrupt(
             f"its table {[round(v, 4) for v in values]} does not hold the values of E2M1 (0, .5, 1, 1.5, 2, 3, 4, 6)",
-            todo="Another 4-bit format cannot be run; quantise from the full weights",
+            todo="Other 4-bit formats are not supported: quantise from the full weights",
         )
     return torch.tensor(codes), factor
 
@@ -111,13 +111,13 @@ def _negative(value: float) -> bool:
 
 
 def parse_read_options(text: str) -> dict[str, str]:
-    """`nibble=high,scale=divide` as a mapping. Raises ConfigInvalid for words that mean nothing."""
+    """Parse `nibble=high,scale=divide` to a mapping. Raises ConfigInvalid for unknown words."""
     given: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
         if key not in CHOICES or value not in CHOICES[key]:
             known = "; ".join(f"{name}={'|'.join(choices)}" for name, choices in CHOICES.items())
-            raise ConfigInvalid(f"--assume {item!r} means nothing", todo=f"Known are {known}")
+            raise ConfigInvalid(f"--assume {item!r} is unknown", todo=f"Known are {known}")
         given[key] = value
     return given
 
@@ -125,16 +125,16 @@ def parse_read_options(text: str) -> dict[str, str]:
 def options_from_config(
     config: Mapping[str, Any], given: Mapping[str, str] | None = None, table: Sequence[float] | None = None
 ) -> tuple[ReadOptions, list[str]]:
-    """(how to read, which of CHOICES are mere defaults). `given` (`--assume`) outranks the config.
+    """Return (the read options, the keys of CHOICES that are only defaults). `given` (`--assume`) outranks the config.
 
-    `table`: sixteen values, or eight magnitudes, found beside the weights. A value of the config that says nothing
-    recognisable leaves the default, and it stays listed. Raises WeightsCorrupt for a table that is not E2M1's.
+    `table`: sixteen values, or eight magnitudes, found beside the weights. An unknown value in the config leaves the
+    default, and its key is listed. Raises WeightsCorrupt for a table that is not E2M1's.
     """
     flat = _flatten(config)
     found: dict[str, Any] = {}
     for key, names in KEYS.items():
-        said = next((flat[name].lower() for name in names if isinstance(flat.get(name), str)), "")
-        words = tuple(re.findall(r"[a-z0-9]+", said))
+        value = next((flat[name].lower() for name in names if isinstance(flat.get(name), str)), "")
+        words = tuple(re.findall(r"[a-z0-9]+", value))
         hits = [choice for choice, starts in WORDS[key].items() if any(word.startswith(starts) for word in words)]
         if len(hits) == 1:
             found[key] = hits[0]
@@ -154,7 +154,7 @@ def options_from_config(
 
 
 def group_in_config(config: Mapping[str, Any]) -> int | None:
-    """The group size that the config names, if it does."""
+    """The group size in the config, or None."""
     flat = _flatten(config)
     return next((flat[name] for name in GROUPS if isinstance(flat.get(name), int)), None)
 
@@ -169,12 +169,12 @@ def all_read_options(table: Sequence[float] | None = None) -> Iterator[ReadOptio
 def _is_table(value: object) -> bool:
     if not isinstance(value, list) or len(value) not in (8, 16):
         return False
-    # Neither NaN nor an integer that no float holds.
+    # The comparison excludes NaN, and integers that are too large for a float.
     return all(isinstance(v, int | float) and abs(v) < LARGEST_ENTRY for v in value)
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys in lower case, from nested objects too; what is further out wins."""
+    """Keys in lower case, from nested objects too; of two equal keys the outer one counts."""
     flat: dict[str, Any] = {}
     level = [config]
     while level:

@@ -1,11 +1,11 @@
-"""Safetensors, streamed: files written header first, whole or not at all.
+"""Safetensors stream: write files header first, whole or not at all; read single tensors.
 
-In:   paths; names, shapes and dtypes of all tensors before the first of them exists. Out: a file; single tensors.
-Never: what the tensors mean.
+In:   paths; names, shapes and dtypes of all tensors before the first tensor exists. Out: a file; single tensors.
+Never: the tensors' meaning.
 
-A safetensors file is eight bytes of header length, a JSON header, the tensors' bytes without holes. The writer puts
-what fills whole multiples of eight bytes first, in the order given, and the rest behind it by falling item size: every
-tensor is aligned to its items, and tensors written in the order given go to the disk as one stream.
+A safetensors file is eight bytes of header length, a JSON header, and the tensors' bytes without gaps. The writer first
+puts tensors whose size is a multiple of eight bytes, in the given order, then the others by decreasing item size. So
+every tensor is aligned to its items, and tensors written in the given order go to the disk as one stream.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCK = 1 << 24  # bytes read at a time for a digest
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor on the CPU, its memory the mapped file itself: pages come when they are touched and can be dropped."""
+    """Map one tensor on the CPU: its pages are read at first access, and the system can drop them again."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as opened:
@@ -49,22 +49,22 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def data_sha256(path: Path) -> str:
-    """sha256 of everything behind the header: reads the whole file. It does not change when metadata is edited."""
+    """Compute the sha256 of all data after the header; reads the whole file. Edits of metadata do not change it."""
     with path.open("rb") as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
         return sha256_stream(stream)
 
 
 class StreamWriter:
-    """Writes one safetensors file as `NAME.tmp` and gives it its name at the end, when everything is on the disk.
+    """Writes one safetensors file as `NAME.tmp` and renames it at the end, when all data is on the disk.
 
         with StreamWriter(path, tensors, metadata, digest_key="sha256") as writer:
-            writer.write("blocks.0.weight", tensor)      # each tensor once, in any order; in the order given is fastest
+            writer.write("blocks.0.weight", tensor)      # each tensor once, in any order; the given order is fastest
 
-    Metadata only known at the end is given as PLACEHOLDER and set with `patch`; `digest_key` names one that gets the
-    sha256 of the data section by itself. Killed at any point it leaves a `.tmp`, which the next run overwrites. All
-    of the space is reserved at once, so that a full disk is an error in the first second. Raises StorageFull or
-    StorageDenied, and ConfigInvalid where another process is writing the same file.
+    Metadata that is known only at the end is given as PLACEHOLDER and set with `patch`; the value of `digest_key`
+    becomes the sha256 of the data section. A killed process leaves a `.tmp` file, which the next run overwrites. All
+    space is reserved at once, so that a full disk is an error in the first second. Raises StorageFull or StorageDenied,
+    and ConfigInvalid where another process is writing the same file.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StreamWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place: CPU or CUDA, of exactly the shape and dtype announced."""
+        """Write one tensor (CPU or CUDA) of exactly the announced shape and dtype."""
         info = self._where[name]
         if name not in self._left or tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, or written twice; announced was {info}")
@@ -141,7 +141,7 @@ class StreamWriter:
     def _publish(self) -> None:
         if self._left:
             raise ValueError(f"{len(self._left)} tensors were announced and never written, such as {min(self._left)}")
-        for block in _blocks(self._fd, self._hashed, self.size):  # what was not written in order
+        for block in _blocks(self._fd, self._hashed, self.size):  # tensors that were not written in order
             self._sha.update(block)
         self.digest = self._sha.hexdigest()
         if self._digest_key:
@@ -166,7 +166,7 @@ class StreamWriter:
 def _lay_out(
     tensors: list[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo], int]:
-    """(length and JSON, where each tensor goes in the file, where data begins)."""
+    """(length and JSON, the place of each tensor in the file, the beginning of the data)."""
 
     def place(item: tuple[str, tuple[int, ...], torch.dtype]) -> tuple[bool, int]:
         _, shape, dtype = item
@@ -176,7 +176,7 @@ def _lay_out(
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     spans: list[tuple[str, tuple[int, ...], torch.dtype, int, int]] = []
     start = 0
-    for name, shape, dtype in sorted(tensors, key=place):  # a stable sort: the order given holds within each part
+    for name, shape, dtype in sorted(tensors, key=place):  # a stable sort keeps the given order within each part
         if name in entries:
             raise ValueError(f"two tensors called {name!r}")
         stop = start + torch.Size(shape).numel() * dtype.itemsize
@@ -195,11 +195,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _open_alone(path: Path) -> int:
-    """A descriptor of `path` under a lock that dies with this process."""
+    """Open `path` under a lock that ends with this process; returns the descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it before may have given the file its final name since we opened it.
+        # The former holder of the lock may have renamed the file since it was opened here.
         alone = os.fstat(fd).st_ino == path.stat().st_ino
     except (BlockingIOError, FileNotFoundError):
         alone = False
@@ -218,7 +218,7 @@ def _reserve(fd: int, size: int) -> None:
     except OSError as err:
         if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        os.ftruncate(fd, size)  # a file system that cannot promise space
+        os.ftruncate(fd, size)  # the file system cannot reserve space
 
 
 def _write_all(fd: int, data: bytes | memoryview, at: int) -> None:

@@ -1,6 +1,6 @@
-"""Schemes: how `checkpoint_write` turns one linear's weight into the tensors of a number format.
+"""Schemes: quantise one linear's weight to the tensors of a number format, for `checkpoint_write`.
 
-In:   a layer's name and its weight, merged. Out: stored tensors; what the file's metadata says of the scheme.
+In:   a layer's name and its merged weight. Out: stored tensors; the scheme's keys of the file's metadata.
 Never: files, sources, the order of layers.
 """
 
@@ -37,33 +37,33 @@ Table = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # suffix → (shape, 
 
 
 class Scheme(ABC):
-    """A number format and the way to it, for one file: what it chose for the layers stays in it."""
+    """A number format and a method, for one file; it records results of layers."""
 
     def __init__(self, name: str, method: Method, metadata: Mapping[str, str]) -> None:
         """`metadata`: of the file, beside source, LoRAs and version."""
         self.name, self.method, self.metadata = name, method, metadata
-        self.uncalibrated: list[str] = []  # layers without calibration where others have it
-        self.errors: dict[str, float] = {}  # layer → relative error of its weight, where it is known
+        self.uncalibrated: list[str] = []  # layers without calibration, where others have one
+        self.errors: dict[str, float] = {}  # layer → relative error of its weight, where it is computed
 
     @abstractmethod
     def tensors(self, out_features: int, in_features: int) -> Table:
-        """The tensors of one linear. ValueError for a shape that cannot be stored."""
+        """The tensors of one linear. Raises ValueError for a shape that cannot be stored."""
 
     @abstractmethod
     def quantize(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
-        """Those tensors, by suffix, of `weight` [out, in]. ValueError for NaN and infinite weights."""
+        """Quantise `weight` [out, in] to these tensors, by suffix. Raises ValueError for NaN and infinite weights."""
 
     def keeps(self, layer: str) -> bool:
-        """Does this linear stay as it is, whatever the rule says?"""
+        """Is this linear never quantised, with any rule?"""
         return False
 
 
 class Fp4Scheme(Scheme):
-    """FP4: codes and scales. `importance`: layer → mean square of each input channel, for `activation` alone; layers
-    that it lacks get `mse`."""
+    """FP4: codes and scales. `importance`: layer → mean square of each input channel, for `activation` only; layers
+    without an entry get `mse`."""
 
     def __init__(self, fmt: Format, method: Method = "mse", importance: Mapping[str, Tensor] | None = None) -> None:
-        """ConfigInvalid where method and importance contradict each other."""
+        """Raises ConfigInvalid where method and importance contradict each other."""
         if (importance is not None) != (method == "activation"):
             raise ConfigInvalid(f"scale method {method!r} with{'out' if importance is None else ''} calibration data")
         super().__init__(fmt.name, method, {FORMAT_KEY: fmt.name, METHOD_KEY: method, GROUP_KEY: str(fmt.group)})
@@ -83,8 +83,8 @@ class Fp4Scheme(Scheme):
 
 
 class SvdqScheme(Scheme):
-    """SVDQuant W4A4. `inputs`: layer → what calibration saw; layers that it lacks, and all without it, are smoothed by
-    their weights alone. `calibration`: what was watched, for the metadata: counts of jobs, steps and rows."""
+    """SVDQuant W4A4. `inputs`: layer → calibration statistics; layers without them are smoothed by their weights alone.
+    `calibration`: counts of jobs, steps and rows of the calibration, for the metadata."""
 
     def __init__(
         self,

@@ -69,12 +69,10 @@ from runner.quantization.rules import kept_in_fp32, linear_shapes, stored_dtype,
 __all__ = ["EXPORT_KINDS", "ExportPlan", "export_svdq", "plan_export"]
 
 EXPORT_KINDS: Final = ("lite", "cache-dit")
-EXPORTED_FROM_KEY: Final = "video_lab.exported_from_sha256"  # of the data of the file that was exported
+EXPORTED_FROM_KEY: Final = "video_lab.exported_from_sha256"  # of the exported file's data
 PROVENANCE: Final = (SOURCE_KEY, LORAS_KEY, SMOOTHING_KEY, CALIBRATION_KEY, REFITS_KEY, VERSION_KEY)
-LITE_WEIGHTS: Final = "diffusion_pytorch_model.safetensors"  # the one name that diffusers' from_pretrained looks for
-UNQUANTIZED: Final = (
-    "unquantized.safetensors"  # not diffusers' name: from_pretrained must not take it for a whole model
-)
+LITE_WEIGHTS: Final = "diffusion_pytorch_model.safetensors"  # the only name that diffusers' from_pretrained reads
+UNQUANTIZED: Final = "unquantized.safetensors"  # no name of diffusers': from_pretrained must not read a part as a model
 CONFIG, QUANT_CONFIG = "config.json", "quant_config.json"
 COMPUTE_DTYPE: Final = torch.bfloat16  # of stored vectors and factors
 
@@ -83,42 +81,42 @@ Table = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensor → (shape, dty
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export will hold, known from headers alone."""
+    """The content of an export, by headers alone."""
 
     tensors: Mapping[str, Table]  # safetensors file → its tensors
     metadata: Mapping[str, Mapping[str, str]]  # the same files → their metadata
     documents: Mapping[str, Mapping[str, Any]]  # JSON file → its content, without the model's own config
-    decoded: tuple[str, ...]  # layers that are written as float32 weights
+    decoded: tuple[str, ...]  # layers written as float32 weights
 
 
 def export_svdq(file: Path, kind: str, folder: Path, config: Path) -> Path:
     """Write `file` into `folder` (new or empty) for readers of `kind`, `lite` or `cache-dit`; returns `folder`.
 
-    `config` is the config.json of the transformer that `file` is for. Files get their names at the end, config.json
-    last; after an error none is left. Raises WeightsMissing and WeightsCorrupt for `file` and `config` (the data's
-    sha256 is checked), ConfigInvalid for a kind, a folder or a file that does not fit, StorageFull, StorageDenied.
+    `config` is the config.json of `file`'s transformer. Files get their names at the end, config.json last; after an
+    error none is left. Raises WeightsMissing and WeightsCorrupt for `file` and `config` (the data's sha256 is checked),
+    ConfigInvalid for an unknown kind and for a folder or a file that does not fit, StorageFull, StorageDenied.
     """
     if kind not in EXPORT_KINDS:
         raise ConfigInvalid(f"no export called {kind!r}", todo=f"Exports: {', '.join(EXPORT_KINDS)}")
     source = check_file(file)
     if not isinstance(source.layout, SvdqLayout):
-        raise ConfigInvalid(f"weights in {source.layout.name}: only SVDQ formats are exported", where=file)
+        raise ConfigInvalid(f"its weights are in {source.layout.name}; only SVDQ formats can be exported", where=file)
     settings = _read_config(config)
     model = transformer_on_meta(settings)
     check_model(source, model)
     plan = plan_export(source, kind, model)
     _check_folder(folder, plan)
     if data_sha256(file) != source.sha256:
-        raise WeightsCorrupt("its data is not what it was when the file was made (sha256)", where=file, todo=AGAIN)
+        raise WeightsCorrupt("its data has changed since the file was made (sha256)", where=file, todo=AGAIN)
     size = _write(plan, _outputs(source, plan), folder, settings)
     structlog.get_logger().info("exported", kind=kind, folder=str(folder), gb=round(size / 1e9, 3))
     return folder
 
 
 def plan_export(file: QuantizedFile, kind: str, model: nn.Module) -> ExportPlan:
-    """Files, tensors and settings of an export of `file`, which holds `model` (on the meta device); reads nothing.
+    """List files, tensors and settings of an export of `file`, which holds `model` (on the meta device); reads nothing.
 
-    ConfigInvalid for a layer that `lite`, which pads nothing, cannot take.
+    Raises ConfigInvalid for a layer that needs padding in an export for `lite`, which does not pad.
     """
     layout = file.layout
     assert isinstance(layout, SvdqLayout)
@@ -129,8 +127,8 @@ def plan_export(file: QuantizedFile, kind: str, model: nn.Module) -> ExportPlan:
         for layer in packed:
             if linears[layer] != file.layers[layer]:
                 raise ConfigInvalid(
-                    f"{layer} is {list(linears[layer])}, stored as {list(file.layers[layer])}: Nunchaku Lite pads "
-                    "nothing, both sides must be multiples of 128",
+                    f"{layer} is {list(linears[layer])}, stored as {list(file.layers[layer])}: Nunchaku Lite does not "
+                    "pad, both sides must be multiples of 128",
                     where=file.header.path,
                     todo="Export for cache-dit, or quantise with a rule that keeps the layer",
                 )
@@ -165,13 +163,13 @@ def plan_export(file: QuantizedFile, kind: str, model: nn.Module) -> ExportPlan:
 
 
 def _layer_table(layout: SvdqLayout, shape: tuple[int, int], kind: str, has_bias: bool) -> Table:
-    """Suffix → (shape, dtype) of a packed layer as readers of `kind` name it; `shape` as padded."""
+    """Suffix → (shape, dtype) of a packed layer in the naming of `kind`; `shape` as padded."""
     table = torch_table(layout, *shape)
     if has_bias:
         table["bias"] = shape[:1], COMPUTE_DTYPE
     if kind == "cache-dit":
         table["smooth_factor_orig"] = table["smooth_factor"]
-    elif "wcscales" in table:  # Lite asks for the scale of the whole tensor beside those of channels
+    elif "wcscales" in table:  # Lite needs a scale of the whole tensor beside those of channels
         table["wtscale"] = (1,), COMPUTE_DTYPE
     return table
 
@@ -181,7 +179,7 @@ def _cache_dit_settings(
 ) -> tuple[str, dict[str, str], dict[str, Any]]:
     """(name of the file of packed layers, its metadata, quant_config.json): version 2 of both, as 1.5.0 to 1.5.3 read.
 
-    What those versions do not both know is left out: 1.5.0 refuses `svd_refine_iters`.
+    Settings that one of these versions does not know are left out: 1.5.0 refuses `svd_refine_iters`.
     """
     quant_type = f"svdq_{layout.precision}_r{layout.rank}" + ("" if calibrated else "_dq")
     choices = {"smooth_strategy": "activation" if calibrated else "weight", "runtime_kernel": "v1"}
@@ -212,7 +210,7 @@ def _cache_dit_settings(
 
 
 def _outputs(file: QuantizedFile, plan: ExportPlan) -> Iterator[tuple[str, str, Tensor]]:
-    """(file of the export, tensor, its values), a layer at a time, in the order of the plan."""
+    """Yield (file of the export, tensor, its values), layer by layer, in the order of the plan."""
     layout = file.layout
     assert isinstance(layout, SvdqLayout)
     for target, table in plan.tensors.items():
@@ -227,7 +225,7 @@ def _outputs(file: QuantizedFile, plan: ExportPlan) -> Iterator[tuple[str, str, 
             if suffix == "weight":
                 values = effective_weight(parts, layout)[: shape[0], : shape[1]].contiguous()
             elif suffix == "wtscale":
-                values = torch.ones(shape, dtype=dtype)  # wcscales hold the scale of the whole tensor
+                values = torch.ones(shape, dtype=dtype)  # wcscales include the scale of the whole tensor
             elif suffix == "smooth_factor_orig":
                 values = parts["smooth_factor"]
             elif suffix == "bias":
@@ -248,7 +246,7 @@ def _layer_tensors(file: QuantizedFile, layer: str) -> dict[str, Tensor]:
 
 
 def _read(file: QuantizedFile, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors on the CPU, their memory the mapped file; the mapping ends with them, so that pages are given back."""
+    """Map tensors on the CPU; the mapping ends with them, so that its pages are freed."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -259,7 +257,7 @@ def _read(file: QuantizedFile, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _check_folder(folder: Path, plan: ExportPlan) -> None:
-    """Is `folder` absent, or empty but for what an export that was killed left half-written?"""
+    """Raise ConfigInvalid unless `folder` is absent, or empty except for leftovers of a killed export."""
     if folder.exists() and not folder.is_dir():
         raise ConfigInvalid("the export's folder is a file", where=folder)
     left_over = {f"{name}.tmp" for name in (*plan.tensors, *plan.documents)}
@@ -270,14 +268,14 @@ def _check_folder(folder: Path, plan: ExportPlan) -> None:
     foreign = [name for name in found if name not in left_over]
     if foreign:
         raise ConfigInvalid(
-            f"the export's folder is not empty: it holds {foreign[0]}", where=folder, todo="Name a new or an empty one"
+            f"the export's folder is not empty: it holds {foreign[0]}", where=folder, todo="Name a new or empty folder"
         )
 
 
 def _write(
     plan: ExportPlan, outputs: Iterator[tuple[str, str, Tensor]], folder: Path, settings: Mapping[str, Any]
 ) -> int:
-    """Every file of the plan, or none; the bytes of the safetensors files."""
+    """Write all files of the plan, or none; returns the bytes of the safetensors files."""
     existed = folder.exists()
     writers: dict[str, StreamWriter] = {}
     documents: list[Path] = []

@@ -1,12 +1,12 @@
-"""Text encoder: UMT5 with its linears in INT4 (awq.py): quantised from a store, saved to one file, loaded from it.
+"""Text encoder: quantise UMT5's linears to INT4 (awq.py), save them to one file, load them from it.
 
 In:   the `text_encoder` folder of a diffusers store (fp32, fp16 or bf16 safetensors), or a quantised file.
 Out:  one safetensors file whose metadata holds the config; or a `UMT5EncoderModel` whose linears are `W4Linear`.
-Never: pickles, tokenizers, prompts, jobs; nor, while quantising, more of the model in memory than one tensor.
+Never: pickles, tokenizers, prompts, jobs; while quantising, more than one tensor of the model in memory.
 
-The file holds what nunchaku's loader for T5 expects: `{linear}.qweight`, `.scales`, `.scaled_zeros`, every other
-parameter under its own name, the config as JSON under the metadata key `config`. The embedding of UMT5-XXL, 1.05 G
-parameters, is published in fp32 (4.20 GB) beside 2.46 GB of INT4; here it is held, and written, in bf16 (2.10 GB).
+The file's layout is that of nunchaku's loader for T5: `{linear}.qweight`, `.scales`, `.scaled_zeros`, every other
+parameter under its name, the config as JSON under the metadata key `config`. The embedding of UMT5-XXL, 1.05 G
+parameters, is published in fp32 (4.20 GB) beside 2.46 GB of INT4; here it is loaded and written in bf16 (2.10 GB).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ AGAIN = "Download it again"
 
 @dataclass(frozen=True)
 class SavedTextEncoder:
-    """What `quantize_text_encoder` wrote: `linears` in INT4, names of linears left as they were, bytes on disk."""
+    """The result of `quantize_text_encoder`: number of INT4 linears, names of the other linears, bytes on disk."""
 
     path: Path
     linears: int
@@ -56,13 +56,13 @@ class SavedTextEncoder:
     sha256: str  # of the data after the header, as in the metadata
 
 
-# The model, empty
+# The empty model
 
 
 def plan_text_encoder(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The quantised UMT5EncoderModel on the meta device: all that would be held in `dtype`, without a byte of it.
+    """Make the quantised UMT5EncoderModel on the meta device, with the dtypes of a model loaded in `dtype`.
 
-    `config` is the text encoder's config.json. Raises WeightsCorrupt if that describes no UMT5.
+    `config` is the text encoder's config.json. Raises WeightsCorrupt if it describes no UMT5.
     """
     model = _empty_model(config, where="config.json").to(dtype)
     _swap(model, {name: torch.bfloat16 for name, linear in _linears(model) if _fits(linear)})
@@ -70,29 +70,27 @@ def plan_text_encoder(config: Mapping[str, Any], dtype: torch.dtype = torch.bflo
 
 
 def _empty_model(config: Mapping[str, Any], where: object) -> Any:
-    """UMT5EncoderModel on meta, its embedding tied."""
+    """A UMT5EncoderModel on the meta device with a tied embedding."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     if config.get("model_type") != "umt5":
         raise WeightsCorrupt(
             f"the config is of model type {config.get('model_type')!r}, not 'umt5'",
             where=where,
-            todo="Take the text encoder of Wan2.2-Animate",
+            todo="Use the text encoder of Wan2.2-Animate",
         )
     try:
         with torch.device("meta"):
             model = UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
     except Exception as err:  # the library checks a config in many places, each with an error of its own
-        raise WeightsCorrupt(
-            f"no UMT5 can be built from the config ({err})", where=where, todo="Download it again"
-        ) from err
+        raise WeightsCorrupt(f"no UMT5 can be built from the config ({err})", where=where, todo=AGAIN) from err
     _tie(model)
     return model
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ConfigInvalid(f"UMT5's values leave the range of {dtype}", todo="Use bfloat16 or float32")
+        raise ConfigInvalid(f"UMT5's values exceed the range of {dtype}", todo="Use bfloat16 or float32")
 
 
 def _tie(model: Any) -> None:
@@ -108,7 +106,7 @@ def _fits(linear: nn.Linear) -> bool:
 
 
 def _swap(model: nn.Module, scale_dtypes: Mapping[str, torch.dtype]) -> None:
-    """Put an empty W4Linear on meta in place of each named linear; they share one workspace."""
+    """Replace each named linear by an empty W4Linear on the meta device; all share one workspace."""
     workspace = Workspace()
     for name, scale_dtype in scale_dtypes.items():
         linear: Any = model.get_submodule(name)
@@ -124,7 +122,7 @@ def _swap(model: nn.Module, scale_dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every tensor a file must hold; the embedding under its first name only."""
+    """Every tensor of a complete file; the embedding under its first name only."""
     return {name: tuple(t.shape) for name, t in model.state_dict().items() if name != EMBEDDING_ALIAS}
 
 
@@ -132,9 +130,9 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class TensorFiles:
-    """The tensors of some safetensors files by name, an embedding stored under its other name among them.
+    """The tensors of some safetensors files by name; the embedding under its first name in any case.
 
-    Raises WeightsMissing where a file is not there, WeightsCorrupt where it is truncated or no safetensors.
+    Raises WeightsMissing for a missing file, WeightsCorrupt for a truncated one or one that is no safetensors.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -146,11 +144,11 @@ class TensorFiles:
         if alias is not None:
             self.held.setdefault(EMBEDDING, alias)
 
-    def expect(self, wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]) -> None:
-        """Exactly these tensors, of these shapes, each of one of its dtypes; or WeightsCorrupt with what is off."""
-        wrong = [f"{name} is missing" for name in wanted if name not in self.held]
+    def expect(self, expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]) -> None:
+        """Raise WeightsCorrupt unless the files hold exactly these tensors, with these shapes and allowed dtypes."""
+        wrong = [f"{name} is missing" for name in expected if name not in self.held]
         for name, (_, info) in self.held.items():
-            shape, dtypes = wanted.get(name, (None, ()))
+            shape, dtypes = expected.get(name, (None, ()))
             if shape is None:
                 wrong.append(f"{name} belongs to no layer")
             elif info.shape != shape:
@@ -162,13 +160,13 @@ class TensorFiles:
             raise WeightsCorrupt(
                 first_few(wrong, 3, "; "),
                 where=path if len(self.headers) == 1 else path.parent,
-                todo=f"Take a UMT5 encoder with its own config, as published or in INT4 by groups of {GROUP}",
+                todo=f"Use a UMT5 encoder with its own config, as published or in INT4 with groups of {GROUP}",
             )
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor in memory of its own: a mapped file may change or vanish under a running model.
+        """Copy a tensor from the file: a mapped file could change or disappear while a model runs.
 
-        Cast on the way, a few rows at a time. Raises WeightsCorrupt for NaN and infinity.
+        It is cast in blocks of rows. Raises WeightsCorrupt for NaN and infinity.
         """
         path, info = self.held[name]
         mapped = read_tensor(path, info.name)
@@ -177,27 +175,29 @@ class TensorFiles:
         for first in range(0, len(mapped), step):
             rows = mapped[first : first + step]
             if rows.is_floating_point() and not torch.isfinite(rows).all():
-                raise WeightsCorrupt(f"NaN or infinity in {name}", where=path, todo="Download it again")
+                raise WeightsCorrupt(f"NaN or infinity in {name}", where=path, todo=AGAIN)
             made[first : first + step] = rows
         return made
 
     def sha256(self) -> str:
-        """Of the one file; of several, that of their sha256sum listing by name."""
+        """sha256 of one file; of several files, of their sha256sum listing by name."""
         return combine({header.path.name: sha256_file(header.path) for header in self.headers})
 
 
 def _source_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards its index names. Pickled weights are not looked at."""
+    """`model.safetensors`, or the shards in its index. Pickled weights are ignored."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise WeightsMissing(
-            "neither model.safetensors nor its index", where=folder, todo="Download text_encoder/ of the model"
+            "the folder has neither model.safetensors nor its index",
+            where=folder,
+            todo="Download text_encoder/ of the model",
         )
     names = parse_json_object(index.read_bytes(), index, AGAIN).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise WeightsCorrupt("the index names no shards", where=index, todo="Download it again")
+        raise WeightsCorrupt("the index names no shards", where=index, todo=AGAIN)
     shards = sorted(set(names.values()))
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard):
@@ -218,11 +218,11 @@ def quantize_text_encoder(
     device: torch.device | str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> SavedTextEncoder:
-    """Read a store's `text_encoder` folder tensor by tensor; `out_file` gets its name once it is whole.
+    """Quantise a store's `text_encoder` folder tensor by tensor; `out_file` gets its name when it is complete.
 
-    Linears whose columns are no multiple of 128 stay as they are, like all that is no linear, in `kept_dtype`.
-    `progress(bytes read, bytes in all)` is called after each tensor; what it raises ends the work and leaves nothing.
-    "auto" searches scales on CUDA where there is one. Raises WeightsMissing, WeightsCorrupt, StorageFull.
+    Linears whose columns are no multiple of 128, and all other parameters, are stored in `kept_dtype`.
+    `progress(bytes read, bytes in all)` is called after each tensor; an exception in it stops the work, and no file is
+    left. "auto" searches scales on CUDA if there is one. Raises WeightsMissing, WeightsCorrupt, StorageFull.
     """
     source_dir, out_file = Path(source_dir), Path(out_file)
     _check_dtype(kept_dtype)
@@ -230,7 +230,9 @@ def quantize_text_encoder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config_file = source_dir / "config.json"
     if not config_file.is_file():
-        raise WeightsMissing("no config.json", where=source_dir, todo="Download text_encoder/ of the model")
+        raise WeightsMissing(
+            "the folder has no config.json", where=source_dir, todo="Download text_encoder/ of the model"
+        )
     config = parse_json_object(config_file.read_bytes(), config_file, AGAIN)
     model = _empty_model(config, where=config_file)
     shapes = _shapes(model)
@@ -283,13 +285,13 @@ def _quantized(
 
 
 def load_text_encoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`UMT5EncoderModel` in evaluation mode on `device`; a linear is a W4Linear where the file has its `.qweight`.
+    """Load a `UMT5EncoderModel` in evaluation mode on `device`; linears with a `.qweight` in the file are W4Linears.
 
-    Built without weights, then filled tensor by tensor: the file must hold exactly the model's tensors. Codes and
-    scales stay as stored, all else (the embedding too) is held in `dtype`. `dtype` is bfloat16 or float32: UMT5's
-    activations leave the range of float16. Raises WeightsMissing; WeightsCorrupt; ConfigInvalid for `dtype`.
+    The model is built without weights, then filled tensor by tensor: the file must hold exactly its tensors. Codes and
+    scales stay as stored, all other tensors (also the embedding) get `dtype`: bfloat16 or float32, since UMT5's
+    activations exceed the range of float16. Raises WeightsMissing; WeightsCorrupt; ConfigInvalid for `dtype`.
     """
-    file, model, held = _described(Path(path), dtype)
+    file, model, held = _open_quantised(Path(path), dtype)
     state = {name: file.read(name, held[name], device) for name in _shapes(model)}
     state[EMBEDDING_ALIAS] = state[EMBEDDING]
     model.load_state_dict(state, strict=True, assign=True)
@@ -298,32 +300,33 @@ def load_text_encoder(path: Path, device: torch.device | str = "cpu", dtype: tor
 
 
 def check_text_encoder(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes that `load_text_encoder` would hold. By the header alone; raises as it does, but for NaN and infinity."""
-    _, model, held = _described(Path(path), dtype)
+    """Bytes of the model that `load_text_encoder` makes. Reads the header only; raises as it, except for NaN and
+    infinity."""
+    _, model, held = _open_quantised(Path(path), dtype)
     return sum(math.prod(shape) * held[name].itemsize for name, shape in _shapes(model).items())
 
 
-def _described(path: Path, dtype: torch.dtype) -> tuple[TensorFiles, Any, dict[str, torch.dtype]]:
-    """The file, the model that it describes, without weights, and the type in which each of its tensors is held."""
+def _open_quantised(path: Path, dtype: torch.dtype) -> tuple[TensorFiles, Any, dict[str, torch.dtype]]:
+    """Return the file, its model without weights, and the dtype of each of the model's tensors."""
     _check_dtype(dtype)
     file = TensorFiles([path])
     config = file.headers[0].metadata.get("config")
     if config is None:
-        raise WeightsCorrupt("no config in the file's metadata", where=path, todo="Download it again")
+        raise WeightsCorrupt("no config in the file's metadata", where=path, todo=AGAIN)
     model = _empty_model(parse_json_object(config, f"{path}, config in the metadata", AGAIN), where=path)
     packed = [(name, linear) for name, linear in _linears(model) if f"{name}.qweight" in file.held]
     unfit = [name for name, linear in packed if not _fits(linear)]
     if unfit:
-        raise WeightsCorrupt(f"{unfit[0]} is in INT4, yet its columns make no groups of {GROUP}", where=path)
+        raise WeightsCorrupt(f"{unfit[0]} is in INT4, but its columns are no multiple of {GROUP}", where=path)
     _swap(model, {name: _scale_dtype(file, name) for name, _ in packed})
-    own = {f"{name}.{key}" for name, _ in packed for key in INT4}
-    held = {name: t.dtype if name in own else dtype for name, t in model.state_dict().items()}
+    int4 = {f"{name}.{key}" for name, _ in packed for key in INT4}
+    held = {name: t.dtype if name in int4 else dtype for name, t in model.state_dict().items()}
     shapes = _shapes(model)
-    file.expect({name: (shape, (held[name],) if name in own else FLOATS) for name, shape in shapes.items()})
+    file.expect({name: (shape, (held[name],) if name in int4 else FLOATS) for name, shape in shapes.items()})
     return file, model, held
 
 
 def _scale_dtype(file: TensorFiles, name: str) -> torch.dtype:
-    """As the file has it; bfloat16 where it has none, or something else, for `expect` to complain about."""
+    """The dtype of scales in the file; bfloat16 for missing scales and other dtypes, which `expect` then refuses."""
     _, scales = file.held.get(f"{name}.scales", (None, None))
     return torch.float16 if scales and scales.dtype == torch.float16 else torch.bfloat16

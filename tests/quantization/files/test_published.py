@@ -329,7 +329,7 @@ PACKED, SCALE = f"{LAYER}.weight_packed", f"{LAYER}.weight_scale"
         (put(SCALE, lambda s: s.t().contiguous()), "no scales"),
         (put(SCALE, lambda s: s.repeat_interleave(2, 1)), "no scales"),  # groups of 16: another format
         (put(SCALE, lambda s: s.double()), "no scales"),
-        (lambda t: t.update({f"{LAYER}.weight_scale_2": torch.ones(())}), "weight_scale_2 .* nothing known"),
+        (lambda t: t.update({f"{LAYER}.weight_scale_2": torch.ones(())}), "weight_scale_2 .* no known layer"),
         (lambda t: t.update({f"{LAYER}.zero_point": torch.zeros(64, 4, dtype=torch.uint8)}), "zero_point"),
         (lambda t: t.update(unheard_of=torch.zeros(100)), "unheard_of"),
         (lambda t: t.update({f"{LAYER}.qweight": t[PACKED].clone()}), "no codes"),  # which of the two?

@@ -296,7 +296,7 @@ def test_of_the_14b_model_lite_asks_for_what_an_export_holds(layout, lite, tmp_p
 
 def test_lite_cannot_have_padded_layers(narrow, tmp_path):
     first, shape = "condition_embedder.time_proj", [384, 64]
-    says = rf"q.safetensors: {re.escape(first)} is {re.escape(str(shape))}, stored as \[384, 128\]: Nunchaku Lite pads"
+    says = rf"q.safetensors: {re.escape(first)} is {re.escape(str(shape))}, stored as \[384, 128\]: Nunchaku Lite does not pad"
     with pytest.raises(ConfigInvalid, match=says):
         export(narrow, "lite", tmp_path / "lite")
     assert not names_in(tmp_path)
@@ -459,7 +459,7 @@ def test_data_that_changed_is_not_exported(wide, tmp_path):
     data[-5] ^= 1
     (tmp_path / "q.safetensors").write_bytes(data)
     config = wide.header.path.with_name("config.json")
-    with pytest.raises(WeightsCorrupt, match=r"q.safetensors: its data is not what it was.*sha256"):
+    with pytest.raises(WeightsCorrupt, match=r"q.safetensors: its data has changed.*sha256"):
         export_svdq(tmp_path / "q.safetensors", "lite", tmp_path / "made", config)
     assert not (tmp_path / "made").exists()
 
@@ -488,7 +488,7 @@ def test_a_file_in_another_format_is_refused(tmp_path):
 
     store = write_store(tmp_path / "store", TINY)
     quantize_store(store, tmp_path / "q.safetensors", G32, "absmax", device="cpu")
-    with pytest.raises(ConfigInvalid, match="weights in g32: only SVDQ formats are exported"):
+    with pytest.raises(ConfigInvalid, match="weights are in g32; only SVDQ formats can be exported"):
         export_svdq(tmp_path / "q.safetensors", "lite", tmp_path / "made", store / "config.json")
 
 

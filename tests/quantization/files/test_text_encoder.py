@@ -236,7 +236,7 @@ CONFIGS = {
     "more layers": (json.dumps({**SMALL, "model_type": "umt5", "num_layers": 3}), "block.2.* is missing"),
     "columns that do not fit": (
         json.dumps({**SMALL, "model_type": "umt5", "d_model": 96}),
-        "in INT4, yet its columns make no groups",
+        "in INT4, but its columns are no multiple of",
     ),
 }
 
