@@ -1,12 +1,12 @@
-"""Official files: conditions as the folder of videos that the official scripts write and read.
+"""Official files: write and read conditions as the official script's folder of videos.
 
 In:   conditions, or such a folder. Out: such a folder, or conditions. Never: people, networks.
 
     src_pose.mp4   skeletons at the output's size            src_bg.mp4     the scene, black in the mask (replace)
     src_face.mp4   faces, 512x512                            src_mask.mp4   white where the character goes (replace)
-    src_ref.png    the reference; the official script copies its bytes, so that a JPEG may lie under this name
+    src_ref.png    the reference; the official script copies its bytes, so this file may be a JPEG
 
-The folder's own frames and rate are kept: its videos were sampled when they were made.
+The folder's frames and rate are kept: its videos were sampled when they were made.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ __all__ = [
 
 FILES = {name: file for name, file in official_names("replace").items() if name != "reference"}
 WINDOW_BYTES = 48 << 20  # of finished frames at once: 13 of 480x832 with their faces
-CRF = {"pose": 10, "face": 10, "background": 10, "mask": 1}  # officially 23; what a model reads should not be artefacts
-REMEDY = "Make the folder anew, by `video-lab preprocess` or the official preprocess_data.py"
+CRF = {"pose": 10, "face": 10, "background": 10, "mask": 1}  # the official script has 23; a model would read artefacts
+REMEDY = "Make the folder again, with `video-lab preprocess` or the official preprocess_data.py"
 MIN_FRAMES = 2
 
 
 class Source(Protocol):
-    """What can be written: `PoseConditions`, or files once read."""
+    """Conditions that can be written: `PoseConditions` or `OfficialConditions`."""
 
     frames: int
     fps: Fraction
@@ -66,11 +66,11 @@ class Source(Protocol):
 
 
 def write_official(source: Source, folder: Path) -> dict[str, Path]:
-    """Write all of `source` into `folder`, some windows of pixels at a time; the files by what they hold.
+    """Write all of `source` into `folder`, a window of pixels at a time. Returns content → file.
 
-    The same mode that made the source decides whether there are a background and a mask. Files of an earlier run are
-    replaced, and src_pose.mp4 comes last: a folder that has it is whole. Raises StorageFull, StorageDenied, and what
-    `source.window` does.
+    There are a background and a mask if the source has them (mode replace). Files of an earlier run are replaced.
+    src_pose.mp4 comes last, so that a folder with this file is complete. Raises StorageFull, StorageDenied, and the
+    errors of `source.window`.
     """
     folder = Path(folder)
     try:
@@ -82,7 +82,7 @@ def write_official(source: Source, folder: Path) -> dict[str, Path]:
     reference = _write_png(source.reference, folder / REFERENCE)
     at_once = _frames_at_once(source.width, source.height)
     writers: dict[str, Mp4Writer] = {}
-    with ExitStack() as open_files:  # closes the last one opened first: the poses, opened first, appear last
+    with ExitStack() as open_files:  # closes in reverse order: the poses, opened first, appear last
         for start in range(0, source.frames, at_once):
             window = source.window(start, min(start + at_once, source.frames))
             for name, frames in _parts(window).items():
@@ -104,9 +104,9 @@ def run_preprocess(
     mask: Path | None = None,
     timer: StageTimer | None = None,
 ) -> dict[str, Any]:
-    """One reference and one video → the official files in `out_dir`; what was done, JSON-able.
+    """Preprocess one reference and one video into official files in `out_dir`. Returns a report, JSON-able.
 
-    Raises what `Preprocessor.prepare` and `write_official` raise.
+    Raises the errors of `Preprocessor.prepare` and `write_official`.
     """
     timer = timer or StageTimer()
     conditions = preprocessor.prepare(reference, video, options, mask=mask, timer=timer)
@@ -127,21 +127,21 @@ def run_preprocess(
 
 
 def official_files(folder: Path, mode: str) -> dict[str, Path]:
-    """What `mode` needs of the folder, by what it holds. Raises InputNotFound, naming all that is missing."""
+    """Return content → file, for the files of `folder` that `mode` needs. Raises InputNotFound with all missing."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputNotFound("no such folder", where=folder, todo="Check preprocess.from; it names a folder")
+        raise InputNotFound("no such folder", where=folder, todo="Check preprocess.from, which must name a folder")
     names = official_names(mode)
     missing = [file for file in names.values() if not (folder / file).is_file()]
     if missing:
         for_mode = ", which mode: replace needs" if set(missing) <= {FILES["background"], FILES["mask"]} else ""
-        raise InputNotFound(f"{', '.join(missing)} {_is(missing)} not there{for_mode}", where=folder, todo=REMEDY)
+        raise InputNotFound(f"{', '.join(missing)} {_is(missing)} missing{for_mode}", where=folder, todo=REMEDY)
     return {name: folder / file for name, file in names.items()}
 
 
 @dataclass(eq=False)
 class OfficialConditions:
-    """Conditions out of a folder of official files; fulfils `generation.protocol.Conditions`, like `PoseConditions`."""
+    """Conditions from a folder of official files. Implements `generation.protocol.Conditions`, as `PoseConditions`."""
 
     frames: int
     fps: Fraction
@@ -152,7 +152,7 @@ class OfficialConditions:
     reference: Image.Image  # RGB, upright, at its own size
     face_size: int
     timer: StageTimer
-    _first: int  # of the videos' frames
+    _first: int  # number of the first frame in the videos
     _readers: dict[str, VideoReader] = field(repr=False)
 
     @classmethod
@@ -164,11 +164,11 @@ class OfficialConditions:
         face_size: int = 512,
         timer: StageTimer | None = None,
     ) -> OfficialConditions:
-        """Check the folder's files against each other, and choose the frames that `options` asks for.
+        """Check the folder's files against each other, and choose the frames of `options`.
 
-        `start_s` and `max_frames` cut a span out of the files' frames. Rate and size are the files': another `fps` or
-        `size` that was asked for is ignored, with a warning in the report. Raises InputNotFound (a file is missing),
-        InputUnreadable (a file is damaged, or they do not belong together), InputTooShort.
+        `start_s` and `max_frames` choose a part of the files' frames. Rate and size are those of the files: another
+        `fps` or `size` in the options is ignored, with a warning in the report. Raises InputNotFound (a file is
+        missing), InputUnreadable (a file is damaged, or they do not belong together), InputTooShort.
         """
         paths = official_files(folder, options.mode)
         reference = load_image(paths.pop("reference"), backdrop=None if options.preprocess.parity else (255, 255, 255))
@@ -201,9 +201,9 @@ class OfficialConditions:
         )
 
     def window(self, start: int, stop: int) -> ConditionFrames:
-        """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
+        """Return frames [start, stop), 0 ≤ start < stop ≤ frames. They do not depend on earlier calls."""
         if not 0 <= start < stop <= self.frames:
-            raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
+            raise ValueError(f"frames {start}…{stop} are outside a clip of {self.frames}")
         with self.timer.stage("draw"):
             indices = np.arange(self._first + start, self._first + stop)
             pose, face = self._readers["pose"].read(indices), self._readers["face"].read(indices)
@@ -211,8 +211,8 @@ class OfficialConditions:
                 face = _resized(face, self.face_size)
             if "mask" not in self._readers:
                 return ConditionFrames(pose, face)
-            # The official reader takes the grey that lossy coding left for a share of masking; and coding bleeds the
-            # scene into the black.
+            # Lossy coding leaves grey at the mask's edge, which the official reader uses as a partial mask, and blurs
+            # the scene into the black. Both are undone here.
             white = self._readers["mask"].read(indices)[..., 0] >= HALF
             background = self._readers["background"].read(indices)
             background[white] = 0
@@ -220,7 +220,7 @@ class OfficialConditions:
 
     @property
     def people(self) -> None:
-        """The files show skeletons, and say nothing of where they lie."""
+        """None: the files show skeletons, but have no boxes."""
         return None
 
     def close(self) -> None:
@@ -230,7 +230,7 @@ class OfficialConditions:
 
 
 def _parts(window: ConditionFrames) -> dict[str, np.ndarray]:
-    """File by file, uint8 [n, H, W, 3]; poses first."""
+    """Return content → frames uint8 [n, H, W, 3], one entry per file, poses first."""
     parts = {"pose": window.pose, "face": window.face}
     if window.background is not None and window.mask is not None:
         parts |= {"background": window.background, "mask": np.repeat(window.mask[..., None], 3, axis=3)}
@@ -238,12 +238,12 @@ def _parts(window: ConditionFrames) -> dict[str, np.ndarray]:
 
 
 def _frames_at_once(width: int, height: int) -> int:
-    """Frames whose skeleton, face, scene and mask together stay under WINDOW_BYTES; at least one."""
+    """Return how many frames (skeleton, face, scene and mask together) fit into WINDOW_BYTES; at least one."""
     return max(1, WINDOW_BYTES // (3 * (3 * width * height + 512 * 512)))
 
 
 def _write_png(image: Image.Image, path: Path) -> Path:
-    """A PNG that is one; it appears whole."""
+    """Write a real PNG. It is written under another name and renamed when it is complete."""
     part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         image.save(part, format="PNG")
@@ -255,7 +255,7 @@ def _write_png(image: Image.Image, path: Path) -> Path:
 
 
 def _check_together(info: Mapping[str, VideoInfo], folder: Path) -> None:
-    """InputUnreadable unless lengths, rates and sizes fit; the message names the files and their numbers."""
+    """Raise InputUnreadable unless lengths, rates and sizes agree. The message names the files with their numbers."""
     pose = info["pose"]
     pictures = {name: one for name, one in info.items() if name != "face"}
     checks = [
@@ -269,7 +269,7 @@ def _check_together(info: Mapping[str, VideoInfo], folder: Path) -> None:
             raise InputUnreadable(f"the videos differ in their {what}: {listed}", where=folder, todo=REMEDY)
     if pose.width % GRID or pose.height % GRID:
         raise InputUnreadable(
-            f"frames of {pose.width}x{pose.height} pixels, and the model takes multiples of {GRID} only",
+            f"frames of {pose.width}x{pose.height} pixels, but the model takes multiples of {GRID} only",
             where=pose.path,
             todo=REMEDY,
         )
@@ -281,7 +281,7 @@ def _check_together(info: Mapping[str, VideoInfo], folder: Path) -> None:
 
 
 def _span(pose: VideoInfo, options: JobOptions) -> tuple[int, int]:
-    """(first, count) of the files' frames."""
+    """Return (first, count) of the chosen frames of the files."""
     first = round(options.start_s * pose.fps)
     count = min(pose.frames - first, options.max_frames or pose.frames)
     if count < MIN_FRAMES:
@@ -289,22 +289,22 @@ def _span(pose: VideoInfo, options: JobOptions) -> tuple[int, int]:
             f"{max(count, 0)} of its {pose.frames} frames remain from second {options.start_s:g} on, "
             f"at least {MIN_FRAMES} are needed",
             where=pose.path,
-            todo="Choose an earlier start_s; it counts from where the files begin",
+            todo="Choose an earlier start_s; it counts from the beginning of the files",
         )
     return first, count
 
 
 def _ignored(options: JobOptions, pose: VideoInfo) -> list[str]:
-    """Warnings about what was asked for in so many words and is not had."""
+    """Return warnings about options that the job sets but that have no effect on files."""
     warnings = []
-    asked = options.model_fields_set
-    if "fps" in asked and options.fps != "source" and abs(options.fps / float(pose.fps) - 1) > 1e-3:
+    given = options.model_fields_set
+    if "fps" in given and options.fps != "source" and abs(options.fps / float(pose.fps) - 1) > 1e-3:
         above = options.fps > pose.fps * RATE_TOLERANCE and options.output.interpolate == 1
         more = f" output: {{interpolate: 2}} writes {float(2 * pose.fps):g}." if above else ""
         warnings.append(
             f"fps: {options.fps:g} has no effect with preprocess.from: its files have {float(pose.fps):g}.{more}"
         )
-    if "size" in asked and options.size_pixels not in (None, (pose.width, pose.height)):
+    if "size" in given and options.size_pixels not in (None, (pose.width, pose.height)):
         warnings.append(
             f"size: {options.size} has no effect with preprocess.from: its files are {pose.width}x{pose.height}."
         )
@@ -312,7 +312,7 @@ def _ignored(options: JobOptions, pose: VideoInfo) -> list[str]:
 
 
 def _resized(faces: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [n, F, F, 3] → [n, side, side, 3]."""
+    """Resize uint8 [n, F, F, 3] to [n, side, side, 3]."""
     import cv2
 
     how = cv2.INTER_AREA if side < faces.shape[1] else cv2.INTER_LINEAR

@@ -1,9 +1,9 @@
-"""People search: numbers everybody in a driving video, and measures how well each of them can be followed.
+"""People search: number the people of a driving video, and measure how well each of them can be followed.
 
 In:   an open video, a detector, a pose network, perhaps a cache. Out: `PeopleFound`. Never: jobs, references, printing.
 
-The detector looks ten times a second over the whole file, whatever span or rate a job asks for: numbers are the same
-for every job and for the sheet that shows them. A second, partial decode poses each person at a few of their looks.
+The detector runs ten times a second over the whole file, whatever part or rate a job uses. So numbers are the same for
+every job and for the sheet that shows them. A second, partial decode finds each person's pose at some of the looks.
 Both results are kept in the pose cache, by the video's content.
 """
 
@@ -31,11 +31,11 @@ from runner.video import VideoReader
 
 __all__ = ["SHARPNESS_HEIGHT", "find_people", "find_people_boxes", "numbering_parts", "sharpness"]
 
-SHORT_S = 1.0  # in a shorter video every frame is looked at
-MEASURED = 8  # looks at which each person is posed: a pose of the large network takes seconds on a CPU
+SHORT_S = 1.0  # in a shorter video the detector runs on every frame
+MEASURED = 8  # looks at which a person's pose is found: with the large network a pose takes seconds on a CPU
 SHARPNESS_HEIGHT = 256  # pixels that a person's box is scaled to
 WRISTS = [9, 10]  # of COCO-WholeBody's 133 points
-FINGER_POINTS = 11  # of the 21 of a hand: more than half of what would be drawn of it
+FINGER_POINTS = 11  # of the 21 of a hand: more than half of its drawn points
 FOOT_POINTS = 2  # of 3: big toe, small toe, heel
 FEET = (slice(17, 20), slice(20, 23))
 
@@ -48,14 +48,14 @@ def find_people_boxes(
     timer: StageTimer | None = None,
     parts: Mapping[str, Any] | None = None,
 ) -> PeopleFound:
-    """Everybody in the whole video, numbered; nothing is measured. One decode, which the cache saves the next time.
+    """Number the people of the whole video, without measurements. One decode, unless the result is in the cache.
 
-    `parts`: `network_parts` of the detector, where they are known. Counts people_cache_hits and people_cache_misses.
-    Raises InputTooShort for a video of one frame, InputUnreadable where it proves damaged on the way.
+    parts: `network_parts` of the detector, if known. Counts people_cache_hits and people_cache_misses.
+    Raises InputTooShort for a video of one frame, InputUnreadable if a part of it is damaged.
     """
     timer = timer or StageTimer()
-    asked = reader.sample(1 / LOOK_S if reader.info.duration_s >= SHORT_S else "source")
-    pictures = ClipPictures(reader, asked, None, timer)
+    sampled = reader.sample(1 / LOOK_S if reader.info.duration_s >= SHORT_S else "source")
+    pictures = ClipPictures(reader, sampled, None, timer)
 
     def look() -> dict[str, np.ndarray]:
         return _packed(pictures.look(detector, np.arange(len(pictures)), people))
@@ -71,9 +71,9 @@ def find_people_boxes(
 def find_people(
     reader: VideoReader, backend: Backend, *, cache: DiskCache | None = None, timer: StageTimer | None = None
 ) -> PeopleFound:
-    """Everybody in the whole video, numbered and measured. Stages: decode, detect, pose. Raises as `find_people_boxes`.
+    """Number and measure the people of the whole video. Stages: decode, detect, pose.
 
-    Each person is posed at up to MEASURED of their looks, evenly spread.
+    Each person's pose is found at up to MEASURED looks, evenly spread. Raises the errors of `find_people_boxes`.
     """
     timer = timer or StageTimer()
     parts = None if cache is None else backend_parts(backend)
@@ -94,14 +94,15 @@ def find_people(
 
 
 def numbering_parts(reader: VideoReader, detector: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the numbers of a video's people. `detector`: its `network_parts`."""
+    """Return all that decides the numbers of a video's people. detector: its `network_parts`."""
     return {"what": "people", **video_parts(reader), "networks": {"detector": dict(detector)}}
 
 
 def sharpness(frame: np.ndarray, box: Box) -> float:
-    """Variance of the Laplacian, grey levels² (0…255), of a box of uint8 RGB [H, W, 3] scaled to SHARPNESS_HEIGHT.
+    """Return the variance of the Laplacian, grey levels² (0…255), of a box of uint8 RGB [H, W, 3].
 
-    A small person is blurred by the scaling, as by the generator's own. 0 for a box of no pixel.
+    The box is scaled to SHARPNESS_HEIGHT first: this blurs a small person, as the generator's scaling does. 0 for a box
+    without pixels.
     """
     height, width = frame.shape[:2]
     left, right = int(np.clip(box.x1, 0, width)), int(np.ceil(np.clip(box.x2, 0, width)))
@@ -116,7 +117,7 @@ def sharpness(frame: np.ndarray, box: Box) -> float:
 
 
 def _spread(looks: Sequence[int]) -> list[int]:
-    """At most MEASURED of the looks, evenly spread from the first to the last."""
+    """Return at most MEASURED of the looks, evenly spread from the first to the last."""
     places = np.linspace(0, len(looks) - 1, min(MEASURED, len(looks))).round().astype(int)
     return [looks[place] for place in places]
 
@@ -124,7 +125,8 @@ def _spread(looks: Sequence[int]) -> list[int]:
 def _measure(
     reader: VideoReader, pose: PointFinder, found: PeopleFound, chosen: Sequence[Sequence[int]], timer: StageTimer
 ) -> np.ndarray:
-    """float64 [people, 5]: face's side (NaN: no face), sharpness, share with both hands, their fingers, both feet."""
+    """Return float64 [people, 5]: side of the face (NaN: no face), sharpness, and the shares of looks with both hands,
+    with their fingers, and with both feet."""
     boxes = [
         dict(zip(person.looks, person.boxes, strict=True)) for person in found.people
     ]  # of each person, by frame number
@@ -147,12 +149,12 @@ def _measure(
                 with timer.stage("pose"):
                     points[i] += list(pose.points(pictures, [boxes[i][frame] for frame in seen]))
                 sharp[i] += [sharpness(picture, boxes[i][frame]) for picture, frame in zip(pictures, seen, strict=True)]
-    rows = [_row(np.stack(own), sides, found.size) for own, sides in zip(points, sharp, strict=True)]
+    rows = [_row(np.stack(poses), values, found.size) for poses, values in zip(points, sharp, strict=True)]
     return np.array(rows, np.float64).reshape(-1, 5)
 
 
 def _row(points: np.ndarray, sharp: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
-    """What `_measure` gives, of one person's points [n, 133, 3]."""
+    """Return the row of `_measure` for one person's points [n, 133, 3] and sharpness [n]."""
     faces = face_boxes(points, *size)
     sides = (faces[:, 2:] - faces[:, :2]).max(1)
     sides = sides[np.isfinite(sides)]
@@ -182,7 +184,7 @@ def _measured(person: NumberedPerson, looks: Sequence[int], measures: Sequence[f
 
 
 def _packed(seen: Sequence[Sequence[Box]]) -> dict[str, np.ndarray]:
-    """counts int64 [looks], boxes float64 [all, 5]: x1, y1, x2, y2, score."""
+    """Pack boxes as counts int64 [looks] and boxes float64 [all, 5]: x1, y1, x2, y2, score."""
     rows = [(box.x1, box.y1, box.x2, box.y2, box.score) for boxes in seen for box in boxes]
     counts = np.array([len(boxes) for boxes in seen], np.int64)
     return {"counts": counts, "boxes": np.array(rows, np.float64).reshape(-1, 5)}

@@ -1,10 +1,10 @@
-"""Pose batches: crops of pictures are gathered until they fill a batch of the pose network, however few come at a time.
+"""Pose batches: gather crops of pictures until they fill a batch of the pose network.
 
-In:   pictures, a box each, a pose network. Out: points, written into the caller's array. Never: frames: crops are cut
-from them at once, and only these are held.
+In:   pictures, a box each, a pose network. Out: points, written into the caller's array. Never: keeps frames; only
+      crops are kept.
 
-Windows of decoded frames are bounded by bytes: 4 frames of 1080p, one of 4K. On a GPU a network that is given so few
-crops leaves most of it idle.
+Windows of decoded frames are limited by bytes: 4 frames of 1080p, one of 4K. A batch of so few crops uses only a small
+part of a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["PoseBatches"]
 
 
 class PoseBatches:
-    """Poses pictures a full batch at a time; what is left at the end, with `finish`."""
+    """Find the poses of pictures a full batch at a time. `finish` does the rest at the end."""
 
     def __init__(self, estimator: PointFinder, points: np.ndarray, *, bgr: bool) -> None:
-        """points: float32 [n, 133, 3], of all pictures of the clip; a picture's row is written when it is posed."""
+        """points: float32 [n, 133, 3], a row for each picture of the clip, written when its pose is found."""
         self._estimator, self._points, self._bgr = estimator, points, bgr
         batch = estimator.network.batch or 1
         self.size = max(batch, POSE_BATCH - POSE_BATCH % batch)  # whole runs of a graph of constant batch
@@ -33,7 +33,7 @@ class PoseBatches:
         self._pictures: list[int] = []
 
     def add(self, pictures: np.ndarray, frames: np.ndarray, boxes: Sequence[Box | None]) -> None:
-        """Gather pictures by number: frames uint8 RGB [k, H, W, 3] and a box each. Poses as many as fill batches."""
+        """Add pictures by number: frames uint8 RGB [k, H, W, 3] and a box each. Full batches are computed at once."""
         for picture, frame, box in zip(pictures.tolist(), frames, boxes, strict=True):
             if self._images is None:
                 self._images = self._estimator.network.images(self.size, self._estimator.input_size)
@@ -44,7 +44,7 @@ class PoseBatches:
                 self.finish()
 
     def finish(self) -> None:
-        """Pose what is gathered."""
+        """Find the poses of the pictures gathered so far."""
         if self._images is None or not self._crops:
             return
         output = self._estimator.network.run(self._images[: len(self._crops)])

@@ -1,10 +1,10 @@
-"""Pose cache: pass 1 over a clip, done once for each clip, pair of networks and choice of options.
+"""Pose cache: run pass 1 once for each clip, pair of networks and set of options, and keep the result on disk.
 
-In:   what `find_poses` takes, and a cache. Out: its `FoundPoses`, found now or long ago; masks likewise.
-Never: how poses are found, or how a cache keeps them.
+In:   the arguments of `find_poses`, and a cache. Out: its `FoundPoses`, found now or from the cache; masks likewise.
+Never: finding poses, the cache's storage.
 
-One dance × many characters poses the dance once: neither the reference nor what is made of the poses later (retarget,
-size of the output) is part of the key. All of this room's code is, so that no poses outlive the code that found them.
+A dance with many characters is searched for poses once: the key has neither the reference nor later steps (retarget,
+size of the output). It has all code of runner/preprocess and runner/video, so that poses of older code are not reused.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ __all__ = [
     "video_parts",
 ]
 
-POSES_FOLDER = "poses"  # of the cache, below the cache folder of a run
-# Options that change no pose, and no mask, as it is found; a new option counts until it is named here.
+POSES_FOLDER = "poses"  # in the cache folder of a run
+# Options that change neither poses nor masks of pass 1. A new option is part of the key until it is named here.
 AFTERWARDS = {"mask", "official", "retarget"}
-CODE_FOLDERS = ("preprocess", "video")  # of the package; poses found by other code than theirs are found anew
+CODE_FOLDERS = ("preprocess", "video")  # of the package; if their code changes, poses are found again
 
 
 def network_parts(network: Network, identity: str | None = None) -> dict[str, Any]:
-    """Identity of a network for a key: the sha256 of its files (`identity` where that is known) and what runs it."""
+    """Return a network's part of a key: the sha256 of its files (`identity` if known) and the provider's settings."""
     runs = {name: value for name, value in network.description.items() if name != "why"}
     return {**runs, "sha256": identity or _files_sha256(network.path)}
 
 
 def backend_parts(backend: Backend) -> dict[str, dict[str, Any]]:
-    """Identity of both networks of a backend."""
+    """Return the parts of a key for both networks of a backend."""
     return {"detector": network_parts(backend.detector.network), "pose": network_parts(backend.pose.network)}
 
 
 def segmenter_parts(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Identity of a segmenter for a key: the sha256 of its folder's files and what runs it."""
+    """Return a segmenter's part of a key: the sha256 of its folder's files, device, dtype and library versions."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {**description, **versions, "sha256": _files_sha256(folder)}
 
 
 def video_parts(reader: VideoReader) -> dict[str, Any]:
-    """What decides anything that is found in a video: its content, and the code and libraries that look at it."""
+    """Return a video's part of a key: its content, its reader, and the code and library versions that read it."""
     parts = {"code": _code_sha256(), "libraries": _versions(), "video": content_sha256(reader.info.path)}
     if reader.parity:
         import decord
@@ -88,7 +88,7 @@ def clip_parts(
     geometry: Geometry,
     networks: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """All that decides the poses of a clip, for `disk_cache.key`. `networks`: name → `network_parts`."""
+    """Return all that decides the poses of a clip, for `disk_cache.key`. networks: name → `network_parts`."""
     indices = np.ascontiguousarray(sampled.indices, np.int64)
     return {
         **video_parts(reader),
@@ -111,7 +111,10 @@ def find_poses_once(
     timer: StageTimer,
     everybody: PeopleFound | None = None,
 ) -> FoundPoses:
-    """`find_poses`, or what it gave before. Counts pose_cache_hits and pose_cache_misses. Raises as it does."""
+    """Return the result of `find_poses`, from the cache if it is there. Raises the same errors.
+
+    Counts pose_cache_hits and pose_cache_misses.
+    """
 
     def find() -> FoundPoses:
         return find_poses(reader, sampled, options, geometry, detector, pose, timer, everybody)
@@ -128,9 +131,9 @@ def find_poses_once(
 def cached_notes(
     cache: DiskCache, reader: VideoReader, sampled: Sampled, options: PreprocessOptions, geometry: Geometry
 ) -> tuple[dict[str, Any], list[str]] | None:
-    """(report, warnings) of poses that were found before, by whatever networks; None where none are known.
+    """Return (report, warnings) of poses that were found before, with any networks; None if there are none.
 
-    No network is needed to ask. Raises StorageDenied and the like where the cache cannot be read.
+    No network is loaded for this. Raises StorageDenied and the like if the cache cannot be read.
     """
     arrays = cache.get(_notes_key(reader, sampled, options, geometry))
     if arrays is None:
@@ -146,7 +149,7 @@ def _notes_key(reader: VideoReader, sampled: Sampled, options: PreprocessOptions
 def masks_once(
     cache: DiskCache | None, parts: Mapping[str, Any], make: Callable[[], ClipMasks], timer: StageTimer
 ) -> ClipMasks:
-    """The masks that `make` makes, or made before. `parts`: those of the clip, the segmenter's and its settings.
+    """Return the masks of `make`, from the cache if they are there. parts: those of the clip and of the segmenter.
 
     Counts mask_cache_hits and mask_cache_misses.
     """
@@ -157,7 +160,8 @@ def masks_once(
 
 
 def pack_poses(found: FoundPoses) -> dict[str, np.ndarray]:
-    """As plain arrays: points float32 [n, 133, 3], boxes int32 [n, 4], sources int64 [n], notes as JSON."""
+    """Pack poses as arrays: points float32 [n, 133, 3], boxes int32 [n, 4], sources int64 [n], present bool [n], notes
+    as JSON."""
     return {
         "points": found.track.points,
         "boxes": np.array(found.faces.boxes, np.int32).reshape(-1, 4),
@@ -181,7 +185,7 @@ def unpack_poses(arrays: Mapping[str, np.ndarray]) -> FoundPoses:
 
 
 def _files_sha256(path: Path) -> str:
-    """Of a model file and the weights beside it, or of all files of a folder, by name."""
+    """Return the sha256 of a model file and the weights beside it, or of all files of a folder, with their names."""
     if path.is_dir():
         folder, files = path, sorted(file for file in path.rglob("*") if file.is_file())
     else:
@@ -192,11 +196,11 @@ def _files_sha256(path: Path) -> str:
 
 @once
 def _code_sha256(package: Path = Path(__file__).parents[1]) -> str:
-    """Of all modules below CODE_FOLDERS, at any depth, with their places: whatever may decide a pose."""
+    """Return the sha256 of all modules in CODE_FOLDERS, at any depth, with their paths."""
     digest = hashlib.sha256()
     for folder in CODE_FOLDERS:
         files = sorted((package / folder).rglob("*.py"))
-        assert files, f"{package / folder} holds no module"
+        assert files, f"{package / folder} has no module"
         for file in files:
             digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

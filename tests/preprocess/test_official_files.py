@@ -208,7 +208,7 @@ def test_missing_and_damaged_files(tmp_path):
     folder = official_folder(tmp_path / "made")
     (folder / "src_bg.mp4").unlink()
     assert set(official_files(folder, "animate")) == {"reference", "pose", "face"}
-    with pytest.raises(InputNotFound, match=r"src_bg.mp4 is not there, which mode: replace needs"):
+    with pytest.raises(InputNotFound, match=r"src_bg.mp4 is missing, which mode: replace needs"):
         official_files(folder, "replace")
     (folder / "src_ref.png").unlink()
     with pytest.raises(InputNotFound, match=r"src_ref.png, src_bg.mp4 are not there"):
@@ -260,5 +260,5 @@ def test_a_failure_midway_leaves_no_folder_that_looks_whole(tmp_path):
     with pytest.raises(InputUnreadable, match="damaged here"):
         write_official(Numbered(30, breaks=20), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["src_ref.png"]
-    with pytest.raises(InputNotFound, match=r"src_pose.mp4, src_face.mp4 are not there"):
+    with pytest.raises(InputNotFound, match=r"src_pose.mp4, src_face.mp4 are missing"):
         official_files(tmp_path, "animate")

@@ -1,7 +1,7 @@
-"""Given mask: which part of the driving video the character takes, as the job gives it.
+"""Given mask: read the mask file of a job, which marks the part of the driving video that the character takes.
 
-In:   a still image or a video, white where the picture is made anew. Out: bool [H, W] for each sampled frame.
-Never: how a mask is made.
+In:   a still image or a video, white where the picture is generated. Out: bool [H, W] for each sampled frame.
+Never: making a mask.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from runner.video import Sampled, VideoInfo, VideoReader
 
 __all__ = ["GivenMask", "mask_indices"]
 
-HALF = 128  # grey of this or more is white: undoes what lossy coding did to the edge
-LEAST_COVER = 0.98  # how far the two aspects may differ (a mask scaled to even sides does, a little)
+HALF = 128  # grey of this or more counts as white: lossy coding blurs the edge
+LEAST_COVER = 0.98  # least ratio of the two aspects (in a mask scaled to even sides the aspect changes a little)
 WINDOW = 16
 
 
 class GivenMask:
-    """The mask of one job, read at the moments of its sampled frames. Holds one still, or nothing but an open file."""
+    """The mask of one job at the times of its sampled frames. In memory is one still image, or only an open file."""
 
     def __init__(self, path: Path, video: VideoInfo, sampled: Sampled) -> None:
-        """InputNotFound, InputUnreadable, InputTooShort or InputTooLarge when the mask does not belong to `video`."""
+        """Open the mask. Raises InputNotFound, InputUnreadable, InputTooShort or InputTooLarge if it does not fit the
+        video."""
         self.path = Path(path)
         self._size = (video.width, video.height)
         self._frames = len(sampled.indices)
@@ -43,13 +44,13 @@ class GivenMask:
         ratio = (width / height) / (video.width / video.height)
         if not LEAST_COVER <= ratio <= 1 / LEAST_COVER:
             raise InputUnreadable(
-                f"the mask is {width}x{height}, the video {video.width}x{video.height}: not the same picture",
+                f"the mask is {width}x{height}, the video {video.width}x{video.height}: their aspects differ",
                 where=self.path,
                 todo="Give a mask in the video's aspect",
             )
 
     def frames(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """The mask of the sampled frames [start, stop): bool [H, W] of the video's size, one each."""
+        """Yield the mask of each sampled frame in [start, stop): bool [H, W] of the video's size."""
         if self._reader is None:
             assert self._still is not None
             still = self._scaled(self._still)
@@ -61,10 +62,10 @@ class GivenMask:
                 yield self._scaled(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) >= HALF)
 
     def check_not_empty(self) -> None:
-        """InputUnreadable if no sampled frame has a white pixel: there would be nothing to render."""
+        """Raise InputUnreadable if no sampled frame has a white pixel: there would be nothing to render."""
         if not any(frame.any() for frame in self.frames(0, self._frames)):
             raise InputUnreadable(
-                "the mask is empty (black) in every frame that is rendered",
+                "the mask is empty (black) in every rendered frame",
                 where=self.path,
                 todo="Paint white where the character goes",
             )
@@ -81,8 +82,11 @@ class GivenMask:
 
 
 def mask_indices(reader: VideoReader, video: VideoInfo, sampled: Sampled) -> np.ndarray:
-    """int64 [n]: the frame of the mask video for each sampled frame: the same number where mask and video have as many
-    frames, else what the mask shows at the same second. InputTooShort or InputUnreadable if their lengths differ."""
+    """Return int64 [n]: the frame of the mask video for each sampled frame.
+
+    It is the same number if mask and video have equally many frames, else the mask's frame at the same time. Raises
+    InputTooShort or InputUnreadable if their lengths differ.
+    """
     mask = reader.info
     if mask.frames == video.frames:
         return sampled.indices

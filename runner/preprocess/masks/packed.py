@@ -1,10 +1,10 @@
-"""Packed masks: every mask of a clip, small enough to hold at once, and exactly what was put in.
+"""Packed masks: keep all masks of a clip in memory, compressed without loss.
 
-In:   bool [H, W], frame by frame. Out: the same, for any span of frames, as `given.GivenMask` gives a user's.
-Never: how masks are made or widened.
+In:   bool [H, W], frame by frame. Out: the same, for any range of frames, with the methods of `given.GivenMask`.
+Never: making or widening masks.
 
-A frame costs its bounding box at one bit a pixel, deflated: some 2 KB for a person in 1080p, where the bits alone are
-260 KB and a 20-minute clip of them would be gigabytes.
+A frame takes its bounding box at one bit per pixel, deflated: about 2 KB for a person in 1080p. Its bits without
+compression are 260 KB, which is gigabytes for a 20-minute clip.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 
 __all__ = ["ClipMasks", "Packed", "pack", "unpack"]
 
-LEVEL = 1  # of deflate: 1 ms a 1080p frame; higher levels save a fifth for ten times as much
+LEVEL = 1  # of deflate: 1 ms per 1080p frame; higher levels save a fifth of the size for ten times the time
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One mask: its bounding box and what is in it."""
+    """One mask: its bounding box and the pixels in it."""
 
     box: tuple[int, int, int, int]  # left, top, width, height; all 0 for an empty mask
     bits: bytes  # deflated np.packbits of the box's rows, one after the other
@@ -34,14 +34,14 @@ class Packed:
 
 
 def pack(mask: np.ndarray) -> Packed:
-    """bool [H, W] → `Packed`."""
+    """Pack bool [H, W]."""
     left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
     inner = mask[top : top + height, left : left + width]
     return Packed((left, top, width, height), zlib.compress(np.packbits(inner).tobytes(), LEVEL) if width else b"")
 
 
 def unpack(packed: Packed, height: int, width: int) -> np.ndarray:
-    """`Packed` of a [height, width] mask → bool [height, width]."""
+    """Unpack a mask to bool [height, width]."""
     mask = np.zeros((height, width), bool)
     if not packed.empty:
         left, top, columns, rows = packed.box
@@ -61,7 +61,7 @@ class ClipMasks:
 
     @classmethod
     def of(cls, masks: Iterable[np.ndarray], height: int, width: int) -> ClipMasks:
-        """From bool [height, width], one a frame; each may be dropped once it was handed over."""
+        """Pack masks bool [height, width], one per frame. Each is used once, as it comes."""
         return cls(height, width, tuple(pack(mask) for mask in masks))
 
     def __len__(self) -> int:
@@ -73,19 +73,20 @@ class ClipMasks:
         return sum(len(mask.bits) for mask in self.packed)
 
     def frames(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """bool [height, width] of the frames [start, stop), one each."""
+        """Yield bool [height, width] for each frame in [start, stop)."""
         for mask in self.packed[start:stop]:
             yield unpack(mask, self.height, self.width)
 
     def taken(self, indices: np.ndarray) -> ClipMasks:
-        """The masks of `indices`, in that order; one may appear twice. Shares the bits."""
+        """Return the masks of `indices`, in that order; an index may appear twice. The bits are shared, not copied."""
         return ClipMasks(self.height, self.width, tuple(self.packed[i] for i in indices))
 
     def close(self) -> None:
-        """Nothing to release; a mask that is read from a file has something."""
+        """Do nothing; `GivenMask.close` releases a file."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For np.savez: `size` int64 [2] (height, width), `boxes` int32 [n, 4], `ends` int64 [n], `bits` uint8."""
+        """Return arrays for np.savez: `size` int64 [2] (height, width), `boxes` int32 [n, 4], `ends` int64 [n], `bits`
+        uint8."""
         return {
             "size": np.array([self.height, self.width], np.int64),
             "boxes": np.array([mask.box for mask in self.packed], np.int32).reshape(-1, 4),

@@ -1,9 +1,9 @@
-"""Point prompts: where the person is and where not, in points that a segmenter takes; and on which frames it is told.
+"""Point prompts: make a segmenter's prompts (points on the person and on the background), and choose the key frames.
 
 In:   whole-body points of a clip. Out: `Prompts` of a frame, `PromptPlan` of a clip. Never: pictures, masks, networks.
 
-The official script prompts with eight joints whether they were seen or not, on frames at fixed places, and with no
-background. Here a joint counts only where it is confident and inside the picture, and a frame only if enough joints do.
+The official script prompts with eight joints, seen or not, on frames at fixed distances, and without background points.
+Here a joint is used only if it is confident and inside the picture, and a frame only if it has enough such joints.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
 # Nose, neck, shoulders, hips, ankles of the 20 body joints: the official choice. Elbows, wrists and knees move fastest.
 PROMPT_JOINTS = (0, 1, 2, 5, 8, 11, 10, 13)
-CONFIDENT = 0.5  # of the raw heatmap peak: as much as a joint needs to be drawn
-LEAST_JOINTS = 3  # nose, neck and one shoulder: less says too little about where a body ends
+CONFIDENT = 0.5  # of the raw heatmap peak: the same limit as for drawing a joint
+LEAST_JOINTS = 3  # nose, neck and one shoulder: fewer points do not show how far a body reaches
 MARGIN = 0.15  # of the box's longer side: hair, hats, skirts and wide sleeves reach beyond joints and detector boxes
 KEYS_PER_CLIP, MOST_BETWEEN_KEYS = 4, 100  # frames; officially 4 or 5 prompts in a chunk of at most 400
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """What one frame says of the person."""
+    """The prompts of one frame."""
 
     points: np.ndarray  # float32 [k, 2]: x, y in pixels of the frame
-    inside: np.ndarray  # bool [k]: on the person, or on the background
+    inside: np.ndarray  # bool [k]: true on the person, false on the background
 
     @property
     def positive(self) -> np.ndarray:
@@ -47,13 +47,13 @@ class Prompts:
 
 
 def prompts_from_joints(points: np.ndarray, box: Box | None, size: tuple[int, int]) -> Prompts | None:
-    """Prompts of one frame, or None where too little of the person is surely in the picture.
+    """Return the prompts of one frame; None if too few confident joints are inside the picture.
 
     points: float [133, 3] whole-body points or [20, 3] body joints: x, y in pixels, confidence. box: the person's, if a
     detector gave one. size: (width, height) of the frame.
-    Positive: PROMPT_JOINTS that are confident and inside the frame. Negative: corners and sides of the box that holds
-    the given box and every confident joint, MARGIN outside of it, where that is still in the frame. None lies above the
-    head's middle or below the feet's: a hat, a raised prop and a shadow are not background for sure.
+    Positive: PROMPT_JOINTS that are confident and inside the frame. Negative: corners and side middles of the box
+    around the given box and every confident joint, MARGIN outside it, where they are inside the frame. There is none
+    above the middle of the head or below that of the feet: a hat, a raised object or a shadow may be there.
     """
     body = body_of(points) if len(points) == 133 else points
     if body.shape != (20, 3):
@@ -72,10 +72,10 @@ def prompts_from_joints(points: np.ndarray, box: Box | None, size: tuple[int, in
 
 
 def key_frames(usable: np.ndarray) -> np.ndarray:
-    """int64, ascending: the frames to prompt on, of a clip whose frames are `usable` (bool [n]) or not.
+    """Return the frames to prompt on, int64, ascending. usable: bool [n], frames for which there are prompts.
 
-    The first usable one; then one every quarter of the clip, but at least every MOST_BETWEEN_KEYS frames, or the next
-    that is usable. They follow from the clip alone, never from how it is cut into windows.
+    The first usable frame is one; then one every quarter of the clip, but at least every MOST_BETWEEN_KEYS frames, or
+    the next usable frame. They depend on the clip only, not on the windows that it is read in.
     """
     step = max(1, min(len(usable) // KEYS_PER_CLIP, MOST_BETWEEN_KEYS))
     keys: list[int] = []
@@ -91,37 +91,37 @@ class PromptPlan:
 
     points: np.ndarray  # float [n, 133, 3]
     size: tuple[int, int]  # width, height of the frames
-    boxes: Sequence[Box | None] | None = None  # of the detector, one a frame
+    boxes: Sequence[Box | None] | None = None  # of the detector, one per frame
 
     def __len__(self) -> int:
         return len(self.points)
 
     def at(self, index: int) -> Prompts | None:
-        """Prompts of frame `index`, key frame or not; None where the person is not surely there."""
+        """Return the prompts of frame `index`, key frame or not; None if the frame is not usable."""
         return prompts_from_joints(self.points[index], self.boxes[index] if self.boxes else None, self.size)
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """bool [n]: whether the person is surely there, so that an empty mask would be wrong."""
+        """bool [n]: frames with enough confident joints inside the picture, in which an empty mask would be wrong."""
         joints = body_of(self.points)[:, list(PROMPT_JOINTS)]
         return _usable(joints, self.size).sum(-1) >= LEAST_JOINTS
 
     @cached_property
     def keys(self) -> frozenset[int]:
-        """The frames on which a segmenter that tracks is told where the person is."""
+        """The key frames: those on which a tracking segmenter gets prompts."""
         return frozenset(key_frames(self.usable).tolist())
 
 
 def _usable(joints: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[..., 3] → bool [...]: confident, and on a pixel of the frame."""
+    """Joints [..., 3] → bool [...]: confident, and on a pixel of the frame."""
     x, y, confidence = np.moveaxis(joints, -1, 0)
     with np.errstate(invalid="ignore"):
         inside = (x >= 0) & (y >= 0) & (x <= size[0] - 1) & (y <= size[1] - 1)
-        return inside & (confidence >= CONFIDENT)  # nan is neither
+        return inside & (confidence >= CONFIDENT)  # false for NaN
 
 
 def _around(box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[q, 2]: four corners and the middles of the left and right side, outside of `box`; those in the frame."""
+    """Return [q, 2]: four corners and the middles of the left and right side, outside `box`, if inside the frame."""
     margin = MARGIN * (box[2:] - box[:2]).max()
     (left, top), (right, bottom) = box[:2] - margin, box[2:] + margin
     middle = (top + bottom) / 2

@@ -1,11 +1,11 @@
-"""Segmenter: which pixels of each frame are the person, followed through a clip of any length.
+"""Segmenter: find the person's pixels in each frame of a clip of any length.
 
-In:   frames by the window and a `PromptPlan`. Out: bool masks by the window; `segment_clip` keeps them, packed.
-Never: options, files of videos, what is done with a mask.
+In:   windows of frames and a `PromptPlan`. Out: windows of bool masks; `segment_clip` keeps them, packed.
+Never: options, video files, the use of a mask.
 
-SAM 2 runs frame by frame through one session of `transformers`, whose memory is pruned as the clip goes on: the
-official script holds 400 frames on the GPU and starts anew after each 400; here nothing starts anew and nothing grows.
-Prompts come in their turn too, so that a key frame informs the frames that follow it, not those before.
+SAM 2 runs frame by frame in one session of `transformers`. The session's memory is pruned as the clip goes on, so that
+it does not grow. The official script keeps 400 frames on the GPU and starts anew after each 400. Prompts are given when
+their frame comes, so that a key frame has an effect on the frames after it, not on those before.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from runner.preprocess.masks.point_prompts import PromptPlan, Prompts
 
 __all__ = ["Sam2Segmenter", "Segmenter", "load_segmenter", "segment_clip"]
 
-# By the `model_type` of the config.json in the folder alone. The demo is named, not imported: it lies higher.
+# `model_type` of the folder's config.json -> class. The demo's is imported by name: this module may not import demo.
 BACKENDS = {
     "sam2_video": "runner.preprocess.masks.segmenter:Sam2Segmenter",
     "video-lab-puppet": "runner.demo.tiny_segmenter:PuppetSegmenter",
 }
 HUB = "facebook/sam2.1-hiera-large on the Hugging Face hub"
 OBJECT = 1  # the id of the only object
-KEYS_KEPT = 5  # prompted frames in memory, the latest: as many as an official chunk has; each costs attention
-# Every published SAM 2 was trained on these, ImageNet's, of pixels in 0..1.
+KEYS_KEPT = 5  # latest prompted frames in memory: as many as in an official chunk; each takes attention time
+# ImageNet's, of pixels in 0..1: every published SAM 2 was trained on these.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Segmenter(Protocol):
-    """One loaded model."""
+    """A loaded segmentation model."""
 
     description: dict[str, Any]  # plain values for the record
 
     def segment(self, windows: Iterator[np.ndarray], plan: PromptPlan) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, 3] RGB windows that follow each other → bool [n, H, W], one for each.
+        """Yield bool [n, H, W] for each window of frames uint8 RGB [n, H, W, 3].
 
-        Frame i of all windows together is frame i of `plan`. A frame's mask is the same however frames are cut into
-        windows, and empty where nobody is found.
+        Windows follow each other: frame i of all windows together is frame i of `plan`. Masks do not depend on the
+        size of windows. A mask is empty if no person is found.
         """
 
 
 def load_segmenter(folder: Path, device: str = "cpu") -> Segmenter:
-    """The segmenter whose config and weights lie in `folder`, on "cpu", "cuda" or "cuda:N".
+    """Load the segmenter in `folder` onto "cpu", "cuda" or "cuda:N".
 
-    Raises WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
+    Raises WeightsMissing, WeightsCorrupt, or ConfigInvalid if the device is not available.
     """
     config = folder / "config.json"
     if not config.is_file():
         raise WeightsMissing(
-            "no segmenter here; mode replace needs one to make a mask",
+            "there is no segmenter here; mode replace needs one to make a mask",
             where=config,
             todo=f"Put {HUB} (safetensors) into this folder, or give the job a `mask:`",
         )
@@ -77,16 +77,15 @@ def load_segmenter(folder: Path, device: str = "cpu") -> Segmenter:
 def segment_clip(
     segmenter: Segmenter, windows: Iterator[np.ndarray], plan: PromptPlan, *, numbers: np.ndarray, where: object
 ) -> ClipMasks:
-    """The masks of a whole clip, one for each frame of `plan`, with no more pixels held than a window has.
+    """Return the masks of a whole clip, one for each frame of `plan`. Only one window of frames is in memory.
 
-    numbers: int [n], the frames' numbers in the video `where`, for errors. NoPerson where no frame shows the person
-    surely, and where one does but its mask is empty; a frame without the person has an empty mask.
+    numbers: int [n], the frames' numbers in the video `where`, for errors.
+    A frame without the person has an empty mask. Raises NoPerson if no frame is usable, and if the mask of a usable
+    frame is empty.
     """
-    todo = "Give a video in which the person is well visible, or the job a `mask:`"
+    todo = "Give a video in which the person is well visible, or give the job a `mask:`"
     if not plan.keys:
-        raise NoPerson(
-            "in no frame are enough joints sure and inside the picture to find a mask", where=where, todo=todo
-        )
+        raise NoPerson("no frame has enough confident joints inside the picture to find a mask", where=where, todo=todo)
     width, height = plan.size
 
     def masks() -> Iterator[np.ndarray]:
@@ -107,7 +106,7 @@ def segment_clip(
 
 
 class Sam2Segmenter:
-    """SAM 2 for video: `Sam2VideoModel` of transformers, one object, streamed."""
+    """SAM 2 for video: `Sam2VideoModel` of transformers, with one object, frame by frame."""
 
     def __init__(self, model: Any, name: str) -> None:
         """model: on its device, in its dtype, in eval mode."""
@@ -128,9 +127,9 @@ class Sam2Segmenter:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Sam2Segmenter:
-        """From a folder in transformers' layout, safetensors only: bfloat16 on a GPU, float32 on a CPU.
+        """Load from a folder in transformers' layout, safetensors only: bfloat16 on a GPU, float32 on a CPU.
 
-        WeightsMissing, WeightsCorrupt; ConfigInvalid where the device cannot be had.
+        Raises WeightsMissing, WeightsCorrupt; ConfigInvalid if the device is not available.
         """
         import torch
         from transformers import Sam2VideoModel
@@ -139,7 +138,7 @@ class Sam2Segmenter:
         if device != "cpu" and (torch.device(device).index or 0) >= torch.cuda.device_count():
             raise ConfigInvalid(
                 f"device {device!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA device(s)",
-                todo="Check the driver (nvidia-smi), or ask for --device cpu",
+                todo="Check the driver (nvidia-smi), or use --device cpu",
             )
         names = ("model.safetensors", "model.safetensors.index.json")
         if not any((folder / name).is_file() for name in names):
@@ -148,21 +147,21 @@ class Sam2Segmenter:
                 where=folder,
                 todo=f"Put {HUB} into this folder",
             )
-        transformers_logging.disable_progress_bar()  # the run has its own
+        transformers_logging.disable_progress_bar()  # the run shows its own progress
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
             model, info = Sam2VideoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
             )
-        except Exception as err:  # safetensors' own error is a plain Exception; memory is named by whoever catches it
+        except Exception as err:  # safetensors' error is a plain Exception; callers handle MemoryError
             if isinstance(err, MemoryError):
                 raise
             raise WeightsCorrupt(
                 f"cannot be loaded ({type(err).__name__}: {err})", where=folder, todo="Download this folder again"
             ) from err
-        if lacking := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        if missing := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
             raise WeightsCorrupt(
-                f"{len(lacking)} tensors are missing or of another shape ({lacking[0]}, …)",
+                f"{len(missing)} tensors are missing or of another shape ({missing[0]}, …)",
                 where=folder,
                 todo="These are not the weights that its config.json describes; download this folder again",
             )
@@ -171,7 +170,7 @@ class Sam2Segmenter:
     def segment(self, windows: Iterator[np.ndarray], plan: PromptPlan) -> Iterator[np.ndarray]:
         """See `Segmenter`. Frames before the first key frame have empty masks: there is nothing to follow yet.
 
-        A frame where the person surely is, and tracking has lost them, is prompted anew.
+        A usable frame in which tracking has lost the person is prompted again.
         """
         from transformers import Sam2VideoInferenceSession
 
@@ -197,7 +196,7 @@ class Sam2Segmenter:
             yield masks
 
     def _mask(self, session: Any, at: int, pixels: Any, prompts: Prompts | None, shape: tuple[int, int]) -> np.ndarray:
-        """bool [H, W] of one frame, which the session remembers. With prompts the frame becomes a key frame."""
+        """Return bool [H, W] for one frame and add it to the session. With prompts it becomes a key frame."""
         from torch.nn.functional import interpolate
 
         if prompts is not None:
@@ -208,7 +207,7 @@ class Sam2Segmenter:
         return mask
 
     def _prompt(self, session: Any, at: int, prompts: Prompts, shape: tuple[int, int]) -> None:
-        """What `Sam2VideoProcessor.add_inputs_to_inference_session` does, which needs torchvision to exist."""
+        """Do the same as `Sam2VideoProcessor.add_inputs_to_inference_session`, which would need torchvision."""
         import torch
 
         scale = np.array([self._side[1] / shape[1], self._side[0] / shape[0]], np.float32)
@@ -219,7 +218,7 @@ class Sam2Segmenter:
         session.obj_with_new_inputs = [OBJECT]
 
     def _pixels(self, frame: np.ndarray) -> Any:
-        """uint8 [H, W, 3] → [1, 3, side, side], stretched and normalised on the device."""
+        """Stretch and normalise uint8 [H, W, 3] on the device, to [1, 3, side, side]."""
         import torch
         from torch.nn.functional import interpolate
 
@@ -228,7 +227,7 @@ class Sam2Segmenter:
         return interpolate(image[None], size=self._side, mode="bilinear", align_corners=False, antialias=True)
 
     def _prune(self, session: Any, at: int) -> None:
-        """Drop what no later frame reads: the picture, masks at full size, memories out of reach, old key frames."""
+        """Drop what later frames do not read: the picture, full-size masks, memories out of range, old key frames."""
         session.processed_frames.pop(at)
         for index, outputs in session.output_dict_per_obj.items():
             session.point_inputs_per_obj[index].pop(at, None)
@@ -244,7 +243,7 @@ class Sam2Segmenter:
 
 
 def _forget(session: Any, at: int) -> None:
-    """As if frame `at` had not been tracked, so that prompts make it a key frame."""
+    """Remove the tracking result of frame `at`, so that prompts make it a key frame."""
     for index, outputs in session.output_dict_per_obj.items():
         outputs["non_cond_frame_outputs"].pop(at, None)
         session.frames_tracked_per_obj[index].pop(at, None)

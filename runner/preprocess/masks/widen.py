@@ -1,11 +1,11 @@
-"""Widening: the shape of a mask, widened for the model, and the background that it leaves.
+"""Widening: widen a mask for the model, and blacken the frame under it.
 
-In:   a mask at the output's size. Out: the mask as the model gets it, 0 and 255, nothing between; a blackened frame.
-Never: how a mask is found or kept.
+In:   a mask at the output's size. Out: the mask as the model gets it, only 0 and 255; a blackened frame.
+Never: finding or storing a mask.
 
-A mask that follows the driving person too closely makes the character take that person's outline. Officially it becomes
-the whole bounding rectangle (a grid of one cell), which also throws away all of the scene around the person; by default
-it is only dilated here.
+A mask that follows the driving person too closely gives the character that person's outline. The official preprocessing
+uses the whole bounding rectangle (a grid of one cell), which also removes the scene around the person. Here the default
+is dilation only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ITERATIONS, KERNEL = 3, 7  # the official defaults: 9 pixels to every side
 def augment(
     mask: np.ndarray, *, iterations: int = ITERATIONS, kernel: int = KERNEL, grid: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """bool or uint8 [H, W], non-zero where the character goes → uint8 [H, W] of 0 and 255.
+    """Widen a mask bool or uint8 [H, W], non-zero where the character goes, to uint8 [H, W] of 0 and 255.
 
-    `dilate`, then `fill_grid` of (w_len, h_len) cells if `grid` is given. Without iterations neither, as officially.
+    It is dilated; then, if `grid` is given, filled by `fill_grid` with (w_len, h_len) cells. With 0 iterations it is
+    neither, as in the official code.
     """
     if iterations <= 0:
         return _binary(mask)
@@ -32,31 +33,33 @@ def augment(
 
 
 def dilate(mask: np.ndarray, kernel: int = KERNEL, iterations: int = ITERATIONS) -> np.ndarray:
-    """`iterations` times the maximum over kernel × kernel pixels → uint8 [H, W] of 0 and 255.
+    """Dilate `iterations` times with a square of kernel × kernel pixels; returns uint8 [H, W] of 0 and 255.
 
-    For an odd kernel that is once the maximum over a square of iterations · (kernel - 1) + 1 pixels.
+    For an odd kernel this equals one dilation with a square of iterations · (kernel - 1) + 1 pixels.
+    Raises ValueError for a kernel below 1 or negative iterations.
     """
     if kernel < 1 or iterations < 0:
-        raise ValueError(f"a kernel of {kernel} pixels {iterations} times")
+        raise ValueError(f"cannot dilate with a kernel of {kernel} pixels {iterations} times")
     return cv2.dilate(_binary(mask), np.ones((kernel, kernel), np.uint8), iterations=iterations)
 
 
 def fill_grid(mask: np.ndarray, w_len: int, h_len: int) -> np.ndarray:
-    """Every cell of the mask's bounding box that holds a pixel of the mask, filled → uint8 [H, W] of 0 and 255.
+    """Fill every cell of the mask's bounding box that has a pixel of the mask; returns uint8 [H, W] of 0 and 255.
 
-    Official: a cell is int(width / w_len) × int(height / h_len) pixels, where width and height are last minus first, so
-    that the box's last row and column lie in no cell and stay as they are; cells at the far end are cut. An empty mask,
-    and a box narrower than its cells are many (one pixel a cell here), crash there.
+    As in the official code, a cell is int(width / w_len) × int(height / h_len) pixels, where width and height are last
+    minus first: the box's last row and column are in no cell and are not changed, and cells at the far end are cut. The
+    official code crashes for an empty mask, and for a box with fewer pixels than cells (here a cell is then one pixel).
+    Raises ValueError for fewer than one cell.
     """
     if w_len < 1 or h_len < 1:
-        raise ValueError(f"a grid of {w_len} × {h_len} cells")
+        raise ValueError(f"cannot fill a grid of {w_len} × {h_len} cells")
     filled = _binary(mask)
     left, top, columns, rows = cv2.boundingRect(filled)
     width, height = columns - 1, rows - 1
     if width < 1 or height < 1:
         return filled
     box = filled[top : top + height, left : left + width]
-    if w_len == h_len == 1:  # the one cell holds a pixel of the mask, but for masks in the last row and column alone
+    if w_len == h_len == 1:  # the cell is empty only if the whole mask is in the box's last row and column
         if box.any():
             box[:] = 255
         return filled
@@ -68,12 +71,12 @@ def fill_grid(mask: np.ndarray, w_len: int, h_len: int) -> np.ndarray:
 
 
 def blacken(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] → a copy, black where `mask` [H, W] is not zero: what the model keeps of the scene."""
+    """Return a copy of uint8 [H, W, 3], black where `mask` [H, W] is not zero: the scene that the model keeps."""
     return cv2.copyTo(frame, cv2.bitwise_not(_binary(mask)))
 
 
 def _binary(mask: np.ndarray) -> np.ndarray:
-    """A copy as uint8 of 0 and 255."""
+    """Return a copy as uint8 of 0 and 255."""
     if mask.ndim != 2:
         raise ValueError(f"a mask is [H, W], not {mask.shape}")
     flat = np.ascontiguousarray(mask)

@@ -1,13 +1,13 @@
-"""Int8: a network whose matrix products are computed in 8 bits on the CPU, made once from the published file.
+"""Int8: make a network with 8-bit matrix products for the CPU, once from each published file.
 
-In:   a float ONNX model and a folder to keep results in. Out: the int8 model's folder, or why this network stays in
-float32. Never: devices, what the network finds.
+In:   a float ONNX model and a cache folder. Out: the int8 model's folder, or the reason why this network stays in
+      float32. Never: devices, the meaning of the network's output.
 
-Only products with constant weights are converted, each column of weights with a scale of its own, activations with one
-measured as they come (dynamic quantisation: no pictures are needed to calibrate). In a ViT that is nearly all of the
-work; convolutions converted like that are slower than in float32, so a network that consists of them stays as it is.
-Weights get 7 bits: the products of two pairs then fit into the 16 bits in which AVX2 adds them up, where 8 would
-saturate, and every CPU computes the same integers.
+Dynamic quantisation: only products with constant weights are converted, with per-channel scales for weights; scales of
+activations are measured at run time, so that no calibration pictures are needed. In a ViT these products are nearly all
+of the work. Convolutions converted in this way are slower than in float32, so a network of convolutions is not
+converted. Weights have 7 bits. Then the sum of two products fits into the 16 bits in which AVX2 adds them, where 8 bits
+would saturate, and every CPU computes the same integers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from runner.storage.file_hashes import content_sha256
 
 __all__ = ["FORMAT", "LEAST_AGREEMENT", "LEAST_SHARE", "int8_key", "make_int8", "model_files"]
 
-FORMAT = 1  # raise when the same model would be converted otherwise
+FORMAT = 1  # raise when the conversion of the same model changes
 GRAPH = "end2end.onnx"  # so that the folder opens like a published one
 NOTES = "int8.json"
-LEAST_SHARE = 0.5  # of the weights in matrix products; below, nothing is gained
+LEAST_SHARE = 0.5  # of the weights that must be in matrix products; with less, int8 is not faster
 LEAST_AGREEMENT = 0.95  # correlation of the outputs; random ViT-H weights have 0.999
 PROBES = 2
-EXTERNAL = 1 << 30  # bytes of weights above which they go beside the graph: protobuf ends at 2 GiB
+EXTERNAL = 1 << 30  # bytes of weights above which they are stored beside the graph: protobuf's limit is 2 GiB
 PRODUCTS = ("MatMul", "Gemm")
 FLOATING = (1, 10, 11, 16)  # TensorProto's float, float16, double, bfloat16
 
 
 def model_files(graph: Path) -> list[Path]:
-    """The graph and the files that hold its weights: its folder's, or its neighbours of the same name, sorted."""
+    """Return the graph and the files of its weights, sorted: those in its folder, or beside it with the same name."""
     if graph.name == GRAPH:
         beside = list(graph.parent.rglob("*"))
     else:
@@ -58,34 +58,34 @@ def model_files(graph: Path) -> list[Path]:
 
 
 def int8_key(graph: Path) -> str:
-    """sha256, hex, of all that decides the int8 model: the model's files and what converts them."""
+    """Return the sha256 (hex) of all that decides the int8 model: the model's files and the converter's version."""
     files = {file.relative_to(graph.parent).as_posix(): content_sha256(file) for file in model_files(graph)}
     parts = {"files": files, "format": FORMAT, "onnxruntime": metadata_version("onnxruntime")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def metadata_version(module: str) -> str:
-    """Version of the installed distribution behind a module: onnxruntime comes under several names."""
+    """Return the version of the distribution that has a module: onnxruntime has several names."""
     owners = metadata.packages_distributions().get(module) or [module]
     return metadata.version(owners[0])
 
 
 def make_int8(graph: Path, folder: Path) -> tuple[Path | None, str]:
-    """(folder of the int8 model of `graph`, how it was made), or (None, why the network stays in float32).
+    """Return (folder of the int8 model of `graph`, how it was made), or (None, why the network stays in float32).
 
-    Made once for each model under `folder`/int8; whoever asks meanwhile, in this process or another, waits. Needs about
-    the model's size in scratch space there, and three times that in memory. Raises ConfigInvalid where the `onnx`
-    package is missing, WeightsCorrupt where the model cannot be read or its int8 form does not do the same, StorageFull
-    and the like.
+    It is made once for each model, in `folder`/int8; other callers, also in other processes, wait for it. This needs
+    about the model's size of disk space there, and three times as much memory. Raises ConfigInvalid if the package
+    `onnx` is missing, WeightsCorrupt if the model cannot be read or its int8 form gives other outputs, StorageFull and
+    the like.
     """
     from filelock import FileLock
 
-    home = folder / "int8"
-    made = home / int8_key(graph)
-    with os_errors(home, writing=True):
+    cache = folder / "int8"
+    made = cache / int8_key(graph)
+    with os_errors(cache, writing=True):
         if not (made / NOTES).is_file():
-            home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / f".{made.name}.lock"):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f".{made.name}.lock"):
                 if not (made / NOTES).is_file():
                     _make(graph, made)
     notes = json.loads((made / NOTES).read_text())
@@ -93,12 +93,12 @@ def make_int8(graph: Path, folder: Path) -> tuple[Path | None, str]:
 
 
 def _make(graph: Path, made: Path) -> None:
-    """Fill the folder `made`; it appears whole."""
+    """Make the folder `made`. It is written under another name and renamed when it is complete."""
     try:
         import onnx
     except ImportError as err:
         raise ConfigInvalid(
-            "an int8 network is made with the package onnx, which is not installed",
+            "making an int8 network needs the package onnx, which is not installed",
             where=graph,
             todo="pip install 'video-lab-runner[int8]', or use --pose-precision fp32",
         ) from err
@@ -112,7 +112,7 @@ def _make(graph: Path, made: Path) -> None:
     except DecodeError as err:
         raise opening_failed(err, graph, "cpu") from err
     prefix = f".making-{made.name[:16]}-"
-    for left in made.parent.glob(f"{prefix}*"):  # by a process that was killed: the lock is ours
+    for left in made.parent.glob(f"{prefix}*"):  # of a killed process: this one has the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=prefix) as scratch:
         out = Path(scratch) / "int8"
@@ -124,14 +124,14 @@ def _make(graph: Path, made: Path) -> None:
             agreement = _convert(graph, Path(scratch), out)
             if agreement is not None and not agreement >= LEAST_AGREEMENT:
                 raise WeightsCorrupt(
-                    f"its int8 form does something else (correlation of the outputs {agreement:.3f})",
+                    f"its int8 form gives other outputs (correlation {agreement:.3f})",
                     where=graph,
-                    todo="Use --pose-precision fp32; if that finds nobody either, fetch the model again",
+                    todo="Use --pose-precision fp32; if that finds no person either, fetch the model again",
                 )
-            said = "" if agreement is None else f", outputs correlate {agreement:.4f}"
-            notes = {"int8": True, "why": f"{share:.0%} of its weights as 8-bit integers{said}"}
+            correlation = "" if agreement is None else f", outputs correlate {agreement:.4f}"
+            notes = {"int8": True, "why": f"{share:.0%} of its weights as 8-bit integers{correlation}"}
         (out / NOTES).write_text(json.dumps(notes))
-        if made.exists():  # a folder without notes: somebody removed files from it
+        if made.exists():  # a folder without notes: files were removed from it
             shutil.rmtree(made)
         os.replace(out, made)
     size = sum(file.stat().st_size for file in made.iterdir())
@@ -140,13 +140,13 @@ def _make(graph: Path, made: Path) -> None:
 
 
 def _share_of_products(graph: Any) -> float:
-    """Of all floating weights in the graph, the share that matrix products multiply by, 0…1. Only shapes are read."""
+    """Return the share (0…1) of the graph's floating-point weights in matrix products. Only shapes are read."""
     tensors = {item.name: item for item in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].HasField("t"):
             tensors[node.output[0]] = node.attribute[0].t
     constants = {name: prod(item.dims) for name, item in tensors.items() if item.data_type in FLOATING}
-    for node in graph.node:  # half-precision files: a weight, cast or transposed where it is used
+    for node in graph.node:  # in half-precision files a weight may be cast or transposed before its use
         if node.op_type in ("Cast", "Transpose", "Identity") and node.input[0] in constants:
             constants[node.output[0]] = constants.pop(node.input[0])
     products = {node.input[1] for node in graph.node if node.op_type in PRODUCTS}
@@ -155,15 +155,17 @@ def _share_of_products(graph: Any) -> float:
 
 
 def _convert(graph: Path, scratch: Path, out: Path) -> float | None:
-    """Write the int8 model into `out`; how well its outputs correlate with the original's, None where that is flat."""
+    """Write the int8 model into `out`. Returns the correlation of its outputs with the original's; None if outputs are
+    constant."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     files = model_files(graph)
     big = sum(file.stat().st_size for file in files) > EXTERNAL
-    # Constants are folded first: the quantiser does not see a weight behind a cast. The runtime does that, and writes
-    # into our scratch; the quantiser would write beside the model, in a store that may be read-only.
+    # Constants are folded first: the quantiser does not find a weight behind a cast. The runtime folds them into the
+    # scratch folder; the quantiser would write beside the model, in a store that may be read-only. External weights are
+    # copied too: otherwise the folded graph would refer to the model's files.
     folded = scratch / "folded.onnx"
-    wanted = _answers(_open(graph, folded, big or len(files) > 1))  # else it would go on naming the model's own files
+    expected = _outputs(_open(graph, folded, big or len(files) > 1))
     with _quiet():
         quantize_dynamic(
             folded,
@@ -174,16 +176,16 @@ def _convert(graph: Path, scratch: Path, out: Path) -> float | None:
             weight_type=QuantType.QInt8,
             use_external_data_format=big,
         )
-    got = _answers(_open(out / GRAPH))
+    got = _outputs(_open(out / GRAPH))
     if not np.isfinite(got).all():
         return float("nan")
-    if not wanted.std() or not got.std():
-        return None  # a network that sees nothing in noise
-    return float(np.corrcoef(wanted.ravel(), got.ravel())[0, 1])
+    if not expected.std() or not got.std():
+        return None  # the network finds nothing in noise
+    return float(np.corrcoef(expected.ravel(), got.ravel())[0, 1])
 
 
 def _open(graph: Path, folded: Path | None = None, external: bool = False) -> Any:
-    """A session on the CPU; with `folded`, it also writes the graph with its constants computed."""
+    """Open a session on the CPU. With `folded`, also write the graph with folded constants there."""
     import onnxruntime
 
     from runner.preprocess.networks.providers import opening_failed, usable_cpus
@@ -201,7 +203,7 @@ def _open(graph: Path, folded: Path | None = None, external: bool = False) -> An
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_min_size_in_bytes", str(1 << 10)
             )
-    without = ["MatMulAddFusion", "ConstantSharing"]  # products stay products
+    without = ["MatMulAddFusion", "ConstantSharing"]  # so that products stay MatMul and Gemm nodes
     try:
         return onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=without if folded else None
@@ -210,23 +212,23 @@ def _open(graph: Path, folded: Path | None = None, external: bool = False) -> An
         raise opening_failed(err, graph, "cpu") from err
 
 
-def _answers(session: Any) -> np.ndarray:
-    """The first output for PROBES pictures of smooth noise, always the same ones, one at a time."""
+def _outputs(session: Any) -> np.ndarray:
+    """Return the first output for PROBES pictures of smooth noise, one at a time. The pictures are always the same."""
     (item,) = session.get_inputs()
     shape = [size if isinstance(size, int) else 1 for size in item.shape]
     draw = np.random.default_rng(0)
-    answers = []
+    outputs = []
     for _ in range(PROBES):
         coarse = draw.standard_normal([*shape[:2], -(-shape[2] // 16), -(-shape[3] // 16)])
         picture = np.kron(coarse, np.ones((16, 16)))[..., : shape[2], : shape[3]]
         kind = np.float16 if item.type == "tensor(float16)" else np.float32
-        answers.append(session.run(None, {item.name: picture.astype(kind)})[0].astype(np.float64))
-    return np.stack(answers)
+        outputs.append(session.run(None, {item.name: picture.astype(kind)})[0].astype(np.float64))
+    return np.stack(outputs)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice to prepare the model, on the root logger: it was prepared."""
+    """Drop the quantiser's advice on the root logger to prepare the model: it is prepared."""
     root = logging.getLogger()
     drop = lambda record: "pre-processing before quantization" not in record.getMessage()  # noqa: E731
     root.addFilter(drop)

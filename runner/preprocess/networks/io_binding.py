@@ -1,17 +1,17 @@
-"""IO binding: a session whose inputs and outputs have their places on the device.
+"""IO binding: run a session with fixed buffers for its inputs and outputs on the device.
 
-In:   an onnxruntime session and a device. Out: `run(names, feeds)` as the session's own, arrays in and arrays out.
-Never: what the network computes.
+In:   an onnxruntime session and a device. Out: `run(names, feeds)` like the session's, arrays in and arrays out.
+Never: the meaning of what the network computes.
 
-The runtime's `run` allocates on the device for every call and copies through pageable memory, which the driver copies
-once more. Here each input has one place on the device, as large as the largest batch so far, as have outputs of known
-shape, and results land in page-locked memory. Who fills its pictures into `host_array` saves the last copy. Buffers are
-torch's: its allocators keep and reuse them, and its statistics count them.
+The runtime's `run` allocates on the device at every call and copies through pageable memory, which the driver copies a
+second time. Here each input, and each output of known shape, has one buffer on the device, as large as the largest
+batch so far. Results are copied into page-locked memory. Pictures that are written into a `host_array` need no further
+copy on the host. Buffers are torch's: its allocators keep and reuse them, and its statistics count them.
 
-On a GPU all of a run is on one stream, that on which the session was told to compute (`user_compute_stream`), and only
-that stream is waited for. torch's default stream is the one on which another thread denoises: a copy there would stand
-behind what that thread has queued. The binding's own `synchronize_outputs` waits for the whole device, and holds
-Python's lock while it does, so that the other thread could not queue any more.
+On a GPU the whole run is on one stream, the session's (`user_compute_stream`), and only that stream is waited for.
+Another thread denoises on torch's default stream: a copy there would wait for the work that it has queued. The
+binding's own `synchronize_outputs` waits for the whole device with Python's GIL held, so that the other thread could
+not queue more work meanwhile.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.floa
 
 
 class BoundSession:
-    """Stands for an `InferenceSession`. One run at a time, as the places are shared; results are the caller's own."""
+    """Takes the place of an `InferenceSession`. Runs share buffers, so there is one at a time. Results are copies."""
 
     def __init__(self, session: Any, device: str, stream: Any | None = None) -> None:
-        """device: "cuda:N", or "cpu", where the same calls work and gain nothing.
+        """device: "cuda:N"; or "cpu", where it works too, but saves nothing.
 
-        stream: the torch.cuda.Stream on which the session computes; it is kept, as the session has its address alone.
+        stream: the torch.cuda.Stream on which the session computes. It is kept here: the session has only its address.
         """
         import torch
 
@@ -42,7 +42,7 @@ class BoundSession:
         self._device = torch.device(device)
         self._declared = {output.name: output for output in session.get_outputs()}
         self._inputs = {item.name: item for item in session.get_inputs()}
-        self._places: dict[str, Any] = {}  # name → torch tensor [capacity, …] on the device
+        self._buffers: dict[str, Any] = {}  # name → torch tensor [capacity, …] on the device
         self._lock = threading.Lock()
 
     def get_inputs(self) -> Sequence[Any]:
@@ -55,7 +55,7 @@ class BoundSession:
         return self.session.get_providers()
 
     def run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Arrays of the outputs `names`, for C-contiguous `feeds`. The same numbers as the session's own `run`."""
+        """Return the outputs `names` for C-contiguous `feeds`. The numbers are the same as from the session's `run`."""
         import torch
 
         with self._lock, self._on_stream():
@@ -63,47 +63,47 @@ class BoundSession:
             where = (self._device.type, self._device.index or 0)
             sizes: dict[str, int] = {}
             for name, array in feeds.items():
-                place = self._place(name, array.shape, array.dtype)
-                place.copy_(torch.from_numpy(array), non_blocking=True)
-                binding.bind_input(name, *where, array.dtype.type, array.shape, place.data_ptr())
+                buffer = self._buffer(name, array.shape, array.dtype)
+                buffer.copy_(torch.from_numpy(array), non_blocking=True)
+                binding.bind_input(name, *where, array.dtype.type, array.shape, buffer.data_ptr())
                 sizes |= _sizes_by_name(self._inputs[name].shape, array.shape)
             bound = {}
             for name in names:
                 output = self._declared[name]
                 shape, kind = known_shape(output.shape, sizes), TYPES.get(output.type)
                 if shape is None or kind is None:
-                    # Allocated by the runtime, which alone knows its size; copied to the host on its stream.
+                    # The size is known only during the run: the runtime allocates it and copies it to the host.
                     binding.bind_output(name, "cpu")
                     continue
-                bound[name] = self._place(name, shape, np.dtype(kind))
+                bound[name] = self._buffer(name, shape, np.dtype(kind))
                 binding.bind_output(name, *where, kind, shape, bound[name].data_ptr())
-            self.session.run_with_iobinding(binding)  # releases Python's lock, and waits for its own stream
-            copies = {name: self._fetched(tensor) for name, tensor in bound.items()}
+            self.session.run_with_iobinding(binding)  # releases the GIL, and waits for its own stream
+            copies = {name: self._copy_to_host(tensor) for name, tensor in bound.items()}
             if self.stream is not None:
-                self.stream.synchronize()  # releases Python's lock
+                self.stream.synchronize()  # releases the GIL
             others = dict(zip(names, binding.get_outputs(), strict=True)) if len(copies) < len(names) else {}
             return [copies[name] if name in copies else others[name].numpy() for name in names]
 
     def _on_stream(self) -> AbstractContextManager[Any]:
-        """A context in which torch copies and allocates on the session's stream."""
+        """Return a context in which torch copies and allocates on the session's stream."""
         if self.stream is None:
             return nullcontext()
         import torch
 
         return torch.cuda.stream(self.stream)
 
-    def _place(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
-        """The tensor [*shape] at the start of this name's place, made larger first if need be."""
+    def _buffer(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
+        """Return the first [*shape] of this name's buffer, after enlarging the buffer if needed."""
         import torch
 
-        held = self._places.get(name)
-        if held is None or held.shape[1:] != tuple(shape[1:]) or len(held) < shape[0]:
-            self._places.pop(name, None)  # given back before the larger one is asked for
-            held = torch.empty(tuple(shape), dtype=getattr(torch, dtype.name), device=self._device)
-            self._places[name] = held
-        return held[: shape[0]]
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[1:] != tuple(shape[1:]) or len(buffer) < shape[0]:
+            self._buffers.pop(name, None)  # freed before the larger one is allocated
+            buffer = torch.empty(tuple(shape), dtype=getattr(torch, dtype.name), device=self._device)
+            self._buffers[name] = buffer
+        return buffer[: shape[0]]
 
-    def _fetched(self, tensor: Any) -> np.ndarray:
+    def _copy_to_host(self, tensor: Any) -> np.ndarray:
         array = host_array(tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")), self.device)
         import torch
 
@@ -112,9 +112,9 @@ class BoundSession:
 
 
 def host_array(shape: tuple[int, ...], dtype: np.dtype[Any] | type, device: str | None) -> np.ndarray:
-    """An array, not yet filled, to hand to a network on `device`: page-locked for a GPU, plain otherwise.
+    """Return an uninitialised array for the input of a network on `device`: page-locked for a GPU, else plain.
 
-    Page-locked memory is slow to get; torch keeps what is given back, so that only the first of a size costs that.
+    Allocating page-locked memory is slow. torch keeps freed memory, so that only the first array of a size is slow.
     """
     if device is None or not device.startswith("cuda"):
         return np.empty(shape, dtype)
@@ -125,7 +125,7 @@ def host_array(shape: tuple[int, ...], dtype: np.dtype[Any] | type, device: str 
 
 
 def known_shape(declared: Sequence[Any] | None, sizes: dict[str, int]) -> tuple[int, ...] | None:
-    """A declared shape with its named sizes put in; None if one of them is not known before the run."""
+    """Return a declared shape with its named sizes replaced; None if one of them is unknown before the run."""
     found = [size if isinstance(size, int) else sizes.get(str(size), 0) for size in declared or ()]
     return tuple(found) if found and all(size > 0 for size in found) else None
 

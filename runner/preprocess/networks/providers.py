@@ -1,11 +1,11 @@
-"""Providers: which part of onnxruntime runs a network, and where its inputs and outputs lie, decided before opening.
+"""Providers: choose the part of onnxruntime that runs a network, and the device of its inputs and outputs.
 
-In:   the device asked for, what this onnxruntime lists, what the run allows. Out: a `Choice`: providers in order, their
-options, and why; the threads that a session gets; its opening errors as ours. Never: sessions: everything here can be
-asked on any machine.
+In:   the requested device, the providers of this onnxruntime, the run's options. Out: a `Choice`: providers in order,
+      their options, and the reason; a session's number of threads; its opening errors as errors of this project.
+Never: sessions, so that all of this works on any machine.
 
-TensorRT is used only where a run asks for it. It picks its kernels by stopwatch, so that two machines of one kind would
-give other bits; within one cache folder its engines are built once and stay.
+TensorRT is used only on request. It chooses its kernels by measuring them, so two machines of one kind may give
+different bits. Its engines are built once in each cache folder and then reused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ __all__ = [
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Precision = Literal["fp32", "int8"]
 TensorrtMode = Literal["off", "auto", "on"]
-# Words of the runtime's allocators, of CUDA and of its libraries; the third is that of an arena at its limit.
+# Parts of error messages of the runtime's allocators, of CUDA and of its libraries. The third one comes from an arena
+# at its limit.
 OUT_OF_MEMORY = (
     "failed to allocate memory",
     "out of memory",
@@ -54,17 +55,17 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What a run says about its ONNX networks. Of the run, never of a job."""
+    """A run's settings for its ONNX networks. No job has settings of its own."""
 
     pose_precision: Precision = "fp32"
     tensorrt: TensorrtMode = "off"
     folder: Path | None = None  # for files made from the models: int8 networks, TensorRT engines
-    arena_bytes: int | None = None  # GPU memory beside the weights, for a pair of networks; None: what they ask for
+    arena_bytes: int | None = None  # limit of GPU memory beside the weights, for a pair of networks; None: no limit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Providers in order of preference. The session must have the first one; the rest takes what that cannot run."""
+    """Providers in order of preference. The session must have the first one; the others run what it cannot."""
 
     providers: tuple[tuple[str, dict[str, Any]], ...]
     reason: str
@@ -84,12 +85,14 @@ def choose_providers(
     memory_limit: int | None = None,
     stream: int | None = None,
 ) -> Choice:
-    """Providers for "cpu", "cuda" or "cuda:N".
+    """Choose the providers for "cpu", "cuda" or "cuda:N".
 
-    available: `onnxruntime.get_available_providers()`, which lists what a build could load, whether or not it does;
-    tensorrt_libraries: are TensorRT's own libraries there; remedy: what to install where CUDA is not listed;
-    memory_limit: GPU bytes that the session may hold, weights included; stream: address of the CUDA stream to use.
-    Raises ConfigInvalid where the device, or the TensorRT that was insisted on, cannot be had.
+    available:          `onnxruntime.get_available_providers()`: providers of the build, whether or not they load.
+    tensorrt_libraries: true if TensorRT's own libraries are installed.
+    remedy:             what to install if CUDA is not available.
+    memory_limit:       GPU bytes that the session may use, weights included.
+    stream:             address of the CUDA stream to use.
+    Raises ConfigInvalid if the device, or TensorRT with `--tensorrt on`, is not available.
     """
     kind, _, index = device.partition(":")
     if kind == "cpu" and not index:
@@ -108,7 +111,7 @@ def choose_providers(
         {
             "device_id": number,
             "arena_extend_strategy": "kSameAsRequested",  # doubling would take memory that the transformer needs
-            "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE picks by stopwatch: other bits on another day
+            "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE chooses by measuring, so bits differ from run to run
             **({} if memory_limit is None else {"gpu_mem_limit": memory_limit}),
             **({} if stream is None else {"user_compute_stream": str(stream)}),
         },
@@ -116,8 +119,8 @@ def choose_providers(
     reason = f"the device asked for is {device}"
     if options.tensorrt == "off":
         return Choice((cuda,), reason)
-    lacking = _lacking(available, options.folder, tensorrt_libraries)
-    if not lacking:
+    missing = _missing_for_tensorrt(available, options.folder, tensorrt_libraries)
+    if not missing:
         assert options.folder is not None
         return Choice(
             ((TENSORRT, _engine_options(number, options, stream)), cuda),
@@ -125,14 +128,14 @@ def choose_providers(
         )
     if options.tensorrt == "on":
         raise ConfigInvalid(
-            f"TensorRT was asked for, but {lacking}",
+            f"TensorRT was asked for, but {missing}",
             todo="Install the TensorRT that this onnxruntime-gpu was built with, or use --tensorrt auto",
         )
-    return Choice((cuda,), f"{reason}; no TensorRT: {lacking}")
+    return Choice((cuda,), f"{reason}; no TensorRT: {missing}")
 
 
-def _lacking(available: Sequence[str], folder: Path | None, libraries: bool) -> str:
-    """What TensorRT needs and is not there, in words; empty if it has all."""
+def _missing_for_tensorrt(available: Sequence[str], folder: Path | None, libraries: bool) -> str:
+    """Return what is missing for TensorRT, as text; empty if nothing is."""
     if TENSORRT not in available:
         return "this onnxruntime was built without it"
     if not libraries:
@@ -147,19 +150,19 @@ def _engine_options(number: int, options: NetworkOptions, stream: int | None) ->
         "device_id": number,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": engines,
-        "trt_timing_cache_enable": True,  # what was measured for one network serves the next
+        "trt_timing_cache_enable": True,  # measurements for one network are reused for the next
         "trt_timing_cache_path": engines,
-        "trt_fp16_enable": False,  # half precision would move joints; speed comes from fusing alone
+        "trt_fp16_enable": False,  # half precision would move joints; the gain is from fused kernels only
         **({} if options.arena_bytes is None else {"trt_max_workspace_size": options.arena_bytes}),
         **({} if stream is None else {"user_compute_stream": str(stream)}),
     }
 
 
 def binding_device(provider: str, device: str, *, torch_cuda: bool) -> str | None:
-    """Where inputs and outputs are bound, as torch names it; None: arrays are handed over and come back.
+    """Return torch's name of the device on which inputs and outputs are bound; None: they stay plain arrays.
 
-    On the CPU there is nothing to gain: arrays are already where the network reads them. torch holds the buffers on the
-    GPU, so that one allocator knows of all memory; where it has no CUDA, onnxruntime copies by itself.
+    On the CPU binding saves nothing: arrays are already where the network reads them. On a GPU the buffers are torch's,
+    so that one allocator counts all memory. If torch has no CUDA, onnxruntime copies the arrays itself.
     """
     if provider not in (CUDA, TENSORRT) or not torch_cuda:
         return None
@@ -168,47 +171,50 @@ def binding_device(provider: str, device: str, *, torch_cuda: bool) -> str | Non
 
 
 def check_precision(precision: Precision, device: str) -> None:
-    """Raises ConfigInvalid where a network of this precision cannot run on `device`."""
+    """Raise ConfigInvalid if a network of this precision cannot run on `device`."""
     if precision == "int8" and device != "cpu":
         raise ConfigInvalid(
-            f"int8 networks run on the CPU only, and the device is {device}",
+            f"int8 networks run on the CPU only, but the device is {device}",
             where="--pose-precision",
-            todo="Use --pose-precision fp32; a GPU is faster with it",
+            todo="Use --pose-precision fp32, which is faster on a GPU",
         )
 
 
 def has_tensorrt_libraries() -> bool:
-    """Are TensorRT's libraries installed, as wheels or in the system? Nothing is loaded."""
+    """Return True if TensorRT's libraries are installed, as wheels or in the system. Nothing is loaded."""
     return find_spec("tensorrt_libs") is not None or find_library("nvinfer") is not None
 
 
 def usable_cpus(environment: Mapping[str, str] = os.environ, cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Threads worth starting: OMP_NUM_THREADS if set, else the cores this process may use, by affinity and by quota."""
-    asked = environment.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    """Return the number of threads to start: OMP_NUM_THREADS, else the cores this process may use (affinity, quota)."""
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > 0:
+        return int(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = cgroup.read_text().split()
         if quota != "max":
             cores = min(cores, max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):
-        pass  # no cgroup v2 here: the affinity is all there is to know
+        pass  # no cgroup v2 here, so no quota
     return cores
 
 
 def onnxruntime_remedy() -> str:
-    """What to install, given which of the two distributions of the one module are there."""
-    there = {name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)}
-    if there == {"onnxruntime", "onnxruntime-gpu"}:
+    """Return what to install, by which of the two distributions of the module are installed."""
+    installed = {name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)}
+    if installed == {"onnxruntime", "onnxruntime-gpu"}:
         return (
             "Both onnxruntime and onnxruntime-gpu are installed and overwrite each other: uninstall both, "
             "then install onnxruntime-gpu alone (the extra `gpu`)."
         )
-    if there == {"onnxruntime"}:
+    if installed == {"onnxruntime"}:
         return "Uninstall onnxruntime (CPU build), then install onnxruntime-gpu (the extra `gpu`)."
-    if there == {"onnxruntime-gpu"}:
-        return "onnxruntime-gpu is there: check that its CUDA major version is torch's and the driver new enough."
+    if installed == {"onnxruntime-gpu"}:
+        return (
+            "onnxruntime-gpu is installed: check that its CUDA major version equals torch's and that the driver is "
+            "new enough."
+        )
     return "Install onnxruntime-gpu (the extra `gpu`)."
 
 
@@ -221,23 +227,25 @@ def _installed(distribution: str) -> bool:
 
 
 def opening_failed(err: Exception, file: Path, device: str) -> Exception:
-    """The runtime's exception as one of ours. Its types are private, its words are stable."""
-    words = str(err)
-    first = (words.splitlines() or [type(err).__name__])[0][:300]
-    lower = words.lower()
-    if any(w in lower for w in OUT_OF_MEMORY):
-        return OutOfMemory(f"no memory to load the model on {device}", where=file, todo="Free the device")
+    """Convert the runtime's exception into an error of this project, by its message: its types are private."""
+    message = str(err)
+    first = (message.splitlines() or [type(err).__name__])[0][:300]
+    lower = message.lower()
+    if any(part in lower for part in OUT_OF_MEMORY):
+        return OutOfMemory(
+            f"no memory to load the model on {device}", where=file, todo="Free memory on the device, or use another one"
+        )
     if "external data path does not exist" in lower or "no such file" in lower:
         return WeightsMissing(
-            f"weights beside the graph are missing ({first})",
+            f"the files with the graph's weights are missing ({first})",
             where=file,
-            todo="Copy the whole folder, not the .onnx alone",
+            todo="Copy the whole folder, not only the .onnx file",
         )
-    if device != "cpu" and any(w in lower for w in ("tensorrt", "nvinfer")):
+    if device != "cpu" and any(part in lower for part in ("tensorrt", "nvinfer")):
         return ConfigInvalid(
-            f"TensorRT did not start ({first})", where=file, todo="Install it anew, or use --tensorrt off"
+            f"TensorRT did not start ({first})", where=file, todo="Reinstall it, or use --tensorrt off"
         )
-    if device != "cpu" and any(w in lower for w in ("cuda", "cudnn")):
+    if device != "cpu" and any(part in lower for part in ("cuda", "cudnn")):
         return ConfigInvalid(f"CUDA did not start ({first})", where=file, todo=onnxruntime_remedy())
     size = file.stat().st_size
     return WeightsCorrupt(

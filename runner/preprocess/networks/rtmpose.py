@@ -1,11 +1,11 @@
-"""RTMPose: DWPose's pose network, in place of ViTPose: a person's box in, the same 133 whole-body points out.
+"""RTMPose: find a person's 133 whole-body points with DWPose's pose network, in place of ViTPose.
 
 In:   uint8 RGB frames, boxes and a network of the RTMPose contract. Out: points float32 [133, 3]: x, y in pixels of the
-frame, and a confidence on this project's scale. Never: which person, or what came before.
+      frame, and a confidence on this project's scale. Never: choosing a person, other frames.
 
 Contract (the published dw-ll_ucoco_384.onnx): [n, 3, 384, 288] float32 RGB, ImageNet-normalised, → simcc_x
-[n, 133, 576] and simcc_y [n, 133, 768]. A joint's place is not a peak in a picture but one in each of two rows of bins,
-two bins a pixel: the highest bin is the answer, to half a pixel of the crop. The order of points is COCO-WholeBody's.
+[n, 133, 576] and simcc_y [n, 133, 768]. A joint's position is the highest bin in each of two rows of bins (SimCC), two
+bins per pixel, so it is exact to half a pixel of the crop. The order of points is COCO-WholeBody's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from runner.preprocess.networks.yolov10 import Box
 
 __all__ = ["SimccEstimator", "confidence_of", "decode_simcc", "network_input"]
 
-WIDTH, HEIGHT = 288, 384  # 3:4 as ViTPose's 192x256, and boxes grow by the same quarter: `crop_of` serves both
-BINS = 2  # a pixel
+WIDTH, HEIGHT = 288, 384  # 3:4 as ViTPose's 192x256, and boxes grow by the same quarter: `crop_of` works for both
+BINS = 2  # per pixel
 MEAN = np.array([123.675, 116.28, 103.53])
 STD = np.array([58.395, 57.12, 57.375])
-# [1, 256, 3]: each channel's 256 values, normalised; a look-up in place of float arithmetic on every pixel.
+# [1, 256, 3]: each channel's 256 values, normalised; a look-up replaces float arithmetic on every pixel.
 NORMALISED = ((np.arange(256)[None, :, None] - MEAN) / STD).astype(np.float32)
-SEEN = 0.3  # DWPose takes joints of a lower score for unseen
-DRAWN = 0.5  # and this project those of a lower confidence
+SEEN = 0.3  # DWPose draws joints from this score on
+DRAWN = 0.5  # this project draws joints from this confidence on
 
 
 class SimccEstimator:
@@ -45,31 +45,32 @@ class SimccEstimator:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> SimccEstimator:
-        """Open a file on "cpu", "cuda" or "cuda:N". WeightsMissing, WeightsCorrupt, ConfigInvalid."""
+        """Open a file on "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid."""
         return cls(open_network(path, device))
 
     def points(self, frames: np.ndarray, boxes: Sequence[Box | None], *, bgr: bool = False) -> np.ndarray:
-        """uint8 RGB [n, H, W, 3] and a box each (None: look at the whole frame) → float32 [n, 133, 3].
+        """Return points float32 [n, 133, 3] for frames uint8 RGB [n, H, W, 3] and boxes (None: the whole frame).
 
-        The network was trained on RGB; `bgr` swaps, for comparisons with callers that do.
+        The network was trained on RGB. `bgr` exchanges red and blue, for comparisons with code that does so.
         """
         images = self.network.images(len(frames), self.input_size)
         crops = [self.cut(frame, box, out=out, bgr=bgr) for frame, box, out in zip(frames, boxes, images, strict=True)]
         return self.decode(self.network.run(images), crops)
 
     def cut(self, frame: np.ndarray, box: Box | None, *, out: np.ndarray, bgr: bool = False) -> Crop:
-        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 384, 288]; the crop."""
+        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 384, 288]. Returns the
+        crop."""
         crop = crop_of(box, (frame.shape[1], frame.shape[0]))
         out[:] = network_input(frame, crop, bgr=bgr)
         return crop
 
     def decode(self, output: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
-        """The network's output for `crops` → points float32 [n, 133, 3] in pixels of the frames."""
+        """Decode the network's output for `crops` to points float32 [n, 133, 3] in pixels of the frames."""
         return decode_simcc(output[..., : BINS * WIDTH], output[..., BINS * WIDTH :], crops)
 
 
 def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False) -> np.ndarray:
-    """uint8 RGB [H, W, 3] → float32 [3, 384, 288], normalised; outside of the frame is black before normalising."""
+    """Return the input for uint8 RGB [H, W, 3]: float32 [3, 384, 288], normalised, black outside the frame."""
     scale = WIDTH / crop.width
     to_input = np.array(
         [[scale, 0, WIDTH / 2 - scale * crop.cx], [0, scale, HEIGHT / 2 - scale * crop.cy]]  # centre to centre
@@ -81,11 +82,11 @@ def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False) -> np.nda
 
 
 def decode_simcc(x: np.ndarray, y: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
-    """x [n, J, 576], y [n, J, 768] and the crops they came from → points float32 [n, J, 3] in pixels of the frame.
+    """Decode x [n, J, 576] and y [n, J, 768] of the crops to points float32 [n, J, 3] in pixels of the frame.
 
-    The published decode: the highest bin of each axis (the codec's refinement is off in its training recipe), and
-    the lower of the two peaks as the score, since a joint is found only where both axes have found it. A joint
-    without a positive score has bin -1 on both axes.
+    As in the published code: the highest bin of each axis (the codec's refinement is off in its training recipe). The
+    score is the lower of the two peaks: a joint is found only if both axes have found it. A joint without a positive
+    score has bin -1 on both axes.
     """
     bins = np.stack([x.argmax(-1), y.argmax(-1)], -1).astype(np.float64)
     score = np.minimum(x.max(-1), y.max(-1))
@@ -97,10 +98,11 @@ def decode_simcc(x: np.ndarray, y: np.ndarray, crops: Sequence[Crop]) -> np.ndar
 
 
 def confidence_of(score: np.ndarray) -> np.ndarray:
-    """SimCC scores on the scale of ViTPose's heatmap peaks, which every threshold of this project is on. float64.
+    """Convert SimCC scores to the scale of ViTPose's heatmap peaks, on which all thresholds here are. float64.
 
-    Trained towards peaks of 1, a SimCC row has no fixed zero, and DWPose draws from 0.3. So 0 stays 0, its 0.3 becomes
-    our 0.5, 1 stays 1, straight lines between and beyond: order is kept, and both draw the same joints.
+    SimCC rows are trained towards peaks of 1, but have no fixed zero, and DWPose draws from 0.3 on. So 0 stays 0, 0.3
+    becomes 0.5, 1 stays 1, and values between and beyond are on straight lines. The order is kept, and both projects
+    draw the same joints.
     """
     score = score.astype(np.float64)
     return np.where(score < SEEN, score * (DRAWN / SEEN), DRAWN + (score - SEEN) * ((1 - DRAWN) / (1 - SEEN)))
@@ -108,7 +110,7 @@ def confidence_of(score: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _BothAxes:
-    """A session whose one output is simcc_x and simcc_y side by side: `Network` knows of one output."""
+    """A session with simcc_x and simcc_y side by side in one output, because `Network` has only one output."""
 
     session: Any
     names: tuple[str, str]
@@ -121,19 +123,19 @@ class _BothAxes:
                 f"the graph gave {list(x.shape)} and {list(y.shape)} for {len(x)} crops, "
                 f"not {JOINTS} rows of {BINS * WIDTH} and of {BINS * HEIGHT} bins each",
                 where=self.path,
-                todo="This is another model; check which file stands under this name",
+                todo="This is another model; check which file has this name",
             )
         return [np.concatenate([x, y], -1)]
 
 
 def _with_both_axes(network: Network) -> Network:
-    """The network with both outputs as one, [n, 133, 576 + 768]. WeightsCorrupt unless they are those of a SimCC."""
+    """Join both outputs to one, [n, 133, 576 + 768]. Raises WeightsCorrupt unless they are those of a SimCC network."""
     outputs = network.session.get_outputs()
     if len(outputs) < 2:
         raise WeightsCorrupt(
-            f"the graph has one output, {list(network.output_shape)}, where simcc_x and simcc_y are needed",
+            f"the graph has one output, {list(network.output_shape)}, but simcc_x and simcc_y are needed",
             where=network.path,
-            todo="This is another model; check which file stands under this name",
+            todo="This is another model; check which file has this name",
         )
     for output, side in zip(outputs, (WIDTH, HEIGHT), strict=False):
         sizes = tuple(size if isinstance(size, int) and size > 0 else None for size in output.shape or [])

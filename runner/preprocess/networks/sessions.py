@@ -1,11 +1,11 @@
-"""ONNX networks: open a file on the device that was asked for, or say plainly why not.
+"""ONNX networks: open a model file on the requested device, or raise an error with the reason.
 
 In:   a model file (or the folder of `end2end.onnx` and its weights) and a device. Out: `Network`: names, batch, `run`.
-Never: what the network finds. A CPU session where CUDA was asked for is an error, never a slow surprise.
+Never: the meaning of the network's output. If CUDA is requested and the session runs on the CPU, that is an error.
 
-On a GPU each network has a CUDA stream of its own, from torch's pool. Its work neither waits for that of another
-thread, which denoises, nor makes it wait. The lowest priority that CUDA has is that of torch's default stream, on which
-the denoising runs: a network's stream cannot have a lower one, so both share the GPU as equals.
+On a GPU each network has its own CUDA stream, from torch's pool. So its work does not wait for the thread that
+denoises, and that thread does not wait for it. The denoising runs on torch's default stream, which has the lowest
+priority of CUDA. A network's stream cannot have a lower one, so both share the GPU as equals.
 """
 
 from __future__ import annotations
@@ -45,42 +45,42 @@ __all__ = [
     "open_session",
 ]
 
-# A larger batch is slower on a CPU, and gives the same bits: see bench/results.md, "Pose batches".
+# On a CPU a larger batch is slower and gives the same bits: see bench/results.md, "Pose batches".
 CPU_BATCH = 1
-FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder holding it
+FOLDER_MODEL = "end2end.onnx"  # MMDeploy's name; the official ViTPose release is a folder with this file
 ELEMENTS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network with one image input and one output that matters (index 0: exports differ in names, not in order).
+    """A network with one image input, of which the first output is used (exports differ in names, not in order).
 
-    `session` is anything with the runtime's `run(names, feeds)`: a session, a `BoundSession`, or what joins outputs.
+    `session` has the runtime's method `run(names, feeds)`: a session, a `BoundSession`, or one that joins outputs.
     """
 
     session: Any
     path: Path
     provider: str
-    reason: str  # why this provider, in words, for the log and the record
+    reason: str  # why this provider was chosen, for the log and the record
     input_name: str
     output_name: str
     input_shape: tuple[int | None, ...]  # None: dynamic
     output_shape: tuple[int | None, ...]
     dtype: np.dtype[Any]  # of the input
     precision: Precision = "fp32"  # of its matrix products
-    precision_why: str = ""  # where int8 was asked for: how it was made, or why it was not
-    host_device: str | None = None  # whose page-locked memory `images` gives; None: plain memory
+    precision_why: str = ""  # if int8 was requested: how it was made, or why it was not
+    host_device: str | None = None  # device for which `images` gives page-locked memory; None: plain memory
     at_once: int = 1  # images in one run of a graph that takes any number
 
     @property
     def batch(self) -> int | None:
-        """The constant batch size of the graph, or None when it takes any."""
+        """The constant batch size of the graph; None if it takes any number."""
         return self.input_shape[0] if self.input_shape else None
 
     @property
     def description(self) -> dict[str, Any]:
         """Plain values for the record."""
-        said: dict[str, Any] = {
+        values: dict[str, Any] = {
             "model": self.path.name,
             "provider": self.provider,
             "why": self.reason,
@@ -90,17 +90,18 @@ class Network:
             else f"the graph takes any number, and gets {self.at_once} at a time",
             "precision": self.precision,
         }
-        return said | ({"precision_why": self.precision_why} if self.precision_why else {})
+        return values | ({"precision_why": self.precision_why} if self.precision_why else {})
 
     def images(self, count: int, size: tuple[int, int, int]) -> np.ndarray:
-        """float32 [count, *size], not yet filled, to be filled and given to `run`: the memory that serves it best."""
+        """Return float32 [count, *size], uninitialised, in the fastest memory for `run`. The caller fills it."""
         return host_array((count, *size), np.float32, self.host_device)
 
     def run(self, images: np.ndarray, *, most: int | None = None) -> np.ndarray:
-        """[n, 3, H, W] → the first output of all n, float32 [n, …], at most `most` (or `at_once`) images at a time.
+        """Return the first output, float32 [n, …], for images [n, 3, H, W].
 
-        A graph of constant batch k is fed k at a time, the last chunk filled up with zeros that are dropped again.
-        Where memory is short a chunk is halved, down to one image: last bits may then differ. Raises OutOfMemory.
+        At most `most` (default: `at_once`) images are run at a time. A graph of constant batch k gets k at a time; the
+        last chunk is filled up with zeros, whose outputs are dropped. If memory is short, a chunk is halved, down to
+        one image; then the last bits may differ. Raises OutOfMemory.
         """
         size = self.batch or most or self.at_once
         parts = []
@@ -125,12 +126,12 @@ class Network:
     def _run_once(self, chunk: np.ndarray) -> np.ndarray:
         try:
             return self.session.run([self.output_name], {self.input_name: chunk})[0]
-        except Exception as err:  # onnxruntime has no public exception types; only exhausted memory is ours to name
-            if any(words in str(err).lower() for words in OUT_OF_MEMORY):
+        except Exception as err:  # onnxruntime has no public exception types
+            if any(part in str(err).lower() for part in OUT_OF_MEMORY):
                 raise OutOfMemory(
                     f"{self.path.name} ran out of memory on {self.provider}",
                     where=self.path,
-                    todo="Free the device, or preprocess on the CPU",
+                    todo="Free memory on the device, or preprocess on the CPU",
                 ) from err
             raise
 
@@ -145,9 +146,9 @@ def open_network(
 ) -> Network:
     """Open `path` on `device`: "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
 
-    `at_once`: images in one run on a GPU, where the graph takes any number; on the CPU it is CPU_BATCH.
-    `precision` int8 is the CPU's: elsewhere it is refused. A network that has little to gain from it stays as it is,
-    and says so in its description.
+    at_once:   images in one run on a GPU, if the graph takes any number; on the CPU it is CPU_BATCH.
+    precision: int8 works on the CPU only. A network that would not be faster with it stays in float32, with the reason
+               in its description.
     """
     options = options or NetworkOptions()
     file, why = model_file(path), ""
@@ -164,7 +165,7 @@ def open_network(
         )
     provider, input_shape = session.get_providers()[0], _sizes(inputs[0].shape)
     if provider == TENSORRT and input_shape and input_shape[0] is None:
-        # An engine is built for the shapes that it is shown. With one batch size there is one; fewer are filled up.
+        # TensorRT builds an engine for each shape. With a constant batch there is one; smaller batches are filled up.
         input_shape = (at_once, *input_shape[1:])
     bound = _bound(session, device, stream)
     return Network(
@@ -187,9 +188,9 @@ def open_network(
 def open_session(
     path: Path, device: str = "cpu", options: NetworkOptions | None = None, *, stream: int | None = None
 ) -> tuple[Any, str]:
-    """(onnxruntime session, why it runs there). The session has the provider that was chosen, or this raises.
+    """Return (onnxruntime session, why it runs there). Raises an error if the chosen provider does not start.
 
-    `stream`: address of the CUDA stream on which it computes; None: one that the runtime makes.
+    stream: address of the CUDA stream on which it computes; None: one that the runtime makes.
     """
     file = model_file(path)
     import onnxruntime
@@ -197,7 +198,7 @@ def open_session(
     options = options or NetworkOptions()
     limit = None
     if options.arena_bytes is not None and device != "cpu":
-        # The arena holds the weights too. The graphs are in float32, as large on the device as in their files.
+        # The arena also has the weights. The graphs are in float32, so weights are as large on the device as in files.
         limit = options.arena_bytes + sum(part.stat().st_size for part in model_files(file))
     choose = partial(choose_providers, device, onnxruntime.get_available_providers(), memory_limit=limit, stream=stream)
     choice = choose(
@@ -215,7 +216,7 @@ def open_session(
 
 
 def _started(file: Path, device: str, choice: Choice) -> Any:
-    """A session that runs on the first provider of `choice`. Raises ConfigInvalid where it fell back to another."""
+    """Open a session on the first provider of `choice`. Raises ConfigInvalid if it falls back to another one."""
     import onnxruntime
 
     if choice.first != CPU and hasattr(onnxruntime, "preload_dlls"):
@@ -223,19 +224,19 @@ def _started(file: Path, device: str, choice: Choice) -> Any:
     if choice.first == TENSORRT:
         Path(choice.providers[0][1]["trt_engine_cache_path"]).mkdir(parents=True, exist_ok=True)
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # what matters comes back as an exception
+    settings.log_severity_level = 3  # errors are raised as exceptions
     settings.use_deterministic_compute = True
-    # On a GPU the CPU only does shape arithmetic. Left to itself the runtime pins a thread to every core of the host,
-    # also of a container that was given two, and spins there while the generator wants them.
+    # With a GPU the CPU only does shape arithmetic. By default the runtime pins a thread to every core of the host,
+    # even in a container with two cores, and spins there while the generator needs the cores.
     settings.intra_op_num_threads = usable_cpus() if choice.first == CPU else 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if choice.first != CPU:
-        # A planned run asks its arena for one block as large as all tensors, beside those of the first, unplanned run.
+        # A run with a memory pattern takes one block as large as all tensors, beside those of the first run.
         settings.enable_mem_pattern = False
     try:
-        # Without the fallback, which repeats on the CPU what failed on the GPU, and says so on stdout alone.
+        # No fallback: it would repeat a failed run on the CPU and report this on stdout only.
         session = onnxruntime.InferenceSession(str(file), settings, providers=list(choice.providers), enable_fallback=0)
-    except Exception as err:  # as above: told apart by their words
+    except Exception as err:  # onnxruntime has no public exception types
         raise opening_failed(err, file, device) from err
     if session.get_providers()[0] != choice.first:
         raise ConfigInvalid(
@@ -247,10 +248,10 @@ def _started(file: Path, device: str, choice: Choice) -> Any:
 
 
 def _stream(device: str) -> Any | None:
-    """A CUDA stream of torch's for one network; None on the CPU, and where torch has no CUDA."""
+    """Return a CUDA stream of torch for one network; None on the CPU, and if torch has no CUDA."""
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index.isdigit() or not index):
-        return None  # the CPU, or no device at all, which is refused later
+        return None  # the CPU, or an unknown device, which is refused later
     import torch
 
     where = binding_device(CUDA, device, torch_cuda=torch.cuda.is_available())
@@ -258,7 +259,7 @@ def _stream(device: str) -> Any | None:
 
 
 def _bound(session: Any, device: str, stream: Any | None) -> BoundSession | None:
-    """The session with its inputs and outputs on the GPU that it runs on; None on the CPU."""
+    """Bind the session's inputs and outputs on its GPU. None on the CPU."""
     provider = session.get_providers()[0]
     if provider == CPU:
         return None
@@ -271,17 +272,17 @@ def _bound(session: Any, device: str, stream: Any | None) -> BoundSession | None
 def _int8(file: Path, device: str, options: NetworkOptions) -> tuple[Path | None, str]:
     check_precision("int8", device)
     if options.folder is None:
-        raise ConfigInvalid("there is no folder to keep int8 networks in", todo="Pass --cache DIR")
+        raise ConfigInvalid("there is no cache folder for int8 networks", todo="Pass --cache DIR")
     return make_int8(file, options.folder)
 
 
 def model_file(path: Path) -> Path:
-    """The .onnx file behind `path`: itself, or `end2end.onnx` inside a folder. WeightsMissing if there is none."""
+    """Return the .onnx file at `path`: the file itself, or `end2end.onnx` in a folder. Raises WeightsMissing."""
     path = Path(path)
     file = path / FOLDER_MODEL if path.is_dir() else path
     if not file.is_file():
         raise WeightsMissing(
-            f"no ONNX model here{f' (no {FOLDER_MODEL} in this folder)' if path.is_dir() else ''}",
+            f"there is no ONNX model here{f' (no {FOLDER_MODEL} in this folder)' if path.is_dir() else ''}",
             where=path,
             todo="Put the preprocessing models of the published weights under process_checkpoint/ in --models",
         )
@@ -289,7 +290,7 @@ def model_file(path: Path) -> Path:
 
 
 def check_shape(network: Network, *, input_tail: tuple[int, ...], output_tails: list[tuple[int | None, ...]]) -> None:
-    """WeightsCorrupt unless input and output have these sizes after the batch; None and dynamic sizes match all."""
+    """Raise WeightsCorrupt unless input and output have these sizes after the batch. None and dynamic sizes match."""
 
     def fits(shape: tuple[int | None, ...], tail: tuple[int | None, ...]) -> bool:
         pairs = zip(shape[1:], tail, strict=False)
@@ -297,12 +298,12 @@ def check_shape(network: Network, *, input_tail: tuple[int, ...], output_tails: 
 
     got_in, got_out = network.input_shape, network.output_shape
     if not fits(got_in, input_tail) or not (not got_out or any(fits(got_out, tail) for tail in output_tails)):
-        wanted = " or ".join(str(list(tail)) for tail in output_tails)
+        expected = " or ".join(str(list(tail)) for tail in output_tails)
         raise WeightsCorrupt(
             f"the graph maps {list(got_in)} to {list(got_out)}, "
-            f"but after the batch {list(input_tail)} to {wanted} is needed",
+            f"but after the batch {list(input_tail)} to {expected} is needed",
             where=network.path,
-            todo="This is another model; check which file stands under this name",
+            todo="This is another model; check which file has this name",
         )
 
 

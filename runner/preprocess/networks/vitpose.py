@@ -1,11 +1,11 @@
-"""ViTPose: a person's box in, 133 whole-body points out.
+"""ViTPose: find a person's 133 whole-body points.
 
 In:   uint8 RGB frames, boxes and a network of the ViTPose contract. Out: points float32 [133, 3]: x, y in pixels of the
-frame, and the heatmap's peak as confidence (raw: it can exceed 1). Never: which person, or what came before.
+      frame, and the heatmap's peak as confidence (raw: it can exceed 1). Never: choosing a person, other frames.
 
 Contract: [n, 3, 256, 192] float32, ImageNet-normalised, → heatmaps [n, 133, 64, 48]. The network was trained on RGB;
-the official pipeline hands it BGR, which parity mode repeats. Decoding is DARK without UDP, as there: what
-the generator has learned to read.
+the official preprocessing gives it BGR, and parity mode does the same. Decoding is DARK without UDP, as in the official
+code: the generator was trained with such points.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ JOINTS = 133
 WIDTH, HEIGHT = 192, 256
 MAP_WIDTH, MAP_HEIGHT = 48, 64
 MARGIN = 1.25
-LEAST_SIDE = 10  # a smaller box is a mistake: the whole frame is looked at instead
+LEAST_SIDE = 10  # a smaller box is a mistake: the whole frame is used instead
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 SLOPE, LEVEL = np.float32(1) / (255 * STD), MEAN / STD  # (value / 255 - mean) / std in one step
 BLUR = cv2.getGaussianKernel(11, 2.0).ravel()  # float64; 2.0 is OpenCV's own sigma for 11 taps
 TINY = 1e-10
-RADIUS = 7  # 5 for the blur and 2 for the second differences: a 15x15 patch holds all that the Taylor step sees
+RADIUS = 7  # 5 for the blur and 2 for the second differences: the Taylor step depends on a 15x15 patch
 # float64 [5, 15]: row k blurs values k … k + 10 of 15, so that a patch is blurred by two products.
 BLUR_DOWN = np.stack([np.concatenate([np.zeros(k), BLUR, np.zeros(4 - k)]) for k in range(5)])
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What the network looks at: centre and size in pixels of the frame, unrounded, 3:4."""
+    """The part of a frame that the network gets: centre and size in pixels of the frame, not rounded, 3:4."""
 
     cx: float
     cy: float
@@ -48,10 +48,11 @@ class Crop:
 
     @property
     def corners(self) -> tuple[int, int, int, int]:
-        """x1, y1, x2, y2 in whole pixels (half to even); may lie outside of the frame.
+        """x1, y1, x2, y2 in whole pixels (half to even); may be outside the frame.
 
-        Centre less and plus half of the size, but by the official way there, which maps the input's corners back
-        through an inverted matrix: crops of whole boxes often end halfway between two pixels, where last bits decide.
+        They are the centre minus and plus half of the size, computed as in the official code, which maps the input's
+        corners back through an inverted matrix. Crops of whole boxes often end halfway between two pixels, where the
+        last bits decide the rounding.
         """
         tall, wide = self.height, self.height / (HEIGHT / WIDTH)
         to_input = np.array(
@@ -81,39 +82,42 @@ class PoseEstimator:
         return cls(open_network(path, device))
 
     def points(self, frames: np.ndarray, boxes: Sequence[Box | None], *, bgr: bool = False) -> np.ndarray:
-        """uint8 RGB [n, H, W, 3] and a box each (None: look at the whole frame) → float32 [n, 133, 3]."""
+        """Return points float32 [n, 133, 3] for frames uint8 RGB [n, H, W, 3] and boxes (None: the whole frame)."""
         images = self.network.images(len(frames), self.input_size)
         crops = [self.cut(frame, box, out=out, bgr=bgr) for frame, box, out in zip(frames, boxes, images, strict=True)]
         return self.decode(self.network.run(images), crops)
 
     def cut(self, frame: np.ndarray, box: Box | None, *, out: np.ndarray, bgr: bool = False) -> Crop:
-        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 256, 192]; the crop."""
+        """Write the network's input for `box` of uint8 RGB [H, W, 3] into `out`, float32 [3, 256, 192]. Returns the
+        crop."""
         crop = crop_of(box, (frame.shape[1], frame.shape[0]))
         network_input(frame, crop, bgr=bgr, out=out)
         return crop
 
     def decode(self, output: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
-        """The network's output for `crops` → points float32 [n, 133, 3] in pixels of the frames."""
+        """Decode the network's output for `crops` to points float32 [n, 133, 3] in pixels of the frames."""
         return decode_heatmaps(output, crops)
 
 
 def crop_of(box: Box | None, size: tuple[int, int]) -> Crop:
-    """The 3:4 crop around a box, a quarter larger; around the whole frame (width, height) if there is no good box."""
+    """Return the 3:4 crop around a box, a quarter larger; around the whole frame (width, height) without a good box."""
     if box is None or box.score <= 0 or box.x2 - box.x1 < LEAST_SIDE or box.y2 - box.y1 < LEAST_SIDE:
         x1, y1, x2, y2 = 0.0, 0.0, float(size[0]), float(size[1])
     else:
         x1, y1, x2, y2 = box.x1, box.y1, box.x2, box.y2
-    tall = 200 * (max((x2 - x1) * (HEIGHT / WIDTH), y2 - y1) / 200 * MARGIN)  # its unit decides last bits, too
+    tall = 200 * (
+        max((x2 - x1) * (HEIGHT / WIDTH), y2 - y1) / 200 * MARGIN
+    )  # divided and multiplied by 200 as in the official code, for the same last bits
     return Crop((x1 + x2) / 2, (y1 + y2) / 2, tall * (WIDTH / HEIGHT), tall)
 
 
 def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 RGB [H, W, 3] → float32 [3, 256, 192], normalised, in `out` if given; black outside of the frame.
+    """Return the input for uint8 RGB [H, W, 3]: float32 [3, 256, 192], normalised, in `out` if given. Black outside the
+    frame.
 
-    The bilinear resize of `cv2.resize` on float32, but only the two rows and columns that each pixel is mixed from are
-    read: at most 512x384 of a crop that can hold ten times as many, and none of those outside of the frame. A warp of
-    bytes would take half the time and round to whole levels: networks with a finder of their own inside move joints by
-    pixels for that.
+    It equals a bilinear `cv2.resize` on float32. But only the two rows and columns that each pixel is mixed from are
+    read: at most 512x384 pixels of a crop that can have ten times as many, and none outside the frame. A warp of bytes
+    would take half the time, but round to whole levels, which can move joints by pixels.
     """
     x1, y1, x2, y2 = crop.corners
     columns, across, x = _taps(x1, x2 - x1, WIDTH, frame.shape[1])
@@ -136,9 +140,9 @@ def network_input(frame: np.ndarray, crop: Crop, *, bgr: bool = False, out: np.n
 
 
 def _gathered(frame: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """frame[rows, columns] as uint8 RGBx [r, c, 4], 0 outside of the frame.
+    """Return frame[rows, columns] as uint8 RGBx [r, c, 4], 0 outside the frame.
 
-    Rows as wholes, then columns as words of four bytes: half the time of picking pixels of three.
+    It takes whole rows, then columns as words of four bytes: this needs half the time of taking pixels of three bytes.
     """
     height, width = frame.shape[:2]
     left, right = max(int(columns.min()), 0), min(int(columns.max()) + 1, width)
@@ -152,8 +156,9 @@ def _gathered(frame: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 
 def _taps(start: int, length: int, count: int, end: int) -> tuple[np.ndarray, np.ndarray, slice]:
-    """Of `length` pixels from `start` on, resized to `count`: the pairs mixed, int64 [2 * k] (all first ones, then all
-    second ones), and the share of the second, float32 [k], for those k of the `count` that see any of 0 … end - 1."""
+    """Return the taps of resizing `length` pixels from `start` on to `count`, for the k outputs that depend on pixels
+    0 … end - 1: (indices int64 [2 * k], all first taps, then all second ones; shares of the second, float32 [k]; the
+    slice of these outputs)."""
     at = np.minimum(np.maximum((np.arange(count) + 0.5) * (length / count) - 0.5, 0), length - 1)
     low = at.astype(np.int64)
     first, second = start + low, start + np.minimum(low + 1, length - 1)
@@ -168,10 +173,10 @@ def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray, out: np.ndarr
 
 
 def decode_heatmaps(heatmaps: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
-    """Heatmaps float32 [n, J, 64, 48] and the crops they came from → points float32 [n, J, 3] in pixels of the frame.
+    """Decode heatmaps float32 [n, J, 64, 48] of the crops to points float32 [n, J, 3] in pixels of the frame.
 
-    DARK: the peak, then one Newton step on the logarithm of the map blurred by an 11-tap Gaussian. Equal to blurring
-    whole maps, but only the 15x15 values that the step depends on are blurred, for all maps at once.
+    DARK: the peak, then one Newton step on the logarithm of the map, blurred by an 11-tap Gaussian. The result equals
+    that of blurring whole maps, but only the 15x15 values that the step depends on are blurred, for all maps at once.
     """
     n, joints = heatmaps.shape[:2]
     maps = heatmaps.reshape(n * joints, MAP_HEIGHT, MAP_WIDTH)
@@ -193,16 +198,16 @@ def decode_heatmaps(heatmaps: np.ndarray, crops: Sequence[Crop]) -> np.ndarray:
 
 
 def _log_windows(maps: np.ndarray, chosen: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
-    """Log of the blurred `maps[chosen]`, 5x5 around each peak: float64 [m, 5, 5], up to a constant a map."""
+    """Return the log of the blurred `maps[chosen]` around each peak: float64 [m, 5, 5], up to a constant per map."""
     patches = np.empty((len(chosen), 2 * RADIUS + 1, 2 * RADIUS + 1))
     whole = (px >= RADIUS) & (px < MAP_WIDTH - RADIUS) & (py >= RADIUS) & (py < MAP_HEIGHT - RADIUS)
     every = np.lib.stride_tricks.sliding_window_view(maps, patches.shape[1:], axis=(1, 2))
     patches[whole] = every[chosen[whole], py[whole] - RADIUS, px[whole] - RADIUS]
     patches[~whole] = _at_border(maps, chosen[~whole], px[~whole], py[~whole])
-    # Patch by patch, not as one product over all: that would round by what else is in the batch.
+    # One product per patch, not one over all: its rounding would depend on the other patches of the batch.
     blurred = BLUR_DOWN @ patches @ BLUR_DOWN.T
-    # The definition rescales each map to its old peak before it clips at 1e-10. The factor is at least 1, so it is
-    # needed only where something could be clipped: maps with negative or vanishing values beside the peak.
+    # DARK rescales each map to its old peak before it clips at 1e-10. The factor is at least 1, so it is needed only
+    # for maps in which values could be clipped: those with negative or very small values beside the peak.
     for i in np.flatnonzero(blurred.min(axis=(1, 2)) < TINY):
         heatmap = maps[chosen[i]].astype(np.float64)
         highest = cv2.sepFilter2D(heatmap, -1, BLUR, BLUR, borderType=cv2.BORDER_CONSTANT).max()
@@ -212,7 +217,7 @@ def _log_windows(maps: np.ndarray, chosen: np.ndarray, px: np.ndarray, py: np.nd
 
 
 def _at_border(maps: np.ndarray, chosen: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
-    """Patches [m, 15, 15] that reach over the edge of `maps[chosen]`: the blur sees zeros there."""
+    """Return patches [m, 15, 15] that reach over the edge of `maps[chosen]`, with zeros outside."""
     reach = np.arange(-RADIUS, RADIUS + 1)
     rows, columns = py[:, None] + reach, px[:, None] + reach
     on_map = ((rows >= 0) & (rows < MAP_HEIGHT))[:, :, None] & ((columns >= 0) & (columns < MAP_WIDTH))[:, None, :]
@@ -223,7 +228,7 @@ def _at_border(maps: np.ndarray, chosen: np.ndarray, px: np.ndarray, py: np.ndar
 
 
 def _newton_steps(f: np.ndarray) -> np.ndarray:
-    """Offsets [m, 2] (x, y) to the top of the parabola through 5x5 windows f [m, y, x]; 0 where there is no top."""
+    """Return the offsets [m, 2] (x, y) to the top of the parabola through 5x5 windows f [m, y, x]; 0 without a top."""
     dx = (f[:, 2, 3] - f[:, 2, 1]) / 2
     dy = (f[:, 3, 2] - f[:, 1, 2]) / 2
     dxx = (f[:, 2, 4] - 2 * f[:, 2, 2] + f[:, 2, 0]) / 4
@@ -232,7 +237,7 @@ def _newton_steps(f: np.ndarray) -> np.ndarray:
     det = dxx * dyy - dxy * dxy
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         step = np.stack([-(dyy * dx - dxy * dy) / det, -(dxx * dy - dxy * dx) / det], 1)
-    # A step longer than the map comes from a flat top, where the determinant is rounding noise. The official code takes
-    # it, and OpenCV then refuses coordinates beyond 32 bits.
+    # A step longer than the map comes from a flat top, where the determinant is rounding noise. The official code uses
+    # it, and OpenCV then fails on coordinates beyond 32 bits.
     usable = np.isfinite(step).all(1) & (np.abs(step).max(1) <= MAP_HEIGHT)
     return np.where(usable[:, None], step, 0.0)

@@ -1,7 +1,7 @@
-"""YOLOv10: frames in, the boxes of people out, and the one box that the clip is about.
+"""YOLOv10: find the boxes of people in a frame, and choose one of them.
 
 In:   uint8 RGB frames and a network of the YOLOv10 contract. Out: candidate rows, and the `Box`es of people in a frame.
-Never: time (who is who in the next frame, and what to do in one without a person, is `track`'s business).
+Never: time (`track` follows people from frame to frame).
 
 Contract: [1, 3, 640, 640] float32 RGB/255, the frame stretched, → [1, 300, 6] rows x1, y1, x2, y2, score, class in
 640-space (or YOLOv8's [1, 84, 8400]: centre, size, 80 class scores). Class 0 is a person.
@@ -32,10 +32,10 @@ __all__ = [
 SIDE = 640
 PERSON = 0
 PARITY_MIN_SCORE = 0.05
-MIN_SCORE = 0.25  # the detector's own default: below it every texture is a person, and no clip is without one
+MIN_SCORE = 0.25  # the detector's own default; below it textures are detected as people in every clip
 NMS_IOU = 0.5
-FAR_SMALLER = 0.4  # official: boxes this much shorter than the longest so far are passed over
-# Division in float64, then float32, as the official code does, at the price of a table look-up.
+FAR_SMALLER = 0.4  # official: boxes shorter than this share of the longest so far are skipped
+# Divided in float64 and converted to float32, as in the official code; as a table it takes only a look-up.
 UNIT = (np.arange(256) / 255.0).astype(np.float32)
 
 
@@ -82,17 +82,17 @@ class Detector:
         return cls(open_network(path, device))
 
     def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2 in 640-space, score, class."""
-        images = self.network.images(len(frames), (3, SIDE, SIDE))  # 5 MB a frame: filled in place, never doubled
+        """Return float32 [n, rows, 6] for n frames uint8 RGB [H, W, 3]: x1, y1, x2, y2 in 640-space, score, class."""
+        images = self.network.images(len(frames), (3, SIDE, SIDE))  # 5 MB per frame: filled in place, never copied
         for image, frame in zip(images, frames, strict=True):
             network_input(frame, image)
         return _as_rows(self.network.run(images))
 
 
 def network_input(frame: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 RGB [H, W, 3] → float32 [3, 640, 640] in 0…1, in `out` if given.
+    """Return the input for uint8 RGB [H, W, 3]: float32 [3, 640, 640] in 0…1, in `out` if given.
 
-    Stretched, not letterboxed: the contract's own way.
+    The frame is stretched, not letterboxed, as in the contract.
     """
     image = np.empty((3, SIDE, SIDE), np.float32) if out is None else out
     planes = cv2.split(cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR))
@@ -102,10 +102,11 @@ def network_input(frame: np.ndarray, out: np.ndarray | None = None) -> np.ndarra
 
 
 def people(rows: np.ndarray, size: tuple[int, int]) -> list[Box]:
-    """Everybody in one frame, the surest first. `rows` float [m, 6] as in `Detector.rows`, `size` (width, height).
+    """Return all people in one frame, highest score first. `rows`: float [m, 6] as of `Detector.rows`; `size`: (width,
+    height).
 
-    Differs from the official rule where that goes wrong: only people compete (there, a surfboard that scores higher
-    deletes its surfer), boxes stay fractional, and a score of 0.06 makes no one a person.
+    It differs from the official rule in three points where that fails. Only people suppress each other (in the official
+    code a surfboard with a higher score deletes its surfer). Boxes are not rounded. Scores below MIN_SCORE are dropped.
     """
     found = rows[(rows[:, 5].round() == PERSON) & (rows[:, 4] >= MIN_SCORE)]
     boxes = _scaled(found[:, :4], size)
@@ -117,18 +118,18 @@ def people(rows: np.ndarray, size: tuple[int, int]) -> list[Box]:
 
 
 def choose_person(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
-    """The largest of `people`, or None: the choice where there is one frame only (a reference)."""
+    """Return the largest of `people`, or None. For a single frame (a reference)."""
     return max(people(rows, size), key=lambda box: box.area, default=None)
 
 
 def choose_person_parity(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
-    """The official choice: whole pixels, suppression across all classes, then the largest.
+    """Return the official choice: whole pixels, suppression across all classes, then the largest box.
 
-    Boxes are scanned by falling score; one whose longer side is under 0.4 of a running maximum is passed over. That
-    maximum starts at the longest of all and then follows the box accepted last.
+    Boxes are scanned by falling score. A box whose longer side is under 0.4 of a running maximum is skipped. This
+    maximum is first the longest side of all, then that of the box accepted last.
     """
     rows = rows[rows[:, 4] >= PARITY_MIN_SCORE].astype(np.float32, copy=False)
-    # In float32 as there: what lies just beside a whole pixel is cut to another one in float64.
+    # In float32 as in the official code: near a whole pixel, float64 may be cut to another one.
     boxes = rows[:, :4] * np.array([size[0] / SIDE, size[1] / SIDE] * 2, np.float32)
     boxes[:, 2:] -= boxes[:, :2]
     boxes = boxes.astype(np.int32)
@@ -146,7 +147,7 @@ def choose_person_parity(rows: np.ndarray, size: tuple[int, int]) -> Box | None:
 
 
 def _as_rows(output: np.ndarray) -> np.ndarray:
-    """Either layout as [n, m, 6]; the YOLOv8 one carries centre and size and a score for each of 80 classes."""
+    """Convert either layout to [n, m, 6]. YOLOv8's has centre, size and a score for each of 80 classes."""
     if output.shape[-1] == 6:
         return output
     columns = output.transpose(0, 2, 1)
@@ -163,7 +164,7 @@ def _scaled(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _nms(boxes_xywh: np.ndarray, scores: np.ndarray, least: float) -> list[int]:
-    """Indices that survive, best score first."""
+    """Return the indices that non-maximum suppression keeps, highest score first."""
     if not len(boxes_xywh):
         return []
     kept = cv2.dnn.NMSBoxes(boxes_xywh.tolist(), scores.astype(float).tolist(), least, NMS_IOU)

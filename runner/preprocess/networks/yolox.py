@@ -1,12 +1,12 @@
-"""YOLOX: DWPose's person detector, in place of YOLOv10: frames in, the same candidate rows out.
+"""YOLOX: find people with DWPose's person detector, in place of YOLOv10.
 
-In:   uint8 RGB frames and a network of the YOLOX contract. Out: rows as `yolov10.Detector.rows` gives them, so that
-`people`, `choose_person` and the tracker take either. Never: who is who.
+In:   uint8 RGB frames and a network of the YOLOX contract. Out: rows as of `yolov10.Detector.rows`, so that `people`,
+      `choose_person` and the tracker work with both. Never: following people over time.
 
 Contract (the published yolox_l.onnx): [n, 3, 640, 640] float32 BGR 0…255, the frame at the top left on grey 114, →
-[n, 8400, 85]: a box, how sure it is of an object, and of each of 80 classes. There is one candidate for each cell of
-an 80x80, a 40x40 and a 20x20 grid (strides 8, 16, 32; row by row). Most exports leave the box relative to its cell
-(offset in cells, log of the size in cells), some decode it to centre and size in pixels; both are read.
+[n, 8400, 85]: a box, a score for an object, and a score for each of 80 classes. There is one candidate for each cell of
+an 80x80, a 40x40 and a 20x20 grid (strides 8, 16, 32; row by row). In most exports the box is relative to its cell
+(offset in cells, log of the size in cells), in some it is centre and size in pixels; both are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GREY = 114
 PERSON_SCORE = 5  # its column: centre, size and objectness come first
 MIN_SCORE = 0.3  # DWPose's; its suppression starts from 0.1, but a lower score never deletes a higher one
 NMS_IOU = 0.45
-SAMPLED = 7  # of so many candidates one is asked how boxes are written; no divisor of a grid's side: all columns speak
+SAMPLED = 7  # every 7th candidate is used to find how boxes are written; 7 divides no grid's side: all columns count
 
 
 def _cells() -> np.ndarray:
@@ -50,14 +50,14 @@ class YoloxDetector:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> YoloxDetector:
-        """Open a file on "cpu", "cuda" or "cuda:N". WeightsMissing, WeightsCorrupt, ConfigInvalid."""
+        """Open a file on "cpu", "cuda" or "cuda:N". Raises WeightsMissing, WeightsCorrupt, ConfigInvalid."""
         return cls(open_network(path, device))
 
     def rows(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """n frames uint8 RGB [H, W, 3] → float32 [n, rows, 6]: x1, y1, x2, y2, score, class, best score first.
+        """Return float32 [n, rows, 6] for n frames uint8 RGB [H, W, 3]: x1, y1, x2, y2, score, class; best first.
 
-        Corners are in the space of the frame stretched to 640x640, whatever its size: `Detector`'s. People only (class
-        0), after suppression; a frame with fewer than others ends in rows of score 0.
+        Corners are in the space of the frame stretched to 640x640, as `Detector`'s. People only (class 0), after
+        suppression. A frame with fewer people than others has rows of score 0 at its end.
         """
         images = self.network.images(len(frames), (3, SIDE, SIDE))
         for image, frame in zip(images, frames, strict=True):
@@ -73,7 +73,7 @@ class YoloxDetector:
 
 
 def network_input(frame: np.ndarray) -> np.ndarray:
-    """uint8 RGB [H, W, 3] → [3, 640, 640], BGR 0…255, aspect kept, at the top left, grey 114 beside or below."""
+    """Return the input for uint8 RGB [H, W, 3]: [3, 640, 640], BGR 0…255, aspect kept, at the top left on grey 114."""
     width, height = _resized((frame.shape[1], frame.shape[0]))
     canvas = np.full((SIDE, SIDE, 3), GREY, np.uint8)
     canvas[:height, :width] = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -81,9 +81,9 @@ def network_input(frame: np.ndarray) -> np.ndarray:
 
 
 def person_rows(candidates: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """One frame's candidates float [8400, 85], the frame's (width, height) → float32 [people, 6] as in `rows`.
+    """Return float32 [people, 6], as of `rows`, for one frame's candidates float [8400, 85]. size: (width, height).
 
-    A candidate counts by objectness times the person class, also where another class is surer.
+    A candidate's score is objectness times the person class, also if another class has a higher score.
     """
     scores = candidates[:, 4] * candidates[:, PERSON_SCORE]
     chosen = np.flatnonzero(scores > MIN_SCORE)  # a comparison with NaN is false
@@ -91,7 +91,7 @@ def person_rows(candidates: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return np.zeros((0, 6), np.float32)
     scores = scores[chosen]
     boxes = centres_and_sizes(candidates, chosen)
-    # Back from the letterbox with what each side really shrank by: whole pixels, not the exact ratio.
+    # Undo the letterbox with the true factor of each side: sides are whole pixels, so it is not the exact ratio.
     boxes *= np.tile(SIDE / np.array(_resized(size), np.float64), 2)
     boxes[:, :2] -= boxes[:, 2:] / 2
     survivors = cv2.dnn.NMSBoxes(boxes.tolist(), scores.astype(float).tolist(), MIN_SCORE, NMS_IOU)
@@ -101,10 +101,10 @@ def person_rows(candidates: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def centres_and_sizes(candidates: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """x, y of the centre, width, height in pixels of the 640x640 input: float64 [k, 4] of candidates[chosen].
+    """Return float64 [k, 4] of candidates[chosen]: x, y of the centre, width, height in pixels of the 640x640 input.
 
-    The file does not say whether it decodes. But nearly all candidates are about their own cell, so one reading puts
-    them within a cell or two of it, and the other, on average, half the picture away.
+    The file does not declare which of the two forms boxes have. But nearly all candidates are close to their cell: read
+    correctly they are within a cell or two of it, read in the other form half a picture away on average.
     """
     centres, cells = candidates[::SAMPLED, :2], CELLS[::SAMPLED]
     raw_error = np.median(np.abs(centres - 0.5))
@@ -118,7 +118,7 @@ def centres_and_sizes(candidates: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _resized(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) that a frame has inside the input; cut to whole pixels, as the network was trained."""
+    """Return (width, height) of a frame inside the input, cut to whole pixels as in the network's training."""
     ratio = min(SIDE / size[0], SIDE / size[1])
     width, height = (max(1, min(SIDE, int(side * ratio))) for side in size)
     return width, height

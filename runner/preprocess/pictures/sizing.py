@@ -1,7 +1,7 @@
-"""Sizing: which size a job is rendered at, and where a frame of another shape goes in it.
+"""Sizing: choose the size of a render, and place frames of other shapes in it.
 
 In:   sizes in pixels, always (width, height), and frames uint8 [H, W, 3]. Out: sizes, `Placement`, resized frames.
-Never: files, models. The official arithmetic is kept beside ours (`resize_by_area`, `padding_resize`) for parity mode.
+Never: files, models. The official arithmetic (`resize_by_area`, `padding_resize`) is here too, for parity mode.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ __all__ = [
 ]
 
 GRID = 16  # autoencoder (8) times patch (2)
-AUTO_AREA = 480 * 832  # what the 480p weights were trained at
+AUTO_AREA = 480 * 832  # the 480p weights were trained at this size
 MIN_SIDE = GRID
 
 
 def output_size(options: JobOptions, reference_size: tuple[int, int], video_size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the output: as asked; for `auto` the 480p area in the aspect of reference (replace: video).
+    """Return (width, height) of the output: the option's, or for `auto` the 480p area in the aspect of the reference
+    (mode replace: of the video).
 
-    Both sides are the nearest multiples of 16. With `preprocess.parity`, the official rule instead: only the product of
-    the size asked counts, the aspect is the input's, and sides are floored (464 for 480).
+    Both sides are the nearest multiples of 16. `preprocess.parity` follows the official rule: only the area of the
+    option counts, the aspect is the input's, and sides are floored (464 for 480).
     """
     shape = video_size if options.mode == "replace" else reference_size
-    asked = options.size_pixels
+    size = options.size_pixels
     if options.preprocess.parity:
-        return area_size(*shape, asked[0] * asked[1] if asked else AUTO_AREA)
-    if asked:
-        return asked
+        return area_size(*shape, size[0] * size[1] if size else AUTO_AREA)
+    if size:
+        return size
     aspect = shape[0] / shape[1]
     return _nearest(math.sqrt(AUTO_AREA * aspect)), _nearest(math.sqrt(AUTO_AREA / aspect))
 
 
 def area_size(width: int, height: int, area: int, divisor: int = GRID) -> tuple[int, int]:
-    """The size that the official `resize_by_area` really gives; the order of operations matters before a floor."""
+    """Return the size of the official `resize_by_area`. The order of operations is kept: results are floored."""
     aspect = width / height
     new_height = math.sqrt(area / aspect)
     new_width = area / new_height
@@ -57,7 +58,10 @@ def area_size(width: int, height: int, area: int, divisor: int = GRID) -> tuple[
 
 
 def resize_by_area(frame: np.ndarray, area: int) -> np.ndarray:
-    """Official: letterbox `frame` uint8 [h, w, 3] into `area_size`, averaging when it shrinks. uint8 [H, W, 3]."""
+    """Letterbox `frame` uint8 [h, w, 3] into `area_size`, as in the official code. uint8 [H, W, 3].
+
+    Area averaging if the frame shrinks, else bilinear.
+    """
     import cv2
 
     height, width = frame.shape[:2]
@@ -67,9 +71,9 @@ def resize_by_area(frame: np.ndarray, area: int) -> np.ndarray:
 
 
 def padding_resize(frame: np.ndarray, width: int, height: int, interpolation: int | None = None) -> np.ndarray:
-    """Official letterbox on black, bilinear unless told otherwise: uint8 [h, w, …] → [height, width, …].
+    """Letterbox uint8 [h, w, …] on black to [height, width, …], as in the official code. Bilinear by default.
 
-    Truncates where rounding would do, which can leave one black row or column more than needed.
+    It truncates instead of rounding, which can leave one black row or column more than needed.
     """
     import cv2
 
@@ -83,7 +87,7 @@ def padding_resize(frame: np.ndarray, width: int, height: int, interpolation: in
 
 
 def official_placement(frame: tuple[int, int], canvas: tuple[int, int]) -> Placement:
-    """Where `padding_resize` puts a frame of one size on a canvas of another; sizes are (width, height)."""
+    """Return the place of a frame on a canvas in `padding_resize`. Sizes are (width, height)."""
     (w, h), (width, height) = frame, canvas
     if h / w > height / width:
         new_width, new_height = max(1, int(height / h * w)), height
@@ -95,19 +99,20 @@ def official_placement(frame: tuple[int, int], canvas: tuple[int, int]) -> Place
 
 @dataclass(frozen=True)
 class Placement:
-    """A rectangle of a source frame and the one of the target that it fills. Pixels; aspect kept but for rounding."""
+    """A rectangle of a source frame and the rectangle of the target that it fills. Pixels; the aspect is kept, except
+    for rounding."""
 
     source: tuple[int, int, int, int]  # x, y, width, height taken from the frame
     target: tuple[int, int, int, int]  # x, y, width, height filled on the canvas
     canvas: tuple[int, int]  # width, height
 
     def points(self, xy: np.ndarray) -> np.ndarray:
-        """Source coordinates [..., 2] → canvas coordinates [..., 2]."""
+        """Convert source coordinates [..., 2] to canvas coordinates [..., 2]."""
         (sx, sy, sw, sh), (tx, ty, tw, th) = self.source, self.target
         return (xy - (sx, sy)) * (tw / sw, th / sh) + (tx, ty)
 
     def image(self, frame: np.ndarray, interpolation: int | None = None) -> np.ndarray:
-        """uint8 [h, w, …] → [H, W, …] on black. Averages when it shrinks, bilinear when it grows, unless told."""
+        """Place uint8 [h, w, …] on black [H, W, …]. By default area averaging if it shrinks, bilinear if it grows."""
         import cv2
 
         (sx, sy, sw, sh), (tx, ty, tw, th) = self.source, self.target
@@ -121,10 +126,10 @@ class Placement:
 
 
 def place(frame: tuple[int, int], canvas: tuple[int, int], *, crop_up_to: int = 0) -> Placement:
-    """Where a frame of one size goes on a canvas of another: letterboxed in the middle, aspect kept.
+    """Return the place of a frame on a canvas: letterboxed in the middle, aspect kept. Sizes are (width, height).
 
-    `crop_up_to`: if filling the canvas would cut off fewer than this many canvas pixels in all, fill it instead. That
-    spares a rendered background the thin black bars that come from sides being multiples of 16.
+    crop_up_to: if filling the canvas would cut off fewer canvas pixels than this, it is filled instead. So a rendered
+    background has no thin black bars, which would come from sides that are multiples of 16.
     """
     (w, h), (width, height) = frame, canvas
     fill = max(width / w, height / h)

@@ -301,7 +301,7 @@ class TestClip:
         assert [m.any() for m in kept.frames(0, 9)] == [i != 6 for i in range(9)]
 
     def test_nobody_at_all(self):
-        with pytest.raises(NoPerson, match="in no frame"):
+        with pytest.raises(NoPerson, match="no frame has enough"):
             self.clip(self.masks, plan_of(9, absent=tuple(range(9))))
 
     def test_frames_and_poses_that_do_not_match_are_our_own_mistake(self):

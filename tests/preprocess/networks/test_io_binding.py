@@ -38,7 +38,7 @@ def test_the_same_bits_as_run_for_batches_that_grow_and_shrink(pose):
     for count in (2, 5, 1, 5, 8):  # the place grows twice, and is used in part twice
         images = pictures(count, seed=count)
         np.testing.assert_array_equal(there.run(images), pose.run(images))
-    assert len(there.session._places["input"]) == 8
+    assert len(there.session._buffers["input"]) == 8
 
 
 def test_results_are_the_callers_own(pose):
@@ -65,7 +65,7 @@ def test_two_outputs_whose_names_and_sizes_are_the_graphs_own(tmp_path, how):
     there = BoundSession(session, "cpu")
     for got, expected in zip(there.run(names, {"input": images}), session.run(names, {"input": images}), strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert ("simcc_x" in there._places) == how.get("declared", True)
+    assert ("simcc_x" in there._buffers) == how.get("declared", True)
 
 
 class FakeStream:
@@ -128,7 +128,7 @@ def test_on_a_gpu_all_is_on_the_networks_own_stream_and_nothing_else_is_waited_f
     there = BoundSession(WatchedSession(session, stream), "cpu", stream)
     feeds = {"input": pictures(2, INPUT)}
     found = there.run(["simcc_x", "simcc_y"], feeds)
-    copies = ["copy"] * len([name for name in ("simcc_x", "simcc_y") if name in there._places])
+    copies = ["copy"] * len([name for name in ("simcc_x", "simcc_y") if name in there._buffers])
     assert stream.done == ["copy", "run", *copies, "wait for the stream"]
     assert len(copies) == 2 * declared
     for got, expected in zip(found, session.run(["simcc_x", "simcc_y"], feeds), strict=True):
