@@ -1,7 +1,7 @@
-"""Timing: seconds and device memory by stage; the time of day as records write it, and a duration as people read it.
+"""Timing: seconds and device memory by stage, the time of day for records, durations for people.
 
-In:   named stages around work. Out: plain numbers (seconds, bytes). Never: jobs, files of a job, what a stage does.
-Nothing here imports torch: a device that computes asynchronously is handed in as a `DeviceProbe`.
+In:   named stages around work. Out: plain numbers (seconds, bytes). Never: jobs, files of a job, the work of a stage.
+This module does not import torch. An asynchronous device is passed in as a `DeviceProbe`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["CallTimer", "DeviceProbe", "StageTimer", "hours_and_minutes", "now",
 
 
 class DeviceProbe(Protocol):
-    """A device whose work and memory can be waited for and read."""
+    """Access to a device: wait for its queued work, read its peak memory."""
 
     def synchronize(self) -> None:
         """Wait until all work queued on the device is done."""
@@ -27,15 +27,16 @@ class DeviceProbe(Protocol):
         """Start a new peak of allocated and reserved bytes."""
 
     def peak(self) -> dict[str, int]:
-        """{"allocated": bytes, "reserved": bytes} at most since the last reset."""
+        """Return the highest {"allocated": bytes, "reserved": bytes} since the last reset."""
 
 
 @dataclass
 class StageTimer:
-    """Seconds by stage of one job; a test passes a clock that it ticks by hand.
+    """Measure one job: seconds by stage, steps, peak memory, counters.
 
-    A stage entered twice adds up. Stages of the thread that owns the device (`probe`) are synchronised at both ends, so
-    that a stage's seconds are its own, and leave the device's peak memory behind.
+    A stage that is entered twice adds up. With `on_device`, the device (`probe`) is synchronised at both ends of a
+    stage, so that the seconds contain only that stage's work; the device's peak memory is noted too. Tests pass
+    their own clock.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -44,13 +45,13 @@ class StageTimer:
     steps: list[float] = field(default_factory=list)  # seconds of each model evaluation, in order
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # stage -> bytes
     counters: dict[str, int] = field(default_factory=dict)  # e.g. cache hits
-    forecast: dict[str, int] = field(default_factory=dict)  # stage -> bytes that the device was expected to hold
+    forecast: dict[str, int] = field(default_factory=dict)  # stage -> forecast device bytes
     gauges: dict[str, int] = field(default_factory=dict)  # e.g. bytes that a cache holds
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextmanager
     def stage(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """Time what runs inside as `name`. `on_device`: wait for the device before and after, and note its peak."""
+        """Add the time of the block to stage `name`. `on_device`: synchronise the device, and note its peak memory."""
         probe = self.probe if on_device else None
         if probe:
             probe.synchronize()
@@ -70,7 +71,7 @@ class StageTimer:
                     self.peaks[name] = {k: max(before.get(k, 0), v) for k, v in peak.items()}
 
     def step(self, seconds: float) -> None:
-        """Note one model evaluation of a denoising step."""
+        """Note the seconds of one model evaluation of a denoising step."""
         with self._lock:
             self.steps.append(seconds)
 
@@ -80,28 +81,28 @@ class StageTimer:
             self.counters[name] = self.counters.get(name, 0) + by
 
     def gauge(self, name: str, value: int) -> None:
-        """Note how much there is of something now; the last word counts."""
+        """Note a current amount. The last value counts."""
         with self._lock:
             self.gauges[name] = value
 
 
 class CallTimer:
-    """Seconds of each model evaluation of a window, for `StageTimer.step`.
+    """Measure the seconds of each model evaluation of a segment, for `StageTimer.step`.
 
-    An evaluation lasts from its start to the next one's start or the end of its step, whichever is first, so that what
-    the sampler calculates from it is part of it. The device is waited for at both ends.
+    An evaluation lasts from its start to the next one's start or to the end of its step, whichever comes first. So the
+    sampler's calculation after it is included. The device is synchronised at both ends.
     """
 
     def __init__(self, timer: StageTimer) -> None:
         self._timer = timer
-        self._begin: float | None = None  # of the evaluation that has not been noted yet
+        self._begin: float | None = None  # start of the evaluation that is not noted yet
 
     def start(self) -> None:
-        """An evaluation begins."""
+        """Start an evaluation. A running one ends here."""
         self._begin = self._timer.clock() if self._begin is None else self._note(self._begin)
 
     def end_step(self) -> None:
-        """The step is over: no further evaluation belongs to it."""
+        """End the step, and the evaluation that runs."""
         if self._begin is not None:
             self._note(self._begin)
         self._begin = None
@@ -115,12 +116,12 @@ class CallTimer:
 
 
 def now() -> str:
-    """UTC, ISO 8601, milliseconds."""
+    """Return the current time: UTC, ISO 8601, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def unix_time(text: str) -> float | None:
-    """Seconds since 1970 of a time in ISO 8601, of UTC where it names no zone; None for what is no time."""
+    """Return the seconds since 1970 of an ISO 8601 time (UTC if it names no zone), or None for any other text."""
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
@@ -129,6 +130,6 @@ def unix_time(text: str) -> float | None:
 
 
 def hours_and_minutes(seconds: float) -> str:
-    """`0:01:12`, `12:34:56`; rounded to a second."""
+    """Return seconds as `0:01:12` or `12:34:56`, rounded to a second."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

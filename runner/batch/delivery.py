@@ -1,11 +1,11 @@
-"""Delivery: one job's frames on their way out: encoded segment by segment, put together, published, the record last.
+"""Delivery: encode one job's frames segment by segment, join them and publish the files.
 
 In:   segments of one job, in order; or parts that an earlier attempt packed. Out: files under `jobs/<id>/` of the
       output storage and an `OutputRecord`.
-Never: how frames are made, which jobs there are, where packed parts are kept. Holds one segment at a time in memory.
+Never: how frames are made, which jobs there are, where packed parts are kept. One segment at a time is in memory.
 
-A segment becomes a part: a folder in scratch with its pictures, previews and digests. The output depends on the parts
-and the sound alone, so that a part written now and one restored from an earlier attempt give the same bytes.
+A segment becomes a part: a folder in scratch with its pictures, previews and digests. The output depends only on the
+parts and the sound. So a part that is written now and a part restored from an earlier attempt give the same bytes.
 """
 
 from __future__ import annotations
@@ -52,23 +52,24 @@ __all__ = ["Delivery", "Published"]
 
 UPLOADS_AT_ONCE = 8
 PREVIEW_CRF = 28
+_REMOVE_PART = "Remove the file. The job then starts before this segment"
 
-Put = Callable[[Path, str], ObjectInfo]  # (local file, key) → what was stored
+Put = Callable[[Path, str], ObjectInfo]  # (local file, key) → the stored object
 
 
 @dataclass(frozen=True)
 class Published:
-    """What one job's publication left on the storage."""
+    """The files that one job's publication stored."""
 
     output: OutputRecord
     keys: frozenset[str]  # of all files
-    sound: SoundNote | None  # None: none was asked for
+    sound: SoundNote | None  # None: the job has no sound
 
 
 class Delivery:
-    """Takes the segments of one job, then publishes them as a whole, or leaves nothing.
+    """Collects the segments of one job, then publishes them as a whole. A failed delivery leaves nothing.
 
-    Raises InputUnreadable at once if the sound cannot be decoded.
+    The constructor raises InputUnreadable if the sound cannot be decoded.
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class Delivery:
         timer: StageTimer,
         people: People | None = None,
     ) -> Delivery:
-        """For what was prepared, and what stages make of it; `audio_from`: the driving video, where it has sound.
+        """Return the delivery for a prepared clip. `finished`: the clip after the finishing stages.
 
-        `people`: where they are in `clip`; their boxes are published at the size of `finished`.
+        `audio_from`: the driving video, if it has sound. `people`: boxes in `clip`; they are published at the size of
+        `finished`.
         """
         audio = None
         if options.keep_audio and audio_from is not None:
@@ -134,17 +136,20 @@ class Delivery:
 
     @property
     def parts(self) -> int:
-        """How many segments were written or restored; the index of the next one."""
+        """The number of segments that were written or restored, which is the index of the next one."""
         return len(self._parts)
 
     def write(self, segment: Segment) -> None:
-        """Encode one segment as a part; frames uint8 [n, H, W, 3] of the size and in the order promised, n may be 0.
+        """Encode one segment as a part. Frames: uint8 [n, H, W, 3] of the announced size, in order; n may be 0.
 
-        Raises InternalError for other frames or another segment than the next. A part that fails leaves nothing.
+        Raises InternalError for other frames, or if the segment is not the next one. A part that fails is removed.
         """
         frames = segment.frames
         if frames.shape[1:] != (self._height, self._width, 3) or frames.dtype != np.uint8:
-            raise InternalError(f"segment {segment.index} is {frames.dtype} {frames.shape}")
+            size = f"({self._height}, {self._width}, 3)"
+            raise InternalError(
+                f"the frames of segment {segment.index} are {frames.dtype} {frames.shape}, not uint8 with {size}"
+            )
         self._check_next(segment.index)
         folder = self._part_folder(segment.index)
         with self._timer.stage("encode_video"), _removed_on_failure(folder):
@@ -163,17 +168,17 @@ class Delivery:
         self._add(folder, digests)
 
     def pack_part(self, index: int, dest: Path) -> None:
-        """Write all files of part `index` into one file, the same bytes every time; it appears whole.
+        """Write all files of part `index` into the file `dest`, which appears whole. The bytes are always the same.
 
-        Raises IndexError if there is no such part, StorageFull and StorageDenied as the disk does.
+        Raises IndexError if there is no such part; StorageFull and StorageDenied for errors of the disk.
         """
         folder = self._parts[index]
         pack_files({str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}, dest)
 
     def restore(self, index: int, packed: Path) -> None:
-        """Take part `index` from what `pack_part` wrote in an earlier attempt of the same job, instead of `write`.
+        """Restore part `index` from the file that `pack_part` wrote in an earlier attempt of the job.
 
-        Raises InternalError if the file is damaged or is not this part of this job: the part can then still be written.
+        Raises InternalError if the file is damaged or is not this part of this job. `write` is then still possible.
         """
         self._check_next(index)
         folder = self._part_folder(index)
@@ -182,25 +187,29 @@ class Delivery:
             try:
                 digests = parse_digests((folder / FRAME_DIGESTS).read_bytes())
             except (FileNotFoundError, ValueError) as error:
-                raise InternalError("the packed part has no list of its frames", where=packed) from error
+                raise InternalError(
+                    "the packed part has no list of its frames", where=packed, todo=_REMOVE_PART
+                ) from error
             if names - {POSE} != self._names(len(digests)):
                 raise InternalError(
                     f"the packed part is not segment {index} of this job",
                     where=packed,
-                    todo="Remove it; the job then starts before this segment",
+                    todo=_REMOVE_PART,
                 )
         self._add(folder, digests)
 
     def publish(self, storage: Storage, job_id: str, put: Put) -> Published:
-        """Put the parts together and store the files, the output first. `put` stores a file under a key that an earlier
-        output may have.
+        """Join the parts and store the files, the output first. `put` stores a file under a key that an earlier output
+        may use too.
 
-        The identity in the record is that of the bytes that were uploaded. Frames go below a folder of their own, their
-        sound with them, so that an older output stays whole until the record names the new one. Raises InternalError if
-        the frames are not as many as promised; storage.* if they cannot be stored; LeaseLost.
+        The identity in the record is that of the uploaded bytes. PNG frames and their sound go into a new folder, so
+        that an older output stays complete until the record names the new one. Raises InternalError if the number of
+        frames is not the announced one; storage.* if they cannot be stored; LeaseLost.
         """
         if len(self._digests) != self._expected:
-            raise InternalError(f"{len(self._digests)} frames were generated, {self._expected} asked", where=job_id)
+            raise InternalError(
+                f"{len(self._digests)} frames were generated, but the job has {self._expected}", where=job_id
+            )
         with self._timer.stage("encode_video"):
             sound = self._join()
         with self._timer.stage("publish"):
@@ -238,7 +247,7 @@ class Delivery:
         return Published(record, frozenset(stored), sound)
 
     def abort(self) -> None:
-        """Leave nothing behind. Idempotent."""
+        """Remove all files of this delivery from scratch. Idempotent."""
         shutil.rmtree(self._parts_folder, ignore_errors=True)
         for name in (OUTPUT, AUDIO, POSE, POSTER, FRAME_DIGESTS, PEOPLE):
             (self._folder / name).unlink(missing_ok=True)
@@ -252,7 +261,7 @@ class Delivery:
 
     def _check_next(self, index: int) -> None:
         if index != self.parts:
-            raise InternalError(f"segment {index} came where segment {self.parts} was expected")
+            raise InternalError(f"segment {index} was delivered, but segment {self.parts} is the next one")
 
     def _add(self, folder: Path, digests: list[str]) -> None:
         self._parts.append(folder)
@@ -268,12 +277,12 @@ class Delivery:
             writer.write(frames)
 
     def _poster_at(self, frames: int) -> int | None:
-        """The job's middle frame by its index in the next part, if it is among its `frames` frames."""
+        """Return the index of the job's middle frame in the next part, if that part (`frames` frames) contains it."""
         middle = self._expected // 2 - len(self._digests)
         return middle if 0 <= middle < frames else None
 
     def _names(self, frames: int) -> set[str]:
-        """The files of the next part, if it has `frames` frames; a preview of the poses may lie beside them."""
+        """Return the file names of the next part with `frames` frames, without the optional preview of the poses."""
         names, begin = {FRAME_DIGESTS}, len(self._digests)
         if self._is_png:
             names |= {f"{PNGS}/{png_name(index)}" for index in range(begin, begin + frames)}
@@ -282,7 +291,7 @@ class Delivery:
         return names if self._poster_at(frames) is None else names | {POSTER}
 
     def _join(self) -> SoundNote | None:
-        """Make the files that are published of those of the parts; what became of the sound."""
+        """Make the published files from the files of the parts. Return the note on the sound."""
         sound = None
         if not self._is_png:
             sound = join_parts(self._files(OUTPUT), self._folder / OUTPUT, fps=self._fps, audio=self._audio)
@@ -301,13 +310,13 @@ class Delivery:
         return sound
 
     def _files(self, pattern: str) -> list[Path]:
-        """Of all parts, in order."""
+        """Return the files of all parts that match `pattern`, in order."""
         return [path for part in self._parts for path in sorted(part.glob(pattern))]
 
 
 @contextmanager
 def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove `folder` if what runs inside fails; an error of the disk gets its code."""
+    """Remove `folder` if the block fails. Errors of the disk become RunnerErrors."""
     try:
         yield
     except BaseException as error:
@@ -318,6 +327,6 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
 
 
 def _store_all(put: Put, files: Mapping[str, Path]) -> dict[str, ObjectInfo]:
-    """Key → what was uploaded under it."""
+    """Upload `files` (key → local file) in parallel. Return key → uploaded object."""
     with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
         return dict(zip(files, pool.map(lambda key: put(files[key], key), files), strict=True))

@@ -1,6 +1,6 @@
-"""Inputs: the identities of a job's inputs, the reader that its driving video needs, and the inputs as local files.
+"""Inputs: the digests of a job's inputs, the reader that its driving video needs, and the inputs as local files.
 
-In:   a job, a scratch folder of its own. Out: identities and reader for its fingerprint; a `Request` for the generator.
+In:   a job and its scratch folder. Out: digests and reader for its fingerprint; a `Request` for the generator.
 Never: models, frames that are kept.
 """
 
@@ -26,11 +26,11 @@ from runner.storage.roots import check_inside
 
 __all__ = ["InputIndex", "fetch_request"]
 
-COMPARING = threading.Lock()  # readers are compared one file at a time: each comparison holds up to 300 MB
+COMPARING = threading.Lock()  # readers are compared one file at a time: each comparison uses up to 300 MB
 
 
 class InputIndex:
-    """What inputs hold, by identity. Each one is looked at once in the life of this object. Safe from any thread."""
+    """Digests of inputs. Each input is read once per object of this class. Safe from any thread."""
 
     def __init__(self, hashes: FileHashes, roots: Sequence[str] = ()) -> None:
         self._hashes, self._roots = hashes, roots
@@ -38,20 +38,20 @@ class InputIndex:
         self._lock = threading.Lock()
 
     def identify(self, job: Job) -> dict[str, InputRecord]:
-        """Name → what the input holds. Local files are hashed; an object store is asked for the identity.
+        """Return input name → record with its digest. Local files are hashed; an object store gives the ETag.
 
-        Raises InputNotFound, InputUnreadable (also outside `roots`, where there are any), StorageDenied,
+        Raises InputNotFound, InputUnreadable (also for an input outside `roots`, if there are any), StorageDenied,
         StorageUnavailable.
         """
         return {name: self._record(uri) for name, uri in _places(job).items()}
 
     def find_reader(self, job: Job, inputs: Mapping[str, InputRecord]) -> str | None:
-        """`decord` for a parity job that decord gives other frames than PyAV; None for every other job.
+        """Return `decord` for a parity job whose sampled frames differ between decord and PyAV; else None.
 
-        `inputs`: those that `identify` returned. Both readers decode the sampled frames. The result is kept with the
-        hashes of files: the next run decodes nothing. An object is fetched for it. None, too, for a video that PyAV
+        `inputs`: the result of `identify`. Both readers decode the sampled frames; an object is fetched for that. The
+        result is kept with the file hashes, so that the next run decodes nothing. Also None for a video that PyAV
         refuses: the job fails with that error when it is prepared. Raises StorageDenied, StorageUnavailable,
-        StorageFull; ConfigInvalid where decord is not installed.
+        StorageFull; ConfigInvalid if decord is not installed.
         """
         options = job.options
         if not options.preprocess.parity or job.official:
@@ -83,18 +83,18 @@ class InputIndex:
                 known = self._known[uri] = Future()
         if first:
             try:
-                known.set_result(self._look(uri))
+                known.set_result(self._identify(uri))
             except BaseException as error:
                 known.set_exception(error)
         return known.result()
 
-    def _look(self, uri: str) -> InputRecord:
+    def _identify(self, uri: str) -> InputRecord:
         info, identity = identify_input(check_inside(uri, self._roots), self._hashes.sha256)
         return InputRecord(uri=uri, bytes=info.bytes, identity=identity)
 
 
 def _version(distribution: str) -> str | None:
-    """Return the installed version; None where there is none. Nothing is imported, so a done job starts fast."""
+    """Return the installed version, or None. It imports nothing, so that a finished job costs little time."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -110,10 +110,11 @@ def _places(job: Job) -> dict[str, str]:
 def fetch_request(
     job: Job, folder: Path, inputs: Mapping[str, InputRecord], roots: Sequence[str] = ()
 ) -> tuple[Request, list[str]]:
-    """Local inputs where they lie, objects copied below `folder`; and a warning for each that could not be verified.
+    """Return the generator's request, and a warning for each transfer that could not be verified.
 
-    `inputs`: what was identified. `roots`: where inputs must lie, if there are any. Raises StorageUnavailable, which is
-    tried again, for an object that has changed since then; InputNotFound, InputUnreadable, storage.*.
+    Local inputs are used in place; objects are copied below `folder`. `inputs`: the result of `InputIndex.identify`.
+    `roots`: where inputs must be, if there are any. Raises StorageUnavailable (retryable) for an object that has
+    changed since it was identified; InputNotFound, InputUnreadable, storage.*.
     """
     warnings: list[str] = []
 
@@ -123,9 +124,13 @@ def fetch_request(
         fetched = fetch_input_with_info(check_inside(uri, roots), below)
         known = identified.get(uri)
         if is_remote(uri) and known is not None and known.identity != fetched.info.identity:
-            raise StorageUnavailable(f"the {name} has changed since the job was begun", where=uri, todo="Run again")
+            raise StorageUnavailable(
+                f"the input '{name}' has changed since the job began",
+                where=uri,
+                todo="Do not change inputs during a run. Run the same command again",
+            )
         if fetched.unverified:
-            warnings.append(f"unverified transfer: {uri} (the store gives no digest to compare it with)")
+            warnings.append(f"unverified transfer: {uri} (the store gives no digest to compare the bytes with)")
         return fetched.path
 
     official = None

@@ -1,9 +1,9 @@
-"""Job source: where the jobs of a batch loop come from.
+"""Job source: hands the jobs of a run to the batch loop.
 
-In:   jobs. Out: one `Todo` at a time, some of them again for another try. Never: how a job runs.
+In:   jobs. Out: one `Todo` at a time; a job that is put back comes again. Never: how a job runs.
 
-`ShardJobs` is the list of one shard. Another source, e.g. a mailbox that a driver fills while the loop runs, is one
-class that implements `JobSource` and is passed to `Batch`.
+`ShardJobs` is the list of one shard. Another source, e.g. a queue that is filled while the loop runs, is a class that
+implements `JobSource` and is passed to `Batch`.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ __all__ = ["JobSource", "ShardJobs", "Todo"]
 
 @dataclass
 class Todo:
-    """A job that waits."""
+    """A job that waits to be run."""
 
     job: Job
-    decision: Decision | None = None  # taken before: another try in this run, or one put off
+    decision: Decision | None = None  # an earlier decision, if the job was put back
     tried: tuple[str, ...] = ()  # error codes of its attempts in this run
-    looked: bool = False  # it was decided before and put back, as another runner holds it; the survey knows it no more
+    looked: bool = False  # put back as another runner has it; no longer in the survey
 
 
 class JobSource(Protocol):
-    """Hands out jobs. Each one taken must be settled or put back. Every method may be called from any thread."""
+    """Hands out jobs. Each job that is taken must be settled or put back. All methods are safe from any thread."""
 
     @property
     def jobs(self) -> Sequence[Job]:
-        """Those known at the start, in the order of `take`: the loop finds out together which of them are done."""
+        """The jobs known at the start, in the order of `take`. The loop surveys them together (survey.py)."""
         ...
 
     def take(self) -> Todo | None:
-        """The next job, waiting for one if need be; None when no more will come."""
+        """Return the next job; wait for one if necessary. None when no more will come."""
         ...
 
     def settle(self) -> None:
-        """One job that was taken is over."""
+        """Note that one job that was taken needs nothing more of this run."""
         ...
 
     def put_back(self, todo: Todo, delay_s: float = 0.0, rank: int = 0) -> bool:
-        """One job that was taken shall be tried again, after the others, not before `delay_s`, lower ranks first.
+        """Put back a job that was taken. It comes again after the others, after `delay_s` at least, lower ranks first.
 
-        False if the source is closed and keeps nothing. Either way the job is no longer taken.
+        False if the source is closed and does not keep the job. In both cases the job no longer counts as taken.
         """
         ...
 
     def wait_taken(self, at_most: int) -> None:
-        """Wait until no more than `at_most` jobs are taken and not settled, or the source is closed."""
+        """Wait until at most `at_most` jobs are taken and not settled, or until the source is closed."""
         ...
 
     def close(self) -> list[Todo]:
-        """Hand out nothing more; what was still waiting."""
+        """Hand out no more jobs. Return those that were still waiting."""
         ...
 
 

@@ -1,12 +1,12 @@
-"""Lease: which runner has a job, as `jobs/<id>/attempt.json` says.
+"""Lease: the file `jobs/<id>/attempt.json` that shows which runner has a job.
 
-In:   job ids, the output storage. Out: leases that are taken, renewed, lost, given back; what is known of those of
-other runners. Never: what is done or what shall run; the ledger decides that.
+In:   job ids, the output storage. Out: leases that are taken, renewed, lost, released; the leases of other runners.
+Never: which jobs are done or have to run; the ledger decides that.
 
-A lease is created exclusively or replaces one that is lost. Its holder renews it while the job is under way. Another
-runner calls it lost when the store has not seen a renewal for `lease_s` seconds, or at once where both run on one
-machine and the process table has no such process. A holder that was stopped for longer finds its lease replaced: it
-gives the job up, and the store refuses what it publishes (see `Fence`).
+A lease is created exclusively, or replaces a lost one. Its holder renews it while the job is under way. Another runner
+treats it as lost when the store has not seen a renewal for `lease_s` seconds. If both run on the same machine, it is
+lost at once when its process is not in the process table. A holder that was stopped for longer finds its lease
+replaced: it gives the job up, and the store refuses what it publishes (see `Fence`).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from runner.storage import Fence, ObjectInfo, Storage
 
 __all__ = ["LEASE_S", "RENEW_S", "LeaseKeeper", "Leases", "Sighting", "parse_mark"]
 
-LEASE_S = 60.0  # a request to a store that hangs is given up and repeated after 60 s; a lease must outlive most of them
+LEASE_S = 60.0  # a request to a store that hangs is repeated after 60 s; a lease must last longer than most requests
 RENEW_S = 10.0
 LOCKS = 64  # shared among the jobs
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """What lies in the place of a job's lease now."""
+    """The content of a job's lease file at one moment."""
 
-    mark: AttemptMark | None  # None: nothing, or nothing that can be read
-    version: str | None  # None: nothing lies there
-    age_s: float = 0.0  # since it was written, by the store's clock
+    mark: AttemptMark | None  # None: no file, or one that cannot be read
+    version: str | None  # None: no file
+    age_s: float = 0.0  # age of the file by the store's clock
     gone: bool = False  # its process is known to have ended
 
     @property
     def live(self) -> bool:
-        """Whether a runner holds it."""
+        """Whether a runner holds the lease."""
         mark = self.mark
         if mark is None or mark.error is not None or mark.lease_s is None:
             return False
@@ -56,23 +56,23 @@ class Sighting:
 
     @property
     def lost(self) -> bool:
-        """Whether an attempt began and its runner is not heard of any more."""
+        """Whether an attempt began and its runner no longer renews the lease."""
         return self.mark is not None and self.mark.error is None and not self.live
 
     def later(self, seconds: float) -> Sighting:
-        """What it is `seconds` later where no runner has renewed it meanwhile."""
+        """Return what it is `seconds` later if no runner has renewed the lease meanwhile."""
         gone = self.mark is not None and self.mark.process is not None and _is_gone(self.mark.process)
         return replace(self, age_s=self.age_s + seconds, gone=gone)
 
     @property
     def heard(self) -> str:
-        """`heard of 4 s ago`."""
+        """When the lease was last renewed, as a text: `heard of 4 s ago`."""
         return f"heard of {self.age_s:.0f} s ago"
 
 
 @dataclass
 class _Held:
-    """A lease of this process."""
+    """A lease that this process holds or has lost."""
 
     mark: AttemptMark
     version: str
@@ -83,21 +83,21 @@ class _Held:
 class Leases:
     """The leases of one output storage. Safe from any thread.
 
-    `exclusive`: whether the store honours conditional writes. Where it does not, two runners that take a lease at the
-    same moment both believe that they hold it until one of them renews.
+    `exclusive`: whether the store honours conditional writes. If it does not, two runners can take the same lease at
+    the same moment; the next renewal of one of them shows which runner has lost it.
     """
 
     def __init__(self, storage: Storage, *, lease_s: float = LEASE_S, exclusive: bool = True) -> None:
         self.storage, self.lease_s, self.exclusive = storage, lease_s, exclusive
         self._held: dict[str, _Held] = {}
-        # A lease is written by one thread at a time. Not one lock for all: a store may take a minute over one request.
+        # One thread at a time writes a lease. There are several locks, as one request to a store may take a minute.
         self._locks = [threading.RLock() for _ in range(LOCKS)]
 
     def look(self, job_id: str) -> Sighting:
-        """What lies there, whether it is this process's or not. Raises storage.*."""
+        """Return the lease of a job now, of this or any other process. Raises storage.*."""
         try:
             found = self.storage.read_versioned(_key(job_id), aged=True)
-        except InputError:  # a folder, or something else that cannot be read
+        except InputError:  # a folder, or an unreadable file
             return Sighting(None, None)
         if found is None:
             return Sighting(None, None)
@@ -106,10 +106,10 @@ class Leases:
         return Sighting(mark, found.version, found.age_s or 0.0, gone)
 
     def take(self, mark: AttemptMark, over: str | None) -> bool:
-        """Take the lease of `mark.job_id`. `over`: the version of what it replaces; None: nothing lies there.
+        """Take the lease of `mark.job_id`. `over`: the version of the file it replaces; None: there is no file.
 
-        False if something else lies there by now: another runner was quicker. Raises StorageDenied if what lies there
-        can be no lease at all; storage.*.
+        False if another runner has written the file meanwhile. Raises StorageDenied if a folder has the file's name;
+        storage.*.
         """
         job_id = mark.job_id
         mark = mark.model_copy(
@@ -124,15 +124,15 @@ class Leases:
         return True
 
     def note_files(self, job_id: str, files: dict[str, ObjectInfo]) -> None:
-        """Keep what lay in the job's folder after the lease was taken, by key."""
+        """Remember the files in the job's folder, by key, as they are after the lease was taken."""
         self._held[job_id].seen = files
 
     def seen(self, job_id: str, key: str) -> ObjectInfo | None:
-        """What lay under `key` after the lease was taken."""
+        """Return the remembered object under `key`."""
         return self._held[job_id].seen.get(key)
 
     def note_file(self, job_id: str, key: str, info: ObjectInfo | None) -> None:
-        """Keep what lies under `key` now."""
+        """Remember the present object under `key`."""
         held = self._held[job_id]
         if info is None:
             held.seen.pop(key, None)
@@ -141,21 +141,21 @@ class Leases:
 
     @property
     def held(self) -> list[str]:
-        """Jobs whose leases this process holds, as far as it knows."""
+        """Jobs whose leases this process holds, as far as it has noticed."""
         return [job_id for job_id, held in list(self._held.items()) if not held.lost]
 
     def mark(self, job_id: str) -> AttemptMark | None:
-        """What this process last wrote of a lease that it holds."""
+        """Return the mark that this process last wrote to a lease that it holds."""
         held = self._held.get(job_id)
         return None if held is None else held.mark
 
     def is_lost(self, job_id: str) -> bool:
-        """Whether this process has held the job's lease and another runner has it now."""
+        """Return whether this process has held the job's lease and another runner has it now."""
         held = self._held.get(job_id)
         return held is not None and held.lost
 
     def fence(self, job_id: str) -> Fence | None:
-        """For what the holder publishes; None if this process holds no lease of the job."""
+        """Return the fence for the holder's writes; None if this process holds no lease of the job."""
         held = self._held.get(job_id)
         if held is None:
             return None
@@ -168,7 +168,7 @@ class Leases:
         return Fence(_key(job_id), is_held)
 
     def update(self, job_id: str, **changes: Any) -> bool:
-        """Renew the lease, with `changes` of its mark; False if this process holds none.
+        """Renew the lease, with `changes` to its mark. False if this process holds no lease of the job.
 
         Raises LeaseLost if another runner has it; storage.*.
         """
@@ -186,8 +186,10 @@ class Leases:
             raise _lost(job_id)
 
     def release(self, job_id: str) -> None:
-        """Give the lease back: its file is removed. Without effect where it is lost or was never held. Raises storage.*
-        and stays held then."""
+        """Release the lease: remove its file. No effect if it is lost or not held.
+
+        Raises storage.*; then the lease stays held.
+        """
         with self._lock(job_id):
             held = self._held.get(job_id)
             if held is None:
@@ -197,9 +199,9 @@ class Leases:
             del self._held[job_id]
 
     def end_with_failure(self, job_id: str, record: ResultRecord, counted: int) -> None:
-        """End the lease and leave its mark with the failure that `record` tells, beside an older record that stands.
+        """End the lease and leave its mark with the failure of `record`, beside an older record that stays.
 
-        `counted`: attempts before this one that count. Raises LeaseLost; storage.*.
+        `counted`: earlier attempts that count. Raises LeaseLost; storage.*.
         """
         self.update(
             job_id,
@@ -212,14 +214,14 @@ class Leases:
         self.forget(job_id)
 
     def forget(self, job_id: str) -> None:
-        """Hold the lease no longer and leave what lies there."""
+        """Stop holding the lease, without touching its file."""
         with self._lock(job_id):
             self._held.pop(job_id, None)
 
     def renew_all(self) -> list[str]:
-        """Renew every lease that is held. The jobs whose leases turned out to be lost.
+        """Renew all held leases. Return the jobs whose leases turn out to be lost.
 
-        A store that does not answer changes nothing: the lease is ours until another runner has replaced it.
+        A store that does not answer changes nothing: a lease is held until another runner has replaced it.
         """
         lost = []
         for job_id in self.held:
@@ -232,10 +234,9 @@ class Leases:
         return lost
 
     def _replace(self, held: _Held, mark: AttemptMark) -> str | None:
-        """Write `mark` over what this process wrote last; the new version, or None if the lease is lost.
+        """Replace the lease file by `mark`. Return the new version, or None if the lease is lost.
 
-        It is also lost where nothing lies any more: another runner may have taken it over, finished the job and given
-        it back.
+        A missing file also means a lost lease: another runner may have taken it over, finished the job and released it.
         """
         key = _key(mark.job_id)
         written = self.storage.write_if(key, mark.to_json(), held.version)
@@ -244,21 +245,24 @@ class Leases:
         found = self.look(mark.job_id)
         if found.mark is None or found.mark.token != mark.token:
             return None
-        return self.storage.write_if(key, mark.to_json(), found.version)  # ours, of a request whose answer was lost
+        # This process wrote the file, by a request whose answer was lost.
+        return self.storage.write_if(key, mark.to_json(), found.version)
 
     def _require_no_folder(self, job_id: str) -> None:
         try:
             self.storage.read_versioned(_key(job_id))
         except InputError as error:
-            remedy = "Remove or rename what lies there, then run again"
-            raise StorageDenied(f"no lease can be taken: {error.what}", where=error.where, todo=remedy) from error
+            remedy = "Remove or rename what has this name, then run the same command again"
+            raise StorageDenied(
+                f"the lease of this job cannot be written: {error.what}", where=error.where, todo=remedy
+            ) from error
 
     def _lock(self, job_id: str) -> threading.RLock:
         return self._locks[hash(job_id) % LOCKS]
 
 
 class LeaseKeeper:
-    """A thread that renews leases while its block lasts."""
+    """Renews leases in a thread while its block runs."""
 
     def __init__(self, leases: Leases, every_s: float | None = None) -> None:
         self._leases = leases
@@ -282,7 +286,7 @@ class LeaseKeeper:
 
 
 def parse_mark(data: bytes) -> AttemptMark | None:
-    """The mark that `data` holds; None for a torn or foreign file."""
+    """Return the mark in `data`; None for a torn or foreign file."""
     try:
         return AttemptMark.model_validate(json.loads(data))
     except (ValueError, ValidationError, RecursionError):
@@ -290,6 +294,7 @@ def parse_mark(data: bytes) -> AttemptMark | None:
 
 
 def host_name() -> str:
+    """Return this machine's host name."""
     return socket.gethostname()
 
 
@@ -301,7 +306,7 @@ def _lost(job_id: str) -> LeaseLost:
     return LeaseLost(
         "another runner has taken this job over",
         where=job_id,
-        todo="Nothing is lost: that runner renders it, and this one looks again at the end",
+        todo="Nothing has to be done: the other runner renders it, and this one checks it again at the end",
     )
 
 
@@ -311,7 +316,8 @@ def _this_process() -> ProcessRecord | None:
 
 @cache
 def _process_of(pid: int) -> ProcessRecord | None:
-    """`pid`: this process's own, so that a fork asks anew. None where the system has no process table to read."""
+    """Return this process; None if the system has no readable process table. `pid` is a parameter, as the cache must
+    not outlive a fork."""
     with suppress(OSError):
         _, start_ticks = _process_state(pid)
         return ProcessRecord(
@@ -321,9 +327,9 @@ def _process_of(pid: int) -> ProcessRecord | None:
 
 
 def _is_gone(process: ProcessRecord) -> bool:
-    """Whether the process is known to have ended. False where this process cannot tell."""
-    own = _this_process()
-    if own is None or (own.boot_id, own.pid_namespace) != (process.boot_id, process.pid_namespace):
+    """Return whether the process is known to have ended. False if this process cannot find out."""
+    here = _this_process()
+    if here is None or (here.boot_id, here.pid_namespace) != (process.boot_id, process.pid_namespace):
         return False
     try:
         state, start_ticks = _process_state(process.pid)
@@ -335,9 +341,9 @@ def _is_gone(process: ProcessRecord) -> bool:
 
 
 def _process_state(pid: int) -> tuple[str, int]:
-    """(state letter, start in clock ticks after boot) of a process, as proc(5) has them. Raises OSError."""
+    """Return (state letter, start in clock ticks after boot) of a process, see proc(5). Raises OSError."""
     text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    fields = text.rpartition(")")[2].split()  # the name before it may hold blanks and brackets
+    fields = text.rpartition(")")[2].split()  # the name before it may contain blanks and brackets
     return fields[0], int(fields[19])
 
 

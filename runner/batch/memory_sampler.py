@@ -1,6 +1,6 @@
-"""Memory sampler: the highest memory use of this process, host and GPU, while a job runs.
+"""Memory sampler: measure the highest host and GPU memory use of this process while a job runs.
 
-Out:  bytes, None where they cannot be read. Never: jobs, torch.
+Out:  bytes; None if they cannot be read. Never: jobs, torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ __all__ = ["MemorySampler", "MemoryWindow", "ProcessMemory"]
 
 
 class MemoryWindow:
-    """The process's highest memory use since the window was opened; bytes, None where it cannot be read."""
+    """The highest memory use of the process since the window was opened: bytes, None if it cannot be read."""
 
     def __init__(self) -> None:
         self.rss_peak: int | None = None
         self.gpu_peak: int | None = None
 
-    def see(self, rss: int | None, gpu: int | None) -> None:
+    def add(self, rss: int | None, gpu: int | None) -> None:
+        """Add one sample, bytes."""
         self.rss_peak = rss if self.rss_peak is None else max(self.rss_peak, rss or 0)
         self.gpu_peak = gpu if self.gpu_peak is None else max(self.gpu_peak, gpu or 0)
 
@@ -27,7 +28,7 @@ class MemoryWindow:
 class MemorySampler:
     """Reads host RSS (psutil) and this process's GPU memory (NVML) every `interval_s`, for all open windows.
 
-    NVML counts what torch's own statistics leave out: the CUDA context, cuDNN and ONNX Runtime.
+    NVML also counts the CUDA context, cuDNN and ONNX Runtime, which torch's statistics leave out.
     """
 
     def __init__(
@@ -41,15 +42,15 @@ class MemorySampler:
         self._thread: threading.Thread | None = None
 
     def window(self) -> MemoryWindow:
-        """A new window; it is watched for as long as a caller holds it."""
+        """Open a new window. It is updated while the caller keeps a reference to it."""
         window = MemoryWindow()
         with self._lock:
             self._windows.add(window)
-        window.see(*self._read())
+        window.add(*self._read())
         return window
 
     def rss(self) -> int | None:
-        """The resident host memory of the process now, bytes."""
+        """Return the resident host memory of the process now, bytes."""
         return self._read()[0]
 
     def __enter__(self) -> MemorySampler:
@@ -67,11 +68,11 @@ class MemorySampler:
             now = self._read()
             with self._lock:
                 for window in list(self._windows):
-                    window.see(*now)
+                    window.add(*now)
 
 
 class ProcessMemory:
-    """Call for (host RSS, GPU memory) of this process, bytes; None for a GPU that is not there."""
+    """A call returns (host RSS, GPU memory) of this process in bytes; None without a GPU."""
 
     def __init__(self) -> None:
         import psutil
@@ -98,7 +99,7 @@ class ProcessMemory:
             except self._nvml.NVMLError:
                 continue
             for process in running:
-                # Inside a container the driver may report host process ids, or none: then this stays None.
+                # In a container the driver may report host process ids, or none: the result is then None.
                 if process.pid == self._process.pid and process.usedGpuMemory is not None:
                     used = (used or 0) + process.usedGpuMemory
         return used

@@ -1,8 +1,8 @@
-"""Memory trend: how much the resident memory of a process grows from one job to the next.
+"""Memory trend: measure how much the resident memory of a process grows per job.
 
 In:   bytes at each job's end. Out: bytes at begin and end, and the slope of a straight line through them (least
-squares), without the first jobs, in which caches and the allocator fill. Never: how memory is read. A few sums are
-kept and no samples, however many jobs there are.
+squares). The first jobs are left out, as caches and the allocator fill in them. Never: how memory is read.
+Only a few sums are kept, for any number of jobs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ WARM_UP_JOBS = 100
 
 
 class MemoryTrend:
-    """Add the bytes at each job's end; `slope` is None with fewer than two jobs after the warm-up."""
+    """The memory trend of one process. `slope` is None with fewer than two jobs after the warm-up."""
 
     def __init__(self, warm_up: int = WARM_UP_JOBS) -> None:
         self.jobs = 0
         self.begin: int | None = None  # at the end of the first job after the warm-up
         self.end: int | None = None
         self._warm_up = warm_up
-        # Integers: no rounding, whatever the number of jobs.
+        # Integers, so that no sum is rounded.
         self._sum_x = self._sum_y = self._sum_xy = self._sum_xx = 0
 
     def add(self, rss_bytes: int) -> None:
@@ -41,14 +41,14 @@ class MemoryTrend:
 
     @property
     def slope(self) -> float | None:
-        """Bytes a job."""
+        """Bytes per job."""
         n = self.jobs - self._warm_up
         if n < 2:
             return None
         return (n * self._sum_xy - self._sum_x * self._sum_y) / (n * self._sum_xx - self._sum_x**2)
 
     def record(self) -> MemoryTrendRecord | None:
-        """For the summary; None while there is no slope."""
+        """Return the record for the summary; None while there is no slope."""
         if self.slope is None or self.begin is None or self.end is None:
             return None
         return MemoryTrendRecord(

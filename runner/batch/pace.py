@@ -1,12 +1,10 @@
-"""Pace: forecasts when the segment that is being generated, and its job, will be finished.
+"""Pace: forecast when the segment that is being generated, and its job, will be finished.
 
-In:   the plan of a job, each model evaluation, the end of each segment. Out: seconds. Never: the decision what to do
-with them.
+In:   the plan of a job, each model evaluation, the end of each segment. Out: seconds. Never: decisions.
 
-A segment has three phases: what comes before its evaluations (conditions), the evaluations, and what comes after them
-(decoding). Each phase is forecast from what it took earlier in the same job. The job's first segment says nothing about
-the first phase: the prompt is encoded and kernels are compiled there. Where the evaluations have not been measured yet,
-the plan's own forecast counts.
+A segment has three phases: before its evaluations (conditions), the evaluations, and after them (decoding). Each phase
+is forecast from its time in earlier segments of the job. The first segment is not used for the first phase, as it
+also encodes the prompt and compiles kernels. Until evaluations have been measured, the plan's forecast counts.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ from runner.generation.protocol import SegmentPlan
 
 __all__ = ["SegmentPace"]
 
-KEPT_SEGMENTS = 4  # assumed: the newest segments show what the device does now, e.g. after it has throttled
+KEPT_SEGMENTS = 4  # assumed: the newest segments show the present speed, e.g. after the device has throttled
 
 
 class SegmentPace:
-    """The pace of one attempt of one job. One thread calls all methods. `clock` in seconds, monotonic.
+    """The pace of one attempt of one job. One thread calls all methods. `clock`: seconds, monotonic.
 
-    Made right before `generate` is called. `first_segment` is the first that this attempt generates.
+    Create it right before `generate` is called. `first_segment`: the first segment that this attempt generates.
     """
 
     def __init__(self, plan: SegmentPlan, first_segment: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan, self._clock = plan, clock
         self._first = self._segment = first_segment
         self._done = first_segment * plan.evaluations  # evaluations of the whole job
-        self._began = self._last = clock()  # the current segment; its last event
+        self._began = self._last = clock()  # of the current segment: its start, its last event
         self._first_step: tuple[int, float] | None = None  # of this segment: evaluations, seconds since it began
         self._steps: deque[tuple[int, float]] = deque(maxlen=max(2, plan.evaluations))  # (evaluations, seconds)
         self._first_steps: deque[tuple[int, float]] = deque(maxlen=KEPT_SEGMENTS)  # of earlier segments
@@ -40,7 +38,7 @@ class SegmentPace:
         self._whole: deque[float] = deque(maxlen=KEPT_SEGMENTS)  # seconds of a segment
 
     def step(self, done: int) -> None:
-        """Note that `done` evaluations of the whole job, those of earlier attempts included, have been made."""
+        """Note that `done` evaluations of the whole job have been made, including those of earlier attempts."""
         now = self._clock()
         made = done - self._done
         if self._first_step is None:
@@ -54,7 +52,7 @@ class SegmentPace:
         now = self._clock()
         if self._first_step is not None:
             self._after.append(now - self._last)
-        if self._segment == self._first + 1:  # better than the first, which the set-up of the job is part of
+        if self._segment == self._first + 1:  # better than the first segment, which includes the set-up of the job
             self._whole.clear()
         self._whole.append(now - self._began)
         if self._first_step is not None and self._segment > self._first:
@@ -65,7 +63,7 @@ class SegmentPace:
         self._first_step = None
 
     def left_in_segment(self) -> float | None:
-        """Seconds until the current segment has been decoded, 0 or more; None where nothing is known.
+        """Return the seconds until the current segment has been decoded, 0 or more; None if unknown.
 
         After the last segment: 0.
         """
@@ -86,7 +84,7 @@ class SegmentPace:
         return max(0.0, after - since)
 
     def left_in_job(self) -> float | None:
-        """Seconds until the last segment has been decoded, 0 or more; None where nothing is known."""
+        """Return the seconds until the last segment has been decoded, 0 or more; None if unknown."""
         this = self.left_in_segment()
         further = self._plan.segments - self._segment - 1
         if this is None or further <= 0:
@@ -97,7 +95,7 @@ class SegmentPace:
         whole = self._mean(self._whole) if self._whole else self._forecast_s()
         return None if whole is None else this + further * whole
 
-    # -- what a phase takes, in seconds ---------------------------------------------------------------------------
+    # -- seconds of a phase --------------------------------------------------------------------------------------
 
     def _evaluation_s(self) -> float | None:
         made = sum(evaluations for evaluations, _ in self._steps)
@@ -108,14 +106,14 @@ class SegmentPace:
         if measured is not None:
             return measured
         after = self._mean(self._after)
-        return 0.0 if after is None else max(0.0, self._beyond_s(pace) - after)  # else `_after_s` has it all
+        return 0.0 if after is None else max(0.0, self._outside_s(pace) - after)  # else all of it is in `_after_s`
 
     def _after_s(self, pace: float) -> float:
         measured = self._mean(self._after)
-        return self._beyond_s(pace) if measured is None else measured
+        return self._outside_s(pace) if measured is None else measured
 
-    def _beyond_s(self, pace: float) -> float:
-        """What the plan forecasts for a segment beyond its evaluations at `pace`; 0 without a forecast."""
+    def _outside_s(self, pace: float) -> float:
+        """Return the forecast seconds of a segment outside its evaluations at `pace`; 0 without a forecast."""
         forecast = self._forecast_s()
         return 0.0 if forecast is None else max(0.0, forecast - self._plan.evaluations * pace)
 

@@ -1,7 +1,7 @@
-"""Part archive: the files of one part of an output, packed into one file and unpacked again.
+"""Part archive: pack the files of one part of an output into one file, and unpack it.
 
 In:   files by name. Out: a tar file, the same bytes for the same files; or the files, each checked.
-Never: what the files hold, or where the archive is kept.
+Never: what the files contain, or where the archive is kept.
 
 The first entry lists the sha256 of all others, as `sha256sum` writes it.
 """
@@ -24,23 +24,23 @@ __all__ = ["PNGS", "pack_files", "unpack_files"]
 
 PNGS = "pngs"  # the only folder that a part may hold
 SUMS = "sha256sums"
-SUMS_BYTES = 64 << 20  # a longer list is damaged: a line takes a hundred bytes
+SUMS_BYTES = 64 << 20  # a longer list is damaged: a line has about a hundred bytes
 _NAME = re.compile(rf"(?:{PNGS}/)?[a-z0-9]+\.[a-z0-9]+")
 _SUM = re.compile(rf"([0-9a-f]{{64}})  ({_NAME.pattern})", re.ASCII)
 
 
 def pack_files(files: Mapping[str, Path], dest: Path) -> None:
-    """Write `files`, by the name that each gets, into `dest`, which appears whole.
+    """Write `files` (name in the archive → file) into the file `dest`, which appears whole.
 
-    Raises ValueError for a name that `unpack_files` would refuse, StorageFull and StorageDenied as the disk does.
+    Raises ValueError for a name that `unpack_files` refuses; StorageFull and StorageDenied for errors of the disk.
     """
     for name in files:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a part's file")
+            raise ValueError(f"{name!r} is not a valid name for a file of a part")
     part = dest.with_name(dest.name + ".part")
     try:
         sums = "".join(f"{sha256_file(files[name])}  {name}\n" for name in sorted(files)).encode()
-        # PAX: USTAR ends at 8 GiB a file. Small sizes and names give the same headers in both.
+        # PAX, as USTAR allows 8 GiB per file at most. Small sizes and names give the same headers in both.
         with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.addfile(_entry(SUMS, len(sums)), io.BytesIO(sums))
             for name in sorted(files):
@@ -54,10 +54,10 @@ def pack_files(files: Mapping[str, Path], dest: Path) -> None:
 
 
 def unpack_files(packed: Path, folder: Path) -> set[str]:
-    """Put the files of an archive below `folder`, which is made anew. Returns their names.
+    """Unpack an archive into `folder`, which is emptied first. Returns the names of the files.
 
-    Raises InternalError if the archive is damaged or holds anything but what `pack_files` writes, StorageFull and
-    StorageDenied as the disk does; nothing is left then.
+    Raises InternalError if the archive is damaged or contains anything that `pack_files` does not write; StorageFull
+    and StorageDenied for errors of the disk. After an error the folder is removed.
     """
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -66,7 +66,7 @@ def unpack_files(packed: Path, folder: Path) -> set[str]:
             with tarfile.open(packed, "r:") as archive:
                 return _unpack(archive, folder)
         except (tarfile.TarError, ValueError) as error:
-            todo = "Remove it; the job then starts before this segment"
+            todo = "Remove the file. The job then starts before this segment"
             raise InternalError(f"the packed part is damaged ({error})", where=packed, todo=todo) from error
     except (RunnerError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +74,12 @@ def unpack_files(packed: Path, folder: Path) -> set[str]:
 
 
 def _unpack(archive: tarfile.TarFile, folder: Path) -> set[str]:
-    """Raises ValueError for what `pack_files` does not write. The files are copied: no link or device is made."""
+    """Copy the files, so that no link or device is made. Raises ValueError for what `pack_files` does not write."""
     missing = _read_sums(archive)
     names = set(missing)
     while (entry := archive.next()) is not None:
         if entry.name not in missing or not entry.isreg():
-            raise ValueError(f"an entry {entry.name!r} that it does not list, or a second one")
+            raise ValueError(f"the entry {entry.name!r} is not in its list, or occurs twice")
         path = folder / entry.name
         path.parent.mkdir(exist_ok=True)
         source = archive.extractfile(entry)
@@ -87,14 +87,14 @@ def _unpack(archive: tarfile.TarFile, folder: Path) -> set[str]:
         with source, path.open("wb") as file:
             shutil.copyfileobj(source, file)
         if sha256_file(path) != missing.pop(entry.name):
-            raise ValueError(f"{entry.name} has another sha256 than listed")
+            raise ValueError(f"{entry.name} does not have the listed sha256")
     if missing:
         raise ValueError(f"{min(missing)} is missing")
     return names
 
 
 def _read_sums(archive: tarfile.TarFile) -> dict[str, str]:
-    """Name → sha256, from the first entry."""
+    """Return name → sha256 from the first entry."""
     entry = archive.next()
     source = archive.extractfile(entry) if entry is not None and entry.name == SUMS else None
     if source is None:
@@ -108,7 +108,7 @@ def _read_sums(archive: tarfile.TarFile) -> dict[str, str]:
 
 
 def _entry(name: str, size: int) -> tarfile.TarInfo:
-    """Without time, owner and permissions of the file, so that the same files give the same bytes."""
+    """Return a header without time, owner and permissions, so that the same files give the same bytes."""
     entry = tarfile.TarInfo(name)
     entry.size = size
     return entry

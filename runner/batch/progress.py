@@ -1,6 +1,6 @@
-"""Progress: where a run is: bars for a person at a terminal; elsewhere a line every ten seconds.
+"""Progress: show how far a run is: bars on a terminal, else a line every ten seconds.
 
-In:   phases, steps and ends of jobs. Out: bars or lines on standard error. Never: how long a run takes (run_pace.py).
+In:   phases, steps and ends of jobs. Out: bars or lines on standard error. Never: forecasts (run_pace.py).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LINE_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """Shows how far a run is. `Batch` calls `phase`, `step` and `finished`, from any thread; its owner the others."""
+    """Shows how far a run is. `Batch` calls `phase`, `step` and `finished` from any thread; its caller the others."""
 
     def started(self, jobs: int) -> None:
         """The run begins, with this many jobs."""
 
     def phase(self, job_id: str, phase: Phase) -> None:
-        """A job enters a phase. `waiting`: it has left the others, and runs again later or in another run."""
+        """A job enters a phase. `waiting`: it is not under way, and runs again later or in another run."""
 
     def step(self, job_id: str, at: StepCount) -> None:
         """A step of a job has ended."""
@@ -63,9 +63,9 @@ class SilentProgress:
 
 
 class LineProgress:
-    """A line of the log every `every_s` seconds while a job is under way, the first one after `every_s` seconds.
+    """Writes a log line every `every_s` seconds while a job is under way, the first after `every_s` seconds.
 
-    as_numbers: an event `progress` with numbers instead of a text.
+    as_numbers: write an event `progress` with numbers instead of a text.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LineProgress:
         self._pace.finish(line.id)
 
     def close(self) -> None:
-        """Returns when no further line comes."""
+        """Stop, and return when no more lines are written."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._every_s)
@@ -114,9 +114,9 @@ class LineProgress:
 
 
 class BarProgress:
-    """Rich bars on standard error: all jobs with the ETA, and below a row for each job that is generated.
+    """Shows bars of rich on standard error: all jobs with the ETA, and below a row for each job being generated.
 
-    Where no job is generated, one row says what the run waits for. Lines of the log appear above the bars.
+    If no job is being generated, one row shows the phase of another job. Log lines appear above the bars.
     """
 
     def __init__(self, console: Any, clock: Callable[[], float] = time.monotonic) -> None:
@@ -128,7 +128,7 @@ class BarProgress:
         pace = self._pace = RunPace(clock)
 
         class PlaceColumn(ProgressColumn):
-            """Drawn anew at each refresh: the ETA changes between two steps."""
+            """A column that is drawn at each refresh, as the ETA changes between two steps."""
 
             def render(self, task: Any) -> Text:
                 place = task.fields["place"]
@@ -138,7 +138,7 @@ class BarProgress:
                     place = f"{done}/{jobs} done" + (f" · {position.eta}" if position and position.eta else "")
                 return Text(place, no_wrap=True)
 
-        width = max(8, min(24, console.width - 40))  # the rest is for the bar and what stands behind it
+        width = max(8, min(24, console.width - 40))  # the rest is for the bar and the text behind it
         one_line = Column(no_wrap=True, overflow="ellipsis", max_width=width)
         self._bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=one_line),
@@ -147,11 +147,12 @@ class BarProgress:
             console=console,
             transient=True,
             expand=True,
-            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # results go where they were sent
+            # Else printed results would go to standard error instead of the file or pipe.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         self._all = self._bars.add_task("jobs", total=None, place=None)
         self._rows: list[TaskID] = []
-        self._names: list[str | None] = []  # of the job that each row shows
+        self._names: list[str | None] = []  # name of the job in each row; None: the row is free
         self._lock = threading.Lock()
 
     def started(self, jobs: int) -> None:
@@ -175,7 +176,7 @@ class BarProgress:
         self._bars.stop()
 
     def _draw(self) -> None:
-        """A job keeps its row; one that is new gets a row that is free."""
+        """Draw all rows. A job keeps its row; a new job gets a free one."""
         with self._lock:
             shown = self._pace.shown()
             self._bars.update(self._all, completed=self._pace.counts()[0])
@@ -200,7 +201,7 @@ class BarProgress:
 
 
 def choose_progress(log_format: str, every_s: float = LINE_EVERY_S) -> BarProgress | LineProgress:
-    """Bars where standard error is a terminal and the log is for people; else a line every `every_s` seconds."""
+    """Return bars if standard error is a terminal and the log is not JSON; else lines every `every_s` seconds."""
     if log_format != "json" and sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
 

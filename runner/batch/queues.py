@@ -1,7 +1,7 @@
-"""Queues: how work passes between the loop's threads, bounded so that memory does not grow with the backlog.
+"""Queues: pass work between the loop's threads, with limits so that memory does not grow with the backlog.
 
-`WorkList` hands out jobs and takes some back for another try; `ByteQueue` passes items on and blocks by their bytes.
-Never: what a job is.
+`WorkList` hands out jobs and takes some back for another try. `ByteQueue` passes items on, and `put` waits while it is
+full. Never: the content of a job.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ T = TypeVar("T")
 
 
 class Closed(Exception):
-    """The other side will take no more."""
+    """The reader takes no more items."""
 
 
 class ByteQueue(Generic[T]):
-    """A FIFO that holds at most `max_items` items and `max_bytes` bytes; one item over the limit passes when alone."""
+    """A FIFO of at most `max_items` items and `max_bytes` bytes.
+
+    An item larger than `max_bytes` is accepted only when the queue is empty.
+    """
 
     def __init__(self, max_bytes: int, max_items: int | None = None) -> None:
         self._max_bytes, self._max_items = max_bytes, max_items
@@ -32,7 +35,7 @@ class ByteQueue(Generic[T]):
         self._changed = threading.Condition()
 
     def put(self, item: T, nbytes: int = 0) -> None:
-        """Append, waiting for room. Raises Closed once the reader is gone."""
+        """Append an item; wait while there is no room. Raises Closed when the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room(nbytes))
             if self._closed:
@@ -42,13 +45,13 @@ class ByteQueue(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No more items will come, or be taken. What is queued can still be read."""
+        """Accept no more items. Queued items can still be read."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[T]:
-        """Items in order, until the queue is closed and empty. An item's room is given back when the next is asked."""
+        """Yield the items until the queue is closed and empty. An item uses its room until the next is taken."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._items or self._closed)
@@ -71,9 +74,9 @@ class ByteQueue(Generic[T]):
 
 
 class WorkList(Generic[T]):
-    """Items to do, in order. Each one taken must be settled, or put back to be tried again after a while.
+    """Items to do, in order. Each item that is taken must be settled, or put back to come again later.
 
-    `ended`: no items but these will come; else `add` brings more, until `end`.
+    `ended`: no further items are added. Else `add` adds items until `end` is called.
     """
 
     def __init__(
@@ -88,30 +91,30 @@ class WorkList(Generic[T]):
         self._changed = threading.Condition()
 
     def add(self, item: T) -> bool:
-        """Append an item. False if the list is closed: it keeps nothing then. Raises ValueError after `end`."""
+        """Append an item. False if the list is closed and does not keep it. Raises ValueError after `end`."""
         with self._changed:
             if self._ended:
-                raise ValueError("no more items were to come")
+                raise ValueError("the list has ended: no items can be added")
             if not self._closed:
                 self._ready.append(item)
                 self._changed.notify_all()
             return not self._closed
 
     def end(self) -> None:
-        """No more items will be added; those put back still come."""
+        """Note that no more items will be added. Items that are put back still come."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def take(self) -> T | None:
-        """The next item; None when no more will come and all are settled, or the list is closed.
+        """Return the next item; None if all items are settled and no more will come, or if the list is closed.
 
-        Waits for items that may be added or put back. One that waits for its delay holds no other up.
+        Waits for items that may be added or put back. An item that waits for its delay does not block others.
         """
         with self._changed:
             while not self._closed:
                 if not self._ready:
-                    self._wake_later()
+                    self._move_due_items()
                 if self._ready:
                     self._taken += 1
                     return self._ready.popleft()
@@ -122,16 +125,16 @@ class WorkList(Generic[T]):
             return None
 
     def settle(self) -> None:
-        """One taken item is done with."""
+        """Note that one taken item is done."""
         with self._changed:
             self._taken -= 1
             self._changed.notify_all()
 
     def put_back(self, item: T, delay_s: float = 0.0, rank: int = 0) -> bool:
-        """One taken item shall be tried again, after the others, not before `delay_s`, lower ranks first.
+        """Put back a taken item. It comes again after the others, after `delay_s` at least, lower ranks first.
 
-        False if the list is closed: it keeps nothing then, and the caller deals with the item as with those that
-        `close` returned. Either way the item is no longer taken.
+        False if the list is closed and does not keep the item; the caller then treats it like the items that `close`
+        returned. In both cases the item no longer counts as taken.
         """
         with self._changed:
             self._taken -= 1
@@ -141,12 +144,12 @@ class WorkList(Generic[T]):
             return not self._closed
 
     def wait_taken(self, at_most: int) -> None:
-        """Wait until no more than `at_most` items are taken and not settled, or the list is closed."""
+        """Wait until at most `at_most` items are taken and not settled, or until the list is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._taken <= at_most)
 
     def close(self) -> list[T]:
-        """Hand out nothing more; what was still waiting."""
+        """Hand out no more items. Return those that were still waiting."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -155,7 +158,8 @@ class WorkList(Generic[T]):
             self._later.clear()
             return left
 
-    def _wake_later(self) -> None:
+    def _move_due_items(self) -> None:
+        """Make the items ready whose delay is over, in order of rank and time."""
         due = sorted((entry for entry in self._later if entry[1] <= self._clock()), key=lambda entry: entry[:2])
         self._later = [entry for entry in self._later if entry not in due]
         self._ready.extend(item for _, _, item in due)

@@ -1,7 +1,7 @@
-"""Run jobs: the jobs of a run's manifest, kept with the run, so that what is still to be done can be told later.
+"""Run jobs: keep the list of a run's jobs with the run, so that the remaining jobs can be found later.
 
-In:   jobs of a manifest and what decides their frames; an output storage. Out: `runs/<run-id>/jobs.json`.
-Never: what is done.
+In:   jobs of a manifest and their fingerprint parts; an output storage. Out: `runs/<run-id>/jobs.json`.
+Never: which jobs are done.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def keep_run_jobs(
 ) -> None:
     """Write the jobs of the whole manifest into the folder of the run. Every shard writes the same bytes.
 
-    `parts`: what decides a job's frames, its inputs left out, see `fingerprint_parts`. The file is written anew where
-    the same lies there already: the newest file is that of the newest run. Raises storage.*.
+    `parts`: returns a job's fingerprint parts without its inputs, see `fingerprint_parts`. An equal file is written
+    again too, so that the newest file belongs to the newest run. Raises storage.*.
     """
     kept = {job.id: _digest(job, parts) for job in jobs}
     if kept:
@@ -44,12 +44,12 @@ def keep_run_jobs(
 def _digest(job: Job, parts: Callable[[Job], Mapping[str, Any]]) -> str | None:
     try:
         return settings_digest(public_parts(parts(job)))
-    except (RunnerError, OSError):  # e.g. its LoRA is missing, which its own shard says
+    except (RunnerError, OSError):  # e.g. its LoRA is missing; the job's own shard reports that
         return None
 
 
 def list_runs(storage: Storage) -> dict[str, ObjectInfo]:
-    """The runs that have kept their jobs, the one that began last first: run id → the file. Raises storage.*."""
+    """Return the runs that have kept their jobs (run id → the file), the newest first. Raises storage.*."""
     kept = {
         names[0]: info
         for info in storage.list(RUNS)
@@ -59,7 +59,7 @@ def list_runs(storage: Storage) -> dict[str, ObjectInfo]:
 
 
 def read_run_jobs(storage: Storage, run_id: str) -> RunJobsRecord | None:
-    """What `keep_run_jobs` wrote; None where that run kept none.
+    """Return the record that `keep_run_jobs` wrote; None if the run has none.
 
     Raises InputUnreadable for a damaged file, storage.*.
     """

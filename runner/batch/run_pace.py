@@ -1,7 +1,7 @@
-"""Run pace: where a run is, and how long it will take.
+"""Run pace: how far a run is, and how long it will still take.
 
 In:   which job enters which phase, each step, the end of each job. Out: a `RunPosition`: job, segment, step, ETA.
-Never: how it is shown. One job's own forecast, from which the loop decides whether to go on, is pace.py.
+Never: how it is shown. pace.py has the forecast of one job, which the loop uses when it is stopped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["Phase", "RunPace", "RunPosition", "StepCount"]
 
 Phase = Literal["preparing", "loading the model", "generating", "publishing", "waiting"]
 
-SHOWN_FIRST: tuple[Phase, ...] = ("loading the model", "preparing", "publishing")  # where no job is generated
+SHOWN_FIRST: tuple[Phase, ...] = ("loading the model", "preparing", "publishing")  # shown if no job is being generated
 
 
 @dataclass(frozen=True)
 class StepCount:
     """How far a job is. `segment` and `step` (of the sampler, in that segment) count from 1.
 
-    done, total: evaluations of the model over all segments, those of earlier attempts included. A sampler may need
-    several a step.
+    done, total: model evaluations over all segments, including those of earlier attempts. A sampler may need several
+    evaluations per step.
     """
 
     segment: int
@@ -39,7 +39,7 @@ class StepCount:
 
     @classmethod
     def of(cls, plan: SegmentPlan, done: int, total: int) -> StepCount:
-        """After `done` of `total` evaluations of a job with this plan."""
+        """Return the count after `done` of `total` evaluations of a job with this plan."""
         each = max(1, plan.evaluations)
         segment = min(plan.segments, max(0, done - 1) // each + 1)
         step = (done - (segment - 1) * each) * plan.steps // each
@@ -48,11 +48,11 @@ class StepCount:
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where the run is. Jobs that were skipped or failed count as done.
+    """How far the run is. Jobs that were skipped or failed count as done.
 
-    job: the number, from 1, of the job that was begun last. running: jobs that are being generated. phase, at: of the
-    one job where no more are running; `at` is None before its first step. eta_s: seconds until the last job has been
-    generated, None where nothing is known.
+    job: the number, from 1, of the job that began last. running: number of jobs being generated. phase, at: of the only
+    running job; `at` is None before its first step. eta_s: seconds until the last job has been generated, None if
+    unknown.
     """
 
     jobs_done: int
@@ -84,7 +84,7 @@ class RunPosition:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The same as numbers, those that are known. JSON-able."""
+        """The same as numbers, without unknown ones. JSON-able."""
         found: dict[str, Any] = {"jobs_done": self.jobs_done, "jobs": self.jobs, "job": self.job}
         found |= {"running": self.running}
         if self.running < 2:
@@ -96,6 +96,7 @@ class RunPosition:
 
 
 def describe_place(phase: Phase, at: StepCount | None) -> str:
+    """Return `segment 2/5 · step 4/6`, or the phase."""
     if at is None or phase != "generating":
         return phase
     return f"segment {at.segment}/{at.segments} · step {at.step}/{at.steps}"
@@ -103,18 +104,18 @@ def describe_place(phase: Phase, at: StepCount | None) -> str:
 
 @dataclass
 class _UnderWay:
-    """A job that is under way. Times in seconds of the clock."""
+    """A job that is under way. Times: seconds of the clock."""
 
     phase: Phase
-    began: float  # this phase
+    began: float  # start of this phase
     at: StepCount | None = None
-    stepped: float = 0.0  # when the last step ended
-    before: int = 0  # evaluations that this attempt did not make
+    stepped: float = 0.0  # end of the last step
+    before: int = 0  # evaluations of earlier attempts
 
     def step(self, at: StepCount, now: float) -> None:
         if self.at is None:
             self._begin(at)
-        elif at.done <= self.at.done:  # it begins anew, from its first segment
+        elif at.done <= self.at.done:  # it restarts at its first segment
             self.began = self.stepped
             self._begin(at)
         self.at, self.stepped = at, now
@@ -123,8 +124,11 @@ class _UnderWay:
         self.before = (at.segment - 1) * (at.total // at.segments)
 
     def left_s(self, now: float, mean_s: float | None) -> float | None:
-        """Until it has been generated. Before its first step, and while its last segment is decoded, by what other jobs
-        took: `mean_s`, None where there were none."""
+        """Return the seconds until the job has been generated.
+
+        Before its first step, and while its last segment is decoded, `mean_s` counts: the mean seconds of other jobs,
+        None if there were none.
+        """
         if self.at is None or (mean_s is not None and self.at.done == self.at.total):
             return None if mean_s is None else max(0.0, mean_s - (now - self.began))
         made = self.at.done - self.before
@@ -135,11 +139,11 @@ class _UnderWay:
 
 
 class RunPace:
-    """Which jobs of one run are under way, and its ETA. Safe from any thread. `clock` in seconds, monotonic.
+    """Which jobs of one run are under way, and its ETA. Safe from any thread. `clock`: seconds, monotonic.
 
-    The ETA is what is left of the running jobs, at their own pace, and the other jobs at the mean seconds of those that
-    ran in this run, divided among as many as run at the same time. Before one has ended, the running jobs' own pace
-    counts for the others too.
+    The ETA adds two amounts: the rest of the running jobs at their own pace; and the other jobs at the mean seconds of
+    the jobs that ran in this run, divided by the number of jobs that run at the same time. Before one job has ended,
+    the pace of the running jobs also counts for the others.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -147,15 +151,15 @@ class RunPace:
         self._lock = threading.Lock()
         self._jobs = self._ended = self._generated = 0
         self._under_way: dict[str, _UnderWay] = {}
-        self._slots: list[float] = []  # since when there are as many running at the same time
+        self._slots: list[float] = []  # one entry per job that runs at the same time: its start
 
     def start(self, jobs: int) -> None:
-        """The run has `jobs` jobs; more may come."""
+        """Start a run of `jobs` jobs; more may be added."""
         with self._lock:
             self._jobs = jobs
 
     def enter(self, job_id: str, phase: Phase) -> None:
-        """The job enters a phase. `waiting`: it is not under way any more, and runs again later or not at all."""
+        """The job enters a phase. `waiting`: it is no longer under way; it may run again later."""
         with self._lock:
             self._enter(job_id, phase)
 
@@ -189,7 +193,7 @@ class RunPace:
         return [name for name, job in self._under_way.items() if job.phase == phase]
 
     def shown(self) -> dict[str, tuple[Phase, StepCount | None]]:
-        """The jobs to be shown, each with its phase and last step: those that are generated, else one other."""
+        """Return the jobs to show, each with its phase and last step: those being generated, else one other job."""
         with self._lock:
             return {name: (self._under_way[name].phase, self._under_way[name].at) for name in self._shown()}
 
@@ -198,7 +202,7 @@ class RunPace:
         return self._in("generating") or next(filter(None, others), [])
 
     def position(self) -> RunPosition | None:
-        """Where the run is; None while no job is under way."""
+        """Return how far the run is; None while no job is under way."""
         with self._lock:
             shown = [self._under_way[name] for name in self._shown()]
             if not shown:
@@ -218,7 +222,7 @@ class RunPace:
             )
 
     def counts(self) -> tuple[int, int]:
-        """(jobs that have ended, all jobs)."""
+        """Return (jobs that have ended, all jobs)."""
         with self._lock:
             return self._ended, self._jobs
 

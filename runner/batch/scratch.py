@@ -1,7 +1,10 @@
-"""Scratch: one run's folder for temporary files, and an end to those of processes that were killed.
+"""Scratch: make one run's folder for temporary files, and remove folders of processes that were killed.
 
-In:   a cache folder that several runs may share, containers included. Out: a folder of this run's own.
-Never: what lies in it. Whoever lives holds a lock in its folder; the system frees it when its holder dies.
+In:   a cache folder that several runs and containers may share. Out: a new folder for this run.
+Never: the content of the folder.
+
+Each running process holds a lock in its folder; folders without a lock are leftovers. The system releases the lock
+when the process dies.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ PREFIX, LOCK = "run-", ".lock"
 
 @contextmanager
 def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A new folder below `cache`, removed at the end. What killed runs have left there is removed first.
+    """Make a new folder below `cache`, and remove it at the end. Folders of killed runs are removed first.
 
-    Raises OSError where `cache` cannot be made or written.
+    Raises OSError if `cache` cannot be made or written.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for folder in cache.glob(f"{PREFIX}*"):
-        _remove_if_left(folder)
-    # Locked before it has its name: else another run that starts now could take it for one that was left.
+        _remove_if_unlocked(folder)
+    # Lock the folder before it gets its name, so that another run that starts now does not remove it as a leftover.
     made = Path(tempfile.mkdtemp(prefix="new-", dir=cache))
     with (made / LOCK).open("w") as lock:
         _try_lock(lock.fileno())
@@ -39,17 +42,17 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_if_left(folder: Path) -> None:
+def _remove_if_unlocked(folder: Path) -> None:
     try:
         with (folder / LOCK).open("r+") as lock:
             if _try_lock(lock.fileno()):
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # no lock in it, or another user's: not ours to judge
+    except OSError:  # it has no lock file, or belongs to another user: leave it
         return
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Whether nobody else holds it; a file system that knows no locks counts as held."""
+    """Lock the file. Return False if another process holds the lock, or if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

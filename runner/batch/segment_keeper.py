@@ -1,7 +1,7 @@
-"""Segment keeper: where a job's attempts are continued: finds what an earlier one finished, keeps what this one does.
+"""Segment keeper: resume jobs: find the segments that an earlier attempt finished, and keep those of this attempt.
 
-In:   tasks on their way through the loop. Out: where a task's generation starts, its delivery with the segments before
-that, kept segments; events and notes that say so.
+In:   tasks of the loop. Out: the segment at which a task starts, its delivery with the segments before that, kept
+segments, events and notes about them.
 Never: how a segment is stored (job_checkpoint.py) or encoded (delivery.py).
 """
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from runner.batch.delivery import Delivery
 from runner.batch.job_checkpoint import Chain, Checkpoints, Found
 from runner.batch.ledger import Ledger
-from runner.batch.task import Piece, Task
+from runner.batch.task import SegmentItem, Task
 from runner.errors import InternalError, LeaseLost, RunnerError
 from runner.generation.protocol import ResumePoint
 from runner.records.events import EventLog
@@ -24,15 +24,15 @@ RESUMED = "resumed "  # how a note begins
 
 
 class SegmentKeeper:
-    """Keeps the finished segments of the jobs of one run. Without `checkpoints` it keeps none, and finds none."""
+    """Keeps the finished segments of the jobs of one run. Without `checkpoints` it keeps and finds none."""
 
     def __init__(self, checkpoints: Checkpoints | None, ledger: Ledger, events: EventLog) -> None:
         self._checkpoints, self._ledger, self._events = checkpoints, ledger, events
 
     def find(self, task: Task, identity: Mapping[str, str]) -> None:
-        """Find what an earlier attempt finished of the job. `identity`: the generator's `resume_identity`.
+        """Find the segments that an earlier attempt finished. `identity`: the generator's `resume_identity`.
 
-        Jobs of one segment and generators that cannot resume keep nothing. Raises LeaseLost; storage.*.
+        Nothing is kept for jobs of one segment, and for generators that cannot resume. Raises LeaseLost; storage.*.
         """
         assert task.plan
         task.chain, task.kept = None, Found()
@@ -44,10 +44,10 @@ class SegmentKeeper:
         self._note_begin(task)
 
     def start(self, task: Task, identity: Mapping[str, str], make: Callable[[], Delivery]) -> ResumePoint | None:
-        """Open the task's delivery with the segments that are finished; where its generation starts.
+        """Open the task's delivery with the finished segments. Return the point where generation starts.
 
-        `identity` as it is now: the memory mode may have been lowered since the job was prepared. Raises what `make`
-        raises; LeaseLost; storage.*.
+        `identity`: the present `resume_identity`, as the memory mode may have been lowered since preparation. Raises
+        the errors of `make`; LeaseLost; storage.*.
         """
         assert task.plan
         if task.chain is not None and not task.chain.fits(identity):
@@ -61,22 +61,24 @@ class SegmentKeeper:
             task.kept = Found(why=error.what)
             self._note_begin(task)
             task.delivery = make()
-        self._say(task, task.plan.segments)
+        self._report_start(task, task.plan.segments)
         return task.kept.point
 
     def begin_anew(self, task: Task, identity: Mapping[str, str]) -> None:
-        """Let the next `start` begin at the first segment: a segment was made in another way than those before it."""
+        """Make the next `start` begin at segment 1, as a segment was made in another way than the kept ones."""
         task.resumed_at = None
         task.notes = [note for note in task.notes if not note.startswith(RESUMED)]
         self.find(task, identity)
 
-    def keep(self, task: Task, piece: Piece) -> None:
-        """Keep a segment that was written to the delivery. That it cannot be kept now fails no job: the next segment
-        brings it along. Raises LeaseLost."""
-        point, chain, delivery = piece.segment.resume, task.chain, task.delivery
+    def keep(self, task: Task, item: SegmentItem) -> None:
+        """Keep a segment that was written to the delivery. Raises LeaseLost.
+
+        Other errors are reported and do not fail the job: the segment is then kept together with the next one.
+        """
+        point, chain, delivery = item.segment.resume, task.chain, task.delivery
         if self._checkpoints is None or chain is None or point is None or delivery is None:
             return
-        if not chain.fits(piece.identity):  # a later attempt could not tell which segments were made in which way
+        if not chain.fits(item.identity):  # a later attempt could not find out how each segment was made
             task.chain = None
             self.forget(task)
             return
@@ -94,22 +96,25 @@ class SegmentKeeper:
             self._events.emit("segment_not_kept", level="warning", job=task.job.id, message=error.message)
 
     def published(self, task: Task) -> None:
-        """Remove what is kept of a job whose output is published, where the ledger does not: elsewhere."""
+        """Remove the kept segments of a published job if they are on another storage than the output.
+
+        On the output storage the ledger removes them.
+        """
         if self._checkpoints is not None and self._checkpoints.storage is not self._ledger.storage:
             self.forget(task)
 
     def forget(self, task: Task) -> None:
-        """Remove what is kept of a job: it is published, or its segments themselves may be wrong."""
+        """Remove the kept segments of a job that is published, or whose segments may be wrong."""
         if self._checkpoints is not None:
-            with suppress(RunnerError):  # they cost space and nothing else
+            with suppress(RunnerError):  # they only cost space
                 self._checkpoints.remove(task.job.id)
 
     def _note_begin(self, task: Task) -> None:
         done = 0 if task.kept.point is None else task.kept.point.segment
         self._ledger.note_segments(task.job.id, done, before=True)
 
-    def _say(self, task: Task, count: int) -> None:
-        """In the log and in the record."""
+    def _report_start(self, task: Task, count: int) -> None:
+        """Report in the log and in the record where the task starts."""
         point, job_id = task.kept.point, task.job.id
         if point is not None:
             whole = point.segment >= count

@@ -1,9 +1,11 @@
-"""Shards: which share of the jobs is this process's, from a flag or from the scheduler that started it.
+"""Shards: choose this process's share of the jobs, from a flag or from the scheduler's environment.
 
-In:   `--shard`, `--shard-count`, an environment. Out: `Shard` or `AnyShard` and the reason in words; a run id that all
-shards share.
-Never: jobs' contents. A share is a pure function of (jobs, index, count), so array jobs need no coordinator. `AnyShard`
-is the share of a runner that takes each job that no other runner holds a lease of.
+In:   `--shard`, `--shard-count`, an environment. Out: `Shard` or `AnyShard`, and the reason as a text; a run id that is
+the same for all shards.
+Never: the content of jobs.
+
+A share is a pure function of (jobs, index, count), so array jobs need no coordinator. `AnyShard` is for runners that
+each take the jobs whose leases no other runner holds.
 """
 
 from __future__ import annotations
@@ -33,30 +35,32 @@ class Shard:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ConfigInvalid(f"{self.count} shards are none", todo="Give at least 1")
+            raise ConfigInvalid(
+                f"{self.count} shards are too few: there must be at least 1", todo="Correct the number of shards"
+            )
         if not 0 <= self.index < self.count:
             raise ConfigInvalid(
                 f"shard {self.index} of {self.count} does not exist",
-                todo=f"Shards count from 0: 0/{self.count} to {self.count - 1}/{self.count}",
+                todo=f"Shards are numbered from 0: choose 0/{self.count} to {self.count - 1}/{self.count}",
             )
 
     @classmethod
     def named(cls, name: str) -> Self | None:
-        """The share that has this name; None for another text."""
+        """Return the share with this name (`00003-of-00010`); None for other texts."""
         numbers = re.fullmatch(r"(\d+)-of-(\d+)", name)
         return cls(int(numbers[1]), int(numbers[2])) if numbers and int(numbers[1]) < int(numbers[2]) else None
 
     def take(self, jobs: Sequence[T]) -> list[T]:
-        """Every `count`-th job, from the `index`-th: neighbours, which often cost alike, go to different shards."""
+        """Return every `count`-th job from number `index` on. So neighbours, which often cost the same, are spread."""
         return list(jobs[self.index :: self.count])
 
     def arrange(self, jobs: Sequence[T]) -> list[T]:
-        """The share's jobs in the order in which they are started: that of the manifest."""
+        """Return the share's jobs in the order in which they start: the manifest's order."""
         return list(jobs)
 
     @property
     def name(self) -> str:
-        """`00003-of-00010`, for files: names of one run sort by index."""
+        """`00003-of-00010`, for file names: they sort by index."""
         return f"{self.index:05d}-of-{self.count:05d}"
 
     def __str__(self) -> str:
@@ -65,23 +69,23 @@ class Shard:
 
 @dataclass(frozen=True)
 class AnyShard:
-    """All jobs, for one of any number of runners that share them by leases. `runner` is this one's HOST-PID."""
+    """All jobs, for one of several runners that share them by leases. `runner`: HOST-PID of this one."""
 
     runner: str
 
     @classmethod
     def here(cls) -> AnyShard:
-        """That of this process."""
+        """Return the share of this process."""
         return cls(f"{socket.gethostname()}-{os.getpid()}")
 
     def take(self, jobs: Sequence[T]) -> list[T]:
-        """Every job, in the manifest's order."""
+        """Return every job, in the manifest's order."""
         return list(jobs)
 
     def arrange(self, jobs: Sequence[T]) -> list[T]:
-        """The jobs in the order in which they are started: the manifest's, from a place that the runner's name gives.
+        """Return the jobs in the order in which they start: the manifest's, from a job that depends on `runner`.
 
-        Runners that begin at different places seldom ask for a job at the same time.
+        Runners that start at different jobs rarely try to take the same job at the same time.
         """
         if not jobs:
             return []
@@ -90,7 +94,7 @@ class AnyShard:
 
     @property
     def name(self) -> str:
-        """HOST-PID, for files; a host's other characters than A-Z a-z 0-9 . _ - are replaced."""
+        """HOST-PID, for file names. Characters of the host other than A-Z a-z 0-9 . _ - are replaced."""
         host, _, pid = self.runner.rpartition("-")
         return f"{_clean(host)[:64].strip('-.') or 'host'}-{pid}"
 
@@ -99,68 +103,70 @@ class AnyShard:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one scheduler says; `count` None where it does not say how many there are."""
+class _ArrayTask:
+    """One task of a scheduler's array. `count`: number of tasks, None if the scheduler does not give it."""
 
     scheduler: str
     index: int
     count: int | None
-    variables: str  # for the reason and for complaints
+    variables: str  # NAME=VALUE texts, for the reason and for error messages
 
 
 def choose_shard(text: str | None, count: int | None, env: Mapping[str, str]) -> tuple[Shard | AnyShard, str]:
-    """The shard, and why it is this one, in words.
+    """Return the shard, and the reason for it as a text.
 
-    `text` ("I/N", from 0, or "any") goes over everything. Else AWS Batch, Kubernetes, GCP Batch or Slurm arrays say
-    which share this is; `count` says how many there are where the scheduler does not (Kubernetes). Else: all jobs.
-    Raises ConfigInvalid for what is malformed, out of range, incomplete or contradictory: a wrong share would render
-    jobs twice, or never.
+    `text` ("I/N", from 0, or "any") overrides the environment. Without it, the environment of AWS Batch, Kubernetes,
+    GCP Batch or Slurm arrays gives the share. `count` gives the number of shards if the scheduler does not
+    (Kubernetes). Without any of them: all jobs. Raises ConfigInvalid for values that are malformed, out of range,
+    incomplete or contradictory, as a wrong share would render jobs twice or never.
     """
     if text is not None and text.strip() == ANY:
         if count is not None:
             raise ConfigInvalid(
                 f"--shard any and --shard-count {count} contradict each other",
-                todo="Leave --shard-count out: with `any` the number of runners may change",
+                todo="Remove --shard-count: with --shard any the number of runners may change",
             )
         return AnyShard.here(), "--shard any"
     if text is not None:
         shard = _parse(text)
         if count is not None and count != shard.count:
             raise ConfigInvalid(
-                f"--shard {text} and --shard-count {count} contradict each other", todo="Give one of them"
+                f"--shard {text} and --shard-count {count} contradict each other", todo="Remove one of them"
             )
         return shard, f"--shard {text}"
     if count is not None and count < 1:
-        raise ConfigInvalid(f"--shard-count {count} is no number of shards", todo="Give at least 1")
-    told = [said for ask in (_aws, _kubernetes, _gcp, _slurm) if (said := ask(env)) is not None]
-    if not told:
+        raise ConfigInvalid(
+            f"--shard-count {count} is too small: there must be at least 1 shard", todo="Correct --shard-count"
+        )
+    tasks = [task for read in (_aws, _kubernetes, _gcp, _slurm) if (task := read(env)) is not None]
+    if not tasks:
         if count not in (None, 1):
             raise ConfigInvalid(
-                f"--shard-count {count}, but nothing says which of them this is",
-                todo=f"Give --shard I/{count}, or start this as an array job",
+                f"--shard-count {count} is given, but the index of this shard is not",
+                todo=f"Add --shard I/{count} instead, with I from 0, or start this as an array job",
             )
         return Shard(0, 1), "all jobs: no --shard, and no array job in the environment"
-    shards = {(said.index, _agreed(said, count)): said for said in told}
+    shards = {(task.index, _task_count(task, count)) for task in tasks}
     if len(shards) > 1:
         raise ConfigInvalid(
-            "the environment speaks of two array jobs: " + " and ".join(said.variables for said in told),
-            todo="Give --shard I/N",
+            "the environment names two array jobs: " + " and ".join(task.variables for task in tasks),
+            todo="Set --shard I/N",
         )
     ((index, total),) = shards
-    said = told[0]
-    counted = "" if said.count is not None else f" and --shard-count {total}"
+    task = tasks[0]
+    counted = "" if task.count is not None else f" and --shard-count {total}"
     try:
-        return Shard(index, total), f"{said.scheduler}: {said.variables}{counted}"
+        return Shard(index, total), f"{task.scheduler}: {task.variables}{counted}"
     except ConfigInvalid as err:
         raise ConfigInvalid(
-            f"{said.variables}{counted}: {err.what}", todo="Use an array without gaps, or give --shard I/N"
+            f"{task.variables}{counted}: {err.what}", todo="Use an array without gaps, or set --shard I/N"
         ) from err
 
 
 def run_id_from_env(env: Mapping[str, str]) -> str | None:
-    """The id of the array job, or job, that every shard of this run belongs to; None where no scheduler gives one.
+    """Return the id of the array job or job that all shards of this run belong to; None if no scheduler gives one.
 
-    It becomes a folder's name, so other characters than A-Z a-z 0-9 . _ - are replaced.
+    It becomes a folder name, so characters other than A-Z a-z 0-9 . _ - are replaced.
     """
     aws = env.get("AWS_BATCH_JOB_ID", "").partition(":")[0]  # a child of an array is "parent:index"
     for name in (aws, env.get("SLURM_ARRAY_JOB_ID"), env.get("BATCH_JOB_UID"), env.get("JOB_NAME")):
@@ -177,41 +183,43 @@ def _clean(name: str) -> str:
 def _parse(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
     if not match:
-        raise ConfigInvalid(f"--shard {text!r} is not I/N", todo="Write e.g. --shard 0/4, the first of four, or any")
+        raise ConfigInvalid(
+            f"--shard {text!r} is not I/N", todo="Write for example --shard 0/4 (the first of four), or --shard any"
+        )
     return Shard(int(match[1]), int(match[2]))
 
 
-def _agreed(said: _Told, count: int | None) -> int:
-    if said.count is None and count is None:
+def _task_count(task: _ArrayTask, count: int | None) -> int:
+    if task.count is None and count is None:
         raise ConfigInvalid(
-            f"{said.scheduler} says which shard this is ({said.variables}) and not how many there are",
-            todo="Give --shard-count N, the number of tasks of the array",
+            f"{task.scheduler} gives the index of this shard ({task.variables}), but not the number of shards",
+            todo="Add --shard-count N, the number of tasks of the array",
         )
-    if said.count is not None and count is not None and said.count != count:
+    if task.count is not None and count is not None and task.count != count:
         raise ConfigInvalid(
-            f"--shard-count {count} contradicts {said.variables}",
-            todo=f"Drop --shard-count, or give --shard {said.index}/{count}",
+            f"--shard-count {count} contradicts {task.variables}",
+            todo=f"Remove --shard-count, or set --shard {task.index}/{count}",
         )
-    return said.count if said.count is not None else int(count or 0)
+    return task.count if task.count is not None else int(count or 0)
 
 
-def _aws(env: Mapping[str, str]) -> _Told | None:
-    """Array children have AWS_BATCH_JOB_ARRAY_INDEX, from 0, and AWS_BATCH_JOB_ARRAY_SIZE."""
+def _aws(env: Mapping[str, str]) -> _ArrayTask | None:
+    """Read AWS_BATCH_JOB_ARRAY_INDEX (from 0) and AWS_BATCH_JOB_ARRAY_SIZE of an array's child job."""
     return _plain("AWS Batch", env, "AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE")
 
 
-def _kubernetes(env: Mapping[str, str]) -> _Told | None:
-    """Pods of an Indexed Job have JOB_COMPLETION_INDEX, from 0; none of them is told `completions`."""
+def _kubernetes(env: Mapping[str, str]) -> _ArrayTask | None:
+    """Read JOB_COMPLETION_INDEX (from 0) of a pod of an Indexed Job. Pods do not get the number of completions."""
     return _plain("Kubernetes Indexed Job", env, "JOB_COMPLETION_INDEX", None)
 
 
-def _gcp(env: Mapping[str, str]) -> _Told | None:
-    """Tasks of a group have BATCH_TASK_INDEX, from 0, and BATCH_TASK_COUNT."""
+def _gcp(env: Mapping[str, str]) -> _ArrayTask | None:
+    """Read BATCH_TASK_INDEX (from 0) and BATCH_TASK_COUNT of a task group."""
     return _plain("GCP Batch", env, "BATCH_TASK_INDEX", "BATCH_TASK_COUNT")
 
 
-def _slurm(env: Mapping[str, str]) -> _Told | None:
-    """SLURM_ARRAY_TASK_ID runs from _MIN in steps of _STEP (`--array=1-9:2`), _COUNT tasks in all."""
+def _slurm(env: Mapping[str, str]) -> _ArrayTask | None:
+    """Read SLURM_ARRAY_TASK_ID, which counts from _MIN in steps of _STEP (`--array=1-9:2`), for _COUNT tasks."""
     task = _number(env, "SLURM_ARRAY_TASK_ID")
     if task is None:
         return None
@@ -222,26 +230,26 @@ def _slurm(env: Mapping[str, str]) -> _Told | None:
     variables = " ".join(f"{name}={env[name]}" for name in names if env.get(name))
     if task < first or (task - first) % step:
         raise ConfigInvalid(
-            f"{variables}: the task is not one of the array's steps",
-            todo="Use an array without gaps, or give --shard I/N",
+            f"{variables}: the task id does not fit the array's first id and step",
+            todo="Use an array without gaps, or set --shard I/N",
         )
-    return _Told("Slurm array", (task - first) // step, count, variables)
+    return _ArrayTask("Slurm array", (task - first) // step, count, variables)
 
 
-def _plain(scheduler: str, env: Mapping[str, str], index_name: str, count_name: str | None) -> _Told | None:
+def _plain(scheduler: str, env: Mapping[str, str], index_name: str, count_name: str | None) -> _ArrayTask | None:
     index = _number(env, index_name)
     if index is None:
         return None
     count = _number(env, count_name) if count_name else None
     variables = " ".join(f"{name}={env[name]}" for name in (index_name, count_name) if name and env.get(name))
-    return _Told(scheduler, index, count, variables)
+    return _ArrayTask(scheduler, index, count, variables)
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
-    """The variable as a whole number; None where it is unset or empty."""
+    """Return the variable as a whole number; None if it is unset or empty."""
     value = env.get(name, "").strip()
     if not value:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise ConfigInvalid(f"{name}={value!r} is not a whole number", todo="Unset it, or give --shard I/N")
+        raise ConfigInvalid(f"{name}={value!r} is not a whole number", todo="Unset it, or set --shard I/N")
     return int(value)

@@ -1,7 +1,7 @@
-"""Shared run: what the workers of one run say, as one log, one view of progress, one line a job and one exit code.
+"""Shared run: join the messages of one run's workers: one log, one progress, one line per job, one exit code.
 
-In:   the messages of `worker_link.py`, a worker each. Out: events, progress, a `SharedRun`.
-Never: how a worker is started or told to stop.
+In:   the messages of each worker (`worker_link.py`). Out: events, progress, a `SharedRun`.
+Never: how a worker is started or stopped.
 """
 
 from __future__ import annotations
@@ -20,63 +20,63 @@ from runner.records.record import JobLine
 
 __all__ = ["JoinedReports", "SharedRun", "WorkerReport", "merge_exit_codes", "merge_lines"]
 
-SAID_ONCE = ("job_skipped", "leases_are_warnings")  # every worker finds them
+LOGGED_ONCE = ("job_skipped", "leases_are_warnings")  # every worker sends these events
 RANKS = {"not_run": 0, "skipped": 1, "failed": 2, "succeeded": 3}
-# Of workers that leave jobs undone, the first of these that one ended with: what must be mended before a rerun, what
-# stopped the run, what a rerun mends.
+# If jobs are left undone: the first of these codes with which a worker ended. First codes that need a change before a
+# rerun, then those of a stopped run, then those that a rerun may solve.
 FIRST_CODES = (2, 130, 143, 3, 1)
-DIED = 3  # the exit code that a worker counts with which was killed
+DIED = 3  # counts as the exit code of a worker that was killed
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """What the workers came to together."""
+    """The joint result of the workers."""
 
     exit_code: int
-    lines: tuple[JobLine, ...]  # one a job, in the manifest's order
-    error: RunnerError | None = None  # what stopped a worker and left jobs undone, if the exit code follows from it
+    lines: tuple[JobLine, ...]  # one per job, in the manifest's order
+    error: RunnerError | None = None  # the error that gave the exit code, if jobs were left undone
 
 
 @dataclass
 class WorkerReport:
-    """What one worker has said so far. `name`: of the place where it works, in the log."""
+    """The messages of one worker so far. `name`: its place in the log, e.g. the GPU."""
 
     name: str
-    jobs: set[str] = field(default_factory=set)  # under way in it
-    finished: int = 0  # jobs of which it has said that they ended
-    ended: int | None = None  # its exit code, from the outcome that it sent
-    error: RunnerError | None = None  # with which it failed, in place of an outcome
-    stopped_by: RunnerError | None = None  # what stopped its run, from the outcome
+    jobs: set[str] = field(default_factory=set)  # under way in this worker
+    finished: int = 0  # number of jobs that it reported as ended
+    ended: int | None = None  # the exit code in its outcome
+    error: RunnerError | None = None  # the error that it sent instead of an outcome
+    stopped_by: RunnerError | None = None  # the error in its outcome: what stopped its run
 
     @property
     def over(self) -> bool:
-        """Whether it has told its outcome, or the error in its place."""
+        """Whether it has sent its outcome, or an error instead."""
         return self.ended is not None or self.error is not None
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None where it was killed before it could say."""
+        """Its exit code; None if it was killed before it could send one."""
         return self.error.exit_code if self.error is not None else self.ended
 
 
 class JoinedReports:
-    """All that the workers of one run have said. `field`: names a worker's place in the log, e.g. `gpu`."""
+    """The messages of all workers of one run. `field`: log field for a worker's place, e.g. `gpu`."""
 
     def __init__(self, job_ids: Sequence[str], progress: Progress, field: str) -> None:
         self._job_ids, self._progress, self._field = job_ids, progress, field
         self._reports: list[WorkerReport] = []
         self._lines: list[JobLine] = []
         self._finished: set[str] = set()
-        self._said: set[tuple[str, str]] = set()  # (event, job) of those that are said once
+        self._logged: set[tuple[str, str]] = set()  # (event, job) of LOGGED_ONCE
         self._log = structlog.get_logger()
 
     def open(self, name: str) -> WorkerReport:
-        """The report of one worker more."""
+        """Return the report of a new worker."""
         self._reports.append(WorkerReport(name))
         return self._reports[-1]
 
     def hear(self, report: WorkerReport, what: str, *more: Any) -> None:
-        """Take one message of a worker."""
+        """Process one message of a worker."""
         if what == "log":
             self._write_event(report, *more)
         elif what == "phase":
@@ -92,13 +92,13 @@ class JoinedReports:
             (report.error,) = more
 
     def leave(self, report: WorkerReport) -> None:
-        """The worker has ended or died: what it had under way waits."""
+        """Note that the worker has ended or died: its jobs are waiting again."""
         for job_id in sorted(report.jobs):
             self._progress.phase(job_id, "waiting")
         report.jobs.clear()
 
     def merge(self) -> SharedRun:
-        """What all came to. Raises the first RunnerError of a worker where none of them began its jobs."""
+        """Return the joint result. If no worker began its jobs, raises the first RunnerError of a worker."""
         lines = merge_lines(self._job_ids, self._lines)
         began = any(report.ended is not None for report in self._reports)
         errors = [report.error for report in self._reports if report.error is not None]
@@ -115,7 +115,7 @@ class JoinedReports:
             report.jobs.add(job_id)
         elif job_id in report.jobs:
             report.jobs.remove(job_id)
-        else:  # it looked at the job, which another worker has
+        else:  # it only checked a job that another worker has
             return
         self._progress.phase(job_id, phase)
 
@@ -123,24 +123,25 @@ class JoinedReports:
         report.jobs.discard(line.id)
         report.finished += 1
         self._lines.append(line)
-        if line.id not in self._finished:  # a job that one has rendered is skipped by all others
+        if line.id not in self._finished:  # a job that one worker has rendered is skipped by the others
             self._finished.add(line.id)
             self._progress.finished(line)
 
     def _write_event(self, report: WorkerReport, level: str, event: dict[str, Any]) -> None:
-        if event.get("event") in SAID_ONCE:
-            said = str(event["event"]), str(event.get("job"))
-            if said in self._said:
+        if event.get("event") in LOGGED_ONCE:
+            entry = str(event["event"]), str(event.get("job"))
+            if entry in self._logged:
                 return
-            self._said.add(said)
+            self._logged.add(entry)
         name = event.pop("event", "")
         getattr(self._log, level)(name, **event | {self._field: report.name})
 
 
 def merge_lines(job_ids: Sequence[str], lines: Iterable[JobLine]) -> list[JobLine]:
-    """One line a job, in the order of `job_ids`: succeeded goes over failed, skipped and not_run, in this order.
+    """Return one line per job, in the order of `job_ids`; other ids come last.
 
-    Of two lines of one status the one with more attempts counts, else the first. Ids that `job_ids` lacks come last.
+    Of several lines of a job, the status decides: succeeded, then failed, skipped, not_run. With equal status the line
+    with more attempts counts, else the first.
     """
     best: dict[str, JobLine] = {}
     for line in lines:
@@ -156,9 +157,9 @@ def merge_lines(job_ids: Sequence[str], lines: Iterable[JobLine]) -> list[JobLin
 
 
 def merge_exit_codes(lines: Sequence[JobLine], codes: Sequence[int | None]) -> int:
-    """The exit code of a run from its merged lines and the exit codes of its workers, None for one that was killed.
+    """Return the exit code of a run from its merged lines and its workers' exit codes (None: killed).
 
-    Where every job has an end it follows from the lines alone, whatever became of a worker.
+    If every job has ended, only the lines count.
     """
     if all(line.status != "not_run" for line in lines):
         return exit_code_of_lines(lines)

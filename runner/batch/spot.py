@@ -1,9 +1,9 @@
-"""Spot: asks the cloud, every few seconds, whether this machine is taken back, and then drains the run.
+"""Spot: ask the cloud every few seconds whether it takes this machine back, and then drain the run.
 
-In:   where notices come from: `aws`, `gcp` or `file:PATH`. Out: `Stop.drain`, and events. Never: what draining means.
+In:   the source of notices: `aws`, `gcp` or `file:PATH`. Out: `Stop.drain`, and events. Never: how a run drains.
 
-A metadata service is asked directly, whatever proxy the environment names. One that does not answer stops nothing: it
-is reported once and asked again.
+Requests to a metadata service ignore proxies. A service that does not answer is reported once and asked again; the run
+goes on.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from runner.records.events import EventLog
 
 __all__ = ["SpotNotice", "choose_notices", "watch"]
 
-POLL_S = 2.0  # AWS advises 5; GCP gives 30 seconds in all, so each one counts
+POLL_S = 2.0  # AWS advises 5; GCP gives only 30 seconds in all
 ANSWER_S = 1.0  # assumed: the service is on the same host or its hypervisor, and answers within milliseconds
-RESERVE_S = 15.0  # assumed: for what comes after the running segment, encoding and publishing
-SILENT_AFTER = 5  # unanswered questions in a row before a service that has answered is reported
-TOKEN_TTL_S = 6 * 3600  # the longest that AWS grants
-PREEMPTION_S = 30.0  # GCP's promise between the notice and the end of the machine
+RESERVE_S = 15.0  # assumed: for encoding and publishing after the running segment
+SILENT_AFTER = 5  # unanswered requests in a row until a service that has answered before is reported
+TOKEN_TTL_S = 6 * 3600  # the longest time that AWS allows
+PREEMPTION_S = 30.0  # from the notice to the end of the machine, as GCP promises
 MAINTENANCE_S = 60.0  # GCP's shortest time between the notice and the maintenance
 LONGEST_ANSWER = 64 * 1024  # bytes
 
 
 @dataclass(frozen=True)
 class SpotNotice:
-    """The machine is taken back: why, and the seconds that the running job has, None where the notice names no time."""
+    """The machine is taken back. `seconds`: time left for the running job; None if the notice names no time."""
 
     reason: str
     seconds: float | None = None
 
 
-Notices = Callable[[], SpotNotice | None]  # asks once; OSError or ValueError where there is no usable answer
+Notices = Callable[[], SpotNotice | None]  # asks once; raises OSError or ValueError without a usable answer
 
 
 def choose_notices(kind: str, environ: Mapping[str, str] = os.environ) -> Notices:
-    """The source of notices that `kind` names; asks nothing yet. Raises ConfigInvalid."""
+    """Return the source of notices that `kind` names. It sends no request yet. Raises ConfigInvalid."""
     name, colon, rest = kind.partition(":")
     if name == "file" and rest:
         return FileNotices(Path(rest))
     if colon or name not in KINDS:
-        raise ConfigInvalid(f"must be aws, gcp or file:PATH, not {kind!r}", todo="Write e.g. --spot aws")
+        raise ConfigInvalid(f"--spot must be aws, gcp or file:PATH, not {kind!r}", todo="Write for example --spot aws")
     return KINDS[name](environ)
 
 
@@ -67,9 +67,9 @@ def watch(
     environ: Mapping[str, str] = os.environ,
     poll_s: float = POLL_S,
 ) -> Iterator[None]:
-    """Inside, a thread asks for notices of `kind`, and drains `stop` at the first; None: it does nothing.
+    """Ask for notices of `kind` in a thread while the block runs, and drain `stop` at the first. None: do nothing.
 
-    Raises ConfigInvalid for a kind that does not exist.
+    Raises ConfigInvalid for an unknown kind.
     """
     if kind is None:
         yield
@@ -87,16 +87,18 @@ def watch(
 
 def _poll(kind: str, notices: Notices, stop: Stop, events: EventLog, ended: threading.Event, poll_s: float) -> None:
     answered = reported = False
-    silent = 0  # questions in a row
+    silent = 0  # unanswered requests in a row
     while not ended.is_set():
         try:
             notice = notices()
-        except Exception as error:  # whatever a service answers, the run goes on
+        except Exception as error:  # no answer of a service may end the run
             silent += 1
             if not reported and (silent == SILENT_AFTER or not answered):
                 reported = True
                 problem = f"{kind}: {error or type(error).__name__}"
-                message = f"{problem}. The run goes on and asks again; until there is an answer no notice is seen"
+                message = (
+                    f"{problem}. The run continues and asks again. Until there is an answer, no notice is received"
+                )
                 events.emit("spot_service_silent", level="warning", message=message)
         else:
             if reported and not answered:
@@ -114,7 +116,7 @@ def _poll(kind: str, notices: Notices, stop: Stop, events: EventLog, ended: thre
 
 
 class FileNotices:
-    """A notice is a file that appears, e.g. written by a hook of the scheduler; what it holds is not read."""
+    """A file that appears is the notice, e.g. written by a hook of the scheduler. Its content is not read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -124,10 +126,10 @@ class FileNotices:
 
 
 class AwsNotices:
-    """EC2's instance metadata service, version 2: each question carries a token that was asked for before.
+    """EC2's instance metadata service, version 2. Each request carries a token that was requested before.
 
-    The endpoint is the one that botocore would ask: $AWS_EC2_METADATA_SERVICE_ENDPOINT, else the link-local address,
-    IPv6 where $AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE says so.
+    The endpoint is the same as botocore's: $AWS_EC2_METADATA_SERVICE_ENDPOINT, else the link-local address (IPv6 if
+    $AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE is ipv6).
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -148,7 +150,7 @@ class AwsNotices:
         try:
             notice = json.loads(answer.text)
             action, at = str(notice["action"]), _parse_time(notice["time"])
-        except (ValueError, KeyError, TypeError):  # that there is a notice counts more than what it says
+        except (ValueError, KeyError, TypeError):  # an unreadable notice is still a notice
             return SpotNotice("spot notice of AWS")
         seconds = (at - answer.date).total_seconds() - RESERVE_S
         return SpotNotice(f"spot notice of AWS: {action} at {at:%Y-%m-%dT%H:%M:%SZ}", max(0.0, seconds))
@@ -161,15 +163,19 @@ class AwsNotices:
         headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)}
         try:
             answer = _ask(self._endpoint, "PUT", "/latest/api/token", headers)
-        except TimeoutError as error:  # the token's packet may live for one hop only, and a container is the second
-            raise TimeoutError(f"{error} with a token (in a container it needs a hop limit of 2)") from error
+        except (
+            TimeoutError
+        ) as error:  # the packet with the token may be limited to one hop, and a container is the second
+            raise TimeoutError(
+                f"{error} to a request for a token (in a container, set the hop limit of the metadata service to 2)"
+            ) from error
         if answer.status != 200 or not answer.text:
             raise ValueError(f"the metadata service gave no token: it answered {answer.status}")
         return answer.text.strip()
 
 
 class GcpNotices:
-    """GCE's metadata server: whether the machine is preempted, or ends for maintenance of its host.
+    """GCE's metadata server: it shows preemption, and termination for maintenance of the host.
 
     The server is at $GCE_METADATA_HOST (HOST or HOST:PORT), else at metadata.google.internal.
     """
@@ -181,7 +187,7 @@ class GcpNotices:
         if self._value("preempted") == "TRUE":
             return SpotNotice("spot notice of GCP: preempted", PREEMPTION_S - RESERVE_S)
         if self._value("maintenance-event", absent="NONE") == "TERMINATE_ON_HOST_MAINTENANCE":
-            return SpotNotice("spot notice of GCP: the host is maintained", MAINTENANCE_S - RESERVE_S)
+            return SpotNotice("spot notice of GCP: maintenance of the host", MAINTENANCE_S - RESERVE_S)
         return None
 
     def _value(self, name: str, absent: str | None = None) -> str:
@@ -190,7 +196,7 @@ class GcpNotices:
         if answer.status not in (200, 404):
             raise ValueError(f"the metadata service answered {answer.status} for {name}")
         if answer.flavor != "Google":
-            raise ValueError(f"what answers at {self._endpoint} is not Google's metadata server")
+            raise ValueError(f"the server at {self._endpoint} is not Google's metadata server")
         if answer.status == 404 and absent is None:
             raise ValueError(f"the metadata service does not know {name}")
         if answer.status == 404:
@@ -209,14 +215,14 @@ class _Answer:
     status: int
     text: str
     flavor: str | None
-    date: datetime  # the service's own clock where it says it, else this host's
+    date: datetime  # by the service's clock if it sends one, else this host's
 
 
 def _ask(endpoint: str, method: str, path: str, headers: Mapping[str, str]) -> _Answer:
-    """One request, without proxy and without following redirects. Raises OSError, ValueError."""
+    """Send one request, without proxy and without following redirects. Raises OSError, ValueError."""
     place = urlsplit(endpoint)
     if place.scheme not in ("http", "https") or not place.hostname:
-        raise ValueError(f"the metadata service's address {endpoint!r} is no URL: write http://HOST:PORT")
+        raise ValueError(f"the metadata service's address {endpoint!r} is not a URL: write http://HOST:PORT")
     made: type[Any] = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     connection = made(place.hostname, place.port, timeout=ANSWER_S)
     try:
@@ -226,7 +232,7 @@ def _ask(endpoint: str, method: str, path: str, headers: Mapping[str, str]) -> _
     except TimeoutError as error:
         raise TimeoutError(f"the metadata service at {endpoint} did not answer within {ANSWER_S:g} s") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"the metadata service at {endpoint} cannot be asked ({error})") from error
+        raise ConnectionError(f"the metadata service at {endpoint} cannot be reached ({error})") from error
     finally:
         connection.close()
     return _Answer(answer.status, text, answer.getheader("Metadata-Flavor"), _clock_of(answer.getheader("Date")))
@@ -234,10 +240,10 @@ def _ask(endpoint: str, method: str, path: str, headers: Mapping[str, str]) -> _
 
 def _clock_of(date: str | None) -> datetime:
     try:
-        said = parsedate_to_datetime(date or "")
+        found = parsedate_to_datetime(date or "")
     except (ValueError, TypeError):
         return datetime.now(UTC)
-    return said if said.tzinfo else said.replace(tzinfo=UTC)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _parse_time(text: str) -> datetime:

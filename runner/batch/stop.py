@@ -1,11 +1,11 @@
-"""Stop: how a signal, or a notice that the machine is taken back, ends a run without losing what is done.
+"""Stop: end a run after a signal, or a notice that the machine is taken back, without losing finished work.
 
-The first SIGINT or SIGTERM lets no new job start and gives the running one `drain_s` seconds; the second abandons it at
-once. A notice does what the first signal does, with its own seconds. What is already generated is always encoded and
-published. An abandoned job leaves no record and runs again.
+After the first SIGINT or SIGTERM no new job starts, and the running job has `drain_s` seconds. The second signal
+abandons it at once. A notice acts like the first signal, with its own seconds. Jobs that are already generated are
+always encoded and published. An abandoned job leaves no record and runs again.
 
 A SIGTERM may arrive more than once: Slurm sends it to every process of a step, and Apptainer and tini pass theirs on to
-this one. What follows the first within SAME_SIGNAL_S is the same signal.
+this process. Further SIGTERMs within SAME_SIGNAL_S count as the same signal.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from types import FrameType
 
 __all__ = ["Abandoned", "PrefetchThread", "Stop", "leave"]
 
-SAME_SIGNAL_S = 1.0  # assumed: what is passed on arrives within milliseconds, who sends a second one has waited for it
+SAME_SIGNAL_S = 1.0  # assumed: a copy arrives within milliseconds, a deliberate second signal later
 
 
 class PrefetchThread(threading.Thread):
-    """Fetches and prepares. A run that was told to stop does not wait for it; `leave` looks for it."""
+    """The thread that fetches and prepares. A run that stops does not wait for it; see `leave`."""
 
 
 class Abandoned(Exception):
-    """The running job is given up because the run was told to stop."""
+    """The running job is abandoned because the run stops."""
 
 
 class Stop:
-    """Whether, and how urgently, the run has been told to stop. `clock` in seconds, monotonic. Safe from any thread.
+    """Whether the run must stop, and how soon. `clock`: seconds, monotonic. Safe from any thread.
 
-    `signal` decides the exit code: the first signal, or SIGTERM where a notice came before it. `reason` is what the
-    first notice said, None where a signal came before it.
+    `signal` gives the exit code: the first signal, or SIGTERM if a notice came first. `reason`: the reason of the
+    first notice, None if a signal came first.
     """
 
     def __init__(self, drain_s: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,13 +47,13 @@ class Stop:
         self._clock = clock
         self._deadline = float("inf")
         self._signalled = False
-        self._terminated_at = float("-inf")  # when a SIGTERM that counted was received
+        self._terminated_at = float("-inf")  # time of the last SIGTERM that counted
         self._lock = threading.RLock()  # reentrant: the handler of a signal may interrupt a method of this thread
 
     def request(self, signum: int) -> None:
-        """Note a signal. The first one: drain. The second: abandon the running job now.
+        """Note a signal. The first drains the run; the second abandons the running job now.
 
-        After a notice the first signal leaves the running job at most `drain_s`, and no more than the notice left.
+        After a notice, the first signal leaves the running job at most `drain_s`, and not more than the notice did.
         """
         with self._lock:
             seconds = 0.0 if self._signalled else self.drain_s
@@ -63,9 +63,9 @@ class Stop:
         self.requested.set()
 
     def drain(self, reason: str, seconds: float | None = None) -> None:
-        """Drain, as if SIGTERM had come: a notice says why (`reason`) and the running job has `seconds` (`drain_s`).
+        """Drain after a notice, as after SIGTERM. The running job has `seconds` (None: `drain_s`).
 
-        While the run drains already, a notice can only shorten the time that is left.
+        If the run drains already, a notice can only shorten the time left.
         """
         with self._lock:
             if self.signal is None:
@@ -96,16 +96,16 @@ class Stop:
 
     @property
     def name(self) -> str | None:
-        """Why the run stops: the reason that a notice gave, else the first signal's name; None while it does not."""
+        """Why the run stops: the reason of a notice, else the first signal's name; None while it does not stop."""
         return self.reason or (signal.Signals(self.signal).name if self.signal else None)
 
     @contextmanager
     def listening(self, on_signal: Callable[[], None] = lambda: None, wakeup_descriptor: int = -1) -> Iterator[Stop]:
-        """Handle SIGINT and SIGTERM inside; only from the main thread. `on_signal` runs in the handler.
+        """Handle SIGINT and SIGTERM while the block runs; only in the main thread. The handler calls `on_signal`.
 
-        `wakeup_descriptor`: a pipe that does not block, which the main thread polls. A signal that comes just before
-        the poll, or to another thread, does not interrupt it: the handler would wait for the poll's end. A byte in this
-        pipe ends it (`signal.set_wakeup_fd`).
+        `wakeup_descriptor`: a non-blocking pipe that the main thread polls. A signal just before the poll, or to
+        another thread, does not interrupt the poll, so the handler would only run after it. A byte in this pipe
+        ends the poll (`signal.set_wakeup_fd`).
         """
 
         waiting: list[int] = []
@@ -116,7 +116,7 @@ class Stop:
                     return
                 self._terminated_at = self._clock()
             waiting.append(signum)
-            if len(waiting) > 1:  # the handler of another signal is interrupted, perhaps within a lock: it goes on
+            if len(waiting) > 1:  # this interrupts another handler, which may hold a lock: let it continue
                 return
             while waiting:
                 self.request(waiting[0])
@@ -134,10 +134,10 @@ class Stop:
 
 
 def leave(code: int) -> None:
-    """End the process with `code` at once if a preparation is still at work in it; else do nothing.
+    """End the process with `code` at once if a preparation still runs in it; else do nothing.
 
-    The interpreter's own end stops such a thread where it comes back from native code (onnxruntime, torch), which C++
-    takes for a fault: the process would die of SIGABRT, exit code 134, and look crashed to every scheduler.
+    When the interpreter exits, it stops such a thread at its return from native code (onnxruntime, torch). C++ treats
+    that as an error and aborts: the process would end with SIGABRT, exit code 134, like a crash.
     """
     if any(isinstance(thread, PrefetchThread) for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):

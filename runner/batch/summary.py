@@ -1,7 +1,7 @@
-"""Summary: what a run has come to so far, kept on the output storage and rewritten at growing intervals.
+"""Summary: write a run's summary to the output storage, and rewrite it at growing intervals.
 
-In:   a line a job, and its record. Out: `runs/<run-id>/<shard>.summary.json` and `.metrics.prom`, whole objects, which
-any tool can read while the run goes on; the events that wait; and the exit code. Never: how a job is run.
+In:   a line per job, and its record. Out: `runs/<run-id>/<shard>.summary.json` and `.metrics.prom`, whole objects that
+any tool can read during the run; the events that wait; the exit code. Never: how a job is run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from runner.timing import now
 
 __all__ = ["SummaryWriter", "exit_code_of_lines"]
 
-WRITING_SHARE = 0.1  # of the time, at most, as the files are rewritten whole and a store may be slow
-SHARE_OF_JOBS = 0.1  # that have ended since the last writing make another one due
-WAIT_S = 60.0  # or the passing of this time, or of WAIT_SHARE of the run's, whichever is longer
+WRITING_SHARE = 0.1  # most of the time spent on writing: the files are rewritten whole, and a store may be slow
+SHARE_OF_JOBS = 0.1  # write again when this share of the jobs has ended since the last writing
+WAIT_S = 60.0  # or after this time, or after WAIT_SHARE of the run's time, whichever is longer
 WAIT_SHARE = 0.02
-KEEP_PROCESSES = 100  # of those that ran the same shard before
+KEEP_PROCESSES = 100  # earlier processes of the same shard that stay in the summary
 
 
 def exit_code_of_lines(lines: Iterable[JobLine]) -> int:
-    """Of a run that was not stopped: 0 if no job failed; 3 if a rerun may mend all that failed; else 1."""
+    """Return the exit code of a run that was not stopped: 0 if no job failed; 3 if a rerun may succeed; else 1.
+
+    3 means that all failures are transient.
+    """
     failed = [line.error for line in lines if line.status == "failed"]
     if not failed:
         return 0
@@ -41,7 +44,7 @@ def exit_code_of_lines(lines: Iterable[JobLine]) -> int:
 
 
 class SummaryWriter:
-    """Collects lines and writes them. Safe from any thread."""
+    """Collects the lines of jobs and writes the summary. Safe from any thread."""
 
     def __init__(
         self,
@@ -66,8 +69,8 @@ class SummaryWriter:
         self._begin, self._started_at = clock(), now()
         self._earlier: list[ProcessUsage] | None = None  # processes that ran this shard before; None: not read yet
         self._device, self._work_s, self._loading = "", 0.0, list[SpanRecord]()
-        self._worked_until = self._begin  # all work before it is in _work_s
-        self._idle_s = 0.0  # as the metrics were last told it
+        self._worked_until = self._begin  # _work_s contains all work before this time
+        self._idle_s = 0.0  # as last written to the metrics
         self._not_before = self._written_at = float("-inf")
         self._written_lines = 0
         self._lock = threading.Lock()
@@ -84,7 +87,7 @@ class SummaryWriter:
 
     @property
     def lines(self) -> list[JobLine]:
-        """One a job, in the manifest's order; `not_run` where nothing has happened yet."""
+        """One line per job, in the manifest's order; `not_run` for jobs that have not ended."""
         return [
             self._lines.get(i) or JobLine(id=i, status="not_run", reason="the run ended before it")
             for i in self._job_ids
@@ -98,23 +101,23 @@ class SummaryWriter:
         with self._lock:
             if rss_bytes is not None:
                 self._trend.add(rss_bytes)
-            self._job_ids.setdefault(line.id)  # a source may bring jobs that it did not know at the start
+            self._job_ids.setdefault(line.id)  # a source may add jobs after the start
             self._lines[line.id] = line
             self._metrics.observe(line, record)
             if self._is_due():
                 self._write(None, None, None)
 
     def note_loading(self, begin: float) -> None:
-        """Note that a model was loaded from `begin`, monotonic, until now."""
+        """Note that a model was loaded from `begin` (monotonic seconds) until now."""
         end = self._clock()
         span = SpanRecord(begin_s=round(max(0.0, begin - self._begin), 3), end_s=round(end - self._begin, 3))
         with self._lock:
             self._loading.append(span)
 
     def note_work(self, seconds: float, device: str, until: float | None = None) -> None:
-        """Note what an attempt worked on the device, however it ended.
+        """Note the device work of an attempt, `seconds`, for every kind of end.
 
-        `device`: its name; empty: not known to it. `until`: when it left the device, monotonic; None: not known.
+        `device`: its name; empty if unknown. `until`: when the attempt left the device, monotonic; None if unknown.
         """
         with self._lock:
             self._work_s += seconds
@@ -129,11 +132,11 @@ class SummaryWriter:
         return code
 
     def exit_code(self, stop_code: int | None) -> int:
-        """0 all done; 1 some failed; 3 if a rerun may mend all that failed; a stop's own code if one came."""
+        """Return 0: all done; 1: some failed; 3: a rerun may succeed; or `stop_code` if the run was stopped."""
         return exit_code_of_lines(self._lines.values()) if stop_code is None else stop_code
 
     def _is_due(self) -> bool:
-        """Whether to write now. Each writing holds all jobs, so that one at every job would be quadratic."""
+        """Return whether to write now. A summary contains all jobs, so writing it at every job would cost O(n²)."""
         time = self._clock()
         grown = len(self._lines) - self._written_lines >= SHARE_OF_JOBS * len(self._job_ids)
         waited = time - self._written_at >= max(WAIT_S, WAIT_SHARE * (time - self._begin))
@@ -171,10 +174,10 @@ class SummaryWriter:
         )
 
     def _count_idle(self, process: ProcessUsage) -> float:
-        """Idle seconds for a counter, which never decreases.
+        """Return the idle seconds for a counter, which must not decrease.
 
-        Before the end they are those until the last attempt left the device: a later one may be at work, which is noted
-        when it ends.
+        Before the run's end, they count until the last attempt left the device: the work of the next attempt is only
+        noted at its end.
         """
         idle_s = process.idle_s
         if not process.finished:
@@ -185,11 +188,11 @@ class SummaryWriter:
         return self._idle_s
 
     def _read_earlier(self) -> list[ProcessUsage]:
-        """What a process did that ran this shard under this run id before: a scheduler has started it anew."""
+        """Return the usage of earlier processes of this shard and run id, which a scheduler has restarted."""
         data = self._storage.read_bytes(run_key(self.run_id, self.shard, SUMMARY))
         try:
             return [] if data is None else RunSummary.model_validate(json.loads(data)).processes[-KEEP_PROCESSES:]
-        except ValueError:  # torn, or none of ours
+        except ValueError:  # torn or foreign
             return []
 
     def _write(self, finished_at: str | None, exit_code: int | None, stopped_by: str | None) -> None:

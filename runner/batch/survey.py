@@ -1,9 +1,9 @@
-"""Survey: what to do with each job, found for thousands of jobs with few requests, many at a time.
+"""Survey: decide what to do with each of thousands of jobs, with few requests, in parallel.
 
-In:   jobs, the output storage, an engine's identities. Out: decisions in the order of the jobs.
-Never: running or writing anything. A job that is not simply done is decided again right before it runs.
+In:   jobs, the output storage, an engine's digests. Out: decisions in the order of the jobs.
+Never: running or writing anything. A job that is not done is decided again right before it runs.
 
-An object store is listed once for outputs and marks; then a record costs one request and each distinct input one.
+An object store is listed once for outputs and marks. After that, each record and each distinct input costs one request.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from runner.storage import Storage
 __all__ = ["Identified", "decide_jobs", "job_parts", "make_surveyor", "survey_jobs"]
 
 AT_ONCE = 32
-AHEAD = 8 * AT_ONCE  # decisions that wait to be read
-LIST_FROM = 64  # jobs: for fewer, a question a job is cheaper than a list of all that lies there
+AHEAD = 8 * AT_ONCE  # most decisions that wait to be read
+LIST_FROM = 64  # jobs: for fewer, one request per job is cheaper than a complete listing
 
 Decide = Callable[[Job, Listing | None], Decision]
 
 
 class Identified(Protocol):
-    """What of an engine decides a job's fingerprint."""
+    """The properties of an engine that enter a job's fingerprint."""
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Of the recipe and the weights."""
+        """Digests of the recipe and the weights, by name."""
         ...
 
     @property
     def effective(self) -> Callable[[JobOptions], JobOptions]:
-        """Options → the same with the recipe's defaults filled in."""
+        """Return options with the recipe's defaults filled in."""
         ...
 
     @property
     def own(self) -> Callable[[Job], Mapping[str, str]]:
-        """Job → identity of what it alone adds, e.g. its LoRAs."""
+        """Return the digests of what only this job uses, e.g. its LoRAs."""
         ...
 
 
@@ -60,15 +60,15 @@ def job_parts(
     own: Mapping[str, str],
     reader: str | None = None,
 ) -> dict[str, Any]:
-    """The parts of the job's fingerprint. `own`: what `engine.own` returns for the job; `reader`: see `find_reader`."""
+    """Return the parts of the job's fingerprint. `own`: the result of `engine.own`; `reader`: of `find_reader`."""
     effective = replace(job, options=engine.effective(job.options))
     return fingerprint_parts(effective, inputs, {**engine.identity, **own}, reader)
 
 
 def make_surveyor(engine: Identified, ledger: Ledger, input_roots: Sequence[str]) -> Decide:
-    """A function that decides one job as the loop does. It raises what is wrong with the job's inputs; storage.*.
+    """Return a function that decides one job as the loop does. It raises errors of the job's inputs; storage.*.
 
-    Each distinct input is looked at once in the function's life. Safe from any thread.
+    The function reads each distinct input once. Safe from any thread.
     """
     index = InputIndex(ledger.hashes, input_roots)
 
@@ -81,7 +81,7 @@ def make_surveyor(engine: Identified, ledger: Ledger, input_roots: Sequence[str]
 
 
 def decide_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Generator[Decision | RunnerError]:
-    """For each job, in order, its decision, or the error that `decide` raised. Closing the iterator ends the survey."""
+    """Yield each job's decision, in order, or the error that `decide` raised. Closing the iterator ends the survey."""
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="survey")
     waiting: deque[Future[Decision | RunnerError]] = deque()
     try:
@@ -97,24 +97,24 @@ def decide_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Genera
 
 
 def survey_jobs(jobs: Sequence[Job], storage: Storage, decide: Decide) -> Generator[Decision | None]:
-    """For each job, in order, its decision if it is to be skipped, else None. Nothing is raised: None stands for it.
+    """Yield, for each job in order, its decision if the job is to be skipped, else None; also None for an error.
 
     Closing the iterator ends the survey.
     """
     with closing(decide_jobs(jobs, storage, decide)) as found:
-        for one in found:  # in place of an error comes None: the job's own turn raises it again, where it is handled
+        for one in found:  # None for an error: it is raised again and handled when the job runs
             yield one if isinstance(one, Decision) and one.action == "skip" and not one.suspect else None
 
 
 def _list_outputs(jobs: Sequence[Job], storage: Storage) -> Listing | None:
-    """What lies below `jobs/` for these jobs, single frames left out; None where asking for each is as good."""
+    """List the objects of these jobs below `jobs/`, without single frames; None if requests per job are better."""
     if len(jobs) < LIST_FROM or not storage.lists_identities:
         return None
-    wanted = {job.id for job in jobs}
+    job_ids = {job.id for job in jobs}
     try:
         found = ((split_job_key(info.key), info) for info in storage.list(JOBS))
-        return {info.key: info for names, info in found if names and names[0] in wanted and "/" not in names[1]}
-    except RunnerError:  # not allowed to list, or the store is away: each job will say so itself
+        return {info.key: info for names, info in found if names and names[0] in job_ids and "/" not in names[1]}
+    except RunnerError:  # listing is denied, or the store does not answer: the jobs report it
         return None
 
 

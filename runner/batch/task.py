@@ -1,6 +1,6 @@
-"""Task: one attempt of one job on its way through the batch loop, and what it leaves in the record.
+"""Task: the state of one attempt of one job in the batch loop, and its record.
 
-In:   what each stage adds. Out: a ResultRecord. Never: what a stage does, or which stage is next.
+In:   the results of each stage. Out: a ResultRecord. Never: the work of a stage, or which stage is next.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from runner.records.record import (
 from runner.spec.manifest import Job
 from runner.timing import StageTimer, now
 
-__all__ = ["Ended", "Piece", "Spans", "Task"]
+__all__ = ["EndItem", "SegmentItem", "Spans", "Task"]
 
-# What the forecast's operations are spent in; waiting for conditions or for the encoder is none of it.
+# The stages that the forecast covers. Waiting for conditions or for the encoder is not included.
 GENERATION_STAGES = ("encode_prompt", "encode_image", "encode_reference", "encode_conditions", "denoise", "vae_decode")
 
 
@@ -43,9 +43,9 @@ class Task:
     """One attempt of one job."""
 
     job: Job
-    folder: Path  # scratch, its own
+    folder: Path  # its own scratch folder
     window: MemoryWindow
-    tried: tuple[str, ...] = ()  # error codes of the attempts before it in this run
+    tried: tuple[str, ...] = ()  # error codes of earlier attempts in this run
     timer: StageTimer = field(default_factory=StageTimer)
     started_at: str = field(default_factory=now)
     begin: float = field(default_factory=time.monotonic)
@@ -54,44 +54,44 @@ class Task:
     decision: Decision = field(default_factory=lambda: Decision("run", ""))
     inputs: dict[str, InputRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # for the record
-    warnings: list[str] = field(default_factory=list)  # of the notes, those that a person should look at
+    warnings: list[str] = field(default_factory=list)  # the notes that a person should check
     audio_from: Path | None = None
     conditions: Conditions | None = None
     plan: SegmentPlan | None = None
-    chain: Chain | None = None  # under which its finished segments are kept; None: they are not
-    identity: Mapping[str, str] = field(default_factory=dict)  # of the generator when it made the last segment
-    kept: Found = field(default_factory=Found)  # of an earlier attempt
-    resumed_at: int | None = None  # the first segment, from 1, that this attempt generates, where it is not the first
-    drift: DriftRecord | None = None  # of the segments that are finished, those of an earlier attempt included
-    finishing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage → its report, once it has ended
+    chain: Chain | None = None  # for its kept segments; None: none are kept
+    identity: Mapping[str, str] = field(default_factory=dict)  # the generator's resume_identity at the last segment
+    kept: Found = field(default_factory=Found)  # kept segments of an earlier attempt
+    resumed_at: int | None = None  # first segment (from 1) that this attempt generates, if it was resumed
+    drift: DriftRecord | None = None  # of all finished segments, including those of earlier attempts
+    finishing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage → its report at the end
     delivery: Delivery | None = None
-    fetch_begin: float | None = None  # when its inputs were fetched, the model loaded; monotonic, as the next two
-    deliver_begin: float | None = None  # when its first segment was written
-    spans: dict[str, tuple[float, float]] = field(default_factory=dict)  # by stage: when a thread had the job
-    part_s: float = 0.0  # seconds that the last segment took from the decoder to where it is kept
-    generating: bool = False  # the main thread is reading its conditions; nobody else may close them
-    settled: bool = False  # by the delivery thread; what still comes of it is dropped
+    fetch_begin: float | None = None  # start of fetching, after the model was loaded; monotonic seconds
+    deliver_begin: float | None = None  # when its first segment was written; monotonic seconds
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)  # by stage: begin and end; monotonic seconds
+    part_s: float = 0.0  # seconds to encode and keep the last segment
+    generating: bool = False  # the main thread reads its conditions; no other thread may close them
+    settled: bool = False  # set by the delivery thread; later items of this task are dropped
 
     def note(self, text: str, *, warning: bool = False) -> None:
-        """Add to the record's notes, and to its warnings."""
+        """Add a note to the record. `warning`: also to its warnings."""
         self.notes.append(text)
         if warning:
             self.warnings.append(text)
 
     @property
     def generation_s(self) -> float:
-        """Seconds of generation, so far."""
+        """Seconds of generation so far."""
         return sum(self.timer.seconds.get(stage, 0.0) for stage in GENERATION_STAGES)
 
     @property
     def gpu_s(self) -> float:
-        """Seconds of the device's work, so far: generation, and the stages between decoder and encoder."""
+        """Seconds of device work so far: generation, and the stages between decoder and encoder."""
         return self.generation_s + sum(self.timer.seconds.get(stage, 0.0) for stage in self.finishing)
 
     def record(
         self, *, run_id: str, shard: str, recipe: str, engine: dict[str, Any], overlapped: list[str], **more: Any
     ) -> ResultRecord:
-        """The attempt as it stands; `more` says how it ended: status, output, error."""
+        """Return the record of the attempt. `more`: how it ended (status, output, error)."""
         return ResultRecord(
             job_id=self.job.id,
             attempt=self.decision.attempt,
@@ -158,26 +158,26 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One segment on its way to delivery."""
+class SegmentItem:
+    """One generated segment, for the delivery thread."""
 
     task: Task
     segment: Segment
-    identity: Mapping[str, str]  # of the generator when it made the segment, see `Generator.resume_identity`
+    identity: Mapping[str, str]  # the generator's `resume_identity` when it made the segment
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The last word on a task from the threads before delivery: complete, failed, or given back."""
+class EndItem:
+    """The end of a task, for the delivery thread: complete, failed (`error`), or returned to a later run."""
 
     task: Task
     error: RunnerError | None = None
     stage: str = ""
-    given_back: bool = False
+    returned: bool = False
 
 
 class Spans:
-    """When the stages of the last few jobs ran, to say which of them ran at the same time. Monotonic seconds."""
+    """When the stages of the last few jobs ran, to find those that ran at the same time. Monotonic seconds."""
 
     def __init__(self, keep: int = 8) -> None:
         self._keep = keep  # only neighbours in time can overlap
@@ -192,7 +192,7 @@ class Spans:
                 self._jobs.pop(next(iter(self._jobs)))
 
     def overlapping(self, job_id: str, stage: str) -> list[str]:
-        """`prepare of b`, … : what of other jobs has ended and overlapped with `stage` of this one."""
+        """Return the ended stages of other jobs that overlapped with `stage` of this job, as `prepare of b`."""
         with self._lock:
             begin, end = self._jobs.get(job_id, {}).get(stage, (0.0, 0.0))
             return [

@@ -1,7 +1,7 @@
-"""Worker link: what a worker of a shared run tells the process that started it: events, progress, the outcome.
+"""Worker link: send events, progress and the outcome of a worker to the process that started it.
 
-In:   a function that sends one message, a tuple. Out: messages `log`, `phase`, `step`, `finished`, `ended`, `failed`;
-`shared_run.py` reads them. Never: how a message travels: over a pipe (`run --gpus`) or by a call (`run --on ray`).
+In:   a function that sends one message (a tuple). Out: messages `log`, `phase`, `step`, `finished`, `ended`, `failed`,
+which `shared_run.py` reads. Never: the transport: a pipe (`run --gpus`) or a remote call (`run --on ray`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["MachineShare", "WorkerLink"]
 
 @dataclass(frozen=True)
 class MachineShare:
-    """What a run does otherwise that is one of `processes` that one command runs on this machine.
+    """Settings of a run that is one of `processes` started by one command on this machine.
 
-    It is stopped by `stop` and listens to no signal. `before_load` returns when this process may load its model.
-    `demands`: of all jobs that the command shares out, where it knows more of them than this process.
+    `stop` stops the run; it handles no signals. `before_load` returns when this process may load its model.
+    `demands`: those of all jobs of the command, if the command knows more jobs than this process.
     """
 
     processes: int
@@ -38,17 +38,17 @@ class MachineShare:
 
 
 class WorkerLink:
-    """The way to the process that started this worker. `Progress` of this worker's run. Safe from any thread if `send`
-    is."""
+    """The connection to the process that started this worker; implements `Progress`. As thread-safe as `send`."""
 
     def __init__(self, send: Callable[[tuple[Any, ...]], None]) -> None:
         self._send = send
 
     def tell(self, *message: Any) -> None:
+        """Send one message."""
         self._send(message)
 
     def take_log(self) -> None:
-        """From now on every event of this process goes over the link, and what libraries log too."""
+        """Send every event of this process, and library messages, over the link from now on."""
         structlog.configure(
             processors=[structlog.processors.format_exc_info, self._log],
             wrapper_class=structlog.BoundLogger,
@@ -57,17 +57,17 @@ class WorkerLink:
         capture_library_messages()
 
     def _log(self, logger: object, method: str, event: MutableMapping[str, Any]) -> Any:
-        """A structlog processor: the other process writes the event."""
+        """Send the event instead of writing it (a structlog processor)."""
         self.tell("log", method, redact_tree(event))
         raise structlog.DropEvent
 
     def run(self, work: Callable[[], Any], bug_event: str = "worker_broke") -> int:
-        """Call `work`, which returns an outcome; tell the outcome, or the error that it raised. The exit code."""
+        """Call `work`, send its outcome or the error that it raised, and return the exit code."""
         try:
             outcome = work()
         except Exception as error:
             found = as_runner_error(error)
-            if found is not error:  # a bug of ours: its traceback helps to find it
+            if found is not error:  # a bug: log its traceback
                 structlog.get_logger().error(bug_event, exc_info=True)
             self.tell("failed", found)
             return found.exit_code

@@ -256,17 +256,17 @@ def test_the_output_is_stored_before_all_else(tmp_path: Path) -> None:
 
 def test_segments_come_in_order_and_as_many_frames_as_promised(tmp_path: Path) -> None:
     delivery, [first, second] = deliver(tmp_path, 4), segments([2, 2])
-    with pytest.raises(InternalError, match="segment 1 came"):
+    with pytest.raises(InternalError, match="segment 1 was delivered"):
         delivery.write(second)
     delivery.write(first)
     assert delivery.parts == 1
     delivery.pack_part(0, tmp_path / "0.tar")
     for wrong in (lambda: delivery.write(first), lambda: delivery.restore(0, tmp_path / "0.tar")):
-        with pytest.raises(InternalError, match="segment 0 came where segment 1"):
+        with pytest.raises(InternalError, match="segment 0 was delivered, but segment 1"):
             wrong()
     with pytest.raises(IndexError):
         delivery.pack_part(1, tmp_path / "1.tar")
-    with pytest.raises(InternalError, match="2 frames were generated, 4 asked"):
+    with pytest.raises(InternalError, match="2 frames were generated, but the job has 4"):
         publish(delivery, tmp_path)
     with pytest.raises(InternalError, match="float32"):
         delivery.write(Segment(1, second.frames.astype(np.float32)))

@@ -129,7 +129,7 @@ def test_a_state_that_was_not_removed_after_the_next_one_is_passed_over(store, t
         ({"memory": "stream"}, "memory: resident → stream"),
         ({"device": "another GPU"}, "device: stub → another GPU"),
         ({"compute": "fp8"}, "compute: none → fp8"),
-        ({"fingerprint": "0" * 64}, "the kept segments are of other inputs or options"),
+        ({"fingerprint": "0" * 64}, "the kept segments were made with other inputs or options"),
     ],
 )
 def test_what_was_made_in_another_way_is_removed_and_the_reason_told(store, tmp_path, change, why):
@@ -154,9 +154,9 @@ def test_another_version_of_a_package_starts_at_the_first_segment(store, tmp_pat
     ("name", "damage", "why"),
     [
         ("0001.tar", b"part 1 of another", "the kept segment 1 is damaged"),
-        ("0002.tar", None, "the kept segment 2 is gone"),
-        ("0002.state", b"torn", "what was kept after segment 2 cannot be read"),
-        ("0002.state", b"", "what was kept after segment 2 cannot be read"),
+        ("0002.tar", None, "the kept segment 2 is missing"),
+        ("0002.state", b"torn", "the state kept after segment 2 cannot be read"),
+        ("0002.state", b"", "the state kept after segment 2 cannot be read"),
     ],
 )
 def test_what_is_damaged_is_never_used(store, tmp_path, name, damage, why):
@@ -216,7 +216,7 @@ def test_a_state_in_which_a_bit_has_turned_is_not_continued(store, tmp_path, nam
     state.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     found = Checkpoints(store).find(chain(), tmp_path / "kept")
     assert (found.point, found.parts) == (None, ())
-    assert "what was kept after segment 2 cannot be read" in found.why and "checksum" in found.why
+    assert "the state kept after segment 2 cannot be read" in found.why and "checksum" in found.why
 
 
 def test_a_part_is_hashed_once_where_the_storage_does_it(store, tmp_path, monkeypatch):

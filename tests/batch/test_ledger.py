@@ -139,10 +139,12 @@ def test_retry_failed_runs_only_failures(storage):
     assert decide(storage, retry_failed=True).action == "skip"
     result(storage)
     done = decide(storage, retry_failed=True)
-    assert (done.action, done.reason) == ("skip", "succeeded; --retry-failed runs failures only")
+    assert (done.action, done.reason) == ("skip", "succeeded before; --retry-failed runs only failed jobs")
     changed = decide(storage, parts=OTHER, retry_failed=True)
     assert changed.action == "skip"
-    assert changed.reason == "changed, but not failed (options.seed: 42 → 41); a plain run renders it"
+    assert (
+        changed.reason == "changed, but did not fail (options.seed: 42 → 41); a run without --retry-failed renders it"
+    )
     assert decide(storage, parts=OTHER).action == "run"
     result(storage, status="failed")
     assert decide(storage, retry_failed=True).action == "run"

@@ -193,7 +193,7 @@ def test_segments_can_be_kept_elsewhere_or_not_at_all(bench, tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    ("change", "why"), [("device", "device: stub → another"), ("seed", "the kept segments are of other inputs")]
+    ("change", "why"), [("device", "device: stub → another"), ("seed", "the kept segments were made with other inputs")]
 )
 def test_a_job_begins_again_where_its_segments_do_not_fit_and_says_why(bench, tmp_path, change, why):
     bench.generator = StopsAt(bench, 3, middle=False)

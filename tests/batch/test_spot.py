@@ -174,7 +174,9 @@ def test_aws_renews_its_token(service):
 def test_aws_in_a_container_too_far_away(service, monkeypatch):
     monkeypatch.setattr(spot, "ANSWER_S", 0.05)
     service.slow = "/latest/api/token"
-    with pytest.raises(TimeoutError, match=r"did not answer within 0.05 s with a token .* hop limit of 2"):
+    with pytest.raises(
+        TimeoutError, match=r"did not answer within 0.05 s to a request for a token .* hop limit .* to 2"
+    ):
         choose_notices("aws", service.aws)()
 
 
@@ -216,7 +218,7 @@ def test_aws_is_asked_where_botocore_asks(environ, address, monkeypatch):
         ("FALSE", "NONE", None),
         ("FALSE", None, None),
         ("FALSE", "MIGRATE_ON_HOST_MAINTENANCE", None),
-        ("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", SpotNotice("spot notice of GCP: the host is maintained", 45)),
+        ("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", SpotNotice("spot notice of GCP: maintenance of the host", 45)),
         ("TRUE", "NONE", SpotNotice("spot notice of GCP: preempted", 15)),
         ("TRUE\n", None, SpotNotice("spot notice of GCP: preempted", 15)),
     ],
@@ -357,7 +359,7 @@ def test_where_no_service_is_the_run_goes_on(kind):
     environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "GCE_METADATA_HOST": "127.0.0.1:1"}
     with watch(kind, stop, events, environ=environ, poll_s=0.005):
         wait_for(lambda: events.names)
-    assert "cannot be asked ([Errno 111] Connection refused)" in events.lines[0]["message"]
+    assert "cannot be reached ([Errno 111] Connection refused)" in events.lines[0]["message"]
     assert not stop.draining
 
 

@@ -111,7 +111,7 @@ def test_every_job_is_decided_as_a_run_would_and_nothing_is_written(stub_run, re
     assert lines["stale"].reason == "prompt: ok → again"
     assert lines["held"].reason.startswith("running on elsewhere, heard of ")
     assert (
-        "1 attempts, the last: input.unreadable" in lines["broken"].reason
+        "(1 used, last: input.unreadable)" in lines["broken"].reason
         and lines["broken"].error.code == "input.unreadable"
     )
     assert lines["gone"].error.code == "input.not_found"
