@@ -117,7 +117,7 @@ class Family(Protocol):
         ...
 
     def check_job(self, models: Path, options: JobOptions, *, has_mask: bool) -> None:
-        """Check the job's extras by their files' headers. Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid."""
+        """Check the headers of the job's extras. Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid."""
         ...
 
     def forecaster(self, recipe: Recipe, models: Path | None) -> Forecaster:

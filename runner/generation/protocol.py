@@ -221,7 +221,7 @@ class Generator(Protocol[C]):
         return ()
 
     def fall_back_memory_mode(self) -> bool:
-        """Use less memory from now on, after `generate` ran out of it. False if impossible. Same thread as `generate`."""
+        """Use less memory after `generate` ran out of it. False if impossible. Called in the thread of `generate`."""
         return False
 
     def close(self) -> None:
