@@ -33,6 +33,7 @@ This module imports nothing of the project.
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -255,9 +256,10 @@ class NotFinite(RunnerError):
 
 
 class InternalError(RunnerError):
-    """Unexpected exception (a bug)."""
+    """Unexpected exception (a bug). `trace`: its traceback as text; a kept exception would keep its tensors alive."""
 
     code, blames_job = "internal", True
+    trace: str | None = None
 
 
 def is_transient(code: str) -> bool:
@@ -323,7 +325,9 @@ def as_runner_error(error: BaseException, *, where: object = None) -> RunnerErro
             where=where,
             todo="Start the same command again. If this happens again, check the GPU and the driver's log (dmesg, Xid)",
         )
-    return InternalError(f"{type(error).__name__}: {error}", where=where, todo="This is a bug; please report it")
+    found = InternalError(f"{type(error).__name__}: {error}", where=where, todo="This is a bug; please report it")
+    found.trace = "".join(traceback.format_exception(error)).rstrip()
+    return found
 
 
 def _is_device_lost(error: BaseException) -> bool:

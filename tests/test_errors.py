@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 
 import pytest
 
 from runner.errors import (
     InputNotFound,
+    InternalError,
     JobWeightsCorrupt,
     JobWeightsMissing,
     RunnerError,
@@ -73,3 +76,28 @@ def test_of_many_the_first_few_are_named():
     assert first_few(["a", "b"], 2) == "a, b"
     assert first_few(["a", "b", "c", "d"], 2) == "a, b and 2 more"
     assert first_few(["a", "b", "c"], 2, "; ") == "a; b; and 1 more"
+
+
+def test_unexpected_exception_keeps_its_traceback_as_text_and_no_frame():
+    class Tensor:
+        pass
+
+    def fail() -> weakref.ref[Tensor]:
+        held = Tensor()
+        alive = weakref.ref(held)
+        try:
+            raise KeyError("frames")
+        except KeyError as error:
+            found.append(as_runner_error(error))
+        return alive
+
+    found: list[RunnerError] = []
+    alive = fail()
+    gc.collect()
+    (error,) = found
+    assert isinstance(error, InternalError)
+    assert error.trace is not None
+    assert error.trace.startswith("Traceback (most recent call last)")
+    assert error.trace.endswith("KeyError: 'frames'")
+    assert alive() is None
+    assert as_runner_error(error) is error

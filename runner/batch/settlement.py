@@ -24,7 +24,7 @@ from runner.batch.segment_keeper import SegmentKeeper
 from runner.batch.stop import Stop
 from runner.batch.summary import SummaryWriter
 from runner.batch.task import Spans, Task
-from runner.errors import DeviceLost, InputError, LeaseLost, OutOfMemory, RunnerError, as_runner_error
+from runner.errors import DeviceLost, InputError, InternalError, LeaseLost, OutOfMemory, RunnerError, as_runner_error
 from runner.records.events import EventLog
 from runner.records.record import ErrorRecord, JobLine, ResultRecord
 from runner.spec.manifest import Job
@@ -123,6 +123,8 @@ class Settlement:
         if stage == "deliver" and error.blames_job:  # the finished segments may be wrong
             self._keeper.forget(task)
         self.stop_run_for(error)
+        if isinstance(error, InternalError) and error.trace is not None:
+            self._events.emit("job_traceback", level="error", job=job.id, exception=error.trace)
         found = ErrorRecord.of(error, stage)
         record = self._record(task, status="failed", error=found)
         try:

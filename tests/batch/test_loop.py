@@ -204,6 +204,9 @@ def test_one_bad_job_never_stops_the_batch(bench, bad):
     assert record["error"]["code"] == ("input.unreadable" if bad == "fail-prepare" else "internal")
     assert record["error"]["stage"] == {"fail-prepare": "prepare", "fail-generate": "generate"}.get(bad, "deliver")
     assert record["error"]["message"]
+    traces = [event for event in bench.events if event["event"] == "job_traceback"]
+    assert [event["job"] for event in traces] == (["bad"] if bad == "fail-generate" else [])
+    assert all("Traceback (most recent call last)" in event["exception"] for event in traces)
     # its neighbours' frames are what they are without it
     alone = Bench(bench.folder / "alone")
     alone.run(alone.job("c"))
