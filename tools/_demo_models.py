@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from runner.demo.tiny_model import TINY_FACE_SIZE, hub_scheduler, tiny_models, tiny_tokenizer
-from runner.generation.wan_animate.loading import see_whole_reference
+from runner.generation.wan_animate.loading import squash_reference
 from runner.spec.options import DEFAULT_PROMPT
 
 __all__ = ["PROMPTS", "TRANSFORMER_CONFIG", "embed_prompts", "load_vae", "make_pipeline"]
@@ -67,7 +67,7 @@ def make_pipeline(vae: Any, seed: int = 0) -> Any:
         scheduler=hub_scheduler(),
         **{**models, "vae": vae, "transformer": transformer},
     )
-    see_whole_reference(pipe.image_processor)
+    squash_reference(pipe.image_processor)
     return pipe
 
 

@@ -1,8 +1,8 @@
-"""Bytes: how many bytes each part of the engine takes, from the shapes of its models alone.
+"""Bytes: forecast how many bytes each part of the engine takes, from the shapes of its models.
 
-In:   the shapes of flops.py, bytes an element, width, height, frames. Out: plain numbers of bytes.
-Never: torch, weights, a device, what is kept where (memory_plan.py). Closed forms, or counts of live tensors on torch's
-meta device, which the tests repeat; what is neither is named an assumption.
+In:   the shapes of flops.py, bytes per element, width, height, frames. Out: plain numbers of bytes.
+Never: torch, weights, a device, the choice of what is kept where (memory_plan.py). The numbers are closed forms, or
+counts of live tensors on torch's meta device, which the tests repeat. Other numbers are marked as assumptions.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ __all__ = [
     "workspace_bytes",
 ]
 
-FP4_BYTES = 0.5625  # a weight: half a byte of code, and a scale of 16 bits for 32 of them or of 8 bits for 16
-# Of low-rank factors, where a file's own is not known: each 16 more add 0.19 GB to the 14B model's.
+FP4_BYTES = 0.5625  # per weight: half a byte of code, and a scale of 16 bits per 32 weights or of 8 bits per 16
+# Rank of low-rank factors if a file's rank is not known. Each 16 more add 0.19 GB for the 14B model.
 SVDQ_RANK = 32
 SVDQ_TILE = 128  # inputs and outputs of a stored weight are padded to multiples
-# Of hidden states [S, d]: what one eager block holds at its peak, attention's own scratch memory aside, in 16 or 32
-# bits. A compiled one: `GemmPrecision.fused_units`.
+# Peak memory of one eager block in 16 or 32 bits, in units of hidden states [S, d], without attention's scratch memory.
+# For a compiled block see `GemmPrecision.fused_units`.
 BLOCK_UNITS: Mapping[str, float] = {"whole": 12.0, "chunked": 5.36}
-# The same while 8-bit attention runs: hidden states, query, key, value and result, and beside them codes of one byte of
-# query, key and value, which comfy-kitchen and SageAttention make before they multiply. Derived.
+# The same during 8-bit attention: hidden states, query, key, value and result, and one-byte codes of query, key and
+# value, which comfy-kitchen and SageAttention make first. Derived.
 EIGHT_BIT_ATTENTION_UNITS = 5 + 3 / 2
 
 
 HALVES = ("bfloat16", "float16")
-# The autoencoder's peak in bytes a pixel at 96 base channels: tensors that are alive. What cuDNN takes beside them is
-# not in it: where channels are innermost, as on a GPU by default, a convolution need not transpose what it reads.
-# A picture at a time (autoencoder.py): the slots of causal_slots.py, and the peak beside them.
+# The autoencoder's peak of live tensors, in bytes per pixel at 96 base channels, without cuDNN's workspace: with
+# channels innermost, as on a GPU by default, a convolution does not transpose its input.
+# One picture at a time (autoencoder.py): the slots of causal_slots.py, and the peak beside them.
 VAE_DECODE: Mapping[str, int] = {"float32": 13_890} | dict.fromkeys(HALVES, 7_100)
 VAE_ENCODE: Mapping[str, int] = {"float32": 10_060} | dict.fromkeys(HALVES, 5_100)
-# The library's own walk through a tile, all four pictures of a latent frame at once.
+# The library's code on a tile, with all four pictures of a latent frame at once.
 VAE_TILE: Mapping[str, int] = {"float32": 19_460} | dict.fromkeys(HALVES, 10_130)
-# Bytes that it reads and writes for each pixel of each picture, of 81 pictures of 480x832 at 96 base channels: every
-# operator reads its inputs once and writes its result once, counted on the meta device (test_operator_counts.py).
+# Bytes that the autoencoder reads and writes per pixel of each picture, for 81 pictures of 480x832 at 96 base channels.
+# Every operator reads its inputs once and writes its result once, counted on the meta device (test_operator_counts.py).
 VAE_TRAFFIC: Mapping[str, Mapping[str, int]] = {
     "decode": {"float32": 36_540} | dict.fromkeys(HALVES, 18_710),
     "encode": {"float32": 24_460} | dict.fromkeys(HALVES, 12_680),
 }
-# The same of the library's own walk.
+# The same for the library's code.
 LIBRARY_TRAFFIC: Mapping[str, Mapping[str, int]] = {
     "decode": {"float32": 102_290} | dict.fromkeys(HALVES, 75_520),
     "encode": {"float32": 61_950} | dict.fromkeys(HALVES, 43_620),
 }
-TILE = 256  # pixels a side, as the library has it
+TILE = 256  # pixels per side, the library's value
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the transformer's weights: one block, one face adapter, and what is neither."""
+    """Bytes of the transformer's weights: one block, one face adapter, and the rest."""
 
     block: float
     adapter: float
@@ -80,18 +80,17 @@ class Weights:
 
     @property
     def largest_part(self) -> float:
-        """A block with the face adapter that comes and goes with it."""
+        """A block with its face adapter, which are streamed together."""
         return self.block + self.adapter
 
 
 def weights_of(
     shape: TransformerShape, *, fp4: bool, element: int = 2, compute: str = DEFAULT_PRECISION, rank: int = SVDQ_RANK
 ) -> Weights:
-    """As they lie in memory, and in a file; `fp4`: every nn.Linear packed. What the library keeps in float32 counts as
-    such.
+    """Return the bytes of weights in memory and in a file. `fp4`: every nn.Linear is packed.
 
-    `compute`: the name of a row of `PRECISIONS`; where that wants weights in an SVDQuant format, `fp4` ones are, with
-    factors of `rank`, and the last projection stays as it is.
+    Weights that the library keeps in float32 count as float32. `compute`: the name of a row of `PRECISIONS`. If that
+    row needs an SVDQuant format, `fp4` weights have it, with factors of `rank`, and the last projection is not packed.
     """
     packed = PRECISIONS[compute] if fp4 and PRECISIONS[compute].layout == "svdq" else None
 
@@ -121,7 +120,7 @@ def weights_of(
 
 
 def svdq_bytes(out_features: int, in_features: int, *, compute: str, rank: int = SVDQ_RANK) -> int:
-    """One weight in the SVDQuant format that `compute` wants: codes, scales, vectors and low-rank factors; no bias."""
+    """Return the bytes of a weight in `compute`'s SVDQuant format: codes, scales, vectors, low-rank factors."""
     precision = PRECISIONS[compute]
     rows, columns = (-(-side // SVDQ_TILE) * SVDQ_TILE for side in (out_features, in_features))
     vectors = precision.vectors[0] * columns + precision.vectors[1] * rows
@@ -129,7 +128,7 @@ def svdq_bytes(out_features: int, in_features: int, *, compute: str, rank: int =
 
 
 def _motion_encoder(shape: TransformerShape) -> float:
-    """Numbers in its convolutions and linears."""
+    """Return the count of numbers in the motion encoder's convolutions and linears."""
     channels = shape.motion_encoder_channel_sizes or MOTION_CHANNELS
     size, style = shape.motion_encoder_size, shape.motion_style_dim
     here, count = channels[str(size)], 3 * channels[str(size)]
@@ -151,7 +150,7 @@ def step_bytes(
     compute: str = DEFAULT_PRECISION,
     attention_8bit: bool = False,
 ) -> float:
-    """What one denoising step holds at its peak beside weights and cached conditioning: `kind` whole | fused | chunked.
+    """Peak bytes of one denoising step beside weights and conditioning cache. `kind`: whole | fused | chunked.
 
     `compute`: the name of a row of `PRECISIONS`; `element`: bytes of a number of the hidden states.
     """
@@ -173,10 +172,10 @@ def _tokens(width: int, height: int, frames: int, patch: int) -> int:
 def workspace_bytes(
     shape: TransformerShape, *, fp4: bool = True, compute: str = DEFAULT_PRECISION, element: int = 2
 ) -> int:
-    """Where weights are made ready for a product, once for all layers: the largest of all in the product's dtype, if
-    FP4 is dequantised; of the token-wise linears the largest in codes.
+    """Bytes of the buffers in which weights are prepared for a product, shared by all layers.
 
-    `compute`: the name of a row of `PRECISIONS`. In SVDQuant no token-wise weight is dequantised.
+    They hold the largest weight in the product's dtype if FP4 is dequantised, and the largest token-wise weight in
+    codes. `compute`: the name of a row of `PRECISIONS`. In SVDQuant no token-wise weight is dequantised.
     """
     precision = PRECISIONS[compute]
     widest = 6 * shape.dim if precision.layout == "svdq" else max(shape.ffn_dim, 6 * shape.dim)
@@ -185,8 +184,9 @@ def workspace_bytes(
 
 
 def kept_code_bytes(shape: TransformerShape, *, compute: str) -> int:
-    """Codes of all token-wise linears' weights, beside the weights, with a float32 scale a row; 0 where a product
-    takes no codes in rows. `compute`: the name of a row of `PRECISIONS`.
+    """Bytes of the kept codes of all token-wise weights, with a float32 scale per row; 0 if `compute` has no rows.
+
+    `compute`: the name of a row of `PRECISIONS`.
     """
     precision, adapters = PRECISIONS[compute], shape.num_layers // shape.inject_face_latents_blocks
     if precision.layout != "rows":
@@ -204,9 +204,9 @@ def code_bytes(
     compute: str,
     kind: str = "whole",
 ) -> int:
-    """The widest activation of an eager block in codes, beside its 16 or 32 bits; of SVDQuant, with their scales.
+    """Bytes of the widest activation of an eager block as codes (SVDQuant: with scales), beside the activation.
 
-    `kind` chunked: the feed-forward part goes in pieces, so that the input of query, key and value is the widest.
+    `kind` chunked: the feed-forward part runs in pieces, so the input of query, key and value is the widest.
     """
     precision, tokens = PRECISIONS[compute], _tokens(width, height, frames, shape.patch)
     each = 0.5 + precision.group_bytes if precision.layout == "svdq" else precision.code_bytes
@@ -214,29 +214,29 @@ def code_bytes(
 
 
 def latent_bytes(shape: TransformerShape, width: int, height: int, frames: int, *, element: int = 2) -> int:
-    """Noise, velocity and two states of the sampler in float32; scene, pose and the model's input."""
+    """Bytes of noise, velocity and two states of the sampler in float32, and of scene, pose and the model's input."""
     cells = ((frames - 1) // 4 + 2) * (height // 8) * (width // 8)
     scene = shape.in_channels - shape.latent_channels
     return cells * (4 * shape.latent_channels * 4 + (scene + shape.in_channels + shape.latent_channels) * element)
 
 
 def face_bytes(shape: TransformerShape, frames: int, *, element: int = 2) -> int:
-    """Face crops of one window, as the motion encoder takes them, and the embedded text and image."""
+    """Bytes of one window's face crops, as the motion encoder takes them, and of the embedded text and image."""
     crops = 3 * frames * shape.motion_encoder_size**2
     return (crops + (TEXT_TOKENS + shape.image_tokens) * shape.dim) * element
 
 
 def vae_bytes(shape: VaeShape, dtype: str) -> int:
-    """Its weights; 126.9 M numbers in Wan 2.1's, of which nearly all stand in products of two channel counts."""
+    """Bytes of the autoencoder's weights: 126.9 M numbers in Wan 2.1's, nearly all for two channel counts each."""
     return int(126.9e6 * (shape.base_dim / 96) ** 2) * (4 if dtype == "float32" else 2)
 
 
 def vae_traffic(
     shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, library: bool = False
 ) -> tuple[float, float]:
-    """Bytes that encoding `frames` pictures reads and writes, and that decoding them does.
+    """Return the bytes that encoding and that decoding `frames` pictures reads and writes.
 
-    `library`: by the library's own walk.
+    `library`: by the library's code.
     """
     rows = LIBRARY_TRAFFIC if library else VAE_TRAFFIC
     pixels = width * height * frames * shape.base_dim / 96
@@ -246,7 +246,7 @@ def vae_traffic(
 def vae_peak(
     shape: VaeShape, width: int, height: int, frames: int, *, dtype: str, tiled: bool = False
 ) -> tuple[float, float]:
-    """(encoding a window, decoding one), beside the weights, with the window's own pixels."""
+    """Return the peak bytes of (encoding, decoding) a window, without weights, with the window's pixels."""
 
     def at_peak(found: int) -> float:
         return found * shape.base_dim / 96

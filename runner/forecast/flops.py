@@ -1,9 +1,9 @@
-"""FLOPs: what a job will take in TFLOP, from the shapes of its models alone.
+"""FLOPs: forecast the TFLOP of a job from the shapes of its models.
 
 In:   the configs of transformer, autoencoder and image encoder; width, height, frames, steps.
 Out:  plain numbers. One multiply-add counts as two operations, as torch.utils.flop_counter does; norms, activations and
-      softmax count as nothing.
-Never: torch, weights, a device: `plan` prints a forecast on a machine that has none of them.
+      softmax are not counted.
+Never: torch, weights, a device. `plan` prints a forecast on a machine without them.
 
 Letters: S tokens of the whole window, T latent frames with the reference's, d width of the model, n a count of frames.
 """
@@ -19,7 +19,7 @@ __all__ = ["PRODUCTION", "Costs", "TransformerShape", "VaeShape"]
 TEXT_TOKENS = 512
 TERA = 1e12
 
-# Channels of the motion encoder at each resolution, where the config leaves them out (the model's own default).
+# Channels of the motion encoder at each resolution, if the config does not have them (the model's default).
 MOTION_CHANNELS = {"4": 512, "8": 512, "16": 512, "32": 512, "64": 256, "128": 128, "256": 64, "512": 32, "1024": 16}
 
 
@@ -47,10 +47,10 @@ class TransformerShape:
     face_encoder_num_heads: int = 4
     inject_face_latents_blocks: int = 5
     image_tokens: int = 257  # of the image encoder: patches and one class token
-    patch: int = 2  # pixels of the latent a side
+    patch: int = 2  # latent pixels per side
 
     def forward_flop(self, width: int, height: int, frames: int) -> float:
-        """One call of the transformer on a window of `frames` frames (4k+1) of `width` x `height` pixels."""
+        """FLOPs of one call of the transformer on a window of `frames` frames (4k+1) of `width` x `height` pixels."""
         latent_frames = (frames - 1) // 4 + 1
         frame_tokens = self._frame_tokens(width, height)
         T = latent_frames + 1
@@ -63,7 +63,7 @@ class TransformerShape:
         )
 
     def conditioning_flop(self, width: int, height: int, frames: int) -> float:
-        """The part of `forward_flop` that all steps of a window share; `transformer.py` does it once."""
+        """The part of `forward_flop` that all steps of a window share; `transformer.py` computes it once."""
         d, latent_frames, frame_tokens = self.dim, (frames - 1) // 4 + 1, self._frame_tokens(width, height)
         pose = 2 * d * self.patch**2 * latent_frames * frame_tokens * self.latent_channels
         block = 4 * self.text_tokens * d * d
@@ -82,48 +82,48 @@ class TransformerShape:
     def conditioning_bytes(
         self, width: int, height: int, frames: int, *, element: int = 2, guided: bool = False
     ) -> int:
-        """What `transformer.py` keeps for that until the window ends, in elements of `element` bytes."""
+        """Bytes of a window's conditioning cache (`transformer.py`), in elements of `element` bytes."""
         d, T, frame_tokens = self.dim, (frames - 1) // 4 + 2, self._frame_tokens(width, height)
         faces = T * (self.face_encoder_num_heads + 1) * d
         per_call = 2 * self.num_layers * self.text_tokens * d
         per_call += faces * (1 + 2 * (self.num_layers // self.inject_face_latents_blocks))
         image = 2 * self.num_layers * self.image_tokens * d if self.added_kv_proj_dim is not None else 0
-        angles = T * frame_tokens * self.attention_head_dim * 4  # float32 whatever the model is
+        angles = T * frame_tokens * self.attention_head_dim * 4  # always float32
         return ((1 + guided) * per_call + image + (T - 1) * frame_tokens * d) * element + angles
 
     def self_attention_flop(self, width: int, height: int, frames: int) -> float:
-        """The part of `forward_flop` that is every token reading every token, projections aside."""
+        """The part of `forward_flop` for self-attention, without projections."""
         return 4.0 * self.num_layers * self.tokens(width, height, frames) ** 2 * self.dim
 
     def tokens(self, width: int, height: int, frames: int) -> int:
-        """Of a window, the reference's included."""
+        """Tokens of a window, including those of the reference."""
         return ((frames - 1) // 4 + 2) * self._frame_tokens(width, height)
 
     @property
     def block_weights(self) -> int:
-        """Weights of the blocks' and face adapters' linears that every step uses, all tokens going through them."""
+        """Weights of the token-wise linears of blocks and face adapters, which every step uses."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
         return self.num_layers * (6 * d * d + 2 * d * self.ffn_dim) + adapters * 2 * d * d
 
     @property
     def activation_numbers(self) -> int:
-        """Numbers a token that go into a block's linears of `block_weights`; query, key and value have one input."""
+        """Numbers per token that go into a block's linears of `block_weights`; query, key and value have one input."""
         return 5 * self.dim + self.ffn_dim
 
     @property
     def separate_activation_numbers(self) -> int:
-        """The same where query, key and value each make codes of that input."""
+        """The same if query, key and value each quantise that input."""
         return self.activation_numbers + 2 * self.dim
 
     def low_rank_flop(self, width: int, height: int, frames: int, rank: int) -> float:
-        """Products with factors of `rank` beside all weights of `block_weights`; no part of `forward_flop`."""
+        """FLOPs of low-rank factors of `rank` beside all `block_weights`; not a part of `forward_flop`."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
         sides = self.num_layers * (14 * d + 2 * self.ffn_dim) + adapters * 4 * d  # inputs and outputs of all layers
         return 2.0 * rank * sides * self.tokens(width, height, frames)
 
     @property
     def conditioning_weights(self) -> int:
-        """Weights of their keys and values of text, image and face, which are used once a window."""
+        """Weights of the linears for keys and values of text, image and face, which are used once per window."""
         d, adapters = self.dim, self.num_layers // self.inject_face_latents_blocks
         image = 2 * (self.added_kv_proj_dim or 0) * d
         return self.num_layers * (2 * d * d + image) + adapters * 2 * d * d
@@ -134,7 +134,7 @@ class TransformerShape:
 
     @property
     def text_tokens(self) -> int:
-        """Of the text's keys; the image's are among them where the model has no projection for the image alone."""
+        """Tokens of the text's keys; with those of the image if the model has no separate projection for the image."""
         return TEXT_TOKENS + (self.image_tokens if self.added_kv_proj_dim is None else 0)
 
     def _frame_tokens(self, width: int, height: int) -> int:
@@ -198,24 +198,24 @@ class VaeShape:
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # the library's spelling
     in_channels: int = 3
     out_channels: int = 3
-    patch_size: int | None = None  # pixels a side that are folded into channels first
-    is_residual: bool = False  # of the kind that later models have
+    patch_size: int | None = None  # pixels per side that are folded into channels first
+    is_residual: bool = False  # the kind of later models
 
     @property
     def spatial(self) -> int:
-        """Pixels a side that one latent stands for."""
+        """Pixels per side for one latent pixel."""
         return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
 
     @property
     def framewise(self) -> bool:
-        """Whether `autoencoder.py` encodes a picture at a time until time is halved, and reuses outputs that repeat."""
+        """Whether `autoencoder.py` encodes single pictures until time is halved, and reuses repeated outputs."""
         plain = not self.is_residual and self.patch_size is None and any(self.temperal_downsample)
         return plain and self.base_dim % 8 == 0
 
     def encode_flop(self, width: int, height: int, frames: int, blank_from: int | None = None) -> float:
-        """`frames` (4k+1) frames of pixels to latents: the first alone, then four at a time.
+        """FLOPs of encoding `frames` (4k+1) frames: the first alone, then four at a time.
 
-        `blank_from`: from this frame on all pixels are zero, and what repeats is not run; None: no frame repeats.
+        `blank_from`: from this frame on all pixels are zero, and repeated work is not run. None: no frame repeats.
         """
         later = (frames - 1) // 4
         chunks = self._encode_chunk(width, height, 1) + later * self._encode_chunk(width, height, 4)
@@ -223,10 +223,10 @@ class VaeShape:
         return chunks + quant - (0 if blank_from is None else self._repeated(width, height, frames, blank_from))
 
     def _repeated(self, width: int, height: int, frames: int, blank_from: int) -> float:
-        """The part of `encode_flop` that repeats: at each size of pictures, until time is halved.
+        """The part of `encode_flop` that is not run for repeated frames: at each picture size, until time is halved.
 
-        A convolution in time sees two frames back: its output repeats two frames after its input. Two frames of zeros
-        go before the first frame, so that a clip that is blank from the first frame on is blank two frames earlier.
+        A convolution in time reads two frames back: its output repeats two frames after its input. Two frames of zeros
+        precede the first frame, so a clip that is blank from the first frame on is blank two frames earlier.
         """
         if not self.framewise:
             return 0.0
@@ -237,7 +237,7 @@ class VaeShape:
                 flop += res_block(here, self.base_dim * mult, 1, area)
                 here, equal_from = self.base_dim * mult, equal_from + 2 * 2
             area //= 4
-            if not halves:  # the convolution that makes pictures smaller belongs to them
+            if not halves:  # the convolution that halves the sides is part of this group
                 flop += 2 * 9 * here * here * area
             saved, flop = saved + max(0, frames - 1 - equal_from) * flop, 0.0
             if halves:
@@ -245,7 +245,7 @@ class VaeShape:
         return saved
 
     def decode_flop(self, width: int, height: int, frames: int) -> float:
-        """Latents to `frames` (4k+1) frames of pixels: one latent frame at a time, the first without time."""
+        """FLOPs of decoding `frames` (4k+1) frames: one latent frame at a time, the first without doubling in time."""
         later = (frames - 1) // 4
         quant = 2 * self.z_dim**2 * (later + 1) * (width // self.spatial) * (height // self.spatial)
         return quant + self._decode_chunk(width, height, True) + later * self._decode_chunk(width, height, False)
@@ -299,14 +299,14 @@ def res_block(channels_in: int, channels_out: int, n: int, area: int) -> float:
 
 
 def mid_block(channels: int, n: int, area: int) -> float:
-    """Two residual blocks round one single-headed attention over the pixels of each frame."""
+    """FLOPs of two residual blocks with one single-headed attention over each frame's pixels between them."""
     attention = n * (2 * 4 * channels * channels * area + 4 * area * area * channels)
     return 2 * res_block(channels, channels, n, area) + attention
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Both models of a store, and what a job of theirs costs."""
+    """The shapes of a store's transformer and autoencoder, and the cost of a job with them."""
 
     transformer: TransformerShape = field(default_factory=TransformerShape)
     vae: VaeShape = field(default_factory=VaeShape)
@@ -315,7 +315,7 @@ class Costs:
     def from_configs(
         cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], image_encoder: Mapping[str, Any] | None = None
     ) -> Costs:
-        """From the `config.json` of each. Without the image encoder's, the 14B model's 257 image tokens are assumed."""
+        """Read the shapes from each `config.json`. Without the image encoder's, 257 image tokens (14B) are assumed."""
         known = {k: v for k, v in transformer.items() if k in TransformerShape.__dataclass_fields__}
         if image_encoder:
             known["image_tokens"] = (image_encoder["image_size"] // image_encoder["patch_size"]) ** 2 + 1
@@ -325,16 +325,18 @@ class Costs:
         return cls(TransformerShape(**known), VaeShape(**shape))
 
     def step_tflop(self, width: int, height: int, segment_frames: int, *, guided: bool = False) -> float:
-        """One model evaluation of one window; guidance calls the transformer twice."""
+        """TFLOP of one model evaluation of one window; with CFG (`guided`) the transformer is called twice."""
         return (1 + guided) * self.transformer.forward_flop(width, height, segment_frames) / TERA
 
     def job_tflop(
         self, width: int, height: int, segment_frames: int, segments: int, evaluations: int, *, guided: bool = False
     ) -> float:
-        """A whole job with nothing cached: per window the pose and the scene are encoded, the model is evaluated
-        `evaluations` times and the frames are decoded. Blank frames count as others.
+        """TFLOP of a whole job without caches.
 
-        Text and image encoders are left out: under 0.1 % of a job, and run once per distinct prompt or reference.
+        Per window, pose and scene are encoded, the model is evaluated `evaluations` times, and the frames are decoded.
+        Blank frames count as others.
+
+        Text and image encoders are not counted: under 0.1 % of a job, and run once per distinct prompt or reference.
         """
         encode = self.vae.encode_flop(width, height, segment_frames)
         decode = self.vae.decode_flop(width, height, segment_frames)

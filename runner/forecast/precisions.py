@@ -1,10 +1,11 @@
-"""GEMM precisions: what the transformer's large matrix products can be computed in, one row each.
+"""GEMM precisions: list the precisions of the transformer's large matrix products, one row each.
 
-In:   nothing. Out: `PRECISIONS`, and which of them a GPU should use.
-Never: torch, devices, layers: dtypes and backends are names, which `quantization.kernels.low_bit` resolves.
+Out: `PRECISIONS`, and which of them a GPU should use.
+Never: torch, devices, layers. Dtypes and backends are names, which `quantization.kernels.low_bit` resolves.
 
-A precision is a word of a recipe (`+fp8`). To add one, write a row here, and its backends in `quantization/kernels/`.
-It is no storage format: weights stored in the format `nvfp4` (`quantization/formats/e2m1.py`) compute in any precision.
+A precision is a suffix of a recipe's name (`+fp8`). To add one, write a row here, and its backends in
+`quantization/kernels/`. A precision is not a storage format: weights stored in the format `nvfp4`
+(`quantization/formats/e2m1.py`) compute in any precision.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DEFAULT_PRECISION: Final = "bf16"
 
 @dataclass(frozen=True)
 class GemmBackend:
-    """One implementation of a product. `name` stands in records, `function` is `module:function`."""
+    """One implementation of a product. Records have its `name`; `function` is `module:function`."""
 
     name: str
     function: str
@@ -40,18 +41,19 @@ class GemmBackend:
 
 @dataclass(frozen=True)
 class GemmPrecision:
-    """One row. Errors are relative, of a layer's output against its 16-bit result, with gaussian weights and
-    activations of which 0.5 % of the channels are thirty times as large; the tests of the kernels measure them.
+    """One row. Errors are relative: a layer's output against its 16-bit result, with gaussian weights and activations.
 
-    `layout` of both operands: `exact`, not quantised; `rows`, codes with a float32 scale a row; `blocks`, the blocks
-    of the format in which the weight is stored; `svdq`, groups of both sides, and a low-rank part in 16 bits beside
-    them, of a weight that is stored so: each of these layers has a smoothing factor, and makes codes of its own input.
+    Of the activations 0.5 % of the channels are thirty times as large. The tests of the kernels measure the errors.
+
+    `layout` of both operands: `exact`: not quantised. `rows`: codes with a float32 scale per row (per token, per output
+    channel). `blocks`: the blocks of the weight's storage format. `svdq`: groups on both sides and a low-rank part in
+    16 bits, of a weight that is stored so; each of these layers has a smoothing factor and quantises its input itself.
     """
 
     name: str
     layout: Literal["exact", "rows", "blocks", "svdq"]
     dtype: str  # of a code, as torch names it
-    runs_on: Callable[[Capability], bool]  # the GPU has units for these numbers, at a rate that is worth it
+    runs_on: Callable[[Capability], bool]  # the GPU has units for these numbers, at a useful rate
     largest: float = 0.0  # magnitude of a code
     rotated: bool = False  # both operands are multiplied by an orthogonal matrix before they are rounded
     multiples: tuple[int, int] = (1, 1)  # of a layer's inputs and outputs
@@ -59,47 +61,48 @@ class GemmPrecision:
     reference: GemmBackend | None = None
     backends: tuple[GemmBackend, ...] = ()  # on CUDA, best first
     activation_error: float = 0.0
-    weight_error: float = 0.0  # of rounding four bits to this precision; none where they are used as they are
-    # How far a kernel may lie from the reference, relative. Rounding its result to 16 bits is .0017; Hopper's fast sums
-    # of e4m3, which keep 14 bits, are .003 off at 13,824 columns by a model of them.
+    weight_error: float = 0.0  # of rounding 4-bit weights to this precision; 0 if they are used unchanged
+    # The largest relative difference of a kernel from the reference. Rounding its result to 16 bits is .0017. Hopper's
+    # fast sums of e4m3, which keep 14 bits, are .003 off at 13,824 columns, by a model of them.
     agreement: float = 0.01
-    visible: bool = False  # its error shows in the frames: asked for by name, never chosen
-    tensor_scale: bool = False  # all rows of an activation share a scale: rows quantised apart have other codes
-    code_bytes: int = 0  # a code in rows, in memory: of an activation beside an eager block's peak, of a kept weight
-    # Of hidden states [S, d], at 14B shapes: what one compiled block holds at its peak, the input that its caller keeps
-    # included, attention's scratch memory aside. Counted from the code that Inductor writes for the block (torch 2.13),
-    # where no comment says otherwise. Default, an assumption: the feed-forward part's inside twice, 2 + 2 x 2.7.
+    visible: bool = False  # its error is visible in the frames: used only if requested by name, never chosen
+    tensor_scale: bool = False  # per-tensor scaling of activations: rows quantised separately get other codes
+    code_bytes: int = 0  # bytes of a code in rows: of an activation at an eager block's peak, of a kept weight
+    # Peak memory of one compiled block, in units of its hidden states [S, d], at 14B shapes. It includes the input that
+    # the caller keeps, and excludes attention's scratch memory. Counted in Inductor's code of the block (torch 2.13),
+    # except where a comment gives another source. The default is an assumption: twice the inside of the feed-forward
+    # part, 2 + 2 x 2.7.
     fused_units: float = 7.4
-    # Bytes that go through memory for each number of an activation that becomes codes, beyond the bf16 block's own.
+    # Bytes of memory traffic for each activation number that is quantised, beyond the traffic of the bf16 block.
     activation_traffic: float = 0.0
-    # What GELU's own pass moves for each number of the feed-forward part's inside, where the codes' kernel makes it.
+    # Bytes per number inside the feed-forward part that a separate GELU pass moves, if the kernel for codes does GELU.
     gelu_traffic: float = 0.0
-    # FP4 weights pass through 16 bits before the product; and bytes a weight that go through memory after that, the
-    # `code_bytes` among them that the product reads of codes in rows. Of these, no others remain where codes are kept.
+    # Whether FP4 weights are dequantised to 16 bits before the product; and bytes of memory traffic per weight after
+    # that, including the `code_bytes` that the product reads. With kept codes only these `code_bytes` remain.
     dequantized: bool = True
     weight_traffic: float = 0.0
     advised_on: Callable[[Capability], bool] = lambda capability: False
     rates: Mapping[str, float] = field(default_factory=dict)  # device of `seconds.DEVICES` → TFLOP/s, large products
-    estimated: frozenset[str] = frozenset()  # of these devices: those whose rate is no measurement of this product
-    # Of `svdq`, for weights as for activations: bytes of group scales for each code of half a byte, and numbers of 16
-    # bits beside a weight for each of its inputs and each of its outputs.
+    estimated: frozenset[str] = frozenset()  # the devices among these whose rate was not measured with this product
+    # Only for `svdq`, weights and activations alike: bytes of group scales per code of half a byte; and 16-bit numbers
+    # beside a weight for each of its inputs and each of its outputs.
     group_bytes: float = 0.0
     vectors: tuple[int, int] = (0, 0)
 
     @property
     def error_limit(self) -> float:
-        """Both errors, independent of each other, and a quarter for other weights than gaussian ones."""
+        """The self-test's limit: both errors, taken as independent, plus a quarter for non-gaussian weights."""
         return 1.25 * (self.activation_error**2 + self.weight_error**2) ** 0.5
 
     def find_backend(self, name: str) -> GemmBackend | None:
-        """The backend of this name, the reference among them; None if there is none."""
+        """Return the backend of this name, which may be the reference; None if there is none."""
         for backend in self.backends:
             if backend.name == name:
                 return backend
         return self.reference if name == REFERENCE else None
 
     def problem_of_shape(self, out_features: int, in_features: int) -> str | None:
-        """Why a layer of this shape cannot compute so; None where it can."""
+        """Return why a layer of this shape cannot use this precision; None if it can."""
         inner, outer = self.multiples
         if in_features % inner or out_features % outer:
             return f"[{out_features}, {in_features}] is no multiple of [{outer}, {inner}]"
@@ -107,9 +110,9 @@ class GemmPrecision:
 
 
 _SVDQ_PRODUCTS: Final = "runner.quantization.kernels.svdq_products"
-# Kernels divide by the smoothing factor and by scales in roundings of their own, so that single codes fall to their
-# neighbours: .023 by emulation (x / s in float32; reciprocals in bfloat16), as far by comfy-kitchen's arithmetic on a
-# CPU. Without the low-rank part it is .3 or more.
+# Kernels round differently when they divide by the smoothing factor and by scales, so single codes differ by one: .023
+# by emulation (x / s in float32; reciprocals in bfloat16), and as much by comfy-kitchen's arithmetic on a CPU. Without
+# the low-rank part the difference is .3 or more.
 _SVDQ_AGREEMENT: Final = 0.05
 _ROWS_REFERENCE: Final = GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:reference")
 
@@ -140,7 +143,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             activation_traffic=0.55,
             weight_traffic=4.0,  # quantise: 2 read, 1 written; the product reads 1 (kernels/low_bit.py)
             runs_on=lambda capability: capability >= (8, 9),
-            # GeForce cards of 8.9 and 12.0 make int8 at twice their rate of fp8; an L40S makes both alike.
+            # GeForce 8.9 and 12.0: int8 GEMM has twice the throughput of fp8. L40S: both have the same.
             advised_on=lambda capability: capability[0] in (9, 10, 11),
             rates={"RTX 5090": 390, "RTX 4090": 300, "L40S": 500, "H200": 1085, "H100": 1085},
         ),
@@ -160,7 +163,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             weight_error=0.0088,
             code_bytes=1,
             fused_units=6.05,  # 2 of hidden states, 2.7 inside the feed-forward part, 1.35 of its codes
-            # An operator of its own, so no kernel before takes it in. GELU, rotate, quantise: 2 read, 1 written.
+            # A separate operator, which is not fused with the kernel before. GELU, rotate, quantise: 2 read, 1 written.
             activation_traffic=3.0,
             gelu_traffic=4.0,  # 2 read, 2 written
             weight_traffic=4.0,  # rotate and quantise: 2 read, 1 written; the product reads 1
@@ -183,7 +186,7 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             activation_error=0.090,
             activation_traffic=0.55,  # an assumption: as fp8, the norm's kernel writes the codes
             dequantized=False,
-            weight_traffic=0.13,  # its scales in the order that the product wants: read and written
+            weight_traffic=0.13,  # its scales are rearranged for the product: read and written
             runs_on=lambda capability: capability[0] in (10, 12),
             rates={"RTX 5090": 1140},
         ),
@@ -199,16 +202,16 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
                 GemmBackend("cache_dit", f"{_SVDQ_PRODUCTS}:cache_dit"),
                 GemmBackend("comfy_kitchen", f"{_SVDQ_PRODUCTS}:comfy_kitchen"),
             ),
-            # Against 16 bits with the stored weight, [5120, 5120], by the self-test's activations, whose outliers a
-            # layer that was smoothed by its weight alone does not expect: .165 to .171; calibrated on them .06.
+            # Against 16 bits with the stored weight, [5120, 5120], with the self-test's activations: .165 to .171 for a
+            # layer smoothed by its weight alone, which does not know their outliers; .06 if calibrated on them.
             activation_error=0.17,
             agreement=_SVDQ_AGREEMENT,
             group_bytes=2 / 64,  # bfloat16
             vectors=(1, 0),  # the smoothing factor
-            # Derived, while the feed-forward part's second product runs: 2 of hidden states, 2.7 that go in, .72 of
-            # their codes with scales, .01 of the low-rank part, and 1 that comes out; one operator holds all of it.
+            # Derived, during the feed-forward part's second product, one operator: 2 for hidden states, 2.7 for its
+            # input, .72 for the input's codes with scales, .01 for the low-rank part, 1 for its output.
             fused_units=6.43,
-            activation_traffic=2.5 + 2 / 64,  # by a kernel of its own: 2 read, half a byte and the scales written
+            activation_traffic=2.5 + 2 / 64,  # by a separate kernel: 2 read, half a byte and the scales written
             dequantized=False,
             weight_traffic=0.5 + 2 / 64,  # the product reads them as they are stored
             # Architectures that the kernels were compiled for; Hopper and sm_100 have no units for integers of 4 bits.
@@ -218,9 +221,9 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
             # RTX 4090: FLUX.1's transformer takes 218 ms (nunchaku, issue 66). Of its 59.5 TFLOP in products at 4,608
             # tokens, 470 TFLOP/s are left if only attention's 91 ms are taken off, 1,040 if this module's elementwise
             # work and codes are too: the geometric mean. L40S: that, as its int8 is to the RTX 4090's.
-            # A100: its other units turn sums of 4-bit products into floats too slowly. A kernel with groups of 128 has
+            # A100: converting sums of 4-bit products to floats is the bottleneck there. A kernel with groups of 128 has
             # .45 of the 16-bit rate (arXiv 2606.08761); FLUX.1 in nunchaku takes .91 of bf16's time (its issue 64),
-            # so no more than bf16's rate: the geometric mean of both, 120 and 267.
+            # so bf16's rate is an upper bound. The rate is the geometric mean of both, 120 and 267.
             rates={"RTX 5090": 79, "RTX 4090": 700, "L40S": 650, "A100": 180},
             estimated=frozenset({"RTX 4090", "L40S", "A100"}),
         ),
@@ -256,16 +259,16 @@ PRECISIONS: Final[Mapping[str, GemmPrecision]] = {
 
 
 def advised(capability: Capability | None) -> str:
-    """The precision that is worth asking for on this GPU; `bf16` where none is, and on a CPU (None)."""
+    """Return the precision to recommend on this GPU; `bf16` if none is faster, and on a CPU (None)."""
     if capability is None:
         return DEFAULT_PRECISION
     return next((row.name for row in PRECISIONS.values() if row.advised_on(capability)), DEFAULT_PRECISION)
 
 
 def fastest_first(capability: Capability | None) -> tuple[str, ...]:
-    """The precisions to try for speed, the advised one first, then those that the device has units for; `bf16` last.
+    """Return the precisions to try for speed: the advised one, then others that the device has units for, `bf16` last.
 
-    None whose error shows. On a CPU (None) nothing is faster than `bf16`, which is the recipe's own precision there.
+    Precisions with a visible error are left out. On a CPU (None) nothing is faster than `bf16`, the recipe's precision.
     """
     best = advised(capability)
     if capability is None or best == DEFAULT_PRECISION:
@@ -275,5 +278,5 @@ def fastest_first(capability: Capability | None) -> tuple[str, ...]:
 
 
 def device_rates(device: str) -> dict[str, float]:
-    """Precision → TFLOP/s of large products on a device of `seconds.DEVICES`; a missing one does not run there."""
+    """Return precision → TFLOP/s of large products on a device of `seconds.DEVICES`; others do not run there."""
     return {row.name: row.rates[device] for row in PRECISIONS.values() if device in row.rates}

@@ -1,4 +1,4 @@
-"""RIFE's shape: the tensors of the network that makes frames between two, and what one such frame costs.
+"""RIFE's shape: the tensors of the frame interpolation network, and the cost of one interpolated frame.
 
 In:   channels of the network; width and height of the frames. Out: shapes, FLOPs, bytes.
 Never: torch, weights, which frames are interpolated.
@@ -19,17 +19,17 @@ from runner.forecast.seconds import DeviceSpeed
 
 __all__ = ["ALIGNMENT", "FEATURES", "RESIDUALS", "SCALES", "RifeShape", "padded"]
 
-SCALES = (16, 8, 4, 2, 1)  # of the blocks: pixels of a frame a side for one pixel that a block sees
-RESIDUALS = 8  # convolutions of a block that keep its size
+SCALES = (16, 8, 4, 2, 1)  # of the blocks: frame pixels per side for one pixel of a block's input
+RESIDUALS = 8  # convolutions of a block that keep the size
 FEATURES = 4  # channels that the head makes of each frame
-FLOW, MASK, PASSED = 4, 1, 8  # channels that a block makes: two flows, a mask, what the next block is told
+FLOW, MASK, PASSED = 4, 1, 8  # channels of a block's output: two flows, a mask, features for the next block
 UNSHUFFLED = 4 * (FLOW + MASK + PASSED)  # before they are laid out at twice the size
-PAIR = 2 * (3 + FEATURES) + 1  # what a block sees of two frames: colours, features, the moment between them
-ALIGNMENT = 64  # pixels: the first block sees 16 times less, and halves it twice
-# Of the bf16 product's rate, what convolutions in float32 reach with their memory traffic: an estimate from published
+PAIR = 2 * (3 + FEATURES) + 1  # a block's input channels for two frames: colours, features, the moment between them
+ALIGNMENT = 64  # pixels: the first block works at a sixteenth of the size and halves it twice
+# Rate of convolutions in float32 with their memory traffic, as a share of the bf16 product's: estimated from published
 # decoding times of the autoencoder (seconds.py).
 SHARE = 0.16
-LIVE_FLOATS = 88  # numbers a pixel that are alive at the peak, in the last block, weights aside
+LIVE_FLOATS = 88  # live numbers per pixel at the peak, in the last block, without weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RifeShape:
 
     @property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Name of each tensor, as published → its shape."""
+        """Published name of each tensor → its shape."""
         head = self.head
         found: dict[str, tuple[int, ...]] = {
             "encode.cnn0.weight": (head, 3, 3, 3),
@@ -73,11 +73,11 @@ class RifeShape:
 
     @property
     def weight_bytes(self) -> int:
-        """In float32."""
+        """Bytes of the weights in float32."""
         return 4 * sum(math.prod(shape) for shape in self.tensors.values())
 
     def frame_flop(self, width: int, height: int) -> float:
-        """The convolutions of one frame between two of `width` x `height` pixels."""
+        """FLOPs of the convolutions for one interpolated frame of `width` x `height` pixels."""
         area, head = padded(width) * padded(height), self.head
         heads = 2 * area / 4 * (2 * 9 * (3 * head + 2 * head * head) + 2 * 16 * head * FEATURES)
         return heads + sum(
@@ -90,19 +90,19 @@ class RifeShape:
         return halved + area / 16 * (RESIDUALS * 2 * 9 * width * width + 2 * 16 * width * UNSHUFFLED)
 
     def peak_bytes(self, width: int, height: int) -> int:
-        """What one frame holds at its peak in float32, beside the weights; scratch memory of kernels is not in it."""
+        """Peak bytes of one interpolated frame in float32, without weights and scratch memory of kernels."""
         return 4 * LIVE_FLOATS * padded(width) * padded(height)
 
     def frame_seconds(self, width: int, height: int, device: DeviceSpeed) -> float:
-        """On a known GPU at least: its convolutions alone, at an estimated share of its rate."""
+        """Lower bound of the seconds on a known GPU: the convolutions alone, at an estimated share of its rate."""
         return self.frame_flop(width, height) / TERA / device.matmul[DEFAULT_PRECISION] / SHARE
 
 
 def channels_in(number: int) -> int:
-    """Of what block `number` sees: later ones also see the mask, what the block before passed on, and the flows."""
+    """Input channels of block `number`: later blocks also read the mask, features and flows of the block before."""
     return PAIR if number == 0 else PAIR + MASK + PASSED + FLOW
 
 
 def padded(side: int) -> int:
-    """`side` pixels, with what is added so that the network can halve them."""
+    """Return `side` pixels, rounded up so that the network can halve them."""
     return -(-side // ALIGNMENT) * ALIGNMENT

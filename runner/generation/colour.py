@@ -1,26 +1,26 @@
-"""Colour: measures how the colours of a job's segments drift, and corrects them where the job asks for it.
+"""Colour: measure the colour drift of a job's segments, and correct it if the job asks for it.
 
-In:   each segment's frames as they were decoded, the frames it began from, in replace mode the true background.
+In:   each segment's decoded frames, the frames from which it began, in replace mode the true background.
 Out:  a DriftRecord; with `seam` or `anchor` corrected frames, and a corrected start of the next segment.
-Never: models, files, more than one segment's frames; of earlier segments a reduced picture and a mask stay.
+Never: models, files, frames of more than one segment; of earlier segments only a reduced picture and a mask are kept.
 
-Pictures reduced to about 14,000 pixels are compared, pixel by pixel (`video/drift.py`). The overlap: the frames that a
-window began from, as they were published, and as the window decoded them again. The joint: still pixels of the last
-published frames and of the first new ones. Still pixels: those of the first segment and the same of this one; in
-replace mode the driving video outside the mask and the same pixels here. Each pair gives a gain and an offset for each
-channel, fitted robustly.
+Pictures reduced to about 14,000 pixels are compared, pixel by pixel (`video/drift.py`). There are three pairs. The
+overlap: the frames from which a window began, as published, and as the window decoded them again. The joint: still
+pixels of the last published frames, and of the first new ones. The still pixels: those of the first segment, and the
+same pixels of this one; in replace mode the driving video outside the mask, and the same pixels here. Each pair gives a
+gain and an offset for each channel, by a robust fit.
 
-A window continues the colours of the frames that it began from. Those were corrected, so the correction of the segment
-before is in its colours already, and what makes a segment continue the published frames is a fit at its joint alone.
-`seam` is that fit: the overlap's, which has all pixels before they are rounded, if it leaves no step at the joint, and
-else the joint's. The decoder makes a window's first frame from a latent frame of its own; on the demo model its colours
-are 0.5 delta E from those of the frames after it, and the overlap's fit made a step of 0.4 where none was (measured,
-`bench/colour_drift.py`). `anchor` begins there and goes over to the fit of the still pixels within RAMP_FRAMES.
+A window continues the colours of the frames from which it began. These were corrected, so the window's colours include
+the correction of the segment before. Therefore a fit at the joint is enough to continue the published frames. `seam` is
+that fit: the overlap's fit, which uses all pixels before rounding, if it leaves no step at the joint, else the joint's
+fit. The decoder makes a window's first frame from a separate latent frame. On the demo model its colours are 0.5 delta
+E from those of the frames after it, and the overlap's fit made a step of 0.4 where there was none (measured,
+`bench/colour_drift.py`). `anchor` begins with `seam` and changes to the fit of the still pixels within RAMP_FRAMES.
 
-Frames are rounded to bytes as they are decoded, and a table of 256 levels for each channel corrects the bytes: which
-pixels are still is known when the last frame is there, and floats of 81 frames at 480x832 would hold 0.4 GB. The second
-rounding adds half a level at most. The frames that the next window begins from are corrected as floats. Gains and
-offsets are rounded as they stand in the record, so that another CPU's last bits do not show in the frames.
+Frames are rounded to bytes when they are decoded, and a table of 256 levels for each channel corrects the bytes: still
+pixels are known only after the last frame, and 81 frames at 480x832 in float32 would take 0.4 GB. The second rounding
+adds at most half a level. The frames from which the next window begins are corrected as floats. Gains and offsets are
+rounded as in the record, so that the last bits of different CPUs do not change the frames.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ __all__ = [
 GAIN_LIMITS = (0.9, 1.1)
 OFFSET_LIMIT = 0.04 * 255  # 8-bit levels
 RAMP_FRAMES = 8  # from the overlap's correction to that of still pixels; in a shorter segment all its frames
-NEAR = 4  # frames on each side of a joint: the decoder makes so many at a time
-JOINT_LEFT = 0.3  # delta E that the overlap's fit may leave at a joint; rounding a plain picture to bytes makes as much
-SAME_LEVELS = 10.0  # what a fit may leave of most pixels, 8-bit levels; assumed, other content leaves 30 and more
-SAMPLES = 16  # frames of a segment that are measured, taken evenly
+NEAR = 4  # frames on each side of a joint: the decoder makes four at a time
+JOINT_LEFT = 0.3  # delta E that the overlap's fit may leave at a joint; rounding a plain picture to bytes has as much
+SAME_LEVELS = 10.0  # largest rest of a fit for most pixels, 8-bit levels; assumed; other content leaves 30 and more
+SAMPLES = 16  # measured frames of a segment, evenly spaced
 MASK_MARGIN = 2  # reduced pixels around the mask: the model works in blocks of 16 pixels, 3 reduced ones at 480p
-GAIN_DIGITS, OFFSET_DIGITS = 5, 3  # 1e-5 of 255 levels and 1e-3 levels: far below what rounding to bytes does
+GAIN_DIGITS, OFFSET_DIGITS = 5, 3  # 1e-5 of 255 levels and 1e-3 levels: far below the rounding to bytes
 
 PREFIX: Final = "colour."  # of the arrays in a resume point
 MEAN: Final = PREFIX + "mean"  # float32 [h, w, 3]: the first segment's mean picture, 8-bit levels
@@ -85,7 +85,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class TrueBackground:
-    """What the driving video shows in a segment's frames, and where it does not count."""
+    """The driving video's pixels in a segment's frames, and the mask of pixels that are not compared."""
 
     frames: np.ndarray  # uint8 [n, H, W, 3] RGB
     mask: np.ndarray  # uint8 [n, H, W], above 0 where the character goes
@@ -93,7 +93,7 @@ class TrueBackground:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What `SegmentColours` found of one segment: the same colours here and where they should be, float [n, 3]."""
+    """Measured colours of one segment, and the expected ones of the same pixels: float [n, 3]."""
 
     found: np.ndarray
     expected: np.ndarray
@@ -106,16 +106,16 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _End:
-    """The end of a segment, as it was published."""
+    """The end of a published segment."""
 
     picture: np.ndarray  # float32 [h, w, 3], 8-bit levels: mean of the last NEAR frames
     still: np.ndarray  # bool [h, w], of the whole segment
 
 
 class SegmentColours:
-    """The colours of one job's segments, in order. Inactive for a job in which nothing can be compared.
+    """Measure and correct the colours of one job's segments in order. Inactive if a job has nothing to compare.
 
-    replace: whether each segment comes with its true background. Not for two threads at a time.
+    replace: whether each segment has its true background. Not thread-safe.
     """
 
     def __init__(self, colour: Colour, segments: int, *, replace: bool) -> None:
@@ -128,7 +128,7 @@ class SegmentColours:
 
     @property
     def drift(self) -> DriftRecord | None:
-        """Of the segments so far; None while inactive."""
+        """The drift of the segments so far; None if inactive."""
         if not self.active:
             return None
         return DriftRecord(
@@ -145,24 +145,25 @@ class SegmentColours:
         decoded: torch.Tensor | None = None,
         truth: TrueBackground | None = None,
     ) -> torch.Tensor:
-        """Measure the next segment and correct `frames` in place; returns `tail`, corrected, with its strides.
+        """Measure the next segment and correct `frames` in place; return `tail`, corrected, with its strides.
 
         frames: uint8 [n, H, W, 3], without overlap and padding. tail: [1, 3, k, H, W] in [-1, 1], the window's last
-        frames. began, decoded: [1, 3, overlap, H, W] in [-1, 1], what the window began from and what it made of it;
-        None for the first segment. truth: of `frames`; in replace mode alone. With `off`, `tail` itself comes back.
+        frames. began, decoded: [1, 3, overlap, H, W] in [-1, 1], the pixels from which the window began, and the same
+        frames as it decoded them; None for the first segment. truth: of `frames`, only in replace mode. With `off`,
+        `tail` is returned unchanged.
         """
         if not self.active:
             return tail
         statistics = SegmentStatistics(0, min(SAMPLES, len(frames)))
         measured = self._compare(frames, statistics, truth)
-        own = statistics.still()
+        still = statistics.still()
         overlap, seam = None, Correction()
         if began is not None and decoded is not None:
             before, after = (_reduce_pixels(pixels) for pixels in (began, decoded))
             if np.isfinite(before).all() and np.isfinite(after).all():
                 overlap, seam = _change(before, after), fit_correction(after, before) or seam
         joint = None
-        if self._end is not None and (both := own & self._end.still).mean() >= STILL_SHARE:
+        if self._end is not None and (both := still & self._end.still).mean() >= STILL_SHARE:
             first, last = _mean_picture(frames[:NEAR])[both], self._end.picture[both]
             if (fitted := fit_correction(first, last)) is not None:
                 joint = _change(last, first)
@@ -181,15 +182,15 @@ class SegmentColours:
                     "overlap": overlap,
                     "joint": joint,
                     **({} if measured is None or target is None else _still_drift(measured, end)),
-                    "share": round(float(own.mean()) if measured is None else measured.share, 4),
-                    "within": round(statistics.within(own), 3) if own.mean() >= STILL_SHARE else None,
+                    "share": round(float(still.mean()) if measured is None else measured.share, 4),
+                    "within": round(statistics.within(still), 3) if still.mean() >= STILL_SHARE else None,
                     "laplacian": round(statistics.mean_laplacian, 3),
                     "correction": _as_record(method, end) if start.changes or end.changes else None,
                 }
             )
         )
         gains, offsets = ramp(start, end, len(frames))
-        self._end = _End(_mean_picture(frames[-NEAR:], gains[-NEAR:], offsets[-NEAR:]), own)
+        self._end = _End(_mean_picture(frames[-NEAR:], gains[-NEAR:], offsets[-NEAR:]), still)
         if not (start.changes or end.changes):
             return tail
         correct_frames(frames, gains, offsets)
@@ -199,7 +200,7 @@ class SegmentColours:
     def _compare(
         self, frames: np.ndarray, statistics: SegmentStatistics, truth: TrueBackground | None
     ) -> _Measured | None:
-        """Fill `statistics`; the pairs of colours, None where this segment is what others are compared with."""
+        """Fill `statistics`, and return the pairs of colours; None for the segment with which others are compared."""
         pairs = []
         for index in np.linspace(0, len(frames) - 1, statistics.end).round().astype(int):
             statistics.add(frames[index])
@@ -217,7 +218,7 @@ class SegmentColours:
         return _Measured(mean[both], self._mean[both], float(both.mean()))
 
     def add_state(self, point: ResumePoint) -> ResumePoint:
-        """`point` with what `restore` needs; after the last segment with what was measured alone."""
+        """Return `point` with the state for `restore`; after the last segment only with the measurements."""
         if not self.active:
             return point
         arrays, values = dict(point.arrays), dict(point.values)
@@ -229,7 +230,7 @@ class SegmentColours:
         return ResumePoint(point.segment, arrays, values)
 
     def _pictures(self) -> dict[str, np.ndarray | None]:
-        """By their names in a resume point, masks as uint8 0 and 1."""
+        """Return the pictures by their names in a resume point, masks as uint8 0 and 1."""
         end, still = self._end, self._still
         return {
             MEAN: self._mean,
@@ -239,7 +240,7 @@ class SegmentColours:
         }
 
     def restore(self, point: ResumePoint) -> None:
-        """Continue after the segments before `point`. Raises InternalError if it is damaged."""
+        """Restore the state before `point.segment`. Raises InternalError if `point` is damaged."""
         if not self.active:
             return
         try:
@@ -266,18 +267,18 @@ def _picture_and_mask(point: ResumePoint, picture: str, mask: str) -> tuple[np.n
 
 
 def without_colours(point: ResumePoint) -> ResumePoint:
-    """`point` as it was before `SegmentColours.add_state`."""
+    """Return `point` as it was before `SegmentColours.add_state`."""
     arrays = {name: array for name, array in point.arrays.items() if not name.startswith(PREFIX)}
     return ResumePoint(point.segment, arrays, {key: value for key, value in point.values.items() if key != DRIFT})
 
 
 def fit_correction(found: np.ndarray, expected: np.ndarray) -> Correction | None:
-    """Gain and offset that make float [n, 3] `found` into `expected`, 8-bit levels; robust, limited and rounded.
+    """Fit gain and offset that turn float [n, 3] `found` into `expected`, 8-bit levels; robust, limited and rounded.
 
-    None where most pixels show other things in the two: no gain and offset explain them.
+    Returns None if most pixels show different content, which no gain and offset explain.
 
-    Fitted in this direction, and not the inverse of what was measured: what a decoder lost of the detail then leaves
-    the gain at 1.
+    The fit has this direction, instead of inverting the measured change, so that detail lost in the decoder does not
+    change the gain from 1.
     """
     fit = fit_colour(found, expected)
     rest = np.abs(found * np.array(fit.gain) + fit.offset - expected).max(axis=1)
@@ -290,9 +291,9 @@ def fit_correction(found: np.ndarray, expected: np.ndarray) -> Correction | None
 
 
 def _limit(x: np.ndarray, y: np.ndarray, gain: float, offset: float) -> tuple[float, float]:
-    """Gain and offset from float [n] `x` to `y` within their limits, rounded; none where they would bring x no nearer.
+    """Limit and round gain and offset from float [n] `x` to `y`; return (1, 0) if they do not reduce the difference.
 
-    A gain that is cut gets another offset beside it, and an offset that is cut another gain.
+    If the gain is limited, the offset is fitted again, and the other way round.
     """
     within = min(max(gain, GAIN_LIMITS[0]), GAIN_LIMITS[1])
     if within != gain:
@@ -301,15 +302,15 @@ def _limit(x: np.ndarray, y: np.ndarray, gain: float, offset: float) -> tuple[fl
     if kept != offset:
         within = min(max(float(np.median((y - kept) / np.maximum(x, 1.0))), GAIN_LIMITS[0]), GAIN_LIMITS[1])
     within, kept = round(within, GAIN_DIGITS), round(kept, OFFSET_DIGITS)
-    # A mean, as most levels of two rounded pictures may be equal; outliers count for no more than SAME_LEVELS.
+    # A mean, as most levels of two rounded pictures may be equal; an outlier counts as SAME_LEVELS.
     before, after = (np.square(np.minimum(np.abs(side - y), SAME_LEVELS)).mean() for side in (x, within * x + kept))
     return (within, kept) if after < before else (1.0, 0.0)
 
 
 def ramp(start: Correction, end: Correction, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gain and offset of each of a segment's frames, float64 [frames, 3] each.
+    """Return gain and offset of each of a segment's frames, float64 [frames, 3] each.
 
-    `start` is that of the frame before the first; `end` is reached after RAMP_FRAMES, or with the last frame.
+    `start` belongs to the frame before the first one. `end` is reached after RAMP_FRAMES, or with the last frame.
     """
     weight = np.minimum(np.arange(1, frames + 1) / min(RAMP_FRAMES, frames), 1.0)[:, None]
     gains, offsets = (
@@ -320,7 +321,7 @@ def ramp(start: Correction, end: Correction, frames: int) -> tuple[np.ndarray, n
 
 
 def correct_frames(frames: np.ndarray, gains: np.ndarray, offsets: np.ndarray) -> None:
-    """Correct uint8 [n, H, W, 3] in place by gain and offset of each frame, float [n, 3]; levels rounded to even."""
+    """Correct uint8 [n, H, W, 3] in place by each frame's gain and offset, float [n, 3]; levels round half to even."""
     import cv2
 
     levels = np.arange(256, dtype=np.float64)[:, None]
@@ -330,7 +331,7 @@ def correct_frames(frames: np.ndarray, gains: np.ndarray, offsets: np.ndarray) -
 
 
 def correct_pixels(pixels: torch.Tensor, gains: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """[1, 3, n, H, W] in [-1, 1] corrected by gain and offset of each frame, float [n, 3]; dtype and strides stay."""
+    """Correct [1, 3, n, H, W] in [-1, 1] by each frame's gain and offset, float [n, 3]; dtype and strides stay."""
     gain, shift = (
         torch.from_numpy(np.ascontiguousarray(values.T)).to(pixels.device, torch.float32)[None, :, :, None, None]
         for values in (gains, gains - 1 + offsets / 127.5)
@@ -340,7 +341,7 @@ def correct_pixels(pixels: torch.Tensor, gains: np.ndarray, offsets: np.ndarray)
 
 
 def _mean_picture(frames: np.ndarray, gains: np.ndarray | None = None, offsets: np.ndarray | None = None) -> np.ndarray:
-    """float32 [h, w, 3], 8-bit levels: the mean of the reduced frames, corrected without rounding."""
+    """Return the mean of the reduced frames, corrected without rounding: float32 [h, w, 3], 8-bit levels."""
     pictures = np.stack([reduce_picture(frame) for frame in frames]).astype(np.float64)
     if gains is not None and offsets is not None:
         pictures = np.clip(pictures * gains[:, None, None] + offsets[:, None, None], 0, 255)
@@ -350,7 +351,7 @@ def _mean_picture(frames: np.ndarray, gains: np.ndarray | None = None, offsets: 
 def _outside_mask(
     picture: np.ndarray, truth: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A reduced picture, float32 [h, w, 3]; the true one, alike; bool [h, w], where they can be compared."""
+    """Return a reduced picture and the true one, float32 [h, w, 3], and where they can be compared, bool [h, w]."""
     import cv2
 
     height, width = picture.shape[:2]
@@ -361,7 +362,7 @@ def _outside_mask(
 
 
 def _reduce_pixels(pixels: torch.Tensor) -> np.ndarray:
-    """[1, 3, n, H, W] in [-1, 1] to the colours of the reduced frames, float32 [n * h * w, 3] in 8-bit levels."""
+    """Return the reduced frames' colours of [1, 3, n, H, W] in [-1, 1]: float32 [n * h * w, 3] in 8-bit levels."""
     frames = pixels[0].permute(1, 2, 3, 0).float().cpu().numpy()
     return np.concatenate([reduce_picture((frame + 1) * 127.5).reshape(-1, 3) for frame in frames])
 
@@ -379,7 +380,7 @@ def _corrected(colours: np.ndarray, correction: Correction) -> np.ndarray:
 
 
 def _still_drift(measured: _Measured, correction: Correction) -> Mapping[str, Any]:
-    """`still` and `remaining` of a SegmentDriftRecord."""
+    """Return `still` and `remaining` of a SegmentDriftRecord."""
     remaining = fit_colour(measured.expected, _corrected(measured.found, correction)).delta_e
     return {"still": _change(measured.expected, measured.found), "remaining": round(remaining, 3)}
 

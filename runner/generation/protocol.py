@@ -221,7 +221,7 @@ class Generator(Protocol[C]):
         return ()
 
     def fall_back_memory_mode(self) -> bool:
-        """Use less memory after `generate` ran out of it. False if impossible. Called in the thread of `generate`."""
+        """Use less memory from now on, after `generate` ran out of it, in its thread. Return False if impossible."""
         return False
 
     def close(self) -> None:

@@ -1,19 +1,19 @@
-"""Sampling: sigma schedules, the samplers that follow them, and the loop that denoises one window.
+"""Sampling: make sigma schedules and samplers, and denoise one window with them.
 
 In:   names of a sampler and a schedule, steps, the shift; then noise, and a model evaluation as a function.
-Out:  sigma schedules as arrays, how often a sampler calls the model, samplers, denoised latents.
-Never: which model is evaluated, guidance, seeds, files. Schedules and counts need neither torch nor diffusers.
+Out:  sigma schedules as arrays, a sampler's count of model calls, samplers, denoised latents.
+Never: the model, CFG, seeds, files. Schedules and counts need neither torch nor diffusers.
 
 The official schedule of Wan shifts n evenly spaced levels once: sigma' = shift·sigma / (1 + (shift - 1)·sigma). Six
 steps at shift 5: 1, .9615, .9091, .8333, .7143, .5, 0. diffusers' FlowMatchEulerDiscreteScheduler shifts its end point
 twice and counts it as a step: 1, .9527, .8832, .7714, .5616, .0244, 0, so its last step does almost nothing
-(huggingface/diffusers issue 13243). The second is kept, by name, to reproduce what was rendered with it.
+(huggingface/diffusers issue 13243). The second schedule is kept to reproduce earlier renderings.
 
 `beta57` takes `steps` quantiles of the Beta(.5, .7) distribution and looks them up in a table of 1000 levels that is
-shifted once. Many steps share a level of the table at the ends: such a schedule is shorter than was asked.
+shifted once. At the ends several steps may share a level of the table; the schedule is then shorter than requested.
 
-The arithmetic of the first two rounds where diffusers' own does, so that all float32 bits are equal; that of `beta57`
-where ComfyUI's table and RES4LYF's scheduler of this name do. docs/samplers.md says when to use which.
+The first two schedules round where diffusers rounds, so that all float32 bits are equal. `beta57` rounds where
+ComfyUI's table and RES4LYF's scheduler of this name round. docs/samplers.md explains when to use which.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Predict = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
 class Sampler(Protocol):
-    """Solves one window's ODE from noise to latents. Made for one window, because it may keep a history."""
+    """Solve one window's ODE from noise to latents. It is made for one window, because it may keep a history."""
 
     @property
     def steps(self) -> int:
@@ -74,7 +74,7 @@ class Sampler(Protocol):
         ...
 
     def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
-        """The latents after step `i`, float32. Calls `predict` as often as the step needs. Steps come in order."""
+        """Return the latents after step `i`, float32. Calls `predict` as often as needed. Steps come in order."""
         ...
 
 
@@ -82,9 +82,9 @@ NewSampler = Callable[[Any], Sampler]  # torch device -> a sampler for one windo
 
 
 def denoise(predict: Predict, latents: Tensor, sampler: Sampler, on_step: Callable[[int, Tensor], None]) -> Tensor:
-    """float32 [1, 16, T, H/8, W/8] noise to latents. `predict` is one guided model evaluation.
+    """Denoise float32 [1, 16, T, H/8, W/8]: noise to latents. `predict` is one model evaluation with CFG.
 
-    `on_step(i, latents)` runs after step `i`; what it raises ends the loop.
+    `on_step(i, latents)` runs after step `i`; an exception in it ends the loop.
     """
     for i in range(sampler.steps):
         latents = sampler.step(predict, latents, i)
@@ -105,19 +105,19 @@ def diffusers_sigmas(steps: int, shift: float) -> np.ndarray:
 
 
 def unipc_sigmas(steps: int, shift: float) -> np.ndarray:
-    """The official schedule as the hub's UniPC has it, `steps` equal parts of [1/1000, 1]: float64 [steps + 1]."""
+    """The official schedule of the hub's UniPC: `steps` equal parts of [1/1000, 1], float64 [steps + 1]."""
     return np.append(_shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift), 0.0)
 
 
 def beta57_sigmas(steps: int, shift: float) -> np.ndarray:
     """`steps` quantiles of Beta(.5, .7), rounded to levels of the shifted table, then 0: float64 with float32 values.
 
-    Shorter than [steps + 1] where neighbours round to one level: from 97 steps on. The last level before 0 is the
-    table's least one from 57 steps on.
+    It is shorter than [steps + 1] if neighbours round to one level: from 97 steps on. From 57 steps on, the last level
+    before 0 is the table's least one.
     """
-    from scipy.special import betaincinv  # the same numbers as scipy.stats.beta.ppf, which takes a second to import
+    from scipy.special import betaincinv  # equals scipy.stats.beta.ppf, which takes a second to import
 
-    quantiles = betaincinv(0.5, 0.7, 1 - np.arange(steps) / steps)  # float64: some lie 1e-5 of a level beside a tie
+    quantiles = betaincinv(0.5, 0.7, 1 - np.arange(steps) / steps)  # float64: some are within 1e-5 of a level of a tie
     levels = np.rint(quantiles * (TRAIN_STEPS - 1)).astype(int)  # half to even
     kept = levels[np.insert(np.diff(levels) != 0, 0, True)]
     return np.append(_level_table(shift)[kept].astype(np.float64), 0.0)
@@ -129,7 +129,7 @@ def _level_table(shift: float) -> np.ndarray:
 
 
 def _shifted(levels: np.ndarray, shift: float) -> np.ndarray:
-    """In the precision of `levels`."""
+    """Shift levels, in the dtype of `levels`."""
     return shift * levels / (1 + (shift - 1) * levels)
 
 
@@ -140,7 +140,7 @@ def end_at_sigma_min(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """`sigmas` with the least level of the shifted table, sigma_min, as the last before 0; without repetitions.
 
     A last level below sigma_min becomes sigma_min. One that is more than 1e-4 above it gets sigma_min as its
-    successor. A schedule that does not end at 0 stays as it is. So RES4LYF prepares every schedule.
+    successor. A schedule that does not end at 0 is not changed. RES4LYF prepares every schedule this way.
     """
     kept = sigmas[np.insert(np.diff(sigmas) != 0, 0, True)]
     if kept[-1] != 0:
@@ -154,7 +154,7 @@ def end_at_sigma_min(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 class EulerSampler:
-    """First order, one evaluation a step: x' = x + (sigma' - sigma)·velocity. Has no history."""
+    """First order, one evaluation per step: x' = x + (sigma' - sigma)·velocity. Has no history."""
 
     def __init__(self, sigmas: np.ndarray, device: device) -> None:
         import torch
@@ -172,10 +172,10 @@ class EulerSampler:
 
 
 class LibrarySampler:
-    """One of diffusers' schedulers that is ready for its first step: one evaluation a step."""
+    """A sampler around one of diffusers' schedulers: one evaluation per step."""
 
     def __init__(self, scheduler: Any, steps: int) -> None:
-        # Else the library searches for the first timestep, and of two that are equal it takes the second.
+        # Otherwise the library would search the first timestep, and of two equal ones take the second.
         scheduler.set_begin_index(0)
         self._scheduler, self.steps = scheduler, steps
 
@@ -184,13 +184,13 @@ class LibrarySampler:
 
     def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
         timestep = self._scheduler.timesteps[i]
-        # A float32 velocity, else the library rounds the latents to the model's type.
+        # The velocity must be float32, else the library rounds the latents to the model's dtype.
         stepped: Tensor = self._scheduler.step(predict(latents, timestep), timestep, latents, return_dict=False)[0]
         return stepped
 
 
 class UniPCSampler(LibrarySampler):
-    """diffusers' UniPC, the hub's own choice for Wan2.2-Animate-14B: second order, one evaluation a step.
+    """diffusers' UniPC, the hub's choice for Wan2.2-Animate-14B: second order, one evaluation per step.
 
     It starts a millionth below sigma 1, because it takes the logarithm of 1 - sigma, and gives the model whole
     timesteps, rounded down.
@@ -206,10 +206,10 @@ class UniPCSampler(LibrarySampler):
 
 
 class DPMSolverSampler(LibrarySampler):
-    """diffusers' DPM-Solver++(2M): second order in log(1 - sigma) - log(sigma), one evaluation a step.
+    """diffusers' DPM-Solver++(2M): second order in log(1 - sigma) - log(sigma), one evaluation per step.
 
-    Its first and last steps are of first order, and so is in effect its second: the one before it begins at sigma 1,
-    where that variable is infinite. The model gets sigma times 1000, not rounded.
+    Its first and last steps are of first order. So is its second in effect, as the step before begins at sigma 1, where
+    that variable is infinite. The model gets sigma times 1000, not rounded.
     """
 
     def __init__(self, sigmas: np.ndarray, device: device) -> None:
@@ -219,8 +219,8 @@ class DPMSolverSampler(LibrarySampler):
         scheduler: Any = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         steps = len(sigmas) - 1
         scheduler.set_timesteps(steps, device=device)
-        # The library takes no sigmas from outside, and its own begin at .999. These are shifted already.
-        # Some small shifts round the first to a little above 1, where the library's logarithm is not a number.
+        # The library does not accept sigmas here, and its own begin at .999. Ours are shifted already. Some small
+        # shifts round the first one to slightly above 1, where the library's logarithm is not a number.
         scheduler.sigmas = torch.from_numpy(sigmas).to(torch.float32).clamp(max=1)
         scheduler.timesteps = (scheduler.sigmas[:-1] * TRAIN_STEPS).to(device)
         super().__init__(scheduler, steps)
@@ -260,23 +260,23 @@ def _phi_2(h: float) -> float:
 
 
 class Res2sSampler:
-    """`res_2s` without noise (RES4LYF's `res_2s_ode`): second order in log(sigma), two evaluations a step.
+    """`res_2s` without noise (RES4LYF's `res_2s_ode`): second order in log(sigma), two evaluations per step.
 
-    It follows the predicted clean latents. Where the levels end at 0, the last of them costs no evaluation: the step
-    before goes on in its mean direction. Coefficients are float64, the latents and what the model gets float32.
+    It follows the predicted clean latents. If the levels end at 0, the last one costs no evaluation: the step before it
+    continues in its mean direction. Coefficients are float64; latents and the model's inputs are float32.
     """
 
     def __init__(self, sigmas: np.ndarray, device: device) -> None:
         import torch
 
         levels = sigmas.tolist()
-        self._rest = 0.0  # the last level before 0, which the last step leaves behind as well
+        self._rest = 0.0  # the last level before 0, which the last step covers too
         if levels[-1] == 0:
             self._rest = levels[-2]
             levels.pop()
         self._coefficients = [res_2s_step(*ends) for ends in pairwise(levels)]
-        told = [[step.sigma, step.middle] for step in self._coefficients]
-        self._timesteps = torch.tensor(told, dtype=torch.float64).mul(TRAIN_STEPS).to(device, torch.float32)
+        levels_of_steps = [[step.sigma, step.middle] for step in self._coefficients]
+        self._timesteps = torch.tensor(levels_of_steps, dtype=torch.float64).mul(TRAIN_STEPS).to(device, torch.float32)
         self.steps = len(self._coefficients)
 
     def evaluations_done(self, i: int) -> int:
@@ -285,7 +285,7 @@ class Res2sSampler:
     def step(self, predict: Predict, latents: Tensor, i: int) -> Tensor:
         sigma, middle, h, a21, b1, b2 = self._coefficients[i]
         first, second = self._timesteps[i]
-        towards = -sigma * predict(latents, first)  # the clean latents that are predicted, less the latents
+        towards = -sigma * predict(latents, first)  # predicted clean latents minus the latents
         between = latents + h * a21 * towards
         towards_later = between - middle * predict(between, second) - latents
         stepped = latents + h * (b1 * towards + b2 * towards_later)
@@ -297,8 +297,8 @@ class Res2sSampler:
 class SamplingCost(NamedTuple):
     """What one window costs."""
 
-    steps: int  # that the sampler takes; fewer than asked for where the schedule is shorter
-    evaluations: int  # of the model; guidance doubles the calls, not this
+    steps: int  # of the sampler; fewer than requested if the schedule is shorter
+    evaluations: int  # of the model; CFG doubles the model calls, not this number
 
 
 def _one_a_step(sigmas: np.ndarray) -> SamplingCost:
@@ -306,21 +306,21 @@ def _one_a_step(sigmas: np.ndarray) -> SamplingCost:
 
 
 def _two_a_step(sigmas: np.ndarray) -> SamplingCost:
-    """None for the last level, 0."""
+    """The step to the last level, 0, costs nothing."""
     return SamplingCost(len(sigmas) - 2, 2 * (len(sigmas) - 2))
 
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """How a sampler is made, and what it costs."""
+    """A kind of sampler: its constructor, its cost, and its schedules."""
 
     make: Callable[[np.ndarray, Any], Sampler]  # (its sigmas float64, torch device)
     cost: Callable[[np.ndarray], SamplingCost] = _one_a_step  # of its sigmas
-    own: Mapping[str, Schedule] = field(default_factory=dict)  # schedules that it calculates in its own way, by name
-    adapt: Callable[[np.ndarray, float], np.ndarray] | None = None  # (sigmas, shift) -> those that it takes
+    own: Mapping[str, Schedule] = field(default_factory=dict)  # schedules that it calculates differently, by name
+    adapt: Callable[[np.ndarray, float], np.ndarray] | None = None  # (sigmas, shift) -> the sigmas that it uses
 
     def sigmas(self, schedule: str, steps: int, shift: float) -> np.ndarray:
-        """Its levels on a schedule that it accepts: float64, falling from 1 to 0."""
+        """Return the sampler's sigmas on a schedule that it accepts: float64, falling from 1 to 0."""
         found = self.own.get(schedule, SCHEDULES[schedule])(steps, shift)
         return self.adapt(found, shift) if self.adapt else found
 
@@ -339,15 +339,15 @@ SAMPLERS: Mapping[str, SamplerKind] = {
 
 
 def count_evaluations(name: str, schedule: str, shift: float, steps: int) -> SamplingCost:
-    """What one window costs where `steps` steps are asked for. Raises ConfigInvalid as `make_sampler` does."""
+    """Return what one window costs if `steps` steps are requested. Raises ConfigInvalid as `make_sampler` does."""
     kind = _find_sampler(name, schedule)
     return kind.cost(kind.sigmas(schedule, steps, shift))
 
 
 def make_sampler(name: str, schedule: str, shift: float, steps: int, device: device) -> Sampler:
-    """A new sampler for one window, where `steps` steps are asked for.
+    """Return a new sampler for one window, for `steps` requested steps.
 
-    Raises ConfigInvalid for a combination that does not exist.
+    Raises ConfigInvalid for an unknown combination of sampler and schedule.
     """
     kind = _find_sampler(name, schedule)
     return kind.make(kind.sigmas(schedule, steps, shift), device)

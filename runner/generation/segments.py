@@ -1,10 +1,10 @@
-"""Segments: how a job's frames are cut into the windows that the model denoises, and what that costs.
+"""Segments: divide a job's frames into the windows that the model denoises, and forecast the cost.
 
-In:   frames asked for, overlap of neighbouring windows, the longest window the model may see. All in frames.
-Out:  one window length (4k+1: the video autoencoder packs four frames behind the first) and a count of windows;
-      for each window, which frames fill it, reflected at the end of the job.
-Never: pixels, prompts, free memory: a plan depends on options and recipe alone, so that a job's frames do not depend on
-its machine. Raises InputTooShort for a job that cannot be reflected.
+In:   requested frames, overlap of neighbouring windows, the longest window. All in frames.
+Out:  one window length (4k+1: the autoencoder packs each four frames after the first) and a count of windows;
+      for each window the frames that fill it, reflected at the end of the job.
+Never: pixels, prompts, free memory. A plan depends on options and recipe alone, so a job's frames do not depend on the
+machine. Raises InputTooShort for a job that is too short to reflect.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = [
     "span_of",
 ]
 
-PACKED_FRAMES = 4  # frames a latent frame holds, but for the first
-MIN_FRAMES = 2  # reflection needs a second frame to turn back to
+PACKED_FRAMES = 4  # frames per latent frame, except for the first
+MIN_FRAMES = 2  # reflection needs a second frame
 
 
 def shortest_window(overlap: int) -> int:
-    """The least window, frames (4k+1): more than twice `overlap`, below which upstream's segment count breaks down."""
+    """Return the shortest window in frames (4k+1): longer than twice `overlap`, else the library's count is wrong."""
     return round_up(2 * overlap + 1)
 
 
 def fit_segments(frames: int, overlap: int, longest: int) -> tuple[int, int]:
-    """(frames of every window, windows) for a job of `frames` frames; each window starts `overlap` frames back.
+    """Return (frames per window, windows) for a job of `frames` frames; windows overlap by `overlap` frames.
 
-    The fewest windows that `longest` allows, then the shortest 4k+1 window with which that many cover the job. A
+    Takes the fewest windows that `longest` allows, then the shortest 4k+1 window with which they cover the job. A
     `longest` that is not 4k+1 is rounded down. 97 frames with windows of at most 81 become two of 49, not two of 81.
-    Raises InputTooShort below two frames, ConfigInvalid when `longest` leaves no room beside the overlap.
+    Raises InputTooShort below two frames, ConfigInvalid if `longest` is too short for the overlap.
     """
     if frames < MIN_FRAMES:
         raise InputTooShort(
@@ -64,7 +64,7 @@ def fit_segments(frames: int, overlap: int, longest: int) -> tuple[int, int]:
 
 
 def longest_window(options: JobOptions) -> int:
-    """The most frames that a window of such a job has, however long its video is; see `fit_segments`."""
+    """Return the most frames that a window of such a job can have, for any length of video; see `fit_segments`."""
     if options.max_frames is None:
         return options.max_segment_frames
     longest = max(shortest_window(options.overlap_frames), round_up(options.max_frames))
@@ -72,9 +72,9 @@ def longest_window(options: JobOptions) -> int:
 
 
 def reflect_indices(start: int, stop: int, frames: int) -> np.ndarray:
-    """Which of `frames` frames stand at positions start..stop-1 of the padded job: int64 [stop - start].
+    """Return the indices of the frames at positions start..stop-1 of the padded job: int64 [stop - start].
 
-    0 1 2 3 4 3 2 1 0 1 … for five frames: the same as `WanAnimatePipeline.pad_video_frames`. Needs two frames.
+    For five frames 0 1 2 3 4 3 2 1 0 1 …, as `WanAnimatePipeline.pad_video_frames`. Needs two frames.
     """
     if frames < MIN_FRAMES:
         raise InputTooShort(f"{frames} frame(s) cannot be reflected", todo="Use a longer driving video")
@@ -83,25 +83,25 @@ def reflect_indices(start: int, stop: int, frames: int) -> np.ndarray:
 
 
 def output_span(index: int, segment_frames: int, overlap: int, frames: int) -> tuple[int, int]:
-    """[first, last+1) frames of the job that window `index` adds, without its overlap and without padding."""
+    """Return [first, last+1) of the job's frames that window `index` adds, without overlap and padding."""
     step = segment_frames - overlap
     first = index * step + (overlap if index else 0)
     return min(first, frames), min(index * step + segment_frames, frames)
 
 
 def round_up(frames: int) -> int:
-    """The least 4k+1 that is not below `frames`."""
+    """Return the smallest 4k+1 that is at least `frames`."""
     return frames + (1 - frames) % PACKED_FRAMES
 
 
 def span_of(start: int, stop: int, frames: int) -> tuple[int, int]:
-    """The source's frames that a window of start..stop-1 is made of: the first, and one beyond the last."""
+    """Return the span of the source's frames for a window of start..stop-1: the first, and one after the last."""
     indices = reflect_indices(start, stop, frames)
     return int(indices.min()), int(indices.max()) + 1
 
 
 def requested_steps(options: JobOptions, recipe: Recipe) -> int:
-    """Denoising steps as they are asked for: the job's own, else the recipe's."""
+    """Return the requested denoising steps: those of the job, else the recipe's."""
     return options.steps if options.steps is not None else recipe.steps
 
 
@@ -115,11 +115,11 @@ def plan_job(
     *,
     codes_kept: bool = False,
 ) -> SegmentPlan:
-    """The segments of `frames` frames at `size` (width, height) pixels. Raises InputTooShort below two frames.
+    """Plan the segments of `frames` frames at `size` (width, height) pixels. Raises InputTooShort below two frames.
 
-    With a `device` also the seconds there, the block compiled; none where it does not have the recipe's compute. A
-    recipe that leaves its choice to the device stands for itself: `fast_choice.foresee` makes that choice.
-    `codes_kept`: the weights' 8-bit codes are; not known before a model is loaded, for it depends on free memory.
+    With a `device` it forecasts seconds for compiled blocks, unless the device lacks the recipe's precision. A recipe
+    that leaves its choice to the device is taken as it is: `fast_choice.foresee` makes that choice. `codes_kept`: the
+    weights' 8-bit codes are kept. This depends on free memory and is not known before a model is loaded.
     """
     width, height = size
     asked = requested_steps(options, recipe)

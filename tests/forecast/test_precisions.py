@@ -155,10 +155,10 @@ def test_one_row_decides(stub):
     assert advised((5, 0)) == "stub"
     assert decide("stub", (5, 0), ("stub_mm", "right"), {"g32"}, "cuda:0").backend == "stub_mm"
     with pytest.raises(
-        ConfigInvalid, match=r"compute 'stub' .*sm_90\) has no fast units.*leave out \+stub, or ask for"
+        ConfigInvalid, match=r"precision 'stub' .*sm_90\) has no fast units.*leave out \+stub, or ask for"
     ):
         decide("stub", (9, 0), ("stub_mm", "right"), {"g32"}, "cuda:0")
-    with pytest.raises(ConfigInvalid, match=r"compute 'fp8' .*sm_50.*leave out \+fp8, or ask for \+stub"):
+    with pytest.raises(ConfigInvalid, match=r"precision 'fp8' .*sm_50.*leave out \+fp8, or ask for \+stub"):
         decide("fp8", (5, 0), (None, "broken"), {"g32"}, "cuda:0")
 
 
@@ -191,7 +191,7 @@ def test_a_row_whose_backend_is_not_there_says_so(stub, monkeypatch):
     monkeypatch.setitem(PRECISIONS, "bare", without)
     probed = low_bit.pick_gemm_backend(cpu, "bare")
     assert probed[0] is None
-    with pytest.raises(ConfigInvalid, match=r"nothing here computes it right on cpu: reference refused: .*'gone'"):
+    with pytest.raises(ConfigInvalid, match=r"no backend here computes it right on cpu: reference refused: .*'gone'"):
         decide("bare", None, probed, {"g32"}, "cpu")
 
 

@@ -210,7 +210,7 @@ def test_of_kept_codes_a_product_reads_one_byte_a_weight_and_nothing_else_change
                 {**made.step, "weights to the compute": 2 * STEP_WEIGHTS / 1000e9}, rel=1e-12
             )
             assert kept.fixed == made.fixed
-    with pytest.raises(ValueError, match="no codes are kept of products in bf16"):
+    with pytest.raises(ValueError, match="codes cannot be kept for products in bf16"):
         EngineBuild(codes_kept=True)
 
 

@@ -1,16 +1,16 @@
-"""Attention: which implementation the self-attention runs on, by device, and the trial that it must pass.
+"""Attention: choose the implementation of self-attention for a device, after a trial that it must pass.
 
-In:   a loaded transformer, a device, a dtype. Out: processors that name a backend; what was chosen, and why.
-Never: cross-attention and the faces' attention: they are 2 % of the work and stay on the library's default.
+In:   a loaded transformer, a device, a dtype. Out: processors that name a backend; the choice and its reason.
+Never: cross-attention and the faces' attention: they are 2 % of the work and keep the library's default.
 
-BACKENDS has a row for each implementation, best first. On sm_90 cuDNN reaches twice the rate of torch's flash kernels,
-and less than theirs elsewhere. Self-attention in 8 bits runs where it is asked for: by comfy-kitchen's INT8 kernel,
-which the GPU image holds, else by SageAttention 2.1.1 or later, which must be built. Its error against exact attention
-is measured on a trial of the model's own shape and goes to the record.
+BACKENDS has a row for each implementation, best first. On sm_90 cuDNN reaches twice the rate of torch's flash kernels;
+elsewhere it is slower than they are. Self-attention in 8 bits runs if it is requested: by comfy-kitchen's INT8 kernel,
+which the GPU image has, else by SageAttention 2.1.1 or later, which must be built. Its error against exact attention is
+measured in a trial with the model's shape and is written to the record.
 
-What a package brings is opaque to torch.compile: one operator stands round its call. Packages call
-`torch.cuda.set_device`, functions under `torch.compiler.disable` or pybind kernels, which no graph can hold, and blocks
-are compiled as one graph or not at all.
+Kernels of other packages are opaque to torch.compile: a custom operator wraps each call. The packages call
+`torch.cuda.set_device`, functions under `torch.compiler.disable`, or pybind kernels. No graph can contain these, and a
+block is compiled as one graph or not at all.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ EVERY: Final = HALVES | {"float32"}
 
 
 def by_diffusers(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Through the library's dispatch, by the name that it has there."""
+    """Compute attention by diffusers' dispatch, with the backend of this name."""
     return dispatch.dispatch_attention_fn(query, key, value, backend=dispatch.AttentionBackendName(name))
 
 
 def by_cudnn(_: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By torch, from strided views: the library copies query, key and value first. The result has the query's order."""
+    """Compute attention by torch from strided views; diffusers would copy query, key and value first."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = functional.scaled_dot_product_attention(_heads_first(query), _heads_first(key), _heads_first(value))
     return _heads_first(out)
 
 
 def by_comfy_kitchen(_: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """INT8 query, key, value and weights, softmax in float32; query and key are rotated before they are rounded.
+    """INT8 query, key, value and weights, softmax in float32. Query and key are rotated before they are rounded.
 
-    It takes [B, heads, S, head_dim] in any strides whose last is 1, head_dim up to 256.
+    The kernel takes [B, heads, S, head_dim] with any strides whose last is 1, and head_dim up to 256.
     """
     attend = import_module("comfy_kitchen").int8_attention
     return _heads_first(attend(_heads_first(query), _heads_first(key), _heads_first(value)))
@@ -82,10 +82,10 @@ def _heads_first(x: Tensor) -> Tensor:
 class BackendRow:
     """One implementation of attention without mask, [B, S, heads, head_dim] → the same.
 
-    `name`: in records and on a processor. `call`: takes the name, query, key and value. `opaque`: torch.compile sees
-    one operator, whatever the call does; False: it traces the library's own call. `capabilities`: of the devices that
-    it is for; None is a CPU. `dtypes`: of query, key and value. `why`: for the record. `package`: what must be
-    installed beside torch, and `install`, how.
+    `name`: in records and on a processor. `call`: takes the name, query, key and value. `opaque`: whether torch.compile
+    treats the call as one operator; else it traces the library's call. `capabilities`: of the devices that it is for;
+    None is a CPU. `dtypes`: of query, key and value. `why`: for the record. `package`: what must be installed beside
+    torch; `install`: how.
     """
 
     name: str
@@ -120,14 +120,14 @@ ROWS: Final = (
         "_flash_3", by_diffusers, True, False, _within(HOPPER, HOPPER), HALVES,
         "FlashAttention 3 is installed, made for sm_90", "FlashAttention 3",
     ),
-    # Opaque too: its output's strides, which Inductor would assert, follow from cuDNN's plan.
+    # Opaque because cuDNN's plan decides the strides of the output, which Inductor would assert.
     BackendRow(
         "_native_cudnn", by_cudnn, True, False, _within(HOPPER, HOPPER), HALVES,
-        "cuDNN leads torch's flash kernels on sm_90",
+        "cuDNN is faster than torch's flash kernels on sm_90",
     ),
     BackendRow(
         "_native_flash", by_diffusers, False, False, _within((0, 0), LATEST), HALVES,
-        "torch's flash kernels, which lead but on sm_90",
+        "torch's flash kernels, the fastest except on sm_90",
     ),
     BackendRow(
         "native", by_diffusers, False, False, lambda _: True, EVERY, "torch's own choice for this device and dtype",
@@ -137,7 +137,7 @@ ROWS: Final = (
         "asked for; comfy-kitchen has an INT8 kernel for 7.5 to 12.x",
         "comfy-kitchen 0.2.40 with int8_attention", "install it with pip install 'video-lab-runner[gpu]'",
     ),
-    # On sm_90 the package's own choice is its fp8 kernel, which has given noise on Wan models.
+    # On sm_90 the package chooses its fp8 kernel by default, which has produced noise on Wan models.
     SAGE(name="_sage_qk_int8_pv_fp16_cuda", capabilities=_within(HOPPER, HOPPER)),
     SAGE(name="sage", capabilities=_within((8, 0), LATEST, but=HOPPER)),
 )  # fmt: skip
@@ -158,7 +158,7 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, backend: str | None
 
 @torch.library.custom_op("video_lab::attention", mutates_args=())
 def opaque_attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
-    """As `run_attention`, by a row of BACKENDS; contiguous [B, S, heads, head_dim], whatever the row's call returns."""
+    """Run a row of BACKENDS as `run_attention` does. Returns contiguous [B, S, heads, head_dim]."""
     return BACKENDS[backend].call(backend, query, key, value).contiguous()
 
 
@@ -178,21 +178,21 @@ class AttentionBackend:
 def candidates(
     capability: Capability | None, dtype: str, available: Collection[str], eight_bit: bool = False
 ) -> list[AttentionBackend]:
-    """What to try, best first. Of the exact ones the last always works. Pure.
+    """Return the backends to try, best first. The last exact one always works. Pure.
 
-    `capability`: (9, 0) for an H200, None for a CPU. `available`: names that could run here as far as packages decide.
-    Raises ConfigInvalid, with what to do, where 8 bits are asked for and nothing here does them.
+    `capability`: (9, 0) for an H200, None for a CPU. `available`: names whose packages are installed. Raises
+    ConfigInvalid if 8 bits are requested and no backend here has them.
     """
     rows = _rows(capability, dtype, eight_bit)
     found = [AttentionBackend(row.name, row.why) for row in rows if row.name in available]
     if not found and not rows:
         raise ConfigInvalid(
             "8-bit attention needs a CUDA device of capability 7.5 or later and a model in 16 bits",
-            todo="Leave it out: attention is exact then",
+            todo="Leave it out: then attention is exact",
         )
     if not found:
         raise ConfigInvalid(
-            f"8-bit attention was asked for, but nothing here does it: {'; '.join(_lacking(rows, available))}",
+            f"8-bit attention was asked for, but no backend for it is here: {'; '.join(_lacking(rows, available))}",
             todo=_remedy(rows),
         )
     return found
@@ -207,13 +207,13 @@ def _lacking(rows: Collection[BackendRow], available: Collection[str]) -> list[s
 
 
 def _remedy(rows: Collection[BackendRow]) -> str:
-    ways = [*(row.install for row in rows if row.install), "leave it out: attention is exact then"]
+    ways = [*(row.install for row in rows if row.install), "leave it out: then attention is exact"]
     text = ", or ".join(ways)
     return text[:1].upper() + text[1:]
 
 
 def available_backends() -> frozenset[str]:
-    """Names that could run here, as far as packages decide. Those that diffusers would download (`*_hub`) are none."""
+    """Return the names of backends whose packages are installed, without those that diffusers downloads (`*_hub`)."""
     found = {"native"}
     for backend in dispatch.AttentionBackendName:
         if backend.value.endswith("_hub"):
@@ -229,27 +229,27 @@ def available_backends() -> frozenset[str]:
 
 
 def _has_comfy_int8() -> bool:
-    """Whether the function is there. Whether its CUDA extension loads and takes this device is what the trial asks."""
+    """Return whether the function exists. The trial tests whether its CUDA extension loads and takes this device."""
     try:
         return hasattr(import_module("comfy_kitchen"), "int8_attention")
-    except (ImportError, OSError, RuntimeError):  # as it fails where torch or CUDA is another than it was built for
+    except (ImportError, OSError, RuntimeError):  # raised if it was built for another torch or CUDA
         return False
 
 
 def pick_backend(
     device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, *, eight_bit: bool = False
 ) -> tuple[str, str, float]:
-    """(name, why, relative error in the trial) of the first candidate that computes attention right on `device`.
+    """Return (name, why, relative error in the trial) of the first candidate that passes its trial on `device`.
 
-    Raises ConfigInvalid where 8 bits were asked for and are not there, or miss their limit.
+    Raises ConfigInvalid if 8 bits were requested, and are not available or exceed their limit.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    said = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     limit, refused, available = LIMITS["8 bit" if eight_bit else "exact"], list[str](), available_backends()
-    for backend in candidates(capability, said, available, eight_bit):
+    for backend in candidates(capability, dtype_name, available, eight_bit):
         try:
             error = trial(backend.name, device, dtype, heads, head_dim)
-        # Whatever a kernel, a driver or a package raises: the answer is the next candidate, and this reason.
+        # A kernel, a driver or a package may raise anything: then the next candidate is tried, and this reason kept.
         except Exception as err:
             text = str(err).strip()
             refused.append(f"{backend.name} refused: {type(err).__name__}: {text.splitlines()[0] if text else ''}")
@@ -257,11 +257,11 @@ def pick_backend(
         if error <= limit:
             return backend.name, "; ".join([backend.why, *refused]), error
         refused.append(f"{backend.name} refused: error {error:.4f}, {limit} allowed")
-    rows = _rows(capability, said, eight_bit)
+    rows = _rows(capability, dtype_name, eight_bit)
     if eight_bit:
         refused += _lacking(rows, available)
     raise ConfigInvalid(
-        f"no {'8-bit ' if eight_bit else ''}attention computes right on {device}: {'; '.join(refused)}",
+        f"no {'8-bit ' if eight_bit else ''}attention backend passes its trial on {device}: {'; '.join(refused)}",
         todo=_remedy([r for r in rows if r.name not in available])
         if eight_bit
         else "Check the driver and the installed torch",
@@ -269,7 +269,7 @@ def pick_backend(
 
 
 def trial(backend: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> float:
-    """Relative error of `backend` against float32 attention, on one seeded input of up to four of the heads."""
+    """Return the relative error of `backend` against float32 attention, on a seeded input of up to four heads."""
     from runner.quantization.kernels.low_bit import relative_error
 
     tokens = TRIAL_TOKENS if device.type == "cuda" else 40
@@ -285,15 +285,15 @@ def trial(backend: str, device: torch.device, dtype: torch.dtype, heads: int, he
 
 
 def set_backend(attn: Any, name: str) -> None:
-    """Name the backend on one attention's processor. The library's own names stay members of its enumeration."""
+    """Set the backend on one attention's processor. Names of the library stay members of its enumeration."""
     if name in OPAQUE:
-        attn.processor._attention_backend = name  # the library knows not all of them
+        attn.processor._attention_backend = name  # the library does not know all of them
     else:
         attn.set_attention_backend(name)
 
 
 def apply_attention(model: Any, device: torch.device, dtype: torch.dtype, *, eight_bit: bool = False) -> dict[str, Any]:
-    """Name the backend on every block's self-attention; what was chosen and why. See `pick_backend` for errors."""
+    """Set the backend on every block's self-attention; report the choice. Raises as `pick_backend`."""
     first = model.blocks[0].attn1
     heads = first.heads
     name, why, error = pick_backend(device, dtype, heads, first.inner_dim // heads, eight_bit=eight_bit)

@@ -1,14 +1,14 @@
-"""Compute: what the transformer's large matrix products are made in, by device and recipe, proven on its own weights.
+"""Compute: set the GEMM precision of the transformer's large matrix products, and test it on the model's weights.
 
-In:   a loaded transformer, a recipe, a device. Out: layers that compute so, and an account of it for log and record.
-Never: a quiet change of what was asked for: a compute that this device cannot do, or does wrongly, is an error.
+In:   a loaded transformer, a recipe, a device. Out: layers that compute in that precision; a report for log and record.
+Never: a silent change of the requested precision: one that this device cannot compute, or computes wrong, is an error.
 
-`forecast/precisions.py` lists what there is, and for which devices. On a CPU each runs as the definition of its
-numbers, for tests and demos.
+`forecast/precisions.py` lists the precisions and their devices. On a CPU each runs as the definition of its numbers,
+for tests and demos.
 
-Only token-wise linears take part, whose inputs are all tokens of the window: of a block the self-attention's four, the
-cross-attention's query and output, and the feed-forward's two; of a face adapter query and output. They are 99 % of the
-linears' work. Keys and values of text, image and face, embedders, the time's layers and the last projection stay exact.
+Only token-wise linears take part: of a block the four of self-attention, query and output of cross-attention, and the
+two of the feed-forward part; of a face adapter query and output. They are 99 % of the linears' work. Keys and values of
+text, image and face, embedders, the layers of the timestep and the last projection stay exact.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GemmChoice",
-    "apply_compute",
+    "apply_precision",
     "capability_of",
     "decide",
     "is_token_wise",
@@ -43,12 +43,12 @@ TOKEN_WISE: Final = re.compile(
     r"|face_adapter\.\d+\.to_(q|out)"
 )
 TEST_TOKENS: Final = 1024
-OUTLIERS, OUTLIER_SIZE = 0.005, 30.0  # of the channels of the test's activations, and how far they stand out
+OUTLIERS, OUTLIER_SIZE = 0.005, 30.0  # of the channels of the test's activations, and how many times larger these are
 
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """`compute`: a row of `PRECISIONS`. `backend`: the name of one of its GEMM backends; empty for exact products."""
+    """A GEMM precision, `compute` (a row of `PRECISIONS`), and the name of its backend; empty for exact products."""
 
     compute: str
     backend: str
@@ -56,7 +56,7 @@ class GemmChoice:
 
 
 def capability_of(device: torch.device) -> Capability | None:
-    """(9, 0) for an H200; None for a CPU."""
+    """Return the compute capability: (9, 0) for an H200; None for a CPU."""
     if device.type != "cuda":
         return None
     import torch
@@ -67,11 +67,11 @@ def capability_of(device: torch.device) -> Capability | None:
 def decide(
     compute: str, capability: Capability | None, probed: tuple[str | None, str], formats: Iterable[str], device: str
 ) -> GemmChoice:
-    """What to compute in, and why. Pure.
+    """Return the precision and backend, and why. Pure.
 
-    `capability`: None for a CPU. `probed`: (the backend that was found right, or None; why), read only for the 8- and
-    4-bit computes. `formats`: of the layers that take part: a format's name, or `plain` for 16 and 32 bits.
-    Raises ConfigInvalid, with what to do, where the device or the weights cannot do what was asked for.
+    `capability`: None for a CPU. `probed`: (the backend that passed its test, or None; why), used for 8- and 4-bit
+    precisions only. `formats`: of the layers that take part: a format's name, or `plain` for 16 and 32 bits.
+    Raises ConfigInvalid if the device or the weights cannot do what was requested.
     """
     precision = PRECISIONS[compute]
     if precision.layout == "exact":
@@ -82,43 +82,43 @@ def decide(
         instead += f", or ask for +{better}"
     if capability is not None and not precision.runs_on(capability):
         raise ConfigInvalid(
-            f"compute {compute!r} was asked for, but {device} (sm_{capability[0]}{capability[1]}) has no fast units "
-            "for it",
+            f"precision {compute!r} was asked for, but {device} (sm_{capability[0]}{capability[1]}) has no "
+            "fast units for it",
             todo=f"For this device {instead}",
         )
     stored = precision.stored_format
     other = sorted(set(formats) - {stored})
     if stored is not None and other:
         raise ConfigInvalid(
-            f"compute {compute!r} needs weights stored as {stored}; these are {', '.join(other)}",
+            f"precision {compute!r} needs weights stored as {stored}; these are {', '.join(other)}",
             todo=f"Make a file with `video-lab quantize --format {stored}`, or {instead}",
         )
     bound = sorted(name for name in set(formats) & PRECISIONS.keys() if PRECISIONS[name].layout == "svdq")
     if stored is None and bound:
         raise ConfigInvalid(
-            f"compute {compute!r} was asked for, but weights stored as {bound[0]} compute as {bound[0]} or in 16 bits",
+            f"precision {compute!r} was asked for, but weights stored as {bound[0]} run as {bound[0]} or in 16 bits",
             todo=f"Ask for +{bound[0]}, or leave out +{compute}",
         )
     backend, why = probed
     if backend is None:
         missing = "the extra `svdq`" if precision.layout == "svdq" else "comfy-kitchen or a newer torch for CUDA"
         raise ConfigInvalid(
-            f"compute {compute!r} was asked for, but nothing here computes it right on {device}: {why}",
+            f"precision {compute!r} was asked for, but no backend here computes it right on {device}: {why}",
             todo=f"Install {missing}, or {instead}",
         )
     return GemmChoice(compute, backend, why)
 
 
 def is_token_wise(name: str) -> bool:
-    """Is the layer of this name a token-wise linear, whose inputs are all tokens of the window?"""
+    """Return whether the layer of this name is applied to every token of the window."""
     return TOKEN_WISE.fullmatch(name) is not None
 
 
-def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Set what `model`'s token-wise linears compute in; what was chosen, why, and the numbers of the self-test.
+def apply_precision(model: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Set the GEMM precision of `model`'s token-wise linears; report the choice, why, and the self-test's numbers.
 
-    To be called when the weights are there, wherever they lie; nothing changes for the recipe's `bf16`. Raises
-    ConfigInvalid: `decide`, or an error beyond the format's own.
+    Call it when the weights are loaded, on any device. The recipe's `bf16` changes nothing. Raises ConfigInvalid as
+    `decide` does, or if an error exceeds the format's limit.
     """
     import torch
     from torch import nn
@@ -156,12 +156,12 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
     changed = {name: model.get_submodule(name) for name in layers if name not in kept}
     if not changed:
         raise ConfigInvalid(
-            f"compute {compute!r} fits none of this model's {len(layers)} token-wise linears: "
+            f"precision {compute!r} fits none of this model's {len(layers)} token-wise linears: "
             f"{next(iter(kept.values()), 'it has none')}",
             todo=f"Leave out +{compute}",
         )
     tested = self_test(changed, choice, device, getattr(torch, recipe.dtype))
-    said = {
+    report = {
         "compute": choice.compute,
         "compute_product": choice.backend,
         "compute_why": choice.why,
@@ -175,11 +175,11 @@ def apply_compute(model: Any, recipe: Recipe, device: torch.device) -> dict[str,
         "compute_chosen", compute=choice.compute, product=choice.backend, why=choice.why, layers=len(changed),
         kept_exact=len(kept), error=worst, limit=round(precision.error_limit, 4),
     )  # fmt: skip
-    return said
+    return report
 
 
 def _name_code_kernel(choice: GemmChoice, device: torch.device) -> str:
-    """The kernel that makes activations' codes, and why this one; empty where the backend makes them itself."""
+    """Return the kernel that quantises activations, and why that one; empty if the product does it itself."""
     from runner.quantization.kernels.row_codes import name_row_kernel
     from runner.quantization.kernels.svdq_products import name_code_kernel
 
@@ -193,7 +193,7 @@ def _name_code_kernel(choice: GemmChoice, device: torch.device) -> str:
 
 
 def _format_name(layer: Any) -> str:
-    """Of the format that a layer's weight is stored in; `plain` for 16 and 32 bits."""
+    """Return the name of the format in which a layer's weight is stored; `plain` for 16 and 32 bits."""
     fmt = getattr(layer, "fmt", None) or getattr(layer, "layout", None)
     return "plain" if fmt is None else str(fmt.name)
 
@@ -201,12 +201,12 @@ def _format_name(layer: Any) -> str:
 def self_test(
     layers: Mapping[str, Any], choice: GemmChoice, device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
-    """One layer of each shape on activations with channels that stand out: relative errors by the layer's name.
+    """Test one layer of each shape on activations with outlier channels; return relative errors by the layer's name.
 
     error: against the layer's exact product. off_definition: of the kernel against the format's definition, which must
-    lie within the precision's `agreement`. Raises ConfigInvalid with the numbers where either is too large. The
-    layers are left computing by `choice`. An SVDQ layer gets activations as large in each channel as its smoothing
-    factor, which follows those that calibration saw: it spends no codes on channels that are quiet there.
+    be within the precision's `agreement`. Raises ConfigInvalid with the numbers if either is too large. Afterwards the
+    layers compute by `choice`. An SVDQ layer gets activations that are scaled in each channel by its smoothing factor,
+    as calibration found them: it spends no codes on channels that were small there.
     """
     import torch
 
@@ -219,19 +219,19 @@ def self_test(
     for (rows, columns), name in sorted(first.items()):
         layer = layers[name]
         if any(p.device.type != device.type for p in layer.parameters()):
-            layer = copy.deepcopy(layer).to(device)  # its own stay where they wait
+            layer = copy.deepcopy(layer).to(device)  # the original stays on its offload device
         x = activations(TEST_TOKENS if device.type == "cuda" else TEST_TOKENS // 4, columns, device, dtype)
         if isinstance(layer, SvdqLinear):
             x = (x * layer.smoothing).to(dtype)
         with torch.no_grad():
-            exact = _by(layer, x, EXACT, "")
-            defined = _by(layer, x, choice.compute, REFERENCE)
-            low = _by(layer, x, choice.compute, choice.backend)
+            exact = _run_with(layer, x, EXACT, "")
+            defined = _run_with(layer, x, choice.compute, REFERENCE)
+            low = _run_with(layer, x, choice.compute, choice.backend)
         error, off = relative_error(low, exact), relative_error(low, defined)
         found[name] = {"error": round(error, 5), "limit": round(limit, 5), "off_definition": round(off, 5)}
         if not (error <= limit and off <= agreement):
             raise ConfigInvalid(
-                f"compute {choice.compute!r} by {choice.backend} is not right on {device}: on {name} "
+                f"precision {choice.compute!r} by {choice.backend} is not right on {device}: on {name} "
                 f"[{rows}, {columns}] its error is {error:.4f} ({limit:.4f} allowed), {off:.4f} off the format's "
                 f"definition ({agreement} allowed)",
                 todo=f"Leave out +{choice.compute}; please report this device and its driver",
@@ -239,14 +239,14 @@ def self_test(
     return found
 
 
-def _by(layer: Any, x: torch.Tensor, compute: str, backend: str) -> torch.Tensor:
+def _run_with(layer: Any, x: torch.Tensor, compute: str, backend: str) -> torch.Tensor:
     layer.set_compute(compute, backend)
     result: torch.Tensor = layer(x)
     return result
 
 
 def activations(tokens: int, columns: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Gaussian [tokens, columns], the same on every device; some channels thirty times as large, at least one."""
+    """Return gaussian [tokens, columns], the same on every device; at least one channel is thirty times as large."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

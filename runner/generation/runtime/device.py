@@ -1,7 +1,7 @@
-"""Device: which one computes, why, and how its work and memory are read.
+"""Device: pick the device that computes, and read its work and memory.
 
-In:   what was asked: "auto", "cpu", "cuda" or "cuda:N". Out: a torch device with the reason in words; a DeviceProbe.
-Never: a quiet fallback: asking for CUDA where there is none is an error.
+In:   the requested device: "auto", "cpu", "cuda" or "cuda:N". Out: a torch device with the reason in words; a
+DeviceProbe. Never: a silent fallback: a requested CUDA device that is missing is an error.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
     "release",
 ]
 
-# cuDNN whose 3D convolutions in 16 bits torch avoids, from 9.8 up to but not with 9.15, as its version numbers are
-# written: their results were wrong (pytorch#163539). ConvParams::use_cudnn of torch 2.9.1 and later.
+# cuDNN versions whose 3D convolutions in 16 bits torch does not use: 9.8 up to, but without, 9.15, in cuDNN's number
+# format. Their results were wrong (pytorch#163539). Source: ConvParams::use_cudnn of torch 2.9.1 and later.
 AVOIDED_CUDNN = range(90_800, 91_500)
-# What torch, cuBLAS and cuDNN say where the exception's type does not tell.
+# Texts of torch, cuBLAS and cuDNN for out of memory, where the type of the exception does not show it.
 EXHAUSTED = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def pick_device(requested: str = "auto") -> tuple[torch.device, str]:
-    """The device, and why, in words. Raises ConfigInvalid for a device that is not there."""
+    """Return the device, and the reason in words. Raises ConfigInvalid if the requested device does not exist."""
     import torch
 
     if requested == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0), f"{torch.cuda.get_device_name(0)} is there"
+            return torch.device("cuda", 0), f"{torch.cuda.get_device_name(0)} is available"
         return torch.device("cpu"), f"no CUDA device: {_why_no_cuda()}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", requested):
         raise ConfigInvalid(f"no device {requested!r}", todo="Devices: auto, cpu, cuda, cuda:N")
@@ -64,34 +64,34 @@ def pick_device(requested: str = "auto") -> tuple[torch.device, str]:
 
 
 def cudnn_version(number: int) -> str:
-    """92001 → "9.20.1"; as cuDNN 9 numbers its versions."""
+    """Return the version of a cuDNN 9 version number: 92001 → "9.20.1"."""
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
 def cudnn_problem(number: int | None) -> str | None:
-    """Why 3D convolutions in 16 bits are slow with this cuDNN; None where they are not, or where there is no cuDNN.
+    """Return why 3D convolutions in 16 bits are slow with this cuDNN; None if they are not, or without cuDNN.
 
-    In our models: the embedding of patches, and the autoencoder in 16 bits (`+bf16-vae`, `+fp16-vae`, mode `minimal`).
+    This concerns the patch embedding, and the autoencoder in 16 bits (`+bf16-vae`, `+fp16-vae`, mode `minimal`).
     Measured for one convolution in bfloat16 on an A100 (pytorch#166643): 23 ms and 7.2 GB with 9.10, 8.6 ms and 0.4 GB
     with 9.15.
     """
     if number is None or number not in AVOIDED_CUDNN:
         return None
     return (
-        f"torch makes no 3D convolution in 16 bits with cuDNN {cudnn_version(number)} (9.8 to 9.14 make wrong ones); "
-        "its own take several times the time and memory"
+        f"torch does not use cuDNN {cudnn_version(number)} for 3D convolutions in 16 bits (9.8 to 9.14 compute them "
+        "wrong), and its own kernels take several times the time and memory"
     )
 
 
 def device_name(device: torch.device) -> str | None:
-    """As the driver calls it; None for the CPU."""
+    """Return the name that the driver gives the device; None for the CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def hardware_model(device: torch.device) -> str:
-    """What decides the order of sums: the GPU's name; of a CPU its model, its vector instructions and torch's threads.
+    """Return what decides the order of sums: the GPU's name, or the CPU's model, vector instructions and threads.
 
     "NVIDIA H200"; "Intel(R) Xeon(R) Platinum 8488C, AVX512, 8 threads".
     """
@@ -105,19 +105,19 @@ def hardware_model(device: torch.device) -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         model = found.group(1).strip() if found else model
     except OSError:
-        pass  # not Linux: the name that Python knows must do
+        pass  # not Linux: use the name that Python returns
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free now: of the GPU's memory, or of the host's (a container's limit counts where it is lower)."""
+    """Return the free bytes of the GPU, or of the host (or of a container's limit, if that is lower)."""
     import torch
 
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
 
 
 def free_host_bytes() -> int:
-    """What is free now of the host's memory, or of a container's limit where that is lower."""
+    """Return the free bytes of host memory, or of a container's limit if that is lower."""
     import psutil
 
     free = [psutil.virtual_memory().available]
@@ -126,26 +126,26 @@ def free_host_bytes() -> int:
         if limit.isdigit():
             free.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
-        pass  # no cgroup v2 here: the machine's memory is all there is to know
+        pass  # no cgroup v2: only the machine's memory counts
     return max(0, min(free))
 
 
 def grow_segments(device: torch.device) -> bool:
-    """Let torch's allocator extend what it holds instead of leaving holes between blocks of unlike sizes; did it?
+    """Let torch's allocator extend its segments, which avoids fragmentation. Return whether this was set.
 
-    Before the first byte is allocated. Not where the environment says how the allocator is to be set.
+    Call it before the first allocation. Environment variables that set the allocator take precedence.
     """
     import torch
 
-    told = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
-    if device.type != "cuda" or told:
+    set_by_environment = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if device.type != "cuda" or set_by_environment:
         return False
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return True
 
 
 def release(device: torch.device) -> None:
-    """Give back to the driver what torch's allocator holds and nobody uses."""
+    """Return unused memory of torch's allocator to the driver."""
     import torch
 
     if device.type == "cuda":
@@ -161,7 +161,7 @@ def _why_no_cuda() -> str:
 
 
 class CudaProbe:
-    """Waits for one CUDA device and reads torch's allocator: bytes it handed out, bytes it holds."""
+    """Wait for one CUDA device, and read torch's allocator: bytes allocated, bytes reserved."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -186,14 +186,14 @@ class CudaProbe:
 
 
 def make_probe(device: torch.device) -> CudaProbe | None:
-    """What a StageTimer needs to time `device`; None for the CPU, which computes in step."""
+    """Return what a StageTimer needs to time `device`; None for the CPU, which computes synchronously."""
     return CudaProbe(device) if device.type == "cuda" else None
 
 
 def as_out_of_memory(error: BaseException, device: torch.device, *, doing: str) -> OutOfMemory | None:
-    """`error` as OutOfMemory if that is what it is, else None. Frees what the failed work held, so that a retry has it.
+    """Return `error` as OutOfMemory if it means that, else None. Frees the memory of the failed work for a retry.
 
-    The frames of a traceback keep the tensors of the failed call alive for as long as somebody holds the exception.
+    Without that, the frames of the traceback keep the tensors of the failed call alive as long as the exception exists.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Eager blocks: why a model's blocks run eagerly on a GPU instead of compiled, and what that costs, in words.
+"""Eager blocks: explain in one sentence why blocks run eagerly on a GPU instead of compiled, and what that costs.
 
-In:   a memory plan, shapes, a GPU, a window. Out: one sentence, for records, the end of a run, `plan` and `doctor`.
-Never: torch, a device. Whether compiling works is found out by the model's `compiled.py`.
+In:   a memory plan, shapes, a GPU, a window. Out: the sentence, for records, the end of a run, `plan` and `doctor`.
+Never: torch, a device. The model's `compiled.py` finds out whether compiling works.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ __all__ = ["EagerCost", "eager_by_plan", "eager_cost", "eager_words"]
 
 @dataclass(frozen=True)
 class EagerCost:
-    """What eager blocks cost in windows of one size: a forecast, from the bytes of elementwise kernels."""
+    """The forecast cost of eager blocks in windows of one size, from the bytes of elementwise kernels."""
 
-    step_s: float  # seconds more a denoising step
+    step_s: float  # additional seconds per denoising step
     gpu: str
     size: tuple[int, int]  # width, height
     frames: int  # of a window
 
 
 def eager_by_plan(plan: MemoryPlan) -> str:
-    """Why blocks run eagerly under `plan`; empty where it lets them be compiled."""
+    """Why blocks run eagerly under `plan`; empty if the plan allows compiled blocks."""
     return "" if plan.compiled else f"memory mode {plan.mode} is for the least memory"
 
 
 def eager_cost(
     costs: Costs, device: DeviceSpeed | None, size: tuple[int, int], frames: int, *, guided: bool = False
 ) -> EagerCost | None:
-    """Of windows of `frames` frames at `size` (width, height) on `device`; None where nothing is known of it."""
+    """Forecast the cost for windows of `frames` frames at `size` (width, height); None if `device` is None."""
     if device is None:
         return None
     eager, fused = (
@@ -53,7 +53,7 @@ def eager_cost(
 
 
 def eager_words(why: str, cost: EagerCost | None) -> str:
-    """The sentence. `why`: without a full stop. `cost`: None where nothing is known of the GPU."""
+    """Return the sentence. `why` has no full stop. `cost` is None if the GPU's speed is not known."""
     text = f"The transformer's blocks run eagerly on the GPU, not compiled ({why})"
     if cost is not None:
         width, height = cost.size

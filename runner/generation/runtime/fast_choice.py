@@ -1,16 +1,16 @@
-"""Fast choice: what `fp4-fast` computes products, attention and the autoencoder in on a device, and why.
+"""Fast choice: choose the precision of products, attention and autoencoder for `fp4-fast` on a device.
 
-In:   the recipe, a GPU's compute capability, what is known of its speed, what was tried. Out: the recipe as it runs.
-Never: a choice that failed its self-test; a fingerprint, which has the recipe as it was asked for.
+In:   the recipe, a GPU's compute capability, its known speed, results of self-tests. Out: the recipe as it runs.
+Never: a choice that failed its self-test. The fingerprint has the requested recipe, not the choice.
 
-Each part is chosen alone, best first, and each falls back alone:
+Each part is chosen on its own, best first, and falls back on its own:
 
-    products       the precision that is advised for the GPU, then the other one of 8 bits, then the recipe's own. The
-                   backend is tried before the memory is planned, the layers when they are loaded
-    attention      in 8 bits where that is faster than the exact backend and passes its trial; else exact
-    autoencoder    in 16 bits, unless cuDNN makes no 3D convolutions in them
+    products       the precision advised for the GPU, then the other 8-bit precision, then the recipe's own. The backend
+                   is tested before the memory is planned, the layers when they are loaded
+    attention      in 8 bits if that is faster than the exact backend and passes its trial, else exact
+    autoencoder    in 16 bits, unless torch does not use cuDNN for 3D convolutions in 16 bits
 
-Nothing is faster on a CPU: there it runs as fp4-distill does, bit for bit.
+On a CPU nothing is faster: `fp4-fast` runs there as fp4-distill does, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ __all__ = [
     "try_each",
 ]
 
-HALF: Final = "bfloat16"  # of the autoencoder; loading.py takes float16, of as many bytes, where the weights allow it
-# Major capabilities whose exact kernels are made for them, and on which 8-bit attention would run by kernels of the
-# older instructions (mma.sync), of which no rate is published there.
+HALF: Final = "bfloat16"  # of the autoencoder; loading.py takes float16, of as many bytes, if the weights allow it
+# Major capabilities with exact attention kernels of their own. 8-bit attention would use kernels with the older
+# instructions (mma.sync) there, for which no rate is published.
 EXACT_LEADS = (9, 10, 11)
-LEAST = (8, 0)  # below, neither bfloat16 nor the 8-bit kernels have units of their own
+LEAST = (8, 0)  # older GPUs have no units for bfloat16 or for the 8-bit kernels
 
 
 @dataclass(frozen=True)
 class FastOrder:
-    """What to try for each part, best first: the recipe with that part changed. The last of each always works.
+    """The candidates for each part of a recipe, best first. The last one of each part always works.
 
     `compute`: names of `PRECISIONS`. `eight_bit_attention`: try it. `why`: part → the reason, for the record.
     """
@@ -65,15 +65,15 @@ class FastOrder:
 
 @dataclass(frozen=True)
 class FastChoice:
-    """`running`: the recipe with what was chosen. `vae_dtype`: of the autoencoder, once it is loaded."""
+    """The recipe as it runs, and why. `vae_dtype`: of the autoencoder, once it is loaded."""
 
     running: Recipe
     why: Mapping[str, str]
     vae_dtype: str = ""
 
-    def settle(self, loaded: Mapping[str, Any]) -> FastChoice:
-        """The choice after `loading.tune`, which says what the layers' own self-tests left: `compute`, `attention`,
-        `vae` and the reasons of what they refused."""
+    def with_loaded(self, loaded: Mapping[str, Any]) -> FastChoice:
+        """Return the choice after `loading.tune`, whose `loaded` has `compute`, `attention` and `vae` after the
+        self-tests of the layers, and the reasons for refused candidates."""
         running = replace(self.running, compute=loaded["compute"], attention=loaded["attention"])
         more = {part: text for part, text in loaded["why"].items() if text and text not in self.why[part]}
         why = {part: f"{text}; {more[part]}" if part in more else text for part, text in self.why.items()}
@@ -94,41 +94,43 @@ class FastChoice:
 def order_choices(
     recipe: Recipe, capability: Capability | None, speed: DeviceSpeed | None = None, cudnn_problem: str | None = None
 ) -> FastOrder:
-    """The candidates on a GPU of this capability (None: a CPU). Pure.
+    """Return the candidates on a GPU of this capability (None: a CPU). Pure.
 
-    `speed`: what is known of the GPU. `cudnn_problem`: see `device.cudnn_problem`.
+    `speed`: the known rates of the GPU. `cudnn_problem`: see `device.cudnn_problem`.
     """
     if capability is None:
         text = "no GPU: nothing is faster here than the recipe's own precision"
         return FastOrder(recipe, (recipe.compute,), False, False, dict.fromkeys(("compute", "attention", "vae"), text))
     compute = fastest_first(capability)
-    said = f"sm_{capability[0]}{capability[1]}"
-    eight_bit, attention_why = _attention(capability, speed, said)
-    half, vae_why = _autoencoder(capability, cudnn_problem, said)
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    eight_bit, attention_why = _attention(capability, speed, architecture)
+    half, vae_why = _autoencoder(capability, cudnn_problem, architecture)
+    some = len(compute) > 1
+    fastest = f"{compute[0]} is the fastest on {architecture}" if some else f"no 8-bit products on {architecture}"
     why = {
-        "compute": f"{compute[0]} is the fastest on {said}" if len(compute) > 1 else f"no 8-bit products on {said}",
+        "compute": fastest,
         "attention": attention_why,
         "vae": vae_why,
     }
     return FastOrder(recipe, compute, eight_bit, half, why)
 
 
-def _attention(capability: Capability, speed: DeviceSpeed | None, said: str) -> tuple[bool, str]:
+def _attention(capability: Capability, speed: DeviceSpeed | None, architecture: str) -> tuple[bool, str]:
     if capability < LEAST:
-        return False, f"no 8-bit kernels for {said}"
+        return False, f"no 8-bit kernels for {architecture}"
     if capability[0] in EXACT_LEADS:
-        return False, f"exact: no 8-bit kernel that runs on {said} is known to be faster than its exact ones"
+        return False, f"exact: no 8-bit kernel that runs on {architecture} is known to be faster than its exact ones"
     if speed is None:
-        return True, f"8 bits are faster than the exact kernels on GPUs like {said}"
+        return True, f"8 bits are faster than the exact kernels on GPUs like {architecture}"
     eight_bit, exact = speed.attention_8bit, speed.attention
     if eight_bit is None or eight_bit <= exact:
         return False, f"exact: nothing in 8 bits is known to be faster on {speed.name}"
     return True, f"8 bits: {eight_bit:g} TFLOP/s on {speed.name}, exact {exact:g}, both published"
 
 
-def _autoencoder(capability: Capability, cudnn_problem: str | None, said: str) -> tuple[bool, str]:
+def _autoencoder(capability: Capability, cudnn_problem: str | None, architecture: str) -> tuple[bool, str]:
     if capability < LEAST:
-        return False, f"float32: no units for bfloat16 on {said}"
+        return False, f"float32: no units for bfloat16 on {architecture}"
     if cudnn_problem is not None:
         return False, f"float32: {cudnn_problem}"
     return True, "16 bits"
@@ -137,10 +139,10 @@ def _autoencoder(capability: Capability, cudnn_problem: str | None, said: str) -
 def choose(
     order: FastOrder, gemm_problem: Callable[[str], str | None], attention_problem: Callable[[], str | None]
 ) -> FastChoice:
-    """The first of each part that nothing is wrong with, and what was wrong with those before it.
+    """Choose the first candidate of each part without a problem; keep the problems of those before it as reasons.
 
-    `gemm_problem`: precision → why no GEMM backend of it is right here, or None. `attention_problem`: the same for
-    8-bit attention. Neither is called for choices that always work.
+    `gemm_problem`: precision → why no backend computes it right here, or None. `attention_problem`: the same for
+    8-bit attention. Neither is called for a candidate that always works.
     """
     why, refused, compute = dict(order.why), list[str](), order.compute[-1]
     for name in order.compute[:-1]:
@@ -163,7 +165,7 @@ def choose(
 
 
 def probe_choice(recipe: Recipe, device: torch.device, heads: int, head_dim: int) -> FastChoice:
-    """What passes the tests that need no weights on `device`, for a transformer of `heads` heads."""
+    """Choose what passes the tests without weights on `device`, for a transformer of `heads` heads."""
     import torch
 
     from runner.generation.runtime.attention import pick_backend
@@ -188,7 +190,7 @@ def probe_choice(recipe: Recipe, device: torch.device, heads: int, head_dim: int
 
 
 def fallbacks(running: Recipe, capability: Capability | None) -> tuple[Recipe, ...]:
-    """`running` and, where a device chose, those with the slower products that follow if its layers fail their test."""
+    """Return `running` and, for a fast choice, the recipes with slower products to try if layers fail their test."""
     if not running.choice:
         return (running,)
     names = fastest_first(capability)
@@ -197,7 +199,7 @@ def fallbacks(running: Recipe, capability: Capability | None) -> tuple[Recipe, .
 
 
 def attention_fallbacks(running: Recipe) -> tuple[Recipe, ...]:
-    """The same of attention: `running`, and where a device chose 8 bits, the one with exact attention."""
+    """Return `running` and, for a fast choice with 8-bit attention, the recipe with exact attention."""
     if not running.choice or not running.eight_bit_attention:
         return (running,)
     return running, replace(running, attention=EXACT_ATTENTION)
@@ -205,16 +207,18 @@ def attention_fallbacks(running: Recipe) -> tuple[Recipe, ...]:
 
 @dataclass(frozen=True)
 class Applied:
-    """What came of `try_each`. `refused`: why those before `recipe` were not taken; empty where it was the first."""
+    """The result of `try_each`. `refused`: why the recipes before `recipe` were not taken; empty for the first one."""
 
     recipe: Recipe
-    said: Mapping[str, Any]
+    report: Mapping[str, Any]  # what `apply` returned
     refused: str
 
 
 def try_each(recipes: Sequence[Recipe], apply: Callable[[Recipe], Mapping[str, Any]]) -> Applied:
-    """The first of `recipes` (one at least) that `apply` takes. Raises what it raises for the last, ConfigInvalid where
-    a device cannot do what was asked for by name."""
+    """Apply the first of `recipes` (at least one) for which `apply` does not raise ConfigInvalid.
+
+    Raises what `apply` raises for the last one.
+    """
     refused: list[str] = []
     for recipe in recipes[:-1]:
         try:
@@ -225,8 +229,10 @@ def try_each(recipes: Sequence[Recipe], apply: Callable[[Recipe], Mapping[str, A
 
 
 def foresee(recipe: Recipe, speed: DeviceSpeed | None) -> Recipe:
-    """`recipe` as it would run on a known GPU if all that is to be tried there passes; unchanged where nothing is
-    chosen, and where the GPU is not known. For forecasts."""
+    """Return `recipe` as it runs on a known GPU if all self-tests pass there. For forecasts.
+
+    A recipe without a choice is returned unchanged, also if `speed` is None.
+    """
     if not recipe.choice or speed is None:
         return recipe
     order = order_choices(recipe, speed.capability, speed)
@@ -234,12 +240,12 @@ def foresee(recipe: Recipe, speed: DeviceSpeed | None) -> Recipe:
 
 
 def foresee_any(recipe: Recipe) -> tuple[Recipe, ...]:
-    """Every way in which `recipe` would run on the known GPUs, and its own, without repetitions."""
+    """Return `recipe`, and how it would run on each known GPU, without repetitions."""
     return tuple(dict.fromkeys([recipe, *(foresee(recipe, speed) for speed in DEVICES)]))
 
 
 def choice_words(running: Recipe) -> str:
-    """`int8 products, 8-bit attention, autoencoder in 16 bits`."""
+    """Return words such as `int8 products, 8-bit attention, autoencoder in 16 bits`."""
     attention = "8-bit" if running.eight_bit_attention else "exact"
     vae = "float32" if running.vae_dtype == "float32" else "16 bits"
     return f"{running.compute} products, {attention} attention, autoencoder in {vae}"

@@ -1,11 +1,10 @@
-"""Finite checks: find NaN and infinity in what the stages of a job compute, without waiting for the device.
+"""Finite checks: find NaN and infinity in the results of a job's stages, without waiting for the device.
 
 In:   tensors on the device, the stage that made each. Out: nothing, or NotFinite with the first stage and place.
 Never: a repair; what the tensors mean.
 
-Each check queues its reductions on the device and keeps a flag there. One transfer brings all flags of a segment to the
-host, after the segment's frames have been copied there: the device has no work left then, so that the copy waits for
-nothing.
+Each check queues its reductions on the device and keeps a flag there. One transfer copies all flags of a segment to the
+host, after the segment's frames have been copied. The device has no queued work then, so the transfer does not wait.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["FiniteChecks", "not_finite"]
 class _Check:
     stage: str
     flags: Tensor  # bool [n]
-    place: Callable[[int], str]  # index of a flag -> what was looked at
+    place: Callable[[int], str]  # index of a flag -> what was checked
 
 
 class FiniteChecks:
@@ -35,40 +34,40 @@ class FiniteChecks:
         self._checks: list[_Check] = []
 
     def add(self, stage: str, place: str, values: Tensor) -> None:
-        """Check floating-point `values` of any shape. `place` completes the sentence "NaN or infinity in …"."""
+        """Queue a check of floating-point `values` of any shape. `place` completes "NaN or infinity in …"."""
         self._checks.append(_Check(stage, _finite(values, list(range(values.ndim))).reshape(1), lambda _: place))
 
     def add_frames(self, stage: str, frames: Tensor, first: int) -> None:
-        """Check each frame of [1, channels, n, H, W]; `first` is the index of the first in the job's output."""
+        """Queue a check of each frame of [1, channels, n, H, W]; `first`: index of the first in the job's output."""
         self._checks.append(_Check(stage, _finite(frames, [0, 1, 3, 4]), lambda i: f"output frame {first + i}"))
 
     def read(self) -> None:
-        """Fetch the flags with one transfer and forget them. Raises NotFinite for the first that is not set."""
+        """Read the flags with one transfer and drop them. Raises NotFinite for the first value that is not finite."""
         checks, self._checks = self._checks, []
         if not checks:
             return
         flags = torch.cat([check.flags for check in checks]).tolist()
         at = 0
         for check in checks:
-            own = flags[at : at + len(check.flags)]
-            at += len(own)
-            if not all(own):
-                raise not_finite(check.stage, check.place(own.index(False)))
+            found = flags[at : at + len(check.flags)]
+            at += len(found)
+            if not all(found):
+                raise not_finite(check.stage, check.place(found.index(False)))
 
 
 def not_finite(stage: str, place: str) -> NotFinite:
-    """The error for values that `stage` made. `place` completes the sentence "NaN or infinity in …"."""
+    """Return the error for values that `stage` computed. `place` completes "NaN or infinity in …"."""
     return NotFinite(
-        f"{stage}: NaN or infinity in {place}, the first that was found",
-        todo="Run `video-lab weights verify`; if the weights are whole, lower the strength of the job's LoRAs, or "
+        f"{stage}: NaN or infinity in {place}, the first place where it was found",
+        todo="Run `video-lab weights verify`. If the weights are whole, lower the strength of the job's LoRAs, or "
         "render with recipe bf16",
     )
 
 
 def _finite(values: Tensor, dims: list[int]) -> Tensor:
-    """Are all values along `dims` finite? bool, on the device.
+    """Return whether all values along `dims` are finite: bool, on the device.
 
-    The extremes are NaN or infinite where a value is. Unlike `isfinite` of all values they need no copy of them.
+    Minimum or maximum is NaN or infinite if any value is. Unlike `isfinite` of all values this makes no large copy.
     """
     low, high = values.amin(dims), values.amax(dims)
     return torch.isfinite(low) & torch.isfinite(high)

@@ -1,26 +1,26 @@
-"""Memory plan: what lies where while a run lasts, by mode, and a forecast of the bytes that this takes.
+"""Memory plan: choose where models and buffers are during a run, by mode, and forecast the bytes on the device.
 
-In:   shapes, a recipe, a size, free bytes, the mode asked for.
+In:   shapes, a recipe, a size, free bytes, the requested mode.
 Out:  a `MemoryPlan` with its reason and its `MemoryForecast`.
-Never: torch, weights: a plan is data that loading.py, pipeline.py and the preprocessing obey, and a forecast is pure.
+Never: torch, weights. A plan is data for loading.py, pipeline.py and the preprocessing. A forecast is a pure function.
 
-    resident   everything on the device; the preprocessing's models, codes of weights that compute in 8 bits, and the
-               encoders too where they fit, in this order
-    stream     blocks come from page-locked memory, the next one while the last computes; encoders on the host, the
-               preprocessing's models on the device where they fit; no float32 copies of activations: blocks compiled,
-               else a few rows at a time (low_memory.py)
-    minimal    one block at a time; keys and values of text and image made anew at every step; the autoencoder in
+    resident   everything on the device; if they fit, in this order: the preprocessing's models, kept codes of weights
+               that compute in 8 bits, the encoders
+    stream     blocks are copied from page-locked memory, the next one while the last one computes; encoders on the
+               host, the preprocessing's models on the device if they fit; no float32 copies of activations: blocks are
+               compiled, else run a few rows at a time (low_memory.py)
+    minimal    one block at a time; keys and values of text and image made again at every step; the autoencoder in
                bfloat16, in tiles above 480p; encoders on disk
-    auto       the first of these, from the top, whose forecast for the largest job fits into what is free
+    auto       the first of these, from the top, whose forecast for the largest job fits into the free memory
 
-In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` differ where products of other shapes
-round otherwise, and `minimal` by its autoencoder; the mode is part of what equal frames are promised for.
+In float32 on a CPU all modes give the same bits. On a GPU `resident` and `stream` may differ, because products of other
+shapes may round differently, and `minimal` differs by its autoencoder. Equal frames are promised for equal modes only.
 
-`resident` holds first what is worth most seconds. Preprocessing on the host takes about 1.2 s of a CPU core a frame
-(ViTPose-H, derived) where an RTX 5090 renders one in 0.4 to 0.8 s (forecast). Codes that are kept (`kept_codes.py`)
-save 0.3 s of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at
-25 GB/s (assumed), where both prompt and reference are new, and of 1.3 GB where the prompt was encoded before. Codes
-change no bits, so that frames do not depend on whether they are kept.
+`resident` first keeps on the device what saves most seconds. Preprocessing on the host takes about 1.2 s of a CPU core
+per frame (ViTPose-H, derived), while an RTX 5090 renders a frame in 0.4 to 0.8 s (forecast). Kept codes
+(`kept_codes.py`) save 0.3 s of each clip there (derived). Encoders on the host cost a copy of 12.6 GB, 0.5 s at 25 GB/s
+(assumed), if prompt and reference are both new, and of 1.3 GB if the prompt was encoded before. Codes change no bits:
+frames do not depend on whether they are kept.
 """
 
 from __future__ import annotations
@@ -58,33 +58,31 @@ __all__ = [
 
 GB = 1e9
 
-# Assumptions, to be held against the measured peaks in the records.
+# Assumptions, to be compared with the measured peaks in the records.
 CONTEXT_BYTES = 800_000_000  # of a CUDA process: context, loaded kernels, workspaces of cuBLAS
-SLACK = 0.08  # of what the allocator hands out: lost between blocks of unlike sizes
-PREPROCESS_EXTRA = 500_000_000  # arenas of ONNX Runtime beside its models' weights: the limit that they are given
-ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL a layer at a time: its embedding in bfloat16 is the largest
-TILED_ABOVE = 480 * 832  # pixels; by size alone, never by what is free: frames depend on it
+SLACK = 0.08  # of the allocated bytes: lost by fragmentation
+PREPROCESS_EXTRA = 500_000_000  # limit of ONNX Runtime's arenas, beside its models' weights
+ENCODER_LAYER_BYTES = 2_200_000_000  # UMT5-XXL layer by layer: its largest layer is the embedding, in bfloat16
+TILED_ABOVE = 480 * 832  # pixels; depends on the size alone, not on free memory, as tiles change the frames
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where things are. Plain data."""
+    """Where models and buffers are. Plain data."""
 
     mode: Mode
     buffers: int  # prefetch buffers on the device that blocks are copied into; 0: all blocks stay on the device
-    chunked: bool  # blocks run a few rows at a time (low_memory.py) wherever they are not compiled
-    compiled: bool  # blocks may be compiled: quicker, and their feed-forward part whole
-    keep_text: bool  # keys and values of text and image last a window, not a step
+    chunked: bool  # blocks that are not compiled run a few rows at a time (low_memory.py)
+    compiled: bool  # blocks may be compiled: faster, with their feed-forward part whole
+    keep_text: bool  # keys and values of text and image are kept for a window, not for one step
     encoders: Literal["device", "host", "disk"]
     preprocess: Literal["device", "host"]
     vae_dtype: VaeDtype
     vae_tiles: bool  # above TILED_ABOVE
-    keep_codes: bool = (
-        False  # of weights that compute in 8 bits, beside the weights: the codes are not made at each use
-    )
+    keep_codes: bool = False  # of weights that compute in 8 bits, instead of making them at each use
 
     def tiled(self, width: int, height: int) -> bool:
-        """Is the autoencoder tiled at this size?"""
+        """Return whether the autoencoder is tiled at this size."""
         return self.vae_tiles and width * height > TILED_ABOVE
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,33 +93,33 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Load:
-    """What shapes do not tell: bytes of the models round the transformer."""
+    """Bytes of the models beside the transformer, which do not follow from its shape."""
 
     encoders: int = 11_360_000_000 + 1_260_000_000  # UMT5-XXL and CLIP ViT-H in bfloat16
     preprocess: int = 2_610_000_000  # ViTPose-H and YOLOv10m, as published
-    loras: int = 0  # kept beside the weights
+    loras: int = 0  # LoRA factors kept beside the weights
 
 
 @dataclass(frozen=True)
 class Window:
-    """What of a job decides its memory. The defaults are what is planned for where no job is known."""
+    """The properties of a job that decide its memory. The defaults are used if no job is known."""
 
     width: int = 480
     height: int = 832
     frames: int = 81
     guided: bool = False
     interpolates: bool = False
-    loras: int = 0  # bytes of the job's own, beside the weights
+    loras: int = 0  # bytes of the job's LoRAs, beside the weights
 
     def __str__(self) -> str:
         """`1280x720x81, guided`."""
         words = {"guided": self.guided, "interpolated": self.interpolates, "with LoRAs": self.loras}
-        return ", ".join([f"{self.width}x{self.height}x{self.frames}", *(word for word, said in words.items() if said)])
+        return ", ".join([f"{self.width}x{self.height}x{self.frames}", *(word for word, used in words.items() if used)])
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes on the device: of each part when it is there, and the peak of each stage."""
+    """Bytes on the device: of each part while it is there, and the peak of each stage."""
 
     parts: Mapping[str, int]
     stages: Mapping[str, int]
@@ -136,14 +134,16 @@ class MemoryForecast:
 
 
 def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
-    """The plan of a mode: of `resident` the fullest without kept codes, which want memory that is known to be free; of
-    the others the leanest. Raises ConfigInvalid for no such mode."""
+    """Return the plan of a mode: for `resident` the largest one without kept codes, for the others the smallest.
+
+    Kept codes are planned only if the free memory is known. Raises ConfigInvalid for an unknown mode.
+    """
     if mode == "resident":
         return MemoryPlan("resident", 0, False, True, True, "device", "device", recipe.vae_dtype, False)
     if mode == "stream":
         return MemoryPlan("stream", 2, True, True, True, "host", "host", recipe.vae_dtype, False)
     if mode == "minimal":
-        # A recipe in float32 is there to be compared: it stays what it is.
+        # A recipe in float32 serves comparisons, so its autoencoder stays in float32.
         halves = recipe.dtype == "bfloat16" and recipe.vae_dtype == "float32"
         vae_dtype = "bfloat16" if halves else recipe.vae_dtype
         return MemoryPlan("minimal", 1, True, False, False, "disk", "host", vae_dtype, recipe.dtype == "bfloat16")
@@ -151,13 +151,13 @@ def make_plan(mode: str, recipe: Recipe) -> MemoryPlan:
 
 
 def next_lower_mode(mode: Mode) -> Mode | None:
-    """The next mode down; None below the last."""
+    """Return the next mode down; None below the last one."""
     at = MODES.index(mode) + 1
     return MODES[at] if at < len(MODES) else None
 
 
 def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
-    """Every plan that `auto` considers, the best first."""
+    """Yield every plan that `auto` considers, the best one first."""
     full = make_plan("resident", recipe)
     if PRECISIONS[recipe.compute].layout == "rows":
         yield replace(full, keep_codes=True)
@@ -165,7 +165,7 @@ def _plans(recipe: Recipe) -> Iterator[MemoryPlan]:
     yield full
     yield replace(full, encoders="host")
     yield replace(full, encoders="host", preprocess="host")
-    # On a CPU core ViTPose-H takes about 1.2 s a crop (derived, bench/results.md): the device would wait for it.
+    # On a CPU core ViTPose-H takes about 1.2 s per crop (derived, bench/results.md), and the device would wait for it.
     yield replace(make_plan("stream", recipe), preprocess="device")
     yield make_plan("stream", recipe)
     yield make_plan("minimal", recipe)
@@ -184,9 +184,9 @@ def forecast_memory(
     load: Load | None = None,
     cuda: bool = True,
 ) -> MemoryForecast:
-    """Bytes for windows of `frames` frames. `cuda`: with a context; else the host's own, where nothing is elsewhere.
+    """Forecast the bytes for windows of `frames` frames. Without `cuda`, all parts are in host memory.
 
-    `interpolates`: a network that makes frames between others lies on the device too, and works between windows.
+    `interpolates`: the frame interpolation network is on the device too, and runs between windows.
     """
     load = load or Load()
     model, vae, size = costs.transformer, costs.vae, (width, height, frames)
@@ -199,7 +199,7 @@ def forecast_memory(
             model.image_tokens if model.added_kv_proj_dim is not None else 0
         )
         kept -= 2 * (model.num_layers - 1) * context_tokens * model.dim * element
-    if cuda:  # where a compiled block fails, and to compare it with, the chunked one runs
+    if cuda:  # the chunked block runs if compilation fails, and to check the compiled block
         kinds = ("fused", "chunked") if plan.compiled else ("chunked",)
     else:
         kinds = ("chunked",) if plan.chunked else ("whole",)
@@ -251,7 +251,7 @@ def forecast_memory(
 
     def total(names: tuple[str, ...]) -> int:
         inside = sum(parts[name] for name in (*always, *names))
-        outside = parts["context"] + parts["preprocess"]  # neither is the allocator's
+        outside = parts["context"] + parts["preprocess"]  # neither is in torch's allocator
         return round(inside * (1 + SLACK) + outside)
 
     return MemoryForecast(
@@ -270,10 +270,10 @@ def choose_plan(
     load: Load | None = None,
     cuda: bool = True,
 ) -> tuple[MemoryPlan, str]:
-    """The plan for `asked` (a mode, or auto) with `free` bytes (None: not known), and why, in words.
+    """Return the plan for `asked` (a mode, or auto) with `free` bytes (None: not known), and the reason in words.
 
-    `windows`: those to be ready for, one at least; the one that takes most counts, which may be another one in another
-    plan. Raises ConfigInvalid for no such mode.
+    `windows`: at least one; for each plan the window that takes most memory counts. Raises ConfigInvalid for an unknown
+    mode.
     """
     load = load or Load()
 
@@ -305,17 +305,17 @@ def choose_plan(
             plan = make_plan(mode, recipe)
         else:
             plan = next((p for p in fitting if peak(p) <= free), fitting[-1])
-        return plan, f"asked for; {forecast(plan)}, {_of(free)}{_words_of(plan)}"
+        return plan, f"asked for; {forecast(plan)}, {_free_note(free)}{_codes_note(plan)}"
     if free is None:
-        return make_plan("resident", recipe), "how much is free is not known"
-    if not cuda:  # the blocks would be copied from the host to the host
+        return make_plan("resident", recipe), "the free memory is not known"
+    if not cuda:  # streaming would copy blocks from the host to the host
         plans = [p for p in _plans(recipe) if p.mode != "stream" and p.encoders != "host"]
     else:
         plans = list(_plans(recipe))
     too_large: dict[str, int] = {}
     for plan in plans:
         if (needed := peak(plan)) <= free:
-            why = f"{forecast(plan)}, {_of(free)}{_words_of(plan)}"
+            why = f"{forecast(plan)}, {_free_note(free)}{_codes_note(plan)}"
             if plan.mode == "resident" and "device" not in (plan.encoders, plan.preprocess):
                 why += "; encoders and preprocessing on the host, else it would not fit"
             elif plan.mode == "resident" and plan.encoders != "device":
@@ -326,12 +326,12 @@ def choose_plan(
             return plan, "; ".join([why, *refused])
         too_large[plan.mode] = needed
     last = plans[-1]
-    return last, f"the least there is: {forecast(last)}, {_of(free)}"
+    return last, f"no plan takes less memory: {forecast(last)}, {_free_note(free)}"
 
 
-def _of(free: int | None) -> str:
+def _free_note(free: int | None) -> str:
     return "free memory not known" if free is None else f"{free / GB:.1f} GB free"
 
 
-def _words_of(plan: MemoryPlan) -> str:
+def _codes_note(plan: MemoryPlan) -> str:
     return "; the weights' 8-bit codes are kept" if plan.keep_codes else ""

@@ -1,20 +1,20 @@
-"""Autoencoder: the library's AutoencoderKLWan with a small footprint: a picture at a time where space is largest.
+"""Autoencoder: run the library's AutoencoderKLWan with less memory, one picture at a time at high resolutions.
 
-In:   pixels [1, 3, n, H, W] or latents [1, 16, T, H/8, W/8]. Out: the library's own values, as a whole or as they come.
-Never: files, jobs, where frames go.
+In:   pixels [1, 3, n, H, W] or latents [1, 16, T, H/8, W/8]. Out: the library's values, as a whole or in chunks.
+Never: files, jobs, the use of frames.
 
-The library walks through a clip one latent frame (four pictures) at a time, and at full resolution each of its steps
-holds several copies of four pictures of 96 channels. Beyond the last doubling in time every layer is causal and keeps
-its last two inputs anyway, so that pictures go through one by one with the same sums; likewise on the way in, before
-time is first halved. At 832x480 in float32 that is 5.5 GB for decoding instead of 7.8 GB, and 4.0 GB for encoding
-instead of 5.6 GB. `decode_chunks` hands out pixels as they are made: a whole clip never lies on the device. Pictures
-that repeat are not encoded anew up to there (`fixed_point.py`).
+The library processes a clip one latent frame (four pictures) at a time. At full resolution each of its steps keeps
+several copies of four pictures of 96 channels. After the last doubling in time every layer is causal and keeps its last
+two inputs anyway, so pictures can be processed one by one with the same sums. The same holds for encoding before the
+first halving of time. At 832x480 in float32, decoding takes 5.5 GB instead of 7.8 GB, and encoding 4.0 GB instead of
+5.6 GB. `decode_chunks` yields pixels as they are made, so a whole clip is never on the device. The layers before the
+first halving of time are not run again for repeated pictures (`fixed_point.py`).
 
-Norm and SiLU are one operation that writes into the padded inputs of the convolution behind it (`causal_slots.py`,
-`norm_silu.py`); sums with the shortcut are made in place. On a GPU convolutions get weights with the channels innermost
-(`channels_last_3d` and, for pictures, `channels_last`), the layout of cuDNN's tensor-core kernels, and the slots follow
-(`prepare_vae`). Tiles, which double the work at the seams, go the library's way: `memory_plan.py` decides on them where
-memory forces it.
+Norm and SiLU are one operation that writes into the padded input of the next convolution (`causal_slots.py`,
+`norm_silu.py`). Sums with the shortcut are made in place. On a GPU the weights of convolutions have their channels
+innermost (`channels_last_3d` and, for pictures, `channels_last`), the layout of cuDNN's tensor-core kernels; the slots
+have the same layout (`prepare_vae`). Tiles, which double the work at the seams, are processed by the library's code;
+`memory_plan.py` uses them if memory is short.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 
 class Step(NamedTuple):
-    """One layer of a walk; `run(layer, x, kept)` computes it."""
+    """One layer of a pass through a clip; `run(layer, x, kept)` computes it."""
 
     run: Callable[[Any, Tensor, CausalConvolutions], Tensor]
     layer: Any
@@ -65,29 +65,29 @@ Look = Callable[[int, Tensor], None]
 class FramewiseVae(AutoencoderKLWan):
     """AutoencoderKLWan that runs picture by picture; weights, config, methods and results are the library's.
 
-    Tiled, or of the residual kind that later models have, it does what the library does.
+    With tiles, or if it is of the residual kind of later models, the library's code runs.
     """
 
-    # Whether cuDNN chooses each convolution's kernel by stopwatch (`prepare_vae`).
+    # Whether cuDNN chooses each convolution's kernel by measuring (`prepare_vae`).
     cudnn_benchmark = False
     _decoding: CausalConvolutions | None = None
 
     @property
     def framewise(self) -> bool:
-        """May pictures go through one by one?
+        """Whether pictures are processed one by one.
 
-        On the CPU, convolutions of very few channels, or of pictures of 32 pixels, sum in an order that depends on how
-        many pictures there are: the last bit of float32 may differ. Models of few channels are left to the library.
+        On the CPU, convolutions of very few channels, or of pictures of 32 pixels, sum in an order that depends on the
+        number of pictures: the last bit of float32 may differ. The library's code runs models of few channels.
         """
         config = self.config
         plain = not config.is_residual and config.patch_size is None and any(config.temperal_downsample)
         return plain and config.base_dim % 8 == 0
 
     def decode_chunks(self, latents: Tensor, look: Look | None = None) -> Iterator[Tensor]:
-        """Pixels [1, 3, 1, H, W], then [1, 3, 4, H, W] for each further latent frame, in [-1, 1]; `decode` in pieces.
+        """Decode in chunks: pixels [1, 3, 1, H, W], then [1, 3, 4, H, W] per further latent frame, in [-1, 1].
 
-        Tiled, everything comes at once. Feature maps are held until the iterator ends or is closed.
-        `look` gets the same pixels before they are clamped, which makes 1 of infinity; tiled, those of each tile.
+        With tiles all pixels come at once. Feature maps are kept until the iterator ends or is closed.
+        `look` gets the same pixels before they are clamped, which turns infinity into 1; with tiles, of each tile.
         """
         ratio = self.spatial_compression_ratio
         tile = self.tile_sample_min_height // ratio, self.tile_sample_min_width // ratio
@@ -113,7 +113,7 @@ class FramewiseVae(AutoencoderKLWan):
             self.clear_cache()
 
     def _decode_tiles(self, latents: Tensor, look: Look | None) -> Tensor:
-        """The library's own walk: tile by tile, and in each through all latent frames, with one decoder call each."""
+        """Decode by the library's code: tile by tile, each with one decoder call per latent frame."""
         if look is None:
             pixels: Tensor = self.decode(latents, return_dict=False)[0]
             return pixels
@@ -145,7 +145,7 @@ class FramewiseVae(AutoencoderKLWan):
         self.clear_cache()
         try:
             later = x[:, :, 1:].split(4, dim=2) if x.shape[2] > 4 else ()
-            whole = [x[:, :, :1], *(chunk for chunk in later if chunk.shape[2] == 4)]  # a shorter rest is left out
+            whole = [x[:, :, :1], *(chunk for chunk in later if chunk.shape[2] == 4)]  # a shorter rest is dropped
             groups, rest = _encoding_steps(self.encoder, self._halving())
             kept = CausalConvolutions(_encoding_layers(self.encoder, self._halving()))
             points = FixedPoints(find_repeats(x), lambda number: _old_inputs(groups[number], kept))
@@ -160,12 +160,12 @@ class FramewiseVae(AutoencoderKLWan):
             self.clear_cache()
 
     def clear_cache(self) -> None:
-        """Forgets the clip: the library's caches and ours."""
+        """Clear the caches of the clip, the library's and ours."""
         super().clear_cache()
         self._decoding = None
 
     def _halving(self) -> int:
-        """The first of the encoder's layers that halves time; before it, pictures go through one by one."""
+        """Return the index of the encoder's first layer that halves time. Before it, pictures come one by one."""
         modes = [getattr(layer, "mode", None) for layer in self.encoder.down_blocks]
         return modes.index("downsample3d") if "downsample3d" in modes else len(modes)
 
@@ -200,18 +200,18 @@ def decode_latents(
     offset: int = 0,
     dropped: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[list[Any], torch.Tensor]:
-    """Of a window, whose first latent frame is the reference's: frames first..last-1, each few as `convert` gives
-    them, and the pixels [1, 3, overlap, H, W] in [-1, 1] of its last ones. Never are all on the device.
+    """Decode a window, whose first latent frame is the reference's, without having all pixels on the device.
 
-    `checks` gets the frames first..last-1 before they are clamped; frame 0 of the window is frame `offset` of the job.
-    `dropped` gets the pixels of the frames before `first`, [1, 3, n, H, W] in [-1, 1], as they come.
+    Returns frames first..last-1 in chunks converted by `convert`, and the pixels [1, 3, overlap, H, W] in [-1, 1] of
+    the last ones. `checks` gets the frames first..last-1 before they are clamped; frame 0 of the window is frame
+    `offset` of the job. `dropped` gets the pixels of the frames before `first`, [1, 3, n, H, W] in [-1, 1], in chunks.
     """
     latents, config = latents.to(vae.dtype), vae.config
     mean, deviation = (
         torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
         for values in (config.latents_mean, config.latents_std)
     )
-    # The parent divides by the reciprocal; multiplying by the deviation would round otherwise.
+    # As the parent, which divides by the reciprocal; multiplying by the deviation would round differently.
     done: list[Any] = []
     at, tail = 0, latents.new_empty(0)
 
@@ -220,7 +220,7 @@ def decode_latents(
         if checks is not None and begin < end:
             checks.add_frames("vae_decode", pixels[:, :, begin:end], offset + start + begin)
 
-    # Closed at once if `convert` fails: it empties the cache that the next decode fills.
+    # Closed at once if `convert` fails, because closing clears the cache that the next decode fills.
     with closing(vae.decode_chunks((latents / (1.0 / deviation) + mean)[:, :, 1:], look)) as chunks:
         for pixels in chunks:
             begin, end, at = max(first - at, 0), last - at, at + pixels.shape[2]
@@ -233,7 +233,7 @@ def decode_latents(
 
 
 def _encoding_layers(encoder: Any, halving: int) -> Iterator[CausalLayer]:
-    """In the order of `_encoding_steps`; chunks have one picture, then four."""
+    """Yield the causal layers in the order of `_encoding_steps`; chunks have one picture, then four."""
     level, count = 0, 1
     yield CausalLayer(encoder.conv_in, level, count)
     for at, layer in enumerate(encoder.down_blocks):
@@ -248,7 +248,7 @@ def _encoding_layers(encoder: Any, halving: int) -> Iterator[CausalLayer]:
 
 
 def _decoding_layers(decoder: Any, last: int) -> Iterator[CausalLayer]:
-    """In the order of `_decode_frame`; from `up_blocks[last]` on pictures go through one by one."""
+    """Yield the causal layers in the order of `_decode_frame`; from `up_blocks[last]` on pictures come one by one."""
     level, count = 0, 1
     yield CausalLayer(decoder.conv_in, level, count)
     for block in decoder.mid_block.resnets:
@@ -270,7 +270,7 @@ def _layers_of(block: Any, level: int, count: int) -> Iterator[CausalLayer]:
 
 
 def _encoding_steps(encoder: Any, halving: int) -> tuple[list[list[Step]], list[Step]]:
-    """(What pictures go through one by one, in a group for each size; the rest, from the layer that halves time on)."""
+    """Return (groups of steps for single pictures, one per size; the steps from the first halving of time on)."""
     groups = [[Step(_convolve, encoder.conv_in)]]
     for layer in encoder.down_blocks[:halving]:
         groups[-1].append(Step(_down, layer))
@@ -281,7 +281,7 @@ def _encoding_steps(encoder: Any, halving: int) -> tuple[list[list[Step]], list[
 
 
 def _old_inputs(steps: Sequence[Step], kept: CausalConvolutions) -> Iterator[tuple[Tensor, Tensor]]:
-    """The two old inputs of each causal convolution of these steps of the encoder, the last one's first."""
+    """Yield the two old inputs of each causal convolution of these encoder steps, the last convolution first."""
     for step in reversed(steps):
         if step.run is _convolve:
             yield kept.old_inputs(step.layer)
@@ -290,18 +290,18 @@ def _old_inputs(steps: Sequence[Step], kept: CausalConvolutions) -> Iterator[tup
 
 
 def _joined(pictures: Iterable[Tensor]) -> Tensor:
-    """Pictures [B, C, 1, H, W] one behind the other."""
+    """Concatenate pictures [B, C, 1, H, W] in time."""
     done = list(pictures)
     return torch.cat(done, dim=2) if len(done) > 1 else done[0]
 
 
 def _run(steps: Sequence[Step], x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """The steps in turn. No name here holds what a step was given: a step lets it go as soon as it has read it."""
-    given = [x]
+    """Run the steps in order. No variable here refers to a step's input, so that the step can free it early."""
+    inputs = [x]
     del x
     for step in steps:
-        given.append(step.run(step.layer, given.pop(), kept))
-    return given.pop()
+        inputs.append(step.run(step.layer, inputs.pop(), kept))
+    return inputs.pop()
 
 
 def _convolve(conv: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
@@ -309,19 +309,19 @@ def _convolve(conv: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
 
 
 def _last(half: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """What the encoder and the decoder end with."""
+    """Run the last norm and convolution of the encoder or decoder."""
     return kept.run(half.conv_out, x, half.norm_out)
 
 
 def _res_block(block: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """The library's residual block, without copies that it need not make."""
-    # A convolution of one pixel; the library's own forward copies its input first.
+    """Run the library's residual block without unnecessary copies."""
+    # A convolution of one pixel; the library's forward would copy its input first.
     shortcut = nn.Conv3d.forward(block.conv_shortcut, x) if isinstance(block.conv_shortcut, nn.Conv3d) else x
     return kept.run(block.conv2, kept.run(block.conv1, x, block.norm1), block.norm2).add_(shortcut)
 
 
 def _mid_block(block: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """The library's: a residual block, then attention and a residual block, in turn."""
+    """Run the library's middle block: a residual block, then pairs of attention and residual block."""
     x = _res_block(block.resnets[0], x, kept)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         x = _res_block(resnet, x if attention is None else attention(x), kept)
@@ -329,7 +329,7 @@ def _mid_block(block: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
 
 
 def _down(layer: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """One of the encoder's layers on its way down."""
+    """Run one of the encoder's down layers."""
     if isinstance(layer, WanResidualBlock):
         return _res_block(layer, x, kept)
     if isinstance(layer, WanResample):
@@ -344,9 +344,9 @@ def _halve_time(layer: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
 
 
 def _double_time(layer: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
-    """Two pictures of each, in the layout of the convolution's result."""
+    """Make two pictures of each, in the layout of the convolution's result."""
     batch, channels, count, height, width = x.shape
-    both = kept.run(layer.time_conv, x)  # one behind the other in the channels
+    both = kept.run(layer.time_conv, x)  # both pictures, concatenated in the channels
     innermost = both.is_contiguous(memory_format=torch.channels_last_3d) and not both.is_contiguous()
     layout = torch.channels_last_3d if innermost else torch.contiguous_format
     size = batch, channels, 2 * count, height, width
@@ -357,12 +357,12 @@ def _double_time(layer: Any, x: Tensor, kept: CausalConvolutions) -> Tensor:
 
 
 def _resize(layer: Any, x: Tensor, _kept: CausalConvolutions) -> Tensor:
-    """The library's halving or doubling of the sides, picture by picture."""
+    """Halve or double the sides as the library does, picture by picture."""
     batch, _, count, _, _ = x.shape
     pictures, resize = x.transpose(1, 2).flatten(0, 1), layer.resample
     del x
     if layer.mode.startswith("upsample"):
-        # The library converts to float32 and back round this: the nearest pixel is the same in any dtype.
+        # The library converts to float32 and back here; the nearest pixel is the same in any dtype.
         nearest, resize = resize
         pictures = F.interpolate(pictures, scale_factor=nearest.scale_factor, mode=nearest.mode)
     resized: Tensor = resize(pictures)
@@ -371,7 +371,7 @@ def _resize(layer: Any, x: Tensor, _kept: CausalConvolutions) -> Tensor:
 
 @contextmanager
 def _choosing_kernels(by_stopwatch: bool) -> Iterator[None]:
-    """cuDNN's convolutions within: tried out once for each shape, or chosen by its rules, as everywhere else."""
+    """Within the context cuDNN chooses kernels by measuring each shape once (`by_stopwatch`), else by its rules."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = by_stopwatch or before
     try:
@@ -381,10 +381,10 @@ def _choosing_kernels(by_stopwatch: bool) -> Iterator[None]:
 
 
 def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
-    """Sets up an autoencoder that is on its device, as the switches ask; what was chosen, for the record.
+    """Set up an autoencoder on its device by the switches; report the choices for the record.
 
-    On a GPU convolutions have their channels innermost unless a switch says otherwise; on a CPU they never are by
-    default, so that every sum keeps the library's order. In float16 residual sums are kept smaller (`half_choice.py`).
+    By default convolutions have their channels innermost on a GPU, and not on a CPU, so that every sum keeps the
+    library's order there. In float16 residual sums are scaled down (`half_choice.py`).
     """
     cuda, chosen = vae.device.type == "cuda", dict[str, Any]()
     if switches.channels_last or (switches.channels_last is None and cuda):
@@ -393,8 +393,8 @@ def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
         with_channels_last(vae, innermost=False)
     if vae.dtype == torch.float16:
         chosen["vae_residual_scale"] = shrink_residuals(vae)
-    # A kernel chosen by stopwatch may be another one in the next process, with other last bits. Recipes that compute
-    # the autoencoder in float32 promise the same frames from process to process; those in 16 bits do not.
+    # A kernel chosen by measuring may be another one in the next process, with other last bits. Recipes that compute
+    # the autoencoder in float32 promise equal frames in every process; those in 16 bits do not.
     vae.cudnn_benchmark = cuda and vae.dtype != torch.float32
     if cuda:
         norms, why = pick_norm(vae.device, vae.dtype)
@@ -406,7 +406,7 @@ def prepare_vae(vae: Any, switches: Switches) -> dict[str, Any]:
 
 @torch.no_grad()
 def with_channels_last(vae: nn.Module, *, innermost: bool = True) -> int:
-    """Lays out the weights of all convolutions anew, or back as they were; how many. Values and shapes stay."""
+    """Change the memory layout of all convolutions' weights, or change it back; return how many. Values stay."""
     count = 0
     for layer in vae.modules():
         if isinstance(layer, nn.Conv3d | nn.Conv2d):

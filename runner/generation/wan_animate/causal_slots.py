@@ -1,23 +1,23 @@
-"""Causal convolutions in time that keep their last two inputs, padded and in order, without moving them.
+"""Causal slots: run causal convolutions in time that keep their last two inputs in place, padded and in order.
 
-In:   one or a few pictures at a time, [B, C, n, H, W]. Out: what the convolution makes of them and of the two before,
-[B, C', n, H', W']. Never: blocks, in which order layers run, the library's cache.
+In:   one or a few pictures at a time, [B, C, n, H, W]. Out: the convolution's results of them and of the two pictures
+before, [B, C', n, H', W']. Never: blocks, the order of layers, the library's cache.
 
-A convolution wants its padded inputs one behind the other in memory: two old ones and the n new. Convolutions of one
-input shape that run in turn, M of them, share a ring of 2M + n slots. Each has its two old inputs directly before those
-of the layer that ran before it, and so writes its new ones where that layer's oldest were, which it has just let go:
+A convolution needs its padded inputs consecutive in memory: two old ones and n new ones. M convolutions of one input
+shape that run one after the other share a ring of 2M + n slots. Each has its two old inputs directly before those of
+the layer that ran before it. So it writes its new input over that layer's oldest one, which is free then:
 
-    first layer:   . . . . a a +        old inputs, +: the new one
+    first layer:   . . . . a a +        a: old inputs, +: the new one
     next layer:    . . b b + a a
-    next layer:    c c + b b a a        then all have moved on by one, and the first may write behind itself
+    next layer:    c c + b b a a        then all layers have moved by one slot, and the first one can write again
 
-The ring is n + 1 slots longer than it is round, so that inputs beyond its end still lie one behind the other; a layer
-that comes to the end moves its two old inputs to the beginning, once in 2M + n pictures. That takes no more memory than
-two inputs a layer beside one padded tensor. The padding is zeroed once, when the ring is made. A layer that is alone
-with its input shape moves its two inputs each time: the ring would take twice the memory.
+The ring has n + 1 extra slots, so that inputs beyond its end are still consecutive. A layer that reaches the end moves
+its two old inputs to the beginning, once in 2M + n pictures. This takes no more memory than two inputs per layer and
+one padded tensor. The padding is zeroed once, when the ring is made. A layer that is alone with its input shape moves
+its two inputs each time, as the ring would take twice the memory.
 
-Where channels are innermost and the batch is one, consecutive slots are one contiguous tensor, and nothing is copied.
-Where they are not (on the CPU), torch copies the inputs of a convolution behind one another as it runs.
+If channels are innermost and the batch is one, consecutive slots are one contiguous tensor, and nothing is copied.
+Otherwise (on the CPU) torch copies the inputs of a convolution as it runs.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ KEPT = 2  # old inputs of a convolution over three pictures
 
 
 class CausalLayer(NamedTuple):
-    """A convolution where it stands: inputs of one `level` have one size; at most so many `pictures` come at once."""
+    """A convolution and its place: inputs of one `level` have one size; at most `pictures` pictures come at once."""
 
-    conv: Any  # the library's WanCausalConv3d, three pictures long
+    conv: Any  # the library's WanCausalConv3d, with a kernel of three pictures
     level: int
     pictures: int
 
 
 class _Ring:
-    """The slots of consecutive layers. `starts`: of each layer, the slot of the older of its two old inputs."""
+    """The slots of consecutive layers. `starts`: for each layer, the slot of the older of its two old inputs."""
 
     def __init__(self, layers: int, count: int) -> None:
         self.count = count
@@ -56,7 +56,7 @@ class _Ring:
         self.slots: Tensor | None = None
 
     def advance(self, layer: int, conv: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(the layer's padded inputs, the place of `x` among them); they are its own until the next layer runs."""
+        """Return (the layer's padded inputs, the place for `x` in them), which are valid until the next layer runs."""
         count = x.shape[2]
         if count > self.count:
             raise ValueError(f"{count} pictures at once for a ring that was planned for {self.count}")
@@ -87,10 +87,10 @@ class _Ring:
 
 
 class CausalConvolutions:
-    """The kept inputs of all causal convolutions of a walk through a clip, zeros at first. One for each walk."""
+    """The kept inputs of all causal convolutions in one pass through a clip, zeros at first. One object per pass."""
 
     def __init__(self, layers: Iterable[CausalLayer]) -> None:
-        """`layers`: in the order in which they run; each runs once for the same pictures, before any runs for later."""
+        """`layers`: in the order in which they run. All run for some pictures before any runs for later ones."""
         self._places: dict[Any, tuple[_Ring, int]] = {}
         self._last: dict[Any, Tensor] = {}
         for (_, count, _, _), some in groupby(
@@ -101,28 +101,28 @@ class CausalConvolutions:
             self._places |= {layer.conv: (ring, at) for at, layer in enumerate(members)}
 
     def run(self, conv: Any, x: Tensor, norm: Any = None) -> Tensor:
-        """`conv` of the pictures `x` [B, C, n, H, W] and the two before them; with `norm`, of SiLU(norm(x))."""
+        """Return `conv` of the pictures `x` [B, C, n, H, W] and the two before them; with `norm`, of SiLU(norm(x))."""
         ring, layer = self._places[conv]
         padded, place = ring.advance(layer, conv, x)
         if norm is None:
             place.copy_(x)
         else:
             norm_silu_into(x, norm.gamma, norm.bias if isinstance(norm.bias, Tensor) else None, place)
-        del x  # the largest tensor that is not kept: where the caller has let it go, the result may lie there
+        del x  # frees the largest tensor for the result, if the caller keeps no reference
         out: Tensor = nn.Conv3d.forward(conv, padded)
         return out
 
     def old_inputs(self, conv: Any) -> tuple[Tensor, Tensor]:
-        """The two inputs of `conv` that its next ones stand behind, padded, [B, C, 1, H, W]; it must have run."""
+        """Return the two old inputs of `conv`, padded, [B, C, 1, H, W]; it must have run."""
         ring, layer = self._places[conv]
         assert ring.slots is not None
         older, newer = ring.slots.narrow(2, ring.starts[layer], KEPT).split(1, dim=2)
         return older, newer
 
     def halve(self, conv: Any, x: Tensor) -> Tensor:
-        """Half as many pictures: `conv`, over three with a step of two, of `x` [B, C, n, H, W] and the one before.
+        """Halve the pictures: `conv`, of three pictures with stride two, on `x` [B, C, n, H, W] and the one before.
 
-        The first picture of a clip comes back as it is.
+        The first picture of a clip is returned unchanged.
         """
         before, self._last[conv] = self._last.get(conv), x[:, :, -1:].clone() if x.shape[2] > 1 else x
         if before is None:

@@ -1,16 +1,16 @@
-"""Compiled: `run_block` as fused kernels, one graph for all blocks, made before anything is timed.
+"""Compiled: compile `run_block` to fused kernels, as one graph for all blocks, before steps are timed.
 
 In:   shapes of a window, the transformer's blocks. Out: a block forward that computes what `run_block` computes, within
-      the rounding of sums in another order. Never: a failed job: where compiling fails, or its result is off, blocks
-      run eagerly, and the log, the record and the end of the run say why.
+      the rounding of another order of sums. Never: a failed job. If compilation fails or its result is wrong, blocks
+      run eagerly, and the log, the record and the end of the run give the reason.
 
-Fused are norm with modulation, RMSNorm with rotation, gate with residual, GELU, and what quantises activations: in
-eager mode they move 66 GB a block at 832x480, 81 frames. Products and attention are the same kernels either way, and a
-FP4 layer is one opaque operator, so that no weight is unpacked ahead of its use or split from it.
+Fused are norm with modulation, RMSNorm with rotation, gate with residual, GELU, and the quantisation of activations. In
+eager mode they move 66 GB per block at 832x480, 81 frames. Products and attention use the same kernels in both modes.
+An FP4 layer is one opaque operator, so that the compiler neither unpacks a weight early nor separates it from its use.
 
-A graph holds for one set of shapes: windows of one size, LoRAs of one rank. Blocks share it, whatever memory their
-weights lie in at the time. `warm` makes the graphs that a job will need, on one block of each structure, and compares
-the first results with the eager ones; a job of known shapes finds everything ready. Code is kept on disk between runs.
+A graph is valid for one set of shapes: windows of one size, LoRAs of one rank. All blocks share it, wherever their
+weights are in memory. `warm` makes the graphs that a job needs, on one block of each structure, and compares the first
+results with the eager ones. A job with known shapes compiles nothing. Code is cached on disk between runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from runner.generation.wan_animate.transformer import (
     KeyValue,
     Rope,
     Switches,
-    rope_of,
+    rotary_angles,
     run_block,
 )
 
@@ -48,31 +48,31 @@ __all__ = [
     "wants_compile",
 ]
 
-# Relative difference between compiled and eager. Sums in another order differ by a few units in the last place; a
-# graph that is wrong differs by far more.
+# Largest relative difference between compiled and eager. Another order of sums differs by a few units in the last
+# place. A wrong graph differs by far more.
 TOLERANCES: Final = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-MOST_GRAPHS: Final = 48  # held at once: a manifest of many sizes must not fill the memory with code
+MOST_GRAPHS: Final = 48  # kept at once, so that a manifest of many sizes does not fill the memory with code
 # Dynamo's own limit of 8 graphs a function would turn the ninth size of a manifest into an error.
 RECOMPILE_LIMIT: Final = 2 * MOST_GRAPHS
 
 
 def wants_compile(switches: Switches, device: torch.device, plan: MemoryPlan | None = None) -> tuple[bool, str]:
-    """Whether to compile, and why. Pure. `plan`: where things are; None for a pipeline that was placed by hand."""
+    """Return whether to compile, and why. Pure. `plan`: None for a pipeline whose models were moved by hand."""
     if plan is not None and (why := eager_by_plan(plan)):
         return False, why
     if switches.compile is not None:
         return switches.compile, "asked for" if switches.compile else "switched off"
     if device.type == "cuda":
-        return True, "on CUDA blocks are bound by memory outside their products"
-    return False, "on a CPU the eager order of sums is kept: bit for bit the library's"
+        return True, "on CUDA, blocks are limited by memory traffic outside their products"
+    return False, "on a CPU, eager blocks keep the order of sums and so the library's bits"
 
 
 def make_block_forward(
     switches: Switches, device: torch.device, plan: MemoryPlan | None = None
 ) -> tuple[CompiledBlocks | None, str]:
-    """What stands in for `run_block`, or None where blocks run eagerly; and why. Compiles nothing yet.
+    """Return a replacement of `run_block`, or None if blocks run eagerly; and why. Compiles nothing yet.
 
-    Where compiling fails, and to compare with, blocks run as `low_memory.choose_eager_block` has it.
+    `low_memory.choose_eager_block` runs blocks if compilation fails, and to compare with.
     """
     wanted, why = wants_compile(switches, device, plan)
     structlog.get_logger().debug("compile_chosen", compile=wanted, why=why)
@@ -82,18 +82,18 @@ def make_block_forward(
 
 
 def keep_code(cache: Path) -> None:
-    """Compiled code lies under `cache` from now on, unless the environment names another place already.
+    """Store compiled code under `cache` from now on, unless the environment names another folder.
 
-    Before anything is compiled: torch reads the variables when it first does.
+    Call it before the first compilation, at which torch reads the variables.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
 def fuse_multiply_adds() -> None:
-    """Generated kernels contract a * b + c into one operation, unless the environment says otherwise already.
+    """Let generated kernels contract a * b + c into one operation, unless the environment sets this already.
 
-    As with the Triton releases of torch 2.10 to 2.13, where it is the default. Triton 3.10 turns it off, and results
+    So do the Triton releases of torch 2.10 to 2.13, where it is the default. Triton 3.10 turns it off, and results
     would change in their last bits with the release. Inductor itself asks for it with each kernel that it generates
     (torch 2.13: `TritonKernel.triton_meta_common`); this holds for kernels with which it passes nothing.
     """
@@ -101,7 +101,7 @@ def fuse_multiply_adds() -> None:
 
 
 def allow_graphs() -> None:
-    """Let torch hold RECOMPILE_LIMIT graphs of one function; beyond its own 8, it runs what is new uncompiled.
+    """Let torch keep RECOMPILE_LIMIT graphs of one function. Beyond its limit of 8 it would run new ones uncompiled.
 
     Two models whose blocks differ (a float32 one, a quantised one) share a limit.
     """
@@ -109,11 +109,11 @@ def allow_graphs() -> None:
 
 
 def structure_of(block: Any) -> Hashable:
-    """What of a block decides its graph beyond shapes: how its layers compute, and what they have beside them.
+    """Return what decides a block's graph beside shapes: the precision of its layers, and their LoRAs and codes.
 
-    A LoRA within kept codes changes no graph: torch finds the one that is there, and `warm` compares it once more.
+    A LoRA within kept codes changes no graph: torch finds the existing one, and `warm` compares it once more.
 
-    By plain attributes: parameters that wait elsewhere may have no shape at the moment.
+    It reads plain attributes only: offloaded parameters may have no shape at the moment.
     """
     return tuple(
         (
@@ -130,9 +130,9 @@ def structure_of(block: Any) -> Hashable:
 
 
 class CompiledBlocks:
-    """A BlockForward: `run_block` compiled, or `eager` once that has failed (`broken` says why).
+    """A BlockForward: `run_block` compiled, or `eager` after that has failed (`broken` has the reason).
 
-    `graphs`: how many sets of shapes and structures were made ready. `worst`: the largest difference from eager.
+    `graphs`: how many sets of shapes and structures were compiled. `worst`: the largest difference from eager.
     """
 
     def __init__(self, *, backend: str = "inductor", why: str = "asked for", eager: BlockForward = run_block) -> None:
@@ -149,7 +149,7 @@ class CompiledBlocks:
 
     @property
     def description(self) -> dict[str, Any]:
-        """For the record: what the blocks run as, and how far that lies from eager."""
+        """How blocks run, and the largest difference from eager, for the record."""
         if self.broken:
             return {"compile": "eager", "compile_why": self.broken}
         return {"compile": self.backend, "compile_why": self.why, "compile_off_eager": self.worst}
@@ -160,14 +160,14 @@ class CompiledBlocks:
         try:
             return self._compiled(block, hidden, modulation, rope, attended)
         except Exception as err:
-            # The compiled block overwrites nothing: what it left undone, eager does from the start.
+            # The compiled block overwrites nothing, so the eager one can start again.
             if as_out_of_memory(err, hidden.device, doing="running a block") is not None:
                 raise
-            self._give_up(f"compiling failed: {_said(err)}")
+            self._give_up(f"compiling failed: {_error_summary(err)}")
             return self._eager(block, hidden, modulation, rope, attended)
 
     def warms(self, transformer: Any, contexts: Sequence[Context], grid: tuple[int, int, int]) -> bool:
-        """Would `warm` compile anything for this?"""
+        """Return whether `warm` would compile anything for these arguments."""
         return not self.broken and bool(self._missing(transformer, contexts, grid))
 
     @torch.no_grad()
@@ -178,10 +178,10 @@ class CompiledBlocks:
         grid: tuple[int, int, int],
         blocks: Iterable[Any] | None = None,
     ) -> int:
-        """Makes every graph that windows of `grid` (latent frames, H/8, W/8) with these contexts need; how many.
+        """Compile all graphs for windows of `grid` (latent frames, H/8, W/8) with these contexts; return how many.
 
-        `blocks`: as in `denoise_step`, for weights that are elsewhere until a block is due; closed when no more are
-        needed. Nothing is computed where all is ready. Raises OutOfMemory's causes and nothing else.
+        `blocks`: as in `denoise_step`, for streamed blocks; closed when no more are needed. Nothing runs if all graphs
+        exist. Raises only what a full device raises.
         """
         missing = {} if self.broken else self._missing(transformer, contexts, grid)
         if not missing:
@@ -212,7 +212,7 @@ class CompiledBlocks:
     def _missing(
         self, transformer: Any, contexts: Sequence[Context], grid: tuple[int, int, int]
     ) -> dict[Hashable, tuple[int, Context, Any]]:
-        """Key → (the first block of its structure, a context of its shapes, that block), of all that is not ready."""
+        """Return, for missing graphs, key → (first index of a block structure, a context of its shapes, the block)."""
         found: dict[Hashable, tuple[int, Context, Any]] = {}
         for index, block in enumerate(transformer.blocks):
             structure = structure_of(block)
@@ -224,23 +224,23 @@ class CompiledBlocks:
         return found
 
     def _try(self, block: Any, given: tuple[Tensor, Tensor, Rope, CrossAttended]) -> None:
-        """Compile for these shapes and compare once with eager."""
+        """Compile for these shapes, and compare the result once with eager."""
         found = self(block, *given)
         if self.broken:
             return
-        # Eager last: it may overwrite the hidden states.
+        # Eager runs last, as it may overwrite the hidden states.
         off, limit = difference(found, self._eager(block, *given)), TOLERANCES[found.dtype]
         self.worst = max(self.worst, off)
         if off > limit:
-            self._give_up(f"compiled blocks are off by {off:.3g} of the eager result, {limit} allowed")
+            self._give_up(f"compiled blocks differ by {off:.3g} from the eager result, {limit} is allowed")
 
     def _give_up(self, reason: str) -> None:
         self.broken = reason
-        structlog.get_logger().warning("compile_failed", why=reason, instead="blocks run eagerly, slower")
+        structlog.get_logger().warning("compile_failed", why=reason, instead="blocks run eagerly, which is slower")
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted|| of [B, S, d], infinite where anything is not finite; without large copies."""
+    """Return ||found - wanted|| / ||wanted|| of [B, S, d], infinite if a value is not finite; makes no large copies."""
     off = of = 0.0
     for some, other in zip(found.split(4096, dim=1), wanted.split(4096, dim=1), strict=True):
         off += float((some.float() - other.float()).square().sum())
@@ -252,7 +252,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 def dummies(
     transformer: Any, context: Context, grid: tuple[int, int, int], block: Any
 ) -> tuple[Tensor, Tensor, Rope, CrossAttended]:
-    """Noise in the shapes, dtypes and strides that `denoise_step` gives a block of such a window."""
+    """Return noise in the shapes, dtypes and strides that `denoise_step` passes to a block of such a window."""
     text, config = context.text, transformer.config
     batch, width = text.shape[0], config.num_attention_heads * config.attention_head_dim
     tokens = 1
@@ -268,11 +268,11 @@ def dummies(
         return KeyValue(*(noise(batch, many, block.attn2.heads, width // block.attn2.heads) for _ in range(2)))
 
     image = None if context.image is None else read(context.image.shape[1])
-    rope = rope_of(transformer, text.new_empty((batch, 1, *grid)))
+    rope = rotary_angles(transformer, text.new_empty((batch, 1, *grid)))
     attended = CrossAttended(read(text.shape[1]), image)
     return noise(batch, tokens, width), noise(batch, 6, width), rope, attended
 
 
-def _said(err: Exception) -> str:
+def _error_summary(err: Exception) -> str:
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return f"{type(err).__name__}: {' '.join(lines[:2]) or 'no message'}"  # the first may say only who failed
+    return f"{type(err).__name__}: {' '.join(lines[:2]) or 'no message'}"  # the first may only name the failed part

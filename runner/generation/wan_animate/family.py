@@ -1,6 +1,6 @@
-"""Family: Wan2.2-Animate-14B as a `Family`: its files in a model store, its costs, and its generator.
+"""Family: implement `Family` for Wan2.2-Animate-14B: its files in a model store, its costs, and its generator.
 
-In:   a folder of models, a recipe, the run's settings. Out: identities, forecasts, a loaded generator.
+In:   a folder of models, a recipe, the run's settings. Out: digests, forecasts, a loaded generator.
 Never: manifests, outputs. Nothing here imports torch before a model is loaded.
 """
 
@@ -86,7 +86,7 @@ class WanAnimateModel:
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
-        """Digests of the weights, and the settings that change poses or how weights are read."""
+        """Digests of the weights, and the settings that change poses or the reading of weights."""
         identity = dict(self.models.digests)
         identity |= {f"assume.{name}": value for name, value in self.settings.assume.items()}
         if self.settings.pose_precision != "fp32":  # other poses, other frames
@@ -95,7 +95,7 @@ class WanAnimateModel:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that decides the frames, a piece after the other."""
+        """Every file that decides the frames, component by component."""
         return tuple(path for files in self.models.files.values() for path in files)
 
     def job_identity(self, options: JobOptions, *, has_mask: bool) -> Mapping[str, str]:

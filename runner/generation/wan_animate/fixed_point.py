@@ -1,15 +1,16 @@
-"""Fixed point: causal layers that saw the same picture often enough repeat their last output; it is reused.
+"""Fixed point: reuse the output of causal layers when the same picture repeats and their kept inputs are stable.
 
 In:   pixels [B, C, n, H, W], groups of layers, each run on one picture, the inputs that their convolutions keep.
-Out:  for each picture the last group's output, bit for bit as if all had run. Never: which layers these are, weights.
+Out:  for each picture the last group's output, bit for bit as if all had run. Never: the kind of layers, weights.
 
-A causal convolution keeps the two pictures that it saw last. A group's output is a function of its input and of all
-that its convolutions keep. If a picture left the kept inputs as they were, the same picture again gives the same output
-and leaves them so once more. Nothing is said of how many pictures that takes: kept inputs are compared.
+A causal convolution keeps its last two input pictures. A group's output is a function of its input and of the inputs
+that its convolutions keep. If a picture does not change the kept inputs, the same picture gives the same output again,
+and again leaves them unchanged. The number of pictures that this takes is not assumed: kept inputs are compared.
 
-Equal means equal bits; a kernel must give the same bits for the same inputs, as cuDNN's convolutions do. On a GPU a
-clip costs one transfer to the host, and each picture that repeats before the switch-over one for each group that has
-not settled, two or three at the switch-over. Without pictures that repeat nothing else is compared and nothing held.
+Equal means equal bits. A kernel must give the same bits for the same inputs, as cuDNN's convolutions do. On a GPU a
+clip costs one transfer to the host. Before all groups are stable, each repeated picture costs one more transfer for
+each group that is not stable yet, and two or three when they become stable. Without repeated pictures nothing else is
+compared and nothing is kept.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 __all__ = ["FixedPoints", "find_repeats"]
 
 Group = Callable[[Tensor], Tensor]  # runs its layers on a picture
-# The two pictures that each convolution of the group of this number keeps, the older one first. The last convolution
-# comes first: it settles last.
+# For a group's number: the two pictures that each of its convolutions keeps, the older one first. The last convolution
+# comes first, because it becomes stable last.
 KeptInputs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 # Equal as numbers is not enough: 0 and -0 differ in bits, and NaN equals nothing.
@@ -31,7 +32,7 @@ BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def find_repeats(pixels: Tensor) -> list[bool]:
-    """Of each picture of `pixels` [B, C, n, H, W], whether it equals the one before; one transfer to the host.
+    """Return for each picture of `pixels` [B, C, n, H, W] whether it equals the one before; one transfer to the host.
 
     Tensors without contents (device meta) have no repeats.
     """
@@ -46,9 +47,8 @@ def find_repeats(pixels: Tensor) -> list[bool]:
 class FixedPoints:
     """The groups' outputs for the pictures of one clip, in order, each reused where it repeats.
 
-    `repeats`: of each picture, whether it equals the one before. `kept`: what a group keeps now. A group may be given
-    its last output again instead of running, so that a caller must not write into it. Its input must not be written
-    into either.
+    `repeats`: for each picture, whether it equals the one before. `kept`: returns the inputs that a group keeps now. A
+    caller must write neither into a group's output, which may be reused, nor into its input.
     """
 
     def __init__(self, repeats: Iterable[bool], kept: KeptInputs) -> None:
@@ -57,9 +57,9 @@ class FixedPoints:
         self._states: dict[int, _State] = {}
 
     def run(self, groups: Sequence[Group], picture: Tensor) -> Tensor:
-        """What `groups`, one after the other, make of the clip's next picture [B, C, 1, H, W]."""
+        """Run `groups` one after the other on the clip's next picture [B, C, 1, H, W]."""
         repeats = next(self._repeats)
-        if not repeats:  # before the first group runs: it needs the most memory
+        if not repeats:  # before the first group runs, which needs the most memory
             for state in self._states.values():
                 state.output = None
         for number, group in enumerate(groups):
@@ -69,19 +69,19 @@ class FixedPoints:
                 continue
             picture = group(picture)
             still = repeats and self._are_still(number)
-            # All three inputs of each convolution were equal: what it kept before this picture, and keeps after it.
+            # All three inputs of each convolution were equal: those kept before this picture, and after it.
             state.output = picture if still and state.still else None
             state.still = still
             repeats = False  # the next group's input was computed anew
         return picture
 
     def _are_still(self, number: int) -> bool:
-        """Are, for each convolution of a group, the two pictures that it keeps equal?"""
+        """Return whether the two kept pictures are equal, for each convolution of a group."""
         return all(torch.equal(_as_bits(older), _as_bits(newer)) for older, newer in self._kept(number))
 
 
 class _State:
-    """Of one group: whether the inputs kept after the last picture are equal, and the output once it repeats."""
+    """State of one group: whether the inputs kept after the last picture are equal, and the output once it repeats."""
 
     def __init__(self) -> None:
         self.still = False

@@ -1,7 +1,7 @@
-"""Generator: Wan2.2-Animate-14B as a `Generator`: loaded once, every job streams through it.
+"""Generator: run Wan2.2-Animate-14B as a `Generator`, loaded once for all jobs.
 
 In:   a model store, a recipe, a device; then requests. Out: segments of frames.
-Never: manifests, outputs, retries. A failed or abandoned job leaves nothing behind that another job could see.
+Never: manifests, outputs, retries. A failed or abandoned job leaves no state that could change another job.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ __all__ = ["AnimateConditions", "WanAnimateGenerator"]
 
 @dataclass
 class AnimateConditions:
-    """One prepared job: skeletons, faces and scene by the window, and what was asked of them."""
+    """One prepared job: skeletons, faces and scene window by window, its prompt and its options."""
 
     source: Any  # preprocess.conditions.PoseConditions
     clip: ClipInfo
     prompt: str
     options: JobOptions
-    ahead: DrawnAhead | None = None  # the same windows, drawn before they are asked for
+    ahead: DrawnAhead | None = None  # draws the same windows before they are requested
 
     @property
     def report(self) -> Mapping[str, Any]:
@@ -86,7 +86,7 @@ class AnimateConditions:
         return (self.ahead or self.source).window(start, stop)
 
     def skip_to(self, segment: int) -> None:
-        """Draw no windows before that of `segment`, but for one that is being drawn."""
+        """Draw no more windows before that of `segment`; one that is being drawn is finished."""
         if self.ahead is not None:
             self.ahead.skip_to(segment)
 
@@ -97,7 +97,7 @@ class AnimateConditions:
 
 
 class WanAnimateGenerator:
-    """Fulfils `protocol.Generator`. Made by `load`; the constructor takes what `load` found."""
+    """Implements `protocol.Generator`. Use `load`; the constructor takes already loaded parts."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class WanAnimateGenerator:
         load_bytes: Load | None = None,
         choice: FastChoice | None = None,
     ) -> None:
-        """`recipe`: as it was asked for. `choice`: what it left to the device, settled."""
+        """`recipe`: as requested. `choice`: what the recipe leaves to the device."""
         self.pipeline: AnimatePipeline | None = pipeline
         self.recipe = recipe
         self.choice = choice
@@ -126,13 +126,13 @@ class WanAnimateGenerator:
         self.loras = loras
         self.load_bytes = load_bytes
         self._make = make
-        self._face_size = pipeline.transformer.config.motion_encoder_size  # `prepare` asks while the model is replaced
+        self._face_size = pipeline.transformer.config.motion_encoder_size  # for `prepare`, at any time
 
     @classmethod
     def load(cls, models: ResolvedRecipe, settings: EngineSettings) -> WanAnimateGenerator:
-        """Load every model onto the device, and say what was chosen and why.
+        """Load every model onto the device, and describe what was chosen and why.
 
-        Raises WeightsCorrupt, ConfigInvalid (a device that is not there) or OutOfMemory.
+        Raises WeightsCorrupt, ConfigInvalid (no such device) or OutOfMemory.
         """
         from runner.generation.runtime.text_cache import PromptCache
         from runner.generation.wan_animate.compiled import keep_code
@@ -149,7 +149,7 @@ class WanAnimateGenerator:
             shape = models.costs.transformer
             choice = probe_choice(recipe, picked, shape.num_attention_heads, shape.attention_head_dim)
             models = replace(models, recipe=choice.running)
-        memory_plan, memory_said = plan_memory(models, picked, settings.memory, settings.demands())
+        memory_plan, memory_report = plan_memory(models, picked, settings.memory, settings.demands())
         on_device = picked.type != "cpu" and memory_plan.preprocess == "device"
         preprocessor = Preprocessor.load(
             store.detector,
@@ -172,21 +172,21 @@ class WanAnimateGenerator:
             if cache is not None:
                 pipeline.prompts = PromptCache.open(cache / "prompts", models.text_digest, recipe.dtype, picked)
             loras = JobLoras(pipeline.transformer, models)
-            beside = loras.use(JobOptions())  # those of every job, now: one that does not fit is no job's fault
+            beside = loras.use(JobOptions())  # now: if a LoRA of every job does not fit, no job is at fault
             placement |= {"loras_beside": dict(beside)} if beside else {}
             return pipeline, loras, placement | hold_codes(pipeline, recipe)
 
         pipeline, loras, placement = make(memory_plan, models.recipe)
         if choice is not None:
-            choice = choice.settle(placement.pop("choice"))
+            choice = choice.with_loaded(placement.pop("choice"))
             structlog.get_logger().info("fast_chosen", device=str(picked), **choice.as_dict())
         description = {
             "model": _model_name(models),
             "recipe": recipe.as_dict(),
             "device": str(picked),
             "device_why": why,
-            **memory_said,
-            "memory": memory_said["memory"] | _placed(pipeline),
+            **memory_report,
+            "memory": memory_report["memory"] | _placement(pipeline),
             **check_cudnn(picked, models.recipe, memory_plan),
             **placement,
             "load_s": round(time.monotonic() - begin, 3),
@@ -207,12 +207,12 @@ class WanAnimateGenerator:
 
     @property
     def running(self) -> Recipe:
-        """The recipe as it computes: what it leaves to the device is chosen. `recipe` is the one that was asked for."""
+        """The recipe as it runs, with the device's choices. `recipe` is the requested one."""
         return self.recipe if self.choice is None else self.choice.running
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """What was chosen at loading and why; of the blocks, what they run as by now, for compiling may have failed."""
+        """What was chosen at loading and why; also how blocks run now, as compilation may have failed."""
         step = None if self.pipeline is None else self.pipeline.block_forward
         chosen = {} if self.choice is None else {"choice": self.choice.as_dict()}
         return self._description | chosen | ({} if step is None else step.description)
@@ -221,20 +221,21 @@ class WanAnimateGenerator:
     def resume_identity(self) -> Mapping[str, str]:
         """See `Generator.resume_identity`; empty once the generator is closed.
 
-        Of the preprocessing, the two networks of every job: a resumed job finds its people anew.
+        From the preprocessing it has the two networks of every job: a resumed job detects its people again.
         """
         from runner.generation.wan_animate.low_memory import choose_eager_block, chunked_block
 
-        pipeline, said = self.pipeline, self.description
+        pipeline, description = self.pipeline, self.description
         if pipeline is None:
             return {}
         memory = pipeline.memory
-        tiles = pipeline.vae.use_tiling if memory is None else memory.vae_tiles  # as `render` sets it, of any size
+        tiles = pipeline.vae.use_tiling if memory is None else memory.vae_tiles  # as `render` sets it for large sizes
         vae = [str(pipeline.vae.dtype).removeprefix("torch."), "in tiles where large" if tiles else "whole"]
-        vae += ["channels_last"] if said.get("vae_channels_last") else []
-        vae += ["norms by triton"] if said.get("vae_norms") == "triton" else []
-        vae += ["convolutions chosen by stopwatch"] if said.get("vae_cudnn_benchmark") else []
-        compute = [str(said[name]) for name in ("compute", "compute_product", "format", "kernel") if said.get(name)]
+        vae += ["channels_last"] if description.get("vae_channels_last") else []
+        vae += ["norms by triton"] if description.get("vae_norms") == "triton" else []
+        vae += ["convolutions chosen by stopwatch"] if description.get("vae_cudnn_benchmark") else []
+        parts = ("compute", "compute_product", "format", "kernel")
+        compute = [str(description[name]) for name in parts if description.get(name)]
         step, chunked = pipeline.block_forward, memory is not None and memory.chunked
         by_rows = choose_eager_block(pipeline.compute_device, chunked) is chunked_block
         blocks = "eager" if step is None or step.broken else f"compiled by {step.backend}"
@@ -242,25 +243,25 @@ class WanAnimateGenerator:
             "device": hardware_model(pipeline.compute_device),
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             "compute": ", ".join(compute),
-            "attention": str(said.get("attention", "")),
+            "attention": str(description.get("attention", "")),
             "blocks": f"{blocks}, a few rows at a time" if by_rows and blocks == "eager" else blocks,
             "autoencoder": ", ".join(vae),
             "memory": "" if memory is None else memory.mode,
             "encoders": "" if memory is None else memory.encoders,
-            "preprocess": _preprocess_identity(said.get("preprocess") or {}),
+            "preprocess": _preprocess_identity(description.get("preprocess") or {}),
         }
 
     @property
     def memory(self) -> MemoryPlan | None:
-        """Where things are; None for a pipeline that was placed by hand."""
+        """The memory plan; None for a pipeline whose models were moved by hand."""
         return self._loaded.memory
 
     def fall_back_memory_mode(self) -> bool:
-        """Let go of kept codes, if there are any; else load everything anew, one memory mode lower. Stay there.
+        """Drop kept codes if there are any; else load all models again, one memory mode lower, for the rest of the run.
 
-        False where there is nothing below. Called between jobs, in the thread that generates. Codes change no bits: the
-        resume identity stays. The preprocessing stays where it is: it may be at work. Raises what loading raises; the
-        generator is closed then.
+        Returns False below the last mode. Call it between jobs, in the thread that generates. Codes change no bits, so
+        the resume identity stays the same. The preprocessing stays on its device, as it may be running. Raises what
+        loading raises; the generator is closed then.
         """
         plan = self._loaded.memory
         if plan is not None and plan.keep_codes:
@@ -271,15 +272,15 @@ class WanAnimateGenerator:
             return False
         device = self._loaded.compute_device
         self.loras = None
-        self.close()  # first, so that old and new are never there together
-        gc.collect()  # the library's models hold references to themselves
+        self.close()  # first, so that old and new models never exist together
+        gc.collect()  # the library's models have reference cycles
         release(device)
         lowered = replace(make_plan(below, self.running), preprocess=plan.preprocess)
         self.pipeline, self.loras, placement = self._make(lowered, self.running)
         if self.choice is not None:
-            self.choice = self.choice.settle(placement.pop("choice"))
+            self.choice = self.choice.with_loaded(placement.pop("choice"))
         why = f"memory ran out in mode {plan.mode}"
-        memory = self._description["memory"] | _placed(self.pipeline)
+        memory = self._description["memory"] | _placement(self.pipeline)
         self._description |= {**placement, "memory": memory, "memory_why": why}
         return True
 
@@ -293,15 +294,15 @@ class WanAnimateGenerator:
         self._description.pop("codes_kept", None)
         self._description |= {
             "memory": self._description["memory"] | memory.as_dict(),
-            "memory_why": f"memory ran out in mode {plan.mode} with 8-bit codes kept: they are made at each use now",
+            "memory_why": f"memory ran out in mode {plan.mode} with kept 8-bit codes, which are now made at each use",
         }
 
     @contextmanager
     def calibrating(self, loras: Sequence[Lora]) -> Iterator[Any]:
-        """The transformer with `loras` attached and no others, while jobs are generated; for hooks on its linears.
+        """Yield the transformer with only `loras` attached, for hooks on its linears while jobs are generated.
 
-        Its blocks run eagerly: compiled, they would be traced with the hooks in them, a graph for each, and warmed up
-        on noise that the hooks see too. Afterwards all is as before.
+        Blocks run eagerly: compilation would trace the hooks, one graph for each, and its warm-up on noise would call
+        them too. Afterwards the former state is restored.
         """
         from runner.quantization.lora.apply import attached
 
@@ -315,7 +316,7 @@ class WanAnimateGenerator:
             pipeline.block_forward, self.loras = before
 
     def forecast(self, plan: SegmentPlan, options: JobOptions) -> Mapping[str, int]:
-        """Bytes on the device by stage for windows of `plan`; empty where nothing was planned."""
+        """Forecast bytes on the device by stage for windows of `plan`; empty without a memory plan."""
         memory = self._loaded.memory
         if memory is None:
             return {}
@@ -333,7 +334,7 @@ class WanAnimateGenerator:
         ).stages
 
     def job_warnings(self, plan: SegmentPlan, options: JobOptions) -> Sequence[str]:
-        """Blocks that ran eagerly on a GPU, though they were to be compiled."""
+        """Warn of blocks that ran eagerly on a GPU because compilation failed."""
         pipeline = self._loaded
         step = pipeline.block_forward
         if step is None or not step.broken or pipeline.compute_device.type != "cuda":
@@ -347,15 +348,15 @@ class WanAnimateGenerator:
         return plan_job(frames, size, options, self.running, self.costs, self.speed, codes_kept=kept)
 
     def prepare(self, request: Request, timer: StageTimer) -> AnimateConditions:
-        from runner.generation.wan_animate.windows import DrawnAhead, spans_of
+        from runner.generation.wan_animate.windows import DrawnAhead, segment_spans
 
         source = self._source(request, timer)
         clip = ClipInfo(source.frames, source.fps, source.width, source.height, source.start_s)
         plan = self.plan(clip.frames, clip.size, request.options)
-        return AnimateConditions(source, clip, request.prompt, request.options, DrawnAhead(source, spans_of(plan)))
+        return AnimateConditions(source, clip, request.prompt, request.options, DrawnAhead(source, segment_spans(plan)))
 
     def _source(self, request: Request, timer: StageTimer) -> Any:
-        """What drives the model, by the window: from the official script's files, or of the video's own people."""
+        """Return the conditions, window by window: from the official script's files, or from the driving video."""
         if request.official is not None:
             from runner.preprocess.official_files import OfficialConditions
 
@@ -379,7 +380,7 @@ class WanAnimateGenerator:
     ) -> Iterator[Segment]:
         pipeline, recipe = self._loaded, self.recipe
         if start is not None:
-            conditions.skip_to(start.segment)  # now: the window is drawn while LoRAs and texts are made ready
+            conditions.skip_to(start.segment)  # now: the window is drawn while LoRAs are attached and texts encoded
         timer.forecast.update(self.forecast(plan, conditions.options))
         steps = requested_steps(conditions.options, recipe)
         new_sampler = partial(make_sampler, recipe.scheduler, recipe.schedule, recipe.shift, steps)
@@ -388,7 +389,7 @@ class WanAnimateGenerator:
                 self.loras.use(conditions.options)
         try:
             if pipeline.memory is not None and pipeline.memory.keep_codes:
-                with timer.stage("attach_loras", on_device=True):  # of the weights that LoRAs changed
+                with timer.stage("attach_loras", on_device=True):  # for the weights that LoRAs changed
                     timer.count("codes_made", hold_codes(pipeline, recipe)["codes_kept"]["made"])
             yield from pipeline.render(
                 conditions, conditions.prompt, conditions.options, plan, new_sampler, timer, on_step, start
@@ -420,7 +421,7 @@ class WanAnimateGenerator:
 
 
 def _model_name(models: ResolvedRecipe) -> str:
-    """For the record: the published model's name for a transformer of its shape, whatever the folder is called."""
+    """Return the model's name for the record: the published name for a transformer of that shape."""
     shape, published = models.costs.transformer, PRODUCTION.transformer
     width = shape.num_attention_heads * shape.attention_head_dim
     wide = published.num_attention_heads * published.attention_head_dim
@@ -430,13 +431,13 @@ def _model_name(models: ResolvedRecipe) -> str:
     return f"{name} ({shape.num_layers} layers of width {width})"
 
 
-def _placed(pipeline: AnimatePipeline) -> dict[str, Any]:
-    """Where things are, as it came out: the plan's dtype of the autoencoder may stand for either of 16 bits."""
+def _placement(pipeline: AnimatePipeline) -> dict[str, Any]:
+    """Return the plan as it was carried out: the autoencoder may have the other 16-bit dtype than planned."""
     return {} if pipeline.memory is None else pipeline.memory.as_dict()
 
 
 def _preprocess_identity(description: Mapping[str, Any]) -> str:
-    """Where the networks that every job uses run, and in which precision."""
+    """Return where the networks of every job run, and in which precision."""
     parts = [str(description.get("device", ""))]
     for name in ("detector", "pose"):
         network = description.get(name)

@@ -1,14 +1,14 @@
-"""An autoencoder in 16 bits: float16 where its activations leave room, else bfloat16; and how float16 gets that room.
+"""Half choice: choose float16 or bfloat16 for an autoencoder by its largest activation, and scale it for float16.
 
 In:   an autoencoder with its weights. Out: a dtype, and why. Never: recipes, devices' kernels.
 
-float16 has three bits of mantissa more than bfloat16 (as many as TF32, in which a GPU multiplies float32), and ends at
-65,504. What grows is the sum that residual blocks add to. Every block reads it through a norm, which divides by its
-length: the sum may be any multiple of itself. In float16 it is kept 64 times smaller, by weights and biases of the
-layers that write it; a power of two, so that no other bit changes.
+float16 has three more bits of mantissa than bfloat16 (as many as TF32, in which a GPU multiplies float32), and ends at
+65,504. The largest values are in the sum to which residual blocks add. Every block reads this sum through a norm, which
+divides by its length, so a scale of the sum does not change results. For float16 the sum is scaled down by 64, in the
+weights and biases of the layers that write it. 64 is a power of two, so no other bit changes.
 
-The largest activation is measured so: latents are drawn as the model has them, by its own mean and deviation, and
-decoded, and what came out is encoded, in float32.
+To measure the largest activation, latents are drawn with the model's mean and deviation and decoded, and the result is
+encoded, all in float32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 __all__ = ["MARGIN", "RESIDUAL_SCALE", "largest_activation", "pick_half", "shrink_residuals"]
 
 RESIDUAL_SCALE: Final = 2.0**-6
-# So many times the largest activation measured must fit: a clip has millions of times the numbers of the trial.
+# The largest measured activation times this must fit: a clip has millions of times the numbers of the trial.
 MARGIN: Final = 16
-_SIDE, _LATENT_FRAMES = 8, 3  # of the trial's latents: 64 pixels a side, and every layer that sees time sees some
+_SIDE, _LATENT_FRAMES = 8, 3  # of the trial's latents: 64 pixels per side, and enough frames for every layer in time
 _SEED: Final = 0
 
 
 def pick_half(vae: Any) -> tuple[torch.dtype, str]:
-    """(torch.float16 or torch.bfloat16, why). The autoencoder stays as it is; a copy in float32 runs beside it."""
+    """Return (torch.float16 or torch.bfloat16, why). The autoencoder is not changed; a copy in float32 is tested."""
     trial = copy.deepcopy(vae).to(torch.float32)
     shrink_residuals(trial)
     largest = largest_activation(trial)
@@ -44,7 +44,7 @@ def pick_half(vae: Any) -> tuple[torch.dtype, str]:
 
 @torch.no_grad()
 def shrink_residuals(vae: Any) -> float:
-    """Keeps the sums of residual blocks at RESIDUAL_SCALE of what they were, once; the scale. Results stay."""
+    """Scale the sums of residual blocks by RESIDUAL_SCALE, once; return the scale. Results do not change."""
     if getattr(vae, "residual_scale", 1.0) == RESIDUAL_SCALE:
         return RESIDUAL_SCALE
     vae.residual_scale = RESIDUAL_SCALE
@@ -57,7 +57,7 @@ def shrink_residuals(vae: Any) -> float:
                     shrunk.append(layer.conv_shortcut.bias)
             elif isinstance(layer, WanAttentionBlock):
                 shrunk += [layer.proj.weight, layer.proj.bias]
-            elif isinstance(layer, WanResample):  # from one sum to the next: of a linear layer the bias alone
+            elif isinstance(layer, WanResample):  # from one sum to the next: in a linear layer only the bias is scaled
                 shrunk += [conv.bias for conv in layer.modules() if isinstance(conv, nn.Conv2d | nn.Conv3d)]
         for parameter in shrunk:
             parameter.mul_(RESIDUAL_SCALE)
@@ -66,8 +66,10 @@ def shrink_residuals(vae: Any) -> float:
 
 @torch.no_grad()
 def largest_activation(vae: Any) -> float:
-    """The largest magnitude that any layer reads or writes, decoding and encoding a small clip; infinite where one is
-    not finite. `vae` in float32, not tiled. The same for the same weights."""
+    """Return the largest magnitude that any layer reads or writes while a small clip is decoded and encoded.
+
+    It is infinite if a value is not finite, and equal for equal weights. `vae` is in float32, not tiled.
+    """
     config, device = vae.config, vae.device
     generator = torch.Generator().manual_seed(_SEED)
     noise = torch.randn(1, config.z_dim, _LATENT_FRAMES, _SIDE, _SIDE, generator=generator)
@@ -84,7 +86,7 @@ def largest_activation(vae: Any) -> float:
 
     hooks = [layer.register_forward_hook(look) for layer in vae.modules() if not list(layer.children())]
     try:
-        # By the library's own walk, which calls all layers as modules.
+        # The library's methods call all layers as modules, so that the hooks run.
         pixels = AutoencoderKLWan._decode(vae, (noise * deviation + mean).to(device), return_dict=False)[0]
         AutoencoderKLWan._encode(vae, pixels)
     finally:

@@ -1,7 +1,8 @@
-"""Loading: the recipe's models from the store onto a device, each in its precision, with the reason for every choice.
+"""Loading: load the recipe's models from the store onto a device, each in its precision.
 
-In:   a store, a recipe, a device. Out: an `AnimatePipeline`, and what was chosen in words for the log and the record.
-Never: jobs. The transformer comes from the source, from a file of `quantize`, or from the published FP4 file.
+In:   a store, a recipe, a device. Out: an `AnimatePipeline`, and a report of the choices for the log and the record.
+Never: jobs. The transformer comes from the published weights, from a file of `quantize`, or from the published FP4
+file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ __all__ = [
     "load_transformer",
     "move_models",
     "plan_memory",
-    "see_whole_reference",
+    "squash_reference",
     "tune",
 ]
 
@@ -52,12 +53,12 @@ def load_pipeline(
     *,
     plan: MemoryPlan | None = None,
 ) -> tuple[AnimatePipeline, dict[str, Any]]:
-    """The recipe's pipeline on `device`, in its precision, and what was chosen and why. Reads local files only.
+    """Load the recipe's pipeline on `device`, and report what was chosen and why. Reads local files only.
 
-    `plan`: where things go, by default everything on the device. Of a recipe that leaves its choice to the device, the
-    one with the choice made (`runtime/fast_choice.py`).
-    Raises WeightsCorrupt where a file does not hold exactly the model's tensors: a missing one would be filled with
-    noise by the library, with a mere warning.
+    `plan`: by default everything on the device. The recipe has no open choice any more
+    (`runtime/fast_choice.py`).
+    Raises WeightsCorrupt if a file does not have exactly the model's tensors: the library would fill a missing one with
+    noise and only warn.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -74,7 +75,7 @@ def load_pipeline(
     dtype = getattr(torch, recipe.dtype)
     try:
         encoders, text_why = find_encoders(models, dtype)
-        transformer, chosen = load_transformer(models, device, dtype, assume, stay=plan.buffers > 0)
+        transformer, loaded = load_transformer(models, device, dtype, assume, stay=plan.buffers > 0)
         vae, vae_why = _load_autoencoder(models, plan, device)
         components = {
             "tokenizer": _load(AutoTokenizer, models, "tokenizer"),
@@ -85,13 +86,13 @@ def load_pipeline(
             "vae": vae,
         }
         pipeline = AnimatePipeline(**components)
-        see_whole_reference(pipeline.image_processor)
+        squash_reference(pipeline.image_processor)
         plan = replace(plan, vae_dtype=_name_of(vae.dtype))
-        said = chosen | {"text_encoder": text_why} | move_models(pipeline, device, plan)
-        said |= tune(pipeline, recipe, device)
+        report = loaded | {"text_encoder": text_why} | move_models(pipeline, device, plan)
+        report |= tune(pipeline, recipe, device)
         if recipe.choice:
-            said["choice"]["why"]["vae"] = vae_why
-        return pipeline, said
+            report["choice"]["why"]["vae"] = vae_why
+        return pipeline, report
     except (RuntimeError, MemoryError) as err:
         exhausted = as_out_of_memory(err, device, doing="loading the models")
         if exhausted is None:
@@ -100,8 +101,11 @@ def load_pipeline(
 
 
 def _load_autoencoder(models: ResolvedRecipe, plan: MemoryPlan, device: torch.device) -> tuple[Any, str]:
-    """The autoencoder in the plan's dtype; in that of the two of 16 bits which suits its weights, and why, where the
-    recipe leaves the choice open: both take the same bytes."""
+    """Load the autoencoder in the plan's dtype.
+
+    If the recipe leaves the choice open, a 16-bit dtype becomes the one that suits the weights; returns also why. Both
+    16-bit dtypes take the same bytes.
+    """
     import torch
 
     from runner.generation.wan_animate.autoencoder import FramewiseVae
@@ -125,12 +129,12 @@ def load_transformer(
     *,
     stay: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """The recipe's transformer, once, from the files its variant names; what was loaded, in how many bytes, and how.
+    """Load the recipe's transformer from its checkpoint's files; report what was loaded, in how many bytes, and how.
 
-    `stay`: leave the weights on the host, whatever device will compute.
+    `stay`: leave the weights on the host, whichever device will compute.
     """
     variant = models.variant
-    said: dict[str, Any] = {"transformer": variant.why}
+    report: dict[str, Any] = {"transformer": variant.why}
     if variant.kind == "source":
         from diffusers import WanAnimateTransformer3DModel
 
@@ -149,38 +153,38 @@ def load_transformer(
 
             file = load_quantized(model, variant.transformer, target, dtype)
             fmt: Format | SvdqLayout = file.format
-            said |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
+            report |= {"made_with": {k: v for k, v in file.metadata.items() if k.startswith("video_lab.")}}
             counted = "svdq_layers" if isinstance(fmt, SvdqLayout) else "fp4_layers"
-            said |= {counted: len(file.layers), "unverified": [], **file.chosen}
+            report |= {counted: len(file.layers), "unverified": [], **file.chosen}
         else:
             from runner.quantization.files.published import load_published
             from runner.quantization.formats.e2m1 import G32
 
             published, fmt = load_published(model, variant.transformer, target, dtype, given=assume), G32
-            said |= {"fp4_layers": len(published.layers), "read_as": str(published.options)}
-            said |= {"unverified": list(published.assumed)}
+            report |= {"fp4_layers": len(published.layers), "read_as": str(published.options)}
+            report |= {"unverified": list(published.assumed)}
             if published.assumed:
                 structlog.get_logger().warning(
                     "weights_assumed",
                     file=variant.transformer.name,
                     assumed=", ".join(published.assumed),
-                    todo="video-lab weights verify --against SOURCE settles it",
+                    todo="Run video-lab weights verify --against SOURCE to find out how the file must be read",
                 )
         if isinstance(fmt, SvdqLayout):
             kernel, why = "eager", "weights of layers that compute in 16 bits, some rows at a time"
         else:
             kernel, why = pick_kernel(device, fmt)
-        said |= {"format": fmt.name, "kernel": kernel, "kernel_why": why}
+        report |= {"format": fmt.name, "kernel": kernel, "kernel_why": why}
         structlog.get_logger().debug("kernel_chosen", kernel=kernel, format=fmt.name, why=why)
-    said["transformer_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-    return model, said
+    report["transformer_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    return model, report
 
 
 def find_encoders(models: ResolvedRecipe, dtype: torch.dtype) -> tuple[Encoders, str]:
-    """Both encoders, not read yet, and which file the text encoder is.
+    """Return both encoders, not loaded yet, and where the text encoder comes from.
 
-    Of their files the headers are read, so that WeightsCorrupt comes now. A run whose prompts are all on disk never
-    reads the text encoder at all.
+    The headers of their files are read now, so that WeightsCorrupt is raised early. A run whose prompts are all cached
+    on disk never loads the text encoder.
     """
     from transformers import CLIPVisionModel, UMT5EncoderModel
 
@@ -188,7 +192,7 @@ def find_encoders(models: ResolvedRecipe, dtype: torch.dtype) -> tuple[Encoders,
 
     def plain(kind: Any, name: str) -> Encoder:
         load = partial(_load_whole, kind, models, name, dtype=dtype)
-        # The library's own account of what it would find there, without the data.
+        # The library reports problems of the files without reading the data.
         outline = load(device_map="meta", ignore_mismatched_sizes=True)
         return Encoder(name, load, nbytes=sum(p.nbytes for p in outline.parameters()))
 
@@ -201,11 +205,11 @@ def find_encoders(models: ResolvedRecipe, dtype: torch.dtype) -> tuple[Encoders,
     text = Encoder(
         "text_encoder", partial(load_text_encoder, file, "cpu", dtype), nbytes=check_text_encoder(file, dtype)
     )
-    return Encoders(text, image), f"INT4: {file.parent.name}/{file.name} is there"
+    return Encoders(text, image), f"INT4: {file.parent.name}/{file.name} was found"
 
 
-def see_whole_reference(image_processor: Any) -> None:
-    """Squash the reference to CLIP's square, as the original does; the shipped settings crop off head and feet."""
+def squash_reference(image_processor: Any) -> None:
+    """Squash the reference to CLIP's square, as the official code does. The shipped settings crop head and feet."""
     crop = dict(image_processor.crop_size)
     image_processor.size = {"height": crop["height"], "width": crop["width"]}
     image_processor.do_center_crop = False
@@ -214,9 +218,9 @@ def see_whole_reference(image_processor: Any) -> None:
 def plan_memory(
     models: ResolvedRecipe, device: torch.device, asked: str = "auto", demands: Sequence[JobDemand] = ()
 ) -> tuple[MemoryPlan, dict[str, Any]]:
-    """Where things will be on `device`, by mode or `auto`, and the account of it for the record. Reads sizes only.
+    """Choose the memory plan on `device` by mode or `auto`, and report it for the record. Reads sizes only.
 
-    `demands`: of the jobs to be ready for.
+    `demands`: of the jobs to come.
     """
     load, cuda = Load(**models.bytes), device.type == "cuda"
     windows = tuple({_window(demand, models.store): None for demand in demands}) or (Window(),)
@@ -227,7 +231,7 @@ def plan_memory(
 
 
 def _largest(recipes: Sequence[Recipe], costs: Costs, cuda: bool) -> Recipe:
-    """Of recipes that differ in what products compute in, the one that takes most memory in a denoising step."""
+    """Of recipes that differ in GEMM precision, return the one that takes most memory in a denoising step."""
 
     def denoising(recipe: Recipe) -> int:
         window = Window.width, Window.height, Window.frames
@@ -237,23 +241,23 @@ def _largest(recipes: Sequence[Recipe], costs: Costs, cuda: bool) -> Recipe:
 
 
 def check_cudnn(device: torch.device, recipe: Recipe, plan: MemoryPlan) -> dict[str, str]:
-    """The version of cuDNN on a GPU, for the record, and what is wrong with it where convolutions have 16 bits."""
+    """Report the cuDNN version on a GPU, and its problem with 3D convolutions in 16 bits if the recipe has some."""
     import torch
 
     number = torch.backends.cudnn.version() if device.type == "cuda" else None
     if number is None:
         return {}
-    said = {"cudnn": cudnn_version(number)}
+    report = {"cudnn": cudnn_version(number)}
     problem = cudnn_problem(number) if {recipe.dtype, plan.vae_dtype} != {"float32"} else None
     if problem is not None:
-        todo = "Install cuDNN 9.15 or newer; `video-lab doctor` says how"
+        todo = "Install cuDNN 9.15 or newer; `video-lab doctor` shows how"
         structlog.get_logger().warning("cudnn_is_avoided", why=problem, todo=todo)
-        said["cudnn_problem"] = problem
-    return said
+        report["cudnn_problem"] = problem
+    return report
 
 
 def _window(demand: JobDemand, store: ModelStore) -> Window:
-    """A size that is not known is taken to be that of most jobs; LoRAs that are not there fail their job later."""
+    """Return the window of a demand. An unknown size becomes the default; missing LoRAs fail their job later."""
     width, height = demand.size or (Window.width, Window.height)
     loras = 0
     with suppress(RunnerError, OSError):
@@ -263,20 +267,20 @@ def _window(demand: JobDemand, store: ModelStore) -> Window:
 
 
 def move_models(pipeline: AnimatePipeline, device: torch.device, plan: MemoryPlan) -> dict[str, Any]:
-    """Bring every model to where `plan` has it; what came of it. A failure leaves the models between places."""
+    """Move every model to its device in `plan`, and report it. After a failure some models may have been moved."""
     from runner.generation.runtime.streaming import BlockStream
 
-    said: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     blocks = None
     if plan.buffers:
         blocks = BlockStream.of(pipeline.transformer, device, buffers=plan.buffers)
-        said = {"streamed_bytes": blocks.host_bytes, "pinned": blocks.pinned}
+        report = {"streamed_bytes": blocks.host_bytes, "pinned": blocks.pinned}
     else:
         pipeline.transformer.to(device)
     pipeline.configure(device, plan, blocks)
     pipeline.vae.to(device)
     pipeline.encoders.set_offload(device, plan.encoders)
-    return said | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
+    return report | {"encoders": str(device) if plan.encoders == "device" else plan.encoders}
 
 
 def _load(kind: Any, models: ResolvedRecipe, name: str, **settings: Any) -> Any:
@@ -303,42 +307,45 @@ def _load_whole(kind: Any, models: ResolvedRecipe, name: str, **settings: Any) -
 
 
 def tune(pipeline: AnimatePipeline, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Choose and set up; what was chosen, for the record. May be called again after `pipeline.switches` has changed.
+    """Choose and set up precision, attention and compilation, and report them for the record.
 
-    Raises ConfigInvalid where the recipe asks for what this device cannot do, or does wrongly. One that leaves its
-    choice to the device goes on with slower products or exact attention instead; `choice` says what it came to.
+    May be called again after `pipeline.switches` has changed. Raises ConfigInvalid if this device cannot compute what
+    the recipe requests, or computes it wrong. A recipe that leaves its choice to the device falls back to slower
+    products or exact attention; `choice` in the report has the result.
     """
     import torch
 
     from runner.generation.runtime.attention import apply_attention
-    from runner.generation.runtime.compute import apply_compute
+    from runner.generation.runtime.compute import apply_precision
     from runner.generation.wan_animate.autoencoder import prepare_vae
     from runner.generation.wan_animate.compiled import make_block_forward
 
     dtype = getattr(torch, recipe.dtype)
     model, capability = pipeline.transformer, capability_of(device)
-    products = try_each(fallbacks(recipe, capability), lambda r: apply_compute(model, r, device))
+    products = try_each(fallbacks(recipe, capability), lambda r: apply_precision(model, r, device))
     attention = try_each(
         attention_fallbacks(recipe),
         lambda r: apply_attention(model, device, dtype, eight_bit=r.eight_bit_attention),
     )
-    said = {**products.said, **attention.said}
+    report = {**products.report, **attention.report}
     if recipe.choice:
-        said["choice"] = {
+        report["choice"] = {
             "compute": products.recipe.compute,
             "attention": attention.recipe.attention,
             "vae": _name_of(pipeline.vae.dtype),
             "why": {"compute": products.refused, "attention": attention.refused},
         }
-    said |= prepare_vae(pipeline.vae, pipeline.switches)
+    report |= prepare_vae(pipeline.vae, pipeline.switches)
     pipeline.block_forward, why = make_block_forward(pipeline.switches, device, pipeline.memory)
     compiled_by = "eager" if pipeline.block_forward is None else pipeline.block_forward.backend
-    return said | {"compile": compiled_by, "compile_why": why}
+    return report | {"compile": compiled_by, "compile_why": why}
 
 
 def hold_codes(pipeline: AnimatePipeline, recipe: Recipe) -> dict[str, Any]:
-    """Keep the weights' 8-bit codes where the memory plan has room; how many layers, their bytes, and how many of them
-    were `made` now: those whose weights or LoRAs have changed since the last call. Raises OutOfMemory's causes.
+    """Keep the weights' 8-bit codes if the memory plan has them; report the count of layers, their bytes, and `made`.
+
+    `made` counts the layers whose codes were made now, because weights or LoRAs have changed since the last call.
+    Raises what a full device raises.
     """
     import torch
 

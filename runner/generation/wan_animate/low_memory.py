@@ -1,17 +1,17 @@
-"""Low memory: one block, one face adapter and the last layers a few rows at a time, as `transformer.py` has them whole.
+"""Low memory: run a block or a face adapter of `transformer.py` in chunks of rows.
 
-In:   the tensors that `transformer.run_block` takes. Out: the same values; the hidden states given are overwritten.
-Never: which mode a run is in, where weights lie.
+In:   the tensors that `transformer.run_block` takes. Out: the same values; the given hidden states are overwritten.
+Never: the memory mode of a run, the device of weights.
 
-Every token's row goes its own way outside attention. Norms, rotations and residuals are done some rows at a time, so
-that no float32 copy of all tokens is ever there; the feed-forward part, whose inside is 2.7 times as wide, in four
-pieces. With u for hidden states [S, d] (0.35 GB for 81 frames of 832x480 in bfloat16), a block peaks at 5.4 u (hidden
-states, their norm, query, key, value) instead of 12, an attention package's own copies aside. In NVFP4 an activation
-has one scale for all its rows: the feed-forward part stays whole, and the peak is 7.4 u.
+Outside attention, each token's row is computed independently. Norms, rotations and residuals run on some rows at a
+time, so that no float32 copy of all tokens exists. The feed-forward part, whose inside is 2.7 times as wide, runs in
+four pieces. Let u be the size of hidden states [S, d] (0.35 GB for 81 frames of 832x480 in bfloat16). A block peaks at
+5.4 u (hidden states, their norm, query, key, value) instead of 12 u, without the copies of an attention package. In
+NVFP4 all rows of an activation share one scale, so the feed-forward part stays whole, and the peak is 7.4 u.
 
-A matrix product of fewer rows may sum in another order. On the CPU, in float32, pieces of 8 rows and more have the
-whole's bits, and no piece is smaller; kernels of GPUs may differ in the last bit of bfloat16. Eager: a compiled block
-keeps no float32 copies anyway.
+A matrix product of fewer rows may sum in another order. On the CPU in float32, chunks of 8 or more rows have the bits
+of the whole, and no chunk is smaller. Kernels of GPUs may differ in the last bit of bfloat16. This is for eager blocks:
+a compiled block keeps no float32 copies anyway.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def choose_eager_block(device: torch.device, chunked: bool) -> BlockForward:
 
 
 def by_rows(run: Callable[[Tensor], Tensor], x: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """`run` on runs of rows of `x` [B, S, d], which give rows of the same shape; `into` may be `x` itself."""
+    """Apply `run` to chunks of rows of `x` [B, S, d]; its results have the same shape. `into` may be `x` itself."""
     out = torch.empty_like(x) if into is None else into
-    for run_of in pieces(x.shape[1], ROWS):
-        out[:, run_of] = run(x[:, run_of])
+    for rows in pieces(x.shape[1], ROWS):
+        out[:, rows] = run(x[:, rows])
     return out
 
 
 def chunked_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
-    """As `transformer.run_block`, a BlockForward; the result lies where `hidden` [B, S, d] lay."""
+    """Run a block as `transformer.run_block` does; the result overwrites `hidden` [B, S, d]."""
     table = block.scale_shift_table + modulation.float()
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
 
@@ -72,12 +72,12 @@ def chunked_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, at
         return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
     normed = by_rows(partial(modulated, block.norm1, scale, shift), hidden)
-    given: Any = prepare((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), normed)
+    prepared: Any = prepare((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), normed)
     del normed
-    query = _turned(block.attn1, block.attn1.norm_q, block.attn1.to_q(given), rope)
-    key = _turned(block.attn1, block.attn1.norm_k, block.attn1.to_k(given), rope)
-    value = in_heads(block.attn1, block.attn1.to_v(given))
-    del given
+    query = _norm_and_rotate(block.attn1, block.attn1.norm_q, block.attn1.to_q(prepared), rope)
+    key = _norm_and_rotate(block.attn1, block.attn1.norm_k, block.attn1.to_k(prepared), rope)
+    value = in_heads(block.attn1, block.attn1.to_v(prepared))
+    del prepared
     read = attend(block.attn1, query, KeyValue(key, value))
     del query, key, value
     _add_gated(hidden, project(block.attn1, read), gate)
@@ -104,13 +104,13 @@ def chunked_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, at
 
 
 def _share_a_scale(module: Any) -> bool:
-    """Is there a layer of `module` whose input's rows are quantised by one scale, so that they must stay together?"""
+    """Return whether a layer of `module` quantises all rows of its input with one scale, so that they stay together."""
     computes = (PRECISIONS.get(getattr(layer, "compute", "")) for layer in module.modules())
     return any(precision is not None and precision.tensor_scale for precision in computes)
 
 
-def _turned(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
-    """`x` [B, S, d] normed and rotated, [B, S, heads, head_dim]."""
+def _norm_and_rotate(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
+    """Return `x` [B, S, d] normed and rotated: [B, S, heads, head_dim]."""
     out = torch.empty_like(in_heads(attn, x))
     for run in pieces(x.shape[1], ROWS):
         angles = Rope(rope.cos[:, run], rope.sin[:, run])
@@ -119,16 +119,17 @@ def _turned(attn: Any, norm: Any, x: Tensor, rope: Rope) -> Tensor:
 
 
 def _add_gated(hidden: Tensor, update: Tensor, gate: Tensor) -> None:
-    """hidden [B, S, d] += update * gate [B, 1, d], in float32, rounded once."""
+    """Add update * gate [B, 1, d] to hidden [B, S, d] in place, in float32, rounded once."""
     for run in pieces(hidden.shape[1], ROWS):
         rows = hidden[:, run]
         rows.copy_(rows.float() + update[:, run].float() * gate)
 
 
 def chunked_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
-    """As `transformer.run_face`, a FaceForward: a latent frame at a time, into `hidden` [1, S, d].
+    """Run a face adapter as `transformer.run_face` does, one latent frame at a time, into `hidden` [1, S, d].
 
-    Several clips at once are not split: their tokens do not lie frame by frame. Nor are rows that share a scale.
+    Batches of several clips are not split, as their tokens are not in order of frames. Rows that share a scale are not
+    split either.
     """
     frames = read.key.shape[0] // hidden.shape[0]
     if hidden.shape[0] != 1 or _share_a_scale(adapter):

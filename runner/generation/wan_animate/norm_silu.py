@@ -1,12 +1,12 @@
-"""Norm and SiLU of the autoencoder's residual blocks in one operation, written straight to where a convolution reads.
+"""Norm and SiLU: compute both for the autoencoder's residual blocks in one operation, into a convolution's input.
 
-In:   feature maps [B, C, n, H, W] of any strides, a norm's gamma and bias. Out: SiLU(norm(x)) in a tensor of the same
-shape and dtype that the caller has, of any strides. Never: caches, which convolution follows.
+In:   feature maps [B, C, n, H, W] of any strides, a norm's gamma and bias. Out: SiLU(norm(x)) in the caller's tensor of
+the same shape and dtype, of any strides. Never: caches, the convolution that follows.
 
-The definition is the library's `WanRMS_norm`, then SiLU: x / max(|x|, 1e-12) over channels, times the root of their
-number, times gamma, plus bias; in 16 bits the quotient is computed in float32. On the CPU this runs step by step with
-the library's bits. On CUDA it is one kernel (`norm_silu_triton.py`) that computes in float32 throughout and
-rounds once at the end, where that agrees with the definition on the device.
+The definition is the library's `WanRMS_norm`, then SiLU: x / max(|x|, 1e-12) over channels, times the square
+root of their number, times gamma, plus bias. In 16 bits the quotient is computed in float32. On the CPU this runs step
+by step with the library's bits. On CUDA it is one kernel (`norm_silu_triton.py`) that computes in float32 and rounds
+once at the end, if that agrees with the definition on the device.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 __all__ = ["SMALLEST_LENGTH", "define_norm_silu", "norm_silu_into", "pick_norm"]
 
 SMALLEST_LENGTH: Final = 1e-12  # as `torch.nn.functional.normalize` has it
-# How far the kernel may lie from the definition in float32, relative to a value: in float32 what sums in another order
-# and the hardware's exp differ by; in 16 bits one unit in the last place, of which rounding is half.
+# The largest relative difference of the kernel from the definition in float32. In float32: the difference of another
+# order of sums and of the hardware's exp. In 16 bits: one unit in the last place, half of which is rounding.
 _AGREEMENT: Final = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-_SMALLEST: Final = 1e-6  # of a value beside which an error is relative: subnormal numbers of float16 are 6e-8 apart
+_SMALLEST: Final = 1e-6  # least value for relative errors: subnormal numbers of float16 are 6e-8 apart
 
 
 @torch.library.custom_op("video_lab::norm_silu_into", mutates_args=("out",))
 def norm_silu_into(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """SiLU(norm(x)) into `out`; both [B, C, n, H, W] of one dtype, gamma and bias [C, 1, 1, 1]. For inference."""
+    """Write SiLU(norm(x)) to `out`; both [B, C, n, H, W] of one dtype, gamma and bias [C, 1, 1, 1]. For inference."""
     if x.device.type == "cuda" and pick_norm(x.device, x.dtype)[0] == "triton":
         from runner.generation.wan_animate.norm_silu_triton import launch
 
@@ -44,33 +44,36 @@ def _(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def define_norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """As `norm_silu_into`, in plain operations: the library's, in their order, each after the first in place."""
+    """Compute `norm_silu_into` by the library's operations in their order, each after the first in place."""
     result = F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1).to(x.dtype)
     result.mul_(x.shape[1] ** 0.5).mul_(gamma)
     if bias is not None:
         result.add_(bias)
-    # Not in `out`: a CPU's exp has other last bits in the rows of a padded tensor, where vectors end early.
+    # Not in `out`: on a CPU, exp has other last bits in rows of a padded tensor, where vectors end early.
     out.copy_(F.silu(result, inplace=True))
 
 
 @cache
 def pick_norm(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """("triton" or "torch", why): the kernel is taken where it agrees with the definition in `dtype` on `device`."""
+    """Return ("triton" or "torch", why): "triton" if the kernel agrees with the definition in `dtype` on `device`."""
     if device.type != "cuda":
         return "torch", "no CUDA device"
     try:
         off = _disagreement(device, dtype)
-    # As in `kernels.low_bit`: whatever a compiler, a driver or a missing package raises, the answer is the other way.
+    # A compiler, a driver or a missing package may raise anything: then torch is used, as in `kernels.low_bit`.
     except Exception as err:
         text = str(err).strip()
         return "torch", f"triton refused: {type(err).__name__}: {text.splitlines()[0] if text else 'no message'}"
     if not off <= _AGREEMENT[dtype]:
-        return "torch", f"triton refused: off by {off:.3g} of the definition, {_AGREEMENT[dtype]:.3g} allowed"
+        return (
+            "torch",
+            f"triton refused: it differs by {off:.3g} from the definition, {_AGREEMENT[dtype]:.3g} is allowed",
+        )
     return "triton", f"norm and SiLU in one pass, within {off:.3g} of the definition on {device}"
 
 
 def _disagreement(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of the kernel, of pictures in both layouts; infinite where a result is not finite."""
+    """Return the largest relative error of the kernel in both memory layouts; infinite if a result is not finite."""
     from runner.generation.wan_animate.norm_silu_triton import launch
 
     generator = torch.Generator().manual_seed(0)

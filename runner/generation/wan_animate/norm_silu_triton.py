@@ -1,10 +1,10 @@
-"""Norm and SiLU in Triton: a read and a write a number, between tensors of any strides. Importing this needs triton.
+"""Norm and SiLU in Triton: one read and one write per number, for tensors of any strides. Importing needs triton.
 
 In:   feature maps, gamma, bias. Out: as `norm_silu.py` defines it, computed in float32 and rounded once.
-It will never know: slots, convolutions.
+Never: slots, convolutions.
 
-A program takes some pixels with all their channels. bfloat16 is read and written as integers and rounded by hand:
-Triton's interpreter, in which the tests run this very code without a GPU, truncates where a GPU rounds.
+A program processes some pixels with all their channels. bfloat16 is read and written as integers and rounded in code,
+because Triton's interpreter truncates where a GPU rounds. The tests run this code in the interpreter, without a GPU.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 
 __all__ = ["launch"]
 
-_NUMBERS: Final = 4096  # of a program
-# Numbers of a thread: where channels are innermost, and where pixels are, whose addresses take more registers.
+_NUMBERS: Final = 4096  # per program
+# Numbers per thread: with channels innermost, and with pixels innermost, where addresses take more registers.
 _A_THREAD, _A_THREAD_OF_PIXELS = 32, 16
-_FEWEST_PIXELS: Final = 16  # of a program where they are innermost: half a line of memory in float32
+_FEWEST_PIXELS: Final = 16  # per program if they are innermost: half a cache line in float32
 
 
 def launch(x: Tensor, gamma: Tensor, bias: Tensor | None, smallest: float, out: Tensor) -> None:
-    """SiLU(norm(x)) into `out`; both [B, C, n, H, W] float32|bfloat16|float16, gamma and bias [C, 1, 1, 1] contiguous.
+    """Write SiLU(norm(x)) to `out`: [B, C, n, H, W] float32|bfloat16|float16; gamma, bias [C, 1, 1, 1] contiguous.
 
-    All of one dtype on one device. ValueError for other tensors.
+    All tensors have one dtype and one device. Raises ValueError for other tensors.
     """
     batch, channels, frames, height, width = x.shape
     vectors = [gamma] if bias is None else [gamma, bias]
     if out.shape != x.shape or any(v.numel() != channels or not v.is_contiguous() for v in vectors):
-        raise ValueError("the kernel takes two tensors of one shape, and one contiguous number a channel")
+        raise ValueError("the kernel takes two tensors of one shape, and one contiguous number per channel")
     if len({tensor.dtype for tensor in (x, out, *vectors)}) != 1:
         raise ValueError("the kernel takes tensors of one dtype")
     bits = x.dtype is torch.bfloat16

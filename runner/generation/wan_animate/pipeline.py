@@ -1,11 +1,11 @@
-"""Pipeline: Wan-Animate's segment loop, one window of frames at a time, on top of diffusers' WanAnimatePipeline.
+"""Pipeline: run Wan-Animate's segment loop, one window of frames at a time, on top of diffusers' WanAnimatePipeline.
 
-In:   a source of conditions (uint8 windows on the host), a prompt, options, a plan, what makes a sampler.
+In:   a source of conditions (uint8 windows on the host), a prompt, options, a plan, a function that makes a sampler.
 Out:  each segment's frames as soon as it is decoded. Never: files, manifests, where the weights came from.
 
-The parent's `__call__` holds the whole clip on the device, yields nothing until the end and computes per job what many
-jobs share. Its `encode_*` and `prepare_*` methods are right: they are called here in the same order with the same
-values, so that with one schedule and one CLIP setting the frames are equal bit for bit; the tests compare them.
+The parent's `__call__` keeps the whole clip on the device, yields nothing until the end, and computes for each job what
+many jobs share. Its `encode_*` and `prepare_*` methods are called here in the same order with the same values. With the
+same schedule and the same CLIP setting the frames are therefore equal bit for bit; the tests compare them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from runner.timing import CallTimer, StageTimer
 
 __all__ = ["AnimatePipeline", "ConditionSource", "ConditionWindow", "Switches", "to_pixels", "to_uint8"]
 
-TEXT_TOKENS = 512  # the attention splits image from text at the last 512; any other count mixes them up
+TEXT_TOKENS = 512  # attention takes the last 512 tokens as text and the others as image; any other count would mix them
 # The part of the cache above which values of one name evict their own oldest: a clip of an hour evicts no prompt.
 CACHE_SHARES = {"pose_latents": 0.6, "scene": 0.2}
 
@@ -72,12 +72,12 @@ class AnimatePipeline(WanAnimatePipeline):
     """WanAnimatePipeline with a segment loop that streams. Between jobs it keeps its tensor cache and nothing else.
 
     The two encoders may be models, or `Encoder`s, which are loaded when the first job needs them.
-    `compute_device`: where transformer and autoencoder are, and the encoders while they compute.
-    `prompts`: embeddings on disk, if somebody has set it.
-    `switches`: which optimisations are on; read when a job starts.
-    `block_forward`: blocks as compiled code, if somebody has set it (`compiled.make_block_forward`).
-    `memory`, `blocks`: where things are, and the blocks if they are not on the device; set by `configure`.
-    `kept_bytes`: the most that the steps of one window shared, in the last job. It is given back when the window ends.
+    `compute_device`: the device of transformer and autoencoder, and of the encoders while they compute.
+    `prompts`: the cache of embeddings on disk, if set.
+    `switches`: feature flags for optimisations; read when a job starts.
+    `block_forward`: runs blocks as compiled code, if set (`compiled.make_block_forward`).
+    `memory`, `blocks`: the memory plan, and the streamed blocks if they are not on the device; set by `configure`.
+    `kept_bytes`: the largest conditioning cache of a window in the last job. It is freed when the window ends.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class AnimatePipeline(WanAnimatePipeline):
         self.tensor_cache = TensorCache(HOST_BYTES // processes, share=CACHE_SHARES)
 
     def configure(self, device: torch.device, memory: MemoryPlan, blocks: BlockStream | None) -> None:
-        """Note where things are: `device` computes, `blocks` brings the blocks there where they do not stay."""
+        """Set the device that computes, the memory plan, and the stream of blocks if they do not stay on the device."""
         self.compute_device, self.memory, self.blocks = device, memory, blocks
 
-    # The parent reads and sets its encoders by these names: it finds them loaded, and loading waits until it does.
+    # The parent reads and sets its encoders by these names. Reading loads the encoder.
 
     @property
     def encoders(self) -> Encoders:
@@ -142,24 +142,24 @@ class AnimatePipeline(WanAnimatePipeline):
         on_step: OnStep | None = None,
         start: ResumePoint | None = None,
     ) -> Iterator[Segment]:
-        """Each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all.
+        """Yield each segment's new frames, uint8, with the skeletons that drove them; plan.frames in all.
 
-        `new_sampler` is called for each window. `on_step` may raise to abandon the job. `start`: the segments from
-        there on. Raises NotFinite before a segment is handed out that NaN or infinity went into, and InternalError for
-        a `start` that does not fit.
+        `new_sampler` is called for each window. `on_step` may raise to abandon the job. With `start`, yields the
+        segments from there on. Raises NotFinite instead of yielding a segment made from NaN or infinity, and
+        InternalError if `start` does not fit.
         """
         if start is not None and start.segment == plan.segments:
             return
         if self.memory is not None:
             self.vae.use_tiling = self.memory.tiled(plan.width, plan.height)
         try:
-            generator = torch.Generator("cpu").manual_seed(options.seed)  # one for all windows, alike on every device
+            generator = torch.Generator("cpu").manual_seed(options.seed)  # for all windows, equal on all devices
             first_index, previous = 0, None
             colours = SegmentColours(options.colour, plan.segments, replace=options.mode == "replace")
-            if start is not None:  # before anything is encoded: a point that does not fit costs nothing
+            if start is not None:  # before encoding: a point that does not fit fails early
                 first_index = start.segment
-                own = without_colours(start)
-                previous = restore_state(own, plan, self.vae.dtype, self.compute_device, generator)
+                point = without_colours(start)
+                previous = restore_state(point, plan, self.vae.dtype, self.compute_device, generator)
                 colours.restore(start)
             text, negative = self._texts(prompt, options, timer)
             clip, reference = self._reference(source.reference, plan, timer)
@@ -201,19 +201,19 @@ class AnimatePipeline(WanAnimatePipeline):
                     resume = colours.add_state(make_resume_point(index + 1, plan, previous, generator))
                 yield Segment(index, frames, drawn.pose[first:last], resume, colours.drift)
         except NotFinite:
-            self.tensor_cache.clear()  # what is kept for later jobs may hold the same values
+            self.tensor_cache.clear()  # cached values may have NaN or infinity too
             raise
         finally:
             self.vae.clear_cache()  # an abandoned encode or decode leaves feature maps of full size behind
 
     def _texts(self, prompt: str, options: JobOptions, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings [1, 512, text_dim] of the prompt and, where guided, of the negative prompt."""
+        """Return embeddings [1, 512, text_dim] of the prompt and, with CFG, of the negative prompt."""
         guided = options.guidance_scale > 1
         return self.embed(prompt, timer), self.embed(options.negative_prompt or "", timer) if guided else None
 
     @torch.no_grad()
     def embed(self, text: str, timer: StageTimer) -> torch.Tensor:
-        """[1, 512, text_dim] of one text, from memory, from disk, or from the encoder. May be called before any job."""
+        """Return [1, 512, text_dim] of one text, from memory, disk or the encoder. May be called before any job."""
         dtype = self.transformer.dtype
 
         def encode() -> torch.Tensor:
@@ -236,25 +236,25 @@ class AnimatePipeline(WanAnimatePipeline):
     def _shared(
         self, name: str, key: Callable[[], Hashable], make: Callable[[], torch.Tensor], timer: StageTimer
     ) -> torch.Tensor:
-        """What `make` returns, made once for all jobs with the same key."""
+        """Return the cached value for `key`, else what `make` returns."""
         return self.tensor_cache.get(name, key(), make, timer) if self.switches.tensor_cache else make()
 
     def _vae_key(self) -> tuple[Hashable, ...]:
-        """What the autoencoder's answers depend on beyond its input; its weights are those of this pipeline."""
+        """Return what the autoencoder's results depend on beside its input; its weights are those of this pipeline."""
         return self.vae.dtype, self.vae.use_tiling, self.vae.use_slicing
 
     def _contexts(
         self, text: torch.Tensor, negative: torch.Tensor | None, clip: torch.Tensor, timer: StageTimer
     ) -> list[Context]:
-        """What the transformer's embedders make of them, once a job.
+        """Embed text and image with the transformer's embedders, once per job.
 
-        Not kept between jobs: a job's LoRAs may change the embedders, and they take milliseconds.
+        The result is not cached between jobs: a job's LoRAs may change the embedders, and they take milliseconds.
         """
         with timer.stage("encode_prompt", on_device=True):
             return embed_context(self.transformer, [text] if negative is None else [text, negative], clip)
 
     def _reference(self, image: Image.Image, plan: SegmentPlan, timer: StageTimer) -> tuple[torch.Tensor, torch.Tensor]:
-        """What CLIP makes of the whole image, and its latents, scaled into width x height on black."""
+        """Return CLIP's features of the whole image, and its latents, scaled into width x height on black."""
         digest, device, dtype = digest_image(image), self.compute_device, self.transformer.dtype
 
         def look() -> torch.Tensor:
@@ -278,7 +278,7 @@ class AnimatePipeline(WanAnimatePipeline):
         previous: torch.Tensor | None,
         generator: torch.Generator,
     ) -> WindowTensors:
-        """Noise and conditions of window `index`, on the device. Takes from `generator` what one window needs."""
+        """Return noise and conditions of window `index` on the device. Draws one window's noise from `generator`."""
         plan, device, dtype = job.plan, self.compute_device, self.transformer.dtype
         noise = self.prepare_latents(
             1,
@@ -302,9 +302,9 @@ class AnimatePipeline(WanAnimatePipeline):
         )
 
     def _pose(self, job: JobTensors, skeletons: np.ndarray) -> torch.Tensor:
-        """Latents of a window's skeletons, in the transformer's type: alike wherever the same dance was drawn alike.
+        """Return latents of a window's skeletons in the transformer's dtype, cached by the skeletons' content.
 
-        What the transformer makes of the faces is not kept: a job's LoRAs may change that, and it is 0.03 % of a job.
+        Features of the faces are not cached: a job's LoRAs may change them, and they take 0.03 % of a job.
         """
         device, dtype = self.compute_device, self.transformer.dtype
 
@@ -318,9 +318,9 @@ class AnimatePipeline(WanAnimatePipeline):
     def _scene(
         self, job: JobTensors, index: int, drawn: ConditionWindow, previous: torch.Tensor | None
     ) -> torch.Tensor:
-        """Mask and latents of what stands in the window beforehand: the last one's end, then the scene or nothing.
+        """Return mask and latents of the given content of the window: the last window's end, then the scene or nothing.
 
-        Without a scene the first window is blank, and the same for every job of its size.
+        Without a scene the first window is blank, and equal for all jobs of the same size.
         """
         plan, device = job.plan, self.compute_device
 
@@ -330,7 +330,7 @@ class AnimatePipeline(WanAnimatePipeline):
                 background_video=None if drawn.background is None else to_pixels(drawn.background, device),
                 mask_video=None if drawn.mask is None else to_unit(drawn.mask, device),
                 segment_frame_length=plan.segment_frames,
-                start_frame=index,  # only whether it is the first matters
+                start_frame=index,  # the parent only tests whether it is 0
                 height=plan.height,
                 width=plan.width,
                 prev_segment_cond_frames=plan.overlap_frames,
@@ -347,7 +347,7 @@ class AnimatePipeline(WanAnimatePipeline):
         return self._shared("scene", lambda: (digest_frames(background), digest_frames(mask), *key), encode, job.timer)
 
     def _denoise(self, job: JobTensors, index: int, window: WindowTensors) -> torch.Tensor:
-        """The window's latents, float32 [1, 16, T, H/8, W/8], at the end of the whole schedule."""
+        """Denoise the window through the whole schedule: latents, float32 [1, 16, T, H/8, W/8]."""
         plan = job.plan
         sampler = job.new_sampler(self.compute_device)
         conditioning = self._cache_conditioning(job, window)
@@ -368,7 +368,7 @@ class AnimatePipeline(WanAnimatePipeline):
     def _predict(
         self, job: JobTensors, window: WindowTensors, conditioning: list[ConditioningCache], calls: CallTimer
     ) -> Predict:
-        """One guided model evaluation of this window: (latents, timestep) -> velocity, both float32."""
+        """Return a function for one model evaluation with CFG: (latents, timestep) -> velocity, both float32."""
         cfg_calls: list[CfgCall] = [partial(self._step, cached) for cached in conditioning]
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -388,9 +388,9 @@ class AnimatePipeline(WanAnimatePipeline):
         drawn: ConditionWindow,
         previous: torch.Tensor | None,
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """The window's frames `span`, uint8 [n, H, W, 3], and the pixels that the next window begins from.
+        """Decode the window's frames `span`, uint8 [n, H, W, 3], and the pixels from which the next window begins.
 
-        `begin`: the window's first frame in the job. `previous`: what the window itself began from.
+        `begin`: the window's first frame in the job. `previous`: the pixels from which this window began.
         """
         again: list[torch.Tensor] = []  # the overlap, as this window decodes it
 
@@ -398,7 +398,7 @@ class AnimatePipeline(WanAnimatePipeline):
             return to_uint8(self.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
         def keep(pixels: torch.Tensor) -> None:
-            again.append(pixels.clone())  # a view would hold all that the decoder made with them
+            again.append(pixels.clone())  # a view would keep all pixels of the decoder's chunk
 
         with job.timer.stage("vae_decode", on_device=True):
             parts, tail = decode_latents(
@@ -416,7 +416,7 @@ class AnimatePipeline(WanAnimatePipeline):
             return frames, colours.finish(frames, tail, previous, decoded, truth)
 
     def _warm(self, job: JobTensors, window: WindowTensors) -> None:
-        """Compile what windows of these shapes need and have not had yet, before the steps are timed."""
+        """Compile the graphs that windows of these shapes still need, before the steps are timed."""
         step, (frames, height, width) = self.block_forward, window.noise.shape[2:]
         grid = (frames, height, width)
         if step is None or not step.warms(self.transformer, job.contexts, grid):
@@ -456,7 +456,7 @@ class AnimatePipeline(WanAnimatePipeline):
         )
 
     def _make_room(self) -> None:
-        """Between two stages of a window: give back what the last one held, where the device is small."""
+        """Free the memory of the last stage before the next one, if blocks are streamed."""
         if self.blocks is None:
             return
         self.blocks.release()
@@ -465,7 +465,7 @@ class AnimatePipeline(WanAnimatePipeline):
 
 
 def _check_shared(job: JobTensors) -> None:
-    """Queue checks of what all windows of a job read."""
+    """Queue checks of the tensors that all windows of a job read."""
     job.checks.add("encode_prompt", "the prompt's embedding", job.text)
     if job.negative is not None:
         job.checks.add("encode_prompt", "the negative prompt's embedding", job.negative)

@@ -1,12 +1,12 @@
-"""Resume points: what the next window needs of the earlier ones, as arrays of bytes, and back.
+"""Resume points: store what the next window needs of the earlier ones as arrays of bytes, and restore it.
 
 In:   the last frames of a window, a job's random generator. Out: a `ResumePoint`; from it the same frames and state.
 Never: files, how frames are made.
 
 A window starts from two things: the decoded frames that it overlaps with, before they are rounded to bytes, and the
-state of the random generator that its noise is taken from. The frames keep their strides as well as their values: the
-library concatenates them with the rest of the scene, the result takes over their memory layout, and the convolutions
-that read it sum in another order in another layout.
+state of the random generator that draws its noise. The frames keep their strides as well as their values: the library
+concatenates them with the rest of the scene, which takes over their memory layout, and convolutions sum in another
+order in another layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RANDOM: Final = "random"  # uint8 [5056]: the state of torch's CPU generator
 def make_resume_point(
     segment: int, plan: SegmentPlan, previous: torch.Tensor, generator: torch.Generator
 ) -> ResumePoint:
-    """The state in front of window `segment`: waits for the device. After the last window there is nothing to keep.
+    """Return the state before window `segment`. Waits for the device. After the last window the point is empty.
 
     `previous`: [1, 3, overlap, H, W], the last frames of the window before, in the autoencoder's dtype.
     """
@@ -47,12 +47,12 @@ def make_resume_point(
 def restore_state(
     start: ResumePoint, plan: SegmentPlan, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> torch.Tensor:
-    """The frames of `make_resume_point` on `device`, with their strides; `generator` gets its state.
+    """Return the frames of `make_resume_point` on `device`, with their strides, and set the state of `generator`.
 
-    `dtype`: the autoencoder's. Raises InternalError where `start` is not a point inside this plan, or is damaged.
+    `dtype`: the autoencoder's. Raises InternalError if `start` is not inside this plan, or is damaged.
     """
     if not 0 < start.segment < plan.segments:
-        raise _refusal(f"it stands in front of segment {start.segment} of {plan.segments}")
+        raise _refusal(f"it is before segment {start.segment} of {plan.segments}")
     if set(start.arrays) != {PREVIOUS, RANDOM}:
         raise _refusal(f"it has the arrays {', '.join(sorted(start.arrays)) or 'none'}")
     shape = [1, 3, plan.overlap_frames, plan.height, plan.width]
@@ -68,13 +68,13 @@ def restore_state(
     try:
         generator.set_state(torch.from_numpy(start.arrays[RANDOM].copy()))
     except (RuntimeError, TypeError) as error:
-        raise _refusal(f"its random state is none ({error})") from error
+        raise _refusal(f"its random state is not valid ({error})") from error
     previous = torch.empty_strided(shape, list(strides), dtype=dtype, device=device)
     return previous.copy_(torch.from_numpy(raw.copy()).view(dtype).reshape(shape))
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether every element has a place of its own and none is left over, whatever the order of the dimensions."""
+    """Return whether `strides` place all elements without gaps or overlaps, in any order of the dimensions."""
     if len(strides) != len(shape) or not all(isinstance(stride, int) for stride in strides):
         return False
     expected = 1

@@ -1,18 +1,18 @@
-"""Transformer: one denoising step of Wan-Animate's transformer, without what is the same at every step.
+"""Transformer: run one denoising step of Wan-Animate's transformer, without the parts that are equal at every step.
 
-In:   the library's WanAnimateTransformer3DModel, one window's conditions, then noisy latents and a noise level a step.
+In:   the library's WanAnimateTransformer3DModel, one window's conditions; then, per step, noisy latents and a timestep.
 Out:  the velocity, bit for bit the one that the model's own `forward` computes from the same inputs.
-Never: schedules, guidance, prompts as words, frames, where weights lie. No weight is copied, no module changed.
+Never: schedules, CFG, prompts as text, frames, the device of weights. No weight is copied, no module changed.
 
-The model's `forward` runs the motion encoder, the text and image embedders and every key and value of the
-cross-attention again at each step, although only latents and noise level differ. Here these are computed once a window
-and kept. The rest is the model's own modules in the model's own order, called and never looked into, so that their
-linear layers may be of any kind. Those that quantise their input get it in codes: query, key and value the same ones,
-the feed-forward part's second layer its own made together with GELU. Attention runs on the backend that each processor
-names (`runtime/attention.py`); nothing else of a processor is used. Hooks on submodules run; those on a block, on an
-attention or on the model as a whole do not.
+The model's `forward` runs the motion encoder, the text and image embedders and all keys and values of cross-attention
+again at each step, although only latents and timestep differ. Here these are computed once per window and cached. The
+other modules of the model are called in the model's order. Their linears may be of any kind. Linears that quantise
+their input get it as codes: query, key and value share the same codes, and the codes for the second layer of the
+feed-forward part are made together with GELU. Attention runs on the backend that each processor names
+(`runtime/attention.py`); nothing else of a processor is used. Hooks on submodules run; those on a block, on an
+attention or on the whole model do not.
 
-For the 14B model at 832x480, 81 frames, in bfloat16, a window keeps 1.00 GB until it ends:
+For the 14B model at 832x480, 81 frames, in bfloat16, a window's cache takes 1.00 GB until the window ends:
 
     keys and values of text and image    40 blocks x (512 + 257) x 5120 x 2 x 2 bytes      0.63 GB
     pose patches                         21 x 1560 x 5120 x 2 bytes                        0.34 GB
@@ -61,21 +61,21 @@ __all__ = [
 
 
 class KeyValue(NamedTuple):
-    """What one attention reads, projected, normed and split into heads: both [B, tokens, heads, head_dim]."""
+    """Keys and values of one attention, projected, normed and split into heads: both [B, tokens, heads, head_dim]."""
 
     key: Tensor
     value: Tensor
 
 
 class CrossAttended(NamedTuple):
-    """What one block's cross-attention reads."""
+    """Keys and values of one block's cross-attention."""
 
     text: KeyValue
     image: KeyValue | None
 
 
 class Rope(NamedTuple):
-    """Rotary angles of every token, one a pair of channels: both float32 [1, S, 1, head_dim / 2]."""
+    """Rotary angles of every token, one per pair of channels: both float32 [1, S, 1, head_dim / 2]."""
 
     cos: Tensor
     sin: Tensor
@@ -86,21 +86,21 @@ BlockForward = Callable[[Any, Tensor, Tensor, Rope, CrossAttended], Tensor]
 # (face adapter, hidden [B, S, d], what it reads, strength of its residual) -> hidden [B, S, d]
 FaceForward = Callable[[Any, Tensor, KeyValue, float], Tensor]
 
-ROWS = 2048  # at a time where float32 copies are made of them: 42 MB each for the 14B model
+ROWS = 2048  # rows per chunk when float32 copies are made: 42 MB each for the 14B model
 LEAST_ROWS = 8  # products of fewer rows sum in another order
 
 
 @dataclass(frozen=True)
 class Context:
-    """Prompt and reference as the blocks read them; the same for all windows of a job."""
+    """Embedded prompt and reference, as the blocks read them; equal for all windows of a job."""
 
     text: Tensor  # [B, 512, d]
-    image: Tensor | None  # [B, image tokens, d]; None where the blocks read it together with the text, in front of it
+    image: Tensor | None  # [B, image tokens, d]; None if the blocks read it as part of `text`, before the text tokens
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """How much the driver's face and skeleton count. At 1 nothing is multiplied: the velocity has the model's own bits.
+    """Strength of the driver's face and skeleton. At 1 nothing is multiplied: the velocity has the model's bits.
 
     `face` multiplies the residual of every face adapter, also in the uncond call, which has no face. `pose` multiplies
     the tokens of the pose's patch embedding, its bias included, so that 0 adds nothing.
@@ -111,7 +111,7 @@ class Strengths:
 
 
 def embed_context(transformer: Any, texts: Iterable[Tensor], clip: Tensor) -> list[Context]:
-    """One Context for each of `texts` [B, 512, text_dim], all with the image `clip` [B, image tokens, image_dim]."""
+    """Return a Context for each of `texts` [B, 512, text_dim], all with the image `clip` [B, tokens, image_dim]."""
     embedder = transformer.condition_embedder
     image = embedder.image_embedder(clip)
     embedded = [embedder.text_embedder(text) for text in texts]
@@ -121,10 +121,9 @@ def embed_context(transformer: Any, texts: Iterable[Tensor], clip: Tensor) -> li
 
 
 class ConditioningCache:
-    """What all steps of one window share. Keys and values appear when their block first asks for them.
+    """What all steps of one window share. Keys and values are computed when their block first runs.
 
-    Thus a block's weights are needed only while the block runs, and where blocks are brought to the device one by one,
-    the first step needs no round of its own.
+    So a block's weights are needed only while the block runs. Streamed blocks need no extra pass before the first step.
     """
 
     def __init__(
@@ -139,9 +138,9 @@ class ConditioningCache:
     ) -> None:
         """`pose`: latents [B, 16, T - 1, H/8, W/8] of the skeletons. `faces`: [B, 3, n, F, F] in [-1, 1].
 
-        n is 4 (T - 1) - 3, so that the face encoder makes T - 1 of them; one of zeros goes in front, for the reference.
-        `keep_text`: whether keys and values of text and image, once made, serve the later steps; they are 0.6 GB of the
-        14B model, and 0.2 % of a step's work.
+        n is 4 (T - 1) - 3, so the face encoder makes T - 1 feature frames; zeros are put before them for the reference.
+        `keep_text`: whether keys and values of text and image are cached for later steps. For the 14B model they take
+        0.6 GB, and computing them takes 0.2 % of a step.
         """
         batch, _, later, height, width = pose.shape
         self.grid = (later + 1, height, width)
@@ -149,16 +148,19 @@ class ConditioningCache:
         self.pose = to_tokens(transformer.pose_patch_embedding(pose))
         if strengths.pose != 1:
             self.pose *= strengths.pose  # in place: for the 14B model a copy is 0.34 GB
-        self.rope = rope_of(transformer, pose.new_empty((batch, 1, *self.grid)))
+        self.rope = rotary_angles(transformer, pose.new_empty((batch, 1, *self.grid)))
         self.motion = encode_motion(transformer, faces)
         self._text: dict[int, KeyValue] = {}
         self._image: dict[int, KeyValue] = {}
         self._face: dict[int, KeyValue] = {}
 
     def sharing(self, transformer: Any, context: Context, faces: Tensor) -> ConditioningCache:
-        """The same window for another text and other faces; `context` has this one's image. Shares what it can."""
+        """Return the cache of the same window for another text and other faces; it shares pose, angles and image.
+
+        Raises ValueError if the image of `context` is another one.
+        """
         if context.image is not self.context.image:
-            raise ValueError("the other context has an image of its own: nothing of this one's could be shared")
+            raise ValueError("the other context has another image, so its keys and values cannot be shared")
         other = object.__new__(ConditioningCache)
         other.grid, other.pose, other.rope, other._image = self.grid, self.pose, self.rope, self._image
         other.keep_text, other.strengths = self.keep_text, self.strengths
@@ -167,7 +169,7 @@ class ConditioningCache:
         return other
 
     def attended(self, index: int, block: Any) -> CrossAttended:
-        """What cross-attention `index` reads; `block` is asked the first time only, if the answer is kept."""
+        """Return keys and values of cross-attention `index`; `block` computes them if they are not cached."""
         attn, image = block.attn2, self.context.image
         text = self._text.get(index)
         if text is None:
@@ -184,7 +186,7 @@ class ConditioningCache:
         return CrossAttended(text, picture)
 
     def face(self, index: int, adapter: Any) -> KeyValue:
-        """What face adapter `index` reads, [B * T, faces' tokens, heads, head_dim]; it is asked the first time only."""
+        """Return keys and values of face adapter `index`, [B * T, faces' tokens, heads, head_dim]; computed once."""
         if index not in self._face:
             normed = adapter.pre_norm_kv(self.motion)
             shape = (*normed.shape[:3], adapter.heads, -1)
@@ -194,7 +196,7 @@ class ConditioningCache:
         return self._face[index]
 
     def tensors(self) -> Iterable[Tensor]:
-        """All that is held now, the context aside: that is the job's."""
+        """Yield all cached tensors, without the context, which belongs to the job."""
         yield from (self.pose, self.motion, *self.rope)
         for held in (self._text, self._image, self._face):
             for pair in held.values():
@@ -202,7 +204,7 @@ class ConditioningCache:
 
 
 def held_bytes(windows: Iterable[ConditioningCache]) -> int:
-    """Bytes of all that `windows` hold now, what they share counted once."""
+    """Return the bytes of all tensors in the caches `windows`; shared ones count once."""
     return sum({id(tensor): tensor.nbytes for window in windows for tensor in window.tensors()}.values())
 
 
@@ -232,7 +234,7 @@ def denoise_step(
     every = transformer.config.inject_face_latents_blocks
     with ExitStack() as ended:
         if isinstance(blocks, Generator):
-            ended.callback(blocks.close)  # at once: an exception would keep it open for as long as it is held
+            ended.callback(blocks.close)  # at once: else the traceback of an exception would keep it open
         for index, block in enumerate(transformer.blocks if blocks is None else blocks):
             hidden = run(block, hidden, modulation, conditioning.rope, conditioning.attended(index, block))
             if index % every == 0:
@@ -243,9 +245,9 @@ def denoise_step(
 
 
 def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attended: CrossAttended) -> Tensor:
-    """One WanTransformerBlock on `hidden` [B, S, d]. `modulation` [B, 6, d]: shift, scale and gate, twice.
+    """Run one WanTransformerBlock on `hidden` [B, S, d]. `modulation` [B, 6, d]: shift, scale and gate, twice.
 
-    A pure function of tensors and one module, so that it compiles to one graph for all blocks.
+    It is a pure function of tensors and one module, so that it compiles to one graph for all blocks.
     """
     table = block.scale_shift_table + modulation.float()
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.chunk(6, dim=1)
@@ -258,15 +260,15 @@ def run_block(block: Any, hidden: Tensor, modulation: Tensor, rope: Rope, attend
 
 
 def run_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
-    """One face adapter on `hidden` [B, S, d], its residual times `strength`."""
+    """Run one face adapter on `hidden` [B, S, d], with its residual times `strength`."""
     return attend_face(adapter, hidden, read, strength) + hidden
 
 
 def attend_self(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
-    given: Any = prepare((attn.to_q, attn.to_k, attn.to_v), hidden)
-    query = rotate(in_heads(attn, attn.norm_q(attn.to_q(given))), rope)
-    key = rotate(in_heads(attn, attn.norm_k(attn.to_k(given))), rope)
-    return project(attn, attend(attn, query, KeyValue(key, in_heads(attn, attn.to_v(given)))))
+    prepared: Any = prepare((attn.to_q, attn.to_k, attn.to_v), hidden)
+    query = rotate(in_heads(attn, attn.norm_q(attn.to_q(prepared))), rope)
+    key = rotate(in_heads(attn, attn.norm_k(attn.to_k(prepared))), rope)
+    return project(attn, attend(attn, query, KeyValue(key, in_heads(attn, attn.to_v(prepared)))))
 
 
 def attend_cross(attn: Any, hidden: Tensor, attended: CrossAttended) -> Tensor:
@@ -278,7 +280,7 @@ def attend_cross(attn: Any, hidden: Tensor, attended: CrossAttended) -> Tensor:
 
 
 def attend_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 1.0) -> Tensor:
-    """The residual times `strength`: each latent frame of `hidden` [B, S, d] reads the face tokens of its own time."""
+    """Return the residual times `strength`: each latent frame of `hidden` [B, S, d] attends to its face tokens."""
     batch = hidden.shape[0]
     query = adapter.norm_q(in_heads(adapter, adapter.to_q(adapter.pre_norm_q(hidden))))
     query = query.unflatten(1, (read.key.shape[0] // batch, -1)).flatten(0, 1)  # [B * T, S / T, heads, head_dim]
@@ -287,16 +289,16 @@ def attend_face(adapter: Any, hidden: Tensor, read: KeyValue, strength: float = 
 
 
 def attend(attn: Any, query: Tensor, read: KeyValue) -> Tensor:
-    """Attention of `query` [B, S, heads, head_dim], by the backend that is set on `attn`: [B, S, heads * head_dim]."""
+    """Attention of `query` [B, S, heads, head_dim] with the backend set on `attn`: [B, S, heads * head_dim]."""
     out = run_attention(query, read.key, read.value, attn.processor._attention_backend)
     return out.flatten(2, 3).type_as(query)
 
 
 def feed_forward(ffn: Any, hidden: Tensor) -> Tensor:
-    """The library's FeedForward on `hidden` [B, S, d]; its second layer takes GELU in where it can."""
+    """Run the library's FeedForward on `hidden` [B, S, d]; its second layer computes GELU itself if it can."""
     first, last = ffn.net[0], ffn.net[-1]
     if takes_gelu(last) and getattr(first, "approximate", "") == "tanh":
-        return last(prepare_gelu(last, first.proj(hidden)))  # between them stands a dropout, for training
+        return last(prepare_gelu(last, first.proj(hidden)))  # the dropout between them is for training
     return ffn(hidden)
 
 
@@ -312,10 +314,10 @@ def in_heads(attn: Any, hidden: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turns each pair of neighbouring channels of `x` [B, S, heads, head_dim] by its angle, in float32.
+    """Rotate each pair of neighbouring channels of `x` [B, S, heads, head_dim] by its angle, in float32.
 
-    Stacked instead of written into every second channel: some compilers get strided slice assignment wrong, and none
-    fuses it. Each half is rounded before they are put together, which halves what lies around in float32.
+    The halves are stacked instead of written into every second channel: some compilers compile strided slice assignment
+    wrong, and none fuses it. Each half is rounded before stacking, which halves the memory in float32.
     """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     first = (even * rope.cos - odd * rope.sin).type_as(x)
@@ -323,26 +325,26 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack((first, second), dim=-1).flatten(-2)
 
 
-def rope_of(transformer: Any, latents: Tensor) -> Rope:
-    """The angles for latents of this shape. The library repeats each for both channels of its pair."""
+def rotary_angles(transformer: Any, latents: Tensor) -> Rope:
+    """Return the angles for latents of this shape. The library repeats each for both channels of its pair."""
     cos, sin = transformer.rope(latents)
     return Rope(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
 
 
 def pieces(count: int, most: int) -> Iterator[slice]:
-    """0..count-1 in runs of nearly one length, at most `most` and, but for a small `count`, at least LEAST_ROWS."""
+    """Yield slices of 0..count-1 of nearly equal length: at most `most`, and LEAST_ROWS or more if `count` allows."""
     runs = max(1, min(-(-count // max(most, LEAST_ROWS)), count // LEAST_ROWS))
     ends = [count * i // runs for i in range(runs + 1)]
     return (slice(begin, end) for begin, end in pairwise(ends))
 
 
 def to_tokens(patches: Tensor) -> Tensor:
-    """[B, d, T, h, w] as [B, T h w, d], contiguous."""
+    """Return [B, d, T, h, w] as [B, T h w, d], contiguous."""
     return patches.flatten(2).transpose(1, 2).contiguous()
 
 
 def to_latents(transformer: Any, hidden: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Norm, projection and the way back from tokens [B, S, d] to [B, 16, T, H/8, W/8]; `level` [B, d]."""
+    """Norm and project tokens [B, S, d], and arrange them as [B, 16, T, H/8, W/8]. `level`: [B, d]."""
     shift, scale = (transformer.scale_shift_table + level.unsqueeze(1)).chunk(2, dim=1)
     hidden = torch.cat(
         [
@@ -358,21 +360,21 @@ def to_latents(transformer: Any, hidden: Tensor, level: Tensor, grid: tuple[int,
 
 
 def embed_time(transformer: Any, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`timestep` [B] as [B, d] and as the blocks' modulation [B, 6, d], both in `dtype`."""
+    """Embed `timestep` [B] as [B, d] and as the blocks' modulation [B, 6, d], both in `dtype`."""
     embedder = transformer.condition_embedder
-    # The library's own question, which quantised layers answer with their packed bytes.
-    own: torch.dtype = embedder.time_embedder.linear_1.weight.dtype
-    waves = embedder.timesteps_proj(timestep).to(own if own.is_floating_point else dtype)
+    # The library reads the weight's dtype too. Quantised layers have packed bytes there.
+    stored: torch.dtype = embedder.time_embedder.linear_1.weight.dtype
+    waves = embedder.timesteps_proj(timestep).to(stored if stored.is_floating_point else dtype)
     level = embedder.time_embedder(waves).to(dtype)
     return level, embedder.time_proj(embedder.act_fn(level)).unflatten(1, (6, -1))
 
 
 def encode_motion(transformer: Any, faces: Tensor) -> Tensor:
-    """`faces` [B, 3, n, F, F] as face tokens [B, T, tokens, d], the first time's of zeros."""
+    """Encode `faces` [B, 3, n, F, F] as face tokens [B, T, tokens, d]; those of the first latent frame are zeros."""
     batch, _, frames = faces.shape[:3]
     encoder: nn.Module = transformer.motion_encoder
     pictures = faces.permute(0, 2, 1, 3, 4).flatten(0, 1)
-    # In the library's batches: a convolution's last bits may depend on how many pictures go in together.
+    # In the library's batch size: a convolution's last bits may depend on the number of pictures.
     batches = torch.split(pictures, transformer.config.motion_encoder_batch_size)
     motion = torch.cat([encoder(some) for some in batches]).view(batch, frames, -1)
     features = transformer.face_encoder(motion)

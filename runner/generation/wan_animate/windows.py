@@ -1,7 +1,7 @@
-"""Windows: a job's conditions one window at a time, from bytes on the host to what the denoising steps read.
+"""Windows: prepare a job's conditions window by window, from uint8 frames on the host to tensors on the device.
 
-In:   uint8 frames on the host, a job's plan. Out: windows drawn ahead in a thread of their own, padded windows, their
-pixels on a device, frames back as uint8, a digest; the tensors of a window and of a job, named.
+In:   uint8 frames on the host, a job's plan. Out: windows drawn ahead in a separate thread, padded windows, their
+pixels on a device, frames as uint8, digests; named tensors of a window and of a job.
 Never: models, how a window's inputs are encoded, what is in the frames.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "digest_image",
     "no_face",
     "padded_window",
-    "spans_of",
+    "segment_spans",
     "to_pixels",
     "to_uint8",
     "to_unit",
@@ -45,7 +45,7 @@ __all__ = [
 
 
 class ConditionWindow(Protocol):
-    """Consecutive frames of what drives the model, on the host."""
+    """Consecutive frames of the conditions that drive the model, on the host."""
 
     @property
     def pose(self) -> np.ndarray:
@@ -65,19 +65,19 @@ class ConditionWindow(Protocol):
 
 
 class ConditionSource(Protocol):
-    """A job's conditions, fetched a window at a time."""
+    """A job's conditions, fetched window by window."""
 
     @property
     def reference(self) -> Image.Image:
         """The character, RGB."""
 
     def window(self, start: int, stop: int) -> ConditionWindow:
-        """Frames start..stop-1 of the plan's."""
+        """Return frames start..stop-1 of the plan."""
 
 
 @dataclass(frozen=True)
 class PaddedWindow:
-    """A padded window; background and mask are there in replace mode only."""
+    """A padded window; background and mask only in replace mode."""
 
     pose: np.ndarray
     face: np.ndarray
@@ -86,8 +86,10 @@ class PaddedWindow:
 
 
 def padded_window(source: ConditionSource, frames: int, start: int, stop: int, mode: str) -> PaddedWindow:
-    """Frames start..stop-1, reflected beyond the end of the source's `frames`. One fetch, never longer than the window
-    itself."""
+    """Return frames start..stop-1, reflected beyond the end of the source's `frames`.
+
+    It fetches once, at most the length of the window.
+    """
     indices = reflect_indices(start, stop, frames)
     low, high = span_of(start, stop, frames)
     window = source.window(low, high)
@@ -96,7 +98,7 @@ def padded_window(source: ConditionSource, frames: int, start: int, stop: int, m
         found = getattr(window, name)
         if found is None or len(found) != high - low:
             came = "none" if found is None else str(len(found))
-            raise ValueError(f"{name}: {high - low} frames were asked for, {came} came")
+            raise ValueError(f"{name}: {high - low} frames were requested, {came} came")
         return found[indices - low]
 
     replace = mode == "replace"
@@ -106,25 +108,27 @@ def padded_window(source: ConditionSource, frames: int, start: int, stop: int, m
 
 
 def digest_frames(frames: np.ndarray) -> bytes:
-    """sha256 of frames, their shape and type. 97 MB of a window at 480x832 take 60 ms where the CPU has instructions
-    for it, against seconds of the autoencoder."""
+    """Return the sha256 of frames, their shape and dtype.
+
+    The 97 MB of a window at 480x832 take 60 ms on a CPU with SHA instructions; the autoencoder takes seconds.
+    """
     digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
     digest.update(np.ascontiguousarray(frames).data)
     return digest.digest()
 
 
 def digest_image(image: Image.Image) -> bytes:
-    """sha256 of an image's pixels, its size and mode."""
+    """Return the sha256 of an image's pixels, size and mode."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
 
 
 def to_unit(frames: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [n, H, W, 3] or [n, H, W] to float32 [1, channels, n, H, W] in [0, 1]; bytes cross to the device."""
+    """Convert uint8 [n, H, W, 3] or [n, H, W] to float32 [1, channels, n, H, W] in [0, 1], on `device`."""
     planes = torch.from_numpy(frames if frames.ndim == 4 else frames[..., None]).to(device)
-    # Channels stay innermost in memory, as the library's own conversion leaves them: convolutions sum in another order
-    # otherwise, and the last bits differ.
+    # Channels stay innermost in memory, as in the library's conversion. Otherwise convolutions would sum in another
+    # order, and the last bits would differ.
     values = planes.to(torch.float32)
-    # By a tensor on the device: CUDA multiplies by a rounded reciprocal when the divisor is a number.
+    # The divisor is a tensor: for a number CUDA multiplies by its rounded reciprocal.
     values /= torch.tensor(255.0, device=device)
     return values.permute(3, 0, 1, 2).unsqueeze(0)
 
@@ -135,22 +139,22 @@ def to_pixels(frames: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def to_uint8(frames: torch.Tensor) -> np.ndarray:
-    """[n, 3, H, W] in [0, 1] to uint8 [n, H, W, 3] on the host, rounded to even."""
+    """Convert [n, 3, H, W] in [0, 1] to uint8 [n, H, W, 3] on the host, rounded half to even."""
     return (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 Span = tuple[int, int]  # frames first..last-1
 
 
-def spans_of(plan: SegmentPlan) -> list[Span]:
-    """What each of a plan's segments will ask its conditions for, in order."""
+def segment_spans(plan: SegmentPlan) -> list[Span]:
+    """Return the span of conditions that each of a plan's segments reads, in order."""
     step = plan.segment_frames - plan.overlap_frames
     starts = (index * step for index in range(plan.segments))
     return [span_of(start, start + plan.segment_frames, plan.frames) for start in starts]
 
 
 class DrawnAhead:
-    """Begins with the first span at once: for a job that waits, while the job before it is generated."""
+    """Draw windows in a thread before they are requested. The first one starts at once, while another job may run."""
 
     def __init__(self, source: ConditionSource, spans: Iterable[Span]) -> None:
         self._source, self._spans = source, list(spans)
@@ -160,7 +164,7 @@ class DrawnAhead:
         self._begin()
 
     def window(self, start: int, stop: int) -> ConditionWindow:
-        """Frames start..stop-1. Raises what drawing them raised; drawn now if they were not expected."""
+        """Return frames start..stop-1; draw them now if they were not drawn ahead. Raises what drawing raised."""
         if self._pool is None:
             return self._source.window(start, stop)
         if self._waiting is None or self._waiting[0] != (start, stop):
@@ -170,9 +174,9 @@ class DrawnAhead:
         return drawn
 
     def skip_to(self, index: int) -> None:
-        """Draw span number `index` next, and those after it. One that is being drawn is drawn to its end and forgotten.
+        """Draw span number `index` next, then those after it. A window that is being drawn is finished and dropped.
 
-        Does nothing where that span, or a later one, is waiting already. Not while another thread calls `window`.
+        Does nothing if that span or a later one is drawn already. Do not call it while another thread calls `window`.
         """
         if self._pool is None or index < self._expected:
             return
@@ -182,7 +186,7 @@ class DrawnAhead:
         self._begin()
 
     def close(self) -> None:
-        """Wait for what is being drawn and forget it. Idempotent."""
+        """Wait for the window that is being drawn and drop it. Idempotent."""
         pool, self._pool, self._waiting = self._pool, None, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -194,7 +198,7 @@ class DrawnAhead:
         self._waiting = None if span is None else (span, self._pool.submit(self._source.window, *span))
 
 
-# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> velocity [1, 16, T, H/8, W/8], all else being fixed
+# (latents and scene [1, 36, T, H/8, W/8], timestep [1]) -> velocity [1, 16, T, H/8, W/8]: one model call of CFG
 CfgCall = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -209,16 +213,16 @@ class JobTensors:
     guidance_scale: float
     strengths: Strengths
     text: torch.Tensor  # [1, 512, text_dim]
-    negative: torch.Tensor | None  # as text; None where unguided
+    negative: torch.Tensor | None  # as text; None without CFG
     clip: torch.Tensor  # [1, image tokens, image_dim]
     reference: torch.Tensor  # [1, 20, 1, H/8, W/8], mask and latents
     checks: FiniteChecks
-    contexts: list[Context]  # of text and, where guided, of negative
+    contexts: list[Context]  # of text and, with CFG, of negative
 
 
 @dataclass(frozen=True)
 class WindowTensors:
-    """What one window is denoised from. T latent frames, one of them the reference's."""
+    """The inputs of one window's denoising: T latent frames, the first one for the reference."""
 
     noise: torch.Tensor  # float32 [1, 16, T, H/8, W/8]
     scene: torch.Tensor  # [1, 20, T, H/8, W/8], the reference in front
@@ -227,7 +231,7 @@ class WindowTensors:
 
 
 def no_face(faces: torch.Tensor) -> torch.Tensor:
-    """Black crops of the shape of `faces`, as the library makes them."""
+    """Return black crops of the shape of `faces`, as the library makes them."""
     return faces * 0 - 1
 
 

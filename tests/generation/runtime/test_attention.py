@@ -76,7 +76,7 @@ def test_8_bits_where_nothing_does_them_name_what_is_lacking_and_the_remedy():
     assert "comfy-kitchen 0.2.40 with int8_attention is not installed" in said
     assert "SageAttention 2.1.1 or later is not installed" in said
     assert "Install it with pip install 'video-lab-runner[gpu]', or build SageAttention" in said
-    assert said.endswith("or leave it out: attention is exact then")
+    assert said.endswith("or leave it out: then attention is exact")
     for capability, dtype in ((None, "bfloat16"), ((7, 0), "float16"), ((9, 0), "float32")):
         with pytest.raises(ConfigInvalid, match=r"needs a CUDA device of capability 7\.5"):
             candidates(capability, dtype, ALL, eight_bit=True)
@@ -124,7 +124,7 @@ def test_what_raises_or_is_wrong_is_passed_over(monkeypatch):
         "_native_cudnn refused: error 0.5000, 0.01 allowed"
     )
     errors["_native_flash"] = float("nan")
-    with pytest.raises(ConfigInvalid, match="no attention computes right on cpu"):
+    with pytest.raises(ConfigInvalid, match="no attention backend passes its trial on cpu"):
         pick_backend(CPU, torch.bfloat16, 2, 16)
 
 
@@ -242,7 +242,7 @@ def test_self_attention_alone_is_set(tiny_store_dir):
         assert block.attn1.processor._attention_backend == "native"
         assert block.attn2.processor._attention_backend is None
     assert all(adapter.processor._attention_backend is None for adapter in model.face_adapter)
-    with pytest.raises(ConfigInvalid, match="attention is exact then"):
+    with pytest.raises(ConfigInvalid, match="then attention is exact"):
         apply_attention(model, CPU, torch.bfloat16, eight_bit=True)
     for name in BACKENDS:  # the library's own enumeration lacks one
         set_backend(model.blocks[0].attn1, name)

@@ -14,7 +14,7 @@ from runner.generation.runtime.compute import (
     GemmChoice,
     _name_code_kernel,
     activations,
-    apply_compute,
+    apply_precision,
     decide,
     is_token_wise,
     self_test,
@@ -96,7 +96,7 @@ def test_svdq_runs_where_its_kernels_were_compiled_for_and_is_never_chosen(compu
 def test_svdq_needs_its_own_weights_and_they_need_it(compute):
     with pytest.raises(ConfigInvalid, match=f"these are nvfp4.*quantize --format {compute}"):
         decide(compute, (12, 0), RIGHT, {"nvfp4"}, "cuda:0")
-    with pytest.raises(ConfigInvalid, match=f"stored as {compute} compute as {compute} or in 16 bits.*Ask for"):
+    with pytest.raises(ConfigInvalid, match=f"stored as {compute} run as {compute} or in 16 bits.*Ask for"):
         decide("fp8", (12, 0), RIGHT, {compute}, "cuda:0")
     with pytest.raises(ConfigInvalid, match=r"undefined symbol: x; .*Install the extra `svdq`"):
         decide(compute, (12, 0), (None, "cache_dit refused: undefined symbol: x; scaled_mm refused"), {compute}, "cuda")
@@ -147,7 +147,7 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     if four_bits:
         in_four_bits(model)
     weights = {name: id(p) for name, p in model.named_parameters()}
-    said = apply_compute(model, get_recipe(f"fp32+{compute}"), CPU)
+    said = apply_precision(model, get_recipe(f"fp32+{compute}"), CPU)
     assert {name: id(p) for name, p in model.named_parameters()} == weights
     low = {n for n, m in model.named_modules() if isinstance(m, FP4Linear | LowBitLinear) and m.compute == compute}
     assert low == {n for n, _ in model.named_modules() if is_token_wise(n)}
@@ -161,7 +161,7 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     for numbers in tested.values():
         assert 0.25 * PRECISIONS[compute].activation_error < numbers["error"] <= numbers["limit"]
         assert numbers["off_definition"] == 0
-    assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
+    assert apply_precision(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
 
 
@@ -182,7 +182,7 @@ def in_svdq(model, layout) -> None:
 @pytest.mark.parametrize("compute", SVDQ)
 def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
     in_svdq(model, SVDQ_LAYOUTS[compute])
-    said = apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
+    said = apply_precision(model, replace(get_recipe("fp32"), compute=compute), CPU)
     low = {n for n, m in model.named_modules() if isinstance(m, SvdqLinear) and m.compute == compute}
     assert low == {n for n, _ in model.named_modules() if is_token_wise(n)}
     assert (said["compute"], said["compute_product"], said["compute_layers"]) == (compute, "reference", len(low))
@@ -192,14 +192,14 @@ def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
         assert 0 < numbers["error"] <= numbers["limit"]
         assert numbers["off_definition"] == 0
     with pytest.raises(ConfigInvalid, match=f"stored as {compute}"):
-        apply_compute(model, get_recipe("fp32+fp8"), CPU)
-    assert apply_compute(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
+        apply_precision(model, get_recipe("fp32+fp8"), CPU)
+    assert apply_precision(model, get_recipe("fp32"), CPU)["compute"] == "bf16"
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, SvdqLinear))
     right = svdq_products.reference
     monkeypatch.setattr(svdq_products, "cache_dit", lambda *given: right(*given) * 1.06)
     monkeypatch.setattr(low_bit, "pick_gemm_backend", lambda *_: ("cache_dit", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"off the format's definition \(0.05 allowed\)"):
-        apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
+        apply_precision(model, replace(get_recipe("fp32"), compute=compute), CPU)
 
 
 @pytest.mark.parametrize("compute", SVDQ)
@@ -220,7 +220,7 @@ def test_the_error_that_the_self_test_allows_svdq(compute, calibrated):
 def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones(model, compute):
     """Rows are quantised by themselves: pieces of them have the same codes."""
     in_svdq(model, SVDQ_LAYOUTS[compute])
-    apply_compute(model, replace(get_recipe("fp32"), compute=compute), CPU)
+    apply_precision(model, replace(get_recipe("fp32"), compute=compute), CPU)
     case = Case(model)
     whole = case.run(run_block)
     assert torch.equal(case.run(chunked_block), whole)
@@ -235,7 +235,7 @@ def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones
 
 def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
     model.blocks[1].ffn.net[2] = nn.Linear(model.blocks[1].ffn.net[2].in_features, 24)
-    said = apply_compute(model, get_recipe("fp32+fp8"), CPU)
+    said = apply_precision(model, get_recipe("fp32+fp8"), CPU)
     assert said["compute_kept_exact"] == 1
     assert type(model.blocks[1].ffn.net[2]) is nn.Linear
 
@@ -255,7 +255,7 @@ def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatc
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: wrong(right(*given)))
     monkeypatch.setattr(low_bit, "pick_gemm_backend", lambda *_: ("scaled_mm", "the probe passed"))
     with pytest.raises(ConfigInvalid, match=r"is not right on cpu: on blocks\.0\.") as caught:
-        apply_compute(model, get_recipe("fp32+fp8"), CPU)
+        apply_precision(model, get_recipe("fp32+fp8"), CPU)
     assert said in caught.value.message
 
 
@@ -281,11 +281,11 @@ def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
 
     exact = frames()
     for compute, least in (("fp8", 30), ("int8", 38)):
-        apply_compute(pipeline.transformer, get_recipe(f"fp32+{compute}"), CPU)
+        apply_precision(pipeline.transformer, get_recipe(f"fp32+{compute}"), CPU)
         low = frames()
         assert least < psnr(exact, low) < 90, compute
         assert (frames() == low).all()
-    apply_compute(pipeline.transformer, recipe, CPU)
+    apply_precision(pipeline.transformer, recipe, CPU)
     assert (frames() == exact).all()
 
 

@@ -156,7 +156,7 @@ def test_what_is_asked_for_by_name_is_an_error_and_what_is_chosen_goes_on():
         try_each(fallbacks(get_recipe("fp4-distill+fp8"), (9, 0)), apply)
     running = choose(order_choices(FAST, (9, 0)), right, right).running
     applied = try_each(fallbacks(running, (9, 0)), apply)
-    assert applied.recipe.compute == applied.said["compute"] == "bf16"
+    assert applied.recipe.compute == applied.report["compute"] == "bf16"
     assert applied.refused == (
         "refused when the model was loaded: fp8 is not right; refused when the model was loaded: int8 is not right"
     )
@@ -165,10 +165,10 @@ def test_what_is_asked_for_by_name_is_an_error_and_what_is_chosen_goes_on():
 def test_the_choice_is_settled_by_what_was_loaded():
     choice = choose(order_choices(FAST, (12, 0)), {"fp8": "broken"}.get, right)
     why = {"compute": "refused when the model was loaded: int8 is off", "attention": "", "vae": "no overflow"}
-    settled = choice.settle({"compute": "bf16", "attention": "exact", "vae": "float16", "why": why})
+    settled = choice.with_loaded({"compute": "bf16", "attention": "exact", "vae": "float16", "why": why})
     assert (settled.running.compute, settled.running.attention) == ("bf16", "exact")
-    said = settled.as_dict()
-    assert (said["compute"], said["attention"], said["vae"]) == ("bf16", "exact", "float16")
-    assert said["why"]["compute"] == f"{choice.why['compute']}; {why['compute']}"
-    assert said["why"]["attention"] == choice.why["attention"] and said["why"]["vae"] == "16 bits; no overflow"
-    assert settled.settle(said).as_dict() == said  # loaded anew, in another memory mode: each reason once
+    chosen = settled.as_dict()
+    assert (chosen["compute"], chosen["attention"], chosen["vae"]) == ("bf16", "exact", "float16")
+    assert chosen["why"]["compute"] == f"{choice.why['compute']}; {why['compute']}"
+    assert chosen["why"]["attention"] == choice.why["attention"] and chosen["why"]["vae"] == "16 bits; no overflow"
+    assert settled.with_loaded(chosen).as_dict() == chosen  # loaded anew, in another memory mode: each reason once

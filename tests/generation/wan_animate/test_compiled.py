@@ -203,7 +203,7 @@ def test_what_cannot_be_compiled_runs_eagerly(tiny_store_dir, when):
     with structlog.testing.capture_logs() as logged:
         assert case.warm(step) == 0
     assert [entry["event"] for entry in logged] == ["compile_failed"]
-    assert {"compiling": "compiling failed: ", "its result": "off by 0.01"}[when] in step.broken
+    assert {"compiling": "compiling failed: ", "its result": "differ by 0.01"}[when] in step.broken
     assert when != "compiling" or "C compiler" in step.broken
     assert step.description == {"compile": "eager", "compile_why": step.broken}
     assert not step.warms(case.model, case.contexts, case.grid)
@@ -277,7 +277,7 @@ def test_why_blocks_run_eagerly_on_a_gpu_and_what_they_run_as():
     assert make_block_forward(Switches(compile=False), cuda, resident) == (None, "switched off")
     for plan in (resident, stream, None):
         step, why = make_block_forward(Switches(), cuda, plan)
-        assert (step.why, step.backend) == (why, "inductor") and "bound by memory" in why
+        assert (step.why, step.backend) == (why, "inductor") and "limited by memory" in why
         assert step._eager is chunked_block  # its 5.4 u, not 12
     assert make_block_forward(Switches(compile=True), CPU, resident)[0]._eager is run_block
 

@@ -149,19 +149,19 @@ def test_a_product_that_is_not_right_here_gives_way_to_the_next(store, monkeypat
     said = load(store).description
     assert said["compute"] == said["choice"]["compute"] == "int8"
     assert said["choice"]["why"]["compute"].endswith("fp8 refused: no such kernel")
-    with pytest.raises(ConfigInvalid, match="compute 'fp8' was asked for, but nothing here computes it right"):
+    with pytest.raises(ConfigInvalid, match="precision 'fp8' was asked for, but no backend here computes it right"):
         load(store, "fp4-distill+fp8")
 
 
 def wrong_on_one_layer(monkeypatch, *precisions: str) -> None:
     """The layers' self-test finds twice the right result on the feed-forward part's second layer."""
-    by = compute._by
+    by = compute._run_with
 
     def wrong(layer: Any, x: torch.Tensor, name: str, product: str) -> torch.Tensor:
         found = by(layer, x, name, product)
         return 2 * found if name in precisions and layer.in_features > layer.out_features else found
 
-    monkeypatch.setattr(compute, "_by", wrong)
+    monkeypatch.setattr(compute, "_run_with", wrong)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_failed_self_test_of_one_layer_gives_way_to_the_next(store, distilled,
     generator = load(store)
     said = generator.description
     assert said["compute"] == said["choice"]["compute"] == generator.running.compute == left
-    assert said["choice"]["why"]["compute"].count("refused when the model was loaded: compute 'fp8'") == 1
+    assert said["choice"]["why"]["compute"].count("refused when the model was loaded: precision 'fp8'") == 1
     assert "ffn.net.2" in said["choice"]["why"]["compute"]
     assert psnr(rendered(generator), distilled) > 30
     with pytest.raises(ConfigInvalid, match="is not right on cpu"):
@@ -245,7 +245,7 @@ def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch
     said = generator.description
     assert (said["memory"]["mode"], said["memory"]["vae_dtype"]) == ("stream", "float16")
     assert said["compute"] == said["choice"]["compute"] == generator.running.compute == "int8"
-    assert "compute 'fp8'" in said["choice"]["why"]["compute"]
+    assert "precision 'fp8'" in said["choice"]["why"]["compute"]
     assert psnr(rendered(generator), distilled) > 30
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from runner.forecast.bytes import kept_code_bytes
 from runner.forecast.seconds import find_device
 from runner.generation.families import EngineSettings
-from runner.generation.runtime.compute import apply_compute, is_token_wise
+from runner.generation.runtime.compute import apply_precision, is_token_wise
 from runner.generation.wan_animate.compiled import CompiledBlocks
 from runner.generation.wan_animate.generator import WanAnimateGenerator
 from runner.quantization.formats.e2m1 import G32, NVFP4
@@ -89,7 +89,7 @@ def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, ki
     model = load(tiny_store_dir, getattr(torch, dtype))
     if kind != "plain":
         in_four_bits(model, {"g32": G32, "nvfp4": NVFP4}[kind])
-    apply_compute(model, get_recipe(f"{'fp32' if dtype == 'float32' else 'bf16'}+{compute}"), CPU)
+    apply_precision(model, get_recipe(f"{'fp32' if dtype == 'float32' else 'bf16'}+{compute}"), CPU)
     inputs = Inputs(model)
     (conditioning,) = inputs.conditionings(model)
     made.clear()

@@ -396,7 +396,7 @@ def test_a_schedule_that_is_shorter_than_asked_is_planned_as_it_is():
 def test_a_window_of_the_wrong_length_is_not_stretched(ours):
     conditions = MemoryConditions(9)
     conditions.face = conditions.face[:7]
-    with pytest.raises(ValueError, match="face: 9 frames were asked for, 7 came"):
+    with pytest.raises(ValueError, match="face: 9 frames were requested, 7 came"):
         rendered_here(ours, conditions, job_options())
 
 

@@ -231,8 +231,8 @@ def changed(**changes: Any) -> ResumePoint:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"segment": 0}, "in front of segment 0 of 6"),
-        ({"segment": 7}, "in front of segment 7 of 6"),
+        ({"segment": 0}, "before segment 0 of 6"),
+        ({"segment": 7}, "before segment 7 of 6"),
         ({"previous": None}, "it has the arrays random"),
         ({"shape": [1, 3, 2, 16, 8]}, r"float32 \[1, 3, 2, 16, 8\], not float32 \[1, 3, 2, 8, 16\]"),
         ({"shape": None}, "its frames are float32 None"),
@@ -244,8 +244,8 @@ def changed(**changes: Any) -> ResumePoint:
         ({"strides": [768, 0, 128, 16, 1]}, "the strides"),
         ({"strides": [-1, 256, 128, 16, 1]}, "the strides"),
         ({"strides": None}, "the strides None"),
-        ({"random": np.zeros(12, np.uint8)}, "its random state is none"),
-        ({"random": np.zeros(5056, np.float64)}, "its random state is none"),
+        ({"random": np.zeros(12, np.uint8)}, "its random state is not valid"),
+        ({"random": np.zeros(5056, np.float64)}, "its random state is not valid"),
     ],
 )
 def test_a_point_that_does_not_fit_is_refused(changes, said):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.generation.protocol import SegmentPlan
-from runner.generation.wan_animate.windows import DrawnAhead, padded_window, spans_of
+from runner.generation.wan_animate.windows import DrawnAhead, padded_window, segment_spans
 
 WAIT_S = 10.0
 
@@ -64,7 +64,7 @@ def test_the_pipeline_asks_for_just_these_spans(frames: int, segment: int, overl
     if overlap >= segment:
         return
     plan, plain, source = plan_of(frames, segment, overlap), Source(frames), Source(frames)
-    ahead = DrawnAhead(source, spans_of(plan))
+    ahead = DrawnAhead(source, segment_spans(plan))
     for index in range(plan.segments):
         start = index * (segment - overlap)
         ours = padded_window(ahead, frames, start, start + segment, "animate")
