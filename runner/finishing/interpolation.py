@@ -1,14 +1,14 @@
-"""Interpolation: twice the frame rate, a frame made between each two neighbours of a job.
+"""Interpolation: double a job's frame rate with one new frame between each two neighbours.
 
-In:   a job's segments, in order. Out: the same frames, and one before each of them but the first.
-Never: how the network works, files, encoders.
+In:   a job's segments, in order. Out: the same frames, each but the first with a new one before it.
+Never: the network's work, files, encoders.
 
 Every frame of the generator passes unchanged. The frame between two neighbours is
-    the network's       as a rule
-    the first of both   where both are equal, or where a cut lies between them (video/cuts.py)
-Where one segment ends and the next begins is not seen: how a clip is cut into segments changes no frame. Of n frames
-come 2n - 1, with `output.pad_last` 2n: the last one is repeated, so that the clip is as long as it
-was; else picture and sound end half a generated frame earlier.
+    the network's          as a rule
+    the first of the two   if both are equal, or if there is a cut between them (video/cuts.py)
+The boundaries of segments have no effect on the frames. n frames become 2n - 1. With `output.pad_last` they become 2n:
+the last frame is repeated, so that the clip keeps its length. Without it, picture and sound end half a generated frame
+earlier.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ TIMES: Final = 2  # of the frame rate
 
 @dataclass(frozen=True)
 class InterpolationForecast:
-    """What interpolation makes of a job, and what it costs at most: cuts and equal frames cost nothing."""
+    """Output and greatest cost of a job's interpolation. Cuts and equal frames cost nothing."""
 
     frames: int  # of the output
     fps: Fraction  # of the output
     tflop: float
-    seconds: float | None  # at least, by operations; None without a GPU of which something is known
-    memory_bytes: int  # on the device, of the network and of one frame, beside what the generator keeps there
+    seconds: float | None  # at least, by the number of operations; None without a known GPU
+    memory_bytes: int  # on the device, of the network and of one frame, beside the generator's
 
 
 def forecast_interpolation(
     plan: SegmentPlan, fps: Fraction, options: JobOptions, device: DeviceSpeed | None = None
 ) -> InterpolationForecast | None:
-    """For a job of `plan`, generated at `fps`; None where it does not ask for it. Of the published network."""
+    """Forecast the interpolation of a job of `plan`, generated at `fps`, with the published network. None for a job
+    without interpolation."""
     if options.output.interpolate != TIMES:
         return None
     shape, made, size = RifeShape(), max(plan.frames - 1, 0), (plan.width, plan.height)
@@ -74,27 +75,27 @@ def forecast_interpolation(
 
 
 def count_frames(frames: int, *, pad_last: bool) -> int:
-    """How many frames come of `frames`."""
+    """Return the number of output frames for `frames` generated ones."""
     return TIMES * frames if pad_last else max(TIMES * frames - (TIMES - 1), 0)
 
 
 class BetweenFrames(Protocol):
-    """Makes the frame halfway between two."""
+    """Makes the frame in the middle between two."""
 
     def between(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """uint8 RGB [H, W, 3], all three."""
+        """Return the frame in the middle. All three are uint8 RGB [H, W, 3]."""
         ...
 
 
 class Interpolation:
-    """The stage of one job, see `stages.SegmentStage`. Between segments it keeps their last frame."""
+    """The stage of one job, see `stages.SegmentStage`. Between segments it keeps the last frame."""
 
     name = INTERPOLATE
 
     def __init__(
         self, network: BetweenFrames, *, pad_last: bool = False, about: Mapping[str, Any] | None = None
     ) -> None:
-        """`about`: what else its report says, e.g. of the network."""
+        """about: further entries of its report, e.g. the network's name."""
         self._network: BetweenFrames | None = network
         self._pad_last, self._about = pad_last, dict(about or {})
         self._last: np.ndarray | None = None
@@ -119,7 +120,7 @@ class Interpolation:
                 made.append(self._between(self._last, frame, self._small, small))
             made.append(frame)
             self._last, self._small = frame, small
-        self._last = made[-1].copy()  # else it would hold all frames of the segment
+        self._last = made[-1].copy()  # a view would keep all frames of the segment in memory
         yield replace(segment, frames=np.stack(made))
 
     def flush(self) -> Iterator[Segment]:
@@ -152,9 +153,9 @@ class Interpolation:
 
 
 def open_interpolation(options: JobOptions, settings: StageSettings) -> Interpolation | None:
-    """The stage, where the job asks for it. The network is loaded for the first such job and kept for the others.
+    """Return the stage, or None for a job without interpolation. The network is loaded once and kept for later jobs.
 
-    Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid (a device that is not there), OutOfMemory.
+    Raises JobWeightsMissing, JobWeightsCorrupt, ConfigInvalid (the device is not available), OutOfMemory.
     """
     if options.output.interpolate != TIMES:
         return None

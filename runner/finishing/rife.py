@@ -1,11 +1,11 @@
-"""RIFE: the frame halfway between two frames, by a network that estimates the motion from both to the middle.
+"""RIFE: make the frame in the middle between two frames, with a network that estimates the motion from both.
 
 In:   a safetensors file of the network, two frames. Out: one frame, of the same size.
-Never: which frames of a clip belong together, rates, jobs.
+Never: choosing frames of a clip, rates, jobs.
 
 The network is IFNet of RIFE 4.25 (Huang et al. 2022, "Real-Time Intermediate Flow Estimation", and the project
-Practical-RIFE). Five blocks, from coarse to fine, refine two flows and a mask: the frame between is the mask's blend of
-both frames, each drawn along its flow. `tools/convert_rife.py` makes the file; `docs/interpolation.md` says of what.
+Practical-RIFE). Five blocks, from coarse to fine, refine two flows and a mask. Both frames are warped along their flows
+and blended by the mask. `tools/convert_rife.py` makes the file; `docs/interpolation.md` names its source.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from runner.weights.rife_file import REMEDY, check_rife_file
 __all__ = ["RifeInterpolator", "RifeNetwork", "warp"]
 
 SLOPE = 0.2  # of the leaky ReLUs
-MIDDLE = 0.5  # the moment of the frame between: 0 is the first frame's, 1 the second's
+MIDDLE = 0.5  # time of the new frame: 0 is the first frame's, 1 the second's
 
 
 class RifeInterpolator:
@@ -46,8 +46,8 @@ class RifeInterpolator:
 
     @classmethod
     def open(cls, path: Path, device: torch.device | str = "cpu") -> RifeInterpolator:
-        """Raises WeightsCorrupt for a damaged file or one of other tensors, WeightsMissing where there is none,
-        OutOfMemory where the device has no room for it."""
+        """Load the network. Raises WeightsCorrupt for a damaged file or other tensors, WeightsMissing without a file,
+        OutOfMemory if it does not fit on the device."""
         from safetensors.torch import load_file
 
         shape = check_rife_file(path)
@@ -57,19 +57,19 @@ class RifeInterpolator:
         try:
             return cls(network, device)
         except (RuntimeError, MemoryError) as error:
-            exhausted = as_out_of_memory(error, torch.device(device), doing="loading the network between frames")
+            exhausted = as_out_of_memory(error, torch.device(device), doing="loading the interpolation network")
             if exhausted is None:
                 raise
             raise exhausted from error
 
     def between(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The frame halfway from `one` to `other`: uint8 RGB [H, W, 3], all three, of any one size.
+        """Return the frame in the middle between `one` and `other`. All three are uint8 RGB [H, W, 3], of any size.
 
-        Right and below, the frames are padded with black to whole multiples of 64 pixels. Raises InternalError for
+        The frames are padded with black on the right and below to multiples of 64 pixels. Raises InternalError for
         frames of different sizes, OutOfMemory, NotFinite.
         """
         if one.shape != other.shape or one.ndim != 3 or one.shape[2] != 3 or one.dtype != np.uint8:
-            raise InternalError(f"frames of {one.shape} and {other.shape} have no frame between them")
+            raise InternalError(f"cannot interpolate between frames of {one.shape} and {other.shape}")
         height, width = one.shape[:2]
         try:
             return self._between(one, other)
@@ -86,7 +86,7 @@ class RifeInterpolator:
             pair = F.pad(pair, (0, padded(width) - width, 0, padded(height) - height))
             middle = self._network(pair[:1], pair[1:])[0, :, :height, :width]
             if not bool(torch.isfinite(middle).all()):
-                raise NotFinite("the network between frames made NaN or infinity", todo=REMEDY)
+                raise NotFinite("the interpolation network's output has NaN or infinity", todo=REMEDY)
             levels = middle.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
             return levels.permute(1, 2, 0).contiguous().cpu().numpy()
 
@@ -103,32 +103,32 @@ class RifeNetwork(nn.Module):
             self.add_module(f"block{number}", block)
 
     def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] halfway between `one` and `other`, both the same; values of 0 to 1; sides multiples of 64.
+        """Return the middle between `one` and `other`; all [n, 3, H, W], values 0 to 1, sides multiples of 64.
 
-        A flow is [n, 2, H, W]: how many pixels right and down of each pixel its colour lies in the one frame.
+        A flow is [n, 2, H, W]: for each pixel, the offset (right, down) in pixels at which its colour is in that frame.
         """
         first, second = (torch.cat([frame, self.encode(frame)], 1) for frame in (one, other))  # [n, 3 + FEATURES, H, W]
-        x, flows, made = self._look(first, second, None, None, SCALES[0]), None, None
+        x, flows, made = self._block_input(first, second, None, None, SCALES[0]), None, None
         for coarse, scale, block in zip(SCALES, (*SCALES[1:], None), self.blocks, strict=True):
             x = block(x)  # [n, FLOW + MASK + PASSED, H / coarse, W / coarse]
             change, made = resize(x[:, :FLOW], coarse) * coarse, x[:, FLOW:]
             flows = change if flows is None else flows.add_(change)
             if scale is not None:
-                x = self._look(warp(first, flows[:, :2]), warp(second, flows[:, 2:]), flows, made, scale)
+                x = self._block_input(warp(first, flows[:, :2]), warp(second, flows[:, 2:]), flows, made, scale)
             if scale == SCALES[-1]:
                 del first, second  # no later block reads the features
         assert flows is not None and made is not None
         return torch.lerp(warp(other, flows[:, 2:]), warp(one, flows[:, :2]), torch.sigmoid(made[:, :1]))
 
     @staticmethod
-    def _look(
+    def _block_input(
         first: torch.Tensor, second: torch.Tensor, flows: torch.Tensor | None, made: torch.Tensor | None, scale: int
     ) -> torch.Tensor:
-        """What the block at `scale` sees: [n, channels_in, H / scale, W / scale].
+        """Return the input of the block at `scale`: [n, channels_in, H / scale, W / scale].
 
-        `made`: mask and what was passed on, [n, 9, H / s, W / s] of the block before. Its scale s is twice as coarse,
-        and a picture that is enlarged s times and then reduced s / 2 times is the picture enlarged twice: the reduced
-        pixels lie between two neighbours on one straight piece of the enlargement.
+        made: mask and features [n, 9, H / s, W / s] of the block before. Its scale s is twice as coarse. Enlarging a
+        picture s times and then reducing it s / 2 times equals enlarging it twice, because the reduced pixels are on a
+        straight line between two neighbours. So it is enlarged twice here.
         """
         one, other = resize(first, 1 / scale), resize(second, 1 / scale)
         parts = [one[:, :3], other[:, :3], one[:, 3:], other[:, 3:], torch.full_like(one[:, :1], MIDDLE)]
@@ -148,7 +148,7 @@ class RifeHead(nn.Module):
         self.cnn3 = nn.ConvTranspose2d(channels, FEATURES, 4, stride=2, padding=1)
 
     def forward(self, frame: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] → [n, FEATURES, H, W]."""
+        """Return [n, FEATURES, H, W] for [n, 3, H, W]."""
         for layer in (self.cnn0, self.cnn1, self.cnn2):
             frame = F.leaky_relu_(layer(frame), SLOPE)
         features: torch.Tensor = self.cnn3(frame)
@@ -156,7 +156,7 @@ class RifeHead(nn.Module):
 
 
 class RifeBlock(nn.Module):
-    """Flows, a mask, and what the next block is told, of two frames that lie beside each other in channels."""
+    """Estimates flows, a mask, and features for the next block, from two frames that are concatenated in channels."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -169,14 +169,14 @@ class RifeBlock(nn.Module):
         self.lastconv = nn.Sequential(nn.ConvTranspose2d(width, UNSHUFFLED, 4, stride=2, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, channels, h, w] → [n, FLOW + MASK + PASSED, h, w]; flows in pixels of h x w."""
+        """Return [n, FLOW + MASK + PASSED, h, w] for [n, channels, h, w]; flows in pixels of h x w."""
         for halving in self.conv0:
             x = F.leaky_relu_(halving(x), SLOPE)
         return F.pixel_shuffle(self.lastconv(self.convblock(x)), 2)
 
 
 class RifeResidual(nn.Module):
-    """A convolution, scaled for each channel, on top of its input."""
+    """A residual convolution with a scale for each channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -188,9 +188,9 @@ class RifeResidual(nn.Module):
 
 
 def warp(picture: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """`picture` [n, C, H, W] drawn along `flow` [n, 2, H, W]: pixel (x, y) has what lies at (x + u, y + v).
+    """Warp `picture` [n, C, H, W] by `flow` [n, 2, H, W]: pixel (x, y) takes the value at (x + u, y + v).
 
-    Between pixels bilinear; beyond the picture its border.
+    Bilinear between pixels; outside the picture its border.
     """
     height, width = picture.shape[2:]
     columns = torch.arange(width, dtype=flow.dtype, device=flow.device)
@@ -203,7 +203,7 @@ def warp(picture: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
 
 
 def resize(picture: torch.Tensor, factor: float) -> torch.Tensor:
-    """`picture` [n, C, H, W] at `factor` times its size, bilinear; not a copy where that is 1."""
+    """Resize `picture` [n, C, H, W] by `factor`, bilinear. With factor 1 it is returned itself."""
     if factor == 1:
         return picture
     return F.interpolate(picture, scale_factor=factor, mode="bilinear", align_corners=False)

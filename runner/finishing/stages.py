@@ -1,9 +1,9 @@
-"""Stages: what happens to a job's frames between the decoder and the encoder, a segment at a time.
+"""Stages: change a job's frames between the decoder and the encoder, a segment at a time.
 
 In:   a job's options; its segments in order. Out: segments, perhaps with more frames at another rate.
-Never: how frames are generated or encoded.
+Never: generating or encoding frames.
 
-A stage is one file beside this one and a row of STAGES.
+A stage is one file in this folder and a row of STAGES.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__ = [
     "split_states",
 ]
 
-PREFIX: Final = "stage."  # of a stage's keys in a resume point; a generator's own keys begin otherwise
+PREFIX: Final = "stage."  # of a stage's keys in a resume point; no key of a generator begins with it
 
-# Name → "module:function" of (JobOptions, StageSettings) -> SegmentStage, or None where the job does not ask for it.
-# A job's stages run in this order. Imported when the first job starts.
+# Name → "module:function" of (JobOptions, StageSettings) -> SegmentStage, or None for a job without this stage.
+# A job's stages run in this order. Modules are imported when the first job starts.
 STAGES: dict[str, str] = {
     "interpolate": "runner.finishing.interpolation:open_interpolation",
 }
@@ -45,19 +45,19 @@ STAGES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What a run says to all stages."""
+    """A run's settings for all stages."""
 
     models: Path | None = None  # the model store
     device: str = "auto"  # auto | cpu | cuda
-    # By stage: what is loaded once for all jobs of the run, e.g. a network. Read and filled in the generating thread.
+    # Stage -> an object that is loaded once for all jobs of the run, e.g. a network. Only for the generating thread.
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class StageState:
-    """What a stage keeps from one segment to the next. The stage alone knows what it means."""
+    """The state of a stage between two segments. Only the stage itself interprets it."""
 
-    arrays: Mapping[str, np.ndarray]  # of standard numpy dtypes; not changed after they were handed out
+    arrays: Mapping[str, np.ndarray]  # of standard numpy dtypes; never changed after they are returned
     values: Mapping[str, Any]  # JSON-able
 
 
@@ -66,35 +66,35 @@ class SegmentStage(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its seconds in the record's `timings_s` and of its state in a checkpoint; without dots."""
+        """The key of its seconds in the record's `timings_s` and of its state in a checkpoint; without dots."""
         ...
 
     @property
     def report(self) -> Mapping[str, Any]:
-        """What the record says of it, e.g. counts of frames since the job's first segment; JSON-able."""
+        """Its entries in the record, e.g. counts of frames since the job's first segment; JSON-able."""
         return {}
 
     def clip_out(self, clip: ClipInfo) -> ClipInfo:
-        """What it makes of a whole clip. `start_s` stays, and the length in seconds to less than a frame."""
+        """Return the facts of the clip after this stage. `start_s` stays; the length changes by less than a frame."""
         ...
 
     def __call__(self, segment: Segment) -> Iterable[Segment]:
-        """The segments that can be handed on, in order; of these only the frames count.
+        """Return the segments that are ready, in order. Only their frames are used.
 
-        `segment` may have no frames, where the stage before kept them.
+        `segment` may have no frames, if the stage before kept them.
         """
         ...
 
     def flush(self) -> Iterable[Segment]:
-        """What is left after the last segment."""
+        """Return the frames that are left after the last segment."""
         ...
 
     def state(self) -> StageState:
-        """What `restore` needs in another process, so that the next segments come out with the same bits."""
+        """Return the state from which `restore` in another process gives the next segments the same bits."""
         ...
 
     def restore(self, state: StageState) -> None:
-        """Continue after the segment that `state` was taken after. Before the first segment."""
+        """Continue after the segment at which `state` was taken. Called before the first segment."""
         ...
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class SegmentStage(Protocol):
 
 
 def open_stages(options: JobOptions, settings: StageSettings) -> tuple[SegmentStage, ...]:
-    """The stages that a job asks for, in order, made for it alone. Raises what their files raise, e.g. weights.*."""
+    """Open a job's stages, in order. Raises the errors of their modules, e.g. weights.*."""
     found = []
     for row in STAGES.values():
         module, _, name = row.partition(":")
@@ -114,7 +114,7 @@ def open_stages(options: JobOptions, settings: StageSettings) -> tuple[SegmentSt
 
 
 def finished_clip(clip: ClipInfo, stages: Sequence[SegmentStage]) -> ClipInfo:
-    """`clip` after all stages."""
+    """Return the facts of `clip` after all stages."""
     for stage in stages:
         clip = stage.clip_out(clip)
     return clip
@@ -127,14 +127,15 @@ def finish_segments(
     total: int,
     states: Mapping[str, StageState] | None = None,
 ) -> Generator[Segment, None, None]:
-    """`segments` through all stages, lazily: one finished segment for each, of the same index.
+    """Run `segments` through all stages, lazily. Yields one finished segment for each, with the same index.
 
-    It has all frames that the stages hand on for it, perhaps none; that of index `total` - 1 has also those that the
-    stages kept to the end. Its `pose` is the generated segment's, at the first rate. Its `resume` has the stages'
-    states beside the generator's own (`add_states`).
+    It has all frames that the stages return for it, perhaps none. The segment of index `total` - 1 also has those that
+    the stages kept to the end. Its `pose` is the generated segment's, at the first rate. Its `resume` has the stages'
+    states beside the generator's (`add_states`).
 
-    `states`: of a resumed job, from `split_states`; None where it begins at segment 0. Closes the stages at the end, or
-    when it is closed. Raises InternalError where `states` are not of these stages, and what a stage's `restore` raises.
+    states: those of a resumed job, from `split_states`; None for a job from segment 0.
+    The stages are closed at the end, or when the generator is closed. Raises InternalError if `states` are not of these
+    stages, and the errors of a stage's `restore`.
     """
     with ExitStack() as opened:
         for stage in stages:
@@ -161,14 +162,14 @@ def _run(stage: SegmentStage, segments: Iterable[Segment], timer: StageTimer, *,
 
 
 def _join(made: Sequence[Segment], segment: Segment) -> np.ndarray:
-    """The frames of all that the stages made of `segment`."""
+    """Join the frames that the stages made from `segment`."""
     if len(made) == 1:
         return made[0].frames
     return np.concatenate([each.frames for each in made]) if made else segment.frames[:0]
 
 
 def add_states(point: ResumePoint, states: Mapping[str, StageState]) -> ResumePoint:
-    """`point` with the stages' states: arrays as `stage.<name>.<array>`, values as `stage.<name>`."""
+    """Return `point` with the stages' states: arrays as `stage.<name>.<array>`, values as `stage.<name>`."""
     arrays, values = dict(point.arrays), dict(point.values)
     for stage, state in states.items():
         arrays.update({f"{PREFIX}{stage}.{name}": array for name, array in state.arrays.items()})
@@ -177,20 +178,20 @@ def add_states(point: ResumePoint, states: Mapping[str, StageState]) -> ResumePo
 
 
 def split_states(point: ResumePoint) -> tuple[ResumePoint, dict[str, StageState]]:
-    """What `add_states` put together: the generator's own point, and the states by their stages' names."""
+    """Undo `add_states`: return the generator's point, and the states by the names of their stages."""
     names = [key.removeprefix(PREFIX) for key in point.values if key.startswith(PREFIX)]
     states = {}
     for stage in names:
         prefix = f"{PREFIX}{stage}."
         arrays = {key.removeprefix(prefix): array for key, array in point.arrays.items() if key.startswith(prefix)}
         states[stage] = StageState(arrays, point.values[f"{PREFIX}{stage}"])
-    own_arrays = {key: array for key, array in point.arrays.items() if not key.startswith(PREFIX)}
-    own_values = {key: value for key, value in point.values.items() if not key.startswith(PREFIX)}
-    return ResumePoint(point.segment, own_arrays, own_values), states
+    arrays = {key: array for key, array in point.arrays.items() if not key.startswith(PREFIX)}
+    values = {key: value for key, value in point.values.items() if not key.startswith(PREFIX)}
+    return ResumePoint(point.segment, arrays, values), states
 
 
 def _check_names(stages: Sequence[SegmentStage]) -> None:
-    """Names are parts of keys: two states of one name, or a name with a dot, could not be told apart again."""
+    """Raise ValueError for equal names and names with a dot: `split_states` finds the states by the names in keys."""
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names) or any("." in name for name in names):
         raise ValueError(f"the stages of a job need different names without dots, not {', '.join(names)}")

@@ -125,7 +125,7 @@ def test_frames_of_any_size_are_padded_and_cut():
     cut = interpolator.between(one[:50, :34], other[:50, :34])
     assert cut.shape == (50, 34, 3)
     assert np.array_equal(cut, interpolator.between(*black)[:50, :34])
-    with pytest.raises(InternalError, match="no frame between"):
+    with pytest.raises(InternalError, match="cannot interpolate between"):
         interpolator.between(one, other[:50])
 
 
