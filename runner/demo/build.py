@@ -1,8 +1,8 @@
-"""Build: the embedded default on disk: models small enough for a CPU, clips with known joints.
+"""Build: write the demo's files: models small enough for a CPU, and clips with known joints.
 
 In:   a folder. Out: for models, the production store's layout (DESIGN: "Model store"); for media, references, dances,
       a mask and `joints.json`, the ground truth. Never: manifests, rendering, training (tools/train_demo.py).
-A folder that is complete and was made by this very code is left as it is; a half-made one is made again.
+A complete folder that the same code made is not changed; an unfinished one is made again.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ POSE_FILE = "process_checkpoint/pose2d/vitpose_h_wholebody.onnx"
 TRAINED = Path(__file__).with_name("weights")  # made by tools/train_demo.py
 _TRAINED_FOLDERS = ("Wan2.2-Animate-14B-Diffusers", "distill_lora")
 LORA_RANK = 4
-LORA_SIZE = 0.02  # of a weight's norm, about what the published one adds
-# Modules of this folder whose code makes the files: a change in one of them makes the files anew.
+LORA_SIZE = 0.02  # of a weight's norm, about as much as the published LoRA adds
+# Modules of this folder whose code makes the files. If one of them changes, the files are made again.
 MODEL_MODULES = ("build", "graph", "puppet", "tiny_detector", "tiny_model", "tiny_pose", "tiny_segmenter")
 MEDIA_MODULES = ("build", "dancers", "dances", "drawing", "puppet", "scenes")
 _MARKER = "demo.json"  # what was built, by which code, with every file's size; complete or not
@@ -61,7 +61,7 @@ _MARKER = "demo.json"  # what was built, by which code, with every file's size; 
 
 @dataclass(frozen=True)
 class Clip:
-    """A driving video: one puppet that dances in front of one scene."""
+    """A driving video: one puppet dances in front of one scene."""
 
     name: str
     dance: str
@@ -81,7 +81,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A reference image: one character at one moment of a dance. A dancer's `scene` is its own, whatever it says."""
+    """A reference image: one character at one time of a dance. A dancer has its own scene; `scene` has no effect."""
 
     name: str
     character: str
@@ -103,7 +103,7 @@ PORTRAITS = (
     Portrait("bela", "bela", "studio", 640, 960, "wave", 1.12),
     Portrait("cato", "cato", "street", 540, 720, "jacks", 0.3),
 )
-# The trained model's characters, in rooms of their own; what is danced in their pictures is no demo job's dance.
+# The trained model's characters, each in its own room. Their pictures show dances that no demo job of theirs has.
 DANCER_PORTRAITS = (
     Portrait("mira", "mira", "", 480, 720, "jacks", 0.42),
     Portrait("otto", "otto", "", 480, 720, "jacks", 0.28),
@@ -112,11 +112,11 @@ DANCER_PORTRAITS = (
 
 
 def build_demo_models(root: Path, weights: Literal["trained", "random"] = "trained") -> None:
-    """The tiny store at `root`: every model of the default recipe, under its production name.
+    """Build the tiny store at `root`: every model of the default recipe, under its production name.
 
-    `weights`: "trained" ones transfer motion; "random" ones are smaller, and render noise that obeys every input.
-    Files appear only when all of them are made. Raises ConfigInvalid when `root` holds a store that is not the demo's:
-    real weights are never overwritten.
+    weights: "trained" weights transfer motion; "random" ones are smaller and render noise that depends on every input.
+    Files appear only when all of them are made. Raises ConfigInvalid if `root` has a store that is not the demo's: real
+    weights are never overwritten.
     """
 
     def build(into: Path) -> None:
@@ -139,13 +139,13 @@ def build_demo_models(root: Path, weights: Literal["trained", "random"] = "train
 
 
 def copy_trained(root: Path) -> Path:
-    """Copy the models into `root`; returns the LoRA's path there. ConfigInvalid where the package came without them."""
+    """Copy the trained models into `root`. Returns the LoRA's path. Raises ConfigInvalid if the package has none."""
     for name in _TRAINED_FOLDERS:
         if not (TRAINED / name).is_dir():
             raise ConfigInvalid(
-                "the demo's trained weights are not here",
+                "the demo's trained weights are missing",
                 where=TRAINED / name,
-                todo="Install the package from its wheel or from a whole checkout, or make them: tools/train_demo.py",
+                todo="Install the package from its wheel or a complete checkout, or make them with tools/train_demo.py",
             )
         shutil.copytree(TRAINED / name, root / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
     (lora,) = (root / _TRAINED_FOLDERS[1]).glob("*.safetensors")
@@ -153,7 +153,7 @@ def copy_trained(root: Path) -> Path:
 
 
 def trained_digest() -> str:
-    """Identity of the files that `copy_trained` copies."""
+    """Return the sha256 (hex) of the files that `copy_trained` copies."""
     digest = hashlib.sha256()
     for path in sorted(p for name in _TRAINED_FOLDERS for p in (TRAINED / name).rglob("*") if p.is_file()):
         digest.update(path.relative_to(TRAINED).as_posix().encode() + b"\0" + path.read_bytes())
@@ -194,7 +194,7 @@ def build_tiny_fp4(root: Path) -> None:
 
 
 def quantize_with(root: Path, lora: Path) -> None:
-    """Merge `lora` into the transformer of the store at `root`, and quantise that for `fp4-distill`."""
+    """Merge `lora` into the transformer of the store at `root`, and quantise it for `fp4-distill`."""
     from runner.quantization.files.checkpoint_write import quantize_store
     from runner.quantization.formats.e2m1 import FORMATS
     from runner.quantization.lora.apply import read_lora
@@ -207,7 +207,7 @@ def quantize_with(root: Path, lora: Path) -> None:
 
 
 def build_demo_media(root: Path) -> None:
-    """References, dances and their masks at `root`; `joints.json` knows every joint and box of every frame.
+    """Build references, dances, masks and `joints.json` (every joint and box of every frame) at `root`.
 
     references/NAME.png, dances/NAME.mp4 (H.264; one with AAC sound), masks/NAME.mp4 (white where the puppet is).
     """
@@ -228,7 +228,7 @@ def build_demo_media(root: Path) -> None:
 
 
 def stage_for(width: int, height: int, character: str) -> Stage:
-    """A puppet on the scene's floor, tall enough to be seen well, low enough for its raised hands to stay in frame."""
+    """Return the place of a puppet on the scene's floor. It is tall, but its raised hands stay inside the frame."""
     tall = min(0.70 * height, 1.02 * width)
     build = CHARACTERS[character].build if character in CHARACTERS else PLAIN
     return Stage(width / 2, height * (FLOOR + 0.11), tall, build)
@@ -257,7 +257,7 @@ def _write_portrait(portrait: Portrait, root: Path) -> dict[str, Any]:
 
 
 def _write_clip(clip: Clip, root: Path) -> dict[str, Any]:
-    """Render and encode one clip, and its mask if asked. Returns its ground truth."""
+    """Render and encode one clip, with its mask if `clip.mask`. Returns its ground truth."""
     from runner.video import AudioSpan, Mp4Writer, join_parts
 
     stage, character = stage_for(clip.width, clip.height, clip.character), CHARACTERS[clip.character]
@@ -276,7 +276,7 @@ def _write_clip(clip: Clip, root: Path) -> dict[str, Any]:
         silent.unlink()
         sound.unlink()
     if clip.mask:
-        # Near-lossless: a mask is thresholded when read, and must not move by a pixel at its edge.
+        # Nearly lossless: a mask is thresholded when it is read, and its edge must not move by a pixel.
         with Mp4Writer(root / "masks" / f"{clip.name}.mp4", clip.width, clip.height, fps, crf=1) as writer:
             writer.write(np.repeat(covered[..., None].astype(np.uint8) * 255, 3, axis=3))
     return {
@@ -288,7 +288,7 @@ def _write_clip(clip: Clip, root: Path) -> dict[str, Any]:
 
 
 def _write_beat(path: Path, seconds: int, rate: int = 48_000) -> None:
-    """A plucked tone on every beat, every fourth an octave higher: 16-bit mono WAV."""
+    """Write a plucked tone on every beat, every fourth an octave higher: 16-bit mono WAV."""
     time_s = np.arange(seconds * rate) / rate
     beat, since = np.divmod(time_s, BEAT_S)
     pitch_hz = np.where(beat % 4 == 0, 660.0, 330.0)
@@ -301,7 +301,7 @@ def _write_beat(path: Path, seconds: int, rate: int = 48_000) -> None:
 
 
 def _version(*modules: str) -> str:
-    """Identity of the code that makes a folder's files: editing it makes them anew, with no number to remember."""
+    """Return a hash of the code that makes a folder's files. So an edit of the code makes them again."""
     digest = hashlib.sha256()
     for name in sorted(modules):
         digest.update(name.encode() + b"\0" + Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -309,7 +309,7 @@ def _version(*modules: str) -> str:
 
 
 def _install(root: Path, version: str, build: Callable[[Path], None]) -> None:
-    """Fill `root` by `build` unless that is done: made in a folder beside, moved in whole, the marker last."""
+    """Fill `root` with `build`, unless it is complete. Files are made in a folder inside and moved at the end."""
     if _is_complete(root, version):
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -335,9 +335,9 @@ def _replace(root: Path, staged: Path, version: str) -> None:
         raise ConfigInvalid(
             f"{', '.join(foreign)} is there already and was not made by the demo",
             where=root,
-            todo="Give the demo a folder of its own",
+            todo="Give the demo an empty folder",
         )
-    # From here until the last line the marker says: ours, but unfinished.
+    # Until the last line of this function the marker means: made by the demo, but unfinished.
     pieces = sorted({*made, *old.get("pieces", [])})
     _write_marker(root, {"version": version, "complete": False, "pieces": pieces, "files": files})
     for name in pieces:

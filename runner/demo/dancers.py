@@ -1,7 +1,8 @@
-"""Dancers: drawn characters of plain shapes, which the trained demo model renders; the puppet's moves, other looks.
+"""Dancers: draw the characters of plain shapes that the trained demo model renders.
 
 In:   joints in pixels (puppet.JOINTS), a dancer. Out: RGB uint8 pictures and exact silhouettes. Never: motion, files.
-The tiny detector and pose model do not see them: only a puppet can drive, any dancer can be a reference.
+Dancers move like the puppet, but the tiny detector and pose model do not find them: only a puppet can drive, and any
+dancer can be a reference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _EYES: Colour = (20, 20, 20)
 
 @dataclass(frozen=True)
 class Dancer:
-    """Looks: colours RGB 0..255; `thick` is the limbs' width in tenths of the height, `head` a factor of the head."""
+    """Looks of a dancer: colours RGB 0..255; `thick`: the limbs' width in tenths of the height; `head`: a factor."""
 
     arms: Colour
     legs: Colour
@@ -35,7 +36,7 @@ class Dancer:
     floor: Colour
 
 
-# The demo's own; no training example is one of them.
+# The demo's dancers. No training example shows one of them.
 DANCERS: dict[str, Dancer] = {
     "mira": Dancer(
         arms=(240, 150, 40),
@@ -71,7 +72,7 @@ DANCERS: dict[str, Dancer] = {
 
 
 def random_dancer(rng: np.random.Generator) -> Dancer:
-    """Any looks: torso, limbs and head differ in hue, walls are muted."""
+    """Return random looks: torso, limbs and head differ in hue, walls are muted."""
     hue = rng.uniform()
     hues = (hue + np.array([0.0, *rng.uniform(0.18, 0.82, 3)])) % 1
     torso, arms, legs, face = (_vivid(h, rng) for h in hues)
@@ -95,7 +96,7 @@ def _rgb(colour: tuple[float, float, float]) -> Colour:
 
 
 def backdrop(dancer: Dancer, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]: the dancer's room, a wall that fades downwards and a floor."""
+    """Draw the dancer's room, a wall with a vertical gradient and a floor: uint8 [height, width, 3]."""
     down = np.linspace(0, 1 / FLOOR, height)[:, None, None]
     wall = (1 - down) * np.array(dancer.wall[0]) + down * np.array(dancer.wall[1])
     rows = np.where(down <= 1, wall, np.array(dancer.floor, float))
@@ -105,7 +106,7 @@ def backdrop(dancer: Dancer, width: int, height: int) -> np.ndarray:
 def draw_dancer(picture: np.ndarray, joints: np.ndarray, height: float, dancer: Dancer) -> np.ndarray:
     """Paint one dancer into `picture` (RGB uint8 [H, W, 3], in place, also returned).
 
-    `joints` [23, 2] and `height` in pixels of the picture: limbs are as thick as the height says.
+    `joints` [23, 2] and `height` are in pixels of the picture. The thickness of limbs is relative to the height.
     """
     import cv2
 
@@ -142,7 +143,7 @@ def draw_dancer(picture: np.ndarray, joints: np.ndarray, height: float, dancer: 
 
 
 def dancer_silhouette(shape: tuple[int, int], joints: np.ndarray, height: float, dancer: Dancer) -> np.ndarray:
-    """bool [H, W]: the pixels at least half covered by what `draw_dancer` paints; over black and white they agree."""
+    """Return bool [H, W]: the pixels that `draw_dancer` covers at least by half. It draws on black and on white."""
     over_black = draw_dancer(np.zeros((*shape, 3), np.uint8), joints, height, dancer)
     over_white = draw_dancer(np.full((*shape, 3), 255, np.uint8), joints, height, dancer)
     shows = over_white[..., 0].astype(np.int16) - over_black[..., 0]

@@ -1,6 +1,6 @@
-"""Dances: where the puppet's joints are at a moment. Pure functions of time, so that every joint is known exactly.
+"""Dances: compute the puppet's joints at a time. Dances are pure functions of time, so every joint is known exactly.
 
-In:   a dance's name, a time in seconds, a stage (where, how tall, what build). Out: [23, 2] joints in pixels.
+In:   a dance's name, a time in seconds, a stage (place, height, proportions). Out: [23, 2] joints in pixels.
 Never: colours, images, frame rates.
 """
 
@@ -20,7 +20,7 @@ BEAT_S = 0.75  # length of a beat: every dance repeats after two or four of them
 
 @dataclass(frozen=True)
 class Build:
-    """Proportions, as factors of the plain puppet's."""
+    """Proportions, as factors relative to the plain puppet."""
 
     head: float = 1.0
     torso: float = 1.0
@@ -33,7 +33,7 @@ PLAIN = Build()
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a puppet stands: the point between its feet and its height when upright, in pixels."""
+    """A puppet's place: the point between its feet, and its height when upright, in pixels."""
 
     x: float
     floor: float
@@ -43,13 +43,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stance:
-    """One pose. Angles in degrees: 0 hangs down, 90 points outward, 180 up. Offsets in tenths of the height.
+    """One pose. Angles in degrees: 0 points down, 90 outward, 180 up. Offsets in tenths of the height.
 
-    Pairs are (puppet's left, puppet's right); `fore` and `shin` are absolute angles too.
+    Pairs are (puppet's left, puppet's right). `fore` and `shin` are absolute angles too.
     """
 
     shift: tuple[float, float] = (0.0, 0.0)  # of the hips, x to the image's right, y down
-    sway: float = 0.0  # of the shoulders against the hips
+    sway: float = 0.0  # of the shoulders relative to the hips
     tilt: float = 0.0  # of the head, degrees
     arm: tuple[float, float] = (14.0, 14.0)
     fore: tuple[float, float] = (8.0, 8.0)
@@ -117,7 +117,7 @@ DANCES: dict[str, Callable[[float], Stance]] = {"wave": _wave, "step": _step, "j
 
 
 def dance(name: str, time_s: float, stage: Stage) -> np.ndarray:
-    """float64 [23, 2]: the joints of `stage`'s puppet, `time_s` seconds into the dance `name`, in pixels."""
+    """Return float64 [23, 2]: the joints of `stage`'s puppet at `time_s` of the dance `name`, in pixels."""
     return joints_of(DANCES[name](time_s / BEAT_S), stage)
 
 
@@ -127,7 +127,8 @@ def _direction(angle_deg: float, side: int) -> np.ndarray:
 
 
 def joints_of(stance: Stance, stage: Stage) -> np.ndarray:
-    """float64 [23, 2] pixels, by forward kinematics: hips, then up to the head and down to the toes.
+    """Return the joints of a pose, float64 [23, 2] pixels, by forward kinematics: hips, then up to the head and down to
+    the toes.
 
     A unit is a tenth of the height.
     """

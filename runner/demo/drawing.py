@@ -1,7 +1,7 @@
-"""Drawing: a dressed puppet, painted into a picture, and its exact silhouette.
+"""Drawing: paint a dressed puppet into a picture, and compute its exact silhouette.
 
 In:   joints in pixels, a character. Out: RGB uint8 pictures. Never: motion, backgrounds, files.
-Everything painted is white, tinted or a joint's disc, which is what the tiny detector takes for a person.
+All painted pixels are white, tinted or a joint's disc: the tiny detector recognises a person by them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from runner.demo.puppet import BONES, PALETTE, TINTS, WHITE, joint, lift
 __all__ = ["CHARACTERS", "Character", "box_of", "draw", "silhouette"]
 
 Colour = tuple[int, int, int]
-_SHIFT = 4  # cv2 takes fixed-point coordinates: 4 fractional bits keep a joint's drawn place within 1/32 pixel
-_RING: Colour = (128, 128, 128)  # parts a disc from what it lies on: H.264 shares colour among 2x2 pixels
+_SHIFT = 4  # fractional bits of cv2's fixed-point coordinates: a joint is drawn within 1/32 pixel of its place
+_RING: Colour = (128, 128, 128)  # separates a disc from the pixels around: in H.264, 2x2 pixels share a colour
 _LINE: Colour = (150, 150, 150)
 
 
 @dataclass(frozen=True)
 class Character:
-    """A puppet's clothes and proportions; parts without a tint are white."""
+    """A puppet's clothes and proportions. Parts without a tint are white."""
 
     name: str
     build: Build = PLAIN
@@ -64,8 +64,8 @@ def draw(
 ) -> np.ndarray:
     """Paint one puppet into `picture` (RGB uint8 [H, W, 3], in place, also returned).
 
-    `joints` [23, 2] and `height` in pixels: discs and limbs are sized by the height. `hide`: joints painted without
-    their disc, as if covered.
+    `joints` [23, 2] and `height` are in pixels. The sizes of discs and limbs are relative to the height. hide: joints
+    that are painted without their disc, as if covered.
     """
     _Brush(picture, np.asarray(joints, float), height / 10).puppet(character, hide)
     return picture
@@ -74,9 +74,9 @@ def draw(
 def silhouette(
     shape: tuple[int, int], joints: np.ndarray, height: float, character: Character = CHARACTERS["pip"]
 ) -> np.ndarray:
-    """bool [H, W]: the pixels at least half covered by what `draw` paints.
+    """Return bool [H, W]: the pixels that `draw` covers at least by half.
 
-    Painted over black and over white: the two pictures differ by what still shows of the ground.
+    It paints on black and on white: the difference of the two pictures is the visible part of the background.
     """
     over_black = draw(np.zeros((*shape, 3), np.uint8), joints, height, character)
     over_white = draw(np.full((*shape, 3), 255, np.uint8), joints, height, character)
@@ -85,7 +85,7 @@ def silhouette(
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(x1, y1, x2, y2) of the true pixels of a bool [H, W]; x2 and y2 lie just outside."""
+    """Return the box (x1, y1, x2, y2) of the true pixels of a bool [H, W]; x2 and y2 are exclusive."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -100,7 +100,7 @@ def _tint(name: str | None) -> Colour:
 
 
 class _Brush:
-    """One puppet being painted; `unit` is a tenth of its height, in pixels."""
+    """Paints one puppet. `unit` is a tenth of its height, in pixels."""
 
     def __init__(self, picture: np.ndarray, joints: np.ndarray, unit: float) -> None:
         self.picture, self.joints, self.unit = picture, joints, unit
@@ -205,7 +205,7 @@ class _Brush:
         start: float = 0,
         end: float = 360,
     ) -> None:
-        """Filled; a part of the turn is filled to its chord, as a cap sits on a head."""
+        """Paint a filled ellipse. A part of it is filled up to its chord, like a cap on a head."""
         import cv2
 
         if end - start >= 360:

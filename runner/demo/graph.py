@@ -1,7 +1,7 @@
-"""Graph: an ONNX graph written line by line, as one writes array code.
+"""Graph: write an ONNX graph line by line, like array code.
 
 In:   operator names, inputs (names of values, or arrays that become constants), attributes. Out: an ONNX file.
-Never: what the graph computes. Values are numbered in order of writing, so the same code gives the same bytes.
+Never: the meaning of the graph. Values are numbered in the order of writing, so the same code gives the same bytes.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ class Graph:
         return out
 
     def greater(self, a: Input, b: Input) -> Value:
-        """1.0 where a > b, else 0.0."""
+        """Add nodes for: 1.0 where a > b, else 0.0."""
         return self("Cast", self("Greater", a, b), to=1)
 
     def equal(self, a: Input, b: Input) -> Value:
-        """1.0 where a == b, else 0.0."""
+        """Add nodes for: 1.0 where a == b, else 0.0."""
         return self("Cast", self("Equal", a, b), to=1)
 
     def neighbourhood(self, operator: str, value: Value, size: int, **attributes: Any) -> Value:
-        """MaxPool or AveragePool over `size` x `size` (odd) around every pixel; the shape stays."""
+        """Add a MaxPool or AveragePool over `size` x `size` (odd) around every pixel. The shape stays."""
         border = [size // 2] * 4
         return self(operator, value, kernel_shape=[size, size], pads=border, strides=[1, 1], **attributes)
 
     def cells(self, operator: str, value: Value, size: int) -> Value:
-        """MaxPool or AveragePool over disjoint `size` x `size` cells."""
+        """Add a MaxPool or AveragePool over disjoint `size` x `size` cells."""
         return self(operator, value, kernel_shape=[size, size], strides=[size, size])
 
     def save(self, path: Path, value: Value, output_name: str, output_shape: Sequence[int | str]) -> None:
-        """Write the graph with `value` as its only output, after onnx's full check of types and shapes."""
+        """Write the graph with `value` as its only output, after the full check of types and shapes by onnx."""
         import onnx
         from onnx import TensorProto, helper
 
@@ -100,9 +100,9 @@ class Graph:
 
 
 def colour_response(graph: Graph, picture: Value, colours: np.ndarray, reach: float) -> Value:
-    """[N, 3, H, W] RGB 0..1 -> [N, K, H, W]: relu(1 - |pixel - colour|^2 / reach^2) for each of K colours.
+    """Add nodes that map [N, 3, H, W] RGB 0..1 to [N, K, H, W]: relu(1 - |pixel - colour|^2 / reach^2) for K colours.
 
-    |p - c|^2 = |p|^2 - 2 c.p + |c|^2 is linear in (p, |p|^2), so one 1x1 convolution does it.
+    |p - c|^2 = |p|^2 - 2 c.p + |c|^2 is linear in (p, |p|^2), so one 1x1 convolution is enough.
     """
     square = graph("ReduceSum", graph("Mul", picture, picture), np.array([1]), keepdims=1)
     features = graph("Concat", picture, square, axis=1)

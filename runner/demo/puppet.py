@@ -1,7 +1,7 @@
-"""Puppet: the demo's person. 23 joints, each a disc in a colour of its own, and the 133 points that follow from them.
+"""Puppet: define the demo's person: 23 joints, each a disc in its own colour, and the 133 points computed from them.
 
 In:   joint positions in pixels. Out: the whole-body points, colours and tints that drawing and the tiny models share.
-Never: images, files, motion. The tiny models carry no trained weights: every constant of theirs comes from this table.
+Never: images, files, motion. The tiny models have no trained weights: all their constants come from this table.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 __all__ = ["BONES", "JOINTS", "PALETTE", "TINTS", "WHITE", "joint", "lift", "lift_matrix", "lift_parents"]
 
 # COCO's 17 body joints and the 6 feet points of COCO-WholeBody, in that order: index k is also point k of the 133.
-# Each colour is a non-grey corner of the cube {0, 0.5, 1}^3, so that any two lie at least 0.5 apart: H.264 at ordinary
-# quality moves a flat patch by less than a third of that. Left is cool, right is warm: a swapped limb is seen at once.
+# Each colour is a non-grey corner of the cube {0, 0.5, 1}^3, so that any two differ by at least 0.5: H.264 at ordinary
+# quality changes a flat patch by less than a third of that. Left is cool, right is warm: swapped limbs are easy to see.
 _JOINT_COLOURS: dict[str, tuple[float, float, float]] = {
     "nose": (1, 0, 0),
     "left_eye": (0, 0, 1),
@@ -44,7 +44,7 @@ JOINTS = tuple(_JOINT_COLOURS)
 PALETTE = np.array(list(_JOINT_COLOURS.values()), np.float32)  # [23, 3] RGB 0..1
 
 WHITE = (0.99, 0.99, 0.99)
-# Clothes: the centres of the same cube's cells, 0.43 from every joint colour, and as saturated as the detector asks.
+# Clothes: the centres of the cube's cells, 0.43 from every joint colour, and saturated enough for the detector.
 TINTS: dict[str, tuple[float, float, float]] = {
     "brick": (0.75, 0.25, 0.25),
     "grass": (0.25, 0.75, 0.25),
@@ -56,7 +56,7 @@ TINTS: dict[str, tuple[float, float, float]] = {
 
 
 def joint(name: str) -> int:
-    """Index of a joint in JOINTS and PALETTE, and of its point among the 133."""
+    """Return the index of a joint in JOINTS and PALETTE, and of its point among the 133."""
     return JOINTS.index(name)
 
 
@@ -71,7 +71,7 @@ _FACE, _LEFT_HAND, _RIGHT_HAND, _POINTS = 23, 91, 112, 133  # COCO-WholeBody's l
 
 
 def _face_template() -> np.ndarray:
-    """[68, 2] in the frame of the eyes: origin midway, unit = eye distance, x to the puppet's left, y down the face."""
+    """Return [68, 2] relative to the eyes: origin between them, unit their distance, x to the puppet's left, y down."""
 
     def ellipse(count: int, rx: float, ry: float) -> np.ndarray:
         angle = np.pi - np.arange(count) * 2 * np.pi / count
@@ -89,7 +89,7 @@ def _face_template() -> np.ndarray:
 
 
 def _hand_template() -> np.ndarray:
-    """[21, 2] in the frame of the forearm: origin at the wrist, unit and x axis = from elbow to wrist, thumb first."""
+    """Return [21, 2] relative to the forearm: origin at the wrist, unit and x axis from elbow to wrist, thumb first."""
     points = [(0.0, 0.0)]
     for angle_deg, length in ((-55, 0.34), (-22, 0.5), (-6, 0.54), (10, 0.5), (26, 0.42)):
         angle = np.deg2rad(angle_deg)
@@ -99,10 +99,10 @@ def _hand_template() -> np.ndarray:
 
 @cache
 def lift_matrix() -> np.ndarray:
-    """float32 [266, 46]: the 133 points (x, y interleaved) as a linear map of the 23 joints (x, y interleaved).
+    """Return float32 [266, 46]: the linear map from the 23 joints to the 133 points (x, y interleaved in both).
 
-    The face is a similarity of the two eyes, each hand one of elbow and wrist; so one matrix product inside the tiny
-    pose model makes exactly the points that drawing used.
+    The face is a similarity transform given by the two eyes, each hand one given by elbow and wrist. So one matrix
+    product in the tiny pose model gives exactly the points that were drawn.
     """
     weights = np.zeros((_POINTS, 2, len(JOINTS), 2))
     same, quarter_turn = np.eye(2), np.array([[0, -1], [1, 0]])
@@ -123,7 +123,7 @@ def lift_matrix() -> np.ndarray:
 
 @cache
 def lift_parents() -> np.ndarray:
-    """int64 [133, 2]: the two joints that each point depends on (a joint depends on itself, twice)."""
+    """Return int64 [133, 2]: the two joints that each point depends on (for a joint: itself, twice)."""
     parents = np.repeat(np.arange(_POINTS)[:, None], 2, axis=1)
     parents[_FACE:_LEFT_HAND] = joint("left_eye"), joint("right_eye")
     parents[_LEFT_HAND:_RIGHT_HAND] = joint("left_wrist"), joint("left_elbow")
@@ -132,5 +132,5 @@ def lift_parents() -> np.ndarray:
 
 
 def lift(joints: np.ndarray) -> np.ndarray:
-    """[23, 2] joints in pixels -> float32 [133, 2] whole-body points in pixels, in COCO-WholeBody's order."""
+    """Return float32 [133, 2], whole-body points in COCO-WholeBody's order, for joints [23, 2]; all in pixels."""
     return (lift_matrix() @ np.asarray(joints, np.float32).reshape(-1)).reshape(_POINTS, 2)

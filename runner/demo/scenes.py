@@ -1,6 +1,6 @@
-"""Scenes: the rooms that puppets dance in, all muted, so that nothing in them looks like a joint or a limb.
+"""Scenes: draw the rooms that puppets dance in, in muted colours, so that nothing in them looks like a joint or limb.
 
-In:   a name, a size, a seed. Out: RGB uint8 pictures. Never: puppets, files.
+In:   a name, a size, a random seed. Out: RGB uint8 pictures. Never: puppets, files.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import numpy as np
 
 __all__ = ["FLOOR", "SCENES", "scene"]
 
-# The tiny detector takes brighter than 0.86 or more saturated than 0.32 for a puppet; H.264 moves a pixel by some
-# hundredths, chroma more than luma.
+# For the tiny detector, pixels brighter than 0.86 or more saturated than 0.32 are a puppet. H.264 changes a pixel by
+# some hundredths, chroma more than luma.
 _DARKEST, _BRIGHTEST, _CHROMA = 0.10, 0.74, 0.20
-FLOOR = 0.80  # where a scene's wall meets its floor, of the height
+FLOOR = 0.80  # upper edge of a scene's floor, as a share of the height
 
 
 def _grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """x [1, W] and y [H, 1], 0..1."""
+    """Return x [1, W] and y [H, 1], 0..1."""
     return np.linspace(0, 1, width, dtype=np.float32)[None, :], np.linspace(0, 1, height, dtype=np.float32)[:, None]
 
 
 def _paint(luma: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
-    """[H, W] luma tinted towards `colour` (mean 0 offsets) -> [H, W, 3]."""
+    """Return luma [H, W] tinted with the offsets `colour` (mean 0), [H, W, 3]."""
     return luma[..., None] + np.array(colour, np.float32)
 
 
 def _studio(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """A rehearsal room: plaster wall, skirting board, wooden boards running to the back."""
+    """A rehearsal room: plaster wall, skirting board, wooden boards towards the back."""
     x, y = _grid(width, height)
     picture = _paint(0.56 - 0.12 * np.abs(x - 0.4) + 0.05 * (1 - y), (0.02, 0.0, -0.02))
     panel = ((x > 0.08) & (x < 0.3) | (x > 0.72) & (x < 0.94)) & (y > 0.12) & (y < 0.5)
@@ -54,7 +54,7 @@ def _stage(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _street(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """Dusk: a sky fading to the roofs, houses with dim windows, a paved square."""
+    """A street at dusk: a sky with a gradient, houses with dim windows, a paved square."""
     x, y = _grid(width, height)
     picture = _paint(0.34 + 0.34 * y + 0 * x, (-0.04, 0.0, 0.05)) * np.array([1, 0.98, 0.96], np.float32)
     edges = np.concatenate([[0.0], np.sort(rng.uniform(0.08, 0.92, 5)), [1.0]])
@@ -96,7 +96,7 @@ SCENES: dict[str, Callable[[int, int, np.random.Generator], np.ndarray]] = {
 
 
 def scene(name: str, width: int, height: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3] RGB. The same arguments give the same pixels; a little grain, as in a photograph."""
+    """Draw a scene with a little grain: uint8 [height, width, 3] RGB. The same arguments give the same pixels."""
     rng = np.random.default_rng(seed)
     picture = np.clip(SCENES[name](width, height, rng), _DARKEST, _BRIGHTEST)
     picture = picture + rng.normal(0, 0.012, (height, width, 1)).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Tiny detector: an ONNX person detector, without trained weights, that truly finds puppets in pixels.
+"""Tiny detector: write an ONNX person detector without trained weights, which finds puppets by their pixels.
 
 In:   a path. Out: a file with YOLOv10's contract: `images` float32 [1, 3, 640, 640] (RGB, 0..1, the frame stretched to
       the square) -> `output0` [1, 300, 6], rows x1, y1, x2, y2, score, class in those 640 pixels, best score first,
       unused rows zero. Never: video, onnxruntime.
 
-A puppet is one connected component of bright or saturated pixels that holds a red nose near a blue and a green eye.
+A puppet is a connected component of bright or saturated pixels with a red nose near a blue and a green eye.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["INPUT_SIDE", "MAX_PEOPLE", "build_tiny_detector"]
 
 INPUT_SIDE, ROWS = 640, 300
 MAX_PEOPLE = 4
-_CELL = 8  # pixels a side of the coarse grid on which components grow
+_CELL = 8  # side in pixels of a cell of the coarse grid on which components grow
 _GRID = INPUT_SIDE // _CELL
 _GROWTH_STEPS = 110  # cells from the nose to the farthest fingertip or toe, along the body: more than one grid side
-_REACH = 0.3  # of a colour: above what H.264 does to a flat patch, below half the distance of two joint colours
+_REACH = 0.3  # of a colour: more than H.264 changes a flat patch, less than half the distance of two joint colours
 _SATURATED, _BRIGHT = 0.32, 0.86  # above every scene (scenes.py), below every tint and white of a puppet
-_EYE_SPAN = 17  # cells: eyes lie within +-64 pixels of the nose even if a puppet fills a stretched frame
+_EYE_SPAN = 17  # cells: eyes are within +-64 pixels of the nose even if a puppet fills a stretched frame
 _NOSE_SEEN = 0.004  # mean response over 3 x 3 cells: two to three pixels of pure red
 _LEAST_AREA = 300.0  # pixels of the square; a puppet of 80 x 60 has four times as many
-_MOST_AREA = 0.6 * INPUT_SIDE**2  # a puppet covers half of its box at most; a gaudy picture is one figure as a whole
+_MOST_AREA = 0.6 * INPUT_SIDE**2  # a puppet covers at most half of its box; a saturated picture is one component
 
 
 def build_tiny_detector(path: Path) -> None:
@@ -46,7 +46,7 @@ def build_tiny_detector(path: Path) -> None:
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
     )
-    component = graph("Mul", enlarged, figure)  # back to pixels: the cells' outline is 8 times too coarse for a box
+    component = graph("Mul", enlarged, figure)  # in pixels again: cells are 8 times too coarse for a box
     x1, x2 = _extent(graph, graph("ReduceMax", component, axes=[2], keepdims=0))
     y1, y2 = _extent(graph, graph("ReduceMax", component, axes=[3], keepdims=0))
     area = graph("ReduceSum", component, np.array([2, 3]), keepdims=0)
@@ -64,7 +64,7 @@ def build_tiny_detector(path: Path) -> None:
 
 
 def _figure(graph: Graph) -> Value:
-    """[1, 1, 640, 640]: 1 where a pixel is saturated or white, by majority of its 3 x 3, so that specks vanish."""
+    """[1, 1, 640, 640]: 1 where most of 3 x 3 pixels are saturated or white; this removes single pixels."""
     highest = graph("ReduceMax", graph.input, axes=[1], keepdims=1)
     lowest = graph("ReduceMin", graph.input, axes=[1], keepdims=1)
     saturated = graph.greater(graph("Sub", highest, lowest), _SATURATED)
@@ -73,21 +73,21 @@ def _figure(graph: Graph) -> Value:
 
 
 def _seeds(graph: Graph) -> tuple[Value, Value]:
-    """Where noses are: strength [1, P] of the best cells, and [1, P, 80, 80] with a single 1 in each one's plane."""
+    """Find noses: strength [1, P] of the best cells, and [1, P, 80, 80] with a single 1 in the plane of each."""
     nose = colour_response(graph, graph.input, PALETTE[[joint("nose")]], _REACH)
     nose = graph.cells("AveragePool", nose, _CELL)
-    near = graph.neighbourhood("AveragePool", nose, 3)  # a nose may lie on the corner of four cells
+    near = graph.neighbourhood("AveragePool", nose, 3)  # a nose may be on the corner of four cells
 
     eyes = colour_response(graph, graph.input, PALETTE[[joint("left_eye"), joint("right_eye")]], _REACH)
     eyes = graph.neighbourhood("MaxPool", graph.cells("AveragePool", eyes, _CELL), _EYE_SPAN)
     both_eyes = graph.greater(graph("ReduceMin", eyes, axes=[1], keepdims=1), 0.01)
 
-    # A blob stands out of its surroundings; a red wall or coloured noise does not.
+    # A nose is much stronger than its surroundings; a red wall or coloured noise is not.
     surroundings = graph.neighbourhood("AveragePool", nose, 21, count_include_pad=1)
     alone = graph.greater(near, graph("Mul", surroundings, 8.0))
     strength = graph("Mul", graph("Mul", near, both_eyes), alone)
 
-    # Two equal neighbours would both be the maximum: a slope of a thousandth over the picture decides.
+    # Of two equal neighbours both would be the maximum: a slope of a thousandth over the picture makes them differ.
     slope = 1 + 1e-3 * np.arange(_GRID * _GRID).reshape(1, 1, _GRID, _GRID) / _GRID**2
     strength = graph("Mul", strength, slope)
     peak = graph("Mul", strength, graph.equal(strength, graph.neighbourhood("MaxPool", strength, 9)))
@@ -101,7 +101,7 @@ def _seeds(graph: Graph) -> tuple[Value, Value]:
 
 
 def _grow(graph: Graph, figure: Value, seeds: Value) -> Value:
-    """[1, P, 80, 80]: the cells connected to each seed, by growing one cell at a time within the figure."""
+    """[1, P, 80, 80]: the cells connected to each start cell, found by growing one cell at a time inside the figure."""
     within = graph.cells("MaxPool", figure, _CELL)
     within = graph.neighbourhood("MaxPool", within, 3)  # bridges the grey rings around discs
     grown = graph("Mul", seeds, within)
@@ -111,7 +111,7 @@ def _grow(graph: Graph, figure: Value, seeds: Value) -> Value:
 
 
 def _extent(graph: Graph, profile: Value) -> tuple[Value, Value]:
-    """[1, P, 640] of 0 and 1 -> first and one past the last position that is 1, each [1, P]."""
+    """Positions of the first 1, and one after the last 1, in [1, P, 640] of 0 and 1; each [1, P]."""
     position = np.arange(INPUT_SIDE, dtype=np.float32).reshape(1, 1, -1)
     far = 1e4
     first = graph("ReduceMin", graph("Add", graph("Mul", profile, -far), position + far), axes=[2], keepdims=0)
@@ -120,7 +120,7 @@ def _extent(graph: Graph, profile: Value) -> tuple[Value, Value]:
 
 
 def _first_of_component(graph: Graph, grown: Value) -> Value:
-    """[1, P]: 1 unless a stronger seed grew over the same cells (two reds in one body)."""
+    """[1, P]: 1 unless a stronger start cell grew over the same cells (two red spots in one body)."""
     planes = graph("Reshape", grown, np.array([MAX_PEOPLE, -1]))
     shared = graph("MatMul", planes, graph("Transpose", planes, perm=[1, 0]))
     with_stronger = graph("Mul", shared, np.tril(np.ones((MAX_PEOPLE, MAX_PEOPLE)), -1))

@@ -1,8 +1,8 @@
-"""Tiny model: a Wan2.2-Animate of random weights in the production layout, small enough for tests and for the demo.
+"""Tiny model: write a Wan2.2-Animate with random weights in the production layout, small enough for tests and the demo.
 
-In:   a folder and a seed. Out: `Wan2.2-Animate-14B-Diffusers/` in it, about 3 MB, the same bytes for the same seed.
-Never: the network, training, meaning. What it renders is coloured noise that obeys every input; each path of the real
-model is taken (image cross-attention, face adapters, motion encoder, causal autoencoder), only narrower.
+In:   a folder and a random seed. Out: `Wan2.2-Animate-14B-Diffusers/` in it, about 3 MB, the same bytes for the same
+      seed. Never: downloads, training. It renders coloured noise that depends on every input. It has all parts of the
+      real model (image cross-attention, face adapters, motion encoder, causal autoencoder), only narrower.
 
 Every linear layer has inputs in multiples of 32, so that group-32 quantisation applies to all of them.
 """
@@ -16,7 +16,7 @@ from runner.spec.options import DEFAULT_PROMPT
 
 __all__ = ["TINY_FACE_SIZE", "build_tiny_store", "tiny_models", "tiny_tokenizer"]
 
-TINY_FACE_SIZE = 32  # pixels a side, of the faces that the motion encoder reads
+TINY_FACE_SIZE = 32  # side in pixels of the faces that the motion encoder reads
 FOLDER = "Wan2.2-Animate-14B-Diffusers"
 
 WORDS = (
@@ -58,7 +58,7 @@ CHINESE = "人物跳舞走路挥手旋转画面静止模糊低质量丑陋背景
 
 
 def build_tiny_store(root: Path, seed: int = 0) -> None:
-    """Write `root/Wan2.2-Animate-14B-Diffusers/` in float32. The global random state is left as it was."""
+    """Write `root/Wan2.2-Animate-14B-Diffusers/` in float32. The global random state is not changed."""
     import torch
     from diffusers import WanAnimatePipeline
 
@@ -70,14 +70,14 @@ def build_tiny_store(root: Path, seed: int = 0) -> None:
 
 
 def hub_scheduler() -> Any:
-    """The scheduler that the hub has beside Wan2.2-Animate-14B, for a store's `scheduler` folder."""
+    """Return the scheduler that is published with Wan2.2-Animate-14B, for a store's folder `scheduler`."""
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
 
 
 def tiny_tokenizer() -> Any:
-    """A unigram tokenizer in T5's layout (0 pad, 1 end, 2 unknown), its pieces listed, nothing trained."""
+    """Return a unigram tokenizer in T5's layout (0 pad, 1 end, 2 unknown), with the pieces above, not trained."""
     from transformers import T5Tokenizer
 
     characters = dict.fromkeys(PUNCTUATION + DEFAULT_PROMPT + CHINESE)
@@ -88,7 +88,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_models() -> dict[str, Any]:
-    """The models of the random store and their image processor, by their names in the pipeline; from torch's state."""
+    """Return the random store's models and image processor, by pipeline names. They depend on torch's random state."""
     from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -134,7 +134,7 @@ def tiny_models() -> dict[str, Any]:
         motion_encoder_dim=32,
         face_encoder_hidden_dim=32,
         face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,  # divides num_layers, else the forward pass runs out of adapters
+        inject_face_latents_blocks=2,  # must divide num_layers: else the forward pass has too few adapters
     )
     models: dict[str, Any] = {
         "text_encoder": text_encoder,

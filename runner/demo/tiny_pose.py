@@ -1,10 +1,10 @@
-"""Tiny pose: an ONNX whole-body pose model, without trained weights, that truly finds a puppet's joints in pixels.
+"""Tiny pose: write an ONNX whole-body pose model without trained weights, which finds a puppet's joints by pixels.
 
 In:   a path. Out: a file with ViTPose's contract: `input` float32 [N, 3, 256, 192] (RGB normalised by ImageNet's mean
-      and deviation) -> `heatmaps` [N, 133, 64, 48], a gaussian of sigma 2 at each point of COCO-WholeBody, its height
-      the confidence (0 when the joint is not seen). Never: boxes, video, onnxruntime.
+      and deviation) -> `heatmaps` [N, 133, 64, 48], a gaussian of sigma 2 at each point of COCO-WholeBody. Its height
+      is the confidence (0 if the joint is not seen). Never: boxes, video, onnxruntime.
 
-A joint is the centre of its colour; face and hands follow from the joints as when they were drawn (puppet.lift).
+A joint is the centre of its colour. Face and hands are computed from the joints as in the drawing (puppet.lift).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["INPUT_SIZE", "MAP_SIZE", "build_tiny_pose"]
 
 INPUT_SIZE, MAP_SIZE = (192, 256), (48, 64)  # width, height
 POINTS = 133
-MAP_SIGMA = 2.0  # what ViTPose was trained to draw
+MAP_SIGMA = 2.0  # as in ViTPose's training
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_REACH = 0.32  # of a colour; tints lie 0.43 away
+_REACH = 0.32  # of a colour; tints have a distance of 0.43
 _DISC_SIGMA = 2.0  # crop pixels: a disc is about 6 across when a whole puppet fills the crop
 _WINDOW_SIGMA = 4.0  # crop pixels of the window whose centre of mass refines the peak
 
@@ -44,7 +44,7 @@ def build_tiny_pose(path: Path) -> None:
 
 
 def _peak(graph: Graph, response: Value) -> tuple[Value, Value, Value]:
-    """Strongest place of each joint's blurred response: x, y [N, 23, 1] in crop pixels, and the response there."""
+    """Maximum of each joint's blurred response: x, y [N, 23, 1] in crop pixels, and the response there."""
     count, (width, height) = len(JOINTS), INPUT_SIZE
     reach = 5
     taps = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * _DISC_SIGMA**2))
@@ -72,7 +72,7 @@ def _peak(graph: Graph, response: Value) -> tuple[Value, Value, Value]:
 
 
 def _centre_of_mass(graph: Graph, response: Value, x: Value, y: Value) -> Value:
-    """[N, 23, 2] crop pixels: mean position of the response under a gaussian window at (x, y).
+    """[N, 23, 2] crop pixels: mean position of the response, weighted by a gaussian window at (x, y).
 
     The window is separable, so the sums over the crop are matrix products.
     """
@@ -98,7 +98,8 @@ def _centre_of_mass(graph: Graph, response: Value, x: Value, y: Value) -> Value:
 
 
 def _draw(graph: Graph, points: Value, confidence: Value) -> Value:
-    """[N, 133, 2] crop pixels and [N, 133, 1] -> heatmaps. A map pixel is 4 crop pixels, 0 upon 0."""
+    """Heatmaps of points [N, 133, 2] in crop pixels and confidences [N, 133, 1]. A map pixel is 4 crop pixels; both
+    start at 0."""
     width, height = MAP_SIZE
     x, y = graph.several("Split", 2, graph("Mul", points, width / INPUT_SIZE[0]), axis=2)
 

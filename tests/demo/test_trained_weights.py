@@ -59,7 +59,7 @@ def test_the_store_is_complete_for_both_recipes(store: Path) -> None:
 
 def test_a_package_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.demo.build.TRAINED", tmp_path / "nowhere")
-    with pytest.raises(ConfigInvalid, match="weights are not here"):
+    with pytest.raises(ConfigInvalid, match="weights are missing"):
         copy_trained(tmp_path / "store")
 
 
