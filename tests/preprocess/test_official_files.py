@@ -211,7 +211,7 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(InputNotFound, match=r"src_bg.mp4 is missing, which mode: replace needs"):
         official_files(folder, "replace")
     (folder / "src_ref.png").unlink()
-    with pytest.raises(InputNotFound, match=r"src_ref.png, src_bg.mp4 are not there"):
+    with pytest.raises(InputNotFound, match=r"src_ref.png, src_bg.mp4 are missing"):
         official_files(folder, "replace")
     (folder / "src_ref.png").write_bytes(jpeg((20, 20))[:100])
     with pytest.raises(InputUnreadable, match=r"src_ref.png"):
