@@ -184,9 +184,9 @@ def workspace_bytes(
 
 
 def kept_code_bytes(shape: TransformerShape, *, compute: str) -> int:
-    """Bytes of the kept codes of all token-wise weights, with a float32 scale per row; 0 if `compute` has no rows.
+    """Bytes of kept codes: those of all token-wise linears' weights, with one float32 scale per row (output channel).
 
-    `compute`: the name of a row of `PRECISIONS`.
+    0 where products take no such codes. `compute`: the name of a row of `PRECISIONS`.
     """
     precision, adapters = PRECISIONS[compute], shape.num_layers // shape.inject_face_latents_blocks
     if precision.layout != "rows":
