@@ -185,7 +185,7 @@ def test_a_row_whose_backend_is_not_there_says_so(stub, monkeypatch):
     from runner.quantization.kernels import low_bit
 
     cpu = torch.device("cpu")
-    problem = low_bit._problem_of("stub_mm", "stub", cpu)
+    problem = low_bit._check_backend("stub_mm", "stub", cpu)
     assert problem == "ModuleNotFoundError: No module named 'runner.quantization.kernels.stub_kernel'"
     without = replace(stub, name="bare", reference=GemmBackend(REFERENCE, "runner.quantization.kernels.rowwise:gone"))
     monkeypatch.setitem(PRECISIONS, "bare", without)
