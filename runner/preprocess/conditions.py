@@ -1,7 +1,7 @@
-"""Conditions: what drives one render, made a window at a time.
+"""Conditions: make the pictures that drive one render, a window at a time.
 
 In:   the poses and plans of pass 1. Out: `ConditionFrames`: skeletons, faces, in replace mode backgrounds and masks.
-Never: networks. Holds about 2 KB a frame; pixels exist only while a window is made (pass 2, a second decode).
+Never: networks. It keeps about 2 KB per frame; pixels exist only while a window is made (pass 2, a second decode).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 __all__ = ["ConditionFrames", "PoseConditions"]
 
-CROPS_KEPT = 4  # faces of frames outside of the window, which the next window is likely to hold too
+CROPS_KEPT = 4  # faces of frames outside the window, which the next window probably needs too
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionFrames:
-    """Frames [start, stop) of what drives the model."""
+    """The pictures that drive the model in frames [start, stop)."""
 
     pose: np.ndarray  # uint8 [n, H, W, 3] RGB
     face: np.ndarray  # uint8 [n, F, F, 3] RGB
     background: np.ndarray | None = None  # uint8 [n, H, W, 3] RGB, black where the mask is white; replace mode
-    mask: np.ndarray | None = None  # uint8 [n, H, W], 255 where the picture is made anew, else 0; replace mode
+    mask: np.ndarray | None = None  # uint8 [n, H, W], 255 where the picture is generated, else 0; replace mode
 
 
 @dataclass(eq=False)
 class PoseConditions:
-    """One job's conditions: the clip's size and span, and what its windows are made from."""
+    """One job's conditions: the clip's size and length, and the data for its windows."""
 
     frames: int
     fps: Fraction
@@ -54,22 +54,24 @@ class PoseConditions:
     report: Mapping[str, Any]
     reference: Image.Image  # RGB, upright, at its own size
     video: Path
-    indices: np.ndarray  # int64 [frames]: which frames of `video`
+    indices: np.ndarray  # int64 [frames]: frame numbers of `video`
     track: PoseTrack  # of the driving person, in pixels of the video
     faces: FacePlan
     face_size: int
     geometry: Geometry
     mask: GivenMask | ClipMasks | None = None
-    widen: Callable[[np.ndarray], np.ndarray] | None = None  # what becomes of a made mask at the output's size
-    retargeted: PoseTrack | None = None  # what is drawn, in pixels of the output, instead of `track`
+    widen: Callable[[np.ndarray], np.ndarray] | None = None  # widens a mask of SAM 2, at the output's size
+    retargeted: PoseTrack | None = None  # drawn instead of `track`, in pixels of the output
     timer: StageTimer = field(default_factory=StageTimer)
-    reader: VideoReader | None = field(default=None, repr=False)  # of `video`, where pass 1 has one: files open slowly
+    reader: VideoReader | None = field(
+        default=None, repr=False
+    )  # of `video`, open since pass 1: opening a file is slow
     _crops: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def window(self, start: int, stop: int) -> ConditionFrames:
-        """Frames [start, stop), 0 ≤ start < stop ≤ frames. The same whatever was asked before, in any order."""
+        """Return frames [start, stop), 0 ≤ start < stop ≤ frames. They do not depend on earlier calls."""
         if not 0 <= start < stop <= self.frames:
-            raise ValueError(f"frames {start}…{stop} asked of a clip of {self.frames}")
+            raise ValueError(f"frames {start}…{stop} are outside a clip of {self.frames}")
         with self.timer.stage("draw"):
             drawn, moved = (self.track, False) if self.retargeted is None else (self.retargeted, True)
             pose = np.zeros((stop - start, self.height, self.width, 3), np.uint8)
@@ -85,7 +87,7 @@ class PoseConditions:
 
     @property
     def people(self) -> People:
-        """The boxes of the person that is drawn, and of the face, one entry a frame."""
+        """The boxes of the drawn person and of the face, one entry per frame."""
         drawn, moved = (self.track, False) if self.retargeted is None else (self.retargeted, True)
         points = self.geometry.drawn_points(drawn, retargeted=moved)
         faces = face_boxes(points, self.width, self.height)
@@ -101,21 +103,21 @@ class PoseConditions:
             self.mask.close()
 
     def _fill(self, start: int, stop: int, face: np.ndarray, background: np.ndarray | None) -> None:
-        """Read what the window needs of the video, once and in order, and put it where it goes."""
-        sources = self.faces.sources[start:stop]  # the face of a frame without one lies elsewhere in the clip
+        """Read the window's frames of the video, once and in order, and write faces and backgrounds into the arrays."""
+        sources = self.faces.sources[start:stop]  # a frame without a face shows the face of another frame
         face[sources < 0] = 0
         for source in set(sources.tolist()) & self._crops.keys():
             face[sources == source] = self._crops[source]
         to_read = np.array([s for s in np.unique(sources) if s >= 0 and s not in self._crops], np.int64)
-        own = np.arange(start, stop) if background is not None else np.zeros(0, np.int64)
-        for index, native in self._native(np.unique(self.indices[np.concatenate([to_read, own])])):
+        scenes = np.arange(start, stop) if background is not None else np.zeros(0, np.int64)
+        for index, native in self._native(np.unique(self.indices[np.concatenate([to_read, scenes])])):
             frame = self.geometry.frame(native)
             for source in to_read[self.indices[to_read] == index]:
                 first, *others = np.flatnonzero(sources == source)
                 crop_face(frame, self.faces.boxes[source], self.face_size, face[first])
                 face[others] = face[first]
             if background is not None:
-                background[self.indices[own] == index] = self.geometry.output(frame)
+                background[self.indices[scenes] == index] = self.geometry.output(frame)
         for source in (int(sources[0]), int(sources[-1])):
             if source >= 0 and source not in self._crops:
                 self._crops[source] = face[np.flatnonzero(sources == source)[0]].copy()
@@ -123,7 +125,7 @@ class PoseConditions:
             self._crops.pop(next(iter(self._crops)))
 
     def _native(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, uint8 [h, w, 3]) of the frames `indices` (ascending) of the video; a few are decoded at a time."""
+        """Yield (index, uint8 [h, w, 3]) for the frames `indices` (ascending) of the video, a few decoded at a time."""
         if not len(indices):
             return
         if self.reader is None:

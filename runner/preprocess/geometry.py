@@ -1,4 +1,4 @@
-"""Geometry: how frames and poses of the driving video come to the output's size, and how many are decoded at once.
+"""Geometry: bring frames and poses of the driving video to the output's size, and limit how many are decoded at once.
 
 In:   frames, masks, poses in pixels of the video. Out: the same at the output's size. Never: networks, files.
 """
@@ -15,31 +15,31 @@ from runner.preprocess.pictures.sizing import Placement, official_placement, pad
 
 __all__ = ["WINDOW_BYTES", "Geometry", "frames_at_once"]
 
-# Native frames decoded at once: 4 of 1080p. More would go beyond 32 MiB, and blocks of that size malloc maps anew each
-# time: every page of them is then faulted in again, a third of what decoding costs.
+# Native frames decoded at once: 4 of 1080p. Five would need more than 32 MiB. malloc maps blocks of that size anew at
+# each allocation, so that every page is faulted in again, which takes a third of the decoding time.
 WINDOW_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How frames and poses of the driving video come to the output's size."""
+    """Brings frames and poses of the driving video to the output's size."""
 
     width: int
     height: int
     placement: Placement
     parity: bool = False
-    resize_first: int | None = None  # official replace mode: every frame is brought to this area before anything else
+    resize_first: int | None = None  # official replace mode: every frame is first resized to this area
 
     def frame(self, frame: np.ndarray) -> np.ndarray:
-        """The frame as detector, pose model and face crop see it."""
+        """Return the frame as detector, pose network and face crop get it."""
         return frame if self.resize_first is None else resize_by_area(frame, self.resize_first)
 
     def output(self, frame: np.ndarray) -> np.ndarray:
-        """That frame at the output's size."""
+        """Return the result of `frame` at the output's size."""
         return frame if self.resize_first is not None else self.placement.image(frame)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """bool [h, w] of the native frame → uint8 [H, W] of 0 and 255, nearest neighbour."""
+        """Resize a mask bool [h, w] of the native frame to uint8 [H, W] of 0 and 255, nearest neighbour."""
         import cv2
 
         grey = mask.astype(np.uint8) * 255
@@ -50,9 +50,10 @@ class Geometry:
     def skeleton(
         self, track: PoseTrack, index: int, *, retargeted: bool = False, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """uint8 [H, W, 3]. Ours is drawn at the output's size; the official one at the frame's, then resampled.
+        """Draw the skeleton of a frame, uint8 [H, W, 3], at the output's size; in parity mode at the frame's size, and
+        then resized, as in the official code.
 
-        A `retargeted` track is in pixels of the output already. `out`: where it goes, black so far.
+        A `retargeted` track is in pixels of the output already. out: the array to draw into, which must be black.
         """
         pose = track.pose(index)
         canvas = np.zeros((self.height, self.width, 3), np.uint8) if out is None else out
@@ -65,7 +66,7 @@ class Geometry:
         return canvas
 
     def drawn_points(self, track: PoseTrack, *, retargeted: bool = False) -> np.ndarray:
-        """float64 [n, 133, 3]: the points of `track` where `skeleton` draws them, in pixels of the output."""
+        """Return float64 [n, 133, 3]: the points of `track` as `skeleton` draws them, in pixels of the output."""
         points = track.points.astype(np.float64)
         if retargeted or (self.parity and self.resize_first is not None):
             return points
@@ -77,5 +78,5 @@ class Geometry:
 
 
 def frames_at_once(width: int, height: int, most: int = 16) -> int:
-    """How many frames of this size are decoded together: few enough for WINDOW_BYTES, at least one."""
+    """Return how many frames of this size are decoded at once: as many as fit into WINDOW_BYTES, at least one."""
     return max(1, min(most, WINDOW_BYTES // (width * height * 3)))

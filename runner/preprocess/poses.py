@@ -1,14 +1,14 @@
-"""Poses: pass 1 over a driving video: who it is about, where they are, how they stand, in every sampled frame.
+"""Poses: pass 1 over a driving video: choose the person, find the box and the pose in every sampled frame.
 
-In:   an open video and which of its frames are sampled, networks, options. Out: `FoundPoses`. Never: the reference.
+In:   an open video and the numbers of its sampled frames, networks, options. Out: `FoundPoses`. Never: the reference.
 
-One decode, a window at a time with the next ones decoded in a thread: the detector looks, and the pose network follows
-a window behind, with boxes interpolated between looks. Who the clip is about is decided when all of it was seen, so
-this is a guess, made only where there is one person to see. Pictures whose box the decision puts elsewhere, or that
-were passed over, are posed in a second decode: results are those of two passes, whatever was guessed.
+The video is decoded once, window by window; a thread decodes the next windows. The detector runs on some frames, the
+looks. The pose network follows one window behind, with boxes interpolated between looks. The person is chosen only
+after the whole clip was seen. So these boxes are a guess, made only where one person is visible. If the choice gives a
+picture another box, or if it was skipped, its pose is found in a second decode. The result equals that of two passes.
 
-Ten looks a second are enough for a line between them. Beside a look that misses the subject, or at which somebody else
-comes or goes, the pictures passed over are looked at too: that is known to the frame.
+Boxes are interpolated between ten looks a second. Next to a look that misses the subject, or at which another person
+comes or goes, the detector also runs on the frames between, so that the change is exact to the frame.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from runner.video import Sampled, VideoReader
 
 __all__ = ["LOOK_S", "ClipPictures", "FoundPoses", "find_poses"]
 
-AHEAD = 2  # windows decoded before they are asked for
-LOOKS_AT_ONCE = 4  # frames decoded together, and inputs of 5 MB held; see DETECTOR_BATCH for how many run together
-LOOK_S = 0.1  # between looks, unless told: a dancer's box is nearly a straight line for so long
-CLEARINGS = 3  # times that what was unclear is looked at again: each look may show something else
-SAY_EVERY_S = 5.0  # how far pass 1 is, while it lasts
-GUESSES = 4  # windows after which it shows whether guessing is worth its while
-FEW = 16  # pictures: found in fewer, and in less than LEAST_SHARE, a person is a passer-by or a mistake
+AHEAD = 2  # windows decoded in advance
+LOOKS_AT_ONCE = 4  # frames decoded together, with network inputs of 5 MB each; DETECTOR_BATCH of them run together
+LOOK_S = 0.1  # default time between looks: for so long a dancer's box moves nearly on a straight line
+CLEARINGS = 3  # rounds of looking at unclear frames: each round may find new unclear ones
+SAY_EVERY_S = 5.0  # between log lines with the progress of pass 1
+GUESSES = 4  # windows after which guessing stops if it rarely succeeds
+FEW = 16  # pictures: a person found in fewer, and in less than LEAST_SHARE, is a passer-by or a mistake
 LEAST_SHARE = 0.1
-RARE = 0.5  # found in less than this share of the looks, the render is worth a warning
+RARE = 0.5  # if the person is found in less than this share of the looks, there is a warning
 
 T = TypeVar("T")
 Guess = Callable[[np.ndarray, list[T]], list[Box | None] | None]
@@ -57,13 +57,13 @@ Guess = Callable[[np.ndarray, list[T]], list[Box | None] | None]
 
 @dataclass(frozen=True, eq=False)
 class FoundPoses:
-    """The driving person in each sampled frame, in pixels of what the networks saw."""
+    """The driving person in each sampled frame, in pixels of the networks' frames."""
 
     track: PoseTrack
     faces: FacePlan
-    report: dict[str, Any]  # counts are of sampled frames, those of repairs of different pictures
+    report: dict[str, Any]  # counts of sampled frames; counts of repairs are of different pictures
     warnings: list[str]
-    present: np.ndarray  # bool [frames]: seen by the detector, or between two looks that saw the person
+    present: np.ndarray  # bool [frames]: the detector found the person, or did at the looks before and after
 
 
 def find_poses(
@@ -76,10 +76,10 @@ def find_poses(
     timer: StageTimer,
     everybody: PeopleFound | None = None,
 ) -> FoundPoses:
-    """What is seen in the clip, and what is decided on it. A frame sampled twice is looked at once.
+    """Find the person and the poses in the clip. A frame that is sampled twice is processed once.
 
-    `everybody`: the people of the whole video, needed where `subject` is a number (in parity it has no effect).
-    Raises NoPerson where nobody is found, too little of somebody, or nobody where `subject` points.
+    everybody: the people of the whole video, needed if `subject` is a number (in parity mode it has no effect).
+    Raises NoPerson if no person is found, if the person is found in too few frames, or if there is none at `subject`.
     """
     clip = ClipPictures(reader, sampled, geometry, timer)
     if options.parity:
@@ -88,7 +88,7 @@ def find_poses(
 
 
 class ClipPictures:
-    """The different pictures among the sampled frames, as the networks see them; without `geometry` as they are."""
+    """The different pictures among the sampled frames, as the networks get them; without `geometry` as decoded."""
 
     def __init__(self, reader: VideoReader, sampled: Sampled, geometry: Geometry | None, timer: StageTimer) -> None:
         self._reader, self._geometry, self.timer = reader, geometry, timer
@@ -104,7 +104,7 @@ class ClipPictures:
         return len(self.indices)
 
     def windows(self, chosen: np.ndarray, most: int = 16) -> Generator[np.ndarray, None, None]:
-        """uint8 [≤ most, H, W, 3] of the pictures `chosen` (ascending numbers), the next ones decoded meanwhile."""
+        """Yield uint8 [≤ most, H, W, 3] of the pictures `chosen` (ascending). A thread decodes the next ones."""
         native = self._reader.windows(self.indices[chosen], frames_at_once(*self._native, most))
         done = 0
         for frames in _read_ahead(native, self.timer):
@@ -126,14 +126,14 @@ class ClipPictures:
         looks: np.ndarray,
         read: Callable[[np.ndarray, tuple[int, int]], T],
     ) -> list[T]:
-        """`read(rows, size)` of what the detector sees in the pictures `looks`."""
+        """Run the detector on the pictures `looks`. Returns `read(rows, size)` of each."""
         seen: list[T] = []
         for frames in self.windows(looks, LOOKS_AT_ONCE):
             seen += self._read(detector, frames, read)
         return seen
 
     def pose(self, posed: Posed, estimator: PointFinder, boxes: list[Box | None], *, bgr: bool) -> np.ndarray:
-        """float32 [n, 133, 3]: the points in each picture's box. Those of `posed` with these boxes are taken over."""
+        """Return float32 [n, 133, 3]: the points in each picture's box. Those of `posed` in the same box are reused."""
         batches = PoseBatches(estimator, posed.points, bgr=bgr)
         todo = np.array([i for i, box in enumerate(boxes) if not posed.done[i] or posed.boxes[i] != box], np.int64)
         done = 0
@@ -156,14 +156,15 @@ class ClipPictures:
         *,
         bgr: bool,
     ) -> tuple[list[T], Posed]:
-        """In one decode: (`read(rows, size)` of each of the pictures `looks`, the points that were found on the way).
+        """In one decode, run the detector on the pictures `looks` and find poses in guessed boxes. Returns
+        (`read(rows, size)` of each look, the poses).
 
-        `guess(pictures, seen)`: their boxes, from the looks before them, among them and the first one after; or None.
+        guess(pictures, seen): the boxes of pictures, from the looks up to the first one after them; or None.
         """
         n = len(self)
         seen, posed = list[T](), Posed.nothing(n)
         batches = PoseBatches(estimator, posed.points, bgr=bgr)
-        if np.diff(looks, append=n).max() > 2 * frames_at_once(*self._native):  # too many to hold until the next look
+        if np.diff(looks, append=n).max() > 2 * frames_at_once(*self._native):  # too many to keep until the next look
             return self.look(detector, looks, read), posed
         windows = self.windows(np.arange(n))
         waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()  # pictures and frames
@@ -202,7 +203,7 @@ class ClipPictures:
 
 @dataclass(frozen=True, eq=False)
 class Posed:
-    """Points found, and the boxes that they were found in."""
+    """Points, and the boxes in which they were found."""
 
     points: np.ndarray  # float32 [n, 133, 3]
     boxes: list[Box | None]
@@ -213,7 +214,7 @@ class Posed:
         return cls(np.zeros((n, 133, 3), np.float32), [None] * n, np.zeros(n, bool))
 
     def note(self, pictures: np.ndarray, boxes: list[Box | None]) -> None:
-        """The points of these pictures are found, or will be before anything reads them."""
+        """Note that the points of these pictures are found, or will be before they are read."""
         self.done[pictures] = True
         self.boxes[pictures[0] : pictures[-1] + 1] = boxes
 
@@ -241,14 +242,14 @@ def _at_full_strength(
             break
         found = dict(zip([*looks.tolist(), *more.tolist()], seen + clip.look(detector, more, people), strict=True))
         looks, seen = np.array(sorted(found), np.int64), [found[look] for look in sorted(found)]
-        every = 1  # wherever it matters
+        every = 1  # next to unclear looks, so in the frames that matter
         everybody, where = _decide(clip, options, looks, seen, numbered)
     if where is None:
         _check(len(looks), sum(bool(boxes) for boxes in seen), clip, every)
         raise _nobody_there(options, seen, clip, numbered)
     _check(where.looked, where.found, clip, every)
     points = clip.pose(posed, pose, where.boxes, bgr=False)
-    points[where.doubtful, :, 2] = 0  # whoever stands there, it is not the one
+    points[where.doubtful, :, 2] = 0  # another person stands there
     box_heights = np.array([box.height if box else 0.0 for box in where.boxes])
     heights = body_heights(points, box_heights, clip.times_s)
     repaired = repair(points, clip.times_s, heights)
@@ -266,8 +267,8 @@ def _at_full_strength(
     warnings = []
     if where.found < RARE * where.looked:
         warnings.append(
-            f"The person was found in only {where.found} of the {where.looked} frames looked at; "
-            "elsewhere the last or next place is held, and what is drawn there may be wrong."
+            f"The person was found in only {where.found} of the {where.looked} frames in which the detector ran; "
+            "in the others the last or next place is used, and the drawn pose may be wrong."
         )
     return _found(clip, points, faces, report, warnings, ~where.unseen)
 
@@ -279,7 +280,7 @@ def _decide(
     seen: list[list[Box]],
     numbered: PeopleFound | None,
 ) -> tuple[list[Person], Whereabouts | None]:
-    """Everybody, and where the subject is in every picture; None if there is none."""
+    """Return (all tracklets, the subject's box in every picture; None if there is no subject)."""
     times_s = clip.times_s[looks]
     everybody = follow(seen, times_s)
     if isinstance(options.subject, int):
@@ -291,10 +292,11 @@ def _decide(
 
 
 def _unclear(clip: ClipPictures, looks: np.ndarray, everybody: list[Person], where: Whereabouts | None) -> np.ndarray:
-    """Pictures passed over, int64, beside a look that does not say all: the subject was not seen, or was in doubt, or
-    somebody else came or went, who may have moved too far to be known again.
+    """Return the skipped pictures, int64, next to an unclear look: the subject is not seen there or is doubtful, or
+    another person comes or goes, who may have moved too far to be recognised.
 
-    All of them, where the subject is a rare sight: it is then close to an error, which should not be for want of looks.
+    If the subject is found rarely, return all skipped pictures: the result is then close to an error, which should not
+    come from too few looks.
     """
     if where is None or where.found < RARE * where.looked:
         unclear = np.ones(len(looks), bool)
@@ -321,7 +323,7 @@ def _in_parity(
 
     looks = np.arange(0, len(clip), every)
     seen, posed = clip.look_and_pose(detector, pose, looks, choose_person_parity, held, bgr=True)
-    _check(len(looks), sum(box is not None for box in seen), clip, every=FEW)  # one is enough, as there
+    _check(len(looks), sum(box is not None for box in seen), clip, every=FEW)  # one is enough, as in the official code
     boxes = held(np.arange(len(clip)), seen)
     unseen = np.zeros(len(clip), bool)
     unseen[looks] = [box is None for box in seen]
@@ -343,7 +345,7 @@ def _found(
     warnings: list[str],
     present: np.ndarray,
 ) -> FoundPoses:
-    """The results for different pictures as those for sampled frames."""
+    """Expand the results for different pictures to the sampled frames."""
     shown = faces.repeated(clip.first, clip.back)
     report |= {"frames_face_held": shown.held, "face_seen": shown.seen}
     if not shown.seen:
@@ -354,7 +356,7 @@ def _found(
 def _alone(
     pictures: np.ndarray, seen: list[list[Box]], looks: np.ndarray, times_s: np.ndarray
 ) -> list[Box | None] | None:
-    """The boxes of pictures (neighbours) that show one person alone; None where they show more, or nobody."""
+    """Return the boxes of neighbouring pictures that show exactly one person; None if they show more, or no one."""
     first = int(np.searchsorted(looks, pictures[0], side="right")) - 1
     last = min(int(np.searchsorted(looks, pictures[-1])), len(seen) - 1)
     around = seen[first : last + 1]
@@ -368,14 +370,14 @@ def _alone(
 
 
 def _check(looked: int, found: int, clip: ClipPictures, every: int) -> None:
-    """NoPerson where there is too little of a person."""
+    """Raise NoPerson if a person was found in too few frames."""
     least = -(-FEW // every)
     todo = "Give a video in which one person is well visible; check start_s"
     if not found:
-        raise NoPerson(f"nobody was found in any of the {looked} frames looked at", where=clip.path, todo=todo)
+        raise NoPerson(f"no person was found in any of the {looked} searched frames", where=clip.path, todo=todo)
     if found < least and found < LEAST_SHARE * looked:
         raise NoPerson(
-            f"a person was found in only {found} of the {looked} frames looked at ({100 * found / looked:.1f} %)",
+            f"a person was found in only {found} of the {looked} searched frames ({100 * found / looked:.1f} %)",
             where=clip.path,
             todo=todo,
         )
@@ -388,24 +390,24 @@ def _nobody_there(
         assert numbered is not None
         person = numbered.people[options.subject - 1]
         return NoPerson(
-            f"person {person.number} is not on screen in the part of the video that is rendered; they are seen from "
+            f"person {person.number} is not on screen in the rendered part of the video, but from "
             f"second {person.begin_s:.1f} to {person.end_s:.1f}",
             where=clip.path,
             todo="Check start_s and max_frames, or choose another preprocess.subject: `video-lab inspect VIDEO` shows "
-            "who is where",
+            "all people with their times",
         )
     first = next(boxes for boxes in seen if boxes)
     places = ", ".join(f"[{b.x1:.0f}, {b.y1:.0f}, {b.x2:.0f}, {b.y2:.0f}]" for b in first)
-    asked = options.subject if isinstance(options.subject, str) else [round(corner) for corner in options.subject]
+    subject = options.subject if isinstance(options.subject, str) else [round(corner) for corner in options.subject]
     return NoPerson(
-        f"nobody is where preprocess.subject points ({asked}); when people first appear they are at {places}",
+        f"there is no person at preprocess.subject ({subject}); in the first frame with people they are at {places}",
         where=clip.path,
-        todo=f"Give a box of theirs in pixels of the {clip.size[0]}x{clip.size[1]} video, or largest or centre",
+        todo=f"Give one of these boxes, in pixels of the {clip.size[0]}x{clip.size[1]} video, or largest or centre",
     )
 
 
 def _read_ahead(windows: Iterator[np.ndarray], timer: StageTimer) -> Iterator[np.ndarray]:
-    """The same windows, the next ones decoded in a thread while one is worked on."""
+    """Yield the same windows. A thread decodes the next ones while one is in use."""
 
     def decode() -> np.ndarray | None:
         with timer.stage("decode"):

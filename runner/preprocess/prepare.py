@@ -1,8 +1,8 @@
-"""Prepare: what one job's inputs become before anything is generated.
+"""Prepare: make a job's conditions from its inputs, before generation.
 
 In:   a reference, a video, perhaps a mask, options. Out: `PoseConditions`. Never: generation.
-Pass 1 (`poses`) happens here; pass 2, drawing and cropping, in the result's `window`. Only poses and boxes outlive
-pass 1: no more than a few windows of pixels exist at a time.
+Pass 1 (`poses`) runs here; pass 2, drawing and cropping, in the result's `window`. Only poses and boxes are kept after
+pass 1; at most a few windows of pixels exist at a time.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ FACE_SIZE = 512  # the face encoder's
 
 
 class Preprocessor:
-    """Detector and pose model, loaded once, and what they do to a job's inputs.
+    """Prepares jobs with a detector and a pose network that are loaded once.
 
-    The other pair of networks and the segmenter are opened when a job first asks for them.
+    The other pair of networks and the segmenter are opened for the first job that needs them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Preprocessor:
     ) -> None:
         self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
         self._networks = networks or NetworkOptions()
-        self._host: Preprocessor | None = None  # the same networks on the CPU, once a job did not fit on the device
+        self._host: Preprocessor | None = None  # the same networks on the CPU, after a job did not fit on the device
         self._backends = {"vitpose": Backend("vitpose", detector, pose)}
         self._segmenter: Segmenter | None = None
         self.description: dict[str, Any] = {
@@ -108,9 +108,11 @@ class Preprocessor:
     ) -> Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".
 
-        `dwpose`: detector and pose network of the other backend; `segmenter`: folder of a SAM 2, for replace jobs
-        without a mask; `networks`: precision and providers. Where the device has no room for both they are opened on
-        the CPU, and the log says so. WeightsMissing, WeightsCorrupt, or ConfigInvalid where the device cannot be had.
+        dwpose:    detector and pose network of the other backend.
+        segmenter: folder of a SAM 2, for replace jobs without a mask.
+        networks:  precision and providers.
+        If the networks do not fit on the device, they are opened on the CPU, with a warning in the log. Raises
+        WeightsMissing, WeightsCorrupt, or ConfigInvalid if the device is not available.
         """
         try:
             opened = open_backend("vitpose", detector, pose, device, networks)
@@ -126,12 +128,12 @@ class Preprocessor:
 
     @property
     def detector(self) -> PersonDetector:
-        """Of the default pair."""
+        """The detector of the default pair."""
         return self._backends["vitpose"].detector
 
     @property
     def pose(self) -> PointFinder:
-        """Of the default pair."""
+        """The pose network of the default pair."""
         return self._backends["vitpose"].pose
 
     def _backend(self, name: str) -> Backend:
@@ -177,13 +179,13 @@ class Preprocessor:
         face_size: int = FACE_SIZE,
         timer: StageTimer | None = None,
     ) -> PoseConditions:
-        """Pass 1 over `video`; pass 2 happens in the result's `window`. Stages: decode, detect, pose; then draw.
+        """Run pass 1 over `video`. Pass 2 runs in the result's `window`. Stages: decode, detect, pose; then draw.
 
-        A job for which the device's memory does not suffice is prepared on the CPU, which its report says: the job that
-        is being rendered has the memory, and the next job may find more.
-        Raises InputNotFound, InputUnreadable, InputTooLarge, InputTooShort (fewer than two frames in the span asked
-        for) and NoPerson (nobody in any frame, too little of somebody, nobody where `subject` points, or nobody in a
-        reference to retarget to).
+        A job for which the device has too little memory is prepared on the CPU, with a warning in its report: the job
+        that is being rendered uses the memory, and the next job may have more.
+        Raises InputNotFound, InputUnreadable, InputTooLarge, InputTooShort (fewer than two frames in the chosen part)
+        and NoPerson (no person in any frame, one in too few frames, none at `subject`, or none in a reference to
+        retarget to).
         """
         timer = timer or StageTimer()
         try:
@@ -192,7 +194,7 @@ class Preprocessor:
             full = as_runner_error(error)
             if self._device == "cpu" or not isinstance(full, OutOfMemory):
                 raise
-            why = full.what  # alone: the error holds the frames that were in work
+            why = full.what  # only the text: the error refers to the frames that were in use
         structlog.get_logger().warning("preparing_on_the_cpu", video=Path(video).name, why=why)
         if self._host is None:
             default = self._backends["vitpose"]
@@ -205,8 +207,8 @@ class Preprocessor:
                 networks=_host_options(self._networks),
             )
         made = self._host._prepare(reference, video, options, mask, face_size, timer)
-        text = f"The job was prepared on the CPU, as memory on {self._device} ran out: {why}. "
-        text += "A lower --memory mode leaves more of it."
+        text = f"The job was prepared on the CPU, because memory on {self._device} ran out: {why}. "
+        text += "A lower --memory mode leaves more memory for the next jobs."
         warnings = [*made.report["warnings"], text]
         made.report = {**made.report, "prepared_on": "cpu", "warnings": warnings}
         return made
@@ -214,14 +216,14 @@ class Preprocessor:
     def _prepare(
         self, reference: Path, video: Path, options: JobOptions, mask: Path | None, face_size: int, timer: StageTimer
     ) -> PoseConditions:
-        """See `prepare`. Raises OutOfMemory, or torch's error of that name, too."""
-        asked = options.preprocess
-        backend = self._backend(asked.pose)
-        picture = load_image(reference, backdrop=None if asked.parity else (255, 255, 255))
+        """See `prepare`. Also raises OutOfMemory, or torch's error of that name."""
+        preprocess = options.preprocess
+        backend = self._backend(preprocess.pose)
+        picture = load_image(reference, backdrop=None if preprocess.parity else (255, 255, 255))
         warnings: list[str] = []
-        with VideoReader(video, parity=asked.parity) as reader:
+        with VideoReader(video, parity=preprocess.parity) as reader:
             info = reader.info
-            sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=asked.parity)
+            sampled = reader.sample(options.fps, options.start_s, options.max_frames, parity=preprocess.parity)
             if repeated := fps_warning(options, info, sampled):
                 warnings.append(repeated)
             given = _mask(options, mask, info, sampled)
@@ -229,27 +231,27 @@ class Preprocessor:
                 size = output_size(options, picture.size, (info.width, info.height))
                 geometry = _geometry(options, (info.width, info.height), size)
                 model = None
-                if asked.retarget != "off" and options.mode == "replace":
+                if preprocess.retarget != "off" and options.mode == "replace":
                     warnings.append("preprocess.retarget has no effect with mode: replace; the driver's body stays.")
-                elif asked.retarget != "off":  # before the video: a reference that cannot serve is known at once
+                elif preprocess.retarget != "off":  # before the video: a reference that cannot serve is known at once
                     with timer.stage("pose"):
                         model = self._pose_of(picture, reference, options, backend)
                 networks = {} if self._cache is None else backend_parts(backend)
                 everybody = None
-                if isinstance(asked.subject, int) and not asked.parity:
-                    # By the default detector, whatever networks the job asks for: a number means one person.
+                if isinstance(preprocess.subject, int) and not preprocess.parity:
+                    # By the default detector, whatever networks the job uses: a number must mean the same person.
                     if self._cache is not None:
                         networks["numbering"] = network_parts(self.detector.network)
                     everybody = find_people_boxes(
                         reader, self.detector, cache=self._cache, timer=timer, parts=networks.get("numbering")
                     )
-                    _check_number(asked.subject, everybody, Path(video))
+                    _check_number(preprocess.subject, everybody, Path(video))
                 found = find_poses_once(
                     self._cache,
                     networks,
                     reader,
                     sampled,
-                    asked,
+                    preprocess,
                     geometry,
                     backend.detector,
                     backend.pose,
@@ -258,7 +260,7 @@ class Preprocessor:
                 )
                 masks: GivenMask | ClipMasks | None = given
                 if options.mode == "replace" and given is None:
-                    parts = {} if self._cache is None else clip_parts(reader, sampled, asked, geometry, networks)
+                    parts = {} if self._cache is None else clip_parts(reader, sampled, preprocess, geometry, networks)
                     masks = self._segment(Path(video), sampled, geometry, found, parts, timer)
             except BaseException:
                 if given:
@@ -269,9 +271,9 @@ class Preprocessor:
             warnings.append(f"{network.path.name} runs in {network.precision}, not int8: {network.precision_why}.")
         retargeted = None
         report: dict[str, Any] = {"source_frames": info.frames, "sampled_frames": len(sampled.indices), **found.report}
-        warnings += found.warnings + choice_warnings(asked, found.report)
+        warnings += found.warnings + choice_warnings(preprocess, found.report)
         if model is not None:
-            retarget = retarget_official if asked.retarget == "official" else retarget_robust
+            retarget = retarget_official if preprocess.retarget == "official" else retarget_robust
             moved = retarget(found.track, model, canvas=size)
             retargeted, report["retarget"] = moved.track, moved.report
             warnings += moved.warnings
@@ -288,7 +290,7 @@ class Preprocessor:
                 "provider": network.provider,
                 "pose_precision": network.precision,
                 "mask": _mask_source(masks),
-                "parity": asked.parity,
+                "parity": preprocess.parity,
                 "warnings": warnings,
             },
             reference=picture,
@@ -306,7 +308,7 @@ class Preprocessor:
         )
 
     def _pose_of(self, picture: Image.Image, path: Path, options: JobOptions, backend: Backend) -> PoseTrack:
-        """The pose of the reference, one frame, in its own pixels (parity: letterboxed to the output's size first)."""
+        """Return the reference's pose, one frame, in its pixels (parity: letterboxed to the output's size first)."""
         parity = options.preprocess.parity
         image = np.asarray(picture)
         if parity:
@@ -316,7 +318,7 @@ class Preprocessor:
         box = choose(backend.detector.rows([image])[0], (width, height))
         if box is None and not parity:
             raise NoPerson(
-                "no person was found in the reference, which preprocess.retarget takes the proportions from",
+                "no person was found in the reference, but preprocess.retarget needs the person's proportions",
                 where=path,
                 todo="Give a reference that shows a person, or set preprocess.retarget to off",
             )
@@ -324,28 +326,29 @@ class Preprocessor:
 
 
 def _host_options(networks: NetworkOptions | None) -> NetworkOptions:
-    """The same networks on the CPU."""
+    """Return the options for the same networks on the CPU."""
     return replace(networks or NetworkOptions(), tensorrt="off", arena_bytes=None)
 
 
 def choice_warnings(options: PreprocessOptions, report: Mapping[str, Any]) -> list[str]:
-    """A warning where there are several people and the job does not say whom to follow. `report`: that of the poses."""
+    """Return a warning if there are several people and the job sets no `subject`. report: that of the poses."""
     count = report.get("people", 0)
     if count < 2 or "subject" in options.model_fields_set:
         return []
     return [
         f"{count} people are on screen and preprocess.subject is not given: the largest is followed. "
-        "`video-lab inspect VIDEO` numbers them; `subject: 2` follows the second, `subject: largest` is as now."
+        "`video-lab inspect VIDEO` shows their numbers; `subject: 2` follows the second, `subject: largest` keeps the "
+        "choice and removes this warning."
     ]
 
 
 def foreseen_warnings(
     options: JobOptions, reader: VideoReader, sampled: Sampled, size: tuple[int, int], cache: DiskCache | None
 ) -> list[str]:
-    """What `prepare` will warn of, as far as it is known without a network: nothing is decoded, no model is loaded.
+    """Return the warnings of `prepare` that are known without networks: nothing is decoded, no model is loaded.
 
-    `size`: of the output. Warnings of the poses are those of poses that were found before and are in `cache`; its
-    folder is asked only where it exists, and passed by where it cannot be read.
+    size: of the output. Warnings about poses come from poses in `cache` that were found before; a cache that does not
+    exist or cannot be read is skipped.
     """
     repeated = fps_warning(options, reader.info, sampled)
     warnings = [] if repeated is None else [repeated]
@@ -362,21 +365,21 @@ def foreseen_warnings(
 
 
 def _check_number(number: int, everybody: PeopleFound, video: Path) -> None:
-    """NoPerson where the video has fewer people."""
+    """Raise NoPerson if the video has fewer people."""
     count = len(everybody.people)
     if number <= count:
         return
     numbers = "1 and 2" if count == 2 else f"1 to {count}"
     have = f"{count} people: {numbers}" if count > 1 else "1 person" if count else "no people"
     raise NoPerson(
-        f"preprocess.subject is {number}; the video has {have}",
+        f"preprocess.subject is {number}, but the video has {have}",
         where=video,
         todo="`video-lab inspect VIDEO` shows them with their numbers",
     )
 
 
 def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sampled) -> GivenMask | None:
-    """The mask that came with a replace job, known to belong to the video; None where it came without."""
+    """Open and check the mask of a replace job; None for a job without a mask."""
     if options.mode != "replace" or mask is None:
         return None
     given = GivenMask(mask, video, sampled)
@@ -389,13 +392,13 @@ def _mask(options: JobOptions, mask: Path | None, video: VideoInfo, sampled: Sam
 
 
 def _mask_source(masks: GivenMask | ClipMasks | None) -> str | None:
-    """For the record: where the mask of a replace job came from."""
+    """Return the origin of a replace job's mask, for the record."""
     return None if masks is None else "made" if isinstance(masks, ClipMasks) else "given"
 
 
 def _widening(options: JobOptions) -> Callable[[np.ndarray], np.ndarray]:
-    asked, parity = options.preprocess.mask, options.preprocess.parity
-    return partial(augment, iterations=asked.iterations, kernel=asked.kernel, grid=asked.grid(parity))
+    mask, parity = options.preprocess.mask, options.preprocess.parity
+    return partial(augment, iterations=mask.iterations, kernel=mask.kernel, grid=mask.grid(parity))
 
 
 def _geometry(options: JobOptions, video: tuple[int, int], output: tuple[int, int]) -> Geometry:
@@ -407,17 +410,18 @@ def _geometry(options: JobOptions, video: tuple[int, int], output: tuple[int, in
 
 
 def _area(options: JobOptions) -> int:
-    """The official code reads nothing but this from the size asked for."""
-    asked = options.size_pixels
-    return asked[0] * asked[1] if asked else AUTO_AREA
+    """Return the area of the option `size`. The official code uses only the area."""
+    size = options.size_pixels
+    return size[0] * size[1] if size else AUTO_AREA
 
 
 def segment_driver(
     segmenter: Segmenter, video: Path, sampled: Sampled, geometry: Geometry, found: FoundPoses, timer: StageTimer
 ) -> ClipMasks:
-    """One mask a sampled frame, at the size that the networks saw. A third decode: the person is known only now.
+    """Return one mask per sampled frame, at the size of the networks' frames. It is a third decode: the person is known
+    only after pass 1.
 
-    In frames without a person the joints are guesses: they prompt nothing. Raises NoPerson.
+    In frames without the person, joints are guesses and give no prompts. Raises NoPerson.
     """
     indices = np.asarray(sampled.indices, np.int64)
     unique, first, back = np.unique(indices, return_index=True, return_inverse=True)

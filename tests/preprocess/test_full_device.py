@@ -57,7 +57,7 @@ def test_the_job_is_prepared_on_the_cpu_and_the_next_one_on_the_device(
     np.testing.assert_array_equal(made.track.points, expected.track.points)
     assert (made.report["prepared_on"], made.report["provider"]) == ("cpu", "CPUExecutionProvider")
     (warning,) = made.report["warnings"]
-    assert "prepared on the CPU, as memory on cuda:0 ran out" in warning and "--memory" in warning
+    assert "prepared on the CPU, because memory on cuda:0 ran out" in warning and "--memory" in warning
     assert [log["event"] for log in logs if log["log_level"] == "warning"] == ["preparing_on_the_cpu"]
     host = there._host
     assert device.runs == 1

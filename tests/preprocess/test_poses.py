@@ -113,10 +113,10 @@ def test_a_number_means_the_same_person_in_every_part_of_the_video(each, referen
 
 
 def test_a_number_that_nobody_has_or_who_is_elsewhere_is_an_error(each, reference, guests):
-    with pytest.raises(NoPerson, match="subject is 4; the video has 3 people: 1 to 3") as raised:
+    with pytest.raises(NoPerson, match="subject is 4, but the video has 3 people: 1 to 3") as raised:
         each.prepare(reference, guests, options(subject=4))
     assert "video-lab inspect" in raised.value.todo
-    with pytest.raises(NoPerson, match=r"person 3 is not on screen .* from second 2\.5 to 3\.9"):
+    with pytest.raises(NoPerson, match=r"person 3 is not on screen .* but from second 2\.5 to 3\.9"):
         each.prepare(reference, guests, JobOptions(max_frames=30, preprocess={"subject": 3}))
 
 
@@ -163,7 +163,7 @@ def test_several_people_without_a_choice_are_a_warning(each, reference, guests, 
 
 def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):
     empty = film(tmp_path / "few.mp4", [[(90, 64, LARGE)] if 40 <= i < 45 else [] for i in range(60)])
-    with pytest.raises(NoPerson, match=r"only 5 of the 60 frames looked at \(8\.3 %\)"):
+    with pytest.raises(NoPerson, match=r"only 5 of the 60 searched frames \(8\.3 %\)"):
         each.prepare(reference, empty, options())
     short = film(tmp_path / "short.mp4", [[(90, 64, LARGE)] if i < 2 else [] for i in range(6)])
     conditions = each.prepare(reference, short, options())

@@ -175,7 +175,7 @@ def test_nobody_in_the_whole_clip(preprocessor, reference, tmp_path, make_clip):
     empty = make_clip(tmp_path / "empty.mp4", [None] * 5)
     before = threading.active_count()
     for parity in (False, True):
-        with pytest.raises(NoPerson, match=r"any of the 5 frames.*one person"):
+        with pytest.raises(NoPerson, match=r"any of the 5 searched frames.*one person"):
             preprocessor.prepare(reference, empty, options(preprocess={"parity": parity}))
     assert threading.active_count() <= before
 
