@@ -233,7 +233,7 @@ class Preprocessor:
                 model = None
                 if preprocess.retarget != "off" and options.mode == "replace":
                     warnings.append("preprocess.retarget has no effect with mode: replace; the driver's body stays.")
-                elif preprocess.retarget != "off":  # before the video: a reference that cannot serve is known at once
+                elif preprocess.retarget != "off":  # first, so that an unusable reference is reported early
                     with timer.stage("pose"):
                         model = self._pose_of(picture, reference, options, backend)
                 networks = {} if self._cache is None else backend_parts(backend)
