@@ -82,7 +82,9 @@ class Preprocessor:
         segmenter: Path | None = None,
         cache: DiskCache | None = None,
         networks: NetworkOptions | None = None,
+        detector_note: str = "",
     ) -> None:
+        self._detector_note = detector_note
         self._device, self._dwpose, self._segmenter_folder, self._cache = device, dwpose, segmenter, cache
         self._networks = networks or NetworkOptions()
         self._host: Preprocessor | None = None  # the same networks on the CPU, after a job did not fit on the device
@@ -105,12 +107,14 @@ class Preprocessor:
         segmenter: Path | None = None,
         cache: DiskCache | None = None,
         networks: NetworkOptions | None = None,
+        detector_note: str = "",
     ) -> Preprocessor:
         """Open both networks (files, or folders with `end2end.onnx`) on "cpu", "cuda" or "cuda:N".
 
-        dwpose:    detector and pose network of the other backend.
-        segmenter: folder of a SAM 2, for replace jobs without a mask.
-        networks:  precision and providers.
+        dwpose:        detector and pose network of the other backend.
+        segmenter:     folder of a SAM 2, for replace jobs without a mask.
+        networks:      precision and providers.
+        detector_note: a sentence that ends the advice of NoPerson.
         If the networks do not fit on the device, they are opened on the CPU, with a warning in the log. Raises
         WeightsMissing, WeightsCorrupt, or ConfigInvalid if the device is not available.
         """
@@ -123,7 +127,14 @@ class Preprocessor:
             device, networks = "cpu", _host_options(networks)
             opened = open_backend("vitpose", detector, pose, device, networks)
         return cls(
-            opened.detector, opened.pose, device, dwpose=dwpose, segmenter=segmenter, cache=cache, networks=networks
+            opened.detector,
+            opened.pose,
+            device,
+            dwpose=dwpose,
+            segmenter=segmenter,
+            cache=cache,
+            networks=networks,
+            detector_note=detector_note,
         )
 
     @property
@@ -190,6 +201,11 @@ class Preprocessor:
         timer = timer or StageTimer()
         try:
             return self._prepare(reference, video, options, mask, face_size, timer)
+        except NoPerson as error:
+            if not self._detector_note:
+                raise
+            todo = f"{error.todo}. {self._detector_note}" if error.todo else self._detector_note
+            raise NoPerson(error.what, where=error.where, todo=todo) from error
         except Exception as error:
             full = as_runner_error(error)
             if self._device == "cpu" or not isinstance(full, OutOfMemory):

@@ -51,6 +51,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
         device=device.type,
         dwpose=store.dwpose,
         segmenter=store.segmenter,
+        detector_note=store.detector_note,
         cache=DiskCache(settings.cache / POSES_FOLDER),
         networks=NetworkOptions(settings.pose_precision, settings.tensorrt, settings.cache),
     )

@@ -113,6 +113,12 @@ class ModelStore:
         return self.root / DETECTOR
 
     @property
+    def detector_note(self) -> str:
+        """What to tell a user whose video has no person for this detector; empty for all stores but the demo's."""
+        demo = (self.root / DEMO_MARKER).is_file()
+        return "The demo's detector finds only the demo's drawn dancers" if demo else ""
+
+    @property
     def pose(self) -> Path:
         """The pose model's ONNX graph, in one of the three published forms."""
         for path in (self.root / POSE / POSE_GRAPH, self.root / POSE, self.root / POSE_REPACKED):

@@ -32,7 +32,7 @@ DEFECTS = {
     "truncated": ("input.unreadable", "truncated"),
     "no-frame": ("input.unreadable", "no-frame"),
     "one-frame": ("input.too_short", "2"),
-    "nobody": ("input.no_person", "nobody"),
+    "nobody": ("input.no_person", "finds only the demo's drawn dancers"),
     "late": ("input.too_short", "start_s"),
     "huge-image": ("input.too_large", "megapixels"),
     "corrupt-image": ("input.unreadable", "corrupt.png"),

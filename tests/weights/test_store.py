@@ -320,3 +320,9 @@ def test_a_remote_store_is_copied_by_need(root):
         "loras/style.safetensors",  # a job of any recipe may name it
     ):
         assert want(key), key
+
+
+def test_detector_note_is_given_for_the_demo_store_only(tmp_path):
+    assert ModelStore(tmp_path).detector_note == ""
+    (tmp_path / "demo.json").write_text("{}")
+    assert "drawn dancers" in ModelStore(tmp_path).detector_note

@@ -157,6 +157,7 @@ class WanAnimateGenerator:
             device=picked.type if on_device else "cpu",
             dwpose=store.dwpose,
             segmenter=store.segmenter,
+            detector_note=store.detector_note,
             cache=DiskCache(cache / POSES_FOLDER) if cache is not None else None,
             networks=NetworkOptions(
                 settings.pose_precision, settings.tensorrt, cache, arena_bytes=PREPROCESS_EXTRA if on_device else None
