@@ -23,7 +23,10 @@ def _no_secret_in_the_environment(monkeypatch):
         ("https://user:secret@host/a", "https://user:***@host/a"),
         ("https://user:secret@host:9000/a?b=c", "https://user:***@host:9000/a?b=c"),
         ("https:/user:secret@host/a", "https:/user:***@host/a"),  # as a Path writes it
-        ("s3://AKIA:se/cr+et@bucket/a/b.mp4: names no bucket", "s3://AKIA:***@bucket/a/b.mp4: names no bucket"),
+        (
+            "s3://AKIA:se/cr+et@bucket/a/b.mp4: this URI does not name a bucket",
+            "s3://AKIA:***@bucket/a/b.mp4: this URI does not name a bucket",
+        ),
         ("s3://AKIA:7/ret@bucket/a", "s3://AKIA:***@bucket/a"),
         ("https://user:se@cret@host/a", "https://user:***@host/a"),
         ("https://secret@host/a", "https://***@host/a"),

@@ -54,7 +54,7 @@ def choose_notices(kind: str, environ: Mapping[str, str] = os.environ) -> Notice
     if name == "file" and rest:
         return FileNotices(Path(rest))
     if colon or name not in KINDS:
-        raise ConfigInvalid(f"--spot must be aws, gcp or file:PATH, not {kind!r}", todo="Write for example --spot aws")
+        raise ConfigInvalid(f"must be aws, gcp or file:PATH, not {kind!r}", todo="Write for example --spot aws")
     return KINDS[name](environ)
 
 

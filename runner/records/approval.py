@@ -1,8 +1,8 @@
-"""Approval: who accepted which render of a job as its baseline, when and why (`approved.json`), as a versioned schema.
+"""Approval: the schema of `approved.json`: who approved which render of a job as its baseline, when and why.
 
-In:   plain values. Out: models that serialise to JSON. Never: where a baseline is stored, what is approved.
+In:   plain values. Out: models that serialise to JSON. Never: where a baseline is stored, which renders are approved.
 
-Times are UTC, ISO 8601. The newest approval stands; the older ones tell what stood before it.
+Times are UTC, ISO 8601. The newest approval counts. The older ones are its history.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from runner.redact import redact_tree
 
 __all__ = ["KEPT_APPROVALS", "Approval", "Approvals", "parse_time"]
 
-KEPT_APPROVALS = 5  # of a job: what stood before can be looked at for a while
-_COMPARED = frozenset({"token", "fingerprint", "frames_sha256", "output_sha256"})  # by a later comparison
+KEPT_APPROVALS = 5  # per job: earlier approvals stay visible for a while
+_COMPARED = frozenset({"token", "fingerprint", "frames_sha256", "output_sha256"})  # later comparisons read these
 
 
 def parse_time(text: str) -> datetime:
-    """`text`, ISO 8601, as a time that can be compared; without an offset it is UTC. Raises ValueError."""
+    """Return an ISO 8601 text as a time with a zone; without an offset it is UTC. Raises ValueError."""
     found = datetime.fromisoformat(text)
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
@@ -36,20 +36,20 @@ _Time = Annotated[str, AfterValidator(_check_time)]
 
 
 class Approval(BaseModel):
-    """One render that was accepted. Its files lie in a folder of its own, named by `token`."""
+    """One approved render. Its files are in a folder of their own, named by `token`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    token: str = Field(description="the folder of its files, beside approved.json; empty where `removed`")
+    token: str = Field(description="the folder of its files, beside approved.json; empty if `removed`")
     who: str
-    when: _Time = Field(description="when it was approved, by the clock of who did")
+    when: _Time = Field(description="when it was approved, by the clock of the approver's machine")
     why: str
     run_id: str = Field(description="the run that rendered it")
-    out: str = Field("", description="the output folder it was taken from, as the approver named it")
+    out: str = Field("", description="the output folder that it was taken from, as the approver wrote it")
     fingerprint: str = ""
-    frames_sha256: str = Field("", description="as in its record")
+    frames_sha256: str = Field("", description="as in the job's record")
     finished_at: _Time = Field(description="when it was rendered, as in its record; of a removal, when it was approved")
-    draft: bool = Field(False, description="a first render that was accepted unseen")
+    draft: bool = Field(False, description="a first render that was approved without being checked")
     removed: bool = Field(False, description="the job is no longer expected; there are no files")
     output_sha256: str = Field(
         "",
@@ -59,7 +59,7 @@ class Approval(BaseModel):
     output_files: int = Field(0, ge=0, description="1 for an MP4, else the number of frames, one more with audio.wav")
 
     def sentence(self) -> str:
-        """Who approved it, when, why and from which run, in one sentence."""
+        """Return one sentence: who approved it, when, why and from which run."""
         what = "A removal" if self.removed else "A draft" if self.draft else "A render"
         return f"{what} of run {self.run_id} was approved by {self.who} at {self.when}: {self.why}"
 
@@ -74,13 +74,13 @@ class Approvals(BaseModel):
     approvals: list[Approval] = Field(min_length=1, description=f"newest first, at most {KEPT_APPROVALS}")
 
     def to_json(self) -> bytes:
-        """As it is stored: its secrets masked."""
+        """Return the JSON to store, with secrets masked."""
         public = redact_tree(self.model_dump(mode="json"), keep=_COMPARED)
         return (json.dumps(public, ensure_ascii=False, indent=2) + "\n").encode(errors="backslashreplace")
 
     @classmethod
     def parse(cls, data: bytes) -> Approvals:
-        """What `to_json` made. Raises ValueError for anything else."""
+        """Read what `to_json` returned. Raises ValueError for anything else."""
         try:
             return cls.model_validate(json.loads(data))
         except (ValidationError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Drift record: how the colours of a job's segments drift, as it stands in `result.json`, and what to warn of.
+"""Drift record: the schema of the colour drift of a job's segments in `result.json`, and its warnings.
 
 In:   the numbers of each segment. Out: models that serialise to JSON; warnings.
 Never: how drift is measured or corrected.
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["DELTA_E_LIMIT", "ColourChange", "ColourCorrection", "DriftRecord", "SegmentDriftRecord"]
 
-DELTA_E_LIMIT = 2.0  # beyond it a person sees the difference of two pictures side by side
+DELTA_E_LIMIT = 2.0  # above this, a person sees the difference between two pictures side by side
 
 Triple = tuple[float, float, float]
 
@@ -80,12 +80,12 @@ class DriftRecord(_DriftModel):
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should look at: drift beyond DELTA_E_LIMIT in the published frames, and what to do."""
+        """Drift above DELTA_E_LIMIT in the published frames that a person should check, with the remedy."""
         found = []
         count = len(self.segments)
         worst = max(self.segments, key=lambda one: one.remaining or 0.0, default=None)
         if worst is not None and (worst.remaining or 0.0) > DELTA_E_LIMIT:
-            todo = "look at it: the correction is limited" if self.colour == "anchor" else "set colour: anchor"
+            todo = "check the video: the correction is limited" if self.colour == "anchor" else "set colour: anchor"
             found.append(
                 f"colours drift: still pixels of segment {worst.segment} of {count} are {worst.remaining:.1f} delta E "
                 f"from those of the {self.against}; {todo}"

@@ -1,7 +1,7 @@
-"""Events: what happens in a run, as structured lines on the terminal and in the run's `.events.jsonl`.
+"""Events: write a run's events as structured lines to the terminal and to the run's `.events.jsonl`.
 
-In:   an event's name and fields. Out: a structlog line on standard error (for people, or JSON for machines) and the
-same as one line of JSON for a file. Never: what an event means. A line that cannot be written stops nothing.
+In:   an event's name and fields. Out: a structlog line on standard error (for people, or JSON for machines), and the
+same as one line of JSON for a file. Never: what an event means. A failed write does not stop a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["EventLog", "configure_logging", "default_logging"]
 def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, verbose: bool = False) -> None:
     """Send structlog to standard error: coloured and aligned for a terminal, plain elsewhere, or JSON.
 
-    Messages of libraries become events `library_message`; without `verbose` their errors alone are shown.
+    Messages of libraries become events `library_message`. Without `verbose`, only their errors are shown.
     """
     renderer: Any
     if style == "json":
@@ -55,10 +55,10 @@ def configure_logging(style: Literal["auto", "console", "json"] = "auto", *, ver
 
 @contextmanager
 def default_logging() -> Iterator[None]:
-    """Inside, and only where the program has not configured structlog, its lines go to Python's `logging`.
+    """Send structlog's lines to Python's `logging` while the block runs, unless the program configured structlog.
 
-    structlog's own default would print them on standard output. Afterwards structlog is as it was. Several threads may
-    be inside at the same time.
+    structlog's own default prints them on standard output. Afterwards the configuration is as before. Several threads
+    may run such blocks at the same time.
     """
     with _defaults.lock:
         if not structlog.is_configured():
@@ -78,7 +78,7 @@ def default_logging() -> Iterator[None]:
 
 
 class _Defaults:
-    """How many are inside `default_logging`, and by what its configuration is known."""
+    """The number of running `default_logging` blocks, and the factory that marks their configuration."""
 
     def __init__(self) -> None:
         self.inside = 0
@@ -90,21 +90,21 @@ _defaults = _Defaults()
 
 
 def _redact_event(logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """A structlog processor: the event without its secrets."""
+    """Mask the secrets of an event (a structlog processor)."""
     return cast(Mapping[str, Any], redact_tree(event))
 
 
 def _escape_event(logger: object, method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """A structlog processor: the event without its secrets, and without characters that change a terminal."""
+    """Mask secrets and escape control characters of an event (a structlog processor)."""
     public = redact_tree(event)
     return {key: escape_control(value) if isinstance(value, str) else value for key, value in public.items()}
 
 
 class _Stderr:
-    """Whatever standard error is at the moment of writing: programs and tests may redirect it after set-up.
+    """The standard error at the moment of writing, as programs and tests may redirect it after set-up.
 
-    It may be closed, have no reader (`2>&1 | head`), a full disk, or an encoding without the character: hours of
-    rendering do not end for that.
+    Write errors are ignored, so that they do not end a long run: standard error may be closed, have no reader
+    (`2>&1 | head`), be on a full disk, or have an encoding without the character.
     """
 
     def write(self, text: str) -> int:
@@ -122,8 +122,8 @@ class _Stderr:
 class EventLog:
     """Writes each event to the log and, as one line of JSON, to `write`. Safe from any thread.
 
-    `at_once`: hand each line over when it comes; else lines wait for `flush`. `write` gets events of every level, the
-    log shows those that it is configured for.
+    `at_once`: pass each line on immediately; else lines wait for `flush`. `write` gets events of every level; the log
+    shows the levels that it is configured for.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class EventLog:
     ) -> None:
         self._write, self._at_once, self._quiet = write, at_once, quiet
         self._waiting: list[bytes] = []
-        self._noted: deque[bytes] = deque()  # go to the end of `_waiting`
+        self._noted: deque[bytes] = deque()  # moved to the end of `_waiting`
         self._lock = threading.Lock()
         self._log = structlog.get_logger()
 
     def emit(self, event: str, *, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any) -> None:
-        """Note `event`, its secrets masked; values must be JSON-able."""
+        """Write `event` with its secrets masked. Values must be JSON-able."""
         fields = redact_tree(fields)
         with self._lock:
             if not self._quiet:
@@ -149,8 +149,7 @@ class EventLog:
                     self._flush()
 
     def note(self, event: str, *, level: Literal["debug", "info", "warning", "error"], **fields: Any) -> None:
-        """Note `event` for `write` alone. Never waits: it may be called while this log writes, e.g. by a handler of
-        `logging` that a library calls."""
+        """Add `event` for `write` only. It never waits: a library may call it by `logging` while this log writes."""
         if self._write is None:
             return
         self._noted.append(_line(event, level, redact_tree(fields)))
@@ -162,7 +161,7 @@ class EventLog:
                 self._lock.release()
 
     def flush(self) -> None:
-        """Hand over the lines that wait. Raises what `write` raises; the lines then wait for the next call."""
+        """Pass the waiting lines to `write`. Raises its errors; then the lines wait for the next call."""
         with self._lock:
             self._flush()
 

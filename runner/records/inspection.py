@@ -1,10 +1,10 @@
-"""Inspection: what is known of one driving video, as one versioned schema: what `inspect --json` prints.
+"""Inspection: the schema of the facts on one driving video, as `inspect --json` prints them.
 
 In:   plain values from the verb `inspect`. Out: a model that serialises to JSON and exports its JSON Schema.
-Never: how a video is looked at. Sizes are pixels of the video as it is shown; frames are counted from 0; times are
+Never: how a video is inspected. Sizes are pixels of the video as it is shown; frames are counted from 0; times are
 seconds after the first frame appears.
 
-    python -m runner.records.inspection schemas/    writes the schema that stands in the repository
+    python -m runner.records.inspection schemas/    writes the schema that is in the repository
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class LookRecord(Record):
-    """Where a person was seen at one look."""
+    """The place of a person in one inspected frame."""
 
     frame: int = Field(ge=0)
     box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2, pixels")
@@ -40,7 +40,7 @@ class LookRecord(Record):
 class PersonRecord(Record):
     """One person of the video. `preprocess.subject` takes the number."""
 
-    number: int = Field(ge=1, description="1: who is followed unless a job says otherwise")
+    number: int = Field(ge=1, description="1: the person that is followed unless a job names another")
     seconds: float = Field(
         ge=0, description="on screen: looks at which they were seen, times the seconds between looks"
     )
@@ -74,7 +74,7 @@ class StillRecord(Record):
 
 
 class RepeatsRecord(Record):
-    """Frames repeat by a rule: the video was made at another rate than it is stored at."""
+    """Frames repeat regularly: the video was made at another rate than it is stored at."""
 
     frames_per_picture: float = Field(ge=1)
     pictures_per_s: float
@@ -84,7 +84,7 @@ class RepeatsRecord(Record):
 
 
 class VideoRecord(Record):
-    """What can be said without a network."""
+    """Facts that need no neural network."""
 
     frames: int = Field(ge=1)
     duration_s: float
@@ -105,7 +105,7 @@ class VideoRecord(Record):
 
 
 class AdviceRecord(Record):
-    """One thing to know or to do. Codes are stable; texts are for people."""
+    """One fact or recommendation. Codes are stable; texts are for people."""
 
     code: str
     text: str

@@ -1,9 +1,9 @@
-"""Library messages: what libraries say by Python's `logging` and `warnings`, as events `library_message`.
+"""Library messages: turn messages of libraries (Python's `logging` and `warnings`) into events `library_message`.
 
-In:   records of `logging`, of the levels that the libraries' loggers have. Out: for each a structlog line, and a line
-in the event files of the runs that are open.
-Never: importing a library; changing `logging` for a program that calls a verb: only `capture_library_messages` does,
-which the command line and the processes of `--gpus` call.
+In:   records of `logging`, of the levels of the libraries' loggers. Out: for each a structlog line, and a line in the
+event files of the open runs.
+Never: importing a library; changing `logging` for a program that calls a verb. Only `capture_library_messages` changes
+it; the command line and the processes of `--gpus` call that.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import structlog
 __all__ = ["capture_library_messages", "hide_library_messages", "library_messages_in"]
 
 EVENT = "library_message"
-OURS = "runner"  # our own events go to `logging` where the program has not configured structlog
+OURS = "runner"  # the runner's own events go to `logging` if the program has not configured structlog
 
 Level = Literal["debug", "info", "warning", "error"]
 
 
 def capture_library_messages() -> None:
-    """Let every record of `logging`, and every warning of `warnings`, become an event. For the rest of the process.
+    """Turn every record of `logging` and every warning of `warnings` into an event, for the rest of the process.
 
-    Libraries such as transformers add a handler for standard error to their logger when they are first imported, and
-    let nothing go on to the root. Neither holds from now on, whether they were imported before or are later.
+    Libraries such as transformers add a handler for standard error to their logger at their first import, and stop
+    propagation to the root. This function undoes both, also for libraries that are imported later.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _LibraryHandler) for handler in root.handlers):
@@ -45,9 +45,9 @@ def capture_library_messages() -> None:
 
 @contextmanager
 def library_messages_in(note: Callable[..., None]) -> Iterator[None]:
-    """Inside, `note(event, level=…, logger=…, message=…)`, e.g. `EventLog.note`, is called of each one too.
+    """Call `note(event, level=…, logger=…, message=…)`, e.g. `EventLog.note`, for each message while the block runs.
 
-    From any thread. It must not wait. Without `capture_library_messages` it is not called.
+    `note` is called from any thread and must not wait. Without `capture_library_messages` it is not called.
     """
     with _notes_lock:
         _notes.append(note)
@@ -59,13 +59,13 @@ def library_messages_in(note: Callable[..., None]) -> Iterator[None]:
 
 
 def hide_library_messages(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A structlog processor: library messages below an error are not shown."""
+    """Drop library messages below the level error (a structlog processor)."""
     if event.get("event") == EVENT and method in ("debug", "info", "warning"):
         raise structlog.DropEvent
     return event
 
 
-_notes: list[Callable[..., None]] = []  # of the runs that are open
+_notes: list[Callable[..., None]] = []  # of the open runs
 _notes_lock = threading.Lock()
 
 
@@ -82,13 +82,16 @@ class _LibraryLogger(logging.Logger):
 
 
 def _prints(handler: logging.Handler) -> bool:
-    """Whether it is one that libraries add to write to the terminal. Subclasses have purposes of their own."""
+    """Return whether a library added the handler to write to the terminal. Subclasses have other purposes."""
     return type(handler) is logging.StreamHandler
 
 
 class _LibraryHandler(logging.Handler):
-    """Makes an event of each record. Unlike other handlers it takes no lock: an upload of events may itself lead to a
-    record, in this thread or in one that this thread waits for."""
+    """Makes an event of each record.
+
+    It takes no lock, unlike other handlers: an upload of events may itself cause a record, in this thread or in
+    another that this thread waits for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,13 +107,13 @@ class _LibraryHandler(logging.Handler):
         busy = getattr(self._thread, "busy", False)
         self._thread.busy = True
         try:
-            with suppress(Exception):  # a message that cannot be shown stops nothing
-                self._tell(record, show=not busy)
+            with suppress(Exception):  # a message that cannot be shown must not stop the run
+                self._write(record, show=not busy)
         finally:
             self._thread.busy = busy
 
-    def _tell(self, record: logging.LogRecord, *, show: bool) -> None:
-        """`show`: in the log too, which shall not lead to a record that leads to the log again."""
+    def _write(self, record: logging.LogRecord, *, show: bool) -> None:
+        """Write the event. `show`: in the log too; False inside a log call, which would repeat endlessly."""
         level = _level(record.levelno)
         try:
             message = _formatter.format(record)

@@ -1,8 +1,8 @@
-"""People: where the people of a rendered clip are, frame by frame (`people.json`), as a versioned schema.
+"""People: the schema of `people.json`: the boxes of the people in each frame of a rendered clip.
 
-In:   boxes in pixels of the output. Out: a model that serialises to JSON, and the box of one frame of the output.
-Never: how the boxes are found. 10,000 frames of one person take 360 KB of JSON,
-440 KB where all coordinates have four digits.
+In:   boxes in pixels of the output. Out: a model that serialises to JSON, and the box in one frame of the output.
+Never: how the boxes are found. 10,000 frames of one person take 360 KB of JSON, or 440 KB if all coordinates have four
+digits.
 
 A box is (x1, y1, x2, y2): whole pixels, x2 and y2 one beyond the last, inside the picture. Frames are counted from 0.
 """
@@ -28,7 +28,7 @@ Ends = tuple[
 
 
 class PersonBoxes(BaseModel):
-    """One person of the clip; one entry a frame in both lists."""
+    """One person of the clip. Both lists have one entry per frame."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -66,28 +66,28 @@ class People(BaseModel):
         return len(self.people[0].boxes) if self.people else 0
 
     def to_json(self) -> bytes:
-        """As it is stored: one line, without spaces."""
+        """Return the JSON to store: one line, without spaces."""
         return (json.dumps(self.model_dump(mode="json"), separators=(",", ":")) + "\n").encode()
 
     @classmethod
     def parse(cls, data: bytes) -> People:
-        """What `to_json` made. Raises ValueError for anything else."""
+        """Read what `to_json` returned. Raises ValueError for anything else."""
         return cls.model_validate_json(data)
 
     def person(self, frame: int, fps: Fraction | None = None) -> PixelBox | None:
-        """The box of person 1 in frame `frame` (≥ 0) of the output; None where there is none.
+        """Return the box of person 1 in frame `frame` (≥ 0) of the output; None if there is none.
 
-        `fps`: the output's rate, where it may differ from the entries'; the entry nearest in time counts then. After
-        the last entry the last one counts. Raises IndexError for a negative frame.
+        `fps`: the output's rate, if it may differ from the entries' rate; then the entry nearest in time counts. The
+        last entry also counts for later frames. Raises IndexError for a negative frame.
         """
         return self._entry([person.boxes for person in self.people], frame, fps)
 
     def face(self, frame: int, fps: Fraction | None = None) -> PixelBox | None:
-        """The same of the face of person 1."""
+        """Return the same for the face of person 1."""
         return self._entry([person.faces for person in self.people], frame, fps)
 
     def resized(self, width: int, height: int) -> People:
-        """For the same pictures at another size; boxes grow to whole pixels."""
+        """Return the boxes for the same pictures at another size. Boxes grow to whole pixels."""
         if (width, height) == (self.width, self.height):
             return self
         scale = (width / self.width, height / self.height) * 2
@@ -104,16 +104,17 @@ class People(BaseModel):
 
     def _entry(self, lists: Sequence[Sequence[PixelBox | None]], frame: int, fps: Fraction | None) -> PixelBox | None:
         if frame < 0:
-            raise IndexError(f"frame {frame} of a clip")
+            raise IndexError(f"the frame number {frame} is negative")
         if not self.frames:
             return None
-        own = Fraction(self.fps)
-        index = frame if fps in (None, own) else math.floor(frame / Fraction(fps or 1) * own + Fraction(1, 2))
+        entry_fps = Fraction(self.fps)
+        seconds = frame / Fraction(fps or 1)
+        index = frame if fps in (None, entry_fps) else math.floor(seconds * entry_fps + Fraction(1, 2))
         return lists[0][min(index, self.frames - 1)]
 
 
 def make_people(boxes: np.ndarray, faces: np.ndarray, width: int, height: int, fps: Fraction) -> People:
-    """Of one person. boxes, faces: float [n, 4], x1 y1 x2 y2 in pixels of the output, NaN where there is none.
+    """Return the record of one person. boxes, faces: float [n, 4], x1 y1 x2 y2 in output pixels; NaN: none.
 
     Boxes grow to whole pixels and are clipped to the picture; one that lies outside or is infinite becomes null.
     """

@@ -1,4 +1,4 @@
-"""Prometheus: a shard's totals as text for a textfile collector.
+"""Prometheus: write a shard's totals as text for a textfile collector.
 
 In:   records of ended jobs, the shard's summary. Out: Prometheus text. Never: files, clocks.
 `docs/metrics.md` describes the families and their labels.
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RunMetrics"]
 
-# By the value of the label `state`: its key in the counts of a summary.
+# Value of the label `state` → key in the counts of a summary.
 STATES = {"succeeded": "succeeded", "failed": "failed", "skipped": "skipped", "pending": "not_run"}
-CACHE_RESULTS = {"_cache_hits": "hit", "_cache_misses": "miss"}  # by how a record's counter ends
+CACHE_RESULTS = {"_cache_hits": "hit", "_cache_misses": "miss"}  # by the end of a counter's name in a record
 
 
 class RunMetrics:
     """A shard's totals as Prometheus text, for a textfile collector. No label grows with the number of jobs.
 
-    Every sample has the labels run, shard, host, recipe and device, so that files of several shards and runs can lie in
+    Every sample has the labels run, shard, host, recipe and device, so that files of several shards and runs can be in
     one folder.
     """
 
@@ -59,7 +59,7 @@ class RunMetrics:
         self._peaks = {self._rss: 0, self._gpu: 0}
 
     def observe(self, line: JobLine, record: ResultRecord | None) -> None:
-        """Add one ended job."""
+        """Add one job that has ended."""
         if line.error is not None:
             self._failures.labels(line.error.code).inc()
         if record is None:
@@ -81,9 +81,9 @@ class RunMetrics:
                 gauge.set(self._peaks[gauge])
 
     def text(self, summary: RunSummary, *, idle_s: float) -> str:
-        """The file's text.
+        """Return the file's text.
 
-        `summary`: of the shard, now; its last process is this one.
+        `summary`: the shard's present summary; its last process is this one.
         `idle_s`: seconds in which the device did nothing. It must not decrease from one call to the next.
         """
         from prometheus_client import generate_latest
@@ -96,7 +96,7 @@ class RunMetrics:
             "recipe": summary.recipe,
             "device": process.device,
         }
-        # A path's bytes that are no UTF-8 are written as escapes, as in a record.
+        # Bytes of a path that are not UTF-8 are written as escapes, as in a record.
         public = {name: redact(value).encode(errors="backslashreplace").decode() for name, value in labels.items()}
         families = (*self.registry.collect(), *_families_of(summary, idle_s))
         return generate_latest(cast("Collector", _Labelled(families, public))).decode()
@@ -111,7 +111,7 @@ class RunMetrics:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Families whose samples get `labels` beside their own."""
+    """Families whose samples get `labels` in addition to their own labels."""
 
     families: Iterable[Metric]
     labels: Mapping[str, str]
@@ -123,7 +123,7 @@ class _Labelled:
 
 
 def _families_of(summary: RunSummary, idle_s: float) -> Iterator[Metric]:
-    """What the summary itself tells. The families of a run's end have no sample before it."""
+    """Yield the families from the summary. Those on the run's end have no sample before the end."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     jobs = GaugeMetricFamily("video_lab_jobs", "jobs of the shard by state", labels=("state",))

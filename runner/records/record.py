@@ -1,9 +1,9 @@
-"""Record: what is kept of every job (`result.json`) and of every run (`summary.json`), as versioned schemas.
+"""Record: the versioned schemas of the records of jobs (`result.json`), attempts and runs (`summary.json`).
 
 In:   plain values from the batch loop. Out: models that serialise to JSON and export their JSON Schema.
 Never: how a job is run, or where records are stored. Times are UTC, ISO 8601; sizes bytes; durations seconds.
 
-    python -m runner.records.record schemas/        writes the schemas that stand in the repository
+    python -m runner.records.record schemas/        writes the schemas that are in the repository
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Literal[1] = 1
-# What a later run compares
+# Values that later runs compare, so they are not redacted
 COMPARED = frozenset({"job_id", "job_ids", "fingerprint", "identity", "key", "sha256", "frames_sha256"})
 
 
 class Record(BaseModel):
-    # Readers of a later minor version may add fields; what we write ourselves is checked against the schema in tests.
+    # Unknown fields are ignored, as a later minor version may add some. Tests check written records against the schema.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     def to_json(self) -> bytes:
-        """As the record is stored: its secrets masked. A path's bytes that are no UTF-8 become JSON's own escapes."""
+        """Return the JSON to store, with secrets masked. Bytes of a path that are not UTF-8 are escaped."""
         public = redact_tree(self.model_dump(mode="json"), keep=COMPARED)
         return (json.dumps(public, ensure_ascii=False, indent=2) + "\n").encode(errors="backslashreplace")
 
@@ -72,7 +72,7 @@ class InputRecord(Record):
 
 
 class OutputRecord(Record):
-    uri: str = Field(description="the MP4, or the folder of PNG frames, as this run saw it")
+    uri: str = Field(description="the MP4, or the folder of PNG frames, as this run named it")
     key: str = Field(description="the same, relative to the output folder, which may be moved")
     bytes: int = Field(ge=0)
     files: int = Field(ge=1, description="1 for an MP4, else the number of frames, one more with audio.wav")
@@ -82,7 +82,7 @@ class OutputRecord(Record):
     fps: str = Field(description="exact, e.g. 16 or 30000/1001")
     generated_fps: str | None = Field(
         None,
-        description="the rate of the frames that the model made; others lie between them where fps is higher; "
+        description="the rate of the frames that the model made; if fps is higher, other frames lie between them; "
         "null in older records",
     )
     width: int
@@ -117,20 +117,20 @@ class Efficiency(Record):
     segments: int
     segments_generated: int | None = Field(None, description="by this attempt; null: all of them")
     segment_frames: int
-    padding_fraction: float = Field(description="of the frames denoised: beyond the end of the job")
-    overlap_fraction: float = Field(description="of the frames denoised: a second time, to join segments")
+    padding_fraction: float = Field(description="share of the denoised frames: after the end of the job")
+    overlap_fraction: float = Field(description="share of the denoised frames: denoised twice, to join segments")
     tflop: float = Field(description="forecast from the model's shape, 10^12 floating point operations")
     tflop_per_s: float | None = Field(
         None, description="tflop of the segments that this attempt generated, over the seconds of generation"
     )
     generation_s: float | None = Field(None, description="the seconds of generation, all its stages together")
     forecast_s: float | None = Field(
-        None, description="the same as forecast for this GPU before the job; null for one of which nothing is known"
+        None, description="the same as forecast for this GPU before the job; null for an unknown GPU"
     )
 
 
 class ReuseRecord(Record):
-    """One cache, in one job."""
+    """The use of one cache in one job."""
 
     hits: int = Field(ge=0)
     misses: int = Field(ge=0)
@@ -143,24 +143,25 @@ class ErrorRecord(Record):
     message: str
     stage: str
     retryable: bool
-    todo: str | None = Field(None, description="what to do about it, which the message ends with")
+    todo: str | None = Field(None, description="what to do about it; the message ends with it")
 
     @classmethod
     def of(cls, error: RunnerError, stage: str) -> ErrorRecord:
+        """Return the record of `error`, which happened in `stage`."""
         return cls(
             code=error.code, message=error.message, stage=stage, retryable=error.retryable, todo=error.todo or None
         )
 
 
 class SpanRecord(Record):
-    """When something lasted, in seconds after the `started_at` beside it."""
+    """A time span, in seconds after the `started_at` beside it."""
 
     begin_s: float
     end_s: float
 
 
 class ResultRecord(Record):
-    """`jobs/<id>/result.json`: written last and atomically. Succeeded means that `output` was there before it."""
+    """`jobs/<id>/result.json`: written last and atomically. If it succeeded, `output` was stored before it."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     job_id: str
@@ -232,17 +233,17 @@ class ResultRecord(Record):
 
     @property
     def counted(self) -> int:
-        """Attempts that count towards the limit. Records of version 0.1.0 do not say: of those, what `attempt` says."""
+        """Attempts that count towards the limit. Records of version 0.1.0 lack the number; then `attempt` counts."""
         if self.attempts_counted is not None:
             return self.attempts_counted
         return self.attempt if self.error is None or counts_as_attempt(self.error.code) else 0
 
 
 class ProcessRecord(Record):
-    """A process, so that another one on the same machine can tell whether it still runs."""
+    """Identifies a process, so that another one on the same machine can find out whether it still runs."""
 
     pid: int = Field(description="in its own namespace")
-    start_ticks: int = Field(description="clock ticks after boot, as the system's process table has it")
+    start_ticks: int = Field(description="its start in clock ticks after boot, as in the system's process table")
     boot_id: str = Field(description="of the running kernel: the same in all containers of a machine, new at each boot")
     pid_namespace: str = Field(description="process ids can be compared within one namespace only")
 
@@ -250,7 +251,7 @@ class ProcessRecord(Record):
 class AttemptMark(Record):
     """`jobs/<id>/attempt.json`: the lease of the runner that has the job, renewed while the job is under way.
 
-    With an `error` the attempt has ended and failed, and the record beside it is an older one whose output was kept.
+    With an `error`, the attempt has failed, and the record beside it is an older one whose output was kept.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -267,13 +268,13 @@ class AttemptMark(Record):
         "generating", description="an attempt counts if the process dies while the job is generating"
     )
     alone: bool = Field(False, description="no other job was under way in the process: it counts while preparing too")
-    stopping: bool = Field(False, description="the process was told to stop: the attempt does not count")
+    stopping: bool = Field(False, description="the process was stopping: the attempt does not count")
     replaces: ResultRecord | None = Field(
         None, description="the record that is removed while the output under its key is replaced"
     )
     finished_at: str | None = None
     error: ErrorRecord | None = None
-    token: str = Field("", description="tells this lease from every other")
+    token: str = Field("", description="unique for this lease")
     lease_s: float | None = Field(
         None, ge=0, description="seconds after the last renewal when it is lost; null in marks of version 0.1.0"
     )
@@ -281,18 +282,21 @@ class AttemptMark(Record):
     process: ProcessRecord | None = None
     segments_before: int = Field(0, ge=0, description="segments that were finished when this attempt began")
     segments_done: int = Field(
-        0, ge=0, description="segments that are finished and kept; a later attempt goes on there"
+        0, ge=0, description="segments that are finished and kept; a later attempt continues after them"
     )
 
     @property
     def progressed(self) -> bool:
-        """Whether a later attempt finds more finished segments than this one found."""
+        """Whether a later attempt finds more finished segments than this attempt found."""
         return self.segments_done > self.segments_before
 
     @property
     def counts(self) -> bool:
-        """Whether this attempt counts: it failed by the job's own fault, or the process died while it generated, and
-        it finished no segment that is kept."""
+        """Whether this attempt counts towards the limit.
+
+        It does if it failed through the job's own fault, or if the process died while generating the job; but not if
+        it finished a segment that is kept.
+        """
         if self.progressed:
             return False
         if self.error is not None:
@@ -302,7 +306,7 @@ class AttemptMark(Record):
 
     @property
     def counted(self) -> int:
-        """Attempts that count towards the limit, this one included where it does: none after a segment was finished."""
+        """Attempts that count towards the limit, with this one if it counts; 0 after a segment was finished."""
         if self.progressed:
             return 0
         before = self.attempt - 1 if self.attempts_counted is None else self.attempts_counted
@@ -323,39 +327,39 @@ class JobLine(Record):
 
 
 class ProcessUsage(Record):
-    """What one process of a shard did with its device. `seconds` is work, loading, and for the rest idle time."""
+    """The use of the device by one process of a shard. `seconds` = work + loading + idle time."""
 
     host: str
     pid: int
     device: str = Field("", description="the GPU's name, or the CPU's; empty where no model was loaded")
     started_at: str
-    seconds: float = Field(ge=0, description="until the summary was last written")
+    seconds: float = Field(ge=0, description="from the start until the summary was last written")
     finished: bool = Field(description="false: the process still runs, or it was killed")
-    work_s: float = Field(ge=0, description="the gpu_s of all its attempts, those that failed or did not end included")
+    work_s: float = Field(ge=0, description="the gpu_s of all its attempts, including failed and unfinished ones")
     loading: list[SpanRecord] = Field(default=[], description="when models were loaded")
 
     @property
     def loading_s(self) -> float:
-        """Seconds."""
+        """Seconds of loading models."""
         return sum(span.end_s - span.begin_s for span in self.loading)
 
     @property
     def idle_s(self) -> float:
-        """Seconds."""
+        """Seconds without work or loading."""
         return max(0.0, self.seconds - self.work_s - self.loading_s)
 
 
 class MemoryTrendRecord(Record):
     """The resident host memory of the process from job to job, after the first hundred jobs."""
 
-    jobs: int = Field(ge=2, description="jobs that were looked at")
+    jobs: int = Field(ge=2, description="jobs that were measured")
     rss_begin_bytes: int
     rss_end_bytes: int
     rss_slope_bytes_per_job: float = Field(description="of a straight line through all of them, by least squares")
 
 
 class RunSummary(Record):
-    """`runs/<run-id>/<shard>.summary.json`: rewritten at growing intervals while the run goes on."""
+    """`runs/<run-id>/<shard>.summary.json`: rewritten at growing intervals during the run."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str
@@ -364,27 +368,27 @@ class RunSummary(Record):
     manifest: str
     recipe: str
     started_at: str
-    finished_at: str | None = Field(None, description="null while the run goes on")
+    finished_at: str | None = Field(None, description="null during the run")
     seconds: float
     exit_code: int | None = None
     stopped_by: str | None = Field(
-        None, description="a signal's name, the reason of a notice or an error's message, when the run was cut short"
+        None, description="a signal's name, the reason of a notice or an error's message, if the run was stopped early"
     )
     counts: dict[str, int]
     jobs: list[JobLine]
     memory_trend: MemoryTrendRecord | None = Field(None, description="null for runs of a hundred jobs or fewer")
     processes: list[ProcessUsage] = Field(
         default=[],
-        description="those that ran this shard under this run id one after the other, the newest last; empty in "
+        description="those that ran this shard with this run id, one after the other, the newest last; empty in "
         "summaries of older versions",
     )
     environment: dict[str, Any]
 
 
 class RunJobsRecord(Record):
-    """`runs/<run-id>/jobs.json`: the jobs of a run's manifest, in its order, those of other shards as well.
+    """`runs/<run-id>/jobs.json`: the jobs of a run's manifest, in its order, with those of other shards.
 
-    `status` knows by it what is still to be done.
+    `status` finds the remaining jobs with it.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -393,8 +397,8 @@ class RunJobsRecord(Record):
     recipe: str
     force: bool = Field(description="the run renders every job, done or not")
     jobs: dict[str, str | None] = Field(
-        description="id → the first 16 digits of a sha256 over what decides its frames, without the inputs' contents; "
-        "null where it could not be found out"
+        description="id → the first 16 digits of a sha256 over what determines its frames, without the inputs; "
+        "null if it could not be computed"
     )
 
 
@@ -402,15 +406,15 @@ class LimitsRow(Record):
     """Jobs with the same regression limits."""
 
     limits: dict[str, bool | float | str] = Field(
-        description="as a manifest writes them under regression: psnr_min, …, without those that are not given"
+        description="as in a manifest under regression: psnr_min, …; only those that are given"
     )
     job_ids: list[str]
 
 
 class LimitsRecord(Record):
-    """`runs/<run-id>/regression.json`: how far the jobs of a run's manifest may be from their baseline.
+    """`runs/<run-id>/regression.json`: how far the jobs of a run's manifest may differ from their baseline.
 
-    All jobs of the manifest are in it, those of other shards as well.
+    It contains all jobs of the manifest, with those of other shards.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -418,7 +422,7 @@ class LimitsRecord(Record):
 
 
 def reuse_of(counters: Mapping[str, int], gauges: Mapping[str, int]) -> dict[str, ReuseRecord]:
-    """By cache: of the counters NAME_cache_hits and NAME_cache_misses, and of the gauges NAME_cache_bytes."""
+    """Return cache name → record, from counters NAME_cache_hits and NAME_cache_misses and gauges NAME_cache_bytes."""
     names = {
         name.removesuffix(end) for name in counters for end in ("_cache_hits", "_cache_misses") if name.endswith(end)
     }
@@ -436,7 +440,7 @@ def reuse_of(counters: Mapping[str, int], gauges: Mapping[str, int]) -> dict[str
 
 @cache
 def environment() -> Mapping[str, Any]:
-    """Versions of what decides the frames, the machine's GPUs and their driver. Nothing heavy is imported."""
+    """Return package versions that affect the frames, the machine's GPUs and their driver. Imports no big package."""
     packages = (
         "video-lab-runner",
         "torch",
@@ -462,7 +466,7 @@ def environment() -> Mapping[str, Any]:
 
 
 def _nvidia() -> dict[str, Any]:
-    """By NVML, which answers without torch: all GPUs that this process may see, and the driver's version."""
+    """Return all GPUs that this process may use, and the driver's version, from NVML (without torch)."""
     try:
         import pynvml
 
@@ -473,13 +477,12 @@ def _nvidia() -> dict[str, Any]:
             return {"driver": str(pynvml.nvmlSystemGetDriverVersion()), "gpus": names}
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # no driver, no library, no permission: a machine without
+    except Exception:  # no driver, no library or no permission: report no GPU
         return {}
 
 
 def schemas(models: Mapping[str, type[BaseModel]] | None = None) -> dict[str, dict[str, Any]]:
-    """File name → JSON Schema (draft 2020-12) of each model by its name; without `models` of what a run leaves behind,
-    and of what people approve."""
+    """Return file name → JSON Schema (draft 2020-12) of each model. Default: the files of runs and of approvals."""
     models = models or {
         "result": ResultRecord,
         "summary": RunSummary,
@@ -496,7 +499,7 @@ def schemas(models: Mapping[str, type[BaseModel]] | None = None) -> dict[str, di
 
 
 def write_schemas(found: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Write what `schemas` returns, one file each."""
+    """Write the result of `schemas`, one file per schema."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, schema in found.items():
         (folder / file).write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Run report: all that is known of one run, over its shards, as one versioned schema.
+"""Run report: the schema of `report.json`: one run, over all its shards.
 
 In:   plain values from the verb `report`. Out: a model that serialises to JSON and exports its JSON Schema.
 Never: where records are stored, how a report looks. Times are UTC, ISO 8601; sizes bytes; durations seconds; moments
 `…_s` of spans are seconds after the run's `started_at`.
 
-    python -m runner.records.run_report schemas/    writes the schema that stands in the repository
+    python -m runner.records.run_report schemas/    writes the schema that is in the repository
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ JobState = Literal["succeeded", "failed", "skipped", "running", "lost", "pending
 
 
 class StageSpan(Record):
-    """One thread of a process with one job, or loading the model."""
+    """A time span in which a thread of a process worked on one job, or loaded the model."""
 
     stage: Literal["load", "prepare", "generate", "deliver"]
     job_id: str | None = Field(None, description="null: loading")
@@ -32,7 +32,7 @@ class StageSpan(Record):
 
 
 class GpuSeconds(Record):
-    """How the seconds of the devices were spent; of all processes together."""
+    """The use of the devices' seconds, for one process or for all."""
 
     total: float = Field(ge=0)
     work: float = Field(ge=0, description="generating")
@@ -57,10 +57,10 @@ class ProcessReport(Record):
 
 
 class JobReport(Record):
-    """One job of the run's manifest, or one that the run took from elsewhere.
+    """One job of the run's manifest, or one that the run took from another source.
 
-    Seconds, bytes, stages and cost are those of the attempt that this run recorded; null where another run did the work
-    or the record does not say.
+    Seconds, bytes, stages and cost are those of the attempt that this run recorded. They are null if another run did
+    the work, or if the record does not contain them.
     """
 
     id: str
@@ -83,7 +83,7 @@ class JobReport(Record):
     film_s: float | None = Field(None, description="length of the output")
     width: int | None = None
     height: int | None = None
-    output: str | None = Field(None, description="where it lies")
+    output: str | None = Field(None, description="its URI")
     poster: str | None = Field(None, description="key of its preview picture on the output storage")
     cost: float | None = Field(
         None, description="its gpu_s and its share, by gpu_s, of all other GPU seconds, at gpu_hour"
@@ -116,7 +116,7 @@ class RunReport(Record):
     stages_s: dict[str, float] = Field(description="seconds by stage over all jobs, the longest first")
     processes: list[ProcessReport] = Field(description="by host, shard and start")
     jobs: list[JobReport] = Field(description="in the manifest's order")
-    notes: list[str] = Field(default=[], description="what the report could not find out")
+    notes: list[str] = Field(default=[], description="facts that the report could not find out")
 
 
 def report_schemas() -> dict[str, dict[str, Any]]:

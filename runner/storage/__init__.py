@@ -1,8 +1,8 @@
-"""Storage: whole files and small objects by key, on a local disk or in an object store, behind one small interface.
+"""Storage: one interface for files and small objects by key, on a local disk or in an object store.
 
-base.py has the interface; local.py and s3.py fulfil it; uris.py has the backends by scheme and opens one by its URI;
-sync.py copies a model store; disk.py puts a file in place on a disk; disk_cache.py keeps results between runs;
-file_hashes.py remembers the sha256 of files.
+base.py has the interface; local.py and s3.py implement it; uris.py maps URI schemes to backends and opens a storage;
+sync.py copies a model store; disk.py writes files atomically on a disk; disk_cache.py keeps results between runs;
+file_hashes.py caches the sha256 of files.
 """
 
 from runner.storage.base import Fence, Leftover, ObjectInfo, Storage, Versioned, check_key, combined_identity

@@ -1,7 +1,7 @@
-"""Disk: files that appear whole or not at all, and the operating system's errors under our codes.
+"""Disk: write files atomically, lock folders, and turn the operating system's errors into RunnerErrors.
 
-In:   paths. Out: staged files in their place, names of files, errors that say whose folder it is and what to do.
-Never: keys, roots, what a file holds.
+In:   paths. Out: files in their place; errors that name the folder's owner and the remedy.
+Never: keys, roots, the content of a file.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
     "writer_of",
 ]
 
-ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # nothing lies there, or cannot, as a parent is a file
-LOCK_SECONDS = 30.0  # a folder is locked for a rename or two: a holder of half a minute is stopped or its disk hangs
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})  # no such file, or a parent is a file
+LOCK_SECONDS = 30.0  # locks are held for a rename or two: after half a minute the holder is stopped or its disk hangs
 
 _STAGED = re.compile(r"\.staged-[0-9a-f]{32}\.tmp")
 
 
 def is_staged(name: str) -> bool:
-    """Is this the name of a file being written, or left by a process that was killed while writing?"""
+    """Return whether this is the name of a staged file: one being written, or left by a killed process."""
     return _STAGED.fullmatch(name) is not None
 
 
@@ -56,12 +56,12 @@ def is_staged(name: str) -> bool:
 def staged(
     target: Path, *, place: Callable[[Path], None] | None = None, lock_first: Path | None = None
 ) -> Iterator[BinaryIO]:
-    """A new file that becomes `target` when the block ends well and vanishes when it does not.
+    """Yield a new file that becomes `target` if the block succeeds, and is removed if it fails.
 
-    It lies beside the target, as a rename cannot cross devices, and is on the disk before it gets its name, as a crash
-    could otherwise leave the name with half the bytes. `place` is called with its path, while the target's folder (and
-    before it the folder `lock_first`) is locked, and gives it its name or raises; without it, it replaces what is
-    there. The file is locked until then, which tells it from what a killed process left.
+    It is made beside the target, as a rename cannot cross devices. It is synced before the rename, as a crash could
+    otherwise leave the name with half the bytes. `place` is called with its path and renames it or raises; the
+    target's folder is locked meanwhile, and `lock_first` before it. Without `place`, it replaces the target. The file
+    is locked until then, which distinguishes it from a leftover of a killed process.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, opened = _new_staged(target.parent)
@@ -83,23 +83,23 @@ def staged(
 
 
 def _new_staged(folder: Path) -> tuple[Path, BinaryIO]:
-    """A new, locked file, open for reading and writing."""
+    """Return a new, locked file, open for reading and writing."""
     while True:
         temporary = folder / f".staged-{uuid4().hex}.tmp"
-        file = temporary.open("x+b")  # not mkstemp: its 0600 would shut out everyone but the container's user
+        file = temporary.open("x+b")  # not mkstemp: with its mode 0600, only the container's user could read the file
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         if temporary.exists():
             return temporary, file
-        file.close()  # taken for a leftover and removed before it was locked
+        file.close()  # another process removed it as a leftover before it was locked
 
 
 def writer_of(path: Path) -> bool | None:
-    """Whether a process is writing this staged file: it holds its lock. None where the file system has no locks."""
+    """Return whether a process is writing (locks) this staged file; None if the file system has no locks."""
     try:
         with path.open("rb") as file:
             return _writer_of(file)
-    except FileNotFoundError:  # it has its name by now
+    except FileNotFoundError:  # it was renamed meanwhile
         return True
 
 
@@ -114,12 +114,12 @@ def _writer_of(file: BinaryIO) -> bool | None:
 
 
 def remove_unlocked(path: Path) -> bool:
-    """Remove a leftover, unless it is gone or a process is writing it; whether it was removed."""
+    """Remove a leftover unless a process is writing it. Return whether it was removed."""
     try:
         with path.open("rb") as file:
             if _writer_of(file):
                 return False
-            path.unlink()  # with its lock held, so that no process takes it up meanwhile
+            path.unlink()  # while its lock is held, so that no process uses it
     except FileNotFoundError:
         return False
     return True
@@ -127,20 +127,19 @@ def remove_unlocked(path: Path) -> bool:
 
 @contextmanager
 def locked_folder(folder: Path, first: Path | None = None) -> Iterator[None]:
-    """Keep other threads and processes out of the same block for the same folder, and for the folder `first`, which is
-    locked before it. The system frees the locks when their holder dies. Without effect on a file system that has no
-    locks for folders, as NFS.
+    """Lock `folder`, and the folder `first` before it, against other threads and processes that use this function.
 
-    Raises StorageUnavailable, which names the folder, where another process holds a lock for LOCK_SECONDS: it may be
+    The system releases the locks when their holder dies. No effect on a file system without locks for folders, e.g.
+    NFS. Raises StorageUnavailable, which names the folder, if another process holds a lock for LOCK_SECONDS: it may be
     stopped (SIGSTOP, a frozen container).
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         locked = set()
         for path in (folder,) if first is None else (first, folder):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            held.callback(os.close, handle)
+            stack.callback(os.close, handle)
             status = os.fstat(handle)
-            if (status.st_dev, status.st_ino) not in locked:  # a second lock of ours would wait for the first
+            if (status.st_dev, status.st_ino) not in locked:  # a second lock would wait for the first
                 locked.add((status.st_dev, status.st_ino))
                 _lock(handle, path)
         yield
@@ -155,9 +154,9 @@ def _lock(handle: int, folder: Path) -> None:
         except BlockingIOError as err:
             if time.monotonic() >= deadline:
                 raise StorageUnavailable(
-                    f"another process has held the lock of this folder for {LOCK_SECONDS:g} s",
+                    f"another process has locked this folder for {LOCK_SECONDS:g} s",
                     where=folder,
-                    todo="Look for a stopped process that writes there (fuser, lsof) and end it; then retry",
+                    todo="Find the process that writes there (fuser, lsof) and end it, then run the same command again",
                 ) from err
         except OSError:  # no locks here
             return
@@ -166,7 +165,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def locks_hold(folder: Path) -> bool:
-    """Whether this file system keeps a second lock of the folder out."""
+    """Return whether this file system refuses a second lock of the folder."""
     handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for _ in range(2)]
     try:
         for handle in handles:
@@ -182,20 +181,20 @@ def locks_hold(folder: Path) -> bool:
 
 
 def folder_clock(folder: Path) -> float:
-    """Now, in seconds since 1970, by the clock that dates files in this folder: on a network mount, the server's."""
+    """Return the time (s since 1970) by the clock that dates files in this folder: a server's on a network mount."""
     temporary, opened = _new_staged(folder)
     try:
         with opened as file:
             file.write(b"x")
             file.flush()
-            os.fsync(file.fileno())  # a network mount may date a file by this machine's clock until it is written
+            os.fsync(file.fileno())  # a network mount may use this machine's clock until the file is written
             return os.fstat(file.fileno()).st_mtime
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the folder's new entry on the disk."""
+    """Sync the folder's new entry to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -212,62 +211,66 @@ _LONG = "the name is longer than this file system allows"
 
 
 def os_error(error: OSError, *, where: object, writing: bool) -> RunnerError:
-    """The operating system's error as one of ours. Total: what has no better home may pass (StorageUnavailable)."""
+    """Return the operating system's error as a RunnerError. All unlisted errors become StorageUnavailable."""
     named = error.filename2 or error.filename  # after a rename, its target
     place = where if named is None or is_staged(Path(str(named)).name) else named
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     user = f"uid {os.geteuid()}"
     if error.errno in _FULL:
-        what = "no space left on the device" if error.errno == errno.ENOSPC else reason
-        return StorageFull(what, where=place, todo="Free space there, then run the same command: what is done stays")
+        what = "no space is left on the device" if error.errno == errno.ENOSPC else reason
+        return StorageFull(
+            what, where=place, todo="Free space there, then run the same command again. Finished jobs are kept"
+        )
     if error.errno == errno.EROFS:
         return StorageDenied(
             "the file system is read-only", where=place, todo="Mount a writable volume there, or choose another folder"
         )
     if isinstance(error, PermissionError):
         return StorageDenied(
-            f"permission denied to {user}{_owner(place)}",
+            f"permission was denied to {user}{_owner(place)}",
             where=place,
             todo=f"Make it {'writable' if writing else 'readable'} to {user}, or run the container as its owner: "
             '--user "$(id -u):$(id -g)"',
         )
     if not writing and error.errno in ABSENT:
         return InputNotFound("no such file", where=place, todo="Check the path")
-    if error.errno in _IN_THE_WAY:  # of one file: what another file meets may be well
+    if error.errno in _IN_THE_WAY:  # a problem of this file only: other files may work
         return _in_the_way(error.errno, place, reason) if writing else _odd_input(error.errno, place, reason)
-    return StorageUnavailable(f"input/output failed: {reason}", where=place, todo="Check the disk or mount; then retry")
+    return StorageUnavailable(
+        f"input/output failed: {reason}", where=place, todo="Check the disk or mount, then run the same command again"
+    )
 
 
 def _odd_input(number: int, place: object, reason: str) -> RunnerError:
     if number == errno.ENAMETOOLONG:
         return InputNotFound(_LONG, where=place, todo="Check the path")
     if number == errno.EISDIR:
-        return InputUnreadable("is a folder, not a file", where=place, todo="Name a file")
+        return InputUnreadable("this is a folder, not a file", where=place, todo="Name a file")
     if number == errno.ELOOP:
-        return InputUnreadable("a symbolic link there leads in a circle", where=place, todo="Name the file itself")
-    return InputUnreadable(f"cannot be read: {reason}", where=place, todo="Check the path")
+        return InputUnreadable("a symbolic link there forms a loop", where=place, todo="Name the file itself")
+    return InputUnreadable(f"the file cannot be read: {reason}", where=place, todo="Check the path")
 
 
 def _in_the_way(number: int | None, place: object, reason: str) -> StorageDenied:
-    """Something else has the name that a file or its folder must have."""
+    """Return the error for a place that another file or folder occupies."""
     path = Path(str(place))
     if number == errno.ENAMETOOLONG:
         return StorageDenied(_LONG, where=place, todo="Choose a shorter name, or an output folder with a shorter path")
     if number == errno.EISDIR:
-        return StorageDenied("a folder lies where a file must be", where=place, todo="Remove or rename that folder")
+        return StorageDenied("a folder is where a file must be", where=place, todo="Remove or rename that folder")
     for obstacle in (path, *path.parents):
         with suppress(OSError):
             if number == errno.ELOOP and obstacle.is_symlink():
-                problem = "a symbolic link there leads in a circle"
+                problem = "a symbolic link there forms a loop"
                 return StorageDenied(problem, where=obstacle, todo="Remove or rename that link")
             if number in (errno.ENOTDIR, errno.EEXIST) and os.path.lexists(obstacle) and not obstacle.is_dir():
-                problem = "a file lies where a folder must be"
+                problem = "a file is where a folder must be"
                 return StorageDenied(problem, where=obstacle, todo="Remove or rename that file")
-    return StorageDenied(f"cannot be used: {reason}", where=place, todo="Remove or rename what lies there")
+    return StorageDenied(f"this path cannot be used: {reason}", where=place, todo="Remove or rename what has this name")
 
 
 def _owner(place: object) -> str:
-    """Whose the nearest existing folder is, in words, as far as can be told."""
+    """Return the owner of the nearest existing folder, as the end of a sentence; empty if unknown."""
     path = Path(str(place))
     for candidate in (path, *path.parents):
         with suppress(OSError):
@@ -277,7 +280,7 @@ def _owner(place: object) -> str:
 
 @contextmanager
 def os_errors(where: object, *, writing: bool) -> Iterator[None]:
-    """Raise what the operating system raises inside as one of ours."""
+    """Raise OSErrors of the block as RunnerErrors."""
     try:
         yield
     except OSError as err:
@@ -285,7 +288,7 @@ def os_errors(where: object, *, writing: bool) -> Iterator[None]:
 
 
 def walk_files(top: Path) -> Iterator[Path]:
-    """Files below `top`, links followed but none in circles; a missing `top` holds none, an unreadable one raises."""
+    """Yield the files below `top`, through links but without cycles; none if `top` is missing. Raises if unreadable."""
 
     def fail(error: OSError) -> None:
         if error.errno not in ABSENT:

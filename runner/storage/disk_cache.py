@@ -1,11 +1,12 @@
-"""Cache: arrays by what they were made from, on local disk: one dance posed once, however many characters dance it.
+"""Disk cache: keep arrays on local disk between jobs and runs, e.g. the poses of a video that several jobs use.
 
-In:   a key (a digest of all that decides the arrays) and arrays. Out: the same arrays, or None. Never: what they mean.
+In:   a key (a digest of everything that determines the arrays) and arrays. Out: the same arrays, or None.
+Never: what the arrays mean.
 
-One safetensors file an entry (nothing in it can run), with a digest of its own over key, names, types and bytes: a torn
-or damaged entry is a miss and goes. Files appear whole by rename; whatever adds or removes holds one lock; readers hold
-none, as a removed file stays readable to whoever opened it. The least recently used entries leave when a new one would
-not fit.
+Each entry is one safetensors file (which contains no code), with a digest over key, names, types and bytes. A torn or
+damaged entry is a miss and is removed. Files appear whole by rename. Adding and removing hold one lock; reading needs
+none, as a removed file stays readable to processes that have opened it. If a new entry does not fit, the least recently
+used entries are removed.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from runner.timing import StageTimer
 __all__ = ["MAX_BYTES", "DiskCache", "key", "remembered"]
 
 MAX_BYTES = 4 << 30  # a minute of poses is 3 MB at 30 fps, of masks 4 MB
-FORMAT = 1  # raise when the same parts would have to give other arrays
+FORMAT = 1  # increase it when the same parts give other arrays
 SUFFIX = ".safetensors"
-SEAL = "_sha256"  # the entry's own digest, kept as one more array
-STRIPES = 64  # locks shared among keys: a lock file for each key could never be removed safely
+SEAL = "_sha256"  # the entry's digest, kept as one more array
+STRIPES = 64  # locks shared among the keys: a lock file per key could never be removed safely
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def key(parts: Mapping[str, Any]) -> str:
-    """sha256, hex, of JSON-able `parts`: all that decides the arrays. Independent of the parts' order.
+    """Return the sha256 (hex) of JSON-able `parts`, which determine the arrays. Their order does not matter.
 
     Raises TypeError for a part that is not JSON-able, ValueError for one that is not finite.
     """
@@ -46,7 +47,7 @@ def key(parts: Mapping[str, Any]) -> str:
 
 
 class DiskCache:
-    """A folder of entries, at most `max_bytes` of them; 0 keeps nothing. For any number of processes and threads."""
+    """A folder of entries, at most `max_bytes` in all; 0 keeps nothing. Safe for several processes and threads."""
 
     def __init__(self, root: Path, max_bytes: int = MAX_BYTES, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         if max_bytes < 0:
@@ -54,9 +55,9 @@ class DiskCache:
         self.root, self.max_bytes, self._clock_ns = Path(root), max_bytes, clock_ns
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
-        """The arrays that were put under `key`, or None; they are the caller's to change. Counts as a use.
+        """Return the arrays under `key`, or None. The caller may change them. Counts as a use.
 
-        An entry that is damaged is removed and is a miss. Raises StorageDenied and the like where it cannot be read.
+        A damaged entry is removed and is a miss. Raises StorageDenied, … if the entry cannot be read.
         """
         path = self._path(key)
         try:
@@ -71,16 +72,16 @@ class DiskCache:
             self._remove_damaged(path, inode)
             return None
         now = self._clock_ns()
-        with suppress(OSError):  # evicted meanwhile, or a folder that may only be read: a hit all the same
+        with suppress(OSError):  # evicted meanwhile, or a read-only folder: still a hit
             os.utime(path, ns=(now, now))
         return arrays
 
     def put(self, key: str, arrays: Arrays) -> bool:
-        """Keep `arrays` (plain numbers of any shape) under `key`; what was used longest ago makes room.
+        """Keep `arrays` (numbers, any shape) under `key`. The least recently used entries are removed if necessary.
 
-        False where they are larger than the cache. Raises StorageFull and StorageDenied as the disk does.
+        False if they are larger than the cache. Raises StorageFull and StorageDenied for errors of the disk.
         """
-        blob = _written(key, arrays)
+        blob = _serialise(key, arrays)
         if len(blob) > self.max_bytes:
             return False
         path = self._path(key)
@@ -96,14 +97,14 @@ class DiskCache:
         return True
 
     def bytes(self) -> int:
-        """Bytes of all entries."""
+        """Return the bytes of all entries."""
         return sum(size for _, _, size in self._entries())
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Hold the right to make `key`'s arrays: others who want to wait, here and in other processes.
+        """Hold the lock for making `key`'s arrays. Other threads and processes wait for it.
 
-        A process that dies lets go. Keys share STRIPES locks, so nothing inside may ask for another key.
+        The lock is released when the process dies. Keys share STRIPES locks, so the block must not use another key.
         """
         with self._lock(f"making-{int(key[:8], 16) % STRIPES:02d}"):
             yield
@@ -120,7 +121,7 @@ class DiskCache:
             yield
 
     def _entries(self) -> list[tuple[int, str, int]]:
-        """(last use in ns, name, bytes) of every entry, the least recently used first."""
+        """Return (last use in ns, name, bytes) of every entry, the least recently used first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.root) as folder:
             for entry in folder:
@@ -131,9 +132,9 @@ class DiskCache:
         return sorted(found)
 
     def _make_room(self, needed: int, target: Path) -> None:
-        """Remove entries until `needed` more bytes fit; the lock is held. What a killed process left goes too."""
+        """Remove leftovers of killed processes, and entries until `needed` more bytes fit. The lock must be held."""
         for path in self.root.iterdir():
-            if is_staged(path.name):  # whoever writes holds the lock, and that is us
+            if is_staged(path.name):  # no process is writing it, as this one holds the lock
                 path.unlink(missing_ok=True)
         entries = [entry for entry in self._entries() if entry[1] != target.name]
         total = needed + sum(size for _, _, size in entries)
@@ -144,7 +145,7 @@ class DiskCache:
             total -= size
 
     def _remove_damaged(self, path: Path, inode: int) -> None:
-        """Remove that very file, not one that was put in its place meanwhile. Where that is denied, it stays a miss."""
+        """Remove the file with this inode, and not one that has replaced it. If removal is denied, it stays a miss."""
         with suppress(OSError), self._lock():
             if path.stat().st_ino == inode:
                 path.unlink()
@@ -153,20 +154,20 @@ class DiskCache:
 def remembered(
     cache: DiskCache | None, key: str, make: Callable[[], Arrays], timer: StageTimer, name: str = "pose_cache"
 ) -> Arrays:
-    """The arrays under `key`, made by `make` if nobody has; counts `name`_hits or `name`_misses.
+    """Return the arrays under `key`; call `make` if they are not cached. Counts `name`_hits or `name`_misses.
 
-    Who asks while another makes them waits and gets the same. A cache that cannot be used is reported and passed by: it
-    saves time, and is no reason for a job to fail. `make` must not ask the cache for anything.
+    Callers that come while another one makes them wait and get the same arrays. If the cache cannot be used, a warning
+    is logged and `make` is called, as a job must not fail for that. `make` must not use the cache.
     """
     if cache is None:
         return make()
-    with ExitStack() as held:
+    with ExitStack() as stack:
         found = None
         try:
             found = cache.get(key)
             if found is None:
-                held.enter_context(cache.making(key))
-                found = cache.get(key)  # made while we waited
+                stack.enter_context(cache.making(key))
+                found = cache.get(key)  # made by another caller during the wait
         except (RunnerError, OSError) as err:
             _report(err, cache)
         timer.count(f"{name}_misses" if found is None else f"{name}_hits")
@@ -186,18 +187,18 @@ def _report(err: Exception, cache: DiskCache) -> None:
     structlog.get_logger().warning("pose_cache.unusable", folder=str(cache.root), error=str(err))
 
 
-def _written(key: str, arrays: Arrays) -> bytes:
+def _serialise(key: str, arrays: Arrays) -> bytes:
     from safetensors.numpy import save
 
     plain = {name: np.array(array, order="C") for name, array in arrays.items()}
     for name, array in plain.items():
         if name == SEAL or array.dtype.kind not in "biuf":
-            raise ValueError(f"array {name!r} of {array.dtype} cannot be kept")
+            raise ValueError(f"the array {name!r} of type {array.dtype} cannot be cached")
     return save({**plain, SEAL: np.frombuffer(_digest(key, plain), np.uint8)})
 
 
 def _read(blob: bytes, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays in an entry's bytes, or None if these are not what was put under `key`."""
+    """Return the arrays in an entry's bytes; None if the bytes are damaged or belong to another key."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

@@ -1,12 +1,13 @@
 """File hashes: the sha256 of local files, computed once for the same path, size, mtime and inode.
 
-In:   paths, and a file that keeps the results between runs. Out: hex digests. Never: what is in the files.
+In:   paths, and a file that keeps the results between runs. Out: hex digests. Never: the content of the files.
 
-The memory also keeps facts that others find out about contents, by name: whether something is so, e.g. whether two
-readers of a video differ.
+The file also keeps facts (yes or no) that other modules find out about contents, e.g. whether two readers of a video
+give different frames.
 
-Inputs and outputs of jobs (`file-hashes.json`) and weights (`weight-identities.json`) have a memory each in the cache
-folder. The memory names files by the sha256 of their path, as a name may hold a presigned URL's signature.
+In the cache folder there is one such file for inputs and outputs of jobs (`file-hashes.json`), and one for weights
+(`weight-identities.json`). They contain the sha256 of each path instead of the path, as a name may contain a presigned
+URL's signature.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from runner.storage.disk import staged
 __all__ = ["FileHashes", "content_sha256"]
 
 VERSION = 1
-MOST = 200_000  # entries that are kept, about 40 MB; the least recently used leave first
-SETTLED_S = 2.0  # a file may change again within its clock's tick, 2 s on FAT and on some network file systems
+MOST = 200_000  # most entries, about 40 MB; the least recently used are removed
+SETTLED_S = 2.0  # a file may change again within one tick of its clock: 2 s on FAT and some network file systems
 
 Stamp = tuple[int, int, int]  # bytes, mtime in ns, inode
 
 
 class FileHashes:
-    """sha256 by file. Safe from any thread. `memory`: a file that several processes may share."""
+    """sha256 by file. Safe from any thread. `memory`: the file that keeps them; several processes may share it."""
 
     def __init__(self, memory: Path | None = None) -> None:
         self._memory: Path | None = None
@@ -45,7 +46,7 @@ class FileHashes:
             self.use(memory)
 
     def use(self, memory: Path) -> None:
-        """Read what `memory` keeps, unless it was read before; `save` writes to it from now on."""
+        """Read the file `memory`, unless it was read before. `save` writes to it from now on."""
         with self._lock:
             if memory != self._memory:
                 self._known |= _read(memory)
@@ -53,7 +54,7 @@ class FileHashes:
                 self._memory = memory
 
     def sha256(self, path: Path) -> str:
-        """sha256, hex, of the file's bytes. Raises OSError where it cannot be read."""
+        """Return the sha256 (hex) of the file's bytes. Raises OSError if it cannot be read."""
         place = _place(path)
         with path.open("rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
@@ -71,15 +72,15 @@ class FileHashes:
         return digest
 
     def known(self, path: Path) -> str | None:
-        """The digest that was computed for this very file before, without reading it; None if there is none."""
+        """Return the digest that was computed for this unchanged file before, without reading it; else None."""
         with self._lock:
             entry = self._known.get(_place(path))
         return entry[1] if entry is not None and entry[0] == _stamp(path.stat()) else None
 
     def fact(self, name: str, find: Callable[[], bool]) -> bool:
-        """The fact called `name`, found by `find` if it is not known. `name`: a digest of all that decides it.
+        """Return the fact `name`; call `find` if it is not known. `name`: a digest of everything that determines it.
 
-        Raises what `find` raises; nothing is kept then.
+        Raises the errors of `find`; then nothing is kept.
         """
         with self._lock:
             known = self._facts.pop(name, None)
@@ -93,7 +94,7 @@ class FileHashes:
         return found
 
     def save(self) -> None:
-        """Add what is known to the memory, if anything is new. What other processes saved stays. Raises OSError."""
+        """Add new entries to the memory file. Entries of other processes stay. Raises OSError."""
         with self._lock:
             if self._memory is None or not self._changed:
                 return
@@ -109,7 +110,7 @@ class FileHashes:
 
 
 def _merge(temporary: Path, memory: Path, known: dict[str, tuple[Stamp, str]], facts: dict[str, bool]) -> None:
-    """Replace `memory` by its content and `known`. The folder is locked, so that no process loses what it added."""
+    """Replace `memory` by its content and the new entries. The folder is locked, so that no entry is lost."""
     kept = list((_read(memory) | known).items())[-MOST:]
     files = {place: [*stamp, digest] for place, (stamp, digest) in kept}
     content: dict[str, Any] = {"version": VERSION, "files": files}
@@ -135,7 +136,7 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 def _read(memory: Path) -> dict[str, tuple[Stamp, str]]:
-    """What an earlier run kept. A file that is missing or damaged only costs hashing again."""
+    """Return the entries of earlier runs; none if the file is missing or damaged (files are then hashed again)."""
     try:
         content: Any = json.loads(memory.read_bytes())
         if "version" not in content:
@@ -151,7 +152,7 @@ def _read(memory: Path) -> dict[str, tuple[Stamp, str]]:
 
 
 def _read_facts(memory: Path) -> dict[str, bool]:
-    """The facts that an earlier run kept; none of a file that is missing or damaged."""
+    """Return the facts of earlier runs; none if the file is missing or damaged."""
     try:
         content: Any = json.loads(memory.read_bytes())
         return {str(name): bool(found) for name, found in content["facts"].items()}
@@ -160,8 +161,10 @@ def _read_facts(memory: Path) -> dict[str, bool]:
 
 
 def _read_by_path(content: dict[str, Any]) -> dict[str, tuple[Stamp, str]]:
-    """What version 0.1.0 kept of the weights: path → {"file": [bytes, mtime in ns, inode], "sha256": …}. Hashing 30 GB
-    anew would take minutes."""
+    """Read version 0.1.0's file of weights: path → {"file": [bytes, mtime in ns, inode], "sha256": …}.
+
+    Hashing 30 GB again would take minutes.
+    """
     found = {}
     for path, entry in content.items():
         size, mtime, inode = entry["file"]
@@ -173,8 +176,8 @@ _SHARED = FileHashes()
 
 
 def content_sha256(path: Path) -> str:
-    """sha256, hex, of a file's bytes; read once in a process for the same path, size, mtime and inode.
+    """Return the sha256 (hex) of a file's bytes; read once per process for the same path, size, mtime and inode.
 
-    Raises OSError where it cannot be read.
+    Raises OSError if it cannot be read.
     """
     return _SHARED.sha256(Path(path))

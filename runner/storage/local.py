@@ -1,4 +1,4 @@
-"""Local storage: the Storage interface over a folder of this machine.
+"""Local storage: the Storage interface for a folder of this machine.
 
 In:   a folder. Out: objects that appear whole or not at all. Never: what the bytes mean.
 """
@@ -49,9 +49,9 @@ _COPY_BYTES = 1 << 20
 
 
 class LocalStorage(Storage):
-    """A folder on a disk that this machine sees; made at the first write. Links inside it are followed.
+    """A folder on a mounted disk. It is made at the first write. Links inside it are followed.
 
-    `root`: what the URIs of its objects begin with, where the folder stands for a store of another name.
+    `root`: beginning of the URIs of its objects, if it is not the folder's path.
     """
 
     def __init__(self, uri: str | Path, *, root: str | None = None) -> None:
@@ -61,7 +61,7 @@ class LocalStorage(Storage):
         self._own_clock = False
         with os_errors(self.path, writing=True):
             if self.path.exists() and not self.path.is_dir():
-                raise ConfigInvalid("is a file, not a folder", where=self.root, todo="Name a folder")
+                raise ConfigInvalid("this is a file, not a folder", where=self.root, todo="Name a folder")
 
     def uri(self, key: str) -> str:
         return self._uri(check_key(key))
@@ -120,9 +120,9 @@ class LocalStorage(Storage):
                 with os_errors(target, writing=True), staged(target, place=place, lock_first=folder) as out:
                     identity = _copy(file, out)
                     out.flush()
-                    status = os.fstat(out.fileno())  # the target itself may be another process's a moment later
+                    status = os.fstat(out.fileno())  # another process may replace the target a moment later
         except _ChangedError as err:
-            raise lease_lost("another runner has changed this object since the job was begun", self.uri(key)) from err
+            raise lease_lost("another runner has changed this object since the job began", self.uri(key)) from err
         return self._info(key, status, identity)
 
     def _require_lease(self, fence: Fence | None) -> None:
@@ -130,7 +130,7 @@ class LocalStorage(Storage):
             fence.require(self.read_bytes(fence.key), self.uri(fence.key))
 
     def _lease_folder(self, fence: Fence | None) -> Path | None:
-        """The folder of the lease, to be locked before others. Raises LeaseLost before anything is written."""
+        """Return the folder of the lease, to lock it first. Raises LeaseLost before anything is written."""
         if fence is None:
             return None
         self._require_lease(fence)
@@ -172,9 +172,9 @@ class LocalStorage(Storage):
         yield from names
 
     def _files(self, prefix: str) -> Iterator[tuple[Path, str]]:
-        """Every file whose key begins with `prefix`, and its key."""
+        """Yield every file whose key begins with `prefix`, and its key."""
         if prefix:
-            check_key(prefix + "x")  # a prefix is the beginning of a key
+            check_key(prefix + "x")  # a valid prefix is the beginning of a valid key
         top = self.path.joinpath(*prefix.split("/")[:-1])
         with os_errors(top, writing=False):
             for path in walk_files(top):
@@ -210,7 +210,7 @@ class LocalStorage(Storage):
     def _seconds_since(self, written: float, folder: Path) -> float | None:
         try:
             return max(0.0, (time.time() if self._own_clock else folder_clock(folder)) - written)
-        except OSError:  # read-only, of another user, or full
+        except OSError:  # read-only, owned by another user, or full
             return None
 
     def write_if(self, key: str, data: bytes, version: str | None, *, fence: Fence | None = None) -> str | None:
@@ -245,7 +245,7 @@ class LocalStorage(Storage):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab", buffering=0) as file:
                 rest = memoryview(data)
-                while rest:  # one write, unless the disk is full
+                while rest:  # one write is enough unless the disk is full
                     rest = rest[file.write(rest) :]
 
     def delete(self, key: str, *, version: str | None = None, fence: Fence | None = None) -> bool:
@@ -269,7 +269,7 @@ class LocalStorage(Storage):
         with os_errors(self.path, writing=True):
             if locks_hold(self.path):
                 return None
-        return "the file system has no locks for folders, so that two processes can replace one file at the same time"
+        return "the file system has no locks for folders, so two processes can replace one file at the same time"
 
     def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
         for path, key in self._files(prefix):
@@ -295,7 +295,7 @@ class LocalStorage(Storage):
 
 
 def _copy(source: BinaryIO, out: BinaryIO, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Copy what is left of `source`; the identity of the bytes that were copied."""
+    """Copy `source` from its position to its end. Return the identity of the copied bytes."""
     digest = hashlib.sha256()
     while block := source.read(_COPY_BYTES):
         digest.update(block)
@@ -306,7 +306,7 @@ def _copy(source: BinaryIO, out: BinaryIO, on_bytes: Callable[[int], None] | Non
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of a regular file; None of other things."""
+    """Return the status of a regular file; None for anything else."""
     with os_errors(path, writing=False):
         try:
             status = path.stat()
@@ -318,7 +318,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 class _ChangedError(Exception):
-    """What lies under the key is not what was expected."""
+    """The object under the key is not the expected one."""
 
 
 def _version(data: bytes) -> str:
@@ -326,7 +326,7 @@ def _version(data: bytes) -> str:
 
 
 def _create(temporary: Path, target: Path) -> None:
-    """Give the file its name if nothing has that name: by a link, which excludes also where no lock does (NFS)."""
+    """Give the file its name if that is free: by a hard link, which is exclusive even without locks (NFS)."""
     try:
         os.link(temporary, target)
     except FileExistsError as err:

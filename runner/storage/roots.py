@@ -1,7 +1,7 @@
-"""Roots: the folders and prefixes that inputs may come from (`--input-root`), and whether one input lies in them.
+"""Roots: check that inputs are inside the folders and prefixes of `--input-root`.
 
-In:   the roots as they were named, one input's path or URI. Out: where the input really lies, or InputUnreadable.
-Never: what an input holds, or whether it exists.
+In:   the roots from the command line, one input's path or URI. Out: the input's real place, or InputUnreadable.
+Never: the content of an input, or whether it exists.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["check_inside", "parse_roots"]
 
 
 def parse_roots(named: Sequence[str]) -> tuple[str, ...]:
-    """The roots as `check_inside` takes them: real paths of folders, and URIs without a slash at the end.
+    """Return the roots for `check_inside`: real paths of folders, and URIs without a slash at the end.
 
-    Raises ConfigInvalid for a folder that is not there, storage.* for one that cannot be reached.
+    Raises ConfigInvalid for a folder that does not exist; storage.* for one that cannot be reached.
     """
     roots = []
     for name in named:
@@ -29,22 +29,24 @@ def parse_roots(named: Sequence[str]) -> tuple[str, ...]:
             scheme, bucket, prefix = split_uri(name)
             if not bucket or _strays(prefix.rstrip("/")):
                 todo = f"Write --input-root {scheme}://bucket/prefix"
-                raise ConfigInvalid("names no place in a bucket", where=name, todo=todo)
+                raise ConfigInvalid("this root does not name a bucket and prefix", where=name, todo=todo)
             roots.append(f"{scheme}://{bucket}/{prefix}".rstrip("/"))
             continue
         path = local_path(name)
-        with os_errors(path, writing=True):  # a root that is not there is no missing input
+        with os_errors(path, writing=True):  # a missing root is not a missing input
             if not path.is_dir():
-                raise ConfigInvalid("is not a folder", where=name, todo="Name an existing folder with --input-root")
+                raise ConfigInvalid(
+                    "this root is not a folder", where=name, todo="Name an existing folder with --input-root"
+                )
             roots.append(os.path.realpath(path))
     return tuple(roots)
 
 
 def check_inside(uri: str, roots: Sequence[str]) -> str:
-    """Where `uri` really lies, all symlinks followed, if that is below one of `roots`; `uri` itself without roots.
+    """Return the real place of `uri` (all symlinks followed) if it is below one of `roots`; without roots, `uri`.
 
-    Read what is returned, not `uri`: a symlink that is changed afterwards then leads nowhere else. Raises
-    InputUnreadable for what lies elsewhere; objects need a root of their own, such as s3://bucket/prefix.
+    Read the returned place and not `uri`: a symlink that is changed afterwards then has no effect. Raises
+    InputUnreadable for other places. Objects need a root such as s3://bucket/prefix.
     """
     if not roots:
         return uri
@@ -66,11 +68,11 @@ def check_inside(uri: str, roots: Sequence[str]) -> str:
 
 
 def _strays(key: str) -> bool:
-    """Whether a client or a server might read the key as another one."""
+    """Return whether a client or a server might resolve the key to another one."""
     return bool(key) and bool({"", ".", ".."} & set(key.split("/")))
 
 
 def _outside(uri: str, roots: Sequence[str]) -> InputUnreadable:
     return InputUnreadable(
-        f"lies outside --input-root {', '.join(roots)}", where=uri, todo="Move it there, or allow its folder"
+        f"the input lies outside --input-root {', '.join(roots)}", where=uri, todo="Move it there, or add its folder"
     )

@@ -1,15 +1,15 @@
-"""S3 storage: the Storage interface over boto3.
+"""S3 storage: the Storage interface with boto3.
 
 In:   `s3://bucket[/prefix]`; the usual AWS environment (`AWS_ENDPOINT_URL_S3`, credentials, `AWS_MAX_ATTEMPTS`, …) and
       VIDEO_LAB_S3_EXTRA.
-Out:  objects stored by one PutObject or one CompleteMultipartUpload, hence whole or not at all; botocore's and boto3's
-      errors as ours, see s3_errors.py.
+Out:  objects stored by one PutObject or one CompleteMultipartUpload, so whole or not at all; errors of botocore and
+      boto3 as RunnerErrors, see s3_errors.py.
 Never: what the bytes mean.
 
-botocore repeats single requests (its standard mode) and checks their checksums. What it gives up on, bodies that break
-off and bodies whose digest is wrong are repeated here as whole transfers. A process killed within a multipart upload
-leaves parts behind, which cost money until `video-lab clean` or a lifecycle rule (AbortIncompleteMultipartUpload)
-removes them.
+botocore repeats single requests (its standard mode) and checks their checksums. This module repeats whole transfers:
+after the last of botocore's tries, and for bodies that break off or have a wrong digest. A process that is killed
+during a multipart upload leaves parts behind. These cost money until `video-lab clean` or a lifecycle rule
+(AbortIncompleteMultipartUpload) removes them.
 """
 
 from __future__ import annotations
@@ -73,17 +73,17 @@ TRANSFER = TransferConfig(
     multipart_threshold=16 * MIB,
     multipart_chunksize=16 * MIB,
     max_concurrency=8,
-    max_io_queue=64,  # × 256 KiB read but not yet written, at most
-    preferred_transfer_client="classic",  # the CRT client takes no size and ETag, so cannot hold on to one version
+    max_io_queue=64,  # most blocks of 256 KiB that are read but not yet written
+    preferred_transfer_client="classic",  # the CRT client takes no size and ETag, so it cannot read a fixed version
 )
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
-_WRITE_KEY = "video-lab-write"  # of an object's metadata: a token of one conditional write
+_WRITE_KEY = "video-lab-write"  # key in an object's metadata: the token of one conditional write
 
 T = TypeVar("T")
 
 
 def _client(environment: Mapping[str, str]) -> Any:
-    """The S3 client for this environment: its own session, as boto3's default session is not safe in threads."""
+    """Return the S3 client for this environment. It has its own session, as boto3's default is not thread-safe."""
     names = [name for name in environment if name.startswith("AWS_") or name.lower().endswith("_proxy")]
     relevant = {name: environment[name] for name in names}
     return _client_for(os.getpid(), tuple(sorted(relevant.items())))
@@ -91,13 +91,15 @@ def _client(environment: Mapping[str, str]) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """One client for one process and environment: each new one asks the machine's role for credentials anew, and a
-    thousand inputs would run into that service's limits. The arguments are only the cache's key."""
+    """Return the client of a process and environment. The arguments are only the key of the cache.
+
+    Each new client requests credentials from the machine's role; with a thousand inputs that service would refuse.
+    """
     config = Config(
-        retries={"mode": "standard"},  # the number of attempts stays AWS_MAX_ATTEMPTS's
+        retries={"mode": "standard"},  # AWS_MAX_ATTEMPTS sets the number of attempts
         connect_timeout=10,
         read_timeout=60,
-        max_pool_connections=4 * TRANSFER.max_request_concurrency,  # several transfers at once share it
+        max_pool_connections=4 * TRANSFER.max_request_concurrency,  # shared by several parallel transfers
         tcp_keepalive=True,
         user_agent_extra=f"video-lab-runner/{__version__}",
     )
@@ -114,8 +116,10 @@ def _client_for(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _parse_time(text: Any) -> datetime:
-    """A time of an answer. botocore's own parser takes 75 ms of CPU for the times of one page of a listing (measured on
-    a shared Xeon), and this one 1 ms. Forms that S3 does not write are left to it."""
+    """Return a time of an answer. Forms that S3 does not write go to botocore's parser.
+
+    For one page of a listing, botocore's parser takes 75 ms of CPU, this one 1 ms (measured on a shared Xeon).
+    """
     try:
         found = parsedate_to_datetime(text) if text.endswith(" GMT") else datetime.fromisoformat(text)
     except (AttributeError, TypeError, ValueError):
@@ -124,7 +128,7 @@ def _parse_time(text: Any) -> datetime:
 
 
 class _Download:
-    """A transfer's subscriber: holds it to the version looked at; reports bytes as they come (negative: repeated)."""
+    """Subscriber of a transfer: fixes the version to read, and reports arriving bytes (negative: repeated ones)."""
 
     def __init__(self, size: int, etag: str, on_bytes: Callable[[int], None] | None) -> None:
         self.size, self.etag, self.report = size, etag, on_bytes
@@ -139,10 +143,10 @@ class _Download:
 
 
 class S3Storage(Storage):
-    """A bucket, or what lies below a prefix of it.
+    """A bucket, or the objects below a prefix in it.
 
-    `extra`: arguments of every upload, as s3_arguments.py gives them; those that reads take as well (SSE-C keys,
-    RequestPayer, ExpectedBucketOwner) go with reads too. `attempts` and `sleep` are of whole transfers.
+    `extra`: arguments of every upload, from s3_arguments.py. Reads get those that they accept too (SSE-C keys,
+    RequestPayer, ExpectedBucketOwner). `attempts` and `sleep`: for repeating whole transfers.
     """
 
     def __init__(
@@ -156,7 +160,9 @@ class S3Storage(Storage):
         scheme, _, rest = str(uri).partition("://")
         self.bucket, _, prefix = rest.partition("/")
         if scheme.lower() != "s3" or not _BUCKET.fullmatch(self.bucket):
-            raise ConfigInvalid("names no bucket", where=uri, todo="Write s3://bucket or s3://bucket/prefix")
+            raise ConfigInvalid(
+                "this URI does not name a bucket", where=uri, todo="Write s3://bucket or s3://bucket/prefix"
+            )
         self.prefix = prefix.rstrip("/")
         if self.prefix:
             check_key(self.prefix)
@@ -164,7 +170,7 @@ class S3Storage(Storage):
         self._extra = dict(extra or {})
         self._attempts, self._sleep = attempts, sleep
         self._bucket_seen = False
-        self._conditional = True  # until the store says that it does not know conditional writes
+        self._conditional = True  # until the store refuses conditional writes as unknown
         self._appended: dict[str, int] = {}  # key → number of its last object
         self._append_lock = threading.Lock()
 
@@ -189,12 +195,12 @@ class S3Storage(Storage):
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _arguments(self, operation: str, **own: Any) -> dict[str, Any]:
-        """`own` over what of the extra arguments the operation takes, by botocore's own model of the service."""
+        """Return `own`, with those extra arguments that the operation accepts (by botocore's model of the service)."""
         takes = self.client.meta.service_model.operation_model(operation).input_shape.members
         return {"Bucket": self.bucket} | {k: v for k, v in self._extra.items() if k in takes} | own
 
     def _repeated(self, work: Callable[[], T], uri: str) -> T:
-        """`work`'s result; work is done again, after a growing and random pause, when its error may pass."""
+        """Return `work`'s result. Repeat it after retryable errors, with growing random pauses."""
 
         def log(state: tenacity.RetryCallState) -> None:
             import structlog
@@ -228,7 +234,7 @@ class S3Storage(Storage):
         return None
 
     def _raise_cause(self, key: str) -> None:
-        """Raise the refusal of a GET if it names a cause: the answer of a refused HEAD has no body that could."""
+        """Raise the error of a GET if it names a cause, as the answer to a refused HEAD has no body."""
         try:
             answer = self.client.get_object(**self._arguments("GetObject", Key=self._key(key), Range="bytes=0-0"))
             answer["Body"].close()
@@ -237,7 +243,7 @@ class S3Storage(Storage):
                 raise
 
     def _require_bucket(self, uri: str) -> None:
-        """Raise BucketMissing if the bucket itself is missing: HEAD's answer has no body to tell the two apart."""
+        """Raise BucketMissing if the bucket itself is missing, which the answer to a HEAD does not show."""
         if not self._bucket_seen:
             with s3_errors(uri, writing=False):
                 try:
@@ -245,7 +251,11 @@ class S3Storage(Storage):
                 except ClientError as err:
                     if error_code(err) in ("404", "NoSuchBucket"):
                         raise missing_bucket(self.bucket, where=uri, writing=False) from err
-                    if error_code(err) not in ("403", "AccessDenied", "Forbidden"):  # refused means that it is there
+                    if error_code(err) not in (
+                        "403",
+                        "AccessDenied",
+                        "Forbidden",
+                    ):  # a refusal means that the bucket exists
                         raise
             self._bucket_seen = True
 
@@ -280,9 +290,13 @@ class S3Storage(Storage):
                 out.flush()
             size = os.fstat(out.fileno()).st_size
             if size != info.bytes:
-                raise StorageUnavailable(f"{size} of {info.bytes} bytes arrived", where=uri, todo="Try again")
-            if self._stat_once(key) != info:  # the transfer manager holds only ranged reads to one version
-                raise StorageUnavailable("changed while it was read", where=uri, todo="Try again")
+                raise StorageUnavailable(
+                    f"only {size} of {info.bytes} bytes arrived", where=uri, todo="Run the same command again"
+                )
+            if self._stat_once(key) != info:  # the transfer manager fixes the version of ranged reads only
+                raise StorageUnavailable(
+                    "the object changed while it was read", where=uri, todo="Run the same command again"
+                )
             verified = check_digests(expected_digests(head, self.bucket), lambda: _blocks(out), uri)
         return replace(info, verified=verified)
 
@@ -313,7 +327,7 @@ class S3Storage(Storage):
         for page in self._pages(prefix):
             for entry in page.get("Contents", ()):
                 key = entry["Key"][len(self._within) :]
-                if key and not key.endswith("/"):  # consoles make such objects to show an empty folder
+                if key and not key.endswith("/"):  # web consoles make such objects for empty folders
                     yield self._listed(key, entry)
 
     def folders(self, prefix: str = "") -> Iterator[str]:
@@ -338,7 +352,7 @@ class S3Storage(Storage):
             return dict(self.client.list_objects_v2(**arguments))
 
     def _listed(self, key: str, entry: Mapping[str, Any]) -> ObjectInfo:
-        """Of an odd key too, as other tools make them."""
+        """Return the object of a listing; its key may be one that `check_key` refuses."""
         identity = _identity(entry["ETag"], entry["Size"])
         return ObjectInfo(f"{self.root}/{key}", entry["Size"], identity, entry["LastModified"].timestamp(), key)
 
@@ -372,11 +386,13 @@ class S3Storage(Storage):
                 self._conditional = False
             found = self._stat_once(key)
             if found is None:
-                raise StorageUnavailable(f"stored {size} bytes, found nothing", where=uri, todo="Try again")
+                raise StorageUnavailable(
+                    f"{size} bytes were stored, but the object is missing", where=uri, todo="Run the same command again"
+                )
             if found.bytes != size and found.identity == f"etag:{client.etag}:{found.bytes}":
-                problem = f"stored {size} bytes, found {found.bytes} bytes"
-                raise StorageUnavailable(problem, where=uri, todo="Try again")
-            # Where the ETag differs, another process has stored another object by now.
+                problem = f"{size} bytes were stored, but the object has {found.bytes} bytes"
+                raise StorageUnavailable(problem, where=uri, todo="Run the same command again")
+            # If the ETag differs, another process has stored another object since then.
             return self._identified(key, size, client.etag, found.modified)
 
         return self._repeated(upload, uri)
@@ -385,7 +401,7 @@ class S3Storage(Storage):
         self._repeated(lambda: self._put(key, data), self.uri(key))
 
     def _put(self, key: str, data: bytes, **own: Any) -> str:
-        """Store `data` by one request; the ETag of its answer."""
+        """Store `data` by one request. Return the ETag of its answer."""
         described = self._described(key, hashlib.sha256(data).hexdigest())
         described["Metadata"] |= own.pop("Metadata", {})
         with s3_errors(self.uri(key), writing=True):
@@ -393,8 +409,8 @@ class S3Storage(Storage):
             return bare_etag(self.client.put_object(**self._arguments("PutObject", **own))["ETag"])
 
     def _described(self, key: str, digest: str) -> dict[str, Any]:
-        """What an object says of its content: its digest beside the metadata that the extra arguments give, and the
-        content type by the key's ending, so that a browser plays what it is given a link to."""
+        """Return an object's metadata: those of the extra arguments and its digest; and its content type by the key's
+        ending, so that browsers play a linked video."""
         given = {k: v for k, v in self._extra.get("Metadata", {}).items() if k.lower() not in (DIGEST_KEY, _WRITE_KEY)}
         kind, _ = mimetypes.guess_type(key)
         typed = {"ContentType": kind} if kind and "ContentType" not in self._extra else {}
@@ -415,7 +431,7 @@ class S3Storage(Storage):
                 if code in CHANGED:
                     return self._version_if_written(key, mark["Metadata"])
                 if code in GONE and version is not None:
-                    return None  # deleted meanwhile
+                    return None  # it was deleted meanwhile
                 if code not in UNKNOWN:
                     raise
                 self._conditional = False
@@ -430,15 +446,18 @@ class S3Storage(Storage):
             fence.require(None if found is None else found.data, self.uri(fence.key))
 
     def _version_if_written(self, key: str, mark: Mapping[str, str]) -> str | None:
-        """The version under `key` if the conditional write that carries `mark` made it: a request whose answer was
-        lost is repeated, by botocore too, and then refused for its own first try."""
+        """Return the version under `key` if the conditional write with `mark` made it; else None.
+
+        A request whose answer was lost is repeated, also by botocore. The store then refuses it because of its own
+        first try.
+        """
         head = self._head(key)
         if head is None or not mark.items() <= head.get("Metadata", {}).items():
             return None
         return bare_etag(head["ETag"])
 
     def _compare_and_put(self, key: str, data: bytes, version: str | None, mark: Mapping[str, str]) -> str | None:
-        """For a store that does not know conditional writes, or ignores their conditions."""
+        """Compare and write, for a store that does not support conditional writes or ignores their conditions."""
         head = self._head(key)
         found = None if head is None else bare_etag(head["ETag"])
         if found == version:
@@ -447,7 +466,7 @@ class S3Storage(Storage):
 
     def append_lines(self, key: str, data: bytes) -> None:
         stem, dot, suffix = self._split(key)
-        with self._append_lock:  # also while it is written, so that a later call gets a later number
+        with self._append_lock:  # held during the write too, so that a later call gets a later number
             number = self._appended.get(key)
             if number is None:
                 form = re.compile(re.escape(stem) + r"-(\d{4,})" + re.escape(dot + suffix))
@@ -456,7 +475,7 @@ class S3Storage(Storage):
             while True:
                 number += 1
                 if self.write_if(f"{stem}-{number:04d}{dot}{suffix}", data, None) is not None:
-                    break  # else another process appends there too
+                    break  # else another process has used this number
             self._appended[key] = number
 
     def _split(self, key: str) -> tuple[str, str, str]:
@@ -470,7 +489,7 @@ class S3Storage(Storage):
             condition = {}
             if version is not None:
                 self._require_lease(fence)
-                head = self._head(key)  # also where the condition is known: some stores ignore that of a removal alone
+                head = self._head(key)  # also if conditions are supported: some stores ignore those of removals
                 if head is None:
                     return True
                 if bare_etag(head["ETag"]) != version:
@@ -492,12 +511,12 @@ class S3Storage(Storage):
             return self._repeated(remove, self.uri(key))
 
     def weak_conditions(self) -> str | None:
-        return None if self._conditional else "the store does not know conditional writes"
+        return None if self._conditional else "the store does not support conditional writes"
 
     def distrust_conditions(self) -> None:
         self._conditional = False
 
-    # What killed processes left
+    # Leftovers of killed processes
 
     def leftovers(self, prefix: str = "") -> Iterator[Leftover]:
         yield from self._unfinished(prefix)
@@ -531,12 +550,17 @@ class S3Storage(Storage):
             try:
                 return dict(self.client.list_multipart_uploads(**arguments))
             except ClientError as err:
-                if error_code(err) in ("405", "501", "MethodNotAllowed", "NotImplemented"):  # a store without them
+                if error_code(err) in (
+                    "405",
+                    "501",
+                    "MethodNotAllowed",
+                    "NotImplemented",
+                ):  # the store does not support them
                     return {}
                 raise
 
     def _parts(self, key: str, upload_id: str) -> Sequence[dict[str, Any]] | None:
-        """The parts of an upload that is not finished; None if it is by now."""
+        """Return the parts of an unfinished upload; None if it is finished meanwhile."""
         with s3_errors(self.root, writing=False):
             arguments = self._arguments("ListParts", Key=key, UploadId=upload_id)
             try:
@@ -571,16 +595,16 @@ def _identity(etag: str, size: int) -> str:
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    """The file from its beginning."""
+    """Yield the blocks of the file from its beginning."""
     file.seek(0)
     while block := file.read(MIB):
         yield block
 
 
 def _age(answer: Mapping[str, Any]) -> float | None:
-    """Seconds between the times that the store's answer gives for the object and for itself."""
+    """Return the object's age in seconds, from the object's and the answer's times by the store's clock."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
     try:
         return max(0.0, (parsedate_to_datetime(date) - answer["LastModified"]).total_seconds())
-    except ValueError:  # no date, or none that can be read
+    except ValueError:  # no date, or an unreadable one
         return None

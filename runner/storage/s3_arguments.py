@@ -1,4 +1,4 @@
-"""S3 arguments: what a user adds to every upload, such as encryption or a storage class.
+"""S3 arguments: the user's extra arguments for every upload, such as encryption or a storage class.
 
 In:   VIDEO_LAB_S3_EXTRA (a JSON object). Out: arguments by boto3's names, checked against botocore's model of the
 service. Never: requests.
@@ -23,23 +23,23 @@ __all__ = ["EXTRA_VARIABLE", "upload_arguments"]
 
 EXTRA_VARIABLE = "VIDEO_LAB_S3_EXTRA"
 
-_OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # true of one upload, wrong for the next
+_OF_ONE_FILE = re.compile(r"Checksum(?!Algorithm$|Type$)\w+|MpuObjectSize")  # right for one upload only
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def upload_arguments(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments of every upload: those of VIDEO_LAB_S3_EXTRA, a JSON object. Raises ConfigInvalid.
+    """Return the arguments for every upload from VIDEO_LAB_S3_EXTRA, a JSON object. Raises ConfigInvalid.
 
-    The names are boto3's (`S3Transfer.ALLOWED_UPLOAD_ARGS`), without those that belong to one file's content.
+    The names are boto3's (`S3Transfer.ALLOWED_UPLOAD_ARGS`), without those that depend on one file's content.
     """
     text = environ.get(EXTRA_VARIABLE, "").strip()
     remedy = 'Write a JSON object such as {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "alias/renders"}'
     try:
         extra = json.loads(text) if text else {}
     except (ValueError, RecursionError) as err:
-        raise ConfigInvalid(f"is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
+        raise ConfigInvalid(f"the value is not JSON ({err})", where=EXTRA_VARIABLE, todo=remedy) from err
     if not isinstance(extra, dict):
-        raise ConfigInvalid("is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
+        raise ConfigInvalid("the value is not a JSON object", where=EXTRA_VARIABLE, todo=remedy)
     allowed = [name for name in S3Transfer.ALLOWED_UPLOAD_ARGS if not _OF_ONE_FILE.fullmatch(name)]
     unknown = sorted(set(extra) - set(allowed))
     if unknown:
@@ -63,20 +63,24 @@ _NEEDED = {
 
 
 def _check_type(name: str, value: Any) -> None:
-    """Raise ConfigInvalid if the argument is not of the type that botocore's model of the service gives it. The value
-    is not shown: it may be a key."""
+    """Raise ConfigInvalid if the argument does not have the type of botocore's model of the service.
+
+    The value is not shown, as it may be an encryption key.
+    """
     shape = _upload_shapes().get(name)
     if shape is not None and ParamValidator().validate(value, shape).has_errors():
         needed = _NEEDED.get(shape.type_name, f"a {shape.type_name}")
         raise ConfigInvalid(f"{name} must be {needed}", where=EXTRA_VARIABLE, todo="Correct its value")
     texts = [*value.keys(), *value.values()] if isinstance(value, dict) else [str(value)]
-    if name != "SSECustomerKey" and any(_CONTROL.search(text) for text in texts):  # a key may hold any bytes
+    if name != "SSECustomerKey" and any(
+        _CONTROL.search(text) for text in texts
+    ):  # an encryption key may contain any bytes
         raise ConfigInvalid(f"{name} has a control character", where=EXTRA_VARIABLE, todo="Correct its value")
 
 
 @functools.cache
 def _upload_shapes() -> dict[str, Any]:
-    """Upload argument → its shape. Loaded by itself, as a session would read the AWS configuration for it."""
+    """Return upload argument → its shape. Loaded without a session, which would read the AWS configuration."""
     service = ServiceModel(create_loader().load_service_model("s3", "service-2"), "s3")
     names = ("CreateMultipartUpload", "PutObject")
     return {k: v for name in names for k, v in service.operation_model(name).input_shape.members.items()}

@@ -1,7 +1,8 @@
-"""S3 conditions: an upload that appears only if its key still holds what was seen there, and its lease is still held.
+"""S3 conditions: uploads that only appear if their key is unchanged and their lease is still held.
 
-In:   a boto3 client, what was seen under the key, functions that look at the key and at the lease. Out: a client for
-      s3transfer, which passes no conditions on by itself. Never: retries of whole transfers, keys below a prefix.
+In:   a boto3 client, the object found earlier under the key, functions that check the key and the lease.
+Out:  a client for s3transfer, which itself does not pass conditions on.
+Never: retries of whole transfers, keys below a prefix.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from runner.storage.base import ObjectInfo, Replaces, lease_lost
 __all__ = ["CHANGED", "GONE", "UNKNOWN", "ConditionalUpload", "bare_etag", "check_before_sends", "checked_sends"]
 
 # The codes of the answers to a request that carries a condition.
-CHANGED = ("412", "PreconditionFailed")  # something else lies there
-GONE = ("404", "NoSuchKey")  # nothing lies there any more
-UNKNOWN = ("501", "NotImplemented")  # the store does not know the condition
+CHANGED = ("412", "PreconditionFailed")  # the key has another object
+GONE = ("404", "NoSuchKey")  # the key has no object any more
+UNKNOWN = ("501", "NotImplemented")  # the store does not support the condition
 
 _sending = threading.local()
 
 
 def check_before_sends(client: Any) -> None:
-    """Make the client call what `checked_sends` gives, before it sends a request that changes what lies under a key."""
+    """Make the client call the check of `checked_sends` before each request that stores or removes an object."""
     for operation in ("PutObject", "CompleteMultipartUpload", "DeleteObject"):
         client.meta.events.register(f"before-send.s3.{operation}", _check)
 
@@ -40,8 +41,11 @@ def _check(**_: object) -> None:
 
 @contextmanager
 def checked_sends(check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` right before each such request that this thread sends inside: also before each of botocore's own
-    repetitions, which may come many seconds later. What it raises is raised instead of sending."""
+    """Call `check` right before each such request that this thread sends in the block.
+
+    It is also called before each repetition by botocore, which may come many seconds later. If it raises, the request
+    is not sent.
+    """
     before = getattr(_sending, "check", None)
     _sending.check = check
     try:
@@ -51,12 +55,12 @@ def checked_sends(check: Callable[[], None]) -> Iterator[None]:
 
 
 class ConditionalUpload:
-    """The client of one upload. It notes the ETag in the answer that completes it, which s3transfer does not hand on.
+    """The client of one upload. It keeps the ETag of the answer that completes it, which s3transfer does not return.
 
-    `replaces`: see `Storage.publish`. `mark`: of the object's metadata, a token of this upload: a request whose answer
-    was lost is repeated, and then refused for its own first try. `head` returns what lies under the key. `knows`: does
-    the store know conditional requests? False after the upload if it said that it does not; then, and before every
-    CompleteMultipartUpload (some stores ignore the condition there alone), the key is compared before the request.
+    `replaces`: see `Storage.publish`. `mark`: a token of this upload in the object's metadata: a request whose answer
+    was lost is repeated, and then refused because of its own first try. `head` returns the present object. `knows`:
+    whether the store supports conditional requests; False after the upload if the store refused one. Then, and before
+    every CompleteMultipartUpload (some stores ignore only its condition), the key is compared before the request.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class ConditionalUpload:
         return answer
 
     def _own_first_try(self, error: ClientError, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What lies under the key, if this upload stored it before its answer was lost; else raise."""
+        """Return the present object if this upload stored it before its answer was lost; else raise."""
         code = error_code(error)
         if not self._conditional or code not in (*CHANGED, *GONE, "NoSuchUpload"):
             raise error
@@ -117,14 +121,14 @@ class ConditionalUpload:
             if code == "NoSuchUpload":
                 raise error
             raise self._conflict() from error
-        if "UploadId" in arguments:  # a second upload of the same file, of which the first is there
+        if "UploadId" in arguments:  # a second upload of the same file; the first has succeeded
             with suppress(ClientError):
                 names = {name: arguments[name] for name in ("Bucket", "Key", "UploadId")}
                 self._client.abort_multipart_upload(**names)
         return head
 
     def _check(self, compare: bool) -> None:
-        """Raise LeaseLost if something else lies under the key, or if the lease is lost."""
+        """Raise LeaseLost if the key has another object, or if the lease is lost."""
         if compare and self._conditional:
             head = self._head()
             if head is None or not self._is_own(head):
@@ -137,14 +141,14 @@ class ConditionalUpload:
         return self._mark.items() <= head.get("Metadata", {}).items()
 
     def _conflict(self) -> Exception:
-        return lease_lost("another runner has changed this object since the job was begun", self._uri)
+        return lease_lost("another runner has changed this object since the job began", self._uri)
 
 
 def _etag(info: ObjectInfo) -> str:
-    """Of the identity `etag:<etag>:<bytes>`."""
+    """Return the ETag of the identity `etag:<etag>:<bytes>`."""
     return (info.identity or "").removeprefix("etag:").rpartition(":")[0]
 
 
 def bare_etag(etag: str) -> str:
-    """An ETag without the quotation marks that some stores leave out."""
+    """Return an ETag without quotation marks, as some stores leave them out."""
     return etag.strip('"')

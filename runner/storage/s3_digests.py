@@ -1,10 +1,10 @@
-"""S3 digests: whether the bytes that arrived are those that were stored, by what the store's answer says of them.
+"""S3 digests: check that the bytes that arrived are the stored ones, by the digests in the store's answer.
 
-In:   the answer of a HEAD or GET; the bytes. Out: the name of the digest that they agree with; an error if they do not.
+In:   the answer of a HEAD or GET; the bytes. Out: the name of the digest that matches, or an error.
 Never: requests, retries.
 
-A connection or a proxy can flip a bit. botocore notices that where the answer has a checksum header, which many stores
-and proxies leave out.
+A connection or a proxy can flip a bit. botocore detects that only if the answer has a checksum header, which many
+stores and proxies leave out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from runner.errors import StorageUnavailable
 
 __all__ = ["DIGEST_KEY", "check_digests", "expected_digests"]
 
-DIGEST_KEY = "sha256"  # of an object's metadata, where this runner stored it
+DIGEST_KEY = "sha256"  # key in the metadata of objects that this runner stored
 _MD5, _SHA256 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 
-_DIRECTORY_BUCKET = "--x-s3"  # how S3 Express names its buckets end, whose ETags are no digests
+_DIRECTORY_BUCKET = "--x-s3"  # end of the names of S3 Express buckets, whose ETags are not digests
 
 
 class _Hash(Protocol):
@@ -53,12 +53,11 @@ _HASHES: dict[str, Callable[[], _Hash]] = {
 
 
 def expected_digests(answer: Mapping[str, Any], bucket: str = "") -> list[tuple[str, str]]:
-    """(name, lower-case hex) of each digest of the whole content that the answer of a HEAD or GET gives.
+    """Return (name, lower-case hex) of each digest of the whole content in the answer to a HEAD or GET.
 
-    The sha256 in the metadata. The ETag, if it can be the MD5: it has 32 hexadecimal digits, neither a KMS key nor the
-    caller's own encrypts the object, and `bucket` is no directory bucket. The checksums of the full object, which are
-    there if `ChecksumMode=ENABLED` asked for them.
-    Empty for an object of several parts that another program stored: its ETag is a digest of digests.
+    These are: the sha256 in the metadata; the ETag, if it can be the MD5 (32 hexadecimal digits, no encryption by KMS
+    or by the caller's key, no directory bucket); the checksums of the full object (sent with `ChecksumMode=ENABLED`).
+    The list is empty for an object of several parts that another program stored: its ETag is a digest of digests.
     """
     found = []
     metadata = {key.lower(): value for key, value in answer.get("Metadata", {}).items()}
@@ -80,10 +79,10 @@ def expected_digests(answer: Mapping[str, Any], bucket: str = "") -> list[tuple[
 
 
 def check_digests(expected: Iterable[tuple[str, str]], blocks: Callable[[], Iterable[bytes]], where: object) -> str:
-    """The name of the first of the `expected` digests that the content agrees with; "" if none is expected.
+    """Return the name of the first of the `expected` digests that matches the content; "" if none is expected.
 
-    One is enough, as some stores give ETags that look like an MD5 and are none. `blocks` gives the content from its
-    beginning each time. Raises StorageUnavailable if the content agrees with none.
+    One match is enough, as ETags of some stores look like an MD5 but are not. Each call of `blocks` gives the content
+    from its beginning. Raises StorageUnavailable if no digest matches.
     """
     differing = []
     for name, digest in expected:
@@ -92,10 +91,10 @@ def check_digests(expected: Iterable[tuple[str, str]], blocks: Callable[[], Iter
             hashed.update(block)
         if hashed.hexdigest() == digest:
             return name
-        differing.append(f"{name} {digest} was stored, {hashed.hexdigest()} arrived")
+        differing.append(f"{name} {digest} was stored, but {hashed.hexdigest()} arrived")
     if differing:
-        todo = "Try again; if it stays so, the object is damaged or a proxy changes it: upload it again"
+        todo = "Run the same command again. If it fails again, upload the object again, or check the proxies"
         raise StorageUnavailable(
-            f"other bytes arrived than were stored: {'; '.join(differing)}", where=where, todo=todo
+            f"the bytes that arrived are not the stored ones: {'; '.join(differing)}", where=where, todo=todo
         )
     return ""

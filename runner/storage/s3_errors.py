@@ -1,7 +1,7 @@
-"""S3 errors: botocore's, boto3's and s3transfer's failures under our codes.
+"""S3 errors: turn errors of botocore, boto3 and s3transfer into RunnerErrors.
 
-In:   an exception, where it happened, whether we were reading or writing. Out: the RunnerError that it amounts to.
-Never: requests, retries. A test holds the tables against the libraries.
+In:   an exception, where it happened, reading or writing. Out: a RunnerError.
+Never: requests, retries. A test compares the tables with the libraries.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ FOREIGN_ERRORS = (
     OSError,
 )
 
-_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)  # OSErrors that are not of a disk
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)  # OSErrors of the network and not of a disk
 
-# The codes of S3's answers; a HEAD's answer has no body and gives its status instead.
+# The codes of S3's answers. The answer to a HEAD has no body; its status counts instead.
 _CODES: dict[type[RunnerError], str] = {
     StorageDenied: DENIED_CODES,
     InputNotFound: "404 410 NoSuchBucket NoSuchKey NoSuchVersion NotFound",
@@ -70,18 +70,18 @@ _CODES: dict[type[RunnerError], str] = {
         InvalidURI KMS.InvalidKeyUsageException KMS.InvalidStateException KMS.NotFoundException KeyTooLongError
         MalformedXML MetadataTooLarge MethodNotAllowed NotImplemented PermanentRedirect TemporaryRedirect""",
 }
-CLIENT_CODES = {code: home for home, codes in _CODES.items() for code in codes.split()}
+CLIENT_CODES = {code: kind for kind, codes in _CODES.items() for code in codes.split()}
 
 _REMEDIES: dict[type[RunnerError], str] = {
-    StorageUnavailable: "The storage may be busy or unreachable: check AWS_ENDPOINT_URL_S3 and the network, then retry",
-    StorageFull: "Free space or raise the quota there, then run the same command",
+    StorageUnavailable: "The storage may be busy or unreachable. Check AWS_ENDPOINT_URL_S3 and the network, then retry",
+    StorageFull: "Free space or raise the quota there, then run the same command again",
     InputNotFound: "Check the bucket and the key",
-    InputUnreadable: "The object is archived: restore it first",
+    InputUnreadable: "The object is archived. Restore it first",
     ConfigInvalid: "Check the URI, AWS_ENDPOINT_URL_S3, the region and VIDEO_LAB_S3_EXTRA",
     InternalError: "This is a bug; please report it",
 }
 _PERMISSION = {
-    "HeadObject": "s3:GetObject (and s3:ListBucket, without which a missing object is refused too)",
+    "HeadObject": "s3:GetObject (and s3:ListBucket, as S3 else refuses requests for missing objects)",
     "GetObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket",
     "HeadBucket": "s3:ListBucket",
@@ -93,13 +93,13 @@ _PERMISSION = {
 
 
 def storage_error(error: BaseException, *, where: object, writing: bool, disk: Path | None = None) -> RunnerError:
-    """`error` as one of ours. `disk`: the local file of a transfer, which may have failed instead of the network."""
+    """Return `error` as a RunnerError. `disk`: the local file of a transfer, which may be the cause."""
     if isinstance(error, RunnerError):
         return error
     if isinstance(error, ClientError):
         return _client_error(error, where=where, writing=writing)
     text = " ".join(str(error).split()) or type(error).__name__
-    # botocore's errors first: its time-outs and TLS errors are OSErrors as well, by way of requests
+    # botocore's errors first: its time-outs and TLS errors are OSErrors too
     if not isinstance(error, BotoCoreError):
         if isinstance(error, _NETWORK):
             return StorageUnavailable(
@@ -110,14 +110,14 @@ def storage_error(error: BaseException, *, where: object, writing: bool, disk: P
     inner = error.__cause__ or error.__context__ or getattr(error, "last_exception", None)
     if isinstance(error, Boto3Error) and isinstance(inner, FOREIGN_ERRORS):
         return storage_error(inner, where=where, writing=writing, disk=disk)
-    home = _home_of_class(error)
-    if home is StorageDenied:
+    kind = _class_of_error(error)
+    if kind is StorageDenied:
         return _denied(f"no usable credentials: {text}", where=where)
-    return home(f"{type(error).__name__}: {text}", where=where, todo=_remedy(home, error))
+    return kind(f"{type(error).__name__}: {text}", where=where, todo=_remedy(kind, error))
 
 
-def _home_of_class(error: BaseException) -> type[RunnerError]:
-    names = {kind.__name__ for kind in type(error).__mro__}
+def _class_of_error(error: BaseException) -> type[RunnerError]:
+    names = {base.__name__ for base in type(error).__mro__}
     if names & DENIED:
         return StorageDenied
     if names & UNAVAILABLE:
@@ -125,38 +125,38 @@ def _home_of_class(error: BaseException) -> type[RunnerError]:
     return ConfigInvalid if isinstance(error, BotoCoreError) else InternalError
 
 
-def _remedy(home: type[RunnerError], error: BaseException) -> str:
+def _remedy(kind: type[RunnerError], error: BaseException) -> str:
     if type(error).__name__ == "SSLError":
-        return "Check the server's certificate, or name your authority's in AWS_CA_BUNDLE"
-    return _REMEDIES[home]
+        return "Check the server's certificate, or set AWS_CA_BUNDLE to your authority's certificates"
+    return _REMEDIES[kind]
 
 
 def _client_error(error: ClientError, *, where: object, writing: bool) -> RunnerError:
     code, status, operation = error_code(error), answer_status(error), error.operation_name
     message = str(error.response.get("Error", {}).get("Message") or "").strip()
     text = f"{operation} was answered {code}" + (f" ({message})" if message and message != code else "")
-    home = CLIENT_CODES.get(code) or _home_ofanswer_status(status)
+    kind = CLIENT_CODES.get(code) or _class_of_status(status)
     if code == "NoSuchBucket":
         return missing_bucket(str(where).partition("://")[2].partition("/")[0], where=where, writing=writing)
     if code in CAUSES:
         return StorageDenied(text, where=where, todo=CAUSES[code])
-    if home is StorageDenied:
+    if kind is StorageDenied:
         return _denied(text, where=where, operation=operation)
-    if home is InputNotFound and writing:  # an object to write need not exist: its bucket must
+    if kind is InputNotFound and writing:  # the object to write need not exist, but its bucket must
         return ConfigInvalid(text, where=where, todo="Create the bucket first, or correct its name")
-    return home(text, where=where, todo=_REMEDIES[home])
+    return kind(text, where=where, todo=_REMEDIES[kind])
 
 
 def missing_bucket(bucket: str, *, where: object, writing: bool) -> RunnerError:
-    """The error for a bucket that does not exist."""
+    """Return the error for a bucket that does not exist."""
     what = f"the bucket {bucket} does not exist"
     if writing:
         return ConfigInvalid(what, where=where, todo="Create the bucket first, or correct its name")
     return BucketMissing(what, where=where, todo="Check its name, the region and AWS_ENDPOINT_URL_S3")
 
 
-def _home_ofanswer_status(status: int) -> type[RunnerError]:
-    """Where an unknown code belongs, by the status of its answer."""
+def _class_of_status(status: int) -> type[RunnerError]:
+    """Return the error class for an unknown code, by the status of its answer."""
     known = CLIENT_CODES.get(str(status))
     if known is not None:
         return known
@@ -175,7 +175,7 @@ def _denied(what: str, *, where: object, operation: str = "") -> StorageDenied:
 
 @contextmanager
 def s3_errors(where: object, *, writing: bool, disk: Path | None = None) -> Iterator[None]:
-    """Raise what boto3 raises inside as one of ours."""
+    """Raise errors of boto3 in the block as RunnerErrors."""
     try:
         yield
     except FOREIGN_ERRORS as err:

@@ -1,12 +1,11 @@
-"""Sync: a model store in a bucket copied once into a local folder, for every process of the machine.
+"""Sync: copy a model store from a bucket once into a local folder, for all processes of the machine.
 
-In:   the URI of an object store, a cache folder, which keys are wanted. Out: a local folder with those files as the
-bucket has them.
-Never: what the files are for.
+In:   the URI of an object store, a cache folder, a filter of keys. Out: a local folder with those files of the bucket.
+Never: the purpose of the files.
 
-    <cache>/<name>/        the store, each file put in place whole
-    <cache>/<name>.json    the index: key → identity and size of what was downloaded
-    <cache>/<name>.lock    held while comparing and downloading
+    <cache>/<name>/        the store; each file appears whole
+    <cache>/<name>.json    the index: key → identity and size of the downloaded file
+    <cache>/<name>.lock    locked while comparing and downloading
 """
 
 from __future__ import annotations
@@ -33,22 +32,24 @@ REPORT_EVERY = 0.1  # of all bytes
 
 
 def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool], *, download: bool = True) -> Path:
-    """The model store at `uri` as a local folder. A local one is returned unchanged.
+    """Return the model store at `uri` as a local folder. A local store is returned unchanged.
 
-    Of one in an object store, the files that `wanted` names (by key below the root) are downloaded unless the cache has
-    them with the same identity and size. What is downloaded is compared with a digest that the store gives; where it
-    gives none, the event `models.unverified` names the file.
+    From an object store, the files that `wanted` selects (by key below the root) are downloaded, unless the cache has
+    them with the same identity and size. Downloads are compared with the store's digest; if the store gives none, the
+    event `models.unverified` names the file.
 
-    Processes that share the cache take turns; the second finds the work done. Files that the bucket no longer has are
-    removed from the cache. Raises WeightsMissing when there is nothing (wanted) there, StorageFull before a download
-    that cannot fit, StorageDenied, StorageUnavailable.
+    Processes that share the cache work one after the other, so the second finds the files. Files that the bucket no
+    longer has are removed from the cache. Raises WeightsMissing if the store has no (selected) file; StorageFull before
+    a download that does not fit; StorageDenied; StorageUnavailable.
 
-    Without `download` nothing is changed, and what the cache lacks is WeightsMissing.
+    Without `download` nothing is changed, and files that the cache lacks raise WeightsMissing.
     """
     if not is_remote(uri):
         folder = local_path(uri)
         if not folder.is_dir():
-            raise WeightsMissing("no such model folder", where=folder, todo="Check --models (VIDEO_LAB_MODELS)")
+            raise WeightsMissing(
+                "the model folder does not exist", where=folder, todo="Check --models (VIDEO_LAB_MODELS)"
+            )
         return folder
     storage = open_storage(uri)
     folder = cache / cache_name(storage.root)
@@ -64,14 +65,16 @@ def sync_models(uri: str | Path, cache: Path, wanted: Callable[[str], bool], *, 
 
 
 def cache_name(root: str) -> str:
-    """The folder's name for a store: the same for the same URI, readable, and different for different URIs."""
+    """Return a readable folder name for a store, unique for its URI."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", root.rpartition("/")[2]).strip("-.")[:40]
     return f"{slug or 'models'}-{hashlib.sha256(root.encode()).hexdigest()[:12]}"
 
 
 class _locked:
-    """Hold a lock file for the length of a block, and say so when another process has it. The system frees it when its
-    holder dies."""
+    """Lock a file while the block runs, and log an event if another process has locked it.
+
+    The system releases the lock when its holder dies.
+    """
 
     def __init__(self, path: Path) -> None:
         from filelock import FileLock
@@ -92,7 +95,7 @@ class _locked:
 
 
 class _Sync:
-    """One comparison of bucket and folder, with the lock held."""
+    """One comparison of bucket and folder, while the lock is held."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self.storage, self.folder = storage, folder
@@ -122,32 +125,36 @@ class _Sync:
         _log("models.ready", files=len(there), downloaded=len(missing), seconds=seconds, folder=str(self.folder))
 
     def require_all(self, wanted: Callable[[str], bool]) -> None:
-        """Raise WeightsMissing unless the folder holds what is wanted as the bucket has it."""
+        """Raise WeightsMissing unless the folder has the selected files as they are in the bucket."""
         there = self._there(wanted)
         missing = [info for info in there.values() if not self._has(info)]
         stale = [key for key in self.index if key not in there and wanted(key)]
         if missing or stale:
             size = sum(info.bytes for info in missing) / GB
             raise WeightsMissing(
-                f"the cache does not hold the models of {self.storage.root} as they are now: {len(missing)} files, "
+                f"the cache does not have the present models of {self.storage.root}: {len(missing)} files, "
                 f"{size:.1f} GB, would be downloaded",
                 where=self.folder,
-                todo="A dry run downloads nothing: run without --dry-run, or name a local copy with --models",
+                todo="A dry run downloads nothing. Run without --dry-run, or name a local copy with --models",
             )
 
     def _there(self, wanted: Callable[[str], bool]) -> dict[str, ObjectInfo]:
-        """Wanted key → what the bucket has, in order of key."""
+        """Return selected key → object in the bucket, in order of key."""
         root, todo = self.storage.root, "Check --models (VIDEO_LAB_MODELS) and upload the published weights there"
         try:
             found = list(self.storage.list())
         except InputNotFound as err:
             raise WeightsMissing(err.what, where=root, todo=todo) from err
         if not found:
-            raise WeightsMissing("holds no files", where=root, todo=todo)
-        there = {check_key(info.key): info for info in found if wanted(info.key)}  # no key may lead out of the folder
+            raise WeightsMissing("the model store has no files", where=root, todo=todo)
+        there = {
+            check_key(info.key): info for info in found if wanted(info.key)
+        }  # a key must not lead out of the folder
         if not there:
             seen = ", ".join(sorted(info.key for info in found)[:3])
-            raise WeightsMissing(f"holds none of the files needed (it has {seen}, …)", where=root, todo=todo)
+            raise WeightsMissing(
+                f"the model store has none of the needed files (it has {seen}, …)", where=root, todo=todo
+            )
         return dict(sorted(there.items()))
 
     def _has(self, info: ObjectInfo) -> bool:
@@ -157,26 +164,26 @@ class _Sync:
         return bool(self.index[info.key] == {"identity": self.storage.identify(info), "bytes": info.bytes})
 
     def _require_space(self, missing: list[ObjectInfo]) -> None:
-        """Raise StorageFull if even after replacing old files the new ones cannot fit."""
+        """Raise StorageFull if the new files do not fit, even after old ones are replaced."""
         old = sum(path.stat().st_size for info in missing if (path := self.folder / info.key).is_file())
         needed, free = sum(info.bytes for info in missing) - old, shutil.disk_usage(self.folder).free
         if needed > free:
             raise StorageFull(
-                f"the models need {needed / GB:.1f} GB more and {free / GB:.1f} GB are free",
+                f"the models need {needed / GB:.1f} GB more, but only {free / GB:.1f} GB are free",
                 where=self.folder,
                 todo="Free space, or put --cache on a larger disk",
             )
 
     def _read_index(self) -> dict[str, Any]:
         try:
-            said = json.loads(self.index_path.read_bytes())
-            files = said["files"] if said["version"] == INDEX_VERSION else {}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or not ours: download again
+            index = json.loads(self.index_path.read_bytes())
+            files = index["files"] if index["version"] == INDEX_VERSION else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or a foreign file: download again
             return {}
         return dict(files) if isinstance(files, dict) else {}
 
     def _record(self, key: str, entry: dict[str, Any] | None) -> None:
-        """Note what lies under `key` now, after it does: a crash in between costs a download, never a wrong file."""
+        """Note the file under `key` in the index, after it was written: a crash in between only costs a download."""
         if entry is None:
             del self.index[key]
         else:
@@ -186,19 +193,19 @@ class _Sync:
             out.write(json.dumps(whole, ensure_ascii=False, indent=1).encode())
 
     def _remove_leftovers(self) -> None:
-        """Files of a process killed while downloading: nobody else may be writing here, as we hold the lock."""
+        """Remove files of a process killed while downloading. No process is writing now, as this one holds the lock."""
         for path in [path for path in walk_files(self.folder) if is_staged(path.name)]:
             path.unlink(missing_ok=True)
 
 
 class _SyncProgress:
-    """Says how far a download is, a tenth at a time."""
+    """Logs how far a download is, at each tenth."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.next = total, 0, REPORT_EVERY
 
     def add(self, amount: int) -> None:
-        """Called from the transfer's threads; a lost update only makes a line come a little later."""
+        """Add bytes. Called from the transfer's threads; a lost update only delays a line a little."""
         self.done += amount
         if self.total and self.done / self.total >= self.next and self.next < 1:
             self.next = self.done // (self.total * REPORT_EVERY) * REPORT_EVERY + REPORT_EVERY
@@ -206,6 +213,6 @@ class _SyncProgress:
 
 
 def _log(event: str, *, level: str = "info", **fields: object) -> None:
-    import structlog  # brings rich with it, and `--help` passes through here
+    import structlog  # it imports rich, and `--help` imports this module
 
     getattr(structlog.get_logger(), level)(event, **fields)

@@ -1,6 +1,6 @@
-"""URIs: the storage or the input file behind a path, a `file:///` URI or a URI of an object store.
+"""URIs: open the storage or the input file of a path, a `file:///` URI or a URI of an object store.
 
-In:   a URI. Out: a `Storage`, what an input is, an input as a local file. Never: what the bytes mean.
+In:   a URI. Out: a `Storage`; the size and identity of an input; an input as a local file. Never: what the bytes mean.
 
 A backend is one row of `BACKENDS`. Its module is imported when the first URI of its scheme is opened: boto3 takes half
 a second to import. A URI of an object store has the form `<scheme>://<bucket>/<key>`.
@@ -44,7 +44,7 @@ __all__ = [
     "stat_input",
 ]
 
-LOCAL = "file"  # the scheme of local paths, which are inputs where they lie and are never fetched
+LOCAL = "file"  # the scheme of local paths, which are used in place and never fetched
 BACKENDS = {  # scheme → module:class of its Storage
     LOCAL: "runner.storage.local:LocalStorage",
     "s3": "runner.storage.s3:S3Storage",
@@ -54,51 +54,51 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")
 
 @dataclass(frozen=True)
 class FetchedInput:
-    """An input as a local file, and what was read."""
+    """An input as a local file, and the object that was read."""
 
     path: Path
     info: ObjectInfo
     unverified: bool  # it came over the network, and the store gave no digest to compare it with
 
 
-# What a URI says
+# Parts of a URI
 
 
 def _scheme(uri: str | Path) -> str:
-    """In lower case; `file` for a plain path."""
+    """Return the scheme in lower case; `file` for a plain path."""
     scheme, separator, _ = str(uri).partition("://")
     plain = isinstance(uri, Path) or not separator or not _SCHEME.fullmatch(scheme)
     return LOCAL if plain else scheme.lower()
 
 
 def is_remote(uri: str | Path) -> bool:
-    """Does this name a place in one of the object stores, rather than a local path?"""
+    """Return whether this is a URI of an object store, and not a local path."""
     return _scheme(uri) in BACKENDS.keys() - {LOCAL}
 
 
 def remote_forms() -> str:
-    """What URIs of object stores look like, in words for an error message."""
+    """Return the forms of object store URIs, for error messages."""
     return " or ".join(f"{scheme}://bucket/key" for scheme in BACKENDS if scheme != LOCAL)
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-    """(scheme in lower case, bucket, key) of a URI of an object store; bucket and key may be empty."""
+    """Return (scheme in lower case, bucket, key) of an object store's URI; bucket and key may be empty."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     return scheme.lower(), bucket, key
 
 
 def split_object(uri: str) -> tuple[str, str]:
-    """(root of a storage, key below it) of the URI of one object. Raises InputNotFound for a bucket or a folder."""
+    """Return (root of a storage, key below it) of an object's URI. Raises InputNotFound for a bucket or a folder."""
     root, _, name = uri.rpartition("/")
     if root.count("/") < 2 or not name:  # s3://bucket, s3://bucket/folder/
         todo = f"Write {_scheme(uri)}://bucket/path/file"
-        raise InputNotFound("names a bucket or a folder, not a file", where=uri, todo=todo)
+        raise InputNotFound("this names a bucket or a folder, not a file", where=uri, todo=todo)
     return root, name
 
 
 def local_path(uri: str | Path) -> Path:
-    """A plain path or a `file:///…` URI (percent-decoded, RFC 8089) as a path. Raises ConfigInvalid for other URIs."""
+    """Return a plain path or `file:///…` URI (percent-decoded, RFC 8089) as a path. Raises ConfigInvalid for others."""
     if isinstance(uri, Path):
         return uri
     scheme, separator, _ = uri.partition("://")
@@ -107,8 +107,8 @@ def local_path(uri: str | Path) -> Path:
             raise ConfigInvalid(f"{uri!r} is not a path", todo=f"Give a folder or {remote_forms()}")
         try:
             return _native_path(uri).expanduser()
-        except RuntimeError as err:  # ~name, or ~ of a user without a home
-            what = f"{uri!r} begins with ~, which names no home folder here"
+        except RuntimeError as err:  # ~name, or ~ of a user without a home folder
+            what = f"{uri!r} begins with ~, but there is no such home folder here"
             raise ConfigInvalid(what, todo="Write the path in full") from err
     if scheme.lower() != LOCAL:
         todo = f"Use a path, file:/// or {remote_forms()}"
@@ -116,12 +116,14 @@ def local_path(uri: str | Path) -> Path:
     parts = urlsplit(uri)
     path = unquote(uri.partition("://")[2][len(parts.netloc) :])
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
-        raise ConfigInvalid("a file URI names an absolute path on this machine", where=uri, todo="Write file:///folder")
+        raise ConfigInvalid(
+            "a file URI must name an absolute path on this machine", where=uri, todo="Write file:///folder"
+        )
     return _native_path(path)
 
 
 def _native_path(text: str) -> Path:
-    """`text` as a path whose bytes are UTF-8, also where Python takes file names for ASCII (LC_ALL=POSIX)."""
+    """Return `text` as a path whose bytes are UTF-8, also if Python encodes file names as ASCII (LC_ALL=POSIX)."""
     try:
         os.fsencode(text)
         return Path(text)
@@ -137,7 +139,7 @@ def _native_path(text: str) -> Path:
 
 
 def backend_class(uri: str | Path) -> type[Storage]:
-    """The class that serves the URI's scheme. Raises ConfigInvalid, which lists the schemes, for an unknown one."""
+    """Return the class for the URI's scheme. Raises ConfigInvalid, with the known schemes, for an unknown one."""
     scheme = _scheme(uri)
     if scheme not in BACKENDS:
         local_path(uri)  # raises
@@ -147,20 +149,20 @@ def backend_class(uri: str | Path) -> type[Storage]:
 
 
 def open_storage(uri: str | Path) -> Storage:
-    """The storage rooted at a folder, a `file:///` URI or `s3://bucket[/prefix]`. Nothing is asked of it yet.
+    """Return the storage with this root: a folder, a `file:///` URI or `s3://bucket[/prefix]`. No request is sent yet.
 
     Raises ConfigInvalid for a URI that can never work, and for a wrong setting of its backend in the environment.
     """
     return backend_class(uri).from_uri(uri, os.environ)
 
 
-PROBE = b"Video Lab runner asks whether it may write here\n" * 100
+PROBE = b"Video Lab runner tests whether it can write here\n" * 100
 
 
 def probe_writable(storage: Storage) -> None:
-    """Write, read and delete one small object, so that a run that cannot store its results ends before it begins.
+    """Write, read and delete one small object, so that a run that cannot store its results fails at once.
 
-    Raises StorageDenied, StorageFull, StorageUnavailable or ConfigInvalid, each with what to do about it.
+    Raises StorageDenied, StorageFull, StorageUnavailable or ConfigInvalid, each with the remedy.
     """
     key = f"{PROBE_NAME}{uuid4().hex}"
     storage.write_bytes(key, PROBE)
@@ -172,15 +174,19 @@ def probe_writable(storage: Storage) -> None:
 
 def _require_probe(storage: Storage, key: str) -> None:
     if storage.read_bytes(key) != PROBE:
-        raise InternalError("what was written does not read back", where=storage.uri(key))
+        raise InternalError(
+            "a test object reads back with other content than was written",
+            where=storage.uri(key),
+            todo="Check the store: no run can use it",
+        )
 
 
 def probe_conditions(storage: Storage) -> str | None:
-    """Find out with one small object whether conditional writes hold: None, or one sentence that says what does not.
+    """Test conditional writes with one small object. Return None if they work, else one sentence with the problem.
 
-    It finds out what `probe_writable` does, too, and raises the same. Leases rest on conditional writes: without them
-    two runners can both believe that a job is theirs. Where the store ignores conditions, `storage` compares by itself
-    before it writes from then on.
+    It includes the test of `probe_writable` and raises the same errors. Leases need conditional writes: without them
+    two runners can both take the same job. If the store ignores conditions, `storage` compares before each write from
+    then on.
     """
     key = f"{PROBE_NAME}{uuid4().hex}"
     try:
@@ -195,10 +201,10 @@ def probe_conditions(storage: Storage) -> str | None:
 def _ignored_condition(storage: Storage, key: str) -> str | None:
     first = storage.write_if(key, PROBE, None)
     if first is None:
-        return "the store refuses to create an object although nothing lies under its key"
+        return "the store refuses to create an object although its key is free"
     _require_probe(storage, key)
     if storage.write_if(key, b"second", None) is not None:
-        return "the store replaces an object where it was asked to create one only if nothing lies there"
+        return "the store replaces an object although the request says to create it only if its key is free"
     third = storage.write_if(key, b"third", first)
     if third is None:
         return "the store refuses to replace an object although its version is the expected one"
@@ -211,16 +217,16 @@ def _ignored_condition(storage: Storage, key: str) -> str | None:
 
 
 def stat_input(uri: str | Path) -> ObjectInfo:
-    """What an input file or object is, without reading it.
+    """Return the size and identity of an input file or object, without reading it.
 
-    Raises InputNotFound, InputUnreadable for a folder, a pipe, and what cannot be read or does not answer,
-    StorageDenied, StorageUnavailable; ConfigInvalid only for what is wrong with the backend's configuration itself.
+    Raises InputNotFound; InputUnreadable for a folder, a pipe, and a file that cannot be read or does not answer;
+    StorageDenied; StorageUnavailable; ConfigInvalid only for a wrong configuration of the backend itself.
     """
     if is_remote(uri):
         return _stat_object(str(uri))[1]
     try:
         path = local_path(uri)
-    except ConfigInvalid as err:  # one job's input cannot be reached; the other jobs go on
+    except ConfigInvalid as err:  # only this job's input is wrong; the other jobs continue
         raise InputNotFound(err.what, where=uri, todo=err.todo) from err
     with os_errors(path, writing=False):
         status = check_regular_file(path)
@@ -228,7 +234,7 @@ def stat_input(uri: str | Path) -> ObjectInfo:
 
 
 def identify_input(uri: str | Path, sha256: Callable[[Path], str] = sha256_file) -> tuple[ObjectInfo, str]:
-    """What an input is, and its identity. A file whose store does not know that is hashed by `sha256`.
+    """Return an input's object and its identity. If the store does not give the identity, `sha256` hashes the file.
 
     Raises as `stat_input` does.
     """
@@ -243,7 +249,7 @@ def identify_input(uri: str | Path, sha256: Callable[[Path], str] = sha256_file)
 
 
 def fetch_input(uri: str | Path, dest_dir: Path) -> Path:
-    """An input as a local file: a local one where it lies, an object copied below `dest_dir` under its own name.
+    """Return an input as a local file: a local one in place, an object copied below `dest_dir` with its own name.
 
     Raises as `stat_input` does, and StorageFull.
     """
@@ -251,7 +257,7 @@ def fetch_input(uri: str | Path, dest_dir: Path) -> Path:
 
 
 def fetch_input_with_info(uri: str | Path, dest_dir: Path) -> FetchedInput:
-    """As `fetch_input`, with what was read and whether that could be verified."""
+    """Do as `fetch_input`, and return the object that was read and whether it was verified."""
     if not is_remote(uri):
         info = stat_input(uri)
         return FetchedInput(Path(info.uri), info, unverified=False)
@@ -272,7 +278,7 @@ def _stat_object(uri: str) -> tuple[Storage, ObjectInfo]:
 
 
 def _open_object(uri: str) -> tuple[Storage, str]:
-    """The storage that holds one object, and its key there."""
+    """Return the storage of one object, and its key there."""
     root, name = split_object(uri)
     try:
         return open_storage(root), check_key(name)
@@ -284,8 +290,11 @@ def _open_object(uri: str) -> tuple[Storage, str]:
 
 @contextmanager
 def _one_input(uri: str) -> Iterator[None]:
-    """A store's refusal of one object (its bucket does not exist or lies in another region, its key is too long) is
-    that input's fault. A fault of the configuration, which names its variable instead of the object, stays one."""
+    """Turn a store's refusal of one object into an error of this input.
+
+    Examples: the bucket does not exist or is in another region; the key is too long. An error of the configuration,
+    which names a variable instead of the object, is not changed.
+    """
     try:
         yield
     except BucketMissing as err:
@@ -297,7 +306,7 @@ def _one_input(uri: str) -> Iterator[None]:
 
 
 def download_name(uri: str) -> str:
-    """Where a downloaded object lies below its folder: its own name, below a folder that tells apart equal names."""
+    """Return the place of a downloaded object below its folder: its own name, in a folder named by its URI."""
     name = PurePosixPath(uri.rpartition("/")[2])
     stem = name.stem.encode()[:120].decode(errors="ignore")  # file names hold 255 bytes, keys 1024
     return f"{hashlib.sha256(uri.encode()).hexdigest()[:12]}/{stem}{name.suffix[:16]}"

@@ -142,7 +142,7 @@ def test_a_user_without_a_home_and_a_name(done, tmp_path):
     for arguments in (["status", "~nobody-such/out"], ["validate", "~nobody-such/m.yaml"]):
         ended = run(command, *arguments, **nobody)
         assert ended.returncode == 2, ended.stderr
-        assert "~, which names no home folder here. Write the path in full" in ended.stderr
+        assert "~, but there is no such home folder here. Write the path in full" in ended.stderr
 
 
 def test_what_no_reader_sees_is_escaped(tmp_path, capsys):

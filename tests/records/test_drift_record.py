@@ -25,7 +25,7 @@ def test_drift_beyond_the_limit_is_warned_of_once_with_what_to_do():
     (said,) = record("off", {}, {"remaining": 2.1}, {"remaining": beyond}, {}).warnings
     assert "segment 3 of 4 are 2.5 delta E from those of the first segment; set colour: anchor" in said
     (said,) = record("anchor", {"remaining": beyond}, against="driving video").warnings
-    assert "of the driving video; look at it" in said
+    assert "of the driving video; check the video" in said
 
 
 def test_a_step_is_warned_of_where_it_is_published():

@@ -399,7 +399,7 @@ class StorageContract(LeaseContract):
 
     def test_probe_finds_a_store_that_forgets(self, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store, "write_bytes", lambda key, data: None)
-        with pytest.raises(InternalError, match="does not read back"):
+        with pytest.raises(InternalError, match="reads back with other content"):
             probe_writable(store)
 
     def test_inputs_by_uri(self, store: Storage, tmp_path: Path) -> None:

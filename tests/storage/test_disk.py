@@ -48,7 +48,7 @@ def test_a_full_disk_keeps_what_is_done(small_disk: Path, tmp_path: Path) -> Non
     store = LocalStorage(small_disk)
     store.write_bytes("jobs/a/output.mp4", b"a" * 300_000)
     (tmp_path / "big").write_bytes(b"b" * 2_000_000)
-    with pytest.raises(StorageFull, match=r"no space left.*Free space") as caught:
+    with pytest.raises(StorageFull, match=r"no space is left.*Free space") as caught:
         store.publish(tmp_path / "big", "jobs/a/output.mp4")
     assert caught.value.where == str(small_disk / "jobs/a/output.mp4")
     with pytest.raises(StorageFull):
@@ -216,7 +216,7 @@ def test_only_our_own_names_are_reserved(name: str, tmp_path: Path) -> None:
 def test_an_input_that_is_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "dance.mp4")
     for ask in (stat_input, lambda path: fetch_input(path, tmp_path)):
-        with pytest.raises(InputUnreadable, match=r"dance\.mp4: is a pipe"):
+        with pytest.raises(InputUnreadable, match=r"dance\.mp4: this is a pipe"):
             ask(tmp_path / "dance.mp4")
 
 
@@ -256,7 +256,7 @@ def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
         lambda: store.delete("jobs/a/x"),
         lambda: store.delete("jobs/a/frames/x", fence=NO_LEASE),
     ):
-        with pytest.raises(StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*stopped process") as caught:
+        with pytest.raises(StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*Find the process") as caught:
             use()
         assert caught.value.retryable
         assert caught.value.where == str(stopped_holder)

@@ -71,7 +71,7 @@ def test_a_key_is_the_same_in_every_release():
 
 @pytest.mark.parametrize("bad", [np.array(["text"]), np.array([object()]), np.array([1j])])
 def test_only_plain_numbers(cache, bad):
-    with pytest.raises(ValueError, match="cannot be kept"):
+    with pytest.raises(ValueError, match="cannot be cached"):
         cache.put(key({}), {"bad": bad})
 
 

@@ -193,11 +193,11 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     store.write_bytes("jobs/folder/output.mp4/x", b"")
     (tmp_path / "source").write_bytes(b"x")
     for key, said in [
-        ("jobs/file/output.mp4", "jobs/file: a file lies where a folder must be. Remove or rename that file"),
-        ("jobs/file/a/b/output.mp4", "jobs/file: a file lies where a folder must be. Remove or rename that file"),
-        ("jobs/nowhere/output.mp4", "jobs/nowhere: a file lies where a folder must be. Remove or rename that file"),
-        ("jobs/loop/a/output.mp4", "jobs/loop: a symbolic link there leads in a circle. Remove or rename that link"),
-        ("jobs/folder/output.mp4", "output.mp4: a folder lies where a file must be. Remove or rename that folder"),
+        ("jobs/file/output.mp4", "jobs/file: a file is where a folder must be. Remove or rename that file"),
+        ("jobs/file/a/b/output.mp4", "jobs/file: a file is where a folder must be. Remove or rename that file"),
+        ("jobs/nowhere/output.mp4", "jobs/nowhere: a file is where a folder must be. Remove or rename that file"),
+        ("jobs/loop/a/output.mp4", "jobs/loop: a symbolic link there forms a loop. Remove or rename that link"),
+        ("jobs/folder/output.mp4", "output.mp4: a folder is where a file must be. Remove or rename that folder"),
         ("n" * 300, "longer than this file system allows. Choose a shorter name"),
     ]:
         for write in (
@@ -235,7 +235,7 @@ def test_odd_things_under_a_key(tmp_path: Path) -> None:
     for read in (store.read_bytes, store.read_versioned, lambda key: store.fetch(key, tmp_path / "copy")):
         with pytest.raises(InputUnreadable, match="folder"):
             read("jobs/b/attempt.json")
-        with pytest.raises(InputUnreadable, match="circle"):
+        with pytest.raises(InputUnreadable, match="loop"):
             read("jobs/loop")
     assert store.read_bytes("n" * 300) is None
     assert store.stat("n" * 300) is None

@@ -32,7 +32,7 @@ def test_files_of_the_kernel_are_no_inputs(path):
     if not Path(path).exists():
         pytest.skip("not on this machine")
     begin = time.monotonic()
-    with pytest.raises(InputUnreadable, match="whose files the kernel makes up"):
+    with pytest.raises(InputUnreadable, match="whose files the kernel generates"):
         stat_input(path)
     assert time.monotonic() - begin < 5
 

@@ -321,7 +321,7 @@ def test_a_store_that_does_not_know_conditions_is_compared(
     info = behind.publish(path, OUTPUT, fence=MINE, replaces=seen)
     assert len(conditions) == 1
     assert behind.read_bytes(OUTPUT) == path.read_bytes()
-    assert "does not know" in (behind.weak_conditions() or "")
+    assert "does not support" in (behind.weak_conditions() or "")
     for stale in (seen, None):
         with pytest.raises(LeaseLost):
             behind.publish(path, OUTPUT, fence=MINE, replaces=stale)
@@ -353,7 +353,7 @@ def test_a_store_that_does_not_know_conditional_removals(behind: S3Storage, line
 
 
 @pytest.mark.parametrize(
-    ("header", "sentence"), [("If-None-Match", "create one only if"), ("If-Match", "not the expected")]
+    ("header", "sentence"), [("If-None-Match", "create it only if"), ("If-Match", "not the expected")]
 )
 def test_the_probe_finds_a_store_that_ignores_a_condition(
     moto_s3: S3Server, aws_env: UseServer, header: str, sentence: str
@@ -377,7 +377,7 @@ def test_the_probe_finds_a_store_that_ignores_a_condition(
 
 def test_the_probe_finds_a_store_that_refuses_conditions(behind: S3Storage, line: FaultyServer) -> None:
     line.fail("501", "PUT")
-    assert "does not know conditional writes" in (probe_conditions(behind) or "")
+    assert "does not support conditional writes" in (probe_conditions(behind) or "")
     assert list(behind.list()) == []
 
 

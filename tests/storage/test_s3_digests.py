@@ -48,7 +48,10 @@ def test_what_an_answer_tells(answer: dict[str, Any], names: list[str]) -> None:
     assert [name for name, _ in expected] == names
     assert check_digests(expected, lambda: [DATA[:3], DATA[3:]], "s3://b/k") == (names[0] if names else "")
     if names:
-        with pytest.raises(StorageUnavailable, match=f"s3://b/k: other bytes.* {names[0]} {expected[0][1]} was stored"):
+        with pytest.raises(
+            StorageUnavailable,
+            match=f"s3://b/k: the bytes that arrived are not.* {names[0]} {expected[0][1]} was stored",
+        ):
             check_digests(expected, lambda: [DATA[:-1] + b"e"], "s3://b/k")
 
 
@@ -112,7 +115,9 @@ def test_a_flipped_bit_is_noticed(
     assert sum(moved) == size
     line.fail("flip", "GET", "dance.mp4", times=1000)
     digest = hashlib.new(info.verified, data).hexdigest()
-    with pytest.raises(StorageUnavailable, match=rf"dance\.mp4: other bytes arrived.*{digest} was stored") as caught:
+    with pytest.raises(
+        StorageUnavailable, match=rf"dance\.mp4: the bytes that arrived are not the stored ones.*{digest} was stored"
+    ) as caught:
         store.fetch("dance.mp4", tmp_path / "copy")
     assert caught.value.retryable
     assert (tmp_path / "copy").read_bytes() == data
@@ -127,7 +132,7 @@ def test_a_flipped_bit_in_a_small_object(line: FaultyServer, store: S3Storage) -
         assert store.read_bytes(key) == b'{"seed": 1}'
         assert len(line.seen("GET", key)) == 2
         line.fail("flip", "GET", key, times=1000)
-        with pytest.raises(StorageUnavailable, match="other bytes arrived"):
+        with pytest.raises(StorageUnavailable, match="are not the stored ones"):
             store.read_versioned(key)
 
 

@@ -209,7 +209,7 @@ def test_a_flipped_bit_in_weights_is_noticed(bucket: Bucket, tmp_path: Path, mon
     monkeypatch.setattr(S3Storage.__init__, "__kwdefaults__", {"extra": None, "attempts": 2, "sleep": lambda _: None})
     bucket.server.fail("flip", "GET", "model-00001")
     bucket.server.fail("flip", "GET", "model-00002", times=2)
-    with pytest.raises(StorageUnavailable, match=r"model-00002.*other bytes arrived"):
+    with pytest.raises(StorageUnavailable, match=r"model-00002.*are not the stored ones"):
         sync_models(bucket.uri, tmp_path, wanted)
     with structlog.testing.capture_logs() as lines:
         assert tree(sync_models(bucket.uri, tmp_path, wanted)) == WANTED
@@ -240,9 +240,9 @@ def test_a_local_store_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_to_copy(bucket: Bucket, tmp_path: Path) -> None:
-    with pytest.raises(WeightsMissing, match="holds no files"):
+    with pytest.raises(WeightsMissing, match="has no files"):
         sync_models(f"s3://{bucket.name}/elsewhere", tmp_path, wanted)
-    with pytest.raises(WeightsMissing, match=r"none of the files needed.*Wan/config\.json"):
+    with pytest.raises(WeightsMissing, match=r"none of the needed files.*Wan/config\.json"):
         sync_models(bucket.uri, tmp_path, lambda key: False)
     with pytest.raises(WeightsMissing, match="ucket"):
         sync_models("s3://no-such-bucket/models", tmp_path, wanted)

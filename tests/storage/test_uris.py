@@ -89,8 +89,8 @@ def test_odd_local_inputs_are_their_jobs_fault(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.delenv("HOME", raising=False)
     for uri, kind, said in [
-        (tmp_path / "loop", InputUnreadable, "circle"),
-        (tmp_path / "loop" / "x.png", InputUnreadable, "circle"),
+        (tmp_path / "loop", InputUnreadable, "forms a loop"),
+        (tmp_path / "loop" / "x.png", InputUnreadable, "forms a loop"),
         (tmp_path / ("n" * 256), InputNotFound, "longer"),
         (tmp_path / "/".join(["n" * 200] * 25), InputNotFound, "longer"),
         (f"file://{tmp_path}/{'n' * 256}", InputNotFound, "longer"),
