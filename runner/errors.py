@@ -10,7 +10,7 @@
     │   ├── NoPerson          input.no_person
     │   ├── InputTooShort     input.too_short
     │   └── InputTooLarge     input.too_large
-    ├── StorageDenied         storage.denied             exit 2 at the start of a run, else its job's failure
+    ├── StorageDenied         storage.denied             exit 2 at the start of a run, later 1: fails its job only
     ├── StorageUnavailable    storage.unavailable        exit 3   retryable
     ├── StorageFull           storage.full               exit 3   stops the run; finished outputs stay
     ├── StorageConflict       storage.conflict           exit 1   another run published the same job meanwhile

@@ -227,7 +227,7 @@ class Checkpoints:
 
 
 def _sha256_of(info: ObjectInfo, path: Path) -> str:
-    """Return the sha256 (hex) of an object: from `info` if the storage computed it, else of its content at `path`."""
+    """Return the sha256 (hex) of an object: from `info` if the storage computed it; if not, from `path`."""
     kind, _, digest = (info.identity or "").partition(":")
     return digest if kind == "sha256" else sha256_file(path)
 

@@ -53,7 +53,7 @@ class Approval(BaseModel):
     removed: bool = Field(False, description="the job is no longer expected; there are no files")
     output_sha256: str = Field(
         "",
-        description="of the MP4; of PNG frames, the sha256 of their sorted sha256sum listing (of one frame: its own)",
+        description="of the MP4; of PNG frames, the sha256 of their sorted sha256sum listing (one frame: its sha256)",
     )
     output_bytes: int = Field(0, ge=0)
     output_files: int = Field(0, ge=0, description="1 for an MP4, else the number of frames, one more with audio.wav")

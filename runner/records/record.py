@@ -227,9 +227,7 @@ class ResultRecord(Record):
     )
     error: ErrorRecord | None = None
     notes: list[str] = Field(default=[], description="what a reader of the record should know, warnings included")
-    warnings: list[str] = Field(
-        default=[], description="of the notes, those that a person should look at; empty in older records"
-    )
+    warnings: list[str] = Field(default=[], description="the notes that a person should check; empty in older records")
 
     @property
     def counted(self) -> int:
@@ -242,7 +240,7 @@ class ResultRecord(Record):
 class ProcessRecord(Record):
     """Identifies a process, so that another one on the same machine can find out whether it still runs."""
 
-    pid: int = Field(description="in its own namespace")
+    pid: int = Field(description="process id in `pid_namespace`")
     start_ticks: int = Field(description="its start in clock ticks after boot, as in the system's process table")
     boot_id: str = Field(description="of the running kernel: the same in all containers of a machine, new at each boot")
     pid_namespace: str = Field(description="process ids can be compared within one namespace only")

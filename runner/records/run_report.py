@@ -71,11 +71,9 @@ class JobReport(Record):
     shard: str = ""
     wall_s: float | None = Field(None, description="from fetch to publish, waiting included")
     gpu_s: float | None = Field(None, description="the device's work")
-    forecast_s: float | None = Field(
-        None, description="seconds of generation as forecast; null for a device of which nothing is known"
-    )
+    forecast_s: float | None = Field(None, description="seconds of generation as forecast; null for an unknown device")
     device_bytes: int | None = Field(None, description="the most that the process held on the device; null without one")
-    forecast_bytes: int | None = Field(None, description="the same as forecast: the largest stage")
+    forecast_bytes: int | None = Field(None, description="the forecast of device_bytes: the largest stage")
     host_bytes: int | None = Field(None, description="the most host memory of the process")
     stages_s: dict[str, float] = Field(default={}, description="seconds by stage, the longest first")
     frames: int | None = None

@@ -106,7 +106,7 @@ class _Sync:
         self._remove_leftovers()
         there = self._there(wanted)
         for key in [key for key in self.index if key not in there and wanted(key)]:
-            (self.folder / key).unlink(missing_ok=True)  # else a loader could mix two versions of a sharded file
+            (self.folder / key).unlink(missing_ok=True)  # a loader could mix two versions of a sharded file
             self._record(key, None)
         missing = [info for info in there.values() if not self._has(info)]
         if not missing:
