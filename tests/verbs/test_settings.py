@@ -144,12 +144,12 @@ def test_fields_that_contradict_each_other_are_refused():
             RunSettings(**RUN, gpus="0,1", **part)
     assert RunSettings(**RUN, gpus="0, 2", shard="any", device="cuda").gpus == "0,2"
     for more, text in (
-        ({"workers": 2}, "--workers says how many"),
+        ({"workers": 2}, "--workers needs --on"),
         ({"on": "ray", "gpus": "all"}, "--on and --gpus contradict"),
         ({"on": "ray", "workers": 2, "device": "cuda"}, "--workers and --device cuda contradict"),
         ({"on": "ray", "device": "cpu"}, "--on without --workers"),
-        ({"on": "ray", "shard": "0/2"}, "--on hands all jobs"),
-        ({"on": "ray", "shard_count": 2}, "--on hands all jobs"),
+        ({"on": "ray", "shard": "0/2"}, "--on gives all jobs"),
+        ({"on": "ray", "shard_count": 2}, "--on gives all jobs"),
     ):
         with pytest.raises(ConfigInvalid, match=text):
             RunSettings(**RUN, **more)
@@ -161,12 +161,12 @@ def test_fields_that_contradict_each_other_are_refused():
 def test_flags_of_svdq_belong_to_svdq_formats():
     svdq, other = SVDQ_LAYOUTS
     for more in ({"rank": 32}, {"refits": 0}, {"export": ("lite", "folder")}):
-        with pytest.raises(ConfigInvalid, match=f"--{next(iter(more))} is of SVDQ, and nvfp4 has no low-rank factors"):
+        with pytest.raises(ConfigInvalid, match=f"--{next(iter(more))} is for SVDQ; nvfp4 has no low-rank factors"):
             QuantizeSettings(**more)
         QuantizeSettings(**more, format=svdq)
-    with pytest.raises(ConfigInvalid, match=f"--scales mse is of FP4, and {svdq} always searches"):
+    with pytest.raises(ConfigInvalid, match=f"--scales mse is for FP4; {svdq} always searches"):
         QuantizeSettings(format=svdq, scales="mse")
-    with pytest.raises(ConfigInvalid, match=f"runs {svdq}, and --format {other} is another"):
+    with pytest.raises(ConfigInvalid, match=f"needs the format {svdq}, but --format is {other}"):
         QuantizeSettings(recipe=f"fp4-distill+{svdq}", format=other)
     with pytest.raises(ConfigInvalid, match="leaves to the device"):
         QuantizeSettings(recipe="fp4-fast", format=svdq)

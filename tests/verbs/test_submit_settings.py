@@ -17,10 +17,10 @@ GIVEN = {"manifest": "m.yaml", "out": "s3://b/out", "models": "s3://b/models", "
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"shards": "auto"}, r"^--gpu: --shards auto forecasts the jobs.*--gpu H100, or the number of tasks"),
-        ({"within": "2h"}, r"^--within: chooses the number of tasks, and --shards 4 names it"),
-        ({"startup": "2m"}, r"^--startup: chooses"),
-        ({"gpu": "H100"}, r"^--gpu: chooses"),
+        ({"shards": "auto"}, r"^--gpu: --shards auto needs a GPU.*--gpu H100, or the number of tasks"),
+        ({"within": "2h"}, r"^--within: is for --shards auto, but --shards is 4"),
+        ({"startup": "2m"}, r"^--startup: is for"),
+        ({"gpu": "H100"}, r"^--gpu: is for"),
         ({"models": None}, r"^--models: no model store was named"),
         ({"models": ""}, r"^--models: no model store was named"),
         ({"upload_inputs": "s3://b/in", "render_only": "job"}, r"--render-only sends nothing"),
