@@ -42,20 +42,20 @@ class PersonRecord(Record):
 
     number: int = Field(ge=1, description="1: the person that is followed unless a job names another")
     seconds: float = Field(
-        ge=0, description="on screen: looks at which they were seen, times the seconds between looks"
+        ge=0, description="time on screen: inspected frames with this person, times the seconds between them"
     )
-    begin_s: float = Field(ge=0, description="of the first look at which they were seen")
-    end_s: float = Field(ge=0, description="of the last one")
+    begin_s: float = Field(ge=0, description="time of the first inspected frame with this person")
+    end_s: float = Field(ge=0, description="time of the last one")
     face_px: float | None = Field(description="longer side of the face, brows to chin, median; null: no face was seen")
     sharpness: float | None = Field(
-        description="variance of the Laplacian of their box at 256 pixels, grey levels², median"
+        description="variance of the Laplacian of the person's box at 256 pixels, grey levels², median"
     )
     hands_inside: float | None = Field(
-        description="share of the looks at which both wrists are seen in the picture, 0 to 1"
+        description="share of the inspected frames in which both wrists are inside the picture, 0 to 1"
     )
     fingers_seen: float | None = Field(
-        description="share of the looks at which more than half of the points of each hand are seen; those that are "
-        "not seen are not drawn for the generator"
+        description="share of the inspected frames in which more than half of the points of each hand are found; "
+        "other points are not drawn for the generator"
     )
     feet_inside: float | None = Field(description="as hands_inside, of both feet")
     looks: list[LookRecord] = Field(description="in order of time")

@@ -46,10 +46,10 @@ class ProcessReport(Record):
     shard: str
     host: str
     pid: int | None = Field(description="null: it was killed before its first summary, and only its records are there")
-    device: str = Field(description="empty where no model was loaded")
+    device: str = Field(description="empty if no model was loaded")
     begin_s: float = Field(description="after the run's started_at, by the clock of its host")
     end_s: float
-    finished: bool = Field(description="false: it still runs or was killed; end_s is when it was last heard of")
+    finished: bool = Field(description="false: it still runs or was killed; end_s is the time of its last record")
     exit_code: int | None = None
     stopped_by: str | None = None
     gpu_seconds: GpuSeconds

@@ -291,7 +291,9 @@ class S3Storage(Storage):
             size = os.fstat(out.fileno()).st_size
             if size != info.bytes:
                 raise StorageUnavailable(
-                    f"only {size} of {info.bytes} bytes arrived", where=uri, todo="Run the same command again"
+                    f"{size} bytes arrived, but the object has {info.bytes}",
+                    where=uri,
+                    todo="Run the same command again",
                 )
             if self._stat_once(key) != info:  # the transfer manager fixes the version of ranged reads only
                 raise StorageUnavailable(

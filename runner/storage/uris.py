@@ -217,7 +217,7 @@ def _ignored_condition(storage: Storage, key: str) -> str | None:
 
 
 def stat_input(uri: str | Path) -> ObjectInfo:
-    """Return the size and identity of an input file or object, without reading it.
+    """Return the size, time and (of an object) identity of an input, without reading it.
 
     Raises InputNotFound; InputUnreadable for a folder, a pipe, and a file that cannot be read or does not answer;
     StorageDenied; StorageUnavailable; ConfigInvalid only for a wrong configuration of the backend itself.
@@ -306,7 +306,7 @@ def _one_input(uri: str) -> Iterator[None]:
 
 
 def download_name(uri: str) -> str:
-    """Return the place of a downloaded object below its folder: its own name, in a folder named by its URI."""
+    """Return the place of a downloaded object below its folder: its own name, in a folder named by a hash of its URI."""
     name = PurePosixPath(uri.rpartition("/")[2])
     stem = name.stem.encode()[:120].decode(errors="ignore")  # file names hold 255 bytes, keys 1024
     return f"{hashlib.sha256(uri.encode()).hexdigest()[:12]}/{stem}{name.suffix[:16]}"
