@@ -1,7 +1,6 @@
-"""Approve: let a night's renders stand as the baseline of the nights after it.
+"""Approve: accepts a night's renders as the baseline of later nights.
 
-In:   an output storage, a baseline, a reason. Out: one `ApproveRow` a job. Never: printing; what changed between two
-renders.
+In:   an output storage, a baseline, a reason. Out: one `ApproveRow` per job. Never: printing; comparing renders.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ COPIES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class ApproveRow:
-    """What became of one job. `detail`: whose approval stands, or why it was refused."""
+    """The result for one job. `detail`: the approval in force, or why it was refused."""
 
     id: str
     action: Literal["approved", "unchanged", "removed", "refused"]
@@ -43,10 +42,10 @@ class ApproveRow:
 
 @default_logging()
 def approve(settings: ApproveSettings) -> list[ApproveRow]:
-    """The verb `approve`: one row a job, by id. Raises ConfigInvalid where no job fits; InputUnreadable; storage.*.
+    """The verb `approve`. Return one row per job, by id.
 
-    A job of `out` that failed or is under way is refused. With `missing`, a job of the baseline that `out` does not
-    have leaves the baseline.
+    A job of `out` that failed or is running is refused. With `missing`, a job of the baseline that `out` does not have
+    is removed from the baseline. Raises ConfigInvalid if no job fits; InputUnreadable; storage.*.
     """
     out, storage = open_storage(settings.out), open_storage(settings.baseline)
     jobs = read_jobs(out)
@@ -66,7 +65,7 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
             leaving = [job.name for job in gone if fits(job.name.job_id, settings.job)]
         if not chosen and not leaving:
             raise ConfigInvalid(
-                f"no job there fits {' or '.join(settings.job) or 'anything'}",
+                f"has no job that fits {' or '.join(settings.job)}" if settings.job else "has no job",
                 where=out.root,
                 todo="`video-lab status` lists the jobs",
             )
@@ -89,10 +88,10 @@ def approve(settings: ApproveSettings) -> list[ApproveRow]:
 def missing_jobs(
     baseline: Baseline, night: Sequence[JobName], found: Mapping[JobName, BaselineJob], known: Collection[str]
 ) -> list[BaselineJob]:
-    """Jobs of the baseline that the night should have and does not: their ids are not among `known`.
+    """Return the jobs of the baseline that the night lacks: their ids are not in `known`.
 
-    night: the jobs that succeeded; found: what stands for them. The baseline of the night's own device counts, else
-    those of the devices that stand in for it. Raises as `Baseline.jobs` does.
+    night: the jobs that succeeded; found: their baseline renders. The baseline of the night's device is used; if it has
+    none, those of the devices in `found`. Raises as `Baseline.jobs` does.
     """
     missing: dict[str, BaselineJob] = {}
     for device, recipe in dict.fromkeys((name.device, name.recipe) for name in night):
@@ -106,7 +105,7 @@ def missing_jobs(
 
 
 def default_approver() -> str:
-    """USER@HOST; a user without a name by number."""
+    """Return USER@HOST; the user's number if the user has no name."""
     name = str(os.getuid())
     with suppress(OSError, KeyError):
         name = getpass.getuser()

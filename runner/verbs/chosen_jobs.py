@@ -1,6 +1,6 @@
-"""Chosen jobs: which jobs of a manifest one process takes: those that its flags select, of these its shard's.
+"""Chosen jobs: selects the jobs of a manifest for one process, by its flags and then by its shard.
 
-In:   settings, the scheduler's environment. Out: the manifest, jobs, the shard. Never: storage, what is done.
+In:   settings, the scheduler's environment. Out: the manifest, jobs, the shard. Never: storage, which jobs are done.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ __all__ = ["choose_jobs"]
 
 
 def choose_jobs(settings: RunSettings | PlanSettings) -> tuple[Manifest, list[Job], Shard | AnyShard, str]:
-    """The whole manifest, this shard's jobs in its order, the shard, and where the shard came from.
+    """Return the whole manifest, this shard's jobs in manifest order, the shard, and the source of the shard.
 
-    The shard is cut from the jobs that `only` and `limit` leave. Raises ManifestInvalid, ConfigInvalid, storage.*.
+    The shard is taken from the jobs that `only` and `limit` select. Raises ManifestInvalid, ConfigInvalid, storage.*.
     """
     manifest = read_manifest(settings.manifest)
     jobs = select_jobs(manifest.jobs, settings.only, settings.limit)

@@ -1,6 +1,6 @@
-"""Clean: what killed processes left in an output folder, and its removal.
+"""Clean: finds the leftovers of killed processes in an output folder, and removes them.
 
-In:   an output storage, an age. Out: one `CleanRow` a leftover, with what was done about it. Never: outputs, records.
+In:   an output storage, an age. Out: one `CleanRow` per leftover, with what was done to it. Never: outputs, records.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = ["CleanRow", "age_text", "clean", "clean_output"]
 
 @dataclass(frozen=True)
 class CleanRow:
+    """One leftover and what was done to it."""
+
     leftover: Leftover
     action: Literal["would remove", "removed", "kept", "failed"]
     reason: str  # why it was kept, or could not be removed
@@ -40,12 +42,14 @@ def clean(settings: CleanSettings) -> list[CleanRow]:
 def clean_output(
     storage: Storage, older_than_s: float, *, remove: bool, checkpoints: bool = False, now: float | None = None
 ) -> Iterator[CleanRow]:
-    """Each leftover, after it was dealt with. Without `remove` nothing is removed.
+    """Yield each leftover after it was removed or kept. Without `remove` nothing is removed.
 
-    Kept: what is younger, what a process is writing, what a running job may hold (below `jobs/<id>/` while a runner
-    has the job's lease, unless the file's lock shows that its process is gone), and without `checkpoints` the finished
-    segments from which a rerun goes on. `now`: seconds since 1970, for tests.
-    Raises ConfigInvalid where nothing at all lies: the path is mistyped; storage.*.
+    A leftover is kept if it is younger than `older_than_s` seconds, if a process is writing it, or if its job may run:
+    it is below `jobs/<id>/`, a runner has the job's lease, and no file lock shows that its process has ended.
+    Without `checkpoints`, finished segments are kept too, because a rerun resumes from them. `now`: seconds since
+    1970, for tests.
+
+    Raises ConfigInvalid if the storage is empty, as for a mistyped path; storage.*.
     """
     now = time.time() if now is None else now
     jobs = _Jobs(storage)
@@ -61,11 +65,11 @@ def clean_output(
         else:
             yield _removed(storage, leftover, age)
     if not count and next(storage.list(), None) is None:
-        raise ConfigInvalid("holds nothing", where=storage.root, todo="Name the folder that was given to --out")
+        raise ConfigInvalid("is empty", where=storage.root, todo="Name the folder that was given to --out")
 
 
 class _Jobs:
-    """What is known of each job, asked once."""
+    """Facts of each job, each read once."""
 
     def __init__(self, storage: Storage) -> None:
         self._ledger = Ledger(storage)
@@ -73,7 +77,7 @@ class _Jobs:
         self._done: dict[str, bool] = {}
 
     def is_held(self, job_id: str) -> bool:
-        """Whether a runner may have the job: also one of version 0.1.0, whose mark does not say until when."""
+        """Whether a runner may have the job. A mark of version 0.1.0 has no lease time: the job counts as held."""
         if job_id not in self._held:
             seen = self._ledger.leases.look(job_id)
             old = seen.mark is not None and seen.mark.error is None and seen.mark.lease_s is None
@@ -108,9 +112,9 @@ def _reason_to_keep(leftover: Leftover, age: float, least: float, jobs: _Jobs, *
         return ""
     job_id, _ = names
     if jobs.is_held(job_id):
-        return f"its job may be running: {job_key(job_id, ATTEMPT)} stands"
+        return f"its job may be running: {job_key(job_id, ATTEMPT)} exists"
     if leftover.kind == "finished segment" and not checkpoints and not jobs.is_done(job_id):
-        return "a rerun goes on from it; --checkpoints removes it"
+        return "a rerun resumes from it; --checkpoints removes it"
     return ""
 
 
@@ -119,10 +123,12 @@ def _removed(storage: Storage, leftover: Leftover, age: float) -> CleanRow:
         gone = storage.remove_leftover(leftover)
     except RunnerError as error:
         return CleanRow(leftover, "failed", error.message, age, error)
-    return CleanRow(leftover, "removed", "", age) if gone else CleanRow(leftover, "kept", "in use, or gone by now", age)
+    if gone:
+        return CleanRow(leftover, "removed", "", age)
+    return CleanRow(leftover, "kept", "in use, or already gone", age)
 
 
 def age_text(seconds: float) -> str:
-    """As `parse_age` reads it: 5400 → `90m`."""
+    """Return an age as `parse_age` reads it: 5400 → `90m`."""
     unit = next((unit for unit in "dhm" if seconds and seconds % AGE_UNITS[unit] == 0), "s")
     return f"{seconds / AGE_UNITS[unit]:g}{unit}"

@@ -1,7 +1,7 @@
-"""Compare: whether a night's renders differ from those that were approved, and the reports that say it.
+"""Compare: compares a night's renders with the approved ones, and writes the reports.
 
-In:   an output storage, a baseline. Out: `Compared`; with `report` four files and the videos that are too large for
-the page. Never: printing. It only reads, but for what `record` and `bootstrap` ask for.
+In:   an output storage, a baseline. Out: `Compared`; with `report` four files, and the videos that are too large for
+the page. Never: printing. It changes the baseline only with `record` or `bootstrap`.
 """
 
 from __future__ import annotations
@@ -62,19 +62,21 @@ FIRST_NIGHT = "a first night, accepted by compare --bootstrap"
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison came to."""
+    """The result of a comparison."""
 
     comparison: NightComparison
     report: str | None = None  # folder or URI of the report
-    suggestions: tuple[str, ...] = ()  # lines of YAML: limits that follow from the nights in the history
+    suggestions: tuple[str, ...] = ()  # lines of YAML: limits derived from the nights of the history
 
 
 @default_logging()
 def compare(settings: CompareSettings) -> Compared:
-    """The verb `compare`. Exit code, in `comparison`: 2 if a render of the baseline cannot be read, 4 if a job differs,
-    is new or missing, 1 if a job failed, else 0; the first of them counts.
+    """The verb `compare`.
 
-    Raises ConfigInvalid where OUT or the baseline has none of the jobs, ManifestInvalid, InputUnreadable for damaged
+    The exit code is in `comparison`, the first of these that applies: 2 if a render of the baseline cannot be read, 4
+    if a job differs, is new or missing, 1 if a job failed, else 0.
+
+    Raises ConfigInvalid if OUT or the baseline has none of the jobs, ManifestInvalid, InputUnreadable for damaged
     approvals, storage.*.
     """
     out, store = open_storage(settings.out), open_storage(settings.baseline)
@@ -86,7 +88,7 @@ def compare(settings: CompareSettings) -> Compared:
 
 
 class _Night:
-    """One comparison under way."""
+    """One comparison."""
 
     def __init__(
         self, settings: CompareSettings, out: Storage, store: Storage, report: Storage | None, scratch: Path
@@ -98,7 +100,7 @@ class _Night:
         self._limits = self._read_limits()
         self._networks = self._open_networks()
         self._evidence: dict[str, JobEvidence] = {}
-        self._environment: Counter[str] = Counter()  # what differs → in how many jobs
+        self._environment: Counter[str] = Counter()  # difference → number of jobs that have it
 
     def compare(self) -> Compared:
         settings = self._settings
@@ -119,7 +121,7 @@ class _Night:
                 text = f"the night's output cannot be read: {gone[row.id].message}"
                 findings.append(_failed(row.id, text, f"{gone[row.id].code}: {gone[row.id].message}", record))
             elif row.id not in night:
-                findings.append(_failed(row.id, f"the night has no output of it: {row.status}", row.reason, record))
+                findings.append(_failed(row.id, f"the night has no output: {row.status}", row.reason, record))
             else:
                 findings.append(self._finding(night[row.id], standing.get(row.id)))
         findings += [_missing(job) for job in missing]
@@ -132,7 +134,7 @@ class _Night:
         suggestions = self._suggest(names.values()) if settings.suggest else ()
         return Compared(comparison, None if self._report is None else self._report.root, suggestions)
 
-    # -- what there is -------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def _read_limits(self) -> Mapping[str, RegressionLimits]:
         if self._settings.manifest is not None:
@@ -154,19 +156,19 @@ class _Night:
     ) -> None:
         only = " or ".join(self._settings.only)
         if not chosen and not missing:
-            what = f"no job there fits {only}" if only else "holds no job"
+            what = f"has no job that fits {only}" if only else "has no job"
             raise ConfigInvalid(what, where=self._out.root, todo="`video-lab status` lists the jobs")
         if night and not found and not missing and not self._settings.bootstrap:
             words = ["video-lab", "approve", self._settings.out, "--baseline", self._settings.baseline]
             raise ConfigInvalid(
                 "has none of these jobs",
                 where=self._baseline.storage.root,
-                todo=f"Look at them, then accept them by `{shlex.join([*words, '--why', 'the first night'])}`, or "
-                "unseen by compare --bootstrap",
+                todo="Look at the outputs, then accept them: "
+                f"`{shlex.join([*words, '--why', 'the first night'])}`. Or accept them unseen: compare --bootstrap",
             )
 
     def _look(self, night: Mapping[str, NightRender], standing: Mapping[str, BaselineJob]) -> dict[str, InputError]:
-        """Outputs that are not there. Reads what is small side by side: a request takes about 20 ms on the way."""
+        """Return job id → error for missing outputs. Small files are read in parallel: a request takes about 20 ms."""
 
         def look(job_id: str) -> InputError | None:
             try:
@@ -174,7 +176,7 @@ class _Night:
             except InputError as error:
                 return error
             if job_id in standing:
-                with suppress(InputError):  # it is told where the job is compared
+                with suppress(InputError):  # reported when the job is compared
                     standing[job_id].record  # noqa: B018
             return None
 
@@ -190,7 +192,7 @@ class _Night:
         finding = JobFinding(
             id=job_id,
             verdict="new",
-            text="there is no baseline of it",
+            text="the baseline does not have this job",
             frames=job.output.frames,
             seconds=round(sum(record.timings_s.values()), 3),
             device=name_job(record).device,
@@ -223,10 +225,10 @@ class _Night:
                 "baseline_device": standing.name.device,
                 "baseline_run_id": approval.run_id,
                 "approved": approval.sentence(),
-                "notes": ["the baseline is a draft, which was accepted unseen"] if approval.draft else [],
+                "notes": ["the baseline is a draft that was accepted unseen"] if approval.draft else [],
             }
         )
-        with suppress(InputError):  # an unreadable baseline is told by the comparison
+        with suppress(InputError):  # the comparison reports an unreadable baseline
             before = standing.record
             self._environment.update(environment_changes(record, before))
             finding = finding.model_copy(update=self._performance(record, before, given, calibrated))
@@ -240,7 +242,7 @@ class _Night:
         return finding.model_copy(update={"verdict": "draft", "text": "a first night, accepted as a draft"})
 
     def _keep_video(self, job_id: str, side: str, link: VideoLink) -> VideoLink:
-        """A small video is kept for the page; a larger one is stored beside it."""
+        """Keep a small video for the page; store a larger one beside the page."""
         assert link.file is not None and self._report is not None
         if link.file.stat().st_size <= self._settings.embed_mb * MB:
             kept = self._scratch / "evidence" / job_id / f"{side}.mp4"
@@ -253,7 +255,7 @@ class _Night:
     def _performance(
         self, record: ResultRecord, before: ResultRecord, given: RegressionLimits, calibrated: RegressionLimits | None
     ) -> dict[str, Any]:
-        """The fields of the finding that tell seconds and memory."""
+        """Return the fields of the finding about seconds and memory."""
         name = name_job(record)
         place = name.device, name.recipe
         if place not in self._histories:
@@ -263,7 +265,7 @@ class _Night:
         whole = next((one for one in found if one.unit == "s" and one.verdict != "not judged"), None)
         return {"performance": found, "seconds_median": None if whole is None else whole.median}
 
-    # -- the whole -----------------------------------------------------------------------------------------------------
+    # -- the whole night -----------------------------------------------------------------------------------------------
 
     def _summary(self, findings: Sequence[JobFinding]) -> NightComparison:
         verdicts = [finding.verdict for finding in findings]
@@ -291,17 +293,18 @@ class _Night:
                 record_night(self._store, found)
 
     def _suggest(self, names: Iterable[JobName]) -> tuple[str, ...]:
-        """Limits in YAML, each with its reason, from the nights of the devices and recipes of `names`."""
+        """Return limits in YAML, each with its reason, from the nights of the devices and recipes of `names`."""
         places = dict.fromkeys((name.device, name.recipe) for name in names)
         nights = [night for place in places for night in last_nights(self._store, *place, SUGGEST_FROM)]
         found = suggest_limits(nights)
         lines = [f"regression: # suggested by {_count(len(nights), 'night')} of the history"]
         for limit, value in found.limits.model_dump(mode="json", exclude_none=True).items():
             lines.append(f"  {limit}: {json.dumps(value)} # {found.why[limit]}")
-        return tuple(lines) if len(lines) > 1 else ("no night of the history suggests a limit; add nights by --record",)
+        too_few = "the history has too few nights to suggest limits; add nights with --record"
+        return tuple(lines) if len(lines) > 1 else (too_few,)
 
     def _approve_command(self, findings: Sequence[JobFinding]) -> str:
-        """What accepts all that differs; empty where nothing does."""
+        """Return the command that accepts all differences; empty if there are none."""
         accepted = [finding.id for finding in findings if finding.verdict in ("broken", "new", "uncalibrated")]
         gone = [finding.id for finding in findings if finding.verdict == "missing"]
         if not accepted and not gone:
@@ -315,7 +318,7 @@ class _Night:
         )
 
     def _write_report(self, report: Storage, comparison: NightComparison) -> None:
-        """Four files, the page last: where it is, the others are."""
+        """Write four files, the page last: if the page exists, so do the others."""
         report.write_bytes(JSON, comparison.to_json())
         report.write_bytes(MARKDOWN, markdown(comparison).encode())
         report.write_bytes(JUNIT, junit(comparison))
@@ -327,15 +330,15 @@ class _Night:
 
 def _failed(job_id: str, text: str, error: str, record: ResultRecord | None) -> JobFinding:
     """`record`: of the attempt that failed, or an older one."""
-    said = {} if record is None else {"recipe": record.recipe, "run_id": record.run_id}
-    return JobFinding(id=job_id, verdict="failed", text=text, error=error, **said)
+    fields = {} if record is None else {"recipe": record.recipe, "run_id": record.run_id}
+    return JobFinding(id=job_id, verdict="failed", text=text, error=error, **fields)
 
 
 def _missing(job: BaselineJob) -> JobFinding:
     return JobFinding(
         id=job.name.job_id,
         verdict="missing",
-        text="only the baseline has it: the night did not render it",
+        text="only the baseline has this job: the night did not render it",
         baseline_device=job.name.device,
         recipe=job.name.recipe,
         baseline_run_id=job.approval.run_id,

@@ -1,10 +1,10 @@
-"""Doctor: can this machine render, and if not, what is to be done about it?
+"""Doctor: checks whether this machine can render, and gives a remedy for each problem.
 
-In:   where models, outputs and cache lie, and the device asked for. Out: one `Check` a question: what was found, what
-      to do. Never: jobs, the contents of weights. Nothing is left behind, and nothing that is missing, torch included,
-      keeps the other checks from being made.
+In:   the places of models, outputs and cache; the requested device. Out: one `Check` per subject: what was found, and
+      what to do. Never: jobs, the contents of weights.
 
-What the machine is asked goes through `Probes`, so that a test can put any machine in its place.
+The checks leave no files. A missing part, even torch, does not stop the other checks. All facts of the machine come
+from `Probes`, so that a test can replace them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = ["Check", "doctor", "run_checks"]
 
 GIB = 1 << 30
 DRIVER_FOR_CUDA = {12: 525, 13: 580}  # CUDA major -> oldest Linux driver branch (CUDA Toolkit release notes, table 2)
-GPU_GIB = 24  # below, the published weights do not fit beside a job and are streamed
+GPU_GIB = 24  # with less, the published weights and a job do not fit together, and the weights are streamed
 HOST_GIB = 48  # transformer, text and image encoder in bfloat16: 17.3, 5.7 and 0.6 billion parameters
 OUT_GIB, CACHE_GIB = 5, 20
 LEAST_TRITON = (7, 0)  # the oldest compute capability that torch.compile hands to Triton
-USUAL_SIZE, USUAL_FRAMES = (832, 480), 81  # of which costs are named
+USUAL_SIZE, USUAL_FRAMES = (832, 480), 81  # the clip of the forecasts
 PYTHON = ((3, 11), (3, 15))
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 CUDA = "CUDAExecutionProvider"
-# Product of SVDQuant's that a package brings → its distributions, the one with kernels first.
+# GEMM backend of SVDQuant → the distributions that provide it, the one with kernels first.
 SVDQ_PACKAGES = {"cache_dit": ("cache-dit-cu13", "cache-dit"), "comfy_kitchen": ("comfy-kitchen",)}
 SVDQ_EXTENSION = "_C_svdquant"
-# Versions of the package index's `nunchaku`, a library of statistics; the engine of this name is 1.0 and later.
+# Versions of PyPI's `nunchaku`, a library of statistics. The SVDQuant engine of this name has versions 1.0 and later.
 OTHER_NUNCHAKU = "0."
 REINSTALL = "pip install 'video-lab-runner[{extra}]'"
 
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Check:
-    """One question. `todo` is empty where nothing is to be done."""
+    """The result of one check. `todo`: the remedy; empty if nothing is to be done."""
 
     name: str
     status: Literal["ok", "warn", "fail", "skipped"]
@@ -63,7 +63,7 @@ class Check:
 
 @default_logging()
 def doctor(settings: DoctorSettings) -> list[Check]:
-    """The verb `doctor`. What cannot be asked is a check that fails, not an exception."""
+    """The verb `doctor`. A fact that cannot be read is a failed check, not an exception."""
     return run_checks(settings.models, settings.out, settings.cache, settings.device, recipe=settings.recipe)
 
 
@@ -76,10 +76,11 @@ def run_checks(
     recipe: str | None = None,
     probes: Probes | None = None,
 ) -> list[Check]:
-    """Every check, in an order in which mending the first helps most.
+    """Run all checks. Earlier ones come first because their problems often cause the later ones.
 
-    `models` and `out`: folders or s3:// URIs; None skips them. `device`: auto, cpu, cuda or cuda:N; what a GPU needs
-    fails for cuda, warns for auto and is skipped for cpu. `recipe`: whose weights are looked for; None: the default's.
+    `models` and `out`: folders or s3:// URIs; None skips their check. `device`: auto, cpu, cuda or cuda:N. A missing
+    GPU requirement is a failure for cuda and a warning for auto; for cpu its check is skipped. `recipe`: the recipe
+    whose weights are checked; None: the default recipe.
     """
     machine = _Machine(probes or Probes(), device)
     svdq = machine.svdq_rows(recipe)
@@ -105,7 +106,7 @@ def run_checks(
 
 
 def _ask(name: str, question: Callable[[], Check]) -> Check:
-    """The answer. An exception that nobody foresaw is one, too: a doctor who faints helps nobody."""
+    """Run one check. An unexpected exception becomes a failed check; the other checks still run."""
     try:
         return question()
     except Exception as err:
@@ -114,7 +115,7 @@ def _ask(name: str, question: Callable[[], Check]) -> Check:
 
 
 def _answer(probe: Callable[[], T]) -> T | ProbeFailed:
-    """What the probe says, or why it cannot."""
+    """Return the probe's result, or the ProbeFailed that it raised."""
     try:
         return probe()
     except ProbeFailed as err:
@@ -122,15 +123,15 @@ def _answer(probe: Callable[[], T]) -> T | ProbeFailed:
 
 
 class _Machine:
-    """Checks of what is installed and plugged in."""
+    """Checks of the hardware and of the installed software."""
 
     def __init__(self, probes: Probes, device: str) -> None:
         self.probes = probes
         self.device = device
-        self.gpu_wish = device != "cpu"
+        self.wants_gpu = device != "cpu"
         self.lacking: Literal["fail", "warn"] = "fail" if device.startswith("cuda") else "warn"
         self.torch_info = _answer(probes.torch)
-        self.driver_info = _answer(probes.driver) if self.gpu_wish else ProbeFailed("the device is cpu")
+        self.driver_info = _answer(probes.driver) if self.wants_gpu else ProbeFailed("the device is cpu")
 
     def python(self) -> Check:
         version = self.probes.python_version()
@@ -159,7 +160,7 @@ class _Machine:
         return Check("diffusers", "ok", ", ".join(f"{name} {version}" for name, version in answers.items()))
 
     def driver(self) -> Check:
-        if not self.gpu_wish:
+        if not self.wants_gpu:
             return Check("driver", "skipped", "the device is cpu")
         if isinstance(self.driver_info, ProbeFailed):
             return Check(
@@ -182,22 +183,23 @@ class _Machine:
         return Check("driver", "ok", found)
 
     def gpu(self) -> Check:
-        if not self.gpu_wish:
+        if not self.wants_gpu:
             return Check("gpu", "skipped", "the device is cpu")
         devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
         if chosen := self._chosen_gpu():
             name, (major, minor) = chosen
             return Check("gpu", "ok", f"{name}, compute capability {major}.{minor}{self._forecasts(name)}")
         if devices:
-            return Check("gpu", "fail", f"torch sees {len(devices)}", f"Choose cuda:0 to cuda:{len(devices) - 1}")
+            found = f"torch finds {len(devices)}, but not {self.device}"
+            return Check("gpu", "fail", found, f"Choose cuda:0 to cuda:{len(devices) - 1}")
         if self.lacking == "warn":
-            return Check("gpu", "warn", "torch sees none", "Enough for the demo on the CPU; real weights want a GPU")
-        return Check(
-            "gpu", "fail", "torch sees none", "Mend torch and driver above; check CUDA_VISIBLE_DEVICES; or --device cpu"
-        )
+            todo = "The CPU is enough for the demo; the published weights need a GPU"
+            return Check("gpu", "warn", "torch finds no GPU", todo)
+        todo = "First fix the checks torch and driver; check CUDA_VISIBLE_DEVICES; or use --device cpu"
+        return Check("gpu", "fail", "torch finds no GPU", todo)
 
     def _forecasts(self, gpu: str) -> str:
-        """What a usual clip takes on a known GPU with the default recipe, and with the one that the device chooses."""
+        """Return the forecast seconds of a usual clip on a known GPU, with the default and with the fast recipe."""
         from runner.forecast.seconds import find_device
         from runner.generation.families import get_family
         from runner.generation.runtime.fast_choice import choice_words, foresee
@@ -214,63 +216,63 @@ class _Machine:
         fast = foresee(get_recipe(FAST_RECIPE), speed)
         width, height = USUAL_SIZE
         return (
-            f"; {FAST_RECIPE}: {seconds[0]:.3g} → {seconds[1]:.3g} s a clip of {width}x{height}, {USUAL_FRAMES} frames "
-            f"({DEFAULT_RECIPE} before, forecasts), by {choice_words(fast)}{_faster_in_svdq(fast, speed, seconds[1])}"
+            f"; forecast for a clip of {width}x{height}, {USUAL_FRAMES} frames: {DEFAULT_RECIPE} {seconds[0]:.3g} s, "
+            f"{FAST_RECIPE} {seconds[1]:.3g} s (with {choice_words(fast)}){_faster_in_svdq(fast, speed, seconds[1])}"
         )
 
     def svdq_rows(self, recipe: str | None) -> tuple[tuple[GemmPrecision, ...], bool] | None:
-        """What to ask of SVDQuant's kernels: rows of `PRECISIONS`, and whether the recipe asks for one of them.
+        """Return the SVDQuant rows of `PRECISIONS` to check, and whether the recipe computes in one of them.
 
-        None: no recipe asks for any, and no package for them is installed.
+        None: the recipe uses none, and no package for them is installed.
         """
         from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
 
         rows = tuple(row for row in PRECISIONS.values() if row.layout == "svdq")
         try:
-            asked = tuple(row for row in rows if row.name == get_recipe(recipe or DEFAULT_RECIPE).compute)
-        except ConfigInvalid:  # the check of the weights says so
-            asked = ()
-        if asked:
-            return asked, True
+            required = tuple(row for row in rows if row.name == get_recipe(recipe or DEFAULT_RECIPE).compute)
+        except ConfigInvalid:  # the check of the weights reports it
+            required = ()
+        if required:
+            return required, True
         here = bool(self._installed(*SVDQ_PACKAGES["cache_dit"])) or bool(self._other_nunchaku())
         return (rows, False) if here else None
 
-    def svdq(self, rows: tuple[GemmPrecision, ...], asked: bool) -> Check:
-        """Which kernels multiply in these formats here; on a CPU it is their definition, without a package."""
+    def svdq(self, rows: tuple[GemmPrecision, ...], required: bool) -> Check:
+        """Check which kernels compute these formats here. A CPU computes them in floats, without a package."""
         name, here = "svdq kernels", [f"{n} {v}" for n, v in self._installed(*SVDQ_PACKAGES["cache_dit"]).items()]
         if other := self._other_nunchaku():
-            found = f"nunchaku {other} is something else, a library of statistics, and hides the engine of this name"
+            found = f"nunchaku {other} is a library of statistics, not the SVDQuant engine, and hides that engine"
             return Check(name, "warn", found, "pip uninstall -y nunchaku")
         if len(here) > 1:
             remove = f"pip uninstall -y {' '.join(SVDQ_PACKAGES['cache_dit'])} && {REINSTALL.format(extra='svdq')}"
             return Check(name, "warn", f"{', '.join(here)}: they overwrite each other", remove)
-        chosen = self._chosen_gpu() if self.gpu_wish else None
+        chosen = self._chosen_gpu() if self.wants_gpu else None
         if chosen is None:
-            return Check(name, "ok", "; ".join(["the definition in floats, slow, which a CPU runs", *here]))
+            return Check(name, "ok", "; ".join(["a CPU computes these formats in floats, slowly", *here]))
         gpu, capability = chosen
         fitting = [row for row in rows if row.runs_on(capability)]
         if not fitting:
             found = f"{gpu} has no units for {', '.join(row.name for row in rows)}"
-            todo = f"Leave out +{rows[0].name}, or ask for +{advised(capability)}"
-            return Check(name, "fail", found, todo) if asked else Check(name, "skipped", found)
+            todo = f"Leave out +{rows[0].name}, or use +{advised(capability)}"
+            return Check(name, "fail", found, todo) if required else Check(name, "skipped", found)
         problem = self._svdq_problem()
         products = {row.name: self._svdq_product(row, problem) for row in fitting}
-        found = "; ".join(f"{row} by {product or 'nothing here'}" for row, product in products.items())
+        found = "; ".join(f"{row}: {product or 'no kernels here'}" for row, product in products.items())
         if problem is None:
             return Check(name, "ok", found)
-        todo = f"{REINSTALL.format(extra='svdq')}, which wants torch below 2.13"
-        return Check(name, "fail" if asked and not all(products.values()) else "warn", f"{found}; {problem}", todo)
+        todo = f"{REINSTALL.format(extra='svdq')}, which needs torch below 2.13"
+        return Check(name, "fail" if required and not all(products.values()) else "warn", f"{found}; {problem}", todo)
 
     def _installed(self, *names: str) -> dict[str, str]:
         return {name: version for name in names if (version := self.probes.distribution(name))}
 
     def _other_nunchaku(self) -> str:
-        """Version of the package of this name that is no engine; empty where it is not installed."""
+        """Return the version of PyPI's `nunchaku`, which is not the SVDQuant engine; empty if it is not installed."""
         version = self.probes.distribution("nunchaku") or ""
         return version if version.startswith(OTHER_NUNCHAKU) else ""
 
     def _svdq_problem(self) -> str | None:
-        """Why the kernels of cache-dit cannot be taken; None where they can."""
+        """Return why the kernels of cache-dit cannot be used; None if they can."""
         installed = self._installed(*SVDQ_PACKAGES["cache_dit"])
         if not installed:
             return f"{SVDQ_PACKAGES['cache_dit'][0]} is not installed"
@@ -278,9 +280,9 @@ class _Machine:
         return str(answer) if isinstance(answer, ProbeFailed) else None
 
     def _svdq_product(self, row: GemmPrecision, problem: str | None) -> str:
-        """The first of the row's products whose package is here, in words; empty: none.
+        """Return package and version of the row's first available GEMM backend; empty if there is none.
 
-        `problem`: of cache-dit's kernels. Whether a product is right, a run's self-test says.
+        `problem`: of cache-dit's kernels. The self-test of a run checks whether a backend computes correctly.
         """
         for backend in row.backends:
             names = SVDQ_PACKAGES.get(backend.name)
@@ -293,7 +295,7 @@ class _Machine:
         return ""
 
     def cudnn(self) -> Check:
-        if not self.gpu_wish:
+        if not self.wants_gpu:
             return Check("cudnn", "skipped", "the device is cpu")
         info = self.torch_info
         if isinstance(info, ProbeFailed) or not info.cuda:
@@ -301,18 +303,21 @@ class _Machine:
         number = _answer(self.probes.cudnn)
         install = f"pip install -U 'nvidia-cudnn-cu{info.cuda.partition('.')[0]}>=9.15'"
         if isinstance(number, ProbeFailed) or number is None:
-            return Check("cudnn", self.lacking, str(number) if number else "this torch has none", install)
+            return Check("cudnn", self.lacking, str(number) if number else "this torch has no cuDNN", install)
         if problem := cudnn_problem(number):
             return Check("cudnn", "warn", problem, install)
         return Check("cudnn", "ok", cudnn_version(number))
 
     def gpu_memory(self) -> Check:
         if isinstance(self.driver_info, ProbeFailed):
-            return Check("gpu memory", "skipped", "no driver to ask" if self.gpu_wish else "the device is cpu")
+            return Check("gpu memory", "skipped", "no driver was found" if self.wants_gpu else "the device is cpu")
         gpus = self.driver_info.gpus
         if not gpus:
             return Check(
-                "gpu memory", self.lacking, "the driver sees no GPU", "Check that one is plugged in and passed on"
+                "gpu memory",
+                self.lacking,
+                "the driver finds no GPU",
+                "Check that a GPU is installed; in a container, that it is passed on",
             )
         smallest = min(gpu.total_bytes for gpu in gpus)
         busiest = max(1 - gpu.free_bytes / gpu.total_bytes for gpu in gpus)
@@ -321,7 +326,7 @@ class _Machine:
         )
         if busiest > 0.5:
             return Check("gpu memory", "warn", found, "Another process holds the memory: see nvidia-smi")
-        if smallest < GPU_GIB * GIB * 0.95:  # a card sold as 24 GB shows a little less
+        if smallest < GPU_GIB * GIB * 0.95:  # a card sold as 24 GB reports a little less
             return Check("gpu memory", "warn", found, f"Below {GPU_GIB} GiB: use small sizes and memory: minimal")
         return Check("gpu memory", "ok", found)
 
@@ -330,7 +335,7 @@ class _Machine:
         found = f"{total / GIB:.1f} GiB"
         if total < HOST_GIB * GIB:
             return Check(
-                "host memory", "warn", found, f"Enough for the demo; the published weights want {HOST_GIB} GiB"
+                "host memory", "warn", found, f"Enough for the demo; the published weights need {HOST_GIB} GiB"
             )
         return Check("host memory", "ok", found)
 
@@ -338,7 +343,7 @@ class _Machine:
         installed = {name: version for name in ONNXRUNTIMES if (version := self.probes.distribution(name))}
         found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
         install = REINSTALL.format(extra="gpu" if self.device.startswith("cuda") else "cpu")
-        if len(installed) > 1:  # they write into one folder; which one wins depends on the order of installing
+        if len(installed) > 1:  # they install into one folder; the last one installed overwrites the others
             remove = f"pip uninstall -y {' '.join(installed)}"
             return Check("onnxruntime", "fail", f"{found}: they overwrite each other", f"{remove} && {install}")
         if not installed:
@@ -347,26 +352,26 @@ class _Machine:
 
     def providers(self) -> Check:
         has_gpu = isinstance(self.torch_info, TorchInfo) and bool(self.torch_info.devices)
-        wants_cuda = self.gpu_wish and (has_gpu or self.lacking == "fail")
+        wants_cuda = self.wants_gpu and (has_gpu or self.lacking == "fail")
         answer = _answer(lambda: self.probes.providers(CUDA if wants_cuda else "CPUExecutionProvider"))
         if isinstance(answer, ProbeFailed):
             return Check("providers", "fail", str(answer), REINSTALL.format(extra="gpu" if wants_cuda else "cpu"))
         found = ", ".join(answer)
         if wants_cuda and CUDA not in answer:
             extra = REINSTALL.format(extra="gpu")
-            todo = f"pip uninstall -y onnxruntime && {extra}, of the same CUDA major as torch"
+            todo = f"pip uninstall -y onnxruntime && {extra}, with the same CUDA major version as torch"
             return Check("providers", self.lacking, f"{found}: {CUDA} does not load", todo)
-        return Check("providers", "ok", f"{found}; {self._networks_run(CUDA in answer)}")
+        return Check("providers", "ok", f"{found}; {self._pose_networks(CUDA in answer)}")
 
-    def _networks_run(self, on_gpu: bool) -> str:
-        """Where preprocessing runs its networks on this machine, and what else it could be told to use."""
+    def _pose_networks(self, on_gpu: bool) -> str:
+        """Return where preprocessing runs its networks on this machine, and which faster option exists."""
         if on_gpu:
             there = _answer(self.probes.tensorrt)
             also = f"no TensorRT ({there})" if isinstance(there, ProbeFailed) else f"{there} with --tensorrt on or auto"
-            return f"poses are found on {CUDA}, {also}"
+            return f"pose estimation uses {CUDA}, {also}"
         onnx = self.probes.distribution("onnx")
-        also = f"by onnx {onnx}" if onnx else "which needs " + REINSTALL.format(extra="int8")
-        return f"poses are found on the CPU, faster with --pose-precision int8 ({also})"
+        also = f"with onnx {onnx}" if onnx else "which needs " + REINSTALL.format(extra="int8")
+        return f"pose estimation uses the CPU, faster with --pose-precision int8 ({also})"
 
     def video(self) -> Check:
         package = _answer(partial(self.probes.package, "av"))
@@ -376,8 +381,8 @@ class _Machine:
         return Check("video", "ok", f"PyAV {package} with libx264")
 
     def compiler(self) -> Check:
-        """What Triton and torch.compile need; without it nothing fails, and blocks run eagerly."""
-        if not self.gpu_wish:
+        """Check what Triton and torch.compile need. Without it blocks run eagerly; nothing fails."""
+        if not self.wants_gpu:
             return Check("compiler", "skipped", "the device is cpu")
         compiler, header = _answer(self.probes.compiler), _answer(self.probes.python_header)
         info = self.torch_info
@@ -393,19 +398,19 @@ class _Machine:
         if _failures(compiler, header):
             todo.append("For Triton and torch.compile: apt-get install gcc libc6-dev python3-dev")
         if isinstance(triton, ProbeFailed):
-            todo.append("Reinstall torch's CUDA build, which brings Triton")
+            todo.append("Reinstall torch's CUDA build, which includes Triton")
         if old:
-            todo.append("Triton needs a GPU of 7.0 or newer")
+            todo.append("Triton needs a GPU of compute capability 7.0 or newer")
         return Check("compiler", "warn", missing, f"{'; '.join(todo)}. Until then: {self._cost_of_eager()}")
 
     def _chosen_gpu(self) -> tuple[str, tuple[int, int]] | None:
-        """Name and compute capability of the GPU that the device names, as torch has them."""
+        """Return name and compute capability of the chosen device's GPU, from torch; None if there is none."""
         devices = self.torch_info.devices if isinstance(self.torch_info, TorchInfo) else ()
         index = int(self.device.partition(":")[2] or 0)
         return devices[index] if index < len(devices) else None
 
     def _cost_of_eager(self) -> str:
-        """The sentence that blocks run eagerly, for a window of the usual size on the GPU that is there."""
+        """Return the warning that blocks run eagerly, for a window of the usual size on this GPU."""
         from runner.forecast.seconds import find_device
         from runner.generation.families import get_family
         from runner.spec.options import JobOptions
@@ -419,13 +424,15 @@ class _Machine:
 
 
 def _faster_in_svdq(fast: Recipe, speed: DeviceSpeed, seconds: float) -> str:
-    """The recipe with SVDQuant's products, and else as `fast` runs on this GPU, if it is forecast to take less than
-    `seconds` for a usual clip; empty where none does."""
+    """Return the fastest recipe in an SVDQuant format whose forecast for a usual clip is below `seconds`; else "".
+
+    Its other choices are those of `fast` on this GPU.
+    """
     from runner.generation.families import get_family
     from runner.spec.options import JobOptions
     from runner.spec.recipes import CHOSEN, DEFAULT_RECIPE, FIXED, get_recipe
 
-    plain, said = get_recipe(DEFAULT_RECIPE), ""
+    plain, text = get_recipe(DEFAULT_RECIPE), ""
     changed = {(name, getattr(fast, name)) for name in CHOSEN if getattr(fast, name) != getattr(plain, name)}
     others = [modifier.text for modifier in FIXED.values() if (modifier.field, modifier.value) in changed]
     for row in PRECISIONS.values():
@@ -434,13 +441,13 @@ def _faster_in_svdq(fast: Recipe, speed: DeviceSpeed, seconds: float) -> str:
         recipe = get_recipe("+".join([DEFAULT_RECIPE, row.name, *others]))
         plan = get_family(recipe).forecaster(recipe, None).plan(USUAL_FRAMES, USUAL_SIZE, JobOptions(), speed)
         if plan.seconds is not None and plan.seconds < seconds:
-            rate = ", by an estimate of its rate" if speed.estimates(row.name) else ""
-            said, seconds = f"; {recipe.name}: {plan.seconds:.3g} s{rate}", plan.seconds
-    return said
+            rate = " (its rate is an estimate)" if speed.estimates(row.name) else ""
+            text, seconds = f"; {recipe.name} {plan.seconds:.3g} s{rate}", plan.seconds
+    return text
 
 
 def _failures(*answers: object) -> str:
-    """The reasons of the probes that failed, each once."""
+    """Return the reasons of the failed probes, each once."""
     return "; ".join(dict.fromkeys(str(answer) for answer in answers if isinstance(answer, ProbeFailed)))
 
 
@@ -450,18 +457,18 @@ def _weights(models: str | None, recipe: str | None) -> Check:
     if is_remote(models):
         first = next(iter(open_storage(models).list()), None)
         if first is None:
-            return Check("weights", "fail", f"nothing lies below {models}", "Check the bucket and the prefix")
-        return Check("weights", "ok", f"{models} answers; the files are checked when they have been synced")
+            return Check("weights", "fail", f"{models} is empty", "Check the bucket and the prefix")
+        return Check("weights", "ok", f"{models} can be listed; the files are checked after they are synced")
     from runner.generation.families import EngineSettings, get_family
     from runner.spec.recipes import DEFAULT_RECIPE, get_recipe
 
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
     get_family(chosen).resolve(local_path(models), chosen, EngineSettings())
-    return Check("weights", "ok", f"all that recipe {chosen.name} needs is in {models}{_quantised(models, chosen)}")
+    return Check("weights", "ok", f"{models} has all files of recipe {chosen.name}{_quantised(models, chosen)}")
 
 
 def _quantised(models: str, recipe: Recipe) -> str:
-    """Which file of `quantize` the recipe runs, and how that was made; "" where it runs another."""
+    """Return which file of `quantize` the recipe uses, and how it was made; "" if it uses no such file."""
     from runner.quantization.files.quantized_header import SMOOTHINGS, check_file
     from runner.weights.variant import choose_variant
 
@@ -470,10 +477,10 @@ def _quantised(models: str, recipe: Recipe) -> str:
     if variant.kind != "quantized":
         return ""
     file = check_file(variant.transformer)
-    made = f"; it runs {variant.transformer.relative_to(root)}, {len(file.layers)} layers in {file.layout.name}"
+    made = f"; it uses {variant.transformer.relative_to(root)}, {len(file.layers)} layers in {file.layout.name}"
     if file.chosen:
         by = "calibration" if file.chosen["smoothing"] == SMOOTHINGS[0] else "the weights alone"
-        made += f", rank {file.chosen['rank']}, smoothed by {by}"
+        made += f", rank {file.chosen['rank']}, smoothing from {by}"
     return made
 
 
@@ -483,16 +490,16 @@ def _output(out: str | None) -> Check:
     if not is_remote(out):
         return _folder("output", local_path(out), OUT_GIB)
     storage = open_storage(out)
-    next(iter(storage.list()), None)  # a run lists what is done before it writes
+    next(iter(storage.list()), None)  # a run lists the finished jobs before it writes
     probe_writable(storage)
     return Check("output", "ok", f"{out} can be listed and written")
 
 
 def _folder(name: str, folder: Path, wanted_gib: int) -> Check:
-    """Writable, and room on its disk. What does not exist yet is judged by the nearest folder above it."""
+    """Check that a folder is writable and its disk has room. A missing folder is judged by its nearest parent."""
     folder = folder.expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    new = "" if there == folder else f" (will be made in {there})"
+    new = "" if there == folder else f" (will be created in {there})"
     if not there.is_dir():
         return Check(name, "fail", f"{there} is a file, not a folder", "Choose another folder")
     with tempfile.NamedTemporaryFile(dir=there, prefix=".video-lab-probe-") as probe:
@@ -503,5 +510,5 @@ def _folder(name: str, folder: Path, wanted_gib: int) -> Check:
     if free < GIB:
         return Check(name, "fail", found, "Free space, or choose a folder on another disk")
     if free < wanted_gib * GIB:
-        return Check(name, "warn", found, f"{wanted_gib} GiB or more are advisable")
+        return Check(name, "warn", found, f"{wanted_gib} GiB or more are recommended")
     return Check(name, "ok", found)

@@ -1,6 +1,6 @@
-"""Dry run: what `run` would do with each job, and why, decided as `run` decides it.
+"""Dry run: decides, as `run` does, what it would do with each job, and why.
 
-In:   jobs, an engine that is not loaded, the output storage. Out: a line a job, and in a word what a run would do.
+In:   jobs, an engine that is not loaded, the output storage. Out: one line and one `Action` per job.
 Never: leases, loading, writing.
 """
 
@@ -24,15 +24,15 @@ Action = Literal["run", "skip", "leased", "exhausted", "fail"]
 def decide_lines(
     jobs: Sequence[Job], engine: Identified, ledger: Ledger, input_roots: Sequence[str]
 ) -> list[tuple[JobLine, Action]]:
-    """For each job, in order, its line and what `run` would do with it now. Many jobs are looked at at a time.
+    """Return for each job, in order, its line and what `run` would do with it now. Jobs are checked in parallel.
 
     A line is `not_run` for a job that would run or that another runner has, `skipped` for one that is done, `failed`
-    for one that was tried as often as allowed or whose inputs cannot be used. Raises what would stop the run:
+    for one that has used all attempts or whose inputs cannot be used. Raises errors that would stop the run:
     ConfigInvalid, WeightsMissing, WeightsCorrupt; storage.*.
     """
     storage = ledger.storage
     storage.use_own_clock()
-    next(storage.list(JOBS), None)  # a store that does not answer is no fault of each job
+    next(storage.list(JOBS), None)  # raises once for an unreachable store, not once per job
     decide = make_surveyor(engine, ledger, input_roots)
     return [_line(job, found) for job, found in zip(jobs, decide_jobs(jobs, storage, decide), strict=True)]
 
@@ -48,6 +48,6 @@ def _line(job: Job, found: Decision | RunnerError) -> tuple[JobLine, Action]:
         return JobLine(id=job.id, status="skipped", reason=reason, attempt=attempt), "skip"
     if found.action == "exhausted":
         last = found.error or ErrorRecord.of(JobCrashed(reason, where=job.id), "generate")
-        error = last.model_copy(update={"retryable": False})  # the same command would not try it
+        error = last.model_copy(update={"retryable": False})  # the same command would not try it again
         return JobLine(id=job.id, status="failed", reason=reason, attempt=attempt, error=error), "exhausted"
     return JobLine(id=job.id, status="not_run", reason=reason, attempt=attempt), found.action

@@ -1,9 +1,9 @@
-"""Fitted table: the fullest of several layouts of a table that the terminal has room for.
+"""Fitted table: prints the fullest of several layouts of a table that fits the terminal.
 
-In:   layouts, the fullest first; a console. Out: the table on the console, and below it what its cells had no room for.
-Never: what the cells mean.
+In:   layouts, the fullest first; a console. Out: the table on the console, and below it the texts that do not fit.
+Never: the meaning of the cells.
 
-Off a terminal nothing is cut or wrapped: the fullest layout is printed, without spaces at the ends of lines.
+Without a terminal nothing is cut or wrapped: the fullest layout is printed, without spaces at the ends of lines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rich.table import Table
 
 __all__ = ["UNLIMITED", "TableLayout", "new_table", "print_fitted", "print_table"]
 
-LEAST_WIDTH = 12  # columns of a cell that is folded: a job's id is still read as one
-UNLIMITED = 100_000  # columns: the width off a terminal
+LEAST_WIDTH = 12  # characters of a folded cell: a job's id is still readable
+UNLIMITED = 100_000  # characters: the width without a terminal
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """A table, and lines of markup that stand below it. `folds`: long cells of the first column may be folded."""
+    """A table and the lines of markup below it. `folds`: long cells of the first column may be folded."""
 
     table: Table
     below: Sequence[str] = ()
@@ -31,7 +31,7 @@ class TableLayout:
 
 
 def new_table(*columns: str, whole: Sequence[str] = (), gap: int = 2) -> Table:
-    """A table without lines, `gap` spaces between columns. `whole`: columns whose cells are never folded."""
+    """Return a table without rules, `gap` spaces between columns. `whole`: columns whose cells are never folded."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in whole)
@@ -39,7 +39,7 @@ def new_table(*columns: str, whole: Sequence[str] = (), gap: int = 2) -> Table:
 
 
 def print_fitted(console: Console, layouts: Sequence[Callable[[], TableLayout]]) -> None:
-    """Print the first layout whose lines fit the terminal unfolded, else the last one, folded."""
+    """Print the first layout whose lines fit the terminal unfolded; otherwise the last one, folded."""
     chosen = layouts[0]()
     for layout in layouts[1:]:
         if _fits(console, chosen):
@@ -51,7 +51,7 @@ def print_fitted(console: Console, layouts: Sequence[Callable[[], TableLayout]])
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print it as wide as the console is."""
+    """Print the table as wide as the console."""
     if console.is_terminal:
         console.print(table)
         return

@@ -1,9 +1,9 @@
-"""Flag values: what a flag may hold. Each check takes the flag's name and a value, and returns what the field holds.
+"""Flag values: checks and converts the values of flags. Each check takes the flag's name and a value.
 
 In:   a value, as text from the command line or as a Python value. Out: the value in its type; ConfigInvalid, which
 names the flag. Never: which verb has the flag, files, networks.
 
-A check imports what it asks when it is called: `--help` reads the settings, and shall be fast.
+A check imports its modules when it is called, because `--help` reads the settings and must be fast.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ __all__ = [
     "parse_age",
 ]
 
-ALL_LAYERS = "all"  # the rule that is known without torch
+ALL_LAYERS = "all"  # the one rule that is known without importing torch
 EXPORTS = ("lite", "cache-dit")  # other programs' layouts of SVDQ files
 MAX_EMBED_MB = 1024
 MAX_INTERVAL_S = 86400
 MAX_REASON = 2000  # characters
 AUTO = "auto"
-# Names of variables whose values open something. Others are told by the words in them, see `are_variables`.
+# Names of variables that hold credentials. Others are recognised by the words in their names, see `are_variables`.
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 
@@ -81,7 +81,7 @@ def _wrong(flag: str, value: object, wanted: str, todo: str) -> ConfigInvalid:
 def is_text(flag: str, value: Any) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        raise _wrong(flag, value, "text", "Give a str, or a path where a path is meant")
+        raise _wrong(flag, value, "text", "Give a str or a path")
     return text
 
 
@@ -93,7 +93,7 @@ def is_path(flag: str, value: Any) -> Path:
 
 def is_switch(flag: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _wrong(flag, value, "True or False", f"Give True for what {flag} does")
+        raise _wrong(flag, value, "True or False", f"Give True to switch {flag} on")
     return value
 
 
@@ -161,7 +161,7 @@ def is_price(flag: str, value: Any) -> float:
 def is_reason(flag: str, value: Any) -> str:
     text = " ".join(is_text(flag, value).split())
     if not text or len(text) > MAX_REASON:
-        raise _wrong(flag, value, f"a text of 1 to {MAX_REASON} characters", f"Write e.g. {flag} 'new LoRA, looked at'")
+        raise _wrong(flag, value, f"a text of 1 to {MAX_REASON} characters", f"Write e.g. {flag} 'new LoRA, reviewed'")
     return text
 
 
@@ -190,7 +190,7 @@ def are_texts(flag: str, value: Any) -> tuple[str, ...]:
 
 
 def are_variables(flag: str, value: Any) -> tuple[str, ...]:
-    """NAME=VALUE. Refused is what `redact` would mask: the texts stand in files and in a platform's job definitions."""
+    """Return NAME=VALUE texts. Credentials are refused: the texts are written into files and job definitions."""
     from runner.redact import redact
 
     texts = are_texts(flag, value)
@@ -200,10 +200,10 @@ def are_variables(flag: str, value: Any) -> tuple[str, ...]:
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             todo = f"Write e.g. {flag} OMP_NUM_THREADS=8"
             raise ConfigInvalid(f"must be NAME=VALUE, not {redact(text)!r}", where=flag, todo=todo)
-        probe = f"?{name}=some-value"  # as a parameter of a URL, whose name tells what it holds
+        probe = f"?{name}=some-value"  # `redact` masks a URL parameter whose name suggests a credential
         if name in CREDENTIALS or redact(probe) != probe or redact(text) != text or redact(content) != content:
             raise ConfigInvalid(
-                f"{name} holds a credential, and what is submitted is written into files and job definitions",
+                f"{name} holds a credential, and variables are written into files and job definitions",
                 where=flag,
                 todo="Give the tasks a role, a service account or a secret of the platform instead",
             )
@@ -233,7 +233,7 @@ def is_manifest(flag: str, value: Any) -> str | Manifest:
 
 
 def check_by(flag: str, judge: Callable[[], object]) -> None:
-    """Call `judge`; what it refuses names the flag."""
+    """Call `judge`. A ConfigInvalid that it raises gets the name of the flag."""
     try:
         judge()
     except ConfigInvalid as error:
@@ -255,7 +255,7 @@ def is_run_id(flag: str, value: Any) -> str:
     try:
         check_key(run_key(run_id, "shard", SUMMARY))
     except ConfigInvalid as error:
-        raise ConfigInvalid(error.what, where=flag, todo="It is a folder's name: write e.g. night-7") from error
+        raise ConfigInvalid(error.what, where=flag, todo="Give a valid folder name, e.g. night-7") from error
     return run_id
 
 
@@ -271,9 +271,9 @@ def are_gpus(flag: str, value: Any) -> str:
     text = is_text(flag, value).replace(" ", "")
     numbers = text.split(",")
     if text != "all" and not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
-        raise _wrong(flag, value, "all, or numbers from 0 with commas between them", f"Write e.g. {flag} all")
+        raise _wrong(flag, value, "all, or numbers from 0, separated by commas", f"Write e.g. {flag} all")
     if len({number if text == "all" else int(number) for number in numbers}) < len(numbers):
-        raise _wrong(flag, value, "numbers of which no two are equal", "Give each GPU once")
+        raise _wrong(flag, value, "different numbers", "Give each GPU once")
     return text
 
 
@@ -287,7 +287,7 @@ def is_on(flag: str, value: Any) -> str:
 
 def is_rule(flag: str, value: Any) -> str:
     name = is_text(flag, value)
-    if name != ALL_LAYERS:  # the other rules are known where torch is
+    if name != ALL_LAYERS:  # the table of the other rules needs torch
         from runner.quantization.rules import get_rule
 
         check_by(flag, lambda: get_rule(name))
@@ -347,14 +347,14 @@ def is_job_options(flag: str, value: Any) -> str | Mapping[str, Any]:
         yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigInvalid(
-            f"is no YAML ({error})", where=flag, todo="Write e.g. '{fps: 30, size: 480x832}'"
+            f"is not valid YAML ({error})", where=flag, todo="Write e.g. '{fps: 30, size: 480x832}'"
         ) from error
     return text
 
 
 def parse_age(text: str) -> float:
-    """`30m` → 1800.0 seconds; the units are s, m, h and d. Raises ValueError."""
+    """Return an age in seconds: `30m` → 1800.0. The units are s, m, h and d. Raises ValueError."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no age: write 30m, 1h, 2d or 0s")
+        raise ValueError(f"{text!r} is not an age; write e.g. 30m, 1h, 2d or 0s")
     return float(found[1]) * AGE_UNITS[found[2]]

@@ -1,9 +1,9 @@
-"""Flags: how a field of a verb's settings is written on the command line, and the class of all settings.
+"""Flags: defines command-line flags as fields of settings, and the base class of all settings.
 
 In:   fields with their help and checks. Out: `Settings`, whose fields are checked when a value is made; the flags of a
-class. Never: which verbs and flags there are: settings.py.
+class. Never: which verbs and flags exist; settings.py has them.
 
-Settings are dataclasses, because `--help` reads them: importing pydantic would make it slow.
+Settings are dataclasses, because `--help` reads them and importing pydantic would make it slow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Flag", "Settings", "choice", "flag", "flag_name", "flags_of", "switc
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is written on the command line, and what it may hold."""
+    """The form of a field on the command line, and the check of its value."""
 
     help: str
     check: Check
@@ -32,23 +32,23 @@ class Flag:
 
 
 def flag(help: str, check: Check, metavar: str | None, **more: bool) -> Mapping[str, Flag]:
-    """The metadata of a field that is a flag."""
+    """Return the metadata of a field that is a flag."""
     return {"flag": Flag(help, check, metavar, **more)}
 
 
 def choice(help: str, choices: Sequence[str]) -> Mapping[str, Flag]:
-    """Of a flag that holds one of a few words."""
+    """Return the metadata of a flag that takes one of a few words."""
     return flag(help, partial(is_one_of, choices), "{" + ",".join(choices) + "}")
 
 
 def switch(help: str) -> Mapping[str, Flag]:
-    """Of a flag that takes no value."""
+    """Return the metadata of a flag that takes no value."""
     return flag(help, is_switch, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all settings have in common: each field is checked, and brought to its type, when the value is made."""
+    """The base of all settings. Each field is checked and converted to its type when the value is made."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -60,17 +60,17 @@ class Settings:
         self.check_together()
 
     def check_together(self) -> None:
-        """Raise ConfigInvalid for fields that are each right and contradict each other."""
+        """Raise ConfigInvalid for fields that are each valid but contradict each other."""
 
 
 def flag_name(item: dataclasses.Field[Any]) -> str:
-    """As it is typed: `--max-attempts`; of a positional argument its place in the usage: `MANIFEST`."""
+    """Return the flag as it is typed, e.g. `--max-attempts`; of a positional argument its metavar, e.g. `MANIFEST`."""
     found: Flag = item.metadata["flag"]
     return str(found.metavar) if found.positional else "--" + item.name.replace("_", "-")
 
 
 def flags_of(settings: type[Settings]) -> list[tuple[dataclasses.Field[Any], Flag]]:
-    """The fields of a verb's settings, its own before those that it shares with other verbs."""
+    """Return the fields of a verb's settings: its own first, then those that it shares with other verbs."""
     own = inspect.get_annotations(settings)
     items = sorted(dataclasses.fields(settings), key=lambda item: item.name not in own)
     return [(item, item.metadata["flag"]) for item in items]

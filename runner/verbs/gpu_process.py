@@ -1,11 +1,11 @@
-"""GPU process: one of the processes of `run --gpus`, from its start to its end.
+"""GPU process: runs one of the processes of `run --gpus`, from its start to its end.
 
-In:   a connection to the process that started it: what to run, then signals and permissions to load.
-Out:  over the same connection events, progress, and the outcome or an error.
-Never: which GPU: the environment names the one that this process sees.
+In:   a connection to the parent process: the assignment, then signals and permissions to load.
+Out:  events, progress, and the outcome or an error, over the same connection.
+Never: the choice of the GPU: the environment names the one GPU that this process sees.
 
-Signals reach this process over the connection alone, each once. A scheduler may send a signal to every process of a
-job; directly received ones are ignored, as the second would count as "now".
+This process gets each signal once, over the connection. Signals received directly are ignored: a scheduler may send a
+signal to every process of a job, and a second signal would mean "end now".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Assignment", "main"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """The first message to a process: `run(settings, progress, share=…)` is what it shall do."""
+    """The first message to a process. It calls `run(settings, progress, share=…)`."""
 
     run: Callable[..., Any]
     settings: RunSettings
@@ -37,32 +37,32 @@ class Assignment:
 
 
 class _Parent:
-    """The connection to the process that started this one. Safe from any thread."""
+    """The connection to the parent process. Thread-safe."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """Send a message. A parent that has died hears nothing; `listen` ends the run."""
+        """Send a message. If the parent has died it is dropped, and `listen` ends the run."""
         with self._lock, suppress(OSError):
             self._connection.send(message)
 
     def listen(self, stop: Stop, may_load: threading.Event) -> None:
-        """Pass on what the parent says, until it is gone: then as if SIGTERM had come."""
+        """Pass on the parent's messages. When the parent has ended, stop as after SIGTERM."""
         try:
             while True:
                 what, *more = self._connection.recv()
                 if what == "stop":
                     stop.request(*more)
-                may_load.set()  # after a signal too: the model is not loaded any more, and nothing shall wait for it
+                may_load.set()  # after a signal too: the model is not loaded then, and nothing may wait for it
         except (EOFError, OSError):
             stop.request(signal.SIGTERM)
             may_load.set()
 
 
 def main() -> None:
-    """Do what the process at the other end of descriptor `sys.argv[1]` assigns, and end with the run's exit code."""
+    """Run the assignment that comes over descriptor `sys.argv[1]`, and exit with the run's exit code."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))

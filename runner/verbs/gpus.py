@@ -1,8 +1,8 @@
-"""GPUs: `run --gpus`, a process for each GPU of this machine; all of them share one manifest by leases.
+"""GPUs: runs `run --gpus` as one process per GPU of this machine; the processes share one manifest by leases.
 
-In:   what was asked (`all`, `0,2`), settings of a run. Out: one line a job and an exit code, merged; one view of
+In:   the value of the flag (`all`, `0,2`), settings of a run. Out: the merged lines of all jobs and an exit code; one
 progress and one log.
-Never: how a process renders. A process that dies takes no other with it: its jobs run elsewhere when its leases end.
+Never: how a process renders. If a process dies, the others go on and run its jobs when its leases end.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = ["GpuPlace", "find_gpus", "places_for", "run_processes"]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Read when the libraries are first imported: OpenMP (torch, ONNX Runtime), MKL, OpenBLAS (numpy).
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-END_S = 60.0  # seconds after its time to drain in which a process must have ended, else it is killed; assumed
+END_S = 60.0  # seconds after the drain time until a process that has not ended is killed; assumed
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from runner.verbs.gpu_process import main; main()"
 
 
 @dataclass(frozen=True)
 class GpuPlace:
-    """Where one process computes: its name in the log, and the variables that its environment has beyond this one's."""
+    """The GPU of one process: its name in the log, and the variables added to the process's environment."""
 
     name: str
     variables: Mapping[str, str]
@@ -52,10 +52,10 @@ class GpuPlace:
 def find_gpus(
     asked: str, variables: Mapping[str, str], count: Callable[[], int] = lambda: len(environment()["gpus"])
 ) -> list[str]:
-    """The GPUs that `asked` (`all`, or numbers from 0) means, each as CUDA_VISIBLE_DEVICES would name it.
+    """Return the GPUs that `asked` (`all`, or numbers from 0) selects, each as CUDA_VISIBLE_DEVICES would name it.
 
-    Where that variable is set, the numbers count among the GPUs that it names. Else `count` says how many there are: by
-    the driver, without torch. Raises ConfigInvalid where there is none, or not the one that was asked for.
+    If that variable is set, a number is an index into its list. Otherwise `count` returns the number of GPUs, from the
+    driver, without torch. Raises ConfigInvalid if there is no GPU, or not the requested one.
     """
     named = variables.get(VISIBLE)
     if named is not None:
@@ -70,47 +70,49 @@ def find_gpus(
         source = "the driver"
     if not there:
         raise ConfigInvalid(
-            f"{source} names no GPU" if named is not None else "this machine has no GPU that the driver knows",
+            f"{source} names no GPU" if named is not None else "the driver of this machine finds no GPU",
             where="--gpus",
-            todo="Check the driver (nvidia-smi) and, in a container, that GPUs are passed on; or leave --gpus out",
+            todo="Check the driver (nvidia-smi) and, in a container, that GPUs are passed on; or leave out --gpus",
         )
     if asked == "all":
         return there
     numbers = [int(word) for word in asked.split(",")]
     if missing := [number for number in numbers if number >= len(there)]:
         raise ConfigInvalid(
-            f"no GPU {missing[0]}: {source} has {len(there)}, counted from 0", where="--gpus", todo="Write --gpus all"
+            f"there is no GPU {missing[0]}: {source} has {len(there)}, counted from 0",
+            where="--gpus",
+            todo="Write --gpus all",
         )
     return [there[number] for number in numbers]
 
 
 def places_for(gpus: Sequence[str], variables: Mapping[str, str], cpus: int | None = None) -> list[GpuPlace]:
-    """A place for each of `gpus`, the machine's cores divided among them.
+    """Return a place for each of `gpus`. The machine's cores are divided among them.
 
-    `cpus`: how many there are; by default those that this process may use. A number of threads that `variables` has
-    already stays: it is meant for each process.
+    `cpus`: number of cores; by default those that this process may use. A number of threads that `variables` sets
+    already is kept, for each process.
     """
     threads = max(1, (cpus or usable_cpus({})) // len(gpus))
     shared = {name: str(threads) for name in THREAD_VARIABLES if name not in variables}
-    if VISIBLE not in variables:  # the driver's numbers, those of nvidia-smi, are by bus; CUDA's own are by speed
+    if VISIBLE not in variables:  # the driver (nvidia-smi) numbers GPUs in bus order, CUDA by default by speed
         shared |= {"CUDA_DEVICE_ORDER": variables.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
     return [GpuPlace(f"GPU {gpu}" if gpu.isdigit() else gpu, shared | {VISIBLE: gpu}) for gpu in gpus]
 
 
 @dataclass
 class _Process:
-    """One process, as the parent knows it."""
+    """One process, seen from the parent."""
 
     place: GpuPlace
     process: subprocess.Popen[bytes]
     connection: Connection
     report: WorkerReport
-    stops: int = 0  # signals that were passed on
+    stops: int = 0  # number of signals passed on
     waits_to_load: bool = False
     open: bool = True
 
-    def tell(self, message: object) -> None:
-        with suppress(OSError):  # it has died, which is found where its messages are read
+    def send(self, message: object) -> None:
+        with suppress(OSError):  # the process has died; the loop finds that when it reads its messages
             self.connection.send(message)
 
 
@@ -124,21 +126,21 @@ def run_processes(
     stop: Stop,
     read_files: Callable[[Callable[[], bool]], object] = lambda go_on: None,
 ) -> SharedRun:
-    """Run `run(settings, …)` in a process at each of `places`, and wait for all; what they came to together.
+    """Run `run(settings, …)` in one process per place, wait for all, and return their merged result.
 
-    `run` is a function of a module, `verbs.run.run` with its keyword `share`. `progress` hears of each job's end once.
-    `read_files` reads the model into the page cache, before the first process loads it; it ends when its argument
-    returns False.
+    `run`: a function of a module (it is pickled): `verbs.run.run` with its keyword `share`. `progress` gets the end of
+    each job once. `read_files` reads the model into the page cache before the first process loads it; it ends when its
+    argument returns False.
 
-    `stop` is told of signals. In the main thread SIGINT and SIGTERM are passed on, each once to each process; a process
-    that then does not end is killed. Where this process dies, the others stop as if SIGTERM had come. Raises the
-    RunnerError of a process where none of them began its jobs.
+    `stop` receives signals. In the main thread SIGINT and SIGTERM are passed on once to each process; a process that
+    does not end then is killed. If this process dies, the others stop as after SIGTERM. Raises the RunnerError of a
+    process if none of them began its jobs.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def wake() -> None:
-        with suppress(OSError):  # the pipe is full: the loop wakes up in any case
+        with suppress(OSError):  # the pipe is full, so the loop continues in any case
             os.write(writer, b"\0")
 
     group = _GpuGroup(settings, run, job_ids, progress, stop, read_files, wake)
@@ -157,7 +159,7 @@ def run_processes(
 
 
 class _GpuGroup:
-    """The processes of one command, and what they have said."""
+    """The processes of one command, and their reports."""
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ class _GpuGroup:
         self._log = structlog.get_logger()
 
     def count_signal(self) -> None:
-        """Called in the signal's handler: only the loop writes to the processes."""
+        """Count a signal. It is called in the signal handler; only the loop writes to the processes."""
         self._signals += 1
 
     def run(self, places: Sequence[GpuPlace], wake_descriptor: int) -> SharedRun:
@@ -199,7 +201,7 @@ class _GpuGroup:
         return self._reports.merge()
 
     def end(self) -> None:
-        """After an error of this process: the others end as they do when it has died."""
+        """Close all connections, so that the processes end; kill those that do not end in time."""
         for process in self._processes:
             process.connection.close()
         deadline = time.monotonic() + self._settings.drain_s + END_S
@@ -218,12 +220,12 @@ class _GpuGroup:
                 env={**os.environ, **place.variables},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches this process alone, which passes it on
+                start_new_session=True,  # Ctrl-C at the terminal reaches only this process, which passes it on
             )
         finally:
             theirs.close()
         process = _Process(place, started, ours, self._reports.open(place.name))
-        process.tell(Assignment(self._run, self._settings, count))
+        process.send(Assignment(self._run, self._settings, count))
         self._log.info("gpu_process_started", gpu=place.name, pid=started.pid)
         return process
 
@@ -239,7 +241,7 @@ class _GpuGroup:
             self._reports.hear(process.report, what, *more)
 
     def _close(self, process: _Process) -> None:
-        """The process has closed its end: it ends now, or has been killed."""
+        """Handle a closed connection: the process is ending or was killed."""
         process.open = False
         code = process.process.wait()
         report = process.report
@@ -250,7 +252,7 @@ class _GpuGroup:
                 gpu=process.place.name,
                 pid=process.process.pid,
                 how=f"exit code {code}" if code >= 0 else signal.strsignal(-code) or f"signal {-code}",
-                todo="The others go on. Killed: look for the out-of-memory killer in the system's log",
+                todo="The other processes go on. If it was killed, look for the out-of-memory killer in the system log",
             )
         elif report.error is not None:
             error = report.error
@@ -260,7 +262,7 @@ class _GpuGroup:
         for process in self._processes:
             while process.open and process.stops < self._signals:
                 process.stops += 1
-                process.tell(("stop", self._stop.signal))
+                process.send(("stop", self._stop.signal))
         if self._signals and self._seconds_to_kill() == 0:
             for process in self._processes:
                 if process.open:
@@ -269,7 +271,7 @@ class _GpuGroup:
                     process.report.ended = self._stop.exit_code
 
     def _seconds_to_kill(self) -> float | None:
-        """Until processes that were told to stop are killed; None where none was told."""
+        """Return the seconds until stopped processes are killed; None if no signal has come."""
         if not self._signals:
             return None
         drain_s = self._settings.drain_s if self._signals == 1 else 0.0
@@ -277,7 +279,7 @@ class _GpuGroup:
         return max(0.0, self._kill_at - time.monotonic())
 
     def _let_load(self) -> None:
-        """Let those load that wait for it, when the files have been read; the first one starts the reading."""
+        """Let waiting processes load the model after its files are read. The first one starts the reading."""
         waiting = [process for process in self._processes if process.waits_to_load]
         if waiting and self._reading is None:
             self._reading = threading.Thread(target=self._read, name="page cache", daemon=True)
@@ -285,12 +287,12 @@ class _GpuGroup:
         if self._have_read.is_set():
             for process in waiting:
                 process.waits_to_load = False
-                process.tell(("load",))
+                process.send(("load",))
 
     def _read(self) -> None:
         try:
             self._read_files(lambda: not self._stop.draining)
-        except Exception as error:  # it only saves time
+        except Exception as error:  # reading ahead only saves time
             self._log.warning("model_files_not_read", message=str(error))
         finally:
             self._have_read.set()

@@ -1,9 +1,9 @@
-"""The verb `inspect`: what is to be known of a driving video before a job uses it.
+"""The verb `inspect`: measures a driving video before a job uses it, and gives advice.
 
-In:   `InspectSettings`. Out: an `Inspection`: people by number, facts of the video, advice; perhaps a sheet as PNG.
+In:   `InspectSettings`. Out: an `Inspection`: people by number, facts of the video, advice; optionally a sheet as PNG.
 Never: generation; printing.
 
-Without a model store the video is still measured: people are then left out.
+Without a model store the video is measured, but people are not looked for.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
-SAY_EVERY_S = 5.0  # how far the decode is, while it lasts
-NETWORKS = "process_checkpoint/"  # of the store; nothing else of it is copied
+LOG_EVERY_S = 5.0  # between two log lines with the progress of the decode, seconds
+NETWORKS = "process_checkpoint/"  # the only folder of the store that is copied
 
 
 @default_logging()
 def inspect(settings: InspectSettings) -> Inspection:
-    """Look at the whole video, twice where there is a model store: once for its facts, once for its people.
+    """Read the whole video: once for its facts, and with a model store once more for its people.
 
-    Raises ConfigInvalid, input.*, storage.*, and weights.* where a store was named and lacks a network.
+    Raises ConfigInvalid, input.*, storage.*; weights.* if the given store lacks a network.
     """
     from runner.video import VideoReader
     from runner.video.clip_facts import measure_clip
@@ -84,16 +84,16 @@ def _find_people(settings: InspectSettings, reader: VideoReader) -> PeopleFound:
 
 
 def _progress(video: str, frames: int) -> Callable[[int], None]:
-    """What tells how far the decode is."""
-    told_at = time.monotonic()
+    """Return a function that logs the progress of the decode."""
+    logged_at = time.monotonic()
 
-    def tell(done: int) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at >= SAY_EVERY_S:
-            told_at = time.monotonic()
+    def note(done: int) -> None:
+        nonlocal logged_at
+        if time.monotonic() - logged_at >= LOG_EVERY_S:
+            logged_at = time.monotonic()
             structlog.get_logger().info("inspecting", video=Path(video).name, frames=f"{done}/{frames}")
 
-    return tell
+    return note
 
 
 def _inspection(settings: InspectSettings, facts: ClipFacts, found: PeopleFound | None) -> Inspection:

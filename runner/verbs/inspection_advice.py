@@ -1,9 +1,9 @@
-"""Inspection advice: what to do about what was seen in a driving video, as sentences.
+"""Inspection advice: gives advice, as sentences, for problems that were found in a driving video.
 
 In:   the facts of a video and of its people. Out: `AdviceRecord`s. Never: pictures, networks, printing.
 
-A rule is a row of RULES (of the video) or of PERSON_RULES (of each person): a stable code, when it applies, and its
-sentence. A condition returns the numbers that the sentence says, or None. Limits are named below with their origin.
+A rule is a row of RULES (for the video) or of PERSON_RULES (for each person): a stable code, a condition and a
+sentence. A condition returns the numbers of the sentence, or None. Limits are given below with their origin.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LITTLE_EXPRESSION_PX = 64.0
 SOFT_PERSON = 30.0  # grey levels²
 # Measured on five clips and two pictures: .27 to .48 as they are, .70 to .81 blurred by a Gaussian of 3 pixels.
 BLURRED = 0.7
-OFTEN = 0.5  # of the looks; assumed
+OFTEN = 0.5  # of the frames looked at; assumed
 MOST_OF_IT = 0.9  # of the video's seconds; assumed
 DEFAULT_FPS = float(JobOptions.model_fields["fps"].default)
 HIGH_FPS = 32.0  # assumed: twice the default; beyond it each further frame costs as much and adds little motion
-ALL_PICTURES = 0.97  # of the different pictures: what sampling at a fitting rate shows, first and last ones apart
-STAMP_S = 0.002  # a part ends this much before the cut: the stamps of frames are rounded to milliseconds
+ALL_PICTURES = 0.97  # of the different pictures: sampling at a fitting rate shows so many; the ends may be missing
+STAMP_S = 0.002  # a part ends this much before the cut, because time stamps of frames are rounded to milliseconds
 NAMED = 4  # parts or spans that a sentence names
 
 Numbers = Mapping[str, Any]
@@ -41,23 +41,25 @@ Numbers = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class InspectedVideo:
+    """What was found in a video."""
+
     video: VideoRecord
     people: Sequence[PersonRecord]
-    looked_for: bool  # people were
+    looked_for: bool  # whether people were looked for
 
 
 @dataclass(frozen=True)
 class AdviceRule:
-    """Of a whole video."""
+    """A rule for a whole video."""
 
     code: str
     applies: Callable[[InspectedVideo], Numbers | None]
-    text: str | Callable[[Numbers], str]  # a template, or what makes the sentence
+    text: str | Callable[[Numbers], str]  # a template, or a function that returns the sentence
 
 
 @dataclass(frozen=True)
 class PersonRule:
-    """Of one person."""
+    """A rule for one person."""
 
     code: str
     applies: Callable[[InspectedVideo, PersonRecord], Numbers | None]
@@ -65,7 +67,7 @@ class PersonRule:
 
 
 def advise(seen: InspectedVideo) -> list[AdviceRecord]:
-    """What the rules say: of the people, then of the video. Empty: nothing stands out."""
+    """Return the advice of all rules: about the people, then about the video. Empty: no problem was found."""
     found = [_advice(rule, rule.applies(seen), None) for rule in RULES if rule.code.startswith("people.")]
     for person in seen.people:
         found += [_advice(rule, rule.applies(seen, person), person.number) for rule in PERSON_RULES]
@@ -81,7 +83,7 @@ def _advice(rule: AdviceRule | PersonRule, numbers: Numbers | None, person: int 
 
 
 def scene_parts(video: VideoRecord, fps: float) -> list[dict[str, float]]:
-    """`start_s` and `max_frames` of a job for each scene, at `fps` output frames a second.
+    """Return `start_s` and `max_frames` of a job for each scene, at `fps` output frames per second.
 
     No frame of a part lies in another scene. A scene of fewer than two frames has no part.
     """
@@ -151,7 +153,7 @@ def _small_face(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
 
 
 def _below(name: str, limit: float) -> Callable[[InspectedVideo, PersonRecord], Numbers | None]:
-    """The condition that a person's measure `name` is known and less than `limit`."""
+    """Return the condition that a person's measure `name` is known and less than `limit`."""
 
     def applies(seen: InspectedVideo, person: PersonRecord) -> Numbers | None:
         value = getattr(person, name)
@@ -168,7 +170,7 @@ def _unseen_fingers(seen: InspectedVideo, person: PersonRecord) -> Numbers | Non
 
 
 def _useful_fps(video: VideoRecord) -> float:
-    """What a job would ask for: the default, or the rate of the different pictures where frames repeat or are few."""
+    """Return the fps for a job: the default; less if the video has fewer frames, or fewer different ones."""
     return min(video.fps_measured, DEFAULT_FPS) if video.repeats is None else float(Fraction(video.repeats.fps))
 
 
@@ -177,7 +179,7 @@ def _useful_fps(video: VideoRecord) -> float:
 
 def _say_several(numbers: Numbers) -> str:
     others = " or ".join(f"`subject: {number}`" for number in numbers["choices"][1:])
-    return f"{numbers['people']} people: number 1 is followed; for another one choose {others} under `preprocess`"
+    return f"{numbers['people']} people: number 1 drives the character; for another one set {others} under `preprocess`"
 
 
 def _say_cuts(numbers: Numbers) -> str:
@@ -206,7 +208,7 @@ def _say_repeats(numbers: Numbers) -> str:
 def _say_partly(numbers: Numbers) -> str:
     text = "on screen for {seconds:.1f} of {of_s:.1f} s, between {begin_s:.1f} and {end_s:.1f} s".format(**numbers)
     if "start_s" not in numbers:
-        return f"{text}: elsewhere the last or next pose is held"
+        return f"{text}: outside it the last or next pose is held"
     return text + ": render that span, at {fps:g} fps `start_s: {start_s:g}, max_frames: {max_frames}`".format(
         **numbers
     )
@@ -214,7 +216,7 @@ def _say_partly(numbers: Numbers) -> str:
 
 def _say_still(numbers: Numbers) -> str:
     spans = [f"{begin_s:.1f} to {end_s:.1f} s" for begin_s, end_s in numbers["spans_s"]]
-    return f"the picture stands still from {_some(spans)}: the character will stand still there, too"
+    return f"the picture does not move from {_some(spans)}: the character will not move there either"
 
 
 def _some(words: Sequence[str]) -> str:
@@ -228,7 +230,7 @@ RULES: tuple[AdviceRule, ...] = (
     AdviceRule(
         "people.unknown",
         lambda seen: None if seen.looked_for else {},
-        "people were not looked for: --models, a store with the detector and the pose network, shows them",
+        "people were not looked for: give --models, a store with the detector and the pose network",
     ),
     AdviceRule(
         "people.none",
@@ -241,13 +243,13 @@ RULES: tuple[AdviceRule, ...] = (
     AdviceRule(
         "video.rate_low",
         _low_rate,
-        "{fps:.4g} pictures a second, below the default of {default_fps:g} fps, which would repeat some: set "
+        "{fps:.4g} frames per second, below the default of {default_fps:g} fps, which would repeat some frames: set "
         "fps: {fps:.4g}; `output: {{interpolate: 2}}` makes the result smoother",
     ),
     AdviceRule(
         "video.rate_high",
         _high_rate,
-        "{fps:.4g} frames a second: `fps: source` renders each of them; fps: {halved_fps:.4g} takes half the time",
+        "{fps:.4g} frames per second: `fps: source` renders all of them; fps: {halved_fps:.4g} takes half the time",
     ),
     AdviceRule(
         "video.rate_variable",
@@ -256,8 +258,8 @@ RULES: tuple[AdviceRule, ...] = (
             if seen.video.variable_rate
             else None
         ),
-        "the frame rate varies, from {shortest_ms:.0f} to {longest_ms:.0f} ms a frame: set fps to a number; frames are "
-        "sampled by time, so that sound and motion stay together",
+        "the frame rate varies, from {shortest_ms:.0f} to {longest_ms:.0f} ms per frame: set fps to a number; frames "
+        "are sampled by time, so that sound and motion stay in sync",
     ),
     AdviceRule(
         "video.still",
@@ -269,7 +271,7 @@ RULES: tuple[AdviceRule, ...] = (
     AdviceRule(
         "video.blurred",
         lambda seen: {"blur": seen.video.blur, "limit": BLURRED} if seen.video.blur >= BLURRED else None,
-        "the pictures are blurred ({blur:.2f} of 1): joints, hands and face will be less exact; use a sharper copy",
+        "the video is blurred ({blur:.2f} of 1): joints, hands and face will be less exact; use a sharper copy",
     ),
 )
 PERSON_RULES: tuple[PersonRule, ...] = (
@@ -286,18 +288,18 @@ PERSON_RULES: tuple[PersonRule, ...] = (
     PersonRule(
         "hands.outside",
         _below("hands_inside", OFTEN),
-        "both hands are seen in the picture in {hands_inside:.0%} of the looks: expect guessed or missing hands",
+        "both hands are in the picture in {hands_inside:.0%} of the frames looked at: expect guessed or missing hands",
     ),
     PersonRule(
         "fingers.unseen",
         _unseen_fingers,
-        "fingers of both hands are found in {fingers_seen:.0%} of the looks: the hands are small or blurred; expect "
-        "guessed or missing fingers",
+        "fingers of both hands are found in {fingers_seen:.0%} of the frames looked at: the hands are small or "
+        "blurred; expect guessed or missing fingers",
     ),
     PersonRule(
         "feet.outside",
         _below("feet_inside", OFTEN),
-        "both feet are seen in the picture in {feet_inside:.0%} of the looks: use a reference that is cropped alike",
+        "both feet are in the picture in {feet_inside:.0%} of the frames looked at: use a reference with the same crop",
     ),
     PersonRule(
         "person.blurred",

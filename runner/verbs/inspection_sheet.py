@@ -1,10 +1,10 @@
-"""Inspection sheet: one picture of a driving video: its facts, a row a person, and frames with numbered boxes.
+"""Inspection sheet: draws one picture of a driving video: its facts, a row per person, frames with numbered boxes.
 
 In:   an open video, its inspection, its people. Out: one PNG. Never: finding people, judging.
 
-Frames are spread over the video. Of each stretch the moment is taken at which most people are seen; both sides of a cut
-are shown. People have the colours of Okabe and Ito (2008), which the colour-blind tell apart; the number stands in a
-label beside each box, and again in the person's row.
+Frames are spread over the video. From each stretch the frame with the most people is shown, and both sides of a cut.
+People have the colours of Okabe and Ito (2008), which colour-blind people can distinguish. A label beside each box
+has the person's number, as has the person's row.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ COLOURS: tuple[Colour, ...] = (
     (230, 159, 0),
     (0, 114, 178),
 )
-SHOWN_CUTS = 3  # both sides of the first ones
-WIDE = 1.2  # aspect, from which on a video has fewer columns
-GRIDS = {True: (4, 12), False: (5, 10)}  # of a wide video or another one: columns, and moments at most
+SHOWN_CUTS = 3  # number of first cuts of which both sides are shown
+WIDE = 1.2  # aspect ratio; a wider video has fewer columns
+GRIDS = {True: (4, 12), False: (5, 10)}  # whether the video is wide → columns, moments at most
 SHEET_WIDTH = 1200  # pixels, between the margins
 CELL_HEIGHT = 300  # of a picture at most, pixels
 GAP, MARGIN, LINE, CAPTION = 10, 20, 24, 24
@@ -52,6 +52,8 @@ HEADING_SIZE, TEXT_SIZE, LABEL_SIZE = 18, 15, 16  # of fonts, pixels
 
 @dataclass(frozen=True)
 class Moment:
+    """A frame of the sheet."""
+
     frame: int
     after_cut: bool = False
 
@@ -59,10 +61,10 @@ class Moment:
 def choose_moments(
     frames: int, looks: Sequence[int], counts: Sequence[int], cuts: Sequence[int], moments: int
 ) -> list[Moment]:
-    """At most `moments` frames of a video of `frames`, in order of time; at least both sides of the first cuts.
+    """Choose at most `moments` frames of a video of `frames`, in order of time; at least both sides of the first cuts.
 
-    looks: frames at which people were looked for, increasing (empty: any frame will do); counts: how many were seen at
-    each. The first and the last frame of a scene are taken at a look of that scene, if there is one.
+    looks: frames in which people were looked for, increasing (empty: any frame may be chosen); counts: number of people
+    in each. The first and the last frame of a scene are chosen from the looks of that scene, if there are any.
     """
     at, seen = (np.array(looks), np.array(counts)) if looks else (np.arange(frames), np.zeros(frames))
     bounds = [0, *cuts, frames]
@@ -90,16 +92,16 @@ def choose_moments(
 
 
 def person_colour(number: int) -> Colour:
-    """Of person `number`, from 1; after the last one the colours begin again."""
+    """Return the RGB colour of person `number`, from 1; after the last colour the first one follows."""
     return COLOURS[(number - 1) % len(COLOURS)]
 
 
 def facts_line(inspection: Inspection) -> str:
-    """Size, length, rate, cuts, sound, in one line."""
+    """Return size, length, rate, cuts and sound in one line."""
     video = inspection.video
     parts = [f"{video.width}x{video.height}", f"{video.frames} frames in {video.duration_s:.2f} s"]
     parts.append(f"{video.fps_measured:.5g} fps" + (", variable" if video.variable_rate else ""))
-    parts += [f"turned by {video.rotation_degrees}°"] if video.rotation_degrees else []
+    parts += [f"rotated by {video.rotation_degrees}°"] if video.rotation_degrees else []
     cuts = len(video.cuts)
     parts.append(f"{cuts or 'no'} {'cut' if cuts == 1 else 'cuts'}")
     parts += [f"{video.repeated_frames} frames repeat"] if video.repeated_frames else []
@@ -108,7 +110,7 @@ def facts_line(inspection: Inspection) -> str:
 
 
 def measures(person: PersonRecord) -> dict[str, str]:
-    """What is measured of a person, as the cells of a table."""
+    """Return the measures of a person as cells of a table: column → text."""
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.0%}"
@@ -128,7 +130,7 @@ def measures(person: PersonRecord) -> dict[str, str]:
 def draw_inspection_sheet(
     reader: VideoReader, inspection: Inspection, found: PeopleFound | None, path: Path
 ) -> tuple[int, int]:
-    """Write the sheet as a PNG; its width and height. Raises StorageDenied, StorageFull, InputUnreadable."""
+    """Write the sheet as a PNG; return its (width, height). Raises StorageDenied, StorageFull, InputUnreadable."""
     from PIL import Image, ImageDraw, ImageFont
 
     video = inspection.video
@@ -183,7 +185,7 @@ def _write_people(
     y: int,
     fonts: tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, ImageFont.FreeTypeFont | ImageFont.ImageFont],
 ) -> None:
-    """A heading and a row a person, in columns."""
+    """Write a heading and one row per person, in columns."""
     text, label = fonts
     cells = [measures(person) for person in people]
     x = float(MARGIN + 56)
@@ -203,7 +205,7 @@ def _mark_people(
     scale: float,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """Draw the boxes of everybody who is in `frame`, the largest first, and then the labels, which no box covers."""
+    """Draw the boxes of all people in `frame`, the largest first, then the labels, so that no box covers a label."""
     from PIL import ImageDraw
 
     pen = ImageDraw.Draw(picture)
@@ -215,7 +217,7 @@ def _mark_people(
         y1, y2 = (round(min(max(y * scale, 0), picture.height - 1)) for y in (box.y1, box.y2))
         if x2 - x1 < 2 or y2 - y1 < 2:
             continue
-        # A dark edge on both sides lets the colour be seen on any picture.
+        # Dark edges on both sides make the colour visible on any picture.
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=5)
         pen.rectangle((x1, y1, x2, y2), outline=person_colour(number), width=3)
         corners.append((number, x1, y1))
@@ -239,7 +241,7 @@ def _tag_size(
 def _tag(
     pen: ImageDraw.ImageDraw, corner: tuple[int, int], number: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> None:
-    """The number on its colour, black on all but the darkest."""
+    """Draw the number on its colour; in black, or in white on a dark colour."""
     (x, y), (width, height) = corner, _tag_size(pen, number, font)
     colour = person_colour(number)
     red, green, blue = colour

@@ -1,4 +1,4 @@
-"""Inspection table: what `inspect` prints.
+"""Inspection table: prints the result of `inspect`.
 
 In:   an `Inspection`. Out: lines, a table of people and advice on standard output; or one JSON object.
 Never: decisions.
@@ -17,7 +17,7 @@ __all__ = ["print_inspection"]
 
 
 def print_inspection(found: Inspection, *, as_json: bool) -> None:
-    """The video's facts, a row a person, a line an advice, where the sheet is."""
+    """Print the video's facts, one row per person, one line per advice, and the path of the sheet."""
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
@@ -30,9 +30,9 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
             table.add_row(*cells)
         print_table(console, table)
     for advice in found.advice:
-        whose = "" if advice.person is None else f"person {advice.person}: "
-        console.print(f"[yellow]![/] {escape(whose + advice.text)}", soft_wrap=True)
+        person = "" if advice.person is None else f"person {advice.person}: "
+        console.print(f"[yellow]![/] {escape(person + advice.text)}", soft_wrap=True)
     if not found.advice:
-        console.print("nothing stands out", soft_wrap=True)
+        console.print("no advice: no problem was found", soft_wrap=True)
     if found.sheet is not None:
         console.print(f"sheet: {escape(found.sheet)}", soft_wrap=True)

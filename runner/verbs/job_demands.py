@@ -1,10 +1,10 @@
-"""Job demands: how much memory the jobs of a run will ask for, as far as that can be told before the model is loaded.
+"""Job demands: finds the properties of jobs that decide their memory, before the model is loaded.
 
-In:   jobs, the roots of inputs. Out: a `JobDemand` for each kind of job. Never: downloads, weights, forecasts.
+In:   jobs, the roots of inputs. Out: one `JobDemand` per kind of job. Never: downloads, weights, forecasts.
 
-Options tell nearly all: the size, where one is given, and how long a window can be. `auto` is the area of 480x832 in
-the aspect of the reference or the video, and the official script's files have a size of their own: of these the header
-is read where the file is on this machine. An input in a bucket is not fetched for this.
+Most come from the options: the size, if it is given, and the longest window. The size `auto` has the area of 480x832
+and the aspect ratio of the reference or the video, and files of the official preprocessing have their own size. For
+these two the header of the file is read if it is on this machine. An input in a bucket is not fetched for this.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from runner.storage.roots import check_inside
 
 __all__ = ["find_demands"]
 
-READ_S = 10.0  # seconds in which headers are read, in all; assumed
+READ_S = 10.0  # time limit for reading all headers, seconds; assumed
 
 
 def find_demands(jobs: Iterable[Job], roots: Sequence[str], within_s: float = READ_S) -> tuple[JobDemand, ...]:
-    """Each demand once. Nothing is raised: a job whose input cannot be read, or not in time, has no size."""
+    """Return each demand once. Raises nothing: a job whose input cannot be read in time has no size."""
     headers = _Headers(roots, time.monotonic() + within_s)
     found, unknown = dict[JobDemand, None](), 0
     for job in jobs:
@@ -46,13 +46,13 @@ def find_demands(jobs: Iterable[Job], roots: Sequence[str], within_s: float = RE
         found[demand] = None
     if unknown:
         structlog.get_logger().info(
-            "sizes_not_known", jobs=unknown, why="their files cannot be read yet; memory is planned for 480x832"
+            "sizes_not_known", jobs=unknown, why="their files cannot be read now; memory is planned for 480x832"
         )
     return tuple(found)
 
 
 def _find_size(job: Job, headers: _Headers) -> tuple[int, int] | None:
-    """(width, height); with `preprocess.parity` that asked for, which is never smaller than what is rendered."""
+    """Return (width, height); with `preprocess.parity` the requested size, which is never below the rendered one."""
     from runner.preprocess.pictures.sizing import output_size
 
     options = job.options
@@ -66,7 +66,7 @@ def _find_size(job: Job, headers: _Headers) -> tuple[int, int] | None:
 
 
 class _Headers:
-    """Sizes (width, height) of files on this machine, each read once, until `deadline` (of the monotonic clock)."""
+    """Reads sizes (width, height) of files on this machine, each once, until `deadline` (monotonic clock)."""
 
     def __init__(self, roots: Sequence[str], deadline: float) -> None:
         self._roots, self._deadline = roots, deadline

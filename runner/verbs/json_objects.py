@@ -1,9 +1,8 @@
-"""JSON objects: what `--json` prints of `run`, `validate`, `plan`, `doctor`, `submit`, and of a verb that ends with an
-error.
+"""JSON objects: builds the objects that `--json` prints for `run`, `validate`, `plan`, `doctor`, `submit` and errors.
 
-In:   what a verb found. Out: one JSON-able mapping; keys name units as those of records do. Never: printing.
+In:   the result of a verb. Out: one JSON-able mapping; keys name units as those of records do. Never: printing.
 
-Keys are added and never renamed: programs read them.
+Keys may be added but never renamed, because programs read them.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ __all__ = ["checks_object", "error_object", "plan_object", "run_object", "submit
 
 
 def error_object(error: RunnerError) -> dict[str, Any]:
-    """`{"error": {"code", "message", "exit_code"}}`."""
+    """Return `{"error": {"code", "message", "exit_code"}}`."""
     return {"error": {"code": error.code, "message": error.message, "exit_code": error.exit_code}}
 
 
 def run_object(outcome: RunOutcome) -> dict[str, Any]:
-    """Of a dry run each job has an `action` as well: run, skip, leased, exhausted or fail."""
+    """Return the object of a run. In a dry run each job has also an `action`: run, skip, leased, exhausted or fail."""
     jobs = [line.model_dump(mode="json") for line in outcome.lines]
     for job in jobs if outcome.actions is not None else ():
         job["action"] = (outcome.actions or {})[job["id"]]
@@ -50,7 +49,7 @@ def run_object(outcome: RunOutcome) -> dict[str, Any]:
 
 
 def validation_object(found: Validation, *, inputs_checked: bool) -> dict[str, Any]:
-    """`valid` of a job: nothing was found that it could not be rendered with."""
+    """Return the object of `validate`. A job is `valid` if no problem was found."""
     wrong = {job_id for job_id, _ in found.problems}
     return {
         "manifest": found.manifest.source,
@@ -61,13 +60,13 @@ def validation_object(found: Validation, *, inputs_checked: bool) -> dict[str, A
 
 
 def plan_object(forecast: RunForecast) -> dict[str, Any]:
-    """`forecast_s` is null without a GPU of which something is known; `memory_bytes` is the device's peak by mode.
+    """Return the object of `plan`. `forecast_s` is null without a known GPU; `memory_bytes` is the peak per mode.
 
-    A job's `frames`, `fps`, `tflop` and `forecast_s` are of generation; `interpolation` has the frames and the rate of
-    the output, and what is added to the cost. The totals' `tflop` and `forecast_s` have both. `fast` has the same
-    seconds with the recipe that leaves its choice to the device, and what it would choose; null where it brings
-    nothing. `svdq` has the file of a recipe in an SVDQuant format and its seconds on every GPU that computes it, `rate`
-    of the products there: published or estimate; null for other recipes.
+    A job's `frames`, `fps`, `tflop` and `forecast_s` are those of generation. `interpolation` has the frames and the
+    rate of the output, and the additional cost. The totals' `tflop` and `forecast_s` include both. `fast` has the
+    seconds and the precisions of the recipe that adapts to the device; null if it saves no time. `svdq` has the file
+    of a recipe in an SVDQuant format and its seconds on every GPU that computes it, with the source of the GEMM `rate`:
+    published or estimate; null for other recipes.
     """
     plans = [row.plan for row in forecast.jobs if row.plan is not None]
     seconds = [row.seconds for row in forecast.jobs if row.seconds is not None]
@@ -120,7 +119,7 @@ def _fast(found: FastForecast) -> dict[str, Any]:
         "recipe": running.name,
         "compute": running.compute,
         "attention": running.attention,
-        "vae_bits": 32 if running.vae_dtype == "float32" else 16,  # which type of 16, its weights decide
+        "vae_bits": 32 if running.vae_dtype == "float32" else 16,  # the weights decide which 16-bit type
         "forecast_s": found.forecast_s,
         "asked_s": found.asked_s,
     }
@@ -149,7 +148,7 @@ def _interpolated(between: InterpolationForecast) -> dict[str, Any]:
 
 
 def checks_object(checks: Sequence[Check]) -> dict[str, Any]:
-    """`ok`: no check failed."""
+    """Return the object of `doctor`. `ok`: no check failed."""
     return {
         "ok": all(check.status != "fail" for check in checks),
         "checks": [dataclasses.asdict(check) for check in checks],
@@ -157,7 +156,7 @@ def checks_object(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def submitted_object(found: Submitted) -> dict[str, Any]:
-    """`folder` is null where the job was submitted; `ids` is empty where it was only written down."""
+    """Return the object of `submit`. `folder` is null if the job was submitted; `ids` is empty if it was not."""
     return {
         "platform": found.platform,
         "name": found.name,

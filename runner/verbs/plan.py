@@ -1,6 +1,6 @@
-"""Plan: what each job of a manifest will denoise and cost, from its inputs' sizes and the models' shapes.
+"""Plan: forecasts frames, cost, memory and seconds of each job, from the sizes of its inputs and the models' shapes.
 
-In:   jobs, a recipe, the costs of the models, the name of a GPU. Out: a `Forecast` a job; one with an error where an
+In:   jobs, a recipe, the costs of the models, the name of a GPU. Out: one `Forecast` per job; it has an error if an
 input cannot be read. Never: weights. Without a model store the published model's shapes are assumed.
 """
 
@@ -52,29 +52,31 @@ __all__ = [
     "plan",
 ]
 
-WORTH_SAYING = 0.05  # of the seconds: below, the forecast is not as exact as the difference
-FORECAST_S = 20.0  # seconds that forecasts may take before a run begins
+LEAST_GAIN = 0.05  # of the seconds: a smaller difference is within the error of the forecast
+FORECAST_S = 20.0  # time limit of the forecasts before a run begins, seconds
 
 
 @dataclass(frozen=True)
 class Forecast:
+    """The forecast of one job."""
+
     job_id: str
     plan: SegmentPlan | None
     error: RunnerError | None = None
-    memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, in its leanest form
+    memory: Mapping[str, int] = field(default_factory=dict)  # mode -> peak bytes on the device, at the mode's lowest
     fps: Fraction | None = None  # of the frames that are generated
-    interpolation: InterpolationForecast | None = None  # None: not asked for
-    warnings: tuple[str, ...] = ()  # what the job's record will warn of, as far as it is known before
+    interpolation: InterpolationForecast | None = None  # None: not requested
+    warnings: tuple[str, ...] = ()  # those warnings of the job's record that are known before the run
 
     @property
     def tflop(self) -> float:
-        """Of generation and interpolation; 0 for a job that cannot be planned."""
+        """TFLOP of generation and interpolation; 0 for a job that cannot be planned."""
         between = self.interpolation
         return (0.0 if self.plan is None else self.plan.tflop) + (0.0 if between is None else between.tflop)
 
     @property
     def seconds(self) -> float | None:
-        """The same on the GPU; None where nothing is known of one."""
+        """Seconds of generation and interpolation on the GPU; None without a known GPU."""
         if self.plan is None or self.plan.seconds is None:
             return None
         return self.plan.seconds + (0.0 if self.interpolation is None else self.interpolation.seconds or 0.0)
@@ -82,9 +84,10 @@ class Forecast:
 
 @dataclass(frozen=True)
 class FastForecast:
-    """What FAST_RECIPE computes in on the GPU, and its seconds for all jobs beside those of the run's own recipe.
+    """What FAST_RECIPE runs as on the GPU, and its seconds for all jobs compared with those of the run's recipe.
 
-    `running`: the recipe as it would run there if every self-test passes. `asked_s`: None where it is the run's own.
+    `running`: the recipe as it runs on the GPU if every self-test passes. `asked_s`: seconds of the run's recipe; None
+    if FAST_RECIPE is the run's recipe.
     """
 
     running: Recipe
@@ -93,15 +96,15 @@ class FastForecast:
 
     def __str__(self) -> str:
         saved = "" if self.asked_s is None else f"{self.asked_s:.3g} → "
-        return f"{self.running.name}: {saved}{self.forecast_s:.3g} s (a forecast), by {choice_words(self.running)}"
+        return f"{self.running.name}: {saved}{self.forecast_s:.3g} s (forecast), with {choice_words(self.running)}"
 
 
 @dataclass(frozen=True)
 class SvdqForecast:
-    """What a recipe in an SVDQuant format reads, and its seconds for all jobs on every known GPU that computes it.
+    """The file of a recipe in an SVDQuant format, and the seconds for all jobs on every known GPU that computes it.
 
-    `stored`: the size is that of the file in the store; else it is forecast. `seconds`: the name of a GPU → seconds.
-    `estimated`: those of these GPUs whose rate of the products is an estimate.
+    `stored`: whether the size is that of the file in the store; otherwise it is a forecast. `seconds`: name of a GPU →
+    seconds. `estimated`: those of these GPUs whose GEMM rate is an estimate.
     """
 
     compute: str
@@ -111,24 +114,24 @@ class SvdqForecast:
     estimated: frozenset[str]
 
     def __str__(self) -> str:
-        whence = "in the store" if self.stored else "forecast"
-        size = f"{self.compute}: {self.file_bytes / 1e9:.3g} GB of weights ({whence})"
+        origin = "in the store" if self.stored else "forecast"
+        size = f"{self.compute}: {self.file_bytes / 1e9:.3g} GB of weights ({origin})"
         each = [f"{gpu} {'~' * (gpu in self.estimated)}{s:.3g} s" for gpu, s in self.seconds.items()]
         if not each:
             return size
-        marks = "; ~: the products' rate is an estimate" if self.estimated else ""
-        return f"{size}; all jobs, forecasts: {', '.join(each)}{marks}"
+        marks = "; ~: the GEMM rate is an estimate" if self.estimated else ""
+        return f"{size}; forecast for all jobs: {', '.join(each)}{marks}"
 
 
 @dataclass(frozen=True)
 class RunForecast:
-    """A row a job of the shard, in order, and the GPU whose seconds they name; None where none is known."""
+    """One row per job of the shard, in order, and the GPU of the forecast seconds; None if no GPU is known."""
 
     jobs: tuple[Forecast, ...]
     gpu: str | None
     warnings: tuple[str, ...] = ()  # of the whole run
-    fast: FastForecast | None = None  # None: it would bring nothing, or nothing is known of a GPU
-    svdq: SvdqForecast | None = None  # None: the recipe computes in no SVDQuant format
+    fast: FastForecast | None = None  # None: it would save no time, or no GPU is known
+    svdq: SvdqForecast | None = None  # None: the recipe uses no SVDQuant format
 
 
 @default_logging()
@@ -145,7 +148,7 @@ def plan(settings: PlanSettings) -> RunForecast:
 def _forecast_svdq(
     jobs: Sequence[Job], rows: Sequence[Forecast], recipe: Recipe, settings: PlanSettings
 ) -> SvdqForecast | None:
-    """Jobs that cannot be planned take no seconds; where none can, no GPU is named."""
+    """Return the SvdqForecast, or None for another recipe. Jobs that cannot be planned count as 0 seconds."""
     if not recipe.fp4 or PRECISIONS[recipe.compute].layout != "svdq":
         return None
     forecaster = get_family(recipe).forecaster(recipe, _local_models(settings))
@@ -168,44 +171,45 @@ def _forecast_svdq(
 def _forecast_fast(
     jobs: Sequence[Job], rows: Sequence[Forecast], recipe: Recipe, settings: PlanSettings, gpu: DeviceSpeed | None
 ) -> FastForecast | None:
-    """Of the run's own recipe where a device chooses, and of FAST_RECIPE where the run takes the default as it is."""
-    asked = [row.seconds for row in rows if row.seconds is not None]
-    if gpu is None or not asked or (recipe.name != DEFAULT_RECIPE and not recipe.choice):
+    """Return the forecast of the run's recipe if it depends on the device, or of FAST_RECIPE if the run uses the
+    default recipe; None otherwise, or if FAST_RECIPE saves no time."""
+    own_seconds = [row.seconds for row in rows if row.seconds is not None]
+    if gpu is None or not own_seconds or (recipe.name != DEFAULT_RECIPE and not recipe.choice):
         return None
     if recipe.choice:
-        return FastForecast(foresee(recipe, gpu), sum(asked))
+        return FastForecast(foresee(recipe, gpu), sum(own_seconds))
     fast = get_recipe(FAST_RECIPE)
     forecaster, found = get_family(fast).forecaster(fast, _local_models(settings)), list[float]()
     for job, row in zip(jobs, rows, strict=True):
         if row.plan is None or row.seconds is None:
             continue
-        between = row.seconds - (row.plan.seconds or 0.0)  # frames between others: no work of the recipe's
+        between = row.seconds - (row.plan.seconds or 0.0)  # of interpolation, which does not depend on the recipe
         plan = forecaster.plan(row.plan.frames, (row.plan.width, row.plan.height), job.options, gpu)
         found.append((plan.seconds or 0.0) + between)
-    if sum(found) > (1 - WORTH_SAYING) * sum(asked):
+    if sum(found) > (1 - LEAST_GAIN) * sum(own_seconds):
         return None
-    return FastForecast(foresee(fast, gpu), sum(found), sum(asked))
+    return FastForecast(foresee(fast, gpu), sum(found), sum(own_seconds))
 
 
 def choose_gpu(asked: str | None, recipe: Recipe) -> DeviceSpeed | None:
-    """The GPU whose seconds are forecast: the one asked for, else this machine's first; None where there is none.
+    """Return the GPU whose seconds are forecast: `asked`, else this machine's first; None if there is none.
 
-    Raises ConfigInvalid for one of which nothing is known, or which has not the recipe's compute.
+    Raises ConfigInvalid if the GPU `asked` is unknown or does not compute in the recipe's precision.
     """
     here = None if asked else _first_gpu()
     gpu = find_device(asked or (here.name if here else None))
     if asked and gpu is None:
-        raise ConfigInvalid(f"nothing is known of a GPU {asked!r}", todo=f"Known: {', '.join(d.name for d in DEVICES)}")
+        raise ConfigInvalid(f"GPU {asked!r} is not known", todo=f"Use one of {', '.join(d.name for d in DEVICES)}")
     if asked and gpu is not None and recipe.compute not in gpu.matmul:
         raise ConfigInvalid(
-            f"{gpu.name} has no {recipe.compute}, which recipe {recipe.name!r} asks for",
-            todo=f"It has {', '.join(gpu.matmul)}",
+            f"{gpu.name} has no {recipe.compute}, which recipe {recipe.name!r} needs",
+            todo=f"Use a recipe in one of its precisions: {', '.join(gpu.matmul)}",
         )
     return gpu
 
 
 def _first_gpu() -> Gpu | None:
-    """By the driver, which answers without torch."""
+    """Return this machine's first GPU, from the driver, without torch; None if there is none."""
     from runner.verbs.probes import ProbeFailed, Probes
 
     try:
@@ -216,9 +220,9 @@ def _first_gpu() -> Gpu | None:
 
 
 def foreseen_mode(asked: str, peaks: Sequence[Mapping[str, int]], free: int | None) -> str | None:
-    """The memory mode of a run: the one asked for; of `auto` the first that fits every job; None where it is not known.
+    """Return the memory mode of a run: `asked`, or for `auto` the first that fits every job; None if not known.
 
-    `peaks`: of each job, mode → bytes, the fullest mode first. `free`: bytes on the GPU; None: not known.
+    `peaks`: for each job, mode → bytes, the mode with the most memory first. `free`: bytes on the GPU; None: not known.
     """
     if asked != "auto":
         return asked
@@ -231,7 +235,7 @@ def foreseen_mode(asked: str, peaks: Sequence[Mapping[str, int]], free: int | No
 def _warn_of_eager_blocks(
     jobs: Sequence[Job], rows: Sequence[Forecast], settings: PlanSettings, manifest: Manifest
 ) -> list[str]:
-    """At most one sentence, for the largest job: blocks will run eagerly on the GPU. Nothing where there is no GPU."""
+    """Return at most one warning, for the largest job, that blocks will run eagerly on the GPU. Empty without a GPU."""
     here = None if settings.gpu else _first_gpu()
     planned = [(row.plan, job.options) for job, row in zip(jobs, rows, strict=True) if row.plan is not None]
     if not planned or not (settings.gpu or here):
@@ -247,9 +251,9 @@ def _warn_of_eager_blocks(
 
 
 def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifest) -> tuple[list[Forecast], str | None]:
-    """One row a job, in order, and the GPU whose seconds they name.
+    """Return one row per job, in order, and the name of the GPU of the forecast seconds.
 
-    Inputs on S3 are downloaded to be measured, each once however many jobs read it.
+    Inputs on S3 are downloaded to read their sizes, each once, even if many jobs use it.
     """
     forecaster, recipe = _open_forecaster(settings, manifest)
     gpu = choose_gpu(settings.gpu, recipe)
@@ -265,10 +269,10 @@ def forecast_jobs(jobs: Sequence[Job], settings: PlanSettings, manifest: Manifes
 def forecast_seconds(
     jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, within_s: float = FORECAST_S
 ) -> dict[str, float]:
-    """Job id → forecast seconds on this machine's first GPU, or its TFLOP where none is known, to compare jobs by.
+    """Return job id → forecast seconds on this machine's first GPU, or TFLOP without a known GPU, to compare jobs.
 
-    Inputs in a bucket are fetched to be measured. All together take about `within_s`: a job whose inputs cannot be
-    read, and those after that time, have none.
+    Inputs in a bucket are fetched to read their sizes. After about `within_s` seconds no further job is forecast. The
+    result lacks those jobs, and jobs whose inputs cannot be read.
     """
     forecaster, recipe = _open_forecaster(settings, manifest)
     gpu = choose_gpu(None, recipe)
@@ -280,7 +284,7 @@ def forecast_seconds(
             if time.monotonic() > deadline:
                 break
             row = _forecast_row(job, forecaster, gpu, roots, inputs)
-            if row.plan is not None:  # else the worker that gets the job says why
+            if row.plan is not None:  # else the worker that gets the job reports the error
                 found[job.id] = row.tflop if row.seconds is None else row.seconds
     return found
 
@@ -302,7 +306,7 @@ def _forecast_row(
     inputs: _OpenInputs,
     poses: DiskCache | None = None,
 ) -> Forecast:
-    """`poses`: where poses are cached, to know what a run will warn of; without it nothing is said of that."""
+    """Forecast one job. `poses`: the pose cache, to foresee the run's warnings; without it there are none."""
     try:
         for _, uri in input_places(job):
             check_inside(uri, roots)
@@ -324,14 +328,14 @@ def _forecast_row(
 
 
 def _shape(job: Job, inputs: _OpenInputs) -> tuple[tuple[int, int], VideoReader, Sampled]:
-    """(output's size, video, its sampled frames), as `run` chooses them. Raises input.* and storage.* as it does."""
+    """Return (output size, video, sampled frames) as `run` chooses them. Raises input.*, storage.*."""
     options = job.options
     if job.official:
         stat_input(job.reference)
     reference = None if job.official else inputs.image_size(job.reference)
     reader = inputs.video(job.video, parity=options.preprocess.parity and not job.official)
     video_size = (reader.info.width, reader.info.height)
-    if reference is None:  # official files: rate and size are their own
+    if reference is None:  # official files: the video has the job's rate and size already
         sampled = reader.sample("source", options.start_s, options.max_frames)
         size = video_size
     else:
@@ -342,12 +346,12 @@ def _shape(job: Job, inputs: _OpenInputs) -> tuple[tuple[int, int], VideoReader,
 
 
 class _OpenInputs:
-    """Inputs that jobs have in common, each fetched once where their videos come one after the other."""
+    """Inputs shared by jobs. Each is fetched once if jobs with the same video follow one another."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, tuple[int, int]] = {}
         self._video: tuple[tuple[str, bool], VideoReader] | None = None  # (place, parity), the open video
-        self._held = ExitStack()  # the video that is open, and its folder
+        self._held = ExitStack()  # the open video and its folder
 
     def __enter__(self) -> Self:
         return self
@@ -363,7 +367,7 @@ class _OpenInputs:
         return self._sizes[place]
 
     def video(self, place: str, *, parity: bool) -> VideoReader:
-        """The video; it stays open until another one is asked for."""
+        """Return the video. It stays open until another one is requested."""
         if self._video is None or self._video[0] != (place, parity):
             self._held.close()
             self._video = None

@@ -1,6 +1,6 @@
-"""The verb `preprocess`: what drives the model, as the official script's files.
+"""The verb `preprocess`: writes the model's conditions as the files of the official preprocessing.
 
-In:   `PreprocessSettings`. Out: files in a folder, and what was done as a mapping. Never: generation; printing.
+In:   `PreprocessSettings`. Out: files in a folder; a mapping that describes them. Never: generation; printing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["preprocess"]
 
 @default_logging()
 def preprocess(settings: PreprocessSettings) -> dict[str, Any]:
-    """The verb `preprocess`: writes the official script's files; what was done, as JSON-able values.
+    """Write the files of the official preprocessing. Return a description of them as JSON-able values.
 
-    Raises ManifestInvalid for options that are none, ConfigInvalid, weights.*, input.*, storage.*.
+    Raises ManifestInvalid for invalid options, ConfigInvalid, weights.*, input.*, storage.*.
     """
     from runner.generation.runtime.device import pick_device
     from runner.preprocess.networks.providers import NetworkOptions

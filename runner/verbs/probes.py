@@ -1,7 +1,7 @@
-"""Probes of `doctor`: plain questions to the machine, each answered or failed with a reason.
+"""Probes of `doctor`: read facts of this machine; each probe returns a fact or raises ProbeFailed with a reason.
 
-In:   nothing but the machine. Out: versions, devices, sizes. Never: judgement; doctor.py says what is good enough.
-Whatever is heavy or may be missing is imported inside the probe that asks for it.
+Out: versions, devices, sizes. Never: judgement; doctor.py decides what is good enough.
+Packages that are slow to import or may be missing are imported inside the probe that needs them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 __all__ = ["Driver", "Gpu", "ProbeFailed", "Probes", "TorchInfo"]
 
-# An ONNX graph of one Identity over float[1] (opset 13): enough to make a session show which providers truly load.
+# An ONNX graph of one Identity over float[1] (opset 13): a session of it shows which providers really load.
 IDENTITY_GRAPH = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02"
     "080142040a00100d"
 )
-# Ends at once where the module loads: nothing of it is torn down.
+# Calls _exit after the module has loaded, so that its teardown cannot fail.
 LOAD_EXTENSION = """
 import os, sys
 from importlib import util
@@ -34,7 +34,7 @@ os._exit(0)
 
 
 class ProbeFailed(Exception):
-    """The question could not be answered; the message says why."""
+    """The fact could not be read; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Probes:
         return sys.version_info[:3]
 
     def package(self, name: str) -> str:
-        """Version of a package that can be imported."""
+        """Return the version of an importable package."""
         try:
             import_module(name)
-        except Exception as err:  # a broken wheel raises what it likes: ImportError, OSError, AttributeError
+        except Exception as err:  # a broken wheel may raise anything, e.g. ImportError, OSError, AttributeError
             reason = str(err).splitlines()[0] if str(err) else ""
             raise ProbeFailed(f"{name} cannot be imported ({type(err).__name__}: {reason})") from err
-        owners = metadata.packages_distributions().get(name, [name])  # the module decord is of decord2
+        owners = metadata.packages_distributions().get(name, [name])  # e.g. decord2 provides the module decord
         return self.distribution(owners[0]) or "of unknown version"
 
     def distribution(self, name: str) -> str | None:
-        """Version of an installed distribution, whether or not it works; None where it is not installed."""
+        """Return the version of an installed distribution, even if it cannot be imported; None if not installed."""
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -89,13 +89,13 @@ class Probes:
         return TorchInfo(torch.__version__, torch.version.cuda, devices)
 
     def cudnn(self) -> int | None:
-        """Version number of the cuDNN that torch loads, e.g. 92000 for 9.20.0; None in a build without it."""
+        """Return the version number of torch's cuDNN, e.g. 92000 for 9.20.0; None in a build without it."""
         self.package("torch")
         import torch
 
         try:
             number: int | None = torch.backends.cudnn.version()
-        except (RuntimeError, OSError) as err:  # its libraries do not load, or are older than those it was built with
+        except (RuntimeError, OSError) as err:  # libraries that do not load, or are older than at torch's build
             raise ProbeFailed(f"torch cannot load cuDNN ({str(err).splitlines()[0]})") from err
         return number
 
@@ -106,7 +106,7 @@ class Probes:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as err:
-            raise ProbeFailed(f"no NVIDIA driver answers ({err})") from err
+            raise ProbeFailed(f"no NVIDIA driver was found ({err})") from err
         try:
             handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
             gpus = []
@@ -115,12 +115,12 @@ class Probes:
                 gpus.append(Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free)))
             return Driver(str(pynvml.nvmlSystemGetDriverVersion()), tuple(gpus))
         except pynvml.NVMLError as err:
-            raise ProbeFailed(f"the NVIDIA driver does not tell ({err})") from err
+            raise ProbeFailed(f"the NVIDIA driver cannot be queried ({err})") from err
         finally:
             pynvml.nvmlShutdown()
 
     def host_memory_bytes(self) -> int:
-        """RAM that this process may use: the machine's, or the container's limit below it."""
+        """Return the RAM that this process may use, bytes: the machine's, or the container's limit if lower."""
         import psutil
 
         limits = [psutil.virtual_memory().total]
@@ -132,37 +132,37 @@ class Probes:
         return min(limits)
 
     def providers(self, wanted: str) -> list[str]:
-        """Execution providers of a real onnxruntime session that asks for `wanted` first: a listed one may not load."""
+        """Return the execution providers of a real session with `wanted` first: a listed provider may fail to load."""
         self.package("onnxruntime")
         import onnxruntime
 
         if wanted not in onnxruntime.get_available_providers():
             return ["CPUExecutionProvider"]
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # the reason why a provider does not load is told by its absence
-        asked = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
+        options.log_severity_level = 4  # a provider that does not load is absent from the result; no log is needed
+        requested = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
         try:
-            return list(onnxruntime.InferenceSession(IDENTITY_GRAPH, options, providers=asked).get_providers())
+            return list(onnxruntime.InferenceSession(IDENTITY_GRAPH, options, providers=requested).get_providers())
         except Exception as err:  # onnxruntime has no public exception types
             raise ProbeFailed(f"onnxruntime cannot open a session ({str(err).splitlines()[0]})") from err
 
     def tensorrt(self) -> str:
-        """Its provider in onnxruntime, with the libraries that this loads. Nothing is loaded: that takes seconds."""
+        """Return the name of onnxruntime's TensorRT provider if its libraries exist. Loads nothing, to save seconds."""
         self.package("onnxruntime")
         import onnxruntime
 
         from runner.preprocess.networks.providers import TENSORRT, has_tensorrt_libraries
 
         if TENSORRT not in onnxruntime.get_available_providers():
-            raise ProbeFailed("this onnxruntime was built without it")
+            raise ProbeFailed("this onnxruntime was built without TensorRT")
         if not has_tensorrt_libraries():
             raise ProbeFailed("libnvinfer is not installed")
         return TENSORRT
 
     def extension(self, distribution: str, module: str) -> str:
-        """Version of an installed distribution whose compiled `module` loads beside torch, in a process of its own.
+        """Return the version of an installed distribution after loading its compiled `module` with torch in a process.
 
-        Its package, which may take ten seconds, is not imported.
+        The package itself is not imported: that may take ten seconds.
         """
         names = {f"{module}{suffix}" for suffix in EXTENSION_SUFFIXES}
         found = [path for path in metadata.files(distribution) or () if path.name in names]
@@ -174,7 +174,7 @@ class Probes:
             command = [sys.executable, "-c", LOAD_EXTENSION, module, path]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except (OSError, subprocess.TimeoutExpired) as err:
-            raise ProbeFailed(f"{module} of {name} could not be tried ({err})") from err
+            raise ProbeFailed(f"the test of {module} of {name} failed ({err})") from err
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             reason = last[0].removeprefix("ImportError: ").removeprefix(f"{path}: ")
@@ -182,7 +182,7 @@ class Probes:
         return metadata.version(distribution)
 
     def encoder(self, name: str) -> str:
-        """Long name of a video encoder that PyAV brings."""
+        """Return the long name of a video encoder of PyAV."""
         self.package("av")
         import av
 
@@ -192,14 +192,14 @@ class Probes:
             raise ProbeFailed(f"this build of PyAV has no {name} encoder") from err
 
     def compiler(self) -> str:
-        """The C compiler that Triton and Inductor would call."""
+        """Return the path of the C compiler that Triton and Inductor would call."""
         for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
             if name and (path := shutil.which(name)):
                 return path
         raise ProbeFailed("no C compiler (cc, gcc or clang)")
 
     def python_header(self) -> str:
-        """Python.h of this interpreter."""
+        """Return the path of this interpreter's Python.h."""
         header = Path(sysconfig.get_path("include")) / "Python.h"
         if not header.is_file():
             raise ProbeFailed(f"no {header}")

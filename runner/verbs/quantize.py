@@ -1,8 +1,8 @@
 """Quantize: the verb that makes the FP4 or SVDQ file of a recipe from the published weights in the model store.
 
-In:   `QuantizeSettings`. Out: `Wan2.2-Animate-14B-FP4-<…>/` or `…-SVDQ-<…>/` in the store, each file whole or not at
-all; with `export` also a folder for another program.
-Never: number formats or files' layouts; quantization/ has those.
+In:   `QuantizeSettings`. Out: `Wan2.2-Animate-14B-FP4-<…>/` or `…-SVDQ-<…>/` in the store, each file written completely
+or not at all; with `export` also a folder for another program.
+Never: number formats or file layouts; quantization/ has those.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Quantized", "quantize"]
 
-SAY_EVERY_S = 5.0
+LOG_EVERY_S = 5.0
 # Measured on 1536 x 1536 random layers with rank 32, 256 tokens that calibration did not see: relative error of the
-# output, weights and activations in four bits; one input channel in a hundred 20 times as loud as the others.
+# output, weights and activations in four bits; one input channel in a hundred is 20 times as large as the others.
 UNCALIBRATED_COST: Final = (
-    "smoothing factors come from the weights alone, which leaves loud activations loud. On random layers with loud "
-    "channels the error of the output is .23 (int4) or .12 (nvfp4); with --calibrate it is .07 or .06"
+    "smoothing factors come from the weights alone, so outliers of activations are not reduced. On random layers with "
+    "outlier channels the error of the output is .23 (int4) or .12 (nvfp4); with --calibrate it is .07 or .06"
 )
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written: the transformer's file; where they were asked for, the text encoder's and another program's."""
+    """The written files: the transformer's; if requested, the text encoder's and another program's folder."""
 
     transformer: Summary
     text_encoder: SavedTextEncoder | None
     exported: Path | None = None
-    remarks: tuple[str, ...] = ()  # what the choices cost
+    remarks: tuple[str, ...] = ()  # the accuracy cost of the chosen settings
 
 
 @default_logging()
@@ -66,10 +66,13 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     recipe = get_recipe(settings.target_recipe)
     if not recipe.fp4:
         known = ", ".join(name for name, known in RECIPES.items() if known.fp4)
-        raise ConfigInvalid(f"recipe {recipe.name!r} runs the source as it is", todo=f"Quantise for one of: {known}")
+        raise ConfigInvalid(
+            f"recipe {recipe.name!r} uses the published weights, which need no quantising",
+            todo=f"Name one of these recipes: {known}",
+        )
     if not settings.models or is_remote(settings.models):
         raise WeightsMissing("the weights must be in a local folder", where=settings.models, todo="Pass --models DIR")
-    pick_device(settings.device)  # a device that is not there is said now, not after an hour of calibration
+    pick_device(settings.device)  # raises for a missing device now, not after an hour of calibration
     root = Path(settings.models)
     target = root / quantized_folder(recipe)
     loras = [read_lora(path, strength) for path, strength in _lora_files(root, recipe, settings.lora)]
@@ -86,7 +89,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         get_rule(settings.rule).keep,
         loras,
         settings.device,
-        _say_progress(log),
+        _log_progress(log),
     )
     log.info(
         "quantized",
@@ -116,7 +119,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
 
 
 def _errors(summary: Summary) -> dict[str, float]:
-    """Mean and largest relative error of the layers' weights, where they are known."""
+    """Return mean and largest relative error of the layers' weights; empty if not known."""
     errors = summary.errors.values()
     if not errors:
         return {}
@@ -151,19 +154,19 @@ def _svdq_scheme(settings: QuantizeSettings, root: Path, loras: Sequence[Any]) -
     return SvdqScheme(layout, refits, samples.inputs(), watched | {"rows": samples.rows})
 
 
-def _lora_files(root: Path, recipe: Recipe, given: Sequence[str]) -> list[tuple[Path, float]]:
-    """What to merge: the distill LoRA where the recipe has it, then `--lora FILE[:STRENGTH]`."""
+def _lora_files(root: Path, recipe: Recipe, flags: Sequence[str]) -> list[tuple[Path, float]]:
+    """Return (file, strength) of the LoRAs to merge: the recipe's distill LoRA, then each `--lora FILE[:STRENGTH]`."""
     found: list[tuple[Path, float]] = []
     if recipe.distilled:
         distill = sorted((root / DISTILL_FOLDER).glob("*.safetensors"))
         if not distill:
             raise WeightsMissing(
-                f"recipe {recipe.name!r} merges a distill LoRA, and there is none",
+                f"recipe {recipe.name!r} merges a distill LoRA, but the folder has none",
                 where=root / DISTILL_FOLDER,
-                todo=f"video-lab weights fetch --recipe {recipe.name}, or put its .safetensors there",
+                todo=f"Run video-lab weights fetch --recipe {recipe.name}, or put the .safetensors there",
             )
         found += [(path, 1.0) for path in distill]
-    for text in given:
+    for text in flags:
         name, colon, number = text.rpartition(":")
         try:
             found.append((Path(name), float(number)) if colon and name else (Path(text), 1.0))
@@ -175,9 +178,9 @@ def _lora_files(root: Path, recipe: Recipe, given: Sequence[str]) -> list[tuple[
 def _calibrate(
     settings: QuantizeSettings, jobs: str | Manifest, root: Path, loras: Sequence[Any], watcher: Watcher
 ) -> dict[str, int]:
-    """Render the jobs of a manifest with the source weights, the LoRAs attached; `watcher` sees the linears' inputs.
+    """Render the jobs of a manifest with the published weights and LoRAs; `watcher` gets the inputs of the linears.
 
-    How many jobs there were, and denoising steps, those of all segments together.
+    Return the number of jobs, and of denoising steps of all segments together.
     """
     from runner.generation.families import EngineSettings
     from runner.generation.protocol import Request
@@ -190,9 +193,11 @@ def _calibrate(
     manifest = read_manifest(jobs)
     ready = next((job.id for job in manifest.jobs if job.official), None)
     if ready is not None:
-        raise ConfigInvalid(f"job {ready!r} brings the official script's files", todo="Calibrate with clips")
+        raise ConfigInvalid(
+            f"job {ready!r} uses files of the official preprocessing", todo="Calibrate with jobs that have a video"
+        )
     target = get_recipe(settings.recipe)
-    # The source's weights under the solver and steps that the file will be run with.
+    # The published weights, with the sampler and steps that the quantised file will be used with.
     recipe = replace(
         get_recipe("bf16"), steps=target.steps, scheduler=target.scheduler, schedule=target.schedule, shift=target.shift
     )
@@ -223,13 +228,13 @@ def _calibrate(
     return {"jobs": len(manifest.jobs), "steps": steps}
 
 
-def _say_progress(log: Any) -> Callable[[Any], None]:
-    said = [0.0]
+def _log_progress(log: Any) -> Callable[[Any], None]:
+    logged_at = [0.0]
 
-    def say(progress: Any) -> None:
+    def note(progress: Any) -> None:
         now = time.monotonic()
-        if now - said[0] >= SAY_EVERY_S or progress.bytes == progress.of_bytes:
-            said[0] = now
+        if now - logged_at[0] >= LOG_EVERY_S or progress.bytes == progress.of_bytes:
+            logged_at[0] = now
             log.info(
                 "quantizing",
                 tensors=f"{progress.tensors}/{progress.of_tensors}",
@@ -238,4 +243,4 @@ def _say_progress(log: Any) -> Callable[[Any], None]:
                 seconds_left=round(progress.seconds_left),
             )
 
-    return say
+    return note

@@ -1,6 +1,6 @@
-"""Ray machine: what `run --on ray` finds and sets on the machines that its workers use.
+"""Ray machine: finds the GPUs of this machine and sets the environment variables of workers for `run --on ray`.
 
-In:   the environment of the command. Out: the GPUs of this machine; what a worker's environment has more.
+In:   the environment of the command. Out: the GPUs of this machine; additional variables of a worker.
 Never: calling Ray.
 """
 
@@ -16,9 +16,9 @@ __all__ = ["find_own_gpus", "worker_variables"]
 
 
 def find_own_gpus(workers: int | None) -> list[str]:
-    """The GPUs of a cluster of this machine alone: all; none where `workers` compute on CPUs.
+    """Return all GPUs of this machine, for a cluster of it alone; none if `workers` compute on CPUs.
 
-    Raises ConfigInvalid where there is none.
+    Raises ConfigInvalid if there is no GPU.
     """
     if workers is not None:
         return []
@@ -33,12 +33,12 @@ def find_own_gpus(workers: int | None) -> list[str]:
 
 
 def worker_variables(place: RayPlace) -> dict[str, str]:
-    """What the environment of a worker has beyond its node's: its share of the cores, and the driver's order of GPUs.
+    """Return the variables added to a worker's environment: its share of the cores, and the driver's order of GPUs.
 
-    A number of threads that the command's environment has goes over the share: it is meant for each worker.
+    A number of threads in the command's environment has priority over the share; it is used for each worker.
     """
     threads = str(max(1, place.node.cpus // place.sharing))
     shared = {name: os.environ.get(name, threads) for name in THREAD_VARIABLES}
-    if place.gpus:  # the numbers that Ray gives are the driver's, by bus; CUDA's own are by speed
+    if place.gpus:  # Ray uses the driver's numbers, in bus order; CUDA's default order is by speed
         shared["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return shared | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # see cli.py

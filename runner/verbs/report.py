@@ -1,7 +1,7 @@
-"""Report: one run over all its shards, from what the shards left in the output folder.
+"""Report: collects one run over all its shards from the output folder, and writes its report.
 
-In:   `ReportSettings`. Out: a `RunReport`, and the files that show it, beside the run's summaries or where it is asked.
-Never: inputs, models; what a number of the report means: report_building.py.
+In:   `ReportSettings`. Out: a `RunReport`, and its files beside the run's summaries or in the folder `to`.
+Never: inputs, models; the meaning of the report's numbers, which is in report_building.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NAMED = 5  # runs that an error names
 
 @dataclass(frozen=True)
 class Reported:
-    """report: what was found. files: where it lies, for people."""
+    """report: the collected report. files: places of its files, for users."""
 
     report: RunReport
     files: tuple[str, ...]
@@ -55,10 +55,10 @@ class Reported:
 
 @default_logging()
 def report(settings: ReportSettings) -> Reported:
-    """The verb `report`: collect what is known of a run, and write it down; with `wait`, once no job is left.
+    """The verb `report`: collect the facts of a run and write its report; with `wait`, after no job is left.
 
-    After `timeout` the report is made of what there is. Raises ConfigInvalid, also for a run that has not begun by
-    then; storage.*.
+    After `timeout` the report has the facts so far. Raises ConfigInvalid, also for a run that has not begun by then;
+    storage.*.
     """
     storage = open_storage(settings.out)
     facts = _collect(storage, _wait(storage, settings) if settings.wait else settings.run)
@@ -72,19 +72,19 @@ def report(settings: ReportSettings) -> Reported:
         page = Path(scratch) / REPORT_HTML
         write_page(found, page, posters=storage.read_bytes, link=addresses.get)
         place.write_bytes(folder + REPORT_JSON, found.to_json())
-        place.publish(page, folder + REPORT_HTML)  # last: where the page is, the other file is
+        place.publish(page, folder + REPORT_HTML)  # last: if the page exists, so does the other file
     return Reported(found, tuple(place.uri(folder + name) for name in (REPORT_HTML, REPORT_JSON)))
 
 
 def _wait(storage: Storage, settings: ReportSettings) -> str | None:
-    """Wait until no job of the run is left; its id."""
+    """Wait until no job of the run is left; return the run's id."""
     timeout_s = None if settings.timeout is None else parse_age(settings.timeout)
     read = StatusReader(storage, settings.run).read
     return wait_for_end(read, every_s=settings.every, timeout_s=timeout_s).run_id
 
 
 def _address(storage: Storage, output: str, *, beside: bool) -> str:
-    """Of an output, for a link of the page. `beside`: the page lies in the run's folder, and both may be moved."""
+    """Return an output's address for a link. `beside`: the page is in the run's folder, so the link is relative."""
     root = storage.root.rstrip("/") + "/"
     if beside and output.startswith(root):
         return quote("../../" + output.removeprefix(root))
@@ -92,7 +92,7 @@ def _address(storage: Storage, output: str, *, beside: bool) -> str:
 
 
 def _collect(storage: Storage, run_id: str | None) -> RunFacts:
-    """All that the output folder tells of one run, by default of the one that began last."""
+    """Return the facts of one run from the output folder; by default of the run that began last."""
     runs = _list_runs(storage)
     chosen = _choose(storage, runs, run_id)
     files = runs[chosen]
@@ -117,7 +117,7 @@ def _collect(storage: Storage, run_id: str | None) -> RunFacts:
 
 
 def _list_runs(storage: Storage) -> dict[str, dict[str, ObjectInfo]]:
-    """Run id → its list of jobs and its summaries, by name; of runs that have one of these."""
+    """Return run id → its list of jobs and its summaries, by name; only runs that have one of these."""
     found: dict[str, dict[str, ObjectInfo]] = {}
     for info in storage.list(RUNS):
         names = split_run_key(info.key)
@@ -127,17 +127,20 @@ def _list_runs(storage: Storage) -> dict[str, dict[str, ObjectInfo]]:
 
 
 def _choose(storage: Storage, runs: dict[str, dict[str, ObjectInfo]], run_id: str | None) -> str:
-    """`run_id`, if there is such a run; else the one that began last: of runs of an older version, that ended last."""
+    """Return `run_id` if there is such a run; without it the run that began last.
+
+    Runs of an older version have no list of jobs; among them it is the run that ended last.
+    """
     if not runs:
         todo = "Name the folder that was given to --out of a run"
-        raise ConfigInvalid("holds no run", where=storage.root, todo=todo)
+        raise ConfigInvalid("has no run", where=storage.root, todo=todo)
     # The jobs are written when a run begins, the summaries while it lasts.
     ages = {run: (RUN_JOBS in files, (files.get(RUN_JOBS) or _newest(files)).modified) for run, files in runs.items()}
     by_age = sorted(runs, key=lambda run: (ages[run], run), reverse=True)
     if run_id is None:
         return by_age[0]
     if run_id not in runs:
-        known = f"The newest runs there are {first_few(by_age, NAMED)}; leave --run out for the newest"
+        known = f"The newest runs there are {first_few(by_age, NAMED)}; leave out --run for the newest"
         raise ConfigInvalid(f"there is no run {run_id}", where=storage.root, todo=known)
     return run_id
 
@@ -157,7 +160,7 @@ def _read_kept(storage: Storage, run_id: str, notes: list[str]) -> RunJobsRecord
 def _parse_summaries(read: Iterable[tuple[str, bytes | None]], notes: list[str]) -> dict[str, RunSummary]:
     found = {}
     for shard, data in read:
-        if data is None:  # gone since it was listed
+        if data is None:  # removed after the listing
             continue
         try:
             found[shard] = RunSummary.model_validate(json.loads(data))

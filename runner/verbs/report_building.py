@@ -1,8 +1,8 @@
-"""Report building: what the shards of one run left behind becomes one `RunReport`.
+"""Report building: builds one `RunReport` from the files of a run's shards.
 
 In:   `RunFacts`: summaries, records, marks and the rows of `status`. Out: a `RunReport`. Never: storage, clocks.
 
-A host's times are its own: those of two hosts can be compared as far as their clocks agree.
+Each host's times come from its own clock. Times of two hosts are comparable as far as their clocks agree.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ NAMED = 5  # jobs that a note names
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that is known of one run.
+    """The facts of one run.
 
-    kept: the jobs of its manifest; None where it kept none. summaries: by shard. rows, records, marks: by job; of every
-    job of the output folder, whatever run it belongs to. kept_at: when the run's oldest file was written, seconds since
-    1970. notes: what could not be read.
+    kept: the jobs of its manifest; None if it wrote no list of jobs. summaries: by shard. rows, records, marks: by job,
+    for every job of the output folder, of any run. kept_at: write time of the run's oldest file, seconds since 1970.
+    notes: sentences about files that could not be read.
     """
 
     run_id: str
@@ -59,7 +59,7 @@ class RunFacts:
 
 @dataclass
 class _ShardProcess:
-    """One process of one shard; moments in seconds since 1970."""
+    """One process of one shard; times in seconds since 1970."""
 
     shard: str
     host: str
@@ -75,7 +75,10 @@ class _ShardProcess:
         return self.usage is not None and self.usage.finished
 
     def spent(self) -> GpuSeconds:
-        """A summary that was not written at the end lacks the last jobs: their records tell at least their work."""
+        """Return the process's GPU seconds.
+
+        The summary of a killed process lacks the last jobs; the records give at least their work.
+        """
         recorded = sum(_gpu_s(record) or 0.0 for record in self.records)
         work = max(recorded, self.usage.work_s if self.usage else 0.0)
         loading = self.usage.loading_s if self.usage else 0.0
@@ -90,7 +93,7 @@ class _ShardProcess:
 
 
 def build_report(facts: RunFacts, *, made_at: str, gpu_hour: float | None = None) -> RunReport:
-    """The report. `gpu_hour`: the price of an hour of one device."""
+    """Return the report. `gpu_hour`: the price of one device per hour."""
     processes = _processes(facts)
     jobs = _jobs(facts)
     own = {job_id: record for job_id, record in facts.records.items() if record.run_id == facts.run_id}
@@ -134,7 +137,10 @@ def build_report(facts: RunFacts, *, made_at: str, gpu_hour: float | None = None
 
 
 def _processes(facts: RunFacts) -> list[_ShardProcess]:
-    """By host, shard and start. Each record of the run and each mark under way belongs to the process that made it."""
+    """Return the processes by host, shard and start, each with the records that it wrote.
+
+    A record or a mark of a process without a summary extends the process's end.
+    """
     found: list[_ShardProcess] = []
     for shard, summary in facts.summaries.items():
         for usage in summary.processes:
@@ -173,7 +179,7 @@ def _process_of_mark(run_id: str, processes: Iterable[_ShardProcess], mark: Atte
 
 
 def _latest(processes: Iterable[_ShardProcess], moment: float) -> _ShardProcess | None:
-    """The one that began last before `moment`."""
+    """Return the process that began last before `moment`."""
     return max((one for one in processes if one.begin <= moment), key=lambda one: one.begin, default=None)
 
 
@@ -207,8 +213,10 @@ def _process_report(process: _ShardProcess, spent: GpuSeconds, run_begin: float)
 def _lasting(
     facts: RunFacts, processes: Iterable[_ShardProcess], records: Iterable[ResultRecord]
 ) -> tuple[float, float]:
-    """(start, end) of the run, in seconds since 1970: of its processes and of summaries that tell none, else of what
-    else is known."""
+    """Return (start, end) of the run, in seconds since 1970.
+
+    From its processes, and from summaries without processes; without these, from records and marks.
+    """
     found = [(process.begin, process.end) for process in processes]
     for summary in facts.summaries.values():
         begin = unix_time(summary.started_at)
@@ -232,7 +240,7 @@ def _lasting(
 
 
 def _jobs(facts: RunFacts) -> list[JobReport]:
-    """In the manifest's order; then those that the run alone names. Without costs."""
+    """Return the jobs in the manifest's order, then other jobs of the run. Without costs."""
     listed = list(facts.kept.jobs) if facts.kept else []
     lines = [line for summary in facts.summaries.values() for line in summary.jobs]
     merged = {line.id: line for line in merge_lines(listed, lines)}
@@ -253,45 +261,45 @@ def _job(facts: RunFacts, job_id: str, line: JobLine | None) -> JobReport:
 
 
 def _open_job(facts: RunFacts, job_id: str, state: JobState) -> JobReport:
-    """Of a job that has not ended."""
+    """Return the report of a job that has not ended."""
     seen, record = facts.marks.get(job_id), facts.records.get(job_id)
     if state == "pending" or seen is None:
-        anew = "" if record is None else f"to be rendered anew: what lies there is of run {record.run_id}"
-        return JobReport(id=job_id, status=state, reason=anew or "not begun")
+        again = "" if record is None else f"to be rendered again: the existing output is of run {record.run_id}"
+        return JobReport(id=job_id, status=state, reason=again or "not begun")
     mark = seen.mark
     reason = f"{mark.stage} since {mark.started_at}"
     if state == "lost":
-        reason += "; its process has ended or is not heard of any more: a rerun takes the job over"
+        reason += "; its process has ended or stopped reporting: a rerun takes the job over"
     return JobReport(id=job_id, status=state, reason=reason, attempt=mark.attempt, host=mark.host)
 
 
 def _own_job(
     facts: RunFacts, job_id: str, state: JobState, line: JobLine | None, own: ResultRecord | None
 ) -> JobReport:
-    """Of a job that this run has ended. Where another run has replaced the record: what the summary tells."""
+    """Return the report of a job that this run ended. If another run has replaced the record, the summary is used."""
     known = {} if own is None else _measured(own)
     if state == "succeeded":
         known |= {"output": line.output if line else None} if own is None else _film(facts, job_id, own.output)
     if known.get("wall_s") is None:
         known["wall_s"] = line.seconds if line else None
-    told = line if line is not None and line.status == state else None
-    error = (told.error if told else None) or (own.error if own else None)
+    matching = line if line is not None and line.status == state else None
+    error = (matching.error if matching else None) or (own.error if own else None)
     return JobReport(
         id=job_id,
         status=state,
-        reason=told.reason if told else own.reason if own else "",
-        attempt=told.attempt if told else own.attempt if own else None,
+        reason=matching.reason if matching else own.reason if own else "",
+        attempt=matching.attempt if matching else own.attempt if own else None,
         error=error if state == "failed" else None,
-        warnings=own.warnings if own else told.warnings if told else [],
+        warnings=own.warnings if own else matching.warnings if matching else [],
         **known,
     )
 
 
 def _other_job(facts: RunFacts, job_id: str, state: JobState, line: JobLine | None) -> JobReport:
-    """Of a job that another run has ended: what lies there of it."""
+    """Return the report of a job that another run ended, from its record."""
     record = facts.records.get(job_id)
     skipped = line is not None and line.status == "skipped"
-    if record is None or (state == "failed" and record.error is None):  # of a failure that kept an older output
+    if record is None or (state == "failed" and record.error is None):  # a failure that kept an older output
         reason = line.reason if line is not None and skipped else "another run ended it"
         return JobReport(id=job_id, status=state, reason=reason, warnings=line.warnings if line else [])
     return JobReport(
@@ -306,19 +314,19 @@ def _other_job(facts: RunFacts, job_id: str, state: JobState, line: JobLine | No
 
 
 def _state(facts: RunFacts, job_id: str, line: JobLine | None, own: ResultRecord | None) -> JobState:
-    """What the job came to in this run. Where the run tells nothing of it: what `status` says.
+    """Return the job's state in this run; if the run has no fact about it, the state from `status`.
 
-    A record of the run goes over its line: a shard that was started anew says `skipped` of what it had rendered before,
-    and a process that was killed has not told all.
+    A record of the run has priority over its line: a restarted shard lists its earlier jobs as `skipped`, and a killed
+    process has not written all lines.
     """
     row, seen = facts.rows.get(job_id), facts.marks.get(job_id)
     mark = seen.mark if seen is not None and seen.mark.run_id == facts.run_id else None
-    # A process may be killed between the record and the end of the lease: the record of that attempt counts.
+    # A process may be killed after it wrote the record and before the lease ends: then the record counts.
     later = mark is not None and (own is None or mark.started_at > own.finished_at)
     if row is not None and row.status in ("running", "lost") and later:
         return "lost" if row.status == "lost" else "running"
     failed_again = line is not None and line.status == "failed" and row is not None and row.status == "failed"
-    if own is not None:  # a failure beside an older output that stands leaves the older record
+    if own is not None:  # a failure that keeps an older output also keeps the older record
         return "failed" if failed_again else own.status
     if line is not None and line.status in ("succeeded", "failed"):
         return "failed" if line.status == "failed" else "succeeded"
@@ -330,7 +338,7 @@ def _state(facts: RunFacts, job_id: str, line: JobLine | None, own: ResultRecord
 
 
 def _was_left_out(facts: RunFacts, job_id: str) -> bool:
-    """Whether a job that the run has skipped was not done, and is not: --retry-failed leaves such jobs out."""
+    """Whether a skipped job was not done before the run and is not done now: --retry-failed leaves out such jobs."""
     row, record = facts.rows.get(job_id), facts.records.get(job_id)
     if record is None or row is None:
         return True
@@ -354,7 +362,7 @@ def _measured(record: ResultRecord) -> dict[str, Any]:
 
 
 def _gpu_s(record: ResultRecord) -> float | None:
-    """Of an older record: the same seconds under their older name."""
+    """Return the GPU seconds of a job; an older record has them under an older name."""
     if record.gpu_s is None and record.efficiency is not None:
         return record.efficiency.generation_s
     return record.gpu_s
@@ -379,8 +387,10 @@ def _film(facts: RunFacts, job_id: str, output: OutputRecord | None) -> dict[str
 
 
 def _with_costs(jobs: Sequence[JobReport], own: Mapping[str, ResultRecord], cost: float | None) -> list[JobReport]:
-    """Each job that this run rendered gets a share of the whole cost by its `gpu_s`: failed attempts, loading and idle
-    time are divided among them in this way."""
+    """Divide the whole cost among the jobs that this run rendered, in proportion to their `gpu_s`.
+
+    So the cost of failed attempts, loading and idle time is divided among them too.
+    """
     worked = {job.id: job.gpu_s for job in jobs if job.status == "succeeded" and job.id in own and job.gpu_s}
     if cost is None or not worked:
         return list(jobs)
@@ -394,7 +404,7 @@ def _with_costs(jobs: Sequence[JobReport], own: Mapping[str, ResultRecord], cost
 
 
 def _longest_first(timings: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Stage → seconds of all together."""
+    """Return stage → total seconds, the longest first."""
     sums: dict[str, float] = {}
     for stages in timings:
         for name, seconds in stages.items():
@@ -424,14 +434,14 @@ def _notes(
 ) -> list[str]:
     found = []
     if facts.kept is None:
-        found.append("The run has not kept the jobs of its manifest: jobs that it did not come to are not known.")
+        found.append("The run has written no list of its manifest's jobs: jobs that it did not begin are not known.")
     missing = _missing_shards(facts.summaries)
     if missing:
         found.append(f"Shards that have written no summary: {_some(missing)}. Their GPU seconds may not be complete.")
     older = sorted(shard for shard, summary in facts.summaries.items() if not summary.processes)
     if older:
         found.append(
-            f"The summaries of an older version tell nothing of their processes: {_some(older)}. Their GPU seconds and "
+            f"The summaries of an older version do not list their processes: {_some(older)}. Their GPU seconds and "
             "their cost are not known."
         )
     plain = sorted(job_id for job_id, record in own.items() if record.gpu_s is None and record.status == "succeeded")
@@ -446,8 +456,8 @@ def _notes(
     if broken:
         names = (f"{one.host} {one.usage.pid}" if one.usage else f"{one.host}, shard {one.shard}" for one in broken)
         found.append(
-            f"Processes that still run or were killed: {_some(list(names))}. Their seconds end when they were last "
-            "heard of, and work that no record tells counts as idle time."
+            f"Processes that still run or were killed: {_some(list(names))}. Their seconds end at their last report, "
+            "and work without a record counts as idle time."
         )
     for job_id, seen in facts.marks.items():
         mark = seen.mark
@@ -457,12 +467,12 @@ def _notes(
             who = f"{mark.host} {mark.process.pid}" if mark.process else mark.host
             found.append(f"The process {who}, which has job {job_id}, has written no summary: its seconds are missing.")
     if len({process.host for process in processes}) > 1:
-        found.append("Times are those of each host's own clock: hosts are aligned as well as their clocks are.")
+        found.append("Each host's times come from its own clock: differences between clocks shift the hosts' times.")
     return found
 
 
 def _missing_shards(summaries: Iterable[str]) -> list[str]:
-    """Of the shards I-of-N those that none is there of."""
+    """Return the shards I-of-N that have no summary."""
     there = {shard for name in summaries if (shard := Shard.named(name)) is not None}
     counts = sorted({shard.count for shard in there})
     wanted = [Shard(index, count) for count in counts for index in range(count)]

@@ -1,10 +1,10 @@
-"""Report page: the report of a run as one HTML file, without network and without other files.
+"""Report page: writes the report of a run as one HTML file that needs no network and no other files.
 
 In:   a `RunReport`, the previews of its jobs. Out: one HTML file. Never: where records or previews are stored.
 
-Ids, notes and errors are text of strangers: templates escape them, the page's script writes them as text. Jobs and
-spans stand as JSON in the page, and its script draws those that are in sight: 10,000 jobs open. The previews come after
-all else, in blocks of `BLOCK` jobs that are read when one of their rows is shown.
+Ids, notes and errors are untrusted text: templates escape them, and the page's script writes them as text. The page
+holds jobs and spans as JSON. Its script draws only those in view, so that a page of 10,000 jobs can be opened. The
+previews are at the end of the file, in blocks of `BLOCK` jobs. A block is parsed when one of its rows is shown.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ __all__ = ["PICTURE_BYTES", "STATES", "write_page"]
 STATES: dict[JobState, str] = {
     "succeeded": "rendered by this run",
     "failed": "its last attempt failed",
-    "lost": "begun, and its runner is not heard of any more",
-    "running": "a runner has it",
+    "lost": "begun, but its runner has stopped reporting",
+    "running": "a runner is working on it",
     "pending": "not begun",
     "skipped": "done before this run",
 }
 DONE = ("succeeded", "skipped")
 
-PICTURE_HEIGHT = 120  # pixels, at most: a row shows it at 60, screens with two pixels for one use all
-PICTURE_WIDTH = 240  # pixels, at most: of a panorama
-PICTURE_QUALITY = 72  # of JPEG; assumed: a thumbnail shows no artefacts at it
-# All previews together, before base64. A browser holds the page in memory; assumed: a phone opens it.
+PICTURE_HEIGHT = 120  # pixels, at most: a row shows it at 60; high-density screens use all 120
+PICTURE_WIDTH = 240  # pixels, at most, e.g. of a panorama
+PICTURE_QUALITY = 72  # of JPEG; assumed: a thumbnail shows no artefacts
+# Bytes of all previews together, before base64. A browser holds the page in memory; assumed: a phone can open it.
 PICTURE_BYTES = 24_000_000
-BLOCK = 100  # jobs whose previews stand in one block
+BLOCK = 100  # jobs of one block of previews
 READS_AT_ONCE = 16  # a request takes about 20 ms on the way
 
 WORST = 12  # rows of a table of forecasts
-SHOWN_AT_ONCE = 20  # jobs of a list, causes of a group; the rest unfolds
+SHOWN_AT_ONCE = 20  # jobs of a list, causes of a group; the rest is folded
 STAGES = ("load", "prepare", "generate", "deliver")
 LANES = ("prepare", "generate", "deliver")
-JOB_MARK = "‹job›"  # stands for the id in texts that differ by it alone
-SHORTEST_ID = 3  # letters: of a shorter id, most finds in a text would be chance
+JOB_MARK = "‹job›"  # replaces the id in texts that differ only in it
+SHORTEST_ID = 3  # letters: a shorter id would often match other words of a text
 
 
 def write_page(
@@ -71,19 +71,19 @@ def write_page(
     posters: Callable[[str], bytes | None],
     link: Callable[[str], str | None] = lambda _: None,
 ) -> None:
-    """Write the page to `dest`, whole or not at all.
+    """Write the page to `dest`, completely or not at all.
 
-    posters: the bytes of a job's preview by its key, a JPEG, or None where there is none; it is called from several
-    threads. link: the address of a job's output by the job's id, or None; an address that no browser opens is shown as
-    text. Raises ConfigInvalid without jinja2, StorageFull and StorageDenied as the disk does.
+    posters: returns the bytes of a preview (a JPEG) by its key, or None if there is none; called from several threads.
+    link: returns the address of a job's output by the job's id, or None; an address that a browser cannot open is shown
+    as text. Raises ConfigInvalid without jinja2; StorageFull, StorageDenied.
     """
-    _environment()  # what is not installed is said before the previews are fetched
+    _environment()  # raises for a missing package before the previews are fetched
     with written_whole(Path(dest), "pictures") as (page, pictures):
         with pictures.open("wb") as out:
             without = _write_pictures(report.jobs, posters, out)
         text = _render(report, without, link)
         with page.open("wb") as out, pictures.open("rb") as blocks:
-            out.write(text.encode(errors="backslashreplace"))  # of a path whose bytes are no UTF-8
+            out.write(text.encode(errors="backslashreplace"))  # a path may hold bytes that are not UTF-8
             shutil.copyfileobj(blocks, out)
             out.write(b"</body>\n</html>\n")
 
@@ -94,7 +94,7 @@ def write_page(
 def _write_pictures(
     jobs: Sequence[JobReport], posters: Callable[[str], bytes | None], out: IO[bytes]
 ) -> dict[int, str]:
-    """Write the blocks of previews; why a job has none, by its place, where it has a poster."""
+    """Write the blocks of previews. Return job's place → reason, for jobs whose poster cannot be shown."""
     left, without = PICTURE_BYTES, dict[int, str]()
     full = f"the page holds {PICTURE_BYTES / 1e6:g} MB of pictures"
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -121,7 +121,7 @@ def _write_pictures(
 
 
 def _thumbnail(key: str | None, posters: Callable[[str], bytes | None]) -> tuple[bytes | None, str]:
-    """A small JPEG, or why there is none."""
+    """Return (a small JPEG, ""), or (None, the reason)."""
     if key is None:
         return None, ""
     try:
@@ -129,7 +129,7 @@ def _thumbnail(key: str | None, posters: Callable[[str], bytes | None]) -> tuple
     except RunnerError as error:
         return None, error.message
     if data is None:
-        return None, "its file is not there"
+        return None, "its file is missing"
     return _shrink(data)
 
 
@@ -141,8 +141,8 @@ def _shrink(data: bytes) -> tuple[bytes | None, str]:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             image.thumbnail((PICTURE_WIDTH, PICTURE_HEIGHT), Image.Resampling.LANCZOS)
             image.convert("RGB").save(small, format="JPEG", quality=PICTURE_QUALITY, optimize=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow says that a file is damaged
-        return None, "its file is no JPEG that can be read"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's errors for damaged files
+        return None, "its file is not a readable JPEG"
     return small.getvalue(), ""
 
 
@@ -151,7 +151,7 @@ def _shrink(data: bytes) -> tuple[bytes | None, str]:
 
 @dataclass
 class _Words:
-    """Texts that many jobs share, each once."""
+    """Texts shared by many jobs, each stored once."""
 
     all: list[str] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
@@ -213,13 +213,16 @@ def _job_data(job: JobReport, words: _Words, without: str | None, link: Callable
 
 
 def _process_data(process: ProcessReport, numbers: dict[str, int], words: _Words) -> dict[str, Any]:
-    """Spans: [stage, job's place or −1, begin, end, word of the id of a job that is not in the report]."""
+    """Return a process as JSON.
+
+    A span is [stage, job's place or −1, begin, end, place of the id's text if the job is not in the report].
+    """
     spans = []
     for span in process.spans:
         begin, end = _round(span.begin_s, 3), _round(span.end_s, 3)
         if begin is None or end is None:
             continue
-        begin = max(begin, 0.0)  # of a host whose clock is behind
+        begin = max(begin, 0.0)  # negative if the host's clock is behind
         row: list[float] = [STAGES.index(span.stage), numbers.get(span.job_id or "", -1), begin, max(begin, end)]
         if span.job_id is not None and row[1] < 0:
             row.append(words.place(span.job_id))
@@ -235,7 +238,7 @@ def _process_data(process: ProcessReport, numbers: dict[str, int], words: _Words
 
 
 def _round(value: float | None, digits: int) -> float | None:
-    """None also for what JSON cannot hold."""
+    """Return the rounded value; None for None and for values that JSON cannot hold."""
     return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
@@ -251,7 +254,7 @@ def _error_text(job: JobReport) -> str:
 
 @dataclass
 class _Cause:
-    """One text, and the jobs of which it is said: their places and ids."""
+    """One text, and its jobs: their places and ids."""
 
     text: str
     jobs: list[tuple[int, str]] = field(default_factory=list)
@@ -259,12 +262,12 @@ class _Cause:
 
 @dataclass
 class _FailureGroup:
-    """Failures of one code with the same thing to do."""
+    """Failures with one code and one remedy."""
 
     code: str
     todo: str
     causes: list[_Cause] = field(default_factory=list)
-    steps: set[str] = field(default_factory=set)  # where in the job it failed
+    steps: set[str] = field(default_factory=set)  # stages in which the jobs failed
 
     @property
     def jobs(self) -> int:
@@ -272,7 +275,7 @@ class _FailureGroup:
 
 
 def _failures(jobs: Sequence[JobReport]) -> list[_FailureGroup]:
-    """The largest group first; in it, the cause of the most jobs first."""
+    """Return the failure groups, the largest first; in a group, the cause with the most jobs first."""
     groups: dict[tuple[str, str], _FailureGroup] = {}
     texts: dict[tuple[str, str], list[tuple[str, int, str]]] = {}
     for number, job in enumerate(jobs):
@@ -295,7 +298,7 @@ def _failures(jobs: Sequence[JobReport]) -> list[_FailureGroup]:
 
 
 def _grouped(texts: Iterable[tuple[str, int, str]]) -> list[_Cause]:
-    """Equal texts together, also those that differ by the job's id alone; the most jobs first."""
+    """Group equal texts, also those that differ only in the job's id; the most jobs first."""
     causes: dict[str, _Cause] = {}
     for text, number, job_id in texts:
         cause = causes.setdefault(_without_id(text, job_id), _Cause(text))
@@ -324,18 +327,18 @@ class _Forecast:
 
     @property
     def away(self) -> float:
-        """How far from the forecast: 2 for half and for twice."""
+        """Factor between measured and forecast, 1 or more: 2 for half and for twice the forecast."""
         return max(self.ratio, 1 / self.ratio)
 
     @property
     def bar(self) -> float:
-        """−50 to 50: half and less, twice and more."""
+        """Length of the bar: −50 (half the forecast or less) to 50 (twice or more)."""
         return round(max(-1.0, min(1.0, math.log2(self.ratio))) * 50, 1)
 
 
 @dataclass(frozen=True)
 class _Forecasts:
-    """The jobs of which one value is forecast and measured, the farthest from its forecast first."""
+    """Forecast and measurement of one value, for the jobs that have both; the least accurate forecast first."""
 
     name: str
     unit: str
@@ -370,7 +373,7 @@ def _forecasts(jobs: Sequence[JobReport]) -> list[_Forecasts]:
 
 @dataclass(frozen=True)
 class _Share:
-    """A part of a bar: where it begins and how long it is, in percent of it."""
+    """A part of a bar: its begin and length, in percent of the bar."""
 
     name: str
     seconds: float
@@ -398,7 +401,7 @@ def _headline(counts: dict[str, int], total: int) -> str:
 
 
 def _processes(report: RunReport) -> str:
-    """2 on NVIDIA H200, 1 without a model."""
+    """Return e.g. `2 on NVIDIA H200, 1 without a model`."""
     counts = Counter(process.device for process in report.processes)
     return ", ".join(
         f"{count} on {device}" if device else f"{count} without a model" for device, count in counts.items()
@@ -452,13 +455,13 @@ def _environment() -> Any:
 
 
 def _moment(time: str) -> str:
-    """2026-11-30 02:15:09 UTC, of UTC in ISO 8601; other texts as they are."""
+    """Return a UTC time in ISO 8601 as `2026-11-30 02:15:09 UTC`; other texts unchanged."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?(?:Z|\+00:00)", time)
     return f"{found[1]} {found[2]} UTC" if found else time
 
 
 def _money(value: float) -> str:
-    """12.35; 0.0041."""
+    """Return an amount with two decimals, or four if it is below 1: 12.35; 0.0041."""
     return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 

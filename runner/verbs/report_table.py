@@ -1,6 +1,6 @@
-"""Report table: a run's report on standard output: totals, a row a job, failures, warnings, where the files lie.
+"""Report table: prints a run's report: totals, one row per job, failures, warnings, places of the files.
 
-In:   what `report` returned. Out: text without secrets that fits the terminal. Never: calculations beyond a percentage.
+In:   the result of `report`. Out: text without secrets that fits the terminal. Never: calculations beyond a percentage.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True)
 class _Column:
-    """One column; without a value in any row it is left out."""
+    """One column. It is left out if no row has a value."""
 
     name: str
     cell: Callable[[JobReport], str]
     right: bool = False
-    rank: int = 0  # 0: always there; else the highest goes first where the terminal has no room
+    rank: int = 0  # 0: always shown; else the column of highest rank is left out first if the terminal has no room
 
 
 def print_report(found: Reported, *, as_json: bool, console: Console | None = None) -> None:
@@ -78,7 +78,7 @@ def _totals(report: RunReport) -> Iterator[str]:
     if report.gpu_hour is not None:
         cost = UNKNOWN if report.cost is None else _price(report.cost)
         by_film = UNKNOWN if report.cost_per_film_s is None else _price(report.cost_per_film_s)
-        yield f"cost {cost} at {report.gpu_hour:g} an hour · {by_film} a second of film"
+        yield f"cost {cost} at {report.gpu_hour:g} per GPU hour · {by_film} per second of film"
     if report.caches:
         yield "caches: " + " · ".join(
             f"{name} {use.hits} of {use.hits + use.misses} hits" for name, use in report.caches.items()
@@ -92,7 +92,7 @@ def _spent(spent: GpuSeconds) -> str:
 
 
 def _print_table(console: Console, report: RunReport) -> None:
-    """Each cell on one line where the terminal has room; the columns that it has no room for are named below."""
+    """Print each row on one line if the terminal has room; columns that are left out are named below the table."""
     columns = [column for column in _columns(report) if column.rank == 0 or any(map(column.cell, report.jobs))]
     spare = sorted((column for column in columns if column.rank), key=lambda column: -column.rank)
 
@@ -109,9 +109,11 @@ def _print_table(console: Console, report: RunReport) -> None:
             table.add_row(*cells)
         below = []
         if left_out:
-            below.append(f"no room here for: {', '.join(left_out)}; a wider terminal, the page and --json have them")
+            below.append(
+                f"no room for: {', '.join(left_out)}; use a wider terminal, the page or --json to see them"
+            )
         if "output" in left_out:
-            below.append(f"outputs lie below {escape(report.out.rstrip('/'))}/{JOBS}")
+            below.append(f"outputs are in {escape(report.out.rstrip('/'))}/{JOBS}")
         return TableLayout(table, below, folds=True)
 
     print_fitted(console, [partial(layout, count) for count in range(len(spare) + 1)])
@@ -136,7 +138,7 @@ def _columns(report: RunReport) -> list[_Column]:
 
 
 def _warnings(jobs: Sequence[JobReport]) -> dict[str, list[str]]:
-    """Warning → the jobs that have it."""
+    """Return warning → the jobs that have it."""
     found: dict[str, list[str]] = {}
     for job in jobs:
         for note in job.warnings:
@@ -153,7 +155,7 @@ def _gigabytes(count: int | None) -> str:
 
 
 def _price(price: float) -> str:
-    """Two decimals, and of less than one more of them."""
+    """Return a price with two decimals, or with three significant digits if it is less than 1."""
     return f"{price:.2f}" if price >= 1 or price == 0 else f"{price:.3g}"
 
 

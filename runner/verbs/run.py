@@ -1,7 +1,7 @@
-"""Run: puts one `run` together from its settings: manifest, shard, storage, weights, engine, batch; then runs it.
+"""Run: builds one `run` from its settings (manifest, shard, storage, weights, engine, batch) and runs it.
 
-In:   `RunSettings`. Out: a `RunOutcome`, and what the batch leaves on the output storage.
-Never: how any of the pieces works; printing.
+In:   `RunSettings`. Out: a `RunOutcome`; the files that the batch writes to the output storage.
+Never: how any of the parts works; printing.
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ def run(
     source: JobSource | None = None,
     share: MachineShare | None = None,
 ) -> RunOutcome:
-    """The verb `run`. What can be wrong for all jobs is found before the first starts, and raised.
+    """The verb `run`. An error that concerns all jobs is raised before the first job starts.
 
-    `source`: where jobs come from instead of this shard of the manifest, e.g. a mailbox; the manifest's run keys hold.
+    `source`: gives the jobs instead of this shard of the manifest, e.g. a mailbox. The manifest's run keys still apply.
     `share`: for one of the processes that `settings.gpus` or `settings.on` starts.
 
-    Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line; elsewhere no
-    signal is listened to, and the event `signals_ignored` says so. Raises ManifestInvalid, ConfigInvalid,
-    WeightsMissing, WeightsCorrupt, storage.*; an error of one job is in that job's line.
+    Blocks until the run has ended. In the main thread SIGINT and SIGTERM end it as on the command line. In another
+    thread signals are not handled, and the event `signals_ignored` is logged. Raises ManifestInvalid, ConfigInvalid,
+    WeightsMissing, WeightsCorrupt, storage.*. An error of one job is in that job's line.
     """
     begun = now()
     if source is not None and (settings.only or settings.limit is not None or settings.dry_run):
         raise ConfigInvalid(
-            "--only, --limit and --dry-run are about the manifest's jobs, and these jobs come from a source",
-            todo="Leave them out",
+            "--only, --limit and --dry-run select jobs of the manifest, but these jobs come from a source",
+            todo="Leave out these flags",
         )
     if settings.dry_run:
         return _dry_run(settings, begun)
@@ -109,9 +109,9 @@ def run(
     engine = _build_engine_for(jobs, settings, manifest, roots, share)
     log = structlog.get_logger()
     _check_job_extras(engine, jobs)
-    if every_job:  # else the driver that fills the source has kept them
+    if every_job:  # else the driver that fills the source has written them
         _keep_manifest(storage, run_id, every_job, settings, manifest, engine)
-    _say_run(run_id, jobs, engine, storage, {} if shard == Shard(0, 1) else {"shard": f"{shard} ({why})"}, share)
+    _log_run(run_id, jobs, engine, storage, {} if shard == Shard(0, 1) else {"shard": f"{shard} ({why})"}, share)
 
     progress = progress or SilentProgress()
     with scratch_folder(settings.cache) as scratch:
@@ -165,7 +165,7 @@ def run(
                 code = batch.run()
         finally:
             progress.close()
-            with suppress(OSError, RunnerError):  # hashing again is all that it costs
+            with suppress(OSError, RunnerError):  # without the file the next run hashes again
                 hashes.save()
         sheet = None
         if settings.sheet is not None:
@@ -187,7 +187,7 @@ def run(
 def _keep_manifest(
     storage: Storage, run_id: str, jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, engine: Engine
 ) -> None:
-    """Keep with the run what later commands ask of its manifest: its jobs, and how far they may be from a baseline."""
+    """Write the parts of the manifest that later commands need: its jobs and their regression limits."""
     keep_limits(storage, run_id, jobs)
     keep_run_jobs(
         storage,
@@ -201,7 +201,7 @@ def _keep_manifest(
 
 
 def _check_job_extras(engine: Engine, jobs: Sequence[Job]) -> None:
-    """Warn of each job that asks for weights that are not there: now, not in the middle of the night."""
+    """Warn, before the run starts, of each job whose weights are missing."""
     for job in jobs:
         try:
             engine.own(job)
@@ -213,7 +213,7 @@ def _check_job_extras(engine: Engine, jobs: Sequence[Job]) -> None:
 
 
 def _dry_run(settings: RunSettings, begun: str) -> RunOutcome:
-    """What a run would do, decided now. No GPU is needed, also for `--gpus`, and no cluster for `--on`."""
+    """Return what a run would do now. No GPU is needed, not even for `--gpus`, and no cluster for `--on`."""
     reason = ""
     if settings.gpus is not None:
         reason = f"--gpus {settings.gpus}: all jobs, shared among its processes"
@@ -249,7 +249,7 @@ def _dry_run(settings: RunSettings, begun: str) -> RunOutcome:
 
 
 def _checkpoints(settings: RunSettings, storage: Storage, ledger: Ledger) -> Checkpoints | None:
-    """Where finished segments are kept; None: nowhere."""
+    """Return the place for finished segments; None if they are not kept."""
     if settings.checkpoint == "off":
         return None
     if settings.checkpoint == "out":
@@ -260,21 +260,22 @@ def _checkpoints(settings: RunSettings, storage: Storage, ledger: Ledger) -> Che
 
 
 def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
-    """A process a GPU. What can be wrong for all of them is found here, once."""
+    """Run one process per GPU. An error that concerns all of them is raised here, once."""
     if source is not None:
         raise ConfigInvalid(
-            "--gpus takes its jobs from the manifest, not from a source", todo="Call run() in a process a GPU instead"
+            "--gpus takes its jobs from the manifest, not from a source",
+            todo="Start one process per GPU and call run() in each",
         )
     gpus = find_gpus(str(settings.gpus), os.environ)
     shared = replace(settings, gpus=None, shard="any", shard_count=None, device="cuda")
     manifest, jobs, shard, _ = choose_jobs(shared)
     run_id = _choose_run_id(settings)
-    parse_roots(settings.input_root)  # raises for one that is none
+    parse_roots(settings.input_root)  # raises for an invalid root
     storage = open_storage(settings.out)
     probe_writable(storage)
     engine = build_engine(shared, manifest)
     places, stop = places_for(gpus, os.environ), Stop(settings.drain_s)
-    _say_run(run_id, jobs, engine, storage, {"gpus": [place.name for place in places]})
+    _log_run(run_id, jobs, engine, storage, {"gpus": [place.name for place in places]})
     found = run_processes(
         replace(shared, manifest=manifest, run_id=run_id, sheet=None),
         places,
@@ -284,13 +285,13 @@ def _run_on_gpus(settings: RunSettings, progress: Progress, source: JobSource | 
         stop=stop,
         read_files=lambda go_on: read_into_page_cache(engine.files(), free_host_bytes(), go_on),
     )
-    reason = f"--gpus {settings.gpus}: a process on each of {', '.join(place.name for place in places)}"
+    reason = f"--gpus {settings.gpus}: one process on each of {', '.join(place.name for place in places)}"
     return _shared_outcome(settings, found, (shard, reason), run_id, jobs, storage, stop)
 
 
 def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | None) -> RunOutcome:
-    """A worker a GPU, or on CPUs, of a Ray cluster. What can be wrong for all of them is found here, once."""
-    from runner.verbs.plan import forecast_seconds  # opens images and videos, which a run with nothing to do does not
+    """Run workers of a Ray cluster: one per GPU, or on CPUs. An error that concerns all of them is raised here."""
+    from runner.verbs.plan import forecast_seconds  # imports readers of images and videos, which other runs do without
 
     if source is not None:
         raise ConfigInvalid(
@@ -307,7 +308,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     engine = build_engine(shared, manifest)
     stop = Stop(settings.drain_s)
     _check_job_extras(engine, jobs)
-    _say_run(run_id, jobs, engine, storage, {"on": settings.on})
+    _log_run(run_id, jobs, engine, storage, {"on": settings.on})
 
     def keep() -> tuple[str, bytes] | None:
         _keep_manifest(storage, run_id, manifest.jobs, settings, manifest, engine)
@@ -328,7 +329,7 @@ def _run_on_ray(settings: RunSettings, progress: Progress, source: JobSource | N
     )
     cluster = RayCluster(parse_on(str(settings.on)), cpus=settings.workers or max(1, usable_cpus({})), gpus=len(gpus))
     found = run_on_ray(cluster, work, progress, stop=stop)
-    workers = "a worker on each GPU" if settings.workers is None else f"{settings.workers} workers at most"
+    workers = "one worker on each GPU" if settings.workers is None else f"{settings.workers} workers at most"
     reason = f"--on {settings.on}: handed out to {workers}"
     return _shared_outcome(settings, found, (shard, reason), run_id, jobs, storage, stop)
 
@@ -342,7 +343,10 @@ def _shared_outcome(
     storage: Storage,
     stop: Stop,
 ) -> RunOutcome:
-    """The outcome of a run whose workers came to `found`; the contact sheet is drawn here, once. `shard`: and why."""
+    """Return the outcome of a run from its workers' merged result `found`, and draw the contact sheet once.
+
+    `shard`: the shard and its reason.
+    """
     sheet = None
     if settings.sheet is not None:
         roots = parse_roots(settings.input_root)
@@ -362,7 +366,7 @@ def _shared_outcome(
     )
 
 
-def _say_run(
+def _log_run(
     run_id: str,
     jobs: Sequence[Job],
     engine: Engine,
@@ -370,16 +374,19 @@ def _say_run(
     where: Mapping[str, object],
     share: MachineShare | None = None,
 ) -> None:
-    """The first event. It is for debugging where the command that started this process has logged it for all."""
-    say = structlog.get_logger().info if share is None else structlog.get_logger().debug
-    say("run", id=run_id, jobs=len(jobs), recipe=engine.recipe, out=storage.root, **where)
+    """Log the first event, at level debug in a process whose parent has logged it already for all processes."""
+    log = structlog.get_logger().info if share is None else structlog.get_logger().debug
+    log("run", id=run_id, jobs=len(jobs), recipe=engine.recipe, out=storage.root, **where)
 
 
 def _build_engine_for(
     jobs: Sequence[Job], settings: RunSettings, manifest: Manifest, roots: Sequence[str], share: MachineShare | None
 ) -> Engine:
-    """The engine, ready for all of `jobs`, done ones too: so neither the memory mode nor, with it, whether a job can be
-    resumed depends on how far an earlier run came."""
+    """Return the engine, prepared for all of `jobs`, finished ones too.
+
+    So the memory mode does not depend on how many jobs an earlier run has finished. Neither does the question whether
+    a job can be resumed, which depends on the mode.
+    """
     if share is None:
         return build_engine(settings, manifest, 1, partial(find_demands, jobs, roots))
     known = share.demands
@@ -403,10 +410,10 @@ def build_engine(
     processes: int = 1,
     demands: Callable[[], Sequence[JobDemand]] = tuple,
 ) -> Engine:
-    """The recipe's engine, its weights found and their headers checked, nothing loaded yet.
+    """Return the recipe's engine. Its weights are found and their headers checked; nothing is loaded yet.
 
-    `processes`: how many run on this machine that share the memory which caches may take. `demands`: of the jobs that
-    the model shall be ready for, asked when it is loaded.
+    `processes`: number of processes on this machine that share the memory for caches. `demands`: returns the memory
+    demands of the jobs; called when the model is loaded.
 
     Raises WeightsMissing, WeightsCorrupt, ConfigInvalid.
     """
@@ -445,13 +452,15 @@ def build_engine(
 
 
 def local_models(settings: ModelSettings, wanted: Callable[[str], bool], *, download: bool = True) -> Path:
-    """The model store as a local folder, synced from S3 where it is there; without `download` it must be in the cache.
+    """Return the model store as a local folder. A store on S3 is synced into the cache first.
+
+    Without `download` a store on S3 must be in the cache already.
 
     Raises WeightsMissing, storage.*.
     """
     if not settings.models:
         raise WeightsMissing(
-            "no model store was named",
+            "no model store is given",
             todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
         )
     return sync_models(settings.models, settings.cache / "models", wanted, download=download)

@@ -1,7 +1,8 @@
-"""Sheet: one picture of a whole run. A row a job: the reference, then driver, pose and output at the same moments.
+"""Sheet: draws one picture of a whole run, one row per job: reference; driver, pose and output at the same times.
 
-In:   jobs, how they ended, the storage that holds their outputs; or pictures and their times. Out: one PNG. Never:
-rendering. A job that failed has its error in the place of pictures, one that was not rendered yet says so.
+In:   jobs, their results, the storage of their outputs; or pictures and their times. Out: one PNG. Never: rendering.
+
+A failed job shows its error instead of pictures; a job that is not rendered yet shows a note.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ __all__ = [
     "try_draw_sheet",
 ]
 
-CELL = (120, 150)  # width and height that a picture is fitted into, pixels
+CELL = (120, 150)  # width and height of a picture's cell, pixels
 _GAP, _GROUP_GAP, _MARGIN = 4, 16, 16
 _HEADER, _TITLE, _CAPTION = 34, 24, 18  # heights of the lines of text
 PAPER, MAT, INK, FAINT = (250, 250, 250), (226, 226, 228), (24, 24, 27), (110, 110, 116)
 ALARM = (185, 28, 28)
-_LINE = 17  # from one line of a message to the next
+_LINE = 17  # height of a line of a message, pixels
 COLUMNS = 4  # moments of a job
 GROUPS = ("reference", "driver", "pose", "output")
 
@@ -77,10 +78,9 @@ class SheetRow:
 def job_row(
     label: str, reference: Path, driver: Path, pose: Path, output: Path, *, start_s: float = 0.0, columns: int = COLUMNS
 ) -> SheetRow:
-    """A row from a job's files: `columns` moments, evenly over the output, an MP4.
+    """Return a row from a job's files: `columns` moments, spread evenly over the output, an MP4.
 
-    `start_s`: where in the driving video the output begins, seconds. Errors are those of reading: InputNotFound,
-    InputUnreadable.
+    `start_s`: time of the driving video at which the output begins, seconds. Raises InputNotFound, InputUnreadable.
     """
     from runner.video import VideoReader
 
@@ -91,7 +91,7 @@ def job_row(
 
 
 def _moments(frames: int, columns: int) -> np.ndarray:
-    """Numbers of `columns` frames, evenly over all `frames`: int64 [columns]."""
+    """Return the numbers of `columns` frames, spread evenly over all `frames`: int64 [columns]."""
     return np.linspace(0, frames - 1, columns).round().astype(np.int64)
 
 
@@ -105,7 +105,7 @@ def _row_of_frames(
     fps: Fraction,
     start_s: float,
 ) -> SheetRow:
-    """`shown`: the frames of the output with the numbers `frames`, at `fps` a second."""
+    """Return a row. `shown`: the frames of the output with the numbers `frames`; its rate is `fps`."""
     from PIL import Image, ImageOps
 
     from runner.video import VideoReader
@@ -122,13 +122,13 @@ def _row_of_frames(
 
 
 def sheet_size(rows: int, columns: int) -> tuple[int, int]:
-    """(width, height) in pixels of a sheet of `rows` jobs with `columns` moments each."""
+    """Return (width, height) in pixels of a sheet of `rows` jobs with `columns` moments each."""
     width = cell_box(0, len(GROUPS) - 1, columns - 1, columns)[2] + _MARGIN
     return width, cell_box(rows - 1, 0, 0, columns)[3] + _CAPTION + _MARGIN
 
 
 def cell_box(row: int, group: int, column: int, columns: int) -> tuple[int, int, int, int]:
-    """(x1, y1, x2, y2) of one cell: job `row`, `group` of GROUPS, moment `column` of `columns`."""
+    """Return (x1, y1, x2, y2) of one cell: job `row`, `group` of GROUPS, moment `column` of `columns`."""
     width, height = CELL
     x = _MARGIN
     if group:
@@ -140,7 +140,7 @@ def cell_box(row: int, group: int, column: int, columns: int) -> tuple[int, int,
 def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     """Write the sheet as a PNG. Raises ConfigInvalid without rows, or when rows differ in their number of moments.
 
-    Rows with a message have no moments, and as much room as the others.
+    Rows with a message have no moments; they are as high as the others.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -190,7 +190,7 @@ def _write(
     right: int,
     fonts: Sequence[ImageFont.FreeTypeFont | ImageFont.ImageFont],
 ) -> None:
-    """A heading and a text in the place of pictures: from the left of `box` to `right`, as many lines as it is high."""
+    """Write a heading and a text instead of pictures: from the left of `box` to `right`, as many lines as fit."""
     heading, text = message
     x, y, _, bottom = box
     title, small = fonts
@@ -211,7 +211,7 @@ def _write(
 
 
 def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, int]) -> None:
-    """Fit a picture into a cell, centred on a mat, in its own aspect."""
+    """Fit a picture into a cell, centred on a mat; its aspect ratio is kept."""
     from PIL import Image, ImageOps
 
     size = (box[2] - box[0], box[3] - box[1])
@@ -221,10 +221,10 @@ def _place(sheet: Image.Image, picture: np.ndarray, box: tuple[int, int, int, in
 
 
 def printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`text` with every character that `font` has no shape for written as its number: 贝 becomes <U+8D1D>."""
+    """Return `text` with each character that `font` lacks replaced by its number: 贝 becomes <U+8D1D>."""
     if not hasattr(font, "getmask2"):  # Pillow without FreeType: a bitmap font of Latin-1
         return "".join(c if ord(c) < 256 else f"<U+{ord(c):04X}>" for c in text)
-    missing = bytes(font.getmask("\U0010ffff"))  # a code point that never stands for anything
+    missing = bytes(font.getmask("\U0010ffff"))  # a code point that is never assigned
 
     def shown(character: str) -> str:
         drawn = bytes(font.getmask(character)) if character.isprintable() else missing
@@ -234,7 +234,7 @@ def printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> 
 
 
 def fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    """`text`, cut in its middle if it is wider than `room` pixels: the ends of an id tell the most."""
+    """Return `text`, cut in its middle if it is wider than `room` pixels, because ids differ most at their ends."""
     kept = len(text)
     shown = text
     while pen.textlength(shown, font) > room and kept > 2:
@@ -252,7 +252,7 @@ def try_draw_sheet(
     stop: Stop,
     input_roots: Sequence[str] = (),
 ) -> str:
-    """Where the sheet is, or why there is none: the jobs are done, and it is no reason to end as if they were not."""
+    """Draw the sheet. Return the sentence that names its place, or why there is none: an error here fails no job."""
     if stop.draining:
         return "contact sheet: not drawn, the run was stopped"
     try:
@@ -270,10 +270,10 @@ def draw_sheet(
     scratch: Path,
     input_roots: Sequence[str] = (),
 ) -> str:
-    """Draw a row for each of `jobs`; where to look, or why there is nothing.
+    """Draw one row per job. Return the sentence that names the sheet's place, or why there is none.
 
-    `lines`: how this run ended them. A job that did not fail shows its output, whenever it was rendered. `input_roots`:
-    where inputs must lie, if there are any: no other file is read.
+    `lines`: the results of this run. A job that did not fail shows its output, even of an earlier run. `input_roots`:
+    if not empty, only files inside these roots are read.
     """
     ended = {line.id: line for line in lines}
     ledger = Ledger(storage)
@@ -283,18 +283,18 @@ def draw_sheet(
         folder.mkdir(parents=True)
         try:
             rows.append(_sheet_row(job, ended.get(job.id), ledger, folder, input_roots))
-        except RunnerError:  # an input or a preview that is gone since
+        except RunnerError:  # an input or a preview was removed meanwhile
             without.append(job.id)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     if not rows:
-        return "contact sheet: no job to draw"
+        return "contact sheet: not drawn, there is no job to show"
     contact_sheet(rows, path)
     return f"contact sheet: {path}" + (f", without {', '.join(without)}: files are missing" if without else "")
 
 
 def _sheet_row(job: Job, line: JobLine | None, ledger: Ledger, folder: Path, roots: Sequence[str]) -> SheetRow:
-    """Raises InputNotFound, InputUnreadable, storage.* where a picture of a rendered job is not there."""
+    """Return a job's row. Raises InputNotFound, InputUnreadable, storage.* for a missing picture of a rendered job."""
     storage, record = ledger.storage, ledger.result(job.id)
     error = line.error if line is not None and line.status == "failed" else None
     output = record.output if record is not None and record.status == "succeeded" else None
@@ -316,12 +316,12 @@ def _sheet_row(job: Job, line: JobLine | None, ledger: Ledger, folder: Path, roo
 
 
 def _read_frames(storage: Storage, key: str, folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The numbers of COLUMNS frames of a folder of PNGs, and these frames. Raises InputNotFound where there is none."""
+    """Return the numbers of COLUMNS frames of a folder of PNGs, and these frames. Raises InputNotFound without any."""
     from runner.preprocess.pictures.images import load_image
 
     keys = sorted(info.key for info in storage.list(key) if is_frame(info.key))
     if not keys:
-        raise InputNotFound("no frames there", where=key)
+        raise InputNotFound("has no frames", where=key)
     numbers = _moments(len(keys), COLUMNS)
     shown = []
     for number in numbers:
@@ -335,5 +335,5 @@ def _read_reference(job: Job, folder: Path, roots: Sequence[str]) -> np.ndarray 
 
     try:
         return np.asarray(load_image(fetch_input(check_inside(job.reference, roots), folder / "reference")))
-    except (RunnerError, OSError):  # it may be what the job failed for
+    except (RunnerError, OSError):  # it may be the reason why the job failed
         return None

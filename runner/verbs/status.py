@@ -1,11 +1,10 @@
-"""Status: how far a run has come, read from the output folder alone.
+"""Status: reads the progress of a run from its output folder alone.
 
-In:   an output storage. Out: a `RunStatus`: one `StatusRow` a job of the run's manifest, which the run keeps beside its
-summaries, and one for each other job that has a record or a mark. Never: inputs, so that a job whose inputs alone have
-changed since it was rendered counts as done until a run reads them.
+In:   an output storage. Out: a `RunStatus`: one `StatusRow` per job of the run's manifest, which the run keeps beside
+its summaries, and one per other job that has a record or a mark. Never: inputs. So a job counts as done even if its
+inputs have changed since; a later run reads the inputs and finds that.
 
-The output folder is listed once a look. Only records and marks that are listed are read, and at a later look only those
-whose entry has changed.
+Each look lists the output folder once. It reads only the records and marks that are new or changed since the last look.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ __all__ = ["RunStatus", "SeenMark", "StatusReader", "StatusRow", "read_jobs", "r
 READS_AT_ONCE = 16
 GC_THRESHOLD = 100_000  # objects
 STATES = ("succeeded", "failed", "running", "lost", "pending")
-RATE_JOBS = 50  # the rate is that of so many jobs that ended last: a stall shows after minutes, one slow job does not
+RATE_JOBS = 50  # the rate is computed from this many last jobs: it shows a stall in minutes, but not one slow job
 RUNS_NAMED = 10
-NOTHING = Sighting(None, None)  # in the place of a lease
+NOTHING = Sighting(None, None)  # no lease
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class SeenMark:
     """The mark of a job that is running or lost."""
 
     mark: AttemptMark
-    heard_at: float  # when it was last renewed, seconds since 1970
+    heard_at: float  # time of its last renewal, seconds since 1970
 
 
 class StatusRow(BaseModel):
-    """One job. `output` and `film` tell the output that lies there, also of a job that is to be rendered anew."""
+    """One job. `output` and `film` describe the existing output, also if the job will be rendered again."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,18 +70,18 @@ class StatusRow(BaseModel):
     finished_at: str | None = None
     stage: str | None = None  # of a job that is running or lost, as the next two
     host: str | None = None
-    heard_s: float | None = None  # seconds since its runner was last heard of
+    heard_s: float | None = None  # seconds since its runner's last report
     warnings: tuple[str, ...] = ()
     listed: bool = True  # whether the run's manifest has the job
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run has come.
+    """The progress of a run.
 
-    run_id, manifest: of the run whose jobs are counted; None where no run has kept its jobs: then all that are there
-    are. rows: in the manifest's order, then the jobs that it has not. records: of the jobs that have one. read_at:
-    seconds since 1970. marks: of the jobs that are running or lost.
+    run_id, manifest: of the run whose jobs are counted; None if no run has written its list of jobs: then all jobs of
+    the folder are counted. rows: in the manifest's order, then jobs outside the manifest. records: of the jobs that
+    have one. read_at: seconds since 1970. marks: of the jobs that are running or lost.
     """
 
     out: str
@@ -102,7 +101,7 @@ class RunStatus:
 
     @property
     def other_counts(self) -> dict[str, int]:
-        """Jobs that the manifest has not, by status."""
+        """Number of jobs outside the manifest, by status."""
         found = Counter[str](row.status for row in self.rows if not row.listed)
         return {name: found[name] for name in STATES}
 
@@ -114,16 +113,16 @@ class RunStatus:
 
     @property
     def exit_code(self) -> int:
-        """3 if a job of the manifest is still to be done, else 1 if one has failed, else 0."""
+        """3 if a job of the manifest has not ended, else 1 if one has failed, else 0."""
         if self.left:
             return 3
         return 1 if self.counts["failed"] else 0
 
     @property
     def rate_per_hour(self) -> float | None:
-        """Jobs that ended in this run, on all hosts, an hour: of the RATE_JOBS that ended last, until now.
+        """Jobs per hour of this run on all hosts, from the last RATE_JOBS ended jobs until now.
 
-        Jobs that were done before the run do not count. None where none has ended in it.
+        Jobs that were done before the run do not count. None if no job has ended in this run.
         """
         ended = sorted(
             (_seconds_of(row.finished_at), _seconds_of(row.started_at or row.finished_at))
@@ -139,12 +138,12 @@ class RunStatus:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until all jobs of the manifest have ended, at this rate; None where it has none, or nothing runs."""
+        """Seconds until all jobs of the manifest have ended, at this rate; None without a rate or a running job."""
         rate = self.rate_per_hour
         return 3600 * self.left / rate if rate and self.counts["running"] else None
 
     def to_json(self) -> dict[str, Any]:
-        """What `status --json` prints."""
+        """Return the object that `status --json` prints."""
         rate, eta = self.rate_per_hour, self.eta_s
         return {
             "out": self.out,
@@ -160,11 +159,10 @@ class RunStatus:
 
 @default_logging()
 def status(settings: StatusSettings, show: Callable[[RunStatus], None] | None = None) -> RunStatus:
-    """The verb `status`; with `wait` or `watch` it returns when no job is left, or after `timeout`.
+    """The verb `status`. With `wait` or `watch` it returns when no job is left, or after `timeout`.
 
-    A run that was named and has not kept its jobs yet is waited for as well.
-
-    `show` is called with each look's status. Raises ConfigInvalid, storage.*.
+    It also waits for a named run that has not written its list of jobs yet. `show` is called with the status of each
+    look. Raises ConfigInvalid, storage.*.
     """
     reader = StatusReader(open_storage(settings.out), settings.run)
     if not (settings.wait or settings.watch):
@@ -174,14 +172,14 @@ def status(settings: StatusSettings, show: Callable[[RunStatus], None] | None = 
 
 
 def read_run_status(storage: Storage, run_id: str | None = None) -> RunStatus:
-    """One look of a `StatusReader`."""
+    """Return the status of one look."""
     return StatusReader(storage, run_id).read()
 
 
 def read_jobs(storage: Storage) -> RunStatus:
-    """What lies there of every job that has a record or a mark, by id, whatever the manifests and the outputs say.
+    """Return every job that has a record or a mark, by id. Manifests and outputs are not read.
 
-    Raises ConfigInvalid where nothing at all lies; storage.*.
+    Raises ConfigInvalid if the storage is empty; storage.*.
     """
     return StatusReader(storage).read_all()
 
@@ -191,19 +189,19 @@ def read_jobs(storage: Storage) -> RunStatus:
 
 @dataclass
 class _Found:
-    """What lies in the folder of one job."""
+    """The contents of one job's folder."""
 
     sighting: Sighting = NOTHING
-    looked_at: float = 0.0  # when the sighting was made, by the reader's timer
+    looked_at: float = 0.0  # time of the sighting, by the reader's timer
     record: ResultRecord | None = None
     digest: str = ""  # of the settings that the record was made with
-    damaged: bool = False  # something lies in the place of the record that is none
+    damaged: bool = False  # the record's file exists but is no valid record
     outputs: dict[str, tuple[int, int, str | None]] = field(default_factory=dict)  # key → (bytes, files, identity)
 
 
 @dataclass
 class _Copy:
-    """What is read of one key since the listing showed `entry` there."""
+    """The content of one key whose entry in the listing was `entry`."""
 
     entry: tuple[int, float, str | None]
     read: Future[Any]  # of a _RecordFile or a _MarkFile
@@ -215,7 +213,7 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _RecordFile:
-    """A result.json. `there`: whether something lay there when it was read."""
+    """A result.json. `there`: whether the file existed when it was read."""
 
     there: bool
     record: ResultRecord | None = None
@@ -231,9 +229,9 @@ class _MarkFile:
 
 
 class StatusReader:
-    """Reads how far a run has come, at each `read` anew. One thread uses it.
+    """Reads the progress of a run at each call of `read`. For one thread only.
 
-    run_id: None for the run that began last, at each look. clock: seconds since 1970. timer: seconds, never set back.
+    run_id: None for the run that began last, chosen at each look. clock: seconds since 1970. timer: monotonic seconds.
     """
 
     def __init__(
@@ -248,14 +246,14 @@ class StatusReader:
         self._leases = Leases(storage)
         self._copies: dict[str, _Copy] = {}
         self._run: tuple[ObjectInfo, RunJobsRecord | None] | None = None
-        self._listed_at = 0.0  # by the timer, when the last listing began
+        self._listed_at = 0.0  # start of the last listing, by the timer
 
     def read(self) -> RunStatus:
-        """The status now.
+        """Return the status now.
 
-        `running`: a runner holds the job's lease. `lost`: its runner is not heard of any more, or its process has
-        ended; a rerun takes the job over. `pending`: it has not begun, its settings have changed since, or its output
-        is gone. Raises ConfigInvalid where nothing at all lies, or no such run; storage.*.
+        `running`: a runner holds the job's lease. `lost`: its runner has stopped renewing the lease, or its process has
+        ended; a rerun takes the job over. `pending`: the job has not begun, its settings have changed since, or its
+        output is gone. Raises ConfigInvalid if the storage is empty or has no such run; storage.*.
         """
         with _reading() as pool:
             run = pool.submit(self._read_run)
@@ -281,7 +279,7 @@ class StatusReader:
         return self._status(kept, rows, found)
 
     def read_all(self) -> RunStatus:
-        """As `read_jobs` says."""
+        """Return the status as `read_jobs` does."""
         with _reading() as pool:
             found = self._read_found(pool)
         if not found:
@@ -302,12 +300,10 @@ class StatusReader:
 
     def _require_something(self) -> None:
         if next(self._storage.list(), None) is None:
-            raise ConfigInvalid(
-                "holds nothing", where=self._storage.root, todo="Name the folder that was given to --out"
-            )
+            raise ConfigInvalid("is empty", where=self._storage.root, todo="Name the folder that was given to --out")
 
     def _read_run(self) -> RunJobsRecord | None:
-        """The jobs of the run that is looked at; None where no run has kept its jobs."""
+        """Return the list of jobs of the chosen run; None if no run has written one."""
         runs = list_runs(self._storage)
         chosen = self._run_id if self._run_id is not None else next(iter(runs), None)
         if chosen is None:
@@ -315,16 +311,16 @@ class StatusReader:
         if chosen not in runs:
             names = first_few(list(runs), RUNS_NAMED)
             raise RunUnknown(
-                f"no run {chosen} has kept its jobs there; the runs that have: {names or 'none'}",
+                f"there is no list of jobs of run {chosen}; runs with a list: {names or 'none'}",
                 where=self._storage.root,
-                todo="Name one of them, or leave --run out for the newest one",
+                todo="Name one of them, or leave out --run for the newest one",
             )
         if self._run is None or self._run[0] != runs[chosen]:
             self._run = runs[chosen], read_run_jobs(self._storage, chosen)
         return self._run[1]
 
     def _read_found(self, pool: ThreadPoolExecutor) -> dict[str, _Found]:
-        """List the jobs, and read beside it what has changed since the last look."""
+        """List the jobs, and meanwhile read the records and marks that have changed since the last look."""
         self._copies = {key: copy for key, copy in self._copies.items() if copy.is_read}  # else the last look failed
         self._listed_at = self._timer()
         found: dict[str, _Found] = {}
@@ -340,7 +336,7 @@ class StatusReader:
                 self._begin_read(pool, info, name, job_id)
             elif name == OUTPUT:
                 job.outputs[info.key] = (info.bytes, 1, info.identity)
-            elif name.startswith(FRAMES):  # known together, by their folder
+            elif name.startswith(FRAMES):  # counted together, by folder
                 folder = info.key[: info.key.rindex("/") + 1]
                 nbytes, files, _ = job.outputs.get(folder, (0, 0, None))
                 job.outputs[folder] = (nbytes + info.bytes, files + 1, None)
@@ -361,13 +357,13 @@ class StatusReader:
         sighting, file = NOTHING, _RecordFile(False)
         if mark is not None:
             seen: _MarkFile = mark.read.result()
-            # The entry in the listing is the same: since the mark was read it was not renewed.
+            # The entry in the listing is unchanged, so the mark was not renewed after it was read.
             job.looked_at = max(self._listed_at, seen.read_at)
             sighting = seen.sighting.later(job.looked_at - seen.read_at)
         if record is not None:
             file = record.read.result()
         if (mark is not None and sighting.version is None) or (record is not None and not file.there):
-            # Removed between the listing and the reading: the job went on meanwhile, so both are asked for anew.
+            # Removed between listing and reading: the job made progress meanwhile, so both are read again.
             sighting, file = self._leases.look(job_id), self._read_record(job_id)
             job.looked_at = self._timer()
         job.sighting, job.record, job.digest = sighting, file.record, file.digest
@@ -387,14 +383,17 @@ class StatusReader:
         return _RecordFile(True, record, "" if record is None else settings_digest(record.fingerprint_parts))
 
     def _is_listed(self, job: _Found, output: OutputRecord | None) -> bool:
-        """Whether the listing shows the output as the record has it. Files on a disk are not hashed."""
+        """Whether the listing agrees with the record about the output. Files on a disk are not hashed."""
         if output is None:
             return False
         nbytes, files, identity = job.outputs.get(output.key, (-1, 0, None))
         return (nbytes, files) == (output.bytes, output.files) and identity in (None, output.identity)
 
     def _output_wrong(self, job_id: str, output: OutputRecord | None) -> str | None:
-        """Why the output is not as its record says, asked of the storage: the record may be newer than the listing."""
+        """Return why the output differs from its record; None if it does not.
+
+        The storage is read again, because the record may be newer than the listing.
+        """
         wrong = output_key_wrong(job_id, output)
         if output is None or wrong is not None:
             return wrong
@@ -420,9 +419,9 @@ class StatusReader:
 
 @contextmanager
 def _reading() -> Iterator[ThreadPoolExecutor]:
-    """Threads that read. Where the block raises, what has not begun is not read.
+    """Return threads for reading. If the block raises, reads that have not begun are cancelled.
 
-    Meanwhile Python looks for garbage less often: what is read of many jobs stays, and going through it again and again
+    Garbage is collected less often meanwhile. The records of many jobs stay in memory, and checking them repeatedly
     took a tenth of the CPU time (measured with 10,000 jobs).
     """
     threshold = gc.get_threshold()
@@ -445,7 +444,7 @@ def _listed_row(
     rows: Mapping[str, StatusRow | None],
     found: Mapping[str, _Found],
 ) -> StatusRow:
-    """The row of a job of the run's manifest: what lies there counts if it was made with the settings of the run."""
+    """Return the row of a job of the run's manifest. An existing result counts if its settings are those of the run."""
     row, job = rows.get(job_id), found.get(job_id)
     if row is None or job is None:
         damaged = job is not None and job.damaged
@@ -454,7 +453,7 @@ def _listed_row(
     if row.status not in ("succeeded", "failed") or record is None:
         return row
     if mark is not None and mark.error is not None and mark.fingerprint != record.fingerprint:
-        return row  # the failure is of other settings than the older record, perhaps of the run's
+        return row  # the failure has other settings than the older record, perhaps those of the run
     changed = digest is not None and digest != job.digest
     if changed or (run.force and row.run_id != run.run_id):
         why = "its settings have changed since" if changed else f"to be rendered anew by run {run.run_id}"
@@ -466,13 +465,13 @@ def _listed_row(
 def _row(
     job_id: str, sighting: Sighting, record: ResultRecord | None, output_wrong: str | None = None
 ) -> StatusRow | None:
-    """`output_wrong`: why the output of a job that succeeded does not count."""
+    """Return the row of a job from its mark and record. `output_wrong`: why a succeeded job's output does not count."""
     mark = sighting.mark
     if mark is not None and mark.error is None:
         kept = f", {mark.segments_done} segments finished" if mark.segments_done else ""
         reason, state = f"{mark.stage} since {mark.started_at}{kept}", "running"
         if not sighting.live:
-            why = "its process has ended" if sighting.gone else "its runner is not heard of any more"
+            why = "its process has ended" if sighting.gone else "its runner has stopped reporting"
             reason, state = f"{why}: {reason}; a rerun takes it over", "lost"
         return StatusRow(
             id=job_id,
@@ -490,7 +489,7 @@ def _row(
         return StatusRow(
             id=job_id,
             status="failed",
-            reason=_sentence(mark.error) + ("; an older output stands" if older else ""),
+            reason=_sentence(mark.error) + ("; an older output is kept" if older else ""),
             code=mark.error.code,
             attempt=mark.attempt,
             output=older.uri if older else None,
@@ -527,5 +526,5 @@ def _film(output: OutputRecord | None) -> str:
 
 
 def _seconds_of(moment: str | None) -> float:
-    """Seconds since 1970 of a time of a record; 0 for one that cannot be read."""
+    """Return a record's time as seconds since 1970; 0 if it cannot be parsed."""
     return unix_time(moment or "") or 0.0

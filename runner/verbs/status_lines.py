@@ -25,14 +25,14 @@ __all__ = [
     "source_line",
 ]
 
-HOSTS_NAMED = 4  # more are told by their number
-FOLD_FROM = 50  # rows of a table: of longer ones only what a user may have to act on is shown
+HOSTS_NAMED = 4  # of more hosts only the number is shown
+FOLD_FROM = 50  # rows; a longer table shows only the jobs that may need action
 
 
 def counts_line(found: RunStatus) -> str:
-    """`312 of 500 done · 3 failed · 2 running (gpu-a heard of 4 s ago, gpu-b heard of 9 s ago) · 183 pending`.
+    """Return e.g. `312 of 500 done · 3 failed · 2 running (gpu-a heard of 4 s ago, …) · 183 pending`.
 
-    Jobs that the run's manifest has not are not counted.
+    Jobs outside the run's manifest are not counted.
     """
     counts = found.counts
     done = f"{counts['succeeded']} of {counts['total']} done" if found.run_id else f"{counts['succeeded']} done"
@@ -47,7 +47,7 @@ def counts_line(found: RunStatus) -> str:
 
 
 def _hosts(rows: Sequence[StatusRow], heard: str) -> str:
-    """Where they run, and when each host was last heard of."""
+    """Return the hosts of the rows and when each was last heard of."""
     ages: dict[str, float] = {}
     for row in rows:
         host, age = row.host or "unknown host", row.heard_s or 0.0
@@ -58,51 +58,54 @@ def _hosts(rows: Sequence[StatusRow], heard: str) -> str:
 
 
 def source_line(found: RunStatus) -> str:
-    """Which run of which manifest is counted."""
+    """Return the line that names the counted run and its manifest."""
     if found.run_id is None:
-        return f"{found.out}: no run has kept its manifest there, so that jobs which have not begun are not counted"
+        return f"{found.out}: no run has written its list of jobs, so jobs that have not begun are not counted"
     return f"{found.out}, run {found.run_id} of {found.manifest}:"
 
 
 def others_line(found: RunStatus) -> str | None:
-    """`also there, of other manifests: 3 succeeded · 1 failed`; None where there are no others."""
+    """Return e.g. `jobs of other manifests: 3 succeeded · 1 failed`; None if there are no others."""
     parts = [f"{count} {state}" for state, count in found.other_counts.items() if count]
-    return f"also there, of other manifests: {' · '.join(parts)}" if parts else None
+    return f"jobs of other manifests: {' · '.join(parts)}" if parts else None
 
 
 def pace_line(found: RunStatus, zone: tzinfo | None = None) -> str:
-    """`12.4 jobs an hour · ETA 14:46:40 (in 3:12:00)`. `zone`: of the ETA; None: this machine's."""
+    """Return e.g. `12.4 jobs an hour · ETA 14:46:40 (in 3:12:00)`. `zone`: of the ETA; None: this machine's."""
     if not found.left:
-        return "nothing is left"
+        return "no job is left"
     rate, eta = found.rate_per_hour, found.eta_s
-    told = "no job of this run has ended yet" if rate is None else f"{rate:.{1 if rate < 100 else 0}f} jobs an hour"
+    pace = "no job of this run has ended yet" if rate is None else f"{rate:.{1 if rate < 100 else 0}f} jobs an hour"
     if not found.counts["running"]:
-        return f"{told} · nothing is running"
+        return f"{pace} · no job is running"
     if eta is None:
-        return told
+        return pace
     at, now = (
         datetime.fromtimestamp(round(moment), UTC).astimezone(zone) for moment in (found.read_at + eta, found.read_at)
     )
     day = "" if at.date() == now.date() else f"{at:%Y-%m-%d} "
-    return f"{told} · ETA {day}{at:%H:%M:%S} (in {hours_and_minutes(eta)})"
+    return f"{pace} · ETA {day}{at:%H:%M:%S} (in {hours_and_minutes(eta)})"
 
 
 def notable_rows(rows: Sequence[StatusRow]) -> list[StatusRow]:
-    """Those that a user may have to act on: without the jobs that are plainly done and those that have not begun."""
+    """Return the rows that may need action: neither done without a warning, nor not yet begun."""
     return [row for row in rows if row.warnings or not (row.status == "succeeded" or row.reason == "not begun")]
 
 
 def short_reason(row: StatusRow) -> str:
-    """What a table has room for: `input.unreadable`, `generating on gpu-a, heard of 4 s ago`, `the output is gone`."""
+    """Return a reason short enough for a table: `input.unreadable`, `generating on gpu-a, heard of 4 s ago`."""
     if row.host is not None:
-        stage = row.stage or "under way"
+        stage = row.stage or "started"
         last = "last " if row.status == "lost" else ""
         return f"{stage} on {row.host}, {last}heard of {row.heard_s or 0:.0f} s ago"
     return row.code or row.reason.partition(":")[0]
 
 
 def details(rows: Sequence[StatusRow]) -> list[tuple[str, str]]:
-    """(job, sentence) of what a table has no room for, in the order of the rows; a warning begins with `!`."""
+    """Return (job, sentence) for reasons and warnings that a table has no room for, in the order of the rows.
+
+    A warning begins with `!`.
+    """
     found = []
     for row in rows:
         if row.status != "running" and row.reason != short_reason(row):

@@ -1,6 +1,6 @@
-"""Status table: what `status` prints: once, or at each look while it waits.
+"""Status table: prints a status once, or at each look while `status` waits.
 
-In:   a `RunStatus`. Out: a table and sentences on standard output. Never: the sentences themselves: status_lines.py.
+In:   a `RunStatus`. Out: a table and sentences on standard output. Never: the wording, which is in status_lines.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["StatusWatch", "print_status"]
 
 COLUMNS = ("job", "status", "attempt", "seconds", "reason", "output")
-SHARES = {"job": 2, "reason": 3, "output": 2}  # of what the other columns leave; their cells may be folded or cut
-SPARE_COLUMNS = ("attempt", "seconds")  # the first goes first
+SHARES = {"job": 2, "reason": 3, "output": 2}  # of the room left by other columns; their cells may be folded or cut
+SPARE_COLUMNS = ("attempt", "seconds")  # left out in this order
 
 
 def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> None:
-    """The table, what it has no room for, and the counts. `all_rows`: of many jobs too, each has its row."""
+    """Print the table, the details below it, and the counts. `all_rows`: show all rows, even of many jobs."""
     if as_json:
         print_json(found.to_json())
         return
@@ -59,14 +59,14 @@ def print_status(found: RunStatus, *, as_json: bool, all_rows: bool = False) -> 
 
 
 def _layouts(rows: Sequence[StatusRow]) -> list[Callable[[], TableLayout]]:
-    """All columns; then without those that have no value, and without those that a reader needs least."""
+    """Return layouts: all columns; without empty columns; without the least important columns."""
     cells = [_cells(row) for row in rows]
     empty = tuple(name for name in COLUMNS if not any(found[name] for found in cells))
     spare = tuple(name for name in SPARE_COLUMNS if name not in empty)
 
     def layout(left_out: Sequence[str]) -> TableLayout:
-        told = [name for name in left_out if name not in empty]
-        below = [f"left out for want of room: {', '.join(told)}"] if told else []
+        named = [name for name in left_out if name not in empty]
+        below = [f"no room for: {', '.join(named)}"] if named else []
         return TableLayout(_status_table(cells, [name for name in COLUMNS if name not in left_out]), below)
 
     fewer = [empty + spare[:count] for count in range(len(spare) + 1)]
@@ -74,7 +74,7 @@ def _layouts(rows: Sequence[StatusRow]) -> list[Callable[[], TableLayout]]:
 
 
 def _status_table(cells: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
-    """What is too long for a column comes below the table."""
+    """Return the table. Texts that are too long for a column are printed below it."""
     table = new_table(*columns, whole=[name for name in columns if name not in SHARES])
     for found in cells:
         table.add_row(*(found[name] for name in columns))
@@ -82,7 +82,7 @@ def _status_table(cells: Sequence[Mapping[str, str]], columns: Sequence[str]) ->
 
 
 def _lines_table(rows: Sequence[StatusRow]) -> Table:
-    """The same as wide as the screen, one line a row, whatever is cut."""
+    """Return the table as wide as the screen, one line per row; long cells are cut."""
     table = _status_table([_cells(row) for row in rows], COLUMNS)
     table.expand = True
     for column in table.columns:
@@ -104,14 +104,14 @@ def _cells(row: StatusRow) -> dict[str, str]:
     }
 
 
-def _print_details(console: Console, told: Sequence[tuple[str, str]]) -> None:
-    """`job: sentence`, one a line, below a table that has no room for it."""
-    for job_id, sentence in told:
+def _print_details(console: Console, found: Sequence[tuple[str, str]]) -> None:
+    """Print `job: sentence` lines below the table."""
+    for job_id, sentence in found:
         console.print(f"[bold]{escape(job_id)}[/]: {escape(sentence)}", soft_wrap=True)
 
 
 class StatusWatch:
-    """Shows each look of `status --watch`: on a terminal redrawn in place, elsewhere one line a look."""
+    """Shows each look of `status --watch`: redrawn in place on a terminal, one line per look elsewhere."""
 
     def __init__(self) -> None:
         self._console = open_console()
@@ -119,7 +119,7 @@ class StatusWatch:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            # The log goes above the table where both share the terminal, and stays where it is sent elsewhere.
+            # The log is printed above the table only if both go to the same terminal.
             shared = sys.stderr is not None and sys.stderr.isatty()
             self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stderr=shared)
             self._live.start()
@@ -136,13 +136,13 @@ class StatusWatch:
             self._console.print(escape(line), soft_wrap=True)
             return
         rows = list(found.rows) if len(found.rows) <= FOLD_FROM else notable_rows(found.rows)
-        # What is under way is what changes: it stands above the rest where the screen has no room for all.
+        # Running and lost jobs change, so they come first if the screen has no room for all rows.
         rows.sort(key=lambda row: row.status not in ("running", "lost"))
-        told = [source_line(found), counts_line(found), pace_line(found)]
-        wrapped = sum(len(line) // self._console.width + 1 for line in told)
+        lines = [source_line(found), counts_line(found), pace_line(found)]
+        wrapped = sum(len(line) // self._console.width + 1 for line in lines)
         room = max(1, self._console.height - wrapped - 4)  # a header, a line about the rest, two for words that wrap
         shown, left_out = rows[:room], len(rows) - room
         parts: list[Any] = [_lines_table(shown)] if shown else []
         parts += [f"and {left_out} more"] if left_out > 0 else []
-        parts += [self._console.render_str(escape(line)) for line in told]
+        parts += [self._console.render_str(escape(line)) for line in lines]
         self._live.update(Group(*parts), refresh=True)

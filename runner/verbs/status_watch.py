@@ -1,6 +1,6 @@
-"""Status watch: looks at a run again and again until it is there and no job is left, or the time is over.
+"""Status watch: reads the status of a run repeatedly until no job is left or the timeout has passed.
 
-In:   a function that reads the status. Out: the last status; each look's status, for what shows it.
+In:   a function that reads the status. Out: the last status; the status of each look, for a callback.
 Never: how a status is read, printing.
 """
 
@@ -18,11 +18,11 @@ __all__ = ["Look", "RunUnknown", "wait_for_end"]
 
 
 class RunUnknown(ConfigInvalid):
-    """The run that was named has not kept its jobs: it has not begun, or there is no such run."""
+    """The named run has no list of jobs: it has not begun, or there is no such run."""
 
 
 class Look(Protocol):
-    """What is asked of a status."""
+    """The fields of a status that are used here."""
 
     @property
     def run_id(self) -> str | None: ...
@@ -46,12 +46,12 @@ def wait_for_end(
     sleep: Callable[[float], None] = time.sleep,
     timer: Callable[[], float] = time.monotonic,
 ) -> L:
-    """Look every `every_s` seconds until no job is pending, running or lost; the status at the last look.
+    """Read the status every `every_s` seconds until no job is pending, running or lost; return the last status.
 
-    After `timeout_s` seconds (None: never) the last status returns as it is, with a warning. The log gets a line at the
-    beginning and whenever the counts have changed. A run that is not there yet is waited for, too. A look that fails
-    with an error that may pass is repeated at the next turn, but for the first one. Raises what `read` raises;
-    RunUnknown only after `timeout_s`.
+    After `timeout_s` seconds (None: never) the last status is returned, and a warning is logged. A line is logged at
+    the start and whenever the counts have changed. A run that does not exist yet is waited for, too. A look that fails
+    with a retryable error is repeated at the next turn; at the first look the error is raised. Raises what `read`
+    raises; RunUnknown only after `timeout_s`.
     """
     log = structlog.get_logger()
     end = None if timeout_s is None else timer() + timeout_s
@@ -87,9 +87,9 @@ def _first_look(
     sleep: Callable[[float], None],
     timer: Callable[[], float],
 ) -> L:
-    """What `read` returns once the run is there. `end`: by `timer`, when a run that is not there is an error."""
+    """Return the first status of the run. `end`: time of `timer` from which a missing run is an error."""
     log = structlog.get_logger()
-    seen = False  # whether the store has answered
+    seen = False  # whether the store could be read
     while True:
         try:
             return read()

@@ -1,10 +1,10 @@
-"""Submit: brings one run to a batch platform as an array of tasks, with its manifest frozen beside it.
+"""Submit: submits one run to a batch platform as an array of tasks, with its manifest frozen beside it.
 
 In:   `SubmitSettings` and the platform that they name. Out: a `Submitted`: what the platform has accepted, or the files
-that describe the job. Never: a platform's words (launch/); printing.
+that describe the job. Never: the format of a platform (launch/ has it); printing.
 
-What can fail without a trace comes first: the manifest, the places, the platform's ranges, the forecast, then questions
-that change nothing. Then inputs are copied, the manifest is kept, and the job is submitted last.
+Steps that change nothing come first: checks of the manifest, the places and the platform's limits, the forecast, and
+requests that only read. Then inputs are copied, the manifest is stored, and the job is submitted last.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ from runner.verbs.validate import input_places
 
 __all__ = ["Submitted", "submit_aws_batch", "submit_gcp_batch", "submit_kubernetes", "submit_slurm", "submit_to"]
 
-FOREIGN = ("gs",)  # schemes of inputs that a platform may give its tasks, and that the runner does not read
-NAME_LENGTH = 40  # of a name that is made here; every platform takes it
+FOREIGN = ("gs",)  # schemes of inputs that a platform can mount for its tasks, and that the runner does not read
+NAME_LENGTH = 40  # characters of a name made here, which every platform accepts
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that was submitted, or written down.
+    """A run that was submitted, or written to a folder.
 
-    out: as the user named it. folder: of the files, where they were written instead of submitted. ids: what the
-    platform has accepted. watch: command lines. uploaded: input files that were sent.
+    out: as the user named it. folder: of the files, if they were written instead of submitted. ids: of the accepted
+    jobs. watch: command lines. uploaded: number of input files sent.
     """
 
     platform: str
     name: str
     run_id: str
     out: str
-    manifest: str  # the frozen one, as the tasks name it
+    manifest: str  # the frozen manifest, as the tasks name it
     tasks: TaskCount
     jobs: int
     files: tuple[str, ...]
@@ -186,7 +186,7 @@ def submit_to(platform: Platform, settings: SubmitSettings) -> Submitted:
 
 
 def _draft(settings: SubmitSettings, name: str, run_id: str, out: str, manifest: str, models: str) -> Submission:
-    """The submission, of one task where the number is not known yet. Places are as a task sees them."""
+    """Return the submission, with one task if their number is not known yet. Places are those seen by a task."""
     return Submission(
         name=name,
         run_id=run_id,
@@ -211,14 +211,14 @@ def _draft(settings: SubmitSettings, name: str, run_id: str, out: str, manifest:
 
 
 def _read_chosen(settings: SubmitSettings) -> Manifest:
-    """The manifest with the jobs that `only` and `limit` leave."""
-    given = settings.manifest
-    manifest = load_manifest(given, foreign=FOREIGN) if isinstance(given, str) else given
+    """Return the manifest with the jobs that `only` and `limit` select."""
+    place = settings.manifest
+    manifest = load_manifest(place, foreign=FOREIGN) if isinstance(place, str) else place
     return replace(manifest, jobs=tuple(select_jobs(manifest.jobs, settings.only, settings.limit)))
 
 
 def _name_after(source: str) -> str:
-    """`manifests/Night 7.yaml` → `night-7`: letters that every platform takes, a letter first."""
+    """Return a name that every platform accepts, with a letter first: `manifests/Night 7.yaml` → `night-7`."""
     stem = "run" if source == "-" else PurePosixPath(source).stem
     words = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "run"
     return (words if words[0].isalpha() else f"run-{words}")[:NAME_LENGTH].rstrip("-")
@@ -253,17 +253,20 @@ def _plan_uploads(local: Mapping[str, Iterable[str]], root: str | None) -> list[
 
 
 def _count_tasks(settings: SubmitSettings, manifest: Manifest) -> TaskCount:
-    """As many as were asked for, or as the forecast needs. Raises InputUnreadable with every job that has none."""
+    """Return the requested number of tasks, or the number from the forecast.
+
+    Raises InputUnreadable, which names every job without a forecast.
+    """
     if settings.shards != AUTO:
         return limit_tasks(int(settings.shards), len(manifest.jobs), settings.gpus_per_task)
-    asked = PlanSettings(manifest=manifest, gpu=settings.gpu, recipe=settings.recipe, models=settings.models)
-    rows, gpu = forecast_jobs(manifest.jobs, asked, manifest)
+    planned = PlanSettings(manifest=manifest, gpu=settings.gpu, recipe=settings.recipe, models=settings.models)
+    rows, gpu = forecast_jobs(manifest.jobs, planned, manifest)
     if wrong := [row for row in rows if row.error is not None]:
         lines = "".join(f"\n  {row.job_id}: {row.error.message}" for row in wrong if row.error is not None)
         jobs = "1 job" if len(wrong) == 1 else f"{len(wrong)} jobs"
         raise InputUnreadable(
-            f"nothing was sent: --shards auto forecasts the jobs, and the inputs of {jobs} cannot be read here; "
-            f"name the number of tasks with --shards N, or mend them{lines}",
+            f"nothing was sent: --shards auto forecasts the jobs, but the inputs of {jobs} cannot be read here. "
+            f"Give the number of tasks with --shards N, or repair the inputs{lines}",
             where=manifest.source,
         )
     seconds = [row.seconds or 0.0 for row in rows if row.plan is not None]
@@ -283,7 +286,7 @@ def _count_tasks(settings: SubmitSettings, manifest: Manifest) -> TaskCount:
 
 
 def _write(folder: Path, files: Mapping[str, str], frozen: bytes) -> None:
-    """Write the job's files; other files that lie there stay."""
+    """Write the job's files. Other files of the folder are kept."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -292,11 +295,11 @@ def _write(folder: Path, files: Mapping[str, str], frozen: bytes) -> None:
                 (folder / name).chmod(0o755)
         (folder / MANIFEST).write_bytes(frozen)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigInvalid("is no folder", where=folder, todo="Name a folder") from error
+        raise ConfigInvalid("is not a folder", where=folder, todo="Name a folder") from error
 
 
 def _check_run_is_new(platform: Platform, out: str, key: str, frozen: bytes) -> None:
-    """A run that was submitted before with the same manifest may be submitted again: what is done stays done."""
+    """Refuse a run id that was submitted with another manifest. With the same manifest, finished jobs are kept."""
     kept = platform.kept_manifest(out, key)
     if kept is not None and kept != frozen:
         raise ConfigInvalid(

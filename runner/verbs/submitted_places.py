@@ -1,7 +1,7 @@
-"""Submitted places: what of a run's places its tasks cannot use, and which local inputs are to be copied for them.
+"""Submitted places: finds the places of a run that its tasks cannot use, and the local inputs to copy for them.
 
-In:   a manifest, OUT and model store, a platform. Out: the local inputs to copy; ConfigInvalid with every place that is
-refused, and its jobs. Never: sending anything.
+In:   a manifest, OUT and model store, a platform. Out: the local inputs to copy; ConfigInvalid with every refused place
+and its jobs. Never: sending anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JOBS_NAMED = 3  # of those that use one place
 
 
 def _inputs(jobs: Iterable[Job]) -> dict[tuple[str, str], list[Job]]:
-    """(role, place) → the jobs that read it. Official files go by their folder."""
+    """Return (role, place) → the jobs that read it. Official files are listed by their folder."""
     found: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         roles = {"reference": job.reference, "video": job.video, "mask": job.mask}
@@ -34,9 +34,9 @@ def _inputs(jobs: Iterable[Job]) -> dict[tuple[str, str], list[Job]]:
 def check_places(
     platform: Platform, manifest: Manifest, common: Mapping[str, str], upload_inputs: str | None
 ) -> dict[str, set[str]]:
-    """The local inputs that are to be copied, with the names of the files in a folder (of a file: none).
+    """Return the local inputs to copy: place → names of files in that folder (empty if the place is a file).
 
-    common: places of the whole run, by what they are. upload_inputs: where local inputs go; None: they are refused.
+    common: places of the whole run, by role. upload_inputs: where local inputs are copied to; None: they are refused.
     Raises ConfigInvalid with every place that the tasks cannot use.
     """
     problems = []
@@ -59,23 +59,23 @@ def check_places(
             ids = first_few([job.id for job in jobs], JOBS_NAMED)
             problems.append(f"{role} {place} of {ids} {problem}")
     if problems:
-        todo = "put them where the tasks read them"
+        todo = "Put the files where the tasks can read them"
         if refused and platform.problem_of_place("s3://bucket/prefix") is None:
             todo += ", or give --upload-inputs s3://bucket/prefix to copy local inputs"
         places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}; {todo}{lines}", where=manifest.source)
+        raise ConfigInvalid(f"nothing was sent: the tasks cannot use {places}. {todo}{lines}", where=manifest.source)
     return local
 
 
 def _problem(platform: Platform, place: str) -> str | None:
     if redact(place) != place:
-        return "holds what looks like a credential, and would be written into files"
+        return "seems to hold a credential, and would be written into files"
     return platform.problem_of_place(place)
 
 
 def _problem_of_files(place: str, names: Iterable[str]) -> str | None:
-    """Why a local input cannot be copied."""
+    """Return why a local input cannot be copied; None if it can."""
     try:
         for path in [f"{place}/{name}" for name in sorted(names)] or [place]:
             stat_input(path)

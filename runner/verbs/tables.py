@@ -1,4 +1,4 @@
-"""Tables: all that verbs print: tables and lines on standard output, errors on standard error.
+"""Tables: prints the results of verbs: tables and lines on standard output, errors on standard error.
 
 In:   rows, text. Out: text without secrets and without characters that change a terminal. Never: decisions.
 """
@@ -90,7 +90,7 @@ COLOURS = {
 
 
 SPARE_COLUMNS = ("overlap", "padding", "denoised", "GB ", "PFLOP", "steps", "segments")  # of a plan, first to last
-SHORT_REASON = 32  # characters that a column of a narrow table has room for
+SHORT_REASON = 32  # characters of a reason that fit a column of a narrow table
 ACTIONS: Mapping[Action, str] = MappingProxyType(
     {
         "run": "would run",
@@ -103,12 +103,12 @@ ACTIONS: Mapping[Action, str] = MappingProxyType(
 
 
 def print_text(text: str) -> None:
-    """One line, or several, on standard output."""
+    """Print one or more lines on standard output."""
     _write(for_people(text))
 
 
 def print_error(text: str) -> None:
-    """The same on standard error, after what was printed. A stream that cannot be written changes no outcome."""
+    """Print text on standard error, after flushing standard output. A stream that cannot be written is ignored."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -120,7 +120,7 @@ def print_error(text: str) -> None:
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """A JSON-able value; in ASCII where standard output has no UTF-8."""
+    """Print a JSON-able value; in ASCII if standard output is not UTF-8."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     text = json.dumps(redact_tree(value), ensure_ascii=not unicode, indent=indent)
     _write("".join(f"\\u{ord(c):04x}" if c != "\n" and escape_control(c) != c else c for c in text))
@@ -134,12 +134,12 @@ def _write(text: str) -> None:
 
 
 def _stop_writing() -> None:
-    """Nothing reads standard output any more (`video-lab run … | head`): what is printed from now on is dropped."""
+    """Drop all further output: the reader of standard output has closed it (`video-lab run … | head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
-    """The run's table, what its cells have no room for, its counts, and where to look. Of a dry run, what would run."""
+    """Print the run's table, errors and warnings, counts and folders. For a dry run: what would run."""
     console = console or open_console()
     print_fitted(console, _layouts_of_decisions(outcome) if outcome.dry_run else _layouts_of_run(outcome))
     for line in outcome.lines:
@@ -149,7 +149,7 @@ def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
     for line in outcome.lines:
         for warning in line.warnings:
             warned.setdefault(warning, []).append(line.id)
-    for warning, ids in warned.items():  # one that many jobs share is one line
+    for warning, ids in warned.items():  # a warning that many jobs share is one line
         _print_line(console, ids[0] if len(ids) == 1 else f"{len(ids)} jobs", f"[yellow]![/] {escape(warning)}")
     counts = _counts_of_decisions(outcome) if outcome.dry_run else dict(outcome.counts)
     counts["with warnings"] = sum(bool(line.warnings) for line in outcome.lines)
@@ -157,7 +157,7 @@ def print_run(outcome: RunOutcome, console: Console | None = None) -> None:
     console.print(found, soft_wrap=True)
     console.print(f"outputs: {escape(outcome.outputs)}", soft_wrap=True)
     if outcome.dry_run:
-        console.print("a dry run: nothing was rendered, and nothing was written", soft_wrap=True)
+        console.print("dry run: nothing was rendered or written", soft_wrap=True)
     else:
         console.print(f"summary: {escape(outcome.summary)}", soft_wrap=True)
     if outcome.sheet is not None:
@@ -169,7 +169,7 @@ def _print_line(console: Console, job_id: str, markup: str) -> None:
 
 
 def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
-    """The fullest first: outputs in full, below the outputs' folder, or below the job's; then shorter reasons."""
+    """Return layouts, the fullest first: full outputs, outputs below the run's or the job's folder, short reasons."""
     lines = outcome.lines
     full = [line.output or "" for line in lines]
     below = [output.removeprefix(outcome.outputs) for output in full]
@@ -178,7 +178,7 @@ def _layouts_of_run(outcome: RunOutcome) -> list[Callable[[], TableLayout]]:
     def layout(outputs: Sequence[str], longest: int, folds: bool = False) -> TableLayout:
         reasons, moved = _split_reasons(lines, longest)
         if not any(outputs) and any(full):
-            moved.append("left out for want of room: output")
+            moved.append("no room for: output")
         seconds = ["" if line.seconds is None else f"{line.seconds:.1f}" for line in lines]
         more = {"seconds": seconds, "why": [escape(reason) for reason in reasons]}
         more |= {"output": [escape(output) for output in outputs]}
@@ -213,9 +213,9 @@ def _counts_of_decisions(outcome: RunOutcome) -> dict[str, int]:
 
 
 def _split_reasons(lines: Sequence[JobLine], longest: int) -> tuple[list[str], list[str]]:
-    """The cells of the column `why`, and as lines below the table the reasons that are longer than `longest`.
+    """Return the cells of the column `why`, and the lines below the table for reasons longer than `longest`.
 
-    A reason that several jobs share is one line, with their number.
+    A reason that several jobs share is one line with their number.
     """
     cells = [line.reason if len(line.reason) <= longest else "" for line in lines]
     moved: dict[str, list[str]] = {}
@@ -232,7 +232,7 @@ def print_problems(manifest: Manifest, problems: Sequence[tuple[str, RunnerError
     console = open_console()
     for job_id, error in problems:
         console.print(f"[red]{escape(job_id)}[/]  {error.code}: {escape(error.message)}", soft_wrap=True)
-    found = f"{len({job_id for job_id, _ in problems})} of them cannot be rendered"
+    found = f"{len({job_id for job_id, _ in problems})} cannot be rendered"
     found += "" if checked else ", inputs not checked"
     console.print(f"{escape(manifest.source)}: {len(manifest.jobs)} jobs, {found}", soft_wrap=True)
 
@@ -244,11 +244,13 @@ def print_plan(
     fast: FastForecast | None = None,
     svdq: SvdqForecast | None = None,
 ) -> None:
-    """`gpu`: whose seconds the rows forecast; without one there is no such column. GB: the device's peak by mode.
-    `warnings`: of the whole run. `fast`: what the recipe that leaves its choice to the device takes there. `svdq`: of a
-    recipe in an SVDQuant format, its file and its seconds on every GPU that computes it.
+    """Print the forecast of each job and the totals.
 
-    A narrow terminal lacks some columns, which are named below the table.
+    `gpu`: name of the GPU of the forecast seconds; None leaves the column out. The column GB has the device's peak per
+    memory mode. `warnings`: of the whole run. `fast`: forecast of the recipe whose precision depends on the device.
+    `svdq`: for a recipe in an SVDQuant format: its file, and its seconds on every GPU that computes it.
+
+    On a narrow terminal some columns are left out; they are named below the table.
     """
     console = open_console()
     cells = {row.job_id: _plan_cells(row, gpu) for row in rows}
@@ -259,7 +261,7 @@ def print_plan(
         table = new_table("job", *kept, whole=kept)
         for job_id, found in cells.items():
             table.add_row(escape(job_id), *(found.get(name, "-") for name in kept))
-        return TableLayout(table, [f"left out for want of room: {', '.join(left_out)}"] if left_out else [])
+        return TableLayout(table, [f"no room for: {', '.join(left_out)}"] if left_out else [])
 
     ranked = [next((name for name in columns if name.startswith(start)), None) for start in SPARE_COLUMNS]
     spare = [name for name in ranked if name is not None]
@@ -275,11 +277,11 @@ def print_plan(
         console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
     total = f"{len(rows)} jobs, {sum(row.tflop for row in rows) / 1e3:.4g} PFLOP by the models' shapes"
     if gpu is None:
-        console.print(f"{total}; no known GPU here: --gpu NAME forecasts seconds", soft_wrap=True)
+        console.print(f"{total}; no known GPU here: use --gpu NAME to forecast seconds", soft_wrap=True)
     else:
         seconds = sum(row.seconds or 0.0 for row in rows)
         console.print(
-            f"{total}; {seconds:.4g} s on one {gpu}: a forecast, without loading, compiling and encoding new prompts",
+            f"{total}; {seconds:.4g} s on one {gpu} (forecast, without loading, compiling and encoding new prompts)",
             soft_wrap=True,
         )
     for line in (fast, svdq):
@@ -296,7 +298,7 @@ def _interpolated(between: InterpolationForecast, gpu: str | None) -> str:
 
 
 def _plan_cells(row: Forecast, gpu: str | None) -> dict[str, str]:
-    """Column → cell; nothing for a job that cannot be planned."""
+    """Return column → cell; empty for a job that cannot be planned."""
     plan = row.plan
     if plan is None:
         return {}
@@ -318,7 +320,7 @@ def _plan_cells(row: Forecast, gpu: str | None) -> dict[str, str]:
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """On a narrow terminal what is to be done stands below the table."""
+    """Print a table of checks. On a narrow terminal the remedies are below the table."""
 
     def layout(todo_below: bool) -> TableLayout:
         columns = ["check", "result", "found"] + ([] if todo_below else ["what to do"])
@@ -333,12 +335,12 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bool) -> None:
-    """`command`: what removes them, shown if there is something that would be removed."""
+    """Print the leftovers. `command` removes them; it is shown if a leftover would be removed."""
     console = open_console()
     if as_json:
         for row in rows:
-            told = dataclasses.asdict(row.leftover) | {"action": row.action, "reason": row.reason}
-            print_json({name: value for name, value in told.items() if name not in ("upload_id", "abandoned")})
+            fields = dataclasses.asdict(row.leftover) | {"action": row.action, "reason": row.reason}
+            print_json({name: value for name, value in fields.items() if name not in ("upload_id", "abandoned")})
         return
     if rows:
         table = new_table("what", "bytes", "age", "where", "action")
@@ -354,20 +356,20 @@ def print_clean(out: str, rows: Sequence[CleanRow], command: str, *, as_json: bo
             counts.append(f"{action} {len(sizes)} ({_size(sum(sizes))})")
     console.print(f"{escape(out)}: " + (" · ".join(counts) or "no leftovers"), soft_wrap=True)
     if any(row.action == "would remove" for row in rows):
-        console.print(f"to remove them: {escape(command)}", soft_wrap=True)
+        console.print(f"to remove them, run: {escape(command)}", soft_wrap=True)
 
 
 def print_comparison(found: Compared, *, as_json: bool) -> None:
-    """The jobs that are not identical, one line each; what differs around them; the command that accepts them."""
+    """Print each job that is not identical, changes of the environment, and the command that accepts the jobs."""
     night = found.comparison
     if as_json:
         print_json(night.model_dump(mode="json"))
         return
     console = open_console()
-    told = [job for job in night.jobs if job.verdict != "identical"]
-    if told:
+    differing = [job for job in night.jobs if job.verdict != "identical"]
+    if differing:
         table = new_table("job", "verdict", "PSNR", "SSIM", "seconds", "what")
-        for job in told:
+        for job in differing:
             measured = job.measurements
             psnr = "" if measured is None or measured.psnr is None else f"{measured.psnr.worst:.1f}"
             ssim = "" if measured is None or measured.ssim is None else f"{measured.ssim.worst:.3f}"
@@ -384,7 +386,7 @@ def print_comparison(found: Compared, *, as_json: bool) -> None:
     if found.report is not None:
         console.print(f"report: {escape(found.report)}", soft_wrap=True)
     if night.approve:
-        console.print(f"to accept what differs: {escape(night.approve)}", soft_wrap=True)
+        console.print(f"to accept the differences, run: {escape(night.approve)}", soft_wrap=True)
     for line in found.suggestions:
         console.print(escape(line), soft_wrap=True)
 
@@ -411,7 +413,7 @@ def print_quantized(made: Quantized) -> None:
         text = made.text_encoder
         print_text(f"{text.path}: {text.linears} layers in INT4, {text.bytes_written / 1e9:.3f} GB")
     if made.exported is not None:
-        print_text(f"{made.exported}: the same for another program")
+        print_text(f"{made.exported}: the same layers in another program's format")
     for remark in made.remarks:
         print_text(remark)
 
@@ -422,7 +424,7 @@ def print_fetched(fetched: Fetched, *, dry_run: bool) -> None:
 
 
 def print_submitted(found: Submitted) -> None:
-    """What was submitted and how to watch it; or what was written, and how to submit it."""
+    """Print what was submitted and how to watch it, or which files were written and how to submit them."""
     jobs = "1 job" if found.jobs == 1 else f"{found.jobs} jobs"
     tasks = "1 task" if found.tasks.tasks == 1 else f"{found.tasks.tasks} tasks"
     print_text(f"run {found.run_id} on {found.platform}: {jobs} in {tasks} ({found.tasks.reason})")
@@ -440,7 +442,7 @@ def print_submitted(found: Submitted) -> None:
 
 
 def print_verification(found: Verification) -> None:
-    """A line a file; or the layers of a quantised file and their sum; or each reading of a published file."""
+    """Print one line per file; or the layers of a quantised file and their sums; or the errors per read option."""
     for file in found.files:
         print_text(f"{file.status:<8} {file.bytes or 0:>15,}  {file.path}  {file.note or ''}".rstrip())
     for row in found.plan:
@@ -451,10 +453,14 @@ def print_verification(found: Verification) -> None:
         quantised = sum(bool(row.packed_bytes) for row in found.plan)
         print_text(f"{quantised} layers quantised: {packed / 1e9:.3f} GB; the rest {other / 1e9:.3f} GB")
     if (settled := found.settled) is not None:
-        print_text(f"{settled.file}, layer {settled.layer}: relative error of the weights, by how they are read")
+        print_text(f"{settled.file}, layer {settled.layer}: relative error of the weights for each set of read options")
         for comparison in settled.comparisons:
             print_text(f"  {comparison.error:8.4f}  {comparison.options}")
-        print_text(f"use: --assume {settled.assume}" if settled.assume else "no reading fits: not the same weights?")
+        print_text(
+            f"use: --assume {settled.assume}"
+            if settled.assume
+            else "no read options fit: the two files may hold different weights"
+        )
 
 
 def _size(count: int) -> str:
@@ -469,7 +475,7 @@ def _age(seconds: float) -> str:
 
 
 class _Console(Console):
-    """Redacts every text that it prints or puts into a table. A broken pipe does not end the process with 1."""
+    """Redacts every text that it prints or puts into a table. A broken pipe does not end the process with code 1."""
 
     def render_str(self, text: str, **how: Any) -> Text:
         rendered = super().render_str(escape_control(text), **how)
@@ -483,12 +489,12 @@ class _Console(Console):
 
 
 def open_console() -> Console:
-    """Where tables are printed."""
-    # Off a terminal rich assumes 80 columns and would cut paths and messages: there, nothing is wrapped.
+    """Return the console on which tables are printed."""
+    # Without a terminal rich assumes 80 columns and would cut paths and messages, so nothing is wrapped there.
     console = _Console()
     return console if console.is_terminal else _Console(width=UNLIMITED)
 
 
 def coloured(status: str) -> str:
-    """A status as markup."""
+    """Return a status as coloured markup."""
     return f"[{COLOURS.get(status, 'default')}]{status.replace('_', ' ')}[/]"

@@ -1,8 +1,8 @@
-"""Validate: do the files that jobs name exist, open as what they are said to be, and fit together?
+"""Validate: checks that the input files of jobs exist, can be opened in their role, and fit together.
 
-In:   jobs, the model store. Out: (job id, error) for every input, and every LoRA of a job, that a render could not use,
-before any GPU is paid for. Never: people in pictures, the recipe's weights, outputs. Pixels are decoded only when asked
-(`deep`).
+In:   jobs, the model store. Out: (job id, error) for every input and every LoRA of a job that a render could not use,
+before any GPU time is spent. Never: people in pictures, the recipe's weights, outputs. Pixels are decoded only with
+`deep`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Problems = Sequence[tuple[str, RunnerError]]  # (job id, error)
 
 @dataclass(frozen=True)
 class Validation:
-    """A manifest, and what is wrong with what its jobs name. Without problems every job can be rendered."""
+    """A manifest and the problems of its jobs' inputs and models. Without problems every job can be rendered."""
 
     manifest: Manifest  # with the jobs that `only` and `limit` leave, and no others
     problems: tuple[tuple[str, RunnerError], ...]  # (job id, error), in the order of the jobs
@@ -54,13 +54,13 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def read_manifest(manifest: str | Manifest) -> Manifest:
-    """The manifest at a path or URI, or from standard input (`-`); one that was read before as it is."""
+    """Return the manifest at a path or URI, or from standard input (`-`). A Manifest is returned as it is."""
     return load_manifest(manifest) if isinstance(manifest, str) else manifest
 
 
 @dataclass
 class _Input:
-    """One file in one role, and the jobs that use it so."""
+    """One file in one role, and the jobs that use it in this role."""
 
     uri: str
     role: str  # reference | video | mask, or that of an official file: pose | face | background | mask
@@ -79,14 +79,15 @@ class _Group:
 def check_inputs(
     jobs: Iterable[Job], *, deep: bool = False, workers: int = 8, roots: Sequence[str] = ()
 ) -> list[tuple[str, RunnerError]]:
-    """What is wrong with the inputs, in the order of the jobs; empty if all can be used.
+    """Return the problems of the inputs, in the order of the jobs; empty if all can be used.
 
-    Local images and videos are opened: headers, and for a video whether it has the frames that the job asks for. Then
-    those that belong together are compared: a mask with its video, the official files of one folder with each other. S3
-    objects are asked for and must not be empty. `deep`: S3 objects are fetched (one at a time for each worker, those
-    that are compared together; and removed again) and opened too, images are decoded whole, and masks looked through:
-    one that is black wherever the job renders is no mask. Each file is looked at once however many jobs use it.
-    `roots`, of `parse_roots`: what lies elsewhere is refused and not opened.
+    Local images and videos are opened: their headers are read, and a video must have the frames that the job needs.
+    Then related files are compared: a mask with its video, the official files of one folder with each other. S3 objects
+    must exist and not be empty. Each file is checked once, even if many jobs use it.
+
+    `deep`: S3 objects are fetched, opened and removed again: one file, or one group of related files, per worker at a
+    time. Images are decoded completely. A mask must not be black in all frames that the job renders. `roots`: from
+    `parse_roots`; a file outside them is refused and not opened.
     """
     jobs = list(jobs)
     inputs: dict[tuple[str, str], _Input] = {}
@@ -103,18 +104,18 @@ def check_inputs(
         for problems in pool.map(lambda item: _check(item, deep, roots), inputs.values()):
             for job_id, error in problems:
                 found[job_id].append(error)
-        sound = [_without(group, set(found)) for group in groups.values()]  # one reason a job is enough
-        for problems in pool.map(lambda group: _check_together(group, deep), sound):
+        valid = [_without(group, set(found)) for group in groups.values()]  # one reason per job is enough
+        for problems in pool.map(lambda group: _check_together(group, deep), valid):
             for job_id, error in problems:
                 found[job_id].append(error)
     return [(job.id, error) for job in jobs for error in found.get(job.id, ())]
 
 
 def check_models(jobs: Sequence[Job], recipe: Recipe, models: str, cache: Path) -> list[tuple[str, RunnerError]]:
-    """(job id, error) for each job that asks for a LoRA or an optional network that the store lacks or that is damaged.
+    """Return (job id, error) for each job whose LoRA or optional network is missing from the store or damaged.
 
-    `models`: a folder or s3:// URI; of a bucket, what the jobs ask for is copied into `cache`. Only headers are read.
-    Raises WeightsMissing where the store itself is not there, storage.*.
+    `models`: a folder or s3:// URI. From a bucket, the files of the jobs are copied into `cache`. Only headers are
+    read. Raises WeightsMissing if the store itself is missing; storage.*.
     """
     from runner.generation.families import get_family
     from runner.storage.sync import sync_models
@@ -131,7 +132,7 @@ def check_models(jobs: Sequence[Job], recipe: Recipe, models: str, cache: Path) 
 
 
 def input_places(job: Job) -> Iterator[tuple[str, str]]:
-    """(role, place) of each file that a job reads."""
+    """Return (role, place) of each input file of a job."""
     if job.official:
         for role, name in official_names(job.options.mode).items():
             yield role, f"{job.official}/{name}"
@@ -147,7 +148,7 @@ def _without(group: _Group, jobs: set[str]) -> _Group:
 
 
 def _check(item: _Input, deep: bool, roots: Sequence[str]) -> Problems:
-    """(job id, error) for each job that cannot use `item`."""
+    """Return (job id, error) for each job that cannot use `item`."""
     try:
         place = check_inside(item.uri, roots)
         info = stat_input(place)
@@ -157,8 +158,8 @@ def _check(item: _Input, deep: bool, roots: Sequence[str]) -> Problems:
             return []
         with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
             return _open(item, fetch_input(place, Path(folder)), deep)
-    except Exception as err:  # whatever a decoder throws is this input's, and the others are still looked at
-        error = _named(err, item.uri)
+    except Exception as err:  # a decoder may raise anything; the other inputs are still checked
+        error = _error_at(err, item.uri)
         return [(job.id, error) for job in item.jobs]
 
 
@@ -185,18 +186,18 @@ def _open(item: _Input, path: Path, deep: bool) -> Problems:
                 readers[parity].sample(
                     options.fps, options.start_s, options.max_frames, parity=options.preprocess.parity
                 )
-            except Exception as err:  # this job's alone: others may ask less of the file
-                problems.append((job.id, _named(err, item.uri)))
+            except Exception as err:  # of this job alone: others may need fewer frames
+                problems.append((job.id, _error_at(err, item.uri)))
     return problems
 
 
 def _check_together(group: _Group, deep: bool) -> Problems:
-    """(job id, error) for each job whose inputs, each sound by itself, do not belong together."""
+    """Return (job id, error) for each job whose inputs are each valid but do not fit together."""
     if not group.jobs or (not deep and any(is_remote(uri) for uri in group.uris.values())):
         return []
     with tempfile.TemporaryDirectory(prefix="video-lab-") as folder:
         if not group.official:
-            return _mask_fits(group, Path(folder), deep)
+            return _check_mask(group, Path(folder), deep)
         (official,) = group.uris
         where = Path(official)
         if is_remote(official):
@@ -205,21 +206,21 @@ def _check_together(group: _Group, deep: bool) -> Problems:
                 for name in official_names(group.jobs[0].options.mode).values():
                     fetch_input(f"{official}/{name}", where).rename(where / name)
             except (RunnerError, OSError) as err:
-                return [(job.id, _named(err, official)) for job in group.jobs]
-        return [problem for job in group.jobs for problem in _official_fits(job, where, official)]
+                return [(job.id, _error_at(err, official)) for job in group.jobs]
+        return [problem for job in group.jobs for problem in _check_official(job, where, official)]
 
 
-def _official_fits(job: Job, folder: Path, uri: str) -> Problems:
+def _check_official(job: Job, folder: Path, uri: str) -> Problems:
     from runner.preprocess.official_files import OfficialConditions
 
     try:
         OfficialConditions.open(folder, job.options).close()
     except Exception as err:
-        return [(job.id, _named(err, uri))]
+        return [(job.id, _error_at(err, uri))]
     return []
 
 
-def _mask_fits(group: _Group, folder: Path, deep: bool) -> Problems:
+def _check_mask(group: _Group, folder: Path, deep: bool) -> Problems:
     from runner.preprocess.masks.given import GivenMask
     from runner.video import VideoReader
 
@@ -228,7 +229,7 @@ def _mask_fits(group: _Group, folder: Path, deep: bool) -> Problems:
     try:
         video, mask = (fetch_input(place, folder / role) for role, place in group.uris.items())
     except (RunnerError, OSError) as err:
-        return [(job.id, _named(err, uri)) for job in group.jobs]
+        return [(job.id, _error_at(err, uri)) for job in group.jobs]
     for job in group.jobs:
         options = job.options
         try:
@@ -243,12 +244,12 @@ def _mask_fits(group: _Group, folder: Path, deep: bool) -> Problems:
                 finally:
                     given.close()
         except Exception as err:
-            problems.append((job.id, _named(err, uri)))
+            problems.append((job.id, _error_at(err, uri)))
     return problems
 
 
-def _named(err: Exception, uri: str) -> RunnerError:
-    """As an error of ours that names the input as the manifest does, not a copy in a scratch folder."""
+def _error_at(err: Exception, uri: str) -> RunnerError:
+    """Return a RunnerError that names the input as in the manifest, not its copy in a scratch folder."""
     error = as_runner_error(err, where=uri)
     if is_remote(uri):
         error.where = uri

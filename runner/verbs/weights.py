@@ -1,7 +1,7 @@
 """Weights: the verbs `weights fetch`, `weights verify` and `weights demo`.
 
-In:   `FetchSettings`, `VerifySettings`, `DemoSettings`. Out: files in a local model store, and what is known of them.
-Never: what is in the files; printing.
+In:   `FetchSettings`, `VerifySettings`, `DemoSettings`. Out: files in a local model store; the results of their checks.
+Never: the contents of the files; printing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["DemoFolders", "Verification", "demo", "fetch", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `weights verify` found; one of the three, by what it was asked for."""
+    """The result of `weights verify`. The settings decide which one of the three fields is set."""
 
     files: tuple[Row, ...] = ()
     plan: tuple[PlanRow, ...] = ()  # with `plan`: the layers of a quantised file
-    settled: Settled | None = None  # with `against`: how a published file is read
+    settled: Settled | None = None  # with `against`: the read options of a published file
 
     @property
     def sound(self) -> bool:
-        """Whether no file is damaged or missing, and a published file was found to be readable."""
+        """Whether no file is damaged or missing, and read options of the published file were found."""
         if self.settled is not None:
             return self.settled.assume is not None
         return not any(file.status in ("corrupt", "missing") for file in self.files)
@@ -41,13 +41,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class DemoFolders:
+    """The folders of the demo."""
+
     models: Path
     media: Path
 
 
 @default_logging()
 def fetch(settings: FetchSettings, say: Callable[[str], None] = lambda line: None) -> Fetched:
-    """Download what a recipe needs. `say` gets the lines to be read before: licences and sizes.
+    """Download the files of a recipe. `say` gets lines to print before the download: licences and sizes.
 
     Raises storage.*, weights.*, ConfigInvalid.
     """
@@ -67,9 +69,9 @@ def fetch(settings: FetchSettings, say: Callable[[str], None] = lambda line: Non
 
 @default_logging()
 def verify(settings: VerifySettings) -> Verification:
-    """Check files, list the layers of a quantised file, or settle how a published file is read.
+    """Check files, list the layers of a quantised file, or find the read options of a published file.
 
-    Raises ConfigInvalid, WeightsMissing, WeightsCorrupt, StorageDenied; a damaged file is a row.
+    A damaged file is a row, not an error. Raises ConfigInvalid, WeightsMissing, WeightsCorrupt, StorageDenied.
     """
     from runner.weights.verify import plan_rows, settle_against, verify_weights
 
@@ -83,7 +85,7 @@ def verify(settings: VerifySettings) -> Verification:
 
 @default_logging()
 def demo(settings: DemoSettings) -> DemoFolders:
-    """Put the demo's tiny models and its media in place, where they are not. Raises storage.*."""
+    """Write the demo's tiny models and media if they are missing. Raises storage.*."""
     from runner.demo.build import build_demo_media, build_demo_models
 
     folders = DemoFolders(Path(settings.models), settings.media)
@@ -94,5 +96,5 @@ def demo(settings: DemoSettings) -> DemoFolders:
 
 def _folder(models: str | None) -> Path:
     if not models:
-        raise WeightsMissing("no model store was named", todo="Pass --models DIR or set VIDEO_LAB_MODELS")
+        raise WeightsMissing("no model store is given", todo="Pass --models DIR or set VIDEO_LAB_MODELS")
     return Path(models)

@@ -12,7 +12,7 @@ const make = (tag, names = "", text = "") => {
   if (text !== "") element.textContent = text;
   return element;
 };
-/** Foreign text: its direction and its length disturb nothing beside it. */
+/** Untrusted text: isolated, so that its direction and its length do not affect the text beside it. */
 const foreign = (text) => make("bdi", "", text);
 
 const two = (number) => String(number).padStart(2, "0");

@@ -41,7 +41,7 @@ const jobs = (() => {
     const number = Math.floor(job.place / data.block);
     if (!blocks.has(number)) {
       const block = document.getElementById(`pictures-${number}`);
-      if (!block || (document.readyState === "loading" && !block.nextElementSibling)) return null; // it has not arrived
+      if (!block || (document.readyState === "loading" && !block.nextElementSibling)) return null; // not loaded yet
       blocks.set(number, JSON.parse(block.textContent));
     }
     return blocks.get(number)[job.place % data.block];
@@ -231,7 +231,7 @@ const jobs = (() => {
     draw();
   };
 
-  /** The row of a job, also where a filter hides it; it takes the focus. */
+  /** Show and focus the row of a job, even if a filter hides it. */
   const show = (place) => {
     const job = data.jobs[place];
     if (!shown.includes(job)) {
@@ -260,9 +260,9 @@ const jobs = (() => {
     button.type = "button";
     button.title = `Sort by ${name}`;
     button.setAttribute("aria-label", `Sort by ${name}`);
-    // Once more the other way; a third time the manifest's order.
+    // The second click reverses the order; the third restores the manifest's order.
     button.addEventListener("click", () => {
-      const largest = number || key === "warnings"; // of numbers, the largest is looked for first
+      const largest = number || key === "warnings"; // numbers are sorted with the largest first
       if (sorted.key !== key) sortBy(key, largest);
       else if (sorted.down === largest) sortBy(key, !largest);
       else sortBy("order", false);

@@ -20,7 +20,7 @@
     const lanes = all(".lane", element).map((lane) => {
       const own = spans.filter(([stage]) => {
         const name = data.stages[stage];
-        return (name === "load" ? "generate" : name) === lane.dataset.lane; // loading has the device as well
+        return (name === "load" ? "generate" : name) === lane.dataset.lane; // loading uses the device too
       });
       return { name: lane.dataset.lane, track: one(".track", lane), spans: own.sort((a, b) => a[2] - b[2]) };
     });
@@ -136,7 +136,7 @@
     const time = `${clock(begin)} to ${clock(end)}${when}`;
     if (first !== last) {
       const busy = spans.reduce((sum, span) => sum + span[3] - span[2], 0);
-      return [`${spans.length} spans, merged: zoom in to tell them apart`, `${lane.name}, ${jobName(spans[0])} to ${jobName(spans[spans.length - 1])}`, time, `${duration(busy)} of ${duration(end - begin)}`, where];
+      return [`${spans.length} spans, merged: zoom in to see each one`, `${lane.name}, ${jobName(spans[0])} to ${jobName(spans[spans.length - 1])}`, time, `${duration(busy)} of ${duration(end - begin)}`, where];
     }
     const name = NAMES[data.stages[stage]];
     const title = data.stages[stage] === "load" ? [name] : [jobName(spans[0]), failed(spans[0]) ? `${name}, failed` : name];
@@ -165,7 +165,7 @@
     mark();
   };
 
-  /** To the job, or closer to spans that are merged. */
+  /** Go to the job, or zoom in on merged spans. */
   const follow = (element, x) => {
     const { lane, first, last } = element.place;
     if (first !== last) {
