@@ -156,7 +156,7 @@ def _lock(handle: int, folder: Path) -> None:
                 raise StorageUnavailable(
                     f"another process has locked this folder for {LOCK_SECONDS:g} s",
                     where=folder,
-                    todo="Find the stopped process that holds it (fuser, lsof) and end it, then run the same command again",
+                    todo="Find the stopped process that holds it (fuser, lsof), end it, and run the same command again",
                 ) from err
         except OSError:  # no locks here
             return

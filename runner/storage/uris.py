@@ -306,7 +306,7 @@ def _one_input(uri: str) -> Iterator[None]:
 
 
 def download_name(uri: str) -> str:
-    """Return the place of a downloaded object below its folder: its own name, in a folder named by a hash of its URI."""
+    """Return the path of a downloaded object below its folder: its own name, in a folder named by a hash."""
     name = PurePosixPath(uri.rpartition("/")[2])
     stem = name.stem.encode()[:120].decode(errors="ignore")  # file names hold 255 bytes, keys 1024
     return f"{hashlib.sha256(uri.encode()).hexdigest()[:12]}/{stem}{name.suffix[:16]}"

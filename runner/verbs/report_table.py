@@ -109,9 +109,7 @@ def _print_table(console: Console, report: RunReport) -> None:
             table.add_row(*cells)
         below = []
         if left_out:
-            below.append(
-                f"no room for: {', '.join(left_out)}; use a wider terminal, the page or --json to see them"
-            )
+            below.append(f"no room for: {', '.join(left_out)}; use a wider terminal, the page or --json to see them")
         if "output" in left_out:
             below.append(f"outputs are in {escape(report.out.rstrip('/'))}/{JOBS}")
         return TableLayout(table, below, folds=True)
