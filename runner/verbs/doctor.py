@@ -44,7 +44,7 @@ CUDA = "CUDAExecutionProvider"
 # GEMM backend of SVDQuant → the distributions that provide it, the one with kernels first.
 SVDQ_PACKAGES = {"cache_dit": ("cache-dit-cu13", "cache-dit"), "comfy_kitchen": ("comfy-kitchen",)}
 SVDQ_EXTENSION = "_C_svdquant"
-# Versions of the package index's `nunchaku`, a library of statistics. The SVDQuant engine of this name has versions 1.0 and later.
+# Versions of the package index's `nunchaku`, a library of statistics. The SVDQuant engine of this name is 1.0 or later.
 OTHER_NUNCHAKU = "0."
 REINSTALL = "pip install 'video-lab-runner[{extra}]'"
 
@@ -267,7 +267,7 @@ class _Machine:
         return {name: version for name in names if (version := self.probes.distribution(name))}
 
     def _other_nunchaku(self) -> str:
-        """Return the version of the package index's `nunchaku`, which is not the SVDQuant engine; empty if it is not installed."""
+        """Return the version of the index's `nunchaku`, which is not the SVDQuant engine; empty if it is not there."""
         version = self.probes.distribution("nunchaku") or ""
         return version if version.startswith(OTHER_NUNCHAKU) else ""
 
