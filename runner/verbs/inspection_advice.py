@@ -83,7 +83,7 @@ def _advice(rule: AdviceRule | PersonRule, numbers: Numbers | None, person: int 
 
 
 def scene_parts(video: VideoRecord, fps: float) -> list[dict[str, float]]:
-    """Return `start_s` and `max_frames` of a job for each scene, at `fps` output frames per second.
+    """Return `start_s` and `max_frames` of a job for each scene, at `fps` output frames a second.
 
     No frame of a part lies in another scene. A scene of fewer than two frames has no part.
     """
@@ -243,13 +243,13 @@ RULES: tuple[AdviceRule, ...] = (
     AdviceRule(
         "video.rate_low",
         _low_rate,
-        "{fps:.4g} frames per second, below the default of {default_fps:g} fps, which would repeat some frames: set "
+        "{fps:.4g} frames a second, below the default of {default_fps:g} fps, which would repeat some frames: set "
         "fps: {fps:.4g}; `output: {{interpolate: 2}}` makes the result smoother",
     ),
     AdviceRule(
         "video.rate_high",
         _high_rate,
-        "{fps:.4g} frames per second: `fps: source` renders all of them; fps: {halved_fps:.4g} takes half the time",
+        "{fps:.4g} frames a second: `fps: source` renders all of them; fps: {halved_fps:.4g} takes half the time",
     ),
     AdviceRule(
         "video.rate_variable",

@@ -460,7 +460,7 @@ def local_models(settings: ModelSettings, wanted: Callable[[str], bool], *, down
     """
     if not settings.models:
         raise WeightsMissing(
-            "no model store is given",
+            "no model store was named",
             todo="Pass --models DIR or s3://…, or set VIDEO_LAB_MODELS; `video-lab weights demo` makes a tiny one",
         )
     return sync_models(settings.models, settings.cache / "models", wanted, download=download)

@@ -456,7 +456,7 @@ def _listed_row(
         return row  # the failure has other settings than the older record, perhaps those of the run
     changed = digest is not None and digest != job.digest
     if changed or (run.force and row.run_id != run.run_id):
-        why = "its settings have changed since" if changed else f"to be rendered anew by run {run.run_id}"
+        why = "its settings have changed since" if changed else f"to be rendered again by run {run.run_id}"
         reason = f"{why}: {row.status} at {row.finished_at}"
         return row.model_copy(update={"status": "pending", "reason": reason, "code": None, "warnings": ()})
     return row

@@ -96,5 +96,5 @@ def demo(settings: DemoSettings) -> DemoFolders:
 
 def _folder(models: str | None) -> Path:
     if not models:
-        raise WeightsMissing("no model store is given", todo="Pass --models DIR or set VIDEO_LAB_MODELS")
+        raise WeightsMissing("no model store was named", todo="Pass --models DIR or set VIDEO_LAB_MODELS")
     return Path(models)

@@ -145,7 +145,7 @@ def test_a_publication_that_fails_keeps_the_older_output_and_its_record(bench, f
     assert before.items() <= snapshot(bench, "a").items()
     assert bench.result("a") == json.loads(before["result.json"])
     (row,) = read_run_status(bench.out).rows
-    assert (row.status, "an older output stands" in row.reason) == ("failed", True)
+    assert (row.status, "an older output is kept" in row.reason) == ("failed", True)
     assert bench.run(bench.job("a", seed=41, output=output), run_id="r3") == 0
     assert bench.summary["jobs"][0]["reason"] == "done"
     assert bench.run(bench.job("a", seed=42, output=output), run_id="r4") == 0

@@ -129,7 +129,7 @@ def test_stub_family_goes_through_every_verb(echo, tmp_path, capsys):
     assert echo("plan") == 0
     assert "one" in (planned := capsys.readouterr().out) and "two" in planned
     assert echo("doctor", "--recipe", "echo", "--device", "cpu") == 0
-    assert "all that recipe echo needs" in capsys.readouterr().out
+    assert "has all files of recipe echo" in capsys.readouterr().out
     assert echo("run", "--out", str(out)) == 0
     first = records(out)
     assert {name: record["status"] for name, record in first.items()} == {"one": "succeeded", "two": "succeeded"}

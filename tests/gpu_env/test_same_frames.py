@@ -91,8 +91,8 @@ def test_doctor_without_a_driver(demo_models):
     rows = {row.split("  ")[0]: row for row in said}
     assert "built for CUDA" in rows["torch"]
     for name, found, todo in (
-        ("driver", "no NVIDIA driver answers", "Install the NVIDIA driver"),
-        ("gpu", "torch sees none", "Enough for the demo on the CPU"),
+        ("driver", "no NVIDIA driver was found", "Install the NVIDIA driver"),
+        ("gpu", "torch finds no GPU", "The CPU is enough for the demo"),
     ):
         assert rows[name].split()[1] == "warn"
         assert found in rows[name]

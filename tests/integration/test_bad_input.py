@@ -178,7 +178,7 @@ def test_validate_of_loras_alone(bad_run, demo_media, tmp_path, capsys):
     assert main([*command, str(bad_run[1] / "models")]) == 1
     text = capsys.readouterr().out
     assert "b  weights.missing: " in text and "a  weights" not in text
-    assert "2 jobs, 1 of them cannot be rendered, inputs not checked" in text
+    assert "2 jobs, 1 cannot be rendered, inputs not checked" in text
     assert main([*command, str(tmp_path / "none")]) == 2
 
 

@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_in_its_middle_is_not_green(tmp_path):
     assert gave_up.returncode == 3
     assert "gave_up_waiting" in gave_up.stderr
     other = status(out, "--run", "day")
-    assert (other.returncode, "the runs that have: night" in other.stderr) == (2, True)
+    assert (other.returncode, "runs with a list: night" in other.stderr) == (2, True)
 
     watching = subprocess.Popen(command(out, "--watch", "--every", "0.2"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
@@ -148,7 +148,7 @@ def test_a_terminal_is_redrawn_in_place_and_ctrl_c_ends_it_with_130(tmp_path):
     assert plain(screen).count("0 of 2 done") >= 3
     assert "\x1b[1A" in screen, "the cursor goes up to where the last look began"
     assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1, "the cursor is shown again"
-    assert plain(screen).endswith("nothing is running\n"), "the last look stays"
+    assert plain(screen).endswith("no job is running\n"), "the last look stays"
 
 
 def plain(screen: str) -> str:

@@ -46,7 +46,7 @@ def test_accepting_twice_changes_nothing(lab):
 
 def test_globs_choose_jobs(lab):
     assert [row.id for row in accept(lab, job=["a*"])] == ["anna"]
-    with pytest.raises(ConfigInvalid, match="no job there fits c"):
+    with pytest.raises(ConfigInvalid, match="has no job that fits c"):
         accept(lab, job=["c*"])
     assert fits("anna", ()) and fits("anna", ["x", "a?na"]) and not fits("anna", ["A*"])
 

@@ -63,7 +63,7 @@ def test_a_dry_run_removes_nothing_and_says_how(out, capsys):
     assert good(out) == GOOD | {f"jobs/a/{STAGED}", ".video-lab-probe-1"}
     assert "would remove 2 (0.50 MB)" in text
     assert str(out / "jobs" / "a" / STAGED) in text
-    command = text.partition("to remove them: ")[2].strip()
+    command = text.partition("to remove them, run: ")[2].strip()
     assert main(shlex.split(command)[1:]) == 0
     assert "removed 2 (0.50 MB)" in capsys.readouterr().out
     assert good(out) == GOOD
@@ -114,7 +114,7 @@ def test_without_locks_the_mark_of_a_job_holds_its_files(out, monkeypatch, capsy
     leave(out / "jobs" / "b" / "attempt.json")
     assert main(["clean", str(out), "--yes"]) == 0
     assert good(out) == GOOD | {f"jobs/b/{STAGED}", "jobs/b/attempt.json"}
-    assert "jobs/b/attempt.json stands" in capsys.readouterr().out
+    assert "jobs/b/attempt.json exists" in capsys.readouterr().out
 
 
 def keep_segments(out: Path, job: str) -> list[Path]:
@@ -173,7 +173,7 @@ def test_a_folder_that_holds_nothing_is_mistyped(tmp_path, capsys, exists):
         (tmp_path / "out").mkdir()
     assert main(["clean", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
-    assert "holds nothing" in told.err
+    assert "is empty" in told.err
     assert told.out == ""
 
 
@@ -241,7 +241,7 @@ def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server]
     assert main(["clean", uri, "--older-than", "0s", "--yes"]) == 0
     text = capsys.readouterr().out
     assert "removed 1" in text
-    assert "jobs/b/attempt.json stands" in text
+    assert "jobs/b/attempt.json exists" in text
     assert [left.key for left in store.leftovers()] == ["jobs/b/output.mp4"]
     store.delete("jobs/b/attempt.json")
     assert main(["clean", uri, "--older-than", "0s", "--yes"]) == 0

@@ -87,7 +87,7 @@ def test_a_healthy_gpu_box_has_nothing_to_mend(tmp_path, device, monkeypatch):
 
 NO_GPU = {
     "torch": TorchInfo("2.12.0+cpu", None, ()),
-    "driver": ProbeFailed("no NVIDIA driver answers (NVML Shared Library Not Found)"),
+    "driver": ProbeFailed("no NVIDIA driver was found (NVML Shared Library Not Found)"),
     "providers": ["CPUExecutionProvider"],
     "distributions": {"onnxruntime": "1.23.0"},
 }
@@ -133,17 +133,17 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
         ),
         ("driver", {"torch": ProbeFailed("no torch")}, "ok", "580"),
         ("gpu", {"torch": TorchInfo("2.12.0+cu130", "13.0", ())}, "fail", "CUDA_VISIBLE_DEVICES"),
-        ("gpu", {"torch": ProbeFailed("no torch")}, "fail", "Mend torch"),
+        ("gpu", {"torch": ProbeFailed("no torch")}, "fail", "First fix the checks torch and driver"),
         ("cudnn", {}, "ok", "9.20.0"),
         ("cudnn", {"cudnn": 91002}, "warn", "cuDNN 9.10.2"),
         ("cudnn", {"cudnn": 91002}, "warn", "'nvidia-cudnn-cu13>=9.15'"),
         ("cudnn", {"cudnn": ProbeFailed("torch cannot load cuDNN (no)")}, "fail", "cannot load cuDNN"),
-        ("cudnn", {"cudnn": None}, "fail", "has none"),
+        ("cudnn", {"cudnn": None}, "fail", "has no cuDNN"),
         ("cudnn", {"torch": ProbeFailed("no torch")}, "skipped", "no torch"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 32 * GIB, 1 * GIB),))}, "warn", "nvidia-smi"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("B", 12 * GIB, 12 * GIB),))}, "warn", "minimal"),
         ("gpu memory", {"driver": Driver("580.1", (Gpu("4090", 25_757_220_864, 25_000_000_000),))}, "ok", "4090"),
-        ("gpu memory", {"driver": Driver("580.1", ())}, "fail", "plugged in"),
+        ("gpu memory", {"driver": Driver("580.1", ())}, "fail", "that a GPU is installed"),
         ("host memory", {"host_memory_bytes": 16 * GIB}, "warn", "48 GiB"),
         ("onnxruntime", {"distributions": {}}, "fail", "video-lab-runner[gpu]"),
         (
@@ -159,12 +159,12 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
         ("compiler", {"compiler": ProbeFailed("no C compiler")}, "warn", "gcc"),
         ("compiler", {"python_header": ProbeFailed("no Python.h")}, "warn", "python3-dev"),
         ("compiler", {"compiler": ProbeFailed("no C compiler")}, "warn", "s more a step on H200 at 832x480, 81 frames"),
-        ("compiler", {"broken": ("triton",)}, "warn", "which brings Triton"),
+        ("compiler", {"broken": ("triton",)}, "warn", "which includes Triton"),
         (
             "compiler",
             {"torch": TorchInfo("2.12.0+cu130", "13.0", (("Tesla P40", (6, 1)),))},
             "warn",
-            "Tesla P40 has compute capability 6.1 Triton needs a GPU of 7.0 or newer. Until then: The transformer's",
+            "Tesla P40 has compute capability 6.1 Triton needs a GPU of compute capability 7.0 or newer. Until then: The transformer's",
         ),
         ("python", {"python_version": RuntimeError("odd")}, "fail", "odd"),
     ],
@@ -178,9 +178,11 @@ def test_each_defect_is_found_and_has_a_remedy(tmp_path, name, said, status, wor
 def test_the_gpu_says_what_the_fast_recipe_would_bring(tmp_path):
     check = ask("gpu", tmp_path)
     assert check.status == "ok"
-    seconds = re.search(r"; fp4-fast: ([\d.]+) → ([\d.]+) s a clip of 832x480, 81 frames", check.found)
+    seconds = re.search(
+        r"; forecast for a clip of 832x480, 81 frames: fp4-distill ([\d.]+) s, fp4-fast ([\d.]+) s", check.found
+    )
     assert seconds and float(seconds[2]) < 0.9 * float(seconds[1])
-    assert check.found.endswith("forecasts), by fp8 products, exact attention, autoencoder in 16 bits")
+    assert check.found.endswith("s (with fp8 products, exact attention, autoencoder in 16 bits)")
     old = ask("gpu", tmp_path, torch=TorchInfo("2.12.0+cu130", "13.0", (("Tesla T4", (7, 5)),)))
     assert old.found == "Tesla T4, compute capability 7.5"  # nothing is known of its speed
 
@@ -198,7 +200,7 @@ def test_the_gpu_names_an_svdq_recipe_where_that_is_forecast_to_be_faster(tmp_pa
     if recipe is None:
         assert "svdq" not in found
         return
-    seconds = re.search(r"→ ([\d.]+) s a clip.*; (\S+): ([\d.]+) s, by an estimate of its rate$", found)
+    seconds = re.search(r"fp4-fast ([\d.]+) s \(with.*; (\S+) ([\d.]+) s \(its rate is an estimate\)$", found)
     assert seconds and seconds[2] == recipe and float(seconds[3]) < float(seconds[1])
 
 
@@ -221,7 +223,7 @@ def svdq(tmp_path, recipe, *, gpu=("NVIDIA GeForce RTX 5090", (12, 0)), device="
 def test_no_word_of_svdq_kernels_where_nobody_asks_and_nothing_is_installed(tmp_path, recipe):
     assert svdq(tmp_path, recipe, distributions={"comfy-kitchen": "0.2.40", "nunchaku": "1.2.0"}) is None
     assert svdq(tmp_path, recipe) == Check(
-        "svdq kernels", "ok", "svdq-int4 by cache-dit-cu13 1.5.0; svdq-nvfp4 by cache-dit-cu13 1.5.0"
+        "svdq kernels", "ok", "svdq-int4: cache-dit-cu13 1.5.0; svdq-nvfp4: cache-dit-cu13 1.5.0"
     )
 
 
@@ -232,22 +234,22 @@ ADA, HOPPER = ("NVIDIA GeForce RTX 4090", (8, 9)), ("NVIDIA H200", (9, 0))
 @pytest.mark.parametrize(
     ("recipe", "more", "status", "words"),
     [
-        (INT4, {"gpu": ADA}, "ok", "svdq-int4 by cache-dit-cu13 1.5.0"),
-        (NVFP4, {"gpu": ADA}, "fail", "RTX 4090 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or ask for +int8"),
-        (NVFP4, {"gpu": HOPPER}, "fail", "H200 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or ask for +fp8"),
+        (INT4, {"gpu": ADA}, "ok", "svdq-int4: cache-dit-cu13 1.5.0"),
+        (NVFP4, {"gpu": ADA}, "fail", "RTX 4090 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or use +int8"),
+        (NVFP4, {"gpu": HOPPER}, "fail", "H200 has no units for svdq-nvfp4 Leave out +svdq-nvfp4, or use +fp8"),
         (None, {"gpu": HOPPER}, "skipped", "H200 has no units for svdq-int4, svdq-nvfp4"),
-        (INT4, {"distributions": {}}, "fail", "svdq-int4 by nothing here; cache-dit-cu13 is not installed"),
-        (INT4, {"distributions": {}}, "fail", "video-lab-runner[svdq]', which wants torch below 2.13"),
-        (INT4, {"distributions": {"comfy-kitchen": "0.2.40"}}, "warn", "svdq-int4 by comfy-kitchen 0.2.40; cache-dit"),
-        (NVFP4, {"extension": NO_SYMBOL}, "warn", "svdq-nvfp4 by torch 2.12.1+cu130; _C_svdquant of cache-dit-cu13"),
+        (INT4, {"distributions": {}}, "fail", "svdq-int4: no kernels here; cache-dit-cu13 is not installed"),
+        (INT4, {"distributions": {}}, "fail", "video-lab-runner[svdq]', which needs torch below 2.13"),
+        (INT4, {"distributions": {"comfy-kitchen": "0.2.40"}}, "warn", "svdq-int4: comfy-kitchen 0.2.40; cache-dit"),
+        (NVFP4, {"extension": NO_SYMBOL}, "warn", "svdq-nvfp4: torch 2.12.1+cu130; _C_svdquant of cache-dit-cu13"),
         (INT4, {"extension": NO_SYMBOL}, "fail", "undefined symbol: _ZN3c10"),
         (None, {"extension": NO_SYMBOL}, "warn", "undefined symbol: _ZN3c10"),
         (INT4, {"distributions": WHEEL | {"cache-dit": "1.5.3"}}, "warn", "they overwrite each other"),
         (INT4, {"distributions": WHEEL | {"nunchaku": "0.16.1"}}, "warn", "a library of statistics"),
         (None, {"distributions": {"nunchaku": "0.16.1"}}, "warn", "pip uninstall -y nunchaku"),
-        (INT4, {"distributions": WHEEL | {"nunchaku": "1.2.0+torch2.8"}}, "ok", "svdq-int4 by cache-dit-cu13 1.5.0"),
-        (INT4, {"gpu": None}, "ok", "the definition in floats, slow, which a CPU runs; cache-dit-cu13 1.5.0"),
-        (INT4, {"device": "cpu", "distributions": {}}, "ok", "the definition in floats, slow, which a CPU runs"),
+        (INT4, {"distributions": WHEEL | {"nunchaku": "1.2.0+torch2.8"}}, "ok", "svdq-int4: cache-dit-cu13 1.5.0"),
+        (INT4, {"gpu": None}, "ok", "a CPU computes these formats in floats, slowly; cache-dit-cu13 1.5.0"),
+        (INT4, {"device": "cpu", "distributions": {}}, "ok", "a CPU computes these formats in floats, slowly"),
     ],
 )  # fmt: skip
 def test_svdq_kernels_are_found_or_what_is_to_be_done(tmp_path, recipe, more, status, words):
@@ -283,13 +285,13 @@ def test_a_gpu_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("device", "said", "words"),
     [
-        ("cuda", {}, "found on CUDAExecutionProvider, no TensorRT (libnvinfer is not installed)"),
+        ("cuda", {}, "uses CUDAExecutionProvider, no TensorRT (libnvinfer is not installed)"),
         ("auto", {"tensorrt": "TensorrtExecutionProvider"}, "TensorrtExecutionProvider with --tensorrt on or auto"),
         ("cpu", {"providers": ["CPUExecutionProvider"]}, "(which needs pip install 'video-lab-runner[int8]')"),
         (
             "cpu",
             {"providers": ["CPUExecutionProvider"], "distributions": {"onnxruntime": "1.23.0", "onnx": "1.19.0"}},
-            "found on the CPU, faster with --pose-precision int8 (by onnx 1.19.0)",
+            "uses the CPU, faster with --pose-precision int8 (with onnx 1.19.0)",
         ),
     ],
 )
@@ -302,7 +304,7 @@ def test_where_poses_are_found_and_where_they_could_be(tmp_path, device, said, w
 def test_this_machines_tensorrt_is_there_or_has_a_reason():
     onnxruntime = pytest.importorskip("onnxruntime")
     if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(ProbeFailed, match="built without it"):
+        with pytest.raises(ProbeFailed, match="built without TensorRT"):
             Probes().tensorrt()
 
 
@@ -374,15 +376,15 @@ def test_the_file_that_a_recipe_runs_is_named(tmp_path, demo_models, layout):
     assert weights() == Check(
         "weights",
         "ok",
-        f"all that recipe {recipe} needs is in {root}; it runs {name}, 64 layers in {layout.name}, rank 16, "
-        "smoothed by calibration",
+        f"{root} has all files of recipe {recipe}; it uses {name}, 64 layers in {layout.name}, rank 16, "
+        "smoothing from calibration",
     )
     write_svdq(root / name, config, layout, smoothing="weights", calibration="{}")
-    assert weights().found.endswith("rank 16, smoothed by the weights alone")
+    assert weights().found.endswith("rank 16, smoothing from the weights alone")
     write_svdq(root / name, config, layout, rank="48")
     assert (weights().status, "video_lab.rank says 48" in weights().found) == ("fail", True)
     assert weights("fp4-distill").found.endswith("65 layers in nvfp4")
-    assert weights("bf16").found == f"all that recipe bf16 needs is in {root}"
+    assert weights("bf16").found == f"{root} has all files of recipe bf16"
 
 
 def test_the_identity_graph_is_one_that_onnxruntime_runs():

@@ -101,7 +101,7 @@ def test_which_gpus_are_meant(asked, variables, count, expected):
 @pytest.mark.parametrize(
     ("asked", "variables", "count", "message"),
     [
-        ("all", {}, 0, "this machine has no GPU"),
+        ("all", {}, 0, "the driver of this machine finds no GPU"),
         ("all", {"CUDA_VISIBLE_DEVICES": ""}, 4, "CUDA_VISIBLE_DEVICES= names no GPU"),
         ("all", {"CUDA_VISIBLE_DEVICES": "-1"}, 4, "names no GPU"),
         ("0,3", {}, 3, "no GPU 3: the driver has 3"),
@@ -203,7 +203,7 @@ def test_the_verb_starts_them(settings, monkeypatch, tmp_path):
     assert {(e["processes"], e["run_id"], e["shard"], e["gpus"]) for e in told} == {(3, "r1", "any", None)}
     assert (outcome.exit_code, outcome.run_id, str(outcome.shard)) == (0, "r1", "any")
     assert outcome.counts == {"total": 2, "succeeded": 2, "skipped": 0, "failed": 0, "not_run": 0}
-    assert outcome.shard_reason == "--gpus all: a process on each of GPU 0, GPU 1, GPU 2"
+    assert outcome.shard_reason == "--gpus all: one process on each of GPU 0, GPU 1, GPU 2"
     assert outcome.outputs == f"{tmp_path}/out/jobs/"
     assert outcome.sheet is not None
 

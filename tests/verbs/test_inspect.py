@@ -95,7 +95,7 @@ def test_without_a_model_store_the_video_is_measured(two_puppets, tmp_path, caps
     assert main(["inspect", str(two_puppets), "--cache", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "560x480 · 60 frames in 2.50 s · 24 fps · 1 cut" in printed
-    assert "! people were not looked for: --models" in printed
+    assert "! people were not looked for: give --models" in printed
 
 
 def test_two_men_on_film(real_data, tmp_path):

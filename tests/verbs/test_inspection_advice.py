@@ -54,9 +54,9 @@ CASES = {
     "face.none": (lambda: advice(None, make_person(face_px=None)), "expect no expression"),
     "face.tiny": (lambda: advice(None, make_person(face_px=18.2)), "face 18 px: expect no expression"),
     "face.small": (lambda: advice(None, make_person(face_px=34.0)), "face 34 px: expect little expression"),
-    "hands.outside": (lambda: advice(None, make_person(hands_inside=0.25)), "in 25% of the looks"),
-    "fingers.unseen": (lambda: advice(None, make_person(fingers_seen=0.25)), "found in 25% of the looks"),
-    "feet.outside": (lambda: advice(None, make_person(feet_inside=0.0)), "both feet are seen in the picture in 0%"),
+    "hands.outside": (lambda: advice(None, make_person(hands_inside=0.25)), "in 25% of the frames looked at"),
+    "fingers.unseen": (lambda: advice(None, make_person(fingers_seen=0.25)), "found in 25% of the frames looked at"),
+    "feet.outside": (lambda: advice(None, make_person(feet_inside=0.0)), "both feet are in the picture in 0%"),
     "person.blurred": (lambda: advice(None, make_person(sharpness=12.0)), "sharpness 12"),
 }
 
@@ -93,7 +93,7 @@ def test_limits_are_where_they_are_named():
 
 def test_who_comes_and_goes_has_no_span_of_their_own():
     text = advice(None, make_person(seconds=4.0, begin_s=0.0, end_s=9.9))["person.partly"]
-    assert "elsewhere the last or next pose is held" in text and "start_s" not in text
+    assert "outside it the last or next pose is held" in text and "start_s" not in text
 
 
 def test_repeats_say_what_is_lost():

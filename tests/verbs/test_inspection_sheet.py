@@ -116,7 +116,7 @@ def test_the_label_is_the_same_whatever_the_video_s_size_and_the_box(tmp_path, s
 
 def test_facts_and_measures_say_what_is_not_known():
     line = facts_line(make_inspection(video=make_video(cuts=[CutRecord(frame=5, at_s=0.2)], rotation_degrees=90)))
-    assert line == "640x480 · 250 frames in 10.00 s · 25 fps · turned by 90° · 1 cut · blur 0.30 · sound"
+    assert line == "640x480 · 250 frames in 10.00 s · 25 fps · rotated by 90° · 1 cut · blur 0.30 · sound"
     unknown = measures(
         make_person(face_px=None, sharpness=None, hands_inside=None, fingers_seen=None, feet_inside=None)
     )

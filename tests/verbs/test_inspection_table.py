@@ -27,7 +27,7 @@ def test_facts_people_and_advice_are_lines(capsys):
 
 def test_nothing_to_say_is_said(capsys):
     print_inspection(make_inspection(people=[], advice=[]), as_json=False)
-    assert capsys.readouterr().out.splitlines()[1:] == ["nothing stands out"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["no advice: no problem was found"]
 
 
 def test_json_is_one_object_without_secrets(capsys):

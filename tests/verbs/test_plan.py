@@ -51,7 +51,7 @@ def test_the_gpu_asked_for_goes_before_the_one_here(monkeypatch):
 
 
 def test_a_gpu_that_cannot_be_forecast_is_refused_when_asked_for():
-    with pytest.raises(ConfigInvalid, match=r"nothing is known of a GPU 'T4'.*RTX 5090"):
+    with pytest.raises(ConfigInvalid, match=r"GPU 'T4' is not known.*RTX 5090"):
         choose_gpu("T4", get_recipe("fp4-distill"))
     with pytest.raises(ConfigInvalid, match=r"A100 has no fp8.*bf16, int8"):
         choose_gpu("A100", get_recipe("fp4-distill+fp8"))
@@ -101,7 +101,7 @@ def test_plan_says_what_the_fast_recipe_would_bring(demo_media, recipe, monkeypa
     asked, fast = found.fast.asked_s, found.fast.forecast_s
     assert asked == found.jobs[0].seconds and fast < 0.6 * asked
     words = "int8 products, 8-bit attention, autoencoder in 16 bits"
-    assert f"fp4-fast: {asked:.3g} → {fast:.3g} s (a forecast), by {words}\n" in printed
+    assert f"fp4-fast: {asked:.3g} → {fast:.3g} s (forecast), with {words}\n" in printed
     assert plan_object(found)["fast"] == {
         "recipe": "fp4-fast", "compute": "int8", "attention": "int8", "vae_bits": 16,
         "forecast_s": fast, "asked_s": asked,
@@ -114,7 +114,7 @@ def test_plan_says_what_the_fast_recipe_would_choose(demo_media, monkeypatch, tm
     machine_with(monkeypatch)
     found, printed = planned(demo_media, "fp4-fast", "H200", tmp_path, capsys)
     words = "fp8 products, exact attention, autoencoder in 16 bits"
-    assert f"fp4-fast: {found.jobs[0].seconds:.3g} s (a forecast), by {words}" in printed
+    assert f"fp4-fast: {found.jobs[0].seconds:.3g} s (forecast), with {words}" in printed
     chosen, _ = planned(demo_media, "fp4-distill+fp8+bf16-vae", "H200", tmp_path, capsys)
     assert (found.jobs[0].seconds, found.jobs[0].memory) == (chosen.jobs[0].seconds, chosen.jobs[0].memory)
 
@@ -149,9 +149,7 @@ def test_plan_says_the_file_and_the_seconds_of_svdq_recipes(
     for name in gpus:
         assert planned(demo_media, recipe, name, tmp_path, capsys)[0].jobs[0].seconds == seconds[name]
     each = ", ".join(f"{name} {'' if name in published else '~'}{seconds[name]:.3g} s" for name in gpus)
-    line = (
-        f"{word}: {size} GB of weights (forecast); all jobs, forecasts: {each}; ~: the products' rate is an estimate\n"
-    )
+    line = f"{word}: {size} GB of weights (forecast); forecast for all jobs: {each}; ~: the GEMM rate is an estimate\n"
     assert printed.endswith(line)
     told = plan_object(found)["svdq"]
     assert told == {
@@ -204,7 +202,7 @@ def test_plan_names_no_svdq_file_for_other_recipes(demo_media, recipe, monkeypat
 
 
 def test_a_gpu_without_units_of_four_bits_is_refused():
-    with pytest.raises(ConfigInvalid, match=r"H200 has no svdq-nvfp4, which recipe .fp4-distill.svdq-nvfp4. asks for"):
+    with pytest.raises(ConfigInvalid, match=r"H200 has no svdq-nvfp4, which recipe .fp4-distill.svdq-nvfp4. needs"):
         choose_gpu("H200", get_recipe("fp4-distill+svdq-nvfp4"))
 
 
@@ -322,7 +320,7 @@ def test_a_narrow_terminal_names_the_columns_that_it_lacks(manifest, monkeypatch
     assert head.split()[:3] == ["job", "frames", "size"] and "s on RTX 5090" in head and "GB" not in head
     assert here.split()[0] == "here" and gone.split()[:2] == ["gone", "-"]
     assert max(len(line.rstrip()) for line in (head, here, gone)) <= 80
-    assert left_out.startswith("left out for want of room: overlap, padding, denoised, GB resident")
+    assert left_out.startswith("no room for: overlap, padding, denoised, GB resident")
     assert error.startswith("gone: input.not_found: ")
 
 

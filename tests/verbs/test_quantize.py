@@ -64,7 +64,7 @@ def test_the_default_recipe_asks_for_its_lora_first(models, capsys):
     assert quantize(models) == 2
     said = capsys.readouterr().err
     assert "weights.missing" in said
-    assert "merges a distill LoRA, and there is none" in said
+    assert "merges a distill LoRA, but the folder has none" in said
     assert "video-lab weights fetch --recipe fp4-distill" in said
     assert not (models / OWN).exists()
 
@@ -217,13 +217,13 @@ def test_an_svdq_file_is_exported(models, tmp_path, monkeypatch, capsys, kind):
     assert quantize(models, "--recipe", "fp4", "--format", layout.name, "--export", kind, str(folder)) == 0
     target = models / quantized_folder(get_recipe(f"fp4+{layout.name}"))
     assert given == [target / TRANSFORMER_FILE, kind, folder, target / "config.json"]
-    assert f"{folder}: the same for another program" in capsys.readouterr().out
+    assert f"{folder}: the same layers in another program's format" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--recipe", "bf16"], "runs the source as it is"),
+        (["--recipe", "bf16"], "uses the published weights, which need no quantising"),
         (["--recipe", "fp4", "--models", "s3://bucket/models"], "local folder"),
         (["--recipe", "fp4", "--lora", "gone.safetensors"], "gone.safetensors"),
         (["--recipe", "fp4", "--rule", "none"], "no rule 'none'"),

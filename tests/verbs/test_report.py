@@ -131,7 +131,7 @@ def test_a_run_that_has_not_begun_by_the_timeout_is_an_error(tmp_path, monkeypat
         again = partial(wait_for_end, sleep=clock.tick, timer=clock)
         monkeypatch.setattr(f"runner.verbs.{verb}.wait_for_end", again)
         assert main([verb, str(tmp_path / "out"), "--run", "r", "--wait", "--timeout", "25s"]) == 2
-        assert "no run r has kept its jobs there" in capsys.readouterr().err
+        assert "there is no list of jobs of run r" in capsys.readouterr().err
     assert clock.now == 100.0
     assert main(["report", str(tmp_path), "--timeout", "25s"]) == 2
     assert "--timeout: needs --wait. Give --wait, or leave --timeout out" in capsys.readouterr().err
@@ -352,8 +352,8 @@ def test_a_run_of_an_older_version_is_reported_as_far_as_it_is_known(tmp_path):
     job = found.jobs[0]
     assert (job.host, job.gpu_s, job.wall_s) == ("", gpu_s, summary["jobs"][0]["seconds"])
     said = " ".join(found.notes)
-    assert "not kept the jobs of its manifest" in said
-    assert "of an older version tell nothing of their processes: 00000-of-00001" in said
+    assert "written no list of its manifest's jobs" in said
+    assert "of an older version do not list their processes: 00000-of-00001" in said
     assert "Records of an older version, without hosts and times by thread: a." in said
 
 
@@ -386,7 +386,7 @@ def test_the_page_shows_previews_and_links_to_outputs_wherever_it_lies(out, tmp_
 
 
 def test_an_unknown_run_and_an_empty_folder_are_refused(tmp_path, capsys):
-    with pytest.raises(ConfigInvalid, match="holds no run"):
+    with pytest.raises(ConfigInvalid, match="has no run"):
         report(ReportSettings(out=str(tmp_path / "nothing")))
     run_stub(str(tmp_path / "out"), tmp_path, {"a": "ok"}, run_id="night-7")
     with pytest.raises(ConfigInvalid, match=r"there is no run night-8.*night-7"):

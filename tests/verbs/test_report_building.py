@@ -215,7 +215,7 @@ def test_records_belong_to_the_process_of_their_shard_and_host_that_began_last_b
         ("h", 8, 20.0, 25.0, 1, "SIGTERM"),
         ("other", None, 1.0, 2.0, None, None),  # it wrote no summary
     ]
-    assert any("Times are those of each host's own clock" in note for note in found.notes)
+    assert any("Each host's times come from its own clock" in note for note in found.notes)
     assert found.finished_at is None
 
 

@@ -300,7 +300,7 @@ def test_jobs_carry_what_is_known_of_them(tmp_path):
     }
     assert [word(data, found[key]) for key in ("status", "host", "shard")] == ["succeeded", "nova-01", "1-of-2"]
     assert {word(data, name): seconds for name, seconds in found["stages"]} == job.stages_s
-    assert word(data, found["without"]) == "its file is not there"
+    assert word(data, found["without"]) == "its file is missing"
 
 
 @pytest.mark.parametrize("address", ["javascript:alert(1)", "//elsewhere.example/x", "s3://b/k", "data:text/html,x"])
@@ -376,10 +376,10 @@ def test_a_preview_that_cannot_be_had_says_why(tmp_path):
     jobs = [make_job(name) for name in ("gone", "refused", "broken", "cut-off")]
     data = data_of(write(make_report(jobs, []), tmp_path, posters=posters))
     assert [word(data, job["without"]) for job in data["jobs"]] == [
-        "its file is not there",
+        "its file is missing",
         "jobs/refused/poster.jpg: did not answer",
-        "its file is no JPEG that can be read",
-        "its file is no JPEG that can be read",
+        "its file is not a readable JPEG",
+        "its file is not a readable JPEG",
     ]
 
 

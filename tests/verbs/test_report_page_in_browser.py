@@ -271,7 +271,7 @@ def test_a_long_night_is_merged_and_told_apart_by_zooming(opened, long_night):
         assert sum(span["merged"] for span in found) >= 4000
     merged = page.locator("[data-process='0'] [data-lane=deliver] .span.merged").first
     merged.hover()
-    assert "merged: zoom in to tell them apart" in page.locator("#tip").inner_text()
+    assert "merged: zoom in to see each one" in page.locator("#tip").inner_text()
     for _ in range(6):
         kinds = {span["kind"] for span in spans(page, 0, "deliver") if span["merged"] > 1}
         if not kinds:

@@ -62,7 +62,7 @@ def test_totals_come_first():
         "run r in s3://bucket/out: 3 jobs, 2 succeeded · 1 failed",
         "10.0 s on 1 host, 1 process · 2.0 s of film",
         "GPU seconds 200.0: work 75.0% · loading 15.2% · idle 9.8%",
-        "cost 0.138 at 2.49 an hour · 0.0691 a second of film",
+        "cost 0.138 at 2.49 per GPU hour · 0.0691 per second of film",
         "caches: prompt 5 of 7 hits",
         "",
     ]
@@ -73,8 +73,8 @@ def test_the_table_fits_the_terminal_and_names_the_columns_that_have_no_room(wid
     report = make_report(jobs=JOBS, out="s3://bucket/out")
     lines = printed(report, width=width)
     table = rows_of(lines)
-    note = next((line for line in table if line.startswith("no room here for: ")), "")
-    body = [line for line in table if line != note and not line.startswith("outputs lie")]
+    note = next((line for line in table if line.startswith("no room for: ")), "")
+    body = [line for line in table if line != note and not line.startswith("outputs are in")]
     assert all(cell_len(line.rstrip()) <= width for line in body)
     columns = ["status", "!", "wall s", "GPU s", "forecast s", "GB", "forecast GB", "cost", "output"]
     missing = note.partition(": ")[2].partition(";")[0].split(", ") if note else []
@@ -83,7 +83,7 @@ def test_the_table_fits_the_terminal_and_names_the_columns_that_have_no_room(wid
         assert (column in missing) != all(word in head for word in column.split()) or column in ("GB", "forecast GB")
     if width >= 80:
         assert "1001.2" in "".join(body) and "0.693" in "".join(body)
-    outputs = "outputs lie below s3://bucket/out/jobs/"
+    outputs = "outputs are in s3://bucket/out/jobs/"
     assert (outputs in lines) == ("output" in missing)
     if width == 200:
         assert not note and len(body) == 4
@@ -108,7 +108,7 @@ def test_columns_without_a_value_are_left_out():
 
 def test_failures_warnings_and_files_stand_below_the_table():
     same = [job(name, warnings=["cut to the rendered span"]) for name in "abcde"]
-    report = make_report(jobs=[*same, *JOBS[2:]], notes=["Times are those of each host's own clock."])
+    report = make_report(jobs=[*same, *JOBS[2:]], notes=["Each host's times come from its own clock."])
     lines = printed(report)
     assert lines[lines.index("failures") :] == [
         "failures",
@@ -116,7 +116,7 @@ def test_failures_warnings_and_files_stand_below_the_table():
         "",
         "warnings",
         "! a, b, c and 2 more  cut to the rendered span",
-        "! Times are those of each host's own clock.",
+        "! Each host's times come from its own clock.",
         "",
         "report: out/runs/r/report.html",
         "report: out/runs/r/report.json",
@@ -127,7 +127,7 @@ def test_what_is_not_known_is_not_told_as_nought():
     nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
     text = "\n".join(printed(make_report(processes=[], gpu_seconds=nothing, gpu_hour=2.49)))
     assert "GPU seconds not known" in text
-    assert "cost ? at 2.49 an hour · ? a second of film" in text
+    assert "cost ? at 2.49 per GPU hour · ? per second of film" in text
 
 
 def test_json_is_the_report_alone(capsys):

@@ -54,7 +54,7 @@ def test_a_job_under_way_is_running_and_says_where_and_when_it_was_heard_of(tmp_
     assert main(["status", str(tmp_path)]) == 3
     told = capsys.readouterr().out
     assert re.search(rf"0 done · 0 failed · 1 running \({socket.gethostname()} heard of [01] s ago\)\n", told)
-    assert "no run has kept its manifest" in told
+    assert "no run has written its list of jobs" in told
 
 
 def test_a_job_whose_runner_is_not_heard_of_any_more_is_lost(tmp_path):
@@ -64,7 +64,7 @@ def test_a_job_whose_runner_is_not_heard_of_any_more_is_lost(tmp_path):
     os.utime(tmp_path / "jobs/a/attempt.json", (long_ago, long_ago))
     (row,) = read_run_status(storage).rows
     assert row.status == "lost"
-    assert re.search(r"its runner is not heard of any more: preparing since .*; a rerun takes it over", row.reason)
+    assert re.search(r"its runner has stopped reporting: preparing since .*; a rerun takes it over", row.reason)
     assert 30 < row.heard_s < 33
 
 
@@ -162,7 +162,7 @@ def test_a_forced_run_counts_what_it_has_rendered_itself(bench):
     bench.run(bench.job("a"))
     keep(bench, bench.job("a"), run_id="r2", force=True)
     (row,) = read_run_status(bench.out, "r2").rows
-    assert (row.status, row.reason.startswith("to be rendered anew by run r2")) == ("pending", True)
+    assert (row.status, row.reason.startswith("to be rendered again by run r2")) == ("pending", True)
     bench.run(bench.job("a"), run_id="r2", force=True)
     assert states(bench, "r2") == {"a": "succeeded"}
 
@@ -180,7 +180,7 @@ def test_a_failure_of_the_present_settings_beside_an_older_output_is_a_failure(b
     (row,) = read_run_status(bench.out).rows
     assert (row.status, row.code, row.run_id) == ("failed", "storage.unavailable", "r2")
     assert (row.reason, row.output) == (
-        "storage.unavailable: away; an older output stands",
+        "storage.unavailable: away; an older output is kept",
         record["output"]["uri"],
     )
     same = mark.model_copy(update={"error": error, "fingerprint": record["fingerprint"]})
@@ -243,7 +243,7 @@ def test_jobs_of_other_manifests_come_last_and_are_not_counted(bench, capsys):
     assert [(row.id, row.listed) for row in found.rows] == [("m", True), ("a", False), ("z", False)]
     assert (found.counts["total"], found.exit_code) == (1, 0)
     main(["status", str(bench.folder / "out"), "--run", "r2"])
-    assert "also there, of other manifests: 1 succeeded · 1 failed\n" in capsys.readouterr().out
+    assert "jobs of other manifests: 1 succeeded · 1 failed\n" in capsys.readouterr().out
 
 
 def test_the_run_that_began_last_is_looked_at_unless_another_is_named(bench, capsys):
@@ -253,7 +253,7 @@ def test_the_run_that_began_last_is_looked_at_unless_another_is_named(bench, cap
     assert read_run_status(bench.out).run_id == "r-c"
     assert read_run_status(bench.out, "r-b").counts["total"] == 2
     assert main(["status", str(bench.folder / "out"), "--run", "r-d"]) == 2
-    assert "no run r-d has kept its jobs there; the runs that have: r-c, r-b, r-a" in capsys.readouterr().err
+    assert "there is no list of jobs of run r-d; runs with a list: r-c, r-b, r-a" in capsys.readouterr().err
 
 
 def test_warnings_are_counted_and_shown(bench, capsys):

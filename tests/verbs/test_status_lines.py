@@ -60,14 +60,14 @@ def test_jobs_of_other_manifests_have_a_line_of_their_own():
     others = [*rows(3, "succeeded", listed=False), *rows(1, "failed", listed=False)]
     found = seen(rows(1, "succeeded"), others)
     assert counts_line(found) == "1 of 1 done · 0 failed"
-    assert others_line(found) == "also there, of other manifests: 3 succeeded · 1 failed"
+    assert others_line(found) == "jobs of other manifests: 3 succeeded · 1 failed"
     assert others_line(seen(rows(1, "succeeded"))) is None
 
 
 def test_without_a_manifest_the_line_does_not_say_of_how_many():
     found = seen(rows(2, "succeeded"), rows(1, "failed"), run_id=None)
     assert counts_line(found) == "2 done · 1 failed"
-    assert "jobs which have not begun are not counted" in source_line(found)
+    assert "jobs that have not begun are not counted" in source_line(found)
     assert source_line(seen([])) == "out, run r of m.yaml:"
 
 
@@ -107,9 +107,9 @@ def test_the_pace():
 @pytest.mark.parametrize(
     ("found", "line"),
     [
-        (seen(rows(1, "succeeded")), "nothing is left"),
+        (seen(rows(1, "succeeded")), "no job is left"),
         (seen(held("running", ("a", 1.0))), "no job of this run has ended yet"),
-        (seen(rows(1, "pending")), "no job of this run has ended yet · nothing is running"),
+        (seen(rows(1, "pending")), "no job of this run has ended yet · no job is running"),
     ],
 )
 def test_a_pace_that_is_not_known(found, line):

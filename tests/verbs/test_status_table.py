@@ -48,11 +48,11 @@ def test_a_narrow_terminal_gets_the_columns_that_it_has_room_for(monkeypatch):
     assert printed(done, 80, monkeypatch)[:3] == [
         "job                        status     seconds  output",
         f"{name}  succeeded  1.6      {film}",
-        "left out for want of room: attempt",
+        "no room for: attempt",
     ]
     assert printed(done, 66, monkeypatch)[1:3] == [
         f"{name}  succeeded  {film}",
-        "left out for want of room: attempt, seconds",
+        "no room for: attempt, seconds",
     ]
     failed = StatusRow(id="b", status="failed", attempt=3, code="job.crashed", reason="job.crashed: it died")
     assert printed([*done, failed], 85, monkeypatch)[0].split() == ["job", "status", "reason", "output"]

@@ -89,7 +89,7 @@ def test_the_first_look_and_what_cannot_pass_end_it(looks):
         wait(looks)
 
 
-ABSENT = RunUnknown("no run r has kept its jobs there")
+ABSENT = RunUnknown("there is no list of jobs of run r")
 
 
 def test_a_run_that_is_not_there_yet_is_waited_for():

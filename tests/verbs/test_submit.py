@@ -168,7 +168,7 @@ def test_every_place_that_the_tasks_cannot_use_is_named_with_its_jobs(bench, mon
     ]  # fmt: skip
     said = bench.refused(manifest=bench.manifest(*jobs), out="out", models="models")
     head, *lines = said.splitlines()
-    assert "nothing was sent: the tasks cannot use 7 places; put them where the tasks read them, or" in head
+    assert "nothing was sent: the tasks cannot use 7 places. Put the files where the tasks can read them, or" in head
     assert "--upload-inputs s3://bucket/prefix" in head
     local = "is on this machine; the tasks run on other machines"
     assert lines == [
@@ -178,8 +178,7 @@ def test_every_place_that_the_tasks_cannot_use_is_named_with_its_jobs(bench, mon
         f"  mask {bench.folder}/m.png of g {local}",
         f"  official files {bench.folder}/official/o of o {local}",
         "  reference gs://bucket/r.png of gs is in a store that the tasks cannot read",
-        "  video s3://user:secret-word@bucket/v.mp4 of gs holds what looks like a credential, and would be written "
-        "into files",
+        "  video s3://user:secret-word@bucket/v.mp4 of gs seems to hold a credential, and would be written into files",
     ]
     assert bench.platform.calls == []
 
@@ -264,7 +263,7 @@ def test_a_local_input_that_is_not_there_is_named_before_anything_is_sent(bench)
         {"id": "o", "options": {"preprocess": {"from": "official"}}},
     ]
     said = bench.refused(manifest=bench.manifest(*jobs), upload_inputs=f"s3://{bench.bucket}/inputs")
-    assert "cannot use 2 places; put them where the tasks read them\n" in said
+    assert "cannot use 2 places. Put the files where the tasks can read them\n" in said
     assert f"  video {bench.folder}/none.mp4 of a cannot be copied: no such file" in said
     assert f"  official files {bench.folder}/official of o cannot be copied: {bench.folder}/official/src_" in said
 
@@ -318,5 +317,5 @@ def test_a_file_in_the_place_of_the_folder_is_refused(bench):
     path = bench.folder / "job"
     path.write_text("a file")
     for folder in (path, path / "below"):
-        assert "is no folder" in bench.refused(render_only=folder)
+        assert "is not a folder" in bench.refused(render_only=folder)
     assert path.read_text() == "a file"

@@ -29,7 +29,7 @@ GIVEN = {"manifest": "m.yaml", "out": "s3://b/out", "models": "s3://b/models", "
         ({"shards": "all"}, r"^--shards: must be a whole number"),
         ({"gpus_per_task": 0}, r"^--gpus-per-task: must be a whole number, 1 or more"),
         ({"attempts": "0"}, r"^--attempts: must be a whole number, 1 or more"),
-        ({"time_limit": "1w"}, r"^--time-limit: .*is no age"),
+        ({"time_limit": "1w"}, r"^--time-limit: .*is not an age"),
         ({"share": "some"}, r"^--share: must be index or any"),
         ({"env": ["A"]}, r"^--env: must be NAME=VALUE, not 'A'"),
         ({"env": ["1A=b"]}, r"^--env: must be NAME=VALUE"),

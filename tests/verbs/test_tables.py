@@ -149,4 +149,4 @@ def test_a_dry_run_says_what_would_run_and_why(width):
     ] == ["would run", "leased by another runner", "skipped", "would fail"]
     assert f"dora: input.not_found: {GONE}" in lines and CHANGED in "\n".join(lines)
     assert "4 total · 1 would run · 1 skipped · 1 leased by another runner · 1 would fail" in lines
-    assert not any("summary" in line for line in lines) and "nothing was written" in lines[-1]
+    assert not any("summary" in line for line in lines) and "nothing was rendered or written" in lines[-1]

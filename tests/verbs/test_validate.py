@@ -186,7 +186,7 @@ def test_the_closing_line_counts_jobs_not_problems(media, demo_models, tmp_path,
         order = [name for name, _ in found.problems]
         assert len(order) == problems and order == sorted(order, key=[job["id"] for job in jobs].index)
         print_problems(found.manifest, found.problems, checked=True)
-        assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 10 jobs, {count} of them cannot be rendered"
+        assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 10 jobs, {count} cannot be rendered"
 
 
 def test_an_unknown_recipe_is_refused_also_without_inputs(media, tmp_path):
