@@ -104,7 +104,9 @@ def test_two_nights_a_changed_seed_and_its_approval(place, capsys):
     page = (place.scratch / "report/report.html").read_text(encoding="utf-8")
     worst = job["measurements"]["psnr"]["worst_frame"]
     assert page.index("options.seed: 1 → 2") and f"frame {worst}" in page and "data:image/jpeg" in page
-    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("to accept the differences, run: "))
+    printed = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("to accept the differences, run: ")
+    )
     assert printed.removeprefix("to accept the differences, run: ") == found["approve"]
 
     import shlex

@@ -54,5 +54,5 @@ def test_ages(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
 def test_what_is_no_age(text):
-    with pytest.raises(ValueError, match="write e.g. 30m, 1h, 2d or 0s"):
+    with pytest.raises(ValueError, match=r"write e.g. 30m, 1h, 2d or 0s"):
         parse_age(text)

@@ -81,7 +81,7 @@ def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys)
     print_plan([here, gone], gpu)
     printed = capsys.readouterr().out
     assert "GB resident / stream / minimal" in printed and f"/ {here.memory['stream'] / 1e9:.3g} /" in printed
-    assert "s on RTX 5090" in printed and f"{here.plan.seconds:.3g}" in printed and "a forecast" in printed
+    assert "s on RTX 5090" in printed and f"{here.plan.seconds:.3g}" in printed and "(forecast, without" in printed
 
 
 def planned(demo_media, recipe, gpu, tmp_path, capsys):
