@@ -178,7 +178,7 @@ def test_a_failed_job_and_a_lost_output_are_failures(place):
     out.write_bytes("jobs/a/result.json", json.dumps(record).encode())
     code, found = place.compare(second)
     assert code == 1 and verdicts(found) == [("a", "failed"), ("b", "failed")]
-    assert "input.no_person" in found["jobs"][0]["error"] and "gone" in found["jobs"][1]["text"]
+    assert "input.no_person" in found["jobs"][0]["error"] and "the output is missing" in found["jobs"][1]["text"]
 
 
 def test_a_render_of_the_baseline_that_cannot_be_read_ends_with_2(place):

@@ -164,7 +164,7 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
             "compiler",
             {"torch": TorchInfo("2.12.0+cu130", "13.0", (("Tesla P40", (6, 1)),))},
             "warn",
-            "compute capability 6.1 Triton needs a GPU of compute capability 7.0 or newer. Until then: The transformer's",
+            "capability 6.1 Triton needs a GPU of compute capability 7.0 or newer. Until then: The transformer's",
         ),
         ("python", {"python_version": RuntimeError("odd")}, "fail", "odd"),
     ],
