@@ -139,7 +139,7 @@ def test_stub_family_goes_through_every_verb(echo, tmp_path, capsys):
     assert records(out) == first
 
 
-def test_other_weights_of_a_stub_family_render_again(echo, tmp_path, capsys):
+def test_stub_family_with_other_weights_renders_again(echo, tmp_path, capsys):
     out = tmp_path / "out"
     assert echo("run", "--out", str(out)) == 0
     (tmp_path / "models" / WEIGHTS).write_bytes(b"other")
@@ -148,14 +148,14 @@ def test_other_weights_of_a_stub_family_render_again(echo, tmp_path, capsys):
     assert "model.echo: " in capsys.readouterr().err
 
 
-def test_missing_weights_of_a_stub_family_stop_the_run(echo, tmp_path, capsys):
+def test_stub_family_with_missing_weights_stops_run(echo, tmp_path, capsys):
     (tmp_path / "models" / WEIGHTS).unlink()
     assert echo("run", "--out", str(tmp_path / "out")) == 2
     assert "weights.missing" in capsys.readouterr().err
     assert echo("doctor", "--recipe", "echo", "--device", "cpu") == 2
 
 
-def test_a_family_says_what_a_job_lacks(echo, tmp_path, capsys):
+def test_stub_family_with_unsupported_job_option_fails_only_that_job(echo, tmp_path, capsys):
     manifest = json.loads((tmp_path / "jobs.yaml").read_text())
     manifest["jobs"][0]["options"] = {"loras": [{"name": "style"}]}
     (tmp_path / "jobs.yaml").write_text(json.dumps(manifest))
@@ -168,13 +168,13 @@ def test_a_family_says_what_a_job_lacks(echo, tmp_path, capsys):
     }
 
 
-def test_unknown_family_is_refused_with_the_known_ones():
+def test_unknown_family_is_refused_with_names_of_known_families():
     with pytest.raises(ConfigInvalid, match="'nothing'") as caught:
         get_family(replace(get_recipe("fp32"), family="nothing"))
     assert "wan-animate" in str(caught.value.todo)
 
 
-def test_every_row_names_a_family():
+def test_families_table_rows_have_all_family_methods():
     for name in families.FAMILIES:
         family = get_family(replace(get_recipe("fp32"), family=name))
         for method in ("wanted", "wanted_by_jobs", "resolve", "check_job", "forecaster"):
@@ -182,7 +182,7 @@ def test_every_row_names_a_family():
     assert {recipe.family for recipe in recipes.RECIPES.values()} <= families.FAMILIES.keys()
 
 
-def test_what_starts_a_run_names_no_model():
+def test_cli_batch_and_verbs_import_no_model_package():
     root = Path(families.__file__).parents[1]
     for path in [root / "cli.py", *(root / "batch").glob("*.py"), *(root / "verbs").glob("*.py")]:
         if path.stem == "quantize":  # it makes this model's files
@@ -193,7 +193,7 @@ def test_what_starts_a_run_names_no_model():
             assert not any("wan_animate" in name for name in names), f"{path.name}, line {node.lineno}"
 
 
-def test_a_family_is_resolved_without_torch(demo_models, tmp_path):
+def test_family_is_resolved_without_torch(demo_models, tmp_path):
     code = """
 import sys
 from pathlib import Path
@@ -212,8 +212,8 @@ assert not {"torch", "diffusers", "transformers", "onnxruntime"} & sys.modules.k
     subprocess.run([sys.executable, "-c", code, str(demo_models), str(tmp_path)], check=True)
 
 
-def test_the_files_of_a_run_are_those_of_its_recipe(demo_models):
-    """What is read into the page cache before several processes load it: all of it, and each file once."""
+def test_resolved_files_are_each_weight_file_of_recipe_once(demo_models):
+    """These files are read into the page cache before several processes load them: every file, each once."""
     recipe = get_recipe("fp32")
     files = get_family(recipe).resolve(demo_models, recipe, EngineSettings(device="cpu")).files
     folder = demo_models / recipe.weights

@@ -79,12 +79,12 @@ def sigmas_of(sampler: str, schedule: str, steps: int, shift: float) -> np.ndarr
         (diffusers_sigmas, 5, [1, 0.9097, 0.7173, 0.0244, 0]),
     ],
 )
-def test_levels_known_from_elsewhere(schedule, shift, expected):
+def test_schedules_equal_published_sigmas(schedule, shift, expected):
     assert schedule(len(expected) - 1, shift) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("steps", BETA57)
-def test_beta57_is_the_list_known_from_elsewhere(steps):
+def test_beta57_sigmas_equal_published_list(steps):
     indices, *levels = BETA57[steps]
     for shift, expected in zip((5.0, 8.0), levels, strict=True):
         sigmas = beta57_sigmas(steps, shift)
@@ -93,8 +93,8 @@ def test_beta57_is_the_list_known_from_elsewhere(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6, 9, 21, 56, 97])
-def test_beta57_takes_the_level_next_to_each_quantile(steps):
-    """By the area below the density: of all levels, the one kept is nearest to where it is 1 - i / steps."""
+def test_beta57_sigmas_are_levels_nearest_to_each_quantile(steps):
+    """The kept level is the one where the area below the density is nearest to 1 - i / steps."""
     whole = math.gamma(0.5) * math.gamma(0.7) / math.gamma(1.2)
 
     def area(x: float) -> float:  # of x^-.5 (1 - x)^-.3 from 0 to x, where x is the square of the variable
@@ -113,7 +113,7 @@ def test_beta57_takes_the_level_next_to_each_quantile(steps):
 
 
 @pytest.mark.parametrize(("steps", "intervals"), [(20, 20), (96, 96), (97, 96), (100, 99), (200, 195), (300, 287)])
-def test_beta57_is_shorter_where_neighbours_are_one_level(steps, intervals):
+def test_beta57_sigmas_with_equal_neighbours_are_shorter(steps, intervals):
     sigmas = beta57_sigmas(steps, 5.0)
     assert len(sigmas) == intervals + 1 and (np.diff(sigmas) < 0).all()
 
@@ -147,7 +147,7 @@ def closed_form(sampler: str, schedule: str, steps: int, shift: float) -> np.nda
 @pytest.mark.parametrize("shift", [3.0, 5.0, 8.0])
 @pytest.mark.parametrize("steps", [1, 4, 6, 20])
 @pytest.mark.parametrize(("sampler", "schedule"), COMBINATIONS)
-def test_schedules_are_their_closed_forms(sampler, schedule, steps, shift):
+def test_schedules_equal_their_closed_forms(sampler, schedule, steps, shift):
     sigmas = sigmas_of(sampler, schedule, steps, shift)
     assert sigmas.dtype == np.float64 and sigmas.shape == (steps + 1 + (sampler == "res_2s"),)
     assert sigmas == pytest.approx(closed_form(sampler, schedule, steps, shift), abs=2e-6)
@@ -159,7 +159,7 @@ def test_schedules_are_their_closed_forms(sampler, schedule, steps, shift):
 @pytest.mark.parametrize("shift", [1.0, 2.5, 3.0, 5.0, 8.0, 12.25])
 @pytest.mark.parametrize("steps", [1, 2, 4, 6, 7, 20, 50, 99])
 @pytest.mark.parametrize(("sampler", "schedule"), OF_THE_LIBRARY)
-def test_schedules_equal_the_librarys_in_every_float32_bit(sampler, schedule, steps, shift):
+def test_schedules_equal_library_sigmas_in_every_float32_bit(sampler, schedule, steps, shift):
     scheduler = library_scheduler(sampler, schedule, shift)
     scheduler.set_timesteps(steps, device="cpu")
     sigmas = sigmas_of(sampler, schedule, steps, shift)
@@ -181,7 +181,7 @@ def test_schedules_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_unipc_walks_the_official_schedule_in_whole_timesteps():
+def test_unipc_with_official_schedule_uses_whole_timesteps():
     assert unipc_sigmas(6, 5.0) == pytest.approx(OFFICIAL_6, abs=2e-3)
     told = []
     sampler = make_sampler("unipc", "official", 5.0, 6, CPU)
@@ -202,11 +202,11 @@ def test_unipc_walks_the_official_schedule_in_whole_timesteps():
         ([1, 0], 5.0, [1, 0.00498008, 0]),
     ],
 )
-def test_res_2s_ends_at_the_least_level_of_the_table(sigmas, shift, expected):
+def test_end_at_sigma_min_puts_least_table_level_before_zero(sigmas, shift, expected):
     assert end_at_sigma_min(np.array(sigmas, float), shift) == pytest.approx(expected, abs=1e-7)
 
 
-def test_the_tables_hold_the_names_that_a_recipe_may_say():
+def test_sampler_and_schedule_tables_equal_names_in_recipe_tables():
     assert list(SAMPLERS) == list(SAMPLER_ROWS)
     assert list(SCHEDULES) == list(SCHEDULE_MODIFIERS)
     for name, row in SAMPLER_ROWS.items():
@@ -215,7 +215,7 @@ def test_the_tables_hold_the_names_that_a_recipe_may_say():
 
 @pytest.mark.parametrize("steps", [1, 2, 57, 97])
 @pytest.mark.parametrize(("sampler", "schedule"), COMBINATIONS)
-def test_a_plan_counts_the_evaluations_that_a_sampler_makes(sampler, schedule, steps):
+def test_count_evaluations_equals_calls_of_sampler(sampler, schedule, steps):
     made, calls, done = make_sampler(sampler, schedule, 5.0, steps, CPU), [], []
     denoise(
         lambda x, t: (calls.append(t), x)[1],
@@ -240,7 +240,7 @@ def test_a_plan_counts_the_evaluations_that_a_sampler_makes(sampler, schedule, s
         ("res_2s", "beta57", 100, (98, 196)),
     ],
 )
-def test_what_windows_cost(sampler, schedule, steps, cost):
+def test_count_evaluations_returns_steps_and_calls(sampler, schedule, steps, cost):
     assert count_evaluations(sampler, schedule, 5.0, steps) == cost
 
 
@@ -248,7 +248,7 @@ def test_what_windows_cost(sampler, schedule, steps, cost):
     ("sampler", "schedule"),
     [("dpm", "official"), ("euler", "karras"), ("unipc", "diffusers"), ("res_2s", "diffusers"), ("dpmpp", "diffusers")],
 )
-def test_what_does_not_exist_is_refused(sampler, schedule):
+def test_make_sampler_with_unknown_combination_is_refused(sampler, schedule):
     said = (
         r"euler \(official, diffusers, beta57\), unipc \(official, beta57\), dpmpp \(official, beta57\), "
         r"res_2s \(official, beta57\)"
@@ -261,7 +261,7 @@ def test_what_does_not_exist_is_refused(sampler, schedule):
 
 @pytest.mark.parametrize(("sampler", "schedule"), COMBINATIONS)
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_a_straight_flow_is_followed_to_its_end(sampler, schedule, steps):
+def test_denoise_of_constant_flow_ends_at_data(sampler, schedule, steps):
     """For data x and noise e, the flow e - x is constant: any correct sampler ends at x, whatever its schedule."""
     made = make_sampler(sampler, schedule, 5.0, steps, CPU)
     generator = torch.Generator().manual_seed(0)
@@ -326,8 +326,8 @@ def end_of_toy(sampler: str, sigmas: np.ndarray, seen: list[float] | None = None
         (8, 20, 0.86943298, 0.81275963, 0.84240536),
     ],
 )
-def test_res_2s_ends_where_the_original_does(shift, steps, res_2s, euler, euler_of_twice):
-    """To the last digit of RES4LYF's own code with its noise set to 0. Euler's values are calculated by its formula."""
+def test_res_2s_end_equals_original_code(shift, steps, res_2s, euler, euler_of_twice):
+    """Values are from RES4LYF's code with its noise set to 0, to the last digit; Euler's are from its formula."""
     digits = 6e-9
     assert end_of_toy("res_2s", sigmas_of("res_2s", "beta57", steps, shift)) == pytest.approx(res_2s, abs=digits)
     # The samplers below calculate with float32 levels, hence the last digits.
@@ -337,7 +337,7 @@ def test_res_2s_ends_where_the_original_does(shift, steps, res_2s, euler, euler_
     )
 
 
-def test_res_2s_steps_along_a_list_as_the_original_does():
+def test_res_2s_step_on_given_list_equals_original_code():
     sigmas = np.array([1, 0.75, 0.5, 0.25, 0.001, 0])
     expected = [  # h, a21, b1, b2, the middle
         (0.287682, 0.46570367, -0.04160931, 0.91062418, 0.86602540),
@@ -359,8 +359,8 @@ def test_res_2s_steps_along_a_list_as_the_original_does():
 
 
 @pytest.mark.parametrize("h", [1e-7, 1e-4, 9.99e-3, 1e-2, 0.3, 6.0])
-def test_the_coefficients_of_res_2s_are_right_to_the_last_digits(h):
-    """Against 60 digits. The closed form of b2 has lost all digits at h = 1e-7."""
+def test_res_2s_step_coefficients_equal_60_digit_values(h):
+    """Compared with 60 digits. The closed form of b2 has lost all digits at h = 1e-7."""
     following = 1.0
     step = res_2s_step(following * math.exp(h), following)
     with localcontext() as context:
@@ -374,8 +374,8 @@ def test_the_coefficients_of_res_2s_are_right_to_the_last_digits(h):
     assert step.b1 == pytest.approx(float(b1), abs=1e-12)
 
 
-def test_res_2s_is_of_second_order():
-    """Evenly from 1 to .1: half the step, a quarter of the error. Euler's halves."""
+def test_res_2s_with_half_step_quarters_error():
+    """Equal steps from 1 to 0.1: half the step size gives a quarter of the error, and half the error for Euler."""
     counts = (8, 16, 32, 64, 128)
     errors = {
         name: [abs(end_of_toy(name, np.linspace(1, 0.1, n + 1)) - exact(0.1)) for n in counts]
@@ -387,7 +387,7 @@ def test_res_2s_is_of_second_order():
     assert orders == pytest.approx(np.full(4, 2.0), abs=0.03)
 
 
-def test_res_2s_keeps_float32_latents_and_lists_without_an_end():
+def test_res_2s_on_list_without_zero_keeps_list_and_float32_latents():
     called = []
     sampler = Res2sSampler(np.array([1.0, 0.5, 0.25]), CPU)
     latents = denoise(
@@ -400,7 +400,7 @@ def test_res_2s_keeps_float32_latents_and_lists_without_an_end():
 
 
 @pytest.mark.parametrize(("sampler", "schedule"), COMBINATIONS)
-def test_more_steps_come_nearer_to_the_exact_end(sampler, schedule):
+def test_sampler_with_more_steps_ends_nearer_to_exact_solution(sampler, schedule):
     """In the limit, each sampler solves the flow, on every schedule that it accepts."""
     steps = (5, 10, 20, 40, 80)
     errors = [abs(end_of_toy(sampler, sigmas_of(sampler, schedule, n, 5.0)) - exact(0)) for n in steps]
@@ -429,8 +429,8 @@ def multistep_closed_form(sigmas: np.ndarray, velocities: np.ndarray, start: np.
 @pytest.mark.parametrize("shift", [3.0, 8.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 20])
 @pytest.mark.parametrize("schedule", SAMPLER_ROWS["dpmpp"].schedules)
-def test_dpmpp_is_its_closed_form(schedule, steps, shift):
-    """Also from sigma 1 on, where the logarithm is infinite."""
+def test_dpmpp_equals_its_closed_form(schedule, steps, shift):
+    """Schedules that begin at sigma 1, where the logarithm is infinite, are included."""
     sigmas = sigmas_of("dpmpp", schedule, steps, shift)
     made = make_sampler("dpmpp", schedule, shift, steps, CPU)
     random = np.random.default_rng(steps)
@@ -443,7 +443,7 @@ def test_dpmpp_is_its_closed_form(schedule, steps, shift):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
-def test_dpmpp_steps_as_the_librarys_own(steps):
+def test_dpmpp_on_library_schedule_equals_library_steps(steps):
     """On the library's own schedule, which begins below 1, bit for bit."""
     scheduler = library_scheduler("dpmpp", shift=5.0)
     scheduler.set_timesteps(steps, device="cpu")
@@ -461,7 +461,7 @@ def test_dpmpp_steps_as_the_librarys_own(steps):
 @pytest.mark.parametrize("shift", [3.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 4, 6, 20])
 @pytest.mark.parametrize(("sampler", "schedule"), OF_THE_LIBRARY)
-def test_every_combination_steps_as_the_librarys_own(sampler, schedule, steps, shift):
+def test_sampler_steps_equal_library_steps_bit_for_bit(sampler, schedule, steps, shift):
     """The same velocities give the same latents and the same timesteps, bit for bit, step for step."""
     scheduler = library_scheduler(sampler, schedule, shift)
     scheduler.set_timesteps(steps, device="cpu")
@@ -478,7 +478,7 @@ def test_every_combination_steps_as_the_librarys_own(sampler, schedule, steps, s
     assert torch.equal(torch.stack(told), scheduler.timesteps) and told[0].dtype == scheduler.timesteps.dtype
 
 
-def test_unipc_begins_at_its_first_level_where_two_timesteps_are_equal():
+def test_unipc_with_two_equal_timesteps_begins_at_first_level():
     """The library searches for the first timestep, takes the second of two equal ones and runs past the end."""
     sampler = make_sampler("unipc", "official", 50.0, 100, CPU)
     told = []
@@ -490,14 +490,14 @@ def test_unipc_begins_at_its_first_level_where_two_timesteps_are_equal():
 @pytest.mark.parametrize("steps", [1, 100])
 @pytest.mark.parametrize("shift", [0.01, 100.0])
 @pytest.mark.parametrize(("sampler", "schedule"), COMBINATIONS)
-def test_the_least_and_the_greatest_shift_stay_finite(sampler, schedule, shift, steps):
+def test_denoise_with_least_and_greatest_shift_stays_finite(sampler, schedule, shift, steps):
     made = make_sampler(sampler, schedule, shift, steps, CPU)
     generator = torch.Generator().manual_seed(steps)
     start = torch.randn(1, 4, 2, 3, 3, generator=generator)
     assert torch.isfinite(denoise(lambda x, t: x, start, made, lambda *_: None)).all()
 
 
-def test_denoise_tells_each_step_and_stops_where_the_listener_raises():
+def test_denoise_calls_on_step_each_step_and_stops_if_on_step_raises():
     seen = []
 
     def on_step(i, latents):

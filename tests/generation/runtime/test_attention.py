@@ -49,7 +49,7 @@ CAPABILITIES = (None, (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (
         ((12, 0), "bfloat16", {"native"}, ["native"]),
     ],
 )
-def test_candidates_by_device(capability, dtype, available, wanted):
+def test_candidates_on_device_come_in_expected_order(capability, dtype, available, wanted):
     found = candidates(capability, dtype, available)
     assert [backend.name for backend in found] == wanted
     assert all(backend.why for backend in found)
@@ -65,11 +65,11 @@ def test_candidates_by_device(capability, dtype, available, wanted):
         ((8, 9), ALL - {"comfy_int8"}, ["sage"]),
     ],
 )
-def test_8_bits_by_comfy_kitchen_before_sage_attention(capability, available, wanted):
+def test_candidates_in_8_bits_prefer_comfy_kitchen_to_sage_attention(capability, available, wanted):
     assert [b.name for b in candidates(capability, "bfloat16", available, eight_bit=True)] == wanted
 
 
-def test_8_bits_where_nothing_does_them_name_what_is_lacking_and_the_remedy():
+def test_candidates_in_8_bits_without_backend_raise_with_remedy():
     with pytest.raises(ConfigInvalid) as caught:
         candidates((8, 9), "bfloat16", TORCH, eight_bit=True)
     said = caught.value.message
@@ -82,7 +82,7 @@ def test_8_bits_where_nothing_does_them_name_what_is_lacking_and_the_remedy():
             candidates(capability, dtype, ALL, eight_bit=True)
 
 
-def test_every_row_is_a_candidate_somewhere_and_every_candidate_a_row():
+def test_backends_table_rows_equal_candidates_of_all_devices():
     found = set()
     for capability in CAPABILITIES:
         for dtype in ("bfloat16", "float16", "float32"):
@@ -92,7 +92,7 @@ def test_every_row_is_a_candidate_somewhere_and_every_candidate_a_row():
     assert found == set(BACKENDS)
 
 
-def test_what_is_available_downloads_nothing():
+def test_available_backends_contain_no_downloaded_kernels():
     found = available_backends()
     assert found >= TORCH
     assert not any(name.endswith("_hub") for name in found)
@@ -100,12 +100,12 @@ def test_what_is_available_downloads_nothing():
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, LIMITS["exact"])], ids=str)
-def test_a_right_backend_passes_its_trial(dtype, most):
+def test_trial_of_correct_backend_passes(dtype, most):
     assert trial("native", CPU, dtype, 8, 64) < most
     assert trial("_native_math", CPU, dtype, 1, 16) < most
 
 
-def test_what_raises_or_is_wrong_is_passed_over(monkeypatch):
+def test_pick_backend_skips_backends_that_raise_or_are_wrong(monkeypatch):
     errors = {"_flash_3": RuntimeError("no kernel image\nmore"), "_native_cudnn": 0.5, "_native_flash": 0.004}
 
     def tried(name, *_):
@@ -131,7 +131,7 @@ def test_what_raises_or_is_wrong_is_passed_over(monkeypatch):
 @pytest.mark.parametrize(
     "comfy", [RuntimeError("requires the CUDA extension on SM75 or newer"), 0.2], ids=["raises", "off"]
 )
-def test_8_bits_fall_from_one_package_to_the_next_and_the_reason_says_why(monkeypatch, comfy):
+def test_pick_backend_in_8_bits_with_failed_package_takes_next_with_reason(monkeypatch, comfy):
     errors = {"comfy_int8": comfy, "sage": 0.03}
 
     def tried(name, *_):
@@ -156,7 +156,7 @@ def test_8_bits_fall_from_one_package_to_the_next_and_the_reason_says_why(monkey
     assert pick_backend(torch.device("cuda"), torch.bfloat16, 40, 128, eight_bit=True)[0] == "comfy_int8"
 
 
-def test_comfy_kitchen_is_found_by_its_function(monkeypatch):
+def test_available_backends_find_comfy_kitchen_by_its_function(monkeypatch):
     for package, found in (
         (SimpleNamespace(int8_attention=None), True),
         (SimpleNamespace(int8_linear=None), False),  # an older release
@@ -166,7 +166,7 @@ def test_comfy_kitchen_is_found_by_its_function(monkeypatch):
         assert ("comfy_int8" in available_backends()) == found
 
 
-def test_our_call_of_comfy_kitchen_fits_its_signature():
+def test_run_attention_call_of_comfy_kitchen_fits_its_signature():
     package = pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
     called = []
 
@@ -191,7 +191,7 @@ def test_our_call_of_comfy_kitchen_fits_its_signature():
 
 
 @pytest.mark.parametrize("name", sorted(name for name, row in BACKENDS.items() if row.opaque))
-def test_an_opaque_backend_takes_views_of_what_it_is_given_and_returns_rows_token_by_token(name, monkeypatch):
+def test_opaque_backend_gets_views_of_inputs_and_returns_contiguous_output(name, monkeypatch):
     taken = stub_package(monkeypatch, name)
     query, key, value = (torch.randn(1, tokens, 2, 16, dtype=torch.bfloat16) for tokens in (9, 7, 7))
     found = run_attention(query, key, value, name)
@@ -232,7 +232,7 @@ def stub_package(monkeypatch, name: str, prepare=lambda: None) -> list[int]:
     return taken
 
 
-def test_self_attention_alone_is_set(tiny_store_dir):
+def test_apply_attention_sets_only_self_attention(tiny_store_dir):
     folder = tiny_store_dir / get_recipe("fp32").weights / "transformer"
     model = WanAnimateTransformer3DModel.from_pretrained(folder, local_files_only=True)
     said = apply_attention(model, CPU, torch.float32)
@@ -251,7 +251,7 @@ def test_self_attention_alone_is_set(tiny_store_dir):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_choice_on_a_gpu_is_right_at_the_models_shape():
+def test_pick_backend_on_gpu_is_within_limit_at_model_shape():
     name, why, error = pick_backend(torch.device("cuda"), torch.bfloat16, 40, 128)
     assert error <= LIMITS["exact"]
     assert why

@@ -65,7 +65,7 @@ SVDQ = {
 
 @pytest.mark.parametrize("capability", DEVICES, ids=str)
 @pytest.mark.parametrize("compute", ["fp8", "int8", "nvfp4"])
-def test_the_table(capability, compute):
+def test_precisions_on_device_match_table_of_decisions(capability, compute):
     can, best = DEVICES[capability]
     assert PRECISIONS[compute].runs_on(capability) == (compute in can)
     assert advised(capability) == best
@@ -82,7 +82,7 @@ def test_the_table(capability, compute):
 
 @pytest.mark.parametrize("compute", SVDQ)
 @pytest.mark.parametrize("capability", [*DEVICES, (10, 3), (12, 1)], ids=str)
-def test_svdq_runs_where_its_kernels_were_compiled_for_and_is_never_chosen(compute, capability):
+def test_svdq_runs_only_on_devices_of_its_kernels(compute, capability):
     assert PRECISIONS[compute].runs_on(capability) == (capability in SVDQ[compute])
     if capability in SVDQ[compute]:
         assert decide(compute, capability, ("cache_dit", ""), {compute}, "cuda:0").backend == "cache_dit"
@@ -93,7 +93,7 @@ def test_svdq_runs_where_its_kernels_were_compiled_for_and_is_never_chosen(compu
 
 
 @pytest.mark.parametrize("compute", SVDQ)
-def test_svdq_needs_its_own_weights_and_they_need_it(compute):
+def test_decide_on_svdq_requires_svdq_weights_and_product(compute):
     with pytest.raises(ConfigInvalid, match=f"these are nvfp4.*quantize --format {compute}"):
         decide(compute, (12, 0), RIGHT, {"nvfp4"}, "cuda:0")
     with pytest.raises(ConfigInvalid, match=f"stored as {compute} run as {compute} or in 16 bits.*Ask for"):
@@ -103,13 +103,13 @@ def test_svdq_needs_its_own_weights_and_they_need_it(compute):
     assert decide("bf16", (9, 0), (None, ""), {compute}, "cuda:0").compute == "bf16"
 
 
-def test_bf16_asks_nothing():
+def test_decide_on_bf16_has_no_requirements():
     assert decide("bf16", None, (None, ""), (), "cpu").backend == ""
     assert decide("bf16", (7, 0), (None, "broken"), {"g32"}, "cuda:0").compute == "bf16"
     assert advised(None) == "bf16"
 
 
-def test_what_was_asked_for_is_never_changed_in_silence():
+def test_decide_on_named_precision_that_cannot_run_is_refused():
     with pytest.raises(ConfigInvalid, match=r"int_mm refused: off by 0\.3.*Install comfy-kitchen"):
         decide("int8", (8, 0), (None, "int_mm refused: off by 0.3"), {"g32"}, "cuda:0")
     with pytest.raises(ConfigInvalid, match=r"needs weights stored as nvfp4; these are g32.*quantize --format nvfp4"):
@@ -118,7 +118,7 @@ def test_what_was_asked_for_is_never_changed_in_silence():
         decide("nvfp4", None, ("reference", ""), {"plain"}, "cpu")
 
 
-def test_layers_that_see_every_token():
+def test_is_token_wise_of_14b_model_selects_layers_that_see_every_token():
     """Of the 14B model: 8 in each of 40 blocks, 2 in each of 8 face adapters; 99 % of the linears' work."""
     shapes = linear_shapes(transformer_on_meta(WAN_ANIMATE_14B))
     chosen = {name: shape for name, shape in shapes.items() if is_token_wise(name)}
@@ -143,7 +143,7 @@ def model(tiny_store_dir):
 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
 @pytest.mark.parametrize("four_bits", [True, False], ids=["g32", "plain"])
-def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bits):
+def test_apply_precision_sets_token_wise_layers_and_returns_numbers(model, compute, four_bits):
     if four_bits:
         in_four_bits(model)
     weights = {name: id(p) for name, p in model.named_parameters()}
@@ -165,7 +165,7 @@ def test_a_recipe_sets_its_layers_and_gives_its_numbers(model, compute, four_bit
     assert all(m.compute == EXACT for m in model.modules() if isinstance(m, FP4Linear | LowBitLinear))
 
 
-def test_the_record_names_the_kernel_that_makes_codes_where_it_is_ours():
+def test_name_code_kernel_names_only_own_kernels():
     for row in PRECISIONS.values():
         for backend in row.backends:
             ours = row.layout == "rows" or (row.layout == "svdq" and backend.name == "scaled_mm")
@@ -180,7 +180,7 @@ def in_svdq(model, layout) -> None:
 
 
 @pytest.mark.parametrize("compute", SVDQ)
-def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
+def test_apply_precision_with_svdq_sets_token_wise_layers(model, compute, monkeypatch):
     in_svdq(model, SVDQ_LAYOUTS[compute])
     said = apply_precision(model, replace(get_recipe("fp32"), compute=compute), CPU)
     low = {n for n, m in model.named_modules() if isinstance(m, SvdqLinear) and m.compute == compute}
@@ -204,8 +204,8 @@ def test_svdq_sets_the_layers_that_see_every_token(model, compute, monkeypatch):
 
 @pytest.mark.parametrize("compute", SVDQ)
 @pytest.mark.parametrize("calibrated", [False, True], ids=["by weights", "calibrated"])
-def test_the_error_that_the_self_test_allows_svdq(compute, calibrated):
-    """[256, 5120] of noise: honest layers lie below it, noise and a layer without its low-rank part above."""
+def test_self_test_limit_of_svdq_separates_correct_from_wrong_layers(compute, calibrated):
+    """[256, 5120] of noise: correct layers are below the limit; noise and a layer without low-rank part are above."""
     torch.manual_seed(0)
     weight, layout = torch.randn(256, 5120) / 5120**0.5, SVDQ_LAYOUTS[compute]
     x = activations(256, 5120, CPU, torch.float32) if calibrated else None
@@ -217,8 +217,8 @@ def test_the_error_that_the_self_test_allows_svdq(compute, calibrated):
 
 
 @pytest.mark.parametrize("compute", SVDQ)
-def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones(model, compute):
-    """Rows are quantised by themselves: pieces of them have the same codes."""
+def test_svdq_blocks_chunked_streamed_or_compiled_equal_whole_resident_blocks(model, compute):
+    """Each row is quantised separately, so that chunks of rows have the same codes."""
     in_svdq(model, SVDQ_LAYOUTS[compute])
     apply_precision(model, replace(get_recipe("fp32"), compute=compute), CPU)
     case = Case(model)
@@ -233,7 +233,7 @@ def test_svdq_blocks_in_pieces_and_streamed_have_the_bits_of_whole_resident_ones
     assert torch.equal(case.run(step), whole)
 
 
-def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
+def test_apply_precision_with_unsupported_shape_keeps_layer_exact(model):
     model.blocks[1].ffn.net[2] = nn.Linear(model.blocks[1].ffn.net[2].in_features, 24)
     said = apply_precision(model, get_recipe("fp32+fp8"), CPU)
     assert said["compute_kept_exact"] == 1
@@ -249,8 +249,8 @@ def test_a_shape_that_no_kernel_takes_stays_exact_and_is_counted(model):
     ],
     ids=["a scale is off", "noise", "not finite"],
 )
-def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatch, wrong, said):
-    """It passed the probe, and is wrong all the same."""
+def test_apply_precision_with_wrong_kernel_is_refused(model, monkeypatch, wrong, said):
+    """The kernel passed the probe but is wrong on the weights of this model."""
     right = rowwise.reference
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: wrong(right(*given)))
     monkeypatch.setattr(low_bit, "pick_gemm_backend", lambda *_: ("scaled_mm", "the probe passed"))
@@ -259,8 +259,8 @@ def test_a_kernel_that_is_wrong_on_these_weights_stops_the_run(model, monkeypatc
     assert said in caught.value.message
 
 
-def test_the_self_test_would_see_a_format_that_is_too_coarse(model, monkeypatch):
-    """The definition itself, but of rows without the rotation that int8's bound supposes."""
+def test_self_test_of_too_coarse_format_is_refused(model, monkeypatch):
+    """The definition itself runs, but without the rotation of rows that the limit of int8 requires."""
     layer = LowBitLinear(model.blocks[0].ffn.net[2], "int8", "reference")
     choice = decide("int8", None, ("reference", ""), {"plain"}, "cpu")
     assert self_test({"layer": layer}, choice, CPU, torch.float32)["layer"]["error"] < PRECISIONS["int8"].error_limit
@@ -269,8 +269,8 @@ def test_the_self_test_would_see_a_format_that_is_too_coarse(model, monkeypatch)
         self_test({"layer": layer}, choice, CPU, torch.float32)
 
 
-def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
-    """Stated: 30 dB for fp8, 38 dB for int8, after three steps of the tiny model of random weights."""
+def test_frames_in_8_bits_are_within_psnr_limits_of_exact_frames(tiny_store_dir):
+    """The limits are 30 dB for fp8 and 38 dB for int8, after three steps of the tiny model with random weights."""
     recipe = get_recipe("fp32")
     pipeline, said = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     assert (said["compute"], said["attention"], said["compile"]) == ("bf16", "native", "eager")
@@ -289,7 +289,7 @@ def test_frames_in_8_bits_lie_near_the_exact_ones(tiny_store_dir):
     assert (frames() == exact).all()
 
 
-def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
+def test_compiled_blocks_are_warmed_once_before_steps(tiny_store_dir):
     recipe = get_recipe("fp32")
     pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     assert pipeline.switches == Switches()
@@ -310,8 +310,8 @@ def test_a_compiled_job_warms_up_before_its_steps_and_not_again(tiny_store_dir):
 
 
 @pytest.mark.parametrize("compute", SVDQ)
-def test_an_svdq_layer_is_tested_by_inputs_such_as_it_was_calibrated_for(compute):
-    """Channels of e^±3: by inputs of one size a right layer would be refused, for they are not what it divides."""
+def test_self_test_of_svdq_layer_uses_inputs_like_its_calibration(compute):
+    """The channels range over e^±3. With inputs of equal size in every channel, a correct layer would be refused."""
     torch.manual_seed(0)
     sizes = (1.5 * torch.randn(1024)).exp()
     weight, layout = torch.randn(256, 1024) / 32, SVDQ_LAYOUTS[compute]

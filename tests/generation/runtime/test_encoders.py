@@ -44,7 +44,7 @@ def asked(encoder: Encoder, timer: StageTimer | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("offload", ["device", "host", "disk"])
 @pytest.mark.parametrize("layers", [False, True], ids=["whole", "layer by layer"])
-def test_encoder_with_any_offload_device_gives_the_same_output(offload, layers):
+def test_encoder_with_any_offload_device_gives_same_output(offload, layers):
     load = Loader()
     expected = Loader()()(torch.ones(1, 4))
     encoder = Encoder("text_encoder", load, by_layer=lambda offload, device: layers and offload != "device")
@@ -77,7 +77,7 @@ def test_encoder_moved_between_offload_devices_keeps_its_weights():
         encoder.set_offload(CPU, "cloud")  # type: ignore[arg-type]
 
 
-def test_encoder_is_offloaded_after_a_failed_use():
+def test_encoder_is_offloaded_after_failed_use():
     encoder = Encoder("text_encoder", Loader())
     encoder.set_offload(CPU, "disk")
     with pytest.raises(KeyError), encoder.loaded(StageTimer()):
@@ -89,11 +89,11 @@ def test_encoder_is_offloaded_after_a_failed_use():
     ("offload", "device", "expected"),
     [("device", "cuda", False), ("host", "cuda", True), ("disk", "cuda", True), ("host", "cpu", False)],
 )
-def test_layers_are_copied_one_by_one_if_weights_are_offloaded(offload, device, expected):
+def test_runs_by_layer_on_gpu_with_offloaded_weights_is_true(offload, device, expected):
     assert runs_by_layer(offload, torch.device(device)) is expected
 
 
-def test_a_load_without_a_job_is_charged_to_the_next():
+def test_encoder_load_without_job_is_counted_in_next_job():
     encoder, timer = Encoder("text_encoder", Loader()), StageTimer()
     assert encoder.model is encoder.model
     asked(encoder, timer)
@@ -106,7 +106,7 @@ def found(tiny_store_dir) -> Encoders:
     return find_encoders(ResolvedRecipe(ModelStore(tiny_store_dir), RECIPE), torch.float32)[0]
 
 
-def test_finding_them_reads_no_weights_and_knows_their_size(found, tiny_store_dir):
+def test_find_encoders_reads_no_weights_and_gives_sizes(found, tiny_store_dir):
     assert not any(encoder.is_loaded for encoder in found)
     sizes = {name: sum(p.nbytes for p in encoder.model.parameters()) for name, encoder in zip("ti", found, strict=True)}
     assert (found.text.nbytes, found.image.nbytes) == (sizes["t"], sizes["i"])
@@ -123,8 +123,8 @@ def wide_text_encoder(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def test_real_encoders_have_the_same_bits_layer_by_layer(tiny_store_dir, tmp_path):
-    """UMT5 plain and in INT4, and CLIP: hooks that bring layers and take them away change nothing."""
+def test_real_encoders_run_layer_by_layer_give_same_bits(tiny_store_dir, tmp_path):
+    """UMT5 plain and in INT4, and CLIP: the hooks that copy layers to the device and back change no bit."""
     store = ModelStore(tiny_store_dir)
     quantize_text_encoder(wide_text_encoder(tmp_path / "source"), tmp_path / "int4.safetensors", device="cpu")
     plain = find_encoders(ResolvedRecipe(store, RECIPE), torch.float32)[0]
@@ -153,7 +153,7 @@ def test_real_encoders_have_the_same_bits_layer_by_layer(tiny_store_dir, tmp_pat
 
 
 @torch.no_grad()
-def test_a_prompt_on_disk_never_loads_the_text_encoder(tiny_store_dir, tmp_path):
+def test_text_encoder_with_prompt_cached_on_disk_is_not_loaded(tiny_store_dir, tmp_path):
     store = ModelStore(tiny_store_dir)
     pipeline, _ = load_pipeline(ResolvedRecipe(store, RECIPE), CPU)
     again, _ = load_pipeline(ResolvedRecipe(store, RECIPE), CPU)
@@ -169,7 +169,7 @@ def test_a_prompt_on_disk_never_loads_the_text_encoder(tiny_store_dir, tmp_path)
     assert again.encoders.text.loads == 1
 
 
-def test_the_texts_identity_is_that_of_tokenizer_and_encoder(tiny_store_dir, tmp_path):
+def test_text_digest_changes_only_with_tokenizer_or_text_encoder(tiny_store_dir, tmp_path):
     root = tmp_path / "models"
     shutil.copytree(tiny_store_dir, root)
     before = ResolvedRecipe(ModelStore(root), RECIPE).text_digest
@@ -185,7 +185,7 @@ def test_the_texts_identity_is_that_of_tokenizer_and_encoder(tiny_store_dir, tmp
         before = now
 
 
-def test_an_int4_file_that_lacks_a_tensor_is_found_before_any_job(tmp_path):
+def test_int4_text_encoder_file_without_tensor_is_refused_before_job(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -208,7 +208,7 @@ def test_an_int4_file_that_lacks_a_tensor_is_found_before_any_job(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
-def test_all_homes_agree_on_a_gpu_and_give_its_memory_back(tiny_store_dir):
+def test_encoder_on_gpu_with_any_offload_device_agrees_and_frees_memory(tiny_store_dir):
     store, device, made = ModelStore(tiny_store_dir), torch.device("cuda"), []
     for offload in ("device", "host", "disk"):
         pipeline, _ = load_pipeline(ResolvedRecipe(store, RECIPE), device)

@@ -44,21 +44,21 @@ def right(*_: str) -> None:
         (None, None, ("bf16",), False, False),
     ],
 )
-def test_what_is_tried_on_each_architecture(capability, gpu, compute, eight_bit, half_vae):
-    """Best first. On sm_90 no 8-bit attention, whose kernels are for older units."""
+def test_order_choices_on_each_architecture_gives_expected_order(capability, gpu, compute, eight_bit, half_vae):
+    """The best choice comes first. sm_90 has no 8-bit attention, because those kernels are for older units."""
     order = order_choices(FAST, capability, find_device(gpu))
     assert (order.compute, order.eight_bit_attention, order.half_vae) == (compute, eight_bit, half_vae)
     assert order.why.keys() == {"compute", "attention", "vae"} and all(order.why.values())
 
 
-def test_a_precision_whose_error_shows_is_tried_nowhere():
+def test_fastest_first_leaves_out_precisions_with_visible_error():
     visible = {row.name for row in PRECISIONS.values() if row.visible}
     assert visible == {"nvfp4", "svdq-int4", "svdq-nvfp4"}
     capabilities = [None, *((major, minor) for major in range(7, 13) for minor in (0, 3, 6, 9))]
     assert not visible & {name for capability in capabilities for name in fastest_first(capability)}
 
 
-def test_attention_is_exact_where_eight_bits_are_not_known_to_be_faster():
+def test_order_choices_without_faster_8_bit_attention_keeps_exact_attention():
     gpu = find_device("A100")
     assert gpu is not None
     slower = replace(gpu, attention_8bit=gpu.attention)
@@ -67,13 +67,13 @@ def test_attention_is_exact_where_eight_bits_are_not_known_to_be_faster():
         assert not order.eight_bit_attention and "nothing in 8 bits" in order.why["attention"]
 
 
-def test_the_autoencoder_stays_in_float32_where_cudnn_makes_no_convolutions_in_16_bits():
+def test_choose_without_16_bit_convolutions_keeps_autoencoder_in_float32():
     order = order_choices(FAST, (12, 0), None, "cuDNN 9.10 is avoided")
     assert choose(order, right, right).running.vae_dtype == "float32"
     assert order.why["vae"] == "float32: cuDNN 9.10 is avoided"
 
 
-def test_each_part_falls_back_alone():
+def test_choose_with_failed_part_falls_back_for_that_part_only():
     order = order_choices(FAST, (12, 0))
     all_right = choose(order, right, right)
     assert all_right.as_dict() | {"why": {}} == {
@@ -93,7 +93,7 @@ def test_each_part_falls_back_alone():
     assert exact.why["attention"].endswith("refused, exact instead: comfy-kitchen is not installed")
 
 
-def test_what_always_works_is_not_tried():
+def test_choose_without_faster_choice_makes_no_trial():
     def fail(*_: str) -> None:
         raise AssertionError("tried")
 
@@ -101,7 +101,7 @@ def test_what_always_works_is_not_tried():
     assert choose(order_choices(FAST, (7, 5)), fail, fail).running == FAST
 
 
-def test_whatever_a_device_chose_the_recipe_as_asked_for_has_one_fingerprint():
+def test_fast_recipe_fingerprint_does_not_depend_on_device_choice():
     chosen = {speed.name: foresee(FAST, speed) for speed in DEVICES}
     assert chosen["H200"] != chosen["RTX 5090"]
     assert {recipe.name for recipe in chosen.values()} == {"fp4-fast"}
@@ -115,7 +115,7 @@ def test_whatever_a_device_chose_the_recipe_as_asked_for_has_one_fingerprint():
         ("H200", "fp8 products, exact attention, autoencoder in 16 bits"),
     ],
 )
-def test_forecasts_take_what_would_run_there(gpu, words):
+def test_foresee_returns_choice_of_named_gpu(gpu, words):
     assert choice_words(foresee(FAST, find_device(gpu))) == words
     assert foresee(DISTILL, find_device(gpu)) == DISTILL
     assert foresee(FAST, None) == FAST
@@ -124,8 +124,8 @@ def test_forecasts_take_what_would_run_there(gpu, words):
 
 
 @pytest.mark.parametrize(("gpu", "most", "gain"), [("RTX 5090", 31, 1.9), ("H200", 18, 1.15), ("RTX 4090", 41, 2)])
-def test_the_forecast_of_a_clip_with_what_would_run(gpu, most, gain):
-    """832x480, 81 frames, six steps: seconds, and how many times as fast as fp4-distill. Forecasts."""
+def test_plan_job_with_foreseen_choice_is_faster_than_distill(gpu, most, gain):
+    """Forecasts for 832x480, 81 frames, six steps: seconds, and the speed-up over fp4-distill."""
     speed = find_device(gpu)
 
     def seconds(recipe) -> float:
@@ -136,7 +136,7 @@ def test_the_forecast_of_a_clip_with_what_would_run(gpu, most, gain):
     assert seconds(foresee(FAST, speed)) < min(most, seconds(DISTILL) / gain)
 
 
-def test_the_layers_may_fall_back_to_slower_products_and_never_to_faster_ones():
+def test_fallbacks_contain_only_slower_products():
     running = choose(order_choices(FAST, (9, 0)), right, right).running
     assert [recipe.compute for recipe in fallbacks(running, (9, 0))] == ["fp8", "int8", "bf16"]
     assert [recipe.compute for recipe in fallbacks(replace(running, compute="int8"), (9, 0))] == ["int8", "bf16"]
@@ -146,7 +146,7 @@ def test_the_layers_may_fall_back_to_slower_products_and_never_to_faster_ones():
     assert [r.attention for r in attention_fallbacks(replace(running, attention="int8"))] == ["int8", "exact"]
 
 
-def test_what_is_asked_for_by_name_is_an_error_and_what_is_chosen_goes_on():
+def test_try_each_raises_for_named_precision_and_falls_back_for_chosen_one():
     def apply(recipe):
         if recipe.compute != "bf16":
             raise ConfigInvalid(f"{recipe.compute} is not right")
@@ -162,7 +162,7 @@ def test_what_is_asked_for_by_name_is_an_error_and_what_is_chosen_goes_on():
     )
 
 
-def test_the_choice_is_settled_by_what_was_loaded():
+def test_with_loaded_replaces_choice_by_loaded_values():
     choice = choose(order_choices(FAST, (12, 0)), {"fp8": "broken"}.get, right)
     why = {"compute": "refused when the model was loaded: int8 is off", "attention": "", "vae": "no overflow"}
     settled = choice.with_loaded({"compute": "bf16", "attention": "exact", "vae": "float16", "why": why})

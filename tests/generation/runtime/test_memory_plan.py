@@ -50,8 +50,8 @@ def forecast(mode, size=SIZE, **settings):
     return forecast_memory(make_plan(mode, RECIPE), RECIPE, PRODUCTION, *size, **settings)
 
 
-def test_memory_table_in_docs_is_the_forecast():
-    """Of `resident` the leanest form and the fullest. In GB; from ten on without a decimal."""
+def test_memory_table_in_docs_equals_forecast():
+    """Sizes are in GB, from 10 GB without a decimal. `resident` has its smallest and its largest plan."""
     text = (Path(__file__).resolve().parents[3] / "docs/memory.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| `(resident|stream|minimal)` \|.*\| ([\d. to]+) GB \| ([\d. to]+) GB \|$", text, re.MULTILINE
@@ -67,7 +67,7 @@ def test_memory_table_in_docs_is_the_forecast():
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream", "minimal"])
-def test_frames_between_others_are_a_stage_of_their_own(mode):
+def test_forecast_with_interpolation_has_separate_stage(mode):
     plain, interpolating = forecast(mode), forecast(mode, interpolates=True)
     assert interpolating.stages.keys() - plain.stages.keys() == {"interpolate"}
     weights = interpolating.parts["interpolation_weights"]
@@ -77,7 +77,7 @@ def test_frames_between_others_are_a_stage_of_their_own(mode):
     assert interpolating.stages["interpolate"] < plain.peak
 
 
-def test_weights_are_the_published_sizes():
+def test_weights_of_14b_model_equal_published_sizes():
     packed, plain = weights_of(SHAPE, fp4=True), weights_of(SHAPE, fp4=False)
     assert packed.total == pytest.approx(9.78e9, rel=0.001)
     assert plain.total / 2 == pytest.approx(17_274_816_884, rel=0.002)
@@ -91,7 +91,7 @@ def test_weights_are_the_published_sizes():
     assert packed.total == pytest.approx(counted[""], rel=0.0005)
 
 
-def test_weights_of_the_tiny_model(tiny_store_dir):
+def test_weights_of_tiny_model_equal_its_parameters(tiny_store_dir):
     store, recipe = ModelStore(tiny_store_dir), get_recipe("fp32")
     model = WanAnimateTransformer3DModel.from_config(ResolvedRecipe(store, recipe).config("transformer"))
     found = weights_of(ResolvedRecipe(store, recipe).costs.transformer, fp4=False, element=4)
@@ -101,8 +101,8 @@ def test_weights_of_the_tiny_model(tiny_store_dir):
 
 
 @pytest.mark.parametrize("kind", ["whole", "chunked"])
-def test_a_blocks_peak_is_what_its_tensors_take(fourteen_billion, monkeypatch, kind):
-    """Counted on the meta device; attention's own scratch memory is its kernel's affair."""
+def test_block_peak_forecast_equals_counted_tensors(fourteen_billion, monkeypatch, kind):
+    """Tensors are counted on the meta device; the scratch memory inside attention's kernel is left out."""
 
     def attend(_attn, query, read):
         if read.key.shape[1] == TOKENS:  # else the result comes in their order, and is copied
@@ -139,7 +139,7 @@ def test_a_blocks_peak_is_what_its_tensors_take(fourteen_billion, monkeypatch, k
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_autoencoders_peaks_are_what_its_tensors_take(dtype):
+def test_autoencoder_peak_forecast_equals_counted_tensors(dtype):
     kind = getattr(torch, dtype)
     with torch.device("meta"):
         ours, theirs = FramewiseVae().to(kind), AutoencoderKLWan().to(kind)
@@ -168,8 +168,8 @@ def test_the_autoencoders_peaks_are_what_its_tensors_take(dtype):
     assert sum(p.nbytes for p in ours.parameters()) == pytest.approx(vae_bytes(PRODUCTION.vae, dtype), rel=0.001)
 
 
-def test_the_sum_by_hand():
-    """stream at 480x832, 81 frames: what the docs and the record promise, part by part."""
+def test_forecast_of_stream_mode_equals_sum_by_hand():
+    """`stream` at 480x832, 81 frames: every part that the docs and the record give."""
     parts = forecast("stream").parts
     block, adapter = 227_437_568, 59_023_872
     assert parts["slots"] == 2 * (block + adapter)
@@ -182,7 +182,7 @@ def test_the_sum_by_hand():
     assert forecast("stream").peak == max(stages.values())
 
 
-def test_8_bits_take_room_for_codes():
+def test_forecast_in_8_bits_includes_codes():
     exact, parts = forecast("stream").parts, {}
     # Beyond two hidden states and the inside of the feed-forward part, 2.7 as wide: its codes.
     inside = TOKENS * 13_824
@@ -200,8 +200,8 @@ def test_8_bits_take_room_for_codes():
 @pytest.mark.parametrize(
     ("word", "weights", "activations"), [("svdq-int4", 9.63e9, 6.43), ("svdq-nvfp4", 10.18e9, 6.47)]
 )
-def test_svdq_weights_lie_there_as_they_are_stored(word, weights, activations):
-    """No codes are kept of them or of a product's inputs; the workspace of those that are dequantised is as before."""
+def test_forecast_of_svdq_counts_weights_as_stored(word, weights, activations):
+    """No codes of weights or of inputs are kept; the workspace of dequantised weights stays the same."""
     recipe = get_recipe(f"fp4-distill+{word}")
     found = forecast_memory(make_plan("resident", recipe), recipe, PRODUCTION, *SIZE).parts
     exact = forecast("resident").parts
@@ -216,15 +216,15 @@ def test_svdq_weights_lie_there_as_they_are_stored(word, weights, activations):
 
 @pytest.mark.parametrize("word", ["svdq-int4", "svdq-nvfp4"])
 @pytest.mark.parametrize(("card", "mode"), [(16, "stream"), (24, "resident"), (32, "resident")])
-def test_the_mode_of_svdq_recipes_on_cards(word, card, mode):
-    """Of what a card is sold with, an engine gets about .95."""
+def test_choose_plan_for_svdq_recipe_fits_mode_to_card(word, card, mode):
+    """An engine gets about 95 % of a card's nominal memory."""
     recipe = get_recipe(f"fp4-distill+{word}")
     plan, _ = choose_plan("auto", recipe, PRODUCTION, round(0.95 * card * GIB))
     assert plan.mode == mode
 
 
-def test_kept_codes_are_a_byte_a_weight_beside_the_weights_in_every_stage():
-    """12.4 billion weights, and a float32 scale for each of their rows. What makes codes of LoRAs' weights stays."""
+def test_forecast_with_kept_codes_adds_one_byte_per_weight_in_every_stage():
+    """12.4 billion weights, and a float32 scale for each row. The workspace for codes of LoRAs' weights stays."""
     weights = 40 * (6 * WIDTH**2 + 2 * WIDTH * 13_824) + 8 * 2 * WIDTH**2
     rows = 40 * (7 * WIDTH + 13_824) + 8 * 2 * WIDTH
     for recipe in map(get_recipe, ("fp4-distill+fp8", "fp4-distill+int8")):
@@ -237,7 +237,7 @@ def test_kept_codes_are_a_byte_a_weight_beside_the_weights_in_every_stage():
             assert kept.stages[stage] - size == pytest.approx(1.08 * (weights + 4 * rows), abs=1)
 
 
-def test_the_targets_at_480p_are_met_on_paper():
+def test_forecast_at_480p_meets_targets():
     assert forecast("stream").peak <= 8 * GB
     sixteen = get_recipe("fp4-distill+bf16-vae")
     assert forecast_memory(make_plan("stream", sixteen), sixteen, PRODUCTION, *SIZE).peak < 6 * GB
@@ -245,8 +245,8 @@ def test_the_targets_at_480p_are_met_on_paper():
     assert forecast("resident").peak > 2 * forecast("stream").peak
 
 
-def test_on_a_gpu_no_block_runs_whole():
-    """What stands in for a compiled block there is the chunked one; on a CPU `resident` has no other than the whole."""
+def test_forecast_on_gpu_counts_chunked_blocks():
+    """On a GPU the chunked block replaces a compiled one; on a CPU `resident` has only the whole block."""
     unit = 2 * TOKENS * WIDTH
     assert forecast("resident").parts["activations"] == 6 * unit
     assert forecast("resident", cuda=False).parts["activations"] == 12 * unit
@@ -258,14 +258,14 @@ def test_on_a_gpu_no_block_runs_whole():
 
 
 @pytest.mark.parametrize("size", [SIZE, HD], ids=["480p", "720p"])
-def test_a_lower_mode_takes_less(size):
+def test_forecast_of_lower_mode_is_smaller(size):
     peaks = [forecast(mode, size).peak for mode in MODES]
     assert peaks == sorted(peaks, reverse=True)
     assert all(forecast(mode, size, guided=True).peak >= peak for mode, peak in zip(MODES, peaks, strict=True))
     assert [next_lower_mode(mode) for mode in MODES] == ["stream", "minimal", None]
 
 
-def test_loras_beside_the_weights_are_counted_where_they_are():
+def test_forecast_counts_loras_on_device_of_their_weights():
     plain, beside = forecast("resident"), forecast("resident", load=Load(loras=738_000_000))
     assert beside.stages["vae_decode"] - plain.stages["vae_decode"] == pytest.approx(1.08 * 738e6, rel=1e-3)
     plain, beside = forecast("stream"), forecast("stream", load=Load(loras=738_000_000))
@@ -294,7 +294,7 @@ def test_loras_beside_the_weights_are_counted_where_they_are():
         (8, HD, "minimal", "disk", "host"),
     ],
 )
-def test_auto_takes_the_highest_mode_that_fits(card, size, mode, encoders, preprocess):
+def test_auto_mode_is_highest_that_fits(card, size, mode, encoders, preprocess):
     free = card * GIB - 600_000_000
     plan, why = choose_plan("auto", RECIPE, PRODUCTION, free, windows=[Window(*size)])
     assert (plan.mode, plan.encoders, plan.preprocess) == (mode, encoders, preprocess)
@@ -323,7 +323,7 @@ CODES = {
 
 
 @pytest.mark.parametrize(("card", "word", "size"), CODES, ids=str)
-def test_codes_are_kept_where_they_fit(card, word, size):
+def test_choose_plan_keeps_codes_if_they_fit(card, word, size):
     recipe, free = get_recipe(word), card * GIB - 600_000_000
     for asked in ("auto", CODES[card, word, size][0]):
         plan, why = choose_plan(asked, recipe, PRODUCTION, free, windows=[Window(*size)])
@@ -332,7 +332,7 @@ def test_codes_are_kept_where_they_fit(card, word, size):
         assert ("8-bit codes are kept" in why) == plan.keep_codes
 
 
-def test_codes_want_memory_that_is_known_to_be_free():
+def test_choose_plan_keeps_codes_only_if_known_free_memory_suffices():
     recipe = get_recipe("fp4-distill+int8")
     for asked in ("auto", *MODES):
         assert not choose_plan(asked, recipe, PRODUCTION, None)[0].keep_codes
@@ -348,8 +348,8 @@ def test_codes_want_memory_that_is_known_to_be_free():
     assert (plan.mode, plan.keep_codes) == ("resident", False)
 
 
-def test_on_a_cpu_codes_are_kept_too():
-    """There a product in 8 bits runs by its definition."""
+def test_choose_plan_on_cpu_keeps_codes_if_they_fit():
+    """On a CPU a product in 8 bits runs by its definition."""
     recipe = get_recipe("fp4-distill+int8")
     plan, _ = choose_plan("auto", recipe, PRODUCTION, 100 * GB, cuda=False)
     assert (plan.mode, plan.keep_codes) == ("resident", True)
@@ -358,7 +358,7 @@ def test_on_a_cpu_codes_are_kept_too():
     assert (plan.mode, plan.keep_codes) == ("resident", False)
 
 
-def test_where_streaming_leaves_room_the_preprocessing_is_on_the_device_and_in_every_stage():
+def test_stream_plan_with_free_memory_keeps_preprocessing_on_device():
     chunked = make_plan("stream", RECIPE)
     full = replace(chunked, preprocess="device")
     without, with_it = (forecast_memory(plan, RECIPE, PRODUCTION, *SIZE) for plan in (chunked, full))
@@ -379,7 +379,7 @@ def test_where_streaming_leaves_room_the_preprocessing_is_on_the_device_and_in_e
     )
 
 
-def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():
+def test_choose_plan_with_named_mode_that_is_too_large_keeps_mode():
     plan, why = choose_plan("resident", RECIPE, PRODUCTION, 4 * GB)
     assert (plan.mode, plan.encoders, plan.preprocess) == ("resident", "host", "host")
     assert "asked for" in why
@@ -390,15 +390,15 @@ def test_a_mode_that_is_asked_for_is_taken_even_where_it_does_not_fit():
         choose_plan("strem", RECIPE, PRODUCTION, 3 * GB)
 
 
-def test_on_a_cpu_nothing_is_streamed_by_itself():
-    """Host to host there is nothing to gain; less memory comes from chunked activations and bfloat16 alone."""
+def test_auto_mode_on_cpu_never_streams():
+    """Streaming from host to host saves nothing; only chunked activations and bfloat16 save memory."""
     plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 100 * GB, cuda=False)
     assert plan.mode == "resident"
     plan, _ = choose_plan("auto", RECIPE, PRODUCTION, 27 * GB, cuda=False)
     assert plan.mode == "minimal"
 
 
-def test_only_the_size_decides_on_tiles():
+def test_tiled_of_minimal_plan_depends_only_on_size():
     plan = make_plan("minimal", RECIPE)
     assert not plan.tiled(480, 832)
     assert plan.tiled(1280, 720)
@@ -406,7 +406,7 @@ def test_only_the_size_decides_on_tiles():
     assert not make_plan("stream", RECIPE).tiled(1280, 720)
 
 
-def test_forecasts_are_plain_data():
+def test_forecast_as_dict_is_plain_data():
     said = forecast("minimal").as_dict()
     assert said["peak"] == max(said["stages"].values())
     assert all(isinstance(size, int) for size in (*said["stages"].values(), *said["parts"].values()))
@@ -419,8 +419,8 @@ SMALL, LARGE = Window(480, 832, 81), Window(1280, 720, 81)
 CARD = 24_800_000_000  # bytes free of an idle card of 24 GB
 
 
-def test_auto_plans_for_the_largest_job():
-    """A card with room for 480p stays below `resident` where a job of 720p is to come, which would not fit."""
+def test_auto_mode_with_several_jobs_fits_largest():
+    """A card that fits `resident` at 480p takes a lower mode if a job at 720p would not fit."""
     alone, why = choose_plan("auto", RECIPE, PRODUCTION, CARD, windows=[SMALL])
     assert (alone.mode, "480x832x81" in why) == ("resident", True)
     assert forecast_memory(alone, RECIPE, PRODUCTION, *HD).peak > CARD
@@ -431,7 +431,7 @@ def test_auto_plans_for_the_largest_job():
         assert "GB forecast at 1280x720x81, 24.8 GB free" in why
 
 
-def test_a_mode_that_is_asked_for_has_its_best_plan_for_the_largest_job():
+def test_choose_plan_with_named_mode_fits_largest_job():
     free = 33 * GB
     assert choose_plan("resident", RECIPE, PRODUCTION, free, windows=[SMALL])[0].preprocess == "device"
     plan, why = choose_plan("resident", RECIPE, PRODUCTION, free, windows=[SMALL, Window(1600, 896, 81)])
@@ -439,7 +439,7 @@ def test_a_mode_that_is_asked_for_has_its_best_plan_for_the_largest_job():
     assert "asked for" in why and "1600x896x81" in why
 
 
-def test_the_largest_is_the_one_that_takes_most_not_that_of_most_pixels():
+def test_choose_plan_takes_window_with_most_memory_as_largest():
     """121 frames of 480p take more than 5 of 720p while blocks run, and less while pixels are decoded."""
     sixteen = get_recipe("fp4-distill+bf16-vae")
     long, wide = Window(480, 832, 241), Window(1280, 720, 5)
@@ -457,7 +457,7 @@ def test_the_largest_is_the_one_that_takes_most_not_that_of_most_pixels():
         ({"loras": 738_000_000}, "480x832x81, with LoRAs"),
     ],
 )
-def test_what_else_a_job_asks_for_counts(more, word):
+def test_choose_plan_counts_guidance_interpolation_and_loras_of_window(more, word):
     plan = make_plan("resident", get_recipe("fp4-distill+bf16-vae"))
     kept = {"guided": more.get("guided", False), "interpolates": more.get("interpolates", False)}
     load = Load(loras=more.get("loras", 0))
@@ -470,7 +470,7 @@ def test_what_else_a_job_asks_for_counts(more, word):
         assert f"forecast at {word}, " in why
 
 
-def test_where_no_job_is_known_a_window_of_480p_is_planned_for():
+def test_choose_plan_without_windows_takes_480p_window():
     assert choose_plan("auto", RECIPE, PRODUCTION, CARD) == choose_plan(
         "auto", RECIPE, PRODUCTION, CARD, windows=[Window(480, 832, 81)]
     )

@@ -76,7 +76,7 @@ def stream_of(modules, buffers: int) -> tuple[BlockStream, Watched]:
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3, 9])
-def test_results_have_the_same_bits(buffers):
+def test_block_stream_gives_same_bits(buffers):
     modules, x = layers(), torch.randn(3, 8)
     wanted = run(modules, x)
     stream, _ = stream_of(modules, buffers)
@@ -85,7 +85,7 @@ def test_results_have_the_same_bits(buffers):
     assert torch.equal(run(modules, x), wanted)  # outside a pass all parameters are on the host
 
 
-def test_the_next_block_is_on_its_way_while_one_computes():
+def test_block_stream_with_two_buffers_copies_next_block_ahead():
     stream, watched = stream_of(layers(4), 2)
     run(stream(), torch.randn(1, 8))
     assert watched.calls == [
@@ -96,7 +96,7 @@ def test_the_next_block_is_on_its_way_while_one_computes():
     ]
 
 
-def test_with_one_slot_every_block_waits_for_its_own():
+def test_block_stream_with_one_buffer_copies_each_block_before_use():
     stream, watched = stream_of(layers(3), 1)
     run(stream(), torch.randn(1, 8))
     assert watched.calls == [*(("copy", 0), ("use", 0), ("done", 0)) * 3, ("end", -1)]
@@ -135,7 +135,7 @@ def test_abandoned_pass_leaves_all_parameters_on_host():
     assert torch.equal(run(stream(), x), wanted)
 
 
-def test_what_changes_between_passes_is_seen():
+def test_block_stream_uses_parameters_changed_between_passes():
     modules, x = layers(3), torch.randn(3, 8)
     stream, _ = stream_of(modules, 2)
     run(stream(), x)
@@ -158,7 +158,7 @@ def test_what_changes_between_passes_is_seen():
     assert stream.host_bytes < before
 
 
-def test_no_slots_or_no_parts_are_refused():
+def test_block_stream_without_buffers_or_parts_is_refused():
     with pytest.raises(ValueError, match="0 buffers for 1 parts"):
         BlockStream([(nn.Linear(2, 2),)], CPU, buffers=0)
     with pytest.raises(ValueError, match="2 buffers for 0 parts"):
@@ -167,7 +167,7 @@ def test_no_slots_or_no_parts_are_refused():
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_of_the_tiny_model_have_the_same_bits(tiny_store_dir, four_bits, dtype):
+def test_streamed_steps_of_tiny_model_have_same_bits(tiny_store_dir, four_bits, dtype):
     model = load(tiny_store_dir, dtype)
     if four_bits:
         in_four_bits(model)
@@ -181,7 +181,7 @@ def test_steps_of_the_tiny_model_have_the_same_bits(tiny_store_dir, four_bits, d
     assert stream.buffer_bytes < stream.host_bytes
 
 
-def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
+def test_failed_step_closes_its_pass(tiny_store_dir):
     model = load(tiny_store_dir)
     inputs = Inputs(model)
     (conditioning,) = inputs.conditionings(model)
@@ -197,8 +197,8 @@ def test_a_step_that_fails_closes_its_pass_at_once(tiny_store_dir):
     assert torch.equal(inputs.step(model, conditioning, 0, blocks=stream()), wanted)
 
 
-def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
-    """Factors beside packed weights, merged norms and biases: attached and detached on the host, used on the device."""
+def test_streamed_blocks_with_loras_attached_and_detached_give_same_bits(tiny_store_dir, tmp_path):
+    """Factors, merged norms and biases are attached and detached on the host and used on the device."""
     from runner.quantization.lora.apply import read_lora
     from tests.generation.fp4_stores import transformer_config
     from tests.quantization.lora_files import write_published
@@ -230,7 +230,7 @@ def test_loras_come_and_go_with_their_blocks(tiny_store_dir, tmp_path):
     assert stream.host_bytes == size
 
 
-def test_memory_of_a_stream_is_freed_with_it():
+def test_block_stream_is_freed_after_last_reference():
     modules = layers(2)
     stream, _ = stream_of(modules, 2)
     run(stream(), torch.randn(1, 8))
@@ -259,7 +259,7 @@ class Runtime:
         return 0
 
 
-def test_host_memory_is_locked_by_whole_pages_for_as_long_as_it_is_there(monkeypatch):
+def test_pinned_buffer_locks_whole_pages_until_memory_is_freed(monkeypatch):
     """Small buffers come from one heap, where neighbours share a page."""
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
@@ -277,8 +277,8 @@ def test_host_memory_is_locked_by_whole_pages_for_as_long_as_it_is_there(monkeyp
     assert runtime.locked == {}
 
 
-def test_memory_that_cannot_be_locked_says_so_and_leaves_no_error_behind(monkeypatch):
-    """CUDA keeps the error of a call, and reports it for the next kernel, which did nothing wrong."""
+def test_pinned_buffer_that_cannot_be_locked_gives_reason_and_clears_error(monkeypatch):
+    """CUDA keeps the error of a call and would report it for the next kernel."""
     forgotten: list[bool] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(2))
     monkeypatch.setattr(streaming, "forget_error", lambda: forgotten.append(True))
@@ -296,7 +296,7 @@ class TestOnAGpu:
         return [nn.Linear(width, width).to(torch.bfloat16) for _ in range(count)]
 
     @pytest.mark.parametrize("buffers", [1, 2])
-    def test_results_have_the_same_bits(self, buffers):
+    def test_block_stream_on_gpu_gives_same_bits(self, buffers):
         device = torch.device("cuda", 0)
         x = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16)
         staying = self.blocks()
@@ -306,7 +306,7 @@ class TestOnAGpu:
         for _ in range(5):
             assert torch.equal(run(stream(), x), wanted)
 
-    def test_packed_weights_have_the_same_bits(self):
+    def test_block_stream_of_packed_weights_gives_same_bits(self):
         device = torch.device("cuda", 0)
         packed = [FP4Linear.from_linear(m, NVFP4, "absmax") for m in self.blocks()]
         x = torch.randn(512, 2048, device=device, dtype=torch.bfloat16)
@@ -314,7 +314,7 @@ class TestOnAGpu:
         found = run(stream(), x)
         assert torch.equal(found, run([m.to(device) for m in packed], x))
 
-    def test_only_the_slots_are_on_the_device(self):
+    def test_block_stream_holds_only_buffers_on_device(self):
         device = torch.device("cuda", 0)
         stream = BlockStream([(m,) for m in self.blocks(12)], device, buffers=2)
         x = torch.randn(8, 2048, device=device, dtype=torch.bfloat16)
@@ -328,14 +328,14 @@ class TestOnAGpu:
         stream.release()
         assert torch.cuda.memory_allocated(device) - before < weights
 
-    def test_an_error_of_the_runtime_is_no_kernels(self):
+    def test_pin_that_fails_leaves_no_error_for_next_kernel(self):
         size = 1 << 22
         buffer = torch.empty(size, dtype=torch.uint8)
         assert streaming.pin(buffer) is None
         assert streaming.pin(buffer) is not None  # locked already
         assert float(torch.ones(4, device="cuda").sum()) == 4
 
-    def test_a_pass_given_up_leaves_the_host_free_to_write(self):
+    def test_abandoned_pass_on_gpu_allows_writes_to_host_weights(self):
         device = torch.device("cuda", 0)
         modules = self.blocks()
         stream = BlockStream([(m,) for m in modules], device, buffers=2)

@@ -33,7 +33,7 @@ class Shop:
         return value
 
 
-def test_the_least_recently_used_goes_and_lookups_are_counted():
+def test_full_cache_evicts_least_recently_used_and_counts_lookups():
     shop = Shop(8)
     for key in "abacab":
         shop.get(key)
@@ -43,7 +43,7 @@ def test_the_least_recently_used_goes_and_lookups_are_counted():
     assert vars(shop.cache.use["x"]) == {"hits": 2, "misses": 4, "entries": 2, "bytes": 8}
 
 
-def test_one_budget_is_shared_by_all_names():
+def test_cache_budget_is_shared_by_all_names():
     shop = Shop(40)
     shop.get("p", "prompt", elements=2)
     shop.get("c", "clip", elements=3)
@@ -55,7 +55,7 @@ def test_one_budget_is_shared_by_all_names():
     assert shop.get("c", "prompt") is not shop.get("c", "clip", elements=3)  # a key belongs to its name
 
 
-def test_a_long_clip_pushes_out_no_prompt():
+def test_cache_with_share_of_pose_keeps_prompt_during_long_clip():
     shop = Shop(40, share={"pose": 0.5})
     shop.get("p", "prompt", elements=4)
     for key in "abcdefgh":
@@ -67,7 +67,7 @@ def test_a_long_clip_pushes_out_no_prompt():
     )  # 24 bytes fit beside the prompt: a share is no limit while there is room
 
 
-def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept():
+def test_value_larger_than_budget_is_returned_and_not_kept():
     shop = Shop(8)
     shop.get("s")
     shop.get("l", elements=3)
@@ -77,14 +77,14 @@ def test_what_is_larger_than_the_budget_is_handed_out_and_not_kept():
     assert shop.cache.host_bytes == 4
 
 
-def test_nothing_is_kept_without_a_budget():
+def test_cache_without_budget_keeps_nothing():
     shop = Shop(0)
     shop.get("a")
     shop.get("a")
     assert shop.made == ["a", "a"]
 
 
-def test_all_may_be_forgotten():
+def test_cache_clear_removes_all_values():
     shop = Shop(100)
     for key in "abcda":
         shop.get(key)
@@ -97,7 +97,7 @@ def test_all_may_be_forgotten():
         TensorCache(-1)
 
 
-def test_a_value_above_its_names_share_pushes_out_its_own_and_nothing_else():
+def test_value_above_share_of_its_name_evicts_only_that_name():
     shop = Shop(40, share={"pose": 0.5})
     shop.get("p", "prompt", elements=4)
     shop.get("a", "pose", elements=2)  # 24 bytes of 40
@@ -109,7 +109,7 @@ def test_a_value_above_its_names_share_pushes_out_its_own_and_nothing_else():
     assert shop.made == list("pabc")
 
 
-def test_two_threads_may_ask_for_one_key_at_once():
+def test_cache_get_of_one_key_by_two_threads_keeps_one_value():
     cache, timer, both = TensorCache(100), StageTimer(), threading.Barrier(2)
 
     def make() -> torch.Tensor:
@@ -123,14 +123,14 @@ def test_two_threads_may_ask_for_one_key_at_once():
     assert cache.host_bytes == 8
 
 
-def test_a_hit_on_the_host_is_the_value_itself():
+def test_cache_hit_on_host_returns_same_storage():
     cache, value = TensorCache(100), torch.randn(2, 3).T
     cache.get("x", "a", lambda: value, StageTimer())
     back = cache.get("x", "a", lambda: torch.zeros(()), StageTimer())
     assert back.data_ptr() == value.data_ptr() and back.stride() == value.stride()
 
 
-def test_failures_are_not_remembered():
+def test_cache_get_after_failed_make_makes_value_again():
     cache, timer = TensorCache(100), StageTimer()
     with pytest.raises(ZeroDivisionError):
         cache.get("x", "a", lambda: torch.tensor(1 // 0), timer)
@@ -141,8 +141,8 @@ def test_failures_are_not_remembered():
     st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 6)), max_size=40),
     st.integers(0, 60),
 )
-def test_the_budget_holds_and_hits_are_those_of_a_list_in_order_of_use(asked, most):
-    """Never more than the budget; a hit is exactly what a plain list says, to the byte."""
+def test_cache_hits_equal_plain_list_in_order_of_use_within_budget(asked, most):
+    """The cache never exceeds the budget, and its hits are those of a plain list, to the byte."""
     shop = Shop(most)
     sizes: dict[str, int] = {}
     plain: OrderedDict[str, int] = OrderedDict()
@@ -164,7 +164,7 @@ def test_the_budget_holds_and_hits_are_those_of_a_list_in_order_of_use(asked, mo
     st.lists(st.tuples(st.sampled_from(["pose", "scene", "prompt"]), st.sampled_from("abcd"), st.integers(1, 6))),
     st.integers(0, 60),
 )
-def test_the_budget_holds_with_shares(asked, most):
+def test_cache_with_shares_stays_within_budget(asked, most):
     shop = Shop(most, share={"pose": 0.6, "scene": 0.2})
     sizes: dict[tuple[str, str], int] = {}
     for name, key, elements in asked:
@@ -174,7 +174,7 @@ def test_the_budget_holds_with_shares(asked, most):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_values_come_back_to_their_device_as_they_were():
+def test_cache_hit_on_gpu_returns_same_values_and_strides():
     cache, timer = TensorCache(1 << 20), StageTimer()
     made = torch.randn(3, 5, 7, device="cuda").to(torch.bfloat16).permute(2, 0, 1)
     cache.get("x", "a", lambda: made, timer)

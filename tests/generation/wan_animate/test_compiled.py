@@ -73,8 +73,8 @@ def one_block(tiny_store_dir):
         return Case(load(tiny_store_dir))
 
 
-def test_generated_code_in_int8_passes_the_comparison_at_warming(tiny_store_dir):
-    """By Inductor on the CPU: prepared inputs and the operator that makes codes of them are in the one graph."""
+def test_compiled_blocks_in_int8_pass_comparison_at_warming(tiny_store_dir):
+    """Inductor compiles on the CPU: prepared inputs and the operator that makes their codes are in one graph."""
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     for name, layer in model.named_modules():
@@ -87,7 +87,7 @@ def test_generated_code_in_int8_passes_the_comparison_at_warming(tiny_store_dir)
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["plain", "fp4"])
-def test_one_graph_for_all_blocks_one_more_for_a_second_size_none_for_a_second_job(tiny_store_dir, four_bits):
+def test_compiled_blocks_need_one_graph_per_size(tiny_store_dir, four_bits):
     model = load(tiny_store_dir)
     if four_bits:
         in_four_bits(model)
@@ -108,8 +108,8 @@ def test_one_graph_for_all_blocks_one_more_for_a_second_size_none_for_a_second_j
     assert (graphs(), step.graphs) == (2, 2)
 
 
-def test_weights_that_move_bring_no_graph(tiny_store_dir):
-    """Streamed, a block's parameters lie in other memory at every step."""
+def test_compiled_blocks_with_moved_weights_need_no_new_graph(tiny_store_dir):
+    """A streamed block has its parameters in other memory at every step."""
     case, step = Case(load(tiny_store_dir)), CompiledBlocks(backend="eager")
     case.warm(step)
     wanted = case.run()
@@ -120,8 +120,8 @@ def test_weights_that_move_bring_no_graph(tiny_store_dir):
     assert graphs() == 1
 
 
-def test_attention_by_name_is_part_of_the_graph(tiny_store_dir):
-    """On a GPU self-attention has a backend of its own, within which the library selects torch's kernel."""
+def test_compiled_blocks_with_named_attention_backend_have_one_graph(tiny_store_dir):
+    """On a GPU self-attention has a named backend, in which the library selects torch's kernel."""
     model = load(tiny_store_dir)
     for block in model.blocks:
         block.attn1.set_attention_backend("_native_flash")
@@ -139,8 +139,8 @@ def untraceable() -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_attention_backend_leaves_the_compiled_step_unbroken(one_block, monkeypatch, name):
-    """Each stubbed as its package has it. What torch itself brings is traced, and needs no stub."""
+def test_compiled_blocks_with_any_attention_backend_are_not_broken(one_block, monkeypatch, name):
+    """Each package's function has a stub. Torch's own backends are traced and need no stub."""
     case, step = one_block, CompiledBlocks(backend="eager")
     if BACKENDS[name].opaque:
         stub_package(monkeypatch, name, untraceable)
@@ -151,7 +151,7 @@ def test_every_attention_backend_leaves_the_compiled_step_unbroken(one_block, mo
     assert step.broken == ""
 
 
-def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(tiny_store_dir):
+def test_warm_takes_only_needed_blocks_and_closes_iterator(tiny_store_dir):
     case, step, seen = Case(load(tiny_store_dir)), CompiledBlocks(backend="eager"), []
 
     def brought():
@@ -166,7 +166,7 @@ def test_warming_takes_no_more_blocks_than_it_needs_and_closes_what_brings_them(
     assert seen == [0, "closed"]
 
 
-def test_a_lora_on_some_blocks_is_a_structure_of_its_own(tiny_store_dir):
+def test_structure_of_block_with_lora_needs_own_graph(tiny_store_dir):
     model = load(tiny_store_dir)
     in_four_bits(model)
     case, step = Case(model), CompiledBlocks(backend="eager")
@@ -183,7 +183,7 @@ def test_a_lora_on_some_blocks_is_a_structure_of_its_own(tiny_store_dir):
     assert graphs() == 2
 
 
-def test_few_graphs_are_held_at_once(tiny_store_dir, monkeypatch):
+def test_compiled_blocks_hold_at_most_most_graphs(tiny_store_dir, monkeypatch):
     monkeypatch.setattr(module, "MOST_GRAPHS", 1)
     model, step = load(tiny_store_dir), CompiledBlocks(backend="eager")
     first, second = Case(model), Case(model, width=64)
@@ -193,7 +193,7 @@ def test_few_graphs_are_held_at_once(tiny_store_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["compiling", "its result"])
-def test_what_cannot_be_compiled_runs_eagerly(tiny_store_dir, when):
+def test_compiled_blocks_with_failed_backend_run_eagerly(tiny_store_dir, when):
     def backend(graph, _inputs):
         if when == "compiling":
             raise RuntimeError("Failed to find C compiler")
@@ -210,7 +210,7 @@ def test_what_cannot_be_compiled_runs_eagerly(tiny_store_dir, when):
     assert torch.equal(case.run(step), case.run())
 
 
-def test_exhausted_memory_is_no_reason_to_run_eagerly(tiny_store_dir):
+def test_warm_with_exhausted_memory_raises(tiny_store_dir):
     def backend(graph, _inputs):
         def run(*_given):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -224,8 +224,8 @@ def test_exhausted_memory_is_no_reason_to_run_eagerly(tiny_store_dir):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
-def test_fused_kernels_compute_the_same(tiny_store_dir):
-    """Sums in another order: 1e-4 in float32. The code stays in torch's own cache, so that only a first run pays."""
+def test_compiled_blocks_with_inductor_are_within_tolerance(tiny_store_dir):
+    """Sums in another order: 1e-4 in float32. The code stays in torch's cache, so that only the first run is slow."""
     case, step = Case(load(tiny_store_dir)), CompiledBlocks()
     assert case.warm(step) == 1, step.broken
     found, wanted = case.run(step), case.run()
@@ -233,7 +233,7 @@ def test_fused_kernels_compute_the_same(tiny_store_dir):
     assert step.description["compile"] == "inductor"
 
 
-def test_who_compiles(monkeypatch, tmp_path):
+def test_wants_compile_depends_on_switch_and_device(monkeypatch, tmp_path):
     cuda = torch.device("cuda")
     assert wants_compile(Switches(), cuda)[0]
     assert not wants_compile(Switches(), CPU)[0]
@@ -248,8 +248,8 @@ def test_who_compiles(monkeypatch, tmp_path):
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
-def test_multiply_adds_are_fused_whatever_the_default_of_triton_is(monkeypatch):
-    """Triton reads the variable when it compiles a kernel with which no choice is passed."""
+def test_compiled_blocks_set_fused_multiply_adds_in_triton(monkeypatch):
+    """Triton reads the variable when it compiles a kernel without an explicit choice."""
     knobs = pytest.importorskip("triton.knobs", reason="triton is not installed")
     monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
     step = CompiledBlocks(backend="eager")
@@ -263,13 +263,13 @@ def test_multiply_adds_are_fused_whatever_the_default_of_triton_is(monkeypatch):
 
 
 @needs_known_torch
-def test_inductor_asks_for_fused_multiply_adds_itself():
+def test_inductor_enables_fused_multiply_adds():
     from torch._inductor.codegen.triton import TritonKernel
 
     assert TritonKernel.triton_meta_common()["enable_fp_fusion"] is True
 
 
-def test_why_blocks_run_eagerly_on_a_gpu_and_what_they_run_as():
+def test_make_block_forward_on_gpu_gives_reason_and_eager_block():
     cuda, recipe = torch.device("cuda"), get_recipe("fp4-distill")
     resident, stream, minimal = (make_plan(mode, recipe) for mode in ("resident", "stream", "minimal"))
     assert make_block_forward(Switches(), cuda, minimal) == (None, "memory mode minimal is for the least memory")
@@ -282,14 +282,14 @@ def test_why_blocks_run_eagerly_on_a_gpu_and_what_they_run_as():
     assert make_block_forward(Switches(compile=True), CPU, resident)[0]._eager is run_block
 
 
-def test_differences():
+def test_difference_is_relative_and_inf_for_nan():
     one = torch.ones(1, 5000, 4)
     assert difference(one, one) == 0
     assert difference(one * 1.5, one) == pytest.approx(0.5)
     assert difference(one * torch.nan, one) == float("inf")
 
 
-def test_the_autoencoder_keeps_its_values(tiny_store_dir):
+def test_prepare_vae_keeps_decoded_values(tiny_store_dir):
     from diffusers import AutoencoderKLWan
 
     folder = tiny_store_dir / get_recipe("fp32").weights / "vae"
@@ -307,7 +307,7 @@ def test_the_autoencoder_keeps_its_values(tiny_store_dir):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_fused_kernels_on_a_gpu(tiny_store_dir):
+def test_compiled_blocks_on_gpu_are_within_tolerance(tiny_store_dir):
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     model.to("cuda")
@@ -318,5 +318,5 @@ def test_fused_kernels_on_a_gpu(tiny_store_dir):
     assert step.worst <= TOLERANCES[torch.bfloat16]
 
 
-def test_the_step_is_the_blocks_own():
+def test_compiled_blocks_by_default_compare_with_run_block():
     assert CompiledBlocks(backend="eager")._eager is run_block

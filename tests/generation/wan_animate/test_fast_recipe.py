@@ -63,7 +63,7 @@ def force(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(loading, "capability_of", lambda _: capability)
 
 
-def test_a_cpu_renders_the_bits_of_the_distilled_recipe_and_says_so(store, distilled):
+def test_fast_recipe_on_cpu_equals_distilled_recipe(store, distilled):
     generator = load(store)
     assert np.array_equal(rendered(generator), distilled)
     said = generator.description
@@ -74,7 +74,7 @@ def test_a_cpu_renders_the_bits_of_the_distilled_recipe_and_says_so(store, disti
     assert "choice" not in load(store, "fp4-distill").description
 
 
-def test_a_forced_choice_renders_and_the_record_names_it(store, distilled, monkeypatch):
+def test_fast_recipe_with_forced_choice_renders_and_is_described(store, distilled, monkeypatch):
     force(monkeypatch, HOPPER)
     generator = load(store)
     frames = rendered(generator)
@@ -94,7 +94,7 @@ def test_a_forced_choice_renders_and_the_record_names_it(store, distilled, monke
     assert identity["compute"].startswith("fp8, reference") and identity["autoencoder"].startswith("float16")
 
 
-def test_an_autoencoder_beyond_float16_is_bfloat16(store, monkeypatch):
+def test_fast_recipe_with_overflow_in_float16_takes_bfloat16_autoencoder(store, monkeypatch):
     force(monkeypatch, HOPPER)
     monkeypatch.setattr(half_choice, "largest_activation", lambda vae: 70_000.0)
     said = load(store).description
@@ -102,7 +102,7 @@ def test_an_autoencoder_beyond_float16_is_bfloat16(store, monkeypatch):
     assert "7e+04, beyond" in said["choice"]["why"]["vae"]
 
 
-def test_the_forecasts_are_those_of_what_was_chosen(store, monkeypatch):
+def test_fast_recipe_forecasts_equal_chosen_recipe(store, monkeypatch):
     job = JobOptions(size="832x480")
     plain = load(store, "fp4-distill")
     force(monkeypatch, HOPPER)
@@ -117,7 +117,7 @@ def test_the_forecasts_are_those_of_what_was_chosen(store, monkeypatch):
     assert fast.forecast(plan, job) == named.forecast(plan, job) != plain.forecast(plan, job)
 
 
-def test_two_devices_have_one_identity(store, monkeypatch):
+def test_fast_recipe_identity_does_not_depend_on_device(store, monkeypatch):
     plain = load(store, "fp4-distill").identity
     found = []
     for capability in (HOPPER, BLACKWELL):
@@ -128,7 +128,7 @@ def test_two_devices_have_one_identity(store, monkeypatch):
     assert found[0][1:] == found[1][1:] == (plain, get_recipe("fp4-fast").effective())
 
 
-def test_a_job_is_resumed_only_where_the_same_was_chosen(store, monkeypatch):
+def test_resume_identity_of_fast_recipe_differs_with_choice(store, monkeypatch):
     force(monkeypatch, HOPPER)
     first, again = load(store).resume_identity, load(store).resume_identity
     force(monkeypatch, BLACKWELL)
@@ -136,7 +136,7 @@ def test_a_job_is_resumed_only_where_the_same_was_chosen(store, monkeypatch):
     assert first == again and {name for name in first if first[name] != other[name]} == {"compute"}
 
 
-def test_a_product_that_is_not_right_here_gives_way_to_the_next(store, monkeypatch):
+def test_fast_recipe_with_refused_product_takes_next(store, monkeypatch):
     from runner.quantization.kernels import low_bit
 
     force(monkeypatch, HOPPER)
@@ -167,7 +167,7 @@ def wrong_on_one_layer(monkeypatch, *precisions: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "left"), [(("fp8",), "int8"), (("fp8", "int8"), "bf16")], ids=["then int8", "then 16 bits"]
 )
-def test_a_failed_self_test_of_one_layer_gives_way_to_the_next(store, distilled, monkeypatch, wrong, left):
+def test_fast_recipe_with_failed_self_test_of_layer_takes_next_product(store, distilled, monkeypatch, wrong, left):
     force(monkeypatch, HOPPER)
     wrong_on_one_layer(monkeypatch, *wrong)
     generator = load(store)
@@ -180,15 +180,15 @@ def test_a_failed_self_test_of_one_layer_gives_way_to_the_next(store, distilled,
         load(store, "fp4-distill+fp8")
 
 
-def test_layers_that_fell_back_to_16_bits_compute_exactly(store, distilled, monkeypatch):
-    """Nothing of the trial stays on them: with the autoencoder in float32 the bits are those of fp4-distill."""
+def test_layers_after_fallback_to_16_bits_compute_exactly(store, distilled, monkeypatch):
+    """The trial leaves no change on the layers: with the autoencoder in float32 the bits are those of fp4-distill."""
     force(monkeypatch, HOPPER)
     wrong_on_one_layer(monkeypatch, "fp8", "int8")
     monkeypatch.setattr(fast_choice, "_autoencoder", lambda *_: (False, "float32"))
     assert np.array_equal(rendered(load(store)), distilled)
 
 
-def test_attention_without_a_backend_is_exact(store, distilled, monkeypatch):
+def test_fast_recipe_without_8_bit_attention_backend_is_exact(store, distilled, monkeypatch):
     force(monkeypatch, BLACKWELL)
     generator = load(store)  # the CPU has none
     said = generator.description
@@ -212,7 +212,7 @@ def eight_bit_attention(monkeypatch, *answers: str | None) -> None:
     monkeypatch.setattr(attention, "pick_backend", picked)
 
 
-def test_attention_that_passes_its_trial_runs_in_8_bits(store, monkeypatch):
+def test_fast_recipe_with_passed_attention_trial_runs_in_8_bits(store, monkeypatch):
     force(monkeypatch, BLACKWELL)
     eight_bit_attention(monkeypatch, None, None)
     generator = load(store)
@@ -222,8 +222,8 @@ def test_attention_that_passes_its_trial_runs_in_8_bits(store, monkeypatch):
 
 
 @pytest.mark.parametrize("answers", [("error 0.0900, 0.06 allowed",), (None, "error 0.0900, 0.06 allowed")])
-def test_attention_over_its_limit_is_exact(store, monkeypatch, answers):
-    """Before the memory is planned, or only when the model has been loaded."""
+def test_fast_recipe_with_attention_above_limit_is_exact(store, monkeypatch, answers):
+    """The trial fails before the memory is planned, or only after the model is loaded."""
     force(monkeypatch, BLACKWELL)
     eight_bit_attention(monkeypatch, *answers)
     generator = load(store)
@@ -233,8 +233,8 @@ def test_attention_over_its_limit_is_exact(store, monkeypatch, answers):
     assert said["attention"] == "native" and said["attention_error"] < 0.01
 
 
-def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch):
-    """Also where a second attempt would choose otherwise: the frames of a run do not change with its memory."""
+def test_fast_recipe_in_lower_memory_mode_keeps_choice(store, distilled, monkeypatch):
+    """The choice stays even if a second trial would give another one: frames do not depend on the memory mode."""
     force(monkeypatch, HOPPER)
     with monkeypatch.context() as patch:
         wrong_on_one_layer(patch, "fp8")
@@ -249,7 +249,7 @@ def test_a_lower_memory_mode_keeps_what_was_chosen(store, distilled, monkeypatch
     assert psnr(rendered(generator), distilled) > 30
 
 
-def test_memory_is_planned_for_what_products_may_fall_back_to(monkeypatch):
+def test_memory_plan_of_fast_recipe_covers_fallbacks(monkeypatch):
     running = fast_choice.foresee(get_recipe("fp4-fast"), find_device("H200"))
     recipes = fast_choice.fallbacks(running, HOPPER)
     assert [recipe.compute for recipe in recipes] == ["fp8", "int8", "bf16"]

@@ -127,7 +127,7 @@ def decibels(frames: Mapping[str, np.ndarray], record_property: Callable[[str, o
     return found
 
 
-def test_a_merged_file_alone_renders_what_bf16_renders(own, frames, record_property):
+def test_merged_file_renders_near_bf16_frames(own, frames, record_property):
     assert not (own / SOURCE_WEIGHTS / "transformer").exists()
     assert not (own / DISTILL).exists()
     assert frames["merged"].shape == (5, 64, 48, 3)
@@ -137,15 +137,15 @@ def test_a_merged_file_alone_renders_what_bf16_renders(own, frames, record_prope
     assert found["bf16 without it"] < 28  # the LoRA shows: 25.9
 
 
-def test_published_files_alone_with_the_lora_beside_render_it_too(seed, frames, record_property):
+def test_published_files_with_distill_lora_render_near_bf16_frames(seed, frames, record_property):
     files = sorted(p.name for p in (seed / SOURCE_WEIGHTS / "transformer").iterdir())
     assert files == ["config.json"]
     assert decibels(frames, record_property)["beside"] > 28.5  # 31.1: scales by absmax, groups twice as wide
     assert psnr(frames["beside"], frames["merged"]) > 28.5  # 30.9
 
 
-def test_published_files_run_as_fp4_too_without_the_lora(seed, frames, record_property):
-    """`fp4` by the solver that the frames to compare with were made by; the LoRA that lies there is not taken."""
+def test_published_files_as_fp4_render_without_distill_lora(seed, frames, record_property):
+    """`fp4` runs with the solver of the compared frames; the distill LoRA in the store is not used."""
     generator = load(seed, replace(get_recipe("fp4"), scheduler=DISTILLED.scheduler))
     assert "kept beside it" not in generator.description["transformer"]
     assert "loras_beside" not in generator.description
@@ -155,8 +155,8 @@ def test_published_files_run_as_fp4_too_without_the_lora(seed, frames, record_pr
     assert psnr(made, frames["bf16"]) < 28
 
 
-def test_merged_and_beside_differ_by_no_more_than_their_rounding(source, own, seed):
-    """A layer's weight as it acts: with the LoRA under the 4 bits, or on top of them."""
+def test_merged_weights_and_lora_beside_differ_only_by_rounding(source, own, seed):
+    """The effective weight of a layer: with the LoRA merged before quantisation, or added to the 4-bit weight."""
     lora = read_lora(source / DISTILL)
     name = f"{LAYER}.weight"
     weight = source_weights(source)[name]
@@ -178,7 +178,7 @@ def relative(made: torch.Tensor, exact: torch.Tensor) -> float:
     return float((made - exact).norm() / exact.norm())
 
 
-def test_the_searched_scales_lose_less_than_those_of_the_published_files(source):
+def test_searched_scales_have_less_error_than_absmax(source):
     weights = [t for name, t in source_weights(source).items() if name.endswith(("to_q.weight", "net.2.weight"))]
 
     def error(fmt: str, method: Any) -> float:
@@ -190,7 +190,7 @@ def test_the_searched_scales_lose_less_than_those_of_the_published_files(source)
     assert max(errors[1:]) < 0.9 * errors[0]  # fresh weights are uniform: NVFP4's finer groups gain nothing on those
 
 
-def test_what_was_loaded_is_described(own, seed):
+def test_description_of_fp4_generator_contains_loaded_files(own, seed):
     merged, beside = load(own).description, load(seed).description
     shapes = {name: tensor.nbytes for name, tensor in load_file(own / OWN).items()}
     assert merged["transformer_bytes"] == sum(shapes.values())
@@ -206,7 +206,7 @@ def test_what_was_loaded_is_described(own, seed):
     json.dumps([merged, beside])
 
 
-def test_what_nobody_stated_is_in_the_record(source, tmp_path, frames):
+def test_description_lists_unverified_conventions_of_published_file(source, tmp_path, frames):
     silent = write_seed(tmp_path / "models", source, config=None)
     generator = load(silent)
     assert set(generator.description["unverified"]) == {"nibble", "codes", "scale", "unit"}
@@ -216,7 +216,7 @@ def test_what_nobody_stated_is_in_the_record(source, tmp_path, frames):
     assert not np.array_equal(rendered(told), frames["beside"])
 
 
-def test_int4_text_encoder_is_preferred_and_held_to_the_same_text(mine, source, frames):
+def test_int4_text_encoder_is_preferred_and_renders_same_frames(mine, source, frames):
     """The tiny encoder has no layer as wide as a group of 128: the file keeps bf16, and frames must not change."""
     quantize_text_encoder(source / SOURCE_WEIGHTS / "text_encoder", mine / Path(OWN).with_name(TEXT_FILE), device="cpu")
     shutil.rmtree(mine / SOURCE_WEIGHTS / "text_encoder")
@@ -246,7 +246,7 @@ def style(strength: float = 1.0) -> dict[str, Any]:
     return {"loras": [{"name": "style", "strength": strength}]}
 
 
-def test_loras_come_and_go_with_their_job_and_never_reach_the_file(styled, frames):
+def test_job_loras_apply_only_to_their_job_and_not_to_file(styled, frames):
     before = sha(styled / OWN)
     generator = load(styled)
     assert np.array_equal(rendered(generator), frames["merged"])
@@ -260,7 +260,7 @@ def test_loras_come_and_go_with_their_job_and_never_reach_the_file(styled, frame
     assert sha(styled / OWN) == before
 
 
-def test_plain_parameters_are_views_that_can_be_changed_without_changing_the_file(styled):
+def test_plain_parameters_changed_in_place_leave_file_unchanged(styled):
     pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(styled), DISTILLED), CPU)
     file, transformer = styled / OWN, pipeline.transformer
     name = "blocks.0.attn1.norm_q.weight"
@@ -282,7 +282,7 @@ def sha(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_a_replace_job_gets_the_relighting_lora(styled, mine, frames):
+def test_replace_job_uses_relighting_lora(styled, mine, frames):
     generator = load(styled)
     relit = rendered(generator, mode="replace")
     named = {"loras": [{"name": "WanAnimate_relight_x", "strength": 0.0}]}
@@ -293,7 +293,7 @@ def test_a_replace_job_gets_the_relighting_lora(styled, mine, frames):
     assert np.array_equal(rendered(load(styled), mode="replace"), dark)
 
 
-def test_the_lora_of_every_job_stays_beside_those_of_one(source, seed, tmp_path, frames):
+def test_recipe_lora_stays_attached_after_job_lora_is_detached(source, seed, tmp_path, frames):
     root = Path(shutil.copytree(seed, tmp_path / "models"))
     (root / "loras").mkdir()
     write_published(root / "loras/style.safetensors", transformer_config(source), seed=5)
@@ -302,14 +302,14 @@ def test_the_lora_of_every_job_stays_beside_those_of_one(source, seed, tmp_path,
     assert np.array_equal(rendered(generator), frames["beside"])
 
 
-def test_a_lora_that_is_not_there(styled):
+def test_missing_lora_is_refused_with_names_of_known_loras(styled):
     generator = load(styled)
     with pytest.raises(WeightsMissing, match="no LoRA 'gone'; it has: WanAnimate_relight_x, style"):
         rendered(generator, loras=[{"name": "gone"}])
 
 
 @pytest.mark.parametrize("damage", ["unreadable", "of another model"])
-def test_a_lora_that_fails_leaves_nothing_for_the_next_job(styled, source, frames, damage):
+def test_failed_lora_leaves_no_change_for_next_job(styled, source, frames, damage):
     bad = styled / "loras/bad.safetensors"
     write_published(bad, transformer_config(source) | {"ffn_dim": 64})
     if damage == "unreadable":
@@ -329,7 +329,7 @@ def test_a_lora_that_fails_leaves_nothing_for_the_next_job(styled, source, frame
 # A whole manifest
 
 
-def test_the_transformer_is_loaded_once_for_all_jobs_of_a_run(styled, tmp_path, monkeypatch):
+def test_transformer_is_loaded_once_for_all_jobs_of_run(styled, tmp_path, monkeypatch):
     loads: list[Path] = []
 
     def counted(model: Any, path: Path, *rest: Any) -> Any:
@@ -438,7 +438,7 @@ VALUES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", [*HEADERS, "another group in the metadata"])
-def test_a_damaged_file_is_refused_by_its_header(mine, damage):
+def test_own_file_with_damaged_header_is_refused(mine, damage):
     if damage in HEADERS:
         HEADERS[damage](mine / OWN)
     else:
@@ -449,8 +449,8 @@ def test_a_damaged_file_is_refused_by_its_header(mine, damage):
 
 
 @pytest.mark.parametrize(("said", "claimed"), [("BF16", "I16"), ("F32", "I32")])
-def test_floats_declared_as_integers_are_refused_with_the_store(mine, seed, tmp_path, said, claimed):
-    """In our file, a published one, the LoRA beside it and the INT4 text encoder; before anything is loaded."""
+def test_weight_files_with_floats_declared_as_integers_are_refused(mine, seed, tmp_path, said, claimed):
+    """Checked in our file, a published file, its LoRA and the INT4 text encoder, before anything is loaded."""
     text = mine / Path(OWN).with_name(TEXT_FILE)
     quantize_text_encoder(mine / SOURCE_WEIGHTS / "text_encoder", text, device="cpu")
     resolve_recipe(ModelStore(mine), DISTILLED)  # codes of int16 and uint8 belong there
@@ -473,14 +473,14 @@ def test_floats_declared_as_integers_are_refused_with_the_store(mine, seed, tmp_
 
 
 @pytest.mark.parametrize("damage", VALUES)
-def test_damaged_values_are_refused_before_a_job_runs(mine, damage):
+def test_own_file_with_damaged_values_is_refused_before_job(mine, damage):
     VALUES[damage](mine / OWN)
     with pytest.raises(WeightsCorrupt, match=LAYER):
         load(mine)
 
 
 @pytest.mark.parametrize("damage", [*HEADERS, *VALUES, "another group in the config"])
-def test_a_damaged_published_file_is_refused_before_a_job_runs(seed, tmp_path, damage):
+def test_published_file_with_damage_is_refused_before_job(seed, tmp_path, damage):
     root = Path(shutil.copytree(seed, tmp_path / "models"))
     if damage in HEADERS | VALUES:
         (HEADERS | VALUES)[damage](root / PUBLISHED)
@@ -492,7 +492,7 @@ def test_a_damaged_published_file_is_refused_before_a_job_runs(seed, tmp_path, d
 
 
 @pytest.mark.parametrize("damage", ["cut short", "of another model"])
-def test_a_damaged_distill_lora_is_refused_before_a_job_runs(source, seed, tmp_path, damage):
+def test_distill_lora_with_damage_is_refused_before_job(source, seed, tmp_path, damage):
     root = Path(shutil.copytree(seed, tmp_path / "models"))
     if damage == "cut short":
         HEADERS[damage](root / DISTILL)

@@ -87,7 +87,7 @@ def rendered(generator, conditions, on_step=None) -> np.ndarray:
     return np.concatenate([s.frames for s in generator.generate(conditions, plan, StageTimer(), on_step)])
 
 
-def test_a_request_becomes_frames(generator):
+def test_generator_renders_frames_of_request(generator):
     conditions = prepared(generator)
     assert conditions.clip == ClipInfo(9, Fraction(16), 48, 64, 0.0)
     assert generator.preprocessor.asked == [(Path("anna.png"), Path("dance.mp4"), OPTIONS, None, 32)]
@@ -99,7 +99,7 @@ def test_a_request_becomes_frames(generator):
     assert conditions.source.closed
 
 
-def test_what_was_loaded_is_described_and_identified(generator, store):
+def test_generator_description_and_identity_name_loaded_weights(generator, store):
     assert generator.identity == ResolvedRecipe(store, get_recipe("fp32")).digests
     description = generator.description
     assert description["device"] == "cpu"
@@ -109,7 +109,7 @@ def test_what_was_loaded_is_described_and_identified(generator, store):
     assert description["transformer_bytes"] == sum(p.nbytes for p in generator.pipeline.transformer.parameters())
 
 
-def test_the_record_names_the_model_of_the_store(generator, store, demo_models):
+def test_description_contains_model_name_of_store(generator, store, demo_models):
     assert generator.description["model"] == "Wan2.2-Animate (4 layers of width 64)"
     recipe = get_recipe("fp32")
     assert _model_name(ResolvedRecipe(ModelStore(demo_models), recipe)) == "Wan2.2-Animate demo (4 layers of width 64)"
@@ -119,7 +119,7 @@ def test_the_record_names_the_model_of_the_store(generator, store, demo_models):
         assert _model_name(ResolvedRecipe(store, recipe)) == name
 
 
-def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
+def test_description_after_failed_compilation_contains_reason(generator):
     def backend(graph, _inputs):
         raise RuntimeError("Failed to find C compiler")
 
@@ -146,7 +146,7 @@ def test_blocks_that_could_not_be_compiled_are_in_the_record(generator):
     assert generator.description["device"] == "cpu"
 
 
-def test_what_a_resumed_job_needs_equal_is_read_as_it_is_now(generator, monkeypatch):
+def test_resume_identity_contains_current_settings(generator, monkeypatch):
     first = generator.resume_identity
     assert first == {
         "device": hardware_model(CPU),
@@ -170,7 +170,7 @@ def test_what_a_resumed_job_needs_equal_is_read_as_it_is_now(generator, monkeypa
 
 
 @pytest.mark.parametrize(("place", "device", "limit"), [("device", "cuda", PREPROCESS_EXTRA), ("host", "cpu", None)])
-def test_the_networks_are_where_the_plan_has_them_and_within_its_bytes(store, monkeypatch, place, device, limit):
+def test_preprocessor_is_loaded_on_planned_device_within_memory_limit(store, monkeypatch, place, device, limit):
     asked = {}
 
     class Stopped(Exception):
@@ -194,20 +194,20 @@ def test_the_networks_are_where_the_plan_has_them_and_within_its_bytes(store, mo
     assert (asked["device"], asked["networks"].arena_bytes) == (device, limit)
 
 
-def test_the_preprocessing_of_a_resumed_job_must_run_in_the_same_place(generator):
+def test_resume_identity_contains_device_of_preprocessing(generator):
     network = {"model": "a.onnx", "provider": "CUDAExecutionProvider", "why": "asked for", "precision": "fp32"}
     generator._description["preprocess"] = {"device": "cuda", "detector": network, "pose": network | {"why": "?"}}
     said = generator.resume_identity["preprocess"]
     assert said == "cuda, detector on CUDAExecutionProvider in fp32, pose on CUDAExecutionProvider in fp32"
 
 
-def test_plans_cost_what_these_models_cost(generator):
+def test_plan_of_tiny_model_has_its_cost(generator):
     plan = generator.plan(9, (48, 64), OPTIONS)
     assert (plan.segments, plan.segment_frames, plan.steps) == (2, 5, 2)
     assert 0 < plan.tflop < 0.1  # the tiny model's, not the 14B model's
 
 
-def test_memory_that_runs_out_is_a_retryable_error_and_the_next_job_is_whole(generator):
+def test_exhausted_memory_is_retryable_error_and_next_job_is_unchanged(generator):
     conditions = prepared(generator)
     before = rendered(generator, conditions)
 
@@ -222,7 +222,7 @@ def test_memory_that_runs_out_is_a_retryable_error_and_the_next_job_is_whole(gen
     assert np.array_equal(rendered(generator, conditions), before)
 
 
-def test_other_failures_pass_through_as_they_are(generator):
+def test_generator_passes_other_errors_unchanged(generator):
     def stop(done: int, total: int) -> None:
         raise RuntimeError("stop")
 
@@ -242,7 +242,7 @@ def test_other_failures_pass_through_as_they_are(generator):
         ("image_encoder", "pre_layrnorm.bias", "encode_image: .* the reference's CLIP features"),
     ],
 )
-def test_one_wrong_weight_fails_the_job_and_names_the_stage(generator, component, weight, said, bad):
+def test_weight_that_is_not_finite_fails_job_and_names_stage(generator, component, weight, said, bad):
     model = getattr(generator.pipeline, component)
     conditions = prepared(generator)
     before = rendered(generator, conditions)
@@ -257,7 +257,7 @@ def test_one_wrong_weight_fails_the_job_and_names_the_stage(generator, component
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_latents_that_go_wrong_are_named_by_step_and_the_segments_before_stand(generator, monkeypatch, bad):
+def test_latents_not_finite_name_step_and_keep_earlier_segments(generator, monkeypatch, bad):
     from runner.generation.sampling import make_sampler
 
     calls = []
@@ -305,8 +305,8 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(generator, monkeypatch):
-    """Against the same job without checks: in the steps nothing more, in a segment one list of flags more."""
+def test_finite_checks_synchronize_once_per_segment_and_never_in_step(generator, monkeypatch):
+    """Compared with the same job without checks: a step has no further wait, and a segment one list of flags."""
     conditions = prepared(generator)
     rendered(generator, conditions)  # encoders loaded, caches full
 
@@ -325,7 +325,7 @@ def test_the_checks_wait_for_the_device_once_a_segment_and_never_in_a_step(gener
     assert in_all - in_all_unchecked == Counter({"tolist": 2})
 
 
-def test_calibrating_is_eager_without_job_loras_and_puts_everything_back(generator):
+def test_calibrating_runs_eagerly_without_loras_and_restores_both(generator):
     step = generator.pipeline.block_forward = CompiledBlocks(backend="eager")
     loras = generator.loras
 
@@ -341,8 +341,8 @@ def test_calibrating_is_eager_without_job_loras_and_puts_everything_back(generat
 
 
 @pytest.mark.parametrize("kind", [WeightsCorrupt, JobWeightsCorrupt])
-def test_a_lora_that_does_not_fit_is_the_recipes_or_the_jobs_own_fault(generator, monkeypatch, kind):
-    """What `JobLoras.use` raised stands: the recipe's LoRA stops the run, a job's own stops that job."""
+def test_lora_error_of_recipe_stops_run_and_of_job_stops_job(generator, monkeypatch, kind):
+    """The error of `JobLoras.use` is raised unchanged: the recipe's LoRA stops the run, a job's LoRA stops that job."""
 
     def use(options):
         raise kind("does not fit")
@@ -356,7 +356,7 @@ def test_a_lora_that_does_not_fit_is_the_recipes_or_the_jobs_own_fault(generator
     assert WeightsCorrupt.stops_run and not JobWeightsCorrupt.stops_run
 
 
-def test_a_closed_generator_renders_nothing(generator):
+def test_generate_after_close_raises(generator):
     conditions = prepared(generator)
     plan = generator.plan(9, (48, 64), OPTIONS)
     generator.close()
@@ -365,7 +365,7 @@ def test_a_closed_generator_renders_nothing(generator):
         next(generator.generate(conditions, plan, StageTimer()))
 
 
-def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatch, tmp_path):
+def test_text_encoder_in_second_run_of_prompt_is_not_loaded(store, monkeypatch, tmp_path):
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
     frames = []
     for loads in (1, 0):
@@ -377,8 +377,8 @@ def test_a_second_run_of_a_prompt_never_reads_the_text_encoder(store, monkeypatc
     assert np.array_equal(*frames)
 
 
-def test_its_caches_are_a_part_of_those_of_the_machine(store, monkeypatch):
-    """Of so many processes that none may keep anything."""
+def test_tensor_cache_with_many_processes_is_divided(store, monkeypatch):
+    """The number of processes is so large that none may keep anything."""
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
     settings = EngineSettings(device="cpu", processes=HOST_BYTES)
     run = WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), settings)
@@ -386,7 +386,7 @@ def test_its_caches_are_a_part_of_those_of_the_machine(store, monkeypatch):
     assert run.pipeline.tensor_cache.host_bytes <= 1
 
 
-def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):
+def test_load_with_unknown_device_or_missing_weights_is_refused(store, monkeypatch):
     monkeypatch.setattr("runner.preprocess.prepare.Preprocessor", MemoryPreprocessor)
     with pytest.raises(ConfigInvalid):
         WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="abacus"))
@@ -395,7 +395,7 @@ def test_loading_checks_the_store_and_the_device_first(store, monkeypatch):
         WanAnimateGenerator.load(resolve_recipe(store, get_recipe("fp32")), EngineSettings(device="cpu"))
 
 
-def test_loading_touches_no_network(tiny_store_dir, monkeypatch):
+def test_load_pipeline_opens_no_connection(tiny_store_dir, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a connection was tried")
 
@@ -406,7 +406,7 @@ def test_loading_touches_no_network(tiny_store_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
+def test_load_pipeline_weights_and_dtypes_equal_library(tiny_store_dir, name):
     from diffusers import WanAnimatePipeline
 
     recipe = get_recipe(name)
@@ -425,8 +425,8 @@ def test_weights_and_precisions_are_the_librarys(tiny_store_dir, name):
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16+euler", "bf16+bf16-vae"])
-def test_bf16_renders(tiny_store_dir, monkeypatch, name):
-    """And the latents stay in float32 from step to step, whatever the model computes in."""
+def test_bf16_recipe_renders_with_float32_latents(tiny_store_dir, monkeypatch, name):
+    """The latents stay in float32 from step to step in every precision of the model."""
     recipe, decoded = get_recipe(name), []
     pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), recipe), CPU)
     monkeypatch.setattr(
@@ -447,8 +447,8 @@ def test_bf16_renders(tiny_store_dir, monkeypatch, name):
     assert decoded == [torch.float32]
 
 
-def test_clip_sees_the_whole_reference(tiny_store_dir):
-    """A mark at the very top of a tall picture reaches CLIP; the shipped processor cuts it away."""
+def test_image_processor_keeps_whole_reference(tiny_store_dir):
+    """A mark at the top of a tall picture reaches CLIP; the shipped processor would cut it off."""
     from PIL import Image
 
     pipeline, _ = load_pipeline(ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")), CPU)
@@ -463,7 +463,7 @@ def test_clip_sees_the_whole_reference(tiny_store_dir):
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "image_encoder"])
-def test_a_missing_tensor_is_not_filled_with_noise(store, component):
+def test_weights_without_tensor_are_refused(store, component):
     folder = store.component(get_recipe("fp32"), component)
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
@@ -481,7 +481,7 @@ def test_a_missing_tensor_is_not_filled_with_noise(store, component):
         load_pipeline(ResolvedRecipe(store, get_recipe("fp32")), CPU)
 
 
-def test_a_tensor_of_another_shape_is_refused(store):
+def test_weights_with_tensor_of_other_shape_are_refused(store):
     file = next(store.component(get_recipe("fp32"), "transformer").glob("*.safetensors"))
     tensors = load_file(file)
     tensors["proj_out.weight"] = tensors["proj_out.weight"][:-1].copy()

@@ -59,7 +59,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def test_twenty_jobs_encode_each_input_once(tiny_store_dir):
+def test_pipeline_with_twenty_jobs_encodes_each_input_once(tiny_store_dir):
     pipe = load(tiny_store_dir)
     calls = watched(pipe)
     jobs = [(reference, dance, seed) for seed in range(5) for reference, dance in product(REFERENCES, DANCES)]
@@ -95,7 +95,7 @@ def test_twenty_jobs_encode_each_input_once(tiny_store_dir):
     assert calls == {"text": 1 + 4, "clip": 2 + 4, "vae 1": 2 + 4, "vae 5": 3 + 8}
 
 
-def test_replace_jobs_share_the_scene_of_their_first_window(tiny_store_dir):
+def test_replace_jobs_share_scene_of_first_window(tiny_store_dir):
     pipe = load(tiny_store_dir)
     calls = watched(pipe)
     timer = StageTimer()
@@ -109,8 +109,8 @@ def test_replace_jobs_share_the_scene_of_their_first_window(tiny_store_dir):
     assert np.array_equal(rendered(pipe, 2, 5, 0, frames=9, mode="replace"), second)
 
 
-def test_nothing_kept_depends_on_the_transformer(tiny_store_dir):
-    """A LoRA may change any weight of it between two jobs: the second job's frames are those without any memory."""
+def test_tensor_cache_content_does_not_depend_on_transformer(tiny_store_dir):
+    """A LoRA may change any weight between two jobs: the second job's frames are those without a cache."""
     pipe = load(tiny_store_dir)
     before = rendered(pipe, 1, 5, 0)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_nothing_kept_depends_on_the_transformer(tiny_store_dir):
     assert not np.array_equal(before, after)
 
 
-def test_another_autoencoder_setting_is_another_latent(tiny_store_dir):
+def test_tensor_cache_with_other_autoencoder_setting_encodes_again(tiny_store_dir):
     pipe = load(tiny_store_dir)
     calls = watched(pipe)
     rendered(pipe, 1, 5, 0)
@@ -133,7 +133,7 @@ def test_another_autoencoder_setting_is_another_latent(tiny_store_dir):
     assert calls == {"text": 1, "clip": 1, "vae 1": 2, "vae 5": 4}
 
 
-def test_without_memory_every_job_stands_alone(tiny_store_dir):
+def test_pipeline_with_empty_cache_budget_renders_same_frames(tiny_store_dir):
     pipe = load(tiny_store_dir)
     shared = rendered(pipe, 1, 5, 0)
     pipe.tensor_cache = TensorCache(0)
@@ -143,8 +143,8 @@ def test_without_memory_every_job_stands_alone(tiny_store_dir):
     assert not [name for name in timer.counters if "hits" in name]
 
 
-def test_processes_of_one_machine_divide_the_memory(tiny_store_dir):
-    """What a process keeps is its part of HOST_BYTES: here of so many that none keeps anything."""
+def test_divide_caches_gives_each_process_part_of_memory(tiny_store_dir):
+    """Each process keeps its part of HOST_BYTES; here there are so many processes that none keeps anything."""
     pipe = load(tiny_store_dir)
     shared = rendered(pipe, 1, 5, 0)
     assert pipe.tensor_cache.host_bytes > 1

@@ -85,7 +85,7 @@ def loaded(root: Path, recipe: str, memory: str = "auto", *, codes: bool = True)
 @COMPUTES
 @pytest.mark.parametrize("kind", ["g32", "nvfp4", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, kind, dtype, made):
+def test_step_with_kept_codes_has_same_bits_and_makes_no_codes(tiny_store_dir, compute, kind, dtype, made):
     model = load(tiny_store_dir, getattr(torch, dtype))
     if kind != "plain":
         in_four_bits(model, {"g32": G32, "nvfp4": NVFP4}[kind])
@@ -103,8 +103,8 @@ def test_a_step_has_the_same_bits_and_makes_no_codes(tiny_store_dir, compute, ki
 
 
 @COMPUTES
-def test_jobs_have_the_frames_of_a_generator_that_keeps_no_codes(styled, compute, made):
-    """A LoRA of one job, other LoRAs, and none again; codes of what they change are made once for each, in no step."""
+def test_jobs_with_kept_codes_render_frames_of_generator_without(styled, compute, made):
+    """Jobs with one LoRA, other LoRAs and none: codes of changed layers are made once per change, never in a step."""
     keeping, making = loaded(styled, f"fp4-distill+{compute}"), loaded(styled, f"fp4-distill+{compute}", codes=False)
     held = keeping.description["codes_kept"]
     layers = [m for m in keeping.pipeline.transformer.modules() if isinstance(m, KeepsCodes) and m.holds_codes]
@@ -125,7 +125,7 @@ def test_jobs_have_the_frames_of_a_generator_that_keeps_no_codes(styled, compute
 
 
 @COMPUTES
-def test_merged_into_plain_weights_a_jobs_lora_is_in_the_codes(styled, tiny_store_dir, tmp_path, compute):
+def test_kept_codes_of_plain_weights_include_merged_job_lora(styled, tiny_store_dir, tmp_path, compute):
     root = write_source(tmp_path / "models", tiny_store_dir)
     (root / "loras").mkdir()
     write_published(root / "loras/style.safetensors", transformer_config(root), seed=5)
@@ -136,7 +136,7 @@ def test_merged_into_plain_weights_a_jobs_lora_is_in_the_codes(styled, tiny_stor
     assert sum(m.holds_codes for m in keeping.pipeline.transformer.modules() if isinstance(m, KeepsCodes)) > 0
 
 
-def test_what_was_made_anew_is_counted_and_timed(styled):
+def test_codes_made_again_for_loras_are_counted_and_timed(styled):
     generator = loaded(styled, "fp4-distill+int8")
     blocks = generator.pipeline.transformer.blocks
     changed = sum(layer.holds_codes for layer in blocks.modules() if isinstance(layer, KeepsCodes))
@@ -147,7 +147,7 @@ def test_what_was_made_anew_is_counted_and_timed(styled):
         assert "attach_loras" in timer.seconds
 
 
-def test_memory_that_runs_out_costs_the_codes_first_and_no_bit(styled):
+def test_fall_back_memory_mode_drops_kept_codes_first(styled):
     generator = loaded(styled, "fp4-distill+int8")
     frames, identity, model = rendered(generator), generator.resume_identity, generator.pipeline.transformer
     assert generator.fall_back_memory_mode()
@@ -173,7 +173,7 @@ def test_memory_that_runs_out_costs_the_codes_first_and_no_bit(styled):
         ("fp4-distill+nvfp4", "auto"),
     ],
 )
-def test_no_codes_are_kept_where_weights_pass_through_or_no_product_is_in_rows(styled, recipe, memory):
+def test_codes_are_not_kept_with_streamed_weights_or_nvfp4(styled, recipe, memory):
     generator = loaded(styled, recipe, memory)
     assert not generator.memory.keep_codes
     assert "codes_kept" not in generator.description
@@ -181,7 +181,7 @@ def test_no_codes_are_kept_where_weights_pass_through_or_no_product_is_in_rows(s
     assert not any(m.holds_codes for m in generator.pipeline.transformer.modules() if isinstance(m, KeepsCodes))
 
 
-def test_the_forecasts_know_of_kept_codes(styled):
+def test_forecasts_include_kept_codes(styled):
     generator, job, found = loaded(styled, "fp4-distill+int8"), JobOptions(), []
     generator.speed = find_device("RTX 5090")
     held = generator.description["codes_kept"]["nbytes"]
@@ -195,7 +195,7 @@ def test_the_forecasts_know_of_kept_codes(styled):
 
 
 @COMPUTES
-def test_compiled_blocks_run_on_with_one_graph_while_loras_come_and_go(styled, compute):
+def test_compiled_blocks_with_kept_codes_need_one_graph_for_all_loras(styled, compute):
     torch._dynamo.reset()
     counters.clear()
     generator = loaded(styled, f"fp4-distill+{compute}")

@@ -25,13 +25,13 @@ from tests.generation.wan_animate.test_transformer import Inputs, in_four_bits, 
         ("cuda:1", True, chunked_block),
     ],
 )
-def test_on_a_gpu_every_mode_runs_eager_blocks_by_rows(device, chunked, wanted):
+def test_choose_eager_block_on_gpu_is_chunked_in_every_mode(device, chunked, wanted):
     assert choose_eager_block(torch.device(device), chunked) is wanted
 
 
 @torch.no_grad()
-def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
-    """NVFP4 quantises an activation by one scale of all its rows: in pieces it had other codes, off by .08."""
+def test_chunked_block_in_nvfp4_keeps_rows_of_one_scale_together(tiny_store_dir, monkeypatch):
+    """NVFP4 quantises an activation by one scale for all rows: chunks would have other codes, with an error of 0.08."""
     monkeypatch.setattr("runner.generation.wan_animate.low_memory.ROWS", 16)
     model = load(tiny_store_dir)
     in_four_bits(model, NVFP4)
@@ -49,8 +49,8 @@ def test_rows_that_share_a_scale_stay_together(tiny_store_dir, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_blocks_by_rows_compute_what_a_compiled_block_is_compared_with(tiny_store_dir, monkeypatch, dtype):
-    """On noise in the shapes of a window, as warming has it; so few rows at a time that there are several runs."""
+def test_chunked_block_equals_run_block_within_tolerance(tiny_store_dir, monkeypatch, dtype):
+    """The input is noise in the shapes of a window, as in warming; a chunk has so few rows that there are several."""
     monkeypatch.setattr("runner.generation.wan_animate.low_memory.ROWS", 16)
     model = load(tiny_store_dir, dtype)
     in_four_bits(model)
@@ -89,8 +89,8 @@ STEPS = pytest.mark.parametrize("step", [run_block, chunked_block])
 @STEPS
 @pytest.mark.parametrize("lora", [False, True], ids=["no lora", "lora"])
 @torch.no_grad()
-def test_shared_inputs_have_the_bits_of_separate_ones(tiny_store_dir, monkeypatch, compute, step, lora):
-    """Query, key and value each for itself, GELU in a pass of its own: what each layer makes of a plain input."""
+def test_block_with_shared_inputs_equals_separate_inputs(tiny_store_dir, monkeypatch, compute, step, lora):
+    """Separate inputs: query, key and value each prepare a plain input, and GELU is a pass of its own."""
     block, given = low_block(tiny_store_dir, compute, lora=lora)
     found = step(block, given[0].clone(), *given[1:])
     for module in ("transformer", "low_memory"):
@@ -101,8 +101,8 @@ def test_shared_inputs_have_the_bits_of_separate_ones(tiny_store_dir, monkeypatc
 
 @STEPS
 @torch.no_grad()
-def test_an_eager_block_rotates_six_inputs(tiny_store_dir, step):
-    """In pieces the feed-forward part has two inputs a piece."""
+def test_eager_block_in_int8_rotates_each_shared_input_once(tiny_store_dir, step):
+    """In the chunked block the feed-forward part has two inputs per chunk."""
     block, given = low_block(tiny_store_dir, "int8")
     with OperatorCounts() as counts:
         step(block, given[0].clone(), *given[1:])
@@ -113,7 +113,7 @@ def test_an_eager_block_rotates_six_inputs(tiny_store_dir, step):
 
 @pytest.mark.parametrize(("compute", "gelu"), [("int8", 0), ("fp8", 1)])
 @torch.no_grad()
-def test_gelu_stands_alone_where_its_layer_does_not_take_it_in(tiny_store_dir, compute, gelu):
+def test_feed_forward_with_layer_without_fused_gelu_runs_separate_gelu(tiny_store_dir, compute, gelu):
     block, given = low_block(tiny_store_dir, compute)
     with OperatorCounts() as counts:
         found = feed_forward(block.ffn, given[0])

@@ -50,21 +50,21 @@ def loaded(root, recipe: str, memory: str) -> WanAnimateGenerator:
     [{}, {"guidance_scale": 2.0, "mode": "replace"}, {"face_strength": 1.7, "pose_strength": 0.5}],
     ids=["animate", "guided", "strengths"],
 )
-def test_frames_do_not_depend_on_the_mode_in_float32(source, options):
+def test_frames_in_float32_do_not_depend_on_memory_mode(source, options):
     frames = {mode: rendered(loaded(source, "fp32", mode), **options) for mode in ("resident", "stream", "minimal")}
     assert frames["resident"].std() > 5
     assert np.array_equal(frames["stream"], frames["resident"])
     assert np.array_equal(frames["minimal"], frames["resident"])
 
 
-def test_packed_weights_stream_as_they_stay(packed):
-    """bfloat16: streamed the same bits; minimal within its autoencoder's rounding."""
+def test_frames_of_packed_weights_are_near_in_every_memory_mode(packed):
+    """In bfloat16 `stream` is above 45 dB, and `minimal`, with its autoencoder's rounding, above 35 dB."""
     frames = {mode: rendered(loaded(packed, "fp4-distill", mode)) for mode in ("resident", "stream", "minimal")}
     assert psnr(frames["stream"], frames["resident"]) > 45
     assert psnr(frames["minimal"], frames["resident"]) > 35
 
 
-def test_what_was_chosen_is_described_and_forecast(source):
+def test_generator_in_stream_mode_is_described_and_forecast(source):
     generator = loaded(source, "fp32", "stream")
     said = generator.description
     assert said["memory"]["mode"] == "stream"
@@ -79,7 +79,7 @@ def test_what_was_chosen_is_described_and_forecast(source):
     assert set(generator.forecast(plan, job)) == {"encode_prompt", "encode_conditions", "denoise", "vae_decode"}
 
 
-def test_every_mode_has_a_resume_identity_of_its_own(packed):
+def test_resume_identity_differs_in_every_memory_mode(packed):
     said = {mode: loaded(packed, "fp4-distill", mode).resume_identity for mode in ("resident", "stream", "minimal")}
     assert [found["memory"] for found in said.values()] == list(said)
     assert said["minimal"]["autoencoder"] == "bfloat16, in tiles where large"
@@ -87,14 +87,14 @@ def test_every_mode_has_a_resume_identity_of_its_own(packed):
     assert "nvfp4" in said["resident"]["compute"]
 
 
-def test_auto_on_a_machine_with_room_keeps_everything(source):
+def test_auto_mode_with_enough_memory_is_resident(source):
     generator = loaded(source, "fp32", "auto")
     assert generator.description["memory"]["mode"] == "resident"
     assert generator.pipeline.blocks is None
     assert "GB free" in generator.description["memory_why"]
 
 
-def test_the_slots_are_given_back_before_pixels_are_decoded(source):
+def test_stream_buffers_are_released_before_decoding(source):
     generator = loaded(source, "fp32", "stream")
     pipeline, held = generator.pipeline, []
     decode = pipeline.vae.decode_chunks
@@ -103,7 +103,7 @@ def test_the_slots_are_given_back_before_pixels_are_decoded(source):
     assert held == [0]
 
 
-def test_minimal_keeps_no_text_between_steps(source):
+def test_minimal_mode_keeps_fewer_bytes_than_stream_mode(source):
     kept = {}
     for mode in ("stream", "minimal"):
         generator = loaded(source, "fp32", mode)
@@ -112,7 +112,7 @@ def test_minimal_keeps_no_text_between_steps(source):
     assert 0 < kept["minimal"] < kept["stream"]
 
 
-def test_a_generator_steps_down_until_nothing_is_below(source):
+def test_fall_back_memory_mode_steps_down_to_minimal_with_same_frames(source):
     generator = loaded(source, "fp32", "resident")
     frames = rendered(generator)
     modes = [generator.description["memory"]["mode"]]
@@ -129,7 +129,7 @@ def test_a_generator_steps_down_until_nothing_is_below(source):
     assert np.array_equal(rendered(generator), frames)
 
 
-def test_memory_that_runs_out_in_a_streamed_step_leaves_the_next_job_whole(source):
+def test_exhausted_memory_in_streamed_step_leaves_next_job_unchanged(source):
     generator = loaded(source, "fp32", "stream")
     frames = rendered(generator)
     block = generator.pipeline.transformer.blocks[1]
@@ -141,7 +141,7 @@ def test_memory_that_runs_out_in_a_streamed_step_leaves_the_next_job_whole(sourc
     assert np.array_equal(rendered(generator), frames)
 
 
-def test_the_forecast_goes_to_the_timer(source):
+def test_generate_gives_forecast_to_timer(source):
     generator = loaded(source, "fp32", "minimal")
     job, timer = JobOptions(steps=1, max_segment_frames=5), StageTimer()
     request = Request(Path("anna.png"), Path("dance.mp4"), "a dance", job)

@@ -43,7 +43,7 @@ def some(channels: int, dtype: torch.dtype, *, bias: bool = False) -> tuple[torc
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_the_cpu_the_bits_are_the_librarys_and_the_padding_stays(dtype, bias, layout):
+def test_norm_silu_on_cpu_equals_library_and_keeps_padding(dtype, bias, layout):
     x, norm = some(24, dtype, bias=bias)
     x = x.contiguous(memory_format=layout)
     slots = torch.full((1, 24, 5, 11, 9), 7.0, dtype=dtype).contiguous(memory_format=layout)
@@ -56,7 +56,7 @@ def test_on_the_cpu_the_bits_are_the_librarys_and_the_padding_stays(dtype, bias,
     assert bool((F.pad(torch.zeros_like(x), (1, 1, 1, 1, 2, 1), value=7.0) == torch.where(slots == 7, slots, 0)).all())
 
 
-def test_one_launch_reads_once_and_writes_once():
+def test_norm_silu_is_one_launch_that_reads_and_writes_once():
     x, norm = some(24, torch.float32)
     x, out, gamma = x.to("meta"), torch.empty(x.shape, device="meta"), norm.gamma.detach().to("meta")
     with OperatorCounts() as counts:
@@ -65,11 +65,11 @@ def test_one_launch_reads_once_and_writes_once():
     assert counts.bytes.total() == 2 * x.nbytes + gamma.nbytes
 
 
-def test_without_a_gpu_the_definition_runs():
+def test_pick_norm_without_gpu_takes_torch():
     assert pick_norm(torch.device("cpu"), torch.float32) == ("torch", "no CUDA device")
 
 
-def test_a_kernel_that_disagrees_or_is_not_there_is_not_taken(monkeypatch):
+def test_pick_norm_with_wrong_or_missing_kernel_takes_torch(monkeypatch):
     gpu = torch.device("cuda", 0)
     for off, chosen in ((0.9, "triton"), (1.1, "torch"), (float("nan"), "torch")):
         pick_norm.cache_clear()
@@ -133,8 +133,8 @@ print("agrees")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernel_in_its_interpreter(tmp_path):
-    """The self-test that a GPU gets, then what is no number, in both layouts, into slots."""
+def test_triton_kernel_in_interpreter_agrees_with_definition(tmp_path):
+    """The self-test for a GPU, then values that are not finite, in both layouts, written into slots."""
     script = tmp_path / "interpreted.py"  # Triton reads the source of a kernel
     script.write_text(TRITON)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -163,7 +163,7 @@ SOME_VARIANTS = [
 
 
 @NEEDS_PINNED_TRITON
-def test_the_kernel_compiles_for_every_gpu(tmp_path):
+def test_norm_silu_kernel_compiles_for_every_gpu(tmp_path):
     for variant, built in build(SOME_VARIANTS, tmp_path).items():
         check_assembly(variant, built)
 
@@ -171,7 +171,7 @@ def test_the_kernel_compiles_for_every_gpu(tmp_path):
 @NEEDS_PINNED_TRITON
 @EVERY_VARIANT
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_variant_compiles(capability, tmp_path):
+def test_norm_silu_kernel_compiles_in_every_variant(capability, tmp_path):
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     variants = [
         Variant("norm_silu", *rest, capability) for rest in product(("channels", "pixels"), names, (96, 192, 384))
@@ -185,6 +185,6 @@ def test_every_variant_compiles(capability, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_is_taken_on_a_gpu(dtype):
+def test_pick_norm_on_gpu_takes_triton(dtype):
     chosen, why = pick_norm(torch.device("cuda", 0), dtype)
     assert chosen == "triton", why

@@ -70,8 +70,8 @@ def count(kind: type[AutoencoderKLWan], what: str, dtype: torch.dtype, latent_fr
 
 
 @pytest.mark.parametrize(("what", "dtype"), [key for key in CEILINGS if key[1] == FLOAT], ids=str)
-def test_a_window_costs_no_more_launches_and_bytes(what, dtype):
-    """Every latent frame from the second on costs the same: two short windows tell a long one's cost."""
+def test_autoencoder_window_stays_within_launch_and_byte_ceilings(what, dtype):
+    """Every latent frame from the second on costs the same: the cost of a long window follows from two short ones."""
     two, three = (count(FramewiseVae, what, dtype, frames) for frames in (2, 3))
     later = WINDOW - 3
     window = Cost(
@@ -83,7 +83,7 @@ def test_a_window_costs_no_more_launches_and_bytes(what, dtype):
 
 
 @pytest.mark.parametrize(("what", "dtype"), CEILINGS, ids=str)
-def test_the_forecast_counts_these_bytes(what, dtype):
+def test_vae_traffic_in_forecast_equals_counted_bytes(what, dtype):
     name, pixels = str(dtype).removeprefix("torch."), 81 * 480 * 832
     for cost, traffic in zip(CEILINGS[what, dtype], (VAE_TRAFFIC, LIBRARY_TRAFFIC), strict=True):
         assert traffic[what][name] * pixels / 1e9 == pytest.approx(cost.gigabytes, rel=0.002)
@@ -91,8 +91,8 @@ def test_the_forecast_counts_these_bytes(what, dtype):
 
 @system_test
 @pytest.mark.parametrize(("what", "dtype"), CEILINGS, ids=str)
-def test_the_whole_window_beside_the_librarys_walk(what, dtype):
-    """The library's counts must be what they were, else it is torch or diffusers that has changed."""
+def test_autoencoder_counts_of_whole_window_match_library_and_ceiling(what, dtype):
+    """If the library's counts differ, torch or diffusers has changed."""
     ceiling, theirs = CEILINGS[what, dtype]
     found = count(AutoencoderKLWan, what, dtype, WINDOW)
     assert (found.launches, found.gigabytes) == (theirs.launches, pytest.approx(theirs.gigabytes, abs=1)), found
@@ -100,8 +100,8 @@ def test_the_whole_window_beside_the_librarys_walk(what, dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_counter_against_a_sum_by_hand(device):
-    """Float32 [2, 3, 4, 4]: 96 numbers; its convolution with 5 filters of 3x3 has 5 x 2 x 2 a picture."""
+def test_operator_counts_equal_sum_by_hand(device):
+    """Float32 [2, 3, 4, 4] has 96 numbers; its convolution with 5 filters of 3x3 gives 5 x 2 x 2 per picture."""
     pictures = torch.ones(2, 3, 4, 4, device=device)
     filters, bias = torch.ones(5, 3, 3, 3, device=device), torch.ones(5, device=device)
     with OperatorCounts() as counts:
@@ -145,7 +145,7 @@ IN_ROWS = {"fp4_rowwise_linear": 8}
     [("", ONCE_A_LAYER), ("int8", IN_ROWS | {"rotated_codes": 6}), ("fp8", IN_ROWS)],
     ids=["bf16", "int8", "fp8"],
 )
-def test_a_block_has_one_fp4_operator_a_layer_and_six_inputs(tiny_store_dir, compute, wanted):
+def test_block_graph_has_one_fp4_operator_per_layer_and_six_inputs(tiny_store_dir, compute, wanted):
     """Four layers of self-attention, query and output of cross-attention, two of the feed-forward; all else is computed
     once for all steps. Query, key and value have one input, so that six are rotated and quantised."""
     model = load(tiny_store_dir, torch.bfloat16)

@@ -153,8 +153,8 @@ def inputs_of(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_frames_equal_the_librarys(case, upstreams, ours, monkeypatch):
-    """In float32, as they are before they become bytes, and then the bytes."""
+def test_pipeline_frames_equal_library_frames(case, upstreams, ours, monkeypatch):
+    """Compare the float32 pixels before their conversion to bytes, and then the bytes."""
     frames, _, solver, windows = CASES[case]
     conditions, options = inputs_of(case)
     plan = make_plan(conditions, options)
@@ -176,7 +176,7 @@ def test_frames_equal_the_librarys(case, upstreams, ours, monkeypatch):
     assert floats.std() > 0.05  # a blank picture would prove nothing
 
 
-def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
+def test_diffusers_schedule_reproduces_library_frames(upstream, ours):
     conditions, options = MemoryConditions(5), job_options(steps=3)
     theirs = rendered_upstream(upstream, conditions, options, library_scheduler("euler", "diffusers"))
     here = rendered_here(ours, conditions, options, sampling("euler", "diffusers", options.steps))
@@ -184,7 +184,7 @@ def test_upstreams_double_shifted_grid_is_reproduced(upstream, ours):
     assert not np.array_equal(here, rendered_here(ours, conditions, options, sampling("euler", steps=options.steps)))
 
 
-def test_every_input_reaches_the_frames(ours):
+def test_pipeline_frames_change_with_every_input(ours):
     """Each input changed alone changes the frames: what the comparisons above compare depends on all of them."""
     options = job_options(mode="replace")
     base = rendered_here(ours, MemoryConditions(5), options)
@@ -206,8 +206,8 @@ def test_every_input_reaches_the_frames(ours):
     assert not differs(), "nothing"
 
 
-def test_frames_do_not_depend_on_the_jobs_place(tiny_store_dir):
-    """Alone in a fresh pipeline, first, after another, after one that failed half-way, after one given up."""
+def test_pipeline_frames_do_not_depend_on_job_order(tiny_store_dir):
+    """The job runs in a fresh pipeline, after another job, after a failed job and after an abandoned one."""
     job, options = MemoryConditions(12), job_options(max_segment_frames=9)
     other, other_options = MemoryConditions(9, seed=5, reference_seed=6), job_options(mode="replace", seed=1)
     alone = rendered_here(load(tiny_store_dir), job, options)
@@ -230,7 +230,7 @@ def test_frames_do_not_depend_on_the_jobs_place(tiny_store_dir):
     assert np.array_equal(rendered_here(pipe, job, options), alone)
 
 
-def test_what_jobs_share_is_encoded_once(tiny_store_dir):
+def test_pipeline_encodes_shared_inputs_of_jobs_once(tiny_store_dir):
     """Counted at the models themselves: text, CLIP, and the autoencoder's calls by number of frames."""
     pipe = load(tiny_store_dir)
     calls: list[str] = []
@@ -265,7 +265,7 @@ def test_what_jobs_share_is_encoded_once(tiny_store_dir):
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
-def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
+def test_pipeline_computes_shared_conditioning_once_per_window(tiny_store_dir, guided):
     pipe = load(tiny_store_dir)
     calls: Counter[str] = Counter()
     for name, part in pipe.transformer.named_modules():
@@ -284,7 +284,7 @@ def test_what_steps_share_is_computed_once_a_window(tiny_store_dir, guided):
     assert counted == {**per_window, **per_job, **every_step}
 
 
-def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
+def test_conditioning_cache_is_freed_before_window_is_decoded(tiny_store_dir):
     pipe, conditions, options = load(tiny_store_dir), MemoryConditions(9), job_options(max_segment_frames=5)
     kept: list[weakref.ref] = []
     conditioning = pipe._cache_conditioning
@@ -303,7 +303,7 @@ def test_what_steps_share_is_gone_when_the_window_is_decoded(tiny_store_dir):
     assert pipe.kept_bytes == shape.conditioning_bytes(conditions.width, conditions.height, 5, element=4)
 
 
-def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):
+def test_pipeline_fetches_conditions_of_window_when_needed(ours):
     conditions, options = MemoryConditions(10), job_options(max_segment_frames=5)
     plan = make_plan(conditions, options)
     segments = ours.render(conditions, "a dance", options, plan, sampling("unipc"), StageTimer())
@@ -314,7 +314,7 @@ def test_a_windows_conditions_are_fetched_when_they_are_needed(ours):
     assert conditions.asked == [(0, 5), (4, 9), (6, 10)]  # the last one holds 8 9 8 7 6
 
 
-def test_stages_steps_and_progress_are_reported(ours):
+def test_pipeline_reports_stages_and_progress(ours):
     timer, told = StageTimer(), []
     conditions, options = MemoryConditions(9, reference_seed=21), job_options(max_segment_frames=5)  # new to CLIP
     rendered_here(ours, conditions, options, timer=timer, on_step=lambda done, total: told.append((done, total)))
@@ -334,8 +334,8 @@ def test_stages_steps_and_progress_are_reported(ours):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("name", "calls"), [("res_2s", 2), ("dpmpp", 1)])
-def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
-    """Two windows of three steps, of two evaluations each or one: progress, seconds, TFLOP and forecast count them."""
+def test_plan_job_counts_model_evaluations_of_sampler(ours, name, calls, guidance):
+    """Two windows of three steps, of one or two evaluations each: progress, seconds, TFLOP and forecast count them."""
     conditions = MemoryConditions(9)
     options = job_options(max_segment_frames=5, steps=3, guidance_scale=guidance)
     size, gpu = (conditions.width, conditions.height), find_device("H200")
@@ -372,8 +372,8 @@ def test_model_evaluations_are_counted_not_steps(ours, name, calls, guidance):
 
 
 @pytest.mark.parametrize("name", ["res_2s", "dpmpp"])
-def test_a_job_of_these_samplers_goes_on_from_its_second_window(ours, name):
-    """They keep nothing from one window to the next: what is resumed is bit-equal."""
+def test_sampler_job_resumed_at_second_window_has_same_frames(ours, name):
+    """These samplers keep nothing from one window to the next, so that a resumed window is bit-equal."""
     conditions, options = MemoryConditions(9), job_options(max_segment_frames=5)
     plan = make_plan(conditions, options)
     new_sampler = sampling(name, "beta57", options.steps)
@@ -382,8 +382,8 @@ def test_a_job_of_these_samplers_goes_on_from_its_second_window(ours, name):
     assert np.array_equal(again.frames, second.frames)
 
 
-def test_a_schedule_that_is_shorter_than_asked_is_planned_as_it_is():
-    """beta57 has 99 levels where 100 are asked for, and res_2s leaves its last one without a call."""
+def test_plan_job_with_shorter_schedule_counts_its_real_steps():
+    """beta57 has 99 levels if 100 are requested, and res_2s makes no call for the last one."""
     size, options = (832, 480), job_options(steps=100)
     plans = [
         plan_job(13, size, options, replace(RECIPE, scheduler=name, schedule="beta57")) for name in ("euler", "res_2s")
@@ -393,14 +393,14 @@ def test_a_schedule_that_is_shorter_than_asked_is_planned_as_it_is():
     assert two - least == pytest.approx(97 * PRODUCTION.step_tflop(*size, plans[0].segment_frames))
 
 
-def test_a_window_of_the_wrong_length_is_not_stretched(ours):
+def test_pipeline_with_window_of_wrong_length_raises(ours):
     conditions = MemoryConditions(9)
     conditions.face = conditions.face[:7]
     with pytest.raises(ValueError, match="face: 9 frames were requested, 7 came"):
         rendered_here(ours, conditions, job_options())
 
 
-def test_gradients_are_as_they_were_between_segments(ours):
+def test_pipeline_restores_gradient_mode_between_segments(ours):
     conditions, options = MemoryConditions(9), job_options(max_segment_frames=5)
     plan = make_plan(conditions, options)
     for segment in ours.render(conditions, "a dance", options, plan, sampling("unipc"), StageTimer()):
@@ -409,7 +409,7 @@ def test_gradients_are_as_they_were_between_segments(ours):
         assert segment.frames.flags.c_contiguous
 
 
-def test_bytes_and_pixels_convert_as_the_library_does(upstream):
+def test_to_pixels_and_to_uint8_equal_library_conversion(upstream):
     frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     theirs = upstream.video_processor.preprocess_video(pictures(frames), height=16, width=16)
     here = to_pixels(frames, torch.device("cpu"))

@@ -115,7 +115,7 @@ def through_json(point: ResumePoint) -> ResumePoint:
     ("case", "cut"),
     [(case, cut) for case in CASES for cut in (range(1, SEGMENTS + 1) if case == "animate" else (1, 4))],
 )
-def test_a_resumed_job_has_the_same_bits(case, cut, undisturbed, tiny_store_dir):
+def test_resumed_job_has_same_bits(case, cut, undisturbed, tiny_store_dir):
     whole, told = undisturbed(case), []
     point = through_json(whole[cut - 1].resume)
     assert point.segment == cut
@@ -125,12 +125,12 @@ def test_a_resumed_job_has_the_same_bits(case, cut, undisturbed, tiny_store_dir)
     assert np.std([segment.frames.std() for segment in whole]) > 0  # equal segments would hide a wrong index
 
 
-def test_segments_of_other_strengths_are_others(undisturbed):
+def test_segments_with_other_strengths_differ(undisturbed):
     for one, other in zip(undisturbed("animate"), undisturbed("animate, strengths"), strict=True):
         assert not np.array_equal(one.frames, other.frames)
 
 
-def test_nothing_is_kept_after_the_last_segment(undisturbed):
+def test_resume_point_after_last_segment_holds_no_arrays(undisturbed):
     last = undisturbed("animate")[-1].resume
     assert (last.segment, dict(last.arrays), set(last.values)) == (SEGMENTS, {}, {"drift"})
     assert [one.segment for one in last.drift.segments] == list(range(1, SEGMENTS + 1))
@@ -155,7 +155,7 @@ np.save(Path(folder, "frames.npy"), np.concatenate([segment.frames for segment i
 
 
 @system_test
-def test_another_process_resumes_from_files(undisturbed, tiny_store_dir, tmp_path):
+def test_resume_point_read_from_files_in_other_process_gives_same_frames(undisturbed, tiny_store_dir, tmp_path):
     case, cut = "replace", 3
     whole = undisturbed(case)
     point = whole[cut - 1].resume
@@ -167,7 +167,7 @@ def test_another_process_resumes_from_files(undisturbed, tiny_store_dir, tmp_pat
     assert np.array_equal(frames, np.concatenate([segment.frames for segment in whole[cut:]]))
 
 
-def test_a_resumed_job_draws_ahead_from_where_it_begins(undisturbed, tiny_store_dir):
+def test_resumed_job_draws_windows_ahead_from_its_first_segment(undisturbed, tiny_store_dir):
     generator = new_generator(tiny_store_dir, "fp32", 24)
     options = JobOptions(steps=2, seed=7, max_segment_frames=5)
     conditions = generator.prepare(Request(Path("a.png"), Path("b.mp4"), "a dance", options), StageTimer())
@@ -197,7 +197,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_frames_and_random_state_come_back_with_their_layout(layout, dtype):
+def test_restore_state_returns_frames_and_random_state_with_layout(layout, dtype):
     previous = LAYOUTS[layout]()
     previous = torch.empty_strided(SHAPE, previous.stride(), dtype=dtype).copy_(previous)
     previous[0, 0, 0, 0, :3] = torch.tensor([-0.0, 1e-40, 1.0], dtype=dtype)
@@ -248,14 +248,14 @@ def changed(**changes: Any) -> ResumePoint:
         ({"random": np.zeros(5056, np.float64)}, "its random state is not valid"),
     ],
 )
-def test_a_point_that_does_not_fit_is_refused(changes, said):
+def test_restore_state_with_invalid_point_is_refused(changes, said):
     with pytest.raises(InternalError, match=said) as caught:
         restore_state(changed(**changes), PLAN, torch.float32, CPU, torch.Generator("cpu"))
     assert "--checkpoint off" in (caught.value.todo or "")
     assert restore_state(changed(), PLAN, torch.float32, CPU, torch.Generator("cpu")).shape == SHAPE
 
 
-def test_a_point_of_another_job_is_refused_before_anything_is_encoded(tiny_store_dir):
+def test_resume_point_of_other_job_is_refused_before_encoding(tiny_store_dir):
     generator = new_generator(tiny_store_dir, "fp32", 9)
     options = JobOptions(steps=2, max_segment_frames=5)
     conditions = generator.prepare(Request(Path("a.png"), Path("b.mp4"), "a dance", options), StageTimer())

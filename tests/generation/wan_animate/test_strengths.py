@@ -86,7 +86,7 @@ def ways(model, compiled: CompiledBlocks) -> dict[str, Callable[[], dict]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("face", "pose"), PAIRS)
-def test_every_kind_of_block_equals_the_librarys_model_with_scaled_outputs(model, face, pose):
+def test_strengths_in_every_kind_of_block_equal_scaled_library_outputs(model, face, pose):
     torch._dynamo.reset()
     inputs, compiled = Inputs(model, frames=9), CompiledBlocks(backend="eager")
     with scaled(model, face, pose):
@@ -101,8 +101,8 @@ def test_every_kind_of_block_equals_the_librarys_model_with_scaled_outputs(model
 
 
 @torch.no_grad()
-def test_of_no_strength_nothing_is_left(model):
-    """At 0 the velocity is the same whatever the driver does; at another strength it is not."""
+def test_strength_0_removes_influence_of_face_or_pose(model):
+    """At strength 0 the velocity does not depend on the driver; at other strengths it does."""
     inputs, other = Inputs(model, frames=9), Inputs(model, frames=9, seed=5)
 
     def velocity(strengths: Strengths, pose: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
@@ -135,8 +135,8 @@ class Products(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_strength_one_multiplies_nothing(model):
-    """Another strength is one product for the pose of a window, and one for each of the two adapters a step."""
+def test_strength_1_adds_no_product(model):
+    """Another strength adds one product per window for the pose, and one per step for each of the two face adapters."""
     inputs, counted = Inputs(model, frames=9), {}
     for strengths in (Strengths(), Strengths(1, 1), Strengths(face=0.5), Strengths(pose=0.5)):
         with Products() as products:
@@ -159,8 +159,8 @@ def upstream(tiny_store_dir):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0], ids=["unguided", "guided"])
-def test_jobs_of_different_strengths_in_a_row_each_have_their_own_frames(tiny_store_dir, upstream, guidance):
-    """Latents are cached by content and serve all jobs of one dance; none takes another's strength."""
+def test_consecutive_jobs_with_different_strengths_equal_library_frames(tiny_store_dir, upstream, guidance):
+    """Latents are cached by content and shared by all jobs of one dance; no job uses another job's strength."""
     pipe, conditions = pipelines.load(tiny_store_dir), MemoryConditions(9, width=32, height=32)
     seen = []
     for face, pose in [(1.0, 1.0), (0.0, 1.7), (0.5, 0.0), (1.0, 1.0)]:

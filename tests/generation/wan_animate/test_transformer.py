@@ -126,23 +126,23 @@ def model(tiny_store_dir):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
-def test_steps_equal_the_models_forward(tiny_store_dir, dtype, guided):
+def test_steps_equal_model_forward(tiny_store_dir, dtype, guided):
     model = load(tiny_store_dir, dtype)
     assert_equal_steps(model, Inputs(model), guided)
 
 
-def test_steps_equal_the_models_forward_with_four_bit_layers(tiny_store_dir):
+def test_steps_with_four_bit_layers_equal_model_forward(tiny_store_dir):
     model = load(tiny_store_dir, torch.bfloat16)
     in_four_bits(model)
     assert not any(type(layer) is torch.nn.Linear for layer in model.modules())
     assert_equal_steps(model, Inputs(model))
 
 
-def test_steps_of_a_batch_equal_the_models_forward(model):
+def test_steps_of_batch_equal_model_forward(model):
     assert_equal_steps(model, Inputs(model, batch=2, frames=5))
 
 
-def test_a_model_that_reads_image_and_text_together(tiny_store_dir):
+def test_steps_of_model_without_added_kv_projections_equal_model_forward(tiny_store_dir):
     model = load(tiny_store_dir, added_kv_proj_dim=None)
     assert model.blocks[0].attn2.add_k_proj is None
     assert_equal_steps(model, Inputs(model), guided=True)
@@ -156,7 +156,7 @@ def counted(model) -> Counter[str]:
     return calls
 
 
-def test_what_steps_share_is_computed_once(tiny_store_dir):
+def test_conditioning_is_computed_once_for_all_steps(tiny_store_dir):
     model = load(tiny_store_dir)
     calls, inputs = counted(model), Inputs(model)
     cross = [
@@ -185,8 +185,8 @@ def test_what_steps_share_is_computed_once(tiny_store_dir):
     assert {calls[name] for name in cross if name not in shared_too} == {2}
 
 
-def test_a_block_is_touched_only_while_it_is_out(model):
-    """What streams weights hands blocks out one at a time; nothing of another block may run meanwhile."""
+def test_step_runs_each_block_only_while_handed_out(model):
+    """Streaming hands out one block at a time; no part of another block may run meanwhile."""
     inputs, out = Inputs(model), []
     (conditioning,) = inputs.conditionings(model)
     touched: set[tuple[int, int]] = set()
@@ -208,8 +208,8 @@ def test_a_block_is_touched_only_while_it_is_out(model):
     assert torch.equal(velocity, inputs.forward(model, 0))
 
 
-def test_blocks_compile_to_one_graph(model):
-    """All blocks, all steps, whole: nothing breaks the graph, and no block and no level wants one of its own."""
+def test_run_block_compiles_to_one_graph_for_all_blocks(model):
+    """One graph serves all blocks and all steps: there is no graph break and no graph per block or noise level."""
     graphs = []
 
     def note(graph, _):
@@ -223,7 +223,7 @@ def test_blocks_compile_to_one_graph(model):
     assert len(graphs) == 1
 
 
-def test_the_backend_of_each_processor_is_used(tiny_store_dir, monkeypatch):
+def test_step_uses_attention_backend_of_each_processor(tiny_store_dir, monkeypatch):
     model, asked = load(tiny_store_dir), []
     for block in model.blocks:
         block.attn1.processor._attention_backend = "_native_math"
@@ -244,7 +244,7 @@ def strided_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rotation_without_strided_writes_has_the_same_bits(dtype):
+def test_rotate_without_strided_writes_has_same_bits(dtype):
     generator = torch.Generator().manual_seed(3)
     x = (10 * torch.randn(2, 96, 3, 32, generator=generator)).to(dtype)
     angle = 100 * torch.rand(1, 96, 1, 16, generator=generator)
@@ -260,14 +260,14 @@ def test_rotation_without_strided_writes_has_the_same_bits(dtype):
     assert error < 100 * torch.finfo(dtype).eps
 
 
-def test_latents_of_another_shape_are_refused(model):
+def test_step_with_latents_of_other_shape_is_refused(model):
     (conditioning,) = Inputs(model).conditionings(model)
     other = Inputs(model, frames=9)
     with pytest.raises(ValueError, match=r"latents of \(4, 8, 6\) in a window of \(5, 8, 6\)"):
         other.step(model, conditioning, 0)
 
 
-def test_another_reference_shares_nothing(model):
+def test_sharing_with_other_reference_is_refused(model):
     inputs, other = Inputs(model), Inputs(model, seed=1)
     (conditioning,) = inputs.conditionings(model)
     (context,) = embed_context(model, other.texts[:1], other.clip)
@@ -282,7 +282,7 @@ def flop_of(call) -> int:
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
-def test_flop_saved_and_bytes_kept_are_as_forecast(tiny_store_dir, model, guided):
+def test_conditioning_cache_flop_and_bytes_equal_forecast(tiny_store_dir, model, guided):
     shape = ResolvedRecipe(ModelStore(tiny_store_dir), get_recipe("fp32")).costs.transformer
     inputs, size = Inputs(model), (WIDTH, HEIGHT, FRAMES)
     conditioning = inputs.conditionings(model, guided)
@@ -296,8 +296,8 @@ def test_flop_saved_and_bytes_kept_are_as_forecast(tiny_store_dir, model, guided
     assert held_bytes(conditioning) == shape.conditioning_bytes(*size, element=4, guided=guided)
 
 
-def test_what_the_14b_model_saves_and_keeps(tiny_store_dir):
-    """Shapes of the real thing on the meta device, by hand; the sum is the one in the module's docstring."""
+def test_conditioning_cache_of_14b_model_equals_bytes_by_hand(tiny_store_dir):
+    """Shapes of the 14B model on the meta device, summed by hand; the module's docstring gives the same sum."""
     with torch.device("meta"):
         model = WanAnimateTransformer3DModel(image_dim=1280, added_kv_proj_dim=5120, num_layers=5).to(torch.bfloat16)
     model.rope = type(model.rope)(128, (1, 2, 2), 1024)  # its angles are float32 in a loaded model
@@ -317,7 +317,7 @@ def test_what_the_14b_model_saves_and_keeps(tiny_store_dir):
     assert saved == pytest.approx(key_values + motion_encoder, rel=0.05)  # embedders, adapters and pose are the rest
 
 
-def test_a_window_leaves_nothing_behind(model):
+def test_conditioning_cache_is_freed_after_window(model):
     inputs = Inputs(model)
     gc.collect()
     gc.disable()  # what is freed is freed because nothing names it any more

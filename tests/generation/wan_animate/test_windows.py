@@ -60,7 +60,7 @@ def plan_of(frames: int, segment: int, overlap: int) -> SegmentPlan:
 
 @settings(deadline=None, max_examples=40)
 @given(frames=st.integers(2, 90), segment=st.sampled_from([5, 9, 17]), overlap=st.sampled_from([1, 5]))
-def test_the_pipeline_asks_for_just_these_spans(frames: int, segment: int, overlap: int) -> None:
+def test_segment_spans_equal_requests_of_pipeline(frames: int, segment: int, overlap: int) -> None:
     if overlap >= segment:
         return
     plan, plain, source = plan_of(frames, segment, overlap), Source(frames), Source(frames)
@@ -75,7 +75,7 @@ def test_the_pipeline_asks_for_just_these_spans(frames: int, segment: int, overl
     assert source.most_inside == 1
 
 
-def test_the_next_is_drawn_while_one_is_used() -> None:
+def test_drawn_ahead_draws_next_window_while_one_is_used() -> None:
     source = Source()
     ahead = DrawnAhead(source, [(0, 10), (9, 19), (18, 28)])
     for expected in ([(0, 10)], [(0, 10), (9, 19)], [(0, 10), (9, 19), (18, 28)]):
@@ -87,7 +87,7 @@ def test_the_next_is_drawn_while_one_is_used() -> None:
     ahead.close()
 
 
-def test_what_was_not_expected_is_drawn_when_asked_for() -> None:
+def test_drawn_ahead_draws_unexpected_span_on_request() -> None:
     source = Source()
     ahead = DrawnAhead(source, [(0, 10)])
     assert ahead.window(3, 4).start == 3
@@ -97,8 +97,8 @@ def test_what_was_not_expected_is_drawn_when_asked_for() -> None:
     assert source.most_inside == 1
 
 
-def test_windows_before_a_resumed_segment_are_not_drawn() -> None:
-    """But for the one that is being drawn; those after it are drawn ahead as ever."""
+def test_skip_to_resumed_segment_leaves_out_earlier_windows() -> None:
+    """Only the window that is being drawn is finished; the windows from the resumed segment on are drawn ahead."""
     source, spans = Source(), [(9 * index, 9 * index + 10) for index in range(6)]
     source.let_go.clear()
     ahead = DrawnAhead(source, spans)
@@ -115,7 +115,7 @@ def test_windows_before_a_resumed_segment_are_not_drawn() -> None:
     assert source.most_inside == 1
 
 
-def test_a_span_that_waits_is_not_drawn_again_and_one_that_has_not_begun_not_at_all() -> None:
+def test_skip_to_does_not_draw_skipped_or_waiting_spans_twice() -> None:
     source, spans = Source(), [(9 * index, 9 * index + 10) for index in range(6)]
     source.let_go.clear()
     ahead = DrawnAhead(source, spans)
@@ -133,7 +133,7 @@ def test_a_span_that_waits_is_not_drawn_again_and_one_that_has_not_begun_not_at_
     assert set(source.asked) <= {spans[0], spans[4], spans[5]}
 
 
-def test_an_error_is_told_by_the_window_that_it_belongs_to() -> None:
+def test_drawn_ahead_with_unreadable_window_raises_in_that_window() -> None:
     source = Source(bad=(9, 19))
     ahead = DrawnAhead(source, [(0, 10), (9, 19)])
     assert ahead.window(0, 10).start == 0
@@ -142,8 +142,8 @@ def test_an_error_is_told_by_the_window_that_it_belongs_to() -> None:
     ahead.close()
 
 
-def test_close_waits_for_what_is_being_drawn() -> None:
-    """Files are closed next: nobody may be reading them."""
+def test_close_waits_for_window_being_drawn() -> None:
+    """The files are closed after `close`, so that no thread may still read them."""
     source = Source()
     source.let_go.clear()
     ahead = DrawnAhead(source, [(0, 10)])
