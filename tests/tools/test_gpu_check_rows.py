@@ -29,7 +29,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(block, "capability_of", lambda device: None if device.type == "cpu" else (9, 0))
 
 
-def test_an_h200_has_these_variants_the_advised_one_first(cuda):
+def test_variants_on_h200_are_listed_in_expected_order(cuda):
     assert list(block.variants_on(GPU)) == [
         ("bf16", "", False),
         ("fp8", "scaled_mm", False),
@@ -40,15 +40,15 @@ def test_an_h200_has_these_variants_the_advised_one_first(cuda):
     assert [variant[0] for variant in block.variants_on(CPU)] == ["bf16", "fp8", "int8", "nvfp4"]
 
 
-def test_the_fast_recipe_s_choice_is_a_row(monkeypatch):
-    """On a CPU nothing is chosen; with an H200's capability the product is tried, here as the definition."""
+def test_fast_row_contains_choice_for_device(monkeypatch):
+    """On a CPU nothing is chosen; with the capability of an H200 the product is tried, here by its definition."""
     assert choices.fast(CPU)["compute"] == "bf16"
     monkeypatch.setattr("runner.generation.runtime.compute.capability_of", lambda _: (9, 0))
     found = choices.fast(CPU)
     assert (found["asked"], found["compute"], found["attention"], found["vae"]) == ("fast", "fp8", "exact", "bfloat16")
 
 
-def test_a_block_s_peak_counts_its_hidden_states_and_stands_beside_the_plan_s(cuda):
+def test_block_memory_counts_hidden_states_and_gives_planned_units(cuda):
     with torch.no_grad():
         case = block.BlockCase(CPU, block.SMALL, (64, 64), 5)
     case.device = GPU
@@ -66,14 +66,14 @@ def test_a_block_s_peak_counts_its_hidden_states_and_stands_beside_the_plan_s(cu
     assert block.forecast_of(case, "nvfp4", False, ms=50.0)["forecast_step_s"] is None  # the H200 has none
 
 
-def test_the_autoencoder_s_peak_leaves_out_what_was_there_before(cuda, monkeypatch):
+def test_autoencoder_peak_excludes_memory_held_before(cuda, monkeypatch):
     monkeypatch.setattr(autoencoder, "milliseconds", lambda work, device, **_: float(work()))
     sampler = SimpleNamespace(window=lambda: SimpleNamespace(gpu_peak=30_000_000))
     row = autoencoder.measured(lambda: 3, GPU, sampler)
     assert row == {"ms": 3.0, "allocated_bytes": 5e6, "reserved_bytes": 20_000_000, "nvml_bytes": 30_000_000}
 
 
-def test_every_setup_of_the_autoencoder_comes_once_and_what_runs_today_first():
+def test_autoencoder_setups_are_distinct_and_begin_with_current_one():
     setups = list(autoencoder.setups())
     assert len(set(setups)) == len(setups) == 3 * (2 * 2 + 1)
     assert setups[0] == autoencoder.Setup("float32", "channels_last", False)
@@ -82,8 +82,8 @@ def test_every_setup_of_the_autoencoder_comes_once_and_what_runs_today_first():
 
 
 @system_test
-def test_a_block_that_is_not_compiled_right_is_seen(tmp_path, monkeypatch):
-    """Compiling that fails is a row with its reason, and the rows after it are measured."""
+def test_block_with_failed_compilation_is_row_with_reason(tmp_path, monkeypatch):
+    """A row whose compilation fails gives its reason, and the rows after it are measured."""
     monkeypatch.setattr(block, "variants_on", lambda device: iter([("bf16", "", False), ("fp8", "none", False)]))
     monkeypatch.setattr(block, "measure_attention", lambda part, case: part.add("attention", {"kind": "exact"}))
     real = block.CompiledBlocks

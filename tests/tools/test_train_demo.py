@@ -28,7 +28,7 @@ def stock(pipe):
     return made
 
 
-def test_a_training_step_computes_what_the_model_computes(pipe, stock) -> None:
+def test_training_step_equals_model_forward(pipe, stock) -> None:
     """The shortened prompt and the frozen motion encoder change nothing but the time it takes."""
     from _demo_models import embed_prompts
     from _demo_transformer import Ready, distinct, predict_velocity
@@ -58,7 +58,7 @@ def test_a_training_step_computes_what_the_model_computes(pipe, stock) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
+def test_encode_example_equals_pipeline_encoding(pipe, stock) -> None:
     """A batch's scene and pose are those that AnimatePipeline denoises from."""
     from _demo_stock import FRAMES, HEIGHT, WIDTH, encode_example
     from demo_world import example
@@ -105,7 +105,7 @@ def test_examples_are_encoded_as_the_product_encodes_them(pipe, stock) -> None:
     assert FRAMES == 21
 
 
-def test_a_lora_that_was_trained_is_what_the_product_attaches(pipe, tmp_path) -> None:
+def test_trained_lora_attached_by_runner_gives_trained_output(pipe, tmp_path) -> None:
     import copy
 
     from _demo_distill import attach, published_tensors
@@ -132,7 +132,7 @@ def test_a_lora_that_was_trained_is_what_the_product_attaches(pipe, tmp_path) ->
         torch.testing.assert_close(plain.get_submodule(place)(x), trained.get_submodule(place)(x), atol=1e-5, rtol=1e-4)
 
 
-def test_the_fast_convolutions_are_the_librarys(monkeypatch) -> None:
+def test_fast_convolutions_equal_library_convolutions(monkeypatch) -> None:
     from _demo_vae import decode_unclamped, fast_convolutions, new_vae
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -147,8 +147,8 @@ def test_the_fast_convolutions_are_the_librarys(monkeypatch) -> None:
         torch.testing.assert_close(decode_unclamped(vae, latents).clamp(-1, 1), frames, atol=1e-5, rtol=1e-4)
 
 
-def test_the_autoencoder_trains_and_resumes(tmp_path, monkeypatch, capsys) -> None:
-    """A second start goes on where the first one ended; the latents' statistics are in the checkpoint."""
+def test_train_vae_started_again_resumes_from_checkpoint(tmp_path, monkeypatch, capsys) -> None:
+    """A second start continues where the first one ended; the checkpoint contains the statistics of the latents."""
     import _demo_vae
 
     monkeypatch.setattr(_demo_vae, "fast_convolutions", lambda: None)
@@ -173,8 +173,8 @@ def test_the_autoencoder_trains_and_resumes(tmp_path, monkeypatch, capsys) -> No
     assert moved == {"decoder", "post_quant_conv"}  # latents stay what the transformer learned them to be
 
 
-def test_the_optimiser_moves_kernels_in_place_and_resumes() -> None:
-    """Muon's matrices share the kernels' memory; a step after resuming is the step that would have come."""
+def test_optimiser_moves_kernels_in_place_and_resumes() -> None:
+    """Muon's matrices share the kernels' memory; a step after resuming equals the step without interruption."""
     import copy
 
     from _demo_optimiser import Optimiser
