@@ -18,7 +18,7 @@ from tests.system_tests import system_test
 
 
 @system_test
-def test_engine(tmp_path):
+def test_engine_benchmark_with_quick_flag_gives_consistent_numbers(tmp_path):
     tables, printed = run_bench("engine", tmp_path, "--quick")
     assert tables["machine"]["threads"] == 1 and "CPU seconds, 1 thread;" in printed
     rows = {row["what"].strip(): row for row in tables["waterfall"]}
@@ -45,7 +45,7 @@ def test_engine(tmp_path):
 
 
 @system_test
-def test_the_engines_benchmark_leaves_out_what_would_end_too_late(tmp_path):
+def test_engine_benchmark_with_short_time_limit_leaves_out_late_rows(tmp_path):
     """The original scripts are always measured, because the rest is compared with them."""
     tables, _ = run_bench("engine", tmp_path, "--quick", "--seconds", "0.001")
     first, *others = tables["waterfall"]
@@ -55,7 +55,7 @@ def test_the_engines_benchmark_leaves_out_what_would_end_too_late(tmp_path):
     assert {row["ours, s"] for row in tables["headlines"]} == {"not measured"}
 
 
-def test_a_job_is_its_fixed_part_and_its_steps(monkeypatch):
+def test_spent_of_job_separates_fixed_time_from_step_time(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
 
     runs = importlib.import_module("_engine_runs")
@@ -64,7 +64,7 @@ def test_a_job_is_its_fixed_part_and_its_steps(monkeypatch):
     assert (spent.step_s, spent.fixed_s, spent.clip_s(6)) == (1.0, 7.0, 13.0)
 
 
-def test_memory_of_a_gpu_is_read_where_the_driver_names_no_process(monkeypatch):
+def test_device_memory_without_process_figures_is_read_from_whole_gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     runs = importlib.import_module("_engine_runs")
     used = iter([100, 130, 90])
@@ -104,7 +104,7 @@ def engine(monkeypatch):
     del module.ran
 
 
-def test_the_forecasts_have_the_fast_recipe_and_no_rate_that_nothing_reaches(monkeypatch):
+def test_forecasts_contain_fast_recipe_and_leave_out_unreachable_rates(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     rows = {row["forecast, s a clip"]: row for row in importlib.import_module("engine").forecasts()}
     assert rows["RTX 5090"]["fp4-fast"] == rows["RTX 5090"]["8 bit, 8-bit attention"]
@@ -134,7 +134,7 @@ def bench_of(engine, deadline=float("inf")):
         ("hd", {"original scripts", "in_hd"}),
     ],
 )
-def test_only_what_was_asked_for_and_what_it_needs_is_measured(engine, only, runs):
+def test_measure_all_with_chosen_tables_runs_only_their_measurements(engine, only, runs):
     seen = []
     names = engine.names_of(only)
     tables = engine.measure_all(bench_of(engine), names, lambda tables: seen.append(set(tables)))
@@ -143,14 +143,14 @@ def test_only_what_was_asked_for_and_what_it_needs_is_measured(engine, only, run
     engine.notes(bench_of(engine), {} if only == "modes" else {name: [] for name in tables})  # needs no table at all
 
 
-def test_all_tables_are_made_without_a_choice_and_told_of_as_they_come(engine):
+def test_measure_all_without_choice_makes_and_reports_every_table(engine):
     seen = []
     tables = engine.measure_all(bench_of(engine), report=lambda tables: seen.append(list(tables)))
     assert set(tables) == set(engine.NAMES) == set(engine.TITLES)
     assert seen[0] == ["ceilings"] and all(set(a) <= set(b) for a, b in pairwise(seen))
 
 
-def test_a_later_windows_scene_is_measured_both_ways(monkeypatch):
+def test_later_scenes_are_measured_encoded_whole_and_reused(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     alone = importlib.import_module("_engine_autoencoder")
     monkeypatch.setattr(alone, "seconds", lambda work, device, repeats: float(work().shape[2]))
@@ -159,7 +159,7 @@ def test_a_later_windows_scene_is_measured_both_ways(monkeypatch):
     assert 0 < reused["TFLOP"] < every["TFLOP"]
 
 
-def test_both_walks_of_the_autoencoder_are_run_on_the_same_weights(monkeypatch):
+def test_walks_run_both_autoencoders_on_same_weights(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     alone = importlib.import_module("_engine_autoencoder")
     kinds = []
@@ -175,8 +175,8 @@ def test_both_walks_of_the_autoencoder_are_run_on_the_same_weights(monkeypatch):
     assert encode["off"] == decode["off"] == 0
 
 
-def test_the_original_scripts_run_out_of_time_for_headlines_alone(engine):
-    """Theirs is the row that the waterfall is held against; else they only run where they fit."""
+def test_original_scripts_without_time_left_run_only_for_waterfall(engine):
+    """The waterfall is compared with the original scripts. For other tables they run only if time is left."""
     late = time.monotonic() - 1
     rows = engine.measure_all(bench_of(engine, late), ("headlines",))["headlines"]
     assert "original scripts" not in engine.ran
@@ -186,7 +186,7 @@ def test_the_original_scripts_run_out_of_time_for_headlines_alone(engine):
     assert first["s a step"] == 1.0 and "original scripts" in engine.ran
 
 
-def test_an_unknown_table_is_a_usage_error_that_lists_those_that_there_are(engine, capsys, monkeypatch):
+def test_only_flag_with_unknown_table_is_usage_error_that_lists_tables(engine, capsys, monkeypatch):
     with pytest.raises(argparse.ArgumentTypeError, match="no table 'speed'; there are ceilings, linears, exact"):
         engine.names_of("ceilings,speed")
     monkeypatch.setattr(sys, "argv", ["engine.py", "--only", "ceilings,speed"])
@@ -195,7 +195,7 @@ def test_an_unknown_table_is_a_usage_error_that_lists_those_that_there_are(engin
     assert stopped.value.code == 2 and "no table 'speed'" in capsys.readouterr().err
 
 
-def test_the_first_compiling_of_a_run_stands_for_the_next(engine, monkeypatch):
+def test_bench_takes_after_compiling_returns_longest_measured_time(engine, monkeypatch):
     bench = bench_of(engine)
     monkeypatch.setattr(type(bench), "cuda", property(lambda _: True))
     assert bench.takes(None, compiling=True) == 25  # an estimate until then
@@ -208,7 +208,7 @@ def test_the_first_compiling_of_a_run_stands_for_the_next(engine, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
-def test_one_thread_is_pinned_to_one_core(monkeypatch):
+def test_pin_to_one_thread_sets_one_thread_on_one_core(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "2")  # as before, afterwards

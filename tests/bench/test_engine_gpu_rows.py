@@ -14,8 +14,8 @@ from tests.system_tests import system_test
 
 
 @system_test
-def test_the_engines_rows_for_a_gpu_run(tmp_path, monkeypatch):
-    """All that only a GPU measures, on a CPU that says it is one: in bfloat16, compiled by what fuses nothing."""
+def test_engine_benchmark_with_gpu_simulated_on_cpu_measures_gpu_rows(tmp_path, monkeypatch):
+    """Measure on a CPU the rows that only a GPU has: in bfloat16, compiled by a backend that fuses nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
 
     engine, settings = (importlib.import_module(name) for name in ("engine", "_engine_settings"))

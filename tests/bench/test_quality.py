@@ -27,7 +27,7 @@ def quality(monkeypatch) -> Any:
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_samplers_are_compared_at_equal_counts_of_calls(quality, quick):
+def test_sampler_trials_have_equal_counts_of_evaluations(quality, quick):
     exact, coarser, *trials = quality.sampler_trials(quick)
     assert (exact.sampler, exact.steps, exact.against) == ("euler", 12 if quick else 200, None)
     assert (coarser.sampler, 2 * coarser.steps) == ("euler", exact.steps)
@@ -39,7 +39,7 @@ def test_samplers_are_compared_at_equal_counts_of_calls(quality, quick):
     assert len({trial.name for trial in trials}) == len(trials) == 4 * 2 * (1 if quick else 4)
 
 
-def test_the_nearest_to_the_exact_solution_is_named_first(quality):
+def test_nearest_orders_samplers_by_distance_to_exact_solution(quality):
     clip = np.full((2, 3, 4, 3), 100, np.uint8)
     assert quality.rms(clip, clip + np.uint8(3)) == pytest.approx(3.0)
     assert quality.rms(clip + np.uint8(3), clip) == pytest.approx(3.0)
@@ -53,8 +53,8 @@ def test_the_nearest_to_the_exact_solution_is_named_first(quality):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_single_clip_is_compared_with_its_own_dancer_alone(quality, count):
-    """The truth in place of a rendered clip: nearest to its own dancer, and where there is no other, no pair."""
+def test_identity_with_single_clip_compares_only_own_dancer(quality, count):
+    """The true frames stand for a rendered clip: they are nearest to their own dancer. One clip alone has no pair."""
     results = [{"index": index, "frames": quality.held_out(index, 64).truth} for index in range(count)]
     found = quality.identity(results, 64)
     assert 0 <= found["own"]["mean"] <= found["own"]["worst"] < 10
@@ -65,7 +65,7 @@ def test_a_single_clip_is_compared_with_its_own_dancer_alone(quality, count):
 
 
 @pytest.mark.parametrize("flags", [("--clips", "0"), ("--clips", "-1"), ("--workers", "0")], ids=" ".join)
-def test_no_clips_or_workers_are_a_usage_error(quality, monkeypatch, capsys, flags):
+def test_quality_flags_with_count_below_1_are_usage_error(quality, monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["quality.py", *flags])
     with pytest.raises(SystemExit) as ended:
         quality.main()
@@ -73,7 +73,7 @@ def test_no_clips_or_workers_are_a_usage_error(quality, monkeypatch, capsys, fla
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_faster_choices_are_words_of_the_recipe_alone_and_together(quality, quick):
+def test_fast_trials_name_recipe_modifiers_alone_and_together(quality, quick):
     exact, *others = quality.fast_trials(quick)
     assert (exact.name, exact.recipe, exact.emulated) == ("fp4-distill", "fp4-distill", False)
     assert all(get_recipe(trial.recipe).name == trial.recipe for trial in others)
@@ -82,7 +82,7 @@ def test_faster_choices_are_words_of_the_recipe_alone_and_together(quality, quic
     assert len({(trial.recipe, trial.emulated) for trial in others}) == len(others) == (1 if quick else 7)
 
 
-def test_the_gate_is_the_worse_product_and_overflow_is_named(quality):
+def test_fast_verdicts_judge_worse_product_and_name_overflow(quality):
     todo = quality.fast_trials(False)
 
     def result(fp8, int8):
@@ -95,13 +95,13 @@ def test_the_gate_is_the_worse_product_and_overflow_is_named(quality):
     assert not quality.fast_verdicts([result(34.9, 40.0)], todo)["reached"]
 
 
-def test_there_is_no_mean_where_a_clip_has_no_measures(quality):
+def test_means_with_clip_without_measures_are_empty(quality):
     assert quality.means([{"psnr": 1.0}, {"psnr": 4.0}]) == {"psnr": 2.5}
     assert quality.means([{"psnr": 1.0}, {}]) == quality.means([{}, {}]) == {}
 
 
 @system_test
-def test_faster_choices_of_a_single_clip(tmp_path):
+def test_quality_benchmark_with_fast_flag_and_single_clip_measures_both_rows(tmp_path):
     flags = ("--fast", "--quick", "--clips", "1", "--models", str(tmp_path / "models"))
     found, printed = run_bench("quality", tmp_path, *flags)
     assert list(found["rows"]) == ["fp4-distill", "all, int8"] and "emulated in float" in printed
@@ -109,15 +109,15 @@ def test_faster_choices_of_a_single_clip(tmp_path):
 
 
 @system_test
-def test_quality_of_a_single_clip(tmp_path):
+def test_quality_benchmark_with_single_clip_has_no_wrong_reference_row(tmp_path):
     found, printed = run_bench("quality", tmp_path, "--quick", "--clips", "1", "--models", str(tmp_path / "models"))
     assert (found["clips"], list(found["identity"])) == (1, ["own"])
     assert all(name in printed for name in found["rows"])
 
 
 @system_test
-def test_quality_of_samplers(tmp_path):
-    """Two clips, four calls: every sampler's clip is near the exact one, and less so than the exact one's own half."""
+def test_quality_benchmark_with_samplers_flag_ranks_all_samplers(tmp_path):
+    """Two clips, four calls: all samplers are near the exact clip; the exact sampler with half its steps is nearer."""
     found, printed = run_bench("quality", tmp_path, "--samplers", "--quick", "--models", str(tmp_path / "models"))
     rows = found["rows"]
     trials = [name for name in rows if "rms_own" in rows[name]]
@@ -130,8 +130,8 @@ def test_quality_of_samplers(tmp_path):
 
 
 @system_test
-def test_quality(tmp_path):
-    """Two clips and few steps: the measures are in order, and the table holds what it should."""
+def test_quality_benchmark_with_quick_flag_gives_ordered_measures(tmp_path):
+    """Two clips and few steps: the measures are in the expected order and the table holds every row."""
     found, printed = run_bench("quality", tmp_path, "--quick", "--models", str(tmp_path / "models"))
     rows, said = found["rows"], found["verdicts"]
     assert found["clips"] == 2

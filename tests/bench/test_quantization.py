@@ -9,7 +9,7 @@ from tests.system_tests import system_test
 
 
 @system_test
-def test_quantization(tmp_path):
+def test_quantization_benchmark_with_small_flag_gives_consistent_numbers(tmp_path):
     found, printed = run_bench("quantization", tmp_path, "--small")
     errors = {(row["format"], row["scales"]): row for row in found["errors"]}
     weight = {case: row["weight error"] for case, row in errors.items()}

@@ -7,7 +7,7 @@ from tests.bench.run_bench import run_bench
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to measure")
-def test_without_a_gpu_every_row_of_its_benchmark_says_so(tmp_path):
+def test_quantization_gpu_benchmark_without_gpu_marks_rows_not_measured(tmp_path):
     found, _ = run_bench("quantization_gpu", tmp_path)
     assert all(row["value"] == "not measured" for row in found["ceilings"])
     assert all(row["ms"] == "not measured" for name in ("dequantize", "quantize") for row in found[name])
