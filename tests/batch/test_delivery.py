@@ -92,7 +92,7 @@ def run(folder: Path, lengths: list[int], restored: set[int], options: JobOption
 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data(), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), sound=st.booleans())
-def test_written_and_restored_parts_give_the_same_bytes(
+def test_delivery_of_written_and_restored_parts_gives_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, lengths: list[int], sound: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("delivery")
@@ -112,8 +112,8 @@ def wav_files(found: dict[str, bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("lengths", [[20, 25], [0, 7]], ids=str)
-def test_frames_have_their_sound_beside_them(tmp_path: Path, lengths: list[int]) -> None:
-    """As long as the pictures, to the sample; the record's identity, bytes and files are of frames and sound."""
+def test_png_output_with_sound_has_wav_beside_frames(tmp_path: Path, lengths: list[int]) -> None:
+    """The sound is as long as the frames, to the sample. Identity, bytes and files in the record include the sound."""
     frames = sum(lengths)
     audio = AudioSpan(make_clip(tmp_path / "source.mp4", 3, audio=tone(2.0)), 0.1, float(frames / FPS))
     files = run(tmp_path, lengths, {0}, PNG, audio)
@@ -137,7 +137,7 @@ def test_frames_have_their_sound_beside_them(tmp_path: Path, lengths: list[int])
     assert output_identity(storage, output.key) != (output.identity, output.bytes, output.files)
 
 
-def test_frames_of_a_silent_source_have_no_sound_beside_them(tmp_path: Path) -> None:
+def test_png_output_of_silent_source_has_no_wav(tmp_path: Path) -> None:
     silent = AudioSpan(make_clip(tmp_path / "silent.mp4", 3), 0.0, 1.0)
     delivery = deliver(tmp_path, 5, PNG, silent)
     delivery.write(segments([5])[0])
@@ -147,8 +147,8 @@ def test_frames_of_a_silent_source_have_no_sound_beside_them(tmp_path: Path) -> 
     assert (wav_files(files), published.output.files) == ([], 5)
 
 
-def test_sound_goes_with_the_output_that_it_belongs_to(tmp_path: Path) -> None:
-    """An older output keeps its own until the newer one is published and the older one tidied away."""
+def test_tidy_after_newer_output_removes_wav_of_older_output(tmp_path: Path) -> None:
+    """An older output keeps its WAV file until the newer output is published and the older one is removed."""
     source, ledger = make_clip(tmp_path / "source.mp4", 3, audio=tone(2.0)), Ledger(LocalStorage(tmp_path / "out"))
     job = partial(make_record, "a")
 
@@ -177,7 +177,9 @@ def test_sound_goes_with_the_output_that_it_belongs_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [2], [1, 1, 1], [40, 1], [0, 3], [3, 0], [2, 0, 2]], ids=str)
 @pytest.mark.parametrize("options", [JobOptions(), PNG], ids=["mp4", "png"])
-def test_short_and_empty_parts(tmp_path: Path, lengths: list[int], options: JobOptions) -> None:
+def test_delivery_of_short_and_empty_parts_has_all_files(
+    tmp_path: Path, lengths: list[int], options: JobOptions
+) -> None:
     for number, restored in enumerate([set(range(len(lengths))), {0}, set(range(1, len(lengths)))]):
         files = run(tmp_path / str(number), lengths, restored, options, None)
     names = {"pose.mp4", "poster.jpg", "frames.sha256", "people.json"}
@@ -192,7 +194,7 @@ def test_short_and_empty_parts(tmp_path: Path, lengths: list[int], options: JobO
     assert files.keys() == names
 
 
-def test_the_record_tells_the_frames(tmp_path: Path) -> None:
+def test_output_record_has_hashes_and_count_of_frames(tmp_path: Path) -> None:
     delivery = deliver(tmp_path, 7)
     for segment in segments([3, 4]):
         delivery.write(segment)
@@ -208,7 +210,7 @@ def test_the_record_tells_the_frames(tmp_path: Path) -> None:
     assert json.loads(output.to_json())["frames_hash"] == 2
 
 
-def test_boxes_are_published_at_the_size_of_the_finished_clip(tmp_path: Path) -> None:
+def test_people_boxes_are_published_at_size_of_finished_clip(tmp_path: Path) -> None:
     clip = ClipInfo(3, POSE_FPS, 96, 64, 0.0)
     twice = ClipInfo(5, FPS, 192, 128, 0.0)
     delivery = Delivery.of(clip, twice, tmp_path / "scratch", JobOptions(), None, StageTimer(), PEOPLE)
@@ -221,7 +223,7 @@ def test_boxes_are_published_at_the_size_of_the_finished_clip(tmp_path: Path) ->
     assert not (tmp_path / "scratch/people.json").exists()
 
 
-def test_previews_have_the_poses_rate_and_the_middle_frame(tmp_path: Path) -> None:
+def test_previews_have_pose_rate_and_middle_frame(tmp_path: Path) -> None:
     delivery = deliver(tmp_path, 9)
     for segment in segments([4, 3, 2]):
         delivery.write(segment)
@@ -234,14 +236,14 @@ def test_previews_have_the_poses_rate_and_the_middle_frame(tmp_path: Path) -> No
     assert shown == [0, 2, 4, 6, 7]
 
 
-def test_a_job_without_poses_has_no_preview_of_them(tmp_path: Path) -> None:
+def test_delivery_without_poses_has_no_pose_preview(tmp_path: Path) -> None:
     delivery = deliver(tmp_path, 3)
     delivery.write(Segment(0, indexed_frames(0, 3)))
     _, files = publish(delivery, tmp_path)
     assert "pose.mp4" not in files
 
 
-def test_the_output_is_stored_before_all_else(tmp_path: Path) -> None:
+def test_publish_stores_output_first(tmp_path: Path) -> None:
     storage, delivery = LocalStorage(tmp_path / "out"), deliver(tmp_path, 3)
     delivery.write(segments([3])[0])
     seen: list[tuple[str, list[str]]] = []
@@ -254,7 +256,7 @@ def test_the_output_is_stored_before_all_else(tmp_path: Path) -> None:
     assert seen[0] == ("jobs/a/output.mp4", [])
 
 
-def test_segments_come_in_order_and_as_many_frames_as_promised(tmp_path: Path) -> None:
+def test_delivery_with_wrong_segment_order_or_frame_count_raises(tmp_path: Path) -> None:
     delivery, [first, second] = deliver(tmp_path, 4), segments([2, 2])
     with pytest.raises(InternalError, match="segment 1 was delivered"):
         delivery.write(second)
@@ -272,7 +274,7 @@ def test_segments_come_in_order_and_as_many_frames_as_promised(tmp_path: Path) -
         delivery.write(Segment(1, second.frames.astype(np.float32)))
 
 
-def test_a_part_that_fails_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_that_failed_to_write_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delivery, [first, second] = deliver(tmp_path, 4), segments([2, 2])
     delivery.write(first)
     with monkeypatch.context() as patched:
@@ -291,10 +293,10 @@ def test_a_part_that_fails_can_be_written_again(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("options", "other"), [(JobOptions(), PNG), (PNG, JobOptions())], ids=["mp4", "png"])
-def test_a_packed_part_that_does_not_fit_is_refused_and_the_segment_can_be_written(
+def test_restore_of_wrong_packed_part_is_refused_and_changes_nothing(
     tmp_path: Path, options: JobOptions, other: JobOptions
 ) -> None:
-    """Of three segments the second has the poster. A part that is refused leaves the delivery as it was."""
+    """The second of three segments has the poster. A refused part leaves the delivery unchanged."""
     made = segments([2, 3, 2])
     wrong = {"none": tmp_path / "none.tar"}
     for name, of in (("own", options), ("other format", other)):
@@ -327,7 +329,7 @@ def test_a_packed_part_that_does_not_fit_is_refused_and_the_segment_can_be_writt
     assert publish(delivery, tmp_path / "resumed")[0].output.frames == 7
 
 
-def test_damaged_sound_fails_before_any_segment(tmp_path: Path) -> None:
+def test_delivery_with_damaged_sound_fails_before_first_segment(tmp_path: Path) -> None:
     source = make_clip(tmp_path / "source.mp4", 2, audio=tone(2.0), options={"crf": "40"})
     bad = AudioSpan(overwrite_middle(source, tmp_path / "bad.mp4", 0.4, 0.95, 0xFF), 0.0, 2.0)
     with pytest.raises(InputUnreadable, match="keep_audio"):
@@ -336,7 +338,7 @@ def test_damaged_sound_fails_before_any_segment(tmp_path: Path) -> None:
         deliver(tmp_path, 60, PNG, audio=bad)
 
 
-def test_abort_leaves_nothing(tmp_path: Path) -> None:
+def test_delivery_abort_leaves_no_files(tmp_path: Path) -> None:
     delivery = deliver(tmp_path, 5)
     for segment in segments([2, 3]):
         delivery.write(segment)
@@ -346,7 +348,7 @@ def test_abort_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_parts_are_held_on_disk_alone(tmp_path: Path) -> None:
+def test_delivery_parts_are_held_only_on_disk(tmp_path: Path) -> None:
     """Many segments take no more memory than one."""
     delivery = deliver(tmp_path, 120 * 20)
     clip = indexed_frames(0, 120)  # much more than what other threads of the process may take meanwhile
@@ -364,7 +366,7 @@ def test_parts_are_held_on_disk_alone(tmp_path: Path) -> None:
     assert delivery.parts == 20
 
 
-def test_seconds_of_encoding_and_joining_are_told(tmp_path: Path) -> None:
+def test_stage_timer_counts_seconds_of_encoding_and_joining(tmp_path: Path) -> None:
     ticks = iter(range(1000))
     timer = StageTimer(clock=lambda: float(next(ticks)))
     options = JobOptions()

@@ -42,24 +42,24 @@ def test_local_inputs_are_identified_by_their_bytes(job, tmp_path):
     assert found["video"].bytes == 5
 
 
-def test_moving_or_renaming_an_input_changes_nothing(job, tmp_path):
+def test_fingerprint_of_moved_or_renamed_input_is_unchanged(job, tmp_path):
     moved = tmp_path / "elsewhere.png"
     moved.write_bytes(b"reference")
     assert parts_of(job) == parts_of(replace(job, id="b", reference=str(moved), line=9))
 
 
-def test_regression_limits_change_nothing(job):
+def test_fingerprint_with_regression_limits_is_unchanged(job):
     limits = RegressionLimits.model_validate({"same_frames": False, "psnr_min": 30, "seconds_max": "2x"})
     assert parts_of(replace(job, regression=limits)) == parts_of(job)
 
 
-def test_every_option_counts(job):
+def test_fingerprint_with_changed_option_differs(job):
     base = fingerprint(parts_of(job))
     for change in ({"seed": 1}, {"fps": 8}, {"output": {"crf": 20}}, {"preprocess": {"parity": True}}):
         assert fingerprint(parts_of(replace(job, options=JobOptions.model_validate(change)))) != base
 
 
-def test_contents_prompt_and_weights_count(job, tmp_path):
+def test_fingerprint_with_changed_contents_prompt_or_weights_differs(job, tmp_path):
     base = fingerprint(parts_of(job))
     assert fingerprint(parts_of(replace(job, prompt="sit"))) != base
     assert (
@@ -69,13 +69,13 @@ def test_contents_prompt_and_weights_count(job, tmp_path):
     assert fingerprint(parts_of(job)) != base
 
 
-def test_a_missing_input_is_named(job, tmp_path):
+def test_missing_input_is_named_in_error(job, tmp_path):
     (tmp_path / "video.mp4").unlink()
     with pytest.raises(InputNotFound, match=r"video\.mp4"):
         InputIndex(FileHashes()).identify(job)
 
 
-def test_differences_are_words():
+def test_differences_are_listed_as_readable_lines():
     old = {"options.seed": 41, "input.video": "sha256:" + "a" * 64, "gone": 1}
     new = {"options.seed": 42, "input.video": "sha256:" + "b" * 64, "new": None}
     assert differences(old, new) == [
@@ -106,15 +106,15 @@ class RaisedOptions(LaterOptions):
 
 
 @pytest.mark.parametrize("later", [LaterOptions(), RaisedOptions(glow=0)])
-def test_a_later_option_leaves_old_fingerprints(job, later):
+def test_later_option_with_introduced_default_keeps_fingerprint(job, later):
     assert fingerprint(parts_of(replace(job, options=later))) == fingerprint(parts_of(job))
 
 
-def test_a_raised_default_of_a_later_option_changes_the_fingerprint(job):
+def test_later_option_with_raised_default_changes_fingerprint(job):
     assert fingerprint(parts_of(replace(job, options=RaisedOptions()))) != fingerprint(parts_of(job))
 
 
-def test_a_later_option_that_a_record_lacks_has_its_introduced_default(job, monkeypatch):
+def test_later_option_missing_in_record_has_introduced_default(job, monkeypatch):
     monkeypatch.setattr("runner.batch.fingerprint.JobOptions", LaterOptions)
     old = parts_of(job)
     options = LaterOptions.model_validate({"glow": 0.5, "preprocess": {"mask": {"soft": 3}}, "seed": 7})
@@ -132,7 +132,7 @@ def test_a_later_option_that_a_record_lacks_has_its_introduced_default(job, monk
     assert differences(new, {**new, "options.glow": 1.0}) == ["options.glow: 0.5 → 1.0"]
 
 
-def test_a_later_recipe_field_that_a_record_lacks_has_its_introduced_default(monkeypatch):
+def test_later_recipe_field_missing_in_record_has_introduced_default(monkeypatch):
     @dataclass(frozen=True)
     class LaterRecipe(Recipe):
         optics: Annotated[str, Introduced("first")] = "first"
@@ -216,7 +216,7 @@ FIRST_RECIPES = sorted(name for name, recipe in RECIPES.items() if not recipe.ch
 
 @given(some_options, st.text(max_size=5), st.sampled_from([*FIRST_RECIPES, "fp4+euler+int8+shift2.5"]))
 @example({}, "", "fp4-distill")
-def test_fingerprints_are_those_of_version_0_1_0(given_options, prompt, recipe):
+def test_fingerprint_of_old_options_equals_version_0_1_0(given_options, prompt, recipe):
     keys = ("scheduler", "grid", "shift", "dtype", "vae_dtype", "weights", "fp4", "distilled", "compute", "attention")
     attributes = {"grid": "schedule"}  # renamed since
     values = {key: getattr(get_recipe(recipe), attributes.get(key, key)) for key in keys}
@@ -229,8 +229,8 @@ def test_fingerprints_are_those_of_version_0_1_0(given_options, prompt, recipe):
         assert fingerprint(fingerprint_parts(job, inputs, named)) == old
 
 
-def test_a_recipe_that_leaves_its_choice_to_the_device_is_hashed_as_asked_for():
-    """`fp4-distill`'s own parts and one more, so that the same job is done on any device and not done again."""
+def test_recipe_with_choice_by_device_has_device_independent_fingerprint():
+    """It has the parts of `fp4-distill` and one more: a job that was done on one device is done for every device."""
     distill, fast = get_recipe("fp4-distill").effective(), get_recipe("fp4-fast").effective()
     assert fast == {**distill, "choice": "fast"}
     old = {f"model.recipe.{key}": str(value) for key, value in distill.items()}
@@ -239,7 +239,7 @@ def test_a_recipe_that_leaves_its_choice_to_the_device_is_hashed_as_asked_for():
     assert fingerprint(old) != fingerprint(new)
 
 
-def test_a_changed_default_of_an_old_option_changes_the_fingerprint(job, monkeypatch):
+def test_old_option_with_changed_default_changes_fingerprint(job, monkeypatch):
     class Reseeded(JobOptions):
         seed: int = 43
 
@@ -252,7 +252,7 @@ flat = st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integ
 
 
 @given(flat, flat)
-def test_equal_fingerprints_mean_no_differences(old, new):
+def test_equal_fingerprints_have_no_differences(old, new):
     same = fingerprint(old) == fingerprint(new)
     # JSON has one 1 where Python has 1 and True; both sides here are what JSON makes of them
     assert same == (repr(sorted(old.items())) == repr(sorted(new.items())))

@@ -50,13 +50,13 @@ def keys(store) -> list[str]:
     return sorted(info.key for info in store.list("jobs/"))
 
 
-def test_nothing_kept_is_no_reason(store, tmp_path):
+def test_find_without_kept_segments_has_no_reason(store, tmp_path):
     found = Checkpoints(store).find(chain(), tmp_path / "kept")
     assert (found.point, found.parts, found.why) == (None, (), "")
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
-def test_what_an_attempt_has_kept_another_finds(store, tmp_path, count):
+def test_find_returns_state_and_parts_of_earlier_attempt(store, tmp_path, count):
     keep(store, tmp_path, count)
     found = Checkpoints(store).find(chain(), tmp_path / "kept")
     assert found.point is not None
@@ -70,12 +70,12 @@ def test_what_an_attempt_has_kept_another_finds(store, tmp_path, count):
     assert [path.read_bytes() for path in found.parts] == [f"part {n}".encode() * 100 for n in range(1, count + 1)]
 
 
-def test_of_the_states_the_newest_is_kept(store, tmp_path):
+def test_save_state_keeps_only_newest_state(store, tmp_path):
     keep(store, tmp_path, 3)
     assert [key.rpartition("/")[2] for key in keys(store)] == ["0001.tar", "0002.tar", "0003.state", "0003.tar"]
 
 
-def test_a_state_is_a_file_that_other_tools_read(store, tmp_path):
+def test_state_file_is_readable_as_safetensors(store, tmp_path):
     keep(store, tmp_path, 1)
     (state,) = (tmp_path / "out").rglob("*.state")
     with safe_open(state, "numpy") as file:
@@ -85,7 +85,7 @@ def test_a_state_is_a_file_that_other_tools_read(store, tmp_path):
     assert header["identity"]["version of torch"]
 
 
-def test_an_attempt_goes_on_where_another_one_ended(store, tmp_path):
+def test_new_attempt_continues_after_last_kept_segment(store, tmp_path):
     keep(store, tmp_path, 2)
     again = Checkpoints(store)
     again.find(chain(), tmp_path / "kept")
@@ -97,8 +97,8 @@ def test_an_attempt_goes_on_where_another_one_ended(store, tmp_path):
     assert (found.point and found.point.segment, len(found.parts)) == (3, 3)
 
 
-def test_a_part_without_its_state_is_made_again(store, tmp_path):
-    """Killed between the two."""
+def test_part_without_state_is_not_used(store, tmp_path):
+    """The process was killed after it saved the part and before it saved the state."""
     checkpoints = keep(store, tmp_path, 2)
     (tmp_path / "packed").write_bytes(b"part 3")
     checkpoints.save_part(chain(), tmp_path / "packed")
@@ -106,8 +106,8 @@ def test_a_part_without_its_state_is_made_again(store, tmp_path):
     assert (found.point and found.point.segment, len(found.parts)) == (2, 2)
 
 
-def test_a_state_that_was_not_removed_after_the_next_one_is_passed_over(store, tmp_path):
-    """Killed between the two."""
+def test_old_state_beside_newer_one_is_ignored(store, tmp_path):
+    """The process was killed after it saved the new state and before it removed the old one."""
     keep(store, tmp_path, 1)
     (state,) = (tmp_path / "out").rglob("0001.state")
     first = state.read_bytes()
@@ -132,14 +132,14 @@ def test_a_state_that_was_not_removed_after_the_next_one_is_passed_over(store, t
         ({"fingerprint": "0" * 64}, "the kept segments were made with other inputs or options"),
     ],
 )
-def test_what_was_made_in_another_way_is_removed_and_the_reason_told(store, tmp_path, change, why):
+def test_segments_made_with_other_settings_are_removed_with_reason(store, tmp_path, change, why):
     keep(store, tmp_path, 2)
     found = Checkpoints(store).find(chain(**change), tmp_path / "kept")
     assert (found.point, found.why) == (None, why)
     assert keys(store) == []
 
 
-def test_another_version_of_a_package_starts_at_the_first_segment(store, tmp_path, monkeypatch):
+def test_segments_of_other_package_version_are_not_used(store, tmp_path, monkeypatch):
     from runner.batch import job_checkpoint
 
     keep(store, tmp_path, 2)
@@ -159,7 +159,7 @@ def test_another_version_of_a_package_starts_at_the_first_segment(store, tmp_pat
         ("0002.state", b"", "the state kept after segment 2 cannot be read"),
     ],
 )
-def test_what_is_damaged_is_never_used(store, tmp_path, name, damage, why):
+def test_damaged_part_or_state_is_not_used(store, tmp_path, name, damage, why):
     keep(store, tmp_path, 2)
     (path,) = (tmp_path / "out").rglob(name)
     if damage is None:
@@ -173,7 +173,7 @@ def test_what_is_damaged_is_never_used(store, tmp_path, name, damage, why):
 
 
 @pytest.mark.parametrize("change", [{"segment": 3}, {"parts": []}, {"parts": None}, {"segment": "x"}])
-def test_a_header_that_contradicts_its_file_is_never_used(store, tmp_path, change):
+def test_state_with_contradicting_header_is_not_used(store, tmp_path, change):
     import safetensors.numpy
 
     keep(store, tmp_path, 2)
@@ -186,7 +186,7 @@ def test_a_header_that_contradicts_its_file_is_never_used(store, tmp_path, chang
     assert (found.point, bool(found.why)) == (None, True)
 
 
-def test_a_store_that_is_away_is_no_reason_to_begin_again(store, tmp_path, monkeypatch):
+def test_find_with_unavailable_storage_raises_and_keeps_segments(store, tmp_path, monkeypatch):
     keep(store, tmp_path, 2)
 
     def away(*_, **__):
@@ -199,7 +199,7 @@ def test_a_store_that_is_away_is_no_reason_to_begin_again(store, tmp_path, monke
     assert Checkpoints(store).find(chain(), tmp_path / "kept").point is not None
 
 
-def test_remove_leaves_nothing(store, tmp_path):
+def test_remove_deletes_all_checkpoints_of_job(store, tmp_path):
     checkpoints = keep(store, tmp_path, 3)
     store.write_bytes("jobs/b/parts/0/0001.tar", b"x")
     checkpoints.remove("a")
@@ -207,8 +207,8 @@ def test_remove_leaves_nothing(store, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["previous", "random"])
-def test_a_state_in_which_a_bit_has_turned_is_not_continued(store, tmp_path, name):
-    """Frames that are a little wrong could not be told from right ones."""
+def test_state_with_flipped_bit_is_not_used(store, tmp_path, name):
+    """Frames that are slightly wrong would not be noticed later."""
     keep(store, tmp_path, 2)
     (state,) = (tmp_path / "out").rglob("*.state")
     data, content = state.read_bytes(), point(2).arrays[name].tobytes()
@@ -219,7 +219,7 @@ def test_a_state_in_which_a_bit_has_turned_is_not_continued(store, tmp_path, nam
     assert "the state kept after segment 2 cannot be read" in found.why and "checksum" in found.why
 
 
-def test_a_part_is_hashed_once_where_the_storage_does_it(store, tmp_path, monkeypatch):
+def test_part_is_not_hashed_again_where_storage_gives_digest(store, tmp_path, monkeypatch):
     def refuse(path: Path) -> str:
         raise AssertionError(f"{path} is read once more")
 

@@ -63,30 +63,30 @@ def decide(storage, parts=PARTS, **options):
     return Ledger(storage, **options).decide("a", fingerprint(parts), parts)
 
 
-def test_a_job_without_record_runs(storage):
+def test_job_without_record_runs(storage):
     decision = decide(storage)
     assert (decision.action, decision.reason, decision.attempt) == ("run", "no record yet", 1)
 
 
-def test_done_is_skipped(storage):
+def test_done_job_is_skipped(storage):
     result(storage)
     assert decide(storage).action == "skip"
     assert decide(storage).reason == "done"
 
 
-def test_force_runs_what_is_done(storage):
+def test_done_job_with_force_runs(storage):
     result(storage)
     assert decide(storage, force=True).action == "run"
 
 
-def test_a_changed_option_reruns_and_says_which(storage):
+def test_job_with_changed_option_runs_and_reason_names_option(storage):
     result(storage, parts=OTHER)
     assert decide(storage).reason == "options.seed: 41 → 42"
     assert decide(storage).attempt == 1
 
 
 @pytest.mark.parametrize("change", ["gone", "other bytes, same length", "longer"])
-def test_an_output_that_is_not_as_recorded_reruns(storage, change):
+def test_job_with_changed_output_file_runs_again(storage, change):
     result(storage)
     if change == "gone":
         storage.delete("jobs/a/output.mp4")
@@ -97,13 +97,13 @@ def test_an_output_that_is_not_as_recorded_reruns(storage, change):
     assert "output" in decision.reason
 
 
-def test_moving_the_output_folder_keeps_what_is_done(storage, tmp_path):
+def test_done_job_in_moved_output_folder_is_skipped(storage, tmp_path):
     result(storage)
     (tmp_path / "out").rename(tmp_path / "moved")
     assert decide(open_storage(tmp_path / "moved")).action == "skip"
 
 
-def test_failures_run_again_until_the_limit(storage):
+def test_failed_job_runs_again_until_max_attempts(storage):
     result(storage, status="failed", attempt=2)
     assert decide(storage).attempt == 3
     assert "internal" in decide(storage).reason
@@ -122,20 +122,20 @@ def died(storage, *, parts=PARTS, stage="generating", alone=False, **options) ->
     return ledger
 
 
-def test_a_store_that_was_away_uses_up_nothing(storage):
+def test_failure_of_unavailable_storage_uses_no_attempt(storage):
     result(storage, status="failed", attempt=3, code="storage.unavailable")
     assert (decide(storage).action, decide(storage).attempt, decide(storage).counted) == ("run", 4, 0)
     died(storage)  # once, which counts
     assert (decide(storage).action, decide(storage).counted) == ("run", 1)
 
 
-def test_a_change_gives_a_failed_job_new_attempts(storage):
+def test_failed_job_with_changed_option_has_new_attempts(storage):
     result(storage, status="failed", parts=OTHER, attempt=3)
     decision = decide(storage)
     assert (decision.action, decision.attempt, decision.reason) == ("run", 1, "options.seed: 41 → 42")
 
 
-def test_retry_failed_runs_only_failures(storage):
+def test_retry_failed_runs_only_failed_jobs(storage):
     assert decide(storage, retry_failed=True).action == "skip"
     result(storage)
     done = decide(storage, retry_failed=True)
@@ -151,7 +151,7 @@ def test_retry_failed_runs_only_failures(storage):
     assert decide(storage, parts=OTHER, retry_failed=True).reason == "options.seed: 42 → 41"
 
 
-def test_a_process_that_died_while_generating_is_counted(storage):
+def test_crash_while_generating_is_counted(storage):
     for attempt in (1, 2, 3):
         decision = decide(storage)
         assert (decision.action, decision.attempt, decision.suspect) == ("run", attempt, attempt > 1)
@@ -169,7 +169,7 @@ def test_a_process_that_died_while_generating_is_counted(storage):
 
 
 @pytest.mark.parametrize("stage", ["preparing", "delivering"])
-def test_a_process_that_died_in_another_stage_is_not_counted(storage, stage):
+def test_crash_while_preparing_or_delivering_is_not_counted(storage, stage):
     for _ in range(6):
         died(storage, stage=stage)
         decision = decide(storage)
@@ -177,13 +177,13 @@ def test_a_process_that_died_in_another_stage_is_not_counted(storage, stage):
         assert decision.suspect, "it may be the cause all the same, so it runs last and alone"
 
 
-def test_a_process_that_died_preparing_one_job_alone_is_counted(storage):
+def test_crash_while_preparing_job_that_runs_alone_is_counted(storage):
     for _ in range(3):
         died(storage, stage="preparing", alone=True)
     assert decide(storage).action == "exhausted"
 
 
-def test_a_process_that_was_told_to_stop_and_then_killed_is_not_counted(storage):
+def test_crash_after_stop_signal_is_not_counted(storage):
     for _ in range(4):
         ledger = Ledger(storage, lease_s=0)
         ledger.begin("a", decide(storage), fingerprint(PARTS), "r")
@@ -194,13 +194,13 @@ def test_a_process_that_was_told_to_stop_and_then_killed_is_not_counted(storage)
     assert "was stopped" in decision.reason
 
 
-def test_a_mark_of_version_0_1_0_counts_as_it_did(storage):
+def test_mark_of_version_0_1_0_is_counted(storage):
     mark = {"schema_version": 1, "job_id": "a", "attempt": 3, "fingerprint": fingerprint(PARTS), "run_id": "r"}
     storage.write_bytes("jobs/a/attempt.json", json.dumps(mark | {"host": "h", "started_at": "t"}).encode())
     assert decide(storage).action == "exhausted"
 
 
-def test_a_mark_with_other_parts_does_not_count(storage):
+def test_mark_with_other_fingerprint_parts_is_not_counted(storage):
     ledger = Ledger(storage, lease_s=0)
     ledger.begin("a", decide(storage, OTHER), fingerprint(OTHER), "r")
     decision = decide(storage)
@@ -208,7 +208,7 @@ def test_a_mark_with_other_parts_does_not_count(storage):
     assert "other inputs or options" in decision.reason
 
 
-def test_an_attempt_removes_what_a_killed_one_left_half_written(storage, tmp_path):
+def test_begin_removes_staged_files_of_killed_attempt(storage, tmp_path):
     storage.write_bytes("jobs/b/attempt.json", b"{}")
     left = [tmp_path / f"out/jobs/{job}/.staged-{'0' * 32}.tmp" for job in "ab"]
     for path in left:
@@ -221,7 +221,7 @@ def test_an_attempt_removes_what_a_killed_one_left_half_written(storage, tmp_pat
     assert storage.read_bytes("jobs/a/output.mp4") == b"whole"
 
 
-def test_an_abandoned_job_leaves_no_mark(storage):
+def test_abandon_removes_mark_of_job(storage):
     ledger = Ledger(storage)
     ledger.begin("a", decide(storage), fingerprint(PARTS), "r")
     ledger.abandon("a")
@@ -229,8 +229,8 @@ def test_an_abandoned_job_leaves_no_mark(storage):
     assert list(storage.list("jobs/")) == []
 
 
-def test_a_crash_while_replacing_a_good_output_does_not_hide_it(storage):
-    """The mark of the new attempt stands; the old record still speaks for the old output."""
+def test_crash_while_replacing_output_keeps_older_output_done(storage):
+    """The mark of the new attempt is there. The old record still describes the old output."""
     result(storage, parts=OTHER)
     died(storage)
     assert decide(storage, OTHER).action == "skip"
@@ -261,7 +261,7 @@ def fail(storage, *, parts=PARTS, blames_job=True, code="internal", **options) -
     return outcome
 
 
-def test_a_failure_of_the_job_removes_the_stale_output_and_says_so(storage):
+def test_job_failure_removes_stale_output_with_note(storage):
     result(storage, parts=OTHER)
     storage.write_bytes("jobs/a/pose.mp4", b"x")
     assert fail(storage) == "recorded"
@@ -271,7 +271,7 @@ def test_a_failure_of_the_job_removes_the_stale_output_and_says_so(storage):
     assert [info.key for info in storage.list("jobs/")] == ["jobs/a/result.json"]
 
 
-def test_a_failure_of_the_infrastructure_keeps_an_older_output_and_its_record(storage):
+def test_infrastructure_failure_keeps_older_output_and_record(storage):
     older = result(storage, parts=OTHER)
     assert fail(storage, blames_job=False, code="resource.out_of_memory") == "kept"
     assert Ledger(storage).result("a") == older
@@ -295,8 +295,8 @@ def test_a_failure_of_the_infrastructure_keeps_an_older_output_and_its_record(st
     assert decide(storage, retry_failed=True, max_attempts=0).action == "run"
 
 
-def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
-    """Killed after it had written its record, before it had removed the frames of the older output."""
+def test_tidy_lost_removes_files_that_killed_attempt_left(storage):
+    """The attempt was killed after it wrote its record and before it removed the frames of the older output."""
     record = result(storage)
     died(storage, stage="delivering", force=True)
     for key in ("frames/0a/000000.png", "frames/0b/000000.png", "pose.mp4", "frames.sha256", "parts/0/0001.tar"):
@@ -323,8 +323,8 @@ def test_what_a_killed_attempt_left_beside_a_done_job_is_tidied(storage):
     }
 
 
-def test_the_mark_stands_until_what_does_not_belong_to_the_output_is_removed(storage, monkeypatch):
-    """Else a later run would find the job done, and nothing would remove it."""
+def test_mark_stays_until_tidy_has_removed_other_files(storage, monkeypatch):
+    """Otherwise a later run would find the job done, and nothing would remove these files."""
     record = result(storage)
     for key in ("frames/0a/000000.png", "poster.jpg"):
         storage.write_bytes(f"jobs/a/{key}", b"x")
@@ -347,7 +347,7 @@ def test_the_mark_stands_until_what_does_not_belong_to_the_output_is_removed(sto
 
 
 @pytest.mark.parametrize("blames_job", [True, False])
-def test_a_forced_run_that_fails_keeps_a_valid_output(storage, blames_job):
+def test_forced_run_that_fails_keeps_valid_output(storage, blames_job):
     older = result(storage)
     assert fail(storage, blames_job=blames_job, force=True) == "kept"
     assert Ledger(storage).result("a") == older
@@ -355,7 +355,7 @@ def test_a_forced_run_that_fails_keeps_a_valid_output(storage, blames_job):
     assert decide(storage).action == "skip"
 
 
-def test_a_failure_without_an_older_output_is_recorded(storage):
+def test_failure_without_older_output_is_recorded(storage):
     assert fail(storage, blames_job=False, code="storage.denied") == "recorded"
     found = Ledger(storage).result("a")
     assert found is not None
@@ -374,7 +374,7 @@ def replacing(storage) -> tuple[Ledger, ResultRecord]:
     return ledger, older
 
 
-def test_a_record_removed_by_a_killed_attempt_is_put_back_where_its_output_stands(storage):
+def test_record_removed_by_killed_attempt_is_restored_if_output_is_unchanged(storage):
     _, older = replacing(storage)
     decision = decide(storage, OTHER)
     assert (decision.action, decision.reason) == ("skip", "done")
@@ -384,20 +384,20 @@ def test_a_record_removed_by_a_killed_attempt_is_put_back_where_its_output_stand
     assert Ledger(storage).attempt("a") is None
 
 
-def test_a_record_removed_by_a_killed_attempt_stays_away_where_the_output_was_replaced(storage):
+def test_record_removed_by_killed_attempt_stays_removed_if_output_changed(storage):
     replacing(storage)
     storage.write_bytes("jobs/a/output.mp4", b"new")
     assert decide(storage, OTHER).action == "run"
     assert Ledger(storage).result("a") is None
 
 
-def test_a_record_that_names_another_output_is_not_removed(storage):
+def test_record_of_other_output_is_not_removed_before_replacing(storage):
     older = result(storage, parts=OTHER)
     Ledger(storage).before_replacing("a", "jobs/a/frames/0a/")
     assert Ledger(storage).result("a") == older
 
 
-def test_another_try_puts_the_record_back(storage):
+def test_another_try_restores_record(storage):
     ledger, older = replacing(storage)
     decision = Decision("run", "", 1, older, counted=0)
     again = ledger.another_try("a", decision, "resource.out_of_memory")
@@ -443,8 +443,8 @@ def published(storage, seed: int, content: bytes) -> tuple[Ledger, Decision, Res
     return ledger, decision, record
 
 
-def test_a_record_is_not_written_over_one_whose_output_stands(storage):
-    """Two runners; the second uploads last and records first."""
+def test_succeed_does_not_overwrite_record_of_present_output(storage):
+    """There are two runners. The second one uploads last and records first."""
     first, first_decision, first_record = published(storage, 1, b"one")
     second, second_decision, second_record = published(storage, 2, b"second")
     storage.write_bytes("jobs/a/output.mp4", b"one")
@@ -456,8 +456,8 @@ def test_a_record_is_not_written_over_one_whose_output_stands(storage):
     assert decide(storage, {"options.seed": 2}).reason == "done"
 
 
-def test_a_record_replaces_one_whose_output_it_has_replaced(storage):
-    """The second uploads last and records last: the first one's record speaks of bytes that are gone."""
+def test_succeed_overwrites_record_of_replaced_output(storage):
+    """The second runner uploads last and records last. The record of the first one describes bytes that are gone."""
     first, first_decision, first_record = published(storage, 1, b"one")
     second, second_decision, second_record = published(storage, 2, b"second")
     storage.write_bytes("jobs/a/output.mp4", b"second")
@@ -467,7 +467,7 @@ def test_a_record_replaces_one_whose_output_it_has_replaced(storage):
     assert decide(storage, {"options.seed": 2}).reason == "done"
 
 
-def test_the_same_job_published_by_another_run_has_succeeded(storage):
+def test_succeed_after_same_job_of_other_run_keeps_its_record(storage):
     first, first_decision, first_record = published(storage, 1, b"one")
     other, other_decision, other_record = published(storage, 1, b"another encoder's one")
     storage.write_bytes("jobs/a/output.mp4", b"one")
@@ -476,7 +476,7 @@ def test_the_same_job_published_by_another_run_has_succeeded(storage):
     assert standing.output == first_record.output
 
 
-def test_a_failure_never_removes_what_another_run_has_published_meanwhile(storage):
+def test_fail_after_newer_output_of_other_run_removes_nothing(storage):
     result(storage, parts=OTHER)
     ledger, decision, _ = published(storage, 1, b"")
     other, other_decision, other_record = published(storage, 2, b"second")
@@ -489,7 +489,7 @@ def test_a_failure_never_removes_what_another_run_has_published_meanwhile(storag
     assert decide(storage, {"options.seed": 2}).reason == "done"
 
 
-def test_a_crash_in_a_forced_rerun_of_what_is_done_is_known(storage):
+def test_crash_in_forced_rerun_of_done_job_is_suspect(storage):
     result(storage)
     assert not decide(storage).suspect
     Ledger(storage, lease_s=0).begin("a", decide(storage, force=True), fingerprint(PARTS), "r")
@@ -502,13 +502,13 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 7}', b"\xff\xfe", DEEP])
 @pytest.mark.parametrize("name", ["result", "attempt"])
-def test_a_torn_or_foreign_record_counts_as_none(storage, name, content):
+def test_torn_or_foreign_record_counts_as_none(storage, name, content):
     storage.write_bytes(f"jobs/a/{name}.json", content)
     assert decide(storage).reason == "no record yet"
 
 
 @pytest.mark.parametrize("name", ["result", "attempt"])
-def test_a_folder_in_the_place_of_a_record_counts_as_none(storage, name):
+def test_folder_in_place_of_record_counts_as_none(storage, name):
     storage.write_bytes(f"jobs/a/{name}.json/x", b"")
     assert decide(storage).reason == "no record yet"
 
@@ -516,7 +516,7 @@ def test_a_folder_in_the_place_of_a_record_counts_as_none(storage, name):
 @pytest.mark.parametrize(
     "key", ["../../other", "/etc/passwd", "jobs/b/output.mp4", "a\x00b", "jobs/a/../b", "", "x" * 2000]
 )
-def test_a_record_with_an_odd_output_runs_again(storage, key):
+def test_record_with_invalid_output_key_runs_again(storage, key):
     record = result(storage)
     assert record.output is not None
     odd = record.model_copy(update={"output": record.output.model_copy(update={"key": key})})
@@ -525,7 +525,7 @@ def test_a_record_with_an_odd_output_runs_again(storage, key):
     assert "the record names" in decide(storage).reason
 
 
-def test_frames_are_one_output(storage):
+def test_frames_folder_has_one_output_identity(storage):
     for n in range(3):
         storage.write_bytes(f"jobs/a/frames/{n:06d}.png", bytes([n]))
     first = output_identity(storage, "jobs/a/frames/")
@@ -536,7 +536,7 @@ def test_frames_are_one_output(storage):
     assert output_identity(storage, "jobs/b/frames/") is None
 
 
-def test_records_are_plain_json_for_other_tools(storage):
+def test_result_record_is_plain_json(storage):
     result(storage)
     data = json.loads(storage.read_bytes("jobs/a/result.json"))
     assert data["schema_version"] == 1

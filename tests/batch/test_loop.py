@@ -39,7 +39,7 @@ def frames_in(path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def test_every_job_leaves_its_files_and_a_full_record(bench):
+def test_run_leaves_files_and_full_record_of_every_job(bench):
     assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
     for name in ("a", "b"):
         assert bench.files(name) == FILES
@@ -64,7 +64,7 @@ def test_every_job_leaves_its_files_and_a_full_record(bench):
     assert list((bench.folder / "scratch").iterdir()) == []
 
 
-def test_a_record_tells_when_each_thread_had_the_job_and_what_the_device_worked(bench):
+def test_record_has_spans_of_threads_and_device_seconds(bench):
     bench.generator.prepare_s, bench.generator.generate_s = 0.1, 0.8
     assert bench.run(bench.job("a"), bench.job("b", seed=7)) == 0
     begun = {}
@@ -90,7 +90,7 @@ def test_a_record_tells_when_each_thread_had_the_job_and_what_the_device_worked(
     assert (process["device"], len(process["loading"])) == ("stub", 1)
 
 
-def test_work_of_attempts_that_fail_counts_for_the_process(bench):
+def test_work_seconds_of_failed_attempts_count_for_process(bench):
     bench.generator.generate_s = 0.2
     assert bench.run(bench.job("a", prompt="fail-generate"), bench.job("b", prompt="flaky-at-1")) == 1
     (process,) = bench.summary["processes"]
@@ -99,7 +99,7 @@ def test_work_of_attempts_that_fail_counts_for_the_process(bench):
     assert process["work_s"] > sum(records) + 0.1  # the first try of b is in no record
 
 
-def test_warnings_stand_in_the_summary_also_of_jobs_that_were_done_before(bench):
+def test_summary_has_warnings_of_jobs_done_before(bench):
     bench.run(bench.job("a"))
     data = bench.result("a") | {"warnings": ["the sound was too short"]}
     bench.out.write_bytes("jobs/a/result.json", json.dumps(data).encode())
@@ -107,7 +107,7 @@ def test_warnings_stand_in_the_summary_also_of_jobs_that_were_done_before(bench)
     assert bench.summary["jobs"][0]["warnings"] == ["the sound was too short"]
 
 
-def test_idle_seconds_are_told_while_the_run_goes_on(bench):
+def test_idle_seconds_metric_is_updated_during_run(bench):
     written = []
 
     class Storage(LocalStorage):
@@ -121,7 +121,7 @@ def test_idle_seconds_are_told_while_the_run_goes_on(bench):
     assert last == pytest.approx(ProcessUsage.model_validate(bench.summary["processes"][-1]).idle_s)
 
 
-def test_warnings_of_the_generator_stand_in_the_record_the_summary_and_the_log(bench):
+def test_generator_warnings_are_in_record_summary_and_log(bench):
     bench.generator.warns = ("The transformer's blocks run eagerly on the GPU, not compiled (no compiler).",)
     assert bench.run(bench.job("a"), bench.job("b")) == 0
     for name in "ab":
@@ -132,7 +132,7 @@ def test_warnings_of_the_generator_stand_in_the_record_the_summary_and_the_log(b
     ] * 2
 
 
-def test_warnings_of_preprocessing_stand_in_the_notes_and_once_in_the_log(bench, monkeypatch):
+def test_preprocessing_warnings_are_in_notes_and_once_in_log(bench, monkeypatch):
     real, said = bench.generator.prepare, ["fps 32 is above the 16 of the driving video.", "No face was seen."]
 
     def prepare(request, timer):
@@ -147,7 +147,7 @@ def test_warnings_of_preprocessing_stand_in_the_notes_and_once_in_the_log(bench,
         assert [(event["level"], event["message"]) for event in events] == [("warning", text) for text in said]
 
 
-def test_a_rerun_does_nothing_and_loads_nothing(bench):
+def test_rerun_of_done_jobs_loads_no_model(bench):
     bench.run(bench.job("a"), bench.job("b"))
     before = {name: (bench.folder / f"out/jobs/{name}/result.json").stat().st_mtime_ns for name in "ab"}
     assert bench.run(bench.job("a"), bench.job("b"), run_id="r2") == 0
@@ -157,7 +157,7 @@ def test_a_rerun_does_nothing_and_loads_nothing(bench):
     assert before == {name: (bench.folder / f"out/jobs/{name}/result.json").stat().st_mtime_ns for name in "ab"}
 
 
-def test_a_changed_option_reruns_that_job_only_and_says_why(bench):
+def test_job_with_changed_option_runs_again_alone_with_reason(bench):
     bench.run(bench.job("a", seed=41), bench.job("b"))
     assert bench.run(bench.job("a", seed=42), bench.job("b"), run_id="r2") == 0
     lines = {line["id"]: line for line in bench.summary["jobs"]}
@@ -173,7 +173,7 @@ class RaisedGlowOptions(JobOptions):
     glow: Annotated[float, Introduced(0)] = 0.5
 
 
-def test_a_new_option_finds_old_records_done_until_its_default_is_raised(bench, monkeypatch):
+def test_new_option_keeps_old_records_done_until_default_is_raised(bench, monkeypatch):
     def status(options: type[JobOptions], run_id: str, **changes) -> tuple[str, str]:
         monkeypatch.setattr("runner.batch.fingerprint.JobOptions", options)
         job = replace(bench.job("a"), options=options(**changes))
@@ -192,7 +192,7 @@ def test_a_new_option_finds_old_records_done_until_its_default_is_raised(bench, 
 
 
 @pytest.mark.parametrize("bad", ["fail-prepare", "fail-generate", "wrong-size", "few"])
-def test_one_bad_job_never_stops_the_batch(bench, bad):
+def test_bad_job_does_not_stop_batch(bench, bad):
     assert bench.run(bench.job("a"), bench.job("bad", bad), bench.job("c")) == 1
     assert {line["id"]: line["status"] for line in bench.summary["jobs"]} == {
         "a": "succeeded",
@@ -213,7 +213,7 @@ def test_one_bad_job_never_stops_the_batch(bench, bad):
     assert alone.result("c")["output"]["frames_sha256"] == bench.result("c")["output"]["frames_sha256"]
 
 
-def test_frames_as_png(bench):
+def test_png_job_leaves_numbered_frames(bench):
     assert bench.run(bench.job("a", output={"format": "png"})) == 0
     record = bench.result("a")
     assert record["output"]["files"] == 6
@@ -232,8 +232,8 @@ def times(events: list[dict], name: str) -> dict[str, str]:
     return {event["job"]: event["time"] for event in events if event["event"] == name}
 
 
-def test_stages_overlap(bench):
-    """Job 2 is prepared before job 1's generation ends; the whole takes what the critical path takes, and 5 %.
+def test_stages_of_successive_jobs_overlap(bench):
+    """Job 2 is prepared before job 1's generation ends. The run takes the time of the critical path and 5 % at most.
 
     The critical path is the first preparation, what the main thread spends on each job (to generate, and to write its
     marks to the disk: a tenth more at most), and the last delivery. Without the overlap it would take 28 % more.
@@ -258,7 +258,7 @@ def test_stages_overlap(bench):
 
 
 @pytest.mark.parametrize(("twice", "status"), [(False, "succeeded"), (True, "not_run")])
-def test_a_signal_drains(bench, twice, status):
+def test_stop_signal_drains_running_job_unless_sent_twice(bench, twice, status):
     bench.generator = StubGenerator(generate_s=0.6)
 
     def signal() -> None:
@@ -285,8 +285,8 @@ def gone_within(bench, seconds: float, *jobs: Job, run_id: str = "r1") -> list[s
     return [str(path) for path in (bench.folder / "out").rglob("attempt.json")]
 
 
-def test_a_signal_waits_for_no_preparation_and_leaves_no_mark_of_it(bench, monkeypatch):
-    """Else three machines that are taken back while the model loads would make the first job one that crashes."""
+def test_stop_signal_during_preparation_ends_run_and_leaves_no_mark(bench, monkeypatch):
+    """Otherwise three machines that are taken back while the model loads would make the first job count as crashed."""
     entered, prepare = threading.Event(), StubGenerator.prepare
 
     def slow(self, request, timer):
@@ -305,7 +305,7 @@ def test_a_signal_waits_for_no_preparation_and_leaves_no_mark_of_it(bench, monke
     assert bench.result("b")["attempt"] == 1
 
 
-def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch):
+def test_stop_signal_leaves_no_mark_of_job_that_waits_for_retry(bench, monkeypatch):
     monkeypatch.setattr("runner.batch.settlement.RETRY_DELAY_S", 60)
     events = bench.folder / "out/runs/r1/0-of-1.events.jsonl"
 
@@ -318,8 +318,8 @@ def test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monk
     assert gone_within(bench, 15, bench.job("a", "flaky")) == []
 
 
-def test_a_signal_between_a_failure_and_its_retry_leaves_no_mark(bench, monkeypatch):
-    """Exactly there: the list of waiting jobs is closed before the failed one is put back."""
+def test_stop_signal_between_failure_and_retry_leaves_no_mark(bench, monkeypatch):
+    """The list of waiting jobs is closed before the failed job is put back."""
     closed, close, emit = threading.Event(), WorkList.close, EventLog.emit
 
     def closing(self):
@@ -339,8 +339,8 @@ def test_a_signal_between_a_failure_and_its_retry_leaves_no_mark(bench, monkeypa
     assert bench.summary["counts"]["not_run"] == 1
 
 
-def test_a_stopped_run_ends_after_the_marks_of_waiting_jobs_are_removed(bench, monkeypatch):
-    """The thread that removes them is not the one that ends the run; a store may take its time."""
+def test_stopped_run_ends_after_marks_of_waiting_jobs_are_removed(bench, monkeypatch):
+    """One thread removes the marks and another one ends the run. The storage may be slow."""
     abandon = Ledger.abandon
 
     def slowly(self, job_id):
@@ -348,10 +348,10 @@ def test_a_stopped_run_ends_after_the_marks_of_waiting_jobs_are_removed(bench, m
         abandon(self, job_id)
 
     monkeypatch.setattr(Ledger, "abandon", slowly)
-    test_a_signal_leaves_no_mark_of_a_job_that_waits_for_another_try(bench, monkeypatch)
+    test_stop_signal_leaves_no_mark_of_job_that_waits_for_retry(bench, monkeypatch)
 
 
-def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkeypatch):
+def test_unforeseen_delivery_error_does_not_hang_run(bench, monkeypatch):
     monkeypatch.setattr(SummaryWriter, "add", lambda *_: 1 / 0)
     assert bench.run(bench.job("a"), bench.job("b")) != 0
     assert bench.result("a")["status"] == "succeeded", "what was done was undone"
@@ -359,8 +359,8 @@ def test_a_delivery_that_breaks_in_an_unforeseen_way_hangs_nothing(bench, monkey
 
 
 @pytest.mark.parametrize("format", ["mp4", "png"])
-def test_a_job_s_people_are_published_with_its_output(bench, format):
-    """With the boxes of this run, and none where a later run does not know them."""
+def test_people_json_is_published_with_output(bench, format):
+    """The file has the boxes of this run. It is removed where a later run has no boxes."""
     where = bench.folder / "out/jobs/a/people.json"
     for seed in (0, 7):
         assert bench.run(bench.job("a", seed=seed, output={"format": format}), run_id=f"r{seed}") == 0
@@ -394,7 +394,7 @@ class Reader(StubGenerator):
             conditions.reading = False
 
 
-def test_a_delivery_that_fails_closes_nothing_that_is_being_read(bench):
+def test_failed_delivery_does_not_close_conditions_in_use(bench):
     bench.generator = Reader(generate_s=0.5)
     assert bench.run(bench.job("a", "wrong-size"), bench.job("b")) == 1
     assert bench.result("a")["error"]["stage"] == "deliver"

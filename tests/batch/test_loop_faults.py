@@ -47,8 +47,8 @@ def interrupted(storage):
 
 
 @pytest.mark.parametrize("where", ["disk", pytest.param("S3", marks=pytest.mark.s3)])
-def test_an_output_replaced_before_its_record_is_written_is_not_called_done(bench, tmp_path, request, where):
-    """Two runners with other seeds: the first is stopped past its lease between its upload and its record."""
+def test_output_replaced_before_record_is_written_is_rendered_again(bench, tmp_path, request, where):
+    """Two runners have different seeds. The first is stopped past its lease between its upload and its record."""
     other = Bench(tmp_path / "other")
     if where == "S3":
         server = request.getfixturevalue("moto_s3")
@@ -85,7 +85,7 @@ class Swapping(LocalStorage):
         return info
 
 
-def test_the_identity_of_an_output_is_that_of_the_bytes_that_were_uploaded(bench):
+def test_output_identity_is_that_of_uploaded_bytes(bench):
     assert bench.run(bench.job("a"), storage=Swapping(bench.folder / "out")) == 0
     output = bench.result("a")["output"]
     assert output["identity"] == f"sha256:{output['sha256']}"
@@ -103,7 +103,7 @@ class StuckMark(LocalStorage):
         return super().delete(key, **conditions)
 
 
-def test_a_job_has_succeeded_though_its_mark_cannot_be_removed(bench):
+def test_job_whose_mark_cannot_be_removed_succeeds(bench):
     for run in range(4):
         assert bench.run(bench.job("a"), run_id=f"r{run}", storage=StuckMark(bench.folder / "out"), lease_s=0) == 0
         assert bench.summary["jobs"][0]["status"] == ("succeeded" if run == 0 else "skipped")
@@ -135,7 +135,7 @@ def snapshot(bench, name) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("form", "name"), [("mp4", "output.mp4"), ("png", "000003.png")])
 @pytest.mark.parametrize(("error", "code"), [(StorageUnavailable, 3), (StorageDenied, 1), (StorageFull, 3)])
-def test_a_publication_that_fails_keeps_the_older_output_and_its_record(bench, form, name, error, code):
+def test_failed_publication_keeps_older_output_and_record(bench, form, name, error, code):
     output = {"format": form}
     bench.run(bench.job("a", seed=41, output=output))
     before = snapshot(bench, "a")
@@ -155,7 +155,7 @@ def test_a_publication_that_fails_keeps_the_older_output_and_its_record(bench, f
 
 
 @pytest.mark.parametrize("prompt", ["oom", "fail-generate"])
-def test_a_forced_run_that_fails_keeps_a_valid_output(bench, prompt, monkeypatch):
+def test_forced_run_that_fails_keeps_valid_output(bench, prompt, monkeypatch):
     bench.run(bench.job("a", "ok"))
     before = snapshot(bench, "a")
     generate = StubGenerator.generate
@@ -173,7 +173,7 @@ def test_a_forced_run_that_fails_keeps_a_valid_output(bench, prompt, monkeypatch
     assert "attempt.json" not in bench.files("a")
 
 
-def test_out_of_memory_keeps_an_older_output_of_other_options(bench):
+def test_out_of_memory_keeps_older_output_of_other_options(bench):
     bench.run(bench.job("a", "ok"))
     before = snapshot(bench, "a")
     assert bench.run(bench.job("a", "oom"), run_id="r2") == 1
@@ -190,7 +190,7 @@ def marks(bench) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def test_an_attempt_counts_only_while_its_job_is_generating(bench, monkeypatch):
+def test_attempt_counts_only_while_job_is_generating(bench, monkeypatch):
     seen, prepared, generate = [], threading.Event(), StubGenerator.generate
 
     def looking(self, conditions, *more):
@@ -210,8 +210,8 @@ def test_an_attempt_counts_only_while_its_job_is_generating(bench, monkeypatch):
     assert seen == [{"a": ("generating", True), "b": ("preparing", False)}]
 
 
-def test_a_job_that_waits_for_delivery_is_not_generating(bench, monkeypatch):
-    """However many jobs wait, one attempt counts if the process dies: that of the job under way."""
+def test_job_waiting_for_delivery_does_not_count_as_generating(bench, monkeypatch):
+    """However many jobs wait, one attempt counts if the process dies: the attempt of the job that is generating."""
     bench.generator = StubGenerator(frames=1, segments=1)
     seen, generate, publish, waits = [], StubGenerator.generate, Delivery.publish, threading.Event()
 
@@ -231,7 +231,7 @@ def test_a_job_that_waits_for_delivery_is_not_generating(bench, monkeypatch):
     assert seen == [["j4"]]
 
 
-def test_marks_say_that_the_process_was_told_to_stop(bench):
+def test_marks_of_stopping_process_do_not_count(bench):
     """A machine that is taken back may be gone before the running job has drained."""
     bench.generator = StubGenerator(generate_s=1.0)
     seen = []
@@ -250,8 +250,8 @@ def test_marks_say_that_the_process_was_told_to_stop(bench):
     assert seen == ["a"]
 
 
-def test_a_signal_before_a_job_begins_keeps_the_mark_of_an_earlier_attempt(bench, monkeypatch):
-    """It says how often a process died in this job, or which failure an older output has outlived."""
+def test_stop_signal_before_job_begins_keeps_mark_of_earlier_attempt(bench, monkeypatch):
+    """The mark has the number of crashes in this job, or the failure after which an older output was kept."""
     mark = AttemptMark(job_id="a", attempt=2, fingerprint="f", run_id="r", host="h", started_at="t").to_json()
     bench.out.write_bytes("jobs/a/attempt.json", mark)
     decide = Ledger.decide
@@ -268,7 +268,7 @@ def test_a_signal_before_a_job_begins_keeps_the_mark_of_an_earlier_attempt(bench
 
 
 @pytest.mark.parametrize("place", ["a file", "a file for its parent", "a folder as record", "a folder as mark"])
-def test_what_stands_in_the_way_of_a_job_fails_that_job_alone(bench, place):
+def test_blocked_job_path_fails_only_that_job(bench, place):
     jobs = bench.folder / "out/jobs"
     jobs.mkdir(parents=True)
     if place == "a file":
@@ -285,7 +285,7 @@ def test_what_stands_in_the_way_of_a_job_fails_that_job_alone(bench, place):
 
 
 @pytest.mark.parametrize("place", ["loop", "long name", "long path"])
-def test_an_input_that_cannot_be_a_file_fails_that_job_alone(bench, place):
+def test_invalid_input_path_fails_only_that_job(bench, place):
     odd = bench.folder / "loop.mp4"
     odd.symlink_to(odd)
     video = {"loop": str(odd), "long name": str(bench.folder / ("n" * 300)), "long path": "/" + "d/" * 3000 + "v.mp4"}
@@ -295,7 +295,7 @@ def test_an_input_that_cannot_be_a_file_fails_that_job_alone(bench, place):
     assert bench.summary["jobs"][1]["error"]["code"].startswith("input.")
 
 
-def test_weights_that_one_job_alone_misses_fail_that_job_alone(bench):
+def test_missing_weights_of_one_job_fail_only_that_job(bench):
     jobs = [bench.job("a"), bench.job("bad", seed=7), bench.job("c")]
     bench.run(*jobs, run_id="r0")
     before = snapshot(bench, "bad")
@@ -317,7 +317,7 @@ def test_weights_that_one_job_alone_misses_fail_that_job_alone(bench):
     assert bench.run(*jobs, run_id="r3") == 0
 
 
-def test_an_old_record_with_an_odd_output_key_stops_nothing(bench):
+def test_record_with_invalid_output_key_does_not_stop_run(bench):
     bench.run(bench.job("a"), bench.job("b"))
     path = bench.folder / "out/jobs/a/result.json"
     record = json.loads(path.read_bytes())
@@ -327,8 +327,8 @@ def test_an_old_record_with_an_odd_output_key_stops_nothing(bench):
     assert [line["status"] for line in bench.summary["jobs"]] == ["succeeded", "skipped"]
 
 
-def test_generation_does_not_run_ahead_of_delivery_without_a_bound(bench, monkeypatch):
-    """Each job between the two holds open files, however small its frames are."""
+def test_generation_waits_for_delivery_at_buffer_limit(bench, monkeypatch):
+    """Each job between generation and delivery holds open files, however small its frames are."""
     bench.generator = StubGenerator(frames=1, segments=1)
     publish, most = Delivery.publish, []
 
@@ -354,7 +354,7 @@ def test_generation_does_not_run_ahead_of_delivery_without_a_bound(bench, monkey
         "CUDA failure 4: driver shutting down ; GPU=0",
     ],
 )
-def test_a_dead_device_ends_the_run_with_3_and_fails_no_other_job(bench, monkeypatch, message):
+def test_lost_device_ends_run_with_3_and_fails_no_other_job(bench, monkeypatch, message):
     generate, prepare, dead = StubGenerator.generate, StubGenerator.prepare, threading.Event()
 
     def preparing(self, request, timer):
@@ -381,7 +381,7 @@ def test_a_dead_device_ends_the_run_with_3_and_fails_no_other_job(bench, monkeyp
     assert bench.run(*jobs, run_id="r2") == 0
 
 
-def test_a_device_that_fails_in_preparation_blames_no_job(bench, monkeypatch):
+def test_lost_device_in_preparation_blames_no_job(bench, monkeypatch):
     def preparing(self, request, timer):
         raise RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0")
 
@@ -404,7 +404,7 @@ def clone(bench, count: int, storage=None) -> list[Job]:
 
 
 @pytest.mark.s3
-def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
+def test_rerun_on_s3_sends_one_request_per_job(bench, faulty_s3, aws_env):
     aws_env(faulty_s3)
     base = f"s3://{faulty_s3.make_bucket()}"
     storage = open_storage(f"{base}/out")
@@ -425,8 +425,8 @@ def test_a_rerun_on_s3_asks_once_a_job(bench, faulty_s3, aws_env):
 
 
 @pytest.mark.s3
-def test_the_record_names_a_transfer_that_could_not_be_verified(bench, faulty_s3, aws_env):
-    """A multipart object of another tool: its ETag is no digest. A bit that flips in a plain one is fetched again."""
+def test_record_names_unverified_transfer(bench, faulty_s3, aws_env):
+    """The ETag of another tool's multipart object is no digest. A plain object with a flipped bit is fetched again."""
     aws_env(faulty_s3)
     bucket = faulty_s3.make_bucket()
     bench.video.write_bytes(b"v" * (6 * 2**20))
@@ -440,7 +440,7 @@ def test_the_record_names_a_transfer_that_could_not_be_verified(bench, faulty_s3
     assert len(faulty_s3.seen("GET", "/ref.png")) == 2
 
 
-def test_a_rerun_reads_no_unchanged_file_again(bench, monkeypatch):
+def test_rerun_does_not_hash_unchanged_files(bench, monkeypatch):
     memory = bench.folder / "cache/file-hashes.json"
     jobs = clone(bench, 5)
     for path in (bench.folder).rglob("*"):

@@ -89,7 +89,7 @@ class StopsAt(StubGenerator):
 @pytest.mark.parametrize("format", ["mp4", "png"])
 @pytest.mark.parametrize("middle", [False, True], ids=["after", "in the middle"])
 @pytest.mark.parametrize("done", [1, 2, 5])
-def test_a_job_that_was_stopped_goes_on_and_its_files_are_the_same(bench, tmp_path, done, middle, format):
+def test_stopped_job_resumes_and_has_same_files(bench, tmp_path, done, middle, format):
     wanted = undisturbed(bench, tmp_path, output={"format": format})
     bench.generator = StopsAt(bench, done, middle=middle)
     assert bench.run(bench.job("a", output={"format": format})) == 143
@@ -110,7 +110,7 @@ def test_a_job_that_was_stopped_goes_on_and_its_files_are_the_same(bench, tmp_pa
     assert (told["segment"], told["segments"]) == (done + 1, SEGMENTS)
 
 
-def test_progress_of_a_job_that_resumes_begins_at_its_segment_and_one_tried_again_is_not_under_way(bench):
+def test_progress_of_retried_job_waits_and_begins_at_its_segment(bench):
     bench.progress = Places()
     six(bench)
     assert bench.run(bench.job("a", "flaky-at-4")) == 0
@@ -119,8 +119,8 @@ def test_progress_of_a_job_that_resumes_begins_at_its_segment_and_one_tried_agai
     assert bench.progress.told == [*first, "preparing", "generating", *steps[8:], "publishing"]
 
 
-def test_a_job_killed_in_its_middle_goes_on(bench, tmp_path):
-    """By a process that ends without a word, several times: no attempt with progress counts."""
+def test_job_killed_while_generating_resumes(bench, tmp_path):
+    """The process ends several times without any cleanup. No attempt with progress counts."""
     wanted = undisturbed(bench, tmp_path)
     script = f"""
 import os, sys
@@ -150,7 +150,7 @@ bench.run(bench.job("a"), max_attempts=1)
     assert output(bench, "a") == wanted
 
 
-def test_a_job_killed_between_its_last_segment_and_its_publication_is_only_published(bench, tmp_path):
+def test_job_with_all_segments_kept_is_only_published(bench, tmp_path):
     wanted = undisturbed(bench, tmp_path)
 
     class Away(LocalStorage):
@@ -168,8 +168,8 @@ def test_a_job_killed_between_its_last_segment_and_its_publication_is_only_publi
     assert "resumed after segment 6/6" in bench.result("a")["notes"]
 
 
-def test_a_retry_within_a_run_goes_on_after_the_last_segment(bench, tmp_path):
-    """A failure that may pass, in the fourth segment."""
+def test_retry_within_run_resumes_after_last_segment(bench, tmp_path):
+    """A retryable error is raised in the fourth segment."""
     wanted = undisturbed(bench, tmp_path)
     generator = six(bench)
     assert bench.run(bench.job("a", "flaky-at-3")) == 0
@@ -178,7 +178,7 @@ def test_a_retry_within_a_run_goes_on_after_the_last_segment(bench, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["cache", "off"])
-def test_segments_can_be_kept_elsewhere_or_not_at_all(bench, tmp_path, place):
+def test_segments_kept_in_cache_or_not_at_all_give_same_output(bench, tmp_path, place):
     wanted = undisturbed(bench, tmp_path)
     bench.kept = open_storage(tmp_path / "cache") if place == "cache" else "off"
     bench.generator = StopsAt(bench, 3, middle=False)
@@ -195,7 +195,7 @@ def test_segments_can_be_kept_elsewhere_or_not_at_all(bench, tmp_path, place):
 @pytest.mark.parametrize(
     ("change", "why"), [("device", "device: stub → another"), ("seed", "the kept segments were made with other inputs")]
 )
-def test_a_job_begins_again_where_its_segments_do_not_fit_and_says_why(bench, tmp_path, change, why):
+def test_resume_with_unfit_segments_begins_again_with_reason(bench, tmp_path, change, why):
     bench.generator = StopsAt(bench, 3, middle=False)
     assert bench.run(bench.job("a")) == 143
     bench.stop = type(bench.stop)()
@@ -211,8 +211,8 @@ def test_a_job_begins_again_where_its_segments_do_not_fit_and_says_why(bench, tm
     assert [event["reason"].startswith(why) for event in bench.events if event["event"] == "job_not_resumed"] == [True]
 
 
-def test_a_resumed_job_begins_anew_where_the_generator_turns_out_to_be_another(bench, tmp_path):
-    """As where its blocks cannot be compiled this time, which shows in the first segment."""
+def test_resumed_job_begins_again_if_generator_changes_device(bench, tmp_path):
+    """For example, the blocks cannot be compiled this time, which shows in the first segment."""
     bench.generator = StopsAt(bench, 3, middle=False)
     assert bench.run(bench.job("a")) == 143
     bench.stop = type(bench.stop)()
@@ -234,7 +234,7 @@ def test_a_resumed_job_begins_anew_where_the_generator_turns_out_to_be_another(b
     assert record["notes"][-1] == "began at segment 1/6: device: stub → stub, eager"
 
 
-def test_a_job_of_one_segment_and_a_generator_that_cannot_resume_keep_nothing(bench):
+def test_single_segment_or_unresumable_generator_keeps_no_segments(bench):
     bench.generator = StubGenerator(segments=1)
     bench.kept = open_storage(bench.folder / "kept")
     assert bench.run(bench.job("a")) == 0
@@ -243,7 +243,7 @@ def test_a_job_of_one_segment_and_a_generator_that_cannot_resume_keep_nothing(be
     assert list(bench.kept.list()) == []
 
 
-def test_a_damaged_segment_is_never_published(bench, tmp_path):
+def test_damaged_segment_is_not_published(bench, tmp_path):
     wanted = undisturbed(bench, tmp_path)
     bench.generator = StopsAt(bench, 3, middle=False)
     assert bench.run(bench.job("a")) == 143
@@ -259,8 +259,8 @@ def test_a_damaged_segment_is_never_published(bench, tmp_path):
 
 
 @pytest.mark.parametrize("error", [StorageUnavailable, StorageFull])
-def test_segments_that_cannot_be_kept_for_a_while_fail_no_job(bench, tmp_path, error):
-    """The next segment brings along what is missing."""
+def test_segments_that_cannot_be_kept_do_not_fail_job(bench, tmp_path, error):
+    """The next segment is kept together with the missing one."""
     wanted = undisturbed(bench, tmp_path)
 
     class AwayOnce(LocalStorage):
@@ -283,8 +283,8 @@ def test_segments_that_cannot_be_kept_for_a_while_fail_no_job(bench, tmp_path, e
     assert output(bench, "a") == wanted
 
 
-def test_a_signal_lets_the_running_segment_end_and_no_further_one_begin(bench):
-    """0.6 s a segment; the time that is left fits the running one alone, whatever encoding takes of the other 0.5."""
+def test_stop_signal_ends_job_after_running_segment(bench):
+    """A segment takes 0.6 s. The time that is left fits the running one alone, however long encoding takes."""
     bench.stop = type(bench.stop)(drain_s=1.1)
 
     class Signalled(StubGenerator):
@@ -303,8 +303,8 @@ def test_a_signal_lets_the_running_segment_end_and_no_further_one_begin(bench):
     assert "attempt.json" not in bench.files("a"), "it was given back"
 
 
-def test_a_segment_that_cannot_end_in_time_is_given_up_at_once(bench):
-    """Nothing waits for the end of the time that is left."""
+def test_segment_that_cannot_end_in_time_is_abandoned_at_once(bench):
+    """The run does not wait for the end of the remaining time."""
     bench.stop = type(bench.stop)(drain_s=30.0)
     seen = []
 
@@ -325,7 +325,7 @@ def test_a_segment_that_cannot_end_in_time_is_given_up_at_once(bench):
     assert bench.files("a") == set()
 
 
-def test_a_state_names_what_decided_its_bytes(bench):
+def test_state_names_device_and_versions(bench):
     bench.generator = StopsAt(bench, 2, middle=False)
     assert bench.run(bench.job("a")) == 143
     from safetensors import safe_open
@@ -364,7 +364,7 @@ class Suspended(StubGenerator):
         return super().generate(conditions, plan, timer, step, start)
 
 
-def test_what_a_suspended_runner_stored_late_is_removed_when_the_job_is_done(bench, monkeypatch):
+def test_late_segments_of_suspended_runner_are_removed_from_done_job(bench, monkeypatch):
     six(bench)
     assert bench.run(bench.job("a")) == 0
     folder = bench.folder / "out/jobs/a"
@@ -409,8 +409,8 @@ class Drifts(StopsAt):
 
 
 @pytest.mark.parametrize("done", [2, SEGMENTS])
-def test_the_record_of_a_resumed_job_has_the_drift_of_all_segments(bench, done, monkeypatch):
-    """Also where every segment was kept and none is generated any more."""
+def test_record_of_resumed_job_has_drift_of_all_segments(bench, done, monkeypatch):
+    """This holds also where every segment was kept and none is generated any more."""
     bench.generator = Drifts(bench, min(done, SEGMENTS - 1), middle=done < SEGMENTS)
     if done == SEGMENTS:  # everything is kept, and the output cannot be published
         bench.generator = Drifts(bench, SEGMENTS, middle=True)

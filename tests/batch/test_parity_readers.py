@@ -63,12 +63,12 @@ def parts_now(job: Job, hashes: FileHashes | None = None) -> dict:
 
 
 @pytest.mark.parametrize(("clip", "parity"), [("whole", True), ("trimmed", False), ("damaged", True), ("text", True)])
-def test_fingerprint_without_a_difference_is_unchanged(clips: dict[str, Path], clip: str, parity: bool) -> None:
+def test_fingerprint_without_difference_is_unchanged(clips: dict[str, Path], clip: str, parity: bool) -> None:
     job = job_of(clips[clip], parity=parity)
     assert parts_now(job) == parts_before(job)
 
 
-def test_fingerprint_with_a_difference_names_the_reader_and_the_reason(clips: dict[str, Path]) -> None:
+def test_fingerprint_with_difference_names_reader_and_reason(clips: dict[str, Path]) -> None:
     job = job_of(clips["trimmed"])
     before, now = parts_before(job), parts_now(job)
     assert now == {**before, "reader": "decord"}
@@ -101,7 +101,7 @@ def decide(out: Path, job: Job) -> Decision:
     return make_surveyor(Engine(), Ledger(open_storage(out)), ())(job, None)
 
 
-def test_done_job_of_a_differing_file_runs_again_once_and_says_why(clips: dict[str, Path], tmp_path: Path) -> None:
+def test_done_job_of_differing_file_runs_again_once_with_reason(clips: dict[str, Path], tmp_path: Path) -> None:
     job = job_of(clips["trimmed"])
     mark_done(tmp_path, parts_before(job))
     decision = decide(tmp_path, job)
@@ -111,13 +111,13 @@ def test_done_job_of_a_differing_file_runs_again_once_and_says_why(clips: dict[s
 
 
 @pytest.mark.parametrize(("clip", "parity"), [("whole", True), ("trimmed", False)])
-def test_done_job_of_any_other_file_stays_done(clips: dict[str, Path], tmp_path: Path, clip: str, parity: bool) -> None:
+def test_done_job_of_other_file_stays_done(clips: dict[str, Path], tmp_path: Path, clip: str, parity: bool) -> None:
     job = job_of(clips[clip], parity=parity)
     mark_done(tmp_path, parts_before(job))
     assert decide(tmp_path, job).reason == "done"
 
 
-def test_readers_are_compared_once_and_not_in_the_next_run(
+def test_readers_are_compared_once_and_not_in_next_run(
     clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = FileHashes(tmp_path / "file-hashes.json")
@@ -133,7 +133,7 @@ def test_readers_are_compared_once_and_not_in_the_next_run(
 
 
 @pytest.mark.s3
-def test_object_is_fetched_to_compare_the_readers(moto_s3, aws_env, clips: dict[str, Path]) -> None:
+def test_object_is_fetched_to_compare_readers(moto_s3, aws_env, clips: dict[str, Path]) -> None:
     aws_env(moto_s3)
     base = f"s3://{moto_s3.make_bucket()}/in"
     for name in ("whole", "trimmed"):

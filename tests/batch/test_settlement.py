@@ -23,7 +23,7 @@ from tests.stub_generator import StubGenerator
 __all__ = ["bench"]  # a fixture
 
 
-def test_a_missing_input_fails_its_job_and_keeps_an_older_output(bench):
+def test_missing_input_fails_job_and_keeps_older_output(bench):
     bench.run(bench.job("a"), bench.job("b"))
     bench.video.unlink()
     assert bench.run(bench.job("a"), run_id="r2") == 1
@@ -32,7 +32,7 @@ def test_a_missing_input_fails_its_job_and_keeps_an_older_output(bench):
     assert "output.mp4" in bench.files("a")
 
 
-def test_a_missing_input_of_a_new_job_is_recorded(bench):
+def test_missing_input_of_new_job_is_recorded(bench):
     bench.video.unlink()
     assert bench.run(bench.job("a")) == 1
     assert bench.result("a")["error"]["code"] == "input.not_found"
@@ -40,14 +40,14 @@ def test_a_missing_input_of_a_new_job_is_recorded(bench):
     assert bench.loads == 0
 
 
-def test_a_failed_rerun_removes_the_stale_output_and_says_so(bench):
+def test_failed_rerun_removes_stale_output_with_note(bench):
     bench.run(bench.job("a"))
     assert bench.run(bench.job("a", "fail-generate"), run_id="r2") == 1
     assert bench.files("a", parts=False) == {"result.json"}
     assert bench.result("a")["notes"] == ["the output of an earlier run was removed"]
 
 
-def test_what_may_pass_is_tried_again(bench):
+def test_retryable_error_is_retried(bench):
     assert bench.run(bench.job("a", "flaky"), bench.job("b")) == 0
     assert bench.result("a")["attempt"] == 2
     assert bench.result("a")["reason"] == "retry after storage.unavailable"
@@ -55,7 +55,7 @@ def test_what_may_pass_is_tried_again(bench):
 
 
 def test_out_of_memory_is_tried_twice_then_fails(bench):
-    """With 1, not 3: a scheduler that starts the same command again would only pay for the same end."""
+    """The exit code is 1, not 3: a scheduler that starts the same command again would only pay for the same result."""
     assert bench.run(bench.job("a", "oom"), bench.job("b")) == 1
     assert bench.generator.tries["oom"] == 2
     assert bench.result("a")["error"] == bench.result("a")["error"] | {
@@ -65,13 +65,13 @@ def test_out_of_memory_is_tried_twice_then_fails(bench):
     assert bench.result("b")["status"] == "succeeded"
 
 
-def test_one_attempt_is_one(bench):
+def test_job_with_max_attempts_1_is_not_retried(bench):
     assert bench.run(bench.job("a", "oom"), bench.job("b", "flaky"), max_attempts=1) == 1
     assert bench.generator.tries == {"oom": 1, "flaky": 1}
 
 
-def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(bench, monkeypatch):
-    """Else one outage of minutes would use up every attempt, and the rerun that 3 promises would run nothing."""
+def test_unavailable_storage_is_tried_three_times_in_every_run(bench, monkeypatch):
+    """Otherwise an outage of minutes would use up all attempts, and the rerun after exit code 3 would run nothing."""
     asked = []
 
     def away(*_):
@@ -87,10 +87,8 @@ def test_a_store_that_is_away_is_asked_three_times_a_run_whatever_was_before(ben
 
 
 @pytest.mark.parametrize(("max_attempts", "tries"), [(0, 3), (2, 2), (3, 3), (9, 3)])
-def test_a_run_tries_a_job_three_times_at_most_and_waits_twice_as_long_each_time(
-    bench, monkeypatch, max_attempts, tries
-):
-    """However many attempts a job may have in all its runs. Two seconds, then four."""
+def test_retries_in_one_run_are_at_most_two_with_doubled_wait(bench, monkeypatch, max_attempts, tries):
+    """The limit holds however many attempts a job may have in all its runs. The waits are two seconds, then four."""
     asked, waits, put_back = [], [], WorkList.put_back
 
     def away(*_):
@@ -110,7 +108,7 @@ def test_a_run_tries_a_job_three_times_at_most_and_waits_twice_as_long_each_time
     assert [event["wait_s"] for event in bench.events if event["event"] == "job_retry"] == waits
 
 
-def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
+def test_job_with_used_up_attempts_is_not_run_and_not_retryable(bench):
     for run in (1, 2):
         assert bench.run(bench.job("a", "oom"), run_id=f"r{run}") == 1
     assert bench.generator.tries == {"oom": 3}
@@ -120,7 +118,7 @@ def test_attempts_that_are_used_up_are_no_reason_for_another_run(bench):
     assert not bench.summary["jobs"][0]["error"]["retryable"]
 
 
-def test_a_generator_that_cannot_hold_less_says_so(bench):
+def test_generator_without_lower_memory_mode_logs_memory_is_lowest(bench):
     class Plain(StubGenerator):
         fall_back_memory_mode = Generator.fall_back_memory_mode  # the protocol's own answer
 
@@ -147,7 +145,7 @@ class Stepping(StubGenerator):
         return super().generate(conditions, plan, timer, on_step, start)
 
 
-def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
+def test_out_of_memory_lowers_memory_mode_once_and_is_retried(bench):
     bench.generator = Stepping()
     assert bench.run(bench.job("a", "oom"), bench.job("b")) == 0
     assert bench.generator.lowered == 1
@@ -156,7 +154,7 @@ def test_out_of_memory_steps_down_once_and_is_tried_again(bench):
     assert "memory_lowered" in [event["event"] for event in bench.events]
 
 
-def test_memory_steps_down_for_a_job_that_failed_before(bench):
+def test_memory_mode_is_lowered_for_job_that_failed_before(bench):
     bench.generator = Stepping()
     assert bench.run(bench.job("a", "oom"), max_attempts=1) == 1
     assert bench.generator.lowered == 0, "lowered for nothing: there was no try left"
@@ -164,7 +162,7 @@ def test_memory_steps_down_for_a_job_that_failed_before(bench):
     assert (bench.generator.lowered, bench.result("a")["attempt"]) == (1, 3)
 
 
-def test_a_model_that_cannot_be_loaded_lower_ends_the_run(bench):
+def test_model_that_cannot_load_in_lower_memory_mode_ends_run(bench):
     bench.generator = Stepping(frames=6)
     bench.generator.broken = True
     assert bench.run(bench.job("a", "oom"), bench.job("b"), bench.job("c")) == 2
@@ -182,7 +180,7 @@ class FullDisk(LocalStorage):
         return super().publish(local, key, **conditions)
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_is_done(bench):
+def test_full_disk_stops_run_and_keeps_done_jobs(bench):
     bench.generator = StubGenerator(generate_s=0.2)
     jobs = [bench.job(name) for name in "abcde"]
     assert bench.run(*jobs, storage=FullDisk(bench.folder / "out")) == 3
@@ -193,7 +191,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(bench):
     assert [line["status"] for line in bench.summary["jobs"]] == ["skipped", *["succeeded"] * 4]
 
 
-def test_weights_that_cannot_load_stop_the_run_with_2(bench, monkeypatch):
+def test_weights_that_cannot_load_stop_run_with_2(bench, monkeypatch):
     def load():
         raise WeightsCorrupt("truncated", where="transformer.safetensors")
 
@@ -202,7 +200,7 @@ def test_weights_that_cannot_load_stop_the_run_with_2(bench, monkeypatch):
     assert bench.summary["counts"]["not_run"] >= 1
 
 
-def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, tmp_path):
+def test_job_that_crashes_process_three_times_is_not_run_again(bench, tmp_path):
     script = textwrap.dedent(f"""
         import sys
         from pathlib import Path
@@ -223,7 +221,7 @@ def test_a_process_that_dies_is_noticed_and_after_three_times_left_alone(bench, 
     assert bench.summary["counts"]["skipped"] == 2
 
 
-def test_a_forced_rerun_that_died_leaves_nothing_running(bench):
+def test_status_of_crashed_forced_rerun_is_lost_until_next_run(bench):
     bench.run(bench.job("a"))
     (bench.folder / "out/jobs/a/attempt.json").write_bytes(
         AttemptMark(job_id="a", attempt=1, fingerprint="f", run_id="r", host="h", started_at="t").to_json()

@@ -135,7 +135,7 @@ def wait_for(true: Callable[[], object], seconds: float = 10) -> None:
 # -- AWS ---------------------------------------------------------------------------------------------------------------
 
 
-def test_aws_without_a_notice(service):
+def test_aws_without_notice_returns_none(service):
     ask = choose_notices("aws", service.aws)
     assert ask() is None
     assert ask() is None
@@ -143,26 +143,26 @@ def test_aws_without_a_notice(service):
 
 
 @pytest.mark.parametrize("action", ["terminate", "stop"])
-def test_aws_gives_the_time_that_the_notice_names(service, action):
-    """By the service's clock: this host's is years away from it."""
+def test_aws_notice_has_time_left_by_clock_of_service(service, action):
+    """The clock of this host differs from that of the service by years."""
     service.announce(120, action)
     notice = choose_notices("aws", service.aws)()
     assert notice == SpotNotice(f"spot notice of AWS: {action} at 2031-05-01T12:02:00Z", 105)
 
 
-def test_aws_whose_time_is_over_leaves_no_second(service):
+def test_aws_notice_whose_time_is_over_has_zero_seconds(service):
     service.announce(3)
     notice = choose_notices("aws", service.aws)()
     assert notice is not None and notice.seconds == 0
 
 
 @pytest.mark.parametrize("text", ["", "terminate", "[]", '{"action": "stop"}', '{"action": "stop", "time": "soon"}'])
-def test_aws_whose_notice_cannot_be_read_is_a_notice(service, text):
+def test_aws_notice_that_cannot_be_parsed_counts_as_notice(service, text):
     service.answers[ACTION] = text
     assert choose_notices("aws", service.aws)() == SpotNotice("spot notice of AWS", None)
 
 
-def test_aws_renews_its_token(service):
+def test_aws_with_expired_token_requests_new_token(service):
     ask = choose_notices("aws", service.aws)
     assert ask() is None
     service.token = "token-2"
@@ -171,7 +171,7 @@ def test_aws_renews_its_token(service):
     assert service.requests[2:] == [f"GET {ACTION}", "PUT /latest/api/token", f"GET {ACTION}"]
 
 
-def test_aws_in_a_container_too_far_away(service, monkeypatch):
+def test_aws_token_timeout_names_hop_limit(service, monkeypatch):
     monkeypatch.setattr(spot, "ANSWER_S", 0.05)
     service.slow = "/latest/api/token"
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_aws_in_a_container_too_far_away(service, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["/", "/prefix/"])
-def test_aws_at_an_address_with_a_path(service, ending):
+def test_aws_endpoint_with_path_keeps_path(service, ending):
     refused = pytest.raises(ValueError, match="gave no token: it answered 404")
     with refused if "prefix" in ending else nullcontext():
         choose_notices("aws", {"AWS_EC2_METADATA_SERVICE_ENDPOINT": service.endpoint + ending})()
@@ -196,7 +196,7 @@ def test_aws_at_an_address_with_a_path(service, ending):
         ({"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://here:1"}, "http://here:1"),
     ],
 )
-def test_aws_is_asked_where_botocore_asks(environ, address, monkeypatch):
+def test_aws_endpoint_is_that_of_botocore(environ, address, monkeypatch):
     asked = []
 
     def ask(endpoint: str, *_: Any) -> None:
@@ -223,7 +223,7 @@ def test_aws_is_asked_where_botocore_asks(environ, address, monkeypatch):
         ("TRUE\n", None, SpotNotice("spot notice of GCP: preempted", 15)),
     ],
 )
-def test_gcp(service, preempted, maintenance, notice):
+def test_gcp_preemption_or_maintenance_gives_notice(service, preempted, maintenance, notice):
     service.answers[PREEMPTED] = preempted
     if maintenance is not None:
         service.answers[MAINTENANCE] = maintenance
@@ -231,19 +231,19 @@ def test_gcp(service, preempted, maintenance, notice):
 
 
 @pytest.mark.parametrize("flavor", [None, "Other"])
-def test_gcp_believes_no_other_server(service, flavor):
+def test_gcp_answer_of_other_server_is_refused(service, flavor):
     service.answers[PREEMPTED] = "TRUE"
     service.flavor = flavor
     with pytest.raises(ValueError, match="is not Google's metadata server"):
         choose_notices("gcp", service.gcp)()
 
 
-def test_gcp_that_does_not_know_of_preemption(service):
+def test_gcp_service_without_preempted_key_is_refused(service):
     with pytest.raises(ValueError, match="does not know preempted"):
         choose_notices("gcp", service.gcp)()
 
 
-def test_gcp_is_asked_at_its_own_name(monkeypatch):
+def test_gcp_endpoint_is_metadata_google_internal(monkeypatch):
     monkeypatch.setattr(spot, "_ask", lambda endpoint, *_: pytest.fail(endpoint))
     with pytest.raises(pytest.fail.Exception, match=r"^http://metadata\.google\.internal$"):
         choose_notices("gcp", {})()
@@ -253,7 +253,7 @@ def test_gcp_is_asked_at_its_own_name(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["aws", "gcp"])
-def test_no_proxy_is_asked_and_no_redirect_is_followed(service, kind, monkeypatch):
+def test_metadata_request_uses_no_proxy_and_follows_no_redirect(service, kind, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -269,14 +269,14 @@ def test_no_proxy_is_asked_and_no_redirect_is_followed(service, kind, monkeypatc
 
 @pytest.mark.parametrize("kind", ["aws", "gcp"])
 @pytest.mark.parametrize("status", [403, 429, 500, 503])
-def test_a_service_that_refuses_has_given_no_answer(service, kind, status):
+def test_metadata_service_with_error_status_raises(service, kind, status):
     service.status = status
     with pytest.raises(ValueError, match=f"answered {status}"):
         choose_notices(kind, service.aws | service.gcp)()
 
 
 @pytest.mark.parametrize("kind", ["azure", "", "aws:1", "file", "file:", "AWS"])
-def test_an_unknown_kind_is_refused(kind):
+def test_unknown_notice_kind_is_refused(kind):
     with pytest.raises(ConfigInvalid, match="must be aws, gcp or file:PATH"):
         choose_notices(kind, {})
 
@@ -289,7 +289,7 @@ def spot_threads() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("kind", ["aws", "gcp"])
-def test_the_run_drains_when_the_notice_comes(service, kind):
+def test_run_drains_when_notice_comes(service, kind):
     stop, events = Stop(drain_s=20), Events()
     service.answers[PREEMPTED] = "FALSE"
     with watch(kind, stop, events, environ=service.aws | service.gcp, poll_s=0.005):
@@ -307,7 +307,7 @@ def test_the_run_drains_when_the_notice_comes(service, kind):
     assert line["seconds_left"] == pytest.approx(expected, abs=5)
 
 
-def test_the_run_drains_when_the_file_appears(tmp_path):
+def test_run_drains_when_file_appears(tmp_path):
     stop, events = Stop(drain_s=20), Events()
     with watch(f"file:{tmp_path / 'a:notice'}", stop, events, poll_s=0.005):
         assert not stop.requested.wait(0.05)
@@ -318,7 +318,7 @@ def test_the_run_drains_when_the_file_appears(tmp_path):
     assert events.names == ["spot_notice"]
 
 
-def test_a_service_that_does_not_answer_is_reported_once_and_asked_again(service):
+def test_service_without_answer_is_reported_once_and_asked_again(service):
     stop, events = Stop(), Events()
     service.answers[PREEMPTED] = "FALSE"
     service.status = 503
@@ -335,8 +335,8 @@ def test_a_service_that_does_not_answer_is_reported_once_and_asked_again(service
     assert events.names == ["spot_service_silent", "spot_service_answers", "spot_notice"]
 
 
-def test_a_service_that_fails_now_and_then_is_not_reported(service):
-    """Four questions in a row have no answer, three times over; then a fifth has none either."""
+def test_service_that_fails_sometimes_is_not_reported(service):
+    """Three times, four requests in a row have no answer. Then a fifth one has no answer either."""
     events = Events()
     with watch("aws", Stop(), events, environ=service.aws, poll_s=0.002):
         for _ in range(3):
@@ -354,7 +354,7 @@ def test_a_service_that_fails_now_and_then_is_not_reported(service):
 
 
 @pytest.mark.parametrize("kind", ["aws", "gcp"])
-def test_where_no_service_is_the_run_goes_on(kind):
+def test_run_without_metadata_service_goes_on(kind):
     stop, events = Stop(), Events()
     environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "GCE_METADATA_HOST": "127.0.0.1:1"}
     with watch(kind, stop, events, environ=environ, poll_s=0.005):
@@ -364,20 +364,20 @@ def test_where_no_service_is_the_run_goes_on(kind):
 
 
 @pytest.mark.parametrize("address", ["here", "ftp://here", "http://", "http://here:port"])
-def test_an_address_that_is_none_is_reported(address):
+def test_invalid_service_address_is_reported(address):
     events = Events()
     with watch("aws", Stop(), events, environ={"AWS_EC2_METADATA_SERVICE_ENDPOINT": address}, poll_s=0.005):
         wait_for(lambda: events.names)
     assert events.names == ["spot_service_silent"]
 
 
-def test_the_thread_ends_with_the_run(service):
+def test_spot_thread_ends_with_run(service):
     with watch("aws", Stop(), Events(), environ=service.aws, poll_s=60):
         wait_for(lambda: len(service.requests) == 2)
         assert len(spot_threads()) == 1
     assert spot_threads() == []
 
 
-def test_a_run_without_the_flag_asksnullcontext():
+def test_run_without_spot_flag_starts_no_thread():
     with watch(None, Stop(), Events()):
         assert spot_threads() == []
