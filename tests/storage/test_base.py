@@ -58,7 +58,7 @@ class StorageContract(LeaseContract):
         return make
 
     @pytest.mark.parametrize("key", KEYS)
-    def test_what_is_published_is_fetched(
+    def test_published_object_is_fetched_unchanged(
         self, store: Storage, key: str, tmp_path: Path, source: Callable[[bytes], Path]
     ) -> None:
         data = os.urandom(3001)
@@ -73,7 +73,7 @@ class StorageContract(LeaseContract):
         assert store.read_bytes(key) == data
         assert [info.key for info in store.list()] == [key]
 
-    def test_every_way_to_an_object_gives_one_identity(
+    def test_object_identity_is_same_by_stat_list_and_fetch(
         self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]
     ) -> None:
         identity = store.publish(source(b"dance"), "a/b.mp4").identity
@@ -83,7 +83,7 @@ class StorageContract(LeaseContract):
         assert identify_input(store.uri("a/b.mp4"))[1] == identity
         assert all((info.identity is not None) == store.lists_identities for info in store.list())
 
-    def test_a_fetch_counts_its_bytes(
+    def test_fetch_counts_bytes_and_takes_them_back_on_failure(
         self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.publish(source(os.urandom(3 << 20)), "x")
@@ -101,17 +101,17 @@ class StorageContract(LeaseContract):
         assert sum(seen) == 0
         assert max(seen) > 0
 
-    def test_the_store_is_of_its_row_in_the_registry(self, store: Storage) -> None:
+    def test_store_type_is_that_of_backend_registry(self, store: Storage) -> None:
         assert type(store) is backend_class(f"{self.scheme}://bucket")
 
-    def test_a_whole_store_has_no_leftovers(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+    def test_intact_store_has_no_leftovers(self, store: Storage, source: Callable[[bytes], Path]) -> None:
         store.publish(source(b"x"), "jobs/a/output.mp4")
         store.write_if("jobs/a/result.json", b"{}", None)
         probe_writable(store)
         assert list(store.leftovers()) == list(store.leftovers("jobs/a/")) == list(store.leftovers("none/")) == []
         assert store.remove_leftovers("jobs/a/") == 0
 
-    def test_a_forgotten_probe_is_a_leftover(self, store: Storage) -> None:
+    def test_forgotten_write_probe_is_leftover(self, store: Storage) -> None:
         store.write_bytes(".video-lab-probe-1", b"12345")
         store.write_bytes("deeper/.video-lab-probe-2", b"1234567")
         found = sorted(store.leftovers(), key=lambda leftover: leftover.key)
@@ -124,21 +124,25 @@ class StorageContract(LeaseContract):
         assert all(store.remove_leftover(left) for left in found)
         assert list(store.leftovers()) == list(store.list()) == []
 
-    def test_many_parts(self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]) -> None:
+    def test_publish_in_many_parts_keeps_bytes(
+        self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]
+    ) -> None:
         data = os.urandom(1 << 20) * 33 + b"tail"  # three parts on S3, the last of an odd size
         info = store.publish(source(data), "big.bin")
         assert info.bytes == len(data)
         store.fetch("big.bin", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == data
 
-    def test_an_empty_file_is_a_file(self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]) -> None:
+    def test_empty_file_is_stored_as_object(
+        self, store: Storage, tmp_path: Path, source: Callable[[bytes], Path]
+    ) -> None:
         assert store.publish(source(b""), "empty").bytes == 0
         store.fetch("empty", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == b""
         store.write_bytes("empty too", b"")
         assert store.read_bytes("empty too") == b""
 
-    def test_publishing_again_replaces(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+    def test_publish_of_existing_key_replaces_object(self, store: Storage, source: Callable[[bytes], Path]) -> None:
         first = store.publish(source(b"one"), "x")
         second = store.publish(source(b"other"), "x")
         assert store.read_bytes("x") == b"other"
@@ -146,7 +150,7 @@ class StorageContract(LeaseContract):
         assert first != second
         assert second.modified >= first.modified > 1_700_000_000
 
-    def test_identity_follows_content(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+    def test_object_identity_follows_content(self, store: Storage, source: Callable[[bytes], Path]) -> None:
         one = store.publish(source(b"same"), "a").identity
         two = store.publish(source(b"same"), "b").identity
         three = store.publish(source(b"else"), "a").identity
@@ -154,8 +158,8 @@ class StorageContract(LeaseContract):
         assert '"' not in one
         assert one.startswith("sha256:") or (one.startswith("etag:") and one.endswith(":4"))
 
-    def test_published_at_once_under_one_key_each_has_its_own_identity(self, store: Storage, tmp_path: Path) -> None:
-        """Eight threads store other bytes under one key: what each is told follows from its own bytes alone."""
+    def test_concurrent_publish_of_one_key_returns_own_identity(self, store: Storage, tmp_path: Path) -> None:
+        """Eight threads store different bytes under one key. Each one gets the identity of its own bytes."""
         contents = [bytes([i]) * (1000 + i) for i in range(8)]
         found: dict[int, ObjectInfo] = {}
         begin = threading.Barrier(8)
@@ -177,7 +181,7 @@ class StorageContract(LeaseContract):
             assert found[i].identity in either
             assert found[i].bytes == len(data)
 
-    def test_missing(self, store: Storage, tmp_path: Path) -> None:
+    def test_missing_object_is_none_or_not_found(self, store: Storage, tmp_path: Path) -> None:
         assert store.stat("none") is None
         assert not store.exists("none/deeper")
         assert store.read_bytes("none/deeper") is None
@@ -188,13 +192,13 @@ class StorageContract(LeaseContract):
         store.delete("none")
         store.delete("none/deeper")
 
-    def test_a_folder_is_no_object(self, store: Storage) -> None:
+    def test_folder_is_no_object(self, store: Storage) -> None:
         store.write_bytes("jobs/a/result.json", b"{}")
         assert store.stat("jobs/a") is None
         assert store.read_bytes("jobs/a/result.json/deeper") is None
         assert store.stat("jobs/a/result.json/deeper") is None
 
-    def test_small_objects(self, store: Storage) -> None:
+    def test_small_object_is_written_read_and_deleted(self, store: Storage) -> None:
         store.write_bytes("jobs/a/result.json", b"{}")
         store.write_bytes("jobs/a/result.json", '{"名": 1}'.encode())
         assert store.read_bytes("jobs/a/result.json") == '{"名": 1}'.encode()
@@ -203,7 +207,7 @@ class StorageContract(LeaseContract):
         assert not store.exists("jobs/a/result.json")
         assert store.read_bytes("jobs/a/result.json") is None
 
-    def test_conditional_writes(self, store: Storage) -> None:
+    def test_write_if_with_stale_version_writes_nothing(self, store: Storage) -> None:
         first = store.write_if("jobs/a/result.json", b"one", None)
         assert first is not None
         assert store.read_versioned("jobs/a/result.json") == Versioned(b"one", first)
@@ -219,7 +223,9 @@ class StorageContract(LeaseContract):
         assert store.write_if("jobs/a/result.json", b"three", None)
         assert [info.key for info in store.list()] == ["jobs/a/result.json"]
 
-    def test_what_others_wrote_has_a_version_too(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+    def test_read_versioned_gives_version_of_published_and_written_objects(
+        self, store: Storage, source: Callable[[bytes], Path]
+    ) -> None:
         store.publish(source(b"published"), "a")
         store.write_bytes("b", b"written")
         for key in "ab":
@@ -228,7 +234,7 @@ class StorageContract(LeaseContract):
             assert store.write_if(key, b"new", found.version)
             assert store.read_bytes(key) == b"new"
 
-    def test_of_many_threads_one_creates_and_one_replaces(self, store: Storage) -> None:
+    def test_write_if_by_many_threads_has_one_winner(self, store: Storage) -> None:
         version: str | None = None
         for _ in range(2):
             won: list[str] = []
@@ -251,7 +257,7 @@ class StorageContract(LeaseContract):
             assert found.version == won[0]
             version = won[0]
 
-    def test_lines_are_appended(self, store: Storage) -> None:
+    def test_append_lines_continues_after_restart(self, store: Storage) -> None:
         lines = [f'{{"n": {n}}}\n'.encode() for n in range(4)]
         store.write_bytes("runs/r/x.events-other.jsonl", b"")  # beside it, and none of its objects
         for line in lines[:2]:
@@ -268,7 +274,7 @@ class StorageContract(LeaseContract):
             assert store.read_bytes("runs/r/y.events-0001.jsonl") == b"{}\n"
             assert len(list(store.list())) == 6
 
-    def test_lines_of_many_threads_are_all_kept_and_whole(self, store: Storage) -> None:
+    def test_append_lines_by_many_threads_keeps_all_lines_whole(self, store: Storage) -> None:
         lines = {f"{n} ".encode() * 50 + b"\n" for n in range(12)}
         threads = [threading.Thread(target=store.append_lines, args=("log.txt", line)) for line in lines]
         for thread in threads:
@@ -280,7 +286,7 @@ class StorageContract(LeaseContract):
         assert set(data.splitlines(keepends=True)) == lines
         assert len(data) == sum(map(len, lines))
 
-    def test_list_by_prefix(self, store: Storage) -> None:
+    def test_list_returns_keys_with_prefix(self, store: Storage) -> None:
         keys = ["jobs/a/output.mp4", "jobs/a/frames/000001.png", "jobs/ab/output.mp4", "runs/1/0.json", "top"]
         for key in keys:
             store.write_bytes(key, key.encode())
@@ -301,20 +307,20 @@ class StorageContract(LeaseContract):
         """Make the far end answer lists two objects at a time, where it answers by pages."""
 
     @pytest.mark.usefixtures("small_pages")
-    def test_every_page_is_listed(self, store: Storage) -> None:
+    def test_list_returns_objects_of_all_pages(self, store: Storage) -> None:
         keys = [f"many/{i}" for i in range(5)]
         for key in keys:
             store.write_bytes(key, b"")
         assert sorted(info.key for info in store.list("many/")) == keys
 
     @pytest.mark.usefixtures("small_pages")
-    def test_every_page_of_folders_is_listed(self, store: Storage) -> None:
+    def test_folders_returns_folders_of_all_pages(self, store: Storage) -> None:
         for i in range(5):
             for name in ("x", "y", "z/x"):  # what they hold takes no page
                 store.write_bytes(f"many/{i}/{name}", b"")
         assert sorted(store.folders("many/")) == ["0", "1", "2", "3", "4"]
 
-    def test_folders_are_named_without_what_they_hold(self, store: Storage) -> None:
+    def test_folders_returns_names_without_contents(self, store: Storage) -> None:
         for key in ("top", "a/file", "a/b/1", "a/b/2/3", "a/b/2/4", "a/c/x", "a/中文 1/x", "a/z/y/x", "ab/c/x"):
             store.write_bytes(key, b"")
         found = {prefix: list(store.folders(prefix)) for prefix in ("", "a/", "a/b/", "a/c/", "none/")}
@@ -327,7 +333,7 @@ class StorageContract(LeaseContract):
     @pytest.mark.parametrize(
         "key", ["", "/etc/passwd", "../x", "a/../../x", "a/..", ".", "./a", "a//b", "a/", "a\nb", "a\0b", "\ud800"]
     )
-    def test_keys_stay_below_the_root(
+    def test_key_outside_root_is_refused(
         self, store: Storage, key: str, tmp_path: Path, source: Callable[[bytes], Path]
     ) -> None:
         local = source(b"x")
@@ -349,7 +355,7 @@ class StorageContract(LeaseContract):
             with pytest.raises(ConfigInvalid):
                 list(store.list(f"{key}/../x"))
 
-    def test_a_reader_sees_all_or_nothing(self, store: Storage, tmp_path: Path) -> None:
+    def test_read_during_publish_returns_old_or_new_object(self, store: Storage, tmp_path: Path) -> None:
         contents = [bytes([i]) * (200_000 + i) for i in range(2)]
         sources = [tmp_path / f"source{i}" for i in range(2)]
         for path, data in zip(sources, contents, strict=True):
@@ -372,7 +378,7 @@ class StorageContract(LeaseContract):
         reader.join()
         assert torn == []
 
-    def test_from_many_threads(self, store: Storage, tmp_path: Path) -> None:
+    def test_publish_and_fetch_by_many_threads_keep_bytes(self, store: Storage, tmp_path: Path) -> None:
         problems: list[BaseException] = []
 
         def work(i: int) -> None:
@@ -393,16 +399,18 @@ class StorageContract(LeaseContract):
         assert problems == []
         assert len(list(store.list("threads/"))) == 8
 
-    def test_probe_leaves_nothing(self, store: Storage) -> None:
+    def test_probe_writable_leaves_no_object(self, store: Storage) -> None:
         probe_writable(store)
         assert list(store.list()) == []
 
-    def test_probe_finds_a_store_that_forgets(self, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_probe_writable_finds_store_that_loses_writes(
+        self, store: Storage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(store, "write_bytes", lambda key, data: None)
         with pytest.raises(InternalError, match="reads back with other content"):
             probe_writable(store)
 
-    def test_inputs_by_uri(self, store: Storage, tmp_path: Path) -> None:
+    def test_input_by_uri_is_identified_and_fetched(self, store: Storage, tmp_path: Path) -> None:
         key = "dances 中文/跳舞 #1?.mp4"
         store.write_bytes(key, b"dance")
         uri = store.uri(key)
@@ -416,7 +424,7 @@ class StorageContract(LeaseContract):
         with pytest.raises(InputNotFound, match=r"none\.mp4"):
             fetch_input(store.uri("none.mp4"), tmp_path / "scratch")
 
-    def test_equal_names_do_not_collide(self, store: Storage, tmp_path: Path) -> None:
+    def test_fetch_input_with_equal_names_keeps_both_files(self, store: Storage, tmp_path: Path) -> None:
         for folder in "ab":
             store.write_bytes(f"{folder}/dance.mp4", folder.encode())
         paths = [fetch_input(store.uri(f"{folder}/dance.mp4"), tmp_path / "scratch") for folder in "ab"]
@@ -431,7 +439,7 @@ def suites(kind: type = StorageContract) -> Iterator[type]:
 
 
 @pytest.mark.parametrize("scheme", BACKENDS)
-def test_every_row_of_the_registry_has_a_suite(scheme: str) -> None:
+def test_backend_in_registry_has_contract_suite(scheme: str) -> None:
     assert scheme in {suite.scheme for suite in suites() if suite.__name__.startswith("Test")}
 
 
@@ -477,8 +485,8 @@ class S3Contract(StorageContract):
         events.unregister("provide-client-params.s3.ListObjectsV2", shrink)
         assert len(pages) == 3  # 2 + 2 + 1 objects
 
-    def test_an_unfinished_upload_is_a_leftover(self, store: Storage, source: Callable[[bytes], Path]) -> None:
-        """As a process leaves it that is killed within a multipart upload."""
+    def test_unfinished_upload_is_leftover(self, store: Storage, source: Callable[[bytes], Path]) -> None:
+        """A process that is killed during a multipart upload leaves such an upload."""
         assert isinstance(store, S3Storage)
         begun = {}
         for key in ("jobs/a/output.mp4", "jobs/ab/output.mp4"):
@@ -536,7 +544,7 @@ PARTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @given(st.lists(st.one_of(PARTS, st.sampled_from(["", ".", "..", "...", " ", "\\"])), max_size=6).map("/".join))
-def test_an_accepted_key_is_a_place_below_the_root(key: str) -> None:
+def test_accepted_key_is_path_below_root(key: str) -> None:
     root = Path("/srv/out")
     try:
         check_key(key)
@@ -552,14 +560,14 @@ def test_an_accepted_key_is_a_place_below_the_root(key: str) -> None:
 
 
 @given(st.binary(max_size=40).map(lambda b: b.decode("utf-8", "surrogateescape")))
-def test_any_text_is_a_key_or_is_refused(key: str) -> None:
+def test_check_key_of_any_text_accepts_or_refuses(key: str) -> None:
     try:
         assert check_key(key).encode()
     except ConfigInvalid as err:
         err.message.encode()  # the refusal can be printed
 
 
-def test_the_longest_key() -> None:
+def test_check_key_over_1024_bytes_is_refused() -> None:
     assert check_key("é" * 512)
     with pytest.raises(ConfigInvalid, match="1024 bytes"):
         check_key("é" * 512 + "x")

@@ -44,7 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_keeps_what_is_done(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_on_publish_keeps_done_objects(small_disk: Path, tmp_path: Path) -> None:
     store = LocalStorage(small_disk)
     store.write_bytes("jobs/a/output.mp4", b"a" * 300_000)
     (tmp_path / "big").write_bytes(b"b" * 2_000_000)
@@ -58,7 +58,7 @@ def test_a_full_disk_keeps_what_is_done(small_disk: Path, tmp_path: Path) -> Non
     store.write_bytes("jobs/b/output.mp4", b"b" * 300_000)  # the space of the failed ones is free again
 
 
-def test_a_full_disk_while_downloading(
+def test_full_disk_while_downloading_leaves_no_file(
     small_disk: Path, tmp_path: Path, moto_s3: S3Server, aws_env: Callable[..., S3Server]
 ) -> None:
     store = open_storage(f"s3://{aws_env(moto_s3).make_bucket()}")
@@ -68,7 +68,7 @@ def test_a_full_disk_while_downloading(
     assert list(small_disk.iterdir()) == []
 
 
-def test_the_probe_finds_a_full_disk(small_disk: Path) -> None:
+def test_probe_writable_finds_full_disk(small_disk: Path) -> None:
     with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while True:
             filler.write(b"x" * 65536)
@@ -78,8 +78,8 @@ def test_the_probe_finds_a_full_disk(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_only_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """File systems that allocate late, and quotas, refuse at fsync what they took at write."""
+def test_disk_full_at_fsync_keeps_older_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """File systems that allocate late, and quotas, accept the write and refuse at fsync."""
     store = LocalStorage(tmp_path)
     store.write_bytes("x", b"old")
 
@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_only_when_synced(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_folders_that_cannot_be_synced_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, folders = os.fsync, []
 
     def some(handle: int) -> None:
@@ -131,7 +131,7 @@ for work in (
 """
 
 
-def test_refused_folders_say_whose_they_are() -> None:
+def test_refused_folder_error_names_owner() -> None:
     root = Path(tempfile.mkdtemp())  # not below tmp_path: pytest shuts its folders to other users
     try:
         root.chmod(0o755)
@@ -157,7 +157,7 @@ def test_refused_folders_say_whose_they_are() -> None:
 
 @pytest.mark.parametrize("writing", [True, False])
 @pytest.mark.parametrize("number", sorted(errno.errorcode))
-def test_every_error_number_has_a_home(number: int, writing: bool) -> None:
+def test_os_error_of_every_errno_has_runner_error(number: int, writing: bool) -> None:
     error = os_error(OSError(number, os.strerror(number)), where="/some/place", writing=writing)
     assert isinstance(error, RunnerError)
     assert "/some/place" in error.message
@@ -191,11 +191,11 @@ def test_every_error_number_has_a_home(number: int, writing: bool) -> None:
         (errno.ETIMEDOUT, True, StorageUnavailable),
     ],
 )
-def test_homes(number: int, writing: bool, kind: type[RunnerError]) -> None:
+def test_os_error_with_known_errno_has_expected_class(number: int, writing: bool, kind: type[RunnerError]) -> None:
     assert type(os_error(OSError(number, "x"), where="here", writing=writing)) is kind
 
 
-def test_errors_name_the_target_never_the_staged_file(tmp_path: Path) -> None:
+def test_os_error_names_target_and_not_staged_file(tmp_path: Path) -> None:
     names: list[Any] = []
     with staged(tmp_path / "x") as file:
         names.append(Path(file.name).name)
@@ -207,13 +207,13 @@ def test_errors_name_the_target_never_the_staged_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tmp", ".staged-x.tmp", f".staged-{'0' * 32}.tmp.png", f"staged-{'0' * 32}.tmp"])
-def test_only_our_own_names_are_reserved(name: str, tmp_path: Path) -> None:
+def test_name_similar_to_staged_file_is_not_reserved(name: str, tmp_path: Path) -> None:
     assert not is_staged(name)
     LocalStorage(tmp_path).write_bytes(name, b"")
     assert [info.key for info in LocalStorage(tmp_path).list()] == [name]
 
 
-def test_an_input_that_is_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
+def test_input_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "dance.mp4")
     for ask in (stat_input, lambda path: fetch_input(path, tmp_path)):
         with pytest.raises(InputUnreadable, match=r"dance\.mp4: this is a pipe"):
@@ -244,7 +244,7 @@ def stopped_holder(tmp_path: Path) -> Iterator[Path]:
     holder.communicate()
 
 
-def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
+def test_lock_held_by_stopped_process_ends_in_storage_unavailable(
     stopped_holder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "LOCK_SECONDS", 0.2)
@@ -266,7 +266,7 @@ def test_a_stopped_process_that_holds_a_lock_is_not_waited_for_without_end(
 NO_LEASE = Fence("jobs/a/attempt.json", lambda data: data is None)
 
 
-def test_one_folder_under_two_names_is_locked_once(tmp_path: Path) -> None:
+def test_folder_with_two_names_is_locked_once(tmp_path: Path) -> None:
     (tmp_path / "jobs/a").mkdir(parents=True)
     (tmp_path / "jobs/a/frames").symlink_to(tmp_path / "jobs/a")
     store = LocalStorage(tmp_path)

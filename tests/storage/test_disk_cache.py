@@ -39,7 +39,7 @@ def cache(tmp_path) -> DiskCache:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrays=ARRAYS)
-def test_get_inverts_put(cache, arrays):
+def test_get_returns_arrays_of_put(cache, arrays):
     name = key({"case": "round trip"})
     assert cache.put(name, arrays)
     found = cache.get(name)
@@ -47,8 +47,8 @@ def test_get_inverts_put(cache, arrays):
     assert all(array.flags.writeable for array in found.values())
 
 
-def test_a_view_is_kept_as_it_looks(cache):
-    """A transposed or strided array lies in memory in another order than it reads."""
+def test_array_view_is_cached_in_logical_order(cache):
+    """The memory order of a transposed or strided array differs from its logical order."""
     view = np.arange(24, dtype=np.int32).reshape(4, 6).T[::2]
     cache.put(key({}), {"view": view})
     found = cache.get(key({}))
@@ -56,7 +56,7 @@ def test_a_view_is_kept_as_it_looks(cache):
     np.testing.assert_array_equal(found["view"], view)
 
 
-def test_the_key_is_all_of_the_parts_and_not_their_order():
+def test_key_depends_on_all_parts_and_not_on_their_order():
     parts = {"video": "ab", "detect_every": 4, "parity": False, "fps": "30000/1001"}
     assert key(parts) == key(dict(reversed(parts.items())))
     assert len({key(parts), *(key({**parts, name: "other"}) for name in parts), key({**parts, "more": 1})}) == 6
@@ -64,19 +64,19 @@ def test_the_key_is_all_of_the_parts_and_not_their_order():
         key({"fps": float("nan")})
 
 
-def test_a_key_is_the_same_in_every_release():
-    """Else an update would pose every clip anew."""
+def test_key_is_same_in_every_release():
+    """Otherwise an update would compute the poses of every clip again."""
     assert key({"video": "ab", "fps": 8}) == hashlib.sha256(b'{"format":1,"fps":8,"video":"ab"}').hexdigest()
 
 
 @pytest.mark.parametrize("bad", [np.array(["text"]), np.array([object()]), np.array([1j])])
-def test_only_plain_numbers(cache, bad):
+def test_put_of_non_numeric_array_is_refused(cache, bad):
     with pytest.raises(ValueError, match="cannot be cached"):
         cache.put(key({}), {"bad": bad})
 
 
-def test_every_damaged_byte_is_a_miss_and_the_entry_goes(cache):
-    """Any one byte changed, any end cut off: never other arrays, never an exception."""
+def test_damaged_entry_is_miss_and_removed(cache):
+    """A changed byte or a cut-off end never gives other arrays and never raises an exception."""
     name, arrays = key({"clip": 1}), {"a": np.arange(6, dtype=np.float32), "b": np.array([True, False])}
     cache.put(name, arrays)
     (path,) = cache.root.glob("*.safetensors")
@@ -94,15 +94,15 @@ def test_every_damaged_byte_is_a_miss_and_the_entry_goes(cache):
     assert cache.get(name) is not None
 
 
-def test_an_entry_under_another_name_is_a_miss(cache):
+def test_renamed_entry_is_miss(cache):
     cache.put(key({"clip": 1}), points(2))
     (path,) = cache.root.glob("*.safetensors")
     path.rename(path.with_name(f"{key({'clip': 2})}.safetensors"))
     assert cache.get(key({"clip": 2})) is None
 
 
-def test_what_was_used_longest_ago_makes_room(cache):
-    """Room for five of 200 KB: the sixth pushes out the second, as the first was used meanwhile."""
+def test_least_recently_used_entry_is_evicted(cache):
+    """There is room for five entries of 200 KB. The sixth evicts the second, because the first was used meanwhile."""
     keys = [key({"clip": i}) for i in range(6)]
     for name in keys[:5]:
         assert cache.put(name, points(125))
@@ -112,15 +112,15 @@ def test_what_was_used_longest_ago_makes_room(cache):
     assert cache.bytes() <= cache.max_bytes
 
 
-def test_putting_again_replaces_and_is_not_counted_twice(cache):
-    """Three entries of 300 KB fit; one of them written anew needs no room beside its old self."""
+def test_put_of_existing_key_replaces_entry_and_counts_once(cache):
+    """Three entries of 300 KB fit. Writing one of them again needs no additional room."""
     keys = [key({"clip": i}) for i in range(3)]
     for name in [*keys, keys[2]]:
         assert cache.put(name, points(190, seed=len(name)))
     assert all(cache.get(name) is not None for name in keys)
 
 
-def test_more_than_the_cache_holds_is_not_kept_and_evicts_nothing(cache):
+def test_entry_larger_than_cache_is_not_kept_and_evicts_nothing(cache):
     cache.put(key({"clip": 1}), points(10))
     assert not cache.put(key({"clip": 2}), points(1000))
     assert cache.get(key({"clip": 1})) is not None
@@ -128,8 +128,8 @@ def test_more_than_the_cache_holds_is_not_kept_and_evicts_nothing(cache):
     assert not nothing.put(key({"clip": 3}), points(1))
 
 
-def test_a_cache_holds_exactly_its_bytes(tmp_path):
-    """Three entries where they fit to the byte; with one byte less the oldest goes, and one that large is refused."""
+def test_cache_limit_is_exact_to_byte(tmp_path):
+    """Three entries fit exactly. With one byte less, the oldest is evicted. A larger entry is refused."""
     clock, keys = ticking(), [key({"clip": i}) for i in range(3)]
     large = DiskCache(tmp_path / "large")
     for name in keys:
@@ -147,12 +147,12 @@ def test_a_cache_holds_exactly_its_bytes(tmp_path):
         DiskCache(tmp_path / "negative", -1)
 
 
-def test_a_cache_is_four_gibibytes_unless_said_otherwise(tmp_path):
+def test_cache_limit_is_4_gib_by_default(tmp_path):
     assert DiskCache(tmp_path).max_bytes == MAX_BYTES == 4 * 1024**3
 
 
-def test_room_is_made_by_the_least_recently_used_alone(tmp_path):
-    """One entry of three entries' size: the three oldest of four go, and no more; of the same size, one."""
+def test_eviction_removes_only_oldest_entries_that_are_needed(tmp_path):
+    """An entry of the size of three evicts the three oldest of four. An entry of the same size evicts one."""
     clock, keys = ticking(), [key({"clip": i}) for i in range(5)]
     probe = DiskCache(tmp_path / "probe")
     probe.put(keys[0], points(100))
@@ -166,7 +166,7 @@ def test_room_is_made_by_the_least_recently_used_alone(tmp_path):
     assert [cache.get(name) is not None for name in keys] == [False, False, False, True, True]
 
 
-def test_leftovers_of_a_killed_writer_go(cache):
+def test_put_removes_staged_file_of_killed_writer(cache):
     cache.put(key({"clip": 1}), points(1))
     left = cache.root / f".staged-{'0' * 32}.tmp"
     left.write_bytes(b"half")
@@ -180,7 +180,7 @@ def processes() -> Iterator[Pool]:
         yield pool
 
 
-def test_processes_share_a_cache_without_ever_seeing_a_wrong_entry(processes, tmp_path):
+def test_cache_shared_by_processes_gives_no_wrong_entry(processes, tmp_path):
     answers = processes.starmap(work, [(tmp_path, seed, 40) for seed in range(3)])
     assert [wrong for wrong, _ in answers] == [0] * 3
     assert sum(right for _, right in answers) > 30
@@ -188,8 +188,8 @@ def test_processes_share_a_cache_without_ever_seeing_a_wrong_entry(processes, tm
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".staged")]
 
 
-def test_processes_that_want_the_same_make_it_once(processes, tmp_path):
-    """The others wait for the one that makes it."""
+def test_entry_requested_by_many_processes_is_computed_once(processes, tmp_path):
+    """The other processes wait for the one that computes the entry."""
     made = tmp_path / "made.txt"
     results = processes.starmap(make_once, [(tmp_path / "poses", made)] * 6)
     assert made.read_text() == "made\n"
@@ -198,7 +198,7 @@ def test_processes_that_want_the_same_make_it_once(processes, tmp_path):
     assert len({total for _, total in results}) == 1
 
 
-def test_what_fails_while_being_made_fails_as_itself_and_is_not_remembered(cache):
+def test_remembered_error_is_raised_and_not_cached(cache):
     timer = StageTimer()
 
     def nobody() -> dict[str, np.ndarray]:
@@ -210,7 +210,7 @@ def test_what_fails_while_being_made_fails_as_itself_and_is_not_remembered(cache
     assert timer.counters == {"pose_cache_misses": 2}
 
 
-def test_without_a_usable_folder_the_work_is_done_all_the_same(tmp_path):
+def test_remembered_without_usable_folder_computes_every_time(tmp_path):
     (tmp_path / "poses").write_text("a file where the folder should be")
     timer = StageTimer()
     for _ in range(2):

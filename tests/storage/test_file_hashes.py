@@ -30,7 +30,7 @@ def reads(monkeypatch) -> list[int]:
     return done
 
 
-def test_a_file_is_read_once_and_again_when_it_changes(file, monkeypatch):
+def test_file_is_hashed_once_and_again_when_changed(file, monkeypatch):
     done, hashes = reads(monkeypatch), FileHashes()
     assert hashes.sha256(file) == hashes.sha256(file) == digest(b"frames")
     assert len(done) == 1
@@ -40,7 +40,7 @@ def test_a_file_is_read_once_and_again_when_it_changes(file, monkeypatch):
     assert len(done) == 2
 
 
-def test_a_file_of_the_same_size_and_time_under_another_inode_is_read(file, tmp_path, monkeypatch):
+def test_file_with_same_size_and_time_but_other_inode_is_hashed_again(file, tmp_path, monkeypatch):
     hashes = FileHashes()
     hashes.sha256(file)
     other = tmp_path / "other"
@@ -50,8 +50,8 @@ def test_a_file_of_the_same_size_and_time_under_another_inode_is_read(file, tmp_
     assert hashes.sha256(file) == digest(b"FRAMES")
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(file):
-    """It may change once more within a tick of the file system's clock, and keep size, time and inode."""
+def test_file_changed_just_now_is_not_remembered(file):
+    """It may change again within one tick of the file system's clock, with the same size, time and inode."""
     hashes = FileHashes()
     file.write_bytes(b"first!")
     stamp = file.stat().st_mtime_ns
@@ -62,7 +62,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(file):
     assert time.time_ns() - stamp < 2e9, "the test took too long to show anything"
 
 
-def test_what_is_saved_is_known_to_the_next_run(file, tmp_path, monkeypatch):
+def test_saved_hashes_are_used_by_next_run(file, tmp_path, monkeypatch):
     first = FileHashes(tmp_path / "cache/hashes.json")
     first.sha256(file)
     first.save()
@@ -72,7 +72,7 @@ def test_what_is_saved_is_known_to_the_next_run(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"version": 1, "files": {"a": 1}}', b"[" * 100_000, b"\xff"])
-def test_a_damaged_memory_only_costs_hashing_again(file, tmp_path, content):
+def test_damaged_hashes_file_only_costs_hashing_again(file, tmp_path, content):
     (tmp_path / "hashes.json").write_bytes(content)
     hashes = FileHashes(tmp_path / "hashes.json")
     assert hashes.sha256(file) == digest(b"frames")
@@ -82,8 +82,8 @@ def test_a_damaged_memory_only_costs_hashing_again(file, tmp_path, content):
     assert file.name not in memory, "a file's name may hold a secret"
 
 
-def test_processes_that_share_a_memory_lose_nothing(tmp_path):
-    """Both read it before either saves."""
+def test_hashes_file_shared_by_processes_loses_no_hash(tmp_path):
+    """Both processes read the file before either saves."""
     files = [tmp_path / "a", tmp_path / "b"]
     memory = tmp_path / "hashes.json"
     both = [FileHashes(memory), FileHashes(memory)]
@@ -96,7 +96,7 @@ def test_processes_that_share_a_memory_lose_nothing(tmp_path):
     assert [FileHashes(memory).known(path) for path in files] == [digest(b"a"), digest(b"b")]
 
 
-def test_known_digests_are_those_of_this_very_file(file, monkeypatch):
+def test_known_digest_of_changed_file_is_none(file, monkeypatch):
     hashes = FileHashes()
     assert hashes.known(file) is None
     hashes.sha256(file)
@@ -107,7 +107,7 @@ def test_known_digests_are_those_of_this_very_file(file, monkeypatch):
     assert done == []
 
 
-def test_what_could_not_be_saved_is_saved_later(file, tmp_path):
+def test_hashes_that_could_not_be_saved_are_saved_later(file, tmp_path):
     hashes = FileHashes(tmp_path / "cache" / "hashes.json")
     hashes.sha256(file)
     (tmp_path / "cache").write_bytes(b"in the way")
@@ -118,7 +118,7 @@ def test_what_could_not_be_saved_is_saved_later(file, tmp_path):
     assert FileHashes(tmp_path / "cache" / "hashes.json").known(file) == digest(b"frames")
 
 
-def test_content_is_hashed_again_only_when_the_file_changed(tmp_path):
+def test_content_sha256_is_computed_again_only_for_changed_file(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"abc")
     os.utime(path, (1, 1))
@@ -132,7 +132,7 @@ def test_content_is_hashed_again_only_when_the_file_changed(tmp_path):
     assert not content_sha256(path).startswith("ba7816bf")
 
 
-def test_fact_is_found_once_and_kept_beside_the_hashes(file, tmp_path):
+def test_fact_is_found_once_and_kept_with_hashes(file, tmp_path):
     memory = tmp_path / "memory.json"
     hashes = FileHashes(memory)
     hashes.sha256(file)

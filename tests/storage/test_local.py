@@ -23,8 +23,8 @@ from runner.storage.disk import is_staged
 from tests.storage.lease_contract import FRAME, LEASE, OUTPUT, contents, fence
 
 
-def test_nothing_is_seen_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a publish, the old object is whole, and the new one is in no listing."""
+def test_publish_shows_nothing_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the rename, the old object is whole, and the new one is in no listing."""
     store = LocalStorage(tmp_path / "out")
     store.write_bytes("jobs/a/output.mp4", b"old")
     (tmp_path / "new").write_bytes(b"new" * 1000)
@@ -43,7 +43,7 @@ def test_nothing_is_seen_before_the_rename(tmp_path: Path, monkeypatch: pytest.M
     assert store.read_bytes("jobs/a/output.mp4") == b"new" * 1000
 
 
-def test_an_interrupted_publish_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_publish_keeps_old_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStorage(tmp_path / "out")
     store.write_bytes("x", b"old")
     (tmp_path / "new").write_bytes(b"new")
@@ -58,7 +58,7 @@ def test_an_interrupted_publish_leaves_the_old(tmp_path: Path, monkeypatch: pyte
     assert store.read_bytes("x") == b"old"
 
 
-def test_leftovers_of_a_killed_process_are_not_listed(tmp_path: Path) -> None:
+def test_staged_file_of_killed_process_is_not_listed(tmp_path: Path) -> None:
     store = LocalStorage(tmp_path)
     pid = os.fork()
     if pid == 0:  # dies in the middle of publishing, cleaning up nothing
@@ -96,7 +96,7 @@ def start_writing(root: Path, key: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_what_is_being_written_is_no_leftover_until_its_process_dies(tmp_path: Path) -> None:
+def test_staged_file_is_leftover_only_after_its_process_dies(tmp_path: Path) -> None:
     store = LocalStorage(tmp_path)
     one, two = start_writing(tmp_path, "jobs/a/output.mp4"), start_writing(tmp_path, "jobs/a/pose.mp4")
     assert list(store.leftovers()) == []
@@ -117,8 +117,8 @@ def test_what_is_being_written_is_no_leftover_until_its_process_dies(tmp_path: P
     assert [path.name for path in (tmp_path / "jobs" / "a").iterdir()] == ["pose.mp4"]
 
 
-def test_a_leftover_that_is_taken_up_is_not_removed(tmp_path: Path) -> None:
-    """Between the listing and the removal its lock is taken."""
+def test_leftover_that_is_locked_is_not_removed(tmp_path: Path) -> None:
+    """The file is locked between the listing and the removal."""
     store = LocalStorage(tmp_path)
     path = tmp_path / f".staged-{'0' * 32}.tmp"
     path.write_bytes(b"")
@@ -130,10 +130,8 @@ def test_a_leftover_that_is_taken_up_is_not_removed(tmp_path: Path) -> None:
     assert store.remove_leftover(left)
 
 
-def test_a_staged_file_removed_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`clean --older-than 0s` can come between a file's making and its locking."""
+def test_staged_file_removed_before_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`clean --older-than 0s` can run after a file is created and before it is locked."""
     store, removed = LocalStorage(tmp_path), []
 
     def spy(file: BinaryIO | int, operation: int, *, flock: Callable[..., None] = fcntl.flock) -> None:
@@ -149,7 +147,7 @@ def test_a_staged_file_removed_before_it_is_locked_is_made_again(
     assert store.read_bytes("x") == b"data"
 
 
-def test_without_locks_only_a_person_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_without_locks_are_removed_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -162,7 +160,7 @@ def test_without_locks_only_a_person_removes(tmp_path: Path, monkeypatch: pytest
     assert store.remove_leftover(left)  # a person wants it
 
 
-def test_published_files_obey_the_umask(tmp_path: Path) -> None:
+def test_published_file_obeys_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         LocalStorage(tmp_path).write_bytes("x", b"")
@@ -171,7 +169,7 @@ def test_published_files_obey_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_list_follows_links_but_no_loops(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "file").write_bytes(b"x")
@@ -183,8 +181,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert [info.key for info in LocalStorage(out).list()] == ["jobs/file"]
 
 
-def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
-    """Each is the trouble of one job: no ConfigInvalid, which would stop the run."""
+def test_write_to_blocked_path_names_obstacle(tmp_path: Path) -> None:
+    """Each case is the failure of one job. A ConfigInvalid would stop the run."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "file").write_bytes(b"")
     (tmp_path / "jobs" / "loop").symlink_to("loop")
@@ -212,7 +210,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     assert found == {"source", "jobs/file", "jobs/folder/output.mp4/x"}
 
 
-def test_a_root_that_is_a_file_cannot_work(tmp_path: Path) -> None:
+def test_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ConfigInvalid, match="not a folder"):
@@ -225,8 +223,8 @@ def test_a_root_that_is_a_file_cannot_work(tmp_path: Path) -> None:
         open_storage(tmp_path / ("n" * 300))
 
 
-def test_odd_things_under_a_key(tmp_path: Path) -> None:
-    """A link that leads in a circle in one job's folder does not keep the others from being listed."""
+def test_read_of_folder_or_link_loop_is_input_unreadable(tmp_path: Path) -> None:
+    """A link loop in the folder of one job does not keep the others from being listed."""
     store = LocalStorage(tmp_path)
     store.write_bytes("jobs/a/output.mp4", b"")
     store.write_bytes("jobs/b/attempt.json/x", b"")
@@ -259,7 +257,7 @@ for n in range(rounds):
 """
 
 
-def test_of_two_processes_one_creates_and_one_replaces(tmp_path: Path) -> None:
+def test_write_if_by_several_processes_has_one_winner(tmp_path: Path) -> None:
     rounds = 60
     command = [sys.executable, "-c", RACE, tmp_path]
     racers = [
@@ -283,8 +281,8 @@ def test_of_two_processes_one_creates_and_one_replaces(tmp_path: Path) -> None:
         assert [row[2] for row in rows].count("True") == 1, f"round {n}: replaced by {rows}"
 
 
-def test_a_replacement_between_comparison_and_rename_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exact interleaving: another process tries while this one has compared and has not renamed."""
+def test_write_if_between_comparison_and_rename_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact interleaving: another process tries after this one has compared and before it renames."""
     store = LocalStorage(tmp_path)
     version = store.write_if("x", b"old", None)
     code = "import sys; from runner.storage import LocalStorage; print('ready', flush=True); "
@@ -307,7 +305,7 @@ def test_a_replacement_between_comparison_and_rename_waits(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
-def test_conditional_writes_where_there_are_no_locks_and_no_links(
+def test_write_if_without_locks_and_links_is_conditional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(*_: object) -> None:
@@ -324,8 +322,8 @@ def test_conditional_writes_where_there_are_no_locks_and_no_links(
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_creation_excludes_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS: another process creates the file while this one is about to."""
+def test_write_if_without_locks_does_not_overwrite_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: another process creates the file just before this one does."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -341,8 +339,8 @@ def test_creation_excludes_without_locks(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_publish_tells_of_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another runner puts its output in place directly after ours."""
+def test_publish_returns_identity_of_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another runner replaces the output directly after the publish."""
     store = LocalStorage(tmp_path / "out")
     mine, other = b"mine" * 1000, b"of another seed"
     (tmp_path / "mine").write_bytes(mine)
@@ -395,7 +393,7 @@ CHANGES: dict[str, tuple[Callable[[LocalStorage, Path], object], str, str]] = { 
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_takeover_waits_for_a_change_whose_lease_was_read(
+def test_takeover_waits_for_change_whose_lease_was_read(
     leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The exact interleaving: this runner has read its lease and has not changed the key yet."""
@@ -432,7 +430,7 @@ def test_a_takeover_waits_for_a_change_whose_lease_was_read(
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_runner_that_was_stopped_before_it_locks_changes_nothing(
+def test_runner_stopped_before_lock_changes_nothing(
     leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The exact interleaving: its bytes are staged, and then another runner takes over and publishes."""
@@ -459,10 +457,10 @@ def test_a_runner_that_was_stopped_before_it_locks_changes_nothing(
     assert not any(is_staged(path.name) for path in leased.path.rglob("*"))
 
 
-def test_a_change_by_one_without_a_lease_is_seen_under_the_lock(
+def test_publish_after_change_without_lease_is_refused(
     leased: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease is still held, and a file of the same size lies there since."""
+    """The lease is still held, but another process has written a file of the same size."""
     leased.write_bytes(OUTPUT, b"seen")
     seen = leased.stat(OUTPUT)
     real = local._copy
@@ -478,7 +476,7 @@ def test_a_change_by_one_without_a_lease_is_seen_under_the_lock(
     assert leased.read_bytes(OUTPUT) == b"them"
 
 
-def test_a_lost_lease_makes_no_folder(tmp_path: Path) -> None:
+def test_lost_lease_creates_no_folder(tmp_path: Path) -> None:
     store = LocalStorage(tmp_path / "out")
     (tmp_path / "mine").write_bytes(b"mine")
     for change, _, _ in CHANGES.values():
@@ -491,10 +489,10 @@ def test_a_lost_lease_makes_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 0.0, 86400.0])
-def test_an_age_is_a_difference_of_the_file_system_s_own_times(
+def test_age_is_difference_of_file_system_times(
     leased: LocalStorage, monkeypatch: pytest.MonkeyPatch, skew: float
 ) -> None:
-    """The file system is a server's, whose clock differs: new files there get times of that clock."""
+    """The file system belongs to a server with another clock. New files there get times of that clock."""
     real = disk._new_staged
 
     def dated(folder: Path) -> tuple[Path, BinaryIO]:
@@ -511,7 +509,7 @@ def test_an_age_is_a_difference_of_the_file_system_s_own_times(
     assert [path.name for path in (leased.path / "jobs/a").iterdir()] == ["attempt.json"]
 
 
-def test_an_age_is_never_negative(leased: LocalStorage) -> None:
+def test_age_of_file_from_future_is_zero(leased: LocalStorage) -> None:
     later = (leased.path / LEASE).stat().st_mtime + 3600
     os.utime(leased.path / LEASE, (later, later))
     found = leased.read_versioned(LEASE, aged=True)
@@ -520,9 +518,7 @@ def test_an_age_is_never_negative(leased: LocalStorage) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_where_no_file_can_be_made_no_age_is_known(
-    leased: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_age_in_unwritable_folder_is_none(leased: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(folder: Path) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -533,7 +529,7 @@ def test_where_no_file_can_be_made_no_age_is_known(
 
 
 @pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, None], ids=["EBADF", "ENOLCK", "without effect"])
-def test_a_file_system_without_locks_is_found(
+def test_probe_conditions_finds_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
     def refuse(*_: object) -> None:
@@ -546,7 +542,7 @@ def test_a_file_system_without_locks_is_found(
     assert list(store.path.iterdir()) == []
 
 
-def test_a_folder_that_another_runner_has_locked_just_now_has_locks(tmp_path: Path) -> None:
+def test_locks_hold_in_folder_locked_by_other_runner(tmp_path: Path) -> None:
     with disk.locked_folder(tmp_path):
         assert disk.locks_hold(tmp_path)
     assert disk.locks_hold(tmp_path)

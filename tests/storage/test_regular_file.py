@@ -15,7 +15,7 @@ from runner.storage import regular_file, stat_input
 from runner.storage.regular_file import answer_in_time, check_regular_file
 
 
-def test_a_file_is_a_file(tmp_path):
+def test_check_regular_file_accepts_file_and_link(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"1234")
     (tmp_path / "link").symlink_to(file)
@@ -27,8 +27,8 @@ def test_a_file_is_a_file(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/status", "/proc/kmsg", "/sys/kernel/uevent_seqnum"])
-def test_files_of_the_kernel_are_no_inputs(path):
-    """/proc/kmsg answers when the kernel has something to say, /proc/self/mem with an error."""
+def test_stat_input_of_kernel_file_is_refused(path):
+    """/proc/kmsg answers only when the kernel has a message, /proc/self/mem with an error."""
     if not Path(path).exists():
         pytest.skip("not on this machine")
     begin = time.monotonic()
@@ -37,13 +37,13 @@ def test_files_of_the_kernel_are_no_inputs(path):
     assert time.monotonic() - begin < 5
 
 
-def test_devices_are_no_inputs():
+def test_stat_input_of_device_is_refused():
     for path in ("/dev/zero", "/dev/null"):
         with pytest.raises(InputUnreadable, match="is a pipe or a device"):
             stat_input(path)
 
 
-def test_pipes_sockets_and_folders_are_no_inputs(tmp_path, monkeypatch):
+def test_stat_input_of_pipe_socket_or_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's name has 108 bytes at most
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -55,7 +55,7 @@ def test_pipes_sockets_and_folders_are_no_inputs(tmp_path, monkeypatch):
         stat_input(tmp_path)
 
 
-def test_a_link_to_itself_and_a_name_too_long_are_one_job_s_failure(tmp_path):
+def test_stat_input_of_link_loop_or_long_name_does_not_stop_run(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "loop", tmp_path / ("x" * 300), Path("/" + "a/" * 3000)):
         with pytest.raises((InputUnreadable, InputNotFound)) as caught:
@@ -63,8 +63,8 @@ def test_a_link_to_itself_and_a_name_too_long_are_one_job_s_failure(tmp_path):
         assert not caught.value.stops_run
 
 
-def test_what_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    """As a mount whose server is gone."""
+def test_check_regular_file_without_answer_times_out(tmp_path, monkeypatch):
+    """For example, the server of the mount is gone."""
     release = threading.Event()
     monkeypatch.setattr(regular_file, "_look", lambda path: release.wait(60))
     with pytest.raises(InputUnreadable, match=r"did not answer within 0\.05 s"):
@@ -72,6 +72,6 @@ def test_what_does_not_answer_is_given_up(tmp_path, monkeypatch):
     release.set()
 
 
-def test_an_error_of_the_thread_is_raised_here(tmp_path):
+def test_answer_in_time_raises_error_of_thread(tmp_path):
     with pytest.raises(KeyError):
         answer_in_time(lambda: {}["a"], tmp_path)

@@ -108,7 +108,7 @@ def take_over_and_publish(store: S3Storage, tmp_path: Path, seen: ObjectInfo | N
 
 @pytest.mark.parametrize("size", COMPLETIONS, ids=["one request", "two parts"])
 @pytest.mark.parametrize("exists", [False, True], ids=["nothing was there", "something was there"])
-def test_another_publishes_between_the_last_check_and_the_request(
+def test_publish_is_refused_if_other_runner_publishes_after_last_check(
     store: S3Storage, tmp_path: Path, size: int, exists: bool, request: pytest.FixtureRequest
 ) -> None:
     ignored = exists and size == LARGE and "moto" in request.node.name  # moto completes whatever If-Match says
@@ -126,10 +126,10 @@ def test_another_publishes_between_the_last_check_and_the_request(
 
 @pytest.mark.parametrize("size", COMPLETIONS, ids=["one request", "two parts"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_another_takes_over_right_before_the_last_check(
+def test_publish_is_refused_if_other_runner_takes_over_before_last_check(
     store: S3Storage, tmp_path: Path, size: int, exists: bool
 ) -> None:
-    """It has published nothing yet, so that only the lease tells."""
+    """The other runner has published nothing yet, so only the lease shows the takeover."""
     path, seen = begin(store, tmp_path, size, exists)
     before = store.read_bytes(OUTPUT)
     for replaces in (seen, "anything"):
@@ -143,10 +143,10 @@ def test_another_takes_over_right_before_the_last_check(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_completion_is_compared_where_the_store_ignores_its_condition(
+def test_multipart_completion_is_compared_if_store_ignores_condition(
     store: S3Storage, tmp_path: Path, exists: bool
 ) -> None:
-    """Another process, without a lease, stores something while the parts are uploaded."""
+    """Another process without a lease stores an object while the parts are uploaded."""
     path, seen = begin(store, tmp_path, LARGE, exists)
 
     def send(request: Any, **_: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_completion_is_compared_where_the_store_ignores_its_condition(
     assert list(store.leftovers()) == []
 
 
-def test_no_part_is_sent_without_the_lease(behind: S3Storage, line: FaultyServer, tmp_path: Path) -> None:
+def test_publish_without_lease_sends_no_part(behind: S3Storage, line: FaultyServer, tmp_path: Path) -> None:
     path, seen = begin(behind, tmp_path, LARGE, exists=False)
     take_over(behind)
     with pytest.raises(LeaseLost):
@@ -172,8 +172,8 @@ def test_no_part_is_sent_without_the_lease(behind: S3Storage, line: FaultyServer
 
 @pytest.mark.parametrize("operation", ["PutObject", "DeleteObject"])
 @pytest.mark.parametrize("first", [False, True], ids=["after the check", "before the check"])
-def test_small_changes_and_takeovers(store: S3Storage, operation: str, first: bool) -> None:
-    """A record is written or removed by its version: another's lease or another's record is seen, in any order."""
+def test_write_if_and_delete_after_takeover_change_nothing(store: S3Storage, operation: str, first: bool) -> None:
+    """The record is changed by its version: another runner's new lease or record is noticed, in any order."""
     key = "jobs/a/result.json"
     store.write_if(LEASE, b"me", None)
     version = store.write_if(key, b"old", None)
@@ -197,7 +197,7 @@ def test_small_changes_and_takeovers(store: S3Storage, operation: str, first: bo
     assert contents(store) == {LEASE: b"another", key: b"theirs"}
 
 
-def test_a_removal_of_what_is_removed_meanwhile(store: S3Storage) -> None:
+def test_delete_of_object_removed_meanwhile_succeeds(store: S3Storage) -> None:
     version = store.write_if(LEASE, b"me", None)
     with interposed(store, "DeleteObject", LEASE, lambda: S3Storage(store.root).delete(LEASE), first=False) as acted:
         assert store.delete(LEASE, version=version)
@@ -208,10 +208,10 @@ def test_a_removal_of_what_is_removed_meanwhile(store: S3Storage) -> None:
 # A line that fails
 
 
-def test_the_lease_is_read_before_each_repetition(
+def test_lease_is_read_before_each_repeated_request(
     behind: S3Storage, line: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """botocore waits up to 20 s before it repeats a request: meanwhile another runner may take over."""
+    """botocore waits up to 20 s before it repeats a request. Another runner may take over meanwhile."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     path, _ = begin(behind, tmp_path, SMALL, exists=True)
     real = line.note
@@ -233,7 +233,7 @@ def test_the_lease_is_read_before_each_repetition(
 @pytest.mark.parametrize("attempts", ["1", "3"], ids=["repeated by us", "repeated by botocore"])
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("size", COMPLETIONS, ids=["one request", "two parts"])
-def test_a_publish_whose_answer_is_lost(
+def test_publish_with_lost_answer_succeeds(
     behind: S3Storage,
     line: FaultyServer,
     tmp_path: Path,
@@ -242,7 +242,7 @@ def test_a_publish_whose_answer_is_lost(
     exists: bool,
     attempts: str,
 ) -> None:
-    """It is done; its repetition is refused for it. That must not read as another's work."""
+    """The publish is done, so its repetition is refused. This must not look like a publish of another runner."""
     path, seen = begin(behind, tmp_path, size, exists)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
     real, lost = line.note, []
@@ -263,10 +263,10 @@ def test_a_publish_whose_answer_is_lost(
     assert list(behind.leftovers()) == []
 
 
-def test_an_upload_that_its_own_answer_lost_is_not_made_twice(
+def test_completed_upload_with_lost_answer_is_not_repeated(
     behind: S3Storage, line: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As S3 answers a repeated completion: the upload is not there any more."""
+    """S3 answers a repeated completion with an error: the upload is not there any more."""
     path, seen = begin(behind, tmp_path, LARGE, exists=False)
     real, refused = behind.client.complete_multipart_upload, []
 
@@ -283,7 +283,7 @@ def test_an_upload_that_its_own_answer_lost_is_not_made_twice(
 
 
 @pytest.mark.parametrize("kind", ["503", "drop", "409"])
-def test_a_failing_line_is_no_conflict(
+def test_connection_failure_is_no_conflict(
     behind: S3Storage, line: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path, seen = begin(behind, tmp_path, SMALL, exists=True)
@@ -303,7 +303,7 @@ def test_a_failing_line_is_no_conflict(
 
 
 @pytest.mark.parametrize("size", COMPLETIONS, ids=["one request", "two parts"])
-def test_a_store_that_does_not_know_conditions_is_compared(
+def test_store_without_conditions_is_compared_before_write(
     behind: S3Storage, line: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     path, seen = begin(behind, tmp_path, size, exists=True)
@@ -332,7 +332,7 @@ def test_a_store_that_does_not_know_conditions_is_compared(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_compared_write_whose_answer_is_lost(behind: S3Storage, line: FaultyServer, exists: bool) -> None:
+def test_compared_write_with_lost_answer_succeeds(behind: S3Storage, line: FaultyServer, exists: bool) -> None:
     version = behind.write_if(LEASE, b"old", None) if exists else None
     behind.distrust_conditions()
     line.fail("lose", "PUT", LEASE)
@@ -342,7 +342,7 @@ def test_a_compared_write_whose_answer_is_lost(behind: S3Storage, line: FaultySe
     assert (found.data, found.version) == (b"new", written)
 
 
-def test_a_store_that_does_not_know_conditional_removals(behind: S3Storage, line: FaultyServer) -> None:
+def test_store_without_conditional_delete_is_compared_before_delete(behind: S3Storage, line: FaultyServer) -> None:
     first = behind.write_if(LEASE, b"one", None)
     second = behind.write_if(LEASE, b"two", first)
     line.fail("501", "DELETE", LEASE)
@@ -355,7 +355,7 @@ def test_a_store_that_does_not_know_conditional_removals(behind: S3Storage, line
 @pytest.mark.parametrize(
     ("header", "sentence"), [("If-None-Match", "create it only if"), ("If-Match", "not the expected")]
 )
-def test_the_probe_finds_a_store_that_ignores_a_condition(
+def test_probe_conditions_finds_store_that_ignores_condition(
     moto_s3: S3Server, aws_env: UseServer, header: str, sentence: str
 ) -> None:
     store = S3Storage(f"s3://{aws_env(moto_s3).make_bucket()}")
@@ -375,13 +375,13 @@ def test_the_probe_finds_a_store_that_ignores_a_condition(
         assert store.read_bytes("x") == b"two"
 
 
-def test_the_probe_finds_a_store_that_refuses_conditions(behind: S3Storage, line: FaultyServer) -> None:
+def test_probe_conditions_finds_store_that_refuses_conditions(behind: S3Storage, line: FaultyServer) -> None:
     line.fail("501", "PUT")
     assert "does not support conditional writes" in (probe_conditions(behind) or "")
     assert list(behind.list()) == []
 
 
-def test_the_probe_is_gone_when_it_fails(behind: S3Storage, line: FaultyServer) -> None:
+def test_probe_conditions_that_fails_leaves_no_object(behind: S3Storage, line: FaultyServer) -> None:
     real = line.note
     with pytest.MonkeyPatch.context() as patch:
         left = [None, "403", "403"]  # the first request is done
@@ -395,9 +395,7 @@ def test_the_probe_is_gone_when_it_fails(behind: S3Storage, line: FaultyServer) 
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 86400.0])
-def test_an_age_is_a_difference_of_the_store_s_own_times(
-    store: S3Storage, monkeypatch: pytest.MonkeyPatch, skew: float
-) -> None:
+def test_age_is_difference_of_store_times(store: S3Storage, monkeypatch: pytest.MonkeyPatch, skew: float) -> None:
     """The store's clock differs from this machine's by a day, and it wrote the object 40 s ago."""
 
     def skewed(response_dict: Any, **_: Any) -> None:
@@ -414,7 +412,7 @@ def test_an_age_is_a_difference_of_the_store_s_own_times(
 
 
 @pytest.mark.parametrize(("date", "age"), [("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("", None), ("yesterday", None)])
-def test_odd_dates(store: S3Storage, date: str, age: float | None) -> None:
+def test_age_with_odd_date_header_is_zero_or_none(store: S3Storage, date: str, age: float | None) -> None:
     def odd(response_dict: Any, **_: Any) -> None:
         response_dict["headers"]["Date"] = date
 
@@ -425,7 +423,7 @@ def test_odd_dates(store: S3Storage, date: str, age: float | None) -> None:
     assert found.age_s == age
 
 
-def test_extra_arguments_and_conditions_go_together(
+def test_extra_arguments_are_sent_with_conditions(
     moto_s3: S3Server, aws_env: UseServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = aws_env(moto_s3).make_bucket()

@@ -43,7 +43,7 @@ CRC32 = zlib.crc32(DATA).to_bytes(4, "big")
         ({"ChecksumType": "FULL_OBJECT", "ChecksumCRC32": "not base64 -"}, []),
     ],
 )
-def test_what_an_answer_tells(answer: dict[str, Any], names: list[str]) -> None:
+def test_expected_digests_of_answer_are_checked_against_bytes(answer: dict[str, Any], names: list[str]) -> None:
     expected = expected_digests(answer)
     assert [name for name, _ in expected] == names
     assert check_digests(expected, lambda: [DATA[:3], DATA[3:]], "s3://b/k") == (names[0] if names else "")
@@ -55,14 +55,14 @@ def test_what_an_answer_tells(answer: dict[str, Any], names: list[str]) -> None:
             check_digests(expected, lambda: [DATA[:-1] + b"e"], "s3://b/k")
 
 
-def test_an_etag_that_only_looks_like_an_md5() -> None:
-    """One digest that agrees is enough."""
+def test_etag_that_is_no_md5_passes_with_matching_sha256() -> None:
+    """One matching digest is enough."""
     answer = {"ETag": '"' + "0" * 32 + '"', "ChecksumType": "FULL_OBJECT"}
     answer["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(SHA256)).decode()
     assert check_digests(expected_digests(answer), lambda: [DATA], "s3://b/k") == "sha256"
 
 
-def test_etags_of_directory_buckets_are_no_digests() -> None:
+def test_etag_of_directory_bucket_is_no_digest() -> None:
     assert expected_digests({"ETag": f'"{MD5}"'}, "videos--use1-az5--x-s3") == []
     assert expected_digests({"ETag": f'"{MD5}"'}, "videos") == [("md5", MD5)]
 
@@ -97,10 +97,10 @@ def upload_foreign_parts(line: FaultyServer, store: S3Storage, key: str, data: b
 
 
 @pytest.mark.parametrize(("size", "foreign"), [(1000, True), (1000, False), (20 << 20, False), (20 << 20, True)])
-def test_a_flipped_bit_is_noticed(
+def test_fetch_with_flipped_bit_is_repeated_then_refused(
     line: FaultyServer, store: S3Storage, tmp_path: Path, size: int, foreign: bool
 ) -> None:
-    """Small and in ranges; stored by another program (its ETag tells) and, in one part or several, by this one."""
+    """Small objects and ranges, stored by another program (its ETag is the digest) or by this one in 1 part or more."""
     data = os.urandom(size)
     if foreign:
         upload_foreign(line, store, "dance.mp4", data)
@@ -123,7 +123,7 @@ def test_a_flipped_bit_is_noticed(
     assert (tmp_path / "copy").read_bytes() == data
 
 
-def test_a_flipped_bit_in_a_small_object(line: FaultyServer, store: S3Storage) -> None:
+def test_read_of_small_object_with_flipped_bit_is_repeated_then_refused(line: FaultyServer, store: S3Storage) -> None:
     upload_foreign(line, store, "foreign.json", b'{"seed": 1}')
     store.write_bytes("ours.json", b'{"seed": 1}')
     store.write_if("conditional.json", b'{"seed": 1}', None)
@@ -136,7 +136,7 @@ def test_a_flipped_bit_in_a_small_object(line: FaultyServer, store: S3Storage) -
             store.read_versioned(key)
 
 
-def test_with_a_kms_key_the_metadata_tells(line: FaultyServer, store: S3Storage, tmp_path: Path) -> None:
+def test_fetch_with_kms_key_is_verified_by_metadata(line: FaultyServer, store: S3Storage, tmp_path: Path) -> None:
     own = S3Storage(store.root, extra={"ServerSideEncryption": "aws:kms"}, sleep=lambda _: None)
     own.write_bytes("x", b"data")
     line.fail("flip", "GET", "/x")
@@ -144,8 +144,10 @@ def test_with_a_kms_key_the_metadata_tells(line: FaultyServer, store: S3Storage,
     assert (tmp_path / "x").read_bytes() == b"data"
 
 
-def test_what_cannot_be_verified_is_said(line: FaultyServer, store: S3Storage, tmp_path: Path) -> None:
-    """Several parts, or a KMS key, and no metadata of ours: the ETag tells nothing, and the transfer says so."""
+def test_fetch_that_cannot_be_verified_is_marked_unverified(
+    line: FaultyServer, store: S3Storage, tmp_path: Path
+) -> None:
+    """Objects with several parts or a KMS key, and without metadata of this program: their ETag is no digest."""
     parts = os.urandom(6 << 20) * 2
     upload_foreign_parts(line, store, "parts.mp4", parts)
     upload_foreign(line, store, "kms.mp4", b"data", ServerSideEncryption="aws:kms")
@@ -161,8 +163,8 @@ def test_what_cannot_be_verified_is_said(line: FaultyServer, store: S3Storage, t
     assert not fetch_input_with_info(tmp_path / "local.mp4", tmp_path / "inputs").unverified
 
 
-def test_keys_of_ones_own_work_with_digests(line: FaultyServer, store: S3Storage, tmp_path: Path) -> None:
-    """SSE-C: reads take the key too, and the ETag is no MD5."""
+def test_fetch_with_customer_key_is_verified_by_metadata(line: FaultyServer, store: S3Storage, tmp_path: Path) -> None:
+    """With SSE-C, reads need the key too, and the ETag is no MD5."""
     extra = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": "k" * 32, "Metadata": {"run": "7", "SHA256": "mine"}}
     own = S3Storage(store.root, extra=extra, sleep=lambda _: None)
     (tmp_path / "big").write_bytes(os.urandom(1 << 20) * 17)
@@ -175,7 +177,7 @@ def test_keys_of_ones_own_work_with_digests(line: FaultyServer, store: S3Storage
 
 @pytest.mark.s3
 @pytest.mark.parametrize("size", [1000, 10 << 20, 20 << 20])
-def test_a_real_server_tells_the_digest(
+def test_fetch_from_real_server_is_verified(
     seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server], tmp_path: Path, size: int
 ) -> None:
     bucket = aws_env(seaweedfs_s3).make_bucket()

@@ -72,7 +72,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_only_what_is_wanted_and_only_once(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_copies_only_wanted_files_and_only_once(bucket: Bucket, tmp_path: Path) -> None:
     folder = sync_models(bucket.uri, tmp_path / "cache", wanted)
     assert tree(folder) == WANTED
     assert bucket.read() == sorted(WANTED)
@@ -84,7 +84,7 @@ def test_only_what_is_wanted_and_only_once(bucket: Bucket, tmp_path: Path) -> No
     assert tree(folder) == FILES
 
 
-def test_without_a_download_nothing_changes_and_the_cache_must_hold_all(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_without_download_changes_nothing_and_needs_full_cache(bucket: Bucket, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(WeightsMissing, match=r"4 files, 0\.0 GB, would be downloaded.*dry run"):
         sync_models(bucket.uri, cache, wanted, download=False)
@@ -103,7 +103,9 @@ def test_without_a_download_nothing_changes_and_the_cache_must_hold_all(bucket: 
 
 
 @pytest.mark.s3
-def test_on_a_real_server(seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server], tmp_path: Path) -> None:
+def test_sync_from_real_server_copies_wanted_files(
+    seaweedfs_s3: S3Server, aws_env: Callable[..., S3Server], tmp_path: Path
+) -> None:
     aws_env(seaweedfs_s3)
     uri = f"s3://{seaweedfs_s3.make_bucket()}"
     store = open_storage(uri)
@@ -115,7 +117,7 @@ def test_on_a_real_server(seaweedfs_s3: S3Server, aws_env: Callable[..., S3Serve
     assert {k: v["identity"] for k, v in index["files"].items()} == {k: store.stat(k).identity for k in WANTED}  # type: ignore[union-attr]
 
 
-def test_what_changed_is_read_again(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_copies_changed_files_again(bucket: Bucket, tmp_path: Path) -> None:
     folder = sync_models(bucket.uri, tmp_path, wanted)
     bucket.put("Wan/config.json", b"[]")  # as long as before: only the ETag tells
     (folder / "process/det/模型 v10.onnx").write_bytes(b"cut short")
@@ -130,7 +132,7 @@ def test_what_changed_is_read_again(bucket: Bucket, tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_gone_from_the_bucket_goes(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_removes_files_gone_from_bucket(bucket: Bucket, tmp_path: Path) -> None:
     folder = sync_models(bucket.uri, tmp_path, lambda key: True)
     bucket.remove("Wan/transformer/model-00002-of-00002.safetensors")
     bucket.remove("loras/other.safetensors")
@@ -141,7 +143,7 @@ def test_what_is_gone_from_the_bucket_goes(bucket: Bucket, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "files": {}}', '{"version": 1, "files": 3}'])
-def test_a_spoilt_index_costs_a_download(bucket: Bucket, tmp_path: Path, text: str) -> None:
+def test_sync_with_damaged_index_downloads_again(bucket: Bucket, tmp_path: Path, text: str) -> None:
     folder = sync_models(bucket.uri, tmp_path, wanted)
     folder.with_name(folder.name + ".json").write_text(text)
     bucket.forget()
@@ -149,7 +151,9 @@ def test_a_spoilt_index_costs_a_download(bucket: Bucket, tmp_path: Path, text: s
     assert bucket.read() == sorted(WANTED)
 
 
-def test_a_broken_sync_goes_on_where_it_was(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_after_failure_copies_only_missing_files(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(S3Storage.__init__, "__kwdefaults__", {"extra": None, "attempts": 1, "sleep": lambda _: None})
     bucket.server.fail("503", "GET", "model-00002", times=1000)
     with pytest.raises(StorageUnavailable, match="model-00002"):
@@ -163,7 +167,7 @@ def test_a_broken_sync_goes_on_where_it_was(bucket: Bucket, tmp_path: Path, monk
     assert bucket.read() == sorted(set(WANTED) - set(done))
 
 
-def test_two_processes_at_once(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_by_two_processes_copies_each_file_once(bucket: Bucket, tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from runner.storage.sync import sync_models; "
     code += "print(sync_models(sys.argv[1], Path(sys.argv[2]), lambda key: not key.startswith('loras/')))"
     command = [sys.executable, "-c", code, bucket.uri, tmp_path]
@@ -176,7 +180,9 @@ def test_two_processes_at_once(bucket: Bucket, tmp_path: Path) -> None:
     assert bucket.read() == sorted(WANTED)  # each file once, whoever came first
 
 
-def test_waiting_for_another_process_is_said(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_that_waits_for_other_process_logs_waiting(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = FileLock(tmp_path / (cache_name(bucket.uri) + ".lock"))
     other.acquire()
     events: list[str] = []
@@ -192,7 +198,7 @@ def test_waiting_for_another_process_is_said(bucket: Bucket, tmp_path: Path, mon
     assert events[-1] == "models.ready"
 
 
-def test_progress_lines(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_logs_files_and_progress(bucket: Bucket, tmp_path: Path) -> None:
     with structlog.testing.capture_logs() as lines:
         sync_models(bucket.uri, tmp_path, wanted)
         sync_models(bucket.uri, tmp_path, wanted)
@@ -205,7 +211,9 @@ def test_progress_lines(bucket: Bucket, tmp_path: Path) -> None:
     assert [line["key"] for line in lines if line["event"] == "models.file"] == sorted(WANTED)
 
 
-def test_a_flipped_bit_in_weights_is_noticed(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_with_flipped_bit_in_weights_is_repeated_then_refused(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(S3Storage.__init__, "__kwdefaults__", {"extra": None, "attempts": 2, "sleep": lambda _: None})
     bucket.server.fail("flip", "GET", "model-00001")
     bucket.server.fail("flip", "GET", "model-00002", times=2)
@@ -216,8 +224,8 @@ def test_a_flipped_bit_in_weights_is_noticed(bucket: Bucket, tmp_path: Path, mon
     assert "models.unverified" not in [line["event"] for line in lines]
 
 
-def test_weights_that_cannot_be_verified_are_named(bucket: Bucket, tmp_path: Path) -> None:
-    """As `aws s3 cp` stores large files: in parts, without a digest of the whole."""
+def test_sync_logs_weights_that_cannot_be_verified(bucket: Bucket, tmp_path: Path) -> None:
+    """`aws s3 cp` stores large files in parts, without a digest of the whole."""
     where = {"Bucket": bucket.name, "Key": "models/v1/Wan/config.json"}
     upload = where | {"UploadId": bucket.server.client.create_multipart_upload(**where)["UploadId"]}
     etag = bucket.server.client.upload_part(**upload, PartNumber=1, Body=b"{}")["ETag"]
@@ -230,7 +238,7 @@ def test_weights_that_cannot_be_verified_are_named(bucket: Bucket, tmp_path: Pat
     assert found == [("Wan/config.json", "warning")]
 
 
-def test_a_local_store_is_left_alone(tmp_path: Path) -> None:
+def test_sync_of_local_store_copies_nothing(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for uri in (tmp_path / "models", str(tmp_path / "models"), f"file://{tmp_path}/models"):
         assert sync_models(uri, tmp_path / "cache", wanted) == tmp_path / "models"
@@ -239,7 +247,7 @@ def test_a_local_store_is_left_alone(tmp_path: Path) -> None:
         sync_models(tmp_path / "absent", tmp_path / "cache", wanted)
 
 
-def test_nothing_to_copy(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_without_files_to_copy_is_weights_missing(bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(WeightsMissing, match="has no files"):
         sync_models(f"s3://{bucket.name}/elsewhere", tmp_path, wanted)
     with pytest.raises(WeightsMissing, match=r"none of the needed files.*Wan/config\.json"):
@@ -248,14 +256,16 @@ def test_nothing_to_copy(bucket: Bucket, tmp_path: Path) -> None:
         sync_models("s3://no-such-bucket/models", tmp_path, wanted)
 
 
-def test_keys_that_lead_out_of_the_cache_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+def test_sync_refuses_keys_that_lead_out_of_cache(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("../../../evil", b"x")
     with pytest.raises(ConfigInvalid, match="evil"):
         sync_models(bucket.uri, tmp_path / "a" / "b" / "c", wanted)
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_cache_too_small_is_found_before(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_with_too_small_cache_fails_before_download(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
@@ -264,7 +274,9 @@ def test_a_cache_too_small_is_found_before(bucket: Bucket, tmp_path: Path, monke
     assert bucket.read() == []
 
 
-def test_a_cache_that_cannot_be_written(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_with_unwritable_cache_is_storage_denied(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def deny(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -273,7 +285,7 @@ def test_a_cache_that_cannot_be_written(bucket: Bucket, tmp_path: Path, monkeypa
         sync_models(bucket.uri, tmp_path / "cache", wanted)
 
 
-def test_names_are_stable_and_different() -> None:
+def test_cache_name_is_stable_and_unique() -> None:
     assert cache_name("s3://bucket/models/v1") == cache_name("s3://bucket/models/v1")
     assert cache_name("s3://bucket/models/v1").startswith("v1-")
     names = {cache_name(f"s3://{root}") for root in ("a/v1", "b/v1", "a", "a/中文", "a/..", "a/v 1", "a/" + "x" * 500)}

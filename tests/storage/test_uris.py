@@ -37,13 +37,13 @@ RUNNER = Path(runner.__file__).resolve().parent
         (Path("x"), "x"),
     ],
 )
-def test_local_uris(uri: str | Path, path: str) -> None:
+def test_local_path_of_local_uri_is_plain_path(uri: str | Path, path: str) -> None:
     assert local_path(uri) == Path(path)
     assert not is_remote(uri)
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "file://host/x", "file:x//", "", "a\0b"])
-def test_other_uris_are_refused(uri: str) -> None:
+def test_uri_of_other_kind_is_refused(uri: str) -> None:
     if uri == "file:x//":  # no authority, hence a relative path of an odd name
         assert local_path(uri) == Path(uri)
         return
@@ -55,23 +55,23 @@ def test_other_uris_are_refused(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3://x", "s3://bad bucket/x", "s3://bucket/../up"])
-def test_uris_without_a_bucket_or_that_lead_up(uri: str) -> None:
+def test_s3_uri_without_bucket_or_that_leads_up_is_refused(uri: str) -> None:
     with pytest.raises(ConfigInvalid):
         open_storage(uri)
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/folder/", "s3://bucket/a/.."])
-def test_an_input_uri_names_an_object(uri: str) -> None:
+def test_input_uri_that_names_no_object_is_not_found(uri: str) -> None:
     with pytest.raises(InputNotFound, match="s3://bucket"):
         stat_input(uri)
 
 
-def test_s3_roots() -> None:
+def test_s3_root_is_normalised() -> None:
     assert open_storage("s3://bucket").root == open_storage("S3://bucket/").root == "s3://bucket"
     assert open_storage("s3://bucket/a/b/").uri("c d") == "s3://bucket/a/b/c d"
 
 
-def test_local_inputs_stay_where_they_are(tmp_path: Path) -> None:
+def test_local_input_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(b"x")
     assert fetch_input(str(tmp_path / "a b.png"), tmp_path / "scratch") == tmp_path / "a b.png"
     assert fetch_input(f"file://{tmp_path}/a%20b.png", tmp_path / "scratch") == tmp_path / "a b.png"
@@ -84,8 +84,8 @@ def test_local_inputs_stay_where_they_are(tmp_path: Path) -> None:
         stat_input(tmp_path / "a b.png" / "deeper")
 
 
-def test_odd_local_inputs_are_their_jobs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No ConfigInvalid and no traceback, which would stop the other jobs."""
+def test_odd_local_input_does_not_stop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ConfigInvalid or a traceback would stop the other jobs."""
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.delenv("HOME", raising=False)
     for uri, kind, said in [
@@ -105,7 +105,7 @@ def test_odd_local_inputs_are_their_jobs_fault(tmp_path: Path, monkeypatch: pyte
                 ask(uri)
 
 
-def test_odd_objects_are_their_jobs_fault(
+def test_odd_s3_object_does_not_stop_run(
     faulty_s3: FaultyServer, aws_env: Callable[..., S3Server], tmp_path: Path
 ) -> None:
     bucket = aws_env(faulty_s3, AWS_MAX_ATTEMPTS="1").make_bucket()
@@ -121,13 +121,13 @@ def test_odd_objects_are_their_jobs_fault(
             ask(f"s3://{bucket}/{'n' * 1025}/x")
 
 
-def test_what_is_wrong_with_the_configuration_is_no_inputs_fault(aws_env: Callable[..., S3Server]) -> None:
+def test_invalid_s3_endpoint_is_config_invalid(aws_env: Callable[..., S3Server]) -> None:
     aws_env(S3Server("not a url"))
     with pytest.raises(ConfigInvalid, match="AWS_ENDPOINT_URL_S3"):
         stat_input("s3://bucket/x.mp4")
 
 
-def test_probe_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_probe_writable_of_denied_folder_names_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def deny(*_: object, **__: object) -> Iterator[None]:
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
 
@@ -137,8 +137,8 @@ def test_probe_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert f"{tmp_path} belongs to uid {tmp_path.stat().st_uid}" in caught.value.message
 
 
-def test_no_other_module_means_s3() -> None:
-    """What depends on a scheme asks the registry or the storage itself."""
+def test_only_s3_and_uris_modules_name_s3() -> None:
+    """Code that depends on a scheme asks the registry or the storage itself."""
     found = []
     for path in RUNNER.rglob("*.py"):
         if path.parent.name == "storage" and (path.name == "uris.py" or path.name.startswith("s3")):
