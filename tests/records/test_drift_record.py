@@ -19,7 +19,7 @@ def change(delta_e: float) -> dict:
 CORRECTED = {"correction": {"method": "seam", "gain": (1.0, 1.0, 1.0), "offset": (1.0, 0.0, 0.0)}}
 
 
-def test_drift_beyond_the_limit_is_warned_of_once_with_what_to_do():
+def test_drift_beyond_limit_is_warned_once_with_remedy():
     within, beyond = DELTA_E_LIMIT - 0.01, DELTA_E_LIMIT + 0.5
     assert record("off", {}, {"remaining": within}).warnings == []
     (said,) = record("off", {}, {"remaining": 2.1}, {"remaining": beyond}, {}).warnings
@@ -28,14 +28,14 @@ def test_drift_beyond_the_limit_is_warned_of_once_with_what_to_do():
     assert "of the driving video; check the video" in said
 
 
-def test_a_step_is_warned_of_where_it_is_published():
+def test_drift_step_is_warned_at_published_joint():
     (said,) = record("off", {}, {"joint": change(2.4), "overlap": change(0.1)}, {"overlap": change(2.2)}).warnings
     assert "2.4 delta E at the joint before segment 2 of 3; set colour: seam or anchor" in said
     assert record("off", {}, {"joint": change(0.1), "overlap": change(9)}).warnings == []  # the joint is what is seen
     assert record("seam", {}, {"joint": change(2.4), **CORRECTED}).warnings == []
 
 
-def test_json_has_it_all_and_a_later_version_may_add():
+def test_drift_record_json_round_trips_and_allows_new_fields():
     whole = record(
         "seam", {}, {"overlap": change(1), "joint": change(2), "still": change(3), "remaining": 3} | CORRECTED
     )
