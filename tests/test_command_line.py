@@ -47,7 +47,7 @@ def refused(capsys, *words: str) -> str:
 
 
 @pytest.mark.parametrize(("verb", "flag"), FLAGS)
-def test_a_shortened_or_mistyped_flag_is_refused_with_the_one_that_was_meant(verb, flag, capsys):
+def test_shortened_or_mistyped_flag_is_refused_with_suggestion(verb, flag, capsys):
     known = {name for found, name in FLAGS if found == verb}
     for wrong in {flag[:-1], flag + flag[-1], flag.upper()} - known:
         said = refused(capsys, *verb.split(), wrong, "x")
@@ -56,7 +56,7 @@ def test_a_shortened_or_mistyped_flag_is_refused_with_the_one_that_was_meant(ver
             assert re.search(rf"did you mean .*{flag}\b", said)
 
 
-def test_flags_before_the_verb_and_of_other_verbs_are_refused(capsys):
+def test_flags_before_verb_or_of_other_verb_are_refused(capsys):
     assert "no flag --verson; did you mean --version?" in refused(capsys, "--verson")
     assert "no flag --out" in refused(capsys, "--out", "x", "run", "m.yaml")
     assert "no flag --cache; see video-lab weights fetch --help" in refused(capsys, "weights", "fetch", "--cache", "x")
@@ -72,7 +72,7 @@ def test_values_and_words_after_two_dashes_are_no_flags():
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_help_ends_with_the_verb_s_codes_and_two_examples_that_can_be_typed(name):
+def test_help_of_verb_ends_with_exit_codes_and_two_examples(name):
     verb = BY_NAME[name]
     text = help_texts()[name]
     codes = re.findall(r"(?<=\s)(\d+) (?=[a-zA-Z])", text.partition("exit codes:")[2].partition("An unexpected")[0])
@@ -107,7 +107,7 @@ def help_groups(name: str, capsys) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_help_of_a_verb_shows_common_flags_before_advanced_ones(name, capsys):
+def test_help_of_verb_shows_common_flags_before_advanced_ones(name, capsys):
     verb = BY_NAME[name]
     groups = help_groups(name, capsys)
     assert sorted(flag for flags in groups.values() for flag in flags) == sorted(f for v, f in FLAGS if v == name)
@@ -124,7 +124,7 @@ def test_help_of_a_verb_shows_common_flags_before_advanced_ones(name, capsys):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_help_of_a_verb_begins_with_usage_and_one_line_of_purpose(name, capsys, monkeypatch):
+def test_help_of_verb_begins_with_usage_and_one_line_of_purpose(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
@@ -135,7 +135,7 @@ def test_help_of_a_verb_begins_with_usage_and_one_line_of_purpose(name, capsys, 
     assert len(BY_NAME[name].text) <= 100
 
 
-def test_help_of_weights_has_all_codes_of_what_is_below_it():
+def test_help_of_weights_has_all_exit_codes_of_its_verbs():
     below = {code for verb in VERBS if verb.name.startswith("weights ") for code in verb.codes}
     text = help_texts()["weights"]
     assert all(f"{code} {EXIT_CODES[code]}" in text for code in below)
@@ -234,7 +234,7 @@ def test_results_and_errors_become_exit_codes(monkeypatch, capsys, name, result,
         assert code in BY_NAME[name].codes
 
 
-def test_what_could_not_be_removed_ends_clean_with_its_code(monkeypatch, capsys):
+def test_clean_with_failed_removal_exits_with_code_of_error(monkeypatch, capsys):
     from runner.storage import Leftover
 
     left = Leftover("out/x", "x", 1, 0.0, "staged file")
@@ -243,7 +243,7 @@ def test_what_could_not_be_removed_ends_clean_with_its_code(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_what_stopped_a_run_is_the_last_line(monkeypatch, capsys, flags):
+def test_error_that_stopped_run_is_last_line(monkeypatch, capsys, flags):
     error = DeviceLost("the GPU is lost", todo="Start the same command again")
     lines = (JobLine(id="a", status="not_run", reason="the run ended before it"),)
     outcome = RunOutcome(

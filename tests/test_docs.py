@@ -129,7 +129,7 @@ INLINE = [(name, span) for name, text in PAGES.items() for span in spans(text) i
 
 
 @pytest.mark.parametrize(("name", "span"), INLINE, ids=[f"{name}: {span}" for name, span in INLINE])
-def test_commands_in_sentences_name_verbs_and_flags_of_these_verbs(name, span):
+def test_commands_in_sentences_name_verbs_and_their_flags(name, span):
     """In sentences a command may be short: `video-lab inspect VIDEO`, `video-lab submit aws-batch|slurm MANIFEST …`."""
     words = re.sub(r"[…|]", " ", span).split()[1:]
     verbs = [verb for verb in FLAGS if verb.split()[0] == words[0]]
@@ -144,7 +144,7 @@ FOREIGN_FLAGS = {"--jobs", "--unknown", "--user"}  # of sacct, tools/convert_rif
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "THIRD_PARTY.md"])  # that one has FFmpeg's
-def test_flags_in_sentences_are_flags(name):
+def test_flags_in_sentences_exist(name):
     named = {flag for span in spans(PAGES[name]) for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)}
     assert named - ALL_FLAGS - FOREIGN_FLAGS == set()
 
@@ -155,7 +155,7 @@ def test_make_targets_in_pages_exist(name):
     assert set(re.findall(r"\bmake ([a-z][a-z-]*)", code)) <= make_targets()
 
 
-def test_readme_names_the_two_first_commands():
+def test_readme_names_two_first_commands():
     code = "\n".join(code for _, code in FENCE.findall(PAGES["README.md"]))
     assert {"demo", "test"} <= set(re.findall(r"^make ([a-z-]+)", code, flags=re.MULTILINE))
 
@@ -189,7 +189,7 @@ def test_links_in_pages_lead_to_files_and_headings(name, target):
         assert anchor in anchors(path), f"{name}: {place or name} has no heading #{anchor}"
 
 
-def test_every_page_is_linked_from_another():
+def test_page_is_linked_from_other_page():
     linked = set()
     for name, target in LINKS:
         path = ((ROOT / name).parent / target.partition("#")[0]).resolve()
@@ -242,8 +242,8 @@ RUNNING = [("manifest", "jobs.yaml"), ("replace", "replace.yaml")]
 
 
 @pytest.mark.parametrize(("name", "file"), RUNNING)
-def test_first_manifest_of_a_page_renders_with_the_demo_models(name, file, tmp_path, demo_models, demo_media):
-    """Shortened: fewer pixels, frames and steps."""
+def test_first_manifest_of_page_renders_with_demo_models(name, file, tmp_path, demo_models, demo_media):
+    """The job is shortened to fewer pixels, frames and steps."""
     document = yaml.safe_load(blocks(page(name), "yaml")[0])
     document["defaults"]["options"] |= {"size": "64x96", "max_frames": 5, "steps": 1}
     for job in document["jobs"]:
@@ -335,7 +335,7 @@ def test_key_tables_have_every_key(heading, model):
 # -- other tables ------------------------------------------------------------------------------------------------------
 
 
-def test_recipe_table_has_every_recipe_with_its_steps_and_sampler():
+def test_recipe_table_has_every_recipe_with_steps_and_sampler():
     samplers = {"euler": "Euler", "unipc": "UniPC"}
     listed = {name.strip("`").split("`")[0]: steps for name, _, steps in rows(page("recipes"), 3) if "`" in name}
     wanted = {recipe.name: f"{recipe.steps}, {samplers[recipe.scheduler]}" for recipe in RECIPES.values()}
@@ -347,7 +347,7 @@ def test_modifier_table_has_every_word():
     assert listed == {*PRECISIONS, *FIXED, "steps4", "shift3"}
 
 
-def test_forecast_table_is_that_of_the_results():
+def test_forecast_table_equals_results():
     results = (ROOT / "bench/results.md").read_text(encoding="utf-8")
     table = rows(section(page("recipes"), "Forecasts"), 4)[1:]
     assert table
@@ -357,7 +357,7 @@ def test_forecast_table_is_that_of_the_results():
 
 
 def test_exit_code_tables_have_every_code():
-    """That of README, where it has one, and that of docs/outputs.md."""
+    """The tables are that of README.md, where it has one, and that of docs/outputs.md."""
     for text in (PAGES["README.md"], page("outputs")):
         table = re.findall(r"^\| ([0-9, ]+) \|", text, flags=re.MULTILINE)
         listed = {int(code) for cell in table for code in cell.split(",") if code.strip()}
@@ -374,7 +374,7 @@ def test_output_tree_has_every_file():
     assert [name for name in names if name not in tree] == []
 
 
-def test_parts_table_is_what_can_be_fetched():
+def test_parts_table_has_all_parts_that_can_be_fetched():
     listed = {name.strip("`"): (repo.strip("`"), gb) for name, repo, gb, *_ in rows(page("weights"), 5) if "`" in name}
     wanted = {part: (source.repo, f"{source.gb:g} GB") for part, source in SOURCES.items()}
     assert listed == wanted

@@ -36,20 +36,20 @@ from runner.errors import (
         (ZeroDivisionError("division by zero"), "internal", "ZeroDivisionError: division by zero"),
     ],
 )
-def test_foreign_errors_have_a_code_and_a_remedy(error, code, words):
+def test_foreign_errors_have_code_and_remedy(error, code, words):
     found = as_runner_error(error, where="somewhere")
     assert found.code == code
     assert words in found.message
     assert found.todo
 
 
-def test_our_own_stay_as_they_are():
+def test_runner_error_stays_unchanged():
     error = InputNotFound("no such file", where="a.mp4", todo="Check the path")
     assert as_runner_error(error, where="elsewhere") is error
     assert error.message == "a.mp4: no such file. Check the path"
 
 
-def test_codes_are_unique_and_their_exit_codes_are_known():
+def test_error_codes_are_unique_with_known_exit_codes():
     kinds, waiting = [], [RunnerError]
     while waiting:
         kinds += (below := waiting.pop().__subclasses__())
@@ -61,7 +61,7 @@ def test_codes_are_unique_and_their_exit_codes_are_known():
 
 
 @pytest.mark.parametrize(("kind", "its"), [(WeightsMissing, JobWeightsMissing), (WeightsCorrupt, JobWeightsCorrupt)])
-def test_weights_of_one_job_fail_that_job_alone(kind, its):
+def test_weights_error_of_one_job_fails_only_that_job(kind, its):
     assert (kind("x").exit_code, kind("x").stops_run) == (2, True)
     with pytest.raises(its) as caught, job_weight_errors():
         raise kind("no LoRA", where="loras/a", todo="Put it there")
@@ -71,14 +71,14 @@ def test_weights_of_one_job_fail_that_job_alone(kind, its):
         _ = 1 / 0
 
 
-def test_of_many_the_first_few_are_named():
+def test_first_few_of_long_list_names_first_items():
     assert first_few([], 2) == ""
     assert first_few(["a", "b"], 2) == "a, b"
     assert first_few(["a", "b", "c", "d"], 2) == "a, b and 2 more"
     assert first_few(["a", "b", "c"], 2, "; ") == "a; b; and 1 more"
 
 
-def test_unexpected_exception_keeps_its_traceback_as_text_and_no_frame():
+def test_unexpected_exception_keeps_traceback_text_and_no_frame():
     class Tensor:
         pass
 

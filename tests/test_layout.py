@@ -125,15 +125,15 @@ def imports_in(path: Path) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_to_a_lower_floor_or_stay_in_the_room(module):
+def test_imports_go_to_lower_floor_or_stay_in_room(module):
     room = room_of(module)
     assert room in HEIGHT, f"{module}: give `{room}` a place in FLOORS"
     wrong = {name for name in imports_of(module) if (to := room_of(name)) != room and HEIGHT[to] >= HEIGHT[room]}
     assert not wrong, f"{module} imports {sorted(wrong)}, which are not below it"
 
 
-def test_no_file_imports_itself_by_a_circle():
-    """Also not inside a room, and not by an import inside a function."""
+def test_imports_have_no_cycle():
+    """There is none inside a room either, and none by an import inside a function."""
     graph = {module: (imports_of(module) & MODULES.keys()) - {"runner"} for module in MODULES}
     while leaves := {module for module, needs in graph.items() if not needs}:
         graph = {module: needs - leaves for module, needs in graph.items() if module not in leaves}
@@ -141,7 +141,7 @@ def test_no_file_imports_itself_by_a_circle():
 
 
 @pytest.mark.parametrize("room", KNOWS)
-def test_rooms_know_no_more_than_they_should(room):
+def test_room_imports_only_allowed_modules(room):
     seen = 0
     for module in MODULES:
         if module.split(".")[1:2] == [room]:
@@ -154,7 +154,7 @@ def test_rooms_know_no_more_than_they_should(room):
 
 
 @pytest.mark.parametrize("module", ["runner.batch.loop", "runner.batch.task", "runner.batch.delivery"])
-def test_the_loop_knows_a_model_by_its_protocol_alone(module):
+def test_loop_imports_only_protocol_of_generators(module):
     models = {name for name in imports_of(module) if name.split(".")[1] in ("generation", "preprocess", "quantization")}
     assert models == {"runner.generation.protocol"}
 
@@ -170,20 +170,20 @@ def test_the_loop_knows_a_model_by_its_protocol_alone(module):
         ("def f():\n    from runner.video.reader import probe", True, True),  # reader.py imports decode.py
     ],
 )
-def test_a_wrong_import_is_seen(monkeypatch, tmp_path, source, floors, circle):
-    """As if video/decode.py read so."""
+def test_wrong_import_is_found(monkeypatch, tmp_path, source, floors, circle):
+    """Each source stands for the content of video/decode.py."""
     file = tmp_path / "decode.py"
     file.write_text(source, encoding="utf-8")
     monkeypatch.setitem(MODULES, "runner.video.decode", file)
     for check, right in (
-        (partial(test_imports_go_to_a_lower_floor_or_stay_in_the_room, "runner.video.decode"), floors),
-        (test_no_file_imports_itself_by_a_circle, not circle),
+        (partial(test_imports_go_to_lower_floor_or_stay_in_room, "runner.video.decode"), floors),
+        (test_imports_have_no_cycle, not circle),
     ):
         with nullcontext() if right else pytest.raises(AssertionError):
             check()
 
 
-def test_modules_named_in_texts_exist_and_stand_in_registries():
+def test_modules_named_in_texts_exist_and_are_in_registries():
     for module in MODULES:
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.Constant) and re.fullmatch(r"runner(\.\w+)+:\w+", str(node.value)):
@@ -192,28 +192,28 @@ def test_modules_named_in_texts_exist_and_stand_in_registries():
                 assert attribute in {name for child in tree_of(named).body for name in names_defined(child)}
 
 
-def test_one_module_knows_argparse():
-    """Also not in a text: below the command line there are settings, not flags that were parsed."""
+def test_only_cli_module_names_argparse():
+    """No text names it either: below the command line there are settings, not parsed flags."""
     knowing = {path.name for path in RUNNER.rglob("*.py") if "argparse" in path.read_text(encoding="utf-8")}
     assert knowing == {"cli.py"}
 
 
-def test_one_module_prints():
-    """What it prints has no secrets in it."""
+def test_only_tables_module_prints():
+    """The text that it prints has no secrets in it."""
     for module in MODULES.keys() - {"runner.verbs.tables"}:
         calls = (node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call))
         lines = [name.lineno for name in calls if isinstance(name, ast.Name) and name.id == "print"]
         assert lines == [], f"{module} prints in line {lines}: call print_text or print_error of tables.py"
 
 
-def test_the_top_of_the_package_is_seen_at_a_glance():
+def test_top_of_package_has_few_folders_and_files():
     folders = [path for path in RUNNER.iterdir() if path.is_dir() and list(path.glob("*.py"))]
     assert len(folders) <= FOLDERS
     assert len(list(RUNNER.glob("*.py"))) <= FILES
 
 
-def test_a_file_s_name_stands_alone_in_a_traceback():
-    """One file a name in the whole tree; an s at the end makes no other name."""
+def test_file_name_is_unique_in_tree():
+    """Each file name occurs once in the whole tree. Names that differ only by an s at the end count as equal."""
     by_name: dict[str, list[str]] = {}
     for folder in ("runner", "bench", "tools", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -222,8 +222,8 @@ def test_a_file_s_name_stands_alone_in_a_traceback():
     assert {name: paths for name, paths in by_name.items() if len(paths) > 1} == {}
 
 
-def test_a_class_s_name_means_one_thing():
-    """One class a name in the whole package."""
+def test_class_name_is_unique_in_package():
+    """Each class name occurs once in the whole package."""
     by_name: dict[str, list[str]] = {}
     for module in MODULES:
         for node in tree_of(module).body:
@@ -233,7 +233,7 @@ def test_a_class_s_name_means_one_thing():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_says_what_it_is_and_what_it_offers(module):
+def test_module_has_docstring_and_list_of_public_names(module):
     tree = tree_of(module)
     if not tree.body and MODULES[module].name == "__init__.py":
         return  # an empty package file offers nothing
@@ -261,8 +261,8 @@ def names_defined(node: ast.stmt) -> set[str]:
     return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
 
-def test_no_file_is_too_long():
-    """A long file is named in a warning; it is cut at its nouns, not at a number of lines."""
+def test_file_length_is_below_limit():
+    """A long file is named in a warning. Split it by subject, not at a number of lines."""
     lines = {}
     for folder in ("runner", "bench", "tools", "tests"):
         for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.sh")]:
@@ -291,7 +291,7 @@ def test_documents_name_files_that_exist(document):
     assert {name for name in files_named(text) - FOREIGN_FILES if not exists(name)} == set()
 
 
-def test_the_architecture_names_every_room_and_no_other_folder():
+def test_architecture_names_every_room_and_no_other_folder():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+(?:/\w+)*)/`", text))
     rooms = {name.replace(".", "/") for name in HEIGHT}
@@ -356,7 +356,7 @@ print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stder
     ],
     ids=lambda arguments: " ".join(Path(argument).name for argument in arguments),
 )
-def test_help_is_light(arguments):
+def test_help_imports_no_heavy_module(arguments):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED_AFTER, json.dumps(arguments)],
         cwd=ROOT,
@@ -378,7 +378,7 @@ def make_targets() -> frozenset[str]:
     return frozenset(re.findall(r"^([a-z][a-z-]*):.*##", makefile, flags=re.MULTILINE))
 
 
-def test_the_fixed_targets_exist():
+def test_fixed_make_targets_exist():
     fixed = {
         "help",
         "setup",
@@ -401,7 +401,7 @@ def test_help_of_make_lists_every_target():
     assert set(re.findall(r"^ +make ([a-z-]+) ", listing, flags=re.MULTILINE)) == make_targets()
 
 
-def test_the_image_takes_only_what_exists():
+def test_image_copies_only_existing_files():
     """Every COPY of the Dockerfile names something in the repository that .dockerignore lets through."""
     copies = re.findall(r"^COPY (.+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -48,7 +48,7 @@ def _no_secret_in_the_environment(monkeypatch):
         ("aws_session_token=secret, and more", "aws_session_token=***, and more"),
     ],
 )
-def test_secrets_are_masked_and_the_rest_is_readable(text, masked):
+def test_secrets_are_masked_and_other_text_stays(text, masked):
     assert redact(text) == masked
     assert redact(masked) == masked
 
@@ -70,7 +70,7 @@ def test_secrets_are_masked_and_the_rest_is_readable(text, masked):
         "***",
     ],
 )
-def test_ordinary_names_stay(text):
+def test_redact_of_ordinary_name_changes_nothing(text):
     assert redact(text) == text
 
 
@@ -106,7 +106,7 @@ def planted(draw) -> tuple[str, str]:
 
 @settings(deadline=None, max_examples=400)
 @given(planted(), AROUND)
-def test_no_planted_secret_is_left_and_a_second_time_changes_nothing(case, noise):
+def test_planted_secret_is_masked_and_second_redact_changes_nothing(case, noise):
     text, secret = case
     masked = redact(text)
     assert secret not in masked
@@ -117,18 +117,18 @@ def test_no_planted_secret_is_left_and_a_second_time_changes_nothing(case, noise
 
 @settings(deadline=None, max_examples=400)
 @given(st.text("ab:/@?&=%3D \"'\nkeysigtoken", max_size=60))
-def test_any_text_is_redacted_once_and_for_all(text):
+def test_redact_of_redacted_text_changes_nothing(text):
     assert redact(redact(text)) == redact(text)
 
 
-def test_secrets_of_the_environment_are_masked_wherever_they_stand(monkeypatch):
+def test_secrets_of_environment_are_masked_in_any_text(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc/def+ghi")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "short")
     assert redact("x abc/def+ghi y abc%2Fdef%2Bghi abc/def%2Bghi") == "x *** y *** ***"
     assert redact("a short story") == "a short story"
 
 
-def test_a_tree_is_redacted_in_keys_and_values_and_keeps_what_is_compared():
+def test_redact_tree_masks_keys_and_values_except_kept_ones():
     tree = {
         "uri": "https://u:secret@h/a",
         "list": ["a?sig=secret", 1, None, True, 2.5],
@@ -147,7 +147,7 @@ def test_a_tree_is_redacted_in_keys_and_values_and_keeps_what_is_compared():
     }
 
 
-def test_characters_that_no_reader_sees_are_written_as_escapes():
+def test_invisible_characters_are_written_as_escapes():
     text = "a\x00b\x1b[31m\u202e\u2066\u200f\x85\r贝\té\n"
     assert escape_control(text) == "a\\x00b\\x1b[31m\\u202e\\u2066\\u200f\\x85\\x0d贝\té\n"
     assert escape_control("a\nb", lines=True) == "a\\nb"
