@@ -43,7 +43,7 @@ from runner.batch.job_checkpoint import Chain, Checkpoints  # noqa: E402
 from runner.batch.ledger import Ledger  # noqa: E402
 from runner.batch.memory_sampler import MemorySampler  # noqa: E402
 from runner.batch.segment_keeper import SegmentKeeper  # noqa: E402
-from runner.batch.task import Piece, Task  # noqa: E402
+from runner.batch.task import SegmentItem, Task  # noqa: E402
 from runner.forecast.flops import PRODUCTION  # noqa: E402
 from runner.forecast.seconds import DEVICES, EngineBuild, forecast_seconds  # noqa: E402
 from runner.generation.protocol import Segment, SegmentPlan  # noqa: E402
@@ -176,7 +176,7 @@ def measure(
             begin = time.perf_counter()
             point = make_resume_point(index + 1, plan, decoded[:, :, -overlap:], generator)
             row = {"main_s": time.perf_counter() - begin, "encode_s": encode_s}
-            piece = Piece(task, Segment(index, picture[new], poses[new], point), IDENTITY)
+            piece = SegmentItem(task, Segment(index, picture[new], poses[new], point), IDENTITY)
             clock.seconds.clear()
             begin, cpu = time.perf_counter(), time.process_time()
             keeper.keep(task, piece)

@@ -136,7 +136,7 @@ def test_closing_wakes_take_and_returns_what_was_sent_or_put_back():
 def test_after_the_end_nothing_can_be_sent():
     mailbox = Mailbox()
     mailbox.end()
-    with pytest.raises(ValueError, match="no more"):
+    with pytest.raises(ValueError, match="no items can be added"):
         mailbox.send(make_job("a"))
 
 

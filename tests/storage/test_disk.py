@@ -256,7 +256,9 @@ def test_lock_held_by_stopped_process_ends_in_storage_unavailable(
         lambda: store.delete("jobs/a/x"),
         lambda: store.delete("jobs/a/frames/x", fence=NO_LEASE),
     ):
-        with pytest.raises(StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*Find the process") as caught:
+        with pytest.raises(
+            StorageUnavailable, match=r"jobs/a: .*another process.*0\.2 s.*Find the stopped process"
+        ) as caught:
             use()
         assert caught.value.retryable
         assert caught.value.where == str(stopped_holder)

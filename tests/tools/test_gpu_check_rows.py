@@ -92,7 +92,7 @@ def test_block_with_failed_compilation_is_row_with_reason(tmp_path, monkeypatch)
     block.run(part, CPU, tiny=True)
     good, bad = part.tables["blocks"]
     assert "no compiler" in good["broken"] and good["ms"] > 0
-    assert bad["error"] == "ValueError: no product 'none' of 'fp8'"
+    assert bad["error"] == "ValueError: no backend 'none' for 'fp8'"
     assert part.tables["attention"] == [{"kind": "exact"}]
 
 
