@@ -45,7 +45,7 @@ def place(preprocessor):
 
 
 @pytest.mark.parametrize("error", [RuntimeError(AT_ITS_LIMIT), OF_TORCH], ids=["arena", "torch"])
-def test_the_job_is_prepared_on_the_cpu_and_the_next_one_on_the_device(
+def test_prepare_on_full_device_runs_on_cpu_and_next_job_on_device(
     preprocessor, place, reference, tmp_path, make_clip, error
 ):
     clip = make_clip(tmp_path / "clip.mp4", [(40 + 2 * i, 60) for i in range(20)])
@@ -71,9 +71,7 @@ def test_the_job_is_prepared_on_the_cpu_and_the_next_one_on_the_device(
     assert there._host is host  # opened once
 
 
-def test_other_errors_stay_the_jobs_and_on_the_cpu_there_is_nowhere_else(
-    preprocessor, place, reference, tmp_path, make_clip, monkeypatch
-):
+def test_prepare_with_other_error_or_full_cpu_fails(preprocessor, place, reference, tmp_path, make_clip, monkeypatch):
     clip = make_clip(tmp_path / "clip.mp4", [(40 + 2 * i, 60) for i in range(20)])
     there, device = place
     (tmp_path / "text.mp4").write_text("hello")
@@ -89,7 +87,7 @@ def test_other_errors_stay_the_jobs_and_on_the_cpu_there_is_nowhere_else(
         here.prepare(reference, clip, OPTIONS)
 
 
-def test_networks_that_do_not_fit_are_opened_on_the_cpu(networks, monkeypatch):
+def test_load_of_networks_on_full_device_opens_them_on_cpu(networks, monkeypatch):
     asked, opened = [], prepare.open_backend
 
     def open_there(name, detector, pose, device, options):

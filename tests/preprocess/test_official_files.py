@@ -54,7 +54,7 @@ def made(demo, demo_media, tmp_path_factory) -> Callable[[str], tuple[dict, Cond
     return make
 
 
-def test_an_animation_reads_back(made, demo_media):
+def test_official_files_of_animate_job_read_back(made, demo_media):
     summary, window, folder, _ = made("animate")
     assert sorted(p.name for p in folder.iterdir()) == ["src_face.mp4", "src_pose.mp4", "src_ref.png"]
     assert (summary["frames"], summary["fps"], summary["width"], summary["height"]) == (FRAMES, 12.5, 240, 160)
@@ -74,7 +74,7 @@ def test_an_animation_reads_back(made, demo_media):
     read.close()
 
 
-def test_a_replacement_reads_back_with_its_mask_exact(made):
+def test_official_files_of_replace_job_read_back_with_exact_mask(made):
     _, window, folder, options = made("replace")
     assert window.mask is not None and window.background is not None
     read = OfficialConditions.open(folder, options.model_copy(update={"start_s": 0.0}))
@@ -91,7 +91,7 @@ def test_a_replacement_reads_back_with_its_mask_exact(made):
     read.close()
 
 
-def test_the_official_reader_sees_the_same(made):
+def test_official_files_read_by_decord_have_same_frames(made):
     """decord, as the official generate() uses it: equal lengths, the pose's size, a mask of near zeros and ones."""
     decord = pytest.importorskip("decord")
     _, window, folder, _ = made("replace")
@@ -135,7 +135,7 @@ def numbers(frames: np.ndarray) -> list[int]:
     return [read_index(frame) for frame in frames]
 
 
-def test_files_of_the_official_script(tmp_path):
+def test_official_conditions_read_files_of_official_script(tmp_path):
     folder = official_folder(tmp_path / "made")
     read = OfficialConditions.open(folder, JobOptions(mode="replace"), face_size=48)
     assert (read.frames, read.fps, read.width, read.height, read.start_s) == (12, 30, 96, 64, 0.0)
@@ -152,7 +152,7 @@ def test_files_of_the_official_script(tmp_path):
     read.close()
 
 
-def test_a_span_of_the_files_keeps_their_rate(tmp_path):
+def test_official_conditions_of_span_keep_frame_rate(tmp_path):
     folder = official_folder(tmp_path / "made", frames=30)
     read = OfficialConditions.open(folder, JobOptions(start_s=0.2, max_frames=5))
     assert (read.frames, read.fps, read.start_s) == (5, 30, pytest.approx(0.2))
@@ -165,7 +165,7 @@ def test_a_span_of_the_files_keeps_their_rate(tmp_path):
         OfficialConditions.open(folder, JobOptions(start_s=7))
 
 
-def test_what_was_asked_for_and_cannot_be_had_is_told(tmp_path):
+def test_official_conditions_with_other_fps_or_size_warn(tmp_path):
     folder = official_folder(tmp_path / "made")
 
     def warnings(**asked: object) -> list[str]:
@@ -190,19 +190,19 @@ def test_what_was_asked_for_and_cannot_be_had_is_told(tmp_path):
         ({"face": {"size": (64, 48)}}, r"src_face.mp4: faces of 64x48 pixels, but they must be square"),
     ],
 )
-def test_files_that_do_not_belong_together(tmp_path, other, says):
+def test_official_conditions_of_unequal_files_are_refused(tmp_path, other, says):
     folder = official_folder(tmp_path / "made", **other)
     with pytest.raises(InputUnreadable, match=says):
         OfficialConditions.open(folder, JobOptions(mode="replace"))
 
 
-def test_a_size_that_the_model_cannot_take(tmp_path):
+def test_official_conditions_with_size_not_multiple_of_16_are_refused(tmp_path):
     folder = official_folder(tmp_path / "made", size=(96, 72))
     with pytest.raises(InputUnreadable, match=r"src_pose.mp4: frames of 96x72 pixels.* multiples of 16"):
         OfficialConditions.open(folder, JobOptions())
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_official_files_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(InputNotFound, match=r"nowhere: no such folder"):
         official_files(tmp_path / "nowhere", "animate")
     folder = official_folder(tmp_path / "made")
@@ -242,7 +242,7 @@ class Numbered:
         return ConditionFrames(pose, np.zeros((stop - start, 64, 64, 3), np.uint8))
 
 
-def test_pictures_are_written_some_at_a_time_and_all_of_them(tmp_path):
+def test_write_official_writes_all_frames_in_bounded_spans(tmp_path):
     source = Numbered(30)
     write_official(source, tmp_path)
     spans = source.asked
@@ -255,7 +255,7 @@ def test_pictures_are_written_some_at_a_time_and_all_of_them(tmp_path):
     read.close()
 
 
-def test_a_failure_midway_leaves_no_folder_that_looks_whole(tmp_path):
+def test_write_official_that_fails_midway_leaves_no_videos(tmp_path):
     write_official(Numbered(14), tmp_path)
     with pytest.raises(InputUnreadable, match="damaged here"):
         write_official(Numbered(30, breaks=20), tmp_path)

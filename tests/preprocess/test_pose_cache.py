@@ -56,7 +56,7 @@ def find(people, tmp_path):
     return run
 
 
-def test_the_second_time_no_network_runs_and_nothing_differs(find, clip):
+def test_pose_cache_hit_runs_no_network_and_gives_same_poses(find, clip):
     fresh, _ = find(clip, cached=False)
     first, looked = find(clip)
     again, remembered = find(clip)
@@ -73,7 +73,7 @@ def test_the_second_time_no_network_runs_and_nothing_differs(find, clip):
     assert fresh.report["frames_without_person"] >= 1  # there is something in the report that could be lost
 
 
-def test_what_decides_the_poses_decides_the_key_and_nothing_else_does(find, clip, make_clip, tmp_path):
+def test_pose_cache_key_depends_on_inputs_of_poses_only(find, clip, make_clip, tmp_path):
     find(clip)
 
     def hit(clip: Path, **asked: object) -> bool:
@@ -91,14 +91,14 @@ def test_what_decides_the_poses_decides_the_key_and_nothing_else_does(find, clip
     assert hit(clip)
 
 
-def test_reader_is_in_the_key_where_it_is_decord(clip):
+def test_pose_cache_key_in_parity_names_decord(clip):
     with VideoReader(clip) as ours, VideoReader(clip, parity=True) as official:
         parts = video_parts(official)
         assert parts.pop("reader").startswith("decord 3.")
         assert parts == video_parts(ours)
 
 
-def test_masks_come_back_bit_for_bit(tmp_path):
+def test_masks_once_gives_cached_masks_bit_for_bit(tmp_path):
     cache, timer = DiskCache(tmp_path), StageTimer()
     shapes = np.zeros((3, 40, 30), bool)
     shapes[0, 5:20, 7:9] = shapes[2, ::3, 1] = True
@@ -113,7 +113,7 @@ def test_masks_come_back_bit_for_bit(tmp_path):
     assert cache.get(key({"clip": 1})) is None  # poses of the same parts would lie elsewhere
 
 
-def test_a_segmenter_is_known_by_its_files(tmp_path):
+def test_segmenter_parts_depend_on_weights_and_dtype(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = segmenter_parts({"dtype": "float32"}, tmp_path)
@@ -123,7 +123,7 @@ def test_a_segmenter_is_known_by_its_files(tmp_path):
     assert segmenter_parts({"dtype": "float32"}, tmp_path) != before
 
 
-def test_a_change_in_any_module_of_preprocess_or_video_changes_the_key(tmp_path):
+def test_pose_cache_key_changes_with_any_module_of_preprocess_or_video(tmp_path):
     """At any depth: a glob that is not recursive would serve poses that older code has found."""
     package = Path(runner.__file__).parent
     for folder in ("preprocess", "video"):

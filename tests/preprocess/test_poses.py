@@ -69,7 +69,7 @@ def two(tmp_path_factory):
     return film(tmp_path_factory.mktemp("two") / "two.mp4", discs)
 
 
-def test_subject_chooses_and_the_choice_stays(each, reference, two):
+def test_subject_is_followed_in_all_frames(each, reference, two):
     for subject, x in {"largest": 30, "centre": 96, (78, 46, 114, 82): 96, (5, 40, 55, 90): 30}.items():
         conditions = each.prepare(reference, two, options(subject=subject))
         assert conditions.report["people_at_once"] == 2
@@ -80,7 +80,7 @@ def test_subject_chooses_and_the_choice_stays(each, reference, two):
         conditions.close()
 
 
-def test_nobody_where_subject_points(each, reference, two):
+def test_subject_box_without_person_is_no_person(each, reference, two):
     with pytest.raises(NoPerson, match=r"\[150, 0, 190, 30\].*they are at \[\d+, .*192x128") as raised:
         each.prepare(reference, two, options(subject=[150, 0, 190, 30]))
     assert raised.value.where == str(two)
@@ -102,7 +102,7 @@ def guests(tmp_path_factory):
 
 
 @pytest.mark.parametrize("span", [{}, {"start_s": 3, "max_frames": 5}, {"fps": 12, "start_s": 1.2}])
-def test_a_number_means_the_same_person_in_every_part_of_the_video(each, reference, guests, span):
+def test_subject_number_means_same_person_in_every_span(each, reference, guests, span):
     for number, x in {1: 30, 2: 160, 3: 100}.items():
         asked = JobOptions(**{"fps": "source", "size": "240x160", "preprocess": {"subject": number}} | span)
         conditions = each.prepare(reference, guests, asked)
@@ -112,7 +112,7 @@ def test_a_number_means_the_same_person_in_every_part_of_the_video(each, referen
         conditions.close()
 
 
-def test_a_number_that_nobody_has_or_who_is_elsewhere_is_an_error(each, reference, guests):
+def test_subject_number_that_is_unknown_or_off_screen_is_no_person(each, reference, guests):
     with pytest.raises(NoPerson, match="subject is 4, but the video has 3 people: 1 to 3") as raised:
         each.prepare(reference, guests, options(subject=4))
     assert "video-lab inspect" in raised.value.todo
@@ -120,8 +120,8 @@ def test_a_number_that_nobody_has_or_who_is_elsewhere_is_an_error(each, referenc
         each.prepare(reference, guests, JobOptions(max_frames=30, preprocess={"subject": 3}))
 
 
-def test_numbers_are_the_default_detectors_and_known_from_the_cache(each, preprocessor, reference, guests, tmp_path):
-    """The job's own networks see nobody but the large one: 2 is then not there, and not somebody else."""
+def test_subject_numbers_come_from_default_detector_and_are_cached(each, preprocessor, reference, guests, tmp_path):
+    """The job's own detector finds only the large person: number 2 is then absent, and not another person."""
     cached = Preprocessor(each.detector, each.pose, cache=DiskCache(tmp_path))
     cached._backends["dwpose"] = Backend("dwpose", OnlyLarge(preprocessor.detector.network), each.pose)
     first, again = StageTimer(), StageTimer()
@@ -141,7 +141,7 @@ class OnlyLarge(EachDisc):
         return rows
 
 
-def test_several_people_without_a_choice_are_a_warning(each, reference, guests, two, tmp_path):
+def test_prepare_with_several_people_and_no_subject_warns(each, reference, guests, two, tmp_path):
     def warnings(path, **asked):
         with closing(each.prepare(reference, path, JobOptions(**{"fps": "source", "size": "240x160"} | asked))) as made:
             return made.report["people"], [text for text in made.report["warnings"] if "people are on screen" in text]
@@ -161,7 +161,7 @@ def test_several_people_without_a_choice_are_a_warning(each, reference, guests, 
     assert warnings(film(tmp_path / "few.mp4", few, fps=8)) == (1, [])
 
 
-def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):
+def test_prepare_with_person_in_few_frames_is_no_person(each, reference, tmp_path):
     empty = film(tmp_path / "few.mp4", [[(90, 64, LARGE)] if 40 <= i < 45 else [] for i in range(60)])
     with pytest.raises(NoPerson, match=r"only 5 of the 60 searched frames \(8\.3 %\)"):
         each.prepare(reference, empty, options())
@@ -171,8 +171,8 @@ def test_a_passer_by_in_an_empty_clip_is_too_little(each, reference, tmp_path):
     conditions.close()
 
 
-def test_who_stands_in_the_subjects_place_is_not_drawn(each, reference, tmp_path):
-    """The subject leaves for good; 0.4 s later the other, of another size, comes where they were."""
+def test_other_person_in_place_of_subject_is_not_drawn(each, reference, tmp_path):
+    """The subject leaves; 0.4 s later another person, of another size, comes to the same place."""
     discs = [([(60, 64, LARGE)] if i < 16 else []) + [(150 - min(90, 9 * max(0, i - 14)), 64, 8)] for i in range(32)]
     conditions = each.prepare(reference, film(tmp_path / "left.mp4", discs), options())
     drawn = conditions.window(0, 32).pose.any((1, 2, 3))
@@ -181,7 +181,7 @@ def test_who_stands_in_the_subjects_place_is_not_drawn(each, reference, tmp_path
     conditions.close()
 
 
-def test_two_who_cross_are_not_exchanged(each, reference, tmp_path):
+def test_subject_who_crosses_other_person_is_not_exchanged(each, reference, tmp_path):
     """At 40 pixels a second each, in rows that overlap: the small one hides a part of the large one on the way."""
     places = [(30 + 2.5 * i, 150 - 2.5 * i) for i in range(48)]
     discs = [[(a, 56, LARGE), (b, 84, SMALL)] for a, b in places]
@@ -194,7 +194,7 @@ def test_two_who_cross_are_not_exchanged(each, reference, tmp_path):
         conditions.close()
 
 
-def test_smoothing_is_off_unless_asked_for_and_moves_little(each, reference, two):
+def test_smooth_is_off_by_default_and_moves_points_little(each, reference, two):
     plain = each.prepare(reference, two, options())
     smooth = each.prepare(reference, two, options(smooth=True))
     moved = np.abs(plain.track.points - smooth.track.points)[:18, :23]
@@ -203,7 +203,7 @@ def test_smoothing_is_off_unless_asked_for_and_moves_little(each, reference, two
     smooth.close()
 
 
-def test_parity_says_what_it_ignores(each, reference, two):
+def test_parity_with_subject_and_smooth_warns_of_no_effect(each, reference, two):
     conditions = each.prepare(reference, two, options(parity=True, smooth=True))
     assert conditions.report["warnings"] == [
         "preprocess.subject and preprocess.smooth have no effect with preprocess.parity."
@@ -251,7 +251,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("shown", CLIPS)
 @pytest.mark.parametrize("given", [{}, {"detect_every": 1}, {"detect_every": 5}, {"parity": True}], ids=str)
-def test_one_decode_gives_what_two_give(each, reference, tmp_path, shown, given, monkeypatch):
+def test_look_and_pose_in_one_decode_gives_points_of_two_passes(each, reference, tmp_path, shown, given, monkeypatch):
     path = film(tmp_path / "c.mp4", CLIPS[shown])
     once = points(each, reference, path, **given)
     # Without any guess on the way, every picture is posed after all was decided.
@@ -265,7 +265,7 @@ def two_passes(self, detector, _estimator, looks, read, _guess, *, bgr):
     return self.look(detector, looks, read), Posed.nothing(len(self))
 
 
-def test_somebody_alone_is_decoded_once_and_two_are_decoded_again(each, reference, tmp_path, read):
+def test_clip_with_one_person_is_decoded_once_and_with_two_again(each, reference, tmp_path, read):
     points(each, reference, film(tmp_path / "a.mp4", CLIPS["alone"]))
     assert read == list(range(50))
     read.clear()
@@ -275,7 +275,7 @@ def test_somebody_alone_is_decoded_once_and_two_are_decoded_again(each, referenc
     assert read[52:] == list(range(32, 50))  # posed from the window on (of 16 frames) in which there were two
 
 
-def test_ten_looks_a_second_and_more_only_where_something_happens(each, reference, tmp_path, looked):
+def test_detector_looks_10_times_per_second_and_more_near_misses(each, reference, tmp_path, looked):
     points(each, reference, film(tmp_path / "a.mp4", CLIPS["alone"]))
     assert sum(looked) == 26  # at 16 fps every second one, and the last
     looked.clear()
@@ -307,8 +307,8 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["robust", "official"])
-def test_retarget_gets_both_poses_and_its_track_is_drawn(preprocessor, disc_reference, one, how, monkeypatch):
-    """The retargeter is stood in for: what matters here is what it is given and what becomes of its result."""
+def test_retarget_gets_both_poses_and_its_result_is_drawn(preprocessor, disc_reference, one, how, monkeypatch):
+    """The retargeter is replaced: this checks its arguments and what becomes of its result."""
     given = {}
 
     def stand_in(track, reference, *, canvas):
@@ -331,9 +331,7 @@ def test_retarget_gets_both_poses_and_its_track_is_drawn(preprocessor, disc_refe
     conditions.close()
 
 
-def test_in_parity_the_official_retarget_sees_the_reference_at_the_outputs_size(
-    preprocessor, disc_reference, one, monkeypatch
-):
+def test_retarget_in_parity_gets_reference_at_output_size(preprocessor, disc_reference, one, monkeypatch):
     """As officially: the reference is letterboxed by area first, and its pose found there, in BGR."""
     given, fed = {}, []
     points = preprocessor.pose.points
@@ -354,13 +352,13 @@ def test_in_parity_the_official_retarget_sees_the_reference_at_the_outputs_size(
     conditions.close()
 
 
-def test_a_reference_without_a_person_is_named(preprocessor, reference, two):
+def test_retarget_with_reference_without_person_names_file(preprocessor, reference, two):
     with pytest.raises(NoPerson, match="no person was found in the reference") as raised:
         preprocessor.prepare(reference, two, options(retarget=True))
     assert raised.value.where == str(reference)
 
 
-def test_retarget_has_no_effect_in_replace_mode_and_says_so(preprocessor, reference, two, tmp_path):
+def test_retarget_in_replace_mode_has_no_effect_and_warns(preprocessor, reference, two, tmp_path):
     cv2.imwrite(str(tmp_path / "mask.png"), np.full((HEIGHT, WIDTH), 255, np.uint8))
     asked = JobOptions(mode="replace", fps="source", size="240x160", preprocess={"retarget": True})
     conditions = preprocessor.prepare(reference, two, asked, mask=tmp_path / "mask.png")

@@ -48,7 +48,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("parity", [False, True])
-def test_a_rate_above_the_videos_is_a_warning(preprocessor, reference, clip, parity):
+def test_fps_above_rate_of_video_warns(preprocessor, reference, clip, parity):
     """The clip has 16 frames a second."""
 
     def warnings(fps) -> list[str]:
@@ -63,7 +63,7 @@ def test_a_rate_above_the_videos_is_a_warning(preprocessor, reference, clip, par
     assert warnings(16.01) == warnings(16) == warnings(8) == warnings("source") == []
 
 
-def test_every_joint_of_every_frame_is_where_it_was_drawn(preprocessor, reference, clip):
+def test_prepare_finds_all_joints_in_all_frames(preprocessor, reference, clip):
     timer = StageTimer()
     conditions = preprocessor.prepare(reference, clip, options(), timer=timer, face_size=64)
     assert (conditions.frames, conditions.fps) == (30, Fraction(16))
@@ -82,7 +82,7 @@ def test_every_joint_of_every_frame_is_where_it_was_drawn(preprocessor, referenc
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_joint_is_there_too(networks, reference, clip):
+def test_prepare_on_gpu_finds_all_joints(networks, reference, clip):
     import onnxruntime
     import torch
 
@@ -96,7 +96,7 @@ def test_on_a_gpu_every_joint_is_there_too(networks, reference, clip):
     conditions.close()
 
 
-def test_the_skeleton_is_drawn_at_the_output_size(preprocessor, reference, clip):
+def test_skeleton_is_drawn_at_output_size(preprocessor, reference, clip):
     """192x128 into 240x160: 1.25 times as large, no bars. Nose and neck fall together here; the dot of the neck
     (255, 85, 0) lies under later dots, so the ends of the arms are looked for: right wrist, colour 4 of the list."""
     conditions = preprocessor.prepare(reference, clip, options(max_frames=20))
@@ -109,7 +109,7 @@ def test_the_skeleton_is_drawn_at_the_output_size(preprocessor, reference, clip)
     conditions.close()
 
 
-def test_windows_are_the_same_in_any_order_and_from_another_preparation(preprocessor, reference, gappy):
+def test_windows_in_any_order_or_of_second_prepare_are_same(preprocessor, reference, gappy):
     conditions = preprocessor.prepare(reference, gappy, options(), face_size=32)
     whole = conditions.window(0, 30)
     for start, stop in [(25, 30), (0, 3), (7, 10), (3, 12), (29, 30), (0, 30)]:
@@ -127,7 +127,7 @@ def test_windows_are_the_same_in_any_order_and_from_another_preparation(preproce
     conditions.close()
 
 
-def test_frames_without_a_person_are_counted_and_hold_the_face(preprocessor, reference, gappy):
+def test_frames_without_person_are_counted_and_hold_last_face(preprocessor, reference, gappy):
     conditions = preprocessor.prepare(reference, gappy, options(), face_size=32)
     assert conditions.report["frames_without_person"] == len(GAPS)
     assert conditions.report["frames_face_held"] == len(GAPS)
@@ -141,7 +141,7 @@ def test_frames_without_a_person_are_counted_and_hold_the_face(preprocessor, ref
     conditions.close()
 
 
-def test_boxes_are_bridged_between_sightings_and_held_at_the_ends(preprocessor, reference, gappy, monkeypatch):
+def test_boxes_are_bridged_in_gaps_and_held_at_ends(preprocessor, reference, gappy, monkeypatch):
     """Parity looks at the whole frame instead."""
     seen = []
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_boxes_are_bridged_between_sightings_and_held_at_the_ends(preprocessor, 
     assert [i for i, box in enumerate(seen) if box is None] == sorted(GAPS)
 
 
-def test_detecting_every_nth_frame(preprocessor, reference, clip, monkeypatch):
+def test_detect_every_4_looks_at_every_4th_frame(preprocessor, reference, clip, monkeypatch):
     looked = []
     rows = preprocessor.detector.rows
     monkeypatch.setattr(preprocessor.detector, "rows", lambda frames: looked.append(len(frames)) or rows(frames))
@@ -171,7 +171,7 @@ def test_detecting_every_nth_frame(preprocessor, reference, clip, monkeypatch):
     conditions.close()
 
 
-def test_nobody_in_the_whole_clip(preprocessor, reference, tmp_path, make_clip):
+def test_prepare_of_clip_without_person_is_no_person(preprocessor, reference, tmp_path, make_clip):
     empty = make_clip(tmp_path / "empty.mp4", [None] * 5)
     before = threading.active_count()
     for parity in (False, True):
@@ -180,7 +180,7 @@ def test_nobody_in_the_whole_clip(preprocessor, reference, tmp_path, make_clip):
     assert threading.active_count() <= before
 
 
-def test_bad_inputs_have_their_codes(preprocessor, reference, clip, tmp_path):
+def test_prepare_with_bad_input_raises_its_input_error(preprocessor, reference, clip, tmp_path):
     (tmp_path / "text.mp4").write_text("hello")
     with pytest.raises(InputUnreadable):
         preprocessor.prepare(reference, tmp_path / "text.mp4", options())
@@ -190,7 +190,7 @@ def test_bad_inputs_have_their_codes(preprocessor, reference, clip, tmp_path):
         preprocessor.prepare(reference, clip, options(start_s=60))
 
 
-def test_a_repeated_frame_is_looked_at_once(preprocessor, reference, clip, monkeypatch):
+def test_repeated_frame_is_posed_once(preprocessor, reference, clip, monkeypatch):
     posed = []
     decode = preprocessor.pose.decode
     monkeypatch.setattr(preprocessor.pose, "decode", lambda out, crops: posed.append(len(crops)) or decode(out, crops))
@@ -203,7 +203,7 @@ def test_a_repeated_frame_is_looked_at_once(preprocessor, reference, clip, monke
     conditions.close()
 
 
-def test_a_window_decodes_only_what_it_shows(preprocessor, reference, clip, gappy, monkeypatch):
+def test_window_decodes_only_its_frames(preprocessor, reference, clip, gappy, monkeypatch):
     read = []
     original = VideoReader.read
     monkeypatch.setattr(VideoReader, "read", lambda self, i: read.extend(np.asarray(i).tolist()) or original(self, i))
@@ -224,7 +224,7 @@ def test_a_window_decodes_only_what_it_shows(preprocessor, reference, clip, gapp
     assert read == [6]
 
 
-def test_the_second_pass_does_not_read_the_timeline_again(preprocessor, reference, clip, monkeypatch):
+def test_window_does_not_read_timeline_again(preprocessor, reference, clip, monkeypatch):
     conditions = preprocessor.prepare(reference, clip, options(), face_size=32)
     first = conditions.window(0, 4)
     conditions.close()  # from here on it stands alone
@@ -237,7 +237,7 @@ def test_the_second_pass_does_not_read_the_timeline_again(preprocessor, referenc
     conditions.close()
 
 
-def test_auto_size_and_span(preprocessor, reference, clip):
+def test_prepare_with_default_size_and_span_samples_and_letterboxes(preprocessor, reference, clip):
     conditions = preprocessor.prepare(reference, clip, JobOptions(fps=8, start_s=0.5, max_frames=5), face_size=32)
     assert (conditions.width, conditions.height) == (480, 832)
     assert conditions.frames == 5
@@ -250,7 +250,7 @@ def test_auto_size_and_span(preprocessor, reference, clip):
     conditions.close()
 
 
-def test_parity_draws_at_the_native_size_and_resamples(preprocessor, reference, clip):
+def test_parity_draws_at_native_size_and_resamples(preprocessor, reference, clip):
     conditions = preprocessor.prepare(
         reference, clip, options(size="480x832", max_frames=5, preprocess={"parity": True})
     )
@@ -289,7 +289,7 @@ def replace(**given) -> JobOptions:
 
 
 @pytest.mark.parametrize("name", ["same", "half"])
-def test_replace_follows_the_mask(preprocessor, reference, clip, masks, name):
+def test_replace_window_follows_mask(preprocessor, reference, clip, masks, name):
     conditions = preprocessor.prepare(reference, clip, replace(), mask=masks[name], face_size=32)
     window = conditions.window(4, 12)
     assert window.mask.shape == (8, 160, 240)
@@ -306,7 +306,7 @@ def test_replace_follows_the_mask(preprocessor, reference, clip, masks, name):
     conditions.close()
 
 
-def test_replace_takes_its_size_from_the_video_and_a_still_mask(preprocessor, reference, clip, tmp_path):
+def test_replace_with_auto_size_and_still_mask_takes_size_of_video(preprocessor, reference, clip, tmp_path):
     mask = np.zeros((HEIGHT * 2, WIDTH * 2), np.uint8)
     mask[:, WIDTH:] = 200
     mask[:, :20] = 100  # grey below one half is black
@@ -319,7 +319,7 @@ def test_replace_takes_its_size_from_the_video_and_a_still_mask(preprocessor, re
     conditions.close()
 
 
-def test_parity_replace_resizes_frames_first(preprocessor, reference, clip, masks):
+def test_parity_replace_resizes_frames_before_poses(preprocessor, reference, clip, masks):
     chosen = replace(size="240x160", preprocess={"parity": True})
     conditions = preprocessor.prepare(reference, clip, chosen, mask=masks["same"], face_size=32)
     assert (conditions.width, conditions.height) == (240, 160)
@@ -333,7 +333,7 @@ def test_parity_replace_resizes_frames_first(preprocessor, reference, clip, mask
     conditions.close()
 
 
-def test_parity_reads_a_trimmed_video_as_decord_does(preprocessor, reference, clip, tmp_path):
+def test_parity_of_trimmed_video_has_frames_of_decord(preprocessor, reference, clip, tmp_path):
     """decord shows frames that the edit list hides, so it counts more of them than PyAV."""
     decord = pytest.importorskip("decord")
     trimmed = remux(clip, tmp_path / "trimmed.mp4", video_shift_s=-0.3)
@@ -354,7 +354,7 @@ def test_parity_reads_a_trimmed_video_as_decord_does(preprocessor, reference, cl
         conditions.close()  # the second time, the video is opened again
 
 
-def test_masks_that_do_not_belong(preprocessor, reference, clip, masks, tmp_path):
+def test_replace_with_missing_or_unfit_mask_is_refused(preprocessor, reference, clip, masks, tmp_path):
     with pytest.raises(WeightsMissing, match="mask:"):  # this preprocessor has no segmenter to make one
         preprocessor.prepare(reference, clip, replace())
     with pytest.raises(InputTooShort, match=r"1\.25 s \(20 frames\).*1\.88 s \(30 frames\)"):
@@ -374,7 +374,7 @@ def test_masks_that_do_not_belong(preprocessor, reference, clip, masks, tmp_path
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def test_pixels_held_do_not_grow_with_the_clip(preprocessor, reference, tmp_path):
+def test_prepare_memory_does_not_grow_with_clip_length(preprocessor, reference, tmp_path):
     """No array that outlives `prepare` has a frame's worth of bytes a frame."""
     path = tmp_path / "long.mp4"
     with Mp4Writer(path, WIDTH, HEIGHT, Fraction(16), crf=30) as writer:
@@ -392,7 +392,7 @@ def test_pixels_held_do_not_grow_with_the_clip(preprocessor, reference, tmp_path
     conditions.close()
 
 
-def test_fewer_large_frames_are_decoded_together():
+def test_frames_at_once_is_smaller_for_large_frames():
     assert frames_at_once(192, 128) == 16
     assert frames_at_once(1920, 1080) == 4
     assert frames_at_once(8192, 4320) == 1

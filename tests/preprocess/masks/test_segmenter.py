@@ -84,7 +84,7 @@ def library_masks(model, frames: np.ndarray, plan: PromptPlan) -> np.ndarray:
     return torch.stack(out).numpy()
 
 
-def test_pruning_changes_nothing(sam2, usual):
+def test_segmenter_with_pruned_memory_gives_masks_of_library(sam2, usual):
     """24 frames are more than 16, how far back the model looks; what it needs of older ones must still be there."""
     oracle = library_masks(sam2._model, pictures(), plan_of())
     assert (usual != oracle).mean() < 1e-4  # a logit on the threshold may round to either side
@@ -92,11 +92,11 @@ def test_pruning_changes_nothing(sam2, usual):
 
 
 @pytest.mark.parametrize("window", [5, 8])
-def test_masks_do_not_depend_on_windows(sam2, usual, window):
+def test_masks_do_not_depend_on_window_length(sam2, usual, window):
     assert (masks_of(sam2, pictures(), plan_of(), window) == usual).all()
 
 
-def test_clips_do_not_see_each_other(sam2, usual):
+def test_segmenter_with_interleaved_clips_keeps_them_apart(sam2, usual):
     masks_of(sam2, pictures(6, seed=5), plan_of(6, seed=5))
     interleaved = sam2.segment(iter(np.split(pictures(), 3)), plan_of())
     first = next(interleaved)
@@ -104,7 +104,7 @@ def test_clips_do_not_see_each_other(sam2, usual):
     assert (np.concatenate([first, *interleaved]) == usual).all()
 
 
-def test_memory_reaches_over_the_border_of_windows(sam2, usual):
+def test_segmenter_memory_reaches_into_next_window(sam2, usual):
     other = pictures()
     other[3] = 255 - other[3]
     masks = masks_of(sam2, other, plan_of(), window=4)
@@ -112,13 +112,13 @@ def test_memory_reaches_over_the_border_of_windows(sam2, usual):
     assert (masks[4:6] != usual[4:6]).any()  # another window, the same pictures, the same prompts
 
 
-def test_prompts_reach_the_model(sam2, usual):
+def test_masks_with_moved_prompts_differ(sam2, usual):
     moved = plan_of()
     moved.points[0, :, :2] += 15
     assert (masks_of(sam2, pictures(2), PromptPlan(moved.points[:2], moved.size))[0] != usual[0]).any()
 
 
-def test_nothing_before_the_person_appears(sam2):
+def test_masks_before_person_appears_are_empty(sam2):
     plan = plan_of(absent=(0, 1, 2))
     masks = masks_of(sam2, pictures(), plan)
     assert min(plan.keys) == 3
@@ -126,7 +126,7 @@ def test_nothing_before_the_person_appears(sam2):
     assert (masks_of(sam2, pictures(), plan, window=2) == masks).all()
 
 
-def test_a_lost_person_is_looked_for_again(sam2):
+def test_segmenter_prompts_again_at_frame_where_person_is_lost(sam2):
     asked = []
 
     class Forgetful(Sam2Segmenter):
@@ -176,7 +176,7 @@ class Watched:
         monkeypatch.setattr(transformers, "Sam2VideoInferenceSession", Session)
 
 
-def test_memory_does_not_grow_with_the_clip(sam2, monkeypatch):
+def test_segmenter_memory_does_not_grow_with_clip_length(sam2, monkeypatch):
     monkeypatch.setattr(point_prompts, "MOST_BETWEEN_KEYS", 5)
     watched = Watched(monkeypatch)
     plan = plan_of(70)
@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_clip(sam2, monkeypatch):
     assert max(watched.sizes[45:]) <= max(watched.sizes[:45])
 
 
-def test_bfloat16_runs_and_agrees(folder, usual):
+def test_segmenter_in_bfloat16_agrees_with_float32(folder, usual):
     """What a GPU computes in, here on the CPU; random weights amplify rounding, so most pixels, not all.
 
     Frames 0 and 6 are prompted; those between go through memory, which has arithmetic of its own.
@@ -204,7 +204,7 @@ def test_bfloat16_runs_and_agrees(folder, usual):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_computes_in_bfloat16_and_finds_the_same(folder, usual):
+def test_segmenter_on_gpu_runs_in_bfloat16_and_agrees_with_cpu(folder, usual):
     import torch
 
     if not torch.cuda.is_available():
@@ -215,35 +215,35 @@ def test_on_a_gpu_it_computes_in_bfloat16_and_finds_the_same(folder, usual):
     assert ((masks == usual[:8]).mean((1, 2)) > 0.85).all()
 
 
-def test_description_says_what_runs(sam2):
+def test_segmenter_description_names_model_device_and_dtype(sam2):
     assert sam2.description == {"model": "sam2", "device": "cpu", "dtype": "float32"}
 
 
 class TestFolders:
-    def test_none(self, tmp_path):
+    def test_load_segmenter_of_empty_folder_is_weights_missing(self, tmp_path):
         with pytest.raises(WeightsMissing, match=r"config\.json.*`mask:`"):
             load_segmenter(tmp_path)
 
     @pytest.mark.parametrize("text", ["{}", "[1]", '{"model_type": "sam2"}', '{"model_type": []}', "no json"])
-    def test_not_a_segmenter(self, tmp_path, text):
+    def test_load_segmenter_with_other_config_is_weights_corrupt(self, tmp_path, text):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(WeightsCorrupt, match="sam2_video, video-lab-puppet"):
             load_segmenter(tmp_path)
 
-    def test_pickled_weights_are_not_weights(self, folder, tmp_path):
+    def test_load_segmenter_with_pickled_weights_is_weights_missing(self, folder, tmp_path):
         shutil.copy(folder / "config.json", tmp_path)
         (tmp_path / "sam2_hiera_large.pt").write_bytes(b"\x80\x04.")
         with pytest.raises(WeightsMissing, match=r"no model\.safetensors"):
             load_segmenter(tmp_path)
 
-    def test_truncated(self, folder, tmp_path):
+    def test_load_segmenter_with_truncated_weights_is_weights_corrupt(self, folder, tmp_path):
         shutil.copytree(folder, tmp_path / "sam2")
         file = tmp_path / "sam2" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(WeightsCorrupt, match="cannot be loaded"):
             load_segmenter(tmp_path / "sam2")
 
-    def test_a_tensor_is_missing(self, folder, tmp_path):
+    def test_load_segmenter_with_missing_tensor_names_tensor(self, folder, tmp_path):
         from safetensors.torch import load_file, save_file
 
         shutil.copy(folder / "config.json", tmp_path)
@@ -253,11 +253,11 @@ class TestFolders:
         with pytest.raises(WeightsCorrupt, match=r"1 tensors are missing.*no_object_pointer"):
             load_segmenter(tmp_path)
 
-    def test_a_device_that_is_not_there(self, folder):
+    def test_load_segmenter_on_absent_device_is_config_invalid(self, folder):
         with pytest.raises(ConfigInvalid, match="cuda:63"):
             load_segmenter(folder, "cuda:63")
 
-    def test_the_demo_is_chosen_by_its_config_alone(self, tmp_path):
+    def test_load_segmenter_with_demo_config_needs_no_weights(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "video-lab-puppet"}))
         assert load_segmenter(tmp_path, "cuda").description["model"] == "video-lab-puppet"
 
@@ -284,26 +284,26 @@ class TestClip:
         windows = iter(np.split(pictures(9), [4]))
         return segment_clip(Canned(masks), windows, plan, numbers=self.numbers, where="dance.mp4")
 
-    def test_masks_are_kept_as_they_were(self):
+    def test_segment_clip_keeps_masks_exactly(self):
         kept = self.clip(self.masks, plan_of(9))
         assert (np.stack(list(kept.frames(0, 9))) == self.masks).all()
 
-    def test_an_empty_mask_of_a_person_is_an_error_with_its_frame(self):
+    def test_segment_clip_with_empty_mask_of_person_names_frame(self):
         masks = self.masks.copy()
         masks[6] = False
         with pytest.raises(NoPerson, match=r"dance\.mp4: frame 60: the person is there, but the mask is empty"):
             self.clip(masks, plan_of(9))
 
-    def test_an_empty_mask_of_nobody_is_none(self):
+    def test_segment_clip_with_empty_mask_of_absent_person_passes(self):
         masks = self.masks.copy()
         masks[6] = False
         kept = self.clip(masks, plan_of(9, absent=(6,)))
         assert [m.any() for m in kept.frames(0, 9)] == [i != 6 for i in range(9)]
 
-    def test_nobody_at_all(self):
+    def test_segment_clip_without_any_person_is_no_person(self):
         with pytest.raises(NoPerson, match="no frame has enough"):
             self.clip(self.masks, plan_of(9, absent=tuple(range(9))))
 
-    def test_frames_and_poses_that_do_not_match_are_our_own_mistake(self):
+    def test_segment_clip_with_other_count_of_poses_is_internal_error(self):
         with pytest.raises(InternalError, match="9 masks for 12 frames"):
             self.clip(self.masks, plan_of(12))

@@ -49,7 +49,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_same_points_from_8_bit_products(products, cache, half, tmp_path):
+def test_int8_pose_network_finds_same_points(products, cache, half, tmp_path):
     path = build_product_pose(tmp_path / "half.onnx", half=True) if half else products
     plain, ours = open_network(path), opened(path, cache)
     made, _ = make_int8(path, cache)
@@ -62,7 +62,7 @@ def test_the_same_points_from_8_bit_products(products, cache, half, tmp_path):
     assert np.abs(got[..., 2] - expected[..., 2]).max() < 0.02
 
 
-def test_seven_bits_of_weights_so_that_no_processor_saturates(products, cache):
+def test_int8_weights_use_7_bits_to_avoid_saturation(products, cache):
     made, _ = make_int8(products, cache)
     weights = [
         onnx.numpy_helper.to_array(item)
@@ -73,7 +73,7 @@ def test_seven_bits_of_weights_so_that_no_processor_saturates(products, cache):
     assert max(np.abs(w.astype(int)).max() for w in weights) * 255 * 2 < 2**15
 
 
-def test_the_record_and_the_pose_cache_know_the_precision(products, cache):
+def test_int8_precision_is_in_record_and_pose_cache_key(products, cache):
     plain, ours = open_network(products), opened(products, cache)
     assert (ours.precision, ours.path) == ("int8", products)
     assert ours.description["precision"] == "int8"
@@ -83,7 +83,7 @@ def test_the_record_and_the_pose_cache_know_the_precision(products, cache):
     assert network_parts(ours)["sha256"] == network_parts(plain)["sha256"]
 
 
-def test_made_once_also_for_many_at_a_time_and_then_without_onnx(tmp_path, products, monkeypatch):
+def test_make_int8_converts_once_for_many_threads_and_later_without_onnx(tmp_path, products, monkeypatch):
     made: list[Path] = []
     real = int8._convert
     monkeypatch.setattr(int8, "_convert", lambda graph, *rest: made.append(graph) or real(graph, *rest))
@@ -103,7 +103,7 @@ def build_copy(source: Path, target: Path) -> Path:
     return Path(shutil.copy(source, target))
 
 
-def test_a_published_folder_with_its_weights_beside_the_graph(products, tmp_path):
+def test_int8_of_graph_with_external_weights_depends_on_them(products, tmp_path):
     folder = tmp_path / "store" / "vitpose_h_wholebody.onnx"
     folder.mkdir(parents=True)
     onnx.save(
@@ -131,7 +131,7 @@ def test_a_published_folder_with_its_weights_beside_the_graph(products, tmp_path
     assert network_parts(open_network(folder / "end2end.onnx")) != plain
 
 
-def test_large_models_keep_their_weights_beside_the_graph(products, tmp_path, monkeypatch):
+def test_make_int8_of_large_model_stores_weights_beside_graph(products, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "EXTERNAL", 1000)
     made, _ = make_int8(products, tmp_path)
     names = {path.name for path in made.iterdir()}
@@ -140,14 +140,14 @@ def test_large_models_keep_their_weights_beside_the_graph(products, tmp_path, mo
     np.testing.assert_array_equal(points(opened(products, tmp_path)), points(opened(products, tmp_path / "one file")))
 
 
-def test_neighbours_that_belong_to_a_repacked_graph(tmp_path):
+def test_model_files_of_repacked_graph_include_its_data_file_only(tmp_path):
     graph = tmp_path / "vitpose_h_wholebody_model.onnx"
     for name in (graph.name, "vitpose_h_wholebody_data.bin", "yolov10m.onnx", "yolov10m.txt", ".vitpose_h_wholebody.x"):
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in model_files(graph)] == ["vitpose_h_wholebody_data.bin", graph.name]
 
 
-def test_what_was_left_by_a_killed_process_goes_and_a_torn_result_is_made_anew(products, tmp_path):
+def test_make_int8_removes_scratch_folder_and_replaces_torn_result(products, tmp_path):
     made, _ = make_int8(products, tmp_path)
     left = made.parent / f".making-{made.name[:16]}-x"
     left.mkdir()
@@ -159,7 +159,7 @@ def test_what_was_left_by_a_killed_process_goes_and_a_torn_result_is_made_anew(p
     assert points(opened(products, tmp_path)).shape == (3, 133, 3)
 
 
-def test_a_network_of_convolutions_stays_and_the_job_is_told(networks, make_clip, reference, tmp_path):
+def test_int8_of_convolutional_pose_network_stays_fp32_with_warning(networks, make_clip, reference, tmp_path):
     options = NetworkOptions(pose_precision="int8", folder=tmp_path)
     preprocessor = Preprocessor.load(*networks, networks=options)
     assert preprocessor.description["pose"]["precision"] == "fp32"
@@ -175,7 +175,7 @@ def test_a_network_of_convolutions_stays_and_the_job_is_told(networks, make_clip
     conditions.close()
 
 
-def test_an_int8_run_from_video_to_poses(products, networks, make_clip, reference, tmp_path):
+def test_prepare_with_int8_pose_network_finds_poses(products, networks, make_clip, reference, tmp_path):
     options = NetworkOptions(pose_precision="int8", folder=tmp_path)
     backend = open_backend("vitpose", networks[0], products, options=options)
     assert (backend.detector.network.precision, backend.pose.network.precision) == ("fp32", "int8")
@@ -189,14 +189,14 @@ def test_an_int8_run_from_video_to_poses(products, networks, make_clip, referenc
     conditions.close()
 
 
-def test_dwpose_is_of_convolutions_and_stays(tmp_path):
+def test_int8_of_dwpose_stays_fp32(tmp_path):
     files = build_yolox(tmp_path / "yolox_l.onnx"), build_simcc(tmp_path / "dw-ll_ucoco_384.onnx")
     backend = open_backend("dwpose", *files, options=NetworkOptions(pose_precision="int8", folder=tmp_path / "cache"))
     assert backend.pose.network.precision == "fp32"
     assert "matrix products" in backend.description["pose"]["precision_why"]
 
 
-def test_refused_where_it_cannot_be_had(products, tmp_path):
+def test_int8_on_gpu_or_without_cache_is_refused(products, tmp_path):
     with pytest.raises(ConfigInvalid, match=r"CPU only, but the device is cuda.*fp32"):
         open_network(products, "cuda", NetworkOptions(folder=tmp_path), precision="int8")
     with pytest.raises(ConfigInvalid, match="int8 networks run on the CPU only"):  # before a detector is looked for
@@ -208,7 +208,7 @@ def test_refused_where_it_cannot_be_had(products, tmp_path):
         make_int8(products, tmp_path / "file")
 
 
-def test_damage_is_named(products, tmp_path, monkeypatch):
+def test_make_int8_of_damaged_graph_or_with_other_outputs_is_weights_corrupt(products, tmp_path, monkeypatch):
     torn = tmp_path / "torn.onnx"
     torn.write_bytes(products.read_bytes()[:3000])
     with pytest.raises(WeightsCorrupt, match="Fetch it again"):
@@ -220,13 +220,13 @@ def test_damage_is_named(products, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("build", [build_detector, build_pose])
-def test_a_network_without_products_has_none(build, tmp_path):
+def test_share_of_products_of_convolutional_network_is_0(build, tmp_path):
     graph = onnx.load(str(build(tmp_path / "n.onnx"))).graph
     assert int8._share_of_products(graph) == 0
 
 
 @pytest.mark.real
-def test_the_real_networks_are_of_convolutions(real_data, tmp_path):
+def test_int8_of_real_networks_stays_fp32(real_data, tmp_path):
     """Measured: their 8-bit convolutions take two to eight times the time, and find nobody."""
     for name in ("wholebody_pose_full.onnx", "person_detector.onnx"):
         network = opened(real_data / name, tmp_path)

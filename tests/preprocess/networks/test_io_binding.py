@@ -33,7 +33,7 @@ def pictures(count: int, size: tuple[int, ...] = CROP, seed: int = 0) -> np.ndar
     return np.random.default_rng(seed).standard_normal((count, *size)).astype(np.float32)
 
 
-def test_the_same_bits_as_run_for_batches_that_grow_and_shrink(pose):
+def test_bound_session_with_batches_of_any_size_gives_bits_of_run(pose):
     there = replace(bound(pose), at_once=16)
     for count in (2, 5, 1, 5, 8):  # the place grows twice, and is used in part twice
         images = pictures(count, seed=count)
@@ -41,7 +41,7 @@ def test_the_same_bits_as_run_for_batches_that_grow_and_shrink(pose):
     assert len(there.session._buffers["input"]) == 8
 
 
-def test_results_are_the_callers_own(pose):
+def test_bound_session_result_is_not_overwritten_by_next_run(pose):
     there = bound(pose)
     first = there.run(pictures(2))
     kept = first.copy()
@@ -49,7 +49,7 @@ def test_results_are_the_callers_own(pose):
     np.testing.assert_array_equal(first, kept)
 
 
-def test_threads_wait_for_each_other(pose):
+def test_bound_session_shared_by_threads_gives_right_results(pose):
     there, every = bound(pose), [pictures(1 + i % 3, seed=i) for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(there.run, every))
@@ -58,7 +58,7 @@ def test_threads_wait_for_each_other(pose):
 
 
 @pytest.mark.parametrize("how", [{}, {"swapped": True}, {"declared": False}, {"batch": 2}])
-def test_two_outputs_whose_names_and_sizes_are_the_graphs_own(tmp_path, how):
+def test_bound_session_with_two_outputs_gives_results_of_run(tmp_path, how):
     """`declared: False`: the joints are counted when the graph runs, so that the runtime must allocate the output."""
     session = open_network(build_simcc(tmp_path / "simcc.onnx", **how)).session
     images, names = pictures(2, INPUT), ["simcc_y", "simcc_x"]
@@ -111,7 +111,7 @@ def not_called(*_):
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_on_a_gpu_all_is_on_the_networks_own_stream_and_nothing_else_is_waited_for(tmp_path, monkeypatch, declared):
+def test_bound_session_on_gpu_uses_and_waits_for_own_stream_only(tmp_path, monkeypatch, declared):
     """`declared: False`: the runtime allocates the output, and copies it to the host itself."""
     stream, copied = FakeStream(), torch.Tensor.copy_
 
@@ -135,7 +135,7 @@ def test_on_a_gpu_all_is_on_the_networks_own_stream_and_nothing_else_is_waited_f
         np.testing.assert_array_equal(got, expected)
 
 
-def test_every_finder_takes_a_bound_session(tmp_path):
+def test_finders_with_bound_session_give_same_results(tmp_path):
     frames = np.stack([coloured_frame((192, 144), [(60, 50), (80, 60), (60, 110), None])] * 3)
     boxes = [Box(40, 30, 100, 130, 0.9), None, Box(50, 30, 90, 120, 0.9)]
     networks = {
@@ -151,7 +151,7 @@ def test_every_finder_takes_a_bound_session(tmp_path):
             np.testing.assert_array_equal(ours.points(frames, boxes), plain.points(frames, boxes))
 
 
-def test_a_bound_session_answers_as_the_session_does(pose):
+def test_bound_session_has_providers_inputs_and_outputs_of_session(pose):
     there = BoundSession(pose.session, "cpu")
     assert there.get_providers() == pose.session.get_providers()
     assert [item.name for item in there.get_inputs()] == ["input"]
@@ -170,18 +170,18 @@ def test_a_bound_session_answers_as_the_session_does(pose):
         (None, {}, None),
     ],
 )
-def test_shapes_that_are_known_before_the_run(declared, sizes, shape):
+def test_known_shape_with_unknown_size_is_none(declared, sizes, shape):
     assert known_shape(declared, sizes) == shape
 
 
-def test_host_arrays_without_a_gpu_are_plain():
+def test_host_array_without_gpu_is_plain_array():
     for device in (None, "cpu"):
         array = host_array((2, *CROP), np.float32, device)
         assert (array.shape, array.dtype, array.flags.c_contiguous) == ((2, *CROP), np.float32, True)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_same_bits_as_run_and_page_locked_memory(tmp_path):
+def test_bound_session_on_gpu_gives_bits_of_run_from_page_locked_memory(tmp_path):
     import onnxruntime
     import torch
 
