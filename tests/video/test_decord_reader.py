@@ -85,7 +85,7 @@ def hold_frames(monkeypatch: pytest.MonkeyPatch, reader: VideoReader, frames: in
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_parity_reader_gives_the_frames_of_one_get_batch(
+def test_parity_reader_gives_frames_of_one_get_batch(
     clips: dict[str, Path], name: str, rate: float | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     official = plain(clips[name])
@@ -104,7 +104,7 @@ def test_parity_reader_gives_the_frames_of_one_get_batch(
 
 
 @pytest.mark.parametrize("name", ["trimmed", "ts", "opengop", "bframes"])
-def test_parity_reader_opened_again_with_the_plan_gives_the_same_frames(clips: dict[str, Path], name: str) -> None:
+def test_parity_reader_opened_again_with_plan_gives_same_frames(clips: dict[str, Path], name: str) -> None:
     with VideoReader(clips[name], parity=True) as first:
         indices = first.sample(10).indices
         want = first.read(indices)
@@ -117,7 +117,7 @@ def test_readers_differ_where_frames_differ(clips: dict[str, Path], name: str) -
     assert {rate for rate in RATES if readers_differ(clips[name], rate)} == DIFFERENT[name]
 
 
-def test_start_in_parity_is_the_frame_that_is_on_screen(clips: dict[str, Path]) -> None:
+def test_start_in_parity_is_frame_on_screen(clips: dict[str, Path]) -> None:
     with VideoReader(clips["bframes"], parity=True) as reader:
         sampled = reader.sample(30, start_s=1.0, max_frames=9)
         assert (sampled.indices.tolist(), sampled.start_s) == (list(range(30, 39)), 1.0)
@@ -144,7 +144,7 @@ def test_padded_rows_are_not_taken_for_channels(tmp_path: Path, width: int) -> N
     assert not readers_differ(clip, "source")
 
 
-def test_file_that_decord_cannot_read_is_unreadable_with_a_remedy(
+def test_file_that_decord_cannot_read_is_unreadable_with_remedy(
     clips: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with VideoReader(clips["raw"]) as reader:
@@ -156,7 +156,7 @@ def test_file_that_decord_cannot_read_is_unreadable_with_a_remedy(
     assert capfd.readouterr() == ("", "")
 
 
-def test_damage_raises_the_same_error_with_both_readers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_file_raises_same_error_with_both_readers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = _bad_files(tmp_path)
     good = make_clip(tmp_path / "long.mp4", 200, options=B_FRAMES)
     for byte in (0x00, 0xA5):
@@ -188,7 +188,7 @@ def test_huge_frames_are_refused_before_decord_opens_them(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("harm", ["cut", "removed"])
-def test_clip_that_changes_while_it_is_read_is_an_input_error(
+def test_clip_that_changes_while_read_is_input_error(
     tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_clip(tmp_path / "a.mp4", 120)
@@ -246,7 +246,7 @@ def test_decord_is_imported_by_parity_readers_only(clips: dict[str, Path]) -> No
     subprocess.run([sys.executable, "-c", script, str(clips["bframes"])], cwd=HERE, env=environment, check=True)
 
 
-def test_memory_of_parity_reader_does_not_grow_with_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_reader_memory_does_not_grow_with_clip_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 frames of 640x352 are 1,289 MiB, which decord alone holds with a slow consumer."""
     script = textwrap.dedent("""
         import sys, time
