@@ -76,7 +76,7 @@ matrix:
 """
 
 
-def test_the_example_says_what_it_says():
+def test_parse_of_example_manifest_reads_every_key():
     manifest = parse(EXAMPLE)
     assert (manifest.version, manifest.recipe, manifest.memory, manifest.source) == (1, "bf16", "stream", "m.yaml")
     first, second, *matrix = manifest.jobs
@@ -101,7 +101,7 @@ def test_the_example_says_what_it_says():
     assert all(j.options == JobOptions.model_validate(defaults | {"keep_audio": True}) for j in matrix)
 
 
-def test_json_lines_with_a_header_and_comments():
+def test_json_lines_with_header_and_comments_are_read():
     text = """\
         # the night's work
 
@@ -118,14 +118,14 @@ def test_json_lines_with_a_header_and_comments():
         ]  # fmt: skip
 
 
-def test_format_by_content_where_the_name_tells_none():
+def test_manifest_format_without_suffix_is_found_by_content():
     assert parse('{"version": 1, "jobs": [{"id": "a", "reference": "r", "video": "v"}]}', "-").jobs[0].id == "a"
     assert parse('{version: 1, jobs: [{"id": "a", "reference": "r", "video": "v"}]}', "-").jobs[0].id == "a"
     assert parse('{\n"version": 1,\n"jobs": [{"id": "a", "reference": "r", "video": "v"}]\n}', "-").jobs[0].line == 3
     assert parse('{"id": "a", "reference": "r", "video": "v"}', "-").jobs[0].id == "a"
 
 
-def test_dates_numbers_and_switches_are_read_as_meant():
+def test_yaml_dates_numbers_and_booleans_are_read_by_type_of_field():
     options = {"start_s": 1, "guidance_scale": 0.5, "seed": 2**62}
     (made,) = parse(
         job(options=options).replace("id: a\n", "id: 2026-01-02\n").replace("seed", "keep_audio: no\n    seed")
@@ -136,7 +136,7 @@ def test_dates_numbers_and_switches_are_read_as_meant():
     assert made.prompt == "12"
 
 
-def test_aliases_and_merges_share_words():
+def test_yaml_aliases_and_merge_keys_are_resolved():
     manifest = parse("""\
         version: 1
         jobs:
@@ -163,7 +163,7 @@ matrix:
 """
 
 
-def test_regression_limits_of_a_job_go_over_the_manifest_s():
+def test_regression_limits_of_job_override_those_of_manifest():
     whole = {"same_frames": True, "psnr_min": 40, "seconds_max": "1.5x"}
     expected = {
         "plain": whole,
@@ -176,13 +176,13 @@ def test_regression_limits_of_a_job_go_over_the_manifest_s():
     assert found == {name: RegressionLimits.model_validate(words) for name, words in expected.items()}
 
 
-def test_regression_limits_of_a_job_from_official_files():
+def test_regression_limits_of_job_from_official_files_are_its_own():
     words = {"id": "a", "options": {"preprocess": {"from": "files"}}, "regression": {"same_frames": False}}
     text = yaml.safe_dump({"version": 1, "regression": {"same_frames": True, "psnr_min": 40}, "jobs": [words]})
     assert [job.regression for job in parse(text).jobs] == [RegressionLimits(same_frames=False, psnr_min=40)]
 
 
-def test_regression_limits_in_json_lines():
+def test_regression_limits_in_json_lines_are_read():
     text = """\
         {"regression": {"psnr_min": 40}}
         {"id": "a", "reference": "r", "video": "v"}
@@ -193,11 +193,11 @@ def test_regression_limits_in_json_lines():
     assert second == RegressionLimits.model_validate({"psnr_min": 30, "memory_max": "1.1x"})
 
 
-def test_a_manifest_without_regression_has_no_limits():
+def test_manifest_without_regression_has_no_limits():
     assert [job.regression for job in parse(job()).jobs] == [RegressionLimits()]
 
 
-def test_wrong_regression_limits_are_told_with_their_lines():
+def test_wrong_regression_limits_are_listed_with_lines():
     text = """\
         version: 1
         regression: {psnr_mim: 30, seconds_max: 1.2}
@@ -261,7 +261,7 @@ matrix:
 """
 
 
-def test_every_problem_is_told_at_once():
+def test_manifest_with_many_problems_lists_all_of_them():
     expected = [
         "line 1: version: 2 is unknown; this runner reads version: 1",
         "line 2: recipee: unknown key; did you mean recipe?",
@@ -346,7 +346,7 @@ def test_every_problem_is_told_at_once():
         ([], "must be a mapping"),
     ],
 )
-def test_one_wrong_option(options, message):
+def test_wrong_option_is_named_with_line(options, message):
     told = only_problem(job(options=options))
     assert re.match(r"line \d+: jobs\[0\]\.options", told)
     assert message in told
@@ -375,7 +375,7 @@ def test_one_wrong_option(options, message):
         ({"mask": 5, "options": {"mode": "replace"}}, "must be text, not the number 5"),
     ],
 )
-def test_one_wrong_word_of_a_job(said, message):
+def test_wrong_key_or_value_of_job_is_named(said, message):
     assert message in only_problem(job(**said))
 
 
@@ -410,7 +410,7 @@ def test_one_wrong_word_of_a_job(said, message):
         ("version: 1\njobs: [{id: r-v, reference: r, video: v}]\nmatrix: {references: [r], videos: [v]}", "by line 2"),
     ],
 )  # fmt: skip
-def test_one_wrong_document(text, message):
+def test_wrong_document_is_refused_with_reason(text, message):
     assert message in only_problem(text)
 
 
@@ -429,14 +429,14 @@ JOBS = "jobs: [{id: a, reference: r, video: v, options: {stps: 4}}, {id: b, vide
         ("matrix: {references: [], videos: [v]}", ["version: is required", "matrix.references: must not be empty"]),
     ],
 )
-def test_a_missing_version_hides_no_other_problem(text, expected):
+def test_missing_version_hides_no_other_problem(text, expected):
     found = problems(text)
     assert len(found) == len(expected)
     for sentence in expected:
         assert any(sentence in problem for problem in found), (sentence, found)
 
 
-def test_an_unknown_recipe_is_told_with_the_other_problems():
+def test_unknown_recipe_is_listed_with_other_problems():
     """`get_recipe` decides, whether the manifest is YAML or JSON lines."""
     text = "version: 1\nmemory: strem\nrecipe: fp4-distil+fp8\n" + JOBS
     known = "Recipes: fp4-distill, fp4-fast, fp4, bf16, fp32; after a +: "
@@ -451,7 +451,7 @@ def test_an_unknown_recipe_is_told_with_the_other_problems():
     assert parse(f"recipe: fp4-distill+fp8+steps4\n{job()}").recipe == "fp4-distill+fp8+steps4"
 
 
-def test_broken_json_lines_do_not_hide_each_other():
+def test_broken_json_lines_are_all_listed():
     found = problems(
         """\
         {"id": "a", "reference": "r", "video": "v",}
@@ -475,7 +475,7 @@ def test_broken_json_lines_do_not_hide_each_other():
     assert all(any(problem.startswith(start) for problem in found) for start in starts), found
 
 
-def test_a_wrong_default_is_told_once_and_the_jobs_are_still_checked():
+def test_wrong_default_is_listed_once_and_jobs_are_still_checked():
     listed = [{"id": f"j{i}", "reference": "r", "video": "v", "options": {"steps": 4}} for i in range(5)]
     listed[3]["options"]["steps"] = 0
     text = yaml.safe_dump({"version": 1, "defaults": {"options": {"seed": -1, "fps": "x"}}, "jobs": listed})
@@ -484,7 +484,7 @@ def test_a_wrong_default_is_told_once_and_the_jobs_are_still_checked():
     ]  # fmt: skip
 
 
-def test_yaml_bombs_and_wells_are_refused_before_they_grow():
+def test_yaml_with_huge_expansion_or_nesting_is_refused():
     laughs = ["a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     laughs += [f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]" for name, after in itertools.pairwise("abcdefghi")]
     assert "expands to more than" in only_problem("\n".join(laughs))
@@ -500,7 +500,7 @@ def test_yaml_bombs_and_wells_are_refused_before_they_grow():
     assert "250000 jobs" in only_problem(json.dumps({"version": 1, "matrix": wide_matrix}))
 
 
-def test_pure_python_yaml_reads_alike(monkeypatch):
+def test_pure_python_yaml_loader_gives_same_manifest(monkeypatch):
     """Where the wheel has no libyaml; the two differ in how they mark a scalar without quotes."""
     with_c = parse(EXAMPLE), problems(WRONG)
     monkeypatch.setattr(module, "_LOADER", yaml.SafeLoader)
@@ -517,7 +517,7 @@ def test_matrix_ids_stay_when_entries_move():
     assert ids("贝拉.png, anna.png") == ids("./anna.png, ./贝拉.png")
 
 
-def test_lines_survive_every_way_of_writing():
+def test_yaml_line_numbers_are_kept_for_every_style():
     root, found = parse_yaml("a:\n  b:\n    - c: 1\n      d:\n        e\n")
     assert not found
     assert root is not None
@@ -525,7 +525,7 @@ def test_lines_survive_every_way_of_writing():
     assert [root.at(path).line for path in paths] == [1, 1, 2, 3, 4]
 
 
-def test_replace_needs_no_mask_in_jobs_or_a_matrix() -> None:
+def test_replace_needs_no_mask_in_jobs_or_matrix() -> None:
     made = parse(
         "version: 1\ndefaults: {options: {mode: replace}}\njobs:\n  - {id: a, reference: r, video: v}\n"
         "matrix: {references: [r], videos: [v]}\n"

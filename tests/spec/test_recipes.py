@@ -17,7 +17,7 @@ from runner.spec.recipes import DEFAULT_RECIPE, FAST_RECIPE, RECIPES, Recipe, ge
 CPU = torch.device("cpu")
 
 
-def test_the_shipped_recipes():
+def test_shipped_recipes_have_expected_fields():
     assert {"fp4-distill", "fp4", "bf16", "fp32"} <= set(RECIPES)
     assert DEFAULT_RECIPE == "fp4-distill"
     assert get_recipe("bf16").steps == 20
@@ -28,17 +28,17 @@ def test_the_shipped_recipes():
         json.dumps(recipe.as_dict())
 
 
-def test_prose_does_not_change_the_fingerprint():
+def test_recipe_fingerprint_leaves_out_summary():
     assert "summary" not in get_recipe("bf16").as_dict()
 
 
-def test_an_unknown_recipe_gets_a_suggestion_and_the_list():
+def test_unknown_recipe_error_has_suggestion_and_list():
     with pytest.raises(ConfigInvalid, match=r"did you mean 'bf16'.*fp4-distill, fp4-fast, fp4, bf16, fp32") as caught:
         get_recipe("bf61")
     assert caught.value.exit_code == 2
 
 
-def test_only_the_distilled_recipe_has_few_steps_and_the_lora():
+def test_distilled_recipe_alone_has_6_steps_and_lora():
     """Six Euler steps are enough for a model that was distilled for few, and for no other."""
     distilled, plain = get_recipe("fp4-distill"), get_recipe("fp4")
     assert (distilled.steps, distilled.scheduler, distilled.fp4, distilled.distilled) == (6, "euler", True, True)
@@ -47,7 +47,7 @@ def test_only_the_distilled_recipe_has_few_steps_and_the_lora():
     assert distilled.as_dict() != plain.as_dict()
 
 
-def test_the_fast_recipe_is_the_distilled_one_but_for_what_the_device_chooses():
+def test_fast_recipe_differs_from_distilled_in_choice_only():
     distilled, fast = get_recipe("fp4-distill"), get_recipe("fp4-fast")
     assert fast.name == FAST_RECIPE
     assert replace(fast, name=distilled.name, summary=distilled.summary, choice="") == distilled
@@ -87,7 +87,7 @@ def changed(name: str) -> dict[str, object]:
         ("fp4-fast+beta57+shift3", {"schedule": "beta57", "shift": 3.0}, "fp4-fast+beta57+shift3"),
     ],
 )
-def test_words_change_what_they_name_and_nothing_else(name, fields_changed, canonical):
+def test_recipe_words_change_their_own_fields_only(name, fields_changed, canonical):
     recipe = get_recipe(name)
     assert changed(name) == fields_changed
     assert recipe.name == canonical
@@ -116,7 +116,7 @@ def test_record_of_recipe_keeps_keys_of_version_0_1_0(name):
 
 
 @given(base=st.sampled_from(sorted(RECIPES)), words=WORDS, data=st.data())
-def test_the_order_of_words_does_not_matter(base, words, data):
+def test_recipe_words_in_any_order_give_same_recipe(base, words, data):
     def recipe_of(texts) -> object:
         try:
             return get_recipe("+".join([base, *texts]))
@@ -180,13 +180,13 @@ def test_the_order_of_words_does_not_matter(base, words, data):
         ("bf16+shift\u0663", "unknown modifier"),  # a digit, but none of ours
     ],
 )
-def test_what_makes_no_recipe_says_why(name, said):
+def test_invalid_recipe_name_is_refused_with_reason(name, said):
     with pytest.raises(ConfigInvalid, match=said) as caught:
         get_recipe(name)
     assert caught.value.exit_code == 2
 
 
-def test_the_fingerprint_holds_what_decides_frames_however_it_was_said():
+def test_recipe_fingerprint_depends_on_frames_and_not_on_spelling():
     """A job's own steps are among its options, and an alias renders the same frames."""
     assert get_recipe("fp4-distill+euler+shift5").effective() == get_recipe("fp4-distill").effective()
     assert get_recipe("fp4-distill+steps4").effective() == get_recipe("fp4-distill").effective()
