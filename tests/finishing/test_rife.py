@@ -93,7 +93,7 @@ def published(weights: dict[str, torch.Tensor], one: torch.Tensor, other: torch.
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_drawn_along_its_flow_as_numpy_does():
+def test_warp_along_flow_agrees_with_numpy():
     generator = torch.Generator().manual_seed(1)
     picture = torch.rand(1, 4, 24, 40, generator=generator)
     flow = (torch.rand(1, 2, 24, 40, generator=generator) - 0.5) * 30  # many places lie outside
@@ -104,7 +104,7 @@ def test_a_picture_is_drawn_along_its_flow_as_numpy_does():
 
 
 @pytest.mark.parametrize("seed", [5, 6])
-def test_the_network_is_the_published_formula(seed):
+def test_rife_network_agrees_with_published_formula(seed):
     network = tiny_network(seed)
     one, other = smooth_picture(1, 64, 128), smooth_picture(2, 64, 128)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_the_network_is_the_published_formula(seed):
     assert (found - (one + other) / 2).abs().max() > 0.1  # no mere average
 
 
-def test_frames_of_any_size_are_padded_and_cut():
+def test_rife_interpolator_pads_and_cuts_frames_of_any_size():
     interpolator = RifeInterpolator(tiny_network())
     one, other = ((smooth_picture(i, 64, 64)[0] * 255).byte().permute(1, 2, 0).numpy() for i in (1, 2))
     whole = interpolator.between(one, other)
@@ -129,7 +129,7 @@ def test_frames_of_any_size_are_padded_and_cut():
         interpolator.between(one, other[:50])
 
 
-def test_what_is_no_number_makes_no_frame():
+def test_rife_interpolator_with_nan_output_is_not_finite():
     network = tiny_network()
     network.block4.lastconv[0].bias.fill_(float("nan"))
     frame = np.zeros((64, 64, 3), np.uint8)
@@ -137,7 +137,7 @@ def test_what_is_no_number_makes_no_frame():
         RifeInterpolator(network).between(frame, frame + 9)
 
 
-def test_a_device_that_is_full_is_out_of_memory(monkeypatch):
+def test_rife_interpolator_on_full_device_is_out_of_memory(monkeypatch):
     interpolator = RifeInterpolator(tiny_network())
 
     def full(*_):
@@ -152,7 +152,7 @@ def test_a_device_that_is_full_is_out_of_memory(monkeypatch):
 # -- its file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_read_by_its_widths(tmp_path: Path):
+def test_rife_interpolator_open_reads_widths_from_file(tmp_path: Path):
     path = write_tiny_rife(tmp_path)
     one, other = ((smooth_picture(i, 64, 64)[0] * 255).byte().permute(1, 2, 0).numpy() for i in (1, 2))
     expected = RifeInterpolator(tiny_network()).between(one, other)
@@ -167,7 +167,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @system_test
-def test_odd_frames_of_a_real_clip_are_rebuilt(real_data, rife_store):  # noqa: F811
+def test_rife_interpolator_rebuilds_odd_frames_of_real_clip(real_data, rife_store):  # noqa: F811
     """Of every third triple of the clip, 18 of 54."""
     interpolator = RifeInterpolator.open(rife_store / RIFE)
     with VideoReader(real_data / "man_480x480_30fps_110f.mp4") as reader:
@@ -181,7 +181,7 @@ def test_odd_frames_of_a_real_clip_are_rebuilt(real_data, rife_store):  # noqa: 
 
 
 @system_test
-def test_the_published_network_is_the_published_formula(real_data, rife_store):  # noqa: F811
+def test_published_rife_weights_agree_with_published_formula(real_data, rife_store):  # noqa: F811
     weights = load_file(rife_store / RIFE)
     network = RifeNetwork()
     network.load_state_dict(weights)
