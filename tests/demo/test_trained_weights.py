@@ -27,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_twelve_megabytes_of_bfloat16() -> None:
+def test_trained_weights_are_bfloat16_of_at_most_12_mb() -> None:
     files = [path for path in TRAINED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     for path in files:
@@ -37,7 +37,7 @@ def test_twelve_megabytes_of_bfloat16() -> None:
     assert (TRAINED / "README.md").is_file()  # the model card
 
 
-def test_every_linear_layer_can_be_quantised(store: Path) -> None:
+def test_linear_layers_of_demo_transformer_can_be_quantised(store: Path) -> None:
     from diffusers import WanAnimateTransformer3DModel
 
     config = ResolvedRecipe(ModelStore(store), get_recipe("fp32")).config("transformer")
@@ -47,7 +47,7 @@ def test_every_linear_layer_can_be_quantised(store: Path) -> None:
     assert all(m.in_features % 32 == 0 for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def test_the_store_is_complete_for_both_recipes(store: Path) -> None:
+def test_demo_store_is_complete_for_both_recipes(store: Path) -> None:
     models = ModelStore(store)
     for name in ("fp32", "fp4-distill"):
         resolved = resolve_recipe(models, get_recipe(name))
@@ -57,13 +57,13 @@ def test_the_store_is_complete_for_both_recipes(store: Path) -> None:
     assert marker["version"].endswith(trained_digest()[:16])
 
 
-def test_a_package_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_trained_without_weights_is_config_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.demo.build.TRAINED", tmp_path / "nowhere")
     with pytest.raises(ConfigInvalid, match="weights are missing"):
         copy_trained(tmp_path / "store")
 
 
-def test_it_transfers_motion(store: Path) -> None:
+def test_demo_model_transfers_motion(store: Path) -> None:
     """One clip of a dancer and a dance it has never seen, in four steps: nearer to the truth than the still reference.
 
     And nearer to its own dancer's colours than to any of twenty others'.
