@@ -66,7 +66,7 @@ def counted(model, part: str, *, fp4: bool, element: int) -> float:
 
 @pytest.mark.parametrize(("fp4", "element"), [(False, 2), (False, 4), (True, 2)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_are_the_parameters_of_the_model(name, fp4, element):
+def test_weights_of_equals_parameters_of_model(name, fp4, element):
     model = on_meta(WanAnimateTransformer3DModel, CONFIGS[name])
     found = weights_of(Costs.from_configs({**model.config}, {}).transformer, fp4=fp4, element=element)
     assert (found.blocks, found.adapters) == (len(model.blocks), len(model.face_adapter))
@@ -77,7 +77,7 @@ def test_weights_are_the_parameters_of_the_model(name, fp4, element):
 
 @pytest.mark.parametrize("compute", SVDQ_LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_svdq_weights_are_the_layouts_bytes_of_every_linear_but_the_last(name, compute):
+def test_weights_of_svdq_equals_layout_bytes_of_all_linears_but_last(name, compute):
     model, layout = on_meta(WanAnimateTransformer3DModel, CONFIGS[name]), SVDQ_LAYOUTS[compute]
     shapes = {layer: shape for layer, shape in linear_shapes(model).items() if layer != "proj_out"}
 
@@ -101,7 +101,7 @@ def test_svdq_weights_are_the_layouts_bytes_of_every_linear_but_the_last(name, c
 @pytest.mark.parametrize(
     ("compute", "size", "wider"), [("svdq-int4", 9.63e9, 0.193e9), ("svdq-nvfp4", 10.18e9, 0.193e9)]
 )
-def test_the_14b_model_in_svdq(compute, size, wider):
+def test_weights_of_14b_model_in_svdq_have_expected_size(compute, size, wider):
     """Codes and scales of 17.23 billion weights take 9.16 and 9.69 GB; factors of rank 32 .39."""
     assert weights_of(SHAPE, fp4=True, compute=compute).total == pytest.approx(size, rel=0.001)
     more = (
@@ -110,16 +110,16 @@ def test_the_14b_model_in_svdq(compute, size, wider):
     assert more == pytest.approx(wider, rel=0.01)
 
 
-def test_weights_in_bfloat16_unless_said_otherwise():
+def test_weights_of_assumes_bfloat16_by_default():
     assert weights_of(SHAPE, fp4=False) == weights_of(SHAPE, fp4=False, element=2)
 
 
-def test_a_weight_in_fp4_has_its_share_of_a_scale():
+def test_fp4_bytes_include_share_of_scale():
     """Four bits of code, and a scale of 16 bits for 32 weights or of 8 for 16: 4.5 bits."""
     assert (4 + 16 / 32) / 8 == (4 + 8 / 16) / 8 == FP4_BYTES
 
 
-def test_all_weights_are_blocks_adapters_and_the_rest():
+def test_weights_total_is_blocks_adapters_and_rest():
     weights = Weights(block=1000.0, adapter=100.0, rest=7.0, blocks=4, adapters=3)
     assert weights.total == 4307
     assert weights.largest_part == 1100
@@ -127,7 +127,7 @@ def test_all_weights_are_blocks_adapters_and_the_rest():
 
 # Hidden states of 34,320 tokens: 351 MB in bfloat16.
 @pytest.mark.parametrize(("kind", "units"), [("whole", 12), ("fused", 6), ("chunked", 5.36)])
-def test_a_steps_peak_in_units_of_hidden_states(kind, units):
+def test_step_bytes_in_units_of_hidden_states(kind, units):
     assert step_bytes(SHAPE, *CLIP, kind=kind) == units * 351_436_800
     assert step_bytes(SHAPE, *CLIP, kind=kind, element=4) == units * 702_873_600
 
@@ -136,7 +136,7 @@ def test_a_steps_peak_in_units_of_hidden_states(kind, units):
     ("compute", "inside"),
     [("bf16", 2.7), ("fp8", 2.7 + 1.35), ("int8", 2.7 + 1.35), ("nvfp4", 2 * 2.7)],
 )
-def test_a_compiled_blocks_peak_is_hidden_states_and_the_feed_forward_part(compute, inside):
+def test_step_bytes_of_fused_block_are_hidden_states_and_feed_forward(compute, inside):
     """The caller's hidden states, the block's own and what is inside the feed-forward part, 13824/5120 as wide: its
     bf16, and beside it codes of one byte or, an assumption for NVFP4, all of it again. Six hidden states in attention,
     where that is less."""
@@ -144,7 +144,7 @@ def test_a_compiled_blocks_peak_is_hidden_states_and_the_feed_forward_part(compu
 
 
 @pytest.mark.parametrize(("compute", "scale"), [("svdq-int4", 2 / 64), ("svdq-nvfp4", 1 / 16)])
-def test_a_compiled_svdq_block_holds_input_codes_and_output_of_its_last_product(compute, scale):
+def test_step_bytes_of_fused_svdq_block_include_codes_and_output(compute, scale):
     """Hidden states, 351 MB, twice; 2.7 of them that go in and their codes of half a byte; rank 32 in float32; and what
     comes out."""
     units = 2 + 2.7 * (1 + (0.5 + scale) / 2) + 32 * 4 / (2 * D) + 1
@@ -163,20 +163,20 @@ def test_a_compiled_svdq_block_holds_input_codes_and_output_of_its_last_product(
         ("whole", "bf16", 12),
     ],
 )
-def test_8_bit_attention_holds_codes_beside_what_it_reads(kind, compute, units):
+def test_step_bytes_of_8_bit_attention_include_codes(kind, compute, units):
     """Hidden states, query, key, value and result, of 351 MB each, and half of that for each of three in one byte."""
     found = step_bytes(SHAPE, *CLIP, kind=kind, compute=compute, attention_8bit=True)
     assert found == pytest.approx(units * 351_436_800)
 
 
 @pytest.mark.parametrize(("width", "height", "frames", "tokens"), [(64, 96, 1, 48), (80, 48, 13, 75), (72, 56, 9, 48)])
-def test_tokens_of_windows(width, height, frames, tokens):
+def test_step_bytes_and_code_bytes_count_tokens_of_window(width, height, frames, tokens):
     """2, 5 and 4 latent frames with the reference's, of 6 x 4, 3 x 5 and 3 x 4 tokens; a half token is cut off."""
     assert step_bytes(SHAPE, width, height, frames, kind="whole", element=1) == 12 * tokens * D
     assert code_bytes(SHAPE, width, height, frames, compute="fp8") == tokens * FFN
 
 
-def test_a_workspace_for_the_largest_product():
+def test_workspace_bytes_are_those_of_largest_product():
     time = D * 6 * D  # the time's projection, 30,720 x 5,120, is larger than the feed-forward part's
     assert workspace_bytes(SHAPE) == 2 * time
     assert workspace_bytes(SHAPE, compute="nvfp4") == 2 * time
@@ -192,7 +192,7 @@ def test_a_workspace_for_the_largest_product():
     assert workspace_bytes(SHAPE, fp4=False, compute="int8", element=4) == FFN * D
 
 
-def test_activations_in_codes_of_8_bits():
+def test_code_bytes_of_8_bit_activations_are_one_byte_each():
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("bf16", "nvfp4")] == [0, 0]
     assert [code_bytes(SHAPE, *CLIP, compute=word) for word in ("fp8", "int8")] == [TOKENS * FFN] * 2
     # Rows that share a scale stay together: hidden states, their norm, and 2.7 of them twice.
@@ -203,21 +203,21 @@ def test_activations_in_codes_of_8_bits():
 
 
 @pytest.mark.parametrize("element", [2, 4])
-def test_latents_by_hand(element):
+def test_latent_bytes_equal_hand_count(element):
     """Of 16 channels: noise, velocity and two states in float32, the pose; the scene has 20, the model's input 36."""
     assert latent_bytes(SHAPE, *CLIP, element=element) == CELLS * (4 * 16 * 4 + (20 + 36 + 16) * element)
     assert latent_bytes(SHAPE, *CLIP) == latent_bytes(SHAPE, *CLIP, element=2)
     assert latent_bytes(SHAPE, 64, 96, 5) == 3 * 12 * 8 * (256 + 144)
 
 
-def test_faces_by_hand():
+def test_face_bytes_equal_hand_count():
     crops, text_and_image = 81 * 3 * 512 * 512, (512 + 257) * D
     assert face_bytes(SHAPE, 81) == 2 * (crops + text_and_image)
     assert face_bytes(SHAPE, 81, element=4) == 4 * (crops + text_and_image)
 
 
 @pytest.mark.parametrize(("base", "within"), [(96, 5e-4), (48, 0.02)])
-def test_the_autoencoders_weights_are_its_parameters(base, within):
+def test_vae_bytes_equal_parameters_of_autoencoder(base, within):
     count = sum(tensor.numel() for tensor in on_meta(AutoencoderKLWan, {"base_dim": base}).parameters())
     assert vae_bytes(VaeShape(base_dim=base), "float32") == pytest.approx(4 * count, rel=within)
     assert vae_bytes(VaeShape(base_dim=base), "bfloat16") == pytest.approx(2 * count, rel=within)
@@ -233,7 +233,7 @@ def test_the_autoencoders_weights_are_its_parameters(base, within):
     ],
 )
 @pytest.mark.parametrize("share", [1, 0.5])
-def test_the_autoencoders_peaks_by_hand(dtype, pixel, encode, decode, tile, share):
+def test_vae_peak_equals_hand_count(dtype, pixel, encode, decode, tile, share):
     shape, area, clip = VaeShape(base_dim=int(96 * share)), 480 * 832, 3 * 81 * 480 * 832
     given = clip * (4 + 2 * pixel)  # in float32, in its dtype, and joined to the last window's end
     found = vae_peak(shape, *CLIP, dtype=dtype)
@@ -245,13 +245,13 @@ def test_the_autoencoders_peaks_by_hand(dtype, pixel, encode, decode, tile, shar
 
 
 @pytest.mark.parametrize(("width", "height", "tile"), [(128, 480, 128 * 256), (480, 96, 256 * 96)])
-def test_a_tile_is_no_larger_than_the_picture(width, height, tile):
+def test_vae_peak_of_small_picture_limits_tile_to_picture(width, height, tile):
     encode, _ = vae_peak(VaeShape(), width, height, 1, dtype="bfloat16", tiled=True)
     assert encode == 3 * width * height * 8 + 10_130 * tile
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_kept_codes_are_those_of_the_layers_that_see_every_token(config):
+def test_kept_code_bytes_count_token_wise_layers(config):
     """A byte a weight and a float32 a row; tests of the generator compare the bytes that it holds."""
     model = on_meta(WanAnimateTransformer3DModel, config)
     layers = [layer for name, layer in model.named_modules() if is_token_wise(name)]

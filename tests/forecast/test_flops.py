@@ -25,13 +25,13 @@ AUTOENCODER = [(832, 480, 77, 156, 262), (832, 480, 81, 163.8, 275.4), (1280, 72
 
 
 @pytest.mark.parametrize(("width", "height", "frames", "tflop"), COUNTED)
-def test_a_step_of_the_14b_model(width, height, frames, tflop):
+def test_step_tflop_of_14b_model_agrees_with_torch_counter(width, height, frames, tflop):
     assert PRODUCTION.step_tflop(width, height, frames) == pytest.approx(tflop, rel=0.01)
     assert PRODUCTION.step_tflop(width, height, frames, guided=True) == pytest.approx(2 * tflop, rel=0.01)
 
 
 @pytest.mark.parametrize(("width", "height", "frames", "encode", "decode"), AUTOENCODER)
-def test_the_production_autoencoder(width, height, frames, encode, decode):
+def test_vae_flop_of_production_autoencoder_agrees_with_torch_counter(width, height, frames, encode, decode):
     assert PRODUCTION.vae.encode_flop(width, height, frames) / 1e12 == pytest.approx(encode, rel=0.01)
     assert PRODUCTION.vae.decode_flop(width, height, frames) / 1e12 == pytest.approx(decode, rel=0.01)
 
@@ -42,7 +42,7 @@ def defaults(kind) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def test_the_default_shapes_are_the_librarys_and_the_14b_models():
+def test_default_shapes_are_those_of_library_and_14b_model():
     """The 14B model's config leaves these as the library has them, but for the width of the image's keys."""
     shape, library = asdict(TransformerShape()), defaults(WanAnimateTransformer3DModel)
     assert shape.pop("image_tokens") == (224 // 14) ** 2 + 1  # CLIP ViT-H/14 at 224 pixels, and the class token
@@ -53,7 +53,7 @@ def test_the_default_shapes_are_the_librarys_and_the_14b_models():
     assert Costs(TransformerShape(), VaeShape()) == PRODUCTION
 
 
-def test_shapes_come_from_the_configs():
+def test_costs_from_configs_take_shapes_of_configs():
     vae = {"dim_mult": [1, 3], "temperal_downsample": [True], "latents_mean": [0.0], "_class_name": "AutoencoderKLWan"}
     costs = Costs.from_configs({"num_layers": 7, "rope_max_seq_len": 64}, vae, {"image_size": 84, "patch_size": 28})
     assert costs.transformer == replace(TransformerShape(), num_layers=7, image_tokens=3 * 3 + 1)
@@ -108,7 +108,7 @@ ONCE_A_WINDOW = re.compile(
 )
 
 
-def test_every_operation_of_a_transformer_is_counted(counted):
+def test_forward_flop_counts_every_operation_of_transformer(counted):
     shape, _, window, total, by_module = counted
     assert shape.forward_flop(*window) == total
     assert shape.conditioning_flop(*window) == sum(n for name, n in by_module.items() if ONCE_A_WINDOW.fullmatch(name))
@@ -119,7 +119,7 @@ def test_every_operation_of_a_transformer_is_counted(counted):
     assert shape.self_attention_flop(*window) == attention - projections
 
 
-def test_the_weights_of_a_step_and_of_a_window(counted):
+def test_block_and_conditioning_weights_equal_those_of_model(counted):
     shape, model, *_ = counted
     every, once = 0, 0
     for name, layer in model.named_modules():
@@ -129,7 +129,7 @@ def test_the_weights_of_a_step_and_of_a_window(counted):
     assert (shape.block_weights, shape.conditioning_weights) == (every, once)
 
 
-def test_what_a_window_keeps_by_hand():
+def test_conditioning_bytes_equal_hand_count():
     """At 832x480 and 81 frames: 22 latent frames of 52 x 30 tokens, with the reference's; 40 blocks, 8 adapters."""
     text, image = 40 * 512 * 5120 * 2 * 2, 40 * 257 * 5120 * 2 * 2
     pose, rope = 21 * 1560 * 5120 * 2, 2 * 34_320 * 64 * 4
@@ -175,7 +175,7 @@ VAES = {
 
 @pytest.mark.parametrize("frames", [1, 9])
 @pytest.mark.parametrize("name", VAES)
-def test_every_operation_of_an_autoencoder_is_counted(name, frames):
+def test_vae_flop_counts_every_operation_of_autoencoder(name, frames):
     vae, shape = on_meta(AutoencoderKLWan, VAES[name]), Costs.from_configs({}, VAES[name]).vae
     width, height = 48, 80
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -187,7 +187,7 @@ def test_every_operation_of_an_autoencoder_is_counted(name, frames):
     assert shape.decode_flop(width, height, frames) == counter.get_total_flops()
 
 
-def test_a_job_is_steps_windows_and_the_autoencoders_part():
+def test_job_tflop_is_sum_of_steps_windows_and_autoencoder():
     """Per window the pose and the scene are encoded and the frames decoded; the reference is one picture, once."""
     window = (832, 480, 81)
     step = PRODUCTION.transformer.forward_flop(*window)
@@ -199,19 +199,19 @@ def test_a_job_is_steps_windows_and_the_autoencoders_part():
     assert PRODUCTION.step_tflop(*window, guided=True) == pytest.approx(2 * step / 1e12, rel=1e-13)
 
 
-def test_a_job_is_its_segments():
+def test_plan_job_of_161_frames_has_2_segments():
     plan = plan_job(161, (832, 480), JobOptions(steps=6), get_recipe("bf16"))
     assert (plan.segments, plan.segment_frames, plan.padding_frames, plan.steps) == (2, 81, 0, 6)
     by_hand = 2 * (6 * 1839 + 2 * 163.8 + 275.4) + 2.7
     assert plan.tflop == pytest.approx(by_hand, rel=0.01)
 
 
-def test_a_plan_takes_the_recipes_steps_and_81_frames_in_one_window():
+def test_plan_job_by_default_takes_recipe_steps_and_one_window():
     plan = plan_job(81, (832, 480), JobOptions(), get_recipe("bf16"))
     assert (plan.steps, plan.segments, plan.denoised_frames, plan.padding_frames) == (20, 1, 81, 0)
 
 
-def test_a_forecast_needs_no_torch():
+def test_forecast_imports_no_torch():
     code = (
         "import sys; from runner.generation.segments import plan_job; from runner.weights.store import ModelStore\n"
         "import runner.generation.wan_animate.generator\n"

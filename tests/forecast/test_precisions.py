@@ -50,7 +50,7 @@ def stub(monkeypatch) -> GemmPrecision:
     return row
 
 
-def test_the_rows_are_complete():
+def test_precision_rows_are_complete():
     for name, row in PRECISIONS.items():
         assert row.name == name
         assert row.estimated <= row.rates.keys() <= {device.name for device in DEVICES}
@@ -67,7 +67,7 @@ def test_the_rows_are_complete():
     assert get_recipe(DEFAULT_RECIPE).compute == Recipe.compute == DEFAULT_PRECISION
 
 
-def test_only_svdq_rows_have_groups_of_their_own():
+def test_precision_rows_with_own_groups_are_svdq_only():
     """The other format with groups is `FP4_BYTES`."""
     for row in PRECISIONS.values():
         assert (row.layout == "svdq") == (row.group_bytes > 0) == (row.vectors != (0, 0))
@@ -77,7 +77,7 @@ def test_only_svdq_rows_have_groups_of_their_own():
             assert row.weight_traffic == 0.5 + row.group_bytes == row.activation_traffic - 2
 
 
-def test_where_svdq_rows_run():
+def test_svdq_rows_run_on_compiled_architectures_only():
     """What the kernels were compiled for. No unit of Hopper or of sm_100 multiplies integers of four bits."""
     known = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
     found = {name: [at for at in known if PRECISIONS[name].runs_on(at)] for name in ("svdq-int4", "svdq-nvfp4")}
@@ -86,11 +86,11 @@ def test_where_svdq_rows_run():
 
 
 @pytest.mark.parametrize(("name", "limit"), [("fp8", 0.0482), ("int8", 0.0186), ("nvfp4", 0.1125)])
-def test_the_limits_of_the_self_test(name, limit):
+def test_precision_row_has_expected_error_limit(name, limit):
     assert PRECISIONS[name].error_limit == pytest.approx(limit, abs=1e-4)
 
 
-def test_torch_has_the_dtypes_and_the_kernels_the_backends():
+def test_precision_rows_have_dtypes_in_torch_and_backends_in_kernels():
     import torch
 
     from runner.quantization.formats.e2m1 import FORMATS
@@ -106,7 +106,7 @@ def test_torch_has_the_dtypes_and_the_kernels_the_backends():
             assert row.code_bytes == dtype.itemsize
 
 
-def test_a_storage_format_takes_the_bytes_that_the_forecast_counts():
+def test_fp4_bytes_equal_those_of_storage_formats():
     from runner.forecast.bytes import FP4_BYTES
     from runner.quantization.formats.e2m1 import FORMATS
 
@@ -114,7 +114,7 @@ def test_a_storage_format_takes_the_bytes_that_the_forecast_counts():
 
 
 @pytest.mark.parametrize("rank", [16, 32, 128])
-def test_svdq_rows_count_what_the_layout_stores(rank):
+def test_svdq_bytes_equal_those_of_layout(rank):
     """Padded sides too: 5120 -> 64, and odd ones of small models."""
     from runner.forecast.bytes import SVDQ_RANK, SVDQ_TILE, svdq_bytes
     from runner.quantization.formats.svdq_layout import SVDQ_LAYOUTS, TILE
@@ -127,7 +127,7 @@ def test_svdq_rows_count_what_the_layout_stores(rank):
             assert svdq_bytes(*shape, compute=name, rank=rank) == layout.with_rank(rank).bytes(*shape)
 
 
-def test_one_row_is_a_word_of_recipes(stub):
+def test_new_precision_row_is_recipe_word(stub):
     recipe = get_recipe("fp4-distill+steps4+stub")
     assert (recipe.compute, recipe.name) == ("stub", "fp4-distill+stub+steps4")
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_one_row_is_a_word_of_recipes(stub):
         get_recipe("fp4-distill+stub+fp8")
 
 
-def test_one_row_counts_in_the_forecast(stub):
+def test_new_precision_row_counts_in_forecast(stub):
     eight, window = code_bytes(SHAPE, 832, 480, 81, compute="fp8"), (832, 480, 81)
     assert code_bytes(SHAPE, *window, compute="stub") == 3 * eight > 0
     assert code_bytes(SHAPE, *window, compute="nvfp4") == code_bytes(SHAPE, *window, compute="bf16") == 0
@@ -149,7 +149,7 @@ def test_one_row_counts_in_the_forecast(stub):
     assert "stub" not in device_rates("A100")
 
 
-def test_one_row_decides(stub):
+def test_new_precision_row_is_used_by_decide(stub):
     from runner.generation.runtime.compute import decide
 
     assert advised((5, 0)) == "stub"
@@ -162,7 +162,7 @@ def test_one_row_decides(stub):
         decide("fp8", (5, 0), (None, "broken"), {"g32"}, "cuda:0")
 
 
-def test_one_row_sets_a_layer_and_asks_for_shapes(stub):
+def test_new_precision_row_sets_layer_and_checks_shapes(stub):
     import torch
     from torch import nn
 
@@ -178,7 +178,7 @@ def test_one_row_sets_a_layer_and_asks_for_shapes(stub):
     assert 0.01 < relative_error(low, exact) < stub.error_limit
 
 
-def test_a_row_whose_backend_is_not_there_says_so(stub, monkeypatch):
+def test_precision_row_with_missing_backend_is_error(stub, monkeypatch):
     import torch
 
     from runner.generation.runtime.compute import decide
@@ -219,7 +219,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_a_fact_about_a_precision_is_one_row(name):
+def test_precision_name_is_in_table_only(name):
     """No other file names a precision to say something about it."""
     table = ROOT / "runner/forecast/precisions.py"
     found = []

@@ -15,13 +15,13 @@ def forecast(name, build, **changes):
     return forecast_seconds(PRODUCTION, find_device(name), build, **{**CLIP, **changes})
 
 
-def test_the_seed_on_its_own_gpu():
+def test_forecast_of_seed_build_on_rtx_5090_agrees_with_measured_time():
     """Measured there: 272 s at 20 steps and 113 s at 6, hence 11.4 s a step."""
     assert forecast("RTX 5090", SEED).step_s == pytest.approx((272 - 113) / 14, rel=0.12)
     assert forecast("RTX 5090", SEED).total_s < 113  # loading, moving and encoding text are not in it
 
 
-def test_parts_by_hand():
+def test_forecast_parts_on_rtx_5090_equal_hand_count():
     """34,320 tokens: 852.6 TFLOP in products, of which 32 hardly depend on tokens; 964.9 in self-attention."""
     found = forecast("RTX 5090", EngineBuild())
     assert found.step["attention"] == pytest.approx(964.9 / 214, rel=1e-3)
@@ -49,7 +49,7 @@ PUBLISHED = {
 COMPUTES = ("bf16", "fp8", "int8", "nvfp4", "svdq-int4", "svdq-nvfp4")
 
 
-def test_devices_have_the_published_rates():
+def test_devices_have_published_rates():
     assert [device.name for device in DEVICES] == list(PUBLISHED)
     for device in DEVICES:
         products, attention, attention_8bit, copies = PUBLISHED[device.name]
@@ -58,7 +58,7 @@ def test_devices_have_the_published_rates():
         assert (device.attention, device.attention_8bit, device.copy_gb_s) == (attention, attention_8bit, copies)
 
 
-def test_estimated_rates_are_those_by_the_rules_that_the_table_states():
+def test_estimated_rates_follow_rules_of_table():
     estimates = {device.name: [name for name in device.matmul if device.estimates(name)] for device in DEVICES}
     every = ["bf16", "fp8", "int8", "svdq-int4"]
     assert estimates == {
@@ -82,7 +82,7 @@ def test_estimated_rates_are_those_by_the_rules_that_the_table_states():
     assert rates["RTX 5090"]["svdq-nvfp4"] == pytest.approx(sum(nunchaku) / 4 * 1676 / 2000, rel=0.01)
 
 
-def test_the_engines_own_build():
+def test_engine_build_has_expected_defaults():
     assert asdict(EngineBuild()) == {
         "compute": "bf16",
         "fp4": True,
@@ -120,7 +120,7 @@ def on_odd(build, **changes):
     return forecast_seconds(PRODUCTION, ODD, build, **{**CLIP, **changes})
 
 
-def test_a_step_by_hand():
+def test_forecast_step_equals_hand_count():
     """Four and a half bits of a weight are read and sixteen written: 2.5625 bytes."""
     assert on_odd(EngineBuild()).step == pytest.approx(
         {
@@ -156,7 +156,7 @@ def test_a_step_by_hand():
     assert plain["weights to the compute"] == pytest.approx(STEP_WEIGHTS * (3 + 1) / 1000e9, rel=1e-12)
 
 
-def test_what_8_bits_cost_beside_their_products():
+def test_forecast_step_in_8_bits_counts_codes_and_weights():
     """TB a step of the 14B at 832x480, 81 frames, as 1000 GB/s are: 7.7 hidden states a block, of 3 bytes, less GELU's
     four of 2.7. When each of query, key and value rotated its input, and quantised it in another pass, it was .477."""
     every = replace(ODD, matmul=dict.fromkeys(("bf16", "fp8", "int8", "nvfp4"), 100.0))
@@ -174,7 +174,7 @@ def test_what_8_bits_cost_beside_their_products():
 
 
 @pytest.mark.parametrize(("compute", "scale"), [("svdq-int4", 2 / 64), ("svdq-nvfp4", 1 / 16)])
-def test_a_step_in_svdq_by_hand(compute, scale):
+def test_forecast_step_in_svdq_equals_hand_count(compute, scale):
     """Each layer makes codes of its own input, so that the one of query, key and value is read three times. Weights are
     read as they are stored. The low-rank part of rank 32 is products in bf16 of all inputs and all outputs."""
     machine = replace(ODD, matmul={"bf16": 100.0, compute: 400.0})
@@ -199,7 +199,7 @@ def test_a_step_in_svdq_by_hand(compute, scale):
     assert guided.step_s == pytest.approx(2 * found.step_s)
 
 
-def test_of_kept_codes_a_product_reads_one_byte_a_weight_and_nothing_else_changes():
+def test_forecast_with_kept_codes_reads_one_byte_per_weight():
     every = replace(ODD, matmul=dict.fromkeys(("bf16", "fp8", "int8"), 100.0))
     for compute in ("fp8", "int8"):
         for fp4 in (True, False):
@@ -217,14 +217,14 @@ def test_of_kept_codes_a_product_reads_one_byte_a_weight_and_nothing_else_change
 @pytest.mark.parametrize(
     ("device", "compute", "saved"), [("RTX 5090", "int8", 0.27), ("RTX 5090", "fp8", 0.27), ("H200", "fp8", 0.10)]
 )
-def test_what_kept_codes_save_of_a_clip(device, compute, saved):
+def test_forecast_with_kept_codes_saves_expected_seconds(device, compute, saved):
     """Seconds of six steps. Of 12.4 billion weights 5.5625 bytes each that go through memory no more."""
     build = EngineBuild(compute)
     found = forecast(device, build).total_s - forecast(device, replace(build, codes_kept=True)).total_s
     assert found == pytest.approx(saved, abs=0.005)
 
 
-def test_attention_in_8_bits_where_there_is_none_is_the_other():
+def test_forecast_of_absent_8_bit_attention_uses_plain_attention():
     lacking = replace(ODD, attention_8bit=None)
     found = forecast_seconds(PRODUCTION, lacking, EngineBuild(attention_8bit=True), **CLIP)
     assert found.step["attention"] == pytest.approx(ATTENTION / 50, rel=1e-12)
@@ -234,7 +234,7 @@ def test_attention_in_8_bits_where_there_is_none_is_the_other():
     ("vae", "share", "decoded", "encoded"),
     [("float32", 0.24, 36_540, 24_460), ("bfloat16", 0.46, 18_710, 12_680), ("float16", 0.46, 18_710, 12_680)],
 )
-def test_the_rest_of_a_job_by_hand(vae, share, decoded, encoded):
+def test_forecast_fixed_part_equals_hand_count(vae, share, decoded, encoded):
     """Three windows: scene and pose of each but the first scene, which is blank and kept, and the reference.
 
     `decoded`, `encoded`: bytes through memory for a pixel of a picture.
@@ -259,7 +259,7 @@ def test_the_rest_of_a_job_by_hand(vae, share, decoded, encoded):
     assert found.total_s == pytest.approx(18 * sum(found.step.values()) + sum(found.fixed.values()), rel=1e-12)
 
 
-def test_the_scene_of_later_windows_is_mostly_not_run_where_it_is_blank():
+def test_forecast_of_blank_scene_saves_encoding_in_later_windows():
     """80 of 81 pictures: 64.7 of 163.7 TFLOP are left. The first window's is kept by jobs before, or is as it was."""
     encode, blank = VAE.encode_flop(*WINDOW) / 1e12, VAE.encode_flop(*WINDOW, 1) / 1e12
     reference = VAE.encode_flop(832, 480, 1) / 1e12
@@ -279,20 +279,20 @@ def test_the_scene_of_later_windows_is_mostly_not_run_where_it_is_blank():
 @pytest.mark.parametrize(
     ("vae", "published", "share"), [("float32", 14.5, 0.16), ("bfloat16", 8.4, 0.27), ("float16", 8.4, 0.27)]
 )
-def test_the_librarys_walk_takes_what_published_decoding_times_say(name, vae, published, share):
+def test_forecast_of_library_walk_agrees_with_published_decoding_times(name, vae, published, share):
     """14.5 and 8.4 s of the same work were .16 and .27 of the bf16 product's rate, memory traffic included."""
     assert share / 0.16 == pytest.approx(14.5 / published, rel=0.03)
     found = forecast(name, EngineBuild(vae=vae, library_walk=True)).fixed["decode"]
     assert found == pytest.approx(275.4 / find_device(name).matmul["bf16"] / share, rel=0.045)
 
 
-def test_a_kernel_for_norms_is_what_published_compiled_times_say():
+def test_forecast_of_decoding_agrees_with_published_compiled_time():
     """6.6 s of 14.5: compiling leaves about the traffic that our walk has."""
     found = forecast("RTX 5090", EngineBuild(vae="bfloat16")).fixed["decode"]
     assert found == pytest.approx(6.6 / 14.5 * 275.4 / 240 / 0.16, rel=0.15)
 
 
-def test_a_clip_on_an_rtx_5090_meets_the_target():
+def test_forecast_of_clip_on_rtx_5090_meets_target():
     """62 s before norm and SiLU went straight into the convolutions' inputs."""
     assert 58 < forecast("RTX 5090", EngineBuild()).total_s <= 60
     for vae in ("bfloat16", "float16"):
@@ -300,7 +300,7 @@ def test_a_clip_on_an_rtx_5090_meets_the_target():
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_each_optimisation_saves_and_none_beats_the_hardware(device):
+def test_forecast_falls_with_each_optimisation_and_respects_hardware(device):
     builds = [
         SEED,
         replace(SEED, stepwise=False),
@@ -317,7 +317,7 @@ def test_each_optimisation_saves_and_none_beats_the_hardware(device):
     assert seconds[-1] > 6 * 1839 / (2 * max(device.matmul.values()))
 
 
-def test_windows_steps_and_guidance_multiply():
+def test_forecast_multiplies_with_windows_steps_and_guidance():
     one = forecast("H200", EngineBuild(blank_again=True))
     two = forecast("H200", EngineBuild(blank_again=True), segments=2, evaluations=4)
     assert (one.evaluations, two.evaluations, one.step_s) == (6, 8, two.step_s)
@@ -327,7 +327,7 @@ def test_windows_steps_and_guidance_multiply():
     assert guided.total_s < 2 * one.total_s
 
 
-def test_a_compute_that_is_not_there():
+def test_forecast_with_absent_compute_or_vae_dtype_is_refused():
     with pytest.raises(ValueError, match="A100 has no fp8; it has bf16, int8"):
         forecast("A100", EngineBuild(compute="fp8"))
     with pytest.raises(ValueError, match="one of float32"):
@@ -347,10 +347,10 @@ def test_a_compute_that_is_not_there():
         ("NVIDIA L40S", "L40S"),
     ],
 )
-def test_names_as_drivers_and_people_write_them(name, found):
+def test_find_device_knows_names_of_drivers_and_people(name, found):
     assert find_device(name).name == found
 
 
 @pytest.mark.parametrize("name", [None, "", "Tesla T4", "AMD Instinct MI300X", "NVIDIA GeForce RTX 5090 Laptop GPU"])
-def test_unknown_devices_have_no_forecast(name):
+def test_find_device_of_unknown_name_is_none(name):
     assert find_device(name) is None
