@@ -45,7 +45,7 @@ def one(file: Path, folder: Path | None = None) -> str:
     return FileDigests().find([file], file.parent, folder)[file]
 
 
-def test_the_bytes_are_hashed_once_and_remembered(file, tmp_path, hashed):
+def test_file_digest_is_hashed_once_and_cached(file, tmp_path, hashed):
     cache = tmp_path / "cache"
     assert one(file, cache) == sha(b"weights")
     assert one(file, cache) == sha(b"weights")
@@ -53,7 +53,7 @@ def test_the_bytes_are_hashed_once_and_remembered(file, tmp_path, hashed):
 
 
 @pytest.mark.parametrize("change", ["size", "mtime", "inode"])
-def test_a_changed_file_is_hashed_again(file, tmp_path, hashed, change):
+def test_file_digest_of_changed_file_is_hashed_again(file, tmp_path, hashed, change):
     cache = tmp_path / "cache"
     one(file, cache)
     stat = file.stat()
@@ -72,19 +72,19 @@ def test_a_changed_file_is_hashed_again(file, tmp_path, hashed, change):
     assert len(hashed) == 2
 
 
-def test_without_a_folder_one_object_still_hashes_once(file, hashed):
+def test_file_digests_without_cache_folder_hash_once_per_object(file, hashed):
     digests = FileDigests()
     assert digests.find([file], file.parent) == digests.find([file], file.parent)
     assert hashed == ["model.onnx"]
 
 
-def test_a_damaged_memory_only_costs_time(file, tmp_path):
+def test_file_digests_with_damaged_cache_hash_again(file, tmp_path):
     (tmp_path / "weight-identities.json").write_text('{"x": ')
     assert one(file, tmp_path) == sha(b"weights")
     assert sha(b"weights") in (tmp_path / "weight-identities.json").read_text()
 
 
-def test_what_version_0_1_0_remembered_is_not_hashed_again(file, tmp_path, hashed):
+def test_file_digests_in_cache_of_version_0_1_0_are_used(file, tmp_path, hashed):
     stat = file.stat()
     entry = {"file": [stat.st_size, stat.st_mtime_ns, stat.st_ino], "sha256": sha(b"weights")}
     (tmp_path / "weight-identities.json").write_text(json.dumps({str(file): entry}, indent=1))
@@ -99,14 +99,14 @@ def test_what_version_0_1_0_remembered_is_not_hashed_again(file, tmp_path, hashe
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_says_so(file, tmp_path):
+def test_file_digests_with_unwritable_cache_is_storage_denied(file, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     with pytest.raises(StorageDenied):
         one(file, closed)
 
 
-def test_many_at_once_lose_nothing(tmp_path):
+def test_file_digests_of_many_threads_are_all_cached(tmp_path):
     files = []
     for i in range(16):
         files.append(tmp_path / f"{i}.onnx")
@@ -121,7 +121,7 @@ def test_many_at_once_lose_nothing(tmp_path):
     assert [p.name for p in cache.iterdir()] == ["weight-identities.json"]
 
 
-def test_a_file_may_say_itself_what_it_is(tmp_path, hashed):
+def test_file_digest_in_safetensors_metadata_is_used(tmp_path, hashed):
     file = tmp_path / "w.safetensors"
     save_file({"a": np.zeros(3)}, file, metadata={METADATA_KEY: "a" * 64})
     assert one(file) == "a" * 64
@@ -129,14 +129,14 @@ def test_a_file_may_say_itself_what_it_is(tmp_path, hashed):
 
 
 @pytest.mark.parametrize("value", ["", "A" * 64, "a" * 63, "sha256:" + "a" * 64])
-def test_what_is_no_sha256_is_not_believed(tmp_path, hashed, value):
+def test_file_digest_in_metadata_that_is_no_sha256_is_ignored(tmp_path, hashed, value):
     file = tmp_path / "w.safetensors"
     save_file({"a": np.zeros(3)}, file, metadata={METADATA_KEY: value})
     assert one(file) == sha(file.read_bytes())
     assert hashed == ["w.safetensors"]
 
 
-def test_a_broken_safetensors_file(tmp_path):
+def test_file_digest_of_broken_safetensors_is_weights_corrupt(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"nothing")
     with pytest.raises(WeightsCorrupt):
         one(tmp_path / "w.safetensors")
@@ -149,7 +149,7 @@ def hub_record(base: Path, name: str, etag: str, age_s: float = 0) -> None:
 
 
 @pytest.mark.parametrize("base", [".", ".."])
-def test_the_hubs_record_beside_a_download(file, hashed, base):
+def test_file_digest_in_hub_record_is_used(file, hashed, base):
     """The download's own folder may be the file's folder or any above it, up to the store's root."""
     folder = (file.parent / base).resolve()
     hub_record(folder, file.relative_to(folder).as_posix(), "b" * 64)
@@ -157,18 +157,18 @@ def test_the_hubs_record_beside_a_download(file, hashed, base):
     assert hashed == []
 
 
-def test_a_record_outside_the_store_is_not_looked_for(file):
+def test_hub_record_outside_store_is_ignored(file):
     hub_record(file.parent.parent, f"{file.parent.name}/{file.name}", "b" * 64)
     assert one(file) == sha(b"weights")
 
 
 @pytest.mark.parametrize(("etag", "age_s"), [("d" * 40, 0), ("b" * 64, 3600)])
-def test_a_git_etag_or_a_stale_record_is_not_believed(file, etag, age_s):
+def test_hub_record_with_git_etag_or_old_date_is_ignored(file, etag, age_s):
     hub_record(file.parent, file.name, etag, age_s)
     assert one(file) == sha(b"weights")
 
 
-def test_a_record_in_another_format_is_passed_over(file):
+def test_hub_record_in_other_format_is_ignored(file):
     hub_record(file.parent, file.name, "b" * 64)
     (file.parent / ".cache/huggingface/download/model.onnx.metadata").write_text("nonsense")
     assert one(file) == sha(b"weights")

@@ -106,7 +106,7 @@ def wanted(server: HubServer, *, transformer: bool = True) -> dict[str, bytes]:
     return diffusers | {path: original[path] for path in original if path == DETECTOR or "/pose2d/" in path}
 
 
-def test_fetches_what_the_recipe_needs_and_no_pickle(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_gets_files_of_recipe_and_no_pickle(published: HubServer, tmp_path: Path) -> None:
     got = run(published, tmp_path / "models")
     assert tree(tmp_path / "models") == wanted(published)
     assert (got.files, got.downloaded) == (9, 9)
@@ -115,14 +115,14 @@ def test_fetches_what_the_recipe_needs_and_no_pickle(published: HubServer, tmp_p
     assert not [r.path for r in published.bodies() if r.path.endswith(repositories.PICKLED)]
 
 
-def test_a_second_fetch_asks_for_no_file(published: HubServer, tmp_path: Path) -> None:
+def test_second_fetch_requests_no_file(published: HubServer, tmp_path: Path) -> None:
     run(published, tmp_path)
     published.requests.clear()
     got = run(published, tmp_path)
     assert (got.downloaded, got.downloaded_bytes, published.bodies()) == (0, 0, [])
 
 
-def test_records_are_those_of_the_hubs_own_client(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_records_are_accepted_by_hub_client(published: HubServer, tmp_path: Path) -> None:
     """The unmodified client finds its own records beside our files and fetches nothing; and identity.py reads them."""
     import huggingface_hub
 
@@ -145,8 +145,8 @@ def test_records_are_those_of_the_hubs_own_client(published: HubServer, tmp_path
     )
 
 
-def test_the_server_speaks_to_the_hubs_own_client(published: HubServer, tmp_path: Path) -> None:
-    """The fixture is held to the protocol by the client itself: its download equals ours."""
+def test_hub_server_fixture_serves_hub_client(published: HubServer, tmp_path: Path) -> None:
+    """The hub's own client downloads from the fixture what our fetch does."""
     import huggingface_hub
 
     with hub.online(lambda _line: None):
@@ -161,7 +161,7 @@ def test_the_server_speaks_to_the_hubs_own_client(published: HubServer, tmp_path
     assert tree(tmp_path / "theirs") == tree(tmp_path / "ours" / FOLDER)
 
 
-def test_says_licence_size_and_commit_before_the_first_file(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_prints_licence_size_and_commit_before_first_file(published: HubServer, tmp_path: Path) -> None:
     lines: list[tuple[str, int]] = []
     run(published, tmp_path, say=lambda line: lines.append((line, len(published.bodies()))))
     text = "\n".join(line for line, bodies in lines if bodies == 0)
@@ -170,14 +170,14 @@ def test_says_licence_size_and_commit_before_the_first_file(published: HubServer
     assert f"{DIFFUSERS}@{published.repos[DIFFUSERS].commit[:12]}, 5 files" in text
 
 
-def test_dry_run_fetches_nothing(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_with_dry_run_downloads_nothing(published: HubServer, tmp_path: Path) -> None:
     got = run(published, tmp_path / "models", dry_run=True)
     assert (got.files, got.bytes) == (9, sum(len(b) for b in wanted(published).values()))
     assert published.bodies() == []
     assert not (tmp_path / "models").exists()
 
 
-def test_offline_setting_is_overridden_aloud_and_put_back(
+def test_fetch_with_offline_setting_reports_overrides_and_restores_setting(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -189,7 +189,7 @@ def test_offline_setting_is_overridden_aloud_and_put_back(
     assert constants.HF_HUB_OFFLINE is True
 
 
-def test_endpoint_comes_from_the_environment(
+def test_fetch_endpoint_comes_from_environment(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", published.endpoint + "/")
@@ -208,13 +208,15 @@ def lora_pin(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> bytes:
     return body
 
 
-def test_the_lora_lands_flat_at_the_pinned_commit(hub_server: HubServer, lora_pin: bytes, tmp_path: Path) -> None:
+def test_fetch_of_lora_stores_flat_file_of_pinned_commit(
+    hub_server: HubServer, lora_pin: bytes, tmp_path: Path
+) -> None:
     run(hub_server, tmp_path, parts=["distill-lora"])
     assert tree(tmp_path) == {f"distill_lora/{Path(LORA).name}": lora_pin}
     assert all(LORA_COMMIT in request.path for request in hub_server.requests)
 
 
-def test_another_file_under_a_pinned_name_is_refused_before_it_is_fetched(
+def test_fetch_of_other_file_under_pinned_name_is_refused_early(
     hub_server: HubServer, lora_pin: bytes, tmp_path: Path
 ) -> None:
     hub_server.repos[LORA_REPO].files[LORA] = lora_pin[:-1] + bytes([lora_pin[-1] ^ 1])
@@ -223,7 +225,7 @@ def test_another_file_under_a_pinned_name_is_refused_before_it_is_fetched(
     assert hub_server.bodies() == []
 
 
-def test_recipes_name_their_parts() -> None:
+def test_parts_of_recipe_are_expected_parts() -> None:
     assert "transformer" in repositories.parts_of(RECIPES["bf16"])
     assert "transformer" not in repositories.parts_of("fp4-distill+fp8")
     assert {"fp4", "distill-lora"} <= set(repositories.parts_of("fp4-distill"))
@@ -236,7 +238,7 @@ def test_recipes_name_their_parts() -> None:
         repositories.sources_of("bf16", ["lora"])
 
 
-def test_fp4_takes_the_config_but_not_the_source_of_the_transformer(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_of_fp4_gets_config_but_not_source_transformer(published: HubServer, tmp_path: Path) -> None:
     seed = {
         "Wan2.2-Animate-14B-FP4/quantized_transformer.safetensors": noise(8000, 12),
         "Wan2.2-Animate-14B-FP4/quantize_config.json": b"{}",
@@ -248,9 +250,7 @@ def test_fp4_takes_the_config_but_not_the_source_of_the_transformer(published: H
     assert tree(tmp_path) == wanted(published, transformer=False) | fp4
 
 
-def test_an_svdq_recipe_gets_the_source_to_make_its_file_from(
-    published: HubServer, lora_pin: bytes, tmp_path: Path
-) -> None:
+def test_fetch_of_svdq_recipe_gets_source_transformer(published: HubServer, lora_pin: bytes, tmp_path: Path) -> None:
     said: list[str] = []
     run(published, tmp_path, "fp4-distill+svdq-int4", say=said.append)
     lora = {f"distill_lora/{Path(LORA).name}": lora_pin}
@@ -260,7 +260,7 @@ def test_an_svdq_recipe_gets_the_source_to_make_its_file_from(
 
 
 @pytest.mark.parametrize(("folder", "needs_lora"), [("distill", False), ("plain", True)])
-def test_a_file_that_is_there_needs_no_source(
+def test_fetch_with_svdq_file_present_gets_no_source(
     published: HubServer, lora_pin: bytes, tmp_path: Path, folder: str, needs_lora: bool
 ) -> None:
     name = f"Wan2.2-Animate-14B-SVDQ-INT4-{folder}/quantized_transformer.safetensors"
@@ -276,14 +276,14 @@ def test_a_file_that_is_there_needs_no_source(
 
 
 @pytest.mark.parametrize("kind", ["503", "drop", "cut"])
-def test_a_fault_on_the_way_costs_an_attempt(published: HubServer, tmp_path: Path, kind: str) -> None:
+def test_fetch_with_transfer_fault_is_retried(published: HubServer, tmp_path: Path, kind: str) -> None:
     published.fail(kind, "vae/diffusion_pytorch_model", times=2)
     published.fail("503", f"/api/models/{DIFFUSERS}")
     run(published, tmp_path)
     assert tree(tmp_path) == wanted(published)
 
 
-def test_a_cut_line_is_resumed_where_it_broke(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_with_cut_connection_resumes_at_break(published: HubServer, tmp_path: Path) -> None:
     published.fail("cut", "vae/diffusion_pytorch_model", times=1)
     run(published, tmp_path, parts=["components"])
     stored = [r.range for r in published.bodies("vae/diffusion_pytorch_model") if r.storage]
@@ -293,7 +293,7 @@ def test_a_cut_line_is_resumed_where_it_broke(published: HubServer, tmp_path: Pa
     assert int(stored[1].removeprefix("bytes=").removesuffix("-")) >= 150_000 - CHUNK
 
 
-def test_a_fetch_that_gave_up_goes_on_next_time(
+def test_fetch_that_gave_up_resumes_at_next_run(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "ATTEMPTS", 1)
@@ -312,7 +312,7 @@ def test_a_fetch_that_gave_up_goes_on_next_time(
     assert again.range is not None
 
 
-def test_a_server_that_knows_no_ranges_gives_the_whole_file(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_from_server_without_ranges_gets_whole_file(published: HubServer, tmp_path: Path) -> None:
     published.ranges = False
     published.fail("cut", "vae/diffusion_pytorch_model")
     got = run(published, tmp_path)
@@ -320,7 +320,7 @@ def test_a_server_that_knows_no_ranges_gives_the_whole_file(published: HubServer
     assert got.downloaded_bytes == got.bytes  # what was dropped is not counted
 
 
-def test_a_killed_process_leaves_no_file_but_a_part_to_go_on_from(hub_server: HubServer, tmp_path: Path) -> None:
+def test_killed_fetch_leaves_part_file_that_is_resumed(hub_server: HubServer, tmp_path: Path) -> None:
     body = noise(24_000_000, 14)  # the library writes 10 MB at a time
     hub_server.add(ORIGINAL, {DETECTOR: body})
     hub_server.fail("stall", DETECTOR)
@@ -348,23 +348,21 @@ def test_a_killed_process_leaves_no_file_but_a_part_to_go_on_from(hub_server: Hu
     assert list(tmp_path.rglob("*.incomplete")) == []
 
 
-def test_a_wrong_bit_is_fetched_again(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_with_flipped_bit_downloads_again(published: HubServer, tmp_path: Path) -> None:
     published.fail("flip", DETECTOR)
     run(published, tmp_path)
     assert tree(tmp_path) == wanted(published)
 
 
 @pytest.mark.parametrize("name", [DETECTOR, "vae/config.json"])
-def test_a_checksum_that_stays_wrong_is_an_error_and_nothing_gets_the_name(
-    published: HubServer, tmp_path: Path, name: str
-) -> None:
+def test_fetch_with_lasting_wrong_checksum_leaves_no_file(published: HubServer, tmp_path: Path, name: str) -> None:
     published.fail("flip", name, times=99)
     with pytest.raises(WeightsCorrupt, match="checksum"):
         run(published, tmp_path)
     assert not list(tmp_path.rglob(Path(name).name if name == DETECTOR else "vae/config.json"))
 
 
-def test_a_damaged_file_is_replaced_and_one_put_there_by_hand_is_kept(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_replaces_damaged_file_and_keeps_intact_one(published: HubServer, tmp_path: Path) -> None:
     detector = tmp_path / DETECTOR
     detector.parent.mkdir(parents=True)
     detector.write_bytes(published.repos[ORIGINAL].files[DETECTOR])
@@ -377,7 +375,7 @@ def test_a_damaged_file_is_replaced_and_one_put_there_by_hand_is_kept(published:
     assert recorded(detector, tmp_path) == hashlib.sha256(detector.read_bytes()).hexdigest()
 
 
-def test_a_file_edited_after_its_fetch_is_noticed(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_replaces_file_edited_after_download(published: HubServer, tmp_path: Path) -> None:
     run(published, tmp_path)
     vae = tmp_path / FOLDER / "vae/diffusion_pytorch_model.safetensors"
     body = bytearray(vae.read_bytes())
@@ -388,7 +386,7 @@ def test_a_file_edited_after_its_fetch_is_noticed(published: HubServer, tmp_path
     assert tree(tmp_path) == wanted(published)
 
 
-def test_gated_says_where_to_accept_terms_and_a_token_opens(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_of_gated_repository_names_page_and_works_with_token(published: HubServer, tmp_path: Path) -> None:
     published.repos[DIFFUSERS].gated = True
     with pytest.raises(StorageDenied, match="gated") as failure:
         run(published, tmp_path)
@@ -399,7 +397,7 @@ def test_gated_says_where_to_accept_terms_and_a_token_opens(published: HubServer
     assert not any(r.authorized for r in published.requests if r.storage)  # the token stays with the hub
 
 
-def test_the_token_comes_from_the_environment(
+def test_fetch_token_comes_from_environment(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
@@ -409,7 +407,7 @@ def test_the_token_comes_from_the_environment(
     assert tree(tmp_path) == wanted(published)
 
 
-def test_private_is_denied_and_missing_is_missing(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_of_private_is_denied_and_of_absent_is_weights_missing(published: HubServer, tmp_path: Path) -> None:
     published.repos[DIFFUSERS].private = True
     with pytest.raises(StorageDenied, match="private, gated, or does not exist"):
         run(published, tmp_path)
@@ -420,19 +418,19 @@ def test_private_is_denied_and_missing_is_missing(published: HubServer, tmp_path
         run(published, tmp_path, token=published.token)
 
 
-def test_a_repository_without_the_files_is_named(published: HubServer, tmp_path: Path) -> None:
+def test_fetch_from_repository_without_files_names_them(published: HubServer, tmp_path: Path) -> None:
     published.repos[ORIGINAL].files = {"Wan2.1_VAE.pth": b"x"}
     with pytest.raises(WeightsMissing, match=r"process_checkpoint/det/yolov10m\.onnx"):
         run(published, tmp_path)
     assert published.bodies() == []
 
 
-def test_no_network_is_worth_a_retry(tmp_path: Path) -> None:
+def test_fetch_without_network_is_storage_unavailable(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="the same command resumes"):
         fetch_weights(tmp_path, "bf16", endpoint="http://127.0.0.1:9", say=lambda _line: None)
 
 
-def test_an_endpoint_that_is_no_hub(hub_server: HubServer, tmp_path: Path) -> None:
+def test_fetch_endpoint_that_is_no_hub_is_config_invalid(hub_server: HubServer, tmp_path: Path) -> None:
     hub_server.add(DIFFUSERS, {"vae/x.json": b"{}"}).commit = ""
     with pytest.raises(ConfigInvalid, match="HF_ENDPOINT"):
         run(hub_server, tmp_path, parts=["components"])
@@ -440,14 +438,14 @@ def test_an_endpoint_that_is_no_hub(hub_server: HubServer, tmp_path: Path) -> No
         fetch_weights(tmp_path, "bf16", endpoint="huggingface", say=lambda _line: None)
 
 
-def test_a_listing_may_not_lead_out_of_the_store(hub_server: HubServer, tmp_path: Path) -> None:
+def test_fetch_with_listing_outside_store_is_refused(hub_server: HubServer, tmp_path: Path) -> None:
     hub_server.add(ORIGINAL, {"process_checkpoint/pose2d/../../../evil": b"x"})
     with pytest.raises(ConfigInvalid, match="leads out"):
         run(hub_server, tmp_path / "models", parts=["preprocess"])
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_disk_too_small_is_found_before_the_first_byte(
+def test_fetch_to_small_disk_is_refused_before_first_byte(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
@@ -456,7 +454,9 @@ def test_a_disk_too_small_is_found_before_the_first_byte(
     assert published.bodies() == []
 
 
-def test_a_disk_that_fills_up_on_the_way(published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_with_disk_that_fills_up_is_storage_full(
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -465,7 +465,7 @@ def test_a_disk_that_fills_up_on_the_way(published: HubServer, tmp_path: Path, m
         run(published, tmp_path)
 
 
-def test_an_interrupt_stops_all_workers_and_costs_nothing(
+def test_interrupted_fetch_stops_workers_and_can_resume(
     published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -481,7 +481,7 @@ def test_an_interrupt_stops_all_workers_and_costs_nothing(
     assert tree(tmp_path) == whole
 
 
-def test_a_stopped_worker_leaves_at_its_next_block() -> None:
+def test_fetch_progress_of_stopped_worker_raises_at_next_block() -> None:
     progress = fetch._FetchProgress(100)
     progress.add(10)
     progress.stopped.set()
@@ -490,10 +490,8 @@ def test_a_stopped_worker_leaves_at_its_next_block() -> None:
     assert progress.done == 10
 
 
-def test_a_fetched_store_is_one_that_the_recipe_accepts(
-    hub_server: HubServer, tmp_path: Path, demo_models: Path
-) -> None:
-    """Real files of every component: the store's own check is the judge."""
+def test_fetched_store_is_accepted_by_recipe(hub_server: HubServer, tmp_path: Path, demo_models: Path) -> None:
+    """Real files of every component, checked by the store itself."""
     files = {p.relative_to(demo_models).as_posix(): p.read_bytes() for p in demo_models.rglob("*") if p.is_file()}
     diffusers = {path.removeprefix(f"{FOLDER}/"): body for path, body in files.items() if path.startswith(FOLDER)}
     hub_server.add(DIFFUSERS, diffusers)

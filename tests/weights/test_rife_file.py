@@ -20,7 +20,7 @@ from tests.finishing.tiny_rife import TINY, tiny_network, write_tiny_rife
 ASKED = JobOptions(output={"interpolate": 2})
 
 
-def test_another_file_is_refused(tmp_path: Path):
+def test_check_rife_file_of_other_network_is_refused(tmp_path: Path):
     path = write_tiny_rife(tmp_path)
     assert check_rife_file(path) == TINY
     tensors = load_file(path)
@@ -42,7 +42,7 @@ def test_another_file_is_refused(tmp_path: Path):
         check_rife_file(path)
 
 
-def test_a_store_has_it_for_jobs_that_ask(tmp_path: Path):
+def test_job_extras_have_rife_file_only_when_job_asks(tmp_path: Path):
     store = ModelStore(tmp_path)
     assert store.job_extras(JobOptions(), False) == {}
     with pytest.raises(JobWeightsMissing, match=r"rife/rife-4\.25\.safetensors.*convert_rife\.py"):
@@ -55,12 +55,12 @@ def test_a_store_has_it_for_jobs_that_ask(tmp_path: Path):
     assert store.job_extras(JobOptions(), False) == {}
 
 
-def test_a_bucket_is_asked_for_it_by_jobs_that_ask():
+def test_wanted_by_jobs_takes_rife_file_only_when_job_asks():
     assert wanted_by_jobs([JobOptions(), ASKED])(RIFE)
     assert not wanted_by_jobs([JobOptions()])(RIFE)
 
 
-def test_verify_knows_the_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_verify_of_published_rife_file_is_ok_and_of_other_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def row():
         (found,) = [row for row in verify_weights(tmp_path, "fp4-distill") if row.path.startswith("rife/")]
         return found
@@ -75,7 +75,7 @@ def test_verify_knows_the_published_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert row().status == "corrupt"
 
 
-def test_verify_takes_a_file_of_another_source_by_its_own_record(tmp_path: Path):
+def test_verify_of_rife_file_from_other_source_uses_its_record(tmp_path: Path):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
     try:
         from convert_rife import convert

@@ -55,13 +55,13 @@ def shard(root: Path) -> Path:
     return folder
 
 
-def test_a_whole_store_passes(root):
+def test_resolve_recipe_of_complete_store_passes(root):
     resolve_recipe(ModelStore(root), RECIPE)
     assert ModelStore(root).detector == root / DETECTOR
     assert ModelStore(root).pose == root / POSE
 
 
-def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path):
+def test_resolve_recipe_of_empty_store_lists_all_files_with_sources(tmp_path):
     with pytest.raises(WeightsMissing) as caught:
         resolve_recipe(ModelStore(tmp_path), RECIPE)
     message = caught.value.message
@@ -82,7 +82,7 @@ def test_everything_missing_is_listed_at_once_with_its_place_and_source(tmp_path
     assert caught.value.exit_code == 2
 
 
-def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
+def test_resolve_recipe_without_fp4_file_lists_all_missing_files(tmp_path):
     with pytest.raises(WeightsMissing) as caught:
         resolve_recipe(ModelStore(tmp_path), get_recipe("fp4-distill"))
     message = caught.value.message
@@ -91,31 +91,31 @@ def test_a_missing_fp4_file_is_listed_with_the_rest(tmp_path):
     assert "transformer/diffusion_pytorch_model" not in message  # the source is what FP4 does without
 
 
-def test_only_what_is_missing_is_listed(root):
+def test_resolve_recipe_without_one_file_lists_only_that(root):
     (weights(root) / "vae/config.json").unlink()
     with pytest.raises(WeightsMissing, match="lacks 1 file\n") as caught:
         resolve_recipe(ModelStore(root), RECIPE)
     assert "vae/config.json" in caught.value.message
 
 
-def test_no_folder_at_all(tmp_path):
+def test_resolve_recipe_without_store_folder_is_weights_missing(tmp_path):
     with pytest.raises(WeightsMissing, match="no such folder"):
         resolve_recipe(ModelStore(tmp_path / "nowhere"), RECIPE)
 
 
-def test_shards_and_their_index(root):
+def test_resolve_recipe_of_sharded_weights_passes(root):
     shard(root)
     resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_a_missing_shard_is_named(root):
+def test_missing_shard_is_named(root):
     folder = shard(root)
     (folder / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(WeightsMissing, match="00002-of-00002"):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_an_index_that_disagrees_with_its_shards(root):
+def test_index_that_disagrees_with_shards_is_weights_corrupt(root):
     folder = shard(root)
     first = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
     tensors = load_file(first)
@@ -126,7 +126,7 @@ def test_an_index_that_disagrees_with_its_shards(root):
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere.safetensors", "weights.bin"])
-def test_an_index_reaches_for_nothing_but_safetensors_beside_it(root, name):
+def test_index_that_names_other_than_neighbouring_safetensors_is_refused(root, name):
     folder = shard(root)
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(WeightsCorrupt, match="no safetensors file beside it"):
@@ -134,7 +134,7 @@ def test_an_index_reaches_for_nothing_but_safetensors_beside_it(root, name):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
-def test_truncated_weights_are_found_by_their_header(root, keep):
+def test_truncated_weights_are_found_by_header(root, keep):
     """Empty, within the length, within the header, half-way, all but the last byte."""
     file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
     data = file.read_bytes()
@@ -145,7 +145,7 @@ def test_truncated_weights_are_found_by_their_header(root, keep):
     assert caught.value.exit_code == 2
 
 
-def test_a_header_that_claims_absurd_lengths(root):
+def test_safetensors_header_with_absurd_length_is_weights_corrupt(root):
     file = weights(root) / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
     with pytest.raises(WeightsCorrupt):
@@ -155,7 +155,7 @@ def test_a_header_that_claims_absurd_lengths(root):
 @pytest.mark.parametrize(("said", "claimed"), [("F32", "I32"), ("BF16", "I16"), ("F16", "U16"), ("F64", "I64")])
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "image_encoder"])
 def test_floats_declared_as_integers_are_refused(root, component, said, claimed):
-    """Loaded, they would be the numbers that the bits of the floats spell: other frames, and no error."""
+    """If loaded, the bits of the floats would be read as integers: other frames, and no error."""
     (file,) = (weights(root) / component).glob("*.safetensors")
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}[said]
     save_torch({name: tensor.to(dtype) for name, tensor in load_torch(file).items()}, file)
@@ -167,14 +167,14 @@ def test_floats_declared_as_integers_are_refused(root, component, said, claimed)
     assert str(file) in caught.value.message
 
 
-def test_a_tensor_of_a_shard_is_checked_too(root):
+def test_shard_with_floats_declared_as_integers_is_refused(root):
     file = shard(root) / "diffusion_pytorch_model-00002-of-00002.safetensors"
     redeclare(file, first_of(file, "F32"), "I32")
     with pytest.raises(WeightsCorrupt, match=r"00002-of-00002.* is I32"):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_integers_that_belong_there_pass(root):
+def test_integer_position_ids_pass_and_other_integers_are_refused(root):
     file = weights(root) / "image_encoder/model.safetensors"
     positions = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
     save_torch(load_torch(file) | positions, file)
@@ -185,34 +185,34 @@ def test_integers_that_belong_there_pass(root):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "NaN"])
-def test_a_config_that_no_json_reader_takes(root, text):
+def test_config_that_json_reader_rejects_is_weights_corrupt(root, text):
     (weights(root) / "transformer/config.json").write_text(text)
     with pytest.raises(WeightsCorrupt, match="not "):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("name", [f"{RECIPE.weights}/text_encoder/model.safetensors", DETECTOR])
-def test_a_git_lfs_pointer_is_told_from_the_file(root, name):
+def test_git_lfs_pointer_is_weights_corrupt_with_remedy(root, name):
     (root / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(WeightsCorrupt, match="git lfs pull"):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt"])
-def test_pickles_are_refused(root, suffix):
+def test_pickled_weights_are_refused(root, suffix):
     file = weights(root) / "image_encoder/model.safetensors"
     file.rename(file.with_name(f"pytorch_model{suffix}"))
     with pytest.raises(WeightsMissing, match=rf"pytorch_model\{suffix} is a pickle"):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_a_config_that_is_not_json(root):
+def test_config_that_is_not_json_is_weights_corrupt(root):
     (weights(root) / "transformer/config.json").write_text("{")
     with pytest.raises(WeightsCorrupt, match="not JSON"):
         resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_the_pose_model_in_each_published_form(root):
+def test_pose_model_is_found_in_each_published_form(root):
     (root / POSE).unlink()
     repacked = root / "process_checkpoint/pose2d/vitpose_h_wholebody_model.onnx"
     repacked.write_bytes(b"graph")
@@ -223,7 +223,7 @@ def test_the_pose_model_in_each_published_form(root):
     resolve_recipe(ModelStore(root), RECIPE)
 
 
-def test_weights_beside_an_onnx_graph_belong_to_its_identity(root):
+def test_identity_of_onnx_graph_includes_external_weights(root):
     (root / POSE).unlink()
     (root / POSE).mkdir()
     (root / POSE / "end2end.onnx").write_bytes(b"graph")
@@ -233,7 +233,7 @@ def test_weights_beside_an_onnx_graph_belong_to_its_identity(root):
     assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == {"pose"}
 
 
-def test_weights_beside_the_repacked_graph_belong_to_its_identity(root):
+def test_identity_of_repacked_graph_includes_external_weights(root):
     (root / POSE).unlink()
     folder = root / "process_checkpoint/pose2d"
     (folder / "vitpose_h_wholebody_model.onnx").write_bytes(b"graph")
@@ -248,7 +248,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def test_identities_name_every_piece_and_follow_its_bytes(root):
+def test_identities_name_every_component_and_change_with_its_bytes(root):
     before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     assert set(before) == {
         "transformer",
@@ -273,7 +273,7 @@ def test_identities_name_every_piece_and_follow_its_bytes(root):
     assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == {"vae", "transformer"}
 
 
-def test_a_component_is_its_sha256sum_listing(root):
+def test_identity_of_component_is_hash_of_its_sha256sum_listing(root):
     folder = weights(root) / "vae"
     listing = "".join(
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {RECIPE.weights}/vae/{name}\n"
@@ -282,7 +282,7 @@ def test_a_component_is_its_sha256sum_listing(root):
     assert ResolvedRecipe(ModelStore(root), RECIPE).digests["vae"] == hashlib.sha256(listing.encode()).hexdigest()
 
 
-def test_files_that_no_recipe_reads_do_not_count(root):
+def test_identities_leave_out_files_that_no_recipe_reads(root):
     before = ResolvedRecipe(ModelStore(root), RECIPE).digests
     (weights(root) / "transformer/.DS_Store").write_bytes(b"x")
     (weights(root) / "README.md").write_text("x")
@@ -290,7 +290,7 @@ def test_files_that_no_recipe_reads_do_not_count(root):
     assert changed(before, ResolvedRecipe(ModelStore(root), RECIPE).digests) == set()
 
 
-def test_a_remote_store_is_copied_by_need(root):
+def test_wanted_of_recipe_selects_needed_files_of_remote_store(root):
     want = wanted(RECIPE)
     local = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
     kept = {key for key in local if want(key)}
@@ -322,7 +322,7 @@ def test_a_remote_store_is_copied_by_need(root):
         assert want(key), key
 
 
-def test_detector_note_is_given_for_the_demo_store_only(tmp_path):
+def test_detector_note_is_given_for_demo_store_only(tmp_path):
     assert ModelStore(tmp_path).detector_note == ""
     (tmp_path / "demo.json").write_text("{}")
     assert "drawn dancers" in ModelStore(tmp_path).detector_note

@@ -52,7 +52,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize(("held", "recipe"), itertools.product(TABLE, (DISTILLED, PLAIN)), ids=str)
-def test_the_best_that_is_there_is_taken(tmp_path, held, recipe):
+def test_choose_variant_takes_best_present_variant(tmp_path, held, recipe):
     hold(tmp_path, CONFIG, *(name if name == LORA else f"{BASE}{name}/{TRANSFORMER}" for name in held))
     expected = TABLE[held][0 if recipe is DISTILLED else 1]
     if expected is None:
@@ -71,7 +71,7 @@ def test_the_best_that_is_there_is_taken(tmp_path, held, recipe):
     assert ("x.safetensors kept beside it" in variant.why) is beside
 
 
-def test_weights_without_their_lora_are_told_from_no_weights(tmp_path):
+def test_choose_variant_without_lora_or_weights_names_what_is_missing(tmp_path):
     with pytest.raises(WeightsMissing, match="no FP4 transformer"):
         choose_variant(tmp_path, DISTILLED)
     hold(tmp_path, f"{BASE}/{TRANSFORMER}", CONFIG)
@@ -79,14 +79,14 @@ def test_weights_without_their_lora_are_told_from_no_weights(tmp_path):
         choose_variant(tmp_path, DISTILLED)
 
 
-def test_other_recipes_run_the_source_whatever_else_is_there(tmp_path):
+def test_choose_variant_of_source_recipe_takes_source(tmp_path):
     hold(tmp_path, CONFIG, f"{BASE}-distill/{TRANSFORMER}", f"{BASE}-distill/{TEXT}", LORA)
     variant = choose_variant(tmp_path, SOURCE)
     assert (variant.kind, variant.transformer) == ("source", (tmp_path / CONFIG).parent)
     assert (variant.loras, variant.text_encoder, variant.files) == ((), None, ())
 
 
-def test_the_config_beside_the_file_is_its_own(tmp_path):
+def test_choose_variant_prefers_config_beside_file(tmp_path):
     hold(tmp_path, CONFIG, f"{BASE}-plain/{TRANSFORMER}")
     assert choose_variant(tmp_path, PLAIN).config == tmp_path / CONFIG
     own = f"{BASE}-plain/config.json"
@@ -98,13 +98,13 @@ def test_the_config_beside_the_file_is_its_own(tmp_path):
         choose_variant(tmp_path, PLAIN)
 
 
-def test_all_that_decides_the_frames_is_in_the_identity(tmp_path):
+def test_variant_files_include_all_that_decide_frames(tmp_path):
     hold(tmp_path, CONFIG, f"{BASE}/{TRANSFORMER}", f"{BASE}/{TEXT}", f"{BASE}/quantize_config.json", LORA)
     names = {path.relative_to(tmp_path).as_posix() for path in choose_variant(tmp_path, DISTILLED).files}
     assert names == {CONFIG, f"{BASE}/{TRANSFORMER}", f"{BASE}/{TEXT}", f"{BASE}/quantize_config.json", LORA}
 
 
-def test_the_text_encoder_of_the_recipes_own_folder_comes_first(tmp_path):
+def test_text_file_of_own_folder_of_recipe_comes_first(tmp_path):
     assert text_file(tmp_path, DISTILLED) is None
     for folder in (BASE, f"{BASE}-plain", f"{BASE}-distill"):
         hold(tmp_path, f"{folder}/{TEXT}")
@@ -113,7 +113,7 @@ def test_the_text_encoder_of_the_recipes_own_folder_comes_first(tmp_path):
     assert text_file(tmp_path, SOURCE) is None
 
 
-def test_where_quantize_writes():
+def test_quantized_folder_is_named_by_recipe_and_format():
     assert quantized_folder(DISTILLED) == f"{BASE}-distill"
     assert quantized_folder(PLAIN) == f"{BASE}-plain"
     for fmt, stem in STEMS.items():
@@ -124,7 +124,7 @@ def test_where_quantize_writes():
     assert quantized_folder(DISTILLED, "g32") == f"{BASE}-distill"
 
 
-def test_a_jobs_loras_by_name(tmp_path):
+def test_lora_files_of_job_are_found_by_name(tmp_path):
     hold(tmp_path, "loras/style.safetensors", "loras/old.ckpt")
     style = tmp_path / "loras/style.safetensors"
     assert lora_file(tmp_path, "style") == style
@@ -136,7 +136,7 @@ def test_a_jobs_loras_by_name(tmp_path):
         lora_files(tmp_path, (("style", 0.5), ("style", 1.0)), replace=False)
 
 
-def test_replace_jobs_get_the_relighting_lora_unless_they_name_it(tmp_path):
+def test_lora_files_of_replace_job_include_relighting_lora(tmp_path):
     hold(tmp_path, "loras/style.safetensors", "loras/WanAnimate_Relight_fp16.safetensors")
     relight = tmp_path / "loras/WanAnimate_Relight_fp16.safetensors"
     assert lora_files(tmp_path, (), replace=False) == {}
@@ -162,7 +162,7 @@ def test_replace_jobs_get_the_relighting_lora_unless_they_name_it(tmp_path):
         ("", set()),
     ],
 )
-def test_what_a_recipe_wants_of_a_remote_store(key, recipes):
+def test_wanted_fp4_selects_files_of_recipe(key, recipes):
     assert {recipe.name for recipe in (DISTILLED, PLAIN, SOURCE) if wanted_fp4(recipe)(key)} == recipes
 
 
@@ -172,7 +172,7 @@ STEMS = {fmt: f"Wan2.2-Animate-14B-{fmt.upper()}" for fmt in SVDQ_LAYOUTS}
 every_format = pytest.mark.parametrize(("fmt", "stem"), STEMS.items(), ids=STEMS)
 
 
-def test_the_folders_are_named_as_the_formats():
+def test_formats_in_folder_follow_its_name():
     assert STEMS == {"svdq-int4": "Wan2.2-Animate-14B-SVDQ-INT4", "svdq-nvfp4": "Wan2.2-Animate-14B-SVDQ-NVFP4"}
     for fmt, stem in STEMS.items():
         assert formats_in(f"{stem}-distill") == formats_in(f"{stem}-plain") == (fmt,)
@@ -180,7 +180,7 @@ def test_the_folders_are_named_as_the_formats():
 
 
 @every_format
-def test_which_recipes_need_an_svdq_format(fmt, stem):
+def test_svdq_format_of_recipe_is_format_of_its_word(fmt, stem):
     assert svdq_format(get_recipe(f"fp4-distill+steps4+{fmt}")) == fmt
     assert [svdq_format(get_recipe(name)) for name in ("fp4-distill", "fp4+nvfp4", "bf16", "fp4-fast")] == [None] * 4
     assert variant_folders(get_recipe(f"fp4-distill+{fmt}")) == (f"{stem}-distill", f"{stem}-plain")
@@ -191,7 +191,7 @@ def test_which_recipes_need_an_svdq_format(fmt, stem):
 
 
 @every_format
-def test_a_file_in_its_own_folder_is_taken_and_no_other(tmp_path, fmt, stem):
+def test_choose_variant_of_svdq_takes_file_of_own_folder_only(tmp_path, fmt, stem):
     """With every FP4 file there, and one in the other SVDQ format."""
     distilled, plain = get_recipe(f"fp4-distill+{fmt}"), get_recipe(f"fp4+{fmt}")
     other = next(name for name in STEMS.values() if name != stem)
@@ -219,7 +219,7 @@ def test_a_file_in_its_own_folder_is_taken_and_no_other(tmp_path, fmt, stem):
 
 
 @every_format
-def test_the_text_encoder_of_an_fp4_folder_serves_an_svdq_recipe(tmp_path, fmt, stem):
+def test_text_file_of_fp4_folder_serves_svdq_recipe(tmp_path, fmt, stem):
     recipe = get_recipe(f"fp4-distill+{fmt}")
     assert text_file(tmp_path, recipe) is None
     for folder in (BASE, f"{BASE}-plain", f"{BASE}-distill", f"{stem}-plain", f"{stem}-distill"):
@@ -244,7 +244,7 @@ def test_the_text_encoder_of_an_fp4_folder_serves_an_svdq_recipe(tmp_path, fmt, 
         ("{lora}", {"fp4-distill"}),
     ],
 )
-def test_what_an_svdq_recipe_wants_of_a_remote_store(fmt, stem, key, recipes):
+def test_wanted_fp4_selects_files_of_svdq_recipe(fmt, stem, key, recipes):
     path = key.format(stem=stem, base=BASE, file=TRANSFORMER, text=TEXT, lora=LORA)
     wants = {base for base in ("fp4-distill", "fp4") if wanted_fp4(get_recipe(f"{base}+{fmt}"))(path)}
     assert wants == recipes

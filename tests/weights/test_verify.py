@@ -67,7 +67,7 @@ def flip(path: Path, at: int) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_sound_store_has_no_damage_and_every_file_a_row(models: Path) -> None:
+def test_verify_of_sound_store_has_row_for_every_file(models: Path) -> None:
     seen: list[Row] = []
     rows = verify_weights(models, "bf16", on_row=seen.append)
     assert rows == seen
@@ -80,7 +80,7 @@ def test_a_sound_store_has_no_damage_and_every_file_a_row(models: Path) -> None:
     assert row.bytes == (models / DETECTOR).stat().st_size
 
 
-def test_optional_models_are_examined_where_they_lie(models: Path) -> None:
+def test_verify_examines_optional_models(models: Path) -> None:
     there = ("sam2/config.json", "sam2/model.safetensors", "sam2/model.pt", "dwpose/dw-ll_ucoco_384.onnx")
     for name in there:
         path = models / "process_checkpoint" / name
@@ -92,7 +92,7 @@ def test_optional_models_are_examined_where_they_lie(models: Path) -> None:
     assert not any(name.endswith((".pt", "yolox_l.onnx")) for name in rows)  # never read; not there, and not missed
 
 
-def test_a_record_makes_it_ok_and_one_bit_makes_it_corrupt(models: Path) -> None:
+def test_verify_with_hub_record_is_ok_and_after_bit_flip_corrupt(models: Path) -> None:
     for name in (VAE, DETECTOR):
         record(models, name)
         assert by_path(verify_weights(models, "bf16"))[name].status == "ok"
@@ -101,7 +101,7 @@ def test_a_record_makes_it_ok_and_one_bit_makes_it_corrupt(models: Path) -> None
         assert (row.status, "hub listed" in row.note) == ("corrupt", True)
 
 
-def test_a_small_file_has_gits_own_id(models: Path) -> None:
+def test_verify_of_small_file_uses_git_id(models: Path) -> None:
     name = f"{SOURCE_WEIGHTS}/vae/config.json"
     body = (models / name).read_bytes()
     hub.write_record(models, name, "0" * 40, hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest())
@@ -110,7 +110,7 @@ def test_a_small_file_has_gits_own_id(models: Path) -> None:
     assert by_path(verify_weights(models, "bf16"))[name].status == "corrupt"
 
 
-def test_what_a_run_remembered_tells_of_a_failing_disk(models: Path, tmp_path: Path) -> None:
+def test_verify_with_cached_digest_finds_failing_disk(models: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     FileDigests().find([models / VAE], models, cache)
     assert by_path(verify_weights(models, "bf16", cache=cache))[VAE].status == "ok"
@@ -132,14 +132,14 @@ def test_what_a_run_remembered_tells_of_a_failing_disk(models: Path, tmp_path: P
     ],
     ids=["empty", "truncated", "overlong", "pointer", "html"],
 )
-def test_damage_shows_without_any_record(models: Path, damage: object, says: str) -> None:
+def test_verify_without_record_finds_damage(models: Path, damage: object, says: str) -> None:
     damage(models / VAE)  # type: ignore[operator]
     row = by_path(verify_weights(models, "bf16"))[VAE]
     assert row.status == "corrupt"
     assert says in row.note
 
 
-def test_missing_files_are_rows(models: Path) -> None:
+def test_verify_with_missing_files_has_rows_for_them(models: Path) -> None:
     (models / VAE).unlink()
     (models / DETECTOR).unlink()
     rows = by_path(verify_weights(models, "bf16"))
@@ -147,7 +147,7 @@ def test_missing_files_are_rows(models: Path) -> None:
     assert "weights fetch" in rows[VAE].note
 
 
-def test_an_index_that_names_another_shard_is_corrupt(fp4_models: Path) -> None:
+def test_verify_of_index_that_names_other_shard_is_corrupt(fp4_models: Path) -> None:
     index = next((fp4_models / SOURCE_WEIGHTS / "transformer").glob("*.index.json"))
     names = json.loads(index.read_text())
     first, second = sorted(set(names["weight_map"].values()))[:2]
@@ -160,7 +160,7 @@ def test_an_index_that_names_another_shard_is_corrupt(fp4_models: Path) -> None:
     assert by_path(verify_weights(fp4_models, "bf16"))[row.path].status == "corrupt"
 
 
-def test_a_pinned_file_is_held_to_its_pin(models: Path) -> None:
+def test_verify_of_pinned_file_uses_pin(models: Path) -> None:
     name = f"distill_lora/{next(iter(SOURCES['distill-lora'].pins))}"
     (models / name).parent.mkdir()
     save_file({"x": torch.zeros(4)}, models / name)
@@ -180,7 +180,7 @@ def ours(fp4_models: Path) -> Path:
     return out
 
 
-def test_our_own_file_is_held_to_its_own_checksum(fp4_models: Path, ours: Path) -> None:
+def test_verify_of_quantised_file_uses_its_own_checksum(fp4_models: Path, ours: Path) -> None:
     name = ours.relative_to(fp4_models).as_posix()
     row = by_path(verify_weights(fp4_models, "fp4-distill"))[name]
     assert (row.status, row.note) == ("ok", "as recorded when it was made")
@@ -189,7 +189,7 @@ def test_our_own_file_is_held_to_its_own_checksum(fp4_models: Path, ours: Path) 
     assert by_path(verify_weights(fp4_models, "fp4-distill"))[name].status == "corrupt"
 
 
-def test_our_own_file_must_hold_the_model_of_its_config(fp4_models: Path, ours: Path) -> None:
+def test_verify_of_quantised_file_with_other_config_is_corrupt(fp4_models: Path, ours: Path) -> None:
     config = ours.with_name("config.json")
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"ffn_dim": settings["ffn_dim"] * 2}))
@@ -197,7 +197,7 @@ def test_our_own_file_must_hold_the_model_of_its_config(fp4_models: Path, ours: 
     assert (row.status, "ffn" in row.note) == ("corrupt", True)
 
 
-def test_fp4_without_its_files_says_which(fp4_models: Path) -> None:
+def test_verify_of_fp4_without_files_lists_missing_ones(fp4_models: Path) -> None:
     rows = by_path(verify_weights(fp4_models, "fp4-distill"))
     assert rows[QUANTISED].status == "missing"
     assert "quantize" in rows[QUANTISED].note
@@ -207,7 +207,7 @@ def test_fp4_without_its_files_says_which(fp4_models: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "lora_lacks"), [("fp4", False), ("fp4-distill", True)])
-def test_a_file_without_the_lora_serves_both_recipes(
+def test_verify_of_file_without_lora_serves_both_recipes(
     fp4_models: Path, recipe: str, lora_lacks: bool, ours: Path
 ) -> None:
     plain = fp4_models / f"{FP4_FOLDER}-plain" / ours.name
@@ -218,7 +218,7 @@ def test_a_file_without_the_lora_serves_both_recipes(
     assert any(row.status == "missing" and path.startswith("distill_lora") for path, row in rows.items()) is lora_lacks
 
 
-def test_an_int4_text_encoder_stands_for_the_plain_one(fp4_models: Path, ours: Path) -> None:
+def test_verify_with_int4_text_encoder_needs_no_plain_one(fp4_models: Path, ours: Path) -> None:
     ours.with_name("quantized_text_encoder.safetensors").write_bytes(ours.read_bytes())
     shutil.rmtree(fp4_models / SOURCE_WEIGHTS / "text_encoder", ignore_errors=True)
     assert not [path for path in by_path(verify_weights(fp4_models, "fp4-distill")) if "text_encoder/" in path]
@@ -250,7 +250,7 @@ def published(fp4_models: Path) -> Path:
     return path
 
 
-def test_a_published_file_is_checked_against_the_model(fp4_models: Path, published: Path) -> None:
+def test_verify_of_published_file_checks_shapes_of_model(fp4_models: Path, published: Path) -> None:
     assert by_path(verify_weights(fp4_models, "fp4"))[QUANTISED].status == "unknown"
     record(fp4_models, QUANTISED)
     assert by_path(verify_weights(fp4_models, "fp4"))[QUANTISED].status == "ok"
@@ -263,7 +263,7 @@ def test_a_published_file_is_checked_against_the_model(fp4_models: Path, publish
     assert (row.status, name.removesuffix(".weight_scale") in row.note) == ("corrupt", True)
 
 
-def test_against_the_source_settles_how_it_is_read(fp4_models: Path, published: Path, tmp_path: Path) -> None:
+def test_settle_against_source_finds_reading_of_file(fp4_models: Path, published: Path, tmp_path: Path) -> None:
     settled = settle_against(fp4_models, fp4_models)
     assert settled.assume is not None
     assert "nibble=high" in settled.assume
@@ -277,7 +277,7 @@ def test_against_the_source_settles_how_it_is_read(fp4_models: Path, published: 
         settle_against(fp4_models, fp4_models, layer="blocks.9.attn1.to_q")
 
 
-def test_against_another_models_weights_settles_nothing(fp4_models: Path, published: Path, tmp_path: Path) -> None:
+def test_settle_against_other_weights_finds_no_reading(fp4_models: Path, published: Path, tmp_path: Path) -> None:
     other = {name: torch.randn(t.shape) for name, t in load_shards(fp4_models).items()}
     (tmp_path / "other").mkdir()
     save_file(other, tmp_path / "other" / "diffusion_pytorch_model.safetensors")
@@ -307,7 +307,7 @@ def svdq_name(layout, folder="distill") -> str:
 
 
 @every_layout
-def test_an_svdq_file_is_held_to_its_checksum_and_to_its_model(fp4_models: Path, layout) -> None:
+def test_verify_of_svdq_file_checks_checksum_and_model(fp4_models: Path, layout) -> None:
     recipe, name = f"fp4-distill+{layout.name}", svdq_name(layout)
     path = write_svdq(fp4_models / name, TINY, layout)
     rows = by_path(verify_weights(fp4_models, recipe))
@@ -325,7 +325,7 @@ def test_an_svdq_file_is_held_to_its_checksum_and_to_its_model(fp4_models: Path,
 
 
 @every_layout
-def test_an_svdq_recipe_without_its_file_says_how_it_is_made(fp4_models: Path, layout) -> None:
+def test_verify_of_svdq_recipe_without_file_names_command(fp4_models: Path, layout) -> None:
     rows = by_path(verify_weights(fp4_models, f"fp4-distill+{layout.name}"))
     row = rows[svdq_name(layout)]
     assert row.status == "missing"
@@ -343,7 +343,7 @@ def test_an_svdq_recipe_without_its_file_says_how_it_is_made(fp4_models: Path, l
 
 
 @every_layout
-def test_a_damaged_or_foreign_svdq_file_is_a_row_with_the_reason(fp4_models: Path, layout) -> None:
+def test_verify_of_damaged_or_foreign_svdq_file_has_reason(fp4_models: Path, layout) -> None:
     name, recipe = svdq_name(layout), f"fp4-distill+{layout.name}"
     path = fp4_models / name
 
@@ -364,7 +364,7 @@ def test_a_damaged_or_foreign_svdq_file_is_a_row_with_the_reason(fp4_models: Pat
     assert "video_lab.format in its metadata is missing" in note()
 
 
-def test_an_svdq_file_among_fp4_files_is_refused(fp4_models: Path) -> None:
+def test_verify_of_svdq_file_in_fp4_folder_is_refused(fp4_models: Path) -> None:
     name = f"{FP4_FOLDER}-distill/quantized_transformer.safetensors"
     write_svdq(fp4_models / name, TINY, LAYOUTS[0])
     row = by_path(verify_weights(fp4_models, "fp4-distill"))[name]
@@ -376,7 +376,7 @@ def test_an_svdq_file_among_fp4_files_is_refused(fp4_models: Path) -> None:
     assert (row.status, "a file in Nunchaku Lite's layout" in row.note) == ("corrupt", True)
 
 
-def test_a_text_encoder_beside_fp4_files_is_examined_for_an_svdq_recipe(fp4_models: Path, ours: Path) -> None:
+def test_verify_of_svdq_recipe_examines_text_encoder_of_fp4_folder(fp4_models: Path, ours: Path) -> None:
     text = ours.with_name("quantized_text_encoder.safetensors")
     text.write_bytes(ours.read_bytes())
     write_svdq(fp4_models / svdq_name(LAYOUTS[0]), TINY, LAYOUTS[0])
@@ -386,7 +386,7 @@ def test_a_text_encoder_beside_fp4_files_is_examined_for_an_svdq_recipe(fp4_mode
 
 
 @every_layout
-def test_the_plan_of_the_14b_model_in_an_svdq_format(tmp_path: Path, layout) -> None:
+def test_plan_rows_of_14b_model_in_svdq_format_have_expected_sizes(tmp_path: Path, layout) -> None:
     folder = tmp_path / f"Wan2.2-Animate-14B-{layout.name.upper()}-plain"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(WAN_ANIMATE_14B)))  # the only config in the store
@@ -400,7 +400,7 @@ def test_the_plan_of_the_14b_model_in_an_svdq_format(tmp_path: Path, layout) -> 
     assert more == 96 * 2 * 5120 * 2
 
 
-def test_ranks_of_a_plan_that_are_none(tmp_path: Path) -> None:
+def test_plan_rows_with_invalid_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigInvalid, match=r"nvfp4 has no rank.*svdq-int4 and svdq-nvfp4"):
         plan_rows(tmp_path, fmt="nvfp4", rank=32)
     with pytest.raises(ConfigInvalid, match="a rank of 20: multiples of 16"):
@@ -408,7 +408,7 @@ def test_ranks_of_a_plan_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["g32", "nvfp4"])
-def test_the_plan_of_the_14b_model(tmp_path: Path, fmt: str) -> None:
+def test_plan_rows_of_14b_model_have_expected_sizes(tmp_path: Path, fmt: str) -> None:
     folder = tmp_path / SOURCE_WEIGHTS / "transformer"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(WAN_ANIMATE_14B)))
@@ -419,7 +419,7 @@ def test_the_plan_of_the_14b_model(tmp_path: Path, fmt: str) -> None:
     assert next(row.shape for row in rows if row.name == "blocks.0.ffn.net.0.proj") == (13824, 5120)
 
 
-def test_what_cannot_be_asked(tmp_path: Path) -> None:
+def test_verify_and_plan_rows_with_invalid_request_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsMissing, match="no such folder"):
         verify_weights(tmp_path / "none", "bf16")
     with pytest.raises(ConfigInvalid):
