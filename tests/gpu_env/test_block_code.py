@@ -27,8 +27,8 @@ def code_of(case: Case) -> BlockCode:
 
 
 @CASE
-def test_one_graph_of_few_kernels(case):
-    """Dynamo would have refused a second graph. A LoRA stands inside the linear's operator: it adds no kernel."""
+def test_compiled_block_is_one_graph_of_at_most_9_kernels(case):
+    """Dynamo would refuse a second graph. A LoRA is part of the linear's operator and adds no kernel."""
     found = code_of(case)
     names = [launch.name for launch in found.code.triton_launches]
     assert set(names) == set(found.code.kernels)
@@ -39,8 +39,8 @@ def test_one_graph_of_few_kernels(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.precision == "int8"], ids=str)
-def test_int8_makes_codes_of_six_inputs(case):
-    """By an operator each; query, key and value read the same codes."""
+def test_int8_block_quantises_six_inputs(case):
+    """One operator for each input; query, key and value read the same codes."""
     code = code_of(case).code
     operators = [launch for launch in code.launches if not launch.triton]
     assert len([launch for launch in operators if "rotated_codes" in launch.name]) == 6
@@ -50,8 +50,8 @@ def test_int8_makes_codes_of_six_inputs(case):
 
 
 @CASE
-def test_query_key_and_value_go_to_attention_without_a_copy(case):
-    """Query and key come from the one kernel that norms and rotates both, the value from its product."""
+def test_query_key_and_value_reach_attention_without_copy(case):
+    """One kernel norms and rotates query and key and writes both; the value comes from its product."""
     code = code_of(case).code
     attention = next(launch for launch in code.launches if not launch.triton and "attention" in launch.name)
     query, key, value = attention.given[:3]
@@ -69,7 +69,7 @@ def operator_of(launch) -> str:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kept], ids=str)
-def test_kept_codes_change_the_products_and_nothing_else(case):
+def test_kept_codes_change_only_products(case):
     """The same kernels, peak and traffic; each of the eight products has codes [N, K] of a weight, and no other tensor
     of a weight's size is read or written."""
     kept, made = code_of(case), code_of(replace(case, kept=False))
@@ -90,8 +90,8 @@ def test_kept_codes_change_the_products_and_nothing_else(case):
 
 
 @CASE
-def test_the_peak_lies_within_the_memory_plan(case):
-    """Activations of the plan in mode resident, the caller's hidden states among them; to three digits."""
+def test_peak_memory_is_within_memory_plan(case):
+    """Compared with the plan's activations in mode resident, the caller's hidden states included; to three digits."""
     recipe = get_recipe("fp4" + (f"+{case.precision}" if case.precision != "bf16" else ""))
     costs = Costs.from_configs(dict(WAN_ANIMATE_14B), {})
     planned = forecast_memory(make_plan("resident", recipe), recipe, costs, 832, 480, 81).parts["activations"]
@@ -100,9 +100,9 @@ def test_the_peak_lies_within_the_memory_plan(case):
 
 
 @CASE
-def test_traffic_of_the_kernels_is_the_forecasts(case):
-    """In bytes a channel of a token. These kernels write and read fp8's codes, operators beside them those of int8, and
-    GELU with them, and those of SVDQuant."""
+def test_kernel_traffic_equals_forecast(case):
+    """In bytes per channel of a token. These kernels write and read the codes of fp8; separate operators write and read
+    those of int8, including GELU, and those of SVDQuant."""
     precision, shape = PRECISIONS[case.precision], PRODUCTION.transformer
     wanted = FUSED_BYTES - precision.gelu_traffic * shape.ffn_dim / shape.dim
     if not precision.rotated and precision.layout != "svdq":
@@ -111,7 +111,7 @@ def test_traffic_of_the_kernels_is_the_forecasts(case):
 
 
 @CASE
-def test_every_kernel_compiles_without_spills(case):
+def test_kernel_of_block_compiles_without_spills(case):
     """For each configuration that Inductor would time, with the Triton that users get."""
     found = code_of(case)
     assert {kernel.name for kernel in found.kernels} == set(found.code.kernels)
@@ -119,6 +119,6 @@ def test_every_kernel_compiles_without_spills(case):
     assert all(8 <= kernel.registers <= 128 for kernel in found.kernels), found.kernels
 
 
-def test_the_table_has_a_line_for_each_case(capsys):
+def test_print_table_has_line_for_each_case(capsys):
     print_table()
     assert [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()] == [str(case) for case in CASES]

@@ -41,7 +41,7 @@ def frames_of(video: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.skipif(not CPU_PYTHON.exists(), reason=".venv is not there: `make setup`")
-def test_frames_equal_those_of_the_cpu_build(tmp_path, demo_models, demo_media):
+def test_frames_of_gpu_image_equal_those_of_cpu_build(tmp_path, demo_models, demo_media):
     """Two segments of animate and one of replace in FP4: digests in the record and decoded frames, bit for bit."""
     pair = {
         "reference": str(demo_media / "references" / "mira.png"),
@@ -85,8 +85,8 @@ def digests(record: dict) -> list[str]:
     return found
 
 
-def test_doctor_without_a_driver(demo_models):
-    """Torch is built for CUDA and sees nothing: a warning that says what to do, and exit code 0, for the demo runs."""
+def test_doctor_without_driver_warns_and_exits_0(demo_models):
+    """torch is built for CUDA and finds no GPU: a warning that says what to do, and exit code 0, as the demo runs."""
     said = video_lab(sys.executable, "doctor", "--models", str(demo_models)).splitlines()
     rows = {row.split("  ")[0]: row for row in said}
     assert "built for CUDA" in rows["torch"]

@@ -38,8 +38,9 @@ def in_rows(layout: SvdqLayout) -> dict[str, Tensor]:
     return {name: reorder(name, tensor, layout.precision, ROWS) for name, tensor in stored.items()}
 
 
-def test_the_plain_arithmetic_of_comfy_kitchen_agrees_with_the_definition():
-    """An independent reading of int4: quantiser, product, order of codes and scales, low-rank part, a job's LoRA."""
+def test_comfy_kitchen_on_cpu_agrees_with_definition():
+    """An independent implementation of int4: quantiser, product, order of codes and scales, low-rank part, a job's
+    LoRA."""
     assert low_bit._check_backend("comfy_kitchen", INT4.name, torch.device("cpu")) is None
     x, bias = gauss(TOKENS, COLUMNS, seed=0).bfloat16(), gauss(OUTPUTS, seed=2)
     stored = quantize_weight(gauss(OUTPUTS, COLUMNS, seed=1), INT4)
@@ -51,13 +52,13 @@ def test_the_plain_arithmetic_of_comfy_kitchen_agrees_with_the_definition():
         assert relative_error(found, wanted) < 0.03  # scales and quotients in bfloat16
 
 
-def test_the_plain_arithmetic_of_comfy_kitchen_in_another_order_is_refused(monkeypatch):
+def test_comfy_kitchen_on_cpu_with_wrong_order_is_refused(monkeypatch):
     monkeypatch.setattr(svdq_products, "ORDERS", dict.fromkeys(svdq_products.ORDERS, "tiles"))
     assert "off by" in (low_bit._check_backend("comfy_kitchen", INT4.name, torch.device("cpu")) or "")
 
 
-def test_the_cuda_functions_of_comfy_kitchen_take_our_calls(monkeypatch):
-    """By their parameters' names; they run on a GPU alone. Both backends have the same ones."""
+def test_comfy_kitchen_cuda_functions_accept_our_calls(monkeypatch):
+    """Checked by parameter names, which both backends share; the CUDA functions run only on a GPU."""
     cuda, eager = import_module("comfy_kitchen.backends.cuda"), import_module("comfy_kitchen.backends.eager.svdquant")
     seen = []
     for name in ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"):
@@ -83,7 +84,7 @@ def test_the_cuda_functions_of_comfy_kitchen_take_our_calls(monkeypatch):
     assert "COMFY_KITCHEN_SVDQUANT_REUSE_WORKSPACE" in inspect.getsource(cuda.quantize_svdquant_w4a4)
 
 
-def test_the_block_scaled_product_binds(monkeypatch):
+def test_scaled_mm_accepts_our_call(monkeypatch):
     functional = import_module("torch.nn.functional")
     real = functional.scaled_mm
     spy = Spy(real, torch.zeros(TOKENS, 256, dtype=torch.bfloat16))
@@ -109,8 +110,8 @@ def _operands(call):
 
 @needs_known_torch
 @BOTH
-def test_the_operator_on_a_device_that_is_not_there(layout):
-    """Shapes, dtypes and devices alone, for each backend by name: the operator's own fake."""
+def test_svdq_linear_on_fake_cuda_gives_shape_dtype_and_device(layout):
+    """Only shapes, dtypes and devices, from the operator's fake implementation, for each backend by name."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from tests.gpu_env.fake_cuda import fake_cuda
@@ -128,8 +129,8 @@ def test_the_operator_on_a_device_that_is_not_there(layout):
 
 
 @BOTH
-def test_cache_dit_without_its_extension_is_refused_with_the_loaders_words(layout, monkeypatch):
-    """As where it is installed for another torch: its loader keeps the error, its own message names none."""
+def test_cache_dit_without_extension_is_refused_with_loader_error(layout, monkeypatch):
+    """As when it is installed for another torch: its loader keeps the error; its own message does not give it."""
     if find_spec("cache_dit") is None:
         pytest.skip("cache-dit is not installed here")
     loader = import_module("cache_dit.kernels.cuda._svdquant")
@@ -145,8 +146,8 @@ def test_cache_dit_without_its_extension_is_refused_with_the_loaders_words(layou
 
 
 @BOTH
-def test_the_functions_of_cache_dit_take_our_calls(layout, monkeypatch):
-    """By their parameters' names, which the package with and the one without kernels share."""
+def test_cache_dit_functions_accept_our_calls(layout, monkeypatch):
+    """Checked by parameter names, which are the same in the package with kernels and in the one without."""
     if find_spec("cache_dit") is None:
         pytest.skip("cache-dit is not installed here")
     real = import_module("cache_dit.kernels")
