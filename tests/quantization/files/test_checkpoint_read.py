@@ -34,7 +34,7 @@ def made(request, tmp_path_factory):
     return request.param, quantize_store(store, root / NAME, request.param)
 
 
-def test_loading_fills_the_model(made):
+def test_load_quantized_fills_model(made):
     fmt, summary = made
     model = transformer_on_meta(TINY)
     names = list(linear_shapes(model))
@@ -50,8 +50,8 @@ def test_loading_fills_the_model(made):
     assert loaded.bytes == sum(t.nbytes for t in stored.values())
 
 
-def test_the_loaded_model_computes_what_its_weights_say(made):
-    """Against the library's own model, every weight replaced by what the file stands for."""
+def test_loaded_model_computes_with_dequantised_weights(made):
+    """Compared with the library's own model, in which the file's dequantised weights replace every weight."""
     from diffusers import WanAnimateTransformer3DModel
 
     fmt, summary = made
@@ -130,7 +130,7 @@ def halve(tensors):
         (lambda t: t.pop(f"{Q}.weight_packed"), None, "belongs to no quantised layer"),
     ],
 )
-def test_headers_are_refused(made, tmp_path, change, metadata, says):
+def test_check_file_with_bad_header_is_refused(made, tmp_path, change, metadata, says):
     bad = rewrite(made[1].path, tmp_path / NAME, change, metadata)
     with pytest.raises(WeightsCorrupt, match=says) as caught:
         check_file(bad)
@@ -148,7 +148,7 @@ def test_headers_are_refused(made, tmp_path, change, metadata, says):
         (lambda t: t.update(more=torch.zeros(2)), "more"),
     ],
 )
-def test_tensors_are_refused_before_the_model_is_touched(made, tmp_path, change, says):
+def test_load_quantized_with_bad_tensors_is_refused_before_model_changes(made, tmp_path, change, says):
     bad = rewrite(made[1].path, tmp_path / NAME, change)
     model = transformer_on_meta(TINY)
     before = dict(linear_shapes(model))
@@ -158,7 +158,7 @@ def test_tensors_are_refused_before_the_model_is_touched(made, tmp_path, change,
 
 
 @pytest.mark.parametrize(("said", "claimed"), [("BF16", "I16"), ("F32", "I32")])
-def test_floats_declared_as_integers_are_refused_by_the_header(made, tmp_path, said, claimed):
+def test_check_file_with_floats_declared_as_integers_is_refused(made, tmp_path, said, claimed):
     bad = tmp_path / NAME
     bad.write_bytes(made[1].path.read_bytes())
     name = first_of(bad, said)
@@ -167,21 +167,21 @@ def test_floats_declared_as_integers_are_refused_by_the_header(made, tmp_path, s
         check_file(bad)
 
 
-def test_another_model_is_refused(made):
+def test_load_quantized_into_model_of_other_shape_is_refused(made):
     model = transformer_on_meta(dict(TINY) | {"ffn_dim": 256})
     with pytest.raises(WeightsCorrupt, match=r"ffn"):
         load_quantized(model, made[1].path)
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 100_000])
-def test_truncated_files_are_refused(made, tmp_path, size):
+def test_truncated_file_is_refused(made, tmp_path, size):
     bad = tmp_path / NAME
     bad.write_bytes(made[1].path.read_bytes()[:size])
     with pytest.raises(WeightsCorrupt, match=r"empty|truncated"):
         check_file(bad)
 
 
-def test_flipped_bits_show_in_the_checksum(made, tmp_path):
+def test_data_sha256_after_bit_flip_differs_from_header(made, tmp_path):
     raw = bytearray(made[1].path.read_bytes())
     raw[-1000] ^= 1
     bad = tmp_path / NAME
@@ -189,7 +189,7 @@ def test_flipped_bits_show_in_the_checksum(made, tmp_path):
     assert data_sha256(bad) != check_file(bad).sha256
 
 
-def test_pickles_and_pointers_are_not_opened(tmp_path):
+def test_check_file_of_pickle_or_lfs_pointer_is_refused(tmp_path):
     pickle = tmp_path / "weights.safetensors"
     pickle.write_bytes(b"\x80\x04cos\nsystem\n(S'touch x'\ntR." * 20)
     with pytest.raises(WeightsCorrupt, match="not a safetensors"):
@@ -207,7 +207,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for l
 
 
 @every_layout
-def test_an_svdq_file_fills_the_model(tmp_path, layout):
+def test_load_quantized_of_svdq_file_fills_model(tmp_path, layout):
     path = write_svdq(tmp_path / NAME, TINY, layout)
     model = transformer_on_meta(TINY)
     linears = linear_shapes(model)
@@ -227,8 +227,8 @@ def test_an_svdq_file_fills_the_model(tmp_path, layout):
 
 
 @every_layout
-def test_the_model_of_an_svdq_file_computes_what_its_tensors_stand_for(tmp_path, layout):
-    """In float32, against the library's own model with every weight that tensors stand for, cut to its width."""
+def test_model_of_svdq_file_computes_with_effective_weights(tmp_path, layout):
+    """In float32; compared with the library's own model with the effective weights, cut to their width."""
     from diffusers import WanAnimateTransformer3DModel
 
     path = write_svdq(tmp_path / NAME, TINY, layout)
@@ -273,7 +273,7 @@ def spoil(suffix, value):
         (lambda t: t.update({f"{Q}.bias": torch.zeros(128, dtype=torch.bfloat16)}), rf"{Q}\.bias is .* \[128\]"),
     ],
 )  # fmt: skip
-def test_svdq_tensors_are_refused_before_the_model_is_touched(tmp_path, layout, change, says):
+def test_load_quantized_with_bad_svdq_tensors_is_refused_before_model_changes(tmp_path, layout, change, says):
     bad = write_svdq(tmp_path / NAME, TINY, layout, change)
     model = transformer_on_meta(TINY)
     before = dict(linear_shapes(model))
@@ -283,14 +283,14 @@ def test_svdq_tensors_are_refused_before_the_model_is_touched(tmp_path, layout, 
     assert linear_shapes(model) == before and all(p.is_meta for p in model.parameters())
 
 
-def test_channel_scales_that_are_none_are_refused(tmp_path):
+def test_svdq_channel_scales_that_are_not_finite_are_refused(tmp_path):
     bad = write_svdq(tmp_path / NAME, TINY, LAYOUTS[1], spoil("wcscales", math.inf))
     with pytest.raises(WeightsCorrupt, match=rf"{Q}: wcscales holds NaN or infinity"):
         load_quantized(transformer_on_meta(TINY), bad)
 
 
 @every_layout
-def test_an_svdq_file_of_another_model_is_refused(tmp_path, layout):
+def test_svdq_file_of_other_model_is_refused(tmp_path, layout):
     path = write_svdq(tmp_path / NAME, TINY, layout)
     says = r"ffn\.net\.0\.proj is quantised as \[128, 128\], the model has \[256, 64\]"
     with pytest.raises(WeightsCorrupt, match=says):

@@ -47,7 +47,7 @@ def made(request, store, tmp_path_factory):
     return request.param, quantize_store(store, tmp_path_factory.mktemp("made") / NAME, request.param)
 
 
-def test_a_file_holds_what_each_weight_alone_would_give(store, made):
+def test_quantize_store_writes_tensors_of_quantize(store, made):
     fmt, summary = made
     weights, stored = random_weights(TINY), load_file(summary.path)
     linears = linear_shapes(transformer_on_meta(TINY))
@@ -66,7 +66,7 @@ def test_a_file_holds_what_each_weight_alone_would_give(store, made):
     assert sorted(p.name for p in summary.path.parent.iterdir()) == ["config.json", NAME]
 
 
-def test_the_file_says_what_it_is(store, made):
+def test_quantize_store_writes_metadata_of_file(store, made):
     fmt, summary = made
     shards = sorted(store.glob("*.safetensors"))
     assert len(shards) > 2
@@ -89,13 +89,13 @@ def test_the_file_says_what_it_is(store, made):
     assert summary.bytes == len(raw)
 
 
-def test_every_tensor_is_aligned(made):
+def test_tensor_offset_is_aligned(made):
     _, summary = made
     for info in check_file(summary.path).header.tensors.values():
         assert info.start % info.dtype.itemsize == 0, info
 
 
-def test_sixteen_bit_sources_in_one_file(tmp_path):
+def test_quantize_store_of_one_bfloat16_file_quantises_and_records_sha256(tmp_path):
     source = write_store(tmp_path / "transformer", TINY, torch.bfloat16)
     summary = quantize_store(source, tmp_path / "out" / NAME, G32, "absmax")
     weight = random_weights(TINY)["blocks.0.ffn.net.2.weight"].bfloat16()
@@ -105,7 +105,7 @@ def test_sixteen_bit_sources_in_one_file(tmp_path):
     assert summary.source_sha256 == hashlib.sha256(only.read_bytes()).hexdigest()
 
 
-def test_a_rule_keeps_layers(store, tmp_path):
+def test_quantize_store_with_rule_keeps_its_layers(store, tmp_path):
     summary = quantize_store(store, tmp_path / NAME, G32, "absmax", RULES["sensitive"].keep)
     assert set(summary.kept) == {
         "proj_out",
@@ -122,7 +122,7 @@ def test_a_rule_keeps_layers(store, tmp_path):
     assert type(model.proj_out) is torch.nn.Linear and model.proj_out.weight.dtype == torch.bfloat16
 
 
-def test_every_parameter_is_merged_before_it_is_quantised(store, tmp_path):
+def test_merge_is_applied_to_every_parameter_before_quantising(store, tmp_path):
     seen = []
 
     class Applied:
@@ -142,8 +142,8 @@ def test_every_parameter_is_merged_before_it_is_quantised(store, tmp_path):
     assert check_file(summary.path).loras == ({"name": "distill", "sha256": "ab" * 32, "strength": 0.5},)
 
 
-def test_a_lora_file_is_merged_and_recorded(store, tmp_path):
-    """Worked out by hand: one pair in the original's names, one norm, one tensor that has no place in this model."""
+def test_lora_file_is_merged_and_recorded(store, tmp_path):
+    """Calculated by hand: one pair in the original's names, one norm, one tensor that has no place in this model."""
     generator = torch.Generator().manual_seed(2)
     down, up = torch.randn(4, 64, generator=generator), torch.randn(64, 4, generator=generator) * 0.1
     diff = torch.randn(64, generator=generator)
@@ -169,7 +169,7 @@ def test_a_lora_file_is_merged_and_recorded(store, tmp_path):
     assert check_file(summary.path).loras == ({"name": "distill", "sha256": digest, "strength": 0.5},)
 
 
-def test_importance_counts_and_what_calibration_missed_is_listed(store, tmp_path):
+def test_importance_changes_codes_and_uncalibrated_layers_are_listed(store, tmp_path):
     layer = "blocks.1.ffn.net.2"
     importance = {layer: torch.linspace(0.01, 4, 128)}
     summary = quantize_store(store, tmp_path / NAME, G32, "activation", importance=importance)
@@ -182,7 +182,7 @@ def test_importance_counts_and_what_calibration_missed_is_listed(store, tmp_path
         quantize_store(store, tmp_path / "other" / NAME, G32, "activation")
 
 
-def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
+def test_pick_device_auto_with_gpu_is_cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert checkpoint_write._pick_device("auto") == (
         torch.device("cpu"),
@@ -194,7 +194,7 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
     assert checkpoint_write._pick_device("cpu") == (torch.device("cpu"), "asked for")
 
 
-def test_progress_ends_at_the_whole(store, tmp_path):
+def test_progress_ends_at_all_bytes_and_tensors(store, tmp_path):
     ticks = iter(range(10_000))
     seen = []
     quantize_store(store, tmp_path / NAME, G32, "absmax", progress=seen.append, clock=lambda: next(ticks))
@@ -260,7 +260,7 @@ def measured_then_killed(tmp_path_factory):
 
 
 @system_test
-def test_memory_is_that_of_a_tensor(measured_then_killed, record_property):
+def test_quantize_store_memory_is_bounded_by_one_tensor(measured_then_killed, record_property):
     found, whole, _ = measured_then_killed
     record_property("anonymous_mb", found["peak"] // 1_000_000)
     assert found["bytes"] > 256e6
@@ -269,13 +269,13 @@ def test_memory_is_that_of_a_tensor(measured_then_killed, record_property):
 
 
 @system_test
-def test_killed_in_the_middle_leaves_no_file(measured_then_killed):
+def test_killed_quantize_store_leaves_no_file(measured_then_killed):
     _, _, folder = measured_then_killed
     assert [p.name for p in folder.iterdir()] == [f"{NAME}.tmp"]
 
 
 @pytest.mark.soak
-def test_memory_does_not_grow_with_the_model(tmp_path):
+def test_quantize_store_memory_does_not_grow_with_model(tmp_path):
     """4 GB: sixteen times as much, in matrices of 16 MB."""
     config = dict(WIDE) | {"num_attention_heads": 16, "added_kv_proj_dim": 1024, "ffn_dim": 4096, "num_layers": 52}
     source = write_store(tmp_path / "transformer", config, shard_bytes=512 << 20)
@@ -287,7 +287,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert found["peak"] < 600e6, found
 
 
-def test_the_next_run_takes_over_what_a_killed_one_left(store, tmp_path):
+def test_staged_file_of_killed_run_is_replaced_by_next_run(store, tmp_path):
     (tmp_path / f"{NAME}.tmp").write_bytes(b"x" * 5_000_000)
     summary = quantize_store(store, tmp_path / NAME, G32, "absmax")
     assert data_sha256(tmp_path / NAME) == summary.sha256 and summary.path.stat().st_size < 1_000_000
@@ -295,7 +295,7 @@ def test_the_next_run_takes_over_what_a_killed_one_left(store, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [1, 40, 120])
-def test_stopped_in_the_middle_leaves_what_was_there(store, tmp_path, stop_at):
+def test_interrupted_quantize_store_keeps_existing_file(store, tmp_path, stop_at):
     (tmp_path / NAME).write_bytes(b"the old file")
 
     def stop(progress):
@@ -308,7 +308,7 @@ def test_stopped_in_the_middle_leaves_what_was_there(store, tmp_path, stop_at):
     assert (tmp_path / NAME).read_bytes() == b"the old file"
 
 
-def test_a_full_disk_is_said_at_once(store, tmp_path, monkeypatch):
+def test_full_disk_is_reported_at_once(store, tmp_path, monkeypatch):
     def full(fd, start, size):
         raise OSError(28, "No space left on device")
 
@@ -319,7 +319,7 @@ def test_a_full_disk_is_said_at_once(store, tmp_path, monkeypatch):
     assert seen == [] and list(tmp_path.iterdir()) == []
 
 
-def test_two_at_once_do_not_mix(store, tmp_path):
+def test_second_quantize_store_on_same_file_is_refused(store, tmp_path):
     def second(progress):
         if progress.tensors == 1:
             with pytest.raises(ConfigInvalid, match="another process"):
@@ -332,7 +332,7 @@ def test_two_at_once_do_not_mix(store, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_gpu_makes_the_same_file_and_runs_it(store, tmp_path, fmt):
+def test_quantize_store_on_gpu_writes_same_file_and_model_runs(store, tmp_path, fmt):
     here, there = (quantize_store(store, tmp_path / d / NAME, fmt, "absmax", device=d) for d in ("cpu", "cuda"))
     assert here.sha256 == there.sha256
     results = []
@@ -386,14 +386,14 @@ def narrow(tensors):
         (lambda t: t.update(stray=torch.zeros(3)), "stray"),
     ],
 )
-def test_sources_that_do_not_add_up_are_refused(store, tmp_path, change, says):
+def test_inconsistent_source_is_refused(store, tmp_path, change, says):
     source = change_source(store, tmp_path, change)
     with pytest.raises(WeightsCorrupt, match=says):
         quantize_store(source, tmp_path / "out" / NAME, G32, "absmax")
     assert not list(tmp_path.glob("out/*.safetensors*"))
 
 
-def test_missing_sources(store, tmp_path):
+def test_source_that_is_missing_or_truncated_is_refused(store, tmp_path):
     with pytest.raises(WeightsMissing, match=r"config\.json"):
         quantize_store(tmp_path, tmp_path / NAME, G32)
     (tmp_path / "config.json").write_text(json.dumps(dict(TINY)))
@@ -412,7 +412,7 @@ def test_missing_sources(store, tmp_path):
         quantize_store(copy, tmp_path / NAME, G32)
 
 
-def test_inputs_that_do_not_fit_the_group_are_named(tmp_path):
+def test_layer_with_inputs_that_group_does_not_divide_is_named(tmp_path):
     source = write_store(tmp_path / "transformer", dict(TINY) | {"freq_dim": 48})
     with pytest.raises(ConfigInvalid, match=r"time_embedder\.linear_1.*multiple"):
         quantize_store(source, tmp_path / NAME, G32)

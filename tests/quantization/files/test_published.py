@@ -210,7 +210,7 @@ STYLES = {
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-def test_a_file_in_any_style_gives_the_numbers_it_stands_for(tmp_path, style):
+def test_published_file_in_any_style_gives_expected_weights(tmp_path, style):
     file, expected = publish(tmp_path, style)
     model = transformer_on_meta(TINY)
     linears = set(linear_shapes(model))
@@ -233,8 +233,8 @@ def test_a_file_in_any_style_gives_the_numbers_it_stands_for(tmp_path, style):
     assert not any(p.is_meta for p in model.parameters())
 
 
-def test_the_other_way_to_count_525(tmp_path):
-    """Every matrix, all five of the motion encoder's among them, but the last projection."""
+def test_load_published_dequantises_motion_encoder_and_keeps_proj_out(tmp_path):
+    """The file quantises every matrix but the last projection, including all five of the motion encoder."""
     linears = [name for name in linear_shapes(transformer_on_meta(TINY)) if name != "proj_out"]
     motion = [f"motion_encoder.motion_network.{i}" for i in range(5)]
     file, expected = publish(tmp_path, Style(), {*linears, *motion})
@@ -247,7 +247,7 @@ def test_the_other_way_to_count_525(tmp_path):
     model(**inputs())
 
 
-def test_it_runs_in_bf16_as_in_float32(tmp_path):
+def test_published_model_in_bf16_agrees_with_float32(tmp_path):
     file, _ = publish(tmp_path, STYLES["plain"])
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -260,8 +260,8 @@ def test_it_runs_in_bf16_as_in_float32(tmp_path):
     assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
 
 
-def test_rounded_scales_are_measured(tmp_path):
-    """fp16 scales that need all of their eleven bits: what is lost is said."""
+def test_scale_rounding_of_fp16_scales_is_measured(tmp_path):
+    """fp16 scales that need all of their eleven bits: the loss is reported."""
     file, _ = publish(tmp_path, Style())
     tensors = load_file(file)
     exact = tensors[f"{LAYER}.weight_scale"].float() * (1 + 3 / 1024)
@@ -274,7 +274,7 @@ def test_rounded_scales_are_measured(tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
-def test_a_source_settles_what_is_right(tmp_path, style):
+def test_settle_with_source_weights_finds_options(tmp_path, style):
     file, _ = publish(tmp_path, style)
     published = read_published(file, transformer_on_meta(TINY))
     comparisons = compare_layer(published, LAYER, random_weights(TINY)[f"{LAYER}.weight"])
@@ -292,7 +292,7 @@ def test_a_source_settles_what_is_right(tmp_path, style):
     assert min(c.error for c in comparisons if c.options != right) > 0.5
 
 
-def test_another_weight_settles_nothing(tmp_path):
+def test_settle_with_other_weights_is_none(tmp_path):
     file, _ = publish(tmp_path, Style())
     published = read_published(file, transformer_on_meta(TINY))
     weights = random_weights(TINY, seed=1)
@@ -338,7 +338,7 @@ PACKED, SCALE = f"{LAYER}.weight_packed", f"{LAYER}.weight_scale"
         (lambda t: t.update({"transformer.proj_out.bias": t["proj_out.bias"].clone()}), "are both proj_out.bias"),
     ],
 )
-def test_files_that_do_not_add_up_are_refused(tmp_path, change, says):
+def test_inconsistent_published_file_is_refused(tmp_path, change, says):
     file, _ = publish(tmp_path, Style())
     rewrite(file, change)
     with pytest.raises(WeightsCorrupt, match=says):
@@ -346,7 +346,7 @@ def test_files_that_do_not_add_up_are_refused(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_broken_scales_are_refused_before_the_model_is_touched(tmp_path, value):
+def test_broken_scales_are_refused_before_model_changes(tmp_path, value):
     file, _ = publish(tmp_path, Style())
     rewrite(file, lambda t: t[SCALE].view(-1)[3:4].fill_(value))
     model = transformer_on_meta(TINY)
@@ -355,7 +355,7 @@ def test_broken_scales_are_refused_before_the_model_is_touched(tmp_path, value):
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_the_config_must_agree_with_the_shapes(tmp_path):
+def test_config_that_disagrees_with_shapes_is_refused(tmp_path):
     file, _ = publish(tmp_path, Style(config={"group_size": 64}))
     with pytest.raises(WeightsCorrupt, match="says 64"):
         read_published(file, transformer_on_meta(TINY))
@@ -366,8 +366,8 @@ def test_the_config_must_agree_with_the_shapes(tmp_path):
         read_published(tmp_path / "none.safetensors", transformer_on_meta(TINY))
 
 
-def test_floats_declared_as_integers_are_refused(tmp_path):
-    """The name, shape and width of a norm still fit; its numbers would be those that the bits spell."""
+def test_published_file_with_floats_declared_as_integers_is_refused(tmp_path):
+    """The name, shape and width of a norm still fit; its values would be the integers of the same bits."""
     file, _ = publish(tmp_path, Style())
     said = read_published(file, transformer_on_meta(TINY)).plain["blocks.0.norm2.weight"].dtype
     redeclare(file, "blocks.0.norm2.weight", "I32" if said.itemsize == 4 else "I16")
@@ -375,13 +375,13 @@ def test_floats_declared_as_integers_are_refused(tmp_path):
         read_published(file, transformer_on_meta(TINY))
 
 
-def test_small_companions_are_listed_not_refused(tmp_path):
+def test_small_unknown_tensors_are_listed_as_ignored(tmp_path):
     file, _ = publish(tmp_path, Style())
     rewrite(file, lambda t: t.update({f"{LAYER}.shape": torch.tensor([64, 128])}))
     assert load_published(transformer_on_meta(TINY), file).ignored == (f"{LAYER}.shape",)
 
 
-def test_a_table_beside_the_weights_is_read(tmp_path):
+def test_lookup_table_stored_with_weights_is_read(tmp_path):
     file, expected = publish(tmp_path, Style(values=RISING))
     rewrite(file, lambda t: t.update({"fp4_codebook": torch.tensor(RISING)}))
     model = transformer_on_meta(TINY)
@@ -391,7 +391,7 @@ def test_a_table_beside_the_weights_is_read(tmp_path):
     assert torch.equal(dequantize(layer.stored, layer.fmt), expected[f"{LAYER}.weight"])
 
 
-def test_words_of_configs_and_of_assume():
+def test_options_from_config_and_parse_read_options_accept_known_words():
     assert options_from_config({}) == (ReadOptions(), ["nibble", "codes", "scale", "unit"])
     said = {"quantization": {"low_nibble_first": False, "scale_mode": "Divide", "scale_kind": "absmax"}}
     how, assumed = options_from_config(said, {"scale": "multiply"})

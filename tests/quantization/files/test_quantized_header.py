@@ -28,7 +28,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for l
 
 
 @every_layout
-def test_a_whole_file_is_described(tmp_path, layout):
+def test_check_file_of_valid_file_describes_it(tmp_path, layout):
     file = check_file(write_svdq(tmp_path / NAME, TINY, layout))
     assert file.layout == layout
     linears = linear_shapes(transformer_on_meta(TINY))
@@ -43,7 +43,7 @@ def test_a_whole_file_is_described(tmp_path, layout):
     }
 
 
-def test_a_header_is_checked_without_torch(tmp_path):
+def test_check_file_runs_without_torch(tmp_path):
     path = write_svdq(tmp_path / NAME, TINY, INT4, smoothing="weights", calibration="{}")
     code = (
         "import sys; sys.modules['torch'] = None\n"
@@ -78,7 +78,7 @@ def test_a_header_is_checked_without_torch(tmp_path):
         ({"format": "svdq-int8"}, r"'svdq-int8', not one of g32, nvfp4, svdq-int4, svdq-nvfp4"),
     ],
 )
-def test_metadata_is_refused(tmp_path, layout, metadata, says):
+def test_bad_metadata_is_refused(tmp_path, layout, metadata, says):
     path = write_svdq(tmp_path / NAME, TINY, layout, **metadata)
     with pytest.raises(WeightsCorrupt, match=says) as caught:
         check_file(path)
@@ -112,7 +112,7 @@ def put(name, make):
         (put(f"{Q}.bias", lambda t: t.half()), rf"{Q}\.bias is torch\.float16, not torch\.bfloat16 or torch\.float32"),
     ],
 )  # fmt: skip
-def test_tensors_are_refused_by_name(tmp_path, layout, change, says):
+def test_bad_tensors_are_refused_by_name(tmp_path, layout, change, says):
     path = write_svdq(tmp_path / NAME, TINY, layout, change)
     with pytest.raises(WeightsCorrupt, match=says) as caught:
         check_file(path)
@@ -132,7 +132,7 @@ def of_another_precision(layout):
 
 
 @every_layout
-def test_scales_of_the_other_precision_are_named(tmp_path, layout):
+def test_scales_of_other_precision_are_named_in_error(tmp_path, layout):
     path = write_svdq(tmp_path / NAME, TINY, layout, of_another_precision(layout))
     other = NVFP4 if layout is INT4 else INT4
     with pytest.raises(WeightsCorrupt, match=rf"{Q}\.wscales.*{layout.name} asks for.*: scales of {other.name}"):
@@ -140,14 +140,14 @@ def test_scales_of_the_other_precision_are_named(tmp_path, layout):
 
 
 @every_layout
-def test_metadata_of_the_other_precision_is_refused(tmp_path, layout):
+def test_metadata_of_other_precision_is_refused(tmp_path, layout):
     other = NVFP4 if layout is INT4 else INT4
     path = write_svdq(tmp_path / NAME, TINY, layout, format=other.name, group=str(other.group))
     with pytest.raises(WeightsCorrupt, match=rf"wscales.*{other.name} asks for.*: scales of {layout.name}"):
         check_file(path)
 
 
-def test_a_channel_scale_in_an_int4_file_is_refused(tmp_path):
+def test_channel_scale_in_int4_file_is_refused(tmp_path):
     change = put(f"{Q}.wcscales", lambda t: torch.ones(128, dtype=torch.bfloat16))
     with pytest.raises(WeightsCorrupt, match=rf"{Q}\.wcscales is no tensor of {INT4.name}"):
         check_file(write_svdq(tmp_path / NAME, TINY, INT4, change))
@@ -155,7 +155,7 @@ def test_a_channel_scale_in_an_int4_file_is_refused(tmp_path):
         check_file(write_svdq(tmp_path / NAME, TINY, NVFP4, drop(f"{Q}.wcscales")))
 
 
-def test_a_file_with_no_quantised_layer_is_refused(tmp_path):
+def test_file_with_no_quantised_layer_is_refused(tmp_path):
     def empty(tensors):
         tensors.clear()
         tensors["proj_out.bias"] = torch.zeros(4)
@@ -179,7 +179,7 @@ NUNCHAKU = {"quantization_config": json.dumps({"method": "svdquant", "rank": 16}
     ],
     ids=["cache-dit", "nunchaku", "lite", "bare"],
 )
-def test_another_programs_file_is_named_with_what_to_do(tmp_path, layout, metadata, says):
+def test_file_of_other_program_is_named_with_what_to_do(tmp_path, layout, metadata, says):
     tensors = {f"{Q}.{suffix}": t for suffix, t in random_layer(layout, 64, 64, torch.Generator()).items()}
     path = tmp_path / NAME
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
@@ -188,7 +188,7 @@ def test_another_programs_file_is_named_with_what_to_do(tmp_path, layout, metada
     assert caught.value.todo.endswith(f"video-lab quantize --format {layout.name}")
 
 
-def test_the_older_names_of_nunchaku_are_known_too(tmp_path):
+def test_older_nunchaku_names_are_recognised(tmp_path):
     save_file(
         {
             f"{Q}.qweight": torch.zeros(128, 64, dtype=torch.int8),
@@ -202,7 +202,7 @@ def test_the_older_names_of_nunchaku_are_known_too(tmp_path):
         check_file(tmp_path / NAME)
 
 
-def test_what_is_no_quantised_file_at_all_is_not_taken_for_one(tmp_path):
+def test_file_without_format_metadata_is_not_recognised_as_quantised(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4), "a.lora_down": torch.zeros(4, 4)}, tmp_path / NAME)
     with pytest.raises(WeightsCorrupt, match=r"not a file of `quantize`: video_lab\.format in its metadata is missing"):
         check_file(tmp_path / NAME)

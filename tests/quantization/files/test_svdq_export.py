@@ -197,7 +197,7 @@ def check_layer(held, file, stored, layer):
 # Nunchaku Lite
 
 
-def test_lite_reads_the_folder(wide, lite, tmp_path):
+def test_export_to_lite_is_read_by_from_pretrained(wide, lite, tmp_path):
     from diffusers import WanAnimateTransformer3DModel
 
     folder = export(wide, "lite", tmp_path / "lite")
@@ -226,7 +226,7 @@ def test_lite_reads_the_folder(wide, lite, tmp_path):
     assert torch.equal(found, expected)
 
 
-def test_lites_own_steps_take_the_tensors_strictly(wide, lite, tmp_path):
+def test_export_to_lite_loads_strictly_into_lite_layers(wide, lite, tmp_path):
     from diffusers import NunchakuLiteQuantizationConfig
 
     folder = export(wide, "lite", tmp_path / "lite")
@@ -258,7 +258,7 @@ def test_lites_own_steps_take_the_tensors_strictly(wide, lite, tmp_path):
 
 
 @pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=PRECISIONS)
-def test_of_the_14b_model_lite_asks_for_what_an_export_holds(layout, lite, tmp_path):
+def test_export_plan_of_14b_model_has_tensors_that_lite_expects(layout, lite, tmp_path):
     model = transformer_on_meta(WAN_ANIMATE_14B)
     fp32, entries = kept_in_fp32(model), {}
     layers = {name: shape for name, shape in linear_shapes(model).items() if name != "proj_out"}
@@ -294,7 +294,7 @@ def test_of_the_14b_model_lite_asks_for_what_an_export_holds(layout, lite, tmp_p
     assert plan.tensors["diffusion_pytorch_model.safetensors"] == patched
 
 
-def test_lite_cannot_have_padded_layers(narrow, tmp_path):
+def test_export_to_lite_with_padded_layer_is_refused(narrow, tmp_path):
     first, shape = "condition_embedder.time_proj", [384, 64]
     problem = rf"is {re.escape(str(shape))}, stored as \[384, 128\]: Nunchaku Lite does not pad"
     says = rf"q.safetensors: {re.escape(first)} {problem}"
@@ -319,11 +319,11 @@ def read_as_documented(folder):
     return scope["model"]
 
 
-def test_cache_dit_reads_the_folder_as_documented(wide, cache_dit, tmp_path):
+def test_export_to_cache_dit_is_read_by_cache_dit(wide, cache_dit, tmp_path):
     check_cache_dit(cache_dit, wide, WIDE, tmp_path / "made" / "for-cache-dit", "", "activation")
 
 
-def test_cache_dit_reads_padded_layers_as_documented(narrow, cache_dit, tmp_path):
+def test_export_to_cache_dit_with_padded_layers_is_read_by_cache_dit(narrow, cache_dit, tmp_path):
     check_cache_dit(cache_dit, narrow, TINY, tmp_path / "made", "_dq", "weight")
 
 
@@ -357,8 +357,8 @@ def check_cache_dit(cache_dit, file, config, folder, ending, smoothing):
     assert torch.equal(found, expected)
 
 
-def test_cache_dit_reads_the_packed_file_alone(wide, cache_dit, tmp_path):
-    """Its other way in: the file's own metadata, into a model in floats."""
+def test_packed_file_of_cache_dit_export_is_read_without_folder(wide, cache_dit, tmp_path):
+    """cache-dit's other way to load: from the metadata of the file, into a model in floats."""
     folder = export(wide, "cache-dit", tmp_path / "made")
     ptq = sys.modules["cache_dit.quantization.svdquant.ptq"]
     tensors, payload = ptq._load_serialized_checkpoint(str(folder / f"svdq_{wide.layout.precision}_r16.safetensors"))
@@ -374,7 +374,7 @@ def test_cache_dit_reads_the_packed_file_alone(wide, cache_dit, tmp_path):
 
 
 @pytest.mark.parametrize("kind", svdq_export.EXPORT_KINDS)
-def test_an_export_says_where_it_comes_from_and_is_no_file_of_ours(wide, kind, tmp_path):
+def test_export_records_source_and_is_refused_by_check_file(wide, kind, tmp_path):
     (tmp_path / "made").mkdir()  # an empty folder will do
     with structlog.testing.capture_logs() as events:
         assert export(wide, kind, tmp_path / "made") == tmp_path / "made"
@@ -399,7 +399,7 @@ def test_an_export_says_where_it_comes_from_and_is_no_file_of_ours(wide, kind, t
             check_file(path)
 
 
-def test_a_folder_with_anything_in_it_is_refused(wide, tmp_path):
+def test_export_into_folder_that_is_not_empty_is_refused(wide, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -410,7 +410,7 @@ def test_a_folder_with_anything_in_it_is_refused(wide, tmp_path):
         export(wide, "lite", folder / "notes.txt")
 
 
-def test_what_a_killed_export_left_half_written_is_overwritten(wide, tmp_path):
+def test_staged_files_of_killed_export_are_overwritten(wide, tmp_path):
     folder = tmp_path / "made"
     folder.mkdir()
     (folder / "diffusion_pytorch_model.safetensors.tmp").write_bytes(b"half")
@@ -423,7 +423,7 @@ def test_what_a_killed_export_left_half_written_is_overwritten(wide, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fails"), [("lite", "tensor"), ("cache-dit", "second file"), ("cache-dit", "document"), ("lite", "full")]
 )
-def test_after_an_error_nothing_is_left(wide, kind, fails, existed, tmp_path, monkeypatch):
+def test_export_that_fails_leaves_no_file(wide, kind, fails, existed, tmp_path, monkeypatch):
     folder = tmp_path / "made"
     if existed:
         folder.mkdir()
@@ -455,7 +455,7 @@ def test_after_an_error_nothing_is_left(wide, kind, fails, existed, tmp_path, mo
     export(wide, kind, folder)
 
 
-def test_data_that_changed_is_not_exported(wide, tmp_path):
+def test_export_of_changed_data_is_refused(wide, tmp_path):
     data = bytearray(wide.header.path.read_bytes())
     data[-5] ^= 1
     (tmp_path / "q.safetensors").write_bytes(data)
@@ -465,7 +465,7 @@ def test_data_that_changed_is_not_exported(wide, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_what_cannot_be_exported_is_refused(wide, tmp_path):
+def test_export_with_unknown_kind_or_bad_input_is_refused(wide, tmp_path):
     path, config, folder = wide.header.path, wide.header.path.with_name("config.json"), tmp_path / "made"
     with pytest.raises(ConfigInvalid, match=r"no export called .gguf.\. Exports: lite, cache-dit"):
         export_svdq(path, "gguf", folder, config)
@@ -483,7 +483,7 @@ def test_what_cannot_be_exported_is_refused(wide, tmp_path):
     assert not folder.exists()
 
 
-def test_a_file_in_another_format_is_refused(tmp_path):
+def test_export_of_file_in_other_format_is_refused(tmp_path):
     from runner.quantization.files.checkpoint_write import quantize_store
     from runner.quantization.formats.e2m1 import G32
 
@@ -493,8 +493,8 @@ def test_a_file_in_another_format_is_refused(tmp_path):
         export_svdq(tmp_path / "q.safetensors", "lite", tmp_path / "made", store / "config.json")
 
 
-def test_one_layer_is_in_memory_at_a_time(wide, tmp_path, monkeypatch):
-    """Tensors read stay few: the names asked for in one call are those of one layer."""
+def test_export_reads_one_layer_at_once(wide, tmp_path, monkeypatch):
+    """Memory stays small: the names that one call reads are those of one layer."""
     calls, read = [], svdq_export._read
 
     def counting(file, names):
@@ -509,7 +509,7 @@ def test_one_layer_is_in_memory_at_a_time(wide, tmp_path, monkeypatch):
         assert len({name.rpartition(".")[0] for name in names}) == 1
 
 
-def test_a_models_config_that_names_a_quantisation_loses_it(wide, tmp_path):
+def test_export_removes_quantization_config_of_source_config(wide, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(WIDE | {"quantization_config": {"quant_method": "other"}}))
     with contextlib.chdir(tmp_path):

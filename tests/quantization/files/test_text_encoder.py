@@ -80,7 +80,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_the_real_one_takes_2_46_gb_of_int4_and_2_10_gb_of_embedding():
+def test_text_encoder_of_real_size_has_2_46_gb_int4_and_2_10_gb_embedding():
     plan = plan_text_encoder(UMT5Config(**XXL).to_dict())
     assert sum(isinstance(module, W4Linear) for module in plan.modules()) == 168
     assert not any(isinstance(module, torch.nn.Linear) for module in plan.modules())
@@ -92,7 +92,7 @@ def test_the_real_one_takes_2_46_gb_of_int4_and_2_10_gb_of_embedding():
     assert 2 * size["embedding"] + size["int4"] == pytest.approx(6.66e9, rel=0.01)  # as published, in fp32
 
 
-def test_a_store_becomes_one_file_that_others_can_read(source, quantised):
+def test_quantize_text_encoder_writes_one_file_that_others_can_read(source, quantised):
     assert (quantised.linears, quantised.kept_linears) == (LINEARS, ())
     held = load_file(quantised.path)
     config = UMT5Config(**SMALL)
@@ -115,7 +115,7 @@ def test_a_store_becomes_one_file_that_others_can_read(source, quantised):
     assert [p.name for p in quantised.path.parent.iterdir()] == [quantised.path.name]
 
 
-def test_loaded_it_encodes_close_to_the_original(source, quantised):
+def test_loaded_text_encoder_encodes_close_to_original(source, quantised):
     original = UMT5EncoderModel.from_pretrained(source, dtype=torch.float32).eval()
     model = load_text_encoder(quantised.path, dtype=torch.float32)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, W4Linear)}
@@ -134,7 +134,7 @@ def test_loaded_it_encodes_close_to_the_original(source, quantised):
     torch.testing.assert_close(got, encode(dense), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_held_is_tied_frozen_and_in_bfloat16(quantised):
+def test_loaded_text_encoder_is_tied_frozen_and_in_bfloat16(quantised):
     model = load_text_encoder(quantised.path)
     assert model.dtype == torch.bfloat16  # what the pipeline casts embeddings to
     assert model.encoder.embed_tokens.weight is model.shared.weight
@@ -155,8 +155,8 @@ def rewritten(quantised, path: Path, change, **metadata: str | None) -> Path:
     return path
 
 
-def test_a_published_file_with_an_fp32_embedding_under_either_name(quantised, tmp_path):
-    """As published: float32 beside INT4, scales in float16, and nothing of ours in the metadata."""
+def test_published_text_encoder_with_fp32_embedding_is_read(quantised, tmp_path):
+    """As published: float32 beside INT4, scales in float16, no metadata of ours, either name of the embedding."""
     expected = encode(load_text_encoder(quantised.path))
 
     def publish(held):
@@ -215,7 +215,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused(quantised, tmp_path, damage):
+def test_damaged_text_encoder_file_is_refused(quantised, tmp_path, damage):
     change, message = DAMAGES[damage]
     path = rewritten(quantised, tmp_path / "bad.safetensors", change)
     with pytest.raises(WeightsCorrupt, match=message) as caught:
@@ -242,14 +242,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_that_is_not_the_files_own_is_refused(quantised, tmp_path, case):
+def test_config_of_other_file_is_refused(quantised, tmp_path, case):
     config, message = CONFIGS[case]
     path = rewritten(quantised, tmp_path / "bad.safetensors", lambda held: None, config=config)
     with pytest.raises(WeightsCorrupt, match=message):
         load_text_encoder(path)
 
 
-def test_missing_and_truncated_files_are_told_apart(quantised, tmp_path):
+def test_missing_and_truncated_files_have_different_errors(quantised, tmp_path):
     with pytest.raises(WeightsMissing):
         load_text_encoder(tmp_path / "none.safetensors")
     path = tmp_path / "short.safetensors"
@@ -258,7 +258,7 @@ def test_missing_and_truncated_files_are_told_apart(quantised, tmp_path):
         load_text_encoder(path)
 
 
-def test_a_bad_store_is_refused_and_leaves_nothing(source, tmp_path):
+def test_quantize_text_encoder_of_bad_store_is_refused_and_leaves_no_file(source, tmp_path):
     out = tmp_path / "out" / "x.safetensors"
     with pytest.raises(WeightsMissing, match=r"config\.json"):
         quantize_text_encoder(tmp_path, out)
@@ -283,7 +283,7 @@ def test_a_bad_store_is_refused_and_leaves_nothing(source, tmp_path):
         quantize_text_encoder(source, out, kept_dtype=torch.float16)
 
 
-def test_stopped_anywhere_there_is_nothing_under_the_final_name(source, tmp_path):
+def test_interrupted_quantize_text_encoder_leaves_no_file(source, tmp_path):
     out, seen = tmp_path / "x.safetensors", []
 
     def stop_late(read: int, total: int) -> None:
@@ -300,7 +300,7 @@ def test_stopped_anywhere_there_is_nothing_under_the_final_name(source, tmp_path
     assert out.exists() and not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_file_holds_what_quantize_gives(source, quantised):
+def test_quantize_text_encoder_writes_tensors_of_quantize(source, quantised):
     held, weight = load_file(quantised.path), None
     for shard in source.glob("*.safetensors"):
         weight = load_file(shard).get(f"{QUERY}.weight", weight)
@@ -308,7 +308,7 @@ def test_the_file_holds_what_quantize_gives(source, quantised):
     assert all(torch.equal(held[f"{QUERY}.{key}"], made[key]) for key in made)
 
 
-def test_memory_stays_near_one_tensor(tmp_path):
+def test_quantize_text_encoder_memory_is_near_one_tensor(tmp_path):
     store = build(tmp_path / "store", d_model=768, d_ff=2048, d_kv=192, num_layers=4)
     size = sum(p.stat().st_size for p in store.glob("*.safetensors"))
     assert size > 100e6
@@ -327,8 +327,8 @@ def test_memory_stays_near_one_tensor(tmp_path):
     assert max(seen) < size // 3
 
 
-def test_columns_narrower_than_a_group_stay_as_they_are(tmp_path):
-    """The tiny store's own encoder, 32 wide: a whole file, which loads, with nothing in INT4."""
+def test_columns_narrower_than_group_are_not_quantised(tmp_path):
+    """The text encoder of the tiny store, 32 wide: a complete file, which loads, with nothing in INT4."""
     store = build(tmp_path / "store", d_model=32, d_kv=8, d_ff=64)
     done = quantize_text_encoder(store, tmp_path / "x.safetensors", kept_dtype=torch.float32)
     assert done.linears == 0 and len(done.kept_linears) == LINEARS
@@ -336,7 +336,7 @@ def test_columns_narrower_than_a_group_stay_as_they_are(tmp_path):
     assert torch.equal(encode(load_text_encoder(done.path, dtype=torch.float32)), expected)
 
 
-def test_mixed_widths_are_decided_one_by_one(tmp_path):
+def test_linears_of_mixed_widths_are_kept_or_quantised_by_layer(tmp_path):
     done = quantize_text_encoder(build(tmp_path / "store", d_ff=192), tmp_path / "x.safetensors")
     assert done.kept_linears == tuple(f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2))
     model = load_text_encoder(done.path)
@@ -346,7 +346,7 @@ def test_mixed_widths_are_decided_one_by_one(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_it_runs_on_cuda(quantised):
+def test_text_encoder_runs_on_cuda(quantised):
     model = load_text_encoder(quantised.path, device="cuda", dtype=torch.float32)
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     with torch.no_grad():
