@@ -6,7 +6,7 @@ from runner.quantization.formats.fp4_layout import LAYOUTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_bytes_are_those_of_the_tensors(layout):
+def test_layout_bytes_equal_bytes_of_tensors(layout):
     tensors = {
         suffix: torch.zeros(shape, dtype=dtype)
         for suffix, (shape, dtype) in FORMATS[layout.name].tensors(6, 5 * layout.group).items()

@@ -65,7 +65,7 @@ def codes_of(seed, rows, columns, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_code_lies_in_its_nibble(precision):
+def test_pack_weight_puts_each_code_in_its_nibble(precision):
     rows, columns = 256, 256
     codes = codes_of(3, rows, columns, precision)
     words = [0] * (rows * columns // 8)
@@ -82,7 +82,7 @@ def test_each_code_lies_in_its_nibble(precision):
     assert same_bytes(unpack_weight(packed, precision), codes)
 
 
-def test_each_16_bit_scale_lies_at_its_element():
+def test_pack_scales_puts_each_16_bit_scale_at_its_element():
     rows, groups = 256, 6
     scales = torch.arange(rows * groups, dtype=torch.int16).view(rows, groups).view(torch.bfloat16)
     expected = [0] * scales.numel()
@@ -95,7 +95,7 @@ def test_each_16_bit_scale_lies_at_its_element():
     assert packed.contiguous().view(torch.int16).reshape(-1).tolist() == expected
 
 
-def test_a_vector_is_packed_as_scales_of_one_group():
+def test_pack_vector_has_order_of_scales_of_one_group():
     vector = torch.arange(384, dtype=torch.int16).view(torch.float16)
     expected = [0] * 384
     for n in range(384):
@@ -104,7 +104,7 @@ def test_a_vector_is_packed_as_scales_of_one_group():
     assert pack_vector(vector).view(torch.int16).tolist() == expected
 
 
-def test_each_8_bit_scale_lies_at_its_byte():
+def test_pack_scales_puts_each_8_bit_scale_at_its_byte():
     rows, groups = 256, 16
     scales = noise(4, rows, groups).view(torch.float8_e4m3fn)
     expected = [0] * scales.numel()
@@ -119,7 +119,7 @@ def test_each_8_bit_scale_lies_at_its_byte():
 
 
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
-def test_each_number_of_a_factor_lies_in_its_tile(down):
+def test_pack_lowrank_puts_each_number_in_its_tile(down):
     channels, rank = 128, 48
     shape = (rank, channels) if down else (channels, rank)
     factor = torch.arange(channels * rank, dtype=torch.int16).view(shape).view(torch.bfloat16)
@@ -141,7 +141,7 @@ def test_each_number_of_a_factor_lies_in_its_tile(down):
 
 @given(tiles, tiles, precisions, seeds)
 @settings(max_examples=25)
-def test_weights_come_back_both_ways(rows, columns, precision, seed):
+def test_weight_round_trips_both_ways(rows, columns, precision, seed):
     codes = codes_of(seed, rows, columns, precision)
     packed = pack_weight(codes, precision)
     assert same_bytes(unpack_weight(packed, precision), codes)
@@ -153,7 +153,7 @@ def test_weights_come_back_both_ways(rows, columns, precision, seed):
 
 @given(tiles, st.integers(1, 4), precisions, sixteen, seeds)
 @settings(max_examples=25)
-def test_scales_come_back_both_ways(rows, some, precision, dtype, seed):
+def test_scales_round_trip_both_ways(rows, some, precision, dtype, seed):
     """Any bytes, NaN among them."""
     if precision == "int4":
         groups, stored = 2 * some, noise(seed, 2 * some, 2 * rows).view(dtype)
@@ -168,7 +168,7 @@ def test_scales_come_back_both_ways(rows, some, precision, dtype, seed):
 
 @given(tiles, sixteen, seeds)
 @settings(max_examples=25)
-def test_vectors_come_back_both_ways(size, dtype, seed):
+def test_vector_round_trips_both_ways(size, dtype, seed):
     vector = noise(seed, 2 * size).view(dtype)
     assert same_bytes(unpack_vector(pack_vector(vector)), vector)
     assert same_bytes(pack_vector(unpack_vector(vector)), vector)
@@ -176,7 +176,7 @@ def test_vectors_come_back_both_ways(size, dtype, seed):
 
 @given(tiles, st.integers(1, 5).map(lambda n: 16 * n), sixteen, st.booleans(), seeds)
 @settings(max_examples=25)
-def test_factors_come_back_both_ways(channels, rank, dtype, down, seed):
+def test_factor_round_trips_both_ways(channels, rank, dtype, down, seed):
     stored = noise(seed, channels, 2 * rank).view(dtype)
     plain = unpack_lowrank(stored, down=down)
     assert plain.shape == ((rank, channels) if down else (channels, rank))
@@ -186,7 +186,7 @@ def test_factors_come_back_both_ways(channels, rank, dtype, down, seed):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_strided_inputs_are_read_in_their_order(precision):
+def test_strided_input_is_read_in_logical_order(precision):
     codes = codes_of(5, 256, 128, precision)
     assert same_bytes(pack_weight(codes.t().contiguous().t(), precision), pack_weight(codes, precision))
     vector = torch.randn(512).bfloat16()[::2]
@@ -198,8 +198,8 @@ def test_strided_inputs_are_read_in_their_order(precision):
 
 
 @LAYOUTS
-def test_unpacking_needs_no_values(layout):
-    """What fakes of operators do."""
+def test_unpacking_on_meta_device_gives_shapes(layout):
+    """The fake implementations of operators do this."""
     stored = {name: torch.empty(*entry[:1][0], dtype=entry[1], device="meta") for name, entry in table_256(layout)}
     assert dequantize_residual(stored, layout).shape == (256, 256)
     assert effective_weight(stored, layout).is_meta
@@ -230,7 +230,7 @@ def table_256(layout):
         (torch.full((128, 128), -1), "nvfp4", "not -1 to -1"),
     ],
 )
-def test_refused_codes_are_named(codes, precision, complaint):
+def test_bad_codes_are_refused_by_name(codes, precision, complaint):
     with pytest.raises(ValueError, match=complaint):
         pack_weight(codes, precision)
 
@@ -244,7 +244,7 @@ def test_refused_codes_are_named(codes, precision, complaint):
         (torch.zeros(64, 64, dtype=torch.int8), r"\[64, 128\]: both sides"),
     ],
 )
-def test_refused_packed_weights_are_named(packed, complaint):
+def test_bad_packed_weights_are_refused_by_name(packed, complaint):
     for precision in PRECISIONS:
         with pytest.raises(ValueError, match=complaint):
             unpack_weight(packed, precision)
@@ -263,7 +263,7 @@ def test_refused_packed_weights_are_named(packed, complaint):
         (128, 0, torch.float8_e4m3fn, "nvfp4", "128 outputs and 0 groups"),
     ],
 )
-def test_refused_scales_are_named(function, rows, groups, dtype, precision, complaint):
+def test_bad_scales_are_refused_by_name(function, rows, groups, dtype, precision, complaint):
     shape = (rows, groups) if function is pack_scales else (groups, rows)
     with pytest.raises(ValueError, match=complaint):
         function(torch.zeros(shape).to(dtype), precision)
@@ -279,7 +279,7 @@ def test_refused_scales_are_named(function, rows, groups, dtype, precision, comp
         (torch.zeros(1, 128).half(), r"torch.float16 \[1, 128\]"),
     ],
 )
-def test_refused_vectors_are_named(function, vector, complaint):
+def test_bad_vectors_are_refused_by_name(function, vector, complaint):
     with pytest.raises(ValueError, match=complaint):
         function(vector)
 
@@ -293,7 +293,7 @@ def test_refused_vectors_are_named(function, vector, complaint):
         (128, 16, torch.float32, "factors have 16 bits, not torch.float32"),
     ],
 )
-def test_refused_factors_are_named(channels, rank, dtype, complaint):
+def test_bad_factors_are_refused_by_name(channels, rank, dtype, complaint):
     for refused in (
         lambda: pack_lowrank(torch.zeros(rank, channels, dtype=dtype), down=True),
         lambda: pack_lowrank(torch.zeros(channels, rank, dtype=dtype), down=False),
@@ -304,13 +304,13 @@ def test_refused_factors_are_named(channels, rank, dtype, complaint):
             refused()
 
 
-def test_a_factor_is_a_matrix():
+def test_lowrank_factor_that_is_no_matrix_is_refused():
     for refused in (pack_lowrank, unpack_lowrank):
         with pytest.raises(ValueError, match="is a matrix, not"):
             refused(torch.zeros(16).bfloat16(), down=True)
 
 
-def test_padding_goes_behind():
+def test_pad_adds_behind_and_returns_full_tensor_unchanged():
     assert pad(torch.ones(2, 3), (3, 4)).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert pad(torch.zeros(1), (3,), fill=1).tolist() == [0, 1, 1]
     whole = torch.ones(2)
@@ -320,7 +320,7 @@ def test_padding_goes_behind():
 # Activations
 
 
-def test_int4_activations_by_hand():
+def test_quantize_activations_in_int4_equals_hand_calculation():
     x = torch.zeros(2, 128)
     x[0, :57] = torch.arange(57) - 28.0  # a step of 4, and every tie between two
     x[0, 64], x[0, 65], x[0, 66] = 7.0, 0.5, -1.5  # ties go to the even integer
@@ -333,7 +333,7 @@ def test_int4_activations_by_hand():
     assert not dequantize_activations(codes, scales, "int4")[1].any()
 
 
-def test_nvfp4_activations_by_hand():
+def test_quantize_activations_in_nvfp4_equals_hand_calculation():
     x = torch.zeros(1, 64)
     x[0, :8] = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # scale 1; every tie
     x[0, 16:18] = torch.tensor([4000.0, -1e6])  # a scale of 448 and no more: codes stop at 6
@@ -348,7 +348,7 @@ def test_nvfp4_activations_by_hand():
 
 
 @given(st.lists(st.floats(-3000, 3000, width=32), min_size=16, max_size=16))
-def test_nvfp4_activations_agree_with_ml_dtypes(values):
+def test_quantize_activations_in_nvfp4_agrees_with_ml_dtypes(values):
     x = torch.tensor([values])
     codes, scales = quantize_activations(x, "nvfp4")
     exact = (x.abs().amax() / 6).clamp(max=448)
@@ -360,7 +360,7 @@ def test_nvfp4_activations_agree_with_ml_dtypes(values):
 
 @given(seeds, precisions, st.sampled_from([torch.float32, *SIXTEEN]), st.floats(-4, 4))
 @settings(max_examples=40)
-def test_activations_are_near_what_they_stand_for(seed, precision, dtype, power):
+def test_dequantized_activations_are_within_bound_of_input(seed, precision, dtype, power):
     x = (torch.randn(3, 128, generator=torch.Generator().manual_seed(seed)) * 10**power).to(dtype)
     codes, scales = quantize_activations(x, precision)
     assert codes.shape == x.shape
@@ -379,7 +379,7 @@ def test_activations_are_near_what_they_stand_for(seed, precision, dtype, power)
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_not_finite_stays_so_and_spoils_its_group_alone(precision, bad):
+def test_activation_that_is_not_finite_changes_only_its_group(precision, bad):
     x = torch.ones(2, 128)
     x[1, 5] = bad
     codes, scales = quantize_activations(x, precision)
@@ -390,7 +390,7 @@ def test_what_is_not_finite_stays_so_and_spoils_its_group_alone(precision, bad):
     assert values[0].isfinite().all()
 
 
-def test_refused_activations_are_named():
+def test_bad_activations_are_refused_by_name():
     for x, complaint in (
         (torch.zeros(2, 96), r"K in groups of 64, not torch.float32 \[2, 96\]"),
         (torch.zeros(128), r"\[128\]"),
@@ -437,7 +437,7 @@ def random_layer(layout, rows, columns, seed=0, used=None):
 
 
 @LAYOUTS
-def test_tensors_stand_for_residual_and_factors(layout):
+def test_effective_weight_is_residual_plus_factors(layout):
     layout = layout.with_rank(48)
     tensors, smooth, residual, down, up = random_layer(layout, 256, 384)
     assert torch.equal(dequantize_residual(tensors, layout), residual)
@@ -461,7 +461,7 @@ def exact_activations(layout, smooth, rows, seed=1):
 
 
 @LAYOUTS
-def test_activations_that_four_bits_hold_lose_nothing(layout):
+def test_svdq_linear_of_activations_exact_in_4_bits_is_exact(layout):
     tensors, *_ = random_layer(layout, 256, 384)
     smooth = (2.0 ** torch.randint(-3, 4, (384,), generator=torch.Generator().manual_seed(2))).bfloat16()
     tensors["smooth_factor"] = pack_vector(smooth)  # powers of two, so that x / s is exact
@@ -475,8 +475,8 @@ def test_activations_that_four_bits_hold_lose_nothing(layout):
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
-def test_padding_is_not_seen(layout, dtype):
-    """A layer of 100 outputs and 200 inputs as padded, against what its own numbers give."""
+def test_svdq_linear_with_padding_equals_unpadded_product(layout, dtype):
+    """A padded layer of 100 outputs and 200 inputs, compared with the product of its own numbers."""
     tensors, smooth, residual, down, up = random_layer(layout, 128, 256, used=(100, 200))
     x = torch.randn(7, 200, generator=torch.Generator().manual_seed(4)).to(dtype)
     found = svdq_linear(x, tensors, layout, 100)
@@ -496,7 +496,7 @@ def test_padding_is_not_seen(layout, dtype):
 
 
 @LAYOUTS
-def test_shapes_strides_and_bias(layout):
+def test_svdq_linear_accepts_shapes_strides_and_bias(layout):
     tensors, *_ = random_layer(layout, 128, 256)
     bias = torch.randn(128).bfloat16()
     x = torch.randn(2, 3, 256).bfloat16()
@@ -519,7 +519,7 @@ def test_shapes_strides_and_bias(layout):
 
 
 @LAYOUTS
-def test_wrong_use_is_refused(layout):
+def test_svdq_linear_with_wrong_arguments_is_refused(layout):
     tensors, *_ = random_layer(layout, 128, 128)
     x = torch.randn(2, 128)
     for call, complaint in (
@@ -537,7 +537,7 @@ def test_wrong_use_is_refused(layout):
 
 
 @LAYOUTS
-def test_a_row_that_is_not_finite_gives_a_row_that_is_not(layout):
+def test_svdq_linear_of_row_that_is_not_finite_changes_only_that_row(layout):
     tensors, *_ = random_layer(layout, 128, 128)
     x = torch.randn(3, 128)
     x[1, 100] = math.inf
@@ -547,7 +547,7 @@ def test_a_row_that_is_not_finite_gives_a_row_that_is_not(layout):
 
 
 @LAYOUTS
-def test_float16_that_overflows_is_not_hidden(layout):
+def test_svdq_linear_with_float16_overflow_is_not_finite(layout):
     tensors, *_ = random_layer(layout, 128, 128)
     tensors["smooth_factor"] = pack_vector(torch.full((128,), 0.01).bfloat16())
     x = torch.full((1, 128), 1000.0).half()  # 1000 / .01 is beyond 65504

@@ -39,7 +39,7 @@ LARGE = ((13824, 5120), (5120, 13824), (30720, 5120))
 
 
 @given(layout=layouts, out=SIDES, wide=SIDES)
-def test_bytes_are_those_of_the_tensors(layout, out, wide):
+def test_layout_bytes_equal_bytes_of_tensors(layout, out, wide):
     table = layout.tensor_table(out, wide)
     assert layout.bytes(out, wide) == sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in table.values())
     assert {suffix: (shape, str(dtype)) for suffix, (shape, dtype) in torch_table(layout, out, wide).items()} == {
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_tensors(layout, out, wide):
 
 
 @given(layout=layouts, out=SIDES, wide=SIDES)
-def test_padding_rounds_up_to_tiles_and_no_further(layout, out, wide):
+def test_padded_shape_is_next_multiple_of_tile(layout, out, wide):
     rows, columns = padded = layout.padded(out, wide)
     assert (rows % TILE, columns % TILE) == (0, 0)
     assert (0 <= rows - out < TILE) and (0 <= columns - wide < TILE)
@@ -60,8 +60,8 @@ def test_padding_rounds_up_to_tiles_and_no_further(layout, out, wide):
 
 
 @given(layout=layouts, out=SIDES, wide=SIDES)
-def test_every_tensor_of_the_table_can_be_packed(layout, out, wide):
-    """Its shapes are ones that the functions take: no side is missed by a group, a tile or a rank."""
+def test_tensor_table_has_shapes_that_can_be_packed(layout, out, wide):
+    """The packing functions accept its shapes: each side is a multiple of the group, the tile or the rank."""
     (rows, columns), table = layout.padded(out, wide), layout.tensor_table(out, wide)
     assert table["wscales"][0] == (columns // layout.group, rows)
     assert columns % layout.group == 0
@@ -70,7 +70,7 @@ def test_every_tensor_of_the_table_can_be_packed(layout, out, wide):
 
 
 @every_layout
-def test_bits_of_a_weight(layout):
+def test_bits_per_weight_of_square_layer_equal_hand_calculation(layout):
     """Of a square layer of the 14B model at rank 32: codes and group scales, factors, vectors."""
     side = 5120
     bits = layout.with_rank(32).bytes(side, side) * 8 / side**2
@@ -79,19 +79,19 @@ def test_bits_of_a_weight(layout):
 
 
 @pytest.mark.parametrize("rank", [0, -16, 8, 24, MOST_RANK + RANK_MULTIPLE])
-def test_ranks_that_no_kernel_takes(rank):
+def test_with_rank_that_no_kernel_supports_is_refused(rank):
     with pytest.raises(ValueError, match=f"rank of {rank}: multiples of 16 up to 512"):
         LAYOUTS[0].with_rank(rank)
 
 
 @every_layout
 @pytest.mark.parametrize("shape", [(0, 64), (64, 0), (-1, 5)], ids=str)
-def test_shapes_that_are_none(layout, shape):
+def test_tensor_table_of_invalid_shape_is_refused(layout, shape):
     with pytest.raises(ValueError, match=layout.name):
         layout.tensor_table(*shape)
 
 
-def test_the_shapes_are_those_of_the_14b_model():
+def test_tested_shapes_are_those_of_14b_model():
     keep = rule_for(LAYOUTS[0], RULES["all"]).keep
     linears = linear_shapes(transformer_on_meta(WAN_ANIMATE_14B))
     quantised = {shape for name, shape in linears.items() if not keep(name)}
@@ -177,20 +177,20 @@ def check_scales(stored, plain, layout, seed):
 
 @every_layout
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packing_is_exact_both_ways_at_the_14b_models_shapes(layout, shape):
+def test_packing_round_trip_at_shapes_of_14b_model_is_exact(layout, shape):
     check_both_ways(layout, shape)
 
 
 @system_test
 @every_layout
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_packing_is_exact_both_ways_at_the_large_shapes(layout, shape):
+def test_packing_round_trip_at_large_shapes_is_exact(layout, shape):
     check_both_ways(layout, shape)
 
 
 @settings(max_examples=15, deadline=None)
 @given(layout=layouts, tiles=st.tuples(st.integers(1, 4), st.integers(1, 4)))
-def test_packing_is_exact_both_ways_at_any_shape(layout, tiles):
+def test_packing_round_trip_at_any_shape_is_exact(layout, tiles):
     check_both_ways(layout, (tiles[0] * TILE, tiles[1] * TILE))
 
 
@@ -198,7 +198,7 @@ def test_packing_is_exact_both_ways_at_any_shape(layout, tiles):
 
 
 @every_layout
-def test_values_that_a_quantiser_makes_are_taken(layout):
+def test_check_values_accepts_values_of_quantiser(layout):
     tensors = random_layer(layout, 200, 300, torch.Generator().manual_seed(0))
     check_values(tensors)
     tensors["wscales"].view(torch.uint8).zero_()  # of a group of zeros
@@ -218,7 +218,7 @@ BAD = {
 
 @every_layout
 @pytest.mark.parametrize(("suffix", "value"), [(name, value) for name, row in BAD.items() for value in row])
-def test_values_that_no_quantiser_makes_are_refused_by_name(layout, suffix, value):
+def test_check_values_of_impossible_value_is_refused_by_name(layout, suffix, value):
     tensors = random_layer(layout, 200, 300, torch.Generator().manual_seed(0))
     if suffix not in tensors:
         return
