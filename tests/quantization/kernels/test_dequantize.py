@@ -55,7 +55,7 @@ def same_bits(found: Tensor, wanted: Tensor) -> bool:
 @DTYPES
 @pytest.mark.parametrize("name", ["table", "eager"])
 @pytest.mark.parametrize("shape", [(1, 32), (33, 224), (96, 1056)], ids=str)
-def test_kernels_agree_with_the_reference(name, fmt, dtype, shape):
+def test_dequantize_kernel_agrees_with_reference(name, fmt, dtype, shape):
     tensors = weight_of(fmt, *shape)
     out = torch.full(shape, torch.nan, dtype=dtype)
     KERNELS[name](*arguments(tensors), fmt, out)
@@ -63,7 +63,7 @@ def test_kernels_agree_with_the_reference(name, fmt, dtype, shape):
 
 
 @BOTH
-def test_blocks_and_threads_do_not_show(fmt, monkeypatch):
+def test_table_kernel_gives_same_bits_with_any_blocks_and_threads(fmt, monkeypatch):
     tensors = weight_of(fmt, 61, 256)
     monkeypatch.setattr(module, "_WEIGHTS_A_BLOCK", 4 * 256)
     threads = torch.get_num_threads()
@@ -79,8 +79,9 @@ def test_blocks_and_threads_do_not_show(fmt, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_a_tensor_scale_of_any_bits_is_multiplied_in_the_same_order():
-    """Published files have tensor scales that are no bfloat16: then the order of two products shows in the last bit."""
+def test_tensor_scale_of_any_bits_is_multiplied_in_same_order():
+    """Published files have tensor scales that are not bfloat16 numbers; the order of two products then changes the last
+    bit."""
     tensors = {**weight_of(NVFP4, 64, 512), "weight_scale_2": torch.tensor(0.123456789)}
     factors = tensors["weight_scale"].view(torch.float8_e4m3fn).float() * 0.123456789
     codes = dequantize({**tensors, "weight_scale": torch.full_like(tensors["weight_scale"], 0x38)}, NVFP4) / 0.123456789
@@ -129,7 +130,7 @@ print(json.dumps(result))
 
 
 @NEEDS_TRITON
-def test_triton_agrees_with_the_reference_in_the_interpreter(tmp_path):
+def test_triton_kernel_in_interpreter_agrees_with_reference(tmp_path):
     found = in_a_process_of_its_own(INTERPRETED, tmp_path, TRITON_INTERPRET="1")
     assert len(found) == 2 * (3 * 3 + 2)
     assert [case for case, agrees in found.items() if agrees is not True] == []
@@ -164,7 +165,7 @@ def dtype_size(variant: Variant) -> int:
 
 
 @NEEDS_PINNED_TRITON
-def test_the_compiler_takes_it_for_every_gpu(tmp_path):
+def test_triton_kernel_compiles_for_every_gpu(tmp_path):
     for variant, built in build(SOME_VARIANTS, tmp_path).items():
         check_assembly(variant, built)
 
@@ -172,7 +173,7 @@ def test_the_compiler_takes_it_for_every_gpu(tmp_path):
 @NEEDS_PINNED_TRITON
 @EVERY_VARIANT
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_variant_compiles(capability, tmp_path):
+def test_every_variant_of_triton_kernel_compiles(capability, tmp_path):
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES.args[1]]
     variants = [Variant("dequantize", fmt, dtype, 5120, capability) for fmt in FORMATS for dtype in names]
     found = build(variants, tmp_path)
@@ -186,7 +187,7 @@ def test_every_variant_compiles(capability, tmp_path):
 @BOTH
 @DTYPES
 @pytest.mark.parametrize("name", ["triton", "table", "eager"])
-def test_kernels_agree_with_the_reference_on_the_gpu(name, fmt, dtype):
+def test_dequantize_kernel_on_gpu_agrees_with_reference(name, fmt, dtype):
     tensors = weight_of(fmt, 1000, 1056)
     out = torch.full((1000, 1056), torch.nan, dtype=dtype, device="cuda")
     on_gpu = [None if tensor is None else tensor.cuda() for tensor in arguments(tensors)]
@@ -198,14 +199,14 @@ def test_kernels_agree_with_the_reference_on_the_gpu(name, fmt, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
 @BOTH
-def test_another_device_than_the_current_one_gets_the_same_kernel(fmt):
+def test_pick_kernel_on_other_than_current_device_is_triton(fmt):
     assert torch.cuda.current_device() == 0
     assert pick_kernel("cuda:1", fmt)[0] == "triton"
     assert torch.cuda.current_device() == 0
 
 
 @BOTH
-def test_the_choice_says_why(fmt):
+def test_pick_kernel_gives_reason(fmt):
     assert pick_kernel(CPU, fmt) == ("table", "one look-up for two weights, equal to the reference on cpu")
     assert pick_kernel("cpu", fmt) == pick_kernel(CPU, fmt)
 
@@ -217,12 +218,12 @@ def fresh_choice():
     module._pick.cache_clear()
 
 
-def test_a_kernel_that_computes_something_else_is_not_taken(fresh_choice, monkeypatch):
+def test_pick_kernel_refuses_kernel_with_wrong_values(fresh_choice, monkeypatch):
     monkeypatch.setitem(KERNELS, "table", lambda packed, scale, factor, fmt, out: out.fill_(1))
     assert pick_kernel(CPU, G32) == ("eager", "table refused: wrong values in float32")
 
 
-def test_a_kernel_that_fails_is_not_taken(fresh_choice, monkeypatch):
+def test_pick_kernel_refuses_kernel_that_raises(fresh_choice, monkeypatch):
     def no_compiler(*_args: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
@@ -230,7 +231,7 @@ def test_a_kernel_that_fails_is_not_taken(fresh_choice, monkeypatch):
     assert pick_kernel(CPU, G32) == ("eager", "table refused: RuntimeError: Failed to find C compiler.")
 
 
-def test_a_gpu_without_triton_gets_the_next_best_kernel_and_the_reason(fresh_choice, monkeypatch):
+def test_pick_kernel_on_gpu_without_triton_gives_next_kernel_and_reason(fresh_choice, monkeypatch):
     monkeypatch.setattr(module, "_check_kernel", lambda name, *_: "no compiler" if name == "triton" else None)
     name, why = fresh_choice(torch.device("cuda", 0), G32)
     assert name == "table"
@@ -238,20 +239,20 @@ def test_a_gpu_without_triton_gets_the_next_best_kernel_and_the_reason(fresh_cho
 
 
 @BOTH
-def test_the_probe_has_every_byte_and_valid_scales(fmt):
+def test_probe_has_every_byte_and_valid_scales(fmt):
     tensors = module._probe(fmt, CPU)
     fmt.check(tensors)
     assert len(tensors["weight_packed"].unique()) == 256
 
 
 @BOTH
-def test_the_operator_is_one(fmt):
+def test_dequantize_fp4_operator_passes_opcheck(fmt):
     tensors = weight_of(fmt, 8, 96)
     torch.library.opcheck(dequantize_fp4, (*arguments(tensors), fmt.name, torch.bfloat16))
     found = dequantize_fp4(*arguments(tensors), fmt.name, torch.bfloat16)
     assert same_bits(found, dequantize(tensors, fmt, torch.bfloat16))
 
 
-def test_types_that_no_kernel_writes_are_refused():
+def test_dequantize_fp4_to_unsupported_dtype_is_refused():
     with pytest.raises(ConfigInvalid, match="float64"):
         dequantize_fp4(*arguments(weight_of(G32, 4, 64)), "g32", torch.float64)

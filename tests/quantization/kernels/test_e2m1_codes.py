@@ -75,7 +75,7 @@ def assert_definition(found: tuple[Tensor, Tensor], x: Tensor, smooth: Tensor) -
     assert torch.equal(found[1], scales.view(torch.uint8))
 
 
-def test_codes_are_the_definitions_however_many_rows_at_a_time(monkeypatch):
+def test_codes_with_any_block_size_equal_definition(monkeypatch):
     monkeypatch.setattr(module, "_NUMBERS_A_BLOCK", 256 * 10)
     for x in (probe_matrix(80, 256, CPU), odd_numbers(256), ties(), scale_ties()):
         smooth = smoothing(x.shape[1])
@@ -83,7 +83,7 @@ def test_codes_are_the_definitions_however_many_rows_at_a_time(monkeypatch):
             assert_definition(quantize_to_e2m1(x, factor), x, factor)
 
 
-def test_no_number_has_a_scale_that_is_none_and_zeros_have_zero():
+def test_scale_of_nan_group_is_nan_and_scale_of_zeros_is_zero():
     codes, scales = quantize_to_e2m1(odd_numbers(64), torch.ones(64).bfloat16())
     for row, group in ((0, 0), (1, 1), (2, 0), (3, 0)):
         assert scales[row].eq(NAN_BITS).nonzero().flatten().tolist() == [group]
@@ -93,8 +93,8 @@ def test_no_number_has_a_scale_that_is_none_and_zeros_have_zero():
     assert codes[6].eq(0x88).all()  # minus zeros
 
 
-def test_peaks_are_divided_by_tensors():
-    """As for rows: CUDA multiplies by the rounded reciprocal of a number, the kernel divides."""
+def test_peak_is_divided_by_tensor():
+    """As for rows: divided by a plain number, CUDA multiplies by the rounded reciprocal; the kernel divides."""
     with Divisors() as divisors:
         quantize_to_e2m1(torch.empty(4, 64, device="meta"), torch.empty(64, device="meta"))
     assert len(divisors.seen) == 2  # `/=` is another operator
@@ -102,7 +102,7 @@ def test_peaks_are_divided_by_tensors():
 
 
 @pytest.mark.parametrize("rows", [1, 77, 128, 200])
-def test_scales_lie_in_the_order_of_the_product(rows):
+def test_scales_are_in_order_of_product(rows):
     x, smooth = probe_matrix(rows, 192, CPU), smoothing(192)
     codes, scales = quantize_to_e2m1(x, smooth)
     found = blocked_codes(x, smooth)
@@ -110,7 +110,7 @@ def test_scales_lie_in_the_order_of_the_product(rows):
     assert torch.equal(found[1], to_blocked(scales))
 
 
-def test_a_cpu_gets_plain_operations():
+def test_pick_codes_on_cpu_is_torch():
     assert pick_codes(CPU) == ("torch", "no CUDA device")
     said = {name: name_code_kernel(CPU, name) for name in ORDERS}
     assert said == dict.fromkeys(ORDERS, "") | {"scaled_mm": "torch: no CUDA device"}
@@ -143,7 +143,7 @@ def change_share(codes: Tensor, share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8 * MOST_OTHER_CODES])
-def test_a_kernel_that_agrees_is_taken(absent_gpu, share):
+def test_pick_codes_accepts_kernel_that_agrees(absent_gpu, share):
     absent_gpu.setattr(module, "_launch", kernel_with(lambda codes, _: share and change_share(codes, share)))
     name, why = pick_codes(CUDA)
     assert name == "triton"
@@ -161,7 +161,7 @@ def test_a_kernel_that_agrees_is_taken(absent_gpu, share):
     ],
     ids=["too many codes", "a scale", "another order", "a number for none"],
 )
-def test_a_kernel_that_disagrees_is_refused(absent_gpu, change, problem):
+def test_pick_codes_refuses_kernel_that_disagrees(absent_gpu, change, problem):
     absent_gpu.setattr(module, "_launch", kernel_with(change))
     name, why = pick_codes(CUDA)
     assert name == "torch"
@@ -170,7 +170,7 @@ def test_a_kernel_that_disagrees_is_refused(absent_gpu, change, problem):
     assert name_code_kernel(CUDA, "scaled_mm") == f"torch: {why}"
 
 
-def test_a_kernel_that_raises_is_refused(absent_gpu):
+def test_pick_codes_refuses_kernel_that_raises(absent_gpu):
     def launch(*given):
         raise RuntimeError("no ptxas\nmore")
 
@@ -178,7 +178,7 @@ def test_a_kernel_that_raises_is_refused(absent_gpu):
     assert pick_codes(CUDA) == ("torch", "triton refused: RuntimeError: no ptxas")
 
 
-def test_without_triton_there_is_a_reason(absent_gpu):
+def test_pick_codes_without_triton_gives_reason(absent_gpu):
     absent_gpu.setitem(sys.modules, "runner.quantization.kernels.e2m1_codes_triton", None)
     name, why = pick_codes(CUDA)
     assert name == "torch"
@@ -225,8 +225,8 @@ print("equal")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_in_tritons_interpreter():
-    """Code by code and scale by scale: edges of tiles, ties of both roundings, what is no number."""
+def test_triton_kernel_in_interpreter_equals_definition():
+    """Code by code and scale by scale: edges of tiles, ties of both roundings, NaN and infinity."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
@@ -238,8 +238,8 @@ def test_the_kernel_in_tritons_interpreter():
 
 
 @NEEDS_PINNED_TRITON
-def test_the_kernel_compiles_for_gpus_with_block_scaled_products(tmp_path):
-    """What the interpreter cannot tell: no spills, division and rounding as torch's, full width of access."""
+def test_triton_kernel_compiles_for_gpus_with_block_scaled_products(tmp_path):
+    """The interpreter does not show this: no spills, division and rounding as torch's, full width of access."""
     variants = [Variant("e2m1", "blocked", "bfloat16", columns, sm) for sm in (100, 120) for columns in (5120, 13824)]
     for built in build(variants, tmp_path).values():
         built.check()
@@ -253,7 +253,7 @@ def test_the_kernel_compiles_for_gpus_with_block_scaled_products(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("columns", [5120, 13824])
-def test_the_kernel_on_a_gpu(columns):
+def test_triton_kernel_on_gpu_agrees_with_definition(columns):
     assert pick_codes(CUDA)[0] == "triton"
     x, smooth = probe_matrix(1003, columns, CUDA), smoothing(columns).to(CUDA)
     codes, scales = quantize_to_e2m1(x, smooth)

@@ -64,7 +64,7 @@ def counted(monkeypatch) -> list[int]:
 @ROWWISE
 @KINDS
 @DTYPES
-def test_a_layer_with_kept_codes_computes_the_same_bits_and_makes_none(compute, kind, dtype, counted):
+def test_layer_with_kept_codes_gives_same_bits_and_makes_no_codes(compute, kind, dtype, counted):
     for backend in PRODUCTS[compute]:
         layer, x = make(kind, compute, backend, dtype), gauss(3, 20, 64).to(dtype)
         wanted = layer(x)
@@ -80,7 +80,7 @@ def test_a_layer_with_kept_codes_computes_the_same_bits_and_makes_none(compute, 
 
 @ROWWISE
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_lora_that_comes_changes_and_goes_is_in_the_codes(compute, fmt):
+def test_kept_codes_follow_lora_that_is_set_changed_and_removed(compute, fmt):
     layer, x, seen = layer_of(fmt), gauss(7, 64), []
     layer.set_compute(compute, "reference")
     down, up = gauss(4, 64, seed=4), gauss(48, 4, seed=5)
@@ -96,7 +96,7 @@ def test_a_lora_that_comes_changes_and_goes_is_in_the_codes(compute, fmt):
 
 
 @ROWWISE
-def test_a_bias_delta_needs_no_new_codes(compute):
+def test_kept_codes_with_bias_delta_are_not_made_again(compute):
     layer, x = layer_of(), gauss(7, 64)
     layer.set_compute(compute, "reference")
     layer.keep_codes(torch.float32)
@@ -111,7 +111,7 @@ def test_a_bias_delta_needs_no_new_codes(compute):
 
 @ROWWISE
 @KINDS
-def test_a_weight_that_changes_in_place_makes_its_codes_stale(compute, kind):
+def test_kept_codes_of_weight_changed_in_place_are_stale(compute, kind):
     layer, x = make(kind, compute), gauss(7, 64)
     layer.keep_codes(torch.float32)
     before = layer(x)
@@ -124,8 +124,8 @@ def test_a_weight_that_changes_in_place_makes_its_codes_stale(compute, kind):
 
 @ROWWISE
 @KINDS
-def test_another_weight_makes_the_codes_stale(compute, kind):
-    """Nothing but the tensor itself tells that it is another."""
+def test_kept_codes_after_weight_is_replaced_are_stale(compute, kind):
+    """Only the identity of the tensor shows that it is a different one."""
     layer, x, name = make(kind, compute), gauss(7, 64), "weight" if kind == "plain" else "weight_packed"
     first, second = (
         nn.Parameter(weight.clone(), requires_grad=False) for weight in (layer.weight, layer.weight.flip(0))
@@ -141,7 +141,7 @@ def test_another_weight_makes_the_codes_stale(compute, kind):
 
 @ROWWISE
 @KINDS
-def test_a_cast_drops_the_codes(compute, kind):
+def test_kept_codes_are_dropped_by_cast(compute, kind):
     layer, x = make(kind, compute), gauss(7, 64).bfloat16()
     layer.keep_codes(torch.float32)
     layer.to(torch.bfloat16)
@@ -153,8 +153,8 @@ def test_a_cast_drops_the_codes(compute, kind):
 
 @ROWWISE
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_codes_serve_products_of_the_dtype_they_were_made_for(compute, fmt):
-    """A weight dequantised to other bits has other codes."""
+def test_kept_codes_are_used_only_for_their_dtype(compute, fmt):
+    """A weight that is dequantised to another dtype has other codes."""
     layer, x = layer_of(fmt), gauss(7, 64)
     layer.set_compute(compute, "reference")
     wanted = layer(x)
@@ -165,7 +165,7 @@ def test_codes_serve_products_of_the_dtype_they_were_made_for(compute, fmt):
     assert torch.equal(layer(x), wanted)
 
 
-def test_another_compute_has_other_codes():
+def test_kept_codes_are_made_again_for_other_compute():
     layer, x = layer_of(NVFP4), gauss(7, 64)
     for compute in ("fp8", "int8", "fp8"):
         layer.set_compute(compute, "reference")
@@ -181,7 +181,7 @@ def test_another_compute_has_other_codes():
 
 @ROWWISE
 @KINDS
-def test_a_checkpoint_has_no_codes(compute, kind):
+def test_kept_codes_are_not_in_state_dict(compute, kind):
     layer = make(kind, compute)
     before, parameters = set(layer.state_dict()), [name for name, _ in layer.named_parameters()]
     layer.keep_codes(torch.float32)
@@ -205,7 +205,7 @@ class Model(nn.Module):
 
 @ROWWISE
 @KINDS
-def test_of_a_model_the_layers_in_rows_keep_codes_and_a_lora_makes_its_own_anew(compute, kind):
+def test_kept_codes_of_model_are_for_row_layers_and_remade_with_lora(compute, kind):
     model, x = Model(kind, compute), gauss(7, 64)
     wanted = model(x)
     assert kept_codes.keep_codes(model, torch.float32) == (1, 48 * 64 + 48 * 4, 1)
@@ -231,8 +231,8 @@ def test_of_a_model_the_layers_in_rows_keep_codes_and_a_lora_makes_its_own_anew(
 
 @ROWWISE
 @KINDS
-def test_compiled_a_layer_has_one_graph_with_codes_and_one_without(compute, kind):
-    """A LoRA that comes and goes inside kept codes changes neither."""
+def test_compiled_layer_has_one_graph_with_kept_codes_and_one_without(compute, kind):
+    """A LoRA that is set or removed while codes are kept changes neither graph."""
     torch._dynamo.reset()
     counters.clear()
     layer, x = make(kind, compute), gauss(6, 64)
@@ -253,8 +253,8 @@ def test_compiled_a_layer_has_one_graph_with_codes_and_one_without(compute, kind
     torch._dynamo.reset()
 
 
-def test_no_codes_are_made_into_shared_memory():
-    """They would be the next layer's."""
+def test_kept_codes_are_not_made_in_shared_memory():
+    """Otherwise the next layer would overwrite them."""
     first, second = layer_of(G32), layer_of(NVFP4)
     for layer in (first, second):
         layer.set_compute("int8", "reference")

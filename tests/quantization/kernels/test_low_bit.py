@@ -47,7 +47,7 @@ def in_rows(x: Tensor, weight: Tensor, compute: str) -> Tensor:
 
 @ROWWISE
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_layer_computes_its_format(compute, fmt):
+def test_layer_with_reference_backend_computes_in_its_format(compute, fmt):
     layer, x = layer_of(fmt), gauss(3, 5, 64)
     exact = layer(x)
     layer.set_compute(compute, "reference")
@@ -61,7 +61,7 @@ def test_a_layer_computes_its_format(compute, fmt):
 
 
 @ROWWISE
-def test_a_lora_is_summed_before_rounding(compute):
+def test_lora_is_added_to_weight_before_rounding(compute):
     layer, x = layer_of(), gauss(7, 64)
     down, up, delta = gauss(4, 64, seed=4), gauss(48, 4, seed=5), gauss(48, seed=6)
     layer.set_lora([(down, up, 0.5)])
@@ -75,7 +75,7 @@ def test_a_lora_is_summed_before_rounding(compute):
     assert layer.lora_rank == 0
 
 
-def test_nvfp4_takes_the_stored_codes_and_adds_a_lora_beside_them():
+def test_nvfp4_layer_uses_stored_codes_and_adds_lora_separately():
     layer, x = layer_of(NVFP4), gauss(7, 64)
     layer.set_compute("nvfp4", "reference")
     plain = dequantize_blocks(quantize_blocks(x)).double() @ dequantize(layer.stored, NVFP4).double().T
@@ -86,7 +86,7 @@ def test_nvfp4_takes_the_stored_codes_and_adds_a_lora_beside_them():
     torch.testing.assert_close(layer(x).double(), plain + 0.5 * (x @ down.T @ up.T).double(), rtol=1e-4, atol=1e-4)
 
 
-def test_names_that_are_none_are_refused():
+def test_set_compute_with_unknown_compute_or_backend_is_refused():
     with pytest.raises(ValueError, match="g32 cannot compute as nvfp4"):
         layer_of().set_compute("nvfp4", "reference")
     for compute, backend in (("fp8", "int_mm"), ("int4", "reference"), ("fp8", "")):
@@ -97,7 +97,7 @@ def test_names_that_are_none_are_refused():
 
 
 @ROWWISE
-def test_a_plain_layer_shares_its_parameters(compute):
+def test_low_bit_linear_shares_parameters_of_plain_layer(compute):
     linear, x = nn.Linear(64, 48), gauss(7, 64)
     low = LowBitLinear(linear, compute, "reference")
     assert low.weight is linear.weight
@@ -110,7 +110,7 @@ def test_a_plain_layer_shares_its_parameters(compute):
 
 
 @pytest.mark.parametrize(("compute", "backend"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
-def test_torchs_kernels_give_a_layer_the_definitions_result(compute, backend):
+def test_layer_with_torch_kernel_agrees_with_definition(compute, backend):
     """torch runs both on a CPU too: an independent implementation of the same numbers."""
     layer, x = layer_of(), gauss(40, 64).bfloat16()
     layer = layer.to(torch.bfloat16)
@@ -121,12 +121,12 @@ def test_torchs_kernels_give_a_layer_the_definitions_result(compute, backend):
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
-def test_a_cpu_gets_the_definition(compute):
+def test_pick_gemm_backend_on_cpu_is_reference(compute):
     assert pick_gemm_backend(CPU, compute)[0] == "reference"
 
 
 @pytest.mark.parametrize("broken", ["raises", "is off", "is not finite"])
-def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
+def test_check_backend_refuses_wrong_kernel(broken, monkeypatch):
     def kernel(x, w, bias, dtype):
         if broken == "raises":
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
@@ -139,25 +139,25 @@ def test_a_kernel_that_is_wrong_is_refused(broken, monkeypatch):
     assert wanted[broken] in problem
 
 
-def test_rounding_that_libraries_do_their_own_way_is_let_pass(monkeypatch):
-    """Hopper's fast sums of e4m3 by a model of them: .003."""
+def test_check_backend_accepts_small_difference_of_rounding(monkeypatch):
+    """Hopper's fast sums of e4m3 differ by .003, by a model of them."""
     monkeypatch.setattr(rowwise, "rowwise", lambda *given: rowwise.reference(*given) * 1.008)
     assert module._check_backend("scaled_mm", "fp8", CPU) is None
 
 
 @pytest.mark.parametrize(("compute", "backend"), [("fp8", "scaled_mm"), ("int8", "int_mm")])
-def test_a_kernel_that_is_right_is_found_right(compute, backend):
+def test_check_backend_accepts_correct_kernel(compute, backend):
     assert module._check_backend(backend, compute, CPU) is None
 
 
-def test_shapes_that_no_kernel_takes():
+def test_problem_of_shape_names_unsupported_shape():
     assert PRECISIONS["fp8"].problem_of_shape(48, 64) is None
     assert "no multiple of [16, 16]" in (PRECISIONS["int8"].problem_of_shape(20, 64) or "")
     assert PRECISIONS["nvfp4"].problem_of_shape(48, 48) is not None
 
 
 @pytest.mark.parametrize("compute", OF_FP4)
-def test_a_compiled_layer_is_one_graph(compute):
+def test_compiled_layer_is_one_graph(compute):
     layer, x = layer_of(NVFP4), gauss(6, 64)
     layer.set_compute(compute, "reference")
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_a_compiled_layer_is_one_graph(compute):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @ROWWISE
-def test_a_layer_on_a_gpu(compute):
+def test_layer_on_gpu_agrees_with_definition(compute):
     device = torch.device("cuda")
     backend, why = pick_gemm_backend(torch.device("cuda", 0), compute)
     if backend is None:

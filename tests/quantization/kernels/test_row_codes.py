@@ -48,7 +48,7 @@ def assert_equal(found: Rows, wanted: Rows) -> None:
 
 
 @ROWWISE
-def test_blocks_of_rows_do_not_show(compute, monkeypatch):
+def test_row_codes_with_any_block_size_equal_definition(compute, monkeypatch):
     x = gauss(37, 64)
     monkeypatch.setattr(module, "_NUMBERS_A_BLOCK", 5 * 64)
     assert_equal(fast_rows(x, compute), quantize_rows(x, compute))
@@ -59,8 +59,8 @@ def test_blocks_of_rows_do_not_show(compute, monkeypatch):
 @GELU
 @DTYPES
 @pytest.mark.parametrize("columns", [96, 5120])
-def test_rotated_codes_are_the_definitions(dtype, columns, gelu):
-    """Where there is no kernel: the very arithmetic of GELU, rotation and rounding one after the other."""
+def test_rotated_codes_equal_definition(dtype, columns, gelu):
+    """Without a kernel: exactly the arithmetic of GELU, rotation and rounding, one after the other."""
     x = gauss(9, columns).to(dtype)
     x[3], x[5, 9] = 0, torch.nan
     wanted, room = definition(x, gelu), torch.empty(9, columns, dtype=torch.int8)
@@ -72,18 +72,18 @@ def test_rotated_codes_are_the_definitions(dtype, columns, gelu):
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-def test_fp8_takes_gelu_as_plain_arithmetic(gelu):
+def test_prepare_rows_in_fp8_with_gelu_uses_plain_arithmetic(gelu):
     x = gauss(9, 64)
     wanted = quantize_rows(F.gelu(x, approximate="tanh") if gelu else x, "fp8")
     assert_equal(prepare_rows(x, "fp8", gelu=gelu), wanted)
 
 
-def test_an_operator_is_what_a_compiler_sees():
+def test_rotated_codes_operator_passes_opcheck():
     x = gauss(9, 64)
     torch.library.opcheck(torch.ops.video_lab.rotated_codes.default, (x, "int8", True))
 
 
-def test_a_cpu_gets_the_definition():
+def test_pick_rows_and_pick_rotation_on_cpu_are_torch():
     assert pick_rows(CPU, "fp8") == pick_rows(CPU, "int8") == ("torch", "no CUDA device")
     assert pick_rotation(CPU, "int8", True) == ("torch", "no CUDA device")
 
@@ -112,7 +112,7 @@ def kernel_with(change):
 
 
 @GELU
-def test_a_kernel_that_agrees_is_taken(absent_gpu, gelu):
+def test_pick_rotation_accepts_kernel_that_agrees(absent_gpu, gelu):
     seen = []
     absent_gpu.setattr(module, "_launch_rotation", kernel_with(lambda codes, scale: seen.append(codes.shape[1])))
     name, why = pick_rotation(CUDA, "int8", gelu)
@@ -139,7 +139,7 @@ def too_many(codes, scale):
     ],
     ids=["two steps", "too many codes", "scales", "no number"],
 )
-def test_a_kernel_that_disagrees_is_refused(absent_gpu, change, problem):
+def test_pick_rotation_refuses_kernel_that_disagrees(absent_gpu, change, problem):
     absent_gpu.setattr(module, "_launch_rotation", kernel_with(change))
     name, why = pick_rotation(CUDA, "int8", False)
     assert name == "torch"
@@ -147,7 +147,7 @@ def test_a_kernel_that_disagrees_is_refused(absent_gpu, change, problem):
     assert problem in why
 
 
-def test_a_kernel_that_raises_is_refused(absent_gpu):
+def test_pick_rotation_refuses_kernel_that_raises(absent_gpu):
     def launch(*given):
         raise RuntimeError("no ptxas\nmore")
 
@@ -155,14 +155,14 @@ def test_a_kernel_that_raises_is_refused(absent_gpu):
     assert pick_rotation(CUDA, "int8", True) == ("torch", "triton refused: RuntimeError: no ptxas")
 
 
-def test_a_gpu_without_int8_units_is_not_compiled_for(absent_gpu):
+def test_pick_rotation_on_gpu_without_int8_units_compiles_nothing(absent_gpu):
     """Triton 3.7 cannot compile the kernel for compute capability 10.0, and int8 does not run there."""
     absent_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     absent_gpu.setattr(module, "_launch_rotation", lambda *given: pytest.fail("launched"))
     assert pick_rotation(CUDA, "int8", False) == ("torch", "not for sm_100")
 
 
-def test_a_few_ties_may_fall_to_the_other_side():
+def test_compare_codes_accepts_few_ties_rounded_other_way():
     wanted = definition(gauss(40, 5120).bfloat16())
     found = Rows(wanted.codes.clone(), wanted.scale.clone())
     off = found.codes.view(-1)[:: int(1.1 / MOST_OTHER_CODES)]
@@ -221,8 +221,8 @@ def exact_sums(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_in_tritons_interpreter():
-    """Code by code where sums are exact; else all but the share whose rounding is a matter of the order of sums."""
+def test_rotation_kernel_in_interpreter_agrees_with_definition():
+    """Code by code where sums are exact; elsewhere all but the share whose rounding depends on the order of sums."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
@@ -253,7 +253,7 @@ def check_assembly(variant: Variant, built: Built) -> None:
 
 
 @NEEDS_PINNED_TRITON
-def test_the_kernel_compiles_for_every_gpu(tmp_path):
+def test_rotation_kernel_compiles_for_every_gpu(tmp_path):
     for variant, built in build(SOME_VARIANTS, tmp_path).items():
         check_assembly(variant, built)
 
@@ -261,7 +261,7 @@ def test_the_kernel_compiles_for_every_gpu(tmp_path):
 @NEEDS_PINNED_TRITON
 @EVERY_VARIANT
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_variant_compiles(capability, tmp_path):
+def test_every_variant_of_rotation_kernel_compiles(capability, tmp_path):
     forms, dtypes, lengths = ("plain", "gelu"), ("bfloat16", "float16"), (5120, 13824)
     variants = [Variant("rotated", *rest, capability) for rest in product(forms, dtypes, lengths)]
     found = build(variants, tmp_path)
@@ -274,7 +274,7 @@ def test_every_variant_compiles(capability, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @GELU
 @pytest.mark.parametrize("columns", [5120, 13824])
-def test_the_kernel_on_a_gpu(columns, gelu):
+def test_rotation_kernel_on_gpu_agrees_with_definition(columns, gelu):
     if torch.cuda.get_device_capability()[0] in (10, 11):
         pytest.skip("no int8 units worth using")
     assert pick_rotation(CUDA, "int8", gelu)[0] == "triton"

@@ -58,8 +58,8 @@ def gauss(*shape: int, seed: int = 0) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(st.lists(NUMBERS, min_size=16, max_size=16), min_size=1, max_size=4))
-def test_a_code_is_the_nearest_that_the_row_has(rows):
-    """int8: within half a step of the scale. fp8: the very codes that ml_dtypes rounds to."""
+def test_quantize_rows_rounds_to_nearest_code(rows):
+    """int8: within half a step of the scale. fp8: exactly the codes to which ml_dtypes rounds."""
     x = torch.tensor(rows)
     eight = quantize_rows(x, "int8")
     assert eight.codes.dtype is torch.int8
@@ -87,8 +87,8 @@ class Divisors(TorchDispatchMode):
 
 
 @BOTH
-def test_rows_are_divided_by_tensors(kind):
-    """CUDA multiplies by the rounded reciprocal of a number: the kernel, which divides, would not agree to the bit."""
+def test_row_is_divided_by_tensor(kind):
+    """CUDA multiplies by the rounded reciprocal of a plain number; the kernel divides, so the bits would differ."""
     with Divisors() as divisors:
         quantize_rows(torch.empty(4, 64, device="meta"), kind)
     assert len(divisors.seen) == 2
@@ -96,7 +96,7 @@ def test_rows_are_divided_by_tensors(kind):
 
 
 @BOTH
-def test_zeros_stay_zeros_and_what_is_no_number_stays_none(kind):
+def test_quantize_rows_keeps_zeros_and_values_that_are_not_finite(kind):
     x = torch.zeros(3, 32)
     x[1, 5], x[2, 7] = torch.nan, torch.inf
     values = dequantize_rows(quantize_rows(x, kind))
@@ -105,7 +105,7 @@ def test_zeros_stay_zeros_and_what_is_no_number_stays_none(kind):
 
 
 @BOTH
-def test_a_row_by_hand(kind):
+def test_quantize_rows_equals_hand_calculation(kind):
     x = torch.tensor([[-448.0, 1.0, 0.4375, 17.0]]) if kind == "fp8" else torch.tensor([[127.0, -1.0, 2.5, 63.5]])
     rows = quantize_rows(x, kind)
     assert float(rows.scale) == 1.0
@@ -123,13 +123,13 @@ def test_hadamard_is_orthogonal_and_symmetric(size):
     assert matrix.tolist() == parity
 
 
-def test_hadamard_of_no_power_of_two():
+def test_hadamard_of_size_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="96"):
         hadamard(96, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("columns", "block"), [(5120, 128), (13824, 128), (64, 64), (96, 32), (48, 16)])
-def test_rotating_both_sides_leaves_the_product(columns, block):
+def test_rotate_rows_of_both_sides_keeps_product(columns, block):
     assert rotation_size(columns) == block
     x, w = gauss(8, columns), gauss(6, columns, seed=1)
     turned = rotate_rows(x) @ rotate_rows(w).T / block
@@ -156,9 +156,9 @@ def inputs() -> dict[str, Tensor]:
         ("int8", True, {"gauss": 0.009, "outl": 0.010, "gelu": 0.017}),
     ],
 )
-def test_errors_are_the_tables(inputs, kind, rotated, table):
-    """Activations alone are rounded; relative error of the output. Rotated, how many of the channels that stand out
-    share a block of 128 decides: two digits of the table, and a sixth."""
+def test_quantize_rows_error_equals_published_table(inputs, kind, rotated, table):
+    """Only activations are rounded; relative error of the output. With rotation, the error depends on how many of the
+    outlier channels share a block of 128: two digits of the table, and a sixth."""
     weight = gauss(384, CHANNELS, seed=7) / CHANNELS**0.5
     for name, wanted in table.items():
         x, w = inputs[name], weight
@@ -170,7 +170,7 @@ def test_errors_are_the_tables(inputs, kind, rotated, table):
 
 @BOTH
 @pytest.mark.parametrize("bias", [None, gauss(48, seed=5)], ids=["no bias", "bias"])
-def test_kernels_equal_the_definition(kind, bias):
+def test_rowwise_kernel_agrees_with_definition(kind, bias):
     x, w = quantize_rows(gauss(40, 64), kind), quantize_rows(gauss(48, 64, seed=1), kind)
     exact = (x.codes.double() @ w.codes.double().T) * x.scale.double() * w.scale.double().T
     exact = exact if bias is None else exact + bias.double()
@@ -182,7 +182,7 @@ def test_kernels_equal_the_definition(kind, bias):
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 100])
-def test_chunks_of_tokens_do_not_show(tokens, monkeypatch):
+def test_int_mm_in_chunks_of_tokens_equals_definition(tokens, monkeypatch):
     monkeypatch.setattr(module, "_INT_MM_ROWS", 40)
     x, w = quantize_rows(gauss(tokens, 64), "int8"), quantize_rows(gauss(24, 64, seed=1), "int8")
     torch.testing.assert_close(int_mm(x, w, None, torch.float32), reference(x, w, None, torch.float32))
@@ -253,8 +253,8 @@ def one_nan(codes: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernel_in_its_interpreter():
-    """Code by code: on e4m3's numbers, ties and their neighbours, on floats of every exponent, on what is no number."""
+def test_triton_kernel_in_interpreter_equals_definition():
+    """Code by code: e4m3's numbers, ties and their neighbours, floats of every exponent, NaN and infinity."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, check=False, timeout=250
@@ -279,7 +279,7 @@ def converted_in_two_steps(values: Tensor) -> np.ndarray:
     return halves.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
-def test_rounding_to_e4m3_is_the_conversion_whichever_follows():
+def test_round_to_e4m3_gives_same_codes_with_either_conversion():
     for values in (e4m3_edges(), floats_of_every_exponent()):
         rounded = round_to_e4m3(values)
         wanted = converted(values)
@@ -290,8 +290,8 @@ def test_rounding_to_e4m3_is_the_conversion_whichever_follows():
     assert bool(round_to_e4m3(torch.tensor([torch.nan, -torch.nan])).isnan().all())
 
 
-def test_two_steps_alone_are_another_conversion():
-    """What the rounding is for: just above a tie the two conversions fall to the side of zero."""
+def test_conversion_to_e4m3_in_two_steps_differs_just_above_ties():
+    """The reason for round_to_e4m3: just above a tie, the conversion in two steps rounds towards zero."""
     values = e4m3_edges()
     wanted, found = converted(values), converted_in_two_steps(values)
     wrong = wanted != found
@@ -301,7 +301,7 @@ def test_two_steps_alone_are_another_conversion():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-448, 448, width=32), min_size=1, max_size=32))
-def test_rounding_to_e4m3_of_any_numbers(numbers):
+def test_round_to_e4m3_of_any_numbers_gives_direct_conversion(numbers):
     values = torch.tensor(numbers)
     assert np.array_equal(converted_in_two_steps(round_to_e4m3(values)), converted(values))
 
@@ -318,8 +318,8 @@ class OtherConversion(torch.fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def test_a_compiled_graph_gives_the_same_codes_whichever_conversion_its_compiler_has():
-    """Activations are quantised by the compiler's kernels, which convert as that compiler does."""
+def test_compiled_quantize_rows_gives_same_codes_with_either_conversion():
+    """The kernels of the compiler quantise activations and use the conversion of that compiler."""
     graphs = []
 
     def keep(graph, inputs):
@@ -363,7 +363,7 @@ def check_assembly(variant: Variant, built: Built) -> None:
 
 
 @NEEDS_PINNED_TRITON
-def test_the_triton_kernel_compiles_for_every_gpu(tmp_path):
+def test_triton_kernel_compiles_for_every_gpu(tmp_path):
     for variant, built in build(SOME_VARIANTS, tmp_path).items():
         check_assembly(variant, built)
 
@@ -371,7 +371,7 @@ def test_the_triton_kernel_compiles_for_every_gpu(tmp_path):
 @NEEDS_PINNED_TRITON
 @EVERY_VARIANT
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_variant_compiles(capability, tmp_path):
+def test_every_variant_of_triton_kernel_compiles(capability, tmp_path):
     forms = ["int8"] if capability < 89 else ["int8", "float8_e4m3fn"]  # fp8 products begin there
     dtypes, lengths = ("bfloat16", "float16", "float32"), (5120, 13824, 160)
     variants = [Variant("rows", *rest, capability) for rest in product(forms, dtypes, lengths)]
@@ -385,7 +385,7 @@ def test_every_variant_compiles(capability, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("shape", [(1000, 5120, 5120), (64, 13824, 5120), (33, 5120, 13824)], ids=str)
 @BOTH
-def test_kernels_equal_the_definition_on_a_gpu(kind, shape):
+def test_rowwise_kernel_on_gpu_agrees_with_definition(kind, shape):
     if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 units before sm_89")
     tokens, columns, outputs = shape
@@ -396,5 +396,5 @@ def test_kernels_equal_the_definition_on_a_gpu(kind, shape):
         assert relative_error(kernel(x, w, bias, torch.bfloat16), reference(x, w, bias, torch.float32)) < 0.005
 
 
-def test_rows_are_a_pair():
+def test_rows_have_fields_codes_and_scale():
     assert Rows._fields == ("codes", "scale")

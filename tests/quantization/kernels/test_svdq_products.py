@@ -52,7 +52,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def test_every_backend_has_an_order():
+def test_svdq_backend_has_order():
     for row in PRECISIONS.values():
         if row.layout == "svdq":
             assert {backend.name for backend in (*row.backends, row.reference)} <= ORDERS.keys()
@@ -60,7 +60,7 @@ def test_every_backend_has_an_order():
 
 @BOTH
 @pytest.mark.parametrize("shape", [(128, 128), (256, 640), (384, 256)])
-def test_another_order_and_back_gives_the_very_bytes(layout, shape):
+def test_order_changed_and_restored_gives_same_bytes(layout, shape):
     tensors = quantize_weight(gauss(*shape), layout.with_rank(48))
     rows = in_rows(tensors, layout)
     for name, tensor in tensors.items():
@@ -72,7 +72,7 @@ def test_another_order_and_back_gives_the_very_bytes(layout, shape):
 
 
 @BOTH
-def test_rows_are_what_their_products_read(layout):
+def test_tensors_in_rows_are_in_order_of_product(layout):
     tensors = quantize_weight(gauss(256, 384), layout)
     rows = in_rows(tensors, layout)
     codes = unpack(rows["qweight"].view(torch.uint8))
@@ -95,7 +95,7 @@ def test_rows_are_what_their_products_read(layout):
 @BOTH
 @pytest.mark.parametrize("rank", [1, 16, 40])
 @pytest.mark.parametrize("order", [TILES, ROWS])
-def test_factors_of_a_lora_lie_behind_the_layers_own(layout, rank, order):
+def test_join_factors_appends_lora_to_factors_of_layer(layout, rank, order):
     tensors, down, up = quantize_weight(gauss(200, 160), layout), gauss(rank, 160, seed=2), gauss(200, rank, seed=3)
     given = tensors if order == TILES else in_rows(tensors, layout)
     joined = join_factors(given, order, down, up)
@@ -114,7 +114,7 @@ def test_factors_of_a_lora_lie_behind_the_layers_own(layout, rank, order):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_weight_in_16_bits(layout, dtype):
+def test_write_weight_equals_effective_weight(layout, dtype):
     tensors = quantize_weight(gauss(300, 160), layout)
     down, up = gauss(5, 160, seed=2), gauss(300, 5, seed=3)
     for lora in ((None, None), (down, up)):
@@ -125,8 +125,8 @@ def test_the_weight_in_16_bits(layout, dtype):
 
 
 @BOTH
-def test_a_large_weight_is_made_some_rows_at_a_time(layout):
-    """Beside the result no float32 copy of it is ever there."""
+def test_write_weight_of_large_weight_works_in_chunks_of_rows(layout):
+    """No float32 copy of the whole weight exists beside the result."""
     tensors = probe_tensors(layout, CPU)
     many = {name: t.repeat(16, *[1] * (t.ndim - 1)) for name, t in tensors.items() if name not in ("wscales",)}
     many |= {"smooth_factor": tensors["smooth_factor"], "proj_down": tensors["proj_down"]}
@@ -153,7 +153,7 @@ def emulated(x, tensors, layout, out_features, bias, *, reciprocal):
 
 @BOTH
 @pytest.mark.parametrize("reciprocal", [False, True])
-def test_roundings_of_a_kernels_own_are_let_pass(layout, reciprocal, monkeypatch):
+def test_check_backend_accepts_small_difference_of_rounding(layout, reciprocal, monkeypatch):
     def kernel(*given):
         return emulated(*given, reciprocal=reciprocal)
 
@@ -178,7 +178,7 @@ WRONG = {
 
 @BOTH
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_order_and_a_missing_part_are_refused(layout, wrong, monkeypatch):
+def test_check_backend_refuses_wrong_order_or_missing_part(layout, wrong, monkeypatch):
     if wrong == "channels" and layout.precision == "int4":
         return
 
@@ -193,7 +193,7 @@ def test_a_wrong_order_and_a_missing_part_are_refused(layout, wrong, monkeypatch
 
 
 @BOTH
-def test_a_bias_in_another_order_is_refused(layout, monkeypatch):
+def test_check_backend_refuses_bias_in_wrong_order(layout, monkeypatch):
     monkeypatch.setattr(svdq_products, "cache_dit", lambda x, t, lay, n, b: svdq_linear(x, t, lay, n, b.flip(0)))
     assert "off by" in (low_bit._check_backend("cache_dit", layout.name, CPU) or "")
 
@@ -234,7 +234,7 @@ def calls(monkeypatch, layout):
 
 
 @BOTH
-def test_cache_dit_is_called_as_its_own_layer_calls_it(layout, calls):
+def test_cache_dit_is_called_as_in_cache_dit_layer(layout, calls):
     tensors, x, bias = quantize_weight(gauss(200, 160), layout), gauss(77, 160).bfloat16(), gauss(200, seed=4)
     found = multiply_svdq(x, tensors, layout.name, "cache_dit", 200, bias)
     wanted = multiply_svdq(x, tensors, layout.name, "reference", 200, bias)
@@ -262,7 +262,7 @@ def test_cache_dit_is_called_as_its_own_layer_calls_it(layout, calls):
 
 
 @BOTH
-def test_an_extension_that_does_not_load_is_a_reason(layout, calls):
+def test_check_backend_with_extension_that_does_not_load_gives_reason(layout, calls):
     sys.modules["cache_dit.kernels"].svdq_get_load_error = lambda: ImportError("_C.so: undefined symbol: _ZN3c10")
     problem = low_bit._check_backend("cache_dit", layout.name, CPU)
     assert problem == f"ImportError: cache-dit's kernels do not load with torch {torch.__version__}: " + (
@@ -271,7 +271,7 @@ def test_an_extension_that_does_not_load_is_a_reason(layout, calls):
 
 
 @BOTH
-def test_packages_that_are_not_there_are_reasons(layout, monkeypatch):
+def test_check_backend_without_package_gives_reason(layout, monkeypatch):
     for package in ("cache_dit", "comfy_kitchen"):
         for name in [name for name in sys.modules if name.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, name)
@@ -283,7 +283,7 @@ def test_packages_that_are_not_there_are_reasons(layout, monkeypatch):
             assert problem.startswith("ModuleNotFoundError")
 
 
-def test_products_of_one_precision_refuse_the_other():
+def test_product_of_other_precision_is_refused():
     x = gauss(8, 256).bfloat16()
     with pytest.raises(ValueError, match="no SVDQuant product of nvfp4"):
         svdq_products.comfy_kitchen(x, {}, NVFP4, 128, None)
@@ -291,8 +291,8 @@ def test_products_of_one_precision_refuse_the_other():
         svdq_products.scaled_mm(x, {}, INT4, 128, None)
 
 
-def test_the_block_scaled_product_has_the_definitions_result(monkeypatch):
-    """cuBLAS by a stand-in that reads scales in its order."""
+def test_scaled_mm_agrees_with_definition(monkeypatch):
+    """A substitute for cuBLAS that reads scales in its order."""
 
     def multiply(x, w):
         plain = []
@@ -313,8 +313,8 @@ def test_the_block_scaled_product_has_the_definitions_result(monkeypatch):
 
 
 @BOTH
-def test_a_lora_of_a_rank_that_no_kernel_takes_is_a_product_of_its_own(layout, calls):
-    """A full difference of a weight comes as factors of its whole width."""
+def test_lora_of_unsupported_rank_is_separate_product(layout, calls):
+    """A full difference of a weight arrives as factors of its whole width."""
     weight = gauss(128, 1152)
     tensors, x, diff = quantize_weight(weight, layout), gauss(9, 1152).bfloat16(), 0.1 * gauss(128, 1152, seed=7)
     for down, up in ((torch.eye(1152), diff), (diff, torch.eye(128))):
@@ -326,7 +326,7 @@ def test_a_lora_of_a_rank_that_no_kernel_takes_is_a_product_of_its_own(layout, c
 
 
 @BOTH
-def test_a_cpu_gets_the_definition(layout):
+def test_pick_gemm_backend_on_cpu_is_reference(layout):
     assert pick_gemm_backend(CPU, layout.name)[0] == "reference"
     linear = nn.Linear(160, 200)
     tensors, x = quantize_weight(linear.weight.detach(), layout), gauss(7, 160)
