@@ -60,7 +60,7 @@ def expected(layer: SvdqLinear, x: Tensor, delta: Tensor | float = 0.0) -> Tenso
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("columns", "outputs", "bias"), [(160, 200, True), (256, 128, False)])
-def test_shapes_and_dtypes(layout, bias, dtype, columns, outputs):
+def test_layer_keeps_shape_and_dtype_of_input(layout, bias, dtype, columns, outputs):
     layer = layer_of(layout, columns, outputs, bias=bias)
     for shape in [(columns,), (1, columns), (7, columns), (2, 3, columns)]:
         x = torch.randn(shape).to(dtype)
@@ -77,14 +77,14 @@ def test_shapes_and_dtypes(layout, bias, dtype, columns, outputs):
 
 
 @BOTH
-def test_an_input_of_another_width_is_refused(layout):
-    """It would be padded with zeros."""
+def test_input_of_other_width_is_refused(layout):
+    """Otherwise it would be padded with zeros."""
     with pytest.raises(ValueError, match="an input of 128 channels for a layer of 160"):
         layer_of(layout)(torch.randn(3, 128))
 
 
 @BOTH
-def test_no_full_precision_weight_is_kept(layout):
+def test_layer_keeps_no_full_precision_weight(layout):
     layer = layer_of(layout)
     held = layout.bytes(200, 160) + 200 * 4  # and the bias
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_no_full_precision_weight_is_kept(layout):
 @BOTH
 @COMPUTES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loras_are_added_and_leave_nothing(layout, low, dtype):
+def test_set_lora_adds_loras_and_removes_them_exactly(layout, low, dtype):
     layer, x = layer_of(layout, low=low), torch.randn(9, 160).to(dtype)
     before, names = layer(x), [name for name, _ in layer.named_parameters()]
     first = torch.randn(4, 160), torch.randn(200, 4), 0.07
@@ -119,7 +119,7 @@ def test_loras_are_added_and_leave_nothing(layout, low, dtype):
 
 
 @BOTH
-def test_a_lora_in_16_bits_is_summed_before_rounding(layout):
+def test_lora_is_added_to_16_bit_weight_before_rounding(layout):
     layer = layer_of(layout, bias=False)
     down, up = torch.randn(4, 160), torch.randn(200, 4)
     layer.set_lora([(down, up, 0.5)])
@@ -130,7 +130,7 @@ def test_a_lora_in_16_bits_is_summed_before_rounding(layout):
 @BOTH
 @COMPUTES
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_bias_delta_is_added_and_taken_back(layout, low, has_bias):
+def test_bias_delta_is_added_and_removed(layout, low, has_bias):
     layer, x, delta = layer_of(layout, bias=has_bias, low=low), torch.randn(3, 160), torch.randn(200)
     before = layer(x)
     layer.set_bias_delta(delta.half())
@@ -141,8 +141,8 @@ def test_a_bias_delta_is_added_and_taken_back(layout, low, has_bias):
 
 @BOTH
 @COMPUTES
-def test_attaching_acts_as_a_merge_and_detaching_gives_the_very_bits(layout, low):
-    """A low-rank change, a full one of weight and bias, of two LoRAs."""
+def test_attach_acts_as_merge_and_detach_restores_bits(layout, low):
+    """With two LoRAs: a low-rank change, and a full change of weight and bias."""
     model = nn.Module()
     model.layer = layer = layer_of(layout, low=low)
     assert isinstance(layer, HoldsLora)
@@ -162,7 +162,7 @@ def test_attaching_acts_as_a_merge_and_detaching_gives_the_very_bits(layout, low
         assert torch.equal(parameter.view(torch.uint8), held[name].view(torch.uint8)), name
 
 
-def test_deltas_that_do_not_fit_are_refused():
+def test_deltas_of_wrong_shape_are_refused():
     layer = layer_of(SVDQ_LAYOUTS["svdq-int4"])
     for down, up in [((4, 32), (200, 4)), ((4, 160), (64, 4)), ((4, 160), (200, 8)), ((4, 160, 1), (200, 4))]:
         with pytest.raises(ValueError, match="do not fit a weight of \\[200, 160\\]"):
@@ -187,7 +187,7 @@ def product_in_rows(monkeypatch, layout):
 
 
 @BOTH
-def test_a_product_finds_the_tensors_in_its_order_and_the_next_one_in_its_own(layout, product_in_rows):
+def test_set_compute_changes_tensors_to_order_of_product_and_back(layout, product_in_rows):
     layer, x = layer_of(layout), torch.randn(9, 160)
     exact = layer(x)
     memory = {name: t.data_ptr() for name, t in layer.stored.items()}
@@ -208,7 +208,7 @@ def test_a_product_finds_the_tensors_in_its_order_and_the_next_one_in_its_own(la
 
 
 @BOTH
-def test_the_same_product_again_moves_nothing(layout, product_in_rows):
+def test_set_compute_to_same_product_moves_no_tensor(layout, product_in_rows):
     layer = layer_of(layout)
     layer.set_compute(layout.name, product_in_rows)
     before = {name: t._version for name, t in layer.stored.items()}
@@ -218,7 +218,7 @@ def test_the_same_product_again_moves_nothing(layout, product_in_rows):
 
 
 @BOTH
-def test_names_that_are_none_are_refused_and_change_nothing(layout):
+def test_set_compute_with_unknown_name_is_refused_and_changes_nothing(layout):
     layer = layer_of(layout)
     (other,) = (name for name in SVDQ_LAYOUTS if name != layout.name)
     for compute, backend, problem in (
@@ -234,7 +234,7 @@ def test_names_that_are_none_are_refused_and_change_nothing(layout):
 
 
 @BOTH
-def test_a_shell_takes_what_a_file_holds(layout):
+def test_empty_layer_loads_state_dict(layout):
     layer = layer_of(layout)
     shell = SvdqLinear.empty(160, 200, True, layout)
     assert all(parameter.is_meta for parameter in shell.parameters())
@@ -248,7 +248,7 @@ def test_a_shell_takes_what_a_file_holds(layout):
 
 
 @BOTH
-def test_the_dtypes_of_the_format_survive_a_cast(layout):
+def test_stored_dtypes_are_kept_by_cast(layout):
     layer, x = layer_of(layout), torch.randn(2, 160)
     held = {name: (t.dtype, t.detach().view(torch.uint8).clone()) for name, t in layer.stored.items()}
     for cast in (layer.half, layer.bfloat16, layer.double, layer.float):
@@ -290,7 +290,7 @@ def quantised_block(layout) -> Block:
 
 
 @BOTH
-def test_a_compiled_block_is_one_graph(layout):
+def test_compiled_block_is_one_graph(layout):
     block, x = quantised_block(layout), torch.randn(2, 16, 64)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -312,7 +312,7 @@ def test_a_compiled_block_is_one_graph(layout):
 
 
 @BOTH
-def test_what_decides_a_graph_is_in_a_blocks_structure(layout):
+def test_structure_of_block_changes_when_graph_changes(layout):
     block = quantised_block(layout)
     seen = {structure_of(block)}
 
@@ -332,7 +332,7 @@ def test_what_decides_a_graph_is_in_a_blocks_structure(layout):
 
 
 @BOTH
-def test_the_operator_is_one(layout):
+def test_svdq_linear_operator_passes_opcheck(layout):
     layer = layer_of(layout)
     stored = layer.qweight, layer.wscales, layer.wcscales, layer.smooth_factor, layer.proj_down, layer.proj_up
     lora = torch.randn(4, 160), torch.randn(200, 4)
@@ -348,7 +348,7 @@ def test_the_operator_is_one(layout):
 
 
 @BOTH
-def test_inference_mode_leaves_nothing_that_hurts_later(layout):
+def test_layer_used_in_inference_mode_works_outside_it(layout):
     layer, x = layer_of(layout), torch.randn(2, 160)
     with torch.inference_mode():
         first = layer(x)
@@ -360,8 +360,8 @@ def test_inference_mode_leaves_nothing_that_hurts_later(layout):
 
 @BOTH
 @COMPUTES
-def test_streamed_blocks_have_the_bits_of_resident_ones(layout, low):
-    """With a LoRA's factors beside one, without them again, and after another product has moved the tensors."""
+def test_streamed_blocks_give_same_bits_as_resident_blocks(layout, low):
+    """With a LoRA's factors, after their removal, and after another product has moved the tensors."""
     layers = [layer_of(layout, 128, 128, low=low) for _ in range(3)]
     stream = BlockStream([(layer,) for layer in layers], torch.device("cpu"), buffers=2)
     x = torch.randn(5, 128)
@@ -386,7 +386,7 @@ def test_streamed_blocks_have_the_bits_of_resident_ones(layout, low):
 
 
 @BOTH
-def test_streamed_blocks_stay_in_their_buffers_when_a_product_wants_another_order(layout, product_in_rows):
+def test_streamed_blocks_in_other_order_stay_in_their_buffers(layout, product_in_rows):
     layers = [layer_of(layout, 128, 128) for _ in range(2)]
     stream, x = BlockStream([(layer,) for layer in layers], torch.device("cpu"), buffers=1), torch.randn(5, 128)
     buffers = [part.packed[0] for part in stream._parts]
@@ -400,7 +400,7 @@ def test_streamed_blocks_stay_in_their_buffers_when_a_product_wants_another_orde
     assert [part.packed[0] for part in stream._parts] == buffers
 
 
-def test_a_layer_shows_what_it_is():
+def test_repr_of_layer_has_format_rank_and_compute():
     layer = layer_of(SVDQ_LAYOUTS["svdq-int4"])
     assert repr(layer) == "SvdqLinear(in_features=160, out_features=200, bias=True, format=svdq-int4, rank=32)"
     layer.set_lora([(torch.zeros(4, 160), torch.zeros(200, 4), 1.0)])
@@ -411,7 +411,7 @@ def test_a_layer_shows_what_it_is():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @BOTH
-def test_a_gpu_computes_the_same(layout):
+def test_layer_on_gpu_agrees_with_cpu_and_definition(layout):
     from runner.quantization.kernels.low_bit import pick_gemm_backend
 
     layer, x = layer_of(layout, 5120, 5120), torch.randn(1040, 5120)
