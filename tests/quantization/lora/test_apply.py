@@ -89,8 +89,8 @@ def merged_by_peft(store: Path, lora: Path, strength: float) -> dict[str, Tensor
 
 
 class TestPublishedPattern:
-    def test_is_the_published_file_to_the_byte(self) -> None:
-        """Its size is public; header and data of this pattern come to exactly that."""
+    def test_published_pattern_has_size_of_published_file(self) -> None:
+        """The size of the file is public; header and data of this pattern have exactly that size."""
         shapes = published_shapes(CONFIG_14B)
         header, offset = {}, 0
         for key in sorted(shapes):
@@ -101,7 +101,7 @@ class TestPublishedPattern:
         assert len(shapes) == 1749
         assert 8 + (text + 7) // 8 * 8 + offset == PUBLISHED_BYTES
 
-    def test_every_tensor_has_a_target_in_the_14b_model(self) -> None:
+    def test_published_pattern_has_target_in_14b_model_for_every_tensor(self) -> None:
         from diffusers import WanAnimatePipeline, WanAnimateTransformer3DModel
 
         with torch.device("meta"):
@@ -119,7 +119,7 @@ class TestPublishedPattern:
         assert 1749 - len(kept) == 285 == len(norms(Widths.of(CONFIG_14B)))
 
     @pytest.mark.parametrize("strength", [1.0, 0.7])
-    def test_equals_peft_and_applies_what_peft_drops(
+    def test_merge_of_published_pattern_equals_peft_and_applies_dropped_tensors(
         self, tiny: nn.Module, tiny_store_dir: Path, published: Path, config: dict[str, Any], strength: float
     ) -> None:
         lora = read_lora(published, strength)
@@ -140,10 +140,10 @@ class TestPublishedPattern:
                 assert torch.equal(ours, theirs[name]), name
                 assert torch.equal(ours, param) == (name not in plan.applied)
 
-    def test_the_values_land_where_the_original_names_say(
+    def test_plan_merge_maps_original_names_to_parameters(
         self, tiny: nn.Module, tmp_path: Path, config: dict[str, Any]
     ) -> None:
-        """By hand for one of each kind that PEFT cannot vouch for."""
+        """Checked by hand for one tensor of each kind that PEFT does not apply."""
         tensors = write_published(tmp_path / "a.safetensors", config)
         plan = plan_merge([read_lora(tmp_path / "a.safetensors")], shapes_of(tiny))
         for key, param in {
@@ -160,8 +160,10 @@ class TestPublishedPattern:
             assert torch.equal(addend.delta.dense(), tensors[PREFIX + key].float())
 
 
-def test_equals_peft_with_alpha(tiny: nn.Module, tiny_store_dir: Path, tmp_path: Path, config: dict[str, Any]) -> None:
-    """The Lightning files: the published pattern's pairs, in blocks only, each with its alpha."""
+def test_merge_of_lora_with_alpha_equals_peft(
+    tiny: nn.Module, tiny_store_dir: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """As in the Lightning files: the pairs of the published pattern, only those in blocks, each with its alpha."""
     shapes = {
         key: shape for key, shape in published_shapes(config, rank=4).items() if ".blocks." in key and "lora" in key
     }
@@ -175,8 +177,8 @@ def test_equals_peft_with_alpha(tiny: nn.Module, tiny_store_dir: Path, tmp_path:
         torch.testing.assert_close(merge_param(name, param.detach(), plan), theirs[name], rtol=0, atol=1e-7, msg=name)
 
 
-def test_equals_peft_on_a_file_that_the_library_wrote(tiny: nn.Module, tiny_store_dir: Path, tmp_path: Path) -> None:
-    """A LoRA as trained with PEFT: alpha differs from the rank, by layer, and stands in the header only."""
+def test_merge_of_lora_saved_by_diffusers_equals_peft(tiny: nn.Module, tiny_store_dir: Path, tmp_path: Path) -> None:
+    """A LoRA as trained with PEFT: alpha differs from the rank, depends on the layer, and is only in the header."""
     from diffusers import WanAnimateTransformer3DModel
     from peft import LoraConfig
 
@@ -212,7 +214,7 @@ SHAPES |= {"norm.weight": (32,), "norm.bias": (32,), "scale_shift_table": (1, 2,
 
 
 class TestPlan:
-    def test_what_has_no_target_is_listed(self) -> None:
+    def test_plan_merge_lists_tensors_without_target(self) -> None:
         tensors = {
             "diffusion_model.head.head.diff_b": torch.ones(6),
             "diffusion_model.head.head.reshape_weight": torch.ones(2),
@@ -229,7 +231,7 @@ class TestPlan:
             "style: diffusion_model.head.head.reshape_weight",
         ]
 
-    def test_a_lora_of_which_nothing_applies_is_an_error(self) -> None:
+    def test_plan_merge_of_lora_without_any_target_is_refused(self) -> None:
         with pytest.raises(WeightsCorrupt, match=r"other\.safetensors: none of its 1 changes .* lora_te1\.bias"):
             plan_merge([lora_of({"lora_te1.diff_b": torch.ones(3)}, "other")], SHAPES)
 
@@ -243,7 +245,7 @@ class TestPlan:
             {"head.diff_m": torch.ones(1, 6, 32)},
         ],
     )
-    def test_a_shape_conflict_names_file_key_and_both_shapes(self, tensors: dict[str, Tensor]) -> None:
+    def test_shape_conflict_names_file_key_and_both_shapes(self, tensors: dict[str, Tensor]) -> None:
         with pytest.raises(WeightsCorrupt) as caught:
             plan_merge([lora_of(tensors, "t2v")], SHAPES)
         message = str(caught.value)
@@ -251,7 +253,7 @@ class TestPlan:
         assert "t2v.safetensors" in message and next(iter(tensors)) in message and target in message
         assert message.count("[") == 2
 
-    def test_a_text_to_video_file_does_not_fit(self) -> None:
+    def test_plan_merge_of_text_to_video_lora_is_refused(self) -> None:
         """Its patch embedding has 16 input channels, this model's has 36."""
         shapes = {"patch_embedding.weight": (8, 36, 1, 2, 2)}
         with pytest.raises(
@@ -261,7 +263,7 @@ class TestPlan:
 
 
 class TestMerge:
-    def test_worked_by_hand(self) -> None:
+    def test_merge_param_equals_hand_calculation(self) -> None:
         a = lora_of(
             {
                 "diffusion_model.head.head.lora_down.weight": torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
@@ -280,7 +282,7 @@ class TestMerge:
         assert merge_param("proj_out.bias", torch.tensor([1.0, 1.0]), plan).tolist() == [3.0, 5.0]
         assert merge_param("scale_shift_table", torch.zeros(1, 2, 2), plan).flatten().tolist() == [2.0] * 4
 
-    def test_is_in_float32_and_leaves_its_input(self) -> None:
+    def test_merge_param_returns_float32_and_keeps_input(self) -> None:
         plan = plan_merge([lora_of({"proj_out.diff": torch.full((2, 2), 2.0**-12)})], {"proj_out.weight": (2, 2)})
         weight = torch.ones(2, 2, dtype=torch.bfloat16).t()  # one bf16 step is 2**-7
         merged = merge_param("proj_out.weight", weight, plan)
@@ -289,14 +291,15 @@ class TestMerge:
         other = merge_param("proj_in.weight", weight, plan)
         assert other.dtype == torch.float32 and torch.all(other == 1)
 
-    def test_a_weight_of_another_shape_than_planned_is_refused(self) -> None:
+    def test_merge_param_of_weight_with_other_shape_is_refused(self) -> None:
         plan = plan_merge([lora_of({"proj_out.diff": torch.ones(2, 2)})], {"proj_out.weight": (2, 2)})
         with pytest.raises(WeightsCorrupt, match=r"\[2, 2\], but proj_out\.weight has \[4, 2\]"):
             merge_param("proj_out.weight", torch.zeros(4, 2), plan)
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_merging_before_quantising_keeps_it_and_merging_after_loses_it(self, name: str) -> None:
-        """A change of 2 % of the weight's norm, a fifth of the quantisation error. Kept: its projection on itself."""
+    def test_lora_merged_before_quantising_is_kept_and_after_is_lost(self, name: str) -> None:
+        """A change of 2 % of the weight's norm, a fifth of the quantisation error; measured by its projection on
+        itself."""
         fmt, generator = FORMATS[name], torch.Generator().manual_seed(0)
         weight = torch.randn(512, 512, generator=generator) / 20
         down, up = torch.randn(16, 512, generator=generator), torch.randn(512, 16, generator=generator)
@@ -363,8 +366,8 @@ def model() -> Iterator[Model]:
 
 
 class TestAttach:
-    def test_acts_as_if_merged(self, model: Model) -> None:
-        """As the same model with plain weights, merged: what the layer dequantises is their start."""
+    def test_attach_gives_same_output_as_merge(self, model: Model) -> None:
+        """Compared with the same model in plain weights, merged: its weights start as the layer's dequantised ones."""
         plain = Model()
         linear = nn.Linear(32, 6)
         linear.weight.data = dequantize(model.proj_out.stored, FORMATS["g32"])
@@ -380,7 +383,7 @@ class TestAttach:
         assert plan.tensors == 6 + 5 and plan.untargeted == []
         torch.testing.assert_close(model(x), plain(x))
 
-    def test_leaves_nothing_behind(self, model: Model) -> None:
+    def test_detach_restores_model(self, model: Model) -> None:
         before, x = state(model), torch.ones(2, 8)
         output, references = model(x), {name: param.data_ptr() for name, param in model.named_parameters()}
         for _ in range(3):  # subtracting would drift
@@ -395,7 +398,7 @@ class TestAttach:
         assert {name: param.data_ptr() for name, param in model.named_parameters()} == references
         detach(model)  # again: nothing to do
 
-    def test_the_next_set_replaces_the_last(self, model: Model) -> None:
+    def test_attach_of_next_set_replaces_previous(self, model: Model) -> None:
         x = torch.ones(2, 8)
         attach(model, loras()[1:])
         expected = model(x)
@@ -406,7 +409,7 @@ class TestAttach:
         attach(model, [])
         assert model.proj_out.lora_scale is None
 
-    def test_a_refused_set_changes_nothing(self, model: Model) -> None:
+    def test_attach_of_refused_set_changes_nothing(self, model: Model) -> None:
         before = state(model)
         with pytest.raises(WeightsCorrupt):
             attach(model, [*loras(), lora_of({"norm.diff": torch.ones(9)})])
@@ -414,10 +417,10 @@ class TestAttach:
         assert model.proj_out.lora_scale is None
 
     @pytest.mark.parametrize("failing", range(7))
-    def test_a_failure_halfway_changes_nothing(
+    def test_attach_that_fails_halfway_changes_nothing(
         self, model: Model, failing: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Wherever it strikes: at the first parameter, at the last, at the layer."""
+        """The failure is at the first parameter, at the last, or at the layer."""
         before, steps = state(model), iter(range(100))
 
         def step(*args: Any) -> Any:
@@ -438,7 +441,7 @@ class TestAttach:
         assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert model.proj_out.lora_scale is None
 
-    def test_a_block_detaches_however_it_ends(self, model: Model) -> None:
+    def test_attached_block_that_raises_detaches(self, model: Model) -> None:
         before = state(model)
 
         def job() -> None:
@@ -452,8 +455,10 @@ class TestAttach:
         assert model.proj_out.lora_scale is None
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_the_published_pattern_beside_four_bits(self, tiny: nn.Module, published: Path, name: str) -> None:
-        """Each layer gives what its dequantised weight, merged, gives; afterwards the very bits of before."""
+    def test_attached_published_pattern_on_4_bit_layers_acts_as_merge(
+        self, tiny: nn.Module, published: Path, name: str
+    ) -> None:
+        """Each layer gives the result of its dequantised weight, merged; afterwards the bits are as before."""
         fmt, model = FORMATS[name], copy.deepcopy(tiny)
         for path, module in tiny.named_modules():
             if type(module) is nn.Linear:
@@ -475,7 +480,7 @@ class TestAttach:
         assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
         assert all(torch.equal(layer(x[:, : layer.in_features]), outputs[path]) for path, layer in layers.items())
 
-    def test_the_published_pattern_on_the_tiny_model(self, tiny: nn.Module, published: Path) -> None:
+    def test_attached_published_pattern_on_tiny_model_equals_merge(self, tiny: nn.Module, published: Path) -> None:
         lora, before = read_lora(published, 0.9), state(tiny)
         with attached(tiny, [lora, dataclasses.replace(lora, strength=0.2)]) as plan:
             for name, param in tiny.named_parameters():

@@ -43,7 +43,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     ],
 )
 @pytest.mark.parametrize("alpha", [None, 1.0, 8.0])
-def test_every_style_says_the_same(tmp_path: Path, module: str, down: str, up: str, alpha: float | None) -> None:
+def test_read_lora_of_any_style_gives_same_delta(
+    tmp_path: Path, module: str, down: str, up: str, alpha: float | None
+) -> None:
     tensors = {f"{module}.{down}": DOWN, f"{module}.{up}": UP}
     if alpha is not None:
         tensors[f"{module}.alpha"] = torch.tensor(alpha)
@@ -57,7 +59,7 @@ def test_every_style_says_the_same(tmp_path: Path, module: str, down: str, up: s
     assert dataclasses.replace(lora, strength=2.0).deltas is lora.deltas
 
 
-def test_a_bias_of_peft_is_scaled_with_its_layer_and_a_difference_is_not(tmp_path: Path) -> None:
+def test_peft_bias_is_scaled_with_layer_and_difference_is_not(tmp_path: Path) -> None:
     key = f"transformer.{LAYER}"
     tensors = {f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": UP, f"{key}.alpha": torch.tensor([2.0])}
     for leaf, expected in (("lora_B.bias", BIAS / 2), ("diff_b", BIAS)):
@@ -67,14 +69,14 @@ def test_a_bias_of_peft_is_scaled_with_its_layer_and_a_difference_is_not(tmp_pat
         assert torch.equal(delta.dense(), expected)
 
 
-def test_a_pair_and_a_difference_for_one_parameter_both_count(tmp_path: Path) -> None:
+def test_pair_and_difference_for_one_parameter_are_both_kept(tmp_path: Path) -> None:
     key, diff = "diffusion_model.head.head", numbers(6, 8, seed=4)
     tensors = {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP, f"{key}.diff": diff}
     deltas = read_lora(write(tmp_path / "a.safetensors", tensors)).deltas["proj_out.weight"]
     assert torch.allclose(sum((d.dense() for d in deltas), torch.zeros(())), UP @ DOWN + diff)
 
 
-def test_a_convolution_s_factors_multiply_as_matrices(tmp_path: Path) -> None:
+def test_factors_of_convolution_multiply_as_matrices(tmp_path: Path) -> None:
     down, up = numbers(4, 3, 1, 2, 2), numbers(6, 4, 1, 1, 1)
     key = "diffusion_model.patch_embedding"
     lora = read_lora(write(tmp_path / "a.safetensors", {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}))
@@ -86,21 +88,21 @@ def test_a_convolution_s_factors_multiply_as_matrices(tmp_path: Path) -> None:
     assert torch.allclose(torch.conv3d(video, delta.dense(), stride=(1, 2, 2)), expected, atol=1e-4)
 
 
-def test_the_change_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delta_in_chunks_equals_whole_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = LowRank(DOWN, UP, 0.5, ())
     whole = delta.dense()
     monkeypatch.setattr("runner.quantization.lora.read.CHUNK", 16)  # two rows of eight
     assert torch.equal(delta.dense(), whole)
 
 
-def test_what_means_nothing_is_listed(tmp_path: Path) -> None:
+def test_read_lora_lists_unread_tensors(tmp_path: Path) -> None:
     tensors = {f"{LAYER}.diff_b": BIAS, f"{LAYER}.reshape_weight": torch.ones(2), "blocks.0.ffn.0.alpha": torch.ones(1)}
     lora = read_lora(write(tmp_path / "a.safetensors", tensors))
     assert sorted(lora.unread) == ["blocks.0.attn1.to_q.reshape_weight", "blocks.0.ffn.0.alpha"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".pth", ".pkl"])
-def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_is_refused_without_opening(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"lora{suffix}"
     torch.save({f"{LAYER}.diff_b": BIAS}, path)
     monkeypatch.setattr(Path, "open", lambda *a, **k: pytest.fail("opened"))
@@ -108,14 +110,14 @@ def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str, monkeypatch: 
         read_lora(path)
 
 
-def test_a_pickle_under_another_name_is_refused(tmp_path: Path) -> None:
+def test_pickle_with_other_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     torch.save({f"{LAYER}.diff_b": BIAS}, path)
     with pytest.raises(WeightsCorrupt, match="not a whole safetensors file"):
         read_lora(path)
 
 
-def test_missing_file_and_bad_strength(tmp_path: Path) -> None:
+def test_read_lora_of_missing_file_or_bad_strength_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsMissing, match=r"none\.safetensors"):
         read_lora(tmp_path / "none.safetensors")
     path = write(tmp_path / "a.safetensors", {f"{LAYER}.diff_b": BIAS})
@@ -145,7 +147,9 @@ def test_missing_file_and_bad_strength(tmp_path: Path) -> None:
         ({}, "holds no LoRA"),
     ],
 )
-def test_what_does_not_add_up_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], words: str) -> None:
+def test_read_lora_of_inconsistent_tensors_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
     path = write(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(WeightsCorrupt, match=words) as caught:
         read_lora(path)
@@ -154,7 +158,7 @@ def test_what_does_not_add_up_is_refused(tmp_path: Path, tensors: dict[str, torc
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 600), flips=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 255)), max_size=3))
-def test_a_damaged_file_is_refused_or_still_a_lora(tmp_path: Path, cut: int, flips: list[tuple[int, int]]) -> None:
+def test_damaged_file_is_refused_or_still_valid_lora(tmp_path: Path, cut: int, flips: list[tuple[int, int]]) -> None:
     blob = bytearray(save({f"a.lora_{x}.weight": t for x, t in (("down", DOWN), ("up", UP))}))
     size = len(blob)
     for at, bits in flips:
@@ -174,7 +178,7 @@ class TestPeftConfig:
     """PEFT keeps alpha out of the tensors; the library stores its config in the file's header."""
 
     @pytest.mark.parametrize("pattern", ["([a-z.0-9]+)+!", "(.*)*x", ".*.*.*.*.*x", "(a{1,9}){1,9}!", "(?:a|a)*!"])
-    def test_a_pattern_that_never_ends_is_refused(self, tmp_path: Path, pattern: str) -> None:
+    def test_alpha_pattern_with_slow_regex_is_refused(self, tmp_path: Path, pattern: str) -> None:
         tensors = {"a.lora_A.weight": DOWN, "a.lora_B.weight": UP}
         path = tmp_path / "slow.safetensors"
         config = json.dumps({"lora_alpha": 1, "alpha_pattern": {pattern: 2}})
@@ -189,18 +193,18 @@ class TestPeftConfig:
         (delta,) = lora.deltas[f"{LAYER}.weight"]
         return delta.scale
 
-    def test_alpha(self, tmp_path: Path) -> None:
+    def test_peft_config_with_alpha_scales_by_alpha_over_rank(self, tmp_path: Path) -> None:
         assert self.scale(tmp_path, {"transformer.r": 4, "transformer.lora_alpha": 8}) == 2.0
 
-    def test_rank_stabilised(self, tmp_path: Path) -> None:
+    def test_peft_config_with_rslora_scales_by_alpha_over_root_of_rank(self, tmp_path: Path) -> None:
         assert self.scale(tmp_path, {"transformer.lora_alpha": 8, "transformer.use_rslora": True}) == 4.0
 
-    def test_pattern(self, tmp_path: Path) -> None:
+    def test_peft_config_with_alpha_pattern_uses_first_match(self, tmp_path: Path) -> None:
         pattern = {"attn2.to_q": 100, "attn1.to_q": 2, LAYER: 3}
         assert self.scale(tmp_path, {"transformer.lora_alpha": 8, "transformer.alpha_pattern": pattern}) == 0.5
 
-    def test_a_folder_that_peft_itself_wrote(self, tmp_path: Path) -> None:
-        """Its own prefix before the names, and the config in a file of its own."""
+    def test_read_lora_of_folder_saved_by_peft_equals_peft(self, tmp_path: Path) -> None:
+        """The names have PEFT's prefix, and the config is a separate file."""
         from peft import LoraConfig, get_peft_model
 
         model = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(8, 6), "pose": torch.nn.Linear(6, 8)})
@@ -216,7 +220,7 @@ class TestPeftConfig:
             theirs = trained.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
             torch.testing.assert_close(delta.dense(), theirs)
 
-    def test_none(self, tmp_path: Path) -> None:
+    def test_peft_config_of_other_model_part_is_ignored(self, tmp_path: Path) -> None:
         assert self.scale(tmp_path, {"text_encoder.lora_alpha": 8}) == 1.0
 
     @pytest.mark.parametrize(
@@ -230,6 +234,6 @@ class TestPeftConfig:
             '{"alpha_pattern": 3}',
         ],
     )
-    def test_nonsense_is_refused(self, tmp_path: Path, text: str) -> None:
+    def test_peft_config_that_is_invalid_is_refused(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(WeightsCorrupt, match="lora_adapter_metadata"):
             self.scale(tmp_path, text)
